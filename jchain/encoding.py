@@ -1,0 +1,181 @@
+"""What a controller sees: features of a bank's entries, and encodings of a prefix.
+
+The project asks whether the state is discrete (the chain so far) or continuous (number of layers and weights). Both are
+here, as recurrences over tokens: `initial_carry(entries)`, `advance(carry, token, entries)`, `read(carry)`. Neither has
+parameters that depend on the number of layers or heads, so one controller works for banks of any size.
+"""
+
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jchain._typing import Array, Float, Int, PyTree
+from jchain.bank import Bank, LayerGroup
+
+# Seeds the hashes. Constant, so that features mean the same in every process and a trained controller can be kept.
+_HASH_SEED = 0
+
+
+class Encoding(Protocol):
+    """A Flax module that encodes prefixes."""
+
+    def initial_carry(self, entries: Float[Array, "E D"]) -> PyTree:
+        """The carry of the empty prefix."""
+        ...
+
+    def advance(self, carry: PyTree, token: Int[Array, ""], entries: Float[Array, "E D"]) -> PyTree:
+        """The carry after one more layer."""
+        ...
+
+    def read(self, carry: PyTree) -> Float[Array, "H"]:
+        """The encoding of the prefix."""
+        ...
+
+
+def entry_features(bank: Bank, size: int = 64) -> Float[Array, "E D"]:
+    """Features of each entry of a bank, computed from its weights: `[N + K, size + 2]`.
+
+    A count sketch of the weights (Charikar et al. 2002: each weight index goes to a random place with a random sign, so
+    inner products of weights are kept in expectation), the log of their root mean square, and whether it is a head. Both
+    are centred and scaled over the layers and over the heads of the bank, as only differences tell entries apart.
+
+    Args:
+      bank: the entries.
+      size: length of the sketch.
+    """
+    parts = []
+    for is_head, groups in enumerate((bank.layers, bank.heads)):
+        offset = bank.num_layers if is_head else 0
+        rows = jnp.concatenate([_sketch_group(group, size) for group in groups])
+        order = jnp.array([token - offset for group in groups for token in group.tokens])
+        rows = jnp.zeros_like(rows).at[order].set(rows)
+        rows -= rows.mean(axis=0)
+        sketch, scale = rows[:, :size], rows[:, size:]
+        # One scale for the whole sketch keeps its geometry.
+        sketch /= jnp.sqrt(jnp.mean(sketch**2)) + 1e-6
+        scale /= jnp.sqrt(jnp.mean(scale**2)) + 1e-6
+        parts.append(jnp.concatenate([sketch, scale, jnp.full((rows.shape[0], 1), float(is_head))], axis=1))
+    return jnp.concatenate(parts)
+
+
+def _sketch_group(group: LayerGroup, size: int) -> Float[Array, "n D"]:
+    num_members = len(group.tokens)
+    sketch, square, count = jnp.zeros((num_members, size)), jnp.zeros(num_members), 0
+    key = jax.random.key(_HASH_SEED)
+    for i, leaf in enumerate(jax.tree.leaves(group.params)):
+        weights = jnp.nan_to_num(leaf.reshape(num_members, -1).astype(jnp.float32), posinf=0, neginf=0)
+        place_key, sign_key = jax.random.split(jax.random.fold_in(key, i))
+        place = jax.random.randint(place_key, weights.shape[1:], 0, size)
+        sign = jax.random.rademacher(sign_key, weights.shape[1:], jnp.float32)
+        sketch = sketch.at[:, place].add(sign * weights)
+        square += jnp.sum(weights**2, axis=1)
+        count += weights.shape[1]
+    log_rms = 0.5 * jnp.log(square / max(count, 1) + 1e-12)
+    return jnp.concatenate([sketch, log_rms[:, None]], axis=1)
+
+
+class TokenEncoding(nn.Module):
+    """Discrete: the tokens of the prefix, in order, through a GRU. It knows which layers, not what they hold.
+
+    Tokens are told apart by random codes, which need no table as long as the bank.
+
+    Attributes:
+      features: size of the encoding.
+      code_size: length of a token's code.
+    """
+
+    features: int = 64
+    code_size: int = 32
+
+    def setup(self) -> None:
+        self.cell = nn.GRUCell(self.features)
+
+    def initial_carry(self, entries: Float[Array, "E D"]) -> PyTree:
+        return jnp.zeros(self.features)
+
+    def advance(self, carry: PyTree, token: Int[Array, ""], entries: Float[Array, "E D"]) -> PyTree:
+        code = jax.random.normal(jax.random.fold_in(jax.random.key(_HASH_SEED), token), (self.code_size,))
+        return self.cell(carry, code)[0]
+
+    def read(self, carry: PyTree) -> Float[Array, "H"]:
+        return carry
+
+
+class WeightEncoding(nn.Module):
+    """Continuous: [number of layers, the weights of the layers so far]. It knows what the layers hold, not their tokens.
+
+    The weights of all layers, one behind the other, are reduced to one sketch of the size of an entry's: each slot adds
+    its layer's sketch with its own permutation and signs, which is a count sketch of the concatenation.
+
+    Attributes:
+      features: size of the encoding.
+    """
+
+    features: int = 64
+
+    def setup(self) -> None:
+        self.hidden = nn.Dense(self.features)
+        self.out = nn.Dense(self.features)
+
+    def initial_carry(self, entries: Float[Array, "E D"]) -> PyTree:
+        return jnp.array(0), jnp.zeros(entries.shape[1])
+
+    def advance(self, carry: PyTree, token: Int[Array, ""], entries: Float[Array, "E D"]) -> PyTree:
+        length, sketch = carry
+        permutation_key, sign_key = jax.random.split(jax.random.fold_in(jax.random.key(_HASH_SEED), length))
+        entry = jax.random.permutation(permutation_key, entries[token])
+        return length + 1, sketch + jax.random.rademacher(sign_key, entry.shape, entry.dtype) * entry
+
+    def read(self, carry: PyTree) -> Float[Array, "H"]:
+        length, sketch = carry
+        state = jnp.append(sketch, length.astype(sketch.dtype))
+        return nn.tanh(self.out(nn.relu(self.hidden(state))))
+
+
+class Controller(nn.Module):
+    """Actor and critic over an encoding. The actor points: the logit of an entry is its key times the state's query.
+
+    Pointer network (Vinyals et al. 2015, arXiv:1506.03134) over keys made from `entry_features`.
+
+    Attributes:
+      encoding: a `TokenEncoding` or `WeightEncoding`.
+      features: size of keys and queries.
+    """
+
+    encoding: Any
+    features: int = 64
+
+    def setup(self) -> None:
+        self.key_hidden = nn.Dense(self.features)
+        self.key_out = nn.Dense(self.features)
+        self.query_hidden = nn.Dense(self.features)
+        # Small queries make the first policy nearly uniform.
+        self.query_out = nn.Dense(self.features, kernel_init=nn.initializers.orthogonal(0.01))
+        self.value_hidden = nn.Dense(self.features)
+        self.value_out = nn.Dense(1)
+
+    def embed(self, entries: Float[Array, "E D"]) -> Float[Array, "E H"]:
+        """The key of each entry."""
+        return self.key_out(nn.relu(self.key_hidden(entries)))
+
+    def act(self, state: Float[Array, "S"], keys: Float[Array, "E H"]) -> tuple[Float[Array, "E"], Float[Array, ""]]:
+        """Logits of the next token and value of an encoded prefix."""
+        query = self.query_out(nn.relu(self.query_hidden(state)))
+        value = self.value_out(nn.relu(self.value_hidden(state)))[0]
+        return keys @ query / jnp.sqrt(self.features), value
+
+    def initial_carry(self, entries: Float[Array, "E D"]) -> PyTree:
+        return self.encoding.initial_carry(entries)
+
+    def advance(self, carry: PyTree, token: Int[Array, ""], entries: Float[Array, "E D"]) -> PyTree:
+        return self.encoding.advance(carry, token, entries)
+
+    def read(self, carry: PyTree) -> Float[Array, "S"]:
+        return self.encoding.read(carry)
+
+    def __call__(self, entries: Float[Array, "E D"]) -> tuple[Float[Array, "E"], Float[Array, ""]]:
+        """Logits and value after the first entry: touches every parameter, for `init`."""
+        carry = self.advance(self.initial_carry(entries), jnp.array(0), entries)
+        return self.act(self.read(carry), self.embed(entries))

@@ -1,0 +1,74 @@
+"""The decision process over a problem, functional and for one episode: `vmap` it for many.
+
+A state is a prefix and the activation that it produced, an action is a token: a layer extends the prefix for one layer
+call, a head ends the episode. The reward is minus the loss when a head is taken and 0 before.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jchain._typing import Array, Bool, Float, Int
+from jchain.chain import PADDING
+from jchain.evaluate import apply_token
+from jchain.problem import Problem
+from jchain.pytree import is_concrete
+
+
+class State(NamedTuple):
+    """Where an episode stands."""
+
+    chain: Int[Array, "L"]  # [L], the tokens taken so far, -1 behind them
+    length: Int[Array, ""]  # layers so far
+    is_done: Bool[Array, ""]  # a head was taken
+    hidden: Float[Array, "B ..."]  # [B, ...F], activation of the prefix on the whole split
+
+
+def reset(problem: Problem) -> State:
+    """The empty prefix."""
+    chain = jnp.full(problem.max_layers + 1, PADDING, jnp.int32)
+    return State(chain, jnp.array(0), jnp.array(False), problem.bank.embed(problem.data.x))
+
+
+def legal_actions(problem: Problem, length: Int[Array, ""]) -> Bool[Array, "N+K"]:
+    """The tokens that may follow a prefix of `length` layers: all, after `max_layers` only heads. True = allowed."""
+    tokens = jnp.arange(problem.bank.num_layers + problem.bank.num_heads)
+    return (length < problem.max_layers) | (tokens >= problem.bank.num_layers)
+
+
+def step(problem: Problem, state: State, action: Int[Array, ""]) -> tuple[State, Float[Array, ""]]:
+    """The next state and the reward.
+
+    An episode that is done stays as it is, with reward 0. The reward of a loss that is not finite is `-inf`.
+
+    Raises:
+      ValueError: the action is not legal and neither it nor the state is traced. When traced, its result is undefined.
+    """
+    if is_concrete((state, action)) and not state.is_done:
+        _check_legal(problem, state, int(action))
+    bank = problem.bank
+    is_layer = (action < bank.num_layers) & ~state.is_done
+    is_head = (action >= bank.num_layers) & ~state.is_done
+    hidden = jax.lax.cond(is_layer, lambda t, h: apply_token(bank.layers, t, h), lambda _, h: h, action, state.hidden)
+    chain = jnp.where(is_layer | is_head, state.chain.at[state.length].set(action), state.chain)
+
+    def end(token: Array, hidden: Array) -> Array:
+        loss = problem.measure(apply_token(bank.heads, token, hidden))[0] + problem.price(chain)
+        return jnp.where(jnp.isfinite(loss), -loss, -jnp.inf)
+
+    def go_on(token: Array, hidden: Array) -> Array:
+        return jnp.zeros_like(jax.eval_shape(end, token, hidden))
+
+    reward = jax.lax.cond(is_head, end, go_on, action, hidden)
+    return State(chain, state.length + is_layer, state.is_done | is_head, hidden), reward
+
+
+def _check_legal(problem: Problem, state: State, action: int) -> None:
+    num_tokens = problem.bank.num_layers + problem.bank.num_heads
+    if not 0 <= action < num_tokens or not legal_actions(problem, state.length)[action]:
+        low = 0 if state.length < problem.max_layers else problem.bank.num_layers
+        raise ValueError(
+            f"illegal action {action} after {int(state.length)} of at most {problem.max_layers} layers: expected a token "
+            f"in {low}..{num_tokens - 1}"
+        )

@@ -1,0 +1,149 @@
+"""Files of arrays: safetensors with a JSON header, a checksum, and no pickle; written whole or not at all.
+
+Modules are stored by name and fields. A file never says which code to import: loading looks a name up among the classes
+of `jchain.layers` and `flax.linen`, and those the caller hands in.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jchain import layers
+from jchain._typing import Array
+
+FORMAT = "jchain/1"
+
+
+def write_atomically(path: str | os.PathLike[str], write_fn: Callable[[str], Any]) -> None:
+    """Have `write_fn(temporary path)` write beside `path`, then rename: a reader sees the old file or the whole new one."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    try:
+        write_fn(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def write_arrays(path: str | os.PathLike[str], header: dict[str, Any], arrays: dict[str, Any]) -> None:
+    """Write named arrays and a JSON header to one file."""
+    import safetensors.flax
+
+    arrays = {name: jnp.asarray(array) for name, array in arrays.items()}
+    header = header | {"format": FORMAT, "sha256": _checksum(arrays)}
+    blob = safetensors.flax.save(arrays, metadata={"jchain": json.dumps(header)})
+    write_atomically(path, lambda temporary: Path(temporary).write_bytes(blob))
+
+
+def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Array]]:
+    """The JSON header and the arrays of a file written by `write_arrays`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is damaged, truncated, of another format, or holds dtypes that need `jax_enable_x64`.
+    """
+    import safetensors
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"expected a bank file at {path}, found none")
+    try:
+        with safetensors.safe_open(path, framework="flax") as file:
+            header = json.loads((file.metadata() or {})["jchain"])
+            sizes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            arrays = {name: file.get_tensor(name) for name in sizes}
+    except (safetensors.SafetensorError, KeyError, json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged, truncated or no jchain bank file: {error}") from None
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{path}: expected format {FORMAT!r}, got {header.get('format')!r}")
+    if not jax.config.jax_enable_x64 and any(dtype in ("F64", "I64", "U64") for dtype in sizes.values()):
+        raise ValueError(f"{path} holds 64-bit weights: set jax_enable_x64 to load them to the same bits")
+    if _checksum(arrays) != header["sha256"]:
+        raise ValueError(f"{path} is damaged: its weights do not have the checksum they were saved with")
+    return header, arrays
+
+
+def _checksum(arrays: dict[str, Array]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.asarray(arrays[name])
+        digest.update(f"{name} {array.dtype} {array.shape};".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def encode_module(module: nn.Module) -> dict[str, Any]:
+    """A module as JSON: its class by name and each field that is not at its default.
+
+    Raises:
+      ValueError: such a field is neither plain data, nor a dtype, nor a function of `jax.nn`.
+    """
+    fields = {}
+    for field in dataclasses.fields(module):
+        value = getattr(module, field.name)
+        if field.name in ("parent", "name") or value is field.default or value == field.default:
+            continue
+        fields[field.name] = _encode_value(value, f"{type(module).__name__}.{field.name}")
+    return {"module": type(module).__name__, "fields": fields}
+
+
+def _encode_value(value: Any, where: str) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple | list):
+        return {"tuple": [_encode_value(item, where) for item in value]}
+    name = getattr(value, "__name__", "")
+    if getattr(jax.nn, name, None) is value:
+        return {"jax.nn": name}
+    try:
+        return {"dtype": jnp.dtype(value).name}
+    except TypeError:
+        raise ValueError(f"{where} = {value!r} cannot be saved: expected data, a dtype or a jax.nn function") from None
+
+
+def decode_module(encoded: dict[str, Any], modules: Sequence[type[nn.Module]] = ()) -> nn.Module:
+    """The module that `encode_module` described.
+
+    Args:
+      encoded: what `encode_module` returned.
+      modules: the caller's own module classes, found by their `__name__`, before those of jchain.layers and flax.linen.
+
+    Raises:
+      ValueError: the class is in none of these places, or does not have such fields.
+    """
+    name = encoded["module"]
+    known = {cls.__name__: cls for cls in modules}
+    cls = known.get(name) or getattr(layers, name, None) or getattr(nn, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise ValueError(f"unknown module {name!r}: pass its class, as in Bank.load(path, modules=[{name}])")
+    try:
+        return cls(**{field: _decode_value(value) for field, value in encoded["fields"].items()})
+    except TypeError as error:
+        raise ValueError(f"{name} does not have the fields that were saved: {error}") from None
+
+
+def _decode_value(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tuple":
+        return tuple(_decode_value(item) for item in content)
+    return getattr(jax.nn, content) if kind == "jax.nn" else jnp.dtype(content)

@@ -1,0 +1,115 @@
+"""A problem: what a search minimises over."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jchain._typing import Array, Float, Int
+from jchain.bank import Bank, check_keeps_shape
+from jchain.data import Batch
+from jchain.pytree import is_concrete, pytree_dataclass, static
+
+
+@pytree_dataclass
+class Problem:
+    """A bank, one split of data, a loss and a largest number of layers.
+
+    The loss of a chain is the mean of `loss_fn` over the split, plus `layer_cost` for each of its layers.
+
+    Attributes:
+      bank: the layers and heads.
+      data: the one split that this problem can reach.
+      max_layers: most layers in a chain; chains have `L = max_layers + 1` slots.
+      loss_fn: `(outputs [B, ...], y [B, ...]) -> [B, ...]`, lower is better, averaged over all axes; by default softmax
+        cross-entropy with integer labels, in nats.
+      layer_cost: price of a layer in units of the loss: one for all, or `[N]`.
+
+    Raises:
+      ValueError: the split is empty or not finite, a layer changes the shape of this data, heads disagree, labels are
+        outside the heads' classes, or the loss does not fit.
+    """
+
+    bank: Bank
+    data: Batch
+    max_layers: int = static()
+    loss_fn: Callable[[Array, Array], Array] = static(default=optax.softmax_cross_entropy_with_integer_labels)
+    layer_cost: Any = 0.0
+
+    def __post_init__(self) -> None:
+        x, y = self.data
+        if isinstance(self.max_layers, bool) or not isinstance(self.max_layers, int | np.integer) or self.max_layers < 0:
+            raise ValueError(f"expected max_layers to be an integer of at least 0, got {self.max_layers!r}")
+        object.__setattr__(self, "max_layers", int(self.max_layers))
+        object.__setattr__(self, "data", Batch(jnp.asarray(x), jnp.asarray(y)))
+        object.__setattr__(self, "layer_cost", jnp.asarray(self.layer_cost, jnp.float32))
+        x, y = self.data
+        if x.ndim == 0 or x.shape[0] == 0 or y.shape[:1] != x.shape[:1]:
+            raise ValueError(
+                f"expected examples and as many labels, at least one, got x {list(x.shape)} and y {list(y.shape)}"
+            )
+        if self.layer_cost.shape not in ((), (self.bank.num_layers,)):
+            raise ValueError(
+                f"expected one layer_cost or {self.bank.num_layers}, got shape {list(self.layer_cost.shape)}"
+            )
+        outputs = self._check_shapes()
+        if is_concrete(self.data):
+            self._check_values(outputs)
+
+    def _check_shapes(self) -> Any:
+        x, y = self.data
+        hidden = jax.eval_shape(self.bank.embed, x)
+        for group in self.bank.layers:
+            check_keeps_shape(group, hidden)
+        outputs = []
+        for group in self.bank.heads:
+            try:
+                outputs.append(jax.eval_shape(group.apply, 0, hidden))
+            except Exception as error:  # whatever a user's module raises
+                raise ValueError(
+                    f"head {group.module!r} does not take the layers' shape {list(hidden.shape)}: "
+                    f"{str(error).splitlines()[0]}"
+                ) from None
+        if len({output.shape for output in outputs}) != 1:
+            raise ValueError(f"expected heads of one output shape, got {[list(output.shape) for output in outputs]}")
+        try:
+            loss = jax.eval_shape(self.loss_fn, outputs[0], y)
+        except Exception as error:  # whatever a user's loss raises
+            raise ValueError(
+                f"loss_fn does not take outputs {list(outputs[0].shape)} and labels {y.dtype}{list(y.shape)}: {error}"
+            ) from None
+        if not jnp.issubdtype(loss.dtype, jnp.floating):
+            raise ValueError(f"expected loss_fn to return floats, got {loss.dtype}")
+        return outputs[0]
+
+    def _check_values(self, outputs: Any) -> None:
+        x, y = self.data
+        if jnp.issubdtype(x.dtype, jnp.floating) and not bool(jnp.isfinite(x).all()):
+            raise ValueError("expected finite examples, got nan or infinity")
+        is_classes = self.loss_fn is optax.softmax_cross_entropy_with_integer_labels
+        num_classes = outputs.shape[-1]
+        if is_classes and (int(y.min()) < 0 or int(y.max()) >= num_classes):
+            raise ValueError(
+                f"expected labels in 0..{num_classes - 1}, the head's classes, got {int(y.min())}..{int(y.max())}"
+            )
+
+    def price(self, chains: Int[Array, "*P L"]) -> Float[Array, "*P"]:
+        """What the layers of each chain add to its loss."""
+        num_layers = self.bank.num_layers
+        cost = jnp.broadcast_to(self.layer_cost, (num_layers,))
+        is_layer = (chains >= 0) & (chains < num_layers)
+        return jnp.sum(jnp.where(is_layer, cost[jnp.where(is_layer, chains, 0)], 0.0), axis=-1)
+
+    def measure(self, outputs: Float[Array, "B ..."]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Loss and accuracy of one chain's outputs, before the price of its layers.
+
+        Accuracy is the share of examples whose largest output is their label; nan where labels are not integers.
+        """
+        y = self.data.y
+        loss = jnp.mean(self.loss_fn(outputs, y).astype(jnp.promote_types(jnp.float32, outputs.dtype)))
+        if not jnp.issubdtype(y.dtype, jnp.integer):
+            return loss, jnp.full_like(loss, jnp.nan)
+        return loss, jnp.mean(jnp.argmax(outputs, axis=-1) == y, dtype=loss.dtype)

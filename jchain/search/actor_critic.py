@@ -1,0 +1,178 @@
+"""Actor-critic over prefixes: advantage actor-critic with lambda returns and PPO's clipped surrogate.
+
+Schulman et al. 2017, arXiv:1707.06347; losses from rlax. One step samples chains from the policy, scores them together,
+so that shared prefixes are charged once, and updates the controller on them a few times.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jchain import env
+from jchain._typing import Array, Bool, Float, Int, Key, PyTree
+from jchain.chain import PADDING, count_layers
+from jchain.encoding import Controller, TokenEncoding, entry_features
+from jchain.evaluate import evaluate
+from jchain.problem import Problem
+from jchain.pytree import pytree_dataclass, static
+from jchain.search.base import Info
+
+
+class State(NamedTuple):
+    """What the next step needs."""
+
+    params: PyTree  # of the controller
+    opt_state: PyTree
+    entries: Float[Array, "E D"]  # [N + K, D], features of the bank's entries
+
+
+class Rollout(NamedTuple):
+    """Episodes, padded to L steps."""
+
+    chains: Int[Array, "P L"]  # [P, L]
+    log_prob: Float[Array, "P L"]  # [P, L], of the actions when they were taken
+    reward: Float[Array, "P"]  # [P], at the step that takes the head
+
+
+@pytree_dataclass
+class ActorCritic:
+    """An agent that builds chains token by token.
+
+    Attributes:
+      encoding: how a prefix is seen: `TokenEncoding()` (discrete) or `WeightEncoding()` (continuous).
+      num_chains: chains per step, P.
+      num_epochs: updates on them.
+      learning_rate: of Adam.
+      entropy_weight: weight of the entropy bonus.
+      critic_weight: weight of half the squared TD(lambda) error.
+      lambda_: mixing of the lambda returns.
+      clip: how far PPO's probability ratio may move.
+    """
+
+    encoding: Any = static(default=TokenEncoding())
+    num_chains: int = static(default=64)
+    num_epochs: int = static(default=4)
+    learning_rate: float = 3e-3
+    entropy_weight: float = 0.01
+    critic_weight: float = 0.5
+    lambda_: float = 0.95
+    clip: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.num_chains < 2 or self.num_epochs < 1:
+            raise ValueError(
+                f"expected num_chains of at least 2 and num_epochs of at least 1, got {self.num_chains} and "
+                f"{self.num_epochs}"
+            )
+
+    def init(self, key: Key[Array, ""], problem: Problem) -> State:
+        entries = entry_features(problem.bank)
+        params = Controller(self.encoding).init(key, entries)
+        return State(params, self._optimizer().init(params), entries)
+
+    def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
+        controller = Controller(self.encoding)
+        keys = jax.random.split(key, self.num_chains)
+        chains, log_prob = jax.vmap(lambda k: sample_chain(k, controller, state.params, state.entries, problem))(keys)
+        out = evaluate(problem, chains)
+        rollout = Rollout(chains, log_prob, rank_rewards(out.loss))
+
+        def update(carry: Any, _: None) -> Any:
+            params, opt_state = carry
+            gradient = jax.grad(self._loss)(params, controller, state.entries, rollout, problem)
+            updates, opt_state = self._optimizer().update(gradient, opt_state)
+            return (optax.apply_updates(params, updates), opt_state), None
+
+        (params, opt_state), _ = jax.lax.scan(update, (state.params, state.opt_state), length=self.num_epochs)
+        return State(params, opt_state, state.entries), Info(chains, out.loss, out.layer_calls)
+
+    def _optimizer(self) -> optax.GradientTransformation:
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(self.learning_rate))
+
+    def _loss(
+        self, params: PyTree, controller: Controller, entries: Array, rollout: Rollout, problem: Problem
+    ) -> Float[Array, ""]:
+        import rlax
+
+        logits, values = jax.vmap(lambda chain: replay_chain(controller, params, entries, chain, problem))(
+            rollout.chains
+        )
+        length = count_layers(rollout.chains, problem.bank.num_layers)[:, None]
+        slots = jnp.arange(rollout.chains.shape[1])
+        is_step = (slots <= length).astype(values.dtype)
+        reward = jnp.where(slots == length, rollout.reward[:, None], 0.0)
+        discount = (slots < length).astype(values.dtype)
+        next_values = jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
+        td_error = jax.vmap(rlax.td_lambda, in_axes=(0, 0, 0, 0, None))(
+            values, reward, discount, next_values, jnp.asarray(self.lambda_, values.dtype)
+        )
+        # The lambda return minus the value is the advantage (generalized advantage estimation).
+        advantage = jax.lax.stop_gradient(td_error)
+        actions = jnp.maximum(rollout.chains, 0)
+        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), actions[..., None], axis=-1)[..., 0]
+        ratio = jnp.exp(log_prob - rollout.log_prob)
+        actor = jax.vmap(rlax.clipped_surrogate_pg_loss, in_axes=(0, 0, None))(ratio, advantage * is_step, self.clip)
+        entropy = jax.vmap(rlax.entropy_loss)(logits, is_step)
+        critic = 0.5 * jnp.mean(jnp.square(td_error) * is_step, axis=1)
+        return jnp.mean(actor + self.entropy_weight * entropy + self.critic_weight * critic)
+
+
+def rank_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
+    """Minus the loss, as its rank among the chains of the step, in -1..1; equal losses get equal rewards.
+
+    Losses of a bank span orders of magnitude, and near the optimum what is left to gain is far smaller than their spread:
+    ranks keep both ends in sight (rank-based shaping, Wierstra et al. 2014, JMLR 15).
+    """
+    is_better = jnp.sum(loss[:, None] < loss, axis=1)
+    is_worse = jnp.sum(loss[:, None] > loss, axis=1)
+    return (is_better - is_worse) / (loss.shape[0] - 1)
+
+
+def sample_chain(
+    key: Key[Array, ""], controller: Controller, params: PyTree, entries: Float[Array, "E D"], problem: Problem
+) -> tuple[Int[Array, "L"], Float[Array, "L"]]:
+    """One chain from the policy and the log-probability of each of its tokens (0 behind the head).
+
+    The policy sees no activations, so nothing is computed along the way: the finished chains are scored together.
+    """
+    num_layers = problem.bank.num_layers
+    keys = controller.apply(params, entries, method="embed")
+
+    def act(carry: Any, slot: Any) -> Any:
+        memory, is_done = carry
+        t, key = slot
+        logits, _ = _act(controller, params, memory, keys, env.legal_actions(problem, t))
+        token = jax.random.categorical(key, logits)
+        log_prob = jnp.where(is_done, 0.0, jax.nn.log_softmax(logits)[token])
+        taken = jnp.where(is_done, PADDING, token)
+        memory = controller.apply(params, memory, token, entries, method="advance")
+        return (memory, is_done | (token >= num_layers)), (taken.astype(jnp.int32), log_prob)
+
+    memory = controller.apply(params, entries, method="initial_carry")
+    slots = (jnp.arange(problem.max_layers + 1), jax.random.split(key, problem.max_layers + 1))
+    _, (chain, log_prob) = jax.lax.scan(act, (memory, jnp.array(False)), slots)
+    return chain, log_prob
+
+
+def replay_chain(
+    controller: Controller, params: PyTree, entries: Float[Array, "E D"], chain: Int[Array, "L"], problem: Problem
+) -> tuple[Float[Array, "L E"], Float[Array, "L"]]:
+    """Logits and value before each token of a given chain; what stands behind its head means nothing."""
+    keys = controller.apply(params, entries, method="embed")
+
+    def act(memory: Any, slot: Any) -> Any:
+        t, token = slot
+        out = _act(controller, params, memory, keys, env.legal_actions(problem, t))
+        return controller.apply(params, memory, jnp.maximum(token, 0), entries, method="advance"), out
+
+    memory = controller.apply(params, entries, method="initial_carry")
+    _, (logits, values) = jax.lax.scan(act, memory, (jnp.arange(chain.shape[0]), chain))
+    return logits, values
+
+
+def _act(controller: Controller, params: PyTree, memory: Any, keys: Array, is_legal: Bool[Array, "E"]) -> Any:
+    state = controller.apply(params, memory, method="read")
+    logits, value = controller.apply(params, state, keys, method="act")
+    return jnp.where(is_legal, logits, -1e9), value

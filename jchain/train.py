@@ -1,0 +1,279 @@
+"""Making banks: nets trained apart, one routed supernet, snapshots of one run, random weights. One training loop for all.
+
+The loop minimises softmax cross-entropy on random minibatches of 128 examples. Each gradient step takes a *route*, some
+layers and a head: always the same one for an ordinary net, a random one for a supernet (Guo et al. 2020,
+arXiv:1904.00420).
+
+All functions here take a key, the split to train on, the module of all layers, the module of all heads (to logits
+`[B, C]`), sizes, and `Settings`; all raise ValueError when a size is not positive, a label is outside the head's
+classes, or the layer does not keep the shape of the data.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypedDict, Unpack
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from jchain._typing import Array, Float, Key, PyTree
+from jchain.bank import Bank
+from jchain.data import Batch
+from jchain.pytree import is_concrete
+
+OPTIMIZER = optax.adamw(1e-3, weight_decay=0.1)
+BATCH_SIZE = 128
+
+
+class Settings(TypedDict, total=False):
+    """Keyword arguments of every function that makes a bank.
+
+    Attributes:
+      num_steps: gradient steps, by default 1000.
+      optimizer: any optax transformation, by default AdamW at a rate of 1e-3 with a weight decay of 0.1.
+      stem: fixed map from raw input to the shape that layers keep; never trained.
+      stem_params: its params.
+    """
+
+    num_steps: int
+    optimizer: optax.GradientTransformation
+    stem: nn.Module | None
+    stem_params: PyTree
+
+
+class _Weights(NamedTuple):
+    layers: PyTree  # leaves [n, ...]
+    heads: PyTree  # leaves [k, ...]
+
+
+class _Recipe(NamedTuple):
+    """What one run trains. Hashable: a static argument of the jitted loop."""
+
+    layer: nn.Module
+    head: nn.Module
+    num_layers: int
+    num_heads: int
+    depth: int
+    is_routed: bool = False
+    is_layer_trained: bool = True
+    num_snapshots: int = 1
+    num_steps: int = 1000
+    optimizer: optax.GradientTransformation = OPTIMIZER
+
+
+def independent(
+    key: Key[Array, ""],
+    data: Batch,
+    *,
+    layer: nn.Module,
+    head: nn.Module,
+    num_nets: int = 3,
+    depth: int = 4,
+    **settings: Unpack[Settings],
+) -> Bank:
+    """`num_nets` nets of `depth` layers trained apart, `num_steps` each: layer `j` of net `i` is called `net{i}/{j}`.
+
+    The bank has `num_nets * depth` layers, `num_nets` heads and as many parents.
+    """
+    nets = [f"net{i}" for i in range(num_nets)]
+    recipe = {"num_layers": depth, "num_heads": 1, "depth": depth}
+    return _make_bank(key, data, layer, head, recipe, settings, nets, "nets trained apart", num_nets=num_nets)
+
+
+def snapshots(
+    key: Key[Array, ""],
+    data: Batch,
+    *,
+    layer: nn.Module,
+    head: nn.Module,
+    num_snapshots: int = 3,
+    depth: int = 4,
+    **settings: Unpack[Settings],
+) -> Bank:
+    """One net of `depth` layers copied at `num_snapshots` even distances of its training, the last time at its end.
+
+    Layer `j` after `s` steps is called `step{s}/{j}`. The bank has `num_snapshots * depth` layers, `num_snapshots` heads
+    and as many parents. `num_steps` must be a multiple of `num_snapshots`.
+    """
+    num_steps = settings.get("num_steps", _Recipe._field_defaults["num_steps"])
+    if num_snapshots < 1 or num_steps % num_snapshots or num_steps < num_snapshots:
+        raise ValueError(f"expected num_steps to be a multiple of num_snapshots, got {num_steps} and {num_snapshots}")
+    nets = [f"step{(i + 1) * num_steps // num_snapshots}" for i in range(num_snapshots)]
+    recipe = {"num_layers": depth, "num_heads": 1, "depth": depth, "num_snapshots": num_snapshots}
+    return _make_bank(key, data, layer, head, recipe, settings, nets, "one net during its training")
+
+
+def routed(
+    key: Key[Array, ""],
+    data: Batch,
+    *,
+    layer: nn.Module,
+    head: nn.Module,
+    num_layers: int = 12,
+    depth: int = 4,
+    num_heads: int = 1,
+    **settings: Unpack[Settings],
+) -> Bank:
+    """One supernet: each step trains `depth` random layers (with replacement) and a head, so layers learn to follow others.
+
+    No net was trained alone, so the bank has no parents.
+    """
+    recipe = {"num_layers": num_layers, "num_heads": num_heads, "depth": depth, "is_routed": True}
+    return _make_bank(key, data, layer, head, recipe, settings, ["routed"], "supernet of random routes")
+
+
+def random(
+    key: Key[Array, ""],
+    data: Batch,
+    *,
+    layer: nn.Module,
+    head: nn.Module,
+    num_layers: int = 12,
+    depth: int = 4,
+    num_heads: int = 1,
+    **settings: Unpack[Settings],
+) -> Bank:
+    """Untrained layers. Only the heads are trained, behind random routes of `depth` layers; not at all at `num_steps=0`.
+
+    The bank has no parents.
+    """
+    recipe = {
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "depth": depth,
+        "is_routed": True,
+        "is_layer_trained": False,
+    }
+    return _make_bank(key, data, layer, head, recipe, settings, ["random"], "untrained layers, trained heads")
+
+
+def _make_bank(
+    key: Array,
+    data: Batch,
+    layer: nn.Module,
+    head: nn.Module,
+    sizes: dict[str, Any],
+    settings: Settings,
+    nets: Sequence[str],
+    origin: str,
+    num_nets: int = 1,
+) -> Bank:
+    """Train and cut into layers and heads; `nets` names each net, or state of a net, that the weights are cut from."""
+    stem, stem_params = settings.pop("stem", None), settings.pop("stem_params", None)
+    recipe = _Recipe(layer, head, **(sizes | settings))
+    num_layers, num_heads = recipe.num_layers, recipe.num_heads
+    _check_sizes(num_nets=num_nets, num_layers=num_layers, num_heads=num_heads, depth=recipe.depth)
+    if recipe.num_steps < 0:
+        raise ValueError(f"expected num_steps of at least 0, got {recipe.num_steps}")
+    x = data.x if stem is None else stem.apply({"params": stem_params}, data.x)
+    data = Batch(jnp.asarray(x), jnp.asarray(data.y))
+    _check_data(data, recipe)
+    weights = _train(jax.random.split(key, num_nets), data, recipe)
+    cut_layers, cut_heads = (_unstack(tree, num_axes=3) for tree in weights)
+    heads = ["head"] if num_heads == 1 else [f"head{i}" for i in range(num_heads)]
+    names = [f"{net}/{j}" for net in nets for j in range(num_layers)] + [f"{net}/{name}" for net in nets for name in heads]
+    first_head = len(nets) * num_layers
+    return Bank.stack(
+        layer,
+        cut_layers,
+        head,
+        cut_heads,
+        stem=stem,
+        stem_params=stem_params,
+        names=names,
+        origins=[f"{origin}: {name}" for name in names],
+        parents=[]
+        if recipe.is_routed
+        else [(*range(i * num_layers, (i + 1) * num_layers), first_head + i) for i in range(len(nets))],
+        num_steps=recipe.num_steps,
+    )
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"expected {name} of at least 1, got {size}")
+
+
+def _check_data(data: Batch, recipe: _Recipe) -> None:
+    key = jax.random.key(0)
+    try:
+        out, _ = jax.eval_shape(recipe.layer.init_with_output, key, data.x)
+        logits, _ = jax.eval_shape(recipe.head.init_with_output, key, data.x)
+    except Exception as error:  # whatever a user's module raises
+        raise ValueError(
+            f"layer or head does not take data of shape {list(data.x.shape)}: {str(error).splitlines()[0]}"
+        ) from None
+    if out.shape != data.x.shape or out.dtype != data.x.dtype:
+        raise ValueError(
+            f"layer {type(recipe.layer).__name__} must keep the shape of its input: expected {data.x.dtype}"
+            f"{list(data.x.shape)}, got {out.dtype}{list(out.shape)}"
+        )
+    if is_concrete(data) and not (0 <= int(data.y.min()) and int(data.y.max()) < logits.shape[-1]):
+        raise ValueError(
+            f"expected labels in 0..{logits.shape[-1] - 1}, the head's classes, got {int(data.y.min())}.."
+            f"{int(data.y.max())}"
+        )
+
+
+def _pick(tree: PyTree, index: Any) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def _unstack(tree: PyTree, num_axes: int) -> list[PyTree]:
+    """One tree for each index of the first `num_axes` axes together."""
+    tree = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[num_axes:]), tree)
+    return [_pick(tree, i) for i in range(jax.tree.leaves(tree)[0].shape[0])]
+
+
+@partial(jax.jit, static_argnames="recipe")
+def _train(keys: Key[Array, "R"], data: Batch, recipe: _Recipe) -> _Weights:
+    """Weights of each run at each of its snapshots, leaves `[R, num_snapshots, n, ...]`."""
+    # One run after another on CPU, where vmapped weights make convolutions slow; elsewhere all at once.
+    batch_size = 1 if jax.default_backend() == "cpu" else keys.shape[0]
+    return jax.lax.map(lambda key: _train_one(key, data, recipe), keys, batch_size=batch_size)
+
+
+def _train_one(key: Array, data: Batch, recipe: _Recipe) -> _Weights:
+    layer_key, head_key, step_key = jax.random.split(key, 3)
+    layers, heads = (
+        jax.vmap(lambda k, module=module: module.init(k, data.x[:1]).get("params", {}))(jax.random.split(k, size))
+        for module, k, size in (
+            (recipe.layer, layer_key, recipe.num_layers),
+            (recipe.head, head_key, recipe.num_heads),
+        )
+    )
+    weights = _Weights(layers, heads)
+
+    def train_step(carry: Any, key: Array) -> Any:
+        weights, opt_state = carry
+        gradient = jax.grad(_route_loss)(weights, key, data, recipe)
+        updates, opt_state = recipe.optimizer.update(gradient, opt_state, weights)
+        new = optax.apply_updates(weights, updates)
+        return (new if recipe.is_layer_trained else _Weights(weights.layers, new.heads), opt_state), None
+
+    def train_until_snapshot(carry: Any, keys: Array) -> Any:
+        carry, _ = jax.lax.scan(train_step, carry, keys)
+        return carry, carry[0]
+
+    keys = jax.random.split(step_key, recipe.num_steps).reshape(recipe.num_snapshots, -1)
+    _, snapshots = jax.lax.scan(train_until_snapshot, (weights, recipe.optimizer.init(weights)), keys)
+    return snapshots
+
+
+def _route_loss(weights: _Weights, key: Array, data: Batch, recipe: _Recipe) -> Float[Array, ""]:
+    """Mean cross-entropy of one minibatch along one route."""
+    batch_key, layer_key, head_key = jax.random.split(key, 3)
+    batch = jax.random.choice(batch_key, data.y.shape[0], (min(BATCH_SIZE, data.y.shape[0]),), replace=False)
+    route, last = jnp.arange(recipe.depth), jnp.array(0)
+    if recipe.is_routed:
+        route = jax.random.randint(layer_key, (recipe.depth,), 0, recipe.num_layers)
+        last = jax.random.randint(head_key, (), 0, recipe.num_heads)
+    hidden = data.x[batch]
+    # Unrolled: the gradient of a convolution in a loop is far slower on CPU.
+    for member in route:
+        hidden = recipe.layer.apply({"params": _pick(weights.layers, member)}, hidden)
+    logits = recipe.head.apply({"params": _pick(weights.heads, last)}, hidden)
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, data.y[batch]))
