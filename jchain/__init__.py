@@ -1,8 +1,43 @@
-"""jchain: search over chains of detached (frozen) layers."""
-from jchain import chain, data, layers, train, encoding, env
-from jchain.bank import Bank
+"""jchain: search over chains of detached (frozen) layers.
+
+`import jchain` stays light: rlax, matplotlib and the like are imported by the function that needs them.
+"""
+
+from jchain import chain, data, encoding, env, layers, train
+from jchain.bank import Bank, LayerGroup
+from jchain.data import Batch, Dataset
+from jchain.encoding import TokenEncoding, WeightEncoding
 from jchain.evaluate import Evaluation, apply_chain, evaluate, evaluate_all
 from jchain.problem import Problem
-from jchain.search.base import Info, Result, run
 from jchain.search.actor_critic import ActorCritic
+from jchain.search.base import Curve, Info, Result, Search, run
 from jchain.search.random_search import RandomSearch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActorCritic",
+    "Bank",
+    "Batch",
+    "Curve",
+    "Dataset",
+    "Evaluation",
+    "Info",
+    "LayerGroup",
+    "Problem",
+    "RandomSearch",
+    "Result",
+    "Search",
+    "TokenEncoding",
+    "WeightEncoding",
+    "apply_chain",
+    "chain",
+    "data",
+    "encoding",
+    "env",
+    "evaluate",
+    "evaluate_all",
+    "layers",
+    "run",
+    "train",
+]

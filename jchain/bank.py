@@ -287,7 +287,7 @@ def check_keeps_shape(group: LayerGroup, x: Any) -> None:
         out = jax.eval_shape(group.apply, 0, x)
     except Exception as error:  # whatever a user's module raises: said again with what was asked of it
         raise ValueError(
-            f"layer {group.module!r} does not take an input of shape {list(x.shape)}: {str(error).splitlines()[0]}"
+            f"layer {type(group.module).__name__} does not take an input of shape {list(x.shape)}: {str(error).splitlines()[0]}"
         ) from None
     if out.shape != x.shape or out.dtype != x.dtype:
         raise ValueError(

@@ -110,7 +110,7 @@ def sample(
     length = jax.random.categorical(length_key, logits, shape=(num_chains, 1))
     layers = jax.random.randint(layer_key, (num_chains, max_layers + 1), 0, num_layers)
     heads = jax.random.randint(head_key, (num_chains, 1), num_layers, num_layers + num_heads)
-    slots = jnp.arange(max_layers + 1)
+    slots = jnp.arange(max_layers + 1)[None]
     chains = jnp.where(slots < length, layers, jnp.where(slots == length, heads, PADDING))
     return chains.astype(jnp.int32)
 
@@ -144,27 +144,26 @@ def neighbours(
     """
     max_layers = chain.shape[0] - 1
     length = count_layers(chain, num_layers)
-    slots = jnp.arange(max_layers + 1)
+    slots, row = jnp.arange(max_layers + 1)[None], chain[None]
     at, token = (grid.reshape(-1, 1) for grid in jnp.meshgrid(jnp.arange(max_layers), jnp.arange(num_layers)))
     earlier = jnp.roll(chain, 1)
-    # In a run of equal layers, inserting one more, or deleting one, gives the same chain at each place: keep the first.
-    is_repeat = at.T[0] > 0
 
-    swaps = jnp.where(slots == at, token, chain)
-    is_swap = (at.T[0] < length) & (token.T[0] != chain[at.T[0]])
+    swaps = jnp.where(slots == at, token, row)
+    is_swap = (at[:, 0] < length) & (token[:, 0] != chain[at[:, 0]])
 
     head = num_layers + jnp.arange(num_heads)[:, None]
-    head_swaps = jnp.where(slots == length, head, chain)
+    head_swaps = jnp.where(slots == length, head, row)
     is_head_swap = head[:, 0] != chain[length]
 
-    inserts = jnp.where(slots < at, chain, jnp.where(slots == at, token, earlier))
-    is_insert = (at.T[0] <= length) & (length < max_layers)
-    is_insert &= ~(is_repeat & (token.T[0] == earlier[at.T[0]]))
+    inserts = jnp.where(slots < at, row, jnp.where(slots == at, token, earlier[None]))
+    # In a run of equal layers, inserting one more, or deleting one, gives the same chain at each place: keep the first.
+    is_repeat = (at[:, 0] > 0) & (token[:, 0] == earlier[at[:, 0]])
+    is_insert = (at[:, 0] <= length) & (length < max_layers) & ~is_repeat
 
-    gap = jnp.arange(max_layers)[:, None]
+    gap = jnp.arange(max_layers)
     later = jnp.roll(chain, -1).at[-1].set(PADDING)
-    deletes = jnp.where(slots < gap, chain, later)
-    is_delete = (gap[:, 0] < length) & ~((gap[:, 0] > 0) & (chain[gap[:, 0]] == earlier[gap[:, 0]]))
+    deletes = jnp.where(slots < gap[:, None], row, later[None])
+    is_delete = (gap < length) & ~((gap > 0) & (chain[gap] == earlier[gap]))
 
     chains = jnp.concatenate([swaps, head_swaps, inserts, deletes]).astype(chain.dtype)
     return chains, jnp.concatenate([is_swap, is_head_swap, is_insert, is_delete])

@@ -5,7 +5,7 @@ here, as recurrences over tokens: `initial_carry(entries)`, `advance(carry, toke
 parameters that depend on the number of layers or heads, so one controller works for banks of any size.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -18,6 +18,7 @@ from jchain.bank import Bank, LayerGroup
 _HASH_SEED = 0
 
 
+@runtime_checkable
 class Encoding(Protocol):
     """A Flax module that encodes prefixes."""
 
@@ -51,7 +52,7 @@ def entry_features(bank: Bank, size: int = 64) -> Float[Array, "E D"]:
         rows = jnp.concatenate([_sketch_group(group, size) for group in groups])
         order = jnp.array([token - offset for group in groups for token in group.tokens])
         rows = jnp.zeros_like(rows).at[order].set(rows)
-        rows -= rows.mean(axis=0)
+        rows -= rows.mean(axis=0, keepdims=True)
         sketch, scale = rows[:, :size], rows[:, size:]
         # One scale for the whole sketch keeps its geometry.
         sketch /= jnp.sqrt(jnp.mean(sketch**2)) + 1e-6
@@ -69,7 +70,7 @@ def _sketch_group(group: LayerGroup, size: int) -> Float[Array, "n D"]:
         place_key, sign_key = jax.random.split(jax.random.fold_in(key, i))
         place = jax.random.randint(place_key, weights.shape[1:], 0, size)
         sign = jax.random.rademacher(sign_key, weights.shape[1:], jnp.float32)
-        sketch = sketch.at[:, place].add(sign * weights)
+        sketch = sketch.at[:, place].add(sign[None] * weights)
         square += jnp.sum(weights**2, axis=1)
         count += weights.shape[1]
     log_rms = 0.5 * jnp.log(square / max(count, 1) + 1e-12)

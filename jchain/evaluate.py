@@ -213,24 +213,33 @@ def _measure_one_by_one(problem: Problem, hidden: Array, chains: Array, length: 
     Keeps only the activations along the current chain, `[L, B, ...F]`, which stay in the cache of a CPU.
     """
     bank = problem.bank
+    num_chains, num_slots = chains.shape
+    slots = jnp.arange(num_slots)[None]
+    is_node = (slots >= first_new[:, None]) & (slots < length[:, None])
+    nodes = jnp.nonzero(is_node.reshape(-1), size=is_node.size)[0]
+    ends = jnp.nonzero(first_new <= length, size=num_chains + 1, fill_value=num_chains)[0]
+    # Nodes that must be there before the head of each end can be called; none behind the last end.
+    needs = jnp.append(jnp.cumsum(is_node.sum(axis=1)), is_node.size + 1)[ends]
 
-    def visit(i: Array, carry: Any) -> Any:
-        path, results = carry
-
-        def call_layer(t: Array, path: Array) -> Array:
-            return path.at[t + 1].set(apply_token(bank.layers, chains[i, t], path[t]))
-
-        path = jax.lax.fori_loop(first_new[i], length[i], call_layer, path)
-
-        def call_head(_: Array, results: Any) -> Any:
+    # Two flat loops, as a loop that carries the path without writing to it would copy it each time.
+    def call_heads(num_done: Array, path: Array, end: Array, results: Any) -> tuple[Array, Any]:
+        def call_head(carry: Any) -> Any:
+            end, results = carry
+            i = ends[end]
             measured = problem.measure(apply_token(bank.heads, chains[i, length[i]], path[length[i]]))
-            return jax.tree.map(lambda a, b: a.at[i].set(b), results, measured)
+            return end + 1, jax.tree.map(lambda a, b: a.at[i].set(b), results, measured)
 
-        is_distinct = (first_new[i] <= length[i]).astype(jnp.int32)
-        return path, jax.lax.fori_loop(0, is_distinct, call_head, results)
+        return jax.lax.while_loop(lambda carry: needs[carry[0]] <= num_done, call_head, (end, results))
 
-    path = jnp.zeros((chains.shape[1], *hidden.shape), hidden.dtype).at[0].set(hidden)
-    return jax.lax.fori_loop(0, chains.shape[0], visit, (path, _empty_results(problem, hidden, chains.shape[0])))[1]
+    def call_layer(n: Array, carry: Any) -> Any:
+        path, end, results = carry
+        i, t = jnp.divmod(nodes[n], num_slots)
+        path = path.at[t + 1].set(apply_token(bank.layers, chains[i, t], path[t]))
+        return path, *call_heads(n + 1, path, end, results)
+
+    path = jnp.zeros((num_slots, *hidden.shape), hidden.dtype).at[0].set(hidden)
+    carry = (path, *call_heads(jnp.array(0), path, jnp.array(0), _empty_results(problem, hidden, num_chains)))
+    return jax.lax.fori_loop(0, is_node.sum(), call_layer, carry)[2]
 
 
 def _empty_results(problem: Problem, hidden: Array, size: int) -> tuple[Array, Array]:

@@ -102,7 +102,15 @@ def encode_module(module: nn.Module) -> dict[str, Any]:
         if field.name in ("parent", "name") or value is field.default or value == field.default:
             continue
         fields[field.name] = _encode_value(value, f"{type(module).__name__}.{field.name}")
-    return {"module": type(module).__name__, "fields": fields}
+    return {"module": _name_class(type(module)), "fields": fields}
+
+
+def _name_class(cls: type) -> str:
+    """With the package that loading looks it up in, as both have a `Dense`; bare for the caller's own."""
+    for package in (layers, nn):
+        if getattr(package, cls.__name__, None) is cls:
+            return f"{package.__name__}.{cls.__name__}"
+    return cls.__name__
 
 
 def _encode_value(value: Any, where: str) -> Any:
@@ -124,14 +132,15 @@ def decode_module(encoded: dict[str, Any], modules: Sequence[type[nn.Module]] = 
 
     Args:
       encoded: what `encode_module` returned.
-      modules: the caller's own module classes, found by their `__name__`, before those of jchain.layers and flax.linen.
+      modules: the caller's own module classes, found by their `__name__`.
 
     Raises:
       ValueError: the class is in none of these places, or does not have such fields.
     """
     name = encoded["module"]
-    known = {cls.__name__: cls for cls in modules}
-    cls = known.get(name) or getattr(layers, name, None) or getattr(nn, name, None)
+    package, _, class_name = name.rpartition(".")
+    places = {layers.__name__: vars(layers), nn.__name__: vars(nn), "": {cls.__name__: cls for cls in modules}}
+    cls = places.get(package, {}).get(class_name)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise ValueError(f"unknown module {name!r}: pass its class, as in Bank.load(path, modules=[{name}])")
     try:

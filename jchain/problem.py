@@ -70,7 +70,7 @@ class Problem:
                 outputs.append(jax.eval_shape(group.apply, 0, hidden))
             except Exception as error:  # whatever a user's module raises
                 raise ValueError(
-                    f"head {group.module!r} does not take the layers' shape {list(hidden.shape)}: "
+                    f"head {type(group.module).__name__} does not take the layers' shape {list(hidden.shape)}: "
                     f"{str(error).splitlines()[0]}"
                 ) from None
         if len({output.shape for output in outputs}) != 1:

@@ -1,6 +1,6 @@
 """A live line: layer calls, best loss, time left."""
 
-from typing import Any, Self
+from typing import Any
 
 
 class Progress:
@@ -11,18 +11,18 @@ class Progress:
         self._budget = budget
         self._is_shown = is_shown
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Progress":
         if self._is_shown:
             from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich import progress
 
             columns = (
-                TextColumn("{task.completed:,.0f} of {task.total:,.0f} layer calls"),
-                BarColumn(),
-                TextColumn("best loss {task.fields[best_loss]:.4f}"),
-                TimeRemainingColumn(),
+                progress.TextColumn("{task.completed:,.0f} of {task.total:,.0f} layer calls"),
+                progress.BarColumn(),
+                progress.TextColumn("best loss {task.fields[best_loss]:.4f}"),
+                progress.TimeRemainingColumn(),
             )
-            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._bar = progress.Progress(*columns, console=Console(stderr=True))
             self._task = self._bar.add_task("search", total=self._budget, best_loss=float("inf"))
             self._bar.start()
         return self

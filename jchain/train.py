@@ -95,12 +95,12 @@ def snapshots(
     """One net of `depth` layers copied at `num_snapshots` even distances of its training, the last time at its end.
 
     Layer `j` after `s` steps is called `step{s}/{j}`. The bank has `num_snapshots * depth` layers, `num_snapshots` heads
-    and as many parents. `num_steps` must be a multiple of `num_snapshots`.
+    and as many parents. `num_steps` is rounded up to a multiple of `num_snapshots`.
     """
-    num_steps = settings.get("num_steps", _Recipe._field_defaults["num_steps"])
-    if num_snapshots < 1 or num_steps % num_snapshots or num_steps < num_snapshots:
-        raise ValueError(f"expected num_steps to be a multiple of num_snapshots, got {num_steps} and {num_snapshots}")
-    nets = [f"step{(i + 1) * num_steps // num_snapshots}" for i in range(num_snapshots)]
+    _check_sizes(num_snapshots=num_snapshots)
+    distance = -(-settings.get("num_steps", _Recipe._field_defaults["num_steps"]) // num_snapshots)
+    settings["num_steps"] = distance * num_snapshots
+    nets = [f"step{(i + 1) * distance}" for i in range(num_snapshots)]
     recipe = {"num_layers": depth, "num_heads": 1, "depth": depth, "num_snapshots": num_snapshots}
     return _make_bank(key, data, layer, head, recipe, settings, nets, "one net during its training")
 

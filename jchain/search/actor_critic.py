@@ -55,7 +55,7 @@ class ActorCritic:
     num_chains: int = static(default=64)
     num_epochs: int = static(default=4)
     learning_rate: float = 3e-3
-    entropy_weight: float = 0.01
+    entropy_weight: float = 0.2
     critic_weight: float = 0.5
     lambda_: float = 0.95
     clip: float = 0.2
@@ -100,7 +100,7 @@ class ActorCritic:
             rollout.chains
         )
         length = count_layers(rollout.chains, problem.bank.num_layers)[:, None]
-        slots = jnp.arange(rollout.chains.shape[1])
+        slots = jnp.arange(rollout.chains.shape[1])[None]
         is_step = (slots <= length).astype(values.dtype)
         reward = jnp.where(slots == length, rollout.reward[:, None], 0.0)
         discount = (slots < length).astype(values.dtype)
@@ -125,8 +125,8 @@ def rank_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
     Losses of a bank span orders of magnitude, and near the optimum what is left to gain is far smaller than their spread:
     ranks keep both ends in sight (rank-based shaping, Wierstra et al. 2014, JMLR 15).
     """
-    is_better = jnp.sum(loss[:, None] < loss, axis=1)
-    is_worse = jnp.sum(loss[:, None] > loss, axis=1)
+    is_better = jnp.sum(loss[:, None] < loss[None], axis=1)
+    is_worse = jnp.sum(loss[:, None] > loss[None], axis=1)
     return (is_better - is_worse) / (loss.shape[0] - 1)
 
 

@@ -1,6 +1,6 @@
 """What every search is, and the one loop that runs it."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ class Info(NamedTuple):
     layer_calls: Int[Array, ""]  # what it cost
 
 
+@runtime_checkable
 class Search(Protocol):
     """A frozen dataclass registered as a pytree (`jchain.pytree`): sizes static, rates data.
 

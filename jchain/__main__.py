@@ -1,0 +1,131 @@
+"""The command line: `jchain search` makes a bank and searches it, `jchain evaluate` scores chains of a saved bank."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jchain as jc
+from jchain import report
+from jchain.data import LOADERS
+
+BANKS = ("independent", "routed", "snapshots", "random")
+LAYERS = {"residual": jc.layers.ResidualMLP, "dense": jc.layers.Dense}
+ENCODINGS = {"tokens": jc.TokenEncoding, "weights": jc.WeightEncoding}
+SEARCHES = {
+    "actor-critic": lambda args: jc.ActorCritic(encoding=ENCODINGS[args.encoding]()),
+    "random": lambda args: jc.RandomSearch(),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 2 when the input is bad, with one line that says why."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"jchain: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jchain", description="Search over chains of detached (frozen) layers.")
+    parser.add_argument("--version", action="version", version=jc.__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+
+    search = commands.add_parser("search", help="make a bank and search it", formatter_class=formatter)
+    search.add_argument("--data", choices=sorted(LOADERS), default="digits", help="data set")
+    search.add_argument("--bank", choices=BANKS, default="routed", help="how the bank is made")
+    search.add_argument("--layer", choices=sorted(LAYERS), default="residual", help="module of the layers")
+    search.add_argument("--num-layers", type=int, default=12, help="layers in the bank")
+    search.add_argument("--num-heads", type=int, default=1, help="heads of a routed or random bank")
+    search.add_argument("--depth", type=int, default=4, help="layers of each net, or route, that is trained")
+    search.add_argument("--num-steps", type=int, default=1000, help="gradient steps that make the bank")
+    search.add_argument("--max-layers", type=int, help="most layers in a chain (default: depth)")
+    search.add_argument("--search", choices=sorted(SEARCHES), default="actor-critic", help="search")
+    search.add_argument("--encoding", choices=sorted(ENCODINGS), default="tokens", help="what the actor-critic sees")
+    search.add_argument("--budget", type=int, default=20_000, help="layer calls")
+    search.add_argument("--seed", type=int, default=0, help="of splits, bank and search")
+    search.add_argument("--out", type=Path, help="result folder (default: results/DATA-BANK-SEARCH-SEED)")
+    search.add_argument("--replace", action="store_true", help="replace a result that is in the folder")
+    search.add_argument("--json", action="store_true", help="print the result as one JSON object in the last line")
+    search.set_defaults(run=_search)
+
+    evaluate = commands.add_parser("evaluate", help="score chains of a saved bank", formatter_class=formatter)
+    evaluate.add_argument("bank", type=Path, help="a bank file, or the result folder of a search")
+    evaluate.add_argument(
+        "--chain",
+        action="append",
+        metavar="TOKENS",
+        help="layer tokens and a head, as in 3,0,7,12; repeat for more (default: the chain that the search found)",
+    )
+    evaluate.add_argument("--data", choices=sorted(LOADERS), help="data set (default: that of the search, or digits)")
+    evaluate.add_argument("--seed", type=int, help="of the splits (default: that of the search, or 0)")
+    evaluate.add_argument("--split", choices=("search", "select", "test"), default="search", help="what to score on")
+    evaluate.add_argument("--json", action="store_true", help="print the result as one JSON object in the last line")
+    evaluate.set_defaults(run=_evaluate)
+    return parser
+
+
+def _search(args: argparse.Namespace) -> None:
+    args.max_layers = args.depth if args.max_layers is None else args.max_layers
+    args.out = args.out or Path("results") / f"{args.data}-{args.bank}-{args.search}-{args.seed}"
+    report.check_out(args.out, replace=args.replace)
+    config = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(args).items()
+        if name not in ("run", "json", "replace")
+    }
+    data = jc.data.load(args.data, args.seed)
+    modules = {
+        "layer": LAYERS[args.layer](data.train.x.shape[-1]),
+        "head": jc.layers.DenseHead(data.num_classes),
+    }
+    job = report.search(config, data, modules, SEARCHES[args.search](args))
+    report.write(args.out, job)
+    report.print_table(job)
+    print(f"Wrote {args.out}/result.json, bank.safetensors and curve.png")
+    if args.json:
+        print(json.dumps(job.result))
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    config, found = report.read_config(args.bank)
+    path = args.bank / report.BANK_FILE if args.bank.is_dir() else args.bank
+    bank = jc.Bank.load(path)
+    chains = [_parse_chain(text) for text in args.chain] if args.chain else found
+    if not chains:
+        raise ValueError("expected at least one --chain, as in --chain 3,0,7,12")
+    data = jc.data.load(args.data or config.get("data", "digits"), config.get("seed", 0) if args.seed is None else args.seed)
+    padded = jc.chain.pad(chains)
+    problem = jc.Problem(bank, getattr(data, args.split), max_layers=padded.shape[1] - 1)
+    out = jc.evaluate(problem, padded)
+    rows: list[dict[str, Any]] = [
+        {
+            "chain": chain,
+            "layers": [bank.names[token] for token in chain],
+            "loss": report.finite_or_none(loss),
+            "accuracy": float(accuracy),
+        }
+        for chain, loss, accuracy in zip(chains, out.loss, out.accuracy, strict=True)
+    ]
+    for row in rows:
+        loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+        print(f"loss {loss}  accuracy {row['accuracy']:.3f}  {' -> '.join(row['layers'])}")
+    if args.json:
+        print(json.dumps({"split": args.split, "layer_calls": int(out.layer_calls), "chains": rows}))
+
+
+def _parse_chain(text: str) -> list[int]:
+    try:
+        return [int(token) for token in text.split(",")]
+    except ValueError:
+        raise ValueError(f"expected a chain as tokens with commas between, 3,0,7,12, got {text!r}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+"""The main job and its report: bank, search, re-ranking, controls, table, files."""
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+import jchain
+from jchain import chain, train
+from jchain.bank import Bank
+from jchain.data import Dataset
+from jchain.evaluate import evaluate, evaluate_all
+from jchain.plot import plot_curve
+from jchain.problem import Problem
+from jchain.search.base import Result, Search, run
+
+RESULT_FILE, BANK_FILE, CURVE_FILE = "result.json", "bank.safetensors", "curve.png"
+SPLITS = ("search", "select", "test")
+# Chains whose optimum is looked up by evaluating them all: about half a minute on two cores.
+MAX_OPTIMUM_CHAINS = 200_000
+
+
+class Job(NamedTuple):
+    """Everything a search leaves behind."""
+
+    result: dict[str, Any]  # result.json
+    bank: Bank
+    run: Result
+
+
+def search(config: Mapping[str, Any], data: Dataset, modules: Mapping[str, nn.Module], method: Search) -> Job:
+    """Make the bank, search on `search`, re-rank the finalists on `select`, open `test` once for the report.
+
+    Args:
+      config: options of `jchain search`, by name.
+      data: the splits.
+      modules: `layer` and `head`.
+      method: the search.
+
+    Raises:
+      ValueError: sizes do not fit each other, the budget is smaller than one step, or no chain has a finite loss.
+    """
+    start = time.perf_counter()
+    bank_key, control_key, search_key, chain_key = jax.random.split(jax.random.key(config["seed"]), 4)
+    _say(f"Making a bank of {config['num_layers']} layers ({config['bank']}) on {data.name} ...")
+    bank = make_bank(bank_key, config, data, modules)
+    problem = Problem(bank, data.search, max_layers=config["max_layers"])
+    found = run(search_key, method, problem, budget=config["budget"], progress=True)
+    if len(found.finalists) == 0:
+        raise ValueError(f"no chain has a finite loss: {found.num_chains} were scored")
+    _say("Re-ranking the finalists, scoring the controls ...")
+    best = _pick_on_select(bank, data, found.finalists)
+    tokens = [int(token) for token in best if token != chain.PADDING]
+    loss, accuracy = _score(bank, data, tokens)
+    parent = _score_best_parent(control_key, config, data, modules, bank)
+    random_chain = _score_random_chain(chain_key, data, bank, len(tokens) - 1)
+    sizes = (bank.num_layers, bank.num_heads, problem.max_layers)
+    optimum = None
+    if chain.count(*sizes) <= MAX_OPTIMUM_CHAINS:
+        _say(f"Evaluating all {chain.count(*sizes):,} chains for the optimum ...")
+        optimum = finite_or_none(evaluate_all(problem)[1].loss.min())
+    result = {
+        "best_chain": tokens,
+        "layers": [bank.names[token] for token in tokens],
+        "loss": loss,
+        "accuracy": accuracy,
+        "layer_calls": found.layer_calls,
+        "seconds": 0.0,
+        "optimum": optimum,
+        "controls": {"best_parent": parent, "random_chain": random_chain},
+        "nonfinite_chains": found.num_nonfinite,
+        "config": dict(config),
+        "versions": _versions(),
+    }
+    result["seconds"] = round(time.perf_counter() - start, 1)
+    return Job(result, bank, found)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def make_bank(key: Any, config: Mapping[str, Any], data: Dataset, modules: Mapping[str, nn.Module]) -> Bank:
+    """The bank that the options ask for.
+
+    Raises:
+      ValueError: `num_layers` is not a multiple of `depth` for a bank of nets, or `num_heads` is asked of one.
+    """
+    num_layers, depth, kind = config["num_layers"], config["depth"], config["bank"]
+    shared = {"depth": depth, "num_steps": config["num_steps"], **modules}
+    if kind in ("routed", "random"):
+        make = train.routed if kind == "routed" else train.random
+        return make(key, data.train, num_layers=num_layers, num_heads=config["num_heads"], **shared)
+    if depth < 1 or num_layers < depth or num_layers % depth:
+        raise ValueError(f"expected num_layers to be a multiple of depth for a {kind} bank, got {num_layers} and {depth}")
+    if config["num_heads"] != 1:
+        raise ValueError(f"expected no num_heads for a {kind} bank, which has one per net, got {config['num_heads']}")
+    if kind == "independent":
+        return train.independent(key, data.train, num_nets=num_layers // depth, **shared)
+    return train.snapshots(key, data.train, num_snapshots=num_layers // depth, **shared)
+
+
+def _score(bank: Bank, data: Dataset, tokens: list[int]) -> tuple[dict[str, float | None], dict[str, float]]:
+    """Loss and accuracy of one chain by split."""
+    chains = chain.pad([tokens])
+    outs = {name: evaluate(Problem(bank, getattr(data, name), len(tokens) - 1), chains) for name in SPLITS}
+    loss = {name: finite_or_none(out.loss[0]) for name, out in outs.items()}
+    return loss, {name: float(out.accuracy[0]) for name, out in outs.items()}
+
+
+def _pick_on_select(bank: Bank, data: Dataset, chains: np.ndarray) -> np.ndarray:
+    out = evaluate(Problem(bank, data.select, chains.shape[1] - 1), chains)
+    return chains[int(np.argmin(out.loss))]
+
+
+def _score_best_parent(
+    key: Any, config: Mapping[str, Any], data: Dataset, modules: Mapping[str, nn.Module], bank: Bank
+) -> dict[str, Any]:
+    """The best net that the bank was cut from, or without one a plain net of as many layers and gradient steps."""
+    if not bank.parents:
+        bank = train.independent(
+            key, data.train, num_nets=1, depth=config["depth"], num_steps=bank.num_steps, **modules
+        )
+    best = _pick_on_select(bank, data, chain.pad(bank.parents))
+    loss, accuracy = _score(bank, data, [int(token) for token in best])
+    return {"loss": loss, "accuracy": accuracy}
+
+
+def _score_random_chain(key: Any, data: Dataset, bank: Bank, num_layers: int) -> dict[str, Any]:
+    layer_key, head_key = jax.random.split(key)
+    layers = jax.random.randint(layer_key, (num_layers,), 0, bank.num_layers)
+    head = bank.num_layers + jax.random.randint(head_key, (), 0, bank.num_heads)
+    loss, accuracy = _score(bank, data, [*map(int, layers), int(head)])
+    return {"loss": loss, "accuracy": accuracy}
+
+
+def finite_or_none(loss: Any) -> float | None:
+    """A loss for JSON, which has no infinity."""
+    return float(loss) if np.isfinite(loss) else None
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "jchain": jchain.__version__}
+    for name in ("jax", "flax", "optax", "rlax", "numpy", "scikit-learn"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+def print_table(job: Job) -> None:
+    """The chain that was found beside its controls, on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    result, controls = job.result, job.result["controls"]
+    table = Table(title="loss (accuracy) by split", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for name in SPLITS:
+        table.add_column(name, justify="right")
+    parent = "best parent net" if job.bank.parents else "plain net, as many steps"
+    rows = {
+        "chain found": result,
+        parent: controls["best_parent"],
+        "random chain, as long": controls["random_chain"],
+    }
+    for name, row in rows.items():
+        table.add_row(name, *(_cell(row["loss"][split], row["accuracy"][split]) for split in SPLITS))
+    if result["optimum"] is not None:
+        table.add_row("optimum of all chains", f"{result['optimum']:.4f}        ")
+    console = Console()
+    console.print(table)
+    console.print(f"chain found, in {result['layer_calls']:,} layer calls: {' -> '.join(result['layers'])}")
+    if result["nonfinite_chains"]:
+        console.print(f"{result['nonfinite_chains']} of {job.run.num_chains} scored chains had a loss that was not finite")
+
+
+def _cell(loss: float | None, accuracy: float) -> str:
+    return "not finite" if loss is None else f"{loss:.4f} ({accuracy:.1%})"
+
+
+def check_out(path: Path, *, replace: bool) -> None:
+    """Refuse a folder that holds something, unless it is a result and may be replaced.
+
+    Raises:
+      ValueError: it does.
+    """
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"expected a folder for results, got the file {path}")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not (path / RESULT_FILE).exists():
+        raise ValueError(f"{path} holds files that are no result of jchain: choose another --out")
+    if not replace:
+        raise ValueError(f"{path} already holds a result: pass --replace to replace it, or another --out")
+
+
+def write(path: Path, job: Job) -> None:
+    """Write the result folder beside its place, then rename it: all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        (temporary / RESULT_FILE).write_text(json.dumps(job.result, indent=1) + "\n")
+        job.bank.save(temporary / BANK_FILE)
+        levels = {
+            "best parent": job.result["controls"]["best_parent"]["loss"]["search"],
+            "optimum": job.result["optimum"],
+        }
+        plot_curve(temporary / CURVE_FILE, job.run.curve, {k: v for k, v in levels.items() if v is not None})
+        temporary.chmod(0o755)
+        if path.exists():
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")) / "old"
+            os.rename(path, old)
+            os.rename(temporary, path)
+            shutil.rmtree(old.parent)
+        else:
+            os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], list[list[int]]]:
+    """Configuration and found chain of a result folder; of a bank file, which has none, an empty one and no chain.
+
+    Raises:
+      ValueError: the folder holds no result, or a damaged one.
+    """
+    if not path.is_dir():
+        return {}, []
+    try:
+        result = json.loads((path / RESULT_FILE).read_text())
+        return result["config"], [result["best_chain"]]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"expected a bank file or a result folder, got {path}: {error}") from None

@@ -1,0 +1,60 @@
+"""Signatures are checked at run time by jaxtyping and beartype, silent rank promotion is an error."""
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+with install_import_hook("jchain", "beartype.beartype"):
+    import jchain as jc
+
+LAYER, HEAD = jc.layers.ResidualMLP(5, hidden=7), jc.layers.DenseHead(3)
+
+
+def init_params(module, key, num, shape):
+    """Random params; biases too, as an initializer's zeros would hide a bias that is left out."""
+    params = [module.init(k, jax.numpy.ones((1, *shape)))["params"] for k in jax.random.split(key, num)]
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    noisy = [leaf + 0.3 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, noisy)
+
+
+def make_bank(num_layers=4, num_heads=2, seed=0, layer=LAYER, **kwargs):
+    """A small bank of random weights on 5 features and 3 classes."""
+    layer_key, head_key = jax.random.split(jax.random.key(seed))
+    return jc.Bank.stack(
+        layer, init_params(layer, layer_key, num_layers, (5,)), HEAD, init_params(HEAD, head_key, num_heads, (5,)), **kwargs
+    )
+
+
+def make_batch(num_examples=9, seed=1):
+    x_key, y_key = jax.random.split(jax.random.key(seed))
+    return jc.Batch(jax.random.normal(x_key, (num_examples, 5)), jax.random.randint(y_key, (num_examples,), 0, 3))
+
+
+@pytest.fixture(scope="session")
+def bank():
+    return make_bank()
+
+
+@pytest.fixture(scope="session")
+def two_group_bank():
+    """Five layers of two modules, two heads."""
+    return jc.Bank.concat([make_bank(3, 1), make_bank(2, 1, seed=5, layer=jc.layers.Dense(5))])
+
+
+@pytest.fixture(scope="session")
+def problem(bank):
+    return jc.Problem(bank, make_batch(), max_layers=3)
+
+
+@pytest.fixture(scope="session")
+def two_group_problem(two_group_bank):
+    return jc.Problem(two_group_bank, make_batch(), max_layers=3)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return jc.data.load("digits", seed=0)

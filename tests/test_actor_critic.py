@@ -1,0 +1,86 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jchain as jc
+from jchain.encoding import Controller
+from jchain.search import actor_critic as ac
+
+
+@pytest.fixture(scope="module", params=[jc.TokenEncoding(8), jc.WeightEncoding(8)])
+def agent(request, problem):
+    search = jc.ActorCritic(encoding=request.param, num_chains=16)
+    state = search.init(jax.random.key(0), problem)
+    # Larger weights than at the start, so that the policy is far from uniform.
+    return search, state._replace(params=jax.tree.map(lambda leaf: 3 * leaf, state.params))
+
+
+def test_rank_rewards_by_hand():
+    np.testing.assert_allclose(ac.rank_rewards(jnp.array([2.0, 1.0, jnp.inf, 2.0, 9.0])), [0.25, 1.0, -1.0, 0.25, -0.5])
+
+
+def test_replay_gives_the_log_probabilities_of_the_rollout(agent, problem):
+    search, state = agent
+    controller = Controller(search.encoding)
+    for seed in range(6):
+        chain, log_prob = ac.sample_chain(jax.random.key(seed), controller, state.params, state.entries, problem)
+        jc.chain.validate(chain, 4, 2, 3)
+        logits, values = ac.replay_chain(controller, state.params, state.entries, chain, problem)
+        length = int(jc.chain.count_layers(chain, 4))
+        expected = jax.nn.log_softmax(logits)[jnp.arange(length + 1), chain[: length + 1]]
+        np.testing.assert_allclose(log_prob[: length + 1], expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(log_prob[length + 1 :], 0)
+        assert np.ptp(values[: length + 1]) > 0 or length == 0
+
+
+def test_layers_are_never_taken_in_the_last_slot(agent, problem):
+    search, state = agent
+    logits, _ = ac.replay_chain(Controller(search.encoding), state.params, state.entries, jnp.array([0, 1, 2, 4]), problem)
+    assert np.all(jax.nn.softmax(logits[3])[:4] == 0)
+    assert np.all(jax.nn.softmax(logits[2]) > 0)
+
+
+def test_the_loss_by_hand(agent, problem):
+    """Actor, entropy and critic terms for one chain, written out in NumPy."""
+    search, state = agent
+    controller = Controller(search.encoding)
+    chain, reward = jnp.array([2, 0, 5, -1]), 0.7
+    logits, values = ac.replay_chain(controller, state.params, state.entries, chain, problem)
+    logits, values = np.asarray(logits, np.float64), np.asarray(values, np.float64)
+    log_prob = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    old = np.array([log_prob[t, a] for t, a in enumerate([2, 0, 5])]) - [0.5, 0.0, -0.5]
+    # lambda returns backward: G_t = r_t + (1 - lambda) v_{t+1} + lambda G_{t+1}
+    lam, returns = search.lambda_, np.zeros(3)
+    returns[2] = reward
+    for t in (1, 0):
+        returns[t] = (1 - lam) * values[t + 1] + lam * returns[t + 1]
+    advantage = returns - values[:3]
+    ratio = np.exp([0.5, 0.0, -0.5])
+    surrogate = np.minimum(ratio * advantage, np.clip(ratio, 0.8, 1.2) * advantage)
+    entropy = -np.sum(np.exp(log_prob[:3]) * log_prob[:3], axis=1)
+    # Means run over the L = 4 slots.
+    expected = (
+        -surrogate.sum() - search.entropy_weight * entropy.sum() + search.critic_weight * 0.5 * np.sum(advantage**2)
+    ) / 4
+    rollout = ac.Rollout(chain[None], jnp.append(jnp.array(old, jnp.float32), 0.0)[None], jnp.array([reward]))
+    loss = search._loss(state.params, controller, state.entries, rollout, problem)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+
+
+def test_updates_raise_the_probability_of_better_chains(problem):
+    """On a problem with one clearly best chain, the policy comes to prefer it."""
+    search = jc.ActorCritic(num_chains=32, entropy_weight=0.05)
+    state = search.init(jax.random.key(0), problem)
+    chains, out = jc.evaluate_all(problem)
+    best = jnp.asarray(chains[int(jnp.argmin(out.loss))])
+
+    def best_log_prob(params):
+        logits, _ = ac.replay_chain(Controller(search.encoding), params, state.entries, best, problem)
+        taken = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(best, 0)[:, None], axis=1)[:, 0]
+        return float(jnp.sum(jnp.where(best >= 0, taken, 0.0)))
+
+    before, step, new = best_log_prob(state.params), jax.jit(search.step), state
+    for key in jax.random.split(jax.random.key(1), 60):
+        new, _ = step(key, new, problem)
+    assert best_log_prob(new.params) > before + 2

@@ -1,0 +1,107 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jchain import chain
+
+N, K, D = 3, 2, 2
+
+
+def all_chains(num_layers, num_heads, max_layers):
+    """Every chain as a tuple, by itertools."""
+    return [
+        (*layers, head)
+        for depth in range(max_layers + 1)
+        for layers in itertools.product(range(num_layers), repeat=depth)
+        for head in range(num_layers, num_layers + num_heads)
+    ]
+
+
+def to_tuple(row):
+    return tuple(int(token) for token in row if token >= 0)
+
+
+def test_enumerate_all_gives_every_chain_once_in_order():
+    chains = chain.enumerate_all(N, K, D)
+    assert [to_tuple(row) for row in chains] == all_chains(N, K, D)
+    assert chains.shape == (chain.count(N, K, D), D + 1)
+    chain.validate(chains, N, K, D)
+
+
+def test_sample_is_uniform_over_all_chains():
+    num = 26_000
+    rows = np.asarray(chain.sample(jax.random.key(0), num, N, K, D))
+    chain.validate(rows, N, K, D)
+    found, counts = np.unique(rows, axis=0, return_counts=True)
+    assert len(found) == chain.count(N, K, D) == 26
+    # Poisson counts of mean 1000: five standard deviations.
+    assert np.abs(counts - 1000).max() < 5 * np.sqrt(1000)
+
+
+@pytest.mark.parametrize("max_layers", [0, 1, 3])
+def test_neighbours_are_all_chains_one_edit_away(max_layers):
+    universe = all_chains(N, K, max_layers)
+    for tokens in universe:
+        *layers, head = tokens
+        swaps = {(*layers[:i], new, *layers[i + 1 :], head) for i in range(len(layers)) for new in range(N)}
+        heads = {(*layers, new) for new in range(N, N + K)}
+        inserts = {(*layers[:i], new, *layers[i:], head) for i in range(len(layers) + 1) for new in range(N)}
+        deletes = {(*layers[:i], *layers[i + 1 :], head) for i in range(len(layers))}
+        expected = ((swaps | heads | inserts | deletes) & set(universe)) - {tokens}
+        rows, is_valid = jax.jit(chain.neighbours, static_argnums=(1, 2))(jnp.array(chain.pad([tokens], max_layers)[0]), N, K)
+        found = [to_tuple(row) for row in np.asarray(rows)[np.asarray(is_valid)]]
+        assert len(found) == len(set(found))
+        assert set(found) == expected
+        chain.validate(np.asarray(rows)[np.asarray(is_valid)], N, K, max_layers)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([0, 1, 999], r"token 999 at slot 2 is out of range: expected 0..2 \(layers\), 3..4 \(heads\) or -1"),
+        ([0, -2, 3], "token -2 at slot 1 is out of range"),
+        ([0, 1, 2], "chain 0 has no head token"),
+        ([-1, -1, -1], "chain 0 has no head token"),
+        ([3, 0, -1], "chain 0 has tokens after its head"),
+        ([3, 4, -1], "chain 0 has tokens after its head"),
+        ([-1, 3, -1], "chain 0 has padding before its head"),
+        ([0.0, 1.0, 3.0], "expected chains of integer tokens, got dtype float64"),
+        ([0, 3], r"expected chains of shape \[P, 3\].*got \[2\]"),
+        ([[[3, -1, -1]]], "expected chains of shape"),
+    ],
+)
+def test_validate_says_what_is_wrong(row, message):
+    with pytest.raises(ValueError, match=message):
+        chain.validate(row, N, K, D)
+
+
+def test_validate_names_the_first_bad_row():
+    with pytest.raises(ValueError, match=r"chain 1 has no head token: .* got \[0, 1, 2\]"):
+        chain.validate([[3, -1, -1], [0, 1, 2], [0, 0, 0]], N, K, D)
+
+
+def test_pad():
+    np.testing.assert_array_equal(chain.pad([[3], [0, 1, 4]]), [[3, -1, -1], [0, 1, 4]])
+    assert chain.pad([[3]], 2).tolist() == [[3, -1, -1]]
+    with pytest.raises(ValueError, match="at most 1 layers and a head, got one of 3"):
+        chain.pad([[0, 1, 4]], 1)
+    with pytest.raises(ValueError, match="at least one chain"):
+        chain.pad([])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 3), st.integers(0, 4), st.integers(0, 2**31 - 1))
+def test_samples_are_chains(num_layers, num_heads, max_layers, seed):
+    rows = chain.sample(jax.random.key(seed), 16, num_layers, num_heads, max_layers)
+    chain.validate(rows, num_layers, num_heads, max_layers)
+    lengths = [len(to_tuple(row)) - 1 for row in np.asarray(rows)]
+    np.testing.assert_array_equal(chain.count_layers(rows, num_layers), lengths)
+
+
+def test_describe_leaves_padding_out():
+    assert chain.describe([1, 3, -1], ["a", "b", "c", "head"]) == "b -> head"

@@ -1,0 +1,68 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jchain as jc
+
+
+@pytest.mark.parametrize(("name", "size", "features", "classes"), [("digits", 1797, 64, 10), ("wine", 178, 13, 3), ("breast_cancer", 569, 30, 2)])
+def test_splits_are_whole_disjoint_stratified_and_standardized(name, size, features, classes):
+    data = jc.data.load(name, seed=3)
+    splits = [data.train, data.search, data.select, data.test]
+    assert sum(len(split.y) for split in splits) == size
+    assert data.num_classes == classes
+    assert all(split.x.shape[1:] == (features,) and split.x.dtype == jnp.float32 for split in splits)
+    # Every row of the file is in some split, as often as in the file.
+    from sklearn import datasets
+
+    raw = getattr(datasets, f"load_{name}")()
+    mean, std = _unstandardize(raw.data, raw.target, data)
+    rows = np.concatenate([np.asarray(split.x) * std + mean for split in splits])
+    order, expected = (np.lexsort(a.round(2).T) for a in (rows, raw.data))
+    np.testing.assert_allclose(rows[order], raw.data[expected], rtol=1e-3, atol=2e-2)
+    shares = np.array([[np.mean(np.asarray(split.y) == c) for c in range(classes)] for split in splits])
+    assert np.abs(shares - shares[0]).max() < 0.03
+    x = np.asarray(data.train.x)
+    np.testing.assert_allclose(x.mean(axis=0), 0, atol=1e-4)
+    np.testing.assert_allclose(x.std(axis=0)[x.std(axis=0) > 0], 1, atol=1e-4)
+    assert abs(np.asarray(data.test.x).mean()) > 1e-5  # not standardized with its own statistics
+
+
+def _unstandardize(x, y, data):
+    """Mean and deviation of the rows that went into train, found by undoing the affine map."""
+    for_seed = jc.data._split_stratified(y, np.random.default_rng(3))[0]
+    x = x.astype(np.float32)[for_seed]
+    return x.mean(axis=0), np.where(x.std(axis=0) > 0, x.std(axis=0), 1)
+
+
+def test_seed_decides_the_split():
+    one, same, other = (jc.data.load("wine", seed=seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one.test.x, same.test.x)
+    assert not np.array_equal(one.test.y, other.test.y) or not np.allclose(one.test.x, other.test.x)
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match="unknown data set 'mnits': expected one of breast_cancer, digits, wine"):
+        jc.data.load("mnits")
+
+
+def test_split_takes_your_own_examples_of_any_shape():
+    y = np.arange(40) % 2
+    data = jc.data.split(np.random.default_rng(0).normal(size=(40, 3, 3)), y, name="mine")
+    assert data.train.x.shape == (20, 3, 3)
+    assert data.name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (np.zeros((40, 2)), np.zeros(39, int), "one label per example"),
+        (np.zeros((40, 2)), np.zeros(40), "integer labels"),
+        (np.zeros((40, 2)), np.full(40, -1), "integer labels"),
+        (np.full((40, 2), np.nan), np.zeros(40, int), "finite examples"),
+        (np.zeros((40, 2)), np.arange(40) // 39, "at least 8 examples of each class"),
+    ],
+)
+def test_split_refuses_bad_examples(x, y, message):
+    with pytest.raises(ValueError, match=message):
+        jc.data.split(x, y)

@@ -1,0 +1,80 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import init_params, make_batch
+
+import jchain as jc
+from jchain import env
+
+
+def play(problem, tokens):
+    state, rewards = env.reset(problem), []
+    for token in tokens:
+        state, reward = env.step(problem, state, jnp.array(token))
+        rewards.append(float(reward))
+    return state, rewards
+
+
+def test_return_is_minus_the_loss(two_group_problem):
+    problem = jc.Problem(two_group_problem.bank, two_group_problem.data, 3, layer_cost=0.25)
+    for tokens in ([5], [3, 6], [0, 4, 2, 5]):
+        state, rewards = play(problem, tokens)
+        chains = jc.chain.pad([tokens], 3)
+        np.testing.assert_allclose(rewards[-1], -jc.evaluate(problem, chains).loss[0], rtol=1e-6)
+        assert rewards[:-1] == [0] * (len(tokens) - 1)
+        assert state.is_done
+        assert state.length == len(tokens) - 1
+        np.testing.assert_array_equal(state.chain, chains[0])
+
+
+def test_the_state_carries_the_activation_of_the_prefix(problem):
+    state, _ = play(problem, [2, 1])
+    bank, x = problem.bank, problem.data.x
+    for token in (2, 1):
+        x = bank.layers[0].apply(token, x)
+    np.testing.assert_allclose(state.hidden, x, rtol=1e-6)
+
+
+def test_legal_actions(problem):
+    assert env.legal_actions(problem, jnp.array(2)).tolist() == [True] * 6
+    assert env.legal_actions(problem, jnp.array(3)).tolist() == [False] * 4 + [True] * 2
+
+
+def test_illegal_actions_are_refused_on_the_host(problem):
+    state, _ = play(problem, [0, 0, 0])
+    with pytest.raises(ValueError, match=r"illegal action 1 after 3 of at most 3 layers: expected a token in 4..5"):
+        env.step(problem, state, jnp.array(1))
+    with pytest.raises(ValueError, match=r"illegal action 6 after 0 .* expected a token in 0..5"):
+        env.step(problem, env.reset(problem), jnp.array(6))
+    with pytest.raises(ValueError, match="illegal action -1"):
+        env.step(problem, env.reset(problem), jnp.array(-1))
+
+
+def test_a_done_episode_stays(problem):
+    done, _ = play(problem, [0, 4])
+    after, reward = env.step(problem, done, jnp.array(1))
+    jax.tree.map(np.testing.assert_array_equal, after, done)
+    assert reward == 0
+
+
+def test_jit_and_vmap_agree_with_single_steps(two_group_problem):
+    actions = jnp.array([[0, 6, 0], [4, 1, 5], [5, 0, 0]])
+    step = jax.jit(jax.vmap(env.step, in_axes=(None, 0, 0)))
+    states = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), env.reset(two_group_problem))
+    total = jnp.zeros(3)
+    for t in range(3):
+        states, reward = step(two_group_problem, states, actions[:, t])
+        total += reward
+    for row, tokens in enumerate(([0, 6], [4, 1, 5], [5])):
+        state, rewards = play(two_group_problem, tokens)
+        np.testing.assert_allclose(total[row], rewards[-1], rtol=1e-6)
+        np.testing.assert_array_equal(states.chain[row], state.chain)
+
+
+def test_a_loss_that_is_not_finite_pays_minus_infinity():
+    layer, head = jc.layers.Dense(5), jc.layers.DenseHead(3)
+    params = [jax.tree.map(lambda leaf: leaf * jnp.nan, p) for p in init_params(layer, jax.random.key(0), 1, (5,))]
+    bank = jc.Bank.stack(layer, params, head, init_params(head, jax.random.key(1), 1, (5,)))
+    _, rewards = play(jc.Problem(bank, make_batch(), 1), [0, 1])
+    assert rewards == [0, -np.inf]

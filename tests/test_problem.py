@@ -1,0 +1,72 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import HEAD, init_params, make_bank, make_batch
+
+import jchain as jc
+
+X, Y = make_batch()
+
+
+@pytest.mark.parametrize(
+    ("data", "kwargs", "message"),
+    [
+        (jc.Batch(X, Y + 1), {}, r"expected labels in 0..2, the head's classes, got \d..3"),
+        (jc.Batch(X, Y.at[3].set(-1)), {}, r"expected labels in 0..2, the head's classes, got -1..2"),
+        (jc.Batch(X, Y[:-1]), {}, r"as many labels, at least one, got x \[9, 5\] and y \[8\]"),
+        (jc.Batch(X[:0], Y[:0]), {}, "at least one, got x"),
+        (jc.Batch(X[:, :4], Y), {}, r"ResidualMLP.* does not take an input of shape \[9, 4\]"),
+        (jc.Batch(X.at[0, 0].set(jnp.nan), Y), {}, "expected finite examples"),
+        (jc.Batch(X, Y), {"max_layers": -1}, "max_layers to be an integer of at least 0, got -1"),
+        (jc.Batch(X, Y), {"max_layers": True}, "max_layers to be an integer of at least 0, got True"),
+        (jc.Batch(X, Y), {"layer_cost": jnp.zeros(3)}, r"expected one layer_cost or 4, got shape \[3\]"),
+        (jc.Batch(X, Y), {"loss_fn": lambda a, b: a @ b.T}, r"loss_fn does not take outputs \[9, 3\] and labels"),
+        (jc.Batch(X, Y), {"loss_fn": lambda a, b: b}, "expected loss_fn to return floats, got int32"),
+    ],
+)
+def test_bad_problems_are_refused(bank, data, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        jc.Problem(bank, data, **({"max_layers": 2} | kwargs))
+
+
+def test_heads_must_agree():
+    layer, other = jc.layers.Dense(5), jc.layers.DenseHead(4)
+    bank = jc.Bank.stack(
+        layer, init_params(layer, jax.random.key(0), 1, (5,)), other, init_params(other, jax.random.key(0), 1, (5,))
+    )
+    both = jc.Bank.concat([bank, make_bank(1, 1)])
+    with pytest.raises(ValueError, match=r"heads of one output shape, got \[\[9, 4\], \[9, 3\]\]"):
+        jc.Problem(both, jc.Batch(X, Y), max_layers=1)
+    wide = init_params(HEAD, jax.random.key(0), 1, (6,))
+    bank = jc.Bank.stack(layer, init_params(layer, jax.random.key(0), 1, (5,)), HEAD, wide)
+    with pytest.raises(ValueError, match=r"head .* does not take the layers' shape \[9, 5\]"):
+        jc.Problem(bank, jc.Batch(X, Y), max_layers=1)
+
+
+def test_layer_cost_is_added_per_layer(bank):
+    chains = jc.chain.pad([[4], [0, 4], [1, 0, 5]])
+    free = jc.evaluate(jc.Problem(bank, jc.Batch(X, Y), max_layers=2), chains).loss
+    one = jc.evaluate(jc.Problem(bank, jc.Batch(X, Y), max_layers=2, layer_cost=0.5), chains).loss
+    each = jc.evaluate(jc.Problem(bank, jc.Batch(X, Y), 2, layer_cost=jnp.array([1.0, 10, 0, 0])), chains).loss
+    np.testing.assert_allclose(one - free, [0, 0.5, 1.0], atol=1e-6)
+    np.testing.assert_allclose(each - free, [0, 1, 11], atol=1e-5)
+
+
+def test_a_loss_of_your_own(bank):
+    def squared(outputs, y):
+        return jnp.sum(jnp.square(outputs - y), axis=-1)
+
+    target = jax.random.normal(jax.random.key(0), (9, 3))
+    problem = jc.Problem(bank, jc.Batch(X, target), max_layers=1, loss_fn=squared)
+    out = jc.evaluate(problem, [[2, 5]])
+    expected = np.mean(np.sum(np.square(jc.apply_chain(bank, [2, 5], X) - target), axis=1))
+    np.testing.assert_allclose(out.loss[0], expected, rtol=1e-6)
+    assert np.isnan(out.accuracy[0])
+
+
+def test_a_problem_is_a_pytree_that_jit_does_not_check_again(problem):
+    again = jax.jit(lambda p: p)(problem)
+    assert jax.tree.structure(again) == jax.tree.structure(problem)
+    assert again.loss_fn is optax.softmax_cross_entropy_with_integer_labels

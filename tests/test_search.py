@@ -1,0 +1,138 @@
+"""One contract for all searches. A search that jchain exports must be listed here."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from conftest import make_bank, make_batch
+
+import jchain as jc
+
+SEARCHES = {
+    "RandomSearch": jc.RandomSearch(num_chains=6),
+    "ActorCritic": jc.ActorCritic(encoding=jc.TokenEncoding(features=8), num_chains=6),
+    "ActorCritic-weights": jc.ActorCritic(encoding=jc.WeightEncoding(features=8), num_chains=6),
+}
+RATES = {"ActorCritic": {"learning_rate": 0.1}, "ActorCritic-weights": {"entropy_weight": 1.0}}
+
+
+def test_every_exported_search_is_in_the_contract():
+    exported = {
+        name
+        for name, cls in vars(jc).items()
+        if inspect.isclass(cls) and hasattr(cls, "init") and hasattr(cls, "step") and cls is not jc.Search
+    }
+    assert exported == {type(search).__name__ for search in SEARCHES.values()}
+
+
+@pytest.fixture(params=SEARCHES, scope="module")
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def search(name):
+    return SEARCHES[name]
+
+
+def steps(search, problem, seed=0, num=2, step=None):
+    step = step or search.step
+    state = search.init(jax.random.key(seed), problem)
+    infos = []
+    for key in jax.random.split(jax.random.key(seed + 100), num):
+        state, info = step(key, state, problem)
+        infos.append(info)
+    return state, infos
+
+
+def assert_close(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-5), a, b)
+
+
+def test_losses_indices_and_cost_are_exact(search, problem):
+    _, infos = steps(search, problem)
+    for info in infos:
+        jc.chain.validate(info.chains, 4, 2, 3)
+        expected = [reference.chain_loss(problem, chain)[0] for chain in np.asarray(info.chains)]
+        np.testing.assert_allclose(info.loss, expected, rtol=1e-5, atol=1e-5)
+        assert info.layer_calls == reference.count_calls(np.asarray(info.chains), 4)[0]
+
+
+def test_jit_equals_eager_and_a_key_decides(search, problem):
+    eager = steps(search, problem)
+    jitted = steps(search, problem, step=jax.jit(search.step))
+    assert_close(eager, jitted)
+    again, other = steps(search, problem), steps(search, problem, seed=1)
+    jax.tree.map(np.testing.assert_array_equal, eager, again)
+    assert not np.array_equal(eager[1][0].chains, other[1][0].chains)
+
+
+def test_vmapped_seeds_equal_looped(search, problem):
+    keys = jax.random.split(jax.random.key(0), 3)
+    states = jax.vmap(search.init, in_axes=(0, None))(keys, problem)
+    _, infos = jax.jit(jax.vmap(search.step, in_axes=(0, 0, None)))(keys, states, problem)
+    for i, key in enumerate(keys):
+        _, info = jax.jit(search.step)(key, search.init(key, problem), problem)
+        assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], infos), info)
+
+
+def test_scan_over_steps_of_vmapped_seeds_compiles(search, problem):
+    def run_one(key):
+        def body(state, key):
+            state, info = search.step(key, state, problem)
+            return state, info.loss.min()
+
+        return jax.lax.scan(body, search.init(key, problem), jax.random.split(key, 4))[1]
+
+    assert jax.jit(jax.vmap(run_one))(jax.random.split(jax.random.key(0), 2)).shape == (2, 4)
+
+
+def test_one_trace_for_all_steps_problems_and_rates(name, search, problem):
+    traces = []
+
+    @jax.jit
+    def step(key, search, state, problem):
+        traces.append(0)
+        return search.step(key, state, problem)
+
+    other = jc.Problem(make_bank(seed=7), problem.data, problem.max_layers)
+    rates = type(search)(**({f: getattr(search, f) for f in search.__dataclass_fields__} | RATES.get(name, {})))
+    for variant, where in [(search, problem), (search, other), (rates, problem)]:
+        state = jax.jit(type(variant).init)(variant, jax.random.key(0), where)
+        for seed in range(2):
+            state, _ = step(jax.random.key(seed), variant, state, where)
+    assert len(traces) == 1
+
+
+def test_finds_the_optimum_of_a_tiny_problem(search):
+    problem = jc.Problem(make_bank(3, 2, seed=3), make_batch(), max_layers=2)
+    optimum = jc.evaluate_all(problem)[1].loss.min()
+    result = jc.run(jax.random.key(0), search, problem, budget=600)
+    assert result.best_loss == pytest.approx(float(optimum), rel=1e-5)
+
+
+def test_works_without_layers_to_choose(search):
+    problem = jc.Problem(make_bank(3, 2), make_batch(), max_layers=0)
+    result = jc.run(jax.random.key(0), search, problem, budget=10)
+    assert result.layer_calls == 0
+    assert len(result.finalists) == 2
+
+
+def test_bad_sizes_are_refused(search):
+    with pytest.raises(ValueError, match=r"num_chains of at least \d.*, got 0"):
+        type(search)(num_chains=0)
+
+
+def test_many_groups_and_stacked_rates(two_group_problem):
+    searches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[jc.ActorCritic(jc.TokenEncoding(8), 6, 1, rate) for rate in (1e-3, 1e-2)])
+
+    def first_loss(search):
+        state = search.init(jax.random.key(0), two_group_problem)
+        state, _ = search.step(jax.random.key(0), state, two_group_problem)
+        return search.step(jax.random.key(1), state, two_group_problem)[1].loss
+
+    losses = jax.jit(jax.vmap(first_loss))(searches)
+    assert losses.shape == (2, 6)
