@@ -47,7 +47,13 @@ def main() -> None:
     summary = {kind: {name: summarize(runs, kind, name) for name in SEARCHES} for kind in KINDS}
     args.out.mkdir(parents=True, exist_ok=True)
     result = {
-        "config": {"budget": args.budget, "seeds": seeds, "num_layers": NUM_LAYERS, "max_layers": DEPTH, "data": "digits"},
+        "config": {
+            "budget": args.budget,
+            "seeds": seeds,
+            "num_layers": NUM_LAYERS,
+            "max_layers": DEPTH,
+            "data": "digits",
+        },
         "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "jchain": jc.__version__},
         "seconds": round(time.perf_counter() - start),
@@ -111,9 +117,7 @@ def iqm(values: np.ndarray, axis: int = 0) -> np.ndarray:
 
 def bootstrap_iqm(values: np.ndarray) -> list[float]:
     """95% interval of the IQM over the first axis."""
-    result = scipy.stats.bootstrap(
-        (values,), iqm, method="percentile", n_resamples=9999, rng=np.random.default_rng(0)
-    )
+    result = scipy.stats.bootstrap((values,), iqm, method="percentile", n_resamples=9999, rng=np.random.default_rng(0))
     return [float(result.confidence_interval.low), float(result.confidence_interval.high)]
 
 

@@ -100,7 +100,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     chains = [_parse_chain(text) for text in args.chain] if args.chain else found
     if not chains:
         raise ValueError("expected at least one --chain, as in --chain 3,0,7,12")
-    data = jc.data.load(args.data or config.get("data", "digits"), config.get("seed", 0) if args.seed is None else args.seed)
+    data = jc.data.load(
+        args.data or config.get("data", "digits"), config.get("seed", 0) if args.seed is None else args.seed
+    )
     padded = jc.chain.pad(chains)
     problem = jc.Problem(bank, getattr(data, args.split), max_layers=padded.shape[1] - 1)
     out = jc.evaluate(problem, padded)

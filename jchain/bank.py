@@ -303,7 +303,7 @@ def _find_input_shape(group: LayerGroup) -> tuple[int, ...] | None:
         for size in sizes:
             try:
                 jax.eval_shape(group.apply, 0, jax.ShapeDtypeStruct((1, *spatial, size), jnp.float32))
-            except Exception:  # noqa: S112 - a refusal is the answer
+            except Exception:
                 continue
             return (*spatial, size)
     return None
@@ -334,7 +334,9 @@ def _merge(members: list[tuple[LayerGroup, np.ndarray]]) -> tuple[LayerGroup, ..
         order = [i for i in np.argsort(tokens, kind="stable") if tokens[i] >= 0]
         if order:
             _stack([jax.tree.map(lambda leaf: leaf[0], group.params) for group, _ in same], "layer")
-            params = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[np.array(order)], *(g.params for g, _ in same))
+            params = jax.tree.map(
+                lambda *leaves: jnp.concatenate(leaves)[np.array(order)], *(g.params for g, _ in same)
+            )
             merged.append(LayerGroup(params, module, tuple(int(tokens[i]) for i in order)))
     return tuple(merged)
 

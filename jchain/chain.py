@@ -100,9 +100,7 @@ def count(num_layers: int, num_heads: int, max_layers: int) -> int:
     return num_heads * sum(num_layers**depth for depth in range(max_layers + 1))
 
 
-def sample(
-    key: Key[Array, ""], num_chains: int, num_layers: int, num_heads: int, max_layers: int
-) -> Int[Array, "P L"]:
+def sample(key: Key[Array, ""], num_chains: int, num_layers: int, num_heads: int, max_layers: int) -> Int[Array, "P L"]:
     """Chains drawn uniformly, with replacement, from all `count(...)` of them (so most are long)."""
     length_key, layer_key, head_key = jax.random.split(key, 3)
     # P(depth) is proportional to N^depth; the number of heads cancels. In logs, as N^depth overflows.
@@ -131,9 +129,7 @@ def enumerate_all(num_layers: int, num_heads: int, max_layers: int) -> Int[np.nd
     return np.concatenate(blocks)
 
 
-def neighbours(
-    chain: Int[Array, "L"], num_layers: int, num_heads: int
-) -> tuple[Int[Array, "M L"], Bool[Array, "M"]]:
+def neighbours(chain: Int[Array, "L"], num_layers: int, num_heads: int) -> tuple[Int[Array, "M L"], Bool[Array, "M"]]:
     """Every chain that is one edit away, in a fixed number of rows, so that it can be jitted and vmapped.
 
     Rows, with `D = max_layers` slots for layers: `D * N` swaps of a layer, `K` swaps of the head, `D * N` insertions,

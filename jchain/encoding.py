@@ -5,6 +5,7 @@ here, as recurrences over tokens: `initial_carry(entries)`, `advance(carry, toke
 parameters that depend on the number of layers or heads, so one controller works for banks of any size.
 """
 
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -35,6 +36,7 @@ class Encoding(Protocol):
         ...
 
 
+@partial(jax.jit, static_argnames="size")
 def entry_features(bank: Bank, size: int = 64) -> Float[Array, "E D"]:
     """Features of each entry of a bank, computed from its weights: `[N + K, size + 2]`.
 

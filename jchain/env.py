@@ -31,7 +31,7 @@ def reset(problem: Problem) -> State:
     return State(chain, jnp.array(0), jnp.array(False), problem.bank.embed(problem.data.x))
 
 
-def legal_actions(problem: Problem, length: Int[Array, ""]) -> Bool[Array, "N+K"]:
+def legal_actions(problem: Problem, length: Int[Array, ""]) -> Bool[Array, "E"]:
     """The tokens that may follow a prefix of `length` layers: all, after `max_layers` only heads. True = allowed."""
     tokens = jnp.arange(problem.bank.num_layers + problem.bank.num_heads)
     return (length < problem.max_layers) | (tokens >= problem.bank.num_layers)

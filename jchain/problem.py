@@ -41,7 +41,11 @@ class Problem:
 
     def __post_init__(self) -> None:
         x, y = self.data
-        if isinstance(self.max_layers, bool) or not isinstance(self.max_layers, int | np.integer) or self.max_layers < 0:
+        if (
+            isinstance(self.max_layers, bool)
+            or not isinstance(self.max_layers, int | np.integer)
+            or self.max_layers < 0
+        ):
             raise ValueError(f"expected max_layers to be an integer of at least 0, got {self.max_layers!r}")
         object.__setattr__(self, "max_layers", int(self.max_layers))
         object.__setattr__(self, "data", Batch(jnp.asarray(x), jnp.asarray(y)))

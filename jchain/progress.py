@@ -13,8 +13,8 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         if self._is_shown:
-            from rich.console import Console
             from rich import progress
+            from rich.console import Console
 
             columns = (
                 progress.TextColumn("{task.completed:,.0f} of {task.total:,.0f} layer calls"),

@@ -104,7 +104,9 @@ def make_bank(key: Any, config: Mapping[str, Any], data: Dataset, modules: Mappi
         make = train.routed if kind == "routed" else train.random
         return make(key, data.train, num_layers=num_layers, num_heads=config["num_heads"], **shared)
     if depth < 1 or num_layers < depth or num_layers % depth:
-        raise ValueError(f"expected num_layers to be a multiple of depth for a {kind} bank, got {num_layers} and {depth}")
+        raise ValueError(
+            f"expected num_layers to be a multiple of depth for a {kind} bank, got {num_layers} and {depth}"
+        )
     if config["num_heads"] != 1:
         raise ValueError(f"expected no num_heads for a {kind} bank, which has one per net, got {config['num_heads']}")
     if kind == "independent":
@@ -183,7 +185,9 @@ def print_table(job: Job) -> None:
     console.print(table)
     console.print(f"chain found, in {result['layer_calls']:,} layer calls: {' -> '.join(result['layers'])}")
     if result["nonfinite_chains"]:
-        console.print(f"{result['nonfinite_chains']} of {job.run.num_chains} scored chains had a loss that was not finite")
+        console.print(
+            f"{result['nonfinite_chains']} of {job.run.num_chains} scored chains had a loss that was not finite"
+        )
 
 
 def _cell(loss: float | None, accuracy: float) -> str:

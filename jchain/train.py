@@ -173,7 +173,9 @@ def _make_bank(
     weights = _train(jax.random.split(key, num_nets), data, recipe)
     cut_layers, cut_heads = (_unstack(tree, num_axes=3) for tree in weights)
     heads = ["head"] if num_heads == 1 else [f"head{i}" for i in range(num_heads)]
-    names = [f"{net}/{j}" for net in nets for j in range(num_layers)] + [f"{net}/{name}" for net in nets for name in heads]
+    names = [f"{net}/{j}" for net in nets for j in range(num_layers)] + [
+        f"{net}/{name}" for net in nets for name in heads
+    ]
     first_head = len(nets) * num_layers
     return Bank.stack(
         layer,
@@ -211,7 +213,7 @@ def _check_data(data: Batch, recipe: _Recipe) -> None:
             f"layer {type(recipe.layer).__name__} must keep the shape of its input: expected {data.x.dtype}"
             f"{list(data.x.shape)}, got {out.dtype}{list(out.shape)}"
         )
-    if is_concrete(data) and not (0 <= int(data.y.min()) and int(data.y.max()) < logits.shape[-1]):
+    if is_concrete(data) and not (int(data.y.min()) >= 0 and int(data.y.max()) < logits.shape[-1]):
         raise ValueError(
             f"expected labels in 0..{logits.shape[-1] - 1}, the head's classes, got {int(data.y.min())}.."
             f"{int(data.y.max())}"

@@ -5,6 +5,8 @@ import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Most of the time of these tests is compilation.
+jax.config.update("jax_disable_most_optimizations", True)
 
 with install_import_hook("jchain", "beartype.beartype"):
     import jchain as jc
@@ -25,7 +27,11 @@ def make_bank(num_layers=4, num_heads=2, seed=0, layer=LAYER, **kwargs):
     """A small bank of random weights on 5 features and 3 classes."""
     layer_key, head_key = jax.random.split(jax.random.key(seed))
     return jc.Bank.stack(
-        layer, init_params(layer, layer_key, num_layers, (5,)), HEAD, init_params(HEAD, head_key, num_heads, (5,)), **kwargs
+        layer,
+        init_params(layer, layer_key, num_layers, (5,)),
+        HEAD,
+        init_params(HEAD, head_key, num_heads, (5,)),
+        **kwargs,
     )
 
 

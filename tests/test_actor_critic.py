@@ -36,7 +36,9 @@ def test_replay_gives_the_log_probabilities_of_the_rollout(agent, problem):
 
 def test_layers_are_never_taken_in_the_last_slot(agent, problem):
     search, state = agent
-    logits, _ = ac.replay_chain(Controller(search.encoding), state.params, state.entries, jnp.array([0, 1, 2, 4]), problem)
+    logits, _ = ac.replay_chain(
+        Controller(search.encoding), state.params, state.entries, jnp.array([0, 1, 2, 4]), problem
+    )
     assert np.all(jax.nn.softmax(logits[3])[:4] == 0)
     assert np.all(jax.nn.softmax(logits[2]) > 0)
 

@@ -53,7 +53,9 @@ def test_neighbours_are_all_chains_one_edit_away(max_layers):
         inserts = {(*layers[:i], new, *layers[i:], head) for i in range(len(layers) + 1) for new in range(N)}
         deletes = {(*layers[:i], *layers[i + 1 :], head) for i in range(len(layers))}
         expected = ((swaps | heads | inserts | deletes) & set(universe)) - {tokens}
-        rows, is_valid = jax.jit(chain.neighbours, static_argnums=(1, 2))(jnp.array(chain.pad([tokens], max_layers)[0]), N, K)
+        rows, is_valid = jax.jit(chain.neighbours, static_argnums=(1, 2))(
+            jnp.array(chain.pad([tokens], max_layers)[0]), N, K
+        )
         found = [to_tuple(row) for row in np.asarray(rows)[np.asarray(is_valid)]]
         assert len(found) == len(set(found))
         assert set(found) == expected

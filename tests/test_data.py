@@ -5,7 +5,10 @@ import pytest
 import jchain as jc
 
 
-@pytest.mark.parametrize(("name", "size", "features", "classes"), [("digits", 1797, 64, 10), ("wine", 178, 13, 3), ("breast_cancer", 569, 30, 2)])
+@pytest.mark.parametrize(
+    ("name", "size", "features", "classes"),
+    [("digits", 1797, 64, 10), ("wine", 178, 13, 3), ("breast_cancer", 569, 30, 2)],
+)
 def test_splits_are_whole_disjoint_stratified_and_standardized(name, size, features, classes):
     data = jc.data.load(name, seed=3)
     splits = [data.train, data.search, data.select, data.test]

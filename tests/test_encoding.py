@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +12,12 @@ from jchain.encoding import Controller, entry_features
 ENCODINGS = [jc.TokenEncoding(features=8), jc.WeightEncoding(features=8)]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3))
 def encode(encoding, params, entries, tokens):
     carry = encoding.apply(params, entries, method="initial_carry")
     for token in tokens:
         carry = encoding.apply(params, carry, jnp.array(token), entries, method="advance")
-    return np.asarray(encoding.apply(params, carry, method="read"))
+    return encoding.apply(params, carry, method="read")
 
 
 def init(encoding, entries):
@@ -60,19 +63,19 @@ def test_encodings_know_the_order_and_the_number_of_layers(encoding):
     codes = [encode(encoding, params, entries, prefix) for prefix in prefixes]
     for i in range(len(codes)):
         for j in range(i):
-            assert np.abs(codes[i] - codes[j]).max() > 1e-3, (prefixes[i], prefixes[j])
+            assert np.abs(np.subtract(codes[i], codes[j])).max() > 1e-3, (prefixes[i], prefixes[j])
 
 
 def test_discrete_sees_tokens_and_continuous_sees_weights():
     bank = make_bank(4, 1)
     swapped = bank.take([1, 0, 2, 3])
-    for encoding, follows in zip(ENCODINGS, ([0, 2], [1, 2]), strict=True):
+    for encoding, follows in zip(ENCODINGS, ((0, 2), (1, 2)), strict=True):
         entries, moved = entry_features(bank), entry_features(swapped)
         _, _, params = init(encoding, entries)
         # The same tokens give the same discrete code, the same weights the same continuous one.
-        code = encode(encoding, params, entries, [0, 2])
+        code = encode(encoding, params, entries, (0, 2))
         np.testing.assert_allclose(encode(encoding, params, moved, follows), code, atol=1e-5)
-        other = [1, 2] if follows == [0, 2] else [0, 2]
+        other = (1, 2) if follows == (0, 2) else (0, 2)
         assert np.abs(encode(encoding, params, moved, other) - code).max() > 1e-3
 
 

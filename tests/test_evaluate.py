@@ -37,9 +37,18 @@ def test_evaluate_matches_a_float64_loop(two_group_problem, chunk_size):
 
 @pytest.mark.parametrize("kind", ["independent", "routed", "snapshots", "random"])
 def test_evaluate_matches_a_float64_loop_on_digits(digits, kind):
-    sizes = {"num_nets": 3} if kind == "independent" else {"num_snapshots": 3} if kind == "snapshots" else {"num_heads": 3}
+    sizes = (
+        {"num_nets": 3} if kind == "independent" else {"num_snapshots": 3} if kind == "snapshots" else {"num_heads": 3}
+    )
     make = getattr(jc.train, kind)
-    bank = make(jax.random.key(0), digits.train, layer=jc.layers.ResidualMLP(64), head=jc.layers.DenseHead(10), num_steps=60, **sizes)
+    bank = make(
+        jax.random.key(0),
+        digits.train,
+        layer=jc.layers.ResidualMLP(64),
+        head=jc.layers.DenseHead(10),
+        num_steps=60,
+        **sizes,
+    )
     problem = jc.Problem(bank, digits.search, max_layers=4)
     chains = sample(problem, 200)
     out = jc.evaluate(problem, chains)

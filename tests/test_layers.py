@@ -7,7 +7,9 @@ import pytest
 import jchain as jc
 
 
-@pytest.mark.parametrize("layer", [jc.layers.ResidualMLP(5), jc.layers.ResidualMLP(5, hidden=3), jc.layers.Dense(5, nn.tanh)])
+@pytest.mark.parametrize(
+    "layer", [jc.layers.ResidualMLP(5), jc.layers.ResidualMLP(5, hidden=3), jc.layers.Dense(5, nn.tanh)]
+)
 @pytest.mark.parametrize("shape", [(4, 5), (4, 2, 5)])
 def test_layers_keep_the_shape(layer, shape):
     x = jax.random.normal(jax.random.key(0), shape)

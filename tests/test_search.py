@@ -127,7 +127,9 @@ def test_bad_sizes_are_refused(search):
 
 
 def test_many_groups_and_stacked_rates(two_group_problem):
-    searches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[jc.ActorCritic(jc.TokenEncoding(8), 6, 1, rate) for rate in (1e-3, 1e-2)])
+    searches = jax.tree.map(
+        lambda *leaves: jnp.stack(leaves), *[jc.ActorCritic(jc.TokenEncoding(8), 6, 1, rate) for rate in (1e-3, 1e-2)]
+    )
 
     def first_loss(search):
         state = search.init(jax.random.key(0), two_group_problem)

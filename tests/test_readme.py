@@ -1,0 +1,31 @@
+"""What README.md shows is true."""
+
+import re
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs_and_is_short(capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in example.splitlines() if line.strip()]) <= 15
+    exec(compile(example, "README.md", "exec"), {})
+    assert "routed/head" in capsys.readouterr().out
+
+
+def test_files_and_scripts_it_names_exist():
+    paths = re.findall(r"[(`]((?:experiments|benchmarks|jchain|tests)/[\w/.]+)[)`]", README)
+    assert len(paths) >= 2
+    for path in paths:
+        assert (ROOT / path).exists(), path
+
+
+def test_ci_runs_the_test_command_that_it_shows():
+    (command,) = [line for line in README.splitlines() if line.startswith("python3") and "pytest" in line]
+    script = (ROOT / ".ci" / "run").read_text()
+    assert command not in script
+    (pattern,) = re.findall(r"\$\((grep .*) README.md\)", script)
+    found = subprocess.run(["bash", "-c", f"{pattern} README.md"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == command
