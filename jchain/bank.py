@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import flax.linen as nn
@@ -334,9 +335,8 @@ def _merge(members: list[tuple[LayerGroup, np.ndarray]]) -> tuple[LayerGroup, ..
         order = [i for i in np.argsort(tokens, kind="stable") if tokens[i] >= 0]
         if order:
             _stack([jax.tree.map(lambda leaf: leaf[0], group.params) for group, _ in same], "layer")
-            params = jax.tree.map(
-                lambda *leaves: jnp.concatenate(leaves)[np.array(order)], *(g.params for g, _ in same)
-            )
+            whole = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(group.params for group, _ in same))
+            params = jax.tree.map(itemgetter(np.array(order)), whole)
             merged.append(LayerGroup(params, module, tuple(int(tokens[i]) for i in order)))
     return tuple(merged)
 

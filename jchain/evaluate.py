@@ -160,7 +160,8 @@ def _measure(problem: Problem, chains: Int[Array, "P L"], chunk_size: int | None
         def measure_one(batched: list[Array]) -> tuple[Array, Array]:
             rest = iter(batched)
             args = [next(rest) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)]
-            return _measure(*jax.tree.unflatten(structure, args), chunk_size)
+            problem, chains = jax.tree.unflatten(structure, args)
+            return _measure(problem, chains, chunk_size)
 
         batched = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
         return jax.lax.map(measure_one, batched), (True, True)

@@ -49,7 +49,8 @@ def write_arrays(path: str | os.PathLike[str], header: dict[str, Any], arrays: d
     import safetensors.flax
 
     arrays = {name: jnp.asarray(array) for name, array in arrays.items()}
-    header = header | {"format": FORMAT, "sha256": _checksum(arrays)}
+    header = json.loads(json.dumps(header | {"format": FORMAT}))
+    header["sha256"] = _checksum(header, arrays)
     blob = safetensors.flax.save(arrays, metadata={"jchain": json.dumps(header)})
     write_atomically(path, lambda temporary: Path(temporary).write_bytes(blob))
 
@@ -74,15 +75,16 @@ def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str,
         raise ValueError(f"{path} is damaged, truncated or no jchain bank file: {error}") from None
     if header.get("format") != FORMAT:
         raise ValueError(f"{path}: expected format {FORMAT!r}, got {header.get('format')!r}")
-    if not jax.config.jax_enable_x64 and any(dtype in ("F64", "I64", "U64") for dtype in sizes.values()):
+    is_x64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
+    if not is_x64 and any(dtype in ("F64", "I64", "U64") for dtype in sizes.values()):
         raise ValueError(f"{path} holds 64-bit weights: set jax_enable_x64 to load them to the same bits")
-    if _checksum(arrays) != header["sha256"]:
-        raise ValueError(f"{path} is damaged: its weights do not have the checksum they were saved with")
+    if header.pop("sha256", None) != _checksum(header, arrays):
+        raise ValueError(f"{path} is damaged: it does not have the checksum it was saved with")
     return header, arrays
 
 
-def _checksum(arrays: dict[str, Array]) -> str:
-    digest = hashlib.sha256()
+def _checksum(header: dict[str, Any], arrays: dict[str, Array]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(arrays):
         array = np.asarray(arrays[name])
         digest.update(f"{name} {array.dtype} {array.shape};".encode())

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+from jax.core import Tracer
 
 T = TypeVar("T")
 
@@ -41,4 +42,4 @@ def pytree_dataclass(cls: type[T]) -> type[T]:
 
 def is_concrete(tree: Any) -> bool:
     """True when every leaf has a value that the host may look at, so when nothing is being traced."""
-    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+    return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))

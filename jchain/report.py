@@ -104,11 +104,9 @@ def make_bank(key: Any, config: Mapping[str, Any], data: Dataset, modules: Mappi
         make = train.routed if kind == "routed" else train.random
         return make(key, data.train, num_layers=num_layers, num_heads=config["num_heads"], **shared)
     if depth < 1 or num_layers < depth or num_layers % depth:
-        raise ValueError(
-            f"expected num_layers to be a multiple of depth for a {kind} bank, got {num_layers} and {depth}"
-        )
+        raise ValueError(f"expected num_layers to be a multiple of depth for bank {kind}, got {num_layers} and {depth}")
     if config["num_heads"] != 1:
-        raise ValueError(f"expected no num_heads for a {kind} bank, which has one per net, got {config['num_heads']}")
+        raise ValueError(f"expected no num_heads for bank {kind}, which has one per net, got {config['num_heads']}")
     if kind == "independent":
         return train.independent(key, data.train, num_nets=num_layers // depth, **shared)
     return train.snapshots(key, data.train, num_snapshots=num_layers // depth, **shared)
@@ -133,7 +131,13 @@ def _score_best_parent(
     """The best net that the bank was cut from, or without one a plain net of as many layers and gradient steps."""
     if not bank.parents:
         bank = train.independent(
-            key, data.train, num_nets=1, depth=config["depth"], num_steps=bank.num_steps, **modules
+            key,
+            data.train,
+            num_nets=1,
+            depth=config["depth"],
+            num_steps=bank.num_steps,
+            layer=modules["layer"],
+            head=modules["head"],
         )
     best = _pick_on_select(bank, data, chain.pad(bank.parents))
     loss, accuracy = _score(bank, data, [int(token) for token in best])

@@ -162,12 +162,13 @@ def _make_bank(
 ) -> Bank:
     """Train and cut into layers and heads; `nets` names each net, or state of a net, that the weights are cut from."""
     stem, stem_params = settings.pop("stem", None), settings.pop("stem_params", None)
-    recipe = _Recipe(layer, head, **(sizes | settings))
+    options: dict[str, Any] = {**sizes, **settings}
+    recipe = _Recipe(layer, head, **options)
     num_layers, num_heads = recipe.num_layers, recipe.num_heads
     _check_sizes(num_nets=num_nets, num_layers=num_layers, num_heads=num_heads, depth=recipe.depth)
     if recipe.num_steps < 0:
         raise ValueError(f"expected num_steps of at least 0, got {recipe.num_steps}")
-    x = data.x if stem is None else stem.apply({"params": stem_params}, data.x)
+    x: Any = data.x if stem is None else stem.apply({"params": stem_params or {}}, data.x)
     data = Batch(jnp.asarray(x), jnp.asarray(data.y))
     _check_data(data, recipe)
     weights = _train(jax.random.split(key, num_nets), data, recipe)
@@ -253,7 +254,7 @@ def _train_one(key: Array, data: Batch, recipe: _Recipe) -> _Weights:
         weights, opt_state = carry
         gradient = jax.grad(_route_loss)(weights, key, data, recipe)
         updates, opt_state = recipe.optimizer.update(gradient, opt_state, weights)
-        new = optax.apply_updates(weights, updates)
+        new: Any = optax.apply_updates(weights, updates)
         return (new if recipe.is_layer_trained else _Weights(weights.layers, new.heads), opt_state), None
 
     def train_until_snapshot(carry: Any, keys: Array) -> Any:
@@ -277,5 +278,5 @@ def _route_loss(weights: _Weights, key: Array, data: Batch, recipe: _Recipe) -> 
     # Unrolled: the gradient of a convolution in a loop is far slower on CPU.
     for member in route:
         hidden = recipe.layer.apply({"params": _pick(weights.layers, member)}, hidden)
-    logits = recipe.head.apply({"params": _pick(weights.heads, last)}, hidden)
+    logits: Any = recipe.head.apply({"params": _pick(weights.heads, last)}, hidden)
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, data.y[batch]))

@@ -70,19 +70,12 @@ def test_the_loss_by_hand(agent, problem):
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
 
-def test_updates_raise_the_probability_of_better_chains(problem):
-    """On a problem with one clearly best chain, the policy comes to prefer it."""
+def test_the_policy_improves(problem):
+    """The chains it samples after 60 steps have a lower mean loss than nearly all that it sampled at first."""
     search = jc.ActorCritic(num_chains=32, entropy_weight=0.05)
-    state = search.init(jax.random.key(0), problem)
-    chains, out = jc.evaluate_all(problem)
-    best = jnp.asarray(chains[int(jnp.argmin(out.loss))])
-
-    def best_log_prob(params):
-        logits, _ = ac.replay_chain(Controller(search.encoding), params, state.entries, best, problem)
-        taken = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(best, 0)[:, None], axis=1)[:, 0]
-        return float(jnp.sum(jnp.where(best >= 0, taken, 0.0)))
-
-    before, step, new = best_log_prob(state.params), jax.jit(search.step), state
+    state, step = search.init(jax.random.key(0), problem), jax.jit(search.step)
+    losses = []
     for key in jax.random.split(jax.random.key(1), 60):
-        new, _ = step(key, new, problem)
-    assert best_log_prob(new.params) > before + 2
+        state, info = step(key, state, problem)
+        losses.append(np.asarray(info.loss))
+    assert np.mean(losses[-1]) < np.quantile(losses[0], 0.1)

@@ -106,7 +106,7 @@ def test_take(two_group_bank):
     bank = make_bank(3, 2, parents=[[0, 1, 3], [1, 2, 4]])
     assert bank.take([2, 1]).parents == ((1, 0, 3),)
     for layers, heads in [([], None), ([0, 0], None), ([5], None), ([0], [0]), ([0], [])]:
-        with pytest.raises(ValueError, match="expected different .* tokens"):
+        with pytest.raises(ValueError, match=r"expected different .* tokens"):
             two_group_bank.take(layers, heads)
 
 
@@ -172,10 +172,13 @@ def test_damaged_files_give_one_clear_error(bank, tmp_path):
         with pytest.raises(ValueError, match="is damaged, truncated or no jchain bank file"):
             jc.Bank.load(path)
     path.write_bytes(blob[:-3] + bytes([blob[-3] ^ 1]) + blob[-2:])
-    with pytest.raises(ValueError, match="damaged: its weights do not have the checksum"):
+    with pytest.raises(ValueError, match="is damaged: it does not have the checksum"):
         jc.Bank.load(path)
     path.write_bytes(blob.replace(b"jchain/1", b"jchain/9"))
     with pytest.raises(ValueError, match="expected format 'jchain/1', got 'jchain/9'"):
+        jc.Bank.load(path)
+    path.write_bytes(blob.replace(b"layer1", b"layer7"))
+    with pytest.raises(ValueError, match="is damaged: it does not have the checksum"):
         jc.Bank.load(path)
     with pytest.raises(FileNotFoundError, match="expected a bank file"):
         jc.Bank.load(tmp_path / "none")

@@ -78,9 +78,9 @@ def result_folder(tmp_path_factory):
     [
         (["--data", "mnits"], "invalid choice: 'mnits'"),
         (["--search", "annealing"], "invalid choice: 'annealing'"),
-        (["--num-layers", "5", "--bank", "independent"], "num_layers to be a multiple of depth for a independent bank, got 5 and 2"),
+        (["--num-layers", "5", "--bank", "independent"], "a multiple of depth for bank independent, got 5 and 2"),
         (["--num-layers", "0"], "expected num_layers of at least 1, got 0"),
-        (["--num-heads", "2", "--bank", "snapshots"], "expected no num_heads for a snapshots bank"),
+        (["--num-heads", "2", "--bank", "snapshots"], "expected no num_heads for bank snapshots"),
         (["--max-layers", "-1"], "max_layers to be an integer of at least 0, got -1"),
         (["--budget", "0"], "expected a budget and num_finalists of at least 1, got 0"),
         (["--budget", "3"], "budget of at least one step"),

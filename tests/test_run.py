@@ -102,7 +102,7 @@ def test_a_search_that_is_no_pytree_is_refused(problem):
         def init(self, key, problem): ...
         def step(self, key, state, problem): ...
 
-    with pytest.raises(ValueError, match="expected a search registered as a pytree .* got Plain"):
+    with pytest.raises(ValueError, match=r"expected a search registered as a pytree .* got Plain"):
         jc.run(jax.random.key(0), Plain(), problem, budget=5)
 
 

@@ -40,7 +40,7 @@ def search(name):
 
 def steps(search, problem, seed=0, num=2, step=None):
     step = step or search.step
-    state = search.init(jax.random.key(seed), problem)
+    state = jax.jit(search.init)(jax.random.key(seed), problem)
     infos = []
     for key in jax.random.split(jax.random.key(seed + 100), num):
         state, info = step(key, state, problem)
@@ -53,7 +53,7 @@ def assert_close(a, b):
 
 
 def test_losses_indices_and_cost_are_exact(search, problem):
-    _, infos = steps(search, problem)
+    _, infos = steps(search, problem, step=jax.jit(search.step))
     for info in infos:
         jc.chain.validate(info.chains, 4, 2, 3)
         expected = [reference.chain_loss(problem, chain)[0] for chain in np.asarray(info.chains)]
@@ -62,20 +62,21 @@ def test_losses_indices_and_cost_are_exact(search, problem):
 
 
 def test_jit_equals_eager_and_a_key_decides(search, problem):
-    eager = steps(search, problem)
-    jitted = steps(search, problem, step=jax.jit(search.step))
-    assert_close(eager, jitted)
-    again, other = steps(search, problem), steps(search, problem, seed=1)
-    jax.tree.map(np.testing.assert_array_equal, eager, again)
-    assert not np.array_equal(eager[1][0].chains, other[1][0].chains)
+    step = jax.jit(search.step)
+    jitted = steps(search, problem, step=step)
+    assert_close(steps(search, problem), jitted)
+    again, other = (steps(search, problem, seed, step=step) for seed in (0, 1))
+    jax.tree.map(np.testing.assert_array_equal, jitted, again)
+    assert not np.array_equal(jitted[1][0].chains, other[1][0].chains)
 
 
 def test_vmapped_seeds_equal_looped(search, problem):
     keys = jax.random.split(jax.random.key(0), 3)
-    states = jax.vmap(search.init, in_axes=(0, None))(keys, problem)
+    states = jax.jit(jax.vmap(search.init, in_axes=(0, None)))(keys, problem)
     _, infos = jax.jit(jax.vmap(search.step, in_axes=(0, 0, None)))(keys, states, problem)
+    init, step = jax.jit(search.init), jax.jit(search.step)
     for i, key in enumerate(keys):
-        _, info = jax.jit(search.step)(key, search.init(key, problem), problem)
+        _, info = step(key, init(key, problem), problem)
         assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], infos), info)
 
 

@@ -138,7 +138,7 @@ def sample_chain(
     The policy sees no activations, so nothing is computed along the way: the finished chains are scored together.
     """
     num_layers = problem.bank.num_layers
-    keys = controller.apply(params, entries, method="embed")
+    keys: Any = controller.apply(params, entries, method="embed")
 
     def act(carry: Any, slot: Any) -> Any:
         memory, is_done = carry
@@ -160,7 +160,7 @@ def replay_chain(
     controller: Controller, params: PyTree, entries: Float[Array, "E D"], chain: Int[Array, "L"], problem: Problem
 ) -> tuple[Float[Array, "L E"], Float[Array, "L"]]:
     """Logits and value before each token of a given chain; what stands behind its head means nothing."""
-    keys = controller.apply(params, entries, method="embed")
+    keys: Any = controller.apply(params, entries, method="embed")
 
     def act(memory: Any, slot: Any) -> Any:
         t, token = slot

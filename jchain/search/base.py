@@ -100,7 +100,7 @@ def run(
     pool = _Pool(
         jnp.full((num_finalists, problem.max_layers + 1), PADDING, jnp.int32), jnp.full(num_finalists, jnp.inf)
     )
-    layer_calls = num_chains = num_nonfinite = num_free = 0
+    cost = layer_calls = num_chains = num_nonfinite = num_free = 0
     curve = []
     with Progress(budget, is_shown=progress) as line:
         while layer_calls < budget and num_free < _MAX_FREE_STEPS:
