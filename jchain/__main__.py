@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"jchain: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("jchain: interrupted, nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -35,27 +38,41 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="jchain", description="Search over chains of detached (frozen) layers.")
     parser.add_argument("--version", action="version", version=jc.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    formatter = argparse.ArgumentDefaultsHelpFormatter
 
-    search = commands.add_parser("search", help="make a bank and search it", formatter_class=formatter)
-    search.add_argument("--data", choices=sorted(LOADERS), default="digits", help="data set")
-    search.add_argument("--bank", choices=BANKS, default="routed", help="how the bank is made")
-    search.add_argument("--layer", choices=sorted(LAYERS), default="residual", help="module of the layers")
-    search.add_argument("--num-layers", type=int, default=12, help="layers in the bank")
-    search.add_argument("--num-heads", type=int, default=1, help="heads of a routed or random bank")
-    search.add_argument("--depth", type=int, default=4, help="layers of each net, or route, that is trained")
-    search.add_argument("--num-steps", type=int, default=1000, help="gradient steps that make the bank")
+    search = commands.add_parser("search", help="make a bank and search it")
+    search.add_argument("--data", choices=sorted(LOADERS), default="digits", help="data set (default: %(default)s)")
+    search.add_argument("--bank", choices=BANKS, default="routed", help="how the bank is made (default: %(default)s)")
+    search.add_argument(
+        "--layer", choices=sorted(LAYERS), default="residual", help="module of the layers (default: %(default)s)"
+    )
+    search.add_argument("--num-layers", type=int, default=12, help="layers in the bank (default: %(default)s)")
+    search.add_argument(
+        "--num-heads", type=int, default=1, help="heads of a routed or random bank (default: %(default)s)"
+    )
+    search.add_argument(
+        "--depth", type=int, default=4, help="layers of each net, or route, that is trained (default: %(default)s)"
+    )
+    search.add_argument(
+        "--num-steps", type=int, default=1000, help="gradient steps that make the bank (default: %(default)s)"
+    )
     search.add_argument("--max-layers", type=int, help="most layers in a chain (default: depth)")
-    search.add_argument("--search", choices=sorted(SEARCHES), default="actor-critic", help="search")
-    search.add_argument("--encoding", choices=sorted(ENCODINGS), default="tokens", help="what the actor-critic sees")
-    search.add_argument("--budget", type=int, default=20_000, help="layer calls")
-    search.add_argument("--seed", type=int, default=0, help="of splits, bank and search")
+    search.add_argument(
+        "--search", choices=sorted(SEARCHES), default="actor-critic", help="search (default: %(default)s)"
+    )
+    search.add_argument(
+        "--encoding",
+        choices=sorted(ENCODINGS),
+        default="tokens",
+        help="what the actor-critic sees (default: %(default)s)",
+    )
+    search.add_argument("--budget", type=int, default=20_000, help="layer calls (default: %(default)s)")
+    search.add_argument("--seed", type=int, default=0, help="of splits, bank and search (default: %(default)s)")
     search.add_argument("--out", type=Path, help="result folder (default: results/DATA-BANK-SEARCH-SEED)")
     search.add_argument("--replace", action="store_true", help="replace a result that is in the folder")
     search.add_argument("--json", action="store_true", help="print the result as one JSON object in the last line")
     search.set_defaults(run=_search)
 
-    evaluate = commands.add_parser("evaluate", help="score chains of a saved bank", formatter_class=formatter)
+    evaluate = commands.add_parser("evaluate", help="score chains of a saved bank")
     evaluate.add_argument("bank", type=Path, help="a bank file, or the result folder of a search")
     evaluate.add_argument(
         "--chain",
@@ -65,7 +82,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--data", choices=sorted(LOADERS), help="data set (default: that of the search, or digits)")
     evaluate.add_argument("--seed", type=int, help="of the splits (default: that of the search, or 0)")
-    evaluate.add_argument("--split", choices=("search", "select", "test"), default="search", help="what to score on")
+    evaluate.add_argument(
+        "--split",
+        choices=("search", "select", "test"),
+        default="search",
+        help="what to score on (default: %(default)s)",
+    )
     evaluate.add_argument("--json", action="store_true", help="print the result as one JSON object in the last line")
     evaluate.set_defaults(run=_evaluate)
     return parser
