@@ -94,7 +94,7 @@ def evaluate(problem: Problem, chains: Int[Array, "P L"] | Any, *, chunk_size: i
         as 1 GiB of activations holds.
 
     Raises:
-      ValueError: some row is no chain of this bank, or there are none.
+      ValueError: some row is no chain of this bank, there are none, or chunk_size is below 1.
     """
     num_layers, num_heads = problem.bank.num_layers, problem.bank.num_heads
     if is_concrete(chains):
@@ -102,8 +102,6 @@ def evaluate(problem: Problem, chains: Int[Array, "P L"] | Any, *, chunk_size: i
     expected = f"[P, {problem.max_layers + 1}]"
     if jnp.ndim(chains) != 2 or chains.shape[0] == 0 or chains.shape[1] != problem.max_layers + 1:
         raise ValueError(f"expected chains of shape {expected}, at least one, got {list(jnp.shape(chains))}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"expected a chunk_size of at least 1, got {chunk_size}")
     return _evaluate(problem, jnp.asarray(chains), chunk_size)
 
 
@@ -111,7 +109,7 @@ def evaluate_all(problem: Problem, *, chunk_size: int | None = None) -> tuple[In
     """Every chain of up to `max_layers` layers and its evaluation, in the order of `chain.enumerate_all`.
 
     Raises:
-      ValueError: there are more than 4,194,304.
+      ValueError: there are more than 4,194,304, or chunk_size is below 1.
     """
     sizes = (problem.bank.num_layers, problem.bank.num_heads, problem.max_layers)
     if chain_lib.count(*sizes) > _MAX_CHAINS:
@@ -128,6 +126,8 @@ def count_calls(chains: Int[Array, "P L"], num_layers: int) -> tuple[Int[Array, 
 
 @partial(jax.jit, static_argnames="chunk_size")
 def _evaluate(problem: Problem, chains: Int[Array, "P L"], chunk_size: int | None) -> Evaluation:
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"expected a chunk_size of at least 1, got {chunk_size}")
     loss, accuracy = _measure(problem, chains, chunk_size)
     loss += problem.price(chains)
     is_finite = jnp.isfinite(loss)

@@ -61,9 +61,8 @@ def search(config: Mapping[str, Any], data: Dataset, modules: Mapping[str, nn.Mo
     if len(found.finalists) == 0:
         raise ValueError(f"no chain has a finite loss: {found.num_chains} were scored")
     _say("Re-ranking the finalists, scoring the controls ...")
-    best = _pick_on_select(bank, data, found.finalists)
-    tokens = [int(token) for token in best if token != chain.PADDING]
-    loss, accuracy = _score(bank, data, tokens)
+    tokens = _pick_on_select(bank, data, found.finalists)
+    scores = _score(bank, data, tokens)
     parent = _score_best_parent(control_key, config, data, modules, bank)
     random_chain = _score_random_chain(chain_key, data, bank, len(tokens) - 1)
     sizes = (bank.num_layers, bank.num_heads, problem.max_layers)
@@ -74,8 +73,7 @@ def search(config: Mapping[str, Any], data: Dataset, modules: Mapping[str, nn.Mo
     result = {
         "best_chain": tokens,
         "layers": [bank.names[token] for token in tokens],
-        "loss": loss,
-        "accuracy": accuracy,
+        **scores,
         "layer_calls": found.layer_calls,
         "seconds": 0.0,
         "optimum": optimum,
@@ -112,17 +110,20 @@ def make_bank(key: Any, config: Mapping[str, Any], data: Dataset, modules: Mappi
     return train.snapshots(key, data.train, num_snapshots=num_layers // depth, **shared)
 
 
-def _score(bank: Bank, data: Dataset, tokens: list[int]) -> tuple[dict[str, float | None], dict[str, float]]:
+def _score(bank: Bank, data: Dataset, tokens: list[int]) -> dict[str, Any]:
     """Loss and accuracy of one chain by split."""
     chains = chain.pad([tokens])
     outs = {name: evaluate(Problem(bank, getattr(data, name), len(tokens) - 1), chains) for name in SPLITS}
-    loss = {name: finite_or_none(out.loss[0]) for name, out in outs.items()}
-    return loss, {name: float(out.accuracy[0]) for name, out in outs.items()}
+    return {
+        "loss": {name: finite_or_none(out.loss[0]) for name, out in outs.items()},
+        "accuracy": {name: float(out.accuracy[0]) for name, out in outs.items()},
+    }
 
 
-def _pick_on_select(bank: Bank, data: Dataset, chains: np.ndarray) -> np.ndarray:
+def _pick_on_select(bank: Bank, data: Dataset, chains: np.ndarray) -> list[int]:
+    """The tokens of the chain with the lowest loss on `select`."""
     out = evaluate(Problem(bank, data.select, chains.shape[1] - 1), chains)
-    return chains[int(np.argmin(out.loss))]
+    return [int(token) for token in chains[int(np.argmin(out.loss))] if token != chain.PADDING]
 
 
 def _score_best_parent(
@@ -139,17 +140,14 @@ def _score_best_parent(
             layer=modules["layer"],
             head=modules["head"],
         )
-    best = _pick_on_select(bank, data, chain.pad(bank.parents))
-    loss, accuracy = _score(bank, data, [int(token) for token in best])
-    return {"loss": loss, "accuracy": accuracy}
+    return _score(bank, data, _pick_on_select(bank, data, chain.pad(bank.parents)))
 
 
 def _score_random_chain(key: Any, data: Dataset, bank: Bank, num_layers: int) -> dict[str, Any]:
     layer_key, head_key = jax.random.split(key)
     layers = jax.random.randint(layer_key, (num_layers,), 0, bank.num_layers)
     head = bank.num_layers + jax.random.randint(head_key, (), 0, bank.num_heads)
-    loss, accuracy = _score(bank, data, [*map(int, layers), int(head)])
-    return {"loss": loss, "accuracy": accuracy}
+    return _score(bank, data, [*map(int, layers), int(head)])
 
 
 def finite_or_none(loss: Any) -> float | None:

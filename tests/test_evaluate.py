@@ -179,6 +179,8 @@ def test_shapes_are_checked_when_traced(problem):
         jax.jit(lambda chains: jc.evaluate(problem, chains))(jnp.zeros((2, 3), int))
     with pytest.raises(ValueError, match="chunk_size of at least 1, got 0"):
         jc.evaluate(problem, [[4, -1, -1, -1]], chunk_size=0)
+    with pytest.raises(ValueError, match=r"chunk_size of at least 1, got -1"):
+        jc.evaluate_all(problem, chunk_size=-1)
 
 
 def test_apply_chain_is_the_plain_definition(two_group_problem):
