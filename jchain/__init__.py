@@ -7,7 +7,8 @@ from jchain import chain, data, encoding, env, layers, train
 from jchain.bank import Bank, LayerGroup
 from jchain.data import Batch, Dataset
 from jchain.encoding import TokenEncoding, WeightEncoding
-from jchain.evaluate import Evaluation, apply_chain, evaluate, evaluate_all
+from jchain.engine import Blocks, Walk
+from jchain.evaluate import Evaluation, Explanation, apply_chain, evaluate, evaluate_all, evaluate_prefixes, explain
 from jchain.problem import Problem
 from jchain.search.actor_critic import ActorCritic
 from jchain.search.base import Curve, Info, Result, Search, run
@@ -19,9 +20,11 @@ __all__ = [
     "ActorCritic",
     "Bank",
     "Batch",
+    "Blocks",
     "Curve",
     "Dataset",
     "Evaluation",
+    "Explanation",
     "Info",
     "LayerGroup",
     "Problem",
@@ -29,6 +32,7 @@ __all__ = [
     "Result",
     "Search",
     "TokenEncoding",
+    "Walk",
     "WeightEncoding",
     "apply_chain",
     "chain",
@@ -37,6 +41,8 @@ __all__ = [
     "env",
     "evaluate",
     "evaluate_all",
+    "evaluate_prefixes",
+    "explain",
     "layers",
     "run",
     "train",

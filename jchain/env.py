@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jchain._typing import Array, Bool, Float, Int
 from jchain.chain import PADDING
-from jchain.evaluate import apply_token
+from jchain.engine import apply_token
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
 

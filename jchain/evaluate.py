@@ -1,36 +1,50 @@
-"""Many chains at once, exactly.
+"""Many chains at once, exactly: each distinct (prefix, layer) of a population is computed once (`jchain.engine` says how)."""
 
-Chains are sorted, so that chains which share a prefix lie together, and only *nodes* are computed: a (prefix, layer)
-that the chain before did not have, so each of a population once. On CPU a walk along the sorted chains computes one
-node at a time. Elsewhere blocks of chains are worked off slot by slot, the nodes of a slot vmapped over their weights;
-the activations along the last chain of a block are carried into the next, so that memory is bounded by the size of a
-block and still nothing is computed twice.
-"""
-
+import dataclasses
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from functools import cache, partial
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from jchain import chain as chain_lib
-from jchain._typing import Array, Bool, Float, Int, Shaped
-from jchain.bank import Bank, LayerGroup
+from jchain._typing import Array, Float, Int, Shaped
+from jchain.bank import Bank
+from jchain.engine import Plan, apply_token, choose_plan, compiler_options, default_memory_limit
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
+from jchain.trie import SortedChains, count_calls, find_first_new, sort_chains
 
-# Activations that a block may hold, in bytes, where no chunk_size is given.
-_BLOCK_BYTES = 2**30
 _MAX_CHAINS = 2**22
+_DTYPES = (jnp.bfloat16, jnp.float32)
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of every function that evaluates chains.
+
+    Attributes:
+      dtype: of weights and activations, `jnp.float32` or `jnp.bfloat16`; as they are when not given. Losses are computed
+        in float32. Against float64, relative errors of a loss are about 1e-6 and 1e-2.
+      memory_limit: bytes for activations and temporaries on each device, of a quarter of its memory when not given.
+      mesh: devices over which the chains are spread, all of them, whatever its axes. Sorted chains are cut into equal
+        parts; a prefix that spans a cut is computed on both sides.
+      plan: how the calls are made, a `Walk` or `Blocks`, in place of the choice of `jchain.engine.choose_plan`.
+    """
+
+    dtype: Any
+    memory_limit: int | None
+    mesh: Mesh | None
+    plan: Plan | None
 
 
 class Evaluation(NamedTuple):
     """What `evaluate` found."""
 
-    loss: Float[Array, "P"]  # [P], +inf where it was not finite
-    accuracy: Float[Array, "P"]  # [P], share of examples; 0 where the loss was not finite
+    loss: Float[Array, "*P"]  # [P], +inf where it was not finite
+    accuracy: Float[Array, "*P"]  # [P], share of examples; 0 where the loss was not finite
     layer_calls: Int[Array, ""]  # distinct (prefix, layer) of the population
     head_calls: Int[Array, ""]  # distinct chains
 
@@ -38,6 +52,26 @@ class Evaluation(NamedTuple):
     def num_nonfinite(self) -> Int[Array, ""]:
         """Chains whose loss was not finite."""
         return jnp.sum(jnp.isinf(self.loss))
+
+
+class Explanation(NamedTuple):
+    """What evaluating a population takes."""
+
+    plan: Plan
+    num_chains: int
+    layer_calls: int  # distinct (prefix, layer): the nodes of the population's tree of prefixes
+    unshared_layer_calls: int  # what a loop over the chains would make
+    head_calls: int  # distinct chains
+    num_devices: int
+    num_bytes: int  # activations and temporaries on each device, an estimate
+    memory_limit: int  # what they may be, in bytes
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_chains:,} chains: {self.layer_calls:,} layer calls (a loop over chains would make "
+            f"{self.unshared_layer_calls:,}) and {self.head_calls:,} head calls, by {self.plan} on {self.num_devices} "
+            f"device(s), in about {self.num_bytes / 2**20:,.1f} of at most {self.memory_limit / 2**20:,.0f} MiB each"
+        )
 
 
 def apply_chain(bank: Bank, chain: Int[Array, "L"] | Any, x: Shaped[Array, "B ..."]) -> Float[Array, "B ..."]:
@@ -63,72 +97,153 @@ def apply_chain(bank: Bank, chain: Int[Array, "L"] | Any, x: Shaped[Array, "B ..
     return apply_token(bank.heads, chain[chain_lib.count_layers(chain, bank.num_layers)], hidden)
 
 
-def apply_token(groups: tuple[LayerGroup, ...], token: Int[Array, ""], hidden: Array) -> Array:
-    """The member of `groups` with this token, applied to a batch: one layer call (or head call)."""
-    group_of, member_of = _locate(groups)
-    branches = [partial(group.apply, member_of[token]) for group in groups]
-    return jax.lax.switch(group_of[token], branches, hidden)
-
-
-def _locate(groups: tuple[LayerGroup, ...]) -> tuple[Int[Array, "T"], Int[Array, "T"]]:
-    """Group and place in the group of each token; -1 for tokens of none of these groups."""
-    size = 1 + max(token for group in groups for token in group.tokens)
-    group_of, member_of = np.full(size, -1), np.full(size, -1)
-    for i, group in enumerate(groups):
-        group_of[list(group.tokens)] = i
-        member_of[list(group.tokens)] = np.arange(len(group.tokens))
-    return jnp.asarray(group_of), jnp.asarray(member_of)
-
-
-def evaluate(problem: Problem, chains: Int[Array, "P L"] | Any, *, chunk_size: int | None = None) -> Evaluation:
+def evaluate(problem: Problem, chains: Int[Array, "P L"] | Any, **options: Unpack[Options]) -> Evaluation:
     """Loss and accuracy of many chains, each distinct (prefix, layer) computed once.
 
     Works under `jit` and `vmap`. Under a `vmap` over populations of one problem, they are computed together; over
-    problems, one after another.
+    problems, one after another. Populations of one size share one compiled program.
 
     Args:
       problem: bank, split, loss.
       chains: tokens, `[P, L]`, `L = max_layers + 1`; checked where they are not traced.
-      chunk_size: chains per block, whose nodes are vmapped; memory grows with it. 1 is one node at a time, the choice on
-        CPU when None, as vmapped weights make a convolution a grouped one there, which is far slower; elsewhere as many
-        as 1 GiB of activations holds.
+      **options: see `Options`.
 
     Raises:
-      ValueError: some row is no chain of this bank, there are none, or chunk_size is below 1.
+      ValueError: some row is no chain of this bank, or there are none; the dtype is not supported, by jchain or by a
+        layer; memory_limit is too small for one node; inputs lie on different devices.
     """
-    num_layers, num_heads = problem.bank.num_layers, problem.bank.num_heads
-    if is_concrete(chains):
-        chains = chain_lib.validate(chains, num_layers, num_heads, problem.max_layers)
-    expected = f"[P, {problem.max_layers + 1}]"
-    if jnp.ndim(chains) != 2 or chains.shape[0] == 0 or chains.shape[1] != problem.max_layers + 1:
-        raise ValueError(f"expected chains of shape {expected}, at least one, got {list(jnp.shape(chains))}")
-    return _evaluate(problem, jnp.asarray(chains), chunk_size)
+    chains = _check_chains(problem, chains)
+    return _evaluate(*_place(problem, chains, options))
 
 
-def evaluate_all(problem: Problem, *, chunk_size: int | None = None) -> tuple[Int[np.ndarray, "P L"], Evaluation]:
+def evaluate_all(problem: Problem, **options: Unpack[Options]) -> tuple[Int[np.ndarray, "P L"], Evaluation]:
     """Every chain of up to `max_layers` layers and its evaluation, in the order of `chain.enumerate_all`.
 
     Raises:
-      ValueError: there are more than 4,194,304, or chunk_size is below 1.
+      ValueError: there are more than 4,194,304, or as `evaluate`.
     """
     sizes = (problem.bank.num_layers, problem.bank.num_heads, problem.max_layers)
     if chain_lib.count(*sizes) > _MAX_CHAINS:
         raise ValueError(f"expected at most {_MAX_CHAINS:,} chains to evaluate, got {chain_lib.count(*sizes):,}")
     chains = chain_lib.enumerate_all(*sizes)
-    return chains, _evaluate(problem, jnp.asarray(chains), chunk_size)
+    return chains, _evaluate(*_place(problem, chains, options))
 
 
-def count_calls(chains: Int[Array, "P L"], num_layers: int) -> tuple[Int[Array, ""], Int[Array, ""]]:
-    """Layer calls and head calls that evaluating a population costs: its distinct (prefix, layer), distinct chains."""
-    _, _, length, first_new = _sort(chains, num_layers)
-    return jnp.sum(jnp.maximum(length - first_new, 0)), jnp.sum(first_new <= length)
+def evaluate_prefixes(problem: Problem, chains: Int[Array, "P L"] | Any, **options: Unpack[Options]) -> Evaluation:
+    """Loss and accuracy of stopping each chain after each of its layers, by every head, for no layer call more.
+
+    Args:
+      problem: bank, split, loss.
+      chains: tokens, `[P, L]`; their heads are not looked at.
+      **options: see `Options`.
+
+    Returns:
+      An evaluation whose loss and accuracy are `[P, L, K]`: after `t` layers by head `k`, and `+inf` and 0 where the chain
+      has fewer than `t`.
+
+    Raises:
+      ValueError: as `evaluate`.
+    """
+    chains = jnp.asarray(_check_chains(problem, chains))
+    num_layers, num_heads = problem.bank.num_layers, problem.bank.num_heads
+    num_chains, num_slots = chains.shape
+    length = chain_lib.count_layers(chains, num_layers)[:, None]
+    stop = jnp.arange(num_slots)[None]
+    # Stops behind the end repeat it, which costs nothing.
+    end = jnp.minimum(stop, length)[:, :, None, None]
+    slots = jnp.arange(num_slots)[None, None, None]
+    head = num_layers + jnp.arange(num_heads)[None, None, :, None]
+    stopped = jnp.where(slots < end, chains[:, None, None], jnp.where(slots == end, head, chain_lib.PADDING))
+    out = _evaluate(*_place(problem, stopped.reshape(-1, num_slots), options))
+    is_there = (stop <= length)[..., None]
+    loss, accuracy = (a.reshape(num_chains, num_slots, num_heads) for a in (out.loss, out.accuracy))
+    return out._replace(loss=jnp.where(is_there, loss, jnp.inf), accuracy=jnp.where(is_there, accuracy, 0.0))
 
 
-@partial(jax.jit, static_argnames="chunk_size")
-def _evaluate(problem: Problem, chains: Int[Array, "P L"], chunk_size: int | None) -> Evaluation:
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"expected a chunk_size of at least 1, got {chunk_size}")
-    loss, accuracy = _measure(problem, chains, chunk_size)
+def explain(problem: Problem, chains: Int[Array, "P L"] | Any, **options: Unpack[Options]) -> Explanation:
+    """What `evaluate` would do with the same arguments, without doing it.
+
+    Raises:
+      ValueError: as `evaluate`.
+    """
+    problem, chains, settings = _place(problem, _check_chains(problem, chains), options)
+    num_devices = 1 if problem.mesh is None else problem.mesh.size
+    share = -(-chains.shape[0] // num_devices)
+    cast = jax.eval_shape(lambda problem: _cast(problem, settings.dtype), problem)
+    hidden = jax.eval_shape(cast.bank.embed, cast.data.x)
+    plan = settings.choose(cast, hidden, share)
+    layer_calls, head_calls = count_calls(chains, problem.bank.num_layers)
+    limit = settings.memory_limit
+    return Explanation(
+        plan=plan,
+        num_chains=chains.shape[0],
+        layer_calls=int(layer_calls),
+        unshared_layer_calls=int(chain_lib.count_layers(chains, problem.bank.num_layers).sum()),
+        head_calls=int(head_calls),
+        num_devices=num_devices,
+        num_bytes=plan.count_bytes(cast, hidden),
+        memory_limit=default_memory_limit() if limit is None else limit,
+    )
+
+
+class _Settings(NamedTuple):
+    """Options that are part of a program. Hashable."""
+
+    dtype: Any
+    memory_limit: int | None
+    plan: Plan | None
+    backend: str
+
+    def choose(self, problem: Problem, hidden: Any, num_chains: int) -> Plan:
+        if self.plan is not None:
+            return self.plan
+        return choose_plan(problem, hidden, num_chains, self.memory_limit, self.backend)
+
+
+def _check_chains(problem: Problem, chains: Any) -> Any:
+    if is_concrete(chains):
+        chains = chain_lib.validate(chains, problem.bank.num_layers, problem.bank.num_heads, problem.max_layers)
+    expected = f"[P, {problem.max_layers + 1}]"
+    if jnp.ndim(chains) != 2 or chains.shape[0] == 0 or chains.shape[1] != problem.max_layers + 1:
+        raise ValueError(f"expected chains of shape {expected}, at least one, got {list(jnp.shape(chains))}")
+    return chains
+
+
+def _place(problem: Problem, chains: Any, options: Options) -> tuple[Problem, Array, _Settings]:
+    """Checks of the options, and the inputs where they are computed."""
+    dtype, memory_limit, mesh = options.get("dtype"), options.get("memory_limit"), options.get("mesh")
+    if dtype is not None and not any(dtype == allowed for allowed in _DTYPES):
+        raise ValueError(f"expected a dtype of bfloat16 or float32, got {jnp.dtype(dtype).name}")
+    if memory_limit is not None and memory_limit < 1:
+        raise ValueError(f"expected a memory_limit of at least 1 byte, got {memory_limit}")
+    if mesh is not None:
+        problem = problem.on(mesh)
+    chains = problem.put(chains)
+    devices = {
+        frozenset(leaf.devices()) for leaf in jax.tree.leaves((problem, chains)) if is_concrete(leaf) and leaf.committed
+    }
+    if len(devices) > 1:
+        raise ValueError(f"expected bank, data and chains on the same devices, got them on {sorted(map(str, devices))}")
+    used = problem.mesh.devices.flat if problem.mesh is not None else next(iter(devices), ())
+    backend = next((device.platform for device in used), jax.default_backend())
+    settings = _Settings(dtype and jnp.dtype(dtype), memory_limit, options.get("plan"), backend)
+    return problem, chains, settings
+
+
+def _evaluate(problem: Problem, chains: Int[Array, "P L"], settings: _Settings) -> Evaluation:
+    # Only the outermost jit may have options of the compiler.
+    is_outermost = is_concrete((problem, chains))
+    return _compile(settings.backend if is_outermost else None)(problem, chains, settings)
+
+
+@cache
+def _compile(backend: str | None) -> Callable[[Problem, Array, _Settings], Evaluation]:
+    options = None if backend is None else compiler_options(backend)
+    return jax.jit(_compute, static_argnames="settings", compiler_options=options)
+
+
+def _compute(problem: Problem, chains: Int[Array, "P L"], settings: _Settings) -> Evaluation:
+    loss, accuracy = _measure(problem, chains, settings)
     loss += problem.price(chains)
     is_finite = jnp.isfinite(loss)
     return Evaluation(
@@ -138,7 +253,7 @@ def _evaluate(problem: Problem, chains: Int[Array, "P L"], chunk_size: int | Non
     )
 
 
-def _measure(problem: Problem, chains: Int[Array, "P L"], chunk_size: int | None) -> tuple[Array, Array]:
+def _measure(problem: Problem, chains: Int[Array, "P L"], settings: _Settings) -> tuple[Array, Array]:
     """Loss `[P]` without price and accuracy `[P]`.
 
     A plain vmap of `_measure_sorted` would batch its loops, computing and copying whole blocks for the slowest
@@ -147,12 +262,12 @@ def _measure(problem: Problem, chains: Int[Array, "P L"], chunk_size: int | None
 
     @jax.custom_batching.custom_vmap
     def measure(problem: Problem, chains: Array) -> tuple[Array, Array]:
-        return _measure_sorted(problem, chains, chunk_size)
+        return _measure_sorted(problem, chains, settings)
 
     @measure.def_vmap
     def _(axis_size: int, is_batched: Any, problem: Problem, chains: Array) -> Any:
         if not any(jax.tree.leaves(is_batched[0])):
-            out = _measure(problem, chains.reshape(-1, chains.shape[-1]), chunk_size)
+            out = _measure(problem, chains.reshape(-1, chains.shape[-1]), settings)
             return jax.tree.map(lambda a: a.reshape(axis_size, -1), out), (True, True)
         leaves, structure = jax.tree.flatten((problem, chains))
         flags = jax.tree.leaves(is_batched)
@@ -161,7 +276,7 @@ def _measure(problem: Problem, chains: Int[Array, "P L"], chunk_size: int | None
             rest = iter(batched)
             args = [next(rest) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)]
             problem, chains = jax.tree.unflatten(structure, args)
-            return _measure(problem, chains, chunk_size)
+            return _measure(problem, chains, settings)
 
         batched = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
         return jax.lax.map(measure_one, batched), (True, True)
@@ -169,155 +284,60 @@ def _measure(problem: Problem, chains: Int[Array, "P L"], chunk_size: int | None
     return measure(problem, chains)
 
 
-def _sort(chains: Int[Array, "P L"], num_layers: int) -> tuple[Array, Array, Array, Array]:
-    """Chains in the order of their tokens.
+def _cast(problem: Problem, dtype: Any) -> Problem:
+    """The problem with weights and floating input in `dtype`; labels and prices as they are."""
+    if dtype is None:
+        return problem
 
-    Returns:
-      order: `[P]`, places of the sorted chains in `chains`.
-      chains: `[P, L]`, sorted.
-      length: `[P]`, layers of each.
-      first_new: `[P]`, the first slot in which each differs from the one before it; L where they are equal.
-    """
-    num_chains, num_slots = chains.shape
-    *columns, order = jax.lax.sort(
-        [*chains.T.astype(jnp.int32), jnp.arange(num_chains)], num_keys=num_slots, is_stable=True
+    def cast(leaf: Array) -> Array:
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    # Checks again that the layers keep the shape, and so the dtype, of their input.
+    return dataclasses.replace(
+        problem, bank=jax.tree.map(cast, problem.bank), data=problem.data._replace(x=cast(problem.data.x))
     )
-    chains = jnp.stack(columns, axis=1)
-    is_new = jnp.concatenate([jnp.ones((1, num_slots), bool), chains[1:] != chains[:-1]])
-    first_new = jnp.where(is_new.any(axis=1), jnp.argmax(is_new, axis=1), num_slots)
-    return order, chains, chain_lib.count_layers(chains, num_layers), first_new
 
 
-def _choose_chunk_size(hidden: Any, num_chains: int) -> int:
-    if jax.default_backend() == "cpu":
-        return 1
-    # Two generations of nodes, parents and children, are alive at once.
-    return max(1, min(num_chains, _BLOCK_BYTES // (2 * hidden.size * hidden.dtype.itemsize)))
-
-
-def _measure_sorted(problem: Problem, chains: Int[Array, "P L"], chunk_size: int | None) -> tuple[Array, Array]:
+def _measure_sorted(problem: Problem, chains: Int[Array, "P L"], settings: _Settings) -> tuple[Array, Array]:
+    problem = _cast(problem, settings.dtype)
     hidden = problem.bank.embed(problem.data.x)
-    num_chains, num_slots = chains.shape
-    chunk_size = min(chunk_size or _choose_chunk_size(hidden, num_chains), num_chains)
-    order, chains, length, first_new = _sort(chains, problem.bank.num_layers)
-    measure_fn = _measure_one_by_one if chunk_size == 1 else partial(_measure_in_blocks, chunk_size=chunk_size)
-    loss, accuracy = measure_fn(problem, hidden, chains, length, first_new)
+    population, source = sort_chains(chains, problem.bank.num_layers)
+    measure_fn = _measure_part if problem.mesh is None else _measure_on_mesh
+    results = measure_fn(problem, hidden, population, settings)
     # A chain equal to the one before it was not computed: it takes the results of the first of its run.
-    run_start = jax.lax.cummax(jnp.where(first_new < num_slots, jnp.arange(num_chains), 0))
-    source = jnp.zeros_like(run_start).at[order].set(run_start)
-    return loss[source], accuracy[source]
+    return jax.tree.map(lambda a: a[source], results)
 
 
-def _measure_one_by_one(problem: Problem, hidden: Array, chains: Array, length: Array, first_new: Array) -> Any:
-    """Loss and accuracy `[P]` of sorted chains, walking the tree of their prefixes depth first.
-
-    Keeps only the activations along the current chain, `[L, B, ...F]`, which stay in the cache of a CPU.
-    """
-    bank = problem.bank
-    num_chains, num_slots = chains.shape
-    slots = jnp.arange(num_slots)[None]
-    is_node = (slots >= first_new[:, None]) & (slots < length[:, None])
-    nodes = jnp.nonzero(is_node.reshape(-1), size=is_node.size)[0]
-    ends = jnp.nonzero(first_new <= length, size=num_chains + 1, fill_value=num_chains)[0]
-    # Nodes that must be there before the head of each end can be called; none behind the last end.
-    needs = jnp.append(jnp.cumsum(is_node.sum(axis=1)), is_node.size + 1)[ends]
-
-    # Two flat loops, as a loop that carries the path without writing to it would copy it each time.
-    def call_heads(num_done: Array, path: Array, end: Array, results: Any) -> tuple[Array, Any]:
-        def call_head(carry: Any) -> Any:
-            end, results = carry
-            i = ends[end]
-            measured = problem.measure(apply_token(bank.heads, chains[i, length[i]], path[length[i]]))
-            return end + 1, jax.tree.map(lambda a, b: a.at[i].set(b), results, measured)
-
-        return jax.lax.while_loop(lambda carry: needs[carry[0]] <= num_done, call_head, (end, results))
-
-    def call_layer(n: Array, carry: Any) -> Any:
-        path, end, results = carry
-        i, t = jnp.divmod(nodes[n], num_slots)
-        path = path.at[t + 1].set(apply_token(bank.layers, chains[i, t], path[t]))
-        return path, *call_heads(n + 1, path, end, results)
-
-    path = jnp.zeros((num_slots, *hidden.shape), hidden.dtype).at[0].set(hidden)
-    carry = (path, *call_heads(jnp.array(0), path, jnp.array(0), _empty_results(problem, hidden, num_chains)))
-    return jax.lax.fori_loop(0, is_node.sum(), call_layer, carry)[2]
+def _measure_part(
+    problem: Problem, hidden: Array, population: SortedChains, settings: _Settings
+) -> tuple[Array, Array]:
+    plan = settings.choose(problem, hidden, population.chains.shape[0])
+    return plan.measure(problem, hidden, population)
 
 
-def _empty_results(problem: Problem, hidden: Array, size: int) -> tuple[Array, Array]:
-    measured = jax.eval_shape(lambda h: problem.measure(problem.bank.heads[0].apply(0, h)), hidden)
-    return jax.tree.map(lambda a: jnp.zeros(size, a.dtype), measured)
+def _measure_on_mesh(
+    problem: Problem, hidden: Array, population: SortedChains, settings: _Settings
+) -> tuple[Array, Array]:
+    """An equal part of the sorted chains on each device of the mesh, results on all."""
+    mesh, num_chains = problem.mesh, population.chains.shape[0]
+    axis = mesh.axis_names[0]
 
+    def measure(problem: Problem, hidden: Array, chains: Array, length: Array) -> tuple[Array, Array]:
+        part = SortedChains(chains, length, find_first_new(chains))
+        results = _measure_part(problem, hidden, part, settings)
+        return jax.tree.map(lambda a: jax.lax.all_gather(a, axis, tiled=True), results)
 
-def _measure_in_blocks(
-    problem: Problem, hidden: Array, chains: Array, length: Array, first_new: Array, chunk_size: int
-) -> Any:
-    """Loss and accuracy `[P]` of sorted chains, `chunk_size` at a time, slot by slot, nodes vmapped."""
-    num_chains, num_slots = chains.shape
     # Pad with the last chain again: it has no new node, so padding costs nothing.
-    num_padding = -num_chains % chunk_size
-    chains, length = (jnp.pad(a, [(0, num_padding)] + [(0, 0)] * (a.ndim - 1), mode="edge") for a in (chains, length))
-    first_new = jnp.pad(first_new, (0, num_padding), constant_values=num_slots)
-    blocks = [a.reshape(-1, chunk_size, *a.shape[1:]) for a in (chains, length, first_new)]
-    path = jnp.zeros((num_slots, *hidden.shape), hidden.dtype)
-    _, results = jax.lax.scan(partial(_measure_block, problem, hidden), path, blocks)
-    return jax.tree.map(lambda a: a.reshape(-1)[:num_chains], results)
-
-
-def _measure_block(problem: Problem, hidden: Array, path: Array, block: Any) -> tuple[Array, tuple[Array, Array]]:
-    """Loss and accuracy `[C]` of one block.
-
-    Args:
-      problem: bank, split, loss.
-      hidden: the input of all chains, `[B, ...F]`.
-      path: activations after each slot of the last chain before this block, `[L, B, ...F]`.
-      block: chains `[C, L]`, their lengths `[C]`, their first new slots `[C]`.
-    """
-    chains, length, first_new = block
-    size, num_slots = chains.shape
-    # Place 0 of a buffer holds the activation carried from the path, place n that of the n-th node of this block.
-    empty = jnp.zeros((size + 1, *hidden.shape), hidden.dtype)
-
-    def advance(carry: Any, slot: Any) -> Any:
-        parents, parent_of, results = carry
-        t, tokens, path_t = slot
-
-        def call_layer(group: LayerGroup, member: Array, row: Array) -> Array:
-            return group.apply(member, parents[parent_of[row]])
-
-        def call_head(group: LayerGroup, member: Array, row: Array) -> tuple[Array, Array]:
-            return problem.measure(group.apply(member, parents[parent_of[row]]))
-
-        is_end = (length == t) & (first_new <= t)
-        results = _map_nodes(problem.bank.heads, tokens, is_end, call_head, jnp.arange(size), results)
-        is_node = (first_new <= t) & (t < length)
-        child_of = jnp.cumsum(is_node)
-        children = _map_nodes(problem.bank.layers, tokens, is_node, call_layer, child_of, empty.at[0].set(path_t))
-        return (children, child_of, results), children[child_of[-1]]
-
-    carry = (empty.at[0].set(hidden), jnp.zeros_like(length), _empty_results(problem, hidden, size))
-    (_, _, results), path = jax.lax.scan(advance, carry, (jnp.arange(num_slots), chains.T, path))
-    return path, results
-
-
-def _map_nodes(
-    groups: tuple[LayerGroup, ...],
-    tokens: Int[Array, "C"],
-    is_node: Bool[Array, "C"],
-    run: Callable[[LayerGroup, Array, Array], Any],
-    place: Int[Array, "C"],
-    out: Any,
-) -> Any:
-    """`out` with `run(group, member, row)` written at `place[row]` for every row that is a node, group by group."""
-    group_of, member_of = _locate(groups)
-    size = tokens.shape[0]
-    for i, group in enumerate(groups):
-        is_mine = is_node & (group_of[tokens] == i)
-        row = jnp.nonzero(is_mine, size=size, fill_value=size)[0]
-
-        def write(out: Any, group: LayerGroup = group, row: Array = row) -> Any:
-            new = jax.vmap(partial(run, group))(member_of[tokens[row]], row)
-            to = place.at[row].get(mode="fill", fill_value=size + 1)
-            return jax.tree.map(lambda a, b: a.at[to].set(b, mode="drop"), out, new)
-
-        out = jax.lax.cond(is_mine.any(), write, lambda out: out, out)
-    return out
+    num_padding = -num_chains % mesh.size
+    chains = jnp.pad(population.chains, ((0, num_padding), (0, 0)), mode="edge")
+    length = jnp.pad(population.length, (0, num_padding), mode="edge")
+    everywhere, in_parts = PartitionSpec(), PartitionSpec(axis)
+    spread = jax.shard_map(
+        measure,
+        mesh=mesh,
+        in_specs=(everywhere, everywhere, in_parts, in_parts),
+        out_specs=everywhere,
+        # all_gather makes results equal on all devices, which the check cannot see.
+        check_vma=False,
+    )
+    return jax.tree.map(lambda a: a[:num_chains], spread(problem, hidden, chains, length))

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from jchain._typing import Array, Float
@@ -40,6 +41,58 @@ class ResidualMLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B *F"]) -> Float[Array, "B *G"]:
         hidden = self.activation(nn.Dense(self.hidden or self.features)(x))
+        return x + nn.Dense(self.features)(hidden)
+
+
+class ResidualConv(nn.Module):
+    """A pre-activation residual block, `x + conv(activation(x))`, of 3x3 convolutions on images `[B, H, W, C]`.
+
+    He et al. 2016, arXiv:1603.05027, without normalization. Borders are padded with zeros.
+
+    Attributes:
+      features: channels, in and out.
+      depth: convolutions, each behind an activation.
+      activation: elementwise, by default ReLU.
+    """
+
+    features: int
+    depth: int = 2
+    activation: Callable[[Array], Array] = nn.relu
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        hidden = x
+        for _ in range(self.depth):
+            hidden = nn.Conv(self.features, (3, 3))(self.activation(hidden))
+        return x + hidden
+
+
+class TransformerBlock(nn.Module):
+    """A pre-norm transformer block on sequences `[B, T, F]`: self-attention, then an MLP, each added to its input.
+
+    Xiong et al. 2020, arXiv:2002.04745; tanh-approximated GELU.
+
+    Attributes:
+      features: size of the last axis, in and out; a multiple of `num_heads`.
+      num_heads: attention heads.
+      hidden: width of the MLP; four times `features` when None.
+      is_causal: whether a position sees only itself and those before it.
+    """
+
+    features: int
+    num_heads: int
+    hidden: int | None = None
+    is_causal: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+        sizes = (3, self.num_heads, self.features // self.num_heads)
+        # Queries, keys and values in one product.
+        qkv = nn.DenseGeneral(sizes, name="qkv")(nn.LayerNorm(epsilon=1e-5)(x))
+        query, key, value = (qkv[..., i, :, :] for i in range(3))
+        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=self.is_causal)
+        x = x + nn.DenseGeneral(self.features, axis=(-2, -1), name="out")(mixed)
+        hidden = nn.gelu(nn.Dense(self.hidden or 4 * self.features)(nn.LayerNorm(epsilon=1e-5)(x)))
         return x + nn.Dense(self.features)(hidden)
 
 

@@ -1,5 +1,6 @@
 """A problem: what a search minimises over."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jchain._typing import Array, Float, Int
+from jchain._typing import Array, Float, Int, PyTree
 from jchain.bank import Bank, check_keeps_shape
 from jchain.data import Batch
 from jchain.pytree import is_concrete, pytree_dataclass, static
@@ -27,6 +29,7 @@ class Problem:
       loss_fn: `(outputs [B, ...], y [B, ...]) -> [B, ...]`, lower is better, averaged over all axes; by default softmax
         cross-entropy with integer labels, in nats.
       layer_cost: price of a layer in units of the loss: one for all, or `[N]`.
+      mesh: the devices on which it lies, over which its chains are spread (see `on`); None for one device.
 
     Raises:
       ValueError: the split is empty or not finite, a layer changes the shape of this data, heads disagree, labels are
@@ -38,6 +41,7 @@ class Problem:
     max_layers: int = static()
     loss_fn: Callable[[Array, Array], Array] = static(default=optax.softmax_cross_entropy_with_integer_labels)
     layer_cost: Any = 0.0
+    mesh: Mesh | None = static(default=None)
 
     def __post_init__(self) -> None:
         x, y = self.data
@@ -100,6 +104,25 @@ class Problem:
                 f"expected labels in 0..{num_classes - 1}, the head's classes, got {int(y.min())}..{int(y.max())}"
             )
 
+    def on(self, mesh: Mesh) -> "Problem":
+        """The same problem with all its arrays on each device of a mesh, over which evaluation then spreads the chains.
+
+        Devices of the mesh may belong to other processes (`jax.distributed`), which must make the same calls.
+        """
+        # One axis of the kind that the compiler shards, whatever the axes of the mesh are.
+        flat = Mesh(mesh.devices.reshape(-1), ("chains",))
+        if self.mesh == flat:
+            return self
+        problem = dataclasses.replace(self, mesh=flat)
+        return problem.put(problem)
+
+    def put(self, tree: PyTree) -> Any:
+        """The tree as arrays where those of this problem lie: on each device of its mesh."""
+        if self.mesh is None:
+            return jax.tree.map(jnp.asarray, tree)
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, everywhere) if is_concrete(leaf) else leaf, tree)
+
     def price(self, chains: Int[Array, "*P L"]) -> Float[Array, "*P"]:
         """What the layers of each chain add to its loss."""
         num_layers = self.bank.num_layers
@@ -113,7 +136,8 @@ class Problem:
         Accuracy is the share of examples whose largest output is their label; nan where labels are not integers.
         """
         y = self.data.y
-        loss = jnp.mean(self.loss_fn(outputs, y).astype(jnp.promote_types(jnp.float32, outputs.dtype)))
+        outputs = outputs.astype(jnp.promote_types(jnp.float32, outputs.dtype))
+        loss = jnp.mean(self.loss_fn(outputs, y).astype(outputs.dtype))
         if not jnp.issubdtype(y.dtype, jnp.integer):
             return loss, jnp.full_like(loss, jnp.nan)
         return loss, jnp.mean(jnp.argmax(outputs, axis=-1) == y, dtype=loss.dtype)

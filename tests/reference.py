@@ -7,7 +7,45 @@ def _dense(params, x):
     return x @ np.asarray(params["kernel"], np.float64) + np.asarray(params["bias"], np.float64)
 
 
-def _apply(module, params, x):
+def _norm(params, x):
+    mean, variance = x.mean(axis=-1, keepdims=True), x.var(axis=-1, keepdims=True)
+    scale, bias = (np.asarray(params[name], np.float64) for name in ("scale", "bias"))
+    return (x - mean) / np.sqrt(variance + 1e-5) * scale + bias
+
+
+def _conv(params, x):
+    kernel = np.asarray(params["kernel"], np.float64)
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    height, width = x.shape[1:3]
+    out = np.zeros_like(x) + np.asarray(params["bias"], np.float64)
+    for i in range(3):
+        for j in range(3):
+            out += padded[:, i : i + height, j : j + width] @ kernel[i, j]
+    return out
+
+
+def _transformer_block(module, params, x):
+    num_heads, size = module.num_heads, module.features // module.num_heads
+    normed = _norm(params["LayerNorm_0"], x)
+    kernel, bias = (np.asarray(params["qkv"][name], np.float64) for name in ("kernel", "bias"))
+    mixed = np.zeros_like(x)
+    for n in range(len(x)):
+        for h in range(num_heads):
+            query, key, value = (normed[n] @ kernel[:, i, h] + bias[i, h] for i in range(3))
+            scores = query @ key.T / np.sqrt(size)
+            if module.is_causal:
+                scores = np.where(np.tri(len(scores), dtype=bool), scores, -np.inf)
+            weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+            weights /= weights.sum(axis=-1, keepdims=True)
+            mixed[n] += weights @ value @ np.asarray(params["out"]["kernel"], np.float64)[h]
+    x = x + mixed + np.asarray(params["out"]["bias"], np.float64)
+    hidden = _dense(params["Dense_0"], _norm(params["LayerNorm_1"], x))
+    gelu = 0.5 * hidden * (1 + np.tanh(np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden**3)))
+    return x + _dense(params["Dense_1"], gelu)
+
+
+def apply(module, params, x):
+    """One layer or head of this library, in its own words."""
     kind = type(module).__name__
     if kind == "ResidualMLP":
         return x + _dense(params["Dense_1"], np.maximum(_dense(params["Dense_0"], x), 0))
@@ -15,6 +53,13 @@ def _apply(module, params, x):
         return np.maximum(_dense(params["Dense_0"], x), 0)
     if kind == "DenseHead":
         return _dense(params["Dense_0"], x.reshape(len(x), -1))
+    if kind == "ResidualConv":
+        hidden = x
+        for i in range(module.depth):
+            hidden = _conv(params[f"Conv_{i}"], np.maximum(hidden, 0))
+        return x + hidden
+    if kind == "TransformerBlock":
+        return _transformer_block(module, params, x)
     raise AssertionError(f"no reference for {kind}")
 
 
@@ -31,11 +76,13 @@ def _find(groups, token):
 def chain_logits(bank, chain, x):
     """Logits of one chain."""
     hidden = np.asarray(x, np.float64)
+    if bank.stem is not None:
+        hidden = apply(bank.stem, bank.stem_params, hidden)
     for token in chain:
         if token < bank.num_layers:
-            hidden = _apply(*_find(bank.layers, token), hidden)
+            hidden = apply(*_find(bank.layers, token), hidden)
         else:
-            return _apply(*_find(bank.heads, token), hidden)
+            return apply(*_find(bank.heads, token), hidden)
     raise AssertionError("no head")
 
 

@@ -3,6 +3,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
+from conftest import init_params
 
 import jchain as jc
 
@@ -16,6 +18,32 @@ def test_layers_keep_the_shape(layer, shape):
     out, _ = layer.init_with_output(jax.random.key(1), x)
     assert out.shape == x.shape
     assert not np.allclose(out, x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (jc.layers.ResidualConv(3), (2, 4, 5, 3)),
+        (jc.layers.ResidualConv(2, depth=1), (3, 3, 3, 2)),
+        (jc.layers.TransformerBlock(6, num_heads=2), (3, 5, 6)),
+        (jc.layers.TransformerBlock(8, num_heads=4, hidden=5, is_causal=True), (2, 7, 8)),
+    ],
+)
+def test_layers_match_a_float64_loop(layer, shape):
+    x = jax.random.normal(jax.random.key(0), shape)
+    (params,) = init_params(layer, jax.random.key(1), 1, shape[1:])
+    out = layer.apply({"params": params}, x)
+    assert out.shape == x.shape
+    np.testing.assert_allclose(out, reference.apply(layer, params, np.asarray(x, np.float64)), rtol=1e-5, atol=1e-5)
+
+
+def test_causal_positions_see_nothing_later():
+    layer = jc.layers.TransformerBlock(6, num_heads=2, is_causal=True)
+    x = jax.random.normal(jax.random.key(0), (1, 5, 6))
+    (params,) = init_params(layer, jax.random.key(1), 1, (5, 6))
+    out, changed = (layer.apply({"params": params}, x) for x in (x, x.at[0, 3].add(1.0)))
+    np.testing.assert_allclose(out[0, :3], changed[0, :3], rtol=1e-6)
+    assert not np.allclose(out[0, 3:], changed[0, 3:], atol=1e-3)
 
 
 def test_residual_mlp_by_hand():

@@ -1,0 +1,356 @@
+"""How the calls of a population are made: the plans, and the choice between them.
+
+Each plan makes every distinct call once and keeps a bounded number of activations, whatever the number of chains. They
+give the same losses up to the order of sums.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jchain._typing import Array, Bool, Int
+from jchain.bank import LayerGroup
+from jchain.problem import Problem
+from jchain.trie import SortedChains, batch_rows
+
+# On CPU. Activations that should stay in the cache, those of one call and those of a block, in bytes.
+_CALL_CACHE, _BLOCK_CACHE = 2**19, 2**24
+_MAX_CPU_BLOCK = 64
+# Elsewhere. Activations (or gathered weights) of one call that fill the device, in bytes, and the most nodes in a call.
+_CALL_FILL, _MAX_WIDTH = 2**26, 256
+# Share of the device's memory that a plan may use where no limit is given. Not of what is free at the moment, which
+# would make another plan, and a new trace, of the same call.
+_MEMORY_SHARE = 0.25
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One plain layer call at a time, depth first: keeps the activations along one chain."""
+
+    def count_bytes(self, problem: Problem, hidden: Any) -> int:
+        """Activations and temporaries, in bytes, for layers that read `hidden`."""
+        return (problem.max_layers + 2) * _nbytes(hidden) + _find_call_bytes(problem, hidden)
+
+    def measure(self, problem: Problem, hidden: Array, population: SortedChains) -> tuple[Array, Array]:
+        """Loss, without price, and accuracy of sorted chains, `[P]`; anything where a chain equals the one before."""
+        return _walk(problem, hidden, population)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of sorted chains, slot by slot: the nodes of a slot in batches, each one call.
+
+    Attributes:
+      block_size: chains that are worked off together; two generations of their activations are kept.
+      widths: nodes in one call, ascending from 1, each a multiple of the one before: one program for each.
+      is_gathered: whether the weights of a batch are gathered, so that it may mix layers (batched products; for
+        convolutions grouped ones, which are slow). Otherwise a batch is one layer, whose weights are read once.
+    """
+
+    block_size: int
+    widths: tuple[int, ...] = (1,)
+    is_gathered: bool = False
+
+    def __post_init__(self) -> None:
+        steps = zip(self.widths, self.widths[1:], strict=False)
+        if self.block_size < 1 or self.widths[:1] != (1,) or any(b <= a or b % a for a, b in steps):
+            raise ValueError(
+                f"expected a block_size of at least 1 and widths that ascend from 1, each a multiple of the one before, "
+                f"got {self.block_size} and {self.widths}"
+            )
+
+    def count_bytes(self, problem: Problem, hidden: Any) -> int:
+        """Activations and temporaries, in bytes, for layers that read `hidden`."""
+        kept = 2 * (self.block_size + 1) + problem.max_layers + 2
+        weights = max(map(_find_member_bytes, problem.bank.layers)) if self.is_gathered else 0
+        return kept * _nbytes(hidden) + self.widths[-1] * (_find_call_bytes(problem, hidden) + weights)
+
+    def measure(self, problem: Problem, hidden: Array, population: SortedChains) -> tuple[Array, Array]:
+        """Loss, without price, and accuracy of sorted chains, `[P]`; anything where a chain equals the one before."""
+        return _measure_blocks(self, problem, hidden, population)
+
+
+Plan = Walk | Blocks
+
+
+def choose_plan(problem: Problem, hidden: Any, num_chains: int, memory_limit: int | None, backend: str) -> Plan:
+    """The plan that should be fastest for these shapes within the limit.
+
+    On CPU one call of a larger layer keeps the cores busy; small ones are batched by layer, as far as the cache and
+    repeated layers go. Elsewhere calls are made wide enough to fill the device: convolutions by layer, the rest with
+    gathered weights.
+
+    Args:
+      problem: bank, split, loss.
+      hidden: what the layers read; only its shape and dtype are looked at.
+      num_chains: P.
+      memory_limit: bytes for activations and temporaries; a quarter of the device's memory when None.
+      backend: the platform, as `jax.default_backend()` names it.
+
+    Raises:
+      ValueError: not even one node at a time fits.
+    """
+    limit = default_memory_limit() if memory_limit is None else memory_limit
+    size = _nbytes(hidden)
+    smallest = Walk().count_bytes(problem, hidden)
+    if limit < smallest:
+        raise ValueError(
+            f"memory_limit is too small: expected at least {smallest:,} bytes, which one node at a time needs with "
+            f"activations of {size:,} bytes along {problem.max_layers} layers, got {limit:,}"
+        )
+    if backend == "cpu":
+        block_size = min(_MAX_CPU_BLOCK, _BLOCK_CACHE // (2 * size))
+        widths = _ladder(min(16, _CALL_CACHE // size))
+        is_gathered = False
+    else:
+        weights = max(map(_find_member_bytes, problem.bank.layers))
+        is_gathered = not any(_has_convolution(group, hidden) for group in problem.bank.layers)
+        block_size = num_chains
+        widths = _ladder(min(_MAX_WIDTH, _CALL_FILL // max(size, weights if is_gathered else 1)))
+    block_size = _floor_power_of_2(min(block_size, num_chains))
+    while block_size > 1:
+        widths = tuple(width for width in widths if width <= block_size)
+        plan = Blocks(block_size, widths, is_gathered)
+        if len(widths) == 1 or (not is_gathered and block_size < 2 * problem.bank.num_layers and backend == "cpu"):
+            break
+        if plan.count_bytes(problem, hidden) <= limit:
+            return plan
+        block_size //= 2
+    return Walk()
+
+
+@cache
+def compiler_options(backend: str) -> dict[str, str]:
+    """Options for `jax.jit` around an evaluation, as `evaluate` itself passes them where it is not traced.
+
+    XLA hands convolutions of 24 channels or more to YNNPACK on CPU, which takes twice the time of its Eigen kernels on a
+    processor with AVX2 only (3x3, 32 channels on 32x32: 10.8 and 5.7 ms). Other processors keep XLA's choice.
+    """
+    flags = _CPU_INFO.read_text() if backend == "cpu" and _CPU_INFO.exists() else ""
+    if "avx2" not in flags or "avx512f" in flags:
+        return {}
+    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:  # a jaxlib that does not know this experimental option
+        return {}
+    return options
+
+
+def default_memory_limit() -> int:
+    """A quarter of the memory of the default device, in bytes."""
+    stats = jax.devices()[0].memory_stats()
+    total = stats["bytes_limit"] if stats else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(total * _MEMORY_SHARE)
+
+
+def _nbytes(x: Any) -> int:
+    return int(np.prod(x.shape)) * x.dtype.itemsize
+
+
+def _find_member_bytes(group: LayerGroup) -> int:
+    return sum(_nbytes(leaf) for leaf in jax.tree.leaves(group.params)) // len(group.tokens)
+
+
+def _ladder(most: int) -> tuple[int, ...]:
+    """Widths from 1 to the largest power of two that is at most `most`, four times apart but for the first step."""
+    widths, width = [], _floor_power_of_2(most)
+    while width > 1:
+        widths.append(width)
+        width //= 4
+    return (1, *reversed(widths))
+
+
+def _floor_power_of_2(number: int) -> int:
+    return 1 << (max(1, number).bit_length() - 1)
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda value: hasattr(value, "eqns")):
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)
+
+
+def _trace(group: LayerGroup, hidden: Any) -> list[Any]:
+    """The equations of one call."""
+    member = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), group)
+    return [*_equations(jax.make_jaxpr(lambda group, x: group.apply(0, x))(member, hidden).jaxpr)]
+
+
+def _find_call_bytes(problem: Problem, hidden: Any) -> int:
+    """An estimate of the temporaries of one call: twice the largest array that a layer or head makes."""
+    groups = (*problem.bank.layers, *problem.bank.heads)
+    made = [var.aval for group in groups for equation in _trace(group, hidden) for var in equation.outvars]
+    return 2 * max((_nbytes(aval) for aval in made), default=0)
+
+
+def _has_convolution(group: LayerGroup, hidden: Any) -> bool:
+    return any(equation.primitive.name == "conv_general_dilated" for equation in _trace(group, hidden))
+
+
+def apply_token(groups: tuple[LayerGroup, ...], token: Int[Array, ""], hidden: Array) -> Array:
+    """The member of `groups` with this token, applied to a batch: one layer call (or head call)."""
+    group_of, member_of = _locate(groups)
+    branches = [partial(group.apply, member_of[token]) for group in groups]
+    return jax.lax.switch(group_of[token], branches, hidden)
+
+
+def _locate(groups: tuple[LayerGroup, ...]) -> tuple[Int[Array, "E"], Int[Array, "E"]]:
+    """Group and place in the group of each token; -1 for tokens of none of these groups."""
+    size = 1 + max(token for group in groups for token in group.tokens)
+    group_of, member_of = np.full(size, -1), np.full(size, -1)
+    for i, group in enumerate(groups):
+        group_of[list(group.tokens)] = i
+        member_of[list(group.tokens)] = np.arange(len(group.tokens))
+    return jnp.asarray(group_of), jnp.asarray(member_of)
+
+
+def _empty_results(problem: Problem, hidden: Array, size: int) -> tuple[Array, Array]:
+    measured = jax.eval_shape(lambda h: problem.measure(problem.bank.heads[0].apply(0, h)), hidden)
+    return jax.tree.map(lambda a: jnp.zeros(size, a.dtype), measured)
+
+
+def _walk(problem: Problem, hidden: Array, population: SortedChains) -> tuple[Array, Array]:
+    bank, (chains, length, first_new) = problem.bank, population
+    num_chains, num_slots = chains.shape
+    slots = jnp.arange(num_slots)[None]
+    is_node = (slots >= first_new[:, None]) & (slots < length[:, None])
+    nodes = jnp.nonzero(is_node.reshape(-1), size=is_node.size)[0]
+    ends = jnp.nonzero(first_new <= length, size=num_chains + 1, fill_value=num_chains)[0]
+    # Nodes that must be there before the head of each end can be called; none behind the last end.
+    needs = jnp.append(jnp.cumsum(is_node.sum(axis=1)), is_node.size + 1)[ends]
+
+    # Two flat loops, as a loop that carries the path without writing to it would copy it each time.
+    def call_heads(num_done: Array, path: Array, end: Array, results: Any) -> tuple[Array, Any]:
+        def call_head(carry: Any) -> Any:
+            end, results = carry
+            i = ends[end]
+            measured = problem.measure(apply_token(bank.heads, chains[i, length[i]], path[length[i]]))
+            return end + 1, jax.tree.map(lambda a, b: a.at[i].set(b), results, measured)
+
+        return jax.lax.while_loop(lambda carry: needs[carry[0]] <= num_done, call_head, (end, results))
+
+    def call_layer(n: Array, carry: Any) -> Any:
+        path, end, results = carry
+        i, t = jnp.divmod(nodes[n], num_slots)
+        path = path.at[t + 1].set(apply_token(bank.layers, chains[i, t], path[t]))
+        return path, *call_heads(n + 1, path, end, results)
+
+    path = jnp.zeros((num_slots, *hidden.shape), hidden.dtype).at[0].set(hidden)
+    carry = (path, *call_heads(jnp.array(0), path, jnp.array(0), _empty_results(problem, hidden, num_chains)))
+    return jax.lax.fori_loop(0, is_node.sum(), call_layer, carry)[2]
+
+
+def _measure_blocks(plan: Blocks, problem: Problem, hidden: Array, population: SortedChains) -> tuple[Array, Array]:
+    num_chains, num_slots = population.chains.shape
+    size = min(plan.block_size, num_chains)
+    # Pad with the last chain again: it has no new node, so padding costs nothing.
+    num_padding = -num_chains % size
+    chains, length = (jnp.pad(a, [(0, num_padding)] + [(0, 0)] * (a.ndim - 1), mode="edge") for a in population[:2])
+    first_new = jnp.pad(population.first_new, (0, num_padding), constant_values=num_slots)
+    blocks = [a.reshape(-1, size, *a.shape[1:]) for a in (chains, length, first_new)]
+    path = jnp.zeros((num_slots, *hidden.shape), hidden.dtype)
+    # Two generations of activations. Row 0 of each is that of the last chain of the block before.
+    store = jnp.zeros((2 * (size + 1), *hidden.shape), hidden.dtype).at[0].set(hidden)
+    _, results = jax.lax.scan(partial(_measure_block, plan, problem, hidden), (path, store), blocks)
+    return jax.tree.map(lambda a: a.reshape(-1)[:num_chains], results)
+
+
+def _measure_block(plan: Blocks, problem: Problem, hidden: Array, carry: Any, block: Any) -> tuple[Any, Any]:
+    """Loss and accuracy `[C]` of one block.
+
+    Args:
+      plan: widths and whether weights are gathered.
+      problem: bank, split, loss.
+      hidden: the input of all chains, `[B, ...F]`.
+      carry: activations after each slot of the last chain before this block, `[L, B, ...F]`, and the store, two
+        generations of `C + 1` rows each, of which row 0 belongs to that chain.
+      block: chains `[C, L]`, their lengths `[C]`, their first new slots `[C]`.
+    """
+    path, store = carry
+    chains, length, first_new = block
+    size, num_slots = chains.shape
+    rows = jnp.arange(size)
+
+    def advance(carry: Any, slot: Any) -> Any:
+        path, store, parent_of, results = carry
+        t, tokens = slot
+        parents = (t % 2) * (size + 1)
+        children = size + 1 - parents
+        origin = (0,) * hidden.ndim
+
+        def call_head(carry: Any, call: Callable, start: Array, batch: Array) -> Any:
+            store, values = carry
+            measured = jax.vmap(problem.measure)(call(store[parents + parent_of[batch]]))
+            values = jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice(a, b, (start,)), values, measured)
+            # XLA copies what a loop reads and never writes, here all activations: so write one number, after they are
+            # read, in a row that is set below.
+            mark = jnp.reshape(measured[0][0].astype(store.dtype), (1, *(1 for _ in origin)))
+            return jax.lax.dynamic_update_slice(store, mark, (children, *origin)), values
+
+        def call_layer(store: Array, call: Callable, start: Array, batch: Array) -> Array:
+            made = call(store[parents + parent_of[batch]])
+            return jax.lax.dynamic_update_slice(store, made, (children + 1 + start, *origin))
+
+        is_end = (length == t) & (first_new <= t)
+        carry = (store, _empty_results(problem, hidden, size))
+        position, (store, values) = _call_batches(plan, problem.bank.heads, tokens, is_end, call_head, carry)
+        results = jax.tree.map(lambda a, b: jnp.where(is_end, b[position], a), results, values)
+
+        is_node = (first_new <= t) & (t < length)
+        position, store = _call_batches(plan, problem.bank.layers, tokens, is_node, call_layer, store)
+        # A row without a new node goes on from that of the row before.
+        latest = jax.lax.cummax(jnp.where(is_node, rows, -1))
+        child_of = jnp.where(latest >= 0, position[latest] + 1, 0)
+        store = store.at[children].set(path[t])
+        path = path.at[t].set(store[children + child_of[-1]])
+        return (path, store, child_of, results), None
+
+    carry = (path, store.at[0].set(hidden), jnp.zeros_like(rows), _empty_results(problem, hidden, size))
+    (path, store, _, results), _ = jax.lax.scan(advance, carry, (jnp.arange(num_slots), chains.T))
+    return (path, store), results
+
+
+def _call_batches(
+    plan: Blocks,
+    groups: tuple[LayerGroup, ...],
+    tokens: Int[Array, "C"],
+    is_call: Bool[Array, "C"],
+    use: Callable[[Any, Callable, Array, Array], Any],
+    carry: Any,
+) -> tuple[Int[Array, "C"], Any]:
+    """`carry = use(carry, call, start, batch)` for each batch: `call` maps inputs `[W, B, ...F]` of its rows `[W]`.
+
+    Returns:
+      The place of each row among all calls, of which `start` is that of a batch's first, and the last carry.
+    """
+    group_of, member_of = _locate(groups)
+    group, member = group_of[tokens], member_of[tokens]
+    shared = jnp.zeros_like(member) if plan.is_gathered else member
+    widths = tuple(width for width in plan.widths if width <= tokens.shape[0])
+    batches = batch_rows(is_call, group, shared, len(groups), widths)
+    for i, layers in enumerate(groups):
+        for j, width in enumerate(widths):
+
+            def run(
+                n: Array, carry: Any, layers: LayerGroup = layers, i: int = i, j: int = j, width: int = width
+            ) -> Any:
+                start = batches.starts[i][j][n]
+                batch = jax.lax.dynamic_slice(batches.order, (start,), (width,))
+                members = member[batch]
+                if plan.is_gathered:
+                    return use(carry, partial(jax.vmap(layers.apply), members), start, batch)
+                return use(carry, jax.vmap(partial(layers.apply, members[0])), start, batch)
+
+            carry = jax.lax.fori_loop(0, batches.counts[i][j], run, carry)
+    return batches.position, carry
