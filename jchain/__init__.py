@@ -3,11 +3,11 @@
 `import jchain` stays light: rlax, matplotlib and the like are imported by the function that needs them.
 """
 
-from jchain import chain, data, encoding, env, layers, train
+from jchain import chain, data, distributed, encoding, env, layers, train
 from jchain.bank import Bank, LayerGroup
 from jchain.data import Batch, Dataset
 from jchain.encoding import TokenEncoding, WeightEncoding
-from jchain.engine import Blocks, Walk
+from jchain.engine import Blocks, Walk, compiler_options
 from jchain.evaluate import Evaluation, Explanation, apply_chain, evaluate, evaluate_all, evaluate_prefixes, explain
 from jchain.problem import Problem
 from jchain.search.actor_critic import ActorCritic
@@ -36,7 +36,9 @@ __all__ = [
     "WeightEncoding",
     "apply_chain",
     "chain",
+    "compiler_options",
     "data",
+    "distributed",
     "encoding",
     "env",
     "evaluate",

@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
 import jchain as jc
-from jchain import report
+from jchain import distributed, report
 from jchain.data import LOADERS
 
 BANKS = ("independent", "routed", "snapshots", "random")
@@ -18,6 +22,18 @@ SEARCHES = {
     "actor-critic": lambda args: jc.ActorCritic(encoding=ENCODINGS[args.encoding]()),
     "random": lambda args: jc.RandomSearch(),
 }
+
+
+CLUSTER = """\
+on a cluster:
+  Start the same command once on every host; the bank file must be readable on each. Where JAX knows the cluster (Slurm,
+  Open MPI, Kubernetes, Cloud TPU), as in
+    srun --ntasks-per-node=1 jchain evaluate RESULT --all 4 --distributed
+  elsewhere with the address of one host, the number of hosts and the place of each among them:
+    jchain evaluate RESULT --all 4 --distributed --coordinator host0:1234 --num-processes 2 --process-id 0
+    jchain evaluate RESULT --all 4 --distributed --coordinator host0:1234 --num-processes 2 --process-id 1
+  Chains are spread over all devices of all hosts. Process 0 prints.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--json", action="store_true", help="print the result as one JSON object in the last line")
     search.set_defaults(run=_search)
 
-    evaluate = commands.add_parser("evaluate", help="score chains of a saved bank")
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score chains of a saved bank",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=CLUSTER,
+    )
     evaluate.add_argument("bank", type=Path, help="a bank file, or the result folder of a search")
     evaluate.add_argument(
         "--chain",
@@ -88,7 +109,17 @@ def _parser() -> argparse.ArgumentParser:
         default="search",
         help="what to score on (default: %(default)s)",
     )
+    evaluate.add_argument(
+        "--all", type=int, metavar="LAYERS", help="score every chain of up to so many layers and print the 10 best"
+    )
     evaluate.add_argument("--json", action="store_true", help="print the result as one JSON object in the last line")
+    evaluate.add_argument("--distributed", action="store_true", help="share the work with other processes, see below")
+    evaluate.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
+    evaluate.add_argument("--num-processes", type=int, help="how many processes there are")
+    evaluate.add_argument("--process-id", type=int, help="which of them this is, from 0")
+    evaluate.add_argument(
+        "--timeout", type=float, default=300, help="seconds to wait for the others (default: %(default)s)"
+    )
     evaluate.set_defaults(run=_evaluate)
     return parser
 
@@ -116,32 +147,55 @@ def _search(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    mesh = _join(args)
     config, found = report.read_config(args.bank)
     path = args.bank / report.BANK_FILE if args.bank.is_dir() else args.bank
     bank = jc.Bank.load(path)
-    chains = [_parse_chain(text) for text in args.chain] if args.chain else found
-    if not chains:
-        raise ValueError("expected at least one --chain, as in --chain 3,0,7,12")
     data = jc.data.load(
         args.data or config.get("data", "digits"), config.get("seed", 0) if args.seed is None else args.seed
     )
-    padded = jc.chain.pad(chains)
-    problem = jc.Problem(bank, getattr(data, args.split), max_layers=padded.shape[1] - 1)
-    out = jc.evaluate(problem, padded)
-    rows: list[dict[str, Any]] = [
-        {
-            "chain": chain,
-            "layers": [bank.names[token] for token in chain],
-            "loss": report.finite_or_none(loss),
-            "accuracy": float(accuracy),
-        }
-        for chain, loss, accuracy in zip(chains, out.loss, out.accuracy, strict=True)
-    ]
+    split = getattr(data, args.split)
+    if args.all is not None:
+        if args.chain:
+            raise ValueError("expected --all or --chain, got both")
+        chains, out = jc.evaluate_all(jc.Problem(bank, split, max_layers=args.all), mesh=mesh)
+        shown = np.argsort(out.loss, kind="stable")[:10]
+    else:
+        tokens = [_parse_chain(text) for text in args.chain] if args.chain else found
+        if not tokens:
+            raise ValueError("expected --all, or at least one --chain, as in --chain 3,0,7,12")
+        chains = jc.chain.pad(tokens)
+        out = jc.evaluate(jc.Problem(bank, split, max_layers=chains.shape[1] - 1), chains, mesh=mesh)
+        shown = np.arange(len(chains))
+    rows = [_describe(bank, chains[i], out.loss[i], out.accuracy[i]) for i in shown]
+    if jax.process_index() > 0:
+        return
     for row in rows:
         loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
         print(f"loss {loss}  accuracy {row['accuracy']:.3f}  {' -> '.join(row['layers'])}")
     if args.json:
         print(json.dumps({"split": args.split, "layer_calls": int(out.layer_calls), "chains": rows}))
+
+
+def _join(args: argparse.Namespace) -> Mesh | None:
+    """The devices of all processes; None where there is only this one."""
+    place = (args.coordinator, args.num_processes, args.process_id)
+    if args.distributed:
+        distributed.initialize(*place, timeout=args.timeout)
+        return distributed.make_mesh()
+    if place != (None, None, None):
+        raise ValueError("expected --distributed with --coordinator, --num-processes and --process-id")
+    return None
+
+
+def _describe(bank: jc.Bank, chain: np.ndarray, loss: Any, accuracy: Any) -> dict[str, Any]:
+    tokens = [int(token) for token in chain if token != jc.chain.PADDING]
+    return {
+        "chain": tokens,
+        "layers": [bank.names[token] for token in tokens],
+        "loss": report.finite_or_none(loss),
+        "accuracy": float(accuracy),
+    }
 
 
 def _parse_chain(text: str) -> list[int]:

@@ -147,7 +147,7 @@ def compiler_options(backend: str) -> dict[str, str]:
 
 def default_memory_limit() -> int:
     """A quarter of the memory of the default device, in bytes."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     total = stats["bytes_limit"] if stats else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(total * _MEMORY_SHARE)
 

@@ -223,7 +223,8 @@ def _place(problem: Problem, chains: Any, options: Options) -> tuple[Problem, Ar
         frozenset(leaf.devices()) for leaf in jax.tree.leaves((problem, chains)) if is_concrete(leaf) and leaf.committed
     }
     if len(devices) > 1:
-        raise ValueError(f"expected bank, data and chains on the same devices, got them on {sorted(map(str, devices))}")
+        places = " and ".join(sorted(str(sorted(map(str, place))) for place in devices))
+        raise ValueError(f"expected bank, data and chains on the same devices, got them on {places}")
     used = problem.mesh.devices.flat if problem.mesh is not None else next(iter(devices), ())
     backend = next((device.platform for device in used), jax.default_backend())
     settings = _Settings(dtype and jnp.dtype(dtype), memory_limit, options.get("plan"), backend)
@@ -320,6 +321,7 @@ def _measure_on_mesh(
 ) -> tuple[Array, Array]:
     """An equal part of the sorted chains on each device of the mesh, results on all."""
     mesh, num_chains = problem.mesh, population.chains.shape[0]
+    assert mesh is not None
     axis = mesh.axis_names[0]
 
     def measure(problem: Problem, hidden: Array, chains: Array, length: Array) -> tuple[Array, Array]:

@@ -121,7 +121,7 @@ class Problem:
         if self.mesh is None:
             return jax.tree.map(jnp.asarray, tree)
         everywhere = NamedSharding(self.mesh, PartitionSpec())
-        return jax.tree.map(lambda leaf: jax.device_put(leaf, everywhere) if is_concrete(leaf) else leaf, tree)
+        return jax.tree.map(lambda leaf: _replicate(leaf, everywhere) if is_concrete(leaf) else leaf, tree)
 
     def price(self, chains: Int[Array, "*P L"]) -> Float[Array, "*P"]:
         """What the layers of each chain add to its loss."""
@@ -141,3 +141,17 @@ class Problem:
         if not jnp.issubdtype(y.dtype, jnp.integer):
             return loss, jnp.full_like(loss, jnp.nan)
         return loss, jnp.mean(jnp.argmax(outputs, axis=-1) == y, dtype=loss.dtype)
+
+
+def _replicate(leaf: Any, everywhere: NamedSharding) -> Array:
+    if isinstance(leaf, jax.Array) and leaf.sharding == everywhere:
+        return leaf
+    if everywhere.is_fully_addressable:
+        return jax.device_put(leaf, everywhere)
+    # Devices of other processes, which hold the same values and put them there themselves.
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(
+            _replicate(jax.random.key_data(leaf), everywhere), impl=jax.random.key_impl(leaf)
+        )
+    value = np.asarray(leaf)
+    return jax.make_array_from_callback(value.shape, everywhere, lambda index: value[index])

@@ -1,13 +1,16 @@
 """What every search is, and the one loop that runs it."""
 
+from functools import cache
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jchain._typing import Array, Float, Int, Key
 from jchain.chain import PADDING
+from jchain.engine import compiler_options
 from jchain.problem import Problem
 from jchain.progress import Progress
 
@@ -74,6 +77,7 @@ def run(
     budget: int,
     num_finalists: int = 16,
     progress: bool = False,
+    mesh: Mesh | None = None,
 ) -> Result:
     """Step a search until its budget is used.
 
@@ -87,6 +91,8 @@ def run(
       budget: layer calls.
       num_finalists: how many different chains to keep for re-ranking.
       progress: show a live line with layer calls, best loss and time left.
+      mesh: devices over which the chains of each step are spread (see `jchain.evaluate`). Where they belong to several
+        processes, all must make this call with equal arguments, and all get the result.
 
     Raises:
       ValueError: the search is not a registered pytree, or the budget is smaller than one step.
@@ -95,17 +101,20 @@ def run(
         raise ValueError(f"expected a budget and num_finalists of at least 1, got {budget} and {num_finalists}")
     if jax.tree.leaves(search) == [search]:
         raise ValueError(f"expected a search registered as a pytree (jchain.pytree), got {type(search).__name__}")
-    key, init_key = jax.random.split(key)
+    problem = problem if mesh is None else problem.on(mesh)
+    key, init_key = jax.random.split(problem.put(key))
     state = _init(init_key, search, problem)
-    pool = _Pool(
+    empty = _Pool(
         jnp.full((num_finalists, problem.max_layers + 1), PADDING, jnp.int32), jnp.full(num_finalists, jnp.inf)
     )
+    pool = problem.put(empty)
+    step = _compile_step(jax.default_backend())
     cost = layer_calls = num_chains = num_nonfinite = num_free = 0
     curve = []
     with Progress(budget, is_shown=progress) as line:
         while layer_calls < budget and num_free < _MAX_FREE_STEPS:
             key, step_key = jax.random.split(key)
-            state, next_pool, info = _step(step_key, search, state, problem, pool)
+            state, next_pool, info = step(step_key, search, state, problem, pool)
             cost = int(info.layer_calls)
             if layer_calls + cost > budget:
                 break
@@ -137,7 +146,11 @@ def _init(key: Array, search: Search, problem: Problem) -> Any:
     return search.init(key, problem)
 
 
-@jax.jit
+@cache
+def _compile_step(backend: str) -> Any:
+    return jax.jit(_step, compiler_options=compiler_options(backend))
+
+
 def _step(key: Array, search: Search, state: Any, problem: Problem, pool: _Pool) -> tuple[Any, _Pool, Info]:
     state, info = search.step(key, state, problem)
     return state, _merge(pool, info), info
