@@ -9,6 +9,7 @@ from jchain.data import Batch, Dataset
 from jchain.encoding import TokenEncoding, WeightEncoding
 from jchain.engine import Blocks, Walk, compiler_options
 from jchain.evaluate import Evaluation, Explanation, apply_chain, evaluate, evaluate_all, evaluate_prefixes, explain
+from jchain.kernels import Fused
 from jchain.problem import Problem
 from jchain.search.actor_critic import ActorCritic
 from jchain.search.base import Curve, Info, Result, Search, run
@@ -25,6 +26,7 @@ __all__ = [
     "Dataset",
     "Evaluation",
     "Explanation",
+    "Fused",
     "Info",
     "LayerGroup",
     "Problem",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -31,16 +31,27 @@ _MEMORY_SHARE = 0.25
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
+@runtime_checkable
+class Plan(Protocol):
+    """How calls are made. Hashable, as it is part of the program."""
+
+    def count_bytes(self, problem: Problem, hidden: Any) -> int:
+        """Activations and temporaries, in bytes, for layers that read `hidden`; an estimate."""
+        ...
+
+    def measure(self, problem: Problem, hidden: Array, population: SortedChains) -> tuple[Array, Array]:
+        """Loss, without price, and accuracy of sorted chains, `[P]`; anything where a chain equals the one before."""
+        ...
+
+
 @dataclass(frozen=True)
 class Walk:
     """One plain layer call at a time, depth first: keeps the activations along one chain."""
 
     def count_bytes(self, problem: Problem, hidden: Any) -> int:
-        """Activations and temporaries, in bytes, for layers that read `hidden`."""
         return (problem.max_layers + 2) * _nbytes(hidden) + _find_call_bytes(problem, hidden)
 
     def measure(self, problem: Problem, hidden: Array, population: SortedChains) -> tuple[Array, Array]:
-        """Loss, without price, and accuracy of sorted chains, `[P]`; anything where a chain equals the one before."""
         return _walk(problem, hidden, population)
 
 
@@ -68,17 +79,12 @@ class Blocks:
             )
 
     def count_bytes(self, problem: Problem, hidden: Any) -> int:
-        """Activations and temporaries, in bytes, for layers that read `hidden`."""
         kept = 2 * (self.block_size + 1) + problem.max_layers + 2
         weights = max(map(_find_member_bytes, problem.bank.layers)) if self.is_gathered else 0
         return kept * _nbytes(hidden) + self.widths[-1] * (_find_call_bytes(problem, hidden) + weights)
 
     def measure(self, problem: Problem, hidden: Array, population: SortedChains) -> tuple[Array, Array]:
-        """Loss, without price, and accuracy of sorted chains, `[P]`; anything where a chain equals the one before."""
         return _measure_blocks(self, problem, hidden, population)
-
-
-Plan = Walk | Blocks
 
 
 def choose_plan(problem: Problem, hidden: Any, num_chains: int, memory_limit: int | None, backend: str) -> Plan:

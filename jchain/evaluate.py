@@ -31,7 +31,7 @@ class Options(TypedDict, total=False):
       memory_limit: bytes for activations and temporaries on each device, of a quarter of its memory when not given.
       mesh: devices over which the chains are spread, all of them, whatever its axes. Sorted chains are cut into equal
         parts; a prefix that spans a cut is computed on both sides.
-      plan: how the calls are made, a `Walk` or `Blocks`, in place of the choice of `jchain.engine.choose_plan`.
+      plan: how the calls are made, a `Walk`, `Blocks` or `Fused`, in place of the choice of `jchain.engine.choose_plan`.
     """
 
     dtype: Any

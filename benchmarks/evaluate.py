@@ -1,0 +1,388 @@
+"""Evaluating many chains: jchain beside what people would use instead, in one run, on the same weights and data.
+
+    python benchmarks/evaluate.py --json benchmarks/results/cpu.json     # 2 CPU cores: about TIME minutes
+    python benchmarks/evaluate.py --quick                                # 2 minutes, nothing is written
+
+Needs `pip install -e ".[parity]"` for the PyTorch rows; without it they are left empty. Implementations take turns, so that a
+slow moment of the machine meets all of them; outputs are compared before anything is timed. A peer that would take more
+than `--patience` seconds for one population is left out of that row.
+
+Expect on 2 CPU cores: no peer faster than jchain, random chains 2 to 5 times faster than the best PyTorch peer (the more
+chains, the more they share), 3 times on the full sweep.
+"""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jchain as jc
+from jchain.files import write_atomically
+
+NUM_LAYERS, DEPTH, NUM_CLASSES = 8, 4, 10
+# Layer, features of an example, examples.
+BANKS: dict[str, tuple[Any, tuple[int, ...], int]] = {
+    "mlp 64": (jc.layers.ResidualMLP(64), (64,), 512),
+    "mlp 512": (jc.layers.ResidualMLP(512), (512,), 512),
+    "conv 16 8x8": (jc.layers.ResidualConv(16, depth=1), (8, 8, 16), 128),
+    "conv 32 32x32": (jc.layers.ResidualConv(32, depth=1), (32, 32, 32), 32),
+    "transformer 128": (jc.layers.TransformerBlock(128, num_heads=4), (16, 128), 32),
+    "transformer 768": (jc.layers.TransformerBlock(768, num_heads=12), (64, 768), 4),
+}
+QUICK_BANKS = ("mlp 64", "conv 16 8x8")
+# Naive vmap takes chains in parts of this size: more would not fit for the larger layers.
+VMAP_CHUNK = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write results here, and a figure beside them")
+    parser.add_argument("--quick", action="store_true", help="two banks, few chains, no growth")
+    parser.add_argument(
+        "--patience", type=float, default=30.0, help="seconds for one population (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    banks = QUICK_BANKS if args.quick else tuple(BANKS)
+    gflops = [measure_matmul()]
+    bandwidth = measure_bandwidth()
+    rows, compiles = [], []
+    for name in banks:
+        bank_rows, compile_row = compare(name, gflops[0], bandwidth, args)
+        rows += bank_rows
+        compiles.append(compile_row)
+    growth = [] if args.quick else measure_growth()
+    gflops.append(measure_matmul())
+    result = {
+        "device": describe_device(),
+        "versions": versions(),
+        # Measured first and last; the limits use the first.
+        "matmul_gflops": gflops[0],
+        "matmul_gflops_last": gflops[1],
+        "bandwidth_gbytes_per_s": bandwidth,
+        "config": {"num_layers": NUM_LAYERS, "depth": DEPTH, "quick": args.quick, "patience_s": args.patience},
+        "compile": compiles,
+        "rows": rows,
+        "growth": growth,
+    }
+    print(format_tables(result))
+    if args.json:
+        write_atomically(args.json, lambda path: Path(path).write_text(json.dumps(result, indent=1) + "\n"))
+        draw(result, args.json.with_suffix(".png"))
+
+
+def make_problem(
+    layer: Any, shape: tuple[int, ...], num_examples: int, num_layers: int, depth: int, **kwargs: Any
+) -> jc.Problem:
+    """Random weights and data; small weights, so that deep chains stay finite."""
+    x_key, y_key, layer_key, head_key = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(x_key, (num_examples, *shape))
+    y = jax.random.randint(y_key, (num_examples,), 0, NUM_CLASSES)
+    head = jc.layers.DenseHead(NUM_CLASSES)
+    layers = [
+        jax.tree.map(lambda leaf: 0.5 * leaf, layer.init(key, x[:1])["params"])
+        for key in jax.random.split(layer_key, num_layers)
+    ]
+    bank = jc.Bank.stack(layer, layers, head, [head.init(head_key, x[:1])["params"]])
+    return jc.Problem(bank, jc.Batch(x, y), depth, **kwargs)
+
+
+def random_chains(num_chains: int, num_layers: int = NUM_LAYERS, depth: int = DEPTH, seed: int = 0) -> np.ndarray:
+    layers = np.random.default_rng(seed).integers(0, num_layers, (num_chains, depth))
+    return np.concatenate([layers, np.full((num_chains, 1), num_layers)], axis=1).astype(np.int32)
+
+
+def evolution_chains(num_parents: int = 16, num_children: int = 32) -> np.ndarray:
+    """Children of a few parents, each with one layer swapped."""
+    rng = np.random.default_rng(0)
+    chains = np.repeat(random_chains(num_parents, seed=1), num_children, axis=0)
+    chains[np.arange(len(chains)), rng.integers(0, DEPTH, len(chains))] = rng.integers(0, NUM_LAYERS, len(chains))
+    return chains
+
+
+def sweep_chains() -> np.ndarray:
+    """All chains of exactly `DEPTH` layers, so that peers can stack them."""
+    grid = np.indices((NUM_LAYERS,) * DEPTH).reshape(DEPTH, -1).T
+    return np.concatenate([grid, np.full((len(grid), 1), NUM_LAYERS)], axis=1).astype(np.int32)
+
+
+def compare(name: str, gflops: float, bandwidth: float, args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
+    """One row for each population."""
+    layer, shape, num_examples = BANKS[name]
+    problem = make_problem(layer, shape, num_examples, NUM_LAYERS, DEPTH)
+    peers = {**make_jax_peers(problem), **make_torch_peers(problem, with_compile=not args.quick)}
+    populations = {"random 64": random_chains(64), "evolution 512": evolution_chains()}
+    if not args.quick:
+        populations |= {
+            "random 512": random_chains(512),
+            "random 4096": random_chains(4096),
+            "sweep": sweep_chains(),
+        }
+    per_chain: dict[str, float] = {}
+    rows = []
+    for population, chains in populations.items():
+        said = jc.explain(problem, chains)
+        nodes, heads = said.layer_calls, said.head_calls
+        layer_flops, head_flops = count_flops(problem)
+        limit = (nodes * layer_flops + heads * head_flops) / gflops / 1e9
+        fair = {peer: run for peer, run in peers.items() if per_chain.get(peer, 0) * len(chains) <= args.patience}
+        if limit > args.patience / 2 or not fair:
+            print(f"{name}, {population}: left out, it would take too long", flush=True)
+            continue
+        runs = {"jchain": lambda chains: np.asarray(jc.evaluate(problem, chains).loss), **fair}
+        seconds = take_turns(runs, chains)
+        for peer in fair:
+            per_chain[peer] = seconds[peer]["median"] / len(chains)
+        hidden_bytes = problem.data.x.nbytes
+        weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(problem.bank.layers[0].params)) / NUM_LAYERS
+        rows.append(
+            {
+                "bank": name,
+                "population": population,
+                "chains": len(chains),
+                "nodes": nodes,
+                "heads": heads,
+                "plan": str(said.plan),
+                "limit_s": limit,
+                "bytes_limit_s": nodes * (2 * hidden_bytes + weight_bytes) / bandwidth / 1e9,
+                "seconds": {peer: seconds[peer]["median"] if peer in seconds else None for peer in ("jchain", *peers)},
+                "spread": {peer: [seconds[peer]["low"], seconds[peer]["high"]] for peer in seconds},
+                "repeats": {peer: seconds[peer]["repeats"] for peer in seconds},
+            }
+        )
+        print(format_row(rows[-1]), flush=True)
+    return rows, measure_compile(name)
+
+
+def take_turns(runs: dict[str, Callable[[np.ndarray], np.ndarray]], chains: np.ndarray) -> dict[str, dict[str, float]]:
+    """Median, quartiles and number of timings of each, all outputs compared with jchain's first."""
+    expected = runs["jchain"](chains)
+    for name, run in runs.items():
+        np.testing.assert_allclose(run(chains), expected, rtol=2e-3, atol=2e-3, err_msg=name)
+    time.sleep(0.25)
+    timings: dict[str, list[float]] = {name: [] for name in runs}
+    start = time.perf_counter()
+    while len(timings["jchain"]) < 3 or (len(timings["jchain"]) < 15 and time.perf_counter() - start < 8):
+        for name, run in runs.items():
+            # The slowest once is enough to know that they are slow.
+            if timings[name] and sum(timings[name]) > 20:
+                continue
+            timings[name].append(_time(lambda: run(chains)))  # noqa: B023
+            # PyTorch's threads go on spinning for a while, which would slow down whoever is next.
+            time.sleep(0.25 if name.startswith("torch") else 0)
+    return {
+        name: {
+            "median": float(np.median(values)),
+            "low": float(np.quantile(values, 0.25)),
+            "high": float(np.quantile(values, 0.75)),
+            "repeats": len(values),
+        }
+        for name, values in timings.items()
+    }
+
+
+def make_jax_peers(problem: jc.Problem) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """One jitted chain at a time, and a plain vmap over chains."""
+
+    def one(problem: jc.Problem, chain: jax.Array) -> tuple[jax.Array, jax.Array]:
+        hidden = problem.data.x
+        for token in chain[:-1]:
+            hidden = problem.bank.layers[0].apply(token, hidden)
+        return problem.measure(problem.bank.heads[0].apply(0, hidden))
+
+    jitted, vmapped = jax.jit(one), jax.jit(jax.vmap(one, in_axes=(None, 0)))
+
+    def loop(chains: np.ndarray) -> np.ndarray:
+        return np.array([jitted(problem, chain)[0] for chain in jnp.asarray(chains)])
+
+    def naive(chains: np.ndarray) -> np.ndarray:
+        parts = [chains[i : i + VMAP_CHUNK] for i in range(0, len(chains), VMAP_CHUNK)]
+        return np.concatenate([vmapped(problem, part)[0] for part in parts])
+
+    return {"jax_loop": loop, "jax_vmap": naive}
+
+
+def make_torch_peers(problem: jc.Problem, *, with_compile: bool) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    try:
+        from torch_peers import make_peers
+    except ImportError as error:
+        print(f"no PyTorch rows: {error}")
+        return {}
+    return make_peers(problem, with_compile=with_compile)
+
+
+def count_flops(problem: jc.Problem) -> tuple[float, float]:
+    """Of one layer call and one head call, as XLA counts them."""
+    groups = (problem.bank.layers[0], problem.bank.heads[0])
+    costs = [jax.jit(group.apply).lower(0, problem.data.x).cost_analysis() for group in groups]
+    return costs[0]["flops"], costs[1]["flops"]
+
+
+def measure_matmul() -> float:
+    """GFLOP/s of the best square product of 1,024 or 2,048."""
+    best = 0.0
+    for size in (1024, 2048):
+        a = jax.random.normal(jax.random.key(0), (size, size))
+        multiply = jax.jit(jnp.matmul)
+        timings = [_time(lambda: multiply(a, a).block_until_ready()) for _ in range(15)]  # noqa: B023
+        best = max(best, 2 * size**3 / float(np.median(timings[2:])) / 1e9)
+    return best
+
+
+def measure_bandwidth() -> float:
+    """GB/s read and written by adding to 256 MiB in place."""
+    add = jax.jit(lambda x: jax.lax.fori_loop(0, 8, lambda i, x: x + 1, x), donate_argnums=0)
+    x = add(jnp.zeros(2**26))
+    timings = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        x = add(x).block_until_ready()
+        timings.append((time.perf_counter() - begin) / 8)
+    return 2 * x.nbytes / float(np.median(timings)) / 1e9
+
+
+def _time(run: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def measure_compile(name: str) -> dict[str, Any]:
+    """Seconds of the first evaluation of a new problem less a second one, and traces for 100 more populations."""
+    layer, shape, num_examples = BANKS[name]
+    calls = []
+
+    def counted(outputs: jax.Array, labels: jax.Array) -> jax.Array:
+        calls.append(outputs.shape)
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+
+    # Two examples, as a hundred populations of the largest would take minutes; the same layers to compile.
+    del num_examples
+    problem = make_problem(layer, shape, 2, NUM_LAYERS, DEPTH, loss_fn=counted)
+    chains = random_chains(64)
+    first, second = (_time(lambda: jax.block_until_ready(jc.evaluate(problem, chains))) for _ in range(2))
+    num_calls = len(calls)
+    for seed in range(100):
+        jax.block_until_ready(jc.evaluate(problem, random_chains(64, seed=seed)))
+    return {"bank": name, "seconds": first - second, "new_traces": len(calls) - num_calls}
+
+
+def measure_growth() -> list[dict[str, Any]]:
+    """Seconds and memory against chains, layers of the bank, and length; MLP 64, 512 examples."""
+    cases = [("chains", num, 64, 4) for num in (16, 64, 256, 1024, 4096, 16384)]
+    cases += [("layers", 512, num, 4) for num in (4, 16, 64, 256, 1024)]
+    cases += [("length", 64, 8, num) for num in (2, 4, 8, 16, 32, 64)]
+    layer, shape, num_examples = BANKS["mlp 64"]
+    rows = []
+    for axis, num_chains, num_layers, depth in cases:
+        problem = make_problem(layer, shape, num_examples, num_layers, depth)
+        chains = random_chains(num_chains, num_layers, depth)
+        said = jc.explain(problem, chains)
+        timings = take_turns({"jchain": lambda chains: np.asarray(jc.evaluate(problem, chains).loss)}, chains)["jchain"]  # noqa: B023
+        compiled = jax.jit(jc.evaluate).lower(problem, jnp.asarray(chains)).compile()
+        rows.append(
+            {
+                "axis": axis,
+                "chains": num_chains,
+                "layers": num_layers,
+                "length": depth,
+                "plan": str(said.plan),
+                "layer_calls": said.layer_calls,
+                "head_calls": said.head_calls,
+                "seconds": timings["median"],
+                "spread": [timings["low"], timings["high"]],
+                "us_per_layer_call": timings["median"] / said.layer_calls * 1e6,
+                "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+            }
+        )
+        print(f"growth, {axis}: {rows[-1]}", flush=True)
+    return rows
+
+
+def describe_device() -> str:
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    wide = "AVX-512" if "avx512f" in info.read_text() else "AVX2"
+    return f"CPU, {len(names)} cores, {names[0]}, {wide}"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("jax", "flax", "jchain", "torch"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def best(row: dict[str, Any], start: str) -> float | None:
+    """Seconds of the fastest peer whose name starts so."""
+    found = [s for peer, s in row["seconds"].items() if peer != "jchain" and peer.startswith(start) and s is not None]
+    return min(found, default=None)
+
+
+def format_row(row: dict[str, Any]) -> str:
+    jchain = row["seconds"]["jchain"]
+    ratios = [
+        "" if best(row, start) is None else f"{best(row, start) / jchain:.2f}"
+        for start in ("", "torch", "jax_loop", "jax_vmap")
+    ]
+    cells = [row["bank"], row["population"], f"{row['nodes']:,}", f"{jchain * 1e3:,.1f}", *ratios]
+    return "| " + " | ".join([*cells, f"{row['limit_s'] / jchain:.0%}"]) + " |"
+
+
+def format_tables(result: dict[str, Any]) -> str:
+    """Markdown: times of peers as multiples of jchain's."""
+    head = ("bank", "chains", "layer calls", "jchain, ms", "best peer", "PyTorch", "JAX loop", "naive vmap", "of limit")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *map(format_row, result["rows"])]
+    random = [row for row in result["rows"] if row["population"].startswith("random")]
+    for start, name in (("torch", "the best PyTorch peer"), ("jax_vmap", "naive vmap")):
+        ratios = [best(row, start) / row["seconds"]["jchain"] for row in random if best(row, start) is not None]
+        if ratios:
+            lines.append(
+                f"Random chains: {np.exp(np.mean(np.log(ratios))):.2f} times faster than {name} (geometric mean)"
+            )
+    for row in result["compile"]:
+        lines.append(f"{row['bank']}: compiled in {row['seconds']:.1f} s, {row['new_traces']} new traces")
+    lines.append(f"matmul: {result['matmul_gflops']:.0f} GFLOP/s first, {result['matmul_gflops_last']:.0f} last")
+    return "\n".join(lines)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Times of the peers as multiples of jchain's, a line of dots for each row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = result["rows"][::-1]
+    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.3 * len(rows)), layout="constrained")
+    peers = [peer for peer in rows[0]["seconds"] if peer != "jchain"]
+    for peer, marker in zip(peers, "osD^v", strict=False):
+        points = [
+            (row["seconds"][peer] / row["seconds"]["jchain"], i) for i, row in enumerate(rows) if row["seconds"][peer]
+        ]
+        axes.plot(*zip(*points, strict=True), marker, label=peer.replace("_", " "), alpha=0.8)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(rows)), [f"{row['bank']}, {row['population']}" for row in rows])
+    axes.set_xlabel(f"seconds / seconds of jchain ({result['device']})")
+    axes.grid(axis="x", which="both", alpha=0.3)
+    axes.legend(loc="upper right")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
