@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write results here, and a figure beside them")
     parser.add_argument("--quick", action="store_true", help="two banks, few chains, no growth")
     parser.add_argument(
-        "--patience", type=float, default=30.0, help="seconds for one population (default: %(default)s)"
+        "--patience", type=float, default=15.0, help="seconds for one population (default: %(default)s)"
     )
     args = parser.parse_args()
     banks = QUICK_BANKS if args.quick else tuple(BANKS)
@@ -264,14 +264,13 @@ def measure_compile(name: str) -> dict[str, Any]:
         calls.append(outputs.shape)
         return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
 
-    # Two examples, as a hundred populations of the largest would take minutes; the same layers to compile.
-    del num_examples
-    problem = make_problem(layer, shape, 2, NUM_LAYERS, DEPTH, loss_fn=counted)
-    chains = random_chains(64)
-    first, second = (_time(lambda: jax.block_until_ready(jc.evaluate(problem, chains))) for _ in range(2))
+    problem = make_problem(layer, shape, num_examples, NUM_LAYERS, DEPTH, loss_fn=counted)
+    first, second = (_time(lambda: jax.block_until_ready(jc.evaluate(problem, random_chains(64)))) for _ in range(2))
+    # Small populations, as a hundred large ones would take minutes.
+    jc.evaluate(problem, random_chains(2))
     num_calls = len(calls)
     for seed in range(100):
-        jax.block_until_ready(jc.evaluate(problem, random_chains(64, seed=seed)))
+        jax.block_until_ready(jc.evaluate(problem, random_chains(2, seed=seed)))
     return {"bank": name, "seconds": first - second, "new_traces": len(calls) - num_calls}
 
 

@@ -7,7 +7,7 @@ from jchain import chain, data, distributed, encoding, env, layers, train
 from jchain.bank import Bank, LayerGroup
 from jchain.data import Batch, Dataset
 from jchain.encoding import TokenEncoding, WeightEncoding
-from jchain.engine import Blocks, Walk, compiler_options
+from jchain.engine import Blocks, Share, Walk, compiler_options
 from jchain.evaluate import Evaluation, Explanation, apply_chain, evaluate, evaluate_all, evaluate_prefixes, explain
 from jchain.kernels import Fused
 from jchain.problem import Problem
@@ -33,6 +33,7 @@ __all__ = [
     "RandomSearch",
     "Result",
     "Search",
+    "Share",
     "TokenEncoding",
     "Walk",
     "WeightEncoding",

@@ -4,6 +4,7 @@ Each plan makes every distinct call once and keeps a bounded number of activatio
 give the same losses up to the order of sums.
 """
 
+import enum
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from jchain.trie import SortedChains, batch_rows
 # On CPU. Activations that should stay in the cache, those of one call and those of a block, in bytes.
 _CALL_CACHE, _BLOCK_CACHE = 2**19, 2**24
 _MAX_CPU_BLOCK = 64
+_SIBLINGS = (1, 2, 8)
 # Elsewhere. Activations (or gathered weights) of one call that fill the device, in bytes, and the most nodes in a call.
 _CALL_FILL, _MAX_WIDTH = 2**26, 256
 # Share of the device's memory that a plan may use where no limit is given. Not of what is free at the moment, which
@@ -55,6 +57,14 @@ class Walk:
         return _walk(problem, hidden, population)
 
 
+class Share(enum.Enum):
+    """What the nodes of one call have in common."""
+
+    LAYER = "layer"  # one layer on several inputs: its weights are read once, the call is one on more examples
+    PARENT = "parent"  # several layers on one input: a convolution of more channels, a wider product
+    NOTHING = "nothing"  # several layers on as many inputs: batched products, but grouped convolutions, which are slow
+
+
 @dataclass(frozen=True)
 class Blocks:
     """Blocks of sorted chains, slot by slot: the nodes of a slot in batches, each one call.
@@ -62,13 +72,12 @@ class Blocks:
     Attributes:
       block_size: chains that are worked off together; two generations of their activations are kept.
       widths: nodes in one call, ascending from 1, each a multiple of the one before: one program for each.
-      is_gathered: whether the weights of a batch are gathered, so that it may mix layers (batched products; for
-        convolutions grouped ones, which are slow). Otherwise a batch is one layer, whose weights are read once.
+      share: what the nodes of a batch have in common.
     """
 
     block_size: int
     widths: tuple[int, ...] = (1,)
-    is_gathered: bool = False
+    share: Share = Share.LAYER
 
     def __post_init__(self) -> None:
         steps = zip(self.widths, self.widths[1:], strict=False)
@@ -80,7 +89,7 @@ class Blocks:
 
     def count_bytes(self, problem: Problem, hidden: Any) -> int:
         kept = 2 * (self.block_size + 1) + problem.max_layers + 2
-        weights = max(map(_find_member_bytes, problem.bank.layers)) if self.is_gathered else 0
+        weights = 0 if self.share is Share.LAYER else max(map(_find_member_bytes, problem.bank.layers))
         return kept * _nbytes(hidden) + self.widths[-1] * (_find_call_bytes(problem, hidden) + weights)
 
     def measure(self, problem: Problem, hidden: Array, population: SortedChains) -> tuple[Array, Array]:
@@ -90,9 +99,9 @@ class Blocks:
 def choose_plan(problem: Problem, hidden: Any, num_chains: int, memory_limit: int | None, backend: str) -> Plan:
     """The plan that should be fastest for these shapes within the limit.
 
-    On CPU one call of a larger layer keeps the cores busy; small ones are batched by layer, as far as the cache and
-    repeated layers go. Elsewhere calls are made wide enough to fill the device: convolutions by layer, the rest with
-    gathered weights.
+    On CPU one call of a larger layer keeps the cores busy; smaller ones are batched as far as the cache goes, convolutions
+    by what they read, the rest by layer where the bank is small enough for layers to repeat in a block. Elsewhere calls
+    are made wide enough to fill the device: convolutions by layer, the rest with gathered weights.
 
     Args:
       problem: bank, split, loss.
@@ -112,20 +121,22 @@ def choose_plan(problem: Problem, hidden: Any, num_chains: int, memory_limit: in
             f"memory_limit is too small: expected at least {smallest:,} bytes, which one node at a time needs with "
             f"activations of {size:,} bytes along {problem.max_layers} layers, got {limit:,}"
         )
+    has_convolution = any(_has_convolution(group, hidden) for group in problem.bank.layers)
     if backend == "cpu":
         block_size = min(_MAX_CPU_BLOCK, _BLOCK_CACHE // (2 * size))
-        widths = _ladder(min(16, _CALL_CACHE // size))
-        is_gathered = False
+        # Siblings make one convolution of more channels, whatever the number of layers in the bank.
+        share = Share.PARENT if has_convolution else Share.LAYER
+        widths = _SIBLINGS if has_convolution else _ladder(min(16, _CALL_CACHE // size))
+        least = _SIBLINGS[-1] if has_convolution else 2 * problem.bank.num_layers
     else:
-        weights = max(map(_find_member_bytes, problem.bank.layers))
-        is_gathered = not any(_has_convolution(group, hidden) for group in problem.bank.layers)
-        block_size = num_chains
-        widths = _ladder(min(_MAX_WIDTH, _CALL_FILL // max(size, weights if is_gathered else 1)))
+        block_size, least = num_chains, 1
+        share = Share.LAYER if has_convolution else Share.NOTHING
+        weights = 0 if has_convolution else max(map(_find_member_bytes, problem.bank.layers))
+        widths = _ladder(min(_MAX_WIDTH, _CALL_FILL // max(size, weights)))
     block_size = _floor_power_of_2(min(block_size, num_chains))
-    while block_size > 1:
-        widths = tuple(width for width in widths if width <= block_size)
-        plan = Blocks(block_size, widths, is_gathered)
-        if len(widths) == 1 or (not is_gathered and block_size < 2 * problem.bank.num_layers and backend == "cpu"):
+    while block_size >= max(least, 2):
+        plan = Blocks(block_size, tuple(width for width in widths if width <= block_size), share)
+        if len(plan.widths) == 1:
             break
         if plan.count_bytes(problem, hidden) <= limit:
             return plan
@@ -276,7 +287,7 @@ def _measure_block(plan: Blocks, problem: Problem, hidden: Array, carry: Any, bl
     """Loss and accuracy `[C]` of one block.
 
     Args:
-      plan: widths and whether weights are gathered.
+      plan: widths and what batches share.
       problem: bank, split, loss.
       hidden: the input of all chains, `[B, ...F]`.
       carry: activations after each slot of the last chain before this block, `[L, B, ...F]`, and the store, two
@@ -287,6 +298,8 @@ def _measure_block(plan: Blocks, problem: Problem, hidden: Array, carry: Any, bl
     chains, length, first_new = block
     size, num_slots = chains.shape
     rows = jnp.arange(size)
+    # Few heads are called for the same chain, but the same head for many.
+    head_share = Share.LAYER if plan.share is Share.PARENT else plan.share
 
     def advance(carry: Any, slot: Any) -> Any:
         path, store, parent_of, results = carry
@@ -295,26 +308,30 @@ def _measure_block(plan: Blocks, problem: Problem, hidden: Array, carry: Any, bl
         children = size + 1 - parents
         origin = (0,) * hidden.ndim
 
-        def call_head(carry: Any, call: Callable, start: Array, batch: Array) -> Any:
+        def call_head(carry: Any, call: Callable, start: Array, parent: Array) -> Any:
             store, values = carry
-            measured = jax.vmap(problem.measure)(call(store[parents + parent_of[batch]]))
+            measured = jax.vmap(problem.measure)(call(store[parents + parent]))
             values = jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice(a, b, (start,)), values, measured)
             # XLA copies what a loop reads and never writes, here all activations: so write one number, after they are
             # read, in a row that is set below.
             mark = jnp.reshape(measured[0][0].astype(store.dtype), (1, *(1 for _ in origin)))
             return jax.lax.dynamic_update_slice(store, mark, (children, *origin)), values
 
-        def call_layer(store: Array, call: Callable, start: Array, batch: Array) -> Array:
-            made = call(store[parents + parent_of[batch]])
+        def call_layer(store: Array, call: Callable, start: Array, parent: Array) -> Array:
+            made = call(store[parents + parent])
             return jax.lax.dynamic_update_slice(store, made, (children + 1 + start, *origin))
 
         is_end = (length == t) & (first_new <= t)
         carry = (store, _empty_results(problem, hidden, size))
-        position, (store, values) = _call_batches(plan, problem.bank.heads, tokens, is_end, call_head, carry)
+        position, (store, values) = _call_batches(
+            plan.widths, head_share, problem.bank.heads, tokens, parent_of, is_end, call_head, carry
+        )
         results = jax.tree.map(lambda a, b: jnp.where(is_end, b[position], a), results, values)
 
         is_node = (first_new <= t) & (t < length)
-        position, store = _call_batches(plan, problem.bank.layers, tokens, is_node, call_layer, store)
+        position, store = _call_batches(
+            plan.widths, plan.share, problem.bank.layers, tokens, parent_of, is_node, call_layer, store
+        )
         # A row without a new node goes on from that of the row before.
         latest = jax.lax.cummax(jnp.where(is_node, rows, -1))
         child_of = jnp.where(latest >= 0, position[latest] + 1, 0)
@@ -328,22 +345,26 @@ def _measure_block(plan: Blocks, problem: Problem, hidden: Array, carry: Any, bl
 
 
 def _call_batches(
-    plan: Blocks,
+    widths: tuple[int, ...],
+    share: Share,
     groups: tuple[LayerGroup, ...],
     tokens: Int[Array, "C"],
+    parent_of: Int[Array, "C"],
     is_call: Bool[Array, "C"],
     use: Callable[[Any, Callable, Array, Array], Any],
     carry: Any,
 ) -> tuple[Int[Array, "C"], Any]:
-    """`carry = use(carry, call, start, batch)` for each batch: `call` maps inputs `[W, B, ...F]` of its rows `[W]`.
+    """`carry = use(carry, call, start, parent)` for each batch.
+
+    `call` maps the activations of `parent`, `[W, B, ...F]` or where it is shared `[B, ...F]`, to those of the batch.
 
     Returns:
       The place of each row among all calls, of which `start` is that of a batch's first, and the last carry.
     """
     group_of, member_of = _locate(groups)
     group, member = group_of[tokens], member_of[tokens]
-    shared = jnp.zeros_like(member) if plan.is_gathered else member
-    widths = tuple(width for width in plan.widths if width <= tokens.shape[0])
+    shared = {Share.LAYER: member, Share.PARENT: parent_of, Share.NOTHING: jnp.zeros_like(member)}[share]
+    widths = tuple(width for width in widths if width <= tokens.shape[0])
     batches = batch_rows(is_call, group, shared, len(groups), widths)
     for i, layers in enumerate(groups):
         for j, width in enumerate(widths):
@@ -353,10 +374,13 @@ def _call_batches(
             ) -> Any:
                 start = batches.starts[i][j][n]
                 batch = jax.lax.dynamic_slice(batches.order, (start,), (width,))
-                members = member[batch]
-                if plan.is_gathered:
-                    return use(carry, partial(jax.vmap(layers.apply), members), start, batch)
-                return use(carry, jax.vmap(partial(layers.apply, members[0])), start, batch)
+                members, parent = member[batch], parent_of[batch]
+                if share is Share.LAYER:
+                    return use(carry, jax.vmap(partial(layers.apply, members[0])), start, parent)
+                if share is Share.PARENT:
+                    call = jax.vmap(layers.apply, in_axes=(0, None))
+                    return use(carry, partial(call, members), start, parent[0])
+                return use(carry, partial(jax.vmap(layers.apply), members), start, parent)
 
             carry = jax.lax.fori_loop(0, batches.counts[i][j], run, carry)
     return batches.position, carry

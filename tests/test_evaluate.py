@@ -21,8 +21,10 @@ PLANS = [
     jc.Blocks(1),
     jc.Blocks(5, (1, 2)),
     jc.Blocks(1000, (1, 2, 8)),
-    jc.Blocks(5, (1, 3), is_gathered=True),
-    jc.Blocks(1000, (1, 4), is_gathered=True),
+    jc.Blocks(5, (1, 3), share=jc.Share.NOTHING),
+    jc.Blocks(1000, (1, 4), share=jc.Share.NOTHING),
+    jc.Blocks(5, (1, 2), share=jc.Share.PARENT),
+    jc.Blocks(1000, (1, 3), share=jc.Share.PARENT),
 ]
 
 
@@ -150,8 +152,9 @@ def test_images_and_sequences(layer, shape):
     problem = jc.Problem(jc.Bank.stack(layer, layers, HEAD, heads), data, 2)
     chains, out = jc.evaluate_all(problem)
     assert_matches_reference(problem, chains, out)
-    gathered = jc.evaluate(problem, chains, plan=jc.Blocks(16, (1, 4), is_gathered=True))
-    np.testing.assert_allclose(gathered.loss, out.loss, rtol=1e-5)
+    for share in jc.Share:
+        forced = jc.evaluate(problem, chains, plan=jc.Blocks(16, (1, 4), share))
+        np.testing.assert_allclose(forced.loss, out.loss, rtol=1e-5)
 
 
 def test_bfloat16_is_used_from_the_stem_on(problem):
@@ -255,7 +258,7 @@ def test_one_trace_inside_jit(problem):
     assert traces == [(6, 4)]
 
 
-@pytest.mark.parametrize("plan", [None, jc.Blocks(4, (1, 2)), jc.Blocks(9, (1, 4), is_gathered=True)], ids=str)
+@pytest.mark.parametrize("plan", [None, jc.Blocks(4, (1, 2)), jc.Blocks(9, (1, 4), share=jc.Share.NOTHING)], ids=str)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
 def test_nonfinite_layers_become_inf_and_touch_no_other_chain(plan, bad):
     params = init_params(jc.layers.Dense(5), jax.random.key(0), 3, (5,))
@@ -365,7 +368,7 @@ def test_plans_by_backend_and_shape(problem):
     )
     assert choose(mlp, small, backend="cpu") == jc.Blocks(64, (1, 4))
     assert choose(big, wide, backend="cpu") == jc.Walk()
-    assert choose(mlp, small, backend="gpu") == jc.Blocks(512, (1, 4, 16, 64, 256), is_gathered=True)
+    assert choose(mlp, small, backend="gpu") == jc.Blocks(512, (1, 4, 16, 64, 256), share=jc.Share.NOTHING)
     images = jc.Batch(jnp.zeros((4, 6, 6, 2)), jnp.zeros(4, int))
     layer, head = jc.layers.ResidualConv(2), jc.layers.DenseHead(3)
     bank = jc.Bank.stack(
@@ -374,8 +377,11 @@ def test_plans_by_backend_and_shape(problem):
         head,
         init_params(head, jax.random.key(0), 1, (6, 6, 2)),
     )
-    plan = choose(jc.Problem(bank, images, 3), images.x, backend="gpu")
-    assert plan == jc.Blocks(512, (1, 4, 16, 64, 256))
+    problem = jc.Problem(bank, images, 3)
+    assert choose(problem, images.x, backend="gpu") == jc.Blocks(512, (1, 4, 16, 64, 256))
+    assert choose(problem, images.x, backend="cpu") == jc.Blocks(64, (1, 2, 8), share=jc.Share.PARENT)
+    large = jax.ShapeDtypeStruct((8192, 6, 6, 2), jnp.float32)
+    assert choose(problem, large, backend="cpu") == jc.Walk()
 
 
 def make_wide_bank(size):
