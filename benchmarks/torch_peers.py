@@ -3,6 +3,8 @@
 Each peer maps chains `[P, L]` to their losses `[P]`; all compute loss and accuracy as jchain does.
 """
 
+# pyright: reportMissingImports=false
+
 from collections.abc import Callable
 from typing import Any
 

@@ -126,6 +126,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _search(args: argparse.Namespace) -> None:
     args.max_layers = args.depth if args.max_layers is None else args.max_layers
+    if args.max_layers < 0:
+        raise ValueError(f"expected max_layers to be an integer of at least 0, got {args.max_layers}")
     args.out = args.out or Path("results") / f"{args.data}-{args.bank}-{args.search}-{args.seed}"
     report.check_out(args.out, replace=args.replace)
     config = {

@@ -28,7 +28,7 @@ class Options(TypedDict, total=False):
     Attributes:
       dtype: of weights and activations, `jnp.float32` or `jnp.bfloat16`; as they are when not given. Losses are computed
         in float32. Against float64, relative errors of a loss are about 1e-6 and 1e-2.
-      memory_limit: bytes for activations and temporaries on each device, of a quarter of its memory when not given.
+      memory_limit: bytes for activations and temporaries on each device; a quarter of its memory when not given.
       mesh: devices over which the chains are spread, all of them, whatever its axes. Sorted chains are cut into equal
         parts; a prefix that spans a cut is computed on both sides.
       plan: how the calls are made, a `Walk`, `Blocks` or `Fused`, in place of the choice of `jchain.engine.choose_plan`.
@@ -110,7 +110,7 @@ def evaluate(problem: Problem, chains: Int[Array, "P L"] | Any, **options: Unpac
 
     Raises:
       ValueError: some row is no chain of this bank, or there are none; the dtype is not supported, by jchain or by a
-        layer; memory_limit is too small for one node; inputs lie on different devices.
+        layer; memory_limit is too small for one node, or for the plan that was given; inputs lie on different devices.
     """
     chains = _check_chains(problem, chains)
     return _evaluate(*_place(problem, chains, options))
@@ -195,9 +195,14 @@ class _Settings(NamedTuple):
     backend: str
 
     def choose(self, problem: Problem, hidden: Any, num_chains: int) -> Plan:
-        if self.plan is not None:
-            return self.plan
-        return choose_plan(problem, hidden, num_chains, self.memory_limit, self.backend)
+        if self.plan is None:
+            return choose_plan(problem, hidden, num_chains, self.memory_limit, self.backend)
+        needed = self.plan.count_bytes(problem, hidden)
+        if self.memory_limit is not None and needed > self.memory_limit:
+            raise ValueError(
+                f"expected a plan of at most {self.memory_limit:,} bytes, but {self.plan} needs {needed:,}"
+            )
+        return self.plan
 
 
 def _check_chains(problem: Problem, chains: Any) -> Any:

@@ -338,6 +338,7 @@ class Float32Only(nn.Module):
         ({"dtype": jnp.float16}, "expected a dtype of bfloat16 or float32, got float16"),
         ({"memory_limit": 0}, "expected a memory_limit of at least 1 byte, got 0"),
         ({"memory_limit": 100}, "memory_limit is too small: expected at least .* got 100"),
+        ({"memory_limit": 100, "plan": jc.Walk()}, r"expected a plan of at most 100 bytes, but Walk\(\) needs"),
     ],
 )
 @pytest.mark.parametrize("function", [jc.evaluate, jc.evaluate_prefixes, jc.explain])

@@ -1,5 +1,7 @@
 """What README.md shows is true."""
 
+import importlib.util
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -29,3 +31,13 @@ def test_ci_runs_the_test_command_that_it_shows():
     (pattern,) = re.findall(r"\$\((grep .*) README.md\)", script)
     found = subprocess.run(["bash", "-c", f"{pattern} README.md"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == command
+
+
+def test_the_table_of_speed_shows_the_results():
+    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "benchmarks" / "evaluate.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    result = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
+    table = benchmark.format_tables(result).splitlines()[: 2 + len(result["rows"])]
+    assert "\n".join(table) in README
+    assert result["device"] in README
