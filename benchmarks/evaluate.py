@@ -51,7 +51,8 @@ def main() -> None:
         "--patience", type=float, default=12.0, help="seconds for one population (default: %(default)s)"
     )
     args = parser.parse_args()
-    banks = QUICK_BANKS if args.quick else tuple(BANKS)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
         "device": describe_device(),
         "versions": versions(),
