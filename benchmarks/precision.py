@@ -50,7 +50,8 @@ def losses_in_float64(problem: jc.Problem, chains: np.ndarray) -> np.ndarray:
     """One chain at a time, by the plain definition."""
     with jax.enable_x64(True):
         exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), problem.bank)
-        x, y = np.asarray(problem.data.x, np.float64), np.asarray(problem.data.y)
+        x: Any = np.asarray(problem.data.x, np.float64)
+        y: Any = np.asarray(problem.data.y)
         run = jax.jit(lambda bank, chain: problem.loss_fn(jc.apply_chain(bank, chain, x), y).mean())
         return np.array([run(exact, jnp.asarray(chain)) for chain in chains])
 
