@@ -129,7 +129,7 @@ def draw_chains(draw, problem):
 
 
 @pytest.mark.parametrize("plan", [None, *PLANS], ids=str)
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(data=st.data())
 def test_every_plan_and_dtype_on_random_problems(plan, data):
     problem = draw_problem(data.draw)
@@ -205,7 +205,7 @@ def test_any_population_matches_apply_chain(problem, seed, num, plan):
     assert (out.layer_calls, out.head_calls) == reference.count_calls(chains, 4)
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.permutations(range(4)), st.permutations([4, 5]), st.integers(0, 2**31 - 1))
 def test_permuting_the_bank_and_relabelling_the_chain_leaves_the_loss(problem, layers, heads, seed):
     order = [*layers, *heads]
