@@ -54,7 +54,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="jchain", description="Search over chains of detached (frozen) layers.")
     parser.add_argument("--version", action="version", version=jc.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_search(commands)
+    _add_evaluate(commands)
+    return parser
 
+
+def _add_search(commands: Any) -> None:
     search = commands.add_parser("search", help="make a bank and search it")
     search.add_argument("--data", choices=sorted(LOADERS), default="digits", help="data set (default: %(default)s)")
     search.add_argument("--bank", choices=BANKS, default="routed", help="how the bank is made (default: %(default)s)")
@@ -88,6 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--json", action="store_true", help="print the result as one JSON object in the last line")
     search.set_defaults(run=_search)
 
+
+def _add_evaluate(commands: Any) -> None:
     evaluate = commands.add_parser(
         "evaluate",
         help="score chains of a saved bank",
@@ -121,7 +128,6 @@ def _parser() -> argparse.ArgumentParser:
         "--timeout", type=float, default=300, help="seconds to wait for the others (default: %(default)s)"
     )
     evaluate.set_defaults(run=_evaluate)
-    return parser
 
 
 def _search(args: argparse.Namespace) -> None:

@@ -26,10 +26,9 @@ class Batches(NamedTuple):
 
     order: Int[Array, "C"]  # [C], the rows, those that call something first
     position: Int[Array, "C"]  # [C], place of each row in `order`
-    starts: tuple[tuple[Int[Array, "C"], ...], ...]  # [C] by group and width: where in `order` its batches start
-    counts: tuple[
-        tuple[Int[Array, ""], ...], ...
-    ]  # by group and width: how many batches; the starts behind mean nothing
+    # By group and width: where in `order` its batches start (what stands behind the last means nothing), and how many.
+    starts: tuple[tuple[Int[Array, "C"], ...], ...]  # [C] each
+    counts: tuple[tuple[Int[Array, ""], ...], ...]
 
 
 def sort_chains(chains: Int[Array, "P L"], num_layers: int) -> tuple[SortedChains, Int[Array, "P"]]:
