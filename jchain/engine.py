@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,9 +22,11 @@ from jchain.bank import LayerGroup
 from jchain.problem import Problem
 from jchain.trie import SortedChains, batch_rows
 
-# On CPU. Activations that should stay in the cache, those of one call and those of a block, in bytes.
-_CALL_CACHE, _BLOCK_CACHE = 2**19, 2**24
+# On CPU. Activations that should stay in the cache: those of one call, those that a batch of heads reads, and those of a
+# block, in bytes.
+_CALL_CACHE, _HEAD_CACHE, _BLOCK_CACHE = 2**20, 2**21, 2**24
 _MAX_CPU_BLOCK = 64
+_MIN_CPU_WIDTH = 8  # narrower batches gain nothing over single calls
 _SIBLINGS = (1, 2, 8)
 # Elsewhere. Activations (or gathered weights) of one call that fill the device, in bytes, and the most nodes in a call.
 _CALL_FILL, _MAX_WIDTH = 2**26, 256
@@ -51,7 +54,8 @@ class Walk:
     """One plain layer call at a time, depth first: keeps the activations along one chain."""
 
     def count_bytes(self, problem: Problem, hidden: Any) -> int:
-        return (problem.max_layers + 2) * _nbytes(hidden) + _find_call_bytes(problem, hidden)
+        groups = (*problem.bank.layers, *problem.bank.heads)
+        return (problem.max_layers + 2) * _nbytes(hidden) + _find_call_bytes(groups, hidden)
 
     def measure(self, problem: Problem, hidden: Array, population: SortedChains) -> tuple[Array, Array]:
         return _walk(problem, hidden, population)
@@ -73,24 +77,30 @@ class Blocks:
       block_size: chains that are worked off together; two generations of their activations are kept.
       widths: nodes in one call, ascending from 1, each a multiple of the one before: one program for each.
       share: what the nodes of a batch have in common.
+      head_widths: chains in one call of a head, as `widths`.
     """
 
     block_size: int
     widths: tuple[int, ...] = (1,)
     share: Share = Share.LAYER
+    head_widths: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
-        steps = zip(self.widths, self.widths[1:], strict=False)
-        if self.block_size < 1 or self.widths[:1] != (1,) or any(b <= a or b % a for a, b in steps):
-            raise ValueError(
-                f"expected a block_size of at least 1 and widths that ascend from 1, each a multiple of the one before, "
-                f"got {self.block_size} and {self.widths}"
-            )
+        if self.block_size < 1:
+            raise ValueError(f"expected a block_size of at least 1, got {self.block_size}")
+        for widths in (self.widths, self.head_widths):
+            steps = pairwise(widths)
+            if widths[:1] != (1,) or any(b <= a or b % a for a, b in steps):
+                raise ValueError(f"expected widths that ascend from 1, each a multiple of the one before, got {widths}")
 
     def count_bytes(self, problem: Problem, hidden: Any) -> int:
+        bank, size = problem.bank, _nbytes(hidden)
         kept = 2 * (self.block_size + 1) + problem.max_layers + 2
-        weights = 0 if self.share is Share.LAYER else max(map(_find_member_bytes, problem.bank.layers))
-        return kept * _nbytes(hidden) + self.widths[-1] * (_find_call_bytes(problem, hidden) + weights)
+        weights = 0 if self.share is Share.LAYER else max(map(_find_member_bytes, bank.layers))
+        # A call copies what it reads, and a batch of heads may be wider than one of layers.
+        layers = self.widths[-1] * (_find_call_bytes(bank.layers, hidden) + weights)
+        heads = self.head_widths[-1] * (_find_call_bytes(bank.heads, hidden) + size)
+        return kept * size + max(layers, heads)
 
     def measure(self, problem: Problem, hidden: Array, population: SortedChains) -> tuple[Array, Array]:
         return _measure_blocks(self, problem, hidden, population)
@@ -126,18 +136,22 @@ def choose_plan(problem: Problem, hidden: Any, num_chains: int, memory_limit: in
         block_size = min(_MAX_CPU_BLOCK, _BLOCK_CACHE // (2 * size))
         # Siblings make one convolution of more channels, whatever the number of layers in the bank.
         share = Share.PARENT if has_convolution else Share.LAYER
-        widths = _SIBLINGS if has_convolution else _ladder(min(16, _CALL_CACHE // size))
+        width = min(16, _CALL_CACHE // size)
+        widths = _SIBLINGS if has_convolution else _ladder(width) if width >= _MIN_CPU_WIDTH else (1,)
+        head_widths = _ladder(min(16, _HEAD_CACHE // size))
         least = _SIBLINGS[-1] if has_convolution else 2 * problem.bank.num_layers
     else:
         block_size, least = num_chains, 1
         share = Share.LAYER if has_convolution else Share.NOTHING
         weights = 0 if has_convolution else max(map(_find_member_bytes, problem.bank.layers))
         widths = _ladder(min(_MAX_WIDTH, _CALL_FILL // max(size, weights)))
+        head_widths = widths
     block_size = _floor_power_of_2(min(block_size, num_chains))
     while block_size >= max(least, 2):
-        plan = Blocks(block_size, tuple(width for width in widths if width <= block_size), share)
-        if len(plan.widths) == 1:
+        if len(widths) == 1:
             break
+        fitting, head_fitting = (tuple(w for w in ws if w <= block_size) for ws in (widths, head_widths))
+        plan = Blocks(block_size, fitting, share, head_fitting)
         if plan.count_bytes(problem, hidden) <= limit:
             return plan
         block_size //= 2
@@ -148,13 +162,14 @@ def choose_plan(problem: Problem, hidden: Any, num_chains: int, memory_limit: in
 def compiler_options(backend: str) -> dict[str, str]:
     """Options for `jax.jit` around an evaluation, as `evaluate` itself passes them where it is not traced.
 
-    XLA hands convolutions of 24 channels or more to YNNPACK on CPU, which takes twice the time of its Eigen kernels on a
-    processor with AVX2 only (3x3, 32 channels on 32x32: 10.8 and 5.7 ms). Other processors keep XLA's choice.
+    XLA hands products and convolutions of 24 channels or more to YNNPACK on CPU, which on a processor with AVX2 only takes
+    longer than its Eigen kernels (3x3, 32 channels on 32x32: 10.8 and 5.7 ms; 512 chains of 64-wide MLPs: 140 and 115
+    ms). So only reductions are left to it there; other processors keep XLA's choice.
     """
     flags = _CPU_INFO.read_text() if backend == "cpu" and _CPU_INFO.exists() else ""
     if "avx2" not in flags or "avx512f" in flags:
         return {}
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
     try:
         jax.jit(lambda: 0, compiler_options=options).lower().compile()
     except jax.errors.JaxRuntimeError:  # a jaxlib that does not know this experimental option
@@ -204,9 +219,8 @@ def _trace(group: LayerGroup, hidden: Any) -> list[Any]:
     return [*_equations(jax.make_jaxpr(lambda group, x: group.apply(0, x))(member, hidden).jaxpr)]
 
 
-def _find_call_bytes(problem: Problem, hidden: Any) -> int:
-    """An estimate of the temporaries of one call: twice the largest array that a layer or head makes."""
-    groups = (*problem.bank.layers, *problem.bank.heads)
+def _find_call_bytes(groups: tuple[LayerGroup, ...], hidden: Any) -> int:
+    """An estimate of the temporaries of one call: twice the largest array that one of these makes."""
     made = [var.aval for group in groups for equation in _trace(group, hidden) for var in equation.outvars]
     return 2 * max((_nbytes(aval) for aval in made), default=0)
 
@@ -324,7 +338,7 @@ def _measure_block(plan: Blocks, problem: Problem, hidden: Array, carry: Any, bl
         is_end = (length == t) & (first_new <= t)
         carry = (store, _empty_results(problem, hidden, size))
         position, (store, values) = _call_batches(
-            plan.widths, head_share, problem.bank.heads, tokens, parent_of, is_end, call_head, carry
+            plan.head_widths, head_share, problem.bank.heads, tokens, parent_of, is_end, call_head, carry
         )
         results = jax.tree.map(lambda a, b: jnp.where(is_end, b[position], a), results, values)
 

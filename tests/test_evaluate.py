@@ -19,12 +19,12 @@ from jchain.trie import count_calls
 PLANS = [
     jc.Walk(),
     jc.Blocks(1),
-    jc.Blocks(5, (1, 2)),
-    jc.Blocks(1000, (1, 2, 8)),
+    jc.Blocks(5, (1, 2), head_widths=(1, 3)),
+    jc.Blocks(1000, (1, 2, 8), head_widths=(1, 4, 16)),
     jc.Blocks(5, (1, 3), share=jc.Share.NOTHING),
-    jc.Blocks(1000, (1, 4), share=jc.Share.NOTHING),
+    jc.Blocks(1000, (1, 4), share=jc.Share.NOTHING, head_widths=(1, 8)),
     jc.Blocks(5, (1, 2), share=jc.Share.PARENT),
-    jc.Blocks(1000, (1, 3), share=jc.Share.PARENT),
+    jc.Blocks(1000, (1, 3), share=jc.Share.PARENT, head_widths=(1, 2)),
 ]
 
 
@@ -300,7 +300,7 @@ def test_explain_says_what_evaluate_does(two_group_problem):
     out = jc.evaluate(two_group_problem, chains)
     assert (said.num_chains, said.layer_calls, said.head_calls) == (len(chains), out.layer_calls, out.head_calls)
     assert said.unshared_layer_calls == sum(0 <= token < 5 for row in chains for token in row)
-    assert (said.plan, said.num_devices) == (jc.Blocks(32, (1, 4, 16)), 1)
+    assert (said.plan, said.num_devices) == (jc.Blocks(32, (1, 4, 16), head_widths=(1, 4, 16)), 1)
     assert 0 < said.num_bytes < said.memory_limit
     assert "47 chains" in str(said)
     assert "layer calls" in str(said)
@@ -347,10 +347,13 @@ def test_bad_options_are_refused(problem, function, options, message):
         function(problem, [[0, 4, -1, -1]], **options)
 
 
-@pytest.mark.parametrize("sizes", [(0, (1,)), (4, ()), (4, (2, 4)), (4, (1, 4, 2)), (4, (1, 2, 5))])
-def test_bad_plans_are_refused(sizes):
-    with pytest.raises(ValueError, match="expected a block_size of at least 1 and widths that ascend from 1"):
-        jc.Blocks(*sizes)
+@pytest.mark.parametrize("widths", [(), (2, 4), (1, 4, 2), (1, 2, 5)])
+def test_bad_plans_are_refused(widths):
+    with pytest.raises(ValueError, match="expected a block_size of at least 1, got 0"):
+        jc.Blocks(0)
+    for name in ("widths", "head_widths"):
+        with pytest.raises(ValueError, match="expected widths that ascend from 1"):
+            jc.Blocks(4, **{name: widths})
 
 
 def test_a_layer_that_does_not_follow_the_dtype_is_refused():
@@ -367,9 +370,10 @@ def test_plans_by_backend_and_shape(problem):
     mlp, big = (
         jc.Problem(make_wide_bank(size), jc.Batch(jnp.zeros((512, size)), jnp.zeros(512, int)), 3) for size in (64, 512)
     )
-    assert choose(mlp, small, backend="cpu") == jc.Blocks(64, (1, 4))
+    assert choose(mlp, small, backend="cpu") == jc.Blocks(64, (1, 2, 8), head_widths=(1, 4, 16))
     assert choose(big, wide, backend="cpu") == jc.Walk()
-    assert choose(mlp, small, backend="gpu") == jc.Blocks(512, (1, 4, 16, 64, 256), share=jc.Share.NOTHING)
+    wide_ladder = (1, 4, 16, 64, 256)
+    assert choose(mlp, small, backend="gpu") == jc.Blocks(512, wide_ladder, jc.Share.NOTHING, wide_ladder)
     images = jc.Batch(jnp.zeros((4, 6, 6, 2)), jnp.zeros(4, int))
     layer, head = jc.layers.ResidualConv(2), jc.layers.DenseHead(3)
     bank = jc.Bank.stack(
@@ -379,8 +383,8 @@ def test_plans_by_backend_and_shape(problem):
         init_params(head, jax.random.key(0), 1, (6, 6, 2)),
     )
     problem = jc.Problem(bank, images, 3)
-    assert choose(problem, images.x, backend="gpu") == jc.Blocks(512, (1, 4, 16, 64, 256))
-    assert choose(problem, images.x, backend="cpu") == jc.Blocks(64, (1, 2, 8), share=jc.Share.PARENT)
+    assert choose(problem, images.x, backend="gpu") == jc.Blocks(512, wide_ladder, jc.Share.LAYER, wide_ladder)
+    assert choose(problem, images.x, backend="cpu") == jc.Blocks(64, (1, 2, 8), jc.Share.PARENT, (1, 4, 16))
     large = jax.ShapeDtypeStruct((8192, 6, 6, 2), jnp.float32)
     assert choose(problem, large, backend="cpu") == jc.Walk()
 
