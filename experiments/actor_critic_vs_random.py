@@ -23,6 +23,7 @@ import scipy.stats
 from matplotlib.figure import Figure
 
 import jchain as jc
+from jchain.files import write_atomically
 
 SEARCHES = {
     "random search": jc.RandomSearch(),
@@ -61,7 +62,8 @@ def main() -> None:
         "summary": summary,
         "runs": runs,
     }
-    (args.out / "actor_critic_vs_random.json").write_text(json.dumps(result, indent=1) + "\n")
+    text = json.dumps(result, indent=1) + "\n"
+    write_atomically(args.out / "actor_critic_vs_random.json", lambda path: Path(path).write_text(text))
     plot(args.out / "actor_critic_vs_random.png", runs)
     for kind, rows in summary.items():
         for name, row in rows.items():

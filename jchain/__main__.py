@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 import jchain as jc
 from jchain import distributed, report
 from jchain.data import LOADERS
+from jchain.problem import check_max_layers
 
 BANKS = ("independent", "routed", "snapshots", "random")
 LAYERS = {"residual": jc.layers.ResidualMLP, "dense": jc.layers.Dense}
@@ -131,9 +132,7 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _search(args: argparse.Namespace) -> None:
-    args.max_layers = args.depth if args.max_layers is None else args.max_layers
-    if args.max_layers < 0:
-        raise ValueError(f"expected max_layers to be an integer of at least 0, got {args.max_layers}")
+    args.max_layers = check_max_layers(args.depth if args.max_layers is None else args.max_layers)
     args.out = args.out or Path("results") / f"{args.data}-{args.bank}-{args.search}-{args.seed}"
     report.check_out(args.out, replace=args.replace)
     config = {

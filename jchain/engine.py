@@ -20,7 +20,8 @@ import numpy as np
 from jchain._typing import Array, Bool, Int
 from jchain.bank import LayerGroup
 from jchain.problem import Problem
-from jchain.trie import SortedChains, batch_rows
+from jchain.pytree import is_concrete
+from jchain.trie import SortedChains, batch_rows, pad_to_multiple
 
 # On CPU. Activations that should stay in the cache: those of one call, those that a batch of heads reads, and those of a
 # block, in bytes.
@@ -177,6 +178,22 @@ def compiler_options(backend: str) -> dict[str, str]:
     return options
 
 
+def find_backend(problem: Problem, *arrays: Array) -> str:
+    """The platform of the devices on which a problem and other arrays lie, else the default one.
+
+    Raises:
+      ValueError: they lie on different devices.
+    """
+    devices = {
+        frozenset(leaf.devices()) for leaf in jax.tree.leaves((problem, arrays)) if is_concrete(leaf) and leaf.committed
+    }
+    if len(devices) > 1:
+        places = " and ".join(sorted(str(sorted(map(str, place))) for place in devices))
+        raise ValueError(f"expected bank, data and chains on the same devices, got them on {places}")
+    used = problem.mesh.devices.flat if problem.mesh is not None else next(iter(devices), ())
+    return next((device.platform for device in used), jax.default_backend())
+
+
 def default_memory_limit() -> int:
     """A quarter of the memory of the default device, in bytes."""
     stats = jax.local_devices()[0].memory_stats()
@@ -285,11 +302,7 @@ def _walk(problem: Problem, hidden: Array, population: SortedChains) -> tuple[Ar
 def _measure_blocks(plan: Blocks, problem: Problem, hidden: Array, population: SortedChains) -> tuple[Array, Array]:
     num_chains, num_slots = population.chains.shape
     size = min(plan.block_size, num_chains)
-    # Pad with the last chain again: it has no new node, so padding costs nothing.
-    num_padding = -num_chains % size
-    chains, length = (jnp.pad(a, [(0, num_padding)] + [(0, 0)] * (a.ndim - 1), mode="edge") for a in population[:2])
-    first_new = jnp.pad(population.first_new, (0, num_padding), constant_values=num_slots)
-    blocks = [a.reshape(-1, size, *a.shape[1:]) for a in (chains, length, first_new)]
+    blocks = [a.reshape(-1, size, *a.shape[1:]) for a in pad_to_multiple(population, size)]
     path = jnp.zeros((num_slots, *hidden.shape), hidden.dtype)
     # Two generations of activations. Row 0 of each is that of the last chain of the block before.
     store = jnp.zeros((2 * (size + 1), *hidden.shape), hidden.dtype).at[0].set(hidden)

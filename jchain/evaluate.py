@@ -13,10 +13,10 @@ from jax.sharding import Mesh, PartitionSpec
 from jchain import chain as chain_lib
 from jchain._typing import Array, Float, Int, Shaped
 from jchain.bank import Bank
-from jchain.engine import Plan, apply_token, choose_plan, compiler_options, default_memory_limit
+from jchain.engine import Plan, apply_token, choose_plan, compiler_options, default_memory_limit, find_backend
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
-from jchain.trie import SortedChains, count_calls, find_first_new, sort_chains
+from jchain.trie import SortedChains, count_calls, find_first_new, pad_to_multiple, sort_chains
 
 _MAX_CHAINS = 2**22
 _DTYPES = (jnp.bfloat16, jnp.float32)
@@ -225,15 +225,7 @@ def _place(problem: Problem, chains: Any, options: Options) -> tuple[Problem, Ar
     if mesh is not None:
         problem = problem.on(mesh)
     chains = problem.put(chains)
-    devices = {
-        frozenset(leaf.devices()) for leaf in jax.tree.leaves((problem, chains)) if is_concrete(leaf) and leaf.committed
-    }
-    if len(devices) > 1:
-        places = " and ".join(sorted(str(sorted(map(str, place))) for place in devices))
-        raise ValueError(f"expected bank, data and chains on the same devices, got them on {places}")
-    used = problem.mesh.devices.flat if problem.mesh is not None else next(iter(devices), ())
-    backend = next((device.platform for device in used), jax.default_backend())
-    settings = _Settings(dtype and jnp.dtype(dtype), memory_limit, options.get("plan"), backend)
+    settings = _Settings(dtype and jnp.dtype(dtype), memory_limit, options.get("plan"), find_backend(problem, chains))
     return problem, chains, settings
 
 
@@ -335,10 +327,7 @@ def _measure_on_mesh(
         results = _measure_part(problem, hidden, part, settings)
         return jax.tree.map(lambda a: jax.lax.all_gather(a, axis, tiled=True), results)
 
-    # Pad with the last chain again: it has no new node, so padding costs nothing.
-    num_padding = -num_chains % mesh.size
-    chains = jnp.pad(population.chains, ((0, num_padding), (0, 0)), mode="edge")
-    length = jnp.pad(population.length, (0, num_padding), mode="edge")
+    chains, length, _ = pad_to_multiple(population, mesh.size)
     everywhere, in_parts = PartitionSpec(), PartitionSpec(axis)
     spread = jax.shard_map(
         measure,

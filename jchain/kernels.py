@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jchain._typing import Array
 from jchain.problem import Problem
-from jchain.trie import SortedChains
+from jchain.trie import SortedChains, pad_to_multiple
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,13 @@ class Fused:
                 f"and {groups[1]} on {list(hidden.shape)}"
             )
         head_group = problem.bank.heads[0]
-        chains, length, _ = population
-        num_chains = chains.shape[0]
+        num_chains = population.chains.shape[0]
         size = min(self.block_size, num_chains)
-        num_padding = -num_chains % size
+        chains, length, _ = pad_to_multiple(population, size)
         head = jnp.take_along_axis(chains, length[:, None], axis=1)[:, 0] - problem.bank.num_layers
         # Tokens are places in the group: there is one.
         place_of = jnp.argsort(jnp.asarray(head_group.tokens))
-        blocks = [
-            jnp.pad(a, [(0, num_padding)] + [(0, 0)] * (a.ndim - 1), mode="edge").reshape(-1, size, *a.shape[1:])
-            for a in (chains, length, place_of[head])
-        ]
+        blocks = [a.reshape(-1, size, *a.shape[1:]) for a in (chains, length, place_of[head])]
 
         def measure_block(block: Any) -> tuple[Array, Array]:
             chains, length, head = block

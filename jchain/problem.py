@@ -45,13 +45,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         x, y = self.data
-        if (
-            isinstance(self.max_layers, bool)
-            or not isinstance(self.max_layers, int | np.integer)
-            or self.max_layers < 0
-        ):
-            raise ValueError(f"expected max_layers to be an integer of at least 0, got {self.max_layers!r}")
-        object.__setattr__(self, "max_layers", int(self.max_layers))
+        object.__setattr__(self, "max_layers", check_max_layers(self.max_layers))
         object.__setattr__(self, "data", Batch(jnp.asarray(x), jnp.asarray(y)))
         object.__setattr__(self, "layer_cost", jnp.asarray(self.layer_cost, jnp.float32))
         x, y = self.data
@@ -141,6 +135,17 @@ class Problem:
         if not jnp.issubdtype(y.dtype, jnp.integer):
             return loss, jnp.full_like(loss, jnp.nan)
         return loss, jnp.mean(jnp.argmax(outputs, axis=-1) == y, dtype=loss.dtype)
+
+
+def check_max_layers(value: Any) -> int:
+    """The value as an int.
+
+    Raises:
+      ValueError: it is no integer of at least 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+        raise ValueError(f"expected max_layers to be an integer of at least 0, got {value!r}")
+    return int(value)
 
 
 def _replicate(leaf: Any, everywhere: NamedSharding) -> Array:

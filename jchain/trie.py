@@ -43,6 +43,17 @@ def sort_chains(chains: Int[Array, "P L"], num_layers: int) -> tuple[SortedChain
     return SortedChains(chains, length, first_new), jnp.zeros_like(run_start).at[order].set(run_start)
 
 
+def pad_to_multiple(population: SortedChains, number: int) -> SortedChains:
+    """The chains, the last one repeated up to a multiple of `number`: it has no new node, so this costs nothing."""
+    num_chains, num_slots = population.chains.shape
+    num_padding = -num_chains % number
+    return SortedChains(
+        jnp.pad(population.chains, ((0, num_padding), (0, 0)), mode="edge"),
+        jnp.pad(population.length, (0, num_padding), mode="edge"),
+        jnp.pad(population.first_new, (0, num_padding), constant_values=num_slots),
+    )
+
+
 def find_first_new(chains: Int[Array, "P L"]) -> Int[Array, "P"]:
     """The first slot in which each sorted chain differs from the one before it: 0 for the first, L where they are equal."""
     num_slots = chains.shape[1]

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jchain._typing import Array, Float, Int, Key
 from jchain.chain import PADDING
-from jchain.engine import compiler_options
+from jchain.engine import compiler_options, find_backend
 from jchain.problem import Problem
 from jchain.progress import Progress
 
@@ -108,7 +108,7 @@ def run(
         jnp.full((num_finalists, problem.max_layers + 1), PADDING, jnp.int32), jnp.full(num_finalists, jnp.inf)
     )
     pool = problem.put(empty)
-    step = _compile_step(jax.default_backend())
+    step = _compile_step(find_backend(problem))
     cost = layer_calls = num_chains = num_nonfinite = num_free = 0
     curve = []
     with Progress(budget, is_shown=progress) as line:
