@@ -8,8 +8,8 @@ slow moment of the machine meets all of them; outputs are compared before anythi
 than `--patience` seconds for one population is left out of that row, the fastest so far only where it would take eight
 times as much.
 
-Expect on 2 CPU cores: random chains 0.9 to 4.7 times as fast as the best PyTorch peer (the more chains, the more they share;
-below 1 only for 64 chains of 32-channel convolutions), 2.5 to 3.8 times where many prefixes are shared.
+Expect on 2 CPU cores: random chains 1.2 to 7.5 times as fast as the best peer (the more chains, the more they share), 2.5 to
+4.5 times where many prefixes are shared.
 """
 
 import argparse
