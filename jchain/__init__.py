@@ -3,7 +3,7 @@
 `import jchain` stays light: rlax, matplotlib and the like are imported by the function that needs them.
 """
 
-from jchain import chain, data, distributed, encoding, env, layers, train
+from jchain import chain, chainbench, data, distributed, encoding, env, layers, stats, train
 from jchain.bank import Bank, LayerGroup
 from jchain.data import Batch, Dataset
 from jchain.encoding import TokenEncoding, WeightEncoding
@@ -12,24 +12,34 @@ from jchain.evaluate import Evaluation, Explanation, apply_chain, evaluate, eval
 from jchain.kernels import Fused
 from jchain.problem import Problem
 from jchain.search.actor_critic import ActorCritic
-from jchain.search.base import Curve, Info, Result, Search, run
+from jchain.search.base import Curve, Info, Result, Search, run, run_many
+from jchain.search.beam_search import BeamSearch
+from jchain.search.evolution import Evolution
+from jchain.search.local_search import LocalSearch
+from jchain.search.mcts import MCTS
+from jchain.search.q_learning import QLearning
 from jchain.search.random_search import RandomSearch
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "MCTS",
     "ActorCritic",
     "Bank",
     "Batch",
+    "BeamSearch",
     "Blocks",
     "Curve",
     "Dataset",
     "Evaluation",
+    "Evolution",
     "Explanation",
     "Fused",
     "Info",
     "LayerGroup",
+    "LocalSearch",
     "Problem",
+    "QLearning",
     "RandomSearch",
     "Result",
     "Search",
@@ -39,6 +49,7 @@ __all__ = [
     "WeightEncoding",
     "apply_chain",
     "chain",
+    "chainbench",
     "compiler_options",
     "data",
     "distributed",
@@ -50,5 +61,7 @@ __all__ = [
     "explain",
     "layers",
     "run",
+    "run_many",
+    "stats",
     "train",
 ]

@@ -21,6 +21,11 @@ LAYERS = {"residual": jc.layers.ResidualMLP, "dense": jc.layers.Dense}
 ENCODINGS = {"tokens": jc.TokenEncoding, "weights": jc.WeightEncoding}
 SEARCHES = {
     "actor-critic": lambda args: jc.ActorCritic(encoding=ENCODINGS[args.encoding]()),
+    "beam": lambda args: jc.BeamSearch(),
+    "evolution": lambda args: jc.Evolution(),
+    "local": lambda args: jc.LocalSearch(),
+    "mcts": lambda args: jc.MCTS(),
+    "q-learning": lambda args: jc.QLearning(),
     "random": lambda args: jc.RandomSearch(),
 }
 

@@ -129,6 +129,24 @@ def enumerate_all(num_layers: int, num_heads: int, max_layers: int) -> Int[np.nd
     return np.concatenate(blocks)
 
 
+def index(chains: Int[Array, "*P L"], num_layers: int, num_heads: int) -> Int[Array, "*P"]:
+    """The place of each chain in `enumerate_all`.
+
+    Raises:
+      ValueError: there are so many chains that a place does not fit 32 bits.
+    """
+    max_layers = chains.shape[-1] - 1
+    if count(num_layers, num_heads, max_layers) >= 2**31:
+        raise ValueError(f"expected fewer than 2^31 chains, got {count(num_layers, num_heads, max_layers):,}")
+    length = count_layers(chains, num_layers)
+    shorter = jnp.array([0, *(count(num_layers, num_heads, depth) for depth in range(max_layers))])
+    layers = jnp.zeros_like(length)
+    for slot in range(max_layers):
+        layers = jnp.where(slot < length, layers * num_layers + chains[..., slot], layers)
+    head = jnp.take_along_axis(chains, length[..., None], axis=-1)[..., 0] - num_layers
+    return shorter[length] + layers * num_heads + head
+
+
 def neighbours(chain: Int[Array, "L"], num_layers: int, num_heads: int) -> tuple[Int[Array, "M L"], Bool[Array, "M"]]:
     """Every chain that is one edit away, in a fixed number of rows, so that it can be jitted and vmapped.
 

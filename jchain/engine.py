@@ -253,6 +253,16 @@ def apply_token(groups: tuple[LayerGroup, ...], token: Int[Array, ""], hidden: A
     return jax.lax.switch(group_of[token], branches, hidden)
 
 
+def apply_all(groups: tuple[LayerGroup, ...], hidden: Array) -> Array:
+    """Every member of `groups` applied to one batch, `[E, B, ...G]` in the order of tokens: as many layer (or head) calls."""
+    made = [
+        jax.vmap(lambda params, module=group.module: module.apply({"params": params}, hidden))(group.params)
+        for group in groups
+    ]
+    order = np.argsort([token for group in groups for token in group.tokens])
+    return made[0] if len(made) == 1 else jnp.concatenate(made)[order]
+
+
 def _locate(groups: tuple[LayerGroup, ...]) -> tuple[Int[Array, "E"], Int[Array, "E"]]:
     """Group and place in the group of each token; -1 for tokens of none of these groups."""
     size = 1 + max(token for group in groups for token in group.tokens)

@@ -50,7 +50,7 @@ def write_arrays(path: str | os.PathLike[str], header: dict[str, Any], arrays: d
 
     arrays = {name: jnp.asarray(array) for name, array in arrays.items()}
     header = json.loads(json.dumps(header | {"format": FORMAT}))
-    header["sha256"] = _checksum(header, arrays)
+    header["sha256"] = checksum(header, arrays)
     blob = safetensors.flax.save(arrays, metadata={"jchain": json.dumps(header)})
     write_atomically(path, lambda temporary: Path(temporary).write_bytes(blob))
 
@@ -65,25 +65,26 @@ def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str,
     import safetensors
 
     if not Path(path).is_file():
-        raise FileNotFoundError(f"expected a bank file at {path}, found none")
+        raise FileNotFoundError(f"expected a file at {path}, found none")
     try:
         with safetensors.safe_open(path, framework="flax") as file:
             header = json.loads((file.metadata() or {})["jchain"])
             sizes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
             arrays = {name: file.get_tensor(name) for name in sizes}
     except (safetensors.SafetensorError, KeyError, json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged, truncated or no jchain bank file: {error}") from None
+        raise ValueError(f"{path} is damaged, truncated or no jchain file: {error}") from None
     if header.get("format") != FORMAT:
         raise ValueError(f"{path}: expected format {FORMAT!r}, got {header.get('format')!r}")
     is_x64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
     if not is_x64 and any(dtype in ("F64", "I64", "U64") for dtype in sizes.values()):
         raise ValueError(f"{path} holds 64-bit weights: set jax_enable_x64 to load them to the same bits")
-    if header.pop("sha256", None) != _checksum(header, arrays):
+    if header.pop("sha256", None) != checksum(header, arrays):
         raise ValueError(f"{path} is damaged: it does not have the checksum it was saved with")
     return header, arrays
 
 
-def _checksum(header: dict[str, Any], arrays: dict[str, Array]) -> str:
+def checksum(header: dict[str, Any], arrays: dict[str, Array]) -> str:
+    """SHA-256 over the header and the names, dtypes, shapes and contents of the arrays."""
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(arrays):
         array = np.asarray(arrays[name])

@@ -169,7 +169,7 @@ def test_damaged_files_give_one_clear_error(bank, tmp_path):
     blob = path.read_bytes()
     for size in (0, 5, 100, len(blob) // 2, len(blob) - 1):
         path.write_bytes(blob[:size])
-        with pytest.raises(ValueError, match="is damaged, truncated or no jchain bank file"):
+        with pytest.raises(ValueError, match="is damaged, truncated or no jchain file"):
             jc.Bank.load(path)
     path.write_bytes(blob[:-3] + bytes([blob[-3] ^ 1]) + blob[-2:])
     with pytest.raises(ValueError, match="is damaged: it does not have the checksum"):

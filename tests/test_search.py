@@ -13,10 +13,23 @@ import jchain as jc
 
 SEARCHES = {
     "RandomSearch": jc.RandomSearch(num_chains=6),
+    "LocalSearch": jc.LocalSearch(num_chains=3),
+    "Evolution": jc.Evolution(population_size=12, tournament_size=4, num_chains=6),
+    "BeamSearch": jc.BeamSearch(max_width=16),
+    "QLearning": jc.QLearning(num_chains=6, num_replays=8),
+    "MCTS": jc.MCTS(num_simulations=8),
     "ActorCritic": jc.ActorCritic(encoding=jc.TokenEncoding(features=8), num_chains=6),
     "ActorCritic-weights": jc.ActorCritic(encoding=jc.WeightEncoding(features=8), num_chains=6),
 }
-RATES = {"ActorCritic": {"learning_rate": 0.1}, "ActorCritic-weights": {"entropy_weight": 1.0}}
+RATES = {
+    "ActorCritic": {"learning_rate": 0.1},
+    "ActorCritic-weights": {"entropy_weight": 1.0},
+    "QLearning": {"learning_rate": 0.5, "min_epsilon": 0.2},
+    "MCTS": {"gumbel_scale": 0.5},
+}
+# They go on from the activations of a prefix, and pay for each layer that they apply, not for chains.
+STEPPING = ("BeamSearch", "MCTS")
+DETERMINISTIC = ("BeamSearch",)
 
 
 def test_every_exported_search_is_in_the_contract():
@@ -52,22 +65,32 @@ def assert_close(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-5), a, b)
 
 
-def test_losses_indices_and_cost_are_exact(search, problem):
-    _, infos = steps(search, problem, step=jax.jit(search.step))
+def test_losses_indices_and_cost_are_exact(name, search, problem):
+    _, infos = steps(search, problem, num=8, step=jax.jit(search.step))
+    seen = set()
     for info in infos:
-        jc.chain.validate(info.chains, 4, 2, 3)
-        expected = [reference.chain_loss(problem, chain)[0] for chain in np.asarray(info.chains)]
-        np.testing.assert_allclose(info.loss, expected, rtol=1e-5, atol=1e-5)
-        assert info.layer_calls == reference.count_calls(np.asarray(info.chains), 4)[0]
+        is_there = np.asarray(info.chains)[:, 0] >= 0
+        chains = np.asarray(info.chains)[is_there]
+        jc.chain.validate(chains, 4, 2, 3)
+        expected = [reference.chain_loss(problem, chain)[0] for chain in chains]
+        np.testing.assert_allclose(np.asarray(info.loss)[is_there], expected, rtol=1e-5, atol=1e-5)
+        assert np.isinf(np.asarray(info.loss)[~is_there]).all()
+        rows = [tuple(map(int, chain)) for chain in chains]
+        if name in STEPPING:
+            # Each layer call gives a prefix, which every head scores.
+            assert info.layer_calls == len({row[: row.index(max(row))] for row in rows} - {()})
+        else:
+            assert info.layer_calls == reference.count_calls([row for row in rows if row not in seen], 4)[0]
+        seen.update(rows)
 
 
-def test_jit_equals_eager_and_a_key_decides(search, problem):
+def test_jit_equals_eager_and_a_key_decides(name, search, problem):
     step = jax.jit(search.step)
     jitted = steps(search, problem, step=step)
     assert_close(steps(search, problem), jitted)
     again, other = (steps(search, problem, seed, step=step) for seed in (0, 1))
     jax.tree.map(np.testing.assert_array_equal, jitted, again)
-    assert not np.array_equal(jitted[1][0].chains, other[1][0].chains)
+    assert np.array_equal(jitted[1][0].chains, other[1][0].chains) == (name in DETERMINISTIC)
 
 
 def test_vmapped_seeds_equal_looped(search, problem):
@@ -122,9 +145,25 @@ def test_works_without_layers_to_choose(search):
     assert len(result.finalists) == 2
 
 
-def test_bad_sizes_are_refused(search):
-    with pytest.raises(ValueError, match=r"num_chains of at least \d.*, got 0"):
-        type(search)(num_chains=0)
+@pytest.mark.parametrize(
+    ("cls", "sizes"),
+    [
+        (jc.RandomSearch, {"num_chains": 0}),
+        (jc.ActorCritic, {"num_chains": 1}),
+        (jc.ActorCritic, {"num_epochs": 0}),
+        (jc.LocalSearch, {"num_chains": 0}),
+        (jc.Evolution, {"tournament_size": 0}),
+        (jc.Evolution, {"population_size": 4, "num_chains": 5}),
+        (jc.BeamSearch, {"width": 0}),
+        (jc.BeamSearch, {"width": 8, "max_width": 4}),
+        (jc.QLearning, {"num_replays": 0}),
+        (jc.QLearning, {"replay_size": 8, "num_chains": 16}),
+        (jc.MCTS, {"num_simulations": 0}),
+    ],
+)
+def test_bad_sizes_are_refused(cls, sizes):
+    with pytest.raises(ValueError, match="expected .* at least .*, got"):
+        cls(**sizes)
 
 
 def test_many_groups_and_stacked_rates(two_group_problem):

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import optax
 
 from jchain import env
+from jchain import memo as memo_lib
 from jchain._typing import Array, Bool, Float, Int, Key, PyTree
 from jchain.chain import PADDING, count_layers
 from jchain.encoding import Controller, TokenEncoding, entry_features
-from jchain.evaluate import evaluate
+from jchain.memo import Memo
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
@@ -26,6 +27,7 @@ class State(NamedTuple):
     params: PyTree  # of the controller
     opt_state: PyTree
     entries: Float[Array, "E D"]  # [N + K, D], features of the bank's entries
+    memo: Memo
 
 
 class Rollout(NamedTuple):
@@ -70,14 +72,14 @@ class ActorCritic:
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         entries = entry_features(problem.bank)
         params = Controller(self.encoding).init(key, entries)
-        return State(params, self._optimizer().init(params), entries)
+        return State(params, self._optimizer().init(params), entries, memo_lib.init(problem))
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         controller = Controller(self.encoding)
         keys = jax.random.split(key, self.num_chains)
         chains, log_prob = jax.vmap(lambda k: sample_chain(k, controller, state.params, state.entries, problem))(keys)
-        out = evaluate(problem, chains)
-        rollout = Rollout(chains, log_prob, rank_rewards(out.loss))
+        memo, loss, layer_calls = memo_lib.score(state.memo, problem, chains)
+        rollout = Rollout(chains, log_prob, rank_rewards(loss))
 
         def update(carry: Any, _: None) -> Any:
             params, opt_state = carry
@@ -86,7 +88,7 @@ class ActorCritic:
             return (optax.apply_updates(params, updates), opt_state), None
 
         (params, opt_state), _ = jax.lax.scan(update, (state.params, state.opt_state), length=self.num_epochs)
-        return State(params, opt_state, state.entries), Info(chains, out.loss, out.layer_calls)
+        return State(params, opt_state, state.entries, memo), Info(chains, loss, layer_calls)
 
     def _optimizer(self) -> optax.GradientTransformation:
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(self.learning_rate))

@@ -1,6 +1,8 @@
 """What every search is, and the one loop that runs it."""
 
-from functools import cache
+import time
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jchain._typing import Array, Float, Int, Key
+from jchain._typing import Array, Bool, Float, Int, Key
 from jchain.chain import PADDING
 from jchain.engine import compiler_options, find_backend
 from jchain.problem import Problem
@@ -16,13 +18,16 @@ from jchain.progress import Progress
 
 # A search that charges nothing so often in a row has nothing left to ask.
 _MAX_FREE_STEPS = 100
+_MAX_BUDGET = 2**31 - 1  # counts are int32
+# Steps between two looks of the host: as many as fit this time, in seconds, and at most this number.
+_PART_SECONDS, _MAX_PART = 0.2, 256
 
 
 class Info(NamedTuple):
     """What one step did."""
 
-    chains: Int[Array, "P L"]  # [P, L], the chains it scored
-    loss: Float[Array, "P"]  # [P], +inf where it was not finite
+    chains: Int[Array, "P L"]  # [P, L], the chains it scored; rows of -1 hold none
+    loss: Float[Array, "P"]  # [P], +inf where it was not finite, or where there is no chain
     layer_calls: Int[Array, ""]  # what it cost
 
 
@@ -69,6 +74,34 @@ class _Pool(NamedTuple):
     loss: Float[Array, "Q"]
 
 
+class _Tally(NamedTuple):
+    """What one run has found and spent."""
+
+    pool: _Pool
+    layer_calls: Int[Array, ""]
+    num_chains: Int[Array, ""]
+    num_nonfinite: Int[Array, ""]
+    num_free: Int[Array, ""]  # steps in a row that cost nothing
+    cost: Int[Array, ""]  # of the last step, counted or not
+    is_over: Bool[Array, ""]
+
+
+class _Run(NamedTuple):
+    """One run between two steps."""
+
+    key: Key[Array, ""]
+    state: Any
+    tally: _Tally
+
+
+class _Steps(NamedTuple):
+    """What each step of a part of the runs left."""
+
+    layer_calls: Int[Array, "T S"]
+    best_loss: Float[Array, "T S"]
+    is_counted: Bool[Array, "T S"]
+
+
 def run(
     key: Key[Array, ""],
     search: Search,
@@ -97,63 +130,122 @@ def run(
     Raises:
       ValueError: the search is not a registered pytree, or the budget is smaller than one step.
     """
+    options = {"budget": budget, "num_finalists": num_finalists, "progress": progress, "mesh": mesh}
+    return run_many(jnp.reshape(key, (1,)), search, problem, **options)[0]
+
+
+def run_many(
+    keys: Key[Array, "S"],
+    search: Search,
+    problem: Problem,
+    *,
+    budget: int,
+    num_finalists: int = 16,
+    progress: bool = False,
+    mesh: Mesh | None = None,
+) -> list[Result]:
+    """`run` for many keys at once: their steps are vmapped, so that chains which runs share are computed once.
+
+    Each run is charged as if it were alone.
+
+    Args:
+      keys: one for each run, `[S]`.
+      search: as for `run`, and so are the others; progress shows the run that has spent least.
+
+    Raises:
+      ValueError: there is no key, or as `run`.
+    """
     if budget < 1 or num_finalists < 1:
         raise ValueError(f"expected a budget and num_finalists of at least 1, got {budget} and {num_finalists}")
+    if budget > _MAX_BUDGET:
+        raise ValueError(f"expected a budget of at most {_MAX_BUDGET:,} layer calls, got {budget:,}")
     if jax.tree.leaves(search) == [search]:
         raise ValueError(f"expected a search registered as a pytree (jchain.pytree), got {type(search).__name__}")
+    if keys.ndim != 1 or keys.shape[0] == 0:
+        raise ValueError(f"expected keys of shape [S], at least one, got {list(keys.shape)}")
     problem = problem if mesh is None else problem.on(mesh)
-    key, init_key = jax.random.split(problem.put(key))
-    state = _init(init_key, search, problem)
-    empty = _Pool(
-        jnp.full((num_finalists, problem.max_layers + 1), PADDING, jnp.int32), jnp.full(num_finalists, jnp.inf)
-    )
-    pool = problem.put(empty)
-    step = _compile_step(find_backend(problem))
-    cost = layer_calls = num_chains = num_nonfinite = num_free = 0
-    curve = []
+    backend = find_backend(problem)
+    runs = _start(problem.put(keys), search, problem, num_finalists)
+    parts: list[_Steps] = []
+    num_steps = 1
     with Progress(budget, is_shown=progress) as line:
-        while layer_calls < budget and num_free < _MAX_FREE_STEPS:
-            key, step_key = jax.random.split(key)
-            state, next_pool, info = step(step_key, search, state, problem, pool)
-            cost = int(info.layer_calls)
-            if layer_calls + cost > budget:
-                break
-            pool, layer_calls = next_pool, layer_calls + cost
-            num_free = 0 if cost else num_free + 1
-            loss = np.asarray(info.loss)
-            num_chains += loss.size
-            num_nonfinite += int(np.sum(~np.isfinite(loss)))
-            curve.append((layer_calls, float(pool.loss[0])))
-            line.update(layer_calls, float(pool.loss[0]))
-    if not curve:
-        raise ValueError(f"expected a budget of at least one step, which costs {cost} layer calls here, got {budget}")
-    calls, losses = zip(*curve, strict=True)
-    is_found = np.isfinite(pool.loss)
-    return Result(
-        best_chain=np.asarray(pool.chains[0]),
-        best_loss=float(pool.loss[0]),
-        curve=Curve(np.array(calls), np.array(losses)),
-        finalists=np.asarray(pool.chains)[is_found],
-        finalist_losses=np.asarray(pool.loss)[is_found],
-        layer_calls=layer_calls,
-        num_chains=num_chains,
-        num_nonfinite=num_nonfinite,
-    )
+        while not np.all(runs.tally.is_over):
+            start = time.perf_counter()
+            runs, steps = _compile_advance(backend)(runs, search, problem, budget, num_steps)
+            parts.append(jax.tree.map(lambda leaf, n=num_steps: np.asarray(leaf)[:n], steps))
+            line.update(int(np.min(runs.tally.layer_calls)), float(np.min(runs.tally.pool.loss)))
+            # Few enough steps at a time that the line lives, many enough that the host costs nothing. Processes that share
+            # a mesh must agree, which their clocks would not.
+            if problem.mesh is None and time.perf_counter() - start < _PART_SECONDS:
+                num_steps = min(2 * num_steps, _MAX_PART)
+    all_steps = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    tallies = jax.tree.map(np.asarray, runs.tally)
+    return [_make_result(tallies, all_steps, i, budget) for i in range(keys.shape[0])]
 
 
-@jax.jit
-def _init(key: Array, search: Search, problem: Problem) -> Any:
-    return search.init(key, problem)
+@partial(jax.jit, static_argnames="num_finalists")
+def _start(keys: Array, search: Search, problem: Problem, num_finalists: int) -> _Run:
+    chains = jnp.full((num_finalists, problem.max_layers + 1), PADDING, jnp.int32)
+    tally = _Tally(_Pool(chains, jnp.full(num_finalists, jnp.inf)), *[jnp.array(0)] * 5, jnp.array(False))
+
+    def start(key: Array) -> _Run:
+        key, init_key = jax.random.split(key)
+        return _Run(key, search.init(init_key, problem), tally)
+
+    return _map_runs(start, keys)
 
 
 @cache
-def _compile_step(backend: str) -> Any:
-    return jax.jit(_step, compiler_options=compiler_options(backend))
+def _compile_advance(backend: str) -> Any:
+    return jax.jit(_advance, compiler_options=compiler_options(backend))
 
 
-def _step(key: Array, search: Search, state: Any, problem: Problem, pool: _Pool) -> tuple[Any, _Pool, Info]:
-    state, info = search.step(key, state, problem)
-    return state, _merge(pool, info), info
+def _advance(
+    runs: _Run, search: Search, problem: Problem, budget: Int[Array, ""], num_steps: Int[Array, ""]
+) -> tuple[_Run, _Steps]:
+    """Up to `num_steps` steps of each run, until all are over."""
+
+    def go_on(carry: tuple[Array, _Run, _Steps]) -> Array:
+        t, runs, _ = carry
+        return (t < num_steps) & ~runs.tally.is_over.all()
+
+    def step(carry: tuple[Array, _Run, _Steps]) -> tuple[Array, _Run, _Steps]:
+        t, runs, steps = carry
+        runs, row = _map_runs(lambda run: _step(run, search, problem, budget), runs)
+        return t + 1, runs, jax.tree.map(lambda leaf, new: leaf.at[t].set(new), steps, row)
+
+    shape = (_MAX_PART, runs.key.shape[0])
+    empty = _Steps(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool))
+    _, runs, steps = jax.lax.while_loop(go_on, step, (jnp.array(0), runs, empty))
+    return runs, steps
+
+
+def _map_runs(fn: Callable[[Any], Any], runs: Any) -> Any:
+    """`vmap`; but one run alone is not batched, which would turn its branches into both sides of a select."""
+    if jax.tree.leaves(runs)[0].shape[0] > 1:
+        return jax.vmap(fn)(runs)
+    return jax.tree.map(lambda leaf: leaf[None], fn(jax.tree.map(lambda leaf: leaf[0], runs)))
+
+
+def _step(run: _Run, search: Search, problem: Problem, budget: Int[Array, ""]) -> tuple[_Run, _Steps]:
+    key, step_key = jax.random.split(run.key)
+    state, info = search.step(step_key, run.state, problem)
+    old = run.tally
+    cost = info.layer_calls.astype(jnp.int32)
+    num_free = jnp.where(cost == 0, old.num_free + 1, 0)
+    is_counted = ~old.is_over & (old.layer_calls + cost <= budget)
+    is_there = info.chains[:, 0] != PADDING
+    new = _Tally(
+        _merge(old.pool, info),
+        old.layer_calls + cost,
+        old.num_chains + is_there.sum(),
+        old.num_nonfinite + jnp.sum(is_there & ~jnp.isfinite(info.loss)),
+        num_free,
+        cost,
+        (old.layer_calls + cost >= budget) | (num_free >= _MAX_FREE_STEPS),
+    )
+    tally = jax.tree.map(partial(jnp.where, is_counted), new, old._replace(cost=cost, is_over=jnp.array(True)))
+    return _Run(key, state, tally), _Steps(tally.layer_calls, tally.pool.loss[0], is_counted)
 
 
 def _merge(pool: _Pool, info: Info) -> _Pool:
@@ -167,3 +259,24 @@ def _merge(pool: _Pool, info: Info) -> _Pool:
     loss = jnp.where(is_repeat, jnp.inf, loss)
     best = jnp.argsort(loss)[: pool.loss.shape[0]]
     return _Pool(chains[best], loss[best])
+
+
+def _make_result(tallies: _Tally, steps: _Steps, i: int, budget: int) -> Result:
+    """The result of run `i`."""
+    tally = jax.tree.map(lambda leaf: leaf[i], tallies)
+    is_counted = steps.is_counted[:, i]
+    if not is_counted.any():
+        raise ValueError(
+            f"expected a budget of at least one step, which costs {tally.cost} layer calls here, got {budget}"
+        )
+    is_found = np.isfinite(tally.pool.loss)
+    return Result(
+        best_chain=tally.pool.chains[0],
+        best_loss=float(tally.pool.loss[0]),
+        curve=Curve(steps.layer_calls[is_counted, i], steps.best_loss[is_counted, i]),
+        finalists=tally.pool.chains[is_found],
+        finalist_losses=tally.pool.loss[is_found],
+        layer_calls=int(tally.layer_calls),
+        num_chains=int(tally.num_chains),
+        num_nonfinite=int(tally.num_nonfinite),
+    )

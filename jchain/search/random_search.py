@@ -3,15 +3,18 @@
 from typing import NamedTuple
 
 from jchain import chain
+from jchain import memo as memo_lib
 from jchain._typing import Array, Key
-from jchain.evaluate import evaluate
+from jchain.memo import Memo
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
 
 
 class State(NamedTuple):
-    """Nothing is remembered."""
+    """Only what was scored."""
+
+    memo: Memo
 
 
 @pytree_dataclass
@@ -29,10 +32,10 @@ class RandomSearch:
             raise ValueError(f"expected num_chains of at least 1, got {self.num_chains}")
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
-        return State()
+        return State(memo_lib.init(problem))
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         bank = problem.bank
         chains = chain.sample(key, self.num_chains, bank.num_layers, bank.num_heads, problem.max_layers)
-        out = evaluate(problem, chains)
-        return state, Info(chains, out.loss, out.layer_calls)
+        memo, loss, layer_calls = memo_lib.score(state.memo, problem, chains)
+        return State(memo), Info(chains, loss, layer_calls)

@@ -1,0 +1,68 @@
+"""Builds ChainBench, 36 problems of which every chain is scored, and says what makes each hard.
+
+    python experiments/chainbench.py
+
+Keeps banks and tables in ~/.cache/jchain/chainbench (`--folder`), where `jchain.chainbench.load` finds them; what is there
+already is checked and stays, so an interrupted build goes on. Writes chainbench.json to experiments/results.
+
+Hardware and run time: 2 CPU cores, about TIME minutes. `--quick`: four problems of the wine data, about a minute.
+"""
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import jchain as jc
+from jchain.files import write_atomically
+
+FOLDER = Path.home() / ".cache" / "jchain" / "chainbench"
+COLUMNS = {
+    "chains": "{:,}",
+    "best": "{:.4f}",
+    "within_1_percent": "{:.3%}",
+    "within_5_percent": "{:.3%}",
+    "within_10_percent": "{:.3%}",
+    "local_optima": "{:.2%}",
+    "search_to_test": "{:.2f}",
+    "best_on_test": "{:.2f}",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="of banks and tables (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="four problems, nothing is written to --out")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    names = [name for name in jc.chainbench.NAMES if not args.quick or (name.startswith("wine") and name.endswith("0"))]
+    print("| problem | " + " | ".join(name.replace("_", " ") for name in COLUMNS) + " |")
+    print("|---" * (len(COLUMNS) + 1) + "|")
+    start, rows = time.perf_counter(), []
+    for name in names:
+        jc.chainbench.build(args.folder, [name])
+        rows.append(jc.chainbench.describe(jc.chainbench.load(args.folder, name)))
+        print(format_row(rows[-1]), flush=True)
+    if args.quick:
+        return
+    result = {
+        "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
+        "versions": {"python": platform.python_version(), "jax": jax.__version__, "jchain": jc.__version__},
+        "seconds": round(time.perf_counter() - start),
+        "problems": rows,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result, indent=1) + "\n"
+    write_atomically(args.out / "chainbench.json", lambda path: Path(path).write_text(text))
+
+
+def format_row(row: dict[str, Any]) -> str:
+    return f"| {row['name']} | " + " | ".join(form.format(row[name]) for name, form in COLUMNS.items()) + " |"
+
+
+if __name__ == "__main__":
+    main()

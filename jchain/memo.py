@@ -1,0 +1,73 @@
+"""What scoring costs, one rule for all searches: a chain that a search has scored before costs nothing more.
+
+A step pays for each distinct (prefix, layer) of the chains that are new to the search, as `jchain.evaluate` counts them;
+losses of the others come from a table of fixed size that works under `jit` and `vmap`. Searches that go on from the
+activations of a prefix (beam search, tree search) pay for every layer that they apply instead.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from jchain._typing import Array, Bool, Float, Int
+from jchain.chain import PADDING
+from jchain.evaluate import evaluate
+from jchain.problem import Problem
+
+_SIZE, _NUM_WAYS = 2**15, 8
+
+
+class Memo(NamedTuple):
+    """A set-associative table: a chain stands in any place of the set that its hash names, the oldest makes room."""
+
+    chains: Int[Array, "M W L"]  # [M, W, L], -1 where nothing stands
+    loss: Float[Array, "M W"]
+    num_stored: Int[Array, "M"]  # [M], chains that each set has seen
+
+
+def init(problem: Problem) -> Memo:
+    """An empty table for 32,768 chains: a run that scores more pays again for a few it has forgotten."""
+    shape = (_SIZE // _NUM_WAYS, _NUM_WAYS)
+    return Memo(
+        jnp.full((*shape, problem.max_layers + 1), PADDING, jnp.int32),
+        jnp.full(shape, jnp.inf),
+        jnp.zeros(shape[:1], jnp.int32),
+    )
+
+
+def score(memo: Memo, problem: Problem, chains: Int[Array, "P L"]) -> tuple[Memo, Float[Array, "P"], Int[Array, ""]]:
+    """The table with these chains in it, their losses, and the layer calls that the new ones cost."""
+    place = _hash(chains) % memo.loss.shape[0]
+    is_match = (memo.chains[place] == chains[:, None]).all(axis=-1)
+    is_known = is_match.any(axis=1)
+    # A head alone costs no layer call.
+    bare = jnp.full_like(chains[0], PADDING).at[0].set(problem.bank.num_layers)
+    out = evaluate(problem, jnp.where(is_known[:, None], bare, chains))
+    known = jnp.where(is_match, memo.loss[place], 0.0).sum(axis=1)
+    loss = jnp.where(is_known, known, out.loss)
+    return _store(memo, place, chains, loss, ~is_known), loss, out.layer_calls
+
+
+def _store(
+    memo: Memo, place: Int[Array, "P"], chains: Int[Array, "P L"], loss: Float[Array, "P"], is_new: Bool[Array, "P"]
+) -> Memo:
+    num_sets, num_ways = memo.loss.shape
+    is_earlier = jnp.tri(chains.shape[0], k=-1, dtype=bool)
+    is_new &= ~((chains[:, None] == chains[None]).all(axis=-1) & is_earlier).any(axis=1)
+    # Of several new chains in one set, each takes the next place; more than fit are forgotten.
+    rank = ((place[:, None] == place[None]) & is_earlier & is_new[None]).sum(axis=1)
+    row = jnp.where(is_new & (rank < num_ways), place, num_sets)
+    way = (memo.num_stored[place] + rank) % num_ways
+    return Memo(
+        memo.chains.at[row, way].set(chains.astype(jnp.int32), mode="drop"),
+        memo.loss.at[row, way].set(loss.astype(memo.loss.dtype), mode="drop"),
+        memo.num_stored.at[row].add(1, mode="drop"),
+    )
+
+
+def _hash(chains: Int[Array, "P L"]) -> Int[Array, "P"]:
+    """FNV-1a over tokens, with the high bits folded into the low ones."""
+    value = jnp.full(chains.shape[:1], 2166136261, jnp.uint32)
+    for token in chains.T.astype(jnp.uint32):
+        value = (value ^ token) * jnp.uint32(16777619)
+    return ((value ^ (value >> 15)) & 0x7FFFFFFF).astype(jnp.int32)

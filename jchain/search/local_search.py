@@ -1,0 +1,91 @@
+"""Local search: to the first better neighbour, from a random chain again where there is none.
+
+White, Nolen and Savani 2021, arXiv:2005.02960, find it a strong baseline of architecture search. A neighbour differs by one
+swapped, inserted or deleted layer or by the head (`jchain.chain.neighbours`).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jchain import chain as chain_lib
+from jchain import memo as memo_lib
+from jchain._typing import Array, Float, Int, Key
+from jchain.memo import Memo
+from jchain.problem import Problem
+from jchain.pytree import pytree_dataclass, static
+from jchain.search.base import Info
+
+
+class State(NamedTuple):
+    """Where the search stands."""
+
+    chain: Int[Array, "L"]  # [L]
+    loss: Float[Array, ""]  # +inf at a random start, which is not scored itself
+    order: Int[Array, "M"]  # [M], rows of its neighbours, those that are there first
+    num_tried: Int[Array, ""]  # how many of them were
+    memo: Memo
+
+
+@pytree_dataclass
+class LocalSearch:
+    """First improvement, with random restarts.
+
+    Attributes:
+      num_chains: neighbours that are scored together; the first better one in random order is taken.
+    """
+
+    num_chains: int = static(default=8)
+
+    def __post_init__(self) -> None:
+        if self.num_chains < 1:
+            raise ValueError(f"expected num_chains of at least 1, got {self.num_chains}")
+
+    def init(self, key: Key[Array, ""], problem: Problem) -> State:
+        start_key, order_key = jax.random.split(key)
+        start = _sample(start_key, problem)
+        return State(
+            start, jnp.array(jnp.inf), _shuffle(order_key, start, problem), jnp.array(0), memo_lib.init(problem)
+        )
+
+    def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
+        start_key, order_key = jax.random.split(key)
+        neighbours, is_neighbour = _find_neighbours(state.chain, problem)
+        num_neighbours = is_neighbour.sum()
+        turn = state.num_tried + jnp.arange(self.num_chains)
+        row = state.order[jnp.minimum(turn, state.order.shape[0] - 1)]
+        chains = jnp.where((turn < num_neighbours)[:, None], neighbours[row], state.chain)
+        memo, loss, layer_calls = memo_lib.score(state.memo, problem, chains)
+
+        is_better = loss < state.loss
+        first = jnp.argmax(is_better)
+        does_move = is_better.any()
+        num_tried = state.num_tried + self.num_chains
+        does_restart = ~does_move & (num_tried >= num_neighbours)
+        kept = jnp.where(does_restart, _sample(start_key, problem), state.chain)
+        chain = jnp.where(does_move, chains[first], kept)
+        kept_loss = jnp.where(does_restart, jnp.inf, state.loss)
+        does_change = does_move | does_restart
+        next_state = State(
+            chain,
+            jnp.where(does_move, loss[first], kept_loss),
+            jnp.where(does_change, _shuffle(order_key, chain, problem), state.order),
+            jnp.where(does_change, 0, num_tried),
+            memo,
+        )
+        return next_state, Info(chains, loss, layer_calls)
+
+
+def _sample(key: Key[Array, ""], problem: Problem) -> Int[Array, "L"]:
+    return chain_lib.sample(key, 1, problem.bank.num_layers, problem.bank.num_heads, problem.max_layers)[0]
+
+
+def _find_neighbours(chain: Int[Array, "L"], problem: Problem) -> tuple[Array, Array]:
+    return chain_lib.neighbours(chain, problem.bank.num_layers, problem.bank.num_heads)
+
+
+def _shuffle(key: Key[Array, ""], chain: Int[Array, "L"], problem: Problem) -> Int[Array, "M"]:
+    """Rows of the neighbours of a chain in random order, those that are none last."""
+    is_neighbour = _find_neighbours(chain, problem)[1]
+    return jnp.argsort(jax.random.uniform(key, is_neighbour.shape) + ~is_neighbour)

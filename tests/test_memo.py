@@ -1,0 +1,80 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+import jchain as jc
+from jchain import memo as memo_lib
+
+
+def test_a_repeat_costs_nothing(problem):
+    memo = memo_lib.init(problem)
+    chains = jnp.array([[0, 1, 4, -1], [0, 2, 5, -1], [0, 1, 4, -1], [5, -1, -1, -1]])
+    memo, loss, layer_calls = memo_lib.score(memo, problem, chains)
+    assert layer_calls == 3
+    memo, again, layer_calls = memo_lib.score(memo, problem, chains[::-1])
+    assert layer_calls == 0
+    np.testing.assert_array_equal(again, loss[::-1])
+    # Another head on a known prefix is a new chain, and its prefix is computed again.
+    assert memo_lib.score(memo, problem, jnp.array([[0, 1, 5, -1]]))[2] == 2
+
+
+@pytest.mark.parametrize("size", [2**15, 16])
+def test_losses_and_costs_are_those_of_a_dictionary(problem, monkeypatch, size):
+    monkeypatch.setattr(memo_lib, "_SIZE", size)
+    score = jax.jit(memo_lib.score)
+    memo, known, spent, expected = memo_lib.init(problem), set(), 0, 0
+    for seed in range(12):
+        chains = jc.chain.sample(jax.random.key(seed), 20, 4, 2, 2)
+        chains = jnp.pad(chains, ((0, 0), (0, 1)), constant_values=-1)
+        memo, loss, layer_calls = score(memo, problem, chains)
+        np.testing.assert_allclose(loss, jc.evaluate(problem, chains).loss, rtol=1e-6)
+        rows = [tuple(row) for row in np.asarray(chains).tolist()]
+        expected += reference.count_calls([row for row in rows if row not in known], 4)[0]
+        known.update(rows)
+        spent += int(layer_calls)
+    if size == 16:
+        # It forgets, and pays again, but less than without a table.
+        assert expected < spent
+        assert int(memo.num_stored.max()) > 8
+    else:
+        assert spent == expected
+        assert int(memo.num_stored.sum()) == len(known)
+
+
+def test_a_full_set_forgets_its_oldest_chain(problem, monkeypatch):
+    monkeypatch.setattr(memo_lib, "_SIZE", 8)
+    memo = memo_lib.init(problem)
+    chains = jc.chain.enumerate_all(4, 2, 3)[:9]
+    for chain in chains:
+        memo, _, _ = memo_lib.score(memo, problem, jnp.asarray(chain[None]))
+    is_known = [bool((memo.chains == chain).all(axis=-1).any()) for chain in chains]
+    assert is_known == [False] + [True] * 8
+
+
+def test_more_new_chains_than_a_set_holds(problem, monkeypatch):
+    monkeypatch.setattr(memo_lib, "_SIZE", 8)
+    chains = jnp.asarray(jc.chain.enumerate_all(4, 2, 3)[:20])
+    memo, loss, _ = memo_lib.score(memo_lib.init(problem), problem, chains)
+    np.testing.assert_array_equal(memo.chains[0], chains[:8])
+    np.testing.assert_array_equal(memo.loss[0], loss[:8])
+
+
+def test_losses_that_are_not_finite_are_known_too(problem):
+    x = jnp.full_like(problem.data.x, 1e38)
+    bad = jc.Problem(problem.bank, jc.Batch(x, problem.data.y), 3)
+    chains = jnp.array([[0, 1, 2, 4], [1, 1, 1, 5]])
+    memo, loss, _ = memo_lib.score(memo_lib.init(bad), bad, chains)
+    _, again, layer_calls = memo_lib.score(memo, bad, chains)
+    assert np.isinf(loss).all()
+    assert np.isinf(again).all()
+    assert layer_calls == 0
+
+
+def test_vmapped_equals_looped(problem):
+    chains = jnp.stack([jc.chain.sample(jax.random.key(s), 6, 4, 2, 3) for s in range(3)])
+    many = jax.vmap(lambda c: memo_lib.score(memo_lib.init(problem), problem, c))(chains)
+    for i in range(3):
+        one = memo_lib.score(memo_lib.init(problem), problem, chains[i])
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-6), many, one)
