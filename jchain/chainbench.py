@@ -185,7 +185,7 @@ def find_local_optima(solved: Solved) -> np.ndarray:
     def is_optimum(chains: Array, own: Array) -> Array:
         def one(chain: Array, own: Array) -> Array:
             rows, is_neighbour = chain_lib.neighbours(chain, *sizes)
-            place = chain_lib.index(jnp.where(is_neighbour[:, None], rows, chain), *sizes)
+            place = chain_lib.index(jnp.where(is_neighbour[:, None], rows, chain[None]), *sizes)
             return jnp.all(loss[place] >= own)
 
         return jax.lax.map(lambda pair: one(*pair), (chains, own), batch_size=1024)

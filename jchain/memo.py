@@ -42,7 +42,7 @@ def score(memo: Memo, problem: Problem, chains: Int[Array, "P L"]) -> tuple[Memo
     is_known = is_match.any(axis=1)
     # A head alone costs no layer call.
     bare = jnp.full_like(chains[0], PADDING).at[0].set(problem.bank.num_layers)
-    out = evaluate(problem, jnp.where(is_known[:, None], bare, chains))
+    out = evaluate(problem, jnp.where(is_known[:, None], bare[None], chains))
     known = jnp.where(is_match, memo.loss[place], 0.0).sum(axis=1)
     loss = jnp.where(is_known, known, out.loss)
     return _store(memo, place, chains, loss, ~is_known), loss, out.layer_calls

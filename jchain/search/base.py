@@ -130,8 +130,9 @@ def run(
     Raises:
       ValueError: the search is not a registered pytree, or the budget is smaller than one step.
     """
-    options = {"budget": budget, "num_finalists": num_finalists, "progress": progress, "mesh": mesh}
-    return run_many(jnp.reshape(key, (1,)), search, problem, **options)[0]
+    return run_many(
+        key[None], search, problem, budget=budget, num_finalists=num_finalists, progress=progress, mesh=mesh
+    )[0]
 
 
 def run_many(

@@ -65,9 +65,9 @@ class BeamSearch:
         prefix, hidden = state.chains[old, state.parent], state.hidden[old, state.parent]
         is_there = (state.width <= self.max_width) & jnp.isfinite(state.loss[old, state.parent])
         does_extend = is_there & (state.depth < problem.max_layers)
-        slots = jnp.arange(problem.max_layers + 1)
+        slots = jnp.arange(problem.max_layers + 1)[None]
         heads = num_layers + jnp.arange(num_heads)
-        extended = jnp.where(slots == state.depth, jnp.arange(num_layers)[:, None], prefix)
+        extended = jnp.where(slots == state.depth, jnp.arange(num_layers)[:, None], prefix[None])
 
         def extend(carry: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array, Array], Array]:
             made = apply_all(problem.bank.layers, hidden)
@@ -94,7 +94,7 @@ class BeamSearch:
         carry, loss = jax.lax.cond(does_extend, extend, stay, carry)
         state = State(*carry, *state[3:])
 
-        stopped = jnp.where(slots == state.depth + 1, heads[:, None], extended[:, None])
+        stopped = jnp.where(slots[None] == state.depth + 1, heads[None, :, None], extended[:, None])
         bare = jnp.where(slots == 0, heads[:, None], PADDING)
         is_root = (state.depth == 0) & is_there
         chains = jnp.concatenate(

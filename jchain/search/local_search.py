@@ -55,7 +55,7 @@ class LocalSearch:
         num_neighbours = is_neighbour.sum()
         turn = state.num_tried + jnp.arange(self.num_chains)
         row = state.order[jnp.minimum(turn, state.order.shape[0] - 1)]
-        chains = jnp.where((turn < num_neighbours)[:, None], neighbours[row], state.chain)
+        chains = jnp.where((turn < num_neighbours)[:, None], neighbours[row], state.chain[None])
         memo, loss, layer_calls = memo_lib.score(state.memo, problem, chains)
 
         is_better = loss < state.loss
