@@ -29,7 +29,7 @@ def iqm(scores: Float[np.ndarray, "M S"] | Any, *, seed: int = 0, num_resamples:
     """
     scores = _check(scores)
 
-    def statistic(*rows: np.ndarray, axis: int = -1) -> np.ndarray:
+    def statistic(*rows: np.ndarray, axis: int = -1) -> Any:
         from scipy.stats import trim_mean
 
         return trim_mean(np.concatenate(rows, axis=axis), 0.25, axis=axis)
@@ -53,7 +53,7 @@ def probability_of_improvement(
     if len(scores) != len(others):
         raise ValueError(f"expected scores of the same problems, got {len(scores)} and {len(others)}")
 
-    def statistic(*rows: np.ndarray, axis: int = -1) -> np.ndarray:
+    def statistic(*rows: np.ndarray, axis: int = -1) -> Any:
         del axis  # scipy moves it last
         half = len(rows) // 2
         wins = [

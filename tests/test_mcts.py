@@ -3,6 +3,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
+from conftest import make_bank, make_batch
 
 import jchain as jc
 
@@ -15,7 +16,9 @@ def test_a_tree_as_large_as_the_space_finds_the_best_chain(problem):
     assert info.layer_calls == 4
 
 
-def test_it_walks_down_until_a_head_and_starts_again(problem):
+def test_it_walks_down_until_a_head_and_starts_again():
+    # Longer chains are better here.
+    problem = jc.Problem(make_bank(seed=2), make_batch(), 3)
     search = jc.MCTS(num_simulations=24)
     state, step = search.init(jax.random.key(0), problem), jax.jit(search.step)
     lengths = []
