@@ -28,7 +28,7 @@ class State(NamedTuple):
 def reset(problem: Problem) -> State:
     """The empty prefix."""
     chain = jnp.full(problem.max_layers + 1, PADDING, jnp.int32)
-    return State(chain, jnp.array(0), jnp.array(False), problem.bank.embed(problem.data.x))
+    return State(chain, jnp.zeros((), jnp.int32), jnp.array(False), problem.bank.embed(problem.data.x))
 
 
 def legal_actions(problem: Problem, length: Int[Array, ""]) -> Bool[Array, "E"]:

@@ -6,8 +6,7 @@ import pytest
 import jchain as jc
 
 
-@pytest.mark.parametrize("num_chains", [1, 5])
-def test_moves_to_better_neighbours_and_leaves_only_local_optima(problem, num_chains):
+def test_moves_to_better_neighbours_and_leaves_only_local_optima(problem):
     bank = problem.bank
     chains, out = jc.evaluate_all(problem)
     losses = dict(zip(map(tuple, chains.tolist()), np.asarray(out.loss).tolist(), strict=True))
@@ -16,11 +15,11 @@ def test_moves_to_better_neighbours_and_leaves_only_local_optima(problem, num_ch
         rows, is_there = jc.chain.neighbours(jnp.array(chain), bank.num_layers, bank.num_heads)
         return set(map(tuple, np.asarray(rows)[np.asarray(is_there)].tolist()))
 
-    search = jc.LocalSearch(num_chains=num_chains)
+    search = jc.LocalSearch(num_chains=3)
     state = search.init(jax.random.key(0), problem)
     step = jax.jit(search.step)
     moves = restarts = 0
-    for key in jax.random.split(jax.random.key(1), 300):
+    for key in jax.random.split(jax.random.key(1), 150):
         old = tuple(state.chain.tolist())
         old_loss = float(state.loss)
         state, _ = step(key, state, problem)

@@ -17,7 +17,7 @@ SEARCHES = {
     "Evolution": jc.Evolution(population_size=12, tournament_size=4, num_chains=6),
     "BeamSearch": jc.BeamSearch(max_width=16),
     "QLearning": jc.QLearning(num_chains=6, num_replays=8),
-    "MCTS": jc.MCTS(num_simulations=8),
+    "MCTS": jc.MCTS(num_simulations=6),
     "ActorCritic": jc.ActorCritic(encoding=jc.TokenEncoding(features=8), num_chains=6),
     "ActorCritic-weights": jc.ActorCritic(encoding=jc.WeightEncoding(features=8), num_chains=6),
 }

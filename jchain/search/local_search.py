@@ -46,7 +46,11 @@ class LocalSearch:
         start_key, order_key = jax.random.split(key)
         start = _sample(start_key, problem)
         return State(
-            start, jnp.array(jnp.inf), _shuffle(order_key, start, problem), jnp.array(0), memo_lib.init(problem)
+            start,
+            jnp.full((), jnp.inf, jnp.float32),
+            _shuffle(order_key, start, problem),
+            jnp.array(0),
+            memo_lib.init(problem),
         )
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
