@@ -5,8 +5,8 @@
 Each search spends the same number of layer calls on each problem, 20 times with other keys. What repeats costs is the same
 for all (`jchain.memo`). Hyperparameters are chosen on the problems of even number, results are those of odd number.
 
-Hardware and run time: 2 CPU cores, about TIME minutes. `--quick`: four problems of the wine data, 5 seeds, 2,000 layer calls,
-a few minutes, with what was not built made first. Writes arena.json, arena.md and arena.png to experiments/results.
+Not run in full yet. `--quick`, on 2 CPU cores: four problems of the wine data, 5 seeds, 2,000 layer calls, about 6 minutes,
+with what was not built made first. Writes arena.json, arena.md and arena.png to experiments/results.
 """
 
 import argparse

@@ -148,8 +148,10 @@ def load(folder: str | os.PathLike[str], name: str) -> Solved:
         raise ValueError(
             f"{path} was solved for another bank or data than those of {name}: delete it and build it again"
         )
-    loss, accuracy = (dict(zip(SPLITS, np.asarray(arrays[key]), strict=True)) for key in ("loss", "accuracy"))
-    return Solved(name, bank, data, loss, accuracy)
+    by_split: list[dict[str, Any]] = [
+        dict(zip(SPLITS, np.asarray(arrays[key]), strict=True)) for key in ("loss", "accuracy")
+    ]
+    return Solved(name, bank, data, *by_split)
 
 
 def describe(solved: Solved) -> dict[str, Any]:
@@ -196,7 +198,8 @@ def find_local_optima(solved: Solved) -> np.ndarray:
 def _spearman(a: np.ndarray, b: np.ndarray) -> float:
     from scipy.stats import spearmanr
 
-    return float(spearmanr(a, b).statistic)
+    result: Any = spearmanr(a, b)
+    return float(result.statistic)
 
 
 def _parse(name: str) -> tuple[str, str, int]:

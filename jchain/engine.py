@@ -255,7 +255,7 @@ def apply_token(groups: tuple[LayerGroup, ...], token: Int[Array, ""], hidden: A
 
 def apply_all(groups: tuple[LayerGroup, ...], hidden: Array) -> Array:
     """Every member of `groups` applied to one batch, `[E, B, ...G]` in the order of tokens: as many layer (or head) calls."""
-    made = [
+    made: list[Any] = [
         jax.vmap(lambda params, module=group.module: module.apply({"params": params}, hidden))(group.params)
         for group in groups
     ]

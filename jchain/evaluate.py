@@ -224,7 +224,7 @@ def _place(problem: Problem, chains: Any, options: Options) -> tuple[Problem, Ar
         raise ValueError(f"expected a memory_limit of at least 1 byte, got {memory_limit}")
     if mesh is not None:
         problem = problem.on(mesh)
-    chains = problem.put(chains)
+    problem, chains = problem.without_names(), problem.put(chains)
     settings = _Settings(dtype and jnp.dtype(dtype), memory_limit, options.get("plan"), find_backend(problem, chains))
     return problem, chains, settings
 

@@ -1,5 +1,6 @@
 """A problem: what a search minimises over."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -116,6 +117,14 @@ class Problem:
             return jax.tree.map(jnp.asarray, tree)
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         return jax.tree.map(lambda leaf: _replicate(leaf, everywhere) if is_concrete(leaf) else leaf, tree)
+
+    def without_names(self) -> "Problem":
+        """The same problem without what only people read of its bank, so that problems alike share compiled programs."""
+        problem = copy.copy(self)
+        # Not `dataclasses.replace`, which would check everything again.
+        bank = dataclasses.replace(self.bank, names=(), origins=(), parents=(), num_steps=0)
+        object.__setattr__(problem, "bank", bank)
+        return problem
 
     def price(self, chains: Int[Array, "*P L"]) -> Float[Array, "*P"]:
         """What the layers of each chain add to its loss."""

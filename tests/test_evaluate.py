@@ -50,7 +50,9 @@ def test_evaluate_matches_a_float64_loop(two_group_problem, plan):
     assert_matches_reference(two_group_problem, chains, out)
 
 
-@pytest.mark.parametrize("kind", ["independent", "routed", "snapshots", "random"])
+@pytest.mark.parametrize(
+    "kind", ["independent", "routed", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("snapshots", "random"))]
+)
 def test_evaluate_matches_a_float64_loop_on_digits(digits, kind):
     sizes = (
         {"num_nets": 3} if kind == "independent" else {"num_snapshots": 3} if kind == "snapshots" else {"num_heads": 3}

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import make_bank
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -112,3 +113,44 @@ def test_the_progress_line_shows_calls_and_loss(problem, capsys):
     assert "10 of 10 layer calls" in shown.err
     assert "best loss 3.2500" in shown.err
     assert shown.out == ""
+
+
+def test_many_runs_equal_one_after_another(problem):
+    keys = jax.random.split(jax.random.key(0), 3)
+    many = jc.run_many(keys, jc.Evolution(population_size=8, num_chains=4), problem, budget=150)
+    for key, result in zip(keys, many, strict=True):
+        alone = jc.run(key, jc.Evolution(population_size=8, num_chains=4), problem, budget=150)
+        np.testing.assert_array_equal(result.best_chain, alone.best_chain)
+        np.testing.assert_array_equal(result.curve.layer_calls, alone.curve.layer_calls)
+        np.testing.assert_allclose(result.curve.best_loss, alone.curve.best_loss, rtol=1e-5)
+        np.testing.assert_array_equal(result.finalists, alone.finalists)
+        assert (result.layer_calls, result.num_chains) == (alone.layer_calls, alone.num_chains)
+    with pytest.raises(ValueError, match=r"expected keys of shape \[S\], at least one, got \[0\]"):
+        jc.run_many(keys[:0], jc.RandomSearch(), problem, budget=150)
+
+
+def test_rows_without_a_chain_are_not_counted(problem):
+    search = scripted([[(0, 3.0), (1, 4.0)]])
+    empty = search.chains.at[0, 1].set(-1)
+    search = Scripted(empty, search.loss.at[0, 1].set(jnp.inf), search.cost)
+    result = jc.run(jax.random.key(0), search, problem, budget=10)
+    assert (result.num_chains, result.num_nonfinite, len(result.finalists)) == (2, 0, 1)
+
+
+def test_banks_alike_but_for_names_share_a_program(bank, problem):
+    traces = []
+
+    def loss_fn(outputs, y):
+        traces.append(0)
+        return -outputs[:, 0]
+
+    renamed = make_bank(names=list("abcdef"))
+    ours, theirs = (jc.Problem(b, problem.data, 3, loss_fn=loss_fn) for b in (bank, renamed))
+    for use in (
+        lambda p: jc.evaluate(p, [[0, 4, -1, -1]]).loss,
+        lambda p: jc.run(jax.random.key(0), jc.RandomSearch(2), p, budget=20),
+    ):
+        use(ours)
+        before = len(traces)
+        use(theirs)
+        assert len(traces) == before

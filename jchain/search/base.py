@@ -164,7 +164,7 @@ def run_many(
         raise ValueError(f"expected a search registered as a pytree (jchain.pytree), got {type(search).__name__}")
     if keys.ndim != 1 or keys.shape[0] == 0:
         raise ValueError(f"expected keys of shape [S], at least one, got {list(keys.shape)}")
-    problem = problem if mesh is None else problem.on(mesh)
+    problem = (problem if mesh is None else problem.on(mesh)).without_names()
     backend = find_backend(problem)
     runs = _start(problem.put(keys), search, problem, num_finalists)
     parts: list[_Steps] = []
@@ -187,7 +187,8 @@ def run_many(
 @partial(jax.jit, static_argnames="num_finalists")
 def _start(keys: Array, search: Search, problem: Problem, num_finalists: int) -> _Run:
     chains = jnp.full((num_finalists, problem.max_layers + 1), PADDING, jnp.int32)
-    tally = _Tally(_Pool(chains, jnp.full(num_finalists, jnp.inf)), *[jnp.array(0)] * 5, jnp.array(False))
+    pool, zero = _Pool(chains, jnp.full(num_finalists, jnp.inf)), jnp.array(0)
+    tally = _Tally(pool, zero, zero, zero, zero, zero, jnp.array(False))
 
     def start(key: Array) -> _Run:
         key, init_key = jax.random.split(key)
@@ -274,7 +275,7 @@ def _make_result(tallies: _Tally, steps: _Steps, i: int, budget: int) -> Result:
     return Result(
         best_chain=tally.pool.chains[0],
         best_loss=float(tally.pool.loss[0]),
-        curve=Curve(steps.layer_calls[is_counted, i], steps.best_loss[is_counted, i]),
+        curve=Curve(np.asarray(steps.layer_calls)[is_counted, i], np.asarray(steps.best_loss)[is_counted, i]),
         finalists=tally.pool.chains[is_found],
         finalist_losses=tally.pool.loss[is_found],
         layer_calls=int(tally.layer_calls),

@@ -55,7 +55,10 @@ class BeamSearch:
             jnp.full((2, self.max_width, problem.max_layers + 1), PADDING, jnp.int32),
             jnp.zeros((2, self.max_width, *hidden.shape), hidden.dtype),
             jnp.full((2, self.max_width), jnp.inf),
-            *map(jnp.array, (0, 0, 0, 0)),
+            jnp.array(0),
+            jnp.array(0),
+            jnp.array(0),
+            jnp.array(0),
         )
         return _start_pass(empty, problem, jnp.array(self.width))
 
@@ -92,7 +95,7 @@ class BeamSearch:
 
         carry = (state.chains, state.hidden, state.loss)
         carry, loss = jax.lax.cond(does_extend, extend, stay, carry)
-        state = State(*carry, *state[3:])
+        state = state._replace(chains=carry[0], hidden=carry[1], loss=carry[2])
 
         stopped = jnp.where(slots[None] == state.depth + 1, heads[None, :, None], extended[:, None])
         bare = jnp.where(slots == 0, heads[:, None], PADDING)
@@ -132,7 +135,9 @@ def _start_pass(state: State, problem: Problem, width: Int[Array, ""]) -> State:
         state.hidden.at[0, 0].set(problem.bank.embed(problem.data.x)),
         # Only that it is finite matters here.
         jnp.full_like(state.loss, jnp.inf).at[0, 0].set(0.0),
-        *map(jnp.array, (0, 0, 0)),
+        jnp.array(0),
+        jnp.array(0),
+        jnp.array(0),
         width,
     )
 

@@ -51,8 +51,7 @@ class MCTS:
         return State(env.reset(problem))
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
-        import mctx
-
+        mctx = _import_mctx()
         root = _observe(problem, state.root, jnp.array(False))
         is_legal = env.legal_actions(problem, state.root.length)
         output = mctx.gumbel_muzero_policy(
@@ -96,9 +95,15 @@ def _value(node: Node) -> Float[Array, ""]:
     return -jnp.min(jnp.where(jnp.isfinite(node.loss), node.loss, 1e6))
 
 
-def _recur(problem: Problem, key: Array, action: Array, embedding: Any) -> Any:
+def _import_mctx() -> Any:
+    # Its chex dataclasses have no constructor that a type checker sees.
     import mctx
 
+    return mctx
+
+
+def _recur(problem: Problem, key: Array, action: Array, embedding: Any) -> Any:
+    mctx = _import_mctx()
     node = jax.tree.map(lambda leaf: leaf[0], embedding)
     is_call = (action[0] < problem.bank.num_layers) & ~node.state.is_done
     state, reward = env.step(problem, node.state, action[0])
