@@ -65,7 +65,7 @@ def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str,
     import safetensors
 
     if not Path(path).is_file():
-        raise FileNotFoundError(f"expected a file at {path}, found none")
+        raise FileNotFoundError(f"expected a jchain file at {path}, found none")
     try:
         with safetensors.safe_open(path, framework="flax") as file:
             header = json.loads((file.metadata() or {})["jchain"])

@@ -180,7 +180,7 @@ def test_damaged_files_give_one_clear_error(bank, tmp_path):
     path.write_bytes(blob.replace(b"layer1", b"layer7"))
     with pytest.raises(ValueError, match="is damaged: it does not have the checksum"):
         jc.Bank.load(path)
-    with pytest.raises(FileNotFoundError, match="expected a bank file"):
+    with pytest.raises(FileNotFoundError, match="expected a jchain file"):
         jc.Bank.load(tmp_path / "none")
 
 

@@ -139,7 +139,7 @@ def test_evaluate_refuses_damaged_and_missing_files(result_folder, tmp_path, cap
     damaged.write_bytes((result_folder / "bank.safetensors").read_bytes()[:-9])
     for path, message in [
         (damaged, "is damaged, truncated or no jchain file"),
-        (tmp_path / "none", "expected a bank file"),
+        (tmp_path / "none", "expected a jchain file"),
         (tmp_path, "expected a bank file or a result folder"),
     ]:
         assert main(["evaluate", str(path), "--chain", "4"]) == 2
