@@ -44,6 +44,13 @@ def make_batch(num_examples=9, seed=1):
     return jc.Batch(jax.random.normal(x_key, (num_examples, 5)), jax.random.randint(y_key, (num_examples,), 0, 3))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Each compiled program maps memory, of which a process may have only so many pieces."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def bank():
     return make_bank()

@@ -98,6 +98,7 @@ def test_two_processes_give_the_losses_of_one():
         assert (code, out.split()[-1:]) == (0, ["passed"]), err
 
 
+@pytest.mark.slow
 def test_evaluate_distributed_prints_once(tmp_path, capsys):
     options = ["--data", "wine", "--num-layers", "4", "--depth", "2", "--num-steps", "30", "--budget", "100"]
     assert main(["search", *options, "--search", "random", "--out", str(tmp_path / "out")]) == 0
