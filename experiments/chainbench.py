@@ -5,7 +5,7 @@
 Keeps banks and tables in ~/.cache/jchain/chainbench (`--folder`), where `jchain.chainbench.load` finds them; what is there
 already is checked and stays, so an interrupted build goes on. Writes chainbench.json to experiments/results.
 
-Hardware and run time: 2 CPU cores, about TIME minutes. `--quick`: four problems of the wine data, about a minute.
+Not run in full yet. `--quick`, on 2 CPU cores: four problems of the wine data, about a minute.
 """
 
 import argparse

@@ -51,7 +51,7 @@ def test_evaluate_matches_a_float64_loop(two_group_problem, plan):
 
 
 @pytest.mark.parametrize(
-    "kind", ["independent", "routed", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("snapshots", "random"))]
+    "kind", ["independent", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("routed", "snapshots", "random"))]
 )
 def test_evaluate_matches_a_float64_loop_on_digits(digits, kind):
     sizes = (

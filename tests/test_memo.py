@@ -72,6 +72,7 @@ def test_losses_that_are_not_finite_are_known_too(problem):
     assert layer_calls == 0
 
 
+@pytest.mark.slow
 def test_vmapped_equals_looped(problem):
     chains = jnp.stack([jc.chain.sample(jax.random.key(s), 6, 4, 2, 3) for s in range(3)])
     many = jax.vmap(lambda c: memo_lib.score(memo_lib.init(problem), problem, c))(chains)

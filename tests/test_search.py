@@ -106,6 +106,7 @@ def test_vmapped_seeds_equal_looped(search, problem):
         assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], infos), info)
 
 
+@pytest.mark.slow
 def test_scan_over_steps_of_vmapped_seeds_compiles(search, problem):
     def run_one(key):
         def body(state, key):
