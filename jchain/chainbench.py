@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain import chain as chain_lib
-from jchain import train
+from jchain import report
 from jchain._typing import Array, Float, Int
 from jchain.bank import Bank
 from jchain.data import Batch, Dataset
@@ -25,12 +25,12 @@ from jchain.evaluate import evaluate_all
 from jchain.files import checksum, read_arrays, write_arrays
 from jchain.layers import DenseHead, ResidualMLP
 from jchain.problem import Problem
+from jchain.report import SPLITS
 
 DATA = ("digits", "wine", "breast_cancer")
 KINDS = ("independent", "routed", "snapshots", "random")
 NUM_SEEDS = 3
 NUM_LAYERS, MAX_LAYERS = 12, 4
-SPLITS = ("search", "select", "test")
 NAMES = tuple(f"{data}-{kind}-{seed}" for data in DATA for kind in KINDS for seed in range(NUM_SEEDS))
 # Gradient steps: the small sets are learnt by heart in fewer.
 _NUM_STEPS = {"digits": 1000, "wine": 200, "breast_cancer": 200}
@@ -78,22 +78,15 @@ def make_bank(name: str, *, num_layers: int = NUM_LAYERS, depth: int = MAX_LAYER
     """
     data_name, kind, seed = _parse(name)
     data = load_data(data_name, seed)
-    features = int(data.train.x.shape[-1])
-    key = jax.random.key(seed)
-    shared: dict[str, Any] = {
-        "layer": ResidualMLP(features),
-        "head": DenseHead(data.num_classes),
+    config = {
+        "bank": kind,
+        "num_layers": num_layers,
+        "num_heads": 1 + seed % NUM_SEEDS if kind in ("routed", "random") else 1,
         "depth": depth,
         "num_steps": _NUM_STEPS[data_name],
     }
-    if kind in ("routed", "random"):
-        make = train.routed if kind == "routed" else train.random
-        return make(key, data.train, num_layers=num_layers, num_heads=1 + seed % NUM_SEEDS, **shared), data
-    if num_layers % depth:
-        raise ValueError(f"expected num_layers to be a multiple of depth for {name}, got {num_layers} and {depth}")
-    if kind == "independent":
-        return train.independent(key, data.train, num_nets=num_layers // depth, **shared), data
-    return train.snapshots(key, data.train, num_snapshots=num_layers // depth, **shared), data
+    modules = {"layer": ResidualMLP(int(data.train.x.shape[-1])), "head": DenseHead(data.num_classes)}
+    return report.make_bank(jax.random.key(seed), config, data, modules), data
 
 
 def build(folder: str | os.PathLike[str], names: Sequence[str] = NAMES) -> list[str]:

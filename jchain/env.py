@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jchain._typing import Array, Bool, Float, Int
 from jchain.chain import PADDING
-from jchain.engine import apply_token
+from jchain.engine import apply_all, apply_token
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
 
@@ -62,6 +62,12 @@ def step(problem: Problem, state: State, action: Int[Array, ""]) -> tuple[State,
 
     reward = jax.lax.cond(is_head, end, go_on, action, hidden)
     return State(chain, state.length + is_layer, state.is_done | is_head, hidden), reward
+
+
+def stop_losses(problem: Problem, hidden: Float[Array, "B ..."]) -> Float[Array, "K"]:
+    """The loss of each head on these activations, without the price of layers."""
+    outputs = apply_all(problem.bank.heads, hidden)
+    return jax.vmap(lambda out: problem.measure(out)[0])(outputs)
 
 
 def _check_legal(problem: Problem, state: State, action: int) -> None:

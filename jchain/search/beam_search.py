@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jchain import env
 from jchain._typing import Array, Float, Int, Key
 from jchain.chain import PADDING
 from jchain.engine import apply_all
@@ -74,7 +75,7 @@ class BeamSearch:
 
         def extend(carry: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array, Array], Array]:
             made = apply_all(problem.bank.layers, hidden)
-            loss = jax.vmap(lambda h: stop_losses(problem, h))(made) + problem.price(extended)[:, None]
+            loss = jax.vmap(lambda h: env.stop_losses(problem, h))(made) + problem.price(extended)[:, None]
             best = jnp.where(jnp.isfinite(loss), loss, jnp.inf).min(axis=1)
 
             def insert(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -106,7 +107,7 @@ class BeamSearch:
                 jnp.where(does_extend, stopped, PADDING).reshape(-1, problem.max_layers + 1),
             ]
         )
-        root_loss = jnp.where(is_root, stop_losses(problem, hidden), jnp.inf)
+        root_loss = jnp.where(is_root, env.stop_losses(problem, hidden), jnp.inf)
         loss = jnp.concatenate([root_loss, loss.reshape(-1)])
         loss = jnp.where(jnp.isfinite(loss), loss, jnp.inf)
         layer_calls = jnp.where(does_extend, num_layers, 0)
@@ -140,9 +141,3 @@ def _start_pass(state: State, problem: Problem, width: Int[Array, ""]) -> State:
         jnp.array(0),
         width,
     )
-
-
-def stop_losses(problem: Problem, hidden: Float[Array, "B ..."]) -> Float[Array, "K"]:
-    """The loss of each head on these activations, without the price of layers."""
-    outputs = apply_all(problem.bank.heads, hidden)
-    return jax.vmap(lambda out: problem.measure(out)[0])(outputs)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jchain import env
 from jchain._typing import Array, Bool, Float, Key
 from jchain.chain import PADDING
-from jchain.engine import apply_all
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
@@ -85,9 +84,7 @@ class MCTS:
 
 
 def _observe(problem: Problem, state: env.State, is_call: Bool[Array, ""]) -> Node:
-    outputs = apply_all(problem.bank.heads, state.hidden)
-    loss = jax.vmap(lambda out: problem.measure(out)[0])(outputs) + problem.price(state.chain)
-    return Node(state, loss, is_call)
+    return Node(state, env.stop_losses(problem, state.hidden) + problem.price(state.chain), is_call)
 
 
 def _value(node: Node) -> Float[Array, ""]:
