@@ -5,6 +5,7 @@
 
 from jchain import chain, chainbench, data, distributed, encoding, env, layers, stats, train
 from jchain.bank import Bank, LayerGroup
+from jchain.critic import Critic
 from jchain.data import Batch, Dataset
 from jchain.encoding import TokenEncoding, WeightEncoding
 from jchain.engine import Blocks, Share, Walk, compiler_options
@@ -14,6 +15,7 @@ from jchain.problem import Problem
 from jchain.search.actor_critic import ActorCritic
 from jchain.search.base import Curve, Info, Result, Search, run, run_many
 from jchain.search.beam_search import BeamSearch
+from jchain.search.critic_search import CriticSearch
 from jchain.search.evolution import Evolution
 from jchain.search.local_search import LocalSearch
 from jchain.search.mcts import MCTS
@@ -29,6 +31,8 @@ __all__ = [
     "Batch",
     "BeamSearch",
     "Blocks",
+    "Critic",
+    "CriticSearch",
     "Curve",
     "Dataset",
     "Evaluation",

@@ -64,6 +64,12 @@ def step(problem: Problem, state: State, action: Int[Array, ""]) -> tuple[State,
     return State(chain, state.length + is_layer, state.is_done | is_head, hidden), reward
 
 
+def stops(problem: Problem, chain: Int[Array, "L"], length: Int[Array, ""]) -> Int[Array, "K L"]:
+    """The chains that end a prefix of `length` layers by each head."""
+    heads = problem.bank.num_layers + jnp.arange(problem.bank.num_heads, dtype=jnp.int32)
+    return jnp.where((jnp.arange(chain.size) == length)[None], heads[:, None], chain[None])
+
+
 def stop_losses(problem: Problem, hidden: Float[Array, "B ..."]) -> Float[Array, "K"]:
     """The loss of each head on these activations, without the price of layers."""
     outputs = apply_all(problem.bank.heads, hidden)

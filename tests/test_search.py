@@ -16,6 +16,7 @@ SEARCHES = {
     "LocalSearch": jc.LocalSearch(num_chains=3),
     "Evolution": jc.Evolution(population_size=12, tournament_size=4, num_chains=6),
     "BeamSearch": jc.BeamSearch(max_width=16),
+    "CriticSearch": jc.CriticSearch(width=8, epsilon=0.5),
     "QLearning": jc.QLearning(num_chains=6, num_replays=8),
     "MCTS": jc.MCTS(num_simulations=6),
     "ActorCritic": jc.ActorCritic(encoding=jc.TokenEncoding(features=8), num_chains=6),
@@ -26,9 +27,10 @@ RATES = {
     "ActorCritic-weights": {"entropy_weight": 1.0},
     "QLearning": {"learning_rate": 0.5, "min_epsilon": 0.2},
     "MCTS": {"gumbel_scale": 0.5},
+    "CriticSearch": {"ridge": 5.0, "epsilon": 0.2},
 }
 # They go on from the activations of a prefix, and pay for each layer that they apply, not for chains.
-STEPPING = ("BeamSearch", "MCTS")
+STEPPING = ("BeamSearch", "MCTS", "CriticSearch")
 DETERMINISTIC = ("BeamSearch",)
 
 
@@ -93,7 +95,8 @@ def test_jit_equals_eager_and_a_key_decides(name, search, problem):
     assert_close(steps(search, problem), jitted)
     again, other = (steps(search, problem, seed, step=step) for seed in (0, 1))
     jax.tree.map(np.testing.assert_array_equal, jitted, again)
-    assert np.array_equal(jitted[1][0].chains, other[1][0].chains) == (name in DETERMINISTIC)
+    is_same = all(np.array_equal(a.chains, b.chains) for a, b in zip(jitted[1], other[1], strict=True))
+    assert is_same == (name in DETERMINISTIC)
 
 
 def test_vmapped_seeds_equal_looped(search, problem):
@@ -163,6 +166,7 @@ def test_works_without_layers_to_choose(search):
         (jc.QLearning, {"num_replays": 0}),
         (jc.QLearning, {"replay_size": 8, "num_chains": 16}),
         (jc.MCTS, {"num_simulations": 0}),
+        (jc.CriticSearch, {"width": 0}),
     ],
 )
 def test_bad_sizes_are_refused(cls, sizes):

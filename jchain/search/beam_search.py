@@ -70,7 +70,6 @@ class BeamSearch:
         is_there = (state.width <= self.max_width) & jnp.isfinite(state.loss[old, state.parent])
         does_extend = is_there & (state.depth < problem.max_layers)
         slots = jnp.arange(problem.max_layers + 1)[None]
-        heads = num_layers + jnp.arange(num_heads)
         extended = jnp.where(slots == state.depth, jnp.arange(num_layers)[:, None], prefix[None])
 
         def extend(carry: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array, Array], Array]:
@@ -98,12 +97,11 @@ class BeamSearch:
         carry, loss = jax.lax.cond(does_extend, extend, stay, carry)
         state = state._replace(chains=carry[0], hidden=carry[1], loss=carry[2])
 
-        stopped = jnp.where(slots[None] == state.depth + 1, heads[None, :, None], extended[:, None])
-        bare = jnp.where(slots == 0, heads[:, None], PADDING)
+        stopped = jax.vmap(lambda chain: env.stops(problem, chain, state.depth + 1))(extended)
         is_root = (state.depth == 0) & is_there
         chains = jnp.concatenate(
             [
-                jnp.where(is_root, bare, PADDING),
+                jnp.where(is_root, env.stops(problem, prefix, state.depth), PADDING),
                 jnp.where(does_extend, stopped, PADDING).reshape(-1, problem.max_layers + 1),
             ]
         )

@@ -75,12 +75,10 @@ class MCTS:
 
         # The root's own chains were scored when it was a node, but for the empty prefix.
         is_scored = nodes.is_call.at[0].set(state.root.length == 0)
-        slots = jnp.arange(problem.max_layers + 1)[None, None]
-        heads = problem.bank.num_layers + jnp.arange(problem.bank.num_heads)
-        stops = jnp.where(slots == nodes.state.length[:, None, None], heads[None, :, None], nodes.state.chain[:, None])
-        chains = jnp.where(is_scored[:, None, None], stops, PADDING).reshape(-1, slots.size)
+        stops = jax.vmap(lambda state: env.stops(problem, state.chain, state.length))(nodes.state)
+        chains = jnp.where(is_scored[:, None, None], stops, PADDING).reshape(-1, problem.max_layers + 1)
         loss = jnp.where(is_scored[:, None] & jnp.isfinite(nodes.loss), nodes.loss, jnp.inf).reshape(-1)
-        return State(next_root), Info(chains.astype(jnp.int32), loss, nodes.is_call.sum())
+        return State(next_root), Info(chains, loss, nodes.is_call.sum())
 
 
 def _observe(problem: Problem, state: env.State, is_call: Bool[Array, ""]) -> Node:

@@ -1,0 +1,137 @@
+"""What a critic sees of a prefix: what its layers did to the data, in numbers that mean the same for every bank.
+
+They come from the activations of the prefix and its best head, so they cost head calls, and no layer call.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jchain._typing import Array, Float
+from jchain.engine import apply_all, apply_token
+from jchain.problem import Problem
+
+NUM_FEATURES = 12
+# Regressions are of so many columns, to which wider ones are sketched, and rows.
+_MAX_COLUMNS, _MAX_ROWS = 64, 128
+_RIDGE = 0.1
+_NUM_CG_STEPS = 8
+# Seeds the sketch. Constant, so that features mean the same in every process and a trained critic can be kept.
+_SKETCH_SEED = 0
+_LOSS_UNIT = 1e-3
+
+
+class Observation(NamedTuple):
+    """A prefix, looked at."""
+
+    features: Float[Array, "F"]  # [NUM_FEATURES], finite
+    loss: Float[Array, "K"]  # [K], of stopping here by each head, without the price of layers
+
+
+def observe(problem: Problem, hidden: Float[Array, "B ..."], parent: Float[Array, "B ..."]) -> Observation:
+    """Features of a prefix and the losses of its heads.
+
+    The features are, of the best head: log of the mean of examples' losses, of their quadratic mean and of the square of the
+    mean of their roots, accuracy, log size of the loss's gradient by outputs and by activations. And of the activations: log share of the labels,
+    and of the gradient by outputs, that ridge regression on them leaves unexplained; log scale; log participation ratio of
+    their covariance; log share of their variance within classes; log relative change from the parent. All but losses,
+    accuracy and change are taken over at most 128 examples.
+
+    Args:
+      problem: heads, labels and loss.
+      hidden: activations of the prefix, `[B, ...F]`.
+      parent: those of the prefix without its last layer.
+    """
+    heads, num_layers = problem.bank.heads, problem.bank.num_layers
+    outputs = apply_all(heads, hidden)
+    loss, accuracy = jax.vmap(problem.measure)(outputs)
+    best = jnp.argmin(jnp.where(jnp.isfinite(loss), loss, jnp.inf))
+
+    def each(out: Array) -> Array:
+        return _rows(problem.loss_fn(out, problem.data.y)).mean(axis=1)
+
+    by_outputs = jax.grad(lambda out: each(out).sum())(outputs[best])
+    by_hidden = jax.vjp(lambda h: apply_token(heads, num_layers + best, h), hidden)[1](by_outputs)[0]
+    size = jnp.abs(each(outputs[best])).astype(jnp.float32)
+
+    rows, residual = _sketch(hidden), _sketch(by_outputs)
+    labels = _one_hot(problem, outputs)
+    targets = residual if labels is None else jnp.concatenate([_sketch(labels), residual], axis=1)
+    scale = jnp.sqrt(jnp.mean((rows - rows.mean(axis=0)) ** 2) + 1e-12)
+    rows = (rows - rows.mean(axis=0)) / scale
+    covariance = rows.T @ rows / rows.shape[0]
+    unexplained = _unexplained(rows, covariance, targets)
+    num_labels = targets.shape[1] - residual.shape[1]
+    features = [
+        log_loss(loss[best]),
+        log_loss(jnp.mean(size**2) ** 0.5),
+        log_loss(jnp.mean(size**0.5) ** 2),
+        accuracy[best],
+        0.5 * jnp.log(jnp.mean(residual**2) + 1e-9),
+        jnp.log(scale * jnp.sqrt(jnp.mean(by_hidden**2)) + 1e-6),
+        _log_share(unexplained[:, :num_labels] if num_labels else unexplained),
+        _log_share(unexplained[:, num_labels:]),
+        jnp.log(scale),
+        jnp.log(jnp.trace(covariance) ** 2 / (jnp.sum(covariance**2) + 1e-12)),
+        jnp.zeros(()) if labels is None else jnp.log(1.0 - _between_classes(rows, _few(labels)) + 1e-4),
+        0.5 * jnp.log(jnp.mean((hidden - parent) ** 2) / (jnp.mean(parent**2) + 1e-12) + 1e-12),
+    ]
+    stacked = jnp.stack([feature.astype(jnp.float32) for feature in features])
+    return Observation(jnp.clip(jnp.nan_to_num(stacked), -20.0, 20.0), loss)
+
+
+def log_loss(loss: Float[Array, "*P"]) -> Float[Array, "*P"]:
+    """The scale on which losses are compared: their log where they are above 0.001, and finite below, also below 0."""
+    return jnp.arcsinh(loss / (2 * _LOSS_UNIT))
+
+
+def _rows(array: Array) -> Float[Array, "B R"]:
+    return array.reshape(array.shape[0], -1)
+
+
+def _few(array: Float[Array, "B ..."]) -> Float[Array, "b ..."]:
+    """At most 128 of the examples, evenly spaced."""
+    return array[:: -(-array.shape[0] // _MAX_ROWS)]
+
+
+def _sketch(array: Float[Array, "B ..."]) -> Float[Array, "b C"]:
+    """A few rows of at most 64 columns, whose inner products are kept in expectation (count sketch, Charikar et al. 2002)."""
+    rows = _rows(_few(array)).astype(jnp.float32)
+    if rows.shape[1] <= _MAX_COLUMNS:
+        return rows
+    place_key, sign_key = jax.random.split(jax.random.key(_SKETCH_SEED))
+    place = jax.random.randint(place_key, rows.shape[1:], 0, _MAX_COLUMNS)
+    sign = jax.random.rademacher(sign_key, rows.shape[1:], rows.dtype)
+    return jax.ops.segment_sum((rows * sign[None]).T, place, _MAX_COLUMNS).T
+
+
+def _one_hot(problem: Problem, outputs: Float[Array, "K B ..."]) -> Any:
+    """Labels as `[B, C]` where there is one class for each example, else None."""
+    y = problem.data.y
+    if not jnp.issubdtype(y.dtype, jnp.integer) or y.ndim != 1 or outputs.ndim != 3:
+        return None
+    return jax.nn.one_hot(y, outputs.shape[-1], dtype=jnp.float32)
+
+
+def _unexplained(
+    rows: Float[Array, "b C"], covariance: Float[Array, "C C"], targets: Float[Array, "b D"]
+) -> Float[Array, "2 D"]:
+    """Sums of squares of each target: what ridge regression on the rows leaves of it, and all of it."""
+    targets = targets - targets.mean(axis=0)
+    # A few steps are as good as the solution here, and a factorization is a call out of the compiled program.
+    weights, _ = jax.scipy.sparse.linalg.cg(
+        lambda w: covariance @ w + _RIDGE * w, rows.T @ targets / rows.shape[0], tol=0.0, maxiter=_NUM_CG_STEPS
+    )
+    return jnp.stack([jnp.sum((targets - rows @ weights) ** 2, axis=0), jnp.sum(targets**2, axis=0)])
+
+
+def _log_share(unexplained: Float[Array, "2 D"]) -> Float[Array, ""]:
+    left, whole = unexplained.sum(axis=1)
+    return jnp.log(left / (whole + 1e-12) + 1e-4)
+
+
+def _between_classes(rows: Float[Array, "B C"], labels: Float[Array, "B K"]) -> Float[Array, ""]:
+    """Share of the variance of centred rows that lies between the means of classes."""
+    means = labels.T @ rows / (labels.sum(axis=0)[:, None] + 1e-6)
+    return jnp.sum((labels @ means) ** 2) / (jnp.sum(rows**2) + 1e-12)
