@@ -32,6 +32,7 @@ SEARCHES: dict[str, Any] = {
     "q-learning": jc.QLearning(),
     "mcts": jc.MCTS(),
     "actor-critic, tokens": jc.ActorCritic(encoding=jc.TokenEncoding()),
+    "critic search": jc.CriticSearch(),
     "actor-critic, weights": jc.ActorCritic(encoding=jc.WeightEncoding()),
 }
 DETERMINISTIC = ("beam search",)
@@ -44,12 +45,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20, help="runs of each search on each problem")
     parser.add_argument("--search", action="append", choices=SEARCHES, help="only these; repeat for more")
     parser.add_argument("--half", choices=("odd", "even", "all"), default="odd", help="problems, by their number")
+    parser.add_argument("--budget", type=int, action="append", help="layer calls to report; repeat for more")
     parser.add_argument("--quick", action="store_true", help="four problems, 5 seeds, 2,000 layer calls")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     names = list(jc.chainbench.NAMES)
     names = {"odd": names[1::2], "even": names[::2], "all": names}[args.half]
-    budgets, seeds = BUDGETS, args.seeds
+    budgets, seeds = tuple(args.budget or BUDGETS), args.seeds
     if args.quick:
         names, budgets, seeds = (
             [n for n in jc.chainbench.NAMES if n.startswith("wine") and n[-1] == "0"],

@@ -87,7 +87,8 @@ class Critic:
         leaves = [arrays[name] for name in sorted(arrays)]
         if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in expected]:
             raise ValueError(f"{path}: expected the arrays of a network of width {width}, got other shapes")
-        return cls(*jax.tree.unflatten(structure, leaves), width)
+        params, mean, scale = jax.tree.unflatten(structure, leaves)
+        return cls(params, mean, scale, width)
 
 
 def make_inputs(

@@ -58,8 +58,9 @@ def observe(problem: Problem, hidden: Float[Array, "B ..."], parent: Float[Array
     rows, residual = _sketch(hidden), _sketch(by_outputs)
     labels = _one_hot(problem, outputs)
     targets = residual if labels is None else jnp.concatenate([_sketch(labels), residual], axis=1)
-    scale = jnp.sqrt(jnp.mean((rows - rows.mean(axis=0)) ** 2) + 1e-12)
-    rows = (rows - rows.mean(axis=0)) / scale
+    rows -= rows.mean(axis=0, keepdims=True)
+    scale = jnp.sqrt(jnp.mean(rows**2) + 1e-12)
+    rows /= scale
     covariance = rows.T @ rows / rows.shape[0]
     unexplained = _unexplained(rows, covariance, targets)
     num_labels = targets.shape[1] - residual.shape[1]
@@ -118,7 +119,7 @@ def _unexplained(
     rows: Float[Array, "b C"], covariance: Float[Array, "C C"], targets: Float[Array, "b D"]
 ) -> Float[Array, "2 D"]:
     """Sums of squares of each target: what ridge regression on the rows leaves of it, and all of it."""
-    targets = targets - targets.mean(axis=0)
+    targets -= targets.mean(axis=0, keepdims=True)
     # A few steps are as good as the solution here, and a factorization is a call out of the compiled program.
     weights, _ = jax.scipy.sparse.linalg.cg(
         lambda w: covariance @ w + _RIDGE * w, rows.T @ targets / rows.shape[0], tol=0.0, maxiter=_NUM_CG_STEPS

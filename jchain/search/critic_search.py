@@ -103,7 +103,7 @@ class CriticSearch:
             jnp.zeros(NUM_FEATURES),
             jnp.zeros((lengths, size)),
             jnp.tile(jnp.eye(size)[None], (lengths, 1, 1)),
-            jnp.array(0),
+            jnp.zeros((), jnp.int32),
         )
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
