@@ -3,7 +3,7 @@
 `import jchain` stays light: rlax, matplotlib and the like are imported by the function that needs them.
 """
 
-from jchain import chain, chainbench, data, distributed, encoding, env, layers, stats, train
+from jchain import chain, chainbench, data, distributed, encoding, env, layers, pretrain, stats, train
 from jchain.bank import Bank, LayerGroup
 from jchain.critic import Critic
 from jchain.data import Batch, Dataset
@@ -11,6 +11,7 @@ from jchain.encoding import TokenEncoding, WeightEncoding
 from jchain.engine import Blocks, Share, Walk, compiler_options
 from jchain.evaluate import Evaluation, Explanation, apply_chain, evaluate, evaluate_all, evaluate_prefixes, explain
 from jchain.kernels import Fused
+from jchain.pretrain import pretrain_controller
 from jchain.problem import Problem
 from jchain.search.actor_critic import ActorCritic
 from jchain.search.base import Curve, Info, Result, Search, run, run_many
@@ -64,6 +65,8 @@ __all__ = [
     "evaluate_prefixes",
     "explain",
     "layers",
+    "pretrain",
+    "pretrain_controller",
     "run",
     "run_many",
     "stats",

@@ -1,0 +1,180 @@
+"""Training a critic across banks, so that a search of an unseen one starts from it.
+
+Supervised: every prefix of small problems is looked at, with the lowest loss that can be reached behind it.
+"""
+
+from collections.abc import Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jchain import chain as chain_lib
+from jchain import env
+from jchain._typing import Array, Float, Int, Key
+from jchain.critic import Critic, Network, make_inputs
+from jchain.engine import apply_all, compiler_options, find_backend
+from jchain.features import log_loss, observe
+from jchain.problem import Problem
+
+_MAX_PREFIXES = 2**20
+_BATCH = (64, 64)  # groups, prefixes of each
+_HUBER_DELTA = 0.5
+_RANK_WEIGHT, _TEMPERATURE = 0.3, 0.1
+
+
+class Lesson(NamedTuple):
+    """The prefixes of a problem that have at least one layer and room for one more, shorter ones first."""
+
+    inputs: Float[np.ndarray, "C I"]  # of a critic
+    stop: Float[np.ndarray, "C"]  # log loss of the best head
+    best: Float[np.ndarray, "C"]  # log of the lowest loss of all chains that start so
+    sizes: tuple[int, ...]  # prefixes of 1, 2, ... layers
+
+
+class _Visit(NamedTuple):
+    features: Array
+    change: Array
+    stop: Array
+    best: Array
+
+
+def study(problem: Problem) -> Lesson:
+    """Look at every prefix of a problem, which takes as many layer calls as scoring all its chains.
+
+    Raises:
+      ValueError: chains have fewer than two layers, or there are more than 1,048,576 prefixes.
+    """
+    num_layers, max_layers = problem.bank.num_layers, problem.max_layers
+    if max_layers < 2:
+        raise ValueError(f"expected a problem of max_layers of at least 2, got {max_layers}")
+    if chain_lib.count(num_layers, 1, max_layers) > _MAX_PREFIXES:
+        raise ValueError(
+            f"expected a problem of at most {_MAX_PREFIXES:,} prefixes, got {chain_lib.count(num_layers, 1, max_layers):,}"
+        )
+    levels = jax.tree.map(np.asarray, _compile_visit(find_backend(problem))(problem.without_names()))
+    centre = levels[1].features.mean(axis=0)
+    inputs = [
+        np.asarray(make_inputs(level.features, level.change, centre, length, max_layers))
+        for length, level in enumerate(levels)
+        if length > 0
+    ]
+    return Lesson(
+        np.concatenate(inputs),
+        np.concatenate([level.stop for level in levels[1:]]),
+        np.concatenate([level.best for level in levels[1:]]),
+        tuple(len(rows) for rows in inputs),
+    )
+
+
+def pretrain_controller(
+    key: Key[Array, ""],
+    problems: Sequence[Problem | Lesson],
+    *,
+    num_steps: int = 1500,
+    width: int = 32,
+    learning_rate: float = 2e-3,
+    weight_decay: float = 1e-2,
+) -> Critic:
+    """Train one critic across problems: `CriticSearch(critic=...)` then starts from it on any other bank.
+
+    Its loss is the Huber loss of the predicted fall of the log loss, plus the cross-entropy of ranking prefixes of one
+    length in one problem, in which the best ones weigh most (ListNet, Cao et al. 2007).
+
+    Args:
+      key: consumed.
+      problems: small ones, of which all prefixes are looked at, or what `study` returned for them.
+      num_steps: steps of AdamW, on 64 prefixes of each of 64 groups.
+      width: of the network's two hidden layers.
+      learning_rate: at the start; it falls to 0 along a cosine.
+      weight_decay: of AdamW.
+
+    Raises:
+      ValueError: there is no problem, a size is not positive, or as `study`.
+    """
+    if not problems or num_steps < 1 or width < 1:
+        raise ValueError(
+            f"expected at least one problem, num_steps and width of at least 1, got {len(problems)}, {num_steps} and {width}"
+        )
+    lessons = [problem if isinstance(problem, Lesson) else study(problem) for problem in problems]
+    sizes = np.array([size for lesson in lessons for size in lesson.sizes])
+    whole = [np.concatenate([getattr(lesson, name) for lesson in lessons]) for name in ("inputs", "stop", "best")]
+    inputs = whole[0]
+    critic = Critic(None, jnp.asarray(inputs.mean(axis=0)), jnp.asarray(inputs.std(axis=0) + 1e-3), width)
+    starts = np.append(0, np.cumsum(sizes)[:-1])
+    optimizer = optax.adamw(optax.cosine_decay_schedule(learning_rate, num_steps), weight_decay=weight_decay)
+    params = _fit(key, critic, *map(jnp.asarray, (*whole, starts, sizes)), optimizer=optimizer, num_steps=num_steps)
+    return Critic(params, critic.mean, critic.scale, width)
+
+
+@cache
+def _compile_visit(backend: str) -> Any:
+    return jax.jit(_visit_all, compiler_options=compiler_options(backend))
+
+
+def _visit_all(problem: Problem) -> list[_Visit]:
+    """All prefixes with room for one more layer, by their number of layers: `[N^length, ...]`."""
+    bank = problem.bank
+    price = jnp.broadcast_to(problem.layer_cost, (bank.num_layers,))
+
+    def best(loss: Array) -> Array:
+        return jnp.min(jnp.where(jnp.isfinite(loss), loss, jnp.inf))
+
+    def visit(hidden: Array, paid: Array, parent: Array, seen: Any, length: int) -> list[_Visit]:
+        observed = observe(problem, hidden, parent)
+        stop = best(observed.loss) + paid
+        children = (apply_all(bank.layers, hidden), paid + price)
+        if length + 1 == problem.max_layers:
+            deeper: list[_Visit] = []
+            reached = log_loss(jax.vmap(lambda h, p: best(env.stop_losses(problem, h)) + p)(*children))
+        else:
+            deeper = jax.lax.map(lambda c: visit(*c, hidden, observed.features, length + 1), children)
+            reached = deeper[0].best
+        change = jnp.zeros_like(observed.features) if seen is None else observed.features - seen
+        lowest = jnp.minimum(log_loss(stop), jnp.min(reached))
+        return [_Visit(observed.features, change, log_loss(stop), lowest), *deeper]
+
+    hidden = bank.embed(problem.data.x)
+    levels = visit(hidden, jnp.zeros(()), hidden, None, 0)
+    return [
+        jax.tree.map(lambda leaf, depth=depth: leaf.reshape(-1, *leaf.shape[depth:]), level)
+        for depth, level in enumerate(levels)
+    ]
+
+
+@partial(jax.jit, static_argnames=("optimizer", "num_steps"))
+def _fit(
+    key: Key[Array, ""],
+    critic: Critic,
+    inputs: Float[Array, "C I"],
+    stop: Float[Array, "C"],
+    best: Float[Array, "C"],
+    starts: Int[Array, "G"],
+    sizes: Int[Array, "G"],
+    optimizer: optax.GradientTransformation,
+    num_steps: int,
+) -> Any:
+    def loss_fn(params: Any, key: Array) -> Array:
+        group_key, member_key = jax.random.split(key)
+        group = jax.random.randint(group_key, _BATCH[:1], 0, sizes.size)
+        member = jax.random.randint(member_key, _BATCH, 0, sizes[group][:, None])
+        place = starts[group][:, None] + member
+        gain = Critic(params, critic.mean, critic.scale, critic.width).gain(inputs[place])
+        predicted = (gain - stop[place]) / _TEMPERATURE
+        wanted = jax.nn.softmax(-best[place] / _TEMPERATURE)
+        rank = optax.softmax_cross_entropy(predicted, wanted)
+        huber = optax.huber_loss(gain, stop[place] - best[place], delta=_HUBER_DELTA)
+        return huber.mean() + _RANK_WEIGHT * rank.mean()
+
+    def update(carry: Any, key: Array) -> Any:
+        params, opt_state = carry
+        updates, opt_state = optimizer.update(jax.grad(loss_fn)(params, key), opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    init_key, step_key = jax.random.split(key)
+    params = Network(critic.width).init(init_key, inputs[0])["params"]
+    (params, _), _ = jax.lax.scan(update, (params, optimizer.init(params)), jax.random.split(step_key, num_steps))
+    return params
