@@ -30,7 +30,7 @@ RATES = {
     "CriticSearch": {"ridge": 5.0, "epsilon": 0.2},
 }
 # They go on from the activations of a prefix, and pay for each layer that they apply, not for chains.
-STEPPING = ("BeamSearch", "MCTS", "CriticSearch")
+STEPPING = ("BeamSearch", "MCTS")
 DETERMINISTIC = ("BeamSearch",)
 
 
@@ -72,7 +72,7 @@ def assert_close(a, b):
 
 def test_losses_indices_and_cost_are_exact(name, search, problem):
     _, infos = steps(search, problem, num=8, step=jax.jit(search.step))
-    seen = set()
+    seen, parent = set(), None
     for info in infos:
         is_there = np.asarray(info.chains)[:, 0] >= 0
         chains = np.asarray(info.chains)[is_there]
@@ -84,6 +84,11 @@ def test_losses_indices_and_cost_are_exact(name, search, problem):
         if name in STEPPING:
             # Each layer call gives a prefix, which every head scores.
             assert info.layer_calls == len({row[: row.index(max(row))] for row in rows} - {()})
+        elif name == "CriticSearch":
+            # All children of one prefix, which is computed again unless it is a child of the last one.
+            before, parent = parent, max((row[: row.index(max(row))] for row in rows), key=len)[:-1]
+            assert len({row[: row.index(max(row))] for row in rows} - {()}) == 4
+            assert info.layer_calls == 4 + (len(parent) if parent[:-1] != before else 0)
         else:
             assert info.layer_calls == reference.count_calls([row for row in rows if row not in seen], 4)[0]
         seen.update(rows)

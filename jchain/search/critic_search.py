@@ -16,7 +16,7 @@ from jchain import critic as critic_lib
 from jchain import env
 from jchain._typing import Array, Bool, Float, Int, Key
 from jchain.chain import PADDING
-from jchain.engine import apply_all
+from jchain.engine import apply_all, apply_token
 from jchain.features import NUM_FEATURES, log_loss, observe
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
@@ -33,7 +33,6 @@ class Prefixes(NamedTuple):
     """Open prefixes by their number of layers."""
 
     chains: Int[Array, "D W L"]  # [D, W, L], -1 behind the layers
-    hidden: Float[Array, "D W B ..."]  # [D, W, B, ...F]
     features: Float[Array, "D W F"]  # [D, W, F]
     inputs: Float[Array, "D W I"]  # [D, W, I], of the least squares
     stop: Float[Array, "D W"]  # [D, W], log loss of the best head
@@ -44,6 +43,8 @@ class State(NamedTuple):
     """What the next step needs."""
 
     prefixes: Prefixes
+    last: Int[Array, "L"]  # [L], the prefix that was extended last
+    children: Float[Array, "N B ..."]  # [N, B, ...F], activations of its children
     centre: Float[Array, "F"]  # [F], mean features of the layers behind the stem
     weights: Float[Array, "D I"]  # [D, I], of the least squares
     spread: Float[Array, "D I I"]  # [D, I, I], inverse of ridge + the inputs' second moments, times ridge
@@ -63,8 +64,8 @@ class _Children(NamedTuple):
 class CriticSearch:
     """Tree search by a critic that reads activations.
 
-    A step costs as many layer calls as the bank has layers, and scores as many prefixes by every head. Activations of
-    `max_layers * width` prefixes are kept.
+    A step extends one prefix by all `N` layers and scores the children by every head, for `N` layer calls. The activations of
+    the last children are kept; those of an older prefix are computed again, which costs its number of layers.
 
     Attributes:
       critic: from `jchain.pretrain_controller`; None to start from the loss of the best head.
@@ -74,7 +75,7 @@ class CriticSearch:
     """
 
     critic: Any = None
-    width: int = static(default=256)
+    width: int = static(default=2048)
     ridge: float = 2.0
     epsilon: float = 0.1
 
@@ -91,7 +92,6 @@ class CriticSearch:
         size = 3 * _codes(problem).shape[1] + 2 * NUM_FEATURES + 1
         prefixes = Prefixes(
             jnp.full((*shape, problem.max_layers + 1), PADDING, jnp.int32),
-            jnp.zeros((*shape, *hidden.shape), hidden.dtype).at[0, 0].set(hidden),
             jnp.zeros((*shape, NUM_FEATURES)).at[0, 0].set(root.features),
             jnp.zeros((*shape, size)),
             jnp.zeros(shape).at[0, 0].set(log_loss(_best(root.loss))),
@@ -100,6 +100,8 @@ class CriticSearch:
         )
         return State(
             prefixes,
+            jnp.full(problem.max_layers + 1, PADDING, jnp.int32),
+            jnp.zeros((problem.bank.num_layers, *hidden.shape), hidden.dtype),
             jnp.zeros(NUM_FEATURES),
             jnp.zeros((lengths, size)),
             jnp.tile(jnp.eye(size)[None], (lengths, 1, 1)),
@@ -113,7 +115,8 @@ class CriticSearch:
         parent = jax.tree.map(lambda leaf: leaf[length, place], prefixes)
         is_there = jnp.isfinite(parent.base)
         does_extend = is_there & (length < problem.max_layers)
-        children = _extend(problem, parent, length)
+        hidden, num_again = _recall(state, problem, parent.chains, length)
+        children = _extend(problem, parent.chains, hidden, length)
         centre = jnp.where(length == 0, children.features.mean(axis=0), state.centre)
         candidates = self._judge(problem, parent, children, centre, length + 1)
 
@@ -128,13 +131,16 @@ class CriticSearch:
         prefixes = prefixes._replace(base=prefixes.base.at[length, place].set(jnp.inf))
         state = State(
             prefixes,
+            parent.chains,
+            children.hidden,
             jnp.where(does_extend, centre, state.centre),
             state.weights.at[length].set(weights),
             state.spread.at[length].set(spread),
             (length + 1) % len(state.weights),
         )
         state = _insert(state, candidates, jnp.where(does_extend & ~is_last, predicted, jnp.inf), length + 1)
-        return state, _report(problem, parent, children, length, is_there, does_extend)
+        layer_calls = jnp.where(does_extend, problem.bank.num_layers + num_again, 0)
+        return state, _report(problem, hidden, children, length, is_there, does_extend, layer_calls)
 
     def _act(self, key: Key[Array, ""], state: State, length: Int[Array, ""]) -> Int[Array, ""]:
         """Where the next prefix of this length stands."""
@@ -157,7 +163,7 @@ class CriticSearch:
             seen = critic_lib.make_inputs(children.features, change, centre, at, max(problem.max_layers, 1))
             gain = self.critic.gain(seen)
         inputs = _describe(problem, children, change, centre, length)
-        return Prefixes(children.chains, children.hidden, children.features, inputs, stop, stop - gain)
+        return Prefixes(children.chains, children.features, inputs, stop, stop - gain)
 
 
 def _learn(
@@ -176,12 +182,28 @@ def _next_length(state: State) -> Int[Array, ""]:
     return order[jnp.argmax(is_open[order])]
 
 
-def _extend(problem: Problem, parent: Any, length: Int[Array, ""]) -> _Children:
-    made = apply_all(problem.bank.layers, parent.hidden)
-    observed = jax.vmap(lambda hidden: observe(problem, hidden, parent.hidden))(made)
+def _recall(
+    state: State, problem: Problem, prefix: Int[Array, "L"], length: Int[Array, ""]
+) -> tuple[Float[Array, "B ..."], Int[Array, ""]]:
+    """Activations of a prefix and the layer calls that they took: none for the children of the last one."""
+    slots = jnp.arange(prefix.size)
+    is_child = (length > 0) & jnp.all(jnp.where(slots == length - 1, PADDING, prefix) == state.last)
+    again = jnp.where(is_child, 0, length)
+
+    def apply(slot: Array, hidden: Array) -> Array:
+        made = apply_token(problem.bank.layers, jnp.maximum(prefix[slot], 0), hidden)
+        return jnp.where(slot < again, made, hidden)
+
+    start = jnp.where(is_child, state.children[prefix[length - 1]], problem.bank.embed(problem.data.x))
+    return jax.lax.fori_loop(0, problem.max_layers - 1, apply, start), again
+
+
+def _extend(problem: Problem, prefix: Int[Array, "L"], hidden: Array, length: Int[Array, ""]) -> _Children:
+    made = apply_all(problem.bank.layers, hidden)
+    observed = jax.vmap(lambda child: observe(problem, child, hidden))(made)
     slots = jnp.arange(problem.max_layers + 1)[None]
     tokens = jnp.arange(problem.bank.num_layers, dtype=jnp.int32)[:, None]
-    chains = jnp.where(slots == length, tokens, parent.chains[None])
+    chains = jnp.where(slots == length, tokens, prefix[None])
     loss = observed.loss + problem.price(chains)[:, None]
     return _Children(made, observed.features, jnp.where(jnp.isfinite(loss), loss, jnp.inf), chains)
 
@@ -228,21 +250,18 @@ def _insert(state: State, candidates: Prefixes, value: Float[Array, "N"], length
 
 def _report(
     problem: Problem,
-    parent: Any,
+    hidden: Array,
     children: _Children,
     length: Int[Array, ""],
     is_there: Bool[Array, ""],
     does_extend: Bool[Array, ""],
+    layer_calls: Int[Array, ""],
 ) -> Info:
-    num_layers = problem.bank.num_layers
     is_root = is_there & (length == 0)
-    root_loss = jnp.where(is_root, env.stop_losses(problem, parent.hidden), jnp.inf)
-    bare = jnp.where(is_root, env.stops(problem, parent.chains, length), PADDING)
+    root_loss = jnp.where(is_root, env.stop_losses(problem, hidden), jnp.inf)
+    empty = jnp.full_like(children.chains[0], PADDING)
+    bare = jnp.where(is_root, env.stops(problem, empty, length), PADDING)
     ends = jax.vmap(lambda chain: env.stops(problem, chain, length + 1))(children.chains)
-    ends = jnp.where(does_extend, ends, PADDING).reshape(-1, parent.chains.size)
+    ends = jnp.where(does_extend, ends, PADDING).reshape(-1, empty.size)
     loss = jnp.concatenate([root_loss, jnp.where(does_extend, children.loss, jnp.inf).reshape(-1)])
-    return Info(
-        jnp.concatenate([bare, ends]),
-        jnp.where(jnp.isfinite(loss), loss, jnp.inf),
-        jnp.where(does_extend, num_layers, 0),
-    )
+    return Info(jnp.concatenate([bare, ends]), jnp.where(jnp.isfinite(loss), loss, jnp.inf), layer_calls)
