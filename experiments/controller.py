@@ -45,15 +45,10 @@ def main() -> None:
         jc.chainbench.build(args.folder, names)
     solved = [jc.chainbench.load(args.folder, name) for name in names]
     start = time.perf_counter()
-    lessons = {
-        (data, kind, i): jc.pretrain.study(make_problem(data, kind, FIRST_SEED + i))
-        for data, count in num_banks.items()
-        for i in range(count)
-        for kind in KINDS
-    }
+    cases = [(data, kind, i) for data, count in num_banks.items() for i in range(count) for kind in KINDS]
+    lessons = {case: jc.pretrain.study(make_problem(case[0], case[1], FIRST_SEED + case[2])) for case in cases}
     print(f"{len(lessons)} banks studied in {time.perf_counter() - start:.0f} s", flush=True)
-    critics = {"": train(lessons, lambda kind: True)}
-    critics |= {kind: train(lessons, lambda other, kind=kind: other != kind) for kind in KINDS}
+    critics = {unseen: train(lessons, unseen) for unseen in ("", *KINDS)}
     keys = jax.random.split(jax.random.key(0), 3 if args.quick else args.seeds)
 
     def select(one: jc.chainbench.Solved, without: bool) -> Any:
@@ -120,9 +115,10 @@ def make_problem(data_name: str, kind: str, seed: int) -> jc.Problem:
     return jc.Problem(bank, jc.Batch(jnp.asarray(search_x), data.search.y), max_layers=4)
 
 
-def train(lessons: dict[Any, Any], is_used: Any) -> jc.Critic:
+def train(lessons: dict[tuple[str, str, int], jc.pretrain.Lesson], unseen: str) -> jc.Critic:
+    """A critic of all banks but those of one kind."""
     return jc.pretrain_controller(
-        jax.random.key(0), [lesson for (_, kind, _), lesson in lessons.items() if is_used(kind)]
+        jax.random.key(0), [lesson for (_, kind, _), lesson in lessons.items() if kind != unseen]
     )
 
 

@@ -54,7 +54,8 @@ class Critic:
 
     def gain(self, inputs: Float[Array, "*P I"]) -> Float[Array, "*P"]:
         """Predicted fall of the log loss, of inputs from `make_inputs`."""
-        scaled = jnp.clip((inputs - jnp.broadcast_to(self.mean, inputs.shape)) / self.scale, -5.0, 5.0)
+        mean, scale = (jnp.broadcast_to(row, inputs.shape) for row in (self.mean, self.scale))
+        scaled = jnp.clip((inputs - mean) / scale, -5.0, 5.0)
         out: Any = Network(self.width).apply({"params": self.params}, scaled)
         return out
 

@@ -55,7 +55,7 @@ def study(problem: Problem) -> Lesson:
         raise ValueError(
             f"expected a problem of at most {_MAX_PREFIXES:,} prefixes, got {chain_lib.count(num_layers, 1, max_layers):,}"
         )
-    levels = jax.tree.map(np.asarray, _compile_visit(find_backend(problem))(problem.without_names()))
+    levels = _compile_visit(find_backend(problem))(problem.without_names())
     centre = levels[1].features.mean(axis=0)
     inputs = [
         np.asarray(make_inputs(level.features, level.change, centre, length, max_layers))
@@ -102,11 +102,11 @@ def pretrain_controller(
     lessons = [problem if isinstance(problem, Lesson) else study(problem) for problem in problems]
     sizes = np.array([size for lesson in lessons for size in lesson.sizes])
     whole = [np.concatenate([getattr(lesson, name) for lesson in lessons]) for name in ("inputs", "stop", "best")]
-    inputs = whole[0]
-    critic = Critic(None, jnp.asarray(inputs.mean(axis=0)), jnp.asarray(inputs.std(axis=0) + 1e-3), width)
-    starts = np.append(0, np.cumsum(sizes)[:-1])
+    inputs, stop, best = (jnp.asarray(rows) for rows in whole)
+    critic = Critic(None, inputs.mean(axis=0), inputs.std(axis=0) + 1e-3, width)
+    groups = jnp.asarray(np.append(0, np.cumsum(sizes)[:-1])), jnp.asarray(sizes)
     optimizer = optax.adamw(optax.cosine_decay_schedule(learning_rate, num_steps), weight_decay=weight_decay)
-    params = _fit(key, critic, *map(jnp.asarray, (*whole, starts, sizes)), optimizer=optimizer, num_steps=num_steps)
+    params = _fit(key, critic, inputs, stop, best, *groups, optimizer=optimizer, num_steps=num_steps)
     return Critic(params, critic.mean, critic.scale, width)
 
 

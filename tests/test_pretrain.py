@@ -1,0 +1,53 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_bank, make_batch
+
+import jchain as jc
+from jchain.features import log_loss
+
+
+@pytest.fixture(scope="module")
+def small():
+    return jc.Problem(make_bank(3, 2, seed=3), make_batch(), max_layers=3, layer_cost=[0.1, 0.0, 0.02])
+
+
+@pytest.fixture(scope="module")
+def lesson(small):
+    return jc.pretrain.study(small)
+
+
+def test_what_is_learnt_is_the_best_loss_behind_each_prefix(small, lesson):
+    chains, out = jc.evaluate_all(small)
+    loss = log_loss(out.loss)
+    prefixes = [(a,) for a in range(3)] + [(a, b) for a in range(3) for b in range(3)]
+    assert lesson.sizes == (3, 9)
+    for i, prefix in enumerate(prefixes):
+        is_behind = (chains[:, : len(prefix)] == prefix).all(axis=1)
+        is_stop = is_behind & (chains[:, len(prefix)] >= 3)
+        np.testing.assert_allclose(lesson.best[i], loss[is_behind].min(), rtol=1e-4)
+        np.testing.assert_allclose(lesson.stop[i], loss[is_stop].min(), rtol=1e-4)
+
+
+def test_a_critic_learns_and_steers_the_search(small, lesson):
+    critic = jc.pretrain_controller(jax.random.key(0), [lesson], num_steps=300, width=8)
+    error = np.abs(lesson.stop - critic.gain(jnp.asarray(lesson.inputs)) - lesson.best)
+    assert error.mean() < 0.5 * np.abs(lesson.stop - lesson.best).mean()
+    search = jc.CriticSearch(critic, width=8, ridge=jnp.inf, epsilon=0.0)
+    state = jax.jit(search.init)(jax.random.key(0), small)
+    state, _ = jax.jit(search.step)(jax.random.key(0), state, small)
+    # What the search predicts of the first prefixes is what was learnt for them.
+    place = np.argsort(state.prefixes.chains[1, :3, 0])
+    expected = lesson.stop[:3] - critic.gain(jnp.asarray(lesson.inputs[:3]))
+    np.testing.assert_allclose(np.asarray(state.prefixes.base[1, :3])[place], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_bad_input_is_refused(small):
+    with pytest.raises(ValueError, match="max_layers of at least 2, got 1"):
+        jc.pretrain.study(jc.Problem(small.bank, small.data, 1))
+    with pytest.raises(ValueError, match="at most 1,048,576 prefixes, got"):
+        jc.pretrain.study(jc.Problem(small.bank, small.data, 20))
+    for problems, options in (([], {}), ([small], {"num_steps": 0}), ([small], {"width": 0})):
+        with pytest.raises(ValueError, match="at least one problem"):
+            jc.pretrain_controller(jax.random.key(0), problems, **options)
