@@ -5,7 +5,8 @@
 Keeps banks and tables in ~/.cache/jchain/chainbench (`--folder`), where `jchain.chainbench.load` finds them; what is there
 already is checked and stays, so an interrupted build goes on. Writes chainbench.json to experiments/results.
 
-Not run in full yet. `--quick`, on 2 CPU cores: four problems of the wine data, about a minute.
+On 2 CPU cores (AMD EPYC) that other programs used too: 25 minutes. `--quick`: four problems of the wine data, a minute. To
+expect: of 10,000 chains at most 3 are within 1% of the best one, and 1 to 31 are local optima.
 """
 
 import argparse

@@ -64,7 +64,7 @@ def main() -> None:
         "fine-tuned, kind unseen": lambda one: (jc.CriticSearch(select(one, True)), keys),
         "local search": lambda one: (jc.LocalSearch(), keys),
     }
-    ratios = {name: np.array([measure(*make(one), one) for one in solved]) for name, make in searches.items()}
+    ratios = {name: np.array([measure(one, *make(one)) for one in solved]) for name, make in searches.items()}
     summary = {
         name: {str(b): jc.stats.iqm(rows[:, :, i])._asdict() for i, b in enumerate(BUDGETS)}
         for name, rows in ratios.items()
@@ -122,7 +122,7 @@ def train(lessons: dict[tuple[str, str, int], jc.pretrain.Lesson], unseen: str) 
     )
 
 
-def measure(search: Any, keys: Any, solved: jc.chainbench.Solved) -> np.ndarray:
+def measure(solved: jc.chainbench.Solved, search: Any, keys: Any) -> np.ndarray:
     """Lowest loss after each budget over the lowest of all chains, `[S, len(BUDGETS)]`."""
     results = jc.run_many(keys, search, solved.problem, budget=max(BUDGETS))
     rows = []

@@ -22,6 +22,7 @@ ENCODINGS = {"tokens": jc.TokenEncoding, "weights": jc.WeightEncoding}
 SEARCHES = {
     "actor-critic": lambda args: jc.ActorCritic(encoding=ENCODINGS[args.encoding]()),
     "beam": lambda args: jc.BeamSearch(),
+    "critic": lambda args: jc.CriticSearch(),
     "evolution": lambda args: jc.Evolution(),
     "local": lambda args: jc.LocalSearch(),
     "mcts": lambda args: jc.MCTS(),

@@ -131,7 +131,7 @@ def _visit_all(problem: Problem) -> list[_Visit]:
             deeper: list[_Visit] = []
             reached = log_loss(jax.vmap(lambda h, p: best(env.stop_losses(problem, h)) + p)(*children))
         else:
-            deeper = jax.lax.map(lambda c: visit(*c, hidden, observed.features, length + 1), children)
+            deeper = jax.lax.map(lambda c: visit(c[0], c[1], hidden, observed.features, length + 1), children)
             reached = deeper[0].best
         change = jnp.zeros_like(observed.features) if seen is None else observed.features - seen
         lowest = jnp.minimum(log_loss(stop), jnp.min(reached))
