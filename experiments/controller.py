@@ -6,6 +6,8 @@ Trains critics on banks of the three data sets and four kinds, made with other s
 rotated inputs; one for all kinds and one without each kind. Each then ranks prefixes of the ChainBench problems of odd
 number: zero-shot (it learns nothing there, one run) and fine-tuned (10 runs). Beside them: the same search without a critic,
 which ranks by the loss of the best head, and local search. Writes controller.json to experiments/results.
+
+Not run in full yet: studying its 176 banks took 10 minutes on one CPU core. `--quick`: wine alone, 8 banks, 2 minutes.
 """
 
 import argparse
@@ -55,6 +57,12 @@ def main() -> None:
         return critics[one.name.split("-")[1] if without else ""]
 
     inf = jnp.inf
+
+    def run_all(make: Any) -> np.ndarray:
+        # Programs map memory, of which a process may have only so many pieces.
+        jax.clear_caches()
+        return np.array([measure(one, *make(one)) for one in solved])
+
     searches: dict[str, Any] = {
         "by head loss": lambda one: (jc.CriticSearch(ridge=inf, epsilon=0.0), keys[:1]),
         "zero-shot": lambda one: (jc.CriticSearch(select(one, False), ridge=inf, epsilon=0.0), keys[:1]),
@@ -64,7 +72,7 @@ def main() -> None:
         "fine-tuned, kind unseen": lambda one: (jc.CriticSearch(select(one, True)), keys),
         "local search": lambda one: (jc.LocalSearch(), keys),
     }
-    ratios = {name: np.array([measure(one, *make(one)) for one in solved]) for name, make in searches.items()}
+    ratios = {name: run_all(make) for name, make in searches.items()}
     summary = {
         name: {str(b): jc.stats.iqm(rows[:, :, i])._asdict() for i, b in enumerate(BUDGETS)}
         for name, rows in ratios.items()

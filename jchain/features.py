@@ -87,6 +87,11 @@ def log_loss(loss: Float[Array, "*P"]) -> Float[Array, "*P"]:
     return jnp.arcsinh(loss / (2 * _LOSS_UNIT))
 
 
+def lowest(loss: Float[Array, "K"]) -> Float[Array, ""]:
+    """The lowest finite loss, `+inf` where none is."""
+    return jnp.min(jnp.where(jnp.isfinite(loss), loss, jnp.inf))
+
+
 def _rows(array: Array) -> Float[Array, "B R"]:
     return array.reshape(array.shape[0], -1)
 

@@ -17,7 +17,7 @@ from jchain import env
 from jchain._typing import Array, Float, Int, Key
 from jchain.critic import Critic, Network, make_inputs
 from jchain.engine import apply_all, compiler_options, find_backend
-from jchain.features import log_loss, observe
+from jchain.features import log_loss, lowest, observe
 from jchain.problem import Problem
 
 _MAX_PREFIXES = 2**20
@@ -120,22 +120,19 @@ def _visit_all(problem: Problem) -> list[_Visit]:
     bank = problem.bank
     price = jnp.broadcast_to(problem.layer_cost, (bank.num_layers,))
 
-    def best(loss: Array) -> Array:
-        return jnp.min(jnp.where(jnp.isfinite(loss), loss, jnp.inf))
-
     def visit(hidden: Array, paid: Array, parent: Array, seen: Any, length: int) -> list[_Visit]:
         observed = observe(problem, hidden, parent)
-        stop = best(observed.loss) + paid
+        stop = lowest(observed.loss) + paid
         children = (apply_all(bank.layers, hidden), paid + price)
         if length + 1 == problem.max_layers:
             deeper: list[_Visit] = []
-            reached = log_loss(jax.vmap(lambda h, p: best(env.stop_losses(problem, h)) + p)(*children))
+            reached = log_loss(jax.vmap(lambda h, p: lowest(env.stop_losses(problem, h)) + p)(*children))
         else:
             deeper = jax.lax.map(lambda c: visit(c[0], c[1], hidden, observed.features, length + 1), children)
             reached = deeper[0].best
         change = jnp.zeros_like(observed.features) if seen is None else observed.features - seen
-        lowest = jnp.minimum(log_loss(stop), jnp.min(reached))
-        return [_Visit(observed.features, change, log_loss(stop), lowest), *deeper]
+        best = jnp.minimum(log_loss(stop), jnp.min(reached))
+        return [_Visit(observed.features, change, log_loss(stop), best), *deeper]
 
     hidden = bank.embed(problem.data.x)
     levels = visit(hidden, jnp.zeros(()), hidden, None, 0)

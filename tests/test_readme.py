@@ -41,3 +41,9 @@ def test_the_table_of_speed_shows_the_results():
     table = benchmark.format_tables(result).splitlines()[: 2 + len(result["rows"])]
     assert "\n".join(table) in README
     assert result["device"] in README
+
+
+def test_the_table_of_searches_shows_the_results():
+    table = (ROOT / "experiments" / "results" / "arena.md").read_text().strip()
+    assert table.startswith("| search |")
+    assert table in README

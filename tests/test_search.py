@@ -104,6 +104,13 @@ def test_jit_equals_eager_and_a_key_decides(name, search, problem):
     assert is_same == (name in DETERMINISTIC)
 
 
+# The slowest to compile only with `-m slow`, as ActorCritic-weights.
+VMAPPED = [
+    pytest.param(n, marks=pytest.mark.slow if n in ("MCTS", "BeamSearch") or "weights" in n else ()) for n in SEARCHES
+]
+
+
+@pytest.mark.parametrize("name", VMAPPED, indirect=True)
 def test_vmapped_seeds_equal_looped(search, problem):
     keys = jax.random.split(jax.random.key(0), 3)
     states = jax.jit(jax.vmap(search.init, in_axes=(0, None)))(keys, problem)

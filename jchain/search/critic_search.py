@@ -17,7 +17,7 @@ from jchain import env
 from jchain._typing import Array, Bool, Float, Int, Key
 from jchain.chain import PADDING
 from jchain.engine import apply_all, apply_token
-from jchain.features import NUM_FEATURES, log_loss, observe
+from jchain.features import NUM_FEATURES, log_loss, lowest, observe
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
@@ -94,7 +94,7 @@ class CriticSearch:
             jnp.full((*shape, problem.max_layers + 1), PADDING, jnp.int32),
             jnp.zeros((*shape, NUM_FEATURES)).at[0, 0].set(root.features),
             jnp.zeros((*shape, size)),
-            jnp.zeros(shape).at[0, 0].set(log_loss(_best(root.loss))),
+            jnp.zeros(shape).at[0, 0].set(log_loss(lowest(root.loss))),
             # The only one of its length: what is predicted for it does not matter.
             jnp.full(shape, jnp.inf).at[0, 0].set(0.0),
         )
@@ -125,8 +125,9 @@ class CriticSearch:
         value = jnp.where(is_last, candidates.stop, predicted)
         target = jnp.minimum(parent.stop, jnp.min(jnp.where(jnp.isnan(value), jnp.inf, value))) - parent.base
         learnt = _learn(state.weights[length], state.spread[length], parent.inputs, target, self.ridge)
+        does_learn = does_extend & jnp.isfinite(target)
         weights, spread = jax.tree.map(
-            lambda new, old: jnp.where(does_extend, new, old), learnt, (state.weights[length], state.spread[length])
+            lambda new, old: jnp.where(does_learn, new, old), learnt, (state.weights[length], state.spread[length])
         )
         prefixes = prefixes._replace(base=prefixes.base.at[length, place].set(jnp.inf))
         state = State(
@@ -154,7 +155,7 @@ class CriticSearch:
         self, problem: Problem, parent: Any, children: _Children, centre: Array, length: Int[Array, ""]
     ) -> Prefixes:
         """The children as open prefixes, `[N, ...]`."""
-        stop = log_loss(jax.vmap(_best)(children.loss))
+        stop = log_loss(jax.vmap(lowest)(children.loss))
         change = children.features - parent.features[None]
         gain = jnp.zeros_like(stop)
         if self.critic is not None:
@@ -206,10 +207,6 @@ def _extend(problem: Problem, prefix: Int[Array, "L"], hidden: Array, length: In
     chains = jnp.where(slots == length, tokens, prefix[None])
     loss = observed.loss + problem.price(chains)[:, None]
     return _Children(made, observed.features, jnp.where(jnp.isfinite(loss), loss, jnp.inf), chains)
-
-
-def _best(loss: Float[Array, "K"]) -> Float[Array, ""]:
-    return jnp.min(jnp.where(jnp.isfinite(loss), loss, jnp.inf))
 
 
 def _codes(problem: Problem) -> Float[Array, "N C"]:
