@@ -8,7 +8,8 @@ for all (`jchain.memo`). Hyperparameters are chosen on the problems of even numb
 Committed: `--seeds 10 --budget 300 --budget 1000 --budget 4000` with critic, local, beam and random search and evolution, which
 took 18 minutes on 2 CPU cores that other programs used too; its probabilities of improvement count rounding below 1e-6 as
 differences, which no longer happens. All searches, 20 seeds and 16,000 layer calls were not run yet. `--quick`: four problems
-of the wine data, 5 seeds, 2,000 layer calls, about 6 minutes, with what was not built made first. Writes arena.json, arena.md and arena.png to experiments/results.
+of the wine data, 5 seeds, 2,000 layer calls, about 6 minutes, with what was not built made first. Writes arena.json, arena.md
+and arena.png to experiments/results.
 """
 
 import argparse
