@@ -34,6 +34,17 @@ STEPPING = ("BeamSearch", "MCTS")
 DETERMINISTIC = ("BeamSearch",)
 
 
+# Some vmapped, and the rest with `-m slow`.
+VMAPPED = [
+    pytest.param(name, marks=() if name in ("RandomSearch", "CriticSearch", "ActorCritic") else pytest.mark.slow)
+    for name in SEARCHES
+]
+EAGER = [
+    pytest.param(name, marks=pytest.mark.slow if name in ("CriticSearch", "ActorCritic-weights") else ())
+    for name in SEARCHES
+]
+
+
 def test_every_exported_search_is_in_the_contract():
     exported = {
         name
@@ -94,6 +105,7 @@ def test_losses_indices_and_cost_are_exact(name, search, problem):
         seen.update(rows)
 
 
+@pytest.mark.parametrize("name", EAGER, indirect=True)
 def test_jit_equals_eager_and_a_key_decides(name, search, problem):
     step = jax.jit(search.step)
     jitted = steps(search, problem, step=step)
@@ -102,12 +114,6 @@ def test_jit_equals_eager_and_a_key_decides(name, search, problem):
     jax.tree.map(np.testing.assert_array_equal, jitted, again)
     is_same = all(np.array_equal(a.chains, b.chains) for a, b in zip(jitted[1], other[1], strict=True))
     assert is_same == (name in DETERMINISTIC)
-
-
-# The slowest to compile only with `-m slow`, as ActorCritic-weights.
-VMAPPED = [
-    pytest.param(n, marks=pytest.mark.slow if n in ("MCTS", "BeamSearch") or "weights" in n else ()) for n in SEARCHES
-]
 
 
 @pytest.mark.parametrize("name", VMAPPED, indirect=True)
