@@ -2,20 +2,22 @@
 
     python experiments/chainbench.py && python experiments/arena.py
 
-Each search spends the same number of layer calls on each problem, 20 times with other keys. What repeats costs is the same
-for all (`jchain.memo`). Hyperparameters are chosen on the problems of even number, results are those of odd number.
+Each search spends the same number of layer calls on each of the 36 problems, 20 times with other keys. What repeats costs is
+one rule for all (`jchain.memo`). The losses are looked up in ChainBench's tables (`jchain.lookup`), which changes no charge;
+the time per layer call is that of one run with the layers themselves. Sizes and rates were chosen with `--tune` on the
+problems of even number (arena_tune.json); the results are those of odd number.
 
-Committed: `--seeds 10 --budget 300 --budget 1000 --budget 4000` with critic, local, beam and random search and evolution, which
-took 18 minutes on 2 CPU cores that other programs used too; its probabilities of improvement count rounding below 1e-6 as
-differences, which no longer happens. All searches, 20 seeds and 16,000 layer calls were not run yet. `--quick`: four problems
-of the wine data, 5 seeds, 2,000 layer calls, about 6 minutes, with what was not built made first. Writes arena.json, arena.md
-and arena.png to experiments/results.
+On 2 CPU cores: {MINUTES}. `--quick`: four problems of the wine data, 5 seeds, 2,000 layer calls, about 5 minutes, with what
+was not built made first. Writes arena.json, arena.md and arena.png to experiments/results.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
 import platform
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +29,21 @@ import jchain as jc
 from jchain.files import write_atomically
 
 FOLDER = Path.home() / ".cache" / "jchain" / "chainbench"
+# Slowest first, so that no core waits for one at the end.
 SEARCHES: dict[str, Any] = {
-    "random search": jc.RandomSearch(),
-    "local search": jc.LocalSearch(),
-    "evolution": jc.Evolution(),
-    "beam search": jc.BeamSearch(),
-    "q-learning": jc.QLearning(),
-    "mcts": jc.MCTS(),
     "actor-critic, tokens": jc.ActorCritic(encoding=jc.TokenEncoding()),
-    "critic search": jc.CriticSearch(),
     "actor-critic, weights": jc.ActorCritic(encoding=jc.WeightEncoding()),
+    "critic search": jc.CriticSearch(observe=jc.lookup.observe),
+    "mcts": jc.MCTS(),
+    "evolution": jc.Evolution(),
+    "local search": jc.LocalSearch(),
+    "q-learning": jc.QLearning(),
+    "random search": jc.RandomSearch(),
+    "beam search": jc.BeamSearch(),
 }
-DETERMINISTIC = ("beam search",)
-BUDGETS = (1000, 4000, 16000)
-_ROUNDING = 1e-6
+DETERMINISTIC = "beam search"
+BUDGETS = (300, 1000, 4000, 16000)
+CLOCK = ("digits-independent-1", 2000)  # the problem and layer calls of the run that is timed
 
 
 def main() -> None:
@@ -48,138 +51,174 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of ChainBench (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=20, help="runs of each search on each problem")
     parser.add_argument("--search", action="append", choices=SEARCHES, help="only these; repeat for more")
-    parser.add_argument("--half", choices=("odd", "even", "all"), default="odd", help="problems, by their number")
     parser.add_argument("--budget", type=int, action="append", help="layer calls to report; repeat for more")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="four problems, 5 seeds, 2,000 layer calls")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    names = list(jc.chainbench.NAMES)
-    names = {"odd": names[1::2], "even": names[::2], "all": names}[args.half]
-    budgets, seeds = tuple(args.budget or BUDGETS), args.seeds
-    if args.quick:
-        names, budgets, seeds = (
-            [n for n in jc.chainbench.NAMES if n.startswith("wine") and n[-1] == "0"],
-            (500, 2000),
-            5,
-        )
-        jc.chainbench.build(args.folder, names)
-    searches = {name: SEARCHES[name] for name in args.search or SEARCHES}
     start = time.perf_counter()
-    solved = [jc.chainbench.load(args.folder, name) for name in names]
+    names, budgets, seeds = list(jc.chainbench.NAMES), tuple(sorted(args.budget or BUDGETS)), args.seeds
+    reported = names[1::2]
+    if args.quick:
+        names = reported = [name for name in names if name.startswith("wine") and name.endswith("0")]
+        budgets, seeds = (300, 2000), 5
+        jc.chainbench.build(args.folder, names)
+    searches = {name: search for name, search in SEARCHES.items() if name in (args.search or SEARCHES)}
     grid = make_grid(budgets)
-    runs = {name: [compare(name, search, one, grid, seeds) for one in solved] for name, search in searches.items()}
+    runs = run_all(searches, args.folder, names, grid, seeds, args.workers)
+    clock = names[0] if args.quick else CLOCK[0]
+    times = {name: measure_time(search, jc.chainbench.load(args.folder, clock)) for name, search in searches.items()}
+    rows = [i for i, name in enumerate(names) if name in reported]
+    others = [i for i, name in enumerate(names) if name not in reported]
     result = {
         "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "jchain": jc.__version__},
         "config": {
-            "problems": names,
+            "reported": reported,
             "seeds": seeds,
             "budgets": budgets,
-            "searches": {n: repr(s) for n, s in searches.items()},
+            "searches": {name: repr(search) for name, search in searches.items()},
+            "clock": clock,
         },
         "seconds": round(time.perf_counter() - start),
-        "summary": {name: summarize(rows, grid, budgets) for name, rows in runs.items()},
-        "improvement": compare_pairs(runs, grid, budgets),
-        "runs": {name: [{k: v for k, v in row.items() if k != "curve"} for row in rows] for name, rows in runs.items()},
+        "summary": summarize(runs, rows, grid, budgets),
+        "summary_of_the_other_half": summarize(runs, others, grid, budgets) if others else {},
+        "us_per_layer_call": times,
+        "improvement": compare_pairs(runs, rows, grid, budgets),
+        "regret": {
+            name: {p: at(curves, grid, budgets)[i].T.round(7).tolist() for i, p in enumerate(names)}
+            for name, curves in runs.items()
+        },
     }
     table = format_table(result)
     print(table)
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = "arena_quick" if args.quick else "arena"
+    write(args.out, "arena_quick" if args.quick else "arena", result, table)
+    path = args.out / ("arena_quick.png" if args.quick else "arena.png")
+    write_atomically(path, lambda path: draw(path, {name: curves[rows] for name, curves in runs.items()}, grid))
+
+
+def write(folder: Path, stem: str, result: dict[str, Any], table: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=1) + "\n"
-    write_atomically(args.out / f"{stem}.json", lambda path: Path(path).write_text(text))
-    write_atomically(args.out / f"{stem}.md", lambda path: Path(path).write_text(table + "\n"))
-    write_atomically(args.out / f"{stem}.png", lambda path: draw(path, runs, grid))
-
-
-def compare(name: str, search: Any, solved: jc.chainbench.Solved, grid: np.ndarray, seeds: int) -> dict[str, Any]:
-    """All seeds of one search on one problem: regret after each number of layer calls."""
-    keys = jax.random.split(jax.random.key(0), 1 if name in DETERMINISTIC else seeds)
-    start = time.perf_counter()
-    results = jc.run_many(keys, search, solved.problem, budget=int(grid[-1]))
-    seconds = time.perf_counter() - start
-    curve = np.array([regret_at(result, solved, grid) for result in results])
-    best = solved.loss["search"].min()
-    row = {
-        "problem": solved.name,
-        "regret": curve[:, -1].tolist(),
-        "share_solved": float(np.mean([result.best_loss <= best * (1 + 1e-5) for result in results])),
-        "layer_calls": [result.layer_calls for result in results],
-        "chains": [result.num_chains for result in results],
-        "seconds": seconds,
-        "curve": curve,
-    }
-    print(
-        f"{name:22} {solved.name:26} regret {np.median(curve[:, -1]):.4f} solved {row['share_solved']:.0%} {seconds:.1f} s",
-        flush=True,
-    )
-    return row
+    write_atomically(folder / f"{stem}.json", lambda path: Path(path).write_text(text))
+    write_atomically(folder / f"{stem}.md", lambda path: Path(path).write_text(table + "\n"))
 
 
 def make_grid(budgets: tuple[int, ...]) -> np.ndarray:
     return np.unique(np.concatenate([np.geomspace(20, max(budgets), 60), budgets]).astype(int))
 
 
+def run_all(
+    searches: dict[str, Any], folder: Path, names: list[str], grid: np.ndarray, seeds: int, workers: int
+) -> dict[str, np.ndarray]:
+    """For each search its regret on each problem in each run after each number of layer calls, `[M, S, G]`."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        tasks = {
+            name: pool.submit(run_problems, name, search, folder, names, grid, 1 if name == DETERMINISTIC else seeds)
+            for name, search in searches.items()
+        }
+        return {name: task.result() for name, task in tasks.items()}
+
+
+def run_problems(
+    title: str, search: Any, folder: Path, names: list[str], grid: np.ndarray, seeds: int
+) -> np.ndarray:
+    """One search on all problems."""
+    keys = jax.random.split(jax.random.key(0), seeds)
+    start, curves = time.perf_counter(), []
+    for name in names:
+        solved = jc.chainbench.load(folder, name)
+        results = jc.run_many(keys, search, solved.lookup, budget=int(grid[-1]))
+        curves.append([regret_at(result, solved, grid) for result in results])
+    regret = np.array(curves)
+    print(
+        f"{title:40} IQM {jc.stats.iqm(regret[..., -1]).value:.4f}, {np.mean(regret[..., -1] == 0):.0%} solved, "
+        f"{time.perf_counter() - start:.0f} s",
+        flush=True,
+    )
+    # Programs map memory, of which a process may have only so many pieces.
+    jax.clear_caches()
+    return regret
+
+
 def regret_at(result: jc.Result, solved: jc.chainbench.Solved, grid: np.ndarray) -> np.ndarray:
     """Regret after each number of layer calls; that of a random chain before the first step ends."""
-    place = np.searchsorted(result.curve.layer_calls, grid, side="right") - 1
-    regret = np.where(place >= 0, solved.regret(result.curve.best_loss[np.maximum(place, 0)]), 1.0)
-    # A loss differs in its last bits with the population it was computed in.
-    return np.where(regret < _ROUNDING, 0.0, regret)
+    loss = result.curve.at(grid)
+    return np.where(np.isfinite(loss), solved.regret(loss), 1.0)
 
 
-def scores(rows: list[dict[str, Any]], grid: np.ndarray, budget: int) -> np.ndarray:
-    """Regrets `[M, S]` after so many layer calls."""
-    return np.array([row["curve"][:, np.searchsorted(grid, budget)] for row in rows])
+def measure_time(search: Any, solved: jc.chainbench.Solved) -> float:
+    """Microseconds per layer call of one run with the layers themselves, compiled before."""
+    if isinstance(search, jc.CriticSearch):
+        search = jc.CriticSearch(search.critic, search.width, search.ridge, search.epsilon)
+    for _ in range(2):
+        start = time.perf_counter()
+        result = jc.run(jax.random.key(0), search, solved.problem, budget=CLOCK[1])
+        seconds = time.perf_counter() - start
+    jax.clear_caches()
+    return seconds / result.layer_calls * 1e6
 
 
-def summarize(rows: list[dict[str, Any]], grid: np.ndarray, budgets: tuple[int, ...]) -> dict[str, Any]:
-    seconds = sum(row["seconds"] for row in rows)
-    calls = sum(sum(row["layer_calls"]) for row in rows)
+def at(curves: np.ndarray, grid: np.ndarray, budgets: Any) -> np.ndarray:
+    """Regrets `[M, S, ...]` after so many layer calls."""
+    return curves[:, :, np.searchsorted(grid, budgets)]
+
+
+def summarize(
+    runs: dict[str, np.ndarray], rows: list[int], grid: np.ndarray, budgets: tuple[int, ...]
+) -> dict[str, Any]:
+    """IQM of the regret and share of runs that found the best chain, by search and budget."""
     return {
-        "regret": {str(budget): jc.stats.iqm(scores(rows, grid, budget))._asdict() for budget in budgets},
-        "share_solved": float(np.mean([row["share_solved"] for row in rows])),
-        "us_per_layer_call": seconds / calls * 1e6,
-        "seconds": seconds,
+        name: {
+            str(budget): {
+                **jc.stats.iqm(at(curves[rows], grid, budget))._asdict(),
+                "solved": float(np.mean(at(curves[rows], grid, budget) == 0)),
+            }
+            for budget in budgets
+        }
+        for name, curves in runs.items()
     }
 
 
-def compare_pairs(runs: dict[str, Any], grid: np.ndarray, budgets: tuple[int, ...]) -> dict[str, Any]:
+def compare_pairs(
+    runs: dict[str, np.ndarray], rows: list[int], grid: np.ndarray, budgets: tuple[int, ...]
+) -> dict[str, Any]:
     """How likely each search ends below each other one on the same problem, by budget."""
     return {
         str(budget): {
             name: {
                 other: jc.stats.probability_of_improvement(
-                    scores(rows, grid, budget), scores(other_rows, grid, budget), num_resamples=500
+                    at(curves[rows], grid, budget), at(runs[other][rows], grid, budget), num_resamples=500
                 )._asdict()
-                for other, other_rows in runs.items()
+                for other in runs
                 if other != name
             }
-            for name, rows in runs.items()
+            for name, curves in runs.items()
         }
         for budget in budgets
     }
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """Markdown: IQM of the regret with its 95% interval at each budget."""
-    budgets = result["config"]["budgets"]
+    """Markdown: IQM of the regret with its 95% interval at each budget, best first."""
+    budgets, summary = result["config"]["budgets"], result["summary"]
     head = ["search", *(f"{budget:,} layer calls" for budget in budgets), "solved", "us per layer call"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name, row in result["summary"].items():
-        cells = [
-            f"{e['value']:.4f} [{e['low']:.4f}, {e['high']:.4f}]" for e in (row["regret"][str(b)] for b in budgets)
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} | {row['share_solved']:.0%} | {row['us_per_layer_call']:.0f} |")
+    for name in sorted(summary, key=lambda name: [summary[name][str(b)]["value"] for b in budgets[1:]]):
+        row = summary[name]
+        cells = [f"{e['value']:.4f} [{e['low']:.4f}, {e['high']:.4f}]" for e in (row[str(b)] for b in budgets)]
+        time_taken = result["us_per_layer_call"][name]
+        lines.append(f"| {name} | {' | '.join(cells)} | {row[str(budgets[-1])]['solved']:.0%} | {time_taken:.0f} |")
     return "\n".join(lines)
 
 
-def draw(path: str, runs: dict[str, Any], grid: np.ndarray) -> None:
+def draw(path: str, runs: dict[str, np.ndarray], grid: np.ndarray) -> None:
     """IQM of the regret against layer calls, with its interval."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, rows in runs.items():
-        estimates = [jc.stats.iqm(scores(rows, grid, budget), num_resamples=200) for budget in grid]
+    for name, curves in runs.items():
+        estimates = [jc.stats.iqm(curves[:, :, i], num_resamples=200) for i in range(len(grid))]
         value, low, high = np.array(estimates).T
         (line,) = axes.plot(grid, value, label=name)
         axes.fill_between(grid, low, high, color=line.get_color(), alpha=0.15, linewidth=0)

@@ -3,7 +3,7 @@
 `import jchain` stays light: rlax, matplotlib and the like are imported by the function that needs them.
 """
 
-from jchain import chain, chainbench, data, distributed, encoding, env, layers, pretrain, stats, train
+from jchain import chain, chainbench, data, distributed, encoding, env, layers, lookup, pretrain, stats, train
 from jchain.bank import Bank, LayerGroup
 from jchain.critic import Critic
 from jchain.data import Batch, Dataset
@@ -65,6 +65,7 @@ __all__ = [
     "evaluate_prefixes",
     "explain",
     "layers",
+    "lookup",
     "pretrain",
     "pretrain_controller",
     "run",

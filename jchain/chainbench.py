@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain import chain as chain_lib
-from jchain import report
+from jchain import lookup, pretrain, report
 from jchain._typing import Array, Float, Int
 from jchain.bank import Bank
 from jchain.data import Batch, Dataset
 from jchain.data import load as load_data
 from jchain.evaluate import evaluate_all
+from jchain.features import NUM_FEATURES
 from jchain.files import checksum, read_arrays, write_arrays
 from jchain.layers import DenseHead, ResidualMLP
 from jchain.problem import Problem
@@ -44,6 +45,7 @@ class Solved(NamedTuple):
     data: Dataset
     loss: dict[str, Float[np.ndarray, "C"]]  # by split, [C]; +inf where it was not finite
     accuracy: dict[str, Float[np.ndarray, "C"]]
+    features: Float[np.ndarray, "V F"]  # `jchain.features.observe` on `search` of the prefixes with room for a layer
 
     @property
     def chains(self) -> Int[np.ndarray, "C L"]:
@@ -54,6 +56,11 @@ class Solved(NamedTuple):
     def problem(self) -> Problem:
         """What a search may see: the `search` split."""
         return self.problem_on("search")
+
+    @property
+    def lookup(self) -> Problem:
+        """The same as `problem`, with losses and features that are looked up (`jchain.lookup`)."""
+        return lookup.make_problem(self.bank, self.loss["search"], MAX_LAYERS, self.features)
 
     def problem_on(self, split: str) -> Problem:
         """The same bank on another split."""
@@ -108,8 +115,10 @@ def build(folder: str | os.PathLike[str], names: Sequence[str] = NAMES) -> list[
             load(folder, name)
             continue
         bank, data = make_bank(name)
+        features = [level.features for level in pretrain.visit(Problem(bank, data.search, MAX_LAYERS))]
         outs = [evaluate_all(Problem(bank, getattr(data, split), MAX_LAYERS))[1] for split in SPLITS]
         arrays = {"loss": np.stack([out.loss for out in outs]), "accuracy": np.stack([out.accuracy for out in outs])}
+        arrays["features"] = np.concatenate(features)
         bank.save(_bank_path(folder, name))
         # The table last: where it is, the problem is whole.
         write_arrays(_table_path(folder, name), {"name": name, "solves": _digest(bank, data)}, arrays)
@@ -134,9 +143,11 @@ def load(folder: str | os.PathLike[str], name: str) -> Solved:
     bank, data = Bank.load(_bank_path(folder, name)), load_data(data_name, seed)
     num_chains = chain_lib.count(bank.num_layers, bank.num_heads, MAX_LAYERS)
     shape = (len(SPLITS), num_chains)
+    num_prefixes = chain_lib.count(bank.num_layers, 1, MAX_LAYERS - 1)
+    expected = {"loss": shape, "accuracy": shape, "features": (num_prefixes, NUM_FEATURES)}
     found = {key: array.shape for key, array in arrays.items()}
-    if found != {"loss": shape, "accuracy": shape}:
-        raise ValueError(f"{path}: expected loss and accuracy of shape {list(shape)}, got {found}")
+    if found != expected:
+        raise ValueError(f"{path}: expected arrays {expected}, got {found}: delete it and build it again")
     if (header.get("name"), header.get("solves")) != (name, _digest(bank, data)):
         raise ValueError(
             f"{path} was solved for another bank or data than those of {name}: delete it and build it again"
@@ -144,7 +155,7 @@ def load(folder: str | os.PathLike[str], name: str) -> Solved:
     by_split: list[dict[str, Any]] = [
         dict(zip(SPLITS, np.asarray(arrays[key]), strict=True)) for key in ("loss", "accuracy")
     ]
-    return Solved(name, bank, data, *by_split)
+    return Solved(name, bank, data, *by_split, np.asarray(arrays["features"]))
 
 
 def describe(solved: Solved) -> dict[str, Any]:

@@ -93,7 +93,9 @@ class TokenEncoding(nn.Module):
     code_size: int = 32
 
     def setup(self) -> None:
-        self.cell = nn.GRUCell(self.features)
+        # Not orthogonal, as by default: vmapped factorizations that run side by side wait for each other for ever when XLA
+        # has no more threads than there are of them (jaxlib's ParallelBatchMap blocks the thread that it waits for).
+        self.cell = nn.GRUCell(self.features, recurrent_kernel_init=nn.initializers.lecun_normal())
 
     def initial_carry(self, entries: Float[Array, "E D"]) -> PyTree:
         return jnp.zeros(self.features)
@@ -155,7 +157,7 @@ class Controller(nn.Module):
         self.key_out = nn.Dense(self.features)
         self.query_hidden = nn.Dense(self.features)
         # Small queries make the first policy nearly uniform.
-        self.query_out = nn.Dense(self.features, kernel_init=nn.initializers.orthogonal(0.01))
+        self.query_out = nn.Dense(self.features, kernel_init=nn.initializers.variance_scaling(1e-4, "fan_in", "normal"))
         self.value_hidden = nn.Dense(self.features)
         self.value_out = nn.Dense(1)
 

@@ -48,12 +48,13 @@ def observe(problem: Problem, hidden: Float[Array, "B ..."], parent: Float[Array
     loss, accuracy = jax.vmap(problem.measure)(outputs)
     best = jnp.argmin(jnp.where(jnp.isfinite(loss), loss, jnp.inf))
 
-    def each(out: Array) -> Array:
-        return _rows(problem.loss_fn(out, problem.data.y)).mean(axis=1)
+    def add_up(out: Array) -> tuple[Array, Array]:
+        each = _rows(problem.loss_fn(out, problem.data.y)).mean(axis=1)
+        return each.sum(), each
 
-    by_outputs = jax.grad(lambda out: each(out).sum())(outputs[best])
+    by_outputs, each = jax.grad(add_up, has_aux=True)(outputs[best])
     by_hidden = jax.vjp(lambda h: apply_token(heads, num_layers + best, h), hidden)[1](by_outputs)[0]
-    size = jnp.abs(each(outputs[best])).astype(jnp.float32)
+    size = jnp.abs(each).astype(jnp.float32)
 
     rows, residual = _sketch(hidden), _sketch(by_outputs)
     labels = _one_hot(problem, outputs)

@@ -35,27 +35,44 @@ class Lesson(NamedTuple):
     sizes: tuple[int, ...]  # prefixes of 1, 2, ... layers
 
 
-class _Visit(NamedTuple):
-    features: Array
-    change: Array
-    stop: Array
-    best: Array
+class Visit(NamedTuple):
+    """All prefixes of one number of layers, in the order of their tokens."""
+
+    features: Float[Array, "V F"]  # `jchain.features.observe`
+    change: Float[Array, "V F"]  # from those of the prefix without its last layer
+    stop: Float[Array, "V"]  # log loss of the best head
+    best: Float[Array, "V"]  # log of the lowest loss of all chains that start so
 
 
-def study(problem: Problem) -> Lesson:
-    """Look at every prefix of a problem, which takes as many layer calls as scoring all its chains.
+def visit(problem: Problem) -> list[Visit]:
+    """Look at every prefix that has room for one more layer, for as many layer calls as scoring all chains takes.
+
+    Returns:
+      The prefixes of 0, 1, ..., `max_layers - 1` layers.
 
     Raises:
-      ValueError: chains have fewer than two layers, or there are more than 1,048,576 prefixes.
+      ValueError: chains have no layers, or there are more than 1,048,576 prefixes.
     """
     num_layers, max_layers = problem.bank.num_layers, problem.max_layers
-    if max_layers < 2:
-        raise ValueError(f"expected a problem of max_layers of at least 2, got {max_layers}")
+    if max_layers < 1:
+        raise ValueError(f"expected a problem of max_layers of at least 1, got {max_layers}")
     if chain_lib.count(num_layers, 1, max_layers) > _MAX_PREFIXES:
         raise ValueError(
             f"expected a problem of at most {_MAX_PREFIXES:,} prefixes, got {chain_lib.count(num_layers, 1, max_layers):,}"
         )
-    levels = _compile_visit(find_backend(problem))(problem.without_names())
+    return _compile_visit(find_backend(problem))(problem.without_names())
+
+
+def study(problem: Problem) -> Lesson:
+    """What a critic learns from a problem: its prefixes, looked at as `visit` does.
+
+    Raises:
+      ValueError: chains have fewer than two layers, or as `visit`.
+    """
+    max_layers = problem.max_layers
+    if max_layers < 2:
+        raise ValueError(f"expected a problem of max_layers of at least 2, got {max_layers}")
+    levels = visit(problem)
     centre = levels[1].features.mean(axis=0)
     inputs = [
         np.asarray(make_inputs(level.features, level.change, centre, length, max_layers))
@@ -115,27 +132,27 @@ def _compile_visit(backend: str) -> Any:
     return jax.jit(_visit_all, compiler_options=compiler_options(backend))
 
 
-def _visit_all(problem: Problem) -> list[_Visit]:
+def _visit_all(problem: Problem) -> list[Visit]:
     """All prefixes with room for one more layer, by their number of layers: `[N^length, ...]`."""
     bank = problem.bank
     price = jnp.broadcast_to(problem.layer_cost, (bank.num_layers,))
 
-    def visit(hidden: Array, paid: Array, parent: Array, seen: Any, length: int) -> list[_Visit]:
+    def visit_below(hidden: Array, paid: Array, parent: Array, seen: Any, length: int) -> list[Visit]:
         observed = observe(problem, hidden, parent)
         stop = lowest(observed.loss) + paid
         children = (apply_all(bank.layers, hidden), paid + price)
         if length + 1 == problem.max_layers:
-            deeper: list[_Visit] = []
+            deeper: list[Visit] = []
             reached = log_loss(jax.vmap(lambda h, p: lowest(env.stop_losses(problem, h)) + p)(*children))
         else:
-            deeper = jax.lax.map(lambda c: visit(c[0], c[1], hidden, observed.features, length + 1), children)
+            deeper = jax.lax.map(lambda c: visit_below(c[0], c[1], hidden, observed.features, length + 1), children)
             reached = deeper[0].best
         change = jnp.zeros_like(observed.features) if seen is None else observed.features - seen
         best = jnp.minimum(log_loss(stop), jnp.min(reached))
-        return [_Visit(observed.features, change, log_loss(stop), best), *deeper]
+        return [Visit(observed.features, change, log_loss(stop), best), *deeper]
 
     hidden = bank.embed(problem.data.x)
-    levels = visit(hidden, jnp.zeros(()), hidden, None, 0)
+    levels = visit_below(hidden, jnp.zeros(()), hidden, None, 0)
     return [
         jax.tree.map(lambda leaf, depth=depth: leaf.reshape(-1, *leaf.shape[depth:]), level)
         for depth, level in enumerate(levels)

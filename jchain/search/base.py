@@ -53,6 +53,11 @@ class Curve(NamedTuple):
     layer_calls: Int[np.ndarray, "T"]
     best_loss: Float[np.ndarray, "T"]
 
+    def at(self, budgets: Any) -> Float[np.ndarray, "B"]:
+        """Best loss within each number of layer calls, `+inf` where the first step costs more."""
+        place = np.searchsorted(self.layer_calls, budgets, side="right") - 1
+        return np.where(place >= 0, self.best_loss[np.maximum(place, 0)], np.inf)
+
 
 class Result(NamedTuple):
     """What a run found on its problem."""

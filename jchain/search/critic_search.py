@@ -7,7 +7,7 @@ it is searched: their targets are those of Q-learning, the best of stopping here
 (least-squares temporal differences, Bradtke and Barto 1996; fitted Q iteration, Ernst et al. 2005).
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jchain import env
 from jchain._typing import Array, Bool, Float, Int, Key
 from jchain.chain import PADDING
 from jchain.engine import apply_all, apply_token
-from jchain.features import NUM_FEATURES, log_loss, lowest, observe
+from jchain.features import NUM_FEATURES, Observation, log_loss, lowest, observe
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
@@ -27,6 +27,12 @@ _MAX_CODES = 64
 _CODE_SEED = 0
 # The constant input of the least squares is large, so that it is hardly held back.
 _CONSTANT = 10.0
+
+
+class Observe(Protocol):
+    """A function of the problem, the activations of a prefix and those of the prefix without its last layer."""
+
+    def __call__(self, problem: Problem, hidden: Array, parent: Array) -> Observation: ...
 
 
 class Prefixes(NamedTuple):
@@ -72,12 +78,14 @@ class CriticSearch:
       width: open prefixes kept of each length; the ones predicted worst make room.
       ridge: how strongly the least squares hold to the network's prediction; `jnp.inf` to learn nothing in this search.
       epsilon: how often any open prefix is taken in place of the best.
+      observe: what is seen of a prefix: `jchain.features.observe`, or `jchain.lookup.observe` where losses are looked up.
     """
 
     critic: Any = None
     width: int = static(default=2048)
     ridge: float = 2.0
     epsilon: float = 0.1
+    observe: Observe = static(default=observe)
 
     def __post_init__(self) -> None:
         critic_lib.check(self.critic)
@@ -86,7 +94,7 @@ class CriticSearch:
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         hidden = problem.bank.embed(problem.data.x)
-        root = observe(problem, hidden, hidden)
+        root = self.observe(problem, hidden, hidden)
         lengths = max(problem.max_layers, 1)
         shape = (lengths, self.width)
         size = 3 * _codes(problem).shape[1] + 2 * NUM_FEATURES + 1
@@ -116,12 +124,14 @@ class CriticSearch:
         is_there = jnp.isfinite(parent.base)
         does_extend = is_there & (length < problem.max_layers)
         hidden, num_again = _recall(state, problem, parent.chains, length)
-        children = _extend(problem, parent.chains, hidden, length)
+        children = _extend(self.observe, problem, parent.chains, hidden, length)
         centre = jnp.where(length == 0, children.features.mean(axis=0), state.centre)
         candidates = self._judge(problem, parent, children, centre, length + 1)
 
         is_last = length + 1 >= problem.max_layers
-        predicted = candidates.base + candidates.inputs @ state.weights[jnp.minimum(length + 1, len(state.weights) - 1)]
+        predicted = _predict(
+            candidates.base, candidates.inputs, state.weights[jnp.minimum(length + 1, len(state.weights) - 1)]
+        )
         value = jnp.where(is_last, candidates.stop, predicted)
         target = jnp.minimum(parent.stop, jnp.min(jnp.where(jnp.isnan(value), jnp.inf, value))) - parent.base
         learnt = _learn(state.weights[length], state.spread[length], parent.inputs, target, self.ridge)
@@ -147,7 +157,7 @@ class CriticSearch:
         """Where the next prefix of this length stands."""
         coin_key, place_key = jax.random.split(key)
         base, inputs = state.prefixes.base[length], state.prefixes.inputs[length]
-        best = jnp.argmin(base + inputs @ state.weights[length])
+        best = jnp.argmin(_predict(base, inputs, state.weights[length]))
         any_one = jnp.argmax(jnp.where(jnp.isfinite(base), jax.random.uniform(place_key, base.shape), -1.0))
         return jnp.where(jax.random.uniform(coin_key) < self.epsilon, any_one, best)
 
@@ -165,6 +175,11 @@ class CriticSearch:
             gain = self.critic.gain(seen)
         inputs = _describe(problem, children, change, centre, length)
         return Prefixes(children.chains, children.features, inputs, stop, stop - gain)
+
+
+def _predict(base: Float[Array, "W"], inputs: Float[Array, "W I"], weights: Float[Array, "I"]) -> Float[Array, "W"]:
+    """Log of the lowest loss behind each prefix: what the network says, and what was learnt here."""
+    return base + inputs @ weights
 
 
 def _learn(
@@ -199,7 +214,7 @@ def _recall(
     return jax.lax.fori_loop(0, problem.max_layers - 1, apply, start), again
 
 
-def _extend(problem: Problem, prefix: Int[Array, "L"], hidden: Array, length: Int[Array, ""]) -> _Children:
+def _extend(observe: Observe, problem: Problem, prefix: Int[Array, "L"], hidden: Array, length: Int[Array, ""]) -> _Children:
     made = apply_all(problem.bank.layers, hidden)
     observed = jax.vmap(lambda child: observe(problem, child, hidden))(made)
     slots = jnp.arange(problem.max_layers + 1)[None]
@@ -233,7 +248,7 @@ def _insert(state: State, candidates: Prefixes, value: Float[Array, "N"], length
     """The best children take free places, then those of what is predicted worst. No value, no place."""
     prefixes = state.prefixes
     row = jnp.minimum(length, prefixes.base.shape[0] - 1)
-    kept = prefixes.base[row] + prefixes.inputs[row] @ state.weights[row]
+    kept = _predict(prefixes.base[row], prefixes.inputs[row], state.weights[row])
     size = min(value.size, kept.size)
     worst, places = jax.lax.top_k(kept, size)
     best = jnp.argsort(value)[:size]
