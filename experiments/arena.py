@@ -33,13 +33,38 @@ FOLDER = Path.home() / ".cache" / "jchain" / "chainbench"
 SEARCHES: dict[str, Any] = {
     "actor-critic, tokens": jc.ActorCritic(encoding=jc.TokenEncoding()),
     "actor-critic, weights": jc.ActorCritic(encoding=jc.WeightEncoding()),
+    "evolution": jc.Evolution(population_size=128, tournament_size=32),
+    "q-learning": jc.QLearning(learning_rate=0.3),
     "critic search": jc.CriticSearch(observe=jc.lookup.observe),
-    "mcts": jc.MCTS(),
-    "evolution": jc.Evolution(),
     "local search": jc.LocalSearch(),
-    "q-learning": jc.QLearning(),
+    "mcts": jc.MCTS(num_simulations=16),
+    "beam search": jc.BeamSearch(width=4, max_width=256),
     "random search": jc.RandomSearch(),
-    "beam search": jc.BeamSearch(),
+}
+# What was tried beside these on the problems of even number.
+VARIANTS: dict[str, list[Any]] = {
+    "actor-critic, tokens": [
+        jc.ActorCritic(num_chains=64, num_epochs=2),
+        jc.ActorCritic(entropy_weight=0.2),
+        jc.ActorCritic(entropy_weight=1.0),
+        jc.ActorCritic(learning_rate=1e-2),
+        jc.ActorCritic(imitation_weight=0.2),
+        jc.ActorCritic(imitation_weight=0.0),
+        jc.ActorCritic(restart_rate=0.5),
+        jc.ActorCritic(restart_rate=0.0),
+        jc.ActorCritic(restart_rate=0.0, imitation_weight=0.0),
+    ],
+    "evolution": [jc.Evolution(), jc.Evolution(16, 4), jc.Evolution(256, 64), jc.Evolution(64, 8)],
+    "q-learning": [jc.QLearning(), jc.QLearning(decay=0.9), jc.QLearning(learning_rate=0.3, decay=0.9)],
+    "critic search": [
+        jc.CriticSearch(observe=jc.lookup.observe, ridge=0.5),
+        jc.CriticSearch(observe=jc.lookup.observe, ridge=8.0),
+        jc.CriticSearch(observe=jc.lookup.observe, epsilon=0.0),
+        jc.CriticSearch(observe=jc.lookup.observe, epsilon=0.3),
+    ],
+    "local search": [jc.LocalSearch(1), jc.LocalSearch(4), jc.LocalSearch(32)],
+    "mcts": [jc.MCTS(8), jc.MCTS(32), jc.MCTS(64), jc.MCTS(16, gumbel_scale=0.3), jc.MCTS(16, gumbel_scale=3.0)],
+    "beam search": [jc.BeamSearch(1, 256)],
 }
 DETERMINISTIC = "beam search"
 BUDGETS = (300, 1000, 4000, 16000)
@@ -53,6 +78,7 @@ def main() -> None:
     parser.add_argument("--search", action="append", choices=SEARCHES, help="only these; repeat for more")
     parser.add_argument("--budget", type=int, action="append", help="layer calls to report; repeat for more")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser.add_argument("--tune", action="store_true", help="other sizes and rates, on the problems of even number")
     parser.add_argument("--quick", action="store_true", help="four problems, 5 seeds, 2,000 layer calls")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
@@ -64,6 +90,9 @@ def main() -> None:
         budgets, seeds = (300, 2000), 5
         jc.chainbench.build(args.folder, names)
     searches = {name: search for name, search in SEARCHES.items() if name in (args.search or SEARCHES)}
+    if args.tune:
+        tune(searches, args)
+        return
     grid = make_grid(budgets)
     runs = run_all(searches, args.folder, names, grid, seeds, args.workers)
     clock = names[0] if args.quick else CLOCK[0]
@@ -97,6 +126,23 @@ def main() -> None:
     write_atomically(path, lambda path: draw(path, {name: curves[rows] for name, curves in runs.items()}, grid))
 
 
+def tune(searches: dict[str, Any], args: argparse.Namespace) -> None:
+    """Compares each search with its variants where nothing is reported."""
+    names, budgets = list(jc.chainbench.NAMES[::2]), (1000, 4000)
+    variants = {
+        f"{name} {i}": search
+        for name, first in searches.items()
+        for i, search in enumerate([first, *VARIANTS.get(name, [])])
+    }
+    grid = np.array(budgets)
+    runs = run_all(variants, args.folder, names, grid, 10, args.workers)
+    summary = summarize(runs, list(range(len(names))), grid, budgets)
+    rows = [{"search": repr(variants[name]), **summary[name]} for name in variants]
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"problems": names, "seeds": 10, "variants": rows}, indent=1) + "\n"
+    write_atomically(args.out / "arena_tune.json", lambda path: Path(path).write_text(text))
+
+
 def write(folder: Path, stem: str, result: dict[str, Any], table: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=1) + "\n"
@@ -113,23 +159,33 @@ def run_all(
 ) -> dict[str, np.ndarray]:
     """For each search its regret on each problem in each run after each number of layer calls, `[M, S, G]`."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=pin, initargs=(context.Value("i", 0),)) as pool:
         tasks = {
-            name: pool.submit(run_problems, name, search, folder, names, grid, 1 if name == DETERMINISTIC else seeds)
+            name: pool.submit(
+                run_problems, name, search, folder, names, grid, 1 if name.startswith(DETERMINISTIC) else seeds
+            )
             for name, search in searches.items()
         }
         return {name: task.result() for name, task in tasks.items()}
 
 
-def run_problems(
-    title: str, search: Any, folder: Path, names: list[str], grid: np.ndarray, seeds: int
-) -> np.ndarray:
+def pin(counter: Any) -> None:
+    """A core for each process, where the system allows it: their threads would only wait for each other."""
+    with counter.get_lock():
+        place, counter.value = counter.value, counter.value + 1
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[place % len(cores)]})
+
+
+def run_problems(title: str, search: Any, folder: Path, names: list[str], grid: np.ndarray, seeds: int) -> np.ndarray:
     """One search on all problems."""
     keys = jax.random.split(jax.random.key(0), seeds)
     start, curves = time.perf_counter(), []
     for name in names:
         solved = jc.chainbench.load(folder, name)
-        results = jc.run_many(keys, search, solved.lookup, budget=int(grid[-1]))
+        problem = solved.lookup(keep_weights=isinstance(search, jc.ActorCritic))
+        results = jc.run_many(keys, search, problem, budget=int(grid[-1]))
         curves.append([regret_at(result, solved, grid) for result in results])
     regret = np.array(curves)
     print(
@@ -152,10 +208,10 @@ def measure_time(search: Any, solved: jc.chainbench.Solved) -> float:
     """Microseconds per layer call of one run with the layers themselves, compiled before."""
     if isinstance(search, jc.CriticSearch):
         search = jc.CriticSearch(search.critic, search.width, search.ridge, search.epsilon)
-    for _ in range(2):
-        start = time.perf_counter()
-        result = jc.run(jax.random.key(0), search, solved.problem, budget=CLOCK[1])
-        seconds = time.perf_counter() - start
+    jc.run(jax.random.key(0), search, solved.problem, budget=CLOCK[1])
+    start = time.perf_counter()
+    result = jc.run(jax.random.key(0), search, solved.problem, budget=CLOCK[1])
+    seconds = time.perf_counter() - start
     jax.clear_caches()
     return seconds / result.layer_calls * 1e6
 

@@ -3,17 +3,22 @@
     python experiments/chainbench.py && python experiments/controller.py
 
 Trains critics on banks of the three data sets and four kinds, made with other seeds, training lengths, depths, label noise and
-rotated inputs; one for all kinds and one without each kind. Each then ranks prefixes of the ChainBench problems of odd
-number: zero-shot (it learns nothing there, one run) and fine-tuned (10 runs). Beside them: the same search without a critic,
-which ranks by the loss of the best head, and local search. Writes controller.json to experiments/results.
+rotated inputs; one for all kinds and one without each kind. Each then ranks prefixes of ChainBench's problems: zero-shot (it
+learns nothing there, one run) and fine-tuned (10 runs). Beside them: the same search without a critic, which ranks by the loss
+of the best head, beam search and local search. Losses are looked up in ChainBench's tables. The summary is of the problems of
+odd number, on which nothing was chosen, and of all. Writes controller.json and controller.md to experiments/results, and the
+critic of all kinds as critic.safetensors, for `jchain.Critic.load`.
 
-Not run in full yet: studying its 176 banks took 10 minutes on one CPU core. `--quick`: wine alone, 8 banks, 2 minutes.
+On 2 CPU cores: {MINUTES}. `--quick`: wine alone, 8 banks, 2 minutes.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
 import platform
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,71 +31,102 @@ from jchain.files import write_atomically
 
 FOLDER = Path.home() / ".cache" / "jchain" / "chainbench"
 KINDS = jc.chainbench.KINDS
-BUDGETS = (48, 96, 300, 1000)
-NUM_SEEDS = {"wine": 24, "breast_cancer": 12, "digits": 8}
+BUDGETS = (48, 96, 300, 1000, 4000)
+NUM_SEEDS = {"wine": 32, "breast_cancer": 32, "digits": 16}
 FIRST_SEED = 300  # ChainBench has 0 to 2
+FINE_TUNED_RIDGE = 2.0
+Case = tuple[str, str, int]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of ChainBench (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=10, help="runs of each search that is random")
-    parser.add_argument("--half", choices=("odd", "even"), default="odd", help="problems, by their number")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="wine alone, few banks and runs; nothing is written")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    names = jc.chainbench.NAMES[1::2] if args.half == "odd" else jc.chainbench.NAMES[::2]
-    num_banks = NUM_SEEDS
+    names, num_banks, seeds = list(jc.chainbench.NAMES), NUM_SEEDS, args.seeds
     if args.quick:
-        names = [name for name in jc.chainbench.NAMES if name.startswith("wine") and name.endswith("0")]
-        num_banks = {"wine": 2}
+        names = [name for name in names if name.startswith("wine") and name.endswith("0")]
+        num_banks, seeds = {"wine": 2}, 3
         jc.chainbench.build(args.folder, names)
-    solved = [jc.chainbench.load(args.folder, name) for name in names]
     start = time.perf_counter()
-    cases = [(data, kind, i) for data, count in num_banks.items() for i in range(count) for kind in KINDS]
-    lessons = {case: jc.pretrain.study(make_problem(case[0], case[1], FIRST_SEED + case[2])) for case in cases}
+    cases = [(data, kind, FIRST_SEED + i) for data, count in num_banks.items() for i in range(count) for kind in KINDS]
+    lessons = study_all(cases, args.workers)
     print(f"{len(lessons)} banks studied in {time.perf_counter() - start:.0f} s", flush=True)
     critics = {unseen: train(lessons, unseen) for unseen in ("", *KINDS)}
-    keys = jax.random.split(jax.random.key(0), 3 if args.quick else args.seeds)
-
-    def select(one: jc.chainbench.Solved, without: bool) -> Any:
-        return critics[one.name.split("-")[1] if without else ""]
-
-    inf = jnp.inf
-
-    def run_all(make: Any) -> np.ndarray:
-        # Programs map memory, of which a process may have only so many pieces.
-        jax.clear_caches()
-        return np.array([measure(one, *make(one)) for one in solved])
-
-    searches: dict[str, Any] = {
-        "by head loss": lambda one: (jc.CriticSearch(ridge=inf, epsilon=0.0), keys[:1]),
-        "zero-shot": lambda one: (jc.CriticSearch(select(one, False), ridge=inf, epsilon=0.0), keys[:1]),
-        "zero-shot, kind unseen": lambda one: (jc.CriticSearch(select(one, True), ridge=inf, epsilon=0.0), keys[:1]),
-        "from scratch": lambda one: (jc.CriticSearch(), keys),
-        "fine-tuned": lambda one: (jc.CriticSearch(select(one, False)), keys),
-        "fine-tuned, kind unseen": lambda one: (jc.CriticSearch(select(one, True)), keys),
-        "local search": lambda one: (jc.LocalSearch(), keys),
+    solved = [jc.chainbench.load(args.folder, name) for name in names]
+    curves = {
+        name: np.array([measure(one, *make(one, critics, seeds)) for one in solved])
+        for name, make in CONTESTANTS.items()
     }
-    ratios = {name: run_all(make) for name, make in searches.items()}
-    summary = {
-        name: {str(b): jc.stats.iqm(rows[:, :, i])._asdict() for i, b in enumerate(BUDGETS)}
-        for name, rows in ratios.items()
-    }
-    print(format_table(summary), flush=True)
+    everything = list(range(len(names)))
+    halves = {"all": everything} if args.quick else {"odd": everything[1::2], "all": everything}
+    summary = {half: summarize(curves, rows) for half, rows in halves.items()}
+    table = "\n\n".join(format_table(summary[half], f"{half}, {len(rows)} problems") for half, rows in halves.items())
+    print(table, flush=True)
     if args.quick:
         return
     result = {
         "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "jchain": jc.__version__},
-        "config": {"problems": list(names), "banks": num_banks, "seeds": args.seeds, "budgets": BUDGETS},
+        "config": {"problems": names, "banks": num_banks, "seeds": seeds, "budgets": BUDGETS},
         "seconds": round(time.perf_counter() - start),
         "summary": summary,
-        "loss_over_best": {name: dict(zip(names, rows.tolist(), strict=True)) for name, rows in ratios.items()},
+        "loss_over_best": {
+            name: {n: rows[i][:, np.searchsorted(GRID, BUDGETS)].round(5).tolist() for i, n in enumerate(names)}
+            for name, rows in curves.items()
+        },
     }
     args.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=1) + "\n"
     write_atomically(args.out / "controller.json", lambda path: Path(path).write_text(text))
+    write_atomically(args.out / "controller.md", lambda path: Path(path).write_text(table + "\n"))
+    critics[""].save(args.out / "critic.safetensors")
+
+
+GRID = np.unique(np.concatenate([np.geomspace(24, 16000, 80), BUDGETS]).astype(int))
+
+
+def search_by(critic: Any, **options: Any) -> jc.CriticSearch:
+    return jc.CriticSearch(critic, observe=jc.lookup.observe, **options)
+
+
+def zero_shot(critic: Any) -> jc.CriticSearch:
+    """Learns nothing on the bank it searches."""
+    return search_by(critic, ridge=jnp.inf, epsilon=0.0)
+
+
+def kind_of(solved: jc.chainbench.Solved) -> str:
+    return solved.name.split("-")[1]
+
+
+# For each the search and the number of its runs.
+CONTESTANTS: dict[str, Any] = {
+    "zero-shot": lambda one, critics, seeds: (zero_shot(critics[""]), 1),
+    "zero-shot, kind unseen": lambda one, critics, seeds: (zero_shot(critics[kind_of(one)]), 1),
+    "fine-tuned": lambda one, critics, seeds: (search_by(critics[""], ridge=FINE_TUNED_RIDGE), seeds),
+    "fine-tuned, kind unseen": lambda one, critics, seeds: (
+        search_by(critics[kind_of(one)], ridge=FINE_TUNED_RIDGE),
+        seeds,
+    ),
+    "from scratch": lambda one, critics, seeds: (search_by(None), seeds),
+    "by head loss": lambda one, critics, seeds: (zero_shot(None), 1),
+    "beam search": lambda one, critics, seeds: (jc.BeamSearch(max_width=256), 1),
+    "local search": lambda one, critics, seeds: (jc.LocalSearch(), seeds),
+}
+
+
+def study_all(cases: list[Case], workers: int) -> dict[Case, jc.pretrain.Lesson]:
+    """What there is to learn from each bank."""
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        # Neighbours in the list share compiled programs.
+        return dict(zip(cases, pool.map(study, cases, chunksize=max(1, len(cases) // (4 * workers))), strict=True))
+
+
+def study(case: Case) -> jc.pretrain.Lesson:
+    return jc.pretrain.study(make_problem(*case))
 
 
 def make_problem(data_name: str, kind: str, seed: int) -> jc.Problem:
@@ -123,31 +159,50 @@ def make_problem(data_name: str, kind: str, seed: int) -> jc.Problem:
     return jc.Problem(bank, jc.Batch(jnp.asarray(search_x), data.search.y), max_layers=4)
 
 
-def train(lessons: dict[tuple[str, str, int], jc.pretrain.Lesson], unseen: str) -> jc.Critic:
+def train(lessons: dict[Case, jc.pretrain.Lesson], unseen: str) -> jc.Critic:
     """A critic of all banks but those of one kind."""
     return jc.pretrain_controller(
         jax.random.key(0), [lesson for (_, kind, _), lesson in lessons.items() if kind != unseen]
     )
 
 
-def measure(solved: jc.chainbench.Solved, search: Any, keys: Any) -> np.ndarray:
-    """Lowest loss after each budget over the lowest of all chains, `[S, len(BUDGETS)]`."""
-    results = jc.run_many(keys, search, solved.problem, budget=max(BUDGETS))
-    rows = []
-    for result in results:
-        place = np.searchsorted(result.curve.layer_calls, BUDGETS, side="right") - 1
-        loss = result.curve.best_loss[np.maximum(place, 0)]
-        rows.append(np.where(place >= 0, loss, np.median(solved.loss["search"])) / solved.loss["search"].min())
-    return np.array(rows)
+def measure(solved: jc.chainbench.Solved, search: Any, seeds: int) -> np.ndarray:
+    """Lowest loss over the lowest of all chains after each number of layer calls of the grid, `[S, G]`."""
+    keys = jax.random.split(jax.random.key(0), seeds)
+    loss = np.array(
+        [r.curve.at(GRID) for r in jc.run_many(keys, search, solved.lookup(keep_weights=False), budget=int(GRID[-1]))]
+    )
+    return np.where(np.isfinite(loss), loss, np.median(solved.loss["search"])) / solved.loss["search"].min()
 
 
-def format_table(summary: dict[str, Any]) -> str:
+def summarize(curves: dict[str, np.ndarray], rows: list[int]) -> dict[str, Any]:
+    """IQM at each budget, and the layer calls after which local search is as low."""
+    local = np.array(
+        [jc.stats.iqm(curves["local search"][rows, :, i], num_resamples=2).value for i in range(len(GRID))]
+    )
+    summary: dict[str, Any] = {}
+    for name, ratios in curves.items():
+        summary[name] = {}
+        for budget in BUDGETS:
+            estimate = jc.stats.iqm(ratios[rows][:, :, np.searchsorted(GRID, budget)])
+            is_as_low = local <= estimate.value
+            needed = int(GRID[np.argmax(is_as_low)]) if is_as_low.any() else None
+            summary[name][str(budget)] = {**estimate._asdict(), "local_search_needs": needed}
+    return summary
+
+
+def format_table(summary: dict[str, Any], title: str) -> str:
+    """Markdown: loss over the lowest of all chains, IQM and its 95% interval; in brackets what local search needs."""
     lines = [
-        "| search | " + " | ".join(f"{b:,} layer calls" for b in BUDGETS) + " |",
+        f"| {title} | " + " | ".join(f"{b:,} layer calls" for b in BUDGETS) + " |",
         "|---" * (len(BUDGETS) + 1) + "|",
     ]
     for name, row in summary.items():
-        cells = [f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]" for e in row.values()]
+        cells = []
+        for cell in row.values():
+            needed = "more" if cell["local_search_needs"] is None else f"{cell['local_search_needs']:,}"
+            interval = f"{cell['value']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
+            cells.append(interval if name == "local search" else f"{interval} ({needed})")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -57,10 +57,9 @@ class Solved(NamedTuple):
         """What a search may see: the `search` split."""
         return self.problem_on("search")
 
-    @property
-    def lookup(self) -> Problem:
-        """The same as `problem`, with losses and features that are looked up (`jchain.lookup`)."""
-        return lookup.make_problem(self.bank, self.loss["search"], MAX_LAYERS, self.features)
+    def lookup(self, *, keep_weights: bool = True) -> Problem:
+        """The same as `problem`, with losses and features that are looked up (`jchain.lookup.make_problem`)."""
+        return lookup.make_problem(self.bank, self.loss["search"], MAX_LAYERS, self.features, keep_weights=keep_weights)
 
     def problem_on(self, split: str) -> Problem:
         """The same bank on another split."""
@@ -155,7 +154,8 @@ def load(folder: str | os.PathLike[str], name: str) -> Solved:
     by_split: list[dict[str, Any]] = [
         dict(zip(SPLITS, np.asarray(arrays[key]), strict=True)) for key in ("loss", "accuracy")
     ]
-    return Solved(name, bank, data, *by_split, np.asarray(arrays["features"]))
+    loss, accuracy = by_split
+    return Solved(name, bank, data, loss, accuracy, np.asarray(arrays["features"]))
 
 
 def describe(solved: Solved) -> dict[str, Any]:

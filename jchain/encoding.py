@@ -21,7 +21,13 @@ _HASH_SEED = 0
 
 @runtime_checkable
 class Encoding(Protocol):
-    """A Flax module that encodes prefixes."""
+    """A Flax module that encodes prefixes.
+
+    Attributes:
+      features: size of the encoding.
+    """
+
+    features: int
 
     def initial_carry(self, entries: Float[Array, "E D"]) -> PyTree:
         """The carry of the empty prefix."""
@@ -67,7 +73,9 @@ def _sketch_group(group: LayerGroup, size: int) -> Float[Array, "n D"]:
     num_members = len(group.tokens)
     sketch, square, count = jnp.zeros((num_members, size)), jnp.zeros(num_members), 0
     key = jax.random.key(_HASH_SEED)
-    for i, leaf in enumerate(jax.tree.leaves(group.params)):
+    # Integers tell the layers of `jchain.lookup` apart, and are no weights.
+    leaves = [leaf for leaf in jax.tree.leaves(group.params) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    for i, leaf in enumerate(leaves):
         weights = jnp.nan_to_num(leaf.reshape(num_members, -1).astype(jnp.float32), posinf=0, neginf=0)
         place_key, sign_key = jax.random.split(jax.random.fold_in(key, i))
         place = jax.random.randint(place_key, weights.shape[1:], 0, size)
@@ -89,7 +97,7 @@ class TokenEncoding(nn.Module):
       code_size: length of a token's code.
     """
 
-    features: int = 64
+    features: int = 32
     code_size: int = 32
 
     def setup(self) -> None:
@@ -112,13 +120,13 @@ class WeightEncoding(nn.Module):
     """Continuous: [number of layers, the weights of the layers so far]. It knows what the layers hold, not their tokens.
 
     The weights of all layers, one behind the other, are reduced to one sketch of the size of an entry's: each slot adds
-    its layer's sketch with its own permutation and signs, which is a count sketch of the concatenation.
+    its layer's sketch with its own rotation and signs, which is a count sketch of the concatenation.
 
     Attributes:
       features: size of the encoding.
     """
 
-    features: int = 64
+    features: int = 32
 
     def setup(self) -> None:
         self.hidden = nn.Dense(self.features)
@@ -129,8 +137,8 @@ class WeightEncoding(nn.Module):
 
     def advance(self, carry: PyTree, token: Int[Array, ""], entries: Float[Array, "E D"]) -> PyTree:
         length, sketch = carry
-        permutation_key, sign_key = jax.random.split(jax.random.fold_in(jax.random.key(_HASH_SEED), length))
-        entry = jax.random.permutation(permutation_key, entries[token])
+        place_key, sign_key = jax.random.split(jax.random.fold_in(jax.random.key(_HASH_SEED), length))
+        entry = jnp.roll(entries[token], jax.random.randint(place_key, (), 0, entries.shape[1]))
         return length + 1, sketch + jax.random.rademacher(sign_key, entry.shape, entry.dtype) * entry
 
     def read(self, carry: PyTree) -> Float[Array, "H"]:
@@ -145,20 +153,19 @@ class Controller(nn.Module):
     Pointer network (Vinyals et al. 2015, arXiv:1506.03134) over keys made from `entry_features`.
 
     Attributes:
-      encoding: a `TokenEncoding` or `WeightEncoding`.
-      features: size of keys and queries.
+      encoding: a `TokenEncoding` or `WeightEncoding`. Its size is also that of keys and queries.
     """
 
     encoding: Any
-    features: int = 64
 
     def setup(self) -> None:
-        self.key_hidden = nn.Dense(self.features)
-        self.key_out = nn.Dense(self.features)
-        self.query_hidden = nn.Dense(self.features)
+        features = self.encoding.features
+        self.key_hidden = nn.Dense(features)
+        self.key_out = nn.Dense(features)
+        self.query_hidden = nn.Dense(features)
         # Small queries make the first policy nearly uniform.
-        self.query_out = nn.Dense(self.features, kernel_init=nn.initializers.variance_scaling(1e-4, "fan_in", "normal"))
-        self.value_hidden = nn.Dense(self.features)
+        self.query_out = nn.Dense(features, kernel_init=nn.initializers.variance_scaling(1e-4, "fan_in", "normal"))
+        self.value_hidden = nn.Dense(features)
         self.value_out = nn.Dense(1)
 
     def embed(self, entries: Float[Array, "E D"]) -> Float[Array, "E H"]:
@@ -169,7 +176,7 @@ class Controller(nn.Module):
         """Logits of the next token and value of an encoded prefix."""
         query = self.query_out(nn.relu(self.query_hidden(state)))
         value = self.value_out(nn.relu(self.value_hidden(state)))[0]
-        return keys @ query / jnp.sqrt(self.features), value
+        return keys @ query / jnp.sqrt(self.encoding.features), value
 
     def initial_carry(self, entries: Float[Array, "E D"]) -> PyTree:
         return self.encoding.initial_carry(entries)

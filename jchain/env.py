@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jchain._typing import Array, Bool, Float, Int
+from jchain._typing import Array, Bool, Float, Int, Shaped
 from jchain.chain import PADDING
 from jchain.engine import apply_all, apply_token
 from jchain.problem import Problem
@@ -22,7 +22,7 @@ class State(NamedTuple):
     chain: Int[Array, "L"]  # [L], the tokens taken so far, -1 behind them
     length: Int[Array, ""]  # layers so far
     is_done: Bool[Array, ""]  # a head was taken
-    hidden: Float[Array, "B ..."]  # [B, ...F], activation of the prefix on the whole split
+    hidden: Shaped[Array, "B ..."]  # [B, ...F], activation of the prefix on the whole split
 
 
 def reset(problem: Problem) -> State:
@@ -70,7 +70,7 @@ def stops(problem: Problem, chain: Int[Array, "L"], length: Int[Array, ""]) -> I
     return jnp.where((jnp.arange(chain.size) == length)[None], heads[:, None], chain[None])
 
 
-def stop_losses(problem: Problem, hidden: Float[Array, "B ..."]) -> Float[Array, "K"]:
+def stop_losses(problem: Problem, hidden: Shaped[Array, "B ..."]) -> Float[Array, "K"]:
     """The loss of each head on these activations, without the price of layers."""
     outputs = apply_all(problem.bank.heads, hidden)
     return jax.vmap(lambda out: problem.measure(out)[0])(outputs)

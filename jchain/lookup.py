@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain import chain as chain_lib
-from jchain._typing import Array, Float, Int, Shaped
+from jchain._typing import Array, Float, Int
 from jchain.bank import Bank, LayerGroup
 from jchain.data import Batch
 from jchain.features import NUM_FEATURES, Observation
 from jchain.problem import Problem
 
 _TOKEN = "token"
+_MAX_PREFIXES = 2**24  # float32, as which heads give the numbers, is exact below
 
 
 class Child(nn.Module):
@@ -41,13 +42,13 @@ class Stop(nn.Module):
     """A head: the numbers of a prefix and of the head, by which `get_loss` looks the loss up."""
 
     @nn.compact
-    def __call__(self, x: Int[Array, "B 1"]) -> Int[Array, "B 2"]:
-        return jnp.concatenate([x, jnp.full_like(x, self.get_variable("params", _TOKEN))], axis=1)
+    def __call__(self, x: Int[Array, "B 1"]) -> Float[Array, "B 2"]:
+        numbers = jnp.concatenate([x, jnp.full_like(x, self.get_variable("params", _TOKEN))], axis=1)
+        return numbers.astype(jnp.float32)
 
 
-def get_loss(outputs: Shaped[Array, "B 2"], y: Float[Array, "B C R"]) -> Float[Array, "B"]:
+def get_loss(outputs: Float[Array, "B 2"], y: Float[Array, "B C R"]) -> Float[Array, "B"]:
     """The loss of a prefix that a head ends; infinite where the prefix is none."""
-    # Problems measure outputs as floats, in which numbers below 2^24 are exact.
     prefix, head = outputs.astype(jnp.int32).T
     return y.at[jnp.arange(len(y)), prefix, head].get(mode="fill", fill_value=jnp.inf)
 
@@ -61,24 +62,31 @@ def observe(problem: Problem, hidden: Int[Array, "B 1"], parent: Int[Array, "B 1
 
 
 def make_problem(
-    bank: Bank, loss: Float[np.ndarray, "C"], max_layers: int, features: Float[np.ndarray, "V F"] | None = None
+    bank: Bank,
+    loss: Float[np.ndarray, "C"],
+    max_layers: int,
+    features: Float[np.ndarray, "V F"] | None = None,
+    *,
+    keep_weights: bool = True,
 ) -> Problem:
     """The problem of a bank whose chains have these losses.
-
-    The weights of the bank stay in it, for encodings that read them; they are not applied.
 
     Args:
       bank: the layers and heads.
       loss: of every chain, price included, in the order of `jchain.chain.enumerate_all`; `+inf` where it is not finite.
       max_layers: most layers of a chain.
       features: of the first prefixes in that order, for `observe`; None where no search reads them.
+      keep_weights: keep the weights of the bank in it, which are not applied, for encodings that read them; without them,
+        banks of layers of other shapes share compiled programs.
 
     Raises:
-      ValueError: there are not as many losses as chains, or features of another size.
+      ValueError: there are not as many losses as chains, more than 16,777,216 prefixes, or features of another size.
     """
     num_chains = chain_lib.count(bank.num_layers, bank.num_heads, max_layers)
     if np.shape(loss) != (num_chains,):
         raise ValueError(f"expected the losses of all {num_chains:,} chains, got shape {list(np.shape(loss))}")
+    if num_chains // bank.num_heads > _MAX_PREFIXES:
+        raise ValueError(f"expected at most {_MAX_PREFIXES:,} prefixes, got {num_chains // bank.num_heads:,}")
     table = np.asarray(loss, np.float32).reshape(-1, bank.num_heads)
     if features is not None:
         if features.ndim != 2 or features.shape[1] != NUM_FEATURES or len(features) > len(table):
@@ -88,13 +96,17 @@ def make_problem(
         rows = np.zeros((len(table), NUM_FEATURES), np.float32)
         rows[: len(features)] = features
         table = np.concatenate([table, rows], axis=1)
-    layers = tuple(_replace(group, Child(bank.num_layers), 0) for group in bank.layers)
-    heads = tuple(_replace(group, Stop(), bank.num_layers) for group in bank.heads)
-    numbers = Bank(layers, heads, names=bank.names, origins=bank.origins, parents=bank.parents, num_steps=bank.num_steps)
+    layers = tuple(_replace(group, Child(bank.num_layers), 0, keep_weights) for group in bank.layers)
+    heads = tuple(_replace(group, Stop(), bank.num_layers, keep_weights) for group in bank.heads)
+    numbers = Bank(
+        layers, heads, names=bank.names, origins=bank.origins, parents=bank.parents, num_steps=bank.num_steps
+    )
     return Problem(numbers, Batch(jnp.zeros((1, 1), jnp.int32), jnp.asarray(table)[None]), max_layers, loss_fn=get_loss)
 
 
-def _replace(group: LayerGroup, module: nn.Module, offset: int) -> LayerGroup:
+def _replace(group: LayerGroup, module: nn.Module, offset: int, keep_weights: bool) -> LayerGroup:
     """The group with another module, which reads the place of its token among layers or heads."""
-    params: Any = {"weights": group.params, _TOKEN: jnp.asarray(group.tokens, jnp.int32) - offset}
+    params: Any = {_TOKEN: jnp.asarray(group.tokens, jnp.int32) - offset}
+    if keep_weights:
+        params["weights"] = group.params
     return LayerGroup(params, module, group.tokens)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import jchain as jc
+from jchain.chain import PADDING
 from jchain.encoding import Controller
 from jchain.search import actor_critic as ac
 
@@ -20,11 +21,68 @@ def test_rank_rewards_by_hand():
     np.testing.assert_allclose(ac.rank_rewards(jnp.array([2.0, 1.0, jnp.inf, 2.0, 9.0])), [0.25, 1.0, -1.0, 0.25, -0.5])
 
 
+def test_the_elite_is_the_best_different_chains():
+    a, b, c, d = ([0, 4, -1], [1, 4, -1], [4, -1, -1], [0, 1, 4])
+    none = ac.Elite(jnp.full((3, 3), PADDING), jnp.full(3, jnp.inf))
+    first = ac.update_elite(none, jnp.array([a, a, b, c]), jnp.array([2.0, 2.0, 1.0, jnp.inf]))
+    np.testing.assert_array_equal(first.chains, [b, a, [PADDING] * 3])
+    np.testing.assert_array_equal(first.loss, [1.0, 2.0, jnp.inf])
+    second = ac.update_elite(first, jnp.array([b, c, d]), jnp.array([1.0, 1.5, 1.7]))
+    np.testing.assert_array_equal(second.chains, [b, c, d])
+
+
+def test_prefixes_are_those_of_the_elite(problem):
+    elite = ac.Elite(jnp.array([[2, 0, 5, -1], [1, 4, -1, -1], [-1, -1, -1, -1]]), jnp.array([1.0, 2.0, jnp.inf]))
+    keys = jax.random.split(jax.random.key(0), 2000)
+    draw = jax.jit(jax.vmap(ac.draw_prefix, in_axes=(0, None, None, None)))
+
+    def share(rate):
+        drawn = draw(keys, elite, jnp.array(rate), problem)
+        rows, count = np.unique(drawn, axis=0, return_counts=True)
+        return {tuple(row[row >= 0].tolist()): n / len(keys) for row, n in zip(rows, count, strict=True)}
+
+    # 1/2 for each chain; then 1/3 for each prefix of the first, 1/2 for each of the second.
+    expected = {(2, 0): 1 / 6, (2,): 1 / 6, (1,): 1 / 4, (): 5 / 12}
+    found = share(1.0)
+    assert found.keys() == expected.keys()
+    assert all(found[prefix] == pytest.approx(expected[prefix], abs=0.04) for prefix in expected)
+    assert share(0.0) == {(): 1.0}
+    empty = ac.Elite(jnp.full((3, 4), PADDING), jnp.full(3, jnp.inf))
+    assert np.all(draw(keys, empty, jnp.array(1.0), problem) == PADDING)
+
+
+def test_chains_go_on_from_their_prefix(agent, problem):
+    search, state = agent
+    controller, prefix = Controller(search.encoding), jnp.array([3, 1, -1, -1])
+    keys = jax.random.split(jax.random.key(0), 32)
+    chains, _ = jax.vmap(lambda k: ac.sample_chain(k, controller, state.params, state.entries, prefix, problem))(keys)
+    jc.chain.validate(chains, 4, 2, 3)
+    np.testing.assert_array_equal(chains[:, :2], np.tile([3, 1], (32, 1)))
+    assert len(np.unique(chains, axis=0)) > 1
+
+
+def test_imitation_is_the_mean_log_likelihood_of_the_elite(agent, problem):
+    search, state = agent
+    controller, chains = Controller(search.encoding), jnp.array([[2, 0, 5, -1], [4, -1, -1, -1], [-1, -1, -1, -1]])
+    expected = 0.0
+    for chain, num_tokens in ((chains[0], 3), (chains[1], 1)):
+        logits, _ = ac.replay_chain(controller, state.params, state.entries, chain, problem)
+        log_prob = np.asarray(jax.nn.log_softmax(logits))
+        # Two chains, L = 4 slots.
+        expected -= sum(log_prob[t, chain[t]] for t in range(num_tokens)) / 4 / 2
+    elite = ac.Elite(chains, jnp.array([1.0, 2.0, jnp.inf]))
+    loss = ac.imitation_loss(state.params, controller, state.entries, elite, problem)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+
+
 def test_replay_gives_the_log_probabilities_of_the_rollout(agent, problem):
     search, state = agent
     controller = Controller(search.encoding)
+    nothing = jnp.full(4, PADDING)
     for seed in range(6):
-        chain, log_prob = ac.sample_chain(jax.random.key(seed), controller, state.params, state.entries, problem)
+        chain, log_prob = ac.sample_chain(
+            jax.random.key(seed), controller, state.params, state.entries, nothing, problem
+        )
         jc.chain.validate(chain, 4, 2, 3)
         logits, values = ac.replay_chain(controller, state.params, state.entries, chain, problem)
         length = int(jc.chain.count_layers(chain, 4))
@@ -66,7 +124,7 @@ def test_the_loss_by_hand(agent, problem):
         -surrogate.sum() - search.entropy_weight * entropy.sum() + search.critic_weight * 0.5 * np.sum(advantage**2)
     ) / 4
     rollout = ac.Rollout(chain[None], jnp.append(jnp.array(old, jnp.float32), 0.0)[None], jnp.array([reward]))
-    loss = search._loss(state.params, controller, state.entries, rollout, problem)
+    loss = search._ppo_loss(state.params, controller, state.entries, rollout, problem)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
 

@@ -8,6 +8,8 @@ from conftest import make_bank, make_batch
 
 import jchain as jc
 from jchain import chainbench
+from jchain.features import NUM_FEATURES, observe
+from jchain.files import read_arrays, write_arrays
 
 NAME = "wine-random-0"
 
@@ -23,7 +25,7 @@ def make_solved(loss):
     """Two layers and one head: 31 chains."""
     data = jc.Dataset(*[make_batch()] * 4, name="data", num_classes=3)
     losses = {split: np.asarray(loss, np.float32) for split in chainbench.SPLITS}
-    return chainbench.Solved("toy", make_bank(2, 1), data, losses, losses)
+    return chainbench.Solved("toy", make_bank(2, 1), data, losses, losses, np.zeros((15, NUM_FEATURES)))
 
 
 def test_there_are_36_problems():
@@ -38,6 +40,12 @@ def test_a_solved_problem_holds_what_evaluate_says(folder):
         out = jc.evaluate(solved.problem_on(split), solved.chains[rows])
         np.testing.assert_allclose(solved.loss[split][rows], out.loss, rtol=1e-5)
         np.testing.assert_allclose(solved.accuracy[split][rows], out.accuracy)
+    np.testing.assert_array_equal(jc.evaluate(solved.lookup(), solved.chains[rows]).loss, solved.loss["search"][rows])
+    x, layers = solved.problem.data.x, solved.bank.layers[0]
+    assert solved.features.shape == (1 + 12 + 144 + 1728, NUM_FEATURES)
+    hidden = layers.apply(5, layers.apply(2, x))
+    expected = observe(solved.problem, hidden, layers.apply(2, x)).features
+    np.testing.assert_allclose(solved.features[1 + 12 + 2 * 12 + 5], expected, rtol=1e-3, atol=1e-4)
     result = chainbench.describe(solved)
     assert result["best"] == pytest.approx(float(solved.loss["search"].min()))
     assert 0 < result["within_1_percent"] <= result["within_5_percent"] <= result["within_10_percent"] < 1
@@ -81,6 +89,11 @@ def test_a_table_of_another_bank_or_a_damaged_one_is_refused(folder, tmp_path):
     whole = (tmp_path / table).read_bytes()
     (tmp_path / table).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="is damaged, truncated"):
+        chainbench.load(tmp_path, NAME)
+    header, arrays = read_arrays(folder / table)
+    shorter = {name: np.asarray(array)[:, :-1] for name, array in arrays.items()}
+    write_arrays(tmp_path / table, {key: header[key] for key in ("name", "solves")}, shorter)
+    with pytest.raises(ValueError, match="expected arrays .*delete it and build it again"):
         chainbench.load(tmp_path, NAME)
 
 

@@ -21,7 +21,7 @@ def encode(encoding, params, entries, tokens):
 
 
 def init(encoding, entries):
-    controller = Controller(encoding, features=8)
+    controller = Controller(encoding)
     params = controller.init(jax.random.key(0), entries)
     return controller, params, {"params": params["params"]["encoding"]}
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import jchain as jc
 from jchain.pytree import pytree_dataclass, static
+from jchain.search import base
 
 
 class Script(NamedTuple):
@@ -45,11 +46,20 @@ def test_curve_best_and_finalists(problem):
     result = jc.run(jax.random.key(0), search, problem, budget=15, num_finalists=3)
     assert result.curve.layer_calls.tolist() == [5, 10, 15]
     assert result.curve.best_loss.tolist() == [3, 2, 2]
+    assert result.curve.at([4, 5, 9, 10, 99]).tolist() == [np.inf, 3, 3, 2, 2]
     assert result.best_chain.tolist() == [2, 4, -1, -1]
     assert result.best_loss == 2
     assert result.finalists[:, 0].tolist() == [2, 0, 1]
     assert result.finalist_losses.tolist() == [2, 3, 4]
     assert (result.layer_calls, result.num_chains, result.num_nonfinite) == (15, 6, 0)
+
+
+def test_all_steps_of_a_run_are_one_program(problem):
+    program = base._compile_advance("cpu")
+    before = program._cache_size()
+    result = jc.run(jax.random.key(0), scripted([[(0, 3.0)], [(1, 2.0)]]), problem, budget=1000)
+    assert len(result.curve.best_loss) == 200
+    assert program._cache_size() == before + 1
 
 
 def test_the_budget_is_never_exceeded(problem):

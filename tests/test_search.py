@@ -23,7 +23,7 @@ SEARCHES = {
     "ActorCritic-weights": jc.ActorCritic(encoding=jc.WeightEncoding(features=8), num_chains=6),
 }
 RATES = {
-    "ActorCritic": {"learning_rate": 0.1},
+    "ActorCritic": {"learning_rate": 0.1, "restart_rate": 0.9},
     "ActorCritic-weights": {"entropy_weight": 1.0},
     "QLearning": {"learning_rate": 0.5, "min_epsilon": 0.2},
     "MCTS": {"gumbel_scale": 0.5},
@@ -156,6 +156,14 @@ def test_one_trace_for_all_steps_problems_and_rates(name, search, problem):
     assert len(traces) == 1
 
 
+def test_the_first_state_has_the_types_of_the_next(search, problem):
+    key = jax.random.key(0)
+    state = jax.eval_shape(search.init, key, problem)
+    after = jax.eval_shape(search.step, key, state, problem)[0]
+    # Weak types too: with others the first step is compiled for itself.
+    assert str(jax.tree.leaves(state)) == str(jax.tree.leaves(after))
+
+
 def test_finds_the_optimum_of_a_tiny_problem(search):
     problem = jc.Problem(make_bank(3, 2, seed=3), make_batch(), max_layers=2)
     optimum = jc.evaluate_all(problem)[1].loss.min()
@@ -176,6 +184,7 @@ def test_works_without_layers_to_choose(search):
         (jc.RandomSearch, {"num_chains": 0}),
         (jc.ActorCritic, {"num_chains": 1}),
         (jc.ActorCritic, {"num_epochs": 0}),
+        (jc.ActorCritic, {"num_elites": 0}),
         (jc.LocalSearch, {"num_chains": 0}),
         (jc.Evolution, {"tournament_size": 0}),
         (jc.Evolution, {"population_size": 4, "num_chains": 5}),

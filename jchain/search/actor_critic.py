@@ -1,7 +1,9 @@
-"""Actor-critic over prefixes: advantage actor-critic with lambda returns and PPO's clipped surrogate.
+"""Actor-critic over prefixes: PPO with lambda returns, imitation of the best chains, and restarts from their prefixes.
 
-Schulman et al. 2017, arXiv:1707.06347; losses from rlax. One step samples chains from the policy, scores them together,
-so that shared prefixes are charged once, and updates the controller on them a few times.
+PPO: Schulman et al. 2017, arXiv:1707.06347, losses from rlax. Imitation: priority queue training, Abolafia et al. 2018,
+arXiv:1801.03526. Restarts: go back to what was good, then explore, Ecoffet et al. 2021, arXiv:2004.12919. One step samples
+chains from the policy, scores them together, so that shared prefixes are charged once, and updates the controller on them
+and on the best ones so far a few times.
 """
 
 from typing import Any, NamedTuple
@@ -21,12 +23,20 @@ from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
 
 
+class Elite(NamedTuple):
+    """The best different chains so far, best first."""
+
+    chains: Int[Array, "Q L"]  # [Q, L], -1 where there is none yet
+    loss: Float[Array, "Q"]  # [Q], +inf there
+
+
 class State(NamedTuple):
     """What the next step needs."""
 
     params: PyTree  # of the controller
     opt_state: PyTree
     entries: Float[Array, "E D"]  # [N + K, D], features of the bank's entries
+    elite: Elite
     memo: Memo
 
 
@@ -51,49 +61,67 @@ class ActorCritic:
       critic_weight: weight of half the squared TD(lambda) error.
       lambda_: mixing of the lambda returns.
       clip: how far PPO's probability ratio may move.
+      imitation_weight: weight of the mean negative log-likelihood of the best chains.
+      restart_rate: share of chains that go on from a prefix of one of the best chains.
+      num_elites: best chains that are kept for both, Q.
     """
 
     encoding: Any = static(default=TokenEncoding())
-    num_chains: int = static(default=64)
+    num_chains: int = static(default=32)
     num_epochs: int = static(default=4)
     learning_rate: float = 3e-3
-    entropy_weight: float = 0.2
+    entropy_weight: float = 0.5
     critic_weight: float = 0.5
     lambda_: float = 0.95
     clip: float = 0.2
+    imitation_weight: float = 0.5
+    restart_rate: float = 0.2
+    num_elites: int = static(default=16)
 
     def __post_init__(self) -> None:
-        if self.num_chains < 2 or self.num_epochs < 1:
+        if self.num_chains < 2 or min(self.num_epochs, self.num_elites) < 1:
             raise ValueError(
-                f"expected num_chains of at least 2 and num_epochs of at least 1, got {self.num_chains} and "
-                f"{self.num_epochs}"
+                f"expected num_chains of at least 2, num_epochs and num_elites of at least 1, got {self.num_chains}, "
+                f"{self.num_epochs} and {self.num_elites}"
             )
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         entries = entry_features(problem.bank)
         params = Controller(self.encoding).init(key, entries)
-        return State(params, self._optimizer().init(params), entries, memo_lib.init(problem))
+        chains = jnp.full((self.num_elites, problem.max_layers + 1), PADDING, jnp.int32)
+        elite = Elite(chains, jnp.full(self.num_elites, jnp.inf, jnp.float32))
+        return State(params, self._optimizer().init(params), entries, elite, memo_lib.init(problem))
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         controller = Controller(self.encoding)
-        keys = jax.random.split(key, self.num_chains)
-        chains, log_prob = jax.vmap(lambda k: sample_chain(k, controller, state.params, state.entries, problem))(keys)
+        keys = jax.random.split(key, (2, self.num_chains))
+        prefixes = jax.vmap(lambda k: draw_prefix(k, state.elite, jnp.asarray(self.restart_rate), problem))(keys[0])
+        chains, log_prob = jax.vmap(
+            lambda k, prefix: sample_chain(k, controller, state.params, state.entries, prefix, problem)
+        )(keys[1], prefixes)
         memo, loss, layer_calls = memo_lib.score(state.memo, problem, chains)
         rollout = Rollout(chains, log_prob, rank_rewards(loss))
+        elite = update_elite(state.elite, chains, loss)
 
         def update(carry: Any, _: None) -> Any:
             params, opt_state = carry
-            gradient = jax.grad(self._loss)(params, controller, state.entries, rollout, problem)
+            gradient = jax.grad(self._loss)(params, controller, state.entries, rollout, elite, problem)
             updates, opt_state = self._optimizer().update(gradient, opt_state)
             return (optax.apply_updates(params, updates), opt_state), None
 
         (params, opt_state), _ = jax.lax.scan(update, (state.params, state.opt_state), length=self.num_epochs)
-        return State(params, opt_state, state.entries, memo), Info(chains, loss, layer_calls)
+        return State(params, opt_state, state.entries, elite, memo), Info(chains, loss, layer_calls)
 
     def _optimizer(self) -> optax.GradientTransformation:
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(self.learning_rate))
 
     def _loss(
+        self, params: PyTree, controller: Controller, entries: Array, rollout: Rollout, elite: Elite, problem: Problem
+    ) -> Float[Array, ""]:
+        loss = self._ppo_loss(params, controller, entries, rollout, problem)
+        return loss + self.imitation_weight * imitation_loss(params, controller, entries, elite, problem)
+
+    def _ppo_loss(
         self, params: PyTree, controller: Controller, entries: Array, rollout: Rollout, problem: Problem
     ) -> Float[Array, ""]:
         import rlax
@@ -112,9 +140,7 @@ class ActorCritic:
         )
         # The lambda return minus the value is the advantage (generalized advantage estimation).
         advantage = jax.lax.stop_gradient(td_error)
-        actions = jnp.maximum(rollout.chains, 0)
-        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), actions[..., None], axis=-1)[..., 0]
-        ratio = jnp.exp(log_prob - rollout.log_prob)
+        ratio = jnp.exp(take_log_prob(logits, rollout.chains) - rollout.log_prob)
         actor = jax.vmap(rlax.clipped_surrogate_pg_loss, in_axes=(0, 0, None))(ratio, advantage * is_step, self.clip)
         entropy = jax.vmap(rlax.entropy_loss)(logits, is_step)
         critic = 0.5 * jnp.mean(jnp.square(td_error) * is_step, axis=1)
@@ -132,28 +158,75 @@ def rank_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
     return (is_better - is_worse) / (loss.shape[0] - 1)
 
 
-def sample_chain(
-    key: Key[Array, ""], controller: Controller, params: PyTree, entries: Float[Array, "E D"], problem: Problem
-) -> tuple[Int[Array, "L"], Float[Array, "L"]]:
-    """One chain from the policy and the log-probability of each of its tokens (0 behind the head).
+def update_elite(elite: Elite, chains: Int[Array, "P L"], loss: Float[Array, "P"]) -> Elite:
+    """The best different chains of both; one whose loss is not finite is never among them."""
+    rows = jnp.concatenate([elite.chains, chains])
+    losses = jnp.concatenate([elite.loss, loss.astype(elite.loss.dtype)])
+    is_earlier = jnp.tri(rows.shape[0], k=-1, dtype=bool)
+    is_repeat = ((rows[:, None] == rows[None]).all(axis=-1) & is_earlier).any(axis=1)
+    losses = jnp.where(is_repeat, jnp.inf, losses)
+    best = jnp.argsort(losses)[: elite.loss.shape[0]]
+    is_there = jnp.isfinite(losses[best])
+    return Elite(jnp.where(is_there[:, None], rows[best], PADDING), losses[best])
 
-    The policy sees no activations, so nothing is computed along the way: the finished chains are scored together.
+
+def draw_prefix(key: Key[Array, ""], elite: Elite, restart_rate: Float[Array, ""], problem: Problem) -> Int[Array, "L"]:
+    """Where a chain starts: after some of the layers of one of the best chains, or, as `1 - restart_rate`, after none.
+
+    Each number of its layers is as likely. Chains that keep the same ones pay for them once a step.
+    """
+    row_key, cut_key, restart_key = jax.random.split(key, 3)
+    num_there = jnp.isfinite(elite.loss).sum()
+    chain = elite.chains[jax.random.randint(row_key, (), 0, jnp.maximum(num_there, 1))]
+    cut = jax.random.randint(cut_key, (), 0, count_layers(chain, problem.bank.num_layers) + 1)
+    is_kept = (jnp.arange(chain.shape[0]) < cut) & (jax.random.uniform(restart_key) < restart_rate)
+    return jnp.where(is_kept, chain, PADDING)
+
+
+def imitation_loss(
+    params: PyTree, controller: Controller, entries: Float[Array, "E D"], elite: Elite, problem: Problem
+) -> Float[Array, ""]:
+    """Mean negative log-likelihood of the elite's tokens, over chains and slots as the other terms."""
+    logits, _ = jax.vmap(lambda chain: replay_chain(controller, params, entries, chain, problem))(elite.chains)
+    log_prob = jnp.where(elite.chains == PADDING, 0.0, take_log_prob(logits, elite.chains))
+    num_there = jnp.isfinite(elite.loss).sum()
+    return -jnp.sum(jnp.mean(log_prob, axis=1)) / jnp.maximum(num_there, 1)
+
+
+def take_log_prob(logits: Float[Array, "P L E"], chains: Int[Array, "P L"]) -> Float[Array, "P L"]:
+    """Log-probability of each token; what stands behind the head means nothing."""
+    actions = jnp.maximum(chains, 0)
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), actions[..., None], axis=-1)[..., 0]
+
+
+def sample_chain(
+    key: Key[Array, ""],
+    controller: Controller,
+    params: PyTree,
+    entries: Float[Array, "E D"],
+    prefix: Int[Array, "L"],
+    problem: Problem,
+) -> tuple[Int[Array, "L"], Float[Array, "L"]]:
+    """One chain that goes on from a prefix by the policy, and the policy's log-probability of each of its tokens.
+
+    It is 0 behind the head. The policy sees no activations, so nothing is computed along the way: the finished chains are
+    scored together.
     """
     num_layers = problem.bank.num_layers
     keys: Any = controller.apply(params, entries, method="embed")
 
     def act(carry: Any, slot: Any) -> Any:
         memory, is_done = carry
-        t, key = slot
+        t, key, kept = slot
         logits, _ = _act(controller, params, memory, keys, env.legal_actions(problem, t))
-        token = jax.random.categorical(key, logits)
+        token = jnp.where(kept == PADDING, jax.random.categorical(key, logits), kept)
         log_prob = jnp.where(is_done, 0.0, jax.nn.log_softmax(logits)[token])
         taken = jnp.where(is_done, PADDING, token)
         memory = controller.apply(params, memory, token, entries, method="advance")
         return (memory, is_done | (token >= num_layers)), (taken.astype(jnp.int32), log_prob)
 
     memory = controller.apply(params, entries, method="initial_carry")
-    slots = (jnp.arange(problem.max_layers + 1), jax.random.split(key, problem.max_layers + 1))
+    slots = (jnp.arange(problem.max_layers + 1), jax.random.split(key, problem.max_layers + 1), prefix)
     _, (chain, log_prob) = jax.lax.scan(act, (memory, jnp.array(False)), slots)
     return chain, log_prob
 

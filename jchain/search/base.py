@@ -192,7 +192,8 @@ def run_many(
 @partial(jax.jit, static_argnames="num_finalists")
 def _start(keys: Array, search: Search, problem: Problem, num_finalists: int) -> _Run:
     chains = jnp.full((num_finalists, problem.max_layers + 1), PADDING, jnp.int32)
-    pool, zero = _Pool(chains, jnp.full(num_finalists, jnp.inf)), jnp.array(0)
+    # Of the types that a step returns, also where they are weak: with others the first step would be compiled for itself.
+    pool, zero = _Pool(chains, jnp.full(num_finalists, jnp.inf, jnp.float32)), jnp.zeros((), jnp.int32)
     tally = _Tally(pool, zero, zero, zero, zero, zero, jnp.array(False))
 
     def start(key: Array) -> _Run:

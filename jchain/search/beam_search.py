@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jchain import env
-from jchain._typing import Array, Float, Int, Key
+from jchain._typing import Array, Float, Int, Key, Shaped
 from jchain.chain import PADDING
 from jchain.engine import apply_all
 from jchain.problem import Problem
@@ -22,7 +22,7 @@ class State(NamedTuple):
     """Two generations of prefixes: that which is extended, and at `1 - generation` that of their best children."""
 
     chains: Int[Array, "2 W L"]  # [2, W, L], -1 behind the layers
-    hidden: Float[Array, "2 W B ..."]  # [2, W, B, ...F]
+    hidden: Shaped[Array, "2 W B ..."]  # [2, W, B, ...F]
     loss: Float[Array, "2 W"]  # [2, W], of their best head; +inf where none stands
     generation: Int[Array, ""]
     parent: Int[Array, ""]  # the next one to be extended

@@ -7,14 +7,14 @@ it is searched: their targets are those of Q-learning, the best of stopping here
 (least-squares temporal differences, Bradtke and Barto 1996; fitted Q iteration, Ernst et al. 2005).
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
 from jchain import critic as critic_lib
 from jchain import env
-from jchain._typing import Array, Bool, Float, Int, Key
+from jchain._typing import Array, Bool, Float, Int, Key, Shaped
 from jchain.chain import PADDING
 from jchain.engine import apply_all, apply_token
 from jchain.features import NUM_FEATURES, Observation, log_loss, lowest, observe
@@ -29,6 +29,7 @@ _CODE_SEED = 0
 _CONSTANT = 10.0
 
 
+@runtime_checkable
 class Observe(Protocol):
     """A function of the problem, the activations of a prefix and those of the prefix without its last layer."""
 
@@ -50,7 +51,7 @@ class State(NamedTuple):
 
     prefixes: Prefixes
     last: Int[Array, "L"]  # [L], the prefix that was extended last
-    children: Float[Array, "N B ..."]  # [N, B, ...F], activations of its children
+    children: Shaped[Array, "N B ..."]  # [N, B, ...F], activations of its children
     centre: Float[Array, "F"]  # [F], mean features of the layers behind the stem
     weights: Float[Array, "D I"]  # [D, I], of the least squares
     spread: Float[Array, "D I I"]  # [D, I, I], inverse of ridge + the inputs' second moments, times ridge
@@ -60,7 +61,7 @@ class State(NamedTuple):
 class _Children(NamedTuple):
     """One prefix extended by each layer."""
 
-    hidden: Float[Array, "N B ..."]
+    hidden: Shaped[Array, "N B ..."]
     features: Float[Array, "N F"]
     loss: Float[Array, "N K"]
     chains: Int[Array, "N L"]
@@ -200,7 +201,7 @@ def _next_length(state: State) -> Int[Array, ""]:
 
 def _recall(
     state: State, problem: Problem, prefix: Int[Array, "L"], length: Int[Array, ""]
-) -> tuple[Float[Array, "B ..."], Int[Array, ""]]:
+) -> tuple[Shaped[Array, "B ..."], Int[Array, ""]]:
     """Activations of a prefix and the layer calls that they took: none for the children of the last one."""
     slots = jnp.arange(prefix.size)
     is_child = (length > 0) & jnp.all(jnp.where(slots == length - 1, PADDING, prefix) == state.last)
@@ -214,7 +215,9 @@ def _recall(
     return jax.lax.fori_loop(0, problem.max_layers - 1, apply, start), again
 
 
-def _extend(observe: Observe, problem: Problem, prefix: Int[Array, "L"], hidden: Array, length: Int[Array, ""]) -> _Children:
+def _extend(
+    observe: Observe, problem: Problem, prefix: Int[Array, "L"], hidden: Array, length: Int[Array, ""]
+) -> _Children:
     made = apply_all(problem.bank.layers, hidden)
     observed = jax.vmap(lambda child: observe(problem, child, hidden))(made)
     slots = jnp.arange(problem.max_layers + 1)[None]

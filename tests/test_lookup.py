@@ -1,0 +1,76 @@
+import jax
+import numpy as np
+import pytest
+
+import jchain as jc
+from jchain import lookup
+from jchain.features import NUM_FEATURES, observe
+
+
+@pytest.fixture(scope="module")
+def pair(problem):
+    """A problem and the same one looked up."""
+    _, out = jc.evaluate_all(problem)
+    features = np.concatenate([level.features for level in jc.pretrain.visit(problem)])
+    return problem, lookup.make_problem(problem.bank, np.asarray(out.loss), problem.max_layers, features)
+
+
+def test_every_chain_has_its_loss(pair):
+    problem, looked_up = pair
+    chains, out = jc.evaluate_all(problem)
+    rows = np.random.default_rng(0).permutation(len(chains))
+    found = jc.evaluate(looked_up, chains[rows])
+    np.testing.assert_array_equal(found.loss, np.asarray(out.loss)[rows])
+    assert found.layer_calls == jc.evaluate(problem, chains[rows]).layer_calls
+
+
+def test_features_are_those_of_the_prefix(pair):
+    problem, looked_up = pair
+    for prefix in ((), (2,), (3, 0)):
+        hidden, number = problem.bank.embed(problem.data.x), looked_up.data.x
+        parent, before = hidden, number
+        for token in prefix:
+            parent, before = hidden, number
+            hidden = problem.bank.layers[0].apply(token, hidden)
+            number = looked_up.bank.layers[0].apply(token, number)
+        expected, found = observe(problem, hidden, parent), lookup.observe(looked_up, number, before)
+        np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-5)
+        np.testing.assert_allclose(found.features, expected.features, rtol=1e-3, atol=1e-4)
+        assert np.any(found.features)
+
+
+@pytest.mark.parametrize(
+    ("search", "looking_up"),
+    [(jc.LocalSearch(), jc.LocalSearch()), (jc.CriticSearch(), jc.CriticSearch(observe=lookup.observe))],
+    ids=["LocalSearch", "CriticSearch"],
+)
+def test_a_search_takes_the_same_way(pair, search, looking_up):
+    problem, looked_up = pair
+    key = jax.random.key(3)
+    expected = jc.run(key, search, problem, budget=150)
+    found = jc.run(key, looking_up, looked_up, budget=150)
+    np.testing.assert_array_equal(found.curve.layer_calls, expected.curve.layer_calls)
+    np.testing.assert_allclose(found.curve.best_loss, expected.curve.best_loss, rtol=1e-5)
+    np.testing.assert_array_equal(found.best_chain, expected.best_chain)
+
+
+def test_encodings_still_see_the_weights(pair):
+    problem, looked_up = pair
+    np.testing.assert_array_equal(jc.encoding.entry_features(looked_up.bank), jc.encoding.entry_features(problem.bank))
+
+
+def test_a_loss_that_is_not_finite_stays_so(problem):
+    loss = np.asarray(jc.evaluate_all(problem)[1].loss).copy()
+    loss[7] = np.inf
+    looked_up = lookup.make_problem(problem.bank, loss, problem.max_layers)
+    out = jc.evaluate_all(looked_up)[1].loss
+    np.testing.assert_array_equal(out, loss)
+
+
+def test_tables_of_other_sizes_are_refused(problem):
+    loss = np.asarray(jc.evaluate_all(problem)[1].loss)
+    with pytest.raises(ValueError, match=f"expected the losses of all {len(loss):,} chains, got shape"):
+        lookup.make_problem(problem.bank, loss[:-1], problem.max_layers)
+    for shape in ((5, NUM_FEATURES - 1), (len(loss), NUM_FEATURES), (NUM_FEATURES,)):
+        with pytest.raises(ValueError, match=f"expected features .V, {NUM_FEATURES}. of at most"):
+            lookup.make_problem(problem.bank, loss, problem.max_layers, np.zeros(shape))
