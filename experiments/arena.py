@@ -5,9 +5,9 @@
 Each search spends the same number of layer calls on each of the 36 problems, 20 times with other keys. What repeats costs is
 one rule for all (`jchain.memo`). The losses are looked up in ChainBench's tables (`jchain.lookup`), which changes no charge;
 the time per layer call is that of one run with the layers themselves. Sizes and rates were chosen with `--tune` on the
-problems of even number (arena_tune.json); the results are those of odd number.
+problems of even number; the results are those of odd number. An actor-critic of whole chains takes as long as all others.
 
-On 2 CPU cores: {MINUTES}. `--quick`: four problems of the wine data, 5 seeds, 2,000 layer calls, about 5 minutes, with what
+`--quick`: four problems of the wine data, 5 seeds, 2,000 layer calls, about 5 minutes, with what
 was not built made first. Writes arena.json, arena.md and arena.png to experiments/results.
 """
 

@@ -9,7 +9,7 @@ of the best head, beam search and local search. Losses are looked up in ChainBen
 odd number, on which nothing was chosen, and of all. Writes controller.json and controller.md to experiments/results, and the
 critic of all kinds as critic.safetensors, for `jchain.Critic.load`.
 
-On 2 CPU cores: {MINUTES}. `--quick`: wine alone, 8 banks, 2 minutes.
+Not run in full yet. `--quick`: wine alone, 8 banks, 2 minutes.
 """
 
 import argparse
