@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--search", action="append", choices=SEARCHES, help="only these; repeat for more")
     parser.add_argument("--budget", type=int, action="append", help="layer calls to report; repeat for more")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser.add_argument("--reported", action="store_true", help="only the problems of odd number")
     parser.add_argument("--tune", action="store_true", help="other sizes and rates, on the problems of even number")
     parser.add_argument("--quick", action="store_true", help="four problems, 5 seeds, 2,000 layer calls")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -85,6 +86,7 @@ def main() -> None:
     start = time.perf_counter()
     names, budgets, seeds = list(jc.chainbench.NAMES), tuple(sorted(args.budget or BUDGETS)), args.seeds
     reported = names[1::2]
+    names = reported if args.reported else names
     if args.quick:
         names = reported = [name for name in names if name.startswith("wine") and name.endswith("0")]
         budgets, seeds = (300, 2000), 5

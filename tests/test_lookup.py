@@ -71,6 +71,6 @@ def test_tables_of_other_sizes_are_refused(problem):
     loss = np.asarray(jc.evaluate_all(problem)[1].loss)
     with pytest.raises(ValueError, match=f"expected the losses of all {len(loss):,} chains, got shape"):
         lookup.make_problem(problem.bank, loss[:-1], problem.max_layers)
-    for shape in ((5, NUM_FEATURES - 1), (len(loss), NUM_FEATURES), (NUM_FEATURES,)):
+    for shape in ((5, NUM_FEATURES - 1), (len(loss), NUM_FEATURES)):
         with pytest.raises(ValueError, match=f"expected features .V, {NUM_FEATURES}. of at most"):
             lookup.make_problem(problem.bank, loss, problem.max_layers, np.zeros(shape))
