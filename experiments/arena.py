@@ -7,6 +7,8 @@ one rule for all (`jchain.memo`). The losses are looked up in ChainBench's table
 the time per layer call is that of one run with the layers themselves. Sizes and rates were chosen with `--tune` on the
 problems of even number; the results are those of odd number. An actor-critic of whole chains takes as long as all others.
 
+Committed: `--reported --seeds 10` with all searches but the two actor-critics of whole chains, 5 minutes on 2 CPU cores.
+
 `--quick`: four problems of the wine data, 5 seeds, 2,000 layer calls, about 5 minutes, with what
 was not built made first. Writes arena.json, arena.md and arena.png to experiments/results.
 """
