@@ -13,7 +13,6 @@ Expect on 2 CPU cores: random chains 1.2 to 7.5 times as fast as the best peer (
 """
 
 import argparse
-import json
 import platform
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ import optax
 from matplotlib.figure import Figure
 
 import jchain as jc
-from jchain.files import write_atomically
+from jchain.files import write_json
 
 NUM_LAYERS, DEPTH, NUM_CLASSES = 8, 4, 10
 # Layer, features of an example, examples.
@@ -80,7 +79,7 @@ def main() -> None:
 def save(path: Path | None, result: dict[str, Any]) -> None:
     """What there is so far, and its figure: an interruption loses one bank at most."""
     if path is not None:
-        write_atomically(path, lambda path: Path(path).write_text(json.dumps(result, indent=1) + "\n"))
+        write_json(path, result)
         draw(result, path.with_suffix(".png"))
 
 

@@ -7,7 +7,6 @@ bfloat16.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jchain as jc
-from jchain.files import write_atomically
+from jchain.files import write_json
 
 BANKS = ("independent", "routed", "snapshots", "random")
 
@@ -43,7 +42,7 @@ def main() -> None:
         print(row)
     if args.json:
         result = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "relative_error": rows}
-        write_atomically(args.json, lambda path: Path(path).write_text(json.dumps(result, indent=1) + "\n"))
+        write_json(args.json, result)
 
 
 def losses_in_float64(problem: jc.Problem, chains: np.ndarray) -> np.ndarray:

@@ -10,7 +10,6 @@ expect: of 10,000 chains at most 3 are within 1% of the best one, and 1 to 31 ar
 """
 
 import argparse
-import json
 import platform
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import jax
 
 import jchain as jc
-from jchain.files import write_atomically
+from jchain.files import write_json
 
 FOLDER = Path.home() / ".cache" / "jchain" / "chainbench"
 COLUMNS = {
@@ -57,8 +56,7 @@ def main() -> None:
         "problems": rows,
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=1) + "\n"
-    write_atomically(args.out / "chainbench.json", lambda path: Path(path).write_text(text))
+    write_json(args.out / "chainbench.json", result)
 
 
 def format_row(row: dict[str, Any]) -> str:

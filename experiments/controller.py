@@ -13,7 +13,6 @@ Not run in full yet. `--quick`: wine alone, 8 banks, 2 minutes.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import platform
@@ -27,14 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import jchain as jc
-from jchain.files import write_atomically
+from jchain.files import write_atomically, write_json
 
 FOLDER = Path.home() / ".cache" / "jchain" / "chainbench"
 KINDS = jc.chainbench.KINDS
 BUDGETS = (48, 96, 300, 1000, 4000)
+GRID = np.unique(np.concatenate([np.geomspace(24, 16000, 80), BUDGETS]).astype(int))
 NUM_SEEDS = {"wine": 32, "breast_cancer": 32, "digits": 16}
 FIRST_SEED = 300  # ChainBench has 0 to 2
-FINE_TUNED_RIDGE = 2.0
 Case = tuple[str, str, int]
 
 
@@ -80,13 +79,9 @@ def main() -> None:
         },
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=1) + "\n"
-    write_atomically(args.out / "controller.json", lambda path: Path(path).write_text(text))
+    write_json(args.out / "controller.json", result)
     write_atomically(args.out / "controller.md", lambda path: Path(path).write_text(table + "\n"))
     critics[""].save(args.out / "critic.safetensors")
-
-
-GRID = np.unique(np.concatenate([np.geomspace(24, 16000, 80), BUDGETS]).astype(int))
 
 
 def search_by(critic: Any, **options: Any) -> jc.CriticSearch:
@@ -106,14 +101,14 @@ def kind_of(solved: jc.chainbench.Solved) -> str:
 CONTESTANTS: dict[str, Any] = {
     "zero-shot": lambda one, critics, seeds: (zero_shot(critics[""]), 1),
     "zero-shot, kind unseen": lambda one, critics, seeds: (zero_shot(critics[kind_of(one)]), 1),
-    "fine-tuned": lambda one, critics, seeds: (search_by(critics[""], ridge=FINE_TUNED_RIDGE), seeds),
+    "fine-tuned": lambda one, critics, seeds: (search_by(critics[""]), seeds),
     "fine-tuned, kind unseen": lambda one, critics, seeds: (
-        search_by(critics[kind_of(one)], ridge=FINE_TUNED_RIDGE),
+        search_by(critics[kind_of(one)]),
         seeds,
     ),
     "from scratch": lambda one, critics, seeds: (search_by(None), seeds),
     "by head loss": lambda one, critics, seeds: (zero_shot(None), 1),
-    "beam search": lambda one, critics, seeds: (jc.BeamSearch(max_width=256), 1),
+    "beam search": lambda one, critics, seeds: (jc.BeamSearch(width=4, max_width=256), 1),
     "local search": lambda one, critics, seeds: (jc.LocalSearch(), seeds),
 }
 

@@ -35,8 +35,8 @@ def observe(problem: Problem, hidden: Float[Array, "B ..."], parent: Float[Array
     The features are, of the best head: log of the mean of examples' losses, of their quadratic mean and of the square of the
     mean of their roots, accuracy, log size of the loss's gradient by outputs and by activations. And of the activations: log
     share of the labels, and of the gradient by outputs, that ridge regression on them leaves unexplained; log scale; log
-    participation ratio of their covariance; log share of their variance within classes; log relative change from the parent. All but losses,
-    accuracy and change are taken over at most 128 examples.
+    participation ratio of their covariance; log share of their variance within classes; log relative change from the parent.
+    All but losses, accuracy and change are taken over at most 128 examples.
 
     Args:
       problem: heads, labels and loss.

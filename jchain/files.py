@@ -38,6 +38,11 @@ def write_atomically(path: str | os.PathLike[str], write_fn: Callable[[str], Any
         raise
 
 
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write it as indented JSON."""
+    write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(value, indent=1) + "\n"))
+
+
 def _umask() -> int:
     umask = os.umask(0)
     os.umask(umask)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain import chain as chain_lib
-from jchain._typing import Array, Float, Int
+from jchain._typing import Array, Float, Int, Shaped
 from jchain.bank import Bank, LayerGroup
 from jchain.data import Batch
 from jchain.features import NUM_FEATURES, Observation
@@ -53,9 +53,15 @@ def get_loss(outputs: Float[Array, "B 2"], y: Float[Array, "B C R"]) -> Float[Ar
     return y.at[jnp.arange(len(y)), prefix, head].get(mode="fill", fill_value=jnp.inf)
 
 
-def observe(problem: Problem, hidden: Int[Array, "B 1"], parent: Int[Array, "B 1"]) -> Observation:
-    """`jchain.features.observe`, looked up: for `CriticSearch(observe=...)`. Prefixes without features have 0."""
+def observe(problem: Problem, hidden: Shaped[Array, "B ..."], parent: Shaped[Array, "B ..."]) -> Observation:
+    """`jchain.features.observe`, looked up: for `CriticSearch(observe=...)`. Prefixes without features have 0.
+
+    Raises:
+      ValueError: the problem was made without features, or not by `make_problem`.
+    """
     num_heads = problem.bank.num_heads
+    if problem.loss_fn is not get_loss or problem.data.y.shape[-1] != num_heads + NUM_FEATURES:
+        raise ValueError("expected a problem that jchain.lookup.make_problem made with features")
     row = problem.data.y[0].at[hidden[0, 0]].get(mode="fill", fill_value=jnp.inf)
     features = row[num_heads:]
     return Observation(jnp.where(jnp.isfinite(features), features, 0.0), row[:num_heads])

@@ -7,6 +7,7 @@ import jchain as jc
 from jchain.chain import PADDING
 from jchain.encoding import Controller
 from jchain.search import actor_critic as ac
+from jchain.search import base
 
 
 @pytest.fixture(scope="module", params=[jc.TokenEncoding(8), jc.WeightEncoding(8)])
@@ -23,16 +24,16 @@ def test_rank_rewards_by_hand():
 
 def test_the_elite_is_the_best_different_chains():
     a, b, c, d = ([0, 4, -1], [1, 4, -1], [4, -1, -1], [0, 1, 4])
-    none = ac.Elite(jnp.full((3, 3), PADDING), jnp.full(3, jnp.inf))
-    first = ac.update_elite(none, jnp.array([a, a, b, c]), jnp.array([2.0, 2.0, 1.0, jnp.inf]))
+    none = base.Pool(jnp.full((3, 3), PADDING), jnp.full(3, jnp.inf))
+    first = base.merge(none, jnp.array([a, a, b, c]), jnp.array([2.0, 2.0, 1.0, jnp.inf]))
     np.testing.assert_array_equal(first.chains, [b, a, [PADDING] * 3])
     np.testing.assert_array_equal(first.loss, [1.0, 2.0, jnp.inf])
-    second = ac.update_elite(first, jnp.array([b, c, d]), jnp.array([1.0, 1.5, 1.7]))
+    second = base.merge(first, jnp.array([b, c, d]), jnp.array([1.0, 1.5, 1.7]))
     np.testing.assert_array_equal(second.chains, [b, c, d])
 
 
 def test_prefixes_are_those_of_the_elite(problem):
-    elite = ac.Elite(jnp.array([[2, 0, 5, -1], [1, 4, -1, -1], [-1, -1, -1, -1]]), jnp.array([1.0, 2.0, jnp.inf]))
+    elite = base.Pool(jnp.array([[2, 0, 5, -1], [1, 4, -1, -1], [-1, -1, -1, -1]]), jnp.array([1.0, 2.0, jnp.inf]))
     keys = jax.random.split(jax.random.key(0), 2000)
     draw = jax.jit(jax.vmap(ac.draw_prefix, in_axes=(0, None, None, None)))
 
@@ -47,7 +48,7 @@ def test_prefixes_are_those_of_the_elite(problem):
     assert found.keys() == expected.keys()
     assert all(found[prefix] == pytest.approx(expected[prefix], abs=0.04) for prefix in expected)
     assert share(0.0) == {(): 1.0}
-    empty = ac.Elite(jnp.full((3, 4), PADDING), jnp.full(3, jnp.inf))
+    empty = base.Pool(jnp.full((3, 4), PADDING), jnp.full(3, jnp.inf))
     assert np.all(draw(keys, empty, jnp.array(1.0), problem) == PADDING)
 
 
@@ -70,7 +71,7 @@ def test_imitation_is_the_mean_log_likelihood_of_the_elite(agent, problem):
         log_prob = np.asarray(jax.nn.log_softmax(logits))
         # Two chains, L = 4 slots.
         expected -= sum(log_prob[t, chain[t]] for t in range(num_tokens)) / 4 / 2
-    elite = ac.Elite(chains, jnp.array([1.0, 2.0, jnp.inf]))
+    elite = base.Pool(chains, jnp.array([1.0, 2.0, jnp.inf]))
     loss = ac.imitation_loss(state.params, controller, state.entries, elite, problem)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
 

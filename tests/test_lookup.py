@@ -74,3 +74,10 @@ def test_tables_of_other_sizes_are_refused(problem):
     for shape in ((5, NUM_FEATURES - 1), (len(loss), NUM_FEATURES)):
         with pytest.raises(ValueError, match=f"expected features .V, {NUM_FEATURES}. of at most"):
             lookup.make_problem(problem.bank, loss, problem.max_layers, np.zeros(shape))
+
+
+def test_features_that_are_not_there_are_refused(problem):
+    loss = np.asarray(jc.evaluate_all(problem)[1].loss)
+    for other in (problem, lookup.make_problem(problem.bank, loss, problem.max_layers)):
+        with pytest.raises(ValueError, match=r"expected a problem that jchain.lookup.make_problem made with features"):
+            jc.run(jax.random.key(0), jc.CriticSearch(observe=lookup.observe), other, budget=50)

@@ -20,14 +20,7 @@ from jchain.encoding import Controller, TokenEncoding, entry_features
 from jchain.memo import Memo
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
-from jchain.search.base import Info
-
-
-class Elite(NamedTuple):
-    """The best different chains so far, best first."""
-
-    chains: Int[Array, "Q L"]  # [Q, L], -1 where there is none yet
-    loss: Float[Array, "Q"]  # [Q], +inf there
+from jchain.search.base import Info, Pool, empty_pool, merge
 
 
 class State(NamedTuple):
@@ -36,7 +29,7 @@ class State(NamedTuple):
     params: PyTree  # of the controller
     opt_state: PyTree
     entries: Float[Array, "E D"]  # [N + K, D], features of the bank's entries
-    elite: Elite
+    elite: Pool
     memo: Memo
 
 
@@ -88,8 +81,7 @@ class ActorCritic:
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         entries = entry_features(problem.bank)
         params = Controller(self.encoding).init(key, entries)
-        chains = jnp.full((self.num_elites, problem.max_layers + 1), PADDING, jnp.int32)
-        elite = Elite(chains, jnp.full(self.num_elites, jnp.inf, jnp.float32))
+        elite = empty_pool(self.num_elites, problem)
         return State(params, self._optimizer().init(params), entries, elite, memo_lib.init(problem))
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
@@ -101,7 +93,7 @@ class ActorCritic:
         )(keys[1], prefixes)
         memo, loss, layer_calls = memo_lib.score(state.memo, problem, chains)
         rollout = Rollout(chains, log_prob, rank_rewards(loss))
-        elite = update_elite(state.elite, chains, loss)
+        elite = merge(state.elite, chains, loss)
 
         def update(carry: Any, _: None) -> Any:
             params, opt_state = carry
@@ -116,7 +108,7 @@ class ActorCritic:
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(self.learning_rate))
 
     def _loss(
-        self, params: PyTree, controller: Controller, entries: Array, rollout: Rollout, elite: Elite, problem: Problem
+        self, params: PyTree, controller: Controller, entries: Array, rollout: Rollout, elite: Pool, problem: Problem
     ) -> Float[Array, ""]:
         loss = self._ppo_loss(params, controller, entries, rollout, problem)
         return loss + self.imitation_weight * imitation_loss(params, controller, entries, elite, problem)
@@ -158,19 +150,7 @@ def rank_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
     return (is_better - is_worse) / (loss.shape[0] - 1)
 
 
-def update_elite(elite: Elite, chains: Int[Array, "P L"], loss: Float[Array, "P"]) -> Elite:
-    """The best different chains of both; one whose loss is not finite is never among them."""
-    rows = jnp.concatenate([elite.chains, chains])
-    losses = jnp.concatenate([elite.loss, loss.astype(elite.loss.dtype)])
-    is_earlier = jnp.tri(rows.shape[0], k=-1, dtype=bool)
-    is_repeat = ((rows[:, None] == rows[None]).all(axis=-1) & is_earlier).any(axis=1)
-    losses = jnp.where(is_repeat, jnp.inf, losses)
-    best = jnp.argsort(losses)[: elite.loss.shape[0]]
-    is_there = jnp.isfinite(losses[best])
-    return Elite(jnp.where(is_there[:, None], rows[best], PADDING), losses[best])
-
-
-def draw_prefix(key: Key[Array, ""], elite: Elite, restart_rate: Float[Array, ""], problem: Problem) -> Int[Array, "L"]:
+def draw_prefix(key: Key[Array, ""], elite: Pool, restart_rate: Float[Array, ""], problem: Problem) -> Int[Array, "L"]:
     """Where a chain starts: after some of the layers of one of the best chains, or, as `1 - restart_rate`, after none.
 
     Each number of its layers is as likely. Chains that keep the same ones pay for them once a step.
@@ -184,7 +164,7 @@ def draw_prefix(key: Key[Array, ""], elite: Elite, restart_rate: Float[Array, ""
 
 
 def imitation_loss(
-    params: PyTree, controller: Controller, entries: Float[Array, "E D"], elite: Elite, problem: Problem
+    params: PyTree, controller: Controller, entries: Float[Array, "E D"], elite: Pool, problem: Problem
 ) -> Float[Array, ""]:
     """Mean negative log-likelihood of the elite's tokens, over chains and slots as the other terms."""
     logits, _ = jax.vmap(lambda chain: replay_chain(controller, params, entries, chain, problem))(elite.chains)

@@ -72,17 +72,17 @@ class Result(NamedTuple):
     num_nonfinite: int  # of them, with a loss that was not finite
 
 
-class _Pool(NamedTuple):
-    """The best different chains so far; +inf marks an empty place."""
+class Pool(NamedTuple):
+    """The best different chains so far, best first."""
 
-    chains: Int[Array, "Q L"]
-    loss: Float[Array, "Q"]
+    chains: Int[Array, "Q L"]  # [Q, L], all -1 in an empty place
+    loss: Float[Array, "Q"]  # [Q], +inf there
 
 
 class _Tally(NamedTuple):
     """What one run has found and spent."""
 
-    pool: _Pool
+    pool: Pool
     layer_calls: Int[Array, ""]
     num_chains: Int[Array, ""]
     num_nonfinite: Int[Array, ""]
@@ -191,9 +191,8 @@ def run_many(
 
 @partial(jax.jit, static_argnames="num_finalists")
 def _start(keys: Array, search: Search, problem: Problem, num_finalists: int) -> _Run:
-    chains = jnp.full((num_finalists, problem.max_layers + 1), PADDING, jnp.int32)
     # Of the types that a step returns, also where they are weak: with others the first step would be compiled for itself.
-    pool, zero = _Pool(chains, jnp.full(num_finalists, jnp.inf, jnp.float32)), jnp.zeros((), jnp.int32)
+    pool, zero = empty_pool(num_finalists, problem), jnp.zeros((), jnp.int32)
     tally = _Tally(pool, zero, zero, zero, zero, zero, jnp.array(False))
 
     def start(key: Array) -> _Run:
@@ -244,7 +243,7 @@ def _step(run: _Run, search: Search, problem: Problem, budget: Int[Array, ""]) -
     is_counted = ~old.is_over & (old.layer_calls + cost <= budget)
     is_there = info.chains[:, 0] != PADDING
     new = _Tally(
-        _merge(old.pool, info),
+        merge(old.pool, info.chains, info.loss),
         old.layer_calls + cost,
         old.num_chains + is_there.sum(),
         old.num_nonfinite + jnp.sum(is_there & ~jnp.isfinite(info.loss)),
@@ -256,17 +255,23 @@ def _step(run: _Run, search: Search, problem: Problem, budget: Int[Array, ""]) -
     return _Run(key, state, tally), _Steps(tally.layer_calls, tally.pool.loss[0], is_counted)
 
 
-def _merge(pool: _Pool, info: Info) -> _Pool:
-    """The best different chains of both."""
-    chains = jnp.concatenate([pool.chains, info.chains.astype(jnp.int32)])
-    loss = jnp.concatenate([pool.loss, info.loss.astype(pool.loss.dtype)])
-    loss = jnp.where(jnp.isfinite(loss), loss, jnp.inf)
-    *columns, loss = jax.lax.sort([*chains.T, loss], num_keys=chains.shape[1] + 1)
-    chains = jnp.stack(columns, axis=1)
-    is_repeat = jnp.append(False, jnp.all(chains[1:] == chains[:-1], axis=1))
-    loss = jnp.where(is_repeat, jnp.inf, loss)
-    best = jnp.argsort(loss)[: pool.loss.shape[0]]
-    return _Pool(chains[best], loss[best])
+def empty_pool(size: int, problem: Problem) -> Pool:
+    """Places for so many chains."""
+    return Pool(jnp.full((size, problem.max_layers + 1), PADDING, jnp.int32), jnp.full(size, jnp.inf, jnp.float32))
+
+
+def merge(pool: Pool, chains: Int[Array, "P L"], loss: Float[Array, "P"]) -> Pool:
+    """The best different chains of both; one whose loss is not finite is never among them."""
+    rows = jnp.concatenate([pool.chains, chains.astype(jnp.int32)])
+    losses = jnp.concatenate([pool.loss, loss.astype(pool.loss.dtype)])
+    losses = jnp.where(jnp.isfinite(losses), losses, jnp.inf)
+    *columns, losses = jax.lax.sort([*rows.T, losses], num_keys=rows.shape[1] + 1)
+    rows = jnp.stack(columns, axis=1)
+    is_repeat = jnp.append(False, jnp.all(rows[1:] == rows[:-1], axis=1))
+    losses = jnp.where(is_repeat, jnp.inf, losses)
+    best = jnp.argsort(losses)[: pool.loss.shape[0]]
+    is_there = jnp.isfinite(losses[best])
+    return Pool(jnp.where(is_there[:, None], rows[best], PADDING), losses[best])
 
 
 def _make_result(tallies: _Tally, steps: _Steps, i: int, budget: int) -> Result:
