@@ -1,5 +1,6 @@
 """Banks: frozen layers and heads as stacked params, so that a chain is an index array."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from operator import itemgetter
@@ -206,6 +207,10 @@ class Bank:
             ),
             num_steps=self.num_steps,
         )
+
+    def without_names(self) -> "Bank":
+        """The same bank without what only people read of it, so that banks alike share compiled programs."""
+        return dataclasses.replace(self, names=(), origins=(), parents=(), num_steps=0)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the bank to one file (safetensors with a JSON header), replacing what is there in one rename.

@@ -57,9 +57,9 @@ class Solved(NamedTuple):
         """What a search may see: the `search` split."""
         return self.problem_on("search")
 
-    def lookup(self, *, keep_weights: bool = True) -> Problem:
+    def lookup(self) -> Problem:
         """The same as `problem`, with losses and features that are looked up (`jchain.lookup.make_problem`)."""
-        return lookup.make_problem(self.bank, self.loss["search"], MAX_LAYERS, self.features, keep_weights=keep_weights)
+        return lookup.make_problem(self.bank, self.loss["search"], MAX_LAYERS, self.features)
 
     def problem_on(self, split: str) -> Problem:
         """The same bank on another split."""

@@ -73,9 +73,7 @@ def _sketch_group(group: LayerGroup, size: int) -> Float[Array, "n D"]:
     num_members = len(group.tokens)
     sketch, square, count = jnp.zeros((num_members, size)), jnp.zeros(num_members), 0
     key = jax.random.key(_HASH_SEED)
-    # Integers tell the layers of `jchain.lookup` apart, and are no weights.
-    leaves = [leaf for leaf in jax.tree.leaves(group.params) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    for i, leaf in enumerate(leaves):
+    for i, leaf in enumerate(jax.tree.leaves(group.params)):
         weights = jnp.nan_to_num(leaf.reshape(num_members, -1).astype(jnp.float32), posinf=0, neginf=0)
         place_key, sign_key = jax.random.split(jax.random.fold_in(key, i))
         place = jax.random.randint(place_key, weights.shape[1:], 0, size)
@@ -109,8 +107,11 @@ class TokenEncoding(nn.Module):
         return jnp.zeros(self.features)
 
     def advance(self, carry: PyTree, token: Int[Array, ""], entries: Float[Array, "E D"]) -> PyTree:
-        code = jax.random.normal(jax.random.fold_in(jax.random.key(_HASH_SEED), token), (self.code_size,))
-        return self.cell(carry, code)[0]
+        # A constant of the compiled program: drawn anew for each token, the codes cost more than the cell.
+        with jax.ensure_compile_time_eval():
+            keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(_HASH_SEED)))(jnp.arange(entries.shape[0]))
+            codes = jax.vmap(lambda key: jax.random.normal(key, (self.code_size,)))(keys)
+        return self.cell(carry, codes[token])[0]
 
     def read(self, carry: PyTree) -> Float[Array, "H"]:
         return carry

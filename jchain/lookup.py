@@ -5,8 +5,6 @@ results, in a small part of the time: the manner in which tabular benchmarks are
 arXiv:1902.09635). An activation is the number of its prefix, a layer goes from it to the number of the child.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -15,10 +13,11 @@ from jchain import chain as chain_lib
 from jchain._typing import Array, Float, Int, Shaped
 from jchain.bank import Bank, LayerGroup
 from jchain.data import Batch
+from jchain.encoding import entry_features as sketch_entries
 from jchain.features import NUM_FEATURES, Observation
 from jchain.problem import Problem
 
-_TOKEN = "token"
+_TOKEN, _ENTRY = "token", "entry"
 _MAX_PREFIXES = 2**24  # float32, as which heads give the numbers, is exact below
 
 
@@ -67,23 +66,35 @@ def observe(problem: Problem, hidden: Shaped[Array, "B ..."], parent: Shaped[Arr
     return Observation(jnp.where(jnp.isfinite(features), features, 0.0), row[:num_heads])
 
 
+def entry_features(bank: Bank) -> Float[Array, "E D"]:
+    """`jchain.encoding.entry_features` of the bank that this one stands for: for `ActorCritic(entry_features=...)`.
+
+    Raises:
+      ValueError: the bank is not that of a problem from `make_problem`.
+    """
+    groups = (*bank.layers, *bank.heads)
+    if any(not isinstance(group.module, Child | Stop) for group in groups):
+        raise ValueError("expected the bank of a problem that jchain.lookup.make_problem made")
+    rows = jnp.concatenate([group.params[_ENTRY] for group in groups])
+    return jnp.zeros_like(rows).at[jnp.array([token for group in groups for token in group.tokens])].set(rows)
+
+
 def make_problem(
     bank: Bank,
     loss: Float[np.ndarray, "C"],
     max_layers: int,
     features: Float[np.ndarray, "V F"] | None = None,
-    *,
-    keep_weights: bool = True,
 ) -> Problem:
     """The problem of a bank whose chains have these losses.
+
+    In place of the weights it holds a sketch of them, for `entry_features`: banks of as many layers and heads share compiled
+    programs, whatever their layers are.
 
     Args:
       bank: the layers and heads.
       loss: of every chain, price included, in the order of `jchain.chain.enumerate_all`; `+inf` where it is not finite.
       max_layers: most layers of a chain.
       features: of the first prefixes in that order, for `observe`; None where no search reads them.
-      keep_weights: keep the weights of the bank in it, which are not applied, for encodings that read them; without them,
-        banks of layers of other shapes share compiled programs.
 
     Raises:
       ValueError: there are not as many losses as chains, more than 16,777,216 prefixes, or features of another size.
@@ -102,17 +113,16 @@ def make_problem(
         rows = np.zeros((len(table), NUM_FEATURES), np.float32)
         rows[: len(features)] = features
         table = np.concatenate([table, rows], axis=1)
-    layers = tuple(_replace(group, Child(bank.num_layers), 0, keep_weights) for group in bank.layers)
-    heads = tuple(_replace(group, Stop(), bank.num_layers, keep_weights) for group in bank.heads)
+    entries = sketch_entries(bank.without_names())
+    layers = tuple(_replace(group, Child(bank.num_layers), 0, entries) for group in bank.layers)
+    heads = tuple(_replace(group, Stop(), bank.num_layers, entries) for group in bank.heads)
     numbers = Bank(
         layers, heads, names=bank.names, origins=bank.origins, parents=bank.parents, num_steps=bank.num_steps
     )
     return Problem(numbers, Batch(jnp.zeros((1, 1), jnp.int32), jnp.asarray(table)[None]), max_layers, loss_fn=get_loss)
 
 
-def _replace(group: LayerGroup, module: nn.Module, offset: int, keep_weights: bool) -> LayerGroup:
+def _replace(group: LayerGroup, module: nn.Module, offset: int, entries: Float[Array, "E D"]) -> LayerGroup:
     """The group with another module, which reads the place of its token among layers or heads."""
-    params: Any = {_TOKEN: jnp.asarray(group.tokens, jnp.int32) - offset}
-    if keep_weights:
-        params["weights"] = group.params
-    return LayerGroup(params, module, group.tokens)
+    tokens = jnp.asarray(group.tokens, jnp.int32)
+    return LayerGroup({_TOKEN: tokens - offset, _ENTRY: entries[tokens]}, module, group.tokens)

@@ -119,11 +119,10 @@ class Problem:
         return jax.tree.map(lambda leaf: _replicate(leaf, everywhere) if is_concrete(leaf) else leaf, tree)
 
     def without_names(self) -> "Problem":
-        """The same problem without what only people read of its bank, so that problems alike share compiled programs."""
+        """The same problem, of `Bank.without_names`."""
         problem = copy.copy(self)
         # Not `dataclasses.replace`, which would check everything again.
-        bank = dataclasses.replace(self.bank, names=(), origins=(), parents=(), num_steps=0)
-        object.__setattr__(problem, "bank", bank)
+        object.__setattr__(problem, "bank", self.bank.without_names())
         return problem
 
     def price(self, chains: Int[Array, "*P L"]) -> Float[Array, "*P"]:

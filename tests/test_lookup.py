@@ -54,9 +54,17 @@ def test_a_search_takes_the_same_way(pair, search, looking_up):
     np.testing.assert_array_equal(found.best_chain, expected.best_chain)
 
 
-def test_encodings_still_see_the_weights(pair):
+def test_entries_are_those_of_the_weights(pair, two_group_bank):
     problem, looked_up = pair
-    np.testing.assert_array_equal(jc.encoding.entry_features(looked_up.bank), jc.encoding.entry_features(problem.bank))
+    grouped = jc.Problem(two_group_bank, problem.data, max_layers=1)
+    loss = np.asarray(jc.evaluate_all(grouped)[1].loss)
+    for bank, stands_in in (
+        (problem.bank, looked_up.bank),
+        (two_group_bank, lookup.make_problem(two_group_bank, loss, 1).bank),
+    ):
+        np.testing.assert_array_equal(lookup.entry_features(stands_in), jc.encoding.entry_features(bank))
+    with pytest.raises(ValueError, match=r"expected the bank of a problem that jchain.lookup.make_problem made"):
+        lookup.entry_features(problem.bank)
 
 
 def test_a_loss_that_is_not_finite_stays_so(problem):

@@ -6,6 +6,7 @@ chains from the policy, scores them together, so that shared prefixes are charge
 and on the best ones so far a few times.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ import optax
 from jchain import env
 from jchain import memo as memo_lib
 from jchain._typing import Array, Bool, Float, Int, Key, PyTree
+from jchain.bank import Bank
 from jchain.chain import PADDING, count_layers
 from jchain.encoding import Controller, TokenEncoding, entry_features
 from jchain.memo import Memo
@@ -47,6 +49,8 @@ class ActorCritic:
 
     Attributes:
       encoding: how a prefix is seen: `TokenEncoding()` (discrete) or `WeightEncoding()` (continuous).
+      entry_features: what is seen of the bank's entries, `[N + K, D]`: `jchain.encoding.entry_features`, or
+        `jchain.lookup.entry_features` where losses are looked up.
       num_chains: chains per step, P.
       num_epochs: updates on them.
       learning_rate: of Adam.
@@ -60,6 +64,7 @@ class ActorCritic:
     """
 
     encoding: Any = static(default=TokenEncoding())
+    entry_features: Callable[[Bank], Float[Array, "E D"]] = static(default=entry_features)
     num_chains: int = static(default=32)
     num_epochs: int = static(default=4)
     learning_rate: float = 3e-3
@@ -79,7 +84,7 @@ class ActorCritic:
             )
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
-        entries = entry_features(problem.bank)
+        entries = self.entry_features(problem.bank)
         params = Controller(self.encoding).init(key, entries)
         elite = empty_pool(self.num_elites, problem)
         return State(params, self._optimizer().init(params), entries, elite, memo_lib.init(problem))
