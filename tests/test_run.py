@@ -68,6 +68,15 @@ def test_the_budget_is_never_exceeded(problem):
     assert (result.layer_calls, result.best_loss, result.num_chains) == (10, 2, 2)
 
 
+def test_a_run_is_over_at_its_target(problem):
+    search = scripted([[(0, 3.0)], [(1, 2.0)], [(2, 1.0)]])
+    for target, expected in ((2.5, [5, 10]), (2.0, [5, 10]), (1.5, [5, 10, 15]), (0.5, [5, 10, 15, 20, 25])):
+        result = jc.run(jax.random.key(0), search, problem, budget=25, target_loss=target)
+        assert result.curve.layer_calls.tolist() == expected
+    with pytest.raises(ValueError, match="expected a target_loss that is a number, got nan"):
+        jc.run(jax.random.key(0), search, problem, budget=25, target_loss=float("nan"))
+
+
 def test_a_budget_below_one_step_is_refused(problem):
     with pytest.raises(ValueError, match="at least one step, which costs 5 layer calls here, got 4"):
         jc.run(jax.random.key(0), scripted([[(0, 3.0)]]), problem, budget=4)

@@ -1,5 +1,6 @@
 """What every search is, and the one loop that runs it."""
 
+import math
 import time
 from collections.abc import Callable
 from functools import cache, partial
@@ -91,6 +92,13 @@ class _Tally(NamedTuple):
     is_over: Bool[Array, ""]
 
 
+class _Goal(NamedTuple):
+    """When a run is over."""
+
+    budget: Any  # int32
+    target_loss: Any  # float32
+
+
 class _Run(NamedTuple):
     """One run between two steps."""
 
@@ -113,6 +121,7 @@ def run(
     problem: Problem,
     *,
     budget: int,
+    target_loss: float = -math.inf,
     num_finalists: int = 16,
     progress: bool = False,
     mesh: Mesh | None = None,
@@ -127,16 +136,24 @@ def run(
       search: the search and its hyperparameters.
       problem: what to minimise over.
       budget: layer calls.
+      target_loss: good enough: a run that has found a chain of at most this loss is over.
       num_finalists: how many different chains to keep for re-ranking.
       progress: show a live line with layer calls, best loss and time left.
       mesh: devices over which the chains of each step are spread (see `jchain.evaluate`). Where they belong to several
         processes, all must make this call with equal arguments, and all get the result.
 
     Raises:
-      ValueError: the search is not a registered pytree, or the budget is smaller than one step.
+      ValueError: the search is not a registered pytree, the target is nan, or the budget is smaller than one step.
     """
     return run_many(
-        key[None], search, problem, budget=budget, num_finalists=num_finalists, progress=progress, mesh=mesh
+        key[None],
+        search,
+        problem,
+        budget=budget,
+        target_loss=target_loss,
+        num_finalists=num_finalists,
+        progress=progress,
+        mesh=mesh,
     )[0]
 
 
@@ -146,6 +163,7 @@ def run_many(
     problem: Problem,
     *,
     budget: int,
+    target_loss: float = -math.inf,
     num_finalists: int = 16,
     progress: bool = False,
     mesh: Mesh | None = None,
@@ -165,6 +183,8 @@ def run_many(
         raise ValueError(f"expected a budget and num_finalists of at least 1, got {budget} and {num_finalists}")
     if budget > _MAX_BUDGET:
         raise ValueError(f"expected a budget of at most {_MAX_BUDGET:,} layer calls, got {budget:,}")
+    if math.isnan(target_loss):
+        raise ValueError("expected a target_loss that is a number, got nan")
     if jax.tree.leaves(search) == [search]:
         raise ValueError(f"expected a search registered as a pytree (jchain.pytree), got {type(search).__name__}")
     if keys.ndim != 1 or keys.shape[0] == 0:
@@ -172,12 +192,13 @@ def run_many(
     problem = (problem if mesh is None else problem.on(mesh)).without_names()
     backend = find_backend(problem)
     runs = _start(problem.put(keys), search, problem, num_finalists)
+    goal = _Goal(np.int32(budget), np.float32(target_loss))
     parts: list[_Steps] = []
     num_steps = 1
     with Progress(budget, is_shown=progress) as line:
         while not np.all(runs.tally.is_over):
             start = time.perf_counter()
-            runs, steps = _compile_advance(backend)(runs, search, problem, budget, num_steps)
+            runs, steps = _compile_advance(backend)(runs, search, problem, goal, num_steps)
             parts.append(jax.tree.map(lambda leaf, n=num_steps: np.asarray(leaf)[:n], steps))
             line.update(int(np.min(runs.tally.layer_calls)), float(np.min(runs.tally.pool.loss)))
             # Few enough steps at a time that the line lives, many enough that the host costs nothing. Processes that share
@@ -208,7 +229,7 @@ def _compile_advance(backend: str) -> Any:
 
 
 def _advance(
-    runs: _Run, search: Search, problem: Problem, budget: Int[Array, ""], num_steps: Int[Array, ""]
+    runs: _Run, search: Search, problem: Problem, goal: _Goal, num_steps: Int[Array, ""]
 ) -> tuple[_Run, _Steps]:
     """Up to `num_steps` steps of each run, until all are over."""
 
@@ -218,7 +239,7 @@ def _advance(
 
     def step(carry: tuple[Array, _Run, _Steps]) -> tuple[Array, _Run, _Steps]:
         t, runs, steps = carry
-        runs, row = _map_runs(lambda run: _step(run, search, problem, budget), runs)
+        runs, row = _map_runs(lambda run: _step(run, search, problem, goal), runs)
         return t + 1, runs, jax.tree.map(lambda leaf, new: leaf.at[t].set(new), steps, row)
 
     shape = (_MAX_PART, runs.key.shape[0])
@@ -234,22 +255,23 @@ def _map_runs(fn: Callable[[Any], Any], runs: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[None], fn(jax.tree.map(lambda leaf: leaf[0], runs)))
 
 
-def _step(run: _Run, search: Search, problem: Problem, budget: Int[Array, ""]) -> tuple[_Run, _Steps]:
+def _step(run: _Run, search: Search, problem: Problem, goal: _Goal) -> tuple[_Run, _Steps]:
     key, step_key = jax.random.split(run.key)
     state, info = search.step(step_key, run.state, problem)
     old = run.tally
     cost = info.layer_calls.astype(jnp.int32)
     num_free = jnp.where(cost == 0, old.num_free + 1, 0)
-    is_counted = ~old.is_over & (old.layer_calls + cost <= budget)
+    is_counted = ~old.is_over & (old.layer_calls + cost <= goal.budget)
+    pool = merge(old.pool, info.chains, info.loss)
     is_there = info.chains[:, 0] != PADDING
     new = _Tally(
-        merge(old.pool, info.chains, info.loss),
+        pool,
         old.layer_calls + cost,
         old.num_chains + is_there.sum(),
         old.num_nonfinite + jnp.sum(is_there & ~jnp.isfinite(info.loss)),
         num_free,
         cost,
-        (old.layer_calls + cost >= budget) | (num_free >= _MAX_FREE_STEPS),
+        (old.layer_calls + cost >= goal.budget) | (num_free >= _MAX_FREE_STEPS) | (pool.loss[0] <= goal.target_loss),
     )
     tally = jax.tree.map(partial(jnp.where, is_counted), new, old._replace(cost=cost, is_over=jnp.array(True)))
     return _Run(key, state, tally), _Steps(tally.layer_calls, tally.pool.loss[0], is_counted)
