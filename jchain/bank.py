@@ -34,7 +34,9 @@ class LayerGroup:
 
     def apply(self, index: Int[Array, ""] | int, x: Array) -> Array:
         """Member `index` (its place in the group, not its token) applied to a batch `[B, ...F]`."""
-        return self.module.apply({"params": jax.tree.map(lambda leaf: leaf[index], self.params)}, x)  # pyright: ignore[reportReturnType]
+        # A traced index into an axis of one: XLA on CPU (jax 0.10.2) gets the mean of squares of a vmapped product wrong.
+        place = 0 if len(self.tokens) == 1 else index
+        return self.module.apply({"params": jax.tree.map(lambda leaf: leaf[place], self.params)}, x)  # pyright: ignore[reportReturnType]
 
 
 @pytree_dataclass

@@ -42,7 +42,6 @@ class Encoding(Protocol):
         ...
 
 
-@partial(jax.jit, static_argnames="size")
 def entry_features(bank: Bank, size: int = 64) -> Float[Array, "E D"]:
     """Features of each entry of a bank, computed from its weights: `[N + K, size + 2]`.
 
@@ -54,6 +53,11 @@ def entry_features(bank: Bank, size: int = 64) -> Float[Array, "E D"]:
       bank: the entries.
       size: length of the sketch.
     """
+    return _sketch_entries(bank.without_names(), size)
+
+
+@partial(jax.jit, static_argnames="size")
+def _sketch_entries(bank: Bank, size: int) -> Float[Array, "E D"]:
     parts = []
     for is_head, groups in enumerate((bank.layers, bank.heads)):
         offset = bank.num_layers if is_head else 0

@@ -1,3 +1,5 @@
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,11 @@ def agent(request, problem):
     state = search.init(jax.random.key(0), problem)
     # Larger weights than at the start, so that the policy is far from uniform.
     return search, state._replace(params=jax.tree.map(lambda leaf: 3 * leaf, state.params))
+
+
+def test_it_can_be_sent_to_another_process():
+    search = jc.ActorCritic(encoding=jc.WeightEncoding(8))
+    assert jax.tree.structure(pickle.loads(pickle.dumps(search))) == jax.tree.structure(search)
 
 
 def test_rank_rewards_by_hand():

@@ -31,7 +31,7 @@ def test_what_is_learnt_is_the_best_loss_behind_each_prefix(small, lesson):
 
 
 def test_a_critic_learns_and_steers_the_search(small, lesson):
-    critic = jc.pretrain_controller(jax.random.key(0), [lesson], num_steps=300, width=8)
+    critic = jc.pretrain_controller(jax.random.key(0), [lesson], num_steps=1000, width=8)
     error = np.abs(lesson.stop - critic.gain(jnp.asarray(lesson.inputs)) - lesson.best)
     assert error.mean() < 0.5 * np.abs(lesson.stop - lesson.best).mean()
     search = jc.CriticSearch(critic, width=8, ridge=jnp.inf, epsilon=0.0)
