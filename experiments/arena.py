@@ -1,170 +1,224 @@
-"""The arena: every search on ChainBench at equal cost.
+"""The arena: every search at equal cost, on ChainBench and on large problems.
 
     python experiments/chainbench.py && python experiments/arena.py
 
 Each search spends the same number of layer calls on each of the 36 problems, 20 times with other keys. What repeats costs is
-one rule for all (`jchain.memo`). The losses are looked up in ChainBench's tables (`jchain.lookup`), which changes no charge;
-the time per layer call is that of one run with the layers themselves. Sizes and rates were chosen on problems of even number
-(`--tune` is to compare them there, and was not run yet); the results are those of odd number.
+one rule for all (`jchain.memo`). The losses are looked up in ChainBench's tables (`jchain.lookup`), which changes no charge,
+and a run ends when it has found the best chain of all; the time per layer call is that of one run with the layers themselves.
+Sizes and rates were chosen on problems of even number (`--tune` compares them there); the results are those of odd number.
 
-Committed: `--reported --seeds 10` with all searches but the two actor-critics of whole chains, 5 minutes on 2 CPU cores. With
-them, 20 seeds and all 36 problems it was not run to its end yet. `--quick`: four problems of the wine data, 5 seeds, 2,000
-layer calls, 4 minutes, with what was not built made first. Writes arena.json, arena.md and arena.png to experiments/results.
+TIMES
+`--quick`: four problems of the wine data, 5 seeds, 2,000 layer calls, with what was not built made first. `--large`: 12 banks
+of 48 layers with chains of up to 12, with the layers themselves; no best chain is known, so regret is from the lowest loss
+that any run found. Each search's runs are kept, so an interrupted arena goes on. Writes arena.json, arena.md and arena.png
+(arena_large, arena_tune) to experiments/results.
 """
 
 import argparse
 import dataclasses
+import hashlib
 import multiprocessing
 import os
-import platform
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
+from records import CHAINBENCH, describe_machine, keep
 
 import jchain as jc
 from jchain.files import write_atomically, write_json
 
-FOLDER = Path.home() / ".cache" / "jchain" / "chainbench"
+RESULTS = Path(__file__).parent / "results"
 # Slowest first, so that no core waits for one at the end.
 SEARCHES: dict[str, Any] = {
     "actor-critic, tokens": jc.ActorCritic(encoding=jc.TokenEncoding()),
     "actor-critic, weights": jc.ActorCritic(encoding=jc.WeightEncoding()),
-    "evolution": jc.Evolution(population_size=128, tournament_size=32),
     "q-learning": jc.QLearning(learning_rate=0.3),
-    "critic search": jc.CriticSearch(observe=jc.lookup.observe),
-    "local search": jc.LocalSearch(),
+    "evolution": jc.Evolution(population_size=128, tournament_size=32),
+    "critic search": jc.CriticSearch(),
     "mcts": jc.MCTS(num_simulations=16),
-    "beam search": jc.BeamSearch(width=4, max_width=256),
+    "local search": jc.LocalSearch(),
     "random search": jc.RandomSearch(),
-}
-# What was tried beside these on the problems of even number.
-VARIANTS: dict[str, list[Any]] = {
-    "actor-critic, tokens": [
-        jc.ActorCritic(num_chains=64, num_epochs=2),
-        jc.ActorCritic(entropy_weight=0.2),
-        jc.ActorCritic(entropy_weight=1.0),
-        jc.ActorCritic(learning_rate=1e-2),
-        jc.ActorCritic(imitation_weight=0.2),
-        jc.ActorCritic(imitation_weight=0.0),
-        jc.ActorCritic(restart_rate=0.5),
-        jc.ActorCritic(restart_rate=0.0),
-        jc.ActorCritic(restart_rate=0.0, imitation_weight=0.0),
-    ],
-    "evolution": [jc.Evolution(), jc.Evolution(16, 4), jc.Evolution(256, 64), jc.Evolution(64, 8)],
-    "q-learning": [jc.QLearning(), jc.QLearning(decay=0.9), jc.QLearning(learning_rate=0.3, decay=0.9)],
-    "critic search": [
-        jc.CriticSearch(observe=jc.lookup.observe, ridge=0.5),
-        jc.CriticSearch(observe=jc.lookup.observe, ridge=8.0),
-        jc.CriticSearch(observe=jc.lookup.observe, epsilon=0.0),
-        jc.CriticSearch(observe=jc.lookup.observe, epsilon=0.3),
-    ],
-    "local search": [jc.LocalSearch(1), jc.LocalSearch(4), jc.LocalSearch(32)],
-    "mcts": [jc.MCTS(8), jc.MCTS(32), jc.MCTS(64), jc.MCTS(16, gumbel_scale=0.3), jc.MCTS(16, gumbel_scale=3.0)],
-    "beam search": [jc.BeamSearch(1, 256)],
+    "beam search": jc.BeamSearch(width=4, max_width=256),
 }
 DETERMINISTIC = "beam search"
 BUDGETS = (300, 1000, 4000, 16000)
 CLOCK = ("digits-independent-1", 2000)  # the problem and layer calls of the run that is timed
+LARGE = tuple(f"{data}-{kind}-1" for data in jc.chainbench.DATA for kind in jc.chainbench.KINDS)
+LARGE_SIZES = {"num_layers": 48, "depth": 12}
+
+
+def see_losses_only(problem: jc.Problem, children: Any, parent: Any) -> Any:
+    """What a critic sees that learns from tokens alone."""
+    seen = jc.lookup.observe(problem, children, parent)
+    return seen._replace(features=jnp.zeros_like(seen.features))
+
+
+# What was tried beside these on the problems of even number: other sizes and rates, and what is left without a part.
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "actor-critic, tokens": [
+        {"entropy_weight": 0.2},
+        {"entropy_weight": 1.0},
+        {"learning_rate": 1e-2},
+        {"imitation_weight": 0.0},
+        {"restart_rate": 0.0},
+        {"restart_rate": 0.0, "imitation_weight": 0.0},
+    ],
+    "q-learning": [{"learning_rate": 0.1}, {"decay": 0.9}],
+    "evolution": [
+        {"population_size": 16, "tournament_size": 4},
+        {"population_size": 64, "tournament_size": 16},
+        {"population_size": 256, "tournament_size": 64},
+    ],
+    "critic search": [
+        {"ridge": 0.5},
+        {"ridge": 8.0},
+        {"ridge": jnp.inf},
+        {"epsilon": 0.0},
+        {"epsilon": 0.3},
+        {"observe": see_losses_only},
+    ],
+    "local search": [{"num_chains": 1}, {"num_chains": 4}, {"num_chains": 32}],
+    "mcts": [{"num_simulations": 8}, {"num_simulations": 32}, {"gumbel_scale": 0.3}, {"gumbel_scale": 3.0}],
+    "beam search": [{"width": 1}],
+}
+
+
+class Grounds(NamedTuple):
+    """Where searches meet."""
+
+    folder: Path
+    names: tuple[str, ...]
+    grid: np.ndarray  # layer calls at which the best loss is kept, [G]
+    seeds: int
+    is_large: bool = False
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="of ChainBench (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=20, help="runs of each search on each problem")
+    parser.add_argument("--folder", type=Path, default=CHAINBENCH, help="of ChainBench (default: %(default)s)")
     parser.add_argument("--search", action="append", choices=SEARCHES, help="only these; repeat for more")
-    parser.add_argument("--budget", type=int, action="append", help="layer calls to report; repeat for more")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
-    parser.add_argument("--reported", action="store_true", help="only the problems of odd number")
-    parser.add_argument("--tune", action="store_true", help="other sizes and rates, on the problems of even number")
-    parser.add_argument("--quick", action="store_true", help="four problems, 5 seeds, 2,000 layer calls")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--tune", action="store_true", help="other sizes and rates, on the problems of even number")
+    mode.add_argument("--quick", action="store_true", help="four problems, 5 seeds, 2,000 layer calls")
+    mode.add_argument("--large", action="store_true", help="12 problems of 48 layers and chains of up to 12, 10 seeds")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    start = time.perf_counter()
-    names, budgets, seeds = list(jc.chainbench.NAMES), tuple(sorted(args.budget or BUDGETS)), args.seeds
-    reported = names[1::2]
-    names = reported if args.reported else names
-    if args.quick:
-        names = reported = [name for name in names if name.startswith("wine") and name.endswith("0")]
-        budgets, seeds = (300, 2000), 5
-        jc.chainbench.build(args.folder, names)
     searches = {name: search for name, search in SEARCHES.items() if name in (args.search or SEARCHES)}
+    args.out.mkdir(parents=True, exist_ok=True)
     if args.tune:
         tune(searches, args)
-        return
-    grid = make_grid(budgets)
-    runs = run_all(searches, args.folder, names, grid, seeds, args.workers)
-    clock = names[0] if args.quick else CLOCK[0]
-    times = {name: measure_time(search, jc.chainbench.load(args.folder, clock)) for name, search in searches.items()}
-    rows = [i for i, name in enumerate(names) if name in reported]
-    others = [i for i, name in enumerate(names) if name not in reported]
+    elif args.quick:
+        names = tuple(name for name in jc.chainbench.NAMES if name.startswith("wine") and name.endswith("0"))
+        jc.chainbench.build(args.folder, names)
+        compete("arena_quick", searches, Grounds(args.folder, names, make_grid((300, 2000)), 5), (300, 2000), args)
+    elif args.large:
+        critic = jc.Critic.load(RESULTS / "critic.safetensors")
+        searches["critic search, pretrained"] = jc.CriticSearch(critic)
+        searches["critic search, pretrained, zero-shot"] = jc.CriticSearch(critic, ridge=jnp.inf, epsilon=0.0)
+        for name in LARGE:
+            load_large(args.folder, name)
+        budgets = BUDGETS[1:]
+        compete("arena_large", searches, Grounds(args.folder, LARGE, make_grid(budgets), 10, True), budgets, args)
+    else:
+        grounds = Grounds(args.folder, jc.chainbench.NAMES, make_grid(BUDGETS), 20)
+        compete("arena", searches, grounds, BUDGETS, args, reported=slice(1, None, 2))
+
+
+def compete(
+    title: str,
+    searches: dict[str, Any],
+    grounds: Grounds,
+    budgets: tuple[int, ...],
+    args: argparse.Namespace,
+    reported: slice = slice(None),
+) -> None:
+    """Run them, and write table, figure and JSON."""
+    start = time.perf_counter()
+    losses = run_all({name: {name: search} for name, search in searches.items()}, grounds, args.workers)
+    seconds = round(time.perf_counter() - start)
+    runs = find_regret(losses, grounds)
+    clock = grounds.names[0] if args.quick else CLOCK[0]
+    rows = list(range(len(grounds.names)))[reported]
+    others = [i for i in range(len(grounds.names)) if i not in rows]
     result = {
-        "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
-        "versions": {"python": platform.python_version(), "jax": jax.__version__, "jchain": jc.__version__},
+        **describe_machine(),
         "config": {
-            "reported": reported,
-            "seeds": seeds,
+            "reported": [grounds.names[i] for i in rows],
+            "seeds": grounds.seeds,
             "budgets": budgets,
-            "searches": {name: repr(search) for name, search in searches.items()},
+            "searches": {name: describe_search(search) for name, search in searches.items()},
             "clock": clock,
         },
-        "seconds": round(time.perf_counter() - start),
-        "summary": summarize(runs, rows, grid, budgets),
-        "summary_of_the_other_half": summarize(runs, others, grid, budgets) if others else {},
-        "us_per_layer_call": times,
-        "improvement": compare_pairs(runs, rows, grid, budgets),
+        "seconds": seconds,
+        "summary": summarize(runs, rows, grounds.grid, budgets),
+        "summary_of_the_other_half": summarize(runs, others, grounds.grid, budgets) if others else {},
+        "us_per_layer_call": {
+            name: measure_time(search, load_layers(grounds, clock)) for name, search in searches.items()
+        },
+        "improvement": compare_pairs(runs, rows, grounds.grid, budgets),
         "regret": {
-            name: {p: at(curves, grid, budgets)[i].T.round(7).tolist() for i, p in enumerate(names)}
+            name: {p: at(curves, grounds.grid, budgets)[i].T.round(7).tolist() for i, p in enumerate(grounds.names)}
             for name, curves in runs.items()
         },
     }
     table = format_table(result)
     print(table)
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = "arena_quick" if args.quick else "arena"
-    write_json(args.out / f"{stem}.json", result)
-    write_atomically(args.out / f"{stem}.md", lambda path: Path(path).write_text(table + "\n"))
+    write_json(args.out / f"{title}.json", result)
+    write_atomically(args.out / f"{title}.md", lambda path: Path(path).write_text(table + "\n"))
     of_reported = {name: curves[rows] for name, curves in runs.items()}
-    write_atomically(args.out / f"{stem}.png", lambda path: draw(path, of_reported, grid))
+    write_atomically(args.out / f"{title}.png", lambda path: draw(path, of_reported, grounds.grid))
 
 
 def tune(searches: dict[str, Any], args: argparse.Namespace) -> None:
     """Compares each search with its variants where nothing is reported."""
-    names, budgets = list(jc.chainbench.NAMES[::2]), (1000, 4000)
-    variants = {
-        f"{name} {i}": search
-        for name, first in searches.items()
-        for i, search in enumerate([first, *VARIANTS.get(name, [])])
+    budgets = (1000, 4000)
+    grounds = Grounds(args.folder, jc.chainbench.NAMES[::2], np.array(budgets), 10)
+    tasks = {
+        name: {
+            name: search,
+            **{vary(name, change): dataclasses.replace(search, **change) for change in VARIANTS.get(name, [])},
+        }
+        for name, search in searches.items()
     }
-    grid = np.array(budgets)
-    runs = run_all(variants, args.folder, names, grid, 10, args.workers)
-    summary = summarize(runs, list(range(len(names))), grid, budgets)
-    rows = [{"search": repr(variants[name]), **summary[name]} for name in variants]
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "arena_tune.json", {"problems": names, "seeds": 10, "variants": rows})
+    runs = find_regret(run_all(tasks, grounds, args.workers), grounds)
+    summary = summarize(runs, list(range(len(grounds.names))), grounds.grid, budgets)
+    result = {**describe_machine(), "config": {"problems": grounds.names, "seeds": grounds.seeds}, "summary": summary}
+    write_json(args.out / "arena_tune.json", result)
 
 
 def make_grid(budgets: tuple[int, ...]) -> np.ndarray:
     return np.unique(np.concatenate([np.geomspace(20, max(budgets), 60), budgets]).astype(int))
 
 
-def run_all(
-    searches: dict[str, Any], folder: Path, names: list[str], grid: np.ndarray, seeds: int, workers: int
-) -> dict[str, np.ndarray]:
-    """For each search its regret on each problem in each run after each number of layer calls, `[M, S, G]`."""
+def vary(name: str, change: dict[str, Any]) -> str:
+    return ", ".join([name, *(f"{field} {describe_value(value)}" for field, value in change.items())])
+
+
+def describe_search(search: Any) -> str:
+    fields = [f"{f.name}={describe_value(getattr(search, f.name))}" for f in dataclasses.fields(search)]
+    return f"{type(search).__name__}({', '.join(fields)})"
+
+
+def describe_value(value: Any) -> str:
+    if isinstance(value, jc.Critic):
+        return "Critic()"
+    return getattr(value, "__name__", None) or " ".join(repr(value).split())
+
+
+def run_all(tasks: dict[str, dict[str, Any]], grounds: Grounds, workers: int) -> dict[str, np.ndarray]:
+    """For each search of each task its best loss on each problem in each run on the grid, `[M, S, G]`."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=pin, initargs=(context.Value("i", 0),)) as pool:
-        tasks = {
-            name: pool.submit(
-                run_problems, name, search, folder, names, grid, 1 if name.startswith(DETERMINISTIC) else seeds
-            )
-            for name, search in searches.items()
-        }
-        return {name: task.result() for name, task in tasks.items()}
+        futures = [pool.submit(run_searches, searches, grounds) for searches in tasks.values()]
+        return {name: losses for future in futures for name, losses in future.result().items()}
 
 
 def pin(counter: Any) -> None:
@@ -176,39 +230,94 @@ def pin(counter: Any) -> None:
         os.sched_setaffinity(0, {cores[place % len(cores)]})
 
 
-def run_problems(title: str, search: Any, folder: Path, names: list[str], grid: np.ndarray, seeds: int) -> np.ndarray:
-    """One search on all problems."""
-    keys = jax.random.split(jax.random.key(0), seeds)
-    start, curves = time.perf_counter(), []
-    for name in names:
-        solved = jc.chainbench.load(folder, name)
-        problem = solved.lookup(keep_weights=isinstance(search, jc.ActorCritic))
-        results = jc.run_many(keys, search, problem, budget=int(grid[-1]))
-        curves.append([regret_at(result, solved, grid) for result in results])
-    regret = np.array(curves)
-    print(
-        f"{title:40} IQM {jc.stats.iqm(regret[..., -1]).value:.4f}, {np.mean(regret[..., -1] == 0):.0%} solved, "
-        f"{time.perf_counter() - start:.0f} s",
-        flush=True,
-    )
+def run_searches(searches: dict[str, Any], grounds: Grounds) -> dict[str, np.ndarray]:
+    """Each search on all problems; those that differ in rates share compiled programs."""
+    inputs = (grounds.names, grounds.grid.tolist(), grounds.seeds, digest_problems(grounds))
+    losses = {}
+    for name, search in searches.items():
+        start = time.perf_counter()
+        weights = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(search)]
+        make = partial(run_problems, search, grounds, 1 if name.startswith(DETERMINISTIC) else grounds.seeds)
+        losses[name] = keep(__file__, name.replace(" ", "-"), (*inputs, describe_search(search), weights), make)["loss"]
+        print(f"{name:40} {time.perf_counter() - start:.0f} s", flush=True)
     # Programs map memory, of which a process may have only so many pieces.
     jax.clear_caches()
-    return regret
+    return losses
 
 
-def regret_at(result: jc.Result, solved: jc.chainbench.Solved, grid: np.ndarray) -> np.ndarray:
-    """Regret after each number of layer calls; that of a random chain before the first step ends."""
-    loss = result.curve.at(grid)
-    return np.where(np.isfinite(loss), solved.regret(loss), 1.0)
+def digest_problems(grounds: Grounds) -> str:
+    digest = hashlib.sha256()
+    for name in grounds.names:
+        path = large_path(grounds.folder, name) if grounds.is_large else grounds.folder / f"{name}.table.safetensors"
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
-def measure_time(search: Any, solved: jc.chainbench.Solved) -> float:
+def run_problems(search: Any, grounds: Grounds, seeds: int) -> dict[str, np.ndarray]:
+    keys = jax.random.split(jax.random.key(0), seeds)
+    losses = []
+    for name in grounds.names:
+        if grounds.is_large:
+            run = partial(jc.run_many, keys, search, load_large(grounds.folder, name))
+        else:
+            solved = jc.chainbench.load(grounds.folder, name)
+            best = float(solved.loss["search"].min())
+            run = partial(jc.run_many, keys, look_up(search), solved.lookup(), target_loss=best)
+        results = run(budget=int(grounds.grid[-1]))
+        losses.append([result.curve.at(grounds.grid) for result in results])
+    return {"loss": np.array(losses)}
+
+
+def look_up(search: Any) -> Any:
+    """The same search for problems whose losses are looked up."""
+    if isinstance(search, jc.CriticSearch) and search.observe is jc.CriticSearch().observe:
+        return dataclasses.replace(search, observe=jc.lookup.observe)
+    if isinstance(search, jc.ActorCritic):
+        return dataclasses.replace(search, entry_features=jc.lookup.entry_features)
+    return search
+
+
+def large_path(folder: Path, name: str) -> Path:
+    return folder / f"{name}-large.bank.safetensors"
+
+
+def load_large(folder: Path, name: str) -> jc.Problem:
+    """A problem that is larger than those of ChainBench, its bank made where it is not there yet."""
+    path = large_path(folder, name)
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        jc.chainbench.make_bank(name, **LARGE_SIZES)[0].save(path)
+    data, _, seed = name.split("-")
+    return jc.Problem(jc.Bank.load(path), jc.data.load(data, int(seed)).search, LARGE_SIZES["depth"])
+
+
+def load_layers(grounds: Grounds, name: str) -> jc.Problem:
+    if grounds.is_large:
+        return load_large(grounds.folder, name)
+    return jc.chainbench.load(grounds.folder, name).problem
+
+
+def find_regret(losses: dict[str, np.ndarray], grounds: Grounds) -> dict[str, np.ndarray]:
+    """Losses `[M, S, G]` as regret: 0 the best chain (of all, or that was found), 1 a random one, also before the first."""
+    best, middle = np.empty((2, len(grounds.names), 1, 1))
+    for i, name in enumerate(grounds.names):
+        if grounds.is_large:
+            problem = load_large(grounds.folder, name)
+            sizes = problem.bank.num_layers, problem.bank.num_heads, problem.max_layers
+            chains = jc.chain.sample(jax.random.key(0), 1000, *sizes)
+            best[i] = min(loss[i].min() for loss in losses.values())
+            middle[i] = np.median(jc.evaluate(problem, chains).loss)
+        else:
+            loss = jc.chainbench.load(grounds.folder, name).loss["search"]
+            best[i], middle[i] = loss.min(), np.median(loss)
+    return {name: np.where(np.isfinite(loss), (loss - best) / (middle - best), 1.0) for name, loss in losses.items()}
+
+
+def measure_time(search: Any, problem: jc.Problem) -> float:
     """Microseconds per layer call of one run with the layers themselves, compiled before."""
-    if isinstance(search, jc.CriticSearch):
-        search = dataclasses.replace(search, observe=jc.CriticSearch().observe)
-    jc.run(jax.random.key(0), search, solved.problem, budget=CLOCK[1])
+    jc.run(jax.random.key(0), search, problem, budget=CLOCK[1])
     start = time.perf_counter()
-    result = jc.run(jax.random.key(0), search, solved.problem, budget=CLOCK[1])
+    result = jc.run(jax.random.key(0), search, problem, budget=CLOCK[1])
     seconds = time.perf_counter() - start
     jax.clear_caches()
     return seconds / result.layer_calls * 1e6

@@ -15,7 +15,6 @@ Not run in full yet. `--quick`: wine alone, 8 banks, 2 minutes.
 import argparse
 import multiprocessing
 import os
-import platform
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -24,11 +23,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from records import CHAINBENCH, describe_machine, keep
 
 import jchain as jc
 from jchain.files import write_atomically, write_json
 
-FOLDER = Path.home() / ".cache" / "jchain" / "chainbench"
 KINDS = jc.chainbench.KINDS
 BUDGETS = (48, 96, 300, 1000, 4000)
 GRID = np.unique(np.concatenate([np.geomspace(24, 16000, 80), BUDGETS]).astype(int))
@@ -39,7 +38,7 @@ Case = tuple[str, str, int]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="of ChainBench (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, default=CHAINBENCH, help="of ChainBench (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=10, help="runs of each search that is random")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="wine alone, few banks and runs; nothing is written")
@@ -55,11 +54,9 @@ def main() -> None:
     lessons = study_all(cases, args.workers)
     print(f"{len(lessons)} banks studied in {time.perf_counter() - start:.0f} s", flush=True)
     critics = {unseen: train(lessons, unseen) for unseen in ("", *KINDS)}
-    solved = [jc.chainbench.load(args.folder, name) for name in names]
-    curves = {
-        name: np.array([measure(one, *make(one, critics, seeds)) for one in solved])
-        for name, make in CONTESTANTS.items()
-    }
+    with make_pool(args.workers) as pool:
+        tasks = {name: pool.submit(measure_all, name, critics, args.folder, names, seeds) for name in CONTESTANTS}
+        curves = {name: task.result() for name, task in tasks.items()}
     everything = list(range(len(names)))
     halves = {"all": everything} if args.quick else {"odd": everything[1::2], "all": everything}
     summary = {half: summarize(curves, rows) for half, rows in halves.items()}
@@ -68,8 +65,7 @@ def main() -> None:
     if args.quick:
         return
     result = {
-        "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
-        "versions": {"python": platform.python_version(), "jax": jax.__version__, "jchain": jc.__version__},
+        **describe_machine(),
         "config": {"problems": names, "banks": num_banks, "seeds": seeds, "budgets": BUDGETS},
         "seconds": round(time.perf_counter() - start),
         "summary": summary,
@@ -101,11 +97,9 @@ def kind_of(solved: jc.chainbench.Solved) -> str:
 CONTESTANTS: dict[str, Any] = {
     "zero-shot": lambda one, critics, seeds: (zero_shot(critics[""]), 1),
     "zero-shot, kind unseen": lambda one, critics, seeds: (zero_shot(critics[kind_of(one)]), 1),
-    "fine-tuned": lambda one, critics, seeds: (search_by(critics[""]), seeds),
-    "fine-tuned, kind unseen": lambda one, critics, seeds: (
-        search_by(critics[kind_of(one)]),
-        seeds,
-    ),
+    # Without exploring, which a critic that knows other banks does not need (compared on problems of even number).
+    "fine-tuned": lambda one, critics, seeds: (search_by(critics[""], epsilon=0.0), 1),
+    "fine-tuned, kind unseen": lambda one, critics, seeds: (search_by(critics[kind_of(one)], epsilon=0.0), 1),
     "from scratch": lambda one, critics, seeds: (search_by(None), seeds),
     "by head loss": lambda one, critics, seeds: (zero_shot(None), 1),
     "beam search": lambda one, critics, seeds: (jc.BeamSearch(width=4, max_width=256), 1),
@@ -113,15 +107,24 @@ CONTESTANTS: dict[str, Any] = {
 }
 
 
+def make_pool(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
 def study_all(cases: list[Case], workers: int) -> dict[Case, jc.pretrain.Lesson]:
     """What there is to learn from each bank."""
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with make_pool(workers) as pool:
         # Neighbours in the list share compiled programs.
-        return dict(zip(cases, pool.map(study, cases, chunksize=max(1, len(cases) // (4 * workers))), strict=True))
+        return dict(zip(cases, pool.map(study, cases, chunksize=max(1, len(cases) // (8 * workers))), strict=True))
 
 
 def study(case: Case) -> jc.pretrain.Lesson:
-    return jc.pretrain.study(make_problem(*case))
+    def make() -> dict[str, Any]:
+        lesson = jc.pretrain.study(make_problem(*case))
+        return {**lesson._asdict(), "sizes": np.array(lesson.sizes)}
+
+    arrays = keep(__file__, "-".join(map(str, case)), case, make)
+    return jc.pretrain.Lesson(arrays["inputs"], arrays["stop"], arrays["best"], tuple(map(int, arrays["sizes"])))
 
 
 def make_problem(data_name: str, kind: str, seed: int) -> jc.Problem:
@@ -161,13 +164,22 @@ def train(lessons: dict[Case, jc.pretrain.Lesson], unseen: str) -> jc.Critic:
     )
 
 
+def measure_all(name: str, critics: dict[str, jc.Critic], folder: Path, names: list[str], seeds: int) -> np.ndarray:
+    """Loss over best of a contestant on each problem in each run at each point of the grid, `[M, S, G]`."""
+    start, curves = time.perf_counter(), []
+    for problem_name in names:
+        solved = jc.chainbench.load(folder, problem_name)
+        curves.append(measure(solved, *CONTESTANTS[name](solved, critics, seeds)))
+    print(f"{name:24} {time.perf_counter() - start:.0f} s", flush=True)
+    return np.array(curves)
+
+
 def measure(solved: jc.chainbench.Solved, search: Any, seeds: int) -> np.ndarray:
     """Lowest loss over the lowest of all chains after each number of layer calls of the grid, `[S, G]`."""
-    keys = jax.random.split(jax.random.key(0), seeds)
-    loss = np.array(
-        [r.curve.at(GRID) for r in jc.run_many(keys, search, solved.lookup(keep_weights=False), budget=int(GRID[-1]))]
-    )
-    return np.where(np.isfinite(loss), loss, np.median(solved.loss["search"])) / solved.loss["search"].min()
+    keys, best = jax.random.split(jax.random.key(0), seeds), solved.loss["search"].min()
+    results = jc.run_many(keys, search, solved.lookup(), budget=int(GRID[-1]), target_loss=float(best))
+    loss = np.array([result.curve.at(GRID) for result in results])
+    return np.where(np.isfinite(loss), loss, np.median(solved.loss["search"])) / best
 
 
 def summarize(curves: dict[str, np.ndarray], rows: list[int]) -> dict[str, Any]:

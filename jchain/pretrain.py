@@ -145,7 +145,7 @@ def _visit_all(problem: Problem) -> list[Visit]:
             reached = log_loss(jax.vmap(lambda h, p: lowest(env.stop_losses(problem, h)) + p)(children, paid + price))
         else:
             below = children, observe(problem, children, hidden), paid + price
-            deeper = jax.lax.map(lambda child: visit_below(*child, observed.features, length + 1), below)
+            deeper = jax.lax.map(lambda c: visit_below(c[0], c[1], c[2], observed.features, length + 1), below)
             reached = deeper[0].best
         best = jnp.minimum(log_loss(stop), jnp.min(reached))
         return [Visit(observed.features, observed.features - seen, log_loss(stop), best), *deeper]
