@@ -7,8 +7,8 @@ one rule for all (`jchain.memo`). The losses are looked up in ChainBench's table
 and a run ends when it has found the best chain of all; the time per layer call is that of one run with the layers themselves.
 Sizes and rates were chosen on problems of even number (`--tune` compares them there); the results are those of odd number.
 
-TIMES
-`--quick`: four problems of the wine data, 5 seeds, 2,000 layer calls, with what was not built made first. `--large`: 12 banks
+Committed: an earlier `--reported --seeds 10` with all searches but the two actor-critics, 5 minutes on 2 CPU cores, before the
+critic looked ahead. With all of them and 20 seeds, `--tune` and `--large` were not run to their end yet. `--quick`: four problems of the wine data, 5 seeds, 2,000 layer calls, with what was not built made first. `--large`: 12 banks
 of 48 layers with chains of up to 12, with the layers themselves; no best chain is known, so regret is from the lowest loss
 that any run found. Each search's runs are kept, so an interrupted arena goes on. Writes arena.json, arena.md and arena.png
 (arena_large, arena_tune) to experiments/results.
