@@ -49,8 +49,6 @@ class ActorCritic:
 
     Attributes:
       encoding: how a prefix is seen: `TokenEncoding()` (discrete) or `WeightEncoding()` (continuous).
-      entry_features: what is seen of the bank's entries, `[N + K, D]`: `jchain.encoding.entry_features`, or
-        `jchain.lookup.entry_features` where losses are looked up.
       num_chains: chains per step, P.
       num_epochs: updates on them.
       learning_rate: of Adam.
@@ -61,10 +59,11 @@ class ActorCritic:
       imitation_weight: weight of the mean negative log-likelihood of the best chains.
       restart_rate: share of chains that go on from a prefix of one of the best chains.
       num_elites: best chains that are kept for both, Q.
+      entry_features: what is seen of the bank's entries, `[N + K, D]`: `jchain.encoding.entry_features`, or
+        `jchain.lookup.entry_features` where losses are looked up.
     """
 
     encoding: Any = static(default=TokenEncoding())
-    entry_features: Callable[[Bank], Float[Array, "E D"]] = static(default=entry_features)
     num_chains: int = static(default=32)
     num_epochs: int = static(default=4)
     learning_rate: float = 3e-3
@@ -75,6 +74,7 @@ class ActorCritic:
     imitation_weight: float = 0.5
     restart_rate: float = 0.2
     num_elites: int = static(default=16)
+    entry_features: Callable[[Bank], Float[Array, "E D"]] = static(default=entry_features)
 
     def __post_init__(self) -> None:
         if self.num_chains < 2 or min(self.num_epochs, self.num_elites) < 1:
