@@ -1,6 +1,6 @@
 """What a critic sees of a prefix: what its layers did to the data, in numbers that mean the same for every bank.
 
-They come from the activations of the prefix, of its siblings and of their heads, so they cost head calls, and no layer call.
+They come from the activations of the prefix and its best head, so they cost head calls, and no layer call.
 """
 
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from jchain._typing import Array, Float
 from jchain.engine import apply_all, apply_token
 from jchain.problem import Problem
 
-NUM_FEATURES = 13
+NUM_FEATURES = 12
 # Regressions are of so many columns, to which wider ones are sketched, and rows.
 _MAX_COLUMNS, _MAX_ROWS = 64, 128
 _RIDGE = 0.1
@@ -20,45 +20,31 @@ _NUM_CG_STEPS = 8
 # Seeds the sketch. Constant, so that features mean the same in every process and a trained critic can be kept.
 _SKETCH_SEED = 0
 _LOSS_UNIT = 1e-3
-# Numbers in the outputs of the examples on which layers are imagined: 128 examples of 64 classes.
-_MAX_OUTPUTS = 2**13
 
 
 class Observation(NamedTuple):
-    """Prefixes, looked at."""
+    """A prefix, looked at."""
 
-    features: Float[Array, "N F"]  # [N, NUM_FEATURES], finite
-    loss: Float[Array, "N K"]  # [N, K], of stopping here by each head, without the price of layers
+    features: Float[Array, "F"]  # [NUM_FEATURES], finite
+    loss: Float[Array, "K"]  # [K], of stopping here by each head, without the price of layers
 
 
-def observe(problem: Problem, children: Float[Array, "N B ..."], parent: Float[Array, "B ..."]) -> Observation:
-    """Features of the children of a prefix and the losses of their heads.
+def observe(problem: Problem, hidden: Float[Array, "B ..."], parent: Float[Array, "B ..."]) -> Observation:
+    """Features of a prefix and the losses of its heads.
 
     The features are, of the best head: log of the mean of examples' losses, of their quadratic mean and of the square of the
     mean of their roots, accuracy, log size of the loss's gradient by outputs and by activations. And of the activations: log
     share of the labels, and of the gradient by outputs, that ridge regression on them leaves unexplained; log scale; log
     participation ratio of their covariance; log share of their variance within classes; log relative change from the parent.
-    The last one looks ahead: log of the lowest loss when what one of the siblings changed in the outputs of their parent is
-    added to those of this prefix, as if its layer came next and did the same here. All but losses, accuracy and change are
-    taken over at most 128 examples.
+    All but losses, accuracy and change are taken over at most 128 examples.
 
     Args:
       problem: heads, labels and loss.
-      children: activations of the parent behind each layer, `[N, B, ...F]`; of the empty prefix, its own, `[1, B, ...F]`.
-      parent: activations of the prefix without its last layer, `[B, ...F]`.
+      hidden: activations of the prefix, `[B, ...F]`.
+      parent: those of the prefix without its last layer.
     """
-    outputs = jax.vmap(lambda child: apply_all(problem.bank.heads, child))(children)
-    loss, features = jax.vmap(lambda child, out: _look(problem, child, parent, out))(children, outputs)
-    ahead = _look_ahead(problem, outputs, parent)
-    features = jnp.concatenate([features, ahead.astype(jnp.float32)[:, None]], axis=1)
-    return Observation(jnp.clip(jnp.nan_to_num(features), -20.0, 20.0), loss)
-
-
-def _look(
-    problem: Problem, hidden: Float[Array, "B ..."], parent: Float[Array, "B ..."], outputs: Float[Array, "K B ..."]
-) -> tuple[Float[Array, "K"], Float[Array, "F"]]:
-    """Losses and features of one prefix, all but the last one."""
     heads, num_layers = problem.bank.heads, problem.bank.num_layers
+    outputs = apply_all(heads, hidden)
     loss, accuracy = jax.vmap(problem.measure)(outputs)
     best = jnp.argmin(jnp.where(jnp.isfinite(loss), loss, jnp.inf))
 
@@ -93,25 +79,8 @@ def _look(
         jnp.zeros(()) if labels is None else jnp.log(1.0 - _between_classes(rows, _few(labels)) + 1e-4),
         0.5 * jnp.log(jnp.mean((hidden - parent) ** 2) / (jnp.mean(parent**2) + 1e-12) + 1e-12),
     ]
-    return loss, jnp.stack([feature.astype(jnp.float32) for feature in features])
-
-
-def _look_ahead(
-    problem: Problem, outputs: Float[Array, "N K B ..."], parent: Float[Array, "B ..."]
-) -> Float[Array, "N"]:
-    """Log of the lowest loss of each prefix with one layer more, if layers only added the same to the outputs anywhere."""
-    num_examples = parent.shape[0]
-    num_taken = min(max(_MAX_OUTPUTS * num_examples // outputs[0, 0].size, 1), _MAX_ROWS)
-    few = slice(None, None, -(-num_examples // num_taken))
-    labels, outputs = problem.data.y[few], outputs[:, :, few]
-    changes = outputs - apply_all(problem.bank.heads, parent[few])[None]
-
-    def look(out: Array) -> Array:
-        each = jax.vmap(jax.vmap(lambda imagined: jnp.mean(problem.loss_fn(imagined, labels))))(out[None] + changes)
-        return lowest(each.reshape(-1))
-
-    # One prefix at a time: all pairs of them would need the most memory here.
-    return log_loss(jax.lax.map(look, outputs))
+    stacked = jnp.stack([feature.astype(jnp.float32) for feature in features])
+    return Observation(jnp.clip(jnp.nan_to_num(stacked), -20.0, 20.0), loss)
 
 
 def log_loss(loss: Float[Array, "*P"]) -> Float[Array, "*P"]:

@@ -52,7 +52,7 @@ def get_loss(outputs: Float[Array, "B 2"], y: Float[Array, "B C R"]) -> Float[Ar
     return y.at[jnp.arange(len(y)), prefix, head].get(mode="fill", fill_value=jnp.inf)
 
 
-def observe(problem: Problem, children: Shaped[Array, "N B ..."], parent: Shaped[Array, "B ..."]) -> Observation:
+def observe(problem: Problem, hidden: Shaped[Array, "B ..."], parent: Shaped[Array, "B ..."]) -> Observation:
     """`jchain.features.observe`, looked up: for `CriticSearch(observe=...)`. Prefixes without features have 0.
 
     Raises:
@@ -61,9 +61,9 @@ def observe(problem: Problem, children: Shaped[Array, "N B ..."], parent: Shaped
     num_heads = problem.bank.num_heads
     if problem.loss_fn is not get_loss or problem.data.y.shape[-1] != num_heads + NUM_FEATURES:
         raise ValueError("expected a problem that jchain.lookup.make_problem made with features")
-    rows = problem.data.y[0].at[children[:, 0, 0]].get(mode="fill", fill_value=jnp.inf)
-    features = rows[:, num_heads:]
-    return Observation(jnp.where(jnp.isfinite(features), features, 0.0), rows[:, :num_heads])
+    row = problem.data.y[0].at[hidden[0, 0]].get(mode="fill", fill_value=jnp.inf)
+    features = row[num_heads:]
+    return Observation(jnp.where(jnp.isfinite(features), features, 0.0), row[:num_heads])
 
 
 def entry_features(bank: Bank) -> Float[Array, "E D"]:

@@ -17,7 +17,7 @@ from jchain import env
 from jchain._typing import Array, Float, Int, Key
 from jchain.critic import Critic, Network, make_inputs
 from jchain.engine import apply_all, compiler_options, find_backend
-from jchain.features import Observation, log_loss, lowest, observe
+from jchain.features import log_loss, lowest, observe
 from jchain.problem import Problem
 
 _MAX_PREFIXES = 2**20
@@ -137,22 +137,22 @@ def _visit_all(problem: Problem) -> list[Visit]:
     bank = problem.bank
     price = jnp.broadcast_to(problem.layer_cost, (bank.num_layers,))
 
-    def visit_below(hidden: Array, observed: Observation, paid: Array, seen: Array, length: int) -> list[Visit]:
+    def visit_below(hidden: Array, paid: Array, parent: Array, seen: Any, length: int) -> list[Visit]:
+        observed = observe(problem, hidden, parent)
         stop = lowest(observed.loss) + paid
-        children = apply_all(bank.layers, hidden)
+        children = (apply_all(bank.layers, hidden), paid + price)
         if length + 1 == problem.max_layers:
             deeper: list[Visit] = []
-            reached = log_loss(jax.vmap(lambda h, p: lowest(env.stop_losses(problem, h)) + p)(children, paid + price))
+            reached = log_loss(jax.vmap(lambda h, p: lowest(env.stop_losses(problem, h)) + p)(*children))
         else:
-            below = children, observe(problem, children, hidden), paid + price
-            deeper = jax.lax.map(lambda c: visit_below(c[0], c[1], c[2], observed.features, length + 1), below)
+            deeper = jax.lax.map(lambda c: visit_below(c[0], c[1], hidden, observed.features, length + 1), children)
             reached = deeper[0].best
+        change = jnp.zeros_like(observed.features) if seen is None else observed.features - seen
         best = jnp.minimum(log_loss(stop), jnp.min(reached))
-        return [Visit(observed.features, observed.features - seen, log_loss(stop), best), *deeper]
+        return [Visit(observed.features, change, log_loss(stop), best), *deeper]
 
     hidden = bank.embed(problem.data.x)
-    root = jax.tree.map(lambda leaf: leaf[0], observe(problem, hidden[None], hidden))
-    levels = visit_below(hidden, root, jnp.zeros(()), root.features, 0)
+    levels = visit_below(hidden, jnp.zeros(()), hidden, None, 0)
     return [
         jax.tree.map(lambda leaf, depth=depth: leaf.reshape(-1, *leaf.shape[depth:]), level)
         for depth, level in enumerate(levels)

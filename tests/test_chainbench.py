@@ -8,7 +8,6 @@ from conftest import make_bank, make_batch
 
 import jchain as jc
 from jchain import chainbench
-from jchain.engine import apply_all
 from jchain.features import NUM_FEATURES, observe
 from jchain.files import read_arrays, write_arrays
 
@@ -44,8 +43,8 @@ def test_a_solved_problem_holds_what_evaluate_says(folder):
     np.testing.assert_array_equal(jc.evaluate(solved.lookup(), solved.chains[rows]).loss, solved.loss["search"][rows])
     x, layers = solved.problem.data.x, solved.bank.layers[0]
     assert solved.features.shape == (1 + 12 + 144 + 1728, NUM_FEATURES)
-    parent = layers.apply(2, x)
-    expected = observe(solved.problem, apply_all(solved.bank.layers, parent), parent).features[5]
+    hidden = layers.apply(5, layers.apply(2, x))
+    expected = observe(solved.problem, hidden, layers.apply(2, x)).features
     np.testing.assert_allclose(solved.features[1 + 12 + 2 * 12 + 5], expected, rtol=1e-3, atol=1e-4)
     result = chainbench.describe(solved)
     assert result["best"] == pytest.approx(float(solved.loss["search"].min()))

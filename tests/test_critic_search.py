@@ -66,4 +66,4 @@ def test_the_best_prefixes_keep_their_places(problem):
 def test_a_bank_of_many_layers_has_codes_of_fixed_length(problem):
     bank = jc.Bank.concat([problem.bank] * 17)
     state = jax.eval_shape(jc.CriticSearch(width=2).init, jax.random.key(0), jc.Problem(bank, problem.data, 2))
-    assert state.weights.shape == (2, 3 * 64 + 27)
+    assert state.weights.shape == (2, 3 * 64 + 25)

@@ -4,7 +4,6 @@ import pytest
 
 import jchain as jc
 from jchain import lookup
-from jchain.engine import apply_all
 from jchain.features import NUM_FEATURES, observe
 
 
@@ -27,14 +26,14 @@ def test_every_chain_has_its_loss(pair):
 
 def test_features_are_those_of_the_prefix(pair):
     problem, looked_up = pair
-    hidden, number = problem.bank.embed(problem.data.x), looked_up.data.x
-    families = [(hidden, hidden[None], number, number[None])]
-    for token in (2, 0):
-        children, numbers = apply_all(problem.bank.layers, hidden), apply_all(looked_up.bank.layers, number)
-        families.append((hidden, children, number, numbers))
-        hidden, number = children[token], numbers[token]
-    for hidden, children, number, numbers in families:
-        expected, found = observe(problem, children, hidden), lookup.observe(looked_up, numbers, number)
+    for prefix in ((), (2,), (3, 0)):
+        hidden, number = problem.bank.embed(problem.data.x), looked_up.data.x
+        parent, before = hidden, number
+        for token in prefix:
+            parent, before = hidden, number
+            hidden = problem.bank.layers[0].apply(token, hidden)
+            number = looked_up.bank.layers[0].apply(token, number)
+        expected, found = observe(problem, hidden, parent), lookup.observe(looked_up, number, before)
         np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-5)
         np.testing.assert_allclose(found.features, expected.features, rtol=1e-3, atol=1e-4)
         assert np.any(found.features)

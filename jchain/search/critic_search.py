@@ -31,9 +31,9 @@ _CONSTANT = 10.0
 
 @runtime_checkable
 class Observe(Protocol):
-    """A function of the problem, the activations of the children of a prefix and those of the prefix."""
+    """A function of the problem, the activations of a prefix and those of the prefix without its last layer."""
 
-    def __call__(self, problem: Problem, children: Array, parent: Array) -> Observation: ...
+    def __call__(self, problem: Problem, hidden: Array, parent: Array) -> Observation: ...
 
 
 class Prefixes(NamedTuple):
@@ -95,15 +95,15 @@ class CriticSearch:
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         hidden = problem.bank.embed(problem.data.x)
-        root = self.observe(problem, hidden[None], hidden)
+        root = self.observe(problem, hidden, hidden)
         lengths = max(problem.max_layers, 1)
         shape = (lengths, self.width)
         size = 3 * _codes(problem).shape[1] + 2 * NUM_FEATURES + 1
         prefixes = Prefixes(
             jnp.full((*shape, problem.max_layers + 1), PADDING, jnp.int32),
-            jnp.zeros((*shape, NUM_FEATURES)).at[0, 0].set(root.features[0]),
+            jnp.zeros((*shape, NUM_FEATURES)).at[0, 0].set(root.features),
             jnp.zeros((*shape, size)),
-            jnp.zeros(shape).at[0, 0].set(log_loss(lowest(root.loss[0]))),
+            jnp.zeros(shape).at[0, 0].set(log_loss(lowest(root.loss))),
             # The only one of its length: what is predicted for it does not matter.
             jnp.full(shape, jnp.inf).at[0, 0].set(0.0),
         )
@@ -219,7 +219,7 @@ def _extend(
     observe: Observe, problem: Problem, prefix: Int[Array, "L"], hidden: Array, length: Int[Array, ""]
 ) -> _Children:
     made = apply_all(problem.bank.layers, hidden)
-    observed = observe(problem, made, hidden)
+    observed = jax.vmap(lambda child: observe(problem, child, hidden))(made)
     slots = jnp.arange(problem.max_layers + 1)[None]
     tokens = jnp.arange(problem.bank.num_layers, dtype=jnp.int32)[:, None]
     chains = jnp.where(slots == length, tokens, prefix[None])
