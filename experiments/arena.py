@@ -19,10 +19,8 @@ that any run found. Each search's runs are kept, so an interrupted arena goes on
 import argparse
 import dataclasses
 import hashlib
-import multiprocessing
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-from records import CHAINBENCH, describe_machine, keep
+from records import CHAINBENCH, describe_machine, is_deterministic, keep, look_up, make_pool, zero_shot
 
 import jchain as jc
 from jchain.files import write_atomically, write_json
@@ -50,6 +48,7 @@ SEARCHES: dict[str, Any] = {
     "beam search": jc.BeamSearch(width=4, max_width=256),
 }
 BUDGETS = (300, 1000, 4000, 16000)
+MIDDLE_BUDGETS = BUDGETS[1:3]  # where problems are large, and where searches are tuned
 CLOCK = ("digits-independent-1", 2000)  # the problem and layer calls of the run that is timed
 LARGE = tuple(f"{data}-{kind}-1" for data in jc.chainbench.DATA for kind in jc.chainbench.KINDS)
 LARGE_SIZES = {"num_layers": 48, "depth": 12}
@@ -124,13 +123,13 @@ def main() -> None:
         critic = jc.Critic.load(RESULTS / "critic.safetensors")
         searches = {
             "critic search, pretrained": jc.CriticSearch(critic),
-            "critic search, pretrained, zero-shot": jc.CriticSearch(critic, ridge=jnp.inf, epsilon=0.0),
+            "critic search, pretrained, zero-shot": zero_shot(critic),
             **searches,
         }
         for name in LARGE:
             load_large(args.folder, name)
-        budgets = BUDGETS[1:3]
-        compete("arena_large", searches, Grounds(args.folder, LARGE, make_grid(budgets), 10, True), budgets, args)
+        grounds = Grounds(args.folder, LARGE, make_grid(MIDDLE_BUDGETS), 10, is_large=True)
+        compete("arena_large", searches, grounds, MIDDLE_BUDGETS, args)
     else:
         grounds = Grounds(args.folder, jc.chainbench.NAMES, make_grid(BUDGETS), 20)
         compete("arena", searches, grounds, BUDGETS, args, reported=slice(1, None, 2))
@@ -183,8 +182,7 @@ def compete(
 
 def tune(searches: dict[str, Any], args: argparse.Namespace) -> None:
     """Compares each search with its variants where nothing is reported."""
-    budgets = (1000, 4000)
-    grounds = Grounds(args.folder, jc.chainbench.NAMES[::2], np.array(budgets), 10)
+    grounds = Grounds(args.folder, jc.chainbench.NAMES[::2], np.array(MIDDLE_BUDGETS), 10)
     tasks = {
         name: {
             name: search,
@@ -193,7 +191,7 @@ def tune(searches: dict[str, Any], args: argparse.Namespace) -> None:
         for name, search in searches.items()
     }
     runs = find_regret(run_all(tasks, grounds, args.workers), grounds)
-    summary = summarize(runs, list(range(len(grounds.names))), grounds.grid, budgets)
+    summary = summarize(runs, list(range(len(grounds.names))), grounds.grid, MIDDLE_BUDGETS)
     result = {**describe_machine(), "config": {"problems": grounds.names, "seeds": grounds.seeds}, "summary": summary}
     write_json(args.out / "arena_tune.json", result)
 
@@ -219,19 +217,9 @@ def describe_value(value: Any) -> str:
 
 def run_all(tasks: dict[str, dict[str, Any]], grounds: Grounds, workers: int) -> dict[str, np.ndarray]:
     """For each search of each task its best loss on each problem in each run on the grid, `[M, S, G]`."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=pin, initargs=(context.Value("i", 0),)) as pool:
+    with make_pool(workers) as pool:
         futures = [pool.submit(run_searches, searches, grounds) for searches in tasks.values()]
         return {name: losses for future in futures for name, losses in future.result().items()}
-
-
-def pin(counter: Any) -> None:
-    """A core for each process, where the system allows it: their threads would only wait for each other."""
-    with counter.get_lock():
-        place, counter.value = counter.value, counter.value + 1
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[place % len(cores)]})
 
 
 def run_searches(searches: dict[str, Any], grounds: Grounds) -> dict[str, np.ndarray]:
@@ -247,10 +235,6 @@ def run_searches(searches: dict[str, Any], grounds: Grounds) -> dict[str, np.nda
     # Programs map memory, of which a process may have only so many pieces.
     jax.clear_caches()
     return losses
-
-
-def is_deterministic(search: Any) -> bool:
-    return isinstance(search, jc.BeamSearch) or (isinstance(search, jc.CriticSearch) and search.epsilon == 0.0)
 
 
 def digest_problems(grounds: Grounds) -> str:
@@ -274,15 +258,6 @@ def run_problems(search: Any, grounds: Grounds, seeds: int) -> dict[str, np.ndar
         results = run(budget=int(grounds.grid[-1]))
         losses.append([result.curve.at(grounds.grid) for result in results])
     return {"loss": np.array(losses)}
-
-
-def look_up(search: Any) -> Any:
-    """The same search for problems whose losses are looked up."""
-    if isinstance(search, jc.CriticSearch) and search.observe is jc.CriticSearch().observe:
-        return dataclasses.replace(search, observe=jc.lookup.observe)
-    if isinstance(search, jc.ActorCritic):
-        return dataclasses.replace(search, entry_features=jc.lookup.entry_features)
-    return search
 
 
 def large_path(folder: Path, name: str) -> Path:

@@ -4,27 +4,26 @@
 
 Trains critics on banks of the three data sets and four kinds, made with other seeds, training lengths, depths, label noise and
 rotated inputs; one for all kinds and one without each kind. Each then ranks prefixes of ChainBench's problems: zero-shot (it
-learns nothing there, one run) and fine-tuned (10 runs). Beside them: the same search without a critic, which ranks by the loss
-of the best head, beam search and local search. Losses are looked up in ChainBench's tables. The summary is of the problems of
-odd number, on which nothing was chosen, and of all. Writes controller.json and controller.md to experiments/results, and the
-critic of all kinds as critic.safetensors, for `jchain.Critic.load`.
+learns nothing there) and fine-tuned. Beside them: the same search without a critic, which ranks by the loss of the best head or
+learns the bank from nothing, beam search and local search. Losses are looked up in ChainBench's tables. A search that is
+deterministic runs once, the others 10 times. The summary is of the problems of odd number, on which nothing was chosen, and of
+all. Writes controller.json and controller.md to experiments/results, and the critic of all kinds as critic.safetensors, for
+`jchain.Critic.load`.
 
 20 minutes on 2 CPU cores; `--quick`: wine alone, 8 banks, 3 minutes. To expect, of all 36 problems: 1.31 times the lowest loss
 after 96 layer calls and 1.08 after 300 zero-shot, where beam search has 1.68 and 1.31.
 """
 
 import argparse
-import multiprocessing
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from records import CHAINBENCH, describe_machine, keep
+from records import CHAINBENCH, describe_machine, is_deterministic, keep, look_up, make_pool, zero_shot
 
 import jchain as jc
 from jchain.files import write_atomically, write_json
@@ -81,35 +80,21 @@ def main() -> None:
     critics[""].save(args.out / "critic.safetensors")
 
 
-def search_by(critic: Any, **options: Any) -> jc.CriticSearch:
-    return jc.CriticSearch(critic, observe=jc.lookup.observe, **options)
-
-
-def zero_shot(critic: Any) -> jc.CriticSearch:
-    """Learns nothing on the bank it searches."""
-    return search_by(critic, ridge=jnp.inf, epsilon=0.0)
-
-
 def kind_of(solved: jc.chainbench.Solved) -> str:
     return solved.name.split("-")[1]
 
 
-# For each the search and the number of its runs.
 CONTESTANTS: dict[str, Any] = {
-    "zero-shot": lambda one, critics, seeds: (zero_shot(critics[""]), 1),
-    "zero-shot, kind unseen": lambda one, critics, seeds: (zero_shot(critics[kind_of(one)]), 1),
+    "zero-shot": lambda solved, critics: zero_shot(critics[""]),
+    "zero-shot, kind unseen": lambda solved, critics: zero_shot(critics[kind_of(solved)]),
     # Without exploring, which a critic that knows other banks does not need (compared on problems of even number).
-    "fine-tuned": lambda one, critics, seeds: (search_by(critics[""], epsilon=0.0), 1),
-    "fine-tuned, kind unseen": lambda one, critics, seeds: (search_by(critics[kind_of(one)], epsilon=0.0), 1),
-    "from scratch": lambda one, critics, seeds: (search_by(None), seeds),
-    "by head loss": lambda one, critics, seeds: (zero_shot(None), 1),
-    "beam search": lambda one, critics, seeds: (jc.BeamSearch(width=4, max_width=256), 1),
-    "local search": lambda one, critics, seeds: (jc.LocalSearch(), seeds),
+    "fine-tuned": lambda solved, critics: jc.CriticSearch(critics[""], epsilon=0.0),
+    "fine-tuned, kind unseen": lambda solved, critics: jc.CriticSearch(critics[kind_of(solved)], epsilon=0.0),
+    "from scratch": lambda solved, critics: jc.CriticSearch(),
+    "by head loss": lambda solved, critics: zero_shot(None),
+    "beam search": lambda solved, critics: jc.BeamSearch(width=4, max_width=256),
+    "local search": lambda solved, critics: jc.LocalSearch(),
 }
-
-
-def make_pool(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
 
 
 def study_all(cases: list[Case], workers: int) -> dict[Case, jc.pretrain.Lesson]:
@@ -170,15 +155,16 @@ def measure_all(name: str, critics: dict[str, jc.Critic], folder: Path, names: l
     start, curves = time.perf_counter(), []
     for problem_name in names:
         solved = jc.chainbench.load(folder, problem_name)
-        curves.append(measure(solved, *CONTESTANTS[name](solved, critics, seeds)))
+        curves.append(measure(solved, CONTESTANTS[name](solved, critics), seeds))
     print(f"{name:24} {time.perf_counter() - start:.0f} s", flush=True)
     return np.array(curves)
 
 
 def measure(solved: jc.chainbench.Solved, search: Any, seeds: int) -> np.ndarray:
     """Lowest loss over the lowest of all chains after each number of layer calls of the grid, `[S, G]`."""
-    keys, best = jax.random.split(jax.random.key(0), seeds), solved.loss["search"].min()
-    results = jc.run_many(keys, search, solved.lookup(), budget=int(GRID[-1]), target_loss=float(best))
+    keys = jax.random.split(jax.random.key(0), 1 if is_deterministic(search) else seeds)
+    best = solved.loss["search"].min()
+    results = jc.run_many(keys, look_up(search), solved.lookup(), budget=int(GRID[-1]), target_loss=float(best))
     loss = np.array([result.curve.at(GRID) for result in results])
     return np.where(np.isfinite(loss), loss, np.median(solved.loss["search"])) / best
 

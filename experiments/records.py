@@ -1,12 +1,18 @@
-"""What experiments share: where ChainBench lies, what a result says of its machine, and keeping what was computed."""
+"""What experiments share: where ChainBench lies, how searches run on it, and keeping what was computed."""
 
+import ast
+import dataclasses
 import hashlib
+import multiprocessing
+import os
 import platform
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import jchain as jc
@@ -23,13 +29,47 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def zero_shot(critic: jc.Critic | None) -> jc.CriticSearch:
+    """A search that learns nothing of the bank it searches; without a critic it ranks by the loss of the best head."""
+    return jc.CriticSearch(critic, ridge=jnp.inf, epsilon=0.0)
+
+
+def is_deterministic(search: Any) -> bool:
+    """Whether one run says it all."""
+    return isinstance(search, jc.BeamSearch) or (isinstance(search, jc.CriticSearch) and search.epsilon == 0.0)
+
+
+def look_up(search: Any) -> Any:
+    """The same search for problems whose losses are looked up."""
+    if isinstance(search, jc.CriticSearch) and search.observe is jc.CriticSearch().observe:
+        return dataclasses.replace(search, observe=jc.lookup.observe)
+    if isinstance(search, jc.ActorCritic):
+        return dataclasses.replace(search, entry_features=jc.lookup.entry_features)
+    return search
+
+
+def make_pool(workers: int) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_pin, initargs=(context.Value("i", 0),))
+
+
+def _pin(counter: Any) -> None:
+    """A core for each process, where the system allows it: their threads would only wait for each other."""
+    with counter.get_lock():
+        place, counter.value = counter.value, counter.value + 1
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[place % len(cores)]})
+
+
 def keep(script: str, name: str, inputs: Any, make: Callable[[], dict[str, Any]]) -> dict[str, np.ndarray]:
     """The arrays that `make` returns; from a file when they were made before, so that an interrupted run goes on.
 
     Args:
       script: the file of the experiment.
       name: of the file.
-      inputs: what the arrays depend on beside the code of jchain and of the script: plain data or file contents.
+      inputs: what the arrays depend on beside the code of jchain and of the script (comments and docstrings are none):
+        plain data or file contents.
       make: makes them.
     """
     path = CACHE / "experiments" / f"{name}-{_digest(script, inputs)}.safetensors"
@@ -42,5 +82,14 @@ def keep(script: str, name: str, inputs: Any, make: Callable[[], dict[str, Any]]
 def _digest(script: str, inputs: Any) -> str:
     digest = hashlib.sha256(repr((inputs, jax.__version__)).encode())
     for path in (Path(script), *sorted(Path(jc.__file__).parent.rglob("*.py"))):
-        digest.update(path.read_bytes())
+        digest.update(_code_of(path).encode())
     return digest.hexdigest()[:16]
+
+
+def _code_of(path: Path) -> str:
+    """The file without comments and docstrings, which change no result."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree)
