@@ -5,8 +5,8 @@
 Keeps banks and tables in ~/.cache/jchain/chainbench (`--folder`), where `jchain.chainbench.load` finds them; what is there
 already is checked and stays, so an interrupted build goes on. Writes chainbench.json to experiments/results.
 
-13 minutes on 2 CPU cores (AMD EPYC). `--quick`: four problems of the wine data, a minute. To
-expect: of 10,000 chains at most 3 are within 1% of the best one, and 1 to 31 are local optima.
+7 to 13 minutes on 2 CPU cores (AMD EPYC). `--quick`: four problems of the wine data, a minute. To expect: of 10,000 chains at
+most 3 are within 1% of the best one, and 1 to 31 are local optima.
 """
 
 import argparse
