@@ -41,9 +41,9 @@ SEARCHES: dict[str, Any] = {
     "actor-critic, tokens": jc.ActorCritic(encoding=jc.TokenEncoding()),
     "actor-critic, weights": jc.ActorCritic(encoding=jc.WeightEncoding()),
     "q-learning": jc.QLearning(learning_rate=0.3),
-    "evolution": jc.Evolution(population_size=128, tournament_size=32),
+    "evolution": jc.Evolution(population_size=64, tournament_size=16),
     "critic search": jc.CriticSearch(),
-    "mcts": jc.MCTS(num_simulations=16),
+    "mcts": jc.MCTS(num_simulations=8),
     "local search": jc.LocalSearch(),
     "random search": jc.RandomSearch(),
     "beam search": jc.BeamSearch(width=4, max_width=256),
@@ -74,7 +74,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "q-learning": [{"learning_rate": 0.1}, {"decay": 0.9}],
     "evolution": [
         {"population_size": 16, "tournament_size": 4},
-        {"population_size": 64, "tournament_size": 16},
+        {"population_size": 128, "tournament_size": 32},
         {"population_size": 256, "tournament_size": 64},
     ],
     "critic search": [
@@ -86,7 +86,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"observe": see_losses_only},
     ],
     "local search": [{"num_chains": 1}, {"num_chains": 4}, {"num_chains": 32}],
-    "mcts": [{"num_simulations": 8}, {"num_simulations": 32}, {"gumbel_scale": 0.3}, {"gumbel_scale": 3.0}],
+    "mcts": [{"num_simulations": 4}, {"num_simulations": 16}, {"gumbel_scale": 0.3}, {"gumbel_scale": 3.0}],
     "beam search": [{"width": 1}],
 }
 
@@ -225,13 +225,14 @@ def run_all(tasks: dict[str, dict[str, Any]], grounds: Grounds, workers: int) ->
 
 def run_searches(searches: dict[str, Any], grounds: Grounds) -> dict[str, np.ndarray]:
     """Each search on all problems; those that differ in rates share compiled programs."""
-    inputs = (grounds.names, grounds.grid.tolist(), grounds.seeds, digest_problems(grounds))
+    inputs = (grounds.names, grounds.grid.tolist(), grounds.seeds, digest_problems(grounds), LARGE_SIZES)
     losses = {}
     for name, search in searches.items():
         start = time.perf_counter()
         weights = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(search)]
         make = partial(run_problems, search, grounds, 1 if is_deterministic(search) else grounds.seeds)
-        losses[name] = keep(__file__, name.replace(" ", "-"), (*inputs, describe_search(search), weights), make)["loss"]
+        given = (*inputs, describe_search(search), weights)
+        losses[name] = keep((run_problems, load_large), name.replace(" ", "-"), given, make)["loss"]
         print(f"{name:40} {time.perf_counter() - start:.0f} s", flush=True)
     # Programs map memory, of which a process may have only so many pieces.
     jax.clear_caches()

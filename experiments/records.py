@@ -3,10 +3,11 @@
 import ast
 import dataclasses
 import hashlib
+import inspect
 import multiprocessing
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -62,33 +63,34 @@ def _pin(counter: Any) -> None:
         os.sched_setaffinity(0, {cores[place % len(cores)]})
 
 
-def keep(script: str, name: str, inputs: Any, make: Callable[[], dict[str, Any]]) -> dict[str, np.ndarray]:
+def keep(code: Sequence[Callable[..., Any]], name: str, inputs: Any, make: Callable[[], Any]) -> dict[str, np.ndarray]:
     """The arrays that `make` returns; from a file when they were made before, so that an interrupted run goes on.
 
     Args:
-      script: the file of the experiment.
+      code: the functions of the experiment that make them.
       name: of the file.
-      inputs: what the arrays depend on beside the code of jchain and of the script (comments and docstrings are none):
-        plain data or file contents.
+      inputs: what the arrays depend on beside these functions, this module and jchain: plain data or file contents.
       make: makes them.
     """
-    path = CACHE / "experiments" / f"{name}-{_digest(script, inputs)}.safetensors"
+    path = CACHE / "experiments" / f"{name}-{_digest(code, inputs)}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_arrays(path, {}, make())
     return {key: np.asarray(array) for key, array in read_arrays(path)[1].items()}
 
 
-def _digest(script: str, inputs: Any) -> str:
+def _digest(code: Sequence[Callable[..., Any]], inputs: Any) -> str:
     digest = hashlib.sha256(repr((inputs, jax.__version__)).encode())
-    for path in (Path(script), *sorted(Path(jc.__file__).parent.rglob("*.py"))):
-        digest.update(_code_of(path).encode())
+    sources = [inspect.getsource(function) for function in code]
+    paths = [Path(__file__), *sorted(Path(jc.__file__).parent.rglob("*.py"))]
+    for source in (*sources, *(path.read_text() for path in paths)):
+        digest.update(_strip(source).encode())
     return digest.hexdigest()[:16]
 
 
-def _code_of(path: Path) -> str:
-    """The file without comments and docstrings, which change no result."""
-    tree = ast.parse(path.read_text())
+def _strip(source: str) -> str:
+    """Code without comments and docstrings, which change no result."""
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
