@@ -145,9 +145,7 @@ def compete(
     reported: slice = slice(None),
 ) -> None:
     """Run them, and write table, figure and JSON."""
-    start = time.perf_counter()
     losses = run_all({name: {name: search} for name, search in searches.items()}, grounds, args.workers)
-    seconds = round(time.perf_counter() - start)
     runs = find_regret(losses, grounds)
     clock = grounds.names[0] if args.quick else CLOCK[0]
     rows = list(range(len(grounds.names)))[reported]
@@ -161,7 +159,6 @@ def compete(
             "searches": {name: describe_search(search) for name, search in searches.items()},
             "clock": clock,
         },
-        "seconds": seconds,
         "summary": summarize(runs, rows, grounds.grid, budgets),
         "summary_of_the_other_half": summarize(runs, others, grounds.grid, budgets) if others else {},
         "us_per_layer_call": {
