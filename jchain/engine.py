@@ -159,6 +159,12 @@ def choose_plan(problem: Problem, hidden: Any, num_chains: int, memory_limit: in
     return Walk()
 
 
+def choose_chunk(num_layers: int, hidden: Any, backend: str) -> int:
+    """How many layers are called together on one input that they share."""
+    widest = _SIBLINGS[-1] if backend == "cpu" else min(_MAX_WIDTH, _CALL_FILL // _nbytes(hidden))
+    return max(1, min(num_layers, widest))
+
+
 @cache
 def compiler_options(backend: str) -> dict[str, str]:
     """Options for `jax.jit` around an evaluation, as `evaluate` itself passes them where it is not traced.
@@ -248,7 +254,7 @@ def _has_convolution(group: LayerGroup, hidden: Any) -> bool:
 
 def apply_token(groups: tuple[LayerGroup, ...], token: Int[Array, ""], hidden: Array) -> Array:
     """The member of `groups` with this token, applied to a batch: one layer call (or head call)."""
-    group_of, member_of = _locate(groups)
+    group_of, member_of = locate(groups)
     branches = [partial(group.apply, member_of[token]) for group in groups]
     return jax.lax.switch(group_of[token], branches, hidden)
 
@@ -263,7 +269,7 @@ def apply_all(groups: tuple[LayerGroup, ...], hidden: Array) -> Array:
     return made[0] if len(made) == 1 else jnp.concatenate(made)[order]
 
 
-def _locate(groups: tuple[LayerGroup, ...]) -> tuple[Int[Array, "E"], Int[Array, "E"]]:
+def locate(groups: tuple[LayerGroup, ...]) -> tuple[Int[Array, "E"], Int[Array, "E"]]:
     """Group and place in the group of each token; -1 for tokens of none of these groups."""
     size = 1 + max(token for group in groups for token in group.tokens)
     group_of, member_of = np.full(size, -1), np.full(size, -1)
@@ -398,7 +404,7 @@ def _call_batches(
     Returns:
       The place of each row among all calls, of which `start` is that of a batch's first, and the last carry.
     """
-    group_of, member_of = _locate(groups)
+    group_of, member_of = locate(groups)
     group, member = group_of[tokens], member_of[tokens]
     shared = {Share.LAYER: member, Share.PARENT: parent_of, Share.NOTHING: jnp.zeros_like(member)}[share]
     widths = tuple(width for width in widths if width <= tokens.shape[0])

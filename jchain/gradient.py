@@ -1,0 +1,503 @@
+"""What the gradient of a chain says about its edits: the predicted change of loss of each swap, insertion and deletion.
+
+One forward pass and one backward pass of a few vector-Jacobian products along the chain, and each candidate layer once at each
+slot, instead of the rest of the chain behind each candidate. At slot `t` the chain holds layer `f_t`, which reads `h_t`; a
+candidate `f_b` changes the activations behind it by `f_b(h_t) - f_t(h_t)`, and the outputs, to first order, by the Jacobian of
+all that follows applied to that.
+"""
+
+import copy
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jchain import chain as chain_lib
+from jchain import env
+from jchain._typing import Array, Float, Int, Shaped
+from jchain.bank import Bank, LayerGroup
+from jchain.data import Batch
+from jchain.engine import apply_token, choose_chunk, compiler_options, find_backend, locate
+from jchain.joint import JointMoves, join, keep_best
+from jchain.problem import Problem
+from jchain.pytree import is_concrete
+
+KINDS = ("linearized", "activations", "weights", "nearest")
+_NUM_SAMPLES = 16
+# Examples on which joint moves are predicted, at most.
+_MAX_ROWS = 128
+# Outputs of an example up to which each has its row of the Jacobian.
+_MAX_OUTPUTS = 64
+# Seeds the samples of wide outputs. Constant, so that scores of one chain are the same in every process.
+_SAMPLE_SEED = 0
+
+
+class EditScores(NamedTuple):
+    """Predicted change of loss of each edit of a chain, price of layers included; nan where nothing can be said."""
+
+    swap: Float[Array, "L N"]  # [L, N], of layer b in place of the one at slot t: 0 for itself, nan where there is none
+    insert: Float[Array, "L N"]  # [L, N], of layer b before slot t: nan behind the head and where the chain is full
+    delete: Float[Array, "L"]  # [L], nan where there is no layer
+    head: Float[Array, "K"]  # [K], of the other heads, exact
+    loss: Float[Array, ""]  # of the chain itself
+    layer_calls: Int[Array, ""]  # what they cost
+
+    @property
+    def flat(self) -> Float[Array, "M"]:
+        """In the order of the rows of `jchain.chain.neighbours`."""
+        last = self.swap.shape[0] - 1
+        return jnp.concatenate(
+            [self.swap[:last].T.reshape(-1), self.head, self.insert[:last].T.reshape(-1), self.delete[:last]]
+        )
+
+
+def swap_scores(problem: Problem, chain: Int[Array, "L"] | Any, kind: str = "linearized") -> Float[Array, "L N"]:
+    """Predicted change of loss of putting layer `b` at slot `t`: `score_edits(...).swap`."""
+    return score_edits(problem, chain, kind).swap
+
+
+def score_edits(
+    problem: Problem,
+    chain: Int[Array, "L"] | Any,
+    kind: str = "linearized",
+    *,
+    learning_rate: float = 1e-2,
+    num_samples: int = _NUM_SAMPLES,
+) -> EditScores:
+    """Predicted change of loss of every chain that is one edit away.
+
+    Kinds, with `R` vector-Jacobian products along the chain:
+
+    - `"linearized"`: the loss of the outputs plus their first-order change. `R` is the number of outputs of an example, of
+      which there may be 64, less one where they are classes of a softmax. Where there are more, the loss is taken to second order in the outputs (Gauss-Newton), with its
+      Hessian in expectation over samples: labels drawn from the softmax where the loss is cross-entropy (Fisher), else random
+      signs (Hutchinson); `R` is then `1 + num_samples`, or `1 + 2 num_samples`.
+    - `"activations"`: first order in activations, `<dL/dh_{t+1}, f_b(h_t) - f_t(h_t)>`. `R = 1`.
+    - `"weights"`: first order in weights, `<dL/dW_t, W_b - W_t>`, for swaps of layers that share a module; nan for others.
+    - `"nearest"`: likewise plus `|W_b - W_t|^2 / (2 learning_rate)`: ranks layers by their distance to the weights after a
+      step of gradient descent, `W_t - learning_rate dL/dW_t`.
+
+    The cost for a chain of `D` layers is `(2 + R) D` layer calls and, of the first two kinds, `N` for each of the `D` slots
+    and, where the chain is not full, `N` more; of the last two `4 D`. Works under `jit` and `vmap`; under a `vmap` one chain
+    after another.
+
+    Nothing is known (nan) of an edit whose layer gives activations that are not finite, of those before a layer through which
+    the gradient vanishes exactly (one that rounds, say), and of all where the loss of the chain itself is not finite.
+
+    Args:
+      problem: bank, split, loss.
+      chain: tokens, `[L]`; checked where it is not traced.
+      kind: one of the above.
+      learning_rate: of `"nearest"`.
+      num_samples: of `"linearized"` where outputs are wide.
+
+    Raises:
+      ValueError: `chain` is no chain of this bank, the kind is none, activations (or weights, where the kind needs their
+        gradient) are not floating-point, a layer or head cannot be differentiated, or a number is not positive.
+    """
+    chain = _check(problem, chain, kind)
+    if num_samples < 1 or not learning_rate > 0:
+        raise ValueError(
+            f"expected num_samples of at least 1 and a positive learning_rate, got {num_samples} and {learning_rate}"
+        )
+    return _score(problem, chain, jnp.float32(learning_rate), _all_members(problem), _Options(kind, num_samples))[0]
+
+
+def weight_gradients(problem: Problem, chain: Int[Array, "L"] | Any) -> Float[Array, "L W"]:
+    """The gradient of the loss by the weights of the layer at each slot, for four layer calls for each layer.
+
+    Returns:
+      `[L, W]`, the leaves of a layer's params flattened one behind the other; nan where the chain has no layer.
+
+    Raises:
+      ValueError: the layers are of several modules, or as `score_edits`.
+    """
+    chain = _check(problem, chain, "weights")
+    if len(problem.bank.layers) != 1:
+        raise ValueError(f"expected layers of one module, got {len(problem.bank.layers)}")
+    return _find_weight_gradients(problem.without_names(), chain)
+
+
+@jax.jit
+def _find_weight_gradients(problem: Problem, chain: Array) -> Array:
+    def flatten(group: LayerGroup, own: Any, gradient: Any) -> Array:
+        return jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(gradient)])
+
+    return _go_back_by_weights(problem, chain, _go_forward(problem, chain), flatten)
+
+
+def score_moves(
+    problem: Problem,
+    chain: Int[Array, "L"] | Any,
+    *,
+    num_best: int = 4,
+    num_pairs: int = 16,
+    members: tuple[Int[Array, "_"], ...] | None = None,
+    num_samples: int = _NUM_SAMPLES,
+) -> tuple[EditScores, JointMoves]:
+    """Linearized scores, and joint moves made of the best swaps of each slot, for no layer call more.
+
+    Args:
+      problem: as for `score_edits`.
+      chain: likewise.
+      num_best: swaps of each slot that joint moves are made of, at most N.
+      num_pairs: pairs that are returned, at most `(L num_best)^2`.
+      members: for each group of the bank's layers, the places of those to be scored; all when None. Others are nan.
+      num_samples: likewise.
+
+    Raises:
+      ValueError: a number is not positive or too large, or as `score_edits`.
+    """
+    chain = _check(problem, chain, "linearized")
+    if not 1 <= num_best <= problem.bank.num_layers or not 1 <= num_pairs <= (chain.size * num_best) ** 2:
+        raise ValueError(
+            f"expected num_best in 1..{problem.bank.num_layers} and num_pairs in 1..{(chain.size * num_best) ** 2}, got "
+            f"{num_best} and {num_pairs}"
+        )
+    if members is None:
+        members = _all_members(problem)
+    return _score(problem, chain, jnp.float32(1.0), members, _Options("linearized", num_samples, num_best, num_pairs))
+
+
+def count_outputs(problem: Problem) -> int:
+    """Outputs of one example."""
+    outputs = jax.eval_shape(lambda x: problem.bank.heads[0].apply(0, problem.bank.embed(x)), problem.data.x)
+    return int(np.prod(outputs.shape[1:]))
+
+
+def _check(problem: Problem, chain: Any, kind: str) -> Array:
+    bank = problem.bank
+    if kind not in KINDS:
+        raise ValueError(f"expected a kind of {', '.join(KINDS)}, got {kind!r}")
+    if is_concrete(chain):
+        chain = chain_lib.validate(chain, bank.num_layers, bank.num_heads)
+    if jnp.shape(chain) != (problem.max_layers + 1,):
+        raise ValueError(f"expected one chain of shape [{problem.max_layers + 1}], got {list(jnp.shape(chain))}")
+    hidden = jax.eval_shape(bank.embed, problem.data.x)
+    if not jnp.issubdtype(hidden.dtype, jnp.floating):
+        raise ValueError(f"expected floating-point activations, which have a gradient, got {hidden.dtype}")
+    for group in (*bank.layers, *bank.heads):
+        _check_gradient(group, hidden, kind in ("weights", "nearest") and group in bank.layers)
+    return jnp.asarray(chain)
+
+
+def _check_gradient(group: LayerGroup, hidden: Any, is_by_weights: bool) -> None:
+    name = type(group.module).__name__
+    if is_by_weights:
+        for leaf in jax.tree.leaves(group.params):
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise ValueError(
+                    f"layer {name}: expected floating-point weights, which have a gradient, got {leaf.dtype}"
+                )
+    try:
+        jax.eval_shape(lambda h: jax.vjp(partial(group.apply, 0), h)[1](group.apply(0, h)), hidden)
+    except Exception as error:  # whatever a user's module raises
+        raise ValueError(f"{name} cannot be differentiated: {str(error).splitlines()[0]}") from None
+
+
+class _Options(NamedTuple):
+    """What is part of a program. Hashable."""
+
+    kind: str
+    num_samples: int
+    num_best: int = 0  # no joint moves
+    num_pairs: int = 0
+    backend: str = ""
+
+
+def _all_members(problem: Problem) -> tuple[Array, ...]:
+    return tuple(jnp.arange(len(group.tokens)) for group in problem.bank.layers)
+
+
+def _score(problem: Problem, chain: Array, learning_rate: Array, members: Any, options: _Options) -> Any:
+    problem = problem.without_names()
+    is_outermost = is_concrete((problem, chain, members))
+    backend = find_backend(problem, chain)
+    run = _compile(backend if is_outermost else None)
+    return run(problem, chain, learning_rate, members, options._replace(backend=backend))
+
+
+@cache
+def _compile(backend: str | None) -> Any:
+    flags = None if backend is None else compiler_options(backend)
+    return jax.jit(_score_in_turn, static_argnames="options", compiler_options=flags)
+
+
+def _score_in_turn(
+    problem: Problem, chain: Array, learning_rate: Array, members: Any, options: _Options
+) -> tuple[EditScores, JointMoves | None]:
+    # A plain vmap would turn each layer call into one with gathered weights, and each branch into all of them.
+    @jax.custom_batching.sequential_vmap
+    def score(problem: Problem, chain: Array, learning_rate: Array, members: Any) -> Any:
+        if options.kind in ("weights", "nearest"):
+            return _score_weights(problem, chain, learning_rate if options.kind == "nearest" else None), None
+        return _score_outputs(problem, chain, members, options)
+
+    return score(problem, chain, learning_rate, members)
+
+
+class _Forward(NamedTuple):
+    """A chain, computed."""
+
+    length: Int[Array, ""]
+    hidden: Shaped[Array, "L B ..."]  # [L, B, ...F], what each slot reads
+    outputs: Float[Array, "B ..."]
+    loss: Float[Array, ""]  # without the price of layers
+    heads: Float[Array, "K"]  # the loss of each head, likewise
+
+
+def _go_forward(problem: Problem, chain: Int[Array, "L"]) -> _Forward:
+    bank = problem.bank
+    length = chain_lib.count_layers(chain, bank.num_layers)
+
+    def apply(hidden: Array, slot: Any) -> tuple[Array, Array]:
+        t, token = slot
+        made = jax.lax.cond(t < length, partial(apply_token, bank.layers), lambda _, h: h, token, hidden)
+        return made, hidden
+
+    last, hidden = jax.lax.scan(apply, bank.embed(problem.data.x), (jnp.arange(chain.size), chain))
+    outputs = apply_token(bank.heads, chain[length], last)
+    return _Forward(length, hidden, outputs, problem.measure(outputs)[0], env.stop_losses(problem, last))
+
+
+def _nothing(shape: Any) -> Array:
+    return jnp.full(shape.shape, jnp.nan if jnp.issubdtype(shape.dtype, jnp.floating) else 0, shape.dtype)
+
+
+def _score_outputs(
+    problem: Problem, chain: Int[Array, "L"], members: tuple[Int[Array, "_"], ...], options: _Options
+) -> tuple[EditScores, JointMoves | None]:
+    bank, forward = problem.bank, _go_forward(problem, chain)
+    length = forward.length
+    num_rows, make_seed, read = _choose_rows(problem, forward, options)
+    pull_head = jax.vjp(partial(apply_token, bank.heads, chain[length]), forward.hidden[length])[1]
+    # One at a time: those of wide outputs are the largest arrays here.
+    rows = jax.lax.map(lambda i: pull_head(make_seed(i))[0], jnp.arange(num_rows))
+    behind = jnp.concatenate([forward.hidden[1:], forward.hidden[-1:]])
+    chunk = choose_chunk(bank.num_layers, forward.hidden[0], options.backend)
+    few = _choose_examples(problem)
+
+    def go_back(carry: Any, slot: Any) -> Any:
+        is_there = slot[0] < jnp.minimum(length + 1, problem.max_layers)
+        return jax.lax.cond(is_there, visit, skip, carry, slot)
+
+    def visit(carry: Any, slot: Any) -> Any:
+        rows, is_known = carry
+        t, token, hidden, after = slot
+        before = jax.lax.cond(t < length, partial(_pull, bank.layers, token, hidden), lambda rows: rows, rows)
+        # What is before a layer through which nothing comes back is unknown: a 0 there would be a wrong number.
+        is_known_before = is_known & (jnp.any(before != 0) | ~jnp.any(rows != 0))
+
+        def score(made: Array) -> Any:
+            change = _dot(rows, made - after)
+            kept = change[few] if options.num_best else None
+            return read(change), read(_dot(before, made - hidden)), kept
+
+        swap, insert, change = _map_layers(score, bank, members, hidden, chunk)
+        is_layer = t < length
+        own = jnp.where(is_layer, token, bank.num_layers)
+        swap = jnp.where(is_layer & is_known, swap, jnp.nan)
+        best = None if change is None else keep_best(problem, swap.at[own].set(jnp.nan), change, options.num_best)
+        insert = jnp.where((length < problem.max_layers) & is_known_before, insert, jnp.nan)
+        delete = jnp.where(is_layer & is_known, read(_dot(rows, hidden - after)), jnp.nan)
+        return (before, is_known_before), (swap.at[own].set(0.0), insert, delete, best)
+
+    def skip(carry: Any, slot: Any) -> Any:
+        return carry, jax.tree.map(_nothing, jax.eval_shape(visit, carry, slot)[1])
+
+    slots = jnp.arange(chain.size), chain, forward.hidden, behind
+    found: Any = jax.lax.scan(go_back, (rows, jnp.array(True)), slots, reverse=True)[1]
+    swap, insert, delete, best = found
+    num_scored = sum(rows.shape[0] for rows in members)
+    calls = num_scored * jnp.minimum(length + 1, problem.max_layers) + (2 + num_rows) * length
+    joint = None
+    if best is not None:
+        part, whole = _take_examples(problem, few), forward.outputs[few]
+        seen = forward._replace(outputs=whole, loss=part.measure(whole)[0])
+        token, change = best
+        joint = join(problem, chain, token, change, _choose_rows(part, seen, options)[2], options.num_pairs)
+    return _finish(problem, chain, forward, (swap, insert, delete), calls), joint
+
+
+def _choose_examples(problem: Problem) -> slice:
+    """Those on which joint moves are predicted. All where outputs are wide: their samples are of a mean over all."""
+    num_examples = problem.data.x.shape[0]
+    is_wide = count_outputs(problem) > _MAX_OUTPUTS
+    return slice(None, None, 1 if is_wide else -(-num_examples // _MAX_ROWS))
+
+
+def _take_examples(problem: Problem, few: slice) -> Problem:
+    part = copy.copy(problem)
+    # Not `dataclasses.replace`, which would check everything again.
+    object.__setattr__(part, "data", Batch(problem.data.x[few], problem.data.y[few]))
+    return part
+
+
+def _choose_rows(
+    problem: Problem, forward: _Forward, options: _Options
+) -> tuple[int, Callable[[Array], Array], Callable[[Array], Array]]:
+    """How the change of the loss is read off changes of the outputs.
+
+    Returns:
+      The number of vector-Jacobian products `R`; the vector of each, like the outputs; and the function from their products
+      with a change of activations, `[B, R]`, to the predicted change of loss.
+    """
+    outputs, num_examples, num_samples = forward.outputs, forward.outputs.shape[0], options.num_samples
+    num_outputs = outputs.size // num_examples
+
+    def total(outputs: Array) -> Array:
+        return problem.measure(outputs)[0]
+
+    gradient = jax.grad(total)
+    if options.kind == "activations":
+        return 1, lambda i: gradient(outputs), lambda dots: dots.sum()
+    is_softmax = problem.loss_fn is optax.softmax_cross_entropy_with_integer_labels
+    if num_outputs <= _MAX_OUTPUTS:
+        # A softmax sees differences of its outputs alone: those to the last one will do.
+        is_relative = is_softmax and outputs.ndim == 2 and num_outputs > 1
+        num_rows = num_outputs - is_relative
+
+        def make_seed(i: Array) -> Array:
+            row = jnp.zeros(num_outputs, outputs.dtype).at[i].set(1.0)
+            row = row.at[-1].set(-1.0) if is_relative else row
+            return jnp.broadcast_to(row.reshape(1, *outputs.shape[1:]), outputs.shape)
+
+        def read(dots: Array) -> Array:
+            change = jnp.pad(dots, ((0, 0), (0, num_outputs - num_rows)))
+            return total(outputs + change.reshape(outputs.shape)) - forward.loss
+
+        return num_rows, make_seed, read
+
+    key = jax.random.key(_SAMPLE_SEED)
+
+    def sample_label(i: Array) -> Array:
+        label = jax.random.categorical(jax.random.fold_in(key, i), outputs)
+        residual = jax.nn.one_hot(label, outputs.shape[-1], dtype=outputs.dtype) - jax.nn.softmax(outputs)
+        return residual / problem.data.y.size**0.5
+
+    def sample_sign(i: Array) -> Array:
+        sign_key = jax.random.fold_in(key, i % num_samples)
+        signs = jax.random.rademacher(sign_key, outputs.shape, outputs.dtype)
+        return jax.lax.cond(i < num_samples, lambda: signs, lambda: jax.jvp(gradient, (outputs,), (signs,))[1])
+
+    def read_labels(dots: Array) -> Array:
+        return dots[:, 0].sum() + 0.5 * jnp.sum(dots[:, 1:] ** 2) / num_samples
+
+    def read_signs(dots: Array) -> Array:
+        signs, bent = dots[:, 1 : 1 + num_samples], dots[:, 1 + num_samples :]
+        return dots[:, 0].sum() + 0.5 * jnp.sum(signs * bent) / num_samples
+
+    sample, num_rows, read = (
+        (sample_label, 1 + num_samples, read_labels) if is_softmax else (sample_sign, 1 + 2 * num_samples, read_signs)
+    )
+    return num_rows, lambda i: jax.lax.cond(i == 0, lambda: gradient(outputs), lambda: sample(i - 1)), read
+
+
+def _score_weights(problem: Problem, chain: Int[Array, "L"], learning_rate: Array | None) -> EditScores:
+    forward = _go_forward(problem, chain)
+
+    def score(group: LayerGroup, own: Any, gradient: Any) -> Float[Array, "N"]:
+        changes = jax.tree.map(lambda stacked, leaf: stacked - leaf[None], group.params, own)
+        scores = sum(jax.tree.leaves(jax.tree.map(lambda a, g: _rows(a) @ g.reshape(-1), changes, gradient)))
+        if learning_rate is not None:
+            squares = sum(jnp.sum(_rows(change) ** 2, axis=1) for change in jax.tree.leaves(changes))
+            scores += squares / (2 * learning_rate)
+        unknown = jnp.full(problem.bank.num_layers, jnp.nan, forward.hidden.dtype)
+        return unknown.at[jnp.array(group.tokens)].set(scores)
+
+    swap = _go_back_by_weights(problem, chain, forward, score)
+    is_layer = jnp.arange(chain.size) < forward.length
+    is_own = is_layer[:, None] & (jnp.arange(problem.bank.num_layers)[None] == chain[:, None])
+    swap = jnp.where(is_own, 0.0, swap)
+    unknown = jnp.full_like(swap, jnp.nan)
+    return _finish(problem, chain, forward, (swap, unknown, unknown[:, 0]), 4 * forward.length)
+
+
+def _go_back_by_weights(
+    problem: Problem, chain: Int[Array, "L"], forward: _Forward, read: Callable[[LayerGroup, Any, Any], Array]
+) -> Float[Array, "L ..."]:
+    """What `read` makes of the group, the weights and the loss's gradient of the layer at each slot; nan where nothing is known."""
+    bank, length = problem.bank, forward.length
+    by_outputs = jax.grad(lambda outputs: problem.measure(outputs)[0])(forward.outputs)
+    row = jax.vjp(partial(apply_token, bank.heads, chain[length]), forward.hidden[length])[1](by_outputs)[0]
+    group_of, member_of = locate(bank.layers)
+
+    def visit_group(group: LayerGroup, token: Array, hidden: Array, row: Array) -> tuple[Array, Array]:
+        own = jax.tree.map(lambda leaf: leaf[member_of[token]], group.params)
+        back = jax.vjp(lambda params, h: group.module.apply({"params": params}, h), own, hidden)[1]
+        gradient, before = back(row)
+        return before, read(group, own, gradient)
+
+    def visit(carry: Any, slot: Any) -> Any:
+        row, is_known = carry
+        _, token, hidden = slot
+        branches = [partial(visit_group, group) for group in bank.layers]
+        before, made = jax.lax.switch(group_of[token], branches, token, hidden, row)
+        is_known_before = is_known & (jnp.any(before != 0) | ~jnp.any(row != 0))
+        return (before, is_known_before), jnp.where(is_known, made, jnp.nan)
+
+    def skip(carry: Any, slot: Any) -> Any:
+        return carry, _nothing(jax.eval_shape(visit, carry, slot)[1])
+
+    def go_back(carry: Any, slot: Any) -> Any:
+        return jax.lax.cond(slot[0] < length, visit, skip, carry, slot)
+
+    slots = jnp.arange(chain.size), chain, forward.hidden
+    return jax.lax.scan(go_back, (row, jnp.array(True)), slots, reverse=True)[1]
+
+
+def _finish(
+    problem: Problem, chain: Array, forward: _Forward, scores: tuple[Array, Array, Array], layer_calls: Array
+) -> EditScores:
+    """With the price of layers, and nan where nothing is known."""
+    num_layers = problem.bank.num_layers
+    swap, insert, delete = scores
+    cost = jnp.broadcast_to(problem.layer_cost, (num_layers,))
+    own = cost[jnp.clip(chain, 0, num_layers - 1)]
+    head = (forward.heads - forward.loss).at[chain[forward.length] - num_layers].set(0.0)
+    parts = swap + cost[None] - own[:, None], insert + cost[None], delete - own, head
+    is_known = jnp.isfinite(forward.loss)
+    parts = (jnp.where(jnp.isfinite(part) & is_known, part, jnp.nan) for part in parts)
+    return EditScores(*parts, forward.loss + problem.price(chain), layer_calls)
+
+
+def _pull(
+    groups: tuple[LayerGroup, ...], token: Array, hidden: Array, rows: Float[Array, "R B ..."]
+) -> Float[Array, "R B ..."]:
+    """Rows of the Jacobian by the input of a layer, from those by its output."""
+    back = jax.vjp(partial(apply_token, groups, token), hidden)[1]
+    return jax.vmap(lambda row: back(row)[0])(rows)
+
+
+def _map_layers(
+    score: Callable[[Array], Any], bank: Bank, members: tuple[Int[Array, "_"], ...], hidden: Array, chunk: int
+) -> Any:
+    """What `score` says of each layer's output for one input, `[N, ...]`, so many at a time; nan for those not in `members`."""
+
+    def place(group: LayerGroup, rows: Array) -> tuple[Array, Any]:
+        made = jax.lax.map(lambda member: score(group.apply(member, hidden)), rows, batch_size=chunk)
+        return jnp.asarray(group.tokens)[rows], made
+
+    parts = [place(group, rows) for group, rows in zip(bank.layers, members, strict=True)]
+    tokens = jnp.concatenate([part[0] for part in parts])
+    return jax.tree.map(
+        lambda *made: (
+            jnp.full((bank.num_layers, *made[0].shape[1:]), jnp.nan, made[0].dtype)
+            .at[tokens]
+            .set(jnp.concatenate(made))
+        ),
+        *(part[1] for part in parts),
+    )
+
+
+def _dot(rows: Float[Array, "R B ..."], change: Shaped[Array, "B ..."]) -> Float[Array, "B R"]:
+    num_rows, num_examples = rows.shape[:2]
+    return jnp.einsum("rbf,bf->br", rows.reshape(num_rows, num_examples, -1), _rows(change))
+
+
+def _rows(array: Array) -> Float[Array, "B R"]:
+    return array.reshape(array.shape[0], -1)

@@ -1,0 +1,306 @@
+"""Scores against finite differences, exact losses and joint JVPs."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import HEAD, init_params, make_bank, make_batch
+
+import jchain as jc
+from jchain import gradient
+from jchain.engine import apply_token
+
+CHAIN = np.array([2, 0, 3, 5])  # three layers, the second head
+
+
+def to_float64(problem):
+    """The same weights and data, twice as precise. A loss that keeps that precision comes with it."""
+    cast = lambda leaf: leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf  # noqa: E731
+    bank, data = jax.tree.map(cast, (problem.bank, problem.data))
+    return jc.Problem(bank, data, problem.max_layers, problem.loss_fn, problem.layer_cost)
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def exact_changes(problem, chain):
+    """Change of loss of each neighbour, nan for rows that are none."""
+    bank = problem.bank
+    rows, is_neighbour = (np.array(a) for a in jc.chain.neighbours(jnp.asarray(chain), bank.num_layers, bank.num_heads))
+    change = np.full(len(rows), np.nan)
+    loss = jc.evaluate(problem, np.concatenate([chain[None], rows[is_neighbour]])).loss
+    change[is_neighbour] = loss[1:] - loss[0]
+    return change, is_neighbour
+
+
+@pytest.fixture(scope="module")
+def affine():
+    """Layers that are affine and do not keep the activation, so that what follows a slot is."""
+    layer, head = nn.Dense(5), jc.layers.DenseHead(3)
+    keys = jax.random.split(jax.random.key(0))
+    bank = jc.Bank.stack(layer, init_params(layer, keys[0], 4, (5,)), head, init_params(head, keys[1], 2, (5,)))
+    return jc.Problem(bank, make_batch(), max_layers=3, layer_cost=jnp.array([0.1, 0.2, 0.3, 0.4]))
+
+
+@pytest.mark.parametrize("chain", [CHAIN, np.array([1, 4, -1, -1]), np.array([5, -1, -1, -1])])
+def test_linearized_scores_are_exact_where_the_rest_is_affine(affine, chain, x64):
+    problem = to_float64(affine)
+    change, is_neighbour = exact_changes(problem, chain)
+    scores = jc.gradient.score_edits(problem, chain)
+    np.testing.assert_allclose(np.asarray(scores.flat)[is_neighbour], change[is_neighbour], atol=1e-5)
+    assert scores.loss == pytest.approx(float(jc.evaluate(problem, chain[None]).loss[0]), abs=1e-6)
+
+
+def test_activation_scores_are_the_directional_derivative(problem, x64):
+    problem = to_float64(problem)
+    scores = jc.swap_scores(problem, CHAIN, "activations")
+    hidden, behind = walk(problem, CHAIN)
+    for slot in range(3):
+        for token in range(4):
+            step = problem.bank.layers[0].apply(token, hidden[slot]) - hidden[slot + 1]
+            ahead, back = (
+                problem.measure(behind(slot + 1, hidden[slot + 1] + sign * 1e-6 * step))[0] for sign in (1, -1)
+            )
+            np.testing.assert_allclose(scores[slot, token], (ahead - back) / 2e-6, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["weights", "nearest"])
+def test_weight_scores_are_the_directional_derivative(kind, two_group_problem, x64):
+    """To 1e-4, and nan for layers of another module."""
+    problem = to_float64(two_group_problem)
+    chain = np.array([1, 4, 2, 6])
+    scores = jc.gradient.score_edits(problem, chain, kind, learning_rate=0.5)
+    for slot in range(3):
+        for token in range(5):
+            expected = push_weights(problem, chain, slot, token, 0.5 if kind == "nearest" else None)
+            np.testing.assert_allclose(scores.swap[slot, token], expected, rtol=1e-4, atol=1e-8)
+    assert np.isnan(scores.insert).all()
+    assert np.isnan(scores.delete).all()
+
+
+def push_weights(problem, chain, slot, token, learning_rate):
+    """Change of loss from the weights of a slot towards those of a layer, by central differences; nan for another module."""
+    group, other = (next(g for g in problem.bank.layers if t in g.tokens) for t in (chain[slot], token))
+    if group is not other:
+        return np.nan
+    own, new = (
+        jax.tree.map(lambda leaf, i=i: leaf[i], group.params)
+        for i in map(group.tokens.index, (int(chain[slot]), token))
+    )
+    hidden, behind = walk(problem, chain)
+
+    def loss(size):
+        params = jax.tree.map(lambda a, b: a + size * (b - a), own, new)
+        return problem.measure(behind(slot + 1, group.module.apply({"params": params}, hidden[slot])))[0]
+
+    square = sum(jnp.sum((a - b) ** 2) for a, b in zip(*map(jax.tree.leaves, (own, new)), strict=True))
+    return (loss(1e-6) - loss(-1e-6)) / 2e-6 + (0.0 if learning_rate is None else square / (2 * learning_rate))
+
+
+def walk(problem, chain):
+    """What each slot reads, and the function from a slot and what it reads to the outputs."""
+    bank = problem.bank
+    tokens = [int(token) for token in chain if token >= 0]
+    hidden = [bank.embed(problem.data.x)]
+    for token in tokens[:-1]:
+        hidden.append(apply_token(bank.layers, jnp.array(token), hidden[-1]))
+
+    def behind(slot, activation):
+        for token in tokens[slot:-1]:
+            activation = apply_token(bank.layers, jnp.array(token), activation)
+        return apply_token(bank.heads, jnp.array(tokens[-1]), activation)
+
+    return hidden, behind
+
+
+def test_joint_changes_sum_to_a_joint_jvp(problem, x64):
+    problem = to_float64(problem)
+    scores, joint = jc.gradient.score_moves(problem, CHAIN, num_best=2, num_pairs=5)
+    hidden, _ = walk(problem, CHAIN)
+    layers = problem.bank.layers[0]
+    steps = [layers.apply(int(joint.token[t, 0]), hidden[t]) - hidden[t + 1] for t in range(3)]
+
+    def outputs(pushes):
+        activation = hidden[0]
+        for token, push in zip(CHAIN[:3], pushes, strict=True):
+            activation = layers.apply(int(token), activation) + push
+        return problem.bank.heads[0].apply(1, activation)
+
+    plain, expected = jax.jvp(outputs, ([jnp.zeros_like(step) for step in steps],), (steps,))
+    # Of a softmax only differences of outputs count.
+    np.testing.assert_allclose(joint.change[:3, 0].sum(axis=0), expected[:, :2] - expected[:, 2:], atol=1e-6)
+    predicted = problem.measure(plain + expected)[0] - problem.measure(plain)[0]
+    # Each slot has its best swaps, without the layer that is there, and the first move is the best of all.
+    others = np.where(np.arange(4) == CHAIN[:3, None], np.inf, scores.swap[:3])
+    np.testing.assert_array_equal(joint.token[:3], np.argsort(others, axis=1)[:, :2])
+    np.testing.assert_allclose(joint.greedy_score[0], others.min(), atol=1e-6)
+    np.testing.assert_array_equal(joint.greedy[0] != CHAIN, np.arange(4) == others.min(axis=1).argmin())
+    assert np.isnan(joint.greedy_score[3])
+    # All pairs, by hand: the two swaps with the lowest loss of added outputs.
+    changes = np.asarray(joint.change)
+    padded = np.pad(changes, ((0, 0), (0, 0), (0, 0), (0, 1)))
+    found = {
+        (s, i, t, j): float(problem.measure(plain + padded[s, i] + padded[t, j])[0] - problem.measure(plain)[0])
+        for s in range(3)
+        for t in range(s + 1, 3)
+        for i in range(2)
+        for j in range(2)
+    }
+    best = sorted(found, key=found.__getitem__)[:5]
+    np.testing.assert_allclose(joint.pair_score, [found[pair] for pair in best], atol=1e-6)
+    for row, (s, i, t, j) in zip(joint.pairs, best, strict=True):
+        swapped = CHAIN.copy()
+        swapped[[s, t]] = joint.token[s, i], joint.token[t, j]
+        np.testing.assert_array_equal(row, swapped)
+    assert predicted == pytest.approx(
+        float(problem.measure(plain + padded[:3, 0].sum(axis=0))[0] - problem.measure(plain)[0]), abs=1e-6
+    )
+
+
+def test_layers_that_are_left_out_are_nan(problem):
+    scores, joint = jc.gradient.score_moves(problem, CHAIN, members=(jnp.array([3, 1]),), num_best=1)
+    whole = jc.gradient.score_edits(problem, CHAIN)
+    np.testing.assert_allclose(scores.swap[:3, 1], whole.swap[:3, 1], rtol=1e-5)
+    assert np.isnan(scores.swap[0, 0])
+    assert np.isin(joint.token[:3], [1, 3]).all()
+    assert scores.layer_calls == 3 * 2 + (2 + 2) * 3
+
+
+def test_what_scores_cost(problem):
+    """Two forward passes, a product each for 2 of 3 classes, 4 candidates at 3 slots; a chain with room has one place more."""
+    assert jc.gradient.score_edits(problem, CHAIN).layer_calls == (2 + 2) * 3 + 4 * 3
+    assert jc.gradient.score_edits(problem, CHAIN, "activations").layer_calls == (2 + 1) * 3 + 4 * 3
+    assert jc.gradient.score_edits(problem, CHAIN, "weights").layer_calls == 4 * 3
+    assert jc.gradient.score_edits(problem, np.array([1, 4, -1, -1])).layer_calls == (2 + 2) * 1 + 4 * 2
+
+
+@pytest.mark.parametrize("kind", gradient.KINDS)
+def test_zero_for_what_is_there_and_the_same_under_jit_and_vmap(kind, two_group_problem):
+    problem = two_group_problem
+    chains = np.array([[1, 4, 2, 6], [3, 5, -1, -1], [0, 0, 4, 5]])
+    score = partial(jc.gradient.score_edits, kind=kind)
+    alone = [score(problem, chain) for chain in chains]
+    for scores, chain in zip(alone, chains, strict=True):
+        length = int((chain >= 0).sum()) - 1
+        assert (np.asarray(scores.swap)[np.arange(length), chain[:length]] == 0).all()
+        assert np.isnan(scores.swap[length:]).all()
+        assert scores.head[chain[length] - 5] == 0
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *alone)
+    mapped = jax.jit(jax.vmap(score, (None, 0)))(problem, jnp.asarray(chains))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), mapped, stacked)
+
+
+def wide_problem(loss_fn, y):
+    head = jc.layers.DenseHead(100)
+    x = jax.random.normal(jax.random.key(1), (400, 5))
+    bank = make_bank(4, 1)
+    wide = jc.Bank.stack(
+        jc.layers.ResidualMLP(5, hidden=7),
+        [jax.tree.map(lambda leaf, i=i: 0.1 * leaf[i], bank.layers[0].params) for i in range(4)],
+        head,
+        init_params(head, jax.random.key(2), 1, (5,)),
+    )
+    return jc.Problem(wide, jc.Batch(x, y), max_layers=3, loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize("is_softmax", [True, False])
+def test_wide_outputs_are_sampled(is_softmax):
+    """More samples come closer to the loss to second order, which for squared errors is the loss itself."""
+    key = jax.random.key(3)
+    if is_softmax:
+        problem = wide_problem(optax.softmax_cross_entropy_with_integer_labels, jax.random.randint(key, (400,), 0, 100))
+    else:
+        problem = wide_problem(optax.squared_error, jax.random.normal(key, (400, 100)))
+    chain = np.array([2, 0, 3, 4])
+    hidden, behind = walk(problem, chain)
+
+    def expand(slot, token):
+        change = problem.bank.layers[0].apply(token, hidden[slot]) - hidden[slot + 1]
+        outputs, moved = jax.jvp(partial(behind, slot + 1), (hidden[slot + 1],), (change,))
+        loss = lambda size: problem.measure(outputs + size * moved)[0]  # noqa: E731
+        return jax.grad(loss)(0.0) + 0.5 * jax.grad(jax.grad(loss))(0.0)
+
+    expected = np.array([[expand(slot, token) for token in range(4)] for slot in range(3)])
+    errors = [
+        np.abs(jc.gradient.score_edits(problem, chain, num_samples=n).swap[:3] - expected).mean() for n in (2, 64)
+    ]
+    assert errors[1] < 0.1 * np.abs(expected).mean()
+    assert errors[1] < 0.7 * errors[0]
+
+
+class Rounded(nn.Module):
+    """Has a derivative of 0 almost everywhere."""
+
+    @nn.compact
+    def __call__(self, x):
+        return jnp.round(nn.Dense(5)(x))
+
+
+class Looped(nn.Module):
+    """Cannot be differentiated in reverse."""
+
+    @nn.compact
+    def __call__(self, x):
+        nn.Dense(5)(x)
+        return jax.lax.while_loop(lambda x: x.sum() > 1e9, lambda x: x / 2, x)
+
+
+def mixed_problem(module):
+    bank = make_bank(3, 1)
+    other = jc.Bank.stack(
+        module, init_params(module, jax.random.key(0), 1, (5,)), HEAD, init_params(HEAD, jax.random.key(0), 1, (5,))
+    )
+    return jc.Problem(jc.Bank.concat([bank, other]), make_batch(), max_layers=3)
+
+
+@pytest.mark.parametrize("kind", gradient.KINDS)
+def test_nothing_is_said_of_slots_before_one_without_a_gradient(kind):
+    problem = mixed_problem(Rounded())
+    swap = np.asarray(jc.swap_scores(problem, np.array([1, 3, 2, 4]), kind))
+    assert np.isnan(np.delete(swap[0], 1)).all()
+    assert np.isfinite(swap[2, :3]).all()
+    assert np.isfinite(swap[1, :3]).all() == (kind in ("linearized", "activations"))
+
+
+def test_a_layer_that_is_not_finite_has_no_score(problem):
+    params = jax.tree.map(lambda leaf: leaf.at[1].set(jnp.inf), problem.bank.layers[0].params)
+    bank = problem.bank
+    broken = jc.Bank.stack(
+        bank.layers[0].module,
+        [jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(4)],
+        HEAD,
+        [jax.tree.map(lambda leaf, i=i: leaf[i], bank.heads[0].params) for i in range(2)],
+    )
+    broken_problem = jc.Problem(broken, problem.data, 3)
+    scores = jc.gradient.score_edits(broken_problem, CHAIN)
+    expected = jc.gradient.score_edits(problem, CHAIN)
+    assert np.isnan(scores.swap[:3, 1]).all()
+    np.testing.assert_allclose(np.delete(scores.swap, 1, 1), np.delete(expected.swap, 1, 1), rtol=1e-5)
+    lost = jc.gradient.score_edits(broken_problem, np.array([1, 0, 3, 5]))
+    assert np.isnan(np.delete(lost.swap[0], 1)).all()
+    assert not np.isfinite(lost.loss)
+
+
+def test_bad_input_is_refused(problem):
+    with pytest.raises(ValueError, match="expected a kind of linearized, activations, weights, nearest, got 'hessian'"):
+        jc.swap_scores(problem, CHAIN, "hessian")
+    with pytest.raises(ValueError, match="token 9 at slot 1 is out of range"):
+        jc.swap_scores(problem, np.array([2, 9, 3, 5]))
+    with pytest.raises(ValueError, match=r"expected one chain of shape \[4\], got \[2, 4\]"):
+        jc.swap_scores(problem, np.stack([CHAIN, CHAIN]))
+    with pytest.raises(
+        ValueError, match="expected num_samples of at least 1 and a positive learning_rate, got 1 and 0.0"
+    ):
+        jc.gradient.score_edits(problem, CHAIN, num_samples=1, learning_rate=0.0)
+    with pytest.raises(ValueError, match="Looped cannot be differentiated: Reverse-mode"):
+        jc.swap_scores(mixed_problem(Looped()), np.array([1, 0, 2, 4]))
+    table = jc.lookup.make_problem(problem.bank, np.asarray(jc.evaluate_all(problem)[1].loss), 3)
+    with pytest.raises(ValueError, match="expected floating-point activations, which have a gradient, got int32"):
+        jc.swap_scores(table, CHAIN)
