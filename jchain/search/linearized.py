@@ -1,0 +1,190 @@
+"""Descent by linearized scores: one pass along a chain scores all its edits, and joint moves of several swaps.
+
+What swaps change in the outputs adds up to first order, so pairs and larger moves are predicted for no further layer call; the
+most promising moves are then evaluated exactly. How many slots a greedy move may change is a trust region (Conn, Gould and Toint
+2000, Trust-Region Methods). Where no move is better, the search starts again from a random chain.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jchain import chain as chain_lib
+from jchain import memo as memo_lib
+from jchain._typing import Array, Bool, Float, Int, Key
+from jchain.chain import PADDING
+from jchain.gradient import score_moves
+from jchain.memo import Memo
+from jchain.problem import Problem
+from jchain.pytree import pytree_dataclass, static
+from jchain.search.base import Info
+
+
+class Guide(NamedTuple):
+    """A chain, and what a pass predicts of moves from it."""
+
+    chain: Int[Array, "L"]
+    loss: Float[Array, ""]  # of the chain
+    score: Float[Array, "M"]  # [M], of its neighbours; +inf where there is none, or it was tried
+    greedy: Int[Array, "L L"]  # [L, L], the chain with 1, 2, ... swaps
+    is_greedy: Bool[Array, "L"]
+    pairs: Int[Array, "Q L"]  # [Q, L], with two swaps, best first
+    is_pair: Bool[Array, "Q"]
+    layer_calls: Int[Array, ""]
+
+
+class State(NamedTuple):
+    """What the next step needs."""
+
+    guide: Guide
+    is_new: Bool[Array, ""]  # the chain is yet to be passed
+    is_start: Bool[Array, ""]  # and yet to be drawn
+    radius: Float[Array, ""]  # most swaps of a greedy move
+    num_failed: Int[Array, ""]  # batches without a better chain
+    memo: Memo
+
+
+@pytree_dataclass
+class LinearizedSearch:
+    """Descent by linearized scores, with restarts.
+
+    Attributes:
+      num_single: most promising edits that are evaluated in a step.
+      num_pairs: likewise pairs of swaps.
+      num_joint: likewise greedy moves, of as many swaps as the trust region allows, half as many, and so on.
+      num_candidates: layers that a pass scores at each slot. Where the bank has more they are drawn anew for each pass, and every
+        step makes one; where it has not, a step makes one only of a chain that is new.
+      num_best: swaps of each slot that pairs are made of.
+      patience: batches in a row without a better chain before a restart.
+    """
+
+    num_single: int = static(default=4)
+    num_pairs: int = static(default=4)
+    num_joint: int = static(default=2)
+    num_candidates: int = static(default=16)
+    num_best: int | None = static(default=None)
+    patience: int = static(default=2)
+
+    def __post_init__(self) -> None:
+        least = {"num_single": 1, "num_pairs": 0, "num_joint": 0, "num_candidates": 1, "patience": 1}
+        sizes = {name: getattr(self, name) for name in least}
+        if any(sizes[name] < size for name, size in least.items()) or (self.num_best is not None and self.num_best < 1):
+            raise ValueError(
+                f"expected sizes of at least {least} and num_best of at least 1, got {sizes}, {self.num_best}"
+            )
+
+    def init(self, key: Key[Array, ""], problem: Problem) -> State:
+        num_slots = problem.max_layers + 1
+        num_rows = problem.max_layers * (2 * problem.bank.num_layers + 1) + problem.bank.num_heads
+        guide = Guide(
+            jnp.full(num_slots, PADDING, jnp.int32),
+            jnp.full((), jnp.inf, jnp.float32),
+            jnp.full(num_rows, jnp.inf, jnp.float32),
+            jnp.full((num_slots, num_slots), PADDING, jnp.int32),
+            jnp.zeros(num_slots, bool),
+            jnp.full((self._count_pairs(problem), num_slots), PADDING, jnp.int32),
+            jnp.zeros(self._count_pairs(problem), bool),
+            jnp.zeros((), jnp.int32),
+        )
+        zero = jnp.zeros((), jnp.int32)
+        radius = jnp.full((), 4.0, jnp.float32)
+        return State(guide, jnp.array(True), jnp.array(True), radius, zero, memo_lib.init(problem))
+
+    def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
+        guide = self._find_guide(key, state, problem)
+        chains, rows, sizes = self._propose(state, guide, problem)
+        memo, loss, layer_calls = memo_lib.score(state.memo, problem, chains)
+
+        best = jnp.argmin(loss)
+        does_move = loss[best] < guide.loss
+        score = guide.score.at[rows].set(jnp.inf, mode="drop")
+        num_failed = jnp.where(does_move, 0, state.num_failed + 1)
+        is_stuck = ~does_move & ((num_failed >= self.patience) | ~jnp.isfinite(score).any())
+        size = sizes[best]
+        grown = jnp.where(size >= jnp.floor(state.radius), 2 * state.radius, jnp.maximum(size, 1.0) + 1.0)
+        radius = jnp.where(does_move, grown, state.radius / 2)
+        next_state = State(
+            guide._replace(chain=jnp.where(does_move, chains[best], guide.chain), score=score),
+            does_move | is_stuck | (self.num_candidates < problem.bank.num_layers),
+            is_stuck,
+            jnp.clip(radius, 2.0, max(problem.max_layers, 2)),
+            jnp.where(is_stuck, 0, num_failed).astype(jnp.int32),
+            memo,
+        )
+        own = jnp.where(state.is_new, guide.chain, PADDING)
+        info = Info(
+            jnp.concatenate([own[None], chains]),
+            jnp.concatenate([jnp.where(state.is_new, guide.loss, jnp.inf)[None], loss]),
+            layer_calls + jnp.where(state.is_new, guide.layer_calls, 0),
+        )
+        return next_state, info
+
+    def _count_best(self, problem: Problem) -> int:
+        wanted = self.num_best or -(-32 // max(problem.max_layers, 1))
+        return min(wanted, self.num_candidates, problem.bank.num_layers)
+
+    def _count_pairs(self, problem: Problem) -> int:
+        return min(self.num_pairs * self.patience, ((problem.max_layers + 1) * self._count_best(problem)) ** 2)
+
+    def _find_guide(self, key: Key[Array, ""], state: State, problem: Problem) -> Guide:
+        """A pass where the chain is new, what it said before else."""
+
+        @jax.custom_batching.sequential_vmap
+        def find(problem: Problem, key: Array, state: State) -> Guide:
+            return jax.lax.cond(state.is_new, self._pass, lambda *_: state.guide, key, state, problem)
+
+        return find(problem, key, state._replace(memo=None))
+
+    def _pass(self, key: Key[Array, ""], state: State, problem: Problem) -> Guide:
+        start_key, key = jax.random.split(key)
+        sizes = problem.bank.num_layers, problem.bank.num_heads, problem.max_layers
+        chain = jnp.where(state.is_start, chain_lib.sample(start_key, 1, *sizes)[0], state.guide.chain)
+        scores, joint = score_moves(
+            problem,
+            chain,
+            num_best=self._count_best(problem),
+            num_pairs=max(self._count_pairs(problem), 1),
+            members=_draw_members(key, problem, self.num_candidates),
+        )
+        is_neighbour = chain_lib.neighbours(chain, problem.bank.num_layers, problem.bank.num_heads)[1]
+        return Guide(
+            chain,
+            jnp.where(jnp.isfinite(scores.loss), scores.loss, jnp.inf).astype(jnp.float32),
+            jnp.where(is_neighbour & ~jnp.isnan(scores.flat), scores.flat, jnp.inf).astype(jnp.float32),
+            joint.greedy.astype(jnp.int32),
+            ~jnp.isnan(joint.greedy_score),
+            joint.pairs[: self._count_pairs(problem)].astype(jnp.int32),
+            ~jnp.isnan(joint.pair_score)[: self._count_pairs(problem)],
+            scores.layer_calls.astype(jnp.int32),
+        )
+
+    def _propose(self, state: State, guide: Guide, problem: Problem) -> tuple[Array, Array, Array]:
+        """Chains, which of them are neighbours, and how many slots they change; the chain itself where there is no move."""
+        neighbours, _ = chain_lib.neighbours(guide.chain, problem.bank.num_layers, problem.bank.num_heads)
+        gain, rows = jax.lax.top_k(-guide.score, min(self.num_single, guide.score.size))
+        single = jnp.where(jnp.isfinite(gain)[:, None], neighbours[rows], guide.chain[None])
+        sizes = jnp.floor(state.radius / 2.0 ** jnp.arange(self.num_joint)).astype(jnp.int32)
+        place = jnp.clip(sizes - 1, 0, problem.max_layers)
+        # Of two swaps there are pairs.
+        is_joint = (sizes > 2) & guide.is_greedy[place] & (state.num_failed == 0)
+        joint = jnp.where(is_joint[:, None], guide.greedy[place], guide.chain[None])
+        turn = state.num_failed * self.num_pairs + jnp.arange(min(self.num_pairs, guide.is_pair.size))
+        turn = jnp.minimum(turn, guide.is_pair.size - 1)
+        pairs = jnp.where(guide.is_pair[turn][:, None], guide.pairs[turn], guide.chain[None])
+        changed = [jnp.ones(single.shape[0]), jnp.full(pairs.shape[0], 2.0), jnp.where(is_joint, sizes, 0)]
+        chains = jnp.concatenate([single, pairs, joint])
+        return chains.astype(jnp.int32), rows, jnp.concatenate(changed).astype(jnp.float32)
+
+
+def _draw_members(key: Key[Array, ""], problem: Problem, num_candidates: int) -> tuple[Array, ...]:
+    """Places of the layers to be scored, of each group its share."""
+    drawn: list[Any] = []
+    for i, group in enumerate(problem.bank.layers):
+        size = len(group.tokens)
+        share = -(-num_candidates * size // problem.bank.num_layers)
+        places = jnp.arange(size)
+        drawn.append(
+            places if share >= size else jax.random.choice(jax.random.fold_in(key, i), places, (share,), replace=False)
+        )
+    return tuple(drawn)

@@ -1,0 +1,77 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from conftest import make_bank, make_batch
+
+import jchain as jc
+
+
+@pytest.fixture(scope="module")
+def roomy():
+    """Chains of up to 5 layers, so that greedy moves of more than two swaps exist."""
+    return jc.Problem(make_bank(6, 2), make_batch(), max_layers=5)
+
+
+@pytest.mark.parametrize("num_candidates", [16, 3])
+def test_costs_are_the_pass_and_what_is_new_to_it(roomy, num_candidates):
+    search = jc.LinearizedSearch(num_candidates=num_candidates, num_single=1, num_pairs=1)
+    state = search.init(jax.random.key(0), roomy)
+    step = jax.jit(search.step)
+    seen, did_joint = set(), False
+    for seed in range(25):
+        before = state
+        state, info = step(jax.random.key(seed), state, roomy)
+        rows = [tuple(int(token) for token in chain if token >= 0) for chain in info.chains]
+        if before.is_new:
+            own, rows = rows[0], rows[1:]
+            length = len(own) - 1
+            expected = (2 + 2) * length + min(num_candidates, 6) * min(length + 1, 5)
+            assert info.loss[0] == pytest.approx(reference.chain_loss(roomy, info.chains[0])[0], rel=1e-5)
+        else:
+            own, rows, expected = tuple(int(token) for token in before.guide.chain if token >= 0), rows[1:], 0
+        expected += reference.count_calls([row for row in rows if row not in seen], 6)[0]
+        seen.update(rows)
+        assert info.layer_calls == expected
+        did_joint |= any(
+            sum(a != b for a, b in zip(row, own, strict=False)) > 2 for row in rows if len(row) == len(own)
+        )
+    assert did_joint
+
+
+def test_moves_are_those_that_were_predicted_best(roomy):
+    search = jc.LinearizedSearch(num_single=3, num_pairs=2, num_joint=0)
+    state, info = search.step(jax.random.key(1), search.init(jax.random.key(0), roomy), roomy)
+    own = np.asarray(info.chains[0])
+    scores, joint = jc.gradient.score_moves(roomy, own, num_best=6, num_pairs=4)
+    rows, is_neighbour = jc.chain.neighbours(jnp.asarray(own), 6, 2)
+    flat = np.where(np.asarray(is_neighbour), np.asarray(scores.flat), np.inf)
+    np.testing.assert_array_equal(info.chains[1:4], np.asarray(rows)[np.argsort(flat)[:3]])
+    np.testing.assert_array_equal(info.chains[4:], joint.pairs[:2])
+    best = int(np.argmin(info.loss))
+    np.testing.assert_array_equal(state.guide.chain, info.chains[best])
+    assert bool(state.is_new) == (best > 0)
+
+
+def test_single_edits_alone_find_the_optimum(problem):
+    search = jc.LinearizedSearch(num_pairs=0, num_joint=0)
+    result = jc.run(jax.random.key(0), search, problem, budget=2_000)
+    assert result.best_loss == pytest.approx(float(jc.evaluate_all(problem)[1].loss.min()), rel=1e-5)
+
+
+def test_wide_outputs_are_searched_by_samples():
+    head = jc.layers.DenseHead(80)
+    x = jax.random.normal(jax.random.key(0), (30, 5))
+    bank = make_bank(5, 1)
+    params = [jax.tree.map(lambda leaf, i=i: leaf[i], bank.layers[0].params) for i in range(5)]
+    wide = jc.Bank.stack(bank.layers[0].module, params, head, [head.init(jax.random.key(1), x)["params"]])
+    problem = jc.Problem(wide, jc.Batch(x, jnp.arange(30)), max_layers=2)
+    result = jc.run(jax.random.key(0), jc.LinearizedSearch(), problem, budget=2_000)
+    assert result.best_loss == pytest.approx(float(jc.evaluate_all(problem)[1].loss.min()), rel=1e-5)
+
+
+def test_bad_sizes_are_refused():
+    for sizes in ({"num_single": 0}, {"num_pairs": -1}, {"num_candidates": 0}, {"patience": 0}, {"num_best": 0}):
+        with pytest.raises(ValueError, match="expected .* at least .*, got"):
+            jc.LinearizedSearch(**sizes)
