@@ -3,13 +3,30 @@
 `import jchain` stays light: rlax, matplotlib and the like are imported by the function that needs them.
 """
 
-from jchain import chain, chainbench, data, distributed, encoding, env, layers, lookup, pretrain, stats, train
+from jchain import (
+    align,
+    chain,
+    chainbench,
+    data,
+    distributed,
+    encoding,
+    env,
+    gradient,
+    layer_report,
+    layers,
+    lookup,
+    pretrain,
+    stats,
+    train,
+    trends,
+)
 from jchain.bank import Bank, LayerGroup
 from jchain.critic import Critic
 from jchain.data import Batch, Dataset
 from jchain.encoding import TokenEncoding, WeightEncoding
 from jchain.engine import Blocks, Share, Walk, compiler_options
 from jchain.evaluate import Evaluation, Explanation, apply_chain, evaluate, evaluate_all, evaluate_prefixes, explain
+from jchain.gradient import swap_scores
 from jchain.kernels import Fused
 from jchain.pretrain import pretrain_controller
 from jchain.problem import Problem
@@ -18,6 +35,7 @@ from jchain.search.base import Curve, Info, Result, Search, run, run_many
 from jchain.search.beam_search import BeamSearch
 from jchain.search.critic_search import CriticSearch
 from jchain.search.evolution import Evolution
+from jchain.search.linearized import LinearizedSearch
 from jchain.search.local_search import LocalSearch
 from jchain.search.mcts import MCTS
 from jchain.search.q_learning import QLearning
@@ -42,6 +60,7 @@ __all__ = [
     "Fused",
     "Info",
     "LayerGroup",
+    "LinearizedSearch",
     "LocalSearch",
     "Problem",
     "QLearning",
@@ -52,6 +71,7 @@ __all__ = [
     "TokenEncoding",
     "Walk",
     "WeightEncoding",
+    "align",
     "apply_chain",
     "chain",
     "chainbench",
@@ -64,6 +84,8 @@ __all__ = [
     "evaluate_all",
     "evaluate_prefixes",
     "explain",
+    "gradient",
+    "layer_report",
     "layers",
     "lookup",
     "pretrain",
@@ -71,5 +93,7 @@ __all__ = [
     "run",
     "run_many",
     "stats",
+    "swap_scores",
     "train",
+    "trends",
 ]

@@ -1,9 +1,13 @@
 """Figures, written whole or not at all. matplotlib is imported when one is drawn."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from jchain.files import write_atomically
+from jchain.layer_report import LayerReport
 from jchain.search.base import Curve
 
 
@@ -26,3 +30,47 @@ def plot_curve(path: str | os.PathLike[str], curve: Curve, levels: Mapping[str, 
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
+
+
+def plot_layers(path: str | os.PathLike[str], reports: Sequence[LayerReport]) -> None:
+    """What the gradient says of each layer of a chain, as a PNG: totals by layer, and importance by weight index.
+
+    Args:
+      path: where to write.
+      reports: of `jchain.layer_report.report_layers`; layers must have tensors of the same names and shapes.
+
+    Raises:
+      ValueError: there is no layer, or tensors differ.
+    """
+    from matplotlib.figure import Figure
+
+    shapes = {tuple((name, tensor.weights.shape) for name, tensor in report.tensors.items()) for report in reports}
+    if len(shapes) != 1:
+        raise ValueError(
+            f"expected layers, at least one, with tensors of the same names and shapes, got {len(shapes)} kinds"
+        )
+    names = [f"{report.slot}: {report.name}" for report in reports]
+    totals = [report.reduce()[""] for report in reports]
+    tensors = [*reports[0].tensors]
+    figure = Figure(figsize=(11, 2.2 + 0.45 * len(reports) * (1 + len(tensors) / 2)), layout="constrained")
+    halves: Any = figure.subfigures(2, height_ratios=[1, max(1, (len(tensors) + 1) // 2)])
+    top, below = halves
+    labels = {
+        "weights": "root mean square weight",
+        "gradient": "root mean square gradient",
+        "importance": "importance, sum of |w dL/dw|",
+        "fisher": "empirical Fisher, sum",
+    }
+    for axes, (key, label) in zip(top.subplots(1, 4, sharey=True), labels.items(), strict=True):
+        axes.barh(names, [total[key] for total in totals])
+        axes.set(xlabel=label)
+        axes.invert_yaxis()
+    panels = below.subplots(-(-len(tensors) // 2), 2, squeeze=False).ravel()
+    for axes, name in zip(panels, tensors, strict=False):
+        rows = np.stack([np.ravel(report.tensors[name].importance) for report in reports])
+        image = axes.imshow(np.log10(rows + 1e-12), aspect="auto", interpolation="nearest")
+        axes.set(title=f"log10 importance, {name}", xlabel="weight index", ylabel="slot")
+        below.colorbar(image, ax=axes)
+    for axes in panels[len(tensors) :]:
+        axes.set_visible(False)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130))
