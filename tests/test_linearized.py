@@ -54,6 +54,21 @@ def test_moves_are_those_that_were_predicted_best(roomy):
     assert bool(state.is_new) == (best > 0)
 
 
+def test_a_chain_is_no_move_from_itself(roomy):
+    """Also where its loss is lower than before, as by a rounding error: the search would never restart."""
+    search = jc.LinearizedSearch(patience=1)
+    state, _ = search.step(jax.random.key(1), search.init(jax.random.key(0), roomy), roomy)
+    guide = state.guide._replace(
+        loss=state.guide.loss + 1.0,
+        score=jnp.full_like(state.guide.score, jnp.inf),
+        is_pair=jnp.zeros_like(state.guide.is_pair),
+        is_greedy=jnp.zeros_like(state.guide.is_greedy),
+    )
+    after, info = search.step(jax.random.key(2), state._replace(guide=guide, is_new=jnp.array(False)), roomy)
+    np.testing.assert_array_equal(info.chains[1:], np.broadcast_to(guide.chain, info.chains[1:].shape))
+    assert after.is_start
+
+
 def test_single_edits_alone_find_the_optimum(problem):
     search = jc.LinearizedSearch(num_pairs=0, num_joint=0)
     result = jc.run(jax.random.key(0), search, problem, budget=2_000)

@@ -96,16 +96,19 @@ class LinearizedSearch:
         chains, rows, sizes = self._propose(state, guide, problem)
         memo, loss, layer_calls = memo_lib.score(state.memo, problem, chains)
 
-        best = jnp.argmin(loss)
-        does_move = loss[best] < guide.loss
+        # The chain itself stands where there is no move, and its loss may be lower here by a rounding error.
+        is_move = (chains != guide.chain[None]).any(axis=1)
+        best = jnp.argmin(jnp.where(is_move, loss, jnp.inf))
+        does_move = is_move[best] & (loss[best] < guide.loss)
         score = guide.score.at[rows].set(jnp.inf, mode="drop")
         num_failed = jnp.where(does_move, 0, state.num_failed + 1)
         is_stuck = ~does_move & ((num_failed >= self.patience) | ~jnp.isfinite(score).any())
         size = sizes[best]
         grown = jnp.where(size >= jnp.floor(state.radius), 2 * state.radius, jnp.maximum(size, 1.0) + 1.0)
         radius = jnp.where(does_move, grown, state.radius / 2)
+        here = jnp.where(does_move, chains[best], guide.chain), jnp.where(does_move, loss[best], guide.loss)
         next_state = State(
-            guide._replace(chain=jnp.where(does_move, chains[best], guide.chain), score=score),
+            guide._replace(chain=here[0], loss=here[1], score=score),
             does_move | is_stuck | (self.num_candidates < problem.bank.num_layers),
             is_stuck,
             jnp.clip(radius, 2.0, max(problem.max_layers, 2)),
@@ -148,9 +151,11 @@ class LinearizedSearch:
             members=_draw_members(key, problem, self.num_candidates),
         )
         is_neighbour = chain_lib.neighbours(chain, problem.bank.num_layers, problem.bank.num_heads)[1]
+        start_loss = jnp.where(jnp.isfinite(scores.loss), scores.loss, jnp.inf).astype(jnp.float32)
         return Guide(
             chain,
-            jnp.where(jnp.isfinite(scores.loss), scores.loss, jnp.inf).astype(jnp.float32),
+            # As it was evaluated: with the pass's rounding two chains of equal loss could each be better than the other.
+            jnp.where(state.is_start, start_loss, state.guide.loss),
             jnp.where(is_neighbour & ~jnp.isnan(scores.flat), scores.flat, jnp.inf).astype(jnp.float32),
             joint.greedy.astype(jnp.int32),
             ~jnp.isnan(joint.greedy_score),
