@@ -6,6 +6,7 @@ import reference
 from conftest import make_bank, make_batch
 
 import jchain as jc
+from jchain.search.linearized import _draw_start
 
 
 @pytest.fixture(scope="module")
@@ -15,19 +16,19 @@ def roomy():
 
 
 @pytest.mark.parametrize("num_candidates", [16, 3])
-def test_costs_are_the_pass_and_what_is_new_to_it(roomy, num_candidates):
+def test_costs_are_the_start_the_pass_and_what_is_new_to_it(roomy, num_candidates):
     search = jc.LinearizedSearch(num_candidates=num_candidates, num_single=1, num_pairs=1)
     state = search.init(jax.random.key(0), roomy)
     step = jax.jit(search.step)
     seen, did_joint = set(), False
-    for seed in range(25):
+    for seed in range(80):
         before = state
         state, info = step(jax.random.key(seed), state, roomy)
         rows = [tuple(int(token) for token in chain if token >= 0) for chain in info.chains]
         if before.is_new:
             own, rows = rows[0], rows[1:]
             length = len(own) - 1
-            expected = (2 + 2) * length + min(num_candidates, 6) * min(length + 1, 5)
+            expected = 5 * int(before.is_start) + (2 + 2) * length + min(num_candidates, 6) * min(length + 1, 5)
             assert info.loss[0] == pytest.approx(reference.chain_loss(roomy, info.chains[0])[0], rel=1e-5)
         else:
             own, rows, expected = tuple(int(token) for token in before.guide.chain if token >= 0), rows[1:], 0
@@ -52,6 +53,18 @@ def test_moves_are_those_that_were_predicted_best(roomy):
     best = int(np.argmin(info.loss))
     np.testing.assert_array_equal(state.guide.chain, info.chains[best])
     assert bool(state.is_new) == (best > 0)
+
+
+def test_a_start_is_the_best_stop_of_its_random_layers(roomy):
+    costly = jc.Problem(roomy.bank, roomy.data, 5, layer_cost=0.3)
+    for problem in (roomy, costly):
+        for seed in range(4):
+            key = jax.random.key(seed)
+            chain = np.asarray(_draw_start(key, problem))
+            layers = [int(token) for token in jax.random.randint(key, (6,), 0, 6)[:5]]
+            stops = [[*layers[:length], 6 + k] for length in range(6) for k in range(2)]
+            best = min(stops, key=lambda stop: reference.chain_loss(problem, stop)[0])
+            assert [int(token) for token in chain if token >= 0] == best
 
 
 def test_a_chain_is_no_move_from_itself(roomy):

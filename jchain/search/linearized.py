@@ -2,7 +2,8 @@
 
 What swaps change in the outputs adds up to first order, so pairs and larger moves are predicted for no further layer call; the
 most promising moves are then evaluated exactly. How many slots a greedy move may change is a trust region (Conn, Gould and Toint
-2000, Trust-Region Methods). Where no move is better, the search starts again from a random chain.
+2000, Trust-Region Methods). Where no move is better, the search starts again from a random chain,
+cut where a head is best.
 """
 
 from typing import Any, NamedTuple
@@ -11,9 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from jchain import chain as chain_lib
+from jchain import env
 from jchain import memo as memo_lib
 from jchain._typing import Array, Bool, Float, Int, Key
 from jchain.chain import PADDING
+from jchain.engine import apply_token
 from jchain.gradient import score_moves
 from jchain.memo import Memo
 from jchain.problem import Problem
@@ -141,8 +144,7 @@ class LinearizedSearch:
 
     def _pass(self, key: Key[Array, ""], state: State, problem: Problem) -> Guide:
         start_key, key = jax.random.split(key)
-        sizes = problem.bank.num_layers, problem.bank.num_heads, problem.max_layers
-        chain = jnp.where(state.is_start, chain_lib.sample(start_key, 1, *sizes)[0], state.guide.chain)
+        chain = jax.lax.cond(state.is_start, lambda: _draw_start(start_key, problem), lambda: state.guide.chain)
         scores, joint = score_moves(
             problem,
             chain,
@@ -161,7 +163,7 @@ class LinearizedSearch:
             ~jnp.isnan(joint.greedy_score),
             joint.pairs[: self._count_pairs(problem)].astype(jnp.int32),
             ~jnp.isnan(joint.pair_score)[: self._count_pairs(problem)],
-            scores.layer_calls.astype(jnp.int32),
+            (scores.layer_calls + jnp.where(state.is_start, problem.max_layers, 0)).astype(jnp.int32),
         )
 
     def _propose(self, state: State, guide: Guide, problem: Problem) -> tuple[Array, Array, Array]:
@@ -193,3 +195,21 @@ def _draw_members(key: Key[Array, ""], problem: Problem, num_candidates: int) ->
             places if share >= size else jax.random.choice(jax.random.fold_in(key, i), places, (share,), replace=False)
         )
     return tuple(drawn)
+
+
+def _draw_start(key: Key[Array, ""], problem: Problem) -> Int[Array, "L"]:
+    """The best of all stops of a chain of random layers by all heads, for a layer call each."""
+    bank, slots = problem.bank, jnp.arange(problem.max_layers + 1)
+    tokens = jax.random.randint(key, slots.shape, 0, bank.num_layers).at[-1].set(PADDING)
+
+    def extend(hidden: Array, token: Array) -> tuple[Array, Array]:
+        made = apply_token(bank.layers, token, hidden)
+        return made, env.stop_losses(problem, made)
+
+    hidden = bank.embed(problem.data.x)
+    losses = jax.lax.scan(extend, hidden, tokens[:-1])[1]
+    losses = jnp.concatenate([env.stop_losses(problem, hidden)[None], losses])
+    prefixes = jnp.where(slots[None] < slots[:, None], tokens[None], PADDING)
+    losses += problem.price(prefixes)[:, None]
+    length, head = jnp.divmod(jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf)), bank.num_heads)
+    return prefixes[length].at[length].set(bank.num_layers + head).astype(jnp.int32)
