@@ -1,0 +1,214 @@
+"""Does the gradient of a chain tell which layer is wanted next?
+
+    python experiments/gradient_retrieval.py
+
+All single swaps of chains of digits banks, scored (`jchain.gradient`) and evaluated. Banks of four kinds and 2 to 32 slots; chains
+that are random, and nearly optimal ones: from the best 1% of all where those can be evaluated, else the finalists of a search. For
+each: Spearman's correlation of predicted with true change of loss, the rank of the first choice (1 is the best of all swaps), and
+how often it lowers the loss. Weight-space scores are also given for the same bank with its hidden units shuffled, and with those
+of all layers aligned to the layer of the slot (`jchain.align`). Writes gradient_retrieval.json, .md and .png to
+experiments/results.
+
+Not run to its end yet: to expect at 4 slots, a correlation of linearized scores of 0.90 to 0.99. `--quick`: depths 2 and 4, one bank
+of each kind; nothing is written.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+from records import describe_machine, keep
+from scipy.stats import spearmanr
+
+import jchain as jc
+from jchain.files import write_atomically, write_json
+
+KINDS = jc.chainbench.KINDS
+# Slots: layers in the bank, banks of each kind, chains of each sort.
+SIZES = {2: (12, 3, 10), 4: (12, 3, 10), 8: (24, 3, 10), 16: (32, 2, 10), 32: (64, 1, 5)}
+NUM_STEPS = 1000
+BUDGET = 20_000  # layer calls of the search for nearly optimal chains
+LEARNING_RATES = (0.01, 0.1, 1.0)
+SCORES = (
+    "linearized",
+    "activations",
+    "weights",
+    "weights, shuffled",
+    "weights, aligned",
+    *(f"nearest, {rate:g}" for rate in LEARNING_RATES),
+    *(f"nearest, {rate:g}, aligned" for rate in LEARNING_RATES),
+)
+MEASURES = ("spearman", "first_rank", "first_improves")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="depths 2 and 4, one bank of each kind")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    sizes = {depth: (n, 1, 3) for depth, (n, _, _) in SIZES.items() if depth <= 4} if args.quick else SIZES
+    rows = []
+    for depth, (num_layers, num_banks, num_chains) in sizes.items():
+        for kind in KINDS:
+            case = (kind, depth, num_layers, num_banks, num_chains)
+            found = keep(
+                (measure_kind, make_problem, find_good_chains, measure_chain, judge, score_swaps),
+                f"retrieval-{kind}-{depth}",
+                case,
+                lambda c=case: measure_kind(*c),
+            )
+            for sort in ("random", "good"):
+                means = np.nanmean(found[sort], axis=0)
+                by_score = {
+                    s: dict(zip(MEASURES, row.tolist(), strict=True)) for s, row in zip(SCORES, means, strict=True)
+                }
+                rows.append({"kind": kind, "depth": depth, "layers": num_layers, "chains": sort, "scores": by_score})
+            print(format_table(rows[-2:]), flush=True)
+        jax.clear_caches()
+    if args.quick:
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    config = {"sizes": SIZES, "num_steps": NUM_STEPS, "budget": BUDGET}
+    write_json(args.out / "gradient_retrieval.json", {**describe_machine(), "config": config, "rows": rows})
+    write_atomically(args.out / "gradient_retrieval.md", lambda path: Path(path).write_text(format_table(rows) + "\n"))
+    write_atomically(args.out / "gradient_retrieval.png", lambda path: draw(path, rows))
+
+
+def measure_kind(kind: str, depth: int, num_layers: int, num_banks: int, num_chains: int) -> dict[str, np.ndarray]:
+    """`MEASURES` of each score of each chain, `[banks * chains, SCORES, 3]`, for random and nearly optimal chains."""
+    measured: dict[str, list[np.ndarray]] = {"random": [], "good": []}
+    for seed in range(num_banks):
+        problem = make_problem(kind, depth, num_layers, seed)
+        rng = np.random.default_rng(seed)
+        layers = rng.integers(0, num_layers, (num_chains, depth))
+        heads = rng.integers(num_layers, num_layers + problem.bank.num_heads, (num_chains, 1))
+        chains = {
+            "random": np.concatenate([layers, heads], axis=1),
+            "good": find_good_chains(problem, num_chains, seed),
+        }
+        for sort, rows in chains.items():
+            measured[sort] += [measure_chain(problem, chain) for chain in rows.astype(np.int32)]
+    return {sort: np.stack(rows) for sort, rows in measured.items()}
+
+
+def make_problem(kind: str, depth: int, num_layers: int, seed: int) -> jc.Problem:
+    data = jc.data.load("digits", seed)
+    options: Any = {
+        "layer": jc.layers.ResidualMLP(64),
+        "head": jc.layers.DenseHead(10),
+        "depth": depth,
+        "num_steps": NUM_STEPS,
+    }
+    if kind == "independent":
+        options["num_nets"] = num_layers // depth
+    elif kind == "snapshots":
+        options["num_snapshots"] = num_layers // depth
+    else:
+        options["num_layers"] = num_layers
+    bank = getattr(jc.train, kind)(jax.random.key(seed), data.train, **options)
+    return jc.Problem(bank, data.search, max_layers=depth)
+
+
+def find_good_chains(problem: jc.Problem, num_chains: int, seed: int) -> np.ndarray:
+    """From the best 1% of all chains where they can be evaluated, else the finalists of a search."""
+    bank = problem.bank
+    if jc.chain.count(bank.num_layers, bank.num_heads, problem.max_layers) < 100_000:
+        chains, out = jc.evaluate_all(problem)
+        best = np.argsort(np.asarray(out.loss))[: max(len(chains) // 100, num_chains)]
+        return chains[np.random.default_rng(seed).choice(best, num_chains, replace=False)]
+    result = jc.run(jax.random.key(seed), jc.LinearizedSearch(), problem, budget=BUDGET, num_finalists=num_chains)
+    return result.finalists
+
+
+def measure_chain(problem: jc.Problem, chain: np.ndarray) -> np.ndarray:
+    """`MEASURES` of each score, `[SCORES, 3]`; nan where no swap has a score."""
+    num_layers, depth = problem.bank.num_layers, problem.max_layers
+    length = int((chain >= 0).sum()) - 1
+    slot, token = np.nonzero(np.arange(num_layers) != chain[:length, None])
+    swaps = np.repeat(chain[None], len(slot), axis=0)
+    swaps[np.arange(len(slot)), slot] = token
+    if length == 0:
+        return np.full((len(SCORES), 3), np.nan)
+    # One shape for chains of all lengths, so one program.
+    padded = np.concatenate([chain[None], swaps, np.repeat(chain[None], depth * (num_layers - 1) - len(swaps), axis=0)])
+    loss = np.asarray(jc.evaluate(problem, padded).loss)
+    change = loss[1 : 1 + len(swaps)] - loss[0]
+    scores = score_swaps(problem, chain)
+    return np.stack([judge(scores[name][slot, token], change) for name in SCORES])
+
+
+def judge(score: np.ndarray, change: np.ndarray) -> np.ndarray:
+    first = int(np.argmin(score))
+    rank = 1 + int(np.sum(change < change[first]))
+    improves = float(change[first] < 0) if (change < 0).any() else np.nan
+    correlation: Any = spearmanr(score, change)
+    return np.array([float(correlation.statistic), rank, improves])
+
+
+def score_swaps(problem: jc.Problem, chain: np.ndarray) -> dict[str, np.ndarray]:
+    """Each score of all swaps, `[L, N]`."""
+
+    def score(bank: jc.Bank, kind: str, rate: float = 1.0) -> np.ndarray:
+        other = dataclasses.replace(problem, bank=bank)
+        return np.asarray(jc.gradient.score_edits(other, chain, kind, learning_rate=rate).swap)
+
+    bank, length = problem.bank, int((chain >= 0).sum()) - 1
+    aligned = {int(token): jc.align.align(bank, int(token)) for token in set(chain[:length])}
+
+    def score_aligned(kind: str, rate: float = 1.0) -> np.ndarray:
+        """The scores of each slot in the bank that is aligned to its layer."""
+        by_token = {token: score(other, kind, rate) for token, other in aligned.items()}
+        rows = np.full((chain.size, bank.num_layers), np.nan)
+        for slot in range(length):
+            rows[slot] = by_token[int(chain[slot])][slot]
+        return rows
+
+    return {
+        "linearized": score(bank, "linearized"),
+        "activations": score(bank, "activations"),
+        "weights": score(bank, "weights"),
+        "weights, shuffled": score(jc.align.shuffle(jax.random.key(0), bank), "weights"),
+        "weights, aligned": score_aligned("weights"),
+        **{f"nearest, {rate:g}": score(bank, "nearest", rate) for rate in LEARNING_RATES},
+        **{f"nearest, {rate:g}, aligned": score_aligned("nearest", rate) for rate in LEARNING_RATES},
+    }
+
+
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: correlation, mean rank of the first choice, share of first choices that lower the loss."""
+    lines = ["| bank | slots | chains | " + " | ".join(SCORES) + " |", "|---" * (3 + len(SCORES)) + "|"]
+    for row in rows:
+        cells = [
+            f"{s['spearman']:.2f}, {s['first_rank']:.0f}, {s['first_improves']:.0%}" for s in row["scores"].values()
+        ]
+        lines.append(f"| {row['kind']} | {row['depth']} | {row['chains']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(path: str, rows: list[dict[str, Any]]) -> None:
+    """Correlation against depth, by kind of bank and sort of chains."""
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    axes = figure.subplots(2, len(KINDS), sharex=True, sharey=True)
+    shown = ("linearized", "activations", "weights", "weights, aligned", "nearest, 0.1, aligned")
+    for i, sort in enumerate(("random", "good")):
+        for j, kind in enumerate(KINDS):
+            those = [row for row in rows if row["kind"] == kind and row["chains"] == sort]
+            for name in shown:
+                values = [row["scores"][name]["spearman"] for row in those]
+                axes[i, j].plot([row["depth"] for row in those], values, marker="o", label=name)
+            axes[i, j].set(title=f"{kind}, {sort} chains", xscale="log", ylim=(-0.2, 1.02))
+            axes[i, j].grid(alpha=0.3)
+    for ax in axes[-1]:
+        ax.set(xlabel="slots", xticks=[*SIZES], xticklabels=[str(depth) for depth in SIZES])
+    for row in axes:
+        row[0].set(ylabel="Spearman, predicted with true change")
+    axes[0, 0].legend(fontsize="small")
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
