@@ -14,15 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jchain import chain as chain_lib
-from jchain import env
 from jchain._typing import Array, Float, Int, Shaped
 from jchain.bank import Bank, LayerGroup
 from jchain.data import Batch
 from jchain.engine import apply_token, choose_chunk, compiler_options, find_backend, locate
 from jchain.joint import JointMoves, join, keep_best
+from jchain.linearize import MAX_OUTPUTS, Forward, choose_rows, go_forward
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
 
@@ -30,10 +29,6 @@ KINDS = ("linearized", "activations", "weights", "nearest")
 _NUM_SAMPLES = 16
 # Examples on which joint moves are predicted, at most.
 _MAX_ROWS = 128
-# Outputs of an example up to which each has its row of the Jacobian.
-_MAX_OUTPUTS = 64
-# Seeds the samples of wide outputs. Constant, so that scores of one chain are the same in every process.
-_SAMPLE_SEED = 0
 
 
 class EditScores(NamedTuple):
@@ -73,9 +68,10 @@ def score_edits(
     Kinds, with `R` vector-Jacobian products along the chain:
 
     - `"linearized"`: the loss of the outputs plus their first-order change. `R` is the number of outputs of an example, of
-      which there may be 64, less one where they are classes of a softmax. Where there are more, the loss is taken to second order in the outputs (Gauss-Newton), with its
-      Hessian in expectation over samples: labels drawn from the softmax where the loss is cross-entropy (Fisher), else random
-      signs (Hutchinson); `R` is then `1 + num_samples`, or `1 + 2 num_samples`.
+      which there may be 64, less one where they are classes of a softmax. Where there are more, the loss is taken to second
+      order in the outputs (Gauss-Newton), with its Hessian in expectation over samples: labels drawn from the softmax where
+      the loss is cross-entropy (Fisher), else random signs (Hutchinson); `R` is then `1 + num_samples`, or
+      `1 + 2 num_samples`.
     - `"activations"`: first order in activations, `<dL/dh_{t+1}, f_b(h_t) - f_t(h_t)>`. `R = 1`.
     - `"weights"`: first order in weights, `<dL/dW_t, W_b - W_t>`, for swaps of layers that share a module; nan for others.
     - `"nearest"`: likewise plus `|W_b - W_t|^2 / (2 learning_rate)`: ranks layers by their distance to the weights after a
@@ -127,7 +123,7 @@ def _find_weight_gradients(problem: Problem, chain: Array) -> Array:
     def flatten(group: LayerGroup, own: Any, gradient: Any) -> Array:
         return jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(gradient)])
 
-    return _go_back_by_weights(problem, chain, _go_forward(problem, chain), flatten)
+    return _go_back_by_weights(problem, chain, go_forward(problem, chain), flatten)
 
 
 def score_moves(
@@ -240,30 +236,6 @@ def _score_in_turn(
     return score(problem, chain, learning_rate, members)
 
 
-class _Forward(NamedTuple):
-    """A chain, computed."""
-
-    length: Int[Array, ""]
-    hidden: Shaped[Array, "L B ..."]  # [L, B, ...F], what each slot reads
-    outputs: Float[Array, "B ..."]
-    loss: Float[Array, ""]  # without the price of layers
-    heads: Float[Array, "K"]  # the loss of each head, likewise
-
-
-def _go_forward(problem: Problem, chain: Int[Array, "L"]) -> _Forward:
-    bank = problem.bank
-    length = chain_lib.count_layers(chain, bank.num_layers)
-
-    def apply(hidden: Array, slot: Any) -> tuple[Array, Array]:
-        t, token = slot
-        made = jax.lax.cond(t < length, partial(apply_token, bank.layers), lambda _, h: h, token, hidden)
-        return made, hidden
-
-    last, hidden = jax.lax.scan(apply, bank.embed(problem.data.x), (jnp.arange(chain.size), chain))
-    outputs = apply_token(bank.heads, chain[length], last)
-    return _Forward(length, hidden, outputs, problem.measure(outputs)[0], env.stop_losses(problem, last))
-
-
 def _nothing(shape: Any) -> Array:
     return jnp.full(shape.shape, jnp.nan if jnp.issubdtype(shape.dtype, jnp.floating) else 0, shape.dtype)
 
@@ -271,9 +243,9 @@ def _nothing(shape: Any) -> Array:
 def _score_outputs(
     problem: Problem, chain: Int[Array, "L"], members: tuple[Int[Array, "_"], ...], options: _Options
 ) -> tuple[EditScores, JointMoves | None]:
-    bank, forward = problem.bank, _go_forward(problem, chain)
+    bank, forward = problem.bank, go_forward(problem, chain)
     length = forward.length
-    num_rows, make_seed, read = _choose_rows(problem, forward, options)
+    num_rows, make_seed, read = choose_rows(problem, forward, options.kind, options.num_samples)
     pull_head = jax.vjp(partial(apply_token, bank.heads, chain[length]), forward.hidden[length])[1]
     # One at a time: those of wide outputs are the largest arrays here.
     rows = jax.lax.map(lambda i: pull_head(make_seed(i))[0], jnp.arange(num_rows))
@@ -289,8 +261,7 @@ def _score_outputs(
         rows, is_known = carry
         t, token, hidden, after = slot
         before = jax.lax.cond(t < length, partial(_pull, bank.layers, token, hidden), lambda rows: rows, rows)
-        # What is before a layer through which nothing comes back is unknown: a 0 there would be a wrong number.
-        is_known_before = is_known & (jnp.any(before != 0) | ~jnp.any(rows != 0))
+        is_known_before = is_known & _comes_back(before, rows)
 
         def score(made: Array) -> Any:
             change = _dot(rows, made - after)
@@ -319,14 +290,15 @@ def _score_outputs(
         part, whole = _take_examples(problem, few), forward.outputs[few]
         seen = forward._replace(outputs=whole, loss=part.measure(whole)[0])
         token, change = best
-        joint = join(problem, chain, token, change, _choose_rows(part, seen, options)[2], options.num_pairs)
+        read_few = choose_rows(part, seen, options.kind, options.num_samples)[2]
+        joint = join(problem, chain, token, change, read_few, options.num_pairs)
     return _finish(problem, chain, forward, (swap, insert, delete), calls), joint
 
 
 def _choose_examples(problem: Problem) -> slice:
     """Those on which joint moves are predicted. All where outputs are wide: their samples are of a mean over all."""
     num_examples = problem.data.x.shape[0]
-    is_wide = count_outputs(problem) > _MAX_OUTPUTS
+    is_wide = count_outputs(problem) > MAX_OUTPUTS
     return slice(None, None, 1 if is_wide else -(-num_examples // _MAX_ROWS))
 
 
@@ -337,68 +309,8 @@ def _take_examples(problem: Problem, few: slice) -> Problem:
     return part
 
 
-def _choose_rows(
-    problem: Problem, forward: _Forward, options: _Options
-) -> tuple[int, Callable[[Array], Array], Callable[[Array], Array]]:
-    """How the change of the loss is read off changes of the outputs.
-
-    Returns:
-      The number of vector-Jacobian products `R`; the vector of each, like the outputs; and the function from their products
-      with a change of activations, `[B, R]`, to the predicted change of loss.
-    """
-    outputs, num_examples, num_samples = forward.outputs, forward.outputs.shape[0], options.num_samples
-    num_outputs = outputs.size // num_examples
-
-    def total(outputs: Array) -> Array:
-        return problem.measure(outputs)[0]
-
-    gradient = jax.grad(total)
-    if options.kind == "activations":
-        return 1, lambda i: gradient(outputs), lambda dots: dots.sum()
-    is_softmax = problem.loss_fn is optax.softmax_cross_entropy_with_integer_labels
-    if num_outputs <= _MAX_OUTPUTS:
-        # A softmax sees differences of its outputs alone: those to the last one will do.
-        is_relative = is_softmax and outputs.ndim == 2 and num_outputs > 1
-        num_rows = num_outputs - is_relative
-
-        def make_seed(i: Array) -> Array:
-            row = jnp.zeros(num_outputs, outputs.dtype).at[i].set(1.0)
-            row = row.at[-1].set(-1.0) if is_relative else row
-            return jnp.broadcast_to(row.reshape(1, *outputs.shape[1:]), outputs.shape)
-
-        def read(dots: Array) -> Array:
-            change = jnp.pad(dots, ((0, 0), (0, num_outputs - num_rows)))
-            return total(outputs + change.reshape(outputs.shape)) - forward.loss
-
-        return num_rows, make_seed, read
-
-    key = jax.random.key(_SAMPLE_SEED)
-
-    def sample_label(i: Array) -> Array:
-        label = jax.random.categorical(jax.random.fold_in(key, i), outputs)
-        residual = jax.nn.one_hot(label, outputs.shape[-1], dtype=outputs.dtype) - jax.nn.softmax(outputs)
-        return residual / problem.data.y.size**0.5
-
-    def sample_sign(i: Array) -> Array:
-        sign_key = jax.random.fold_in(key, i % num_samples)
-        signs = jax.random.rademacher(sign_key, outputs.shape, outputs.dtype)
-        return jax.lax.cond(i < num_samples, lambda: signs, lambda: jax.jvp(gradient, (outputs,), (signs,))[1])
-
-    def read_labels(dots: Array) -> Array:
-        return dots[:, 0].sum() + 0.5 * jnp.sum(dots[:, 1:] ** 2) / num_samples
-
-    def read_signs(dots: Array) -> Array:
-        signs, bent = dots[:, 1 : 1 + num_samples], dots[:, 1 + num_samples :]
-        return dots[:, 0].sum() + 0.5 * jnp.sum(signs * bent) / num_samples
-
-    sample, num_rows, read = (
-        (sample_label, 1 + num_samples, read_labels) if is_softmax else (sample_sign, 1 + 2 * num_samples, read_signs)
-    )
-    return num_rows, lambda i: jax.lax.cond(i == 0, lambda: gradient(outputs), lambda: sample(i - 1)), read
-
-
 def _score_weights(problem: Problem, chain: Int[Array, "L"], learning_rate: Array | None) -> EditScores:
-    forward = _go_forward(problem, chain)
+    forward = go_forward(problem, chain)
 
     def score(group: LayerGroup, own: Any, gradient: Any) -> Float[Array, "N"]:
         changes = jax.tree.map(lambda stacked, leaf: stacked - leaf[None], group.params, own)
@@ -418,7 +330,7 @@ def _score_weights(problem: Problem, chain: Int[Array, "L"], learning_rate: Arra
 
 
 def _go_back_by_weights(
-    problem: Problem, chain: Int[Array, "L"], forward: _Forward, read: Callable[[LayerGroup, Any, Any], Array]
+    problem: Problem, chain: Int[Array, "L"], forward: Forward, read: Callable[[LayerGroup, Any, Any], Array]
 ) -> Float[Array, "L ..."]:
     """What `read` makes of the group, the weights and the loss's gradient of the layer at each slot; nan where nothing is known."""
     bank, length = problem.bank, forward.length
@@ -437,7 +349,7 @@ def _go_back_by_weights(
         _, token, hidden = slot
         branches = [partial(visit_group, group) for group in bank.layers]
         before, made = jax.lax.switch(group_of[token], branches, token, hidden, row)
-        is_known_before = is_known & (jnp.any(before != 0) | ~jnp.any(row != 0))
+        is_known_before = is_known & _comes_back(before, row)
         return (before, is_known_before), jnp.where(is_known, made, jnp.nan)
 
     def skip(carry: Any, slot: Any) -> Any:
@@ -451,7 +363,7 @@ def _go_back_by_weights(
 
 
 def _finish(
-    problem: Problem, chain: Array, forward: _Forward, scores: tuple[Array, Array, Array], layer_calls: Array
+    problem: Problem, chain: Array, forward: Forward, scores: tuple[Array, Array, Array], layer_calls: Array
 ) -> EditScores:
     """With the price of layers, and nan where nothing is known."""
     num_layers = problem.bank.num_layers
@@ -471,6 +383,11 @@ def _pull(
     """Rows of the Jacobian by the input of a layer, from those by its output."""
     back = jax.vjp(partial(apply_token, groups, token), hidden)[1]
     return jax.vmap(lambda row: back(row)[0])(rows)
+
+
+def _comes_back(before: Array, rows: Array) -> Array:
+    """False where all of the gradient is lost in a layer: a 0 before it would be a wrong number."""
+    return jnp.any(before != 0) | ~jnp.any(rows != 0)
 
 
 def _map_layers(
