@@ -6,27 +6,31 @@ candidate `f_b` changes the activations behind it by `f_b(h_t) - f_t(h_t)`, and 
 all that follows applied to that.
 """
 
-import copy
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jchain import chain as chain_lib
+from jchain import weight_space
 from jchain._typing import Array, Float, Int, Shaped
 from jchain.bank import Bank, LayerGroup
-from jchain.data import Batch
-from jchain.engine import apply_token, choose_chunk, compiler_options, find_backend, locate
+from jchain.engine import apply_token, choose_chunk, compiler_options, find_backend
 from jchain.joint import JointMoves, join, keep_best
-from jchain.linearize import MAX_OUTPUTS, Forward, choose_rows, go_forward
+from jchain.linearize import (
+    Forward,
+    choose_reading,
+    comes_back,
+    flatten_rows,
+    go_forward,
+    know_nothing,
+)
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
 
 KINDS = ("linearized", "activations", "weights", "nearest")
-_NUM_SAMPLES = 16
 # Examples on which joint moves are predicted, at most.
 _MAX_ROWS = 128
 
@@ -61,17 +65,18 @@ def score_edits(
     kind: str = "linearized",
     *,
     learning_rate: float = 1e-2,
-    num_samples: int = _NUM_SAMPLES,
+    num_products: int | None = None,
 ) -> EditScores:
     """Predicted change of loss of every chain that is one edit away.
 
     Kinds, with `R` vector-Jacobian products along the chain:
 
-    - `"linearized"`: the loss of the outputs plus their first-order change. `R` is the number of outputs of an example, of
-      which there may be 64, less one where they are classes of a softmax. Where there are more, the loss is taken to second
-      order in the outputs (Gauss-Newton), with its Hessian in expectation over samples: labels drawn from the softmax where
-      the loss is cross-entropy (Fisher), else random signs (Hutchinson); `R` is then `1 + num_samples`, or
-      `1 + 2 num_samples`.
+    - `"linearized"`: the loss of the outputs plus their first-order change. `R` is the number of outputs of an example, where
+      there are no more than 64, and 17 where there are; or `num_products`. With fewer products than outputs: of a softmax over
+      the classes of one label, what the likeliest other classes have more than it, one by one, and the rest of them as one
+      (for `C` classes `C - 1` products are all). Of other losses the second order in the outputs (Gauss-Newton), with its
+      Hessian in expectation over samples: labels drawn from the softmax where the loss is cross-entropy (Fisher), else random
+      signs (Hutchinson), of which each takes two products.
     - `"activations"`: first order in activations, `<dL/dh_{t+1}, f_b(h_t) - f_t(h_t)>`. `R = 1`.
     - `"weights"`: first order in weights, `<dL/dW_t, W_b - W_t>`, for swaps of layers that share a module; nan for others.
     - `"nearest"`: likewise plus `|W_b - W_t|^2 / (2 learning_rate)`: ranks layers by their distance to the weights after a
@@ -89,18 +94,16 @@ def score_edits(
       chain: tokens, `[L]`; checked where it is not traced.
       kind: one of the above.
       learning_rate: of `"nearest"`.
-      num_samples: of `"linearized"` where outputs are wide.
+      num_products: of `"linearized"`, at most.
 
     Raises:
       ValueError: `chain` is no chain of this bank, the kind is none, activations (or weights, where the kind needs their
-        gradient) are not floating-point, a layer or head cannot be differentiated, or a number is not positive.
+        gradient) are not floating-point, a layer or head cannot be differentiated, a number is not positive, or the products are too few.
     """
-    chain = _check(problem, chain, kind)
-    if num_samples < 1 or not learning_rate > 0:
-        raise ValueError(
-            f"expected num_samples of at least 1 and a positive learning_rate, got {num_samples} and {learning_rate}"
-        )
-    return _score(problem, chain, jnp.float32(learning_rate), _all_members(problem), _Options(kind, num_samples))[0]
+    chain = _check(problem, chain, kind, num_products)
+    if not learning_rate > 0:
+        raise ValueError(f"expected a positive learning_rate, got {learning_rate}")
+    return _score(problem, chain, jnp.float32(learning_rate), _all_members(problem), _Options(kind, num_products))[0]
 
 
 def weight_gradients(problem: Problem, chain: Int[Array, "L"] | Any) -> Float[Array, "L W"]:
@@ -120,10 +123,7 @@ def weight_gradients(problem: Problem, chain: Int[Array, "L"] | Any) -> Float[Ar
 
 @jax.jit
 def _find_weight_gradients(problem: Problem, chain: Array) -> Array:
-    def flatten(group: LayerGroup, own: Any, gradient: Any) -> Array:
-        return jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(gradient)])
-
-    return _go_back_by_weights(problem, chain, go_forward(problem, chain), flatten)
+    return weight_space.flatten_gradients(problem, chain, go_forward(problem, chain))
 
 
 def score_moves(
@@ -133,7 +133,7 @@ def score_moves(
     num_best: int = 4,
     num_pairs: int = 16,
     members: tuple[Int[Array, "_"], ...] | None = None,
-    num_samples: int = _NUM_SAMPLES,
+    num_products: int | None = None,
 ) -> tuple[EditScores, JointMoves]:
     """Linearized scores, and joint moves made of the best swaps of each slot, for no layer call more.
 
@@ -143,12 +143,12 @@ def score_moves(
       num_best: swaps of each slot that joint moves are made of, at most N.
       num_pairs: pairs that are returned, at most `(L num_best)^2`.
       members: for each group of the bank's layers, the places of those to be scored; all when None. Others are nan.
-      num_samples: likewise.
+      num_products: likewise.
 
     Raises:
       ValueError: a number is not positive or too large, or as `score_edits`.
     """
-    chain = _check(problem, chain, "linearized")
+    chain = _check(problem, chain, "linearized", num_products)
     if not 1 <= num_best <= problem.bank.num_layers or not 1 <= num_pairs <= (chain.size * num_best) ** 2:
         raise ValueError(
             f"expected num_best in 1..{problem.bank.num_layers} and num_pairs in 1..{(chain.size * num_best) ** 2}, got "
@@ -156,17 +156,13 @@ def score_moves(
         )
     if members is None:
         members = _all_members(problem)
-    return _score(problem, chain, jnp.float32(1.0), members, _Options("linearized", num_samples, num_best, num_pairs))
+    return _score(problem, chain, jnp.float32(1.0), members, _Options("linearized", num_products, num_best, num_pairs))
 
 
-def count_outputs(problem: Problem) -> int:
-    """Outputs of one example."""
-    outputs = jax.eval_shape(lambda x: problem.bank.heads[0].apply(0, problem.bank.embed(x)), problem.data.x)
-    return int(np.prod(outputs.shape[1:]))
-
-
-def _check(problem: Problem, chain: Any, kind: str) -> Array:
+def _check(problem: Problem, chain: Any, kind: str, num_products: int | None = None) -> Array:
     bank = problem.bank
+    if num_products is not None and num_products < 1:
+        raise ValueError(f"expected num_products of at least 1, got {num_products}")
     if kind not in KINDS:
         raise ValueError(f"expected a kind of {', '.join(KINDS)}, got {kind!r}")
     if is_concrete(chain):
@@ -199,7 +195,7 @@ class _Options(NamedTuple):
     """What is part of a program. Hashable."""
 
     kind: str
-    num_samples: int
+    num_products: int | None
     num_best: int = 0  # no joint moves
     num_pairs: int = 0
     backend: str = ""
@@ -230,14 +226,13 @@ def _score_in_turn(
     @jax.custom_batching.sequential_vmap
     def score(problem: Problem, chain: Array, learning_rate: Array, members: Any) -> Any:
         if options.kind in ("weights", "nearest"):
-            return _score_weights(problem, chain, learning_rate if options.kind == "nearest" else None), None
+            forward, rate = go_forward(problem, chain), learning_rate if options.kind == "nearest" else None
+            swap = weight_space.score_swaps(problem, chain, forward, rate)
+            unknown = jnp.full_like(swap, jnp.nan)
+            return _finish(problem, chain, forward, (swap, unknown, unknown[:, 0]), 4 * forward.length), None
         return _score_outputs(problem, chain, members, options)
 
     return score(problem, chain, learning_rate, members)
-
-
-def _nothing(shape: Any) -> Array:
-    return jnp.full(shape.shape, jnp.nan if jnp.issubdtype(shape.dtype, jnp.floating) else 0, shape.dtype)
 
 
 def _score_outputs(
@@ -245,13 +240,14 @@ def _score_outputs(
 ) -> tuple[EditScores, JointMoves | None]:
     bank, forward = problem.bank, go_forward(problem, chain)
     length = forward.length
-    num_rows, make_seed, read = choose_rows(problem, forward, options.kind, options.num_samples)
+    num_products, make_vector, read, is_sampled = choose_reading(problem, forward, options.kind, options.num_products)
     pull_head = jax.vjp(partial(apply_token, bank.heads, chain[length]), forward.hidden[length])[1]
     # One at a time: those of wide outputs are the largest arrays here.
-    rows = jax.lax.map(lambda i: pull_head(make_seed(i))[0], jnp.arange(num_rows))
+    rows = jax.lax.map(lambda i: pull_head(make_vector(i))[0], jnp.arange(num_products))
     behind = jnp.concatenate([forward.hidden[1:], forward.hidden[-1:]])
     chunk = choose_chunk(bank.num_layers, forward.hidden[0], options.backend)
-    few = _choose_examples(problem)
+    # Samples are of a mean over all examples.
+    few = slice(None, None, 1 if is_sampled else -(-problem.data.x.shape[0] // _MAX_ROWS))
 
     def go_back(carry: Any, slot: Any) -> Any:
         is_there = slot[0] < jnp.minimum(length + 1, problem.max_layers)
@@ -261,7 +257,7 @@ def _score_outputs(
         rows, is_known = carry
         t, token, hidden, after = slot
         before = jax.lax.cond(t < length, partial(_pull, bank.layers, token, hidden), lambda rows: rows, rows)
-        is_known_before = is_known & _comes_back(before, rows)
+        is_known_before = is_known & comes_back(before, rows)
 
         def score(made: Array) -> Any:
             change = _dot(rows, made - after)
@@ -278,88 +274,21 @@ def _score_outputs(
         return (before, is_known_before), (swap.at[own].set(0.0), insert, delete, best)
 
     def skip(carry: Any, slot: Any) -> Any:
-        return carry, jax.tree.map(_nothing, jax.eval_shape(visit, carry, slot)[1])
+        return carry, jax.tree.map(know_nothing, jax.eval_shape(visit, carry, slot)[1])
 
     slots = jnp.arange(chain.size), chain, forward.hidden, behind
     found: Any = jax.lax.scan(go_back, (rows, jnp.array(True)), slots, reverse=True)[1]
     swap, insert, delete, best = found
     num_scored = sum(rows.shape[0] for rows in members)
-    calls = num_scored * jnp.minimum(length + 1, problem.max_layers) + (2 + num_rows) * length
+    calls = num_scored * jnp.minimum(length + 1, problem.max_layers) + (2 + num_products) * length
     joint = None
     if best is not None:
-        part, whole = _take_examples(problem, few), forward.outputs[few]
+        part, whole = problem.take(few), forward.outputs[few]
         seen = forward._replace(outputs=whole, loss=part.measure(whole)[0])
         token, change = best
-        read_few = choose_rows(part, seen, options.kind, options.num_samples)[2]
+        read_few = choose_reading(part, seen, options.kind, options.num_products).read
         joint = join(problem, chain, token, change, read_few, options.num_pairs)
     return _finish(problem, chain, forward, (swap, insert, delete), calls), joint
-
-
-def _choose_examples(problem: Problem) -> slice:
-    """Those on which joint moves are predicted. All where outputs are wide: their samples are of a mean over all."""
-    num_examples = problem.data.x.shape[0]
-    is_wide = count_outputs(problem) > MAX_OUTPUTS
-    return slice(None, None, 1 if is_wide else -(-num_examples // _MAX_ROWS))
-
-
-def _take_examples(problem: Problem, few: slice) -> Problem:
-    part = copy.copy(problem)
-    # Not `dataclasses.replace`, which would check everything again.
-    object.__setattr__(part, "data", Batch(problem.data.x[few], problem.data.y[few]))
-    return part
-
-
-def _score_weights(problem: Problem, chain: Int[Array, "L"], learning_rate: Array | None) -> EditScores:
-    forward = go_forward(problem, chain)
-
-    def score(group: LayerGroup, own: Any, gradient: Any) -> Float[Array, "N"]:
-        changes = jax.tree.map(lambda stacked, leaf: stacked - leaf[None], group.params, own)
-        scores = sum(jax.tree.leaves(jax.tree.map(lambda a, g: _rows(a) @ g.reshape(-1), changes, gradient)))
-        if learning_rate is not None:
-            squares = sum(jnp.sum(_rows(change) ** 2, axis=1) for change in jax.tree.leaves(changes))
-            scores += squares / (2 * learning_rate)
-        unknown = jnp.full(problem.bank.num_layers, jnp.nan, forward.hidden.dtype)
-        return unknown.at[jnp.array(group.tokens)].set(scores)
-
-    swap = _go_back_by_weights(problem, chain, forward, score)
-    is_layer = jnp.arange(chain.size) < forward.length
-    is_own = is_layer[:, None] & (jnp.arange(problem.bank.num_layers)[None] == chain[:, None])
-    swap = jnp.where(is_own, 0.0, swap)
-    unknown = jnp.full_like(swap, jnp.nan)
-    return _finish(problem, chain, forward, (swap, unknown, unknown[:, 0]), 4 * forward.length)
-
-
-def _go_back_by_weights(
-    problem: Problem, chain: Int[Array, "L"], forward: Forward, read: Callable[[LayerGroup, Any, Any], Array]
-) -> Float[Array, "L ..."]:
-    """What `read` makes of the group, the weights and the loss's gradient of the layer at each slot; nan where nothing is known."""
-    bank, length = problem.bank, forward.length
-    by_outputs = jax.grad(lambda outputs: problem.measure(outputs)[0])(forward.outputs)
-    row = jax.vjp(partial(apply_token, bank.heads, chain[length]), forward.hidden[length])[1](by_outputs)[0]
-    group_of, member_of = locate(bank.layers)
-
-    def visit_group(group: LayerGroup, token: Array, hidden: Array, row: Array) -> tuple[Array, Array]:
-        own = jax.tree.map(lambda leaf: leaf[member_of[token]], group.params)
-        back = jax.vjp(lambda params, h: group.module.apply({"params": params}, h), own, hidden)[1]
-        gradient, before = back(row)
-        return before, read(group, own, gradient)
-
-    def visit(carry: Any, slot: Any) -> Any:
-        row, is_known = carry
-        _, token, hidden = slot
-        branches = [partial(visit_group, group) for group in bank.layers]
-        before, made = jax.lax.switch(group_of[token], branches, token, hidden, row)
-        is_known_before = is_known & _comes_back(before, row)
-        return (before, is_known_before), jnp.where(is_known, made, jnp.nan)
-
-    def skip(carry: Any, slot: Any) -> Any:
-        return carry, _nothing(jax.eval_shape(visit, carry, slot)[1])
-
-    def go_back(carry: Any, slot: Any) -> Any:
-        return jax.lax.cond(slot[0] < length, visit, skip, carry, slot)
-
-    slots = jnp.arange(chain.size), chain, forward.hidden
-    return jax.lax.scan(go_back, (row, jnp.array(True)), slots, reverse=True)[1]
 
 
 def _finish(
@@ -385,11 +314,6 @@ def _pull(
     return jax.vmap(lambda row: back(row)[0])(rows)
 
 
-def _comes_back(before: Array, rows: Array) -> Array:
-    """False where all of the gradient is lost in a layer: a 0 before it would be a wrong number."""
-    return jnp.any(before != 0) | ~jnp.any(rows != 0)
-
-
 def _map_layers(
     score: Callable[[Array], Any], bank: Bank, members: tuple[Int[Array, "_"], ...], hidden: Array, chunk: int
 ) -> Any:
@@ -413,8 +337,4 @@ def _map_layers(
 
 def _dot(rows: Float[Array, "R B ..."], change: Shaped[Array, "B ..."]) -> Float[Array, "B R"]:
     num_rows, num_examples = rows.shape[:2]
-    return jnp.einsum("rbf,bf->br", rows.reshape(num_rows, num_examples, -1), _rows(change))
-
-
-def _rows(array: Array) -> Float[Array, "B R"]:
-    return array.reshape(array.shape[0], -1)
+    return jnp.einsum("rbf,bf->br", rows.reshape(num_rows, num_examples, -1), flatten_rows(change))

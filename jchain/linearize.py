@@ -14,8 +14,8 @@ from jchain._typing import Array, Float, Int, Shaped
 from jchain.engine import apply_token
 from jchain.problem import Problem
 
-# Outputs of an example up to which each has its row of the Jacobian.
-MAX_OUTPUTS = 64
+# Outputs of an example up to which each has its row of the Jacobian, and products where there are more.
+MAX_OUTPUTS, _NUM_WIDE = 64, 17
 # Seeds the samples of wide outputs. Constant, so that scores of one chain are the same in every process.
 _SAMPLE_SEED = 0
 
@@ -45,61 +45,129 @@ def go_forward(problem: Problem, chain: Int[Array, "L"]) -> Forward:
     return Forward(length, hidden, outputs, problem.measure(outputs)[0], env.stop_losses(problem, last))
 
 
-def choose_rows(
-    problem: Problem, forward: Forward, kind: str, num_samples: int
-) -> tuple[int, Callable[[Array], Array], Callable[[Array], Array]]:
-    """How the change of the loss is read off changes of the outputs.
+class Reading(NamedTuple):
+    """How the change of the loss is read off changes of the outputs."""
 
-    Returns:
-      The number of vector-Jacobian products `R`; the vector of each, like the outputs; and the function from their products
-      with a change of activations, `[B, R]`, to the predicted change of loss.
+    num_products: int  # vector-Jacobian products, R
+    make_vector: Callable[[Array], Array]  # the vector of each, of the shape of the outputs
+    read: Callable[[Array], Array]  # from their products with a change of activations, `[B, R]`, to the change of loss
+    is_sampled: bool = False  # by samples that stand for a mean over all examples
+
+
+def choose_reading(problem: Problem, forward: Forward, kind: str, num_products: int | None) -> Reading:
+    """Of `jchain.gradient.score_edits`, for linearized scores or those by activations.
+
+    Raises:
+      ValueError: too few products.
     """
+    outputs = forward.outputs
+    if kind == "activations":
+        gradient = jax.grad(lambda outputs: problem.measure(outputs)[0])(outputs)
+        return Reading(1, lambda i: gradient, lambda dots: dots.sum())
+    num_outputs = outputs.size // outputs.shape[0]
+    if num_products is None:
+        num_products = num_outputs if num_outputs <= MAX_OUTPUTS else _NUM_WIDE
+    is_softmax = problem.loss_fn is optax.softmax_cross_entropy_with_integer_labels
+    if is_softmax and outputs.ndim == 2 and num_outputs > 1:
+        return _read_classes(problem, forward, num_products)
+    if num_products >= num_outputs:
+        return _read_outputs(problem, forward)
+    least = 2 if is_softmax else 3
+    if num_products < least:
+        raise ValueError(f"expected num_products of at least {least} for outputs like these, got {num_products}")
+    return (_sample_labels if is_softmax else _sample_signs)(problem, forward, num_products)
+
+
+def _read_classes(problem: Problem, forward: Forward, num_products: int) -> Reading:
+    """A softmax sees what each class has more than the label: the likeliest ones each, the others as one, by their mean."""
+    logits, label = forward.outputs, problem.data.y[:, None]
+    num_classes = logits.shape[1]
+    is_whole = num_products >= num_classes - 1
+    num_single = num_classes - 1 if is_whole else num_products - 1
+    others = jnp.where(jnp.arange(num_classes)[None] == label, -jnp.inf, logits)
+    top, single = jax.lax.top_k(others, num_single)
+    rest = jnp.put_along_axis(others, single, -jnp.inf, axis=1, inplace=False)
+    own = jnp.take_along_axis(logits, label, axis=1)
+    margins, mean = top - own, jnp.zeros_like(logits)
+    if not is_whole:
+        margins = jnp.concatenate([margins, jax.nn.logsumexp(rest, axis=1, keepdims=True) - own], axis=1)
+        mean = jax.nn.softmax(rest)
+    padded = jnp.pad(single, ((0, 0), (0, 1)))
+
+    def make_vector(i: Array) -> Array:
+        one = jax.nn.one_hot(padded[:, i], num_classes, dtype=logits.dtype)
+        return jnp.where(i < num_single, one, mean) - jax.nn.one_hot(label[:, 0], num_classes, dtype=logits.dtype)
+
+    def find_loss(margins: Array) -> Array:
+        return jax.nn.logsumexp(jnp.pad(margins, ((0, 0), (1, 0))), axis=1).mean()
+
+    return Reading(margins.shape[1], make_vector, lambda dots: find_loss(margins + dots) - find_loss(margins))
+
+
+def _read_outputs(problem: Problem, forward: Forward) -> Reading:
     outputs = forward.outputs
     num_outputs = outputs.size // outputs.shape[0]
 
-    def total(outputs: Array) -> Array:
-        return problem.measure(outputs)[0]
+    def make_vector(i: Array) -> Array:
+        row = jnp.zeros(num_outputs, outputs.dtype).at[i].set(1.0)
+        return jnp.broadcast_to(row.reshape(1, *outputs.shape[1:]), outputs.shape)
 
-    gradient = jax.grad(total)
-    if kind == "activations":
-        return 1, lambda i: gradient(outputs), lambda dots: dots.sum()
-    is_softmax = problem.loss_fn is optax.softmax_cross_entropy_with_integer_labels
-    if num_outputs <= MAX_OUTPUTS:
-        # A softmax sees differences of its outputs alone: those to the last one will do.
-        is_relative = is_softmax and outputs.ndim == 2 and num_outputs > 1
-        num_rows = num_outputs - is_relative
+    return Reading(
+        num_outputs,
+        make_vector,
+        lambda dots: problem.measure(outputs + dots.reshape(outputs.shape))[0] - forward.loss,
+    )
 
-        def make_seed(i: Array) -> Array:
-            row = jnp.zeros(num_outputs, outputs.dtype).at[i].set(1.0)
-            row = row.at[-1].set(-1.0) if is_relative else row
-            return jnp.broadcast_to(row.reshape(1, *outputs.shape[1:]), outputs.shape)
 
-        def read(dots: Array) -> Array:
-            change = jnp.pad(dots, ((0, 0), (0, num_outputs - num_rows)))
-            return total(outputs + change.reshape(outputs.shape)) - forward.loss
+def _sample_labels(problem: Problem, forward: Forward, num_products: int) -> Reading:
+    """To second order, the Hessian in expectation over labels drawn from the softmax (Fisher)."""
+    outputs, key, num_samples = forward.outputs, jax.random.key(_SAMPLE_SEED), num_products - 1
+    gradient = jax.grad(lambda outputs: problem.measure(outputs)[0])(outputs)
 
-        return num_rows, make_seed, read
-
-    key = jax.random.key(_SAMPLE_SEED)
-
-    def sample_label(i: Array) -> Array:
+    def sample(i: Array) -> Array:
         label = jax.random.categorical(jax.random.fold_in(key, i), outputs)
         residual = jax.nn.one_hot(label, outputs.shape[-1], dtype=outputs.dtype) - jax.nn.softmax(outputs)
         return residual / problem.data.y.size**0.5
 
-    def sample_sign(i: Array) -> Array:
-        sign_key = jax.random.fold_in(key, i % num_samples)
-        signs = jax.random.rademacher(sign_key, outputs.shape, outputs.dtype)
-        return jax.lax.cond(i < num_samples, lambda: signs, lambda: jax.jvp(gradient, (outputs,), (signs,))[1])
-
-    def read_labels(dots: Array) -> Array:
+    def read(dots: Array) -> Array:
         return dots[:, 0].sum() + 0.5 * jnp.sum(dots[:, 1:] ** 2) / num_samples
 
-    def read_signs(dots: Array) -> Array:
+    return Reading(num_products, lambda i: jax.lax.cond(i == 0, lambda: gradient, lambda: sample(i - 1)), read, True)
+
+
+def _sample_signs(problem: Problem, forward: Forward, num_products: int) -> Reading:
+    """To second order, the Hessian in expectation over random signs (Hutchinson), two products for each."""
+    outputs, key, num_samples = forward.outputs, jax.random.key(_SAMPLE_SEED), (num_products - 1) // 2
+    find_gradient = jax.grad(lambda outputs: problem.measure(outputs)[0])
+
+    def sample(i: Array) -> Array:
+        sign_key = jax.random.fold_in(key, i % num_samples)
+        signs = jax.random.rademacher(sign_key, outputs.shape, outputs.dtype)
+        return jax.lax.cond(i < num_samples, lambda: signs, lambda: jax.jvp(find_gradient, (outputs,), (signs,))[1])
+
+    def read(dots: Array) -> Array:
         signs, bent = dots[:, 1 : 1 + num_samples], dots[:, 1 + num_samples :]
         return dots[:, 0].sum() + 0.5 * jnp.sum(signs * bent) / num_samples
 
-    sample, num_rows, read = (
-        (sample_label, 1 + num_samples, read_labels) if is_softmax else (sample_sign, 1 + 2 * num_samples, read_signs)
+    gradient = find_gradient(outputs)
+    return Reading(
+        1 + 2 * num_samples,
+        lambda i: jax.lax.cond(i == 0, lambda: gradient, lambda: sample(i - 1)),
+        read,
+        True,
     )
-    return num_rows, lambda i: jax.lax.cond(i == 0, lambda: gradient(outputs), lambda: sample(i - 1)), read
+
+
+def know_nothing(shape: Any) -> Array:
+    """What stands for scores where nothing is known."""
+    return jnp.full(shape.shape, jnp.nan if jnp.issubdtype(shape.dtype, jnp.floating) else 0, shape.dtype)
+
+
+def comes_back(before: Array, rows: Array) -> Array:
+    """False where all of the gradient is lost in a layer: a 0 before it would be a wrong number."""
+    return jnp.any(before != 0) | ~jnp.any(rows != 0)
+
+
+def flatten_rows(array: Shaped[Array, "B ..."]) -> Shaped[Array, "B R"]:
+    """Each row as one vector."""
+    return array.reshape(array.shape[0], -1)

@@ -120,9 +120,16 @@ class Problem:
 
     def without_names(self) -> "Problem":
         """The same problem, of `Bank.without_names`."""
+        return self._replace("bank", self.bank.without_names())
+
+    def take(self, rows: slice) -> "Problem":
+        """The same problem on some of its examples."""
+        return self._replace("data", Batch(self.data.x[rows], self.data.y[rows]))
+
+    def _replace(self, field: str, value: Any) -> "Problem":
+        """Not `dataclasses.replace`, which would check everything again."""
         problem = copy.copy(self)
-        # Not `dataclasses.replace`, which would check everything again.
-        object.__setattr__(problem, "bank", self.bank.without_names())
+        object.__setattr__(problem, field, value)
         return problem
 
     def price(self, chains: Int[Array, "*P L"]) -> Float[Array, "*P"]:

@@ -1,7 +1,7 @@
 """Trends per weight index: what the gradient of a weight was, over the chains seen so far, in each context.
 
 Running means and variances (Welford 1962) of the gradient of the loss by each weight index, over all slots and chains, by slot,
-and by the layer before. Functional, as optax is: `init` makes a state, `update` one that has seen a chain more. A trend names
+by the layer before, and by the layer itself. Functional, as optax is: `init` makes a state, `update` one that has seen a chain more. A trend names
 the layers that it asks for without a gradient of the chain at hand, so for no layer call.
 """
 
@@ -35,6 +35,7 @@ class Trends(NamedTuple):
     everywhere: Moments  # one context
     slot: Moments  # [D], the slot of the layer
     before: Moments  # [N + 1], the layer before it, last: the stem
+    layer: Moments  # [N], the layer itself
 
 
 def init(problem: Problem) -> Trends:
@@ -51,7 +52,8 @@ def init(problem: Problem) -> Trends:
         zeros = jnp.zeros((num_contexts, num_weights))
         return Moments(jnp.zeros(num_contexts), zeros, zeros)
 
-    return Trends(empty(1), empty(problem.max_layers), empty(problem.bank.num_layers + 1))
+    num_layers = problem.bank.num_layers
+    return Trends(empty(1), empty(problem.max_layers), empty(num_layers + 1), empty(num_layers))
 
 
 def update(trends: Trends, problem: Problem, chain: Int[Array, "L"] | Any) -> Trends:
@@ -72,7 +74,14 @@ def update(trends: Trends, problem: Problem, chain: Int[Array, "L"] | Any) -> Tr
         parts = (_add(moments, context, gradient, is_seen) for moments, context in zip(trends, contexts, strict=True))
         return Trends(*parts), None
 
-    rows = (jnp.nan_to_num(gradients), is_seen, jnp.zeros_like(slots), slots, jnp.maximum(before, 0))
+    rows = (
+        jnp.nan_to_num(gradients),
+        is_seen,
+        jnp.zeros_like(slots),
+        slots,
+        jnp.maximum(before, 0),
+        jnp.maximum(tokens, 0),
+    )
     return jax.lax.scan(add, trends, rows)[0]
 
 
@@ -98,7 +107,7 @@ def score_swaps(
       trends: of this bank.
       problem: likewise.
       chain: whose layers are swapped.
-      context: `"everywhere"`, `"slot"` or `"before"`.
+      context: `"everywhere"`, `"slot"`, `"before"` or `"layer"`.
 
     Returns:
       `[L, N]`; nan where the chain has no layer or the context was not seen.
@@ -116,6 +125,7 @@ def score_swaps(
         "everywhere": jnp.zeros_like(slots),
         "slot": jnp.minimum(slots, problem.max_layers - 1),
         "before": jnp.where(slots == 0, num_layers, jnp.roll(chain, 1)),
+        "layer": jnp.minimum(chain, num_layers - 1),
     }
     place = jnp.maximum(places[context], 0)
     weights = stack_weights(problem)

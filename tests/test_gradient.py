@@ -134,8 +134,10 @@ def test_joint_changes_sum_to_a_joint_jvp(problem, x64):
         return problem.bank.heads[0].apply(1, activation)
 
     plain, expected = jax.jvp(outputs, ([jnp.zeros_like(step) for step in steps],), (steps,))
-    # Of a softmax only differences of outputs count.
-    np.testing.assert_allclose(joint.change[:3, 0].sum(axis=0), expected[:, :2] - expected[:, 2:], atol=1e-6)
+    # Of a softmax only what other classes have more than the label counts; the likeliest come first.
+    rivals = [[c for c in np.argsort(-z) if c != y] for z, y in zip(plain, problem.data.y, strict=True)]
+    margins = [moved[c] - moved[y] for moved, c, y in zip(np.asarray(expected), rivals, problem.data.y, strict=True)]
+    np.testing.assert_allclose(joint.change[:3, 0].sum(axis=0), margins, atol=1e-6)
     predicted = problem.measure(plain + expected)[0] - problem.measure(plain)[0]
     # Each slot has its best swaps, without the layer that is there, and the first move is the best of all.
     others = np.where(np.arange(4) == CHAIN[:3, None], np.inf, scores.swap[:3])
@@ -145,7 +147,8 @@ def test_joint_changes_sum_to_a_joint_jvp(problem, x64):
     assert np.isnan(joint.greedy_score[3])
     # All pairs, by hand: the two swaps with the lowest loss of added outputs.
     changes = np.asarray(joint.change)
-    padded = np.pad(changes, ((0, 0), (0, 0), (0, 0), (0, 1)))
+    padded = np.zeros((*changes.shape[:3], 3))
+    np.put_along_axis(padded, np.broadcast_to(rivals, changes.shape), changes, axis=3)
     found = {
         (s, i, t, j): float(problem.measure(plain + padded[s, i] + padded[t, j])[0] - problem.measure(plain)[0])
         for s in range(3)
@@ -197,9 +200,16 @@ def test_zero_for_what_is_there_and_the_same_under_jit_and_vmap(kind, two_group_
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), mapped, stacked)
 
 
-def wide_problem(loss_fn, y):
-    head = jc.layers.DenseHead(100)
-    x = jax.random.normal(jax.random.key(1), (400, 5))
+class TokensHead(nn.Module):
+    """Four labels of 25 classes for each example, as a language model has."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(100)(x).reshape(-1, 4, 25)
+
+
+def wide_problem(loss_fn, y, head=jc.layers.DenseHead(100)):  # noqa: B008
+    x = jax.random.normal(jax.random.key(1), (len(y), 5))
     bank = make_bank(4, 1)
     wide = jc.Bank.stack(
         jc.layers.ResidualMLP(5, hidden=7),
@@ -210,26 +220,54 @@ def wide_problem(loss_fn, y):
     return jc.Problem(wide, jc.Batch(x, y), max_layers=3, loss_fn=loss_fn)
 
 
+def find_moved_outputs(problem, chain, slot, token):
+    """Outputs of a chain, and what the swap changes in them to first order."""
+    hidden, behind = walk(problem, chain)
+    change = problem.bank.layers[0].apply(token, hidden[slot]) - hidden[slot + 1]
+    return jax.jvp(partial(behind, slot + 1), (hidden[slot + 1],), (change,))
+
+
+@pytest.mark.parametrize("num_products", [1, 2, 5, 98, 99, None])
+def test_with_few_products_the_likeliest_classes_stand_alone(num_products):
+    """Of 100 classes all others move as one, by the mean of their changes, weighted by their probabilities."""
+    label = jax.random.randint(jax.random.key(3), (40,), 0, 100)
+    problem = wide_problem(optax.softmax_cross_entropy_with_integer_labels, label)
+    num_single = (num_products or 17) - 1 if num_products != 99 else 99
+    chain = np.array([2, 0, 3, 4])
+    scores = jc.gradient.score_edits(problem, chain, num_products=num_products)
+    for slot, token in ((0, 1), (1, 3), (2, 0)):
+        outputs, moved = map(np.asarray, find_moved_outputs(problem, chain, slot, token))
+        change = []
+        for z, dz, y in zip(outputs.astype(float), moved.astype(float), label, strict=True):
+            rest = [c for c in np.argsort(-z) if c != y][num_single:]
+            if rest:
+                weight = np.exp(z[rest] - z[rest].max())
+                dz[rest] = dz[rest] @ weight / weight.sum()
+            find_loss = lambda z, y=y: np.log(np.exp(z).sum()) - z[y]  # noqa: E731
+            change.append(find_loss(z + dz) - find_loss(z))
+        assert scores.swap[slot, token] == pytest.approx(np.mean(change), rel=1e-3, abs=1e-6)
+    assert scores.layer_calls == (2 + (num_products or 17)) * 3 + 4 * 3
+
+
 @pytest.mark.parametrize("is_softmax", [True, False])
-def test_wide_outputs_are_sampled(is_softmax):
+def test_other_wide_outputs_are_sampled(is_softmax):
     """More samples come closer to the loss to second order, which for squared errors is the loss itself."""
     key = jax.random.key(3)
     if is_softmax:
-        problem = wide_problem(optax.softmax_cross_entropy_with_integer_labels, jax.random.randint(key, (400,), 0, 100))
+        labels = jax.random.randint(key, (400, 4), 0, 25)
+        problem = wide_problem(optax.softmax_cross_entropy_with_integer_labels, labels, TokensHead())
     else:
         problem = wide_problem(optax.squared_error, jax.random.normal(key, (400, 100)))
     chain = np.array([2, 0, 3, 4])
-    hidden, behind = walk(problem, chain)
 
     def expand(slot, token):
-        change = problem.bank.layers[0].apply(token, hidden[slot]) - hidden[slot + 1]
-        outputs, moved = jax.jvp(partial(behind, slot + 1), (hidden[slot + 1],), (change,))
+        outputs, moved = find_moved_outputs(problem, chain, slot, token)
         loss = lambda size: problem.measure(outputs + size * moved)[0]  # noqa: E731
         return jax.grad(loss)(0.0) + 0.5 * jax.grad(jax.grad(loss))(0.0)
 
     expected = np.array([[expand(slot, token) for token in range(4)] for slot in range(3)])
     errors = [
-        np.abs(jc.gradient.score_edits(problem, chain, num_samples=n).swap[:3] - expected).mean() for n in (2, 64)
+        np.abs(jc.gradient.score_edits(problem, chain, num_products=n).swap[:3] - expected).mean() for n in (5, 129)
     ]
     assert errors[1] < 0.1 * np.abs(expected).mean()
     assert errors[1] < 0.7 * errors[0]
@@ -295,10 +333,13 @@ def test_bad_input_is_refused(problem):
         jc.swap_scores(problem, np.array([2, 9, 3, 5]))
     with pytest.raises(ValueError, match=r"expected one chain of shape \[4\], got \[2, 4\]"):
         jc.swap_scores(problem, np.stack([CHAIN, CHAIN]))
-    with pytest.raises(
-        ValueError, match="expected num_samples of at least 1 and a positive learning_rate, got 1 and 0.0"
-    ):
-        jc.gradient.score_edits(problem, CHAIN, num_samples=1, learning_rate=0.0)
+    with pytest.raises(ValueError, match="expected a positive learning_rate, got 0.0"):
+        jc.gradient.score_edits(problem, CHAIN, learning_rate=0.0)
+    with pytest.raises(ValueError, match="expected num_products of at least 1, got 0"):
+        jc.gradient.score_edits(problem, CHAIN, num_products=0)
+    squares = wide_problem(optax.squared_error, jnp.zeros((40, 100)))
+    with pytest.raises(ValueError, match="expected num_products of at least 3 for outputs like these, got 2"):
+        jc.gradient.score_edits(squares, np.array([2, 0, 3, 4]), num_products=2)
     with pytest.raises(ValueError, match="Looped cannot be differentiated: Reverse-mode"):
         jc.swap_scores(mixed_problem(Looped()), np.array([1, 0, 2, 4]))
     table = jc.lookup.make_problem(problem.bank, np.asarray(jc.evaluate_all(problem)[1].loss), 3)

@@ -41,10 +41,11 @@ def test_statistics_are_those_of_numpy(problem, seen):
     for chain in CHAINS:
         gradients = np.asarray(jc.gradient.weight_gradients(problem, chain), np.float64)
         length = int((chain >= 0).sum()) - 1
-        rows += [(t, chain[t - 1] if t else 4, gradients[t]) for t in range(length)]
-    for moments, contexts in zip(seen, ([0] * len(rows), [r[0] for r in rows], [r[1] for r in rows]), strict=True):
+        rows += [(gradients[t], 0, t, chain[t - 1] if t else 4, chain[t]) for t in range(length)]
+    gradients, *by_context = zip(*rows, strict=True)
+    for moments, contexts in zip(seen, by_context, strict=True):
         for context in range(moments.num_seen.size):
-            values = np.array([row[2] for row, c in zip(rows, contexts, strict=True) if c == context])
+            values = np.array([g for g, c in zip(gradients, contexts, strict=True) if c == context])
             assert moments.num_seen[context] == len(values)
             if len(values):
                 np.testing.assert_allclose(moments.mean[context], values.mean(axis=0), rtol=1e-4, atol=1e-7)
@@ -59,8 +60,9 @@ def test_a_trend_of_one_chain_scores_its_swaps_as_its_gradient_does(problem):
     expected = jc.swap_scores(problem, CHAINS[0], "weights")
     found = trends.score_swaps(state, problem, CHAINS[0])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
-    by_layer_before = trends.score_swaps(state, problem, CHAINS[0], "before")
-    np.testing.assert_allclose(by_layer_before, expected, rtol=1e-4, atol=1e-6)
+    for context in ("before", "layer"):
+        by_layer = trends.score_swaps(state, problem, CHAINS[0], context)
+        np.testing.assert_allclose(by_layer, expected, rtol=1e-4, atol=1e-6)
     # Behind layer 1, which that chain has not, nothing is known.
     other = trends.score_swaps(state, problem, np.array([1, 0, 4, -1]), "before")
     assert np.isnan(other[1]).all()
@@ -85,5 +87,5 @@ def test_bad_input_is_refused(problem, two_group_problem, seen):
         trends.init(two_group_problem)
     with pytest.raises(ValueError, match="expected layers of one module, got 2"):
         jc.gradient.weight_gradients(two_group_problem, np.array([1, 4, 2, 6]))
-    with pytest.raises(ValueError, match="expected a context of everywhere, slot, before, got 'after'"):
+    with pytest.raises(ValueError, match="expected a context of everywhere, slot, before, layer, got 'after'"):
         trends.score_swaps(seen, problem, CHAINS[0], "after")

@@ -59,6 +59,7 @@ class LinearizedSearch:
       num_candidates: layers that a pass scores at each slot. Where the bank has more they are drawn anew for each pass, and every
         step makes one; where it has not, a step makes one only of a chain that is new.
       num_best: swaps of each slot that pairs are made of.
+      num_products: vector-Jacobian products of a pass, at most (`jchain.gradient.score_edits`).
       patience: batches in a row without a better chain before a restart.
     """
 
@@ -68,6 +69,7 @@ class LinearizedSearch:
     num_candidates: int = static(default=16)
     num_best: int | None = static(default=None)
     patience: int = static(default=2)
+    num_products: int | None = static(default=None)
 
     def __post_init__(self) -> None:
         least = {"num_single": 1, "num_pairs": 0, "num_joint": 0, "num_candidates": 1, "patience": 1}
@@ -150,6 +152,7 @@ class LinearizedSearch:
             chain,
             num_best=self._count_best(problem),
             num_pairs=max(self._count_pairs(problem), 1),
+            num_products=self.num_products,
             members=_draw_members(key, problem, self.num_candidates),
         )
         is_neighbour = chain_lib.neighbours(chain, problem.bank.num_layers, problem.bank.num_heads)[1]
