@@ -6,7 +6,8 @@ All single swaps of chains of digits banks, scored (`jchain.gradient`) and evalu
 that are random, and nearly optimal ones: from the best 1% of all where those can be evaluated, else the finalists of a search. For
 each: Spearman's correlation of predicted with true change of loss, the rank of the first choice (1 is the best of all swaps), and
 how often it lowers the loss. Weight-space scores are also given for the same bank with its hidden units shuffled, and with those
-of all layers aligned to the layer of the slot (`jchain.align`). Writes gradient_retrieval.json, .md and .png to
+of all layers aligned to the layer of the slot (`jchain.align`). Last, a bank whose heads give 512 numbers, 8 levels of 64 pixels,
+where linearized scores are by samples: their correlation with the true change, and their error. Writes gradient_retrieval.json, .md and .png to
 experiments/results.
 
 Not run to its end yet: to expect at 4 slots, a correlation of linearized scores of 0.90 to 0.99. `--quick`: depths 2 and 4, one bank
@@ -18,8 +19,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from matplotlib.figure import Figure
 from records import describe_machine, keep
 from scipy.stats import spearmanr
@@ -33,8 +37,12 @@ SIZES = {2: (12, 3, 10), 4: (12, 3, 10), 8: (24, 3, 10), 16: (32, 2, 10), 32: (6
 NUM_STEPS = 1000
 BUDGET = 20_000  # layer calls of the search for nearly optimal chains
 LEARNING_RATES = (0.01, 0.1, 1.0)
+FEW = (4, 2)  # products with the Jacobian, of the 9 of 10 classes
+# Wide outputs: 64 pixels of 8 levels each.
+NUM_LEVELS, WIDE_PRODUCTS, WIDE_CHAINS = 8, (3, 5, 9, 17, 33, 65, 129), 10
 SCORES = (
     "linearized",
+    *(f"linearized, {num} products" for num in FEW),
     "activations",
     "weights",
     "weights, shuffled",
@@ -56,7 +64,7 @@ def main() -> None:
         for kind in KINDS:
             case = (kind, depth, num_layers, num_banks, num_chains)
             found = keep(
-                (measure_kind, make_problem, find_good_chains, measure_chain, judge, score_swaps),
+                (measure_kind, make_problem, find_good_chains, measure_chain, try_swaps, judge, score_swaps),
                 f"retrieval-{kind}-{depth}",
                 case,
                 lambda c=case: measure_kind(*c),
@@ -69,12 +77,19 @@ def main() -> None:
                 rows.append({"kind": kind, "depth": depth, "layers": num_layers, "chains": sort, "scores": by_score})
             print(format_table(rows[-2:]), flush=True)
         jax.clear_caches()
+    wide = [measure_wide_kept(loss, 2 if args.quick else WIDE_CHAINS) for loss in WIDE_LOSSES]
+    print(format_wide(wide))
     if args.quick:
         return
     args.out.mkdir(parents=True, exist_ok=True)
     config = {"sizes": SIZES, "num_steps": NUM_STEPS, "budget": BUDGET}
-    write_json(args.out / "gradient_retrieval.json", {**describe_machine(), "config": config, "rows": rows})
-    write_atomically(args.out / "gradient_retrieval.md", lambda path: Path(path).write_text(format_table(rows) + "\n"))
+    write_json(
+        args.out / "gradient_retrieval.json", {**describe_machine(), "config": config, "rows": rows, "wide": wide}
+    )
+    write_atomically(
+        args.out / "gradient_retrieval.md",
+        lambda path: Path(path).write_text(f"{format_table(rows)}\n\n{format_wide(wide)}\n"),
+    )
     write_atomically(args.out / "gradient_retrieval.png", lambda path: draw(path, rows))
 
 
@@ -126,19 +141,26 @@ def find_good_chains(problem: jc.Problem, num_chains: int, seed: int) -> np.ndar
 
 def measure_chain(problem: jc.Problem, chain: np.ndarray) -> np.ndarray:
     """`MEASURES` of each score, `[SCORES, 3]`; nan where no swap has a score."""
-    num_layers, depth = problem.bank.num_layers, problem.max_layers
     length = int((chain >= 0).sum()) - 1
+    if length == 0:
+        return np.full((len(SCORES), 3), np.nan)
+    (slot, token), change = try_swaps(problem, chain)
+    scores = score_swaps(problem, chain)
+    return np.stack([judge(scores[name][slot, token], change) for name in SCORES])
+
+
+def try_swaps(problem: jc.Problem, chain: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """Slot and token of each swap, and its true change of loss."""
+    num_layers, length = problem.bank.num_layers, int((chain >= 0).sum()) - 1
     slot, token = np.nonzero(np.arange(num_layers) != chain[:length, None])
     swaps = np.repeat(chain[None], len(slot), axis=0)
     swaps[np.arange(len(slot)), slot] = token
-    if length == 0:
-        return np.full((len(SCORES), 3), np.nan)
     # One shape for chains of all lengths, so one program.
-    padded = np.concatenate([chain[None], swaps, np.repeat(chain[None], depth * (num_layers - 1) - len(swaps), axis=0)])
-    loss = np.asarray(jc.evaluate(problem, padded).loss)
-    change = loss[1 : 1 + len(swaps)] - loss[0]
-    scores = score_swaps(problem, chain)
-    return np.stack([judge(scores[name][slot, token], change) for name in SCORES])
+    num_none = problem.max_layers * (num_layers - 1) - len(swaps)
+    loss = np.asarray(
+        jc.evaluate(problem, np.concatenate([chain[None], swaps, np.repeat(chain[None], num_none, 0)])).loss
+    )
+    return (slot, token), loss[1 : 1 + len(swaps)] - loss[0]
 
 
 def judge(score: np.ndarray, change: np.ndarray) -> np.ndarray:
@@ -152,9 +174,10 @@ def judge(score: np.ndarray, change: np.ndarray) -> np.ndarray:
 def score_swaps(problem: jc.Problem, chain: np.ndarray) -> dict[str, np.ndarray]:
     """Each score of all swaps, `[L, N]`."""
 
-    def score(bank: jc.Bank, kind: str, rate: float = 1.0) -> np.ndarray:
+    def score(bank: jc.Bank, kind: str, rate: float = 1.0, num_products: int | None = None) -> np.ndarray:
         other = dataclasses.replace(problem, bank=bank)
-        return np.asarray(jc.gradient.score_edits(other, chain, kind, learning_rate=rate).swap)
+        scores = jc.gradient.score_edits(other, chain, kind, learning_rate=rate, num_products=num_products)
+        return np.asarray(scores.swap)
 
     bank, length = problem.bank, int((chain >= 0).sum()) - 1
     aligned = {int(token): jc.align.align(bank, int(token)) for token in set(chain[:length])}
@@ -169,6 +192,7 @@ def score_swaps(problem: jc.Problem, chain: np.ndarray) -> dict[str, np.ndarray]
 
     return {
         "linearized": score(bank, "linearized"),
+        **{f"linearized, {num} products": score(bank, "linearized", num_products=num) for num in FEW},
         "activations": score(bank, "activations"),
         "weights": score(bank, "weights"),
         "weights, shuffled": score(jc.align.shuffle(jax.random.key(0), bank), "weights"),
@@ -176,6 +200,57 @@ def score_swaps(problem: jc.Problem, chain: np.ndarray) -> dict[str, np.ndarray]
         **{f"nearest, {rate:g}": score(bank, "nearest", rate) for rate in LEARNING_RATES},
         **{f"nearest, {rate:g}, aligned": score_aligned("nearest", rate) for rate in LEARNING_RATES},
     }
+
+
+class PixelHead(nn.Module):
+    """The level of each of the 64 pixels."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(64 * NUM_LEVELS)(x).reshape(-1, 64, NUM_LEVELS)
+
+
+def brier(outputs: jax.Array, levels: jax.Array) -> jax.Array:
+    return jnp.sum((jax.nn.softmax(outputs) - jax.nn.one_hot(levels, NUM_LEVELS)) ** 2, axis=-1)
+
+
+WIDE_LOSSES = {"cross-entropy": optax.softmax_cross_entropy_with_integer_labels, "brier": brier}
+
+
+def measure_wide(loss: str, num_chains: int) -> dict[str, np.ndarray]:
+    """Correlation with the true change, and mean error over mean size, of scores by samples; last, of products with all outputs."""
+    data = jc.data.load("digits", 0)
+    edges = jnp.linspace(data.train.x.min(), data.train.x.max(), NUM_LEVELS + 1)[1:-1]
+    train, search = (jc.Batch(b.x, jnp.digitize(b.x, edges)) for b in (data.train, data.search))
+    sizes: Any = {"num_layers": 12, "depth": 4, "num_steps": NUM_STEPS}
+    bank = jc.train.routed(jax.random.key(0), train, layer=jc.layers.ResidualMLP(64), head=PixelHead(), **sizes)
+    problem = jc.Problem(bank, search, max_layers=4, loss_fn=WIDE_LOSSES[loss])
+    found = []
+    for chain in np.random.default_rng(0).integers(0, 12, (num_chains, 4)):
+        chain = np.append(chain, 12).astype(np.int32)
+        place, change = try_swaps(problem, chain)
+        numbers = (*WIDE_PRODUCTS, 64 * NUM_LEVELS)
+        scores = [jc.gradient.score_edits(problem, chain, num_products=number).swap for number in numbers]
+        rows = [np.asarray(score)[place] for score in scores]
+        found.append([[judge(row, change)[0], np.abs(row - rows[-1]).mean() / np.abs(rows[-1]).mean()] for row in rows])
+    return {"measured": np.mean(found, axis=0)}
+
+
+def measure_wide_kept(loss: str, num_chains: int) -> dict[str, Any]:
+    code = (measure_wide, try_swaps, judge, brier, PixelHead)
+    found = keep(code, f"retrieval-wide-{loss}", (loss, num_chains), lambda: measure_wide(loss, num_chains))
+    correlation, error = found["measured"].T.tolist()
+    return {"loss": loss, "products": [*WIDE_PRODUCTS, 64 * NUM_LEVELS], "spearman": correlation, "error": error}
+
+
+def format_wide(rows: list[dict[str, Any]]) -> str:
+    """Markdown: correlation with the true change, and error in units of the scores of all products."""
+    lines = ["| loss of 64 pixels | " + " | ".join(f"{num} products" for num in rows[0]["products"]) + " |"]
+    lines.append("|---" * (1 + len(rows[0]["products"])) + "|")
+    for row in rows:
+        cells = [f"{c:.2f}, {e:.1%}" for c, e in zip(row["spearman"], row["error"], strict=True)]
+        lines.append(f"| {row['loss']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
@@ -193,7 +268,14 @@ def draw(path: str, rows: list[dict[str, Any]]) -> None:
     """Correlation against depth, by kind of bank and sort of chains."""
     figure = Figure(figsize=(12, 6), layout="constrained")
     axes = figure.subplots(2, len(KINDS), sharex=True, sharey=True)
-    shown = ("linearized", "activations", "weights", "weights, aligned", "nearest, 0.1, aligned")
+    shown = (
+        "linearized",
+        "linearized, 4 products",
+        "activations",
+        "weights",
+        "weights, aligned",
+        "nearest, 0.1, aligned",
+    )
     for i, sort in enumerate(("random", "good")):
         for j, kind in enumerate(KINDS):
             those = [row for row in rows if row["kind"] == kind and row["chains"] == sort]

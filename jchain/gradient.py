@@ -25,6 +25,7 @@ from jchain.linearize import (
     comes_back,
     flatten_rows,
     go_forward,
+    has_classes,
     know_nothing,
 )
 from jchain.problem import Problem
@@ -157,6 +158,13 @@ def score_moves(
     if members is None:
         members = _all_members(problem)
     return _score(problem, chain, jnp.float32(1.0), members, _Options("linearized", num_products, num_best, num_pairs))
+
+
+def choose_products(problem: Problem) -> int | None:
+    """`num_products` of a search, which wants many chains scored: of a softmax over classes the likeliest besides the label,
+    and the rest as one. In deep chains they are as accurate as all (`experiments/gradient_retrieval.py`)."""
+    outputs = jax.eval_shape(lambda x: problem.bank.heads[0].apply(0, problem.bank.embed(x)), problem.data.x)
+    return 2 if has_classes(problem, outputs) else None
 
 
 def _check(problem: Problem, chain: Any, kind: str, num_products: int | None = None) -> Array:

@@ -67,15 +67,21 @@ def choose_reading(problem: Problem, forward: Forward, kind: str, num_products: 
     num_outputs = outputs.size // outputs.shape[0]
     if num_products is None:
         num_products = num_outputs if num_outputs <= MAX_OUTPUTS else _NUM_WIDE
-    is_softmax = problem.loss_fn is optax.softmax_cross_entropy_with_integer_labels
-    if is_softmax and outputs.ndim == 2 and num_outputs > 1:
+    if has_classes(problem, outputs):
         return _read_classes(problem, forward, num_products)
     if num_products >= num_outputs:
         return _read_outputs(problem, forward)
+    is_softmax = problem.loss_fn is optax.softmax_cross_entropy_with_integer_labels
     least = 2 if is_softmax else 3
     if num_products < least:
         raise ValueError(f"expected num_products of at least {least} for outputs like these, got {num_products}")
     return (_sample_labels if is_softmax else _sample_signs)(problem, forward, num_products)
+
+
+def has_classes(problem: Problem, outputs: Any) -> bool:
+    """Whether the loss is a softmax over the classes of one label for each example."""
+    is_softmax = problem.loss_fn is optax.softmax_cross_entropy_with_integer_labels
+    return is_softmax and len(outputs.shape) == 2 and outputs.shape[1] > 1
 
 
 def _read_classes(problem: Problem, forward: Forward, num_products: int) -> Reading:

@@ -63,7 +63,7 @@ def test_chains_go_on_from_their_prefix(agent, problem):
     search, state = agent
     controller, prefix = Controller(search.encoding), jnp.array([3, 1, -1, -1])
     keys = jax.random.split(jax.random.key(0), 32)
-    chains, _ = jax.vmap(lambda k: ac.sample_chain(k, controller, state.params, state.entries, prefix, problem))(keys)
+    chains, _ = jax.vmap(lambda k: ac.sample_chain(k, controller, state.params, state.sight, prefix, problem))(keys)
     jc.chain.validate(chains, 4, 2, 3)
     np.testing.assert_array_equal(chains[:, :2], np.tile([3, 1], (32, 1)))
     assert len(np.unique(chains, axis=0)) > 1
@@ -74,12 +74,12 @@ def test_imitation_is_the_mean_log_likelihood_of_the_elite(agent, problem):
     controller, chains = Controller(search.encoding), jnp.array([[2, 0, 5, -1], [4, -1, -1, -1], [-1, -1, -1, -1]])
     expected = 0.0
     for chain, num_tokens in ((chains[0], 3), (chains[1], 1)):
-        logits, _ = ac.replay_chain(controller, state.params, state.entries, chain, problem)
+        logits, _ = ac.replay_chain(controller, state.params, state.sight, chain, problem)
         log_prob = np.asarray(jax.nn.log_softmax(logits))
         # Two chains, L = 4 slots.
         expected -= sum(log_prob[t, chain[t]] for t in range(num_tokens)) / 4 / 2
     elite = base.Pool(chains, jnp.array([1.0, 2.0, jnp.inf]))
-    loss = ac.imitation_loss(state.params, controller, state.entries, elite, problem)
+    loss = ac.imitation_loss(state.params, controller, state.sight, elite, problem)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
 
@@ -88,11 +88,9 @@ def test_replay_gives_the_log_probabilities_of_the_rollout(agent, problem):
     controller = Controller(search.encoding)
     nothing = jnp.full(4, PADDING)
     for seed in range(6):
-        chain, log_prob = ac.sample_chain(
-            jax.random.key(seed), controller, state.params, state.entries, nothing, problem
-        )
+        chain, log_prob = ac.sample_chain(jax.random.key(seed), controller, state.params, state.sight, nothing, problem)
         jc.chain.validate(chain, 4, 2, 3)
-        logits, values = ac.replay_chain(controller, state.params, state.entries, chain, problem)
+        logits, values = ac.replay_chain(controller, state.params, state.sight, chain, problem)
         length = int(jc.chain.count_layers(chain, 4))
         expected = jax.nn.log_softmax(logits)[jnp.arange(length + 1), chain[: length + 1]]
         np.testing.assert_allclose(log_prob[: length + 1], expected, rtol=1e-4, atol=1e-5)
@@ -103,7 +101,7 @@ def test_replay_gives_the_log_probabilities_of_the_rollout(agent, problem):
 def test_layers_are_never_taken_in_the_last_slot(agent, problem):
     search, state = agent
     logits, _ = ac.replay_chain(
-        Controller(search.encoding), state.params, state.entries, jnp.array([0, 1, 2, 4]), problem
+        Controller(search.encoding), state.params, state.sight, jnp.array([0, 1, 2, 4]), problem
     )
     assert np.all(jax.nn.softmax(logits[3])[:4] == 0)
     assert np.all(jax.nn.softmax(logits[2]) > 0)
@@ -114,7 +112,7 @@ def test_the_loss_by_hand(agent, problem):
     search, state = agent
     controller = Controller(search.encoding)
     chain, reward = jnp.array([2, 0, 5, -1]), 0.7
-    logits, values = ac.replay_chain(controller, state.params, state.entries, chain, problem)
+    logits, values = ac.replay_chain(controller, state.params, state.sight, chain, problem)
     logits, values = np.asarray(logits, np.float64), np.asarray(values, np.float64)
     log_prob = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     old = np.array([log_prob[t, a] for t, a in enumerate([2, 0, 5])]) - [0.5, 0.0, -0.5]
@@ -132,7 +130,7 @@ def test_the_loss_by_hand(agent, problem):
         -surrogate.sum() - search.entropy_weight * entropy.sum() + search.critic_weight * 0.5 * np.sum(advantage**2)
     ) / 4
     rollout = ac.Rollout(chain[None], jnp.append(jnp.array(old, jnp.float32), 0.0)[None], jnp.array([reward]))
-    loss = search._ppo_loss(state.params, controller, state.entries, rollout, problem)
+    loss = search._ppo_loss(state.params, controller, state.sight, rollout, problem)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
 

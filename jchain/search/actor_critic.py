@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jchain import advice as advice_lib
 from jchain import env
 from jchain import memo as memo_lib
 from jchain._typing import Array, Bool, Float, Int, Key, PyTree
+from jchain.advice import Advice
 from jchain.bank import Bank
 from jchain.chain import PADDING, count_layers
 from jchain.encoding import Controller, TokenEncoding, entry_features
@@ -25,12 +27,19 @@ from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info, Pool, empty_pool, merge
 
 
+class Sight(NamedTuple):
+    """What the agent sees of the bank."""
+
+    entries: Float[Array, "E D"]  # [N + K, D], features of the bank's entries
+    advice: Advice | None  # of the best chain before this step
+
+
 class State(NamedTuple):
     """What the next step needs."""
 
-    params: PyTree  # of the controller
+    params: PyTree  # of the controller, and of advice
     opt_state: PyTree
-    entries: Float[Array, "E D"]  # [N + K, D], features of the bank's entries
+    sight: Sight
     elite: Pool
     memo: Memo
 
@@ -59,6 +68,8 @@ class ActorCritic:
       imitation_weight: weight of the mean negative log-likelihood of the best chains.
       restart_rate: share of chains that go on from a prefix of one of the best chains.
       num_elites: best chains that are kept for both, Q.
+      score_kind: of the scores of edits of the best chain so far (`jchain.gradient.score_edits`) that the actor sees of each entry
+        at each slot, and that are charged; none when None.
       entry_features: what is seen of the bank's entries, `[N + K, D]`: `jchain.encoding.entry_features`, or
         `jchain.lookup.entry_features` where losses are looked up.
     """
@@ -75,6 +86,7 @@ class ActorCritic:
     restart_rate: float = 0.2
     num_elites: int = static(default=16)
     entry_features: Callable[[Bank], Float[Array, "E D"]] = static(default=entry_features)
+    score_kind: str | None = static(default=None)
 
     def __post_init__(self) -> None:
         if self.num_chains < 2 or min(self.num_epochs, self.num_elites) < 1:
@@ -85,16 +97,21 @@ class ActorCritic:
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         entries = self.entry_features(problem.bank)
-        params = Controller(self.encoding).init(key, entries)
+        params: dict[str, Any] = {"controller": Controller(self.encoding).init(key, entries)}
+        advice = None
+        if self.score_kind is not None:
+            params["advice"], advice = advice_lib.init_weights(), advice_lib.init(problem)
         elite = empty_pool(self.num_elites, problem)
-        return State(params, self._optimizer().init(params), entries, elite, memo_lib.init(problem))
+        sight = Sight(entries, advice)
+        return State(params, self._optimizer().init(params), sight, elite, memo_lib.init(problem))
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         controller = Controller(self.encoding)
+        sight, advice_calls = self._look(state, problem)
         keys = jax.random.split(key, (2, self.num_chains))
         prefixes = jax.vmap(lambda k: draw_prefix(k, state.elite, jnp.asarray(self.restart_rate), problem))(keys[0])
         chains, log_prob = jax.vmap(
-            lambda k, prefix: sample_chain(k, controller, state.params, state.entries, prefix, problem)
+            lambda k, prefix: sample_chain(k, controller, state.params, sight, prefix, problem)
         )(keys[1], prefixes)
         memo, loss, layer_calls = memo_lib.score(state.memo, problem, chains)
         rollout = Rollout(chains, log_prob, rank_rewards(loss))
@@ -102,30 +119,36 @@ class ActorCritic:
 
         def update(carry: Any, _: None) -> Any:
             params, opt_state = carry
-            gradient = jax.grad(self._loss)(params, controller, state.entries, rollout, elite, problem)
+            gradient = jax.grad(self._loss)(params, controller, sight, rollout, elite, problem)
             updates, opt_state = self._optimizer().update(gradient, opt_state)
             return (optax.apply_updates(params, updates), opt_state), None
 
         (params, opt_state), _ = jax.lax.scan(update, (state.params, state.opt_state), length=self.num_epochs)
-        return State(params, opt_state, state.entries, elite, memo), Info(chains, loss, layer_calls)
+        info = Info(chains, loss, layer_calls + advice_calls)
+        return State(params, opt_state, sight, elite, memo), info
+
+    def _look(self, state: State, problem: Problem) -> tuple[Sight, Int[Array, ""]]:
+        """What is seen now, and the layer calls that it costs."""
+        if state.sight.advice is None or self.score_kind is None:
+            return state.sight, jnp.zeros((), jnp.int32)
+        advice, layer_calls = advice_lib.update(state.sight.advice, problem, state.elite.chains[0], self.score_kind)
+        return state.sight._replace(advice=advice), layer_calls
 
     def _optimizer(self) -> optax.GradientTransformation:
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(self.learning_rate))
 
     def _loss(
-        self, params: PyTree, controller: Controller, entries: Array, rollout: Rollout, elite: Pool, problem: Problem
+        self, params: PyTree, controller: Controller, sight: Sight, rollout: Rollout, elite: Pool, problem: Problem
     ) -> Float[Array, ""]:
-        loss = self._ppo_loss(params, controller, entries, rollout, problem)
-        return loss + self.imitation_weight * imitation_loss(params, controller, entries, elite, problem)
+        loss = self._ppo_loss(params, controller, sight, rollout, problem)
+        return loss + self.imitation_weight * imitation_loss(params, controller, sight, elite, problem)
 
     def _ppo_loss(
-        self, params: PyTree, controller: Controller, entries: Array, rollout: Rollout, problem: Problem
+        self, params: PyTree, controller: Controller, sight: Sight, rollout: Rollout, problem: Problem
     ) -> Float[Array, ""]:
         import rlax
 
-        logits, values = jax.vmap(lambda chain: replay_chain(controller, params, entries, chain, problem))(
-            rollout.chains
-        )
+        logits, values = jax.vmap(lambda chain: replay_chain(controller, params, sight, chain, problem))(rollout.chains)
         length = count_layers(rollout.chains, problem.bank.num_layers)[:, None]
         slots = jnp.arange(rollout.chains.shape[1])[None]
         is_step = (slots <= length).astype(values.dtype)
@@ -169,10 +192,10 @@ def draw_prefix(key: Key[Array, ""], elite: Pool, restart_rate: Float[Array, ""]
 
 
 def imitation_loss(
-    params: PyTree, controller: Controller, entries: Float[Array, "E D"], elite: Pool, problem: Problem
+    params: PyTree, controller: Controller, sight: Sight, elite: Pool, problem: Problem
 ) -> Float[Array, ""]:
     """Mean negative log-likelihood of the elite's tokens, over chains and slots as the other terms."""
-    logits, _ = jax.vmap(lambda chain: replay_chain(controller, params, entries, chain, problem))(elite.chains)
+    logits, _ = jax.vmap(lambda chain: replay_chain(controller, params, sight, chain, problem))(elite.chains)
     log_prob = jnp.where(elite.chains == PADDING, 0.0, take_log_prob(logits, elite.chains))
     num_there = jnp.isfinite(elite.loss).sum()
     return -jnp.sum(jnp.mean(log_prob, axis=1)) / jnp.maximum(num_there, 1)
@@ -188,7 +211,7 @@ def sample_chain(
     key: Key[Array, ""],
     controller: Controller,
     params: PyTree,
-    entries: Float[Array, "E D"],
+    sight: Sight,
     prefix: Int[Array, "L"],
     problem: Problem,
 ) -> tuple[Int[Array, "L"], Float[Array, "L"]]:
@@ -198,41 +221,71 @@ def sample_chain(
     scored together.
     """
     num_layers = problem.bank.num_layers
-    keys: Any = controller.apply(params, entries, method="embed")
+    view = _start(controller, params, sight)
 
     def act(carry: Any, slot: Any) -> Any:
-        memory, is_done = carry
+        view, is_done = carry
         t, key, kept = slot
-        logits, _ = _act(controller, params, memory, keys, env.legal_actions(problem, t))
+        logits, _ = _act(controller, params, sight, view, t, env.legal_actions(problem, t))
         token = jnp.where(kept == PADDING, jax.random.categorical(key, logits), kept)
         log_prob = jnp.where(is_done, 0.0, jax.nn.log_softmax(logits)[token])
         taken = jnp.where(is_done, PADDING, token)
-        memory = controller.apply(params, memory, token, entries, method="advance")
-        return (memory, is_done | (token >= num_layers)), (taken.astype(jnp.int32), log_prob)
+        view = _advance(controller, params, sight, view, t, token)
+        return (view, is_done | (token >= num_layers)), (taken.astype(jnp.int32), log_prob)
 
-    memory = controller.apply(params, entries, method="initial_carry")
     slots = (jnp.arange(problem.max_layers + 1), jax.random.split(key, problem.max_layers + 1), prefix)
-    _, (chain, log_prob) = jax.lax.scan(act, (memory, jnp.array(False)), slots)
+    _, (chain, log_prob) = jax.lax.scan(act, (view, jnp.array(False)), slots)
     return chain, log_prob
 
 
 def replay_chain(
-    controller: Controller, params: PyTree, entries: Float[Array, "E D"], chain: Int[Array, "L"], problem: Problem
+    controller: Controller, params: PyTree, sight: Sight, chain: Int[Array, "L"], problem: Problem
 ) -> tuple[Float[Array, "L E"], Float[Array, "L"]]:
     """Logits and value before each token of a given chain; what stands behind its head means nothing."""
-    keys: Any = controller.apply(params, entries, method="embed")
 
-    def act(memory: Any, slot: Any) -> Any:
+    def act(view: _View, slot: Any) -> Any:
         t, token = slot
-        out = _act(controller, params, memory, keys, env.legal_actions(problem, t))
-        return controller.apply(params, memory, jnp.maximum(token, 0), entries, method="advance"), out
+        out = _act(controller, params, sight, view, t, env.legal_actions(problem, t))
+        return _advance(controller, params, sight, view, t, jnp.maximum(token, 0)), out
 
-    memory = controller.apply(params, entries, method="initial_carry")
-    _, (logits, values) = jax.lax.scan(act, memory, (jnp.arange(chain.shape[0]), chain))
+    _, (logits, values) = jax.lax.scan(act, _start(controller, params, sight), (jnp.arange(chain.shape[0]), chain))
     return logits, values
 
 
-def _act(controller: Controller, params: PyTree, memory: Any, keys: Array, is_legal: Bool[Array, "E"]) -> Any:
-    state = controller.apply(params, memory, method="read")
-    logits, value = controller.apply(params, state, keys, method="act")
+class _View(NamedTuple):
+    """A prefix as the agent sees it."""
+
+    memory: Any  # of the encoding
+    keys: Float[Array, "E H"]  # of the entries
+    is_advised: Bool[Array, ""]  # it is that of the advised chain
+
+
+def _start(controller: Controller, params: PyTree, sight: Sight) -> _View:
+    memory: Any = controller.apply(params["controller"], sight.entries, method="initial_carry")
+    keys: Any = controller.apply(params["controller"], sight.entries, method="embed")
+    return _View(memory, keys, jnp.array(True))
+
+
+def _advance(
+    controller: Controller, params: PyTree, sight: Sight, view: _View, slot: Int[Array, ""], token: Int[Array, ""]
+) -> _View:
+    memory = controller.apply(params["controller"], view.memory, token, sight.entries, method="advance")
+    is_advised = view.is_advised if sight.advice is None else view.is_advised & (sight.advice.chain[slot] == token)
+    return view._replace(memory=memory, is_advised=is_advised)
+
+
+def _act(
+    controller: Controller,
+    params: PyTree,
+    sight: Sight,
+    view: _View,
+    slot: Int[Array, ""],
+    is_legal: Bool[Array, "E"],
+) -> tuple[Float[Array, "E"], Float[Array, ""]]:
+    """Logits of the next token, and the value of the prefix."""
+    state = controller.apply(params["controller"], view.memory, method="read")
+    out: Any = controller.apply(params["controller"], state, view.keys, method="act")
+    logits, value = out
+    if sight.advice is not None:
+        logits += advice_lib.read(sight.advice, slot, view.is_advised) @ params["advice"]
     return jnp.where(is_legal, logits, -1e9), value

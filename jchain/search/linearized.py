@@ -17,7 +17,7 @@ from jchain import memo as memo_lib
 from jchain._typing import Array, Bool, Float, Int, Key
 from jchain.chain import PADDING
 from jchain.engine import apply_token
-from jchain.gradient import score_moves
+from jchain.gradient import choose_products, score_moves
 from jchain.memo import Memo
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
@@ -59,7 +59,8 @@ class LinearizedSearch:
       num_candidates: layers that a pass scores at each slot. Where the bank has more they are drawn anew for each pass, and every
         step makes one; where it has not, a step makes one only of a chain that is new.
       num_best: swaps of each slot that pairs are made of.
-      num_products: vector-Jacobian products of a pass, at most (`jchain.gradient.score_edits`).
+      num_products: vector-Jacobian products of a pass, at most (`jchain.gradient.score_edits`); 2 when None, where the loss is a
+        softmax over classes.
       patience: batches in a row without a better chain before a restart.
     """
 
@@ -152,7 +153,7 @@ class LinearizedSearch:
             chain,
             num_best=self._count_best(problem),
             num_pairs=max(self._count_pairs(problem), 1),
-            num_products=self.num_products,
+            num_products=self.num_products or choose_products(problem),
             members=_draw_members(key, problem, self.num_candidates),
         )
         is_neighbour = chain_lib.neighbours(chain, problem.bank.num_layers, problem.bank.num_heads)[1]

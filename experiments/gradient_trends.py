@@ -1,0 +1,207 @@
+"""Do trends per weight index help to find the layer that is wanted next?
+
+    python experiments/gradient_trends.py
+
+What the gradient of each weight index was over 1,000 random chains (`jchain.trends`), put to three tests on chains that were not
+among them, random ones and ones of the best 1% of all. *Explained*: the share of the gradient's square that the mean gradient of
+a context predicts, 1 - |g - m|^2 / |g|^2 summed over chains, by index alone, by slot, by the layer before, by the layer itself.
+*Outside*: does a
+trend hold outside of the context in which it was seen? The cosine of a gradient with the mean in its own context, and with
+the mean in all others. *Retrieval*: swaps scored by the trend in place of the gradient of the chain at hand, for no layer call:
+Spearman's correlation with the true change of loss; `aligned` with the hidden units of all layers in the order of those of
+layer 0 (`jchain.align`). Digits banks of four kinds, 12 layers and 4 slots, 3 seeds. Writes gradient_trends.json, .md and .png to
+experiments/results.
+
+RUNTIME.
+`--quick`: one bank of each kind, 100 chains; nothing is written.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+from records import describe_machine, keep
+from scipy.stats import spearmanr
+
+import jchain as jc
+from jchain.files import write_atomically, write_json
+
+DEPTH, NUM_LAYERS = 4, 12
+SIZES = {"banks": 3, "seen": 1000, "tested": 100}
+QUICK = {"banks": 1, "seen": 100, "tested": 10}
+CONTEXTS = jc.trends.Trends._fields
+SORTS = ("random", "good")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one bank of each kind, 100 chains")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    sizes = QUICK if args.quick else SIZES
+    rows = []
+    for kind in jc.chainbench.KINDS:
+        found = keep(CODE, f"trends-{kind}", (kind, sizes), lambda kind=kind: measure_kind(kind, **sizes))
+        for sort in SORTS:
+            means = {name.removeprefix(f"{sort} "): v for name, v in found.items() if name.startswith(sort)}
+            rows.append({"kind": kind, "chains": sort, **{name: v.mean(axis=0).tolist() for name, v in means.items()}})
+        print(format_tables(rows[-2:]), flush=True)
+        jax.clear_caches()
+    if args.quick:
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(
+        args.out / "gradient_trends.json", {**describe_machine(), "config": sizes, "contexts": CONTEXTS, "rows": rows}
+    )
+    write_atomically(args.out / "gradient_trends.md", lambda path: Path(path).write_text(format_tables(rows) + "\n"))
+    write_atomically(args.out / "gradient_trends.png", lambda path: draw(path, rows))
+
+
+def measure_kind(kind: str, banks: int, seen: int, tested: int) -> dict[str, np.ndarray]:
+    """Of each bank: shares explained, cosines inside and outside, correlations of retrieval, by sort of chains: `[banks, contexts]`."""
+    made: dict[str, list[Any]] = {}
+    for seed in range(banks):
+        problem = make_problem(kind, seed)
+        aligned = jc.Problem(jc.align.align(problem.bank, 0), problem.data, DEPTH)
+        bank = problem.bank
+        rng = np.random.default_rng(seed)
+        drawn = draw_chains(rng, seen + tested, bank)
+        learned = {name: learn(of, drawn[:seen]) for name, of in (("plain", problem), ("aligned", aligned))}
+        chains, out = jc.evaluate_all(problem)
+        is_long = chains[:, DEPTH] >= bank.num_layers
+        best = chains[is_long][np.argsort(np.asarray(out.loss)[is_long])[: is_long.sum() // 100]]
+        for sort, rows in (("random", drawn[seen:]), ("good", rng.permutation(best)[:tested])):
+            gradients = np.asarray(find_gradients(problem, rows))
+            for name, values in compare(learned["plain"], gradients, rows, bank.num_layers).items():
+                made.setdefault(f"{sort} {name}", []).append(values)
+            for name, of in (("plain", problem), ("aligned", aligned)):
+                values = np.mean([retrieve(learned[name], of, chain) for chain in rows[:30]], axis=0)
+                made.setdefault(f"{sort} retrieval, {name}", []).append(values)
+    return {name: np.array(values) for name, values in made.items()}
+
+
+def make_problem(kind: str, seed: int) -> jc.Problem:
+    bank, data = jc.chainbench.make_bank(f"digits-{kind}-{3 * seed}", num_layers=NUM_LAYERS, depth=DEPTH)
+    return jc.Problem(bank, data.search, DEPTH)
+
+
+def draw_chains(rng: np.random.Generator, num: int, bank: jc.Bank) -> np.ndarray:
+    """Full chains of random layers, `[num, DEPTH + 1]`."""
+    layers = rng.integers(0, bank.num_layers, (num, DEPTH))
+    heads = rng.integers(bank.num_layers, bank.num_layers + bank.num_heads, (num, 1))
+    return np.concatenate([layers, heads], axis=1).astype(np.int32)
+
+
+def learn(problem: jc.Problem, chains: np.ndarray) -> jc.trends.Trends:
+    """The trends of these chains. The bank's names are not part of a program."""
+    problem = problem.without_names()
+
+    @jax.jit
+    def run(problem: jc.Problem, chains: jax.Array) -> jc.trends.Trends:
+        def see(trends: jc.trends.Trends, chain: jax.Array) -> Any:
+            return jc.trends.update(trends, problem, chain), None
+
+        return jax.lax.scan(see, jc.trends.init(problem), chains)[0]
+
+    return run(problem, jnp.asarray(chains))
+
+
+def find_gradients(problem: jc.Problem, chains: np.ndarray) -> jax.Array:
+    """By the weights of each layer, `[P, D, W]`."""
+    run = jax.jit(lambda problem, chains: jax.lax.map(lambda c: jc.gradient.weight_gradients(problem, c), chains))
+    return run(problem.without_names(), jnp.asarray(chains))[:, :DEPTH]
+
+
+def find_contexts(chains: np.ndarray, num_layers: int) -> tuple[np.ndarray, ...]:
+    """The place of each slot of each chain in the moments of each context, `[P, D]`."""
+    layers = chains[:, :DEPTH]
+    slots = np.broadcast_to(np.arange(DEPTH), layers.shape)
+    before = np.concatenate([np.full((len(chains), 1), num_layers), layers[:, :-1]], axis=1)
+    return np.zeros_like(layers), slots, before, layers
+
+
+def compare(
+    trends: jc.trends.Trends, gradients: np.ndarray, chains: np.ndarray, num_layers: int
+) -> dict[str, np.ndarray]:
+    """Shares explained, and cosines with the mean in its own context and in all others, `[contexts]`."""
+    length = np.linalg.norm(gradients, axis=2, keepdims=True)
+    is_there = np.isfinite(length) & (length > 0)
+    unit = np.where(is_there, gradients / np.where(is_there, length, 1), 0)
+    found: dict[str, list[float]] = {name: [] for name in ("explained", "cosine inside", "cosine outside")}
+    for moments, place in zip(trends, find_contexts(chains, num_layers), strict=True):
+        count, mean = np.asarray(moments.num_seen)[:, None], np.asarray(moments.mean)
+        own = mean[place]
+        total = (count * mean).sum(axis=0)
+        others = (total - count * mean) / np.maximum(count.sum() - count, 1)
+        found["explained"].append(float(1 - np.sum((gradients - own) ** 2) / np.sum(gradients**2)))
+        inside, outside = (np.sum(unit * scale(m[place]), axis=2) for m in (mean, others))
+        found["cosine inside"].append(float(np.mean(inside)))
+        found["cosine outside"].append(float(np.mean(outside)) if len(mean) > 1 else np.nan)
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def scale(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-30)
+
+
+def retrieve(trends: jc.trends.Trends, problem: jc.Problem, chain: np.ndarray) -> np.ndarray:
+    """Correlation of the scores of swaps with the true change of loss: by each context, and by the chain's own gradient."""
+    num_layers = problem.bank.num_layers
+    slot, token = np.nonzero(np.arange(num_layers) != chain[:DEPTH, None])
+    swaps = np.repeat(chain[None], len(slot), axis=0)
+    swaps[np.arange(len(slot)), slot] = token
+    loss = np.asarray(jc.evaluate(problem, np.concatenate([chain[None], swaps])).loss)
+    scores = [jc.trends.score_swaps(trends, problem, chain, context) for context in CONTEXTS]
+    scores.append(jc.swap_scores(problem, chain, "weights"))
+    found: list[Any] = [spearmanr(np.asarray(score)[slot, token], loss[1:] - loss[0]) for score in scores]
+    return np.array([float(correlation.statistic) for correlation in found])
+
+
+CODE = (measure_kind, make_problem, draw_chains, learn, find_gradients, find_contexts, compare, scale, retrieve)
+
+
+def format_tables(rows: list[dict[str, Any]]) -> str:
+    """Markdown: what trends explain and whether they hold outside, then retrieval."""
+    lines = [
+        "| bank | chains | measure | " + " | ".join(CONTEXTS) + " | own gradient |",
+        "|---" * (4 + len(CONTEXTS)) + "|",
+    ]
+    for row in rows:
+        for name in ("explained", "cosine inside", "cosine outside", "retrieval, plain", "retrieval, aligned"):
+            cells = ["" if np.isnan(value) else f"{value:.2f}" for value in row[name]]
+            lines.append(
+                f"| {row['kind']} | {row['chains']} | {name} | {' | '.join(cells + [''] * (5 - len(cells)))} |"
+            )
+    return "\n".join(lines)
+
+
+def draw(path: str, rows: list[dict[str, Any]]) -> None:
+    """Cosines inside and outside of each context, and retrieval, by kind of bank."""
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    axes = figure.subplots(2, 2, sharex="col", sharey="col")
+    kinds = jc.chainbench.KINDS
+    for i, sort in enumerate(SORTS):
+        those = {row["kind"]: row for row in rows if row["chains"] == sort}
+        for j, context in enumerate(CONTEXTS):
+            for name, style in (("cosine inside", {}), ("cosine outside", {"alpha": 0.4, "hatch": "//"})):
+                place = np.arange(len(kinds)) + 0.2 * j + (0.1 if "outside" in name else 0)
+                values = [those[kind][name][j] for kind in kinds]
+                axes[i, 0].bar(place, values, 0.1, color=f"C{j}", label=f"{context}, {name[7:]}", **style)
+        for j, context in enumerate((*CONTEXTS, "the chain's own gradient")):
+            values = [those[kind]["retrieval, plain"][j] for kind in kinds]
+            axes[i, 1].bar(np.arange(len(kinds)) + 0.15 * j, values, 0.15, color=f"C{j}", label=context)
+        axes[i, 0].set(title=f"{sort} chains", ylabel="cosine, gradient with mean gradient")
+        axes[i, 1].set(title=f"{sort} chains", ylabel="Spearman, predicted with true change")
+    for ax in axes[-1]:
+        ax.set(xticks=np.arange(len(kinds)) + 0.35, xticklabels=kinds)
+    for ax in axes[0]:
+        ax.legend(fontsize="x-small", ncols=2)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
