@@ -22,6 +22,7 @@ interrupted arena goes on. Writes arena.json, arena.md and arena.png (arena_larg
 import argparse
 import dataclasses
 import hashlib
+import json
 import os
 import time
 from functools import partial
@@ -33,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 from records import CHAINBENCH, describe_machine, is_deterministic, keep, look_up, make_pool, zero_shot
+from scipy.stats import trim_mean
 
 import jchain as jc
 from jchain.files import write_atomically, write_json
@@ -40,6 +42,7 @@ from jchain.files import write_atomically, write_json
 RESULTS = Path(__file__).parent / "results"
 # Slowest first, so that no core waits for one at the end.
 SEARCHES: dict[str, Any] = {
+    "linearized": jc.LinearizedSearch(),
     "actor-critic, tokens": jc.ActorCritic(encoding=jc.TokenEncoding()),
     "actor-critic, weights": jc.ActorCritic(encoding=jc.WeightEncoding()),
     "q-learning": jc.QLearning(learning_rate=0.3),
@@ -51,10 +54,13 @@ SEARCHES: dict[str, Any] = {
     "beam search": jc.BeamSearch(width=4, max_width=256),
 }
 BUDGETS = (300, 1000, 4000, 16000)
-MIDDLE_BUDGETS = BUDGETS[1:3]  # where problems are large, and where searches are tuned
+TUNED_BUDGETS = BUDGETS[1:3]
 CLOCK = ("digits-independent-1", 2000)  # the problem and layer calls of the run that is timed
 LARGE = tuple(f"{data}-{kind}-1" for data in jc.chainbench.DATA for kind in jc.chainbench.KINDS)
-LARGE_SIZES = {"num_layers": 48, "depth": 12}
+LARGE_SIZES = {"digits": (48, 12), "wine": (96, 24), "breast_cancer": (24, 8)}  # layers, slots
+LARGE_BUDGETS = (1000, 4000, 12000)
+# Without those that are behind on ChainBench.
+LARGE_SEARCHES = ("linearized", "critic search", "evolution", "local search", "random search", "beam search")
 
 
 def see_losses_only(problem: jc.Problem, children: Any, parent: Any) -> Any:
@@ -72,6 +78,16 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"imitation_weight": 0.0},
         {"restart_rate": 0.0},
         {"restart_rate": 0.0, "imitation_weight": 0.0},
+        {"score_kind": "linearized"},
+        {"score_kind": "activations"},
+    ],
+    "linearized": [
+        {"num_products": 9},
+        {"num_products": 4},
+        {"num_pairs": 0, "num_single": 8},
+        {"num_joint": 0},
+        {"num_single": 8, "num_pairs": 8},
+        {"patience": 4},
     ],
     "q-learning": [{"learning_rate": 0.1}, {"decay": 0.9}],
     "evolution": [
@@ -111,7 +127,7 @@ def main() -> None:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--tune", action="store_true", help="other sizes and rates, on the problems of even number")
     mode.add_argument("--quick", action="store_true", help="four problems, 5 seeds, 2,000 layer calls")
-    mode.add_argument("--large", action="store_true", help="12 problems of 48 layers and chains of up to 12, 10 seeds")
+    mode.add_argument("--large", action="store_true", help="12 problems of 24 to 96 layers and chains of up to 8 to 24")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     searches = {name: search for name, search in SEARCHES.items() if name in (args.search or SEARCHES)}
@@ -125,14 +141,13 @@ def main() -> None:
     elif args.large:
         critic = jc.Critic.load(RESULTS / "critic.safetensors")
         searches = {
-            "critic search, pretrained": jc.CriticSearch(critic),
+            **{name: search for name, search in searches.items() if name in LARGE_SEARCHES},
             "critic search, pretrained, zero-shot": zero_shot(critic),
-            **searches,
         }
         for name in LARGE:
             load_large(args.folder, name)
-        grounds = Grounds(args.folder, LARGE, make_grid(MIDDLE_BUDGETS), 10, is_large=True)
-        compete("arena_large", searches, grounds, MIDDLE_BUDGETS, args)
+        grounds = Grounds(args.folder, LARGE, make_grid(LARGE_BUDGETS), 20, is_large=True)
+        compete("arena_large", searches, grounds, LARGE_BUDGETS, args)
     else:
         grounds = Grounds(args.folder, jc.chainbench.NAMES, make_grid(BUDGETS), 20)
         compete("arena", searches, grounds, BUDGETS, args, reported=slice(1, None, 2))
@@ -172,6 +187,10 @@ def compete(
             for name, curves in runs.items()
         },
     }
+    if "local search" in runs:
+        result["calls_for_local_search"] = {
+            name: count_calls(curves, runs["local search"], grounds) for name, curves in runs.items()
+        }
     table = format_table(result)
     print(table)
     write_json(args.out / f"{title}.json", result)
@@ -182,7 +201,7 @@ def compete(
 
 def tune(searches: dict[str, Any], args: argparse.Namespace) -> None:
     """Compares each search with its variants where nothing is reported."""
-    grounds = Grounds(args.folder, jc.chainbench.NAMES[::2], np.array(MIDDLE_BUDGETS), 10)
+    grounds = Grounds(args.folder, jc.chainbench.NAMES[::2], np.array(TUNED_BUDGETS), 10)
     tasks = {
         name: {
             name: search,
@@ -191,9 +210,13 @@ def tune(searches: dict[str, Any], args: argparse.Namespace) -> None:
         for name, search in searches.items()
     }
     runs = find_regret(run_all(tasks, grounds, args.workers), grounds)
-    summary = summarize(runs, list(range(len(grounds.names))), grounds.grid, MIDDLE_BUDGETS)
+    summary = summarize(runs, list(range(len(grounds.names))), grounds.grid, TUNED_BUDGETS)
+    path = args.out / "arena_tune.json"
+    if args.search and path.exists():
+        # The others as they were.
+        summary = {**json.loads(path.read_text())["summary"], **summary}
     result = {**describe_machine(), "config": {"problems": grounds.names, "seeds": grounds.seeds}, "summary": summary}
-    write_json(args.out / "arena_tune.json", result)
+    write_json(path, result)
 
 
 def make_grid(budgets: tuple[int, ...]) -> np.ndarray:
@@ -224,14 +247,15 @@ def run_all(tasks: dict[str, dict[str, Any]], grounds: Grounds, workers: int) ->
 
 def run_searches(searches: dict[str, Any], grounds: Grounds) -> dict[str, np.ndarray]:
     """Each search on all problems; those that differ in rates share compiled programs."""
-    inputs = (grounds.names, grounds.grid.tolist(), grounds.seeds, digest_problems(grounds), LARGE_SIZES)
+    inputs = (grounds.names, grounds.grid.tolist(), grounds.seeds, digest_problems(grounds))
     losses = {}
     for name, search in searches.items():
         start = time.perf_counter()
         weights = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(search)]
         make = partial(run_problems, search, grounds, 1 if is_deterministic(search) else grounds.seeds)
         given = (*inputs, describe_search(search), weights)
-        losses[name] = keep((run_problems, load_large), name.replace(" ", "-"), given, make)["loss"]
+        code = (run_problems, needs_gradient, load_large, large_path, see_losses_only)
+        losses[name] = keep(code, name.replace(" ", "-"), given, make, uses=(search,))["loss"]
         print(f"{name:40} {time.perf_counter() - start:.0f} s", flush=True)
     # Programs map memory, of which a process may have only so many pieces.
     jax.clear_caches()
@@ -255,24 +279,34 @@ def run_problems(search: Any, grounds: Grounds, seeds: int) -> dict[str, np.ndar
         else:
             solved = jc.chainbench.load(grounds.folder, name)
             best = float(solved.loss["search"].min())
-            run = partial(jc.run_many, keys, look_up(search), solved.lookup(), target_loss=best)
+            problem = solved.problem if needs_gradient(search) else solved.lookup()
+            run = partial(jc.run_many, keys, look_up(search), problem, target_loss=best)
         results = run(budget=int(grounds.grid[-1]))
         losses.append([result.curve.at(grounds.grid) for result in results])
     return {"loss": np.array(losses)}
 
 
+def needs_gradient(search: Any) -> bool:
+    """Whether losses that are looked up will not do."""
+    return isinstance(search, jc.LinearizedSearch) or (
+        isinstance(search, jc.ActorCritic) and search.score_kind is not None
+    )
+
+
 def large_path(folder: Path, name: str) -> Path:
-    return folder / f"{name}-large.bank.safetensors"
+    num_layers, depth = LARGE_SIZES[name.split("-")[0]]
+    return folder / f"{name}-{num_layers}-{depth}.bank.safetensors"
 
 
 def load_large(folder: Path, name: str) -> jc.Problem:
     """A problem that is larger than those of ChainBench, its bank made where it is not there yet."""
     path = large_path(folder, name)
+    data, _, seed = name.split("-")
+    num_layers, depth = LARGE_SIZES[data]
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        jc.chainbench.make_bank(name, **LARGE_SIZES)[0].save(path)
-    data, _, seed = name.split("-")
-    return jc.Problem(jc.Bank.load(path), jc.data.load(data, int(seed)).search, LARGE_SIZES["depth"])
+        jc.chainbench.make_bank(name, num_layers=num_layers, depth=depth)[0].save(path)
+    return jc.Problem(jc.Bank.load(path), jc.data.load(data, int(seed)).search, depth)
 
 
 def load_layers(grounds: Grounds, name: str) -> jc.Problem:
@@ -325,6 +359,16 @@ def summarize(
             for budget in budgets
         }
         for name, curves in runs.items()
+    }
+
+
+def count_calls(curves: np.ndarray, local: np.ndarray, grounds: Grounds) -> dict[str, int | None]:
+    """Layer calls after which a search is where local search ends, by problem, both as IQM of regret; None where it never is."""
+    level, means = trim_mean(local[:, :, -1], 0.25, axis=1), trim_mean(curves, 0.25, axis=1)
+    is_there = means <= level[:, None]
+    return {
+        name: int(grounds.grid[np.argmax(row)]) if row.any() else None
+        for name, row in zip(grounds.names, is_there, strict=True)
     }
 
 

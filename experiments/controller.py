@@ -109,7 +109,7 @@ def study(case: Case) -> jc.pretrain.Lesson:
         lesson = jc.pretrain.study(make_problem(*case))
         return {**lesson._asdict(), "sizes": np.array(lesson.sizes)}
 
-    arrays = keep((make_problem,), "-".join(map(str, case)), case, make)
+    arrays = keep((study, make_problem), "-".join(map(str, case)), case, make)
     return jc.pretrain.Lesson(arrays["inputs"], arrays["stop"], arrays["best"], tuple(map(int, arrays["sizes"])))
 
 

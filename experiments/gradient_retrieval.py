@@ -66,7 +66,7 @@ def main() -> None:
             found = keep(
                 (measure_kind, make_problem, find_good_chains, measure_chain, try_swaps, judge, score_swaps),
                 f"retrieval-{kind}-{depth}",
-                case,
+                (case, NUM_STEPS, BUDGET, SCORES),
                 lambda c=case: measure_kind(*c),
             )
             for sort in ("random", "good"):
@@ -238,7 +238,12 @@ def measure_wide(loss: str, num_chains: int) -> dict[str, np.ndarray]:
 
 def measure_wide_kept(loss: str, num_chains: int) -> dict[str, Any]:
     code = (measure_wide, try_swaps, judge, brier, PixelHead)
-    found = keep(code, f"retrieval-wide-{loss}", (loss, num_chains), lambda: measure_wide(loss, num_chains))
+    found = keep(
+        code,
+        f"retrieval-wide-{loss}",
+        (loss, num_chains, WIDE_PRODUCTS, NUM_STEPS),
+        lambda: measure_wide(loss, num_chains),
+    )
     correlation, error = found["measured"].T.tolist()
     return {"loss": loss, "products": [*WIDE_PRODUCTS, 64 * NUM_LEVELS], "spearman": correlation, "error": error}
 

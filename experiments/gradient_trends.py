@@ -45,7 +45,9 @@ def main() -> None:
     sizes = QUICK if args.quick else SIZES
     rows = []
     for kind in jc.chainbench.KINDS:
-        found = keep(CODE, f"trends-{kind}", (kind, sizes), lambda kind=kind: measure_kind(kind, **sizes))
+        found = keep(
+            CODE, f"trends-{kind}", (kind, sizes, NUM_LAYERS, DEPTH), lambda kind=kind: measure_kind(kind, **sizes)
+        )
         for sort in SORTS:
             means = {name.removeprefix(f"{sort} "): v for name, v in found.items() if name.startswith(sort)}
             rows.append({"kind": kind, "chains": sort, **{name: v.mean(axis=0).tolist() for name, v in means.items()}})

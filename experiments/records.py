@@ -63,29 +63,75 @@ def _pin(counter: Any) -> None:
         os.sched_setaffinity(0, {cores[place % len(cores)]})
 
 
-def keep(code: Sequence[Callable[..., Any]], name: str, inputs: Any, make: Callable[[], Any]) -> dict[str, np.ndarray]:
+def keep(
+    code: Sequence[Callable[..., Any]],
+    name: str,
+    inputs: Any,
+    make: Callable[[], Any],
+    *,
+    uses: Sequence[Any] = (),
+) -> dict[str, np.ndarray]:
     """The arrays that `make` returns; from a file when they were made before, so that an interrupted run goes on.
+
+    They are made again when their inputs change, this module, one of these functions, or a module of jchain that the functions
+    or objects reach: those that they name, and all that these import.
 
     Args:
       code: the functions of the experiment that make them.
       name: of the file.
-      inputs: what the arrays depend on beside these functions, this module and jchain: plain data or file contents.
+      inputs: what the arrays depend on beside code: plain data or file contents.
       make: makes them.
+      uses: objects of jchain that the functions are given.
     """
-    path = CACHE / "experiments" / f"{name}-{_digest(code, inputs)}.safetensors"
+    path = CACHE / "experiments" / f"{name}-{_digest(code, inputs, uses)}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_arrays(path, {}, make())
     return {key: np.asarray(array) for key, array in read_arrays(path)[1].items()}
 
 
-def _digest(code: Sequence[Callable[..., Any]], inputs: Any) -> str:
+def _digest(code: Sequence[Callable[..., Any]], inputs: Any, uses: Sequence[Any]) -> str:
     digest = hashlib.sha256(repr((inputs, jax.__version__)).encode())
-    sources = [inspect.getsource(function) for function in code]
-    paths = [Path(__file__), *sorted(Path(jc.__file__).parent.rglob("*.py"))]
-    for source in (*sources, *(path.read_text() for path in paths)):
+    modules = {type(use).__module__ for use in uses}
+    for function in code:
+        source = inspect.getsource(function)
         digest.update(_strip(source).encode())
+        modules |= {_find_module(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+    for path in (Path(__file__), *(_PACKAGE / name for name in _add_imports(modules))):
+        digest.update(_strip(path.read_text()).encode())
     return digest.hexdigest()[:16]
+
+
+_PACKAGE = Path(jc.__file__).parent
+
+
+def _find_module(node: ast.expr) -> str:
+    """The module of what stands for `jc.name.name`; empty where it is not jchain's."""
+    names = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    if not isinstance(node, ast.Name) or node.id != "jc":
+        return ""
+    found: Any = jc
+    for name in reversed(names):
+        found = getattr(found, name, found)
+    return found.__name__ if inspect.ismodule(found) else str(getattr(found, "__module__", ""))
+
+
+def _add_imports(modules: set[str]) -> list[str]:
+    """Files of the modules of jchain among these, and of all that they import."""
+    todo, found = sorted(modules), set()
+    while todo:
+        name = todo.pop()
+        path = _PACKAGE / f"{name.removeprefix('jchain.').replace('.', '/')}.py"
+        if name in found or not name.startswith("jchain.") or not path.exists():
+            continue
+        found.add(name)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return sorted(f"{name.removeprefix('jchain.').replace('.', '/')}.py" for name in found)
 
 
 def _strip(source: str) -> str:

@@ -21,6 +21,7 @@ SEARCHES = {
     "QLearning": jc.QLearning(num_chains=6, num_replays=8),
     "MCTS": jc.MCTS(num_simulations=6),
     "ActorCritic": jc.ActorCritic(encoding=jc.TokenEncoding(features=8), num_chains=6),
+    "ActorCritic-scores": jc.ActorCritic(encoding=jc.TokenEncoding(features=8), num_chains=6, score_kind="linearized"),
     "ActorCritic-weights": jc.ActorCritic(encoding=jc.WeightEncoding(features=8), num_chains=6),
 }
 RATES = {
