@@ -34,6 +34,8 @@ RATES = {
 # They go on from the activations of a prefix, and pay for each layer that they apply, not for chains.
 STEPPING = ("BeamSearch", "MCTS")
 DETERMINISTIC = ("BeamSearch",)
+# They also pay for passes: recounted in test_linearized and test_advice.
+PASSING = ("LinearizedSearch", "ActorCritic-scores")
 
 
 # Some vmapped, and the rest with `-m slow`.
@@ -102,7 +104,7 @@ def test_losses_indices_and_cost_are_exact(name, search, problem):
             before, parent = parent, max((row[: row.index(max(row))] for row in rows), key=len)[:-1]
             assert len({row[: row.index(max(row))] for row in rows} - {()}) == 4
             assert info.layer_calls == 4 + (len(parent) if parent[:-1] != before else 0)
-        elif name != "LinearizedSearch":  # which also pays for passes: recounted in test_linearized
+        elif name not in PASSING:
             assert info.layer_calls == reference.count_calls([row for row in rows if row not in seen], 4)[0]
         seen.update(rows)
 
