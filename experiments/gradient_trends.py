@@ -9,8 +9,10 @@ a context predicts, 1 - |g - m|^2 / |g|^2 summed over chains, by index alone, by
 trend hold outside of the context in which it was seen? The cosine of a gradient with the mean in its own context, and with
 the mean in all others. *Retrieval*: swaps scored by the trend in place of the gradient of the chain at hand, for no layer call:
 Spearman's correlation with the true change of loss; `aligned` with the hidden units of all layers in the order of those of
-layer 0 (`jchain.align`). Digits banks of four kinds, 12 layers and 4 slots, 3 seeds. Writes gradient_trends.json, .md and .png to
-experiments/results.
+layer 0 (`jchain.align`). *Which slot*: Spearman's correlation over the slots of a chain of what the gradient says of the layer
+there (its length; importance, the sum of |w dL/dw|; the best linearized score of a swap) with what the best swap there gains.
+Digits banks of four kinds, 12 layers and 4 slots, 3 seeds. Writes gradient_trends.json, .md and .png to
+experiments/results, and layer_report.png: what the gradient says of the layers of the best chain of a routed bank.
 
 RUNTIME.
 `--quick`: one bank of each kind, 100 chains; nothing is written.
@@ -29,6 +31,7 @@ from scipy.stats import spearmanr
 
 import jchain as jc
 from jchain.files import write_atomically, write_json
+from jchain.plot import plot_layers
 
 DEPTH, NUM_LAYERS = 4, 12
 SIZES = {"banks": 3, "seen": 1000, "tested": 100}
@@ -61,6 +64,10 @@ def main() -> None:
     )
     write_atomically(args.out / "gradient_trends.md", lambda path: Path(path).write_text(format_tables(rows) + "\n"))
     write_atomically(args.out / "gradient_trends.png", lambda path: draw(path, rows))
+    problem = make_problem("routed", 0)
+    chains, out = jc.evaluate_all(problem)
+    best = chains[np.argmin(np.asarray(out.loss))]
+    plot_layers(args.out / "layer_report.png", jc.layer_report.report_layers(problem, best))
 
 
 def measure_kind(kind: str, banks: int, seen: int, tested: int) -> dict[str, np.ndarray]:
@@ -80,9 +87,14 @@ def measure_kind(kind: str, banks: int, seen: int, tested: int) -> dict[str, np.
             gradients = np.asarray(find_gradients(problem, rows))
             for name, values in compare(learned["plain"], gradients, rows, bank.num_layers).items():
                 made.setdefault(f"{sort} {name}", []).append(values)
+            some = rows[:30]
+            changes = [try_swaps(problem, chain) for chain in some]
             for name, of in (("plain", problem), ("aligned", aligned)):
-                values = np.mean([retrieve(learned[name], of, chain) for chain in rows[:30]], axis=0)
+                pairs = zip(some, changes, strict=True)
+                values = np.mean([retrieve(learned[name], of, *pair) for pair in pairs], axis=0)
                 made.setdefault(f"{sort} retrieval, {name}", []).append(values)
+            values = [find_slot(problem, *row) for row in zip(some, changes, gradients, strict=False)]
+            made.setdefault(f"{sort} which slot", []).append(np.mean(values, axis=0))
     return {name: np.array(values) for name, values in made.items()}
 
 
@@ -150,35 +162,69 @@ def scale(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-30)
 
 
-def retrieve(trends: jc.trends.Trends, problem: jc.Problem, chain: np.ndarray) -> np.ndarray:
-    """Correlation of the scores of swaps with the true change of loss: by each context, and by the chain's own gradient."""
+def try_swaps(problem: jc.Problem, chain: np.ndarray) -> np.ndarray:
+    """The true change of loss of each layer at each slot, `[D, N]`."""
     num_layers = problem.bank.num_layers
-    slot, token = np.nonzero(np.arange(num_layers) != chain[:DEPTH, None])
-    swaps = np.repeat(chain[None], len(slot), axis=0)
-    swaps[np.arange(len(slot)), slot] = token
+    swaps = np.repeat(chain[None], DEPTH * num_layers, axis=0)
+    swaps[np.arange(len(swaps)), np.repeat(np.arange(DEPTH), num_layers)] = np.tile(np.arange(num_layers), DEPTH)
     loss = np.asarray(jc.evaluate(problem, np.concatenate([chain[None], swaps])).loss)
+    return (loss[1:] - loss[0]).reshape(DEPTH, num_layers)
+
+
+def retrieve(trends: jc.trends.Trends, problem: jc.Problem, chain: np.ndarray, change: np.ndarray) -> np.ndarray:
+    """Correlation of the scores of swaps with the true change of loss: by each context, and by the chain's own gradient."""
     scores = [jc.trends.score_swaps(trends, problem, chain, context) for context in CONTEXTS]
     scores.append(jc.swap_scores(problem, chain, "weights"))
-    found: list[Any] = [spearmanr(np.asarray(score)[slot, token], loss[1:] - loss[0]) for score in scores]
-    return np.array([float(correlation.statistic) for correlation in found])
+    is_swap = np.arange(change.shape[1]) != chain[:DEPTH, None]
+    return np.array([correlate(np.asarray(score)[:DEPTH][is_swap], change[is_swap]) for score in scores])
 
 
-CODE = (measure_kind, make_problem, draw_chains, learn, find_gradients, find_contexts, compare, scale, retrieve)
+def find_slot(problem: jc.Problem, chain: np.ndarray, change: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+    """Correlation over slots of the gradient's length, of importance and of the best linearized score with the best gain."""
+    weights = np.asarray(jc.trends.stack_weights(problem))[chain[:DEPTH]]
+    best_score = np.asarray(jc.swap_scores(problem, chain))[:DEPTH].min(axis=1)
+    measures = np.linalg.norm(gradient, axis=1), np.abs(weights * gradient).sum(axis=1), -best_score
+    return np.array([correlate(measure, -change.min(axis=1)) for measure in measures])
+
+
+def correlate(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation; 0 where one of them is constant."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    result: Any = spearmanr(a, b)
+    return float(result.statistic)
+
+
+CODE = (
+    measure_kind,
+    make_problem,
+    draw_chains,
+    learn,
+    find_gradients,
+    find_contexts,
+    compare,
+    scale,
+    try_swaps,
+    retrieve,
+    find_slot,
+    correlate,
+)
 
 
 def format_tables(rows: list[dict[str, Any]]) -> str:
-    """Markdown: what trends explain and whether they hold outside, then retrieval."""
-    lines = [
-        "| bank | chains | measure | " + " | ".join(CONTEXTS) + " | own gradient |",
-        "|---" * (4 + len(CONTEXTS)) + "|",
-    ]
-    for row in rows:
-        for name in ("explained", "cosine inside", "cosine outside", "retrieval, plain", "retrieval, aligned"):
-            cells = ["" if np.isnan(value) else f"{value:.2f}" for value in row[name]]
-            lines.append(
-                f"| {row['kind']} | {row['chains']} | {name} | {' | '.join(cells + [''] * (5 - len(cells)))} |"
-            )
-    return "\n".join(lines)
+    """Markdown: what trends explain, whether they hold outside, and retrieval; then which slot."""
+    names = ("explained", "cosine inside", "cosine outside", "retrieval, plain", "retrieval, aligned")
+    parts = ((names, (*CONTEXTS, "own gradient")), (("which slot",), ("gradient", "importance", "linearized")))
+    lines: list[str] = []
+    for names, columns in parts:
+        lines += [f"| bank | chains | measure | {' | '.join(columns)} |", "|---" * (3 + len(columns)) + "|"]
+        for row in rows:
+            for name in names:
+                cells = ["" if np.isnan(value) else f"{value:.2f}" for value in row[name]]
+                cells += [""] * (len(columns) - len(cells))
+                lines.append(f"| {row['kind']} | {row['chains']} | {name} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines[:-1])
 
 
 def draw(path: str, rows: list[dict[str, Any]]) -> None:
