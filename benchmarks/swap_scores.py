@@ -54,6 +54,7 @@ def compare(name: str, num_turns: int) -> dict[str, Any]:
     jobs: dict[str, Callable[[], Any]] = {
         "exact": lambda: jc.evaluate(problem, swaps),
         "linearized": lambda: jc.gradient.score_edits(problem, chain),
+        "linearized, 2 products": lambda: jc.gradient.score_edits(problem, chain, num_products=2),
         "activations": lambda: jc.gradient.score_edits(problem, chain, "activations"),
         "weights": lambda: jc.gradient.score_edits(problem, chain, "weights"),
     }

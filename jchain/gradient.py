@@ -117,8 +117,7 @@ def weight_gradients(problem: Problem, chain: Int[Array, "L"] | Any) -> Float[Ar
       ValueError: the layers are of several modules, or as `score_edits`.
     """
     chain = _check(problem, chain, "weights")
-    if len(problem.bank.layers) != 1:
-        raise ValueError(f"expected layers of one module, got {len(problem.bank.layers)}")
+    weight_space.only_group(problem.bank)
     return _find_weight_gradients(problem.without_names(), chain)
 
 

@@ -14,6 +14,7 @@ from jchain import chain as chain_lib
 from jchain._typing import Array, Float, Int
 from jchain.gradient import weight_gradients
 from jchain.problem import Problem
+from jchain.weight_space import only_group
 
 
 class Moments(NamedTuple):
@@ -44,8 +45,6 @@ def init(problem: Problem) -> Trends:
     Raises:
       ValueError: the layers are of several modules, whose weights have no indices in common.
     """
-    if len(problem.bank.layers) != 1:
-        raise ValueError(f"expected layers of one module, got {len(problem.bank.layers)}")
     num_weights = stack_weights(problem).shape[1]
 
     def empty(num_contexts: int) -> Moments:
@@ -136,7 +135,11 @@ def score_swaps(
 
 
 def stack_weights(problem: Problem) -> Float[Array, "N W"]:
-    """The weights of each layer in one row, in the order of tokens."""
-    (group,) = problem.bank.layers
+    """The weights of each layer in one row, in the order of tokens.
+
+    Raises:
+      ValueError: as `init`.
+    """
+    group = only_group(problem.bank)
     rows = jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(group.params)], axis=1)
     return rows[jnp.argsort(jnp.array(group.tokens))]

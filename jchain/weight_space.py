@@ -8,10 +8,21 @@ import jax
 import jax.numpy as jnp
 
 from jchain._typing import Array, Float, Int
-from jchain.bank import LayerGroup
+from jchain.bank import Bank, LayerGroup
 from jchain.engine import apply_token, locate
 from jchain.linearize import Forward, comes_back, flatten_rows, know_nothing
 from jchain.problem import Problem
+
+
+def only_group(bank: Bank) -> LayerGroup:
+    """The group of all layers.
+
+    Raises:
+      ValueError: they are of several modules, whose weights have no indices in common.
+    """
+    if len(bank.layers) != 1:
+        raise ValueError(f"expected layers of one module, got {len(bank.layers)}")
+    return bank.layers[0]
 
 
 def flatten_gradients(problem: Problem, chain: Int[Array, "L"], forward: Forward) -> Float[Array, "L W"]:
