@@ -56,9 +56,7 @@ SEARCHES: dict[str, Any] = {
 BUDGETS = (300, 1000, 4000, 16000)
 TUNED_BUDGETS = BUDGETS[1:3]
 CLOCK = ("digits-independent-1", 2000)  # the problem and layer calls of the run that is timed
-EXACT = (
-    6  # digits of a regret that count: losses that are looked up and those that are computed differ in the last ones
-)
+EXACT = 6  # digits of a regret that count: losses that are looked up and that are computed differ in others
 LARGE = tuple(f"{data}-{kind}-1" for data in jc.chainbench.DATA for kind in jc.chainbench.KINDS)
 LARGE_SIZES = {"digits": (48, 12), "wine": (96, 24), "breast_cancer": (24, 8)}  # layers, slots
 LARGE_BUDGETS = (1000, 4000, 12000)
