@@ -58,6 +58,26 @@ def test_linearized_scores_are_exact_where_the_rest_is_affine(affine, chain, x64
     assert scores.loss == pytest.approx(float(jc.evaluate(problem, chain[None]).loss[0]), abs=1e-6)
 
 
+@pytest.fixture(scope="module")
+def deep(affine):
+    """Orthogonal layers, so that nothing grows or fades along the chain."""
+    params = affine.bank.layers[0].params
+    kernels = jnp.linalg.qr(params["kernel"])[0]
+    layers = [{"kernel": kernel, "bias": bias} for kernel, bias in zip(kernels, params["bias"], strict=True)]
+    heads = [jax.tree.map(lambda leaf, i=i: leaf[i], affine.bank.heads[0].params) for i in range(2)]
+    return jc.Problem(jc.Bank.stack(nn.Dense(5), layers, jc.layers.DenseHead(3), heads), affine.data, max_layers=64)
+
+
+def test_chains_of_64_slots_are_scored_exactly_where_the_rest_is_affine(deep, x64):
+    deep = to_float64(deep)
+    chain = np.append(np.random.default_rng(0).integers(0, 4, 64), 5)
+    change, is_neighbour = exact_changes(deep, chain)
+    scores = jc.gradient.score_edits(deep, chain)
+    np.testing.assert_allclose(np.asarray(scores.flat)[is_neighbour], change[is_neighbour], atol=1e-5)
+    assert scores.layer_calls == (2 + 2) * 64 + 4 * 64
+    assert np.ptp(change[is_neighbour]) > 0.1
+
+
 def test_activation_scores_are_the_directional_derivative(problem, x64):
     problem = to_float64(problem)
     scores = jc.swap_scores(problem, CHAIN, "activations")
