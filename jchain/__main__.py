@@ -24,6 +24,7 @@ SEARCHES = {
     "beam": lambda args: jc.BeamSearch(),
     "critic": lambda args: jc.CriticSearch(),
     "evolution": lambda args: jc.Evolution(),
+    "linearized": lambda args: jc.LinearizedSearch(),
     "local": lambda args: jc.LocalSearch(),
     "mcts": lambda args: jc.MCTS(),
     "q-learning": lambda args: jc.QLearning(),
