@@ -76,7 +76,6 @@ def _make_features(problem: Problem, chain: Int[Array, "L"], scores: EditScores)
     heads = jnp.where(is_head[:, None], scores.head[None], jnp.nan)
     swap = jnp.concatenate([scores.swap, heads], axis=1)
     insert = jnp.pad(scores.insert, ((0, 0), (0, num_heads)), constant_values=jnp.nan)
-    sizes = jnp.abs(jnp.where(is_there, jnp.nan, jnp.stack([swap, insert])))
-    unit = jnp.nan_to_num(jnp.nanmedian(sizes)) + 1e-12
+    unit = jnp.nan_to_num(jnp.nanmedian(jnp.abs(jnp.stack([jnp.where(is_there, jnp.nan, swap), insert])))) + 1e-12
     gains = [jnp.nan_to_num(jnp.clip(-score / unit, -_MOST, _MOST)) for score in (swap, insert)]
     return jnp.stack([is_there, *gains], axis=-1).astype(jnp.float32)

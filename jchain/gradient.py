@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jchain import chain as chain_lib
 from jchain import weight_space
@@ -102,9 +103,11 @@ def score_edits(
         gradient) are not floating-point, a layer or head cannot be differentiated, a number is not positive, or the products are too few.
     """
     chain = _check(problem, chain, kind, num_products)
-    if not learning_rate > 0:
+    if is_concrete(learning_rate) and not learning_rate > 0:
         raise ValueError(f"expected a positive learning_rate, got {learning_rate}")
-    return _score(problem, chain, jnp.float32(learning_rate), _all_members(problem), _Options(kind, num_products))[0]
+    return _score(
+        problem, chain, jnp.asarray(learning_rate, jnp.float32), _all_members(problem), _Options(kind, num_products)
+    )[0]
 
 
 def weight_gradients(problem: Problem, chain: Int[Array, "L"] | Any) -> Float[Array, "L W"]:
@@ -123,6 +126,7 @@ def weight_gradients(problem: Problem, chain: Int[Array, "L"] | Any) -> Float[Ar
 
 @jax.jit
 def _find_weight_gradients(problem: Problem, chain: Array) -> Array:
+    _check_gradients(problem, "weights")
     return weight_space.flatten_gradients(problem, chain, go_forward(problem, chain))
 
 
@@ -156,12 +160,22 @@ def score_moves(
         )
     if members is None:
         members = _all_members(problem)
+    _check_members(problem, members)
     return _score(problem, chain, jnp.float32(1.0), members, _Options("linearized", num_products, num_best, num_pairs))
+
+
+def _check_members(problem: Problem, members: Any) -> None:
+    sizes = [len(group.tokens) for group in problem.bank.layers]
+    if len(members) != len(sizes) or any(jnp.ndim(rows) != 1 for rows in members):
+        raise ValueError(f"expected places [n] for each of {len(sizes)} groups of layers, got {len(members)} arrays")
+    for size, rows in zip(sizes, members, strict=True):
+        if is_concrete(rows) and np.size(rows) and not (np.min(rows) >= 0 and np.max(rows) < size):
+            raise ValueError(f"expected places in 0..{size - 1}, got {np.min(rows)}..{np.max(rows)}")
 
 
 def choose_products(problem: Problem) -> int | None:
     """`num_products` of a search, which wants many chains scored: of a softmax over classes the likeliest besides the label,
-    and the rest as one. In deep chains they are as accurate as all (`experiments/gradient_retrieval.py`)."""
+    and the rest as one."""
     outputs = jax.eval_shape(lambda x: problem.bank.heads[0].apply(0, problem.bank.embed(x)), problem.data.x)
     return 2 if has_classes(problem, outputs) else None
 
@@ -176,12 +190,18 @@ def _check(problem: Problem, chain: Any, kind: str, num_products: int | None = N
         chain = chain_lib.validate(chain, bank.num_layers, bank.num_heads)
     if jnp.shape(chain) != (problem.max_layers + 1,):
         raise ValueError(f"expected one chain of shape [{problem.max_layers + 1}], got {list(jnp.shape(chain))}")
+    return jnp.asarray(chain)
+
+
+def _check_gradients(problem: Problem, kind: str) -> None:
+    """When a program is traced: it takes longer than to run one."""
+    bank = problem.bank
     hidden = jax.eval_shape(bank.embed, problem.data.x)
     if not jnp.issubdtype(hidden.dtype, jnp.floating):
         raise ValueError(f"expected floating-point activations, which have a gradient, got {hidden.dtype}")
-    for group in (*bank.layers, *bank.heads):
-        _check_gradient(group, hidden, kind in ("weights", "nearest") and group in bank.layers)
-    return jnp.asarray(chain)
+    for groups, is_by_weights in ((bank.layers, kind in ("weights", "nearest")), (bank.heads, False)):
+        for group in groups:
+            _check_gradient(group, hidden, is_by_weights)
 
 
 def _check_gradient(group: LayerGroup, hidden: Any, is_by_weights: bool) -> None:
@@ -229,6 +249,8 @@ def _compile(backend: str | None) -> Any:
 def _score_in_turn(
     problem: Problem, chain: Array, learning_rate: Array, members: Any, options: _Options
 ) -> tuple[EditScores, JointMoves | None]:
+    _check_gradients(problem, options.kind)
+
     # A plain vmap would turn each layer call into one with gathered weights, and each branch into all of them.
     @jax.custom_batching.sequential_vmap
     def score(problem: Problem, chain: Array, learning_rate: Array, members: Any) -> Any:
@@ -250,7 +272,7 @@ def _score_outputs(
     num_products, make_vector, read, is_sampled = choose_reading(problem, forward, options.kind, options.num_products)
     pull_head = jax.vjp(partial(apply_token, bank.heads, chain[length]), forward.hidden[length])[1]
     # One at a time: those of wide outputs are the largest arrays here.
-    rows = jax.lax.map(lambda i: pull_head(make_vector(i))[0], jnp.arange(num_products))
+    rows = jax.lax.map(lambda i: pull_head(make_vector(i).astype(forward.outputs.dtype))[0], jnp.arange(num_products))
     behind = jnp.concatenate([forward.hidden[1:], forward.hidden[-1:]])
     chunk = choose_chunk(bank.num_layers, forward.hidden[0], options.backend)
     # Samples are of a mean over all examples.
@@ -330,7 +352,7 @@ def _map_layers(
         made = jax.lax.map(lambda member: score(group.apply(member, hidden)), rows, batch_size=chunk)
         return jnp.asarray(group.tokens)[rows], made
 
-    parts = [place(group, rows) for group, rows in zip(bank.layers, members, strict=True)]
+    parts = [place(group, rows) for group, rows in zip(bank.layers, members, strict=True) if rows.shape[0]]
     tokens = jnp.concatenate([part[0] for part in parts])
     return jax.tree.map(
         lambda *made: (
@@ -344,4 +366,9 @@ def _map_layers(
 
 def _dot(rows: Float[Array, "R B ..."], change: Shaped[Array, "B ..."]) -> Float[Array, "B R"]:
     num_rows, num_examples = rows.shape[:2]
-    return jnp.einsum("rbf,bf->br", rows.reshape(num_rows, num_examples, -1), flatten_rows(change))
+    return jnp.einsum(
+        "rbf,bf->br",
+        rows.reshape(num_rows, num_examples, -1),
+        flatten_rows(change),
+        preferred_element_type=jnp.promote_types(jnp.float32, rows.dtype),
+    )

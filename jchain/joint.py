@@ -62,7 +62,7 @@ def join(
     """
     num_slots, num_best = token.shape
     cost = jnp.broadcast_to(problem.layer_cost, (problem.bank.num_layers,))
-    price = (cost[token] - cost[jnp.clip(chain, 0, cost.size - 1)][:, None]).reshape(-1)
+    price = (cost[token] - cost[jnp.clip(chain, 0, cost.size - 1)][:, None]).reshape(-1).astype(change.dtype)
     slot = jnp.repeat(jnp.arange(num_slots), num_best)
     flat = change.reshape(-1, *change.shape[2:])
     is_swap = jnp.isfinite(flat).all(axis=(1, 2))

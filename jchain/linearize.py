@@ -49,7 +49,7 @@ class Reading(NamedTuple):
     """How the change of the loss is read off changes of the outputs."""
 
     num_products: int  # vector-Jacobian products, R
-    make_vector: Callable[[Array], Array]  # the vector of each, of the shape of the outputs
+    make_vector: Callable[[Array], Array]  # the vector of each, of the shape of the outputs, at least float32
     read: Callable[[Array], Array]  # from their products with a change of activations, `[B, R]`, to the change of loss
     is_sampled: bool = False  # by samples that stand for a mean over all examples
 
@@ -60,7 +60,8 @@ def choose_reading(problem: Problem, forward: Forward, kind: str, num_products: 
     Raises:
       ValueError: too few products.
     """
-    outputs = forward.outputs
+    outputs = forward.outputs.astype(jnp.promote_types(jnp.float32, forward.outputs.dtype))
+    forward = forward._replace(outputs=outputs)
     if kind == "activations":
         gradient = jax.grad(lambda outputs: problem.measure(outputs)[0])(outputs)
         return Reading(1, lambda i: gradient, lambda dots: dots.sum())

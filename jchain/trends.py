@@ -14,6 +14,7 @@ from jchain import chain as chain_lib
 from jchain._typing import Array, Float, Int
 from jchain.gradient import weight_gradients
 from jchain.problem import Problem
+from jchain.pytree import is_concrete
 from jchain.weight_space import only_group
 
 
@@ -100,7 +101,7 @@ def score_swaps(
     trends: Trends, problem: Problem, chain: Int[Array, "L"] | Any, context: str = "slot"
 ) -> Float[Array, "L N"]:
     """Predicted change of loss of putting layer `b` at slot `t`, as `kind="weights"` of `jchain.swap_scores`, by the mean
-    gradient of a context in place of the gradient of this chain: `<mean, W_b - W_t>`.
+    gradient of a context in place of the gradient of this chain: `<mean, W_b - W_t>`, price of layers included.
 
     Args:
       trends: of this bank.
@@ -112,10 +113,14 @@ def score_swaps(
       `[L, N]`; nan where the chain has no layer or the context was not seen.
 
     Raises:
-      ValueError: the context is none.
+      ValueError: the context is none, or `chain` is no chain of this bank.
     """
     if context not in Trends._fields:
         raise ValueError(f"expected a context of {', '.join(Trends._fields)}, got {context!r}")
+    if is_concrete(chain):
+        chain = chain_lib.validate(chain, problem.bank.num_layers, problem.bank.num_heads)
+    if jnp.shape(chain) != (problem.max_layers + 1,):
+        raise ValueError(f"expected one chain of shape [{problem.max_layers + 1}], got {list(jnp.shape(chain))}")
     chain = jnp.asarray(chain)
     slots, num_layers = jnp.arange(chain.size), problem.bank.num_layers
     length = chain_lib.count_layers(chain, num_layers)
@@ -128,7 +133,7 @@ def score_swaps(
     }
     place = jnp.maximum(places[context], 0)
     weights = stack_weights(problem)
-    along = moments.mean[place] @ weights.T
+    along = moments.mean[place] @ weights.T + jnp.broadcast_to(problem.layer_cost, (num_layers,))[None]
     own = jnp.take_along_axis(along, jnp.clip(chain, 0, num_layers - 1)[:, None], axis=1)
     is_known = (slots < length) & (moments.num_seen[place] > 0)
     return jnp.where(is_known[:, None], along - own, jnp.nan)

@@ -42,13 +42,18 @@ def score_swaps(
 ) -> Float[Array, "L N"]:
     """`<dL/dW_t, W_b - W_t>`; with a learning rate plus `|W_b - W_t|^2 / (2 learning_rate)`; nan where nothing is known."""
 
+    dtype = jnp.promote_types(jnp.float32, forward.hidden.dtype)
+
+    def multiply(changes: Array, gradient: Array) -> Float[Array, "n"]:
+        return jnp.matmul(flatten_rows(changes), gradient.reshape(-1), preferred_element_type=dtype)
+
     def score(group: LayerGroup, own: Any, gradient: Any) -> Float[Array, "N"]:
         changes = jax.tree.map(lambda stacked, leaf: stacked - leaf[None], group.params, own)
-        scores = sum(jax.tree.leaves(jax.tree.map(lambda a, g: flatten_rows(a) @ g.reshape(-1), changes, gradient)))
+        scores = sum(jax.tree.leaves(jax.tree.map(multiply, changes, gradient)))
         if learning_rate is not None:
-            squares = sum(jnp.sum(flatten_rows(change) ** 2, axis=1) for change in jax.tree.leaves(changes))
+            squares = sum(jnp.sum(flatten_rows(c).astype(dtype) ** 2, axis=1) for c in jax.tree.leaves(changes))
             scores += squares / (2 * learning_rate)
-        unknown = jnp.full(problem.bank.num_layers, jnp.nan, forward.hidden.dtype)
+        unknown = jnp.full(problem.bank.num_layers, jnp.nan, dtype)
         return unknown.at[jnp.array(group.tokens)].set(scores)
 
     swap = _go_back(problem, chain, forward, score)

@@ -21,6 +21,7 @@ from jchain.advice import Advice
 from jchain.bank import Bank
 from jchain.chain import PADDING, count_layers
 from jchain.encoding import Controller, TokenEncoding, entry_features
+from jchain.gradient import KINDS
 from jchain.memo import Memo
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
@@ -89,6 +90,8 @@ class ActorCritic:
     score_kind: str | None = static(default=None)
 
     def __post_init__(self) -> None:
+        if self.score_kind is not None and self.score_kind not in KINDS:
+            raise ValueError(f"expected a score_kind of {', '.join(KINDS)} or None, got {self.score_kind!r}")
         if self.num_chains < 2 or min(self.num_epochs, self.num_elites) < 1:
             raise ValueError(
                 f"expected num_chains of at least 2, num_epochs and num_elites of at least 1, got {self.num_chains}, "

@@ -6,7 +6,7 @@ most promising moves are then evaluated exactly. How many slots a greedy move ma
 cut where a head is best.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from jchain.memo import Memo
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
+
+_START_RADIUS = 4.0
 
 
 class Guide(NamedTuple):
@@ -56,8 +58,9 @@ class LinearizedSearch:
       num_single: most promising edits that are evaluated in a step.
       num_pairs: likewise pairs of swaps.
       num_joint: likewise greedy moves, of as many swaps as the trust region allows, half as many, and so on.
-      num_candidates: layers that a pass scores at each slot. Where the bank has more they are drawn anew for each pass, and every
-        step makes one; where it has not, a step makes one only of a chain that is new.
+      num_candidates: layers that a pass scores at each slot, of each module its share and at least one. Where the bank has more
+        they are drawn anew for each pass, and every step makes one; where it has not, a step makes one only of a chain that is
+        new.
       num_best: swaps of each slot that pairs are made of.
       num_products: vector-Jacobian products of a pass, at most (`jchain.gradient.score_edits`); 2 when None, where the loss is a
         softmax over classes.
@@ -75,10 +78,11 @@ class LinearizedSearch:
     def __post_init__(self) -> None:
         least = {"num_single": 1, "num_pairs": 0, "num_joint": 0, "num_candidates": 1, "patience": 1}
         sizes = {name: getattr(self, name) for name in least}
-        if any(sizes[name] < size for name, size in least.items()) or (self.num_best is not None and self.num_best < 1):
-            raise ValueError(
-                f"expected sizes of at least {least} and num_best of at least 1, got {sizes}, {self.num_best}"
-            )
+        optional = {"num_best": self.num_best, "num_products": self.num_products}
+        if any(sizes[name] < size for name, size in least.items()) or any(
+            size is not None and size < 1 for size in optional.values()
+        ):
+            raise ValueError(f"expected sizes of at least {least}, and of 1 or None, got {sizes} and {optional}")
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         num_slots = problem.max_layers + 1
@@ -94,12 +98,12 @@ class LinearizedSearch:
             jnp.zeros((), jnp.int32),
         )
         zero = jnp.zeros((), jnp.int32)
-        radius = jnp.full((), 4.0, jnp.float32)
+        radius = jnp.full((), _START_RADIUS, jnp.float32)
         return State(guide, jnp.array(True), jnp.array(True), radius, zero, memo_lib.init(problem))
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         guide = self._find_guide(key, state, problem)
-        chains, rows, sizes = self._propose(state, guide, problem)
+        chains, rows, is_joint = self._propose(state, guide, problem)
         memo, loss, layer_calls = memo_lib.score(state.memo, problem, chains)
 
         # The chain itself stands where there is no move, and its loss may be lower here by a rounding error.
@@ -109,15 +113,14 @@ class LinearizedSearch:
         score = guide.score.at[rows].set(jnp.inf, mode="drop")
         num_failed = jnp.where(does_move, 0, state.num_failed + 1)
         is_stuck = ~does_move & ((num_failed >= self.patience) | ~jnp.isfinite(score).any())
-        size = sizes[best]
-        grown = jnp.where(size >= jnp.floor(state.radius), 2 * state.radius, jnp.maximum(size, 1.0) + 1.0)
-        radius = jnp.where(does_move, grown, state.radius / 2)
+        did_try = (is_move & is_joint).any()
+        radius = jnp.where(did_try, jnp.where(does_move & is_joint[best], 2.0, 0.5), 1.0) * state.radius
         here = jnp.where(does_move, chains[best], guide.chain), jnp.where(does_move, loss[best], guide.loss)
         next_state = State(
             guide._replace(chain=here[0], loss=here[1], score=score),
-            does_move | is_stuck | (self.num_candidates < problem.bank.num_layers),
+            does_move | is_stuck | (sum(self._share_members(problem)) < problem.bank.num_layers),
             is_stuck,
-            jnp.clip(radius, 2.0, max(problem.max_layers, 2)),
+            jnp.where(is_stuck, _START_RADIUS, jnp.clip(radius, 2.0, max(problem.max_layers, 2))),
             jnp.where(is_stuck, 0, num_failed).astype(jnp.int32),
             memo,
         )
@@ -129,9 +132,14 @@ class LinearizedSearch:
         )
         return next_state, info
 
+    def _share_members(self, problem: Problem) -> list[int]:
+        """How many layers of each group a pass scores."""
+        sizes = [len(group.tokens) for group in problem.bank.layers]
+        return [min(size, max(1, self.num_candidates * size // sum(sizes))) for size in sizes]
+
     def _count_best(self, problem: Problem) -> int:
         wanted = self.num_best or -(-32 // max(problem.max_layers, 1))
-        return min(wanted, self.num_candidates, problem.bank.num_layers)
+        return min(wanted, sum(self._share_members(problem)))
 
     def _count_pairs(self, problem: Problem) -> int:
         return min(self.num_pairs * self.patience, ((problem.max_layers + 1) * self._count_best(problem)) ** 2)
@@ -154,7 +162,7 @@ class LinearizedSearch:
             num_best=self._count_best(problem),
             num_pairs=max(self._count_pairs(problem), 1),
             num_products=self.num_products or choose_products(problem),
-            members=_draw_members(key, problem, self.num_candidates),
+            members=_draw_members(key, problem, self._share_members(problem)),
         )
         is_neighbour = chain_lib.neighbours(chain, problem.bank.num_layers, problem.bank.num_heads)[1]
         start_loss = jnp.where(jnp.isfinite(scores.loss), scores.loss, jnp.inf).astype(jnp.float32)
@@ -171,34 +179,34 @@ class LinearizedSearch:
         )
 
     def _propose(self, state: State, guide: Guide, problem: Problem) -> tuple[Array, Array, Array]:
-        """Chains, which of them are neighbours, and how many slots they change; the chain itself where there is no move."""
+        """Chains, which of them are neighbours, and which are greedy moves; the chain itself where there is no move."""
+        # What a new pass says was not tried yet.
+        num_failed = jnp.where(state.is_new, 0, state.num_failed)
         neighbours, _ = chain_lib.neighbours(guide.chain, problem.bank.num_layers, problem.bank.num_heads)
         gain, rows = jax.lax.top_k(-guide.score, min(self.num_single, guide.score.size))
         single = jnp.where(jnp.isfinite(gain)[:, None], neighbours[rows], guide.chain[None])
         sizes = jnp.floor(state.radius / 2.0 ** jnp.arange(self.num_joint)).astype(jnp.int32)
         place = jnp.clip(sizes - 1, 0, problem.max_layers)
         # Of two swaps there are pairs.
-        is_joint = (sizes > 2) & guide.is_greedy[place] & (state.num_failed == 0)
+        is_joint = (sizes > 2) & guide.is_greedy[place] & (num_failed == 0)
         joint = jnp.where(is_joint[:, None], guide.greedy[place], guide.chain[None])
-        turn = state.num_failed * self.num_pairs + jnp.arange(min(self.num_pairs, guide.is_pair.size))
+        turn = num_failed * self.num_pairs + jnp.arange(min(self.num_pairs, guide.is_pair.size))
         turn = jnp.minimum(turn, guide.is_pair.size - 1)
         pairs = jnp.where(guide.is_pair[turn][:, None], guide.pairs[turn], guide.chain[None])
-        changed = [jnp.ones(single.shape[0]), jnp.full(pairs.shape[0], 2.0), jnp.where(is_joint, sizes, 0)]
-        chains = jnp.concatenate([single, pairs, joint])
-        return chains.astype(jnp.int32), rows, jnp.concatenate(changed).astype(jnp.float32)
+        is_greedy = jnp.concatenate([jnp.zeros(single.shape[0] + pairs.shape[0], bool), is_joint])
+        return jnp.concatenate([single, pairs, joint]).astype(jnp.int32), rows, is_greedy
 
 
-def _draw_members(key: Key[Array, ""], problem: Problem, num_candidates: int) -> tuple[Array, ...]:
+def _draw_members(key: Key[Array, ""], problem: Problem, shares: list[int]) -> tuple[Array, ...]:
     """Places of the layers to be scored, of each group its share."""
-    drawn: list[Any] = []
-    for i, group in enumerate(problem.bank.layers):
-        size = len(group.tokens)
-        share = -(-num_candidates * size // problem.bank.num_layers)
+
+    def draw(key: Array, size: int, share: int) -> Array:
         places = jnp.arange(size)
-        drawn.append(
-            places if share >= size else jax.random.choice(jax.random.fold_in(key, i), places, (share,), replace=False)
-        )
-    return tuple(drawn)
+        return places if share == size else jax.random.choice(key, places, (share,), replace=False)
+
+    groups = problem.bank.layers
+    keys = jax.random.split(key, len(groups))
+    return tuple(draw(k, len(group.tokens), share) for k, group, share in zip(keys, groups, shares, strict=True))
 
 
 def _draw_start(key: Key[Array, ""], problem: Problem) -> Int[Array, "L"]:
