@@ -278,8 +278,8 @@ def run_problems(search: Any, grounds: Grounds, seeds: int) -> dict[str, np.ndar
             solved = jc.chainbench.load(grounds.folder, name)
             best, middle = solved.loss["search"].min(), np.median(solved.loss["search"])
             target_loss = float(best + 0.4 * 10**-EXACT * (middle - best))
-            problem = solved.problem if needs_gradient(search) else solved.lookup()
-            run = partial(jc.run_many, keys, look_up(search), problem, target_loss=target_loss)
+            given = (search, solved.problem) if needs_gradient(search) else (look_up(search), solved.lookup())
+            run = partial(jc.run_many, keys, *given, target_loss=target_loss)
         results = run(budget=int(grounds.grid[-1]))
         losses.append([result.curve.at(grounds.grid) for result in results])
     return {"loss": np.array(losses)}

@@ -3,7 +3,7 @@
     python experiments/gradient_retrieval.py
 
 All single swaps of chains of digits banks, scored (`jchain.gradient`) and evaluated. Banks of four kinds and 2 to 32 slots; chains
-that are random, and nearly optimal ones: from the best 1% of all where those can be evaluated, else the finalists of a search. For
+that are random, and nearly optimal ones: from the best 1% of all where those can be evaluated, else the best ones of critic search, which sees no gradient. For
 each: Spearman's correlation of predicted with true change of loss, the rank of the first choice (1 is the best of all swaps), and
 how often it lowers the loss. Weight-space scores are also given for the same bank with its hidden units shuffled, and with those
 of all layers aligned to the layer of the slot (`jchain.align`). Last, a bank whose heads give 512 numbers, 8 levels of 64 pixels,
@@ -35,7 +35,7 @@ KINDS = jc.chainbench.KINDS
 # Slots: layers in the bank, banks of each kind, chains of each sort.
 SIZES = {2: (12, 3, 10), 4: (12, 3, 10), 8: (24, 3, 10), 16: (32, 2, 10), 32: (64, 1, 5)}
 NUM_STEPS = 1000
-BUDGET = 20_000  # layer calls of the search for nearly optimal chains
+BUDGET = 4_000  # layer calls of each search for a nearly optimal chain
 LEARNING_RATES = (0.01, 0.1, 1.0)
 FEW = (4, 2)  # products with the Jacobian, of the 9 of 10 classes
 # Wide outputs: 64 pixels of 8 levels each.
@@ -66,7 +66,7 @@ def main() -> None:
             found = keep(
                 (measure_kind, make_problem, find_good_chains, measure_chain, try_swaps, judge, score_swaps),
                 f"retrieval-{kind}-{depth}",
-                (case, NUM_STEPS, BUDGET, SCORES),
+                case,
                 lambda c=case: measure_kind(*c),
             )
             for sort in ("random", "good"):
@@ -129,14 +129,15 @@ def make_problem(kind: str, depth: int, num_layers: int, seed: int) -> jc.Proble
 
 
 def find_good_chains(problem: jc.Problem, num_chains: int, seed: int) -> np.ndarray:
-    """From the best 1% of all chains where they can be evaluated, else the finalists of a search."""
+    """Of the best 1% of all chains, at least as many as are wanted, where all can be evaluated; else the best of each of so many
+    runs of a search that sees no gradient."""
     bank = problem.bank
     if jc.chain.count(bank.num_layers, bank.num_heads, problem.max_layers) < 100_000:
         chains, out = jc.evaluate_all(problem)
         best = np.argsort(np.asarray(out.loss))[: max(len(chains) // 100, num_chains)]
         return chains[np.random.default_rng(seed).choice(best, num_chains, replace=False)]
-    result = jc.run(jax.random.key(seed), jc.LinearizedSearch(), problem, budget=BUDGET, num_finalists=num_chains)
-    return result.finalists
+    results = jc.run_many(jax.random.split(jax.random.key(seed), num_chains), jc.CriticSearch(), problem, budget=BUDGET)
+    return np.stack([result.best_chain for result in results])
 
 
 def measure_chain(problem: jc.Problem, chain: np.ndarray) -> np.ndarray:
@@ -241,7 +242,7 @@ def measure_wide_kept(loss: str, num_chains: int) -> dict[str, Any]:
     found = keep(
         code,
         f"retrieval-wide-{loss}",
-        (loss, num_chains, WIDE_PRODUCTS, NUM_STEPS),
+        (loss, num_chains),
         lambda: measure_wide(loss, num_chains),
     )
     correlation, error = found["measured"].T.tolist()

@@ -2,7 +2,7 @@
 
     python experiments/gradient_trends.py
 
-What the gradient of each weight index was over 1,000 random chains (`jchain.trends`), put to three tests on chains that were not
+What the gradient of each weight index was over 1,000 random chains (`jchain.trends`), put to four tests on chains that were not
 among them, random ones and ones of the best 1% of all. *Explained*: the share of the gradient's square that the mean gradient of
 a context predicts, 1 - |g - m|^2 / |g|^2 summed over chains, by index alone, by slot, by the layer before, by the layer itself.
 *Outside*: does a
@@ -48,9 +48,7 @@ def main() -> None:
     sizes = QUICK if args.quick else SIZES
     rows = []
     for kind in jc.chainbench.KINDS:
-        found = keep(
-            CODE, f"trends-{kind}", (kind, sizes, NUM_LAYERS, DEPTH), lambda kind=kind: measure_kind(kind, **sizes)
-        )
+        found = keep(CODE, f"trends-{kind}", (kind, sizes), lambda kind=kind: measure_kind(kind, **sizes))
         for sort in SORTS:
             means = {name.removeprefix(f"{sort} "): v for name, v in found.items() if name.startswith(sort)}
             rows.append({"kind": kind, "chains": sort, **{name: v.mean(axis=0).tolist() for name, v in means.items()}})
@@ -60,7 +58,13 @@ def main() -> None:
         return
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(
-        args.out / "gradient_trends.json", {**describe_machine(), "config": sizes, "contexts": CONTEXTS, "rows": rows}
+        args.out / "gradient_trends.json",
+        {
+            **describe_machine(),
+            "config": {**sizes, "layers": NUM_LAYERS, "slots": DEPTH},
+            "contexts": CONTEXTS,
+            "rows": rows,
+        },
     )
     write_atomically(args.out / "gradient_trends.md", lambda path: Path(path).write_text(format_tables(rows) + "\n"))
     write_atomically(args.out / "gradient_trends.png", lambda path: draw(path, rows))
@@ -78,12 +82,14 @@ def measure_kind(kind: str, banks: int, seen: int, tested: int) -> dict[str, np.
         aligned = jc.Problem(jc.align.align(problem.bank, 0), problem.data, DEPTH)
         bank = problem.bank
         rng = np.random.default_rng(seed)
-        drawn = draw_chains(rng, seen + tested, bank)
+        drawn = draw_chains(rng, seen + 2 * tested, bank)
         learned = {name: learn(of, drawn[:seen]) for name, of in (("plain", problem), ("aligned", aligned))}
         chains, out = jc.evaluate_all(problem)
         is_long = chains[:, DEPTH] >= bank.num_layers
         best = chains[is_long][np.argsort(np.asarray(out.loss)[is_long])[: is_long.sum() // 100]]
-        for sort, rows in (("random", drawn[seen:]), ("good", rng.permutation(best)[:tested])):
+        known = {tuple(chain) for chain in drawn[:seen]}
+        for sort, offered in (("random", drawn[seen:]), ("good", rng.permutation(best))):
+            rows = np.array([chain for chain in offered if tuple(chain) not in known][:tested])
             gradients = np.asarray(find_gradients(problem, rows))
             for name, values in compare(learned["plain"], gradients, rows, bank.num_layers).items():
                 made.setdefault(f"{sort} {name}", []).append(values)
@@ -182,9 +188,11 @@ def retrieve(trends: jc.trends.Trends, problem: jc.Problem, chain: np.ndarray, c
 def find_slot(problem: jc.Problem, chain: np.ndarray, change: np.ndarray, gradient: np.ndarray) -> np.ndarray:
     """Correlation over slots of the gradient's length, of importance and of the best linearized score with the best gain."""
     weights = np.asarray(jc.trends.stack_weights(problem))[chain[:DEPTH]]
-    best_score = np.asarray(jc.swap_scores(problem, chain))[:DEPTH].min(axis=1)
-    measures = np.linalg.norm(gradient, axis=1), np.abs(weights * gradient).sum(axis=1), -best_score
-    return np.array([correlate(measure, -change.min(axis=1)) for measure in measures])
+    is_own = np.arange(change.shape[1]) == chain[:DEPTH, None]
+    scores = np.asarray(jc.swap_scores(problem, chain))[:DEPTH]
+    score, best = (np.where(is_own, np.inf, of).min(axis=1) for of in (scores, change))
+    measures = np.linalg.norm(gradient, axis=1), np.abs(weights * gradient).sum(axis=1), -score
+    return np.array([correlate(measure, -best) for measure in measures])
 
 
 def correlate(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,14 +1,18 @@
 """What experiments share: where ChainBench lies, how searches run on it, and keeping what was computed."""
 
 import ast
+import contextlib
 import dataclasses
 import hashlib
 import inspect
+import json
 import multiprocessing
 import os
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +77,14 @@ def keep(
 ) -> dict[str, np.ndarray]:
     """The arrays that `make` returns; from a file when they were made before, so that an interrupted run goes on.
 
-    They are made again when their inputs change, this module, one of these functions, or a module of jchain that the functions
-    or objects reach: those that they name, and all that these import.
+    They are made again when their inputs change, this module, one of these functions, a constant (numbers, strings, lists of
+    them) that they name, a library, or a module of jchain that the functions or objects reach: those that they name, and all
+    that these import.
 
     Args:
       code: the functions of the experiment that make them.
       name: of the file.
-      inputs: what the arrays depend on beside code: plain data or file contents.
+      inputs: what the arrays depend on beside: plain data or file contents.
       make: makes them.
       uses: objects of jchain that the functions are given.
     """
@@ -91,18 +96,31 @@ def keep(
 
 
 def _digest(code: Sequence[Callable[..., Any]], inputs: Any, uses: Sequence[Any]) -> str:
-    digest = hashlib.sha256(repr((inputs, jax.__version__)).encode())
+    digest = hashlib.sha256(repr((inputs, [metadata.version(name) for name in _LIBRARIES])).encode())
     modules = {type(use).__module__ for use in uses}
     for function in code:
         source = inspect.getsource(function)
-        digest.update(_strip(source).encode())
-        modules |= {_find_module(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+        nodes = [*ast.walk(ast.parse(source))]
+        names = sorted({node.id for node in nodes if isinstance(node, ast.Name)})
+        digest.update(repr((_strip(source), _find_constants(function, names))).encode())
+        modules |= {_find_module(node) for node in nodes if isinstance(node, ast.Attribute)}
     for path in (Path(__file__), *(_PACKAGE / name for name in _add_imports(modules))):
         digest.update(_strip(path.read_text()).encode())
     return digest.hexdigest()[:16]
 
 
 _PACKAGE = Path(jc.__file__).parent
+_LIBRARIES = ("jax", "flax", "optax", "rlax", "mctx", "numpy", "scipy", "scikit-learn")
+
+
+def _find_constants(function: Callable[..., Any], names: Sequence[str]) -> dict[str, str]:
+    """What these names stand for where the function is written, as far as it is plain data."""
+    scope, found = vars(sys.modules[function.__module__]), {}
+    for name in names:
+        # Functions and objects are no JSON.
+        with contextlib.suppress(KeyError, TypeError):
+            found[name] = json.dumps(scope[name])
+    return found
 
 
 def _find_module(node: ast.expr) -> str:
