@@ -86,6 +86,8 @@ def test_each_new_best_chain_is_charged_once(problem):
 
 
 def test_no_gradient_is_refused(problem):
+    with pytest.raises(ValueError, match="expected a score_kind of linearized, .* or None, got 'hessian'"):
+        jc.ActorCritic(score_kind="hessian")
     table = jc.lookup.make_problem(problem.bank, np.asarray(jc.evaluate_all(problem)[1].loss), 3)
     search = jc.ActorCritic(score_kind="linearized", num_chains=6, entry_features=jc.lookup.entry_features)
     with pytest.raises(ValueError, match="expected floating-point activations, which have a gradient, got int32"):

@@ -141,7 +141,8 @@ def walk(problem, chain):
 
 
 def test_joint_changes_sum_to_a_joint_jvp(problem, x64):
-    problem = to_float64(problem)
+    cost = np.array([0.1, 0.5, 0.9, 1.3])
+    problem = to_float64(jc.Problem(problem.bank, problem.data, 3, layer_cost=jnp.asarray(cost)))
     scores, joint = jc.gradient.score_moves(problem, CHAIN, num_best=2, num_pairs=5)
     hidden, _ = walk(problem, CHAIN)
     layers = problem.bank.layers[0]
@@ -171,6 +172,7 @@ def test_joint_changes_sum_to_a_joint_jvp(problem, x64):
     np.put_along_axis(padded, np.broadcast_to(rivals, changes.shape), changes, axis=3)
     found = {
         (s, i, t, j): float(problem.measure(plain + padded[s, i] + padded[t, j])[0] - problem.measure(plain)[0])
+        + sum(cost[joint.token[slot, k]] - cost[CHAIN[slot]] for slot, k in ((s, i), (t, j)))
         for s in range(3)
         for t in range(s + 1, 3)
         for i in range(2)
@@ -185,6 +187,39 @@ def test_joint_changes_sum_to_a_joint_jvp(problem, x64):
     assert predicted == pytest.approx(
         float(problem.measure(plain + padded[:3, 0].sum(axis=0))[0] - problem.measure(plain)[0]), abs=1e-6
     )
+
+
+def test_joint_moves_of_many_examples_are_predicted_on_some(problem):
+    """Of 300 every third: 128 is the most."""
+    x = jax.random.normal(jax.random.key(4), (300, 5))
+    y = jax.random.randint(jax.random.key(5), (300,), 0, 3)
+    whole, some = jc.Problem(problem.bank, jc.Batch(x, y), 3), jc.Problem(problem.bank, jc.Batch(x[::3], y[::3]), 3)
+    scores, joint = jc.gradient.score_moves(whole, CHAIN, num_best=3, num_pairs=27)
+    np.testing.assert_allclose(scores.swap, jc.swap_scores(whole, CHAIN), rtol=1e-4, atol=1e-6)
+    # With all swaps of each slot the pairs do not hang on which of them are best.
+    expected = jc.gradient.score_moves(some, CHAIN, num_best=3, num_pairs=27)[1]
+    found, wanted = (
+        dict(zip(map(tuple, np.asarray(j.pairs).tolist()), np.asarray(j.pair_score), strict=True))
+        for j in (joint, expected)
+    )
+    assert len(found) == 27
+    assert found == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", gradient.KINDS)
+def test_scores_of_bfloat16_are_not_rounded_to_it(problem, kind):
+    """Activations are; the scores that are read off them are not, and joint moves are predicted."""
+    low = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, problem
+    )
+    found, expected = jc.swap_scores(low, CHAIN, kind), jc.swap_scores(problem, CHAIN, kind)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found[:3], expected[:3], atol=0.05 * float(jnp.abs(expected[:3]).max()))
+    if kind == "linearized":
+        scores, joint = jc.gradient.score_moves(low, CHAIN)
+        assert scores.swap.dtype == joint.pair_score.dtype == jnp.float32
+        exact = jc.gradient.score_moves(problem, CHAIN)[1].pair_score
+        np.testing.assert_allclose(joint.pair_score[0], exact[0], atol=0.05 * float(jnp.abs(exact[0])))
 
 
 def test_layers_that_are_left_out_are_nan(problem):
@@ -355,6 +390,10 @@ def test_bad_input_is_refused(problem):
         jc.swap_scores(problem, np.stack([CHAIN, CHAIN]))
     with pytest.raises(ValueError, match="expected a positive learning_rate, got 0.0"):
         jc.gradient.score_edits(problem, CHAIN, learning_rate=0.0)
+    with pytest.raises(ValueError, match="expected places in 0..3, got 1..4"):
+        jc.gradient.score_moves(problem, CHAIN, members=(jnp.array([1, 4]),), num_best=1)
+    with pytest.raises(ValueError, match="for each of 1 groups of layers, got 2 arrays"):
+        jc.gradient.score_moves(problem, CHAIN, members=(jnp.array([1]), jnp.array([1])), num_best=1)
     with pytest.raises(ValueError, match="expected num_products of at least 1, got 0"):
         jc.gradient.score_edits(problem, CHAIN, num_products=0)
     squares = wide_problem(optax.squared_error, jnp.zeros((40, 100)))

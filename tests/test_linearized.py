@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import reference
 from conftest import make_bank, make_batch
@@ -89,17 +90,63 @@ def test_single_edits_alone_find_the_optimum(problem):
 
 
 def test_wide_outputs_are_searched_by_samples():
+    """80 squared errors: 17 products, by which the moves are ranked."""
     head = jc.layers.DenseHead(80)
     x = jax.random.normal(jax.random.key(0), (30, 5))
     bank = make_bank(5, 1)
     params = [jax.tree.map(lambda leaf, i=i: leaf[i], bank.layers[0].params) for i in range(5)]
     wide = jc.Bank.stack(bank.layers[0].module, params, head, [head.init(jax.random.key(1), x)["params"]])
-    problem = jc.Problem(wide, jc.Batch(x, jnp.arange(30)), max_layers=2)
-    result = jc.run(jax.random.key(0), jc.LinearizedSearch(), problem, budget=2_000)
-    assert result.best_loss == pytest.approx(float(jc.evaluate_all(problem)[1].loss.min()), rel=1e-5)
+    problem = jc.Problem(wide, jc.Batch(x, jnp.zeros((30, 80))), max_layers=3, loss_fn=optax.squared_error)
+    search = jc.LinearizedSearch(num_single=3, num_pairs=0, num_joint=0)
+    for seed in range(20):
+        state, info = search.step(jax.random.key(seed), search.init(jax.random.key(0), problem), problem)
+        own = np.asarray(info.chains[0])
+        if (length := int((own >= 0).sum()) - 1) > 0:
+            break
+    scores = jc.gradient.score_edits(problem, own)
+    assert scores.layer_calls == (2 + 17) * length + 5 * min(length + 1, 3)
+    rows, is_neighbour = jc.chain.neighbours(jnp.asarray(own), 5, 1)
+    flat = np.where(np.asarray(is_neighbour), np.asarray(scores.flat), np.inf)
+    np.testing.assert_array_equal(info.chains[1:], np.asarray(rows)[np.argsort(flat)[:3]])
+    moves = [tuple(int(token) for token in chain if token >= 0) for chain in info.chains[1:]]
+    assert info.layer_calls == 3 + scores.layer_calls + reference.count_calls(moves, 5)[0]
+    assert state.guide.layer_calls == 3 + scores.layer_calls
+
+
+def test_a_new_pass_after_a_failure_has_its_best_pairs_tried(roomy):
+    search = jc.LinearizedSearch(num_candidates=3, num_single=1, num_pairs=2, num_joint=0, patience=3)
+    state, step = search.init(jax.random.key(0), roomy), jax.jit(search.step)
+    num_seen = 0
+    for seed in range(40):
+        before = state
+        state, info = step(jax.random.key(seed), state, roomy)
+        if before.num_failed > 0:
+            assert before.is_new
+            for place in range(2):
+                expected = state.guide.pairs[place] if state.guide.is_pair[place] else info.chains[0]
+                if not state.is_new or np.array_equal(state.guide.chain, info.chains[0]):
+                    np.testing.assert_array_equal(info.chains[2 + place], expected)
+            num_seen += 1
+    assert num_seen > 3
+
+
+def test_layers_of_each_module_are_scored(two_group_problem):
+    search = jc.LinearizedSearch(num_candidates=2)
+    state, info = search.step(jax.random.key(0), search.init(jax.random.key(1), two_group_problem), two_group_problem)
+    assert search._share_members(two_group_problem) == [1, 1]
+    assert jc.LinearizedSearch()._share_members(two_group_problem) == [3, 2]
+    length = int((info.chains[0] >= 0).sum()) - 1
+    assert state.guide.layer_calls == 3 + (2 + 2) * length + 2 * min(length + 1, 3)
 
 
 def test_bad_sizes_are_refused():
-    for sizes in ({"num_single": 0}, {"num_pairs": -1}, {"num_candidates": 0}, {"patience": 0}, {"num_best": 0}):
+    for sizes in (
+        {"num_single": 0},
+        {"num_pairs": -1},
+        {"num_candidates": 0},
+        {"patience": 0},
+        {"num_best": 0},
+        {"num_products": 0},
+    ):
         with pytest.raises(ValueError, match="expected .* at least .*, got"):
             jc.LinearizedSearch(**sizes)

@@ -56,6 +56,7 @@ def test_statistics_are_those_of_numpy(problem, seen):
 
 
 def test_a_trend_of_one_chain_scores_its_swaps_as_its_gradient_does(problem):
+    problem = jc.Problem(problem.bank, problem.data, 3, layer_cost=jnp.array([0.1, 0.5, 0.9, 1.3]))
     state = trends.update(trends.init(problem), problem, jnp.asarray(CHAINS[0]))
     expected = jc.swap_scores(problem, CHAINS[0], "weights")
     found = trends.score_swaps(state, problem, CHAINS[0])
@@ -89,3 +90,7 @@ def test_bad_input_is_refused(problem, two_group_problem, seen):
         jc.gradient.weight_gradients(two_group_problem, np.array([1, 4, 2, 6]))
     with pytest.raises(ValueError, match="expected a context of everywhere, slot, before, layer, got 'after'"):
         trends.score_swaps(seen, problem, CHAINS[0], "after")
+    with pytest.raises(ValueError, match="token 9 at slot 1 is out of range"):
+        trends.score_swaps(seen, problem, np.array([2, 9, 3, 5]))
+    with pytest.raises(ValueError, match=r"expected one chain of shape \[4\], got \[5, 4\]"):
+        trends.score_swaps(seen, problem, CHAINS)
