@@ -14,7 +14,9 @@ there (its length; importance, the sum of |w dL/dw|; the best linearized score o
 Digits banks of four kinds, 12 layers and 4 slots, 3 seeds. Writes gradient_trends.json, .md and .png to
 experiments/results, and layer_report.png: what the gradient says of the layers of the best chain of a routed bank.
 
-RUNTIME.
+8 minutes on 2 CPU cores with other jobs beside it. To expect on random chains: index alone explains 2% to 12% of a gradient, the
+layer itself 9% to 32%; the mean gradient of other slots points the same way as that of the own one (cosines of 0.16 and 0.18,
+0.33 and 0.40); trends rank swaps with a correlation of 0.1 to 0.4, and importance says nothing of the slot to change (-0.1 to 0.2).
 `--quick`: one bank of each kind, 100 chains; nothing is written.
 """
 
@@ -37,6 +39,7 @@ DEPTH, NUM_LAYERS = 4, 12
 SIZES = {"banks": 3, "seen": 1000, "tested": 100}
 QUICK = {"banks": 1, "seen": 100, "tested": 10}
 CONTEXTS = jc.trends.Trends._fields
+LABELS = dict(zip(CONTEXTS, ("index alone", "slot", "layer before", "layer itself"), strict=True))
 SORTS = ("random", "good")
 
 
@@ -237,25 +240,33 @@ def format_tables(rows: list[dict[str, Any]]) -> str:
 
 def draw(path: str, rows: list[dict[str, Any]]) -> None:
     """Cosines inside and outside of each context, and retrieval, by kind of bank."""
-    figure = Figure(figsize=(12, 6), layout="constrained")
+    figure = Figure(figsize=(12, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="col")
     kinds = jc.chainbench.KINDS
     for i, sort in enumerate(SORTS):
         those = {row["kind"]: row for row in rows if row["chains"] == sort}
         for j, context in enumerate(CONTEXTS):
-            for name, style in (("cosine inside", {}), ("cosine outside", {"alpha": 0.4, "hatch": "//"})):
-                place = np.arange(len(kinds)) + 0.2 * j + (0.1 if "outside" in name else 0)
-                values = [those[kind][name][j] for kind in kinds]
-                axes[i, 0].bar(place, values, 0.1, color=f"C{j}", label=f"{context}, {name[7:]}", **style)
-        for j, context in enumerate((*CONTEXTS, "the chain's own gradient")):
+            place = np.arange(len(kinds)) + 0.2 * j
+            inside, outside = ([those[kind][f"cosine {side}"][j] for kind in kinds] for side in ("inside", "outside"))
+            axes[i, 0].bar(place, inside, 0.1, color=f"C{j}", label=LABELS[context])
+            if context != "everywhere":
+                axes[i, 0].bar(
+                    place + 0.1,
+                    outside,
+                    0.1,
+                    color=f"C{j}",
+                    alpha=0.4,
+                    hatch="//",
+                    label=f"{LABELS[context]}, all others",
+                )
+        for j, context in enumerate((*LABELS.values(), "gradient of the chain itself")):
             values = [those[kind]["retrieval, plain"][j] for kind in kinds]
             axes[i, 1].bar(np.arange(len(kinds)) + 0.15 * j, values, 0.15, color=f"C{j}", label=context)
         axes[i, 0].set(title=f"{sort} chains", ylabel="cosine, gradient with mean gradient")
         axes[i, 1].set(title=f"{sort} chains", ylabel="Spearman, predicted with true change")
     for ax in axes[-1]:
         ax.set(xticks=np.arange(len(kinds)) + 0.35, xticklabels=kinds)
-    for ax in axes[0]:
-        ax.legend(fontsize="x-small", ncols=2)
+        ax.legend(fontsize="small", ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     figure.savefig(path, dpi=130)
 
 

@@ -61,10 +61,12 @@ def plot_layers(path: str | os.PathLike[str], reports: Sequence[LayerReport]) ->
         "importance": "importance, sum of |w dL/dw|",
         "fisher": "empirical Fisher, sum",
     }
-    for axes, (key, label) in zip(top.subplots(1, 4, sharey=True), labels.items(), strict=True):
+    bars = top.subplots(1, 4, sharey=True)
+    for axes, (key, label) in zip(bars, labels.items(), strict=True):
         axes.barh(names, [total[key] for total in totals])
         axes.set(xlabel=label)
-        axes.invert_yaxis()
+    # The first slot on top; of all four, which share the axis.
+    bars[0].invert_yaxis()
     panels = below.subplots(-(-len(tensors) // 2), 2, squeeze=False).ravel()
     for axes, name in zip(panels, tensors, strict=False):
         rows = np.stack([np.ravel(report.tensors[name].importance) for report in reports])
