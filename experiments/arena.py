@@ -4,8 +4,9 @@
 
 Each search spends the same number of layer calls on each of the 36 problems, 20 times with other keys. What repeats costs is
 one rule for all (`jchain.memo`). The losses are looked up in ChainBench's tables (`jchain.lookup`), which changes no charge, but
-for searches that need a gradient, and a run ends when it has found the best chain of all; the time per layer call is that of one run with the layers themselves.
-Sizes and rates were chosen on problems of even number (`--tune` compares them there); the results are those of odd number.
+for searches that need a gradient, and a run ends when it has found the best chain of all; the time per layer call is that of one
+run with the layers themselves. Sizes and rates were chosen on problems of even number (`--tune` compares them there); the results
+are those of odd number.
 
 31 minutes on 2 CPU cores, with two other jobs beside it. To expect, at 1,000 layer calls: a regret of 0.0042 for critic search,
 0.0082 for linearized search, 0.027 to 0.034 for evolution, local search and beam search. `--tune`, 13 minutes but for variants
