@@ -70,10 +70,7 @@ def main() -> None:
                 lambda c=case: measure_kind(*c),
             )
             for sort in ("random", "good"):
-                means = np.nanmean(found[sort], axis=0)
-                by_score = {
-                    s: dict(zip(MEASURES, row.tolist(), strict=True)) for s, row in zip(SCORES, means, strict=True)
-                }
+                by_score = dict(zip(SCORES, map(average, np.moveaxis(found[sort], 1, 0)), strict=True))
                 rows.append({"kind": kind, "depth": depth, "layers": num_layers, "chains": sort, "scores": by_score})
             print(format_table(rows[-2:]), flush=True)
         jax.clear_caches()
@@ -91,6 +88,12 @@ def main() -> None:
         lambda path: Path(path).write_text(f"{format_table(rows)}\n\n{format_wide(wide)}\n"),
     )
     write_atomically(args.out / "gradient_retrieval.png", lambda path: draw(path, rows))
+
+
+def average(rows: np.ndarray) -> dict[str, float | None]:
+    """Means of `MEASURES` over chains, `[chains, 3]`; None where no chain has one: there is no swap that helps."""
+    known = [column[~np.isnan(column)] for column in rows.T]
+    return {name: float(column.mean()) if column.size else None for name, column in zip(MEASURES, known, strict=True)}
 
 
 def measure_kind(kind: str, depth: int, num_layers: int, num_banks: int, num_chains: int) -> dict[str, np.ndarray]:
@@ -260,11 +263,13 @@ def format_wide(rows: list[dict[str, Any]]) -> str:
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: correlation, mean rank of the first choice, share of first choices that lower the loss."""
+    """Markdown: correlation, mean rank of the first choice, share of first choices that lower the loss where a swap does."""
     lines = ["| bank | slots | chains | " + " | ".join(SCORES) + " |", "|---" * (3 + len(SCORES)) + "|"]
     for row in rows:
         cells = [
-            f"{s['spearman']:.2f}, {s['first_rank']:.0f}, {s['first_improves']:.0%}" for s in row["scores"].values()
+            f"{s['spearman']:.2f}, {s['first_rank']:.0f}, "
+            + ("-" if s["first_improves"] is None else f"{s['first_improves']:.0%}")
+            for s in row["scores"].values()
         ]
         lines.append(f"| {row['kind']} | {row['depth']} | {row['chains']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
