@@ -7,12 +7,13 @@ that are random, and nearly optimal ones: from the best 1% of all where those ca
 each: Spearman's correlation of predicted with true change of loss, the rank of the first choice (1 is the best of all swaps), and
 how often it lowers the loss. Weight-space scores are also given for the same bank with its hidden units shuffled, and with those
 of all layers aligned to the layer of the slot (`jchain.align`). Last, a bank whose heads give 512 numbers, 8 levels of 64 pixels,
-where linearized scores are by samples: their correlation with the true change, and their error. Writes gradient_retrieval.json, .md and .png to
-experiments/results.
+where linearized scores are by samples: their correlation with the true change, and their error. Writes
+gradient_retrieval.json, .md and .png to experiments/results.
 
 55 minutes on 2 CPU cores with three other jobs beside it. To expect of linearized scores: a correlation of 0.90 to 0.99 at 4 slots, of
-0.77 to 0.95 at 16 (0.80 to 0.95 with 4 or 2 products); of weight-space scores 0.1 to 0.7 at 4 slots, of the nearest layers 0. `--quick`: depths 2 and 4, one bank
-of each kind; nothing is written.
+0.77 to 0.95 at 16 (0.80 to 0.95 with 4 or 2 products); of weight-space scores 0.1 to 0.7 at 4 slots, of the nearest layers 0.
+
+`--quick`: depths 2 and 4, one bank of each kind; nothing is written.
 """
 
 import argparse
