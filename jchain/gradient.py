@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jchain import chain as chain_lib
 from jchain import weight_space
 from jchain._typing import Array, Float, Int, Shaped
 from jchain.bank import Bank, LayerGroup
@@ -22,6 +21,7 @@ from jchain.engine import apply_token, choose_chunk, compiler_options, find_back
 from jchain.joint import JointMoves, join, keep_best
 from jchain.linearize import (
     Forward,
+    check_chain,
     choose_reading,
     comes_back,
     flatten_rows,
@@ -181,16 +181,11 @@ def choose_products(problem: Problem) -> int | None:
 
 
 def _check(problem: Problem, chain: Any, kind: str, num_products: int | None = None) -> Array:
-    bank = problem.bank
     if num_products is not None and num_products < 1:
         raise ValueError(f"expected num_products of at least 1, got {num_products}")
     if kind not in KINDS:
         raise ValueError(f"expected a kind of {', '.join(KINDS)}, got {kind!r}")
-    if is_concrete(chain):
-        chain = chain_lib.validate(chain, bank.num_layers, bank.num_heads)
-    if jnp.shape(chain) != (problem.max_layers + 1,):
-        raise ValueError(f"expected one chain of shape [{problem.max_layers + 1}], got {list(jnp.shape(chain))}")
-    return jnp.asarray(chain)
+    return check_chain(problem, chain)
 
 
 def _check_gradients(problem: Problem, kind: str) -> None:

@@ -13,9 +13,10 @@ from jchain import env
 from jchain._typing import Array, Float, Int, Shaped
 from jchain.engine import apply_token
 from jchain.problem import Problem
+from jchain.pytree import is_concrete
 
 # Outputs of an example up to which each has its row of the Jacobian, and products where there are more.
-MAX_OUTPUTS, _NUM_WIDE = 64, 17
+_MAX_OUTPUTS, _NUM_WIDE = 64, 17
 # Seeds the samples of wide outputs. Constant, so that scores of one chain are the same in every process.
 _SAMPLE_SEED = 0
 
@@ -28,6 +29,19 @@ class Forward(NamedTuple):
     outputs: Float[Array, "B ..."]
     loss: Float[Array, ""]  # without the price of layers
     heads: Float[Array, "K"]  # the loss of each head, likewise
+
+
+def check_chain(problem: Problem, chain: Any) -> Array:
+    """One chain of a problem; its tokens are checked where they are not traced.
+
+    Raises:
+      ValueError: it is no chain of this bank, or not one of its length.
+    """
+    if is_concrete(chain):
+        chain = chain_lib.validate(chain, problem.bank.num_layers, problem.bank.num_heads)
+    if jnp.shape(chain) != (problem.max_layers + 1,):
+        raise ValueError(f"expected one chain of shape [{problem.max_layers + 1}], got {list(jnp.shape(chain))}")
+    return jnp.asarray(chain)
 
 
 def go_forward(problem: Problem, chain: Int[Array, "L"]) -> Forward:
@@ -67,7 +81,7 @@ def choose_reading(problem: Problem, forward: Forward, kind: str, num_products: 
         return Reading(1, lambda i: gradient, lambda dots: dots.sum())
     num_outputs = outputs.size // outputs.shape[0]
     if num_products is None:
-        num_products = num_outputs if num_outputs <= MAX_OUTPUTS else _NUM_WIDE
+        num_products = num_outputs if num_outputs <= _MAX_OUTPUTS else _NUM_WIDE
     if has_classes(problem, outputs):
         return _read_classes(problem, forward, num_products)
     if num_products >= num_outputs:

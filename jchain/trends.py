@@ -1,8 +1,8 @@
 """Trends per weight index: what the gradient of a weight was, over the chains seen so far, in each context.
 
 Running means and variances (Welford 1962) of the gradient of the loss by each weight index, over all slots and chains, by slot,
-by the layer before, and by the layer itself. Functional, as optax is: `init` makes a state, `update` one that has seen a chain more. A trend names
-the layers that it asks for without a gradient of the chain at hand, so for no layer call.
+by the layer before, and by the layer itself. Functional, as optax is: `init` makes a state, `update` one that has seen a chain
+more. A trend names the layers that it asks for without a gradient of the chain at hand, so for no layer call.
 """
 
 from typing import Any, NamedTuple
@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jchain import chain as chain_lib
 from jchain._typing import Array, Float, Int
 from jchain.gradient import weight_gradients
+from jchain.linearize import check_chain, flatten_rows
 from jchain.problem import Problem
-from jchain.pytree import is_concrete
 from jchain.weight_space import only_group
 
 
@@ -117,11 +117,7 @@ def score_swaps(
     """
     if context not in Trends._fields:
         raise ValueError(f"expected a context of {', '.join(Trends._fields)}, got {context!r}")
-    if is_concrete(chain):
-        chain = chain_lib.validate(chain, problem.bank.num_layers, problem.bank.num_heads)
-    if jnp.shape(chain) != (problem.max_layers + 1,):
-        raise ValueError(f"expected one chain of shape [{problem.max_layers + 1}], got {list(jnp.shape(chain))}")
-    chain = jnp.asarray(chain)
+    chain = check_chain(problem, chain)
     slots, num_layers = jnp.arange(chain.size), problem.bank.num_layers
     length = chain_lib.count_layers(chain, num_layers)
     moments: Moments = getattr(trends, context)
@@ -146,5 +142,5 @@ def stack_weights(problem: Problem) -> Float[Array, "N W"]:
       ValueError: as `init`.
     """
     group = only_group(problem.bank)
-    rows = jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(group.params)], axis=1)
+    rows = jnp.concatenate([flatten_rows(leaf) for leaf in jax.tree.leaves(group.params)], axis=1)
     return rows[jnp.argsort(jnp.array(group.tokens))]
