@@ -2,16 +2,17 @@
 
     python experiments/gradient_retrieval.py
 
-All single swaps of chains of digits banks, scored (`jchain.gradient`) and evaluated. Banks of four kinds and 2 to 32 slots; chains
-that are random, and nearly optimal ones: from the best 1% of all where those can be evaluated, else the best ones of critic search, which sees no gradient. For
-each: Spearman's correlation of predicted with true change of loss, the rank of the first choice (1 is the best of all swaps), and
-how often it lowers the loss. Weight-space scores are also given for the same bank with its hidden units shuffled, and with those
-of all layers aligned to the layer of the slot (`jchain.align`). Last, a bank whose heads give 512 numbers, 8 levels of 64 pixels,
-where linearized scores are by samples: their correlation with the true change, and their error. Writes
-gradient_retrieval.json, .md and .png to experiments/results.
+All single swaps of chains of digits banks, scored (`jchain.gradient`) and evaluated. Banks of four kinds and 2 to 32 slots;
+chains that are random, and nearly optimal ones: from the best 1% of all where those can be evaluated, else the best ones of
+critic search, which sees no gradient. For each: Spearman's correlation of predicted with true change of loss, the rank of the
+first choice (1 is the best of all swaps), and how often it lowers the loss. Weight-space scores are also given for the same
+bank with its hidden units shuffled, and with those of all layers aligned to the layer of the slot (`jchain.align`). Last, a
+bank whose heads give 512 numbers, 8 levels of 64 pixels, where linearized scores are by samples: their correlation with the
+true change, and their error. Writes gradient_retrieval.json, .md and .png to experiments/results.
 
-55 minutes on 2 CPU cores with three other jobs beside it. To expect of linearized scores: a correlation of 0.90 to 0.99 at 4 slots, of
-0.77 to 0.95 at 16 (0.80 to 0.95 with 4 or 2 products); of weight-space scores 0.1 to 0.7 at 4 slots, of the nearest layers 0.
+55 minutes on 2 CPU cores with three other jobs beside it. To expect of linearized scores: a correlation of 0.90 to 0.99 at
+4 slots, of 0.77 to 0.95 at 16 (0.80 to 0.95 with 4 or 2 products); of weight-space scores 0.1 to 0.7 at 4 slots, of the
+nearest layers 0.
 
 `--quick`: depths 2 and 4, one bank of each kind; nothing is written.
 """
@@ -27,8 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from records import describe_machine, keep
-from scipy.stats import spearmanr
+from records import correlate, describe_machine, keep, try_swaps
 
 import jchain as jc
 from jchain.files import write_atomically, write_json
@@ -66,7 +66,7 @@ def main() -> None:
         for kind in KINDS:
             case = (kind, depth, num_layers, num_banks, num_chains)
             found = keep(
-                (measure_kind, make_problem, find_good_chains, measure_chain, try_swaps, judge, score_swaps),
+                (measure_kind, make_problem, find_good_chains, measure_chain, judge, score_swaps),
                 f"retrieval-{kind}-{depth}",
                 case,
                 lambda c=case: measure_kind(*c),
@@ -150,31 +150,16 @@ def measure_chain(problem: jc.Problem, chain: np.ndarray) -> np.ndarray:
     length = int((chain >= 0).sum()) - 1
     if length == 0:
         return np.full((len(SCORES), 3), np.nan)
-    (slot, token), change = try_swaps(problem, chain)
-    scores = score_swaps(problem, chain)
-    return np.stack([judge(scores[name][slot, token], change) for name in SCORES])
-
-
-def try_swaps(problem: jc.Problem, chain: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
-    """Slot and token of each swap, and its true change of loss."""
-    num_layers, length = problem.bank.num_layers, int((chain >= 0).sum()) - 1
-    slot, token = np.nonzero(np.arange(num_layers) != chain[:length, None])
-    swaps = np.repeat(chain[None], len(slot), axis=0)
-    swaps[np.arange(len(slot)), slot] = token
-    # One shape for chains of all lengths, so one program.
-    num_none = problem.max_layers * (num_layers - 1) - len(swaps)
-    loss = np.asarray(
-        jc.evaluate(problem, np.concatenate([chain[None], swaps, np.repeat(chain[None], num_none, 0)])).loss
-    )
-    return (slot, token), loss[1 : 1 + len(swaps)] - loss[0]
+    change, scores = try_swaps(problem, chain), score_swaps(problem, chain)
+    is_swap = np.isfinite(change) & (np.arange(change.shape[1]) != chain[:-1, None])
+    return np.stack([judge(scores[name][:-1][is_swap], change[is_swap]) for name in SCORES])
 
 
 def judge(score: np.ndarray, change: np.ndarray) -> np.ndarray:
     first = int(np.argmin(score))
     rank = 1 + int(np.sum(change < change[first]))
     improves = float(change[first] < 0) if (change < 0).any() else np.nan
-    correlation: Any = spearmanr(score, change)
-    return np.array([float(correlation.statistic), rank, improves])
+    return np.array([correlate(score, change), rank, improves])
 
 
 def score_swaps(problem: jc.Problem, chain: np.ndarray) -> dict[str, np.ndarray]:
@@ -234,16 +219,19 @@ def measure_wide(loss: str, num_chains: int) -> dict[str, np.ndarray]:
     found = []
     for chain in np.random.default_rng(0).integers(0, 12, (num_chains, 4)):
         chain = np.append(chain, 12).astype(np.int32)
-        place, change = try_swaps(problem, chain)
+        change = try_swaps(problem, chain)
+        is_swap = np.arange(12) != chain[:-1, None]
         numbers = (*WIDE_PRODUCTS, 64 * NUM_LEVELS)
         scores = [jc.gradient.score_edits(problem, chain, num_products=number).swap for number in numbers]
-        rows = [np.asarray(score)[place] for score in scores]
-        found.append([[judge(row, change)[0], np.abs(row - rows[-1]).mean() / np.abs(rows[-1]).mean()] for row in rows])
+        rows = [np.asarray(score)[:-1][is_swap] for score in scores]
+        found.append(
+            [[correlate(row, change[is_swap]), np.abs(row - rows[-1]).mean() / np.abs(rows[-1]).mean()] for row in rows]
+        )
     return {"measured": np.mean(found, axis=0)}
 
 
 def measure_wide_kept(loss: str, num_chains: int) -> dict[str, Any]:
-    code = (measure_wide, try_swaps, judge, brier, PixelHead)
+    code = (measure_wide, brier, PixelHead)
     found = keep(
         code,
         f"retrieval-wide-{loss}",

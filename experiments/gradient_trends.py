@@ -28,8 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-from records import describe_machine, keep
-from scipy.stats import spearmanr
+from records import correlate, describe_machine, keep, try_swaps
 
 import jchain as jc
 from jchain.files import write_atomically, write_json
@@ -171,15 +170,6 @@ def scale(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-30)
 
 
-def try_swaps(problem: jc.Problem, chain: np.ndarray) -> np.ndarray:
-    """The true change of loss of each layer at each slot, `[D, N]`."""
-    num_layers = problem.bank.num_layers
-    swaps = np.repeat(chain[None], DEPTH * num_layers, axis=0)
-    swaps[np.arange(len(swaps)), np.repeat(np.arange(DEPTH), num_layers)] = np.tile(np.arange(num_layers), DEPTH)
-    loss = np.asarray(jc.evaluate(problem, np.concatenate([chain[None], swaps])).loss)
-    return (loss[1:] - loss[0]).reshape(DEPTH, num_layers)
-
-
 def retrieve(trends: jc.trends.Trends, problem: jc.Problem, chain: np.ndarray, change: np.ndarray) -> np.ndarray:
     """Correlation of the scores of swaps with the true change of loss: by each context, and by the chain's own gradient."""
     scores = [jc.trends.score_swaps(trends, problem, chain, context) for context in CONTEXTS]
@@ -198,14 +188,6 @@ def find_slot(problem: jc.Problem, chain: np.ndarray, change: np.ndarray, gradie
     return np.array([correlate(measure, -best) for measure in measures])
 
 
-def correlate(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's rank correlation; 0 where one of them is constant."""
-    if np.ptp(a) == 0 or np.ptp(b) == 0:
-        return 0.0
-    result: Any = spearmanr(a, b)
-    return float(result.statistic)
-
-
 CODE = (
     measure_kind,
     make_problem,
@@ -215,10 +197,8 @@ CODE = (
     find_contexts,
     compare,
     scale,
-    try_swaps,
     retrieve,
     find_slot,
-    correlate,
 )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.stats import spearmanr
 
 import jchain as jc
 from jchain.files import read_arrays, write_arrays
@@ -51,6 +52,26 @@ def look_up(search: Any) -> Any:
     if isinstance(search, jc.ActorCritic):
         return dataclasses.replace(search, entry_features=jc.lookup.entry_features)
     return search
+
+
+def try_swaps(problem: jc.Problem, chain: np.ndarray) -> np.ndarray:
+    """The true change of loss of each layer at each slot, `[D, N]`: 0 of the one that is there, nan behind the chain's end."""
+    shape = problem.max_layers, problem.bank.num_layers
+    slots, tokens = (indices.reshape(-1) for indices in np.indices(shape))
+    is_there = slots < (chain >= 0).sum() - 1
+    # The chain itself where there is no swap: one shape for chains of all lengths, so one program.
+    swaps = np.repeat(chain[None], 1 + slots.size, axis=0)
+    swaps[1:][is_there, slots[is_there]] = tokens[is_there]
+    loss = np.asarray(jc.evaluate(problem, swaps).loss)
+    return np.where(is_there, loss[1:] - loss[0], np.nan).reshape(shape)
+
+
+def correlate(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation; 0 where one of them is constant."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    result: Any = spearmanr(a, b)
+    return float(result.statistic)
 
 
 def make_pool(workers: int) -> ProcessPoolExecutor:

@@ -100,7 +100,8 @@ def score_edits(
 
     Raises:
       ValueError: `chain` is no chain of this bank, the kind is none, activations (or weights, where the kind needs their
-        gradient) are not floating-point, a layer or head cannot be differentiated, a number is not positive, or the products are too few.
+        gradient) are not floating-point, a layer or head cannot be differentiated, a number is not positive, or the products
+        are too few.
     """
     chain = _check(problem, chain, kind, num_products)
     if is_concrete(learning_rate) and not learning_rate > 0:
