@@ -12,6 +12,7 @@ from jchain import (
     encoding,
     env,
     gradient,
+    inverse,
     layer_report,
     layers,
     lookup,
@@ -27,6 +28,7 @@ from jchain.encoding import TokenEncoding, WeightEncoding
 from jchain.engine import Blocks, Share, Walk, compiler_options
 from jchain.evaluate import Evaluation, Explanation, apply_chain, evaluate, evaluate_all, evaluate_prefixes, explain
 from jchain.gradient import swap_scores
+from jchain.inverse import pull_back
 from jchain.kernels import Fused
 from jchain.pretrain import pretrain_controller
 from jchain.problem import Problem
@@ -85,11 +87,13 @@ __all__ = [
     "evaluate_prefixes",
     "explain",
     "gradient",
+    "inverse",
     "layer_report",
     "layers",
     "lookup",
     "pretrain",
     "pretrain_controller",
+    "pull_back",
     "run",
     "run_many",
     "stats",

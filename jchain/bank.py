@@ -280,7 +280,7 @@ class Bank:
         for parent in self.parents:
             chain_lib.validate(np.asarray(parent), self.num_layers, self.num_heads)
         for group in self.layers:
-            shape = _find_input_shape(group)
+            shape = find_input_shape(group)
             if shape is not None:
                 check_keeps_shape(group, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
 
@@ -304,7 +304,7 @@ def check_keeps_shape(group: LayerGroup, x: Any) -> None:
         )
 
 
-def _find_input_shape(group: LayerGroup) -> tuple[int, ...] | None:
+def find_input_shape(group: LayerGroup) -> tuple[int, ...] | None:
     """A feature shape that the module takes with these params: Flax refuses one that its kernels were not made for."""
     sizes = sorted({size for leaf in jax.tree.leaves(group.params) for size in leaf.shape[1:]})
     for spatial in ((), (8,), (8, 8)):

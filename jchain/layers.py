@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jchain._typing import Array, Float
+from jchain.invertible import AdditiveCoupling as AdditiveCoupling
+from jchain.invertible import InvertibleDense as InvertibleDense
+from jchain.invertible import InvertibleResidual as InvertibleResidual
 
 
 class Dense(nn.Module):

@@ -2,7 +2,7 @@
 
 The loop minimises softmax cross-entropy on random minibatches of 128 examples. Each gradient step takes a *route*, some
 layers and a head: always the same one for an ordinary net, a random one for a supernet (Guo et al. 2020,
-arXiv:1904.00420).
+arXiv:1904.00420). Layers of a module with a method `project` are replaced by what it returns after each step.
 
 All functions here take a key, the split to train on, the module of all layers, the module of all heads (to logits
 `[B, C]`), sizes, and `Settings`; all raise ValueError when a size is not positive, a label is outside the head's
@@ -255,7 +255,8 @@ def _train_one(key: Array, data: Batch, recipe: _Recipe) -> _Weights:
         gradient = jax.grad(_route_loss)(weights, key, data, recipe)
         updates, opt_state = recipe.optimizer.update(gradient, opt_state, weights)
         new: Any = optax.apply_updates(weights, updates)
-        return (new if recipe.is_layer_trained else _Weights(weights.layers, new.heads), opt_state), None
+        layers = _project(recipe.layer, new.layers) if recipe.is_layer_trained else weights.layers
+        return (_Weights(layers, new.heads), opt_state), None
 
     def train_until_snapshot(carry: Any, keys: Array) -> Any:
         carry, _ = jax.lax.scan(train_step, carry, keys)
@@ -264,6 +265,11 @@ def _train_one(key: Array, data: Batch, recipe: _Recipe) -> _Weights:
     keys = jax.random.split(step_key, recipe.num_steps).reshape(recipe.num_snapshots, -1)
     _, snapshots = jax.lax.scan(train_until_snapshot, (weights, recipe.optimizer.init(weights)), keys)
     return snapshots
+
+
+def _project(layer: Any, params: PyTree) -> PyTree:
+    """Weights that a module can be undone with, where it says how to keep them so (`jchain.invertible`)."""
+    return jax.vmap(layer.project)(params) if hasattr(layer, "project") else params
 
 
 def _route_loss(weights: _Weights, key: Array, data: Batch, recipe: _Recipe) -> Float[Array, ""]:

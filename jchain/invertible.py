@@ -1,0 +1,198 @@
+"""Layers that can be undone. Each declares its inverse: `module.invert(params)` is the module and the params that undo it.
+
+Any module with such a method counts as invertible (`jchain.inverse`). One that has `project(params)` too is kept invertible while
+`jchain.train` trains it: its weights are replaced by what that returns after each step.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jchain._typing import Array, Float, PyTree
+from jchain.pytree import is_concrete
+
+_MAX_ITERATIONS = 1000
+
+
+class InvertibleDense(nn.Module):
+    """A square affine map and a leaky ReLU: `leaky_relu(x W + b)`.
+
+    Noise of the outputs grows by up to `condition / negative_slope` where it is taken back, condition that of `W`.
+
+    Attributes:
+      features: size of the last axis, in and out.
+      use_bias: whether there is a `b`.
+      negative_slope: of the leaky ReLU, positive; 1 for none.
+      max_condition: of `W`, to which training keeps it.
+      is_inverse: whether this is the one that undoes it: `(leaky_relu^-1(x) - b) W`.
+    """
+
+    features: int
+    use_bias: bool = True
+    negative_slope: float = 0.5
+    max_condition: float = 10.0
+    is_inverse: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B *F"]) -> Float[Array, "B *G"]:
+        if not self.negative_slope > 0:
+            raise ValueError(f"expected a positive negative_slope, which can be undone, got {self.negative_slope}")
+        kernel = self.param("kernel", nn.initializers.orthogonal(), (self.features, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else jnp.zeros_like(kernel[0])
+        if self.is_inverse:
+            return (nn.leaky_relu(x, 1.0 / self.negative_slope) - _lift(bias, x)) @ kernel
+        return nn.leaky_relu(x @ kernel + _lift(bias, x), self.negative_slope)
+
+    def invert(self, params: PyTree) -> tuple[nn.Module, PyTree]:
+        """The module and the params that undo it; the inverse of `W` in float64 where it is not traced.
+
+        Raises:
+          ValueError: `W` is singular to the precision of its weights.
+        """
+        return self.clone(is_inverse=not self.is_inverse), {**params, "kernel": _invert_matrix(params["kernel"])}
+
+    def project(self, params: PyTree) -> PyTree:
+        """The nearest weights of at most this condition: small singular values are raised."""
+        left, values, right = jnp.linalg.svd(params["kernel"])
+        values = jnp.maximum(values, values[0] / self.max_condition)
+        return {**params, "kernel": (left * values[None]) @ right}
+
+
+class AdditiveCoupling(nn.Module):
+    """A reversible residual block: `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)` on two halves of the features, `f` and `g` MLPs.
+
+    Gomez et al. 2017, arXiv:1707.04585. Exactly invertible whatever the weights are: `x2 = y2 - g(y1)`, `x1 = y1 - f(x2)`.
+
+    Attributes:
+      features: size of the last axis, in and out, at least 2; where it is odd, `x2` is larger by one.
+      hidden: width of the two MLPs; `features` when None.
+      activation: elementwise, by default ReLU.
+      is_inverse: whether this is the one that undoes it.
+    """
+
+    features: int
+    hidden: int | None = None
+    activation: Callable[[Array], Array] = nn.relu
+    is_inverse: bool = False
+
+    def setup(self) -> None:
+        if self.features < 2:
+            raise ValueError(f"expected at least 2 features to be halved, got {self.features}")
+        half = self.features // 2
+        hidden = self.hidden or self.features
+        self.f = [nn.Dense(hidden), nn.Dense(half)]
+        self.g = [nn.Dense(hidden), nn.Dense(self.features - half)]
+
+    def __call__(self, x: Float[Array, "B *F"]) -> Float[Array, "B *G"]:
+        first, second = jnp.split(x, [self.features // 2], axis=-1)
+        if self.is_inverse:
+            second = second - self._apply(self.g, first)
+            first = first - self._apply(self.f, second)
+        else:
+            first = first + self._apply(self.f, second)
+            second = second + self._apply(self.g, first)
+        return jnp.concatenate([first, second], axis=-1)
+
+    def _apply(self, denses: Any, x: Array) -> Array:
+        return denses[1](self.activation(denses[0](x)))
+
+    def invert(self, params: PyTree) -> tuple[nn.Module, PyTree]:
+        """The module that undoes it, of the same params."""
+        return self.clone(is_inverse=not self.is_inverse), params
+
+
+class InvertibleResidual(nn.Module):
+    """A residual block with a spectral bound: `x + activation(x W1 + b1) W2 + b2`, `|W1| |W2| < 1`.
+
+    Behrmann et al. 2019, arXiv:1811.00995. What is added is a contraction, so the input is the fixed point of
+    `x = y - g(x)`, found to rounding by iteration; noise of the outputs grows by up to `1 / (1 - bound)`.
+
+    Attributes:
+      features: size of the last axis, in and out.
+      hidden: width between the two maps; `features` when None.
+      activation: elementwise, of slopes in -1..1, by default ReLU.
+      bound: of `|W1| |W2|` (spectral norms), below 1, to which training keeps it.
+      is_inverse: whether this is the one that undoes it.
+    """
+
+    features: int
+    hidden: int | None = None
+    activation: Callable[[Array], Array] = nn.relu
+    bound: float = 0.9
+    is_inverse: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B *F"]) -> Float[Array, "B *G"]:
+        if not 0 < self.bound < 1:
+            raise ValueError(f"expected a bound between 0 and 1, got {self.bound}")
+        kernel_init = nn.initializers.orthogonal(self.bound**0.5)
+        inner = nn.Dense(self.hidden or self.features, kernel_init=kernel_init)
+        outer = nn.Dense(self.features, kernel_init=kernel_init)
+
+        def add(x: Array) -> Array:
+            return outer(self.activation(inner(x)))
+
+        if not self.is_inverse:
+            return x + add(x)
+        if self.is_initializing():
+            return x - add(x)
+        return _find_fixed_point(lambda guess: x - add(guess), x)
+
+    def invert(self, params: PyTree) -> tuple[nn.Module, PyTree]:
+        """The module that undoes it, of the same params.
+
+        Raises:
+          ValueError: the weights or the activation are no contraction.
+        """
+        if is_concrete(params):
+            norm = np.prod([np.linalg.norm(np.asarray(params[d]["kernel"], np.float64), 2) for d in ("Dense_0", "Dense_1")])
+            slope = float(jnp.abs(jax.vmap(jax.grad(lambda x: self.activation(x)))(jnp.linspace(-30.0, 30.0, 6001))).max())
+            if not norm * slope < 1:
+                raise ValueError(
+                    f"{type(self).__name__} has no inverse: expected spectral norms and largest slope of the activation with a "
+                    f"product below 1, got {norm:.3g} and {slope:.3g}"
+                )
+        return self.clone(is_inverse=not self.is_inverse), params
+
+    def project(self, params: PyTree) -> PyTree:
+        """Both matrices scaled down alike, where the product of their norms is above the bound."""
+        norm = jnp.prod(jnp.stack([jnp.linalg.norm(params[name]["kernel"], 2) for name in ("Dense_0", "Dense_1")]))
+        scale = jnp.sqrt(jnp.minimum(1.0, self.bound / norm))
+        return {name: {**dense, "kernel": scale * dense["kernel"]} for name, dense in params.items()}
+
+
+def _lift(bias: Array, x: Array) -> Array:
+    return bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+
+
+def _invert_matrix(kernel: Array) -> Array:
+    if not is_concrete(kernel):
+        return jnp.linalg.inv(kernel)
+    exact = np.asarray(kernel, np.float64)
+    condition, limit = np.linalg.cond(exact), 1 / float(jnp.finfo(kernel.dtype).eps)
+    if not condition < limit:
+        raise ValueError(
+            f"singular layer has no inverse: expected a condition number below {limit:.3g} in {kernel.dtype}, got {condition:.3g}"
+        )
+    return jnp.asarray(np.linalg.inv(exact), kernel.dtype)
+
+
+def _find_fixed_point(step: Callable[[Array], Array], start: Array) -> Array:
+    """Iterate until all that changes is rounding."""
+    tolerance = 2 * jnp.finfo(start.dtype).eps
+
+    def is_moving(carry: tuple[Array, Array, Array]) -> Array:
+        _, change, i = carry
+        return (change > tolerance) & (i < _MAX_ITERATIONS)
+
+    def move(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        x, _, i = carry
+        new = step(x)
+        change = jnp.max(jnp.abs(new - x)) / jnp.maximum(jnp.max(jnp.abs(new)), 1.0)
+        return new, change, i + 1
+
+    return jax.lax.while_loop(is_moving, move, (start, jnp.full((), jnp.inf, start.dtype), 0))[0]
