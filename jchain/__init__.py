@@ -30,6 +30,7 @@ from jchain.evaluate import Evaluation, Explanation, apply_chain, evaluate, eval
 from jchain.gradient import swap_scores
 from jchain.inverse import pull_back
 from jchain.kernels import Fused
+from jchain.meet import meet_in_the_middle
 from jchain.pretrain import pretrain_controller
 from jchain.problem import Problem
 from jchain.search.actor_critic import ActorCritic
@@ -91,6 +92,7 @@ __all__ = [
     "layer_report",
     "layers",
     "lookup",
+    "meet_in_the_middle",
     "pretrain",
     "pretrain_controller",
     "pull_back",

@@ -23,7 +23,9 @@ class PullBack(NamedTuple):
 
     activations: Float[Array, "B ..."]  # [B, ...F], at its entry
     residual: Float[Array, "B"]  # [B], what the suffix makes of them, less the outputs asked for, by the size of these
-    null_space: Float[Array, "F D"]  # [F, D], orthonormal directions at the head's input that it does not see; D = 0 without a head
+    null_space: Float[
+        Array, "F D"
+    ]  # [F, D], orthonormal directions at the head's input that it does not see; D = 0 without a head
 
 
 def invert_layers(bank: Bank) -> tuple[LayerGroup, ...]:
@@ -219,7 +221,9 @@ def _pull_head(bank: Bank, token: int, outputs: Array, near: Array) -> tuple[Arr
     return near + change.reshape(near.shape), jnp.asarray(left[:, rank:], outputs.dtype)
 
 
-def as_affine(bank: Bank, token: int, x: Float[Array, "1 ..."]) -> tuple[Float[np.ndarray, "F C"], Float[np.ndarray, "..."]]:
+def as_affine(
+    bank: Bank, token: int, x: Float[Array, "1 ..."]
+) -> tuple[Float[np.ndarray, "F C"], Float[np.ndarray, "..."]]:
     """Kernel and bias of a head that is an affine map, read off what it makes of the unit vectors.
 
     Args:

@@ -41,8 +41,12 @@ class InvertibleDense(nn.Module):
     def __call__(self, x: Float[Array, "B *F"]) -> Float[Array, "B *G"]:
         if not self.negative_slope > 0:
             raise ValueError(f"expected a positive negative_slope, which can be undone, got {self.negative_slope}")
-        kernel = self.param("kernel", nn.initializers.orthogonal(), (self.features, self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else jnp.zeros_like(kernel[0])
+        kernel = self.param("kernel", nn.initializers.orthogonal(), (self.features, self.features), jnp.float32)
+        bias = (
+            self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            if self.use_bias
+            else jnp.zeros_like(kernel[0])
+        )
         if self.is_inverse:
             return (nn.leaky_relu(x, 1.0 / self.negative_slope) - _lift(bias, x)) @ kernel
         return nn.leaky_relu(x @ kernel + _lift(bias, x), self.negative_slope)
@@ -149,8 +153,12 @@ class InvertibleResidual(nn.Module):
           ValueError: the weights or the activation are no contraction.
         """
         if is_concrete(params):
-            norm = np.prod([np.linalg.norm(np.asarray(params[d]["kernel"], np.float64), 2) for d in ("Dense_0", "Dense_1")])
-            slope = float(jnp.abs(jax.vmap(jax.grad(lambda x: self.activation(x)))(jnp.linspace(-30.0, 30.0, 6001))).max())
+            norm = np.prod(
+                [np.linalg.norm(np.asarray(params[d]["kernel"], np.float64), 2) for d in ("Dense_0", "Dense_1")]
+            )
+            slope = float(
+                jnp.abs(jax.vmap(jax.grad(lambda x: self.activation(x)))(jnp.linspace(-30.0, 30.0, 6001))).max()
+            )
             if not norm * slope < 1:
                 raise ValueError(
                     f"{type(self).__name__} has no inverse: expected spectral norms and largest slope of the activation with a "
@@ -195,4 +203,4 @@ def _find_fixed_point(step: Callable[[Array], Array], start: Array) -> Array:
         change = jnp.max(jnp.abs(new - x)) / jnp.maximum(jnp.max(jnp.abs(new)), 1.0)
         return new, change, i + 1
 
-    return jax.lax.while_loop(is_moving, move, (start, jnp.full((), jnp.inf, start.dtype), 0))[0]
+    return jax.lax.while_loop(is_moving, move, (start, jnp.full((), jnp.inf, start.dtype), jnp.zeros((), jnp.int32)))[0]

@@ -1,0 +1,278 @@
+"""Which chain of layers turned these inputs into these outputs? Half chains forward and half chains backward meet in the middle.
+
+Of `N^D` chains of `D` layers in a bank of `N`, `N^(D/2)` halves are applied to the inputs and as many, undone, to the outputs
+(Diffie and Hellman 1977, Computer 10(6); for layers, exact inverses take the place of decryption). Halves that meet have equal
+activations but for noise and rounding, so the nearest pairs are candidates, which are then applied to all examples.
+"""
+
+import math
+from itertools import product
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jchain._typing import Array, Float, Int
+from jchain.bank import Bank, LayerGroup, check_keeps_shape
+from jchain.engine import default_memory_limit
+from jchain.halves import Half, apply_sequence, decode, make_projection, sketch_half
+from jchain.inverse import invert_layers
+from jchain.match import Match, Pairs, count_false, match_all, match_approximately, match_sorted
+
+# Examples on which halves are compared, and numbers of a sketch: few tell equal halves apart.
+_NUM_PROBES, _NUM_SKETCH, _NUM_SKETCH_EXACT = 8, 32, 8
+# Pairs up to which all are compared: a minute on two cores.
+_MAX_PAIRS = 2**36
+_MAX_PASSES = 2**12
+# Of candidates that share a cell by chance.
+_MAX_FALSE = 2**20
+_NUM_FINALISTS = 64
+_NUM_TRIALS = 8
+
+
+class Meeting(NamedTuple):
+    """Chains of layers, best first."""
+
+    chains: Int[np.ndarray, "K D"]
+    residuals: Float[np.ndarray, "K"]  # `|made - outputs| / |outputs|` over all examples
+
+
+def meet_in_the_middle(
+    bank: Bank,
+    inputs: Float[Array, "B ..."],
+    outputs: Float[Array, "B ..."],
+    depth: int,
+    top_k: int = 1,
+    *,
+    tolerance: float | None = None,
+    num_forward: int | None = None,
+    num_probes: int = _NUM_PROBES,
+    num_sketch: int = _NUM_SKETCH,
+    num_candidates: int = 4096,
+    match_fn: Match | None = None,
+    memory_limit: int | None = None,
+) -> Meeting:
+    """The chains of `depth` layers whose outputs come nearest to those given.
+
+    Candidates are the pairs of halves whose sketches are nearest; those are then applied to all examples, so residuals are what
+    the chains really do: a chain that is not the one has a large one. Where there are no more chains than candidates, all
+    chains are tried.
+
+    Args:
+      bank: layers, all of which can be undone.
+      inputs: raw input, `[B, ...]`.
+      outputs: what the last layer gives, `[B, ...F]`, with or without noise.
+      depth: layers of a chain, D.
+      top_k: how many chains.
+      tolerance: standard deviation of the noise of the outputs, by theirs. When None, halves are taken to be equal but for
+        rounding, and where no chain comes so near, the nearest ones are looked for.
+      num_forward: layers of the half that is applied to the inputs; half of them when None. Noise grows where it is taken
+        back, so with much of it more than half may find more.
+      num_probes: examples on which halves are compared, evenly spaced.
+      num_sketch: numbers of a sketch of the activations on these, where they are not believed to be equal.
+      num_candidates: pairs that are tried on the probes, of which the best 64 are tried on all examples.
+      match_fn: finds the nearest pairs (`jchain.match`); by size and noise when None.
+      memory_limit: bytes for the sketches of both halves; a quarter of the memory when not given. Where they do not fit, one
+        half is gone through once for each part of the other.
+
+    Returns:
+      Chains `[top_k, D]` of layer tokens and residuals `[top_k]`.
+
+    Raises:
+      ValueError: a layer has no inverse or is singular, shapes do not fit, values are not finite, a size is not positive or
+        more than there is, or the sketches of one part do not fit in memory: it says how much they need.
+      ImportError: there are too many noisy pairs to be compared without faiss, which is not installed.
+    """
+    sizes = {"depth": depth, "top_k": top_k, "num_probes": num_probes, "num_sketch": num_sketch}
+    _check_sizes({**sizes, "num_candidates": num_candidates}, bank.num_layers)
+    num_forward = depth - depth // 2 if num_forward is None else num_forward
+    if not 0 <= num_forward <= depth:
+        raise ValueError(f"expected num_forward in 0..{depth}, got {num_forward}")
+    task = _make_task(bank, inputs, outputs)
+    inverses = invert_layers(bank)
+    few = task.take(np.linspace(0, len(outputs) - 1, min(num_probes, len(outputs))).astype(int))
+    halves = (Half(bank.layers, few.hidden, num_forward), Half(inverses, few.outputs, depth - num_forward))
+    num_candidates = max(num_candidates, top_k)
+    if bank.num_layers**depth <= num_candidates:
+        chains = np.array([*product(range(bank.num_layers), repeat=depth)])
+        return _try(task, few, chains, top_k)
+    needs = _Needs(num_candidates, memory_limit if memory_limit is not None else default_memory_limit())
+    if match_fn is not None:
+        return _search(task, few, halves, match_fn, num_sketch, tolerance or 0.0, top_k, needs)
+    best = None
+    if _are_apart(halves, tolerance or 0.0):
+        best = _search(task, few, halves, match_sorted, _NUM_SKETCH_EXACT, tolerance or 0.0, top_k, needs)
+        near = float(jnp.finfo(task.outputs.dtype).eps) ** 0.5 if tolerance is None else 3 * tolerance
+        if len(best.chains) == top_k and best.residuals[-1] <= near:
+            return best
+    match_fn = match_all if bank.num_layers**depth <= _MAX_PAIRS else match_approximately
+    other = _search(task, few, halves, match_fn, num_sketch, tolerance or 0.0, top_k, needs)
+    return other if best is None else _merge(best, other, top_k)
+
+
+class _Needs(NamedTuple):
+    num_candidates: int
+    memory_limit: int
+
+
+def _check_sizes(sizes: dict[str, int], num_layers: int) -> None:
+    if min(sizes.values()) < 1:
+        raise ValueError(f"expected sizes of at least 1, got {sizes}")
+    if sizes["top_k"] > num_layers ** sizes["depth"]:
+        raise ValueError(f"expected top_k of at most {num_layers ** sizes['depth']} chains, got {sizes['top_k']}")
+
+
+class _Task(NamedTuple):
+    """What chains shall do."""
+
+    layers: tuple[LayerGroup, ...]
+    hidden: Float[Array, "B ..."]
+    outputs: Float[Array, "B ..."]
+
+    def take(self, rows: Int[np.ndarray, "b"]) -> "_Task":
+        """The same for some of the examples."""
+        return self._replace(hidden=self.hidden[rows], outputs=self.outputs[rows])
+
+
+def _make_task(bank: Bank, inputs: Any, outputs: Any) -> _Task:
+    hidden, outputs = bank.embed(jnp.asarray(inputs)), jnp.asarray(outputs)
+    if outputs.shape != hidden.shape:
+        raise ValueError(f"expected outputs of the layers' shape {list(hidden.shape)}, got {list(outputs.shape)}")
+    for group in bank.layers:
+        check_keeps_shape(group, hidden)
+    for name, values in (("inputs", hidden), ("outputs", outputs)):
+        if not bool(jnp.isfinite(values).all()):
+            raise ValueError(f"expected finite {name}, got nan or infinity")
+    return _Task(bank.layers, hidden, outputs)
+
+
+def _search(
+    task: _Task,
+    few: _Task,
+    halves: tuple[Half, Half],
+    match_fn: Match,
+    num_sketch: int,
+    tolerance: float,
+    top_k: int,
+    needs: _Needs,
+) -> Meeting:
+    hidden = halves[0].hidden
+    projection = make_projection(hidden.size, num_sketch, hidden.dtype)
+    error = _measure_error(halves, projection, tolerance)
+    row_bytes = projection.shape[1] * hidden.dtype.itemsize + 32
+    parts = _split(halves, row_bytes, needs.memory_limit)
+    chains, distances = [], []
+    for last, back in parts[1]:
+        table = sketch_half(back, projection)
+        for first, ahead in parts[0]:
+            pairs = match_fn(sketch_half(ahead, projection), table, needs.num_candidates, error)
+            chains.append(_join(pairs, first, ahead, back, last))
+            distances.append(pairs.distance)
+    nearest = np.argsort(np.concatenate(distances), kind="stable")[: needs.num_candidates]
+    return _try(task, few, np.concatenate(chains)[nearest], top_k)
+
+
+def _join(
+    pairs: Pairs, first: tuple[int, ...], ahead: Half, back: Half, last: tuple[int, ...]
+) -> Int[np.ndarray, "K D"]:
+    """The chains of these pairs. The half that is undone goes from the chain's end to its middle."""
+    num_pairs = len(pairs.first)
+    ends = (np.broadcast_to(np.array(part, np.int64), (num_pairs, len(part))) for part in (first, last[::-1]))
+    start, end = ends
+    return np.concatenate([start, decode(ahead, pairs.first), decode(back, pairs.second)[:, ::-1], end], axis=1)
+
+
+def _split(
+    halves: tuple[Half, Half], row_bytes: int, limit: int
+) -> tuple[list[tuple[tuple[int, ...], Half]], list[tuple[tuple[int, ...], Half]]]:
+    """Parts of both halves, with the layers that each begins with, of which one of each fits."""
+    depths = [0, 0]
+
+    def sizes() -> list[int]:
+        return [half.num_tokens ** (half.num_layers - depth) for half, depth in zip(halves, depths, strict=True)]
+
+    while sum(sizes()) * row_bytes > limit:
+        larger = int(np.argmax(sizes()))
+        depths[larger] += 1
+        if halves[0].num_tokens ** sum(depths) > _MAX_PASSES or depths[larger] > halves[larger].num_layers:
+            whole = sum(half.size for half in halves) * row_bytes
+            raise ValueError(
+                f"expected halves that fit in memory_limit in at most {_MAX_PASSES} passes: their sketches need {whole:,} bytes, "
+                f"and {limit:,} are allowed"
+            )
+
+    def cut(half: Half, depth: int) -> list[tuple[tuple[int, ...], Half]]:
+        parts: list[tuple[tuple[int, ...], Half]] = [((), half)]
+        for _ in range(depth):
+            parts = [((*first, n), part.advance(n)) for first, part in parts for n in range(half.num_tokens)]
+        return parts
+
+    return cut(halves[0], depths[0]), cut(halves[1], depths[1])
+
+
+def _are_apart(halves: tuple[Half, Half], tolerance: float) -> bool:
+    """Whether few halves look equal that are not."""
+    ahead, back = halves
+    projection = make_projection(ahead.hidden.size, _NUM_SKETCH_EXACT, ahead.hidden.dtype)
+    some = _draw(ahead, 64).reshape(64, -1) @ projection
+    error = _measure_error(halves, projection, tolerance)
+    return count_false(np.asarray(some), ahead.size * back.size, error) < _MAX_FALSE
+
+
+def _measure_error(halves: tuple[Half, Half], projection: Float[Array, "F S"], tolerance: float) -> float:
+    """How far apart the sketches of halves that belong together are: random chains there and back, with noise on the way."""
+    ahead, back = halves
+    rng = np.random.default_rng(0)
+    worst = 0.0
+    for middle in _draw(ahead, _NUM_TRIALS):
+        tokens = rng.integers(0, back.num_tokens, back.num_layers)
+        there = apply_sequence(ahead.layers, jnp.asarray(tokens[::-1].copy()), middle)
+        noise = tolerance * float(jnp.std(there)) * rng.standard_normal(there.shape)
+        again = apply_sequence(back.layers, jnp.asarray(tokens), there + jnp.asarray(noise, there.dtype))
+        gap = (again - middle).reshape(1, -1) @ projection
+        floor = float(jnp.finfo(gap.dtype).eps) * float(jnp.abs(middle).max())
+        worst = max(worst, float(jnp.sqrt(jnp.mean(gap**2))), floor)
+    return worst if math.isfinite(worst) else math.inf
+
+
+def _draw(half: Half, num: int) -> Float[Array, "n B ..."]:
+    """What random sequences make of the batch."""
+    tokens = np.random.default_rng(1).integers(0, half.num_tokens, (num, half.num_layers))
+    return jax.lax.map(lambda row: apply_sequence(half.layers, row, half.hidden), jnp.asarray(tokens))
+
+
+def _try(task: _Task, few: _Task, chains: Int[np.ndarray, "K D"], top_k: int) -> Meeting:
+    """The best of them: by all examples, of those that are best by few."""
+    num_finalists = max(top_k, _NUM_FINALISTS)
+    if len(chains) > num_finalists:
+        chains = chains[np.argsort(_measure(few, chains), kind="stable")[:num_finalists]]
+    residuals = _measure(task, chains)
+    best = np.argsort(residuals, kind="stable")[:top_k]
+    return Meeting(chains[best], residuals[best])
+
+
+@jax.jit
+def _measure_all(task: _Task, chains: Int[Array, "K D"]) -> Float[Array, "K"]:
+    size = jnp.linalg.norm(task.outputs)
+
+    def measure(chain: Array) -> Array:
+        gap = jnp.linalg.norm(apply_sequence(task.layers, chain, task.hidden) - task.outputs)
+        return jnp.where(jnp.isfinite(gap), gap, jnp.inf) / jnp.where(size > 0, size, 1.0)
+
+    return jax.lax.map(measure, chains)
+
+
+def _measure(task: _Task, chains: Int[np.ndarray, "K D"]) -> Float[np.ndarray, "K"]:
+    # Few sizes, so few programs.
+    size = 1 << max(len(chains) - 1, 0).bit_length()
+    padded = np.pad(chains, ((0, size - len(chains)), (0, 0)))
+    return np.asarray(_measure_all(task, jnp.asarray(padded)))[: len(chains)]
+
+
+def _merge(first: Meeting, second: Meeting, top_k: int) -> Meeting:
+    chains = np.concatenate([first.chains, second.chains])
+    residuals = np.concatenate([first.residuals, second.residuals])
+    _, once = np.unique(chains, axis=0, return_index=True)
+    best = once[np.argsort(residuals[once], kind="stable")][:top_k]
+    return Meeting(chains[best], residuals[best])
