@@ -12,6 +12,7 @@ from jchain import (
     encoding,
     env,
     gradient,
+    ideal,
     inverse,
     layer_report,
     layers,
@@ -41,8 +42,10 @@ from jchain.search.evolution import Evolution
 from jchain.search.linearized import LinearizedSearch
 from jchain.search.local_search import LocalSearch
 from jchain.search.mcts import MCTS
+from jchain.search.meet_in_the_middle import MeetInTheMiddle
 from jchain.search.q_learning import QLearning
 from jchain.search.random_search import RandomSearch
+from jchain.search.target_propagation import TargetPropagation
 
 __version__ = "0.1.0"
 
@@ -65,12 +68,14 @@ __all__ = [
     "LayerGroup",
     "LinearizedSearch",
     "LocalSearch",
+    "MeetInTheMiddle",
     "Problem",
     "QLearning",
     "RandomSearch",
     "Result",
     "Search",
     "Share",
+    "TargetPropagation",
     "TokenEncoding",
     "Walk",
     "WeightEncoding",
@@ -88,6 +93,7 @@ __all__ = [
     "evaluate_prefixes",
     "explain",
     "gradient",
+    "ideal",
     "inverse",
     "layer_report",
     "layers",

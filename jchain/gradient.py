@@ -6,7 +6,6 @@ candidate `f_b` changes the activations behind it by `f_b(h_t) - f_t(h_t)`, and 
 all that follows applied to that.
 """
 
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import numpy as np
 
 from jchain import weight_space
 from jchain._typing import Array, Float, Int, Shaped
-from jchain.bank import Bank, LayerGroup
+from jchain.bank import LayerGroup
 from jchain.engine import apply_token, choose_chunk, compiler_options, find_backend
 from jchain.joint import JointMoves, join, keep_best
 from jchain.linearize import (
@@ -28,6 +27,7 @@ from jchain.linearize import (
     go_forward,
     has_classes,
     know_nothing,
+    map_layers,
 )
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
@@ -289,7 +289,7 @@ def _score_outputs(
             kept = change[few] if options.num_best else None
             return read(change), read(_dot(before, made - hidden)), kept
 
-        swap, insert, change = _map_layers(score, bank, members, hidden, chunk)
+        swap, insert, change = map_layers(score, bank, members, hidden, chunk)
         is_layer = t < length
         own = jnp.where(is_layer, token, bank.num_layers)
         swap = jnp.where(is_layer & is_known, swap, jnp.nan)
@@ -337,27 +337,6 @@ def _pull(
     """Rows of the Jacobian by the input of a layer, from those by its output."""
     back = jax.vjp(partial(apply_token, groups, token), hidden)[1]
     return jax.vmap(lambda row: back(row)[0])(rows)
-
-
-def _map_layers(
-    score: Callable[[Array], Any], bank: Bank, members: tuple[Int[Array, "_"], ...], hidden: Array, chunk: int
-) -> Any:
-    """What `score` says of each layer's output for one input, `[N, ...]`, so many at a time; nan for those not in `members`."""
-
-    def place(group: LayerGroup, rows: Array) -> tuple[Array, Any]:
-        made = jax.lax.map(lambda member: score(group.apply(member, hidden)), rows, batch_size=chunk)
-        return jnp.asarray(group.tokens)[rows], made
-
-    parts = [place(group, rows) for group, rows in zip(bank.layers, members, strict=True) if rows.shape[0]]
-    tokens = jnp.concatenate([part[0] for part in parts])
-    return jax.tree.map(
-        lambda *made: (
-            jnp.full((bank.num_layers, *made[0].shape[1:]), jnp.nan, made[0].dtype)
-            .at[tokens]
-            .set(jnp.concatenate(made))
-        ),
-        *(part[1] for part in parts),
-    )
 
 
 def _dot(rows: Float[Array, "R B ..."], change: Shaped[Array, "B ..."]) -> Float[Array, "B R"]:

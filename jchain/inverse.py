@@ -4,7 +4,7 @@ Layers are undone exactly where they say how (`jchain.invertible`); a head, whic
 the same outputs: those are its pseudo-inverse's, plus its null space.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -55,6 +55,26 @@ def _invert_member(group: LayerGroup, place: int) -> tuple[Any, PyTree]:
     return module.invert(jax.tree.map(lambda leaf: leaf[place], group.params))
 
 
+def undo_groups(bank: Bank) -> tuple[LayerGroup | None, ...]:
+    """Of each group the layers that undo its own, traced or not and unchecked; None where its module says not how."""
+
+    def undo(group: LayerGroup) -> LayerGroup | None:
+        module: Any = group.module
+        if not hasattr(module, "invert"):
+            return None
+        modules: list[Any] = []
+
+        def invert(params: PyTree) -> PyTree:
+            inverse, params = module.invert(params)
+            modules.append(inverse)
+            return params
+
+        params = jax.vmap(invert)(group.params)
+        return LayerGroup(params, modules[0], group.tokens)
+
+    return tuple(undo(group) for group in bank.layers)
+
+
 def pull_back(
     bank: Bank,
     suffix: Int[Array, "_"] | Any,
@@ -99,6 +119,23 @@ def pull_back(
     if has_head:
         made = apply_token(bank.heads, jnp.asarray(tokens[-1]), made)
     return PullBack(hidden, measure_residual(made, outputs), null_space)
+
+
+def solve_locally(
+    layer: Callable[[Array], Array], hidden: Array, wanted: Array, num_steps: int, damping: float
+) -> Array:
+    """The least change of each example's input that gives what is wanted: `J^T (J J^T + damping)^-1 gap`, by conjugate gradients."""
+
+    def solve(h: Array, wanted: Array) -> Array:
+        def apply(h: Array) -> Array:
+            return layer(h[None])[0]
+
+        made, forward = jax.linearize(apply, h)
+        back = jax.linear_transpose(forward, h)
+        product = lambda v: forward(back(v)[0]) + damping * v  # noqa: E731
+        return back(jax.scipy.sparse.linalg.cg(product, wanted - made, maxiter=num_steps)[0])[0]
+
+    return jax.vmap(solve)(hidden, wanted)
 
 
 def measure_residual(made: Float[Array, "B ..."], wanted: Float[Array, "B ..."]) -> Float[Array, "B"]:

@@ -48,8 +48,16 @@ class InvertibleDense(nn.Module):
             else jnp.zeros_like(kernel[0])
         )
         if self.is_inverse:
-            return (nn.leaky_relu(x, 1.0 / self.negative_slope) - _lift(bias, x)) @ kernel
-        return nn.leaky_relu(x @ kernel + _lift(bias, x), self.negative_slope)
+            return (self.undo_activation(x) - _lift(bias, x)) @ kernel
+        return self.redo_activation(x @ kernel + _lift(bias, x))
+
+    def redo_activation(self, x: Array) -> Array:
+        """The leaky ReLU."""
+        return nn.leaky_relu(x, self.negative_slope)
+
+    def undo_activation(self, y: Array) -> Array:
+        """What the leaky ReLU read."""
+        return nn.leaky_relu(y, 1.0 / self.negative_slope)
 
     def invert(self, params: PyTree) -> tuple[nn.Module, PyTree]:
         """The module and the params that undo it; the inverse of `W` in float64 where it is not traced.

@@ -11,6 +11,7 @@ import optax
 from jchain import chain as chain_lib
 from jchain import env
 from jchain._typing import Array, Float, Int, Shaped
+from jchain.bank import Bank, LayerGroup
 from jchain.engine import apply_token
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
@@ -57,6 +58,27 @@ def go_forward(problem: Problem, chain: Int[Array, "L"]) -> Forward:
     last, hidden = jax.lax.scan(apply, bank.embed(problem.data.x), (jnp.arange(chain.size), chain))
     outputs = apply_token(bank.heads, chain[length], last)
     return Forward(length, hidden, outputs, problem.measure(outputs)[0], env.stop_losses(problem, last))
+
+
+def map_layers(
+    score: Callable[[Array], Any], bank: Bank, members: tuple[Int[Array, "_"], ...], hidden: Array, chunk: int
+) -> Any:
+    """What `score` says of each layer's output for one input, `[N, ...]`, so many at a time; nan for those not in `members`."""
+
+    def place(group: LayerGroup, rows: Array) -> tuple[Array, Any]:
+        made = jax.lax.map(lambda member: score(group.apply(member, hidden)), rows, batch_size=chunk)
+        return jnp.asarray(group.tokens)[rows], made
+
+    parts = [place(group, rows) for group, rows in zip(bank.layers, members, strict=True) if rows.shape[0]]
+    tokens = jnp.concatenate([part[0] for part in parts])
+    return jax.tree.map(
+        lambda *made: (
+            jnp.full((bank.num_layers, *made[0].shape[1:]), jnp.nan, made[0].dtype)
+            .at[tokens]
+            .set(jnp.concatenate(made))
+        ),
+        *(part[1] for part in parts),
+    )
 
 
 class Reading(NamedTuple):

@@ -1,11 +1,12 @@
-"""The nearest pairs of two tables of sketches: all pairs by products, equal ones by sorting, near ones by an index.
+"""The nearest pairs of two tables of sketches: of all pairs by products, or of those that share a cell by sorting.
 
 Each function takes two tables `[M, S]` and `[Q, S]`, how many pairs are wanted, and how far apart (in each number of a sketch, root
 mean square) those that belong together are believed to be; it returns rows of the first, rows of the second, and their squared
 distances, nearest first.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -16,12 +17,13 @@ from jchain._typing import Array, Float, Int, Shaped
 
 # Rows of both tables whose distances are computed together: they stay in the cache.
 _ROWS, _COLUMNS = 1024, 2048
-# Cells in units of the error: so wide that a pair falls apart in one number in 20 cases or less.
-_CELL = 32.0
-_MAX_KEYS, _NUM_SHIFTS = 8, 3
-_MIN_LIST, _NUM_PROBES = 1024, 8
-_BATCH = 2**18
 _ROUNDING = 1e-3
+# Widths of cells that are weighed up, in units of the error; the chance to miss a pair; pairs whose distances are computed together.
+_WIDTHS, _MAX_MISS, _BATCH = (2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0), 0.02, 2**18
+# Seconds on two cores: of all pairs for each pair, of cells for each row and for each pair that shares one.
+_PAIR_SECONDS, _ROW_SECONDS, _MEETING_SECONDS = 5e-10, 1e-6, 1.5e-7
+# Seeds the grids. Constant, so that a search finds the same in every process.
+_GRID_SEED = 1
 
 
 class Pairs(NamedTuple):
@@ -102,97 +104,101 @@ def _block(table: Float[Array, "M S"], size: int) -> Float[Array, "n m S"]:
     return jnp.pad(table, ((0, -len(table) % size), (0, 0)), mode="edge").reshape(-1, size, table.shape[1])
 
 
-def match_sorted(first: Float[Array, "M S"], second: Float[Array, "Q S"], num_pairs: int, error: float) -> Pairs:
-    """Pairs that fall into one cell of a grid whose cells are much wider than the error, found by sorting cells.
+class Cells(NamedTuple):
+    """Grids on random projections of sketches, so that those that belong together share a cell in at least one."""
 
-    Locality-sensitive hashing (Datar et al. 2004, Symposium on Computational Geometry) with cells so wide that few grids miss
-    nothing, for sketches that are equal but for rounding. Where the error is not small beside the spread, cells hold too much:
-    `count_false` says how much.
+    width: float
+    num_keys: int  # projections of each grid
+    num_grids: int
+    seconds: float  # what they take, an estimate
+
+
+def estimate_all(num_pairs: float) -> float:
+    """Seconds that `match_all` takes."""
+    return num_pairs * _PAIR_SECONDS
+
+
+def choose_cells(table: Float[np.ndarray, "m S"], sizes: tuple[int, int], error: float) -> Cells:
+    """The cheapest grids that miss a pair with a probability of 2% at most, were errors and sketches normal.
+
+    Locality-sensitive hashing (Datar et al. 2004, Symposium on Computational Geometry).
+
+    Args:
+      table: some rows of a table, for their spread.
+      sizes: rows of both tables.
+      error: as above.
     """
+    spread = max(float(np.sqrt(np.mean(np.var(table, axis=0, dtype=np.float64)))), float(np.finfo(np.float32).tiny))
+    error = max(error, float(np.finfo(np.float32).tiny))
+    found = []
+    for width in _WIDTHS:
+        # Two numbers at a distance d share a cell with a probability of 1 - |d| / width, and normal ones by chance with
+        # width / (2 sqrt(pi) spread).
+        share = 1 - math.sqrt(2 / math.pi) / width
+        chance = min(1.0, width * error / (2 * math.sqrt(math.pi) * spread))
+        for num_keys in range(1, table.shape[1] + 1):
+            hit = share**num_keys
+            num_grids = 1 if hit > 1 - _MAX_MISS else math.ceil(math.log(_MAX_MISS) / math.log1p(-hit))
+            meetings = sizes[0] * sizes[1] * chance**num_keys
+            seconds = num_grids * (sum(sizes) * _ROW_SECONDS + meetings * _MEETING_SECONDS)
+            found.append(Cells(width * error, num_keys, num_grids, seconds))
+    return min(found, key=lambda cells: cells.seconds)
+
+
+def match_cells(first: Float[Array, "M S"], second: Float[Array, "Q S"], num_pairs: int, error: float) -> Pairs:
+    """The nearest of the pairs that share a cell of a grid (`choose_cells`): nearly all whose distance is the error."""
     tables = [np.asarray(table) for table in (first, second)]
-    num_keys = choose_keys(tables[0], len(tables[0]) * len(tables[1]), error)
-    width = _CELL * max(error, float(np.finfo(tables[0].dtype).tiny))
-    found: list[tuple[np.ndarray, np.ndarray]] = []
-    for shift in range(_NUM_SHIFTS):
-        keys = [_hash_cells(table[:, :num_keys], width, shift / _NUM_SHIFTS) for table in tables]
-        found.append(_join(*keys))
-    rows, columns = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    distance = np.concatenate(
-        [
-            np.sum((tables[0][rows[i : i + _BATCH]] - tables[1][columns[i : i + _BATCH]]) ** 2, axis=1)
-            for i in range(0, max(len(rows), 1), _BATCH)
-        ]
-    )
-    _, once = np.unique(rows.astype(np.int64) * len(tables[1]) + columns, return_index=True)
-    return _keep_nearest(rows[once], columns[once], distance[once], num_pairs)
+    sizes = len(tables[0]), len(tables[1])
+    cells = choose_cells(tables[0][:: max(1, sizes[0] // 4096)], sizes, error)
+    rng = np.random.default_rng(_GRID_SEED)
+    best = Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, tables[0].dtype))
+    for _ in range(cells.num_grids):
+        directions = np.linalg.qr(rng.standard_normal((tables[0].shape[1], cells.num_keys)))[0]
+        shift = rng.random(cells.num_keys)
+        for row, column in _join(*(_hash_cells(table, directions, cells.width, shift) for table in tables)):
+            distance = np.sum((tables[0][row] - tables[1][column]) ** 2, axis=1)
+            best = _add(best, Pairs(row, column, distance), num_pairs, sizes[1])
+    return best
 
 
-def choose_keys(table: Float[np.ndarray, "M S"], num_pairs: int, error: float) -> int:
-    """How many numbers of a sketch tell cells apart well enough."""
-    for num_keys in range(1, min(_MAX_KEYS, table.shape[1]) + 1):
-        if count_false(table, num_pairs, error, num_keys) < 1:
-            return num_keys
-    return min(_MAX_KEYS, table.shape[1])
-
-
-def count_false(table: Float[np.ndarray, "M S"], num_pairs: int, error: float, num_keys: int = _MAX_KEYS) -> float:
-    """How many of these pairs would share a cell by chance, were the numbers of sketches normal."""
-    spread = np.std(table[:: max(1, len(table) // 4096), :num_keys], axis=0)
-    # Two normal numbers share a cell of width w with a probability of about w / (2 sqrt(pi) spread).
-    share = np.minimum(1.0, _CELL * error / np.maximum(2 * np.sqrt(np.pi) * spread, np.finfo(np.float64).tiny))
-    return float(num_pairs * np.prod(share.astype(np.float64)))
-
-
-def _hash_cells(numbers: Float[np.ndarray, "M q"], width: float, shift: float) -> Shaped[np.ndarray, "M"]:
+def _hash_cells(
+    table: Float[np.ndarray, "M S"], directions: Float[np.ndarray, "S q"], width: float, shift: Float[np.ndarray, "q"]
+) -> Shaped[np.ndarray, "M"]:
     """A 64-bit number for the cell of each row (Knuth's multiplicative hashing); different cells share one by chance alone."""
-    key = np.zeros(len(numbers), np.uint64)
-    for column in numbers.T:
-        cell = np.floor(column.astype(np.float64) / width + shift).astype(np.int64).view(np.uint64)
+    key = np.zeros(len(table), np.uint64)
+    for direction, offset in zip(directions.T, shift, strict=True):
+        place = table @ direction.astype(table.dtype)
+        cell = np.floor(place.astype(np.float64) / width + offset).astype(np.int64).view(np.uint64)
         key = (key ^ cell) * np.uint64(0x9E3779B97F4A7C15)
         key ^= key >> np.uint64(29)
     return key
 
 
-def _join(first: Shaped[np.ndarray, "M"], second: Shaped[np.ndarray, "Q"]) -> tuple[np.ndarray, np.ndarray]:
-    """All pairs of rows with equal keys."""
+def _join(
+    first: Shaped[np.ndarray, "M"], second: Shaped[np.ndarray, "Q"]
+) -> Iterator[tuple[Int[np.ndarray, "_"], Int[np.ndarray, "_"]]]:
+    """All pairs of rows with equal keys, so many at a time."""
     orders = [np.argsort(keys) for keys in (first, second)]
     first, second = (keys[order] for keys, order in zip((first, second), orders, strict=True))
     start = np.searchsorted(second, first, side="left")
-    has_any = np.flatnonzero((start < len(second)) & (second[np.minimum(start, len(second) - 1)] == first))
+    has_any = np.flatnonzero(second[np.minimum(start, len(second) - 1)] == first)
     start, end = start[has_any], np.searchsorted(second, first[has_any], side="right")
-    count = end - start
-    place = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-    return orders[0][np.repeat(has_any, count)], orders[1][np.repeat(start, count) + place]
+    ends = np.cumsum(end - start)
+    total = int(ends[-1]) if len(ends) else 0
+    for low in range(0, total, _BATCH):
+        place = np.arange(low, min(low + _BATCH, total))
+        owner = np.searchsorted(ends, place, side="right")
+        yield orders[0][has_any[owner]], orders[1][end[owner] - (ends[owner] - place)]
 
 
-def match_approximately(first: Float[Array, "M S"], second: Float[Array, "Q S"], num_pairs: int, error: float) -> Pairs:
-    """For each row the nearest of those that an inverted file of faiss looks at (Douze et al. 2024, arXiv:2401.08281).
-
-    Raises:
-      ImportError: faiss is not installed.
-    """
-    del error
-    try:
-        import faiss  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ImportError(
-            'matching with noise at this size needs faiss: pip install "jchain[ann]", or pass another match_fn'
-        ) from None
-    table = np.ascontiguousarray(second, np.float32)
-    num_lists = max(1, min(int(4 * len(table) ** 0.5), len(table) // 64))
-    index = faiss.IndexIVFFlat(faiss.IndexFlatL2(table.shape[1]), table.shape[1], num_lists)
-    index.cp.seed = 0
-    some = np.random.default_rng(0).choice(len(table), min(len(table), 64 * num_lists), replace=False)
-    index.train(table[some])
-    index.add(table)
-    index.nprobe = _NUM_PROBES
-    distance, column = np.empty(len(first), np.float32), np.empty(len(first), np.int64)
-    for start in range(0, len(first), _BATCH):
-        part = slice(start, start + _BATCH)
-        found = index.search(np.ascontiguousarray(first[part], np.float32), 1)
-        distance[part], column[part] = found[0][:, 0], found[1][:, 0]
-    rows = np.flatnonzero(column >= 0)
-    return _keep_nearest(rows, column[rows], distance[rows], num_pairs)
+def _add(best: Pairs, new: Pairs, num_pairs: int, num_columns: int) -> Pairs:
+    """The nearest of both, each once."""
+    if len(best.first) == num_pairs:
+        is_near = new.distance < best.distance[-1]
+        new = Pairs(*(part[is_near] for part in new))
+    first, second, distance = (np.concatenate(parts) for parts in zip(best, new, strict=True))
+    _, once = np.unique(first.astype(np.int64) * num_columns + second, return_index=True)
+    return _keep_nearest(first[once], second[once], distance[once], num_pairs)
 
 
 def _keep_nearest(first: np.ndarray, second: np.ndarray, distance: np.ndarray, num_pairs: int) -> Pairs:

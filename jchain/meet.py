@@ -6,6 +6,7 @@ activations but for noise and rounding, so the nearest pairs are candidates, whi
 """
 
 import math
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -18,15 +19,14 @@ from jchain.bank import Bank, LayerGroup, check_keeps_shape
 from jchain.engine import default_memory_limit
 from jchain.halves import Half, apply_sequence, decode, make_projection, sketch_half
 from jchain.inverse import invert_layers
-from jchain.match import Match, Pairs, count_false, match_all, match_approximately, match_sorted
+from jchain.match import Match, Pairs, choose_cells, estimate_all, match_all, match_cells
 
 # Examples on which halves are compared, and numbers of a sketch: few tell equal halves apart.
 _NUM_PROBES, _NUM_SKETCH, _NUM_SKETCH_EXACT = 8, 32, 8
-# Pairs up to which all are compared: a minute on two cores.
-_MAX_PAIRS = 2**36
+# Noise that is tried where none is given; seconds for which all pairs are compared rather than some noise after another; and up
+# to which cells are tried then.
+_TOLERANCES, _PATIENCE, _MAX_SECONDS = (0.0, 0.003, 0.01, 0.03, 0.1), 60.0, 1800.0
 _MAX_PASSES = 2**12
-# Of candidates that share a cell by chance.
-_MAX_FALSE = 2**20
 _NUM_FINALISTS = 64
 _NUM_TRIALS = 8
 
@@ -66,7 +66,7 @@ def meet_in_the_middle(
       depth: layers of a chain, D.
       top_k: how many chains.
       tolerance: standard deviation of the noise of the outputs, by theirs. When None, halves are taken to be equal but for
-        rounding, and where no chain comes so near, the nearest ones are looked for.
+        rounding, and where no chain comes so near, to be apart by more and more noise.
       num_forward: layers of the half that is applied to the inputs; half of them when None. Noise grows where it is taken
         back, so with much of it more than half may find more.
       num_probes: examples on which halves are compared, evenly spaced.
@@ -81,8 +81,8 @@ def meet_in_the_middle(
 
     Raises:
       ValueError: a layer has no inverse or is singular, shapes do not fit, values are not finite, a size is not positive or
-        more than there is, or the sketches of one part do not fit in memory: it says how much they need.
-      ImportError: there are too many noisy pairs to be compared without faiss, which is not installed.
+        more than there is, the sketches of one part do not fit in memory (it says how much they need), or fewer pairs of halves
+        meet than chains are asked for.
     """
     sizes = {"depth": depth, "top_k": top_k, "num_probes": num_probes, "num_sketch": num_sketch}
     _check_sizes({**sizes, "num_candidates": num_candidates}, bank.num_layers)
@@ -97,23 +97,44 @@ def meet_in_the_middle(
     if bank.num_layers**depth <= num_candidates:
         chains = np.array([*product(range(bank.num_layers), repeat=depth)])
         return _try(task, few, chains, top_k)
-    needs = _Needs(num_candidates, memory_limit if memory_limit is not None else default_memory_limit())
+    limit = memory_limit if memory_limit is not None else default_memory_limit()
+    search = partial(_search, task, few, halves, _Sizes(top_k, num_candidates, limit))
     if match_fn is not None:
-        return _search(task, few, halves, match_fn, num_sketch, tolerance or 0.0, top_k, needs)
+        return search(match_fn, num_sketch, tolerance or 0.0)
+    num_pairs = float(bank.num_layers) ** depth
     best = None
-    if _are_apart(halves, tolerance or 0.0):
-        best = _search(task, few, halves, match_sorted, _NUM_SKETCH_EXACT, tolerance or 0.0, top_k, needs)
-        near = float(jnp.finfo(task.outputs.dtype).eps) ** 0.5 if tolerance is None else 3 * tolerance
+    for noise in _TOLERANCES if tolerance is None else (tolerance,):
+        width = _NUM_SKETCH_EXACT if noise == 0 else num_sketch
+        seconds = _estimate(halves, width, noise)
+        if estimate_all(num_pairs) < (seconds if noise == 0 or tolerance is not None else _PATIENCE):
+            return _merge(best, search(match_all, num_sketch, noise), top_k)
+        if tolerance is None and seconds > _MAX_SECONDS:
+            break
+        best = _merge(best, search(match_cells, width, noise), top_k)
+        near = max(2 * noise, float(jnp.finfo(task.outputs.dtype).eps) ** 0.5)
         if len(best.chains) == top_k and best.residuals[-1] <= near:
-            return best
-    match_fn = match_all if bank.num_layers**depth <= _MAX_PAIRS else match_approximately
-    other = _search(task, few, halves, match_fn, num_sketch, tolerance or 0.0, top_k, needs)
-    return other if best is None else _merge(best, other, top_k)
+            break
+    if best is None or len(best.chains) < top_k:
+        raise ValueError(
+            f"found {0 if best is None else len(best.chains)} of {top_k} chains whose halves meet: noise of the outputs or the "
+            f"condition of the layers is too high for {num_pairs:.2g} pairs, or no such chain is there; expected a larger tolerance, "
+            "more probes, or fewer layers"
+        )
+    return best
 
 
-class _Needs(NamedTuple):
+class _Sizes(NamedTuple):
+    top_k: int
     num_candidates: int
     memory_limit: int
+
+
+def _estimate(halves: tuple[Half, Half], num_sketch: int, tolerance: float) -> float:
+    """Seconds that `match_cells` takes."""
+    ahead, back = halves
+    projection = make_projection(ahead.hidden.size, num_sketch, ahead.hidden.dtype)
+    some = np.asarray(_draw(ahead, 64).reshape(64, -1) @ projection)
+    return choose_cells(some, (ahead.size, back.size), _measure_error(halves, projection, tolerance)).seconds
 
 
 def _check_sizes(sizes: dict[str, int], num_layers: int) -> None:
@@ -151,26 +172,25 @@ def _search(
     task: _Task,
     few: _Task,
     halves: tuple[Half, Half],
+    sizes: _Sizes,
     match_fn: Match,
     num_sketch: int,
     tolerance: float,
-    top_k: int,
-    needs: _Needs,
 ) -> Meeting:
     hidden = halves[0].hidden
     projection = make_projection(hidden.size, num_sketch, hidden.dtype)
     error = _measure_error(halves, projection, tolerance)
     row_bytes = projection.shape[1] * hidden.dtype.itemsize + 32
-    parts = _split(halves, row_bytes, needs.memory_limit)
+    parts = _split(halves, row_bytes, sizes.memory_limit)
     chains, distances = [], []
     for last, back in parts[1]:
         table = sketch_half(back, projection)
         for first, ahead in parts[0]:
-            pairs = match_fn(sketch_half(ahead, projection), table, needs.num_candidates, error)
+            pairs = match_fn(sketch_half(ahead, projection), table, sizes.num_candidates, error)
             chains.append(_join(pairs, first, ahead, back, last))
             distances.append(pairs.distance)
-    nearest = np.argsort(np.concatenate(distances), kind="stable")[: needs.num_candidates]
-    return _try(task, few, np.concatenate(chains)[nearest], top_k)
+    nearest = np.argsort(np.concatenate(distances), kind="stable")[: sizes.num_candidates]
+    return _try(task, few, np.concatenate(chains)[nearest], sizes.top_k)
 
 
 def _join(
@@ -209,15 +229,6 @@ def _split(
         return parts
 
     return cut(halves[0], depths[0]), cut(halves[1], depths[1])
-
-
-def _are_apart(halves: tuple[Half, Half], tolerance: float) -> bool:
-    """Whether few halves look equal that are not."""
-    ahead, back = halves
-    projection = make_projection(ahead.hidden.size, _NUM_SKETCH_EXACT, ahead.hidden.dtype)
-    some = _draw(ahead, 64).reshape(64, -1) @ projection
-    error = _measure_error(halves, projection, tolerance)
-    return count_false(np.asarray(some), ahead.size * back.size, error) < _MAX_FALSE
 
 
 def _measure_error(halves: tuple[Half, Half], projection: Float[Array, "F S"], tolerance: float) -> float:
@@ -270,7 +281,9 @@ def _measure(task: _Task, chains: Int[np.ndarray, "K D"]) -> Float[np.ndarray, "
     return np.asarray(_measure_all(task, jnp.asarray(padded)))[: len(chains)]
 
 
-def _merge(first: Meeting, second: Meeting, top_k: int) -> Meeting:
+def _merge(first: Meeting | None, second: Meeting, top_k: int) -> Meeting:
+    if first is None:
+        return second
     chains = np.concatenate([first.chains, second.chains])
     residuals = np.concatenate([first.residuals, second.residuals])
     _, once = np.unique(chains, axis=0, return_index=True)

@@ -7,7 +7,7 @@ import reference
 from conftest import make_bank, make_batch
 
 import jchain as jc
-from jchain.search.linearized import _draw_start
+from jchain.starts import draw_start, share_members
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_a_start_is_the_best_stop_of_its_random_layers(roomy):
     for problem in (roomy, costly):
         for seed in range(4):
             key = jax.random.key(seed)
-            chain = np.asarray(_draw_start(key, problem))
+            chain = np.asarray(draw_start(key, problem))
             layers = [int(token) for token in jax.random.randint(key, (6,), 0, 6)[:5]]
             stops = [[*layers[:length], 6 + k] for length in range(6) for k in range(2)]
             best = min(stops, key=lambda stop: reference.chain_loss(problem, stop)[0])
@@ -133,8 +133,8 @@ def test_a_new_pass_after_a_failure_has_its_best_pairs_tried(roomy):
 def test_layers_of_each_module_are_scored(two_group_problem):
     search = jc.LinearizedSearch(num_candidates=2)
     state, info = search.step(jax.random.key(0), search.init(jax.random.key(1), two_group_problem), two_group_problem)
-    assert search._share_members(two_group_problem) == [1, 1]
-    assert jc.LinearizedSearch()._share_members(two_group_problem) == [3, 2]
+    assert share_members(two_group_problem, 2) == [1, 1]
+    assert share_members(two_group_problem, 16) == [3, 2]
     length = int((info.chains[0] >= 0).sum()) - 1
     assert state.guide.layer_calls == 3 + (2 + 2) * length + 2 * min(length + 1, 3)
 

@@ -61,7 +61,7 @@ def test_the_answer_is_that_of_brute_force(depth, seed):
         np.testing.assert_array_equal(found.chains[0], chain)
 
 
-@pytest.mark.parametrize("match_fn", [match.match_all, match.match_sorted])
+@pytest.mark.parametrize("match_fn", [match.match_all, match.match_cells])
 @pytest.mark.parametrize("num_forward", [None, 0, 1, 4, 5])
 def test_few_candidates_hold_an_exact_chain_wherever_halves_meet(num_forward, match_fn):
     bank = make_bank(num_layers=2, layers=[jc.layers.InvertibleDense(FEATURES), jc.layers.AdditiveCoupling(FEATURES)])

@@ -12,16 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from jchain import chain as chain_lib
-from jchain import env
 from jchain import memo as memo_lib
 from jchain._typing import Array, Bool, Float, Int, Key
 from jchain.chain import PADDING
-from jchain.engine import apply_token
 from jchain.gradient import choose_products, score_moves
 from jchain.memo import Memo
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
+from jchain.starts import draw_members, draw_start, share_members
 
 _START_RADIUS = 4.0
 
@@ -118,7 +117,7 @@ class LinearizedSearch:
         here = jnp.where(does_move, chains[best], guide.chain), jnp.where(does_move, loss[best], guide.loss)
         next_state = State(
             guide._replace(chain=here[0], loss=here[1], score=score),
-            does_move | is_stuck | (sum(self._share_members(problem)) < problem.bank.num_layers),
+            does_move | is_stuck | (sum(share_members(problem, self.num_candidates)) < problem.bank.num_layers),
             is_stuck,
             jnp.where(is_stuck, _START_RADIUS, jnp.clip(radius, 2.0, max(problem.max_layers, 2))),
             jnp.where(is_stuck, 0, num_failed).astype(jnp.int32),
@@ -132,14 +131,9 @@ class LinearizedSearch:
         )
         return next_state, info
 
-    def _share_members(self, problem: Problem) -> list[int]:
-        """How many layers of each group a pass scores."""
-        sizes = [len(group.tokens) for group in problem.bank.layers]
-        return [min(size, max(1, self.num_candidates * size // sum(sizes))) for size in sizes]
-
     def _count_best(self, problem: Problem) -> int:
         wanted = self.num_best or -(-32 // max(problem.max_layers, 1))
-        return min(wanted, sum(self._share_members(problem)))
+        return min(wanted, sum(share_members(problem, self.num_candidates)))
 
     def _count_pairs(self, problem: Problem) -> int:
         return min(self.num_pairs * self.patience, ((problem.max_layers + 1) * self._count_best(problem)) ** 2)
@@ -155,14 +149,14 @@ class LinearizedSearch:
 
     def _pass(self, key: Key[Array, ""], state: State, problem: Problem) -> Guide:
         start_key, key = jax.random.split(key)
-        chain = jax.lax.cond(state.is_start, lambda: _draw_start(start_key, problem), lambda: state.guide.chain)
+        chain = jax.lax.cond(state.is_start, lambda: draw_start(start_key, problem), lambda: state.guide.chain)
         scores, joint = score_moves(
             problem,
             chain,
             num_best=self._count_best(problem),
             num_pairs=max(self._count_pairs(problem), 1),
             num_products=self.num_products or choose_products(problem),
-            members=_draw_members(key, problem, self._share_members(problem)),
+            members=draw_members(key, problem, share_members(problem, self.num_candidates)),
         )
         is_neighbour = chain_lib.neighbours(chain, problem.bank.num_layers, problem.bank.num_heads)[1]
         start_loss = jnp.where(jnp.isfinite(scores.loss), scores.loss, jnp.inf).astype(jnp.float32)
@@ -195,33 +189,3 @@ class LinearizedSearch:
         pairs = jnp.where(guide.is_pair[turn][:, None], guide.pairs[turn], guide.chain[None])
         is_greedy = jnp.concatenate([jnp.zeros(single.shape[0] + pairs.shape[0], bool), is_joint])
         return jnp.concatenate([single, pairs, joint]).astype(jnp.int32), rows, is_greedy
-
-
-def _draw_members(key: Key[Array, ""], problem: Problem, shares: list[int]) -> tuple[Array, ...]:
-    """Places of the layers to be scored, of each group its share."""
-
-    def draw(key: Array, size: int, share: int) -> Array:
-        places = jnp.arange(size)
-        return places if share == size else jax.random.choice(key, places, (share,), replace=False)
-
-    groups = problem.bank.layers
-    keys = jax.random.split(key, len(groups))
-    return tuple(draw(k, len(group.tokens), share) for k, group, share in zip(keys, groups, shares, strict=True))
-
-
-def _draw_start(key: Key[Array, ""], problem: Problem) -> Int[Array, "L"]:
-    """The best of all stops of a chain of random layers by all heads, for a layer call each."""
-    bank, slots = problem.bank, jnp.arange(problem.max_layers + 1)
-    tokens = jax.random.randint(key, slots.shape, 0, bank.num_layers).at[-1].set(PADDING)
-
-    def extend(hidden: Array, token: Array) -> tuple[Array, Array]:
-        made = apply_token(bank.layers, token, hidden)
-        return made, env.stop_losses(problem, made)
-
-    hidden = bank.embed(problem.data.x)
-    losses = jax.lax.scan(extend, hidden, tokens[:-1])[1]
-    losses = jnp.concatenate([env.stop_losses(problem, hidden)[None], losses])
-    prefixes = jnp.where(slots[None] < slots[:, None], tokens[None], PADDING)
-    losses += problem.price(prefixes)[:, None]
-    length, head = jnp.divmod(jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf)), bank.num_heads)
-    return prefixes[length].at[length].set(bank.num_layers + head).astype(jnp.int32)

@@ -1,0 +1,257 @@
+"""The layer that would be wanted at a slot: what goes in there and what should come out, and which bank layer comes nearest.
+
+The inverse answer to the gradient's question. What should come out is the loss's target, taken back through the head and the
+layers behind the slot (target propagation, Lee et al. 2015, arXiv:1412.7525; the targets of one layer by the inverse of the next,
+Bengio 2014, arXiv:1407.7906): exactly where a layer can be undone, and by damped local least squares where it cannot.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jchain._typing import Array, Float, Int
+from jchain.bank import Bank, LayerGroup
+from jchain.engine import apply_token, choose_chunk, compiler_options, find_backend, locate
+from jchain.gradient import EditScores
+from jchain.inverse import measure_residual, solve_locally, target_outputs, undo_groups
+from jchain.linearize import Forward, check_chain, flatten_rows, go_forward, know_nothing, map_layers
+from jchain.problem import Problem
+from jchain.pytree import is_concrete
+
+# Steps of conjugate gradients in a local least squares, and its damping in units of the mean square of the Jacobian of an identity.
+_NUM_CG_STEPS, _DAMPING = 4, 0.1
+# Outputs up to which the head is solved exactly by as many steps.
+_MAX_HEAD_STEPS = 16
+
+
+class IdealLayer(NamedTuple):
+    """The affine map that would be wanted, and how far each bank layer is from it."""
+
+    kernel: Float[Array, "F F"]
+    bias: Float[Array, "F"]
+    residual: Float[Array, ""]  # what it leaves of the targets, `|made - wanted| / |wanted|` over all examples
+    by_weights: Float[Array, "N"]  # [N], Frobenius distance of weights and bias; nan for layers that are no such map
+    by_outputs: Float[Array, "N"]  # [N], what each layer leaves of the targets, likewise
+
+    @property
+    def nearest_by_weights(self) -> int:
+        """The token of the layer whose weights are nearest; -1 where none are comparable."""
+        return int(np.nanargmin(self.by_weights)) if np.isfinite(self.by_weights).any() else -1
+
+    @property
+    def nearest_by_outputs(self) -> int:
+        """The token of the layer that leaves least: no bank layer leaves less."""
+        return int(np.argmin(self.by_outputs))
+
+
+def ideal_layer(
+    bank: Bank, before: Float[Array, "B ..."], after: Float[Array, "B ..."], ridge: float = 1e-3
+) -> IdealLayer:
+    """The least-squares layer from activations before a slot to those wanted behind it.
+
+    For modules that are a matrix and an activation that can be undone (`InvertibleDense`) it is the matrix before the
+    activation; else, and where a bank has several kinds of layers, an affine map without one.
+
+    Args:
+      bank: the layers.
+      before: activations, `[B, ...F]`.
+      after: what is wanted, `[B, ...F]`.
+      ridge: weight of the squared size of the matrix, in units of the mean square of an activation.
+
+    Raises:
+      ValueError: shapes differ, or the ridge is negative.
+    """
+    if before.shape != after.shape or before.ndim < 2:
+        raise ValueError(
+            f"expected activations [B, ...F] and as many wanted, got {list(before.shape)} and {list(after.shape)}"
+        )
+    if is_concrete(ridge) and not ridge >= 0:
+        raise ValueError(f"expected a ridge of at least 0, got {ridge}")
+    module: Any = bank.layers[0].module if len(bank.layers) == 1 else None
+    is_matrix = hasattr(module, "undo_activation")
+    # A layer of a matrix acts on the last axis; an affine map may mix all.
+    rows, wanted = (a.reshape(-1, a.shape[-1]) if is_matrix else flatten_rows(a) for a in (before, after))
+    wanted = module.undo_activation(wanted) if is_matrix else wanted
+    kernel, bias = _fit(rows, wanted, ridge)
+    made = rows @ kernel + bias[None]
+    made = (module.redo_activation(made) if is_matrix else made).reshape(after.shape)
+    by_outputs = jnp.stack(
+        [_leave(apply_token(bank.layers, jnp.asarray(token), before), after) for token in range(bank.num_layers)]
+    )
+    by_weights = jnp.full(bank.num_layers, jnp.nan)
+    if is_matrix:
+        params = bank.layers[0].params
+        gap = jnp.sum((params["kernel"] - kernel[None]) ** 2, axis=(1, 2))
+        own = params["bias"] if "bias" in params else jnp.zeros((1, 1))
+        distance = jnp.sqrt(gap + jnp.sum((own - bias[None]) ** 2, axis=1))
+        by_weights = by_weights.at[np.array(bank.layers[0].tokens)].set(distance)
+    return IdealLayer(kernel, bias, _leave(made, after), by_weights, by_outputs)
+
+
+def _fit(rows: Float[Array, "B F"], wanted: Float[Array, "B G"], ridge: Any) -> tuple[Array, Array]:
+    """Ridge regression; its bias is not shrunk."""
+    mean, wanted_mean = jnp.mean(rows, axis=0, keepdims=True), jnp.mean(wanted, axis=0, keepdims=True)
+    centered = rows - mean
+    gram = centered.T @ centered
+    size = rows.shape[0] * jnp.mean(rows**2)
+    kernel = jnp.linalg.solve(
+        gram + ridge * size * jnp.eye(len(gram), dtype=gram.dtype), centered.T @ (wanted - wanted_mean)
+    )
+    return kernel, (wanted_mean - mean @ kernel)[0]
+
+
+def _leave(made: Array, wanted: Array) -> Float[Array, ""]:
+    return measure_residual(made.reshape(1, -1), wanted.reshape(1, -1))[0]
+
+
+def score_edits(
+    problem: Problem,
+    chain: Int[Array, "L"] | Any,
+    *,
+    rate: float = 1.0,
+    is_exact: bool = False,
+    is_projected: bool = True,
+    members: tuple[Int[Array, "_"], ...] | None = None,
+) -> EditScores:
+    """Of each edit, how much nearer its layer's outputs are to what is wanted there than those of the layer that is there.
+
+    `|f_b(h_t) - wanted|^2 - |f_t(h_t) - wanted|^2`, summed over the split, 0 for the layer itself; nan for heads. What is wanted at
+    the end is `jchain.inverse.target_outputs`, or so much of the way there.
+
+    The cost for a chain of `D` layers is `D` layer calls forward; backward 1 for each layer that is undone exactly, and 14 for
+    others; and for each of the `D` slots and, where the chain is not full, for its end, one for each layer that is scored.
+
+    Args:
+      problem: bank, split, loss.
+      chain: tokens, `[L]`; checked where it is not traced.
+      rate: how much of the way from the outputs to their target is wanted.
+      is_exact: whether layers that can be undone are undone; else what is wanted before a layer is the damped least change of
+        its input, as it is before layers that cannot.
+      is_projected: whether outputs are compared along the change that is wanted of each example alone. Other directions are
+        those that the layers behind hardly see, or that the target leaves free.
+      members: for each group of the bank's layers, the places of those to be scored; all when None. Others are nan.
+
+    Raises:
+      ValueError: `chain` is no chain of this bank, or the loss has no target.
+    """
+    chain = check_chain(problem, chain)
+    problem = problem.without_names()
+    if members is None:
+        members = tuple(jnp.arange(len(group.tokens)) for group in problem.bank.layers)
+    backend = find_backend(problem, chain)
+    run = _compile(backend if is_concrete((problem, chain, members)) else None)
+    options = _Options(is_exact, is_projected, backend)
+    return run(problem, chain, jnp.asarray(rate, jnp.float32), members, options=options)
+
+
+class _Options(NamedTuple):
+    """What is part of a program. Hashable."""
+
+    is_exact: bool
+    is_projected: bool
+    backend: str
+
+
+@cache
+def _compile(backend: str | None) -> Any:
+    flags = None if backend is None else compiler_options(backend)
+    return jax.jit(_score, static_argnames="options", compiler_options=flags)
+
+
+def _score(problem: Problem, chain: Array, rate: Array, members: Any, options: _Options) -> EditScores:
+    # A plain vmap would turn each layer call into one with gathered weights, and each branch into all of them.
+    @jax.custom_batching.sequential_vmap
+    def score(problem: Problem, chain: Array, rate: Array, members: Any) -> EditScores:
+        return _score_one(problem, chain, rate, members, options)
+
+    return score(problem, chain, rate, members)
+
+
+def _score_one(problem: Problem, chain: Array, rate: Array, members: Any, options: _Options) -> EditScores:
+    bank, forward = problem.bank, go_forward(problem, chain)
+    length = forward.length
+    inverses = undo_groups(bank) if options.is_exact else (None,) * len(bank.layers)
+    chunk = choose_chunk(bank.num_layers, forward.hidden[0], options.backend)
+    last = _pull_head(problem, chain, forward, rate)
+    behind = jnp.concatenate([forward.hidden[1:], forward.hidden[-1:]])
+
+    def go_back(after: Array, slot: Any) -> Any:
+        """From what is wanted behind a slot to what is wanted before it."""
+        is_there = slot[0] < jnp.minimum(length + 1, problem.max_layers)
+        return jax.lax.cond(is_there, visit, skip, after, slot)
+
+    def visit(after: Array, slot: Any) -> Any:
+        t, token, hidden, made = slot
+        is_layer = t < length
+        before = jax.lax.cond(is_layer, partial(_undo, bank.layers, inverses, token), lambda _, a: a, hidden, after)
+        compare, compare_before = (
+            partial(_compare, here, wanted, options.is_projected) for here, wanted in ((made, after), (hidden, before))
+        )
+
+        def score(out: Array) -> Any:
+            return compare(out), compare_before(out)
+
+        swap, insert = map_layers(score, bank, members, hidden, chunk)
+        own = jnp.where(is_layer, token, bank.num_layers)
+        swap = jnp.where(is_layer, swap.at[own].set(0.0), jnp.nan)
+        insert = jnp.where(length < problem.max_layers, insert, jnp.nan)
+        delete = jnp.where(is_layer, compare(hidden), jnp.nan)
+        return before, (swap, insert, delete)
+
+    def skip(after: Array, slot: Any) -> Any:
+        return after, jax.tree.map(know_nothing, jax.eval_shape(visit, after, slot)[1])
+
+    slots = jnp.arange(chain.size), chain, forward.hidden, behind
+    scores = jax.lax.scan(go_back, last, slots, reverse=True)[1]
+    swap, insert, delete = (jnp.where(jnp.isfinite(part), part, jnp.nan) for part in scores)
+    num_scored = sum(rows.shape[0] for rows in members)
+    calls = num_scored * jnp.minimum(length + 1, problem.max_layers) + length + _count_undoing(bank, inverses, chain)
+    unknown = jnp.full(bank.num_heads, jnp.nan, swap.dtype)
+    return EditScores(swap, insert, delete, unknown, forward.loss + problem.price(chain), calls)
+
+
+def _compare(here: Array, wanted: Array, is_projected: bool, made: Array) -> Float[Array, ""]:
+    """`|made - wanted|^2 - |here - wanted|^2`, or of what `made` is along the way from here to what is wanted."""
+    dtype = jnp.promote_types(jnp.float32, here.dtype)
+    change, way = (flatten_rows(a - here).astype(dtype) for a in (made, wanted))
+    along = jnp.sum(change * way, axis=1)
+    if is_projected:
+        length = jnp.sum(way**2, axis=1)
+        return jnp.sum(along**2 / jnp.maximum(length, jnp.finfo(dtype).tiny) - 2 * along)
+    return jnp.sum(jnp.sum(change**2, axis=1) - 2 * along)
+
+
+def _count_undoing(bank: Bank, inverses: Any, chain: Array) -> Int[Array, ""]:
+    costs = np.zeros(bank.num_layers + bank.num_heads + 1, np.int32)
+    for group, inverse in zip(bank.layers, inverses, strict=True):
+        # Forward once more, and a product there and one back for each step, for its start, and at the end.
+        costs[list(group.tokens)] = 2 * (_NUM_CG_STEPS + 2) + 2 if inverse is None else 1
+    return jnp.sum(jnp.asarray(costs)[chain])
+
+
+def _pull_head(problem: Problem, chain: Array, forward: Forward, rate: Array) -> Float[Array, "B ..."]:
+    """What is wanted at the head: the least change that moves the outputs so much of the way to their target."""
+    outputs, hidden = forward.outputs, forward.hidden[forward.length]
+    target = target_outputs(outputs, problem.data.y, problem.loss_fn)
+    wanted = outputs + rate.astype(outputs.dtype) * (target - outputs)
+    head = partial(apply_token, problem.bank.heads, chain[forward.length])
+    num_steps = min(_MAX_HEAD_STEPS, outputs.size // outputs.shape[0])
+    return hidden + solve_locally(head, hidden, wanted, num_steps, 1e-6)
+
+
+def _undo(groups: tuple[LayerGroup, ...], inverses: Any, token: Array, hidden: Array, after: Array) -> Array:
+    """What a layer would have to read to give what is wanted behind it."""
+
+    def undo(group: LayerGroup, inverse: LayerGroup | None) -> Callable[[Array], Array]:
+        if inverse is not None:
+            return partial(inverse.apply, member_of[token])
+        layer = partial(group.apply, member_of[token])
+        return lambda after: hidden + solve_locally(layer, hidden, after, _NUM_CG_STEPS, _DAMPING)
+
+    group_of, member_of = locate(groups)
+    branches = [undo(group, inverse) for group, inverse in zip(groups, inverses, strict=True)]
+    return jax.lax.switch(group_of[token], branches, after)
