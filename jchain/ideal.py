@@ -49,7 +49,7 @@ class IdealLayer(NamedTuple):
 
 
 def ideal_layer(
-    bank: Bank, before: Float[Array, "B ..."], after: Float[Array, "B ..."], ridge: float = 1e-3
+    bank: Bank, before: Float[Array, "B ..."], after: Float[Array, "B ..."], ridge: float | Float[Array, ""] = 1e-3
 ) -> IdealLayer:
     """The least-squares layer from activations before a slot to those wanted behind it.
 
@@ -112,15 +112,15 @@ def score_edits(
     problem: Problem,
     chain: Int[Array, "L"] | Any,
     *,
-    rate: float = 1.0,
+    rate: float | Float[Array, ""] = 1.0,
     is_exact: bool = False,
     is_projected: bool = True,
     members: tuple[Int[Array, "_"], ...] | None = None,
 ) -> EditScores:
     """Of each edit, how much nearer its layer's outputs are to what is wanted there than those of the layer that is there.
 
-    `|f_b(h_t) - wanted|^2 - |f_t(h_t) - wanted|^2`, summed over the split, 0 for the layer itself; nan for heads. What is wanted at
-    the end is `jchain.inverse.target_outputs`, or so much of the way there.
+    `|f_b(h_t) - wanted|^2 - |f_t(h_t) - wanted|^2`, summed over the split, 0 for the layer itself; of heads the exact change of
+    loss. What is wanted at the end is `jchain.inverse.target_outputs`, or so much of the way there.
 
     The cost for a chain of `D` layers is `D` layer calls forward; backward 1 for each layer that is undone exactly, and 14 for
     others; and for each of the `D` slots and, where the chain is not full, for its end, one for each layer that is scored.
@@ -210,8 +210,8 @@ def _score_one(problem: Problem, chain: Array, rate: Array, members: Any, option
     swap, insert, delete = (jnp.where(jnp.isfinite(part), part, jnp.nan) for part in scores)
     num_scored = sum(rows.shape[0] for rows in members)
     calls = num_scored * jnp.minimum(length + 1, problem.max_layers) + length + _count_undoing(bank, inverses, chain)
-    unknown = jnp.full(bank.num_heads, jnp.nan, swap.dtype)
-    return EditScores(swap, insert, delete, unknown, forward.loss + problem.price(chain), calls)
+    head = (forward.heads - forward.loss).at[chain[length] - bank.num_layers].set(0.0)
+    return EditScores(swap, insert, delete, head, forward.loss + problem.price(chain), calls)
 
 
 def _compare(here: Array, wanted: Array, is_projected: bool, made: Array) -> Float[Array, ""]:

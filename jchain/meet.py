@@ -276,7 +276,8 @@ def _measure_all(task: _Task, chains: Int[Array, "K D"]) -> Float[Array, "K"]:
 
 def _measure(task: _Task, chains: Int[np.ndarray, "K D"]) -> Float[np.ndarray, "K"]:
     # Few sizes, so few programs.
-    size = 1 << max(len(chains) - 1, 0).bit_length()
+    step = _NUM_FINALISTS if len(chains) <= _NUM_FINALISTS else 4096
+    size = -(-len(chains) // step) * step
     padded = np.pad(chains, ((0, size - len(chains)), (0, 0)))
     return np.asarray(_measure_all(task, jnp.asarray(padded)))[: len(chains)]
 

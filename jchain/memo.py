@@ -37,8 +37,7 @@ def init(problem: Problem) -> Memo:
 
 def score(memo: Memo, problem: Problem, chains: Int[Array, "P L"]) -> tuple[Memo, Float[Array, "P"], Int[Array, ""]]:
     """The table with these chains in it, their losses, and the layer calls that the new ones cost."""
-    place = _hash(chains) % memo.loss.shape[0]
-    is_match = (memo.chains[place] == chains[:, None]).all(axis=-1)
+    place, is_match = _find(memo, chains)
     is_known = is_match.any(axis=1)
     # A head alone costs no layer call.
     bare = jnp.full_like(chains[0], PADDING).at[0].set(problem.bank.num_layers)
@@ -46,6 +45,17 @@ def score(memo: Memo, problem: Problem, chains: Int[Array, "P L"]) -> tuple[Memo
     known = jnp.where(is_match, memo.loss[place], 0.0).sum(axis=1)
     loss = jnp.where(is_known, known, out.loss)
     return _store(memo, place, chains, loss, ~is_known), loss, out.layer_calls
+
+
+def is_known(memo: Memo, chains: Int[Array, "P L"]) -> Bool[Array, "P"]:
+    """Which of these chains the table holds."""
+    return _find(memo, chains)[1].any(axis=1)
+
+
+def _find(memo: Memo, chains: Int[Array, "P L"]) -> tuple[Int[Array, "P"], Bool[Array, "P W"]]:
+    """The set of each chain, and in which of its places it stands."""
+    place = _hash(chains) % memo.loss.shape[0]
+    return place, (memo.chains[place] == chains[:, None]).all(axis=-1)
 
 
 def _store(

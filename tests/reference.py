@@ -1,5 +1,6 @@
 """The slow, obvious way: one chain, one layer, one NumPy operation at a time, in float64."""
 
+import jax
 import numpy as np
 
 
@@ -51,6 +52,9 @@ def apply(module, params, x):
         return x + _dense(params["Dense_1"], np.maximum(_dense(params["Dense_0"], x), 0))
     if kind == "Dense":
         return np.maximum(_dense(params["Dense_0"], x), 0)
+    if kind == "InvertibleDense":
+        made = _dense(params, x)
+        return np.where(made > 0, made, module.negative_slope * made)
     if kind == "DenseHead":
         return _dense(params["Dense_0"], x.reshape(len(x), -1))
     if kind == "ResidualConv":
@@ -67,9 +71,7 @@ def _find(groups, token):
     for group in groups:
         if token in group.tokens:
             index = group.tokens.index(token)
-            return group.module, {
-                name: {k: np.asarray(v)[index] for k, v in leaf.items()} for name, leaf in group.params.items()
-            }
+            return group.module, jax.tree.map(lambda leaf, index=index: np.asarray(leaf)[index], group.params)
     raise AssertionError(f"token {token} is in no group")
 
 

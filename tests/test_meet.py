@@ -118,11 +118,11 @@ def test_an_ill_conditioned_layer_is_never_taken_for_an_exact_answer():
 def test_halves_that_do_not_fit_are_gone_through_in_parts():
     bank = make_bank(num_layers=4)
     x, y, chain = make_task(bank, 6)
-    row_bytes = 8 * 4 + 32
+    row_bytes = 32 * 4 + 32
     for limit in (2 * 64 * row_bytes, 2 * 16 * row_bytes, 2 * row_bytes):
         found = jc.meet_in_the_middle(bank, x, y, 6, num_candidates=8, memory_limit=limit)
         np.testing.assert_array_equal(found.chains, chain[None])
-    with pytest.raises(ValueError, match=r"need 8,192 bytes, and 100 are allowed"):
+    with pytest.raises(ValueError, match=r"need 20,480 bytes, and 100 are allowed"):
         jc.meet_in_the_middle(bank, x, y, 6, num_candidates=8, memory_limit=100)
 
 

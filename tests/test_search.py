@@ -18,6 +18,8 @@ SEARCHES = {
     "BeamSearch": jc.BeamSearch(max_width=16),
     "CriticSearch": jc.CriticSearch(width=8, epsilon=0.5),
     "LinearizedSearch": jc.LinearizedSearch(),
+    "TargetPropagation": jc.TargetPropagation(num_moves=4),
+    "MeetInTheMiddle": jc.MeetInTheMiddle(width=4, num_candidates=3, num_probes=5),
     "QLearning": jc.QLearning(num_chains=6, num_replays=8),
     "MCTS": jc.MCTS(num_simulations=6),
     "ActorCritic": jc.ActorCritic(encoding=jc.TokenEncoding(features=8), num_chains=6),
@@ -29,13 +31,17 @@ RATES = {
     "ActorCritic-weights": {"entropy_weight": 1.0},
     "QLearning": {"learning_rate": 0.5, "min_epsilon": 0.2},
     "MCTS": {"gumbel_scale": 0.5},
+    "TargetPropagation": {"rate": 0.5},
+    "MeetInTheMiddle": {"temperature": 0.5},
     "CriticSearch": {"ridge": 5.0, "epsilon": 0.2},
 }
 # They go on from the activations of a prefix, and pay for each layer that they apply, not for chains.
 STEPPING = ("BeamSearch", "MCTS")
 DETERMINISTIC = ("BeamSearch",)
-# They also pay for passes: recounted in test_linearized and test_advice.
-PASSING = ("LinearizedSearch", "ActorCritic-scores")
+# They also pay for passes: recounted in tests of their own.
+PASSING = ("LinearizedSearch", "ActorCritic-scores", "TargetPropagation", "MeetInTheMiddle")
+# Layers that can be undone, for a search that needs them.
+INVERTIBLE = ("MeetInTheMiddle",)
 
 
 # Some vmapped, and the rest with `-m slow`.
@@ -69,6 +75,16 @@ def name(request):
 @pytest.fixture(scope="module")
 def search(name):
     return SEARCHES[name]
+
+
+def make_problem(name, num_layers=4, max_layers=3, seed=0):
+    options = {"layer": jc.layers.InvertibleDense(5)} if name in INVERTIBLE else {}
+    return jc.Problem(make_bank(num_layers, 2, seed=seed, **options), make_batch(), max_layers)
+
+
+@pytest.fixture(scope="module")
+def problem(name):
+    return make_problem(name)
 
 
 def steps(search, problem, seed=0, num=2, step=None):
@@ -151,7 +167,7 @@ def test_one_trace_for_all_steps_problems_and_rates(name, search, problem):
         traces.append(0)
         return search.step(key, state, problem)
 
-    other = jc.Problem(make_bank(seed=7), problem.data, problem.max_layers)
+    other = make_problem(name, seed=7)
     rates = type(search)(**({f: getattr(search, f) for f in search.__dataclass_fields__} | RATES.get(name, {})))
     for variant, where in [(search, problem), (search, other), (rates, problem)]:
         state = jax.jit(type(variant).init)(variant, jax.random.key(0), where)
@@ -168,15 +184,15 @@ def test_the_first_state_has_the_types_of_the_next(search, problem):
     assert str(jax.tree.leaves(state)) == str(jax.tree.leaves(after))
 
 
-def test_finds_the_optimum_of_a_tiny_problem(search):
-    problem = jc.Problem(make_bank(3, 2, seed=3), make_batch(), max_layers=2)
+def test_finds_the_optimum_of_a_tiny_problem(name, search):
+    problem = make_problem(name, 3, 2, seed=3)
     optimum = jc.evaluate_all(problem)[1].loss.min()
     result = jc.run(jax.random.key(0), search, problem, budget=600)
     assert result.best_loss == pytest.approx(float(optimum), rel=1e-5)
 
 
-def test_works_without_layers_to_choose(search):
-    problem = jc.Problem(make_bank(3, 2), make_batch(), max_layers=0)
+def test_works_without_layers_to_choose(name, search):
+    problem = make_problem(name, 3, 0)
     result = jc.run(jax.random.key(0), search, problem, budget=10)
     assert result.layer_calls == 0
     assert len(result.finalists) == 2
@@ -198,6 +214,9 @@ def test_works_without_layers_to_choose(search):
         (jc.QLearning, {"replay_size": 8, "num_chains": 16}),
         (jc.MCTS, {"num_simulations": 0}),
         (jc.CriticSearch, {"width": 0}),
+        (jc.TargetPropagation, {"num_moves": 0}),
+        (jc.MeetInTheMiddle, {"width": 0}),
+        (jc.MeetInTheMiddle, {"num_tail": -1}),
     ],
 )
 def test_bad_sizes_are_refused(cls, sizes):

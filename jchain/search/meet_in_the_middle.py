@@ -26,6 +26,9 @@ from jchain.search.base import Info
 from jchain.starts import draw_members, share_members
 from jchain.tails import Tails, predict, pull_tails
 
+# So many times as many chains are looked up as are evaluated, to pass over those that were tried.
+_MARGIN = 4
+
 
 class State(NamedTuple):
     """What the next step needs."""
@@ -52,14 +55,14 @@ class MeetInTheMiddle:
       num_candidates: layers that tails are made of, of each module its share and at least one, drawn anew for each pass.
       num_moves: chains that are evaluated in a step.
       num_probes: examples on which prefixes and tails meet, evenly spaced; a layer call on them counts as that share of one.
-      temperature: of the Gumbel noise on the log of the predicted loss by which a later pass takes prefixes.
+      temperature: of the Gumbel noise on the log of the predicted loss by which later passes choose.
     """
 
-    width: int = static(default=8)
-    num_tail: int = static(default=2)
+    width: int = static(default=16)
+    num_tail: int = static(default=1)
     num_candidates: int = static(default=12)
     num_moves: int = static(default=8)
-    num_probes: int = static(default=64)
+    num_probes: int = static(default=32)
     temperature: float = 0.1
 
     def __post_init__(self) -> None:
@@ -101,6 +104,9 @@ class MeetInTheMiddle:
             return self._extend(key, state, few, problem)
 
         looked, chains, num_applied = look(problem, key, state._replace(memo=None))
+        # Those that were not tried before, as far as there are.
+        order = jnp.argsort(memo_lib.is_known(state.memo, chains), stable=True)[: self.num_moves]
+        chains = chains[order]
         memo, loss, layer_calls = memo_lib.score(state.memo, problem, chains)
         best = jnp.argmin(loss)
         is_better = loss[best] < state.best_loss
@@ -138,44 +144,44 @@ class MeetInTheMiddle:
             return tails, forward.length + num_grown * (2 + outputs)
 
         tails, num_pulled = jax.lax.cond(is_start, pull, lambda: (state.tails, jnp.int32(0)))
+        does_extend = state.is_there & (state.depth < few.max_layers)
         made = jax.lax.map(lambda h: apply_all(bank.layers, h), state.hidden)
-        made = made.reshape(-1, *made.shape[2:])
         tokens = jnp.tile(jnp.arange(bank.num_layers, dtype=jnp.int32), self.width)
-        prefixes = jnp.repeat(state.prefixes, bank.num_layers, axis=0)
-        prefixes = jnp.where(jnp.arange(num_slots)[None] == state.depth, tokens[:, None], prefixes)
-        is_there = jnp.repeat(state.is_there, bank.num_layers)
-        depth = state.depth + 1
+        children = jnp.repeat(state.prefixes, bank.num_layers, axis=0)
+        children = jnp.where(jnp.arange(num_slots)[None] == state.depth, tokens[:, None], children)
+        # The empty prefix meets tails too.
+        prefixes = jnp.concatenate([state.prefixes[:1], children])
+        made = jnp.concatenate([state.hidden[:1], made.reshape(-1, *made.shape[2:])])
+        is_there = jnp.append(is_start, jnp.repeat(does_extend, bank.num_layers))
+        depth = jnp.where(jnp.arange(len(prefixes)) == 0, state.depth, state.depth + 1)
 
-        # A tail is placed behind the prefix; its own padding is the chain's.
-        num_tail = (tails.tokens >= 0).sum(axis=1) - 1
-        width = tails.tokens.shape[1]
-        place = jnp.arange(num_slots)[None] - depth
-        behind = jnp.where((place >= 0) & (place < width), tails.tokens[:, jnp.clip(place[0], 0, width - 1)], PADDING)
         price = few.price(prefixes)[:, None] + few.price(tails.tokens)[None]
         loss = jax.lax.map(lambda h: predict(few, tails, h), made) + price
-        is_chain = is_there[:, None] & (num_tail + depth < num_slots)[None] & jnp.isfinite(loss)
-        loss = jnp.where(is_chain, loss, jnp.inf)
-
-        gain, pairs = jax.lax.top_k(-loss.reshape(-1), min(self.num_moves, loss.size))
+        does_fit = depth[:, None] + (tails.tokens >= 0).sum(axis=1)[None] <= num_slots
+        loss = jnp.where(is_there[:, None] & does_fit & jnp.isfinite(loss), loss, jnp.inf)
+        hope = -jnp.log(jnp.maximum(loss, 1e-6))
+        hope += jnp.where(state.is_first, 0.0, self.temperature) * jax.random.gumbel(noise_key, hope.shape)
+        gain, pairs = jax.lax.top_k(hope.reshape(-1), min(_MARGIN * self.num_moves, loss.size))
         row, tail = jnp.divmod(pairs, loss.shape[1])
-        chains = jnp.where(place < 0, prefixes[row], behind[tail])
+        # A tail stands behind its prefix; its own padding is the chain's.
+        place = jnp.arange(num_slots)[None] - depth[row][:, None]
+        width = tails.tokens.shape[1]
+        behind = jnp.take_along_axis(tails.tokens[tail], jnp.clip(place, 0, width - 1), axis=1)
+        chains = jnp.where(place < 0, prefixes[row], jnp.where(place < width, behind, PADDING))
         stop = jnp.full(num_slots, PADDING, jnp.int32).at[0].set(bank.num_layers)
         chains = jnp.where(jnp.isfinite(gain)[:, None], chains, stop[None])
 
-        worth = jnp.log(jnp.maximum(loss.min(axis=1), 1e-6))
-        noise = jnp.where(state.is_first, 0.0, self.temperature) * jax.random.gumbel(noise_key, worth.shape)
-        _, kept = (
-            jax.lax.top_k(-worth + noise, self.width) if len(worth) >= self.width else (None, jnp.arange(self.width))
-        )
-        is_over = depth >= few.max_layers
+        worth, kept = jax.lax.top_k(hope[1:].max(axis=1), self.width)
+        kept = 1 + kept
+        is_over = state.depth + 1 >= few.max_layers
         hidden = few.bank.embed(few.data.x)
         is_root = jnp.arange(self.width) == 0
         next_state = state._replace(
             prefixes=jnp.where(is_over, PADDING, prefixes[kept]),
             hidden=jnp.where(is_over, jnp.broadcast_to(hidden, state.hidden.shape), made[kept]),
-            is_there=jnp.where(is_over, is_root, is_there[kept] & jnp.isfinite(worth[kept])),
-            depth=jnp.where(is_over, 0, depth),
+            is_there=jnp.where(is_over, is_root, is_there[kept] & jnp.isfinite(worth)),
+            depth=jnp.where(is_over, 0, state.depth + 1),
             tails=tails,
             is_first=state.is_first & ~is_over,
         )
-        return next_state, chains.astype(jnp.int32), num_pulled + bank.num_layers * state.is_there.sum()
+        return next_state, chains.astype(jnp.int32), num_pulled + bank.num_layers * does_extend.sum()

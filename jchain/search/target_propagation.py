@@ -20,6 +20,8 @@ from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
 from jchain.starts import draw_members, draw_start, share_members
 
+_LARGE = 1e30
+
 
 class State(NamedTuple):
     """What the next step needs."""
@@ -107,6 +109,8 @@ class TargetPropagation:
         chain = jax.lax.cond(here.is_start, lambda: draw_start(start_key, problem), lambda: here.chain)
         members = draw_members(key, problem, share_members(problem, self.num_candidates))
         scores = score_edits(problem, chain, rate=self.rate, is_exact=self.is_exact, members=members)
+        # Heads are known exactly: those that are better come first, others last.
+        scores = scores._replace(head=jnp.where(scores.head < 0, -_LARGE, _LARGE))
         is_neighbour = chain_lib.neighbours(chain, problem.bank.num_layers, problem.bank.num_heads)[1]
         start_loss = jnp.where(jnp.isfinite(scores.loss), scores.loss, jnp.inf).astype(jnp.float32)
         found = here._replace(
