@@ -282,7 +282,8 @@ class Bank:
         for group in self.layers:
             shape = find_input_shape(group)
             if shape is not None:
-                check_keeps_shape(group, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
+                dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(group.params))
+                check_keeps_shape(group, jax.ShapeDtypeStruct((1, *shape), dtype))
 
 
 def check_keeps_shape(group: LayerGroup, x: Any) -> None:

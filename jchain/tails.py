@@ -108,15 +108,15 @@ def _expand(level: _Level, outputs: Float[Array, "m B C"]) -> Tails:
     return Tails(level.tokens, outputs - jnp.einsum("mcbf,mbf->mbc", rows, entry), rows)
 
 
-def predict(problem: Problem, tails: Tails, hidden: Float[Array, "B ..."]) -> Float[Array, "M"]:
-    """The loss of one prefix with each tail, without the price of layers."""
-    flat = flatten_rows(hidden)
+def predict(problem: Problem, tails: Tails, hidden: Float[Array, "P B ..."]) -> Float[Array, "P M"]:
+    """The loss of each prefix with each tail, without the price of layers."""
+    flat = hidden.reshape(*hidden.shape[:2], -1)
     shape = jax.eval_shape(
-        lambda h: apply_token(problem.bank.heads, jnp.asarray(problem.bank.num_layers), h), hidden
+        partial(apply_token, problem.bank.heads, jnp.asarray(problem.bank.num_layers)), hidden[0]
     ).shape
 
-    def measure(tail: Tails) -> Array:
-        outputs = tail.outputs + jnp.einsum("cbf,bf->bc", tail.rows, flat)
-        return problem.measure(outputs.reshape(shape))[0]
+    def measure(tail: Tails) -> Float[Array, "P"]:
+        outputs = tail.outputs[None] + jnp.einsum("cbf,pbf->pbc", tail.rows, flat)
+        return jax.vmap(lambda outputs: problem.measure(outputs.reshape(shape))[0])(outputs)
 
-    return jax.lax.map(measure, tails, batch_size=16)
+    return jax.lax.map(measure, tails).T

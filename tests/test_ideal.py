@@ -152,7 +152,7 @@ def test_tails_of_affine_layers_predict_the_exact_loss(num_layers):
     for token in prefix:
         hidden = problem.bank.layers[0].apply(token, hidden)
     wanted = [reference.chain_loss(problem, [*prefix, *row])[0] for row in rows]
-    np.testing.assert_allclose(tails.predict(problem, found, hidden), wanted, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(tails.predict(problem, found, hidden[None])[0], wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_a_tail_is_linear_where_it_gives_the_target():

@@ -128,7 +128,10 @@ def test_halves_that_do_not_fit_are_gone_through_in_parts():
 
 def test_float64_weights_are_searched_in_float64():
     with jax.enable_x64(True):
-        bank = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), make_bank(num_layers=5))
+        bank = make_bank(num_layers=5)
+        params = [jax.tree.map(lambda leaf, i=i: leaf[i].astype(jnp.float64), bank.layers[0].params) for i in range(5)]
+        head = jax.tree.map(lambda leaf: leaf[0], bank.heads[0].params)
+        bank = jc.Bank.stack(bank.layers[0].module, params, bank.heads[0].module, [head])
         x, _, chain = make_task(bank, 4)
         x = x.astype(jnp.float64)
         found = jc.meet_in_the_middle(bank, x, jnp.asarray(apply(bank, chain, x)), 4, num_candidates=3)

@@ -156,7 +156,7 @@ class MeetInTheMiddle:
         depth = jnp.where(jnp.arange(len(prefixes)) == 0, state.depth, state.depth + 1)
 
         price = few.price(prefixes)[:, None] + few.price(tails.tokens)[None]
-        loss = jax.lax.map(lambda h: predict(few, tails, h), made) + price
+        loss = predict(few, tails, made) + price
         does_fit = depth[:, None] + (tails.tokens >= 0).sum(axis=1)[None] <= num_slots
         loss = jnp.where(is_there[:, None] & does_fit & jnp.isfinite(loss), loss, jnp.inf)
         hope = -jnp.log(jnp.maximum(loss, 1e-6))

@@ -1,0 +1,346 @@
+"""Can inverses of square layers work back from an output to the layers that are needed?
+
+    python experiments/inverse.py
+
+*Recovery*: 16 layers 16 wide, orthogonal, with a leaky ReLU of slope 0.5; a secret chain of them is applied to 64 normal
+examples, noise is added to its outputs, and `jc.meet_in_the_middle` is asked for the chain. How often is it found, by depth, noise
+(standard deviation, by that of the outputs), probes, slope, condition of the matrices and float type, in how many seconds, and does
+the residual tell: the largest one of a chain that is right, the smallest of one that is wrong. *Growth*: seconds against depth and
+bank size, beside all chains one after another at the speed of `jc.evaluate_all`. *Search*: digits banks of layers that can be
+undone, 12 layers and 4 slots; regret (0 the best of all chains, 1 the median one) of each search at equal layer calls. *Ideal
+layer*: Spearman's correlation over all single swaps of a chain with the true change of loss, of distances to what is wanted at the
+slot (`jc.ideal`) and of scores by the gradient. Writes inverse.json, .md and .png to experiments/results.
+
+EXPECT
+
+`--quick`: two seeds of everything, depth 8 at most; nothing is written.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+from records import correlate, describe_machine, keep, make_pool, try_swaps
+
+import jchain as jc
+from jchain.files import write_atomically, write_json
+
+NUM_LAYERS, FEATURES, EXAMPLES, SLOPE = 16, 16, 64, 0.5
+NOISES = (0.0, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0)
+# Of each row of the table of recovery: depth, noise, and what else is not as above.
+Case = tuple[int, float, dict[str, Any]]
+CASES: list[tuple[Case, int]] = [
+    *(((depth, 0.0, {}), 20) for depth in (2, 4, 6, 8)),
+    ((10, 0.0, {}), 5),
+    ((12, 0.0, {}), 3),
+    ((12, 0.01, {"tolerance": 0.01}), 1),
+    ((8, 0.1, {}), 20),
+    *(((depth, noise, {}), 10) for depth in (4, 6, 8) for noise in NOISES[1:] if (depth, noise) != (8, 0.1)),
+    *(((8, noise, {"num_probes": probes}), 10) for probes in (2, 32) for noise in (0.1, 0.3, 1.0)),
+    *(((8, noise, {"num_forward": 5}), 10) for noise in (0.3, 0.5)),
+    *(((8, noise, {"slope": slope}), 10) for slope in (1.0, 0.2, 0.1, 0.01) for noise in (0.0, 0.03)),
+    *(((8, 0.0, {"condition": c, "is_x64": x64}), 10) for x64 in (False, True) for c in (1e1, 1e2, 1e3, 1e4)),
+]
+GROWTH = [(n, depth) for n in (4, 8, 16, 32) for depth in (2, 4, 6, 8, 10, 12) if n ** (depth / 2) < 2e6]
+LAYERS = {
+    "dense": jc.layers.InvertibleDense(64),
+    "coupling": jc.layers.AdditiveCoupling(64),
+    "residual": jc.layers.InvertibleResidual(64),
+}
+BANKS = [(layer, kind, seed) for layer in LAYERS for kind in ("independent", "routed") for seed in (0,)]
+NUM_STEPS, DEPTH, SIZE = 300, 4, 12
+SEARCHES = {
+    "meet in the middle": jc.MeetInTheMiddle(),
+    "target propagation": jc.TargetPropagation(),
+    "target propagation, exact": jc.TargetPropagation(is_exact=True),
+    "linearized": jc.LinearizedSearch(),
+    "beam search": jc.BeamSearch(),
+    "local search": jc.LocalSearch(),
+    "evolution": jc.Evolution(),
+    "random search": jc.RandomSearch(),
+}
+BUDGETS, NUM_SEEDS = (300, 1000, 3000), 10
+SCORES = ("linearized", "activations", "weights", "ideal, all of it", "ideal, the way there", "ideal, undone")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two seeds of everything, depth 8 at most")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    cases = [(case, 2 if args.quick else seeds) for case, seeds in CASES if case[0] <= 8 or not args.quick]
+    recovery = [measure_case(case, seeds) for case, seeds in cases]
+    print(format_recovery(recovery), flush=True)
+    sizes = [size for size in GROWTH if size[0] ** size[1] < 1e8] if args.quick else GROWTH
+    found = keep(
+        RECOVER, "inverse-growth", sizes, lambda: {"seconds": np.array([time_growth(*size) for size in sizes])}
+    )
+    growth = [
+        {"layers": n, "depth": depth, "seconds": float(row[0]), "exhaustive": float(row[1])}
+        for (n, depth), row in zip(sizes, found["seconds"], strict=True)
+    ]
+    banks, seeds = (BANKS[::2], 2) if args.quick else (BANKS, NUM_SEEDS)
+    with make_pool(2) as pool:
+        searched = [*pool.map(search_bank, banks, [seeds] * len(banks))]
+        scored = [*pool.map(score_bank, banks)]
+    search, ideal = summarize_search(searched), summarize_scores(banks, scored)
+    tables = "\n\n".join([format_recovery(recovery), format_growth(growth), format_search(search), format_ideal(ideal)])
+    print(tables)
+    if args.quick:
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    result = {"recovery": recovery, "growth": growth, "search": search, "ideal": ideal}
+    write_json(args.out / "inverse.json", {**describe_machine(), "banks": BANKS, "budgets": BUDGETS, **result})
+    write_atomically(args.out / "inverse.md", lambda path: Path(path).write_text(tables + "\n"))
+    write_atomically(args.out / "inverse.png", lambda path: draw(path, recovery, growth))
+
+
+def make_secret(seed: int, depth: int, noise: float, options: dict[str, Any]) -> tuple[jc.Bank, Any, Any, np.ndarray]:
+    """A bank, inputs, outputs with noise, and the chain that made them."""
+    num_layers = options.get("num_layers", NUM_LAYERS)
+    layer = jc.layers.InvertibleDense(FEATURES, negative_slope=options.get("slope", SLOPE))
+    keys = jax.random.split(jax.random.key(seed), num_layers + 4)
+    # Singular values of equal ratios, of geometric mean 1.
+    condition = options.get("condition", 1.0)
+    values = condition ** np.linspace(0.5, -0.5, FEATURES)
+    params = []
+    for key in keys[:num_layers]:
+        left, right = jax.random.orthogonal(key, FEATURES, (2,))
+        bias = 0.1 * jax.random.normal(jax.random.fold_in(key, 1), (FEATURES,))
+        params.append({"kernel": (left * jnp.asarray(values, left.dtype)[None]) @ right, "bias": bias})
+    head, dtype = jc.layers.DenseHead(2), params[0]["bias"].dtype
+    bank = jc.Bank.stack(layer, params, head, [head.init(keys[-4], jnp.ones((1, FEATURES), dtype))["params"]])
+    x = jax.random.normal(keys[-3], (EXAMPLES, FEATURES))
+    chain = np.asarray(jax.random.randint(keys[-2], (depth,), 0, num_layers))
+    hidden = x
+    for token in chain:
+        hidden = bank.layers[0].apply(int(token), hidden)
+    return bank, x, hidden + noise * hidden.std() * jax.random.normal(keys[-1], hidden.shape), chain
+
+
+def recover(seed: int, case: Case) -> tuple[float, float, float]:
+    """Whether the chain is found, its residual, and seconds."""
+    depth, noise, options = case
+    with jax.enable_x64(options.get("is_x64", False)):
+        bank, x, y, chain = make_secret(seed, depth, noise, options)
+        asked = {name: options[name] for name in ("num_probes", "num_forward", "tolerance") if name in options}
+        start = time.perf_counter()
+        try:
+            found = jc.meet_in_the_middle(bank, x, y, depth, **asked)
+        except ValueError:  # no halves meet
+            return 0.0, np.inf, time.perf_counter() - start
+        seconds = time.perf_counter() - start
+    return float(np.array_equal(found.chains[0], chain)), float(found.residuals[0]), seconds
+
+
+def measure_case(case: Case, num_seeds: int) -> dict[str, Any]:
+    depth, noise, options = case
+    found = keep(RECOVER, f"inverse-recover-{depth}", (case, num_seeds), lambda: {
+        "runs": np.array([recover(seed, case) for seed in range(num_seeds)], np.float64).astype(np.float32)
+    })["runs"]  # fmt: skip
+    is_right, residual, seconds = found.T
+    return {
+        "depth": depth, "noise": noise, **options, "seeds": num_seeds, "found": int(is_right.sum()),
+        "largest_right": float(residual[is_right > 0].max()) if is_right.any() else None,
+        "smallest_wrong": float(residual[is_right == 0].min()) if not is_right.all() else None,
+        "seconds": float(np.median(seconds)), "most_seconds": float(seconds.max()),
+    }  # fmt: skip
+
+
+def time_growth(num_layers: int, depth: int) -> tuple[float, float]:
+    """Seconds of the second of two exact recoveries, and of all chains one after another, from the layer calls of many."""
+    options = {"num_layers": num_layers}
+    bank, x, y, _ = make_secret(0, depth, 0.0, options)
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        jc.meet_in_the_middle(bank, x, y, depth, num_candidates=1)
+        seconds.append(time.perf_counter() - start)
+    problem = jc.Problem(bank, jc.Batch(x, jnp.zeros(len(x), int)), 4 if num_layers < 32 else 3)
+    jc.evaluate_all(problem)
+    start = time.perf_counter()
+    jax.block_until_ready(jc.evaluate_all(problem)[1].loss)
+    each = (time.perf_counter() - start) / num_layers**problem.max_layers
+    return seconds[1], each * float(num_layers) ** depth
+
+
+RECOVER: list[Callable[..., Any]] = [make_secret, recover, time_growth]
+
+
+def make_problem(layer: str, kind: str, seed: int) -> jc.Problem:
+    data = jc.data.load("digits", seed)
+    sizes: Any = {"num_layers": SIZE} if kind == "routed" else {"num_nets": SIZE // DEPTH}
+    options: Any = {"layer": LAYERS[layer], "head": jc.layers.DenseHead(10), "depth": DEPTH, "num_steps": NUM_STEPS}
+    bank = getattr(jc.train, kind)(jax.random.key(seed), data.train, **options, **sizes)
+    return jc.Problem(bank, data.search, DEPTH)
+
+
+def search_bank(bank: tuple[str, str, int], num_seeds: int) -> dict[str, np.ndarray]:
+    """Regret of each search at each budget, `[budgets, seeds]`, and its seconds."""
+
+    def run() -> dict[str, np.ndarray]:
+        problem, found = make_problem(*bank), {}
+        loss = np.asarray(jc.evaluate_all(problem)[1].loss)
+        for name, search in SEARCHES.items():
+            start = time.perf_counter()
+            results = jc.run_many(jax.random.split(jax.random.key(1), num_seeds), search, problem, budget=BUDGETS[-1])
+            losses = np.stack([result.curve.at(BUDGETS) for result in results], axis=1)
+            # No chain yet is as good as the worst.
+            losses = np.minimum(losses, loss.max())
+            found[f"{name} seconds"] = np.array([time.perf_counter() - start])
+            found[name] = np.maximum((losses - loss.min()) / (np.median(loss) - loss.min()), 0)
+        return found
+
+    return keep(
+        [make_problem, search_bank],
+        f"inverse-search-{'-'.join(map(str, bank))}",
+        (bank, num_seeds),
+        run,
+        uses=[*SEARCHES.values()],
+    )
+
+
+def score_bank(bank: tuple[str, str, int]) -> dict[str, np.ndarray]:
+    """Correlation of each score with the true change of loss, `[chains, SCORES]`, of random chains and of the best 1%."""
+
+    def run() -> dict[str, np.ndarray]:
+        problem = make_problem(*bank)
+        chains, out = jc.evaluate_all(problem)
+        is_long = chains[:, DEPTH] >= SIZE
+        order = np.argsort(np.asarray(out.loss)[is_long])
+        rng = np.random.default_rng(0)
+        picks = {"random": rng.choice(order, 8), "good": rng.choice(order[: len(order) // 100], 8)}
+        return {
+            sort: np.array([correlate_scores(problem, chains[is_long][i]) for i in rows])
+            for sort, rows in picks.items()
+        }
+
+    return keep([make_problem, score_bank, correlate_scores], f"inverse-ideal-{'-'.join(map(str, bank))}", bank, run)
+
+
+def correlate_scores(problem: jc.Problem, chain: np.ndarray) -> list[float]:
+    change = try_swaps(problem, chain)
+    is_swap = np.arange(change.shape[1]) != chain[:-1, None]
+    scores = [jc.swap_scores(problem, chain, kind) for kind in ("linearized", "activations", "weights")]
+    for is_projected, is_exact in ((False, False), (True, False), (True, True)):
+        scores.append(jc.ideal.score_edits(problem, chain, is_projected=is_projected, is_exact=is_exact).swap)
+    return [correlate(np.nan_to_num(np.asarray(score)[:-1][is_swap]), change[is_swap]) for score in scores]
+
+
+def summarize_search(searched: list[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
+    rows = []
+    for name in SEARCHES:
+        regret = np.stack([found[name] for found in searched])  # [banks, budgets, seeds]
+        row: dict[str, Any] = {
+            "search": name,
+            "seconds": float(np.median([found[f"{name} seconds"] for found in searched])),
+        }
+        row["regret"] = [jc.stats.iqm(regret[:, i]) for i in range(len(BUDGETS))]
+        row["solved"] = [float(np.mean(regret[:, i] < 1e-5)) for i in range(len(BUDGETS))]
+        rows.append(row)
+    return rows
+
+
+def summarize_scores(banks: list[tuple[str, str, int]], scored: list[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
+    rows = []
+    for layer in LAYERS:
+        for kind in ("independent", "routed"):
+            those = [found for bank, found in zip(banks, scored, strict=True) if bank[:2] == (layer, kind)]
+            for sort in ("random", "good") if those else ():
+                mean = np.mean(np.concatenate([found[sort] for found in those]), axis=0)
+                rows.append(
+                    {
+                        "layer": layer,
+                        "kind": kind,
+                        "chains": sort,
+                        "spearman": dict(zip(SCORES, mean.tolist(), strict=True)),
+                    }
+                )
+    return rows
+
+
+def format_recovery(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| depth | noise | else | found | largest residual of a right chain | smallest of a wrong one | seconds, median (most) |"
+    ]
+    lines.append("|---" * 7 + "|")
+    shown = ("depth", "noise", "seeds", "found", "largest_right", "smallest_wrong", "seconds", "most_seconds")
+    for row in rows:
+        other = ", ".join(f"{name} {value:g}" for name, value in row.items() if name not in shown) or "-"
+        residuals = ["-" if row[name] is None else f"{row[name]:.2g}" for name in shown[4:6]]
+        lines.append(
+            f"| {row['depth']} | {row['noise']:g} | {other} | {row['found']} of {row['seeds']} | {' | '.join(residuals)} | "
+            f"{row['seconds']:.2f} ({row['most_seconds']:.2f}) |"
+        )
+    return "\n".join(lines)
+
+
+def format_growth(rows: list[dict[str, Any]]) -> str:
+    lines = ["| layers | depth | chains | seconds | all chains, seconds |", "|---" * 5 + "|"]
+    for row in rows:
+        lines.append(
+            f"| {row['layers']} | {row['depth']} | {row['layers'] ** row['depth']:.1e} | {row['seconds']:.2f} | {row['exhaustive']:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+def format_search(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| search | " + " | ".join(f"regret at {b:,}" for b in BUDGETS) + " | solved | seconds |",
+        "|---" * (3 + len(BUDGETS)) + "|",
+    ]
+    for row in rows:
+        cells = [f"{e.value:.4f} [{e.low:.4f}, {e.high:.4f}]" for e in row["regret"]]
+        lines.append(f"| {row['search']} | {' | '.join(cells)} | {row['solved'][-1]:.0%} | {row['seconds']:.0f} |")
+    return "\n".join(lines)
+
+
+def format_ideal(rows: list[dict[str, Any]]) -> str:
+    lines = ["| layers | bank | chains | " + " | ".join(SCORES) + " |", "|---" * (3 + len(SCORES)) + "|"]
+    for row in rows:
+        cells = [f"{row['spearman'][name]:.2f}" for name in SCORES]
+        lines.append(f"| {row['layer']} | {row['kind']} | {row['chains']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(path: str, recovery: list[dict[str, Any]], growth: list[dict[str, Any]]) -> None:
+    """Growth, and recovery against noise."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for n in sorted({row["layers"] for row in growth}):
+        those = [row for row in growth if row["layers"] == n]
+        (line,) = left.plot(
+            [row["depth"] for row in those], [row["seconds"] for row in those], marker="o", label=f"{n} layers"
+        )
+        left.plot([row["depth"] for row in those], [row["exhaustive"] for row in those], ls=":", color=line.get_color())
+    left.set(yscale="log", xlabel="depth", ylabel="seconds (dotted: all chains)", title="Exact outputs")
+    for depth in (4, 6, 8):
+        plain = {"depth", "noise", "seeds", "found", "largest_right", "smallest_wrong", "seconds", "most_seconds"}
+        those = [row for row in recovery if row["depth"] == depth and set(row) == plain]
+        right.plot(
+            [row["noise"] for row in those],
+            [row["found"] / row["seeds"] for row in those],
+            marker="o",
+            label=f"{depth} layers deep",
+        )
+    right.set(
+        xlabel="noise, by the outputs' standard deviation",
+        ylabel="share of chains found",
+        xscale="symlog",
+        title="Noisy outputs",
+    )
+    right.set_xscale("symlog", linthresh=0.01)
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+        ax.legend()
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
