@@ -17,7 +17,13 @@ from jchain.data import LOADERS
 from jchain.problem import check_max_layers
 
 BANKS = ("independent", "routed", "snapshots", "random")
-LAYERS = {"residual": jc.layers.ResidualMLP, "dense": jc.layers.Dense}
+LAYERS = {
+    "residual": jc.layers.ResidualMLP,
+    "dense": jc.layers.Dense,
+    "invertible-dense": jc.layers.InvertibleDense,
+    "invertible-coupling": jc.layers.AdditiveCoupling,
+    "invertible-residual": jc.layers.InvertibleResidual,
+}
 ENCODINGS = {"tokens": jc.TokenEncoding, "weights": jc.WeightEncoding}
 SEARCHES = {
     "actor-critic": lambda args: jc.ActorCritic(encoding=ENCODINGS[args.encoding]()),
@@ -27,8 +33,10 @@ SEARCHES = {
     "linearized": lambda args: jc.LinearizedSearch(),
     "local": lambda args: jc.LocalSearch(),
     "mcts": lambda args: jc.MCTS(),
+    "meet-in-the-middle": lambda args: jc.MeetInTheMiddle(),
     "q-learning": lambda args: jc.QLearning(),
     "random": lambda args: jc.RandomSearch(),
+    "target-propagation": lambda args: jc.TargetPropagation(),
 }
 
 
@@ -152,6 +160,9 @@ def _search(args: argparse.Namespace) -> None:
         "layer": LAYERS[args.layer](data.train.x.shape[-1]),
         "head": jc.layers.DenseHead(data.num_classes),
     }
+    if args.search == "meet-in-the-middle" and not hasattr(modules["layer"], "invert"):
+        names = [name for name, layer in LAYERS.items() if hasattr(layer, "invert")]
+        raise ValueError(f"expected --layer of {', '.join(names)}, which can be undone, got {args.layer}")
     job = report.search(config, data, modules, SEARCHES[args.search](args))
     report.write(args.out, job)
     report.print_table(job)

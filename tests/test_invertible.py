@@ -28,7 +28,7 @@ def make_params(layer, seed, shape, dtype=jnp.float32):
 @pytest.mark.parametrize("make", LAYERS)
 @pytest.mark.parametrize("is_x64", [False, True])
 @settings(max_examples=10, deadline=None)
-@given(size=st.integers(2, 17), seed=st.integers(0, 1000), is_sequence=st.booleans())
+@given(size=st.sampled_from((2, 5, 16)), seed=st.integers(0, 1000), is_sequence=st.booleans())
 def test_round_trips(make, is_x64, size, seed, is_sequence):
     layer = make(size)
     with jax.enable_x64(is_x64):

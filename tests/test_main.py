@@ -78,6 +78,7 @@ def result_folder(tmp_path_factory):
     [
         (["--data", "mnits"], "invalid choice: 'mnits'"),
         (["--search", "annealing"], "invalid choice: 'annealing'"),
+        (["--search", "meet-in-the-middle"], "expected --layer of invertible-dense, invertible-coupling"),
         (["--num-layers", "5", "--bank", "independent"], "a multiple of depth for bank independent, got 5 and 2"),
         (["--num-layers", "0"], "expected num_layers of at least 1, got 0"),
         (["--num-heads", "2", "--bank", "snapshots"], "expected no num_heads for bank snapshots"),
