@@ -6,6 +6,7 @@ activations but for noise and rounding, so the nearest pairs are candidates, whi
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -100,26 +101,35 @@ def meet_in_the_middle(
     limit = memory_limit if memory_limit is not None else default_memory_limit()
     search = partial(_search, task, few, halves, _Sizes(top_k, num_candidates, limit))
     if match_fn is not None:
-        return search(match_fn, num_sketch, tolerance or 0.0)
-    num_pairs = float(bank.num_layers) ** depth
-    best = None
-    for noise in _TOLERANCES if tolerance is None else (tolerance,):
-        width = _NUM_SKETCH_EXACT if noise == 0 else num_sketch
-        seconds = _estimate(halves, width, noise)
-        if estimate_all(num_pairs) < (seconds if noise == 0 or tolerance is not None else _PATIENCE):
+        found = search(match_fn, num_sketch, tolerance or 0.0)
+    elif tolerance is not None:
+        width, seconds = _plan(halves, num_sketch, tolerance)
+        is_few = _estimate_all(halves) < seconds
+        found = search(match_all if is_few else match_cells, num_sketch if is_few else width, tolerance)
+    else:
+        found = _raise_noise(halves, search, num_sketch, top_k)
+    if len(found.chains) < top_k:
+        raise ValueError(
+            f"found {len(found.chains)} of {top_k} chains whose halves meet: there is no such chain, or noise of the outputs or "
+            "condition numbers of the layers are too high; expected a larger tolerance, more probes or fewer layers"
+        )
+    return found
+
+
+def _raise_noise(halves: tuple[Half, Half], search: Callable[..., Meeting], num_sketch: int, top_k: int) -> Meeting:
+    """The best of what is found for more and more noise, until chains are as near as it lets them be."""
+    dtype = halves[0].hidden.dtype
+    best = Meeting(np.zeros((0, sum(half.num_layers for half in halves)), np.int64), np.zeros(0))
+    for noise in _TOLERANCES:
+        width, seconds = _plan(halves, num_sketch, noise)
+        if _estimate_all(halves) < (_PATIENCE if noise > 0 else seconds):
             return _merge(best, search(match_all, num_sketch, noise), top_k)
-        if tolerance is None and seconds > _MAX_SECONDS:
+        if noise > 0 and seconds > _MAX_SECONDS:
             break
         best = _merge(best, search(match_cells, width, noise), top_k)
-        near = max(2 * noise, float(jnp.finfo(task.outputs.dtype).eps) ** 0.5)
+        near = max(2 * noise, float(jnp.finfo(dtype).eps) ** 0.5)
         if len(best.chains) == top_k and best.residuals[-1] <= near:
             break
-    if best is None or len(best.chains) < top_k:
-        raise ValueError(
-            f"found {0 if best is None else len(best.chains)} of {top_k} chains whose halves meet: noise of the outputs or the "
-            f"condition of the layers is too high for {num_pairs:.2g} pairs, or no such chain is there; expected a larger tolerance, "
-            "more probes, or fewer layers"
-        )
     return best
 
 
@@ -129,12 +139,18 @@ class _Sizes(NamedTuple):
     memory_limit: int
 
 
-def _estimate(halves: tuple[Half, Half], num_sketch: int, tolerance: float) -> float:
-    """Seconds that `match_cells` takes."""
+def _plan(halves: tuple[Half, Half], num_sketch: int, tolerance: float) -> tuple[int, float]:
+    """Numbers of a sketch and seconds that `match_cells` takes."""
     ahead, back = halves
-    projection = make_projection(ahead.hidden.size, num_sketch, ahead.hidden.dtype)
+    width = _NUM_SKETCH_EXACT if tolerance == 0 else num_sketch
+    projection = make_projection(ahead.hidden.size, width, ahead.hidden.dtype)
     some = np.asarray(_draw(ahead, 64).reshape(64, -1) @ projection)
-    return choose_cells(some, (ahead.size, back.size), _measure_error(halves, projection, tolerance)).seconds
+    return width, choose_cells(some, (ahead.size, back.size), _measure_error(halves, projection, tolerance)).seconds
+
+
+def _estimate_all(halves: tuple[Half, Half]) -> float:
+    """Seconds that `match_all` takes."""
+    return estimate_all(float(halves[0].size) * float(halves[1].size))
 
 
 def _check_sizes(sizes: dict[str, int], num_layers: int) -> None:
@@ -282,9 +298,7 @@ def _measure(task: _Task, chains: Int[np.ndarray, "K D"]) -> Float[np.ndarray, "
     return np.asarray(_measure_all(task, jnp.asarray(padded)))[: len(chains)]
 
 
-def _merge(first: Meeting | None, second: Meeting, top_k: int) -> Meeting:
-    if first is None:
-        return second
+def _merge(first: Meeting, second: Meeting, top_k: int) -> Meeting:
     chains = np.concatenate([first.chains, second.chains])
     residuals = np.concatenate([first.residuals, second.residuals])
     _, once = np.unique(chains, axis=0, return_index=True)

@@ -7,7 +7,7 @@ import pytest
 from conftest import init_params
 
 import jchain as jc
-from jchain import halves, match
+from jchain import halves, match, meet
 
 FEATURES = 4
 
@@ -81,7 +81,7 @@ def test_fixed_point_inverses_and_stems_meet_too():
 
 
 def test_noise_is_answered_with_the_nearest_chain():
-    bank = make_bank(num_layers=6)
+    bank = make_bank(num_layers=4)
     x, y, _ = make_task(bank, 4, noise=0.1, num_examples=40)
     chains, residuals = brute_force(bank, x, y, 4)
     for tolerance in (None, 0.1):
@@ -91,13 +91,33 @@ def test_noise_is_answered_with_the_nearest_chain():
 
 
 def test_what_cannot_be_reached_has_a_large_residual():
-    bank = make_bank(num_layers=6)
+    bank = make_bank(num_layers=4)
     x, _, _ = make_task(bank, 4)
     y = jax.random.normal(jax.random.key(9), x.shape)
     found = jc.meet_in_the_middle(bank, x, y, 4, num_candidates=50)
     wanted = np.linalg.norm(apply(bank, found.chains[0], x) - np.asarray(y)) / np.linalg.norm(np.asarray(y))
     np.testing.assert_allclose(found.residuals, [wanted], rtol=1e-4)
     assert wanted > 0.5
+
+
+def test_halves_that_do_not_meet_are_an_error():
+    bank = make_bank(num_layers=4)
+    x, _, _ = make_task(bank, 4)
+    y = jax.random.normal(jax.random.key(9), x.shape)
+    with pytest.raises(ValueError, match="found 0 of 1 chains whose halves meet"):
+        jc.meet_in_the_middle(bank, x, y, 4, num_candidates=50, match_fn=match.match_cells)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_more_and_more_noise_is_tried_where_all_pairs_are_too_many(monkeypatch, noise):
+    monkeypatch.setattr(meet, "_estimate_all", lambda halves: 1e9)
+    bank = make_bank(num_layers=4)
+    x, y, _ = make_task(bank, 4, noise=noise, num_examples=40)
+    chains, residuals = brute_force(bank, x, y, 4)
+    for tolerance in (None, noise):
+        found = jc.meet_in_the_middle(bank, x, y, 4, num_candidates=50, tolerance=tolerance)
+        np.testing.assert_array_equal(found.chains, chains[:1])
+        np.testing.assert_allclose(found.residuals, residuals[:1], rtol=1e-4, atol=1e-6)
 
 
 def test_an_ill_conditioned_layer_is_never_taken_for_an_exact_answer():
