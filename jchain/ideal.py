@@ -72,7 +72,7 @@ def ideal_layer(
     if is_concrete(ridge) and not ridge >= 0:
         raise ValueError(f"expected a ridge of at least 0, got {ridge}")
     module: Any = bank.layers[0].module if len(bank.layers) == 1 else None
-    is_matrix = hasattr(module, "undo_activation")
+    is_matrix = hasattr(module, "undo_activation") and not module.is_inverse
     # A layer of a matrix acts on the last axis; an affine map may mix all.
     rows, wanted = (a.reshape(-1, a.shape[-1]) if is_matrix else flatten_rows(a) for a in (before, after))
     wanted = module.undo_activation(wanted) if is_matrix else wanted
@@ -120,9 +120,9 @@ def score_edits(
     """Of each edit, how much nearer its layer's outputs are to what is wanted there than those of the layer that is there.
 
     `|f_b(h_t) - wanted|^2 - |f_t(h_t) - wanted|^2`, summed over the split, 0 for the layer itself; of heads the exact change of
-    loss. What is wanted at the end is `jchain.inverse.target_outputs`, or so much of the way there.
+    loss. Prices of layers are left out. What is wanted at the end is `jchain.inverse.target_outputs`, or so much of the way there.
 
-    The cost for a chain of `D` layers is `D` layer calls forward; backward 1 for each layer that is undone exactly, and 14 for
+    The cost for a chain of `D` layers is `D` layer calls forward; backward 1 for each layer that is undone exactly, and 12 for
     others; and for each of the `D` slots and, where the chain is not full, for its end, one for each layer that is scored.
 
     Args:
@@ -228,8 +228,8 @@ def _compare(here: Array, wanted: Array, is_projected: bool, made: Array) -> Flo
 def _count_undoing(bank: Bank, inverses: Any, chain: Array) -> Int[Array, ""]:
     costs = np.zeros(bank.num_layers + bank.num_heads + 1, np.int32)
     for group, inverse in zip(bank.layers, inverses, strict=True):
-        # Forward once more, and a product there and one back for each step, for its start, and at the end.
-        costs[list(group.tokens)] = 2 * (_NUM_CG_STEPS + 2) + 2 if inverse is None else 1
+        # Forward once more, a product there and one back for each step and for their start, and one back at the end.
+        costs[list(group.tokens)] = 2 * (_NUM_CG_STEPS + 1) + 2 if inverse is None else 1
     return jnp.sum(jnp.asarray(costs)[chain])
 
 

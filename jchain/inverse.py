@@ -82,7 +82,7 @@ def pull_back(
     *,
     near: Float[Array, "B ..."] | None = None,
 ) -> PullBack:
-    """The activations that a suffix of a chain would need at its entry to give these outputs.
+    """The activations that a suffix of a chain would need at its entry to give these outputs, on the host: nothing is traced.
 
     Through a head, which must be affine, they are those whose input of the head is the least change of `near` (of zero when
     None: the least norm) that gives the outputs, or comes nearest to them: `h + (y - head(h)) pinv(W)`. Adding combinations of
@@ -92,16 +92,19 @@ def pull_back(
       bank: the layers.
       suffix: tokens, layers in the order of the chain and at most one head, behind them; padding is dropped.
       outputs: what it shall give, `[B, ...]`: of its last layer, or of its head.
-      near: activations at the head's input, `[B, ...F]`.
+      near: activations at the head's input, `[B, ...F]`; not read where the suffix has no head.
 
     Raises:
       ValueError: `suffix` is no end of a chain, a layer has no inverse or is singular, the head is not affine, outputs are not
-        of the shape that it gives, or `near` not of the layers'.
+        of the shape that it gives, `near` is not of the head's, or it is needed because that shape cannot be read off the
+        layers' weights.
     """
     tokens = _check_suffix(bank, suffix)
     has_head = bool(tokens) and tokens[-1] >= bank.num_layers
     layers = tokens[:-1] if has_head else tokens
     outputs = jnp.asarray(outputs)
+    if not jnp.issubdtype(outputs.dtype, jnp.floating):
+        raise ValueError(f"expected floating-point outputs, got {outputs.dtype}")
     inverses = invert_layers(bank.take(sorted(set(layers)))) if layers else ()
     renamed = {token: place for place, token in enumerate(sorted(set(layers)))}
     null_space = jnp.zeros((0, 0), outputs.dtype)
@@ -163,7 +166,7 @@ def target_outputs(outputs: Any, y: Array, loss_fn: Any, confidence: float = 0.9
       ValueError: it has another shape.
     """
     if loss_fn is optax.softmax_cross_entropy_with_integer_labels:
-        return target_logits(y, outputs.shape[-1], confidence)
+        return target_logits(y, outputs.shape[-1], confidence).astype(outputs.dtype)
     if y.shape != outputs.shape:
         raise ValueError(
             f"expected targets of the shape of the outputs, {list(outputs.shape)}, or labels and the default loss, got "
@@ -174,7 +177,8 @@ def target_outputs(outputs: Any, y: Array, loss_fn: Any, confidence: float = 0.9
 
 def condition_numbers(bank: Bank, chain: Int[Array, "_"] | Any, x: Float[Array, "B ..."]) -> Float[np.ndarray, "B"]:
     """How much a chain's layers may amplify a relative error that is taken back through them: of their Jacobian at each example,
-    the largest singular value by the smallest, in float64 on the host; inf where it is singular.
+    the largest singular value by the smallest, in float64 on the host; inf, or more than 1e15, where it is singular.
+    A Jacobian of `F` features for each of `B` examples takes `8 B F^2` bytes.
 
     Args:
       bank: the layers.
@@ -244,6 +248,12 @@ def _check_outputs(bank: Bank, layers: list[int], hidden: Array) -> None:
 
 
 def _pull_head(bank: Bank, token: int, outputs: Array, near: Array) -> tuple[Array, Array]:
+    try:
+        jax.eval_shape(lambda h: apply_token(bank.heads, jnp.asarray(token), h), near)
+    except Exception as error:  # whatever a user's module raises
+        raise ValueError(
+            f"expected near of the head's shape, got {list(near.shape)}: {str(error).splitlines()[0]}"
+        ) from None
     kernel, bias = as_affine(bank, token, near[:1])
     if outputs.shape[1:] != bias.shape or near.shape[0] != outputs.shape[0]:
         raise ValueError(

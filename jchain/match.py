@@ -37,6 +37,17 @@ class Pairs(NamedTuple):
 Match = Callable[[Any, Any, int, float], Pairs]
 
 
+def match_finite(match_fn: Match, first: Any, second: Any, num_pairs: int, error: float) -> Pairs:
+    """What a function says of the rows that are finite."""
+    places = [np.flatnonzero(np.asarray(jnp.isfinite(table).all(axis=1))) for table in (first, second)]
+    if not all(map(len, places)):
+        return Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
+    # Whole tables as they are, which need no other program and no copy.
+    tables = [t if len(rows) == len(t) else t[rows] for t, rows in zip((first, second), places, strict=True)]
+    pairs = match_fn(tables[0], tables[1], num_pairs, error)
+    return Pairs(places[0][pairs.first], places[1][pairs.second], pairs.distance)
+
+
 def match_all(first: Float[Array, "M S"], second: Float[Array, "Q S"], num_pairs: int, error: float) -> Pairs:
     """The nearest of all pairs, whatever the error, for a product of `M Q S` multiplications."""
     del error
@@ -46,16 +57,17 @@ def match_all(first: Float[Array, "M S"], second: Float[Array, "Q S"], num_pairs
     # So many nearest pairs are in no more rows and columns, those whose nearest is nearest.
     rows, columns = (_take_smallest(nearest, num_pairs) for nearest in (by_row, by_column))
     others = second[columns]
-    limit = by_row[rows].max() if num_pairs <= len(rows) else np.inf
-    found = []
+    limits = [near.max() for near in (by_row[rows], by_column[columns]) if num_pairs <= len(near)]
+    limit = min(limits, default=np.inf)
+    best = Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, by_row.dtype))
     for start in range(0, len(rows), _ROWS):
         block = rows[start : start + _ROWS]
         distances = np.asarray(_find_distances(first[block], others))
         # A limit by other sums of the same products, which round otherwise.
         row, column = np.nonzero(distances <= limit + _ROUNDING * np.abs(limit))
-        found.append((block[row], columns[column], distances[row, column]))
-    pairs = [np.concatenate(parts) for parts in zip(*found, strict=True)]
-    return _keep_nearest(pairs[0], pairs[1], pairs[2], num_pairs)
+        new = block[row], columns[column], distances[row, column]
+        best = _keep_nearest(*(np.concatenate(parts) for parts in zip(best, new, strict=True)), num_pairs=num_pairs)
+    return best
 
 
 def _take_smallest(values: np.ndarray, number: int) -> np.ndarray:
@@ -129,7 +141,8 @@ def choose_cells(table: Float[np.ndarray, "m S"], sizes: tuple[int, int], error:
       error: as above.
     """
     spread = max(float(np.sqrt(np.mean(np.var(table, axis=0, dtype=np.float64)))), float(np.finfo(np.float32).tiny))
-    error = max(error, float(np.finfo(np.float32).tiny))
+    # Sums of sketches round, so no cell is narrower.
+    error = max(error, float(np.finfo(table.dtype).eps * np.abs(table).max()), float(np.finfo(np.float32).tiny))
     found = []
     for width in _WIDTHS:
         # Two numbers at a distance d share a cell with a probability of 1 - |d| / width, and normal ones by chance with

@@ -20,7 +20,7 @@ from jchain.bank import Bank, LayerGroup, check_keeps_shape
 from jchain.engine import default_memory_limit
 from jchain.halves import Half, apply_sequence, decode, make_projection, sketch_half
 from jchain.inverse import invert_layers
-from jchain.match import Match, Pairs, choose_cells, estimate_all, match_all, match_cells
+from jchain.match import Match, Pairs, choose_cells, estimate_all, match_all, match_cells, match_finite
 
 # Examples on which halves are compared, and numbers of a sketch: few tell equal halves apart.
 _NUM_PROBES, _NUM_SKETCH, _NUM_SKETCH_EXACT = 8, 32, 8
@@ -87,6 +87,8 @@ def meet_in_the_middle(
     """
     sizes = {"depth": depth, "top_k": top_k, "num_probes": num_probes, "num_sketch": num_sketch}
     _check_sizes({**sizes, "num_candidates": num_candidates}, bank.num_layers)
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(f"expected a tolerance of at least 0, got {tolerance}")
     num_forward = depth - depth // 2 if num_forward is None else num_forward
     if not 0 <= num_forward <= depth:
         raise ValueError(f"expected num_forward in 0..{depth}, got {num_forward}")
@@ -128,7 +130,7 @@ def _raise_noise(halves: tuple[Half, Half], search: Callable[..., Meeting], num_
             break
         best = _merge(best, search(match_cells, width, noise), top_k)
         near = max(2 * noise, float(jnp.finfo(dtype).eps) ** 0.5)
-        if len(best.chains) == top_k and best.residuals[-1] <= near:
+        if len(best.chains) == top_k and best.residuals[0] <= near:
             break
     return best
 
@@ -196,13 +198,14 @@ def _search(
     hidden = halves[0].hidden
     projection = make_projection(hidden.size, num_sketch, hidden.dtype)
     error = _measure_error(halves, projection, tolerance)
-    row_bytes = projection.shape[1] * hidden.dtype.itemsize + 32
+    # Copies for products, or keys and orders of cells.
+    row_bytes = 4 * projection.shape[1] * hidden.dtype.itemsize + 64
     parts = _split(halves, row_bytes, sizes.memory_limit)
     chains, distances = [], []
     for last, back in parts[1]:
         table = sketch_half(back, projection)
         for first, ahead in parts[0]:
-            pairs = match_fn(sketch_half(ahead, projection), table, sizes.num_candidates, error)
+            pairs = match_finite(match_fn, sketch_half(ahead, projection), table, sizes.num_candidates, error)
             chains.append(_join(pairs, first, ahead, back, last))
             distances.append(pairs.distance)
     nearest = np.argsort(np.concatenate(distances), kind="stable")[: sizes.num_candidates]

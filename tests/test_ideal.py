@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -112,7 +114,7 @@ def test_local_least_squares_stand_in_for_an_inverse():
         local = jc.ideal.score_edits(problem, chain, rate=0.1)
     ideal._compile.cache_clear()
     np.testing.assert_allclose(local.swap[:2], exact.swap[:2], rtol=0.05, atol=0.02 * np.abs(exact.swap[:2]).max())
-    assert local.layer_calls == 2 + 2 * (2 * 32 + 2) + 4 * 3
+    assert local.layer_calls == 2 + 2 * (2 * 31 + 2) + 4 * 3
 
 
 def test_some_layers_alone_are_scored_and_losses_need_a_target():
@@ -130,6 +132,39 @@ def test_some_layers_alone_are_scored_and_losses_need_a_target():
     )
     with pytest.raises(ValueError, match=r"targets of the shape of the outputs, \[9, 3\]"):
         jc.ideal.score_edits(other, chain)
+
+
+def test_inverse_layers_have_no_matrix_before_their_activation():
+    bank = make_problem().bank
+    undone = dataclasses.replace(bank, layers=invert_layers(bank))
+    before = jax.random.normal(jax.random.key(0), (40, 5))
+    found = jc.ideal.ideal_layer(undone, before, undone.layers[0].apply(1, before), ridge=0.0)
+    assert found.nearest_by_outputs == 1
+    assert np.isnan(found.by_weights).all()
+
+
+def test_bfloat16_weights_are_scored_and_searched():
+    problem = make_problem()
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf, problem.bank)
+    half = jc.Problem(half, jc.Batch(problem.data.x.astype(jnp.bfloat16), problem.data.y), 4)
+    chain = np.array([1, 3, 4, -1, -1], np.int32)
+    scores, exact = (np.asarray(jc.ideal.score_edits(p, chain).swap[:2]) for p in (half, problem))
+    np.testing.assert_allclose(scores, exact, atol=0.2 * np.abs(exact).max())
+    for search in (jc.TargetPropagation(), jc.MeetInTheMiddle(width=4, num_probes=5)):
+        assert np.isfinite(jc.run(jax.random.key(0), search, half, budget=200).best_loss)
+
+
+@pytest.mark.parametrize(("cls", "name"), [(jc.TargetPropagation, "rate"), (jc.MeetInTheMiddle, "temperature")])
+def test_rates_can_be_vmapped(cls, name):
+    problem = make_problem()
+
+    def run(search):
+        state, _ = search.step(jax.random.key(1), search.init(jax.random.key(0), problem), problem)
+        return search.step(jax.random.key(2), state, problem)[1].loss
+
+    searches = [cls(**{name: rate}) for rate in (0.1, 1.0)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *searches)
+    np.testing.assert_allclose(jax.jit(jax.vmap(run))(stacked), [jax.jit(run)(one) for one in searches], rtol=1e-4)
 
 
 def test_bad_input_of_an_ideal_layer_is_refused():
@@ -178,7 +213,7 @@ def test_the_search_pays_for_passes_and_new_chains():
         expected = 0
         if before.is_new:
             length = len(rows[0]) - 1
-            expected = 4 * int(before.is_start) + length + 14 * length + 2 * min(length + 1, 4)
+            expected = 4 * int(before.is_start) + length + 12 * length + 2 * min(length + 1, 4)
         rows = rows[1:]
         expected += reference.count_calls([row for row in rows if row not in seen], 4)[0]
         seen.update(rows)

@@ -44,6 +44,16 @@ def test_round_trips(make, is_x64, size, seed, is_sequence):
         np.testing.assert_allclose(module.apply({"params": again}, x), y, atol=bound)
 
 
+def test_a_fixed_point_is_as_near_for_each_example_alone():
+    layer = jc.layers.InvertibleResidual(6)
+    params = make_params(layer, 0, (6,))
+    x = jax.random.normal(jax.random.key(1), (5, 6)) * jnp.array([1e-6, 1e-3, 1.0, 1e4, jnp.nan])[:, None]
+    module, inverse = layer.invert(params)
+    back = module.apply({"params": inverse}, layer.apply({"params": params}, x))
+    np.testing.assert_allclose(back[:4], x[:4], rtol=1e-4, atol=0)
+    assert np.isnan(back[4]).all()
+
+
 def test_invertible_dense_by_hand():
     params = {"kernel": jnp.array([[2.0, 0.0], [0.0, 4.0]]), "bias": jnp.array([1.0, -1.0])}
     layer = jc.layers.InvertibleDense(2, negative_slope=0.5)
@@ -100,6 +110,7 @@ def test_what_cannot_be_undone_is_refused():
     for layer, expected in (
         (jc.layers.InvertibleDense(3, negative_slope=0.0), "a positive negative_slope"),
         (jc.layers.InvertibleResidual(3, bound=1.0), "a bound between 0 and 1"),
+        (jc.layers.InvertibleDense(3, max_condition=0.5), "a max_condition of at least 1"),
         (jc.layers.AdditiveCoupling(1), "at least 2 features"),
     ):
         with pytest.raises(ValueError, match=expected):

@@ -55,6 +55,25 @@ def test_equal_rows_all_meet_and_unequal_ones_do_not(monkeypatch):
     assert len(match.match_cells(table, table + 1.5, 10, 1e-6).first) == 0
 
 
+@pytest.mark.parametrize("match_fn", [match.match_all, match.match_cells])
+def test_rows_that_are_not_finite_are_left_out(match_fn):
+    first, second, both = make_tables(40, 30, 1e-5)
+    spoiled = first.at[0, 0].set(jnp.nan).at[3, 1].set(jnp.inf), second.at[5, 2].set(jnp.nan)
+    pairs = match.match_finite(match_fn, *spoiled, 100, 1e-5)
+    assert np.isfinite(pairs.distance).all()
+    found = {*zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)}
+    assert {(i, i) for i in range(both) if i not in (0, 3, 5)} <= found
+    assert not {0, 3} & {*pairs.first.tolist()}
+    assert 5 not in pairs.second
+    assert len(match.match_finite(match_fn, jnp.full((3, 2), jnp.nan), second[:, :2], 5, 0.1).first) == 0
+
+
+def test_cells_are_no_narrower_than_rounding():
+    table = jnp.array([[1.0, 2.0], [1.0, 2.0], [5.0, 6.0]])
+    pairs = match.match_cells(table, table, 10, 0.0)
+    assert {*zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)} == {(0, 0), (0, 1), (1, 0), (1, 1), (2, 2)}
+
+
 def test_grids_are_chosen_by_what_they_miss_and_cost():
     spread = np.random.default_rng(0).standard_normal((500, 16))
     exact = match.choose_cells(spread, (2**20, 2**20), 1e-7)

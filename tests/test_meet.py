@@ -1,3 +1,4 @@
+import dataclasses
 from itertools import product
 
 import jax
@@ -75,7 +76,11 @@ def test_few_candidates_hold_an_exact_chain_wherever_halves_meet(num_forward, ma
 def test_fixed_point_inverses_and_stems_meet_too():
     layer = jc.layers.InvertibleResidual(FEATURES, bound=0.6)
     bank = make_bank(num_layers=4, layers=[layer])
-    x, y, chain = make_task(bank, 4)
+    stem = jc.layers.Dense(FEATURES)
+    stem_params = stem.init(jax.random.key(3), jnp.ones((1, FEATURES)))["params"]
+    bank = dataclasses.replace(bank, stem=stem, stem_params=stem_params)
+    x, _, chain = make_task(bank, 4)
+    y = jnp.asarray(apply(bank, chain, bank.embed(x)), jnp.float32)
     found = jc.meet_in_the_middle(bank, x, y, 4, num_candidates=2)
     np.testing.assert_array_equal(found.chains, chain[None])
 
@@ -98,6 +103,17 @@ def test_what_cannot_be_reached_has_a_large_residual():
     wanted = np.linalg.norm(apply(bank, found.chains[0], x) - np.asarray(y)) / np.linalg.norm(np.asarray(y))
     np.testing.assert_allclose(found.residuals, [wanted], rtol=1e-4)
     assert wanted > 0.5
+
+
+def test_a_layer_that_overflows_hides_no_chain():
+    bank = make_bank(num_layers=3)
+    group = bank.layers[0]
+    kernel = group.params["kernel"].at[0].multiply(1e7)
+    bank = dataclasses.replace(bank, layers=(dataclasses.replace(group, params={**group.params, "kernel": kernel}),))
+    x = jax.random.normal(jax.random.key(1), (12, FEATURES))
+    chain = np.array([1, 2, 2, 1, 2, 1, 1, 2, 1, 2, 2, 1])
+    found = jc.meet_in_the_middle(bank, x, jnp.asarray(apply(bank, chain, x), jnp.float32), 12, num_candidates=4)
+    np.testing.assert_array_equal(found.chains, chain[None])
 
 
 def test_halves_that_do_not_meet_are_an_error():
@@ -138,11 +154,11 @@ def test_an_ill_conditioned_layer_is_never_taken_for_an_exact_answer():
 def test_halves_that_do_not_fit_are_gone_through_in_parts():
     bank = make_bank(num_layers=4)
     x, y, chain = make_task(bank, 6)
-    row_bytes = 32 * 4 + 32
+    row_bytes = 4 * 32 * 4 + 64
     for limit in (2 * 64 * row_bytes, 2 * 16 * row_bytes, 2 * row_bytes):
         found = jc.meet_in_the_middle(bank, x, y, 6, num_candidates=8, memory_limit=limit)
         np.testing.assert_array_equal(found.chains, chain[None])
-    with pytest.raises(ValueError, match=r"need 20,480 bytes, and 100 are allowed"):
+    with pytest.raises(ValueError, match=r"need 73,728 bytes, and 100 are allowed"):
         jc.meet_in_the_middle(bank, x, y, 6, num_candidates=8, memory_limit=100)
 
 
@@ -172,6 +188,7 @@ def test_bad_input_is_refused_before_work():
         ((bank, x, y, 0), {}, "sizes of at least 1"),
         ((bank, x, y, 2, 10), {}, "top_k of at most 9 chains, got 10"),
         ((bank, x, y, 2), {"num_forward": 3}, r"num_forward in 0\.\.2, got 3"),
+        ((bank, x, y, 2), {"tolerance": -0.1}, "a tolerance of at least 0, got -0.1"),
     ):
         with pytest.raises(ValueError, match=expected):
             jc.meet_in_the_middle(*args, **options)

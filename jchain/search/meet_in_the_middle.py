@@ -100,10 +100,10 @@ class MeetInTheMiddle:
 
         # A plain vmap would pull back tails in every step of every run.
         @jax.custom_batching.sequential_vmap
-        def look(problem: Problem, key: Array, state: State) -> tuple[State, Array, Array]:
-            return self._extend(key, state, few, problem)
+        def look(few: Problem, key: Array, state: State, temperature: Array) -> tuple[State, Array, Array]:
+            return self._extend(key, state, few, temperature)
 
-        looked, chains, num_applied = look(problem, key, state._replace(memo=None))
+        looked, chains, num_applied = look(few, key, state._replace(memo=None), jnp.asarray(self.temperature))
         # Those that were not tried before, as far as there are.
         order = jnp.argsort(memo_lib.is_known(state.memo, chains), stable=True)[: self.num_moves]
         chains = chains[order]
@@ -115,8 +115,8 @@ class MeetInTheMiddle:
             best=jnp.where(is_better, chains[best], state.best),
             best_loss=jnp.where(is_better, loss[best], state.best_loss),
         )
-        share = len(few.data.x) / len(problem.data.x)
-        return next_state, Info(chains, loss, layer_calls + jnp.ceil(num_applied * share).astype(jnp.int32))
+        probe_calls = -(-num_applied * len(few.data.x) // len(problem.data.x))
+        return next_state, Info(chains, loss, (layer_calls + probe_calls).astype(jnp.int32))
 
     def _take(self, problem: Problem) -> Problem:
         size = len(problem.data.x)
@@ -127,7 +127,7 @@ class MeetInTheMiddle:
         members = draw_members(key, few, share_members(few, self.num_candidates))
         return pull_tails(few, inverses, members, near, min(self.num_tail, few.max_layers))
 
-    def _extend(self, key: Array, state: State, few: Problem, problem: Problem) -> tuple[State, Array, Array]:
+    def _extend(self, key: Array, state: State, few: Problem, temperature: Array) -> tuple[State, Array, Array]:
         """The beam one layer on, the chains to be evaluated, and how many layers were applied to the probes."""
         pull_key, noise_key = jax.random.split(key)
         bank, num_slots = few.bank, few.max_layers + 1
@@ -141,7 +141,7 @@ class MeetInTheMiddle:
                 bank.num_heads * sum(share_members(few, self.num_candidates)) ** length
                 for length in range(1, min(self.num_tail, few.max_layers) + 1)
             )
-            return tails, forward.length + num_grown * (2 + outputs)
+            return tails, jnp.asarray(forward.length + num_grown * (2 + outputs), jnp.int32)
 
         tails, num_pulled = jax.lax.cond(is_start, pull, lambda: (state.tails, jnp.int32(0)))
         does_extend = state.is_there & (state.depth < few.max_layers)
@@ -159,8 +159,8 @@ class MeetInTheMiddle:
         loss = predict(few, tails, made) + price
         does_fit = depth[:, None] + (tails.tokens >= 0).sum(axis=1)[None] <= num_slots
         loss = jnp.where(is_there[:, None] & does_fit & jnp.isfinite(loss), loss, jnp.inf)
-        hope = -jnp.log(jnp.maximum(loss, 1e-6))
-        hope += jnp.where(state.is_first, 0.0, self.temperature) * jax.random.gumbel(noise_key, hope.shape)
+        noisy = temperature * jax.random.gumbel(noise_key, loss.shape) - jnp.log(jnp.maximum(loss, 1e-6))
+        hope = jnp.where(state.is_first, -loss, noisy)
         gain, pairs = jax.lax.top_k(hope.reshape(-1), min(_MARGIN * self.num_moves, loss.size))
         row, tail = jnp.divmod(pairs, loss.shape[1])
         # A tail stands behind its prefix; its own padding is the chain's.

@@ -72,10 +72,12 @@ class TargetPropagation:
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         @jax.custom_batching.sequential_vmap
-        def look(problem: Problem, key: Array, here: State) -> tuple[State, Array]:
-            return jax.lax.cond(here.is_new, self._look, lambda _, here, __: (here, jnp.int32(0)), key, here, problem)
+        def look(problem: Problem, key: Array, here: State, rate: Array) -> tuple[State, Array]:
+            return jax.lax.cond(
+                here.is_new, self._look, lambda _, here, *__: (here, jnp.int32(0)), key, here, problem, rate
+            )
 
-        here, looking_calls = look(problem, key, state._replace(memo=None))
+        here, looking_calls = look(problem, key, state._replace(memo=None), jnp.asarray(self.rate))
         neighbours, _ = chain_lib.neighbours(here.chain, problem.bank.num_layers, problem.bank.num_heads)
         gain, rows = jax.lax.top_k(-here.score, min(self.num_moves, here.score.size))
         is_move = jnp.isfinite(gain)
@@ -104,13 +106,15 @@ class TargetPropagation:
         )
         return next_state, info
 
-    def _look(self, key: Key[Array, ""], here: State, problem: Problem) -> tuple[State, Int[Array, ""]]:
+    def _look(
+        self, key: Key[Array, ""], here: State, problem: Problem, rate: Float[Array, ""]
+    ) -> tuple[State, Int[Array, ""]]:
         start_key, key = jax.random.split(key)
         chain = jax.lax.cond(here.is_start, lambda: draw_start(start_key, problem), lambda: here.chain)
         members = draw_members(key, problem, share_members(problem, self.num_candidates))
-        scores = score_edits(problem, chain, rate=self.rate, is_exact=self.is_exact, members=members)
-        # Heads are known exactly: those that are better come first, others last.
-        scores = scores._replace(head=jnp.where(scores.head < 0, -_LARGE, _LARGE))
+        scores = score_edits(problem, chain, rate=rate, is_exact=self.is_exact, members=members)
+        # Heads are known exactly: those that are better come first, others last. Prices of layers are not weighed here.
+        scores = scores._replace(head=_LARGE * scores.head)
         is_neighbour = chain_lib.neighbours(chain, problem.bank.num_layers, problem.bank.num_heads)[1]
         start_loss = jnp.where(jnp.isfinite(scores.loss), scores.loss, jnp.inf).astype(jnp.float32)
         found = here._replace(
