@@ -38,8 +38,8 @@ Match = Callable[[Any, Any, int, float], Pairs]
 
 
 def match_finite(match_fn: Match, first: Any, second: Any, num_pairs: int, error: float) -> Pairs:
-    """What a function says of the rows that are finite."""
-    places = [np.flatnonzero(np.asarray(jnp.isfinite(table).all(axis=1))) for table in (first, second)]
+    """What a function says of the rows whose length is finite."""
+    places = [np.flatnonzero(np.isfinite(np.asarray(jnp.sum(table**2, axis=1)))) for table in (first, second)]
     if not all(map(len, places)):
         return Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
     # Whole tables as they are, which need no other program and no copy.
@@ -51,7 +51,8 @@ def match_finite(match_fn: Match, first: Any, second: Any, num_pairs: int, error
 def match_all(first: Float[Array, "M S"], second: Float[Array, "Q S"], num_pairs: int, error: float) -> Pairs:
     """The nearest of all pairs, whatever the error, for a product of `M Q S` multiplications."""
     del error
-    center = jnp.mean(first, axis=0, keepdims=True)
+    # Not the mean, which one row that is far from all others would move.
+    center = jnp.median(first[:: max(1, len(first) // 4096)], axis=0, keepdims=True)
     first, second = first - center, second - center
     by_row, by_column = (np.asarray(nearest) for nearest in _find_nearest(first, second))
     # So many nearest pairs are in no more rows and columns, those whose nearest is nearest.

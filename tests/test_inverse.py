@@ -153,7 +153,5 @@ def test_bad_input_is_refused(bank):
             jc.pull_back(tested, suffix, given)
     with pytest.raises(ValueError, match=r"near of the head's shape, got \[4, 5\]"):
         jc.pull_back(bank, [6], outputs, near=jnp.ones((4, 5)))
-    with pytest.raises(ValueError, match="floating-point outputs, got int32"):
-        jc.pull_back(bank, [6], jnp.ones((4, 3), int))
     with pytest.raises(ValueError, match="confidence between 1/3 and 1, got 1.5"):
         inverse.target_logits(jnp.array([0]), 3, 1.5)
