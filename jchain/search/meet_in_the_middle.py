@@ -127,61 +127,79 @@ class MeetInTheMiddle:
         members = draw_members(key, few, share_members(few, self.num_candidates))
         return pull_tails(few, inverses, members, near, min(self.num_tail, few.max_layers))
 
-    def _extend(self, key: Array, state: State, few: Problem, temperature: Array) -> tuple[State, Array, Array]:
-        """The beam one layer on, the chains to be evaluated, and how many layers were applied to the probes."""
-        pull_key, noise_key = jax.random.split(key)
-        bank, num_slots = few.bank, few.max_layers + 1
-        is_start = state.depth == 0
+    def _refresh(self, key: Array, state: State, few: Problem) -> tuple[Tails, Int[Array, ""]]:
+        """Where a pass starts, tails from activations of the best chain so far; and how many layers were applied to the probes."""
 
         def pull() -> tuple[Tails, Array]:
             forward = go_forward(few, state.best)
-            tails = self._pull(pull_key, few, state.inverses, forward.hidden[forward.length])
-            outputs = tails.outputs.shape[-1]
-            num_grown = sum(
-                bank.num_heads * sum(share_members(few, self.num_candidates)) ** length
-                for length in range(1, min(self.num_tail, few.max_layers) + 1)
-            )
-            return tails, jnp.asarray(forward.length + num_grown * (2 + outputs), jnp.int32)
+            tails = self._pull(key, few, state.inverses, forward.hidden[forward.length])
+            num_members = sum(share_members(few, self.num_candidates))
+            lengths = range(1, min(self.num_tail, few.max_layers) + 1)
+            num_grown = few.bank.num_heads * sum(num_members**length for length in lengths)
+            return tails, jnp.asarray(forward.length + num_grown * (2 + tails.outputs.shape[-1]), jnp.int32)
 
-        tails, num_pulled = jax.lax.cond(is_start, pull, lambda: (state.tails, jnp.int32(0)))
-        does_extend = state.is_there & (state.depth < few.max_layers)
-        made = jax.lax.map(lambda h: apply_all(bank.layers, h), state.hidden)
-        tokens = jnp.tile(jnp.arange(bank.num_layers, dtype=jnp.int32), self.width)
-        children = jnp.repeat(state.prefixes, bank.num_layers, axis=0)
-        children = jnp.where(jnp.arange(num_slots)[None] == state.depth, tokens[:, None], children)
-        # The empty prefix meets tails too.
-        prefixes = jnp.concatenate([state.prefixes[:1], children])
-        made = jnp.concatenate([state.hidden[:1], made.reshape(-1, *made.shape[2:])])
-        is_there = jnp.append(is_start, jnp.repeat(does_extend, bank.num_layers))
-        depth = jnp.where(jnp.arange(len(prefixes)) == 0, state.depth, state.depth + 1)
+        return jax.lax.cond(state.depth == 0, pull, lambda: (state.tails, jnp.int32(0)))
 
-        price = few.price(prefixes)[:, None] + few.price(tails.tokens)[None]
-        loss = predict(few, tails, made) + price
-        does_fit = depth[:, None] + (tails.tokens >= 0).sum(axis=1)[None] <= num_slots
-        loss = jnp.where(is_there[:, None] & does_fit & jnp.isfinite(loss), loss, jnp.inf)
+    def _extend(self, key: Array, state: State, few: Problem, temperature: Array) -> tuple[State, Array, Array]:
+        """The beam one layer on, the chains to be evaluated, and how many layers were applied to the probes."""
+        pull_key, noise_key = jax.random.split(key)
+        tails, num_pulled = self._refresh(pull_key, state, few)
+        rows = _grow(few, state)
+        num_tail = (tails.tokens >= 0).sum(axis=1)
+        loss = predict(few, tails, rows.hidden) + few.price(rows.chains)[:, None] + few.price(tails.tokens)[None]
+        does_fit = rows.depth[:, None] + num_tail[None] <= few.max_layers + 1
+        loss = jnp.where(rows.is_there[:, None] & does_fit & jnp.isfinite(loss), loss, jnp.inf)
+
         noisy = temperature * jax.random.gumbel(noise_key, loss.shape) - jnp.log(jnp.maximum(loss, 1e-6))
         hope = jnp.where(state.is_first, -loss, noisy)
         gain, pairs = jax.lax.top_k(hope.reshape(-1), min(_MARGIN * self.num_moves, loss.size))
         row, tail = jnp.divmod(pairs, loss.shape[1])
-        # A tail stands behind its prefix; its own padding is the chain's.
-        place = jnp.arange(num_slots)[None] - depth[row][:, None]
-        width = tails.tokens.shape[1]
-        behind = jnp.take_along_axis(tails.tokens[tail], jnp.clip(place, 0, width - 1), axis=1)
-        chains = jnp.where(place < 0, prefixes[row], jnp.where(place < width, behind, PADDING))
-        stop = jnp.full(num_slots, PADDING, jnp.int32).at[0].set(bank.num_layers)
-        chains = jnp.where(jnp.isfinite(gain)[:, None], chains, stop[None])
+        chains = _attach(rows.chains[row], rows.depth[row], tails.tokens[tail])
+        stop = jnp.full(few.max_layers + 1, PADDING, jnp.int32).at[0].set(few.bank.num_layers)
+        chains = jnp.where(jnp.isfinite(gain)[:, None], chains, stop[None]).astype(jnp.int32)
 
         worth, kept = jax.lax.top_k(hope[1:].max(axis=1), self.width)
         kept = 1 + kept
         is_over = state.depth + 1 >= few.max_layers
-        hidden = few.bank.embed(few.data.x)
-        is_root = jnp.arange(self.width) == 0
+        root = jnp.broadcast_to(few.bank.embed(few.data.x), state.hidden.shape)
         next_state = state._replace(
-            prefixes=jnp.where(is_over, PADDING, prefixes[kept]),
-            hidden=jnp.where(is_over, jnp.broadcast_to(hidden, state.hidden.shape), made[kept]),
-            is_there=jnp.where(is_over, is_root, is_there[kept] & jnp.isfinite(worth)),
+            prefixes=jnp.where(is_over, PADDING, rows.chains[kept]),
+            hidden=jnp.where(is_over, root, rows.hidden[kept]),
+            is_there=jnp.where(is_over, jnp.arange(self.width) == 0, rows.is_there[kept] & jnp.isfinite(worth)),
             depth=jnp.where(is_over, 0, state.depth + 1),
             tails=tails,
             is_first=state.is_first & ~is_over,
         )
-        return next_state, chains.astype(jnp.int32), num_pulled + bank.num_layers * does_extend.sum()
+        return next_state, chains, num_pulled + rows.is_there[1:].sum()
+
+
+class _Prefixes(NamedTuple):
+    """Prefixes that meet tails."""
+
+    chains: Int[Array, "R L"]
+    hidden: Shaped[Array, "R B ..."]
+    is_there: Bool[Array, "R"]
+    depth: Int[Array, "R"]
+
+
+def _grow(few: Problem, state: State) -> _Prefixes:
+    """The children of the beam, and before them the empty prefix, which is there at the start of a pass."""
+    num_layers = few.bank.num_layers
+    made = jax.lax.map(lambda hidden: apply_all(few.bank.layers, hidden), state.hidden)
+    tokens = jnp.tile(jnp.arange(num_layers, dtype=jnp.int32), len(state.prefixes))
+    chains = jnp.repeat(state.prefixes, num_layers, axis=0)
+    chains = jnp.where(jnp.arange(few.max_layers + 1)[None] == state.depth, tokens[:, None], chains)
+    does_extend = jnp.repeat(state.is_there & (state.depth < few.max_layers), num_layers)
+    return _Prefixes(
+        jnp.concatenate([state.prefixes[:1], chains]),
+        jnp.concatenate([state.hidden[:1], made.reshape(-1, *made.shape[2:])]),
+        jnp.append(state.depth == 0, does_extend),
+        jnp.where(jnp.arange(1 + len(chains)) == 0, state.depth, state.depth + 1),
+    )
+
+
+def _attach(chains: Int[Array, "Q L"], depth: Int[Array, "Q"], tails: Int[Array, "Q T"]) -> Int[Array, "Q L"]:
+    """Each tail behind its prefix; its own padding is the chain's."""
+    place = jnp.arange(chains.shape[1])[None] - depth[:, None]
+    behind = jnp.take_along_axis(tails, jnp.clip(place, 0, tails.shape[1] - 1), axis=1)
+    return jnp.where(place < 0, chains, jnp.where(place < tails.shape[1], behind, PADDING))
