@@ -11,7 +11,9 @@ undone, 12 layers and 4 slots; regret (0 the best of all chains, 1 the median on
 layer*: Spearman's correlation over all single swaps of a chain with the true change of loss, of distances to what is wanted at the
 slot (`jc.ideal`) and of scores by the gradient. Writes inverse.json, .md and .png to experiments/results.
 
-EXPECT
+40 minutes on 2 CPU cores with other jobs beside it. To expect: depth 8 found in 20 of 20 cases at noise of 0 and 10%, in 0.4 and 3
+seconds; depth 12 in 25 seconds from exact outputs, in 3 minutes with noise of 1%; meeting in the middle at a regret of 0.004 at 300
+layer calls, where all others have 0.1 or more; the ideal layer far behind the gradient.
 
 `--quick`: two seeds of everything, depth 8 at most; nothing is written.
 """
@@ -249,6 +251,7 @@ def summarize_search(searched: list[dict[str, np.ndarray]]) -> list[dict[str, An
             "seconds": float(np.median([found[f"{name} seconds"] for found in searched])),
         }
         row["regret"] = [jc.stats.iqm(regret[:, i]) for i in range(len(BUDGETS))]
+        row["by_bank"] = regret.mean(axis=2).round(5).tolist()
         row["solved"] = [float(np.mean(regret[:, i] < 1e-5)) for i in range(len(BUDGETS))]
         rows.append(row)
     return rows
