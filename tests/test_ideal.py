@@ -143,6 +143,7 @@ def test_inverse_layers_have_no_matrix_before_their_activation():
     assert np.isnan(found.by_weights).all()
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_are_scored_and_searched():
     problem = make_problem()
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf, problem.bank)

@@ -27,7 +27,7 @@ def make_params(layer, seed, shape, dtype=jnp.float32):
 
 @pytest.mark.parametrize("make", LAYERS)
 @pytest.mark.parametrize("is_x64", [False, True])
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(size=st.sampled_from((2, 5, 16)), seed=st.integers(0, 1000), is_sequence=st.booleans())
 def test_round_trips(make, is_x64, size, seed, is_sequence):
     layer = make(size)

@@ -89,6 +89,7 @@ def test_single_edits_alone_find_the_optimum(problem):
     assert result.best_loss == pytest.approx(float(jc.evaluate_all(problem)[1].loss.min()), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_wide_outputs_are_searched_by_samples():
     """80 squared errors: 17 products, by which the moves are ranked."""
     head = jc.layers.DenseHead(80)

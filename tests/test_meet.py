@@ -49,7 +49,7 @@ def brute_force(bank, x, y, depth):
     return chains[order], residuals[order]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("depth", range(1, 6))
 def test_the_answer_is_that_of_brute_force(depth, seed):
     bank = make_bank(seed=seed)
@@ -63,7 +63,7 @@ def test_the_answer_is_that_of_brute_force(depth, seed):
 
 
 @pytest.mark.parametrize("match_fn", [match.match_all, match.match_cells])
-@pytest.mark.parametrize("num_forward", [None, 0, 1, 4, 5])
+@pytest.mark.parametrize("num_forward", [None, 0, 4])
 def test_few_candidates_hold_an_exact_chain_wherever_halves_meet(num_forward, match_fn):
     bank = make_bank(num_layers=2, layers=[jc.layers.InvertibleDense(FEATURES), jc.layers.AdditiveCoupling(FEATURES)])
     x, y, chain = make_task(bank, 5)
@@ -155,7 +155,7 @@ def test_halves_that_do_not_fit_are_gone_through_in_parts():
     bank = make_bank(num_layers=4)
     x, y, chain = make_task(bank, 6)
     row_bytes = 4 * 32 * 4 + 64
-    for limit in (2 * 64 * row_bytes, 2 * 16 * row_bytes, 2 * row_bytes):
+    for limit in (2 * 64 * row_bytes, 2 * 16 * row_bytes):
         found = jc.meet_in_the_middle(bank, x, y, 6, num_candidates=8, memory_limit=limit)
         np.testing.assert_array_equal(found.chains, chain[None])
     with pytest.raises(ValueError, match=r"need 73,728 bytes, and 100 are allowed"):

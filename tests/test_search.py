@@ -49,10 +49,8 @@ VMAPPED = [
     pytest.param(name, marks=() if name in ("RandomSearch", "CriticSearch", "ActorCritic") else pytest.mark.slow)
     for name in SEARCHES
 ]
-EAGER = [
-    pytest.param(name, marks=pytest.mark.slow if name in ("CriticSearch", "ActorCritic-weights") else ())
-    for name in SEARCHES
-]
+SLOW_EAGER = ("CriticSearch", "ActorCritic-weights", "ActorCritic-scores", "TargetPropagation", "MeetInTheMiddle")
+EAGER = [pytest.param(name, marks=pytest.mark.slow if name in SLOW_EAGER else ()) for name in SEARCHES]
 
 
 def test_every_exported_search_is_in_the_contract():
