@@ -20,6 +20,7 @@ from jchain.engine import apply_token, choose_chunk, compiler_options, find_back
 from jchain.joint import JointMoves, join, keep_best
 from jchain.linearize import (
     Forward,
+    all_members,
     check_chain,
     choose_reading,
     comes_back,
@@ -107,7 +108,7 @@ def score_edits(
     if is_concrete(learning_rate) and not learning_rate > 0:
         raise ValueError(f"expected a positive learning_rate, got {learning_rate}")
     return _score(
-        problem, chain, jnp.asarray(learning_rate, jnp.float32), _all_members(problem), _Options(kind, num_products)
+        problem, chain, jnp.asarray(learning_rate, jnp.float32), all_members(problem.bank), _Options(kind, num_products)
     )[0]
 
 
@@ -160,7 +161,7 @@ def score_moves(
             f"{num_best} and {num_pairs}"
         )
     if members is None:
-        members = _all_members(problem)
+        members = all_members(problem.bank)
     _check_members(problem, members)
     return _score(problem, chain, jnp.float32(1.0), members, _Options("linearized", num_products, num_best, num_pairs))
 
@@ -222,10 +223,6 @@ class _Options(NamedTuple):
     num_best: int = 0  # no joint moves
     num_pairs: int = 0
     backend: str = ""
-
-
-def _all_members(problem: Problem) -> tuple[Array, ...]:
-    return tuple(jnp.arange(len(group.tokens)) for group in problem.bank.layers)
 
 
 def _score(problem: Problem, chain: Array, learning_rate: Array, members: Any, options: _Options) -> Any:

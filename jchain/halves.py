@@ -62,22 +62,30 @@ def _sketch(
 ) -> Float[Array, "M S"]:
     num_examples, shape = hidden.shape[0], hidden.shape[1:]
     num_tokens = sum(len(group.tokens) for group in layers)
+    num_kept = _count_kept(hidden.size, num_tokens, num_layers)
 
-    def grow(rows: Float[Array, "m B ..."], num_left: int) -> Float[Array, "M S"]:
-        """The first level kept whole is the last that is small enough; from there on, layer by layer."""
-        if num_left == 0:
+    def grow(rows: Float[Array, "m B ..."], depth: int) -> Float[Array, "M S"]:
+        if depth == num_layers:
             return rows.reshape(rows.shape[0], -1) @ projection
         flat = rows.reshape(-1, *shape)
-        if num_tokens * rows.size <= _MAX_LEVEL:
-            return grow(apply_all(layers, flat).reshape(-1, num_examples, *shape), num_left - 1)
+        if depth < num_kept:
+            return grow(apply_all(layers, flat).reshape(-1, num_examples, *shape), depth + 1)
 
         def go_on(token: Array) -> Array:
-            return grow(apply_token(layers, token, flat).reshape(rows.shape), num_left - 1)
+            return grow(apply_token(layers, token, flat).reshape(rows.shape), depth + 1)
 
         made = jax.lax.map(go_on, jnp.arange(num_tokens))
         return made.reshape(-1, made.shape[-1])
 
-    return grow(hidden[None], num_layers)
+    return grow(hidden[None], 0)
+
+
+def _count_kept(num_numbers: int, num_tokens: int, num_layers: int) -> int:
+    """Levels of the tree that are kept whole, those that are small enough; behind them it is walked layer by layer."""
+    kept = 0
+    while kept < num_layers and num_numbers * num_tokens ** (kept + 1) <= _MAX_LEVEL:
+        kept += 1
+    return kept
 
 
 @jax.jit
@@ -91,9 +99,7 @@ def apply_sequence(
 def decode(half: Half, places: Int[np.ndarray, "K"]) -> Int[np.ndarray, "K D"]:
     """The layers of the sequences at these places, in the order in which they are applied."""
     base, depth = half.num_tokens, half.num_layers
-    kept, numbers = 0, half.hidden.size
-    while kept < depth and numbers * base <= _MAX_LEVEL:
-        kept, numbers = kept + 1, numbers * base
+    kept = _count_kept(half.hidden.size, base, depth)
     # A level that is kept whole puts its layer before all others; a loop over the next layer goes before them, in turn.
     digits = (
         np.array(np.unravel_index(places, (base,) * depth)).reshape(depth, -1) if depth else np.zeros((0, len(places)))

@@ -17,15 +17,13 @@ from jchain._typing import Array, Float, Int
 from jchain.bank import Bank, LayerGroup
 from jchain.engine import apply_token, choose_chunk, compiler_options, find_backend, locate
 from jchain.gradient import EditScores
-from jchain.inverse import measure_residual, solve_locally, target_outputs, undo_groups
-from jchain.linearize import Forward, check_chain, flatten_rows, go_forward, know_nothing, map_layers
+from jchain.inverse import measure_residual, reach_target, solve_locally, undo_groups
+from jchain.linearize import all_members, check_chain, flatten_rows, go_forward, know_nothing, map_layers
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
 
 # Steps of conjugate gradients in a local least squares, and its damping in units of the mean square of the Jacobian of an identity.
 _NUM_CG_STEPS, _DAMPING = 4, 0.1
-# Outputs up to which the head is solved exactly by as many steps.
-_MAX_HEAD_STEPS = 16
 
 
 class IdealLayer(NamedTuple):
@@ -141,7 +139,7 @@ def score_edits(
     chain = check_chain(problem, chain)
     problem = problem.without_names()
     if members is None:
-        members = tuple(jnp.arange(len(group.tokens)) for group in problem.bank.layers)
+        members = all_members(problem.bank)
     backend = find_backend(problem, chain)
     run = _compile(backend if is_concrete((problem, chain, members)) else None)
     options = _Options(is_exact, is_projected, backend)
@@ -176,7 +174,7 @@ def _score_one(problem: Problem, chain: Array, rate: Array, members: Any, option
     length = forward.length
     inverses = undo_groups(bank) if options.is_exact else (None,) * len(bank.layers)
     chunk = choose_chunk(bank.num_layers, forward.hidden[0], options.backend)
-    last = _pull_head(problem, chain, forward, rate)
+    last = reach_target(problem, chain[length], forward.hidden[length], rate)
     behind = jnp.concatenate([forward.hidden[1:], forward.hidden[-1:]])
 
     def go_back(after: Array, slot: Any) -> Any:
@@ -231,16 +229,6 @@ def _count_undoing(bank: Bank, inverses: Any, chain: Array) -> Int[Array, ""]:
         # Forward once more, a product there and one back for each step and for their start, and one back at the end.
         costs[list(group.tokens)] = 2 * (_NUM_CG_STEPS + 1) + 2 if inverse is None else 1
     return jnp.sum(jnp.asarray(costs)[chain])
-
-
-def _pull_head(problem: Problem, chain: Array, forward: Forward, rate: Array) -> Float[Array, "B ..."]:
-    """What is wanted at the head: the least change that moves the outputs so much of the way to their target."""
-    outputs, hidden = forward.outputs, forward.hidden[forward.length]
-    target = target_outputs(outputs, problem.data.y, problem.loss_fn)
-    wanted = outputs + rate.astype(outputs.dtype) * (target - outputs)
-    head = partial(apply_token, problem.bank.heads, chain[forward.length])
-    num_steps = min(_MAX_HEAD_STEPS, outputs.size // outputs.shape[0])
-    return hidden + solve_locally(head, hidden, wanted, num_steps, 1e-6)
 
 
 def _undo(groups: tuple[LayerGroup, ...], inverses: Any, token: Array, hidden: Array, after: Array) -> Array:

@@ -5,6 +5,7 @@ the same outputs: those are its pseudo-inverse's, plus its null space.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,10 @@ from jchain._typing import Array, Float, Int, PyTree
 from jchain.bank import Bank, LayerGroup, find_input_shape
 from jchain.engine import apply_token
 from jchain.linearize import flatten_rows
+from jchain.problem import Problem
+
+# Outputs up to which a head is solved exactly, by as many steps.
+_MAX_HEAD_STEPS, _HEAD_DAMPING = 16, 1e-6
 
 
 class PullBack(NamedTuple):
@@ -23,9 +28,7 @@ class PullBack(NamedTuple):
 
     activations: Float[Array, "B ..."]  # [B, ...F], at its entry
     residual: Float[Array, "B"]  # [B], what the suffix makes of them, less the outputs asked for, by the size of these
-    null_space: Float[
-        Array, "F D"
-    ]  # [F, D], orthonormal directions at the head's input that it does not see; D = 0 without a head
+    null_space: Float[Array, "F D"]  # [F, D], orthonormal, what the head's input may be moved by; D = 0 without a head
 
 
 def invert_layers(bank: Bank) -> tuple[LayerGroup, ...]:
@@ -173,6 +176,22 @@ def target_outputs(outputs: Any, y: Array, loss_fn: Any, confidence: float = 0.9
             f"{y.dtype}{list(y.shape)}"
         )
     return y.astype(outputs.dtype)
+
+
+def reach_target(
+    problem: Problem, token: Int[Array, ""], hidden: Float[Array, "B ..."], rate: float | Float[Array, ""] = 1.0
+) -> Float[Array, "B ..."]:
+    """What a head would have to read: the least change that moves its outputs so much of the way to their target.
+
+    Raises:
+      ValueError: the loss has no target.
+    """
+    head = partial(apply_token, problem.bank.heads, token)
+    outputs = head(hidden)
+    target = target_outputs(outputs, problem.data.y, problem.loss_fn)
+    wanted = outputs + jnp.asarray(rate, outputs.dtype) * (target - outputs)
+    num_steps = min(_MAX_HEAD_STEPS, outputs.size // outputs.shape[0])
+    return hidden + solve_locally(head, hidden, wanted, num_steps, _HEAD_DAMPING)
 
 
 def condition_numbers(bank: Bank, chain: Int[Array, "_"] | Any, x: Float[Array, "B ..."]) -> Float[np.ndarray, "B"]:

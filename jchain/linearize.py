@@ -60,6 +60,11 @@ def go_forward(problem: Problem, chain: Int[Array, "L"]) -> Forward:
     return Forward(length, hidden, outputs, problem.measure(outputs)[0], env.stop_losses(problem, last))
 
 
+def all_members(bank: Bank) -> tuple[Int[Array, "_"], ...]:
+    """For each group of a bank's layers the places of all."""
+    return tuple(jnp.arange(len(group.tokens)) for group in bank.layers)
+
+
 def map_layers(
     score: Callable[[Array], Any], bank: Bank, members: tuple[Int[Array, "_"], ...], hidden: Array, chunk: int
 ) -> Any:

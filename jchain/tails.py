@@ -16,7 +16,7 @@ from jchain._typing import Array, Float, Int
 from jchain.bank import LayerGroup
 from jchain.chain import PADDING
 from jchain.engine import apply_token
-from jchain.inverse import solve_locally, target_outputs
+from jchain.inverse import reach_target
 from jchain.linearize import flatten_rows
 from jchain.problem import Problem
 
@@ -77,9 +77,7 @@ def _pull_head(problem: Problem, near: Array, num_slots: int, token: Array) -> t
     def head(hidden: Array) -> Array:
         return flatten_rows(apply_token(problem.bank.heads, token, hidden))
 
-    outputs = apply_token(problem.bank.heads, token, near)
-    target = flatten_rows(target_outputs(outputs, problem.data.y, problem.loss_fn))
-    entry = near + solve_locally(head, near, target, min(16, target.shape[1]), 1e-6)
+    entry = reach_target(problem, token, near)
     made, back = jax.vjp(head, entry)
     units = jnp.broadcast_to(jnp.eye(made.shape[1], dtype=made.dtype)[:, None], (made.shape[1], *made.shape))
     rows = jax.vmap(lambda unit: back(unit)[0])(units)

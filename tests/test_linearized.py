@@ -7,7 +7,7 @@ import reference
 from conftest import make_bank, make_batch
 
 import jchain as jc
-from jchain.starts import draw_start, share_members
+from jchain.descent import draw_start, share_members
 
 
 @pytest.fixture(scope="module")

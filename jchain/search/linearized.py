@@ -15,12 +15,12 @@ from jchain import chain as chain_lib
 from jchain import memo as memo_lib
 from jchain._typing import Array, Bool, Float, Int, Key
 from jchain.chain import PADDING
+from jchain.descent import decide, draw_members, draw_start, share_members
 from jchain.gradient import choose_products, score_moves
 from jchain.memo import Memo
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
-from jchain.starts import draw_members, draw_start, share_members
 
 _START_RADIUS = 4.0
 
@@ -107,20 +107,19 @@ class LinearizedSearch:
 
         # The chain itself stands where there is no move, and its loss may be lower here by a rounding error.
         is_move = (chains != guide.chain[None]).any(axis=1)
-        best = jnp.argmin(jnp.where(is_move, loss, jnp.inf))
-        does_move = is_move[best] & (loss[best] < guide.loss)
         score = guide.score.at[rows].set(jnp.inf, mode="drop")
-        num_failed = jnp.where(does_move, 0, state.num_failed + 1)
-        is_stuck = ~does_move & ((num_failed >= self.patience) | ~jnp.isfinite(score).any())
+        has_more = jnp.isfinite(score).any()
+        move = decide(guide.chain, guide.loss, chains, loss, is_move, state.num_failed, self.patience, has_more)
         did_try = (is_move & is_joint).any()
-        radius = jnp.where(did_try, jnp.where(does_move & is_joint[best], 2.0, 0.5), 1.0) * state.radius
-        here = jnp.where(does_move, chains[best], guide.chain), jnp.where(does_move, loss[best], guide.loss)
+        radius = jnp.where(did_try, jnp.where(move.does_move & is_joint[move.best], 2.0, 0.5), 1.0) * state.radius
         next_state = State(
-            guide._replace(chain=here[0], loss=here[1], score=score),
-            does_move | is_stuck | (sum(share_members(problem, self.num_candidates)) < problem.bank.num_layers),
-            is_stuck,
-            jnp.where(is_stuck, _START_RADIUS, jnp.clip(radius, 2.0, max(problem.max_layers, 2))),
-            jnp.where(is_stuck, 0, num_failed).astype(jnp.int32),
+            guide._replace(chain=move.chain, loss=move.loss, score=score),
+            move.does_move
+            | move.is_stuck
+            | (sum(share_members(problem, self.num_candidates)) < problem.bank.num_layers),
+            move.is_stuck,
+            jnp.where(move.is_stuck, _START_RADIUS, jnp.clip(radius, 2.0, max(problem.max_layers, 2))),
+            move.num_failed,
             memo,
         )
         own = jnp.where(state.is_new, guide.chain, PADDING)

@@ -16,6 +16,7 @@ from jchain import memo as memo_lib
 from jchain._typing import Array, Bool, Float, Int, Key, Shaped
 from jchain.bank import LayerGroup
 from jchain.chain import PADDING
+from jchain.descent import draw_members, share_members
 from jchain.engine import apply_all
 from jchain.inverse import undo_groups
 from jchain.linearize import go_forward
@@ -23,7 +24,6 @@ from jchain.memo import Memo
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
-from jchain.starts import draw_members, share_members
 from jchain.tails import Tails, predict, pull_tails
 
 # So many times as many chains are looked up as are evaluated, to pass over those that were tried.

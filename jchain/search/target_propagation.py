@@ -13,12 +13,12 @@ from jchain import chain as chain_lib
 from jchain import memo as memo_lib
 from jchain._typing import Array, Bool, Float, Int, Key
 from jchain.chain import PADDING
+from jchain.descent import decide, draw_members, draw_start, share_members
 from jchain.ideal import score_edits
 from jchain.memo import Memo
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
-from jchain.starts import draw_members, draw_start, share_members
 
 _LARGE = 1e30
 
@@ -84,20 +84,11 @@ class TargetPropagation:
         chains = jnp.where(is_move[:, None], neighbours[rows], here.chain[None]).astype(jnp.int32)
         memo, loss, layer_calls = memo_lib.score(state.memo, problem, chains)
 
-        best = jnp.argmin(jnp.where(is_move, loss, jnp.inf))
-        does_move = is_move[best] & (loss[best] < here.loss)
         score = here.score.at[rows].set(jnp.inf)
-        num_failed = jnp.where(does_move, 0, here.num_failed + 1)
-        is_stuck = ~does_move & ((num_failed >= self.patience) | ~jnp.isfinite(score).any())
-        next_state = State(
-            jnp.where(does_move, chains[best], here.chain),
-            jnp.where(does_move, loss[best], here.loss),
-            score,
-            does_move | is_stuck,
-            is_stuck,
-            jnp.where(is_stuck, 0, num_failed).astype(jnp.int32),
-            memo,
-        )
+        has_more = jnp.isfinite(score).any()
+        move = decide(here.chain, here.loss, chains, loss, is_move, here.num_failed, self.patience, has_more)
+        is_new = move.does_move | move.is_stuck
+        next_state = State(move.chain, move.loss, score, is_new, move.is_stuck, move.num_failed, memo)
         own = jnp.where(state.is_new, here.chain, PADDING)
         info = Info(
             jnp.concatenate([own[None], chains]),

@@ -1,13 +1,62 @@
-"""Where a descent starts, and the layers that it looks at: drawn."""
+"""What descents share: where they start, which layers they look at, and whether they move, go on or start again."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jchain import env
-from jchain._typing import Array, Int, Key
+from jchain._typing import Array, Bool, Float, Int, Key
 from jchain.chain import PADDING
 from jchain.engine import apply_token
 from jchain.problem import Problem
+
+
+class Move(NamedTuple):
+    """What a batch of chains led to."""
+
+    best: Int[Array, ""]  # its best chain
+    does_move: Bool[Array, ""]  # that is better than the one before
+    is_stuck: Bool[Array, ""]  # nothing is left to wait for
+    chain: Int[Array, "L"]  # where the descent stands
+    loss: Float[Array, ""]
+    num_failed: Int[Array, ""]  # batches without a better chain; 0 of a descent that starts again
+
+
+def decide(
+    chain: Int[Array, "L"],
+    own_loss: Float[Array, ""],
+    chains: Int[Array, "P L"],
+    loss: Float[Array, "P"],
+    is_move: Bool[Array, "P"],
+    num_failed: Int[Array, ""],
+    patience: int,
+    has_more: Bool[Array, ""],
+) -> Move:
+    """To the best chain of a batch where it is better; stuck after so many batches that are not, or with none left.
+
+    Args:
+      chain: where the descent stands.
+      own_loss: its loss.
+      chains: what was evaluated.
+      loss: their losses.
+      is_move: which of them are others.
+      num_failed: batches before this one without a better chain.
+      patience: how many are waited for.
+      has_more: whether something is left to be evaluated.
+    """
+    best = jnp.argmin(jnp.where(is_move, loss, jnp.inf))
+    does_move = is_move[best] & (loss[best] < own_loss)
+    num_failed = jnp.where(does_move, 0, num_failed + 1)
+    is_stuck = ~does_move & ((num_failed >= patience) | ~has_more)
+    return Move(
+        best,
+        does_move,
+        is_stuck,
+        jnp.where(does_move, chains[best], chain),
+        jnp.where(does_move, loss[best], own_loss),
+        jnp.where(is_stuck, 0, num_failed).astype(jnp.int32),
+    )
 
 
 def share_members(problem: Problem, num_candidates: int) -> list[int]:
