@@ -251,7 +251,7 @@ def _score_in_turn(
             forward, rate = go_forward(problem, chain), learning_rate if options.kind == "nearest" else None
             swap = weight_space.score_swaps(problem, chain, forward, rate)
             unknown = jnp.full_like(swap, jnp.nan)
-            return _finish(problem, chain, forward, (swap, unknown, unknown[:, 0]), 4 * forward.length), None
+            return add_prices(problem, chain, forward, (swap, unknown, unknown[:, 0]), 4 * forward.length), None
         return _score_outputs(problem, chain, members, options)
 
     return score(problem, chain, learning_rate, members)
@@ -310,13 +310,13 @@ def _score_outputs(
         token, change = best
         read_few = choose_reading(part, seen, options.kind, options.num_products).read
         joint = join(problem, chain, token, change, read_few, options.num_pairs)
-    return _finish(problem, chain, forward, (swap, insert, delete), calls), joint
+    return add_prices(problem, chain, forward, (swap, insert, delete), calls), joint
 
 
-def _finish(
+def add_prices(
     problem: Problem, chain: Array, forward: Forward, scores: tuple[Array, Array, Array], layer_calls: Array
 ) -> EditScores:
-    """With the price of layers, and nan where nothing is known."""
+    """Scores of swaps, insertions and deletions with the price of layers, and nan where nothing is known."""
     num_layers = problem.bank.num_layers
     swap, insert, delete = scores
     cost = jnp.broadcast_to(problem.layer_cost, (num_layers,))

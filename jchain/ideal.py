@@ -16,7 +16,7 @@ import numpy as np
 from jchain._typing import Array, Float, Int
 from jchain.bank import Bank, LayerGroup
 from jchain.engine import apply_token, choose_chunk, compiler_options, find_backend, locate
-from jchain.gradient import EditScores
+from jchain.gradient import EditScores, add_prices
 from jchain.inverse import measure_residual, reach_target, solve_locally, undo_groups
 from jchain.linearize import all_members, check_chain, flatten_rows, go_forward, know_nothing, map_layers
 from jchain.problem import Problem
@@ -115,10 +115,12 @@ def score_edits(
     is_projected: bool = True,
     members: tuple[Int[Array, "_"], ...] | None = None,
 ) -> EditScores:
-    """Of each edit, how much nearer its layer's outputs are to what is wanted there than those of the layer that is there.
+    """Predicted change of loss of each edit, by how much nearer its layer's outputs are to what is wanted there.
 
-    `|f_b(h_t) - wanted|^2 - |f_t(h_t) - wanted|^2`, summed over the split, 0 for the layer itself; of heads the exact change of
-    loss. Prices of layers are left out. What is wanted at the end is `jchain.inverse.target_outputs`, or so much of the way there.
+    `|f_b(h_t) - wanted|^2 - |f_t(h_t) - wanted|^2`, summed over the split, by `|f_t(h_t) - wanted|^2`: of the way from what is
+    there to what is wanted, the share that the edit covers, -1 where it is all. As much is taken to be saved of the loss, of what
+    outputs that are as wanted would save. With the price of layers; of heads the exact change. What is wanted at the end is
+    `jchain.inverse.target_outputs`, or so much of the way there.
 
     The cost for a chain of `D` layers is `D` layer calls forward; backward 1 for each layer that is undone exactly, and 12 for
     others; and for each of the `D` slots and, where the chain is not full, for its end, one for each layer that is scored.
@@ -175,6 +177,7 @@ def _score_one(problem: Problem, chain: Array, rate: Array, members: Any, option
     inverses = undo_groups(bank) if options.is_exact else (None,) * len(bank.layers)
     chunk = choose_chunk(bank.num_layers, forward.hidden[0], options.backend)
     last = reach_target(problem, chain[length], forward.hidden[length], rate)
+    saving = forward.loss - problem.measure(apply_token(bank.heads, chain[length], last))[0]
     behind = jnp.concatenate([forward.hidden[1:], forward.hidden[-1:]])
 
     def go_back(after: Array, slot: Any) -> Any:
@@ -187,7 +190,8 @@ def _score_one(problem: Problem, chain: Array, rate: Array, members: Any, option
         is_layer = t < length
         before = jax.lax.cond(is_layer, partial(_undo, bank.layers, inverses, token), lambda _, a: a, hidden, after)
         compare, compare_before = (
-            partial(_compare, here, wanted, options.is_projected) for here, wanted in ((made, after), (hidden, before))
+            partial(_compare, saving, here, wanted, options.is_projected)
+            for here, wanted in ((made, after), (hidden, before))
         )
 
         def score(out: Array) -> Any:
@@ -205,22 +209,19 @@ def _score_one(problem: Problem, chain: Array, rate: Array, members: Any, option
 
     slots = jnp.arange(chain.size), chain, forward.hidden, behind
     scores = jax.lax.scan(go_back, last, slots, reverse=True)[1]
-    swap, insert, delete = (jnp.where(jnp.isfinite(part), part, jnp.nan) for part in scores)
     num_scored = sum(rows.shape[0] for rows in members)
     calls = num_scored * jnp.minimum(length + 1, problem.max_layers) + length + _count_undoing(bank, inverses, chain)
-    head = (forward.heads - forward.loss).at[chain[length] - bank.num_layers].set(0.0)
-    return EditScores(swap, insert, delete, head, forward.loss + problem.price(chain), calls)
+    return add_prices(problem, chain, forward, scores, calls)
 
 
-def _compare(here: Array, wanted: Array, is_projected: bool, made: Array) -> Float[Array, ""]:
-    """`|made - wanted|^2 - |here - wanted|^2`, or of what `made` is along the way from here to what is wanted."""
+def _compare(saving: Array, here: Array, wanted: Array, is_projected: bool, made: Array) -> Float[Array, ""]:
+    """`saving` by the share of the squared way from here to what is wanted that `made` leaves less than here, or along it alone."""
     dtype = jnp.promote_types(jnp.float32, here.dtype)
     change, way = (flatten_rows(a - here).astype(dtype) for a in (made, wanted))
-    along = jnp.sum(change * way, axis=1)
-    if is_projected:
-        length = jnp.sum(way**2, axis=1)
-        return jnp.sum(along**2 / jnp.maximum(length, jnp.finfo(dtype).tiny) - 2 * along)
-    return jnp.sum(jnp.sum(change**2, axis=1) - 2 * along)
+    along, lengths = jnp.sum(change * way, axis=1), jnp.sum(way**2, axis=1)
+    tiny = jnp.finfo(dtype).tiny
+    size = along**2 / jnp.maximum(lengths, tiny) if is_projected else jnp.sum(change**2, axis=1)
+    return saving * jnp.sum(size - 2 * along) / jnp.maximum(jnp.sum(lengths), tiny)
 
 
 def _count_undoing(bank: Bank, inverses: Any, chain: Array) -> Int[Array, ""]:

@@ -17,7 +17,7 @@ from jchain._typing import Array, Float, Int, Shaped
 
 # Rows of both tables whose distances are computed together: they stay in the cache.
 _ROWS, _COLUMNS = 1024, 2048
-_ROUNDING = 1e-3
+_ROUNDING, _SLACK = 1e-3, 8
 # Widths of cells that are weighed up, in units of the error; the chance to miss a pair; pairs whose distances are computed together.
 _WIDTHS, _MAX_MISS, _BATCH = (2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0), 0.02, 2**18
 # Seconds on two cores: of all pairs for each pair, of cells for each row and for each pair that shares one.
@@ -83,8 +83,12 @@ def _find_distances(first: Float[Array, "m S"], second: Float[Array, "q S"]) -> 
 
 
 def _lift(first: Float[Array, "m S"], second: Float[Array, "q S"]) -> tuple[Float[Array, "m _"], Float[Array, "q _"]]:
-    """Rows whose products are squared distances: `|f|^2 - 2 f g + |g|^2`."""
-    lengths = [jnp.sum(rows**2, axis=1, keepdims=True) for rows in (first, second)]
+    """Rows whose products are squared distances: `|f|^2 - 2 f g + |g|^2`, and what their sum may lose by rounding.
+
+    Without that long rows, whose distances round to less than 0, would be nearer than short ones that are near each other.
+    """
+    slack = 1 + _SLACK * float(jnp.finfo(first.dtype).eps)
+    lengths = [slack * jnp.sum(rows**2, axis=1, keepdims=True) for rows in (first, second)]
     ones = [jnp.ones_like(length) for length in lengths]
     return jnp.concatenate([first, lengths[0], ones[0]], axis=1), jnp.concatenate(
         [-2 * second, ones[1], lengths[1]], axis=1

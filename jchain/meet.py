@@ -6,8 +6,6 @@ activations but for noise and rounding, so the nearest pairs are candidates, whi
 """
 
 import math
-from collections.abc import Callable
-from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -27,6 +25,9 @@ _NUM_PROBES, _NUM_SKETCH, _NUM_SKETCH_EXACT = 8, 32, 8
 # Noise that is tried where none is given; seconds for which all pairs are compared rather than some noise after another; and up
 # to which cells are tried then.
 _TOLERANCES, _PATIENCE, _MAX_SECONDS = (0.0, 0.003, 0.01, 0.03, 0.1), 60.0, 1800.0
+# How far apart halves that belong together may be, by the spread of all, before they meet nearer to the end; what that is asked
+# of where all pairs are compared and no noise is given; and seconds of each sequence of the longer half.
+_MAX_GAP, _LIKELY_NOISE, _AHEAD_SECONDS = 0.5, 0.05, 1e-6
 _MAX_PASSES = 2**12
 _NUM_FINALISTS = 64
 _NUM_TRIALS = 8
@@ -68,8 +69,8 @@ def meet_in_the_middle(
       top_k: how many chains.
       tolerance: standard deviation of the noise of the outputs, by theirs. When None, halves are taken to be equal but for
         rounding, and where no chain comes so near, to be apart by more and more noise.
-      num_forward: layers of the half that is applied to the inputs; half of them when None. Noise grows where it is taken
-        back, so with much of it more than half may find more.
+      num_forward: layers of the half that is applied to the inputs. Noise and rounding grow where they are taken back; when
+        None it is half of them, or as many more as leave halves that belong together near each other, up to a minute's work.
       num_probes: examples on which halves are compared, evenly spaced.
       num_sketch: numbers of a sketch of the activations on these, where they are not believed to be equal.
       num_candidates: pairs that are tried on the probes, of which the best 64 are tried on all examples.
@@ -89,27 +90,23 @@ def meet_in_the_middle(
     _check_sizes({**sizes, "num_candidates": num_candidates}, bank.num_layers)
     if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"expected a tolerance of at least 0, got {tolerance}")
-    num_forward = depth - depth // 2 if num_forward is None else num_forward
-    if not 0 <= num_forward <= depth:
+    if num_forward is not None and not 0 <= num_forward <= depth:
         raise ValueError(f"expected num_forward in 0..{depth}, got {num_forward}")
     task = _make_task(bank, inputs, outputs)
     inverses = invert_layers(bank)
-    few = task.take(np.linspace(0, len(outputs) - 1, min(num_probes, len(outputs))).astype(int))
-    halves = (Half(bank.layers, few.hidden, num_forward), Half(inverses, few.outputs, depth - num_forward))
     num_candidates = max(num_candidates, top_k)
     if bank.num_layers**depth <= num_candidates:
         chains = np.array([*product(range(bank.num_layers), repeat=depth)])
-        return _try(task, few, chains, top_k)
+        return _try(task, task, chains, top_k)
+    few = task.take(np.linspace(0, len(outputs) - 1, min(num_probes, len(outputs))).astype(int))
     limit = memory_limit if memory_limit is not None else default_memory_limit()
-    search = partial(_search, task, few, halves, _Sizes(top_k, num_candidates, limit))
+    search = _Search(task, few, inverses, depth, num_forward, num_sketch, _Sizes(top_k, num_candidates, limit))
     if match_fn is not None:
-        found = search(match_fn, num_sketch, tolerance or 0.0)
+        found = search.match(match_fn, search.plan(num_sketch, tolerance or 0.0))
     elif tolerance is not None:
-        width, seconds = _plan(halves, num_sketch, tolerance)
-        is_few = _estimate_all(halves) < seconds
-        found = search(match_all if is_few else match_cells, num_sketch if is_few else width, tolerance)
+        found = search.match_cheapest(tolerance)
     else:
-        found = _raise_noise(halves, search, num_sketch, top_k)
+        found = search.raise_noise()
     if len(found.chains) < top_k:
         raise ValueError(
             f"found {len(found.chains)} of {top_k} chains whose halves meet: there is no such chain, or noise of the outputs or "
@@ -118,41 +115,10 @@ def meet_in_the_middle(
     return found
 
 
-def _raise_noise(halves: tuple[Half, Half], search: Callable[..., Meeting], num_sketch: int, top_k: int) -> Meeting:
-    """The best of what is found for more and more noise, until chains are as near as it lets them be."""
-    dtype = halves[0].hidden.dtype
-    best = Meeting(np.zeros((0, sum(half.num_layers for half in halves)), np.int64), np.zeros(0))
-    for noise in _TOLERANCES:
-        width, seconds = _plan(halves, num_sketch, noise)
-        if _estimate_all(halves) < (_PATIENCE if noise > 0 else seconds):
-            return _merge(best, search(match_all, num_sketch, noise), top_k)
-        if noise > 0 and seconds > _MAX_SECONDS:
-            break
-        best = _merge(best, search(match_cells, width, noise), top_k)
-        near = max(2 * noise, float(jnp.finfo(dtype).eps) ** 0.5)
-        if len(best.chains) == top_k and best.residuals[0] <= near:
-            break
-    return best
-
-
 class _Sizes(NamedTuple):
     top_k: int
     num_candidates: int
     memory_limit: int
-
-
-def _plan(halves: tuple[Half, Half], num_sketch: int, tolerance: float) -> tuple[int, float]:
-    """Numbers of a sketch and seconds that `match_cells` takes."""
-    ahead, back = halves
-    width = _NUM_SKETCH_EXACT if tolerance == 0 else num_sketch
-    projection = make_projection(ahead.hidden.size, width, ahead.hidden.dtype)
-    some = np.asarray(_draw(ahead, 64).reshape(64, -1) @ projection)
-    return width, choose_cells(some, (ahead.size, back.size), _measure_error(halves, projection, tolerance)).seconds
-
-
-def _estimate_all(halves: tuple[Half, Half]) -> float:
-    """Seconds that `match_all` takes."""
-    return estimate_all(float(halves[0].size) * float(halves[1].size))
 
 
 def _check_sizes(sizes: dict[str, int], num_layers: int) -> None:
@@ -168,6 +134,11 @@ class _Task(NamedTuple):
     layers: tuple[LayerGroup, ...]
     hidden: Float[Array, "B ..."]
     outputs: Float[Array, "B ..."]
+
+    @property
+    def num_layers(self) -> int:
+        """Layers to choose from."""
+        return sum(len(group.tokens) for group in self.layers)
 
     def take(self, rows: Int[np.ndarray, "b"]) -> "_Task":
         """The same for some of the examples."""
@@ -186,30 +157,98 @@ def _make_task(bank: Bank, inputs: Any, outputs: Any) -> _Task:
     return _Task(bank.layers, hidden, outputs)
 
 
-def _search(
-    task: _Task,
-    few: _Task,
-    halves: tuple[Half, Half],
-    sizes: _Sizes,
-    match_fn: Match,
-    num_sketch: int,
-    tolerance: float,
-) -> Meeting:
-    hidden = halves[0].hidden
-    projection = make_projection(hidden.size, num_sketch, hidden.dtype)
-    error = _measure_error(halves, projection, tolerance)
-    # Copies for products, or keys and orders of cells.
-    row_bytes = 4 * projection.shape[1] * hidden.dtype.itemsize + 64
-    parts = _split(halves, row_bytes, sizes.memory_limit)
-    chains, distances = [], []
-    for last, back in parts[1]:
-        table = sketch_half(back, projection)
-        for first, ahead in parts[0]:
-            pairs = match_finite(match_fn, sketch_half(ahead, projection), table, sizes.num_candidates, error)
-            chains.append(_join(pairs, first, ahead, back, last))
-            distances.append(pairs.distance)
-    nearest = np.argsort(np.concatenate(distances), kind="stable")[: sizes.num_candidates]
-    return _try(task, few, np.concatenate(chains)[nearest], sizes.top_k)
+class _Plan(NamedTuple):
+    """How halves are compared."""
+
+    halves: tuple[Half, Half]
+    projection: Float[Array, "F S"]
+    error: float  # of a number of a sketch, root mean square, of halves that belong together
+    some: Float[np.ndarray, "64 S"]  # sketches of the first half
+
+
+class _Search(NamedTuple):
+    """What is searched for, and how much may be spent."""
+
+    task: _Task
+    few: _Task  # on the probes
+    inverses: tuple[LayerGroup, ...]
+    depth: int
+    num_forward: int | None
+    num_sketch: int
+    sizes: _Sizes
+
+    def match_cheapest(self, tolerance: float) -> Meeting:
+        """By cells, or by all pairs where that takes less time."""
+        plan, seconds = self.plan_cells(tolerance)
+        if self.estimate_all() < seconds:
+            return self.match(match_all, self.plan(self.num_sketch, tolerance))
+        return self.match(match_cells, plan)
+
+    def raise_noise(self) -> Meeting:
+        """The best of what is found for more and more noise, until chains are as near as it lets them be."""
+        best = Meeting(np.zeros((0, self.depth), np.int64), np.zeros(0))
+        for noise in _TOLERANCES:
+            plan, seconds = self.plan_cells(noise)
+            if self.estimate_all() < (_PATIENCE if noise > 0 else seconds):
+                found = self.match(match_all, self.plan(self.num_sketch, max(noise, _LIKELY_NOISE)))
+                return _merge(best, found, self.sizes.top_k)
+            if noise > 0 and seconds > _MAX_SECONDS:
+                break
+            best = _merge(best, self.match(match_cells, plan), self.sizes.top_k)
+            near = max(2 * noise, float(jnp.finfo(plan.projection.dtype).eps) ** 0.5)
+            if len(best.chains) == self.sizes.top_k and best.residuals[0] <= near:
+                break
+        return best
+
+    def estimate_all(self) -> float:
+        """Seconds that `match_all` takes."""
+        return estimate_all(float(self.few.num_layers) ** self.depth)
+
+    def plan_cells(self, tolerance: float) -> tuple[_Plan, float]:
+        """And seconds that `match_cells` takes."""
+        plan = self.plan(_NUM_SKETCH_EXACT if tolerance == 0 else self.num_sketch, tolerance)
+        ahead, back = plan.halves
+        return plan, choose_cells(plan.some, (ahead.size, back.size), plan.error).seconds
+
+    def plan(self, num_sketch: int, tolerance: float) -> _Plan:
+        """Halves that meet where those that belong together are near each other, as far as that is to be had."""
+        half = self.depth - self.depth // 2
+        if self.num_forward is not None:
+            return self._plan_at(self.num_forward, num_sketch, tolerance)
+        plans = []
+        for num_forward in range(half, self.depth):
+            if plans and self.few.num_layers**num_forward * _AHEAD_SECONDS > _PATIENCE:
+                break
+            plan = self._plan_at(num_forward, num_sketch, tolerance)
+            spread = float(np.sqrt(np.mean(np.var(plan.some, axis=0, dtype=np.float64))))
+            plans.append((plan.error / spread if spread > 0 else math.inf, num_forward, plan))
+            if plans[-1][0] <= _MAX_GAP:
+                break
+        return min(plans, key=lambda found: found[:2])[2]
+
+    def _plan_at(self, num_forward: int, num_sketch: int, tolerance: float) -> _Plan:
+        ahead = Half(self.few.layers, self.few.hidden, num_forward)
+        back = Half(self.inverses, self.few.outputs, self.depth - num_forward)
+        projection = make_projection(ahead.hidden.size, num_sketch, ahead.hidden.dtype)
+        some = np.asarray(_draw(ahead, 64).reshape(64, -1) @ projection)
+        return _Plan((ahead, back), projection, _measure_error((ahead, back), projection, tolerance), some)
+
+    def match(self, match_fn: Match, plan: _Plan) -> Meeting:
+        """The best of the candidates that a function finds."""
+        projection = plan.projection
+        # Copies for products, or keys and orders of cells.
+        row_bytes = 4 * projection.shape[1] * projection.dtype.itemsize + 64
+        parts = _split(plan.halves, row_bytes, self.sizes.memory_limit)
+        num_candidates = self.sizes.num_candidates
+        chains, distances = [], []
+        for last, back in parts[1]:
+            table = sketch_half(back, projection)
+            for first, ahead in parts[0]:
+                pairs = match_finite(match_fn, sketch_half(ahead, projection), table, num_candidates, plan.error)
+                chains.append(_join(pairs, first, ahead, back, last))
+                distances.append(pairs.distance)
+        nearest = np.argsort(np.concatenate(distances), kind="stable")[:num_candidates]
+        return _try(self.task, self.few, np.concatenate(chains)[nearest], self.sizes.top_k)
 
 
 def _join(

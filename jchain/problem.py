@@ -122,7 +122,7 @@ class Problem:
         """The same problem, of `Bank.without_names`."""
         return self._replace("bank", self.bank.without_names())
 
-    def take(self, rows: slice | Int[np.ndarray, "b"]) -> "Problem":
+    def take(self, rows: slice | Int[np.ndarray, "b"] | Int[Array, "b"]) -> "Problem":
         """The same problem on some of its examples."""
         return self._replace("data", Batch(self.data.x[rows], self.data.y[rows]))
 

@@ -55,7 +55,9 @@ def test_other_layers_are_fitted_by_an_affine_map():
 @pytest.mark.parametrize("is_projected", [False, True])
 def test_scores_are_distances_to_what_undoing_wants(is_projected):
     """Where the layers are undone exactly, the targets can be computed by hand."""
-    problem = make_problem()
+    plain = make_problem()
+    cost = np.array([0.3, 0.0, 0.1, 0.2])
+    problem = jc.Problem(plain.bank, plain.data, 4, layer_cost=cost)
     chain = np.array([1, 3, 0, 4, -1], np.int32)
     scores = jc.ideal.score_edits(problem, chain, rate=0.3, is_exact=True, is_projected=is_projected)
     x, bank = np.asarray(problem.data.x, np.float64), problem.bank
@@ -74,29 +76,37 @@ def test_scores_are_distances_to_what_undoing_wants(is_projected):
     for t in (2, 1, 0):
         wanted[t] = np.asarray(jc.pull_back(bank, [chain[t]], jnp.asarray(wanted[t + 1], jnp.float32)).activations)
 
+    # What outputs as wanted would save.
+    log_odds = [out - np.log(np.exp(out).sum(axis=1, keepdims=True)) for out in (outputs, goal)]
+    losses = [-np.mean(rows[np.arange(len(x)), problem.data.y]) for rows in log_odds]
+    saving = losses[0] - losses[1]
+
     def compare(made, here, wanted):
-        if not is_projected:
-            return np.sum((made - wanted) ** 2) - np.sum((here - wanted) ** 2)
         way = wanted - here
         length = np.linalg.norm(way, axis=1)
-        along = np.sum((made - here) * way, axis=1) / length
-        return np.sum((along - length) ** 2 - length**2)
+        if not is_projected:
+            nearer = np.sum((made - wanted) ** 2) - np.sum((here - wanted) ** 2)
+        else:
+            along = np.sum((made - here) * way, axis=1) / length
+            nearer = np.sum((along - length) ** 2 - length**2)
+        return saving * nearer / np.sum(length**2)
 
     def make(token, t):
         return reference.apply(*reference._find(bank.layers, token), hidden[t])
 
-    swap = [[compare(make(b, t), hidden[t + 1], wanted[t + 1]) for b in range(4)] for t in range(3)]
-    insert = [[compare(make(b, t), hidden[t], wanted[t]) for b in range(4)] for t in range(4)]
-    delete = [compare(hidden[t], hidden[t + 1], wanted[t + 1]) for t in range(3)]
+    own = cost[chain[:3]]
+    swap = [[compare(make(b, t), hidden[t + 1], wanted[t + 1]) + cost[b] - own[t] for b in range(4)] for t in range(3)]
+    insert = [[compare(make(b, t), hidden[t], wanted[t]) + cost[b] for b in range(4)] for t in range(4)]
+    delete = [compare(hidden[t], hidden[t + 1], wanted[t + 1]) - own[t] for t in range(3)]
     tolerance = {"rtol": 2e-3, "atol": 2e-3 * np.abs(swap).max()}
     np.testing.assert_allclose(scores.swap[:3], swap, **tolerance)
     np.testing.assert_allclose(scores.insert[:4], insert, **tolerance)
     np.testing.assert_allclose(scores.delete[:3], delete, **tolerance)
     assert (np.asarray(scores.swap)[np.arange(3), chain[:3]] == 0).all()
     assert np.isnan(scores.swap[3:]).all()
-    losses = [reference.chain_loss(problem, [1, 3, 0, head])[0] for head in (4, 5)]
+    losses = [reference.chain_loss(plain, [1, 3, 0, head])[0] for head in (4, 5)]
     np.testing.assert_allclose(scores.head, [0.0, losses[1] - losses[0]], rtol=1e-4)
-    assert scores.loss == pytest.approx(reference.chain_loss(problem, chain)[0], rel=1e-5)
+    assert scores.loss == pytest.approx(reference.chain_loss(plain, chain)[0] + own.sum(), rel=1e-5)
     # Forward and back along three layers, and four layers at four places.
     assert scores.layer_calls == 3 + 3 + 16
 
@@ -236,7 +246,6 @@ def test_the_beam_pays_for_probes_by_their_share():
         seen.update(rows)
         assert info.layer_calls == expected
     assert int(state.depth) == 0
-    assert not bool(state.is_first)
 
 
 def test_a_beam_needs_layers_that_can_be_undone(problem):

@@ -35,6 +35,17 @@ def test_all_pairs_hold_the_nearest(num_rows, num_columns, num_pairs):
     assert len(found & wanted) >= len(wanted) - 2  # ties may round either way
 
 
+def test_long_rows_whose_distances_round_away_hide_no_short_ones():
+    rng = np.random.default_rng(0)
+    first, second = (rng.standard_normal((300, 6)) for _ in range(2))
+    second[:5] = first[:5] + 1e-4
+    # In the last third of both tables differences are lost in the squares of lengths.
+    first[200:] += 1e6
+    second[200:] += 1e6
+    pairs = match.match_all(jnp.asarray(first, jnp.float32), jnp.asarray(second, jnp.float32), 5, 1e-4)
+    assert {*zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)} == {(i, i) for i in range(5)}
+
+
 @pytest.mark.parametrize("error", [1e-6, 1e-3, 0.05])
 def test_cells_hold_nearly_every_pair_that_belongs_together_once(error):
     first, second, both = make_tables(4000, 3000, error)

@@ -126,7 +126,7 @@ def test_halves_that_do_not_meet_are_an_error():
 
 @pytest.mark.parametrize("noise", [0.0, 0.01])
 def test_more_and_more_noise_is_tried_where_all_pairs_are_too_many(monkeypatch, noise):
-    monkeypatch.setattr(meet, "_estimate_all", lambda halves: 1e9)
+    monkeypatch.setattr(meet, "estimate_all", lambda num_pairs: 1e9)
     bank = make_bank(num_layers=4)
     x, y, _ = make_task(bank, 4, noise=noise, num_examples=40)
     chains, residuals = brute_force(bank, x, y, 4)
@@ -134,6 +134,18 @@ def test_more_and_more_noise_is_tried_where_all_pairs_are_too_many(monkeypatch, 
         found = jc.meet_in_the_middle(bank, x, y, 4, num_candidates=50, tolerance=tolerance)
         np.testing.assert_array_equal(found.chains, chains[:1])
         np.testing.assert_allclose(found.residuals, residuals[:1], rtol=1e-4, atol=1e-6)
+
+
+def test_halves_meet_nearer_to_the_end_where_noise_grows_on_its_way_back():
+    bank = make_bank(num_layers=4, layers=[jc.layers.InvertibleDense(FEATURES, negative_slope=0.03)])
+    options = {"num_candidates": 4, "tolerance": 0.03}
+    is_found = []
+    for seed in range(3):
+        x, y, _ = make_task(bank, 6, noise=0.03, seed=seed, num_examples=40)
+        best = brute_force(bank, x, y, 6)[0][0]
+        found = [jc.meet_in_the_middle(bank, x, y, 6, num_forward=n, **options).chains[0] for n in (None, 3)]
+        is_found.append([np.array_equal(chain, best) for chain in found])
+    assert np.all(is_found, axis=0).tolist() == [True, False]
 
 
 def test_an_ill_conditioned_layer_is_never_taken_for_an_exact_answer():

@@ -2,15 +2,14 @@
 
 A step extends the prefixes of a beam (Lowerre 1976, the Harpy system) by every layer, predicts their loss with every tail, and
 evaluates the most promising of these chains. What a prefix is worth is its best prediction, so a beam looks a tail ahead for no
-layer call. A pass goes from the empty prefix to full chains; the next one pulls back other tails, from activations of the best
-chain so far, and takes prefixes at random among the good ones.
+layer call. A pass goes from the empty prefix to full chains; the next one has other examples as probes and pulls back other
+tails, from activations of the best chain so far.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jchain import memo as memo_lib
 from jchain._typing import Array, Bool, Float, Int, Key, Shaped
@@ -34,14 +33,14 @@ class State(NamedTuple):
     """What the next step needs."""
 
     prefixes: Int[Array, "W L"]  # [W, L], the beam, -1 behind their layers
-    hidden: Shaped[Array, "W B ..."]  # [W, b, ...F], on the probes
+    rows: Int[Array, "B"]  # [b], the probes of this pass
+    hidden: Shaped[Array, "W B ..."]  # [W, b, ...F], on these
     is_there: Bool[Array, "W"]
     depth: Int[Array, ""]  # layers of each
     tails: Tails
     inverses: tuple[LayerGroup, ...]
     best: Int[Array, "L"]  # the best chain so far
     best_loss: Float[Array, ""]
-    is_first: Bool[Array, ""]  # the pass takes the best prefixes, not some of the good ones
     memo: Memo
 
 
@@ -54,16 +53,18 @@ class MeetInTheMiddle:
       num_tail: most layers of a tail.
       num_candidates: layers that tails are made of, of each module its share and at least one, drawn anew for each pass.
       num_moves: chains that are evaluated in a step.
-      num_probes: examples on which prefixes and tails meet, evenly spaced; a layer call on them counts as that share of one.
-      temperature: of the Gumbel noise on the log of the predicted loss by which later passes choose.
+      num_probes: examples on which prefixes and tails meet, drawn anew for each pass; a layer call on them counts as that share
+        of one.
+      temperature: of the Gumbel noise on the predicted loss by which prefixes and chains are chosen, in units of how much better
+        the best one is than the mean; without noise passes would be alike where all examples are probes.
     """
 
     width: int = static(default=16)
     num_tail: int = static(default=1)
     num_candidates: int = static(default=12)
     num_moves: int = static(default=8)
-    num_probes: int = static(default=32)
-    temperature: float = 0.1
+    num_probes: int = static(default=64)
+    temperature: float = 0.01
 
     def __post_init__(self) -> None:
         sizes = {name: getattr(self, name) for name in ("width", "num_candidates", "num_moves", "num_probes")}
@@ -77,13 +78,15 @@ class MeetInTheMiddle:
         if len(inverses) < len(problem.bank.layers):
             modules = [type(group.module).__name__ for group in problem.bank.layers]
             raise ValueError(f"expected layers that can be undone, each module with invert(params), got {modules}")
-        few = self._take(problem)
+        rows = self._draw_rows(key, problem)
+        few = problem.take(rows)
         hidden = few.bank.embed(few.data.x)
         num_slots = problem.max_layers + 1
         found: Tails = jax.eval_shape(lambda: self._pull(key, few, inverses, hidden))  # pyright: ignore[reportAssignmentType]
         tails = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), found)
         return State(
             jnp.full((self.width, num_slots), PADDING, jnp.int32),
+            rows,
             jnp.broadcast_to(hidden, (self.width, *hidden.shape)),
             jnp.arange(self.width) == 0,
             jnp.zeros((), jnp.int32),
@@ -91,19 +94,18 @@ class MeetInTheMiddle:
             inverses,
             jnp.full(num_slots, PADDING, jnp.int32).at[0].set(problem.bank.num_layers),
             jnp.full((), jnp.inf, jnp.float32),
-            jnp.array(True),
             memo_lib.init(problem),
         )
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
-        few = self._take(problem)
-
         # A plain vmap would pull back tails in every step of every run.
         @jax.custom_batching.sequential_vmap
-        def look(few: Problem, key: Array, state: State, temperature: Array) -> tuple[State, Array, Array]:
-            return self._extend(key, state, few, temperature)
+        def look(problem: Problem, key: Array, state: State, temperature: Array) -> tuple[State, Array, Array]:
+            start_key, key = jax.random.split(key)
+            state = jax.lax.cond(state.depth == 0, self._start, lambda *args: args[1], start_key, state, problem)
+            return self._extend(key, state, problem.take(state.rows), temperature)
 
-        looked, chains, num_applied = look(few, key, state._replace(memo=None), jnp.asarray(self.temperature))
+        looked, chains, num_applied = look(problem, key, state._replace(memo=None), jnp.asarray(self.temperature))
         # Those that were not tried before, as far as there are.
         order = jnp.argsort(memo_lib.is_known(state.memo, chains), stable=True)[: self.num_moves]
         chains = chains[order]
@@ -115,13 +117,18 @@ class MeetInTheMiddle:
             best=jnp.where(is_better, chains[best], state.best),
             best_loss=jnp.where(is_better, loss[best], state.best_loss),
         )
-        probe_calls = -(-num_applied * len(few.data.x) // len(problem.data.x))
+        probe_calls = -(-num_applied * len(state.rows) // len(problem.data.x))
         return next_state, Info(chains, loss, (layer_calls + probe_calls).astype(jnp.int32))
 
-    def _take(self, problem: Problem) -> Problem:
+    def _draw_rows(self, key: Array, problem: Problem) -> Int[Array, "b"]:
         size = len(problem.data.x)
-        rows = np.unique(np.linspace(0, size - 1, min(self.num_probes, size)).astype(int))
-        return problem.take(rows)
+        return jax.random.choice(key, size, (min(self.num_probes, size),), replace=False)
+
+    def _start(self, key: Array, state: State, problem: Problem) -> State:
+        """A pass, with probes of its own: the beam would be wrong about the same chains again."""
+        rows = self._draw_rows(key, problem)
+        root = problem.bank.embed(problem.data.x[rows])
+        return state._replace(rows=rows, hidden=jnp.broadcast_to(root, state.hidden.shape))
 
     def _pull(self, key: Array, few: Problem, inverses: tuple[LayerGroup, ...], near: Array) -> Tails:
         members = draw_members(key, few, share_members(few, self.num_candidates))
@@ -150,8 +157,9 @@ class MeetInTheMiddle:
         does_fit = rows.depth[:, None] + num_tail[None] <= few.max_layers + 1
         loss = jnp.where(rows.is_there[:, None] & does_fit & jnp.isfinite(loss), loss, jnp.inf)
 
-        noisy = temperature * jax.random.gumbel(noise_key, loss.shape) - jnp.log(jnp.maximum(loss, 1e-6))
-        hope = jnp.where(state.is_first, -loss, noisy)
+        is_pair = jnp.isfinite(loss)
+        spread = jnp.mean(loss, where=is_pair) - jnp.min(loss)
+        hope = jnp.where(is_pair, temperature * spread * jax.random.gumbel(noise_key, loss.shape), 0.0) - loss
         gain, pairs = jax.lax.top_k(hope.reshape(-1), min(_MARGIN * self.num_moves, loss.size))
         row, tail = jnp.divmod(pairs, loss.shape[1])
         chains = _attach(rows.chains[row], rows.depth[row], tails.tokens[tail])
@@ -161,14 +169,12 @@ class MeetInTheMiddle:
         worth, kept = jax.lax.top_k(hope[1:].max(axis=1), self.width)
         kept = 1 + kept
         is_over = state.depth + 1 >= few.max_layers
-        root = jnp.broadcast_to(few.bank.embed(few.data.x), state.hidden.shape)
         next_state = state._replace(
             prefixes=jnp.where(is_over, PADDING, rows.chains[kept]),
-            hidden=jnp.where(is_over, root, rows.hidden[kept]),
+            hidden=rows.hidden[kept],
             is_there=jnp.where(is_over, jnp.arange(self.width) == 0, rows.is_there[kept] & jnp.isfinite(worth)),
             depth=jnp.where(is_over, 0, state.depth + 1),
             tails=tails,
-            is_first=state.is_first & ~is_over,
         )
         return next_state, chains, num_pulled + rows.is_there[1:].sum()
 

@@ -20,8 +20,6 @@ from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
 
-_LARGE = 1e30
-
 
 class State(NamedTuple):
     """What the next step needs."""
@@ -104,8 +102,6 @@ class TargetPropagation:
         chain = jax.lax.cond(here.is_start, lambda: draw_start(start_key, problem), lambda: here.chain)
         members = draw_members(key, problem, share_members(problem, self.num_candidates))
         scores = score_edits(problem, chain, rate=rate, is_exact=self.is_exact, members=members)
-        # Heads are known exactly: those that are better come first, others last. Prices of layers are not weighed here.
-        scores = scores._replace(head=_LARGE * scores.head)
         is_neighbour = chain_lib.neighbours(chain, problem.bank.num_layers, problem.bank.num_heads)[1]
         start_loss = jnp.where(jnp.isfinite(scores.loss), scores.loss, jnp.inf).astype(jnp.float32)
         found = here._replace(
