@@ -35,29 +35,40 @@ import jchain as jc
 from jchain.files import write_atomically, write_json
 
 NUM_LAYERS, FEATURES, EXAMPLES, SLOPE = 16, 16, 64, 0.5
-NOISES = (0.0, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0)
+NOISES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 2.0)
 # Of each row of the table of recovery: depth, noise, and what else is not as above.
 Case = tuple[int, float, dict[str, Any]]
 CASES: list[tuple[Case, int]] = [
     *(((depth, 0.0, {}), 20) for depth in (2, 4, 6, 8)),
     ((10, 0.0, {}), 5),
     ((12, 0.0, {}), 3),
-    ((12, 0.01, {"tolerance": 0.01}), 1),
+    *(((12, 0.01, options), 2) for options in ({"tolerance": 0.01}, {})),
     ((8, 0.1, {}), 20),
-    *(((depth, noise, {}), 10) for depth in (4, 6, 8) for noise in NOISES[1:] if (depth, noise) != (8, 0.1)),
-    *(((8, noise, {"num_probes": probes}), 10) for probes in (2, 32) for noise in (0.1, 0.3, 1.0)),
-    *(((8, noise, {"num_forward": 5}), 10) for noise in (0.3, 0.5)),
+    *(((depth, noise, {}), 10) for depth in (4, 6, 8) for noise in NOISES if (depth, noise) != (8, 0.1)),
+    *(
+        ((depth, noise, {"num_probes": probes}), 10)
+        for probes in (2, 32)
+        for depth, noises in ((6, (0.5, 0.7, 1.0)), (8, (0.1, 0.3, 0.4, 0.5)))
+        for noise in noises
+    ),
+    *(((8, noise, {"num_probes": probes, "num_sketch": 128}), 10) for probes in (8, 32) for noise in (0.4, 0.5)),
     *(((8, noise, {"slope": slope}), 10) for slope in (1.0, 0.2, 0.1, 0.01) for noise in (0.0, 0.03)),
+    *(((8, 0.03, {"slope": slope, "num_forward": 4}), 10) for slope in (0.2, 0.1)),
     *(((8, 0.0, {"condition": c, "is_x64": x64}), 10) for x64 in (False, True) for c in (1e1, 1e2, 1e3, 1e4)),
+    *(((8, 0.0, {"condition": c, "is_x64": False, "num_forward": 4}), 10) for c in (1e3, 1e4)),
+    *(((8, 0.01, {"condition": c}), 10) for c in (1e1, 1e2)),
 ]
+# Halves of which the sketches of both fit in a quarter of 24 GiB, at 192 bytes each.
+FIT = 6 * 2**30 / (2 * 192)
 COLUMNS = ("depth", "noise", "seeds", "found", "largest_right", "smallest_wrong", "seconds", "most_seconds")
-GROWTH = [(n, depth) for n in (4, 8, 16, 32) for depth in (2, 4, 6, 8, 10, 12) if n ** (depth / 2) < 2e6]
+GROWTH = [(n, depth) for n in (4, 8, 16, 64) for depth in range(2, 25, 2) if n ** (depth / 2) < 2e7]
 LAYERS = {
     "dense": jc.layers.InvertibleDense(64),
     "coupling": jc.layers.AdditiveCoupling(64),
     "residual": jc.layers.InvertibleResidual(64),
 }
-BANKS = [(layer, kind, seed) for layer in LAYERS for kind in ("independent", "routed") for seed in (0,)]
+BANKS = [(layer, kind, seed) for layer in LAYERS for kind in ("independent", "routed") for seed in (0, 1)]
+TRAINED_DEPTH, TRAINED_NOISES, NUM_TRAINED = 6, (0.0, 0.01, 0.1), 5
 NUM_STEPS, DEPTH, SIZE = 300, 4, 12
 SEARCHES = {
     "meet in the middle": jc.MeetInTheMiddle(),
@@ -81,6 +92,11 @@ def main() -> None:
     cases = [(case, 2 if args.quick else seeds) for case, seeds in CASES if case[0] <= 8 or not args.quick]
     recovery = [measure_case(case, seeds) for case, seeds in cases]
     print(format_recovery(recovery), flush=True)
+    banks, seeds = (BANKS[::4], 2) if args.quick else (BANKS, NUM_SEEDS)
+    trained = [
+        row for bank in banks[:: 1 if args.quick else 2] for row in recover_trained(bank, min(seeds, NUM_TRAINED))
+    ]
+    print(format_recovery(trained), flush=True)
     sizes = [size for size in GROWTH if size[0] ** size[1] < 1e8] if args.quick else GROWTH
     found = keep(
         RECOVER, "inverse-growth", sizes, lambda: {"seconds": np.array([time_growth(*size) for size in sizes])}
@@ -89,17 +105,17 @@ def main() -> None:
         {"layers": n, "depth": depth, "seconds": float(row[0]), "exhaustive": float(row[1])}
         for (n, depth), row in zip(sizes, found["seconds"], strict=True)
     ]
-    banks, seeds = (BANKS[::2], 2) if args.quick else (BANKS, NUM_SEEDS)
     with make_pool(2) as pool:
         searched = [*pool.map(search_bank, banks, [seeds] * len(banks))]
         scored = [*pool.map(score_bank, banks)]
     search, ideal = summarize_search(searched), summarize_scores(banks, scored)
-    tables = "\n\n".join([format_recovery(recovery), format_growth(growth), format_search(search), format_ideal(ideal)])
+    tables = [format_recovery(recovery), format_recovery(trained), format_growth(growth)]
+    tables = "\n\n".join([*tables, format_search(search, banks), format_ideal(ideal)])
     print(tables)
     if args.quick:
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    result = {"recovery": recovery, "growth": growth, "search": search, "ideal": ideal}
+    result = {"recovery": recovery, "trained": trained, "growth": growth, "search": search, "ideal": ideal}
     write_json(args.out / "inverse.json", {**describe_machine(), "banks": BANKS, "budgets": BUDGETS, **result})
     write_atomically(args.out / "inverse.md", lambda path: Path(path).write_text(tables + "\n"))
     write_atomically(args.out / "inverse.png", lambda path: draw(path, recovery, growth))
@@ -131,18 +147,49 @@ def make_secret(seed: int, depth: int, noise: float, options: dict[str, Any]) ->
 def recover(seed: int, case: Case) -> tuple[float, float, float]:
     """Whether the chain is found, its residual, and seconds."""
     depth, noise, options = case
+    asked = {
+        name: options[name] for name in ("num_probes", "num_sketch", "num_forward", "tolerance") if name in options
+    }
     with jax.enable_x64(options.get("is_x64", False)):
-        bank, x, y, chain = make_secret(seed, depth, noise, options)
-        asked = {name: options[name] for name in ("num_probes", "num_forward", "tolerance") if name in options}
-        start = time.perf_counter()
-        try:
-            found = jc.meet_in_the_middle(bank, x, y, depth, **asked)
-        except ValueError as error:
-            if "whose halves meet" not in str(error):
-                raise
-            return 0.0, np.inf, time.perf_counter() - start
-        seconds = time.perf_counter() - start
+        return ask(*make_secret(seed, depth, noise, options), asked)
+
+
+def ask(bank: jc.Bank, x: Any, y: Any, chain: np.ndarray, options: dict[str, Any]) -> tuple[float, float, float]:
+    start = time.perf_counter()
+    try:
+        found = jc.meet_in_the_middle(bank, x, y, len(chain), **options)
+    except ValueError as error:
+        if "whose halves meet" not in str(error):
+            raise
+        return 0.0, np.inf, time.perf_counter() - start
+    seconds = time.perf_counter() - start
     return float(np.array_equal(found.chains[0], chain)), float(found.residuals[0]), seconds
+
+
+def recover_trained(bank: tuple[str, str, int], num_seeds: int) -> list[dict[str, Any]]:
+    """The same of random chains of layers that were trained on digits, from what they make of 64 of these."""
+
+    def run() -> dict[str, np.ndarray]:
+        problem = make_problem(*bank)
+        x = problem.data.x[:EXAMPLES]
+        runs = []
+        for noise in TRAINED_NOISES:
+            for seed in range(num_seeds):
+                rng = np.random.default_rng(seed)
+                chain = rng.integers(0, SIZE, TRAINED_DEPTH)
+                y = problem.bank.embed(x)
+                for token in chain:
+                    y = problem.bank.layers[0].apply(int(token), y)
+                y += noise * y.std() * rng.standard_normal(y.shape).astype(y.dtype)
+                runs.append(ask(problem.bank, x, y, chain, {}))
+        return {"runs": np.array(runs, np.float32).reshape(len(TRAINED_NOISES), num_seeds, 3)}
+
+    name = f"inverse-trained-{'-'.join(map(str, bank))}"
+    found = keep([make_problem, recover_trained, ask], name, (bank, num_seeds), run)["runs"]
+    return [
+        {"layer": bank[0], "kind": bank[1], "seed": bank[2], **summarize_recovery(TRAINED_DEPTH, noise, runs)}
+        for noise, runs in zip(TRAINED_NOISES, found, strict=True)
+    ]
 
 
 def measure_case(case: Case, num_seeds: int) -> dict[str, Any]:
@@ -150,10 +197,14 @@ def measure_case(case: Case, num_seeds: int) -> dict[str, Any]:
     found = keep(RECOVER, f"inverse-recover-{depth}", (case, num_seeds), lambda: {
         "runs": np.array([recover(seed, case) for seed in range(num_seeds)], np.float64).astype(np.float32)
     })["runs"]  # fmt: skip
-    is_right, residual, seconds = found.T
+    return {**summarize_recovery(depth, noise, found), **options}
+
+
+def summarize_recovery(depth: int, noise: float, runs: np.ndarray) -> dict[str, Any]:
+    is_right, residual, seconds = runs.T
     wrong = residual[(is_right == 0) & np.isfinite(residual)]
     return {
-        "depth": depth, "noise": noise, **options, "seeds": num_seeds, "found": int(is_right.sum()),
+        "depth": depth, "noise": noise, "seeds": len(runs), "found": int(is_right.sum()),
         "largest_right": float(residual[is_right > 0].max()) if is_right.any() else None,
         "smallest_wrong": float(wrong.min()) if wrong.size else None,
         "seconds": float(np.median(seconds)), "most_seconds": float(seconds.max()),
@@ -161,23 +212,22 @@ def measure_case(case: Case, num_seeds: int) -> dict[str, Any]:
 
 
 def time_growth(num_layers: int, depth: int) -> tuple[float, float]:
-    """Seconds of the second of two exact recoveries, and of all chains one after another, from the layer calls of many."""
-    options = {"num_layers": num_layers}
-    bank, x, y, _ = make_secret(0, depth, 0.0, options)
-    seconds = []
+    """Seconds of an exact recovery, of the second one where the first may be compilation, and of all chains one after another,
+    from the layer calls of many."""
+    bank, x, y, chain = make_secret(0, depth, 0.0, {"num_layers": num_layers})
+    seconds = 0.0
     for _ in range(2):
-        start = time.perf_counter()
-        jc.meet_in_the_middle(bank, x, y, depth, num_candidates=1)
-        seconds.append(time.perf_counter() - start)
+        if seconds < 10:
+            seconds = ask(bank, x, y, chain, {"num_candidates": 1})[2]
     problem = jc.Problem(bank, jc.Batch(x, jnp.zeros(len(x), int)), 4 if num_layers < 32 else 3)
     jc.evaluate_all(problem)
     start = time.perf_counter()
     jax.block_until_ready(jc.evaluate_all(problem)[1].loss)
     each = (time.perf_counter() - start) / num_layers**problem.max_layers
-    return seconds[1], each * float(num_layers) ** depth
+    return seconds, each * float(num_layers) ** depth
 
 
-RECOVER: list[Callable[..., Any]] = [make_secret, recover, time_growth]
+RECOVER: list[Callable[..., Any]] = [make_secret, recover, ask, time_growth]
 
 
 def make_problem(layer: str, kind: str, seed: int) -> jc.Problem:
@@ -282,7 +332,8 @@ def format_recovery(rows: list[dict[str, Any]]) -> str:
     ]
     lines.append("|---" * 7 + "|")
     for row in rows:
-        other = ", ".join(f"{name} {value:g}" for name, value in row.items() if name not in COLUMNS) or "-"
+        others = {name: value for name, value in row.items() if name not in COLUMNS}
+        other = ", ".join(v if isinstance(v, str) else f"{name} {v:g}" for name, v in others.items()) or "-"
         residuals = ["-" if row[name] is None else f"{row[name]:.2g}" for name in ("largest_right", "smallest_wrong")]
         lines.append(
             f"| {row['depth']} | {row['noise']:g} | {other} | {row['found']} of {row['seeds']} | {' | '.join(residuals)} | "
@@ -300,7 +351,8 @@ def format_growth(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def format_search(rows: list[dict[str, Any]]) -> str:
+def format_search(rows: list[dict[str, Any]], banks: list[tuple[str, str, int]]) -> str:
+    """Over all banks, and the mean of each."""
     lines = [
         "| search | " + " | ".join(f"regret at {b:,}" for b in BUDGETS) + " | solved | seconds |",
         "|---" * (3 + len(BUDGETS)) + "|",
@@ -308,6 +360,11 @@ def format_search(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         cells = [f"{e.value:.4f} [{e.low:.4f}, {e.high:.4f}]" for e in row["regret"]]
         lines.append(f"| {row['search']} | {' | '.join(cells)} | {row['solved'][-1]:.0%} | {row['seconds']:.0f} |")
+    lines += ["", f"| bank, regret at {BUDGETS[1]:,} | " + " | ".join(row["search"] for row in rows) + " |"]
+    lines.append("|---" * (1 + len(rows)) + "|")
+    for i, bank in enumerate(banks):
+        means = [f"{row['by_bank'][i][1]:.3f}" for row in rows]
+        lines.append(f"| {' '.join(map(str, bank))} | {' | '.join(means)} |")
     return "\n".join(lines)
 
 
@@ -325,24 +382,29 @@ def draw(path: str, recovery: list[dict[str, Any]], growth: list[dict[str, Any]]
     left, right = figure.subplots(1, 2)
     for n in sorted({row["layers"] for row in growth}):
         those = [row for row in growth if row["layers"] == n]
-        (line,) = left.plot(
-            [row["depth"] for row in those], [row["seconds"] for row in those], marker="o", label=f"{n} layers"
-        )
-        left.plot([row["depth"] for row in those], [row["exhaustive"] for row in those], ls=":", color=line.get_color())
-    left.set(yscale="log", xlabel="depth", ylabel="seconds (dotted: all chains)", title="Exact outputs")
+        halves = [n ** (row["depth"] / 2) for row in those]
+        (line,) = left.plot(halves, [row["seconds"] for row in those], marker="o", label=f"{n} layers")
+        left.plot(halves, [row["exhaustive"] for row in those], ls=":", color=line.get_color())
+    # Through the largest.
+    most, seconds = max((row["layers"] ** (row["depth"] / 2), row["seconds"]) for row in growth)
+    ends = np.array([most / 1e3, most * 30])
+    left.plot(ends, seconds * ends / most, color="gray", lw=1, ls="--", label=r"$\propto N^{D/2}$")
+    left.axhline(3600, color="gray", lw=1)
+    left.text(4, 3600 * 1.3, "an hour", color="gray")
+    left.axvline(FIT, color="gray", lw=1)
+    left.text(FIT * 0.8, 3e-3, "halves fit in 6 GiB", color="gray", rotation=90, ha="right")
+    left.set(xscale="log", yscale="log", ylim=(1e-3, 1e10), xlabel="halves $N^{D/2}$ of $N^D$ chains")
+    left.set(ylabel="seconds (dotted: all chains)", title="Exact outputs")
     for depth in (4, 6, 8):
         those = [row for row in recovery if row["depth"] == depth and set(row) == {*COLUMNS}]
-        right.plot(
-            [row["noise"] for row in those],
-            [row["found"] / row["seeds"] for row in those],
-            marker="o",
-            label=f"{depth} layers deep",
-        )
+        those.sort(key=lambda row: row["noise"])
+        shares = [row["found"] / row["seeds"] for row in those]
+        right.plot([row["noise"] for row in those], shares, marker="o", label=f"{depth} layers deep")
     right.set(xlabel="noise, by the outputs' standard deviation", ylabel="share of chains found", title="Noisy outputs")
     right.set_xscale("symlog", linthresh=0.01)
     for ax in (left, right):
         ax.grid(alpha=0.3)
-        ax.legend()
+        ax.legend(loc="upper left" if ax is left else "lower left")
     figure.savefig(path, dpi=130)
 
 

@@ -97,7 +97,7 @@ class AdditiveCoupling(nn.Module):
         if self.features < 2:
             raise ValueError(f"expected at least 2 features to be halved, got {self.features}")
         half = self.features // 2
-        hidden = self.hidden or self.features
+        hidden = self.features if self.hidden is None else self.hidden
         self.f = [nn.Dense(hidden), nn.Dense(half)]
         self.g = [nn.Dense(hidden), nn.Dense(self.features - half)]
 
@@ -144,7 +144,8 @@ class InvertibleResidual(nn.Module):
         if not 0 < self.bound < 1:
             raise ValueError(f"expected a bound between 0 and 1, got {self.bound}")
         kernel_init = nn.initializers.orthogonal(self.bound**0.5)
-        inner = nn.Dense(self.hidden or self.features, kernel_init=kernel_init)
+        hidden = self.features if self.hidden is None else self.hidden
+        inner = nn.Dense(hidden, kernel_init=kernel_init)
         outer = nn.Dense(self.features, kernel_init=kernel_init)
 
         def add(x: Array) -> Array:

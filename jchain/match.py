@@ -41,7 +41,7 @@ def match_finite(match_fn: Match, first: Any, second: Any, num_pairs: int, error
     """What a function says of the rows whose length is finite."""
     places = [np.flatnonzero(np.isfinite(np.asarray(jnp.sum(table**2, axis=1)))) for table in (first, second)]
     if not all(map(len, places)):
-        return Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
+        return _no_pairs(np.float32)
     # Whole tables as they are, which need no other program and no copy.
     tables = [t if len(rows) == len(t) else t[rows] for t, rows in zip((first, second), places, strict=True)]
     pairs = match_fn(tables[0], tables[1], num_pairs, error)
@@ -60,7 +60,7 @@ def match_all(first: Float[Array, "M S"], second: Float[Array, "Q S"], num_pairs
     others = second[columns]
     limits = [near.max() for near in (by_row[rows], by_column[columns]) if num_pairs <= len(near)]
     limit = min(limits, default=np.inf)
-    best = Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, by_row.dtype))
+    best = _no_pairs(by_row.dtype)
     for start in range(0, len(rows), _ROWS):
         block = rows[start : start + _ROWS]
         distances = np.asarray(_find_distances(first[block], others))
@@ -169,7 +169,7 @@ def match_cells(first: Float[Array, "M S"], second: Float[Array, "Q S"], num_pai
     sizes = len(tables[0]), len(tables[1])
     cells = choose_cells(tables[0][:: max(1, sizes[0] // 4096)], sizes, error)
     rng = np.random.default_rng(_GRID_SEED)
-    best = Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, tables[0].dtype))
+    best = _no_pairs(tables[0].dtype)
     for _ in range(cells.num_grids):
         directions = np.linalg.qr(rng.standard_normal((tables[0].shape[1], cells.num_keys)))[0]
         shift = rng.random(cells.num_keys)
@@ -207,6 +207,10 @@ def _join(
         place = np.arange(low, min(low + _BATCH, total))
         owner = np.searchsorted(ends, place, side="right")
         yield orders[0][has_any[owner]], orders[1][end[owner] - (ends[owner] - place)]
+
+
+def _no_pairs(dtype: Any) -> Pairs:
+    return Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, dtype))
 
 
 def _add(best: Pairs, new: Pairs, num_pairs: int, num_columns: int) -> Pairs:
