@@ -58,8 +58,8 @@ CASES: list[tuple[Case, int]] = [
     *(((8, 0.0, {"condition": c, "is_x64": False, "num_forward": 4}), 10) for c in (1e3, 1e4)),
     *(((8, 0.01, {"condition": c}), 10) for c in (1e1, 1e2)),
 ]
-# Halves of which the sketches of both fit in a quarter of 24 GiB, at 192 bytes each.
-FIT = 6 * 2**30 / (2 * 192)
+# Halves of which the sketches of both fit in half of 24 GiB, at 96 bytes each.
+FIT = 12 * 2**30 / (2 * 96)
 COLUMNS = ("depth", "noise", "seeds", "found", "largest_right", "smallest_wrong", "seconds", "most_seconds")
 GROWTH = [(n, depth) for n in (4, 8, 16, 64) for depth in range(2, 25, 2) if n ** (depth / 2) < 2e7]
 LAYERS = {
@@ -392,7 +392,7 @@ def draw(path: str, recovery: list[dict[str, Any]], growth: list[dict[str, Any]]
     left.axhline(3600, color="gray", lw=1)
     left.text(4, 3600 * 1.3, "an hour", color="gray")
     left.axvline(FIT, color="gray", lw=1)
-    left.text(FIT * 0.8, 3e-3, "halves fit in 6 GiB", color="gray", rotation=90, ha="right")
+    left.text(FIT * 0.8, 3e-3, "halves fit in 12 GiB", color="gray", rotation=90, ha="right")
     left.set(xscale="log", yscale="log", ylim=(1e-3, 1e10), xlabel="halves $N^{D/2}$ of $N^D$ chains")
     left.set(ylabel="seconds (dotted: all chains)", title="Exact outputs")
     for depth in (4, 6, 8):

@@ -75,7 +75,7 @@ def meet_in_the_middle(
       num_sketch: numbers of a sketch of the activations on these, where they are not believed to be equal.
       num_candidates: pairs that are tried on the probes, of which the best 64 are tried on all examples.
       match_fn: finds the nearest pairs (`jchain.match`); by size and noise when None.
-      memory_limit: bytes for the sketches of both halves; a quarter of the memory when not given. Where they do not fit, one
+      memory_limit: bytes for the sketches of both halves; half of the memory when not given. Where they do not fit, one
         half is gone through once for each part of the other.
 
     Returns:
@@ -99,7 +99,7 @@ def meet_in_the_middle(
         chains = np.array([*product(range(bank.num_layers), repeat=depth)])
         return _try(task, task, chains, top_k)
     few = task.take(np.linspace(0, len(outputs) - 1, min(num_probes, len(outputs))).astype(int))
-    limit = memory_limit if memory_limit is not None else default_memory_limit()
+    limit = memory_limit if memory_limit is not None else 2 * default_memory_limit()
     search = _Search(task, few, inverses, depth, num_forward, num_sketch, _Sizes(top_k, num_candidates, limit))
     if match_fn is not None:
         found = search.match(match_fn, search.plan(num_sketch, tolerance or 0.0))
@@ -236,8 +236,9 @@ class _Search(NamedTuple):
     def match(self, match_fn: Match, plan: _Plan) -> Meeting:
         """The best of the candidates that a function finds."""
         projection = plan.projection
-        # Copies for products, or keys and orders of cells.
-        row_bytes = 4 * projection.shape[1] * projection.dtype.itemsize + 64
+        # Copies for products; keys and orders of cells.
+        num_copies = 1 if match_fn is match_cells else 4
+        row_bytes = num_copies * projection.shape[1] * projection.dtype.itemsize + 64
         parts = _split(plan.halves, row_bytes, self.sizes.memory_limit)
         num_candidates = self.sizes.num_candidates
         chains, distances = [], []
