@@ -216,12 +216,13 @@ class _Search(NamedTuple):
         if self.num_forward is not None:
             return self._plan_at(self.num_forward, num_sketch, tolerance)
         plans = []
-        for num_forward in range(half, self.depth):
+        for num_forward in range(half, max(half + 1, self.depth)):
             if plans and self.few.num_layers**num_forward * _AHEAD_SECONDS > _PATIENCE:
                 break
             plan = self._plan_at(num_forward, num_sketch, tolerance)
             spread = float(np.sqrt(np.mean(np.var(plan.some, axis=0, dtype=np.float64))))
-            plans.append((plan.error / spread if spread > 0 else math.inf, num_forward, plan))
+            gap = plan.error / spread if 0 < spread < math.inf else math.inf
+            plans.append((gap, num_forward, plan))
             if plans[-1][0] <= _MAX_GAP:
                 break
         return min(plans, key=lambda found: found[:2])[2]

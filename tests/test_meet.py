@@ -124,6 +124,12 @@ def test_halves_that_do_not_meet_are_an_error():
         jc.meet_in_the_middle(bank, x, y, 4, num_candidates=50, match_fn=match.match_cells)
 
 
+def test_one_layer_is_found_by_its_outputs():
+    bank = make_bank(num_layers=4)
+    x, y, chain = make_task(bank, 1)
+    np.testing.assert_array_equal(jc.meet_in_the_middle(bank, x, y, 1, num_candidates=2).chains, chain[None])
+
+
 @pytest.mark.parametrize("noise", [0.0, 0.01])
 def test_more_and_more_noise_is_tried_where_all_pairs_are_too_many(monkeypatch, noise):
     monkeypatch.setattr(meet, "estimate_all", lambda num_pairs: 1e9)
