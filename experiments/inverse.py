@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-from records import correlate, describe_machine, keep, make_pool, try_swaps
+from records import correlate, describe_machine, is_deterministic, keep, make_pool, try_swaps
 
 import jchain as jc
 from jchain.files import write_atomically, write_json
@@ -67,7 +67,7 @@ LAYERS = {
     "coupling": jc.layers.AdditiveCoupling(64),
     "residual": jc.layers.InvertibleResidual(64),
 }
-BANKS = [(layer, kind, seed) for layer in LAYERS for kind in ("independent", "routed") for seed in (0, 1)]
+BANKS = [(layer, kind, seed) for seed in (0, 1) for layer in LAYERS for kind in ("independent", "routed")]
 TRAINED_DEPTH, TRAINED_NOISES, NUM_TRAINED = 6, (0.0, 0.01, 0.1), 5
 NUM_STEPS, DEPTH, SIZE = 300, 4, 12
 SEARCHES = {
@@ -92,10 +92,8 @@ def main() -> None:
     cases = [(case, 2 if args.quick else seeds) for case, seeds in CASES if case[0] <= 8 or not args.quick]
     recovery = [measure_case(case, seeds) for case, seeds in cases]
     print(format_recovery(recovery), flush=True)
-    banks, seeds = (BANKS[::4], 2) if args.quick else (BANKS, NUM_SEEDS)
-    trained = [
-        row for bank in banks[:: 1 if args.quick else 2] for row in recover_trained(bank, min(seeds, NUM_TRAINED))
-    ]
+    banks, seeds = (BANKS[:6:2], 2) if args.quick else (BANKS, NUM_SEEDS)
+    trained = [row for bank in banks[:6] for row in recover_trained(bank, min(seeds, NUM_TRAINED))]
     print(format_recovery(trained), flush=True)
     sizes = [size for size in GROWTH if size[0] ** size[1] < 1e8] if args.quick else GROWTH
     found = keep(
@@ -246,8 +244,10 @@ def search_bank(bank: tuple[str, str, int], num_seeds: int) -> dict[str, np.ndar
         loss = np.asarray(jc.evaluate_all(problem)[1].loss)
         for name, search in SEARCHES.items():
             start = time.perf_counter()
-            results = jc.run_many(jax.random.split(jax.random.key(1), num_seeds), search, problem, budget=BUDGETS[-1])
+            keys = jax.random.split(jax.random.key(1), 1 if is_deterministic(search) else num_seeds)
+            results = jc.run_many(keys, search, problem, budget=BUDGETS[-1])
             losses = np.stack([result.curve.at(BUDGETS) for result in results], axis=1)
+            losses = np.broadcast_to(losses, (len(BUDGETS), num_seeds))
             # No chain yet is as good as the worst.
             losses = np.minimum(losses, loss.max())
             found[f"{name} seconds"] = np.array([time.perf_counter() - start])
@@ -255,7 +255,7 @@ def search_bank(bank: tuple[str, str, int], num_seeds: int) -> dict[str, np.ndar
         return found
 
     return keep(
-        [make_problem, search_bank],
+        [make_problem, search_bank, is_deterministic],
         f"inverse-search-{'-'.join(map(str, bank))}",
         (bank, num_seeds),
         run,
