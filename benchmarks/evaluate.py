@@ -34,8 +34,8 @@ NUM_LAYERS, DEPTH, NUM_CLASSES = 8, 4, 10
 BANKS: dict[str, tuple[Any, tuple[int, ...], int]] = {
     "mlp 64": (jc.layers.ResidualMLP(64), (64,), 512),
     "mlp 512": (jc.layers.ResidualMLP(512), (512,), 512),
-    "conv 16 8x8": (jc.layers.ResidualConv(16, depth=1), (8, 8, 16), 128),
-    "conv 32 32x32": (jc.layers.ResidualConv(32, depth=1), (32, 32, 32), 32),
+    "conv 16 8x8": (jc.layers.ConvBlock(16), (8, 8, 16), 128),
+    "conv 32 32x32": (jc.layers.ConvBlock(32), (32, 32, 32), 32),
     "transformer 128": (jc.layers.TransformerBlock(128, num_heads=4), (16, 128), 32),
     "transformer 768": (jc.layers.TransformerBlock(768, num_heads=12), (64, 768), 4),
 }

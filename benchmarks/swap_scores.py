@@ -25,7 +25,7 @@ from jchain.files import write_json
 NUM_LAYERS, DEPTH = 96, 24
 BANKS: dict[str, tuple[Any, tuple[int, ...], int]] = {
     "mlp 64": (jc.layers.ResidualMLP(64), (64,), 512),
-    "conv 16 8x8": (jc.layers.ResidualConv(16, depth=1), (8, 8, 16), 128),
+    "conv 16 8x8": (jc.layers.ConvBlock(16), (8, 8, 16), 128),
 }
 
 

@@ -85,7 +85,7 @@ def _port(module: Any) -> tuple[Callable, Callable, Callable]:
             lambda params: [leaf for name in names for leaf in (params[name]["kernel"].T, params[name]["bias"])],
             lambda x: x,
         )
-    if isinstance(module, jc.layers.ResidualConv):
+    if isinstance(module, jc.layers.ConvBlock):
         assert module.depth == 1
         return (
             lambda p, x: x + F.conv2d(torch.relu(x), p[0], p[1], padding=1),

@@ -1,6 +1,7 @@
 """Data: four splits that never meet. `train` makes weights, `search` is searched on, `select` re-ranks, `test` reports."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -37,6 +38,11 @@ def _load_digits() -> Any:
     return load_digits(return_X_y=True)
 
 
+def _load_digit_images() -> Any:
+    x, y = _load_digits()
+    return x.reshape(-1, 8, 8, 1), y
+
+
 def _load_wine() -> Any:
     from sklearn.datasets import load_wine
 
@@ -52,64 +58,131 @@ def _load_breast_cancer() -> Any:
 # Each gives x [B, ...F] and integer labels y [B], from files that scikit-learn's wheel holds.
 LOADERS: dict[str, Callable[[], Any]] = {
     "digits": _load_digits,
+    "digits_8x8": _load_digit_images,
     "wine": _load_wine,
     "breast_cancer": _load_breast_cancer,
 }
 
 
-def load(name: str, seed: int = 0) -> Dataset:
-    """A data set by name: `digits` (1,797 x 64, 10 classes), `wine` (178 x 13, 3), `breast_cancer` (569 x 30, 2).
+def load(
+    name: str, seed: int = 0, *, sizes: Sequence[int] | None = None, data_dir: str | Path | None = None
+) -> Dataset:
+    """A data set by name.
+
+    `digits` (1,797 x 64, 10 classes), the same as images `digits_8x8` (8 x 8 x 1), `wine` (178 x 13, 3) and `breast_cancer`
+    (569 x 30, 2) come with scikit-learn. All other names are image sets of tensorflow-datasets, as `mnist`, `fashion_mnist`
+    and `cifar10`, which must have been prepared (`jchain prepare`, `jchain.images`); their own test split is `test`, the other
+    three are cut from their train split in the same shares.
 
     Args:
       name: which.
       seed: which examples go into which split; the shares are 50% train, 20% search, 15% select, 15% test.
+      sizes: examples of each of the four splits; as many as there are when None.
+      data_dir: the folder of prepared sets.
 
     Raises:
-      ValueError: there is no data set of that name.
+      ValueError: there is no data set of that name, or fewer examples than `sizes` asks for.
+      ImportError, OSError, ValueError: the set cannot be read (`jchain.images.read`).
     """
-    if name not in LOADERS:
-        raise ValueError(f"unknown data set {name!r}: expected one of {', '.join(sorted(LOADERS))}")
-    x, y = LOADERS[name]()
-    return split(np.asarray(x), np.asarray(y), seed=seed, name=name)
+    if name in LOADERS:
+        x, y = LOADERS[name]()
+        return split(np.asarray(x), np.asarray(y), seed=seed, name=name, sizes=sizes)
+    from jchain import images
+
+    found = images.read(name, data_dir)
+    return split(*found.train, seed=seed, name=name, test=found.test, sizes=sizes)
 
 
-def split(x: np.ndarray, y: np.ndarray, *, seed: int = 0, name: str = "data") -> Dataset:
+def split(
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    seed: int = 0,
+    name: str = "data",
+    test: tuple[np.ndarray, np.ndarray] | None = None,
+    sizes: Sequence[int] | None = None,
+) -> Dataset:
     """Your own examples as a data set, split and standardized as `load` does.
+
+    Standardized is each feature; of images `[B, H, W, C]` each channel.
 
     Args:
       x: examples, `[B, ...F]`.
       y: integer labels `0..C-1`, `[B]`.
       seed: which examples go into which split.
       name: what to call it.
+      test: examples and labels of the split `test`, where they are fixed; the other three are then cut from `x`.
+      sizes: examples of each of the four splits, of each class its share; as many as there are when None.
 
     Raises:
-      ValueError: lengths differ, labels are no integers from 0, values are not finite, or a class has too few examples
-        to be in every split.
+      ValueError: lengths differ, labels are no integers from 0, values are not finite, a class has too few examples to be in
+        every split, or there are fewer examples than `sizes` asks for.
     """
-    x, y = np.asarray(x, np.float32), np.asarray(y)
+    wholes = [_check(x, y)] if test is None else [_check(x, y), _check(*test)]
+    num_classes = max(int(labels.max()) for _, labels in wholes) + 1
+    counts = [np.bincount(labels, minlength=num_classes) for _, labels in wholes]
+    least = 2 * len(SHARES)
+    if min(c.min() for c in counts) < least:
+        raise ValueError(f"expected at least {least} examples of each class, got {[c.tolist() for c in counts]}")
+    rng = np.random.default_rng(seed)
+    shares = SHARES if test is None else SHARES[:3]
+    parts = [(0, part) for part in _split_stratified(wholes[0][1], shares, rng)]
+    if test is not None:
+        parts.append((1, np.arange(len(wholes[1][1]))))
+    if sizes is not None:
+        _check_sizes(sizes, [len(part) for _, part in parts])
+        parts = [(i, _take_stratified(wholes[i][1], part, n, rng)) for (i, part), n in zip(parts, sizes, strict=True)]
+    train = wholes[0][0][parts[0][1]]
+    # Of an image all places are alike.
+    axes, dtype = ((0, 1, 2), np.float64) if train.ndim == 4 else (0, np.float32)
+    mean, std = (of(train, axis=axes, dtype=dtype).astype(np.float32) for of in (np.mean, np.std))
+    std = np.where(std > 0, std, 1)
+
+    def take(whole: int, rows: np.ndarray) -> Batch:
+        x, y = wholes[whole]
+        return Batch(jnp.asarray((x[rows] - mean) / std, jnp.float32), jnp.asarray(y[rows], jnp.int32))
+
+    return Dataset(*(take(*part) for part in parts), name=name, num_classes=num_classes)
+
+
+def _check(x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
+    x, y = np.asarray(x), np.asarray(y)
+    # Bytes of images stay so until they are taken.
+    x = x if x.dtype == np.uint8 else x.astype(np.float32)
     if y.shape != x.shape[:1]:
         raise ValueError(f"expected one label per example, got x {list(x.shape)} and y {list(y.shape)}")
     if not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
         raise ValueError(f"expected integer labels 0..C-1, got {y.dtype} from {y.min()}")
     if not np.isfinite(x).all():
         raise ValueError("expected finite examples, got nan or infinity")
-    counts = np.bincount(y)
-    if counts.min() < len(SHARES) * 2:
-        raise ValueError(f"expected at least {len(SHARES) * 2} examples of each class, got {counts.tolist()}")
-    parts = _split_stratified(y, np.random.default_rng(seed))
-    train = x[parts[0]]
-    mean, std = train.mean(axis=0), train.std(axis=0)
-    x = (x - mean) / np.where(std > 0, std, 1)
-    batches = [Batch(jnp.asarray(x[part]), jnp.asarray(y[part], jnp.int32)) for part in parts]
-    return Dataset(*batches, name=name, num_classes=len(counts))
+    return x, y
 
 
-def _split_stratified(y: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+def _check_sizes(sizes: Sequence[int], most: Sequence[int]) -> None:
+    if len(sizes) != len(SPLITS) or any(not 1 <= size <= there for size, there in zip(sizes, most, strict=False)):
+        raise ValueError(
+            f"expected sizes of {', '.join(SPLITS)} of at least 1 and at most {list(most)}, got {list(sizes)}"
+        )
+
+
+def _split_stratified(y: np.ndarray, shares: Sequence[float], rng: np.random.Generator) -> list[np.ndarray]:
     """Indices of each split. Every class is cut at the same shares."""
-    parts: list[list[np.ndarray]] = [[] for _ in SHARES]
+    parts: list[list[np.ndarray]] = [[] for _ in shares]
     for label in np.unique(y):
         members = rng.permutation(np.flatnonzero(y == label))
-        cuts = np.round(np.cumsum(SHARES)[:-1] * len(members)).astype(int)
+        cuts = np.round(np.cumsum(shares)[:-1] / np.sum(shares) * len(members)).astype(int)
         for part, piece in zip(parts, np.split(members, cuts), strict=True):
             part.append(piece)
     return [rng.permutation(np.concatenate(part)) for part in parts]
+
+
+def _take_stratified(y: np.ndarray, rows: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """So many of these rows, of each class its share as near as can be."""
+    order = rng.permutation(rows)
+    labels = y[order]
+    # The place of each row among those of its class, as a share of them: the smallest are an even sample.
+    place = np.empty(len(order))
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        place[members] = (np.arange(len(members)) + rng.random()) / len(members)
+    return order[np.argsort(place, kind="stable")[:size]]

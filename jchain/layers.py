@@ -47,27 +47,47 @@ class ResidualMLP(nn.Module):
         return x + nn.Dense(self.features)(hidden)
 
 
-class ResidualConv(nn.Module):
-    """A pre-activation residual block, `x + conv(activation(x))`, of 3x3 convolutions on images `[B, H, W, C]`.
+class ConvBlock(nn.Module):
+    """A pre-activation residual block of 3x3 convolutions on images `[B, H, W, C]`: `x + conv(activation(...))`.
 
     He et al. 2016, arXiv:1603.05027, without normalization. Borders are padded with zeros.
 
     Attributes:
-      features: channels, in and out.
+      channels: in and out.
       depth: convolutions, each behind an activation.
       activation: elementwise, by default ReLU.
     """
 
-    features: int
-    depth: int = 2
+    channels: int
+    depth: int = 1
     activation: Callable[[Array], Array] = nn.relu
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        if self.depth < 1:
+            raise ValueError(f"expected a depth of at least 1, got {self.depth}")
         hidden = x
         for _ in range(self.depth):
-            hidden = nn.Conv(self.features, (3, 3))(self.activation(hidden))
+            hidden = nn.Conv(self.channels, (3, 3))(self.activation(hidden))
         return x + hidden
+
+
+class ConvStem(nn.Module):
+    """From raw images to the channels and size that layers keep: a 3x3 convolution and, where `pool` is above 1, a maximum over
+    windows of that size. It pools, so it is no layer.
+
+    Attributes:
+      channels: out.
+      pool: side of the windows, which do not overlap; what is left over at the border is dropped.
+    """
+
+    channels: int
+    pool: int = 1
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w c"]:
+        x = nn.Conv(self.channels, (3, 3), kernel_init=nn.initializers.orthogonal())(x)
+        return x if self.pool == 1 else nn.max_pool(x, (self.pool, self.pool), (self.pool, self.pool))
 
 
 class TransformerBlock(nn.Module):
@@ -111,3 +131,39 @@ class DenseHead(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B *F"]) -> Float[Array, "B C"]:
         return nn.Dense(self.num_classes)(jnp.reshape(x, (x.shape[0], -1)))
+
+
+class ConvHead(nn.Module):
+    """The dense part of a small convolutional net (LeCun et al. 1998, LeNet-5): flatten, 120, 84, `num_classes`, ReLU between.
+
+    Attributes:
+      num_classes: size of the output.
+      pool: side of windows over which the image is averaged first; 1 for none.
+    """
+
+    num_classes: int
+    pool: int = 1
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B K"]:
+        x = x if self.pool == 1 else nn.avg_pool(x, (self.pool, self.pool), (self.pool, self.pool))
+        x = jnp.reshape(x, (x.shape[0], -1))
+        for features in (120, 84):
+            x = nn.relu(nn.Dense(features)(x))
+        return nn.Dense(self.num_classes)(x)
+
+
+class PoolHead(nn.Module):
+    """The mean of each channel over the image (global average pooling, Lin et al. 2014, arXiv:1312.4400), then an affine map.
+
+    Attributes:
+      num_classes: size of the output.
+      activation: elementwise, before the mean, by default ReLU.
+    """
+
+    num_classes: int
+    activation: Callable[[Array], Array] = nn.relu
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B K"]:
+        return nn.Dense(self.num_classes)(jnp.mean(self.activation(x), axis=(1, 2)))

@@ -57,7 +57,7 @@ def apply(module, params, x):
         return np.where(made > 0, made, module.negative_slope * made)
     if kind == "DenseHead":
         return _dense(params["Dense_0"], x.reshape(len(x), -1))
-    if kind == "ResidualConv":
+    if kind == "ConvBlock":
         hidden = x
         for i in range(module.depth):
             hidden = _conv(params[f"Conv_{i}"], np.maximum(hidden, 0))

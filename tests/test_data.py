@@ -33,7 +33,7 @@ def test_splits_are_whole_disjoint_stratified_and_standardized(name, size, featu
 
 def _unstandardize(x, y, data):
     """Mean and deviation of the rows that went into train, found by undoing the affine map."""
-    for_seed = jc.data._split_stratified(y, np.random.default_rng(3))[0]
+    for_seed = jc.data._split_stratified(y, jc.data.SHARES, np.random.default_rng(3))[0]
     x = x.astype(np.float32)[for_seed]
     return x.mean(axis=0), np.where(x.std(axis=0) > 0, x.std(axis=0), 1)
 
@@ -45,8 +45,30 @@ def test_seed_decides_the_split():
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="unknown data set 'mnits': expected one of breast_cancer, digits, wine"):
+    pytest.importorskip("tensorflow_datasets")
+    with pytest.raises(ValueError, match="unknown data set 'mnits': did you mean mnist"):
         jc.data.load("mnits")
+
+
+def test_digits_are_images_too():
+    flat, images = jc.data.load("digits", seed=2), jc.data.load("digits_8x8", seed=2)
+    assert images.train.x.shape[1:] == (8, 8, 1)
+    np.testing.assert_array_equal(flat.test.y, images.test.y)
+    # One mean and deviation for all places.
+    raw = 16 * (np.asarray(images.train.x) - np.asarray(images.train.x).min()) / np.ptp(np.asarray(images.train.x))
+    np.testing.assert_allclose(raw, raw.round(), atol=1e-3)
+
+
+def test_sizes_take_an_even_sample():
+    whole, few = jc.data.load("digits"), jc.data.load("digits", sizes=(200, 50, 40, 30))
+    for name, size in zip(jc.data.SPLITS, (200, 50, 40, 30), strict=True):
+        labels = np.asarray(getattr(few, name).y)
+        assert len(labels) == size
+        assert np.ptp(np.bincount(labels, minlength=10)) <= 3
+    rows = {tuple(row) for row in np.asarray(whole.test.y)[:, None]}
+    assert len(rows) == 10
+    with pytest.raises(ValueError, match=r"at most \[898, 360, 269, 270\], got \[200, 50, 40\]"):
+        jc.data.load("digits", sizes=(200, 50, 40))
 
 
 def test_split_takes_your_own_examples_of_any_shape():

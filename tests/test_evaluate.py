@@ -146,7 +146,9 @@ def test_every_plan_and_dtype_on_random_problems(plan, data):
 
 
 @pytest.mark.parametrize(
-    ("layer", "shape"), [(jc.layers.ResidualConv(3), (4, 4, 3)), (jc.layers.TransformerBlock(4, 2), (3, 4))], ids=str
+    ("layer", "shape"),
+    [(jc.layers.ConvBlock(3, depth=2), (4, 4, 3)), (jc.layers.TransformerBlock(4, 2), (3, 4))],
+    ids=str,
 )
 def test_images_and_sequences(layer, shape):
     data = jc.Batch(jax.random.normal(jax.random.key(0), (6, *shape)), jnp.arange(6) % 3)
@@ -377,7 +379,7 @@ def test_plans_by_backend_and_shape(problem):
     wide_ladder = (1, 4, 16, 64, 256)
     assert choose(mlp, small, backend="gpu") == jc.Blocks(512, wide_ladder, jc.Share.NOTHING, wide_ladder)
     images = jc.Batch(jnp.zeros((4, 6, 6, 2)), jnp.zeros(4, int))
-    layer, head = jc.layers.ResidualConv(2), jc.layers.DenseHead(3)
+    layer, head = jc.layers.ConvBlock(2, depth=2), jc.layers.DenseHead(3)
     bank = jc.Bank.stack(
         layer,
         init_params(layer, jax.random.key(0), 2, (6, 6, 2)),

@@ -1,0 +1,168 @@
+"""Image classification sets of tensorflow-datasets, read from array_record files without TensorFlow.
+
+A set is prepared once (`jchain prepare cifar10`, which needs TensorFlow for most sets); afterwards reading it needs
+`tensorflow-datasets`, `array_record` and `pillow` (`pip install 'jchain[data]'`). Nothing here downloads anything but `prepare`.
+"""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jchain._typing import Shaped
+
+# Examples that are decoded together.
+_CHUNK = 4096
+_FORMAT = "array_record"
+_EXAMPLES = "mnist, fashion_mnist, cifar10"
+
+
+class Images(NamedTuple):
+    """What a set holds. `test` is None where it has no test split of its own."""
+
+    train: tuple[Shaped[np.ndarray, "B H W C"], Shaped[np.ndarray, "B"]]
+    test: tuple[Shaped[np.ndarray, "B H W C"], Shaped[np.ndarray, "B"]] | None
+    num_classes: int
+
+
+def read(name: str, data_dir: str | Path | None = None) -> Images:
+    """A prepared set of images and integer labels, by its name in tensorflow-datasets.
+
+    Args:
+      name: `mnist`, `fashion_mnist`, `cifar10`, ...; `name/config` and `name:version` as there.
+      data_dir: the folder of prepared sets; that of tensorflow-datasets when None (`TFDS_DATA_DIR` or ~/tensorflow_datasets).
+
+    Raises:
+      ImportError: tensorflow-datasets is not installed.
+      FileNotFoundError: the folder is not there, or the set is not prepared in it.
+      PermissionError: the folder cannot be read.
+      OSError: a file is damaged.
+      ValueError: there is no set of that name, or it is none of images of one size with a class each, or in another format.
+    """
+    builder = _find_builder(name, data_dir)
+    _check_is_prepared(builder, name, data_dir)
+    image, label, num_classes = _find_features(builder, name)
+    splits = builder.info.splits
+    if "train" not in splits:
+        raise ValueError(f"expected {name} to have a split 'train', got {', '.join(sorted(splits))}")
+    parts = [_read_split(builder, name, s, image, label) for s in ("train", "test") if s in splits]
+    sizes = {images.shape[1:] for images, _ in parts}
+    if len(sizes) > 1:
+        raise ValueError(f"expected images of one size in {name}, got {sorted(sizes)}")
+    for _, labels in parts:
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise ValueError(f"expected labels in 0..{num_classes - 1} in {name}, got {labels.min()}..{labels.max()}")
+    return Images(parts[0], parts[1] if len(parts) > 1 else None, num_classes)
+
+
+def prepare(name: str, data_dir: str | Path | None = None) -> Path:
+    """Download a set and write it as array_record files; nothing where it is prepared already.
+
+    Returns:
+      The folder that holds it.
+
+    Raises:
+      ImportError: tensorflow-datasets, or TensorFlow where the set needs it, is not installed.
+      ValueError: there is no set of that name, or it is prepared in another format.
+      OSError: it could not be downloaded or written.
+    """
+    builder = _find_builder(name, data_dir)
+    if builder.is_prepared():
+        _check_format(builder, name)
+        return Path(builder.data_dir)
+    try:
+        builder.download_and_prepare()
+    except ImportError as error:
+        raise ImportError(f"preparing {name} needs TensorFlow: pip install 'jchain[prepare]' ({error})") from None
+    return Path(builder.data_dir)
+
+
+def _import_tfds() -> Any:
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ImportError(f"sets of images need tensorflow-datasets: pip install 'jchain[data]' ({error})") from None
+    return tfds
+
+
+def _find_builder(name: str, data_dir: str | Path | None) -> Any:
+    """The set's builder, with no look at the network."""
+    tfds = _import_tfds()
+    folder = None if data_dir is None else Path(data_dir).expanduser()
+    if folder is not None and folder.exists() and not os.access(folder, os.R_OK | os.X_OK):
+        raise PermissionError(f"cannot read the data folder {folder}")
+    try:
+        return tfds.builder(name, data_dir=folder, try_gcs=False, **_choose_format(tfds, name))
+    except tfds.core.DatasetNotFoundError:
+        near = difflib.get_close_matches(name, _list_sets(tfds), n=3)
+        hint = (
+            f"did you mean {' or '.join(near)}?" if near else f"expected a set of tensorflow-datasets, as {_EXAMPLES}"
+        )
+        raise ValueError(f"unknown data set {name!r}: {hint}") from None
+
+
+def _choose_format(tfds: Any, name: str) -> dict[str, str]:
+    """A set without code is read as it is; others are asked for by format."""
+    base = name.split("/")[0].split(":")[0]
+    return {"file_format": _FORMAT} if base in _list_sets(tfds) else {}
+
+
+def _list_sets(tfds: Any) -> list[str]:
+    # Those of the community are asked for over the network.
+    return tfds.list_builders(with_community_datasets=False)
+
+
+def _check_is_prepared(builder: Any, name: str, data_dir: str | Path | None) -> None:
+    if not builder.is_prepared():
+        option = "" if data_dir is None else f" --data-dir {data_dir}"
+        raise FileNotFoundError(
+            f"data set {name} is not prepared in {Path(builder.data_dir).parents[1]}: run jchain prepare {name}{option}"
+        )
+    _check_format(builder, name)
+
+
+def _check_format(builder: Any, name: str) -> None:
+    found = builder.info.file_format
+    if found is None or found.value != _FORMAT:
+        raise ValueError(
+            f"expected {name} to be prepared as {_FORMAT} files, got {found and found.value} in {builder.data_dir}"
+        )
+
+
+def _find_features(builder: Any, name: str) -> tuple[str, str, int]:
+    """The names of the image and of its class, and how many classes there are."""
+    tfds, features, keys = _import_tfds(), builder.info.features, builder.info.supervised_keys
+    if keys is None or len(keys) != 2 or not all(isinstance(key, str) and key in features for key in keys):
+        raise ValueError(
+            f"expected {name} to have images and labels, got features {', '.join(features)} and no pair of these"
+        )
+    image, label = keys
+    if not isinstance(features[image], tfds.features.Image) or not isinstance(
+        features[label], tfds.features.ClassLabel
+    ):
+        kinds = [type(features[key]).__name__ for key in keys]
+        raise ValueError(f"expected {name} to have an Image and a ClassLabel, got {kinds[0]} and {kinds[1]}")
+    return image, label, features[label].num_classes
+
+
+def _read_split(builder: Any, name: str, split: str, image: str, label: str) -> tuple[np.ndarray, np.ndarray]:
+    source = builder.as_data_source(split=split)
+    size = builder.info.splits[split].num_examples
+    if len(source) != size or size == 0:
+        raise OSError(f"expected {size} examples in split {split} of {name}, at least one, got {len(source)}")
+    images, labels = [], []
+    for start in range(0, size, _CHUNK):
+        try:
+            rows = source.__getitems__(range(start, min(start + _CHUNK, size)))
+        except (RuntimeError, ValueError, OSError) as error:
+            raise OSError(f"cannot read split {split} of {name} in {builder.data_dir}: {error}") from None
+        shapes = {row[image].shape for row in rows} | {images[0].shape[1:] for _ in images[:1]}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"expected images of one size in {name}, got {', '.join(str(list(s)) for s in sorted(shapes)[:3])}"
+            )
+        images.append(np.stack([row[image] for row in rows]))
+        labels.append(np.array([row[label] for row in rows], np.int64))
+    return np.concatenate(images), np.concatenate(labels)
