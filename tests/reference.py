@@ -18,7 +18,7 @@ def _conv(params, x):
     kernel = np.asarray(params["kernel"], np.float64)
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     height, width = x.shape[1:3]
-    out = np.zeros_like(x) + np.asarray(params["bias"], np.float64)
+    out = np.zeros((*x.shape[:3], kernel.shape[-1])) + np.asarray(params["bias"], np.float64)
     for i in range(3):
         for j in range(3):
             out += padded[:, i : i + height, j : j + width] @ kernel[i, j]

@@ -67,7 +67,7 @@ def test_sizes_take_an_even_sample():
         assert np.ptp(np.bincount(labels, minlength=10)) <= 3
     rows = {tuple(row) for row in np.asarray(whole.test.y)[:, None]}
     assert len(rows) == 10
-    with pytest.raises(ValueError, match=r"at most \[898, 360, 269, 270\], got \[200, 50, 40\]"):
+    with pytest.raises(ValueError, match=r"at most \[898, 360, 270, 269\], got \[200, 50, 40\]"):
         jc.data.load("digits", sizes=(200, 50, 40))
 
 
