@@ -92,9 +92,9 @@ class Bank:
 
     @staticmethod
     def stack(
-        layer: nn.Module,
+        layer: nn.Module | Sequence[nn.Module],
         layer_params: Sequence[PyTree],
-        head: nn.Module,
+        head: nn.Module | Sequence[nn.Module],
         head_params: Sequence[PyTree],
         *,
         stem: nn.Module | None = None,
@@ -107,9 +107,9 @@ class Bank:
         """A bank of your own weights.
 
         Args:
-          layer: the module of all layers; its output must have the shape of its input.
+          layer: the module of all layers, or one for each; its output must have the shape of its input.
           layer_params: for each layer the dict that `layer.init(key, x)["params"]` returned.
-          head: the module of all heads.
+          head: the module of all heads, or one for each.
           head_params: likewise for each head.
           stem: fixed map from raw input to the shape of the layers.
           stem_params: its params.
@@ -119,16 +119,16 @@ class Bank:
           num_steps: gradient steps that made the weights.
 
         Raises:
-          ValueError: there is no layer or no head, params that do not stack, a layer that changes the shape, names that
-            repeat or are too few, a parent that is no chain. Where the shape of the input cannot be read off the
+          ValueError: there is no layer or no head, as many modules are not given as params, params that do not stack, a layer
+            that changes the shape, names that repeat or are too few, a parent that is no chain. Where the shape of the input cannot be read off the
             params, the layers' shapes are checked when a `Problem` is built.
         """
         num_layers, num_heads = len(layer_params), len(head_params)
         if num_layers == 0 or num_heads == 0:
             raise ValueError(f"empty bank: expected at least one layer and one head, got {num_layers} and {num_heads}")
         bank = Bank(
-            layers=(LayerGroup(_stack(layer_params, "layer"), layer, tuple(range(num_layers))),),
-            heads=(LayerGroup(_stack(head_params, "head"), head, tuple(range(num_layers, num_layers + num_heads))),),
+            layers=_group(layer, layer_params, "layer", 0),
+            heads=_group(head, head_params, "head", num_layers),
             stem_params=stem_params,
             stem=stem,
             names=_complete_names(names, num_layers, num_heads),
@@ -316,6 +316,21 @@ def find_input_shape(group: LayerGroup) -> tuple[int, ...] | None:
                 continue
             return (*spatial, size)
     return None
+
+
+def _group(
+    module: nn.Module | Sequence[nn.Module], params: Sequence[PyTree], kind: str, first_token: int
+) -> tuple[LayerGroup, ...]:
+    """A group per module, in the order in which they come."""
+    modules = [module] * len(params) if isinstance(module, nn.Module) else [*module]
+    if len(modules) != len(params):
+        raise ValueError(f"expected one {kind} module, or {len(params)} as there are params, got {len(modules)}")
+    groups = []
+    for kept in dict.fromkeys(modules):
+        places = [i for i, other in enumerate(modules) if other == kept]
+        stacked = _stack([params[i] for i in places], kind)
+        groups.append(LayerGroup(stacked, kept, tuple(first_token + i for i in places)))
+    return tuple(groups)
 
 
 def _stack(params: Sequence[PyTree], kind: str) -> PyTree:

@@ -4,9 +4,10 @@ The loop minimises softmax cross-entropy on random minibatches of 128 examples. 
 layers and a head: always the same one for an ordinary net, a random one for a supernet (Guo et al. 2020,
 arXiv:1904.00420). Layers of a module with a method `project` are replaced by what it returns after each step.
 
-All functions here take a key, the split to train on, the module of all layers, the module of all heads (to logits
-`[B, C]`), sizes, and `Settings`; all raise ValueError when a size is not positive, a label is outside the head's
-classes, or the layer does not keep the shape of the data.
+All functions here take a key, the split to train on, the module of all layers or several, the module of all heads or several
+(to logits `[B, C]`), sizes, and `Settings`. Of several modules layer `i` takes the `i`-th, and so on from the first again, so a
+bank has a group for each. All raise ValueError when a size is not positive, a label is outside the heads' classes, heads disagree
+about these, or a layer does not keep the shape of the data.
 """
 
 from collections.abc import Sequence
@@ -43,16 +44,20 @@ class Settings(TypedDict, total=False):
     stem_params: PyTree
 
 
+# The module of all, or several that take turns.
+_Modules = nn.Module | Sequence[nn.Module]
+
+
 class _Weights(NamedTuple):
-    layers: PyTree  # leaves [n, ...]
-    heads: PyTree  # leaves [k, ...]
+    layers: tuple[PyTree, ...]  # for each module, leaves [n, ...]
+    heads: tuple[PyTree, ...]
 
 
 class _Recipe(NamedTuple):
     """What one run trains. Hashable: a static argument of the jitted loop."""
 
-    layer: nn.Module
-    head: nn.Module
+    layers: tuple[nn.Module, ...]
+    heads: tuple[nn.Module, ...]
     num_layers: int
     num_heads: int
     depth: int
@@ -67,8 +72,8 @@ def independent(
     key: Key[Array, ""],
     data: Batch,
     *,
-    layer: nn.Module,
-    head: nn.Module,
+    layer: _Modules,
+    head: _Modules,
     num_nets: int = 3,
     depth: int = 4,
     **settings: Unpack[Settings],
@@ -86,8 +91,8 @@ def snapshots(
     key: Key[Array, ""],
     data: Batch,
     *,
-    layer: nn.Module,
-    head: nn.Module,
+    layer: _Modules,
+    head: _Modules,
     num_snapshots: int = 3,
     depth: int = 4,
     **settings: Unpack[Settings],
@@ -109,8 +114,8 @@ def routed(
     key: Key[Array, ""],
     data: Batch,
     *,
-    layer: nn.Module,
-    head: nn.Module,
+    layer: _Modules,
+    head: _Modules,
     num_layers: int = 12,
     depth: int = 4,
     num_heads: int = 1,
@@ -128,8 +133,8 @@ def random(
     key: Key[Array, ""],
     data: Batch,
     *,
-    layer: nn.Module,
-    head: nn.Module,
+    layer: _Modules,
+    head: _Modules,
     num_layers: int = 12,
     depth: int = 4,
     num_heads: int = 1,
@@ -152,8 +157,8 @@ def random(
 def _make_bank(
     key: Array,
     data: Batch,
-    layer: nn.Module,
-    head: nn.Module,
+    layer: _Modules,
+    head: _Modules,
     sizes: dict[str, Any],
     settings: Settings,
     nets: Sequence[str],
@@ -163,7 +168,9 @@ def _make_bank(
     """Train and cut into layers and heads; `nets` names each net, or state of a net, that the weights are cut from."""
     stem, stem_params = settings.pop("stem", None), settings.pop("stem_params", None)
     options: dict[str, Any] = {**sizes, **settings}
-    recipe = _Recipe(layer, head, **options)
+    layers, heads = ((m,) if isinstance(m, nn.Module) else tuple(m) for m in (layer, head))
+    # No module without a member.
+    recipe = _Recipe(layers[: sizes["num_layers"]], heads[: sizes["num_heads"]], **options)
     num_layers, num_heads = recipe.num_layers, recipe.num_heads
     _check_sizes(num_nets=num_nets, num_layers=num_layers, num_heads=num_heads, depth=recipe.depth)
     if recipe.num_steps < 0:
@@ -172,16 +179,16 @@ def _make_bank(
     data = Batch(jnp.asarray(x), jnp.asarray(data.y))
     _check_data(data, recipe)
     weights = _train(jax.random.split(key, num_nets), data, recipe)
-    cut_layers, cut_heads = (_unstack(tree, num_axes=3) for tree in weights)
-    heads = ["head"] if num_heads == 1 else [f"head{i}" for i in range(num_heads)]
+    cut_layers, cut_heads = _cut(weights.layers, num_layers), _cut(weights.heads, num_heads)
+    head_names = ["head"] if num_heads == 1 else [f"head{i}" for i in range(num_heads)]
     names = [f"{net}/{j}" for net in nets for j in range(num_layers)] + [
-        f"{net}/{name}" for net in nets for name in heads
+        f"{net}/{name}" for net in nets for name in head_names
     ]
     first_head = len(nets) * num_layers
     return Bank.stack(
-        layer,
+        _take_turns(recipe.layers, num_layers) * len(nets),
         cut_layers,
-        head,
+        _take_turns(recipe.heads, num_heads) * len(nets),
         cut_heads,
         stem=stem,
         stem_params=stem_params,
@@ -200,24 +207,36 @@ def _check_sizes(**sizes: int) -> None:
             raise ValueError(f"expected {name} of at least 1, got {size}")
 
 
+def _take_turns(modules: tuple[nn.Module, ...], num: int) -> list[nn.Module]:
+    """The module of each of so many members."""
+    return [modules[i % len(modules)] for i in range(num)]
+
+
 def _check_data(data: Batch, recipe: _Recipe) -> None:
+    if not recipe.layers or not recipe.heads:
+        raise ValueError(
+            f"expected at least one layer module and one head module, got {len(recipe.layers)} and {len(recipe.heads)}"
+        )
     key = jax.random.key(0)
     try:
-        out, _ = jax.eval_shape(recipe.layer.init_with_output, key, data.x)
-        logits, _ = jax.eval_shape(recipe.head.init_with_output, key, data.x)
+        outs = [jax.eval_shape(layer.init_with_output, key, data.x)[0] for layer in recipe.layers]
+        logits = [jax.eval_shape(head.init_with_output, key, data.x)[0] for head in recipe.heads]
     except Exception as error:  # whatever a user's module raises
         raise ValueError(
             f"layer or head does not take data of shape {list(data.x.shape)}: {str(error).splitlines()[0]}"
         ) from None
-    if out.shape != data.x.shape or out.dtype != data.x.dtype:
+    for layer, out in zip(recipe.layers, outs, strict=True):
+        if out.shape != data.x.shape or out.dtype != data.x.dtype:
+            raise ValueError(
+                f"layer {type(layer).__name__} must keep the shape of its input: expected {data.x.dtype}"
+                f"{list(data.x.shape)}, got {out.dtype}{list(out.shape)}"
+            )
+    if len({out.shape for out in logits}) != 1:
+        raise ValueError(f"expected heads of one output shape, got {[list(out.shape) for out in logits]}")
+    num_classes = logits[0].shape[-1]
+    if is_concrete(data) and not (int(data.y.min()) >= 0 and int(data.y.max()) < num_classes):
         raise ValueError(
-            f"layer {type(recipe.layer).__name__} must keep the shape of its input: expected {data.x.dtype}"
-            f"{list(data.x.shape)}, got {out.dtype}{list(out.shape)}"
-        )
-    if is_concrete(data) and not (int(data.y.min()) >= 0 and int(data.y.max()) < logits.shape[-1]):
-        raise ValueError(
-            f"expected labels in 0..{logits.shape[-1] - 1}, the head's classes, got {int(data.y.min())}.."
-            f"{int(data.y.max())}"
+            f"expected labels in 0..{num_classes - 1}, the head's classes, got {int(data.y.min())}..{int(data.y.max())}"
         )
 
 
@@ -225,10 +244,11 @@ def _pick(tree: PyTree, index: Any) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
-def _unstack(tree: PyTree, num_axes: int) -> list[PyTree]:
-    """One tree for each index of the first `num_axes` axes together."""
-    tree = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[num_axes:]), tree)
-    return [_pick(tree, i) for i in range(jax.tree.leaves(tree)[0].shape[0])]
+def _cut(trees: tuple[PyTree, ...], num: int) -> list[PyTree]:
+    """Params of each of `num` members of each snapshot of each run, out of leaves `[R, num_snapshots, n, ...]`."""
+    num_runs, num_snapshots = jax.tree.leaves(trees)[0].shape[:2]
+    places = ((run, snapshot, i) for run in range(num_runs) for snapshot in range(num_snapshots) for i in range(num))
+    return [_pick(trees[i % len(trees)], (run, snapshot, i // len(trees))) for run, snapshot, i in places]
 
 
 @partial(jax.jit, static_argnames="recipe")
@@ -242,10 +262,13 @@ def _train(keys: Key[Array, "R"], data: Batch, recipe: _Recipe) -> _Weights:
 def _train_one(key: Array, data: Batch, recipe: _Recipe) -> _Weights:
     layer_key, head_key, step_key = jax.random.split(key, 3)
     layers, heads = (
-        jax.vmap(lambda k, module=module: module.init(k, data.x[:1]).get("params", {}))(jax.random.split(k, size))
-        for module, k, size in (
-            (recipe.layer, layer_key, recipe.num_layers),
-            (recipe.head, head_key, recipe.num_heads),
+        tuple(
+            jax.vmap(lambda k, module=module: module.init(k, data.x[:1]).get("params", {}))(keys[i :: len(modules)])
+            for i, module in enumerate(modules)
+        )
+        for modules, keys in (
+            (recipe.layers, jax.random.split(layer_key, recipe.num_layers)),
+            (recipe.heads, jax.random.split(head_key, recipe.num_heads)),
         )
     )
     weights = _Weights(layers, heads)
@@ -255,7 +278,9 @@ def _train_one(key: Array, data: Batch, recipe: _Recipe) -> _Weights:
         gradient = jax.grad(_route_loss)(weights, key, data, recipe)
         updates, opt_state = recipe.optimizer.update(gradient, opt_state, weights)
         new: Any = optax.apply_updates(weights, updates)
-        layers = _project(recipe.layer, new.layers) if recipe.is_layer_trained else weights.layers
+        layers = weights.layers
+        if recipe.is_layer_trained:
+            layers = tuple(_project(layer, own) for layer, own in zip(recipe.layers, new.layers, strict=True))
         return (_Weights(layers, new.heads), opt_state), None
 
     def train_until_snapshot(carry: Any, keys: Array) -> Any:
@@ -283,6 +308,17 @@ def _route_loss(weights: _Weights, key: Array, data: Batch, recipe: _Recipe) -> 
     hidden = data.x[batch]
     # Unrolled: the gradient of a convolution in a loop is far slower on CPU.
     for member in route:
-        hidden = recipe.layer.apply({"params": _pick(weights.layers, member)}, hidden)
-    logits: Any = recipe.head.apply({"params": _pick(weights.heads, last)}, hidden)
+        hidden = _apply(recipe.layers, weights.layers, member, hidden)
+    logits = _apply(recipe.heads, weights.heads, last, hidden)
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, data.y[batch]))
+
+
+def _apply(modules: tuple[nn.Module, ...], params: tuple[PyTree, ...], member: Array, x: Array) -> Any:
+    """One member, whose module is that of its turn."""
+
+    def make_branch(module: nn.Module, own: PyTree) -> Any:
+        return lambda place, x: module.apply({"params": _pick(own, place)}, x)
+
+    branches = [make_branch(*pair) for pair in zip(modules, params, strict=True)]
+    turn, place = member % len(modules), member // len(modules)
+    return branches[0](place, x) if len(branches) == 1 else jax.lax.switch(turn, branches, place, x)

@@ -136,3 +136,39 @@ def test_one_compilation_per_recipe():
     for seed in range(3):
         make("routed", seed=seed, num_steps=7)
     assert train._train._cache_size() == before + 1
+
+
+def test_several_modules_take_turns():
+    layers, heads = [jc.layers.ResidualMLP(5), jc.layers.Dense(5)], [HEAD, jc.layers.DenseHead(3), TanhHead(3)]
+    bank = make("routed", layer=tuple(layers), head=tuple(heads), num_layers=5, num_heads=3)
+    assert [(group.module, group.tokens) for group in bank.layers] == [(layers[0], (0, 2, 4)), (layers[1], (1, 3))]
+    # Equal modules are one group.
+    assert [(group.module, group.tokens) for group in bank.heads] == [(HEAD, (5, 6)), (heads[2], (7,))]
+    assert bank.names[:2] == ("routed/0", "routed/1")
+    nets = make("independent", layer=tuple(layers), num_steps=300)
+    start = make("independent", layer=tuple(layers), num_steps=0)
+    assert [group.tokens for group in nets.layers] == [(0, 2, 3, 5), (1, 4)]
+    for parent in nets.parents:
+        assert loss_of(nets, parent) < 0.7 * loss_of(start, parent)
+    # All of them are trained.
+    moved = jax.tree.map(
+        lambda a, b: bool(jnp.any(a != b, axis=tuple(range(1, a.ndim))).all()), nets.layers, start.layers
+    )
+    assert all(jax.tree.leaves(moved))
+
+
+def test_modules_that_disagree_are_refused():
+    with pytest.raises(ValueError, match=r"layer Dense must keep the shape .* got float32\[60, 4\]"):
+        make("routed", layer=(LAYER, jc.layers.Dense(4)))
+    with pytest.raises(ValueError, match=r"heads of one output shape, got \[\[60, 3\], \[60, 4\]\]"):
+        make("routed", head=(HEAD, jc.layers.DenseHead(4)))
+    with pytest.raises(ValueError, match="at least one layer module and one head module, got 0 and 1"):
+        make("routed", layer=())
+
+
+class TanhHead(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.num_classes)(jnp.tanh(x))
