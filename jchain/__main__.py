@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 import jchain as jc
-from jchain import distributed, report
-from jchain.data import LOADERS
+from jchain import distributed, images, report
+from jchain.data import LOADERS, SPLITS, Dataset
 from jchain.problem import check_max_layers
 
 BANKS = ("independent", "routed", "snapshots", "random")
@@ -24,6 +24,10 @@ LAYERS = {
     "invertible-coupling": jc.layers.AdditiveCoupling,
     "invertible-residual": jc.layers.InvertibleResidual,
 }
+# Convolutions of a block, in turn.
+CONV_DEPTHS = (1, 2, 3)
+# Images of so many pixels a side, or twice that and more, are pooled by the stem.
+CONV_SIDE = 16
 ENCODINGS = {"tokens": jc.TokenEncoding, "weights": jc.WeightEncoding}
 SEARCHES = {
     "actor-critic": lambda args: jc.ActorCritic(encoding=ENCODINGS[args.encoding]()),
@@ -57,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"jchain: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -72,19 +76,44 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_search(commands)
     _add_evaluate(commands)
+    prepare = commands.add_parser(
+        "prepare", help="download an image set of tensorflow-datasets and write it for jchain"
+    )
+    prepare.add_argument("name", help="as in tensorflow-datasets: mnist, fashion_mnist, cifar10, ...")
+    prepare.add_argument("--data-dir", type=Path, help="folder of prepared sets (default: that of tensorflow-datasets)")
+    prepare.set_defaults(run=_prepare)
     return parser
+
+
+def _add_data(command: argparse.ArgumentParser, default: str | None, note: str) -> None:
+    known = ", ".join(sorted(LOADERS))
+    command.add_argument(
+        "--data", default=default, help=f"data set: {known}, or one of images that is prepared ({note})"
+    )
+    command.add_argument("--data-dir", type=Path, help="folder of prepared sets (default: that of tensorflow-datasets)")
+    command.add_argument(
+        "--sizes",
+        type=_parse_sizes,
+        metavar="N,N,N,N",
+        help=f"examples of {', '.join(SPLITS)} (default: as many as there are)",
+    )
 
 
 def _add_search(commands: Any) -> None:
     search = commands.add_parser("search", help="make a bank and search it")
-    search.add_argument("--data", choices=sorted(LOADERS), default="digits", help="data set (default: %(default)s)")
+    _add_data(search, "digits", "default: digits")
     search.add_argument("--bank", choices=BANKS, default="routed", help="how the bank is made (default: %(default)s)")
     search.add_argument(
-        "--layer", choices=sorted(LAYERS), default="residual", help="module of the layers (default: %(default)s)"
+        "--layer",
+        choices=sorted([*LAYERS, "conv"]),
+        help="module of the layers; conv: blocks of 1, 2 and 3 convolutions in turn (default: conv for images, else residual)",
     )
+    search.add_argument("--channels", type=int, default=16, help="of convolutions (default: %(default)s)")
     search.add_argument("--num-layers", type=int, default=12, help="layers in the bank (default: %(default)s)")
     search.add_argument(
-        "--num-heads", type=int, default=1, help="heads of a routed or random bank (default: %(default)s)"
+        "--num-heads",
+        type=int,
+        help="heads of a routed or random bank (default: 1; 2 with conv, a pooled and a dense one)",
     )
     search.add_argument(
         "--depth", type=int, default=4, help="layers of each net, or route, that is trained (default: %(default)s)"
@@ -124,7 +153,7 @@ def _add_evaluate(commands: Any) -> None:
         metavar="TOKENS",
         help="layer tokens and a head, as in 3,0,7,12; repeat for more (default: the chain that the search found)",
     )
-    evaluate.add_argument("--data", choices=sorted(LOADERS), help="data set (default: that of the search, or digits)")
+    _add_data(evaluate, None, "default: that of the search, or digits")
     evaluate.add_argument("--seed", type=int, help="of the splits (default: that of the search, or 0)")
     evaluate.add_argument(
         "--split",
@@ -150,15 +179,12 @@ def _search(args: argparse.Namespace) -> None:
     args.max_layers = check_max_layers(args.depth if args.max_layers is None else args.max_layers)
     args.out = args.out or Path("results") / f"{args.data}-{args.bank}-{args.search}-{args.seed}"
     report.check_out(args.out, replace=args.replace)
+    data = jc.data.load(args.data, args.seed, sizes=args.sizes, data_dir=args.data_dir)
+    modules = _make_modules(args, data)
     config = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(args).items()
         if name not in ("run", "json", "replace")
-    }
-    data = jc.data.load(args.data, args.seed)
-    modules = {
-        "layer": LAYERS[args.layer](data.train.x.shape[-1]),
-        "head": jc.layers.DenseHead(data.num_classes),
     }
     if args.search == "meet-in-the-middle" and not hasattr(modules["layer"], "invert"):
         names = [name for name, layer in LAYERS.items() if hasattr(layer, "invert")]
@@ -171,13 +197,42 @@ def _search(args: argparse.Namespace) -> None:
         print(json.dumps(job.result))
 
 
+def _make_modules(args: argparse.Namespace, data: Dataset) -> dict[str, Any]:
+    """Layers, heads and stem, by the shape of the data where the options leave it open."""
+    shape = data.train.x.shape[1:]
+    is_image = len(shape) == 3
+    args.layer = args.layer or ("conv" if is_image else "residual")
+    if is_image != (args.layer == "conv"):
+        raise ValueError(f"expected --layer conv for images and for nothing else, got {args.layer} for {list(shape)}")
+    has_nets = args.bank in ("independent", "snapshots")
+    args.num_heads = args.num_heads or (2 if is_image and not has_nets else 1)
+    if not is_image:
+        return {"layer": LAYERS[args.layer](shape[-1]), "head": jc.layers.DenseHead(data.num_classes)}
+    stem = jc.layers.ConvStem(args.channels, pool=max(1, max(shape[:2]) // CONV_SIDE))
+    return {
+        "layer": [jc.layers.ConvBlock(args.channels, depth) for depth in CONV_DEPTHS],
+        "head": [jc.layers.PoolHead(data.num_classes), jc.layers.ConvHead(data.num_classes)],
+        "stem": stem,
+        "stem_params": stem.init(jax.random.key(args.seed), data.train.x[:1])["params"],
+    }
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    print(f"Prepared in {images.prepare(args.name, args.data_dir)}")
+
+
 def _evaluate(args: argparse.Namespace) -> None:
     mesh = _join(args)
     config, found = report.read_config(args.bank)
     path = args.bank / report.BANK_FILE if args.bank.is_dir() else args.bank
     bank = jc.Bank.load(path)
+    # Of another set the options of the search say nothing.
+    said = config if args.data in (None, config.get("data")) else {}
     data = jc.data.load(
-        args.data or config.get("data", "digits"), config.get("seed", 0) if args.seed is None else args.seed
+        args.data or config.get("data", "digits"),
+        config.get("seed", 0) if args.seed is None else args.seed,
+        sizes=args.sizes or said.get("sizes"),
+        data_dir=args.data_dir or said.get("data_dir"),
     )
     split = getattr(data, args.split)
     if args.all is not None:
@@ -221,6 +276,13 @@ def _describe(bank: jc.Bank, chain: np.ndarray, loss: Any, accuracy: Any) -> dic
         "loss": report.finite_or_none(loss),
         "accuracy": float(accuracy),
     }
+
+
+def _parse_sizes(text: str) -> list[int]:
+    try:
+        return [int(size) for size in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected sizes as in 5000,1000,1000,1000, got {text!r}") from None
 
 
 def _parse_chain(text: str) -> list[int]:

@@ -13,7 +13,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import numpy as np
 
@@ -40,13 +39,13 @@ class Job(NamedTuple):
     run: Result
 
 
-def search(config: Mapping[str, Any], data: Dataset, modules: Mapping[str, nn.Module], method: Search) -> Job:
+def search(config: Mapping[str, Any], data: Dataset, modules: Mapping[str, Any], method: Search) -> Job:
     """Make the bank, search on `search`, re-rank the finalists on `select`, open `test` once for the report.
 
     Args:
       config: options of `jchain search`, by name.
       data: the splits.
-      modules: `layer` and `head`.
+      modules: `layer`, `head`, and what else `jchain.train` takes of modules.
       method: the search.
 
     Raises:
@@ -90,7 +89,7 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def make_bank(key: Any, config: Mapping[str, Any], data: Dataset, modules: Mapping[str, nn.Module]) -> Bank:
+def make_bank(key: Any, config: Mapping[str, Any], data: Dataset, modules: Mapping[str, Any]) -> Bank:
     """The bank that the options ask for.
 
     Raises:
@@ -127,7 +126,7 @@ def _pick_on_select(bank: Bank, data: Dataset, chains: np.ndarray) -> list[int]:
 
 
 def _score_best_parent(
-    key: Any, config: Mapping[str, Any], data: Dataset, modules: Mapping[str, nn.Module], bank: Bank
+    key: Any, config: Mapping[str, Any], data: Dataset, modules: Mapping[str, Any], bank: Bank
 ) -> dict[str, Any]:
     """The best net that the bank was cut from, or without one a plain net of as many layers and gradient steps."""
     if not bank.parents:
@@ -137,8 +136,7 @@ def _score_best_parent(
             num_nets=1,
             depth=config["depth"],
             num_steps=bank.num_steps,
-            layer=modules["layer"],
-            head=modules["head"],
+            **modules,
         )
     return _score(bank, data, _pick_on_select(bank, data, chain.pad(bank.parents)))
 

@@ -26,6 +26,8 @@ from jchain.pytree import is_concrete
 
 OPTIMIZER = optax.adamw(1e-3, weight_decay=0.1)
 BATCH_SIZE = 128
+# Axes of a stack of kernels of a convolution, of one spatial axis and more.
+_CONV_NDIM = 5
 
 
 class Settings(TypedDict, total=False):
@@ -251,15 +253,46 @@ def _cut(trees: tuple[PyTree, ...], num: int) -> list[PyTree]:
     return [_pick(trees[i % len(trees)], (run, snapshot, i // len(trees))) for run, snapshot, i in places]
 
 
-@partial(jax.jit, static_argnames="recipe")
 def _train(keys: Key[Array, "R"], data: Batch, recipe: _Recipe) -> _Weights:
     """Weights of each run at each of its snapshots, leaves `[R, num_snapshots, n, ...]`."""
-    # One run after another on CPU, where vmapped weights make convolutions slow; elsewhere all at once.
-    batch_size = 1 if jax.default_backend() == "cpu" else keys.shape[0]
-    return jax.lax.map(lambda key: _train_one(key, data, recipe), keys, batch_size=batch_size)
+    if jax.default_backend() != "cpu":
+        return _train_together(keys, data, recipe, keys.shape[0])
+    start = jax.eval_shape(partial(_init, recipe=recipe), keys[0], data)[0]
+    if max(leaf.ndim for leaf in jax.tree.leaves(start)) < _CONV_NDIM:
+        return _train_together(keys, data, recipe, 1)
+    runs = [_train_step_by_step(key, data, recipe) for key in keys]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *runs)
 
 
-def _train_one(key: Array, data: Batch, recipe: _Recipe) -> _Weights:
+@partial(jax.jit, static_argnames=("recipe", "batch_size"))
+def _train_together(keys: Key[Array, "R"], data: Batch, recipe: _Recipe, batch_size: int) -> _Weights:
+    """All in one program. On CPU one run after another, where vmapped weights make products slow."""
+
+    def train_one(key: Array) -> _Weights:
+        carry, step_keys = _init(key, data, recipe)
+
+        def train_until_snapshot(carry: Any, keys: Array) -> Any:
+            carry, _ = jax.lax.scan(lambda carry, key: (_step(carry, key, data, recipe), None), carry, keys)
+            return carry, carry[0]
+
+        return jax.lax.scan(train_until_snapshot, carry, step_keys)[1]
+
+    return jax.lax.map(train_one, keys, batch_size=batch_size)
+
+
+def _train_step_by_step(key: Array, data: Batch, recipe: _Recipe) -> _Weights:
+    """One program for each step: the gradient of a convolution in a loop is some 50 times slower on CPU."""
+    carry, step_keys = jax.jit(_init, static_argnames="recipe")(key, data, recipe)
+    snapshots = []
+    for keys in step_keys:
+        for step_key in keys:
+            carry = _step_once(carry, step_key, data, recipe)
+        snapshots.append(carry[0])
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *snapshots)
+
+
+def _init(key: Array, data: Batch, recipe: _Recipe) -> tuple[tuple[_Weights, Any], Key[Array, "S T"]]:
+    """Weights and optimizer state at the start, and a key for each step up to each snapshot."""
     layer_key, head_key, step_key = jax.random.split(key, 3)
     layers, heads = (
         tuple(
@@ -272,24 +305,23 @@ def _train_one(key: Array, data: Batch, recipe: _Recipe) -> _Weights:
         )
     )
     weights = _Weights(layers, heads)
-
-    def train_step(carry: Any, key: Array) -> Any:
-        weights, opt_state = carry
-        gradient = jax.grad(_route_loss)(weights, key, data, recipe)
-        updates, opt_state = recipe.optimizer.update(gradient, opt_state, weights)
-        new: Any = optax.apply_updates(weights, updates)
-        layers = weights.layers
-        if recipe.is_layer_trained:
-            layers = tuple(_project(layer, own) for layer, own in zip(recipe.layers, new.layers, strict=True))
-        return (_Weights(layers, new.heads), opt_state), None
-
-    def train_until_snapshot(carry: Any, keys: Array) -> Any:
-        carry, _ = jax.lax.scan(train_step, carry, keys)
-        return carry, carry[0]
-
     keys = jax.random.split(step_key, recipe.num_steps).reshape(recipe.num_snapshots, -1)
-    _, snapshots = jax.lax.scan(train_until_snapshot, (weights, recipe.optimizer.init(weights)), keys)
-    return snapshots
+    return (weights, recipe.optimizer.init(weights)), keys
+
+
+def _step(carry: tuple[_Weights, Any], key: Array, data: Batch, recipe: _Recipe) -> tuple[_Weights, Any]:
+    """One gradient step."""
+    weights, opt_state = carry
+    gradient = jax.grad(_route_loss)(weights, key, data, recipe)
+    updates, opt_state = recipe.optimizer.update(gradient, opt_state, weights)
+    new: Any = optax.apply_updates(weights, updates)
+    layers = weights.layers
+    if recipe.is_layer_trained:
+        layers = tuple(_project(layer, own) for layer, own in zip(recipe.layers, new.layers, strict=True))
+    return _Weights(layers, new.heads), opt_state
+
+
+_step_once = jax.jit(_step, static_argnames="recipe", donate_argnums=0)
 
 
 def _project(layer: Any, params: PyTree) -> PyTree:

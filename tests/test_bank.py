@@ -193,3 +193,20 @@ def test_an_interrupted_save_leaves_the_old_file(bank, tmp_path, monkeypatch):
         make_bank(seed=9).save(path)
     assert path.read_bytes() == blob
     assert [file.name for file in tmp_path.iterdir()] == ["bank"]
+
+
+def test_layers_of_several_modules_are_groups():
+    modules = [jc.layers.ResidualMLP(5), jc.layers.Dense(5), jc.layers.ResidualMLP(5)]
+    params = [init_params(module, jax.random.key(i), 1, (5,))[0] for i, module in enumerate(modules)]
+    head = jc.layers.DenseHead(3)
+    heads = init_params(head, jax.random.key(9), 2, (5,))
+    bank = jc.Bank.stack(modules, params, head, heads)
+    assert [(group.module, group.tokens) for group in bank.layers] == [(modules[0], (0, 2)), (modules[1], (1,))]
+    x = jax.random.normal(jax.random.key(1), (4, 5))
+    hidden = x
+    for i in (2, 1, 0):
+        hidden = modules[i].apply({"params": params[i]}, hidden)
+    wanted = head.apply({"params": heads[1]}, hidden)
+    np.testing.assert_allclose(jc.apply_chain(bank, np.array([2, 1, 0, 4]), x), wanted, rtol=1e-5)
+    with pytest.raises(ValueError, match="one layer module, or 3 as there are params, got 2"):
+        jc.Bank.stack(modules[:2], params, head, heads)

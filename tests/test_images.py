@@ -5,12 +5,14 @@ import shutil
 import socket
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
 import jchain as jc
 from jchain import images
+from jchain.__main__ import main
 
 tfds = pytest.importorskip("tensorflow_datasets")
 from PIL import Image  # noqa: E402
@@ -171,6 +173,59 @@ def test_without_the_library_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'jchain\[data\]'"):
         images.read("cifar10")
+
+
+SMALL = [
+    "--num-layers",
+    "3",
+    "--depth",
+    "2",
+    "--num-steps",
+    "2",
+    "--budget",
+    "60",
+    "--search",
+    "random",
+    "--channels",
+    "4",
+]
+
+
+def test_the_command_line_searches_a_prepared_set(folder, tmp_path, capsys):
+    sizes = "60,40,30,20"
+    options = ["--data", "colored_digits", "--data-dir", str(folder), "--sizes", sizes, "--out", str(tmp_path / "out")]
+    assert main(["search", *options, *SMALL]) == 0
+    bank = jc.Bank.load(tmp_path / "out" / "bank.safetensors")
+    assert [(group.module.depth, group.tokens) for group in bank.layers] == [(1, (0,)), (2, (1,)), (3, (2,))]
+    assert [type(group.module).__name__ for group in bank.heads] == ["PoolHead", "ConvHead"]
+    assert bank.embed(jnp.zeros((1, 32, 32, 3))).shape == (1, 16, 16, 4)
+    # Where the set lies is read off the result.
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "out"), "--split", "test"]) == 0
+    assert capsys.readouterr().out.startswith("loss ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["search", "--data", "tiny_digits", "--layer", "dense"],
+            "--layer conv for images and for nothing else, got dense",
+        ),
+        (
+            ["search", "--data", "wine", "--layer", "conv"],
+            "--layer conv for images and for nothing else, got conv for [13]",
+        ),
+        (["search", "--data", "cifar10"], "run jchain prepare cifar10 --data-dir"),
+        (["search", "--data", "tiny_digits", "--sizes", "5,5"], "expected sizes of train, search, select, test"),
+        (["prepare", "cifar11"], "did you mean"),
+    ],
+)
+def test_the_command_line_refuses(folder, tmp_path, capsys, options, message):
+    more = [] if options[0] == "prepare" else ["--out", str(tmp_path / "out"), *SMALL]
+    assert main([*options, "--data-dir", str(folder), *more]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_prepared_sets_are_left_as_they_are(folder):

@@ -76,7 +76,8 @@ def result_folder(tmp_path_factory):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data", "mnits"], "invalid choice: 'mnits'"),
+        (["--data", "mnits"], "unknown data set 'mnits': did you mean mnist"),
+        (["--sizes", "1,a"], "expected sizes as in 5000,1000,1000,1000, got '1,a'"),
         (["--search", "annealing"], "invalid choice: 'annealing'"),
         (["--search", "meet-in-the-middle"], "expected --layer of invertible-dense, invertible-coupling"),
         (["--num-layers", "5", "--bank", "independent"], "a multiple of depth for bank independent, got 5 and 2"),

@@ -132,10 +132,10 @@ def test_bad_settings_are_refused(kind, kwargs, message):
 
 
 def test_one_compilation_per_recipe():
-    before = train._train._cache_size()
+    before = train._train_together._cache_size()
     for seed in range(3):
         make("routed", seed=seed, num_steps=7)
-    assert train._train._cache_size() == before + 1
+    assert train._train_together._cache_size() == before + 1
 
 
 def test_several_modules_take_turns():
