@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jchain import images
 from jchain._typing import Array, Shaped
 
 # Shares of train, search, select and test.
@@ -87,8 +88,6 @@ def load(
     if name in LOADERS:
         x, y = LOADERS[name]()
         return split(np.asarray(x), np.asarray(y), seed=seed, name=name, sizes=sizes)
-    from jchain import images
-
     found = images.read(name, data_dir)
     return split(*found.train, seed=seed, name=name, test=found.test, sizes=sizes)
 
