@@ -191,6 +191,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 def test_the_command_line_searches_a_prepared_set(folder, tmp_path, capsys):
     sizes = "60,40,30,20"
     options = ["--data", "colored_digits", "--data-dir", str(folder), "--sizes", sizes, "--out", str(tmp_path / "out")]
