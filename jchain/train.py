@@ -287,7 +287,8 @@ def _train_step_by_step(key: Array, data: Batch, recipe: _Recipe) -> _Weights:
     for keys in step_keys:
         for step_key in keys:
             carry = _step_once(carry, step_key, data, recipe)
-        snapshots.append(carry[0])
+        # The next step writes over its own.
+        snapshots.append(jax.tree.map(jnp.copy, carry[0]))
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *snapshots)
 
 

@@ -157,6 +157,17 @@ def test_several_modules_take_turns():
     assert all(jax.tree.leaves(moved))
 
 
+def test_steps_of_convolutions_one_by_one_are_those_of_the_loop():
+    images = jc.data.Batch(jax.random.normal(jax.random.key(1), (30, 3, 3, 2)), DATA.y[:30])
+    options = {"num_layers": 2, "num_heads": 1, "depth": 2, "num_steps": 4, "num_snapshots": 2}
+    recipe = train._Recipe((jc.layers.ConvBlock(2),), (HEAD,), **options)
+    keys = jax.random.split(jax.random.key(0), 1)
+    alone, together = train._train(keys, images, recipe), train._train_together(keys, images, recipe, 1)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), alone, together)
+    first, last = (np.asarray(alone.heads[0]["Dense_0"]["kernel"][0, i]) for i in range(2))
+    assert not np.allclose(first, last)
+
+
 def test_modules_that_disagree_are_refused():
     with pytest.raises(ValueError, match=r"layer Dense must keep the shape .* got float32\[60, 4\]"):
         make("routed", layer=(LAYER, jc.layers.Dense(4)))
