@@ -26,7 +26,7 @@ LAYERS = {
 }
 # Convolutions of a block, in turn.
 CONV_DEPTHS = (1, 2, 3)
-# Images of so many pixels a side, or twice that and more, are pooled by the stem.
+# Side up to which the stem leaves images as they are; it pools larger ones by how many times they are as large.
 CONV_SIDE = 16
 ENCODINGS = {"tokens": jc.TokenEncoding, "weights": jc.WeightEncoding}
 SEARCHES = {
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         "prepare", help="download an image set of tensorflow-datasets and write it for jchain"
     )
     prepare.add_argument("name", help="as in tensorflow-datasets: mnist, fashion_mnist, cifar10, ...")
-    prepare.add_argument("--data-dir", type=Path, help="folder of prepared sets (default: that of tensorflow-datasets)")
+    _add_data_dir(prepare)
     prepare.set_defaults(run=_prepare)
     return parser
 
@@ -90,13 +90,17 @@ def _add_data(command: argparse.ArgumentParser, default: str | None, note: str) 
     command.add_argument(
         "--data", default=default, help=f"data set: {known}, or one of images that is prepared ({note})"
     )
-    command.add_argument("--data-dir", type=Path, help="folder of prepared sets (default: that of tensorflow-datasets)")
+    _add_data_dir(command)
     command.add_argument(
         "--sizes",
         type=_parse_sizes,
         metavar="N,N,N,N",
         help=f"examples of {', '.join(SPLITS)} (default: as many as there are)",
     )
+
+
+def _add_data_dir(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--data-dir", type=Path, help="folder of prepared sets (default: that of tensorflow-datasets)")
 
 
 def _add_search(commands: Any) -> None:
@@ -205,7 +209,8 @@ def _make_modules(args: argparse.Namespace, data: Dataset) -> dict[str, Any]:
     if is_image != (args.layer == "conv"):
         raise ValueError(f"expected --layer conv for images and for nothing else, got {args.layer} for {list(shape)}")
     has_nets = args.bank in ("independent", "snapshots")
-    args.num_heads = args.num_heads or (2 if is_image and not has_nets else 1)
+    if args.num_heads is None:
+        args.num_heads = 2 if is_image and not has_nets else 1
     if not is_image:
         return {"layer": LAYERS[args.layer](shape[-1]), "head": jc.layers.DenseHead(data.num_classes)}
     stem = jc.layers.ConvStem(args.channels, pool=max(1, max(shape[:2]) // CONV_SIDE))

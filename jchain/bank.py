@@ -119,9 +119,9 @@ class Bank:
           num_steps: gradient steps that made the weights.
 
         Raises:
-          ValueError: there is no layer or no head, as many modules are not given as params, params that do not stack, a layer
-            that changes the shape, names that repeat or are too few, a parent that is no chain. Where the shape of the input cannot be read off the
-            params, the layers' shapes are checked when a `Problem` is built.
+          ValueError: there is no layer or no head, more or fewer modules than params, params that do not stack, a layer that
+            changes the shape, names that repeat or are too few, a parent that is no chain. Where the shape of the input cannot
+            be read off the params, the layers' shapes are checked when a `Problem` is built.
         """
         num_layers, num_heads = len(layer_params), len(head_params)
         if num_layers == 0 or num_heads == 0:

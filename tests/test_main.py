@@ -81,6 +81,7 @@ def result_folder(tmp_path_factory):
         (["--search", "annealing"], "invalid choice: 'annealing'"),
         (["--search", "meet-in-the-middle"], "expected --layer of invertible-dense, invertible-coupling"),
         (["--num-layers", "5", "--bank", "independent"], "a multiple of depth for bank independent, got 5 and 2"),
+        (["--num-heads", "0"], "expected num_heads of at least 1, got 0"),
         (["--num-layers", "0"], "expected num_layers of at least 1, got 0"),
         (["--num-heads", "2", "--bank", "snapshots"], "expected no num_heads for bank snapshots"),
         (["--max-layers", "-1"], "max_layers to be an integer of at least 0, got -1"),
