@@ -21,6 +21,8 @@ from jchain import (
     stats,
     train,
     trends,
+    tune,
+    updates,
 )
 from jchain.bank import Bank, LayerGroup
 from jchain.critic import Critic
@@ -108,4 +110,6 @@ __all__ = [
     "swap_scores",
     "train",
     "trends",
+    "tune",
+    "updates",
 ]

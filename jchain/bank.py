@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Sequence
-from operator import itemgetter
 from typing import Any
 
 import flax.linen as nn
@@ -54,6 +53,7 @@ class Bank:
       origins: where the weights of each token come from, in words.
       parents: the chains (layer tokens, then a head) of the nets that the bank was cut from.
       num_steps: gradient steps that made the bank.
+      versions: how often the weights of each token were replaced since, int32 `[N + K]`; None for never.
     """
 
     layers: tuple[LayerGroup, ...]
@@ -64,6 +64,7 @@ class Bank:
     origins: tuple[str, ...] = static(default=())
     parents: tuple[tuple[int, ...], ...] = static(default=())
     num_steps: int = static(default=0)
+    versions: Any = None
 
     @property
     def num_layers(self) -> int:
@@ -173,6 +174,12 @@ class Bank:
                 for parent in bank.parents
             ),
             num_steps=sum(bank.num_steps for bank in banks),
+            versions=None
+            if all(bank.versions is None for bank in banks)
+            else jnp.concatenate(
+                [bank.get_versions()[: bank.num_layers] for bank in banks]
+                + [bank.get_versions()[bank.num_layers :] for bank in banks]
+            ),
         )
         joined._check()
         return joined
@@ -208,7 +215,109 @@ class Bank:
                 if all(new[token] >= 0 for token in parent)
             ),
             num_steps=self.num_steps,
+            versions=None if self.versions is None else self.versions[np.array(order)],
         )
+
+    def reserve(self, num: int) -> "Bank":
+        """The same bank with `num` more layers of each module, so that layers can be added later without a new shape.
+
+        The places hold copies of the module's layers in turn until `replace` gives them other weights. They are the tokens
+        `N..N + num * G - 1`, `num` of each of the G modules, and the heads come behind them.
+
+        Args:
+          num: places for each module.
+
+        Raises:
+          ValueError: `num` is below 0.
+        """
+        if num < 0:
+            raise ValueError(f"expected num of at least 0, got {num}")
+        num_layers, num_new = self.num_layers, num * len(self.layers)
+        copied = [group.tokens[i % len(group.tokens)] for group in self.layers for i in range(num)]
+        order = [*range(num_layers), *copied, *range(num_layers, num_layers + self.num_heads)]
+        layers = tuple(
+            LayerGroup(
+                _pick(group.params, np.arange(len(group.tokens) + num) % len(group.tokens)),
+                group.module,
+                (*group.tokens, *range(num_layers + i * num, num_layers + (i + 1) * num)),
+            )
+            for i, group in enumerate(self.layers)
+        )
+        places = [f"place{i}" for i in range(num_new)]
+        return dataclasses.replace(
+            self,
+            layers=layers,
+            heads=tuple(
+                LayerGroup(group.params, group.module, tuple(token + num_new for token in group.tokens))
+                for group in self.heads
+            ),
+            names=(*self.names[:num_layers], *places, *self.names[num_layers:]),
+            origins=(
+                *self.origins[:num_layers],
+                *(f"free, a copy of {self.names[token]}" for token in copied),
+                *self.origins[num_layers:],
+            ),
+            parents=tuple((*parent[:-1], parent[-1] + num_new) for parent in self.parents),
+            versions=None if self.versions is None else self.versions[np.array(order)],
+        )
+
+    def replace(
+        self,
+        tokens: Sequence[int],
+        params: Sequence[PyTree],
+        *,
+        names: Sequence[str] | None = None,
+        origins: Sequence[str] | None = None,
+    ) -> "Bank":
+        """The same bank with other weights at some tokens, whose versions rise by one. The others keep theirs, to the bit.
+
+        Args:
+          tokens: layers and heads, all different.
+          params: for each the dict that its module takes.
+          names: their new names; as they were when None.
+          origins: where their weights come from, in words; as they were when None.
+
+        Raises:
+          ValueError: a token is out of range or repeats, there are not as many params, names and origins as tokens, a name is
+            taken, or params differ in structure, shape or dtype from those that they replace.
+        """
+        total = self.num_layers + self.num_heads
+        if len(set(tokens)) != len(tokens) or not all(0 <= token < total for token in tokens):
+            raise ValueError(f"expected different tokens in 0..{total - 1}, got {[*tokens]}")
+        for given, kind in ((params, "params"), (names, "names"), (origins, "origins")):
+            if given is not None and len(given) != len(tokens):
+                raise ValueError(f"expected {kind} for {len(tokens)} tokens, got {len(given)}")
+        groups = [*self.layers, *self.heads]
+        for token, tree in zip(tokens, params, strict=True):
+            i = next(i for i, group in enumerate(groups) if token in group.tokens)
+            groups[i] = _put(groups[i], token, tree)
+        bank = dataclasses.replace(
+            self,
+            layers=tuple(groups[: len(self.layers)]),
+            heads=tuple(groups[len(self.layers) :]),
+            names=_substitute(self.names, tokens, names),
+            origins=_substitute(self.origins, tokens, origins),
+            versions=self.get_versions().at[np.array(tokens, int)].add(1),
+        )
+        bank._check()
+        return bank
+
+    def get_params(self, token: int) -> PyTree:
+        """The weights of one layer or head.
+
+        Raises:
+          ValueError: there is no such token.
+        """
+        for group in (*self.layers, *self.heads):
+            if token in group.tokens:
+                return _pick(group.params, group.tokens.index(token))
+        raise ValueError(f"expected a token in 0..{self.num_layers + self.num_heads - 1}, got {token}")
+
+    def get_versions(self) -> Int[Array, "E"]:
+        """How often the weights of each token were replaced, `[N + K]`."""
+        if self.versions is None:
+            return jnp.zeros(self.num_layers + self.num_heads, jnp.int32)
+        return self.versions
 
     def without_names(self) -> "Bank":
         """The same bank without what only people read of it, so that banks alike share compiled programs."""
@@ -233,6 +342,8 @@ class Bank:
         }
         trees = {part: {str(i): group.params for i, group in enumerate(groups)} for part, groups in parts.items()}
         arrays = traverse_util.flatten_dict(trees | {"stem": self.stem_params or {}}, sep="/")
+        if self.versions is not None:
+            arrays["versions"] = self.versions
         files.write_arrays(path, header, arrays)
 
     @staticmethod
@@ -267,6 +378,7 @@ class Bank:
             origins=tuple(header["origins"]),
             parents=tuple(tuple(parent) for parent in header["parents"]),
             num_steps=header["num_steps"],
+            versions=trees.get("versions"),
         )
         bank._check()
         return bank
@@ -333,20 +445,43 @@ def _group(
     return tuple(groups)
 
 
+def _pick(params: PyTree, index: Any) -> PyTree:
+    """One member of a stack, or several in another order."""
+    return jax.tree.map(lambda leaf: leaf[index], params)
+
+
+def _put(group: LayerGroup, token: int, params: PyTree) -> LayerGroup:
+    """The group with other weights of one member."""
+    place = group.tokens.index(token)
+    _check_alike(params, _pick(group.params, place), f"params do not fit token {token}", "the bank")
+    new = jax.tree.map(lambda leaf, own: leaf.at[place].set(own), group.params, params)
+    return LayerGroup(new, group.module, group.tokens)
+
+
+def _substitute(words: tuple[str, ...], tokens: Sequence[int], new: Sequence[str] | None) -> tuple[str, ...]:
+    said = dict(zip(tokens, new or [words[token] for token in tokens], strict=True))
+    return tuple(said.get(token, word) for token, word in enumerate(words))
+
+
 def _stack(params: Sequence[PyTree], kind: str) -> PyTree:
-    first = jax.tree_util.tree_flatten_with_path(params[0])
     for i, tree in enumerate(params):
-        leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-        if structure != first[1]:
-            raise ValueError(f"params of {kind} {i} do not stack: expected the structure {first[1]}, got {structure}")
-        for (path, leaf), (_, expected) in zip(leaves, first[0], strict=True):
-            leaf, expected = jnp.asarray(leaf), jnp.asarray(expected)
-            if leaf.shape != expected.shape or leaf.dtype != expected.dtype:
-                raise ValueError(
-                    f"params of {kind} {i} do not stack: expected {expected.dtype}{list(expected.shape)} at "
-                    f"{jax.tree_util.keystr(path)} as in {kind} 0, got {leaf.dtype}{list(leaf.shape)}"
-                )
+        _check_alike(tree, params[0], f"params of {kind} {i} do not stack", f"{kind} 0")
     return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *params)
+
+
+def _check_alike(params: PyTree, other: PyTree, problem: str, name: str) -> None:
+    """Same structure, shapes and dtypes as the params of `name`."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    others, expected_structure = jax.tree_util.tree_flatten_with_path(other)
+    if structure != expected_structure:
+        raise ValueError(f"{problem}: expected the structure {expected_structure}, got {structure}")
+    for (path, leaf), (_, expected) in zip(leaves, others, strict=True):
+        leaf, expected = jnp.asarray(leaf), jnp.asarray(expected)
+        if leaf.shape != expected.shape or leaf.dtype != expected.dtype:
+            raise ValueError(
+                f"{problem}: expected {expected.dtype}{list(expected.shape)} at {jax.tree_util.keystr(path)} as in "
+                f"{name}, got {leaf.dtype}{list(leaf.shape)}"
+            )
 
 
 def _merge(members: list[tuple[LayerGroup, np.ndarray]]) -> tuple[LayerGroup, ...]:
@@ -357,10 +492,9 @@ def _merge(members: list[tuple[LayerGroup, np.ndarray]]) -> tuple[LayerGroup, ..
         tokens = np.concatenate([new[list(group.tokens)] for group, new in same])
         order = [i for i in np.argsort(tokens, kind="stable") if tokens[i] >= 0]
         if order:
-            _stack([jax.tree.map(lambda leaf: leaf[0], group.params) for group, _ in same], "layer")
+            _stack([_pick(group.params, 0) for group, _ in same], "layer")
             whole = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(group.params for group, _ in same))
-            params = jax.tree.map(itemgetter(np.array(order)), whole)
-            merged.append(LayerGroup(params, module, tuple(int(tokens[i]) for i in order)))
+            merged.append(LayerGroup(_pick(whole, np.array(order)), module, tuple(int(tokens[i]) for i in order)))
     return tuple(merged)
 
 

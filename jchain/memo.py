@@ -1,7 +1,8 @@
 """What scoring costs, one rule for all searches: a chain that a search has scored before costs nothing more.
 
 A step pays for each distinct (prefix, layer) of the chains that are new to the search, as `jchain.evaluate` counts them;
-losses of the others come from a table of fixed size that works under `jit` and `vmap`. Searches that go on from the
+losses of the others come from a table of fixed size that works under `jit` and `vmap`. A chain of which a layer or the head
+has other weights than when it was scored (`Bank.versions`) is new. Searches that go on from the
 activations of a prefix (beam search, tree search) pay for every layer that they apply instead.
 """
 
@@ -23,6 +24,7 @@ class Memo(NamedTuple):
     chains: Int[Array, "M W L"]  # [M, W, L], -1 where nothing stands
     loss: Float[Array, "M W"]
     num_stored: Int[Array, "M"]  # [M], chains that each set has seen
+    version: Int[Array, "M W"]  # of the chain's layers and head, when it was scored
 
 
 def init(problem: Problem) -> Memo:
@@ -32,34 +34,51 @@ def init(problem: Problem) -> Memo:
         jnp.full((*shape, problem.max_layers + 1), PADDING, jnp.int32),
         jnp.full(shape, jnp.inf),
         jnp.zeros(shape[:1], jnp.int32),
+        jnp.zeros(shape, jnp.int32),
     )
 
 
 def score(memo: Memo, problem: Problem, chains: Int[Array, "P L"]) -> tuple[Memo, Float[Array, "P"], Int[Array, ""]]:
     """The table with these chains in it, their losses, and the layer calls that the new ones cost."""
-    place, is_match = _find(memo, chains)
+    version = _add_versions(problem, chains)
+    place, is_match = _find(memo, chains, version)
     is_known = is_match.any(axis=1)
     # A head alone costs no layer call.
     bare = jnp.full_like(chains[0], PADDING).at[0].set(problem.bank.num_layers)
     out = evaluate(problem, jnp.where(is_known[:, None], bare[None], chains))
     known = jnp.where(is_match, memo.loss[place], 0.0).sum(axis=1)
     loss = jnp.where(is_known, known, out.loss)
-    return _store(memo, place, chains, loss, ~is_known), loss, out.layer_calls
+    return _store(memo, place, chains, version, loss, ~is_known), loss, out.layer_calls
 
 
-def is_known(memo: Memo, chains: Int[Array, "P L"]) -> Bool[Array, "P"]:
+def is_known(memo: Memo, problem: Problem, chains: Int[Array, "P L"]) -> Bool[Array, "P"]:
     """Which of these chains the table holds."""
-    return _find(memo, chains)[1].any(axis=1)
+    return _find(memo, chains, _add_versions(problem, chains))[1].any(axis=1)
 
 
-def _find(memo: Memo, chains: Int[Array, "P L"]) -> tuple[Int[Array, "P"], Bool[Array, "P W"]]:
+def _add_versions(problem: Problem, chains: Int[Array, "P L"]) -> Int[Array, "P"]:
+    """Versions never fall, so their sum is the same only where each of them is."""
+    if problem.bank.versions is None:
+        return jnp.zeros(chains.shape[:1], jnp.int32)
+    return jnp.where(chains >= 0, problem.bank.versions[jnp.maximum(chains, 0)], 0).sum(axis=1)
+
+
+def _find(
+    memo: Memo, chains: Int[Array, "P L"], version: Int[Array, "P"]
+) -> tuple[Int[Array, "P"], Bool[Array, "P W"]]:
     """The set of each chain, and in which of its places it stands."""
     place = _hash(chains) % memo.loss.shape[0]
-    return place, (memo.chains[place] == chains[:, None]).all(axis=-1)
+    is_same = (memo.chains[place] == chains[:, None]).all(axis=-1)
+    return place, is_same & (memo.version[place] == version[:, None])
 
 
 def _store(
-    memo: Memo, place: Int[Array, "P"], chains: Int[Array, "P L"], loss: Float[Array, "P"], is_new: Bool[Array, "P"]
+    memo: Memo,
+    place: Int[Array, "P"],
+    chains: Int[Array, "P L"],
+    version: Int[Array, "P"],
+    loss: Float[Array, "P"],
+    is_new: Bool[Array, "P"],
 ) -> Memo:
     num_sets, num_ways = memo.loss.shape
     is_earlier = jnp.tri(chains.shape[0], k=-1, dtype=bool)
@@ -72,6 +91,7 @@ def _store(
         memo.chains.at[row, way].set(chains.astype(jnp.int32), mode="drop"),
         memo.loss.at[row, way].set(loss.astype(memo.loss.dtype), mode="drop"),
         memo.num_stored.at[row].add(1, mode="drop"),
+        memo.version.at[row, way].set(version, mode="drop"),
     )
 
 

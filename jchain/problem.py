@@ -120,11 +120,15 @@ class Problem:
 
     def without_names(self) -> "Problem":
         """The same problem, of `Bank.without_names`."""
-        return self._replace("bank", self.bank.without_names())
+        return self.with_bank(self.bank.without_names())
 
     def take(self, rows: slice | Int[np.ndarray, "b"] | Int[Array, "b"]) -> "Problem":
         """The same problem on some of its examples."""
         return self._replace("data", Batch(self.data.x[rows], self.data.y[rows]))
+
+    def with_bank(self, bank: Bank) -> "Problem":
+        """The same problem over a bank of the same layers with other weights; shapes are not checked again."""
+        return self._replace("bank", bank)
 
     def _replace(self, field: str, value: Any) -> "Problem":
         """Not `dataclasses.replace`, which would check everything again."""

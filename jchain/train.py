@@ -253,12 +253,18 @@ def _cut(trees: tuple[PyTree, ...], num: int) -> list[PyTree]:
     return [_pick(trees[i % len(trees)], (run, snapshot, i // len(trees))) for run, snapshot, i in places]
 
 
+def is_stepwise(params: PyTree) -> bool:
+    """Whether gradient steps on these stacked params must be programs of their own: the gradient of a convolution in a loop is
+    some 50 times slower on CPU."""
+    return jax.default_backend() == "cpu" and max(leaf.ndim for leaf in jax.tree.leaves(params)) >= _CONV_NDIM
+
+
 def _train(keys: Key[Array, "R"], data: Batch, recipe: _Recipe) -> _Weights:
     """Weights of each run at each of its snapshots, leaves `[R, num_snapshots, n, ...]`."""
     if jax.default_backend() != "cpu":
         return _train_together(keys, data, recipe, keys.shape[0])
     start = jax.eval_shape(partial(_init, recipe=recipe), keys[0], data)[0]
-    if max(leaf.ndim for leaf in jax.tree.leaves(start)) < _CONV_NDIM:
+    if not is_stepwise(start):
         return _train_together(keys, data, recipe, 1)
     runs = [_train_step_by_step(key, data, recipe) for key in keys]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *runs)

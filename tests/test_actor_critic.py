@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 
 import jchain as jc
 from jchain.chain import PADDING
@@ -143,3 +144,21 @@ def test_the_policy_improves(problem):
         state, info = step(key, state, problem)
         losses.append(np.asarray(info.loss))
     assert np.mean(losses[-1]) < np.quantile(losses[0], 0.1)
+
+
+def test_refreshed_elites_have_the_losses_of_the_new_weights(problem):
+    search = jc.ActorCritic(encoding=jc.TokenEncoding(features=8), num_chains=6, num_elites=4)
+    state, _ = search.step(jax.random.key(1), search.init(jax.random.key(0), problem), problem)
+    params = jax.tree.map(lambda leaf: 1.5 * leaf, problem.bank.get_params(0))
+    now = problem.with_bank(problem.bank.replace([0], [params]))
+    other = jnp.array([[3, 2, 4, -1], [-1, -1, -1, -1]])
+    after, layer_calls = search.refresh(state, now, other)
+    expected = jnp.concatenate([state.elite.chains, other[:1]])
+    loss = jc.evaluate(now, expected).loss
+    order = jnp.argsort(loss)[:4]
+    np.testing.assert_allclose(after.elite.loss, loss[order], rtol=1e-6)
+    np.testing.assert_array_equal(after.elite.chains, expected[order])
+    stale = [row for row in np.asarray(expected).tolist() if 0 in row or row == [3, 2, 4, -1]]
+    assert layer_calls == reference.count_calls(stale, 4)[0]
+    assert not np.array_equal(after.sight.entries, state.sight.entries)
+    jax.tree.map(np.testing.assert_array_equal, after.params, state.params)

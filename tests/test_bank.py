@@ -210,3 +210,69 @@ def test_layers_of_several_modules_are_groups():
     np.testing.assert_allclose(jc.apply_chain(bank, np.array([2, 1, 0, 4]), x), wanted, rtol=1e-5)
     with pytest.raises(ValueError, match="one layer module, or 3 as there are params, got 2"):
         jc.Bank.stack(modules[:2], params, head, heads)
+
+
+def test_reserved_places_hold_copies_behind_the_layers(two_group_bank):
+    bank = two_group_bank.reserve(4)
+    assert (bank.num_layers, bank.num_heads) == (5 + 2 * 4, 2)
+    for place, source in zip(range(5, 13), [0, 1, 2, 0, 3, 4, 3, 4], strict=True):
+        assert_same(bank.get_params(place), two_group_bank.get_params(source))
+        assert bank.origins[place] == f"free, a copy of {two_group_bank.names[source]}"
+    assert bank.names[:5] + bank.names[13:] == two_group_bank.names
+    x = jnp.ones((2, 5))
+    np.testing.assert_array_equal(
+        jc.apply_chain(bank, [8, 9, 14, -1], x), jc.apply_chain(two_group_bank, [0, 3, 6, -1], x)
+    )
+    assert two_group_bank.reserve(0).names == two_group_bank.names
+    with pytest.raises(ValueError, match="num of at least 0, got -1"):
+        two_group_bank.reserve(-1)
+
+
+def test_parents_keep_their_heads_when_places_are_reserved():
+    bank = make_bank(parents=[(0, 1, 4), (2, 5)]).reserve(3)
+    assert bank.parents == ((0, 1, 7), (2, 8))
+    assert bank.describe([2, 8]) == "layer2 -> head1"
+
+
+def test_replaced_weights_have_a_new_version_and_the_others_stay(two_group_bank):
+    params = [jax.tree.map(lambda leaf: leaf + 1, two_group_bank.get_params(token)) for token in (3, 6)]
+    bank = two_group_bank.replace([3, 6], params, names=["a", "b"], origins=["x", "y"])
+    np.testing.assert_array_equal(bank.versions, [0, 0, 0, 1, 0, 0, 1])
+    for token in range(7):
+        expected = {3: params[0], 6: params[1]}.get(token, two_group_bank.get_params(token))
+        assert_same(bank.get_params(token), expected)
+    assert (bank.names[3], bank.names[6], bank.origins[3], bank.origins[6]) == ("a", "b", "x", "y")
+    assert two_group_bank.versions is None
+
+
+def test_versions_go_where_their_tokens_go(tmp_path):
+    bank = make_bank(names=["a", "b", "c", "d", "h", "i"])
+    bank = bank.replace([1, 4], [bank.get_params(1), bank.get_params(4)])
+    np.testing.assert_array_equal(bank.take([2, 1], [5, 4]).versions, [0, 1, 0, 1])
+    joined = jc.Bank.concat([make_bank(3, 1), bank])
+    np.testing.assert_array_equal(joined.versions, [0, 0, 0, 0, 1, 0, 0, 0, 1, 0])
+    np.testing.assert_array_equal(bank.reserve(2).versions, [0, 1, 0, 0, 0, 1, 1, 0])
+    bank.save(tmp_path / "bank")
+    np.testing.assert_array_equal(jc.Bank.load(tmp_path / "bank").versions, bank.versions)
+    make_bank().save(tmp_path / "bank")
+    assert jc.Bank.load(tmp_path / "bank").versions is None
+
+
+def test_weights_that_do_not_fit_are_not_put_in(bank):
+    params = bank.get_params(0)
+    with pytest.raises(ValueError, match=r"different tokens in 0..5, got \[1, 1\]"):
+        bank.replace([1, 1], [params, params])
+    with pytest.raises(ValueError, match="different tokens in 0..5"):
+        bank.replace([6], [params])
+    with pytest.raises(ValueError, match="names for 1 tokens, got 2"):
+        bank.replace([1], [params], names=["a", "b"])
+    with pytest.raises(ValueError, match="params for 1 tokens, got 0"):
+        bank.replace([1], [])
+    with pytest.raises(
+        ValueError, match=r"do not fit token 1: expected float32\[7\] .* as in the bank, got float32\[2,7\]"
+    ):
+        bank.replace([1], [jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)])
+    with pytest.raises(ValueError, match="more than once"):
+        bank.replace([1], [params], names=["layer0"])
+    with pytest.raises(ValueError, match="token in 0..5, got 6"):
+        bank.get_params(6)

@@ -79,3 +79,25 @@ def test_vmapped_equals_looped(problem):
     for i in range(3):
         one = memo_lib.score(memo_lib.init(problem), problem, chains[i])
         jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-6), many, one)
+
+
+def test_a_loss_of_older_weights_is_never_returned(problem):
+    score = jax.jit(memo_lib.score)
+    chains = jnp.array([[0, 1, 4, -1], [2, 1, 4, -1], [2, 3, 5, -1], [4, -1, -1, -1]])
+    memo, old, _ = score(memo_lib.init(problem), problem, chains)
+    bank = problem.bank
+    for changed, is_stale in ((0, [True, False, False, False]), (4, [True, True, False, True])):
+        params = jax.tree.map(lambda leaf: 1.5 * leaf, bank.get_params(changed))
+        now = problem.with_bank(bank.replace([changed], [params]))
+        np.testing.assert_array_equal(~memo_lib.is_known(memo, now, chains), is_stale)
+        again, loss, layer_calls = score(memo, now, chains)
+        np.testing.assert_allclose(loss, jc.evaluate(now, chains).loss, rtol=1e-6)
+        np.testing.assert_array_equal(np.asarray(loss) != np.asarray(old), is_stale)
+        stale = [row for row, changed in zip(np.asarray(chains).tolist(), is_stale, strict=True) if changed]
+        assert layer_calls == reference.count_calls(stale, 4)[0]
+        # Known from now on, and the old loss is not taken back when the weights are (they are of a third version).
+        assert score(again, now, chains)[2] == 0
+        back = problem.with_bank(now.bank.replace([changed], [bank.get_params(changed)]))
+        _, loss, layer_calls = score(again, back, chains)
+        np.testing.assert_allclose(loss, old, rtol=1e-6)
+        assert layer_calls == reference.count_calls(stale, 4)[0]

@@ -130,6 +130,18 @@ class ActorCritic:
         info = Info(chains, loss, layer_calls + advice_calls)
         return State(params, opt_state, sight, elite, memo), info
 
+    def refresh(self, state: State, problem: Problem, chains: Int[Array, "Q L"]) -> tuple[State, Int[Array, ""]]:
+        """As `jchain.search.base.Refreshable`: the controller stays; its best chains are scored again."""
+        rows = jnp.concatenate([state.elite.chains, chains.astype(jnp.int32)])
+        is_there = rows[:, 0] != PADDING
+        # A head alone costs no layer call.
+        bare = jnp.full_like(rows[0], PADDING).at[0].set(problem.bank.num_layers)
+        memo, loss, layer_calls = memo_lib.score(state.memo, problem, jnp.where(is_there[:, None], rows, bare[None]))
+        elite = merge(empty_pool(self.num_elites, problem), rows, jnp.where(is_there, loss, jnp.inf))
+        advice = None if self.score_kind is None else advice_lib.init(problem)
+        sight = Sight(self.entry_features(problem.bank), advice)
+        return state._replace(sight=sight, elite=elite, memo=memo), layer_calls
+
     def _look(self, state: State, problem: Problem) -> tuple[Sight, Int[Array, ""]]:
         """What is seen now, and the layer calls that it costs."""
         if state.sight.advice is None or self.score_kind is None:

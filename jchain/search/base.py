@@ -48,6 +48,21 @@ class Search(Protocol):
         ...
 
 
+@runtime_checkable
+class Refreshable(Protocol):
+    """A search that can go on where weights of the bank have changed; others start anew there (`jchain.updates`)."""
+
+    def refresh(self, state: Any, problem: Problem, chains: Int[Array, "Q L"]) -> tuple[Any, Int[Array, ""]]:
+        """The state with all losses that it remembers taken anew, and what that cost in layer calls.
+
+        Args:
+          state: of before.
+          problem: with the weights as they are now.
+          chains: chains to remember beside, `[Q, L]`; rows of -1 hold none.
+        """
+        ...
+
+
 class Curve(NamedTuple):
     """Best loss against cost, after each step."""
 
@@ -80,7 +95,7 @@ class Pool(NamedTuple):
     loss: Float[Array, "Q"]  # [Q], +inf there
 
 
-class _Tally(NamedTuple):
+class Tally(NamedTuple):
     """What one run has found and spent."""
 
     pool: Pool
@@ -92,22 +107,22 @@ class _Tally(NamedTuple):
     is_over: Bool[Array, ""]
 
 
-class _Goal(NamedTuple):
+class Goal(NamedTuple):
     """When a run is over."""
 
     budget: Any  # int32
     target_loss: Any  # float32
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
     """One run between two steps."""
 
     key: Key[Array, ""]
     state: Any
-    tally: _Tally
+    tally: Tally
 
 
-class _Steps(NamedTuple):
+class Steps(NamedTuple):
     """What each step of a part of the runs left."""
 
     layer_calls: Int[Array, "T S"]
@@ -190,37 +205,51 @@ def run_many(
     if keys.ndim != 1 or keys.shape[0] == 0:
         raise ValueError(f"expected keys of shape [S], at least one, got {list(keys.shape)}")
     problem = (problem if mesh is None else problem.on(mesh)).without_names()
-    backend = find_backend(problem)
-    runs = _start(problem.put(keys), search, problem, num_finalists)
-    goal = _Goal(np.int32(budget), np.float32(target_loss))
-    parts: list[_Steps] = []
-    num_steps = 1
+    runs = start(problem.put(keys), search, problem, num_finalists)
     with Progress(budget, is_shown=progress) as line:
-        while not np.all(runs.tally.is_over):
-            start = time.perf_counter()
-            runs, steps = _compile_advance(backend)(runs, search, problem, goal, num_steps)
-            parts.append(jax.tree.map(lambda leaf, n=num_steps: np.asarray(leaf)[:n], steps))
-            line.update(int(np.min(runs.tally.layer_calls)), float(np.min(runs.tally.pool.loss)))
-            # Few enough steps at a time that the line lives, many enough that the host costs nothing. Processes that share
-            # a mesh must agree, which their clocks would not.
-            if problem.mesh is None and time.perf_counter() - start < _PART_SECONDS:
-                num_steps = min(2 * num_steps, _MAX_PART)
-    all_steps = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        runs, steps = spend(runs, search, problem, Goal(np.int32(budget), np.float32(target_loss)), line)
+    return finish(runs, steps, budget)
+
+
+def spend(runs: Run, search: Search, problem: Problem, goal: Goal, line: Progress) -> tuple[Run, Steps]:
+    """Step until all runs are over; `[T]` is the number of steps."""
+    advance = _compile_advance(find_backend(problem))
+    parts: list[Steps] = []
+    num_steps = 1
+    while not np.all(runs.tally.is_over):
+        began = time.perf_counter()
+        runs, steps = advance(runs, search, problem, goal, num_steps)
+        parts.append(jax.tree.map(lambda leaf, n=num_steps: np.asarray(leaf)[:n], steps))
+        line.update(int(np.min(runs.tally.layer_calls)), float(np.min(runs.tally.pool.loss)))
+        # Few enough steps at a time that the line lives, many enough that the host costs nothing. Processes that share
+        # a mesh must agree, which their clocks would not.
+        if problem.mesh is None and time.perf_counter() - began < _PART_SECONDS:
+            num_steps = min(2 * num_steps, _MAX_PART)
+    return runs, jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def finish(runs: Run, steps: Steps, budget: int) -> list[Result]:
+    """What each run found.
+
+    Raises:
+      ValueError: not even one step fitted into the budget.
+    """
     tallies = jax.tree.map(np.asarray, runs.tally)
-    return [_make_result(tallies, all_steps, i, budget) for i in range(keys.shape[0])]
+    return [_make_result(tallies, steps, i, budget) for i in range(tallies.layer_calls.shape[0])]
 
 
 @partial(jax.jit, static_argnames="num_finalists")
-def _start(keys: Array, search: Search, problem: Problem, num_finalists: int) -> _Run:
+def start(keys: Array, search: Search, problem: Problem, num_finalists: int) -> Run:
+    """Runs before their first step."""
     # Of the types that a step returns, also where they are weak: with others the first step would be compiled for itself.
     pool, zero = empty_pool(num_finalists, problem), jnp.zeros((), jnp.int32)
-    tally = _Tally(pool, zero, zero, zero, zero, zero, jnp.array(False))
+    tally = Tally(pool, zero, zero, zero, zero, zero, jnp.array(False))
 
-    def start(key: Array) -> _Run:
+    def start_one(key: Array) -> Run:
         key, init_key = jax.random.split(key)
-        return _Run(key, search.init(init_key, problem), tally)
+        return Run(key, search.init(init_key, problem), tally)
 
-    return _map_runs(start, keys)
+    return _map_runs(start_one, keys)
 
 
 @cache
@@ -228,22 +257,20 @@ def _compile_advance(backend: str) -> Any:
     return jax.jit(_advance, compiler_options=compiler_options(backend))
 
 
-def _advance(
-    runs: _Run, search: Search, problem: Problem, goal: _Goal, num_steps: Int[Array, ""]
-) -> tuple[_Run, _Steps]:
+def _advance(runs: Run, search: Search, problem: Problem, goal: Goal, num_steps: Int[Array, ""]) -> tuple[Run, Steps]:
     """Up to `num_steps` steps of each run, until all are over."""
 
-    def go_on(carry: tuple[Array, _Run, _Steps]) -> Array:
+    def go_on(carry: tuple[Array, Run, Steps]) -> Array:
         t, runs, _ = carry
         return (t < num_steps) & ~runs.tally.is_over.all()
 
-    def step(carry: tuple[Array, _Run, _Steps]) -> tuple[Array, _Run, _Steps]:
+    def step(carry: tuple[Array, Run, Steps]) -> tuple[Array, Run, Steps]:
         t, runs, steps = carry
         runs, row = _map_runs(lambda run: _step(run, search, problem, goal), runs)
         return t + 1, runs, jax.tree.map(lambda leaf, new: leaf.at[t].set(new), steps, row)
 
     shape = (_MAX_PART, runs.key.shape[0])
-    empty = _Steps(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool))
+    empty = Steps(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool))
     _, runs, steps = jax.lax.while_loop(go_on, step, (jnp.array(0), runs, empty))
     return runs, steps
 
@@ -255,7 +282,7 @@ def _map_runs(fn: Callable[[Any], Any], runs: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[None], fn(jax.tree.map(lambda leaf: leaf[0], runs)))
 
 
-def _step(run: _Run, search: Search, problem: Problem, goal: _Goal) -> tuple[_Run, _Steps]:
+def _step(run: Run, search: Search, problem: Problem, goal: Goal) -> tuple[Run, Steps]:
     key, step_key = jax.random.split(run.key)
     state, info = search.step(step_key, run.state, problem)
     old = run.tally
@@ -264,7 +291,7 @@ def _step(run: _Run, search: Search, problem: Problem, goal: _Goal) -> tuple[_Ru
     is_counted = ~old.is_over & (old.layer_calls + cost <= goal.budget)
     pool = merge(old.pool, info.chains, info.loss)
     is_there = info.chains[:, 0] != PADDING
-    new = _Tally(
+    new = Tally(
         pool,
         old.layer_calls + cost,
         old.num_chains + is_there.sum(),
@@ -274,7 +301,7 @@ def _step(run: _Run, search: Search, problem: Problem, goal: _Goal) -> tuple[_Ru
         (old.layer_calls + cost >= goal.budget) | (num_free >= _MAX_FREE_STEPS) | (pool.loss[0] <= goal.target_loss),
     )
     tally = jax.tree.map(partial(jnp.where, is_counted), new, old._replace(cost=cost, is_over=jnp.array(True)))
-    return _Run(key, state, tally), _Steps(tally.layer_calls, tally.pool.loss[0], is_counted)
+    return Run(key, state, tally), Steps(tally.layer_calls, tally.pool.loss[0], is_counted)
 
 
 def empty_pool(size: int, problem: Problem) -> Pool:
@@ -296,7 +323,7 @@ def merge(pool: Pool, chains: Int[Array, "P L"], loss: Float[Array, "P"]) -> Poo
     return Pool(jnp.where(is_there[:, None], rows[best], PADDING), losses[best])
 
 
-def _make_result(tallies: _Tally, steps: _Steps, i: int, budget: int) -> Result:
+def _make_result(tallies: Tally, steps: Steps, i: int, budget: int) -> Result:
     """The result of run `i`."""
     tally = jax.tree.map(lambda leaf: leaf[i], tallies)
     is_counted = steps.is_counted[:, i]

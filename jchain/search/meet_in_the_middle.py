@@ -107,7 +107,7 @@ class MeetInTheMiddle:
 
         looked, chains, num_applied = look(problem, key, state._replace(memo=None), jnp.asarray(self.temperature))
         # Those that were not tried before, as far as there are.
-        order = jnp.argsort(memo_lib.is_known(state.memo, chains), stable=True)[: self.num_moves]
+        order = jnp.argsort(memo_lib.is_known(state.memo, problem, chains), stable=True)[: self.num_moves]
         chains = chains[order]
         memo, loss, layer_calls = memo_lib.score(state.memo, problem, chains)
         best = jnp.argmin(loss)

@@ -1,0 +1,213 @@
+"""Gradient steps on the weights of chains of a bank: on their layers and heads, and on nothing else of it.
+
+Every layer and head has an optimizer state of its own, so a layer that no chain goes through stays as it is, to the bit.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jchain import chain as chain_lib
+from jchain._typing import Array, Bool, Float, Int, Key, PyTree
+from jchain.bank import Bank, LayerGroup
+from jchain.evaluate import apply_chain
+from jchain.problem import Problem
+from jchain.train import BATCH_SIZE, OPTIMIZER, is_stepwise
+
+# Of a layer: forward, the gradient of its input, and that of its weights.
+CALLS_PER_LAYER = 3
+
+
+class State(NamedTuple):
+    """A bank in training."""
+
+    bank: Bank
+    opt_states: tuple[PyTree, ...]  # for each group of layers, then of heads, leaves [n, ...]
+
+
+def price(num_layers: int | Int[np.ndarray, "*P"], num_train: int, num_examples: int, num_steps: int = 1) -> int:
+    """What gradient steps on chains cost, in layer calls on a split of `num_examples`, rounded up.
+
+    A step applies each layer once to a minibatch of 128 examples, and takes the gradients of its input and of its weights,
+    which count as one call each. A layer that stands in a chain twice counts twice.
+
+    Args:
+      num_layers: of the chain, or of each of several.
+      num_train: examples of the split to train on; where they are fewer, all are in each minibatch.
+      num_examples: of the split whose layer calls are the unit.
+      num_steps: on each chain.
+    """
+    num_calls = CALLS_PER_LAYER * num_steps * int(np.sum(num_layers))
+    return math.ceil(num_calls * min(BATCH_SIZE, num_train) / num_examples)
+
+
+def tune(
+    key: Key[Array, ""],
+    problem: Problem,
+    chain: Int[Array, "L"] | Any,
+    *,
+    num_steps: int = 100,
+    optimizer: optax.GradientTransformation = OPTIMIZER,
+    tokens: Sequence[int] | None = None,
+) -> Bank:
+    """The bank after gradient steps on one chain: its layers and head have new weights and versions, the others stay.
+
+    Each step takes a random minibatch of 128 examples. A layer that stands in the chain twice is one layer, of two gradients.
+
+    Args:
+      key: for minibatches.
+      problem: bank, the split to train on, loss.
+      chain: tokens, `[L]`.
+      num_steps: gradient steps.
+      optimizer: any optax transformation, applied to each layer and head apart.
+      tokens: which of the chain's layers and head to train; all of them when None.
+
+    Raises:
+      ValueError: `chain` is no chain of the bank, it does not go through one of the tokens, num_steps is below 0.
+    """
+    bank = problem.bank
+    checked = chain_lib.validate(np.asarray(chain), bank.num_layers, bank.num_heads)
+    *route, head = [int(token) for token in checked if token != chain_lib.PADDING]
+    tuned = list(dict.fromkeys([*route, head] if tokens is None else tokens))
+    if num_steps < 0 or not set(tuned) <= {*route, head}:
+        raise ValueError(
+            f"expected num_steps of at least 0 and tokens of the chain {[*route, head]}, got {num_steps} and {tuned}"
+        )
+    if num_steps == 0 or not tuned:
+        return bank
+    # Without the rest of the bank, whose gradient is zero. A bank has a layer, so a chain without one keeps the first.
+    members = [*dict.fromkeys(route or [0]), head]
+    small = bank.take(members[:-1], members[-1:]).without_names()
+    path = tuple(members.index(token) for token in (*route, head))
+    is_tuned = jnp.array([member in tuned for member in members])
+    state = start(small, optimizer)
+    keys = jax.random.split(key, num_steps)
+    if is_stepwise((small.layers, small.heads)):
+        for step_key in keys:
+            state = _step_path(state, step_key, problem.with_bank(small), path, is_tuned, optimizer)
+    else:
+        state = _scan_path(state, keys, problem.with_bank(small), path, is_tuned, optimizer)
+    return bank.replace(tuned, [state.bank.get_params(members.index(token)) for token in tuned])
+
+
+def start(bank: Bank, optimizer: optax.GradientTransformation) -> State:
+    """A bank before its first step."""
+    groups = (*bank.layers, *bank.heads)
+    return State(bank, tuple(jax.vmap(optimizer.init)(group.params) for group in groups))
+
+
+def train_on(
+    state: State,
+    key: Key[Array, ""],
+    problem: Problem,
+    chains: Int[Array, "U L"],
+    optimizer: optax.GradientTransformation,
+) -> State:
+    """One gradient step on each of these chains after the other, each on a minibatch of its own. Works under `jit`.
+
+    The versions of a chain's layers and head rise by one with each. Rows of -1 hold no chain and change nothing.
+
+    Args:
+      state: bank and optimizer.
+      key: for minibatches.
+      problem: the split to train on, and the loss; its bank is not looked at.
+      chains: tokens, `[U, L]`.
+      optimizer: that of `start`.
+    """
+
+    def step(state: State, slot: Any) -> tuple[State, None]:
+        key, chain = slot
+        tokens = jnp.arange(state.bank.num_layers + state.bank.num_heads)
+        is_trained = (tokens[:, None] == chain[None]).any(axis=1)
+        bare = jnp.full_like(chain, chain_lib.PADDING).at[0].set(state.bank.num_layers)
+        path = jnp.where(chain[0] == chain_lib.PADDING, bare, chain)
+        state = _step(state, key, problem, path, is_trained, optimizer)
+        versions = state.bank.get_versions() + is_trained
+        return state._replace(bank=dataclasses.replace(state.bank, versions=versions)), None
+
+    bank = dataclasses.replace(state.bank, versions=state.bank.get_versions())
+    return jax.lax.scan(step, state._replace(bank=bank), (jax.random.split(key, chains.shape[0]), chains))[0]
+
+
+def _step(
+    state: State,
+    key: Key[Array, ""],
+    problem: Problem,
+    path: Any,
+    is_trained: Bool[Array, "E"],
+    optimizer: optax.GradientTransformation,
+) -> State:
+    """One gradient step on one chain; of the bank only the layers and heads that are marked change."""
+    bank, (x, y) = state.bank, problem.data
+    rows = jax.random.choice(key, x.shape[0], (min(BATCH_SIZE, x.shape[0]),), replace=False)
+    groups = (*bank.layers, *bank.heads)
+
+    def measure(params: tuple[PyTree, ...]) -> Float[Array, ""]:
+        outputs = _apply_path(_with_params(bank, params), path, x[rows])
+        return jnp.mean(problem.loss_fn(outputs, y[rows]))
+
+    params = tuple(group.params for group in groups)
+    gradients = jax.grad(measure)(params)
+    updated = [
+        _update(own, gradient, opt_state, is_trained[np.array(group.tokens)], group.module, optimizer)
+        for group, own, gradient, opt_state in zip(groups, params, gradients, state.opt_states, strict=True)
+    ]
+    return State(_with_params(bank, tuple(new for new, _ in updated)), tuple(opt_state for _, opt_state in updated))
+
+
+_step_path = jax.jit(_step, static_argnames=("path", "optimizer"))
+
+
+@partial(jax.jit, static_argnames=("path", "optimizer"))
+def _scan_path(
+    state: State, keys: Key[Array, "T"], problem: Problem, path: tuple[int, ...], is_trained: Array, optimizer: Any
+) -> State:
+    def step(state: State, key: Array) -> tuple[State, None]:
+        return _step(state, key, problem, path, is_trained, optimizer), None
+
+    return jax.lax.scan(step, state, keys)[0]
+
+
+def _update(
+    params: PyTree, gradient: PyTree, opt_state: PyTree, is_trained: Bool[Array, "n"], module: Any, optimizer: Any
+) -> tuple[PyTree, PyTree]:
+    """Params and optimizer state `[n, ...]` of a group, of its members that are trained."""
+
+    def update(params: PyTree, gradient: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree]:
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        new: Any = optax.apply_updates(params, updates)
+        return (module.project(new) if hasattr(module, "project") else new), opt_state
+
+    def keep(new: Array, old: Array) -> Array:
+        return jnp.where(is_trained.reshape(-1, *(1 for _ in new.shape[1:])), new, old)
+
+    made = jax.vmap(update)(params, gradient, opt_state)
+    return jax.tree.map(keep, made, (params, opt_state))
+
+
+def _with_params(bank: Bank, params: Sequence[PyTree]) -> Bank:
+    """The bank with other params of each group of layers, then of heads."""
+    groups = [
+        LayerGroup(own, group.module, group.tokens)
+        for own, group in zip(params, (*bank.layers, *bank.heads), strict=True)
+    ]
+    num = len(bank.layers)
+    return dataclasses.replace(bank, layers=tuple(groups[:num]), heads=tuple(groups[num:]))
+
+
+def _apply_path(bank: Bank, path: Any, x: Array) -> Array:
+    """Outputs of a chain; of one whose tokens are known, without the branches that hide convolutions from XLA on CPU."""
+    if not isinstance(path, tuple):
+        return apply_chain(bank, path, x)
+    hidden = bank.embed(x)
+    for token in path:
+        group = next(group for group in (*bank.layers, *bank.heads) if token in group.tokens)
+        hidden = group.apply(group.tokens.index(token), hidden)
+    return hidden

@@ -1,0 +1,419 @@
+"""When do bank weights get updated? Four policies under one interface, each with the cost of its gradient steps charged.
+
+`Frozen` never updates: we move to weights. `TuneFound` takes gradient steps on the chain that the search found. `CloneThenTune`
+does so in the middle of the search, on copies that join the bank, so that the search goes on with both. `SharedUpdates` trains
+the layers of the chains that the search samples while it samples them, as ENAS (Pham et al. 2018, arXiv:1802.03268).
+
+Each policy is a frozen dataclass with `run(key, search, problem, train, budget=...)`. The search sees the split of the problem,
+gradients see `train`. Layer calls of both are charged in the unit of the problem's split (`jchain.tune.price`).
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jchain import tune as tune_lib
+from jchain._typing import Array, Int, Key
+from jchain.bank import Bank
+from jchain.chain import PADDING, count_layers
+from jchain.data import Batch
+from jchain.evaluate import evaluate
+from jchain.problem import Problem
+from jchain.progress import Progress
+from jchain.pytree import pytree_dataclass, static
+from jchain.search import base
+from jchain.search.base import Curve, Refreshable, Result, Search
+from jchain.train import OPTIMIZER
+
+
+class Outcome(NamedTuple):
+    """What a search found, and the bank in which it is found."""
+
+    bank: Bank  # with the weights that the losses of `result` belong to
+    result: Result  # its layer calls are all that were spent, gradient steps included
+    update_calls: int  # of them, those of gradient steps
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """When weights are updated."""
+
+    def run(
+        self,
+        key: Key[Array, ""],
+        search: Search,
+        problem: Problem,
+        train: Batch,
+        *,
+        budget: int,
+        num_finalists: int = 16,
+        progress: bool = False,
+    ) -> Outcome:
+        """Search, and update weights, until the budget is used.
+
+        Args:
+          key: consumed.
+          search: how chains are proposed.
+          problem: what to minimise over.
+          train: the split that gradients are taken on.
+          budget: layer calls on the problem's split, of the search and of gradient steps together; never exceeded.
+          num_finalists: as for `jchain.run`.
+          progress: as for `jchain.run`.
+
+        Raises:
+          ValueError: `train` does not fit the bank, the budget leaves nothing to search with, or as `jchain.run`.
+        """
+        ...
+
+
+@pytree_dataclass
+class Frozen:
+    """Never: the bank is returned as it came, to the bit."""
+
+    def run(
+        self,
+        key: Key[Array, ""],
+        search: Search,
+        problem: Problem,
+        train: Batch,
+        *,
+        budget: int,
+        num_finalists: int = 16,
+        progress: bool = False,
+    ) -> Outcome:
+        result = base.run(key, search, problem, budget=budget, num_finalists=num_finalists, progress=progress)
+        return Outcome(problem.bank, result, 0)
+
+
+@pytree_dataclass
+class TuneFound:
+    """After the search: gradient steps on the layers and the head of the chain that was found, in place.
+
+    Where they do not lower its loss on the problem's split, the bank stays as it was. Other chains change with the layers that
+    they share with it, so it is the only finalist then.
+
+    Attributes:
+      num_steps: gradient steps.
+      optimizer: any optax transformation.
+    """
+
+    num_steps: int = static(default=100)
+    optimizer: optax.GradientTransformation = static(default=OPTIMIZER)
+
+    def __post_init__(self) -> None:
+        _check_sizes(num_steps=self.num_steps)
+
+    def run(
+        self,
+        key: Key[Array, ""],
+        search: Search,
+        problem: Problem,
+        train: Batch,
+        *,
+        budget: int,
+        num_finalists: int = 16,
+        progress: bool = False,
+    ) -> Outcome:
+        lesson = _make_lesson(problem, train)
+        reserved = _price(problem, train, problem.max_layers, self.num_steps) + problem.max_layers
+        _check_budget(budget, reserved)
+        search_key, tune_key = jax.random.split(key)
+        result = base.run(
+            search_key, search, problem, budget=budget - reserved, num_finalists=num_finalists, progress=progress
+        )
+        if not np.isfinite(result.best_loss):
+            return Outcome(problem.bank, result, 0)
+        chain = result.best_chain
+        bank = tune_lib.tune(tune_key, lesson, chain, num_steps=self.num_steps, optimizer=self.optimizer)
+        loss = float(evaluate(problem.with_bank(bank), chain[None]).loss[0])
+        length = _count(chain)
+        update_calls = _price(problem, train, length, self.num_steps)
+        best = min(loss, result.best_loss)
+        layer_calls = result.layer_calls + update_calls + length
+        curve = Curve(np.append(result.curve.layer_calls, layer_calls), np.append(result.curve.best_loss, best))
+        result = result._replace(layer_calls=layer_calls, curve=curve, num_chains=result.num_chains + 1)
+        if loss >= result.best_loss:
+            return Outcome(problem.bank, result, update_calls)
+        result = result._replace(best_loss=loss, finalists=chain[None], finalist_losses=np.array([loss], np.float32))
+        return Outcome(bank, result, update_calls)
+
+
+@pytree_dataclass
+class CloneThenTune:
+    """In rounds: search, then gradient steps on copies of the layers of the best chain, which join the bank.
+
+    The parents stay, to the bit, and so do heads. Copies take places that the bank holds ready (`Bank.reserve`), so that all
+    rounds are one program; until then these hold copies of other layers, which chains may use. Copies may be copied in turn;
+    their origin says of what. When no place of a module is left, its layers are used as they are. A search that is
+    `Refreshable` goes on after each round, another one starts anew, with the best chains so far kept.
+
+    Attributes:
+      num_rounds: equal parts of the budget.
+      num_steps: gradient steps in each.
+      capacity: places for copies of each module; enough for all rounds when None.
+      optimizer: any optax transformation.
+    """
+
+    num_rounds: int = static(default=4)
+    num_steps: int = static(default=100)
+    capacity: int | None = static(default=None)
+    optimizer: optax.GradientTransformation = static(default=OPTIMIZER)
+
+    def __post_init__(self) -> None:
+        _check_sizes(num_rounds=self.num_rounds, num_steps=self.num_steps)
+        if self.capacity is not None:
+            _check_sizes(capacity=self.capacity)
+
+    def run(
+        self,
+        key: Key[Array, ""],
+        search: Search,
+        problem: Problem,
+        train: Batch,
+        *,
+        budget: int,
+        num_finalists: int = 16,
+        progress: bool = False,
+    ) -> Outcome:
+        lesson = _make_lesson(problem, train)
+        if problem.layer_cost.ndim > 0:
+            raise ValueError(f"expected one layer_cost for all layers, got {problem.layer_cost.shape[0]}")
+        reserved = _price(problem, train, problem.max_layers, self.num_steps) + problem.max_layers
+        _check_budget(budget, self.num_rounds * reserved)
+        capacity = self.num_rounds * problem.max_layers if self.capacity is None else self.capacity
+        nursery = _Nursery.start(problem.bank, capacity)
+        start_key, *round_keys = jax.random.split(key, self.num_rounds + 1)
+        problem = problem.with_bank(nursery.bank)
+        runs = base.start(start_key[None], search, problem.without_names(), num_finalists)
+        parts, update_calls = [], 0
+        with Progress(budget, is_shown=progress) as line:
+            for i, round_key in enumerate(round_keys):
+                tune_key, restart_key = jax.random.split(round_key)
+                goal = base.Goal(np.int32(budget * (i + 1) // self.num_rounds - reserved), np.float32(-np.inf))
+                runs, steps = base.spend(runs, search, problem.without_names(), goal, line)
+                parts.append(steps)
+                pool = jax.tree.map(lambda leaf: leaf[0], runs.tally.pool)
+                if not np.isfinite(pool.loss[0]) or int(runs.tally.layer_calls[0]) + reserved > budget:
+                    break
+                chains = nursery.name_parents(pool.chains)
+                nursery, chain = nursery.raise_clones(tune_key, lesson, chains[0], self)
+                if (chain == chains[0]).all():
+                    runs = _amend(runs, *jax.tree.map(lambda leaf: leaf[0], (runs.state, runs.tally.pool)), 0)
+                    continue
+                problem = problem.with_bank(nursery.bank)
+                length = _count(chain)
+                cost = _price(problem, train, length, self.num_steps)
+                update_calls += cost
+                loss = evaluate(problem.without_names(), chain[None]).loss
+                pool = base.merge(base.empty_pool(num_finalists, problem), jnp.asarray(chains), pool.loss)
+                pool = base.merge(pool, jnp.asarray(chain)[None], loss)
+                state, calls = jax.tree.map(lambda leaf: leaf[0], runs.state), 0
+                if i < self.num_rounds - 1:
+                    state, calls = _go_on(restart_key, search, state, problem.without_names(), pool.chains)
+                runs = _amend(runs, state, pool, cost + length + int(calls))
+                parts.append(_note(runs))
+        steps = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        return Outcome(nursery.bank, base.finish(runs, steps, budget)[0], update_calls)
+
+
+@pytree_dataclass
+class SharedUpdates:
+    """During the search: after each of its steps, gradient steps on some of the chains that it scored, layers and heads in place.
+
+    Weights change under the search, so it must be `Refreshable`: what it remembers is scored again after each step, and
+    charged. For the last part of the budget the weights stay, and only chains of that part can be found.
+
+    Attributes:
+      num_updates: chains trained after each step of the search, a gradient step each, drawn from those that it scored.
+      final_share: of the budget, for the last part.
+      optimizer: any optax transformation.
+    """
+
+    num_updates: int = static(default=8)
+    final_share: float = static(default=0.25)
+    optimizer: optax.GradientTransformation = static(default=OPTIMIZER)
+
+    def __post_init__(self) -> None:
+        _check_sizes(num_updates=self.num_updates)
+        if not 0 < self.final_share < 1:
+            raise ValueError(f"expected a final_share above 0 and below 1, got {self.final_share}")
+
+    def run(
+        self,
+        key: Key[Array, ""],
+        search: Search,
+        problem: Problem,
+        train: Batch,
+        *,
+        budget: int,
+        num_finalists: int = 16,
+        progress: bool = False,
+    ) -> Outcome:
+        if not isinstance(search, Refreshable):
+            raise ValueError(f"expected a search with a method refresh, as ActorCritic, got {type(search).__name__}")
+        bare, lesson = problem.without_names(), _make_lesson(problem, train).without_names()
+        key, init_key, run_key = jax.random.split(key, 3)
+        tuning = tune_lib.start(dataclasses.replace(bare.bank, versions=bare.bank.get_versions()), self.optimizer)
+        carry = (jax.jit(search.init)(init_key, bare), tuning)
+        layer_calls = update_calls = 0
+        with Progress(budget, is_shown=progress) as line:
+            best = np.inf
+            while True:
+                key, round_key = jax.random.split(key)
+                new, lowest, search_calls, length = _train_round(self, round_key, carry, search, bare, lesson)
+                cost = _price(problem, train, np.asarray(length))
+                if layer_calls + int(search_calls) + cost > (1 - self.final_share) * budget:
+                    break
+                carry, best = new, min(best, float(lowest))
+                layer_calls, update_calls = layer_calls + int(search_calls) + cost, update_calls + cost
+                line.update(layer_calls, float(best))
+            state, tuning = carry
+            final = bare.with_bank(tuning.bank)
+            runs = base.start(run_key[None], search, final, num_finalists)
+            runs = _amend(runs, state, jax.tree.map(lambda leaf: leaf[0], runs.tally.pool), layer_calls)
+            goal = base.Goal(np.int32(budget), np.float32(-np.inf))
+            runs, steps = base.spend(runs, search, final, goal, line)
+        bank = dataclasses.replace(
+            problem.bank, layers=tuning.bank.layers, heads=tuning.bank.heads, versions=tuning.bank.versions
+        )
+        return Outcome(bank, base.finish(runs, steps, budget)[0], update_calls)
+
+
+@jax.jit
+def _train_round(
+    policy: Any, key: Array, carry: tuple[Any, tune_lib.State], search: Any, problem: Problem, lesson: Problem
+) -> tuple[tuple[Any, tune_lib.State], Array, Array, Array]:
+    """A step of the search, then gradient steps.
+
+    Returns:
+      The carry, the lowest loss, layer calls of the search, and how many layers each chain has that was trained, `[U]`.
+    """
+    step_key, draw_key, train_key = jax.random.split(key, 3)
+    state, tuning = carry
+    state, info = search.step(step_key, state, problem.with_bank(tuning.bank))
+    is_there = info.chains[:, 0] != PADDING
+    order = jnp.argsort(jnp.where(is_there, jax.random.uniform(draw_key, is_there.shape), 2.0))
+    chains = info.chains[order[: policy.num_updates]]
+    tuning = tune_lib.train_on(tuning, train_key, lesson, chains, policy.optimizer)
+    none = jnp.full_like(info.chains[:1], PADDING)
+    state, calls = search.refresh(state, problem.with_bank(tuning.bank), none)
+    length = count_layers(chains, problem.bank.num_layers)
+    return (state, tuning), info.loss.min(), info.layer_calls + calls, length
+
+
+class _Nursery(NamedTuple):
+    """A bank with places for copies."""
+
+    bank: Bank
+    free: tuple[tuple[int, ...], ...]  # for each group of layers its tokens that are places still free
+    parent: np.ndarray  # [N + K], of a free place the token of which it holds a copy; of all others itself
+
+    @staticmethod
+    def start(bank: Bank, capacity: int) -> "_Nursery":
+        """With so many places for each module."""
+        grown = bank.reserve(capacity)
+        parent = np.arange(grown.num_layers + grown.num_heads)
+        for old, group in zip(bank.layers, grown.layers, strict=True):
+            parent[list(group.tokens[len(old.tokens) :])] = np.resize(old.tokens, capacity)
+        free = tuple(new.tokens[len(old.tokens) :] for old, new in zip(bank.layers, grown.layers, strict=True))
+        return _Nursery(dataclasses.replace(grown, versions=grown.get_versions()), free, parent)
+
+    def name_parents(self, chains: Int[Array, "Q L"]) -> Int[np.ndarray, "Q L"]:
+        """The same chains without free places."""
+        tokens = np.asarray(chains)
+        return np.where(tokens == PADDING, PADDING, self.parent[tokens]).astype(np.int32)
+
+    def raise_clones(
+        self, key: Array, lesson: Problem, chain: Int[np.ndarray, "L"], policy: CloneThenTune
+    ) -> tuple["_Nursery", Int[np.ndarray, "L"]]:
+        """The chain of tuned copies of its layers, as far as there are places; the chain itself where there is none."""
+        clones, free, bank = chain.copy(), [list(places) for places in self.free], self.bank
+        for slot in range(_count(chain)):
+            group = next(i for i, group in enumerate(bank.layers) if chain[slot] in group.tokens)
+            if free[group]:
+                clones[slot] = free[group].pop(0)
+        is_cloned = clones != chain
+        if not is_cloned.any():
+            return self, chain
+        tokens, sources = clones[is_cloned].tolist(), [bank.names[token] for token in chain[is_cloned]]
+        bank = bank.replace(
+            tokens,
+            [bank.get_params(int(token)) for token in chain[is_cloned]],
+            names=[f"{name}+{token}" for name, token in zip(sources, tokens, strict=True)],
+            origins=[f"{policy.num_steps} gradient steps from {name}" for name in sources],
+        )
+        bank = tune_lib.tune(
+            key,
+            lesson.with_bank(bank),
+            clones,
+            num_steps=policy.num_steps,
+            optimizer=policy.optimizer,
+            tokens=tokens,
+        )
+        parent = self.parent.copy()
+        parent[tokens] = tokens
+        return _Nursery(bank, tuple(map(tuple, free)), parent), clones
+
+
+@jax.jit
+def _refresh(search: Any, state: Any, problem: Problem, chains: Array) -> tuple[Any, Array]:
+    return search.refresh(state, problem, chains)
+
+
+def _go_on(key: Array, search: Any, state: Any, problem: Problem, chains: Array) -> tuple[Any, Any]:
+    """The state of a search under new weights, and what it cost."""
+    if isinstance(search, Refreshable):
+        return _refresh(search, state, problem, chains)
+    return jax.jit(search.init)(key, problem), 0
+
+
+def _amend(runs: base.Run, state: Any, pool: base.Pool, layer_calls: int) -> base.Run:
+    """The one run, ready to go on from another state and with these calls charged."""
+    state, pool = jax.tree.map(lambda leaf: leaf[None], (state, pool))
+    old = runs.tally
+    tally = old._replace(
+        pool=pool,
+        layer_calls=old.layer_calls + jnp.int32(layer_calls),
+        num_free=jnp.zeros_like(old.num_free),
+        is_over=jnp.zeros_like(old.is_over),
+    )
+    return runs._replace(state=state, tally=tally)
+
+
+def _note(runs: base.Run) -> base.Steps:
+    """Where the run stands, as a step of its curve."""
+    tally = runs.tally
+    return base.Steps(tally.layer_calls[None], tally.pool.loss[None, :, 0], jnp.ones((1, 1), bool))
+
+
+def _make_lesson(problem: Problem, train: Batch) -> Problem:
+    """The same problem on the split that gradients are taken on."""
+    if problem.mesh is not None:
+        raise ValueError(f"expected a problem on one device, got one on a mesh of {problem.mesh.size}")
+    return Problem(problem.bank, train, problem.max_layers, problem.loss_fn)
+
+
+def _count(chain: Int[np.ndarray, "L"]) -> int:
+    """Layers of a chain: all tokens but the head."""
+    return int((chain != PADDING).sum()) - 1
+
+
+def _price(problem: Problem, train: Batch, num_layers: Any, num_steps: int = 1) -> int:
+    return tune_lib.price(num_layers, train.y.shape[0], problem.data.y.shape[0], num_steps)
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"expected {name} of at least 1, got {size}")
+
+
+def _check_budget(budget: int, reserved: int) -> None:
+    if budget <= reserved:
+        raise ValueError(
+            f"expected a budget of more than the {reserved:,} layer calls of gradient steps, got {budget:,}"
+        )

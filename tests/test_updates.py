@@ -1,0 +1,206 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import make_batch
+
+import jchain as jc
+from jchain import updates
+from jchain.pytree import pytree_dataclass
+
+SEARCH = jc.ActorCritic(encoding=jc.TokenEncoding(features=8), num_chains=6, num_elites=4)
+ADAM = optax.adam(0.01)
+POLICIES = {
+    "Frozen": updates.Frozen(),
+    "TuneFound": updates.TuneFound(num_steps=5, optimizer=ADAM),
+    "CloneThenTune": updates.CloneThenTune(num_rounds=3, num_steps=5, optimizer=ADAM),
+    "SharedUpdates": updates.SharedUpdates(num_updates=2, optimizer=ADAM),
+}
+BUDGET = 1200
+TRAIN = make_batch(20, seed=7)
+
+
+def run(policy, problem, search=SEARCH, seed=0, budget=BUDGET, **kwargs):
+    return policy.run(jax.random.key(seed), search, problem, TRAIN, budget=budget, **kwargs)
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_every_policy_is_in_the_contract():
+    found = {
+        name
+        for name, cls in vars(updates).items()
+        if hasattr(cls, "run") and getattr(cls, "__module__", "") == updates.__name__
+    }
+    assert found == {*POLICIES, "Policy"}
+    assert all(isinstance(policy, updates.Policy) for policy in POLICIES.values())
+
+
+@pytest.fixture(params=POLICIES, scope="module")
+def policy(request):
+    return POLICIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def outcome(policy, two_group_problem):
+    return run(policy, two_group_problem)
+
+
+def test_losses_are_those_of_the_bank_that_is_returned(policy, outcome, two_group_problem):
+    result = outcome.result
+    again = jc.evaluate(two_group_problem.with_bank(outcome.bank), result.finalists).loss
+    np.testing.assert_allclose(result.finalist_losses, again, rtol=1e-5)
+    assert result.best_loss == result.finalist_losses[0] == min(result.finalist_losses)
+    np.testing.assert_array_equal(result.best_chain, result.finalists[0])
+    assert result.curve.best_loss[-1] == pytest.approx(result.best_loss)
+
+
+def test_the_budget_holds_for_search_and_gradient_steps_together(policy, outcome):
+    result = outcome.result
+    assert 0.3 * BUDGET < result.layer_calls <= BUDGET
+    assert result.curve.layer_calls[-1] == result.layer_calls
+    assert (np.diff(result.curve.layer_calls) >= 0).all()
+    assert (outcome.update_calls > 0) == (not isinstance(policy, updates.Frozen))
+
+
+def test_the_same_key_gives_the_same_outcome(policy, outcome, two_group_problem):
+    again = run(policy, two_group_problem)
+    assert again.result.best_loss == outcome.result.best_loss
+    assert same(again.bank, outcome.bank)
+
+
+def test_a_bank_can_be_saved_with_its_versions(outcome, tmp_path):
+    outcome.bank.save(tmp_path / "bank.safetensors")
+    assert same(jc.Bank.load(tmp_path / "bank.safetensors"), outcome.bank)
+
+
+def test_a_split_that_does_not_fit_is_refused_before_anything(policy, problem):
+    if isinstance(policy, updates.Frozen):
+        return
+    with pytest.raises(ValueError, match="does not take"):
+        policy.run(jax.random.key(0), SEARCH, problem, jc.Batch(TRAIN.x[:, :3], TRAIN.y), budget=BUDGET)
+
+
+def test_frozen_leaves_every_byte(problem, tmp_path):
+    problem.bank.save(tmp_path / "before")
+    outcome = run(POLICIES["Frozen"], problem)
+    outcome.bank.save(tmp_path / "after")
+    assert (tmp_path / "before").read_bytes() == (tmp_path / "after").read_bytes()
+    alone = jc.run(jax.random.key(0), SEARCH, problem, budget=BUDGET)
+    assert alone.best_loss == outcome.result.best_loss
+
+
+def test_tuning_lowers_the_loss_of_the_chain_that_was_found(two_group_problem):
+    policy = dataclasses.replace(POLICIES["TuneFound"], num_steps=30)
+    outcome = run(policy, two_group_problem.take(slice(None)), budget=3000)
+    chain = outcome.result.best_chain
+    before = float(jc.evaluate(two_group_problem, chain[None]).loss[0])
+    tokens = [token for token in chain.tolist() if token >= 0]
+    assert outcome.update_calls == jc.tune.price(len(tokens) - 1, 20, 9, 30)
+    if outcome.result.best_loss < before:
+        assert set(np.flatnonzero(outcome.bank.get_versions())) == set(tokens)
+        assert len(outcome.result.finalists) == 1
+
+
+def test_tuning_that_does_harm_is_undone(problem):
+    outcome = run(dataclasses.replace(POLICIES["TuneFound"], optimizer=optax.sgd(1e3)), problem)
+    assert outcome.bank is problem.bank
+    assert len(outcome.result.finalists) > 1
+    assert outcome.update_calls > 0
+
+
+def test_clones_join_the_bank_and_leave_their_parents(two_group_problem):
+    before = two_group_problem.bank
+    bank = run(POLICIES["CloneThenTune"], two_group_problem).bank
+    for token in range(5):
+        assert same(bank.get_params(token), before.get_params(token))
+        assert bank.names[token] == before.names[token]
+    for head in range(2):
+        assert same(bank.get_params(bank.num_layers + head), before.get_params(5 + head))
+    # Three rounds of up to three layers, for each of two modules.
+    assert bank.num_layers == 5 + 2 * 9
+    is_clone = np.asarray(bank.get_versions()) > 0
+    assert 1 <= is_clone.sum() <= 9
+    for token in np.flatnonzero(is_clone):
+        parent = bank.names[token].removesuffix(f"+{token}")
+        assert bank.origins[token] == f"5 gradient steps from {parent}"
+        source = bank.names.index(parent)
+        assert not same(bank.get_params(int(token)), bank.get_params(source))
+    for token in np.flatnonzero(~is_clone[: bank.num_layers]):
+        assert (token < 5) == (not bank.names[token].startswith("place"))
+
+
+def test_no_more_clones_than_places(problem):
+    policy = dataclasses.replace(POLICIES["CloneThenTune"], capacity=2)
+    bank = run(policy, problem).bank
+    assert bank.num_layers == problem.bank.num_layers + 2
+    assert (np.asarray(bank.get_versions()) > 0).sum() <= 2
+    assert same(bank.get_params(0), problem.bank.get_params(0))
+
+
+def test_places_are_named_after_the_layers_of_which_they_hold_copies(two_group_problem):
+    nursery = updates._Nursery.start(two_group_problem.bank, 4)
+    chains = np.array([[5, 8, 13, -1], [4, 12, 14, -1]])
+    renamed = nursery.name_parents(jnp.asarray(chains))
+    np.testing.assert_array_equal(renamed, [[0, 0, 13, -1], [4, 4, 14, -1]])
+    grown = two_group_problem.with_bank(nursery.bank)
+    np.testing.assert_array_equal(jc.evaluate(grown, chains).loss, jc.evaluate(grown, renamed).loss)
+
+
+class Counting(jc.ActorCritic):
+    num_traces = 0
+
+    def step(self, key, state, problem):
+        Counting.num_traces += 1
+        return super().step(key, state, problem)
+
+
+def test_all_rounds_are_one_program(problem):
+    search = pytree_dataclass(Counting)(encoding=jc.TokenEncoding(features=8), num_chains=6, num_elites=4)
+    run(POLICIES["CloneThenTune"], problem, search)
+    once = Counting.num_traces
+    run(dataclasses.replace(POLICIES["CloneThenTune"], num_rounds=9, capacity=9), problem, search, seed=1)
+    assert Counting.num_traces == once
+
+
+def test_a_search_that_cannot_go_on_starts_anew(problem):
+    outcome = run(POLICIES["CloneThenTune"], problem, jc.LocalSearch(num_chains=3))
+    again = jc.evaluate(problem.with_bank(outcome.bank), outcome.result.finalists).loss
+    np.testing.assert_allclose(outcome.result.finalist_losses, again, rtol=1e-5)
+    with pytest.raises(ValueError, match="method refresh, as ActorCritic, got LocalSearch"):
+        run(POLICIES["SharedUpdates"], problem, jc.LocalSearch(num_chains=3))
+
+
+def test_shared_updates_train_what_is_sampled(two_group_problem):
+    outcome = run(POLICIES["SharedUpdates"], two_group_problem)
+    versions = np.asarray(outcome.bank.get_versions())
+    assert versions.sum() > 10
+    for token in range(7):
+        is_same = same(outcome.bank.get_params(token), two_group_problem.bank.get_params(token))
+        assert is_same == (versions[token] == 0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        (lambda: updates.TuneFound(num_steps=0), "num_steps of at least 1"),
+        (lambda: updates.CloneThenTune(num_rounds=0), "num_rounds of at least 1"),
+        (lambda: updates.CloneThenTune(capacity=0), "capacity of at least 1"),
+        (lambda: updates.SharedUpdates(num_updates=0), "num_updates of at least 1"),
+        (lambda: updates.SharedUpdates(final_share=1.0), "final_share above 0 and below 1"),
+    ],
+)
+def test_bad_options_are_refused(policy, words):
+    with pytest.raises(ValueError, match=words):
+        policy()
+
+
+@pytest.mark.parametrize("name", ["TuneFound", "CloneThenTune"])
+def test_a_budget_that_gradient_steps_use_up_is_refused(problem, name):
+    with pytest.raises(ValueError, match=r"more than the [0-9,]+ layer calls of gradient steps"):
+        run(POLICIES[name], problem, budget=100)
