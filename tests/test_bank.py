@@ -269,7 +269,7 @@ def test_weights_that_do_not_fit_are_not_put_in(bank):
     with pytest.raises(ValueError, match="params for 1 tokens, got 0"):
         bank.replace([1], [])
     with pytest.raises(
-        ValueError, match=r"do not fit token 1: expected float32\[7\] .* as in the bank, got float32\[2,7\]"
+        ValueError, match=r"do not fit token 1: expected float32\[7\] .* as in the bank, got float32\[2, 7\]"
     ):
         bank.replace([1], [jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)])
     with pytest.raises(ValueError, match="more than once"):
