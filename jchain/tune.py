@@ -88,12 +88,14 @@ def tune(
     path = tuple(members.index(token) for token in (*route, head))
     is_tuned = jnp.array([member in tuned for member in members])
     state = start(small, optimizer)
-    keys = jax.random.split(key, num_steps)
     if is_stepwise((small.layers, small.heads)):
-        for step_key in keys:
+        for t in range(num_steps):
+            step_key = jax.random.fold_in(key, t)
             state = _step_path(state, step_key, problem.with_bank(small), path, is_tuned, optimizer)
     else:
-        state = _scan_path(state, keys, problem.with_bank(small), path, is_tuned, optimizer)
+        # One program for all chains of as many different layers, and any number of steps.
+        padded = jnp.array([*path, *[chain_lib.PADDING] * (problem.max_layers - len(route))])
+        state = _loop(state, key, problem.with_bank(small), padded, is_tuned, optimizer, num_steps)
     return bank.replace(tuned, [state.bank.get_params(members.index(token)) for token in tuned])
 
 
@@ -133,7 +135,8 @@ def train_on(
         return state._replace(bank=dataclasses.replace(state.bank, versions=versions)), None
 
     bank = dataclasses.replace(state.bank, versions=state.bank.get_versions())
-    return jax.lax.scan(step, state._replace(bank=bank), (jax.random.split(key, chains.shape[0]), chains))[0]
+    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(chains.shape[0]))
+    return jax.lax.scan(step, state._replace(bank=bank), (keys, chains))[0]
 
 
 def _step(
@@ -165,14 +168,14 @@ def _step(
 _step_path = jax.jit(_step, static_argnames=("path", "optimizer"))
 
 
-@partial(jax.jit, static_argnames=("path", "optimizer"))
-def _scan_path(
-    state: State, keys: Key[Array, "T"], problem: Problem, path: tuple[int, ...], is_trained: Array, optimizer: Any
+@partial(jax.jit, static_argnames="optimizer")
+def _loop(
+    state: State, key: Array, problem: Problem, path: Array, is_trained: Array, optimizer: Any, num_steps: Any
 ) -> State:
-    def step(state: State, key: Array) -> tuple[State, None]:
-        return _step(state, key, problem, path, is_trained, optimizer), None
+    def step(t: Array, state: State) -> State:
+        return _step(state, jax.random.fold_in(key, t), problem, path, is_trained, optimizer)
 
-    return jax.lax.scan(step, state, keys)[0]
+    return jax.lax.fori_loop(0, num_steps, step, state)
 
 
 def _update(

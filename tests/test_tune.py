@@ -28,8 +28,8 @@ def tune_by_hand(key, problem, tokens, num_steps, rate, tuned):
             hidden = module[token].apply({"params": params[token]}, hidden)
         return optax.softmax_cross_entropy_with_integer_labels(hidden, y[rows]).mean()
 
-    for step_key in jax.random.split(key, num_steps):
-        rows = jax.random.choice(step_key, len(y), (min(128, len(y)),), replace=False)
+    for t in range(num_steps):
+        rows = jax.random.choice(jax.random.fold_in(key, t), len(y), (min(128, len(y)),), replace=False)
         gradient = jax.grad(loss)(params, rows)
         params = {
             t: jax.tree.map(lambda p, g: p - rate * g, params[t], gradient[t]) if t in tuned else params[t]
