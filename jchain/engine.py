@@ -111,8 +111,9 @@ def choose_plan(problem: Problem, hidden: Any, num_chains: int, memory_limit: in
     """The plan that should be fastest for these shapes within the limit.
 
     On CPU one call of a larger layer keeps the cores busy; smaller ones are batched as far as the cache goes, convolutions
-    by what they read, the rest by layer where the bank is small enough for layers to repeat in a block. Elsewhere calls
-    are made wide enough to fill the device: convolutions by layer, the rest with gathered weights.
+    by what they read, the rest by layer where the bank is small enough for layers to repeat in a block. Layers of several
+    convolutions are called one at a time. Elsewhere calls are made wide enough to fill the device: convolutions by layer,
+    the rest with gathered weights.
 
     Args:
       problem: bank, split, loss.
@@ -132,13 +133,17 @@ def choose_plan(problem: Problem, hidden: Any, num_chains: int, memory_limit: in
             f"memory_limit is too small: expected at least {smallest:,} bytes, which one node at a time needs with "
             f"activations of {size:,} bytes along {problem.max_layers} layers, got {limit:,}"
         )
-    has_convolution = any(_has_convolution(group, hidden) for group in problem.bank.layers)
+    most_convolutions = max(_count_convolutions(group, hidden) for group in problem.bank.layers)
+    has_convolution = most_convolutions > 0
     if backend == "cpu":
         block_size = min(_MAX_CPU_BLOCK, _BLOCK_CACHE // (2 * size))
         # Siblings make one convolution of more channels, whatever the number of layers in the bank.
         share = Share.PARENT if has_convolution else Share.LAYER
         width = min(16, _CALL_CACHE // size)
         widths = _SIBLINGS if has_convolution else _ladder(width) if width >= _MIN_CPU_WIDTH else (1,)
+        if most_convolutions > 1:
+            # Siblings share the input of the first alone, and grouped convolutions take two to five times as long.
+            widths = (1,)
         head_widths = _ladder(min(16, _HEAD_CACHE // size))
         least = _SIBLINGS[-1] if has_convolution else 2 * problem.bank.num_layers
     else:
@@ -248,8 +253,8 @@ def _find_call_bytes(groups: tuple[LayerGroup, ...], hidden: Any) -> int:
     return 2 * max((_nbytes(aval) for aval in made), default=0)
 
 
-def _has_convolution(group: LayerGroup, hidden: Any) -> bool:
-    return any(equation.primitive.name == "conv_general_dilated" for equation in _trace(group, hidden))
+def _count_convolutions(group: LayerGroup, hidden: Any) -> int:
+    return sum(equation.primitive.name == "conv_general_dilated" for equation in _trace(group, hidden))
 
 
 def apply_token(groups: tuple[LayerGroup, ...], token: Int[Array, ""], hidden: Array) -> Array:

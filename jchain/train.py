@@ -246,6 +246,10 @@ def _pick(tree: PyTree, index: Any) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
+def _add_at(tree: PyTree, index: Any, member: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf, added: leaf.at[index].add(added), tree, member)
+
+
 def _cut(trees: tuple[PyTree, ...], num: int) -> list[PyTree]:
     """Params of each of `num` members of each snapshot of each run, out of leaves `[R, num_snapshots, n, ...]`."""
     num_runs, num_snapshots = jax.tree.leaves(trees)[0].shape[:2]
@@ -287,12 +291,16 @@ def _train_together(keys: Key[Array, "R"], data: Batch, recipe: _Recipe, batch_s
 
 
 def _train_step_by_step(key: Array, data: Batch, recipe: _Recipe) -> _Weights:
-    """One program for each step: the gradient of a convolution in a loop is some 50 times slower on CPU."""
+    """One program for each step, or several: the gradient of a convolution in a loop or branch is some 50 times slower on CPU."""
     carry, step_keys = jax.jit(_init, static_argnames="recipe")(key, data, recipe)
+    # One step is like another, whatever their number.
+    step_recipe = recipe._replace(num_steps=0, num_snapshots=1)
+    has_branches = recipe.is_routed and max(len(recipe.layers), len(recipe.heads)) > 1
+    step = _step_in_parts if has_branches else _step_once
     snapshots = []
     for keys in step_keys:
         for step_key in keys:
-            carry = _step_once(carry, step_key, data, recipe)
+            carry = step(carry, step_key, data, step_recipe)
         # The next step writes over its own.
         snapshots.append(jax.tree.map(jnp.copy, carry[0]))
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *snapshots)
@@ -318,8 +326,11 @@ def _init(key: Array, data: Batch, recipe: _Recipe) -> tuple[tuple[_Weights, Any
 
 def _step(carry: tuple[_Weights, Any], key: Array, data: Batch, recipe: _Recipe) -> tuple[_Weights, Any]:
     """One gradient step."""
+    return _update(carry, jax.grad(_route_loss)(carry[0], key, data, recipe), recipe)
+
+
+def _update(carry: tuple[_Weights, Any], gradient: _Weights, recipe: _Recipe) -> tuple[_Weights, Any]:
     weights, opt_state = carry
-    gradient = jax.grad(_route_loss)(weights, key, data, recipe)
     updates, opt_state = recipe.optimizer.update(gradient, opt_state, weights)
     new: Any = optax.apply_updates(weights, updates)
     layers = weights.layers
@@ -329,6 +340,55 @@ def _step(carry: tuple[_Weights, Any], key: Array, data: Batch, recipe: _Recipe)
 
 
 _step_once = jax.jit(_step, static_argnames="recipe", donate_argnums=0)
+_update_once = jax.jit(_update, static_argnames="recipe", donate_argnums=0)
+
+
+def _step_in_parts(carry: tuple[_Weights, Any], key: Array, data: Batch, recipe: _Recipe) -> tuple[_Weights, Any]:
+    """As `_step`, each call of a layer a program of its own, chosen here: there is one for each module, not for each route."""
+    weights = carry[0]
+    hidden, labels, route, last = _draw_once(key, data, recipe)
+    calls = []
+    for member in route.tolist():
+        turn, place = member % len(recipe.layers), member // len(recipe.layers)
+        hidden, pull_fn = _call(recipe.layers[turn], weights.layers[turn], place, hidden)
+        calls.append((turn, place, pull_fn))
+    turn, place = int(last) % len(recipe.heads), int(last) // len(recipe.heads)
+    layers, heads = map(list, _make_zeros(weights))
+    heads[turn], pulled = _end(recipe.heads[turn], weights.heads[turn], heads[turn], place, hidden, labels)
+    for turn, place, pull_fn in reversed(calls):
+        layers[turn], pulled = _pull(pull_fn, pulled, layers[turn], place)
+    return _update_once(carry, _Weights(tuple(layers), tuple(heads)), recipe)
+
+
+@partial(jax.jit, static_argnames="module")
+def _call(module: nn.Module, params: PyTree, place: Array | int, x: Array) -> tuple[Any, Any]:
+    """Output of a member of a stack, and the function that pulls a gradient back to its weights and input."""
+    return jax.vjp(lambda own, x: module.apply({"params": own}, x), _pick(params, place), x)
+
+
+@partial(jax.jit, static_argnames="module", donate_argnames="gradient")
+def _end(
+    module: nn.Module, params: PyTree, gradient: PyTree, place: Array | int, x: Array, labels: Array
+) -> tuple[Any, Array]:
+    """The gradient of the loss behind a head: that of its weights, added to the stack's, and that of its input."""
+
+    def loss_fn(own: PyTree, x: Array) -> Array:
+        logits: Any = module.apply({"params": own}, x)
+        return _mean_loss(logits, labels)
+
+    own, pulled = jax.grad(loss_fn, (0, 1))(_pick(params, place), x)
+    return _add_at(gradient, place, own), pulled
+
+
+@partial(jax.jit, donate_argnames="gradient")
+def _pull(pull_fn: Any, pulled: Array, gradient: PyTree, place: Array | int) -> tuple[Any, Array]:
+    own, pulled = pull_fn(pulled)
+    return _add_at(gradient, place, own), pulled
+
+
+@jax.jit
+def _make_zeros(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.zeros_like, tree)
 
 
 def _project(layer: Any, params: PyTree) -> PyTree:
@@ -336,28 +396,45 @@ def _project(layer: Any, params: PyTree) -> PyTree:
     return jax.vmap(layer.project)(params) if hasattr(layer, "project") else params
 
 
-def _route_loss(weights: _Weights, key: Array, data: Batch, recipe: _Recipe) -> Float[Array, ""]:
-    """Mean cross-entropy of one minibatch along one route."""
+def _draw(key: Array, data: Batch, recipe: _Recipe) -> tuple[Array, Array, Any, Any]:
+    """One minibatch, the layers and the head of one step."""
     batch_key, layer_key, head_key = jax.random.split(key, 3)
     batch = jax.random.choice(batch_key, data.y.shape[0], (min(BATCH_SIZE, data.y.shape[0]),), replace=False)
     route, last = jnp.arange(recipe.depth), jnp.array(0)
     if recipe.is_routed:
         route = jax.random.randint(layer_key, (recipe.depth,), 0, recipe.num_layers)
         last = jax.random.randint(head_key, (), 0, recipe.num_heads)
-    hidden = data.x[batch]
+    return data.x[batch], data.y[batch], route, last
+
+
+_draw_once = jax.jit(_draw, static_argnames="recipe")
+
+
+def _route_loss(weights: _Weights, key: Array, data: Batch, recipe: _Recipe) -> Float[Array, ""]:
+    """Mean cross-entropy of one minibatch along one route."""
+    hidden, labels, route, last = _draw(key, data, recipe)
     # Unrolled: the gradient of a convolution in a loop is far slower on CPU.
-    for member in route:
-        hidden = _apply(recipe.layers, weights.layers, member, hidden)
-    logits = _apply(recipe.heads, weights.heads, last, hidden)
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, data.y[batch]))
+    for slot, member in enumerate(route):
+        turn = (member if recipe.is_routed else slot) % len(recipe.layers)
+        hidden = _apply(recipe.layers, weights.layers, turn, member, hidden)
+    turn = last % len(recipe.heads) if recipe.is_routed else 0
+    return _mean_loss(_apply(recipe.heads, weights.heads, turn, last, hidden), labels)
 
 
-def _apply(modules: tuple[nn.Module, ...], params: tuple[PyTree, ...], member: Array, x: Array) -> Any:
-    """One member, whose module is that of its turn."""
+def _mean_loss(logits: Array, labels: Array) -> Float[Array, ""]:
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+def _apply(
+    modules: tuple[nn.Module, ...], params: tuple[PyTree, ...], turn: Array | int, member: Array, x: Array
+) -> Any:
+    """One member, whose module is that of its turn: no branch where the turn is known."""
 
     def make_branch(module: nn.Module, own: PyTree) -> Any:
         return lambda place, x: module.apply({"params": _pick(own, place)}, x)
 
     branches = [make_branch(*pair) for pair in zip(modules, params, strict=True)]
-    turn, place = member % len(modules), member // len(modules)
+    place = member // len(modules)
+    if isinstance(turn, int):
+        return branches[turn](place, x)
     return branches[0](place, x) if len(branches) == 1 else jax.lax.switch(turn, branches, place, x)

@@ -157,15 +157,39 @@ def test_several_modules_take_turns():
     assert all(jax.tree.leaves(moved))
 
 
-def test_steps_of_convolutions_one_by_one_are_those_of_the_loop():
+@pytest.mark.parametrize(
+    ("layers", "heads", "options"),
+    [
+        ((jc.layers.ConvBlock(2),), (HEAD,), {}),
+        # One program for each call, chosen by the route; layers and heads that it has twice.
+        ((jc.layers.ConvBlock(2), jc.layers.ConvBlock(2, 2)), (HEAD, jc.layers.PoolHead(3)), {"is_routed": True}),
+        ((jc.layers.ConvBlock(2),), (HEAD, jc.layers.PoolHead(3)), {"is_routed": True, "is_layer_trained": False}),
+        # A route that is always the same has no branches.
+        ((jc.layers.ConvBlock(2), jc.layers.ConvBlock(2, 2)), (HEAD,), {"num_heads": 1}),
+    ],
+    ids=["one module", "routed", "random", "several modules, one route"],
+)
+def test_steps_of_convolutions_one_by_one_are_those_of_the_loop(layers, heads, options):
     images = jc.data.Batch(jax.random.normal(jax.random.key(1), (30, 3, 3, 2)), DATA.y[:30])
-    options = {"num_layers": 2, "num_heads": 1, "depth": 2, "num_steps": 4, "num_snapshots": 2}
-    recipe = train._Recipe((jc.layers.ConvBlock(2),), (HEAD,), **options)
+    sizes = {"num_layers": 3, "num_heads": len(heads), "depth": 3, "num_steps": 4, "num_snapshots": 2}
+    recipe = train._Recipe(layers, heads, **sizes | options)
     keys = jax.random.split(jax.random.key(0), 1)
     alone, together = train._train(keys, images, recipe), train._train_together(keys, images, recipe, 1)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), alone, together)
     first, last = (np.asarray(alone.heads[0]["Dense_0"]["kernel"][0, i]) for i in range(2))
     assert not np.allclose(first, last)
+
+
+def test_one_program_for_each_module_whatever_the_routes():
+    images = jc.data.Batch(jax.random.normal(jax.random.key(1), (30, 3, 3, 2)), DATA.y[:30])
+    # Modules of no other test.
+    layers = jc.layers.ConvBlock(2, activation=jnp.tanh), jc.layers.ConvBlock(2, 2, activation=jnp.tanh)
+    heads = TanhHead(3), jc.layers.PoolHead(3, activation=jnp.tanh)
+    before = train._call._cache_size(), train._end._cache_size(), train._pull._cache_size()
+    for num_steps in (4, 20):
+        jc.train.routed(jax.random.key(0), images, layer=layers, head=heads, num_heads=2, num_steps=num_steps)
+    after = train._call._cache_size(), train._end._cache_size(), train._pull._cache_size()
+    assert np.subtract(after, before).tolist() == [2, 2, 2]
 
 
 def test_modules_that_disagree_are_refused():
