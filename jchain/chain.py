@@ -95,17 +95,19 @@ def count_layers(chains: Int[Array, "*P L"], num_layers: int) -> Int[Array, "*P"
     return jnp.sum((chains >= 0) & (chains < num_layers), axis=-1)
 
 
-def count(num_layers: int, num_heads: int, max_layers: int) -> int:
-    """How many chains there are of 0 to `max_layers` layers and a head."""
-    return num_heads * sum(num_layers**depth for depth in range(max_layers + 1))
+def count(num_layers: int, num_heads: int, max_layers: int, *, min_layers: int = 0) -> int:
+    """How many chains there are of `min_layers` to `max_layers` layers and a head."""
+    return num_heads * sum(num_layers**depth for depth in range(min_layers, max_layers + 1))
 
 
-def sample(key: Key[Array, ""], num_chains: int, num_layers: int, num_heads: int, max_layers: int) -> Int[Array, "P L"]:
+def sample(
+    key: Key[Array, ""], num_chains: int, num_layers: int, num_heads: int, max_layers: int, *, min_layers: int = 0
+) -> Int[Array, "P L"]:
     """Chains drawn uniformly, with replacement, from all `count(...)` of them (so most are long)."""
     length_key, layer_key, head_key = jax.random.split(key, 3)
     # P(depth) is proportional to N^depth; the number of heads cancels. In logs, as N^depth overflows.
-    logits = jnp.arange(max_layers + 1) * jnp.log(num_layers)
-    length = jax.random.categorical(length_key, logits, shape=(num_chains, 1))
+    logits = jnp.arange(min_layers, max_layers + 1) * jnp.log(num_layers)
+    length = min_layers + jax.random.categorical(length_key, logits, shape=(num_chains, 1))
     layers = jax.random.randint(layer_key, (num_chains, max_layers + 1), 0, num_layers)
     heads = jax.random.randint(head_key, (num_chains, 1), num_layers, num_layers + num_heads)
     slots = jnp.arange(max_layers + 1)[None]
@@ -113,13 +115,13 @@ def sample(key: Key[Array, ""], num_chains: int, num_layers: int, num_heads: int
     return chains.astype(jnp.int32)
 
 
-def enumerate_all(num_layers: int, num_heads: int, max_layers: int) -> Int[np.ndarray, "P L"]:
-    """Every chain of 0 to `max_layers` layers and a head, shorter chains first, in the order of their tokens.
+def enumerate_all(num_layers: int, num_heads: int, max_layers: int, *, min_layers: int = 0) -> Int[np.ndarray, "P L"]:
+    """Every chain of `min_layers` to `max_layers` layers and a head, shorter chains first, in the order of their tokens.
 
     `count(...)` says how many that is before any memory is taken.
     """
     blocks = []
-    for depth in range(max_layers + 1):
+    for depth in range(min_layers, max_layers + 1):
         sizes = (num_layers,) * depth + (num_heads,)
         tokens = np.indices(sizes, dtype=np.int32).reshape(depth + 1, -1).T
         block = np.full((tokens.shape[0], max_layers + 1), PADDING, np.int32)
@@ -130,7 +132,7 @@ def enumerate_all(num_layers: int, num_heads: int, max_layers: int) -> Int[np.nd
 
 
 def index(chains: Int[Array, "*P L"], num_layers: int, num_heads: int) -> Int[Array, "*P"]:
-    """The place of each chain in `enumerate_all`.
+    """The place of each chain in `enumerate_all` of chains of every length.
 
     Raises:
       ValueError: there are so many chains that a place does not fit 32 bits.
@@ -147,8 +149,11 @@ def index(chains: Int[Array, "*P L"], num_layers: int, num_heads: int) -> Int[Ar
     return shorter[length] + layers * num_heads + head
 
 
-def neighbours(chain: Int[Array, "L"], num_layers: int, num_heads: int) -> tuple[Int[Array, "M L"], Bool[Array, "M"]]:
-    """Every chain that is one edit away, in a fixed number of rows, so that it can be jitted and vmapped.
+def neighbours(
+    chain: Int[Array, "L"], num_layers: int, num_heads: int, *, min_layers: int = 0
+) -> tuple[Int[Array, "M L"], Bool[Array, "M"]]:
+    """Every chain of at least `min_layers` layers that is one edit away, in a fixed number of rows, so that it can be jitted
+    and vmapped.
 
     Rows, with `D = max_layers` slots for layers: `D * N` swaps of a layer, `K` swaps of the head, `D * N` insertions,
     `D` deletions.
@@ -177,7 +182,7 @@ def neighbours(chain: Int[Array, "L"], num_layers: int, num_heads: int) -> tuple
     gap = jnp.arange(max_layers)
     later = jnp.roll(chain, -1).at[-1].set(PADDING)
     deletes = jnp.where(slots < gap[:, None], row, later[None])
-    is_delete = (gap < length) & ~((gap > 0) & (chain[gap] == earlier[gap]))
+    is_delete = (gap < length) & (length > min_layers) & ~((gap > 0) & (chain[gap] == earlier[gap]))
 
     chains = jnp.concatenate([swaps, head_swaps, inserts, deletes]).astype(chain.dtype)
     return chains, jnp.concatenate([is_swap, is_head_swap, is_insert, is_delete])

@@ -78,7 +78,7 @@ def draw_members(key: Key[Array, ""], problem: Problem, shares: list[int]) -> tu
 
 
 def draw_start(key: Key[Array, ""], problem: Problem) -> Int[Array, "L"]:
-    """The best of all stops of a chain of random layers by all heads, for a layer call each."""
+    """The best of all stops of a chain of random layers, from `min_layers` on, by all heads, for a layer call each."""
     bank, slots = problem.bank, jnp.arange(problem.max_layers + 1)
     tokens = jax.random.randint(key, slots.shape, 0, bank.num_layers).at[-1].set(PADDING)
 
@@ -90,6 +90,7 @@ def draw_start(key: Key[Array, ""], problem: Problem) -> Int[Array, "L"]:
     losses = jax.lax.scan(extend, hidden, tokens[:-1])[1]
     losses = jnp.concatenate([env.stop_losses(problem, hidden)[None], losses])
     prefixes = jnp.where(slots[None] < slots[:, None], tokens[None], PADDING)
-    losses += problem.price(prefixes)[:, None]
-    length, head = jnp.divmod(jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf)), bank.num_heads)
+    losses = (losses + problem.price(prefixes)[:, None])[problem.min_layers :]
+    stop, head = jnp.divmod(jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf)), bank.num_heads)
+    length = problem.min_layers + stop
     return prefixes[length].at[length].set(bank.num_layers + head).astype(jnp.int32)

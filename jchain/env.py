@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jchain._typing import Array, Bool, Float, Int, Shaped
 from jchain.chain import PADDING
@@ -32,9 +33,10 @@ def reset(problem: Problem) -> State:
 
 
 def legal_actions(problem: Problem, length: Int[Array, ""]) -> Bool[Array, "E"]:
-    """The tokens that may follow a prefix of `length` layers: all, after `max_layers` only heads. True = allowed."""
+    """The tokens that may follow a prefix of `length` layers, True = allowed: layers before `max_layers`, heads from
+    `min_layers` on."""
     tokens = jnp.arange(problem.bank.num_layers + problem.bank.num_heads)
-    return (length < problem.max_layers) | (tokens >= problem.bank.num_layers)
+    return jnp.where(tokens < problem.bank.num_layers, length < problem.max_layers, length >= problem.min_layers)
 
 
 def step(problem: Problem, state: State, action: Int[Array, ""]) -> tuple[State, Float[Array, ""]]:
@@ -77,10 +79,11 @@ def stop_losses(problem: Problem, hidden: Shaped[Array, "B ..."]) -> Float[Array
 
 
 def _check_legal(problem: Problem, state: State, action: int) -> None:
-    num_tokens = problem.bank.num_layers + problem.bank.num_heads
-    if not 0 <= action < num_tokens or not legal_actions(problem, state.length)[action]:
-        low = 0 if state.length < problem.max_layers else problem.bank.num_layers
+    is_legal = np.asarray(legal_actions(problem, state.length))
+    if not 0 <= action < is_legal.size or not is_legal[action]:
+        legal = np.flatnonzero(is_legal)
+        least = f"at least {problem.min_layers} and " if problem.min_layers > 0 else ""
         raise ValueError(
-            f"illegal action {action} after {int(state.length)} of at most {problem.max_layers} layers: expected a token "
-            f"in {low}..{num_tokens - 1}"
+            f"illegal action {action} after {int(state.length)} of {least}at most {problem.max_layers} layers: expected a "
+            f"token in {legal[0]}..{legal[-1]}"
         )

@@ -118,15 +118,16 @@ def evaluate(problem: Problem, chains: Int[Array, "P L"] | Any, **options: Unpac
 
 
 def evaluate_all(problem: Problem, **options: Unpack[Options]) -> tuple[Int[np.ndarray, "P L"], Evaluation]:
-    """Every chain of up to `max_layers` layers and its evaluation, in the order of `chain.enumerate_all`.
+    """Every chain of `min_layers` to `max_layers` layers and its evaluation, in the order of `chain.enumerate_all`.
 
     Raises:
       ValueError: there are more than 4,194,304, or as `evaluate`.
     """
     sizes = (problem.bank.num_layers, problem.bank.num_heads, problem.max_layers)
-    if chain_lib.count(*sizes) > _MAX_CHAINS:
-        raise ValueError(f"expected at most {_MAX_CHAINS:,} chains to evaluate, got {chain_lib.count(*sizes):,}")
-    chains = chain_lib.enumerate_all(*sizes)
+    num_chains = chain_lib.count(*sizes, min_layers=problem.min_layers)
+    if num_chains > _MAX_CHAINS:
+        raise ValueError(f"expected at most {_MAX_CHAINS:,} chains to evaluate, got {num_chains:,}")
+    chains = chain_lib.enumerate_all(*sizes, min_layers=problem.min_layers)
     return chains, _evaluate(*_place(problem, chains, options))
 
 

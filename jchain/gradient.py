@@ -43,7 +43,7 @@ class EditScores(NamedTuple):
 
     swap: Float[Array, "L N"]  # [L, N], of layer b in place of the one at slot t: 0 for itself, nan where there is none
     insert: Float[Array, "L N"]  # [L, N], of layer b before slot t: nan behind the head and where the chain is full
-    delete: Float[Array, "L"]  # [L], nan where there is no layer
+    delete: Float[Array, "L"]  # [L], nan where there is no layer, or none to spare (`Problem.min_layers`)
     head: Float[Array, "K"]  # [K], of the other heads, exact
     loss: Float[Array, ""]  # of the chain itself
     layer_calls: Int[Array, ""]  # what they cost
@@ -322,6 +322,7 @@ def add_prices(
     cost = jnp.broadcast_to(problem.layer_cost, (num_layers,))
     own = cost[jnp.clip(chain, 0, num_layers - 1)]
     head = (forward.heads - forward.loss).at[chain[forward.length] - num_layers].set(0.0)
+    delete = jnp.where(forward.length > problem.min_layers, delete, jnp.nan)
     parts = swap + cost[None] - own[:, None], insert + cost[None], delete - own, head
     is_known = jnp.isfinite(forward.loss)
     parts = (jnp.where(jnp.isfinite(part) & is_known, part, jnp.nan) for part in parts)

@@ -84,6 +84,8 @@ def make_problem(
     loss: Float[np.ndarray, "C"],
     max_layers: int,
     features: Float[np.ndarray, "V F"] | None = None,
+    *,
+    min_layers: int = 0,
 ) -> Problem:
     """The problem of a bank whose chains have these losses.
 
@@ -92,9 +94,11 @@ def make_problem(
 
     Args:
       bank: the layers and heads.
-      loss: of every chain, price included, in the order of `jchain.chain.enumerate_all`; `+inf` where it is not finite.
+      loss: of every chain of 0 to `max_layers` layers, price included, in the order of `jchain.chain.enumerate_all`; `+inf`
+        where it is not finite.
       max_layers: most layers of a chain.
       features: of the first prefixes in that order, for `observe`; None where no search reads them.
+      min_layers: fewest layers of a chain that a search makes.
 
     Raises:
       ValueError: there are not as many losses as chains, more than 16,777,216 prefixes, or features of another size.
@@ -119,7 +123,8 @@ def make_problem(
     numbers = Bank(
         layers, heads, names=bank.names, origins=bank.origins, parents=bank.parents, num_steps=bank.num_steps
     )
-    return Problem(numbers, Batch(jnp.zeros((1, 1), jnp.int32), jnp.asarray(table)[None]), max_layers, loss_fn=get_loss)
+    data = Batch(jnp.zeros((1, 1), jnp.int32), jnp.asarray(table)[None])
+    return Problem(numbers, data, max_layers, loss_fn=get_loss, min_layers=min_layers)
 
 
 def _replace(group: LayerGroup, module: nn.Module, offset: int, entries: Float[Array, "E D"]) -> LayerGroup:

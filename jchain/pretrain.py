@@ -148,7 +148,9 @@ def _visit_all(problem: Problem) -> list[Visit]:
             deeper = jax.lax.map(lambda c: visit_below(c[0], c[1], hidden, observed.features, length + 1), children)
             reached = deeper[0].best
         change = jnp.zeros_like(observed.features) if seen is None else observed.features - seen
-        best = jnp.minimum(log_loss(stop), jnp.min(reached))
+        # Only from min_layers on a chain may stop here.
+        own = log_loss(stop) if length >= problem.min_layers else jnp.inf
+        best = jnp.minimum(own, jnp.min(reached))
         return [Visit(observed.features, change, log_loss(stop), best), *deeper]
 
     hidden = bank.embed(problem.data.x)

@@ -19,7 +19,7 @@ from jchain.pytree import is_concrete, pytree_dataclass, static
 
 @pytree_dataclass
 class Problem:
-    """A bank, one split of data, a loss and a largest number of layers.
+    """A bank, one split of data, a loss, and how many layers a chain may have.
 
     The loss of a chain is the mean of `loss_fn` over the split, plus `layer_cost` for each of its layers.
 
@@ -31,10 +31,12 @@ class Problem:
         cross-entropy with integer labels, in nats.
       layer_cost: price of a layer in units of the loss: one for all, or `[N]`.
       mesh: the devices on which it lies, over which its chains are spread (see `on`); None for one device.
+      min_layers: fewest layers in a chain; where it is max_layers, all chains have one length. Searches and `evaluate_all`
+        make no shorter ones; functions that are given chains score those of every length.
 
     Raises:
-      ValueError: the split is empty or not finite, a layer changes the shape of this data, heads disagree, labels are
-        outside the heads' classes, or the loss does not fit.
+      ValueError: max_layers or min_layers is no such number, the split is empty or not finite, a layer changes the shape of
+        this data, heads disagree, labels are outside the heads' classes, or the loss does not fit.
     """
 
     bank: Bank
@@ -43,10 +45,12 @@ class Problem:
     loss_fn: Callable[[Array, Array], Array] = static(default=optax.softmax_cross_entropy_with_integer_labels)
     layer_cost: Any = 0.0
     mesh: Mesh | None = static(default=None)
+    min_layers: int = static(default=0)
 
     def __post_init__(self) -> None:
         x, y = self.data
         object.__setattr__(self, "max_layers", check_max_layers(self.max_layers))
+        object.__setattr__(self, "min_layers", _check_min_layers(self.min_layers, self.max_layers))
         object.__setattr__(self, "data", Batch(jnp.asarray(x), jnp.asarray(y)))
         object.__setattr__(self, "layer_cost", jnp.asarray(self.layer_cost, jnp.float32))
         x, y = self.data
@@ -162,9 +166,19 @@ def check_max_layers(value: Any) -> int:
     Raises:
       ValueError: it is no integer of at least 0.
     """
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+    if not _is_integer(value) or value < 0:
         raise ValueError(f"expected max_layers to be an integer of at least 0, got {value!r}")
     return int(value)
+
+
+def _check_min_layers(value: Any, max_layers: int) -> int:
+    if not _is_integer(value) or not 0 <= value <= max_layers:
+        raise ValueError(f"expected min_layers to be an integer in 0..{max_layers}, up to max_layers, got {value!r}")
+    return int(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _replicate(leaf: Any, everywhere: NamedSharding) -> Array:

@@ -33,6 +33,26 @@ def test_enumerate_all_gives_every_chain_once_in_order():
     chain.validate(chains, N, K, D)
 
 
+@pytest.mark.parametrize("min_layers", [1, D])
+def test_chains_of_some_layers_at_least(min_layers):
+    expected = [tokens for tokens in all_chains(N, K, D) if len(tokens) > min_layers]
+    chains = chain.enumerate_all(N, K, D, min_layers=min_layers)
+    assert [to_tuple(row) for row in chains] == expected
+    assert len(chains) == chain.count(N, K, D, min_layers=min_layers)
+    num = 1000 * len(expected)
+    rows = np.asarray(chain.sample(jax.random.key(0), num, N, K, D, min_layers=min_layers))
+    found, counts = np.unique(rows, axis=0, return_counts=True)
+    assert {to_tuple(row) for row in found} == set(expected)
+    assert np.abs(counts - 1000).max() < 5 * np.sqrt(1000)
+    for tokens in expected:
+        row = jnp.array(chain.pad([tokens], D)[0])
+        rows, is_there = (np.asarray(a) for a in chain.neighbours(row, N, K, min_layers=min_layers))
+        every, was_there = (np.asarray(a) for a in chain.neighbours(row, N, K))
+        is_long = np.array([len(to_tuple(other)) > min_layers for other in every])
+        np.testing.assert_array_equal(rows, every)
+        np.testing.assert_array_equal(is_there, was_there & is_long)
+
+
 def test_sample_is_uniform_over_all_chains():
     num = 26_000
     rows = np.asarray(chain.sample(jax.random.key(0), num, N, K, D))

@@ -41,6 +41,16 @@ def test_legal_actions(problem):
     assert env.legal_actions(problem, jnp.array(3)).tolist() == [False] * 4 + [True] * 2
 
 
+def test_heads_are_legal_from_min_layers_on(problem):
+    problem = jc.Problem(problem.bank, problem.data, 3, min_layers=2)
+    layers_only, all_of_them, heads_only = [True] * 4 + [False] * 2, [True] * 6, [False] * 4 + [True] * 2
+    legal = [env.legal_actions(problem, jnp.array(length)).tolist() for length in range(4)]
+    assert legal == [layers_only, layers_only, all_of_them, heads_only]
+    with pytest.raises(ValueError, match=r"action 4 after 1 of at least 2 and at most 3 layers: .* a token in 0..3"):
+        play(problem, [0, 4])
+    assert play(problem, [0, 1, 4])[0].is_done
+
+
 def test_illegal_actions_are_refused_on_the_host(problem):
     state, _ = play(problem, [0, 0, 0])
     with pytest.raises(ValueError, match=r"illegal action 1 after 3 of at most 3 layers: expected a token in 4..5"):

@@ -58,6 +58,13 @@ def test_linearized_scores_are_exact_where_the_rest_is_affine(affine, chain, x64
     assert scores.loss == pytest.approx(float(jc.evaluate(problem, chain[None]).loss[0]), abs=1e-6)
 
 
+def test_no_layer_is_deleted_of_a_chain_that_is_as_short_as_may_be(affine):
+    problem = jc.Problem(affine.bank, affine.data, 3, min_layers=2)
+    short, long = (jc.gradient.score_edits(problem, row) for row in ([1, 0, 4, -1], [1, 0, 2, 4]))
+    assert np.isnan(short.delete).all()
+    assert not np.isnan(long.delete[:3]).any()
+
+
 @pytest.fixture(scope="module")
 def deep(affine):
     """Orthogonal layers, so that nothing grows or fades along the chain."""

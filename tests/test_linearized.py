@@ -58,12 +58,13 @@ def test_moves_are_those_that_were_predicted_best(roomy):
 
 def test_a_start_is_the_best_stop_of_its_random_layers(roomy):
     costly = jc.Problem(roomy.bank, roomy.data, 5, layer_cost=0.3)
-    for problem in (roomy, costly):
+    long = jc.Problem(roomy.bank, roomy.data, 5, layer_cost=0.3, min_layers=3)
+    for problem in (roomy, costly, long):
         for seed in range(4):
             key = jax.random.key(seed)
             chain = np.asarray(draw_start(key, problem))
             layers = [int(token) for token in jax.random.randint(key, (6,), 0, 6)[:5]]
-            stops = [[*layers[:length], 6 + k] for length in range(6) for k in range(2)]
+            stops = [[*layers[:length], 6 + k] for length in range(problem.min_layers, 6) for k in range(2)]
             best = min(stops, key=lambda stop: reference.chain_loss(problem, stop)[0])
             assert [int(token) for token in chain if token >= 0] == best
 

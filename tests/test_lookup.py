@@ -75,6 +75,19 @@ def test_a_loss_that_is_not_finite_stays_so(problem):
     np.testing.assert_array_equal(out, loss)
 
 
+def test_the_table_is_that_of_all_chains_whatever_their_least_number_of_layers(pair):
+    problem, _ = pair
+    chains, out = jc.evaluate_all(problem)
+    loss = np.asarray(out.loss)
+    looked_up = lookup.make_problem(problem.bank, loss, problem.max_layers, min_layers=2)
+    long, found = jc.evaluate_all(looked_up)
+    is_long = chains[:, 2] >= 0  # a third token, so two layers
+    np.testing.assert_array_equal(long, chains[is_long])
+    np.testing.assert_array_equal(found.loss, loss[is_long])
+    with pytest.raises(ValueError, match=f"expected the losses of all {len(loss):,} chains, got shape"):
+        lookup.make_problem(problem.bank, loss[is_long], problem.max_layers, min_layers=2)
+
+
 def test_tables_of_other_sizes_are_refused(problem):
     loss = np.asarray(jc.evaluate_all(problem)[1].loss)
     with pytest.raises(ValueError, match=f"expected the losses of all {len(loss):,} chains, got shape"):

@@ -75,9 +75,9 @@ def search(name):
     return SEARCHES[name]
 
 
-def make_problem(name, num_layers=4, max_layers=3, seed=0):
+def make_problem(name, num_layers=4, max_layers=3, seed=0, min_layers=0):
     options = {"layer": jc.layers.InvertibleDense(5)} if name in INVERTIBLE else {}
-    return jc.Problem(make_bank(num_layers, 2, seed=seed, **options), make_batch(), max_layers)
+    return jc.Problem(make_bank(num_layers, 2, seed=seed, **options), make_batch(), max_layers, min_layers=min_layers)
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +187,21 @@ def test_finds_the_optimum_of_a_tiny_problem(name, search):
     optimum = jc.evaluate_all(problem)[1].loss.min()
     result = jc.run(jax.random.key(0), search, problem, budget=600)
     assert result.best_loss == pytest.approx(float(optimum), rel=1e-5)
+
+
+@pytest.mark.parametrize("min_layers", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_no_chain_is_shorter_than_min_layers(name, search, min_layers):
+    problem = make_problem(name, 3, 2, seed=3, min_layers=min_layers)
+    # Step by step, as a run keeps only its best chains.
+    _, infos = steps(search, problem, num=40, step=jax.jit(search.step))
+    chains, loss = (np.concatenate([getattr(info, field) for info in infos]) for field in ("chains", "loss"))
+    is_there = chains[:, 0] >= 0
+    assert np.isinf(loss[~is_there]).all()
+    every, out = jc.evaluate_all(problem)
+    losses = dict(zip(map(tuple, every.tolist()), np.asarray(out.loss), strict=True))
+    expected = [losses[tuple(row)] for row in chains[is_there].tolist()]
+    np.testing.assert_allclose(loss[is_there], expected, rtol=1e-4, atol=1e-5)
+    assert loss.min() == pytest.approx(float(out.loss.min()), rel=1e-4)
 
 
 def test_works_without_layers_to_choose(name, search):

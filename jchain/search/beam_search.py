@@ -98,15 +98,17 @@ class BeamSearch:
         state = state._replace(chains=carry[0], hidden=carry[1], loss=carry[2])
 
         stopped = jax.vmap(lambda chain: env.stops(problem, chain, state.depth + 1))(extended)
-        is_root = (state.depth == 0) & is_there
+        # Prefixes that may not end yet are ranked by their heads all the same.
+        is_root = (state.depth == 0) & is_there & (problem.min_layers == 0)
+        is_end = does_extend & (state.depth + 1 >= problem.min_layers)
         chains = jnp.concatenate(
             [
                 jnp.where(is_root, env.stops(problem, prefix, state.depth), PADDING),
-                jnp.where(does_extend, stopped, PADDING).reshape(-1, problem.max_layers + 1),
+                jnp.where(is_end, stopped, PADDING).reshape(-1, problem.max_layers + 1),
             ]
         )
         root_loss = jnp.where(is_root, env.stop_losses(problem, hidden), jnp.inf)
-        loss = jnp.concatenate([root_loss, loss.reshape(-1)])
+        loss = jnp.concatenate([root_loss, jnp.where(is_end, loss, jnp.inf).reshape(-1)])
         loss = jnp.where(jnp.isfinite(loss), loss, jnp.inf)
         layer_calls = jnp.where(does_extend, num_layers, 0)
         return self._advance(state, problem), Info(chains, loss, layer_calls)

@@ -134,7 +134,8 @@ class CriticSearch:
             candidates.base, candidates.inputs, state.weights[jnp.minimum(length + 1, len(state.weights) - 1)]
         )
         value = jnp.where(is_last, candidates.stop, predicted)
-        target = jnp.minimum(parent.stop, jnp.min(jnp.where(jnp.isnan(value), jnp.inf, value))) - parent.base
+        stop = jnp.where(length >= problem.min_layers, parent.stop, jnp.inf)
+        target = jnp.minimum(stop, jnp.min(jnp.where(jnp.isnan(value), jnp.inf, value))) - parent.base
         learnt = _learn(state.weights[length], state.spread[length], parent.inputs, target, self.ridge)
         does_learn = does_extend & jnp.isfinite(target)
         weights, spread = jax.tree.map(
@@ -272,11 +273,12 @@ def _report(
     does_extend: Bool[Array, ""],
     layer_calls: Int[Array, ""],
 ) -> Info:
-    is_root = is_there & (length == 0)
+    is_root = is_there & (length == 0) & (problem.min_layers == 0)
+    is_end = does_extend & (length + 1 >= problem.min_layers)
     root_loss = jnp.where(is_root, env.stop_losses(problem, hidden), jnp.inf)
     empty = jnp.full_like(children.chains[0], PADDING)
     bare = jnp.where(is_root, env.stops(problem, empty, length), PADDING)
     ends = jax.vmap(lambda chain: env.stops(problem, chain, length + 1))(children.chains)
-    ends = jnp.where(does_extend, ends, PADDING).reshape(-1, empty.size)
-    loss = jnp.concatenate([root_loss, jnp.where(does_extend, children.loss, jnp.inf).reshape(-1)])
+    ends = jnp.where(is_end, ends, PADDING).reshape(-1, empty.size)
+    loss = jnp.concatenate([root_loss, jnp.where(is_end, children.loss, jnp.inf).reshape(-1)])
     return Info(jnp.concatenate([bare, ends]), jnp.where(jnp.isfinite(loss), loss, jnp.inf), layer_calls)

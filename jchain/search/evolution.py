@@ -51,8 +51,8 @@ class Evolution:
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         random_key, draw_key, mutate_key = jax.random.split(key, 3)
-        bank = problem.bank
-        random = chain_lib.sample(random_key, self.num_chains, bank.num_layers, bank.num_heads, problem.max_layers)
+        sizes = (problem.bank.num_layers, problem.bank.num_heads, problem.max_layers)
+        random = chain_lib.sample(random_key, self.num_chains, *sizes, min_layers=problem.min_layers)
         drawn = jax.random.randint(draw_key, (self.num_chains, self.tournament_size), 0, self.population_size)
         winner = jnp.take_along_axis(drawn, jnp.argmin(state.loss[drawn], axis=1)[:, None], axis=1)[:, 0]
         keys = jax.random.split(mutate_key, self.num_chains)
@@ -71,6 +71,8 @@ class Evolution:
 
 def mutate(key: Key[Array, ""], chain: Int[Array, "L"], problem: Problem) -> Int[Array, "L"]:
     """A neighbour of a chain, each as likely; the chain itself where it has none."""
-    rows, is_neighbour = chain_lib.neighbours(chain, problem.bank.num_layers, problem.bank.num_heads)
+    rows, is_neighbour = chain_lib.neighbours(
+        chain, problem.bank.num_layers, problem.bank.num_heads, min_layers=problem.min_layers
+    )
     row = jax.random.categorical(key, jnp.where(is_neighbour, 0.0, -jnp.inf))
     return jnp.where(is_neighbour.any(), rows[row], chain)

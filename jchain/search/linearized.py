@@ -157,7 +157,8 @@ class LinearizedSearch:
             num_products=self.num_products or choose_products(problem),
             members=draw_members(key, problem, share_members(problem, self.num_candidates)),
         )
-        is_neighbour = chain_lib.neighbours(chain, problem.bank.num_layers, problem.bank.num_heads)[1]
+        sizes = (problem.bank.num_layers, problem.bank.num_heads)
+        is_neighbour = chain_lib.neighbours(chain, *sizes, min_layers=problem.min_layers)[1]
         start_loss = jnp.where(jnp.isfinite(scores.loss), scores.loss, jnp.inf).astype(jnp.float32)
         return Guide(
             chain,

@@ -82,11 +82,12 @@ class LocalSearch:
 
 
 def _sample(key: Key[Array, ""], problem: Problem) -> Int[Array, "L"]:
-    return chain_lib.sample(key, 1, problem.bank.num_layers, problem.bank.num_heads, problem.max_layers)[0]
+    sizes = (problem.bank.num_layers, problem.bank.num_heads, problem.max_layers)
+    return chain_lib.sample(key, 1, *sizes, min_layers=problem.min_layers)[0]
 
 
 def _find_neighbours(chain: Int[Array, "L"], problem: Problem) -> tuple[Array, Array]:
-    return chain_lib.neighbours(chain, problem.bank.num_layers, problem.bank.num_heads)
+    return chain_lib.neighbours(chain, problem.bank.num_layers, problem.bank.num_heads, min_layers=problem.min_layers)
 
 
 def _shuffle(key: Key[Array, ""], chain: Int[Array, "L"], problem: Problem) -> Int[Array, "M"]:

@@ -74,7 +74,7 @@ class MCTS:
         next_root = jax.tree.map(lambda a, b: jnp.where(taken.is_done, a, b), start, taken)
 
         # The root's own chains were scored when it was a node, but for the empty prefix.
-        is_scored = nodes.is_call.at[0].set(state.root.length == 0)
+        is_scored = nodes.is_call.at[0].set(state.root.length == 0) & (nodes.state.length >= problem.min_layers)
         stops = jax.vmap(lambda state: env.stops(problem, state.chain, state.length))(nodes.state)
         chains = jnp.where(is_scored[:, None, None], stops, PADDING).reshape(-1, problem.max_layers + 1)
         loss = jnp.where(is_scored[:, None] & jnp.isfinite(nodes.loss), nodes.loss, jnp.inf).reshape(-1)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jchain import memo as memo_lib
 from jchain._typing import Array, Bool, Float, Int, Key, Shaped
 from jchain.bank import LayerGroup
-from jchain.chain import PADDING
+from jchain.chain import PADDING, count_layers
 from jchain.descent import draw_members, share_members
 from jchain.engine import apply_all
 from jchain.inverse import undo_groups
@@ -110,6 +110,9 @@ class MeetInTheMiddle:
         order = jnp.argsort(memo_lib.is_known(state.memo, problem, chains), stable=True)[: self.num_moves]
         chains = chains[order]
         memo, loss, layer_calls = memo_lib.score(state.memo, problem, chains)
+        # Where there was no chain to look at, a head alone was, which may be too short.
+        is_chain = count_layers(chains, problem.bank.num_layers) >= problem.min_layers
+        chains, loss = jnp.where(is_chain[:, None], chains, PADDING), jnp.where(is_chain, loss, jnp.inf)
         best = jnp.argmin(loss)
         is_better = loss[best] < state.best_loss
         next_state = looked._replace(
@@ -160,7 +163,11 @@ class MeetInTheMiddle:
         is_pair = jnp.isfinite(loss)
         spread = jnp.mean(loss, where=is_pair) - jnp.min(loss)
         hope = jnp.where(is_pair, temperature * spread * jax.random.gumbel(noise_key, loss.shape), 0.0) - loss
-        gain, pairs = jax.lax.top_k(hope.reshape(-1), min(_MARGIN * self.num_moves, loss.size))
+        # Of chains that are too short nothing is evaluated, but they say which prefixes are good.
+        is_long = rows.depth[:, None] + num_tail[None] > few.min_layers
+        gain, pairs = jax.lax.top_k(
+            jnp.where(is_long, hope, -jnp.inf).reshape(-1), min(_MARGIN * self.num_moves, loss.size)
+        )
         row, tail = jnp.divmod(pairs, loss.shape[1])
         chains = _attach(rows.chains[row], rows.depth[row], tails.tokens[tail])
         stop = jnp.full(few.max_layers + 1, PADDING, jnp.int32).at[0].set(few.bank.num_layers)

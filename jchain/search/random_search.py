@@ -36,6 +36,7 @@ class RandomSearch:
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         bank = problem.bank
-        chains = chain.sample(key, self.num_chains, bank.num_layers, bank.num_heads, problem.max_layers)
+        sizes = (bank.num_layers, bank.num_heads, problem.max_layers)
+        chains = chain.sample(key, self.num_chains, *sizes, min_layers=problem.min_layers)
         memo, loss, layer_calls = memo_lib.score(state.memo, problem, chains)
         return State(memo), Info(chains, loss, layer_calls)

@@ -102,7 +102,8 @@ class TargetPropagation:
         chain = jax.lax.cond(here.is_start, lambda: draw_start(start_key, problem), lambda: here.chain)
         members = draw_members(key, problem, share_members(problem, self.num_candidates))
         scores = score_edits(problem, chain, rate=rate, is_exact=self.is_exact, members=members)
-        is_neighbour = chain_lib.neighbours(chain, problem.bank.num_layers, problem.bank.num_heads)[1]
+        sizes = (problem.bank.num_layers, problem.bank.num_heads)
+        is_neighbour = chain_lib.neighbours(chain, *sizes, min_layers=problem.min_layers)[1]
         start_loss = jnp.where(jnp.isfinite(scores.loss), scores.loss, jnp.inf).astype(jnp.float32)
         found = here._replace(
             chain=chain,

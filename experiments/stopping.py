@@ -1,0 +1,575 @@
+"""When does a chain stop? Head as an action, against fixed lengths, against a price per layer.
+
+    python experiments/chainbench.py && python experiments/stopping.py
+
+Each search looks for good chains of every number of layers, in three ways that spend as many layer calls together: one run in
+which a head is an action; one run for each fixed length, `Problem(min_layers=k, max_layers=k)`, with a fourth of the calls each;
+one run for each of four prices per layer, with a fourth each. What they found of each length, step by step, is their front; all
+begin with the heads alone, which cost no layer call. The table of ChainBench says what the best chains of up to 1, 2, 3 and 4
+layers are. Regret is that of the arena for each of these: 0 the best chain of at most so many layers, 1 (and no more) the median
+one; the area between the fronts is the mean of the four. A second reading takes every stop of what was scored by every head, for
+no layer call more (`jc.evaluate_prefixes`); a third, of prices, only the best chain of each run. Prices are in units of the loss
+of the best head alone; the four were chosen on the problems of even number as if each run found the best chain at its price. All
+else is of those of odd number. Losses are looked up.
+
+{TIME} `--quick`: two problems of the wine data, 3 seeds. {EXPECT}
+Each search's runs are kept, so an interrupted one goes on. Writes stopping.json, stopping.md and stopping.png to
+experiments/results.
+"""
+
+import argparse
+import hashlib
+import itertools
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+from records import CHAINBENCH, describe_machine, is_deterministic, keep, look_up, make_pool
+
+import jchain as jc
+from jchain.files import write_atomically, write_json
+
+SEARCHES: dict[str, Any] = {
+    "actor-critic": jc.ActorCritic(),
+    "critic search": jc.CriticSearch(),
+    "evolution": jc.Evolution(),
+    "local search": jc.LocalSearch(),
+    # A step of more chains would not fit the least share.
+    "random search": jc.RandomSearch(num_chains=16),
+    "beam search": jc.BeamSearch(width=4, max_width=256),
+}
+BUDGETS = (500, 1000, 4000)
+SHOWN = 1  # the budget of the figure and of most tables
+DEPTH = jc.chainbench.MAX_LAYERS
+LENGTHS = tuple(range(1, DEPTH + 1))
+PRICE_GRID = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.3, 0.4, 0.6)
+NUM_PRICES = DEPTH  # as many runs as there are fixed lengths, so that shares are equal
+MAX_FREE_STEPS, MAX_STEPS = 100, 2000  # as jc.run; and no more than so many
+NUM_TRACED = 41  # steps whose chains' lengths are counted
+TRACED = (1, 5, 10, 20, 40)
+ACTION, FIXED, PRICED = "head as an action", "fixed lengths", "price per layer"
+STOPS, BEST_ONLY = ", all stops", ", best chains only"
+METHODS = (ACTION, FIXED, PRICED, PRICED + BEST_ONLY, ACTION + STOPS, FIXED + STOPS, PRICED + STOPS)
+
+
+class Grounds(NamedTuple):
+    """Where searches meet."""
+
+    folder: Path
+    names: tuple[str, ...]
+    seeds: int
+    prices: tuple[float, ...]  # in units of the loss of the best head alone
+
+
+class Front(NamedTuple):
+    """The best chain of each number of layers."""
+
+    loss: jax.Array  # [B, D + 1], +inf where there is none
+    place: jax.Array  # [B, D + 1], in the table
+
+
+class Run(NamedTuple):
+    """A run between two steps."""
+
+    key: Any
+    state: Any
+    layer_calls: Any
+    num_free: Any  # steps in a row that cost nothing
+    is_over: Any  # [B], by budget
+    scored: Front
+    stops: Front  # every stop of what was scored by every head
+    lengths: Any  # [T, D + 1], how many chains of each length a step scored
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=CHAINBENCH, help="of ChainBench (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=10, help="runs of each search that is random")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="two problems, 3 seeds; nothing is written")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    start = time.perf_counter()
+    searches, tuned, names, seeds = SEARCHES, jc.chainbench.NAMES[::2], jc.chainbench.NAMES[1::2], args.seeds
+    if args.quick:
+        searches = {name: search for name, search in SEARCHES.items() if name in ("local search", "beam search")}
+        tuned, names, seeds = ("wine-random-0",), ("wine-routed-0", "wine-random-1"), 3
+        jc.chainbench.build(args.folder, (*tuned, *names))
+    grounds = Grounds(args.folder, names, seeds, choose_prices([Table(args.folder, name) for name in tuned]))
+    with make_pool(args.workers) as pool:
+        futures = {name: pool.submit(run_search, name, search, grounds) for name, search in searches.items()}
+        runs = {name: future.result() for name, future in futures.items()}
+    tables = [Table(args.folder, name) for name in names]
+    result = {
+        **describe_machine(),
+        "config": {
+            "reported": names,
+            "seeds": seeds,
+            "budgets": BUDGETS,
+            "shown": BUDGETS[SHOWN],
+            "prices": grounds.prices,
+            "searches": {name: " ".join(repr(search).split()) for name, search in searches.items()},
+        },
+        "truth": describe_truth(tables, grounds.prices),
+        "fronts": {name: compare_fronts(arrays, tables, grounds.prices) for name, arrays in runs.items()},
+        "one_chain": {name: compare_chains(arrays, tables, grounds.prices) for name, arrays in runs.items()},
+        "choice": {name: compare_choices(arrays, tables, grounds.prices) for name, arrays in runs.items()},
+        "lengths_by_step": {name: trace(arrays, grounds.prices) for name, arrays in runs.items()},
+        "seconds": round(time.perf_counter() - start),
+    }
+    table = format_tables(result)
+    print(table, flush=True)
+    if args.quick:
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "stopping.json", result)
+    write_atomically(args.out / "stopping.md", lambda path: Path(path).write_text(table + "\n"))
+    write_atomically(args.out / "stopping.png", lambda path: draw(path, result))
+
+
+class Table:
+    """What is known of a problem."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.solved = jc.chainbench.load(folder, name)
+        self.loss = self.solved.loss["search"]
+        bank = self.solved.bank
+        self.length = np.asarray(jc.chain.count_layers(jnp.asarray(self.solved.chains), bank.num_layers))
+        self.best = np.array(
+            [np.flatnonzero(self.length == n)[self.loss[self.length == n].argmin()] for n in range(DEPTH + 1)]
+        )
+        self.unit = float(self.loss[self.best[0]])  # of prices
+
+    def problem(self, price: float = 0.0, length: int | None = None) -> jc.Problem:
+        """With losses that are looked up: of one length where one is given, with a price in units of the best head's loss."""
+        most = DEPTH if length is None else length
+        bank, features = self.solved.bank, self.solved.features
+        num_chains = jc.chain.count(bank.num_layers, bank.num_heads, most)
+        num_prefixes = jc.chain.count(bank.num_layers, 1, most)
+        priced = self.loss + price * self.unit * self.length
+        least = 0 if length is None else length
+        return jc.lookup.make_problem(bank, priced[:num_chains], most, features[:num_prefixes], min_layers=least)
+
+    def read(self, places: np.ndarray, split: str = "search") -> np.ndarray:
+        """Losses; +inf where there is no chain."""
+        return np.where(places >= 0, self.solved.loss[split][places], np.inf)
+
+    def at_most(self, places: np.ndarray) -> np.ndarray:
+        """Losses `[..., D]` of the best of at most 1, 2, ... layers, of the best of each length `[..., D + 1]`."""
+        return np.minimum.accumulate(self.read(places), axis=-1)[..., 1:]
+
+    def regret(self, places: np.ndarray) -> np.ndarray:
+        """Of the best of at most 1, 2, ... layers, `[..., D]`."""
+        truth = self.at_most(self.best)
+        middle = np.array([np.median(self.loss[self.length <= n]) for n in LENGTHS])
+        return np.minimum((self.at_most(places) - truth) / (middle - truth), 1.0)
+
+    def test_regret(self, places: np.ndarray) -> np.ndarray:
+        loss = self.solved.loss["test"]
+        return (loss[places] - loss.min()) / (np.median(loss) - loss.min())
+
+
+def choose_prices(tables: list[Table]) -> tuple[float, ...]:
+    """The prices whose best chains come nearest to the true front, in the mean of these problems."""
+    # The best length at each price of the grid, and the front that some of them give.
+    paid = [[(t.loss[t.best] + price * t.unit * np.arange(DEPTH + 1)).argmin() for price in PRICE_GRID] for t in tables]
+
+    def area(chosen: tuple[int, ...]) -> float:
+        total = 0.0
+        for table, lengths in zip(tables, paid, strict=True):
+            places = np.full(DEPTH + 1, -1)
+            found = [0, *(lengths[i] for i in chosen)]
+            places[found] = table.best[found]
+            total += float(table.regret(places).mean())
+        return total
+
+    best = min(itertools.combinations(range(len(PRICE_GRID)), NUM_PRICES), key=area)
+    return tuple(PRICE_GRID[i] for i in best)
+
+
+def run_search(name: str, search: Any, grounds: Grounds) -> dict[str, np.ndarray]:
+    """Fronts of all its runs: `scored` and `stops`, `[M, R, S, B, D + 1]`, for the run with a head as an action, those of fixed
+    lengths and those of prices; and `lengths`, `[M, R, S, T, D + 1]`."""
+    start = time.perf_counter()
+    # What is looked up takes no time, programs do.
+    jax.config.update("jax_disable_most_optimizations", True)
+    digest = hashlib.sha256()
+    for problem in grounds.names:
+        digest.update((grounds.folder / f"{problem}.table.safetensors").read_bytes())
+    given = (grounds.names, grounds.seeds, grounds.prices, digest.hexdigest(), " ".join(repr(search).split()))
+    code = (run_all, spend, spend_all, step_one, improve, find_stops, Table)
+    make = partial(run_all, search, grounds)
+    arrays = keep(code, f"stopping-{name.replace(' ', '-')}", given, make, uses=(search,))
+    print(f"{name:20} {time.perf_counter() - start:.0f} s", flush=True)
+    # Programs map memory, of which a process may have only so many pieces.
+    jax.clear_caches()
+    return arrays
+
+
+def run_all(search: Any, grounds: Grounds) -> dict[str, np.ndarray]:
+    keys = jax.random.split(jax.random.key(0), 1 if is_deterministic(search) else grounds.seeds)
+    tables = [Table(grounds.folder, name) for name in grounds.names]
+    parts = []
+    # Problems of one shape behind each other, so that they share compiled programs.
+    for length in (None, *LENGTHS):
+        prices = (0.0, *grounds.prices) if length is None else (0.0,)
+        for i, price in enumerate(prices):
+            budgets = np.array(BUDGETS) if length is None and i == 0 else np.array(BUDGETS) // NUM_PRICES
+            parts.append([spend(keys, search, table, table.problem(price, length), budgets) for table in tables])
+    order = [0, *range(1 + NUM_PRICES, len(parts)), *range(1, 1 + NUM_PRICES)]
+    stacked = [[np.stack([parts[r][m][i] for r in order]) for m in range(len(tables))] for i in range(3)]
+    return dict(zip(("scored", "stops", "lengths"), map(np.stack, stacked), strict=True))
+
+
+def spend(keys: Any, search: Any, table: "Table", problem: jc.Problem, budgets: np.ndarray) -> list[np.ndarray]:
+    """Places of what was found within each budget, `[S, B, D + 1]`, scored and by stops; and lengths."""
+    # What stops lose, without the price, which all chains of one length share.
+    loss = jnp.asarray(
+        table.loss[: jc.chain.count(problem.bank.num_layers, problem.bank.num_heads, problem.max_layers)]
+    )
+    truth = jnp.asarray(table.loss[table.best[: problem.max_layers + 1]])
+    scored, stops, lengths = spend_all(
+        keys, look_up(search), problem.without_names(), loss, truth, jnp.asarray(budgets)
+    )
+    pad = [(0, 0), (0, 0), (0, DEPTH - problem.max_layers)]
+    fronts = [np.pad(np.asarray(front.place), pad, constant_values=-1) for front in (scored, stops)]
+    return [*fronts, np.pad(np.asarray(lengths), pad)]
+
+
+@jax.jit
+def spend_all(
+    keys: Any, search: Any, problem: jc.Problem, loss: jax.Array, truth: jax.Array, budgets: jax.Array
+) -> tuple[Any, Any, Any]:
+    """Steps of all runs, counted as `jc.run` counts them, until the largest budget is used, with all that they score."""
+    num_lengths = problem.max_layers + 1
+    empty = Front(
+        jnp.full((budgets.size, num_lengths), jnp.inf), jnp.full((budgets.size, num_lengths), -1, dtype=jnp.int32)
+    )
+
+    def start(key: Any) -> Run:
+        key, init_key = jax.random.split(key)
+        zero, is_over = jnp.zeros((), jnp.int32), jnp.zeros(budgets.size, bool)
+        lengths = jnp.zeros((NUM_TRACED, num_lengths), jnp.int32)
+        return Run(key, search.init(init_key, problem), zero, zero, is_over, empty, empty, lengths)
+
+    def step(carry: tuple[Any, Run]) -> tuple[Any, Run]:
+        t, runs = carry
+        return t + 1, jax.vmap(lambda run: step_one(t, run, search, problem, loss, truth, budgets))(runs)
+
+    # Outside of the vmap, as in jc.run: within, each step would copy the whole state.
+    carry = (jnp.array(0), jax.vmap(start)(keys))
+    runs = jax.lax.while_loop(lambda carry: ~carry[1].is_over.all(), step, carry)[1]
+    return runs.scored, runs.stops, runs.lengths
+
+
+def step_one(
+    t: Any, run: Run, search: Any, problem: jc.Problem, loss: jax.Array, truth: jax.Array, budgets: jax.Array
+) -> Run:
+    num_layers, num_heads = problem.bank.num_layers, problem.bank.num_heads
+    key, step_key = jax.random.split(run.key)
+    state, info = search.step(step_key, run.state, problem)
+    layer_calls = run.layer_calls + info.layer_calls.astype(jnp.int32)
+    num_free = jnp.where(info.layer_calls == 0, run.num_free + 1, 0)
+    is_counted = ~run.is_over & (layer_calls <= budgets)
+    is_over = ~is_counted | (layer_calls >= budgets) | (num_free >= MAX_FREE_STEPS) | (t + 1 >= MAX_STEPS)
+    is_there = info.chains[:, 0] >= 0
+    chains = jnp.where(is_there[:, None], info.chains, jnp.full_like(info.chains[0], -1).at[0].set(num_layers)[None])
+    length = jc.chain.count_layers(chains, num_layers)
+    place = jc.chain.index(chains, num_layers, num_heads)
+    scored = improve(run.scored, jnp.where(is_there, info.loss, jnp.inf), place, length, is_counted)
+    ends, end_length = find_stops(problem, chains)
+    end_place = jc.chain.index(ends, num_layers, num_heads)
+    end_loss = jnp.where(jnp.repeat(is_there, end_length.size // is_there.size), loss[end_place], jnp.inf)
+    stops = improve(run.stops, end_loss, end_place, end_length, is_counted)
+    counts = jnp.sum((length[:, None] == jnp.arange(problem.max_layers + 1)) & is_there[:, None], axis=0)
+    lengths = run.lengths.at[t].set(jnp.where(is_counted[-1], counts, 0), mode="drop")
+    # Nothing is left to be found where it has the best chain of each length.
+    is_scored = (loss[scored.place] <= truth) & (scored.place >= 0) | (jnp.arange(truth.size) < problem.min_layers)
+    is_over |= (is_scored & (stops.loss <= truth)).all(axis=1)
+    return Run(key, state, layer_calls, num_free, is_over, scored, stops, lengths)
+
+
+def improve(front: Front, loss: jax.Array, place: jax.Array, length: jax.Array, is_counted: jax.Array) -> Front:
+    """The front of before and of these chains, where they count."""
+    own = jnp.where(length[None] == jnp.arange(front.loss.shape[1])[:, None], loss[None], jnp.inf)
+    is_better = (own.min(axis=1)[None] < front.loss) & is_counted[:, None]
+    best = own.argmin(axis=1)
+    return Front(
+        jnp.where(is_better, own.min(axis=1)[None], front.loss), jnp.where(is_better, place[best][None], front.place)
+    )
+
+
+def find_stops(problem: jc.Problem, chains: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each chain ended after each of its layers by each head, `[P L K, L]`, and their lengths; the last ones repeated."""
+    num_layers, slots = problem.bank.num_layers, jnp.arange(chains.shape[1])
+    length = jc.chain.count_layers(chains, num_layers)
+    end = jnp.minimum(slots[None], length[:, None])[:, :, None, None]
+    head = (num_layers + jnp.arange(problem.bank.num_heads))[None, None, :, None]
+    rows = jnp.where(slots < end, chains[:, None, None], jnp.where(slots == end, head, -1))
+    ends = jnp.broadcast_to(end[..., 0], rows.shape[:-1])
+    return rows.reshape(-1, slots.size), ends.reshape(-1)
+
+
+def find_fronts(
+    arrays: dict[str, np.ndarray], tables: list[Table], prices: tuple[float, ...], budget: int
+) -> dict[str, list[np.ndarray]]:
+    """By method and problem the best chain of each length that was found within a budget, `[S, D + 1]`."""
+    runs = {ACTION: slice(0, 1), FIXED: slice(1, 1 + DEPTH), PRICED: slice(1 + DEPTH, None)}
+    fronts: dict[str, list[np.ndarray]] = {method: [] for method in METHODS}
+    for m, table in enumerate(tables):
+        for method, rows in runs.items():
+            for suffix, kind in (("", "scored"), (STOPS, "stops")):
+                fronts[method + suffix].append(join(arrays[kind][m, rows, :, budget], table))
+        places = arrays["scored"][m, runs[PRICED], :, budget]
+        length = find_lengths(places, table, np.array(prices)[:, None])
+        is_best = np.arange(DEPTH + 1) == length[..., None]
+        fronts[PRICED + BEST_ONLY].append(join(np.where(is_best, places, -1), table))
+    return fronts
+
+
+def join(places: np.ndarray, table: Table) -> np.ndarray:
+    """The best of each length of several runs, `[R, S, D + 1]`, and of the heads alone, which cost no layer call."""
+    best = np.take_along_axis(places, table.read(places).argmin(axis=0)[None], axis=0)[0]
+    best[:, 0] = table.best[0]
+    return best
+
+
+def find_lengths(places: np.ndarray, table: Table, price: Any = 0.0) -> np.ndarray:
+    """Layers of the best chain at a price, of the best of each length `[..., D + 1]`."""
+    return pay(places, table, price).argmin(axis=-1)
+
+
+def pay(places: np.ndarray, table: Table, price: Any) -> np.ndarray:
+    """Losses with the price of layers."""
+    return table.read(places) + np.asarray(price)[..., None] * table.unit * np.arange(DEPTH + 1)
+
+
+def compare_fronts(arrays: dict[str, np.ndarray], tables: list[Table], prices: tuple[float, ...]) -> dict[str, Any]:
+    """By method and budget: regrets of the best of at most 1, 2, ... layers, their mean, and losses over the best of all."""
+    result: dict[str, Any] = {method: {} for method in METHODS}
+    for i, budget in enumerate(BUDGETS):
+        for method, fronts in find_fronts(arrays, tables, prices, i).items():
+            regret = np.array([table.regret(places) for table, places in zip(tables, fronts, strict=True)])
+            found = [table.at_most(places) / table.loss.min() for table, places in zip(tables, fronts, strict=True)]
+            result[method][str(budget)] = {
+                "area": jc.stats.iqm(regret.mean(axis=-1))._asdict(),
+                "regret": {n: jc.stats.iqm(regret[..., n - 1])._asdict() for n in LENGTHS},
+                "loss_over_best": {n: jc.stats.iqm(np.array(found)[..., n - 1])._asdict() for n in LENGTHS},
+            }
+    return result
+
+
+def compare_chains(arrays: dict[str, np.ndarray], tables: list[Table], prices: tuple[float, ...]) -> dict[str, Any]:
+    """Asked for one chain, head as an action: its regret, and whether it is as long as the best one.
+
+    Without a price at each budget, and at each price with the share of that budget.
+    """
+    result: dict[str, Any] = {}
+    for r, price in ((0, 0.0), *((1 + DEPTH + i, price) for i, price in enumerate(prices))):
+        for b, budget in enumerate(BUDGETS):
+            regrets, hits, lengths = [], [], []
+            for m, table in enumerate(tables):
+                places = join(arrays["scored"][m, r : r + 1, :, b], table)
+                priced = table.loss + price * table.unit * table.length
+                best, middle = priced.min(), np.median(priced)
+                regrets.append(np.minimum((pay(places, table, price).min(axis=-1) - best) / (middle - best), 1.0))
+                lengths.append(find_lengths(places, table, price))
+                hits.append(lengths[-1] == table.length[priced.argmin()])
+            key = "none" if r == 0 else str(price)
+            result.setdefault(key, {})[str(budget if r == 0 else budget // NUM_PRICES)] = {
+                "regret": jc.stats.iqm(np.array(regrets))._asdict(),
+                "is_as_long": float(np.mean(hits)),
+                "length": float(np.mean(lengths)),
+            }
+    return result
+
+
+def compare_choices(arrays: dict[str, np.ndarray], tables: list[Table], prices: tuple[float, ...]) -> dict[str, Any]:
+    """Of the chains of a front, one of each length: that which is best on a split, how long it is, and its regret on test."""
+    fronts = find_fronts(arrays, tables, prices, SHOWN)
+    return {method: choose(fronts[method], tables) for method in (ACTION, FIXED, PRICED)}
+
+
+def choose(fronts: list[np.ndarray], tables: list[Table]) -> dict[str, Any]:
+    result = {}
+    for split in ("search", "select", "test"):
+        lengths = [table.read(places, split).argmin(axis=-1) for table, places in zip(tables, fronts, strict=True)]
+        chosen = [
+            np.take_along_axis(places, length[:, None], axis=1)[:, 0]
+            for places, length in zip(fronts, lengths, strict=True)
+        ]
+        regret = [table.test_regret(places) for table, places in zip(tables, chosen, strict=True)]
+        result[split] = {"length": float(np.mean(lengths)), "test_regret": jc.stats.iqm(np.array(regret))._asdict()}
+    return result
+
+
+def describe_truth(tables: list[Table], prices: tuple[float, ...]) -> dict[str, Any]:
+    """Of the best chains of each length on search."""
+    fronts = [table.best[None] for table in tables]
+    test = np.array([table.test_regret(table.best) for table in tables])
+    by_split = {
+        split: [int(table.read(table.best, split).argmin()) for table in tables]
+        for split in ("search", "select", "test")
+    }
+    return {
+        "loss_over_best": {
+            n: jc.stats.iqm([[table.at_most(table.best)[n - 1] / table.loss.min()] for table in tables])._asdict()
+            for n in LENGTHS
+        },
+        "problems_by_best_length": {s: np.bincount(n, minlength=DEPTH + 1).tolist() for s, n in by_split.items()},
+        "test_regret": {n: jc.stats.iqm(test[:, [n]])._asdict() for n in (0, *LENGTHS)},
+        "choice": choose(fronts, tables),
+        "length_at_price": {
+            str(price): float(np.mean([find_lengths(table.best, table, price) for table in tables]))
+            for price in (0.0, *prices)
+        },
+        "is_at_some_price": float(np.mean([find_hull(table) for table in tables])),
+    }
+
+
+def find_hull(table: Table) -> np.ndarray:
+    """Which of the best chains of each length are the best of all at some price, `[D + 1]`."""
+    return np.isin(
+        np.arange(DEPTH + 1), [find_lengths(table.best, table, price) for price in np.geomspace(1e-4, 10, 2000)]
+    )
+
+
+def trace(arrays: dict[str, np.ndarray], prices: tuple[float, ...]) -> dict[str, Any]:
+    """By price and step: mean layers of the chains that were scored, and entropy of their number in nats; means over runs."""
+    result = {}
+    for r, price in ((0, 0.0), *((1 + DEPTH + i, price) for i, price in enumerate(prices))):
+        counts = arrays["lengths"][:, r][:, :, [step - 1 for step in TRACED]].reshape(-1, len(TRACED), DEPTH + 1)
+        share = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
+        entropy = -np.sum(share * np.log(np.where(share > 0, share, 1.0)), axis=-1)
+        is_there = counts.sum(axis=-1) > 0
+        result["none" if r == 0 else str(price)] = {
+            step: {
+                "length": float((share @ np.arange(DEPTH + 1))[is_there[:, i], i].mean()),
+                "entropy": float(entropy[is_there[:, i], i].mean()),
+                "runs": int(is_there[:, i].sum()),
+            }
+            for i, step in enumerate(TRACED)
+            if is_there[:, i].any()
+        }
+    return result
+
+
+def format_tables(result: dict[str, Any]) -> str:
+    shown = result["config"]["shown"]
+    parts = [
+        ("Area between the front that was found and the true one, mean regret of the best chains of at most 1 to 4 layers; "
+         f"and these at {shown:,} layer calls", list_fronts(result)),
+        ("Asked for one chain, head as an action: regret, and share of runs whose chain is as long as the best one", list_chains(result)),
+        (f"One chain of a front of {shown:,} layer calls, chosen on a split: its layers, and its regret on test", list_choices(result)),
+        ("The best chains of each length on search: regret on test, and problems in which they are the best of these", list_truth(result)),
+        ("Chains that a step of the actor-critic scores: mean number of layers / entropy of it in nats", list_steps(result)),
+    ]  # fmt: skip
+    return "\n\n".join(f"{title}:\n\n{table}" for title, table in parts)
+
+
+def list_fronts(result: dict[str, Any]) -> str:
+    shown = str(result["config"]["shown"])
+    head = ["search", "method", *(f"area, {b:,} layer calls" for b in BUDGETS), *(f"at most {n}" for n in LENGTHS)]
+    rows = []
+    for name, methods in result["fronts"].items():
+        for method, by_budget in methods.items():
+            areas = [by_budget[str(budget)]["area"] for budget in BUDGETS]
+            regrets = [by_budget[shown]["regret"][n] for n in LENGTHS]
+            rows.append([name, method, *map(show, areas), *(f"{e['value']:.4f}" for e in regrets)])
+    return make_table(head, rows)
+
+
+def list_chains(result: dict[str, Any]) -> str:
+    shown = BUDGETS[SHOWN]
+    cases = [("none", budget) for budget in BUDGETS]
+    cases += [(str(price), shown // NUM_PRICES) for price in result["config"]["prices"]]
+    head = ["search", *(f"price {price}, {budget:,} layer calls" for price, budget in cases)]
+    rows = []
+    for name, found in result["one_chain"].items():
+        cells = [found[price][str(budget)] for price, budget in cases]
+        rows.append([name, *(f"{show(cell['regret'])}, {cell['is_as_long']:.0%}" for cell in cells)])
+    return make_table(head, rows)
+
+
+def list_choices(result: dict[str, Any]) -> str:
+    head = ["search", "method", "on search", "on select", "on test"]
+    rows = [["the best of each length", "", *map(show_choice, result["truth"]["choice"].values())]]
+    for name, methods in result["choice"].items():
+        rows += [[name, method, *map(show_choice, choice.values())] for method, choice in methods.items()]
+    return make_table(head, rows)
+
+
+def show_choice(choice: dict[str, Any]) -> str:
+    return f"{choice['length']:.2f}: {show(choice['test_regret'])}"
+
+
+def list_truth(result: dict[str, Any]) -> str:
+    truth = result["truth"]
+    head = ["layers", "regret on test", *(f"best on {split}" for split in truth["problems_by_best_length"])]
+    counts = truth["problems_by_best_length"].values()
+    rows = [
+        [str(n), f"{truth['test_regret'][n]['value']:.3f}", *(str(count[n]) for count in counts)]
+        for n in truth["test_regret"]
+    ]
+    return make_table(head, rows)
+
+
+def list_steps(result: dict[str, Any]) -> str:
+    if "actor-critic" not in result["lengths_by_step"]:
+        return "none"
+    head = ["price", *(f"step {step}" for step in TRACED)]
+    rows = []
+    for price, steps in result["lengths_by_step"]["actor-critic"].items():
+        cells = [steps.get(step) for step in TRACED]
+        rows.append([price, *(f"{c['length']:.2f} / {c['entropy']:.2f}" if c else "" for c in cells)])
+    return make_table(head, rows)
+
+
+def show(estimate: dict[str, float]) -> str:
+    return f"{estimate['value']:.4f} [{estimate['low']:.4f}, {estimate['high']:.4f}]"
+
+
+def make_table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(
+        ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(r) + " |" for r in rows)]
+    )
+
+
+def draw(path: str, result: dict[str, Any]) -> None:
+    """Above the fronts at one budget, below the area between them and the true one against budget."""
+    names, shown = list(result["fronts"]), str(result["config"]["shown"])
+    figure = Figure(figsize=(2.6 * len(names), 5.6), layout="constrained")
+    axes = figure.subplots(2, len(names), sharey="row")
+    styles = dict(zip((ACTION, FIXED, PRICED, PRICED + BEST_ONLY, ACTION + STOPS), "os^v*", strict=True))
+    truth = [result["truth"]["loss_over_best"][n]["value"] for n in LENGTHS]
+    for name, (above, below) in zip(names, axes.T, strict=True):
+        above.plot(LENGTHS, truth, "k--", label="true front")
+        for method, marker in styles.items():
+            found = result["fronts"][name][method]
+            losses = [found[shown]["loss_over_best"][n]["value"] for n in LENGTHS]
+            areas = [found[str(budget)]["area"] for budget in BUDGETS]
+            options: Any = {"marker": marker, "markersize": 4, "linewidth": 1, "label": method}
+            (line,) = above.plot(LENGTHS, losses, **options)
+            below.plot(BUDGETS, [area["value"] for area in areas], color=line.get_color(), **options)
+            interval = [area["low"] for area in areas], [area["high"] for area in areas]
+            below.fill_between(BUDGETS, *interval, color=line.get_color(), alpha=0.15, linewidth=0)
+        above.set(title=name, yscale="log", xlabel="layers, at most", xticks=LENGTHS)
+        below.set(xscale="log", xlabel="layer calls")
+        below.set_yscale("symlog", linthresh=1e-3)
+        below.set_ylim(bottom=0)
+        for ax in (above, below):
+            ax.grid(which="both", alpha=0.2)
+    axes[0, 0].set_ylabel(f"loss / lowest, {int(shown):,} layer calls")
+    axes[1, 0].set_ylabel("area between the fronts")
+    axes[0, -1].legend(fontsize="x-small")
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
