@@ -42,6 +42,12 @@ SEARCHES = {
     "random": lambda args: jc.RandomSearch(),
     "target-propagation": lambda args: jc.TargetPropagation(),
 }
+UPDATES = {
+    "never": jc.updates.Frozen,
+    "found": jc.updates.TuneFound,
+    "clones": jc.updates.CloneThenTune,
+    "shared": jc.updates.SharedUpdates,
+}
 
 
 CLUSTER = """\
@@ -135,7 +141,19 @@ def _add_search(commands: Any) -> None:
         default="tokens",
         help="what the actor-critic sees (default: %(default)s)",
     )
-    search.add_argument("--budget", type=int, default=20_000, help="layer calls (default: %(default)s)")
+    search.add_argument(
+        "--update",
+        choices=UPDATES,
+        default="never",
+        help="when weights are trained on: never, those of the found chain, of clones that join the bank, or of all that the "
+        "actor-critic samples (default: %(default)s)",
+    )
+    search.add_argument(
+        "--budget",
+        type=int,
+        default=20_000,
+        help="layer calls, those of gradient steps included (default: %(default)s)",
+    )
     search.add_argument("--seed", type=int, default=0, help="of splits, bank and search (default: %(default)s)")
     search.add_argument("--out", type=Path, help="result folder (default: results/DATA-BANK-SEARCH-SEED)")
     search.add_argument("--replace", action="store_true", help="replace a result that is in the folder")
@@ -183,6 +201,7 @@ def _search(args: argparse.Namespace) -> None:
     args.max_layers = check_max_layers(args.depth if args.max_layers is None else args.max_layers)
     args.out = args.out or Path("results") / f"{args.data}-{args.bank}-{args.search}-{args.seed}"
     report.check_out(args.out, replace=args.replace)
+    _check_search(args)
     data = jc.data.load(args.data, args.seed, sizes=args.sizes, data_dir=args.data_dir)
     modules = _make_modules(args, data)
     config = {
@@ -190,15 +209,23 @@ def _search(args: argparse.Namespace) -> None:
         for name, value in vars(args).items()
         if name not in ("run", "json", "replace")
     }
-    if args.search == "meet-in-the-middle" and not hasattr(modules["layer"], "invert"):
-        names = [name for name, layer in LAYERS.items() if hasattr(layer, "invert")]
-        raise ValueError(f"expected --layer of {', '.join(names)}, which can be undone, got {args.layer}")
-    job = report.search(config, data, modules, SEARCHES[args.search](args))
+    job = report.search(config, data, modules, SEARCHES[args.search](args), UPDATES[args.update]())
     report.write(args.out, job)
     report.print_table(job)
     print(f"Wrote {args.out}/result.json, bank.safetensors and curve.png")
     if args.json:
         print(json.dumps(job.result))
+
+
+def _check_search(args: argparse.Namespace) -> None:
+    """What a search needs, before anything is loaded."""
+    invertible = [name for name, layer in LAYERS.items() if hasattr(layer, "invert")]
+    if args.search == "meet-in-the-middle" and args.layer not in invertible:
+        raise ValueError(
+            f"expected --layer of {', '.join(invertible)}, which can be undone, got {args.layer or 'the default'}"
+        )
+    if args.update == "shared" and args.search != "actor-critic":
+        raise ValueError(f"expected --search actor-critic with --update shared, got {args.search}")
 
 
 def _make_modules(args: argparse.Namespace, data: Dataset) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from jchain.data import Dataset
 from jchain.evaluate import evaluate, evaluate_all
 from jchain.plot import plot_curve
 from jchain.problem import Problem
-from jchain.search.base import Result, Search, run
+from jchain.search.base import Result, Search
+from jchain.updates import Policy
 
 RESULT_FILE, BANK_FILE, CURVE_FILE = "result.json", "bank.safetensors", "curve.png"
 SPLITS = ("search", "select", "test")
@@ -39,7 +40,7 @@ class Job(NamedTuple):
     run: Result
 
 
-def search(config: Mapping[str, Any], data: Dataset, modules: Mapping[str, Any], method: Search) -> Job:
+def search(config: Mapping[str, Any], data: Dataset, modules: Mapping[str, Any], method: Search, policy: Policy) -> Job:
     """Make the bank, search on `search`, re-rank the finalists on `select`, open `test` once for the report.
 
     Args:
@@ -47,6 +48,8 @@ def search(config: Mapping[str, Any], data: Dataset, modules: Mapping[str, Any],
       data: the splits.
       modules: `layer`, `head`, and what else `jchain.train` takes of modules.
       method: the search.
+      policy: when weights of the bank are updated. The bank that is kept has them as they are at the end; controls are of the
+        bank as it was made.
 
     Raises:
       ValueError: sizes do not fit each other, the budget is smaller than one step, or no chain has a finite loss.
@@ -54,17 +57,19 @@ def search(config: Mapping[str, Any], data: Dataset, modules: Mapping[str, Any],
     start = time.perf_counter()
     bank_key, control_key, search_key, chain_key = jax.random.split(jax.random.key(config["seed"]), 4)
     _say(f"Making a bank of {config['num_layers']} layers ({config['bank']}) on {data.name} ...")
-    bank = make_bank(bank_key, config, data, modules)
-    problem = Problem(bank, data.search, max_layers=config["max_layers"])
-    found = run(search_key, method, problem, budget=config["budget"], progress=True)
+    made = make_bank(bank_key, config, data, modules)
+    problem = Problem(made, data.search, max_layers=config["max_layers"])
+    bank, found, update_calls = policy.run(
+        search_key, method, problem, data.train, budget=config["budget"], progress=True
+    )
     if len(found.finalists) == 0:
         raise ValueError(f"no chain has a finite loss: {found.num_chains} were scored")
     _say("Re-ranking the finalists, scoring the controls ...")
     tokens = _pick_on_select(bank, data, found.finalists)
     scores = _score(bank, data, tokens)
-    parent = _score_best_parent(control_key, config, data, modules, bank)
-    random_chain = _score_random_chain(chain_key, data, bank, len(tokens) - 1)
-    sizes = (bank.num_layers, bank.num_heads, problem.max_layers)
+    parent = _score_best_parent(control_key, config, data, modules, made)
+    random_chain = _score_random_chain(chain_key, data, made, len(tokens) - 1)
+    sizes = (made.num_layers, made.num_heads, problem.max_layers)
     optimum = None
     if chain.count(*sizes) <= MAX_OPTIMUM_CHAINS:
         _say(f"Evaluating all {chain.count(*sizes):,} chains for the optimum ...")
@@ -74,6 +79,7 @@ def search(config: Mapping[str, Any], data: Dataset, modules: Mapping[str, Any],
         "layers": [bank.names[token] for token in tokens],
         **scores,
         "layer_calls": found.layer_calls,
+        "update_calls": update_calls,
         "seconds": 0.0,
         "optimum": optimum,
         "controls": {"best_parent": parent, "random_chain": random_chain},
@@ -183,7 +189,8 @@ def print_table(job: Job) -> None:
         table.add_row("optimum of all chains", f"{result['optimum']:.4f}        ")
     console = Console()
     console.print(table)
-    console.print(f"chain found, in {result['layer_calls']:,} layer calls: {' -> '.join(result['layers'])}")
+    updates = f", {result['update_calls']:,} of them gradient steps" if result["update_calls"] else ""
+    console.print(f"chain found, in {result['layer_calls']:,} layer calls{updates}: {' -> '.join(result['layers'])}")
     if result["nonfinite_chains"]:
         console.print(
             f"{result['nonfinite_chains']} of {job.run.num_chains} scored chains had a loss that was not finite"

@@ -27,7 +27,7 @@ def test_search_writes_and_prints_a_report_that_can_be_checked(tmp_path, capsys,
     result = json.loads(shown.out.splitlines()[-1])
     assert result == json.loads((tmp_path / "out" / "result.json").read_text())
     assert set(result) == {
-        "best_chain", "layers", "loss", "accuracy", "layer_calls", "seconds", "optimum", "controls", "nonfinite_chains",
+        "best_chain", "layers", "loss", "accuracy", "layer_calls", "update_calls", "seconds", "optimum", "controls", "nonfinite_chains",
         "config", "versions",
     }  # fmt: skip
     assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -50,6 +50,22 @@ def test_search_writes_and_prints_a_report_that_can_be_checked(tmp_path, capsys,
     if bank.parents:
         parents = jc.evaluate(jc.Problem(bank, data.search, 2), jc.chain.pad(bank.parents)).loss
         assert np.isclose(result["controls"]["best_parent"]["loss"]["search"], parents, rtol=1e-5).any()
+
+
+def test_updated_weights_are_those_of_the_bank_that_is_kept(tmp_path, capsys):
+    search(tmp_path, "--update", "clones", "--search", "local", "--budget", "7000")
+    shown = capsys.readouterr().out
+    result = json.loads(shown.splitlines()[-1])
+    assert f"{result['update_calls']:,} of them gradient steps" in shown
+    assert result["config"]["update"] == "clones"
+    bank, data = jc.Bank.load(tmp_path / "out" / "bank.safetensors"), jc.data.load("wine", 0)
+    chain = jc.chain.pad([result["best_chain"]], 2)
+    out = jc.evaluate(jc.Problem(bank, data.test, 2), chain)
+    assert result["loss"]["test"] == pytest.approx(float(out.loss[0]), rel=1e-5)
+    assert bank.num_layers == 4 + 8
+    # The optimum is that of the bank as it was made.
+    optimum = float(jc.evaluate_all(jc.Problem(bank.take(range(4)), data.search, 2))[1].loss.min())
+    assert result["optimum"] == pytest.approx(optimum, rel=1e-5)
 
 
 def test_evaluate_scores_chains_of_a_result_or_a_bank_file(tmp_path, capsys):
@@ -80,6 +96,8 @@ def result_folder(tmp_path_factory):
         (["--sizes", "1,a"], "expected sizes as in 5000,1000,1000,1000, got '1,a'"),
         (["--search", "annealing"], "invalid choice: 'annealing'"),
         (["--search", "meet-in-the-middle"], "expected --layer of invertible-dense, invertible-coupling"),
+        (["--search", "local", "--update", "shared"], "expected --search actor-critic with --update shared, got local"),
+        (["--update", "found"], "more than the 1,545 layer calls of gradient steps, got 300"),
         (["--num-layers", "5", "--bank", "independent"], "a multiple of depth for bank independent, got 5 and 2"),
         (["--num-heads", "0"], "expected num_heads of at least 1, got 0"),
         (["--num-layers", "0"], "expected num_layers of at least 1, got 0"),

@@ -1,0 +1,309 @@
+"""When do bank weights get updated? Never, after the search, on copies during it, or shared while chains are sampled.
+
+    python experiments/updates.py
+
+The four policies of `jchain.updates` on digits banks of three kinds (12 layers, chains of up to 4), 10 seeds of bank, splits and
+search each, at equal cost: layer calls of the search and of gradient steps together. Searches see `search`, gradients see `train`,
+the 16 best chains are ranked again on `select`, and the loss on `test` is reported. Beside them, for the same cost where one is
+given: every chain evaluated (no gradient steps), the best parent as it is and trained on, a random chain as it is, with its best
+single swap, and trained on, and a net of 4 layers trained from nothing. Gradient steps are AdamW's at 1e-3 on minibatches of 128.
+How much of the budget goes into them was chosen on seeds 100 to 103 (`--tune`).
+
+25 minutes on 2 CPU cores; `--quick`: one kind of bank, two seeds, one budget, a minute and a half. Writes updates.json, updates.md
+and updates.png to experiments/results; what was computed is kept, so an interrupted run goes on. To expect at 4,000 layer calls:
+"""
+
+import argparse
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+from records import describe_machine, keep, make_pool
+
+import jchain as jc
+from jchain.files import write_atomically, write_json
+
+KINDS = ("independent", "routed", "random")
+BUDGETS = (1000, 4000)
+DEPTH, NUM_LAYERS = 4, 12
+# Shares of the budget for gradient steps, and steps after each step of a search.
+SHARES = {"tune found": 0.5, "clone then tune": 0.5}
+NUM_ROUNDS, NUM_UPDATES = 4, 8
+VARIANTS = {
+    "tune found": (0.1, 0.25, 0.5, 0.75),
+    "clone then tune": (0.1, 0.25, 0.5, 0.75),
+    "shared updates": (2, 8, 32),
+}
+SEARCHES: dict[str, Any] = {
+    "actor-critic": jc.ActorCritic(),
+    "critic search": jc.CriticSearch(),
+    "local search": jc.LocalSearch(),
+    "evolution": jc.Evolution(),
+    "beam search": jc.BeamSearch(),
+    "random search": jc.RandomSearch(),
+}
+Case = tuple[str, int]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--quick", action="store_true", help="one kind, two seeds, one budget; nothing is written")
+    mode.add_argument("--tune", action="store_true", help="other shares, on seeds 100 to 103; nothing is written")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    start = time.perf_counter()
+    kinds, seeds, budgets = KINDS, range(args.seeds), BUDGETS
+    if args.quick:
+        kinds, seeds, budgets = KINDS[:1], range(2), BUDGETS[:1]
+    if args.tune:
+        seeds, budgets = range(100, 104), BUDGETS[1:]
+    measure = measure_variants if args.tune else measure_case
+    rows = measure_all(measure, kinds, seeds, budgets, args.workers)
+    summary = {name: summarize(values) for name, values in rows.items() if name.endswith("/loss")}
+    summary = {name.removesuffix("/loss"): row for name, row in summary.items()}
+    table = format_table(summary, rows, kinds)
+    print(table, flush=True)
+    if args.quick or args.tune:
+        return
+    ahead = compare(rows, budgets[-1])
+    result = {
+        **describe_machine(),
+        "config": {
+            "kinds": kinds,
+            "seeds": list(seeds),
+            "budgets": budgets,
+            "shares": SHARES,
+            "num_rounds": NUM_ROUNDS,
+            "num_updates": NUM_UPDATES,
+        },
+        "seconds": round(time.perf_counter() - start),
+        "test_loss": {name: dict(zip(("all", *kinds), row, strict=True)) for name, row in summary.items()},
+        "probability_of_lower_test_loss": ahead,
+        "runs": {name: values.round(5).tolist() for name, values in rows.items()},
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "updates.json", result)
+    write_atomically(args.out / "updates.md", lambda path: Path(path).write_text(table + "\n"))
+    write_atomically(args.out / "updates.png", lambda path: draw(path, rows, budgets))
+
+
+def measure_all(measure: Any, kinds: Any, seeds: Any, budgets: Any, workers: int) -> dict[str, np.ndarray]:
+    """Each number of each row, `[kinds, seeds]`."""
+    with make_pool(workers) as pool:
+        # Neighbours share compiled programs.
+        cases = [(kind, seed) for kind in kinds for seed in seeds]
+        found = list(pool.map(partial(measure, budgets=budgets), cases, chunksize=max(1, len(seeds) // workers)))
+    shape = len(kinds), len(seeds)
+    return {name: np.array([row[name] for row in found]).reshape(shape) for name in found[0]}
+
+
+def make_problem(kind: str, seed: int) -> tuple[jc.Problem, jc.Dataset]:
+    data = jc.data.load("digits", seed)
+    options: Any = {"layer": jc.layers.ResidualMLP(64), "head": jc.layers.DenseHead(10), "depth": DEPTH}
+    if kind == "independent":
+        bank = jc.train.independent(jax.random.key(seed), data.train, num_nets=NUM_LAYERS // DEPTH, **options)
+    else:
+        make: Any = getattr(jc.train, kind)
+        bank = make(jax.random.key(seed), data.train, num_layers=NUM_LAYERS, **options)
+    return jc.Problem(bank, data.search, max_layers=DEPTH), data
+
+
+def count_steps(budget: float, data: jc.Dataset) -> int:
+    """Gradient steps on a chain of 4 layers that so many layer calls buy."""
+    price = jc.tune.price(DEPTH, len(data.train.y), len(data.search.y), 1000)
+    return max(1, int(budget / price * 1000))
+
+
+def make_policies(budget: int, data: jc.Dataset) -> dict[str, Any]:
+    found, clone = (count_steps(budget * share, data) for share in SHARES.values())
+    return {
+        "frozen": jc.updates.Frozen(),
+        "tune found": jc.updates.TuneFound(num_steps=found),
+        "clone then tune": jc.updates.CloneThenTune(num_rounds=NUM_ROUNDS, num_steps=clone // NUM_ROUNDS),
+        "shared updates": jc.updates.SharedUpdates(num_updates=NUM_UPDATES),
+    }
+
+
+def measure_case(case: Case, budgets: tuple[int, ...]) -> dict[str, float]:
+    def make() -> dict[str, np.ndarray]:
+        problem, data = make_problem(*case)
+        rows = {}
+        for budget in budgets:
+            policies = make_policies(budget, data)
+            for name, search in SEARCHES.items():
+                # Other searches where it is large, and the policies that do not go on with a search.
+                for policy in policies if name == "actor-critic" else ["frozen", "tune found", "clone then tune"]:
+                    if name == "actor-critic" or budget == budgets[-1]:
+                        title = f"{policy}, {name}/{budget}"
+                        rows |= run(title, policies[policy], search, problem, data, budget, case[1])
+            rows |= run_controls(problem, data, budget, case[1])
+        return {name: np.array(value) for name, value in rows.items()}
+
+    code = (measure_case, make_problem, make_policies, count_steps, run, run_controls, finish, rank, get_parents)
+    name = f"updates-{case[0]}-{case[1]}"
+    arrays = keep(code, name, (case, budgets, list(SEARCHES)), make, uses=tuple(SEARCHES.values()))
+    print(f"{case[0]:12} {case[1]:3}", flush=True)
+    return {name: float(value) for name, value in arrays.items()}
+
+
+def measure_variants(case: Case, budgets: tuple[int, ...]) -> dict[str, float]:
+    problem, data = make_problem(*case)
+    rows, budget, search = {}, budgets[-1], SEARCHES["actor-critic"]
+    for share in VARIANTS["tune found"]:
+        steps = count_steps(budget * share, data)
+        policy: Any = jc.updates.TuneFound(num_steps=steps)
+        rows |= run(f"tune found, share {share}/{budget}", policy, search, problem, data, budget, case[1])
+        policy = jc.updates.CloneThenTune(num_rounds=NUM_ROUNDS, num_steps=max(1, steps // NUM_ROUNDS))
+        rows |= run(f"clone then tune, share {share}/{budget}", policy, search, problem, data, budget, case[1])
+    for num in VARIANTS["shared updates"]:
+        policy = jc.updates.SharedUpdates(num_updates=int(num))
+        rows |= run(f"shared updates, {num}/{budget}", policy, search, problem, data, budget, case[1])
+    return rows
+
+
+def run(
+    title: str, policy: Any, search: Any, problem: jc.Problem, data: jc.Dataset, budget: int, seed: int
+) -> dict[str, float]:
+    """What is found, on test, and the share of the budget that went into gradient steps."""
+    outcome = policy.run(jax.random.key(1000 + seed), search, problem, data.train, budget=budget)
+    row = finish(title, rank(outcome.bank, data, outcome.result.finalists), outcome.bank, data)
+    return {
+        **row,
+        f"{title}/update_share": outcome.update_calls / budget,
+        f"{title}/spent": outcome.result.layer_calls / budget,
+        f"{title}/search_loss": outcome.result.best_loss,
+    }
+
+
+def rank(bank: jc.Bank, data: jc.Dataset, chains: np.ndarray) -> np.ndarray:
+    """The chain with the lowest loss on `select`."""
+    return chains[int(np.argmin(jc.evaluate(jc.Problem(bank, data.select, DEPTH), chains).loss))]
+
+
+def finish(title: str, chain: np.ndarray, bank: jc.Bank, data: jc.Dataset) -> dict[str, float]:
+    out = jc.evaluate(jc.Problem(bank, data.test, DEPTH), chain[None])
+    return {f"{title}/loss": float(out.loss[0]), f"{title}/accuracy": float(out.accuracy[0])}
+
+
+def get_parents(bank: jc.Bank) -> np.ndarray | None:
+    return jc.chain.pad(bank.parents, DEPTH) if bank.parents else None
+
+
+def run_controls(problem: jc.Problem, data: jc.Dataset, budget: int, seed: int) -> dict[str, float]:
+    bank, rows = problem.bank, {}
+    tune_key, draw_key, net_key = jax.random.split(jax.random.key(2000 + seed), 3)
+    lesson = jc.Problem(bank, data.train, DEPTH)
+    tune = partial(jc.tune.tune, tune_key, lesson, num_steps=count_steps(budget, data))
+    layers = jax.random.randint(draw_key, (DEPTH,), 0, bank.num_layers)
+    chain = np.array([*map(int, layers), bank.num_layers], np.int32)
+    rows |= finish(f"random chain, trained on/{budget}", chain, tune(chain), data)
+    net = jc.train.independent(
+        net_key,
+        data.train,
+        layer=bank.layers[0].module,
+        head=bank.heads[0].module,
+        num_nets=1,
+        depth=DEPTH,
+        num_steps=count_steps(budget, data),
+    )
+    rows |= finish(f"net trained from nothing/{budget}", np.array([*range(DEPTH + 1)]), net, data)
+    parents = get_parents(bank)
+    if parents is not None:
+        best = rank(bank, data, parents)
+        rows |= finish(f"best parent, trained on/{budget}", best, tune(best), data)
+    else:
+        rows |= {f"best parent, trained on/{budget}/{what}": np.nan for what in ("loss", "accuracy")}
+    # Those that cost the same at all budgets.
+    rows |= finish("random chain", chain, bank, data)
+    swaps = np.repeat(chain[None], DEPTH * bank.num_layers, axis=0)
+    slots, tokens = np.indices((DEPTH, bank.num_layers)).reshape(2, -1)
+    swaps[np.arange(len(swaps)), slots] = tokens
+    best_swap = swaps[int(np.argmin(jc.evaluate(problem, swaps).loss))]
+    rows |= finish("random chain, best single swap", best_swap, bank, data)
+    chains, out = jc.evaluate_all(problem)
+    rows |= finish("best of all chains", rank(bank, data, chains[np.argsort(out.loss)[:16]]), bank, data)
+    if parents is not None:
+        rows |= finish("best parent", rank(bank, data, parents), bank, data)
+    else:
+        rows |= {f"best parent/{what}": np.nan for what in ("loss", "accuracy")}
+    return rows
+
+
+def summarize(values: np.ndarray) -> list[dict[str, float] | None]:
+    """IQM over all kinds of bank that have the row, then over each kind."""
+    there = values[~np.isnan(values).any(axis=1)]
+    return [
+        jc.stats.iqm(there)._asdict(),
+        *(None if np.isnan(row).any() else jc.stats.iqm(row[None])._asdict() for row in values),
+    ]
+
+
+def compare(rows: dict[str, np.ndarray], budget: int) -> dict[str, dict[str, Any]]:
+    """How likely each row of the actor-critic, and each control, ends lower than each other one on the same bank."""
+    names = [name for name in rows if name.endswith("/loss") and not np.isnan(rows[name]).any()]
+    names = [name for name in names if f"/{budget}/" in name or name.count("/") == 1]
+    return {
+        a.removesuffix("/loss"): {
+            b.removesuffix("/loss"): jc.stats.probability_of_improvement(rows[a], rows[b], num_resamples=500)._asdict()
+            for b in names
+            if b != a
+        }
+        for a in names
+        if "actor-critic" in a
+    }
+
+
+def format_table(summary: dict[str, Any], rows: dict[str, np.ndarray], kinds: Any) -> str:
+    """Markdown: IQM of the loss on test and its 95% interval; accuracy and share of gradient steps as means."""
+    head = ["", "layer calls", "loss on test", *kinds, "accuracy", "for gradients"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name in sorted(summary, key=lambda name: summary[name][0]["value"]):
+        title, _, budget = name.partition("/")
+        whole, *each = summary[name]
+        share = rows.get(f"{name}/update_share")
+        cells = [
+            title,
+            f"{int(budget):,}" if budget else "",
+            f"{whole['value']:.4f} [{whole['low']:.4f}, {whole['high']:.4f}]",
+            *("" if cell is None else f"{cell['value']:.4f}" for cell in each),
+            f"{np.nanmean(rows[f'{name}/accuracy']):.1%}",
+            "" if share is None else f"{share.mean():.0%}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(path: str, rows: dict[str, np.ndarray], budgets: tuple[int, ...]) -> None:
+    """Loss on test of the four policies and the controls, by kind of bank."""
+    names = [
+        *(f"{policy}, actor-critic/{budgets[-1]}" for policy in ("frozen", "tune found", "clone then tune")),
+        f"shared updates, actor-critic/{budgets[-1]}",
+        "best of all chains",
+        f"random chain, trained on/{budgets[-1]}",
+        f"net trained from nothing/{budgets[-1]}",
+    ]
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        estimates = np.array([jc.stats.iqm(row[None]) for row in rows[f"{name}/loss"]])
+        value, low, high = estimates.T
+        place = np.arange(len(value)) + i * width
+        axes.bar(place, value, width, label=name.partition("/")[0], yerr=[value - low, high - value], capsize=2)
+    axes.set_xticks(np.arange(len(KINDS)) + 0.4 - width / 2, [f"{kind} bank" for kind in KINDS])
+    axes.set_ylabel(f"loss on test after {budgets[-1]:,} layer calls")
+    axes.legend(fontsize="small", ncols=2)
+    axes.set_ylim(0, 1.6 * max(float(np.mean(rows[f"{name}/loss"])) for name in names))
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
