@@ -7,7 +7,8 @@ search each, at equal cost: layer calls of the search and of gradient steps toge
 the 16 best chains are ranked again on `select`, and the loss on `test` is reported. Beside them, for the same cost where one is
 given: every chain evaluated (no gradient steps), the best parent as it is and trained on, a random chain as it is, with its best
 single swap, and trained on, and a net of 4 layers trained from nothing. Gradient steps are AdamW's at 1e-3 on minibatches of 128.
-How much of the budget goes into them was chosen on seeds 100 to 103 (`--tune`).
+Half of the budget
+goes into them where a policy has the choice; no size or rate was tuned.
 
 25 minutes on 2 CPU cores; `--quick`: one kind of bank, two seeds, one budget, a minute and a half. Writes updates.json, updates.md
 and updates.png to experiments/results; what was computed is kept, so an interrupted run goes on. To expect at 4,000 layer calls:
@@ -54,24 +55,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--quick", action="store_true", help="one kind, two seeds, one budget; nothing is written")
-    mode.add_argument("--tune", action="store_true", help="other shares, on seeds 100 to 103; nothing is written")
+    parser.add_argument("--quick", action="store_true", help="one kind, two seeds, one budget; nothing is written")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     start = time.perf_counter()
     kinds, seeds, budgets = KINDS, range(args.seeds), BUDGETS
     if args.quick:
         kinds, seeds, budgets = KINDS[:1], range(2), BUDGETS[:1]
-    if args.tune:
-        seeds, budgets = range(100, 104), BUDGETS[1:]
-    measure = measure_variants if args.tune else measure_case
-    rows = measure_all(measure, kinds, seeds, budgets, args.workers)
+    rows = measure_all(kinds, seeds, budgets, args.workers)
     summary = {name: summarize(values) for name, values in rows.items() if name.endswith("/loss")}
     summary = {name.removesuffix("/loss"): row for name, row in summary.items()}
     table = format_table(summary, rows, kinds)
     print(table, flush=True)
-    if args.quick or args.tune:
+    if args.quick:
         return
     ahead = compare(rows, budgets[-1])
     result = {
@@ -95,12 +91,12 @@ def main() -> None:
     write_atomically(args.out / "updates.png", lambda path: draw(path, rows, budgets))
 
 
-def measure_all(measure: Any, kinds: Any, seeds: Any, budgets: Any, workers: int) -> dict[str, np.ndarray]:
+def measure_all(kinds: Any, seeds: Any, budgets: Any, workers: int) -> dict[str, np.ndarray]:
     """Each number of each row, `[kinds, seeds]`."""
     with make_pool(workers) as pool:
         # Neighbours share compiled programs.
         cases = [(kind, seed) for kind in kinds for seed in seeds]
-        found = list(pool.map(partial(measure, budgets=budgets), cases, chunksize=max(1, len(seeds) // workers)))
+        found = list(pool.map(partial(measure_case, budgets=budgets), cases, chunksize=max(1, len(seeds) // workers)))
     shape = len(kinds), len(seeds)
     return {name: np.array([row[name] for row in found]).reshape(shape) for name in found[0]}
 
@@ -139,11 +135,11 @@ def measure_case(case: Case, budgets: tuple[int, ...]) -> dict[str, float]:
         for budget in budgets:
             policies = make_policies(budget, data)
             for name, search in SEARCHES.items():
-                # Other searches where it is large, and the policies that do not go on with a search.
-                for policy in policies if name == "actor-critic" else ["frozen", "tune found", "clone then tune"]:
-                    if name == "actor-critic" or budget == budgets[-1]:
-                        title = f"{policy}, {name}/{budget}"
-                        rows |= run(title, policies[policy], search, problem, data, budget, case[1])
+                if name != "actor-critic" and budget != budgets[-1]:
+                    continue
+                for policy in policies if name == "actor-critic" else ["frozen", "tune found"]:
+                    title = f"{policy}, {name}/{budget}"
+                    rows |= run(title, policies[policy], search, problem, data, budget, case[1])
             rows |= run_controls(problem, data, budget, case[1])
         return {name: np.array(value) for name, value in rows.items()}
 
@@ -152,21 +148,6 @@ def measure_case(case: Case, budgets: tuple[int, ...]) -> dict[str, float]:
     arrays = keep(code, name, (case, budgets, list(SEARCHES)), make, uses=tuple(SEARCHES.values()))
     print(f"{case[0]:12} {case[1]:3}", flush=True)
     return {name: float(value) for name, value in arrays.items()}
-
-
-def measure_variants(case: Case, budgets: tuple[int, ...]) -> dict[str, float]:
-    problem, data = make_problem(*case)
-    rows, budget, search = {}, budgets[-1], SEARCHES["actor-critic"]
-    for share in VARIANTS["tune found"]:
-        steps = count_steps(budget * share, data)
-        policy: Any = jc.updates.TuneFound(num_steps=steps)
-        rows |= run(f"tune found, share {share}/{budget}", policy, search, problem, data, budget, case[1])
-        policy = jc.updates.CloneThenTune(num_rounds=NUM_ROUNDS, num_steps=max(1, steps // NUM_ROUNDS))
-        rows |= run(f"clone then tune, share {share}/{budget}", policy, search, problem, data, budget, case[1])
-    for num in VARIANTS["shared updates"]:
-        policy = jc.updates.SharedUpdates(num_updates=int(num))
-        rows |= run(f"shared updates, {num}/{budget}", policy, search, problem, data, budget, case[1])
-    return rows
 
 
 def run(

@@ -1,0 +1,104 @@
+"""Answers the questions that the project began with: runs every experiment, and writes experiments/README.md.
+
+    python experiments/report.py
+
+The answers stand in questions.md, with [[file > key > ... | format]] in place of each figure: they are filled in from
+experiments/results/file.json, so no figure in README.md is typed by hand. `--write` does only that. Otherwise each script runs in
+turn; what was computed before is kept, so an interrupted run goes on. A script that fails is named at the end, and the others run.
+
+About 5 hours on 2 CPU cores. `--quick`: small sizes of each script, 10 minutes; nothing is written.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from jchain.files import write_atomically
+
+FOLDER = Path(__file__).parent
+# In the order in which they need each other: the first makes tables that others look losses up in.
+SCRIPTS = (
+    "chainbench",
+    "images",
+    "gradient_retrieval",
+    "gradient_trends",
+    "state",
+    "updates",
+    "values",
+    "stopping",
+    "inverse",
+    "arena",
+    "controller",
+)
+# Of other questions than those that the project began with; their small sizes are tested by their own `--quick`.
+NOT_QUICK = ("arena", "controller")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--quick", action="store_true", help="small sizes; nothing is written")
+    mode.add_argument("--write", action="store_true", help="only write README.md from the results that are there")
+    args = parser.parse_args()
+    failed = [] if args.write else run_all(quick=args.quick)
+    if not args.quick:
+        text = render((FOLDER / "questions.md").read_text(), FOLDER / "results")
+        write_atomically(FOLDER / "README.md", lambda path: Path(path).write_text(text))
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def run_all(*, quick: bool) -> list[str]:
+    """Each script in turn; the names of those that failed."""
+    failed, start = [], time.perf_counter()
+    for name in SCRIPTS:
+        if quick and name in NOT_QUICK:
+            continue
+        began = time.perf_counter()
+        print(f"== {name}", flush=True)
+        command = [sys.executable, str(FOLDER / f"{name}.py"), *(["--quick"] if quick else [])]
+        if subprocess.run(command).returncode != 0:
+            failed.append(name)
+        now = time.perf_counter()
+        print(f"== {name}: {now - began:.0f} s, {now - start:.0f} s in all", flush=True)
+    return failed
+
+
+def render(text: str, results: Path) -> str:
+    """The text with each [[file > key > ... | format]] replaced by that value of file.json.
+
+    Raises:
+      ValueError: there is no such file or value.
+    """
+    loaded: dict[str, Any] = {}
+
+    def fill(match: re.Match[str]) -> str:
+        place, _, form = match[1].partition(" | ")
+        name, *keys = place.split(" > ")
+        if name not in loaded:
+            path = results / f"{name}.json"
+            if not path.exists():
+                raise ValueError(f"expected a file for [[{match[1]}]], got no {path}")
+            loaded[name] = json.loads(path.read_text())
+        value = loaded[name]
+        for key in keys:
+            try:
+                value = value[int(key)] if isinstance(value, list) else value[key]
+            except (KeyError, IndexError, ValueError, TypeError):
+                known = ", ".join(value) if isinstance(value, dict) else f"a {type(value).__name__}"
+                raise ValueError(
+                    f"expected a value for [[{match[1]}]], got {known} where {key!r} was looked up"
+                ) from None
+        return f"{value / 60:.0f} minutes" if form == "minutes" else format(value, form)
+
+    return re.sub(r"\[\[(.+?)\]\]", fill, text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
