@@ -106,8 +106,8 @@ def start(bank: Bank, optimizer: optax.GradientTransformation) -> State:
 
 
 def train_on(
-    state: State,
     key: Key[Array, ""],
+    state: State,
     problem: Problem,
     chains: Int[Array, "U L"],
     optimizer: optax.GradientTransformation,
@@ -117,8 +117,8 @@ def train_on(
     The versions of a chain's layers and head rise by one with each. Rows of -1 hold no chain and change nothing.
 
     Args:
-      state: bank and optimizer.
       key: for minibatches.
+      state: bank and optimizer.
       problem: the split to train on, and the loss; its bank is not looked at.
       chains: tokens, `[U, L]`.
       optimizer: that of `start`.

@@ -298,7 +298,7 @@ def _train_round(
     is_there = info.chains[:, 0] != PADDING
     order = jnp.argsort(jnp.where(is_there, jax.random.uniform(draw_key, is_there.shape), 2.0))
     chains = info.chains[order[: policy.num_updates]]
-    tuning = tune_lib.train_on(tuning, train_key, lesson, chains, policy.optimizer)
+    tuning = tune_lib.train_on(train_key, tuning, lesson, chains, policy.optimizer)
     none = jnp.full_like(info.chains[:1], PADDING)
     state, calls = search.refresh(state, problem.with_bank(tuning.bank), none)
     length = count_layers(chains, problem.bank.num_layers)

@@ -83,7 +83,7 @@ def test_training_on_chains_changes_what_they_go_through(two_group_problem):
     chains = jnp.array([[0, 3, 5, -1], [-1, -1, -1, -1], [0, 0, 4, 5]])
     before = tune_lib.start(problem.bank, optax.adam(0.1))
     train_on = jax.jit(tune_lib.train_on, static_argnames="optimizer")
-    after = train_on(before, jax.random.key(0), problem, chains, optimizer=optax.adam(0.1))
+    after = train_on(jax.random.key(0), before, problem, chains, optimizer=optax.adam(0.1))
     np.testing.assert_array_equal(after.bank.versions, [2, 0, 0, 1, 1, 2, 0])
     for token in range(7):
         is_same = same(after.bank.get_params(token), problem.bank.get_params(token))
@@ -95,7 +95,7 @@ def test_training_on_chains_changes_what_they_go_through(two_group_problem):
 
 def test_training_on_one_chain_is_tuning_it(problem):
     chain, key = jnp.array([2, 0, 5, -1]), jax.random.key(4)
-    state = tune_lib.train_on(tune_lib.start(problem.bank, SGD), key, problem, chain[None], SGD)
+    state = tune_lib.train_on(key, tune_lib.start(problem.bank, SGD), problem, chain[None], SGD)
     tuned = jc.tune.tune(key, problem, chain, num_steps=1, optimizer=SGD)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), state.bank, tuned)
 
