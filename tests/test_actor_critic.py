@@ -1,4 +1,6 @@
+import dataclasses
 import pickle
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +25,6 @@ def agent(request, problem):
 def test_it_can_be_sent_to_another_process():
     search = jc.ActorCritic(encoding=jc.WeightEncoding(8))
     assert jax.tree.structure(pickle.loads(pickle.dumps(search))) == jax.tree.structure(search)
-
-
-def test_rank_rewards_by_hand():
-    np.testing.assert_allclose(ac.rank_rewards(jnp.array([2.0, 1.0, jnp.inf, 2.0, 9.0])), [0.25, 1.0, -1.0, 0.25, -0.5])
 
 
 def test_the_elite_is_the_best_different_chains():
@@ -107,31 +105,120 @@ def test_layers_are_never_taken_in_the_last_slot(agent, problem):
     assert np.all(jax.nn.softmax(logits[2]) > 0)
 
 
-def test_the_loss_by_hand(agent, problem):
-    """Actor, entropy and critic terms for one chain, written out in NumPy."""
+class Episode(NamedTuple):
+    """One chain, with what its loss is made of, in NumPy."""
+
+    rollout: ac.Rollout
+    values: np.ndarray  # [3], before each token
+    log_prob: np.ndarray  # [3, E]
+    ratio: np.ndarray  # [3], of the policy now to that of then
+
+
+REWARD = 0.7
+
+
+@pytest.fixture
+def episode(agent, problem):
     search, state = agent
-    controller = Controller(search.encoding)
-    chain, reward = jnp.array([2, 0, 5, -1]), 0.7
-    logits, values = ac.replay_chain(controller, state.params, state.sight, chain, problem)
+    chain = jnp.array([2, 0, 5, -1])
+    logits, values = ac.replay_chain(Controller(search.encoding), state.params, state.sight, chain, problem)
     logits, values = np.asarray(logits, np.float64), np.asarray(values, np.float64)
     log_prob = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    old = np.array([log_prob[t, a] for t, a in enumerate([2, 0, 5])]) - [0.5, 0.0, -0.5]
+    moved = np.array([0.5, 0.0, -0.5])
+    old = log_prob[np.arange(3), [2, 0, 5]] - moved
+    rollout = ac.Rollout(chain[None], jnp.append(jnp.array(old, jnp.float32), 0.0)[None], jnp.array([REWARD]))
+    return Episode(rollout, values[:3], log_prob[:3], np.exp(moved))
+
+
+def loss_of(search, state, rollout, problem):
+    return search._rollout_loss(state.params, Controller(search.encoding), state.sight, rollout, problem)
+
+
+def add_up(search, actor, log_prob, error):
+    """Actor, entropy and critic terms; means run over the L = 4 slots."""
+    entropy = -np.sum(np.exp(log_prob) * log_prob, axis=1)
+    critic = search.critic_weight * 0.5 * np.sum(error**2)
+    return (-actor.sum() - search.entropy_weight * entropy.sum() + critic) / 4
+
+
+def test_the_loss_by_hand(agent, episode, problem):
+    search, state = agent
     # lambda returns backward: G_t = r_t + (1 - lambda) v_{t+1} + lambda G_{t+1}
-    lam, returns = search.lambda_, np.zeros(3)
-    returns[2] = reward
+    lam, returns, values = search.lambda_, np.zeros(3), episode.values
+    returns[2] = REWARD
     for t in (1, 0):
         returns[t] = (1 - lam) * values[t + 1] + lam * returns[t + 1]
-    advantage = returns - values[:3]
-    ratio = np.exp([0.5, 0.0, -0.5])
-    surrogate = np.minimum(ratio * advantage, np.clip(ratio, 0.8, 1.2) * advantage)
-    entropy = -np.sum(np.exp(log_prob[:3]) * log_prob[:3], axis=1)
-    # Means run over the L = 4 slots.
-    expected = (
-        -surrogate.sum() - search.entropy_weight * entropy.sum() + search.critic_weight * 0.5 * np.sum(advantage**2)
-    ) / 4
-    rollout = ac.Rollout(chain[None], jnp.append(jnp.array(old, jnp.float32), 0.0)[None], jnp.array([reward]))
-    loss = search._ppo_loss(state.params, controller, state.sight, rollout, problem)
-    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    advantage = returns - values
+    surrogate = np.minimum(episode.ratio * advantage, np.clip(episode.ratio, 0.8, 1.2) * advantage)
+    expected = add_up(search, surrogate, episode.log_prob, advantage)
+    np.testing.assert_allclose(loss_of(search, state, episode.rollout, problem), expected, rtol=1e-4)
+
+
+def test_the_loss_with_replay_by_hand(agent, episode, problem):
+    search, state = agent
+    search = dataclasses.replace(search, num_replays=1)
+    lam, values, clipped = search.lambda_, episode.values, np.minimum(episode.ratio, 1.0)
+    following, rewards = np.append(values[1:], 0.0), np.array([0.0, 0.0, REWARD])
+    # v_s - V(x_s) = rho_s (r_s + V(x_{s+1}) - V(x_s)) + lambda c_s (v_{s+1} - V(x_{s+1})), arXiv:1802.01561 (1)
+    error = np.zeros(4)
+    for t in (2, 1, 0):
+        error[t] = clipped[t] * (rewards[t] + following[t] - values[t]) + lam * clipped[t] * error[t + 1]
+    # rho_s (r_s + v_{s+1} - V(x_s)), with the error of the next step mixed in by lambda.
+    advantage = clipped * (rewards + following + lam * error[1:] - values)
+    chosen = episode.log_prob[np.arange(3), [2, 0, 5]]
+    expected = add_up(search, advantage * chosen, episode.log_prob, error[:3])
+    np.testing.assert_allclose(loss_of(search, state, episode.rollout, problem), expected, rtol=1e-4)
+
+
+def test_the_oldest_chains_make_room(problem):
+    replay = ac.empty_replay(3, problem)
+    bare = jnp.array([[4, -1, -1, -1], [5, -1, -1, -1]], jnp.int32)
+    log_prob = jnp.zeros((2, 4)).at[:, 0].set(jnp.array([-1.0, -2.0]))
+    replay = ac.remember(replay, bare, log_prob, jnp.array([1.0, 2.0]))
+    drawn = ac.recall(jax.random.key(0), replay, 50)
+    assert set(np.asarray(drawn[2]).tolist()) == {1.0, 2.0}
+    np.testing.assert_array_equal(drawn[0][:, 0], np.where(drawn[2] == 1.0, 4, 5))
+    np.testing.assert_array_equal(drawn[1][:, 0], -drawn[2])
+    replay = ac.remember(replay, bare, log_prob, jnp.array([3.0, 4.0]))
+    assert set(np.asarray(ac.recall(jax.random.key(0), replay, 50)[2]).tolist()) == {2.0, 3.0, 4.0}
+
+
+def test_value_by_hand(agent, problem):
+    """What the critic's two layers make of the encoding, walked by hand."""
+    search, state = agent
+    chains = np.array([[2, 0, 5, -1], [4, -1, -1, -1], [3, 3, 1, 4]])
+    found = search.value(state, jnp.asarray(chains), problem)
+    log_prob = search.policy(state, jnp.asarray(chains), problem)
+    params, encoding = state.params["controller"]["params"], search.encoding
+    bound = {"params": params["encoding"]}
+    for row, chain in enumerate(chains):
+        carry = encoding.apply(bound, state.sight.entries, method="initial_carry")
+        is_over = False
+        for slot, token in enumerate(chain):
+            seen = encoding.apply(bound, carry, method="read")
+            hidden = np.maximum(seen @ params["value_hidden"]["kernel"] + params["value_hidden"]["bias"], 0)
+            value = (hidden @ params["value_out"]["kernel"] + params["value_out"]["bias"])[0]
+            np.testing.assert_allclose(found[row, slot], 0.0 if is_over else value, rtol=1e-4, atol=1e-5)
+            if not is_over:
+                np.testing.assert_allclose(np.exp(log_prob[row, slot]).sum(), 1.0, rtol=1e-5)
+            is_over |= token >= 4
+            carry = encoding.apply(bound, carry, jnp.array(max(token, 0)), state.sight.entries, method="advance")
+
+
+@pytest.mark.slow
+def test_the_critic_learns_the_value_of_its_policy(problem):
+    """With rewards of a fixed scale and a policy that hardly moves: the mean reward of the chains that it takes."""
+    search = jc.ActorCritic(
+        num_chains=64, learning_rate=1e-2, imitation_weight=0.0, restart_rate=0.0, lambda_=1.0, entropy_weight=50.0,
+        reward_fn=jc.rewards.log_rewards, num_replays=16,
+    )  # fmt: skip
+    state, step = search.init(jax.random.key(0), problem), jax.jit(search.step)
+    rewards = []
+    for key in jax.random.split(jax.random.key(1), 100):
+        state, info = step(key, state, problem)
+        rewards.append(np.asarray(jc.rewards.log_rewards(info.loss)).mean())
+    root = search.value(state, info.chains[:1], problem)[0, 0]
+    assert abs(float(root) - np.mean(rewards[50:])) < 0.1
 
 
 def test_the_policy_improves(problem):

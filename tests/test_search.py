@@ -24,11 +24,15 @@ SEARCHES = {
     "MCTS": jc.MCTS(num_simulations=6),
     "ActorCritic": jc.ActorCritic(encoding=jc.TokenEncoding(features=8), num_chains=6),
     "ActorCritic-scores": jc.ActorCritic(encoding=jc.TokenEncoding(features=8), num_chains=6, score_kind="linearized"),
+    "ActorCritic-replay": jc.ActorCritic(
+        encoding=jc.TokenEncoding(features=8), num_chains=6, num_replays=4, replay_size=10
+    ),
     "ActorCritic-weights": jc.ActorCritic(encoding=jc.WeightEncoding(features=8), num_chains=6),
 }
 RATES = {
     "ActorCritic": {"learning_rate": 0.1, "restart_rate": 0.9},
     "ActorCritic-weights": {"entropy_weight": 1.0},
+    "ActorCritic-replay": {"lambda_": 0.5},
     "QLearning": {"learning_rate": 0.5, "min_epsilon": 0.2},
     "MCTS": {"gumbel_scale": 0.5},
     "TargetPropagation": {"rate": 0.5},
@@ -203,6 +207,8 @@ def test_works_without_layers_to_choose(name, search):
         (jc.ActorCritic, {"num_chains": 1}),
         (jc.ActorCritic, {"num_epochs": 0}),
         (jc.ActorCritic, {"num_elites": 0}),
+        (jc.ActorCritic, {"num_replays": -1}),
+        (jc.ActorCritic, {"num_replays": 4, "replay_size": 8}),
         (jc.LocalSearch, {"num_chains": 0}),
         (jc.Evolution, {"tournament_size": 0}),
         (jc.Evolution, {"population_size": 4, "num_chains": 5}),

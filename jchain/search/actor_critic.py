@@ -3,7 +3,8 @@
 PPO: Schulman et al. 2017, arXiv:1707.06347, losses from rlax. Imitation: priority queue training, Abolafia et al. 2018,
 arXiv:1801.03526. Restarts: go back to what was good, then explore, Ecoffet et al. 2021, arXiv:2004.12919. One step samples
 chains from the policy, scores them together, so that shared prefixes are charged once, and updates the controller on them
-and on the best ones so far a few times.
+and on the best ones so far a few times. With replay, earlier chains join them, and V-trace (Espeholt et al. 2018,
+arXiv:1802.01561) corrects for the policy having moved since.
 """
 
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from jchain.gradient import KINDS
 from jchain.memo import Memo
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
+from jchain.rewards import rank_rewards
 from jchain.search.base import Info, Pool, empty_pool, merge
 
 
@@ -43,6 +45,7 @@ class State(NamedTuple):
     sight: Sight
     elite: Pool
     memo: Memo
+    replay: "Replay | None"  # None where nothing is replayed
 
 
 class Rollout(NamedTuple):
@@ -51,6 +54,15 @@ class Rollout(NamedTuple):
     chains: Int[Array, "P L"]  # [P, L]
     log_prob: Float[Array, "P L"]  # [P, L], of the actions when they were taken
     reward: Float[Array, "P"]  # [P], at the step that takes the head
+
+
+class Replay(NamedTuple):
+    """The last chains, as a ring."""
+
+    chains: Int[Array, "R L"]  # [R, L]
+    log_prob: Float[Array, "R L"]  # [R, L], of the tokens when they were taken
+    loss: Float[Array, "R"]
+    num_stored: Int[Array, ""]  # since the start
 
 
 @pytree_dataclass
@@ -73,6 +85,10 @@ class ActorCritic:
         at each slot, and that are charged; none when None.
       entry_features: what is seen of the bank's entries, `[N + K, D]`: `jchain.encoding.entry_features`, or
         `jchain.lookup.entry_features` where losses are looked up.
+      num_replays: earlier chains that join each update, with V-trace in place of PPO for all; the tokens of a prefix that was
+        kept count as taken by the policy.
+      replay_size: chains that are remembered for it, R.
+      reward_fn: rewards of the chains of an update from their losses: of `jchain.rewards`.
     """
 
     encoding: Any = static(default=TokenEncoding())
@@ -88,6 +104,9 @@ class ActorCritic:
     num_elites: int = static(default=16)
     entry_features: Callable[[Bank], Float[Array, "E D"]] = static(default=entry_features)
     score_kind: str | None = static(default=None)
+    num_replays: int = static(default=0)
+    replay_size: int = static(default=1024)
+    reward_fn: Callable[[Float[Array, "P"]], Float[Array, "P"]] = static(default=rank_rewards)
 
     def __post_init__(self) -> None:
         if self.score_kind is not None and self.score_kind not in KINDS:
@@ -96,6 +115,11 @@ class ActorCritic:
             raise ValueError(
                 f"expected num_chains of at least 2, num_epochs and num_elites of at least 1, got {self.num_chains}, "
                 f"{self.num_epochs} and {self.num_elites}"
+            )
+        if self.num_replays < 0 or self.replay_size < self.num_chains:
+            raise ValueError(
+                f"expected num_replays of at least 0 and a replay_size of at least num_chains, got {self.num_replays} and "
+                f"{self.replay_size}"
             )
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
@@ -106,18 +130,26 @@ class ActorCritic:
             params["advice"], advice = advice_lib.init_weights(), advice_lib.init(problem)
         elite = empty_pool(self.num_elites, problem)
         sight = Sight(entries, advice)
-        return State(params, self._optimizer().init(params), sight, elite, memo_lib.init(problem))
+        replay = empty_replay(self.replay_size, problem) if self.num_replays else None
+        return State(params, self._optimizer().init(params), sight, elite, memo_lib.init(problem), replay)
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         controller = Controller(self.encoding)
         sight, advice_calls = self._look(state, problem)
+        replay, replay_key = state.replay, key
+        if replay is not None:
+            key, replay_key = jax.random.split(key)
         keys = jax.random.split(key, (2, self.num_chains))
         prefixes = jax.vmap(lambda k: draw_prefix(k, state.elite, jnp.asarray(self.restart_rate), problem))(keys[0])
         chains, log_prob = jax.vmap(
             lambda k, prefix: sample_chain(k, controller, state.params, sight, prefix, problem)
         )(keys[1], prefixes)
         memo, loss, layer_calls = memo_lib.score(state.memo, problem, chains)
-        rollout = Rollout(chains, log_prob, rank_rewards(loss))
+        joined = chains, log_prob, loss
+        if replay is not None:
+            replay = remember(replay, chains, log_prob, loss)
+            joined = jax.tree.map(lambda *a: jnp.concatenate(a), joined, recall(replay_key, replay, self.num_replays))
+        rollout = Rollout(joined[0], joined[1], self.reward_fn(joined[2]))
         elite = merge(state.elite, chains, loss)
 
         def update(carry: Any, _: None) -> Any:
@@ -128,7 +160,24 @@ class ActorCritic:
 
         (params, opt_state), _ = jax.lax.scan(update, (state.params, state.opt_state), length=self.num_epochs)
         info = Info(chains, loss, layer_calls + advice_calls)
-        return State(params, opt_state, sight, elite, memo), info
+        return State(params, opt_state, sight, elite, memo, replay), info
+
+    def value(self, state: State, chains: Int[Array, "P L"], problem: Problem) -> Float[Array, "P L"]:
+        """What the critic predicts before each token of chains: the reward that its policy will get. 0 behind the head.
+
+        The unit is that of `reward_fn`; ranks have none.
+        """
+        _, values = self._replay(state, chains, problem)
+        length = count_layers(chains, problem.bank.num_layers)[:, None]
+        return jnp.where(jnp.arange(chains.shape[1])[None] <= length, values, 0.0)
+
+    def policy(self, state: State, chains: Int[Array, "P L"], problem: Problem) -> Float[Array, "P L E"]:
+        """Log-probabilities of all tokens before each token of chains; what stands behind the head means nothing."""
+        return jax.nn.log_softmax(self._replay(state, chains, problem)[0])
+
+    def _replay(self, state: State, chains: Int[Array, "P L"], problem: Problem) -> tuple[Array, Array]:
+        controller = Controller(self.encoding)
+        return jax.vmap(lambda chain: replay_chain(controller, state.params, state.sight, chain, problem))(chains)
 
     def _look(self, state: State, problem: Problem) -> tuple[Sight, Int[Array, ""]]:
         """What is seen now, and the layer calls that it costs."""
@@ -143,10 +192,10 @@ class ActorCritic:
     def _loss(
         self, params: PyTree, controller: Controller, sight: Sight, rollout: Rollout, elite: Pool, problem: Problem
     ) -> Float[Array, ""]:
-        loss = self._ppo_loss(params, controller, sight, rollout, problem)
+        loss = self._rollout_loss(params, controller, sight, rollout, problem)
         return loss + self.imitation_weight * imitation_loss(params, controller, sight, elite, problem)
 
-    def _ppo_loss(
+    def _rollout_loss(
         self, params: PyTree, controller: Controller, sight: Sight, rollout: Rollout, problem: Problem
     ) -> Float[Array, ""]:
         import rlax
@@ -158,27 +207,56 @@ class ActorCritic:
         reward = jnp.where(slots == length, rollout.reward[:, None], 0.0)
         discount = (slots < length).astype(values.dtype)
         next_values = jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
-        td_error = jax.vmap(rlax.td_lambda, in_axes=(0, 0, 0, 0, None))(
-            values, reward, discount, next_values, jnp.asarray(self.lambda_, values.dtype)
-        )
-        # The lambda return minus the value is the advantage (generalized advantage estimation).
-        advantage = jax.lax.stop_gradient(td_error)
         ratio = jnp.exp(take_log_prob(logits, rollout.chains) - rollout.log_prob)
-        actor = jax.vmap(rlax.clipped_surrogate_pg_loss, in_axes=(0, 0, None))(ratio, advantage * is_step, self.clip)
+        lambda_ = jnp.asarray(self.lambda_, values.dtype)
+        if self.num_replays:
+            # Without gradient: V-trace's is that of the log-probabilities, weighted by the clipped ratio.
+            out = jax.vmap(rlax.vtrace_td_error_and_advantage, in_axes=(0, 0, 0, 0, 0, None))(
+                values, next_values, reward, discount, jax.lax.stop_gradient(ratio), lambda_
+            )
+            td_error, advantage = out.errors, jax.lax.stop_gradient(out.pg_advantage)
+            actions = jnp.maximum(rollout.chains, 0)
+            actor = jax.vmap(rlax.policy_gradient_loss)(logits, actions, advantage, is_step)
+        else:
+            td_error = jax.vmap(rlax.td_lambda, in_axes=(0, 0, 0, 0, None))(
+                values, reward, discount, next_values, lambda_
+            )
+            # The lambda return minus the value is the advantage (generalized advantage estimation).
+            advantage = jax.lax.stop_gradient(td_error)
+            actor = jax.vmap(rlax.clipped_surrogate_pg_loss, in_axes=(0, 0, None))(
+                ratio, advantage * is_step, self.clip
+            )
         entropy = jax.vmap(rlax.entropy_loss)(logits, is_step)
         critic = 0.5 * jnp.mean(jnp.square(td_error) * is_step, axis=1)
         return jnp.mean(actor + self.entropy_weight * entropy + self.critic_weight * critic)
 
 
-def rank_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
-    """Minus the loss, as its rank among the chains of the step, in -1..1; equal losses get equal rewards.
+def empty_replay(size: int, problem: Problem) -> Replay:
+    """Places for so many chains."""
+    shape = (size, problem.max_layers + 1)
+    return Replay(
+        jnp.full(shape, PADDING, jnp.int32), jnp.zeros(shape), jnp.full(size, jnp.inf), jnp.zeros((), jnp.int32)
+    )
 
-    Losses of a bank span orders of magnitude, and near the optimum what is left to gain is far smaller than their spread:
-    ranks keep both ends in sight (rank-based shaping, Wierstra et al. 2014, JMLR 15).
-    """
-    is_better = jnp.sum(loss[:, None] < loss[None], axis=1)
-    is_worse = jnp.sum(loss[:, None] > loss[None], axis=1)
-    return (is_better - is_worse) / (loss.shape[0] - 1)
+
+def remember(
+    replay: Replay, chains: Int[Array, "P L"], log_prob: Float[Array, "P L"], loss: Float[Array, "P"]
+) -> Replay:
+    """With these chains in the place of the oldest."""
+    place = (replay.num_stored + jnp.arange(chains.shape[0])) % replay.loss.shape[0]
+    return Replay(
+        replay.chains.at[place].set(chains),
+        replay.log_prob.at[place].set(log_prob),
+        replay.loss.at[place].set(loss.astype(replay.loss.dtype)),
+        replay.num_stored + chains.shape[0],
+    )
+
+
+def recall(key: Key[Array, ""], replay: Replay, num: int) -> tuple[Array, Array, Array]:
+    """Chains, log-probabilities and losses of some that are remembered; one may come more than once."""
+    num_there = jnp.minimum(replay.num_stored, replay.loss.shape[0])
+    row = jax.random.randint(key, (num,), 0, num_there)
+    return replay.chains[row], replay.log_prob[row], replay.loss[row]
 
 
 def draw_prefix(key: Key[Array, ""], elite: Pool, restart_rate: Float[Array, ""], problem: Problem) -> Int[Array, "L"]:
