@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from arena import describe_search
 from matplotlib.figure import Figure
 from records import CHAINBENCH, correlate, describe_machine, keep, look_up
 
@@ -40,7 +41,7 @@ NUM_RECENT = 4  # steps whose chains say where the policy goes
 PART = 16  # steps between two looks of the host
 MAX_FREE_STEPS = 100  # a run that charges nothing so often is over, as in jc.run
 PURE = {"imitation_weight": 0.0, "restart_rate": 0.0}
-RATES = {"learning_rate": 3e-3, "entropy_weight": 0.5}
+RATES = {"learning_rate": 3e-2, "entropy_weight": 0.5}
 
 
 def make_agent(**changes: Any) -> jc.ActorCritic:
@@ -52,11 +53,13 @@ RULES: dict[str, Any] = {
     "TD(0.5)": {"lambda_": 0.5},
     "Monte Carlo": {"lambda_": 1.0},
     "V-trace, replay": {"lambda_": 1.0, "num_replays": 32},
-    "TD(0.95) of ranks": {"lambda_": 0.95, "reward_fn": jc.rewards.rank_rewards},
 }
+RANKS = "TD(0.95) of ranks"  # as the actor-critic is by default
 AGENTS: dict[str, Any] = {
     **{name: make_agent(**rule) for name, rule in RULES.items()},
+    RANKS: jc.ActorCritic(),
     **{f"{name}, pure": make_agent(**rule, **PURE) for name, rule in RULES.items()},
+    f"{RANKS}, pure": jc.ActorCritic(**PURE),
     "Q-learning": jc.QLearning(learning_rate=0.3, reward_fn=jc.rewards.log_rewards),
     "critic search": jc.CriticSearch(),
 }
@@ -131,7 +134,7 @@ def main() -> None:
             "seeds": seeds,
             "budgets": BUDGETS,
             "rates": RATES,
-            "searches": {name: " ".join(repr(search).split()) for name, search in {**agents, **CONTROLS}.items()},
+            "searches": {name: describe_search(search) for name, search in {**agents, **CONTROLS}.items()},
         },
         "seconds": round(time.perf_counter() - start),
         "summary": summary,
@@ -153,7 +156,7 @@ def measure_all(name: str, search: Any, problems: dict[str, Any], seeds: int) ->
     start, rows = time.perf_counter(), []
     for problem_name, solved in problems.items():
         leaves = [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(search)]
-        inputs = (problem_name, solved.loss["search"].tobytes(), name, repr(search), leaves, seeds)
+        inputs = (problem_name, solved.loss["search"].tobytes(), describe_search(search), leaves, seeds)
         code = (measure, run_agent, advance, read, judge, judge_policy, know)
         make = partial(measure, search, solved, seeds)
         rows.append(keep(code, f"values-{name}-{problem_name}".replace(" ", "-"), inputs, make, uses=(search,)))
@@ -214,7 +217,9 @@ def start(key: Any, search: Any, problem: jc.Problem) -> Track:
     recent = jnp.full((NUM_RECENT, *shapes.chains.shape), -1, jnp.int32)
     kept = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(BUDGETS)), read(search, state))
     zero, visited = jnp.zeros((), jnp.int32), jnp.stack([recent] * len(BUDGETS))
-    return Track(key, state, zero, zero, jnp.array(False), recent, jnp.full(len(BUDGETS), jnp.inf), kept, visited)
+    # Of the types that a step returns, so that there is one program.
+    best = jnp.full(len(BUDGETS), jnp.inf, jnp.float32)
+    return Track(key, state, zero, zero, jnp.array(False), recent, best, kept, visited)
 
 
 def advance(track: Track, search: Any, problem: jc.Problem) -> Track:
@@ -458,15 +463,15 @@ def tune(folder: Path) -> None:
     """Rates of TD(0.5), on one problem of even number of each data set."""
     names = find_problems(folder, slice(0, None, 2))
     chosen = [next(name for name in names if name.startswith(data)) for data in jc.chainbench.DATA]
-    problems = [jc.chainbench.load(folder, name) for name in chosen]
+    solved = [jc.chainbench.load(folder, name) for name in chosen]
+    problems = [(one, one.lookup()) for one in solved]
     for pure in ({}, PURE):
-        for learning_rate in (3e-3, 1e-2, 3e-2):
-            for entropy_weight in (0.02, 0.1, 0.5):
-                rates = {"learning_rate": learning_rate, "entropy_weight": entropy_weight}
-                search = make_agent(lambda_=0.5, **pure, **rates)
-                regret = np.array([solved.regret(run_agent(search, solved.lookup(), 5).best) for solved in problems])
-                means = [jc.stats.iqm(regret[:, :, b], num_resamples=2).value for b in range(len(BUDGETS))]
-                print("pure" if pure else "full", rates, np.round(means, 4), flush=True)
+        for learning_rate, entropy_weight in ((3e-3, 0.5), (1e-2, 0.5), (3e-2, 0.5)):
+            rates = {"learning_rate": learning_rate, "entropy_weight": entropy_weight}
+            search = make_agent(lambda_=0.5, **pure, **rates)
+            regret = np.array([solved.regret(run_agent(search, problem, 5).best) for solved, problem in problems])
+            means = [jc.stats.iqm(regret[:, :, b], num_resamples=2).value for b in range(len(BUDGETS))]
+            print("pure" if pure else "full", rates, np.round(means, 4), flush=True)
 
 
 if __name__ == "__main__":

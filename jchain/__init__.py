@@ -11,6 +11,7 @@ from jchain import (
     distributed,
     encoding,
     env,
+    features,
     gradient,
     ideal,
     inverse,
@@ -26,7 +27,7 @@ from jchain import (
 from jchain.bank import Bank, LayerGroup
 from jchain.critic import Critic
 from jchain.data import Batch, Dataset
-from jchain.encoding import TokenEncoding, WeightEncoding
+from jchain.encoding import JointEncoding, ObservedEncoding, TokenEncoding, WeightEncoding
 from jchain.engine import Blocks, Share, Walk, compiler_options
 from jchain.evaluate import Evaluation, Explanation, apply_chain, evaluate, evaluate_all, evaluate_prefixes, explain
 from jchain.gradient import swap_scores
@@ -66,10 +67,12 @@ __all__ = [
     "Explanation",
     "Fused",
     "Info",
+    "JointEncoding",
     "LayerGroup",
     "LinearizedSearch",
     "LocalSearch",
     "MeetInTheMiddle",
+    "ObservedEncoding",
     "Problem",
     "QLearning",
     "RandomSearch",
@@ -93,6 +96,7 @@ __all__ = [
     "evaluate_all",
     "evaluate_prefixes",
     "explain",
+    "features",
     "gradient",
     "ideal",
     "inverse",

@@ -6,12 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import make_bank
 
 import jchain as jc
+from jchain import glimpse
 from jchain.chain import PADDING
 from jchain.encoding import Controller
 from jchain.search import actor_critic as ac
 from jchain.search import base
+
+NOTHING = jnp.zeros((4, 0))  # seen of a chain
 
 
 @pytest.fixture(scope="module", params=[jc.TokenEncoding(8), jc.WeightEncoding(8)])
@@ -61,7 +65,7 @@ def test_chains_go_on_from_their_prefix(agent, problem):
     search, state = agent
     controller, prefix = Controller(search.encoding), jnp.array([3, 1, -1, -1])
     keys = jax.random.split(jax.random.key(0), 32)
-    chains, _ = jax.vmap(lambda k: ac.sample_chain(k, controller, state.params, state.sight, prefix, problem))(keys)
+    chains = jax.vmap(lambda k: ac.sample_chain(k, controller, state.params, state.sight, prefix, problem))(keys).chain
     jc.chain.validate(chains, 4, 2, 3)
     np.testing.assert_array_equal(chains[:, :2], np.tile([3, 1], (32, 1)))
     assert len(np.unique(chains, axis=0)) > 1
@@ -72,12 +76,12 @@ def test_imitation_is_the_mean_log_likelihood_of_the_elite(agent, problem):
     controller, chains = Controller(search.encoding), jnp.array([[2, 0, 5, -1], [4, -1, -1, -1], [-1, -1, -1, -1]])
     expected = 0.0
     for chain, num_tokens in ((chains[0], 3), (chains[1], 1)):
-        logits, _ = ac.replay_chain(controller, state.params, state.sight, chain, problem)
+        logits, _ = ac.replay_chain(controller, state.params, state.sight, chain, NOTHING, problem)
         log_prob = np.asarray(jax.nn.log_softmax(logits))
         # Two chains, L = 4 slots.
         expected -= sum(log_prob[t, chain[t]] for t in range(num_tokens)) / 4 / 2
     elite = base.Pool(chains, jnp.array([1.0, 2.0, jnp.inf]))
-    loss = ac.imitation_loss(state.params, controller, state.sight, elite, problem)
+    loss = ac.imitation_loss(state.params, controller, state.sight, elite, jnp.zeros((3, 4, 0)), problem)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
 
@@ -86,9 +90,10 @@ def test_replay_gives_the_log_probabilities_of_the_rollout(agent, problem):
     controller = Controller(search.encoding)
     nothing = jnp.full(4, PADDING)
     for seed in range(6):
-        chain, log_prob = ac.sample_chain(jax.random.key(seed), controller, state.params, state.sight, nothing, problem)
+        sample = ac.sample_chain(jax.random.key(seed), controller, state.params, state.sight, nothing, problem)
+        chain, log_prob = sample.chain, sample.log_prob
         jc.chain.validate(chain, 4, 2, 3)
-        logits, values = ac.replay_chain(controller, state.params, state.sight, chain, problem)
+        logits, values = ac.replay_chain(controller, state.params, state.sight, chain, NOTHING, problem)
         length = int(jc.chain.count_layers(chain, 4))
         expected = jax.nn.log_softmax(logits)[jnp.arange(length + 1), chain[: length + 1]]
         np.testing.assert_allclose(log_prob[: length + 1], expected, rtol=1e-4, atol=1e-5)
@@ -98,9 +103,8 @@ def test_replay_gives_the_log_probabilities_of_the_rollout(agent, problem):
 
 def test_layers_are_never_taken_in_the_last_slot(agent, problem):
     search, state = agent
-    logits, _ = ac.replay_chain(
-        Controller(search.encoding), state.params, state.sight, jnp.array([0, 1, 2, 4]), problem
-    )
+    controller, chain = Controller(search.encoding), jnp.array([0, 1, 2, 4])
+    logits, _ = ac.replay_chain(controller, state.params, state.sight, chain, NOTHING, problem)
     assert np.all(jax.nn.softmax(logits[3])[:4] == 0)
     assert np.all(jax.nn.softmax(logits[2]) > 0)
 
@@ -121,12 +125,14 @@ REWARD = 0.7
 def episode(agent, problem):
     search, state = agent
     chain = jnp.array([2, 0, 5, -1])
-    logits, values = ac.replay_chain(Controller(search.encoding), state.params, state.sight, chain, problem)
+    controller = Controller(search.encoding)
+    logits, values = ac.replay_chain(controller, state.params, state.sight, chain, NOTHING, problem)
     logits, values = np.asarray(logits, np.float64), np.asarray(values, np.float64)
     log_prob = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     moved = np.array([0.5, 0.0, -0.5])
     old = log_prob[np.arange(3), [2, 0, 5]] - moved
-    rollout = ac.Rollout(chain[None], jnp.append(jnp.array(old, jnp.float32), 0.0)[None], jnp.array([REWARD]))
+    old = jnp.append(jnp.array(old, jnp.float32), 0.0)
+    rollout = ac.Rollout(chain[None], old[None], jnp.array([REWARD]), NOTHING[None])
     return Episode(rollout, values[:3], log_prob[:3], np.exp(moved))
 
 
@@ -171,16 +177,22 @@ def test_the_loss_with_replay_by_hand(agent, episode, problem):
 
 
 def test_the_oldest_chains_make_room(problem):
-    replay = ac.empty_replay(3, problem)
-    bare = jnp.array([[4, -1, -1, -1], [5, -1, -1, -1]], jnp.int32)
-    log_prob = jnp.zeros((2, 4)).at[:, 0].set(jnp.array([-1.0, -2.0]))
-    replay = ac.remember(replay, bare, log_prob, jnp.array([1.0, 2.0]))
-    drawn = ac.recall(jax.random.key(0), replay, 50)
-    assert set(np.asarray(drawn[2]).tolist()) == {1.0, 2.0}
-    np.testing.assert_array_equal(drawn[0][:, 0], np.where(drawn[2] == 1.0, 4, 5))
-    np.testing.assert_array_equal(drawn[1][:, 0], -drawn[2])
-    replay = ac.remember(replay, bare, log_prob, jnp.array([3.0, 4.0]))
-    assert set(np.asarray(ac.recall(jax.random.key(0), replay, 50)[2]).tolist()) == {2.0, 3.0, 4.0}
+    def make(losses):
+        chains = jnp.array([[4, -1, -1, -1], [5, -1, -1, -1]], jnp.int32)
+        log_prob = jnp.zeros((2, 4)).at[:, 0].set(-losses)
+        return ac.Sample(chains, log_prob, jnp.zeros((2, 4, 1)) + losses[:, None, None], losses)
+
+    def draw(replay):
+        return ac.recall(jax.random.key(0), replay, 50)
+
+    replay = ac.remember(ac.empty_replay(3, problem, jnp.zeros(1)), make(jnp.array([1.0, 2.0])))
+    drawn = draw(replay)
+    assert set(np.asarray(drawn.loss).tolist()) == {1.0, 2.0}
+    np.testing.assert_array_equal(drawn.chain[:, 0], np.where(drawn.loss == 1.0, 4, 5))
+    np.testing.assert_array_equal(drawn.log_prob[:, 0], -drawn.loss)
+    np.testing.assert_array_equal(drawn.features[:, 2, 0], drawn.loss)
+    replay = ac.remember(replay, make(jnp.array([3.0, 4.0])))
+    assert set(np.asarray(draw(replay).loss).tolist()) == {2.0, 3.0, 4.0}
 
 
 def test_value_by_hand(agent, problem):
@@ -192,7 +204,7 @@ def test_value_by_hand(agent, problem):
     params, encoding = state.params["controller"]["params"], search.encoding
     bound = {"params": params["encoding"]}
     for row, chain in enumerate(chains):
-        carry = encoding.apply(bound, state.sight.entries, method="initial_carry")
+        carry = encoding.apply(bound, state.sight.entries, NOTHING[0], method="initial_carry")
         is_over = False
         for slot, token in enumerate(chain):
             seen = encoding.apply(bound, carry, method="read")
@@ -202,7 +214,9 @@ def test_value_by_hand(agent, problem):
             if not is_over:
                 np.testing.assert_allclose(np.exp(log_prob[row, slot]).sum(), 1.0, rtol=1e-5)
             is_over |= token >= 4
-            carry = encoding.apply(bound, carry, jnp.array(max(token, 0)), state.sight.entries, method="advance")
+            carry = encoding.apply(
+                bound, carry, jnp.array(max(token, 0)), state.sight.entries, NOTHING[0], method="advance"
+            )
 
 
 @pytest.mark.slow
@@ -230,3 +244,46 @@ def test_the_policy_improves(problem):
         state, info = step(key, state, problem)
         losses.append(np.asarray(info.loss))
     assert np.mean(losses[-1]) < np.quantile(losses[0], 0.1)
+
+
+OBSERVING = jc.JointEncoding((jc.TokenEncoding(8), jc.ObservedEncoding(jc.features.observe_activations, 8)))
+
+
+def test_what_is_seen_is_kept_beside_chains(problem):
+    """Of sampled, replayed and best chains it is what walking them anew shows, so updates see what the policy saw."""
+    search = jc.ActorCritic(encoding=OBSERVING, num_chains=6, num_replays=4, replay_size=8, restart_rate=0.5)
+    state, step = jax.jit(search.init)(jax.random.key(0), problem), jax.jit(search.step)
+    for key in jax.random.split(jax.random.key(1), 3):
+        state, info = step(key, state, problem)
+    look = jax.jit(jax.vmap(lambda chain: glimpse.follow(OBSERVING.observe, problem, chain)))
+    assert np.ptp(look(info.chains)[:, 1]) > 0
+    for chains, features in (
+        (state.elite.chains, state.elite_features),
+        (state.replay.chains, state.replay.features),
+    ):
+        rows = np.flatnonzero(np.asarray(chains)[:, 0] >= 0)
+        expected, length = look(chains), jc.chain.count_layers(chains, 4)
+        for row in rows:
+            upto = int(length[row]) + 1
+            np.testing.assert_allclose(features[row, :upto], expected[row, :upto], rtol=1e-3, atol=1e-4)
+    there = np.asarray(state.elite.loss) < np.inf
+    _, values = jax.vmap(
+        lambda chain, seen: ac.replay_chain(Controller(OBSERVING), state.params, state.sight, chain, seen, problem)
+    )(state.elite.chains, state.elite_features)
+    found = search.value(state, state.elite.chains, problem)
+    is_before_end = np.arange(4) <= np.asarray(jc.chain.count_layers(state.elite.chains, 4))[:, None]
+    np.testing.assert_allclose(found[there], np.where(is_before_end, values, 0)[there], rtol=1e-3, atol=1e-4)
+
+
+def test_params_of_other_banks_are_where_it_starts(problem):
+    search = jc.ActorCritic(encoding=OBSERVING, num_chains=6)
+    other = jc.Problem(make_bank(3, 1, seed=8), problem.data, max_layers=2)
+    params = jc.pretrain.pretrain_agent(jax.random.key(0), search, [other, other], num_steps=2)
+    warm = dataclasses.replace(search, params=params)
+    state = warm.init(jax.random.key(5), problem)
+    jax.tree.map(np.testing.assert_array_equal, state.params, params)
+    fresh = search.init(jax.random.key(5), problem).params
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(fresh), jax.tree.leaves(params), strict=True))
+    jc.run(jax.random.key(0), warm, problem, budget=40)
+    with pytest.raises(ValueError, match="expected params of the controller of this encoding, .*, got"):
+        dataclasses.replace(warm, encoding=jc.TokenEncoding(8)).init(jax.random.key(0), problem)
