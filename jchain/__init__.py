@@ -11,6 +11,7 @@ from jchain import (
     distributed,
     encoding,
     env,
+    features,
     gradient,
     ideal,
     inverse,
@@ -18,6 +19,7 @@ from jchain import (
     layers,
     lookup,
     pretrain,
+    rewards,
     stats,
     train,
     trends,
@@ -27,7 +29,7 @@ from jchain import (
 from jchain.bank import Bank, LayerGroup
 from jchain.critic import Critic
 from jchain.data import Batch, Dataset
-from jchain.encoding import TokenEncoding, WeightEncoding
+from jchain.encoding import JointEncoding, ObservedEncoding, TokenEncoding, WeightEncoding
 from jchain.engine import Blocks, Share, Walk, compiler_options
 from jchain.evaluate import Evaluation, Explanation, apply_chain, evaluate, evaluate_all, evaluate_prefixes, explain
 from jchain.gradient import swap_scores
@@ -67,10 +69,12 @@ __all__ = [
     "Explanation",
     "Fused",
     "Info",
+    "JointEncoding",
     "LayerGroup",
     "LinearizedSearch",
     "LocalSearch",
     "MeetInTheMiddle",
+    "ObservedEncoding",
     "Problem",
     "QLearning",
     "RandomSearch",
@@ -94,6 +98,7 @@ __all__ = [
     "evaluate_all",
     "evaluate_prefixes",
     "explain",
+    "features",
     "gradient",
     "ideal",
     "inverse",
@@ -104,6 +109,7 @@ __all__ = [
     "pretrain",
     "pretrain_controller",
     "pull_back",
+    "rewards",
     "run",
     "run_many",
     "stats",

@@ -1,8 +1,9 @@
 """What a controller sees: features of a bank's entries, and encodings of a prefix.
 
 The project asks whether the state is discrete (the chain so far) or continuous (number of layers and weights). Both are
-here, as recurrences over tokens: `initial_carry(entries)`, `advance(carry, token, entries)`, `read(carry)`. Neither has
-parameters that depend on the number of layers or heads, so one controller works for banks of any size.
+here, and what the prefix does to data, and combinations, as recurrences over tokens: `initial_carry(entries, seen)`,
+`advance(carry, token, entries, seen)`, `read(carry)`. None has parameters that depend on the number of layers or heads, so one
+controller works for banks of any size.
 """
 
 from functools import partial
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 
 from jchain._typing import Array, Float, Int, PyTree
 from jchain.bank import Bank, LayerGroup
+from jchain.features import Observe
 
 # Seeds the hashes. Constant, so that features mean the same in every process and a trained controller can be kept.
 _HASH_SEED = 0
@@ -25,16 +27,24 @@ class Encoding(Protocol):
 
     Attributes:
       features: size of the encoding.
+      observe: what is to be seen of the activations of a prefix, as `jchain.features.observe`; None where nothing is, and
+        then `seen` is empty.
     """
 
-    features: int
+    @property
+    def features(self) -> int: ...
 
-    def initial_carry(self, entries: Float[Array, "E D"]) -> PyTree:
-        """The carry of the empty prefix."""
+    @property
+    def observe(self) -> Observe | None: ...
+
+    def initial_carry(self, entries: Float[Array, "E D"], seen: Float[Array, "F"]) -> PyTree:
+        """The carry of the empty prefix, of which this is seen."""
         ...
 
-    def advance(self, carry: PyTree, token: Int[Array, ""], entries: Float[Array, "E D"]) -> PyTree:
-        """The carry after one more layer."""
+    def advance(
+        self, carry: PyTree, token: Int[Array, ""], entries: Float[Array, "E D"], seen: Float[Array, "F"]
+    ) -> PyTree:
+        """The carry after one more layer, behind which this is seen."""
         ...
 
     def read(self, carry: PyTree) -> Float[Array, "H"]:
@@ -101,16 +111,19 @@ class TokenEncoding(nn.Module):
 
     features: int = 32
     code_size: int = 32
+    observe = None
 
     def setup(self) -> None:
         # Not orthogonal, as by default: vmapped factorizations that run side by side wait for each other for ever when XLA
         # has no more threads than there are of them (jaxlib's ParallelBatchMap blocks the thread that it waits for).
         self.cell = nn.GRUCell(self.features, recurrent_kernel_init=nn.initializers.lecun_normal())
 
-    def initial_carry(self, entries: Float[Array, "E D"]) -> PyTree:
+    def initial_carry(self, entries: Float[Array, "E D"], seen: Float[Array, "F"]) -> PyTree:
         return jnp.zeros(self.features)
 
-    def advance(self, carry: PyTree, token: Int[Array, ""], entries: Float[Array, "E D"]) -> PyTree:
+    def advance(
+        self, carry: PyTree, token: Int[Array, ""], entries: Float[Array, "E D"], seen: Float[Array, "F"]
+    ) -> PyTree:
         # A constant of the compiled program: drawn anew for each token, the codes cost more than the cell.
         with jax.ensure_compile_time_eval():
             keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(_HASH_SEED)))(jnp.arange(entries.shape[0]))
@@ -132,15 +145,18 @@ class WeightEncoding(nn.Module):
     """
 
     features: int = 32
+    observe = None
 
     def setup(self) -> None:
         self.hidden = nn.Dense(self.features)
         self.out = nn.Dense(self.features)
 
-    def initial_carry(self, entries: Float[Array, "E D"]) -> PyTree:
+    def initial_carry(self, entries: Float[Array, "E D"], seen: Float[Array, "F"]) -> PyTree:
         return jnp.array(0), jnp.zeros(entries.shape[1])
 
-    def advance(self, carry: PyTree, token: Int[Array, ""], entries: Float[Array, "E D"]) -> PyTree:
+    def advance(
+        self, carry: PyTree, token: Int[Array, ""], entries: Float[Array, "E D"], seen: Float[Array, "F"]
+    ) -> PyTree:
         length, sketch = carry
         place_key, sign_key = jax.random.split(jax.random.fold_in(jax.random.key(_HASH_SEED), length))
         entry = jnp.roll(entries[token], jax.random.randint(place_key, (), 0, entries.shape[1]))
@@ -152,13 +168,84 @@ class WeightEncoding(nn.Module):
         return nn.tanh(self.out(nn.relu(self.hidden(state))))
 
 
+class ObservedEncoding(nn.Module):
+    """What the prefix does to data: what is seen of its activations, its change from the empty prefix, number of layers.
+
+    It knows neither which layers there are nor what they hold.
+
+    Attributes:
+      observe: what is seen, of `jchain.features`: `observe`, `observe_activations`, `observe_gradients`, or a `Join` of them.
+      features: size of the encoding.
+    """
+
+    observe: Observe
+    features: int = 32
+
+    def setup(self) -> None:
+        self.hidden = nn.Dense(self.features)
+        # What is seen has many scales.
+        self.norm = nn.LayerNorm()
+        self.out = nn.Dense(self.features)
+
+    def initial_carry(self, entries: Float[Array, "E D"], seen: Float[Array, "F"]) -> PyTree:
+        return jnp.array(0), seen, seen
+
+    def advance(
+        self, carry: PyTree, token: Int[Array, ""], entries: Float[Array, "E D"], seen: Float[Array, "F"]
+    ) -> PyTree:
+        length, first, _ = carry
+        return length + 1, first, seen
+
+    def read(self, carry: PyTree) -> Float[Array, "H"]:
+        length, first, seen = carry
+        state = jnp.concatenate([seen, seen - first, length[None].astype(seen.dtype)])
+        return nn.tanh(self.out(nn.relu(self.norm(self.hidden(state)))))
+
+
+class JointEncoding(nn.Module):
+    """Several encodings of the same prefix, one behind the other.
+
+    Attributes:
+      parts: encodings, of which those that observe do so by one function.
+    """
+
+    parts: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts or len({part.observe for part in self.parts} - {None}) > 1:
+            raise ValueError(
+                "expected at least one encoding, and those that observe to do so by one function (jchain.features.Join), got "
+                f"{self.parts}"
+            )
+        super().__post_init__()
+
+    @property
+    def features(self) -> int:
+        return sum(part.features for part in self.parts)
+
+    @property
+    def observe(self) -> Observe | None:
+        return next((part.observe for part in self.parts if part.observe is not None), None)
+
+    def initial_carry(self, entries: Float[Array, "E D"], seen: Float[Array, "F"]) -> PyTree:
+        return tuple(part.initial_carry(entries, seen) for part in self.parts)
+
+    def advance(
+        self, carry: PyTree, token: Int[Array, ""], entries: Float[Array, "E D"], seen: Float[Array, "F"]
+    ) -> PyTree:
+        return tuple(part.advance(own, token, entries, seen) for part, own in zip(self.parts, carry, strict=True))
+
+    def read(self, carry: PyTree) -> Float[Array, "H"]:
+        return jnp.concatenate([part.read(own) for part, own in zip(self.parts, carry, strict=True)])
+
+
 class Controller(nn.Module):
     """Actor and critic over an encoding. The actor points: the logit of an entry is its key times the state's query.
 
     Pointer network (Vinyals et al. 2015, arXiv:1506.03134) over keys made from `entry_features`.
 
     Attributes:
-      encoding: a `TokenEncoding` or `WeightEncoding`. Its size is also that of keys and queries.
+      encoding: an `Encoding`. Its size is also that of keys and queries.
     """
 
     encoding: Any
@@ -183,16 +270,20 @@ class Controller(nn.Module):
         value = self.value_out(nn.relu(self.value_hidden(state)))[0]
         return keys @ query / jnp.sqrt(self.encoding.features), value
 
-    def initial_carry(self, entries: Float[Array, "E D"]) -> PyTree:
-        return self.encoding.initial_carry(entries)
+    def initial_carry(self, entries: Float[Array, "E D"], seen: Float[Array, "F"]) -> PyTree:
+        return self.encoding.initial_carry(entries, seen)
 
-    def advance(self, carry: PyTree, token: Int[Array, ""], entries: Float[Array, "E D"]) -> PyTree:
-        return self.encoding.advance(carry, token, entries)
+    def advance(
+        self, carry: PyTree, token: Int[Array, ""], entries: Float[Array, "E D"], seen: Float[Array, "F"]
+    ) -> PyTree:
+        return self.encoding.advance(carry, token, entries, seen)
 
     def read(self, carry: PyTree) -> Float[Array, "S"]:
         return self.encoding.read(carry)
 
-    def __call__(self, entries: Float[Array, "E D"]) -> tuple[Float[Array, "E"], Float[Array, ""]]:
+    def __call__(
+        self, entries: Float[Array, "E D"], seen: Float[Array, "F"]
+    ) -> tuple[Float[Array, "E"], Float[Array, ""]]:
         """Logits and value after the first entry: touches every parameter, for `init`."""
-        carry = self.advance(self.initial_carry(entries), jnp.array(0), entries)
+        carry = self.advance(self.initial_carry(entries, seen), jnp.array(0), entries, seen)
         return self.act(self.read(carry), self.embed(entries))

@@ -1,9 +1,11 @@
 """What a critic sees of a prefix: what its layers did to the data, in numbers that mean the same for every bank.
 
-They come from the activations of the prefix and its best head, so they cost head calls, and no layer call.
+They come from the activations of the prefix and its best head, so they cost head calls, and no layer call. `observe` sums up
+what was done in a few numbers, `observe_activations` and `observe_gradients` give a sketch of it; `Join` has several at once.
 """
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,8 @@ from jchain.engine import apply_all, apply_token
 from jchain.problem import Problem
 
 NUM_FEATURES = 12
+# Length of a sketch of activations or gradients; one more number is its scale.
+NUM_SKETCHED = 64
 # Regressions are of so many columns, to which wider ones are sketched, and rows.
 _MAX_COLUMNS, _MAX_ROWS = 64, 128
 _RIDGE = 0.1
@@ -25,8 +29,15 @@ _LOSS_UNIT = 1e-3
 class Observation(NamedTuple):
     """A prefix, looked at."""
 
-    features: Float[Array, "F"]  # [NUM_FEATURES], finite
+    features: Float[Array, "F"]  # [F], finite; of `observe` NUM_FEATURES
     loss: Float[Array, "K"]  # [K], of stopping here by each head, without the price of layers
+
+
+@runtime_checkable
+class Observe(Protocol):
+    """A function of the problem, the activations of a prefix and those of the prefix without its last layer."""
+
+    def __call__(self, problem: Problem, hidden: Array, parent: Array) -> Observation: ...
 
 
 def observe(problem: Problem, hidden: Float[Array, "B ..."], parent: Float[Array, "B ..."]) -> Observation:
@@ -43,17 +54,8 @@ def observe(problem: Problem, hidden: Float[Array, "B ..."], parent: Float[Array
       hidden: activations of the prefix, `[B, ...F]`.
       parent: those of the prefix without its last layer.
     """
-    heads, num_layers = problem.bank.heads, problem.bank.num_layers
-    outputs = apply_all(heads, hidden)
-    loss, accuracy = jax.vmap(problem.measure)(outputs)
-    best = jnp.argmin(jnp.where(jnp.isfinite(loss), loss, jnp.inf))
-
-    def add_up(out: Array) -> tuple[Array, Array]:
-        each = _rows(problem.loss_fn(out, problem.data.y)).mean(axis=1)
-        return each.sum(), each
-
-    by_outputs, each = jax.grad(add_up, has_aux=True)(outputs[best])
-    by_hidden = jax.vjp(lambda h: apply_token(heads, num_layers + best, h), hidden)[1](by_outputs)[0]
+    outputs, loss, accuracy = _grade(problem, hidden)
+    best, each, by_outputs, by_hidden = _differentiate(problem, hidden, outputs, loss)
     size = jnp.abs(each).astype(jnp.float32)
 
     rows, residual = _sketch(hidden), _sketch(by_outputs)
@@ -83,6 +85,38 @@ def observe(problem: Problem, hidden: Float[Array, "B ..."], parent: Float[Array
     return Observation(jnp.clip(jnp.nan_to_num(stacked), -20.0, 20.0), loss)
 
 
+def observe_activations(problem: Problem, hidden: Float[Array, "B ..."], parent: Float[Array, "B ..."]) -> Observation:
+    """A sketch of the activations of a prefix, `[NUM_SKETCHED + 1]`, and the losses of its heads.
+
+    A count sketch (Charikar et al. 2002) of at most 128 examples over their root mean square, and the log of that. Where
+    labels are one class for each example, it is of the means of the classes, which other examples of the same kind share.
+    """
+    outputs, loss, _ = _grade(problem, hidden)
+    return Observation(_describe(hidden, _one_hot(problem, outputs)), loss)
+
+
+def observe_gradients(problem: Problem, hidden: Float[Array, "B ..."], parent: Float[Array, "B ..."]) -> Observation:
+    """The same sketch of the gradient of the best head's loss by the activations: where they would have to go."""
+    outputs, loss, _ = _grade(problem, hidden)
+    by_hidden = _differentiate(problem, hidden, outputs, loss)[-1]
+    return Observation(_describe(by_hidden, _one_hot(problem, outputs)), loss)
+
+
+@dataclass(frozen=True)
+class Join:
+    """Observations as one: their features, one behind the other.
+
+    Attributes:
+      parts: functions as `observe`.
+    """
+
+    parts: tuple[Observe, ...]
+
+    def __call__(self, problem: Problem, hidden: Float[Array, "B ..."], parent: Float[Array, "B ..."]) -> Observation:
+        seen = [part(problem, hidden, parent) for part in self.parts]
+        return Observation(jnp.concatenate([one.features for one in seen]), seen[0].loss)
+
+
 def log_loss(loss: Float[Array, "*P"]) -> Float[Array, "*P"]:
     """The scale on which losses are compared: their log where they are above 0.001, and finite below, also below 0."""
     return jnp.arcsinh(loss / (2 * _LOSS_UNIT))
@@ -91,6 +125,42 @@ def log_loss(loss: Float[Array, "*P"]) -> Float[Array, "*P"]:
 def lowest(loss: Float[Array, "K"]) -> Float[Array, ""]:
     """The lowest finite loss, `+inf` where none is."""
     return jnp.min(jnp.where(jnp.isfinite(loss), loss, jnp.inf))
+
+
+def _grade(problem: Problem, hidden: Array) -> tuple[Array, Array, Array]:
+    """Outputs of the heads, their losses and accuracies."""
+    outputs = apply_all(problem.bank.heads, hidden)
+    return outputs, *jax.vmap(problem.measure)(outputs)
+
+
+def _differentiate(problem: Problem, hidden: Array, outputs: Array, loss: Array) -> tuple[Array, Array, Array, Array]:
+    """The best head, its loss of each example, and the gradients of their sum by its outputs and by the activations."""
+    heads, num_layers = problem.bank.heads, problem.bank.num_layers
+    best = jnp.argmin(jnp.where(jnp.isfinite(loss), loss, jnp.inf))
+
+    def add_up(out: Array) -> tuple[Array, Array]:
+        each = _rows(problem.loss_fn(out, problem.data.y)).mean(axis=1)
+        return each.sum(), each
+
+    by_outputs, each = jax.grad(add_up, has_aux=True)(outputs[best])
+    by_hidden = jax.vjp(lambda h: apply_token(heads, num_layers + best, h), hidden)[1](by_outputs)[0]
+    return best, each, by_outputs, by_hidden
+
+
+def _describe(array: Float[Array, "B ..."], labels: Any) -> Float[Array, "S"]:
+    """Sketch and log scale of what each example has."""
+    rows = _rows(_few(array)).astype(jnp.float32)
+    rows = jnp.nan_to_num(rows, posinf=0.0, neginf=0.0)
+    scale = jnp.sqrt(jnp.mean(rows**2) + 1e-12)
+    if labels is not None:
+        labels = _few(labels)
+        rows = labels.T @ rows / (labels.sum(axis=0)[:, None] + 1e-6)
+    place_key, sign_key = jax.random.split(jax.random.key(_SKETCH_SEED))
+    place = jax.random.randint(place_key, (rows.size,), 0, NUM_SKETCHED)
+    sign = jax.random.rademacher(sign_key, (rows.size,), rows.dtype)
+    sketch = jax.ops.segment_sum(rows.reshape(-1) * sign, place, NUM_SKETCHED)
+    sketch /= scale * max(rows.size / NUM_SKETCHED, 1.0) ** 0.5
+    return jnp.append(jnp.clip(sketch, -20.0, 20.0), jnp.clip(jnp.log(scale), -20.0, 20.0))
 
 
 def _rows(array: Array) -> Float[Array, "B R"]:

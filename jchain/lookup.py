@@ -5,7 +5,11 @@ results, in a small part of the time: the manner in which tabular benchmarks are
 arXiv:1902.09635). An activation is the number of its prefix, a layer goes from it to the number of the child.
 """
 
+from functools import cache
+from typing import Any
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,7 +18,8 @@ from jchain._typing import Array, Float, Int, Shaped
 from jchain.bank import Bank, LayerGroup
 from jchain.data import Batch
 from jchain.encoding import entry_features as sketch_entries
-from jchain.features import NUM_FEATURES, Observation
+from jchain.engine import apply_all, compiler_options, find_backend
+from jchain.features import Observation, Observe
 from jchain.problem import Problem
 
 _TOKEN, _ENTRY = "token", "entry"
@@ -53,13 +58,15 @@ def get_loss(outputs: Float[Array, "B 2"], y: Float[Array, "B C R"]) -> Float[Ar
 
 
 def observe(problem: Problem, hidden: Shaped[Array, "B ..."], parent: Shaped[Array, "B ..."]) -> Observation:
-    """`jchain.features.observe`, looked up: for `CriticSearch(observe=...)`. Prefixes without features have 0.
+    """Features and losses of a prefix, looked up: for `CriticSearch(observe=...)`, where they are of `jchain.features.observe`.
+
+    Prefixes without features have 0.
 
     Raises:
       ValueError: the problem was made without features, or not by `make_problem`.
     """
     num_heads = problem.bank.num_heads
-    if problem.loss_fn is not get_loss or problem.data.y.shape[-1] != num_heads + NUM_FEATURES:
+    if problem.loss_fn is not get_loss or problem.data.y.shape[-1] == num_heads:
         raise ValueError("expected a problem that jchain.lookup.make_problem made with features")
     row = problem.data.y[0].at[hidden[0, 0]].get(mode="fill", fill_value=jnp.inf)
     features = row[num_heads:]
@@ -97,24 +104,22 @@ def make_problem(
       loss: of every chain of 0 to `max_layers` layers, price included, in the order of `jchain.chain.enumerate_all`; `+inf`
         where it is not finite.
       max_layers: most layers of a chain.
-      features: of the first prefixes in that order, for `observe`; None where no search reads them.
+      features: of the first prefixes in that order, for `observe`, as many of each as one likes; None where no search reads
+        them.
       min_layers: fewest layers of a chain that a search makes.
 
     Raises:
-      ValueError: there are not as many losses as chains, more than 16,777,216 prefixes, or features of another size.
+      ValueError: there are not as many losses as chains, more than 16,777,216 prefixes, or features of more prefixes.
     """
     num_chains = chain_lib.count(bank.num_layers, bank.num_heads, max_layers)
     if np.shape(loss) != (num_chains,):
         raise ValueError(f"expected the losses of all {num_chains:,} chains, got shape {list(np.shape(loss))}")
-    if num_chains // bank.num_heads > _MAX_PREFIXES:
-        raise ValueError(f"expected at most {_MAX_PREFIXES:,} prefixes, got {num_chains // bank.num_heads:,}")
+    _check_size(bank, max_layers)
     table = np.asarray(loss, np.float32).reshape(-1, bank.num_heads)
     if features is not None:
-        if features.ndim != 2 or features.shape[1] != NUM_FEATURES or len(features) > len(table):
-            raise ValueError(
-                f"expected features [V, {NUM_FEATURES}] of at most {len(table):,} prefixes, got {list(features.shape)}"
-            )
-        rows = np.zeros((len(table), NUM_FEATURES), np.float32)
+        if features.ndim != 2 or not features.shape[1] or len(features) > len(table):
+            raise ValueError(f"expected features [V, F] of at most {len(table):,} prefixes, got {list(features.shape)}")
+        rows = np.zeros((len(table), features.shape[1]), np.float32)
         rows[: len(features)] = features
         table = np.concatenate([table, rows], axis=1)
     entries = sketch_entries(bank)
@@ -125,6 +130,61 @@ def make_problem(
     )
     data = Batch(jnp.zeros((1, 1), jnp.int32), jnp.asarray(table)[None])
     return Problem(numbers, data, max_layers, loss_fn=get_loss, min_layers=min_layers)
+
+
+def tabulate(problem: Problem, observe: Observe) -> Problem:
+    """The same problem, looked up, with what is observed of each of its prefixes, those without room for a layer included.
+
+    It takes as many layer calls as scoring all chains.
+
+    Args:
+      problem: a small one.
+      observe: as `jchain.features.observe`.
+
+    Raises:
+      ValueError: as `make_problem`.
+    """
+    _check_size(problem.bank, problem.max_layers)
+    seen = _compile_look(find_backend(problem))(problem.without_names(), observe)
+    loss = np.where(np.isfinite(seen.loss), seen.loss, np.inf)
+    features = np.asarray(seen.features)
+    return make_problem(problem.bank, loss.reshape(-1), problem.max_layers, features, min_layers=problem.min_layers)
+
+
+def _check_size(bank: Bank, max_layers: int) -> None:
+    num_prefixes = chain_lib.count(bank.num_layers, 1, max_layers)
+    if num_prefixes > _MAX_PREFIXES:
+        raise ValueError(f"expected at most {_MAX_PREFIXES:,} prefixes, got {num_prefixes:,}")
+
+
+@cache
+def _compile_look(backend: str) -> Any:
+    return jax.jit(_look, static_argnames="observe", compiler_options=compiler_options(backend))
+
+
+def _look(problem: Problem, observe: Observe) -> Observation:
+    """Every prefix, `[V, ...]`, in the order of `jchain.chain.enumerate_all`."""
+    price = jnp.broadcast_to(problem.layer_cost, (problem.bank.num_layers,))
+
+    def look_below(hidden: Array, parent: Array, paid: Array, length: int) -> list[Observation]:
+        seen = observe(problem, hidden, parent)
+        levels = [seen._replace(loss=seen.loss + paid)]
+        if length < problem.max_layers:
+            children = (apply_all(problem.bank.layers, hidden), paid + price)
+            # The last ones side by side, the others one after another, so that few activations are kept.
+            map_all = (
+                jax.vmap if length + 1 == problem.max_layers else lambda fn: lambda *c: jax.lax.map(lambda a: fn(*a), c)
+            )
+            levels += map_all(lambda child, spent: look_below(child, hidden, spent, length + 1))(*children)
+        return levels
+
+    hidden = problem.bank.embed(problem.data.x)
+    levels = look_below(hidden, hidden, jnp.zeros(()), 0)
+    flat = [
+        jax.tree.map(lambda leaf, depth=depth: leaf.reshape(-1, *leaf.shape[depth:]), level)
+        for depth, level in enumerate(levels)
+    ]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *flat)
 
 
 def _replace(group: LayerGroup, module: nn.Module, offset: int, entries: Float[Array, "E D"]) -> LayerGroup:

@@ -1,6 +1,7 @@
-"""Training a critic across banks, so that a search of an unseen one starts from it.
+"""Training across banks, so that a search of an unseen one starts from what was learnt on others.
 
-Supervised: every prefix of small problems is looked at, with the lowest loss that can be reached behind it.
+A critic, supervised: every prefix of small problems is looked at, with the lowest loss that can be reached behind it. Or an
+actor-critic, which searches them in turn.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import optax
 
 from jchain import chain as chain_lib
 from jchain import env
-from jchain._typing import Array, Float, Int, Key
+from jchain._typing import Array, Float, Int, Key, PyTree
 from jchain.critic import Critic, Network, make_inputs
 from jchain.engine import apply_all, compiler_options, find_backend
 from jchain.features import log_loss, lowest, observe
@@ -125,6 +126,55 @@ def pretrain_controller(
     optimizer = optax.adamw(optax.cosine_decay_schedule(learning_rate, num_steps), weight_decay=weight_decay)
     params = _fit(key, critic, inputs, stop, best, *groups, optimizer=optimizer, num_steps=num_steps)
     return Critic(params, critic.mean, critic.scale, width)
+
+
+def pretrain_agent(key: Key[Array, ""], agent: Any, problems: Sequence[Problem], *, num_steps: int) -> PyTree:
+    """Params of an actor-critic after it has searched these problems in turn: `ActorCritic(params=...)` starts from them.
+
+    Params and the state of the optimizer are carried from one to the next; the rest is of each problem. Problems of the same
+    shapes share compiled programs. It can be vmapped over keys.
+
+    Args:
+      key: consumed.
+      agent: an `ActorCritic`, whose own params are the first.
+      problems: one after the other; one that is to be searched again is given again.
+      num_steps: steps of each search.
+
+    Raises:
+      ValueError: there is no problem, or num_steps is not positive.
+    """
+    if not problems or num_steps < 1:
+        raise ValueError(
+            f"expected at least one problem and num_steps of at least 1, got {len(problems)} and {num_steps}"
+        )
+    init_key, *keys = jax.random.split(key, 1 + len(problems))
+    state = _begin(init_key, agent, problems[0].without_names())
+    learnt = state.params, state.opt_state
+    for run_key, problem in zip(keys, problems, strict=True):
+        learnt = _compile_practise(find_backend(problem))(run_key, agent, learnt, problem.without_names(), num_steps)
+    return learnt[0]
+
+
+@jax.jit
+def _begin(key: Key[Array, ""], agent: Any, problem: Problem) -> Any:
+    return agent.init(key, problem)
+
+
+@cache
+def _compile_practise(backend: str) -> Any:
+    return jax.jit(_practise, static_argnames="num_steps", compiler_options=compiler_options(backend))
+
+
+def _practise(key: Key[Array, ""], agent: Any, learnt: Any, problem: Problem, num_steps: int) -> Any:
+    """Params and state of the optimizer after some steps on a problem."""
+    init_key, step_key = jax.random.split(key)
+    state = agent.init(init_key, problem)._replace(params=learnt[0], opt_state=learnt[1])
+
+    def step(state: Any, key: Array) -> tuple[Any, None]:
+        return agent.step(key, state, problem)[0], None
+
+    state, _ = jax.lax.scan(step, state, jax.random.split(step_key, num_steps))
+    return state.params, state.opt_state
 
 
 @cache

@@ -57,7 +57,14 @@ def test_an_actor_follows_it_only_along_the_advised_chain(problem):
 
     def logits_of(sight, chain):
         return np.asarray(
-            ac.replay_chain(Controller(search.encoding), state.params, sight, jnp.asarray(chain), problem)[0]
+            ac.replay_chain(
+                Controller(search.encoding),
+                state.params,
+                sight,
+                jnp.asarray(chain),
+                jnp.zeros((len(chain), 0)),
+                problem,
+            )[0]
         )
 
     for chain, is_advised in ((CHAIN, [True, True, True]), (np.array([2, 1, 5, -1]), [True, True, False])):

@@ -9,20 +9,27 @@ from conftest import make_bank
 import jchain as jc
 from jchain.encoding import Controller, entry_features
 
-ENCODINGS = [jc.TokenEncoding(features=8), jc.WeightEncoding(features=8)]
+OBSERVED = jc.ObservedEncoding(jc.features.observe, features=8)
+JOINT = jc.JointEncoding((jc.TokenEncoding(features=8), OBSERVED))
+# The first two observe nothing.
+ENCODINGS = [jc.TokenEncoding(features=8), jc.WeightEncoding(features=8), OBSERVED, JOINT]
+EMPTY = jnp.arange(3.0)  # seen of the empty prefix
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def encode(encoding, params, entries, tokens):
-    carry = encoding.apply(params, entries, method="initial_carry")
+    seen = EMPTY
+    carry = encoding.apply(params, entries, seen, method="initial_carry")
     for token in tokens:
-        carry = encoding.apply(params, carry, jnp.array(token), entries, method="advance")
+        # As data might be changed: by each layer in its own way, and in another one by others before it.
+        seen = 0.5 * seen + entries[token, :3]
+        carry = encoding.apply(params, carry, jnp.array(token), entries, seen, method="advance")
     return encoding.apply(params, carry, method="read")
 
 
 def init(encoding, entries):
     controller = Controller(encoding)
-    params = controller.init(jax.random.key(0), entries)
+    params = controller.init(jax.random.key(0), entries, EMPTY)
     return controller, params, {"params": params["params"]["encoding"]}
 
 
@@ -69,7 +76,7 @@ def test_encodings_know_the_order_and_the_number_of_layers(encoding):
 def test_discrete_sees_tokens_and_continuous_sees_weights():
     bank = make_bank(4, 1)
     swapped = bank.take([1, 0, 2, 3])
-    for encoding, follows in zip(ENCODINGS, ((0, 2), (1, 2)), strict=True):
+    for encoding, follows in zip(ENCODINGS[:2], ((0, 2), (1, 2)), strict=True):
         entries, moved = entry_features(bank), entry_features(swapped)
         _, _, params = init(encoding, entries)
         # The same tokens give the same discrete code, the same weights the same continuous one.
@@ -84,7 +91,7 @@ def test_one_controller_reads_banks_of_any_size(encoding):
     controller, params, _ = init(encoding, entry_features(make_bank(4, 2)))
     for num_layers, num_heads in ((2, 1), (9, 3)):
         entries = entry_features(make_bank(num_layers, num_heads))
-        logits, value = controller.apply(params, entries)
+        logits, value = controller.apply(params, entries, EMPTY)
         assert logits.shape == (num_layers + num_heads,)
         assert value.shape == ()
 
@@ -95,9 +102,38 @@ def test_the_actor_points_at_entries_by_their_features(encoding):
     controller, params, _ = init(encoding, entry_features(bank))
     entries = entry_features(bank)
     keys = controller.apply(params, entries, method="embed")
-    state = controller.apply(params, controller.apply(params, entries, method="initial_carry"), method="read")
+    state = controller.apply(params, controller.apply(params, entries, EMPTY, method="initial_carry"), method="read")
     logits, _ = controller.apply(params, state + 1.0, keys, method="act")
     order = jnp.array([3, 1, 0, 2, 5, 4])
     permuted, _ = controller.apply(params, state + 1.0, keys[order], method="act")
     np.testing.assert_allclose(permuted, logits[order], rtol=1e-5)
     assert np.ptp(logits) > 0
+
+
+def test_observed_by_hand_and_joined():
+    """Features, their change from the empty prefix and the number of layers, through two layers with a norm between."""
+    entries = entry_features(make_bank(4, 1))
+    _, _, params = init(OBSERVED, entries)
+    seen = np.array([0.3, -1.0, 2.0])
+    carry = OBSERVED.apply(params, entries, EMPTY, method="initial_carry")
+    for now in (EMPTY + 5.0, jnp.asarray(seen)):
+        carry = OBSERVED.apply(params, carry, jnp.array(1), entries, now, method="advance")
+    weights = jax.tree.map(np.asarray, params["params"])
+    hidden = np.concatenate([seen, seen - np.arange(3.0), [2.0]]) @ weights["hidden"]["kernel"]
+    normed = (hidden - hidden.mean()) / np.sqrt(hidden.var() + 1e-6)
+    expected = np.tanh(np.maximum(normed, 0) @ weights["out"]["kernel"])
+    np.testing.assert_allclose(OBSERVED.apply(params, carry, method="read"), expected, rtol=1e-4, atol=1e-5)
+
+    _, _, both = init(JOINT, entries)
+    parts = [
+        encode(part, {"params": both["params"][f"parts_{i}"]}, entries, (2, 0)) for i, part in enumerate(JOINT.parts)
+    ]
+    np.testing.assert_allclose(encode(JOINT, both, entries, (2, 0)), np.concatenate(parts), rtol=1e-5)
+    assert (JOINT.features, JOINT.observe) == (16, jc.features.observe)
+
+
+def test_parts_that_observe_apart_are_refused():
+    other = jc.ObservedEncoding(jc.features.observe_gradients)
+    for parts in ((), (OBSERVED, other)):
+        with pytest.raises(ValueError, match="expected at least one encoding, and those that observe"):
+            jc.JointEncoding(parts)

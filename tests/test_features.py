@@ -87,3 +87,44 @@ def test_the_scale_of_losses_is_monotone_and_a_log_above_its_unit():
     loss = jnp.array([-1.0, 0.0, 1e-3, 0.1, 1.0, 100.0])
     assert (jnp.diff(log_loss(loss)) > 0).all()
     np.testing.assert_allclose(log_loss(loss[4:])[1] - log_loss(loss[4:])[0], np.log(100), rtol=1e-4)
+
+
+def test_sketches_in_plain_numpy(problem):
+    """Class means over the root mean square, each number added to its place with its sign; then the log of the scale."""
+    hidden = jax.random.normal(jax.random.key(0), (9, 5))
+    heads = problem.bank.heads[0].params["Dense_0"]
+    y = np.asarray(problem.data.y)
+    logits = np.einsum("bf,kfc->kbc", hidden, heads["kernel"]) + np.asarray(heads["bias"])[:, None]
+    prob = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    loss = -np.log(prob[:, np.arange(9), y]).mean(axis=1)
+    k = loss.argmin()
+    gradient = (prob[k] - np.eye(3)[y]) @ np.asarray(heads["kernel"])[k].T
+    place_key, sign_key = jax.random.split(jax.random.key(0))
+    place = np.asarray(jax.random.randint(place_key, (15,), 0, 64))
+    sign = np.asarray(jax.random.rademacher(sign_key, (15,)))
+    observes = jc.features.observe_activations, jc.features.observe_gradients
+    joined = jc.features.Join(observes)(problem, hidden, hidden)
+    for i, (observe_one, rows) in enumerate(zip(observes, (np.asarray(hidden), gradient), strict=True)):
+        scale = np.sqrt(np.mean(rows**2))
+        means = np.array([rows[y == c].mean(axis=0) if (y == c).any() else np.zeros(5) for c in range(3)]) / scale
+        expected = np.zeros(65)
+        np.add.at(expected, place, means.reshape(-1) * sign)
+        expected[64] = np.log(scale)
+        out = observe_one(problem, hidden, hidden)
+        np.testing.assert_allclose(out.features, expected, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(out.loss, loss, rtol=1e-5)
+        np.testing.assert_allclose(joined.features[65 * i : 65 * (i + 1)], out.features, rtol=1e-5)
+
+
+def test_sketches_of_examples_without_a_class(problem):
+    targets = jax.random.normal(jax.random.key(3), (9, 3))
+    regression = jc.Problem(problem.bank, jc.Batch(problem.data.x, targets), 3, loss_fn=optax.squared_error)
+    hidden = jax.random.normal(jax.random.key(0), (9, 5))
+    out = jc.features.observe_activations(regression, hidden, hidden)
+    assert out.features.shape == (65,)
+    assert np.count_nonzero(out.features) > 30
+    # An example that changes changes it.
+    other = jc.features.observe_activations(regression, hidden.at[3].set(0.0), hidden)
+    assert np.abs(out.features - other.features).max() > 0.01
+    broken = jc.features.observe_gradients(problem, jnp.full((9, 5), jnp.inf), hidden)
+    assert np.all(np.isfinite(broken.features))

@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "jchain"
 # Each module may import those before it.
 ORDER = [
-    "_typing", "pytree", "invertible", "layers", "files", "chain", "bank", "align", "images", "data", "train", "problem", "trie", "engine", "kernels", "evaluate", "memo", "env", "descent", "linearize", "inverse", "halves", "match", "meet", "joint", "weight_space", "gradient", "ideal", "tails", "advice", "trends", "layer_report", "encoding", "features", "lookup", "critic", "pretrain",
+    "_typing", "pytree", "invertible", "layers", "files", "chain", "bank", "align", "images", "data", "train", "problem", "trie", "engine", "kernels", "evaluate", "memo", "env", "descent", "linearize", "inverse", "halves", "match", "meet", "joint", "weight_space", "gradient", "ideal", "tails", "advice", "trends", "layer_report", "features", "rewards", "encoding", "glimpse", "lookup", "critic", "pretrain",
     "progress", "search.base", "search", "tune", "updates", "plot", "stats", "report", "chainbench", "distributed", "__main__",
 ]  # fmt: skip
 HEAVY = ("rlax", "mctx", "tensorflow_datasets", "matplotlib", "transformers")

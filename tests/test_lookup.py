@@ -92,8 +92,8 @@ def test_tables_of_other_sizes_are_refused(problem):
     loss = np.asarray(jc.evaluate_all(problem)[1].loss)
     with pytest.raises(ValueError, match=f"expected the losses of all {len(loss):,} chains, got shape"):
         lookup.make_problem(problem.bank, loss[:-1], problem.max_layers)
-    for shape in ((5, NUM_FEATURES - 1), (len(loss), NUM_FEATURES)):
-        with pytest.raises(ValueError, match=f"expected features .V, {NUM_FEATURES}. of at most"):
+    for shape in ((5, 0), (len(loss), NUM_FEATURES)):
+        with pytest.raises(ValueError, match="expected features .V, F. of at most"):
             lookup.make_problem(problem.bank, loss, problem.max_layers, np.zeros(shape))
 
 
@@ -102,3 +102,49 @@ def test_features_that_are_not_there_are_refused(problem):
     for other in (problem, lookup.make_problem(problem.bank, loss, problem.max_layers)):
         with pytest.raises(ValueError, match=r"expected a problem that jchain.lookup.make_problem made with features"):
             jc.run(jax.random.key(0), jc.CriticSearch(observe=lookup.observe), other, budget=50)
+
+
+def test_any_number_of_features_but_a_search_may_want_its_own(problem):
+    loss = np.asarray(jc.evaluate_all(problem)[1].loss)
+    features = np.random.default_rng(0).normal(size=(85, 20)).astype(np.float32)
+    looked_up = lookup.make_problem(problem.bank, loss, problem.max_layers, features)
+    number = looked_up.bank.layers[0].apply(2, looked_up.data.x)
+    np.testing.assert_array_equal(lookup.observe(looked_up, number, number).features, features[3])
+    with pytest.raises(ValueError, match=f"expected {NUM_FEATURES} features of a prefix, got shape .20."):
+        jc.run(jax.random.key(0), jc.CriticSearch(observe=lookup.observe), looked_up, budget=50)
+
+
+def test_an_observing_agent_takes_the_same_way(problem):
+    """With the features of all prefixes looked up it samples the chains that it does where layers are applied."""
+    observe = jc.features.Join((jc.features.observe_activations, jc.features.observe_gradients))
+    looked_up = lookup.tabulate(problem, observe)
+    np.testing.assert_allclose(jc.evaluate_all(looked_up)[1].loss, jc.evaluate_all(problem)[1].loss, rtol=1e-5)
+    key = jax.random.key(0)
+    results = [
+        jc.run(
+            key,
+            jc.ActorCritic(jc.ObservedEncoding(watch, 8), 6, 1, entry_features=entries),
+            where,
+            budget=60,
+        )
+        for watch, entries, where in (
+            (observe, jc.encoding.entry_features, problem),
+            (lookup.observe, lookup.entry_features, looked_up),
+        )
+    ]
+    np.testing.assert_array_equal(results[0].curve.layer_calls, results[1].curve.layer_calls)
+    np.testing.assert_allclose(results[0].curve.best_loss, results[1].curve.best_loss, rtol=1e-5)
+
+
+def test_every_prefix_is_tabulated(bank, problem):
+    """Also those without room for a layer, with prices."""
+    priced = jc.Problem(bank, problem.data, 2, layer_cost=[0.1, 0.0, 0.3, 0.02])
+    looked_up = lookup.tabulate(priced, observe)
+    np.testing.assert_allclose(jc.evaluate_all(looked_up)[1].loss, jc.evaluate_all(priced)[1].loss, rtol=1e-5)
+    layers, numbers = bank.layers[0], looked_up.bank.layers[0]
+    parent, before = layers.apply(3, problem.data.x), numbers.apply(3, looked_up.data.x)
+    hidden, number = layers.apply(1, parent), numbers.apply(1, before)
+    expected, found = observe(priced, hidden, parent), lookup.observe(looked_up, number, before)
+    np.testing.assert_allclose(found.features, expected.features, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="expected at most 16,777,216 prefixes, got"):
+        lookup.tabulate(jc.Problem(bank, problem.data, 13), observe)

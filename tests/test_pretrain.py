@@ -57,3 +57,20 @@ def test_bad_input_is_refused(small):
     for problems, options in (([], {}), ([small], {"num_steps": 0}), ([small], {"width": 0})):
         with pytest.raises(ValueError, match="at least one problem"):
             jc.pretrain_controller(jax.random.key(0), problems, **options)
+
+
+def test_an_agent_carries_what_it_learnt_from_problem_to_problem(small):
+    agent = jc.ActorCritic(jc.WeightEncoding(4), 4, 1)
+    other = jc.Problem(make_bank(3, 2, seed=9), make_batch(), max_layers=3)
+    found = jc.pretrain.pretrain_agent(jax.random.key(0), agent, [small, other], num_steps=2)
+    init_key, *keys = jax.random.split(jax.random.key(0), 3)
+    state = agent.init(init_key, small)
+    for key, problem in zip(keys, (small, other), strict=True):
+        init_key, step_key = jax.random.split(key)
+        state = agent.init(init_key, problem)._replace(params=state.params, opt_state=state.opt_state)
+        for step in jax.random.split(step_key, 2):
+            state, _ = jax.jit(agent.step)(step, state, problem)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, state.params)
+    for problems, num_steps in (([], 2), ([small], 0)):
+        with pytest.raises(ValueError, match="expected at least one problem and num_steps of at least 1, got"):
+            jc.pretrain.pretrain_agent(jax.random.key(0), agent, problems, num_steps=num_steps)

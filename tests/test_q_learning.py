@@ -41,3 +41,13 @@ def test_replayed_values_approach_the_best_loss_behind_them(problem):
     # A chain of one head alone: its value is exact, as nothing follows.
     bare = jc.evaluate(problem, [[4, -1, -1, -1], [5, -1, -1, -1]]).loss
     np.testing.assert_allclose(state.values[0, 4, 4:], -bare, rtol=1e-3)
+
+
+def test_value_is_the_best_token_by_hand(problem):
+    search = jc.QLearning(reward_fn=jc.rewards.log_rewards)
+    state = search.init(jax.random.key(0), problem)
+    table = jnp.full((4, 5, 6), -9.0).at[0, 4, 2].set(-1.0).at[1, 2, 5].set(-2.0).at[3, 1].set(-jnp.arange(6.0))
+    chains = jnp.array([[2, 4, -1, -1], [2, 0, 1, 5]])
+    # In the last slot only the heads count, of which the first has -4.
+    expected = [[-1.0, -2.0, 0.0, 0.0], [-1.0, -2.0, -9.0, -4.0]]
+    np.testing.assert_array_equal(search.value(state._replace(values=table), chains, problem), expected)

@@ -24,11 +24,20 @@ SEARCHES = {
     "MCTS": jc.MCTS(num_simulations=6),
     "ActorCritic": jc.ActorCritic(encoding=jc.TokenEncoding(features=8), num_chains=6),
     "ActorCritic-scores": jc.ActorCritic(encoding=jc.TokenEncoding(features=8), num_chains=6, score_kind="linearized"),
+    "ActorCritic-replay": jc.ActorCritic(
+        encoding=jc.TokenEncoding(features=8), num_chains=6, num_replays=4, replay_size=10
+    ),
+    "ActorCritic-observing": jc.ActorCritic(
+        encoding=jc.JointEncoding((jc.WeightEncoding(8), jc.ObservedEncoding(jc.features.observe_activations, 8))),
+        num_chains=6,
+    ),
     "ActorCritic-weights": jc.ActorCritic(encoding=jc.WeightEncoding(features=8), num_chains=6),
 }
 RATES = {
     "ActorCritic": {"learning_rate": 0.1, "restart_rate": 0.9},
     "ActorCritic-weights": {"entropy_weight": 1.0},
+    "ActorCritic-replay": {"lambda_": 0.5},
+    "ActorCritic-observing": {"restart_rate": 0.9},
     "QLearning": {"learning_rate": 0.5, "min_epsilon": 0.2},
     "MCTS": {"gumbel_scale": 0.5},
     "TargetPropagation": {"rate": 0.5},
@@ -38,6 +47,8 @@ RATES = {
 # They go on from the activations of a prefix, and pay for each layer that they apply, not for chains.
 STEPPING = ("BeamSearch", "MCTS")
 DETERMINISTIC = ("BeamSearch",)
+# They apply layers while they sample chains, and pay for those of each step.
+OBSERVING = ("ActorCritic-observing",)
 # They also pay for passes: recounted in tests of their own.
 PASSING = ("LinearizedSearch", "ActorCritic-scores", "TargetPropagation", "MeetInTheMiddle")
 # Layers that can be undone, for a search that needs them.
@@ -49,7 +60,15 @@ VMAPPED = [
     pytest.param(name, marks=() if name in ("RandomSearch", "CriticSearch", "ActorCritic") else pytest.mark.slow)
     for name in SEARCHES
 ]
-SLOW_EAGER = ("CriticSearch", "ActorCritic-weights", "ActorCritic-scores", "TargetPropagation", "MeetInTheMiddle")
+SLOW_EAGER = (
+    "CriticSearch",
+    "ActorCritic-observing",
+    "ActorCritic-replay",
+    "ActorCritic-weights",
+    "ActorCritic-scores",
+    "TargetPropagation",
+    "MeetInTheMiddle",
+)
 EAGER = [pytest.param(name, marks=pytest.mark.slow if name in SLOW_EAGER else ()) for name in SEARCHES]
 
 
@@ -118,6 +137,8 @@ def test_losses_indices_and_cost_are_exact(name, search, problem):
             before, parent = parent, max((row[: row.index(max(row))] for row in rows), key=len)[:-1]
             assert len({row[: row.index(max(row))] for row in rows} - {()}) == 4
             assert info.layer_calls == 4 + (len(parent) if parent[:-1] != before else 0)
+        elif name in OBSERVING:
+            assert info.layer_calls == reference.count_calls(rows, 4)[0]
         elif name not in PASSING:
             assert info.layer_calls == reference.count_calls([row for row in rows if row not in seen], 4)[0]
         seen.update(rows)
@@ -218,6 +239,8 @@ def test_works_without_layers_to_choose(name, search):
         (jc.ActorCritic, {"num_chains": 1}),
         (jc.ActorCritic, {"num_epochs": 0}),
         (jc.ActorCritic, {"num_elites": 0}),
+        (jc.ActorCritic, {"num_replays": -1}),
+        (jc.ActorCritic, {"num_replays": 4, "replay_size": 8}),
         (jc.LocalSearch, {"num_chains": 0}),
         (jc.Evolution, {"tournament_size": 0}),
         (jc.Evolution, {"population_size": 4, "num_chains": 5}),

@@ -7,7 +7,7 @@ it is searched: their targets are those of Q-learning, the best of stopping here
 (least-squares temporal differences, Bradtke and Barto 1996; fitted Q iteration, Ernst et al. 2005).
 """
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jchain import env
 from jchain._typing import Array, Bool, Float, Int, Key, Shaped
 from jchain.chain import PADDING
 from jchain.engine import apply_all, apply_token
-from jchain.features import NUM_FEATURES, Observation, log_loss, lowest, observe
+from jchain.features import NUM_FEATURES, Observe, log_loss, lowest, observe
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
@@ -27,13 +27,6 @@ _MAX_CODES = 64
 _CODE_SEED = 0
 # The constant input of the least squares is large, so that it is hardly held back.
 _CONSTANT = 10.0
-
-
-@runtime_checkable
-class Observe(Protocol):
-    """A function of the problem, the activations of a prefix and those of the prefix without its last layer."""
-
-    def __call__(self, problem: Problem, hidden: Array, parent: Array) -> Observation: ...
 
 
 class Prefixes(NamedTuple):
@@ -96,6 +89,8 @@ class CriticSearch:
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         hidden = problem.bank.embed(problem.data.x)
         root = self.observe(problem, hidden, hidden)
+        if root.features.shape != (NUM_FEATURES,):
+            raise ValueError(f"expected {NUM_FEATURES} features of a prefix, got shape {list(root.features.shape)}")
         lengths = max(problem.max_layers, 1)
         shape = (lengths, self.width)
         size = 3 * _codes(problem).shape[1] + 2 * NUM_FEATURES + 1

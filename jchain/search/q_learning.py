@@ -3,6 +3,7 @@
 The state is how many layers there are and the last one, so that the table stays small whatever the number of chains.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from jchain.chain import PADDING, count_layers
 from jchain.memo import Memo
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
+from jchain.rewards import plain_rewards
 from jchain.search.base import Info
 
 
@@ -39,6 +41,7 @@ class QLearning:
       learning_rate: of the table.
       decay: epsilon is `decay ** steps`, but at least `min_epsilon`.
       min_epsilon: share of random tokens that stays.
+      reward_fn: rewards of the chains of a step from their losses: of `jchain.rewards`, but ranks, which change with the step.
     """
 
     num_chains: int = static(default=16)
@@ -47,6 +50,7 @@ class QLearning:
     learning_rate: float = 0.1
     decay: float = 0.98
     min_epsilon: float = 0.1
+    reward_fn: Callable[[Float[Array, "P"]], Float[Array, "P"]] = static(default=plain_rewards)
 
     def __post_init__(self) -> None:
         sizes = (self.num_chains, self.num_replays)
@@ -75,10 +79,7 @@ class QLearning:
 
         place = (state.num_steps * self.num_chains + jnp.arange(self.num_chains)) % self.replay_size
         remembered = state.chains.at[place].set(chains)
-        # A chain that cannot be scored is as bad as the worst that can.
-        worst = jnp.max(jnp.where(jnp.isfinite(loss), loss, -jnp.inf))
-        reward = -jnp.where(jnp.isfinite(loss), loss, jnp.where(jnp.isfinite(worst), worst, 0.0))
-        rewards = state.reward.at[place].set(reward.astype(state.reward.dtype))
+        rewards = state.reward.at[place].set(self.reward_fn(loss).astype(state.reward.dtype))
         num_steps = state.num_steps + 1
         num_there = jnp.minimum(num_steps * self.num_chains, self.replay_size)
         drawn = jax.random.randint(replay_key, (self.num_replays,), 0, num_there)
@@ -88,6 +89,19 @@ class QLearning:
 
         values, _ = jax.lax.scan(replay, state.values, drawn)
         return State(values, remembered, rewards, num_steps, memo), Info(chains, loss, layer_calls)
+
+    def value(self, state: State, chains: Int[Array, "P L"], problem: Problem) -> Float[Array, "P L"]:
+        """What the table predicts before each token of chains: the best reward behind it, 0 where nothing was tried.
+
+        0 also behind the head. The unit is that of `reward_fn`.
+        """
+
+        def read(chain: Array) -> Array:
+            state_values, is_legal = look_up(state.values, chain, problem)
+            best = jnp.max(jnp.where(is_legal, state_values, -jnp.inf), axis=1)
+            return jnp.where(jnp.arange(chain.shape[0]) <= count_layers(chain, problem.bank.num_layers), best, 0.0)
+
+        return jax.vmap(read)(chains)
 
 
 def sample_chain(
@@ -120,13 +134,11 @@ def update(
     """The table after one chain, whose reward comes with its head; states differ by slot, so all at once."""
     import rlax
 
-    num_layers, num_slots = problem.bank.num_layers, chain.shape[0]
-    slots = jnp.arange(num_slots)
-    length = count_layers(chain, num_layers)
-    last = jnp.concatenate([jnp.array([num_layers]), jnp.where(slots < length, chain, 0)[:-1]])
+    slots = jnp.arange(chain.shape[0])
+    length = count_layers(chain, problem.bank.num_layers)
+    last = find_last(chain, problem)
     action = jnp.maximum(chain, 0)
-    is_legal: Bool[Array, "L E"] = jax.vmap(lambda t: env.legal_actions(problem, t))(slots)
-    state_values = values[slots, last]
+    state_values, is_legal = look_up(values, chain, problem)
     next_values = jnp.roll(jnp.where(is_legal, state_values, -jnp.inf), -1, axis=0)
     # Behind the head nothing follows; 0 * inf would be nan.
     next_values = jnp.where((slots < length)[:, None], next_values, 0.0)
@@ -134,3 +146,19 @@ def update(
     discount = (slots < length).astype(values.dtype)
     error = jax.vmap(rlax.q_learning)(state_values, action, rewards, discount, next_values)
     return values.at[slots, last, action].add(rate * error * (slots <= length))
+
+
+def look_up(
+    values: Float[Array, "L M E"], chain: Int[Array, "L"], problem: Problem
+) -> tuple[Float[Array, "L E"], Bool[Array, "L E"]]:
+    """The values of all tokens before each token of a chain, and which of them may be taken."""
+    slots = jnp.arange(chain.shape[0])
+    is_legal: Bool[Array, "L E"] = jax.vmap(lambda t: env.legal_actions(problem, t))(slots)
+    return values[slots, find_last(chain, problem)], is_legal
+
+
+def find_last(chain: Int[Array, "L"], problem: Problem) -> Int[Array, "L"]:
+    """The layer before each slot, N where there is none."""
+    num_layers = problem.bank.num_layers
+    is_layer = jnp.arange(chain.shape[0]) < count_layers(chain, num_layers)
+    return jnp.concatenate([jnp.array([num_layers]), jnp.where(is_layer, chain, 0)[:-1]])

@@ -1,0 +1,424 @@
+"""What is the state? Tokens, weights, or what the prefix does to data; on the bank itself, on banks seen before and on unseen ones.
+
+    python experiments/chainbench.py && python experiments/state.py
+
+The same actor-critic, the same problems, the same cost, and what differs is how it sees a prefix: its tokens through a GRU
+(discrete), the number of layers and a sketch of their weights (continuous), 12 numbers that sum up what the layers did to the data
+(`jchain.features.observe`), a sketch of the activations of the data, one of the gradient of the best head's loss by them, and
+combinations. An encoding that sees activations applies layers while it samples, keeps none of them, and so pays again for
+layers of chains that it scored before.
+
+Each state starts from random parameters on the bank that is searched (`from scratch`), from parameters that were trained by
+searching other banks of the same data (`unseen`), or other banks and this one (`seen`; as many banks, equal steps; the layer calls of
+training are not counted). Beside it, how well a critic that is regressed on each state ranks the prefixes of three layers by the
+best loss behind them: a fifth of the prefixes of banks it was trained on, which were held out (`held out`), and all of unseen banks.
+
+Two ChainBench problems of odd number of wine and of digits each, of nets trained apart and of a routed supernet, all with three heads; 10
+runs each (of 2 trainings where there was one). Rates were not tuned for any state: they are those of the actor-critic's default.
+Writes state.json, state.md and state.png to experiments/results.
+
+TIME
+"""
+
+import argparse
+import dataclasses
+import time
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from arena import describe_search
+from controller import make_problem
+from matplotlib.figure import Figure
+from records import CHAINBENCH, correlate, describe_machine, keep
+
+import jchain as jc
+from jchain.files import write_atomically, write_json
+
+BUDGETS = (300, 1000, 4000)
+PART, MAX_FREE_STEPS, MAX_STEPS = 16, 100, 480
+DATA = ("wine", "digits")
+TESTED = ("independent-1", "routed-2")
+KINDS = ("independent", "routed")
+TRAINED = (300, 301, 303)  # seeds of banks of three heads, inputs as they are
+
+NUM_OTHERS = 6  # other banks that are trained on where the bank itself is not; where it is, two make room
+NUM_TRAININGS = 2
+NUM_VISITS, VISIT_STEPS = 2, 24
+# Of the regression.
+NUM_ROUNDS, ROUND_STEPS, BATCH, RATE = 4, 50, 64, 3e-3
+DEPTH = 3
+NUM_SUMMARY, NUM_SKETCH = jc.features.NUM_FEATURES, jc.features.NUM_SKETCHED + 1
+EVERYTHING = jc.features.Join((jc.features.observe, jc.features.observe_activations, jc.features.observe_gradients))
+
+
+def see_columns(first: int, last: int, problem: Any, hidden: Any, parent: Any) -> Any:
+    """Some of the features that are looked up."""
+    seen = jc.lookup.observe(problem, hidden, parent)
+    return seen._replace(features=seen.features[first:last])
+
+
+def see_summary(problem: Any, hidden: Any, parent: Any) -> Any:
+    return see_columns(0, NUM_SUMMARY, problem, hidden, parent)
+
+
+def see_activations(problem: Any, hidden: Any, parent: Any) -> Any:
+    return see_columns(NUM_SUMMARY, NUM_SUMMARY + NUM_SKETCH, problem, hidden, parent)
+
+
+def see_gradients(problem: Any, hidden: Any, parent: Any) -> Any:
+    return see_columns(NUM_SUMMARY + NUM_SKETCH, NUM_SUMMARY + 2 * NUM_SKETCH, problem, hidden, parent)
+
+
+def see_both(problem: Any, hidden: Any, parent: Any) -> Any:
+    return see_columns(NUM_SUMMARY, NUM_SUMMARY + 2 * NUM_SKETCH, problem, hidden, parent)
+
+
+STATES: dict[str, Any] = {
+    "tokens": jc.TokenEncoding(),
+    "weights": jc.WeightEncoding(),
+    "summary": jc.ObservedEncoding(see_summary),
+    "activations": jc.ObservedEncoding(see_activations),
+    "gradients": jc.ObservedEncoding(see_gradients),
+    "activations, gradients": jc.ObservedEncoding(see_both),
+    "tokens, summary": jc.JointEncoding((jc.TokenEncoding(), jc.ObservedEncoding(see_summary))),
+}
+CONTROLS: dict[str, Any] = {
+    "evolution": jc.Evolution(population_size=64, tournament_size=16),
+    "local search": jc.LocalSearch(),
+    "beam search": jc.BeamSearch(width=4, max_width=256),
+    "random search": jc.RandomSearch(),
+}
+STARTS = ("from scratch", "unseen", "seen")
+
+
+class Bank(NamedTuple):
+    """A problem of which all is looked up."""
+
+    problem: jc.Problem
+    loss: np.ndarray  # of all chains, [C]
+
+    def regret(self, loss: Any) -> np.ndarray:
+        best, middle = self.loss.min(), np.median(self.loss)
+        return (np.where(np.isfinite(loss), loss, middle) - best) / (middle - best)
+
+
+class Run(NamedTuple):
+    """One search."""
+
+    key: Any
+    state: Any
+    spent: Any
+    num_free: Any
+    is_over: Any
+    best: Any  # lowest loss within each budget, [B]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=CHAINBENCH, help="of ChainBench (default: %(default)s)")
+    parser.add_argument("--data", action="append", choices=jc.chainbench.DATA, help="only these; repeat for more")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--quick", action="store_true", help="wine, two states, few runs; nothing is written")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    begin, data_names, states, seeds = time.perf_counter(), args.data or DATA, STATES, args.seeds
+    if args.quick:
+        data_names, seeds = ("wine",), 2
+        states = {name: STATES[name] for name in ("tokens", "summary")}
+    tested, others = {}, {}
+    for data in data_names:
+        for kind in TESTED:
+            solved = jc.chainbench.load(args.folder, f"{data}-{kind}")
+            tested[solved.name] = tabulate(solved.name, solved.problem)
+        others[data] = [
+            tabulate(f"{data}-{kind}-{seed}", make_problem(data, kind, seed)) for seed in TRAINED for kind in KINDS
+        ][:NUM_OTHERS]
+        print(f"{data}: tables at {time.perf_counter() - begin:.0f} s", flush=True)
+    regret, ranks = {}, {}
+    for name, encoding in states.items():
+        agent = jc.ActorCritic(encoding, entry_features=jc.lookup.entry_features)
+        regret[name], ranks[name] = measure(name, agent, tested, others, seeds)
+        jax.clear_caches()
+        print(f"{name:28} {time.perf_counter() - begin:.0f} s", flush=True)
+    controls = {name: run_control(search, tested, seeds) for name, search in CONTROLS.items()}
+    summary = {
+        "regret": {
+            **{name: {start: estimate(rows) for start, rows in by.items()} for name, by in regret.items()},
+            **{name: {"from scratch": estimate(rows)} for name, rows in controls.items()},
+        },
+        "ranks": {
+            name: {where: jc.stats.iqm(values)._asdict() for where, values in by.items()} for name, by in ranks.items()
+        },
+    }
+    table = format_tables(summary)
+    print(table, flush=True)
+    if args.quick:
+        return
+    result = {
+        **describe_machine(),
+        "config": {
+            "problems": list(tested),
+            "seeds": seeds,
+            "budgets": BUDGETS,
+            "banks": {data: [f"{kind}-{seed}" for seed in TRAINED for kind in KINDS][:NUM_OTHERS] for data in others},
+            "training": {"trainings": NUM_TRAININGS, "visits": NUM_VISITS, "steps": VISIT_STEPS},
+            "regression": {"rounds": NUM_ROUNDS, "steps": ROUND_STEPS, "chains": BATCH, "rate": RATE},
+            "states": {name: " ".join(repr(encoding).split()) for name, encoding in states.items()},
+        },
+        "seconds": round(time.perf_counter() - begin),
+        "summary": summary,
+        "of_each_problem": {
+            name: {start: rows.mean(axis=1).round(5).tolist() for start, rows in by.items()}
+            for name, by in regret.items()
+        },
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "state.json", result)
+    write_atomically(args.out / "state.md", lambda path: Path(path).write_text(table + "\n"))
+    write_atomically(args.out / "state.png", partial(draw, summary=summary, states=list(states)))
+
+
+def tabulate(name: str, problem: jc.Problem) -> Bank:
+    """Looked up with everything that a state may see of its prefixes."""
+    arrays = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((problem.bank.without_names(), problem.data))]
+
+    def make() -> dict[str, np.ndarray]:
+        return {"table": np.asarray(jc.lookup.tabulate(problem, EVERYTHING).data.y[0])}
+
+    table = keep((tabulate,), f"state-{name}", arrays, make, uses=(problem, EVERYTHING))["table"]
+    loss = table[:, : problem.bank.num_heads]
+    looked_up = jc.lookup.make_problem(
+        problem.bank, loss.reshape(-1), problem.max_layers, table[:, problem.bank.num_heads :]
+    )
+    return Bank(looked_up.without_names(), loss.reshape(-1))
+
+
+def measure(
+    name: str, agent: jc.ActorCritic, tested: dict[str, Bank], others: dict[str, list[Bank]], seeds: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Regret by start, `[M, S, B]`, and rank correlation of a regressed critic by kind of bank, `[M, S]`."""
+    regret: dict[str, Any] = {start: [] for start in STARTS}
+    ranks: dict[str, Any] = {"held out": [], "unseen": []}
+    for data, banks in others.items():
+        mine = [bank for problem_name, bank in tested.items() if problem_name.startswith(f"{data}-")]
+        inputs = ([bank.loss.tobytes() for bank in (*mine, *banks)], describe_search(agent), seeds)
+        code = (compute, search_all, train, regress, advance, start_run, fit, see_columns, know)
+        make = partial(compute, agent, mine, banks, seeds)
+        arrays = keep(code, f"state-{name}-{data}".replace(" ", ""), inputs, make, uses=(agent, agent.encoding))
+        for start in STARTS:
+            regret[start].extend(arrays[start])
+        for where, values in ranks.items():
+            values.extend(arrays[where])
+    return tuple({key: np.array(rows) for key, rows in by.items()} for by in (regret, ranks))  # pyright: ignore[reportReturnType]
+
+
+def compute(agent: jc.ActorCritic, mine: list[Bank], banks: list[Bank], seeds: int) -> dict[str, np.ndarray]:
+    keys = jax.random.split(jax.random.key(0), seeds)
+    fresh = jax.vmap(lambda key: begin_params(key, agent, mine[0].problem))(keys)
+    trained = {"unseen": train(agent, banks), "seen": train(agent, [*mine, *banks[: len(banks) - len(mine)]])}
+    out = {"from scratch": search_all(agent, fresh, keys, mine)}
+    for start, params in trained.items():
+        # Each training serves as many runs.
+        shared = jax.tree.map(lambda leaf: jnp.repeat(leaf, seeds // NUM_TRAININGS, axis=0), params)
+        out[start] = search_all(agent, shared, keys, mine)
+    return {**out, **regress(agent, mine, banks)}
+
+
+@jax.jit
+def begin_params(key: Any, agent: jc.ActorCritic, problem: jc.Problem) -> Any:
+    return agent.init(key, problem).params
+
+
+def train(agent: jc.ActorCritic, banks: list[Bank]) -> Any:
+    """Params after searching these banks in turn, `[trainings, ...]`."""
+    problems = [bank.problem for bank in banks] * NUM_VISITS
+    keys = jax.random.split(jax.random.key(1), NUM_TRAININGS)
+    return jax.vmap(lambda key: jc.pretrain.pretrain_agent(key, agent, problems, num_steps=VISIT_STEPS))(keys)
+
+
+def search_all(agent: jc.ActorCritic, params: Any, keys: Any, banks: list[Bank]) -> np.ndarray:
+    """Regret at each budget from these params, `[M, S, B]`."""
+    rows = []
+    for bank in banks:
+        runs, num_steps = start_runs(keys, params, agent, bank.problem), 0
+        while not np.all(runs.is_over) and num_steps < MAX_STEPS:
+            runs, num_steps = advance_runs(runs, agent, bank.problem), num_steps + PART
+        rows.append(bank.regret(np.asarray(runs.best)))
+    return np.array(rows)
+
+
+def start_run(key: Any, params: Any, agent: jc.ActorCritic, problem: jc.Problem) -> Run:
+    key, init_key = jax.random.split(key)
+    state = dataclasses.replace(agent, params=params).init(init_key, problem)
+    zero = jnp.zeros((), jnp.int32)
+    return Run(key, state, zero, zero, jnp.array(False), jnp.full(len(BUDGETS), jnp.inf, jnp.float32))
+
+
+def advance(run: Run, agent: jc.ActorCritic, problem: jc.Problem) -> Run:
+    """Some steps; one that would pass a budget is not counted in it."""
+
+    def step(old: Run, _: Any) -> tuple[Run, None]:
+        key, step_key = jax.random.split(old.key)
+        state, info = agent.step(step_key, old.state, problem)
+        spent = old.spent + info.layer_calls.astype(jnp.int32)
+        num_free = jnp.where(info.layer_calls == 0, old.num_free + 1, 0)
+        is_counted = (spent <= jnp.array(BUDGETS)) & ~old.is_over
+        best = jnp.where(is_counted, jnp.minimum(old.best, jnp.min(info.loss)), old.best)
+        is_over = old.is_over | (spent > BUDGETS[-1]) | (num_free >= MAX_FREE_STEPS)
+        return Run(key, state, spent, num_free, is_over, best), None
+
+    return jax.lax.scan(step, run, length=PART)[0]
+
+
+start_runs = jax.jit(jax.vmap(start_run, in_axes=(0, 0, None, None)))
+advance_runs = jax.jit(jax.vmap(advance, in_axes=(0, None, None)), compiler_options=jc.compiler_options("cpu"))
+
+
+def regress(agent: jc.ActorCritic, mine: list[Bank], banks: list[Bank]) -> dict[str, np.ndarray]:
+    """Rank correlation over prefixes of three layers of a critic that learnt what is behind the prefixes of other banks."""
+    chains, known = know(banks[0], [bank.loss for bank in (*banks, *mine)])
+    is_out = np.random.default_rng(0).random(len(chains)) < 0.2
+    keys = jax.random.split(jax.random.key(2), NUM_TRAININGS)
+    states = jax.vmap(lambda key: begin_state(key, agent, banks[0].problem))(keys)
+    optimizer_state = jax.vmap(optax.adam(RATE).init)(states.params)
+    fit_all = jax.vmap(fit, in_axes=(0, 0, 0, None, None, None, None))
+    for i in range(NUM_ROUNDS):
+        for j, bank in enumerate(banks):
+            keys = jax.random.split(jax.random.key(100 * i + j), NUM_TRAININGS)
+            rows = jnp.asarray(np.flatnonzero(~is_out))
+            given = jnp.asarray(chains)[rows], jnp.asarray(known[j])[rows]
+            states, optimizer_state = fit_all(keys, states, optimizer_state, agent, bank.problem, *given)
+    found: dict[str, Any] = {"held out": [], "unseen": []}
+    for j, bank in enumerate((*banks, *mine)):
+        sight = begin_state(keys[0], agent, bank.problem).sight
+        values = jax.vmap(
+            lambda s, bank=bank, sight=sight: find_value(
+                s._replace(sight=sight), agent, bank.problem, jnp.asarray(chains)
+            )
+        )(states)
+        rows = is_out if j < len(banks) else np.ones_like(is_out)
+        rank = [correlate(np.asarray(one)[rows, DEPTH], known[j][rows, DEPTH]) for one in values]
+        found["held out" if j < len(banks) else "unseen"].append(rank)
+    return {where: np.array(rows) for where, rows in found.items()}
+
+
+@jax.jit
+def begin_state(key: Any, agent: jc.ActorCritic, problem: jc.Problem) -> Any:
+    return agent.init(key, problem)._replace(memo=None)
+
+
+@jax.jit
+def find_value(state: Any, agent: jc.ActorCritic, problem: jc.Problem, chains: Any) -> Any:
+    return agent.value(state, chains, problem)
+
+
+@jax.jit
+def fit(
+    key: Any, state: Any, optimizer_state: Any, agent: jc.ActorCritic, problem: jc.Problem, chains: Any, known: Any
+) -> Any:
+    """Some steps of least squares on the prefixes of one bank."""
+    state = state._replace(sight=agent.init(key, problem).sight)
+
+    def step(carry: Any, key: Any) -> tuple[Any, None]:
+        params, optimizer_state = carry
+        rows = jax.random.randint(key, (BATCH,), 0, chains.shape[0])
+
+        def loss_fn(params: Any) -> Any:
+            found = agent.value(state._replace(params=params), chains[rows], problem)
+            return jnp.mean((found[:, : DEPTH + 1] - known[rows]) ** 2)
+
+        updates, optimizer_state = optax.adam(RATE).update(jax.grad(loss_fn)(params), optimizer_state)
+        return (optax.apply_updates(params, updates), optimizer_state), None
+
+    carry = state.params, optimizer_state
+    (params, optimizer_state), _ = jax.lax.scan(step, carry, jax.random.split(key, ROUND_STEPS))
+    return state._replace(params=params), optimizer_state
+
+
+def know(bank: Bank, losses: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Chains through all prefixes of three layers, and of each bank the best log reward behind each of their prefixes, less its mean."""
+    num_layers, num_heads = bank.problem.bank.num_layers, bank.problem.bank.num_heads
+    chains = np.stack([*np.indices((num_layers,) * DEPTH).reshape(DEPTH, -1)], axis=1)
+    chains = np.pad(chains, ((0, 0), (0, 2)), constant_values=-1)
+    chains[:, DEPTH] = num_layers
+    known = []
+    for loss in losses:
+        reward = np.asarray(jc.rewards.log_rewards(jnp.asarray(loss))).reshape(-1, num_heads).max(axis=1)
+        edges = np.cumsum([0, *(num_layers**d for d in range(DEPTH + 2))])
+        levels = [reward[a:b] for a, b in pairwise(edges)]
+        for d in range(DEPTH, -1, -1):
+            levels[d] = np.maximum(levels[d], levels[d + 1].reshape(-1, num_layers).max(axis=1))
+        columns = [np.repeat(levels[d], num_layers ** (DEPTH - d)) for d in range(DEPTH + 1)]
+        known.append(np.stack(columns, axis=1) - levels[DEPTH].mean())
+    return chains, known
+
+
+def run_control(search: Any, tested: dict[str, Bank], seeds: int) -> np.ndarray:
+    keys = jax.random.split(jax.random.key(0), seeds)
+    rows = []
+    for bank in tested.values():
+        results = jc.run_many(keys, search, bank.problem, budget=BUDGETS[-1])
+        rows.append(bank.regret(np.array([result.curve.at(BUDGETS) for result in results])))
+    return np.array(rows)
+
+
+def estimate(regret: np.ndarray) -> dict[str, Any]:
+    return {str(budget): jc.stats.iqm(regret[:, :, b])._asdict() for b, budget in enumerate(BUDGETS)}
+
+
+def show(cell: dict[str, float], digits: int = 3) -> str:
+    return f"{cell['value']:.{digits}f} [{cell['low']:.{digits}f}, {cell['high']:.{digits}f}]"
+
+
+def format_tables(summary: dict[str, Any]) -> str:
+    """Markdown: regret by state, start and budget, and rank correlation; IQM and 95% intervals."""
+    head = ["state", "start", *(f"regret at {budget:,}" for budget in BUDGETS)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, by in summary["regret"].items():
+        for start, row in by.items():
+            label = start if name in summary["ranks"] else ""
+            lines.append(f"| {name} | {label} | " + " | ".join(show(row[str(b)]) for b in BUDGETS) + " |")
+    lines += ["", "| critic regressed on | prefixes held out of seen banks | unseen banks |", "|---|---|---|"]
+    for name, by in summary["ranks"].items():
+        lines.append(f"| {name} | {show(by['held out'], 2)} | {show(by['unseen'], 2)} |")
+    return "\n".join(lines)
+
+
+def draw(path: str, summary: dict[str, Any], states: list[str]) -> None:
+    """Regret by state and start at two budgets, and rank correlation of a regressed critic."""
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    places = np.arange(len(states))
+    for axes, budget in zip(panels, BUDGETS[:2], strict=False):
+        for i, start in enumerate(STARTS):
+            cells = [summary["regret"][name][start][str(budget)] for name in states]
+            plot_bars(axes, places + 0.25 * (i - 1), cells, start)
+        for name, style in zip(CONTROLS, ("-", "--", ":", "-."), strict=True):
+            value = summary["regret"][name]["from scratch"][str(budget)]["value"]
+            axes.axhline(value, color="black", linestyle=style, linewidth=0.8, label=name)
+        axes.set(title=f"Regret after {budget:,} layer calls", yscale="log")
+    for i, where in enumerate(("held out", "unseen")):
+        cells = [summary["ranks"][name][where] for name in states]
+        label = "prefixes held out of seen banks" if where == "held out" else "unseen banks"
+        plot_bars(panels[2], places + 0.25 * (i - 0.5), cells, label)
+    panels[2].set(title="Rank correlation of a regressed critic")
+    for axes in panels:
+        axes.set_xticks(places, states, rotation=30, ha="right")
+    panels[0].legend(fontsize=7)
+    panels[2].legend(fontsize=7)
+    figure.savefig(path, format="png", dpi=150)
+
+
+def plot_bars(axes: Any, places: np.ndarray, cells: list[dict[str, float]], label: str) -> None:
+    value, low, high = np.array([[cell[key] for key in ("value", "low", "high")] for cell in cells]).T
+    axes.errorbar(places, value, [value - low, high - value], fmt="o", markersize=4, capsize=2, label=label)
+
+
+if __name__ == "__main__":
+    main()

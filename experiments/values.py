@@ -1,0 +1,478 @@
+"""How is the value of a prefix updated? Rules of credit on the same decision process at equal cost, and what they know.
+
+    python experiments/chainbench.py && python experiments/values.py
+
+The actor-critic by TD(0), TD(0.5), Monte Carlo returns, and V-trace with replay, beside tabular Q-learning: regret, and how well
+the critic is calibrated. What it predicts for each of the 1,885 prefixes that have room for a layer is compared with the best
+reward that can be reached behind the prefix, which is known, as every chain is scored; once over all prefixes, once over those that
+the agent's own last chains went through; Spearman's correlation, bias (predicted less true) and root mean square error are taken
+within each depth, 1 to 3, then averaged. A TD critic does not aim at the best that can be reached but at what its own policy gets,
+which is known too (`own policy`: exactly, by going through all 22,621 prefixes); Q-learning aims at the best. Rewards are minus the
+log of the loss, so an error of 0.1 is a tenth of the loss; beside them the ranks that the actor-critic has by default, without unit.
+All is measured twice: with imitation of the best chains and restarts from them, and without both (`pure`), where credit is all there
+is. Critic search is a reference: its Spearman correlation is over the prefixes that it has seen and not extended yet.
+
+The 12 ChainBench problems of odd number with three heads, which share compiled programs; losses are looked up; 10 runs each. Rates were
+chosen on problems of even number (`--tune`). Writes values.json, values.md and values.png to experiments/results.
+
+TIME
+"""
+
+import argparse
+import time
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from arena import describe_search
+from matplotlib.figure import Figure
+from records import CHAINBENCH, correlate, describe_machine, keep, look_up
+
+import jchain as jc
+from jchain.files import write_atomically, write_json
+
+BUDGETS = (300, 1000, 4000)
+DEPTHS = (1, 2, 3)  # of prefixes with room for a layer; the empty one has no rank
+NUM_RECENT = 4  # steps whose chains say where the policy goes
+PART = 16  # steps between two looks of the host
+MAX_FREE_STEPS = 100  # a run that charges nothing so often is over, as in jc.run
+PURE = {"imitation_weight": 0.0, "restart_rate": 0.0}
+RATES = {"learning_rate": 3e-2, "entropy_weight": 0.5}
+
+
+def make_agent(**changes: Any) -> jc.ActorCritic:
+    return jc.ActorCritic(**{"reward_fn": jc.rewards.log_rewards, **RATES, **changes})
+
+
+RULES: dict[str, Any] = {
+    "TD(0)": {"lambda_": 0.0},
+    "TD(0.5)": {"lambda_": 0.5},
+    "Monte Carlo": {"lambda_": 1.0},
+    "V-trace, replay": {"lambda_": 1.0, "num_replays": 32},
+}
+RANKS = "TD(0.95) of ranks"  # as the actor-critic is by default
+AGENTS: dict[str, Any] = {
+    **{name: make_agent(**rule) for name, rule in RULES.items()},
+    RANKS: jc.ActorCritic(),
+    **{f"{name}, pure": make_agent(**rule, **PURE) for name, rule in RULES.items()},
+    f"{RANKS}, pure": jc.ActorCritic(**PURE),
+    "Q-learning": jc.QLearning(learning_rate=0.3, reward_fn=jc.rewards.log_rewards),
+    "critic search": jc.CriticSearch(),
+}
+CONTROLS: dict[str, Any] = {
+    "evolution": jc.Evolution(population_size=64, tournament_size=16),
+    "local search": jc.LocalSearch(),
+    "beam search": jc.BeamSearch(width=4, max_width=256),
+    "random search": jc.RandomSearch(),
+}
+
+
+class Track(NamedTuple):
+    """One run, and what is kept of it at each budget."""
+
+    key: Any
+    state: Any
+    spent: Any  # layer calls
+    num_free: Any
+    is_over: Any
+    recent: Any  # chains of the last steps, [R, P, L]
+    best: Any  # lowest loss, [B]
+    kept: Any  # what its critic is read from, [B, ...]
+    visited: Any  # [B, R, P, L]
+
+
+class Truth(NamedTuple):
+    """What is known of a problem."""
+
+    chains: np.ndarray  # [12^3, L], through all prefixes with room for a layer
+    best: list[np.ndarray]  # best log reward behind the prefixes of each depth 0..3
+    stop: list[np.ndarray]  # log reward of stopping by each head, depth 0..4, [12^d, K]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=CHAINBENCH, help="of ChainBench (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--tune", action="store_true", help="rates, on problems of even number; nothing is written")
+    parser.add_argument("--quick", action="store_true", help="one problem, 3 seeds, few rules; nothing is written")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    start = time.perf_counter()
+    if args.tune:
+        tune(args.folder)
+        return
+    names, seeds, agents = find_problems(args.folder, slice(1, None, 2)), args.seeds, AGENTS
+    if args.quick:
+        names, seeds = ["wine-routed-2"], 3
+        agents = {name: AGENTS[name] for name in ("TD(0), pure", "Monte Carlo, pure", "Q-learning")}
+    problems = {name: jc.chainbench.load(args.folder, name) for name in names}
+    # Those that differ in rates share compiled programs.
+    structures = {name: str(jax.tree.structure(search)) for name, search in agents.items()}
+    measured, last = {}, ""
+    for name in sorted(agents, key=structures.__getitem__):
+        if structures[name] != last:
+            jax.clear_caches()
+        last = structures[name]
+        measured[name] = measure_all(name, agents[name], problems, seeds)
+    measured = {name: measured[name] for name in agents}
+    jax.clear_caches()
+    for name, search in CONTROLS.items():
+        measured[name] = {"regret": np.array([run_control(search, solved, seeds) for solved in problems.values()])}
+    summary = {name: summarize(arrays) for name, arrays in measured.items()}
+    table = format_tables(summary)
+    print(table, flush=True)
+    if args.quick:
+        return
+    result = {
+        **describe_machine(),
+        "config": {
+            "problems": names,
+            "seeds": seeds,
+            "budgets": BUDGETS,
+            "rates": RATES,
+            "searches": {name: describe_search(search) for name, search in {**agents, **CONTROLS}.items()},
+        },
+        "seconds": round(time.perf_counter() - start),
+        "summary": summary,
+        "regret": {name: arrays["regret"].round(5).tolist() for name, arrays in measured.items()},
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "values.json", result)
+    write_atomically(args.out / "values.md", lambda path: Path(path).write_text(table + "\n"))
+    write_atomically(args.out / "values.png", partial(draw, measured=measured, summary=summary))
+
+
+def find_problems(folder: Path, half: slice) -> list[str]:
+    """Those of three heads."""
+    return [name for name in jc.chainbench.NAMES[half] if jc.chainbench.load(folder, name).bank.num_heads == 3]
+
+
+def measure_all(name: str, search: Any, problems: dict[str, Any], seeds: int) -> dict[str, np.ndarray]:
+    """What is measured of a search, problems first: `[M, S, ...]`."""
+    start, rows = time.perf_counter(), []
+    for problem_name, solved in problems.items():
+        leaves = [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(search)]
+        inputs = (problem_name, solved.loss["search"].tobytes(), describe_search(search), leaves, seeds)
+        code = (measure, run_agent, advance, read, judge, judge_policy, know)
+        make = partial(measure, search, solved, seeds)
+        rows.append(keep(code, f"values-{name}-{problem_name}".replace(" ", "-"), inputs, make, uses=(search,)))
+    print(f"{name:28} {time.perf_counter() - start:.0f} s", flush=True)
+    return {key: np.array([row[key] for row in rows]) for key in rows[0]}
+
+
+def measure(search: Any, solved: Any, seeds: int) -> dict[str, np.ndarray]:
+    """Regret and calibration at each budget of each run."""
+    problem, truth = solved.lookup(), know(solved)
+    track = run_agent(search, problem, seeds)
+    loss = np.where(np.isfinite(track.best), track.best, np.median(solved.loss["search"]))
+    out = {"regret": solved.regret(loss)}
+    if isinstance(search, jc.CriticSearch):
+        out["rank_open"] = np.array([[rank_open(truth, *at(track.kept, s, b)) for b in range(3)] for s in range(seeds)])
+        return out
+    problem = problem.without_names()
+
+    def predict(s: int, b: int) -> list[np.ndarray]:
+        return split(np.asarray(find_values(look_up(search), at(track.kept, s, b), jnp.asarray(truth.chains), problem)))
+
+    out["everywhere"], out["visited"] = np.zeros((2, seeds, len(BUDGETS), 3))
+    for s in range(seeds):
+        for b in range(len(BUDGETS)):
+            predicted = predict(s, b)
+            out["everywhere"][s, b] = judge(predicted, truth.best)
+            out["visited"][s, b] = judge(predicted, truth.best, count_visits(track.visited[s, b]))
+    if isinstance(search, jc.ActorCritic):
+        sampled = [predict(s, -1) for s in range(seeds)]
+        own = judge_policy(search, track, problem, truth, sampled)
+        out["own"] = np.array([judge(predicted, values) for predicted, values in zip(sampled, own, strict=True)])
+        out["predicted"] = np.array([np.concatenate(levels) for levels in sampled[:2]])
+        out["own_value"] = np.array([np.concatenate(levels) for levels in own[:2]])
+    else:
+        out["predicted"] = np.concatenate(predicted)[None]
+    out["best"] = np.concatenate(truth.best)
+    return out
+
+
+def at(tree: Any, seed: int, budget: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[seed, budget], tree)
+
+
+def run_agent(search: Any, problem: jc.Problem, seeds: int) -> Track:
+    """Runs side by side until each has spent the largest budget; a step that would pass a budget is not counted in it."""
+    search, keys = look_up(search), jax.random.split(jax.random.key(0), seeds)
+    problem = problem.without_names()
+    track = start_all(keys, search, problem)
+    while not np.all(track.is_over):
+        track = advance_all(track, search, problem)
+    return jax.tree.map(np.asarray, track._replace(key=None, state=None))
+
+
+def start(key: Any, search: Any, problem: jc.Problem) -> Track:
+    key, init_key = jax.random.split(key)
+    state = search.init(init_key, problem)
+    shapes = jax.eval_shape(search.step, key, state, problem)[1]
+    recent = jnp.full((NUM_RECENT, *shapes.chains.shape), -1, jnp.int32)
+    kept = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(BUDGETS)), read(search, state))
+    zero, visited = jnp.zeros((), jnp.int32), jnp.stack([recent] * len(BUDGETS))
+    # Of the types that a step returns, so that there is one program.
+    best = jnp.full(len(BUDGETS), jnp.inf, jnp.float32)
+    return Track(key, state, zero, zero, jnp.array(False), recent, best, kept, visited)
+
+
+def advance(track: Track, search: Any, problem: jc.Problem) -> Track:
+    """Some steps."""
+
+    def step(old: Track, _: Any) -> tuple[Track, None]:
+        key, step_key = jax.random.split(old.key)
+        state, info = search.step(step_key, old.state, problem)
+        spent = old.spent + info.layer_calls.astype(jnp.int32)
+        num_free = jnp.where(info.layer_calls == 0, old.num_free + 1, 0)
+        # Costs never fall, so that what passed a budget once stays out of it.
+        is_counted = (spent <= jnp.array(BUDGETS)) & ~old.is_over
+        recent = jnp.concatenate([old.recent[1:], info.chains[None].astype(jnp.int32)])
+
+        def update(new: Any, before: Any) -> Any:
+            return jnp.where(is_counted.reshape(-1, *[1] * new.ndim), new[None], before)
+
+        return Track(
+            key,
+            state,
+            spent,
+            num_free,
+            old.is_over | (spent > BUDGETS[-1]) | (num_free >= MAX_FREE_STEPS),
+            recent,
+            jnp.where(is_counted, jnp.minimum(old.best, jnp.min(info.loss)), old.best),
+            jax.tree.map(update, read(search, state), old.kept),
+            update(recent, old.visited),
+        ), None
+
+    return jax.lax.scan(step, track, length=PART)[0]
+
+
+start_all = jax.jit(jax.vmap(start, in_axes=(0, None, None)))
+advance_all = jax.jit(jax.vmap(advance, in_axes=(0, None, None)), compiler_options=jc.compiler_options("cpu"))
+
+
+@jax.jit
+def find_values(search: Any, state: Any, chains: Any, problem: jc.Problem) -> Any:
+    return search.value(state, chains, problem)[:, :-1]
+
+
+@jax.jit
+def find_policy(search: Any, state: Any, chains: Any, problem: jc.Problem) -> Any:
+    return jnp.exp(search.policy(state, chains, problem))
+
+
+def read(search: Any, state: Any) -> Any:
+    """The part of a state by which its critic predicts; of critic search the open prefixes and the predicted log losses."""
+    if isinstance(search, jc.CriticSearch):
+        prefixes = state.prefixes
+        return prefixes.chains, prefixes.base + jnp.einsum("dwi,di->dw", prefixes.inputs, state.weights)
+    if isinstance(search, jc.QLearning):
+        return state._replace(chains=None, reward=None, memo=None)
+    return state._replace(opt_state=None, elite=None, memo=None, replay=None)
+
+
+def know(solved: Any) -> Truth:
+    """Best reward behind each prefix, from the losses of all chains."""
+    num_layers, depth = solved.bank.num_layers, jc.chainbench.MAX_LAYERS
+    reward = np.asarray(jc.rewards.log_rewards(jnp.asarray(solved.loss["search"]))).reshape(-1, solved.bank.num_heads)
+    edges = np.cumsum([0, *(num_layers**d for d in range(depth + 1))])
+    stop = [reward[a:b] for a, b in pairwise(edges)]
+    best = [stop[-1].max(axis=1)]
+    for level in stop[-2::-1]:
+        best.insert(0, np.maximum(level.max(axis=1), best[0].reshape(len(level), num_layers).max(axis=1)))
+    chains = np.stack([*np.indices((num_layers,) * (depth - 1)).reshape(depth - 1, -1)], axis=1)
+    chains = np.pad(chains, ((0, 0), (0, 2)), constant_values=-1)
+    chains[:, depth - 1] = num_layers
+    return Truth(chains, best[:-1], stop)
+
+
+def split(values: np.ndarray) -> list[np.ndarray]:
+    """Values before each token of `Truth.chains`, `[12^3, 4]`, as those of the prefixes of each depth."""
+    num_layers = jc.chainbench.NUM_LAYERS
+    return [values[:: num_layers ** (values.shape[1] - 1 - d), d] for d in range(values.shape[1])]
+
+
+def count_visits(chains: np.ndarray) -> list[np.ndarray]:
+    """How many of the last chains went through each prefix with room for a layer, by depth."""
+    num_layers = jc.chainbench.NUM_LAYERS
+    rows = chains.reshape(-1, chains.shape[-1])
+    rows = rows[rows[:, 0] >= 0]
+    counts, number = [np.array([len(rows)])], np.zeros(len(rows), int)
+    for depth in DEPTHS:
+        is_there = (rows[:, depth - 1] >= 0) & (rows[:, depth - 1] < num_layers)
+        rows, number = rows[is_there], number[is_there] * num_layers + rows[is_there, depth - 1]
+        counts.append(np.bincount(number, minlength=num_layers**depth))
+    return counts
+
+
+def judge(predicted: list[np.ndarray], truth: list[np.ndarray], weights: Any = None) -> np.ndarray:
+    """Spearman's correlation over the prefixes that have a weight, weighted bias and root mean square error; nan for none."""
+    rows = []
+    for depth in DEPTHS:
+        weight = np.ones(len(truth[depth])) if weights is None else weights[depth]
+        is_there = weight > 0
+        if not is_there.any():
+            continue
+        error = predicted[depth] - truth[depth]
+        rank = correlate(predicted[depth][is_there], truth[depth][is_there]) if is_there.sum() >= 5 else np.nan
+        rows.append((rank, np.average(error, weights=weight), np.average(error**2, weights=weight) ** 0.5))
+    if not rows:
+        return np.full(3, np.nan)
+    columns = np.array(rows).T
+    return np.array([np.nanmean(c) if np.isfinite(c).any() else np.nan for c in columns])
+
+
+def judge_policy(
+    search: Any, track: Track, problem: jc.Problem, truth: Truth, sampled: list[Any]
+) -> list[list[np.ndarray]]:
+    """What the policy gets from each prefix of depth 0..3, of each run at the largest budget."""
+    num_layers, depth = problem.bank.num_layers, problem.max_layers
+    full = np.stack([*np.indices((num_layers,) * depth).reshape(depth, -1)], axis=1)
+    full = jnp.asarray(np.pad(full, ((0, 0), (0, 1)), constant_values=num_layers))
+    values = []
+    for s in range(len(sampled)):
+        policy = np.asarray(find_policy(look_up(search), at(track.kept, s, -1), full, problem))
+        levels: list[np.ndarray] = []
+        for d in range(depth, -1, -1):
+            chance = policy[:: num_layers ** (depth - d), d]
+            value = np.sum(chance[:, num_layers:] * truth.stop[d], axis=1)
+            if levels:
+                value += np.sum(chance[:, :num_layers] * levels[0].reshape(len(value), num_layers), axis=1)
+            levels.insert(0, value)
+        values.append(levels[:-1])
+    return values
+
+
+def rank_open(truth: Truth, chains: np.ndarray, predicted: np.ndarray) -> float:
+    """Spearman's correlation over open prefixes, within each depth."""
+    ranks = []
+    for depth in DEPTHS:
+        is_open = np.isfinite(predicted[depth])
+        if is_open.sum() >= 5:
+            number = np.zeros(is_open.sum(), int)
+            for slot in range(depth):
+                number = number * jc.chainbench.NUM_LAYERS + chains[depth][is_open][:, slot]
+            ranks.append(correlate(-predicted[depth][is_open], truth.best[depth][number]))
+    return float(np.mean(ranks)) if ranks else np.nan
+
+
+def run_control(search: Any, solved: Any, seeds: int) -> np.ndarray:
+    """Regret at each budget, `[S, B]`."""
+    keys = jax.random.split(jax.random.key(0), seeds)
+    results = jc.run_many(keys, search, solved.lookup(), budget=BUDGETS[-1])
+    loss = np.array([result.curve.at(BUDGETS) for result in results])
+    return solved.regret(np.where(np.isfinite(loss), loss, np.median(solved.loss["search"])))
+
+
+def summarize(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """IQM and interval of each measure, by budget."""
+    out: dict[str, Any] = {"regret": estimate(arrays["regret"])}
+    for key in ("everywhere", "visited"):
+        if key in arrays:
+            for i, measure_name in enumerate(("rank", "bias", "rmse")):
+                out[f"{measure_name}_{key}"] = estimate(arrays[key][..., i])
+    if "rank_open" in arrays:
+        out["rank_open"] = estimate(arrays["rank_open"])
+    if "own" in arrays:
+        for i, measure_name in enumerate(("rank", "bias", "rmse")):
+            out[f"{measure_name}_own"] = {str(BUDGETS[-1]): estimate_one(arrays["own"][..., i])}
+    return out
+
+
+def estimate(values: np.ndarray) -> dict[str, Any]:
+    return {str(budget): estimate_one(values[:, :, b]) for b, budget in enumerate(BUDGETS)}
+
+
+def estimate_one(values: np.ndarray) -> dict[str, float]:
+    # A policy that goes one way has nothing to rank.
+    return jc.stats.iqm(np.where(np.isfinite(values), values, 0.0))._asdict()
+
+
+def show(cell: dict[str, float], digits: int = 2) -> str:
+    return f"{cell['value']:.{digits}f} [{cell['low']:.{digits}f}, {cell['high']:.{digits}f}]"
+
+
+def format_tables(summary: dict[str, Any]) -> str:
+    """Markdown: regret, then calibration, each IQM and 95% interval; what was measured in ranks has no unit."""
+    last = str(BUDGETS[-1])
+    head = ["rule", *(f"regret at {budget:,}" for budget in BUDGETS)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, row in summary.items():
+        lines.append(f"| {name} | " + " | ".join(show(row["regret"][str(b)], 3) for b in BUDGETS) + " |")
+    head = [
+        "critic",
+        *(f"rank, all prefixes, {b:,}" for b in BUDGETS),
+        *(f"rank, visited, {b:,}" for b in BUDGETS),
+        f"bias / RMSE, all, {last}",
+        f"bias / RMSE, visited, {last}",
+        f"rank to own policy, {last}",
+        f"bias / RMSE to own policy, {last}",
+    ]
+    lines += ["", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, row in summary.items():
+        if "rank_everywhere" in row:
+            cells = [show(row[f"rank_{where}"][str(b)]) for where in ("everywhere", "visited") for b in BUDGETS]
+            has_unit = "ranks" not in name
+            for where in ("everywhere", "visited"):
+                cells.append(both(row, where, last) if has_unit else "")
+            cells.append(show(row["rank_own"][last]) if "rank_own" in row else "")
+            cells.append(both(row, "own", last) if has_unit and "rank_own" in row else "")
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        elif "rank_open" in row:
+            cells = [show(row["rank_open"][str(b)]) for b in BUDGETS]
+            lines.append(f"| {name}, open prefixes | " + " | ".join(["", "", "", *cells, "", "", "", ""]) + " |")
+    return "\n".join(lines)
+
+
+def both(row: dict[str, Any], where: str, budget: str) -> str:
+    return f"{row[f'bias_{where}'][budget]['value']:+.2f} / {row[f'rmse_{where}'][budget]['value']:.2f}"
+
+
+def draw(path: str, measured: dict[str, dict[str, np.ndarray]], summary: dict[str, Any]) -> None:
+    """Predicted against best reachable reward, both centred by problem; and rank correlation against budget."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, arrays in measured.items():
+        if "predicted" not in arrays or "ranks" in name:
+            continue
+        best = arrays["best"][:, None].repeat(arrays["predicted"].shape[1], axis=1)
+        centre = arrays["best"].mean(axis=1)[:, None, None]
+        x, y = (best - centre).ravel(), (arrays["predicted"] - centre).ravel()
+        edges = np.quantile(x, np.linspace(0, 1, 13))
+        place = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, 11)
+        style = "--" if "pure" in name else "-"
+        means = [[v[place == i].mean() for i in range(12)] for v in (x, y)]
+        left.plot(*means, style, marker=".", label=name)
+        ranks = [summary[name]["rank_everywhere"][str(b)]["value"] for b in BUDGETS]
+        right.plot(BUDGETS, ranks, style, marker=".", label=name)
+    low, high = left.get_xlim()
+    left.plot([low, high], [low, high], color="black", linewidth=0.8)
+    left.set(xlabel="best reachable log reward less its mean", ylabel="predicted, less the same")
+    left.set_title(f"All prefixes after {BUDGETS[-1]:,} layer calls")
+    right.set(xscale="log", xlabel="layer calls", ylabel="rank correlation with best reachable")
+    right.legend(fontsize=7)
+    figure.savefig(path, format="png", dpi=150)
+
+
+def tune(folder: Path) -> None:
+    """Rates of TD(0.5), on one problem of even number of each data set."""
+    names = find_problems(folder, slice(0, None, 2))
+    chosen = [next(name for name in names if name.startswith(data)) for data in jc.chainbench.DATA]
+    solved = [jc.chainbench.load(folder, name) for name in chosen]
+    problems = [(one, one.lookup()) for one in solved]
+    for pure in ({}, PURE):
+        for learning_rate, entropy_weight in ((3e-3, 0.5), (1e-2, 0.5), (3e-2, 0.5)):
+            rates = {"learning_rate": learning_rate, "entropy_weight": entropy_weight}
+            search = make_agent(lambda_=0.5, **pure, **rates)
+            regret = np.array([solved.regret(run_agent(search, problem, 5).best) for solved, problem in problems])
+            means = [jc.stats.iqm(regret[:, :, b], num_resamples=2).value for b in range(len(BUDGETS))]
+            print("pure" if pure else "full", rates, np.round(means, 4), flush=True)
+
+
+if __name__ == "__main__":
+    main()
