@@ -391,7 +391,12 @@ def test_plans_by_backend_and_shape(problem):
     # Siblings share what their first convolution reads, and no more.
     assert choose(problem, images.x, backend="cpu") == jc.Walk()
     layer = jc.layers.ConvBlock(2)
-    bank = jc.Bank.stack(layer, init_params(layer, jax.random.key(0), 2, (6, 6, 2)), head, init_params(head, jax.random.key(0), 1, (6, 6, 2)))
+    bank = jc.Bank.stack(
+        layer,
+        init_params(layer, jax.random.key(0), 2, (6, 6, 2)),
+        head,
+        init_params(head, jax.random.key(0), 1, (6, 6, 2)),
+    )
     problem = jc.Problem(bank, images, 3)
     assert choose(problem, images.x, backend="cpu") == jc.Blocks(64, (1, 2, 8), jc.Share.PARENT, (1, 4, 16))
     large = jax.ShapeDtypeStruct((8192, 6, 6, 2), jnp.float32)
