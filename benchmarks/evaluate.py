@@ -261,8 +261,8 @@ def measure_images(name: str) -> dict[str, Any]:
         "plan": str(said.plan),
         "seconds": seconds,
         "busy_seconds": busy,
-        "of_limit": flops / gflops[0] / 1e9 / seconds,
-        "of_limit_busy": flops / gflops[1] / 1e9 / busy,
+        "of_limit": float(flops / gflops[0] / 1e9 / seconds),
+        "of_limit_busy": float(flops / gflops[1] / 1e9 / busy),
     }
 
 

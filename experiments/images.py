@@ -10,7 +10,9 @@ scikit-learn's digits, 8x8x1, seeds 0 to 9; and the same drawn larger in three c
 pools to 16x16, seed 0. The stem is random and fixed in all of them. Writes images.json, images.md and images.png to
 experiments/results.
 
-RUN_TIME
+About two minutes of one CPU core for each seed of the digits. Not run in full yet, so there are no committed results: what is known
+are single seeds from 100 on, with which the number of steps was chosen. After 1,000 the found chain has a test loss of 0.059, the
+plain net 0.143 and no less than 0.105 at any quarter of its training; after 400, another seed, 0.110 and 0.066.
 """
 
 import argparse
