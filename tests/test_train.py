@@ -184,7 +184,7 @@ def test_one_program_for_each_module_whatever_the_routes():
     images = jc.data.Batch(jax.random.normal(jax.random.key(1), (30, 3, 3, 2)), DATA.y[:30])
     # Modules of no other test.
     layers = jc.layers.ConvBlock(2, activation=jnp.tanh), jc.layers.ConvBlock(2, 2, activation=jnp.tanh)
-    heads = TanhHead(3), jc.layers.PoolHead(3, activation=jnp.tanh)
+    heads = jc.layers.ConvHead(3), jc.layers.PoolHead(3, activation=jnp.tanh)
     before = train._call._cache_size(), train._end._cache_size(), train._pull._cache_size()
     for num_steps in (4, 20):
         jc.train.routed(jax.random.key(0), images, layer=layers, head=heads, num_heads=2, num_steps=num_steps)
