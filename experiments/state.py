@@ -123,11 +123,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=CHAINBENCH, help="of ChainBench (default: %(default)s)")
     parser.add_argument("--data", action="append", choices=jc.chainbench.DATA, help="only these; repeat for more")
+    parser.add_argument("--state", action="append", choices=STATES, help="only these; repeat for more")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--quick", action="store_true", help="wine, two states, few runs; nothing is written")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    begin, data_names, states, seeds = time.perf_counter(), args.data or DATA, STATES, args.seeds
+    begin, data_names, seeds = time.perf_counter(), args.data or DATA, args.seeds
+    states = {name: encoding for name, encoding in STATES.items() if name in (args.state or STATES)}
     if args.quick:
         data_names, seeds = ("wine",), 2
         states = {name: STATES[name] for name in ("tokens", "summary")}
@@ -208,26 +210,32 @@ def measure(
     for data, banks in others.items():
         mine = [bank for problem_name, bank in tested.items() if problem_name.startswith(f"{data}-")]
         inputs = ([bank.loss.tobytes() for bank in (*mine, *banks)], describe_search(agent), seeds)
-        code = (compute, search_all, train, regress, advance, start_run, fit, see_columns, know)
-        make = partial(compute, agent, mine, banks, seeds)
-        arrays = keep(code, f"state-{name}-{data}".replace(" ", ""), inputs, make, uses=(agent, agent.encoding))
+        title, uses = f"state-{name}-{data}".replace(" ", ""), (agent, agent.encoding)
         for start in STARTS:
-            regret[start].extend(arrays[start])
+            code = (search_from, search_all, train, advance, start_run, see_columns)
+            make = partial(search_from, start, agent, mine, banks, seeds)
+            arrays = keep(code, f"{title}-{start.replace(' ', '-')}", (*inputs, start), make, uses=uses)
+            regret[start].extend(arrays["regret"])
+        arrays = keep(
+            (regress, fit, know, see_columns), f"{title}-ranks", inputs, partial(regress, agent, mine, banks), uses=uses
+        )
         for where, values in ranks.items():
             values.extend(arrays[where])
     return tuple({key: np.array(rows) for key, rows in by.items()} for by in (regret, ranks))  # pyright: ignore[reportReturnType]
 
 
-def compute(agent: jc.ActorCritic, mine: list[Bank], banks: list[Bank], seeds: int) -> dict[str, np.ndarray]:
+def search_from(
+    start: str, agent: jc.ActorCritic, mine: list[Bank], banks: list[Bank], seeds: int
+) -> dict[str, np.ndarray]:
+    """Regret on my banks from one kind of params."""
     keys = jax.random.split(jax.random.key(0), seeds)
-    fresh = jax.vmap(lambda key: begin_params(key, agent, mine[0].problem))(keys)
-    trained = {"unseen": train(agent, banks), "seen": train(agent, [*mine, *banks[: len(banks) - len(mine)]])}
-    out = {"from scratch": search_all(agent, fresh, keys, mine)}
-    for start, params in trained.items():
+    if start == "from scratch":
+        params = jax.vmap(lambda key: begin_params(key, agent, mine[0].problem))(keys)
+    else:
+        seen = banks if start == "unseen" else [*mine, *banks[: len(banks) - len(mine)]]
         # Each training serves as many runs.
-        shared = jax.tree.map(lambda leaf: jnp.repeat(leaf, seeds // NUM_TRAININGS, axis=0), params)
-        out[start] = search_all(agent, shared, keys, mine)
-    return {**out, **regress(agent, mine, banks)}
+        params = jax.tree.map(lambda leaf: jnp.repeat(leaf, seeds // NUM_TRAININGS, axis=0), train(agent, seen))
+    return {"regret": search_all(agent, params, keys, mine)}
 
 
 @jax.jit
