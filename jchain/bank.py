@@ -417,6 +417,22 @@ def check_keeps_shape(group: LayerGroup, x: Any) -> None:
         )
 
 
+def check_stem(stem: nn.Module | None, params: PyTree, x: Any) -> Any:
+    """Shape and dtype of what the first layer reads of raw input, which need only have `.shape` and `.dtype`.
+
+    Raises:
+      ValueError: the stem does not take such an input.
+    """
+    if stem is None:
+        return x
+    try:
+        return jax.eval_shape(lambda x: stem.apply({"params": params or {}}, x), x)
+    except Exception as error:  # whatever a user's module raises
+        raise ValueError(
+            f"stem {type(stem).__name__} does not take an input of shape {list(x.shape)}: {str(error).splitlines()[0]}"
+        ) from None
+
+
 def find_input_shape(group: LayerGroup) -> tuple[int, ...] | None:
     """A feature shape that the module takes with these params: Flax refuses one that its kernels were not made for."""
     sizes = sorted({size for leaf in jax.tree.leaves(group.params) for size in leaf.shape[1:]})

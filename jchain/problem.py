@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jchain._typing import Array, Float, Int, PyTree
-from jchain.bank import Bank, check_keeps_shape
+from jchain.bank import Bank, check_keeps_shape, check_stem
 from jchain.data import Batch
 from jchain.pytree import is_concrete, pytree_dataclass, static
 
@@ -35,8 +35,8 @@ class Problem:
         make no shorter ones; functions that are given chains score those of every length.
 
     Raises:
-      ValueError: max_layers or min_layers is no such number, the split is empty or not finite, a layer changes the shape of
-        this data, heads disagree, labels are outside the heads' classes, or the loss does not fit.
+      ValueError: max_layers or min_layers is no such number, the split is empty or not finite, the stem does not take this
+        data, a layer changes its shape, heads disagree, labels are outside the heads' classes, or the loss does not fit.
     """
 
     bank: Bank
@@ -68,7 +68,7 @@ class Problem:
 
     def _check_shapes(self) -> Any:
         x, y = self.data
-        hidden = jax.eval_shape(self.bank.embed, x)
+        hidden = check_stem(self.bank.stem, self.bank.stem_params, x)
         for group in self.bank.layers:
             check_keeps_shape(group, hidden)
         outputs = []

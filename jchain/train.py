@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from jchain._typing import Array, Float, Key, PyTree
-from jchain.bank import Bank
+from jchain.bank import Bank, check_stem
 from jchain.data import Batch
 from jchain.pytree import is_concrete
 
@@ -177,6 +177,7 @@ def _make_bank(
     _check_sizes(num_nets=num_nets, num_layers=num_layers, num_heads=num_heads, depth=recipe.depth)
     if recipe.num_steps < 0:
         raise ValueError(f"expected num_steps of at least 0, got {recipe.num_steps}")
+    check_stem(stem, stem_params, data.x)
     x: Any = data.x if stem is None else stem.apply({"params": stem_params or {}}, data.x)
     data = Batch(jnp.asarray(x), jnp.asarray(data.y))
     _check_data(data, recipe)

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,3 +75,20 @@ def test_a_problem_is_a_pytree_that_jit_does_not_check_again(problem):
     again = jax.jit(lambda p: p)(problem)
     assert jax.tree.structure(again) == jax.tree.structure(problem)
     assert again.loss_fn is optax.softmax_cross_entropy_with_integer_labels
+
+
+def test_a_bank_made_for_images_of_another_shape_says_so():
+    stem, y = jc.layers.ConvStem(4), jnp.arange(6) % 3
+    x = jnp.ones((6, 8, 8, 1))
+    modules = {"layer": jc.layers.ConvBlock(4), "head": jc.layers.DenseHead(3), "stem": stem}
+    params = stem.init(jax.random.key(0), x)["params"]
+    make = partial(jc.train.random, jax.random.key(0), **modules, stem_params=params, depth=1, num_steps=0)
+    bank = make(jc.Batch(x, y), num_layers=2)
+    for shape in ((6, 8, 8, 3), (6, 64)):
+        words = rf"stem ConvStem does not take an input of shape \{str(list(shape))[:-1]}\]"
+        with pytest.raises(ValueError, match=words):
+            jc.Problem(bank, jc.Batch(jnp.ones(shape), y), max_layers=1)
+        with pytest.raises(ValueError, match=words):
+            make(jc.Batch(jnp.ones(shape), y), num_layers=2)
+    with pytest.raises(ValueError, match=r"head DenseHead does not take the layers' shape \[6, 16, 16, 4\]"):
+        jc.Problem(bank, jc.Batch(jnp.ones((6, 16, 16, 1)), y), max_layers=1)
