@@ -17,8 +17,8 @@ Two ChainBench problems of odd number of wine and of digits each, of nets traine
 runs each (of 2 trainings where there was one). Rates were not tuned for any state: they are those of the actor-critic's default.
 Writes state.json, state.md and state.png to experiments/results.
 
-27 minutes on one CPU core that four other jobs shared, and as long again for the unseen start; what is done is kept. `--quick`: wine, two
-states, 2 runs, some minutes, most of them compilation. To expect: a critic that is regressed on the summary ranks prefixes of unseen
+About 50 minutes on one CPU core that other jobs shared, most of them compilation; what is done is kept. `--quick`: wine, two
+states, 2 runs. To expect: a critic that is regressed on the summary ranks prefixes of unseen
 banks by 0.76 and on gradients by 0.32, on tokens, weights and activations by nothing (-0.13 to 0.00); but as states of the actor-critic
 they have much the same regret from scratch (0.046 to 0.076 at 1,000 layer calls), training on other banks does not help
 on an unseen one at 300 and 1,000, and beam search has 0.061 after 300, where the best, gradients on a seen bank, has 0.100.
