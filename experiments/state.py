@@ -17,7 +17,11 @@ Two ChainBench problems of odd number of wine and of digits each, of nets traine
 runs each (of 2 trainings where there was one). Rates were not tuned for any state: they are those of the actor-critic's default.
 Writes state.json, state.md and state.png to experiments/results.
 
-TIME
+About 50 minutes on one CPU core that other jobs shared, most of them compilation; what is done is kept. `--quick`: wine, two
+states, 2 runs. To expect: a critic that is regressed on the summary ranks prefixes of unseen
+banks by 0.76 and on gradients by 0.32, on tokens, weights and activations by nothing (-0.13 to 0.00); but as states of the actor-critic
+they have much the same regret from scratch (0.046 to 0.076 at 1,000 layer calls), training on other banks does not help
+on an unseen one at 300 and 1,000, and beam search has 0.061 after 300, where the best, gradients on a seen bank, has 0.100.
 """
 
 import argparse
@@ -173,7 +177,6 @@ def main() -> None:
             "regression": {"rounds": NUM_ROUNDS, "steps": ROUND_STEPS, "chains": BATCH, "rate": RATE},
             "states": {name: " ".join(repr(encoding).split()) for name, encoding in states.items()},
         },
-        "seconds": round(time.perf_counter() - begin),
         "summary": summary,
         "of_each_problem": {
             name: {start: rows.mean(axis=1).round(5).tolist() for start, rows in by.items()}

@@ -15,7 +15,7 @@ is. Critic search is a reference: its Spearman correlation is over the prefixes 
 The 12 ChainBench problems of odd number with three heads, which share compiled programs; losses are looked up; 10 runs each. Rates were
 chosen on problems of even number (`--tune`). Writes values.json, values.md and values.png to experiments/results.
 
-28 minutes on one CPU core that three other jobs shared, 12 of CPU time; `--quick`: one problem, 3 runs, 2 minutes. To expect, at
+30 minutes on one CPU core that other jobs shared; `--quick`: one problem, 3 runs, 2 to 4 minutes. To expect, at
 4,000 layer calls: a regret of 0.006 to 0.009 for the four rules with imitation and restarts, which is behind evolution, local search and
 beam search (0.001 to 0.003), and of 0.075 to 0.148 without, which is no better than random search (0.076); ranks have 0.001 and
 0.037. Predictions are near to what the own policy gets (bias within 0.1) and 0.7 to 0.9 below the best that can be reached.
