@@ -81,9 +81,12 @@ def test_every_exported_search_is_in_the_contract():
     assert exported == {type(search).__name__ for search in SEARCHES.values()}
 
 
+# Variants of one search that take long to compile; what they do is tested beside it.
+SLOW = ("ActorCritic-weights", "ActorCritic-replay", "ActorCritic-observing")
+
+
 @pytest.fixture(
-    params=[pytest.param(name, marks=pytest.mark.slow if name == "ActorCritic-weights" else ()) for name in SEARCHES],
-    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in SEARCHES], scope="module"
 )
 def name(request):
     return request.param
