@@ -207,8 +207,8 @@ class Bank:
             heads=_merge([(group, new) for group in self.heads]),
             stem_params=self.stem_params,
             stem=self.stem,
-            names=tuple(self.names[token] for token in order),
-            origins=tuple(self.origins[token] for token in order),
+            names=tuple(self.names[token] for token in order) if self.names else (),
+            origins=tuple(self.origins[token] for token in order) if self.names else (),
             parents=tuple(
                 tuple(int(new[token]) for token in parent)
                 for parent in self.parents
@@ -228,7 +228,7 @@ class Bank:
           num: places for each module.
 
         Raises:
-          ValueError: `num` is below 0.
+          ValueError: `num` is below 0, or a layer is called as a place would be, `place` and its token.
         """
         if num < 0:
             raise ValueError(f"expected num of at least 0, got {num}")
@@ -243,23 +243,27 @@ class Bank:
             )
             for i, group in enumerate(self.layers)
         )
-        places = [f"place{i}" for i in range(num_new)]
-        return dataclasses.replace(
+        places = [f"place{num_layers + i}" for i in range(num_new)]
+        bank = dataclasses.replace(
             self,
             layers=layers,
             heads=tuple(
                 LayerGroup(group.params, group.module, tuple(token + num_new for token in group.tokens))
                 for group in self.heads
             ),
-            names=(*self.names[:num_layers], *places, *self.names[num_layers:]),
+            names=(*self.names[:num_layers], *places, *self.names[num_layers:]) if self.names else (),
             origins=(
                 *self.origins[:num_layers],
                 *(f"free, a copy of {self.names[token]}" for token in copied),
                 *self.origins[num_layers:],
-            ),
+            )
+            if self.names
+            else (),
             parents=tuple((*parent[:-1], parent[-1] + num_new) for parent in self.parents),
             versions=None if self.versions is None else self.versions[np.array(order)],
         )
+        bank._check()
+        return bank
 
     def replace(
         self,
@@ -475,7 +479,9 @@ def _put(group: LayerGroup, token: int, params: PyTree) -> LayerGroup:
 
 
 def _substitute(words: tuple[str, ...], tokens: Sequence[int], new: Sequence[str] | None) -> tuple[str, ...]:
-    said = dict(zip(tokens, new or [words[token] for token in tokens], strict=True))
+    if new is None:
+        return words
+    said = dict(zip(tokens, new, strict=True))
     return tuple(said.get(token, word) for token, word in enumerate(words))
 
 

@@ -131,7 +131,7 @@ class Problem:
         return self._replace("data", Batch(self.data.x[rows], self.data.y[rows]))
 
     def with_bank(self, bank: Bank) -> "Problem":
-        """The same problem over a bank of the same layers with other weights; shapes are not checked again."""
+        """The same problem over another bank whose layers take the same shape, which is not checked again; `layer_cost` stays."""
         return self._replace("bank", bank)
 
     def _replace(self, field: str, value: Any) -> "Problem":

@@ -261,7 +261,9 @@ def _cut(trees: tuple[PyTree, ...], num: int) -> list[PyTree]:
 def is_stepwise(params: PyTree) -> bool:
     """Whether gradient steps on these stacked params must be programs of their own: the gradient of a convolution in a loop is
     some 50 times slower on CPU."""
-    return jax.default_backend() == "cpu" and max(leaf.ndim for leaf in jax.tree.leaves(params)) >= _CONV_NDIM
+    return (
+        jax.default_backend() == "cpu" and max((leaf.ndim for leaf in jax.tree.leaves(params)), default=0) >= _CONV_NDIM
+    )
 
 
 def _train(keys: Key[Array, "R"], data: Batch, recipe: _Recipe) -> _Weights:

@@ -5,7 +5,7 @@ Every layer and head has an optimizer state of its own, so a layer that no chain
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -59,6 +59,8 @@ def tune(
 ) -> Bank:
     """The bank after gradient steps on one chain: its layers and head have new weights and versions, the others stay.
 
+    A step that would make weights of a layer infinite or nan is not taken for it.
+
     Each step takes a random minibatch of 128 examples. A layer that stands in the chain twice is one layer, of two gradients.
 
     Args:
@@ -102,7 +104,7 @@ def tune(
 def start(bank: Bank, optimizer: optax.GradientTransformation) -> State:
     """A bank before its first step."""
     groups = (*bank.layers, *bank.heads)
-    return State(bank, tuple(jax.vmap(optimizer.init)(group.params) for group in groups))
+    return State(bank, tuple(_map_members(optimizer.init, group)(group.params) for group in groups))
 
 
 def train_on(
@@ -159,7 +161,7 @@ def _step(
     params = tuple(group.params for group in groups)
     gradients = jax.grad(measure)(params)
     updated = [
-        _update(own, gradient, opt_state, is_trained[np.array(group.tokens)], group.module, optimizer)
+        _update(own, gradient, opt_state, is_trained[np.array(group.tokens)], group, optimizer)
         for group, own, gradient, opt_state in zip(groups, params, gradients, state.opt_states, strict=True)
     ]
     return State(_with_params(bank, tuple(new for new, _ in updated)), tuple(opt_state for _, opt_state in updated))
@@ -179,20 +181,34 @@ def _loop(
 
 
 def _update(
-    params: PyTree, gradient: PyTree, opt_state: PyTree, is_trained: Bool[Array, "n"], module: Any, optimizer: Any
+    params: PyTree,
+    gradient: PyTree,
+    opt_state: PyTree,
+    is_trained: Bool[Array, "n"],
+    group: LayerGroup,
+    optimizer: optax.GradientTransformation,
 ) -> tuple[PyTree, PyTree]:
-    """Params and optimizer state `[n, ...]` of a group, of its members that are trained."""
+    """Params and optimizer state `[n, ...]` of a group. A member changes that is trained and whose new params are finite."""
+    module: Any = group.module
 
     def update(params: PyTree, gradient: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree]:
         updates, opt_state = optimizer.update(gradient, opt_state, params)
         new: Any = optax.apply_updates(params, updates)
         return (module.project(new) if hasattr(module, "project") else new), opt_state
 
+    made = _map_members(update, group)(params, gradient, opt_state)
+    for leaf in jax.tree.leaves(made[0]):
+        is_trained &= jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim)))
+
     def keep(new: Array, old: Array) -> Array:
         return jnp.where(is_trained.reshape(-1, *(1 for _ in new.shape[1:])), new, old)
 
-    made = jax.vmap(update)(params, gradient, opt_state)
     return jax.tree.map(keep, made, (params, opt_state))
+
+
+def _map_members(fn: Callable[..., Any], group: LayerGroup) -> Any:
+    """`vmap` over the members of a group, which may have no params."""
+    return jax.vmap(fn, axis_size=len(group.tokens))
 
 
 def _with_params(bank: Bank, params: Sequence[PyTree]) -> Bank:

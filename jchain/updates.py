@@ -179,6 +179,7 @@ class CloneThenTune:
         num_finalists: int = 16,
         progress: bool = False,
     ) -> Outcome:
+        base.check(search, budget, num_finalists)
         lesson = _make_lesson(problem, train)
         if problem.layer_cost.ndim > 0:
             raise ValueError(f"expected one layer_cost for all layers, got {problem.layer_cost.shape[0]}")
@@ -194,28 +195,32 @@ class CloneThenTune:
             for i, round_key in enumerate(round_keys):
                 tune_key, restart_key = jax.random.split(round_key)
                 goal = base.Goal(np.int32(budget * (i + 1) // self.num_rounds - reserved), np.float32(-np.inf))
-                runs, steps = base.spend(runs, search, problem.without_names(), goal, line)
+                runs, steps = base.spend(runs, search, problem.without_names(), goal, line, keeps_state=True)
                 parts.append(steps)
-                pool = jax.tree.map(lambda leaf: leaf[0], runs.tally.pool)
-                if not np.isfinite(pool.loss[0]) or int(runs.tally.layer_calls[0]) + reserved > budget:
+                spent = int(runs.tally.layer_calls[0])
+                if spent + reserved > budget:
                     break
-                chains = nursery.name_parents(pool.chains)
-                nursery, chain = nursery.raise_clones(tune_key, lesson, chains[0], self)
-                if (chain == chains[0]).all():
-                    runs = _amend(runs, *jax.tree.map(lambda leaf: leaf[0], (runs.state, runs.tally.pool)), 0)
+                state, pool = jax.tree.map(lambda leaf: leaf[0], (runs.state, runs.tally.pool))
+                chains, chain = nursery.name_parents(pool.chains), None
+                if np.isfinite(pool.loss[0]):
+                    nursery, chain = nursery.raise_clones(tune_key, lesson, chains[0], self)
+                if chain is None or (chain == chains[0]).all():
+                    runs = _amend(runs, state, pool, 0)
                     continue
                 problem = problem.with_bank(nursery.bank)
-                length = _count(chain)
-                cost = _price(problem, train, length, self.num_steps)
+                cost = _price(problem, train, _count(chain), self.num_steps)
                 update_calls += cost
                 loss = evaluate(problem.without_names(), chain[None]).loss
                 pool = base.merge(base.empty_pool(num_finalists, problem), jnp.asarray(chains), pool.loss)
                 pool = base.merge(pool, jnp.asarray(chain)[None], loss)
-                state, calls = jax.tree.map(lambda leaf: leaf[0], runs.state), 0
+                paid, calls = cost + _count(chain), 0
                 if i < self.num_rounds - 1:
                     state, calls = _go_on(restart_key, search, state, problem.without_names(), pool.chains)
-                runs = _amend(runs, state, pool, cost + length + int(calls))
+                is_affordable = spent + paid + int(calls) <= budget
+                runs = _amend(runs, state, pool, paid + int(calls) * is_affordable)
                 parts.append(_note(runs))
+                if not is_affordable:
+                    break
         steps = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
         return Outcome(nursery.bank, base.finish(runs, steps, budget)[0], update_calls)
 
@@ -255,22 +260,31 @@ class SharedUpdates:
     ) -> Outcome:
         if not isinstance(search, Refreshable):
             raise ValueError(f"expected a search with a method refresh, as ActorCritic, got {type(search).__name__}")
+        base.check(search, budget, num_finalists)
         bare, lesson = problem.without_names(), _make_lesson(problem, train).without_names()
         key, init_key, run_key = jax.random.split(key, 3)
         tuning = tune_lib.start(dataclasses.replace(bare.bank, versions=bare.bank.get_versions()), self.optimizer)
         carry = (jax.jit(search.init)(init_key, bare), tuning)
-        layer_calls = update_calls = 0
+        layer_calls = update_calls = num_free = total = 0
+        best = np.inf
         with Progress(budget, is_shown=progress) as line:
-            best = np.inf
-            while True:
+            # As in jc.run, a search that asks for nothing so often has nothing left to ask.
+            while num_free < base.MAX_FREE_STEPS:
                 key, round_key = jax.random.split(key)
                 new, lowest, search_calls, length = _train_round(self, round_key, carry, search, bare, lesson)
                 cost = _price(problem, train, np.asarray(length))
-                if layer_calls + int(search_calls) + cost > (1 - self.final_share) * budget:
+                total = int(search_calls) + cost
+                if layer_calls + total > (1 - self.final_share) * budget:
                     break
                 carry, best = new, min(best, float(lowest))
-                layer_calls, update_calls = layer_calls + int(search_calls) + cost, update_calls + cost
-                line.update(layer_calls, float(best))
+                layer_calls, update_calls = layer_calls + total, update_calls + cost
+                num_free = 0 if total else num_free + 1
+                line.update(layer_calls, best)
+            if layer_calls == 0 and num_free == 0:
+                raise ValueError(
+                    f"expected a budget of which {1 - self.final_share:.0%} pay for a step of the search with its gradient "
+                    f"steps, {total} layer calls here, got {budget}"
+                )
             state, tuning = carry
             final = bare.with_bank(tuning.bank)
             runs = base.start(run_key[None], search, final, num_finalists)
@@ -295,9 +309,10 @@ def _train_round(
     step_key, draw_key, train_key = jax.random.split(key, 3)
     state, tuning = carry
     state, info = search.step(step_key, state, problem.with_bank(tuning.bank))
-    is_there = info.chains[:, 0] != PADDING
+    # A loss that is not finite has no gradient to follow.
+    is_there = (info.chains[:, 0] != PADDING) & jnp.isfinite(info.loss)
     order = jnp.argsort(jnp.where(is_there, jax.random.uniform(draw_key, is_there.shape), 2.0))
-    chains = info.chains[order[: policy.num_updates]]
+    chains = jnp.where(is_there[:, None], info.chains, PADDING)[order[: policy.num_updates]]
     tuning = tune_lib.train_on(train_key, tuning, lesson, chains, policy.optimizer)
     none = jnp.full_like(info.chains[:1], PADDING)
     state, calls = search.refresh(state, problem.with_bank(tuning.bank), none)

@@ -224,6 +224,9 @@ def test_reserved_places_hold_copies_behind_the_layers(two_group_bank):
         jc.apply_chain(bank, [8, 9, 14, -1], x), jc.apply_chain(two_group_bank, [0, 3, 6, -1], x)
     )
     assert two_group_bank.reserve(0).names == two_group_bank.names
+    twice = bank.reserve(1)
+    assert len(set(twice.names)) == twice.num_layers + 2
+    assert bank.without_names().reserve(1).without_names().take([0, 14]).num_layers == 2
     with pytest.raises(ValueError, match="num of at least 0, got -1"):
         two_group_bank.reserve(-1)
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import make_bank, make_batch
+from conftest import HEAD, LAYER, init_params, make_bank, make_batch
 
 import jchain as jc
 from jchain import tune as tune_lib
@@ -124,3 +124,28 @@ def test_nothing_but_a_head_is_tuned_without_layers():
     problem = jc.Problem(bank, make_batch(), max_layers=1)
     tuned = jc.tune.tune(jax.random.key(0), problem, np.array([4, -1]), num_steps=2)
     np.testing.assert_array_equal(tuned.get_versions(), [0, 0, 0, 0, 1, 0])
+
+
+def test_a_module_without_params_is_no_obstacle():
+    class Scale(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return 2 * x
+
+    bank = jc.Bank.stack([Scale(), *[LAYER] * 2], [{}, *init_params(LAYER, jax.random.key(0), 2, (5,))], HEAD,
+                         init_params(HEAD, jax.random.key(1), 1, (5,)))  # fmt: skip
+    problem = jc.Problem(bank, make_batch(), max_layers=3)
+    tuned = jc.tune.tune(jax.random.key(0), problem, np.array([0, 1, 3, -1]), num_steps=2)
+    assert not same(tuned.get_params(1), bank.get_params(1))
+    state = tune_lib.train_on(jax.random.key(0), tune_lib.start(bank, SGD), problem, jnp.array([[0, 2, 3, -1]]), SGD)
+    np.testing.assert_array_equal(state.bank.versions, [1, 0, 1, 1])
+    nameless = jc.tune.tune(jax.random.key(0), problem.without_names(), np.array([1, 3, -1, -1]), num_steps=2)
+    assert nameless.names == ()
+
+
+def test_a_step_to_weights_that_are_not_finite_is_not_taken(problem):
+    chain = jnp.array([[2, 0, 5, -1]])
+    state = tune_lib.start(problem.bank, optax.sgd(1e38))
+    for seed in range(3):
+        state = tune_lib.train_on(jax.random.key(seed), state, problem, chain, optax.sgd(1e38))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.bank))

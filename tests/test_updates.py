@@ -97,14 +97,15 @@ def test_frozen_leaves_every_byte(problem, tmp_path):
 
 def test_tuning_lowers_the_loss_of_the_chain_that_was_found(two_group_problem):
     policy = dataclasses.replace(POLICIES["TuneFound"], num_steps=30)
-    outcome = run(policy, two_group_problem.take(slice(None)), budget=3000)
+    # Gradients see the split of the problem itself, so that they must help.
+    outcome = policy.run(jax.random.key(0), SEARCH, two_group_problem, two_group_problem.data, budget=3000)
     chain = outcome.result.best_chain
     before = float(jc.evaluate(two_group_problem, chain[None]).loss[0])
     tokens = [token for token in chain.tolist() if token >= 0]
-    assert outcome.update_calls == jc.tune.price(len(tokens) - 1, 20, 9, 30)
-    if outcome.result.best_loss < before:
-        assert set(np.flatnonzero(outcome.bank.get_versions())) == set(tokens)
-        assert len(outcome.result.finalists) == 1
+    assert outcome.update_calls == jc.tune.price(len(tokens) - 1, 9, 9, 30)
+    assert outcome.result.best_loss < before
+    assert set(np.flatnonzero(outcome.bank.get_versions())) == set(tokens)
+    assert len(outcome.result.finalists) == 1
 
 
 def test_tuning_that_does_harm_is_undone(problem):
@@ -204,3 +205,91 @@ def test_bad_options_are_refused(policy, words):
 def test_a_budget_that_gradient_steps_use_up_is_refused(problem, name):
     with pytest.raises(ValueError, match=r"more than the [0-9,]+ layer calls of gradient steps"):
         run(POLICIES[name], problem, budget=100)
+
+
+@pytree_dataclass
+class InTurn:
+    """Scores all chains one after another, for as many calls each as it is told; going on costs something too."""
+
+    cost: int = 7
+    cost_again: int = 11
+
+    def init(self, key, problem):
+        return jnp.array(0)
+
+    def step(self, key, state, problem):
+        sizes = (4, problem.bank.num_heads, problem.max_layers)
+        chains = jnp.asarray(jc.chain.enumerate_all(*sizes))
+        # Heads come behind the places for copies.
+        chain = jnp.where(chains[state] >= 4, chains[state] + problem.bank.num_layers - 4, chains[state])
+        return state + 1, jc.Info(chain[None], jc.evaluate(problem, chain[None]).loss, jnp.asarray(self.cost))
+
+    def refresh(self, state, problem, chains):
+        return state, jnp.asarray(self.cost_again)
+
+
+@pytest.mark.parametrize("budget", [1200, 1203])
+def test_rounds_are_charged_exactly_and_no_step_is_taken_that_is_not_counted(problem, budget):
+    policy = POLICIES["CloneThenTune"]
+    outcome = run(policy, problem, InTurn(), budget=budget, num_finalists=200)
+    result, bank = outcome.result, outcome.bank
+    clones = [
+        row for row in result.finalists.tolist() if any(bank.get_versions()[token] for token in row if token >= 0)
+    ]
+    others = sorted(tuple(row) for row in result.finalists.tolist() if row not in clones)
+    num_steps = len(result.curve.layer_calls) - len(clones)
+    expected = jc.chain.enumerate_all(4, 2, 3)[:num_steps]
+    expected = np.where(expected >= 4, expected + bank.num_layers - 4, expected)
+    assert others == sorted(map(tuple, expected.tolist()))
+    length = sum(sum(token >= 0 for token in row) - 1 for row in clones)
+    assert outcome.update_calls == sum(jc.tune.price(sum(t >= 0 for t in row) - 1, 20, 9, 5) for row in clones)
+    assert result.layer_calls == 7 * num_steps + outcome.update_calls + length + 11 * (policy.num_rounds - 1)
+
+
+def test_what_going_on_costs_does_not_pass_the_budget(problem):
+    outcome = run(POLICIES["CloneThenTune"], problem, InTurn(cost_again=10_000))
+    assert outcome.result.layer_calls <= BUDGET
+    assert np.isfinite(outcome.result.best_loss)
+
+
+def broken(problem, token):
+    """The same problem with a layer or head that makes everything overflow."""
+    params = jax.tree.map(lambda leaf: leaf + 1e30, problem.bank.get_params(token))
+    return problem.with_bank(problem.bank.replace([token], [params]))
+
+
+def test_a_layer_that_overflows_spoils_nothing_else(policy, problem):
+    broken_problem = broken(problem, 1)
+    outcome = run(policy, broken_problem)
+    assert np.isfinite(outcome.result.best_loss)
+    for token in (0, 2, 3):
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(outcome.bank.get_params(token)))
+
+
+def test_an_outcome_can_be_searched_again(policy, outcome, two_group_problem):
+    if isinstance(policy, updates.CloneThenTune):
+        again = run(policy, two_group_problem.with_bank(outcome.bank), budget=BUDGET)
+        assert again.bank.num_layers == outcome.bank.num_layers + 2 * 9
+        assert len(set(again.bank.names)) == len(again.bank.names)
+
+
+def test_chains_without_layers_end_a_search(problem):
+    bare = jc.Problem(problem.bank, problem.data, max_layers=0)
+    outcome = run(POLICIES["SharedUpdates"], bare)
+    assert outcome.result.layer_calls == 0
+    assert np.isfinite(outcome.result.best_loss)
+
+
+def test_a_budget_without_a_round_of_shared_updates_is_refused(problem):
+    with pytest.raises(
+        ValueError, match="75% pay for a step of the search with its gradient steps, [0-9]+ layer calls here"
+    ):
+        run(POLICIES["SharedUpdates"], problem, budget=10)
+
+
+@pytest.mark.parametrize("name", ["CloneThenTune", "SharedUpdates"])
+def test_what_no_run_can_begin_with_is_refused(problem, name):
+    with pytest.raises(ValueError, match="num_finalists of at least 1, got 1200 and 0"):
+        run(POLICIES[name], problem, num_finalists=0)
+    with pytest.raises(ValueError, match="budget of at most"):
+        run(POLICIES[name], problem, budget=2**31)

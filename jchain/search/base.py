@@ -18,7 +18,7 @@ from jchain.problem import Problem
 from jchain.progress import Progress
 
 # A search that charges nothing so often in a row has nothing left to ask.
-_MAX_FREE_STEPS = 100
+MAX_FREE_STEPS = 100
 _MAX_BUDGET = 2**31 - 1  # counts are int32
 # Steps between two looks of the host: as many as fit this time, in seconds, and at most this number.
 _PART_SECONDS, _MAX_PART = 0.2, 256
@@ -194,14 +194,9 @@ def run_many(
     Raises:
       ValueError: there is no key, or as `run`.
     """
-    if budget < 1 or num_finalists < 1:
-        raise ValueError(f"expected a budget and num_finalists of at least 1, got {budget} and {num_finalists}")
-    if budget > _MAX_BUDGET:
-        raise ValueError(f"expected a budget of at most {_MAX_BUDGET:,} layer calls, got {budget:,}")
+    check(search, budget, num_finalists)
     if math.isnan(target_loss):
         raise ValueError("expected a target_loss that is a number, got nan")
-    if jax.tree.leaves(search) == [search]:
-        raise ValueError(f"expected a search registered as a pytree (jchain.pytree), got {type(search).__name__}")
     if keys.ndim != 1 or keys.shape[0] == 0:
         raise ValueError(f"expected keys of shape [S], at least one, got {list(keys.shape)}")
     problem = (problem if mesh is None else problem.on(mesh)).without_names()
@@ -211,14 +206,33 @@ def run_many(
     return finish(runs, steps, budget)
 
 
-def spend(runs: Run, search: Search, problem: Problem, goal: Goal, line: Progress) -> tuple[Run, Steps]:
-    """Step until all runs are over; `[T]` is the number of steps."""
+def check(search: Search, budget: int, num_finalists: int) -> None:
+    """Refuse what no run can begin with.
+
+    Raises:
+      ValueError: the search is not a registered pytree, or a number is out of range.
+    """
+    if budget < 1 or num_finalists < 1:
+        raise ValueError(f"expected a budget and num_finalists of at least 1, got {budget} and {num_finalists}")
+    if budget > _MAX_BUDGET:
+        raise ValueError(f"expected a budget of at most {_MAX_BUDGET:,} layer calls, got {budget:,}")
+    if jax.tree.leaves(search) == [search]:
+        raise ValueError(f"expected a search registered as a pytree (jchain.pytree), got {type(search).__name__}")
+
+
+def spend(
+    runs: Run, search: Search, problem: Problem, goal: Goal, line: Progress, *, keeps_state: bool = False
+) -> tuple[Run, Steps]:
+    """Step until all runs are over; `[T]` is the number of steps.
+
+    With `keeps_state` the state is that of before the last step where this was not counted, for runs that go on.
+    """
     advance = _compile_advance(find_backend(problem))
     parts: list[Steps] = []
     num_steps = 1
     while not np.all(runs.tally.is_over):
         began = time.perf_counter()
-        runs, steps = advance(runs, search, problem, goal, num_steps)
+        runs, steps = advance(runs, search, problem, goal, num_steps, keeps_state=keeps_state)
         parts.append(jax.tree.map(lambda leaf, n=num_steps: np.asarray(leaf)[:n], steps))
         line.update(int(np.min(runs.tally.layer_calls)), float(np.min(runs.tally.pool.loss)))
         # Few enough steps at a time that the line lives, many enough that the host costs nothing. Processes that share
@@ -254,10 +268,12 @@ def start(keys: Array, search: Search, problem: Problem, num_finalists: int) -> 
 
 @cache
 def _compile_advance(backend: str) -> Any:
-    return jax.jit(_advance, compiler_options=compiler_options(backend))
+    return jax.jit(_advance, static_argnames="keeps_state", compiler_options=compiler_options(backend))
 
 
-def _advance(runs: Run, search: Search, problem: Problem, goal: Goal, num_steps: Int[Array, ""]) -> tuple[Run, Steps]:
+def _advance(
+    runs: Run, search: Search, problem: Problem, goal: Goal, num_steps: Int[Array, ""], keeps_state: bool
+) -> tuple[Run, Steps]:
     """Up to `num_steps` steps of each run, until all are over."""
 
     def go_on(carry: tuple[Array, Run, Steps]) -> Array:
@@ -266,7 +282,7 @@ def _advance(runs: Run, search: Search, problem: Problem, goal: Goal, num_steps:
 
     def step(carry: tuple[Array, Run, Steps]) -> tuple[Array, Run, Steps]:
         t, runs, steps = carry
-        runs, row = _map_runs(lambda run: _step(run, search, problem, goal), runs)
+        runs, row = _map_runs(lambda run: _step(run, search, problem, goal, keeps_state), runs)
         return t + 1, runs, jax.tree.map(lambda leaf, new: leaf.at[t].set(new), steps, row)
 
     shape = (_MAX_PART, runs.key.shape[0])
@@ -282,7 +298,7 @@ def _map_runs(fn: Callable[[Any], Any], runs: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[None], fn(jax.tree.map(lambda leaf: leaf[0], runs)))
 
 
-def _step(run: Run, search: Search, problem: Problem, goal: Goal) -> tuple[Run, Steps]:
+def _step(run: Run, search: Search, problem: Problem, goal: Goal, keeps_state: bool) -> tuple[Run, Steps]:
     key, step_key = jax.random.split(run.key)
     state, info = search.step(step_key, run.state, problem)
     old = run.tally
@@ -298,9 +314,11 @@ def _step(run: Run, search: Search, problem: Problem, goal: Goal) -> tuple[Run, 
         old.num_nonfinite + jnp.sum(is_there & ~jnp.isfinite(info.loss)),
         num_free,
         cost,
-        (old.layer_calls + cost >= goal.budget) | (num_free >= _MAX_FREE_STEPS) | (pool.loss[0] <= goal.target_loss),
+        (old.layer_calls + cost >= goal.budget) | (num_free >= MAX_FREE_STEPS) | (pool.loss[0] <= goal.target_loss),
     )
     tally = jax.tree.map(partial(jnp.where, is_counted), new, old._replace(cost=cost, is_over=jnp.array(True)))
+    if keeps_state:
+        state = jax.tree.map(partial(jnp.where, is_counted), state, run.state)
     return Run(key, state, tally), Steps(tally.layer_calls, tally.pool.loss[0], is_counted)
 
 
