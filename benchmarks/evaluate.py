@@ -438,7 +438,7 @@ def format_tables(result: dict[str, Any]) -> str:
             )
     for row in result["compile"]:
         lines.append(f"{row['bank']}: compiled in {row['seconds']:.1f} s, {row['new_traces']} new traces")
-    for row in result["images"]:
+    for row in result.get("images", []):  # older results have none
         lines.append(
             f"{row['bank']}: {row['chains']:,} chains in {row['seconds']:.0f} s, {row['of_limit']:.0%} of the limit "
             f"(by the processor's clock {row['busy_seconds']:.0f} s, {row['of_limit_busy']:.0%})"

@@ -46,11 +46,11 @@ def main() -> int:
     mode.add_argument("--write", action="store_true", help="only write README.md from the results that are there")
     args = parser.parse_args()
     failed = [] if args.write else run_all(quick=args.quick)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
     if not args.quick:
         text = render((FOLDER / "questions.md").read_text(), FOLDER / "results")
         write_atomically(FOLDER / "README.md", lambda path: Path(path).write_text(text))
-    if failed:
-        print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 

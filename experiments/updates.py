@@ -10,8 +10,10 @@ single swap, and trained on, and a net of 4 layers trained from nothing. Gradien
 Half of the budget
 goes into them where a policy has the choice; no size or rate was tuned.
 
-25 minutes on 2 CPU cores; `--quick`: one kind of bank, two seeds, one budget, a minute and a half. Writes updates.json, updates.md
-and updates.png to experiments/results; what was computed is kept, so an interrupted run goes on. To expect at 4,000 layer calls:
+About 25 minutes on 2 CPU cores; `--quick`: one kind of bank, two seeds, one budget, two minutes. Writes updates.json, updates.md
+and updates.png to experiments/results; what was computed is kept, so an interrupted run goes on. To expect at 4,000 layer calls: a
+loss on test of 0.26 frozen, 0.15 to 0.17 where the found chain is tuned, 0.17 where clones are, 0.20 with shared updates, 0.18 of a
+net trained from nothing; on the routed bank 0.15 also where it stays frozen.
 """
 
 import argparse
@@ -35,11 +37,6 @@ DEPTH, NUM_LAYERS = 4, 12
 # Shares of the budget for gradient steps, and steps after each step of a search.
 SHARES = {"tune found": 0.5, "clone then tune": 0.5}
 NUM_ROUNDS, NUM_UPDATES = 4, 8
-VARIANTS = {
-    "tune found": (0.1, 0.25, 0.5, 0.75),
-    "clone then tune": (0.1, 0.25, 0.5, 0.75),
-    "shared updates": (2, 8, 32),
-}
 SEARCHES: dict[str, Any] = {
     "actor-critic": jc.ActorCritic(),
     "critic search": jc.CriticSearch(),
@@ -145,7 +142,9 @@ def measure_case(case: Case, budgets: tuple[int, ...]) -> dict[str, float]:
 
     code = (measure_case, make_problem, make_policies, count_steps, run, run_controls, finish, rank, get_parents)
     name = f"updates-{case[0]}-{case[1]}"
-    arrays = keep(code, name, (case, budgets, list(SEARCHES)), make, uses=tuple(SEARCHES.values()))
+    arrays = keep(
+        code, name, (case, budgets, [repr(search) for search in SEARCHES.values()]), make, uses=tuple(SEARCHES.values())
+    )
     print(f"{case[0]:12} {case[1]:3}", flush=True)
     return {name: float(value) for name, value in arrays.items()}
 
