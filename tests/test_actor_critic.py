@@ -265,6 +265,7 @@ def test_refreshed_elites_have_the_losses_of_the_new_weights(problem):
     jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
 
 
+@pytest.mark.slow
 def test_refreshed_agents_see_what_the_new_weights_do(problem):
     search = jc.ActorCritic(encoding=OBSERVING, num_chains=6, num_elites=4, num_replays=2, replay_size=8)
     state, _ = search.step(jax.random.key(1), search.init(jax.random.key(0), problem), problem)

@@ -69,6 +69,13 @@ SLOW_EAGER = (
     "TargetPropagation",
     "MeetInTheMiddle",
 )
+# One of each way of making chains.
+SHORT = [
+    pytest.param(
+        name, marks=() if name in ("RandomSearch", "LocalSearch", "BeamSearch", "QLearning") else pytest.mark.slow
+    )
+    for name in SEARCHES
+]
 EAGER = [pytest.param(name, marks=pytest.mark.slow if name in SLOW_EAGER else ()) for name in SEARCHES]
 
 
@@ -213,6 +220,7 @@ def test_finds_the_optimum_of_a_tiny_problem(name, search):
     assert result.best_loss == pytest.approx(float(optimum), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", SHORT, indirect=True)
 @pytest.mark.parametrize("min_layers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_no_chain_is_shorter_than_min_layers(name, search, min_layers):
     problem = make_problem(name, 3, 2, seed=3, min_layers=min_layers)

@@ -86,7 +86,8 @@ def test_a_split_that_does_not_fit_is_refused_before_anything(policy, problem):
         policy.run(jax.random.key(0), SEARCH, problem, jc.Batch(TRAIN.x[:, :3], TRAIN.y), budget=BUDGET)
 
 
-def test_frozen_leaves_every_byte(problem, tmp_path):
+def test_frozen_leaves_every_byte(two_group_problem, tmp_path):
+    problem = two_group_problem
     problem.bank.save(tmp_path / "before")
     outcome = run(POLICIES["Frozen"], problem)
     outcome.bank.save(tmp_path / "after")
@@ -108,9 +109,9 @@ def test_tuning_lowers_the_loss_of_the_chain_that_was_found(two_group_problem):
     assert len(outcome.result.finalists) == 1
 
 
-def test_tuning_that_does_harm_is_undone(problem):
-    outcome = run(dataclasses.replace(POLICIES["TuneFound"], optimizer=optax.sgd(1e3)), problem)
-    assert outcome.bank is problem.bank
+def test_tuning_that_does_harm_is_undone(two_group_problem):
+    outcome = run(dataclasses.replace(POLICIES["TuneFound"], optimizer=optax.sgd(1e3)), two_group_problem)
+    assert outcome.bank is two_group_problem.bank
     assert len(outcome.result.finalists) > 1
     assert outcome.update_calls > 0
 
@@ -136,6 +137,7 @@ def test_clones_join_the_bank_and_leave_their_parents(two_group_problem):
         assert (token < 5) == (not bank.names[token].startswith("place"))
 
 
+@pytest.mark.slow
 def test_no_more_clones_than_places(problem):
     policy = dataclasses.replace(POLICIES["CloneThenTune"], capacity=2)
     bank = run(policy, problem).bank
@@ -161,6 +163,7 @@ class Counting(jc.ActorCritic):
         return super().step(key, state, problem)
 
 
+@pytest.mark.slow
 def test_all_rounds_are_one_program(problem):
     search = pytree_dataclass(Counting)(encoding=jc.TokenEncoding(features=8), num_chains=6, num_elites=4)
     run(POLICIES["CloneThenTune"], problem, search)
@@ -169,10 +172,14 @@ def test_all_rounds_are_one_program(problem):
     assert Counting.num_traces == once
 
 
+@pytest.mark.slow
 def test_a_search_that_cannot_go_on_starts_anew(problem):
     outcome = run(POLICIES["CloneThenTune"], problem, jc.LocalSearch(num_chains=3))
     again = jc.evaluate(problem.with_bank(outcome.bank), outcome.result.finalists).loss
     np.testing.assert_allclose(outcome.result.finalist_losses, again, rtol=1e-5)
+
+
+def test_shared_updates_need_a_search_that_can_go_on(problem):
     with pytest.raises(ValueError, match="method refresh, as ActorCritic, got LocalSearch"):
         run(POLICIES["SharedUpdates"], problem, jc.LocalSearch(num_chains=3))
 
@@ -258,14 +265,15 @@ def broken(problem, token):
     return problem.with_bank(problem.bank.replace([token], [params]))
 
 
-def test_a_layer_that_overflows_spoils_nothing_else(policy, problem):
-    broken_problem = broken(problem, 1)
-    outcome = run(policy, broken_problem)
+def test_a_layer_that_overflows_spoils_nothing_else(policy, two_group_problem):
+    # Of the same shapes as above, so that it needs no program of its own.
+    outcome = run(policy, broken(two_group_problem, 1))
     assert np.isfinite(outcome.result.best_loss)
-    for token in (0, 2, 3):
+    for token in (0, 2, 3, 4):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(outcome.bank.get_params(token)))
 
 
+@pytest.mark.slow
 def test_an_outcome_can_be_searched_again(policy, outcome, two_group_problem):
     if isinstance(policy, updates.CloneThenTune):
         again = run(policy, two_group_problem.with_bank(outcome.bank), budget=BUDGET)
@@ -273,6 +281,7 @@ def test_an_outcome_can_be_searched_again(policy, outcome, two_group_problem):
         assert len(set(again.bank.names)) == len(again.bank.names)
 
 
+@pytest.mark.slow
 def test_chains_without_layers_end_a_search(problem):
     bare = jc.Problem(problem.bank, problem.data, max_layers=0)
     outcome = run(POLICIES["SharedUpdates"], bare)
@@ -280,11 +289,11 @@ def test_chains_without_layers_end_a_search(problem):
     assert np.isfinite(outcome.result.best_loss)
 
 
-def test_a_budget_without_a_round_of_shared_updates_is_refused(problem):
+def test_a_budget_without_a_round_of_shared_updates_is_refused(two_group_problem):
     with pytest.raises(
         ValueError, match="75% pay for a step of the search with its gradient steps, [0-9]+ layer calls here"
     ):
-        run(POLICIES["SharedUpdates"], problem, budget=10)
+        run(POLICIES["SharedUpdates"], two_group_problem, budget=10)
 
 
 @pytest.mark.parametrize("name", ["CloneThenTune", "SharedUpdates"])
