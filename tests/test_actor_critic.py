@@ -312,6 +312,7 @@ def test_what_is_seen_is_kept_beside_chains(problem):
     np.testing.assert_allclose(found[there], np.where(is_before_end, values, 0)[there], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_params_of_other_banks_are_where_it_starts(problem):
     search = jc.ActorCritic(encoding=OBSERVING, num_chains=6)
     other = jc.Problem(make_bank(3, 1, seed=8), problem.data, max_layers=2)

@@ -114,6 +114,7 @@ def test_any_number_of_features_but_a_search_may_want_its_own(problem):
         jc.run(jax.random.key(0), jc.CriticSearch(observe=lookup.observe), looked_up, budget=50)
 
 
+@pytest.mark.slow
 def test_an_observing_agent_takes_the_same_way(problem):
     """With the features of all prefixes looked up it samples the chains that it does where layers are applied."""
     observe = jc.features.Join((jc.features.observe_activations, jc.features.observe_gradients))

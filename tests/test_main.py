@@ -52,6 +52,7 @@ def test_search_writes_and_prints_a_report_that_can_be_checked(tmp_path, capsys,
         assert np.isclose(result["controls"]["best_parent"]["loss"]["search"], parents, rtol=1e-5).any()
 
 
+@pytest.mark.slow
 def test_updated_weights_are_those_of_the_bank_that_is_kept(tmp_path, capsys):
     search(tmp_path, "--update", "clones", "--search", "local", "--budget", "7000")
     shown = capsys.readouterr().out

@@ -59,6 +59,7 @@ def test_bad_input_is_refused(small):
             jc.pretrain_controller(jax.random.key(0), problems, **options)
 
 
+@pytest.mark.slow
 def test_an_agent_carries_what_it_learnt_from_problem_to_problem(small):
     agent = jc.ActorCritic(jc.WeightEncoding(4), 4, 1)
     other = jc.Problem(make_bank(3, 2, seed=9), make_batch(), max_layers=3)
