@@ -264,7 +264,7 @@ class SharedUpdates:
         bare, lesson = problem.without_names(), _make_lesson(problem, train).without_names()
         key, init_key, run_key = jax.random.split(key, 3)
         tuning = tune_lib.start(dataclasses.replace(bare.bank, versions=bare.bank.get_versions()), self.optimizer)
-        carry = (jax.jit(search.init)(init_key, bare), tuning)
+        carry = (_init(search, init_key, bare), tuning)
         layer_calls = update_calls = num_free = total = 0
         best = np.inf
         with Progress(budget, is_shown=progress) as line:
@@ -375,6 +375,11 @@ class _Nursery(NamedTuple):
 
 
 @jax.jit
+def _init(search: Any, key: Array, problem: Problem) -> Any:
+    return search.init(key, problem)
+
+
+@jax.jit
 def _refresh(search: Any, state: Any, problem: Problem, chains: Array) -> tuple[Any, Array]:
     return search.refresh(state, problem, chains)
 
@@ -383,7 +388,7 @@ def _go_on(key: Array, search: Any, state: Any, problem: Problem, chains: Array)
     """The state of a search under new weights, and what it cost."""
     if isinstance(search, Refreshable):
         return _refresh(search, state, problem, chains)
-    return jax.jit(search.init)(key, problem), 0
+    return _init(search, key, problem), 0
 
 
 def _amend(runs: base.Run, state: Any, pool: base.Pool, layer_calls: int) -> base.Run:
