@@ -131,6 +131,11 @@ def enumerate_all(num_layers: int, num_heads: int, max_layers: int, *, min_layer
     return np.concatenate(blocks)
 
 
+def bare(num_layers: int, max_layers: int) -> Int[Array, "L"]:
+    """The first head alone: a chain that costs no layer call."""
+    return jnp.full(max_layers + 1, PADDING, jnp.int32).at[0].set(num_layers)
+
+
 def index(chains: Int[Array, "*P L"], num_layers: int, num_heads: int) -> Int[Array, "*P"]:
     """The place of each chain in `enumerate_all` of chains of every length.
 

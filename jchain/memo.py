@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from jchain import chain as chain_lib
 from jchain._typing import Array, Bool, Float, Int
 from jchain.chain import PADDING
 from jchain.evaluate import evaluate
@@ -43,8 +44,7 @@ def score(memo: Memo, problem: Problem, chains: Int[Array, "P L"]) -> tuple[Memo
     version = _add_versions(problem, chains)
     place, is_match = _find(memo, chains, version)
     is_known = is_match.any(axis=1)
-    # A head alone costs no layer call.
-    bare = jnp.full_like(chains[0], PADDING).at[0].set(problem.bank.num_layers)
+    bare = chain_lib.bare(problem.bank.num_layers, problem.max_layers)
     out = evaluate(problem, jnp.where(is_known[:, None], bare[None], chains))
     known = jnp.where(is_match, memo.loss[place], 0.0).sum(axis=1)
     loss = jnp.where(is_known, known, out.loss)

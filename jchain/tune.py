@@ -130,7 +130,7 @@ def train_on(
         key, chain = slot
         tokens = jnp.arange(state.bank.num_layers + state.bank.num_heads)
         is_trained = (tokens[:, None] == chain[None]).any(axis=1)
-        bare = jnp.full_like(chain, chain_lib.PADDING).at[0].set(state.bank.num_layers)
+        bare = chain_lib.bare(state.bank.num_layers, chain.shape[0] - 1)
         path = jnp.where(chain[0] == chain_lib.PADDING, bare, chain)
         state = _step(state, key, problem, path, is_trained, optimizer)
         versions = state.bank.get_versions() + is_trained

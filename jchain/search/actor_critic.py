@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from jchain import advice as advice_lib
+from jchain import chain as chain_lib
 from jchain import env
 from jchain import glimpse as glimpse_lib
 from jchain import memo as memo_lib
@@ -228,8 +229,7 @@ class ActorCritic:
         """As `jchain.search.base.Refreshable`: the controller stays, its best chains are scored again, replay begins anew."""
         rows = jnp.concatenate([state.elite.chains, chains.astype(jnp.int32)])
         is_there = rows[:, 0] != PADDING
-        # A head alone costs no layer call.
-        bare = jnp.full_like(rows[0], PADDING).at[0].set(problem.bank.num_layers)
+        bare = chain_lib.bare(problem.bank.num_layers, problem.max_layers)
         scored, memo = jnp.where(is_there[:, None], rows, bare[None]), state.memo
         if memo is None:
             out = evaluate(problem, scored)
