@@ -13,11 +13,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jchain._typing import Array, Bool, Int
+from jchain._typing import Array, Bool, Int, PyTree
 from jchain.bank import LayerGroup
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
@@ -174,12 +175,13 @@ def choose_chunk(num_layers: int, hidden: Any, backend: str) -> int:
 def compiler_options(backend: str) -> dict[str, str]:
     """Options for `jax.jit` around an evaluation, as `evaluate` itself passes them where it is not traced.
 
-    XLA hands products and convolutions of 24 channels or more to YNNPACK on CPU, which on a processor with AVX2 only takes
-    longer than its Eigen kernels (3x3, 32 channels on 32x32: 10.8 and 5.7 ms; 512 chains of 64-wide MLPs: 140 and 115
-    ms). So only reductions are left to it there; other processors keep XLA's choice.
+    XLA hands products and convolutions of 24 channels or more to YNNPACK on CPU, which on x86 takes longer than its Eigen
+    kernels. With AVX2: 3x3 of 32 channels on 32x32 10.8 and 5.7 ms, 512 chains of 64-wide MLPs 140 and 115 ms. With
+    AVX-512: 128 chains of such convolutions 2.6 and 1.5 s, of MLPs 39 and 33 ms, and of 512-wide ones alike. So only
+    reductions are left to it there; other processors keep XLA's choice.
     """
     flags = _CPU_INFO.read_text() if backend == "cpu" and _CPU_INFO.exists() else ""
-    if "avx2" not in flags or "avx512f" in flags:
+    if "avx2" not in flags:
         return {}
     options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
     try:
@@ -266,10 +268,18 @@ def apply_token(groups: tuple[LayerGroup, ...], token: Int[Array, ""], hidden: A
 
 def apply_all(groups: tuple[LayerGroup, ...], hidden: Array) -> Array:
     """Every member of `groups` applied to one batch, `[E, B, ...G]` in the order of tokens: as many layer (or head) calls."""
-    made: list[Any] = [
-        jax.vmap(lambda params, module=group.module: module.apply({"params": params}, hidden))(group.params)
-        for group in groups
-    ]
+    made: list[Any] = []
+    for group in groups:
+
+        def call(params: PyTree, module: nn.Module = group.module) -> Any:
+            return module.apply({"params": params}, hidden)
+
+        if _count_convolutions(group, hidden) > 1:
+            # All but the first would become grouped convolutions, up to twice as slow on CPU as one member at a time.
+            one_by_one = partial(jax.lax.map, call)
+            made.append(jax.lax.platform_dependent(group.params, cpu=one_by_one, default=jax.vmap(call)))
+        else:
+            made.append(jax.vmap(call)(group.params))
     order = np.argsort([token for group in groups for token in group.tokens])
     return made[0] if len(made) == 1 else jnp.concatenate(made)[order]
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jchain as jc
-from jchain.engine import choose_plan
+from jchain.engine import apply_all, apply_token, choose_plan
 from jchain.trie import count_calls
 
 PLANS = [
@@ -428,3 +428,17 @@ def test_apply_chain_is_the_plain_definition(two_group_problem):
 def test_count_calls_needs_no_evaluation():
     chains = np.asarray(jc.chain.sample(jax.random.key(0), 300, 4, 2, 3))
     assert tuple(map(int, count_calls(jnp.asarray(chains), 4))) == reference.count_calls(chains, 4)
+
+
+def test_all_members_of_one_input_are_those_of_single_calls():
+    """Also where blocks of several convolutions are called one by one, and under `jax.vmap`."""
+    shape = (4, 4, 3)
+    modules = [jc.layers.ConvBlock(3, depth) for depth in (2, 1, 2, 2)]
+    params = [m.init(jax.random.key(i), jnp.ones((1, *shape)))["params"] for i, m in enumerate(modules)]
+    head = jc.layers.PoolHead(2)
+    bank = jc.Bank.stack(modules, params, head, [head.init(jax.random.key(9), jnp.ones((1, *shape)))["params"]])
+    x = jax.random.normal(jax.random.key(1), (3, 5, *shape))
+    made = jax.jit(jax.vmap(partial(apply_all, bank.layers)))(x)
+    for token in range(4):
+        expected = jnp.stack([apply_token(bank.layers, jnp.asarray(token), each) for each in x])
+        np.testing.assert_allclose(made[:, token], expected, atol=1e-6)
