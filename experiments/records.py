@@ -76,6 +76,8 @@ def correlate(a: np.ndarray, b: np.ndarray) -> float:
 
 def make_pool(workers: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("spawn")
+    if workers == 1:  # it may have all cores
+        return ProcessPoolExecutor(1, mp_context=context)
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_pin, initargs=(context.Value("i", 0),))
 
 

@@ -26,13 +26,14 @@ from jchain import (
     tune,
     updates,
 )
-from jchain.bank import Bank, LayerGroup
+from jchain.bank import Bank
 from jchain.critic import Critic
 from jchain.data import Batch, Dataset
 from jchain.encoding import JointEncoding, ObservedEncoding, TokenEncoding, WeightEncoding
 from jchain.engine import Blocks, Share, Walk, compiler_options
 from jchain.evaluate import Evaluation, Explanation, apply_chain, evaluate, evaluate_all, evaluate_prefixes, explain
 from jchain.gradient import swap_scores
+from jchain.groups import LayerGroup
 from jchain.inverse import pull_back
 from jchain.kernels import Fused
 from jchain.meet import meet_in_the_middle

@@ -15,7 +15,8 @@ import numpy as np
 from flax import traverse_util
 
 from jchain._typing import Array, Int, Key
-from jchain.bank import Bank, LayerGroup
+from jchain.bank import Bank
+from jchain.groups import LayerGroup
 from jchain.layers import ResidualMLP
 
 # The axis of hidden units of each tensor.

@@ -14,28 +14,8 @@ from flax import traverse_util
 from jchain import chain as chain_lib
 from jchain import files
 from jchain._typing import Array, Int, PyTree, Shaped
+from jchain.groups import LayerGroup, check_keeps_shape, find_input_shape, group_by_module, merge, pick, put
 from jchain.pytree import pytree_dataclass, static
-
-
-@pytree_dataclass
-class LayerGroup:
-    """The layers (or heads) of a bank that share one module, so that their params stack.
-
-    Attributes:
-      params: every leaf `[n, ...]`, n the members of the group.
-      module: the Flax module they share.
-      tokens: the bank's token of each member, in the order of the leading axis.
-    """
-
-    params: PyTree
-    module: nn.Module = static()
-    tokens: tuple[int, ...] = static()
-
-    def apply(self, index: Int[Array, ""] | int, x: Array) -> Array:
-        """Member `index` (its place in the group, not its token) applied to a batch `[B, ...F]`."""
-        # A traced index into an axis of one: XLA on CPU (jax 0.10.2) gets the mean of squares of a vmapped product wrong.
-        place = 0 if len(self.tokens) == 1 else index
-        return self.module.apply({"params": jax.tree.map(lambda leaf: leaf[place], self.params)}, x)  # pyright: ignore[reportReturnType]
 
 
 @pytree_dataclass
@@ -128,8 +108,8 @@ class Bank:
         if num_layers == 0 or num_heads == 0:
             raise ValueError(f"empty bank: expected at least one layer and one head, got {num_layers} and {num_heads}")
         bank = Bank(
-            layers=_group(layer, layer_params, "layer", 0),
-            heads=_group(head, head_params, "head", num_layers),
+            layers=group_by_module(layer, layer_params, "layer", 0),
+            heads=group_by_module(head, head_params, "head", num_layers),
             stem_params=stem_params,
             stem=stem,
             names=_complete_names(names, num_layers, num_heads),
@@ -162,8 +142,8 @@ class Bank:
         ]
         names, origins = _concat_names(banks)
         joined = Bank(
-            layers=_merge([(group, new) for bank, new in zip(banks, maps, strict=True) for group in bank.layers]),
-            heads=_merge([(group, new) for bank, new in zip(banks, maps, strict=True) for group in bank.heads]),
+            layers=merge([(group, new) for bank, new in zip(banks, maps, strict=True) for group in bank.layers]),
+            heads=merge([(group, new) for bank, new in zip(banks, maps, strict=True) for group in bank.heads]),
             stem_params=banks[0].stem_params,
             stem=banks[0].stem,
             names=names,
@@ -203,8 +183,8 @@ class Bank:
         new = np.full(total, -1)
         new[order] = np.arange(len(order))
         return Bank(
-            layers=_merge([(group, new) for group in self.layers]),
-            heads=_merge([(group, new) for group in self.heads]),
+            layers=merge([(group, new) for group in self.layers]),
+            heads=merge([(group, new) for group in self.heads]),
             stem_params=self.stem_params,
             stem=self.stem,
             names=tuple(self.names[token] for token in order) if self.names else (),
@@ -237,7 +217,7 @@ class Bank:
         order = [*range(num_layers), *copied, *range(num_layers, num_layers + self.num_heads)]
         layers = tuple(
             LayerGroup(
-                _pick(group.params, np.arange(len(group.tokens) + num) % len(group.tokens)),
+                pick(group.params, np.arange(len(group.tokens) + num) % len(group.tokens)),
                 group.module,
                 (*group.tokens, *range(num_layers + i * num, num_layers + (i + 1) * num)),
             )
@@ -294,7 +274,7 @@ class Bank:
         groups = [*self.layers, *self.heads]
         for token, tree in zip(tokens, params, strict=True):
             i = next(i for i, group in enumerate(groups) if token in group.tokens)
-            groups[i] = _put(groups[i], token, tree)
+            groups[i] = put(groups[i], token, tree)
         bank = dataclasses.replace(
             self,
             layers=tuple(groups[: len(self.layers)]),
@@ -314,7 +294,7 @@ class Bank:
         """
         for group in (*self.layers, *self.heads):
             if token in group.tokens:
-                return _pick(group.params, group.tokens.index(token))
+                return pick(group.params, group.tokens.index(token))
         raise ValueError(f"expected a token in 0..{self.num_layers + self.num_heads - 1}, got {token}")
 
     def get_versions(self) -> Int[Array, "E"]:
@@ -402,25 +382,6 @@ class Bank:
                 check_keeps_shape(group, jax.ShapeDtypeStruct((1, *shape), dtype))
 
 
-def check_keeps_shape(group: LayerGroup, x: Any) -> None:
-    """Check the contract of a layer, output like input, on a batch that need only have `.shape` and `.dtype`.
-
-    Raises:
-      ValueError: the output has another shape or dtype, or the module does not take such an input.
-    """
-    try:
-        out = jax.eval_shape(group.apply, 0, x)
-    except Exception as error:  # whatever a user's module raises: said again with what was asked of it
-        raise ValueError(
-            f"layer {type(group.module).__name__} does not take an input of shape {list(x.shape)}: {str(error).splitlines()[0]}"
-        ) from None
-    if out.shape != x.shape or out.dtype != x.dtype:
-        raise ValueError(
-            f"layer {type(group.module).__name__} must keep the shape of its input: expected {x.dtype}{list(x.shape)}, "
-            f"got {out.dtype}{list(out.shape)}"
-        )
-
-
 def check_stem(stem: nn.Module | None, params: PyTree, x: Any) -> Any:
     """Shape and dtype of what the first layer reads of raw input, which need only have `.shape` and `.dtype`.
 
@@ -437,87 +398,11 @@ def check_stem(stem: nn.Module | None, params: PyTree, x: Any) -> Any:
         ) from None
 
 
-def find_input_shape(group: LayerGroup) -> tuple[int, ...] | None:
-    """A feature shape that the module takes with these params: Flax refuses one that its kernels were not made for."""
-    sizes = sorted({size for leaf in jax.tree.leaves(group.params) for size in leaf.shape[1:]})
-    for spatial in ((), (8,), (8, 8)):
-        for size in sizes:
-            try:
-                jax.eval_shape(group.apply, 0, jax.ShapeDtypeStruct((1, *spatial, size), jnp.float32))
-            except Exception:
-                continue
-            return (*spatial, size)
-    return None
-
-
-def _group(
-    module: nn.Module | Sequence[nn.Module], params: Sequence[PyTree], kind: str, first_token: int
-) -> tuple[LayerGroup, ...]:
-    """A group per module, in the order in which they come."""
-    modules = [module] * len(params) if isinstance(module, nn.Module) else [*module]
-    if len(modules) != len(params):
-        raise ValueError(f"expected one {kind} module, or {len(params)} as there are params, got {len(modules)}")
-    groups = []
-    for kept in dict.fromkeys(modules):
-        places = [i for i, other in enumerate(modules) if other == kept]
-        stacked = _stack([params[i] for i in places], kind)
-        groups.append(LayerGroup(stacked, kept, tuple(first_token + i for i in places)))
-    return tuple(groups)
-
-
-def _pick(params: PyTree, index: Any) -> PyTree:
-    """One member of a stack, or several in another order."""
-    return jax.tree.map(lambda leaf: leaf[index], params)
-
-
-def _put(group: LayerGroup, token: int, params: PyTree) -> LayerGroup:
-    """The group with other weights of one member."""
-    place = group.tokens.index(token)
-    _check_alike(params, _pick(group.params, place), f"params do not fit token {token}", "the bank")
-    new = jax.tree.map(lambda leaf, own: leaf.at[place].set(own), group.params, params)
-    return LayerGroup(new, group.module, group.tokens)
-
-
 def _substitute(words: tuple[str, ...], tokens: Sequence[int], new: Sequence[str] | None) -> tuple[str, ...]:
     if new is None:
         return words
     said = dict(zip(tokens, new, strict=True))
     return tuple(said.get(token, word) for token, word in enumerate(words))
-
-
-def _stack(params: Sequence[PyTree], kind: str) -> PyTree:
-    for i, tree in enumerate(params):
-        _check_alike(tree, params[0], f"params of {kind} {i} do not stack", f"{kind} 0")
-    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *params)
-
-
-def _check_alike(params: PyTree, other: PyTree, problem: str, name: str) -> None:
-    """Same structure, shapes and dtypes as the params of `name`."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    others, expected_structure = jax.tree_util.tree_flatten_with_path(other)
-    if structure != expected_structure:
-        raise ValueError(f"{problem}: expected the structure {expected_structure}, got {structure}")
-    for (path, leaf), (_, expected) in zip(leaves, others, strict=True):
-        leaf, expected = jnp.asarray(leaf), jnp.asarray(expected)
-        if leaf.shape != expected.shape or leaf.dtype != expected.dtype:
-            raise ValueError(
-                f"{problem}: expected {expected.dtype}{list(expected.shape)} at {jax.tree_util.keystr(path)} as in "
-                f"{name}, got {leaf.dtype}{list(leaf.shape)}"
-            )
-
-
-def _merge(members: list[tuple[LayerGroup, np.ndarray]]) -> tuple[LayerGroup, ...]:
-    """Groups with new tokens (`new[token]`, -1 to leave out), one per module, each in the order of its tokens."""
-    merged = []
-    for module in dict.fromkeys(group.module for group, _ in members):
-        same = [(group, new) for group, new in members if group.module == module]
-        tokens = np.concatenate([new[list(group.tokens)] for group, new in same])
-        order = [i for i in np.argsort(tokens, kind="stable") if tokens[i] >= 0]
-        if order:
-            _stack([_pick(group.params, 0) for group, _ in same], "layer")
-            whole = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(group.params for group, _ in same))
-            merged.append(LayerGroup(_pick(whole, np.array(order)), module, tuple(int(tokens[i]) for i in order)))
-    return tuple(merged)
 
 
 def _complete_names(names: Sequence[str] | None, num_layers: int, num_heads: int) -> tuple[str, ...]:

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from jchain._typing import Array, Float, Int, PyTree
-from jchain.bank import Bank, LayerGroup
+from jchain.bank import Bank
 from jchain.features import Observe
+from jchain.groups import LayerGroup
 
 # Seeds the hashes. Constant, so that features mean the same in every process and a trained controller can be kept.
 _HASH_SEED = 0

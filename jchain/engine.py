@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain._typing import Array, Bool, Int, PyTree
-from jchain.bank import LayerGroup
+from jchain.groups import LayerGroup
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
 from jchain.trie import SortedChains, batch_rows, pad_to_multiple

@@ -15,8 +15,8 @@ import numpy as np
 
 from jchain import weight_space
 from jchain._typing import Array, Float, Int, Shaped
-from jchain.bank import LayerGroup
 from jchain.engine import apply_token, choose_chunk, compiler_options, find_backend
+from jchain.groups import LayerGroup
 from jchain.joint import JointMoves, join, keep_best
 from jchain.linearize import (
     Forward,

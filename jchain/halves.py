@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain._typing import Array, Float, Int
-from jchain.bank import LayerGroup
 from jchain.engine import apply_all, apply_token
+from jchain.groups import LayerGroup
 
 # Numbers that a level of the tree may have where it is kept whole: more fall out of the cache.
 _MAX_LEVEL = 2**21

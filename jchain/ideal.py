@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain._typing import Array, Float, Int
-from jchain.bank import Bank, LayerGroup
+from jchain.bank import Bank
 from jchain.engine import apply_token, choose_chunk, compiler_options, find_backend, locate
 from jchain.gradient import EditScores, add_prices
+from jchain.groups import LayerGroup
 from jchain.inverse import measure_residual, reach_target, solve_locally, undo_groups
 from jchain.linearize import all_members, check_chain, flatten_rows, go_forward, know_nothing, map_layers
 from jchain.problem import Problem

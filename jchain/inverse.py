@@ -14,8 +14,9 @@ import numpy as np
 import optax
 
 from jchain._typing import Array, Float, Int, PyTree
-from jchain.bank import Bank, LayerGroup, find_input_shape
+from jchain.bank import Bank
 from jchain.engine import apply_token
+from jchain.groups import LayerGroup, find_input_shape
 from jchain.linearize import flatten_rows
 from jchain.problem import Problem
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from jchain import chain as chain_lib
 from jchain._typing import Float
-from jchain.bank import LayerGroup
 from jchain.data import Batch
+from jchain.groups import LayerGroup
 from jchain.problem import Problem
 
 # Examples whose gradients are held at once.

@@ -11,8 +11,9 @@ import optax
 from jchain import chain as chain_lib
 from jchain import env
 from jchain._typing import Array, Float, Int, Shaped
-from jchain.bank import Bank, LayerGroup
+from jchain.bank import Bank
 from jchain.engine import apply_token
+from jchain.groups import LayerGroup
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
 

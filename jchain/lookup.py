@@ -15,11 +15,12 @@ import numpy as np
 
 from jchain import chain as chain_lib
 from jchain._typing import Array, Float, Int, Shaped
-from jchain.bank import Bank, LayerGroup
+from jchain.bank import Bank
 from jchain.data import Batch
 from jchain.encoding import entry_features as sketch_entries
 from jchain.engine import apply_all, compiler_options, find_backend
 from jchain.features import Observation, Observe
+from jchain.groups import LayerGroup
 from jchain.problem import Problem
 
 _TOKEN, _ENTRY = "token", "entry"

@@ -12,8 +12,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jchain._typing import Array, Float, Int, PyTree
-from jchain.bank import Bank, check_keeps_shape, check_stem
+from jchain.bank import Bank, check_stem
 from jchain.data import Batch
+from jchain.groups import check_keeps_shape
 from jchain.pytree import is_concrete, pytree_dataclass, static
 
 

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from jchain._typing import Array, Float, Int
-from jchain.bank import LayerGroup
 from jchain.chain import PADDING
 from jchain.engine import apply_token
+from jchain.groups import LayerGroup
 from jchain.inverse import reach_target
 from jchain.linearize import flatten_rows
 from jchain.problem import Problem

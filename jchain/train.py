@@ -22,6 +22,7 @@ import optax
 from jchain._typing import Array, Float, Key, PyTree
 from jchain.bank import Bank, check_stem
 from jchain.data import Batch
+from jchain.groups import pick
 from jchain.pytree import is_concrete
 
 OPTIMIZER = optax.adamw(1e-3, weight_decay=0.1)
@@ -243,10 +244,6 @@ def _check_data(data: Batch, recipe: _Recipe) -> None:
         )
 
 
-def _pick(tree: PyTree, index: Any) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf[index], tree)
-
-
 def _add_at(tree: PyTree, index: Any, member: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf, added: leaf.at[index].add(added), tree, member)
 
@@ -255,7 +252,7 @@ def _cut(trees: tuple[PyTree, ...], num: int) -> list[PyTree]:
     """Params of each of `num` members of each snapshot of each run, out of leaves `[R, num_snapshots, n, ...]`."""
     num_runs, num_snapshots = jax.tree.leaves(trees)[0].shape[:2]
     places = ((run, snapshot, i) for run in range(num_runs) for snapshot in range(num_snapshots) for i in range(num))
-    return [_pick(trees[i % len(trees)], (run, snapshot, i // len(trees))) for run, snapshot, i in places]
+    return [pick(trees[i % len(trees)], (run, snapshot, i // len(trees))) for run, snapshot, i in places]
 
 
 def is_stepwise(params: PyTree) -> bool:
@@ -366,7 +363,7 @@ def _step_in_parts(carry: tuple[_Weights, Any], key: Array, data: Batch, recipe:
 @partial(jax.jit, static_argnames="module")
 def _call(module: nn.Module, params: PyTree, place: Array | int, x: Array) -> tuple[Any, Any]:
     """Output of a member of a stack, and the function that pulls a gradient back to its weights and input."""
-    return jax.vjp(lambda own, x: module.apply({"params": own}, x), _pick(params, place), x)
+    return jax.vjp(lambda own, x: module.apply({"params": own}, x), pick(params, place), x)
 
 
 @partial(jax.jit, static_argnames="module", donate_argnames="gradient")
@@ -379,7 +376,7 @@ def _end(
         logits: Any = module.apply({"params": own}, x)
         return _mean_loss(logits, labels)
 
-    own, pulled = jax.grad(loss_fn, (0, 1))(_pick(params, place), x)
+    own, pulled = jax.grad(loss_fn, (0, 1))(pick(params, place), x)
     return _add_at(gradient, place, own), pulled
 
 
@@ -434,7 +431,7 @@ def _apply(
     """One member, whose module is that of its turn: no branch where the turn is known."""
 
     def make_branch(module: nn.Module, own: PyTree) -> Any:
-        return lambda place, x: module.apply({"params": _pick(own, place)}, x)
+        return lambda place, x: module.apply({"params": pick(own, place)}, x)
 
     branches = [make_branch(*pair) for pair in zip(modules, params, strict=True)]
     place = member // len(modules)

@@ -16,8 +16,9 @@ import optax
 
 from jchain import chain as chain_lib
 from jchain._typing import Array, Bool, Float, Int, Key, PyTree
-from jchain.bank import Bank, LayerGroup
+from jchain.bank import Bank
 from jchain.evaluate import apply_chain
+from jchain.groups import LayerGroup
 from jchain.problem import Problem
 from jchain.train import BATCH_SIZE, OPTIMIZER, is_stepwise
 
@@ -57,7 +58,7 @@ def tune(
     optimizer: optax.GradientTransformation = OPTIMIZER,
     tokens: Sequence[int] | None = None,
 ) -> Bank:
-    """The bank after gradient steps on one chain: its layers and head have new weights and versions, the others stay.
+    """The bank after gradient steps on one chain: its layers and head have new weights, versions and origins, the others stay.
 
     A step that would make weights of a layer infinite or nan is not taken for it.
 
@@ -98,7 +99,11 @@ def tune(
         # One program for all chains of as many different layers, and any number of steps.
         padded = jnp.array([*path, *[chain_lib.PADDING] * (problem.max_layers - len(route))])
         state = _loop(state, key, problem.with_bank(small), padded, is_tuned, optimizer, num_steps)
-    return bank.replace(tuned, [state.bank.get_params(members.index(token)) for token in tuned])
+    return bank.replace(
+        tuned,
+        [state.bank.get_params(members.index(token)) for token in tuned],
+        origins=[f"{num_steps} gradient steps from {bank.origins[token]}" for token in tuned] if bank.origins else None,
+    )
 
 
 def start(bank: Bank, optimizer: optax.GradientTransformation) -> State:

@@ -22,6 +22,7 @@ from jchain.bank import Bank
 from jchain.chain import PADDING, count_layers
 from jchain.data import Batch
 from jchain.evaluate import evaluate
+from jchain.nursery import Nursery
 from jchain.problem import Problem
 from jchain.progress import Progress
 from jchain.pytree import pytree_dataclass, static
@@ -186,7 +187,7 @@ class CloneThenTune:
         reserved = _price(problem, train, problem.max_layers, self.num_steps) + problem.max_layers
         _check_budget(budget, self.num_rounds * reserved)
         capacity = self.num_rounds * problem.max_layers if self.capacity is None else self.capacity
-        nursery = _Nursery.start(problem.bank, capacity)
+        nursery = Nursery.start(problem.bank, capacity)
         start_key, *round_keys = jax.random.split(key, self.num_rounds + 1)
         problem = problem.with_bank(nursery.bank)
         runs = base.start(start_key[None], search, problem.without_names(), num_finalists)
@@ -203,7 +204,9 @@ class CloneThenTune:
                 state, pool = jax.tree.map(lambda leaf: leaf[0], (runs.state, runs.tally.pool))
                 chains, chain = nursery.name_parents(pool.chains), None
                 if np.isfinite(pool.loss[0]):
-                    nursery, chain = nursery.raise_clones(tune_key, lesson, chains[0], self)
+                    nursery, chain = nursery.raise_clones(
+                        tune_key, lesson, chains[0], num_steps=self.num_steps, optimizer=self.optimizer
+                    )
                 if chain is None or (chain == chains[0]).all():
                     runs = _amend(runs, state, pool, 0)
                     continue
@@ -291,8 +294,17 @@ class SharedUpdates:
             runs = _amend(runs, state, jax.tree.map(lambda leaf: leaf[0], runs.tally.pool), layer_calls)
             goal = base.Goal(np.int32(budget), np.float32(-np.inf))
             runs, steps = base.spend(runs, search, final, goal, line)
+        versions = tuning.bank.get_versions()
+        is_trained = np.asarray(versions > problem.bank.get_versions())
         bank = dataclasses.replace(
-            problem.bank, layers=tuning.bank.layers, heads=tuning.bank.heads, versions=tuning.bank.versions
+            problem.bank,
+            layers=tuning.bank.layers,
+            heads=tuning.bank.heads,
+            versions=versions,
+            origins=tuple(
+                f"trained while searching, from {origin}" if is_new else origin
+                for origin, is_new in zip(problem.bank.origins, is_trained.tolist(), strict=bool(problem.bank.origins))
+            ),
         )
         return Outcome(bank, base.finish(runs, steps, budget)[0], update_calls)
 
@@ -318,60 +330,6 @@ def _train_round(
     state, calls = search.refresh(state, problem.with_bank(tuning.bank), none)
     length = count_layers(chains, problem.bank.num_layers)
     return (state, tuning), info.loss.min(), info.layer_calls + calls, length
-
-
-class _Nursery(NamedTuple):
-    """A bank with places for copies."""
-
-    bank: Bank
-    free: tuple[tuple[int, ...], ...]  # for each group of layers its tokens that are places still free
-    parent: np.ndarray  # [N + K], of a free place the token of which it holds a copy; of all others itself
-
-    @staticmethod
-    def start(bank: Bank, capacity: int) -> "_Nursery":
-        """With so many places for each module."""
-        grown = bank.reserve(capacity)
-        parent = np.arange(grown.num_layers + grown.num_heads)
-        for old, group in zip(bank.layers, grown.layers, strict=True):
-            parent[list(group.tokens[len(old.tokens) :])] = np.resize(old.tokens, capacity)
-        free = tuple(new.tokens[len(old.tokens) :] for old, new in zip(bank.layers, grown.layers, strict=True))
-        return _Nursery(dataclasses.replace(grown, versions=grown.get_versions()), free, parent)
-
-    def name_parents(self, chains: Int[Array, "Q L"]) -> Int[np.ndarray, "Q L"]:
-        """The same chains without free places."""
-        tokens = np.asarray(chains)
-        return np.where(tokens == PADDING, PADDING, self.parent[tokens]).astype(np.int32)
-
-    def raise_clones(
-        self, key: Array, lesson: Problem, chain: Int[np.ndarray, "L"], policy: CloneThenTune
-    ) -> tuple["_Nursery", Int[np.ndarray, "L"]]:
-        """The chain of tuned copies of its layers, as far as there are places; the chain itself where there is none."""
-        clones, free, bank = chain.copy(), [list(places) for places in self.free], self.bank
-        for slot in range(_count(chain)):
-            group = next(i for i, group in enumerate(bank.layers) if chain[slot] in group.tokens)
-            if free[group]:
-                clones[slot] = free[group].pop(0)
-        is_cloned = clones != chain
-        if not is_cloned.any():
-            return self, chain
-        tokens, sources = clones[is_cloned].tolist(), [bank.names[token] for token in chain[is_cloned]]
-        bank = bank.replace(
-            tokens,
-            [bank.get_params(int(token)) for token in chain[is_cloned]],
-            names=[f"{name}+{token}" for name, token in zip(sources, tokens, strict=True)],
-            origins=[f"{policy.num_steps} gradient steps from {name}" for name in sources],
-        )
-        bank = tune_lib.tune(
-            key,
-            lesson.with_bank(bank),
-            clones,
-            num_steps=policy.num_steps,
-            optimizer=policy.optimizer,
-            tokens=tokens,
-        )
-        parent = self.parent.copy()
-        parent[tokens] = tokens
-        return _Nursery(bank, tuple(map(tuple, free)), parent), clones
 
 
 @jax.jit

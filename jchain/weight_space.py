@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jchain._typing import Array, Float, Int
-from jchain.bank import Bank, LayerGroup
+from jchain.bank import Bank
 from jchain.engine import apply_token, locate
+from jchain.groups import LayerGroup
 from jchain.linearize import Forward, comes_back, flatten_rows, know_nothing
 from jchain.problem import Problem
 

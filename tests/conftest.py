@@ -10,7 +10,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most of the time of these tests is compilation: little of it, and the same program once for all workers and runs.
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 with install_import_hook("jchain", "beartype.beartype"):
     import jchain as jc

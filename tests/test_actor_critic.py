@@ -11,6 +11,7 @@ from conftest import make_bank
 
 import jchain as jc
 from jchain import glimpse
+from jchain import replay as replay_lib
 from jchain.chain import PADDING
 from jchain.encoding import Controller
 from jchain.search import actor_critic as ac
@@ -184,15 +185,15 @@ def test_the_oldest_chains_make_room(problem):
         return ac.Sample(chains, log_prob, jnp.zeros((2, 4, 1)) + losses[:, None, None], losses)
 
     def draw(replay):
-        return ac.recall(jax.random.key(0), replay, 50)
+        return replay_lib.recall(jax.random.key(0), replay, 50)
 
-    replay = ac.remember(ac.empty_replay(3, problem, jnp.zeros(1)), make(jnp.array([1.0, 2.0])))
+    replay = replay_lib.remember(replay_lib.empty_replay(3, problem, jnp.zeros(1)), make(jnp.array([1.0, 2.0])))
     drawn = draw(replay)
     assert set(np.asarray(drawn.loss).tolist()) == {1.0, 2.0}
     np.testing.assert_array_equal(drawn.chain[:, 0], np.where(drawn.loss == 1.0, 4, 5))
     np.testing.assert_array_equal(drawn.log_prob[:, 0], -drawn.loss)
     np.testing.assert_array_equal(drawn.features[:, 2, 0], drawn.loss)
-    replay = ac.remember(replay, make(jnp.array([3.0, 4.0])))
+    replay = replay_lib.remember(replay, make(jnp.array([3.0, 4.0])))
     assert set(np.asarray(draw(replay).loss).tolist()) == {2.0, 3.0, 4.0}
 
 
@@ -304,10 +305,14 @@ def test_what_is_seen_is_kept_beside_chains(problem):
             upto = int(length[row]) + 1
             np.testing.assert_allclose(features[row, :upto], expected[row, :upto], rtol=1e-3, atol=1e-4)
     there = np.asarray(state.elite.loss) < np.inf
-    _, values = jax.vmap(
-        lambda chain, seen: ac.replay_chain(Controller(OBSERVING), state.params, state.sight, chain, seen, problem)
-    )(state.elite.chains, state.elite_features)
-    found = search.value(state, state.elite.chains, problem)
+
+    @jax.jit
+    @jax.vmap
+    def replay(chain, seen):
+        return ac.replay_chain(Controller(OBSERVING), state.params, state.sight, chain, seen, problem)
+
+    _, values = replay(state.elite.chains, state.elite_features)
+    found = jax.jit(search.value)(state, state.elite.chains, problem)
     is_before_end = np.arange(4) <= np.asarray(jc.chain.count_layers(state.elite.chains, 4))[:, None]
     np.testing.assert_allclose(found[there], np.where(is_before_end, values, 0)[there], rtol=1e-3, atol=1e-4)
 

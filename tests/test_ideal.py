@@ -165,6 +165,7 @@ def test_bfloat16_weights_are_scored_and_searched():
         assert np.isfinite(jc.run(jax.random.key(0), search, half, budget=200).best_loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cls", "name"), [(jc.TargetPropagation, "rate"), (jc.MeetInTheMiddle, "temperature")])
 def test_rates_can_be_vmapped(cls, name):
     problem = make_problem()

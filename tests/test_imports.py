@@ -8,8 +8,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "jchain"
 # Each module may import those before it.
 ORDER = [
-    "_typing", "pytree", "invertible", "layers", "files", "chain", "bank", "align", "images", "data", "train", "problem", "trie", "engine", "kernels", "evaluate", "memo", "env", "descent", "linearize", "inverse", "halves", "match", "meet", "joint", "weight_space", "gradient", "ideal", "tails", "advice", "trends", "layer_report", "features", "rewards", "encoding", "glimpse", "lookup", "critic", "pretrain",
-    "progress", "search.base", "search", "tune", "updates", "plot", "stats", "report", "chainbench", "distributed", "__main__",
+    "_typing", "pytree", "invertible", "layers", "files", "chain", "groups", "bank", "align", "images", "data", "train", "problem", "trie", "engine", "kernels", "evaluate", "memo", "env", "descent", "linearize", "inverse", "halves", "match", "meet", "joint", "weight_space", "gradient", "ideal", "tails", "advice", "trends", "layer_report", "features", "rewards", "encoding", "glimpse", "replay", "lookup", "critic", "pretrain",
+    "progress", "search.base", "search", "tune", "nursery", "updates", "plot", "stats", "report", "chainbench", "distributed", "__main__",
 ]  # fmt: skip
 HEAVY = ("rlax", "mctx", "tensorflow_datasets", "matplotlib", "transformers")
 EVALUATE = """

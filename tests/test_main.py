@@ -105,7 +105,7 @@ def result_folder(tmp_path_factory):
         (["--num-heads", "2", "--bank", "snapshots"], "expected no num_heads for bank snapshots"),
         (["--max-layers", "-1"], "max_layers to be an integer of at least 0, got -1"),
         (["--budget", "0"], "expected a budget and num_finalists of at least 1, got 0"),
-        (["--budget", "3"], "budget of at least one step"),
+        (["--budget", "3", "--search", "random"], "budget of at least one step"),
     ],
 )  # fmt: skip
 def test_bad_options_exit_with_2_one_line_and_no_files(tmp_path, capsys, options, message):

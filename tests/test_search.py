@@ -62,6 +62,8 @@ VMAPPED = [
 ]
 SLOW_EAGER = (
     "CriticSearch",
+    "LinearizedSearch",
+    "MCTS",
     "ActorCritic-observing",
     "ActorCritic-replay",
     "ActorCritic-weights",
@@ -89,7 +91,7 @@ def test_every_exported_search_is_in_the_contract():
 
 
 # Variants of one search that take long to compile; what they do is tested beside it.
-SLOW = ("ActorCritic-weights", "ActorCritic-replay", "ActorCritic-observing")
+SLOW = ("ActorCritic-scores", "ActorCritic-weights", "ActorCritic-replay", "ActorCritic-observing")
 
 
 @pytest.fixture(

@@ -9,6 +9,7 @@ from conftest import make_batch
 
 import jchain as jc
 from jchain import updates
+from jchain.nursery import Nursery
 from jchain.pytree import pytree_dataclass
 
 SEARCH = jc.ActorCritic(encoding=jc.TokenEncoding(features=8), num_chains=6, num_elites=4)
@@ -79,6 +80,15 @@ def test_a_bank_can_be_saved_with_its_versions(outcome, tmp_path):
     assert same(jc.Bank.load(tmp_path / "bank.safetensors"), outcome.bank)
 
 
+def test_origins_tell_which_weights_were_updated(policy, outcome, two_group_problem):
+    bank, versions = outcome.bank, np.asarray(outcome.bank.get_versions())
+    old = dict(zip(two_group_problem.bank.names, two_group_problem.bank.origins, strict=True))
+    for name, origin, version in zip(bank.names, bank.origins, versions, strict=True):
+        said = "trained while searching" if isinstance(policy, updates.SharedUpdates) else "5 gradient steps from"
+        assert origin.startswith(said) == (version > 0)
+        assert version > 0 or old.get(name, origin) == origin
+
+
 def test_a_split_that_does_not_fit_is_refused_before_anything(policy, problem):
     if isinstance(policy, updates.Frozen):
         return
@@ -130,7 +140,7 @@ def test_clones_join_the_bank_and_leave_their_parents(two_group_problem):
     assert 1 <= is_clone.sum() <= 9
     for token in np.flatnonzero(is_clone):
         parent = bank.names[token].removesuffix(f"+{token}")
-        assert bank.origins[token] == f"5 gradient steps from {parent}"
+        assert bank.origins[token] == f"5 gradient steps from a copy of {parent}"
         source = bank.names.index(parent)
         assert not same(bank.get_params(int(token)), bank.get_params(source))
     for token in np.flatnonzero(~is_clone[: bank.num_layers]):
@@ -147,7 +157,7 @@ def test_no_more_clones_than_places(problem):
 
 
 def test_places_are_named_after_the_layers_of_which_they_hold_copies(two_group_problem):
-    nursery = updates._Nursery.start(two_group_problem.bank, 4)
+    nursery = Nursery.start(two_group_problem.bank, 4)
     chains = np.array([[5, 8, 13, -1], [4, 12, 14, -1]])
     renamed = nursery.name_parents(jnp.asarray(chains))
     np.testing.assert_array_equal(renamed, [[0, 0, 13, -1], [4, 4, 14, -1]])
@@ -266,6 +276,8 @@ def broken(problem, token):
 
 
 def test_a_layer_that_overflows_spoils_nothing_else(policy, two_group_problem):
+    if isinstance(policy, updates.Frozen):
+        return
     # Of the same shapes as above, so that it needs no program of its own.
     outcome = run(policy, broken(two_group_problem, 1))
     assert np.isfinite(outcome.result.best_loss)

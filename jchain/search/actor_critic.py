@@ -31,6 +31,7 @@ from jchain.gradient import KINDS
 from jchain.memo import Memo
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
+from jchain.replay import Replay, Sample, empty_replay, recall, remember
 from jchain.rewards import rank_rewards
 from jchain.search.base import Info, Pool, empty_pool, merge
 from jchain.trie import count_calls
@@ -51,7 +52,7 @@ class State(NamedTuple):
     sight: Sight
     elite: Pool
     memo: Memo | None  # None where layers are applied along the way
-    replay: "Replay | None"  # None where nothing is replayed
+    replay: Replay | None  # None where nothing is replayed
     elite_features: Float[Array, "Q L F"]  # [Q, L, F], as of a rollout
 
 
@@ -62,25 +63,6 @@ class Rollout(NamedTuple):
     log_prob: Float[Array, "P L"]  # [P, L], of the actions when they were taken
     reward: Float[Array, "P"]  # [P], at the step that takes the head
     features: Float[Array, "P L F"]  # [P, L, F], what was seen before each token; F is 0 where nothing is
-
-
-class Sample(NamedTuple):
-    """A chain of the policy."""
-
-    chain: Int[Array, "L"]  # [L]
-    log_prob: Float[Array, "L"]  # [L], of its tokens; 0 behind the head
-    features: Float[Array, "L F"]  # [L, F]
-    loss: Float[Array, ""]  # +inf where it was not finite; means nothing where nothing is seen
-
-
-class Replay(NamedTuple):
-    """The last chains, as a ring."""
-
-    chains: Int[Array, "R L"]  # [R, L]
-    log_prob: Float[Array, "R L"]  # [R, L], of the tokens when they were taken
-    loss: Float[Array, "R"]
-    num_stored: Int[Array, ""]  # since the start
-    features: Float[Array, "R L F"]  # [R, L, F]
 
 
 @pytree_dataclass
@@ -318,38 +300,6 @@ def take_over(given: PyTree, fresh: PyTree) -> PyTree:
     if shapes[0] != shapes[1]:
         raise ValueError(f"expected params of the controller of this encoding, {shapes[1]}, got {shapes[0]}")
     return jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), given, fresh)
-
-
-def empty_replay(size: int, problem: Problem, seen: Float[Array, "F"]) -> Replay:
-    """Places for so many chains, and for what is seen of each prefix."""
-    shape = (size, problem.max_layers + 1)
-    return Replay(
-        jnp.full(shape, PADDING, jnp.int32),
-        jnp.zeros(shape),
-        jnp.full(size, jnp.inf),
-        jnp.zeros((), jnp.int32),
-        jnp.zeros((*shape, *seen.shape), seen.dtype),
-    )
-
-
-def remember(replay: Replay, sample: Sample) -> Replay:
-    """With these chains, `[P, ...]`, in the place of the oldest."""
-    num_chains = sample.loss.shape[0]
-    place = (replay.num_stored + jnp.arange(num_chains)) % replay.loss.shape[0]
-    return Replay(
-        replay.chains.at[place].set(sample.chain),
-        replay.log_prob.at[place].set(sample.log_prob),
-        replay.loss.at[place].set(sample.loss.astype(replay.loss.dtype)),
-        replay.num_stored + num_chains,
-        replay.features.at[place].set(sample.features),
-    )
-
-
-def recall(key: Key[Array, ""], replay: Replay, num: int) -> Sample:
-    """Some that are remembered, `[num, ...]`; one may come more than once."""
-    num_there = jnp.minimum(replay.num_stored, replay.loss.shape[0])
-    row = jax.random.randint(key, (num,), 0, num_there)
-    return Sample(replay.chains[row], replay.log_prob[row], replay.features[row], replay.loss[row])
 
 
 def find_features(elite: Pool, chains: Int[Array, "P L"], features: Float[Array, "P L F"]) -> Float[Array, "Q L F"]:
