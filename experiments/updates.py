@@ -7,8 +7,7 @@ search each, at equal cost: layer calls of the search and of gradient steps toge
 the 16 best chains are ranked again on `select`, and the loss on `test` is reported. Beside them, for the same cost where one is
 given: every chain evaluated (no gradient steps), the best parent as it is and trained on, a random chain as it is, with its best
 single swap, and trained on, and a net of 4 layers trained from nothing. Gradient steps are AdamW's at 1e-3 on minibatches of 128.
-Half of the budget
-goes into them where a policy has the choice; no size or rate was tuned.
+Half of the budget goes into them where a policy has the choice; no size or rate was tuned.
 
 About 25 minutes on 2 CPU cores; `--quick`: one kind of bank, two seeds, one budget, two minutes. Writes updates.json, updates.md
 and updates.png to experiments/results; what was computed is kept, so an interrupted run goes on. To expect at 4,000 layer calls: a
