@@ -9,7 +9,7 @@ given: every chain evaluated (no gradient steps), the best parent as it is and t
 single swap, and trained on, and a net of 4 layers trained from nothing. Gradient steps are AdamW's at 1e-3 on minibatches of 128.
 Half of the budget goes into them where a policy has the choice; no size or rate was tuned.
 
-About 25 minutes on 2 CPU cores; `--quick`: one kind of bank, two seeds, one budget, two minutes. Writes updates.json, updates.md
+About 12 minutes on 2 CPU cores; `--quick`: one kind of bank, two seeds, one budget, two minutes. Writes updates.json, updates.md
 and updates.png to experiments/results; what was computed is kept, so an interrupted run goes on. To expect at 4,000 layer calls: a
 loss on test of 0.26 frozen, 0.15 to 0.17 where the found chain is tuned, 0.17 where clones are, 0.20 with shared updates, 0.18 of a
 net trained from nothing; on the routed bank 0.15 also where it stays frozen.
