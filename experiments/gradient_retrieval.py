@@ -14,7 +14,7 @@ true change, and their error. Writes gradient_retrieval.json, .md and .png to ex
 4 slots, of 0.77 to 0.95 at 16 (0.80 to 0.95 with 4 or 2 products); of weight-space scores 0.1 to 0.7 at 4 slots, of the
 nearest layers 0.
 
-`--quick`: depths 2 and 4, one bank of each kind; nothing is written.
+`--quick`: depth 2, one bank of each kind; nothing is written.
 """
 
 import argparse
@@ -57,10 +57,10 @@ MEASURES = ("spearman", "first_rank", "first_improves")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="depths 2 and 4, one bank of each kind")
+    parser.add_argument("--quick", action="store_true", help="depth 2, one bank of each kind")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    sizes = {depth: (n, 1, 3) for depth, (n, _, _) in SIZES.items() if depth <= 4} if args.quick else SIZES
+    sizes = {depth: (n, 1, 3) for depth, (n, _, _) in SIZES.items() if depth <= 2} if args.quick else SIZES
     rows = []
     for depth, (num_layers, num_banks, num_chains) in sizes.items():
         for kind in KINDS:
@@ -76,7 +76,7 @@ def main() -> None:
                 rows.append({"kind": kind, "depth": depth, "layers": num_layers, "chains": sort, "scores": by_score})
             print(format_table(rows[-2:]), flush=True)
         jax.clear_caches()
-    wide = [measure_wide_kept(loss, 2 if args.quick else WIDE_CHAINS) for loss in WIDE_LOSSES]
+    wide = [measure_wide_kept(loss, 1 if args.quick else WIDE_CHAINS) for loss in WIDE_LOSSES]
     print(format_wide(wide))
     if args.quick:
         return

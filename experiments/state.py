@@ -139,6 +139,8 @@ def main() -> None:
         states = {name: STATES[name] for name in ("tokens", "summary")}
     tested, others = {}, {}
     for data in data_names:
+        if args.quick:
+            jc.chainbench.build(args.folder, [f"{data}-{kind}" for kind in TESTED])
         for kind in TESTED:
             solved = jc.chainbench.load(args.folder, f"{data}-{kind}")
             tested[solved.name] = tabulate(solved.name, solved.problem)

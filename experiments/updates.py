@@ -9,7 +9,7 @@ given: every chain evaluated (no gradient steps), the best parent as it is and t
 single swap, and trained on, and a net of 4 layers trained from nothing. Gradient steps are AdamW's at 1e-3 on minibatches of 128.
 Half of the budget goes into them where a policy has the choice; no size or rate was tuned.
 
-About 12 minutes on 2 CPU cores; `--quick`: one kind of bank, two seeds, one budget, two minutes. Writes updates.json, updates.md
+About 12 minutes on 2 CPU cores; `--quick`: one kind of bank, two searches and seeds, one budget, two minutes. Writes updates.json, updates.md
 and updates.png to experiments/results; what was computed is kept, so an interrupted run goes on. To expect at 4,000 layer calls: a
 loss on test of 0.26 frozen, 0.15 to 0.17 where the found chain is tuned, 0.17 where clones are, 0.20 with shared updates, 0.18 of a
 net trained from nothing; on the routed bank 0.15 also where it stays frozen.
@@ -55,10 +55,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     start = time.perf_counter()
-    kinds, seeds, budgets = KINDS, range(args.seeds), BUDGETS
+    kinds, seeds, budgets, searches = KINDS, range(args.seeds), BUDGETS, tuple(SEARCHES)
     if args.quick:
-        kinds, seeds, budgets = KINDS[:1], range(2), BUDGETS[:1]
-    rows = measure_all(kinds, seeds, budgets, args.workers)
+        kinds, seeds, budgets, searches = KINDS[:1], range(2), BUDGETS[:1], ("actor-critic", "local search")
+    rows = measure_all(kinds, seeds, budgets, searches, args.workers)
     summary = {name: summarize(values) for name, values in rows.items() if name.endswith("/loss")}
     summary = {name.removesuffix("/loss"): row for name, row in summary.items()}
     table = format_table(summary, rows, kinds)
@@ -87,12 +87,18 @@ def main() -> None:
     write_atomically(args.out / "updates.png", lambda path: draw(path, rows, budgets))
 
 
-def measure_all(kinds: Any, seeds: Any, budgets: Any, workers: int) -> dict[str, np.ndarray]:
+def measure_all(kinds: Any, seeds: Any, budgets: Any, searches: tuple[str, ...], workers: int) -> dict[str, np.ndarray]:
     """Each number of each row, `[kinds, seeds]`."""
     with make_pool(workers) as pool:
         # Neighbours share compiled programs.
         cases = [(kind, seed) for kind in kinds for seed in seeds]
-        found = list(pool.map(partial(measure_case, budgets=budgets), cases, chunksize=max(1, len(seeds) // workers)))
+        found = list(
+            pool.map(
+                partial(measure_case, budgets=budgets, searches=searches),
+                cases,
+                chunksize=max(1, len(seeds) // workers),
+            )
+        )
     shape = len(kinds), len(seeds)
     return {name: np.array([row[name] for row in found]).reshape(shape) for name in found[0]}
 
@@ -124,25 +130,29 @@ def make_policies(budget: int, data: jc.Dataset) -> dict[str, Any]:
     }
 
 
-def measure_case(case: Case, budgets: tuple[int, ...]) -> dict[str, float]:
+def measure_case(case: Case, budgets: tuple[int, ...], searches: tuple[str, ...]) -> dict[str, float]:
     def make() -> dict[str, np.ndarray]:
         problem, data = make_problem(*case)
         rows = {}
         for budget in budgets:
             policies = make_policies(budget, data)
-            for name, search in SEARCHES.items():
+            for name in searches:
                 if name != "actor-critic" and budget != budgets[-1]:
                     continue
                 for policy in policies if name == "actor-critic" else ["frozen", "tune found"]:
                     title = f"{policy}, {name}/{budget}"
-                    rows |= run(title, policies[policy], search, problem, data, budget, case[1])
+                    rows |= run(title, policies[policy], SEARCHES[name], problem, data, budget, case[1])
             rows |= run_controls(problem, data, budget, case[1])
         return {name: np.array(value) for name, value in rows.items()}
 
     code = (measure_case, make_problem, make_policies, count_steps, run, run_controls, finish, rank, get_parents)
     name = f"updates-{case[0]}-{case[1]}"
     arrays = keep(
-        code, name, (case, budgets, [repr(search) for search in SEARCHES.values()]), make, uses=tuple(SEARCHES.values())
+        code,
+        name,
+        (case, budgets, [repr(SEARCHES[name]) for name in searches]),
+        make,
+        uses=tuple(SEARCHES[name] for name in searches),
     )
     print(f"{case[0]:12} {case[1]:3}", flush=True)
     return {name: float(value) for name, value in arrays.items()}
