@@ -108,11 +108,13 @@ def main() -> None:
     if args.tune:
         tune(args.folder)
         return
-    names, seeds, agents = find_problems(args.folder, slice(1, None, 2)), args.seeds, AGENTS
+    seeds, agents = args.seeds, AGENTS
     if args.quick:
         names, seeds = ["wine-routed-2"], 3
         jc.chainbench.build(args.folder, names)
         agents = {name: AGENTS[name] for name in ("TD(0), pure", "Monte Carlo, pure", "Q-learning")}
+    else:
+        names = find_problems(args.folder, slice(1, None, 2))
     problems = {name: jc.chainbench.load(args.folder, name) for name in names}
     # Those that differ in rates share compiled programs.
     structures = {name: str(jax.tree.structure(search)) for name, search in agents.items()}
