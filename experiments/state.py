@@ -18,7 +18,7 @@ runs each (of 2 trainings where there was one). Rates were not tuned for any sta
 Writes state.json, state.md and state.png to experiments/results.
 
 About 50 minutes on one CPU core that other jobs shared, most of them compilation; what is done is kept. `--quick`: wine, one
-states, 2 runs. To expect: a critic that is regressed on the summary ranks prefixes of unseen
+state, 2 runs. To expect: a critic that is regressed on the summary ranks prefixes of unseen
 banks by 0.76 and on gradients by 0.32, on tokens, weights and activations by nothing (-0.13 to 0.00); but as states of the actor-critic
 they have much the same regret from scratch (0.046 to 0.076 at 1,000 layer calls), training on other banks does not help
 on an unseen one at 300 and 1,000, and beam search has 0.061 after 300, where the best, gradients on a seen bank, has 0.100.
