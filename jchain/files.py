@@ -1,7 +1,7 @@
 """Files of arrays: safetensors with a JSON header, a checksum, and no pickle; written whole or not at all.
 
 Modules are stored by name and fields. A file never says which code to import: loading looks a name up among the classes
-of `jchain.layers` and `flax.linen`, and those the caller hands in.
+of `jchain.layers`, `flax.linen` and the families of `jchain.hub`, and those the caller hands in.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from jchain import layers
 from jchain._typing import Array
 
 FORMAT = "jchain/1"
+# Where the blocks of pretrained transformers are written, a module of jchain for each family.
+HUB = ("jchain.hub.gpt2", "jchain.hub.llama", "jchain.hub.gpt_neox", "jchain.hub.vit")
 
 
 def write_atomically(path: str | os.PathLike[str], write_fn: Callable[[str], Any]) -> None:
@@ -118,7 +121,7 @@ def _name_class(cls: type) -> str:
     for package in (layers, nn):
         if getattr(package, cls.__name__, None) is cls:
             return f"{package.__name__}.{cls.__name__}"
-    return cls.__name__
+    return f"{cls.__module__}.{cls.__name__}" if cls.__module__ in HUB else cls.__name__
 
 
 def _encode_value(value: Any, where: str) -> Any:
@@ -147,7 +150,8 @@ def decode_module(encoded: dict[str, Any], modules: Sequence[type[nn.Module]] = 
     """
     name = encoded["module"]
     package, _, class_name = name.rpartition(".")
-    places = {layers.__name__: vars(layers), nn.__name__: vars(nn), "": {cls.__name__: cls for cls in modules}}
+    hub = {package: vars(import_module(package))} if package in HUB else {}
+    places = hub | {layers.__name__: vars(layers), nn.__name__: vars(nn), "": {cls.__name__: cls for cls in modules}}
     cls = places.get(package, {}).get(class_name)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise ValueError(f"unknown module {name!r}: pass its class, as in Bank.load(path, modules=[{name}])")

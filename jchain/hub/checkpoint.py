@@ -1,0 +1,108 @@
+"""Checkpoint folders as Hugging Face writes them: config.json and safetensors, in one file or in shards with an index."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+class Checkpoint:
+    """The tensors of a folder by name, read when they are asked for.
+
+    Attributes:
+      path: the folder.
+      config: what its config.json holds.
+      shapes: of each tensor.
+      dtypes: of each tensor, as NumPy calls it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open the files and read their headers.
+
+        Raises:
+          FileNotFoundError: there is no such folder, or a file of it is missing.
+          ValueError: a file is damaged, or the index and the shards disagree.
+        """
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"expected a checkpoint folder at {path}, found none")
+        self.config = read_json(self.path / CONFIG)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self._files: dict[str, Any] = {}
+        index = self._read_index()
+        for file_name in sorted(set(index.values())) if index else [WEIGHTS]:
+            self._open(file_name)
+        if index and index.keys() != self.shapes.keys():
+            raise ValueError(
+                f"{self.path / INDEX} does not name the tensors of its shards: {list_names(index.keys() ^ self.shapes.keys())}"
+            )
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, in memory of its own."""
+        return self._files[name].get_tensor(name)
+
+    def _read_index(self) -> dict[str, str]:
+        if not (self.path / INDEX).exists():
+            return {}
+        index = read_json(self.path / INDEX).get("weight_map")
+        if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
+            raise ValueError(f"{self.path / INDEX}: expected a weight_map from tensors to files, got {index!r:.80}")
+        outside = [name for name in index.values() if Path(name).name != name]
+        if outside:
+            raise ValueError(f"{self.path / INDEX}: expected files of this folder, got {outside[0]!r}")
+        return index
+
+    def _open(self, file_name: str) -> None:
+        import safetensors
+
+        path = self.path / file_name
+        if not path.is_file():
+            found = sorted(
+                other.name for other in self.path.iterdir() if other.suffix in (".safetensors", ".bin", ".pt")
+            )
+            raise FileNotFoundError(
+                f"expected weights at {path}, found {', '.join(found) or 'none'}: only safetensors are read, never pickle"
+            )
+        try:
+            file = safetensors.safe_open(path, framework="numpy")
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            headers = {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()}
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{path} is damaged or truncated: {error}") from None
+        twice = headers.keys() & self.shapes.keys()
+        if twice:
+            raise ValueError(f"{path}: expected tensors in one shard each, got {list_names(twice)} again")
+        for name, (shape, dtype) in headers.items():
+            self.shapes[name], self.dtypes[name] = shape, DTYPES.get(dtype, dtype)
+            self._files[name] = file
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object of a JSON file.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it holds no JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"expected {path.name} in {path.parent}, found none")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected an object, got {found!r:.80}")
+    return found
+
+
+def list_names(names: Any, most: int = 4) -> str:
+    """The first few names."""
+    names = sorted(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

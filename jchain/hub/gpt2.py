@@ -1,0 +1,94 @@
+"""GPT-2: learned positions, layer norms before attention and MLP, one product for queries, keys and values."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from jchain._typing import Array, Float, Int
+from jchain.hub.architecture import Architecture
+from jchain.hub.config import Config
+from jchain.hub.modules import Embedding, FeedForward, LayerNorm, Linear, attend, check_activation, split_heads
+
+MODEL_TYPES = ("gpt2",)
+
+
+class Stem(nn.Module):
+    """Embeddings of tokens and of positions."""
+
+    vocabulary: int
+    num_positions: int
+    features: int
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T F"]:
+        if ids.shape[-1] > self.num_positions:
+            raise ValueError(f"expected sequences of at most {self.num_positions} tokens, got {ids.shape[-1]}")
+        positions = Embedding(self.num_positions, self.features, name="wpe")(jnp.arange(ids.shape[-1])[None])
+        return Embedding(self.vocabulary, self.features, name="wte")(ids) + positions
+
+
+class Attention(nn.Module):
+    """Causal self-attention."""
+
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+        features = x.shape[-1]
+        qkv = Linear(3 * features, is_transposed=True, name="c_attn")(x)
+        query, key, value = (split_heads(part, self.num_heads) for part in jnp.split(qkv, 3, axis=-1))
+        return Linear(features, is_transposed=True, name="c_proj")(attend(query, key, value, is_causal=True))
+
+
+class Block(nn.Module):
+    """A block of GPT-2."""
+
+    num_heads: int
+    hidden: int
+    activation: str
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+        x = x + Attention(self.num_heads, name="attn")(LayerNorm(self.epsilon, name="ln_1")(x))
+        mlp = FeedForward(self.hidden, self.activation, ("c_fc", "c_proj"), is_transposed=True, name="mlp")
+        return x + mlp(LayerNorm(self.epsilon, name="ln_2")(x))
+
+
+class Head(nn.Module):
+    """The last norm, and logits."""
+
+    vocabulary: int
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T V"]:
+        return Linear(self.vocabulary, use_bias=False, name="lm_head")(LayerNorm(self.epsilon, name="ln_f")(x))
+
+
+def describe(config: Config) -> Architecture:
+    """The modules of a config, and where their params stand in the file."""
+    config.expect("scale_attn_weights", True)
+    for key in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"):
+        config.expect(key, False)
+    features, vocabulary = config.require("n_embd"), config.require("vocab_size")
+    epsilon = config.get("layer_norm_epsilon", 1e-5)
+    block = Block(
+        num_heads=config.require("n_head"),
+        hidden=config.get("n_inner", None) or 4 * features,
+        activation=check_activation(config, "activation_function", "gelu_new"),
+        epsilon=epsilon,
+    )
+    is_tied = config.get("tie_word_embeddings", True)
+    return Architecture(
+        stem=Stem(vocabulary, config.require("n_positions"), features),
+        blocks=(block,) * config.require("n_layer"),
+        head=Head(vocabulary, epsilon),
+        base="transformer.",
+        block="h.{}.",
+        stem_places={"wte": "wte", "wpe": "wpe"},
+        head_places={"ln_f": "ln_f", "lm_head": "wte" if is_tied else "/lm_head"},
+        unused=("h.{}.attn.bias", "h.{}.attn.masked_bias"),
+        depth_key="n_layer",
+        is_tied=True,
+        vocabulary=vocabulary,
+    )

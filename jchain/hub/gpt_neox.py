@@ -1,0 +1,131 @@
+"""GPT-NeoX (Pythia): attention and MLP side by side, rotary positions on a part of each head, fused queries, keys and values."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from jchain._typing import Array, Float, Int
+from jchain.hub.architecture import Architecture
+from jchain.hub.config import Config
+from jchain.hub.modules import (
+    Embedding,
+    FeedForward,
+    LayerNorm,
+    Linear,
+    attend,
+    check_activation,
+    find_frequencies,
+    rotate,
+    split_heads,
+)
+
+MODEL_TYPES = ("gpt_neox",)
+
+
+class Stem(nn.Module):
+    """Embeddings of tokens."""
+
+    vocabulary: int
+    features: int
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T F"]:
+        return Embedding(self.vocabulary, self.features, name="embed_in")(ids)
+
+
+class Attention(nn.Module):
+    """Causal self-attention."""
+
+    num_heads: int
+    frequencies: tuple[float, ...]
+    rotary_scale: float
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+        features = x.shape[-1]
+        # Each head's query, key and value stand side by side.
+        qkv = split_heads(Linear(3 * features, self.use_bias, name="query_key_value")(x), self.num_heads)
+        query, key, value = jnp.split(qkv, 3, axis=-1)
+        query, key = (rotate(part, self.frequencies, self.rotary_scale) for part in (query, key))
+        return Linear(features, self.use_bias, name="dense")(attend(query, key, value, is_causal=True))
+
+
+class Block(nn.Module):
+    """A block of GPT-NeoX.
+
+    Attributes:
+      num_heads: of attention.
+      hidden: width of the MLP.
+      activation: its name.
+      epsilon: of the norms.
+      frequencies: radians per position, of each pair that rotates.
+      rotary_scale: factor of sines and cosines.
+      is_parallel: whether the MLP reads the block's input, not what attention made of it.
+      use_bias: of attention.
+    """
+
+    num_heads: int
+    hidden: int
+    activation: str
+    epsilon: float
+    frequencies: tuple[float, ...]
+    rotary_scale: float = 1.0
+    is_parallel: bool = True
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+        attention = Attention(self.num_heads, self.frequencies, self.rotary_scale, self.use_bias, name="attention")
+        attended = x + attention(LayerNorm(self.epsilon, name="input_layernorm")(x))
+        mlp = FeedForward(self.hidden, self.activation, ("dense_h_to_4h", "dense_4h_to_h"), name="mlp")
+        norm = LayerNorm(self.epsilon, name="post_attention_layernorm")
+        return attended + mlp(norm(x if self.is_parallel else attended))
+
+
+class Head(nn.Module):
+    """The last norm, and logits."""
+
+    vocabulary: int
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T V"]:
+        return Linear(self.vocabulary, use_bias=False, name="embed_out")(
+            LayerNorm(self.epsilon, name="final_layer_norm")(x)
+        )
+
+
+def describe(config: Config) -> Architecture:
+    """The modules of a config, and where their params stand in the file."""
+    features, vocabulary = config.require("hidden_size"), config.require("vocab_size")
+    num_heads, epsilon = config.require("num_attention_heads"), config.get("layer_norm_eps", 1e-5)
+    rope = config.get("rope_parameters", None) or {}
+    share = rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
+    frequencies, rotary_scale = find_frequencies(config, int(features // num_heads * share))
+    config.get("max_position_embeddings", None)
+    block = Block(
+        num_heads=num_heads,
+        hidden=config.require("intermediate_size"),
+        activation=check_activation(config, "hidden_act", "gelu"),
+        epsilon=epsilon,
+        frequencies=frequencies,
+        rotary_scale=rotary_scale,
+        is_parallel=config.get("use_parallel_residual", True),
+        use_bias=config.get("attention_bias", True),
+    )
+    is_tied = config.get("tie_word_embeddings", False)
+    return Architecture(
+        stem=Stem(vocabulary, features),
+        blocks=(block,) * config.require("num_hidden_layers"),
+        head=Head(vocabulary, epsilon),
+        base="gpt_neox.",
+        block="layers.{}.",
+        stem_places={"embed_in": "embed_in"},
+        head_places={"final_layer_norm": "final_layer_norm", "embed_out": "embed_in" if is_tied else "/embed_out"},
+        unused=(
+            "layers.{}.attention.bias",
+            "layers.{}.attention.masked_bias",
+            "layers.{}.attention.rotary_emb.inv_freq",
+        ),
+        vocabulary=vocabulary,
+    )

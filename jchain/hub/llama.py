@@ -1,0 +1,202 @@
+"""Llama and what differs from it by config only: Mistral, Qwen2, Qwen3. Rotary positions, RMS norms, gated MLP, grouped queries."""
+
+import flax.linen as nn
+
+from jchain._typing import Array, Float, Int
+from jchain.hub.architecture import Architecture
+from jchain.hub.config import Config
+from jchain.hub.modules import (
+    ACTIVATIONS,
+    Embedding,
+    Linear,
+    RMSNorm,
+    attend,
+    check_activation,
+    find_frequencies,
+    rotate,
+    split_heads,
+)
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+class Stem(nn.Module):
+    """Embeddings of tokens."""
+
+    vocabulary: int
+    features: int
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T F"]:
+        return Embedding(self.vocabulary, self.features, name="embed_tokens")(ids)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions; `num_heads / num_kv_heads` queries share a key and a value."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    frequencies: tuple[float, ...]
+    rotary_scale: float
+    window: int | None
+    use_bias: bool
+    use_output_bias: bool
+    norm_epsilon: float | None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+        def project(name: str, num_heads: int) -> Float[Array, "B T N H"]:
+            return split_heads(Linear(num_heads * self.head_size, self.use_bias, name=name)(x), num_heads)
+
+        query, key = project("q_proj", self.num_heads), project("k_proj", self.num_kv_heads)
+        value = project("v_proj", self.num_kv_heads)
+        if self.norm_epsilon is not None:
+            query, key = (
+                RMSNorm(self.norm_epsilon, name="q_norm")(query),
+                RMSNorm(self.norm_epsilon, name="k_norm")(key),
+            )
+        query, key = (rotate(part, self.frequencies, self.rotary_scale) for part in (query, key))
+        mixed = attend(query, key, value, is_causal=True, window=self.window)
+        return Linear(x.shape[-1], self.use_output_bias, name="o_proj")(mixed)
+
+
+class GatedMLP(nn.Module):
+    """Shazeer 2020, arXiv:2002.05202."""
+
+    hidden: int
+    activation: str
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+        gate, up = (Linear(self.hidden, self.use_bias, name=name)(x) for name in ("gate_proj", "up_proj"))
+        return Linear(x.shape[-1], self.use_bias, name="down_proj")(ACTIVATIONS[self.activation](gate) * up)
+
+
+class Block(nn.Module):
+    """A block of Llama.
+
+    Attributes:
+      num_heads: of queries.
+      num_kv_heads: of keys and values.
+      head_size: numbers of each.
+      hidden: width of the MLP.
+      activation: name of the gate's.
+      epsilon: of the norms.
+      frequencies: radians per position, of each pair that rotates.
+      rotary_scale: factor of sines and cosines.
+      window: positions that each one sees, itself included; all before it when None.
+      use_bias: of queries, keys and values.
+      use_output_bias: of the attention's output.
+      use_mlp_bias: of the MLP.
+      use_qk_norm: whether queries and keys are normalized, as in Qwen3.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    hidden: int
+    activation: str
+    epsilon: float
+    frequencies: tuple[float, ...]
+    rotary_scale: float = 1.0
+    window: int | None = None
+    use_bias: bool = False
+    use_output_bias: bool = False
+    use_mlp_bias: bool = False
+    use_qk_norm: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+        attention = Attention(
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_size,
+            self.frequencies,
+            self.rotary_scale,
+            self.window,
+            self.use_bias,
+            self.use_output_bias,
+            self.epsilon if self.use_qk_norm else None,
+            name="self_attn",
+        )
+        x = x + attention(RMSNorm(self.epsilon, name="input_layernorm")(x))
+        mlp = GatedMLP(self.hidden, self.activation, self.use_mlp_bias, name="mlp")
+        return x + mlp(RMSNorm(self.epsilon, name="post_attention_layernorm")(x))
+
+
+class Head(nn.Module):
+    """The last norm, and logits."""
+
+    vocabulary: int
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T V"]:
+        return Linear(self.vocabulary, use_bias=False, name="lm_head")(RMSNorm(self.epsilon, name="norm")(x))
+
+
+def describe(config: Config) -> Architecture:
+    """The modules of a config, and where their params stand in the file."""
+    kind = config.require("model_type")
+    features, vocabulary = config.require("hidden_size"), config.require("vocab_size")
+    num_heads, depth = config.require("num_attention_heads"), config.require("num_hidden_layers")
+    head_size = config.get("head_dim", None) or (128 if kind == "qwen3" else features // num_heads)
+    epsilon = config.get("rms_norm_eps", 1e-6)
+    has_bias = kind != "mistral" and bool(config.get("attention_bias", False))
+    frequencies, rotary_scale = find_frequencies(config, head_size)
+    config.get("max_position_embeddings", None)
+    blocks = tuple(
+        Block(
+            num_heads=num_heads,
+            num_kv_heads=config.get("num_key_value_heads", None) or num_heads,
+            head_size=head_size,
+            hidden=config.require("intermediate_size"),
+            activation=check_activation(config, "hidden_act", "silu"),
+            epsilon=epsilon,
+            frequencies=frequencies,
+            rotary_scale=rotary_scale,
+            window=window,
+            use_bias=kind == "qwen2" or has_bias,
+            use_output_bias=has_bias and kind != "qwen2",
+            use_mlp_bias=kind == "llama" and bool(config.get("mlp_bias", False)),
+            use_qk_norm=kind == "qwen3",
+        )
+        for window in find_windows(config, kind, depth)
+    )
+    is_tied = config.get("tie_word_embeddings", False)
+    return Architecture(
+        stem=Stem(vocabulary, features),
+        blocks=blocks,
+        head=Head(vocabulary, epsilon),
+        base="model.",
+        block="layers.{}.",
+        stem_places={"embed_tokens": "embed_tokens"},
+        head_places={"norm": "norm", "lm_head": "embed_tokens" if is_tied else "/lm_head"},
+        unused=("layers.{}.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq"),
+        per_block={"layer_types": tuple("sliding_attention" if b.window else "full_attention" for b in blocks)},
+        vocabulary=vocabulary,
+    )
+
+
+def find_windows(config: Config, kind: str, depth: int) -> list[int | None]:
+    """How many positions each block sees.
+
+    Raises:
+      ValueError: there is not one type for each block, or one that is not known.
+    """
+    window = None if kind == "llama" else config.get("sliding_window", None)
+    if kind == "mistral":
+        return [window] * depth
+    is_used = kind != "llama" and bool(config.get("use_sliding_window", False))
+    first = config.get("max_window_layers", depth) if kind != "llama" else depth
+    types = config.get("layer_types", None)
+    if types is None:
+        return [window if is_used and i >= first else None for i in range(depth)]
+    if len(types) != depth:
+        raise config.refuse("layer_types", types, f"{depth} of them")
+    for name in types:
+        if name not in ("full_attention", "sliding_attention"):
+            raise config.refuse("layer_types", name, "full_attention or sliding_attention")
+    return [window if is_used and name == "sliding_attention" else None for name in types]

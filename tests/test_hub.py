@@ -1,0 +1,163 @@
+"""Checkpoint folders: what is refused, what is written. Parity with transformers stands in test_hub_parity.py."""
+
+import contextlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jchain as jc
+
+
+def write(folder, *, tensors=None, config=None, name="model.safetensors"):
+    """A tiny GPT-2 without torch."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(exist_ok=True)
+    options = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 6, "n_layer": 2, "n_head": 2, "n_positions": 8}
+    (folder / "config.json").write_text(json.dumps(options | (config or {})))
+    if tensors is None:
+        tensors = make_tensors()
+    save_file(tensors, folder / name)
+    return folder
+
+
+def make_tensors():
+    rng = np.random.default_rng(0)
+    block = {
+        "ln_1.weight": 6, "ln_1.bias": 6, "ln_2.weight": 6, "ln_2.bias": 6, "attn.c_attn.weight": (6, 18), "attn.c_attn.bias": 18,
+        "attn.c_proj.weight": (6, 6), "attn.c_proj.bias": 6, "mlp.c_fc.weight": (6, 24), "mlp.c_fc.bias": 24,
+        "mlp.c_proj.weight": (24, 6), "mlp.c_proj.bias": 6,
+    }  # fmt: skip
+    shapes = {"transformer.wte.weight": (11, 6), "transformer.wpe.weight": (8, 6)}
+    shapes |= {"transformer.ln_f.weight": 6, "transformer.ln_f.bias": 6}
+    shapes |= {f"transformer.h.{i}.{name}": shape for i in range(2) for name, shape in block.items()}
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+NAME = "transformer.h.1.mlp.c_fc.bias"
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        ({NAME: None}, {}, f"expected tensors {NAME}, which are missing"),
+        (
+            {"transformer.extra": np.zeros(2, np.float32)},
+            {},
+            "tensors transformer.extra belong to no part of the model",
+        ),
+        ({NAME: np.zeros(7, np.float32)}, {}, rf"expected {NAME} of shape \[24\] by its config, got \[7\]"),
+        ({NAME: np.zeros(24, np.int8)}, {}, f"expected {NAME} of float32, bfloat16, float16, got I8"),
+        ({NAME: np.zeros(24, np.float16)}, {}, "expected weights of one dtype, got float16, float32: pass dtype="),
+        ({}, {"model_type": "bert"}, "model_type = 'bert' is not supported, expected gpt2, llama"),
+        ({}, {"model_type": None}, "expected model_type, got none"),
+        ({}, {"n_embd": "six"}, "an option has a value that does not fit"),
+        ({}, {"n_layer": None}, "expected n_layer, got none"),
+        ({}, {"activation_function": "sine"}, "activation_function = 'sine' is not supported, expected gelu"),
+        ({}, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True is not supported"),
+        ({}, {"new_option": 3}, "option new_option = 3 is not supported"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, change, config, message):
+    tensors = {name: tensor for name, tensor in (make_tensors() | change).items() if tensor is not None}
+    with pytest.raises(ValueError, match=message):
+        jc.hub.load(write(tmp_path / "model", tensors=tensors, config=config))
+
+
+def test_files_that_are_missing_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected a checkpoint folder"):
+        jc.hub.load(tmp_path / "none")
+    folder = write(tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="found pytorch_model.bin: only safetensors are read, never pickle"):
+        jc.hub.load(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {NAME: "../secret.safetensors"}}))
+    with pytest.raises(ValueError, match=r"expected files of this folder, got '../secret.safetensors'"):
+        jc.hub.load(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {NAME: "model-2.safetensors"}}))
+    with pytest.raises(FileNotFoundError, match=r"expected weights at .*model-2.safetensors"):
+        jc.hub.load(folder)
+
+
+def test_damaged_files_give_clear_errors_and_nothing_else(tmp_path):
+    folder = write(tmp_path / "model")
+    path = folder / "model.safetensors"
+    whole, config = path.read_bytes(), (folder / "config.json").read_bytes()
+    rng = np.random.default_rng(0)
+    length = 8 + int.from_bytes(whole[:8], "little")
+    for trial in range(100):
+        damaged, options = bytearray(whole), bytearray(config)
+        if trial % 4 == 0:
+            damaged = damaged[: rng.integers(0, len(damaged))]
+        elif trial % 4 == 1:
+            options[rng.integers(0, len(options))] = rng.integers(0, 256)
+        else:
+            for place in rng.integers(0, length, 1 + trial % 3):
+                damaged[place] = rng.integers(0, 256)
+        path.write_bytes(damaged)
+        (folder / "config.json").write_bytes(options)
+        with contextlib.suppress(ValueError, FileNotFoundError):  # of which each says what was expected, and where
+            jc.hub.load(folder)
+
+
+def test_nothing_is_overwritten_or_left_half_written(tmp_path, monkeypatch):
+    folder = write(tmp_path / "model")
+    bank = jc.hub.load(folder)
+    with pytest.raises(ValueError, match="at least one block, got a head alone"):
+        jc.hub.export(bank, [2], folder, tmp_path / "out")
+    with pytest.raises(FileExistsError, match="expected no folder"):
+        jc.hub.export(bank, [0, 2], folder, folder)
+    other = write(tmp_path / "other", config={"layer_norm_epsilon": 0.1})
+    with pytest.raises(ValueError, match="expected a bank of the blocks of"):
+        jc.hub.export(bank, [0, 2], other, tmp_path / "out")
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("jchain.hub.exporting.write_shards", fail)
+    with pytest.raises(OSError, match="disk full"):
+        jc.hub.export(bank, [0, 2], folder, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "other"]
+
+
+def test_a_recipe_and_a_card_stand_beside_the_weights(tmp_path):
+    folder = write(tmp_path / "model")
+    (folder / "tokenizer.json").write_text("{}")
+    bank = jc.hub.load(folder, name="tiny")
+    out = jc.hub.export(bank, [0, 1, 1, 0, 2], folder, tmp_path / "out", facts={"loss on test": 1.25})
+    recipe = (out / "mergekit.yaml").read_text()
+    assert recipe.count("layer_range") == 3
+    assert "layer_range: [0, 2]" in recipe
+    assert "merge_method: passthrough\ndtype: float32" in recipe
+    card = (out / "README.md").read_text()
+    assert "tiny/0 -> tiny/1 -> tiny/1 -> tiny/0 -> tiny/head" in card
+    assert "| loss on test | 1.25 |" in card
+    assert (out / "tokenizer.json").read_text() == "{}"
+    assert jc.hub.load(out).num_layers == 4
+
+
+def test_a_bank_is_saved_and_loaded_without_naming_its_modules(tmp_path):
+    bank = jc.hub.load(write(tmp_path / "model"))
+    bank.save(tmp_path / "bank.safetensors")
+    again = jc.Bank.load(tmp_path / "bank.safetensors")
+    assert again.layers[0].module == bank.layers[0].module
+    ids = jnp.array([[1, 2, 3]])
+    chain = np.array([1, 0, 1, 2])
+    np.testing.assert_array_equal(jc.apply_chain(again, chain, ids), jc.apply_chain(bank, chain, ids))
+
+
+def test_chains_of_blocks_are_evaluated_as_any_others(tmp_path):
+    """The default loss is that of the next token."""
+    bank = jc.hub.load(write(tmp_path / "model"))
+    ids = jax.random.randint(jax.random.key(0), (5, 8), 0, 11)
+    problem = jc.Problem(bank, jc.Batch(ids[:, :-1], ids[:, 1:]), max_layers=3)
+    chains, out = jc.evaluate_all(problem)
+    assert len(chains) == 1 + 2 + 4 + 8
+    for chain, loss in zip(chains[::2], np.asarray(out.loss)[::2], strict=True):
+        logits = np.asarray(jc.apply_chain(bank, chain, ids[:, :-1]), np.float64)
+        log_sum = np.log(np.exp(logits).sum(axis=-1))
+        expected = np.mean(log_sum - np.take_along_axis(logits, ids[:, 1:, None], axis=-1)[..., 0])
+        assert loss == pytest.approx(expected, rel=1e-4)
