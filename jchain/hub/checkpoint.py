@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -34,7 +35,7 @@ class Checkpoint:
         self.config = read_json(self.path / CONFIG)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
-        self._files: dict[str, Any] = {}
+        self._places: dict[str, tuple[Path, int]] = {}
         index = self._read_index()
         for file_name in sorted(set(index.values())) if index else [WEIGHTS]:
             self._open(file_name)
@@ -43,9 +44,24 @@ class Checkpoint:
                 f"{self.path / INDEX} does not name the tensors of its shards: {list_names(index.keys() ^ self.shapes.keys())}"
             )
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, in memory of its own."""
-        return self._files[name].get_tensor(name)
+    def read(self, name: str, row: np.ndarray) -> None:
+        """One tensor into an array of its shape, of its own dtype or another one.
+
+        Raises:
+          ValueError: the file has become shorter since it was opened.
+        """
+        if row.dtype.name != self.dtypes[name]:
+            own = np.empty(row.shape, jnp.dtype(self.dtypes[name]))
+            self.read(name, own)
+            row[...] = own.astype(row.dtype)
+            return
+        path, start = self._places[name]
+        # Not by the mapped file, whose pages would stay in memory beside the array.
+        with open(path, "rb") as file:
+            file.seek(start)
+            memory: Any = row.reshape(-1).view(np.uint8)
+            if file.readinto(memory) != row.nbytes:
+                raise ValueError(f"{path} is truncated: expected {row.nbytes:,} bytes of {name}")
 
     def _read_index(self) -> dict[str, str]:
         if not (self.path / INDEX).exists():
@@ -70,17 +86,22 @@ class Checkpoint:
                 f"expected weights at {path}, found {', '.join(found) or 'none'}: only safetensors are read, never pickle"
             )
         try:
-            file = safetensors.safe_open(path, framework="numpy")
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            headers = {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()}
+            # Checks offsets, shapes and dtypes against each other and against the size of the file.
+            with safetensors.safe_open(path, framework="numpy"):
+                pass
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{path} is damaged or truncated: {error}") from None
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            headers = json.loads(file.read(length))
+        headers.pop("__metadata__", None)
         twice = headers.keys() & self.shapes.keys()
         if twice:
             raise ValueError(f"{path}: expected tensors in one shard each, got {list_names(twice)} again")
-        for name, (shape, dtype) in headers.items():
-            self.shapes[name], self.dtypes[name] = shape, DTYPES.get(dtype, dtype)
-            self._files[name] = file
+        for name, header in headers.items():
+            dtype = str(header["dtype"])
+            self.shapes[name], self.dtypes[name] = tuple(header["shape"]), DTYPES.get(dtype, dtype)
+            self._places[name] = path, 8 + length + header["data_offsets"][0]
 
 
 def read_json(path: Path) -> dict[str, Any]:

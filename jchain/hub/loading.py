@@ -192,7 +192,7 @@ class _Reader:
         shape = self._checkpoint.shapes[names[0]]
         made = _allocate((len(names), *shape), self._dtype)
         for row, name in zip(made, names, strict=True):
-            row[...] = self._checkpoint.read(name)
+            self._checkpoint.read(name, row)
         return made
 
 
@@ -205,7 +205,8 @@ def _allocate(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def _nest(leaves: dict[str, np.ndarray]) -> PyTree:
-    return traverse_util.unflatten_dict({path: jnp.asarray(leaf) for path, leaf in leaves.items()}, sep="/")
+    # Without a copy, which `jnp.asarray` would make.
+    return traverse_util.unflatten_dict({path: jax.device_put(leaf) for path, leaf in leaves.items()}, sep="/")
 
 
 def _choose_dtype(checkpoint: Checkpoint, dtype: Any) -> np.dtype:
