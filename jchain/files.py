@@ -34,7 +34,7 @@ def write_atomically(path: str | os.PathLike[str], write_fn: Callable[[str], Any
     os.close(handle)
     try:
         write_fn(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~find_umask())
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
@@ -46,7 +46,8 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(value, indent=1) + "\n"))
 
 
-def _umask() -> int:
+def find_umask() -> int:
+    """The permissions that new files and folders of this process do not get."""
     umask = os.umask(0)
     os.umask(umask)
     return umask

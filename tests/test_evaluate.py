@@ -379,28 +379,21 @@ def test_plans_by_backend_and_shape(problem):
     wide_ladder = (1, 4, 16, 64, 256)
     assert choose(mlp, small, backend="gpu") == jc.Blocks(512, wide_ladder, jc.Share.NOTHING, wide_ladder)
     images = jc.Batch(jnp.zeros((4, 6, 6, 2)), jnp.zeros(4, int))
-    layer, head = jc.layers.ConvBlock(2, depth=2), jc.layers.DenseHead(3)
-    bank = jc.Bank.stack(
-        layer,
-        init_params(layer, jax.random.key(0), 2, (6, 6, 2)),
-        head,
-        init_params(head, jax.random.key(0), 1, (6, 6, 2)),
-    )
-    problem = jc.Problem(bank, images, 3)
+    problem = jc.Problem(make_image_bank(jc.layers.ConvBlock(2, depth=2)), images, 3)
     assert choose(problem, images.x, backend="gpu") == jc.Blocks(512, wide_ladder, jc.Share.LAYER, wide_ladder)
     # Siblings share what their first convolution reads, and no more.
     assert choose(problem, images.x, backend="cpu") == jc.Walk()
-    layer = jc.layers.ConvBlock(2)
-    bank = jc.Bank.stack(
-        layer,
-        init_params(layer, jax.random.key(0), 2, (6, 6, 2)),
-        head,
-        init_params(head, jax.random.key(0), 1, (6, 6, 2)),
-    )
-    problem = jc.Problem(bank, images, 3)
+    problem = jc.Problem(make_image_bank(jc.layers.ConvBlock(2)), images, 3)
     assert choose(problem, images.x, backend="cpu") == jc.Blocks(64, (1, 2, 8), jc.Share.PARENT, (1, 4, 16))
     large = jax.ShapeDtypeStruct((8192, 6, 6, 2), jnp.float32)
     assert choose(problem, large, backend="cpu") == jc.Walk()
+
+
+def make_image_bank(layer):
+    head, shape = jc.layers.DenseHead(3), (6, 6, 2)
+    return jc.Bank.stack(
+        layer, init_params(layer, jax.random.key(0), 2, shape), head, init_params(head, jax.random.key(0), 1, shape)
+    )
 
 
 def make_wide_bank(size):

@@ -16,6 +16,7 @@ from flax import traverse_util
 from jchain import chain as chain_lib
 from jchain._typing import Int, PyTree
 from jchain.bank import Bank
+from jchain.files import find_umask
 from jchain.hub.architecture import Architecture
 from jchain.hub.checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint
 from jchain.hub.loading import describe, find_places
@@ -67,7 +68,7 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        os.chmod(folder, 0o777 & ~_umask())
+        os.chmod(folder, 0o777 & ~find_umask())
         for path in sorted(checkpoint.path.iterdir()):
             if path.is_file() and path.name not in _OWN_FILES and not path.name.endswith(_WEIGHT_SUFFIXES):
                 shutil.copy(path, folder / path.name)
@@ -189,9 +190,3 @@ def make_card(bank: Bank, tokens: Sequence[int], facts: dict[str, Any]) -> str:
     chain = " -> ".join(bank.names[token] for token in tokens)
     lines = ["---", "library_name: transformers", "tags: [jchain]", "---", "", f"Blocks in order: `{chain}`", *table]
     return "\n".join(lines) + "\n"
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
