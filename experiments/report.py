@@ -23,17 +23,17 @@ from typing import Any
 from jchain.files import write_atomically
 
 FOLDER = Path(__file__).parent
-# In the order in which they need each other: the first makes tables that others look losses up in.
+# The first makes tables that others look losses up in; then the longest of the small sizes, two of which run at a time.
 SCRIPTS = (
     "chainbench",
-    "images",
-    "gradient_retrieval",
-    "gradient_trends",
-    "state",
     "updates",
-    "values",
-    "stopping",
     "inverse",
+    "stopping",
+    "gradient_trends",
+    "gradient_retrieval",
+    "state",
+    "images",
+    "values",
     "arena",
     "controller",
 )
