@@ -2,7 +2,6 @@
 
     python benchmarks/evaluate.py --json benchmarks/results/cpu.json     # 2 CPU cores: about 50 minutes
     python benchmarks/evaluate.py --quick                                # 2 minutes, nothing is written
-    python benchmarks/evaluate.py --images                               # 10 minutes: all chains of mixed convolutions alone
 
 Needs `pip install -e ".[parity]"` for the PyTorch rows; without it they are left empty. Implementations take turns, so that a
 slow moment of the machine meets all of them; outputs are compared before anything is timed. A peer that would take more
@@ -14,10 +13,8 @@ Expect on 2 CPU cores: random chains 1.2 to 7.5 times as fast as the best peer (
 """
 
 import argparse
-import platform
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from machine import count_call_flops, describe_device, measure_bandwidth, measure_matmul, time_call, versions
 from matplotlib.figure import Figure
 
 import jchain as jc
@@ -40,13 +38,6 @@ BANKS: dict[str, tuple[Any, tuple[int, ...], int]] = {
     "transformer 128": (jc.layers.TransformerBlock(128, num_heads=4), (16, 128), 32),
     "transformer 768": (jc.layers.TransformerBlock(768, num_heads=12), (64, 768), 4),
 }
-# Blocks of 1, 2 and 3 convolutions in turn and two heads, as `jchain search --data` makes of images: all chains of up to
-# `DEPTH` layers. Features of an example, examples.
-IMAGE_BANKS: dict[str, tuple[tuple[int, ...], int]] = {
-    "conv 16 8x8, depths 1 to 3": ((8, 8, 16), 128),
-    "conv 16 16x16, depths 1 to 3": ((16, 16, 16), 32),
-}
-NUM_IMAGE_LAYERS = 12
 QUICK_BANKS = ("mlp 64", "conv 16 8x8")
 # Naive vmap takes chains in parts of this size: more would not fit for the larger layers.
 VMAP_CHUNK = 64
@@ -56,7 +47,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write results here, and a figure beside them")
     parser.add_argument("--quick", action="store_true", help="two banks, few chains, no growth")
-    parser.add_argument("--images", action="store_true", help="banks of mixed convolutions alone")
     parser.add_argument(
         "--patience", type=float, default=12.0, help="seconds for one population (default: %(default)s)"
     )
@@ -74,17 +64,11 @@ def main() -> None:
         "compile": [],
         "rows": [],
         "growth": [],
-        "images": [],
     }
-    if not args.images:
-        for name in QUICK_BANKS if args.quick else BANKS:
-            compare(name, result, args)
-            save(args.json, result)
+    for name in QUICK_BANKS if args.quick else BANKS:
+        compare(name, result, args)
+        save(args.json, result)
     if not args.quick:
-        for name in IMAGE_BANKS:
-            result["images"].append(measure_images(name))
-            print(result["images"][-1], flush=True)
-    if not (args.quick or args.images):
         result["growth"] = measure_growth()
     result["matmul_gflops_last"] = measure_matmul()
     print(format_tables(result))
@@ -208,7 +192,7 @@ def take_turns(runs: dict[str, Callable[[np.ndarray], np.ndarray]], chains: np.n
             # The first call after another's pays for a cold cache and for memory given back to the system.
             if not timings[name] or timings[name][-1] < 0.5:
                 run(chains)
-            timings[name].append(_time(lambda: run(chains)))  # noqa: B023
+            timings[name].append(time_call(lambda: run(chains)))  # noqa: B023
             # PyTorch's threads go on spinning for a while, which would slow down whoever is next.
             time.sleep(0.25 if name.startswith("torch") else 0)
     return {
@@ -219,50 +203,6 @@ def take_turns(runs: dict[str, Callable[[np.ndarray], np.ndarray]], chains: np.n
             "repeats": len(values),
         }
         for name, values in timings.items()
-    }
-
-
-def measure_images(name: str) -> dict[str, Any]:
-    """Seconds of the sweep, and of its limit, by the clock and of the processor: the two differ where others use it too.
-
-    The limit's product is measured before and after the sweep.
-    """
-    shape, num_examples = IMAGE_BANKS[name]
-    x_key, y_key, key = jax.random.split(jax.random.key(0), 3)
-    x, y = jax.random.normal(x_key, (num_examples, *shape)), jax.random.randint(y_key, (num_examples,), 0, NUM_CLASSES)
-    layers = [jc.layers.ConvBlock(shape[-1], 1 + i % 3) for i in range(NUM_IMAGE_LAYERS)]
-    heads = [jc.layers.PoolHead(NUM_CLASSES), jc.layers.ConvHead(NUM_CLASSES)]
-    params = [jax.tree.map(lambda leaf: 0.5 * leaf, m.init(key, x[:1])["params"]) for m in (*layers, *heads)]
-    bank = jc.Bank.stack(layers, params[: len(layers)], heads, params[len(layers) :])
-    problem = jc.Problem(bank, jc.Batch(x, y), DEPTH)
-    chains = jc.chain.enumerate_all(bank.num_layers, bank.num_heads, DEPTH)
-    said = jc.explain(problem, chains)
-    # All layers, and all heads, are called equally often.
-    flops = sum(
-        calls * np.mean([_count_call_flops(group, x) for group in groups for _ in group.tokens])
-        for groups, calls in ((bank.layers, said.layer_calls), (bank.heads, said.head_calls))
-    )
-    jax.block_until_ready(jc.evaluate(problem, chains[:1]))
-    compiled = jax.jit(jc.evaluate, compiler_options=jc.compiler_options(jax.default_backend()))
-    run = compiled.lower(problem, jnp.asarray(chains)).compile()
-    gflops = [measure_matmul(clock) for clock in (time.perf_counter, time.process_time)]
-    begin = time.perf_counter(), time.process_time()
-    jax.block_until_ready(run(problem, jnp.asarray(chains)))
-    seconds, busy = time.perf_counter() - begin[0], time.process_time() - begin[1]
-    # Of more than one core the product, too, counts the time of each.
-    gflops = [
-        (a + measure_matmul(clock)) / 2 for a, clock in zip(gflops, (time.perf_counter, time.process_time), strict=True)
-    ]
-    return {
-        "bank": name,
-        "chains": len(chains),
-        "layer_calls": said.layer_calls,
-        "head_calls": said.head_calls,
-        "plan": str(said.plan),
-        "seconds": seconds,
-        "busy_seconds": busy,
-        "of_limit": float(flops / gflops[0] / 1e9 / seconds),
-        "of_limit_busy": float(flops / gflops[1] / 1e9 / busy),
     }
 
 
@@ -298,43 +238,8 @@ def make_torch_peers(problem: jc.Problem, *, with_compile: bool) -> dict[str, Ca
 
 def count_flops(problem: jc.Problem) -> tuple[float, float]:
     """Of one layer call and one head call, as XLA counts them."""
-    layer, head = (_count_call_flops(groups[0], problem.data.x) for groups in (problem.bank.layers, problem.bank.heads))
+    layer, head = (count_call_flops(groups[0], problem.data.x) for groups in (problem.bank.layers, problem.bank.heads))
     return layer, head
-
-
-def _count_call_flops(group: Any, x: jax.Array) -> float:
-    cost: Any = jax.jit(group.apply).lower(0, x).cost_analysis()
-    return cost["flops"]
-
-
-def measure_matmul(clock: Callable[[], float] = time.perf_counter) -> float:
-    """GFLOP/s of the best square product of 1,024 or 2,048, by this clock."""
-    best = 0.0
-    for size in (1024, 2048):
-        a = jax.random.normal(jax.random.key(0), (size, size))
-        multiply = jax.jit(jnp.matmul)
-        timings = [_time(lambda: multiply(a, a).block_until_ready(), clock) for _ in range(15)]  # noqa: B023
-        best = max(best, 2 * size**3 / float(np.median(timings[2:])) / 1e9)
-    return best
-
-
-def measure_bandwidth() -> float:
-    """GB/s read and written by adding to 256 MiB in place."""
-    add = jax.jit(lambda x: jax.lax.fori_loop(0, 8, lambda i, x: x + 1, x), donate_argnums=0)
-    x = jnp.zeros(2**26)
-
-    def run() -> None:
-        nonlocal x
-        x = add(x).block_until_ready()
-
-    timings = [_time(run) for _ in range(6)]
-    return 8 * 2 * x.nbytes / float(np.median(timings[1:])) / 1e9
-
-
-def _time(run: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
-    begin = clock()
-    run()
-    return clock() - begin
 
 
 def measure_compile(name: str) -> dict[str, Any]:
@@ -347,7 +252,9 @@ def measure_compile(name: str) -> dict[str, Any]:
         return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
 
     problem = make_problem(layer, shape, num_examples, NUM_LAYERS, DEPTH, loss_fn=counted)
-    first, second = (_time(lambda: jax.block_until_ready(jc.evaluate(problem, random_chains(64)))) for _ in range(2))
+    first, second = (
+        time_call(lambda: jax.block_until_ready(jc.evaluate(problem, random_chains(64)))) for _ in range(2)
+    )
     # Small populations, as a hundred large ones would take minutes.
     jc.evaluate(problem, random_chains(2))
     num_calls = len(calls)
@@ -389,26 +296,6 @@ def measure_growth() -> list[dict[str, Any]]:
     return rows
 
 
-def describe_device() -> str:
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return device.device_kind
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    wide = "AVX-512" if "avx512f" in info.read_text() else "AVX2"
-    return f"CPU, {len(names)} cores, {names[0]}, {wide}"
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("jax", "flax", "jchain", "torch"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def best(row: dict[str, Any], start: str) -> float | None:
     """Seconds of the fastest peer whose name starts so."""
     found = [s for peer, s in row["seconds"].items() if peer != "jchain" and peer.startswith(start) and s is not None]
@@ -438,11 +325,6 @@ def format_tables(result: dict[str, Any]) -> str:
             )
     for row in result["compile"]:
         lines.append(f"{row['bank']}: compiled in {row['seconds']:.1f} s, {row['new_traces']} new traces")
-    for row in result.get("images", []):  # older results have none
-        lines.append(
-            f"{row['bank']}: {row['chains']:,} chains in {row['seconds']:.0f} s, {row['of_limit']:.0%} of the limit "
-            f"(by the processor's clock {row['busy_seconds']:.0f} s, {row['of_limit_busy']:.0%})"
-        )
     last = result["matmul_gflops_last"]
     lines.append(
         f"matmul: {result['matmul_gflops']:.0f} GFLOP/s first, {'not measured' if last is None else f'{last:.0f}'} last"

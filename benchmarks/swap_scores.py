@@ -17,7 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from evaluate import describe_device, make_problem, random_chains, versions
+from evaluate import make_problem, random_chains
+from machine import describe_device, versions
 
 import jchain as jc
 from jchain.files import write_json

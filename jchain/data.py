@@ -100,6 +100,7 @@ def split(
     name: str = "data",
     test: tuple[np.ndarray, np.ndarray] | None = None,
     sizes: Sequence[int] | None = None,
+    statistics: tuple[Any, Any] | None = None,
 ) -> Dataset:
     """Your own examples as a data set, split and standardized as `load` does.
 
@@ -112,6 +113,7 @@ def split(
       name: what to call it.
       test: examples and labels of the split `test`, where they are fixed; the other three are then cut from `x`.
       sizes: examples of each of the four splits, of each class its share; as many as there are when None.
+      statistics: mean and standard deviation of each feature, or channel; those of `train` when None.
 
     Raises:
       ValueError: lengths differ, labels are no integers from 0, values are not finite, a class has too few examples to be in
@@ -134,7 +136,8 @@ def split(
     train = wholes[0][0][parts[0][1]]
     # Of an image all places are alike.
     axes, dtype = ((0, 1, 2), np.float64) if train.ndim == 4 else (0, np.float32)
-    mean, std = (of(train, axis=axes, dtype=dtype).astype(np.float32) for of in (np.mean, np.std))
+    own = (of(train, axis=axes, dtype=dtype).astype(np.float32) for of in (np.mean, np.std))
+    mean, std = own if statistics is None else statistics
     std = np.where(std > 0, std, 1)
 
     def take(whole: int, rows: np.ndarray) -> Batch:

@@ -30,6 +30,8 @@ _CALL_CACHE, _HEAD_CACHE, _BLOCK_CACHE = 2**20, 2**21, 2**24
 _MAX_CPU_BLOCK = 64
 _MIN_CPU_WIDTH = 8  # narrower batches gain nothing over single calls
 _SIBLINGS = (1, 2, 8)
+# Outputs of one call of a head, as the logits of a large vocabulary, beyond which examples go through it in parts; in bytes.
+_OUTPUT_LIMIT = 2**26
 # Elsewhere. Activations (or gathered weights) of one call that fill the device, in bytes, and the most nodes in a call.
 _CALL_FILL, _MAX_WIDTH = 2**26, 256
 # Share of the device's memory that a plan may use where no limit is given. Not of what is free at the moment, which
@@ -56,8 +58,8 @@ class Walk:
     """One plain layer call at a time, depth first: keeps the activations along one chain."""
 
     def count_bytes(self, problem: Problem, hidden: Any) -> int:
-        groups = (*problem.bank.layers, *problem.bank.heads)
-        return (problem.max_layers + 2) * _nbytes(hidden) + _find_call_bytes(groups, hidden)
+        call = max(_find_call_bytes(problem.bank.layers, hidden), _find_head_bytes(problem, hidden, 1))
+        return (problem.max_layers + 2) * _nbytes(hidden) + call
 
     def measure(self, problem: Problem, hidden: Array, population: SortedChains) -> tuple[Array, Array]:
         return _walk(problem, hidden, population)
@@ -101,7 +103,8 @@ class Blocks:
         weights = 0 if self.share is Share.LAYER else max(map(_find_member_bytes, bank.layers))
         # A call copies what it reads, and a batch of heads may be wider than one of layers.
         layers = self.widths[-1] * (_find_call_bytes(bank.layers, hidden) + weights)
-        heads = self.head_widths[-1] * (_find_call_bytes(bank.heads, hidden) + size)
+        width = self.head_widths[-1]
+        heads = _find_head_bytes(problem, hidden, width) + width * size
         return kept * size + max(layers, heads)
 
     def measure(self, problem: Problem, hidden: Array, population: SortedChains) -> tuple[Array, Array]:
@@ -145,7 +148,7 @@ def choose_plan(problem: Problem, hidden: Any, num_chains: int, memory_limit: in
         if most_convolutions > 1:
             # Siblings share the input of the first alone, and grouped convolutions take two to five times as long.
             widths = (1,)
-        head_widths = _ladder(min(16, _HEAD_CACHE // size))
+        head_widths = _ladder(min(16, _HEAD_CACHE // max(size, _nbytes(_find_outputs(problem, hidden)))))
         least = _SIBLINGS[-1] if has_convolution else 2 * problem.bank.num_layers
     else:
         block_size, least = num_chains, 1
@@ -255,6 +258,42 @@ def _find_call_bytes(groups: tuple[LayerGroup, ...], hidden: Any) -> int:
     return 2 * max((_nbytes(aval) for aval in made), default=0)
 
 
+def _find_outputs(problem: Problem, hidden: Any) -> Any:
+    """Shape and dtype of what heads return."""
+    return jax.eval_shape(lambda problem, hidden: problem.bank.heads[0].apply(0, hidden), problem, hidden)
+
+
+def _count_parts(problem: Problem, hidden: Any, width: int) -> int:
+    """In how many equal parts the examples of `width` chains go through a head; `hidden` is that of one."""
+    least = -(-width * _nbytes(_find_outputs(problem, hidden)) // _OUTPUT_LIMIT)
+    num = hidden.shape[0]
+    return next(parts for parts in range(max(1, min(least, num)), num + 1) if num % parts == 0)
+
+
+def _find_head_bytes(problem: Problem, hidden: Any, width: int) -> int:
+    """An estimate of the temporaries of a call of heads for so many chains."""
+    rows = hidden.shape[0] // _count_parts(problem, hidden, width)
+    return width * _find_call_bytes(problem.bank.heads, jax.ShapeDtypeStruct((rows, *hidden.shape[1:]), hidden.dtype))
+
+
+def measure_heads(problem: Problem, call: Callable[[Array], Array], hidden: Array) -> tuple[Array, Array]:
+    """Loss, without price, and accuracy `[W]` of the outputs that `call` makes of activations `[W, B, ...F]`.
+
+    Examples go through it in parts where outputs would be large, and what is returned is the mean of the parts.
+    """
+    width, num = hidden.shape[:2]
+    parts = _count_parts(problem, hidden[0], width)
+    if parts == 1:
+        return jax.vmap(problem.measure)(call(hidden))
+    size = num // parts
+
+    def measure(i: Array) -> tuple[Array, Array]:
+        part = problem.take(i * size + jnp.arange(size))
+        return jax.vmap(part.measure)(call(jax.lax.dynamic_slice_in_dim(hidden, i * size, size, axis=1)))
+
+    return jax.tree.map(partial(jnp.mean, axis=0), jax.lax.map(measure, jnp.arange(parts)))
+
+
 def _count_convolutions(group: LayerGroup, hidden: Any) -> int:
     return sum(equation.primitive.name == "conv_general_dilated" for equation in _trace(group, hidden))
 
@@ -314,8 +353,9 @@ def _walk(problem: Problem, hidden: Array, population: SortedChains) -> tuple[Ar
         def call_head(carry: Any) -> Any:
             end, results = carry
             i = ends[end]
-            measured = problem.measure(apply_token(bank.heads, chains[i, length[i]], path[length[i]]))
-            return end + 1, jax.tree.map(lambda a, b: a.at[i].set(b), results, measured)
+            call = jax.vmap(partial(apply_token, bank.heads, chains[i, length[i]]))
+            measured = measure_heads(problem, call, path[length[i]][None])
+            return end + 1, jax.tree.map(lambda a, b: a.at[i].set(b[0]), results, measured)
 
         return jax.lax.while_loop(lambda carry: needs[carry[0]] <= num_done, call_head, (end, results))
 
@@ -368,7 +408,7 @@ def _measure_block(plan: Blocks, problem: Problem, hidden: Array, carry: Any, bl
 
         def call_head(carry: Any, call: Callable, start: Array, parent: Array) -> Any:
             store, values = carry
-            measured = jax.vmap(problem.measure)(call(store[parents + parent]))
+            measured = measure_heads(problem, call, store[parents + parent])
             values = jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice(a, b, (start,)), values, measured)
             # XLA copies what a loop reads and never writes, here all activations: so write one number, after they are
             # read, in a row that is set below.

@@ -4,6 +4,7 @@ A state is a prefix and the activation that it produced, an action is a token: a
 call, a head ends the episode. The reward is minus the loss when a head is taken and 0 before.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 
 from jchain._typing import Array, Bool, Float, Int, Shaped
 from jchain.chain import PADDING
-from jchain.engine import apply_all, apply_token
+from jchain.engine import apply_all, apply_token, measure_heads
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
 
@@ -56,7 +57,8 @@ def step(problem: Problem, state: State, action: Int[Array, ""]) -> tuple[State,
     chain = jnp.where(is_layer | is_head, state.chain.at[state.length].set(action), state.chain)
 
     def end(token: Array, hidden: Array) -> Array:
-        loss = problem.measure(apply_token(bank.heads, token, hidden))[0] + problem.price(chain)
+        call = jax.vmap(partial(apply_token, bank.heads, token))
+        loss = measure_heads(problem, call, hidden[None])[0][0] + problem.price(chain)
         return jnp.where(jnp.isfinite(loss), -loss, -jnp.inf)
 
     def go_on(token: Array, hidden: Array) -> Array:
@@ -74,8 +76,7 @@ def stops(problem: Problem, chain: Int[Array, "L"], length: Int[Array, ""]) -> I
 
 def stop_losses(problem: Problem, hidden: Shaped[Array, "B ..."]) -> Float[Array, "K"]:
     """The loss of each head on these activations, without the price of layers."""
-    outputs = apply_all(problem.bank.heads, hidden)
-    return jax.vmap(lambda out: problem.measure(out)[0])(outputs)
+    return measure_heads(problem, lambda hidden: apply_all(problem.bank.heads, hidden[0]), hidden[None])[0]
 
 
 def _check_legal(problem: Problem, state: State, action: int) -> None:

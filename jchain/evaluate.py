@@ -172,7 +172,7 @@ def explain(problem: Problem, chains: Int[Array, "P L"] | Any, **options: Unpack
     num_devices = 1 if problem.mesh is None else problem.mesh.size
     share = -(-chains.shape[0] // num_devices)
     cast = jax.eval_shape(lambda problem: _cast(problem, settings.dtype), problem)
-    hidden = jax.eval_shape(cast.bank.embed, cast.data.x)
+    hidden = jax.eval_shape(lambda problem: problem.bank.embed(problem.data.x), cast)
     plan = settings.choose(cast, hidden, share)
     layer_calls, head_calls = count_calls(chains, problem.bank.num_layers)
     limit = settings.memory_limit

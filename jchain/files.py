@@ -24,7 +24,8 @@ from jchain._typing import Array
 
 FORMAT = "jchain/1"
 # Where the blocks of pretrained transformers are written, a module of jchain for each family.
-HUB = ("jchain.hub.gpt2", "jchain.hub.llama", "jchain.hub.gpt_neox", "jchain.hub.vit")
+FAMILIES = ("jchain.hub.gpt2", "jchain.hub.llama", "jchain.hub.gpt_neox", "jchain.hub.vit")
+HUB = (*FAMILIES, "jchain.hub.wrapping")
 
 
 def write_atomically(path: str | os.PathLike[str], write_fn: Callable[[str], Any]) -> None:
@@ -106,7 +107,7 @@ def encode_module(module: nn.Module) -> dict[str, Any]:
     """A module as JSON: its class by name and each field that is not at its default.
 
     Raises:
-      ValueError: such a field is neither plain data, nor a dtype, nor a function of `jax.nn`.
+      ValueError: such a field is neither plain data, nor a dtype, nor a module, nor a function of `jax.nn`.
     """
     fields = {}
     for field in dataclasses.fields(module):
@@ -130,6 +131,8 @@ def _encode_value(value: Any, where: str) -> Any:
         return value
     if isinstance(value, tuple | list):
         return {"tuple": [_encode_value(item, where) for item in value]}
+    if isinstance(value, nn.Module):
+        return {"flax": encode_module(value)}
     name = getattr(value, "__name__", "")
     if getattr(jax.nn, name, None) is value:
         return {"jax.nn": name}
@@ -157,15 +160,17 @@ def decode_module(encoded: dict[str, Any], modules: Sequence[type[nn.Module]] = 
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise ValueError(f"unknown module {name!r}: pass its class, as in Bank.load(path, modules=[{name}])")
     try:
-        return cls(**{field: _decode_value(value) for field, value in encoded["fields"].items()})
+        return cls(**{field: _decode_value(value, modules) for field, value in encoded["fields"].items()})
     except TypeError as error:
         raise ValueError(f"{name} does not have the fields that were saved: {error}") from None
 
 
-def _decode_value(value: Any) -> Any:
+def _decode_value(value: Any, modules: Sequence[type[nn.Module]]) -> Any:
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
     if kind == "tuple":
-        return tuple(_decode_value(item) for item in content)
+        return tuple(_decode_value(item, modules) for item in content)
+    if kind == "flax":
+        return decode_module(content, modules)
     return getattr(jax.nn, content) if kind == "jax.nn" else jnp.dtype(content)

@@ -34,6 +34,8 @@ class Problem:
       mesh: the devices on which it lies, over which its chains are spread (see `on`); None for one device.
       min_layers: fewest layers in a chain; where it is max_layers, all chains have one length. Searches and `evaluate_all`
         make no shorter ones; functions that are given chains score those of every length.
+      accuracy_fn: `(outputs [B, ...], y [B, ...]) -> [B, ...]`, reported beside the loss, averaged likewise; by default 1
+        where the largest output is the label, and nan where labels are not integers.
 
     Raises:
       ValueError: max_layers or min_layers is no such number, the split is empty or not finite, the stem does not take this
@@ -47,6 +49,7 @@ class Problem:
     layer_cost: Any = 0.0
     mesh: Mesh | None = static(default=None)
     min_layers: int = static(default=0)
+    accuracy_fn: Callable[[Array, Array], Array] | None = static(default=None)
 
     def __post_init__(self) -> None:
         x, y = self.data
@@ -83,14 +86,9 @@ class Problem:
                 ) from None
         if len({output.shape for output in outputs}) != 1:
             raise ValueError(f"expected heads of one output shape, got {[list(output.shape) for output in outputs]}")
-        try:
-            loss = jax.eval_shape(self.loss_fn, outputs[0], y)
-        except Exception as error:  # whatever a user's loss raises
-            raise ValueError(
-                f"loss_fn does not take outputs {list(outputs[0].shape)} and labels {y.dtype}{list(y.shape)}: {error}"
-            ) from None
-        if not jnp.issubdtype(loss.dtype, jnp.floating):
-            raise ValueError(f"expected loss_fn to return floats, got {loss.dtype}")
+        for name in ("loss_fn", "accuracy_fn"):
+            if (function := getattr(self, name)) is not None:
+                _check_function(name, function, outputs[0], y)
         return outputs[0]
 
     def _check_values(self, outputs: Any) -> None:
@@ -151,11 +149,13 @@ class Problem:
     def measure(self, outputs: Float[Array, "B ..."]) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Loss and accuracy of one chain's outputs, before the price of its layers.
 
-        Accuracy is the share of examples whose largest output is their label; nan where labels are not integers.
+        Accuracy is by default the share of examples whose largest output is their label; nan where labels are not integers.
         """
         y = self.data.y
         outputs = outputs.astype(jnp.promote_types(jnp.float32, outputs.dtype))
         loss = jnp.mean(self.loss_fn(outputs, y).astype(outputs.dtype))
+        if self.accuracy_fn is not None:
+            return loss, jnp.mean(self.accuracy_fn(outputs, y), dtype=loss.dtype)
         if not jnp.issubdtype(y.dtype, jnp.integer):
             return loss, jnp.full_like(loss, jnp.nan)
         return loss, jnp.mean(jnp.argmax(outputs, axis=-1) == y, dtype=loss.dtype)
@@ -176,6 +176,18 @@ def _check_min_layers(value: Any, max_layers: int) -> int:
     if not _is_integer(value) or not 0 <= value <= max_layers:
         raise ValueError(f"expected min_layers to be an integer in 0..{max_layers}, up to max_layers, got {value!r}")
     return int(value)
+
+
+def _check_function(name: str, function: Callable[[Array, Array], Array], outputs: Any, y: Any) -> None:
+    """That a function of outputs and labels takes these, and returns floats."""
+    try:
+        found = jax.eval_shape(function, outputs, y)
+    except Exception as error:  # whatever a user's function raises
+        raise ValueError(
+            f"{name} does not take outputs {list(outputs.shape)} and labels {y.dtype}{list(y.shape)}: {error}"
+        ) from None
+    if not jnp.issubdtype(found.dtype, jnp.floating):
+        raise ValueError(f"expected {name} to return floats, got {found.dtype}")
 
 
 def _is_integer(value: Any) -> bool:

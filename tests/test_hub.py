@@ -24,16 +24,16 @@ def write(folder, *, tensors=None, config=None, name="model.safetensors"):
     return folder
 
 
-def make_tensors():
-    rng = np.random.default_rng(0)
+def make_tensors(depth=2, seed=0, vocabulary=11, positions=8):
+    rng = np.random.default_rng(seed)
     block = {
         "ln_1.weight": 6, "ln_1.bias": 6, "ln_2.weight": 6, "ln_2.bias": 6, "attn.c_attn.weight": (6, 18), "attn.c_attn.bias": 18,
         "attn.c_proj.weight": (6, 6), "attn.c_proj.bias": 6, "mlp.c_fc.weight": (6, 24), "mlp.c_fc.bias": 24,
         "mlp.c_proj.weight": (24, 6), "mlp.c_proj.bias": 6,
     }  # fmt: skip
-    shapes = {"transformer.wte.weight": (11, 6), "transformer.wpe.weight": (8, 6)}
+    shapes = {"transformer.wte.weight": (vocabulary, 6), "transformer.wpe.weight": (positions, 6)}
     shapes |= {"transformer.ln_f.weight": 6, "transformer.ln_f.bias": 6}
-    shapes |= {f"transformer.h.{i}.{name}": shape for i in range(2) for name, shape in block.items()}
+    shapes |= {f"transformer.h.{i}.{name}": shape for i in range(depth) for name, shape in block.items()}
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
@@ -133,7 +133,7 @@ def test_a_recipe_and_a_card_stand_beside_the_weights(tmp_path):
     assert "layer_range: [0, 2]" in recipe
     assert "merge_method: passthrough\ndtype: float32" in recipe
     card = (out / "README.md").read_text()
-    assert "tiny/0 -> tiny/1 -> tiny/1 -> tiny/0 -> tiny/head" in card
+    assert "`tiny/0 -> tiny/1 -> tiny/1 -> tiny/0`. Embeddings of tiny, output layer of tiny." in card
     assert "| loss on test | 1.25 |" in card
     assert (out / "tokenizer.json").read_text() == "{}"
     assert jc.hub.load(out).num_layers == 4
@@ -161,3 +161,92 @@ def test_chains_of_blocks_are_evaluated_as_any_others(tmp_path):
         log_sum = np.log(np.exp(logits).sum(axis=-1))
         expected = np.mean(log_sum - np.take_along_axis(logits, ids[:, 1:, None], axis=-1)[..., 0])
         assert loss == pytest.approx(expected, rel=1e-4)
+
+
+PINS = [(0, 0), (1, 1), (1, 0), (0, 1)]
+
+
+@pytest.mark.parametrize("pinned", PINS)
+def test_pinned_blocks_are_in_every_chain(tmp_path, pinned):
+    folder = write(tmp_path / "model", config={"n_layer": 4}, tensors=make_tensors(4))
+    whole, bank = jc.hub.load(folder), jc.hub.load(folder, pinned=pinned)
+    first, last = pinned
+    assert bank.names[:-1] == tuple(f"model/{i}" for i in range(first, 4 - last))
+    chain = [1, 0, 0, bank.num_layers]
+    same = [*range(first), first + 1, first, first, *range(4 - last, 4), 4]
+    ids = jnp.array([[1, 2, 3, 4]])
+    expected = np.asarray(jc.apply_chain(whole, np.array(same), ids))
+    np.testing.assert_allclose(jc.apply_chain(bank, np.array(chain), ids), expected, rtol=1e-5, atol=1e-5)
+    out = jc.hub.export(bank, chain, folder, tmp_path / "out")
+    again = jc.hub.load(out)
+    np.testing.assert_allclose(jc.apply_chain(again, np.array(again.parents[0]), ids), expected, rtol=1e-5, atol=1e-5)
+    bank.save(tmp_path / "bank.safetensors")
+    kept = jc.Bank.load(tmp_path / "bank.safetensors")
+    np.testing.assert_array_equal(
+        jc.apply_chain(kept, np.array(chain), ids), jc.apply_chain(bank, np.array(chain), ids)
+    )
+
+
+def test_more_blocks_than_there_are_cannot_be_pinned(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"expected fewer pinned blocks than the 2 of the model, at least 0, got \(1, 1\)"
+    ):
+        jc.hub.load(write(tmp_path / "model"), pinned=(1, 1))
+
+
+@pytest.mark.parametrize("pinned", [(0, 0), (1, 1)])
+@pytest.mark.parametrize("is_stem_shared", [False, True])
+def test_fine_tunes_of_one_model_are_one_bank(tmp_path, pinned, is_stem_shared):
+    models = [make_tensors(4, seed) for seed in range(3)]
+    if is_stem_shared:
+        for tensors in models[1:]:
+            tensors |= {name: models[0][name] for name in models[0] if "h.0." in name or "wte" in name or "wpe" in name}
+    folders = [write(tmp_path / f"m{i}", config={"n_layer": 4}, tensors=tensors) for i, tensors in enumerate(models)]
+    bank = jc.hub.load_many(folders, pinned=pinned)
+    first, last = pinned
+    middle = 4 - first - last
+    names = [f"m{m}/{i}" for m in range(3) for i in range(first, 4 - last)]
+    names += [] if is_stem_shared else ["m1/embeddings", "m2/embeddings"]
+    assert bank.names == (*names, "m0/head", "m1/head", "m2/head")
+    ids = jnp.array([[1, 2, 3, 4]])
+    singles = [jc.hub.load(folder) for folder in folders]
+    for single, parent in zip(singles, bank.parents, strict=True):
+        expected = jc.apply_chain(single, np.arange(5), ids)
+        np.testing.assert_allclose(jc.apply_chain(bank, np.array(parent), ids), expected, rtol=1e-5, atol=1e-5)
+    # Of the last model's embeddings and the second one's blocks and head, whatever came before.
+    start = [] if is_stem_shared else [0, 3 * middle + 1]
+    chain = [*start, middle, middle + 1, bank.num_layers + 1]
+    paths = dict(zip(("m0", "m1", "m2"), map(str, folders), strict=True))
+    out = jc.hub.export(bank, chain, paths, tmp_path / "out")
+    again = jc.hub.load(out)
+    expected = jc.apply_chain(bank, np.array(chain), ids)
+    np.testing.assert_allclose(jc.apply_chain(again, np.array(again.parents[0]), ids), expected, rtol=1e-5, atol=1e-5)
+    assert "output layer of m1" in (out / "README.md").read_text()
+    assert str(folders[1]) in (out / "mergekit.yaml").read_text()
+    problem = jc.Problem(bank, jc.Batch(ids, ids), max_layers=len(chain) - 1)
+    loss = jc.evaluate(problem, jc.chain.pad([chain])).loss[0]
+    scores = jc.gradient.score_edits(problem, np.array(chain))
+    assert float(scores.loss) == pytest.approx(float(loss), rel=1e-5)
+    bank.save(tmp_path / "bank.safetensors")
+    kept = jc.Bank.load(tmp_path / "bank.safetensors")
+    np.testing.assert_array_equal(jc.apply_chain(kept, np.array(chain), ids), expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "message"),
+    [
+        ({"n_layer": 3}, None, "the blocks of .*m1 is 3, and 2 in .*m0"),
+        ({"n_head": 3}, None, "the blocks of .*m1 is of num_heads 3, and of 2 in .*m0"),
+        ({}, ["a", "a"], "expected checkpoints of different names, got a, a: pass names="),
+        ({}, ["a"], "expected a name for each of 2 checkpoints, got 1"),
+    ],
+)
+def test_checkpoints_that_differ_make_no_bank(tmp_path, config, names, message):
+    folders = [
+        write(tmp_path / "m0"),
+        write(tmp_path / "m1", config=config, tensors=make_tensors(config.get("n_layer", 2))),
+    ]
+    with pytest.raises(ValueError, match=message):
+        jc.hub.load_many(folders, names=names)
+    with pytest.raises(ValueError, match="expected at least one checkpoint, got none"):
+        jc.hub.load_many([])

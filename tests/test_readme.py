@@ -33,7 +33,8 @@ def test_ci_runs_the_test_command_that_it_shows():
     assert found.stdout.strip() == command
 
 
-def test_the_table_of_speed_shows_the_results():
+def test_the_table_of_speed_shows_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     spec = importlib.util.spec_from_file_location("benchmark", ROOT / "benchmarks" / "evaluate.py")
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)

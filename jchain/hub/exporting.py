@@ -5,10 +5,11 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 from flax import traverse_util
@@ -20,16 +21,26 @@ from jchain.files import find_umask
 from jchain.hub.architecture import Architecture
 from jchain.hub.checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint
 from jchain.hub.loading import describe, find_places
+from jchain.hub.wrapping import Entries, Entry, Exit, Restart, Within
 
 # Written anew, or of the weights as they were.
 _OWN_FILES = (CONFIG, "README.md", "mergekit.yaml")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 
 
+class Model(NamedTuple):
+    """A chain as the model that it is: no wrapped modules, no embeddings that are left behind."""
+
+    stem: PyTree
+    blocks: list[tuple[str, int, nn.Module, PyTree]]  # of each its model, its number in it, its module and its params
+    head: PyTree
+    sources: tuple[str, str]  # the models of its embeddings and of its output layer
+
+
 def export(
     bank: Bank,
     chain: Int[np.ndarray, "L"] | Sequence[int] | Any,
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
     facts: dict[str, Any] | None = None,
@@ -41,9 +52,10 @@ def export(
     other small files are copied. Beside them stand `mergekit.yaml`, the same as a passthrough merge, and a model card.
 
     Args:
-      bank: of `jchain.hub.load`, its weights updated or not.
+      bank: of `jchain.hub.load` or `load_many`, its weights updated or not.
       chain: tokens, a head last; at least one block.
-      source: the checkpoint folder that the bank came from: its config and its small files are taken from there.
+      source: the checkpoint folder that the bank came from, or of each model by name, where it came from several: config and
+        small files are taken from the first.
       out: the folder to write.
       facts: for the card, from what is told to its value: losses, data, the command.
       max_shard_size: bytes of a file of weights, at most, where more than one tensor is in it.
@@ -59,12 +71,18 @@ def export(
     if out.exists():
         raise FileExistsError(f"expected no folder at {out}, found one")
     tokens = [int(t) for t in chain_lib.validate(np.asarray(chain), bank.num_layers, bank.num_heads) if t >= 0]
-    if len(tokens) < 2:
+    first = source if isinstance(source, str | os.PathLike) else next(iter(source.values()))
+    checkpoint = Checkpoint(first)
+    architecture = describe(checkpoint.config, str(checkpoint.path / CONFIG))
+    model = unfold(bank, tokens, len(architecture.blocks))
+    if not model.blocks:
         raise ValueError("expected a chain of at least one block, got a head alone")
-    checkpoint = Checkpoint(source)
-    config = make_config(bank, tokens, checkpoint)
-    tensors = collect_tensors(bank, tokens, config, str(checkpoint.path / CONFIG))
-    sources = {find_position(bank.names[tokens[0]])[0]: str(source)}
+    config = make_config(model, architecture, checkpoint)
+    tensors = collect_tensors(model, config, str(checkpoint.path / CONFIG))
+    paths = {
+        name: str(source if isinstance(source, str | os.PathLike) else source.get(name, name))
+        for name, *_ in model.blocks
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
@@ -74,8 +92,8 @@ def export(
                 shutil.copy(path, folder / path.name)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         write_shards(folder, tensors, max_shard_size)
-        (folder / "mergekit.yaml").write_text(make_recipe(bank, tokens, sources))
-        (folder / "README.md").write_text(make_card(bank, tokens, facts or {}))
+        (folder / "mergekit.yaml").write_text(make_recipe(model, paths))
+        (folder / "README.md").write_text(make_card(model, facts or {}))
         os.rename(folder, out)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -83,27 +101,75 @@ def export(
     return out
 
 
-def make_config(bank: Bank, tokens: Sequence[int], checkpoint: Checkpoint) -> dict[str, Any]:
+def unfold(bank: Bank, tokens: Sequence[int], depth: int) -> Model:
+    """The model that a chain is.
+
+    Args:
+      bank: of pretrained blocks.
+      tokens: a chain.
+      depth: blocks of the models that it came from.
+
+    Raises:
+      ValueError: a layer is none of those that `load` or `load_many` make.
+    """
+    modules = {token: group.module for group in (*bank.layers, *bank.heads) for token in group.tokens}
+    entry, stem_source = 0, find_position(bank.names[0])[0]
+    blocks: list[Any] = []
+    for token in tokens[:-1]:
+        module, params = modules[token], bank.get_params(token)
+        if isinstance(module, Restart):
+            shares = np.asarray(params["shares"], np.float32)
+            if sorted(shares) != [0.0] * (len(shares) - 1) + [1.0]:
+                raise ValueError(f"expected {bank.names[token]} to be those of one model, got shares {shares.tolist()}")
+            entry, blocks, stem_source = 1 + int(shares.argmax()), [], bank.names[token].rpartition("/")[0]
+        else:
+            source, place = find_position(bank.names[token])
+            is_within = isinstance(module, Within)
+            blocks.append(
+                (source, place, module.block if is_within else module, params["block"] if is_within else params)
+            )
+    stem, stem_params = bank.stem, bank.stem_params
+    if isinstance(stem, Entries):
+        stem, stem_params = stem.entries[entry], stem_params[f"entries_{entry}"]
+    if isinstance(stem, Entry):
+        begin = zip(range(len(stem.blocks)), stem.blocks, _get_blocks(stem_params), strict=True)
+        blocks = [(stem.source, *block) for block in begin] + blocks
+        stem_params = stem_params["stem"]
+    head, params = modules[tokens[-1]], bank.get_params(tokens[-1])
+    head_source = bank.names[tokens[-1]].rpartition("/")[0]
+    if isinstance(head, Exit):
+        end = zip(range(depth - len(head.blocks), depth), head.blocks, _get_blocks(params), strict=True)
+        blocks += [(head_source, *block) for block in end]
+        params = params["head"]
+    return Model(stem_params, blocks, params, (stem_source, head_source))
+
+
+def _get_blocks(params: PyTree) -> list[PyTree]:
+    return [params[name] for name in sorted(params, key=lambda n: int(n[7:]) if n.startswith("blocks_") else -1)][1:]
+
+
+def make_config(model: Model, architecture: Architecture, checkpoint: Checkpoint) -> dict[str, Any]:
     """The config of the source, for these blocks.
 
     Raises:
-      ValueError: the bank's modules are not those of the source's config.
+      ValueError: the blocks are not those of the source's config.
     """
-    architecture = describe(checkpoint.config, str(checkpoint.path / CONFIG))
-    positions = [find_position(bank.names[token])[1] for token in tokens[:-1]]
-    modules = {token: group.module for group in (*bank.layers, *bank.heads) for token in group.tokens}
-    if any(
-        i >= len(architecture.blocks) or architecture.blocks[i] != modules[t]
-        for i, t in zip(positions, tokens[:-1], strict=True)
-    ):
-        raise ValueError(f"expected a bank of the blocks of {checkpoint.path}, got {bank.names[tokens[0]]} and others")
-    config = checkpoint.config | {architecture.depth_key: len(positions)}
+    for name, place, module, _ in model.blocks:
+        if place >= len(architecture.blocks) or architecture.blocks[place] != module:
+            raise ValueError(f"expected a bank of the blocks of {checkpoint.path}, got {name}/{place}")
+    config = checkpoint.config | {architecture.depth_key: len(model.blocks)}
     for key, values in architecture.per_block.items():
         if config.get(key) is not None or len(set(values)) > 1:
-            config[key] = [values[i] for i in positions]
-    if config.get("tie_word_embeddings", architecture.is_tied) and not share_embeddings(bank, tokens[-1], architecture):
+            config[key] = [values[place] for _, place, _, _ in model.blocks]
+    if config.get("tie_word_embeddings", architecture.is_tied) and not share_embeddings(model, architecture):
         config["tie_word_embeddings"] = False
-    return config
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    return config | {key: find_dtype(model)}
+
+
+def find_dtype(model: Model) -> str:
+    """The dtype of the weights, by NumPy's name, which is torch's too."""
+    return jax.tree.leaves(model.blocks[0][3])[0].dtype.name
 
 
 def find_position(name: str) -> tuple[str, int]:
@@ -118,18 +184,18 @@ def find_position(name: str) -> tuple[str, int]:
     return found[1], int(found[2])
 
 
-def share_embeddings(bank: Bank, head: int, architecture: Architecture) -> bool:
+def share_embeddings(model: Model, architecture: Architecture) -> bool:
     """Whether the output layer has the weights of the embeddings, where the config says that they are one."""
-    leaves = [flatten(params) for params in (bank.stem_params, bank.get_params(head))]
+    leaves = [flatten(params) for params in (model.stem, model.head)]
     stem, _, last = find_places(architecture)
     names = {name: leaves[0][path] for path, name in stem.items()}
     return all(np.array_equal(names[name], leaves[1][path]) for path, name in last.items() if name in names)
 
 
-def collect_tensors(bank: Bank, tokens: Sequence[int], config: dict[str, Any], where: str) -> dict[str, np.ndarray]:
+def collect_tensors(model: Model, config: dict[str, Any], where: str) -> dict[str, np.ndarray]:
     """The tensors of the new checkpoint by name."""
     stem, blocks, head = find_places(describe(config, where))
-    parts = [bank.stem_params, *(bank.get_params(token) for token in tokens)]
+    parts = [model.stem, *(params for *_, params in model.blocks), model.head]
     tensors: dict[str, np.ndarray] = {}
     for params, places in zip(parts, (stem, *blocks, head), strict=True):
         leaves = flatten(params)
@@ -166,27 +232,38 @@ def write_shards(folder: Path, tensors: dict[str, np.ndarray], most: int) -> Non
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def make_recipe(bank: Bank, tokens: Sequence[int], sources: dict[str, str]) -> str:
-    """The chain as a passthrough merge of mergekit."""
+def make_recipe(model: Model, paths: Mapping[str, str]) -> str:
+    """The chain as a passthrough merge of mergekit, models by their paths."""
     runs: list[list[Any]] = []
-    for token in tokens[:-1]:
-        model, place = find_position(bank.names[token])
-        if runs and runs[-1][0] == model and runs[-1][2] == place:
+    for name, place, _, _ in model.blocks:
+        if runs and runs[-1][0] == name and runs[-1][2] == place:
             runs[-1][2] = place + 1
         else:
-            runs.append([model, place, place + 1])
+            runs.append([name, place, place + 1])
     lines = ["slices:"]
-    for model, start, stop in runs:
-        path = json.dumps(sources.get(model, model))
-        lines += ["  - sources:", f"      - model: {path}", f"        layer_range: [{start}, {stop}]"]
-    dtype = jax.tree.leaves(bank.layers[0].params)[0].dtype.name
-    return "\n".join([*lines, "merge_method: passthrough", f"dtype: {dtype}"]) + "\n"
+    for part, source, name in zip(
+        ("embeddings", "output layer"), model.sources, (runs[0][0], runs[-1][0]), strict=True
+    ):
+        if source != name:
+            lines.insert(
+                0,
+                f"# Not the same as the checkpoint beside it, whose {part} come from {source}: mergekit takes {name}'s.",
+            )
+    for name, start, stop in runs:
+        lines += [
+            "  - sources:",
+            f"      - model: {json.dumps(paths[name])}",
+            f"        layer_range: [{start}, {stop}]",
+        ]
+    return "\n".join([*lines, "merge_method: passthrough", f"dtype: {find_dtype(model)}"]) + "\n"
 
 
-def make_card(bank: Bank, tokens: Sequence[int], facts: dict[str, Any]) -> str:
+def make_card(model: Model, facts: dict[str, Any]) -> str:
     """A model card: the chain and what is known of it."""
     rows = [f"| {name} | {value} |" for name, value in facts.items()]
     table = ["", "| | |", "|---|---|", *rows] if rows else []
-    chain = " -> ".join(bank.names[token] for token in tokens)
-    lines = ["---", "library_name: transformers", "tags: [jchain]", "---", "", f"Blocks in order: `{chain}`", *table]
+    chain = " -> ".join(f"{name}/{place}" for name, place, _, _ in model.blocks)
+    stem, head = model.sources
+    told = f"Blocks in order: `{chain}`. Embeddings of {stem}, output layer of {head}."
+    lines = ["---", "library_name: transformers", "tags: [jchain]", "---", "", told, *table]
     return "\n".join(lines) + "\n"

@@ -19,10 +19,11 @@ class Stem(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T F"]:
+    def __call__(self, ids: Int[Array, "*B T"]) -> Float[Array, "*B T F"]:
         if ids.shape[-1] > self.num_positions:
             raise ValueError(f"expected sequences of at most {self.num_positions} tokens, got {ids.shape[-1]}")
-        positions = Embedding(self.num_positions, self.features, name="wpe")(jnp.arange(ids.shape[-1])[None])
+        places = jnp.arange(ids.shape[-1]).reshape((1,) * (ids.ndim - 1) + (-1,))
+        positions = Embedding(self.num_positions, self.features, name="wpe")(places)
         return Embedding(self.vocabulary, self.features, name="wte")(ids) + positions
 
 
@@ -32,7 +33,7 @@ class Attention(nn.Module):
     num_heads: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+    def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
         features = x.shape[-1]
         qkv = Linear(3 * features, is_transposed=True, name="c_attn")(x)
         query, key, value = (split_heads(part, self.num_heads) for part in jnp.split(qkv, 3, axis=-1))
@@ -48,7 +49,7 @@ class Block(nn.Module):
     epsilon: float
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+    def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
         x = x + Attention(self.num_heads, name="attn")(LayerNorm(self.epsilon, name="ln_1")(x))
         mlp = FeedForward(self.hidden, self.activation, ("c_fc", "c_proj"), is_transposed=True, name="mlp")
         return x + mlp(LayerNorm(self.epsilon, name="ln_2")(x))
@@ -61,7 +62,7 @@ class Head(nn.Module):
     epsilon: float
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T V"]:
+    def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T V"]:
         return Linear(self.vocabulary, use_bias=False, name="lm_head")(LayerNorm(self.epsilon, name="ln_f")(x))
 
 

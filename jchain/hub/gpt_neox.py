@@ -28,7 +28,7 @@ class Stem(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T F"]:
+    def __call__(self, ids: Int[Array, "*B T"]) -> Float[Array, "*B T F"]:
         return Embedding(self.vocabulary, self.features, name="embed_in")(ids)
 
 
@@ -41,7 +41,7 @@ class Attention(nn.Module):
     use_bias: bool
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+    def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
         features = x.shape[-1]
         # Each head's query, key and value stand side by side.
         qkv = split_heads(Linear(3 * features, self.use_bias, name="query_key_value")(x), self.num_heads)
@@ -74,7 +74,7 @@ class Block(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+    def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
         attention = Attention(self.num_heads, self.frequencies, self.rotary_scale, self.use_bias, name="attention")
         attended = x + attention(LayerNorm(self.epsilon, name="input_layernorm")(x))
         mlp = FeedForward(self.hidden, self.activation, ("dense_h_to_4h", "dense_4h_to_h"), name="mlp")
@@ -89,7 +89,7 @@ class Head(nn.Module):
     epsilon: float
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T V"]:
+    def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T V"]:
         return Linear(self.vocabulary, use_bias=False, name="embed_out")(
             LayerNorm(self.epsilon, name="final_layer_norm")(x)
         )

@@ -27,7 +27,7 @@ class Stem(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T F"]:
+    def __call__(self, ids: Int[Array, "*B T"]) -> Float[Array, "*B T F"]:
         return Embedding(self.vocabulary, self.features, name="embed_tokens")(ids)
 
 
@@ -45,8 +45,8 @@ class Attention(nn.Module):
     norm_epsilon: float | None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
-        def project(name: str, num_heads: int) -> Float[Array, "B T N H"]:
+    def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
+        def project(name: str, num_heads: int) -> Float[Array, "*B T N H"]:
             return split_heads(Linear(num_heads * self.head_size, self.use_bias, name=name)(x), num_heads)
 
         query, key = project("q_proj", self.num_heads), project("k_proj", self.num_kv_heads)
@@ -69,7 +69,7 @@ class GatedMLP(nn.Module):
     use_bias: bool
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+    def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
         gate, up = (Linear(self.hidden, self.use_bias, name=name)(x) for name in ("gate_proj", "up_proj"))
         return Linear(x.shape[-1], self.use_bias, name="down_proj")(ACTIVATIONS[self.activation](gate) * up)
 
@@ -108,7 +108,7 @@ class Block(nn.Module):
     use_qk_norm: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+    def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
         attention = Attention(
             self.num_heads,
             self.num_kv_heads,
@@ -133,7 +133,7 @@ class Head(nn.Module):
     epsilon: float
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T V"]:
+    def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T V"]:
         return Linear(self.vocabulary, use_bias=False, name="lm_head")(RMSNorm(self.epsilon, name="norm")(x))
 
 

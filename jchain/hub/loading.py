@@ -1,11 +1,13 @@
 """From a checkpoint folder to a bank: blocks stacked as they lie in the file, embeddings as stem, the output layer as head."""
 
+import dataclasses
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,11 +17,12 @@ from flax import traverse_util
 
 from jchain._typing import PyTree
 from jchain.bank import Bank
-from jchain.files import HUB
+from jchain.files import FAMILIES
 from jchain.groups import LayerGroup
 from jchain.hub.architecture import Architecture
 from jchain.hub.checkpoint import CONFIG, DTYPES, Checkpoint, list_names
 from jchain.hub.config import Config
+from jchain.hub.wrapping import Entries, Entry, Exit, Restart, Within
 
 # XLA on CPU takes arrays that begin at such an address as they are.
 _ALIGNMENT = 64
@@ -27,45 +30,217 @@ Leaves = dict[str, str]
 Shapes = dict[str, tuple[int, ...]]
 
 
-def load(path: str | os.PathLike[str], *, dtype: Any = None, name: str | None = None) -> Bank:
+class Source(NamedTuple):
+    """One checkpoint, and which of its tensors is which param."""
+
+    name: str
+    checkpoint: Checkpoint
+    architecture: Architecture
+    stem: Leaves
+    blocks: list[Leaves]
+    head: Leaves
+
+
+def load(
+    path: str | os.PathLike[str], *, dtype: Any = None, name: str | None = None, pinned: tuple[int, int] = (0, 0)
+) -> Bank:
     """The bank of a pretrained transformer.
 
     Layers are its blocks in order, so that the tokens `0..n-1` and the head `n` are the model as it was, which is also the
     bank's parent; they are called `name/0`, `name/1` and so on. The stem is its embeddings, the head its last norm and
     output layer. Weights keep the layout of the file. Families: GPT-2, Llama (with Mistral, Qwen2, Qwen3), GPT-NeoX, ViT.
 
+    The first and the last block of a trained transformer are seldom interchangeable with others. Blocks that are `pinned` are
+    in every chain and are no tokens: they belong to the stem and to the head, and cost no layer calls.
+
     Args:
       path: a folder with config.json and model.safetensors, or shards with model.safetensors.index.json.
       dtype: of the weights; that of the file when None.
       name: of the model; that of the folder when None.
+      pinned: how many blocks every chain begins and ends with.
 
     Raises:
       FileNotFoundError: the folder or a file of it is missing.
       ValueError: a file is damaged, the family or an option of the config is not supported, tensors are missing, or there are
-        others than the config asks for, or of another shape, or of a dtype other than float32, bfloat16 and float16.
+        others than the config asks for, or of another shape, or of a dtype other than float32, bfloat16 and float16; or there
+        are not more blocks than are pinned.
     """
+    return _assemble([_open(path, name)], dtype, pinned)
+
+
+def load_many(
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    dtype: Any = None,
+    names: Sequence[str] | None = None,
+    pinned: tuple[int, int] = (0, 0),
+) -> Bank:
+    """One bank of several checkpoints of one architecture: fine-tunes of a model, or snapshots of its training.
+
+    Layers are the blocks of the first model, `a/0`, `a/1` and so on, then those of the others; each model has a head. Where
+    embeddings differ (or blocks that are pinned behind them), a chain begins with those of the first model, and for each
+    other model there is one more layer behind all blocks, `b/embeddings`, that puts its embeddings in place of all that was
+    computed: it belongs at the beginning of a chain, as in the parents, which are the models as they were. Activations
+    hold the embeddings of all models then.
+
+    Args:
+      paths: of the folders.
+      dtype: as for `load`.
+      names: of the models; those of the folders when None.
+      pinned: as for `load`.
+
+    Raises:
+      ValueError: there is no path, names repeat, checkpoints differ in what their configs say of the model, or as `load`.
+      FileNotFoundError: as `load`.
+    """
+    if len(paths) == 0:
+        raise ValueError("expected at least one checkpoint, got none")
+    if names is not None and len(names) != len(paths):
+        raise ValueError(f"expected a name for each of {len(paths)} checkpoints, got {len(names)}")
+    sources = [_open(path, name) for path, name in zip(paths, names or [None] * len(paths), strict=True)]
+    found = [source.name for source in sources]
+    if len(set(found)) < len(found):
+        raise ValueError(f"expected checkpoints of different names, got {', '.join(found)}: pass names=")
+    for source in sources[1:]:
+        _check_alike(sources[0], source)
+    return _assemble(sources, dtype, pinned)
+
+
+def _open(path: str | os.PathLike[str], name: str | None) -> Source:
     checkpoint = Checkpoint(path)
     architecture = describe(checkpoint.config, str(checkpoint.path / CONFIG))
-    prefix = name or checkpoint.path.resolve().name
     base = find_base(architecture, checkpoint)
     _check_tensors(architecture, checkpoint, base)
-    stem, blocks, head = find_places(architecture, base)
-    read = _Reader(checkpoint, _choose_dtype(checkpoint, dtype))
-    depth = len(blocks)
+    return Source(name or checkpoint.path.resolve().name, checkpoint, architecture, *find_places(architecture, base))
+
+
+def _check_alike(first: Source, other: Source) -> None:
+    """That blocks, embeddings and output layers of two checkpoints are of the same modules."""
+    one, two = first.architecture, other.architecture
+    for part in ("stem", "blocks", "head"):
+        if getattr(one, part) != getattr(two, part):
+            raise ValueError(
+                f"expected checkpoints of one architecture, but the {part} of {other.checkpoint.path} is "
+                f"{_describe_difference(getattr(two, part), getattr(one, part))} in {first.checkpoint.path}"
+            )
+
+
+def _describe_difference(module: Any, other: Any) -> str:
+    if isinstance(module, tuple):
+        if len(module) != len(other):
+            return f"{len(module)}, and {len(other)}"
+        module, other = next((a, b) for a, b in zip(module, other, strict=True) if a != b)
+    if type(module) is not type(other):
+        return f"{type(module).__module__}.{type(module).__name__}, and {type(other).__module__}.{type(other).__name__}"
+    fields = [field.name for field in dataclasses.fields(module) if field.name not in ("name", "parent")]
+    name = next(name for name in fields if getattr(module, name) != getattr(other, name))
+    return f"of {name} {getattr(module, name)!r}, and of {getattr(other, name)!r}"
+
+
+def _assemble(sources: list[Source], dtype: Any, pinned: tuple[int, int]) -> Bank:
+    """The bank of all sources, whose architectures are alike."""
+    architecture = sources[0].architecture
+    depth = len(architecture.blocks)
+    first, last = pinned
+    if first < 0 or last < 0 or first + last >= depth:
+        raise ValueError(f"expected fewer pinned blocks than the {depth} of the model, at least 0, got {pinned}")
+    read = _Reader(_choose_dtype([source.checkpoint for source in sources], dtype))
+    begin, middle, end = (architecture.blocks[part] for part in _cut(first, depth - last))
+    features = find_shapes(architecture)[3]
+
+    # Heads before embeddings, which may be the same tensors: so the stack is read, and the embeddings are a part of it.
+    is_wrapped = last > 0 or len(sources) > 1
+    places = [
+        (
+            source.checkpoint,
+            _prefix_all({"head": source.head}, source.blocks[depth - last :]) if is_wrapped else source.head,
+        )
+        for source in sources
+    ]
+    heads = read.stack(places)
+    entries = [
+        read.one(source.checkpoint, _prefix_all({"stem": source.stem}, source.blocks[:first])) for source in sources
+    ]
+    has_choice = any(not _is_same(entries[0], other) for other in entries[1:])
+    modules = [_make_entry(architecture, begin, source.name) for source in sources]
+    if has_choice:
+        stem = Entries(tuple(modules))
+        stem_params = {f"entries_{m}": params for m, params in enumerate(entries)}
+    elif first:
+        stem, stem_params = modules[0], entries[0]
+    else:
+        stem, stem_params = architecture.stem, entries[0]["stem"]
+    exit_ = Exit(architecture.head, tuple(block.clone() for block in end), features)
+
+    size = len(middle)
     layers = []
-    for module in dict.fromkeys(architecture.blocks):
-        tokens = tuple(i for i, other in enumerate(architecture.blocks) if other == module)
-        layers.append(LayerGroup(read.stack([blocks[i] for i in tokens]), module, tokens))
-    where = f"{architecture.stem.__module__.rpartition('.')[2]} checkpoint"
+    for module in dict.fromkeys(middle):
+        members = [(m, i) for m in range(len(sources)) for i in range(size) if middle[i] == module]
+        leaves = [(sources[m].checkpoint, sources[m].blocks[first + i]) for m, i in members]
+        params = read.stack(leaves)
+        tokens = tuple(m * size + i for m, i in members)
+        layers.append(
+            LayerGroup({"block": params}, Within(module, features), tokens)
+            if has_choice
+            else LayerGroup(params, module, tokens)
+        )
+    num_blocks = len(sources) * size
+    others = sources[1:] if has_choice else []
+    if others:
+        shares = jnp.eye(len(others), dtype=jax.tree.leaves(stem_params)[0].dtype)
+        tokens = tuple(range(num_blocks, num_blocks + len(others)))
+        layers.append(LayerGroup({"shares": shares}, Restart(features), tokens))
+    num_layers = num_blocks + len(others)
+    family = architecture.stem.__module__.rpartition(".")[2]
+    blocks = range(first, depth - last)
     return Bank(
         layers=tuple(layers),
-        heads=(LayerGroup(read.only(head), architecture.head, (depth,)),),
-        stem_params=read.one(stem),
-        stem=architecture.stem,
-        names=(*(f"{prefix}/{i}" for i in range(depth)), f"{prefix}/head"),
-        origins=(*(f"block {i} of {depth}, {where} {prefix}" for i in range(depth)), f"head of {where} {prefix}"),
-        parents=(tuple(range(depth + 1)),),
+        heads=(
+            LayerGroup(
+                heads, exit_ if is_wrapped else architecture.head, tuple(num_layers + m for m in range(len(sources)))
+            ),
+        ),
+        stem_params=stem_params,
+        stem=stem,
+        names=(
+            *(f"{source.name}/{i}" for source in sources for i in blocks),
+            *(f"{source.name}/embeddings" for source in others),
+            *(f"{source.name}/head" for source in sources),
+        ),
+        origins=(
+            *(f"block {i} of {depth}, {family} checkpoint {source.name}" for source in sources for i in blocks),
+            *(f"embeddings of {family} checkpoint {source.name}" for source in others),
+            *(f"head of {family} checkpoint {source.name}" for source in sources),
+        ),
+        parents=tuple(
+            (
+                *((num_blocks + m - 1,) if has_choice and m else ()),
+                *range(m * size, (m + 1) * size),
+                num_layers + m,
+            )
+            for m in range(len(sources))
+        ),
     )
+
+
+def _cut(first: int, last: int) -> tuple[slice, slice, slice]:
+    return slice(None, first), slice(first, last), slice(last, None)
+
+
+def _make_entry(architecture: Architecture, blocks: tuple[nn.Module, ...], source: str) -> Entry:
+    # A module that comes twice would be one with one set of weights.
+    return Entry(architecture.stem.clone(), tuple(block.clone() for block in blocks), source)
+
+
+def _prefix_all(parts: dict[str, Leaves], blocks: list[Leaves]) -> Leaves:
+    """Places of params by their paths in `Entry` or `Exit`."""
+    whole = parts | {f"blocks_{i}": leaves for i, leaves in enumerate(blocks)}
+    return {f"{part}/{path}": name for part, leaves in whole.items() for path, name in leaves.items()}
+
+
+def _is_same(params: PyTree, other: PyTree) -> bool:
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(other), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
 
 
 def describe(options: dict[str, Any], where: str) -> Architecture:
@@ -76,7 +251,9 @@ def describe(options: dict[str, Any], where: str) -> Architecture:
     """
     config = Config(options, where)
     kind = config.require("model_type")
-    families: dict[str, Any] = {known: family for family in map(import_module, HUB) for known in family.MODEL_TYPES}
+    families: dict[str, Any] = {
+        known: family for family in map(import_module, FAMILIES) for known in family.MODEL_TYPES
+    }
     if kind not in families:
         raise config.refuse("model_type", kind, ", ".join(families))
     try:
@@ -97,7 +274,7 @@ def find_places(architecture: Architecture, base: str | None = None) -> tuple[Le
       base: what stands before all names; that of the architecture when None.
     """
     base = architecture.base if base is None else base
-    stem, blocks, head = find_shapes(architecture)
+    stem, blocks, head, _ = find_shapes(architecture)
 
     def place(params: Iterable[str], places: dict[str, str]) -> Leaves:
         found = {}
@@ -117,11 +294,12 @@ def find_places(architecture: Architecture, base: str | None = None) -> tuple[Le
     )
 
 
-def find_shapes(architecture: Architecture) -> tuple[Shapes, list[Shapes], Shapes]:
-    """The shape of each param of stem, blocks and head."""
+def find_shapes(architecture: Architecture) -> tuple[Shapes, list[Shapes], Shapes, int]:
+    """The shape of each param of stem, blocks and head, and the width that blocks keep."""
     x = jax.ShapeDtypeStruct(architecture.example, architecture.example_dtype)
     stem, hidden = _init(architecture.stem, x)
-    return stem, [_init(block, hidden)[0] for block in architecture.blocks], _init(architecture.head, hidden)[0]
+    blocks = [_init(block, hidden)[0] for block in architecture.blocks]
+    return stem, blocks, _init(architecture.head, hidden)[0], hidden.shape[-1]
 
 
 @cache
@@ -165,35 +343,33 @@ def _check_tensors(architecture: Architecture, checkpoint: Checkpoint, base: str
 
 
 class _Reader:
-    """Tensors of a checkpoint as arrays, each read once."""
+    """Tensors of checkpoints as arrays, each read once."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: Any) -> None:
-        self._checkpoint, self._dtype = checkpoint, dtype
-        self._shared: dict[str, np.ndarray] = {}
+    def __init__(self, dtype: Any) -> None:
+        self._dtype = dtype
+        self._rows: dict[tuple[Path, str], np.ndarray] = {}
 
-    def one(self, places: Leaves) -> PyTree:
-        """The params of one module."""
-        return _nest({path: self._read_once(name) for path, name in places.items()})
+    def one(self, checkpoint: Checkpoint, places: Leaves) -> PyTree:
+        """The params of one module, which share memory with what was read before of the same tensors."""
+        return _nest({path: self._read(checkpoint, name) for path, name in places.items()})
 
-    def only(self, places: Leaves) -> PyTree:
-        """A stack of one module, which shares memory with what `one` returned of the same tensors."""
-        return _nest({path: self._read_once(name)[None] for path, name in places.items()})
-
-    def stack(self, places: list[Leaves]) -> PyTree:
+    def stack(self, members: list[tuple[Checkpoint, Leaves]]) -> PyTree:
         """The params of several modules, each leaf `[n, ...]`, without a second copy of any."""
-        return _nest({path: self._fill([each[path] for each in places]) for path in places[0]})
+        stacks = {}
+        for path in members[0][1]:
+            checkpoint, places = members[0]
+            stacks[path] = _allocate((len(members), *checkpoint.shapes[places[path]]), self._dtype)
+            for row, (checkpoint, places) in zip(stacks[path], members, strict=True):
+                checkpoint.read(places[path], row)
+                self._rows[checkpoint.path, places[path]] = row
+        return _nest(stacks)
 
-    def _read_once(self, name: str) -> np.ndarray:
-        if name not in self._shared:
-            self._shared[name] = self._fill([name])[0]
-        return self._shared[name]
-
-    def _fill(self, names: list[str]) -> np.ndarray:
-        shape = self._checkpoint.shapes[names[0]]
-        made = _allocate((len(names), *shape), self._dtype)
-        for row, name in zip(made, names, strict=True):
-            self._checkpoint.read(name, row)
-        return made
+    def _read(self, checkpoint: Checkpoint, name: str) -> np.ndarray:
+        if (checkpoint.path, name) not in self._rows:
+            row = _allocate(checkpoint.shapes[name], self._dtype)
+            checkpoint.read(name, row)
+            self._rows[checkpoint.path, name] = row
+        return self._rows[checkpoint.path, name]
 
 
 def _allocate(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -209,9 +385,10 @@ def _nest(leaves: dict[str, np.ndarray]) -> PyTree:
     return traverse_util.unflatten_dict({path: jax.device_put(leaf) for path, leaf in leaves.items()}, sep="/")
 
 
-def _choose_dtype(checkpoint: Checkpoint, dtype: Any) -> np.dtype:
+def _choose_dtype(checkpoints: list[Checkpoint], dtype: Any) -> np.dtype:
     """The dtype of all weights."""
-    found = sorted(set(checkpoint.dtypes.values()))
+    found = sorted({name for checkpoint in checkpoints for name in checkpoint.dtypes.values()})
     if dtype is None and len(found) > 1:
-        raise ValueError(f"{checkpoint.path}: expected weights of one dtype, got {', '.join(found)}: pass dtype=")
+        where = ", ".join(str(checkpoint.path) for checkpoint in checkpoints)
+        raise ValueError(f"{where}: expected weights of one dtype, got {', '.join(found)}: pass dtype=")
     return jnp.dtype(found[0] if dtype is None else dtype)

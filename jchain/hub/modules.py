@@ -97,38 +97,40 @@ class FeedForward(nn.Module):
     is_transposed: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+    def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
         up, down = self.names
         hidden = Linear(self.hidden, self.use_bias, self.is_transposed, name=up)(x)
         return Linear(x.shape[-1], self.use_bias, self.is_transposed, name=down)(ACTIVATIONS[self.activation](hidden))
 
 
-def split_heads(x: Float[Array, "B T F"], num_heads: int) -> Float[Array, "B T N H"]:
+def split_heads(x: Float[Array, "*B T F"], num_heads: int) -> Float[Array, "*B T N H"]:
     """The last axis as heads."""
     return x.reshape(*x.shape[:-1], num_heads, -1)
 
 
 def attend(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T K H"],
-    value: Float[Array, "B T K H"],
+    query: Float[Array, "*B T N H"],
+    key: Float[Array, "*B T K H"],
+    value: Float[Array, "*B T K H"],
     *,
     is_causal: bool,
     window: int | None = None,
-) -> Float[Array, "B T F"]:
+) -> Float[Array, "*B T F"]:
     """Scaled dot-product attention, heads joined. N is a multiple of K; a position sees `window` of them, itself included."""
     size = None if window is None else (window - 1, 0)
     dtype = query.dtype
     if dtype == jnp.float16:  # of which XLA on CPU makes no sums in float32
         query, key, value = (part.astype(jnp.float32) for part in (query, key, value))
-    mixed = jax.nn.dot_product_attention(query, key, value, is_causal=is_causal, local_window_size=size)
-    return mixed.reshape(*mixed.shape[:-2], -1).astype(dtype)
+    flat = (part.reshape(-1, *part.shape[-3:]) for part in (query, key, value))
+    mixed = jax.nn.dot_product_attention(*flat, is_causal=is_causal, local_window_size=size)
+    return mixed.reshape(*query.shape[:-2], -1).astype(dtype)
 
 
-def rotate(x: Float[Array, "B T N H"], frequencies: tuple[float, ...], scale: float) -> Float[Array, "B T N H"]:
+def rotate(x: Float[Array, "*B T N H"], frequencies: tuple[float, ...], scale: float) -> Float[Array, "*B T N H"]:
     """Rotary positions (Su et al. 2021, arXiv:2104.09864) on the first `2 * len(frequencies)` numbers of each head."""
-    angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * jnp.array(frequencies, jnp.float32)[None]
-    cos, sin = ((scale * f(angles)).astype(x.dtype)[None, :, None] for f in (jnp.cos, jnp.sin))
+    angles = jnp.arange(x.shape[-3], dtype=jnp.float32)[:, None] * jnp.array(frequencies, jnp.float32)[None]
+    axes = (1,) * (x.ndim - 3) + (x.shape[-3], 1, len(frequencies))
+    cos, sin = ((scale * f(angles)).astype(x.dtype).reshape(axes) for f in (jnp.cos, jnp.sin))
     half = len(frequencies)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

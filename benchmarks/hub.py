@@ -1,0 +1,194 @@
+"""Chains of a pretrained transformer's blocks beside transformers (PyTorch), and the memory that an import takes.
+
+    python benchmarks/hub.py --json benchmarks/results/hub_cpu.json    # 10 minutes on 2 CPU cores, 7 GB of disk
+    python benchmarks/hub.py --quick                                   # a minute, nothing is written
+
+Needs `pip install -e ".[parity]"`. A GPT-2 of 12 blocks with random weights is written as a checkpoint and read by both. PyTorch
+runs each chain by itself, with the model's list of blocks in that order, as one does by hand; losses are compared first. The
+limit is the work of all distinct layer and head calls at the speed of the best large product. *Import*: a checkpoint of the shape of
+Qwen2 1.5B, in bfloat16; resident memory of a process of its own, at most, less that before the import, by the size of the files.
+"""
+
+# pyright: reportMissingImports=false
+
+import argparse
+import itertools
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from machine import count_call_flops, describe_device, measure_matmul, time_call, versions
+
+import jchain as jc
+from jchain.files import write_json
+
+DEPTH = 12
+# Width, heads, vocabulary, sequences, their length.
+MODELS = {"128 wide, 256 tokens": (128, 4, 256, 8, 128), "768 wide, 4,096 tokens": (768, 12, 4096, 2, 128)}
+REPEATS = 3
+LARGE = {
+    "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+    "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True, "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write results here")
+    parser.add_argument("--quick", action="store_true", help="the small model, fewer chains, no import")
+    parser.add_argument("--measure-import", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure_import:
+        print(json.dumps(measure_import(args.measure_import)))
+        return
+    result: dict[str, Any] = {
+        "device": describe_device(), "versions": versions("transformers"), "matmul_gflops": measure_matmul(), "rows": []
+    }  # fmt: skip
+    for name in itertools.islice(MODELS, 1 if args.quick else None):
+        result["rows"] += compare(name, result["matmul_gflops"], is_quick=args.quick)
+        save(args.json, result)
+    if not args.quick:
+        result["import"] = run_import()
+        print(format_import(result["import"]))
+    save(args.json, result)
+
+
+def save(path: Path | None, result: dict[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, result)
+
+
+def make_populations(num_layers: int, *, is_quick: bool) -> dict[str, np.ndarray]:
+    """Chains that share prefixes, as people score them when they look for a shallower or a rearranged model."""
+    whole = np.arange(num_layers + 1)
+    drop = {
+        k: [[*kept, num_layers] for kept in itertools.combinations(range(num_layers), num_layers - k)] for k in (2, 4)
+    }
+    edits, is_chain = map(np.asarray, jc.chain.neighbours(whole, num_layers, 1))
+    populations = {
+        "2 of 12 dropped": jc.chain.pad(drop[2], max_layers=num_layers),
+        "4 of 12 dropped": jc.chain.pad(drop[4], max_layers=num_layers),
+        "one edit away": edits[is_chain],
+    }
+    return dict(itertools.islice(populations.items(), 1 if is_quick else None))
+
+
+def compare(name: str, gflops: float, *, is_quick: bool) -> list[dict[str, Any]]:
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    width, num_heads, vocabulary, num_sequences, length = MODELS[name]
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=vocabulary, n_embd=width, n_layer=DEPTH, n_head=num_heads, n_positions=length)
+    model = GPT2LMHeadModel(config).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        bank = jc.hub.load(folder, name="model")
+    ids = np.random.default_rng(0).integers(0, vocabulary, (num_sequences, length + 1))
+    problem = jc.Problem(bank, jc.Batch(jnp.asarray(ids[:, :-1]), jnp.asarray(ids[:, 1:])), max_layers=DEPTH)
+    blocks = list(model.transformer.h)
+    x, y = torch.tensor(ids[:, :-1]), torch.tensor(ids[:, 1:])
+
+    @torch.inference_mode()
+    def run_torch(chains: np.ndarray) -> np.ndarray:
+        losses = []
+        for chain in chains:
+            model.transformer.h = torch.nn.ModuleList([blocks[token] for token in chain if 0 <= token < DEPTH])
+            model.config.num_hidden_layers = len(model.transformer.h)
+            logits = model(x, use_cache=False).logits
+            losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).item())
+        return np.array(losses)
+
+    def run_jchain(chains: np.ndarray) -> np.ndarray:
+        return np.asarray(jc.evaluate(problem, chains).loss)
+
+    hidden = bank.embed(problem.data.x)
+    flops = [count_call_flops(groups[0], hidden) for groups in (bank.layers, bank.heads)]
+    rows = []
+    for population, chains in make_populations(DEPTH, is_quick=is_quick).items():
+        said = jc.explain(problem, chains)
+        np.testing.assert_allclose(run_jchain(chains), run_torch(chains), rtol=1e-4)
+        # By turns, so that a slow moment of the machine meets both.
+        timings = [[time_call(lambda: run(chains)) for run in (run_jchain, run_torch)] for _ in range(REPEATS)]  # noqa: B023
+        ours, theirs = np.median(timings, axis=0)
+        work = said.layer_calls * flops[0] + said.head_calls * flops[1]
+        rows.append(
+            {
+                "model": name, "population": population, "chains": len(chains), "layer_calls": said.layer_calls,
+                "unshared_layer_calls": said.unshared_layer_calls, "plan": str(said.plan), "seconds": float(ours),
+                "torch_seconds": float(theirs), "timings": timings, "of_limit": float(work / gflops / 1e9 / ours),
+            }
+        )  # fmt: skip
+        print(format_row(rows[-1]), flush=True)
+    return rows
+
+
+def format_row(row: dict[str, Any]) -> str:
+    return (
+        f"{row['model']}, {row['population']}: {row['chains']} chains, {row['layer_calls']:,} of {row['unshared_layer_calls']:,} "
+        f"layer calls, {row['seconds']:.2f} s, PyTorch {row['torch_seconds']:.2f} s "
+        f"({row['torch_seconds'] / row['seconds']:.2f} times), {row['of_limit']:.0%} of the limit"
+    )
+
+
+def run_import() -> dict[str, Any]:
+    """Memory of the import of a large checkpoint, whole and in shards, each in a process of its own."""
+    from safetensors.numpy import save_file
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(LARGE))
+        save_file(make_weights(), folder / "model.safetensors")
+        size = (folder / "model.safetensors").stat().st_size
+        done = subprocess.run(
+            [sys.executable, __file__, "--measure-import", name], capture_output=True, text=True, check=True
+        )
+        return {"bytes": size, **json.loads(done.stdout)}
+
+
+def make_weights() -> dict[str, np.ndarray]:
+    from jchain.hub.loading import describe, find_places, find_shapes
+
+    architecture = describe(LARGE, "config.json")
+    stem, blocks, head = find_places(architecture)
+    shapes = find_shapes(architecture)
+    places = [*zip((stem, *blocks, head), (shapes[0], *shapes[1], shapes[2]), strict=True)]
+    rng = np.random.default_rng(0)
+    return {
+        name: (0.02 * rng.standard_normal(of[path], np.float32)).astype(jnp.bfloat16)
+        for leaves, of in places
+        for path, name in leaves.items()
+    }
+
+
+def measure_import(folder: Path) -> dict[str, float]:
+    """Peak of resident memory less that of an empty process with JAX, and seconds."""
+    jax.block_until_ready(jnp.zeros(1))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begin = time.perf_counter()
+    bank = jc.hub.load(folder)
+    jax.block_until_ready(bank)
+    seconds = time.perf_counter() - begin
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    params = sum(leaf.size for leaf in jax.tree.leaves((bank.layers, bank.stem_params)))
+    return {"params": params, "peak_bytes": 1024 * (peak - before), "seconds": seconds}
+
+
+def format_import(row: dict[str, Any]) -> str:
+    return (
+        f"import: {row['params'] / 1e9:.2f} billion params, {row['bytes'] / 1e9:.2f} GB, peak {row['peak_bytes'] / row['bytes']:.2f} "
+        f"times that, {row['seconds']:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""All chains of up to four blocks of one to three convolutions, as `jchain search --data` makes of images: how near to the limit?
+
+    python benchmarks/images.py --json benchmarks/results/images_cpu.json    # 10 minutes on 2 CPU cores
+
+The limit is the work of all distinct layer and head calls at the speed of the best large product. To expect: 34 to 44% of it on a
+processor with AVX-512, where one convolution of 16 channels by itself reaches 36 to 43%.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from machine import count_call_flops, describe_device, measure_matmul, versions
+
+import jchain as jc
+from jchain.files import write_json
+
+DEPTH, NUM_CLASSES = 4, 10
+# Features of an example, examples.
+BANKS: dict[str, tuple[tuple[int, ...], int]] = {
+    "conv 16 8x8, depths 1 to 3": ((8, 8, 16), 128),
+    "conv 16 16x16, depths 1 to 3": ((16, 16, 16), 32),
+}
+NUM_LAYERS = 12
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write results here")
+    args = parser.parse_args()
+    rows = []
+    for name in BANKS:
+        rows.append(row := measure(name))
+        print(
+            f"{row['bank']}: {row['chains']:,} chains in {row['seconds']:.0f} s, {row['of_limit']:.0%} of the limit "
+            f"(by the processor's clock {row['busy_seconds']:.0f} s, {row['of_limit_busy']:.0%})",
+            flush=True,
+        )
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.json, {"device": describe_device(), "versions": versions(), "images": rows})
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Seconds of the sweep, and of its limit, by the clock and of the processor: the two differ where others use it too.
+
+    The limit's product is measured before and after the sweep.
+    """
+    shape, num_examples = BANKS[name]
+    x_key, y_key, key = jax.random.split(jax.random.key(0), 3)
+    x, y = jax.random.normal(x_key, (num_examples, *shape)), jax.random.randint(y_key, (num_examples,), 0, NUM_CLASSES)
+    layers = [jc.layers.ConvBlock(shape[-1], 1 + i % 3) for i in range(NUM_LAYERS)]
+    heads = [jc.layers.PoolHead(NUM_CLASSES), jc.layers.ConvHead(NUM_CLASSES)]
+    params = [jax.tree.map(lambda leaf: 0.5 * leaf, m.init(key, x[:1])["params"]) for m in (*layers, *heads)]
+    bank = jc.Bank.stack(layers, params[: len(layers)], heads, params[len(layers) :])
+    problem = jc.Problem(bank, jc.Batch(x, y), DEPTH)
+    chains = jc.chain.enumerate_all(bank.num_layers, bank.num_heads, DEPTH)
+    said = jc.explain(problem, chains)
+    # All layers, and all heads, are called equally often.
+    flops = sum(
+        calls * np.mean([count_call_flops(group, x) for group in groups for _ in group.tokens])
+        for groups, calls in ((bank.layers, said.layer_calls), (bank.heads, said.head_calls))
+    )
+    jax.block_until_ready(jc.evaluate(problem, chains[:1]))
+    compiled = jax.jit(jc.evaluate, compiler_options=jc.compiler_options(jax.default_backend()))
+    run = compiled.lower(problem, jnp.asarray(chains)).compile()
+    gflops = [measure_matmul(clock) for clock in (time.perf_counter, time.process_time)]
+    begin = time.perf_counter(), time.process_time()
+    jax.block_until_ready(run(problem, jnp.asarray(chains)))
+    seconds, busy = time.perf_counter() - begin[0], time.process_time() - begin[1]
+    # Of more than one core the product, too, counts the time of each.
+    gflops = [
+        (a + measure_matmul(clock)) / 2 for a, clock in zip(gflops, (time.perf_counter, time.process_time), strict=True)
+    ]
+    return {
+        "bank": name,
+        "chains": len(chains),
+        "layer_calls": said.layer_calls,
+        "head_calls": said.head_calls,
+        "plan": str(said.plan),
+        "seconds": seconds,
+        "busy_seconds": busy,
+        "of_limit": float(flops / gflops[0] / 1e9 / seconds),
+        "of_limit_busy": float(flops / gflops[1] / 1e9 / busy),
+    }
+
+
+if __name__ == "__main__":
+    main()
