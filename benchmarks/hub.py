@@ -69,7 +69,7 @@ def save(path: Path | None, result: dict[str, Any]) -> None:
 
 def make_populations(num_layers: int, *, is_quick: bool) -> dict[str, np.ndarray]:
     """Chains that share prefixes, as people score them when they look for a shallower or a rearranged model."""
-    whole = np.arange(num_layers + 1)
+    whole = jnp.arange(num_layers + 1)
     drop = {
         k: [[*kept, num_layers] for kept in itertools.combinations(range(num_layers), num_layers - k)] for k in (2, 4)
     }

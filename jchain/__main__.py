@@ -1,7 +1,9 @@
-"""The command line: `jchain search` makes a bank and searches it, `jchain evaluate` scores chains of a saved bank."""
+"""The command line: `jchain search` makes a bank, or reads one from checkpoints, and searches it, `jchain evaluate` scores chains of
+a result, `jchain export` writes one as a checkpoint."""
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ from jax.sharding import Mesh
 import jchain as jc
 from jchain import distributed, images, report
 from jchain.data import LOADERS, SPLITS, Dataset
+from jchain.hub import jobs
 from jchain.problem import check_max_layers
 
 BANKS = ("independent", "routed", "snapshots", "random")
@@ -65,6 +68,7 @@ on a cluster:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 2 when the input is bad, with one line that says why."""
     args = _parser().parse_args(argv)
+    args.command = shlex.join(["jchain", *(sys.argv[1:] if argv is None else argv)])
     try:
         args.run(args)
     except (ValueError, OSError, ImportError) as error:
@@ -82,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_search(commands)
     _add_evaluate(commands)
+    _add_export(commands)
     prepare = commands.add_parser(
         "prepare", help="download an image set of tensorflow-datasets and write it for jchain"
     )
@@ -110,8 +115,28 @@ def _add_data_dir(command: argparse.ArgumentParser) -> None:
 
 
 def _add_search(commands: Any) -> None:
-    search = commands.add_parser("search", help="make a bank and search it")
-    _add_data(search, "digits", "default: digits")
+    search = commands.add_parser("search", help="make a bank, or read one from checkpoints, and search it")
+    _add_data(search, None, "default: digits, but where there are checkpoints")
+    pretrained = search.add_argument_group("pretrained transformers")
+    pretrained.add_argument(
+        "--checkpoint",
+        nargs="+",
+        metavar="DIR",
+        help="Hugging Face checkpoint folder, or several of one architecture: their blocks are the bank",
+    )
+    pretrained.add_argument("--text", nargs="+", metavar="FILE", help="text that chains are judged on, by the next token")
+    pretrained.add_argument(
+        "--choices", metavar="FILE", help='or JSON lines of {"question": ..., "choices": [...], "answer": 0}'
+    )
+    pretrained.add_argument("--length", type=int, help="tokens of a sequence, or question (default: 128, or the longest)")
+    pretrained.add_argument(
+        "--pinned",
+        type=_parse_pinned,
+        default=(1, 1),
+        metavar="FIRST,LAST",
+        help="blocks that every chain begins and ends with (default: 1,1)",
+    )
+    pretrained.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of weights (default: the file's)")
     search.add_argument("--bank", choices=BANKS, default="routed", help="how the bank is made (default: %(default)s)")
     search.add_argument(
         "--layer",
@@ -131,9 +156,18 @@ def _add_search(commands: Any) -> None:
     search.add_argument(
         "--num-steps", type=int, default=1000, help="gradient steps that make the bank (default: %(default)s)"
     )
-    search.add_argument("--max-layers", type=int, help="most layers in a chain (default: depth)")
     search.add_argument(
-        "--search", choices=sorted(SEARCHES), default="actor-critic", help="search (default: %(default)s)"
+        "--max-layers", type=int, help="most layers in a chain (default: depth; of checkpoints all blocks that are not pinned)"
+    )
+    search.add_argument("--min-layers", type=int, default=0, help="fewest layers in a chain (default: %(default)s)")
+    search.add_argument(
+        "--layer-cost", type=float, default=0.0, help="price of a layer in units of the loss (default: %(default)s)"
+    )
+    search.add_argument(
+        "--search",
+        choices=sorted(SEARCHES),
+        default="actor-critic",
+        help="search (default: %(default)s)",
     )
     search.add_argument(
         "--encoding",
@@ -197,24 +231,65 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.set_defaults(run=_evaluate)
 
 
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser("export", help="write a chain of checkpoints as a checkpoint")
+    export.add_argument("result", type=Path, help="the result folder of jchain search --checkpoint")
+    export.add_argument("--out", type=Path, required=True, help="folder to write, which is not there yet")
+    export.add_argument("--chain", metavar="TOKENS", help="as in 3,0,7,12 (default: the chain that the search found)")
+    export.add_argument(
+        "--max-shard-size", type=int, default=5 * 10**9, help="bytes of a file of weights (default: %(default)s)"
+    )
+    export.set_defaults(run=_export)
+
+
 def _search(args: argparse.Namespace) -> None:
-    args.max_layers = check_max_layers(args.depth if args.max_layers is None else args.max_layers)
-    args.out = args.out or Path("results") / f"{args.data}-{args.bank}-{args.search}-{args.seed}"
+    if args.checkpoint:
+        _check_checkpoint(args)
+    else:
+        _check_no_checkpoint(args)
+        args.data = args.data or "digits"
+        args.max_layers = check_max_layers(args.depth if args.max_layers is None else args.max_layers)
+    name = "+".join(Path(path).resolve().name for path in args.checkpoint or ()) or f"{args.data}-{args.bank}"
+    args.out = args.out or Path("results") / f"{name}-{args.search}-{args.seed}"
     report.check_out(args.out, replace=args.replace)
     _check_search(args)
-    data = jc.data.load(args.data, args.seed, sizes=args.sizes, data_dir=args.data_dir)
-    modules = _make_modules(args, data)
+    setting = None
+    if not args.checkpoint:
+        data = jc.data.load(args.data, args.seed, sizes=args.sizes, data_dir=args.data_dir)
+        modules = _make_modules(args, data)  # which settles options that were left open
+        setting = report.train_setting(vars(args), data, modules)
     config = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(args).items()
         if name not in ("run", "json", "replace")
     }
-    job = report.search(config, data, modules, SEARCHES[args.search](args), UPDATES[args.update]())
+    setting = setting or report.checkpoint_setting(config)
+    job = report.search(config, setting, SEARCHES[args.search](args), UPDATES[args.update]())
     report.write(args.out, job)
     report.print_table(job)
-    print(f"Wrote {args.out}/result.json, bank.safetensors and curve.png")
+    files = [report.RESULT_FILE, *([report.BANK_FILE] if report.has_own_weights(job) else [])]
+    print(f"Wrote {args.out}/{', '.join(files)} and {report.CURVE_FILE}")
     if args.json:
         print(json.dumps(job.result))
+
+
+def _check_checkpoint(args: argparse.Namespace) -> None:
+    """Options that do not go with checkpoints, and paths of which there are none."""
+    parser = _parser().parse_args(["search"])
+    for name in ("bank", "layer", "channels", "num_layers", "num_heads", "depth", "num_steps"):
+        if getattr(args, name) != getattr(parser, name):
+            raise ValueError(f"expected no --{name.replace('_', '-')} with --checkpoint, whose layers are its blocks")
+    if args.max_layers is not None:
+        args.max_layers = check_max_layers(args.max_layers)
+    args.checkpoint = [str(Path(path).resolve()) for path in args.checkpoint]
+    args.text = args.text and [str(Path(path).resolve()) for path in args.text]
+    args.choices = args.choices and str(Path(args.choices).resolve())
+
+
+def _check_no_checkpoint(args: argparse.Namespace) -> None:
+    for name in ("text", "choices", "length", "dtype"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"expected --checkpoint with --{name}")
 
 
 def _check_search(args: argparse.Namespace) -> None:
@@ -256,28 +331,19 @@ def _prepare(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     mesh = _join(args)
     config, found = report.read_config(args.bank)
-    path = args.bank / report.BANK_FILE if args.bank.is_dir() else args.bank
-    bank = jc.Bank.load(path)
-    # Of another set the options of the search say nothing.
-    said = config if args.data in (None, config.get("data")) else {}
-    data = jc.data.load(
-        args.data or config.get("data", "digits"),
-        config.get("seed", 0) if args.seed is None else args.seed,
-        sizes=args.sizes or said.get("sizes"),
-        data_dir=args.data_dir or said.get("data_dir"),
-    )
-    split = getattr(data, args.split)
+    bank, task = _load_result(args, config)
+    split = getattr(task.data, args.split)
     if args.all is not None:
         if args.chain:
             raise ValueError("expected --all or --chain, got both")
-        chains, out = jc.evaluate_all(jc.Problem(bank, split, max_layers=args.all), mesh=mesh)
+        chains, out = jc.evaluate_all(jc.Problem(bank, split, max_layers=args.all, **task.options), mesh=mesh)
         shown = np.argsort(out.loss, kind="stable")[:10]
     else:
         tokens = [_parse_chain(text) for text in args.chain] if args.chain else found
         if not tokens:
             raise ValueError("expected --all, or at least one --chain, as in --chain 3,0,7,12")
         chains = jc.chain.pad(tokens)
-        out = jc.evaluate(jc.Problem(bank, split, max_layers=chains.shape[1] - 1), chains, mesh=mesh)
+        out = jc.evaluate(jc.Problem(bank, split, max_layers=chains.shape[1] - 1, **task.options), chains, mesh=mesh)
         shown = np.arange(len(chains))
     rows = [_describe(bank, chains[i], out.loss[i], out.accuracy[i]) for i in shown]
     if jax.process_index() > 0:
@@ -287,6 +353,41 @@ def _evaluate(args: argparse.Namespace) -> None:
         print(f"loss {loss}  accuracy {row['accuracy']:.3f}  {' -> '.join(row['layers'])}")
     if args.json:
         print(json.dumps({"split": args.split, "layer_calls": int(out.layer_calls), "chains": rows}))
+
+
+def _load_result(args: argparse.Namespace, config: dict[str, Any]) -> tuple[jc.Bank, jobs.Task]:
+    """The bank of a result folder, or of a file, and what its chains are judged on."""
+    path = args.bank / report.BANK_FILE if args.bank.is_dir() else args.bank
+    if config.get("checkpoint"):
+        if args.data:
+            raise ValueError("expected no --data: chains of checkpoints are scored on what they were searched on")
+        changed: dict[str, Any] = {"seed": args.seed, "sizes": args.sizes, "data_dir": args.data_dir}
+        task = jobs.load_task(config | {name: value for name, value in changed.items() if value is not None})
+        return (jc.Bank.load(path) if path.exists() else jobs.load_bank(config)), task
+    # Of another set the options of the search say nothing.
+    said = config if args.data in (None, config.get("data")) else {}
+    data = jc.data.load(
+        args.data or config.get("data", "digits"),
+        config.get("seed", 0) if args.seed is None else args.seed,
+        sizes=args.sizes or said.get("sizes"),
+        data_dir=args.data_dir or said.get("data_dir"),
+    )
+    return jc.Bank.load(path), jobs.Task(data, {})
+
+
+def _export(args: argparse.Namespace) -> None:
+    config, found = report.read_config(args.result)
+    if not config.get("checkpoint"):
+        raise ValueError(f"expected the result of jchain search --checkpoint, got {args.result}")
+    path = args.result / report.BANK_FILE
+    bank = jc.Bank.load(path) if path.exists() else jobs.load_bank(config)
+    tokens = _parse_chain(args.chain) if args.chain else found[0]
+    facts = {"checkpoints": ", ".join(config["checkpoint"])}
+    if not args.chain:
+        facts |= report.tell(args.result)
+    sources = dict(zip(jobs.name_models(config["checkpoint"]), config["checkpoint"], strict=True))
+    out = jc.hub.export(bank, tokens, sources, args.out, facts=facts, max_shard_size=args.max_shard_size)
+    print(f"Wrote {out}")
 
 
 def _join(args: argparse.Namespace) -> Mesh | None:
@@ -315,6 +416,14 @@ def _parse_sizes(text: str) -> list[int]:
         return [int(size) for size in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected sizes as in 5000,1000,1000,1000, got {text!r}") from None
+
+
+def _parse_pinned(text: str) -> tuple[int, int]:
+    try:
+        first, last = (int(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected two numbers as in 1,1, got {text!r}") from None
+    return first, last
 
 
 def _parse_chain(text: str) -> list[int]:

@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,8 @@ from jchain import chain, train
 from jchain.bank import Bank
 from jchain.data import Dataset
 from jchain.evaluate import evaluate, evaluate_all
+from jchain.hub import jobs
+from jchain.hub.jobs import price_layers
 from jchain.plot import plot_curve
 from jchain.problem import Problem
 from jchain.search.base import Result, Search
@@ -40,13 +42,70 @@ class Job(NamedTuple):
     run: Result
 
 
-def search(config: Mapping[str, Any], data: Dataset, modules: Mapping[str, Any], method: Search, policy: Policy) -> Job:
-    """Make the bank, search on `search`, re-rank the finalists on `select`, open `test` once for the report.
+class Setting(NamedTuple):
+    """What is searched, but for the search."""
+
+    data: Dataset
+    make_bank: Callable[[Any], Bank]  # from a key
+    make_plain: Callable[[Any, int], Bank] | None  # from a key and gradient steps, a net to compare with a bank without parents
+    options: Mapping[str, Any]  # of `Problem`: how chains are judged
+    layer_cost: float = 0.0
+    max_optimum_chains: int = MAX_OPTIMUM_CHAINS
+
+    def pose(self, bank: Bank, split: str, max_layers: int, **options: Any) -> Problem:
+        """The problem on one split."""
+        return Problem(bank, getattr(self.data, split), max_layers, **self.options, **options)
+
+    def price(self, bank: Bank, split: str, max_layers: int, **options: Any) -> Problem:
+        """The same with the price of layers in the loss, as it is searched."""
+        return self.pose(bank, split, max_layers, layer_cost=price_layers(bank, self.layer_cost), **options)
+
+
+def train_setting(config: Mapping[str, Any], data: Dataset, modules: Mapping[str, Any]) -> Setting:
+    """A bank that is trained.
 
     Args:
       config: options of `jchain search`, by name.
       data: the splits.
       modules: `layer`, `head`, and what else `jchain.train` takes of modules.
+    """
+
+    def make_plain(key: Any, num_steps: int) -> Bank:
+        sizes: Any = {"num_nets": 1, "depth": config["depth"], "num_steps": num_steps}
+        return train.independent(key, data.train, **sizes, **modules)
+
+    def make(key: Any) -> Bank:
+        _say(f"Making a bank of {config['num_layers']} layers ({config['bank']}) on {data.name} ...")
+        return make_bank(key, config, data, modules)
+
+    return Setting(data, make, make_plain, {}, config["layer_cost"])
+
+
+def checkpoint_setting(config: Mapping[str, Any]) -> Setting:
+    """A bank of pretrained blocks.
+
+    Args:
+      config: options of `jchain search --checkpoint`, by name.
+
+    Raises:
+      As `jchain.hub.jobs.load_task`.
+    """
+    task = jobs.load_task(config)
+
+    def make(key: Any) -> Bank:
+        _say(f"Reading {', '.join(config['checkpoint'])} ...")
+        return jobs.load_bank(config)
+
+    # All chains are no more than what the search itself may cost.
+    return Setting(task.data, make, None, task.options, config["layer_cost"], config["budget"])
+
+
+def search(config: Mapping[str, Any], setting: Setting, method: Search, policy: Policy) -> Job:
+    """Make the bank, search on `search`, re-rank the finalists on `select`, open `test` once for the report.
+
+    Args:
+      config: options of `jchain search`, by name.
+      setting: bank, data and loss.
       method: the search.
       policy: when weights of the bank are updated. The bank that is kept has them as they are at the end; controls are of the
         bank as it was made.
@@ -56,23 +115,25 @@ def search(config: Mapping[str, Any], data: Dataset, modules: Mapping[str, Any],
     """
     start = time.perf_counter()
     bank_key, control_key, search_key, chain_key = jax.random.split(jax.random.key(config["seed"]), 4)
-    _say(f"Making a bank of {config['num_layers']} layers ({config['bank']}) on {data.name} ...")
-    made = make_bank(bank_key, config, data, modules)
-    problem = Problem(made, data.search, max_layers=config["max_layers"])
+    made = setting.make_bank(bank_key)
+    max_layers = config["max_layers"]
+    if max_layers is None:
+        max_layers = max(len(parent) - 1 for parent in made.parents)
+    problem = setting.price(made, "search", max_layers, min_layers=config["min_layers"])
     bank, found, update_calls = policy.run(
-        search_key, method, problem, data.train, budget=config["budget"], progress=True
+        search_key, method, problem, setting.data.train, budget=config["budget"], progress=True
     )
     if len(found.finalists) == 0:
         raise ValueError(f"no chain has a finite loss: {found.num_chains} were scored")
     _say("Re-ranking the finalists, scoring the controls ...")
-    tokens = _pick_on_select(bank, data, found.finalists)
-    scores = _score(bank, data, tokens)
-    parent = _score_best_parent(control_key, config, data, modules, made)
-    random_chain = _score_random_chain(chain_key, data, made, len(tokens) - 1)
-    sizes = (made.num_layers, made.num_heads, problem.max_layers)
+    tokens = _pick_on_select(setting, bank, found.finalists)
+    scores = _score(setting, bank, tokens)
+    parent = _score_best_parent(control_key, setting, made)
+    random_chain = _score_random_chain(chain_key, setting, made, len(tokens) - 1)
+    count = chain.count(made.num_layers, made.num_heads, max_layers, min_layers=problem.min_layers)
     optimum = None
-    if chain.count(*sizes) <= MAX_OPTIMUM_CHAINS:
-        _say(f"Evaluating all {chain.count(*sizes):,} chains for the optimum ...")
+    if count <= setting.max_optimum_chains:
+        _say(f"Evaluating all {count:,} chains for the optimum ...")
         optimum = finite_or_none(evaluate_all(problem)[1].loss.min())
     result = {
         "best_chain": tokens,
@@ -115,43 +176,34 @@ def make_bank(key: Any, config: Mapping[str, Any], data: Dataset, modules: Mappi
     return train.snapshots(key, data.train, num_snapshots=num_layers // depth, **shared)
 
 
-def _score(bank: Bank, data: Dataset, tokens: list[int]) -> dict[str, Any]:
-    """Loss and accuracy of one chain by split."""
+def _score(setting: Setting, bank: Bank, tokens: list[int]) -> dict[str, Any]:
+    """Loss, without the price of layers, and accuracy of one chain by split."""
     chains = chain.pad([tokens])
-    outs = {name: evaluate(Problem(bank, getattr(data, name), len(tokens) - 1), chains) for name in SPLITS}
+    outs = {name: evaluate(setting.pose(bank, name, len(tokens) - 1), chains) for name in SPLITS}
     return {
         "loss": {name: finite_or_none(out.loss[0]) for name, out in outs.items()},
         "accuracy": {name: float(out.accuracy[0]) for name, out in outs.items()},
     }
 
 
-def _pick_on_select(bank: Bank, data: Dataset, chains: np.ndarray) -> list[int]:
-    """The tokens of the chain with the lowest loss on `select`."""
-    out = evaluate(Problem(bank, data.select, chains.shape[1] - 1), chains)
+def _pick_on_select(setting: Setting, bank: Bank, chains: np.ndarray) -> list[int]:
+    """The tokens of the chain with the lowest loss on `select`, the price of layers included."""
+    out = evaluate(setting.price(bank, "select", chains.shape[1] - 1), chains)
     return [int(token) for token in chains[int(np.argmin(out.loss))] if token != chain.PADDING]
 
 
-def _score_best_parent(
-    key: Any, config: Mapping[str, Any], data: Dataset, modules: Mapping[str, Any], bank: Bank
-) -> dict[str, Any]:
+def _score_best_parent(key: Any, setting: Setting, bank: Bank) -> dict[str, Any]:
     """The best net that the bank was cut from, or without one a plain net of as many layers and gradient steps."""
-    if not bank.parents:
-        bank = train.independent(
-            key,
-            data.train,
-            num_nets=1,
-            depth=config["depth"],
-            num_steps=bank.num_steps,
-            **modules,
-        )
-    return _score(bank, data, _pick_on_select(bank, data, chain.pad(bank.parents)))
+    if not bank.parents and setting.make_plain is not None:
+        bank = setting.make_plain(key, bank.num_steps)
+    return _score(setting, bank, _pick_on_select(setting, bank, chain.pad(bank.parents)))
 
 
-def _score_random_chain(key: Any, data: Dataset, bank: Bank, num_layers: int) -> dict[str, Any]:
+def _score_random_chain(key: Any, setting: Setting, bank: Bank, num_layers: int) -> dict[str, Any]:
     layer_key, head_key = jax.random.split(key)
     layers = jax.random.randint(layer_key, (num_layers,), 0, bank.num_layers)
     head = bank.num_layers + jax.random.randint(head_key, (), 0, bank.num_heads)
-    return _score(bank, data, [*map(int, layers), int(head)])
+    return _score(setting, bank, [*map(int, layers), int(head)])
 
 
 def finite_or_none(loss: Any) -> float | None:
@@ -217,13 +269,22 @@ def check_out(path: Path, *, replace: bool) -> None:
         raise ValueError(f"{path} already holds a result: pass --replace to replace it, or another --out")
 
 
+def has_own_weights(job: Job) -> bool:
+    """Whether the weights of the bank are in no checkpoint."""
+    return not job.result["config"].get("checkpoint") or job.bank.versions is not None
+
+
 def write(path: Path, job: Job) -> None:
-    """Write the result folder beside its place, then rename it: all of it or nothing."""
+    """Write the result folder beside its place, then rename it: all of it or nothing.
+
+    Weights of checkpoints are not written again where they are as they were.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         (temporary / RESULT_FILE).write_text(json.dumps(job.result, indent=1) + "\n")
-        job.bank.save(temporary / BANK_FILE)
+        if has_own_weights(job):
+            job.bank.save(temporary / BANK_FILE)
         levels = {
             "best parent": job.result["controls"]["best_parent"]["loss"]["search"],
             "optimum": job.result["optimum"],
@@ -240,6 +301,18 @@ def write(path: Path, job: Job) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def tell(path: Path) -> dict[str, Any]:
+    """What is known of the chain of a result folder, for people."""
+    result = json.loads((path / RESULT_FILE).read_text())
+    config, parent = result["config"], result["controls"]["best_parent"]["loss"]
+    data = config.get("text") or config.get("choices") or config.get("data")
+    told: dict[str, Any] = {"data": ", ".join(data) if isinstance(data, list) else data}
+    for split in SPLITS:
+        told[f"loss on {split}"] = f"{result['loss'][split]}, the model as it was {parent[split]}"
+    told["search"] = f"{config['search']}, seed {config['seed']}, {result['layer_calls']:,} layer calls"
+    return told | {"command": f"`{config['command']}`"}
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], list[list[int]]]:

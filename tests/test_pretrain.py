@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_bank, make_batch
+from conftest import assert_trees_close, make_bank, make_batch
 
 import jchain as jc
 from jchain.features import log_loss
@@ -71,7 +71,7 @@ def test_an_agent_carries_what_it_learnt_from_problem_to_problem(small):
         state = agent.init(init_key, problem)._replace(params=state.params, opt_state=state.opt_state)
         for step in jax.random.split(step_key, 2):
             state, _ = jax.jit(agent.step)(step, state, problem)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, state.params)
+    assert_trees_close(found, state.params, rtol=1e-4, atol=1e-5)
     for problems, num_steps in (([], 2), ([small], 0)):
         with pytest.raises(ValueError, match="expected at least one problem and num_steps of at least 1, got"):
             jc.pretrain.pretrain_agent(jax.random.key(0), agent, problems, num_steps=num_steps)

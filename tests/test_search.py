@@ -1,13 +1,14 @@
 """One contract for all searches. A search that jchain exports must be listed here."""
 
 import inspect
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from conftest import make_bank, make_batch
+from conftest import assert_trees_close, make_bank, make_batch
 
 import jchain as jc
 
@@ -126,8 +127,7 @@ def steps(search, problem, seed=0, num=2, step=None):
     return state, infos
 
 
-def assert_close(a, b):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-5), a, b)
+assert_close = partial(assert_trees_close, rtol=2e-3, atol=1e-5)
 
 
 def test_losses_indices_and_cost_are_exact(name, search, problem):
