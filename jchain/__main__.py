@@ -124,11 +124,15 @@ def _add_search(commands: Any) -> None:
         metavar="DIR",
         help="Hugging Face checkpoint folder, or several of one architecture: their blocks are the bank",
     )
-    pretrained.add_argument("--text", nargs="+", metavar="FILE", help="text that chains are judged on, by the next token")
+    pretrained.add_argument(
+        "--text", nargs="+", metavar="FILE", help="text that chains are judged on, by the next token"
+    )
     pretrained.add_argument(
         "--choices", metavar="FILE", help='or JSON lines of {"question": ..., "choices": [...], "answer": 0}'
     )
-    pretrained.add_argument("--length", type=int, help="tokens of a sequence, or question (default: 128, or the longest)")
+    pretrained.add_argument(
+        "--length", type=int, help="tokens of a sequence, or question (default: 128, or the longest)"
+    )
     pretrained.add_argument(
         "--pinned",
         type=_parse_pinned,
@@ -136,7 +140,9 @@ def _add_search(commands: Any) -> None:
         metavar="FIRST,LAST",
         help="blocks that every chain begins and ends with (default: 1,1)",
     )
-    pretrained.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of weights (default: the file's)")
+    pretrained.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of weights (default: the file's)"
+    )
     search.add_argument("--bank", choices=BANKS, default="routed", help="how the bank is made (default: %(default)s)")
     search.add_argument(
         "--layer",
@@ -157,7 +163,9 @@ def _add_search(commands: Any) -> None:
         "--num-steps", type=int, default=1000, help="gradient steps that make the bank (default: %(default)s)"
     )
     search.add_argument(
-        "--max-layers", type=int, help="most layers in a chain (default: depth; of checkpoints all blocks that are not pinned)"
+        "--max-layers",
+        type=int,
+        help="most layers in a chain (default: depth; of checkpoints all blocks that are not pinned)",
     )
     search.add_argument("--min-layers", type=int, default=0, help="fewest layers in a chain (default: %(default)s)")
     search.add_argument(

@@ -47,7 +47,7 @@ class Setting(NamedTuple):
 
     data: Dataset
     make_bank: Callable[[Any], Bank]  # from a key
-    make_plain: Callable[[Any, int], Bank] | None  # from a key and gradient steps, a net to compare with a bank without parents
+    make_plain: Callable[[Any, int], Bank] | None  # from a key and gradient steps, where a bank has no parents
     options: Mapping[str, Any]  # of `Problem`: how chains are judged
     layer_cost: float = 0.0
     max_optimum_chains: int = MAX_OPTIMUM_CHAINS

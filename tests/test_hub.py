@@ -250,3 +250,41 @@ def test_checkpoints_that_differ_make_no_bank(tmp_path, config, names, message):
         jc.hub.load_many(folders, names=names)
     with pytest.raises(ValueError, match="expected at least one checkpoint, got none"):
         jc.hub.load_many([])
+
+
+def test_recipes_are_chains_of_the_model(tmp_path):
+    bank = jc.hub.load(write(tmp_path / "model", config={"n_layer": 4}, tensors=make_tensors(4)))
+    (parent,), recipes = bank.parents, jc.hub.recipes
+    ids = jnp.array([[1, 2, 3], [4, 5, 6]])
+    influence = recipes.find_influence(bank, parent, ids)
+    hidden, expected = np.asarray(bank.embed(ids), np.float64), []
+    for token in range(4):
+        made = np.asarray(bank.layers[0].apply(token, jnp.asarray(hidden, jnp.float32)), np.float64)
+        cosine = (hidden * made).sum(-1) / np.sqrt((hidden**2).sum(-1) * (made**2).sum(-1))
+        expected.append(1 - cosine.mean())
+        hidden = made
+    np.testing.assert_allclose(influence, expected, rtol=1e-4)
+    assert recipes.drop_last(parent, 2).tolist() == [0, 1, 4]
+    assert recipes.drop_least_influential(parent, np.array([0.3, 0.1, 0.4, 0.2]), 2).tolist() == [0, 2, 4]
+    assert recipes.drop_contiguous(parent, 2).tolist() == [[2, 3, 4], [0, 3, 4], [0, 1, 4]]
+    assert recipes.repeat_contiguous(parent, 3).tolist() == [[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 1, 2, 3, 4]]
+    assert recipes.drop_last(parent, 4).tolist() == [4]
+    with pytest.raises(ValueError, match="expected 0 to 4 blocks of this chain, got 5"):
+        recipes.drop_last(parent, 5)
+
+
+def test_a_model_that_was_not_trained_has_all_its_weights(tmp_path):
+    folder = tmp_path / "new"
+    folder.mkdir()
+    options = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 6, "n_layer": 3, "n_head": 2, "n_positions": 8}
+    (folder / "config.json").write_text(json.dumps(options))
+    bank = jc.hub.init(jax.random.key(0), folder, name="new")
+    assert bank.names == ("new/0", "new/1", "new/2", "new/head")
+    out = jc.hub.export(bank, bank.parents[0], folder, tmp_path / "out")
+    assert "lm_head.weight" not in out.joinpath("model.safetensors").read_bytes()[:4096].decode("latin-1")
+    again, ids = jc.hub.load(out, name="new"), jnp.array([[1, 2, 3]])
+    np.testing.assert_array_equal(*(jc.apply_chain(b, np.array(b.parents[0]), ids) for b in (bank, again)))
+    kernel = bank.layers[0].params["mlp"]["c_fc"]["weight"]
+    assert not np.array_equal(kernel[0], kernel[1])
+    other = jc.hub.init(jax.random.key(1), folder, pinned=(1, 1))
+    assert other.num_layers == 1

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "jchain"
 # Each module may import those before it.
 ORDER = [
     "_typing", "pytree", "invertible", "layers", "files", "chain", "groups", "bank", "align", "images", "data", "train", "problem", "trie", "engine", "kernels", "evaluate", "memo", "env", "descent", "linearize", "inverse", "halves", "match", "meet", "joint", "weight_space", "gradient", "ideal", "tails", "advice", "trends", "layer_report", "features", "rewards", "encoding", "glimpse", "replay", "lookup", "critic", "pretrain",
-    "progress", "search.base", "search", "hub.config", "hub.modules", "hub.wrapping", "hub.architecture", "hub.gpt2", "hub.llama", "hub.gpt_neox", "hub.vit", "hub.checkpoint", "hub.loading", "hub.datasets", "hub.exporting", "hub.jobs", "hub", "tune", "nursery", "updates", "plot", "stats", "report", "chainbench", "distributed", "__main__",
+    "progress", "search.base", "search", "hub.config", "hub.modules", "hub.wrapping", "hub.architecture", "hub.gpt2", "hub.llama", "hub.gpt_neox", "hub.vit", "hub.checkpoint", "hub.loading", "hub.datasets", "hub.recipes", "hub.exporting", "hub.jobs", "hub", "tune", "nursery", "updates", "plot", "stats", "report", "chainbench", "distributed", "__main__",
 ]  # fmt: skip
 HEAVY = ("rlax", "mctx", "tensorflow_datasets", "matplotlib", "transformers")
 EVALUATE = """
@@ -56,7 +56,7 @@ def _imports(path):
 def test_modules_import_only_modules_before_them():
     for path in PACKAGE.rglob("*.py"):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        if name in ("__init__", "search.__init__"):
+        if name in ("__init__", "search.__init__", "hub.__init__"):
             continue
         for imported in _imports(path):
             assert _rank(imported) < _rank(name), f"{name} imports {imported}"

@@ -1,5 +1,6 @@
 """Pretrained transformers as banks: `load` reads a Hugging Face checkpoint folder, `load_many` several, `export` writes a chain."""
 
+from jchain.hub import recipes as recipes
 from jchain.hub.datasets import choice_accuracy as choice_accuracy
 from jchain.hub.datasets import choice_loss as choice_loss
 from jchain.hub.datasets import load_choices as load_choices
@@ -8,6 +9,7 @@ from jchain.hub.datasets import load_text as load_text
 from jchain.hub.datasets import token_accuracy as token_accuracy
 from jchain.hub.datasets import token_loss as token_loss
 from jchain.hub.exporting import export as export
+from jchain.hub.loading import init as init
 from jchain.hub.loading import load as load
 from jchain.hub.loading import load_many as load_many
 
@@ -15,11 +17,13 @@ __all__ = [
     "choice_accuracy",
     "choice_loss",
     "export",
+    "init",
     "load",
     "load_choices",
     "load_images",
     "load_many",
     "load_text",
+    "recipes",
     "token_accuracy",
     "token_loss",
 ]

@@ -19,7 +19,7 @@ from jchain._typing import Int, PyTree
 from jchain.bank import Bank
 from jchain.files import find_umask
 from jchain.hub.architecture import Architecture
-from jchain.hub.checkpoint import CONFIG, INDEX, WEIGHTS, Checkpoint
+from jchain.hub.checkpoint import CONFIG, INDEX, WEIGHTS, read_json
 from jchain.hub.loading import describe, find_places
 from jchain.hub.wrapping import Entries, Entry, Exit, Restart, Within
 
@@ -55,7 +55,7 @@ def export(
       bank: of `jchain.hub.load` or `load_many`, its weights updated or not.
       chain: tokens, a head last; at least one block.
       source: the checkpoint folder that the bank came from, or of each model by name, where it came from several: config and
-        small files are taken from the first.
+        small files are taken from the first, weights of none.
       out: the folder to write.
       facts: for the card, from what is told to its value: losses, data, the command.
       max_shard_size: bytes of a file of weights, at most, where more than one tensor is in it.
@@ -71,14 +71,14 @@ def export(
     if out.exists():
         raise FileExistsError(f"expected no folder at {out}, found one")
     tokens = [int(t) for t in chain_lib.validate(np.asarray(chain), bank.num_layers, bank.num_heads) if t >= 0]
-    first = source if isinstance(source, str | os.PathLike) else next(iter(source.values()))
-    checkpoint = Checkpoint(first)
-    architecture = describe(checkpoint.config, str(checkpoint.path / CONFIG))
+    first = Path(source if isinstance(source, str | os.PathLike) else next(iter(source.values())))
+    options = read_json(first / CONFIG)
+    architecture = describe(options, str(first / CONFIG))
     model = unfold(bank, tokens, len(architecture.blocks))
     if not model.blocks:
         raise ValueError("expected a chain of at least one block, got a head alone")
-    config = make_config(model, architecture, checkpoint)
-    tensors = collect_tensors(model, config, str(checkpoint.path / CONFIG))
+    config = make_config(model, architecture, options, first)
+    tensors = collect_tensors(model, config, str(first / CONFIG))
     paths = {
         name: str(source if isinstance(source, str | os.PathLike) else source.get(name, name))
         for name, *_ in model.blocks
@@ -87,7 +87,7 @@ def export(
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
         os.chmod(folder, 0o777 & ~find_umask())
-        for path in sorted(checkpoint.path.iterdir()):
+        for path in sorted(first.iterdir()):
             if path.is_file() and path.name not in _OWN_FILES and not path.name.endswith(_WEIGHT_SUFFIXES):
                 shutil.copy(path, folder / path.name)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -148,7 +148,7 @@ def _get_blocks(params: PyTree) -> list[PyTree]:
     return [params[name] for name in sorted(params, key=lambda n: int(n[7:]) if n.startswith("blocks_") else -1)][1:]
 
 
-def make_config(model: Model, architecture: Architecture, checkpoint: Checkpoint) -> dict[str, Any]:
+def make_config(model: Model, architecture: Architecture, options: dict[str, Any], source: Path) -> dict[str, Any]:
     """The config of the source, for these blocks.
 
     Raises:
@@ -156,8 +156,8 @@ def make_config(model: Model, architecture: Architecture, checkpoint: Checkpoint
     """
     for name, place, module, _ in model.blocks:
         if place >= len(architecture.blocks) or architecture.blocks[place] != module:
-            raise ValueError(f"expected a bank of the blocks of {checkpoint.path}, got {name}/{place}")
-    config = checkpoint.config | {architecture.depth_key: len(model.blocks)}
+            raise ValueError(f"expected a bank of the blocks of {source}, got {name}/{place}")
+    config = options | {architecture.depth_key: len(model.blocks)}
     for key, values in architecture.per_block.items():
         if config.get(key) is not None or len(set(values)) > 1:
             config[key] = [values[place] for _, place, _, _ in model.blocks]

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from jchain._typing import PyTree
+from jchain._typing import Array, Key, PyTree
 from jchain.bank import Bank
 from jchain.files import FAMILIES
 from jchain.groups import LayerGroup
 from jchain.hub.architecture import Architecture
-from jchain.hub.checkpoint import CONFIG, DTYPES, Checkpoint, list_names
+from jchain.hub.checkpoint import CONFIG, DTYPES, Checkpoint, list_names, read_json
 from jchain.hub.config import Config
 from jchain.hub.wrapping import Entries, Entry, Exit, Restart, Within
 
@@ -34,7 +34,7 @@ class Source(NamedTuple):
     """One checkpoint, and which of its tensors is which param."""
 
     name: str
-    checkpoint: Checkpoint
+    checkpoint: "Checkpoint | _Untrained"
     architecture: Architecture
     stem: Leaves
     blocks: list[Leaves]
@@ -104,6 +104,55 @@ def load_many(
     for source in sources[1:]:
         _check_alike(sources[0], source)
     return _assemble(sources, dtype, pinned)
+
+
+def init(
+    key: Key[Array, ""], path: str | os.PathLike[str], *, name: str = "model", pinned: tuple[int, int] = (0, 0)
+) -> Bank:
+    """The bank of a transformer that was not trained: random weights in float32, to train it, or to compare with.
+
+    Args:
+      key: of the weights.
+      path: a folder with config.json; weights in it are not looked at.
+      name: of the model.
+      pinned: as for `load`.
+
+    Raises:
+      FileNotFoundError: there is no config.json.
+      ValueError: the family or an option of the config is not supported, or there are not more blocks than are pinned.
+    """
+    folder = Path(path)
+    architecture = describe(read_json(folder / CONFIG), str(folder / CONFIG))
+    places = find_places(architecture)
+    return _assemble([Source(name, _Untrained(key, architecture, places), architecture, *places)], None, pinned)
+
+
+class _Untrained:
+    """Random weights, by the names that they would have in a checkpoint."""
+
+    def __init__(self, key: Array, architecture: Architecture, places: tuple[Leaves, list[Leaves], Leaves]) -> None:
+        self.path = Path()
+        stem, blocks, head = places
+        stem_key, head_key, *keys = jax.random.split(key, 2 + len(blocks))
+        x = jnp.zeros(architecture.example, architecture.example_dtype)
+        hidden, stem_params = architecture.stem.init_with_output(stem_key, x)
+        modules = zip(architecture.blocks, keys, strict=True)
+        # The head first: where its weights are those of the embeddings, these stay.
+        params = [
+            architecture.head.init(head_key, hidden),
+            stem_params,
+            *(module.init(key, hidden) for module, key in modules),
+        ]
+        self._arrays = {
+            names[path]: np.asarray(leaf)
+            for variables, names in zip(params, (head, stem, *blocks), strict=True)
+            for path, leaf in traverse_util.flatten_dict(variables["params"], sep="/").items()
+        }
+        self.shapes = {name: array.shape for name, array in self._arrays.items()}
+        self.dtypes = {name: array.dtype.name for name, array in self._arrays.items()}
+
+    def read(self, name: str, row: np.ndarray) -> None:
+        row[...] = self._arrays[name]
 
 
 def _open(path: str | os.PathLike[str], name: str | None) -> Source:
@@ -349,11 +398,11 @@ class _Reader:
         self._dtype = dtype
         self._rows: dict[tuple[Path, str], np.ndarray] = {}
 
-    def one(self, checkpoint: Checkpoint, places: Leaves) -> PyTree:
+    def one(self, checkpoint: Any, places: Leaves) -> PyTree:
         """The params of one module, which share memory with what was read before of the same tensors."""
         return _nest({path: self._read(checkpoint, name) for path, name in places.items()})
 
-    def stack(self, members: list[tuple[Checkpoint, Leaves]]) -> PyTree:
+    def stack(self, members: list[tuple[Any, Leaves]]) -> PyTree:
         """The params of several modules, each leaf `[n, ...]`, without a second copy of any."""
         stacks = {}
         for path in members[0][1]:
@@ -364,7 +413,7 @@ class _Reader:
                 self._rows[checkpoint.path, places[path]] = row
         return _nest(stacks)
 
-    def _read(self, checkpoint: Checkpoint, name: str) -> np.ndarray:
+    def _read(self, checkpoint: Any, name: str) -> np.ndarray:
         if (checkpoint.path, name) not in self._rows:
             row = _allocate(checkpoint.shapes[name], self._dtype)
             checkpoint.read(name, row)
@@ -385,7 +434,7 @@ def _nest(leaves: dict[str, np.ndarray]) -> PyTree:
     return traverse_util.unflatten_dict({path: jax.device_put(leaf) for path, leaf in leaves.items()}, sep="/")
 
 
-def _choose_dtype(checkpoints: list[Checkpoint], dtype: Any) -> np.dtype:
+def _choose_dtype(checkpoints: list[Any], dtype: Any) -> np.dtype:
     """The dtype of all weights."""
     found = sorted({name for checkpoint in checkpoints for name in checkpoint.dtypes.values()})
     if dtype is None and len(found) > 1:

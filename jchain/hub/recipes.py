@@ -1,0 +1,86 @@
+"""What people do by hand to make a pretrained transformer shallower or deeper: chains to compare with, of a model as it was.
+
+Each takes the model's own chain, one of `Bank.parents`, blocks and then the head.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jchain._typing import Array, Float, Int, Shaped
+from jchain.bank import Bank
+from jchain.engine import apply_token
+
+
+def find_influence(
+    bank: Bank, chain: Sequence[int] | Int[np.ndarray, "L"], x: Shaped[Array, "B ..."]
+) -> Float[np.ndarray, "D"]:
+    """How much each block of a chain turns what it reads: 1 less the mean cosine of input and output, over examples and tokens.
+
+    Block influence of ShortGPT (Men et al. 2024, arXiv:2403.03853).
+    """
+    hidden, found = bank.embed(x), []
+    for token in chain[:-1]:
+        made = _apply(bank.without_names(), jnp.asarray(token), hidden)
+        a, b = (part.astype(jnp.float32) for part in (hidden, made))
+        lengths = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
+        found.append(1 - float(jnp.mean(jnp.sum(a * b, axis=-1) / lengths)))
+        hidden = made
+    return np.array(found, np.float32)
+
+
+@jax.jit
+def _apply(bank: Bank, token: Int[Array, ""], hidden: Array) -> Array:
+    return apply_token(bank.layers, token, hidden)
+
+
+def drop_last(chain: Sequence[int] | Int[np.ndarray, "L"], num: int) -> Int[np.ndarray, "M"]:
+    """Without the last blocks.
+
+    Raises:
+      ValueError: there are not so many blocks.
+    """
+    kept, head = _cut(chain, num)
+    return np.append(kept[: len(kept) - num], head)
+
+
+def drop_least_influential(
+    chain: Sequence[int] | Int[np.ndarray, "L"], influence: Float[np.ndarray, "D"], num: int
+) -> Int[np.ndarray, "M"]:
+    """Without the blocks of the least influence, of `find_influence`.
+
+    Raises:
+      ValueError: there are not so many blocks.
+    """
+    blocks, head = _cut(chain, num)
+    return np.append(np.delete(blocks, np.argsort(influence, kind="stable")[:num]), head)
+
+
+def drop_contiguous(chain: Sequence[int] | Int[np.ndarray, "L"], num: int) -> Int[np.ndarray, "S M"]:
+    """Without each run of so many blocks.
+
+    Raises:
+      ValueError: there are not so many blocks.
+    """
+    blocks, head = _cut(chain, num)
+    return np.stack([np.append(np.delete(blocks, slice(i, i + num)), head) for i in range(len(blocks) - num + 1)])
+
+
+def repeat_contiguous(chain: Sequence[int] | Int[np.ndarray, "L"], num: int) -> Int[np.ndarray, "S M"]:
+    """With each run of so many blocks twice, one behind the other.
+
+    Raises:
+      ValueError: there are not so many blocks.
+    """
+    blocks, head = _cut(chain, num)
+    starts = range(len(blocks) - num + 1)
+    return np.stack([np.concatenate([blocks[: i + num], blocks[i:], [head]]) for i in starts])
+
+
+def _cut(chain: Sequence[int] | Int[np.ndarray, "L"], num: int) -> tuple[np.ndarray, int]:
+    tokens = np.asarray(chain, np.int32)
+    if not 0 <= num < len(tokens):
+        raise ValueError(f"expected 0 to {len(tokens) - 1} blocks of this chain, got {num}")
+    return tokens[:-1], int(tokens[-1])
