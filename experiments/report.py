@@ -36,9 +36,10 @@ SCRIPTS = (
     "values",
     "arena",
     "controller",
+    "transformer_depth",
 )
 # Of other questions than those that the project began with; their small sizes are tested by their own `--quick`.
-NOT_QUICK = ("arena", "controller")
+NOT_QUICK = ("arena", "controller", "transformer_depth")
 
 
 def main() -> int:

@@ -288,3 +288,37 @@ def test_a_model_that_was_not_trained_has_all_its_weights(tmp_path):
     assert not np.array_equal(kernel[0], kernel[1])
     other = jc.hub.init(jax.random.key(1), folder, pinned=(1, 1))
     assert other.num_layers == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"model_type": "gpt2", "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 8}, "lm_head.weight"),
+        (
+            {"model_type": "gpt_neox", "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1}
+            | {"intermediate_size": 8, "tie_word_embeddings": True},
+            "embed_out.weight",
+        ),
+    ],
+)
+def test_a_tied_output_layer_may_be_in_the_file_too(tmp_path, options, name):
+    from safetensors.numpy import load_file, save_file
+
+    folder = tmp_path / "new"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(options | {"vocab_size": 11}))
+    bank = jc.hub.init(jax.random.key(0), folder)
+    out = jc.hub.export(bank, bank.parents[0], folder, tmp_path / "out")
+    tensors = load_file(out / "model.safetensors")
+    assert name not in tensors
+    save_file(tensors | {name: np.ones((11, 8), np.float32)}, out / "model.safetensors")
+    again, ids = jc.hub.load(out), jnp.array([[1, 2]])
+    np.testing.assert_array_equal(*(jc.apply_chain(b, np.array(b.parents[0]), ids) for b in (bank, again)))
+
+
+def test_weights_of_another_dtype_are_said_to_be_so(tmp_path):
+    folder = write(tmp_path / "model", config={"torch_dtype": "float32"})
+    bank = jc.hub.load(folder, dtype=jnp.bfloat16)
+    out = jc.hub.export(bank, bank.parents[0], folder, tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert "dtype: bfloat16" in (out / "mergekit.yaml").read_text()

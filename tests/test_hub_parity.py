@@ -6,11 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_readme import EXAMPLES, make_model_and_text
 
 import jchain as jc
 
-torch = pytest.importorskip("torch", reason="parity extra: torch")
-transformers = pytest.importorskip("transformers", reason="parity extra: transformers")
+try:
+    import torch
+    import transformers
+except ImportError:
+    torch = None
+
+pytestmark = pytest.mark.skipif(torch is None, reason="needs the parity extra: torch and transformers")
 
 IDS = np.random.default_rng(0).integers(0, 67, (2, 9))
 SIZES = {"vocab_size": 67, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -141,6 +147,33 @@ def test_half_precision_and_shards(tmp_path, name, dtype):
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     assert_close(run_torch(again), run_torch(rounded), 1e-6)
+
+
+def test_several_models_are_one_bank_and_leave_as_one(tmp_path):
+    """With embeddings and an output layer of different models, which are not tied then."""
+    models = [make_model("gpt2", seed) for seed in range(2)]
+    for i, model in enumerate(models):
+        model.save_pretrained(tmp_path / f"m{i}")
+    bank = jc.hub.load_many([tmp_path / "m0", tmp_path / "m1"], pinned=(1, 1))
+    for model, parent in zip(models, bank.parents, strict=True):
+        assert_close(apply(bank, parent), run_torch(model))
+    chain = [bank.names.index("m1/embeddings"), 0, 3, 1, bank.names.index("m0/head")]
+    jc.hub.export(bank, chain, {f"m{i}": tmp_path / f"m{i}" for i in range(2)}, tmp_path / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert again.config.n_layer == 5
+    assert_close(run_torch(again), apply(bank, chain), 1e-5)
+
+
+def test_a_chain_that_was_found_is_loaded_by_transformers(tmp_path, monkeypatch):
+    """The second example of the README, whole."""
+    monkeypatch.chdir(tmp_path)
+    make_model_and_text(tmp_path)
+    scope = {}
+    exec(compile(EXAMPLES[1], "README.md", "exec"), scope)
+    ids = np.arange(16)[None]
+    again = jc.hub.load("shallower")
+    assert scope["model"].config.n_layer < 6
+    assert_close(apply(again, again.parents[0], ids), run_torch(scope["model"], ids))
 
 
 def test_a_base_model_without_prefix_is_read(tmp_path):

@@ -26,6 +26,7 @@ from jchain.hub.wrapping import Entries, Entry, Exit, Restart, Within
 
 # XLA on CPU takes arrays that begin at such an address as they are.
 _ALIGNMENT = 64
+_OUTPUTS = ("lm_head.weight", "embed_out.weight")
 Leaves = dict[str, str]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -379,7 +380,7 @@ def _check_tensors(architecture: Architecture, checkpoint: Checkpoint, base: str
         raise ValueError(f"{where}: expected tensors {list_names(missing)}, which are missing")
     buffers = {base + name.format(i) for name in architecture.unused for i in range(len(blocks))}
     # Some files hold an output layer although it is that of the embeddings.
-    buffers |= {"lm_head.weight"} if architecture.vocabulary is not None else set()
+    buffers |= set(_OUTPUTS) if architecture.vocabulary is not None else set()
     if surplus := there.keys() - expected.keys() - buffers:
         raise ValueError(
             f"{where}: tensors {list_names(surplus)} belong to no part of the model that its config describes"
