@@ -128,7 +128,10 @@ def search(config: Mapping[str, Any], setting: Setting, method: Search, policy: 
     _say("Re-ranking the finalists, scoring the controls ...")
     tokens = _pick_on_select(setting, bank, found.finalists)
     scores = _score(setting, bank, tokens)
-    parent = _score_best_parent(control_key, setting, made)
+    parent, of = _score_best_parent(control_key, setting, made)
+    recipes = {}
+    if config.get("checkpoint"):
+        recipes = jobs.find_recipes(problem, of, len(tokens) - 1)
     random_chain = _score_random_chain(chain_key, setting, made, len(tokens) - 1)
     count = chain.count(made.num_layers, made.num_heads, max_layers, min_layers=problem.min_layers)
     optimum = None
@@ -143,7 +146,11 @@ def search(config: Mapping[str, Any], setting: Setting, method: Search, policy: 
         "update_calls": update_calls,
         "seconds": 0.0,
         "optimum": optimum,
-        "controls": {"best_parent": parent, "random_chain": random_chain},
+        "controls": {
+            "best_parent": parent,
+            "random_chain": random_chain,
+            "recipes": {name: _score(setting, made, chain) for name, chain in recipes.items()},
+        },
         "nonfinite_chains": found.num_nonfinite,
         "config": dict(config),
         "versions": _versions(),
@@ -192,11 +199,12 @@ def _pick_on_select(setting: Setting, bank: Bank, chains: np.ndarray) -> list[in
     return [int(token) for token in chains[int(np.argmin(out.loss))] if token != chain.PADDING]
 
 
-def _score_best_parent(key: Any, setting: Setting, bank: Bank) -> dict[str, Any]:
-    """The best net that the bank was cut from, or without one a plain net of as many layers and gradient steps."""
+def _score_best_parent(key: Any, setting: Setting, bank: Bank) -> tuple[dict[str, Any], list[int]]:
+    """The best net that the bank was cut from, or without one a plain net of as many layers and gradient steps; and its tokens."""
     if not bank.parents and setting.make_plain is not None:
         bank = setting.make_plain(key, bank.num_steps)
-    return _score(setting, bank, _pick_on_select(setting, bank, chain.pad(bank.parents)))
+    tokens = _pick_on_select(setting, bank, chain.pad(bank.parents))
+    return _score(setting, bank, tokens), tokens
 
 
 def _score_random_chain(key: Any, setting: Setting, bank: Bank, num_layers: int) -> dict[str, Any]:
@@ -234,6 +242,7 @@ def print_table(job: Job) -> None:
         "chain found": result,
         parent: controls["best_parent"],
         "random chain, as long": controls["random_chain"],
+        **controls["recipes"],
     }
     for name, row in rows.items():
         table.add_row(name, *(_cell(row["loss"][split], row["accuracy"][split]) for split in SPLITS))

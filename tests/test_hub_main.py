@@ -10,7 +10,7 @@ from test_hub_datasets import QUESTION, TEXT, make_checkpoint, write_file
 
 import jchain as jc
 from jchain.__main__ import main
-from jchain.hub.jobs import name_models
+from jchain.hub.jobs import find_recipes, name_models
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,8 @@ def test_a_search_leaves_a_result_without_the_weights(folder, result, capsys):
     assert set(found["layers"][:-1]) <= {"m0/1", "m0/2", "m1/1", "m1/2", "m1/embeddings"}
     assert 2 <= len(found["layers"]) <= 4
     assert found["controls"]["best_parent"]["loss"]["test"] > 0
+    num_blocks = len([name for name in found["layers"][:-1] if not name.endswith("embeddings")])
+    assert bool(found["controls"]["recipes"]) == (num_blocks != 2)
     assert main(["evaluate", str(result), "--split", "test", "--json"]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert told["chains"][0]["loss"] == pytest.approx(found["loss"]["test"], rel=1e-5)
@@ -96,6 +98,20 @@ def test_options_that_do_not_go_together_are_refused(folder, monkeypatch, capsys
     assert [line for line in err.splitlines() if line.startswith("jchain: error")]
     assert re.search(message, err), err
     assert not (folder / "refused").exists()
+
+
+def test_recipes_bring_the_model_to_as_many_blocks(folder):
+    bank = jc.hub.load_many([folder / "m0", folder / "m1"])
+    data = jc.hub.load_text(folder / "m0", folder / "text.txt", length=8)
+    problem = jc.Problem(bank, data.search, max_layers=5)
+    assert bank.parents[1] == (8, 4, 5, 6, 7, 10)
+    found = find_recipes(problem, list(bank.parents[1]), 3)
+    assert found["last blocks dropped"] == [8, 4, 5, 10]
+    assert all(chain[0] == 8 and len(chain) == 4 for chain in found.values())
+    assert found["best run of blocks dropped"] in ([8, 6, 7, 10], [8, 4, 7, 10], [8, 4, 5, 10])
+    ((name, chain),) = find_recipes(problem, list(bank.parents[0]), 6).items()
+    assert (name, len(chain)) == ("best run repeated", 7)
+    assert find_recipes(problem, list(bank.parents[0]), 4) == {}
 
 
 def test_results_of_other_banks_are_not_exported(tmp_path, capsys):
