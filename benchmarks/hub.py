@@ -156,17 +156,20 @@ def run_import() -> dict[str, Any]:
 
 
 def make_weights() -> dict[str, np.ndarray]:
-    from jchain.hub.loading import describe, find_places, find_shapes
-
-    architecture = describe(LARGE, "config.json")
-    stem, blocks, head = find_places(architecture)
-    shapes = find_shapes(architecture)
-    places = [*zip((stem, *blocks, head), (shapes[0], *shapes[1], shapes[2]), strict=True)]
+    """Tensors of the shape of Qwen2 1.5B by name, random."""
+    width, hidden = LARGE["hidden_size"], LARGE["intermediate_size"]
+    narrow = width * LARGE["num_key_value_heads"] // LARGE["num_attention_heads"]
+    block = {"input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,)}
+    for name, size in (("q", width), ("k", narrow), ("v", narrow)):
+        block |= {f"self_attn.{name}_proj.weight": (size, width), f"self_attn.{name}_proj.bias": (size,)}
+    block |= {"self_attn.o_proj.weight": (width, width), "mlp.down_proj.weight": (width, hidden)}
+    block |= {f"mlp.{name}_proj.weight": (hidden, width) for name in ("gate", "up")}
+    shapes = {"model.embed_tokens.weight": (LARGE["vocab_size"], width), "model.norm.weight": (width,)}
+    for i in range(LARGE["num_hidden_layers"]):
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}
     rng = np.random.default_rng(0)
     return {
-        name: (0.02 * rng.standard_normal(of[path], np.float32)).astype(jnp.bfloat16)
-        for leaves, of in places
-        for path, name in leaves.items()
+        name: (0.02 * rng.standard_normal(shape, np.float32)).astype(jnp.bfloat16) for name, shape in shapes.items()
     }
 
 

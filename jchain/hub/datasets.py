@@ -16,7 +16,7 @@ from jchain._typing import Array, Float, Int
 from jchain.data import SHARES, SPLITS, Batch, Dataset, split
 from jchain.hub.architecture import Architecture
 from jchain.hub.checkpoint import CONFIG, read_json
-from jchain.hub.loading import describe
+from jchain.hub.places import describe
 
 TOKENIZER, PREPROCESSOR = "tokenizer.json", "preprocessor_config.json"
 Path_ = str | os.PathLike[str]

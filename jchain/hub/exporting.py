@@ -20,7 +20,7 @@ from jchain.bank import Bank
 from jchain.files import find_umask
 from jchain.hub.architecture import Architecture
 from jchain.hub.checkpoint import CONFIG, INDEX, WEIGHTS, read_json
-from jchain.hub.loading import describe, find_places
+from jchain.hub.places import describe, find_places
 from jchain.hub.wrapping import Entries, Entry, Exit, Restart, Within
 
 # Written anew, or of the weights as they were.

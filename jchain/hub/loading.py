@@ -1,11 +1,8 @@
 """From a checkpoint folder to a bank: blocks stacked as they lie in the file, embeddings as stem, the output layer as head."""
 
 import dataclasses
-import math
 import os
-from collections.abc import Iterable, Sequence
-from functools import cache
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,29 +10,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from jchain._typing import Array, Key, PyTree
 from jchain.bank import Bank
-from jchain.files import FAMILIES
 from jchain.groups import LayerGroup
 from jchain.hub.architecture import Architecture
-from jchain.hub.checkpoint import CONFIG, DTYPES, Checkpoint, list_names, read_json
-from jchain.hub.config import Config
+from jchain.hub.checkpoint import CONFIG, Checkpoint, read_json
+from jchain.hub.places import Leaves, check_tensors, describe, find_base, find_places, find_shapes
+from jchain.hub.reading import Reader, Untrained, choose_dtype
 from jchain.hub.wrapping import Entries, Entry, Exit, Restart, Within
-
-# XLA on CPU takes arrays that begin at such an address as they are.
-_ALIGNMENT = 64
-_OUTPUTS = ("lm_head.weight", "embed_out.weight")
-Leaves = dict[str, str]
-Shapes = dict[str, tuple[int, ...]]
 
 
 class Source(NamedTuple):
     """One checkpoint, and which of its tensors is which param."""
 
     name: str
-    checkpoint: "Checkpoint | _Untrained"
+    checkpoint: Checkpoint | Untrained
     architecture: Architecture
     stem: Leaves
     blocks: list[Leaves]
@@ -125,42 +115,14 @@ def init(
     folder = Path(path)
     architecture = describe(read_json(folder / CONFIG), str(folder / CONFIG))
     places = find_places(architecture)
-    return _assemble([Source(name, _Untrained(key, architecture, places), architecture, *places)], None, pinned)
-
-
-class _Untrained:
-    """Random weights, by the names that they would have in a checkpoint."""
-
-    def __init__(self, key: Array, architecture: Architecture, places: tuple[Leaves, list[Leaves], Leaves]) -> None:
-        self.path = Path()
-        stem, blocks, head = places
-        stem_key, head_key, *keys = jax.random.split(key, 2 + len(blocks))
-        x = jnp.zeros(architecture.example, architecture.example_dtype)
-        hidden, stem_params = architecture.stem.init_with_output(stem_key, x)
-        modules = zip(architecture.blocks, keys, strict=True)
-        # The head first: where its weights are those of the embeddings, these stay.
-        params = [
-            architecture.head.init(head_key, hidden),
-            stem_params,
-            *(module.init(key, hidden) for module, key in modules),
-        ]
-        self._arrays = {
-            names[path]: np.asarray(leaf)
-            for variables, names in zip(params, (head, stem, *blocks), strict=True)
-            for path, leaf in traverse_util.flatten_dict(variables["params"], sep="/").items()
-        }
-        self.shapes = {name: array.shape for name, array in self._arrays.items()}
-        self.dtypes = {name: array.dtype.name for name, array in self._arrays.items()}
-
-    def read(self, name: str, row: np.ndarray) -> None:
-        row[...] = self._arrays[name]
+    return _assemble([Source(name, Untrained(key, architecture, places), architecture, *places)], None, pinned)
 
 
 def _open(path: str | os.PathLike[str], name: str | None) -> Source:
     checkpoint = Checkpoint(path)
     architecture = describe(checkpoint.config, str(checkpoint.path / CONFIG))
     base = find_base(architecture, checkpoint)
-    _check_tensors(architecture, checkpoint, base)
+    check_tensors(architecture, checkpoint, base)
     return Source(name or checkpoint.path.resolve().name, checkpoint, architecture, *find_places(architecture, base))
 
 
@@ -194,7 +156,7 @@ def _assemble(sources: list[Source], dtype: Any, pinned: tuple[int, int]) -> Ban
     first, last = pinned
     if first < 0 or last < 0 or first + last >= depth:
         raise ValueError(f"expected fewer pinned blocks than the {depth} of the model, at least 0, got {pinned}")
-    read = _Reader(_choose_dtype([source.checkpoint for source in sources], dtype))
+    read = Reader(choose_dtype([source.checkpoint for source in sources], dtype))
     begin, middle, end = (architecture.blocks[part] for part in _cut(first, depth - last))
     features = find_shapes(architecture)[3]
 
@@ -222,55 +184,63 @@ def _assemble(sources: list[Source], dtype: Any, pinned: tuple[int, int]) -> Ban
         stem, stem_params = architecture.stem, entries[0]["stem"]
     exit_ = Exit(architecture.head, tuple(block.clone() for block in end), features)
 
-    size = len(middle)
-    layers = []
-    for module in dict.fromkeys(middle):
-        members = [(m, i) for m in range(len(sources)) for i in range(size) if middle[i] == module]
-        leaves = [(sources[m].checkpoint, sources[m].blocks[first + i]) for m, i in members]
-        params = read.stack(leaves)
-        tokens = tuple(m * size + i for m, i in members)
-        layers.append(
-            LayerGroup({"block": params}, Within(module, features), tokens)
-            if has_choice
-            else LayerGroup(params, module, tokens)
-        )
-    num_blocks = len(sources) * size
-    others = sources[1:] if has_choice else []
-    if others:
-        shares = jnp.eye(len(others), dtype=jax.tree.leaves(stem_params)[0].dtype)
-        tokens = tuple(range(num_blocks, num_blocks + len(others)))
-        layers.append(LayerGroup({"shares": shares}, Restart(features), tokens))
-    num_layers = num_blocks + len(others)
-    family = architecture.stem.__module__.rpartition(".")[2]
-    blocks = range(first, depth - last)
+    layers = _stack_layers(read, sources, middle, first, features, has_choice=has_choice)
+    num_layers = sum(len(group.tokens) for group in layers)
+    tokens = tuple(range(num_layers, num_layers + len(sources)))
+    names, origins = _name(sources, range(first, depth - last), has_choice=has_choice)
     return Bank(
-        layers=tuple(layers),
-        heads=(
-            LayerGroup(
-                heads, exit_ if is_wrapped else architecture.head, tuple(num_layers + m for m in range(len(sources)))
-            ),
-        ),
+        layers=layers,
+        heads=(LayerGroup(heads, exit_ if is_wrapped else architecture.head, tokens),),
         stem_params=stem_params,
         stem=stem,
-        names=(
-            *(f"{source.name}/{i}" for source in sources for i in blocks),
-            *(f"{source.name}/embeddings" for source in others),
-            *(f"{source.name}/head" for source in sources),
-        ),
-        origins=(
-            *(f"block {i} of {depth}, {family} checkpoint {source.name}" for source in sources for i in blocks),
-            *(f"embeddings of {family} checkpoint {source.name}" for source in others),
-            *(f"head of {family} checkpoint {source.name}" for source in sources),
-        ),
-        parents=tuple(
-            (
-                *((num_blocks + m - 1,) if has_choice and m else ()),
-                *range(m * size, (m + 1) * size),
-                num_layers + m,
-            )
-            for m in range(len(sources))
-        ),
+        names=names,
+        origins=origins,
+        parents=_find_parents(len(sources), len(middle), has_choice=has_choice),
     )
+
+
+def _stack_layers(
+    read: Reader,
+    sources: list[Source],
+    blocks: tuple[nn.Module, ...],
+    first: int,
+    features: int,
+    *,
+    has_choice: bool,
+) -> tuple[LayerGroup, ...]:
+    """The blocks of all sources, from `first` on, a group for each module, and where they are a choice their embeddings."""
+    layers, size = [], len(blocks)
+    for module in dict.fromkeys(blocks):
+        members = [(m, i) for m in range(len(sources)) for i in range(size) if blocks[i] == module]
+        params = read.stack([(sources[m].checkpoint, sources[m].blocks[first + i]) for m, i in members])
+        tokens = tuple(m * size + i for m, i in members)
+        wrapped = ({"block": params}, Within(module, features)) if has_choice else (params, module)
+        layers.append(LayerGroup(*wrapped, tokens))
+    if has_choice:
+        num = len(sources) * size
+        shares = jnp.eye(len(sources) - 1, dtype=jax.tree.leaves(layers[0].params)[0].dtype)
+        layers.append(LayerGroup({"shares": shares}, Restart(features), tuple(range(num, num + len(shares)))))
+    return tuple(layers)
+
+
+def _name(sources: list[Source], blocks: range, *, has_choice: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names and origins of all tokens."""
+    architecture = sources[0].architecture
+    depth, family = len(architecture.blocks), architecture.stem.__module__.rpartition(".")[2]
+    parts = [(f"{s.name}/{i}", f"block {i} of {depth}, {family} checkpoint {s.name}") for s in sources for i in blocks]
+    if has_choice:
+        parts += [(f"{s.name}/embeddings", f"embeddings of {family} checkpoint {s.name}") for s in sources[1:]]
+    parts += [(f"{s.name}/head", f"head of {family} checkpoint {s.name}") for s in sources]
+    names, origins = zip(*parts, strict=True)
+    return names, origins
+
+
+def _find_parents(num_sources: int, size: int, *, has_choice: bool) -> tuple[tuple[int, ...], ...]:
+    """Each model as it was: its embeddings, where they are a choice and it is not the first, its blocks, and its head."""
+    num_blocks = num_sources * size
+    num_layers = num_blocks + (num_sources - 1 if has_choice else 0)
+    starts = [() if m == 0 or not has_choice else (num_blocks + m - 1,) for m in range(num_sources)]
+    return tuple((*start, *range(m * size, (m + 1) * size), num_layers + m) for m, start in enumerate(starts))
 
 
 def _cut(first: int, last: int) -> tuple[slice, slice, slice]:
@@ -291,154 +261,3 @@ def _prefix_all(parts: dict[str, Leaves], blocks: list[Leaves]) -> Leaves:
 def _is_same(params: PyTree, other: PyTree) -> bool:
     pairs = zip(jax.tree.leaves(params), jax.tree.leaves(other), strict=True)
     return all(np.array_equal(a, b) for a, b in pairs)
-
-
-def describe(options: dict[str, Any], where: str) -> Architecture:
-    """The modules of a config.
-
-    Raises:
-      ValueError: the family, or an option, is not supported.
-    """
-    config = Config(options, where)
-    kind = config.require("model_type")
-    families: dict[str, Any] = {
-        known: family for family in map(import_module, FAMILIES) for known in family.MODEL_TYPES
-    }
-    if kind not in families:
-        raise config.refuse("model_type", kind, ", ".join(families))
-    try:
-        architecture = families[kind].describe(config)
-        config.finish()
-        find_shapes(architecture)
-    except (TypeError, ZeroDivisionError, AttributeError) as error:  # an option of another type than the family takes
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{config.where}: an option has a value that does not fit: {reason}") from None
-    return architecture
-
-
-def find_places(architecture: Architecture, base: str | None = None) -> tuple[Leaves, list[Leaves], Leaves]:
-    """For stem, each block and head the tensor of each param, `{"attn/c_attn/weight": "transformer.h.0.attn.c_attn.weight"}`.
-
-    Args:
-      architecture: of the checkpoint.
-      base: what stands before all names; that of the architecture when None.
-    """
-    base = architecture.base if base is None else base
-    stem, blocks, head, _ = find_shapes(architecture)
-
-    def place(params: Iterable[str], places: dict[str, str]) -> Leaves:
-        found = {}
-        for path in params:
-            child, *rest = path.split("/")
-            there = places[child]
-            found[path] = ".".join([there[1:] if there.startswith("/") else base + there, *rest])
-        return found
-
-    return (
-        place(stem, architecture.stem_places),
-        [
-            {path: base + architecture.block.format(i) + path.replace("/", ".") for path in shapes}
-            for i, shapes in enumerate(blocks)
-        ],
-        place(head, architecture.head_places),
-    )
-
-
-def find_shapes(architecture: Architecture) -> tuple[Shapes, list[Shapes], Shapes, int]:
-    """The shape of each param of stem, blocks and head, and the width that blocks keep."""
-    x = jax.ShapeDtypeStruct(architecture.example, architecture.example_dtype)
-    stem, hidden = _init(architecture.stem, x)
-    blocks = [_init(block, hidden)[0] for block in architecture.blocks]
-    return stem, blocks, _init(architecture.head, hidden)[0], hidden.shape[-1]
-
-
-@cache
-def _init(module: nn.Module, x: Any) -> tuple[Shapes, Any]:
-    """Shapes of the params of a module for such an input, and what it makes of it."""
-    out, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
-    params: dict[str, Any] = traverse_util.flatten_dict(variables["params"], sep="/")  # pyright: ignore[reportAssignmentType]
-    return {path: leaf.shape for path, leaf in params.items()}, out
-
-
-def find_base(architecture: Architecture, checkpoint: Checkpoint) -> str:
-    """What stands before all names of this file: nothing where it was saved without a task's head."""
-    is_there = any(name.startswith(architecture.base) for name in checkpoint.shapes)
-    return architecture.base if is_there else ""
-
-
-def _check_tensors(architecture: Architecture, checkpoint: Checkpoint, base: str) -> None:
-    """That the file holds what the modules take, and nothing else."""
-    stem, blocks, head = find_places(architecture, base)
-    shapes = find_shapes(architecture)
-    expected = {
-        name: of[path]
-        for places, of in zip((stem, *blocks, head), (shapes[0], *shapes[1], shapes[2]), strict=True)
-        for path, name in places.items()
-    }
-    where, there = checkpoint.path, checkpoint.shapes
-    if missing := expected.keys() - there.keys():
-        raise ValueError(f"{where}: expected tensors {list_names(missing)}, which are missing")
-    buffers = {base + name.format(i) for name in architecture.unused for i in range(len(blocks))}
-    # Some files hold an output layer although it is that of the embeddings.
-    buffers |= set(_OUTPUTS) if architecture.vocabulary is not None else set()
-    if surplus := there.keys() - expected.keys() - buffers:
-        raise ValueError(
-            f"{where}: tensors {list_names(surplus)} belong to no part of the model that its config describes"
-        )
-    for name, shape in expected.items():
-        if there[name] != shape:
-            raise ValueError(f"{where}: expected {name} of shape {list(shape)} by its config, got {list(there[name])}")
-        if checkpoint.dtypes[name] not in DTYPES.values():
-            raise ValueError(f"{where}: expected {name} of {', '.join(DTYPES.values())}, got {checkpoint.dtypes[name]}")
-
-
-class _Reader:
-    """Tensors of checkpoints as arrays, each read once."""
-
-    def __init__(self, dtype: Any) -> None:
-        self._dtype = dtype
-        self._rows: dict[tuple[Path, str], np.ndarray] = {}
-
-    def one(self, checkpoint: Any, places: Leaves) -> PyTree:
-        """The params of one module, which share memory with what was read before of the same tensors."""
-        return _nest({path: self._read(checkpoint, name) for path, name in places.items()})
-
-    def stack(self, members: list[tuple[Any, Leaves]]) -> PyTree:
-        """The params of several modules, each leaf `[n, ...]`, without a second copy of any."""
-        stacks = {}
-        for path in members[0][1]:
-            checkpoint, places = members[0]
-            stacks[path] = _allocate((len(members), *checkpoint.shapes[places[path]]), self._dtype)
-            for row, (checkpoint, places) in zip(stacks[path], members, strict=True):
-                checkpoint.read(places[path], row)
-                self._rows[checkpoint.path, places[path]] = row
-        return _nest(stacks)
-
-    def _read(self, checkpoint: Any, name: str) -> np.ndarray:
-        if (checkpoint.path, name) not in self._rows:
-            row = _allocate(checkpoint.shapes[name], self._dtype)
-            checkpoint.read(name, row)
-            self._rows[checkpoint.path, name] = row
-        return self._rows[checkpoint.path, name]
-
-
-def _allocate(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Memory that XLA on CPU takes as it is."""
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def _nest(leaves: dict[str, np.ndarray]) -> PyTree:
-    # Without a copy, which `jnp.asarray` would make.
-    return traverse_util.unflatten_dict({path: jax.device_put(leaf) for path, leaf in leaves.items()}, sep="/")
-
-
-def _choose_dtype(checkpoints: list[Any], dtype: Any) -> np.dtype:
-    """The dtype of all weights."""
-    found = sorted({name for checkpoint in checkpoints for name in checkpoint.dtypes.values()})
-    if dtype is None and len(found) > 1:
-        where = ", ".join(str(checkpoint.path) for checkpoint in checkpoints)
-        raise ValueError(f"{where}: expected weights of one dtype, got {', '.join(found)}: pass dtype=")
-    return jnp.dtype(found[0] if dtype is None else dtype)
