@@ -141,6 +141,12 @@ def _add_search(commands: Any) -> None:
         help="blocks that every chain begins and ends with (default: 1,1)",
     )
     pretrained.add_argument(
+        "--sweep",
+        type=int,
+        metavar="K",
+        help="search chains of at most K, K + 1, ... layers too, up to --max-layers, the budget for each, beside recipes",
+    )
+    pretrained.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of weights (default: the file's)"
     )
     search.add_argument("--bank", choices=BANKS, default="routed", help="how the bank is made (default: %(default)s)")
@@ -275,8 +281,7 @@ def _search(args: argparse.Namespace) -> None:
     job = report.search(config, setting, SEARCHES[args.search](args), UPDATES[args.update]())
     report.write(args.out, job)
     report.print_table(job)
-    files = [report.RESULT_FILE, *([report.BANK_FILE] if report.has_own_weights(job) else [])]
-    print(f"Wrote {args.out}/{', '.join(files)} and {report.CURVE_FILE}")
+    print(f"Wrote {args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
     if args.json:
         print(json.dumps(job.result))
 
@@ -289,13 +294,18 @@ def _check_checkpoint(args: argparse.Namespace) -> None:
             raise ValueError(f"expected no --{name.replace('_', '-')} with --checkpoint, whose layers are its blocks")
     if args.max_layers is not None:
         args.max_layers = check_max_layers(args.max_layers)
+    if args.sweep is not None:
+        if args.sweep < 0:
+            raise ValueError(f"expected --sweep of at least 0, got {args.sweep}")
+        if args.update != "never":
+            raise ValueError(f"expected --update never with --sweep, got {args.update}")
     args.checkpoint = [str(Path(path).resolve()) for path in args.checkpoint]
     args.text = args.text and [str(Path(path).resolve()) for path in args.text]
     args.choices = args.choices and str(Path(args.choices).resolve())
 
 
 def _check_no_checkpoint(args: argparse.Namespace) -> None:
-    for name in ("text", "choices", "length", "dtype"):
+    for name in ("text", "choices", "length", "dtype", "sweep"):
         if getattr(args, name) is not None:
             raise ValueError(f"expected --checkpoint with --{name}")
 

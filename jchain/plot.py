@@ -32,6 +32,28 @@ def plot_curve(path: str | os.PathLike[str], curve: Curve, levels: Mapping[str, 
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
 
 
+def plot_sweep(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Loss on test against the number of layers, of what was found and of recipes, as a PNG.
+
+    Args:
+      path: where to write.
+      rows: `sweep` of the result of `jchain search --sweep`.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in dict.fromkeys(name for row in rows for name in row["recipes"]):
+        points = [(r["max_layers"], r["recipes"][name]["loss"]["test"]) for r in rows if name in r["recipes"]]
+        axes.plot(*zip(*points, strict=True), marker="s", linestyle="--", label=name)
+    points = [(row["max_layers"], row["loss"]["test"]) for row in rows]
+    axes.plot(*zip(*points, strict=True), marker="o", color="black", label="chain found")
+    axes.set(xlabel="layers, at most", ylabel="loss on test")
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend()
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
+
+
 def plot_layers(path: str | os.PathLike[str], reports: Sequence[LayerReport]) -> None:
     """What the gradient says of each layer of a chain, as a PNG: totals by layer, and importance by weight index.
 

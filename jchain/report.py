@@ -23,12 +23,12 @@ from jchain.data import Dataset
 from jchain.evaluate import evaluate, evaluate_all
 from jchain.hub import jobs
 from jchain.hub.jobs import price_layers
-from jchain.plot import plot_curve
+from jchain.plot import plot_curve, plot_sweep
 from jchain.problem import Problem
-from jchain.search.base import Result, Search
+from jchain.search.base import Result, Search, run
 from jchain.updates import Policy
 
-RESULT_FILE, BANK_FILE, CURVE_FILE = "result.json", "bank.safetensors", "curve.png"
+RESULT_FILE, BANK_FILE, CURVE_FILE, SWEEP_FILE = "result.json", "bank.safetensors", "curve.png", "sweep.png"
 SPLITS = ("search", "select", "test")
 # Chains whose optimum is looked up by evaluating them all: about half a minute on two cores.
 MAX_OPTIMUM_CHAINS = 200_000
@@ -127,12 +127,11 @@ def search(config: Mapping[str, Any], setting: Setting, method: Search, policy: 
         raise ValueError(f"no chain has a finite loss: {found.num_chains} were scored")
     _say("Re-ranking the finalists, scoring the controls ...")
     tokens = _pick_on_select(setting, bank, found.finalists)
-    scores = _score(setting, bank, tokens)
-    parent, of = _score_best_parent(control_key, setting, made)
-    recipes = {}
-    if config.get("checkpoint"):
-        recipes = jobs.find_recipes(problem, of, len(tokens) - 1)
-    random_chain = _score_random_chain(chain_key, setting, made, len(tokens) - 1)
+    width = max(max_layers, *(len(parent) - 1 for parent in made.parents), config["depth"])
+    scores = _score(setting, bank, tokens, width)
+    parent, of = _score_best_parent(control_key, setting, made, width)
+    recipes = _score_recipes(setting, problem, of, len(tokens) - 1, width) if config.get("checkpoint") else {}
+    random_chain = _score_random_chain(chain_key, setting, made, len(tokens) - 1, width)
     count = chain.count(made.num_layers, made.num_heads, max_layers, min_layers=problem.min_layers)
     optimum = None
     if count <= setting.max_optimum_chains:
@@ -149,14 +148,48 @@ def search(config: Mapping[str, Any], setting: Setting, method: Search, policy: 
         "controls": {
             "best_parent": parent,
             "random_chain": random_chain,
-            "recipes": {name: _score(setting, made, chain) for name, chain in recipes.items()},
+            "recipes": recipes,
         },
         "nonfinite_chains": found.num_nonfinite,
         "config": dict(config),
         "versions": _versions(),
     }
+    if config.get("sweep") is not None:
+        result["sweep"] = [
+            _search_at(num, search_key, config, setting, method, made, of, width)
+            for num in range(config["sweep"], max_layers)
+        ]
+        result["sweep"].append({"max_layers": max_layers, "chain": tokens, **scores, "recipes": recipes})
     result["seconds"] = round(time.perf_counter() - start, 1)
     return Job(result, bank, found)
+
+
+def _search_at(
+    max_layers: int,
+    key: Any,
+    config: Mapping[str, Any],
+    setting: Setting,
+    method: Search,
+    bank: Bank,
+    parent: list[int],
+    width: int,
+) -> dict[str, Any]:
+    """What is found where chains have at most so many layers, beside recipes for as many."""
+    _say(f"Searching chains of at most {max_layers} layers ...")
+    problem = setting.price(bank, "search", max_layers, min_layers=min(config["min_layers"], max_layers))
+    found = run(key, method, problem, budget=config["budget"], progress=True)
+    if len(found.finalists) == 0:
+        raise ValueError(f"no chain of at most {max_layers} layers has a finite loss: {found.num_chains} were scored")
+    tokens = _pick_on_select(setting, bank, found.finalists)
+    recipes = _score_recipes(setting, problem, parent, max_layers, width)
+    return {"max_layers": max_layers, "chain": tokens, **_score(setting, bank, tokens, width), "recipes": recipes}
+
+
+def _score_recipes(
+    setting: Setting, problem: Problem, parent: list[int], num_layers: int, width: int
+) -> dict[str, Any]:
+    found = jobs.find_recipes(problem, parent, num_layers)
+    return {name: {"chain": tokens, **_score(setting, problem.bank, tokens, width)} for name, tokens in found.items()}
 
 
 def _say(line: str) -> None:
@@ -183,10 +216,13 @@ def make_bank(key: Any, config: Mapping[str, Any], data: Dataset, modules: Mappi
     return train.snapshots(key, data.train, num_snapshots=num_layers // depth, **shared)
 
 
-def _score(setting: Setting, bank: Bank, tokens: list[int]) -> dict[str, Any]:
-    """Loss, without the price of layers, and accuracy of one chain by split."""
-    chains = chain.pad([tokens])
-    outs = {name: evaluate(setting.pose(bank, name, len(tokens) - 1), chains) for name in SPLITS}
+def _score(setting: Setting, bank: Bank, tokens: list[int], width: int) -> dict[str, Any]:
+    """Loss, without the price of layers, and accuracy of one chain by split.
+
+    Chains of one `width`, layers at most, share compiled programs.
+    """
+    chains = chain.pad([tokens], width)
+    outs = {name: evaluate(setting.pose(bank, name, width), chains) for name in SPLITS}
     return {
         "loss": {name: finite_or_none(out.loss[0]) for name, out in outs.items()},
         "accuracy": {name: float(out.accuracy[0]) for name, out in outs.items()},
@@ -199,19 +235,19 @@ def _pick_on_select(setting: Setting, bank: Bank, chains: np.ndarray) -> list[in
     return [int(token) for token in chains[int(np.argmin(out.loss))] if token != chain.PADDING]
 
 
-def _score_best_parent(key: Any, setting: Setting, bank: Bank) -> tuple[dict[str, Any], list[int]]:
+def _score_best_parent(key: Any, setting: Setting, bank: Bank, width: int) -> tuple[dict[str, Any], list[int]]:
     """The best net that the bank was cut from, or without one a plain net of as many layers and gradient steps; and its tokens."""
     if not bank.parents and setting.make_plain is not None:
         bank = setting.make_plain(key, bank.num_steps)
     tokens = _pick_on_select(setting, bank, chain.pad(bank.parents))
-    return _score(setting, bank, tokens), tokens
+    return _score(setting, bank, tokens, width), tokens
 
 
-def _score_random_chain(key: Any, setting: Setting, bank: Bank, num_layers: int) -> dict[str, Any]:
+def _score_random_chain(key: Any, setting: Setting, bank: Bank, num_layers: int, width: int) -> dict[str, Any]:
     layer_key, head_key = jax.random.split(key)
     layers = jax.random.randint(layer_key, (num_layers,), 0, bank.num_layers)
     head = bank.num_layers + jax.random.randint(head_key, (), 0, bank.num_heads)
-    return _score(setting, bank, [*map(int, layers), int(head)])
+    return _score(setting, bank, [*map(int, layers), int(head)], width)
 
 
 def finite_or_none(loss: Any) -> float | None:
@@ -250,12 +286,29 @@ def print_table(job: Job) -> None:
         table.add_row("optimum of all chains", f"{result['optimum']:.4f}        ")
     console = Console()
     console.print(table)
+    if "sweep" in result:
+        console.print(_make_sweep_table(result["sweep"]))
     updates = f", {result['update_calls']:,} of them gradient steps" if result["update_calls"] else ""
     console.print(f"chain found, in {result['layer_calls']:,} layer calls{updates}: {' -> '.join(result['layers'])}")
     if result["nonfinite_chains"]:
         console.print(
             f"{result['nonfinite_chains']} of {job.run.num_chains} scored chains had a loss that was not finite"
         )
+
+
+def _make_sweep_table(rows: list[dict[str, Any]]) -> Any:
+    """Loss on test by the number of layers, of what was found and of recipes."""
+    from rich.table import Table
+
+    recipes = list(dict.fromkeys(name for row in rows for name in row["recipes"]))
+    table = Table(title="loss (accuracy) on test by layers", title_justify="left")
+    for name in ("at most", "chain found", *recipes):
+        table.add_column(name, justify="right")
+    for row in rows:
+        cells = [row, *(row["recipes"].get(name) for name in recipes)]
+        shown = ["" if cell is None else _cell(cell["loss"]["test"], cell["accuracy"]["test"]) for cell in cells]
+        table.add_row(str(row["max_layers"]), *shown)
+    return table
 
 
 def _cell(loss: float | None, accuracy: float) -> str:
@@ -299,6 +352,8 @@ def write(path: Path, job: Job) -> None:
             "optimum": job.result["optimum"],
         }
         plot_curve(temporary / CURVE_FILE, job.run.curve, {k: v for k, v in levels.items() if v is not None})
+        if "sweep" in job.result:
+            plot_sweep(temporary / SWEEP_FILE, job.result["sweep"])
         temporary.chmod(0o755)
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")) / "old"

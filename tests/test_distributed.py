@@ -91,6 +91,7 @@ def test_eight_devices_give_the_losses_of_one():
     assert (code, out.split()[-1:]) == (0, ["passed"]), err
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one():
     address = free_address()
     processes = [start(TWO_PROCESSES, address, str(i)) for i in range(2)]

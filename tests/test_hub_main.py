@@ -70,13 +70,22 @@ def test_a_result_is_exported_as_a_checkpoint(folder, result, tmp_path, capsys):
 
 
 def test_questions_are_searched_too(folder, tmp_path):
-    options = ["--search", "random", "--budget", "40", "--pinned", "0,1", "--layer-cost", "10"]
+    options = ["--search", "random", "--budget", "40", "--pinned", "0,1", "--layer-cost", "10", "--sweep", "2"]
     out = str(tmp_path / "out")
     assert main(["search", "--checkpoint", str(folder / "m0"), "--choices", str(folder / "questions.jsonl"), *options, "--out", out]) == 0  # fmt: skip
     found = json.loads((tmp_path / "out" / "result.json").read_text())
     # Layers are that dear.
     assert found["layers"] == ["m0/head"]
     assert 0 <= found["accuracy"]["test"] <= 1
+    few, all_ = found["sweep"]
+    assert (few["max_layers"], all_["max_layers"], all_["chain"]) == (2, 3, [3])
+    assert set(few["recipes"]) == {
+        "last blocks dropped",
+        "blocks of least influence dropped",
+        "best run of blocks dropped",
+    }
+    assert few["recipes"]["last blocks dropped"]["chain"] == [0, 1, 3]
+    assert (tmp_path / "out" / "sweep.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -86,6 +95,7 @@ def test_questions_are_searched_too(folder, tmp_path):
         (["--checkpoint", "m0", "--text", "text.txt", "--data", "digits"], "got text, data"),
         (["--checkpoint", "m0", "--text", "text.txt", "--depth", "3"], "expected no --depth with --checkpoint"),
         (["--text", "text.txt"], "expected --checkpoint with --text"),
+        (["--checkpoint", "m0", "--text", "text.txt", "--sweep", "-1"], "expected --sweep of at least 0, got -1"),
         (["--checkpoint", "m0", "m0", "--text", "text.txt"], "expected different checkpoints"),
         (["--checkpoint", "m0", "--text", "text.txt", "--pinned", "2,2"], "expected fewer pinned blocks than the 4"),
         (["--checkpoint", "none", "--text", "text.txt"], "expected config.json in .*none, found none"),

@@ -70,7 +70,7 @@ def test_updated_weights_are_those_of_the_bank_that_is_kept(tmp_path, capsys):
 
 
 def test_evaluate_scores_chains_of_a_result_or_a_bank_file(tmp_path, capsys):
-    search(tmp_path)
+    search(tmp_path, "--search", "local")
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert main(["evaluate", str(tmp_path / "out"), "--split", "test", "--json"]) == 0
     scored = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -86,7 +86,7 @@ def test_evaluate_scores_chains_of_a_result_or_a_bank_file(tmp_path, capsys):
 @pytest.fixture(scope="module")
 def result_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
-    search(folder)
+    search(folder, "--search", "random")
     return folder / "out"
 
 
