@@ -7,7 +7,7 @@ which it did not see: concurrency (A: asyncio, multiprocessing, ...) and the web
 read by `jc.hub`. *Depth*: chains of at most k blocks of the base model, first and last pinned, repeats and any order allowed;
 searches at 1,000 layer calls on `search`, the best of their finalists by `select`, judged on `test`, beside dropping the last blocks,
 dropping those of the least influence (ShortGPT), the best run of blocks dropped, and, for more blocks than there are, the best run
-repeated (both by `search`). Where all chains can be scored, so they are: their lowest loss on `search` is the optimum. *Mix*: chains of the
+repeated (both by `search`); and beside what is lower on `select`, that or the recipe. Where all chains can be scored, so they are: their lowest loss on `search` is the optimum. *Mix*: chains of the
 blocks, embeddings and heads of both fine-tunes, on text of A and B in equal parts, beside each fine-tune, the base model, and the mean of the
 fine-tunes' weights (model soup). Loss: nats of the next byte. Writes transformer_depth.json, .md and .png to experiments/results.
 
@@ -62,9 +62,9 @@ LENGTH, BATCH = 128, 16
 NUM_MODELS, NUM_STEPS, NUM_TUNE_STEPS = 5, 600, 150
 LEARNING_RATE, TUNE_RATE = 2e-3, 5e-4
 # Sequences of search, select and test.
-SIZES = (6, 32, 64)
+SIZES = (8, 48, 96)
 # Blocks of which all chains are scored, and others; layer calls of a search; its runs by different keys.
-KEPT, MORE, BUDGET, MIX_BUDGET, NUM_RUNS = (4, 5, 6, 7), (8, 9, 10), 1000, 2000, 10
+KEPT, MORE, BUDGET, NUM_RUNS = (4, 5, 6, 7), (8, 9), 1000, 10
 SEARCHES = {
     "random search": jc.RandomSearch(),
     "local search": jc.LocalSearch(),
@@ -74,8 +74,9 @@ SEARCHES = {
 }
 # Needs weights and activations: not looked up. What is not looked up has fewer runs.
 WEIGHING, NUM_FULL_RUNS = ("linearized",), 2
-RECIPES = ("last blocks dropped", "least influence dropped", "best run dropped", "best run repeated")
+RECIPES = ("last blocks dropped", "least influence dropped", "best run dropped", "nothing dropped", "best run repeated")
 FOUND = "local search"
+CHOSEN = "local search or a recipe, by select"
 MIX_ARMS = ("base", "fine-tune a", "fine-tune b", "soup of both", "random mix", *SEARCHES)
 
 
@@ -92,7 +93,6 @@ class Size:
     depth: int = 8
     width: int = 128
     budget: int = BUDGET
-    mix_budget: int = MIX_BUDGET
 
 
 def main() -> None:
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one small model; nothing is written")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    size = Size(1, 30, 10, (3, 4), (6,), 2, 5, 32, 100, 100) if args.quick else Size()
+    size = Size(1, 30, 10, (3, 4), (6,), 2, 5, 32, 100) if args.quick else Size()
     start = time.perf_counter()
     runs = [measure(seed, size) for seed in range(size.num_models)]
     result = {**describe_machine(), "seconds": 0, **summarize(runs, size)}
@@ -127,7 +127,17 @@ def measure(seed: int, size: Size) -> dict[str, np.ndarray]:
     )
     with tempfile.TemporaryDirectory() as folder:
         paths = write_checkpoints(Path(folder), trained, size)
-        code = (measure_depth, measure_mix, search_all, pick, load_text, find_files, write_checkpoints)
+        code = (
+            measure_depth,
+            measure_mix,
+            search_all,
+            pick,
+            find_recipes,
+            judge,
+            load_text,
+            find_files,
+            write_checkpoints,
+        )
         uses = [*SEARCHES.values()]
         depth = keep(code, f"transformer-depth-{seed}", case, lambda: measure_depth(seed, size, paths, text), uses=uses)
         mix = keep(code, f"transformer-mix-{seed}", case, lambda: measure_mix(seed, size, paths, text), uses=uses)
@@ -261,11 +271,12 @@ def search_all(
         yield name, [np.asarray(run.finalists) for run in runs]
 
 
-def pick(select: jc.Problem, finalists: list[np.ndarray]) -> list[list[int]]:
-    """Of each run the finalist with the lowest loss on `select`."""
+def pick(select: jc.Problem, finalists: list[np.ndarray]) -> tuple[list[list[int]], np.ndarray]:
+    """Of each run the finalist with the lowest loss on `select`, and that loss."""
     loss = np.asarray(jc.evaluate(select, np.concatenate(finalists)).loss)
     parts = np.split(loss, np.cumsum([len(rows) for rows in finalists])[:-1])
-    return [[int(t) for t in rows[int(part.argmin())] if t >= 0] for rows, part in zip(finalists, parts, strict=True)]
+    best = [rows[int(part.argmin())] for rows, part in zip(finalists, parts, strict=True)]
+    return [[int(t) for t in row if t >= 0] for row in best], np.array([part.min() for part in parts])
 
 
 def measure_depth(
@@ -279,45 +290,54 @@ def measure_depth(
     chains, out = jc.evaluate_all(jc.Problem(bank, splits[0], deepest))
     length = (chains >= 0).sum(axis=1) - 1
     loss = np.asarray(out.loss)
-    found: dict[str, list[list[list[int]]]] = {}
     influence = jc.hub.recipes.find_influence(whole, parent, splits[0].x)
-    results: dict[str, np.ndarray] = {
-        "influence": influence,
-        "optimum": np.array([loss[length <= k - 2].min() for k in size.kept]),
-    }
+    results = {"influence": influence, "optimum": np.array([loss[length <= k - 2].min() for k in size.kept])}
+    test = jc.Problem(bank, splits[2], max(*size.kept, *size.more) - 2)
     for k in (*size.kept, *size.more):
         problem = jc.Problem(bank, splits[0], k - 2)
-        is_small = k in size.kept
-        table = jc.lookup.make_problem(bank, loss[length <= k - 2], k - 2) if is_small else None
-        select = jc.Problem(bank, splits[1], k - 2)
+        table = jc.lookup.make_problem(bank, loss[length <= k - 2], k - 2) if k in size.kept else None
+        recipes = find_recipes(whole, splits[0], influence, k, size.depth)
+        by_hand = judge(whole, splits[1], recipes)
+        on_test = judge(whole, splits[2], recipes)[:, None]
+        results |= {f"{name}/{k}": row for name, row in zip(recipes, on_test, strict=True)}
+        best = min(recipes, key=lambda name: by_hand[[*recipes].index(name)])
         for name, finalists in search_all(problem, table, size.num_runs, size.budget, seed):
-            found.setdefault(name, []).append(pick(select, finalists))
+            tokens, on_select = pick(jc.Problem(bank, splits[1], k - 2), finalists)
+            results[f"{name}/{k}"] = np.asarray(jc.evaluate(test, jc.chain.pad(tokens, test.max_layers)).loss)
+            results[f"{name}/{k}/blocks"] = np.array([len(row) + 1 for row in tokens])
+            if name == FOUND:
+                is_found = on_select <= by_hand.min()
+                results[f"{CHOSEN}/{k}"] = np.where(is_found, results[f"{name}/{k}"], results[f"{best}/{k}"])
             print(f"model {seed}, {k} blocks: {name}", flush=True)
-    test = jc.Problem(bank, splits[2], max(*size.kept, *size.more) - 2)
-    for name, rows in found.items():
-        for k, picked in zip((*size.kept, *size.more), rows, strict=False):
-            results[f"{name}/{k}"] = np.asarray(jc.evaluate(test, jc.chain.pad(picked, test.max_layers)).loss)
-            results[f"{name}/{k}/length"] = np.array([len(tokens) + 1 for tokens in picked])
-    # By `search`, as the recipes have no finalists.
-    judge = jc.Problem(whole, splits[0], max(*size.kept, *size.more))
-    recipes: dict[str, list[int]] = {}
-    for k in (*size.kept, *size.more):
-        if k <= size.depth:
-            num = size.depth - k
-            recipes[f"last blocks dropped/{k}"] = jc.hub.recipes.drop_last(parent, num).tolist()
-            recipes[f"least influence dropped/{k}"] = jc.hub.recipes.drop_least_influential(
-                parent, influence, num
-            ).tolist()
-            options = jc.hub.recipes.drop_contiguous(parent, num)
-            name = "best run dropped"
-        else:
-            options, name = jc.hub.recipes.repeat_contiguous(parent, k - size.depth), "best run repeated"
-        losses = jc.evaluate(judge, jc.chain.pad(options.tolist(), judge.max_layers)).loss
-        recipes[f"{name}/{k}"] = options[int(np.argmin(losses))].tolist()
-    judged = jc.evaluate(
-        jc.Problem(whole, splits[2], judge.max_layers), jc.chain.pad([*recipes.values()], judge.max_layers)
-    ).loss
-    return results | {name: np.asarray(value)[None] for name, value in zip(recipes, judged, strict=True)}
+    return results
+
+
+def find_recipes(
+    bank: jc.Bank, split: jc.Batch, influence: np.ndarray, num_blocks: int, depth: int
+) -> dict[str, list[int]]:
+    """Chains of the whole model by recipe; runs of blocks are chosen by the loss on the split."""
+    (parent,), by_hand = bank.parents, jc.hub.recipes
+    num = depth - num_blocks
+    if num > 0:
+        found = {
+            "last blocks dropped": by_hand.drop_last(parent, num)[None],
+            "least influence dropped": by_hand.drop_least_influential(parent, influence, num)[None],
+            "best run dropped": by_hand.drop_contiguous(parent, num),
+        }
+    else:
+        found = {"nothing dropped": np.array([parent])}
+        if num < 0:
+            found["best run repeated"] = by_hand.repeat_contiguous(parent, -num)
+    return {
+        name: chains[int(np.argmin(judge(bank, split, dict(enumerate(chains.tolist())))))].tolist()
+        for name, chains in found.items()
+    }
+
+
+def judge(bank: jc.Bank, split: jc.Batch, chains: dict[Any, list[int]]) -> np.ndarray:
+    """Losses of chains by name, `[chains]`."""
+    padded = jc.chain.pad([*chains.values()], 2 * bank.num_layers)
+    return np.asarray(jc.evaluate(jc.Problem(bank, split, 2 * bank.num_layers), padded).loss)
 
 
 def measure_mix(
@@ -329,8 +349,8 @@ def measure_mix(
     max_layers = size.depth - 1  # one of them for embeddings
     search, select, test = (jc.Problem(bank, split, max_layers) for split in splits)
     results = {}
-    for name, finalists in search_all(search, None, size.num_runs, size.mix_budget, seed):
-        tokens = pick(select, finalists)
+    for name, finalists in search_all(search, None, size.num_runs, size.budget, seed):
+        tokens, _ = pick(select, finalists)
         results[f"mix/{name}"] = np.asarray(jc.evaluate(test, jc.chain.pad(tokens, max_layers)).loss)
         num_a = [sum(bank.names[token].startswith("a/") for token in row) for row in tokens]
         results[f"mix/{name}/share of a"] = np.array(num_a) / [len(row) for row in tokens]
@@ -358,7 +378,7 @@ def summarize(runs: list[dict[str, np.ndarray]], size: Size) -> dict[str, Any]:
         if not rest:
             depth.setdefault(arm, {})[k] = pool(name)
         else:
-            depth[arm][k]["blocks"] = float(np.concatenate([run[name] for run in runs]).mean())
+            depth[arm][k][rest[0]] = float(np.concatenate([run[name] for run in runs]).mean())
     mix = {arm: pool(f"mix/{arm}") for arm in MIX_ARMS}
     shares = {arm: pool(f"mix/{arm}/share of a") for arm in SEARCHES}
     config = {**dataclasses.asdict(size), "sizes": SIZES, "length": LENGTH}
@@ -379,10 +399,10 @@ def count_wins(depth: dict[str, dict[str, Any]], size: Size) -> dict[str, Any]:
     for k in map(str, (*size.kept, *size.more)):
         there = [name for name in RECIPES if k in depth.get(name, {})]
         best = min(there, key=lambda name: np.mean(depth[name][k]["by_model"]))
-        ours, theirs = (np.array(depth[name][k]["by_model"]) for name in (FOUND, best))
+        alone, chosen, theirs = (np.array(depth[name][k]["by_model"]) for name in (FOUND, CHOSEN, best))
         wins[k] = {
-            "recipe": best, "loss": float(theirs.mean()), "found": float(ours.mean()), "better": int((ours < theirs).sum()),
-            "models": len(ours),
+            "recipe": best, "loss": float(theirs.mean()), "found": float(alone.mean()), "chosen": float(chosen.mean()),
+            "better": int((alone < theirs).sum()), "chosen_better": int((chosen < theirs).sum()), "models": len(theirs),
         }  # fmt: skip
     return wins
 
@@ -393,15 +413,16 @@ def format_tables(result: dict[str, Any]) -> str:
         "| loss on test, nats per byte | " + " | ".join(f"{k} blocks" for k in kept) + " |",
         "|---" * (1 + len(kept)) + "|",
     ]
-    for arm in (*RECIPES, *SEARCHES):
+    for arm in (*RECIPES, *SEARCHES, CHOSEN):
         row = result["depth"].get(arm, {})
         cells = [f"{row[k]['value']:.3f} [{row[k]['low']:.3f}, {row[k]['high']:.3f}]" if k in row else "" for k in kept]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
-    lines += ["", "| blocks | best recipe | its loss | " + FOUND + " | lower in models |", "|---" * 5 + "|"]
+    lines += ["", f"| blocks | best recipe | its loss | {FOUND} | lower in | {CHOSEN} | lower in |", "|---" * 7 + "|"]
     for k, row in result["wins"].items():
-        lines.append(
-            f"| {k} | {row['recipe']} | {row['loss']:.3f} | {row['found']:.3f} | {row['better']} of {row['models']} |"
-        )
+        cells = [k, row["recipe"], f"{row['loss']:.3f}"]
+        for loss, better in ((row["found"], row["better"]), (row["chosen"], row["chosen_better"])):
+            cells += [f"{loss:.3f}", f"{better} of {row['models']} models"]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| text of A and B | loss on test | share of A |", "|---" * 3 + "|"]
     for arm, row in result["mix"].items():
         share = f"{result['share_of_a'][arm]['value']:.0%}" if arm in result["share_of_a"] else ""
@@ -413,7 +434,7 @@ def draw(path: str, result: dict[str, Any]) -> None:
     """Loss against blocks, and the mix."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for arm in (*RECIPES, FOUND, "beam search", "linearized"):
+    for arm in (*RECIPES, FOUND, CHOSEN):
         rows = sorted((int(k), row) for k, row in result["depth"].get(arm, {}).items())
         values = np.array([(k, row["value"], row["low"], row["high"]) for k, row in rows])
         style = {"ls": "--", "marker": "s", "ms": 4} if arm in RECIPES else {"marker": "o", "lw": 2}

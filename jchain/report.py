@@ -103,6 +103,8 @@ def checkpoint_setting(config: Mapping[str, Any]) -> Setting:
 def search(config: Mapping[str, Any], setting: Setting, method: Search, policy: Policy) -> Job:
     """Make the bank, search on `search`, re-rank the finalists on `select`, open `test` once for the report.
 
+    Of checkpoints the recipes that people use by hand, and the model as it was, are re-ranked among the finalists.
+
     Args:
       config: options of `jchain search`, by name.
       setting: bank, data and loss.
@@ -126,11 +128,11 @@ def search(config: Mapping[str, Any], setting: Setting, method: Search, policy: 
     if len(found.finalists) == 0:
         raise ValueError(f"no chain has a finite loss: {found.num_chains} were scored")
     _say("Re-ranking the finalists, scoring the controls ...")
-    tokens = _pick_on_select(setting, bank, found.finalists)
     width = max(max_layers, *(len(parent) - 1 for parent in made.parents), config["depth"])
-    scores = _score(setting, bank, tokens, width)
     parent, of = _score_best_parent(control_key, setting, made, width)
-    recipes = _score_recipes(setting, problem, of, len(tokens) - 1, width) if config.get("checkpoint") else {}
+    recipes = _score_recipes(setting, problem, of, width) if config.get("checkpoint") else {}
+    tokens, chosen = _pick(setting, bank, found.finalists, recipes)
+    scores = _score(setting, bank, tokens, width)
     random_chain = _score_random_chain(chain_key, setting, made, len(tokens) - 1, width)
     count = chain.count(made.num_layers, made.num_heads, max_layers, min_layers=problem.min_layers)
     optimum = None
@@ -139,6 +141,7 @@ def search(config: Mapping[str, Any], setting: Setting, method: Search, policy: 
         optimum = finite_or_none(evaluate_all(problem)[1].loss.min())
     result = {
         "best_chain": tokens,
+        "chosen": chosen,
         "layers": [bank.names[token] for token in tokens],
         **scores,
         "layer_calls": found.layer_calls,
@@ -159,7 +162,8 @@ def search(config: Mapping[str, Any], setting: Setting, method: Search, policy: 
             _search_at(num, search_key, config, setting, method, made, of, width)
             for num in range(config["sweep"], max_layers)
         ]
-        result["sweep"].append({"max_layers": max_layers, "chain": tokens, **scores, "recipes": recipes})
+        last = {"max_layers": max_layers, "chain": tokens, "chosen": chosen, **scores, "recipes": recipes}
+        result["sweep"].append(last)
     result["seconds"] = round(time.perf_counter() - start, 1)
     return Job(result, bank, found)
 
@@ -180,15 +184,17 @@ def _search_at(
     found = run(key, method, problem, budget=config["budget"], progress=True)
     if len(found.finalists) == 0:
         raise ValueError(f"no chain of at most {max_layers} layers has a finite loss: {found.num_chains} were scored")
-    tokens = _pick_on_select(setting, bank, found.finalists)
-    recipes = _score_recipes(setting, problem, parent, max_layers, width)
-    return {"max_layers": max_layers, "chain": tokens, **_score(setting, bank, tokens, width), "recipes": recipes}
+    recipes = _score_recipes(setting, problem, parent, width)
+    tokens, chosen = _pick(setting, bank, found.finalists, recipes)
+    scores = _score(setting, bank, tokens, width)
+    return {"max_layers": max_layers, "chain": tokens, "chosen": chosen, **scores, "recipes": recipes}
 
 
-def _score_recipes(
-    setting: Setting, problem: Problem, parent: list[int], num_layers: int, width: int
-) -> dict[str, Any]:
-    found = jobs.find_recipes(problem, parent, num_layers)
+def _score_recipes(setting: Setting, problem: Problem, parent: list[int], width: int) -> dict[str, Any]:
+    """Recipes that bring the model to the most layers of the problem, or where it has no more the model itself."""
+    found = jobs.find_recipes(problem, parent, problem.max_layers)
+    if len(parent) - 1 <= problem.max_layers:
+        found["nothing dropped"] = parent
     return {name: {"chain": tokens, **_score(setting, problem.bank, tokens, width)} for name, tokens in found.items()}
 
 
@@ -232,7 +238,19 @@ def _score(setting: Setting, bank: Bank, tokens: list[int], width: int) -> dict[
 def _pick_on_select(setting: Setting, bank: Bank, chains: np.ndarray) -> list[int]:
     """The tokens of the chain with the lowest loss on `select`, the price of layers included."""
     out = evaluate(setting.price(bank, "select", chains.shape[1] - 1), chains)
-    return [int(token) for token in chains[int(np.argmin(out.loss))] if token != chain.PADDING]
+    return _strip(chains[int(np.argmin(out.loss))])
+
+
+def _pick(setting: Setting, bank: Bank, finalists: np.ndarray, recipes: Mapping[str, Any]) -> tuple[list[int], str]:
+    """The lowest on `select` of what the search found and of the recipes, and where it comes from."""
+    named = {tuple(row["chain"]): name for name, row in recipes.items()}
+    named |= {tuple(_strip(row)): "search" for row in finalists}
+    tokens = _pick_on_select(setting, bank, chain.pad([*named]))
+    return tokens, named[tuple(tokens)]
+
+
+def _strip(row: np.ndarray) -> list[int]:
+    return [int(token) for token in row if token != chain.PADDING]
 
 
 def _score_best_parent(key: Any, setting: Setting, bank: Bank, width: int) -> tuple[dict[str, Any], list[int]]:
@@ -290,6 +308,8 @@ def print_table(job: Job) -> None:
         console.print(_make_sweep_table(result["sweep"]))
     updates = f", {result['update_calls']:,} of them gradient steps" if result["update_calls"] else ""
     console.print(f"chain found, in {result['layer_calls']:,} layer calls{updates}: {' -> '.join(result['layers'])}")
+    if result["chosen"] != "search":
+        console.print(f"It is a recipe, {result['chosen']}: what the search found is no better on select")
     if result["nonfinite_chains"]:
         console.print(
             f"{result['nonfinite_chains']} of {job.run.num_chains} scored chains had a loss that was not finite"
@@ -375,6 +395,8 @@ def tell(path: Path) -> dict[str, Any]:
     told: dict[str, Any] = {"data": ", ".join(data) if isinstance(data, list) else data}
     for split in SPLITS:
         told[f"loss on {split}"] = f"{result['loss'][split]}, the model as it was {parent[split]}"
+    if result["chosen"] != "search":
+        told["recipe"] = f"{result['chosen']}: what the search found was no better on select"
     told["search"] = f"{config['search']}, seed {config['seed']}, {result['layer_calls']:,} layer calls"
     return told | {"command": f"`{config['command']}`"}
 

@@ -27,7 +27,7 @@ def test_search_writes_and_prints_a_report_that_can_be_checked(tmp_path, capsys,
     result = json.loads(shown.out.splitlines()[-1])
     assert result == json.loads((tmp_path / "out" / "result.json").read_text())
     assert set(result) == {
-        "best_chain", "layers", "loss", "accuracy", "layer_calls", "update_calls", "seconds", "optimum", "controls", "nonfinite_chains",
+        "best_chain", "chosen", "layers", "loss", "accuracy", "layer_calls", "update_calls", "seconds", "optimum", "controls", "nonfinite_chains",
         "config", "versions",
     }  # fmt: skip
     assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
