@@ -103,6 +103,31 @@ def test_damaged_files_give_clear_errors_and_nothing_else(tmp_path):
             jc.hub.load(folder)
 
 
+def test_damaged_shards_and_indices_give_clear_errors_and_nothing_else(tmp_path):
+    source = write(tmp_path / "model")
+    bank = jc.hub.load(source)
+    folder = jc.hub.export(bank, bank.parents[0], source, tmp_path / "shards", max_shard_size=1000)
+    index, shards = folder / "model.safetensors.index.json", sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    whole, rng = {path: path.read_bytes() for path in (index, *shards)}, np.random.default_rng(0)
+    for trial in range(60):
+        for path, content in whole.items():
+            path.write_bytes(content)
+        damaged = bytearray(whole[index])
+        if trial % 3 == 0:
+            rng.choice(shards).unlink()
+        elif trial % 3 == 1:
+            first, second = rng.choice(len(shards), 2, replace=False)
+            shards[first].write_bytes(whole[shards[second]])
+        else:
+            for place in rng.integers(0, len(damaged), 3):
+                damaged[place] = rng.integers(32, 127)
+        index.write_bytes(damaged)
+        with contextlib.suppress(ValueError, FileNotFoundError):
+            jc.hub.load(folder)
+            assert trial % 3 == 2  # where what changed is not read
+
+
 def test_nothing_is_overwritten_or_left_half_written(tmp_path, monkeypatch):
     folder = write(tmp_path / "model")
     bank = jc.hub.load(folder)

@@ -1,5 +1,6 @@
 """Text, questions and images for pretrained transformers, and heads of many outputs."""
 
+import contextlib
 import json
 
 import jax
@@ -101,6 +102,24 @@ def test_tokenizers_and_files_that_do_not_fit_are_refused(checkpoint, tmp_path):
     text.write_bytes(b"\xff\xfe\xfa" * 500)
     with pytest.raises(ValueError, match="expected text in UTF-8 in .*text.txt"):
         jc.hub.load_text(checkpoint, text)
+
+
+def test_damaged_tokenizers_give_clear_errors_and_nothing_else(tmp_path):
+    path = make_checkpoint(tmp_path / "model") / "tokenizer.json"
+    whole, text, rng = path.read_bytes(), write_file(tmp_path, TEXT), np.random.default_rng(0)
+    for trial in range(60):
+        damaged = bytearray(whole)
+        if trial % 3 == 0:
+            damaged = damaged[: rng.integers(0, len(damaged))]
+        for place in rng.integers(0, max(1, len(damaged)), trial % 3):
+            damaged[place] = rng.integers(0, 256)
+        path.write_bytes(damaged)
+        with contextlib.suppress(ValueError):
+            jc.hub.load_text(path.parent, text, length=10)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab={"a": 0}, unk_token="none"))
+    words.save(str(path))
+    with pytest.raises(ValueError, match=r"tokenizer.json has no tokens for .*text.txt: .*UNK"):
+        jc.hub.load_text(path.parent, text, length=10)
 
 
 def test_choices_are_ranked_by_their_mean_likelihood(checkpoint, tmp_path):

@@ -216,7 +216,10 @@ def _open_tokenizer(checkpoint: Path_) -> tuple[int, Any]:
     tokenizer.no_padding()
 
     def encode(text: str, where: str) -> Int[np.ndarray, "T"]:
-        ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        try:
+            ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        except Exception as error:  # of no class of its own
+            raise ValueError(f"{path} has no tokens for {where}: {error}") from None
         if ids.size and ids.max() >= vocabulary:
             raise ValueError(
                 f"expected tokens in 0..{vocabulary - 1}, those of the model, got {ids.max()} by {path} from {where}"
