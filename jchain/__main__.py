@@ -180,8 +180,7 @@ def _add_search(commands: Any) -> None:
     search.add_argument(
         "--search",
         choices=sorted(SEARCHES),
-        default="actor-critic",
-        help="search (default: %(default)s)",
+        help="search (default: actor-critic; of checkpoints local)",
     )
     search.add_argument(
         "--encoding",
@@ -199,8 +198,7 @@ def _add_search(commands: Any) -> None:
     search.add_argument(
         "--budget",
         type=int,
-        default=20_000,
-        help="layer calls, those of gradient steps included (default: %(default)s)",
+        help="layer calls, those of gradient steps included (default: 20000; of checkpoints 1000)",
     )
     search.add_argument("--seed", type=int, default=0, help="of splits, bank and search (default: %(default)s)")
     search.add_argument("--out", type=Path, help="result folder (default: results/DATA-BANK-SEARCH-SEED)")
@@ -257,6 +255,8 @@ def _add_export(commands: Any) -> None:
 
 
 def _search(args: argparse.Namespace) -> None:
+    args.search = args.search or ("local" if args.checkpoint else "actor-critic")
+    args.budget = (1000 if args.checkpoint else 20_000) if args.budget is None else args.budget
     if args.checkpoint:
         _check_checkpoint(args)
     else:
