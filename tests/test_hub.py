@@ -347,3 +347,23 @@ def test_weights_of_another_dtype_are_said_to_be_so(tmp_path):
     out = jc.hub.export(bank, bank.parents[0], folder, tmp_path / "out")
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert "dtype: bfloat16" in (out / "mergekit.yaml").read_text()
+
+
+def test_classifiers_of_images_are_one_bank_too(tmp_path):
+    options = {
+        "model_type": "vit",
+        "hidden_size": 8,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
+    folder = tmp_path / "new"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(options | {"image_size": 8, "patch_size": 4, "num_channels": 1}))
+    singles = [jc.hub.init(jax.random.key(i), folder, name=f"m{i}") for i in range(2)]
+    paths = [jc.hub.export(bank, bank.parents[0], folder, tmp_path / f"m{i}") for i, bank in enumerate(singles)]
+    bank = jc.hub.load_many(paths, pinned=(0, 1))
+    images = jax.random.normal(jax.random.key(2), (3, 8, 8, 1))
+    for single, parent in zip(singles, bank.parents, strict=True):
+        expected = jc.apply_chain(single, np.arange(4), images)
+        np.testing.assert_allclose(jc.apply_chain(bank, np.array(parent), images), expected, rtol=1e-5, atol=1e-6)
