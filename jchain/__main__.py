@@ -136,7 +136,6 @@ def _add_search(commands: Any) -> None:
     pretrained.add_argument(
         "--pinned",
         type=_parse_pinned,
-        default=(1, 1),
         metavar="FIRST,LAST",
         help="blocks that every chain begins and ends with (default: 1,1)",
     )
@@ -292,6 +291,11 @@ def _check_checkpoint(args: argparse.Namespace) -> None:
     for name in ("bank", "layer", "channels", "num_layers", "num_heads", "depth", "num_steps"):
         if getattr(args, name) != getattr(parser, name):
             raise ValueError(f"expected no --{name.replace('_', '-')} with --checkpoint, whose layers are its blocks")
+    if args.search == "meet-in-the-middle":
+        raise ValueError(
+            "expected another search with --checkpoint, whose blocks cannot be undone, got meet-in-the-middle"
+        )
+    args.pinned = args.pinned or (1, 1)
     if args.max_layers is not None:
         args.max_layers = check_max_layers(args.max_layers)
     if args.sweep is not None:
@@ -300,12 +304,13 @@ def _check_checkpoint(args: argparse.Namespace) -> None:
         if args.update != "never":
             raise ValueError(f"expected --update never with --sweep, got {args.update}")
     args.checkpoint = [str(Path(path).resolve()) for path in args.checkpoint]
+    args.data_dir = args.data_dir and args.data_dir.resolve()
     args.text = args.text and [str(Path(path).resolve()) for path in args.text]
     args.choices = args.choices and str(Path(args.choices).resolve())
 
 
 def _check_no_checkpoint(args: argparse.Namespace) -> None:
-    for name in ("text", "choices", "length", "dtype", "sweep"):
+    for name in ("text", "choices", "length", "pinned", "dtype", "sweep"):
         if getattr(args, name) is not None:
             raise ValueError(f"expected --checkpoint with --{name}")
 
@@ -397,6 +402,8 @@ def _export(args: argparse.Namespace) -> None:
     config, found = report.read_config(args.result)
     if not config.get("checkpoint"):
         raise ValueError(f"expected the result of jchain search --checkpoint, got {args.result}")
+    if args.out.exists():
+        raise FileExistsError(f"expected no folder at {args.out}, found one")
     path = args.result / report.BANK_FILE
     bank = jc.Bank.load(path) if path.exists() else jobs.load_bank(config)
     tokens = _parse_chain(args.chain) if args.chain else found[0]

@@ -263,35 +263,37 @@ def _find_outputs(problem: Problem, hidden: Any) -> Any:
     return jax.eval_shape(lambda problem, hidden: problem.bank.heads[0].apply(0, hidden), problem, hidden)
 
 
-def _count_parts(problem: Problem, hidden: Any, width: int) -> int:
-    """In how many equal parts the examples of `width` chains go through a head; `hidden` is that of one."""
-    least = -(-width * _nbytes(_find_outputs(problem, hidden)) // _OUTPUT_LIMIT)
-    num = hidden.shape[0]
-    return next(parts for parts in range(max(1, min(least, num)), num + 1) if num % parts == 0)
+def _find_part(problem: Problem, hidden: Any, width: int) -> int:
+    """How many examples of `width` chains go through a head at a time; `hidden` is that of one."""
+    parts = -(-width * _nbytes(_find_outputs(problem, hidden)) // _OUTPUT_LIMIT)
+    return max(1, hidden.shape[0] // max(1, parts))
 
 
 def _find_head_bytes(problem: Problem, hidden: Any, width: int) -> int:
     """An estimate of the temporaries of a call of heads for so many chains."""
-    rows = hidden.shape[0] // _count_parts(problem, hidden, width)
+    rows = _find_part(problem, hidden, width)
     return width * _find_call_bytes(problem.bank.heads, jax.ShapeDtypeStruct((rows, *hidden.shape[1:]), hidden.dtype))
 
 
 def measure_heads(problem: Problem, call: Callable[[Array], Array], hidden: Array) -> tuple[Array, Array]:
     """Loss, without price, and accuracy `[W]` of the outputs that `call` makes of activations `[W, B, ...F]`.
 
-    Examples go through it in parts where outputs would be large, and what is returned is the mean of the parts.
+    Examples go through it in parts where outputs would be large, and what is returned is the mean of the parts by their size.
     """
     width, num = hidden.shape[:2]
-    parts = _count_parts(problem, hidden[0], width)
-    if parts == 1:
+    size = _find_part(problem, hidden[0], width)
+
+    def measure(start: Any, size: int) -> tuple[Array, Array]:
+        part = problem.take(start + jnp.arange(size))
+        return jax.vmap(part.measure)(call(jax.lax.dynamic_slice_in_dim(hidden, start, size, axis=1)))
+
+    if size == num:
         return jax.vmap(problem.measure)(call(hidden))
-    size = num // parts
-
-    def measure(i: Array) -> tuple[Array, Array]:
-        part = problem.take(i * size + jnp.arange(size))
-        return jax.vmap(part.measure)(call(jax.lax.dynamic_slice_in_dim(hidden, i * size, size, axis=1)))
-
-    return jax.tree.map(partial(jnp.mean, axis=0), jax.lax.map(measure, jnp.arange(parts)))
+    starts = jnp.arange(num // size) * size
+    found = jax.tree.map(lambda a: a.sum(axis=0) * size, jax.lax.map(partial(measure, size=size), starts))
+    if rest := num % size:
+        found = jax.tree.map(lambda a, b: a + rest * b, found, measure(num - rest, rest))
+    return jax.tree.map(lambda a: a / num, found)
 
 
 def _count_convolutions(group: LayerGroup, hidden: Any) -> int:

@@ -121,6 +121,8 @@ def search(config: Mapping[str, Any], setting: Setting, method: Search, policy: 
     max_layers = config["max_layers"]
     if max_layers is None:
         max_layers = max(len(parent) - 1 for parent in made.parents)
+    if config.get("sweep") is not None and config["sweep"] >= max_layers:
+        raise ValueError(f"expected --sweep below the most layers of a chain, {max_layers}, got {config['sweep']}")
     problem = setting.price(made, "search", max_layers, min_layers=config["min_layers"])
     bank, found, update_calls = policy.run(
         search_key, method, problem, setting.data.train, budget=config["budget"], progress=True
@@ -131,7 +133,8 @@ def search(config: Mapping[str, Any], setting: Setting, method: Search, policy: 
     width = max(max_layers, *(len(parent) - 1 for parent in made.parents), config["depth"])
     parent, of = _score_best_parent(control_key, setting, made, width)
     recipes = _score_recipes(setting, problem, of, width) if config.get("checkpoint") else {}
-    tokens, chosen = _pick(setting, bank, found.finalists, recipes)
+    # Weights that were updated are compared with the models as they were, not with these after the updates.
+    tokens, chosen = _pick(setting, bank, found.finalists, recipes if config["update"] == "never" else {}, problem)
     scores = _score(setting, bank, tokens, width)
     random_chain = _score_random_chain(chain_key, setting, made, len(tokens) - 1, width)
     count = chain.count(made.num_layers, made.num_heads, max_layers, min_layers=problem.min_layers)
@@ -182,10 +185,8 @@ def _search_at(
     _say(f"Searching chains of at most {max_layers} layers ...")
     problem = setting.price(bank, "search", max_layers, min_layers=min(config["min_layers"], max_layers))
     found = run(key, method, problem, budget=config["budget"], progress=True)
-    if len(found.finalists) == 0:
-        raise ValueError(f"no chain of at most {max_layers} layers has a finite loss: {found.num_chains} were scored")
     recipes = _score_recipes(setting, problem, parent, width)
-    tokens, chosen = _pick(setting, bank, found.finalists, recipes)
+    tokens, chosen = _pick(setting, bank, found.finalists, recipes, problem)
     scores = _score(setting, bank, tokens, width)
     return {"max_layers": max_layers, "chain": tokens, "chosen": chosen, **scores, "recipes": recipes}
 
@@ -241,9 +242,12 @@ def _pick_on_select(setting: Setting, bank: Bank, chains: np.ndarray) -> list[in
     return _strip(chains[int(np.argmin(out.loss))])
 
 
-def _pick(setting: Setting, bank: Bank, finalists: np.ndarray, recipes: Mapping[str, Any]) -> tuple[list[int], str]:
-    """The lowest on `select` of what the search found and of the recipes, and where it comes from."""
-    named = {tuple(row["chain"]): name for name, row in recipes.items()}
+def _pick(
+    setting: Setting, bank: Bank, finalists: np.ndarray, recipes: Mapping[str, Any], problem: Problem
+) -> tuple[list[int], str]:
+    """The lowest on `select` of what the search found and of the recipes that are long enough, and where it comes from."""
+    chains = {name: tuple(row["chain"]) for name, row in recipes.items()}
+    named = {tokens: name for name, tokens in chains.items() if len(tokens) > problem.min_layers}
     named |= {tuple(_strip(row)): "search" for row in finalists}
     tokens = _pick_on_select(setting, bank, chain.pad([*named]))
     return tokens, named[tuple(tokens)]

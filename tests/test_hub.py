@@ -289,6 +289,10 @@ def test_recipes_are_chains_of_the_model(tmp_path):
         expected.append(1 - cosine.mean())
         hidden = made
     np.testing.assert_allclose(influence, expected, rtol=1e-4)
+    many = jc.hub.load_many(
+        [tmp_path / "model", write(tmp_path / "m1", config={"n_layer": 4}, tensors=make_tensors(4, 1))]
+    )
+    np.testing.assert_allclose(recipes.find_influence(many, many.parents[0], ids), expected, rtol=1e-4)
     assert recipes.drop_last(parent, 2).tolist() == [0, 1, 4]
     assert recipes.drop_least_influential(parent, np.array([0.3, 0.1, 0.4, 0.2]), 2).tolist() == [0, 2, 4]
     assert recipes.drop_contiguous(parent, 2).tolist() == [[2, 3, 4], [0, 3, 4], [0, 1, 4]]
@@ -339,6 +343,45 @@ def test_a_tied_output_layer_may_be_in_the_file_too(tmp_path, options, name):
     save_file(tensors | {name: np.ones((11, 8), np.float32)}, out / "model.safetensors")
     again, ids = jc.hub.load(out), jnp.array([[1, 2]])
     np.testing.assert_array_equal(*(jc.apply_chain(b, np.array(b.parents[0]), ids) for b in (bank, again)))
+
+
+def test_masks_of_other_dtypes_are_not_read(tmp_path):
+    tensors = make_tensors() | {"transformer.h.0.attn.bias": np.ones((1, 1, 8, 8), bool)}
+    folder = write(tmp_path / "model", tensors=tensors, config={"_num_labels": 1, "_attn_implementation_autoset": True})
+    assert jc.hub.load(folder).num_layers == 2
+    with pytest.raises(ValueError, match="expected a dtype of float32, bfloat16, float16, got int32"):
+        jc.hub.load(folder, dtype=jnp.int32)
+
+
+def test_blocks_that_a_config_tells_apart_by_number_stay_what_they_were(tmp_path):
+    options = {
+        "model_type": "qwen2",
+        "vocab_size": 11,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 2,
+    }
+    options |= {"num_attention_heads": 2, "use_sliding_window": True, "sliding_window": 2, "max_window_layers": 2}
+    folder = tmp_path / "new"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(options))
+    bank = jc.hub.init(jax.random.key(0), folder)
+    chain, ids = np.array([0, 1, 0, 1, 2]), jnp.arange(8)[None]
+    again = jc.hub.load(jc.hub.export(bank, chain, folder, tmp_path / "out"))
+    expected = jc.apply_chain(bank, chain, ids)
+    np.testing.assert_allclose(jc.apply_chain(again, np.array(again.parents[0]), ids), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_recipes_say_what_mergekit_cannot_make(tmp_path):
+    folders = [write(tmp_path / f"m{i}", tensors=make_tensors(seed=i)) for i in range(2)]
+    bank = jc.hub.load(folders[0])
+    bank = bank.replace([1], [jax.tree.map(lambda leaf: 2 * leaf, bank.get_params(1))])
+    out = jc.hub.export(bank, [0, 1, 2], folders[0], tmp_path / "out")
+    assert "in which m0/1 have other weights" in (out / "mergekit.yaml").read_text()
+    assert "Trained on since: m0/1." in (out / "README.md").read_text()
+    many = jc.hub.load_many(folders)
+    with pytest.raises(ValueError, match="expected the folder of each model by name, m0, m1, got none of m1"):
+        jc.hub.export(many, [0, 2, 5], folders[0], tmp_path / "other")
 
 
 def test_weights_of_another_dtype_are_said_to_be_so(tmp_path):

@@ -146,6 +146,10 @@ def test_choices_are_ranked_by_their_mean_likelihood(checkpoint, tmp_path):
         out = jc.evaluate(problem, chain[None])
         assert float(out.loss[0]) == pytest.approx(-log_softmax(means)[:, 0].mean(), rel=1e-4)
         assert float(out.accuracy[0]) == pytest.approx(np.mean(means.argmax(axis=1) == 0))
+    with pytest.raises(ValueError, match="expected a length of at least 1, got -3"):
+        jc.hub.load_choices(checkpoint, path, length=-3)
+    lines = [json.dumps({**QUESTION, "question": "a\u2028b"}, ensure_ascii=False)] * 4
+    assert len(jc.hub.load_choices(checkpoint, write_file(tmp_path, "\n".join(lines), "other.jsonl")).test.x) == 1
     short = jc.hub.load_choices(checkpoint, path, length=5)
     assert short.search.x.shape[1:] == (3, 5)
     assert int((short.train.y >= 0).sum()) == int((data.train.y >= 0).sum())
@@ -157,7 +161,8 @@ def test_choices_are_ranked_by_their_mean_likelihood(checkpoint, tmp_path):
         ("no json", r"questions.jsonl, line 1: expected \{.question.: "),
         (json.dumps({"question": "a", "choices": ["b", "c"]}), "line 1: expected .* got 'answer'"),
         (json.dumps({**QUESTION, "answer": 3}), "which of them is right from 0, got"),
-        (json.dumps({**QUESTION, "choices": "abc"[:1]}), "which of them is right from 0, got"),
+        (json.dumps({**QUESTION, "choices": "abc"}), "which of them is right from 0, got"),
+        (json.dumps({**QUESTION, "choices": {"text": ["a", "b"], "label": ["A", "B"]}}), "which of them is right from 0, got"),
         (json.dumps({**QUESTION, "question": ""}), "expected a question of a token or more and a choice of 1 to"),
         (json.dumps({**QUESTION, "choices": ["a", "b"]}) + "\n" + json.dumps(QUESTION), r"of one number of choices .*got 8 of \[2, 3\]"),
     ],
@@ -206,6 +211,8 @@ def test_images_are_as_the_model_was_trained_on(tmp_path, monkeypatch):
     expected = jax.image.resize(plain.test.x / 255, (len(plain.test.x), 16, 16, 1), "bilinear")
     expected = (np.asarray(expected) - [0.5, 0.4, 0.3]) / [0.5, 0.5, 0.2]
     np.testing.assert_allclose(data.test.x, expected, atol=1e-5)
+    few = jc.hub.load_images(folder, "digits", most=(3, 2, 1, 100))
+    assert [len(split.x) for split in few[:4]] == [3, 2, 1, len(data.test.x)]
     (folder / "preprocessor_config.json").write_text(json.dumps({"rescale_factor": 1.0}))
     with pytest.raises(ValueError, match="expected a rescale_factor of 1/255"):
         jc.hub.load_images(folder, "digits")
@@ -220,13 +227,15 @@ def test_models_of_text_and_of_images_are_told_apart(checkpoint, tmp_path):
 def test_outputs_that_would_be_large_are_made_in_parts(checkpoint, tmp_path, monkeypatch, plan):
     bank = jc.hub.load(checkpoint)
     data = jc.hub.load_text(checkpoint, write_file(tmp_path, TEXT), length=9)
-    problem = jc.Problem(bank, jc.Batch(data.search.x[:12], data.search.y[:12]), 2)
+    problem = jc.Problem(bank, jc.Batch(data.search.x[:11], data.search.y[:11]), 2)
     chains = jc.chain.enumerate_all(2, 1, 2)
     whole = jc.evaluate(problem, chains, plan=plan)
     jax.clear_caches()
-    monkeypatch.setattr(engine, "_OUTPUT_LIMIT", 4 * 9 * 256 * 5)  # of 5 examples, so that there are 3 parts
+    monkeypatch.setattr(
+        engine, "_OUTPUT_LIMIT", 4 * 9 * 256 * 5
+    )  # of 5 examples, so that there are parts of 4, 4 and 3
     parts = jc.evaluate(problem, chains, plan=plan)
-    assert plan.count_bytes(problem, jax.eval_shape(bank.embed, problem.data.x)) < 4 * 9 * 256 * 12 * 4
+    assert plan.count_bytes(problem, jax.eval_shape(bank.embed, problem.data.x)) < 4 * 9 * 256 * 11 * 4
     np.testing.assert_allclose(parts.loss, whole.loss, rtol=1e-5)
     np.testing.assert_allclose(parts.accuracy, whole.accuracy, rtol=1e-5)
     jax.clear_caches()

@@ -5,7 +5,7 @@ from typing import Any
 # Of training, of generation, and of how the file was written: they change no output of a model that is applied to whole
 # sequences without dropout. Names that end in * are prefixes.
 IRRELEVANT = (
-    "_name_or_path", "architectures", "attn_pdrop", "attention_dropout", "attention_probs_dropout_prob", "auto_map", "bad_words_ids",
+    "_attn_implementation*", "_commit_hash", "_name_or_path", "_num_labels", "architectures", "attn_pdrop", "attention_dropout", "attention_probs_dropout_prob", "auto_map", "bad_words_ids",
     "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "classifier_dropout", "cross_attention_hidden_size",
     "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping", "embd_pdrop",
     "encoder_no_repeat_ngram_size", "encoder_stride", "eos_token_id", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
@@ -15,7 +15,7 @@ IRRELEVANT = (
     "pad_token_id", "prefix", "pretraining_tp", "problem_type", "remove_invalid_values", "repetition_penalty", "resid_pdrop",
     "return_dict", "return_dict_in_generate", "sep_token_id", "summary_*", "suppress_tokens", "task_specific_params", "temperature",
     "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript",
-    "transformers_version", "typical_p", "use_bfloat16", "use_cache",
+    "transformers.js_config", "transformers_version", "typical_p", "unsloth_*", "use_bfloat16", "use_cache",
 )  # fmt: skip
 
 

@@ -87,10 +87,13 @@ def load_choices(
       ValueError: a line is no such question, questions have different numbers of choices, a choice has no token or does not fit
         into `length`, or as `load_text`.
     """
+    if length is not None and length < 1:
+        raise ValueError(f"expected a length of at least 1, got {length}")
     vocabulary, encode = _open_tokenizer(checkpoint)
     path = Path(file)
     rows = []
-    for i, line in enumerate(_read_text(path).splitlines(), 1):
+    # Not `splitlines`, which cuts at characters that JSON leaves in its strings.
+    for i, line in enumerate(_read_text(path).split("\n"), 1):
         if line.strip():
             question, choices = _read_question(line, f"{path}, line {i}")
             start = len(encode(question, f"{path}, line {i}"))
@@ -123,6 +126,7 @@ def load_images(
     seed: int = 0,
     *,
     sizes: Sequence[int] | None = None,
+    most: Sequence[int] | None = None,
     data_dir: str | Path | None = None,
 ) -> Dataset:
     """A prepared set of images as the model was trained on: of its size, standardized as its preprocessor_config.json says.
@@ -132,6 +136,7 @@ def load_images(
       name: of the set, as for `jchain.data.load`.
       seed: of the splits.
       sizes: examples of each split; as many as there are when None.
+      most: examples of each split that are kept, at most: resized they take memory.
       data_dir: the folder of prepared sets.
 
     Raises:
@@ -158,11 +163,13 @@ def load_images(
         )
     )
 
-    def fit(batch: Batch) -> Batch:
+    def fit(batch: Batch, num: int | None) -> Batch:
+        batch = Batch(batch.x[:num], batch.y[:num])
         parts = [resize(batch.x[i : i + _CHUNK]) for i in range(0, len(batch.x), _CHUNK)]
         return Batch(jnp.concatenate(parts), batch.y)
 
-    return data._replace(**{name: fit(getattr(data, name)) for name in SPLITS})
+    kept = most or (None,) * len(SPLITS)
+    return data._replace(**{name: fit(getattr(data, name), num) for name, num in zip(SPLITS, kept, strict=True)})
 
 
 def token_loss(outputs: Float[Array, "*B T V"], y: Int[Array, "*B T"]) -> Float[Array, "*B"]:
@@ -243,7 +250,8 @@ def _read_question(line: str, where: str) -> tuple[str, list[str]]:
     try:
         found = json.loads(line)
         question, choices, answer = found["question"], found["choices"], found["answer"]
-        is_right = isinstance(question, str) and len(choices) > 1 and all(isinstance(choice, str) for choice in choices)
+        is_right = isinstance(question, str) and isinstance(choices, list) and len(choices) > 1
+        is_right = is_right and all(isinstance(choice, str) for choice in choices)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f'{where}: expected {{"question": ..., "choices": [...], "answer": 0}}, got {error}') from None
     if not is_right or isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):

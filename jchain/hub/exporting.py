@@ -79,6 +79,8 @@ def export(
         raise ValueError("expected a chain of at least one block, got a head alone")
     config = make_config(model, architecture, options, first)
     tensors = collect_tensors(model, config, str(first / CONFIG))
+    _check_sources(model, source)
+    changed = _find_changed(bank, tokens)
     paths = {
         name: str(source if isinstance(source, str | os.PathLike) else source.get(name, name))
         for name, *_ in model.blocks
@@ -92,8 +94,8 @@ def export(
                 shutil.copy(path, folder / path.name)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         write_shards(folder, tensors, max_shard_size)
-        (folder / "mergekit.yaml").write_text(make_recipe(model, paths))
-        (folder / "README.md").write_text(make_card(model, facts or {}))
+        (folder / "mergekit.yaml").write_text(make_recipe(model, paths, changed))
+        (folder / "README.md").write_text(make_card(model, facts or {}, changed))
         os.rename(folder, out)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -148,6 +150,22 @@ def _get_blocks(params: PyTree) -> list[PyTree]:
     return [params[name] for name in sorted(params, key=lambda n: int(n[7:]) if n.startswith("blocks_") else -1)][1:]
 
 
+def _check_sources(model: Model, source: Any) -> None:
+    """That the folder of each model is known."""
+    names = sorted({name for name, *_ in model.blocks} | set(model.sources))
+    known = names[:1] if isinstance(source, str | os.PathLike) else [*source]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(
+            f"expected the folder of each model by name, {', '.join(names)}, got none of {', '.join(unknown)}"
+        )
+
+
+def _find_changed(bank: Bank, tokens: Sequence[int]) -> list[str]:
+    """What of a chain has other weights than the checkpoint it came from."""
+    versions = np.asarray(bank.get_versions())
+    return sorted({bank.names[token] for token in tokens if versions[token] > 0})
+
+
 def make_config(model: Model, architecture: Architecture, options: dict[str, Any], source: Path) -> dict[str, Any]:
     """The config of the source, for these blocks.
 
@@ -163,6 +181,16 @@ def make_config(model: Model, architecture: Architecture, options: dict[str, Any
             config[key] = [values[place] for _, place, _, _ in model.blocks]
     if config.get("tie_word_embeddings", architecture.is_tied) and not share_embeddings(model, architecture):
         config["tie_word_embeddings"] = False
+    modules = tuple(module for _, _, module, _ in model.blocks)
+    if describe(config, str(source)).blocks != modules:
+        # What the config says by number is another block now.
+        config |= {
+            key: [values[place] for _, place, _, _ in model.blocks] for key, values in architecture.per_block.items()
+        }
+    if describe(config, str(source)).blocks != modules:
+        raise ValueError(
+            f"{source}: no config says that blocks are in this order, as it tells them apart by their number"
+        )
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     return config | {key: find_dtype(model)}
 
@@ -232,8 +260,8 @@ def write_shards(folder: Path, tensors: dict[str, np.ndarray], most: int) -> Non
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def make_recipe(model: Model, paths: Mapping[str, str]) -> str:
-    """The chain as a passthrough merge of mergekit, models by their paths."""
+def make_recipe(model: Model, paths: Mapping[str, str], changed: Sequence[str]) -> str:
+    """The chain as a passthrough merge of mergekit, models by their paths. What it cannot say stands in comments."""
     runs: list[list[Any]] = []
     for name, place, _, _ in model.blocks:
         if runs and runs[-1][0] == name and runs[-1][2] == place:
@@ -241,6 +269,10 @@ def make_recipe(model: Model, paths: Mapping[str, str]) -> str:
         else:
             runs.append([name, place, place + 1])
     lines = ["slices:"]
+    if changed:
+        lines.insert(
+            0, f"# Not the same as the checkpoint beside it, in which {', '.join(changed)} have other weights."
+        )
     for part, source, name in zip(
         ("embeddings", "output layer"), model.sources, (runs[0][0], runs[-1][0]), strict=True
     ):
@@ -258,12 +290,13 @@ def make_recipe(model: Model, paths: Mapping[str, str]) -> str:
     return "\n".join([*lines, "merge_method: passthrough", f"dtype: {find_dtype(model)}"]) + "\n"
 
 
-def make_card(model: Model, facts: dict[str, Any]) -> str:
+def make_card(model: Model, facts: dict[str, Any], changed: Sequence[str]) -> str:
     """A model card: the chain and what is known of it."""
     rows = [f"| {name} | {value} |" for name, value in facts.items()]
     table = ["", "| | |", "|---|---|", *rows] if rows else []
     chain = " -> ".join(f"{name}/{place}" for name, place, _, _ in model.blocks)
     stem, head = model.sources
     told = f"Blocks in order: `{chain}`. Embeddings of {stem}, output layer of {head}."
+    told += f" Trained on since: {', '.join(changed)}." if changed else ""
     lines = ["---", "library_name: transformers", "tags: [jchain]", "---", "", told, *table]
     return "\n".join(lines) + "\n"

@@ -44,17 +44,22 @@ def load_task(config: Mapping[str, Any]) -> Task:
             f"expected one of --text, --choices and --data with --checkpoint, got {', '.join(given) or 'none'}"
         )
     checkpoint, seed, sizes = config["checkpoint"][0], config["seed"], config.get("sizes")
+    length = config.get("length")
+    if length is not None and (length < 1 or config.get("data")):
+        raise ValueError(f"expected --length of at least 1, and none with --data, got {length}")
     if config.get("data"):
-        return Task(load_images(checkpoint, config["data"], seed, sizes=sizes, data_dir=config.get("data_dir")), {})
+        most = None if sizes is not None else SIZES
+        data_dir = config.get("data_dir")
+        return Task(load_images(checkpoint, config["data"], seed, sizes=sizes, most=most, data_dir=data_dir), {})
     if config.get("choices"):
 
         def read(sizes: Any) -> Dataset:
-            return load_choices(checkpoint, config["choices"], length=config.get("length"), seed=seed, sizes=sizes)
+            return load_choices(checkpoint, config["choices"], length=length, seed=seed, sizes=sizes)
 
         return Task(_cap(read, sizes), {"loss_fn": choice_loss, "accuracy_fn": choice_accuracy})
 
     def read(sizes: Any) -> Dataset:
-        return load_text(checkpoint, config["text"], length=config.get("length") or 128, seed=seed, sizes=sizes)
+        return load_text(checkpoint, config["text"], length=length or 128, seed=seed, sizes=sizes)
 
     return Task(_cap(read, sizes), {})
 
@@ -129,7 +134,9 @@ def find_recipes(problem: Problem, parent: list[int], num_layers: int) -> dict[s
 
 
 def price_layers(bank: Bank, cost: float) -> Any:
-    """The price of each layer: none for embeddings, which are no block."""
+    """The price of a layer, or where there are embeddings, which are no block and have none, of each layer."""
+    if cost == 0 or not any(isinstance(group.module, Restart) for group in bank.layers):
+        return cost
     prices = np.full(bank.num_layers, cost, np.float32)
     for group in bank.layers:
         if isinstance(group.module, Restart):

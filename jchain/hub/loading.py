@@ -156,7 +156,13 @@ def _assemble(sources: list[Source], dtype: Any, pinned: tuple[int, int]) -> Ban
     first, last = pinned
     if first < 0 or last < 0 or first + last >= depth:
         raise ValueError(f"expected fewer pinned blocks than the {depth} of the model, at least 0, got {pinned}")
-    read = Reader(choose_dtype([source.checkpoint for source in sources], dtype))
+    found = {
+        source.checkpoint.dtypes[name]
+        for source in sources
+        for leaves in (source.stem, *source.blocks, source.head)
+        for name in leaves.values()
+    }
+    read = Reader(choose_dtype(found, dtype, ", ".join(str(source.checkpoint.path) for source in sources)))
     begin, middle, end = (architecture.blocks[part] for part in _cut(first, depth - last))
     features = find_shapes(architecture)[3]
 

@@ -11,6 +11,7 @@ from flax import traverse_util
 
 from jchain._typing import Array, PyTree
 from jchain.hub.architecture import Architecture
+from jchain.hub.checkpoint import DTYPES
 from jchain.hub.places import Leaves
 
 # XLA on CPU takes arrays that begin at such an address as they are.
@@ -88,10 +89,15 @@ def _nest(leaves: dict[str, np.ndarray]) -> PyTree:
     return traverse_util.unflatten_dict({path: jax.device_put(leaf) for path, leaf in leaves.items()}, sep="/")
 
 
-def choose_dtype(checkpoints: list[Any], dtype: Any) -> np.dtype:
-    """The dtype of all weights."""
-    found = sorted({name for checkpoint in checkpoints for name in checkpoint.dtypes.values()})
+def choose_dtype(found: set[str], dtype: Any, where: str) -> np.dtype:
+    """The dtype of all weights, of those that are found or the one that is asked for.
+
+    Raises:
+      ValueError: several are found and none is asked for, or weights are not of this dtype.
+    """
     if dtype is None and len(found) > 1:
-        where = ", ".join(str(checkpoint.path) for checkpoint in checkpoints)
-        raise ValueError(f"{where}: expected weights of one dtype, got {', '.join(found)}: pass dtype=")
-    return jnp.dtype(found[0] if dtype is None else dtype)
+        raise ValueError(f"{where}: expected weights of one dtype, got {', '.join(sorted(found))}: pass dtype=")
+    chosen = jnp.dtype(min(found) if dtype is None else dtype)
+    if chosen.name not in DTYPES.values():
+        raise ValueError(f"expected a dtype of {', '.join(DTYPES.values())}, got {chosen.name}")
+    return chosen

@@ -12,6 +12,7 @@ import numpy as np
 from jchain._typing import Array, Float, Int, Shaped
 from jchain.bank import Bank
 from jchain.engine import apply_token
+from jchain.hub.wrapping import Within
 
 
 def find_influence(
@@ -22,9 +23,11 @@ def find_influence(
     Block influence of ShortGPT (Men et al. 2024, arXiv:2403.03853).
     """
     hidden, found = bank.embed(x), []
+    # Behind these stand the embeddings of other models.
+    features = next((group.module.features for group in bank.layers if isinstance(group.module, Within)), None)
     for token in chain[:-1]:
         made = _apply(bank.without_names(), jnp.asarray(token), hidden)
-        a, b = (part.astype(jnp.float32) for part in (hidden, made))
+        a, b = (part[..., :features].astype(jnp.float32) for part in (hidden, made))
         lengths = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
         found.append(1 - float(jnp.mean(jnp.sum(a * b, axis=-1) / lengths)))
         hidden = made

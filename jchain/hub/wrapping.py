@@ -5,6 +5,7 @@ behind them stand the embeddings of all models but the first. A chain begins wit
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from jchain._typing import Array, Float, Shaped
@@ -58,7 +59,8 @@ class Restart(nn.Module):
     def __call__(self, x: Float[Array, "*B G"]) -> Float[Array, "*B G"]:
         kept = x[..., self.features :]
         others = kept.reshape(*kept.shape[:-1], -1, self.features)
-        shares = self.param("shares", nn.initializers.zeros, others.shape[-2:-1])
+        # Which model it is, not a weight.
+        shares = jax.lax.stop_gradient(self.param("shares", nn.initializers.zeros, others.shape[-2:-1]))
         hidden = jnp.sum(others * shares.reshape((1,) * (others.ndim - 2) + (-1, 1)), axis=-2)
         return jnp.concatenate([hidden.astype(x.dtype), kept], axis=-1)
 
