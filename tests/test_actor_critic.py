@@ -287,6 +287,7 @@ def test_refreshed_agents_see_what_the_new_weights_do(problem):
 OBSERVING = jc.JointEncoding((jc.TokenEncoding(8), jc.ObservedEncoding(jc.features.observe_activations, 8)))
 
 
+@pytest.mark.slow
 def test_what_is_seen_is_kept_beside_chains(problem):
     """Of sampled, replayed and best chains it is what walking them anew shows, so updates see what the policy saw."""
     search = jc.ActorCritic(encoding=OBSERVING, num_chains=6, num_replays=4, replay_size=8, restart_rate=0.5)

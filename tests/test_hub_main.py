@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(folder):
-    options = ["--length", "8", "--search", "local", "--budget", "80", "--sizes", "4,6,5,4", "--min-layers", "1"]
+    options = ["--length", "8", "--search", "random", "--budget", "80", "--sizes", "4,6,5,4", "--min-layers", "1"]
     paths = [str(folder / name) for name in ("m0", "m1")]
     text = ["--text", str(folder / "text.txt")]
     assert main(["search", "--checkpoint", *paths, *text, *options, "--out", str(folder / "result")]) == 0
@@ -65,13 +65,14 @@ def test_a_result_is_exported_as_a_checkpoint(folder, result, tmp_path, capsys):
     assert float(out.loss[0]) == pytest.approx(found["loss"]["test"], rel=1e-5)
     card = (tmp_path / "out" / "README.md").read_text()
     assert str(found["loss"]["test"]) in card
-    assert "--search local --budget 80" in card
+    assert "--search random --budget 80" in card
     assert main(["export", str(result), "--out", str(tmp_path / "out")]) == 2
     assert "expected no folder at" in capsys.readouterr().err
     assert main(["export", str(result), "--out", str(tmp_path / "own"), "--chain", "1,0,6"]) == 0
     assert json.loads((tmp_path / "own" / "config.json").read_text())["n_layer"] == 4
 
 
+@pytest.mark.slow
 def test_questions_are_searched_too(folder, tmp_path):
     options = ["--search", "random", "--budget", "40", "--pinned", "0,1", "--layer-cost", "10", "--sweep", "2"]
     out = str(tmp_path / "out")
