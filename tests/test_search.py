@@ -273,6 +273,7 @@ def test_bad_sizes_are_refused(cls, sizes):
         cls(**sizes)
 
 
+@pytest.mark.slow
 def test_many_groups_and_stacked_rates(two_group_problem):
     searches = jax.tree.map(
         lambda *leaves: jnp.stack(leaves), *[jc.ActorCritic(jc.TokenEncoding(8), 6, 1, rate) for rate in (1e-3, 1e-2)]

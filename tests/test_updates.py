@@ -275,6 +275,7 @@ def broken(problem, token):
     return problem.with_bank(problem.bank.replace([token], [params]))
 
 
+@pytest.mark.slow
 def test_a_layer_that_overflows_spoils_nothing_else(policy, two_group_problem):
     if isinstance(policy, updates.Frozen):
         return
