@@ -117,37 +117,7 @@ def _add_data_dir(command: argparse.ArgumentParser) -> None:
 def _add_search(commands: Any) -> None:
     search = commands.add_parser("search", help="make a bank, or read one from checkpoints, and search it")
     _add_data(search, None, "default: digits, but where there are checkpoints")
-    pretrained = search.add_argument_group("pretrained transformers")
-    pretrained.add_argument(
-        "--checkpoint",
-        nargs="+",
-        metavar="DIR",
-        help="Hugging Face checkpoint folder, or several of one architecture: their blocks are the bank",
-    )
-    pretrained.add_argument(
-        "--text", nargs="+", metavar="FILE", help="text that chains are judged on, by the next token"
-    )
-    pretrained.add_argument(
-        "--choices", metavar="FILE", help='or JSON lines of {"question": ..., "choices": [...], "answer": 0}'
-    )
-    pretrained.add_argument(
-        "--length", type=int, help="tokens of a sequence, or question (default: 128, or the longest)"
-    )
-    pretrained.add_argument(
-        "--pinned",
-        type=_parse_pinned,
-        metavar="FIRST,LAST",
-        help="blocks that every chain begins and ends with (default: 1,1)",
-    )
-    pretrained.add_argument(
-        "--sweep",
-        type=int,
-        metavar="K",
-        help="search chains of at most K, K + 1, ... layers too, up to --max-layers, the budget for each, beside recipes",
-    )
-    pretrained.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of weights (default: the file's)"
-    )
+    _add_pretrained(search)
     search.add_argument("--bank", choices=BANKS, default="routed", help="how the bank is made (default: %(default)s)")
     search.add_argument(
         "--layer",
@@ -204,6 +174,40 @@ def _add_search(commands: Any) -> None:
     search.add_argument("--replace", action="store_true", help="replace a result that is in the folder")
     search.add_argument("--json", action="store_true", help="print the result as one JSON object in the last line")
     search.set_defaults(run=_search)
+
+
+def _add_pretrained(search: argparse.ArgumentParser) -> None:
+    pretrained = search.add_argument_group("pretrained transformers")
+    pretrained.add_argument(
+        "--checkpoint",
+        nargs="+",
+        metavar="DIR",
+        help="Hugging Face checkpoint folder, or several of one architecture: their blocks are the bank",
+    )
+    pretrained.add_argument(
+        "--text", nargs="+", metavar="FILE", help="text that chains are judged on, by the next token"
+    )
+    pretrained.add_argument(
+        "--choices", metavar="FILE", help='or JSON lines of {"question": ..., "choices": [...], "answer": 0}'
+    )
+    pretrained.add_argument(
+        "--length", type=int, help="tokens of a sequence, or question (default: 128, or the longest)"
+    )
+    pretrained.add_argument(
+        "--pinned",
+        type=_parse_pinned,
+        metavar="FIRST,LAST",
+        help="blocks that every chain begins and ends with (default: 1,1)",
+    )
+    pretrained.add_argument(
+        "--sweep",
+        type=int,
+        metavar="K",
+        help="search chains of at most K, K + 1, ... layers too, up to --max-layers, the budget for each, beside recipes",
+    )
+    pretrained.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of weights (default: the file's)"
+    )
 
 
 def _add_evaluate(commands: Any) -> None:

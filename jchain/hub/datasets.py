@@ -14,9 +14,8 @@ import optax
 from jchain import images
 from jchain._typing import Array, Float, Int
 from jchain.data import SHARES, SPLITS, Batch, Dataset, split
-from jchain.hub.architecture import Architecture
-from jchain.hub.checkpoint import CONFIG, read_json
-from jchain.hub.places import describe
+from jchain.hub.checkpoint import read_json
+from jchain.hub.places import read_architecture
 
 TOKENIZER, PREPROCESSOR = "tokenizer.json", "preprocessor_config.json"
 Path_ = str | os.PathLike[str]
@@ -144,7 +143,7 @@ def load_images(
       ValueError: the model takes no images, it was trained on another scale than 0 to 1 before it was standardized, or as
         `jchain.data.load`.
     """
-    architecture = _describe(checkpoint)
+    architecture = read_architecture(checkpoint)
     if architecture.vocabulary is not None:
         raise ValueError(f"expected a model of images at {checkpoint}, got one of text")
     options = read_json(Path(checkpoint) / PREPROCESSOR)
@@ -198,14 +197,9 @@ def choice_accuracy(outputs: Float[Array, "B C T V"], y: Int[Array, "B C T"]) ->
     return (each[:, 0] < jnp.min(each[:, 1:], axis=1)).astype(jnp.float32)
 
 
-def _describe(checkpoint: Path_) -> Architecture:
-    folder = Path(checkpoint)
-    return describe(read_json(folder / CONFIG), str(folder / CONFIG))
-
-
 def _open_tokenizer(checkpoint: Path_) -> tuple[int, Any]:
     """The model's vocabulary, and a function from text, and where it stands, to ids."""
-    vocabulary = _describe(checkpoint).vocabulary
+    vocabulary = read_architecture(checkpoint).vocabulary
     if vocabulary is None:
         raise ValueError(f"expected a model of text at {checkpoint}, got one of images")
     path = Path(checkpoint) / TOKENIZER

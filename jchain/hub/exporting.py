@@ -147,7 +147,8 @@ def unfold(bank: Bank, tokens: Sequence[int], depth: int) -> Model:
 
 
 def _get_blocks(params: PyTree) -> list[PyTree]:
-    return [params[name] for name in sorted(params, key=lambda n: int(n[7:]) if n.startswith("blocks_") else -1)][1:]
+    """Those of `Entry` or `Exit`, beside one part more."""
+    return [params[f"blocks_{i}"] for i in range(len(params) - 1)]
 
 
 def _check_sources(model: Model, source: Any) -> None:

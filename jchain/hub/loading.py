@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,8 +14,8 @@ from jchain._typing import Array, Key, PyTree
 from jchain.bank import Bank
 from jchain.groups import LayerGroup
 from jchain.hub.architecture import Architecture
-from jchain.hub.checkpoint import CONFIG, Checkpoint, read_json
-from jchain.hub.places import Leaves, check_tensors, describe, find_base, find_places, find_shapes
+from jchain.hub.checkpoint import CONFIG, Checkpoint
+from jchain.hub.places import Leaves, check_tensors, describe, find_base, find_places, find_shapes, read_architecture
 from jchain.hub.reading import Reader, Untrained, choose_dtype
 from jchain.hub.wrapping import Entries, Entry, Exit, Restart, Within
 
@@ -112,8 +111,7 @@ def init(
       FileNotFoundError: there is no config.json.
       ValueError: the family or an option of the config is not supported, or there are not more blocks than are pinned.
     """
-    folder = Path(path)
-    architecture = describe(read_json(folder / CONFIG), str(folder / CONFIG))
+    architecture = read_architecture(path)
     places = find_places(architecture)
     return _assemble([Source(name, Untrained(key, architecture, places), architecture, *places)], None, pinned)
 
@@ -163,7 +161,8 @@ def _assemble(sources: list[Source], dtype: Any, pinned: tuple[int, int]) -> Ban
         for name in leaves.values()
     }
     read = Reader(choose_dtype(found, dtype, ", ".join(str(source.checkpoint.path) for source in sources)))
-    begin, middle, end = (architecture.blocks[part] for part in _cut(first, depth - last))
+    blocks = architecture.blocks
+    begin, middle, end = blocks[:first], blocks[first : depth - last], blocks[depth - last :]
     features = find_shapes(architecture)[3]
 
     # Heads before embeddings, which may be the same tensors: so the stack is read, and the embeddings are a part of it.
@@ -247,10 +246,6 @@ def _find_parents(num_sources: int, size: int, *, has_choice: bool) -> tuple[tup
     num_layers = num_blocks + (num_sources - 1 if has_choice else 0)
     starts = [() if m == 0 or not has_choice else (num_blocks + m - 1,) for m in range(num_sources)]
     return tuple((*start, *range(m * size, (m + 1) * size), num_layers + m) for m, start in enumerate(starts))
-
-
-def _cut(first: int, last: int) -> tuple[slice, slice, slice]:
-    return slice(None, first), slice(first, last), slice(last, None)
 
 
 def _make_entry(architecture: Architecture, blocks: tuple[nn.Module, ...], source: str) -> Entry:

@@ -1,8 +1,10 @@
 """From a config to modules, and to the tensors of a checkpoint that are their params."""
 
+import os
 from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +13,7 @@ from flax import traverse_util
 
 from jchain.files import FAMILIES
 from jchain.hub.architecture import Architecture
-from jchain.hub.checkpoint import DTYPES, Checkpoint, list_names
+from jchain.hub.checkpoint import CONFIG, DTYPES, Checkpoint, list_names, read_json
 from jchain.hub.config import Config
 
 # Of an output layer, which some files hold although it is that of the embeddings.
@@ -41,6 +43,17 @@ def describe(options: dict[str, Any], where: str) -> Architecture:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{config.where}: an option has a value that does not fit: {reason}") from None
     return architecture
+
+
+def read_architecture(folder: str | os.PathLike[str]) -> Architecture:
+    """The modules of the config of a checkpoint folder.
+
+    Raises:
+      FileNotFoundError: there is no config.json.
+      ValueError: it is no JSON, or as `describe`.
+    """
+    path = Path(folder) / CONFIG
+    return describe(read_json(path), str(path))
 
 
 def find_places(architecture: Architecture, base: str | None = None) -> tuple[Leaves, list[Leaves], Leaves]:
