@@ -22,7 +22,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 import jchain as jc
-from jchain.files import read_arrays, write_arrays
+from jchain.files import read_arrays, write_arrays, write_atomically, write_json
 
 CACHE = Path.home() / ".cache" / "jchain"
 CHAINBENCH = CACHE / "chainbench"
@@ -33,6 +33,17 @@ def describe_machine() -> dict[str, Any]:
         "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "jchain": jc.__version__},
     }
+
+
+def write_results(
+    out: Path, name: str, result: dict[str, Any], table: str, draw: Callable[[str], None] | None = None
+) -> None:
+    """What an experiment found, as `name`.json, .md and, where there is a figure, .png."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / f"{name}.json", result)
+    write_atomically(out / f"{name}.md", lambda path: Path(path).write_text(table + "\n"))
+    if draw is not None:
+        write_atomically(out / f"{name}.png", draw)
 
 
 def zero_shot(critic: jc.Critic | None) -> jc.CriticSearch:

@@ -21,7 +21,7 @@ from jchain import chain, train
 from jchain.bank import Bank
 from jchain.data import Dataset
 from jchain.evaluate import evaluate, evaluate_all
-from jchain.hub import jobs
+from jchain.hub import jobs, recipes
 from jchain.hub.jobs import price_layers
 from jchain.plot import plot_curve, plot_sweep
 from jchain.problem import Problem
@@ -132,9 +132,9 @@ def search(config: Mapping[str, Any], setting: Setting, method: Search, policy: 
     _say("Re-ranking the finalists, scoring the controls ...")
     width = max(max_layers, *(len(parent) - 1 for parent in made.parents), config["depth"])
     parent, of = _score_best_parent(control_key, setting, made, width)
-    recipes = _score_recipes(setting, problem, of, width) if config.get("checkpoint") else {}
+    by_hand = _score_recipes(setting, problem, of, width) if config.get("checkpoint") else {}
     # Weights that were updated are compared with the models as they were, not with these after the updates.
-    tokens, chosen = _pick(setting, bank, found.finalists, recipes if config["update"] == "never" else {}, problem)
+    tokens, chosen = _pick(setting, bank, found.finalists, by_hand if config["update"] == "never" else {}, problem)
     scores = _score(setting, bank, tokens, width)
     random_chain = _score_random_chain(chain_key, setting, made, len(tokens) - 1, width)
     count = chain.count(made.num_layers, made.num_heads, max_layers, min_layers=problem.min_layers)
@@ -154,7 +154,7 @@ def search(config: Mapping[str, Any], setting: Setting, method: Search, policy: 
         "controls": {
             "best_parent": parent,
             "random_chain": random_chain,
-            "recipes": recipes,
+            "recipes": by_hand,
         },
         "nonfinite_chains": found.num_nonfinite,
         "config": dict(config),
@@ -165,7 +165,7 @@ def search(config: Mapping[str, Any], setting: Setting, method: Search, policy: 
             _search_at(num, search_key, config, setting, method, made, of, width)
             for num in range(config["sweep"], max_layers)
         ]
-        last = {"max_layers": max_layers, "chain": tokens, "chosen": chosen, **scores, "recipes": recipes}
+        last = {"max_layers": max_layers, "chain": tokens, "chosen": chosen, **scores, "recipes": by_hand}
         result["sweep"].append(last)
     result["seconds"] = round(time.perf_counter() - start, 1)
     return Job(result, bank, found)
@@ -185,15 +185,15 @@ def _search_at(
     _say(f"Searching chains of at most {max_layers} layers ...")
     problem = setting.price(bank, "search", max_layers, min_layers=min(config["min_layers"], max_layers))
     found = run(key, method, problem, budget=config["budget"], progress=True)
-    recipes = _score_recipes(setting, problem, parent, width)
-    tokens, chosen = _pick(setting, bank, found.finalists, recipes, problem)
+    by_hand = _score_recipes(setting, problem, parent, width)
+    tokens, chosen = _pick(setting, bank, found.finalists, by_hand, problem)
     scores = _score(setting, bank, tokens, width)
-    return {"max_layers": max_layers, "chain": tokens, "chosen": chosen, **scores, "recipes": recipes}
+    return {"max_layers": max_layers, "chain": tokens, "chosen": chosen, **scores, "recipes": by_hand}
 
 
 def _score_recipes(setting: Setting, problem: Problem, parent: list[int], width: int) -> dict[str, Any]:
     """Recipes that bring the model to the most layers of the problem, or where it has no more the model itself."""
-    found = jobs.find_recipes(problem, parent, problem.max_layers)
+    found = recipes.find_chains(problem, parent, problem.max_layers)
     if len(parent) - 1 <= problem.max_layers:
         found["nothing dropped"] = parent
     return {name: {"chain": tokens, **_score(setting, problem.bank, tokens, width)} for name, tokens in found.items()}
@@ -243,10 +243,10 @@ def _pick_on_select(setting: Setting, bank: Bank, chains: np.ndarray) -> list[in
 
 
 def _pick(
-    setting: Setting, bank: Bank, finalists: np.ndarray, recipes: Mapping[str, Any], problem: Problem
+    setting: Setting, bank: Bank, finalists: np.ndarray, by_hand: Mapping[str, Any], problem: Problem
 ) -> tuple[list[int], str]:
     """The lowest on `select` of what the search found and of the recipes that are long enough, and where it comes from."""
-    chains = {name: tuple(row["chain"]) for name, row in recipes.items()}
+    chains = {name: tuple(row["chain"]) for name, row in by_hand.items()}
     named = {tokens: name for name, tokens in chains.items() if len(tokens) > problem.min_layers}
     named |= {tuple(_strip(row)): "search" for row in finalists}
     tokens = _pick_on_select(setting, bank, chain.pad([*named]))
@@ -324,12 +324,12 @@ def _make_sweep_table(rows: list[dict[str, Any]]) -> Any:
     """Loss on test by the number of layers, of what was found and of recipes."""
     from rich.table import Table
 
-    recipes = list(dict.fromkeys(name for row in rows for name in row["recipes"]))
+    names = list(dict.fromkeys(name for row in rows for name in row["recipes"]))
     table = Table(title="loss (accuracy) on test by layers", title_justify="left")
-    for name in ("at most", "chain found", *recipes):
+    for name in ("at most", "chain found", *names):
         table.add_column(name, justify="right")
     for row in rows:
-        cells = [row, *(row["recipes"].get(name) for name in recipes)]
+        cells = [row, *(row["recipes"].get(name) for name in names)]
         shown = ["" if cell is None else _cell(cell["loss"]["test"], cell["accuracy"]["test"]) for cell in cells]
         table.add_row(str(row["max_layers"]), *shown)
     return table

@@ -10,7 +10,7 @@ from test_hub_datasets import QUESTION, TEXT, make_checkpoint, write_file
 
 import jchain as jc
 from jchain.__main__ import main
-from jchain.hub.jobs import find_recipes, name_models
+from jchain.hub.jobs import name_models
 
 
 @pytest.fixture(scope="module")
@@ -123,13 +123,13 @@ def test_recipes_bring_the_model_to_as_many_blocks(folder):
     data = jc.hub.load_text(folder / "m0", folder / "text.txt", length=8)
     problem = jc.Problem(bank, data.search, max_layers=5)
     assert bank.parents[1] == (8, 4, 5, 6, 7, 10)
-    found = find_recipes(problem, list(bank.parents[1]), 3)
+    found = jc.hub.recipes.find_chains(problem, list(bank.parents[1]), 3)
     assert found["last blocks dropped"] == [8, 4, 5, 10]
     assert all(chain[0] == 8 and len(chain) == 4 for chain in found.values())
     assert found["best run of blocks dropped"] in ([8, 6, 7, 10], [8, 4, 7, 10], [8, 4, 5, 10])
-    ((name, chain),) = find_recipes(problem, list(bank.parents[0]), 6).items()
+    ((name, chain),) = jc.hub.recipes.find_chains(problem, list(bank.parents[0]), 6).items()
     assert (name, len(chain)) == ("best run repeated", 7)
-    assert find_recipes(problem, list(bank.parents[0]), 4) == {}
+    assert jc.hub.recipes.find_chains(problem, list(bank.parents[0]), 4) == {}
 
 
 def test_results_of_other_banks_are_not_exported(tmp_path, capsys):

@@ -1,6 +1,5 @@
 """The options of `jchain search --checkpoint`, as bank, data and loss."""
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,15 +8,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jchain import chain as chain_lib
 from jchain.bank import Bank
 from jchain.data import Dataset
-from jchain.evaluate import evaluate
 from jchain.hub.datasets import choice_accuracy, choice_loss, load_choices, load_images, load_text
 from jchain.hub.loading import load_many
-from jchain.hub.recipes import drop_contiguous, drop_last, drop_least_influential, find_influence, repeat_contiguous
 from jchain.hub.wrapping import Restart
-from jchain.problem import Problem
 
 # Examples of train, search, select and test where no sizes are given, at most: a layer call is of all sequences of a split.
 SIZES = (64, 64, 64, 256)
@@ -97,40 +92,6 @@ def name_models(paths: list[str]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     raise ValueError(f"expected different checkpoints, got {', '.join(map(str, paths))}")
-
-
-def find_recipes(problem: Problem, parent: list[int], num_layers: int) -> dict[str, list[int]]:
-    """What people do by hand to bring a model to so many layers: chains by name, none where it has as many.
-
-    Args:
-      problem: on whose split blocks are chosen.
-      parent: the model as it was.
-      num_layers: of the chain to compare with, embeddings included.
-    """
-    bank = problem.bank
-    restarts = {token for group in bank.layers if isinstance(group.module, Restart) for token in group.tokens}
-    start = [token for token in parent if token in restarts]
-    body = [token for token in parent if token not in restarts]
-    num = len(parent) - 1 - num_layers
-    if num == 0 or num >= len(body) or -num >= len(body):
-        return {}
-    if num < 0:
-        options = {"best run repeated": repeat_contiguous(body, -num)}
-    else:
-        influence = find_influence(bank, parent, problem.data.x)[len(start) :]
-        options = {
-            "last blocks dropped": drop_last(body, num)[None],
-            "blocks of least influence dropped": drop_least_influential(body, influence, num)[None],
-            "best run of blocks dropped": drop_contiguous(body, num),
-        }
-    found = {}
-    for name, chains in options.items():
-        rows = [[*start, *map(int, row)] for row in chains]
-        losses = evaluate(
-            dataclasses.replace(problem, max_layers=len(rows[0]) - 1, min_layers=0), chain_lib.pad(rows)
-        ).loss
-        found[name] = rows[int(np.argmin(losses))]
-    return found
 
 
 def price_layers(bank: Bank, cost: float) -> Any:

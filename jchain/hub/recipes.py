@@ -3,16 +3,57 @@
 Each takes the model's own chain, one of `Bank.parents`, blocks and then the head.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jchain import chain as chain_lib
 from jchain._typing import Array, Float, Int, Shaped
 from jchain.bank import Bank
 from jchain.engine import apply_token
-from jchain.hub.wrapping import Within
+from jchain.evaluate import evaluate
+from jchain.hub.wrapping import Restart, Within
+from jchain.problem import Problem
+
+
+def find_chains(problem: Problem, parent: Sequence[int], num_layers: int) -> dict[str, list[int]]:
+    """What people do by hand to bring a model to so many layers: one chain of each recipe, by its name.
+
+    With fewer layers: the last blocks dropped, those of the least influence, and a run of blocks; with more: a run of blocks
+    repeated. Which run, the loss says. The embeddings of a model, where they are a layer, stay.
+
+    Args:
+      problem: on whose split blocks are chosen; its lengths do not matter.
+      parent: the model as it was, one of `Bank.parents`.
+      num_layers: of the chains, embeddings included.
+
+    Returns:
+      Nothing where the model has as many layers, or no recipe reaches as many.
+    """
+    restarts = {token for group in problem.bank.layers if isinstance(group.module, Restart) for token in group.tokens}
+    start = [token for token in parent if token in restarts]
+    body = [token for token in parent if token not in restarts]
+    num = len(parent) - 1 - num_layers
+    if num == 0 or abs(num) >= len(body):
+        return {}
+    if num < 0:
+        options = {"best run repeated": repeat_contiguous(body, -num)}
+    else:
+        influence = find_influence(problem.bank, parent, problem.data.x)[len(start) :]
+        options = {
+            "last blocks dropped": drop_last(body, num)[None],
+            "blocks of least influence dropped": drop_least_influential(body, influence, num)[None],
+            "best run of blocks dropped": drop_contiguous(body, num),
+        }
+    posed = dataclasses.replace(problem, max_layers=num_layers, min_layers=0)
+    found = {}
+    for name, chains in options.items():
+        rows = [[*start, *map(int, row)] for row in chains]
+        found[name] = rows[int(np.argmin(evaluate(posed, chain_lib.pad(rows)).loss))]
+    return found
 
 
 def find_influence(
