@@ -37,11 +37,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-from records import CHAINBENCH, describe_machine, is_deterministic, keep, look_up, make_pool, zero_shot
+from records import CHAINBENCH, describe_machine, is_deterministic, keep, look_up, make_pool, write_results, zero_shot
 from scipy.stats import trim_mean
 
 import jchain as jc
-from jchain.files import write_atomically, write_json
+from jchain.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 # Slowest first, so that no core waits for one at the end.
@@ -195,10 +195,8 @@ def compete(
         }
     table = format_table(result)
     print(table)
-    write_json(args.out / f"{title}.json", result)
-    write_atomically(args.out / f"{title}.md", lambda path: Path(path).write_text(table + "\n"))
     of_reported = {name: curves[rows] for name, curves in runs.items()}
-    write_atomically(args.out / f"{title}.png", lambda path: draw(path, of_reported, grounds.grid))
+    write_results(args.out, title, result, table, partial(draw, runs=of_reported, grid=grounds.grid))
 
 
 def tune(searches: dict[str, Any], args: argparse.Namespace) -> None:

@@ -23,10 +23,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from records import CHAINBENCH, describe_machine, is_deterministic, keep, look_up, make_pool, zero_shot
+from records import CHAINBENCH, describe_machine, is_deterministic, keep, look_up, make_pool, write_results, zero_shot
 
 import jchain as jc
-from jchain.files import write_atomically, write_json
 
 KINDS = jc.chainbench.KINDS
 BUDGETS = (48, 96, 300, 1000, 4000)
@@ -74,10 +73,7 @@ def main() -> None:
             for name, rows in curves.items()
         },
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "controller.json", result)
-    write_atomically(args.out / "controller.md", lambda path: Path(path).write_text(table + "\n"))
-    critics[""].save(args.out / "critic.safetensors")
+    write_results(args.out, "controller", result, table)
 
 
 def kind_of(solved: jc.chainbench.Solved) -> str:

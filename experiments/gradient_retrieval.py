@@ -19,6 +19,7 @@ nearest layers 0.
 
 import argparse
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from records import correlate, describe_machine, keep, try_swaps
+from records import correlate, describe_machine, keep, try_swaps, write_results
 
 import jchain as jc
-from jchain.files import write_atomically, write_json
 
 KINDS = jc.chainbench.KINDS
 # Slots: layers in the bank, banks of each kind, chains of each sort.
@@ -80,16 +80,10 @@ def main() -> None:
     print(format_wide(wide))
     if args.quick:
         return
-    args.out.mkdir(parents=True, exist_ok=True)
     config = {"sizes": SIZES, "num_steps": NUM_STEPS, "budget": BUDGET}
-    write_json(
-        args.out / "gradient_retrieval.json", {**describe_machine(), "config": config, "rows": rows, "wide": wide}
-    )
-    write_atomically(
-        args.out / "gradient_retrieval.md",
-        lambda path: Path(path).write_text(f"{format_table(rows)}\n\n{format_wide(wide)}\n"),
-    )
-    write_atomically(args.out / "gradient_retrieval.png", lambda path: draw(path, rows))
+    result = {**describe_machine(), "config": config, "rows": rows, "wide": wide}
+    tables = f"{format_table(rows)}\n\n{format_wide(wide)}"
+    write_results(args.out, "gradient_retrieval", result, tables, partial(draw, rows=rows))
 
 
 def average(rows: np.ndarray) -> dict[str, float | None]:

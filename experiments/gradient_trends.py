@@ -21,6 +21,7 @@ layer itself 9% to 32%; the mean gradient of other slots points the same way as 
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-from records import correlate, describe_machine, keep, try_swaps
+from records import correlate, describe_machine, keep, try_swaps, write_results
 
 import jchain as jc
-from jchain.files import write_atomically, write_json
-from jchain.plot import plot_layers
 
 DEPTH, NUM_LAYERS = 4, 12
 SIZES = {"banks": 3, "seen": 1000, "tested": 100}
@@ -58,22 +57,9 @@ def main() -> None:
         jax.clear_caches()
     if args.quick:
         return
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(
-        args.out / "gradient_trends.json",
-        {
-            **describe_machine(),
-            "config": {**sizes, "layers": NUM_LAYERS, "slots": DEPTH},
-            "contexts": CONTEXTS,
-            "rows": rows,
-        },
-    )
-    write_atomically(args.out / "gradient_trends.md", lambda path: Path(path).write_text(format_tables(rows) + "\n"))
-    write_atomically(args.out / "gradient_trends.png", lambda path: draw(path, rows))
-    problem = make_problem("routed", 0)
-    chains, out = jc.evaluate_all(problem)
-    best = chains[np.argmin(np.asarray(out.loss))]
-    plot_layers(args.out / "layer_report.png", jc.layer_report.report_layers(problem, best))
+    config = {**sizes, "layers": NUM_LAYERS, "slots": DEPTH}
+    result = {**describe_machine(), "config": config, "contexts": CONTEXTS, "rows": rows}
+    write_results(args.out, "gradient_trends", result, format_tables(rows), partial(draw, rows=rows))
 
 
 def measure_kind(kind: str, banks: int, seen: int, tested: int) -> dict[str, np.ndarray]:

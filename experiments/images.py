@@ -25,10 +25,9 @@ from typing import Any
 import jax
 import numpy as np
 from matplotlib.figure import Figure
-from records import describe_machine, keep, make_pool
+from records import describe_machine, keep, make_pool, write_results
 
 import jchain as jc
-from jchain.files import write_atomically, write_json
 
 BLOCKS = [jc.layers.ConvBlock(16, depth) for depth in (1, 2, 3)]
 HEADS = [jc.layers.PoolHead(10), jc.layers.ConvHead(10)]
@@ -77,10 +76,7 @@ def main() -> None:
         "summary": summary,
         "runs": {name: [{k: np.asarray(v).tolist() for k, v in run.items()} for run in rows[name]] for name in sets},
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "images.json", result)
-    write_atomically(args.out / "images.md", lambda path: Path(path).write_text(table + "\n"))
-    draw(rows, args.out / "images.png")
+    write_results(args.out, "images", result, table, partial(draw, rows=rows))
 
 
 def measure(case: tuple[str, int, int, int, int]) -> dict[str, np.ndarray]:
@@ -182,7 +178,7 @@ def format_table(name: str, summary: dict[str, Any], runs: list[dict[str, np.nda
     return "\n".join(lines)
 
 
-def draw(rows: dict[str, list[dict[str, np.ndarray]]], path: Path) -> None:
+def draw(path: str, rows: dict[str, list[dict[str, np.ndarray]]]) -> None:
     """Test loss of each arm, a dot for each seed."""
     figure = Figure(figsize=(4.5 * len(rows), 3.5), layout="constrained")
     for axes, (name, runs) in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True):

@@ -22,6 +22,7 @@ linearized search on routed couplings and residual layers; the ideal layer far b
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-from records import correlate, describe_machine, is_deterministic, keep, make_pool, try_swaps
+from records import correlate, describe_machine, is_deterministic, keep, make_pool, try_swaps, write_results
 
 import jchain as jc
-from jchain.files import write_atomically, write_json
 
 NUM_LAYERS, FEATURES, EXAMPLES, SLOPE = 16, 16, 64, 0.5
 NOISES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 2.0)
@@ -113,11 +113,9 @@ def main() -> None:
     print(tables)
     if args.quick:
         return
-    args.out.mkdir(parents=True, exist_ok=True)
-    result = {"recovery": recovery, "trained": trained, "growth": growth, "search": search, "ideal": ideal}
-    write_json(args.out / "inverse.json", {**describe_machine(), "banks": BANKS, "budgets": BUDGETS, **result})
-    write_atomically(args.out / "inverse.md", lambda path: Path(path).write_text(tables + "\n"))
-    write_atomically(args.out / "inverse.png", lambda path: draw(path, recovery, growth))
+    found = {"recovery": recovery, "trained": trained, "growth": growth, "search": search, "ideal": ideal}
+    result = {**describe_machine(), "banks": BANKS, "budgets": BUDGETS, **found}
+    write_results(args.out, "inverse", result, tables, partial(draw, recovery=recovery, growth=growth))
 
 
 def make_secret(seed: int, depth: int, noise: float, options: dict[str, Any]) -> tuple[jc.Bank, Any, Any, np.ndarray]:

@@ -39,10 +39,9 @@ import optax
 from arena import describe_search
 from controller import make_problem
 from matplotlib.figure import Figure
-from records import CHAINBENCH, correlate, describe_machine, keep
+from records import CHAINBENCH, correlate, describe_machine, keep, write_results
 
 import jchain as jc
-from jchain.files import write_atomically, write_json
 
 BUDGETS = (300, 1000, 4000)
 PART, MAX_FREE_STEPS, MAX_STEPS = 16, 100, 480
@@ -185,10 +184,7 @@ def main() -> None:
             for name, by in regret.items()
         },
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "state.json", result)
-    write_atomically(args.out / "state.md", lambda path: Path(path).write_text(table + "\n"))
-    write_atomically(args.out / "state.png", partial(draw, summary=summary, states=list(states)))
+    write_results(args.out, "state", result, table, partial(draw, summary=summary, states=list(states)))
 
 
 def tabulate(name: str, problem: jc.Problem) -> Bank:

@@ -37,10 +37,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-from records import CHAINBENCH, describe_machine, is_deterministic, keep, look_up, make_pool
+from records import CHAINBENCH, describe_machine, is_deterministic, keep, look_up, make_pool, write_results
 
 import jchain as jc
-from jchain.files import write_atomically, write_json
 
 SEARCHES: dict[str, Any] = {
     "actor-critic": jc.ActorCritic(),
@@ -133,10 +132,7 @@ def main() -> None:
     print(table, flush=True)
     if args.quick:
         return
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "stopping.json", result)
-    write_atomically(args.out / "stopping.md", lambda path: Path(path).write_text(table + "\n"))
-    write_atomically(args.out / "stopping.png", lambda path: draw(path, result))
+    write_results(args.out, "stopping", result, table, partial(draw, result=result))
 
 
 class Table:

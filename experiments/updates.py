@@ -25,10 +25,9 @@ from typing import Any
 import jax
 import numpy as np
 from matplotlib.figure import Figure
-from records import describe_machine, keep, make_pool
+from records import describe_machine, keep, make_pool, write_results
 
 import jchain as jc
-from jchain.files import write_atomically, write_json
 
 KINDS = ("independent", "routed", "random")
 BUDGETS = (1000, 4000)
@@ -81,10 +80,7 @@ def main() -> None:
         "probability_of_lower_test_loss": ahead,
         "runs": {name: values.round(5).tolist() for name, values in rows.items()},
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "updates.json", result)
-    write_atomically(args.out / "updates.md", lambda path: Path(path).write_text(table + "\n"))
-    write_atomically(args.out / "updates.png", lambda path: draw(path, rows, budgets))
+    write_results(args.out, "updates", result, table, partial(draw, rows=rows, budgets=budgets))
 
 
 def measure_all(kinds: Any, seeds: Any, budgets: Any, searches: tuple[str, ...], workers: int) -> dict[str, np.ndarray]:

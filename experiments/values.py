@@ -33,10 +33,9 @@ import jax.numpy as jnp
 import numpy as np
 from arena import describe_search
 from matplotlib.figure import Figure
-from records import CHAINBENCH, correlate, describe_machine, keep, look_up
+from records import CHAINBENCH, correlate, describe_machine, keep, look_up, write_results
 
 import jchain as jc
-from jchain.files import write_atomically, write_json
 
 BUDGETS = (300, 1000, 4000)
 DEPTHS = (1, 2, 3)  # of prefixes with room for a layer; the empty one has no rank
@@ -146,10 +145,7 @@ def main() -> None:
         "summary": summary,
         "regret": {name: arrays["regret"].round(5).tolist() for name, arrays in measured.items()},
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "values.json", result)
-    write_atomically(args.out / "values.md", lambda path: Path(path).write_text(table + "\n"))
-    write_atomically(args.out / "values.png", partial(draw, measured=measured, summary=summary))
+    write_results(args.out, "values", result, table, partial(draw, measured=measured, summary=summary))
 
 
 def find_problems(folder: Path, half: slice) -> list[str]:
