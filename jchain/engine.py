@@ -263,7 +263,7 @@ def _find_outputs(problem: Problem, hidden: Any) -> Any:
     return jax.eval_shape(lambda problem, hidden: problem.bank.heads[0].apply(0, hidden), problem, hidden)
 
 
-def _find_part(problem: Problem, hidden: Any, width: int) -> int:
+def find_part(problem: Problem, hidden: Any, width: int) -> int:
     """How many examples of `width` chains go through a head at a time; `hidden` is that of one."""
     parts = -(-width * _nbytes(_find_outputs(problem, hidden)) // _OUTPUT_LIMIT)
     return max(1, hidden.shape[0] // max(1, parts))
@@ -271,7 +271,7 @@ def _find_part(problem: Problem, hidden: Any, width: int) -> int:
 
 def _find_head_bytes(problem: Problem, hidden: Any, width: int) -> int:
     """An estimate of the temporaries of a call of heads for so many chains."""
-    rows = _find_part(problem, hidden, width)
+    rows = find_part(problem, hidden, width)
     return width * _find_call_bytes(problem.bank.heads, jax.ShapeDtypeStruct((rows, *hidden.shape[1:]), hidden.dtype))
 
 
@@ -281,19 +281,25 @@ def measure_heads(problem: Problem, call: Callable[[Array], Array], hidden: Arra
     Examples go through it in parts where outputs would be large, and what is returned is the mean of the parts by their size.
     """
     width, num = hidden.shape[:2]
-    size = _find_part(problem, hidden[0], width)
+    size = find_part(problem, hidden[0], width)
 
-    def measure(start: Any, size: int) -> tuple[Array, Array]:
-        part = problem.take(start + jnp.arange(size))
-        return jax.vmap(part.measure)(call(jax.lax.dynamic_slice_in_dim(hidden, start, size, axis=1)))
+    def measure(rows: Array) -> tuple[Array, Array]:
+        return jax.vmap(problem.take(rows).measure)(call(hidden[:, rows]))
 
     if size == num:
         return jax.vmap(problem.measure)(call(hidden))
-    starts = jnp.arange(num // size) * size
-    found = jax.tree.map(lambda a: a.sum(axis=0) * size, jax.lax.map(partial(measure, size=size), starts))
-    if rest := num % size:
-        found = jax.tree.map(lambda a, b: a + rest * b, found, measure(num - rest, rest))
+    found, rest = map_parts(measure, num, size)
+    found = jax.tree.map(lambda a: a.sum(axis=0) * size, found)
+    if rest is not None:
+        found = jax.tree.map(lambda a, b: a + num % size * b, found, rest)
     return jax.tree.map(lambda a: a / num, found)
+
+
+def map_parts(run: Callable[[Int[Array, "_"]], Any], num: int, size: int) -> tuple[Any, Any]:
+    """What `run` makes of the indices of so many of `num` examples at a time, stacked, and of those left over, None for none."""
+    whole = jax.lax.map(lambda start: run(start + jnp.arange(size)), jnp.arange(num // size) * size)
+    rest = num % size
+    return whole, run(num - rest + jnp.arange(rest)) if rest else None
 
 
 def _count_convolutions(group: LayerGroup, hidden: Any) -> int:

@@ -57,8 +57,7 @@ def step(problem: Problem, state: State, action: Int[Array, ""]) -> tuple[State,
     chain = jnp.where(is_layer | is_head, state.chain.at[state.length].set(action), state.chain)
 
     def end(token: Array, hidden: Array) -> Array:
-        call = jax.vmap(partial(apply_token, bank.heads, token))
-        loss = measure_heads(problem, call, hidden[None])[0][0] + problem.price(chain)
+        loss = stop_loss(problem, token, hidden) + problem.price(chain)
         return jnp.where(jnp.isfinite(loss), -loss, -jnp.inf)
 
     def go_on(token: Array, hidden: Array) -> Array:
@@ -72,6 +71,12 @@ def stops(problem: Problem, chain: Int[Array, "L"], length: Int[Array, ""]) -> I
     """The chains that end a prefix of `length` layers by each head."""
     heads = problem.bank.num_layers + jnp.arange(problem.bank.num_heads, dtype=jnp.int32)
     return jnp.where((jnp.arange(chain.size) == length)[None], heads[:, None], chain[None])
+
+
+def stop_loss(problem: Problem, head: Int[Array, ""], hidden: Shaped[Array, "B ..."]) -> Float[Array, ""]:
+    """The loss of the head with this token on these activations, without the price of layers."""
+    call = jax.vmap(partial(apply_token, problem.bank.heads, head))
+    return measure_heads(problem, call, hidden[None])[0][0]
 
 
 def stop_losses(problem: Problem, hidden: Shaped[Array, "B ..."]) -> Float[Array, "K"]:

@@ -29,6 +29,7 @@ from jchain.linearize import (
     has_classes,
     know_nothing,
     map_layers,
+    pull_head,
 )
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
@@ -262,14 +263,12 @@ def _score_outputs(
 ) -> tuple[EditScores, JointMoves | None]:
     bank, forward = problem.bank, go_forward(problem, chain)
     length = forward.length
-    num_products, make_vector, read, is_sampled = choose_reading(problem, forward, options.kind, options.num_products)
-    pull_head = jax.vjp(partial(apply_token, bank.heads, chain[length]), forward.hidden[length])[1]
-    # One at a time: those of wide outputs are the largest arrays here.
-    rows = jax.lax.map(lambda i: pull_head(make_vector(i).astype(forward.outputs.dtype))[0], jnp.arange(num_products))
+    reading, rows = pull_head(problem, chain, forward, options.kind, options.num_products)
+    read = reading.read
     behind = jnp.concatenate([forward.hidden[1:], forward.hidden[-1:]])
     chunk = choose_chunk(bank.num_layers, forward.hidden[0], options.backend)
     # Samples are of a mean over all examples.
-    few = slice(None, None, 1 if is_sampled else -(-problem.data.x.shape[0] // _MAX_ROWS))
+    few = slice(None, None, 1 if reading.is_sampled else -(-problem.data.x.shape[0] // _MAX_ROWS))
 
     def go_back(carry: Any, slot: Any) -> Any:
         is_there = slot[0] < jnp.minimum(length + 1, problem.max_layers)
@@ -302,13 +301,14 @@ def _score_outputs(
     found: Any = jax.lax.scan(go_back, (rows, jnp.array(True)), slots, reverse=True)[1]
     swap, insert, delete, best = found
     num_scored = sum(rows.shape[0] for rows in members)
-    calls = num_scored * jnp.minimum(length + 1, problem.max_layers) + (2 + num_products) * length
+    calls = num_scored * jnp.minimum(length + 1, problem.max_layers) + (2 + reading.num_products) * length
     joint = None
     if best is not None:
-        part, whole = problem.take(few), forward.outputs[few]
-        seen = forward._replace(outputs=whole, loss=part.measure(whole)[0])
         token, change = best
-        read_few = choose_reading(part, seen, options.kind, options.num_products).read
+        read_few = read
+        if not reading.is_sampled:
+            outputs = apply_token(bank.heads, chain[length], forward.hidden[length][few])
+            read_few = choose_reading(problem.take(few), outputs, options.kind, options.num_products).read
         joint = join(problem, chain, token, change, read_few, options.num_pairs)
     return add_prices(problem, chain, forward, (swap, insert, delete), calls), joint
 

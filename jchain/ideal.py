@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jchain import env
 from jchain._typing import Array, Float, Int
 from jchain.bank import Bank
 from jchain.engine import apply_token, choose_chunk, compiler_options, find_backend, locate
@@ -178,7 +179,7 @@ def _score_one(problem: Problem, chain: Array, rate: Array, members: Any, option
     inverses = undo_groups(bank) if options.is_exact else (None,) * len(bank.layers)
     chunk = choose_chunk(bank.num_layers, forward.hidden[0], options.backend)
     last = reach_target(problem, chain[length], forward.hidden[length], rate)
-    saving = forward.loss - problem.measure(apply_token(bank.heads, chain[length], last))[0]
+    saving = forward.loss - env.stop_loss(problem, chain[length], last)
     behind = jnp.concatenate([forward.hidden[1:], forward.hidden[-1:]])
 
     def go_back(after: Array, slot: Any) -> Any:

@@ -12,7 +12,7 @@ from jchain import chain as chain_lib
 from jchain import env
 from jchain._typing import Array, Float, Int, Shaped
 from jchain.bank import Bank
-from jchain.engine import apply_token
+from jchain.engine import apply_token, find_part, map_parts
 from jchain.groups import LayerGroup
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
@@ -28,7 +28,6 @@ class Forward(NamedTuple):
 
     length: Int[Array, ""]
     hidden: Shaped[Array, "L B ..."]  # [L, B, ...F], what each slot reads
-    outputs: Float[Array, "B ..."]
     loss: Float[Array, ""]  # without the price of layers
     heads: Float[Array, "K"]  # the loss of each head, likewise
 
@@ -57,8 +56,8 @@ def go_forward(problem: Problem, chain: Int[Array, "L"]) -> Forward:
         return made, hidden
 
     last, hidden = jax.lax.scan(apply, bank.embed(problem.data.x), (jnp.arange(chain.size), chain))
-    outputs = apply_token(bank.heads, chain[length], last)
-    return Forward(length, hidden, outputs, problem.measure(outputs)[0], env.stop_losses(problem, last))
+    losses = env.stop_losses(problem, last)
+    return Forward(length, hidden, losses[chain[length] - bank.num_layers], losses)
 
 
 def all_members(bank: Bank) -> tuple[Int[Array, "_"], ...]:
@@ -96,29 +95,88 @@ class Reading(NamedTuple):
     is_sampled: bool = False  # by samples that stand for a mean over all examples
 
 
-def choose_reading(problem: Problem, forward: Forward, kind: str, num_products: int | None) -> Reading:
-    """Of `jchain.gradient.score_edits`, for linearized scores or those by activations.
+def pull_head(
+    problem: Problem, chain: Int[Array, "L"], forward: Forward, kind: str, num_products: int | None
+) -> tuple[Reading, Float[Array, "R B ..."]]:
+    """How changes of the outputs are read, and the vectors by what the head reads, `[R, B, ...F]`.
+
+    Examples go through the head in parts where outputs would be large, unless few outputs or classes are read one by one.
 
     Raises:
       ValueError: too few products.
     """
-    outputs = forward.outputs.astype(jnp.promote_types(jnp.float32, forward.outputs.dtype))
-    forward = forward._replace(outputs=outputs)
+    hidden = forward.hidden[forward.length]
+    head = partial(apply_token, problem.bank.heads, chain[forward.length])
+
+    def pull(part: Problem, hidden: Array, share: float, key: Array) -> tuple[Reading, Array]:
+        outputs, back = jax.vjp(head, hidden)
+        reading = choose_reading(part, outputs, kind, num_products, share, key)
+        vectors = jnp.arange(reading.num_products)
+        # One at a time: those of wide outputs are the largest arrays here.
+        return reading, jax.lax.map(lambda i: back(reading.make_vector(i).astype(outputs.dtype))[0], vectors)
+
+    key, num = jax.random.key(_SAMPLE_SEED), hidden.shape[0]
+    size, outputs = find_part(problem, hidden, 1), jax.eval_shape(head, hidden)
+    if size == num or not (kind == "activations" or _is_sampled(problem, outputs, num_products)):
+        return pull(problem, hidden, 1.0, key)
+
+    def pull_part(rows: Array) -> Array:
+        return pull(problem.take(rows), hidden[rows], rows.size / num, jax.random.fold_in(key, rows[0]))[1]
+
+    found, rest = map_parts(pull_part, num, size)
+    found = jnp.moveaxis(found, 0, 1).reshape(found.shape[1], -1, *hidden.shape[1:])
+    if rest is not None:
+        found = jnp.concatenate([found, rest], axis=1)
+    return choose_reading(problem, outputs, kind, num_products), found
+
+
+def choose_reading(
+    problem: Problem, outputs: Any, kind: str, num_products: int | None, share: float = 1.0, key: Array | None = None
+) -> Reading:
+    """Of `jchain.gradient.score_edits`, for linearized scores or those by activations.
+
+    Args:
+      problem: of the examples that the outputs are of.
+      outputs: of the head; their shape and dtype are enough where the vectors are not made and no output is read by itself.
+      kind: linearized or activations.
+      num_products: None for as many as the outputs ask for.
+      share: of all examples.
+      key: of samples.
+
+    Raises:
+      ValueError: too few products.
+    """
+    dtype = jnp.promote_types(jnp.float32, outputs.dtype)
+    if not isinstance(outputs, jax.ShapeDtypeStruct):
+        outputs = outputs.astype(dtype)
+    key = jax.random.key(_SAMPLE_SEED) if key is None else key
+    find_gradient = jax.grad(lambda outputs: share * problem.measure(outputs)[0])
     if kind == "activations":
-        gradient = jax.grad(lambda outputs: problem.measure(outputs)[0])(outputs)
-        return Reading(1, lambda i: gradient, lambda dots: dots.sum())
-    num_outputs = outputs.size // outputs.shape[0]
-    if num_products is None:
-        num_products = num_outputs if num_outputs <= _MAX_OUTPUTS else _NUM_WIDE
+        return Reading(1, lambda _: find_gradient(outputs), lambda dots: dots.sum())
+    num_products = _count_products(outputs, num_products)
     if has_classes(problem, outputs):
-        return _read_classes(problem, forward, num_products)
-    if num_products >= num_outputs:
-        return _read_outputs(problem, forward)
+        return _read_classes(problem, outputs, num_products)
+    if not _is_sampled(problem, outputs, num_products):
+        return _read_outputs(problem, outputs)
     is_softmax = problem.loss_fn is optax.softmax_cross_entropy_with_integer_labels
     least = 2 if is_softmax else 3
     if num_products < least:
         raise ValueError(f"expected num_products of at least {least} for outputs like these, got {num_products}")
-    return (_sample_labels if is_softmax else _sample_signs)(problem, forward, num_products)
+    if is_softmax:
+        return _sample_labels(outputs, find_gradient, key, num_products - 1, problem.data.y.size / share)
+    return _sample_signs(outputs, find_gradient, key, (num_products - 1) // 2)
+
+
+def _count_products(outputs: Any, num_products: int | None) -> int:
+    num_outputs = outputs.size // outputs.shape[0]
+    if num_products is not None:
+        return num_products
+    return num_outputs if num_outputs <= _MAX_OUTPUTS else _NUM_WIDE
+
+
+def _is_sampled(problem: Problem, outputs: Any, num_products: int | None) -> bool:
+    num_outputs = outputs.size // outputs.shape[0]
+    return not has_classes(problem, outputs) and _count_products(outputs, num_products) < num_outputs
 
 
 def has_classes(problem: Problem, outputs: Any) -> bool:
@@ -127,9 +185,9 @@ def has_classes(problem: Problem, outputs: Any) -> bool:
     return is_softmax and len(outputs.shape) == 2 and outputs.shape[1] > 1
 
 
-def _read_classes(problem: Problem, forward: Forward, num_products: int) -> Reading:
+def _read_classes(problem: Problem, logits: Array, num_products: int) -> Reading:
     """A softmax sees what each class has more than the label: the likeliest ones each, the others as one, by their mean."""
-    logits, label = forward.outputs, problem.data.y[:, None]
+    label = problem.data.y[:, None]
     num_classes = logits.shape[1]
     is_whole = num_products >= num_classes - 1
     num_single = num_classes - 1 if is_whole else num_products - 1
@@ -153,8 +211,8 @@ def _read_classes(problem: Problem, forward: Forward, num_products: int) -> Read
     return Reading(margins.shape[1], make_vector, lambda dots: find_loss(margins + dots) - find_loss(margins))
 
 
-def _read_outputs(problem: Problem, forward: Forward) -> Reading:
-    outputs = forward.outputs
+def _read_outputs(problem: Problem, outputs: Array) -> Reading:
+    loss = problem.measure(outputs)[0]
     num_outputs = outputs.size // outputs.shape[0]
 
     def make_vector(i: Array) -> Array:
@@ -164,47 +222,45 @@ def _read_outputs(problem: Problem, forward: Forward) -> Reading:
     return Reading(
         num_outputs,
         make_vector,
-        lambda dots: problem.measure(outputs + dots.reshape(outputs.shape))[0] - forward.loss,
+        lambda dots: problem.measure(outputs + dots.reshape(outputs.shape))[0] - loss,
     )
 
 
-def _sample_labels(problem: Problem, forward: Forward, num_products: int) -> Reading:
+def _sample_labels(
+    outputs: Any, find_gradient: Callable[[Array], Array], key: Array, num_samples: int, num_labels: float
+) -> Reading:
     """To second order, the Hessian in expectation over labels drawn from the softmax (Fisher)."""
-    outputs, key, num_samples = forward.outputs, jax.random.key(_SAMPLE_SEED), num_products - 1
-    gradient = jax.grad(lambda outputs: problem.measure(outputs)[0])(outputs)
 
     def sample(i: Array) -> Array:
         label = jax.random.categorical(jax.random.fold_in(key, i), outputs)
         residual = jax.nn.one_hot(label, outputs.shape[-1], dtype=outputs.dtype) - jax.nn.softmax(outputs)
-        return residual / problem.data.y.size**0.5
+        return residual / num_labels**0.5
+
+    def make_vector(i: Array) -> Array:
+        return jax.lax.cond(i == 0, lambda: find_gradient(outputs), lambda: sample(i - 1))
 
     def read(dots: Array) -> Array:
         return dots[:, 0].sum() + 0.5 * jnp.sum(dots[:, 1:] ** 2) / num_samples
 
-    return Reading(num_products, lambda i: jax.lax.cond(i == 0, lambda: gradient, lambda: sample(i - 1)), read, True)
+    return Reading(1 + num_samples, make_vector, read, True)
 
 
-def _sample_signs(problem: Problem, forward: Forward, num_products: int) -> Reading:
+def _sample_signs(outputs: Any, find_gradient: Callable[[Array], Array], key: Array, num_samples: int) -> Reading:
     """To second order, the Hessian in expectation over random signs (Hutchinson), two products for each."""
-    outputs, key, num_samples = forward.outputs, jax.random.key(_SAMPLE_SEED), (num_products - 1) // 2
-    find_gradient = jax.grad(lambda outputs: problem.measure(outputs)[0])
 
     def sample(i: Array) -> Array:
         sign_key = jax.random.fold_in(key, i % num_samples)
         signs = jax.random.rademacher(sign_key, outputs.shape, outputs.dtype)
         return jax.lax.cond(i < num_samples, lambda: signs, lambda: jax.jvp(find_gradient, (outputs,), (signs,))[1])
 
+    def make_vector(i: Array) -> Array:
+        return jax.lax.cond(i == 0, lambda: find_gradient(outputs), lambda: sample(i - 1))
+
     def read(dots: Array) -> Array:
         signs, bent = dots[:, 1 : 1 + num_samples], dots[:, 1 + num_samples :]
         return dots[:, 0].sum() + 0.5 * jnp.sum(signs * bent) / num_samples
 
-    gradient = find_gradient(outputs)
-    return Reading(
-        1 + 2 * num_samples,
-        lambda i: jax.lax.cond(i == 0, lambda: gradient, lambda: sample(i - 1)),
-        read,
-        True,
-    )
+    return Reading(1 + 2 * num_samples, make_vector, read, True)
 
 
 def know_nothing(shape: Any) -> Array:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from jchain._typing import Array, Float, Int
 from jchain.bank import Bank
-from jchain.engine import apply_token, locate
+from jchain.engine import locate
 from jchain.groups import LayerGroup
-from jchain.linearize import Forward, comes_back, flatten_rows, know_nothing
+from jchain.linearize import Forward, comes_back, flatten_rows, know_nothing, pull_head
 from jchain.problem import Problem
 
 
@@ -68,8 +68,7 @@ def _go_back(
 ) -> Float[Array, "L ..."]:
     """What `read` makes of the group, the weights and the loss's gradient of the layer at each slot; nan where nothing is known."""
     bank, length = problem.bank, forward.length
-    by_outputs = jax.grad(lambda outputs: problem.measure(outputs)[0])(forward.outputs)
-    row = jax.vjp(partial(apply_token, bank.heads, chain[length]), forward.hidden[length])[1](by_outputs)[0]
+    (row,) = pull_head(problem, chain, forward, "activations", None)[1]
     group_of, member_of = locate(bank.layers)
 
     def visit_group(group: LayerGroup, token: Array, hidden: Array, row: Array) -> tuple[Array, Array]:

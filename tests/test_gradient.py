@@ -11,8 +11,8 @@ import pytest
 from conftest import HEAD, init_params, make_bank, make_batch
 
 import jchain as jc
-from jchain import gradient
-from jchain.engine import apply_token
+from jchain import engine, gradient
+from jchain.engine import apply_token, find_part
 
 CHAIN = np.array([2, 0, 3, 5])  # three layers, the second head
 
@@ -311,16 +311,30 @@ def test_with_few_products_the_likeliest_classes_stand_alone(num_products):
     assert scores.layer_calls == (2 + (num_products or 17)) * 3 + 4 * 3
 
 
-@pytest.mark.parametrize("is_softmax", [True, False])
-def test_other_wide_outputs_are_sampled(is_softmax):
-    """More samples come closer to the loss to second order, which for squared errors is the loss itself."""
+def make_sampled(is_softmax):
+    """Of which no output is read by itself."""
     key = jax.random.key(3)
     if is_softmax:
         labels = jax.random.randint(key, (400, 4), 0, 25)
-        problem = wide_problem(optax.softmax_cross_entropy_with_integer_labels, labels, TokensHead())
-    else:
-        problem = wide_problem(optax.squared_error, jax.random.normal(key, (400, 100)))
-    chain = np.array([2, 0, 3, 4])
+        return wide_problem(optax.softmax_cross_entropy_with_integer_labels, labels, TokensHead())
+    return wide_problem(optax.squared_error, jax.random.normal(key, (400, 100)))
+
+
+@pytest.fixture(params=[400, 150], ids=["whole", "in parts"])
+def part_size(request, monkeypatch):
+    """So many examples of 100 outputs go through a head at a time; of 150 there are two and a rest."""
+    jax.clear_caches()
+    parts = -(-400 // request.param)
+    monkeypatch.setattr(engine, "_OUTPUT_LIMIT", -(-400 * 400 // parts))
+    yield request.param
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("is_softmax", [True, False])
+def test_other_wide_outputs_are_sampled(is_softmax, part_size):
+    """More samples come closer to the loss to second order, which for squared errors is the loss itself."""
+    problem, chain = make_sampled(is_softmax), np.array([2, 0, 3, 4])
+    assert find_part(problem, problem.data.x, 1) == (400 if part_size == 400 else 133)
 
     def expand(slot, token):
         outputs, moved = find_moved_outputs(problem, chain, slot, token)
@@ -333,6 +347,19 @@ def test_other_wide_outputs_are_sampled(is_softmax):
     ]
     assert errors[1] < 0.1 * np.abs(expected).mean()
     assert errors[1] < 0.7 * errors[0]
+
+
+@pytest.mark.parametrize("kind", ["activations", "weights"])
+def test_gradients_of_wide_outputs_do_not_depend_on_parts(kind, monkeypatch):
+    problem, chain = make_sampled(True), np.array([2, 0, 3, 4])
+    found = []
+    for limit in (400 * 400, 400 * 150):
+        jax.clear_caches()
+        monkeypatch.setattr(engine, "_OUTPUT_LIMIT", limit)
+        found.append(jc.gradient.score_edits(problem, chain, kind=kind))
+    jax.clear_caches()
+    for whole, parts in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-7)
 
 
 class Rounded(nn.Module):
