@@ -33,7 +33,7 @@ DEPTH = 12
 # Width, heads, vocabulary, sequences, their length; and how many of the populations, as PyTorch takes minutes for one of the wide.
 MODELS = {"128 wide, 256 tokens": (128, 4, 256, 8, 128, 3), "768 wide, 4,096 tokens": (768, 12, 4096, 2, 128, 1)}
 # Timings of each, and seconds of PyTorch from which one is enough.
-REPEATS, LONG = 3, 15.0
+REPEATS, LONG = 7, 15.0
 LARGE = {
     "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
     "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True, "max_position_embeddings": 4096,
