@@ -27,11 +27,12 @@ from jchain import (
     tune,
     updates,
 )
+from jchain.backend import compiler_options
 from jchain.bank import Bank
 from jchain.critic import Critic
 from jchain.data import Batch, Dataset
 from jchain.encoding import JointEncoding, ObservedEncoding, TokenEncoding, WeightEncoding
-from jchain.engine import Blocks, Share, Walk, compiler_options
+from jchain.engine import Blocks, Share, Walk
 from jchain.evaluate import Evaluation, Explanation, apply_chain, evaluate, evaluate_all, evaluate_prefixes, explain
 from jchain.gradient import swap_scores
 from jchain.groups import LayerGroup

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from jchain import env
 from jchain._typing import Array, Bool, Float, Int, Key
+from jchain.calls import apply_token
 from jchain.chain import PADDING
-from jchain.engine import apply_token
 from jchain.problem import Problem
 
 

@@ -5,23 +5,30 @@ give the same losses up to the order of sums.
 """
 
 import enum
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jchain._typing import Array, Bool, Int, PyTree
+from jchain._typing import Array, Bool, Int
+from jchain.backend import default_memory_limit
+from jchain.calls import (
+    apply_token,
+    count_convolutions,
+    find_call_bytes,
+    find_head_bytes,
+    find_member_bytes,
+    find_outputs,
+    locate,
+    measure_heads,
+    nbytes,
+)
 from jchain.groups import LayerGroup
 from jchain.problem import Problem
-from jchain.pytree import is_concrete
 from jchain.trie import SortedChains, batch_rows, pad_to_multiple
 
 # On CPU. Activations that should stay in the cache: those of one call, those that a batch of heads reads, and those of a
@@ -30,14 +37,8 @@ _CALL_CACHE, _HEAD_CACHE, _BLOCK_CACHE = 2**20, 2**21, 2**24
 _MAX_CPU_BLOCK = 64
 _MIN_CPU_WIDTH = 8  # narrower batches gain nothing over single calls
 _SIBLINGS = (1, 2, 8)
-# Outputs of one call of a head, as the logits of a large vocabulary, beyond which examples go through it in parts; in bytes.
-_OUTPUT_LIMIT = 2**26
 # Elsewhere. Activations (or gathered weights) of one call that fill the device, in bytes, and the most nodes in a call.
 _CALL_FILL, _MAX_WIDTH = 2**26, 256
-# Share of the device's memory that a plan may use where no limit is given. Not of what is free at the moment, which
-# would make another plan, and a new trace, of the same call.
-_MEMORY_SHARE = 0.25
-_CPU_INFO = Path("/proc/cpuinfo")
 
 
 @runtime_checkable
@@ -58,8 +59,8 @@ class Walk:
     """One plain layer call at a time, depth first: keeps the activations along one chain."""
 
     def count_bytes(self, problem: Problem, hidden: Any) -> int:
-        call = max(_find_call_bytes(problem.bank.layers, hidden), _find_head_bytes(problem, hidden, 1))
-        return (problem.max_layers + 2) * _nbytes(hidden) + call
+        call = max(find_call_bytes(problem.bank.layers, hidden), find_head_bytes(problem, hidden, 1))
+        return (problem.max_layers + 2) * nbytes(hidden) + call
 
     def measure(self, problem: Problem, hidden: Array, population: SortedChains) -> tuple[Array, Array]:
         return _walk(problem, hidden, population)
@@ -98,13 +99,13 @@ class Blocks:
                 raise ValueError(f"expected widths that ascend from 1, each a multiple of the one before, got {widths}")
 
     def count_bytes(self, problem: Problem, hidden: Any) -> int:
-        bank, size = problem.bank, _nbytes(hidden)
+        bank, size = problem.bank, nbytes(hidden)
         kept = 2 * (self.block_size + 1) + problem.max_layers + 2
-        weights = 0 if self.share is Share.LAYER else max(map(_find_member_bytes, bank.layers))
+        weights = 0 if self.share is Share.LAYER else max(map(find_member_bytes, bank.layers))
         # A call copies what it reads, and a batch of heads may be wider than one of layers.
-        layers = self.widths[-1] * (_find_call_bytes(bank.layers, hidden) + weights)
+        layers = self.widths[-1] * (find_call_bytes(bank.layers, hidden) + weights)
         width = self.head_widths[-1]
-        heads = _find_head_bytes(problem, hidden, width) + width * size
+        heads = find_head_bytes(problem, hidden, width) + width * size
         return kept * size + max(layers, heads)
 
     def measure(self, problem: Problem, hidden: Array, population: SortedChains) -> tuple[Array, Array]:
@@ -130,14 +131,14 @@ def choose_plan(problem: Problem, hidden: Any, num_chains: int, memory_limit: in
       ValueError: not even one node at a time fits.
     """
     limit = default_memory_limit() if memory_limit is None else memory_limit
-    size = _nbytes(hidden)
+    size = nbytes(hidden)
     smallest = Walk().count_bytes(problem, hidden)
     if limit < smallest:
         raise ValueError(
             f"memory_limit is too small: expected at least {smallest:,} bytes, which one node at a time needs with "
             f"activations of {size:,} bytes along {problem.max_layers} layers, got {limit:,}"
         )
-    most_convolutions = max(_count_convolutions(group, hidden) for group in problem.bank.layers)
+    most_convolutions = max(count_convolutions(group, hidden) for group in problem.bank.layers)
     has_convolution = most_convolutions > 0
     if backend == "cpu":
         block_size = min(_MAX_CPU_BLOCK, _BLOCK_CACHE // (2 * size))
@@ -148,12 +149,12 @@ def choose_plan(problem: Problem, hidden: Any, num_chains: int, memory_limit: in
         if most_convolutions > 1:
             # Siblings share the input of the first alone, and grouped convolutions take two to five times as long.
             widths = (1,)
-        head_widths = _ladder(min(16, _HEAD_CACHE // max(size, _nbytes(_find_outputs(problem, hidden)))))
+        head_widths = _ladder(min(16, _HEAD_CACHE // max(size, nbytes(find_outputs(problem, hidden)))))
         least = _SIBLINGS[-1] if has_convolution else 2 * problem.bank.num_layers
     else:
         block_size, least = num_chains, 1
         share = Share.LAYER if has_convolution else Share.NOTHING
-        weights = 0 if has_convolution else max(map(_find_member_bytes, problem.bank.layers))
+        weights = 0 if has_convolution else max(map(find_member_bytes, problem.bank.layers))
         widths = _ladder(min(_MAX_WIDTH, _CALL_FILL // max(size, weights)))
         head_widths = widths
     block_size = _floor_power_of_2(min(block_size, num_chains))
@@ -170,59 +171,8 @@ def choose_plan(problem: Problem, hidden: Any, num_chains: int, memory_limit: in
 
 def choose_chunk(num_layers: int, hidden: Any, backend: str) -> int:
     """How many layers are called together on one input that they share."""
-    widest = _SIBLINGS[-1] if backend == "cpu" else min(_MAX_WIDTH, _CALL_FILL // _nbytes(hidden))
+    widest = _SIBLINGS[-1] if backend == "cpu" else min(_MAX_WIDTH, _CALL_FILL // nbytes(hidden))
     return max(1, min(num_layers, widest))
-
-
-@cache
-def compiler_options(backend: str) -> dict[str, str]:
-    """Options for `jax.jit` around an evaluation, as `evaluate` itself passes them where it is not traced.
-
-    XLA hands products and convolutions of 24 channels or more to YNNPACK on CPU, which on x86 takes longer than its Eigen
-    kernels. With AVX2: 3x3 of 32 channels on 32x32 10.8 and 5.7 ms, 512 chains of 64-wide MLPs 140 and 115 ms. With
-    AVX-512: 128 chains of such convolutions 2.6 and 1.5 s, of MLPs 39 and 33 ms, and of 512-wide ones alike. So only
-    reductions are left to it there; other processors keep XLA's choice.
-    """
-    flags = _CPU_INFO.read_text() if backend == "cpu" and _CPU_INFO.exists() else ""
-    if "avx2" not in flags:
-        return {}
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
-    try:
-        jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:  # a jaxlib that does not know this experimental option
-        return {}
-    return options
-
-
-def find_backend(problem: Problem, *arrays: Array) -> str:
-    """The platform of the devices on which a problem and other arrays lie, else the default one.
-
-    Raises:
-      ValueError: they lie on different devices.
-    """
-    devices = {
-        frozenset(leaf.devices()) for leaf in jax.tree.leaves((problem, arrays)) if is_concrete(leaf) and leaf.committed
-    }
-    if len(devices) > 1:
-        places = " and ".join(sorted(str(sorted(map(str, place))) for place in devices))
-        raise ValueError(f"expected bank, data and chains on the same devices, got them on {places}")
-    used = problem.mesh.devices.flat if problem.mesh is not None else next(iter(devices), ())
-    return next((device.platform for device in used), jax.default_backend())
-
-
-def default_memory_limit() -> int:
-    """A quarter of the memory of the default device, in bytes."""
-    stats = jax.local_devices()[0].memory_stats()
-    total = stats["bytes_limit"] if stats else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(total * _MEMORY_SHARE)
-
-
-def _nbytes(x: Any) -> int:
-    return int(np.prod(x.shape)) * x.dtype.itemsize
-
-
-def _find_member_bytes(group: LayerGroup) -> int:
-    return sum(_nbytes(leaf) for leaf in jax.tree.leaves(group.params)) // len(group.tokens)
 
 
 def _ladder(most: int) -> tuple[int, ...]:
@@ -236,109 +186,6 @@ def _ladder(most: int) -> tuple[int, ...]:
 
 def _floor_power_of_2(number: int) -> int:
     return 1 << (max(1, number).bit_length() - 1)
-
-
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.tree.leaves(equation.params, is_leaf=lambda value: hasattr(value, "eqns")):
-            if hasattr(inner, "eqns"):
-                yield from _equations(inner)
-
-
-def _trace(group: LayerGroup, hidden: Any) -> list[Any]:
-    """The equations of one call."""
-    member = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), group)
-    return [*_equations(jax.make_jaxpr(lambda group, x: group.apply(0, x))(member, hidden).jaxpr)]
-
-
-def _find_call_bytes(groups: tuple[LayerGroup, ...], hidden: Any) -> int:
-    """An estimate of the temporaries of one call: twice the largest array that one of these makes."""
-    made = [var.aval for group in groups for equation in _trace(group, hidden) for var in equation.outvars]
-    return 2 * max((_nbytes(aval) for aval in made), default=0)
-
-
-def _find_outputs(problem: Problem, hidden: Any) -> Any:
-    """Shape and dtype of what heads return."""
-    return jax.eval_shape(lambda problem, hidden: problem.bank.heads[0].apply(0, hidden), problem, hidden)
-
-
-def find_part(problem: Problem, hidden: Any, width: int) -> int:
-    """How many examples of `width` chains go through a head at a time; `hidden` is that of one."""
-    parts = -(-width * _nbytes(_find_outputs(problem, hidden)) // _OUTPUT_LIMIT)
-    return max(1, hidden.shape[0] // max(1, parts))
-
-
-def _find_head_bytes(problem: Problem, hidden: Any, width: int) -> int:
-    """An estimate of the temporaries of a call of heads for so many chains."""
-    rows = find_part(problem, hidden, width)
-    return width * _find_call_bytes(problem.bank.heads, jax.ShapeDtypeStruct((rows, *hidden.shape[1:]), hidden.dtype))
-
-
-def measure_heads(problem: Problem, call: Callable[[Array], Array], hidden: Array) -> tuple[Array, Array]:
-    """Loss, without price, and accuracy `[W]` of the outputs that `call` makes of activations `[W, B, ...F]`.
-
-    Examples go through it in parts where outputs would be large, and what is returned is the mean of the parts by their size.
-    """
-    width, num = hidden.shape[:2]
-    size = find_part(problem, hidden[0], width)
-
-    def measure(rows: Array) -> tuple[Array, Array]:
-        return jax.vmap(problem.take(rows).measure)(call(hidden[:, rows]))
-
-    if size == num:
-        return jax.vmap(problem.measure)(call(hidden))
-    found, rest = map_parts(measure, num, size)
-    found = jax.tree.map(lambda a: a.sum(axis=0) * size, found)
-    if rest is not None:
-        found = jax.tree.map(lambda a, b: a + num % size * b, found, rest)
-    return jax.tree.map(lambda a: a / num, found)
-
-
-def map_parts(run: Callable[[Int[Array, "_"]], Any], num: int, size: int) -> tuple[Any, Any]:
-    """What `run` makes of the indices of so many of `num` examples at a time, stacked, and of those left over, None for none."""
-    whole = jax.lax.map(lambda start: run(start + jnp.arange(size)), jnp.arange(num // size) * size)
-    rest = num % size
-    return whole, run(num - rest + jnp.arange(rest)) if rest else None
-
-
-def _count_convolutions(group: LayerGroup, hidden: Any) -> int:
-    return sum(equation.primitive.name == "conv_general_dilated" for equation in _trace(group, hidden))
-
-
-def apply_token(groups: tuple[LayerGroup, ...], token: Int[Array, ""], hidden: Array) -> Array:
-    """The member of `groups` with this token, applied to a batch: one layer call (or head call)."""
-    group_of, member_of = locate(groups)
-    branches = [partial(group.apply, member_of[token]) for group in groups]
-    return jax.lax.switch(group_of[token], branches, hidden)
-
-
-def apply_all(groups: tuple[LayerGroup, ...], hidden: Array) -> Array:
-    """Every member of `groups` applied to one batch, `[E, B, ...G]` in the order of tokens: as many layer (or head) calls."""
-    made: list[Any] = []
-    for group in groups:
-
-        def call(params: PyTree, module: nn.Module = group.module) -> Any:
-            return module.apply({"params": params}, hidden)
-
-        if _count_convolutions(group, hidden) > 1:
-            # All but the first would become grouped convolutions, up to twice as slow on CPU as one member at a time.
-            one_by_one = partial(jax.lax.map, call)
-            made.append(jax.lax.platform_dependent(group.params, cpu=one_by_one, default=jax.vmap(call)))
-        else:
-            made.append(jax.vmap(call)(group.params))
-    order = np.argsort([token for group in groups for token in group.tokens])
-    return made[0] if len(made) == 1 else jnp.concatenate(made)[order]
-
-
-def locate(groups: tuple[LayerGroup, ...]) -> tuple[Int[Array, "E"], Int[Array, "E"]]:
-    """Group and place in the group of each token; -1 for tokens of none of these groups."""
-    size = 1 + max(token for group in groups for token in group.tokens)
-    group_of, member_of = np.full(size, -1), np.full(size, -1)
-    for i, group in enumerate(groups):
-        group_of[list(group.tokens)] = i
-        member_of[list(group.tokens)] = np.arange(len(group.tokens))
-    return jnp.asarray(group_of), jnp.asarray(member_of)
 
 
 def _empty_results(problem: Problem, hidden: Array, size: int) -> tuple[Array, Array]:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain._typing import Array, Bool, Float, Int, Shaped
+from jchain.calls import apply_all, apply_token, measure_heads
 from jchain.chain import PADDING
-from jchain.engine import apply_all, apply_token, measure_heads
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
 

@@ -12,8 +12,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jchain import chain as chain_lib
 from jchain._typing import Array, Float, Int, Shaped
+from jchain.backend import compiler_options, default_memory_limit, find_backend
 from jchain.bank import Bank
-from jchain.engine import Plan, apply_token, choose_plan, compiler_options, default_memory_limit, find_backend
+from jchain.calls import apply_token
+from jchain.engine import Plan, choose_plan
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
 from jchain.trie import SortedChains, count_calls, find_first_new, pad_to_multiple, sort_chains

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jchain._typing import Array, Float
-from jchain.engine import apply_all, apply_token
+from jchain.calls import apply_all, apply_token
 from jchain.problem import Problem
 
 NUM_FEATURES = 12

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jchain._typing import Array, Float, Int
-from jchain.engine import apply_token
+from jchain.calls import apply_token
 from jchain.features import Observe
 from jchain.problem import Problem
 

@@ -15,7 +15,9 @@ import numpy as np
 
 from jchain import weight_space
 from jchain._typing import Array, Float, Int, Shaped
-from jchain.engine import apply_token, choose_chunk, compiler_options, find_backend
+from jchain.backend import compiler_options, find_backend
+from jchain.calls import apply_token
+from jchain.engine import choose_chunk
 from jchain.groups import LayerGroup
 from jchain.joint import JointMoves, join, keep_best
 from jchain.linearize import (

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain._typing import Array, Float, Int
-from jchain.engine import apply_all, apply_token
+from jchain.calls import apply_all, apply_token
 from jchain.groups import LayerGroup
 
 # Numbers that a level of the tree may have where it is kept whole: more fall out of the cache.

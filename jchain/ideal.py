@@ -15,8 +15,10 @@ import numpy as np
 
 from jchain import env
 from jchain._typing import Array, Float, Int
+from jchain.backend import compiler_options, find_backend
 from jchain.bank import Bank
-from jchain.engine import apply_token, choose_chunk, compiler_options, find_backend, locate
+from jchain.calls import apply_token, locate
+from jchain.engine import choose_chunk
 from jchain.gradient import EditScores, add_prices
 from jchain.groups import LayerGroup
 from jchain.inverse import measure_residual, reach_target, solve_locally, undo_groups

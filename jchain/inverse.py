@@ -15,7 +15,7 @@ import optax
 
 from jchain._typing import Array, Float, Int, PyTree
 from jchain.bank import Bank
-from jchain.engine import apply_token
+from jchain.calls import apply_token
 from jchain.groups import LayerGroup, find_input_shape
 from jchain.linearize import flatten_rows
 from jchain.problem import Problem

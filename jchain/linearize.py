@@ -12,7 +12,7 @@ from jchain import chain as chain_lib
 from jchain import env
 from jchain._typing import Array, Float, Int, Shaped
 from jchain.bank import Bank
-from jchain.engine import apply_token, find_part, map_parts
+from jchain.calls import apply_token, find_part, map_parts
 from jchain.groups import LayerGroup
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
@@ -146,9 +146,8 @@ def choose_reading(
     Raises:
       ValueError: too few products.
     """
-    dtype = jnp.promote_types(jnp.float32, outputs.dtype)
-    if not isinstance(outputs, jax.ShapeDtypeStruct):
-        outputs = outputs.astype(dtype)
+    if isinstance(outputs, jax.Array):
+        outputs = outputs.astype(jnp.promote_types(jnp.float32, outputs.dtype))
     key = jax.random.key(_SAMPLE_SEED) if key is None else key
     find_gradient = jax.grad(lambda outputs: share * problem.measure(outputs)[0])
     if kind == "activations":

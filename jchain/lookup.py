@@ -15,10 +15,11 @@ import numpy as np
 
 from jchain import chain as chain_lib
 from jchain._typing import Array, Float, Int, Shaped
+from jchain.backend import compiler_options, find_backend
 from jchain.bank import Bank
+from jchain.calls import apply_all
 from jchain.data import Batch
 from jchain.encoding import entry_features as sketch_entries
-from jchain.engine import apply_all, compiler_options, find_backend
 from jchain.features import Observation, Observe
 from jchain.groups import LayerGroup
 from jchain.problem import Problem

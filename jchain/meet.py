@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain._typing import Array, Float, Int
+from jchain.backend import default_memory_limit
 from jchain.bank import Bank
-from jchain.engine import default_memory_limit
 from jchain.groups import LayerGroup, check_keeps_shape
 from jchain.halves import Half, apply_sequence, decode, make_projection, sketch_half
 from jchain.inverse import invert_layers

@@ -16,8 +16,9 @@ import optax
 from jchain import chain as chain_lib
 from jchain import env
 from jchain._typing import Array, Float, Int, Key, PyTree
+from jchain.backend import compiler_options, find_backend
+from jchain.calls import apply_all
 from jchain.critic import Critic, Network, make_inputs
-from jchain.engine import apply_all, compiler_options, find_backend
 from jchain.features import log_loss, lowest, observe
 from jchain.problem import Problem
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from jchain._typing import Array, Float, Int
+from jchain.calls import apply_token
 from jchain.chain import PADDING
-from jchain.engine import apply_token
 from jchain.groups import LayerGroup
 from jchain.inverse import reach_target
 from jchain.linearize import flatten_rows

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jchain._typing import Array, Float, Int
 from jchain.bank import Bank
-from jchain.engine import locate
+from jchain.calls import locate
 from jchain.groups import LayerGroup
 from jchain.linearize import Forward, comes_back, flatten_rows, know_nothing, pull_head
 from jchain.problem import Problem

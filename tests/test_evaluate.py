@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jchain as jc
-from jchain.engine import apply_all, apply_token, choose_plan
+from jchain.calls import apply_all, apply_token
+from jchain.engine import choose_plan
 from jchain.trie import count_calls
 
 PLANS = [

@@ -5,7 +5,7 @@ import optax
 import pytest
 
 import jchain as jc
-from jchain.engine import apply_all
+from jchain.calls import apply_all
 from jchain.features import NUM_FEATURES, log_loss, observe
 
 

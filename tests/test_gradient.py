@@ -11,8 +11,8 @@ import pytest
 from conftest import HEAD, init_params, make_bank, make_batch
 
 import jchain as jc
-from jchain import engine, gradient
-from jchain.engine import apply_token, find_part
+from jchain import calls, gradient
+from jchain.calls import apply_token, find_part
 
 CHAIN = np.array([2, 0, 3, 5])  # three layers, the second head
 
@@ -325,7 +325,7 @@ def part_size(request, monkeypatch):
     """So many examples of 100 outputs go through a head at a time; of 150 there are two and a rest."""
     jax.clear_caches()
     parts = -(-400 // request.param)
-    monkeypatch.setattr(engine, "_OUTPUT_LIMIT", -(-400 * 400 // parts))
+    monkeypatch.setattr(calls, "_OUTPUT_LIMIT", -(-400 * 400 // parts))
     yield request.param
     jax.clear_caches()
 
@@ -355,7 +355,7 @@ def test_gradients_of_wide_outputs_do_not_depend_on_parts(kind, monkeypatch):
     found = []
     for limit in (400 * 400, 400 * 150):
         jax.clear_caches()
-        monkeypatch.setattr(engine, "_OUTPUT_LIMIT", limit)
+        monkeypatch.setattr(calls, "_OUTPUT_LIMIT", limit)
         found.append(jc.gradient.score_edits(problem, chain, kind=kind))
     jax.clear_caches()
     for whole, parts in zip(*map(jax.tree.leaves, found), strict=True):

@@ -11,7 +11,7 @@ from scipy.special import log_softmax as scipy_log_softmax
 from test_hub import make_tensors, write
 
 import jchain as jc
-from jchain import engine, images
+from jchain import calls, images
 
 tokenizers = pytest.importorskip("tokenizers")
 TEXT = "The blocks of a pretrained transformer are layers.\n" * 40
@@ -231,9 +231,7 @@ def test_outputs_that_would_be_large_are_made_in_parts(checkpoint, tmp_path, mon
     chains = jc.chain.enumerate_all(2, 1, 2)
     whole = jc.evaluate(problem, chains, plan=plan)
     jax.clear_caches()
-    monkeypatch.setattr(
-        engine, "_OUTPUT_LIMIT", 4 * 9 * 256 * 5
-    )  # of 5 examples, so that there are parts of 4, 4 and 3
+    monkeypatch.setattr(calls, "_OUTPUT_LIMIT", 4 * 9 * 256 * 5)  # of 5 examples, so that there are parts of 4, 4 and 3
     parts = jc.evaluate(problem, chains, plan=plan)
     assert plan.count_bytes(problem, jax.eval_shape(bank.embed, problem.data.x)) < 4 * 9 * 256 * 11 * 4
     np.testing.assert_allclose(parts.loss, whole.loss, rtol=1e-5)

@@ -13,7 +13,7 @@ import numpy as np
 from jchain import chain as chain_lib
 from jchain._typing import Array, Float, Int, Shaped
 from jchain.bank import Bank
-from jchain.engine import apply_token
+from jchain.calls import apply_token
 from jchain.evaluate import evaluate
 from jchain.hub.wrapping import Restart, Within
 from jchain.problem import Problem

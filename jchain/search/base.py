@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jchain._typing import Array, Bool, Float, Int, Key
+from jchain.backend import compiler_options, find_backend
 from jchain.chain import PADDING
-from jchain.engine import compiler_options, find_backend
 from jchain.problem import Problem
 from jchain.progress import Progress
 

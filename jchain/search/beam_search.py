@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from jchain import env
 from jchain._typing import Array, Float, Int, Key, Shaped
+from jchain.calls import apply_all
 from jchain.chain import PADDING
-from jchain.engine import apply_all
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info

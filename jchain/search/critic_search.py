@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jchain import critic as critic_lib
 from jchain import env
 from jchain._typing import Array, Bool, Float, Int, Key, Shaped
+from jchain.calls import apply_all, apply_token
 from jchain.chain import PADDING
-from jchain.engine import apply_all, apply_token
 from jchain.features import NUM_FEATURES, Observe, log_loss, lowest, observe
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from jchain import memo as memo_lib
 from jchain._typing import Array, Bool, Float, Int, Key, Shaped
+from jchain.calls import apply_all
 from jchain.chain import PADDING, count_layers
 from jchain.descent import draw_members, share_members
-from jchain.engine import apply_all
 from jchain.groups import LayerGroup
 from jchain.inverse import undo_groups
 from jchain.linearize import go_forward
