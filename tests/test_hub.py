@@ -221,8 +221,15 @@ def test_more_blocks_than_there_are_cannot_be_pinned(tmp_path):
         jc.hub.load(write(tmp_path / "model"), pinned=(1, 1))
 
 
-@pytest.mark.parametrize("pinned", [(0, 0), (1, 1)])
-@pytest.mark.parametrize("is_stem_shared", [False, True])
+@pytest.mark.parametrize(
+    ("pinned", "is_stem_shared"),
+    [
+        ((1, 1), False),
+        ((0, 0), True),
+        pytest.param((0, 0), False, marks=pytest.mark.slow),
+        pytest.param((1, 1), True, marks=pytest.mark.slow),
+    ],
+)
 def test_fine_tunes_of_one_model_are_one_bank(tmp_path, pinned, is_stem_shared):
     models = [make_tensors(4, seed) for seed in range(3)]
     if is_stem_shared:

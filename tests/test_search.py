@@ -62,6 +62,7 @@ VMAPPED = [
     for name in SEARCHES
 ]
 SLOW_EAGER = (
+    "ActorCritic",
     "CriticSearch",
     "LinearizedSearch",
     "MCTS",

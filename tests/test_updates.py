@@ -12,7 +12,8 @@ from jchain import updates
 from jchain.nursery import Nursery
 from jchain.pytree import pytree_dataclass
 
-SEARCH = jc.ActorCritic(encoding=jc.TokenEncoding(features=8), num_chains=6, num_elites=4)
+SEARCH = jc.LocalSearch(num_chains=3)
+AGENT = jc.ActorCritic(encoding=jc.TokenEncoding(features=8), num_chains=6, num_elites=4)
 ADAM = optax.adam(0.01)
 POLICIES = {
     "Frozen": updates.Frozen(),
@@ -24,7 +25,9 @@ BUDGET = 1200
 TRAIN = make_batch(20, seed=7)
 
 
-def run(policy, problem, search=SEARCH, seed=0, budget=BUDGET, **kwargs):
+def run(policy, problem, search=None, seed=0, budget=BUDGET, **kwargs):
+    if search is None:  # an agent where the policy needs one, or its bank grows
+        search = AGENT if isinstance(policy, (updates.SharedUpdates, updates.CloneThenTune)) else SEARCH
     return policy.run(jax.random.key(seed), search, problem, TRAIN, budget=budget, **kwargs)
 
 
@@ -93,7 +96,7 @@ def test_a_split_that_does_not_fit_is_refused_before_anything(policy, problem):
     if isinstance(policy, updates.Frozen):
         return
     with pytest.raises(ValueError, match="does not take"):
-        policy.run(jax.random.key(0), SEARCH, problem, jc.Batch(TRAIN.x[:, :3], TRAIN.y), budget=BUDGET)
+        policy.run(jax.random.key(0), AGENT, problem, jc.Batch(TRAIN.x[:, :3], TRAIN.y), budget=BUDGET)
 
 
 def test_frozen_leaves_every_byte(two_group_problem, tmp_path):
