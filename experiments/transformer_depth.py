@@ -7,7 +7,8 @@ which it did not see: concurrency (A: asyncio, multiprocessing, ...) and the web
 read by `jc.hub`. *Depth*: chains of at most k blocks of the base model, first and last pinned, repeats and any order allowed;
 searches at 1,000 layer calls on `search`, the best of their finalists by `select`, judged on `test`, beside dropping the last blocks,
 dropping those of the least influence (ShortGPT), the best run of blocks dropped, and, for more blocks than there are, the best run
-repeated (both by `search`); and beside what is lower on `select`, that or the recipe. Where all chains can be scored, so they are: their lowest loss on `search` is the optimum. *Mix*: chains of the
+repeated (both by `search`). Local search begins at a random chain, and in a row of its own at what is done by hand (the model, without
+each run of blocks or with it twice); a last row is what is lower on `select`, that or a recipe. Where all chains can be scored, so they are: their lowest loss on `search` is the optimum. *Mix*: chains of the
 blocks, embeddings and heads of both fine-tunes, on text of A and B in equal parts, beside each fine-tune, the base model, and the mean of the
 fine-tunes' weights (model soup). Loss: nats of the next byte. Writes transformer_depth.json, .md and .png to experiments/results.
 
@@ -54,8 +55,9 @@ RECIPES = (
     "last blocks dropped", "blocks of least influence dropped", "best run of blocks dropped", WHOLE, "best run repeated"
 )  # fmt: skip
 FOUND = "local search"
-CHOSEN = "local search or a recipe, by select"
-MIX_ARMS = ("base", "fine-tune a", "fine-tune b", "soup of both", "random mix", *SEARCHES)
+# From the models and what is done by hand, as `jchain search --checkpoint`, which has the recipes and models among its finalists too.
+STARTED, CHOSEN = "local search from recipes", "that or a recipe, by select"
+MIX_ARMS = ("base", "fine-tune a", "fine-tune b", "soup of both", "random mix", *SEARCHES, STARTED, CHOSEN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Size:
     num_runs: int = NUM_RUNS
 
 
-QUICK = Size(Model(depth=5, width=32, num_steps=30, num_tune_steps=10), (3, 4), (6,), 100, 2)
+QUICK = Size(Model(depth=5, width=32, num_steps=30, num_tune_steps=10), (3, 4), (6,), 200, 2)
 
 
 def main() -> None:
@@ -121,7 +123,14 @@ def measure(seed: int, size: Size) -> dict[str, np.ndarray]:
             lambda: measure_mix(seed, size, paths, text),
             uses=uses,
         )
-    return depth | mix
+        started = keep(
+            (measure_started, start_all, find_recipes, judge, *code),
+            f"transformer-started-{seed}",
+            case,
+            lambda: measure_started(seed, size, paths, text),
+            uses=[jc.LocalSearch()],
+        )
+    return depth | mix | started
 
 
 def search_all(
@@ -163,22 +172,22 @@ def measure_depth(
     for k in (*size.kept, *size.more):
         problem = jc.Problem(bank, splits[0], k - 2)
         table = jc.lookup.make_problem(bank, loss[length <= k - 2], k - 2) if k in size.kept else None
-        recipes = jc.hub.recipes.find_chains(jc.Problem(whole, splits[0], k), parent, k)
-        if k >= whole.num_layers:
-            recipes[WHOLE] = list(parent)
-        by_hand = judge(whole, splits[1], recipes)
+        recipes = find_recipes(whole, splits[0], k)
         on_test = judge(whole, splits[2], recipes)[:, None]
         results |= {f"{name}/{k}": row for name, row in zip(recipes, on_test, strict=True)}
-        best = min(recipes, key=lambda name: by_hand[[*recipes].index(name)])
         for name, finalists in search_all(problem, table, size.num_runs, size.budget, seed):
-            tokens, on_select = pick(jc.Problem(bank, splits[1], k - 2), finalists)
+            tokens, _ = pick(jc.Problem(bank, splits[1], k - 2), finalists)
             results[f"{name}/{k}"] = np.asarray(jc.evaluate(test, jc.chain.pad(tokens, test.max_layers)).loss)
             results[f"{name}/{k}/blocks"] = np.array([len(row) + 1 for row in tokens])
-            if name == FOUND:
-                is_found = on_select <= by_hand.min()
-                results[f"{CHOSEN}/{k}"] = np.where(is_found, results[f"{name}/{k}"], results[f"{best}/{k}"])
             print(f"model {seed}, {k} blocks: {name}", flush=True)
     return results
+
+
+def find_recipes(whole: jc.Bank, split: jc.Batch, num_blocks: int) -> dict[str, list[int]]:
+    """What is done by hand to bring the model to so many blocks, or where it has no more the model itself."""
+    (parent,) = whole.parents
+    recipes = jc.hub.recipes.find_chains(jc.Problem(whole, split, num_blocks), parent, num_blocks)
+    return recipes | ({WHOLE: list(parent)} if num_blocks >= whole.num_layers else {})
 
 
 def judge(bank: jc.Bank, split: jc.Batch, chains: dict[Any, list[int]]) -> np.ndarray:
@@ -209,6 +218,46 @@ def measure_mix(
         loss = jc.evaluate(jc.Problem(model, splits[2], size.model.depth), np.array(model.parents)).loss
         results[f"mix/{arm}"] = np.asarray(loss)
     return results
+
+
+def measure_started(
+    seed: int, size: Size, paths: dict[str, Path], text: dict[str, list[np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Loss on `test` of what local search finds from the models and what is done by hand, alone and with these by `select`."""
+    whole, bank = jc.hub.load(paths["base"]), jc.hub.load(paths["base"], pinned=(1, 1))
+    splits, results = byte_models.make_splits(text, ("base",), seed, SIZES), {}
+    for k in (*size.kept, *size.more):
+        recipes = find_recipes(whole, splits[0], k)
+        known = [judge(whole, split, recipes) for split in splits[1:]]
+        results |= {f"{name}/{k}": row for name, row in start_all(bank, splits, k - 2, known, size, seed).items()}
+        print(f"model {seed}, {k} blocks: {STARTED}", flush=True)
+    tunes, splits = [jc.hub.load(paths[part]) for part in "ab"], byte_models.make_splits(text, ("a", "b"), seed, SIZES)
+    known = [np.array([judge(tune, split, {0: list(tune.parents[0])})[0] for tune in tunes]) for split in splits[1:]]
+    both = jc.hub.load_many([paths["a"], paths["b"]], pinned=(1, 1))
+    found = start_all(both, splits, size.model.depth - 1, known, size, seed)
+    return results | {f"mix/{name}": row for name, row in found.items()}
+
+
+def start_all(
+    bank: jc.Bank, splits: list[jc.Batch], max_layers: int, known: list[np.ndarray], size: Size, seed: int
+) -> dict[str, np.ndarray]:
+    """Of each run the loss on `test` of what it found, and of that or what is `known`, by the loss on `select`.
+
+    Args:
+      bank: of blocks.
+      splits: search, select and test.
+      max_layers: of a chain.
+      known: losses of models or recipes on select and test.
+      size: of the experiment.
+      seed: of the runs.
+    """
+    search, select, test = (jc.Problem(bank, split, max_layers) for split in splits)
+    method = jc.LocalSearch(starts=jc.hub.recipes.find_starts(bank, max_layers))
+    runs = jc.run_many(jax.random.split(jax.random.key(seed), NUM_FULL_RUNS), method, search, budget=size.budget)
+    tokens, on_select = pick(select, [np.asarray(run.finalists) for run in runs])
+    loss = np.asarray(jc.evaluate(test, jc.chain.pad(tokens, max_layers)).loss)
+    best = int(known[0].argmin())
+    return {STARTED: loss, CHOSEN: np.where(on_select <= known[0][best], loss, known[1][best])}
 
 
 def summarize(runs: list[dict[str, np.ndarray]], size: Size) -> dict[str, Any]:
@@ -246,7 +295,7 @@ def count_wins(depth: dict[str, dict[str, Any]], size: Size) -> dict[str, Any]:
     for k in map(str, (*size.kept, *size.more)):
         there = [name for name in RECIPES if k in depth.get(name, {})]
         best = min(there, key=lambda name: np.mean(depth[name][k]["by_model"]))
-        alone, chosen, theirs = (np.array(depth[name][k]["by_model"]) for name in (FOUND, CHOSEN, best))
+        alone, chosen, theirs = (np.array(depth[name][k]["by_model"]) for name in (STARTED, CHOSEN, best))
         wins[k] = {
             "recipe": best, "loss": float(theirs.mean()), "found": float(alone.mean()), "chosen": float(chosen.mean()),
             "better": int((alone < theirs).sum()), "chosen_better": int((chosen < theirs).sum()), "models": len(theirs),
@@ -260,11 +309,11 @@ def format_tables(result: dict[str, Any]) -> str:
         "| loss on test, nats per byte | " + " | ".join(f"{k} blocks" for k in kept) + " |",
         "|---" * (1 + len(kept)) + "|",
     ]
-    for arm in (*RECIPES, *SEARCHES, CHOSEN):
+    for arm in (*RECIPES, *SEARCHES, STARTED, CHOSEN):
         row = result["depth"].get(arm, {})
         cells = [f"{row[k]['value']:.3f} [{row[k]['low']:.3f}, {row[k]['high']:.3f}]" if k in row else "" for k in kept]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
-    lines += ["", f"| blocks | best recipe | its loss | {FOUND} | lower in | {CHOSEN} | lower in |", "|---" * 7 + "|"]
+    lines += ["", f"| blocks | best recipe | its loss | {STARTED} | lower in | {CHOSEN} | lower in |", "|---" * 7 + "|"]
     for k, row in result["wins"].items():
         cells = [k, row["recipe"], f"{row['loss']:.3f}"]
         for loss, better in ((row["found"], row["better"]), (row["chosen"], row["chosen_better"])):
@@ -281,7 +330,7 @@ def draw(path: str, result: dict[str, Any]) -> None:
     """Loss against blocks, and the mix."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for arm in (*RECIPES, FOUND, CHOSEN):
+    for arm in (*RECIPES, FOUND, STARTED, CHOSEN):
         rows = sorted((int(k), row) for k, row in result["depth"].get(arm, {}).items())
         values = np.array([(k, row["value"], row["low"], row["high"]) for k, row in rows])
         style = {"ls": "--", "marker": "s", "ms": 4} if arm in RECIPES else {"marker": "o", "lw": 2}
@@ -296,7 +345,7 @@ def draw(path: str, result: dict[str, Any]) -> None:
         arms[::-1],
         values[::-1, 0],
         xerr=errors[:, ::-1],
-        color=["tab:blue" if a in SEARCHES else "gray" for a in arms[::-1]],
+        color=["tab:blue" if a in (*SEARCHES, STARTED, CHOSEN) else "gray" for a in arms[::-1]],
     )
     right.set(
         xlabel="loss on test, nats per byte", title="Blocks of two fine-tunes", xlim=(0.9 * values[:, 0].min(), None)

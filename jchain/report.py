@@ -1,6 +1,7 @@
 """The main job and its report: bank, search, re-ranking, controls, table, files."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ from jchain.hub.jobs import price_layers
 from jchain.plot import plot_curve, plot_sweep
 from jchain.problem import Problem
 from jchain.search.base import Result, Search, run
+from jchain.search.local_search import LocalSearch
 from jchain.updates import Policy
 
 RESULT_FILE, BANK_FILE, CURVE_FILE, SWEEP_FILE = "result.json", "bank.safetensors", "curve.png", "sweep.png"
@@ -124,6 +126,10 @@ def search(config: Mapping[str, Any], setting: Setting, method: Search, policy: 
     if config.get("sweep") is not None and config["sweep"] >= max_layers:
         raise ValueError(f"expected --sweep below the most layers of a chain, {max_layers}, got {config['sweep']}")
     problem = setting.price(made, "search", max_layers, min_layers=config["min_layers"])
+    # Updates may change what tokens stand for.
+    is_frozen = config["update"] == "never"
+    if is_frozen and config.get("checkpoint"):
+        method = begin_at_models(method, problem)
     bank, found, update_calls = policy.run(
         search_key, method, problem, setting.data.train, budget=config["budget"], progress=True
     )
@@ -134,7 +140,7 @@ def search(config: Mapping[str, Any], setting: Setting, method: Search, policy: 
     parent, of = _score_best_parent(control_key, setting, made, width)
     by_hand = _score_recipes(setting, problem, of, width) if config.get("checkpoint") else {}
     # Weights that were updated are compared with the models as they were, not with these after the updates.
-    tokens, chosen = _pick(setting, bank, found.finalists, by_hand if config["update"] == "never" else {}, problem)
+    tokens, chosen = _pick(setting, bank, found.finalists, by_hand if is_frozen else {}, problem)
     scores = _score(setting, bank, tokens, width)
     random_chain = _score_random_chain(chain_key, setting, made, len(tokens) - 1, width)
     count = chain.count(made.num_layers, made.num_heads, max_layers, min_layers=problem.min_layers)
@@ -184,11 +190,19 @@ def _search_at(
     """What is found where chains have at most so many layers, beside recipes for as many."""
     _say(f"Searching chains of at most {max_layers} layers ...")
     problem = setting.price(bank, "search", max_layers, min_layers=min(config["min_layers"], max_layers))
-    found = run(key, method, problem, budget=config["budget"], progress=True)
+    found = run(key, begin_at_models(method, problem), problem, budget=config["budget"], progress=True)
     by_hand = _score_recipes(setting, problem, parent, width)
     tokens, chosen = _pick(setting, bank, found.finalists, by_hand, problem)
     scores = _score(setting, bank, tokens, width)
     return {"max_layers": max_layers, "chain": tokens, "chosen": chosen, **scores, "recipes": by_hand}
+
+
+def begin_at_models(method: Search, problem: Problem) -> Search:
+    """The search, from the models as they were, or brought to as many layers by hand, where it can begin at chains that are given."""
+    if not isinstance(method, LocalSearch):
+        return method
+    starts = recipes.find_starts(problem.bank, problem.max_layers, min_layers=problem.min_layers)
+    return dataclasses.replace(method, starts=starts if len(starts) else None)
 
 
 def _score_recipes(setting: Setting, problem: Problem, parent: list[int], width: int) -> dict[str, Any]:

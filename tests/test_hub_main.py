@@ -9,6 +9,7 @@ from test_hub import make_tensors, write
 from test_hub_datasets import QUESTION, TEXT, make_checkpoint, write_file
 
 import jchain as jc
+from jchain import report
 from jchain.__main__ import main
 from jchain.hub.jobs import name_models
 
@@ -130,6 +131,24 @@ def test_recipes_bring_the_model_to_as_many_blocks(folder):
     ((name, chain),) = jc.hub.recipes.find_chains(problem, list(bank.parents[0]), 6).items()
     assert (name, len(chain)) == ("best run repeated", 7)
     assert jc.hub.recipes.find_chains(problem, list(bank.parents[0]), 4) == {}
+
+
+@pytest.mark.parametrize("max_layers", [3, 4, 5])
+def test_local_search_begins_at_the_models_and_what_is_done_by_hand(folder, max_layers):
+    bank = jc.hub.load_many([folder / "m0", folder / "m1"])
+    data = jc.hub.load_text(folder / "m0", folder / "text.txt", length=8)
+    problem = jc.Problem(bank, data.search, max_layers)
+    other = jc.RandomSearch()
+    assert report.begin_at_models(other, problem) is other
+    rows = report.begin_at_models(jc.LocalSearch(), problem).starts.tolist()
+    starts = [tuple(token for token in row if token >= 0) for row in rows]
+    assert len(set(starts)) == len(starts) == {3: 4 + 3, 4: 1 + 4, 5: 1 + 4 + 1}[max_layers]
+    for parent in bank.parents:
+        assert (parent in starts) == (len(parent) - 1 <= max_layers)
+        known = jc.hub.recipes.find_chains(problem, parent, max_layers)
+        assert {tuple(chain) for name, chain in known.items() if "influence" not in name} <= set(starts)
+    long = jc.hub.recipes.find_starts(bank, max_layers, min_layers=max_layers)
+    assert len(long) == len(starts) - (max_layers == 5)
 
 
 def test_results_of_other_banks_are_not_exported(tmp_path, capsys):

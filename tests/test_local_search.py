@@ -5,6 +5,8 @@ import pytest
 
 import jchain as jc
 
+SIZES = 4, 2, 3  # of the problem
+
 
 def test_moves_to_better_neighbours_and_leaves_only_local_optima(problem):
     bank = problem.bank
@@ -34,6 +36,41 @@ def test_moves_to_better_neighbours_and_leaves_only_local_optima(problem):
             moves += 1
     assert moves > 5
     assert restarts > 1
+
+
+def test_it_begins_at_the_best_of_the_chains_that_are_given(problem):
+    starts = np.asarray(jc.chain.sample(jax.random.key(3), 5, *SIZES))
+    losses = np.asarray(jc.evaluate(problem, starts).loss)
+    search = jc.LocalSearch(num_chains=2, starts=starts)
+    state, scored, calls = search.init(jax.random.key(0), problem), [], 0
+    for i in range(3):
+        state, info = jax.jit(search.step)(jax.random.key(i), state, problem)
+        scored += np.asarray(info.chains).tolist()
+        calls += int(info.layer_calls)
+    assert scored == [*starts.tolist(), starts[-1].tolist()]
+    np.testing.assert_array_equal(state.chain, starts[losses.argmin()])
+    assert float(state.loss) == pytest.approx(losses.min(), rel=1e-5)
+    assert calls == jc.explain(problem, starts).unshared_layer_calls
+    found = jc.run(jax.random.key(1), search, problem, budget=100)
+    assert found.best_loss <= losses.min() * (1 + 1e-6)
+    near = set(map(tuple, np.asarray(jc.chain.neighbours(state.chain, *SIZES[:2])[0]).tolist()))
+    _, info = search.step(jax.random.key(5), state, problem)
+    assert set(map(tuple, np.asarray(info.chains).tolist())) <= near
+
+
+def test_starts_that_are_no_chains_of_the_problem_are_refused(problem):
+    bank, data = problem.bank, problem.data
+    whole = [[0, 1, 2, bank.num_layers]]
+    for starts, message in (
+        (np.array([[0, bank.num_layers]]), "expected chains of shape"),
+        (np.array(whole[0]), r"expected starts of shape \[S, 4\], got \[4\]"),
+        (np.array([[0, 1, 2, 99]]), "token 99 at slot 3 is out of range"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jc.LocalSearch(starts=starts).init(jax.random.key(0), problem)
+    few = jc.Problem(bank, data, 3, min_layers=3)
+    with pytest.raises(ValueError, match="expected starts of at least 3 layers, got one of 1"):
+        jc.LocalSearch(starts=np.array([[0, bank.num_layers, -1, -1]])).init(jax.random.key(0), few)
 
 
 def test_every_neighbour_is_tried_once_before_a_restart(problem):

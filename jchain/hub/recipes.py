@@ -33,9 +33,7 @@ def find_chains(problem: Problem, parent: Sequence[int], num_layers: int) -> dic
     Returns:
       Nothing where the model has as many layers, or no recipe reaches as many.
     """
-    restarts = {token for group in problem.bank.layers if isinstance(group.module, Restart) for token in group.tokens}
-    start = [token for token in parent if token in restarts]
-    body = [token for token in parent if token not in restarts]
+    start, body = _split(problem.bank, parent)
     num = len(parent) - 1 - num_layers
     if num == 0 or abs(num) >= len(body):
         return {}
@@ -54,6 +52,38 @@ def find_chains(problem: Problem, parent: Sequence[int], num_layers: int) -> dic
         rows = [[*start, *map(int, row)] for row in chains]
         found[name] = rows[int(np.argmin(evaluate(posed, chain_lib.pad(rows)).loss))]
     return found
+
+
+def find_starts(bank: Bank, max_layers: int, *, min_layers: int = 0) -> Int[np.ndarray, "S L"]:
+    """Where a search of a model's blocks may begin (`jc.LocalSearch(starts=)`): each model as it was, or without each run of blocks
+    that is too many, or with each run twice for which there is room. No data is looked at.
+
+    Args:
+      bank: of one model or several.
+      max_layers: of a chain.
+      min_layers: likewise.
+
+    Returns:
+      Chains `[S, max_layers + 1]`, each once; none where no model comes near.
+    """
+    rows: list[tuple[int, ...]] = []
+    for parent in bank.parents:
+        start, body = _split(bank, parent)
+        num = len(parent) - 1 - max_layers
+        if num <= 0:
+            rows.append(tuple(parent))
+        if num < 0 and -num < len(body):
+            rows += [(*start, *map(int, row)) for row in repeat_contiguous(body, -num)]
+        if 0 < num < len(body):
+            rows += [(*start, *map(int, row)) for row in drop_contiguous(body, num)]
+    rows = [row for row in dict.fromkeys(rows) if len(row) - 1 >= min_layers]
+    return chain_lib.pad(rows, max_layers) if rows else np.empty((0, max_layers + 1), np.int32)
+
+
+def _split(bank: Bank, parent: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The embeddings of a model, where they are a layer, and its blocks with the head."""
+    restarts = {token for group in bank.layers if isinstance(group.module, Restart) for token in group.tokens}
+    return [token for token in parent if token in restarts], [token for token in parent if token not in restarts]
 
 
 def find_influence(

@@ -216,7 +216,7 @@ def check(search: Search, budget: int, num_finalists: int) -> None:
         raise ValueError(f"expected a budget and num_finalists of at least 1, got {budget} and {num_finalists}")
     if budget > _MAX_BUDGET:
         raise ValueError(f"expected a budget of at most {_MAX_BUDGET:,} layer calls, got {budget:,}")
-    if jax.tree.leaves(search) == [search]:
+    if jax.tree_util.all_leaves([search]):
         raise ValueError(f"expected a search registered as a pytree (jchain.pytree), got {type(search).__name__}")
 
 

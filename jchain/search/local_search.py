@@ -1,10 +1,10 @@
-"""Local search: to the first better neighbour, from a random chain again where there is none.
+"""Local search: to the first better neighbour, from a random chain again where there is none; first from chains that are known.
 
 White, Nolen and Savani 2021, arXiv:2005.02960, find it a strong baseline of architecture search. A neighbour differs by one
 swapped, inserted or deleted layer or by the head (`jchain.chain.neighbours`).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jchain import memo as memo_lib
 from jchain._typing import Array, Float, Int, Key
 from jchain.memo import Memo
 from jchain.problem import Problem
-from jchain.pytree import pytree_dataclass, static
+from jchain.pytree import is_concrete, pytree_dataclass, static
 from jchain.search.base import Info
 
 
@@ -25,6 +25,7 @@ class State(NamedTuple):
     loss: Float[Array, ""]  # +inf at a random start, which is not scored itself
     order: Int[Array, "M"]  # [M], rows of its neighbours, those that are there first
     num_tried: Int[Array, ""]  # how many of them were
+    num_started: Int[Array, ""]  # how many of `starts` were scored
     memo: Memo
 
 
@@ -34,21 +35,31 @@ class LocalSearch:
 
     Attributes:
       num_chains: neighbours that are scored together; the first better one in random order is taken.
+      starts: chains that are scored before all others, `[S, L]` with `L = max_layers + 1`, as the models of a bank (`Bank.parents`)
+        or what is done by hand (`jc.hub.recipes`); the search begins at the best of them. None: at a random chain.
     """
 
     num_chains: int = static(default=8)
+    starts: Any = None
 
     def __post_init__(self) -> None:
         if self.num_chains < 1:
             raise ValueError(f"expected num_chains of at least 1, got {self.num_chains}")
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
+        """As every search.
+
+        Raises:
+          ValueError: `starts` are no chains of the problem.
+        """
+        _check(self.starts, problem)
         start_key, order_key = jax.random.split(key)
         start = _sample(start_key, problem)
         return State(
             start,
             jnp.full((), jnp.inf, jnp.float32),
             _shuffle(order_key, start, problem),
+            jnp.array(0),
             jnp.array(0),
             memo_lib.init(problem),
         )
@@ -60,13 +71,19 @@ class LocalSearch:
         turn = state.num_tried + jnp.arange(self.num_chains)
         row = state.order[jnp.minimum(turn, state.order.shape[0] - 1)]
         chains = jnp.where((turn < num_neighbours)[:, None], neighbours[row], state.chain[None])
+        is_starting = jnp.array(False)
+        if self.starts is not None:
+            starts = jnp.asarray(self.starts, jnp.int32)
+            is_starting = state.num_started < starts.shape[0]
+            given = jnp.minimum(state.num_started + jnp.arange(self.num_chains), starts.shape[0] - 1)
+            chains = jnp.where(is_starting, starts[given], chains)
         memo, loss, layer_calls = memo_lib.score(state.memo, problem, chains)
 
         is_better = loss < state.loss
-        first = jnp.argmax(is_better)
+        first = jnp.where(is_starting, jnp.argmin(jnp.where(is_better, loss, jnp.inf)), jnp.argmax(is_better))
         does_move = is_better.any()
-        num_tried = state.num_tried + self.num_chains
-        does_restart = ~does_move & (num_tried >= num_neighbours)
+        num_tried = state.num_tried + jnp.where(is_starting, 0, self.num_chains)
+        does_restart = ~does_move & ~is_starting & (num_tried >= num_neighbours)
         kept = jnp.where(does_restart, _sample(start_key, problem), state.chain)
         chain = jnp.where(does_move, chains[first], kept)
         kept_loss = jnp.where(does_restart, jnp.inf, state.loss)
@@ -76,9 +93,22 @@ class LocalSearch:
             jnp.where(does_move, loss[first], kept_loss),
             jnp.where(does_change, _shuffle(order_key, chain, problem), state.order),
             jnp.where(does_change, 0, num_tried),
+            state.num_started + jnp.where(is_starting, self.num_chains, 0),
             memo,
         )
         return next_state, Info(chains, loss, layer_calls)
+
+
+def _check(starts: Any, problem: Problem) -> None:
+    if starts is None or not is_concrete(starts):
+        return
+    sizes = (problem.bank.num_layers, problem.bank.num_heads, problem.max_layers)
+    rows = chain_lib.validate(starts, *sizes)
+    if rows.ndim != 2 or len(rows) == 0:
+        raise ValueError(f"expected starts of shape [S, {problem.max_layers + 1}], got {list(rows.shape)}")
+    lengths = (rows >= 0).sum(axis=1) - 1
+    if (lengths < problem.min_layers).any():
+        raise ValueError(f"expected starts of at least {problem.min_layers} layers, got one of {lengths.min()}")
 
 
 def _sample(key: Key[Array, ""], problem: Problem) -> Int[Array, "L"]:
