@@ -12,7 +12,7 @@ each run of blocks or with it twice); a last row is what is lower on `select`, t
 blocks, embeddings and heads of both fine-tunes, on text of A and B in equal parts, beside each fine-tune, the base model, and the mean of the
 fine-tunes' weights (model soup). Loss: nats of the next byte. Writes transformer_depth.json, .md and .png to experiments/results.
 
-Not yet run in full: some 15 minutes of 2 CPU cores a model, half of them training; what is computed is kept. `--quick`: one small
+Not yet run in full: some 50 minutes of a CPU core a model, a fifth of them training; what is computed is kept. `--quick`: one small
 model of few steps, two lengths; nothing is written.
 """
 

@@ -132,7 +132,7 @@ def draw_chains(draw, problem):
 
 
 @pytest.mark.parametrize("plan", [None, *PLANS], ids=str)
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(data=st.data())
 def test_every_plan_and_dtype_on_random_problems(plan, data):
     problem = draw_problem(data.draw)

@@ -58,8 +58,7 @@ INVERTIBLE = ("MeetInTheMiddle",)
 
 # Some vmapped, and the rest with `-m slow`.
 VMAPPED = [
-    pytest.param(name, marks=() if name in ("RandomSearch", "CriticSearch", "ActorCritic") else pytest.mark.slow)
-    for name in SEARCHES
+    pytest.param(name, marks=() if name in ("RandomSearch", "CriticSearch") else pytest.mark.slow) for name in SEARCHES
 ]
 SLOW_EAGER = (
     "ActorCritic",
