@@ -117,7 +117,7 @@ def measure(seed: int, size: Size) -> dict[str, np.ndarray]:
             uses=uses,
         )
         mix = keep(
-            (measure_mix, *code),
+            (measure_mix, judge, *code),
             f"transformer-mix-{seed}",
             case,
             lambda: measure_mix(seed, size, paths, text),
@@ -215,8 +215,7 @@ def measure_mix(
     results["mix/random mix"] = np.asarray(jc.evaluate(test, sampled).loss).mean()[None]
     for name, arm in (("base", "base"), ("a", "fine-tune a"), ("b", "fine-tune b"), ("soup", "soup of both")):
         model = jc.hub.load(paths[name])
-        loss = jc.evaluate(jc.Problem(model, splits[2], size.model.depth), np.array(model.parents)).loss
-        results[f"mix/{arm}"] = np.asarray(loss)
+        results[f"mix/{arm}"] = judge(model, splits[2], {arm: list(model.parents[0])})
     return results
 
 

@@ -167,9 +167,9 @@ def choose_reading(
 
 
 def _count_products(outputs: Any, num_products: int | None) -> int:
-    num_outputs = outputs.size // outputs.shape[0]
     if num_products is not None:
         return num_products
+    num_outputs = outputs.size // outputs.shape[0]
     return num_outputs if num_outputs <= _MAX_OUTPUTS else _NUM_WIDE
 
 

@@ -72,10 +72,9 @@ def find_starts(bank: Bank, max_layers: int, *, min_layers: int = 0) -> Int[np.n
         num = len(parent) - 1 - max_layers
         if num <= 0:
             rows.append(tuple(parent))
-        if num < 0 and -num < len(body):
-            rows += [(*start, *map(int, row)) for row in repeat_contiguous(body, -num)]
-        if 0 < num < len(body):
-            rows += [(*start, *map(int, row)) for row in drop_contiguous(body, num)]
+        if 0 < abs(num) < len(body):
+            runs = drop_contiguous(body, num) if num > 0 else repeat_contiguous(body, -num)
+            rows += [(*start, *map(int, row)) for row in runs]
     rows = [row for row in dict.fromkeys(rows) if len(row) - 1 >= min_layers]
     return chain_lib.pad(rows, max_layers) if rows else np.empty((0, max_layers + 1), np.int32)
 
