@@ -37,8 +37,8 @@ from records import describe_machine, is_deterministic, keep, look_up, make_pool
 import jchain as jc
 
 NUM_MODELS = 5
-# Sequences of search, select and test. Of 8 in `search` searches learnt the text by heart where chains are long.
-SIZES = (16, 64, 128)
+# Sequences of search, select and test. Of 8 and of 16 in `search` searches learnt the text by heart.
+SIZES = (32, 128, 256)
 # Blocks of which all chains are scored, and others; layer calls of a search; its runs by different keys.
 KEPT, MORE, BUDGET, NUM_RUNS = (4, 5, 6), (7, 8, 9), 1000, 10
 SEARCHES = {
@@ -49,15 +49,20 @@ SEARCHES = {
     "linearized": jc.LinearizedSearch(),
 }
 # Needs weights and activations: not looked up. What is not looked up has fewer runs.
-WEIGHING, NUM_FULL_RUNS = ("linearized",), 2
-WHOLE = "nothing dropped"
+WEIGHING, NUM_FULL_RUNS = ("linearized",), 1
+LOWEST = "lowest of all on search"
+# Losses of one chain differ by so much between programs.
+ROUNDING = 1e-5
 RECIPES = (
-    "last blocks dropped", "blocks of least influence dropped", "best run of blocks dropped", WHOLE, "best run repeated"
+    "last blocks dropped", "blocks of least influence dropped", "best run of blocks dropped", "nothing dropped", "best run repeated"
 )  # fmt: skip
 FOUND = "local search"
 # From the models and what is done by hand, as `jchain search --checkpoint`, which has the recipes and models among its finalists too.
 STARTED, CHOSEN = "local search from recipes", "that or a recipe, by select"
-MIX_ARMS = ("base", "fine-tune a", "fine-tune b", "soup of both", "random mix", *SEARCHES, STARTED, CHOSEN)
+MODELS = {"base": "base", "a": "fine-tune a", "b": "fine-tune b", "soup": "soup of both"}
+MIX_ARMS = (*MODELS.values(), "random mix", *SEARCHES, STARTED, CHOSEN)
+OF_TEXT = (byte_models.load_text, byte_models.find_files)
+OF_SPLITS = (byte_models.make_splits, byte_models.take, byte_models.write_checkpoints)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +88,14 @@ def main() -> None:
     args = parser.parse_args()
     size, num_models = (QUICK, 1) if args.quick else (Size(Model()), args.num_models)
     start = time.perf_counter()
-    with make_pool(min(args.workers, num_models)) as pool:
-        futures = [pool.submit(measure, seed, size) for seed in range(num_models)]
-        runs = [future.result() for future in futures]
+    with make_pool(args.workers) as pool:
+        trained = [pool.submit(train, seed, size) for seed in range(num_models)]
+        for future in trained:
+            future.result()
+        parts = (*size.more, None, *size.kept[::-1])  # the longest first
+        futures = [[pool.submit(measure, seed, part, size) for seed in range(num_models)] for part in parts]
+        found = [[future.result() for future in row] for row in futures]
+    runs = [{name: loss for part in row for name, loss in part.items()} for row in zip(*found, strict=True)]
     result = {**describe_machine(), "seconds": 0, **summarize(runs, size)}
     result["seconds"] = round(time.perf_counter() - start)
     table = format_tables(result)
@@ -94,43 +104,40 @@ def main() -> None:
         write_results(args.out, "transformer_depth", result, table, partial(draw, result=result))
 
 
-def measure(seed: int, size: Size) -> dict[str, np.ndarray]:
-    """Losses on `test` of one trained model."""
-    text = byte_models.load_text(seed)
-    of_text = (byte_models.load_text, byte_models.find_files)
-    case = (seed, platform.python_version(), repr(size))
-    trained = keep(
-        (byte_models.train_models, byte_models.fit, byte_models.run_blocks, *of_text),
+def train(seed: int, size: Size) -> None:
+    """Trains the models of a seed, unless they are kept."""
+    _train(seed, size, byte_models.load_text(seed))
+
+
+def _train(seed: int, size: Size, text: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
+    return keep(
+        (byte_models.train_models, byte_models.fit, byte_models.run_blocks, *OF_TEXT),
         f"transformer-depth-weights-{seed}",
         (seed, platform.python_version(), repr(size.model)),
         partial(byte_models.train_models, seed, size.model, text),
     )
+
+
+def measure(seed: int, num_blocks: int | None, size: Size) -> dict[str, np.ndarray]:
+    """Losses on `test` with so many blocks of a seed's base model, or of a mix of its fine-tunes."""
+    start, text = time.perf_counter(), byte_models.load_text(seed)
+    trained = _train(seed, size, text)
     with tempfile.TemporaryDirectory() as folder:
         paths = byte_models.write_checkpoints(Path(folder), trained, size.model)
-        code = (search_all, pick, byte_models.make_splits, byte_models.take, byte_models.write_checkpoints, *of_text)
-        uses = [*SEARCHES.values()]
-        depth = keep(
-            (measure_depth, judge, *code),
-            f"transformer-depth-{seed}",
-            case,
-            lambda: measure_depth(seed, size, paths, text),
-            uses=uses,
+        if num_blocks is None:
+            name, code, make = "mix", measure_mix, partial(measure_mix, seed, size, paths, text)
+        else:
+            name, code = f"depth-{num_blocks}", measure_depth
+            make = partial(measure_depth, seed, num_blocks, size, paths, text)
+        found = keep(
+            (code, search_all, pick, search_started, judge, *OF_SPLITS, *OF_TEXT),
+            f"transformer-{name}-{seed}",
+            (seed, platform.python_version(), repr(size)),
+            make,
+            uses=[*SEARCHES.values()],
         )
-        mix = keep(
-            (measure_mix, judge, *code),
-            f"transformer-mix-{seed}",
-            case,
-            lambda: measure_mix(seed, size, paths, text),
-            uses=uses,
-        )
-        started = keep(
-            (measure_started, start_all, find_recipes, judge, *code),
-            f"transformer-started-{seed}",
-            case,
-            lambda: measure_started(seed, size, paths, text),
-            uses=[jc.LocalSearch()],
-        )
-    return depth | mix | started
+    print(f"model {seed}, {name}: {time.perf_counter() - start:.0f} s", flush=True)
+    return found
 
 
 def search_all(
@@ -156,38 +163,30 @@ def pick(select: jc.Problem, finalists: list[np.ndarray]) -> tuple[list[list[int
 
 
 def measure_depth(
-    seed: int, size: Size, paths: dict[str, Path], text: dict[str, list[np.ndarray]]
+    seed: int, num_blocks: int, size: Size, paths: dict[str, Path], text: dict[str, list[np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """Loss on `test` of what each search found and of each recipe, by the number of blocks that were allowed."""
+    """Loss on `test` of what each search found and of each recipe; where all chains are scored, how far above the lowest on `search`."""
     whole, bank = jc.hub.load(paths["base"]), jc.hub.load(paths["base"], pinned=(1, 1))
     splits = byte_models.make_splits(text, ("base",), seed, SIZES)
-    (parent,) = whole.parents
-    deepest = max(size.kept) - 2
-    chains, out = jc.evaluate_all(jc.Problem(bank, splits[0], deepest))
-    length = (chains >= 0).sum(axis=1) - 1
-    loss = np.asarray(out.loss)
-    influence = jc.hub.recipes.find_influence(whole, parent, splits[0].x)
-    results = {"influence": influence, "optimum": np.array([loss[length <= k - 2].min() for k in size.kept])}
-    test = jc.Problem(bank, splits[2], max(*size.kept, *size.more) - 2)
-    for k in (*size.kept, *size.more):
-        problem = jc.Problem(bank, splits[0], k - 2)
-        table = jc.lookup.make_problem(bank, loss[length <= k - 2], k - 2) if k in size.kept else None
-        recipes = find_recipes(whole, splits[0], k)
-        on_test = judge(whole, splits[2], recipes)[:, None]
-        results |= {f"{name}/{k}": row for name, row in zip(recipes, on_test, strict=True)}
-        for name, finalists in search_all(problem, table, size.num_runs, size.budget, seed):
-            tokens, _ = pick(jc.Problem(bank, splits[1], k - 2), finalists)
-            results[f"{name}/{k}"] = np.asarray(jc.evaluate(test, jc.chain.pad(tokens, test.max_layers)).loss)
-            results[f"{name}/{k}/blocks"] = np.array([len(row) + 1 for row in tokens])
-            print(f"model {seed}, {k} blocks: {name}", flush=True)
-    return results
-
-
-def find_recipes(whole: jc.Bank, split: jc.Batch, num_blocks: int) -> dict[str, list[int]]:
-    """What is done by hand to bring the model to so many blocks, or where it has no more the model itself."""
-    (parent,) = whole.parents
-    recipes = jc.hub.recipes.find_chains(jc.Problem(whole, split, num_blocks), parent, num_blocks)
-    return recipes | ({WHOLE: list(parent)} if num_blocks >= whole.num_layers else {})
+    search, select, test = (jc.Problem(bank, split, num_blocks - 2) for split in splits)
+    recipes = jc.hub.recipes.find_chains(jc.Problem(whole, splits[0], num_blocks), whole.parents[0], num_blocks)
+    known = [judge(whole, split, recipes) for split in splits[1:]]
+    results = {f"{name}/{num_blocks}": loss[None] for name, loss in zip(recipes, known[1], strict=True)}
+    table, lowest = None, np.nan
+    if num_blocks in size.kept:
+        chains, out = jc.evaluate_all(search)
+        loss = np.asarray(out.loss)
+        table, lowest = jc.lookup.make_problem(bank, loss, num_blocks - 2), loss.min()
+        best = chains[[int(loss.argmin())]]
+        results[f"{LOWEST}/{num_blocks}"] = np.asarray(jc.evaluate(test, best).loss)
+    for name, finalists in search_all(search, table, size.num_runs, size.budget, seed):
+        tokens, _ = pick(select, finalists)
+        results[f"{name}/{num_blocks}"] = np.asarray(jc.evaluate(test, jc.chain.pad(tokens, test.max_layers)).loss)
+        results[f"{name}/{num_blocks}/blocks"] = np.array([len(row) + 1 for row in tokens])
+        if table is not None:
+            results[f"{name}/{num_blocks}/above"] = pick(table, finalists)[1] - lowest
+    found = search_started(search, select, test, known, size, seed)
+    return results | {f"{name}/{num_blocks}": loss for name, loss in found.items()}
 
 
 def judge(bank: jc.Bank, split: jc.Batch, chains: dict[Any, list[int]]) -> np.ndarray:
@@ -213,58 +212,45 @@ def measure_mix(
         print(f"model {seed}, mix: {name}", flush=True)
     sampled = jc.chain.sample(jax.random.key(seed), 32, bank.num_layers, 2, max_layers, min_layers=max_layers)
     results["mix/random mix"] = np.asarray(jc.evaluate(test, sampled).loss).mean()[None]
-    for name, arm in (("base", "base"), ("a", "fine-tune a"), ("b", "fine-tune b"), ("soup", "soup of both")):
-        model = jc.hub.load(paths[name])
-        results[f"mix/{arm}"] = judge(model, splits[2], {arm: list(model.parents[0])})
-    return results
+    models = {name: jc.hub.load(paths[name]) for name in ("base", "a", "b", "soup")}
+    for name, model in models.items():
+        results[f"mix/{MODELS[name]}"] = judge(model, splits[2], {name: list(model.parents[0])})
+    known = [
+        np.concatenate([judge(models[name], split, {name: list(models[name].parents[0])}) for name in "ab"])
+        for split in splits[1:]
+    ]
+    found = search_started(search, select, test, known, size, seed)
+    return results | {f"mix/{name}": loss for name, loss in found.items()}
 
 
-def measure_started(
-    seed: int, size: Size, paths: dict[str, Path], text: dict[str, list[np.ndarray]]
+def search_started(
+    search: jc.Problem, select: jc.Problem, test: jc.Problem, known: list[np.ndarray], size: Size, seed: int
 ) -> dict[str, np.ndarray]:
-    """Loss on `test` of what local search finds from the models and what is done by hand, alone and with these by `select`."""
-    whole, bank = jc.hub.load(paths["base"]), jc.hub.load(paths["base"], pinned=(1, 1))
-    splits, results = byte_models.make_splits(text, ("base",), seed, SIZES), {}
-    for k in (*size.kept, *size.more):
-        recipes = find_recipes(whole, splits[0], k)
-        known = [judge(whole, split, recipes) for split in splits[1:]]
-        results |= {f"{name}/{k}": row for name, row in start_all(bank, splits, k - 2, known, size, seed).items()}
-        print(f"model {seed}, {k} blocks: {STARTED}", flush=True)
-    tunes, splits = [jc.hub.load(paths[part]) for part in "ab"], byte_models.make_splits(text, ("a", "b"), seed, SIZES)
-    known = [np.array([judge(tune, split, {0: list(tune.parents[0])})[0] for tune in tunes]) for split in splits[1:]]
-    both = jc.hub.load_many([paths["a"], paths["b"]], pinned=(1, 1))
-    found = start_all(both, splits, size.model.depth - 1, known, size, seed)
-    return results | {f"mix/{name}": row for name, row in found.items()}
-
-
-def start_all(
-    bank: jc.Bank, splits: list[jc.Batch], max_layers: int, known: list[np.ndarray], size: Size, seed: int
-) -> dict[str, np.ndarray]:
-    """Of each run the loss on `test` of what it found, and of that or what is `known`, by the loss on `select`.
+    """Loss on `test` of what local search finds from the models and what is done by hand, and of that or what is `known`.
 
     Args:
-      bank: of blocks.
-      splits: search, select and test.
-      max_layers: of a chain.
-      known: losses of models or recipes on select and test.
+      search: problem of the search.
+      select: of the choice.
+      test: of the loss.
+      known: losses of models or recipes on select and test; they are taken where lower on select.
       size: of the experiment.
       seed: of the runs.
     """
-    search, select, test = (jc.Problem(bank, split, max_layers) for split in splits)
-    method = jc.LocalSearch(starts=jc.hub.recipes.find_starts(bank, max_layers))
-    runs = jc.run_many(jax.random.split(jax.random.key(seed), NUM_FULL_RUNS), method, search, budget=size.budget)
+    starts = jc.hub.recipes.find_starts(search.bank, search.max_layers)
+    keys = jax.random.split(jax.random.key(seed), NUM_FULL_RUNS)
+    runs = jc.run_many(keys, jc.LocalSearch(starts=starts), search, budget=size.budget)
     tokens, on_select = pick(select, [np.asarray(run.finalists) for run in runs])
-    loss = np.asarray(jc.evaluate(test, jc.chain.pad(tokens, max_layers)).loss)
+    loss = np.asarray(jc.evaluate(test, jc.chain.pad(tokens, test.max_layers)).loss)
     best = int(known[0].argmin())
     return {STARTED: loss, CHOSEN: np.where(on_select <= known[0][best], loss, known[1][best])}
 
 
 def summarize(runs: list[dict[str, np.ndarray]], size: Size) -> dict[str, Any]:
-    """Interquartile means over models and runs, with intervals."""
+    """Interquartile means over models, of each the mean of its runs; intervals by other draws of models."""
 
     def pool(name: str) -> Any:
-        values = np.concatenate([run[name] for run in runs if name in run])
-        return {**jc.stats.iqm(values)._asdict(), "by_model": [float(run[name].mean()) for run in runs if name in run]}
+        by_model = [float(run[name].mean()) for run in runs]
+        return {**jc.stats.iqm([by_model])._asdict(), "by_model": by_model}
 
     names = sorted({name for run in runs for name in run if "/" in name and not name.startswith("mix/")})
     depth: dict[str, dict[str, Any]] = {}
@@ -279,8 +265,6 @@ def summarize(runs: list[dict[str, np.ndarray]], size: Size) -> dict[str, Any]:
     config = {**dataclasses.asdict(size), "num_models": len(runs), "sizes": SIZES, "length": byte_models.LENGTH}
     return {
         "config": config,
-        "influence": np.mean([run["influence"] for run in runs], axis=0).tolist(),
-        "optimum": np.mean([run["optimum"] for run in runs], axis=0).tolist(),
         "depth": depth,
         "mix": mix,
         "share_of_a": shares,
@@ -289,16 +273,19 @@ def summarize(runs: list[dict[str, np.ndarray]], size: Size) -> dict[str, Any]:
 
 
 def count_wins(depth: dict[str, dict[str, Any]], size: Size) -> dict[str, Any]:
-    """By number of blocks: the best recipe, and in how many models what was found is no worse, and better."""
+    """By number of blocks: the best recipe, and in how many models what was found is lower, and equal."""
     wins = {}
     for k in map(str, (*size.kept, *size.more)):
         there = [name for name in RECIPES if k in depth.get(name, {})]
         best = min(there, key=lambda name: np.mean(depth[name][k]["by_model"]))
-        alone, chosen, theirs = (np.array(depth[name][k]["by_model"]) for name in (STARTED, CHOSEN, best))
-        wins[k] = {
-            "recipe": best, "loss": float(theirs.mean()), "found": float(alone.mean()), "chosen": float(chosen.mean()),
-            "better": int((alone < theirs).sum()), "chosen_better": int((chosen < theirs).sum()), "models": len(theirs),
-        }  # fmt: skip
+        theirs = np.array(depth[best][k]["by_model"])
+        wins[k] = {"recipe": best, "loss": float(theirs.mean()), "models": len(theirs)}
+        for name, arm in (("found", STARTED), ("chosen", CHOSEN)):
+            less = theirs - depth[arm][k]["by_model"]
+            equal = np.abs(less) < ROUNDING
+            wins[k][name] = {
+                "loss": float((theirs - less).mean()), "lower": int(((less > 0) & ~equal).sum()), "equal": int(equal.sum())
+            }  # fmt: skip
     return wins
 
 
@@ -308,15 +295,21 @@ def format_tables(result: dict[str, Any]) -> str:
         "| loss on test, nats per byte | " + " | ".join(f"{k} blocks" for k in kept) + " |",
         "|---" * (1 + len(kept)) + "|",
     ]
-    for arm in (*RECIPES, *SEARCHES, STARTED, CHOSEN):
+    for arm in (*RECIPES, LOWEST, *SEARCHES, STARTED, CHOSEN):
         row = result["depth"].get(arm, {})
         cells = [f"{row[k]['value']:.3f} [{row[k]['low']:.3f}, {row[k]['high']:.3f}]" if k in row else "" for k in kept]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
-    lines += ["", f"| blocks | best recipe | its loss | {STARTED} | lower in | {CHOSEN} | lower in |", "|---" * 7 + "|"]
+    known = kept[: len(result["config"]["kept"])]
+    lines += ["", "| above the lowest on search | " + " | ".join(f"{k} blocks" for k in known) + " |"]
+    lines.append("|---" * (1 + len(known)) + "|")
+    for arm in SEARCHES:
+        lines.append(f"| {arm} | " + " | ".join(f"{result['depth'][arm][k]['above']:.4f}" for k in known) + " |")
+    lines += ["", f"| blocks | best recipe | its loss | {STARTED} | lower, equal in | {CHOSEN} | lower, equal in |"]
+    lines.append("|---" * 7 + "|")
     for k, row in result["wins"].items():
         cells = [k, row["recipe"], f"{row['loss']:.3f}"]
-        for loss, better in ((row["found"], row["better"]), (row["chosen"], row["chosen_better"])):
-            cells += [f"{loss:.3f}", f"{better} of {row['models']} models"]
+        for found in (row["found"], row["chosen"]):
+            cells += [f"{found['loss']:.3f}", f"{found['lower']}, {found['equal']} of {row['models']} models"]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| text of A and B | loss on test | share of A |", "|---" * 3 + "|"]
     for arm, row in result["mix"].items():

@@ -208,8 +208,6 @@ def begin_at_models(method: Search, problem: Problem) -> Search:
 def _score_recipes(setting: Setting, problem: Problem, parent: list[int], width: int) -> dict[str, Any]:
     """Recipes that bring the model to the most layers of the problem, or where it has no more the model itself."""
     found = recipes.find_chains(problem, parent, problem.max_layers)
-    if len(parent) - 1 <= problem.max_layers:
-        found["nothing dropped"] = parent
     return {name: {"chain": tokens, **_score(setting, problem.bank, tokens, width)} for name, tokens in found.items()}
 
 

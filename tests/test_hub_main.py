@@ -128,9 +128,11 @@ def test_recipes_bring_the_model_to_as_many_blocks(folder):
     assert found["last blocks dropped"] == [8, 4, 5, 10]
     assert all(chain[0] == 8 and len(chain) == 4 for chain in found.values())
     assert found["best run of blocks dropped"] in ([8, 6, 7, 10], [8, 4, 7, 10], [8, 4, 5, 10])
-    ((name, chain),) = jc.hub.recipes.find_chains(problem, list(bank.parents[0]), 6).items()
-    assert (name, len(chain)) == ("best run repeated", 7)
-    assert jc.hub.recipes.find_chains(problem, list(bank.parents[0]), 4) == {}
+    parent = list(bank.parents[0])
+    longer = jc.hub.recipes.find_chains(problem, parent, 6)
+    assert (longer["nothing dropped"], len(longer["best run repeated"]), len(longer)) == (parent, 7, 2)
+    for num_layers in (len(parent) - 1, 20):
+        assert jc.hub.recipes.find_chains(problem, parent, num_layers) == {"nothing dropped": parent}
 
 
 @pytest.mark.parametrize("max_layers", [3, 4, 5])

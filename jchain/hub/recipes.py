@@ -23,7 +23,8 @@ def find_chains(problem: Problem, parent: Sequence[int], num_layers: int) -> dic
     """What people do by hand to bring a model to so many layers: one chain of each recipe, by its name.
 
     With fewer layers: the last blocks dropped, those of the least influence, and a run of blocks; with more: a run of blocks
-    repeated. Which run, the loss says. The embeddings of a model, where they are a layer, stay.
+    repeated; with as many or more: nothing dropped. Which run, the loss says. The embeddings of a model, where they are a
+    layer, stay.
 
     Args:
       problem: on whose split blocks are chosen; its lengths do not matter.
@@ -31,26 +32,23 @@ def find_chains(problem: Problem, parent: Sequence[int], num_layers: int) -> dic
       num_layers: of the chains, embeddings included.
 
     Returns:
-      Nothing where the model has as many layers, or no recipe reaches as many.
+      Nothing where no recipe reaches so few layers.
     """
     start, body = _split(problem.bank, parent)
     num = len(parent) - 1 - num_layers
-    if num == 0 or abs(num) >= len(body):
-        return {}
-    if num < 0:
-        options = {"best run repeated": repeat_contiguous(body, -num)}
-    else:
+    options = {"nothing dropped": np.array([body])} if num <= 0 else {}
+    if 0 < -num < len(body):
+        options["best run repeated"] = repeat_contiguous(body, -num)
+    if 0 < num < len(body):
         influence = find_influence(problem.bank, parent, problem.data.x)[len(start) :]
-        options = {
-            "last blocks dropped": drop_last(body, num)[None],
-            "blocks of least influence dropped": drop_least_influential(body, influence, num)[None],
-            "best run of blocks dropped": drop_contiguous(body, num),
-        }
+        options["last blocks dropped"] = drop_last(body, num)[None]
+        options["blocks of least influence dropped"] = drop_least_influential(body, influence, num)[None]
+        options["best run of blocks dropped"] = drop_contiguous(body, num)
     posed = dataclasses.replace(problem, max_layers=num_layers, min_layers=0)
     found = {}
     for name, chains in options.items():
         rows = [[*start, *map(int, row)] for row in chains]
-        found[name] = rows[int(np.argmin(evaluate(posed, chain_lib.pad(rows)).loss))]
+        found[name] = rows[int(np.argmin(evaluate(posed, chain_lib.pad(rows, num_layers)).loss))]
     return found
 
 
