@@ -24,7 +24,6 @@ beam search (0.001 to 0.003), and of 0.075 to 0.148 without, which is no better 
 import argparse
 import time
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,13 +31,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from arena import describe_search
+from calibration import count_visits, follow, judge, know, list_chains, rank_open, split
 from matplotlib.figure import Figure
-from records import CHAINBENCH, correlate, describe_machine, keep, look_up, write_results
+from records import CHAINBENCH, describe_machine, keep, look_up, write_results
 
 import jchain as jc
 
 BUDGETS = (300, 1000, 4000)
-DEPTHS = (1, 2, 3)  # of prefixes with room for a layer; the empty one has no rank
 NUM_RECENT = 4  # steps whose chains say where the policy goes
 PART = 16  # steps between two looks of the host
 MAX_FREE_STEPS = 100  # a run that charges nothing so often is over, as in jc.run
@@ -85,14 +84,6 @@ class Track(NamedTuple):
     best: Any  # lowest loss, [B]
     kept: Any  # what its critic is read from, [B, ...]
     visited: Any  # [B, R, P, L]
-
-
-class Truth(NamedTuple):
-    """What is known of a problem."""
-
-    chains: np.ndarray  # [12^3, L], through all prefixes with room for a layer
-    best: list[np.ndarray]  # best log reward behind the prefixes of each depth 0..3
-    stop: list[np.ndarray]  # log reward of stopping by each head, depth 0..4, [12^d, K]
 
 
 def main() -> None:
@@ -159,7 +150,7 @@ def measure_all(name: str, search: Any, problems: dict[str, Any], seeds: int) ->
     for problem_name, solved in problems.items():
         leaves = [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(search)]
         inputs = (problem_name, solved.loss["search"].tobytes(), describe_search(search), leaves, seeds)
-        code = (measure, run_agent, advance, read, judge, judge_policy, know)
+        code = (measure, run_agent, advance, read, judge, follow, know)
         make = partial(measure, search, solved, seeds)
         rows.append(keep(code, f"values-{name}-{problem_name}".replace(" ", "-"), inputs, make, uses=(search,)))
     print(f"{name:28} {time.perf_counter() - start:.0f} s", flush=True)
@@ -188,7 +179,9 @@ def measure(search: Any, solved: Any, seeds: int) -> dict[str, np.ndarray]:
             out["visited"][s, b] = judge(predicted, truth.best, count_visits(track.visited[s, b]))
     if isinstance(search, jc.ActorCritic):
         sampled = [predict(s, -1) for s in range(seeds)]
-        own = judge_policy(search, track, problem, truth, sampled)
+        full = jnp.asarray(list_chains(problem.max_layers))
+        policies = (find_policy(look_up(search), at(track.kept, s, -1), full, problem) for s in range(seeds))
+        own = [follow(np.asarray(policy), truth) for policy in policies]
         out["own"] = np.array([judge(predicted, values) for predicted, values in zip(sampled, own, strict=True)])
         out["predicted"] = np.array([np.concatenate(levels) for levels in sampled[:2]])
         out["own_value"] = np.array([np.concatenate(levels) for levels in own[:2]])
@@ -276,91 +269,6 @@ def read(search: Any, state: Any) -> Any:
     if isinstance(search, jc.QLearning):
         return state._replace(chains=None, reward=None, memo=None)
     return state._replace(opt_state=None, elite=None, memo=None, replay=None)
-
-
-def know(solved: Any) -> Truth:
-    """Best reward behind each prefix, from the losses of all chains."""
-    num_layers, depth = solved.bank.num_layers, jc.chainbench.MAX_LAYERS
-    reward = np.asarray(jc.rewards.log_rewards(jnp.asarray(solved.loss["search"]))).reshape(-1, solved.bank.num_heads)
-    edges = np.cumsum([0, *(num_layers**d for d in range(depth + 1))])
-    stop = [reward[a:b] for a, b in pairwise(edges)]
-    best = [stop[-1].max(axis=1)]
-    for level in stop[-2::-1]:
-        best.insert(0, np.maximum(level.max(axis=1), best[0].reshape(len(level), num_layers).max(axis=1)))
-    chains = np.stack([*np.indices((num_layers,) * (depth - 1)).reshape(depth - 1, -1)], axis=1)
-    chains = np.pad(chains, ((0, 0), (0, 2)), constant_values=-1)
-    chains[:, depth - 1] = num_layers
-    return Truth(chains, best[:-1], stop)
-
-
-def split(values: np.ndarray) -> list[np.ndarray]:
-    """Values before each token of `Truth.chains`, `[12^3, 4]`, as those of the prefixes of each depth."""
-    num_layers = jc.chainbench.NUM_LAYERS
-    return [values[:: num_layers ** (values.shape[1] - 1 - d), d] for d in range(values.shape[1])]
-
-
-def count_visits(chains: np.ndarray) -> list[np.ndarray]:
-    """How many of the last chains went through each prefix with room for a layer, by depth."""
-    num_layers = jc.chainbench.NUM_LAYERS
-    rows = chains.reshape(-1, chains.shape[-1])
-    rows = rows[rows[:, 0] >= 0]
-    counts, number = [np.array([len(rows)])], np.zeros(len(rows), int)
-    for depth in DEPTHS:
-        is_there = (rows[:, depth - 1] >= 0) & (rows[:, depth - 1] < num_layers)
-        rows, number = rows[is_there], number[is_there] * num_layers + rows[is_there, depth - 1]
-        counts.append(np.bincount(number, minlength=num_layers**depth))
-    return counts
-
-
-def judge(predicted: list[np.ndarray], truth: list[np.ndarray], weights: Any = None) -> np.ndarray:
-    """Spearman's correlation over the prefixes that have a weight, weighted bias and root mean square error; nan for none."""
-    rows = []
-    for depth in DEPTHS:
-        weight = np.ones(len(truth[depth])) if weights is None else weights[depth]
-        is_there = weight > 0
-        if not is_there.any():
-            continue
-        error = predicted[depth] - truth[depth]
-        rank = correlate(predicted[depth][is_there], truth[depth][is_there]) if is_there.sum() >= 5 else np.nan
-        rows.append((rank, np.average(error, weights=weight), np.average(error**2, weights=weight) ** 0.5))
-    if not rows:
-        return np.full(3, np.nan)
-    columns = np.array(rows).T
-    return np.array([np.nanmean(c) if np.isfinite(c).any() else np.nan for c in columns])
-
-
-def judge_policy(
-    search: Any, track: Track, problem: jc.Problem, truth: Truth, sampled: list[Any]
-) -> list[list[np.ndarray]]:
-    """What the policy gets from each prefix of depth 0..3, of each run at the largest budget."""
-    num_layers, depth = problem.bank.num_layers, problem.max_layers
-    full = np.stack([*np.indices((num_layers,) * depth).reshape(depth, -1)], axis=1)
-    full = jnp.asarray(np.pad(full, ((0, 0), (0, 1)), constant_values=num_layers))
-    values = []
-    for s in range(len(sampled)):
-        policy = np.asarray(find_policy(look_up(search), at(track.kept, s, -1), full, problem))
-        levels: list[np.ndarray] = []
-        for d in range(depth, -1, -1):
-            chance = policy[:: num_layers ** (depth - d), d]
-            value = np.sum(chance[:, num_layers:] * truth.stop[d], axis=1)
-            if levels:
-                value += np.sum(chance[:, :num_layers] * levels[0].reshape(len(value), num_layers), axis=1)
-            levels.insert(0, value)
-        values.append(levels[:-1])
-    return values
-
-
-def rank_open(truth: Truth, chains: np.ndarray, predicted: np.ndarray) -> float:
-    """Spearman's correlation over open prefixes, within each depth."""
-    ranks = []
-    for depth in DEPTHS:
-        is_open = np.isfinite(predicted[depth])
-        if is_open.sum() >= 5:
-            number = np.zeros(is_open.sum(), int)
-            for slot in range(depth):
-                number = number * jc.chainbench.NUM_LAYERS + chains[depth][is_open][:, slot]
-            ranks.append(correlate(-predicted[depth][is_open], truth.best[depth][number]))
-    return float(np.mean(ranks)) if ranks else np.nan
 
 
 def run_control(search: Any, solved: Any, seeds: int) -> np.ndarray:
