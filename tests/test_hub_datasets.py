@@ -7,46 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoints import QUESTION, TEXT, make_checkpoint, write_file
 from scipy.special import log_softmax as scipy_log_softmax
-from test_hub import make_tensors, write
 
 import jchain as jc
 from jchain import calls, images
 
 tokenizers = pytest.importorskip("tokenizers")
-TEXT = "The blocks of a pretrained transformer are layers.\n" * 40
-QUESTION = {"question": "ab", "choices": ["c", "dea", "b"], "answer": 1}
 
 
 def log_softmax(outputs):
     return scipy_log_softmax(np.asarray(outputs, np.float64), axis=-1)
 
 
-def make_checkpoint(folder, vocabulary=256, alphabet=256):
-    """A tiny GPT-2 of bytes."""
-    folder = write(
-        folder,
-        config={"vocab_size": vocabulary, "n_positions": 16},
-        tensors=make_tensors(vocabulary=vocabulary, positions=16),
-    )
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())[:alphabet]
-    model = tokenizers.models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("hub") / "model")
-
-
-def write_file(folder, content, name="text.txt"):
-    path = folder / name
-    path.write_text(content)
-    return path
 
 
 def test_text_is_cut_into_sequences_and_the_tokens_that_follow(checkpoint, tmp_path):

@@ -5,8 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from test_hub import make_tensors, write
-from test_hub_datasets import QUESTION, TEXT, make_checkpoint, write_file
+from checkpoints import QUESTION, TEXT, make_checkpoint, make_tensors, write, write_file
 
 import jchain as jc
 from jchain import report

@@ -1,0 +1,58 @@
+"""Tiny checkpoints of GPT-2, with a tokenizer of bytes, texts and questions."""
+
+import json
+
+import numpy as np
+
+TEXT = "The blocks of a pretrained transformer are layers.\n" * 40
+QUESTION = {"question": "ab", "choices": ["c", "dea", "b"], "answer": 1}
+
+
+def write(folder, *, tensors=None, config=None, name="model.safetensors"):
+    """A tiny GPT-2 without torch."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(exist_ok=True)
+    options = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 6, "n_layer": 2, "n_head": 2, "n_positions": 8}
+    (folder / "config.json").write_text(json.dumps(options | (config or {})))
+    if tensors is None:
+        tensors = make_tensors()
+    save_file(tensors, folder / name)
+    return folder
+
+
+def make_tensors(depth=2, seed=0, vocabulary=11, positions=8):
+    rng = np.random.default_rng(seed)
+    block = {
+        "ln_1.weight": 6, "ln_1.bias": 6, "ln_2.weight": 6, "ln_2.bias": 6, "attn.c_attn.weight": (6, 18), "attn.c_attn.bias": 18,
+        "attn.c_proj.weight": (6, 6), "attn.c_proj.bias": 6, "mlp.c_fc.weight": (6, 24), "mlp.c_fc.bias": 24,
+        "mlp.c_proj.weight": (24, 6), "mlp.c_proj.bias": 6,
+    }  # fmt: skip
+    shapes = {"transformer.wte.weight": (vocabulary, 6), "transformer.wpe.weight": (positions, 6)}
+    shapes |= {"transformer.ln_f.weight": 6, "transformer.ln_f.bias": 6}
+    shapes |= {f"transformer.h.{i}.{name}": shape for i in range(depth) for name, shape in block.items()}
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def make_checkpoint(folder, vocabulary=256, alphabet=256):
+    """A tiny GPT-2 of bytes."""
+    import tokenizers
+
+    folder = write(
+        folder,
+        config={"vocab_size": vocabulary, "n_positions": 16},
+        tensors=make_tensors(vocabulary=vocabulary, positions=16),
+    )
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())[:alphabet]
+    model = tokenizers.models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def write_file(folder, content, name="text.txt"):
+    path = folder / name
+    path.write_text(content)
+    return path
