@@ -121,7 +121,7 @@ def test_evaluate_distributed_prints_once(tmp_path, capsys):
     assert rows["chains"][0]["loss"] == pytest.approx(optimum, rel=1e-6)
 
 
-@pytest.mark.parametrize("process_id", ["0", "1"])
+@pytest.mark.parametrize("process_id", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_a_process_that_never_joins_is_waited_for_only_so_long(process_id):
     place = ["--coordinator", free_address(), "--num-processes", "2", "--process-id", process_id, "--timeout", "2"]
     code, out, err = finish(start("", "evaluate", "nowhere", "--distributed", *place))

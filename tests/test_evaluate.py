@@ -131,7 +131,9 @@ def draw_chains(draw, problem):
     return jc.chain.pad(rows, problem.max_layers)
 
 
-@pytest.mark.parametrize("plan", [None, *PLANS], ids=str)
+@pytest.mark.parametrize(
+    "plan", [None, *PLANS[::2], *(pytest.param(plan, marks=pytest.mark.slow) for plan in PLANS[1::2])], ids=str
+)
 @settings(max_examples=2, deadline=None)
 @given(data=st.data())
 def test_every_plan_and_dtype_on_random_problems(plan, data):

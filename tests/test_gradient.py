@@ -289,7 +289,7 @@ def find_moved_outputs(problem, chain, slot, token):
     return jax.jvp(partial(behind, slot + 1), (hidden[slot + 1],), (change,))
 
 
-@pytest.mark.parametrize("num_products", [1, 2, 5, 98, 99, None])
+@pytest.mark.parametrize("num_products", [pytest.param(1, marks=pytest.mark.slow), 2, 5, 98, 99, None])
 def test_with_few_products_the_likeliest_classes_stand_alone(num_products):
     """Of 100 classes all others move as one, by the mean of their changes, weighted by their probabilities."""
     label = jax.random.randint(jax.random.key(3), (40,), 0, 100)
@@ -330,7 +330,7 @@ def part_size(request, monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("is_softmax", [True, False])
+@pytest.mark.parametrize("is_softmax", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_other_wide_outputs_are_sampled(is_softmax, part_size):
     """More samples come closer to the loss to second order, which for squared errors is the loss itself."""
     problem, chain = make_sampled(is_softmax), np.array([2, 0, 3, 4])

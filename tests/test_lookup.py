@@ -41,7 +41,10 @@ def test_features_are_those_of_the_prefix(pair):
 
 @pytest.mark.parametrize(
     ("search", "looking_up"),
-    [(jc.LocalSearch(), jc.LocalSearch()), (jc.CriticSearch(), jc.CriticSearch(observe=lookup.observe))],
+    [
+        pytest.param(jc.LocalSearch(), jc.LocalSearch(), marks=pytest.mark.slow),
+        (jc.CriticSearch(), jc.CriticSearch(observe=lookup.observe)),
+    ],
     ids=["LocalSearch", "CriticSearch"],
 )
 def test_a_search_takes_the_same_way(pair, search, looking_up):

@@ -69,25 +69,24 @@ def test_updated_weights_are_those_of_the_bank_that_is_kept(tmp_path, capsys):
     assert result["optimum"] == pytest.approx(optimum, rel=1e-5)
 
 
-def test_evaluate_scores_chains_of_a_result_or_a_bank_file(tmp_path, capsys):
-    search(tmp_path, "--search", "local")
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert main(["evaluate", str(tmp_path / "out"), "--split", "test", "--json"]) == 0
-    scored = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert scored["chains"][0]["chain"] == result["best_chain"]
-    assert scored["chains"][0]["loss"] == pytest.approx(result["loss"]["test"], rel=1e-5)
-    bank = str(tmp_path / "out" / "bank.safetensors")
-    assert main(["evaluate", bank, "--data", "wine", "--chain", "4", "--chain", "0,1,4", "--json"]) == 0
-    scored = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [row["layers"] for row in scored["chains"]] == [["routed/head"], ["routed/0", "routed/1", "routed/head"]]
-    assert scored["layer_calls"] == 2
-
-
 @pytest.fixture(scope="module")
 def result_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     search(folder, "--search", "random")
     return folder / "out"
+
+
+def test_evaluate_scores_chains_of_a_result_or_a_bank_file(result_folder, capsys):
+    result = json.loads((result_folder / "result.json").read_text())
+    assert main(["evaluate", str(result_folder), "--split", "test", "--json"]) == 0
+    scored = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert scored["chains"][0]["chain"] == result["best_chain"]
+    assert scored["chains"][0]["loss"] == pytest.approx(result["loss"]["test"], rel=1e-5)
+    bank = str(result_folder / "bank.safetensors")
+    assert main(["evaluate", bank, "--data", "wine", "--chain", "4", "--chain", "0,1,4", "--json"]) == 0
+    scored = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["layers"] for row in scored["chains"]] == [["routed/head"], ["routed/0", "routed/1", "routed/head"]]
+    assert scored["layer_calls"] == 2
 
 
 @pytest.mark.parametrize(
@@ -123,7 +122,7 @@ def test_bad_options_exit_with_2_one_line_and_no_files(tmp_path, capsys, options
 
 def test_a_result_is_not_overwritten_unless_told_to(result_folder, capsys):
     before = (result_folder / "result.json").read_bytes()
-    argv = ["search", *SMALL, "--out", str(result_folder), "--seed", "1"]
+    argv = ["search", *SMALL, "--search", "random", "--out", str(result_folder), "--seed", "1"]
     assert main(argv) == 2
     assert "already holds a result: pass --replace" in capsys.readouterr().err
     assert (result_folder / "result.json").read_bytes() == before
