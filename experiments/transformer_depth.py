@@ -185,7 +185,9 @@ def measure_depth(
         results[f"{name}/{num_blocks}/blocks"] = np.array([len(row) + 1 for row in tokens])
         if table is not None:
             results[f"{name}/{num_blocks}/above"] = pick(table, finalists)[1] - lowest
-    found = search_started(search, select, test, known, size, seed)
+    starts = jc.hub.recipes.find_starts(bank, search.max_layers)
+    posed, num = (search, NUM_FULL_RUNS) if table is None else (table, size.num_runs)
+    found = search_started(starts, (posed, select, test), known, num, size.budget, seed)
     return results | {f"{name}/{num_blocks}": loss for name, loss in found.items()}
 
 
@@ -219,26 +221,31 @@ def measure_mix(
         np.concatenate([judge(models[name], split, {name: list(models[name].parents[0])}) for name in "ab"])
         for split in splits[1:]
     ]
-    found = search_started(search, select, test, known, size, seed)
+    starts = jc.hub.recipes.find_starts(bank, max_layers)
+    found = search_started(starts, (search, select, test), known, NUM_FULL_RUNS, size.budget, seed)
     return results | {f"mix/{name}": loss for name, loss in found.items()}
 
 
 def search_started(
-    search: jc.Problem, select: jc.Problem, test: jc.Problem, known: list[np.ndarray], size: Size, seed: int
+    starts: np.ndarray,
+    problems: tuple[jc.Problem, jc.Problem, jc.Problem],
+    known: list[np.ndarray],
+    num_runs: int,
+    budget: int,
+    seed: int,
 ) -> dict[str, np.ndarray]:
     """Loss on `test` of what local search finds from the models and what is done by hand, and of that or what is `known`.
 
     Args:
-      search: problem of the search.
-      select: of the choice.
-      test: of the loss.
+      starts: chains to begin at.
+      problems: of the search, the choice and the loss.
       known: losses of models or recipes on select and test; they are taken where lower on select.
-      size: of the experiment.
+      num_runs: of the search.
+      budget: layer calls of a run.
       seed: of the runs.
     """
-    starts = jc.hub.recipes.find_starts(search.bank, search.max_layers)
-    keys = jax.random.split(jax.random.key(seed), NUM_FULL_RUNS)
-    runs = jc.run_many(keys, jc.LocalSearch(starts=starts), search, budget=size.budget)
+    (search, select, test), keys = problems, jax.random.split(jax.random.key(seed), num_runs)
+    runs = jc.run_many(keys, jc.LocalSearch(starts=starts), search, budget=budget)
     tokens, on_select = pick(select, [np.asarray(run.finalists) for run in runs])
     loss = np.asarray(jc.evaluate(test, jc.chain.pad(tokens, test.max_layers)).loss)
     best = int(known[0].argmin())
