@@ -65,9 +65,9 @@ def _search(args: argparse.Namespace) -> None:
     }
     setting = setting or report.checkpoint_setting(config)
     job = report.search(config, setting, options.SEARCHES[args.search](args), options.UPDATES[args.update]())
-    report.write(args.out, job)
+    out = report.write(args.out, job, replace=args.replace)
     report.print_table(job)
-    print(f"Wrote {args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
+    print(f"Wrote {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     if args.json:
         print(json.dumps(job.result))
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jchain as jc
 from jchain.data import LOADERS, SPLITS
+from jchain.hub import jobs
 
 BANKS = ("independent", "routed", "snapshots", "random")
 LAYERS = {
@@ -63,7 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_data(command: argparse.ArgumentParser, default: str | None, note: str) -> None:
-    known = ", ".join(sorted(LOADERS))
+    known, sizes = ", ".join(sorted(LOADERS)), ", ".join(map(str, jobs.SIZES))
     command.add_argument(
         "--data", default=default, help=f"data set: {known}, or one of images that is prepared ({note})"
     )
@@ -72,7 +73,7 @@ def _add_data(command: argparse.ArgumentParser, default: str | None, note: str) 
         "--sizes",
         type=_parse_sizes,
         metavar="N,N,N,N",
-        help=f"examples of {', '.join(SPLITS)} (default: as many as there are)",
+        help=f"examples of {', '.join(SPLITS)} (default: as many as there are; of checkpoints at most {sizes})",
     )
 
 
@@ -106,7 +107,7 @@ def _add_search(commands: Any) -> None:
     search.add_argument(
         "--max-layers",
         type=int,
-        help="most layers in a chain (default: depth; of checkpoints all blocks that are not pinned)",
+        help="most layers in a chain (default: depth; of checkpoints as many as a model has that are not pinned)",
     )
     search.add_argument("--min-layers", type=int, default=0, help="fewest layers in a chain (default: %(default)s)")
     search.add_argument(
@@ -136,7 +137,11 @@ def _add_search(commands: Any) -> None:
         help="layer calls, those of gradient steps included (default: 20000; of checkpoints 1000)",
     )
     search.add_argument("--seed", type=int, default=0, help="of splits, bank and search (default: %(default)s)")
-    search.add_argument("--out", type=Path, help="result folder (default: results/DATA-BANK-SEARCH-SEED)")
+    search.add_argument(
+        "--out",
+        type=Path,
+        help="result folder (default: results/DATA-BANK-SEARCH-SEED; of checkpoints results/A+B-SEARCH-SEED)",
+    )
     search.add_argument("--replace", action="store_true", help="replace a result that is in the folder")
     search.add_argument("--json", action="store_true", help="print the result as one JSON object in the last line")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ from jchain import chain, train
 from jchain.bank import Bank
 from jchain.data import Dataset
 from jchain.evaluate import evaluate, evaluate_all
+from jchain.files import find_umask
 from jchain.hub import jobs, recipes
 from jchain.hub.jobs import price_layers
 from jchain.plot import plot_curve, plot_sweep
@@ -361,8 +363,10 @@ def check_out(path: Path, *, replace: bool) -> None:
         raise ValueError(f"expected a folder for results, got the file {path}")
     if not path.exists() or not any(path.iterdir()):
         return
-    if not (path / RESULT_FILE).exists():
-        raise ValueError(f"{path} holds files that are no result of jchain: choose another --out")
+    others = sorted({entry.name for entry in path.iterdir()} - {RESULT_FILE, BANK_FILE, CURVE_FILE, SWEEP_FILE})
+    if others or not (path / RESULT_FILE).exists():
+        what = ", ".join(others[:4]) or f"no {RESULT_FILE}"
+        raise ValueError(f"{path} holds files that are no result of jchain ({what}): choose another --out")
     if not replace:
         raise ValueError(f"{path} already holds a result: pass --replace to replace it, or another --out")
 
@@ -372,10 +376,18 @@ def has_own_weights(job: Job) -> bool:
     return not job.result["config"].get("checkpoint") or job.bank.versions is not None
 
 
-def write(path: Path, job: Job) -> None:
+def write(path: Path, job: Job, *, replace: bool = False) -> Path:
     """Write the result folder beside its place, then rename it: all of it or nothing.
 
     Weights of checkpoints are not written again where they are as they were.
+
+    Args:
+      path: of the folder.
+      job: what to write.
+      replace: a result that is there.
+
+    Returns:
+      The folder: `path`, or where that has come to hold something else, another one beside it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -390,7 +402,8 @@ def write(path: Path, job: Job) -> None:
         plot_curve(temporary / CURVE_FILE, job.run.curve, {k: v for k, v in levels.items() if v is not None})
         if "sweep" in job.result:
             plot_sweep(temporary / SWEEP_FILE, job.result["sweep"])
-        temporary.chmod(0o755)
+        temporary.chmod(0o777 & ~find_umask())
+        path = _find_place(path, replace=replace)
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")) / "old"
             os.rename(path, old)
@@ -401,6 +414,16 @@ def write(path: Path, job: Job) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    return path
+
+
+def _find_place(path: Path, *, replace: bool) -> Path:
+    """The folder, or the first of `path-2`, `path-3`, ... that is not there."""
+    try:
+        check_out(path, replace=replace)
+    except ValueError:
+        return next(other for i in itertools.count(2) if not (other := path.with_name(f"{path.name}-{i}")).exists())
+    return path
 
 
 def tell(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pytest
 from checkpoints import make_tensors, write
 
 import jchain as jc
+from jchain.hub.places import describe
 
 NAME = "transformer.h.1.mlp.c_fc.bias"
 
@@ -176,7 +177,11 @@ def test_a_tied_output_layer_may_be_in_the_file_too(tmp_path, options, name):
     out = jc.hub.export(bank, bank.parents[0], folder, tmp_path / "out")
     tensors = load_file(out / "model.safetensors")
     assert name not in tensors
+    (embeddings,) = (key for key in tensors if key.endswith(("wte.weight", "embed_in.weight")))
     save_file(tensors | {name: np.ones((11, 8), np.float32)}, out / "model.safetensors")
+    with pytest.raises(ValueError, match=f"expected {name} to be {embeddings}, as tie_word_embeddings says, got other"):
+        jc.hub.load(out)
+    save_file(tensors | {name: tensors[embeddings]}, out / "model.safetensors")
     again, ids = jc.hub.load(out), jnp.array([[1, 2]])
     np.testing.assert_array_equal(*(jc.apply_chain(b, np.array(b.parents[0]), ids) for b in (bank, again)))
 
@@ -226,3 +231,65 @@ def test_weights_of_another_dtype_are_said_to_be_so(tmp_path):
     out = jc.hub.export(bank, bank.parents[0], folder, tmp_path / "out")
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert "dtype: bfloat16" in (out / "mergekit.yaml").read_text()
+
+
+LLAMA = {
+    "vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 30, "num_attention_heads": 2, "is_llama_config": True
+}  # fmt: skip
+ROPE = {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("options", "windows"),
+    [
+        ({"model_type": "mistral"}, [4096] * 30),
+        ({"model_type": "mistral", "sliding_window": None}, [None] * 30),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 7}, [None] * 28 + [7] * 2),
+        ({"model_type": "llama"}, [None] * 30),
+    ],
+)
+def test_windows_that_a_config_does_not_say_are_those_of_the_family(options, windows):
+    assert [block.window for block in describe(LLAMA | options, "config").blocks] == windows
+
+
+def test_rotary_options_of_gpt_neox_may_stand_in_two_places():
+    options = LLAMA | {"model_type": "gpt_neox", "hidden_size": 32, "rotary_pct": 0.25, "rotary_emb_base": 5000}
+
+    def find(changes):
+        return describe(options | changes, "config").blocks[0].frequencies
+
+    assert find({}) == find({"partial_rotary_factor": 0.25, "rope_theta": 5000})
+    np.testing.assert_allclose(find({}), [1, 5000**-0.5], rtol=1e-6)
+    np.testing.assert_allclose(find({"rope_scaling": ROPE}), 5000 ** -np.array([0, 0.25, 0.5, 0.75]) / 2, rtol=1e-6)
+    for name, value in (("rope_theta", 10000.0), ("partial_rotary_factor", 0.5)):
+        with pytest.raises(ValueError, match=f"{name} = {value} is not supported, expected"):
+            find({name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_type": "llama", "rope_scaling": ROPE}, "rope_scaling: partial_rotary_factor = 0.5 is not supported"),
+        ({"model_type": "llama", "rope_scaling": "linear"}, "rope_scaling = 'linear' is not supported, expected an object"),
+        ({"model_type": "vit", "image_size": 8, "patch_size": [4, 2]}, r"patch_size = \[4, 2\] is not supported, expected squares"),
+    ],
+)  # fmt: skip
+def test_options_that_cannot_be_followed_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        describe(LLAMA | options, "config")
+    if options["model_type"] == "vit":
+        assert describe(
+            {k: v for k, v in (LLAMA | options | {"patch_size": [4, 4]}).items() if k != "vocab_size"}, "config"
+        )
+
+
+def test_a_whole_file_comes_before_shards(tmp_path):
+    from safetensors.numpy import save_file
+
+    folder, other = write(tmp_path / "model"), make_tensors(seed=1)
+    save_file(other, folder / "old.safetensors")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(other, "old.safetensors")})
+    )
+    bank = jc.hub.load(folder)
+    np.testing.assert_array_equal(bank.stem_params["wte"]["weight"], make_tensors()["transformer.wte.weight"])

@@ -189,9 +189,14 @@ def test_images_are_as_the_model_was_trained_on(tmp_path, monkeypatch):
     np.testing.assert_allclose(data.test.x, expected, atol=1e-5)
     few = jc.hub.load_images(folder, "digits", most=(3, 2, 1, 100))
     assert [len(split.x) for split in few[:4]] == [3, 2, 1, len(data.test.x)]
-    (folder / "preprocessor_config.json").write_text(json.dumps({"rescale_factor": 1.0}))
-    with pytest.raises(ValueError, match="expected a rescale_factor of 1/255"):
-        jc.hub.load_images(folder, "digits")
+    for changed, message in (
+        ({"rescale_factor": 1.0}, "expected a rescale_factor of 1/255"),
+        ({"do_center_crop": True}, "expected do_resize without do_center_crop"),
+        ({"resample": 0, "rescale_factor": None}, r"expected resample of 2 \(bilinear\) or 3 \(bicubic\), got 0"),
+    ):
+        (folder / "preprocessor_config.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=message):
+            jc.hub.load_images(folder, "digits")
 
 
 def test_models_of_text_and_of_images_are_told_apart(checkpoint, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import jchain as jc
+from jchain import report
 from jchain.__main__ import main
 
 SMALL = ["--data", "wine", "--num-layers", "4", "--depth", "2", "--num-steps", "30", "--budget", "300"]
@@ -120,7 +121,7 @@ def test_bad_options_exit_with_2_one_line_and_no_files(tmp_path, capsys, options
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_result_is_not_overwritten_unless_told_to(result_folder, capsys):
+def test_a_result_is_not_overwritten_unless_told_to(result_folder, capsys, monkeypatch):
     before = (result_folder / "result.json").read_bytes()
     argv = ["search", *SMALL, "--search", "random", "--out", str(result_folder), "--seed", "1"]
     assert main(argv) == 2
@@ -129,6 +130,19 @@ def test_a_result_is_not_overwritten_unless_told_to(result_folder, capsys):
     assert main([*argv, "--replace"]) == 0
     assert json.loads((result_folder / "result.json").read_text())["config"]["seed"] == 1
     assert [path.name for path in result_folder.parent.iterdir()] == ["out"]
+    found, notes = report.search, result_folder / "notes.txt"
+
+    def search_while_notes_are_taken(*args):
+        notes.write_text("mine")
+        return found(*args)
+
+    monkeypatch.setattr(report, "search", search_while_notes_are_taken)
+    assert main([*argv, "--replace"]) == 0
+    assert "out-2: bank.safetensors, curve.png, result.json" in capsys.readouterr().out
+    assert notes.read_text() == "mine"
+    assert main([*argv, "--replace"]) == 2
+    assert "holds files that are no result of jchain (notes.txt)" in capsys.readouterr().err
+    notes.unlink()
 
 
 def test_folders_that_hold_something_else_are_never_replaced(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Checkpoint folders as Hugging Face writes them: config.json and safetensors, in one file or in shards with an index."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# Bytes of two tensors that are compared at a time.
+_PIECE = 1 << 24
 
 
 class Checkpoint:
@@ -36,7 +39,8 @@ class Checkpoint:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self._places: dict[str, tuple[Path, int]] = {}
-        index = self._read_index()
+        # As transformers: a whole file comes before shards, which may be older.
+        index = {} if (self.path / WEIGHTS).exists() else self._read_index()
         for file_name in sorted(set(index.values())) if index else [WEIGHTS]:
             self._open(file_name)
         if index and index.keys() != self.shapes.keys():
@@ -62,6 +66,21 @@ class Checkpoint:
             memory: Any = row.reshape(-1).view(np.uint8)
             if file.readinto(memory) != row.nbytes:
                 raise ValueError(f"{path} is truncated: expected {row.nbytes:,} bytes of {name}")
+
+    def are_equal(self, name: str, other: str) -> bool:
+        """Whether two tensors are of the same numbers."""
+        if (self.shapes[name], self.dtypes[name]) != (self.shapes[other], self.dtypes[other]):
+            return False
+        num_bytes = math.prod(self.shapes[name]) * jnp.dtype(self.dtypes[name]).itemsize
+        (path, start), (other_path, other_start) = self._places[name], self._places[other]
+        with open(path, "rb") as file, open(other_path, "rb") as other_file:
+            file.seek(start)
+            other_file.seek(other_start)
+            for i in range(0, num_bytes, _PIECE):
+                size = min(_PIECE, num_bytes - i)
+                if file.read(size) != other_file.read(size):
+                    return False
+        return True
 
     def _read_index(self) -> dict[str, str]:
         if not (self.path / INDEX).exists():

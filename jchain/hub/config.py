@@ -10,7 +10,7 @@ IRRELEVANT = (
     "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping", "embd_pdrop",
     "encoder_no_repeat_ngram_size", "encoder_stride", "eos_token_id", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
     "forced_eos_token_id", "hidden_dropout", "hidden_dropout_prob", "id2label", "initializer_factor", "initializer_range",
-    "is_decoder", "is_encoder_decoder", "label2id", "length_penalty", "max_length", "min_length", "model_type", "n_ctx", "no_repeat_ngram_size",
+    "is_decoder", "is_encoder_decoder", "is_llama_config", "label2id", "length_penalty", "max_length", "min_length", "model_type", "n_ctx", "no_repeat_ngram_size",
     "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores",
     "pad_token_id", "prefix", "pretraining_tp", "problem_type", "remove_invalid_values", "repetition_penalty", "resid_pdrop",
     "return_dict", "return_dict_in_generate", "sep_token_id", "summary_*", "suppress_tokens", "task_specific_params", "temperature",

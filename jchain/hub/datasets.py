@@ -21,6 +21,8 @@ TOKENIZER, PREPROCESSOR = "tokenizer.json", "preprocessor_config.json"
 Path_ = str | os.PathLike[str]
 # Images that are resized together.
 _CHUNK = 256
+# Of `resample`, numbered as by PIL.
+_FILTERS = {2: "bilinear", 3: "bicubic"}
 
 
 def load_text(
@@ -128,7 +130,7 @@ def load_images(
     most: Sequence[int] | None = None,
     data_dir: str | Path | None = None,
 ) -> Dataset:
-    """A prepared set of images as the model was trained on: of its size, standardized as its preprocessor_config.json says.
+    """A prepared set of images as the model was trained on: resized and standardized as its preprocessor_config.json says.
 
     Args:
       checkpoint: folder of a ViT.
@@ -140,15 +142,20 @@ def load_images(
 
     Raises:
       FileNotFoundError: preprocessor_config.json is missing, or the set is not prepared.
-      ValueError: the model takes no images, it was trained on another scale than 0 to 1 before it was standardized, or as
-        `jchain.data.load`.
+      ValueError: the model takes no images, it was trained on another scale than 0 to 1 before it was standardized, on images
+        that were cut or resized by another filter than PIL's bilinear or bicubic, or as `jchain.data.load`.
     """
     architecture = read_architecture(checkpoint)
     if architecture.vocabulary is not None:
         raise ValueError(f"expected a model of images at {checkpoint}, got one of text")
     options = read_json(Path(checkpoint) / PREPROCESSOR)
-    if abs(options.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6 or not options.get("do_rescale", True):
-        raise ValueError(f"{Path(checkpoint) / PREPROCESSOR}: expected a rescale_factor of 1/255")
+    where = Path(checkpoint) / PREPROCESSOR
+    if abs((options.get("rescale_factor") or 1 / 255) * 255 - 1) > 1e-6 or not options.get("do_rescale", True):
+        raise ValueError(f"{where}: expected a rescale_factor of 1/255")
+    if options.get("do_center_crop") or not options.get("do_resize", True):
+        raise ValueError(f"{where}: expected do_resize without do_center_crop")
+    if (kind := options.get("resample", 2)) not in _FILTERS:
+        raise ValueError(f"{where}: expected resample of 2 (bilinear) or 3 (bicubic), got {kind!r}")
     is_standard = options.get("do_normalize", True)
     mean, std = (np.array(options.get(f"image_{of}") or [0.5] * 3, np.float32) for of in ("mean", "std"))
     if not is_standard:
@@ -158,7 +165,7 @@ def load_images(
     data = split(*found.train, seed=seed, name=name, test=found.test, sizes=sizes, statistics=(255 * mean, 255 * std))
     resize = jax.jit(
         lambda x: jax.image.resize(
-            jnp.broadcast_to(x, (*x.shape[:3], channels)), (x.shape[0], height, width, channels), "bilinear"
+            jnp.broadcast_to(x, (*x.shape[:3], channels)), (x.shape[0], height, width, channels), _FILTERS[kind]
         )
     )
 

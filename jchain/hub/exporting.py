@@ -25,7 +25,10 @@ from jchain.hub.wrapping import Entries, Entry, Exit, Restart, Within
 
 # Written anew, or of the weights as they were.
 _OWN_FILES = (CONFIG, "README.md", "mergekit.yaml")
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
+_WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite", ".npz",
+    ".index.json",
+)  # fmt: skip
 
 
 class Model(NamedTuple):
@@ -115,7 +118,7 @@ def unfold(bank: Bank, tokens: Sequence[int], depth: int) -> Model:
       ValueError: a layer is none of those that `load` or `load_many` make.
     """
     modules = {token: group.module for group in (*bank.layers, *bank.heads) for token in group.tokens}
-    entry, stem_source = 0, find_position(bank.names[0])[0]
+    entry = 0
     blocks: list[Any] = []
     for token in tokens[:-1]:
         module, params = modules[token], bank.get_params(token)
@@ -123,22 +126,22 @@ def unfold(bank: Bank, tokens: Sequence[int], depth: int) -> Model:
             shares = np.asarray(params["shares"], np.float32)
             if sorted(shares) != [0.0] * (len(shares) - 1) + [1.0]:
                 raise ValueError(f"expected {bank.names[token]} to be those of one model, got shares {shares.tolist()}")
-            entry, blocks, stem_source = 1 + int(shares.argmax()), [], bank.names[token].rpartition("/")[0]
+            entry, blocks = 1 + int(shares.argmax()), []
         else:
             source, place = find_position(bank.names[token])
             is_within = isinstance(module, Within)
             blocks.append(
                 (source, place, module.block if is_within else module, params["block"] if is_within else params)
             )
-    stem, stem_params = bank.stem, bank.stem_params
+    head, params = modules[tokens[-1]], bank.get_params(tokens[-1])
+    head_source = bank.names[tokens[-1]].rpartition("/")[0]
+    stem, stem_params, stem_source = bank.stem, bank.stem_params, head_source
     if isinstance(stem, Entries):
         stem, stem_params = stem.entries[entry], stem_params[f"entries_{entry}"]
     if isinstance(stem, Entry):
         begin = zip(range(len(stem.blocks)), stem.blocks, _get_blocks(stem_params), strict=True)
         blocks = [(stem.source, *block) for block in begin] + blocks
-        stem_params = stem_params["stem"]
-    head, params = modules[tokens[-1]], bank.get_params(tokens[-1])
-    head_source = bank.names[tokens[-1]].rpartition("/")[0]
+        stem_params, stem_source = stem_params["stem"], stem.source
     if isinstance(head, Exit):
         end = zip(range(depth - len(head.blocks), depth), head.blocks, _get_blocks(params), strict=True)
         blocks += [(head_source, *block) for block in end]
@@ -164,7 +167,8 @@ def _check_sources(model: Model, source: Any) -> None:
 def _find_changed(bank: Bank, tokens: Sequence[int]) -> list[str]:
     """What of a chain has other weights than the checkpoint it came from."""
     versions = np.asarray(bank.get_versions())
-    return sorted({bank.names[token] for token in tokens if versions[token] > 0})
+    choices = {token for group in bank.layers if isinstance(group.module, Restart) for token in group.tokens}
+    return sorted({bank.names[token] for token in tokens if versions[token] > 0 and token not in choices})
 
 
 def make_config(model: Model, architecture: Architecture, options: dict[str, Any], source: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from jchain.hub.modules import (
     attend,
     check_activation,
     find_frequencies,
+    find_rope,
     rotate,
     split_heads,
 )
@@ -99,9 +100,12 @@ def describe(config: Config) -> Architecture:
     """The modules of a config, and where their params stand in the file."""
     features, vocabulary = config.require("hidden_size"), config.require("vocab_size")
     num_heads, epsilon = config.require("num_attention_heads"), config.get("layer_norm_eps", 1e-5)
-    rope = config.get("rope_parameters", None) or {}
+    rope = find_rope(config, "rotary_emb_base")
     share = rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
-    frequencies, rotary_scale = find_frequencies(config, int(features // num_heads * share))
+    # Some versions wrote these under the names of other families too.
+    config.expect("partial_rotary_factor", share)
+    config.expect("rope_theta", rope.get("rope_theta", 10000.0))
+    frequencies, rotary_scale = find_frequencies(config, rope, int(features // num_heads * share))
     config.get("max_position_embeddings", None)
     block = Block(
         num_heads=num_heads,

@@ -13,6 +13,7 @@ from jchain.hub.modules import (
     attend,
     check_activation,
     find_frequencies,
+    find_rope,
     rotate,
     split_heads,
 )
@@ -145,7 +146,9 @@ def describe(config: Config) -> Architecture:
     head_size = config.get("head_dim", None) or (128 if kind == "qwen3" else features // num_heads)
     epsilon = config.get("rms_norm_eps", 1e-6)
     has_bias = kind != "mistral" and bool(config.get("attention_bias", False))
-    frequencies, rotary_scale = find_frequencies(config, head_size)
+    rope = find_rope(config)
+    rope.expect("partial_rotary_factor", None, 1.0)
+    frequencies, rotary_scale = find_frequencies(config, rope, head_size)
     config.get("max_position_embeddings", None)
     blocks = tuple(
         Block(
@@ -186,11 +189,11 @@ def find_windows(config: Config, kind: str, depth: int) -> list[int | None]:
     Raises:
       ValueError: there is not one type for each block, or one that is not known.
     """
-    window = None if kind == "llama" else config.get("sliding_window", None)
+    window = None if kind == "llama" else config.get("sliding_window", 4096)
     if kind == "mistral":
         return [window] * depth
     is_used = kind != "llama" and bool(config.get("use_sliding_window", False))
-    first = config.get("max_window_layers", depth) if kind != "llama" else depth
+    first = config.get("max_window_layers", 28) if kind != "llama" else depth
     types = config.get("layer_types", None)
     if types is None:
         return [window if is_used and i >= first else None for i in range(depth)]

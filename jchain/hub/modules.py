@@ -152,22 +152,35 @@ def rotate(x: Float[Array, "*B T N H"], frequencies: tuple[float, ...], scale: f
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
-def find_frequencies(config: Config, size: int) -> tuple[tuple[float, ...], float]:
+def find_rope(config: Config, base_key: str = "rope_theta") -> Config:
+    """Options of rotary positions, which older files have in two places.
+
+    Args:
+      config: of the model.
+      base_key: option of the longest wave where it does not stand among the others.
+
+    Raises:
+      ValueError: they are no object.
+    """
+    key = "rope_parameters" if config.get("rope_parameters", None) is not None else "rope_scaling"
+    given: Any = config.get(key, None) or {}
+    if not isinstance(given, dict):
+        raise config.refuse(key, given, "an object")
+    if key == "rope_scaling":
+        given = {"rope_theta": config.get(base_key, 10000.0)} | given
+    return config.inner(key, given)
+
+
+def find_frequencies(config: Config, rope: Config, size: int) -> tuple[tuple[float, ...], float]:
     """Radians per position of each pair of the `size` numbers that rotate, and the factor of their sines and cosines.
 
     Scaling by `linear`, `llama3` or `yarn` (Peng et al. 2023, arXiv:2309.00071), as transformers computes it.
 
     Raises:
-      ValueError: another kind of scaling.
+      ValueError: another kind of scaling, or an option of it that was not asked for.
     """
-    given: Any = config.get("rope_parameters", None)
-    if given is None:
-        given = dict(config.get("rope_scaling", None) or {})
-        given.setdefault("rope_theta", config.get("rope_theta", config.get("rotary_emb_base", 10000.0)))
-    rope = config.inner("rope_parameters", given)
     kind = rope.get("rope_type", rope.get("type", "default"))
     base = float(rope.get("rope_theta", 10000.0))
-    rope.get("partial_rotary_factor", None)
     pairs = np.arange(0, size, 2, dtype=np.float64)
     own = base ** (-pairs / size)
     if kind == "default":

@@ -110,7 +110,8 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint, base: str)
     """Check that the file holds what the modules take, and nothing else.
 
     Raises:
-      ValueError: tensors are missing, there are others, or one is of another shape or of a dtype that is not read.
+      ValueError: tensors are missing, there are others, or one is of another shape or of a dtype that is not read; or there is
+        an output layer beside embeddings that it should be, and differs.
     """
     stem, blocks, head = find_places(architecture, base)
     shapes = find_shapes(architecture)
@@ -133,3 +134,10 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint, base: str)
             raise ValueError(f"{where}: expected {name} of shape {list(shape)} by its config, got {list(there[name])}")
         if checkpoint.dtypes[name] not in DTYPES.values():
             raise ValueError(f"{where}: expected {name} of {', '.join(DTYPES.values())}, got {checkpoint.dtypes[name]}")
+    for embeddings in set(stem.values()) & set(head.values()):
+        for name in there.keys() & set(_OUTPUTS):
+            if not checkpoint.are_equal(name, embeddings):
+                raise ValueError(
+                    f"{where}: expected {name} to be {embeddings}, as tie_word_embeddings says, got other numbers: set "
+                    "it to false to use them, or remove them"
+                )

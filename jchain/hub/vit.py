@@ -140,6 +140,10 @@ def describe(config: Config) -> Architecture:
     features, epsilon = config.require("hidden_size"), config.get("layer_norm_eps", 1e-12)
     size, patch, channels = config.require("image_size"), config.require("patch_size"), config.get("num_channels", 3)
     size = tuple(size) if isinstance(size, list) else (size, size)
+    if isinstance(patch, list):
+        if len(set(patch)) != 1:
+            raise config.refuse("patch_size", patch, "squares")
+        patch = patch[0]
     for key in ("pooler_act", "pooler_output_size", "num_labels"):  # the classifier reads the class token as it is
         config.get(key, None)
     labels = config.get("id2label", None)

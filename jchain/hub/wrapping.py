@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jchain._typing import Array, Float, Shaped
+from jchain._typing import Array, Float, PyTree, Shaped
 
 
 class Entry(nn.Module):
@@ -63,6 +63,10 @@ class Restart(nn.Module):
         shares = jax.lax.stop_gradient(self.param("shares", nn.initializers.zeros, others.shape[-2:-1]))
         hidden = jnp.sum(others * shares.reshape((1,) * (others.ndim - 2) + (-1, 1)), axis=-2)
         return jnp.concatenate([hidden.astype(x.dtype), kept], axis=-1)
+
+    def project(self, params: PyTree) -> PyTree:
+        """The same choice after a step of an optimizer, which may have decayed it as a weight."""
+        return {"shares": jnp.round(params["shares"])}
 
 
 class Exit(nn.Module):
