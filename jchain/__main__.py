@@ -109,6 +109,8 @@ def _check_search(args: argparse.Namespace) -> None:
         raise ValueError(
             f"expected --layer of {', '.join(invertible)}, which can be undone, got {args.layer or 'the default'}"
         )
+    if args.encoding and args.search != "actor-critic":
+        raise ValueError(f"expected --search actor-critic with --encoding, got {args.search}")
     if args.update == "shared" and args.search != "actor-critic":
         raise ValueError(f"expected --search actor-critic with --update shared, got {args.search}")
 

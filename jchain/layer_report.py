@@ -105,6 +105,7 @@ def _differentiate(problem: Problem, owns: list[Any], route: tuple[int, ...]) ->
 
     def visit(example: Batch) -> Any:
         loss, gradients = jax.value_and_grad(find_loss)(owns, *example)
+        gradients = jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(jnp.float32, leaf.dtype)), gradients)
         return loss, gradients, jax.tree.map(jnp.square, gradients)
 
     def add(total: Any, example: Batch) -> Any:

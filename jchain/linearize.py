@@ -103,9 +103,13 @@ def pull_head(
     Examples go through the head in parts where outputs would be large, unless few outputs or classes are read one by one.
 
     Raises:
-      ValueError: too few products.
+      ValueError: too few products, or activations are of float16, in which the gradient of a mean over many labels vanishes.
     """
     hidden = forward.hidden[forward.length]
+    if hidden.dtype == jnp.float16:
+        raise ValueError(
+            "expected activations of bfloat16 or wider for gradients, got float16: load weights with dtype="
+        )
     head = partial(apply_token, problem.bank.heads, chain[forward.length])
 
     def pull(part: Problem, hidden: Array, share: float, key: Array) -> tuple[Reading, Array]:

@@ -58,12 +58,13 @@ class Nursery(NamedTuple):
         is_cloned = clones != chain
         if not is_cloned.any():
             return self, chain
-        tokens, sources = clones[is_cloned].tolist(), [bank.names[token] for token in chain[is_cloned]]
+        tokens = clones[is_cloned].tolist()
+        sources = [bank.names[token] for token in chain[is_cloned]] if bank.names else None
         bank = bank.replace(
             tokens,
             [bank.get_params(int(token)) for token in chain[is_cloned]],
-            names=[f"{name}+{token}" for name, token in zip(sources, tokens, strict=True)],
-            origins=[f"a copy of {name}" for name in sources],
+            names=sources and [f"{name}+{token}" for name, token in zip(sources, tokens, strict=True)],
+            origins=sources and [f"a copy of {name}" for name in sources],
         )
         bank = tune_lib.tune(
             key,

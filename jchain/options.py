@@ -18,7 +18,7 @@ LAYERS = {
 }
 ENCODINGS = {"tokens": jc.TokenEncoding, "weights": jc.WeightEncoding}
 SEARCHES = {
-    "actor-critic": lambda args: jc.ActorCritic(encoding=ENCODINGS[args.encoding]()),
+    "actor-critic": lambda args: jc.ActorCritic(encoding=ENCODINGS[args.encoding or "tokens"]()),
     "beam": lambda args: jc.BeamSearch(),
     "critic": lambda args: jc.CriticSearch(),
     "evolution": lambda args: jc.Evolution(),
@@ -121,8 +121,7 @@ def _add_search(commands: Any) -> None:
     search.add_argument(
         "--encoding",
         choices=sorted(ENCODINGS),
-        default="tokens",
-        help="what the actor-critic sees (default: %(default)s)",
+        help="what the actor-critic sees (default: tokens)",
     )
     search.add_argument(
         "--update",

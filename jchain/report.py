@@ -390,7 +390,7 @@ def write(path: Path, job: Job, *, replace: bool = False) -> Path:
       The folder: `path`, or where that has come to hold something else, another one beside it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary, old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")), None
     try:
         (temporary / RESULT_FILE).write_text(json.dumps(job.result, indent=1) + "\n")
         if has_own_weights(job):
@@ -413,6 +413,8 @@ def write(path: Path, job: Job, *, replace: bool = False) -> Path:
             os.rename(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if old is not None and old.exists() and not path.exists():
+            os.rename(old, path)
         raise
     return path
 

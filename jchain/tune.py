@@ -60,7 +60,8 @@ def tune(
 ) -> Bank:
     """The bank after gradient steps on one chain: its layers and head have new weights, versions and origins, the others stay.
 
-    A step that would make weights of a layer infinite or nan is not taken for it.
+    A step that would make weights of a layer infinite or nan is not taken for it. Banks of half precision are trained in float32
+    and rounded once, at the end.
 
     Each step takes a random minibatch of 128 examples. A layer that stands in the chain twice is one layer, of two gradients.
 
@@ -87,7 +88,7 @@ def tune(
         return bank
     # Without the rest of the bank, whose gradient is zero. A bank has a layer, so a chain without one keeps the first.
     members = [*dict.fromkeys(route or [0]), head]
-    small = bank.take(members[:-1], members[-1:]).without_names()
+    small = widen(bank.take(members[:-1], members[-1:])).without_names()
     path = tuple(members.index(token) for token in (*route, head))
     is_tuned = jnp.array([member in tuned for member in members])
     state = start(small, optimizer)
@@ -101,9 +102,24 @@ def tune(
         state = _loop(state, key, problem.with_bank(small), padded, is_tuned, optimizer, num_steps)
     return bank.replace(
         tuned,
-        [state.bank.get_params(members.index(token)) for token in tuned],
+        [_round_as(state.bank.get_params(members.index(token)), bank.get_params(token)) for token in tuned],
         origins=[f"{num_steps} gradient steps from {bank.origins[token]}" for token in tuned] if bank.origins else None,
     )
+
+
+def widen(bank: Bank) -> Bank:
+    """The bank in float32 where it is of half precision, in which small steps are lost."""
+    wide = jax.tree.map(_widen, (bank.layers, bank.heads, bank.stem_params))
+    return dataclasses.replace(bank, layers=wide[0], heads=wide[1], stem_params=wide[2])
+
+
+def _widen(leaf: Any) -> Any:
+    is_half = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
+    return leaf.astype(jnp.float32) if is_half else leaf
+
+
+def _round_as(params: PyTree, like: PyTree) -> PyTree:
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), params, like)
 
 
 def start(bank: Bank, optimizer: optax.GradientTransformation) -> State:

@@ -8,7 +8,9 @@ Each policy is a frozen dataclass with `run(key, search, problem, train, budget=
 gradients see `train`. Layer calls of both are charged in the unit of the problem's split (`jchain.tune.price`).
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -28,6 +30,7 @@ from jchain.progress import Progress
 from jchain.pytree import pytree_dataclass, static
 from jchain.search import base
 from jchain.search.base import Curve, Refreshable, Result, Search
+from jchain.search.local_search import LocalSearch
 from jchain.train import OPTIMIZER
 
 
@@ -123,9 +126,10 @@ class TuneFound:
         reserved = _price(problem, train, problem.max_layers, self.num_steps) + problem.max_layers
         _check_budget(budget, reserved)
         search_key, tune_key = jax.random.split(key)
-        result = base.run(
-            search_key, search, problem, budget=budget - reserved, num_finalists=num_finalists, progress=progress
-        )
+        with _beside(reserved, budget):
+            result = base.run(
+                search_key, search, problem, budget=budget - reserved, num_finalists=num_finalists, progress=progress
+            )
         if not np.isfinite(result.best_loss):
             return Outcome(problem.bank, result, 0)
         chain = result.best_chain
@@ -180,8 +184,12 @@ class CloneThenTune:
         num_finalists: int = 16,
         progress: bool = False,
     ) -> Outcome:
-        base.check(search, budget, num_finalists)
+        base.check(search, problem, budget, num_finalists)
         lesson = _make_lesson(problem, train)
+        if isinstance(search, LocalSearch) and search.starts is not None:
+            raise ValueError(
+                "expected a search without starts: with the copies that join the bank heads have other tokens"
+            )
         if problem.layer_cost.ndim > 0:
             raise ValueError(f"expected one layer_cost for all layers, got {problem.layer_cost.shape[0]}")
         reserved = _price(problem, train, problem.max_layers, self.num_steps) + problem.max_layers
@@ -225,7 +233,8 @@ class CloneThenTune:
                 if not is_affordable:
                     break
         steps = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-        return Outcome(nursery.bank, base.finish(runs, steps, budget)[0], update_calls)
+        with _beside(reserved, budget):
+            return Outcome(nursery.bank, base.finish(runs, steps, budget)[0], update_calls)
 
 
 @pytree_dataclass
@@ -263,41 +272,43 @@ class SharedUpdates:
     ) -> Outcome:
         if not isinstance(search, Refreshable):
             raise ValueError(f"expected a search with a method refresh, as ActorCritic, got {type(search).__name__}")
-        base.check(search, budget, num_finalists)
-        bare, lesson = problem.without_names(), _make_lesson(problem, train).without_names()
+        base.check(search, problem, budget, num_finalists)
+        bank = tune_lib.widen(problem.bank)
+        bare, lesson = problem.with_bank(bank).without_names(), _make_lesson(problem, train).without_names()
         key, init_key, run_key = jax.random.split(key, 3)
         tuning = tune_lib.start(dataclasses.replace(bare.bank, versions=bare.bank.get_versions()), self.optimizer)
         carry = (_init(search, init_key, bare), tuning)
-        layer_calls = update_calls = num_free = total = 0
-        best = np.inf
+        layer_calls = update_calls = num_free = total = step_calls = 0
+        best, counts = np.inf, np.zeros(2, np.int32)
         with Progress(budget, is_shown=progress) as line:
             # As in jc.run, a search that asks for nothing so often has nothing left to ask.
             while num_free < base.MAX_FREE_STEPS:
                 key, round_key = jax.random.split(key)
-                new, lowest, search_calls, length = _train_round(self, round_key, carry, search, bare, lesson)
+                new, lowest, calls, length, scored = _train_round(self, round_key, carry, search, bare, lesson)
                 cost = _price(problem, train, np.asarray(length))
-                total = int(search_calls) + cost
-                if layer_calls + total > (1 - self.final_share) * budget:
+                total, step_calls = int(sum(calls)) + cost, max(step_calls, int(calls[0]))
+                # A step of the last part must be paid too.
+                if layer_calls + total > min((1 - self.final_share) * budget, budget - step_calls):
                     break
-                carry, best = new, min(best, float(lowest))
+                carry, best, counts = new, min(best, float(lowest)), counts + np.asarray(scored)
                 layer_calls, update_calls = layer_calls + total, update_calls + cost
                 num_free = 0 if total else num_free + 1
                 line.update(layer_calls, best)
             if layer_calls == 0 and num_free == 0:
                 raise ValueError(
                     f"expected a budget of which {1 - self.final_share:.0%} pay for a step of the search with its gradient "
-                    f"steps, {total} layer calls here, got {budget}"
+                    f"steps, {total} layer calls here, and the rest for another, {step_calls}, got {budget}"
                 )
             state, tuning = carry
             final = bare.with_bank(tuning.bank)
             runs = base.start(run_key[None], search, final, num_finalists)
-            runs = _amend(runs, state, jax.tree.map(lambda leaf: leaf[0], runs.tally.pool), layer_calls)
+            runs = _amend(runs, state, jax.tree.map(lambda leaf: leaf[0], runs.tally.pool), layer_calls, counts)
             goal = base.Goal(np.int32(budget), np.float32(-np.inf))
             runs, steps = base.spend(runs, search, final, goal, line)
         versions = tuning.bank.get_versions()
         is_trained = np.asarray(versions > problem.bank.get_versions())
         bank = dataclasses.replace(
-            problem.bank,
+            bank,
             layers=tuning.bank.layers,
             heads=tuning.bank.heads,
             versions=versions,
@@ -312,24 +323,27 @@ class SharedUpdates:
 @jax.jit
 def _train_round(
     policy: Any, key: Array, carry: tuple[Any, tune_lib.State], search: Any, problem: Problem, lesson: Problem
-) -> tuple[tuple[Any, tune_lib.State], Array, Array, Array]:
+) -> tuple[tuple[Any, tune_lib.State], Array, tuple[Array, Array], Array, Array]:
     """A step of the search, then gradient steps.
 
     Returns:
-      The carry, the lowest loss, layer calls of the search, and how many layers each chain has that was trained, `[U]`.
+      The carry, the lowest loss, layer calls of the search and of what it remembers, how many layers each chain has that was
+      trained, `[U]`, and how many chains were scored, and of them those without a finite loss.
     """
     step_key, draw_key, train_key = jax.random.split(key, 3)
     state, tuning = carry
     state, info = search.step(step_key, state, problem.with_bank(tuning.bank))
     # A loss that is not finite has no gradient to follow.
-    is_there = (info.chains[:, 0] != PADDING) & jnp.isfinite(info.loss)
+    is_scored = info.chains[:, 0] != PADDING
+    is_there = is_scored & jnp.isfinite(info.loss)
     order = jnp.argsort(jnp.where(is_there, jax.random.uniform(draw_key, is_there.shape), 2.0))
     chains = jnp.where(is_there[:, None], info.chains, PADDING)[order[: policy.num_updates]]
     tuning = tune_lib.train_on(train_key, tuning, lesson, chains, policy.optimizer)
     none = jnp.full_like(info.chains[:1], PADDING)
     state, calls = search.refresh(state, problem.with_bank(tuning.bank), none)
     length = count_layers(chains, problem.bank.num_layers)
-    return (state, tuning), info.loss.min(), info.layer_calls + calls, length
+    counts = jnp.stack([is_scored.sum(), (is_scored & ~is_there).sum()])
+    return (state, tuning), info.loss.min(), (info.layer_calls, calls), length, counts
 
 
 @jax.jit
@@ -349,13 +363,15 @@ def _go_on(key: Array, search: Any, state: Any, problem: Problem, chains: Array)
     return _init(search, key, problem), 0
 
 
-def _amend(runs: base.Run, state: Any, pool: base.Pool, layer_calls: int) -> base.Run:
-    """The one run, ready to go on from another state and with these calls charged."""
+def _amend(runs: base.Run, state: Any, pool: base.Pool, layer_calls: int, counts: Any = (0, 0)) -> base.Run:
+    """The one run, ready to go on from another state, with these calls charged and so many chains scored, finite or not."""
     state, pool = jax.tree.map(lambda leaf: leaf[None], (state, pool))
     old = runs.tally
     tally = old._replace(
         pool=pool,
         layer_calls=old.layer_calls + jnp.int32(layer_calls),
+        num_chains=old.num_chains + jnp.int32(counts[0]),
+        num_nonfinite=old.num_nonfinite + jnp.int32(counts[1]),
         num_free=jnp.zeros_like(old.num_free),
         is_over=jnp.zeros_like(old.is_over),
     )
@@ -388,6 +404,15 @@ def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"expected {name} of at least 1, got {size}")
+
+
+@contextlib.contextmanager
+def _beside(reserved: int, budget: int) -> Iterator[None]:
+    """Of a budget of which so much is for gradient steps."""
+    try:
+        yield
+    except base.BudgetError as error:
+        raise base.BudgetError(error.cost, budget, f" beside {reserved:,} of gradient steps") from None
 
 
 def _check_budget(budget: int, reserved: int) -> None:

@@ -438,3 +438,10 @@ def test_bad_input_is_refused(problem):
     table = jc.lookup.make_problem(problem.bank, np.asarray(jc.evaluate_all(problem)[1].loss), 3)
     with pytest.raises(ValueError, match="expected floating-point activations, which have a gradient, got int32"):
         jc.swap_scores(table, CHAIN)
+
+
+def test_gradients_of_float16_are_refused(problem):
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), (problem.bank, problem.data.x))
+    posed = jc.Problem(half[0], jc.Batch(half[1], problem.data.y), problem.max_layers)
+    with pytest.raises(ValueError, match="expected activations of bfloat16 or wider for gradients, got float16"):
+        jc.gradient.score_edits(posed, np.array([0, 1, 4, -1]))

@@ -67,10 +67,10 @@ def test_starts_that_are_no_chains_of_the_problem_are_refused(problem):
         (np.array([[0, 1, 2, 99]]), "token 99 at slot 3 is out of range"),
     ):
         with pytest.raises(ValueError, match=message):
-            jc.LocalSearch(starts=starts).init(jax.random.key(0), problem)
+            jc.run(jax.random.key(0), jc.LocalSearch(starts=starts), problem, budget=100)
     few = jc.Problem(bank, data, 3, min_layers=3)
     with pytest.raises(ValueError, match="expected starts of at least 3 layers, got one of 1"):
-        jc.LocalSearch(starts=np.array([[0, bank.num_layers, -1, -1]])).init(jax.random.key(0), few)
+        jc.LocalSearch(starts=np.array([[0, bank.num_layers, -1, -1]])).check(few)
 
 
 def test_every_neighbour_is_tried_once_before_a_restart(problem):

@@ -98,6 +98,7 @@ def test_evaluate_scores_chains_of_a_result_or_a_bank_file(result_folder, capsys
         (["--search", "annealing"], "invalid choice: 'annealing'"),
         (["--search", "meet-in-the-middle"], "expected --layer of invertible-dense, invertible-coupling"),
         (["--search", "local", "--update", "shared"], "expected --search actor-critic with --update shared, got local"),
+        (["--search", "local", "--encoding", "weights"], "expected --search actor-critic with --encoding, got local"),
         (["--update", "found"], "more than the 1,545 layer calls of gradient steps, got 300"),
         (["--num-layers", "5", "--bank", "independent"], "a multiple of depth for bank independent, got 5 and 2"),
         (["--num-heads", "0"], "expected num_heads of at least 1, got 0"),

@@ -286,3 +286,12 @@ def test_many_groups_and_stacked_rates(two_group_problem):
 
     losses = jax.jit(jax.vmap(first_loss))(searches)
     assert losses.shape == (2, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEARCHES, indirect=True)
+def test_searches_run_where_numbers_are_of_64_bits(name, search, problem):
+    with jax.enable_x64(True):
+        result = jc.run(jax.random.key(0), search, problem, budget=300)
+        assert np.isfinite(result.best_loss)
+        np.testing.assert_allclose(jc.evaluate(problem, result.best_chain[None]).loss, result.best_loss, rtol=1e-5)

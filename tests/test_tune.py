@@ -151,3 +151,19 @@ def test_a_step_to_weights_that_are_not_finite_is_not_taken(problem):
     for seed in range(3):
         state = tune_lib.train_on(jax.random.key(seed), state, problem, chain, optax.sgd(1e38))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.bank))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
+def test_banks_of_half_precision_are_trained_in_float32_and_rounded_once(problem, dtype):
+    """Adam's epsilon is 0 in float16, and its decay 1 in bfloat16."""
+    half = jax.tree.map(lambda leaf: leaf.astype(dtype), problem.bank)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
+    chain, key = np.array([2, 1, 4, -1]), jax.random.key(0)
+    tuned, expected = (
+        jc.tune.tune(key, problem.with_bank(bank), chain, num_steps=10, optimizer=optax.adam(1e-2))
+        for bank in (half, wide)
+    )
+    for token in chain[:3].tolist():
+        rounded = jax.tree.map(lambda leaf: leaf.astype(dtype), expected.get_params(token))
+        assert same(tuned.get_params(token), rounded)
+        assert not same(tuned.get_params(token), half.get_params(token))

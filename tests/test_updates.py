@@ -70,6 +70,8 @@ def test_the_budget_holds_for_search_and_gradient_steps_together(policy, outcome
     assert result.curve.layer_calls[-1] == result.layer_calls
     assert (np.diff(result.curve.layer_calls) >= 0).all()
     assert (outcome.update_calls > 0) == (not isinstance(policy, updates.Frozen))
+    if isinstance(policy, updates.SharedUpdates):  # of all steps, not of the last part alone
+        assert result.num_chains > AGENT.num_chains * len(result.curve.layer_calls)
 
 
 def test_the_same_key_gives_the_same_outcome(policy, outcome, two_group_problem):
@@ -166,6 +168,29 @@ def test_places_are_named_after_the_layers_of_which_they_hold_copies(two_group_p
     np.testing.assert_array_equal(renamed, [[0, 0, 13, -1], [4, 4, 14, -1]])
     grown = two_group_problem.with_bank(nursery.bank)
     np.testing.assert_array_equal(jc.evaluate(grown, chains).loss, jc.evaluate(grown, renamed).loss)
+
+
+def test_banks_without_names_have_clones_too(two_group_problem):
+    nursery = Nursery.start(two_group_problem.bank.without_names(), 4)
+    chain = np.array([0, 13, -1, -1])
+    nursery, clones = nursery.raise_clones(
+        jax.random.key(0), two_group_problem.without_names(), chain, num_steps=1, optimizer=ADAM
+    )
+    assert clones[0] != 0
+    assert not nursery.bank.names
+
+
+def test_chains_to_begin_at_are_no_chains_of_a_bank_that_grows(problem):
+    search = jc.LocalSearch(starts=np.array([[0, 4, -1, -1]]))
+    with pytest.raises(ValueError, match="expected a search without starts"):
+        run(POLICIES["CloneThenTune"], problem, search=search)
+
+
+def test_a_budget_below_a_step_says_what_gradient_steps_take(problem):
+    reserved = jc.tune.price(3, 20, 9, 5) + 3
+    message = rf"costs [0-9]+ layer calls here beside {reserved} of gradient steps, got {reserved + 1}"
+    with pytest.raises(ValueError, match=message):
+        run(POLICIES["TuneFound"], problem, search=jc.RandomSearch(16), budget=reserved + 1)
 
 
 class Counting(jc.ActorCritic):

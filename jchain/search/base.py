@@ -63,6 +63,19 @@ class Refreshable(Protocol):
         ...
 
 
+@runtime_checkable
+class Checked(Protocol):
+    """A search that does not take every problem."""
+
+    def check(self, problem: Problem) -> None:
+        """On the host, before anything is computed.
+
+        Raises:
+          ValueError: what the search was given does not fit the problem.
+        """
+        ...
+
+
 class Curve(NamedTuple):
     """Best loss against cost, after each step."""
 
@@ -105,6 +118,16 @@ class Tally(NamedTuple):
     num_free: Int[Array, ""]  # steps in a row that cost nothing
     cost: Int[Array, ""]  # of the last step, counted or not
     is_over: Bool[Array, ""]
+
+
+class BudgetError(ValueError):
+    """Not even one step fits."""
+
+    def __init__(self, cost: int, budget: int, more: str = "") -> None:
+        super().__init__(
+            f"expected a budget of at least one step, which costs {cost:,} layer calls here{more}, got {budget:,}"
+        )
+        self.cost = cost
 
 
 class Goal(NamedTuple):
@@ -158,7 +181,8 @@ def run(
         processes, all must make this call with equal arguments, and all get the result.
 
     Raises:
-      ValueError: the search is not a registered pytree, the target is nan, or the budget is smaller than one step.
+      ValueError: the search is not a registered pytree or does not take the problem, the target is nan, or the budget is smaller
+        than one step.
     """
     return run_many(
         key[None],
@@ -194,7 +218,7 @@ def run_many(
     Raises:
       ValueError: there is no key, or as `run`.
     """
-    check(search, budget, num_finalists)
+    check(search, problem, budget, num_finalists)
     if math.isnan(target_loss):
         raise ValueError("expected a target_loss that is a number, got nan")
     if keys.ndim != 1 or keys.shape[0] == 0:
@@ -206,11 +230,11 @@ def run_many(
     return finish(runs, steps, budget)
 
 
-def check(search: Search, budget: int, num_finalists: int) -> None:
+def check(search: Search, problem: Problem, budget: int, num_finalists: int) -> None:
     """Refuse what no run can begin with.
 
     Raises:
-      ValueError: the search is not a registered pytree, or a number is out of range.
+      ValueError: the search is not a registered pytree or does not take the problem, or a number is out of range.
     """
     if budget < 1 or num_finalists < 1:
         raise ValueError(f"expected a budget and num_finalists of at least 1, got {budget} and {num_finalists}")
@@ -218,6 +242,8 @@ def check(search: Search, budget: int, num_finalists: int) -> None:
         raise ValueError(f"expected a budget of at most {_MAX_BUDGET:,} layer calls, got {budget:,}")
     if jax.tree_util.all_leaves([search]):
         raise ValueError(f"expected a search registered as a pytree (jchain.pytree), got {type(search).__name__}")
+    if isinstance(search, Checked):
+        search.check(problem)
 
 
 def spend(
@@ -301,6 +327,8 @@ def _map_runs(fn: Callable[[Any], Any], runs: Any) -> Any:
 def _step(run: Run, search: Search, problem: Problem, goal: Goal, keeps_state: bool) -> tuple[Run, Steps]:
     key, step_key = jax.random.split(run.key)
     state, info = search.step(step_key, run.state, problem)
+    # With jax_enable_x64 some counts and losses become wider than they began.
+    state = jax.tree.map(lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype), state, run.state)
     old = run.tally
     cost = info.layer_calls.astype(jnp.int32)
     num_free = jnp.where(cost == 0, old.num_free + 1, 0)
@@ -310,8 +338,8 @@ def _step(run: Run, search: Search, problem: Problem, goal: Goal, keeps_state: b
     new = Tally(
         pool,
         old.layer_calls + cost,
-        old.num_chains + is_there.sum(),
-        old.num_nonfinite + jnp.sum(is_there & ~jnp.isfinite(info.loss)),
+        old.num_chains + jnp.sum(is_there, dtype=jnp.int32),
+        old.num_nonfinite + jnp.sum(is_there & ~jnp.isfinite(info.loss), dtype=jnp.int32),
         num_free,
         cost,
         (old.layer_calls + cost >= goal.budget) | (num_free >= MAX_FREE_STEPS) | (pool.loss[0] <= goal.target_loss),
@@ -346,9 +374,7 @@ def _make_result(tallies: Tally, steps: Steps, i: int, budget: int) -> Result:
     tally = jax.tree.map(lambda leaf: leaf[i], tallies)
     is_counted = steps.is_counted[:, i]
     if not is_counted.any():
-        raise ValueError(
-            f"expected a budget of at least one step, which costs {tally.cost} layer calls here, got {budget}"
-        )
+        raise BudgetError(int(tally.cost), budget)
     is_found = np.isfinite(tally.pool.loss)
     return Result(
         best_chain=tally.pool.chains[0],

@@ -38,7 +38,7 @@ class BeamSearch:
 
     Attributes:
       width: prefixes that the first pass keeps.
-      max_width: prefixes that the last pass keeps.
+      max_width: prefixes that the last pass keeps, at most: its width is the last of width, 2 width, 4 width, ... up to this.
     """
 
     width: int = static(default=1)
@@ -55,7 +55,7 @@ class BeamSearch:
         empty = State(
             jnp.full((2, self.max_width, problem.max_layers + 1), PADDING, jnp.int32),
             jnp.zeros((2, self.max_width, *hidden.shape), hidden.dtype),
-            jnp.full((2, self.max_width), jnp.inf),
+            jnp.full((2, self.max_width), jnp.inf, jnp.float32),
             jnp.array(0),
             jnp.array(0),
             jnp.array(0),
@@ -70,11 +70,12 @@ class BeamSearch:
         is_there = (state.width <= self.max_width) & jnp.isfinite(state.loss[old, state.parent])
         does_extend = is_there & (state.depth < problem.max_layers)
         slots = jnp.arange(problem.max_layers + 1)[None]
-        extended = jnp.where(slots == state.depth, jnp.arange(num_layers)[:, None], prefix[None])
+        extended = jnp.where(slots == state.depth, jnp.arange(num_layers, dtype=jnp.int32)[:, None], prefix[None])
 
         def extend(carry: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array, Array], Array]:
             made = apply_all(problem.bank.layers, hidden)
             loss = jax.vmap(lambda h: env.stop_losses(problem, h))(made) + problem.price(extended)[:, None]
+            loss = loss.astype(jnp.float32)
             best = jnp.where(jnp.isfinite(loss), loss, jnp.inf).min(axis=1)
 
             def insert(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -91,7 +92,7 @@ class BeamSearch:
             return jax.lax.fori_loop(0, num_layers, insert, carry), loss
 
         def stay(carry: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array, Array], Array]:
-            return carry, jnp.full((num_layers, num_heads), jnp.inf)
+            return carry, jnp.full((num_layers, num_heads), jnp.inf, jnp.float32)
 
         carry = (state.chains, state.hidden, state.loss)
         carry, loss = jax.lax.cond(does_extend, extend, stay, carry)

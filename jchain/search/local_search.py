@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jchain import chain as chain_lib
 from jchain import memo as memo_lib
 from jchain._typing import Array, Float, Int, Key
 from jchain.memo import Memo
 from jchain.problem import Problem
-from jchain.pytree import is_concrete, pytree_dataclass, static
+from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
 
 
@@ -46,13 +47,23 @@ class LocalSearch:
         if self.num_chains < 1:
             raise ValueError(f"expected num_chains of at least 1, got {self.num_chains}")
 
-    def init(self, key: Key[Array, ""], problem: Problem) -> State:
-        """As every search.
+    def check(self, problem: Problem) -> None:
+        """As `jchain.search.base.Checked`.
 
         Raises:
           ValueError: `starts` are no chains of the problem.
         """
-        _check(self.starts, problem)
+        if self.starts is None:
+            return
+        sizes = (problem.bank.num_layers, problem.bank.num_heads, problem.max_layers)
+        rows = chain_lib.validate(np.asarray(self.starts), *sizes)
+        if rows.ndim != 2 or len(rows) == 0:
+            raise ValueError(f"expected starts of shape [S, {problem.max_layers + 1}], got {list(rows.shape)}")
+        lengths = (rows >= 0).sum(axis=1) - 1
+        if (lengths < problem.min_layers).any():
+            raise ValueError(f"expected starts of at least {problem.min_layers} layers, got one of {lengths.min()}")
+
+    def init(self, key: Key[Array, ""], problem: Problem) -> State:
         start_key, order_key = jax.random.split(key)
         start = _sample(start_key, problem)
         return State(
@@ -97,18 +108,6 @@ class LocalSearch:
             memo,
         )
         return next_state, Info(chains, loss, layer_calls)
-
-
-def _check(starts: Any, problem: Problem) -> None:
-    if starts is None or not is_concrete(starts):
-        return
-    sizes = (problem.bank.num_layers, problem.bank.num_heads, problem.max_layers)
-    rows = chain_lib.validate(starts, *sizes)
-    if rows.ndim != 2 or len(rows) == 0:
-        raise ValueError(f"expected starts of shape [S, {problem.max_layers + 1}], got {list(rows.shape)}")
-    lengths = (rows >= 0).sum(axis=1) - 1
-    if (lengths < problem.min_layers).any():
-        raise ValueError(f"expected starts of at least {problem.min_layers} layers, got one of {lengths.min()}")
 
 
 def _sample(key: Key[Array, ""], problem: Problem) -> Int[Array, "L"]:
