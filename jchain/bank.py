@@ -58,7 +58,7 @@ class Bank:
 
     def embed(self, x: Shaped[Array, "B ..."]) -> Array:
         """The stem applied to raw input: what the first layer of a chain reads."""
-        return x if self.stem is None else self.stem.apply({"params": self.stem_params}, x)  # pyright: ignore[reportReturnType]
+        return x if self.stem is None else self.stem.apply({"params": self.stem_params or {}}, x)  # pyright: ignore[reportReturnType]
 
     def describe(self, chain: Any) -> str:
         """The names along one chain, `net0/0 -> net1/2 -> net0/head`.
@@ -378,8 +378,7 @@ class Bank:
         for group in self.layers:
             shape = find_input_shape(group)
             if shape is not None:
-                dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(group.params))
-                check_keeps_shape(group, jax.ShapeDtypeStruct((1, *shape), dtype))
+                check_keeps_shape(group, jax.ShapeDtypeStruct((1, *shape), jnp.float32), of_any_dtype=True)
 
 
 def check_stem(stem: nn.Module | None, params: PyTree, x: Any) -> Any:
@@ -430,10 +429,9 @@ def _concat_names(banks: Sequence[Bank]) -> tuple[tuple[str, ...], tuple[str, ..
 
 def _check_same_stem(banks: Sequence[Bank]) -> None:
     first = banks[0]
+    structures = [jax.tree.structure(bank.stem_params or {}) for bank in banks]
     for i, bank in enumerate(banks):
-        same_structure = bank.stem == first.stem and (
-            jax.tree.structure(bank.stem_params) == jax.tree.structure(first.stem_params)
-        )
+        same_structure = bank.stem == first.stem and structures[i] == structures[0]
         if not same_structure or not all(
             np.array_equal(a, b)
             for a, b in zip(jax.tree.leaves(bank.stem_params), jax.tree.leaves(first.stem_params), strict=True)

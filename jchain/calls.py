@@ -37,7 +37,8 @@ def apply_all(groups: tuple[LayerGroup, ...], hidden: Array) -> Array:
             one_by_one = partial(jax.lax.map, call)
             made.append(jax.lax.platform_dependent(group.params, cpu=one_by_one, default=jax.vmap(call)))
         else:
-            made.append(jax.vmap(call)(group.params))
+            # A module without params has none to take their number from.
+            made.append(jax.vmap(call, axis_size=len(group.tokens))(group.params))
     order = np.argsort([token for group in groups for token in group.tokens])
     return made[0] if len(made) == 1 else jnp.concatenate(made)[order]
 

@@ -122,11 +122,12 @@ def enumerate_all(num_layers: int, num_heads: int, max_layers: int, *, min_layer
     """
     blocks = []
     for depth in range(min_layers, max_layers + 1):
-        sizes = (num_layers,) * depth + (num_heads,)
-        tokens = np.indices(sizes, dtype=np.int32).reshape(depth + 1, -1).T
-        block = np.full((tokens.shape[0], max_layers + 1), PADDING, np.int32)
-        block[:, : depth + 1] = tokens
-        block[:, depth] += num_layers
+        number = np.arange(num_layers**depth * num_heads)
+        block = np.full((len(number), max_layers + 1), PADDING, np.int32)
+        number, head = np.divmod(number, num_heads)
+        block[:, depth] = num_layers + head
+        for slot in reversed(range(depth)):
+            number, block[:, slot] = np.divmod(number, num_layers)
         blocks.append(block)
     return np.concatenate(blocks)
 

@@ -138,7 +138,9 @@ def split(
     axes, dtype = ((0, 1, 2), np.float64) if train.ndim == 4 else (0, np.float32)
     own = (of(train, axis=axes, dtype=dtype).astype(np.float32) for of in (np.mean, np.std))
     mean, std = own if statistics is None else statistics
-    std = np.where(std > 0, std, 1)
+    # A constant has a deviation of rounding alone, by which other splits would be divided.
+    is_constant = np.equal(train.max(axis=axes), train.min(axis=axes)) & (statistics is None)
+    std = np.where((std > 0) & ~is_constant, std, 1)
 
     def take(whole: int, rows: np.ndarray) -> Batch:
         x, y = wholes[whole]

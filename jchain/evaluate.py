@@ -143,7 +143,7 @@ def evaluate_prefixes(problem: Problem, chains: Int[Array, "P L"] | Any, **optio
 
     Returns:
       An evaluation whose loss and accuracy are `[P, L, K]`: after `t` layers by head `k`, and `+inf` and 0 where the chain
-      has fewer than `t`.
+      has fewer than `t`, which `num_nonfinite` counts too.
 
     Raises:
       ValueError: as `evaluate`.
@@ -221,7 +221,7 @@ def _check_chains(problem: Problem, chains: Any) -> Any:
 def _place(problem: Problem, chains: Any, options: Options) -> tuple[Problem, Array, _Settings]:
     """Checks of the options, and the inputs where they are computed."""
     dtype, memory_limit, mesh = options.get("dtype"), options.get("memory_limit"), options.get("mesh")
-    if dtype is not None and not any(dtype == allowed for allowed in _DTYPES):
+    if dtype is not None and jnp.dtype(dtype) not in map(jnp.dtype, _DTYPES):
         raise ValueError(f"expected a dtype of bfloat16 or float32, got {jnp.dtype(dtype).name}")
     if memory_limit is not None and memory_limit < 1:
         raise ValueError(f"expected a memory_limit of at least 1 byte, got {memory_limit}")

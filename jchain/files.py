@@ -127,6 +127,8 @@ def _name_class(cls: type) -> str:
 
 
 def _encode_value(value: Any, where: str) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, tuple | list):
@@ -137,9 +139,12 @@ def _encode_value(value: Any, where: str) -> Any:
     if getattr(jax.nn, name, None) is value:
         return {"jax.nn": name}
     try:
-        return {"dtype": jnp.dtype(value).name}
+        dtype = jnp.dtype(value)
     except TypeError:
-        raise ValueError(f"{where} = {value!r} cannot be saved: expected data, a dtype or a jax.nn function") from None
+        dtype = None
+    if dtype is None or dtype == np.dtype(object):  # that of any class
+        raise ValueError(f"{where} = {value!r} cannot be saved: expected data, a dtype or a jax.nn function")
+    return {"dtype": dtype.name}
 
 
 def decode_module(encoded: dict[str, Any], modules: Sequence[type[nn.Module]] = ()) -> nn.Module:

@@ -75,7 +75,7 @@ def pick(params: PyTree, index: Any) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[index], params)
 
 
-def check_keeps_shape(group: LayerGroup, x: Any) -> None:
+def check_keeps_shape(group: LayerGroup, x: Any, *, of_any_dtype: bool = False) -> None:
     """Check the contract of a layer, output like input, on a batch that need only have `.shape` and `.dtype`.
 
     Raises:
@@ -87,7 +87,7 @@ def check_keeps_shape(group: LayerGroup, x: Any) -> None:
         raise ValueError(
             f"layer {type(group.module).__name__} does not take an input of shape {list(x.shape)}: {str(error).splitlines()[0]}"
         ) from None
-    if out.shape != x.shape or out.dtype != x.dtype:
+    if out.shape != x.shape or (out.dtype != x.dtype and not of_any_dtype):
         raise ValueError(
             f"layer {type(group.module).__name__} must keep the shape of its input: expected {x.dtype}{list(x.shape)}, "
             f"got {out.dtype}{list(out.shape)}"
@@ -95,16 +95,21 @@ def check_keeps_shape(group: LayerGroup, x: Any) -> None:
 
 
 def find_input_shape(group: LayerGroup) -> tuple[int, ...] | None:
-    """A feature shape that the module takes with these params: Flax refuses one that its kernels were not made for."""
+    """A feature shape that the module takes with these params, one that it keeps where there is such a one: Flax refuses those
+    that its kernels were not made for."""
     sizes = sorted({size for leaf in jax.tree.leaves(group.params) for size in leaf.shape[1:]})
+    taken = []
     for spatial in ((), (8,), (8, 8)):
         for size in sizes:
+            shape = (*spatial, size)
             try:
-                jax.eval_shape(group.apply, 0, jax.ShapeDtypeStruct((1, *spatial, size), jnp.float32))
+                out = jax.eval_shape(group.apply, 0, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
             except Exception:
                 continue
-            return (*spatial, size)
-    return None
+            if out.shape == (1, *shape):
+                return shape
+            taken.append(shape)
+    return taken[0] if taken else None
 
 
 def _stack(params: Sequence[PyTree], kind: str) -> PyTree:

@@ -112,7 +112,7 @@ def pretrain_controller(
       weight_decay: of AdamW.
 
     Raises:
-      ValueError: there is no problem, a size is not positive, or as `study`.
+      ValueError: there is no problem, none of their losses is finite, a size is not positive, or as `study`.
     """
     if not problems or num_steps < 1 or width < 1:
         raise ValueError(
@@ -121,7 +121,13 @@ def pretrain_controller(
     lessons = [problem if isinstance(problem, Lesson) else study(problem) for problem in problems]
     sizes = np.array([size for lesson in lessons for size in lesson.sizes])
     whole = [np.concatenate([getattr(lesson, name) for lesson in lessons]) for name in ("inputs", "stop", "best")]
-    inputs, stop, best = (jnp.asarray(rows) for rows in whole)
+    # Of the prefixes whose losses are not finite there is nothing to learn.
+    is_finite = np.isfinite(whole[0]).all(axis=1) & np.isfinite(whole[1]) & np.isfinite(whole[2])
+    sizes = np.bincount(np.repeat(np.arange(len(sizes)), sizes)[is_finite], minlength=len(sizes))
+    sizes = sizes[sizes > 0]
+    if len(sizes) == 0:
+        raise ValueError("expected problems with chains of finite loss, got none")
+    inputs, stop, best = (jnp.asarray(rows[is_finite]) for rows in whole)
     critic = Critic(None, inputs.mean(axis=0), inputs.std(axis=0) + 1e-3, width)
     groups = jnp.asarray(np.append(0, np.cumsum(sizes)[:-1])), jnp.asarray(sizes)
     optimizer = optax.adamw(optax.cosine_decay_schedule(learning_rate, num_steps), weight_decay=weight_decay)

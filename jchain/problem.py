@@ -149,14 +149,15 @@ class Problem:
     def measure(self, outputs: Float[Array, "B ..."]) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Loss and accuracy of one chain's outputs, before the price of its layers.
 
-        Accuracy is by default the share of examples whose largest output is their label; nan where labels are not integers.
+        Accuracy is by default the share of examples whose largest output is their label; nan where labels are not integers,
+        one for each row of outputs.
         """
         y = self.data.y
         outputs = outputs.astype(jnp.promote_types(jnp.float32, outputs.dtype))
         loss = jnp.mean(self.loss_fn(outputs, y).astype(outputs.dtype))
         if self.accuracy_fn is not None:
             return loss, jnp.mean(self.accuracy_fn(outputs, y), dtype=loss.dtype)
-        if not jnp.issubdtype(y.dtype, jnp.integer):
+        if not jnp.issubdtype(y.dtype, jnp.integer) or y.shape != outputs.shape[:-1]:
             return loss, jnp.full_like(loss, jnp.nan)
         return loss, jnp.mean(jnp.argmax(outputs, axis=-1) == y, dtype=loss.dtype)
 

@@ -105,8 +105,9 @@ def snapshots(
     Layer `j` after `s` steps is called `step{s}/{j}`. The bank has `num_snapshots * depth` layers, `num_snapshots` heads
     and as many parents. `num_steps` is rounded up to a multiple of `num_snapshots`.
     """
-    _check_sizes(num_snapshots=num_snapshots)
-    distance = -(-settings.get("num_steps", _Recipe._field_defaults["num_steps"]) // num_snapshots)
+    num_steps = settings.get("num_steps", _Recipe._field_defaults["num_steps"])
+    _check_sizes(num_snapshots=num_snapshots, num_steps=num_steps)
+    distance = -(-num_steps // num_snapshots)
     settings["num_steps"] = distance * num_snapshots
     nets = [f"step{(i + 1) * distance}" for i in range(num_snapshots)]
     recipe = {"num_layers": depth, "num_heads": 1, "depth": depth, "num_snapshots": num_snapshots}
@@ -220,6 +221,10 @@ def _check_data(data: Batch, recipe: _Recipe) -> None:
     if not recipe.layers or not recipe.heads:
         raise ValueError(
             f"expected at least one layer module and one head module, got {len(recipe.layers)} and {len(recipe.heads)}"
+        )
+    if data.x.ndim == 0 or data.x.shape[0] == 0 or data.y.shape[:1] != data.x.shape[:1]:
+        raise ValueError(
+            f"expected examples and as many labels, at least one, got x {list(data.x.shape)} and y {list(data.y.shape)}"
         )
     key = jax.random.key(0)
     try:

@@ -279,3 +279,60 @@ def test_weights_that_do_not_fit_are_not_put_in(bank):
         bank.replace([1], [params], names=["layer0"])
     with pytest.raises(ValueError, match="token in 0..5, got 6"):
         bank.get_params(6)
+
+
+class Flatten(nn.Module):
+    """No params."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x.reshape(x.shape[0], -1)
+
+
+class Shift(nn.Module):
+    """Without a kernel, so that it takes other sizes too."""
+
+    @nn.compact
+    def __call__(self, x):
+        shift = self.param("shift", nn.initializers.ones, (1, x.shape[-1]))
+        return self.param("alpha", nn.initializers.ones, (1, 1)) * x + shift
+
+
+class Relu(nn.Module):
+    def __call__(self, x):
+        return nn.relu(x)
+
+
+def test_modules_without_params_are_stems_and_layers(tmp_path):
+    data = make_batch()
+    layers = [{}, *init_params(Shift(), jax.random.key(0), 1, (5,))]
+    bank = jc.Bank.stack([Relu(), Shift()], layers, HEAD, HEADS, stem=Flatten())
+    bank.save(tmp_path / "bank")
+    again = jc.Bank.load(tmp_path / "bank", modules=[Relu, Shift, Flatten])
+    problem = jc.Problem(bank, data, 2)
+    chains, out = jc.evaluate_all(problem)
+    np.testing.assert_array_equal(jc.evaluate(problem.with_bank(again), chains).loss, out.loss)
+    hidden = layers[1]["alpha"] * np.maximum(data.x, 0) + layers[1]["shift"]
+    np.testing.assert_allclose(
+        jc.apply_chain(bank, [0, 1, 2], data.x), HEAD.apply({"params": HEADS[0]}, hidden), rtol=1e-5
+    )
+    found = jc.run(jax.random.key(0), jc.BeamSearch(width=4, max_width=4), problem, budget=50)
+    assert found.best_loss == pytest.approx(float(out.loss.min()), rel=1e-5)
+
+
+def test_layers_that_compute_in_bfloat16_are_a_bank():
+    module = nn.Dense(5, dtype=jnp.bfloat16)
+    bank = jc.Bank.stack(module, init_params(module, jax.random.key(0), 2, (5,)), HEAD, HEADS)
+    data = make_batch()
+    out = jc.evaluate(jc.Problem(bank, jc.Batch(data.x.astype(jnp.bfloat16), data.y), 1), np.array([[0, 2]]))
+    assert np.isfinite(out.loss).all()
+
+
+def test_fields_that_are_no_data_cannot_be_saved(tmp_path):
+    head = nn.Dense(np.int64(3))
+    bank = jc.Bank.stack(LAYER, LAYERS, head, HEADS)
+    bank.save(tmp_path / "bank")
+    assert jc.Bank.load(tmp_path / "bank").heads[0].module == nn.Dense(3)
+    with pytest.raises(ValueError, match="cannot be saved: expected data, a dtype or a jax.nn function"):
+        jc.Bank.stack(LAYER, LAYERS, nn.Dense(3, kernel_init=Flatten), HEADS).save(tmp_path / "other")
+    assert not (tmp_path / "other").exists()

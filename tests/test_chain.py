@@ -127,3 +127,9 @@ def test_samples_are_chains(num_layers, num_heads, max_layers, seed):
 
 def test_describe_leaves_padding_out():
     assert chain.describe([1, 3, -1], ["a", "b", "c", "head"]) == "b -> head"
+
+
+def test_long_chains_of_one_layer_are_enumerated():
+    chains = chain.enumerate_all(1, 2, 70)
+    assert chains.shape == (71 * 2, 71)
+    np.testing.assert_array_equal((chains >= 0).sum(axis=1), np.repeat(np.arange(1, 72), 2))

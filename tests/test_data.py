@@ -91,3 +91,10 @@ def test_split_takes_your_own_examples_of_any_shape():
 def test_split_refuses_bad_examples(x, y, message):
     with pytest.raises(ValueError, match=message):
         jc.data.split(x, y)
+
+
+def test_constants_of_the_training_split_are_not_divided_by_rounding():
+    x = np.random.default_rng(0).normal(size=(900, 2))
+    x[:, 1] = 0.1
+    data = jc.data.split(x, np.arange(900) % 2, name="own")
+    assert np.abs(data.test.x[:, 1]).max() < 1e-6

@@ -75,3 +75,13 @@ def test_an_agent_carries_what_it_learnt_from_problem_to_problem(small):
     for problems, num_steps in (([], 2), ([small], 0)):
         with pytest.raises(ValueError, match="expected at least one problem and num_steps of at least 1, got"):
             jc.pretrain.pretrain_agent(jax.random.key(0), agent, problems, num_steps=num_steps)
+
+
+def test_prefixes_without_a_finite_loss_are_not_learnt_from(small, lesson):
+    broken = lesson._replace(stop=np.where(np.arange(len(lesson.stop)) == 4, np.inf, lesson.stop))
+    critic = jc.pretrain_controller(jax.random.key(0), [broken], num_steps=5, width=8)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(critic))
+    with pytest.raises(ValueError, match="expected problems with chains of finite loss, got none"):
+        jc.pretrain_controller(
+            jax.random.key(0), [lesson._replace(best=np.full_like(lesson.best, np.nan))], num_steps=5
+        )

@@ -92,3 +92,15 @@ def test_a_bank_made_for_images_of_another_shape_says_so():
             make(jc.Batch(jnp.ones(shape), y), num_layers=2)
     with pytest.raises(ValueError, match=r"head DenseHead does not take the layers' shape \[6, 16, 16, 4\]"):
         jc.Problem(bank, jc.Batch(jnp.ones((6, 16, 16, 1)), y), max_layers=1)
+
+
+def test_labels_that_are_not_one_for_each_output_have_no_accuracy(bank):
+    data = make_batch()
+
+    def loss_fn(outputs, y):
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, y[:, 0])
+
+    column = jc.Problem(bank, jc.Batch(data.x, data.y[:, None]), 1, loss_fn=loss_fn)
+    out = jc.evaluate(column, np.array([[0, bank.num_layers]]))
+    assert np.isnan(out.accuracy).all()
+    np.testing.assert_allclose(out.loss, jc.evaluate(jc.Problem(bank, data, 1), np.array([[0, bank.num_layers]])).loss)

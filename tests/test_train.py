@@ -207,3 +207,12 @@ class TanhHead(nn.Module):
     @nn.compact
     def __call__(self, x):
         return nn.Dense(self.num_classes)(jnp.tanh(x))
+
+
+def test_labels_that_are_not_as_many_are_refused():
+    data = jc.data.load("wine")
+    modules = {"layer": jc.layers.Dense(13), "head": jc.layers.DenseHead(3), "num_steps": 1}
+    with pytest.raises(ValueError, match="expected examples and as many labels, at least one, got x .* and y .*"):
+        jc.train.independent(jax.random.key(0), jc.Batch(data.train.x[:9], data.train.y), num_nets=1, **modules)
+    with pytest.raises(ValueError, match="expected num_steps of at least 1, got 0"):
+        jc.train.snapshots(jax.random.key(0), data.train, **(modules | {"num_steps": 0}))
