@@ -6,7 +6,7 @@ The answers stand in questions.md, with [[file > key > ... | format]] in place o
 experiments/results/file.json, so no figure in README.md is typed by hand. `--write` does only that. Otherwise each script runs in
 turn; what was computed before is kept, so an interrupted run goes on. A script that fails is named at the end, and the others run.
 
-About 5 hours on 2 CPU cores. `--quick`: small sizes of each script, 10 minutes; nothing is written.
+About 8 hours on 2 CPU cores. `--quick`: small sizes of each script, 10 minutes; nothing is written.
 """
 
 import argparse

@@ -16,9 +16,9 @@ are looked up, each search runs ten times (linearized search, which needs weight
 *Mix*: chains of the blocks, embeddings and heads of both fine-tunes, on text of A and B in equal parts, beside each fine-tune, the
 base model, and the mean of the fine-tunes' weights (model soup).
 
-MINUTES of a CPU core a model, a fifth of them training; each part is kept when it is done, so an interrupted run goes on. `--quick`: one
-small model of few steps, two lengths, 4 minutes on 2 cores; nothing is written. Writes transformer_depth.json, .md and .png to
-experiments/results.
+Not yet run in full: about an hour of a CPU core a model, a sixth of it training; each part is kept when it is done, so an interrupted
+run goes on. `--quick`: one small model of few steps, two lengths, 4 minutes on 2 cores; nothing is written. Writes
+transformer_depth.json, .md and .png to experiments/results.
 """
 
 import argparse
