@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import jchain as jc
-from jchain import distributed, images, options, report
+from jchain import distributed, images, options, pipeline, report
 from jchain.data import Dataset
 from jchain.hub import jobs
 from jchain.problem import check_max_layers
@@ -57,14 +57,14 @@ def _search(args: argparse.Namespace) -> None:
     if not args.checkpoint:
         data = jc.data.load(args.data, args.seed, sizes=args.sizes, data_dir=args.data_dir)
         modules = _make_modules(args, data)  # which settles options that were left open
-        setting = report.train_setting(vars(args), data, modules)
+        setting = pipeline.train_setting(vars(args), data, modules)
     config = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(args).items()
         if name not in ("job", "json", "replace")
     }
-    setting = setting or report.checkpoint_setting(config)
-    job = report.search(config, setting, options.SEARCHES[args.search](args), options.UPDATES[args.update]())
+    setting = setting or pipeline.checkpoint_setting(config)
+    job = pipeline.search(config, setting, options.SEARCHES[args.search](args), options.UPDATES[args.update]())
     out = report.write(args.out, job, replace=args.replace)
     report.print_table(job)
     print(f"Wrote {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
@@ -220,7 +220,7 @@ def _describe(bank: jc.Bank, chain: np.ndarray, loss: Any, accuracy: Any) -> dic
     return {
         "chain": tokens,
         "layers": [bank.names[token] for token in tokens],
-        "loss": report.finite_or_none(loss),
+        "loss": pipeline.finite_or_none(loss),
         "accuracy": float(accuracy),
     }
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain import chain as chain_lib
-from jchain import lookup, pretrain, report
+from jchain import lookup, pipeline, pretrain
 from jchain._typing import Array, Float, Int
 from jchain.bank import Bank
 from jchain.data import Batch, Dataset
@@ -92,7 +92,7 @@ def make_bank(name: str, *, num_layers: int = NUM_LAYERS, depth: int = MAX_LAYER
         "num_steps": _NUM_STEPS[data_name],
     }
     modules = {"layer": ResidualMLP(int(data.train.x.shape[-1])), "head": DenseHead(data.num_classes)}
-    return report.make_bank(jax.random.key(seed), config, data, modules), data
+    return pipeline.make_bank(jax.random.key(seed), config, data, modules), data
 
 
 def build(folder: str | os.PathLike[str], names: Sequence[str] = NAMES) -> list[str]:

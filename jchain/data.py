@@ -22,6 +22,19 @@ class Batch(NamedTuple):
     y: Shaped[Array, "B ..."]  # [B], integer classes unless the loss wants something else
 
 
+def check_lengths(data: Batch) -> None:
+    """Refuse examples and labels that do not belong together.
+
+    Raises:
+      ValueError: there are none, or not as many of each.
+    """
+    x, y = data
+    if x.ndim == 0 or x.shape[0] == 0 or y.shape[:1] != x.shape[:1]:
+        raise ValueError(
+            f"expected examples and as many labels, at least one, got x {list(x.shape)} and y {list(y.shape)}"
+        )
+
+
 class Dataset(NamedTuple):
     """The four splits of a data set: stratified, disjoint, standardized with the statistics of `train`."""
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jchain._typing import Array, Float, Int, PyTree
 from jchain.bank import Bank, check_stem
-from jchain.data import Batch
+from jchain.data import Batch, check_lengths
 from jchain.groups import check_keeps_shape
 from jchain.pytree import is_concrete, pytree_dataclass, static
 
@@ -57,11 +57,7 @@ class Problem:
         object.__setattr__(self, "min_layers", _check_min_layers(self.min_layers, self.max_layers))
         object.__setattr__(self, "data", Batch(jnp.asarray(x), jnp.asarray(y)))
         object.__setattr__(self, "layer_cost", jnp.asarray(self.layer_cost, jnp.float32))
-        x, y = self.data
-        if x.ndim == 0 or x.shape[0] == 0 or y.shape[:1] != x.shape[:1]:
-            raise ValueError(
-                f"expected examples and as many labels, at least one, got x {list(x.shape)} and y {list(y.shape)}"
-            )
+        check_lengths(self.data)
         if self.layer_cost.shape not in ((), (self.bank.num_layers,)):
             raise ValueError(
                 f"expected one layer_cost or {self.bank.num_layers}, got shape {list(self.layer_cost.shape)}"

@@ -21,7 +21,7 @@ import optax
 
 from jchain._typing import Array, Float, Key, PyTree
 from jchain.bank import Bank, check_stem
-from jchain.data import Batch
+from jchain.data import Batch, check_lengths
 from jchain.groups import pick
 from jchain.pytree import is_concrete
 
@@ -222,10 +222,7 @@ def _check_data(data: Batch, recipe: _Recipe) -> None:
         raise ValueError(
             f"expected at least one layer module and one head module, got {len(recipe.layers)} and {len(recipe.heads)}"
         )
-    if data.x.ndim == 0 or data.x.shape[0] == 0 or data.y.shape[:1] != data.x.shape[:1]:
-        raise ValueError(
-            f"expected examples and as many labels, at least one, got x {list(data.x.shape)} and y {list(data.y.shape)}"
-        )
+    check_lengths(data)
     key = jax.random.key(0)
     try:
         outs = [jax.eval_shape(layer.init_with_output, key, data.x)[0] for layer in recipe.layers]

@@ -8,7 +8,7 @@ import pytest
 from checkpoints import QUESTION, TEXT, make_checkpoint, make_tensors, write, write_file
 
 import jchain as jc
-from jchain import report
+from jchain import pipeline
 from jchain.__main__ import main
 from jchain.hub.jobs import name_models
 
@@ -140,8 +140,8 @@ def test_local_search_begins_at_the_models_and_what_is_done_by_hand(folder, max_
     data = jc.hub.load_text(folder / "m0", folder / "text.txt", length=8)
     problem = jc.Problem(bank, data.search, max_layers)
     other = jc.RandomSearch()
-    assert report.begin_at_models(other, problem) is other
-    rows = report.begin_at_models(jc.LocalSearch(), problem).starts.tolist()
+    assert pipeline.begin_at_models(other, problem) is other
+    rows = pipeline.begin_at_models(jc.LocalSearch(), problem).starts.tolist()
     starts = [tuple(token for token in row if token >= 0) for row in rows]
     assert len(set(starts)) == len(starts) == {3: 4 + 3, 4: 1 + 4, 5: 1 + 4 + 1}[max_layers]
     for parent in bank.parents:

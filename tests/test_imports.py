@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "jchain"
 # Each module may import those before it.
 ORDER = [
     "_typing", "pytree", "invertible", "layers", "files", "chain", "groups", "bank", "align", "images", "data", "train", "problem", "trie", "backend", "calls", "engine", "kernels", "evaluate", "memo", "env", "descent", "linearize", "inverse", "halves", "match", "meet", "joint", "weight_space", "gradient", "ideal", "tails", "advice", "trends", "layer_report", "features", "rewards", "encoding", "glimpse", "replay", "lookup", "critic", "pretrain",
-    "progress", "search.base", "search", "hub.config", "hub.modules", "hub.wrapping", "hub.architecture", "hub.gpt2", "hub.llama", "hub.gpt_neox", "hub.vit", "hub.checkpoint", "hub.places", "hub.reading", "hub.loading", "hub.datasets", "hub.recipes", "hub.exporting", "hub.jobs", "hub", "tune", "nursery", "updates", "plot", "stats", "report", "chainbench", "distributed", "options", "__main__",
+    "progress", "search.base", "search", "hub.config", "hub.modules", "hub.wrapping", "hub.architecture", "hub.gpt2", "hub.llama", "hub.gpt_neox", "hub.vit", "hub.checkpoint", "hub.places", "hub.reading", "hub.loading", "hub.datasets", "hub.recipes", "hub.exporting", "hub.jobs", "hub", "tune", "nursery", "updates", "plot", "stats", "pipeline", "report", "chainbench", "distributed", "options", "__main__",
 ]  # fmt: skip
 HEAVY = ("rlax", "mctx", "tensorflow_datasets", "matplotlib", "transformers")
 EVALUATE = """

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jchain as jc
-from jchain import report
+from jchain import pipeline
 from jchain.__main__ import main
 
 SMALL = ["--data", "wine", "--num-layers", "4", "--depth", "2", "--num-steps", "30", "--budget", "300"]
@@ -131,13 +131,13 @@ def test_a_result_is_not_overwritten_unless_told_to(result_folder, capsys, monke
     assert main([*argv, "--replace"]) == 0
     assert json.loads((result_folder / "result.json").read_text())["config"]["seed"] == 1
     assert [path.name for path in result_folder.parent.iterdir()] == ["out"]
-    found, notes = report.search, result_folder / "notes.txt"
+    found, notes = pipeline.search, result_folder / "notes.txt"
 
     def search_while_notes_are_taken(*args):
         notes.write_text("mine")
         return found(*args)
 
-    monkeypatch.setattr(report, "search", search_while_notes_are_taken)
+    monkeypatch.setattr(pipeline, "search", search_while_notes_are_taken)
     assert main([*argv, "--replace"]) == 0
     assert "out-2: bank.safetensors, curve.png, result.json" in capsys.readouterr().out
     assert notes.read_text() == "mine"

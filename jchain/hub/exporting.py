@@ -21,7 +21,7 @@ from jchain.files import find_umask
 from jchain.hub.architecture import Architecture
 from jchain.hub.checkpoint import CONFIG, INDEX, WEIGHTS, read_json
 from jchain.hub.places import describe, find_places
-from jchain.hub.wrapping import Entries, Entry, Exit, Restart, Within
+from jchain.hub.wrapping import Entries, Entry, Exit, Restart, Within, find_restarts
 
 # Written anew, or of the weights as they were.
 _OWN_FILES = (CONFIG, "README.md", "mergekit.yaml")
@@ -167,7 +167,7 @@ def _check_sources(model: Model, source: Any) -> None:
 def _find_changed(bank: Bank, tokens: Sequence[int]) -> list[str]:
     """What of a chain has other weights than the checkpoint it came from."""
     versions = np.asarray(bank.get_versions())
-    choices = {token for group in bank.layers if isinstance(group.module, Restart) for token in group.tokens}
+    choices = find_restarts(bank)
     return sorted({bank.names[token] for token in tokens if versions[token] > 0 and token not in choices})
 
 

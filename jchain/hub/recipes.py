@@ -15,7 +15,7 @@ from jchain._typing import Array, Float, Int, Shaped
 from jchain.bank import Bank
 from jchain.calls import apply_token
 from jchain.evaluate import evaluate
-from jchain.hub.wrapping import Restart, Within
+from jchain.hub.wrapping import Within, find_restarts
 from jchain.problem import Problem
 
 
@@ -79,7 +79,7 @@ def find_starts(bank: Bank, max_layers: int, *, min_layers: int = 0) -> Int[np.n
 
 def _split(bank: Bank, parent: Sequence[int]) -> tuple[list[int], list[int]]:
     """The embeddings of a model, where they are a layer, and its blocks with the head."""
-    restarts = {token for group in bank.layers if isinstance(group.module, Restart) for token in group.tokens}
+    restarts = find_restarts(bank)
     return [token for token in parent if token in restarts], [token for token in parent if token not in restarts]
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jchain._typing import Array, Float, PyTree, Shaped
+from jchain.bank import Bank
 
 
 class Entry(nn.Module):
@@ -67,6 +68,11 @@ class Restart(nn.Module):
     def project(self, params: PyTree) -> PyTree:
         """The same choice after a step of an optimizer, which may have decayed it as a weight."""
         return {"shares": jnp.round(params["shares"])}
+
+
+def find_restarts(bank: Bank) -> set[int]:
+    """The tokens that are embeddings."""
+    return {token for group in bank.layers if isinstance(group.module, Restart) for token in group.tokens}
 
 
 class Exit(nn.Module):
