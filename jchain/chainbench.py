@@ -25,8 +25,8 @@ from jchain.evaluate import evaluate_all
 from jchain.features import NUM_FEATURES
 from jchain.files import checksum, read_arrays, write_arrays
 from jchain.layers import DenseHead, ResidualMLP
+from jchain.pipeline import SPLITS
 from jchain.problem import Problem
-from jchain.report import SPLITS
 
 DATA = ("digits", "wine", "breast_cancer")
 KINDS = ("independent", "routed", "snapshots", "random")
