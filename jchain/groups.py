@@ -43,7 +43,7 @@ def group_by_module(
     groups = []
     for kept in dict.fromkeys(modules):
         places = [i for i, other in enumerate(modules) if other == kept]
-        stacked = _stack([params[i] for i in places], kind)
+        stacked = _stack({f"{kind} {i}": params[i] for i in places})
         groups.append(LayerGroup(stacked, kept, tuple(first_token + i for i in places)))
     return tuple(groups)
 
@@ -56,7 +56,7 @@ def merge(members: list[tuple[LayerGroup, np.ndarray]]) -> tuple[LayerGroup, ...
         tokens = np.concatenate([new[list(group.tokens)] for group, new in same])
         order = [i for i in np.argsort(tokens, kind="stable") if tokens[i] >= 0]
         if order:
-            _stack([pick(group.params, 0) for group, _ in same], "layer")
+            _stack({f"token {new[group.tokens[0]]} of the new bank": pick(group.params, 0) for group, new in same})
             whole = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(group.params for group, _ in same))
             merged.append(LayerGroup(pick(whole, np.array(order)), module, tuple(int(tokens[i]) for i in order)))
     return tuple(merged)
@@ -112,10 +112,12 @@ def find_input_shape(group: LayerGroup) -> tuple[int, ...] | None:
     return taken[0] if taken else None
 
 
-def _stack(params: Sequence[PyTree], kind: str) -> PyTree:
-    for i, tree in enumerate(params):
-        _check_alike(tree, params[0], f"params of {kind} {i} do not stack", f"{kind} 0")
-    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *params)
+def _stack(params: dict[str, PyTree]) -> PyTree:
+    """Params by the names that errors call them, with a leading axis."""
+    (first, expected), *others = params.items()
+    for name, tree in others:
+        _check_alike(tree, expected, f"params of {name} do not stack", first)
+    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *params.values())
 
 
 def _check_alike(params: PyTree, other: PyTree, problem: str, name: str) -> None:

@@ -222,13 +222,14 @@ class CloneThenTune:
                 cost = _price(problem, train, _count(chain), self.num_steps)
                 update_calls += cost
                 loss = evaluate(problem.without_names(), chain[None]).loss
+                counts = (1, int(not jnp.isfinite(loss[0])))
                 pool = base.merge(base.empty_pool(num_finalists, problem), jnp.asarray(chains), pool.loss)
                 pool = base.merge(pool, jnp.asarray(chain)[None], loss)
                 paid, calls = cost + _count(chain), 0
                 if i < self.num_rounds - 1:
                     state, calls = _go_on(restart_key, search, state, problem.without_names(), pool.chains)
                 is_affordable = spent + paid + int(calls) <= budget
-                runs = _amend(runs, state, pool, paid + int(calls) * is_affordable)
+                runs = _amend(runs, state, pool, paid + int(calls) * is_affordable, counts)
                 parts.append(_note(runs))
                 if not is_affordable:
                     break

@@ -58,6 +58,14 @@ class Widen(nn.Module):
             r"params of layer 3 do not stack: expected float32\[7\] at \['Dense_0'\]\['bias'\] as in layer 0, got float32\[6\]",
         ),
         (LAYER, [*LAYERS, {"Dense_0": LAYERS[0]["Dense_0"]}], HEAD, HEADS, {}, "params of layer 3 do not stack: expected the structure"),
+        (
+            [jc.layers.Dense(5), LAYER, LAYER],
+            [init_params(jc.layers.Dense(5), jax.random.key(0), 1, (5,))[0], LAYERS[0], {"Dense_0": LAYERS[0]["Dense_0"]}],
+            HEAD,
+            HEADS,
+            {},
+            "params of layer 2 do not stack: expected the structure",
+        ),
         (Widen(), init_params(Widen(), jax.random.key(0), 2, (5,)), HEAD, HEADS, {}, r"Widen must keep the shape of its input: expected float32\[1, 5\], got float32\[1, 10\]"),
         (nn.Conv(4, (3, 3)), init_params(nn.Conv(4, (3, 3)), jax.random.key(0), 2, (8, 8, 2)), HEAD, HEADS, {}, "Conv must keep the shape"),
         (LAYER, LAYERS, HEAD, HEADS, {"names": ["a", "b"]}, r"expected 3 names \(layers\) or 5 .* got 2"),
@@ -95,6 +103,11 @@ def test_concat_moves_parents_and_refuses_other_stems():
         jc.Bank.concat([a, make_bank(2, 1, stem=stem, stem_params=params)])
     with pytest.raises(ValueError, match="empty bank"):
         jc.Bank.concat([])
+    wide = jc.Bank.stack(
+        LAYER, init_params(jc.layers.ResidualMLP(5, hidden=6), jax.random.key(0), 1, (5,)), HEAD, HEADS
+    )
+    with pytest.raises(ValueError, match=r"token 2 of the new bank do not stack: .* as in token 0 of the new bank"):
+        jc.Bank.concat([make_bank(2, 1), wide])
 
 
 def test_take(two_group_bank):

@@ -126,6 +126,9 @@ def test_nothing_is_overwritten_or_left_half_written(tmp_path, monkeypatch):
 def test_a_recipe_and_a_card_stand_beside_the_weights(tmp_path):
     folder = write(tmp_path / "model")
     (folder / "tokenizer.json").write_text("{}")
+    for name in ("additional_chat_templates", "runs"):
+        (folder / name).mkdir()
+        (folder / name / "tools.jinja").write_text("{{ messages }}")
     bank = jc.hub.load(folder, name="tiny")
     out = jc.hub.export(bank, [0, 1, 1, 0, 2], folder, tmp_path / "out", facts={"loss on test": 1.25})
     recipe = (out / "mergekit.yaml").read_text()
@@ -136,6 +139,8 @@ def test_a_recipe_and_a_card_stand_beside_the_weights(tmp_path):
     assert "`tiny/0 -> tiny/1 -> tiny/1 -> tiny/0`. Embeddings of tiny, output layer of tiny." in card
     assert "| loss on test | 1.25 |" in card
     assert (out / "tokenizer.json").read_text() == "{}"
+    assert [path.name for path in out.iterdir() if path.is_dir()] == ["additional_chat_templates"]
+    assert (out / "additional_chat_templates" / "tools.jinja").read_text() == "{{ messages }}"
     assert jc.hub.load(out).num_layers == 4
 
 

@@ -72,6 +72,8 @@ def test_the_budget_holds_for_search_and_gradient_steps_together(policy, outcome
     assert (outcome.update_calls > 0) == (not isinstance(policy, updates.Frozen))
     if isinstance(policy, updates.SharedUpdates):  # of all steps, not of the last part alone
         assert result.num_chains > AGENT.num_chains * len(result.curve.layer_calls)
+    if isinstance(policy, updates.CloneThenTune):  # with the chain of copies of each round
+        assert result.num_chains % AGENT.num_chains == policy.num_rounds
 
 
 def test_the_same_key_gives_the_same_outcome(policy, outcome, two_group_problem):

@@ -25,6 +25,8 @@ from jchain.hub.wrapping import Entries, Entry, Exit, Restart, Within, find_rest
 
 # Written anew, or of the weights as they were.
 _OWN_FILES = (CONFIG, "README.md", "mergekit.yaml")
+# The one folder that belongs to a tokenizer: chat templates by name.
+_TEMPLATES = "additional_chat_templates"
 _WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite", ".npz",
     ".index.json",
@@ -95,6 +97,8 @@ def export(
         for path in sorted(first.iterdir()):
             if path.is_file() and path.name not in _OWN_FILES and not path.name.endswith(_WEIGHT_SUFFIXES):
                 shutil.copy(path, folder / path.name)
+            elif path.is_dir() and path.name == _TEMPLATES:
+                shutil.copytree(path, folder / path.name)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         write_shards(folder, tensors, max_shard_size)
         (folder / "mergekit.yaml").write_text(make_recipe(model, paths, changed))
