@@ -16,9 +16,9 @@ are looked up, each search runs ten times (linearized search, which needs weight
 *Mix*: chains of the blocks, embeddings and heads of both fine-tunes, on text of A and B in equal parts, beside each fine-tune, the
 base model, and the mean of the fine-tunes' weights (model soup).
 
-Not yet run in full: about an hour of a CPU core a model, a sixth of it training; each part is kept when it is done, so an interrupted
-run goes on. `--quick`: one small model of few steps, two lengths, 4 minutes on 2 cores; nothing is written. Writes
-transformer_depth.json, .md and .png to experiments/results.
+About an hour of a CPU core a model, a sixth of it training; each part is kept when it is done, so an interrupted run goes on.
+`--quick`: one small model of few steps, two lengths, 4 minutes on 2 cores; nothing is written. Writes transformer_depth.json, .md
+and .png to experiments/results; the figure shows differences from each model itself.
 """
 
 import argparse
@@ -329,32 +329,41 @@ def format_tables(result: dict[str, Any]) -> str:
 
 
 def draw(path: str, result: dict[str, Any]) -> None:
-    """Loss against blocks, and the mix."""
+    """Loss against blocks, and the mix, each above that of the base model itself, as models differ by more than what is compared."""
+    depth, mix = result["depth"], result["mix"]
+    own = np.array(depth["nothing dropped"][str(result["config"]["model"]["depth"])]["by_model"])
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for arm in (*RECIPES, FOUND, STARTED, CHOSEN):
-        rows = sorted((int(k), row) for k, row in result["depth"].get(arm, {}).items())
-        values = np.array([(k, row["value"], row["low"], row["high"]) for k, row in rows])
+    arms = (*(arm for arm in RECIPES if arm != "nothing dropped"), FOUND, STARTED)
+    for arm, shift in zip(arms, np.linspace(-0.12, 0.12, len(arms)), strict=True):
+        places = sorted(map(int, depth[arm]))
+        values, errors = find_differences([depth[arm][str(k)]["by_model"] for k in places], own)
         style = {"ls": "--", "marker": "s", "ms": 4} if arm in RECIPES else {"marker": "o", "lw": 2}
-        (line,) = left.plot(values[:, 0], values[:, 1], label=arm, **style)
-        left.fill_between(values[:, 0], values[:, 2], values[:, 3], alpha=0.15, color=line.get_color())
-    left.set(xlabel="blocks", ylabel="loss on test, nats per byte", title="Fewer and more blocks", yscale="log")
+        left.errorbar(np.array(places) + shift, values, errors, label=arm, capsize=2, **style)
+    left.axhline(0, color="black", lw=0.8)
+    left.set(xlabel="blocks", ylabel="loss on test above the model's, nats per byte", title="Fewer and more blocks")
     left.legend(fontsize=8)
-    arms = [arm for arm in result["mix"] if arm != "random mix"]
-    values = np.array([[result["mix"][arm][of] for of in ("value", "low", "high")] for arm in arms])
-    errors = np.abs(values[:, 1:] - values[:, :1]).T
-    right.barh(
-        arms[::-1],
-        values[::-1, 0],
-        xerr=errors[:, ::-1],
-        color=["tab:blue" if a in (*SEARCHES, STARTED, CHOSEN) else "gray" for a in arms[::-1]],
-    )
+    arms = [arm for arm in mix if arm not in ("base", "random mix")][::-1]
+    values, errors = find_differences([mix[arm]["by_model"] for arm in arms], np.array(mix["base"]["by_model"]))
+    for i, (arm, value) in enumerate(zip(arms, values, strict=True)):
+        color = "tab:gray" if arm in MODELS.values() else "tab:blue"
+        right.errorbar(value, i, xerr=errors[:, i : i + 1], marker="o", color=color, capsize=2)
     right.set(
-        xlabel="loss on test, nats per byte", title="Blocks of two fine-tunes", xlim=(0.9 * values[:, 0].min(), None)
+        xlabel="loss on test above the base model's, nats per byte",
+        title="Blocks of two fine-tunes",
+        yticks=range(len(arms)),
+        yticklabels=arms,
     )
     for ax in (left, right):
         ax.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
+
+
+def find_differences(by_model: list[list[float]], own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Interquartile means over models of what each arm is above `own`, and how far their intervals reach to both sides."""
+    rows = [jc.stats.iqm([np.subtract(losses, own)]) for losses in by_model]
+    values = np.array([row.value for row in rows])
+    return values, np.array([[row.value - row.low for row in rows], [row.high - row.value for row in rows]])
 
 
 if __name__ == "__main__":

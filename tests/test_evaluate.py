@@ -149,17 +149,20 @@ def test_every_plan_and_dtype_on_random_problems(plan, data):
 
 
 @pytest.mark.parametrize(
-    ("layer", "shape"),
-    [(jc.layers.ConvBlock(3, depth=2), (4, 4, 3)), (jc.layers.TransformerBlock(4, 2), (3, 4))],
-    ids=str,
+    ("layer", "shape", "shares"),
+    [
+        (jc.layers.ConvBlock(3, depth=2), (4, 4, 3), tuple(jc.Share)),
+        (jc.layers.TransformerBlock(4, 2), (3, 4), (jc.Share.LAYER,)),
+    ],
+    ids=["images", "sequences"],
 )
-def test_images_and_sequences(layer, shape):
+def test_images_and_sequences(layer, shape, shares):
     data = jc.Batch(jax.random.normal(jax.random.key(0), (6, *shape)), jnp.arange(6) % 3)
     layers, heads = init_params(layer, jax.random.key(1), 4, shape), init_params(HEAD, jax.random.key(2), 1, shape)
     problem = jc.Problem(jc.Bank.stack(layer, layers, HEAD, heads), data, 2)
     chains, out = jc.evaluate_all(problem)
     assert_matches_reference(problem, chains, out)
-    for share in jc.Share:
+    for share in shares:
         forced = jc.evaluate(problem, chains, plan=jc.Blocks(16, (1, 4), share))
         np.testing.assert_allclose(forced.loss, out.loss, rtol=1e-5)
 

@@ -185,6 +185,6 @@ def test_evaluate_refuses_damaged_and_missing_files(result_folder, tmp_path, cap
 def test_a_search_whose_chains_are_all_broken_says_so(tmp_path, capsys, monkeypatch):
     make = jc.train.routed
     monkeypatch.setattr("jchain.train.routed", lambda *a, **k: jax.tree.map(lambda leaf: leaf * np.nan, make(*a, **k)))
-    assert main(["search", *SMALL, "--out", str(tmp_path / "out")]) == 2
+    assert main(["search", *SMALL, "--search", "random", "--out", str(tmp_path / "out")]) == 2
     assert "no chain has a finite loss" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

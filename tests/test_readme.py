@@ -77,3 +77,31 @@ def test_the_table_of_searches_shows_the_results():
     table = (ROOT / "experiments" / "results" / "arena.md").read_text().strip()
     assert table.startswith("| search |")
     assert table in README
+
+
+def test_the_table_of_transformers_shows_the_results():
+    result = json.loads((ROOT / "experiments" / "results" / "transformer_depth.json").read_text())
+    wins, mix = result["wins"], result["mix"]
+    for name, cells in [
+        ("best recipe", [f"{row['loss']:.3f}" for row in wins.values()]),
+        ("local search that begins at recipes", [f"{row['found']['loss']:.3f}" for row in wins.values()]),
+        (
+            "lower, equal in, of 5 models",
+            [f"{row['found']['lower']}, {row['found']['equal']}" for row in wins.values()],
+        ),
+    ]:
+        assert f"| {name} | {' | '.join(cells)} |" in README
+    found = mix["local search from recipes"]
+    said = [f"{found['value']:.3f}\n[{found['low']:.3f}, {found['high']:.3f}]"]
+    said.append(" and ".join(f"{mix[f'fine-tune {name}']['value']:.3f}" for name in "ab"))
+    said.append(f"the mean of their weights {mix['soup of both']['value']:.3f}")
+    for words in said:
+        assert words in README
+
+
+def test_the_speed_of_transformers_is_that_of_the_results():
+    result = json.loads((ROOT / "benchmarks" / "results" / "hub_cpu.json").read_text())
+    for row in result["rows"]:
+        assert f"{row['torch_seconds'] / row['seconds']:.2f}" in README
+    low, *_, high = sorted(row["of_limit"] for row in result["rows"])
+    assert f"{low:.0%} to {high:.0%}".replace("%", "", 1) + " of the limit" in README
