@@ -28,7 +28,7 @@ class Advice(NamedTuple):
 def init(problem: Problem) -> Advice:
     """Of no chain: nothing is said."""
     num_slots, num_entries = problem.max_layers + 1, problem.bank.num_layers + problem.bank.num_heads
-    return Advice(jnp.full(num_slots, PADDING, jnp.int32), jnp.zeros((num_slots, num_entries, _NUM_KINDS)))
+    return Advice(jnp.full(num_slots, PADDING, jnp.int32), jnp.zeros((num_slots, num_entries, _NUM_KINDS), jnp.float32))
 
 
 def update(advice: Advice, problem: Problem, chain: Int[Array, "L"], kind: str) -> tuple[Advice, Int[Array, ""]]:
@@ -65,7 +65,7 @@ def read(advice: Advice, slot: Int[Array, ""], is_same: Bool[Array, ""]) -> Floa
 
 def init_weights() -> Float[Array, "6"]:
     """Of `read`'s features in a logit: at first, gains count where the prefix is that of the advised chain."""
-    return jnp.array([0.0, 0.0, 0.0, 0.0, 1.0, 1.0])
+    return jnp.array([0.0, 0.0, 0.0, 0.0, 1.0, 1.0], jnp.float32)
 
 
 def _make_features(problem: Problem, chain: Int[Array, "L"], scores: EditScores) -> Float[Array, "L E 3"]:
