@@ -107,7 +107,7 @@ def _add_search(commands: Any) -> None:
     search.add_argument(
         "--max-layers",
         type=int,
-        help="most layers in a chain (default: depth; of checkpoints as many as a model has that are not pinned)",
+        help="most layers in a chain, beside pinned ones (default: depth; of checkpoints as many as a model has)",
     )
     search.add_argument("--min-layers", type=int, default=0, help="fewest layers in a chain (default: %(default)s)")
     search.add_argument(
@@ -172,7 +172,8 @@ def _add_pretrained(search: argparse.ArgumentParser) -> None:
         "--sweep",
         type=int,
         metavar="K",
-        help="search chains of at most K, K + 1, ... layers too, up to --max-layers, the budget for each, beside recipes",
+        help="search chains of at most K, K + 1, ... layers beside pinned ones too, up to --max-layers, the budget for each, "
+        "and compare recipes",
     )
     pretrained.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of weights (default: the file's)"

@@ -48,7 +48,7 @@ def plot_sweep(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) 
         axes.plot(*zip(*points, strict=True), marker="s", linestyle="--", label=name)
     points = [(row["max_layers"], row["loss"]["test"]) for row in rows]
     axes.plot(*zip(*points, strict=True), marker="o", color="black", label="chain found")
-    axes.set(xlabel="layers, at most", ylabel="loss on test")
+    axes.set(xlabel="layers beside pinned ones, at most", ylabel="loss on test", xticks=[x for x, _ in points])
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))

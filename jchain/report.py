@@ -55,7 +55,7 @@ def _make_sweep_table(rows: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
     names = list(dict.fromkeys(name for row in rows for name in row["recipes"]))
-    table = Table(title="loss (accuracy) on test by layers", title_justify="left")
+    table = Table(title="loss (accuracy) on test by layers beside pinned ones", title_justify="left")
     for name in ("at most", "chain found", *names):
         table.add_column(name, justify="right")
     for row in rows:
@@ -66,7 +66,12 @@ def _make_sweep_table(rows: list[dict[str, Any]]) -> Any:
 
 
 def _cell(loss: float | None, accuracy: float) -> str:
-    return "not finite" if loss is None else f"{loss:.4f} ({accuracy:.1%})"
+    return _show(loss) if loss is None else f"{_show(loss)} ({accuracy:.1%})"
+
+
+def _show(loss: float | None) -> str:
+    """A loss, None where it is not finite."""
+    return "not finite" if loss is None else f"{loss:.4f}"
 
 
 def check_out(path: Path, *, replace: bool) -> None:
@@ -151,7 +156,7 @@ def tell(path: Path) -> dict[str, Any]:
     data = config.get("text") or config.get("choices") or config.get("data")
     told: dict[str, Any] = {"data": ", ".join(data) if isinstance(data, list) else data}
     for split in SPLITS:
-        told[f"loss on {split}"] = f"{result['loss'][split]}, the model as it was {parent[split]}"
+        told[f"loss on {split}"] = f"{_show(result['loss'][split])}, the model as it was {_show(parent[split])}"
     if result["chosen"] != "search":
         told["recipe"] = f"{result['chosen']}: what the search found was no better on select"
     told["search"] = f"{config['search']}, seed {config['seed']}, {result['layer_calls']:,} layer calls"

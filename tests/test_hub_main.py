@@ -64,7 +64,7 @@ def test_a_result_is_exported_as_a_checkpoint(folder, result, tmp_path, capsys):
     out = jc.evaluate(jc.Problem(bank, data.test, bank.num_layers), np.array([bank.parents[0]]))
     assert float(out.loss[0]) == pytest.approx(found["loss"]["test"], rel=1e-5)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert str(found["loss"]["test"]) in card
+    assert f"| loss on test | {found['loss']['test']:.4f}, the model as it was " in card
     assert "--search random --budget 80" in card
     assert main(["export", str(result), "--out", str(tmp_path / "out")]) == 2
     assert "expected no folder at" in capsys.readouterr().err
