@@ -17,7 +17,7 @@ import jchain as jc
 from jchain import distributed, images, options, pipeline, report
 from jchain.data import Dataset
 from jchain.hub import jobs
-from jchain.problem import check_max_layers
+from jchain.problem import check_max_layers, check_min_layers
 
 # Convolutions of a block, in turn.
 CONV_DEPTHS = (1, 2, 3)
@@ -88,6 +88,8 @@ def _check_checkpoint(args: argparse.Namespace) -> None:
     if args.sweep is not None:
         if args.sweep < 0:
             raise ValueError(f"expected --sweep of at least 0, got {args.sweep}")
+        if args.max_layers is not None and args.sweep >= args.max_layers:
+            raise ValueError(f"expected --sweep below the most layers of a chain, {args.max_layers}, got {args.sweep}")
         if args.update != "never":
             raise ValueError(f"expected --update never with --sweep, got {args.update}")
     args.checkpoint = [str(Path(path).resolve()) for path in args.checkpoint]
@@ -109,6 +111,12 @@ def _check_search(args: argparse.Namespace) -> None:
         raise ValueError(
             f"expected --layer of {', '.join(invertible)}, which can be undone, got {args.layer or 'the default'}"
         )
+    if args.budget < 1:
+        raise ValueError(f"expected a budget of at least 1, got {args.budget}")
+    if args.max_layers is not None:
+        check_min_layers(args.min_layers, args.max_layers)
+    if not 0 <= args.layer_cost < float("inf"):
+        raise ValueError(f"expected a finite --layer-cost of at least 0, got {args.layer_cost}")
     if args.encoding and args.search != "actor-critic":
         raise ValueError(f"expected --search actor-critic with --encoding, got {args.search}")
     if args.update == "shared" and args.search != "actor-critic":
@@ -126,7 +134,10 @@ def _make_modules(args: argparse.Namespace, data: Dataset) -> dict[str, Any]:
     if args.num_heads is None:
         args.num_heads = 2 if is_image and not has_nets else 1
     if not is_image:
+        if args.channels is not None:
+            raise ValueError(f"expected --channels for images alone, got it for {list(shape)}")
         return {"layer": options.LAYERS[args.layer](shape[-1]), "head": jc.layers.DenseHead(data.num_classes)}
+    args.channels = 16 if args.channels is None else args.channels
     stem = jc.layers.ConvStem(args.channels, pool=max(1, max(shape[:2]) // CONV_SIDE))
     return {
         "layer": [jc.layers.ConvBlock(args.channels, depth) for depth in CONV_DEPTHS],

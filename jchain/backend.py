@@ -43,7 +43,9 @@ def find_backend(problem: Problem, *arrays: Array) -> str:
       ValueError: they lie on different devices.
     """
     devices = {
-        frozenset(leaf.devices()) for leaf in jax.tree.leaves((problem, arrays)) if is_concrete(leaf) and leaf.committed
+        frozenset(leaf.devices())
+        for leaf in jax.tree.leaves((problem, arrays))
+        if isinstance(leaf, jax.Array) and is_concrete(leaf) and leaf.committed
     }
     if len(devices) > 1:
         places = " and ".join(sorted(str(sorted(map(str, place))) for place in devices))
@@ -53,7 +55,7 @@ def find_backend(problem: Problem, *arrays: Array) -> str:
 
 
 def default_memory_limit() -> int:
-    """A quarter of the memory of the default device, in bytes."""
+    """A quarter of the memory of the first local device, in bytes."""
     stats = jax.local_devices()[0].memory_stats()
     total = stats["bytes_limit"] if stats else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(total * _MEMORY_SHARE)

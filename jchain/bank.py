@@ -110,7 +110,7 @@ class Bank:
         bank = Bank(
             layers=group_by_module(layer, layer_params, "layer", 0),
             heads=group_by_module(head, head_params, "head", num_layers),
-            stem_params=stem_params,
+            stem_params=jax.tree.map(jnp.asarray, stem_params),
             stem=stem,
             names=_complete_names(names, num_layers, num_heads),
             origins=tuple(origins or ("given",) * (num_layers + num_heads)),

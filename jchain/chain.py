@@ -31,7 +31,10 @@ def validate(chains: Any, num_layers: int, num_heads: int, max_layers: int | Non
     array = np.asarray(chains)
     expected = "[P, L]" if max_layers is None else f"[P, {max_layers + 1}]"
     if array.ndim not in (1, 2) or (max_layers is not None and array.shape[-1] != max_layers + 1):
-        raise ValueError(f"expected chains of shape {expected} (L = max_layers + 1), got {list(array.shape)}")
+        raise ValueError(
+            f"expected chains of shape {expected} (L = max_layers + 1), got {list(array.shape)}: "
+            "jc.chain.pad fills shorter ones, longer ones need more max_layers"
+        )
     if not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"expected chains of integer tokens, got dtype {array.dtype}")
     rows = np.atleast_2d(array)

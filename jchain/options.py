@@ -91,7 +91,7 @@ def _add_search(commands: Any) -> None:
         choices=sorted([*LAYERS, "conv"]),
         help="module of the layers; conv: blocks of 1, 2 and 3 convolutions in turn (default: conv for images, else residual)",
     )
-    search.add_argument("--channels", type=int, default=16, help="of convolutions (default: %(default)s)")
+    search.add_argument("--channels", type=int, help="of convolutions (default: 16)")
     search.add_argument("--num-layers", type=int, default=12, help="layers in the bank (default: %(default)s)")
     search.add_argument(
         "--num-heads",
@@ -107,7 +107,8 @@ def _add_search(commands: Any) -> None:
     search.add_argument(
         "--max-layers",
         type=int,
-        help="most layers in a chain, beside pinned ones (default: depth; of checkpoints as many as a model has)",
+        help="most layers in a chain, beside pinned ones; embeddings of another checkpoint are one "
+        "(default: depth; of checkpoints as many as a model has)",
     )
     search.add_argument("--min-layers", type=int, default=0, help="fewest layers in a chain (default: %(default)s)")
     search.add_argument(
@@ -160,7 +161,9 @@ def _add_pretrained(search: argparse.ArgumentParser) -> None:
         "--choices", metavar="FILE", help='or JSON lines of {"question": ..., "choices": [...], "answer": 0}'
     )
     pretrained.add_argument(
-        "--length", type=int, help="tokens of a sequence, or question (default: 128, or the longest)"
+        "--length",
+        type=int,
+        help="tokens of a sequence, or question (default: 128 or as many as the model takes, and the longest question)",
     )
     pretrained.add_argument(
         "--pinned",

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import platform
 import sys
 import time
@@ -10,6 +11,7 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import jchain
@@ -35,6 +37,7 @@ class Job(NamedTuple):
     result: dict[str, Any]  # result.json
     bank: Bank
     run: Result
+    levels: dict[str, float | None]  # losses on search to compare the curve with, the price of layers included
 
 
 class Setting(NamedTuple):
@@ -130,17 +133,20 @@ def search(config: Mapping[str, Any], setting: Setting, method: Search, policy: 
         raise ValueError(f"no chain has a finite loss: {found.num_chains} were scored")
     _say("Re-ranking the finalists, scoring the controls ...")
     width = max(max_layers, *(len(parent) - 1 for parent in made.parents), config["depth"])
-    parent, of = _score_best_parent(control_key, setting, made, width)
-    by_hand = _score_recipes(setting, problem, of, width) if config.get("checkpoint") else {}
+    parent, parent_price = _score_best_parent(control_key, setting, made, width)
+    by_hand = _score_recipes(setting, problem, width) if config.get("checkpoint") else {}
     # Weights that were updated are compared with the models as they were, not with these after the updates.
     tokens, chosen = _pick(setting, bank, found.finalists, by_hand if is_frozen else {}, problem)
     scores = _score(setting, bank, tokens, width)
     random_chain = _score_random_chain(chain_key, setting, made, len(tokens) - 1, width)
     count = chain.count(made.num_layers, made.num_heads, max_layers, min_layers=problem.min_layers)
-    optimum = None
+    optimum = optimum_price = None
     if count <= setting.max_optimum_chains:
         _say(f"Evaluating all {count:,} chains for the optimum ...")
-        optimum = finite_or_none(evaluate_all(problem)[1].loss.min())
+        chains, out = evaluate_all(problem)
+        best = int(out.loss.argmin())
+        optimum_price = float(problem.price(jnp.asarray(chains[best])))
+        optimum = finite_or_none(out.loss[best] - optimum_price)
     result = {
         "best_chain": tokens,
         "chosen": chosen,
@@ -161,13 +167,16 @@ def search(config: Mapping[str, Any], setting: Setting, method: Search, policy: 
     }
     if config.get("sweep") is not None:
         result["sweep"] = [
-            _search_at(num, search_key, config, setting, method, made, of, width)
+            _search_at(num, search_key, config, setting, method, made, width)
             for num in range(config["sweep"], max_layers)
         ]
         last = {"max_layers": max_layers, "chain": tokens, "chosen": chosen, **scores, "recipes": by_hand}
         result["sweep"].append(last)
     result["seconds"] = round(time.perf_counter() - start, 1)
-    return Job(result, bank, found)
+    prices = {"best parent": parent_price, "optimum": optimum_price}
+    losses = {"best parent": parent["loss"]["search"], "optimum": optimum}
+    levels = {name: None if loss is None else loss + prices[name] for name, loss in losses.items()}
+    return Job(result, bank, found, levels)
 
 
 def _search_at(
@@ -177,14 +186,13 @@ def _search_at(
     setting: Setting,
     method: Search,
     bank: Bank,
-    parent: list[int],
     width: int,
 ) -> dict[str, Any]:
     """What is found where chains have at most so many layers, beside recipes for as many."""
     _say(f"Searching chains of at most {max_layers} layers ...")
     problem = setting.price(bank, "search", max_layers, min_layers=min(config["min_layers"], max_layers))
     found = run(key, begin_at_models(method, problem), problem, budget=config["budget"], progress=True)
-    by_hand = _score_recipes(setting, problem, parent, width)
+    by_hand = _score_recipes(setting, problem, width)
     tokens, chosen = _pick(setting, bank, found.finalists, by_hand, problem)
     scores = _score(setting, bank, tokens, width)
     return {"max_layers": max_layers, "chain": tokens, "chosen": chosen, **scores, "recipes": by_hand}
@@ -198,10 +206,20 @@ def begin_at_models(method: Search, problem: Problem) -> Search:
     return dataclasses.replace(method, starts=starts if len(starts) else None)
 
 
-def _score_recipes(setting: Setting, problem: Problem, parent: list[int], width: int) -> dict[str, Any]:
-    """Recipes that bring the model to the most layers of the problem, or where it has no more the model itself."""
-    found = recipes.find_chains(problem, parent, problem.max_layers)
-    return {name: {"chain": tokens, **_score(setting, problem.bank, tokens, width)} for name, tokens in found.items()}
+def _score_recipes(setting: Setting, problem: Problem, width: int) -> dict[str, Any]:
+    """Recipes that bring a model to the most layers of the problem, or where it has no more the model itself: of each recipe that of
+    the model with the lowest loss on `select`."""
+    scored: dict[str, list[dict[str, Any]]] = {}
+    for parent in problem.bank.parents:
+        for name, tokens in recipes.find_chains(problem, parent, problem.max_layers).items():
+            row = {"chain": tokens, **_score(setting, problem.bank, tokens, width)}
+            scored.setdefault(name, []).append(row)
+    return {name: min(rows, key=_read_select) for name, rows in scored.items()}
+
+
+def _read_select(row: Mapping[str, Any]) -> float:
+    loss = row["loss"]["select"]
+    return math.inf if loss is None else loss
 
 
 def _say(line: str) -> None:
@@ -262,12 +280,14 @@ def _strip(row: np.ndarray) -> list[int]:
     return [int(token) for token in row if token != chain.PADDING]
 
 
-def _score_best_parent(key: Any, setting: Setting, bank: Bank, width: int) -> tuple[dict[str, Any], list[int]]:
-    """The best net that the bank was cut from, or without one a plain net of as many layers and gradient steps; and its tokens."""
+def _score_best_parent(key: Any, setting: Setting, bank: Bank, width: int) -> tuple[dict[str, Any], float]:
+    """The best net that the bank was cut from, or without one a plain net of as many layers and gradient steps; and the price of
+    its layers."""
     if not bank.parents and setting.make_plain is not None:
         bank = setting.make_plain(key, bank.num_steps)
     tokens = _pick_on_select(setting, bank, chain.pad(bank.parents))
-    return _score(setting, bank, tokens, width), tokens
+    price = setting.price(bank, "search", width).price(jnp.asarray(chain.pad([tokens], width)))
+    return _score(setting, bank, tokens, width), float(price[0])
 
 
 def _score_random_chain(key: Any, setting: Setting, bank: Bank, num_layers: int, width: int) -> dict[str, Any]:

@@ -26,7 +26,8 @@ def plot_curve(path: str | os.PathLike[str], curve: Curve, levels: Mapping[str, 
     axes.step(curve.layer_calls, curve.best_loss, where="post", label="search")
     for i, (name, loss) in enumerate(levels.items()):
         axes.axhline(loss, linestyle="--", color=f"C{i + 1}", label=name)
-    axes.set(xlabel="layer calls", ylabel="best loss on search", yscale="log")
+    is_positive = all((np.asarray(losses) > 0).all() for losses in (curve.best_loss, [*levels.values()]))
+    axes.set(xlabel="layer calls", ylabel="best loss on search", yscale="log" if is_positive else "linear")
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))

@@ -38,7 +38,7 @@ class Problem:
         where the largest output is the label, and nan where labels are not integers.
 
     Raises:
-      ValueError: max_layers or min_layers is no such number, the split is empty or not finite, the stem does not take this
+      ValueError: max_layers or min_layers is no such number, the split or a price is empty or not finite, the stem does not take this
         data, a layer changes its shape, heads disagree, labels are outside the heads' classes, or the loss does not fit.
     """
 
@@ -54,7 +54,7 @@ class Problem:
     def __post_init__(self) -> None:
         x, y = self.data
         object.__setattr__(self, "max_layers", check_max_layers(self.max_layers))
-        object.__setattr__(self, "min_layers", _check_min_layers(self.min_layers, self.max_layers))
+        object.__setattr__(self, "min_layers", check_min_layers(self.min_layers, self.max_layers))
         object.__setattr__(self, "data", Batch(jnp.asarray(x), jnp.asarray(y)))
         object.__setattr__(self, "layer_cost", jnp.asarray(self.layer_cost, jnp.float32))
         check_lengths(self.data)
@@ -89,6 +89,8 @@ class Problem:
 
     def _check_values(self, outputs: Any) -> None:
         x, y = self.data
+        if is_concrete(self.layer_cost) and not bool(jnp.isfinite(self.layer_cost).all()):
+            raise ValueError("expected a finite layer_cost, got nan or infinity")
         if jnp.issubdtype(x.dtype, jnp.floating) and not bool(jnp.isfinite(x).all()):
             raise ValueError("expected finite examples, got nan or infinity")
         is_classes = self.loss_fn is optax.softmax_cross_entropy_with_integer_labels
@@ -169,7 +171,7 @@ def check_max_layers(value: Any) -> int:
     return int(value)
 
 
-def _check_min_layers(value: Any, max_layers: int) -> int:
+def check_min_layers(value: Any, max_layers: int) -> int:
     if not _is_integer(value) or not 0 <= value <= max_layers:
         raise ValueError(f"expected min_layers to be an integer in 0..{max_layers}, up to max_layers, got {value!r}")
     return int(value)

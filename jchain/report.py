@@ -1,5 +1,6 @@
 """What the main job leaves behind: a table on the terminal, a folder of files."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -75,13 +76,17 @@ def _show(loss: float | None) -> str:
 
 
 def check_out(path: Path, *, replace: bool) -> None:
-    """Refuse a folder that holds something, unless it is a result and may be replaced.
+    """Refuse a place where no result can be written, or that holds something, unless it is a result and may be replaced.
 
     Raises:
       ValueError: it does.
     """
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"expected a folder for results, got the file {path}")
+    path = path.absolute()
+    above = next(place for place in (path, *path.parents) if place.exists())
+    if not above.is_dir():
+        raise ValueError(f"expected a folder for results, got the file {above}")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"expected a folder in which results can be written, got {above}")
     if not path.exists() or not any(path.iterdir()):
         return
     others = sorted({entry.name for entry in path.iterdir()} - {RESULT_FILE, BANK_FILE, CURVE_FILE, SWEEP_FILE})
@@ -90,6 +95,8 @@ def check_out(path: Path, *, replace: bool) -> None:
         raise ValueError(f"{path} holds files that are no result of jchain ({what}): choose another --out")
     if not replace:
         raise ValueError(f"{path} already holds a result: pass --replace to replace it, or another --out")
+    if path.is_mount():
+        raise ValueError(f"{path} is a mount, whose result cannot be replaced: choose another --out")
 
 
 def has_own_weights(job: Job) -> bool:
@@ -100,7 +107,8 @@ def has_own_weights(job: Job) -> bool:
 def write(path: Path, job: Job, *, replace: bool = False) -> Path:
     """Write the result folder beside its place, then rename it: all of it or nothing.
 
-    Weights of checkpoints are not written again where they are as they were.
+    Weights of checkpoints are not written again where they are as they were. An empty folder that is there is filled, the
+    result last.
 
     Args:
       path: of the folder.
@@ -109,34 +117,65 @@ def write(path: Path, job: Job, *, replace: bool = False) -> Path:
 
     Returns:
       The folder: `path`, or where that has come to hold something else, another one beside it.
+
+    Raises:
+      OSError: it cannot be written, or not be put in its place; then the error says where it is.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")), None
+    path = path.resolve()
+    is_filled = path.exists() and not any(path.iterdir())
+    above = path if is_filled else path.parent
+    above.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=above, prefix=f".{path.name}."))
     try:
-        (temporary / RESULT_FILE).write_text(json.dumps(job.result, indent=1) + "\n")
-        if has_own_weights(job):
-            job.bank.save(temporary / BANK_FILE)
-        levels = {
-            "best parent": job.result["controls"]["best_parent"]["loss"]["search"],
-            "optimum": job.result["optimum"],
-        }
-        plot_curve(temporary / CURVE_FILE, job.run.curve, {k: v for k, v in levels.items() if v is not None})
-        if "sweep" in job.result:
-            plot_sweep(temporary / SWEEP_FILE, job.result["sweep"])
-        temporary.chmod(0o777 & ~find_umask())
-        path = _find_place(path, replace=replace)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")) / "old"
-            os.rename(path, old)
-            os.rename(temporary, path)
-            shutil.rmtree(old.parent)
-        else:
-            os.rename(temporary, path)
+        _write_files(temporary, job)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        if old is not None and old.exists() and not path.exists():
-            os.rename(old, path)
         raise
+    try:
+        return _fill(path, temporary) if is_filled else _put(path, temporary, replace=replace)
+    except OSError as error:
+        raise OSError(f"{error}; the result is kept in {temporary}") from error
+
+
+def _write_files(folder: Path, job: Job) -> None:
+    (folder / RESULT_FILE).write_text(json.dumps(job.result, indent=1) + "\n")
+    if has_own_weights(job):
+        job.bank.save(folder / BANK_FILE)
+    plot_curve(folder / CURVE_FILE, job.run.curve, {k: v for k, v in job.levels.items() if v is not None})
+    if "sweep" in job.result:
+        plot_sweep(folder / SWEEP_FILE, job.result["sweep"])
+    folder.chmod(0o777 & ~find_umask())
+
+
+def _fill(path: Path, temporary: Path) -> Path:
+    """Files of the temporary folder, which lies in this one, moved into it, the result last."""
+    if [*path.iterdir()] != [temporary]:  # something came meanwhile
+        return _put(path, temporary, replace=False)
+    for file in sorted(temporary.iterdir(), key=lambda file: file.name == RESULT_FILE):
+        os.rename(file, path / file.name)
+    temporary.rmdir()
+    return path
+
+
+def _put(path: Path, temporary: Path, *, replace: bool) -> Path:
+    """The temporary folder renamed to the path, or to another one beside it."""
+    path = _find_place(path, replace=replace)
+    if not path.exists():
+        os.rename(temporary, path)
+        return path
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        os.rename(path, aside / "old")
+        os.rename(temporary, path)
+    except BaseException:
+        if not path.exists():
+            os.rename(aside / "old", path)
+        with contextlib.suppress(OSError):
+            aside.rmdir()
+        raise
+    # The result is there: an interruption only leaves the old one.
+    with contextlib.suppress(KeyboardInterrupt):
+        shutil.rmtree(aside, ignore_errors=True)
     return path
 
 
@@ -175,4 +214,6 @@ def read_config(path: Path) -> tuple[dict[str, Any], list[list[int]]]:
         result = json.loads((path / RESULT_FILE).read_text())
         return result["config"], [result["best_chain"]]
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"expected a bank file or a result folder, got {path}: {error}") from None
+        is_checkpoint = (path / "config.json").exists()
+        hint = "; of a checkpoint pass the result of jchain search --checkpoint" if is_checkpoint else ""
+        raise ValueError(f"expected a bank file or a result folder, got {path}: {error}{hint}") from None

@@ -110,6 +110,13 @@ def test_concat_moves_parents_and_refuses_other_stems():
         jc.Bank.concat([make_bank(2, 1), wide])
 
 
+def test_params_of_a_stem_may_be_arrays_of_numpy():
+    stem = nn.Dense(5)
+    params = jax.tree.map(np.asarray, stem.init(jax.random.key(0), jnp.ones((1, 5)))["params"])
+    problem = jc.Problem(make_bank(2, 1, stem=stem, stem_params=params), make_batch(), 1)
+    assert np.isfinite(jc.evaluate(problem, [[0, 2]]).loss).all()
+
+
 def test_take(two_group_bank):
     taken = two_group_bank.take([4, 0], [6])
     x = make_batch().x

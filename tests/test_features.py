@@ -128,3 +128,16 @@ def test_sketches_of_examples_without_a_class(problem):
     assert np.abs(out.features - other.features).max() > 0.01
     broken = jc.features.observe_gradients(problem, jnp.full((9, 5), jnp.inf), hidden)
     assert np.all(np.isfinite(broken.features))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_features_of_half_precision_are_those_of_float32(problem, dtype):
+    """Squares neither vanish nor overflow, and losses are of float32."""
+    half, whole = (
+        jc.Problem(jax.tree.map(lambda leaf, to=to: leaf.astype(dtype).astype(to), problem.bank), problem.data, 3)
+        for to in (dtype, jnp.float32)
+    )
+    hidden, parent = (300 * jax.random.normal(jax.random.key(k), (9, 5)).astype(dtype) for k in (0, 1))
+    seen = observe(half, hidden, parent)
+    expected = observe(whole, hidden.astype(jnp.float32), parent.astype(jnp.float32))
+    np.testing.assert_allclose(seen.features, expected.features, rtol=0.02, atol=0.1)

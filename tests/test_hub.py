@@ -1,6 +1,7 @@
 """Checkpoint folders: what is refused, what is written. Parity with transformers stands in test_hub_parity.py."""
 
 import contextlib
+import inspect
 import json
 
 import jax
@@ -226,6 +227,8 @@ def test_recipes_say_what_mergekit_cannot_make(tmp_path):
     assert "in which m0/1 have other weights" in (out / "mergekit.yaml").read_text()
     assert "Trained on since: m0/1." in (out / "README.md").read_text()
     many = jc.hub.load_many(folders)
+    with pytest.raises(ValueError, match="expected a folder, or the folder of each model by name, got"):
+        inspect.unwrap(jc.hub.export)(many, [0, 2, 5], folders, tmp_path / "other")
     with pytest.raises(ValueError, match="expected the folder of each model by name, m0, m1, got none of m1"):
         jc.hub.export(many, [0, 2, 5], folders[0], tmp_path / "other")
 

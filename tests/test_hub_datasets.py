@@ -12,6 +12,7 @@ from scipy.special import log_softmax as scipy_log_softmax
 
 import jchain as jc
 from jchain import calls, images
+from jchain.hub import jobs
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -58,6 +59,12 @@ def test_text_is_cut_into_sequences_and_the_tokens_that_follow(checkpoint, tmp_p
 def test_text_that_does_not_do_is_refused(checkpoint, tmp_path, text, options, message):
     with pytest.raises(ValueError, match=message):
         jc.hub.load_text(checkpoint, write_file(tmp_path, text), **options)
+
+
+def test_sequences_are_no_longer_than_the_model_takes(checkpoint, tmp_path):
+    config = {"checkpoint": [checkpoint], "text": [write_file(tmp_path, TEXT)], "seed": 0, "sizes": (4, 4, 4, 4)}
+    assert jobs.load_task(config).data.search.x.shape == (4, 16)
+    assert jobs.load_task(config | {"length": 9}).data.search.x.shape == (4, 9)
 
 
 def test_tokenizers_and_files_that_do_not_fit_are_refused(checkpoint, tmp_path):

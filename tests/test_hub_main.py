@@ -56,6 +56,18 @@ def test_a_search_leaves_a_result_without_the_weights(folder, result, capsys):
     assert told["chains"][0]["layers"] == found["layers"]
 
 
+def test_recipes_are_those_of_the_model_that_is_better(folder, result):
+    """m0 has two blocks that are not pinned, m1 one layer more, its embeddings."""
+    found = json.loads((result / "result.json").read_text())
+    assert found["config"]["max_layers"] is None
+    rows = found["controls"]["recipes"]
+    bank = jc.hub.load_many([folder / "m0", folder / "m1"], pinned=(1, 1))
+    data = jc.hub.load_text(folder / "m0", folder / "text.txt", length=8, sizes=(4, 6, 5, 4))
+    whole = jc.evaluate(jc.Problem(bank, data.select, 3), jc.chain.pad([*bank.parents], 3)).loss
+    assert rows["nothing dropped"]["loss"]["select"] == pytest.approx(float(whole.min()), rel=1e-5)
+    assert tuple(rows["nothing dropped"]["chain"]) == bank.parents[int(whole.argmin())]
+
+
 def test_a_result_is_exported_as_a_checkpoint(folder, result, tmp_path, capsys):
     assert main(["export", str(result), "--out", str(tmp_path / "out")]) == 0
     found = json.loads((result / "result.json").read_text())
@@ -106,7 +118,7 @@ def test_questions_are_searched_too(folder, tmp_path):
         (["--pinned", "1,1"], "expected --checkpoint with --pinned"),
         (["--checkpoint", "m0", "m0", "--text", "text.txt"], "expected different checkpoints"),
         (["--checkpoint", "m0", "--text", "text.txt", "--pinned", "2,2"], "expected fewer pinned blocks than the 4"),
-        (["--checkpoint", "none", "--text", "text.txt"], "expected config.json in .*none, found none"),
+        (["--checkpoint", "none", "--text", "text.txt"], "expected a folder at .*none, found none"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(folder, monkeypatch, capsys, options, message):

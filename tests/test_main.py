@@ -1,6 +1,7 @@
 """The command line, in this process, on small sizes."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -105,7 +106,10 @@ def test_evaluate_scores_chains_of_a_result_or_a_bank_file(result_folder, capsys
         (["--num-layers", "0"], "expected num_layers of at least 1, got 0"),
         (["--num-heads", "2", "--bank", "snapshots"], "expected no num_heads for bank snapshots"),
         (["--max-layers", "-1"], "max_layers to be an integer of at least 0, got -1"),
-        (["--budget", "0"], "expected a budget and num_finalists of at least 1, got 0"),
+        (["--budget", "0"], "expected a budget of at least 1, got 0"),
+        (["--min-layers", "9"], "expected min_layers to be an integer in 0..2"),
+        (["--layer-cost", "nan"], "expected a finite --layer-cost of at least 0, got nan"),
+        (["--channels", "8"], "expected --channels for images alone, got it for [13]"),
         (["--budget", "3", "--search", "random"], "budget of at least one step"),
     ],
 )  # fmt: skip
@@ -146,11 +150,36 @@ def test_a_result_is_not_overwritten_unless_told_to(result_folder, capsys, monke
     notes.unlink()
 
 
+def test_a_result_may_be_written_where_one_stands(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    options = ["--search", "random", "--layer-cost", "0.5", "--max-layers", "1", "--min-layers", "1"]
+    assert main(["search", *SMALL, *options, "--out", "."]) == 0
+    assert {path.name for path in Path().iterdir()} == {"bank.safetensors", "curve.png", "result.json"}
+    # Without the price of layers, as all rows of the table.
+    result = json.loads(Path("result.json").read_text())
+    assert result["optimum"] == pytest.approx(result["loss"]["search"], rel=1e-5)
+
+
+def test_a_result_that_cannot_be_put_in_its_place_is_kept(tmp_path, capsys, monkeypatch):
+    def refuse(*args):
+        raise OSError("Device or resource busy")
+
+    monkeypatch.setattr("os.rename", refuse)
+    assert main(["search", *SMALL, "--search", "random", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    (folder,) = tmp_path.iterdir()
+    assert f"Device or resource busy; the result is kept in {folder}" in said
+    assert (folder / "result.json").exists()
+
+
 def test_folders_that_hold_something_else_are_never_replaced(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert main(["search", *SMALL, "--out", str(tmp_path), "--replace"]) == 2
     assert "holds files that are no result" in capsys.readouterr().err
     assert main(["search", *SMALL, "--out", str(tmp_path / "notes.txt"), "--replace"]) == 2
+    assert "expected a folder for results, got the file" in capsys.readouterr().err
+    assert main(["search", *SMALL, "--out", str(tmp_path / "notes.txt" / "out")]) == 2
     assert "expected a folder for results, got the file" in capsys.readouterr().err
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

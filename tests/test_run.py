@@ -1,5 +1,6 @@
 """The driver: budget, best so far, curve, finalists, counts."""
 
+import inspect
 from typing import NamedTuple
 
 import jax
@@ -144,8 +145,28 @@ def test_many_runs_equal_one_after_another(problem):
         np.testing.assert_allclose(result.curve.best_loss, alone.curve.best_loss, rtol=1e-5)
         np.testing.assert_array_equal(result.finalists, alone.finalists)
         assert (result.layer_calls, result.num_chains) == (alone.layer_calls, alone.num_chains)
-    with pytest.raises(ValueError, match=r"expected keys of shape \[S\], at least one, got \[0\]"):
+    with pytest.raises(ValueError, match=r"keys of jax.random.key of shape \[S\], at least one, got key<fry>\[0\]"):
         jc.run_many(keys[:0], jc.RandomSearch(), problem, budget=150)
+
+
+def test_a_budget_may_be_as_large_as_a_count(problem):
+    search = scripted([[(0, 3.0)]] * 4, cost=2**30)  # half of all that can be counted
+    result = jc.run(jax.random.key(0), search, problem, budget=2**31 - 1)
+    assert (result.layer_calls, result.num_chains) == (2**30, 1)
+
+
+def test_keys_of_another_kind_are_refused(problem):
+    for key in (jax.random.PRNGKey(0), jax.random.split(jax.random.key(0))):
+        with pytest.raises(ValueError, match="expected one key of jax.random.key, got"):
+            inspect.unwrap(jc.run)(
+                key, jc.RandomSearch(), problem, budget=150
+            )  # what tests check types with would refuse it
+
+
+def test_a_price_that_is_no_number_is_refused(problem):
+    for price in (np.nan, [0.0, 0.0, np.inf, 0.0]):
+        with pytest.raises(ValueError, match="expected a finite layer_cost, got nan or infinity"):
+            jc.Problem(problem.bank, problem.data, 3, layer_cost=price)
 
 
 def test_rows_without_a_chain_are_not_counted(problem):

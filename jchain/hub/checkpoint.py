@@ -130,6 +130,8 @@ def read_json(path: Path) -> dict[str, Any]:
       FileNotFoundError: there is no such file.
       ValueError: it holds no JSON object.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"expected a folder at {path.parent}, found none")
     if not path.is_file():
         raise FileNotFoundError(f"expected {path.name} in {path.parent}, found none")
     try:

@@ -60,7 +60,7 @@ def export(
       bank: of `jchain.hub.load` or `load_many`, its weights updated or not.
       chain: tokens, a head last; at least one block.
       source: the checkpoint folder that the bank came from, or of each model by name, where it came from several: config and
-        small files are taken from the first, weights of none.
+        small files are taken from the first, weights of none, and none are compared.
       out: the folder to write.
       facts: for the card, from what is told to its value: losses, data, the command.
       max_shard_size: bytes of a file of weights, at most, where more than one tensor is in it.
@@ -75,6 +75,8 @@ def export(
     out = Path(out)
     if out.exists():
         raise FileExistsError(f"expected no folder at {out}, found one")
+    if not isinstance(source, str | os.PathLike | Mapping):
+        raise ValueError(f"expected a folder, or the folder of each model by name, got {source!r}")
     tokens = [int(t) for t in chain_lib.validate(np.asarray(chain), bank.num_layers, bank.num_heads) if t >= 0]
     first = Path(source if isinstance(source, str | os.PathLike) else next(iter(source.values())))
     options = read_json(first / CONFIG)

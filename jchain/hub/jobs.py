@@ -10,12 +10,15 @@ import numpy as np
 
 from jchain.bank import Bank
 from jchain.data import Dataset
+from jchain.hub.checkpoint import CONFIG, read_json
 from jchain.hub.datasets import choice_accuracy, choice_loss, load_choices, load_images, load_text
 from jchain.hub.loading import load_many
 from jchain.hub.wrapping import Restart
 
 # Examples of train, search, select and test where no sizes are given, at most: a layer call is of all sequences of a split.
 SIZES = (64, 64, 64, 256)
+# Tokens of a sequence where no length is given, or as many as the model has positions.
+LENGTH = 128
 KINDS = ("text", "choices", "data")
 
 
@@ -53,8 +56,11 @@ def load_task(config: Mapping[str, Any]) -> Task:
 
         return Task(_cap(read, sizes), {"loss_fn": choice_loss, "accuracy_fn": choice_accuracy})
 
+    options = read_json(Path(checkpoint) / CONFIG)
+    most = min(LENGTH, options.get("n_positions") or options.get("max_position_embeddings") or LENGTH)
+
     def read(sizes: Any) -> Dataset:
-        return load_text(checkpoint, config["text"], length=length or 128, seed=seed, sizes=sizes)
+        return load_text(checkpoint, config["text"], length=length or most, seed=seed, sizes=sizes)
 
     return Task(_cap(read, sizes), {})
 

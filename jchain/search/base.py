@@ -181,9 +181,11 @@ def run(
         processes, all must make this call with equal arguments, and all get the result.
 
     Raises:
-      ValueError: the search is not a registered pytree or does not take the problem, the target is nan, or the budget is smaller
+      ValueError: the key is none, the search is not a registered pytree or does not take the problem, the target is nan, or the budget is smaller
         than one step.
     """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim != 0:
+        raise ValueError(f"expected one key of jax.random.key, got {key.dtype}{list(key.shape)}")
     return run_many(
         key[None],
         search,
@@ -216,13 +218,15 @@ def run_many(
       search: as for `run`, and so are the others; progress shows the run that has spent least.
 
     Raises:
-      ValueError: there is no key, or as `run`.
+      ValueError: there is no key, one of another kind, or as `run`.
     """
     check(search, problem, budget, num_finalists)
     if math.isnan(target_loss):
         raise ValueError("expected a target_loss that is a number, got nan")
-    if keys.ndim != 1 or keys.shape[0] == 0:
-        raise ValueError(f"expected keys of shape [S], at least one, got {list(keys.shape)}")
+    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.ndim != 1 or keys.shape[0] == 0:
+        raise ValueError(
+            f"expected keys of jax.random.key of shape [S], at least one, got {keys.dtype}{list(keys.shape)}"
+        )
     problem = (problem if mesh is None else problem.on(mesh)).without_names()
     runs = start(problem.put(keys), search, problem, num_finalists)
     with Progress(budget, is_shown=progress) as line:
@@ -234,7 +238,7 @@ def check(search: Search, problem: Problem, budget: int, num_finalists: int) -> 
     """Refuse what no run can begin with.
 
     Raises:
-      ValueError: the search is not a registered pytree or does not take the problem, or a number is out of range.
+      ValueError: the key is none, the search is not a registered pytree or does not take the problem, or a number is out of range.
     """
     if budget < 1 or num_finalists < 1:
         raise ValueError(f"expected a budget and num_finalists of at least 1, got {budget} and {num_finalists}")
@@ -332,7 +336,8 @@ def _step(run: Run, search: Search, problem: Problem, goal: Goal, keeps_state: b
     old = run.tally
     cost = info.layer_calls.astype(jnp.int32)
     num_free = jnp.where(cost == 0, old.num_free + 1, 0)
-    is_counted = ~old.is_over & (old.layer_calls + cost <= goal.budget)
+    left = goal.budget - old.layer_calls  # never below 0, where a sum could pass the largest int32
+    is_counted = ~old.is_over & (cost <= left)
     pool = merge(old.pool, info.chains, info.loss)
     is_there = info.chains[:, 0] != PADDING
     new = Tally(
@@ -342,7 +347,7 @@ def _step(run: Run, search: Search, problem: Problem, goal: Goal, keeps_state: b
         old.num_nonfinite + jnp.sum(is_there & ~jnp.isfinite(info.loss), dtype=jnp.int32),
         num_free,
         cost,
-        (old.layer_calls + cost >= goal.budget) | (num_free >= MAX_FREE_STEPS) | (pool.loss[0] <= goal.target_loss),
+        (cost >= left) | (num_free >= MAX_FREE_STEPS) | (pool.loss[0] <= goal.target_loss),
     )
     tally = jax.tree.map(partial(jnp.where, is_counted), new, old._replace(cost=cost, is_over=jnp.array(True)))
     if keeps_state:
