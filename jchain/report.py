@@ -122,7 +122,7 @@ def write(path: Path, job: Job, *, replace: bool = False) -> Path:
       OSError: it cannot be written, or not be put in its place; then the error says where it is.
     """
     path = path.resolve()
-    is_filled = path.exists() and not any(path.iterdir())
+    is_filled = path.is_dir() and not any(path.iterdir())
     above = path if is_filled else path.parent
     above.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=above, prefix=f".{path.name}."))

@@ -275,7 +275,7 @@ class InTurn:
         return state, jnp.asarray(self.cost_again)
 
 
-@pytest.mark.parametrize("budget", [1200, 1203])
+@pytest.mark.parametrize("budget", [pytest.param(1200, marks=pytest.mark.slow), 1203])
 def test_rounds_are_charged_exactly_and_no_step_is_taken_that_is_not_counted(problem, budget):
     policy = POLICIES["CloneThenTune"]
     outcome = run(policy, problem, InTurn(), budget=budget, num_finalists=200)
