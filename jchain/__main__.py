@@ -88,8 +88,8 @@ def _check_checkpoint(args: argparse.Namespace) -> None:
     if args.sweep is not None:
         if args.sweep < 0:
             raise ValueError(f"expected --sweep of at least 0, got {args.sweep}")
-        if args.max_layers is not None and args.sweep >= args.max_layers:
-            raise ValueError(f"expected --sweep below the most layers of a chain, {args.max_layers}, got {args.sweep}")
+        if args.max_layers is not None:
+            pipeline.check_sweep(args.sweep, args.max_layers)
         if args.update != "never":
             raise ValueError(f"expected --update never with --sweep, got {args.update}")
     args.checkpoint = [str(Path(path).resolve()) for path in args.checkpoint]
@@ -137,7 +137,7 @@ def _make_modules(args: argparse.Namespace, data: Dataset) -> dict[str, Any]:
         if args.channels is not None:
             raise ValueError(f"expected --channels for images alone, got it for {list(shape)}")
         return {"layer": options.LAYERS[args.layer](shape[-1]), "head": jc.layers.DenseHead(data.num_classes)}
-    args.channels = 16 if args.channels is None else args.channels
+    args.channels = options.CHANNELS if args.channels is None else args.channels
     stem = jc.layers.ConvStem(args.channels, pool=max(1, max(shape[:2]) // CONV_SIDE))
     return {
         "layer": [jc.layers.ConvBlock(args.channels, depth) for depth in CONV_DEPTHS],

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jchain._typing import Array, Float
 from jchain.calls import apply_all, apply_token
-from jchain.problem import Problem
+from jchain.problem import Problem, widen
 
 NUM_FEATURES = 12
 # Length of a sketch of activations or gradients; one more number is its scale.
@@ -56,7 +56,7 @@ def observe(problem: Problem, hidden: Float[Array, "B ..."], parent: Float[Array
     """
     outputs, loss, accuracy = _grade(problem, hidden)
     best, each, by_outputs, by_hidden = _differentiate(problem, hidden, outputs, loss)
-    hidden, parent = _widen(hidden), _widen(parent)
+    hidden, parent = widen(hidden), widen(parent)
     size = jnp.abs(each).astype(jnp.float32)
 
     rows, residual = _sketch(hidden), _sketch(by_outputs)
@@ -143,9 +143,9 @@ def _differentiate(problem: Problem, hidden: Array, outputs: Array, loss: Array)
         each = _rows(problem.loss_fn(out, problem.data.y)).mean(axis=1)
         return each.sum(), each
 
-    by_outputs, each = jax.grad(add_up, has_aux=True)(_widen(outputs[best]))
+    by_outputs, each = jax.grad(add_up, has_aux=True)(widen(outputs[best]))
     pull = jax.vjp(lambda h: apply_token(heads, num_layers + best, h), hidden)[1]
-    return best, each, by_outputs, _widen(pull(by_outputs.astype(outputs.dtype))[0])
+    return best, each, by_outputs, widen(pull(by_outputs.astype(outputs.dtype))[0])
 
 
 def _describe(array: Float[Array, "B ..."], labels: Any) -> Float[Array, "S"]:
@@ -162,11 +162,6 @@ def _describe(array: Float[Array, "B ..."], labels: Any) -> Float[Array, "S"]:
     sketch = jax.ops.segment_sum(rows.reshape(-1) * sign, place, NUM_SKETCHED)
     sketch /= scale * max(rows.size / NUM_SKETCHED, 1.0) ** 0.5
     return jnp.append(jnp.clip(sketch, -20.0, 20.0), jnp.clip(jnp.log(scale), -20.0, 20.0))
-
-
-def _widen(array: Array) -> Array:
-    """In float32 where it is of half precision, whose squares vanish or overflow."""
-    return array.astype(jnp.promote_types(jnp.float32, array.dtype))
 
 
 def _rows(array: Array) -> Float[Array, "B R"]:

@@ -15,7 +15,7 @@ from jchain import chain as chain_lib
 from jchain._typing import Float
 from jchain.data import Batch
 from jchain.groups import LayerGroup
-from jchain.problem import Problem
+from jchain.problem import Problem, widen
 
 # Examples whose gradients are held at once.
 _CHUNK = 8
@@ -105,7 +105,7 @@ def _differentiate(problem: Problem, owns: list[Any], route: tuple[int, ...]) ->
 
     def visit(example: Batch) -> Any:
         loss, gradients = jax.value_and_grad(find_loss)(owns, *example)
-        gradients = jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(jnp.float32, leaf.dtype)), gradients)
+        gradients = jax.tree.map(widen, gradients)
         return loss, gradients, jax.tree.map(jnp.square, gradients)
 
     def add(total: Any, example: Batch) -> Any:

@@ -14,7 +14,7 @@ from jchain._typing import Array, Float, Int, Shaped
 from jchain.bank import Bank
 from jchain.calls import apply_token, find_part, map_parts
 from jchain.groups import LayerGroup
-from jchain.problem import Problem
+from jchain.problem import Problem, widen
 from jchain.pytree import is_concrete
 
 # Outputs of an example up to which each has its row of the Jacobian, and products where there are more.
@@ -151,7 +151,7 @@ def choose_reading(
       ValueError: too few products.
     """
     if isinstance(outputs, jax.Array):
-        outputs = outputs.astype(jnp.promote_types(jnp.float32, outputs.dtype))
+        outputs = widen(outputs)
     key = jax.random.key(_SAMPLE_SEED) if key is None else key
     find_gradient = jax.grad(lambda outputs: share * problem.measure(outputs)[0])
     if kind == "activations":

@@ -9,6 +9,8 @@ from jchain.data import LOADERS, SPLITS
 from jchain.hub import jobs
 
 BANKS = ("independent", "routed", "snapshots", "random")
+# Of convolutions, where none are asked for.
+CHANNELS = 16
 LAYERS = {
     "residual": jc.layers.ResidualMLP,
     "dense": jc.layers.Dense,
@@ -91,7 +93,7 @@ def _add_search(commands: Any) -> None:
         choices=sorted([*LAYERS, "conv"]),
         help="module of the layers; conv: blocks of 1, 2 and 3 convolutions in turn (default: conv for images, else residual)",
     )
-    search.add_argument("--channels", type=int, help="of convolutions (default: 16)")
+    search.add_argument("--channels", type=int, help=f"of convolutions (default: {CHANNELS})")
     search.add_argument("--num-layers", type=int, default=12, help="layers in the bank (default: %(default)s)")
     search.add_argument(
         "--num-heads",

@@ -37,7 +37,7 @@ class Job(NamedTuple):
     result: dict[str, Any]  # result.json
     bank: Bank
     run: Result
-    levels: dict[str, float | None]  # losses on search to compare the curve with, the price of layers included
+    levels: dict[str, float]  # losses on search to compare the curve with, the price of layers included
 
 
 class Setting(NamedTuple):
@@ -119,8 +119,7 @@ def search(config: Mapping[str, Any], setting: Setting, method: Search, policy: 
     max_layers = config["max_layers"]
     if max_layers is None:
         max_layers = max(len(parent) - 1 for parent in made.parents)
-    if config.get("sweep") is not None and config["sweep"] >= max_layers:
-        raise ValueError(f"expected --sweep below the most layers of a chain, {max_layers}, got {config['sweep']}")
+    check_sweep(config.get("sweep"), max_layers)
     problem = setting.price(made, "search", max_layers, min_layers=config["min_layers"])
     # Updates may change what tokens stand for.
     is_frozen = config["update"] == "never"
@@ -140,7 +139,7 @@ def search(config: Mapping[str, Any], setting: Setting, method: Search, policy: 
     scores = _score(setting, bank, tokens, width)
     random_chain = _score_random_chain(chain_key, setting, made, len(tokens) - 1, width)
     count = chain.count(made.num_layers, made.num_heads, max_layers, min_layers=problem.min_layers)
-    optimum = optimum_price = None
+    optimum, optimum_price = None, 0.0
     if count <= setting.max_optimum_chains:
         _say(f"Evaluating all {count:,} chains for the optimum ...")
         chains, out = evaluate_all(problem)
@@ -173,10 +172,19 @@ def search(config: Mapping[str, Any], setting: Setting, method: Search, policy: 
         last = {"max_layers": max_layers, "chain": tokens, "chosen": chosen, **scores, "recipes": by_hand}
         result["sweep"].append(last)
     result["seconds"] = round(time.perf_counter() - start, 1)
-    prices = {"best parent": parent_price, "optimum": optimum_price}
-    losses = {"best parent": parent["loss"]["search"], "optimum": optimum}
-    levels = {name: None if loss is None else loss + prices[name] for name, loss in losses.items()}
+    known = {"best parent": (parent["loss"]["search"], parent_price), "optimum": (optimum, optimum_price)}
+    levels = {name: loss + price for name, (loss, price) in known.items() if loss is not None}
     return Job(result, bank, found, levels)
+
+
+def check_sweep(sweep: int | None, max_layers: int) -> None:
+    """Refuse a sweep that begins where it should end.
+
+    Raises:
+      ValueError: it does.
+    """
+    if sweep is not None and sweep >= max_layers:
+        raise ValueError(f"expected --sweep below the most layers of a chain, {max_layers}, got {sweep}")
 
 
 def _search_at(

@@ -151,13 +151,18 @@ class Problem:
         one for each row of outputs.
         """
         y = self.data.y
-        outputs = outputs.astype(jnp.promote_types(jnp.float32, outputs.dtype))
+        outputs = widen(outputs)
         loss = jnp.mean(self.loss_fn(outputs, y).astype(outputs.dtype))
         if self.accuracy_fn is not None:
             return loss, jnp.mean(self.accuracy_fn(outputs, y), dtype=loss.dtype)
         if not jnp.issubdtype(y.dtype, jnp.integer) or y.shape != outputs.shape[:-1]:
             return loss, jnp.full_like(loss, jnp.nan)
         return loss, jnp.mean(jnp.argmax(outputs, axis=-1) == y, dtype=loss.dtype)
+
+
+def widen(array: Array) -> Array:
+    """In float32 where it is of half precision, whose squares and small differences vanish or overflow."""
+    return array.astype(jnp.promote_types(jnp.float32, array.dtype))
 
 
 def check_max_layers(value: Any) -> int:

@@ -141,7 +141,7 @@ def _write_files(folder: Path, job: Job) -> None:
     (folder / RESULT_FILE).write_text(json.dumps(job.result, indent=1) + "\n")
     if has_own_weights(job):
         job.bank.save(folder / BANK_FILE)
-    plot_curve(folder / CURVE_FILE, job.run.curve, {k: v for k, v in job.levels.items() if v is not None})
+    plot_curve(folder / CURVE_FILE, job.run.curve, job.levels)
     if "sweep" in job.result:
         plot_sweep(folder / SWEEP_FILE, job.result["sweep"])
     folder.chmod(0o777 & ~find_umask())

@@ -65,6 +65,11 @@ def test_sequences_are_no_longer_than_the_model_takes(checkpoint, tmp_path):
     config = {"checkpoint": [checkpoint], "text": [write_file(tmp_path, TEXT)], "seed": 0, "sizes": (4, 4, 4, 4)}
     assert jobs.load_task(config).data.search.x.shape == (4, 16)
     assert jobs.load_task(config | {"length": 9}).data.search.x.shape == (4, 9)
+    odd = make_checkpoint(tmp_path / "odd")
+    options = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps(options | {"n_positions": "many"}))
+    with pytest.raises(ValueError, match="an option has a value that does not fit"):
+        jobs.load_task(config | {"checkpoint": [odd]})
 
 
 def test_tokenizers_and_files_that_do_not_fit_are_refused(checkpoint, tmp_path):

@@ -118,7 +118,7 @@ def test_questions_are_searched_too(folder, tmp_path):
         (["--pinned", "1,1"], "expected --checkpoint with --pinned"),
         (["--checkpoint", "m0", "m0", "--text", "text.txt"], "expected different checkpoints"),
         (["--checkpoint", "m0", "--text", "text.txt", "--pinned", "2,2"], "expected fewer pinned blocks than the 4"),
-        (["--checkpoint", "none", "--text", "text.txt"], "expected a folder at .*none, found none"),
+        (["--checkpoint", "none", "--text", "text.txt"], "expected a checkpoint folder at .*none, found none"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(folder, monkeypatch, capsys, options, message):

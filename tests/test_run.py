@@ -156,11 +156,10 @@ def test_a_budget_may_be_as_large_as_a_count(problem):
 
 
 def test_keys_of_another_kind_are_refused(problem):
+    run = inspect.unwrap(jc.run)  # without the checks of types that tests run under
     for key in (jax.random.PRNGKey(0), jax.random.split(jax.random.key(0))):
         with pytest.raises(ValueError, match="expected one key of jax.random.key, got"):
-            inspect.unwrap(jc.run)(
-                key, jc.RandomSearch(), problem, budget=150
-            )  # what tests check types with would refuse it
+            run(key, jc.RandomSearch(), problem, budget=150)
 
 
 def test_a_price_that_is_no_number_is_refused(problem):

@@ -33,8 +33,6 @@ class Checkpoint:
           ValueError: a file is damaged, or the index and the shards disagree.
         """
         self.path = Path(path)
-        if not self.path.is_dir():
-            raise FileNotFoundError(f"expected a checkpoint folder at {path}, found none")
         self.config = read_json(self.path / CONFIG)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
@@ -131,7 +129,7 @@ def read_json(path: Path) -> dict[str, Any]:
       ValueError: it holds no JSON object.
     """
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"expected a folder at {path.parent}, found none")
+        raise FileNotFoundError(f"expected a checkpoint folder at {path.parent}, found none")
     if not path.is_file():
         raise FileNotFoundError(f"expected {path.name} in {path.parent}, found none")
     try:

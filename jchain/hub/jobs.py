@@ -57,10 +57,12 @@ def load_task(config: Mapping[str, Any]) -> Task:
         return Task(_cap(read, sizes), {"loss_fn": choice_loss, "accuracy_fn": choice_accuracy})
 
     options = read_json(Path(checkpoint) / CONFIG)
-    most = min(LENGTH, options.get("n_positions") or options.get("max_position_embeddings") or LENGTH)
+    positions = options.get("n_positions") or options.get("max_position_embeddings")
+    # One that is no number is refused by `load_text`.
+    default = min(LENGTH, positions) if isinstance(positions, int) and positions > 0 else LENGTH
 
     def read(sizes: Any) -> Dataset:
-        return load_text(checkpoint, config["text"], length=length or most, seed=seed, sizes=sizes)
+        return load_text(checkpoint, config["text"], length=length or default, seed=seed, sizes=sizes)
 
     return Task(_cap(read, sizes), {})
 

@@ -181,11 +181,10 @@ def run(
         processes, all must make this call with equal arguments, and all get the result.
 
     Raises:
-      ValueError: the key is none, the search is not a registered pytree or does not take the problem, the target is nan, or the budget is smaller
-        than one step.
+      ValueError: the key is none of `jax.random.key`, the search is not a registered pytree or does not take the problem, the
+        target is nan, or the budget is smaller than one step.
     """
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim != 0:
-        raise ValueError(f"expected one key of jax.random.key, got {key.dtype}{list(key.shape)}")
+    _check_keys(key, 0, "one key of jax.random.key")
     return run_many(
         key[None],
         search,
@@ -223,10 +222,7 @@ def run_many(
     check(search, problem, budget, num_finalists)
     if math.isnan(target_loss):
         raise ValueError("expected a target_loss that is a number, got nan")
-    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.ndim != 1 or keys.shape[0] == 0:
-        raise ValueError(
-            f"expected keys of jax.random.key of shape [S], at least one, got {keys.dtype}{list(keys.shape)}"
-        )
+    _check_keys(keys, 1, "keys of jax.random.key of shape [S], at least one")
     problem = (problem if mesh is None else problem.on(mesh)).without_names()
     runs = start(problem.put(keys), search, problem, num_finalists)
     with Progress(budget, is_shown=progress) as line:
@@ -234,11 +230,16 @@ def run_many(
     return finish(runs, steps, budget)
 
 
+def _check_keys(keys: Array, num_axes: int, expected: str) -> None:
+    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.ndim != num_axes or keys.size == 0:
+        raise ValueError(f"expected {expected}, got {keys.dtype}{list(keys.shape)}")
+
+
 def check(search: Search, problem: Problem, budget: int, num_finalists: int) -> None:
     """Refuse what no run can begin with.
 
     Raises:
-      ValueError: the key is none, the search is not a registered pytree or does not take the problem, or a number is out of range.
+      ValueError: the search is not a registered pytree or does not take the problem, or a number is out of range.
     """
     if budget < 1 or num_finalists < 1:
         raise ValueError(f"expected a budget and num_finalists of at least 1, got {budget} and {num_finalists}")
