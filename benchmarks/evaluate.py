@@ -15,6 +15,7 @@ Expect on 2 CPU cores: random chains 1.2 to 7.5 times as fast as the best peer (
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from machine import count_call_flops, describe_device, measure_bandwidth, measure_matmul, time_call, versions
+from machine import (
+    count_call_flops,
+    describe_device,
+    measure_bandwidth,
+    measure_matmul,
+    time_call,
+    versions,
+)
 from matplotlib.figure import Figure
 
 import jchain as jc
@@ -44,11 +52,16 @@ VMAP_CHUNK = 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write results here, and a figure beside them")
     parser.add_argument("--quick", action="store_true", help="two banks, few chains, no growth")
     parser.add_argument(
-        "--patience", type=float, default=12.0, help="seconds for one population (default: %(default)s)"
+        "--patience",
+        type=float,
+        default=12.0,
+        help="seconds for one population (default: %(default)s)",
     )
     args = parser.parse_args()
     if args.json:
@@ -60,7 +73,12 @@ def main() -> None:
         "matmul_gflops": measure_matmul(),
         "matmul_gflops_last": None,
         "bandwidth_gbytes_per_s": measure_bandwidth(),
-        "config": {"num_layers": NUM_LAYERS, "depth": DEPTH, "quick": args.quick, "patience_s": args.patience},
+        "config": {
+            "num_layers": NUM_LAYERS,
+            "depth": DEPTH,
+            "quick": args.quick,
+            "patience_s": args.patience,
+        },
         "compile": [],
         "rows": [],
         "growth": [],
@@ -84,7 +102,12 @@ def save(path: Path | None, result: dict[str, Any]) -> None:
 
 
 def make_problem(
-    layer: Any, shape: tuple[int, ...], num_examples: int, num_layers: int, depth: int, **kwargs: Any
+    layer: Any,
+    shape: tuple[int, ...],
+    num_examples: int,
+    num_layers: int,
+    depth: int,
+    **kwargs: Any,
 ) -> jc.Problem:
     """Random weights and data; small weights, so that deep chains stay finite."""
     x_key, y_key, layer_key, head_key = jax.random.split(jax.random.key(0), 4)
@@ -99,7 +122,9 @@ def make_problem(
     return jc.Problem(bank, jc.Batch(x, y), depth, **kwargs)
 
 
-def random_chains(num_chains: int, num_layers: int = NUM_LAYERS, depth: int = DEPTH, seed: int = 0) -> np.ndarray:
+def random_chains(
+    num_chains: int, num_layers: int = NUM_LAYERS, depth: int = DEPTH, seed: int = 0
+) -> np.ndarray:
     layers = np.random.default_rng(seed).integers(0, num_layers, (num_chains, depth))
     return np.concatenate([layers, np.full((num_chains, 1), num_layers)], axis=1).astype(np.int32)
 
@@ -108,7 +133,9 @@ def evolution_chains(num_parents: int = 16, num_children: int = 32) -> np.ndarra
     """Children of a few parents, each with one layer swapped."""
     rng = np.random.default_rng(0)
     chains = np.repeat(random_chains(num_parents, seed=1), num_children, axis=0)
-    chains[np.arange(len(chains)), rng.integers(0, DEPTH, len(chains))] = rng.integers(0, NUM_LAYERS, len(chains))
+    chains[np.arange(len(chains)), rng.integers(0, DEPTH, len(chains))] = rng.integers(
+        0, NUM_LAYERS, len(chains)
+    )
     return chains
 
 
@@ -151,7 +178,9 @@ def compare(name: str, result: dict[str, Any], args: argparse.Namespace) -> None
         for peer in fair:
             per_chain[peer] = seconds[peer]["median"] / len(chains)
         hidden_bytes = problem.data.x.nbytes
-        weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(problem.bank.layers[0].params)) / NUM_LAYERS
+        weight_bytes = (
+            sum(leaf.nbytes for leaf in jax.tree.leaves(problem.bank.layers[0].params)) / NUM_LAYERS
+        )
         result["rows"].append(
             {
                 "bank": name,
@@ -162,7 +191,10 @@ def compare(name: str, result: dict[str, Any], args: argparse.Namespace) -> None
                 "plan": str(said.plan),
                 "limit_s": limit,
                 "bytes_limit_s": nodes * (2 * hidden_bytes + weight_bytes) / bandwidth / 1e9,
-                "seconds": {peer: seconds[peer]["median"] if peer in seconds else None for peer in ("jchain", *peers)},
+                "seconds": {
+                    peer: seconds[peer]["median"] if peer in seconds else None
+                    for peer in ("jchain", *peers)
+                },
                 "spread": {peer: [seconds[peer]["low"], seconds[peer]["high"]] for peer in seconds},
                 "repeats": {peer: seconds[peer]["repeats"] for peer in seconds},
             }
@@ -171,7 +203,9 @@ def compare(name: str, result: dict[str, Any], args: argparse.Namespace) -> None
     result["compile"].append(measure_compile(name))
 
 
-def take_turns(runs: dict[str, Callable[[np.ndarray], np.ndarray]], chains: np.ndarray) -> dict[str, dict[str, float]]:
+def take_turns(
+    runs: dict[str, Callable[[np.ndarray], np.ndarray]], chains: np.ndarray
+) -> dict[str, dict[str, float]]:
     """Median, quartiles and number of timings of each, all outputs compared with jchain's first."""
     expected = runs["jchain"](chains)
     timings: dict[str, list[float]] = {name: [] for name in runs}
@@ -185,7 +219,9 @@ def take_turns(runs: dict[str, Callable[[np.ndarray], np.ndarray]], chains: np.n
             timings[name].append(seconds)
     time.sleep(0.25)
     start = time.perf_counter()
-    while len(timings["jchain"]) < 3 or (len(timings["jchain"]) < 15 and time.perf_counter() - start < 5):
+    while len(timings["jchain"]) < 3 or (
+        len(timings["jchain"]) < 15 and time.perf_counter() - start < 5
+    ):
         for name, run in runs.items():
             if timings[name] and timings[name][-1] > 3 and name != "jchain":
                 continue
@@ -213,7 +249,7 @@ def make_jax_peers(problem: jc.Problem) -> dict[str, Callable[[np.ndarray], np.n
         hidden = problem.data.x
         for token in chain[:-1]:
             hidden = problem.bank.layers[0].apply(token, hidden)
-        return problem.measure(problem.bank.heads[0].apply(0, hidden))
+        return problem.compute_metrics(problem.bank.heads[0].apply(0, hidden))
 
     jitted, vmapped = jax.jit(one), jax.jit(jax.vmap(one, in_axes=(None, 0)))
 
@@ -227,7 +263,9 @@ def make_jax_peers(problem: jc.Problem) -> dict[str, Callable[[np.ndarray], np.n
     return {"jax_loop": loop, "jax_vmap": naive}
 
 
-def make_torch_peers(problem: jc.Problem, *, with_compile: bool) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+def make_torch_peers(
+    problem: jc.Problem, *, with_compile: bool
+) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     try:
         from torch_peers import make_peers
     except ImportError as error:
@@ -238,7 +276,10 @@ def make_torch_peers(problem: jc.Problem, *, with_compile: bool) -> dict[str, Ca
 
 def count_flops(problem: jc.Problem) -> tuple[float, float]:
     """Of one layer call and one head call, as XLA counts them."""
-    layer, head = (count_call_flops(groups[0], problem.data.x) for groups in (problem.bank.layers, problem.bank.heads))
+    layer, head = (
+        count_call_flops(groups[0], problem.data.x)
+        for groups in (problem.bank.layers, problem.bank.heads)
+    )
     return layer, head
 
 
@@ -253,7 +294,8 @@ def measure_compile(name: str) -> dict[str, Any]:
 
     problem = make_problem(layer, shape, num_examples, NUM_LAYERS, DEPTH, loss_fn=counted)
     first, second = (
-        time_call(lambda: jax.block_until_ready(jc.evaluate(problem, random_chains(64)))) for _ in range(2)
+        time_call(lambda: jax.block_until_ready(jc.evaluate(problem, random_chains(64))))
+        for _ in range(2)
     )
     # Small populations, as a hundred large ones would take minutes.
     jc.evaluate(problem, random_chains(2))
@@ -274,7 +316,10 @@ def measure_growth() -> list[dict[str, Any]]:
         problem = make_problem(layer, shape, num_examples, num_layers, depth)
         chains = random_chains(num_chains, num_layers, depth)
         said = jc.explain(problem, chains)
-        timings = take_turns({"jchain": lambda chains: np.asarray(jc.evaluate(problem, chains).loss)}, chains)["jchain"]  # noqa: B023
+        run = partial(
+            lambda problem, chains: np.asarray(jc.evaluate(problem, chains).loss), problem
+        )
+        timings = take_turns({"jchain": run}, chains)["jchain"]
         compiled: Any = jax.jit(jc.evaluate).lower(problem, jnp.asarray(chains)).compile()
         memory: Any = compiled.memory_analysis()
         rows.append(
@@ -298,7 +343,11 @@ def measure_growth() -> list[dict[str, Any]]:
 
 def best(row: dict[str, Any], start: str) -> float | None:
     """Seconds of the fastest peer whose name starts so."""
-    found = [s for peer, s in row["seconds"].items() if peer != "jchain" and peer.startswith(start) and s is not None]
+    found = [
+        s
+        for peer, s in row["seconds"].items()
+        if peer != "jchain" and peer.startswith(start) and s is not None
+    ]
     return min(found, default=None)
 
 
@@ -314,17 +363,37 @@ def format_row(row: dict[str, Any]) -> str:
 
 def format_tables(result: dict[str, Any]) -> str:
     """Markdown: times of peers as multiples of jchain's."""
-    head = ("bank", "chains", "layer calls", "jchain, ms", "best peer", "PyTorch", "JAX loop", "naive vmap", "of limit")
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *map(format_row, result["rows"])]
+    head = (
+        "bank",
+        "chains",
+        "layer calls",
+        "jchain, ms",
+        "best peer",
+        "PyTorch",
+        "JAX loop",
+        "naive vmap",
+        "of limit",
+    )
+    lines = [
+        "| " + " | ".join(head) + " |",
+        "|---" * len(head) + "|",
+        *map(format_row, result["rows"]),
+    ]
     random = [row for row in result["rows"] if row["population"].startswith("random")]
     for start, name in (("torch", "the best PyTorch peer"), ("jax_vmap", "naive vmap")):
-        ratios = [best(row, start) / row["seconds"]["jchain"] for row in random if best(row, start) is not None]
+        ratios = [
+            best(row, start) / row["seconds"]["jchain"]
+            for row in random
+            if best(row, start) is not None
+        ]
         if ratios:
             lines.append(
                 f"Random chains: {np.exp(np.mean(np.log(ratios))):.2f} times faster than {name} (geometric mean)"
             )
     for row in result["compile"]:
-        lines.append(f"{row['bank']}: compiled in {row['seconds']:.1f} s, {row['new_traces']} new traces")
+        lines.append(
+            f"{row['bank']}: compiled in {row['seconds']:.1f} s, {row['new_traces']} new traces"
+        )
     last = result["matmul_gflops_last"]
     lines.append(
         f"matmul: {result['matmul_gflops']:.0f} GFLOP/s first, {'not measured' if last is None else f'{last:.0f}'} last"
@@ -340,7 +409,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     peers = [peer for peer in rows[0]["seconds"] if peer != "jchain"]
     for peer, marker in zip(peers, "osD^v", strict=False):
         points = [
-            (row["seconds"][peer] / row["seconds"]["jchain"], i) for i, row in enumerate(rows) if row["seconds"][peer]
+            (row["seconds"][peer] / row["seconds"]["jchain"], i)
+            for i, row in enumerate(rows)
+            if row["seconds"][peer]
         ]
         axes.plot(*zip(*points, strict=True), marker, label=peer.replace("_", " "), alpha=0.8)
     axes.axvline(1, color="black", linewidth=1)

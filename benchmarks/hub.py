@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,10 @@ from jchain.files import write_json
 
 DEPTH = 12
 # Width, heads, vocabulary, sequences, their length; and how many of the populations, as PyTorch takes minutes for one of the wide.
-MODELS = {"128 wide, 256 tokens": (128, 4, 256, 8, 128, 3), "768 wide, 4,096 tokens": (768, 12, 4096, 2, 128, 1)}
+MODELS = {
+    "128 wide, 256 tokens": (128, 4, 256, 8, 128, 3),
+    "768 wide, 4,096 tokens": (768, 12, 4096, 2, 128, 1),
+}
 # Timings of each, and seconds of PyTorch from which one is enough.
 REPEATS, LONG = 7, 15.0
 LARGE = {
@@ -41,9 +45,13 @@ LARGE = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write results here")
-    parser.add_argument("--quick", action="store_true", help="the small model, fewer chains, no import")
+    parser.add_argument(
+        "--quick", action="store_true", help="the small model, fewer chains, no import"
+    )
     parser.add_argument("--measure-import", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure_import:
@@ -71,9 +79,13 @@ def make_populations(num_layers: int, num: int) -> dict[str, np.ndarray]:
     """Chains that share prefixes, as people score them when they look for a shallower or a rearranged model."""
     whole = jnp.arange(num_layers + 1)
     drop = {
-        k: [[*kept, num_layers] for kept in itertools.combinations(range(num_layers), num_layers - k)] for k in (2, 4)
+        k: [
+            [*kept, num_layers]
+            for kept in itertools.combinations(range(num_layers), num_layers - k)
+        ]
+        for k in (2, 4)
     }
-    edits, is_chain = map(np.asarray, jc.chain.neighbours(whole, num_layers, 1))
+    edits, is_chain = map(np.asarray, jc.chain.neighbors(whole, num_layers, 1))
     populations = {
         "2 of 12 dropped": jc.chain.pad(drop[2], max_layers=num_layers),
         "4 of 12 dropped": jc.chain.pad(drop[4], max_layers=num_layers),
@@ -88,13 +100,17 @@ def compare(name: str, gflops: float, *, is_quick: bool) -> list[dict[str, Any]]
 
     width, num_heads, vocabulary, num_sequences, length, num_populations = MODELS[name]
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=vocabulary, n_embd=width, n_layer=DEPTH, n_head=num_heads, n_positions=length)
+    config = GPT2Config(
+        vocab_size=vocabulary, n_embd=width, n_layer=DEPTH, n_head=num_heads, n_positions=length
+    )
     model = GPT2LMHeadModel(config).eval()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         bank = jc.hub.load(folder, name="model")
     ids = np.random.default_rng(0).integers(0, vocabulary, (num_sequences, length + 1))
-    problem = jc.Problem(bank, jc.Batch(jnp.asarray(ids[:, :-1]), jnp.asarray(ids[:, 1:])), max_layers=DEPTH)
+    problem = jc.Problem(
+        bank, jc.Batch(jnp.asarray(ids[:, :-1]), jnp.asarray(ids[:, 1:])), max_layers=DEPTH
+    )
     blocks = list(model.transformer.h)
     x, y = torch.tensor(ids[:, :-1]), torch.tensor(ids[:, 1:])
 
@@ -102,10 +118,14 @@ def compare(name: str, gflops: float, *, is_quick: bool) -> list[dict[str, Any]]
     def run_torch(chains: np.ndarray) -> np.ndarray:
         losses = []
         for chain in chains:
-            model.transformer.h = torch.nn.ModuleList([blocks[token] for token in chain if 0 <= token < DEPTH])
+            model.transformer.h = torch.nn.ModuleList(
+                [blocks[token] for token in chain if 0 <= token < DEPTH]
+            )
             model.config.num_hidden_layers = len(model.transformer.h)
             logits = model(x, use_cache=False).logits
-            losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).item())
+            losses.append(
+                torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).item()
+            )
         return np.array(losses)
 
     def run_jchain(chains: np.ndarray) -> np.ndarray:
@@ -121,7 +141,10 @@ def compare(name: str, gflops: float, *, is_quick: bool) -> list[dict[str, Any]]
         repeats = REPEATS if time.perf_counter() - begin < LONG else 1
         np.testing.assert_allclose(run_jchain(chains), expected, rtol=1e-4)
         # By turns, so that a slow moment of the machine meets both.
-        timings = [[time_call(lambda: run(chains)) for run in (run_jchain, run_torch)] for _ in range(repeats)]  # noqa: B023
+        timings = [
+            [time_call(partial(run, chains)) for run in (run_jchain, run_torch)]
+            for _ in range(repeats)
+        ]
         ours, theirs = np.median(timings, axis=0)
         work = said.layer_calls * flops[0] + said.head_calls * flops[1]
         rows.append(
@@ -153,7 +176,10 @@ def run_import() -> dict[str, Any]:
         save_file(make_weights(), folder / "model.safetensors")
         size = (folder / "model.safetensors").stat().st_size
         done = subprocess.run(
-            [sys.executable, __file__, "--measure-import", name], capture_output=True, text=True, check=True
+            [sys.executable, __file__, "--measure-import", name],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         return {"bytes": size, **json.loads(done.stdout)}
 
@@ -164,15 +190,22 @@ def make_weights() -> dict[str, np.ndarray]:
     narrow = width * LARGE["num_key_value_heads"] // LARGE["num_attention_heads"]
     block = {"input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,)}
     for name, size in (("q", width), ("k", narrow), ("v", narrow)):
-        block |= {f"self_attn.{name}_proj.weight": (size, width), f"self_attn.{name}_proj.bias": (size,)}
+        block |= {
+            f"self_attn.{name}_proj.weight": (size, width),
+            f"self_attn.{name}_proj.bias": (size,),
+        }
     block |= {"self_attn.o_proj.weight": (width, width), "mlp.down_proj.weight": (width, hidden)}
     block |= {f"mlp.{name}_proj.weight": (hidden, width) for name in ("gate", "up")}
-    shapes = {"model.embed_tokens.weight": (LARGE["vocab_size"], width), "model.norm.weight": (width,)}
+    shapes = {
+        "model.embed_tokens.weight": (LARGE["vocab_size"], width),
+        "model.norm.weight": (width,),
+    }
     for i in range(LARGE["num_hidden_layers"]):
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}
     rng = np.random.default_rng(0)
     return {
-        name: (0.02 * rng.standard_normal(shape, np.float32)).astype(jnp.bfloat16) for name, shape in shapes.items()
+        name: (0.02 * rng.standard_normal(shape, np.float32)).astype(jnp.bfloat16)
+        for name, shape in shapes.items()
     }
 
 
@@ -191,7 +224,11 @@ def measure_import(folder: Path) -> dict[str, float]:
 
 def read_peak() -> int:
     """Most bytes of memory that were resident. Not `getrusage`, in which a process begins with the peak of the one that started it."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    (line,) = [
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    ]
     return 1024 * int(line.split()[1])
 
 

@@ -29,7 +29,9 @@ NUM_LAYERS = 12
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write results here")
     args = parser.parse_args()
     rows = []
@@ -52,10 +54,16 @@ def measure(name: str) -> dict[str, Any]:
     """
     shape, num_examples = BANKS[name]
     x_key, y_key, key = jax.random.split(jax.random.key(0), 3)
-    x, y = jax.random.normal(x_key, (num_examples, *shape)), jax.random.randint(y_key, (num_examples,), 0, NUM_CLASSES)
+    x, y = (
+        jax.random.normal(x_key, (num_examples, *shape)),
+        jax.random.randint(y_key, (num_examples,), 0, NUM_CLASSES),
+    )
     layers = [jc.layers.ConvBlock(shape[-1], 1 + i % 3) for i in range(NUM_LAYERS)]
     heads = [jc.layers.PoolHead(NUM_CLASSES), jc.layers.ConvHead(NUM_CLASSES)]
-    params = [jax.tree.map(lambda leaf: 0.5 * leaf, m.init(key, x[:1])["params"]) for m in (*layers, *heads)]
+    params = [
+        jax.tree.map(lambda leaf: 0.5 * leaf, m.init(key, x[:1])["params"])
+        for m in (*layers, *heads)
+    ]
     bank = jc.Bank.stack(layers, params[: len(layers)], heads, params[len(layers) :])
     problem = jc.Problem(bank, jc.Batch(x, y), DEPTH)
     chains = jc.chain.enumerate_all(bank.num_layers, bank.num_heads, DEPTH)
@@ -66,7 +74,9 @@ def measure(name: str) -> dict[str, Any]:
         for groups, calls in ((bank.layers, said.layer_calls), (bank.heads, said.head_calls))
     )
     jax.block_until_ready(jc.evaluate(problem, chains[:1]))
-    compiled = jax.jit(jc.evaluate, compiler_options=jc.compiler_options(jax.default_backend()))
+    compiled = jax.jit(
+        jc.evaluate, compiler_options=jc.engine.compiler_options(jax.default_backend())
+    )
     run = compiled.lower(problem, jnp.asarray(chains)).compile()
     gflops = [measure_matmul(clock) for clock in (time.perf_counter, time.process_time)]
     begin = time.perf_counter(), time.process_time()
@@ -74,7 +84,8 @@ def measure(name: str) -> dict[str, Any]:
     seconds, busy = time.perf_counter() - begin[0], time.process_time() - begin[1]
     # Of more than one core the product, too, counts the time of each.
     gflops = [
-        (a + measure_matmul(clock)) / 2 for a, clock in zip(gflops, (time.perf_counter, time.process_time), strict=True)
+        (a + measure_matmul(clock)) / 2
+        for a, clock in zip(gflops, (time.perf_counter, time.process_time), strict=True)
     ]
     return {
         "bank": name,

@@ -47,7 +47,11 @@ def describe_device() -> str:
     if device.platform != "cpu":
         return device.device_kind
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.split(":")[1].strip()
+        for line in info.read_text().splitlines()
+        if line.startswith("model name")
+    ]
     wide = "AVX-512" if "avx512f" in info.read_text() else "AVX2"
     return f"CPU, {len(names)} cores, {names[0]}, {wide}"
 

@@ -21,7 +21,9 @@ BANKS = ("independent", "routed", "snapshots", "random")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write results here")
     args = parser.parse_args()
     data = jc.data.load("digits", seed=0)
@@ -29,19 +31,33 @@ def main() -> None:
     rows = []
     for kind in BANKS:
         problem = jc.Problem(
-            getattr(jc.train, kind)(jax.random.key(0), data.train, **modules), data.search, max_layers=4
+            getattr(jc.train, kind)(jax.random.key(0), data.train, **modules),
+            data.search,
+            max_layers=4,
         )
         bank = problem.bank
         chains = jc.chain.sample(jax.random.key(1), 200, bank.num_layers, bank.num_heads, 4)
         exact = losses_in_float64(problem, np.asarray(chains))
-        row: dict[str, Any] = {"bank": kind, "loss": {"lowest": exact.min(), "highest": exact.max()}}
+        row: dict[str, Any] = {
+            "bank": kind,
+            "loss": {"lowest": exact.min(), "highest": exact.max()},
+        }
         for dtype in (jnp.float32, jnp.bfloat16):
-            error = np.abs(np.asarray(jc.evaluate(problem, chains, dtype=dtype).loss, np.float64) / exact - 1)
-            row[jnp.dtype(dtype).name] = {"median": float(np.median(error)), "largest": float(error.max())}
+            error = np.abs(
+                np.asarray(jc.evaluate(problem, chains, dtype=dtype).loss, np.float64) / exact - 1
+            )
+            row[jnp.dtype(dtype).name] = {
+                "median": float(np.median(error)),
+                "largest": float(error.max()),
+            }
         rows.append(row)
         print(row)
     if args.json:
-        result = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "relative_error": rows}
+        result = {
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+            "relative_error": rows,
+        }
         write_json(args.json, result)
 
 

@@ -31,10 +31,14 @@ BANKS: dict[str, tuple[Any, tuple[int, ...], int]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write results here")
     parser.add_argument("--quick", action="store_true", help="64-wide MLPs alone, one turn")
-    parser.add_argument("--turns", type=int, default=5, help="of which the median is given (default: %(default)s)")
+    parser.add_argument(
+        "--turns", type=int, default=5, help="of which the median is given (default: %(default)s)"
+    )
     args = parser.parse_args()
     rows = []
     for name in ("mlp 64",) if args.quick else BANKS:
@@ -43,14 +47,17 @@ def main() -> None:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         config = {"num_layers": NUM_LAYERS, "depth": DEPTH, "turns": args.turns}
-        write_json(args.json, {"device": describe_device(), "versions": versions(), "config": config, "rows": rows})
+        write_json(
+            args.json,
+            {"device": describe_device(), "versions": versions(), "config": config, "rows": rows},
+        )
 
 
 def compare(name: str, num_turns: int) -> dict[str, Any]:
     layer, shape, num_examples = BANKS[name]
     problem = make_problem(layer, shape, num_examples, NUM_LAYERS, DEPTH)
     chain = random_chains(1, NUM_LAYERS, DEPTH)[0]
-    swaps, is_swap = (np.asarray(a) for a in jc.chain.neighbours(jnp.asarray(chain), NUM_LAYERS, 1))
+    swaps, is_swap = (np.asarray(a) for a in jc.chain.neighbors(jnp.asarray(chain), NUM_LAYERS, 1))
     swaps = swaps[is_swap][: (NUM_LAYERS - 1) * DEPTH]
     jobs: dict[str, Callable[[], Any]] = {
         "exact": lambda: jc.evaluate(problem, swaps),
@@ -78,7 +85,10 @@ def compare(name: str, num_turns: int) -> dict[str, Any]:
 
 
 def format_row(row: dict[str, Any]) -> str:
-    jobs = "; ".join(f"{job} {row['layer_calls'][job]:,} calls, {row['seconds'][job]:.3f} s" for job in row["seconds"])
+    jobs = "; ".join(
+        f"{job} {row['layer_calls'][job]:,} calls, {row['seconds'][job]:.3f} s"
+        for job in row["seconds"]
+    )
     return (
         f"{row['bank']}: {jobs}: exact over linearized {row['layer_calls_over_linearized']:.1f} in layer calls, "
         f"{row['seconds_over_linearized']:.1f} in seconds"

@@ -19,12 +19,16 @@ import jchain as jc
 VMAP_CHUNK = 64
 
 
-def make_peers(problem: jc.Problem, *, with_compile: bool) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+def make_peers(
+    problem: jc.Problem, *, with_compile: bool
+) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     """An eager loop, a loop of compiled layers, and `torch.func.vmap` over stacked weights."""
     group, heads = problem.bank.layers[0], problem.bank.heads[0]
     layer_fn, convert, stack_x = _port(group.module)
     layers = [_params(group, i, convert) for i in range(len(group.tokens))]
-    head = _params(heads, 0, lambda params: [params["Dense_0"]["kernel"].T, params["Dense_0"]["bias"]])
+    head = _params(
+        heads, 0, lambda params: [params["Dense_0"]["kernel"].T, params["Dense_0"]["bias"]]
+    )
     x = stack_x(torch.tensor(np.asarray(problem.data.x)))
     y = torch.tensor(np.asarray(problem.data.y)).long()
     num_layers = problem.bank.num_layers
@@ -82,14 +86,19 @@ def _port(module: Any) -> tuple[Callable, Callable, Callable]:
         names = ("Dense_0", "Dense_1")
         return (
             lambda p, x: x + F.linear(torch.relu(F.linear(x, p[0], p[1])), p[2], p[3]),
-            lambda params: [leaf for name in names for leaf in (params[name]["kernel"].T, params[name]["bias"])],
+            lambda params: [
+                leaf for name in names for leaf in (params[name]["kernel"].T, params[name]["bias"])
+            ],
             lambda x: x,
         )
     if isinstance(module, jc.layers.ConvBlock):
         assert module.depth == 1
         return (
             lambda p, x: x + F.conv2d(torch.relu(x), p[0], p[1], padding=1),
-            lambda params: [params["Conv_0"]["kernel"].permute(3, 2, 0, 1), params["Conv_0"]["bias"]],
+            lambda params: [
+                params["Conv_0"]["kernel"].permute(3, 2, 0, 1),
+                params["Conv_0"]["bias"],
+            ],
             # Channels last: faster on CPU than PyTorch's default layout.
             lambda x: x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last),
         )
@@ -102,8 +111,14 @@ def _transformer_block(module: jc.layers.TransformerBlock) -> Callable:
     def call(p: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         batch, length, features = x.shape
         normed = F.layer_norm(x, (features,), p[0], p[1], eps=1e-5)
-        qkv = F.linear(normed, p[2], p[3]).reshape(batch, length, 3, num_heads, size).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2]).transpose(1, 2).reshape(x.shape)
+        qkv = (
+            F.linear(normed, p[2], p[3])
+            .reshape(batch, length, 3, num_heads, size)
+            .permute(2, 0, 3, 1, 4)
+        )
+        mixed = (
+            F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2]).transpose(1, 2).reshape(x.shape)
+        )
         x = x + F.linear(mixed, p[4], p[5])
         hidden = F.linear(F.layer_norm(x, (features,), p[6], p[7], eps=1e-5), p[8], p[9])
         return x + F.linear(F.gelu(hidden, approximate="tanh"), p[10], p[11])
@@ -123,5 +138,9 @@ def _convert_transformer_block(params: Any) -> list[torch.Tensor]:
         out["bias"],
         params["LayerNorm_1"]["scale"],
         params["LayerNorm_1"]["bias"],
-        *(leaf for name in ("Dense_0", "Dense_1") for leaf in (params[name]["kernel"].T, params[name]["bias"])),
+        *(
+            leaf
+            for name in ("Dense_0", "Dense_1")
+            for leaf in (params[name]["kernel"].T, params[name]["bias"])
+        ),
     ]

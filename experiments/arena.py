@@ -3,7 +3,7 @@
     python experiments/chainbench.py && python experiments/arena.py
 
 Each search spends the same number of layer calls on each of the 36 problems, 20 times with other keys. What repeats costs is
-one rule for all (`jchain.memo`). The losses are looked up in ChainBench's tables (`jchain.lookup`), which changes no charge, but
+one rule for all (`jchain.engine.score_cache`). The losses are looked up in ChainBench's tables (`jchain.chainbench.tabular`), which changes no charge, but
 for searches that need a gradient, and a run ends when it has found the best chain of all; the time per layer call is that of one
 run with the layers themselves. Sizes and rates were chosen on problems of even number (`--tune` compares them there); the results
 are those of odd number.
@@ -37,7 +37,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-from records import CHAINBENCH, describe_machine, is_deterministic, keep, look_up, make_pool, write_results, zero_shot
+from records import (
+    CHAINBENCH,
+    describe_machine,
+    is_deterministic,
+    keep,
+    look_up,
+    make_pool,
+    write_results,
+    zero_shot,
+)
 from scipy.stats import trim_mean
 
 import jchain as jc
@@ -65,12 +74,19 @@ LARGE = tuple(f"{data}-{kind}-1" for data in jc.chainbench.DATA for kind in jc.c
 LARGE_SIZES = {"digits": (48, 12), "wine": (96, 24), "breast_cancer": (24, 8)}  # layers, slots
 LARGE_BUDGETS = (1000, 4000, 12000)
 # Without those that are behind on ChainBench.
-LARGE_SEARCHES = ("linearized", "critic search", "evolution", "local search", "random search", "beam search")
+LARGE_SEARCHES = (
+    "linearized",
+    "critic search",
+    "evolution",
+    "local search",
+    "random search",
+    "beam search",
+)
 
 
 def see_losses_only(problem: jc.Problem, children: Any, parent: Any) -> Any:
     """What a critic sees that learns from tokens alone."""
-    seen = jc.lookup.observe(problem, children, parent)
+    seen = jc.chainbench.tabular.observe(problem, children, parent)
     return seen._replace(features=jnp.zeros_like(seen.features))
 
 
@@ -106,7 +122,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"observe": see_losses_only},
     ],
     "local search": [{"num_chains": 1}, {"num_chains": 4}, {"num_chains": 32}],
-    "mcts": [{"num_simulations": 4}, {"num_simulations": 16}, {"gumbel_scale": 0.3}, {"gumbel_scale": 3.0}],
+    "mcts": [
+        {"num_simulations": 4},
+        {"num_simulations": 16},
+        {"gumbel_scale": 0.3},
+        {"gumbel_scale": 3.0},
+    ],
     "beam search": [{"width": 1}],
 }
 
@@ -122,24 +143,50 @@ class Grounds(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=CHAINBENCH, help="of ChainBench (default: %(default)s)")
-    parser.add_argument("--search", action="append", choices=SEARCHES, help="only these; repeat for more")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=CHAINBENCH, help="of ChainBench (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--search", action="append", choices=SEARCHES, help="only these; repeat for more"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)"
+    )
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--tune", action="store_true", help="other sizes and rates, on the problems of even number")
-    mode.add_argument("--quick", action="store_true", help="four problems, 5 seeds, 2,000 layer calls")
-    mode.add_argument("--large", action="store_true", help="12 problems of 24 to 96 layers and chains of up to 8 to 24")
+    mode.add_argument(
+        "--tune", action="store_true", help="other sizes and rates, on the problems of even number"
+    )
+    mode.add_argument(
+        "--quick", action="store_true", help="four problems, 5 seeds, 2,000 layer calls"
+    )
+    mode.add_argument(
+        "--large",
+        action="store_true",
+        help="12 problems of 24 to 96 layers and chains of up to 8 to 24",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    searches = {name: search for name, search in SEARCHES.items() if name in (args.search or SEARCHES)}
+    searches = {
+        name: search for name, search in SEARCHES.items() if name in (args.search or SEARCHES)
+    }
     args.out.mkdir(parents=True, exist_ok=True)
     if args.tune:
         tune(searches, args)
     elif args.quick:
-        names = tuple(name for name in jc.chainbench.NAMES if name.startswith("wine") and name.endswith("0"))
+        names = tuple(
+            name for name in jc.chainbench.NAMES if name.startswith("wine") and name.endswith("0")
+        )
         jc.chainbench.build(args.folder, names)
-        compete("arena_quick", searches, Grounds(args.folder, names, make_grid((300, 2000)), 5), (300, 2000), args)
+        compete(
+            "arena_quick",
+            searches,
+            Grounds(args.folder, names, make_grid((300, 2000)), 5),
+            (300, 2000),
+            args,
+        )
     elif args.large:
         critic = jc.Critic.load(RESULTS / "critic.safetensors")
         searches = {
@@ -164,7 +211,9 @@ def compete(
     reported: slice = slice(None),
 ) -> None:
     """Run them, and write table, figure and JSON."""
-    losses = run_all({name: {name: search} for name, search in searches.items()}, grounds, args.workers)
+    losses = run_all(
+        {name: {name: search} for name, search in searches.items()}, grounds, args.workers
+    )
     runs = find_regret(losses, grounds)
     clock = grounds.names[0] if args.quick else CLOCK[0]
     rows = list(range(len(grounds.names)))[reported]
@@ -179,24 +228,33 @@ def compete(
             "clock": clock,
         },
         "summary": summarize(runs, rows, grounds.grid, budgets),
-        "summary_of_the_other_half": summarize(runs, others, grounds.grid, budgets) if others else {},
+        "summary_of_the_other_half": summarize(runs, others, grounds.grid, budgets)
+        if others
+        else {},
         "us_per_layer_call": {
-            name: measure_time(search, load_layers(grounds, clock)) for name, search in searches.items()
+            name: measure_time(search, load_layers(grounds, clock))
+            for name, search in searches.items()
         },
         "improvement": compare_pairs(runs, rows, grounds.grid, budgets),
         "regret": {
-            name: {p: at(curves, grounds.grid, budgets)[i].T.round(7).tolist() for i, p in enumerate(grounds.names)}
+            name: {
+                p: at(curves, grounds.grid, budgets)[i].T.round(7).tolist()
+                for i, p in enumerate(grounds.names)
+            }
             for name, curves in runs.items()
         },
     }
     if "local search" in runs:
         result["calls_for_local_search"] = {
-            name: count_calls(curves, runs["local search"], grounds) for name, curves in runs.items()
+            name: count_calls(curves, runs["local search"], grounds)
+            for name, curves in runs.items()
         }
     table = format_table(result)
     print(table)
     of_reported = {name: curves[rows] for name, curves in runs.items()}
-    write_results(args.out, title, result, table, partial(draw, runs=of_reported, grid=grounds.grid))
+    write_results(
+        args.out, title, result, table, partial(draw, runs=of_reported, grid=grounds.grid)
+    )
 
 
 def tune(searches: dict[str, Any], args: argparse.Namespace) -> None:
@@ -205,7 +263,10 @@ def tune(searches: dict[str, Any], args: argparse.Namespace) -> None:
     tasks = {
         name: {
             name: search,
-            **{vary(name, change): dataclasses.replace(search, **change) for change in VARIANTS.get(name, [])},
+            **{
+                vary(name, change): dataclasses.replace(search, **change)
+                for change in VARIANTS.get(name, [])
+            },
         }
         for name, search in searches.items()
     }
@@ -215,7 +276,11 @@ def tune(searches: dict[str, Any], args: argparse.Namespace) -> None:
     if args.search and path.exists():
         # The others as they were.
         summary = {**json.loads(path.read_text())["summary"], **summary}
-    result = {**describe_machine(), "config": {"problems": grounds.names, "seeds": grounds.seeds}, "summary": summary}
+    result = {
+        **describe_machine(),
+        "config": {"problems": grounds.names, "seeds": grounds.seeds},
+        "summary": summary,
+    }
     write_json(path, result)
 
 
@@ -224,11 +289,15 @@ def make_grid(budgets: tuple[int, ...]) -> np.ndarray:
 
 
 def vary(name: str, change: dict[str, Any]) -> str:
-    return ", ".join([name, *(f"{field} {describe_value(value)}" for field, value in change.items())])
+    return ", ".join(
+        [name, *(f"{field} {describe_value(value)}" for field, value in change.items())]
+    )
 
 
 def describe_search(search: Any) -> str:
-    fields = [f"{f.name}={describe_value(getattr(search, f.name))}" for f in dataclasses.fields(search)]
+    fields = [
+        f"{f.name}={describe_value(getattr(search, f.name))}" for f in dataclasses.fields(search)
+    ]
     return f"{type(search).__name__}({', '.join(fields)})"
 
 
@@ -238,7 +307,9 @@ def describe_value(value: Any) -> str:
     return getattr(value, "__name__", None) or " ".join(repr(value).split())
 
 
-def run_all(tasks: dict[str, dict[str, Any]], grounds: Grounds, workers: int) -> dict[str, np.ndarray]:
+def run_all(
+    tasks: dict[str, dict[str, Any]], grounds: Grounds, workers: int
+) -> dict[str, np.ndarray]:
     """For each search of each task its best loss on each problem in each run on the grid, `[M, S, G]`."""
     with make_pool(workers) as pool:
         futures = [pool.submit(run_searches, searches, grounds) for searches in tasks.values()]
@@ -252,7 +323,9 @@ def run_searches(searches: dict[str, Any], grounds: Grounds) -> dict[str, np.nda
     for name, search in searches.items():
         start = time.perf_counter()
         weights = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(search)]
-        make = partial(run_problems, search, grounds, 1 if is_deterministic(search) else grounds.seeds)
+        make = partial(
+            run_problems, search, grounds, 1 if is_deterministic(search) else grounds.seeds
+        )
         given = (*inputs, describe_search(search), weights)
         code = (run_problems, needs_gradient, load_large, large_path, see_losses_only)
         losses[name] = keep(code, name.replace(" ", "-"), given, make, uses=(search,))["loss"]
@@ -265,7 +338,11 @@ def run_searches(searches: dict[str, Any], grounds: Grounds) -> dict[str, np.nda
 def digest_problems(grounds: Grounds) -> str:
     digest = hashlib.sha256()
     for name in grounds.names:
-        path = large_path(grounds.folder, name) if grounds.is_large else grounds.folder / f"{name}.table.safetensors"
+        path = (
+            large_path(grounds.folder, name)
+            if grounds.is_large
+            else grounds.folder / f"{name}.table.safetensors"
+        )
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -280,7 +357,11 @@ def run_problems(search: Any, grounds: Grounds, seeds: int) -> dict[str, np.ndar
             solved = jc.chainbench.load(grounds.folder, name)
             best, middle = solved.loss["search"].min(), np.median(solved.loss["search"])
             target_loss = float(best + 0.4 * 10**-EXACT * (middle - best))
-            given = (search, solved.problem) if needs_gradient(search) else (look_up(search), solved.lookup())
+            given = (
+                (search, solved.problem)
+                if needs_gradient(search)
+                else (look_up(search), solved.lookup())
+            )
             run = partial(jc.run_many, keys, *given, target_loss=target_loss)
         results = run(budget=int(grounds.grid[-1]))
         losses.append([result.curve.at(grounds.grid) for result in results])
@@ -329,7 +410,10 @@ def find_regret(losses: dict[str, np.ndarray], grounds: Grounds) -> dict[str, np
         else:
             loss = jc.chainbench.load(grounds.folder, name).loss["search"]
             best[i], middle[i] = loss.min(), np.median(loss)
-    regret = {name: np.where(np.isfinite(loss), (loss - best) / (middle - best), 1.0) for name, loss in losses.items()}
+    regret = {
+        name: np.where(np.isfinite(loss), (loss - best) / (middle - best), 1.0)
+        for name, loss in losses.items()
+    }
     return {name: np.round(of, EXACT) for name, of in regret.items()}
 
 
@@ -355,7 +439,7 @@ def summarize(
     return {
         name: {
             str(budget): {
-                **jc.stats.iqm(at(curves[rows], grid, budget))._asdict(),
+                **jc.chainbench.stats.iqm(at(curves[rows], grid, budget))._asdict(),
                 "solved": float(np.mean(at(curves[rows], grid, budget) == 0)),
             }
             for budget in budgets
@@ -381,8 +465,10 @@ def compare_pairs(
     return {
         str(budget): {
             name: {
-                other: jc.stats.probability_of_improvement(
-                    at(curves[rows], grid, budget), at(runs[other][rows], grid, budget), num_resamples=500
+                other: jc.chainbench.stats.probability_of_improvement(
+                    at(curves[rows], grid, budget),
+                    at(runs[other][rows], grid, budget),
+                    num_resamples=500,
                 )._asdict()
                 for other in runs
                 if other != name
@@ -396,13 +482,25 @@ def compare_pairs(
 def format_table(result: dict[str, Any]) -> str:
     """Markdown: IQM of the regret with its 95% interval at each budget, best first."""
     budgets, summary = result["config"]["budgets"], result["summary"]
-    head = ["search", *(f"{budget:,} layer calls" for budget in budgets), "solved", "us per layer call"]
+    head = [
+        "search",
+        *(f"{budget:,} layer calls" for budget in budgets),
+        "solved",
+        "us per layer call",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name in sorted(summary, key=lambda name: [summary[name][str(b)]["value"] for b in budgets[1:]]):
+    for name in sorted(
+        summary, key=lambda name: [summary[name][str(b)]["value"] for b in budgets[1:]]
+    ):
         row = summary[name]
-        cells = [f"{e['value']:.4f} [{e['low']:.4f}, {e['high']:.4f}]" for e in (row[str(b)] for b in budgets)]
+        cells = [
+            f"{e['value']:.4f} [{e['low']:.4f}, {e['high']:.4f}]"
+            for e in (row[str(b)] for b in budgets)
+        ]
         time_taken = result["us_per_layer_call"][name]
-        lines.append(f"| {name} | {' | '.join(cells)} | {row[str(budgets[-1])]['solved']:.0%} | {time_taken:.0f} |")
+        lines.append(
+            f"| {name} | {' | '.join(cells)} | {row[str(budgets[-1])]['solved']:.0%} | {time_taken:.0f} |"
+        )
     return "\n".join(lines)
 
 
@@ -411,12 +509,19 @@ def draw(path: str, runs: dict[str, np.ndarray], grid: np.ndarray) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, curves in runs.items():
-        estimates = [jc.stats.iqm(curves[:, :, i], num_resamples=200) for i in range(len(grid))]
+        estimates = [
+            jc.chainbench.stats.iqm(curves[:, :, i], num_resamples=200) for i in range(len(grid))
+        ]
         value, low, high = np.array(estimates).T
         (line,) = axes.plot(grid, value, label=name)
         axes.fill_between(grid, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_yscale("symlog", linthresh=1e-4)
-    axes.set(xscale="log", ylim=(0, 1.2), xlabel="layer calls", ylabel="regret: 0 = best chain, 1 = median chain")
+    axes.set(
+        xscale="log",
+        ylim=(0, 1.2),
+        xlabel="layer calls",
+        ylabel="regret: 0 = best chain, 1 = median chain",
+    )
     axes.grid(which="both", alpha=0.2)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=130)

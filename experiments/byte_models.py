@@ -75,7 +75,10 @@ def load_text(seed: int) -> dict[str, list[np.ndarray]]:
         order = [paths[i] for i in rng.permutation(len(paths))]
         cuts = np.round(np.cumsum(SHARES)[:-1] * len(order)).astype(int)
         pieces = np.split(np.array(order, object), cuts)
-        text[part] = [np.frombuffer(b"".join(path.read_bytes() for path in piece), np.uint8) for piece in pieces]
+        text[part] = [
+            np.frombuffer(b"".join(path.read_bytes() for path in piece), np.uint8)
+            for piece in pieces
+        ]
     return text
 
 
@@ -95,23 +98,31 @@ def make_splits(
     """Search, select and test, of so many sequences, of equal parts of the text."""
     rng = np.random.default_rng(1000 + seed)
     return [
-        make_batch(np.concatenate([take(text[part][1 + i], num // len(parts), rng) for part in parts]))
+        make_batch(
+            np.concatenate([take(text[part][1 + i], num // len(parts), rng) for part in parts])
+        )
         for i, num in enumerate(sizes)
     ]
 
 
 def write_config(folder: Path, model: Model) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"n_layer": model.depth, "n_embd": model.width}))
+    (folder / "config.json").write_text(
+        json.dumps(CONFIG | {"n_layer": model.depth, "n_embd": model.width})
+    )
     return folder
 
 
-def train_models(seed: int, model: Model, text: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
+def train_models(
+    seed: int, model: Model, text: dict[str, list[np.ndarray]]
+) -> dict[str, np.ndarray]:
     """Weights of the base model and of its fine-tunes, by model and path."""
     with tempfile.TemporaryDirectory() as folder:
         new = jc.hub.init(jax.random.key(seed), write_config(Path(folder) / "new", model))
     base = fit(new, text["base"][0], seed, model.num_steps, LEARNING_RATE)
-    tuned = {part: fit(base, text[part][0], seed, model.num_tune_steps, TUNE_RATE) for part in PARTS}
+    tuned = {
+        part: fit(base, text[part][0], seed, model.num_tune_steps, TUNE_RATE) for part in PARTS
+    }
     return {
         f"{name}/{i}": np.asarray(leaf)
         for name, bank in {"base": base, **tuned}.items()
@@ -127,19 +138,29 @@ def run_blocks(bank: jc.Bank, x: jax.Array) -> jax.Array:
     return bank.heads[0].apply(0, hidden)
 
 
-def fit(bank: jc.Bank, text: np.ndarray, seed: int, num_steps: int, learning_rate: float) -> jc.Bank:
+def fit(
+    bank: jc.Bank, text: np.ndarray, seed: int, num_steps: int, learning_rate: float
+) -> jc.Bank:
     """The bank after so many steps of AdamW."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, num_steps // 10 + 1, num_steps, learning_rate / 20
     )
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.1))
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.1)
+    )
     rng = np.random.default_rng(seed)
 
     def find_loss(bank: jc.Bank, x: jax.Array, y: jax.Array) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(run_blocks(bank, x), y).mean()
 
-    @partial(jax.jit, donate_argnums=(0, 1), compiler_options=jc.compiler_options(jax.default_backend()))
-    def step(bank: jc.Bank, state: Any, x: jax.Array, y: jax.Array) -> tuple[jc.Bank, Any, jax.Array]:
+    @partial(
+        jax.jit,
+        donate_argnums=(0, 1),
+        compiler_options=jc.engine.compiler_options(jax.default_backend()),
+    )
+    def step(
+        bank: jc.Bank, state: Any, x: jax.Array, y: jax.Array
+    ) -> tuple[jc.Bank, Any, jax.Array]:
         loss, gradient = jax.value_and_grad(find_loss)(bank, x, y)
         updates, state = optimizer.update(gradient, state, bank)  # pyright: ignore[reportArgumentType]
         new: Any = optax.apply_updates(bank, updates)  # pyright: ignore[reportArgumentType]
@@ -156,15 +177,21 @@ def fit(bank: jc.Bank, text: np.ndarray, seed: int, num_steps: int, learning_rat
     return bank
 
 
-def write_checkpoints(folder: Path, weights: dict[str, np.ndarray], model: Model) -> dict[str, Path]:
+def write_checkpoints(
+    folder: Path, weights: dict[str, np.ndarray], model: Model
+) -> dict[str, Path]:
     """Folders of the models, with that of their mean beside them."""
     source = write_config(folder / "new", model)
     bank = jc.hub.init(jax.random.key(0), source)
     num = len(jax.tree.leaves(bank))
     models = {name: [weights[f"{name}/{i}"] for i in range(num)] for name in ("base", *PARTS)}
-    models["soup"] = [np.mean(leaves, axis=0) for leaves in zip(*(models[part] for part in PARTS), strict=True)]
+    models["soup"] = [
+        np.mean(leaves, axis=0) for leaves in zip(*(models[part] for part in PARTS), strict=True)
+    ]
     structure = jax.tree.structure(bank)
     return {
-        name: jc.hub.export(jax.tree.unflatten(structure, leaves), bank.parents[0], source, folder / name)
+        name: jc.hub.export(
+            jax.tree.unflatten(structure, leaves), bank.parents[0], source, folder / name
+        )
         for name, leaves in models.items()
     }

@@ -23,13 +23,19 @@ class Truth(NamedTuple):
 def know(solved: Any) -> Truth:
     """Best reward behind each prefix, from the losses of all chains."""
     num_layers, depth = solved.bank.num_layers, jc.chainbench.MAX_LAYERS
-    reward = np.asarray(jc.rewards.log_rewards(jnp.asarray(solved.loss["search"]))).reshape(-1, solved.bank.num_heads)
+    reward = np.asarray(jc.agent.rewards.log_rewards(jnp.asarray(solved.loss["search"]))).reshape(
+        -1, solved.bank.num_heads
+    )
     edges = np.cumsum([0, *(num_layers**d for d in range(depth + 1))])
     stop = [reward[a:b] for a, b in pairwise(edges)]
     best = [stop[-1].max(axis=1)]
     for level in stop[-2::-1]:
-        best.insert(0, np.maximum(level.max(axis=1), best[0].reshape(len(level), num_layers).max(axis=1)))
-    return Truth(np.pad(list_chains(depth - 1), ((0, 0), (0, 1)), constant_values=-1), best[:-1], stop)
+        best.insert(
+            0, np.maximum(level.max(axis=1), best[0].reshape(len(level), num_layers).max(axis=1))
+        )
+    return Truth(
+        np.pad(list_chains(depth - 1), ((0, 0), (0, 1)), constant_values=-1), best[:-1], stop
+    )
 
 
 def follow(policy: np.ndarray, truth: Truth) -> list[np.ndarray]:
@@ -45,7 +51,9 @@ def follow(policy: np.ndarray, truth: Truth) -> list[np.ndarray]:
         chance = policy[:: num_layers ** (depth - d), d]
         value = np.sum(chance[:, num_layers:] * truth.stop[d], axis=1)
         if levels:
-            value += np.sum(chance[:, :num_layers] * levels[0].reshape(len(value), num_layers), axis=1)
+            value += np.sum(
+                chance[:, :num_layers] * levels[0].reshape(len(value), num_layers), axis=1
+            )
         levels.insert(0, value)
     return levels[:-1]
 
@@ -85,8 +93,14 @@ def judge(predicted: list[np.ndarray], truth: list[np.ndarray], weights: Any = N
         if not is_there.any():
             continue
         error = predicted[depth] - truth[depth]
-        rank = correlate(predicted[depth][is_there], truth[depth][is_there]) if is_there.sum() >= 5 else np.nan
-        rows.append((rank, np.average(error, weights=weight), np.average(error**2, weights=weight) ** 0.5))
+        rank = (
+            correlate(predicted[depth][is_there], truth[depth][is_there])
+            if is_there.sum() >= 5
+            else np.nan
+        )
+        rows.append(
+            (rank, np.average(error, weights=weight), np.average(error**2, weights=weight) ** 0.5)
+        )
     if not rows:
         return np.full(3, np.nan)
     columns = np.array(rows).T

@@ -32,12 +32,22 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=CHAINBENCH, help="of banks and tables (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="four problems, nothing is written to --out")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=CHAINBENCH, help="of banks and tables (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="four problems, nothing is written to --out"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    names = [name for name in jc.chainbench.NAMES if not args.quick or (name.startswith("wine") and name.endswith("0"))]
+    names = [
+        name
+        for name in jc.chainbench.NAMES
+        if not args.quick or (name.startswith("wine") and name.endswith("0"))
+    ]
     print("| problem | " + " | ".join(name.replace("_", " ") for name in COLUMNS) + " |")
     print("|---" * (len(COLUMNS) + 1) + "|")
     start, rows = time.perf_counter(), []
@@ -57,7 +67,11 @@ def main() -> None:
 
 
 def format_row(row: dict[str, Any]) -> str:
-    return f"| {row['name']} | " + " | ".join(form.format(row[name]) for name, form in COLUMNS.items()) + " |"
+    return (
+        f"| {row['name']} | "
+        + " | ".join(form.format(row[name]) for name, form in COLUMNS.items())
+        + " |"
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from records import CHAINBENCH, describe_machine, is_deterministic, keep, look_up, make_pool, write_results, zero_shot
+from records import (
+    CHAINBENCH,
+    describe_machine,
+    is_deterministic,
+    keep,
+    look_up,
+    make_pool,
+    write_results,
+    zero_shot,
+)
 
 import jchain as jc
 
@@ -36,11 +45,19 @@ Case = tuple[str, str, int]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=CHAINBENCH, help="of ChainBench (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=CHAINBENCH, help="of ChainBench (default: %(default)s)"
+    )
     parser.add_argument("--seeds", type=int, default=10, help="runs of each search that is random")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="wine alone, few banks and runs; nothing is written")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="wine alone, few banks and runs; nothing is written"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     names, num_banks, seeds = list(jc.chainbench.NAMES), NUM_SEEDS, args.seeds
@@ -49,17 +66,28 @@ def main() -> None:
         num_banks, seeds = {"wine": 2}, 3
         jc.chainbench.build(args.folder, names)
     start = time.perf_counter()
-    cases = [(data, kind, FIRST_SEED + i) for data, count in num_banks.items() for i in range(count) for kind in KINDS]
+    cases = [
+        (data, kind, FIRST_SEED + i)
+        for data, count in num_banks.items()
+        for i in range(count)
+        for kind in KINDS
+    ]
     lessons = study_all(cases, args.workers)
     print(f"{len(lessons)} banks studied in {time.perf_counter() - start:.0f} s", flush=True)
     critics = {unseen: train(lessons, unseen) for unseen in ("", *KINDS)}
     with make_pool(args.workers) as pool:
-        tasks = {name: pool.submit(measure_all, name, critics, args.folder, names, seeds) for name in CONTESTANTS}
+        tasks = {
+            name: pool.submit(measure_all, name, critics, args.folder, names, seeds)
+            for name in CONTESTANTS
+        }
         curves = {name: task.result() for name, task in tasks.items()}
     everything = list(range(len(names)))
     halves = {"all": everything} if args.quick else {"odd": everything[1::2], "all": everything}
     summary = {half: summarize(curves, rows) for half, rows in halves.items()}
-    table = "\n\n".join(format_table(summary[half], f"{half}, {len(rows)} problems") for half, rows in halves.items())
+    table = "\n\n".join(
+        format_table(summary[half], f"{half}, {len(rows)} problems")
+        for half, rows in halves.items()
+    )
     print(table, flush=True)
     if args.quick:
         return
@@ -69,7 +97,10 @@ def main() -> None:
         "seconds": round(time.perf_counter() - start),
         "summary": summary,
         "loss_over_best": {
-            name: {n: rows[i][:, np.searchsorted(GRID, BUDGETS)].round(5).tolist() for i, n in enumerate(names)}
+            name: {
+                n: rows[i][:, np.searchsorted(GRID, BUDGETS)].round(5).tolist()
+                for i, n in enumerate(names)
+            }
             for name, rows in curves.items()
         },
     }
@@ -85,7 +116,9 @@ CONTESTANTS: dict[str, Any] = {
     "zero-shot, kind unseen": lambda solved, critics: zero_shot(critics[kind_of(solved)]),
     # Without exploring, which a critic that knows other banks does not need (compared on problems of even number).
     "fine-tuned": lambda solved, critics: jc.CriticSearch(critics[""], epsilon=0.0),
-    "fine-tuned, kind unseen": lambda solved, critics: jc.CriticSearch(critics[kind_of(solved)], epsilon=0.0),
+    "fine-tuned, kind unseen": lambda solved, critics: jc.CriticSearch(
+        critics[kind_of(solved)], epsilon=0.0
+    ),
     "from scratch": lambda solved, critics: jc.CriticSearch(),
     "by head loss": lambda solved, critics: zero_shot(None),
     "beam search": lambda solved, critics: jc.BeamSearch(width=4, max_width=256),
@@ -93,20 +126,28 @@ CONTESTANTS: dict[str, Any] = {
 }
 
 
-def study_all(cases: list[Case], workers: int) -> dict[Case, jc.pretrain.Lesson]:
+def study_all(cases: list[Case], workers: int) -> dict[Case, jc.agent.pretrain.Lesson]:
     """What there is to learn from each bank."""
     with make_pool(workers) as pool:
-        # Neighbours in the list share compiled programs.
-        return dict(zip(cases, pool.map(study, cases, chunksize=max(1, len(cases) // (8 * workers))), strict=True))
+        # Neighbors in the list share compiled programs.
+        return dict(
+            zip(
+                cases,
+                pool.map(study, cases, chunksize=max(1, len(cases) // (8 * workers))),
+                strict=True,
+            )
+        )
 
 
-def study(case: Case) -> jc.pretrain.Lesson:
+def study(case: Case) -> jc.agent.pretrain.Lesson:
     def make() -> dict[str, Any]:
-        lesson = jc.pretrain.study(make_problem(*case))
+        lesson = jc.agent.pretrain.study(make_problem(*case))
         return {**lesson._asdict(), "sizes": np.array(lesson.sizes)}
 
     arrays = keep((study, make_problem), "-".join(map(str, case)), case, make)
-    return jc.pretrain.Lesson(arrays["inputs"], arrays["stop"], arrays["best"], tuple(map(int, arrays["sizes"])))
+    return jc.agent.pretrain.Lesson(
+        arrays["inputs"], arrays["stop"], arrays["best"], tuple(map(int, arrays["sizes"]))
+    )
 
 
 def make_problem(data_name: str, kind: str, seed: int) -> jc.Problem:
@@ -139,14 +180,16 @@ def make_problem(data_name: str, kind: str, seed: int) -> jc.Problem:
     return jc.Problem(bank, jc.Batch(jnp.asarray(search_x), data.search.y), max_layers=4)
 
 
-def train(lessons: dict[Case, jc.pretrain.Lesson], unseen: str) -> jc.Critic:
+def train(lessons: dict[Case, jc.agent.pretrain.Lesson], unseen: str) -> jc.Critic:
     """A critic of all banks but those of one kind."""
-    return jc.pretrain_controller(
+    return jc.pretrain_critic(
         jax.random.key(0), [lesson for (_, kind, _), lesson in lessons.items() if kind != unseen]
     )
 
 
-def measure_all(name: str, critics: dict[str, jc.Critic], folder: Path, names: list[str], seeds: int) -> np.ndarray:
+def measure_all(
+    name: str, critics: dict[str, jc.Critic], folder: Path, names: list[str], seeds: int
+) -> np.ndarray:
     """Loss over best of a contestant on each problem in each run at each point of the grid, `[M, S, G]`."""
     start, curves = time.perf_counter(), []
     for problem_name in names:
@@ -160,7 +203,9 @@ def measure(solved: jc.chainbench.Solved, search: Any, seeds: int) -> np.ndarray
     """Lowest loss over the lowest of all chains after each number of layer calls of the grid, `[S, G]`."""
     keys = jax.random.split(jax.random.key(0), 1 if is_deterministic(search) else seeds)
     best = solved.loss["search"].min()
-    results = jc.run_many(keys, look_up(search), solved.lookup(), budget=int(GRID[-1]), target_loss=float(best))
+    results = jc.run_many(
+        keys, look_up(search), solved.lookup(), budget=int(GRID[-1]), target_loss=float(best)
+    )
     loss = np.array([result.curve.at(GRID) for result in results])
     return np.where(np.isfinite(loss), loss, np.median(solved.loss["search"])) / best
 
@@ -168,13 +213,16 @@ def measure(solved: jc.chainbench.Solved, search: Any, seeds: int) -> np.ndarray
 def summarize(curves: dict[str, np.ndarray], rows: list[int]) -> dict[str, Any]:
     """IQM at each budget, and the layer calls after which local search is as low."""
     local = np.array(
-        [jc.stats.iqm(curves["local search"][rows, :, i], num_resamples=2).value for i in range(len(GRID))]
+        [
+            jc.chainbench.stats.iqm(curves["local search"][rows, :, i], num_resamples=2).value
+            for i in range(len(GRID))
+        ]
     )
     summary: dict[str, Any] = {}
     for name, ratios in curves.items():
         summary[name] = {}
         for budget in BUDGETS:
-            estimate = jc.stats.iqm(ratios[rows][:, :, np.searchsorted(GRID, budget)])
+            estimate = jc.chainbench.stats.iqm(ratios[rows][:, :, np.searchsorted(GRID, budget)])
             is_as_low = local <= estimate.value
             needed = int(GRID[np.argmax(is_as_low)]) if is_as_low.any() else None
             summary[name][str(budget)] = {**estimate._asdict(), "local_search_needs": needed}
@@ -190,7 +238,9 @@ def format_table(summary: dict[str, Any], title: str) -> str:
     for name, row in summary.items():
         cells = []
         for cell in row.values():
-            needed = "more" if cell["local_search_needs"] is None else f"{cell['local_search_needs']:,}"
+            needed = (
+                "more" if cell["local_search_needs"] is None else f"{cell['local_search_needs']:,}"
+            )
             interval = f"{cell['value']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
             cells.append(interval if name == "local search" else f"{interval} ({needed})")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

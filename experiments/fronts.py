@@ -44,9 +44,14 @@ class Table:
         self.solved = jc.chainbench.load(folder, name)
         self.loss = self.solved.loss["search"]
         bank = self.solved.bank
-        self.length = np.asarray(jc.chain.count_layers(jnp.asarray(self.solved.chains), bank.num_layers))
+        self.length = np.asarray(
+            jc.chain.count_layers(jnp.asarray(self.solved.chains), bank.num_layers)
+        )
         self.best = np.array(
-            [np.flatnonzero(self.length == n)[self.loss[self.length == n].argmin()] for n in range(DEPTH + 1)]
+            [
+                np.flatnonzero(self.length == n)[self.loss[self.length == n].argmin()]
+                for n in range(DEPTH + 1)
+            ]
         )
         self.unit = float(self.loss[self.best[0]])  # of prices
 
@@ -58,7 +63,9 @@ class Table:
         num_prefixes = jc.chain.count(bank.num_layers, 1, most)
         priced = self.loss + price * self.unit * self.length
         least = 0 if length is None else length
-        return jc.lookup.make_problem(bank, priced[:num_chains], most, features[:num_prefixes], min_layers=least)
+        return jc.chainbench.tabular.make_problem(
+            bank, priced[:num_chains], most, features[:num_prefixes], min_layers=least
+        )
 
     def read(self, places: np.ndarray, split: str = "search") -> np.ndarray:
         """Losses; +inf where there is no chain."""
@@ -79,11 +86,15 @@ class Table:
         return (loss[places] - loss.min()) / (np.median(loss) - loss.min())
 
 
-def spend(keys: Any, search: Any, table: "Table", problem: jc.Problem, budgets: np.ndarray) -> list[np.ndarray]:
+def spend(
+    keys: Any, search: Any, table: "Table", problem: jc.Problem, budgets: np.ndarray
+) -> list[np.ndarray]:
     """Places of what was found within each budget, `[S, B, D + 1]`, scored and by stops; and lengths."""
     # What stops lose, without the price, which all chains of one length share.
     loss = jnp.asarray(
-        table.loss[: jc.chain.count(problem.bank.num_layers, problem.bank.num_heads, problem.max_layers)]
+        table.loss[
+            : jc.chain.count(problem.bank.num_layers, problem.bank.num_heads, problem.max_layers)
+        ]
     )
     truth = jnp.asarray(table.loss[table.best[: problem.max_layers + 1]])
     scored, stops, lengths = spend_all(
@@ -96,12 +107,18 @@ def spend(keys: Any, search: Any, table: "Table", problem: jc.Problem, budgets: 
 
 @jax.jit
 def spend_all(
-    keys: Any, search: Any, problem: jc.Problem, loss: jax.Array, truth: jax.Array, budgets: jax.Array
+    keys: Any,
+    search: Any,
+    problem: jc.Problem,
+    loss: jax.Array,
+    truth: jax.Array,
+    budgets: jax.Array,
 ) -> tuple[Any, Any, Any]:
     """Steps of all runs, counted as `jc.run` counts them, until the largest budget is used, with all that they score."""
     num_lengths = problem.max_layers + 1
     empty = Front(
-        jnp.full((budgets.size, num_lengths), jnp.inf), jnp.full((budgets.size, num_lengths), -1, dtype=jnp.int32)
+        jnp.full((budgets.size, num_lengths), jnp.inf),
+        jnp.full((budgets.size, num_lengths), -1, dtype=jnp.int32),
     )
 
     def start(key: Any) -> Run:
@@ -112,7 +129,9 @@ def spend_all(
 
     def step(carry: tuple[Any, Run]) -> tuple[Any, Run]:
         t, runs = carry
-        return t + 1, jax.vmap(lambda run: step_one(t, run, search, problem, loss, truth, budgets))(runs)
+        return t + 1, jax.vmap(lambda run: step_one(t, run, search, problem, loss, truth, budgets))(
+            runs
+        )
 
     # Outside of the vmap, as in jc.run: within, each step would copy the whole state.
     carry = (jnp.array(0), jax.vmap(start)(keys))
@@ -121,7 +140,13 @@ def spend_all(
 
 
 def step_one(
-    t: Any, run: Run, search: Any, problem: jc.Problem, loss: jax.Array, truth: jax.Array, budgets: jax.Array
+    t: Any,
+    run: Run,
+    search: Any,
+    problem: jc.Problem,
+    loss: jax.Array,
+    truth: jax.Array,
+    budgets: jax.Array,
 ) -> Run:
     num_layers, num_heads = problem.bank.num_layers, problem.bank.num_heads
     key, step_key = jax.random.split(run.key)
@@ -129,31 +154,46 @@ def step_one(
     layer_calls = run.layer_calls + info.layer_calls.astype(jnp.int32)
     num_free = jnp.where(info.layer_calls == 0, run.num_free + 1, jnp.maximum(run.num_free - 1, 0))
     is_counted = ~run.is_over & (layer_calls <= budgets)
-    is_over = ~is_counted | (layer_calls >= budgets) | (num_free >= MAX_FREE_STEPS) | (t + 1 >= MAX_STEPS)
+    is_over = (
+        ~is_counted | (layer_calls >= budgets) | (num_free >= MAX_FREE_STEPS) | (t + 1 >= MAX_STEPS)
+    )
     is_there = info.chains[:, 0] >= 0
-    chains = jnp.where(is_there[:, None], info.chains, jnp.full_like(info.chains[0], -1).at[0].set(num_layers)[None])
+    chains = jnp.where(
+        is_there[:, None],
+        info.chains,
+        jnp.full_like(info.chains[0], -1).at[0].set(num_layers)[None],
+    )
     length = jc.chain.count_layers(chains, num_layers)
     place = jc.chain.index(chains, num_layers, num_heads)
     scored = improve(run.scored, jnp.where(is_there, info.loss, jnp.inf), place, length, is_counted)
     ends, end_length = find_stops(problem, chains)
     end_place = jc.chain.index(ends, num_layers, num_heads)
-    end_loss = jnp.where(jnp.repeat(is_there, end_length.size // is_there.size), loss[end_place], jnp.inf)
+    end_loss = jnp.where(
+        jnp.repeat(is_there, end_length.size // is_there.size), loss[end_place], jnp.inf
+    )
     stops = improve(run.stops, end_loss, end_place, end_length, is_counted)
-    counts = jnp.sum((length[:, None] == jnp.arange(problem.max_layers + 1)) & is_there[:, None], axis=0)
+    counts = jnp.sum(
+        (length[:, None] == jnp.arange(problem.max_layers + 1)) & is_there[:, None], axis=0
+    )
     lengths = run.lengths.at[t].set(jnp.where(is_counted[-1], counts, 0), mode="drop")
     # Nothing is left to be found where it has the best chain of each length.
-    is_scored = (loss[scored.place] <= truth) & (scored.place >= 0) | (jnp.arange(truth.size) < problem.min_layers)
+    is_scored = (loss[scored.place] <= truth) & (scored.place >= 0) | (
+        jnp.arange(truth.size) < problem.min_layers
+    )
     is_over |= (is_scored & (stops.loss <= truth)).all(axis=1)
     return Run(key, state, layer_calls, num_free, is_over, scored, stops, lengths)
 
 
-def improve(front: Front, loss: jax.Array, place: jax.Array, length: jax.Array, is_counted: jax.Array) -> Front:
+def improve(
+    front: Front, loss: jax.Array, place: jax.Array, length: jax.Array, is_counted: jax.Array
+) -> Front:
     """The front of before and of these chains, where they count."""
     own = jnp.where(length[None] == jnp.arange(front.loss.shape[1])[:, None], loss[None], jnp.inf)
     is_better = (own.min(axis=1)[None] < front.loss) & is_counted[:, None]
     best = own.argmin(axis=1)
     return Front(
-        jnp.where(is_better, own.min(axis=1)[None], front.loss), jnp.where(is_better, place[best][None], front.place)
+        jnp.where(is_better, own.min(axis=1)[None], front.loss),
+        jnp.where(is_better, place[best][None], front.place),
     )
 
 

@@ -56,11 +56,17 @@ MEASURES = ("spearman", "first_rank", "first_improves")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="depth 2, one bank of each kind")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    sizes = {depth: (n, 1, 3) for depth, (n, _, _) in SIZES.items() if depth <= 2} if args.quick else SIZES
+    sizes = (
+        {depth: (n, 1, 3) for depth, (n, _, _) in SIZES.items() if depth <= 2}
+        if args.quick
+        else SIZES
+    )
     rows = []
     for depth, (num_layers, num_banks, num_chains) in sizes.items():
         for kind in KINDS:
@@ -72,8 +78,18 @@ def main() -> None:
                 lambda c=case: measure_kind(*c),
             )
             for sort in ("random", "good"):
-                by_score = dict(zip(SCORES, map(average, np.moveaxis(found[sort], 1, 0)), strict=True))
-                rows.append({"kind": kind, "depth": depth, "layers": num_layers, "chains": sort, "scores": by_score})
+                by_score = dict(
+                    zip(SCORES, map(average, np.moveaxis(found[sort], 1, 0)), strict=True)
+                )
+                rows.append(
+                    {
+                        "kind": kind,
+                        "depth": depth,
+                        "layers": num_layers,
+                        "chains": sort,
+                        "scores": by_score,
+                    }
+                )
             print(format_table(rows[-2:]), flush=True)
         jax.clear_caches()
     wide = [measure_wide_kept(loss, 1 if args.quick else WIDE_CHAINS) for loss in WIDE_LOSSES]
@@ -89,10 +105,15 @@ def main() -> None:
 def average(rows: np.ndarray) -> dict[str, float | None]:
     """Means of `MEASURES` over chains, `[chains, 3]`; None where no chain has one: there is no swap that helps."""
     known = [column[~np.isnan(column)] for column in rows.T]
-    return {name: float(column.mean()) if column.size else None for name, column in zip(MEASURES, known, strict=True)}
+    return {
+        name: float(column.mean()) if column.size else None
+        for name, column in zip(MEASURES, known, strict=True)
+    }
 
 
-def measure_kind(kind: str, depth: int, num_layers: int, num_banks: int, num_chains: int) -> dict[str, np.ndarray]:
+def measure_kind(
+    kind: str, depth: int, num_layers: int, num_banks: int, num_chains: int
+) -> dict[str, np.ndarray]:
     """`MEASURES` of each score of each chain, `[banks * chains, SCORES, 3]`, for random and nearly optimal chains."""
     measured: dict[str, list[np.ndarray]] = {"random": [], "good": []}
     for seed in range(num_banks):
@@ -135,7 +156,12 @@ def find_good_chains(problem: jc.Problem, num_chains: int, seed: int) -> np.ndar
         chains, out = jc.evaluate_all(problem)
         best = np.argsort(np.asarray(out.loss))[: max(len(chains) // 100, num_chains)]
         return chains[np.random.default_rng(seed).choice(best, num_chains, replace=False)]
-    results = jc.run_many(jax.random.split(jax.random.key(seed), num_chains), jc.CriticSearch(), problem, budget=BUDGET)
+    results = jc.run_many(
+        jax.random.split(jax.random.key(seed), num_chains),
+        jc.CriticSearch(),
+        problem,
+        budget=BUDGET,
+    )
     return np.stack([result.best_chain for result in results])
 
 
@@ -159,9 +185,13 @@ def judge(score: np.ndarray, change: np.ndarray) -> np.ndarray:
 def score_swaps(problem: jc.Problem, chain: np.ndarray) -> dict[str, np.ndarray]:
     """Each score of all swaps, `[L, N]`."""
 
-    def score(bank: jc.Bank, kind: str, rate: float = 1.0, num_products: int | None = None) -> np.ndarray:
+    def score(
+        bank: jc.Bank, kind: str, rate: float = 1.0, num_products: int | None = None
+    ) -> np.ndarray:
         other = dataclasses.replace(problem, bank=bank)
-        scores = jc.gradient.score_edits(other, chain, kind, learning_rate=rate, num_products=num_products)
+        scores = jc.gradient.score_edits(
+            other, chain, kind, learning_rate=rate, num_products=num_products
+        )
         return np.asarray(scores.swap)
 
     bank, length = problem.bank, int((chain >= 0).sum()) - 1
@@ -177,13 +207,18 @@ def score_swaps(problem: jc.Problem, chain: np.ndarray) -> dict[str, np.ndarray]
 
     return {
         "linearized": score(bank, "linearized"),
-        **{f"linearized, {num} products": score(bank, "linearized", num_products=num) for num in FEW},
+        **{
+            f"linearized, {num} products": score(bank, "linearized", num_products=num)
+            for num in FEW
+        },
         "activations": score(bank, "activations"),
         "weights": score(bank, "weights"),
         "weights, shuffled": score(jc.align.shuffle(jax.random.key(0), bank), "weights"),
         "weights, aligned": score_aligned("weights"),
         **{f"nearest, {rate:g}": score(bank, "nearest", rate) for rate in LEARNING_RATES},
-        **{f"nearest, {rate:g}, aligned": score_aligned("nearest", rate) for rate in LEARNING_RATES},
+        **{
+            f"nearest, {rate:g}, aligned": score_aligned("nearest", rate) for rate in LEARNING_RATES
+        },
     }
 
 
@@ -208,7 +243,9 @@ def measure_wide(loss: str, num_chains: int) -> dict[str, np.ndarray]:
     edges = jnp.linspace(data.train.x.min(), data.train.x.max(), NUM_LEVELS + 1)[1:-1]
     train, search = (jc.Batch(b.x, jnp.digitize(b.x, edges)) for b in (data.train, data.search))
     sizes: Any = {"num_layers": 12, "depth": 4, "num_steps": NUM_STEPS}
-    bank = jc.train.routed(jax.random.key(0), train, layer=jc.layers.ResidualMLP(64), head=PixelHead(), **sizes)
+    bank = jc.train.routed(
+        jax.random.key(0), train, layer=jc.layers.ResidualMLP(64), head=PixelHead(), **sizes
+    )
     problem = jc.Problem(bank, search, max_layers=4, loss_fn=WIDE_LOSSES[loss])
     found = []
     for chain in np.random.default_rng(0).integers(0, 12, (num_chains, 4)):
@@ -216,10 +253,18 @@ def measure_wide(loss: str, num_chains: int) -> dict[str, np.ndarray]:
         change = try_swaps(problem, chain)
         is_swap = np.arange(12) != chain[:-1, None]
         numbers = (*WIDE_PRODUCTS, 64 * NUM_LEVELS)
-        scores = [jc.gradient.score_edits(problem, chain, num_products=number).swap for number in numbers]
+        scores = [
+            jc.gradient.score_edits(problem, chain, num_products=number).swap for number in numbers
+        ]
         rows = [np.asarray(score)[:-1][is_swap] for score in scores]
         found.append(
-            [[correlate(row, change[is_swap]), np.abs(row - rows[-1]).mean() / np.abs(rows[-1]).mean()] for row in rows]
+            [
+                [
+                    correlate(row, change[is_swap]),
+                    np.abs(row - rows[-1]).mean() / np.abs(rows[-1]).mean(),
+                ]
+                for row in rows
+            ]
         )
     return {"measured": np.mean(found, axis=0)}
 
@@ -233,12 +278,21 @@ def measure_wide_kept(loss: str, num_chains: int) -> dict[str, Any]:
         lambda: measure_wide(loss, num_chains),
     )
     correlation, error = found["measured"].T.tolist()
-    return {"loss": loss, "products": [*WIDE_PRODUCTS, 64 * NUM_LEVELS], "spearman": correlation, "error": error}
+    return {
+        "loss": loss,
+        "products": [*WIDE_PRODUCTS, 64 * NUM_LEVELS],
+        "spearman": correlation,
+        "error": error,
+    }
 
 
 def format_wide(rows: list[dict[str, Any]]) -> str:
     """Markdown: correlation with the true change, and error in units of the scores of all products."""
-    lines = ["| loss of 64 pixels | " + " | ".join(f"{num} products" for num in rows[0]["products"]) + " |"]
+    lines = [
+        "| loss of 64 pixels | "
+        + " | ".join(f"{num} products" for num in rows[0]["products"])
+        + " |"
+    ]
     lines.append("|---" * (1 + len(rows[0]["products"])) + "|")
     for row in rows:
         cells = [f"{c:.2f}, {e:.1%}" for c, e in zip(row["spearman"], row["error"], strict=True)]
@@ -248,14 +302,19 @@ def format_wide(rows: list[dict[str, Any]]) -> str:
 
 def format_table(rows: list[dict[str, Any]]) -> str:
     """Markdown: correlation, mean rank of the first choice, share of first choices that lower the loss where a swap does."""
-    lines = ["| bank | slots | chains | " + " | ".join(SCORES) + " |", "|---" * (3 + len(SCORES)) + "|"]
+    lines = [
+        "| bank | slots | chains | " + " | ".join(SCORES) + " |",
+        "|---" * (3 + len(SCORES)) + "|",
+    ]
     for row in rows:
         cells = [
             f"{s['spearman']:.2f}, {s['first_rank']:.0f}, "
             + ("-" if s["first_improves"] is None else f"{s['first_improves']:.0%}")
             for s in row["scores"].values()
         ]
-        lines.append(f"| {row['kind']} | {row['depth']} | {row['chains']} | " + " | ".join(cells) + " |")
+        lines.append(
+            f"| {row['kind']} | {row['depth']} | {row['chains']} | " + " | ".join(cells) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -285,7 +344,9 @@ def draw(path: str, rows: list[dict[str, Any]]) -> None:
         ax.set_xlabel("slots")
     for row in axes:
         row[0].set(ylabel="Spearman, predicted with true change")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(shown))
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(shown)
+    )
     figure.savefig(path, dpi=130)
 
 

@@ -2,7 +2,7 @@
 
     python experiments/gradient_trends.py
 
-What the gradient of each weight index was over 1,000 random chains (`jchain.trends`), put to four tests on chains that were not
+What the gradient of each weight index was over 1,000 random chains (`jchain.gradient.trends`), put to four tests on chains that were not
 among them, random ones and ones of the best 1% of all. *Explained*: the share of the gradient's square that the mean gradient of
 a context predicts, 1 - |g - m|^2 / |g|^2 summed over chains, by index alone, by slot, by the layer before, by the layer itself.
 *Outside*: does a
@@ -36,30 +36,46 @@ import jchain as jc
 DEPTH, NUM_LAYERS = 4, 12
 SIZES = {"banks": 3, "seen": 1000, "tested": 100}
 QUICK = {"banks": 1, "seen": 100, "tested": 10}
-CONTEXTS = jc.trends.Trends._fields
+CONTEXTS = jc.gradient.trends.Trends._fields
 LABELS = dict(zip(CONTEXTS, ("index alone", "slot", "layer before", "layer itself"), strict=True))
 SORTS = ("random", "good")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="one bank of each kind, 100 chains")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     sizes = QUICK if args.quick else SIZES
     rows = []
     for kind in jc.chainbench.KINDS:
-        found = keep(CODE, f"trends-{kind}", (kind, sizes), lambda kind=kind: measure_kind(kind, **sizes))
+        found = keep(
+            CODE, f"trends-{kind}", (kind, sizes), lambda kind=kind: measure_kind(kind, **sizes)
+        )
         for sort in SORTS:
-            means = {name.removeprefix(f"{sort} "): v for name, v in found.items() if name.startswith(sort)}
-            rows.append({"kind": kind, "chains": sort, **{name: v.mean(axis=0).tolist() for name, v in means.items()}})
+            means = {
+                name.removeprefix(f"{sort} "): v
+                for name, v in found.items()
+                if name.startswith(sort)
+            }
+            rows.append(
+                {
+                    "kind": kind,
+                    "chains": sort,
+                    **{name: v.mean(axis=0).tolist() for name, v in means.items()},
+                }
+            )
         print(format_tables(rows[-2:]), flush=True)
         jax.clear_caches()
     if args.quick:
         return
     config = {**sizes, "layers": NUM_LAYERS, "slots": DEPTH}
     result = {**describe_machine(), "config": config, "contexts": CONTEXTS, "rows": rows}
-    write_results(args.out, "gradient_trends", result, format_tables(rows), partial(draw, rows=rows))
+    write_results(
+        args.out, "gradient_trends", result, format_tables(rows), partial(draw, rows=rows)
+    )
 
 
 def measure_kind(kind: str, banks: int, seen: int, tested: int) -> dict[str, np.ndarray]:
@@ -71,7 +87,9 @@ def measure_kind(kind: str, banks: int, seen: int, tested: int) -> dict[str, np.
         bank = problem.bank
         rng = np.random.default_rng(seed)
         drawn = draw_chains(rng, seen + 2 * tested, bank)
-        learned = {name: learn(of, drawn[:seen]) for name, of in (("plain", problem), ("aligned", aligned))}
+        learned = {
+            name: learn(of, drawn[:seen]) for name, of in (("plain", problem), ("aligned", aligned))
+        }
         chains, out = jc.evaluate_all(problem)
         is_long = chains[:, DEPTH] >= bank.num_layers
         best = chains[is_long][np.argsort(np.asarray(out.loss)[is_long])[: is_long.sum() // 100]]
@@ -87,13 +105,17 @@ def measure_kind(kind: str, banks: int, seen: int, tested: int) -> dict[str, np.
                 pairs = zip(some, changes, strict=True)
                 values = np.mean([retrieve(learned[name], of, *pair) for pair in pairs], axis=0)
                 made.setdefault(f"{sort} retrieval, {name}", []).append(values)
-            values = [find_slot(problem, *row) for row in zip(some, changes, gradients, strict=False)]
+            values = [
+                find_slot(problem, *row) for row in zip(some, changes, gradients, strict=False)
+            ]
             made.setdefault(f"{sort} which slot", []).append(np.mean(values, axis=0))
     return {name: np.array(values) for name, values in made.items()}
 
 
 def make_problem(kind: str, seed: int) -> jc.Problem:
-    bank, data = jc.chainbench.make_bank(f"digits-{kind}-{3 * seed}", num_layers=NUM_LAYERS, depth=DEPTH)
+    bank, data = jc.chainbench.make_bank(
+        f"digits-{kind}-{3 * seed}", num_layers=NUM_LAYERS, depth=DEPTH
+    )
     return jc.Problem(bank, data.search, DEPTH)
 
 
@@ -104,23 +126,27 @@ def draw_chains(rng: np.random.Generator, num: int, bank: jc.Bank) -> np.ndarray
     return np.concatenate([layers, heads], axis=1).astype(np.int32)
 
 
-def learn(problem: jc.Problem, chains: np.ndarray) -> jc.trends.Trends:
+def learn(problem: jc.Problem, chains: np.ndarray) -> jc.gradient.trends.Trends:
     """The trends of these chains. The bank's names are not part of a program."""
     problem = problem.without_names()
 
     @jax.jit
-    def run(problem: jc.Problem, chains: jax.Array) -> jc.trends.Trends:
-        def see(trends: jc.trends.Trends, chain: jax.Array) -> Any:
-            return jc.trends.update(trends, problem, chain), None
+    def run(problem: jc.Problem, chains: jax.Array) -> jc.gradient.trends.Trends:
+        def see(trends: jc.gradient.trends.Trends, chain: jax.Array) -> Any:
+            return jc.gradient.trends.update(trends, problem, chain), None
 
-        return jax.lax.scan(see, jc.trends.init(problem), chains)[0]
+        return jax.lax.scan(see, jc.gradient.trends.init(problem), chains)[0]
 
     return run(problem, jnp.asarray(chains))
 
 
 def find_gradients(problem: jc.Problem, chains: np.ndarray) -> jax.Array:
     """By the weights of each layer, `[P, D, W]`."""
-    run = jax.jit(lambda problem, chains: jax.lax.map(lambda c: jc.gradient.weight_gradients(problem, c), chains))
+    run = jax.jit(
+        lambda problem, chains: jax.lax.map(
+            lambda c: jc.gradient.weight_gradients(problem, c), chains
+        )
+    )
     return run(problem.without_names(), jnp.asarray(chains))[:, :DEPTH]
 
 
@@ -133,13 +159,15 @@ def find_contexts(chains: np.ndarray, num_layers: int) -> tuple[np.ndarray, ...]
 
 
 def compare(
-    trends: jc.trends.Trends, gradients: np.ndarray, chains: np.ndarray, num_layers: int
+    trends: jc.gradient.trends.Trends, gradients: np.ndarray, chains: np.ndarray, num_layers: int
 ) -> dict[str, np.ndarray]:
     """Shares explained, and cosines with the mean in its own context and in all others, `[contexts]`."""
     length = np.linalg.norm(gradients, axis=2, keepdims=True)
     is_there = np.isfinite(length) & (length > 0)
     unit = np.where(is_there, gradients / np.where(is_there, length, 1), 0)
-    found: dict[str, list[float]] = {name: [] for name in ("explained", "cosine inside", "cosine outside")}
+    found: dict[str, list[float]] = {
+        name: [] for name in ("explained", "cosine inside", "cosine outside")
+    }
     for moments, place in zip(trends, find_contexts(chains, num_layers), strict=True):
         count, mean = np.asarray(moments.num_seen)[:, None], np.asarray(moments.mean)
         own = mean[place]
@@ -156,17 +184,25 @@ def scale(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-30)
 
 
-def retrieve(trends: jc.trends.Trends, problem: jc.Problem, chain: np.ndarray, change: np.ndarray) -> np.ndarray:
+def retrieve(
+    trends: jc.gradient.trends.Trends, problem: jc.Problem, chain: np.ndarray, change: np.ndarray
+) -> np.ndarray:
     """Correlation of the scores of swaps with the true change of loss: by each context, and by the chain's own gradient."""
-    scores = [jc.trends.score_swaps(trends, problem, chain, context) for context in CONTEXTS]
+    scores = [
+        jc.gradient.trends.score_swaps(trends, problem, chain, context) for context in CONTEXTS
+    ]
     scores.append(jc.swap_scores(problem, chain, "weights"))
     is_swap = np.arange(change.shape[1]) != chain[:DEPTH, None]
-    return np.array([correlate(np.asarray(score)[:DEPTH][is_swap], change[is_swap]) for score in scores])
+    return np.array(
+        [correlate(np.asarray(score)[:DEPTH][is_swap], change[is_swap]) for score in scores]
+    )
 
 
-def find_slot(problem: jc.Problem, chain: np.ndarray, change: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+def find_slot(
+    problem: jc.Problem, chain: np.ndarray, change: np.ndarray, gradient: np.ndarray
+) -> np.ndarray:
     """Correlation over slots of the gradient's length, of importance and of the best linearized score with the best gain."""
-    weights = np.asarray(jc.trends.stack_weights(problem))[chain[:DEPTH]]
+    weights = np.asarray(jc.gradient.trends.stack_weights(problem))[chain[:DEPTH]]
     is_own = np.arange(change.shape[1]) == chain[:DEPTH, None]
     scores = np.asarray(jc.swap_scores(problem, chain))[:DEPTH]
     score, best = (np.where(is_own, np.inf, of).min(axis=1) for of in (scores, change))
@@ -190,11 +226,23 @@ CODE = (
 
 def format_tables(rows: list[dict[str, Any]]) -> str:
     """Markdown: what trends explain, whether they hold outside, and retrieval; then which slot."""
-    names = ("explained", "cosine inside", "cosine outside", "retrieval, plain", "retrieval, aligned")
-    parts = ((names, (*CONTEXTS, "own gradient")), (("which slot",), ("gradient", "importance", "linearized")))
+    names = (
+        "explained",
+        "cosine inside",
+        "cosine outside",
+        "retrieval, plain",
+        "retrieval, aligned",
+    )
+    parts = (
+        (names, (*CONTEXTS, "own gradient")),
+        (("which slot",), ("gradient", "importance", "linearized")),
+    )
     lines: list[str] = []
     for names, columns in parts:
-        lines += [f"| bank | chains | measure | {' | '.join(columns)} |", "|---" * (3 + len(columns)) + "|"]
+        lines += [
+            f"| bank | chains | measure | {' | '.join(columns)} |",
+            "|---" * (3 + len(columns)) + "|",
+        ]
         for row in rows:
             for name in names:
                 cells = ["" if np.isnan(value) else f"{value:.2f}" for value in row[name]]
@@ -213,7 +261,10 @@ def draw(path: str, rows: list[dict[str, Any]]) -> None:
         those = {row["kind"]: row for row in rows if row["chains"] == sort}
         for j, context in enumerate(CONTEXTS):
             place = np.arange(len(kinds)) + 0.2 * j
-            inside, outside = ([those[kind][f"cosine {side}"][j] for kind in kinds] for side in ("inside", "outside"))
+            inside, outside = (
+                [those[kind][f"cosine {side}"][j] for kind in kinds]
+                for side in ("inside", "outside")
+            )
             axes[i, 0].bar(place, inside, 0.1, color=f"C{j}", label=LABELS[context])
             if context != "everywhere":
                 axes[i, 0].bar(
@@ -227,7 +278,9 @@ def draw(path: str, rows: list[dict[str, Any]]) -> None:
                 )
         for j, context in enumerate((*LABELS.values(), "gradient of the chain itself")):
             values = [those[kind]["retrieval, plain"][j] for kind in kinds]
-            axes[i, 1].bar(np.arange(len(kinds)) + 0.15 * j, values, 0.15, color=f"C{j}", label=context)
+            axes[i, 1].bar(
+                np.arange(len(kinds)) + 0.15 * j, values, 0.15, color=f"C{j}", label=context
+            )
         axes[i, 0].set(title=f"{sort} chains", ylabel="cosine, gradient with mean gradient")
         axes[i, 1].set(title=f"{sort} chains", ylabel="Spearman, predicted with true change")
     for ax in axes[-1]:

@@ -34,17 +34,36 @@ HEADS = [jc.layers.PoolHead(10), jc.layers.ConvHead(10)]
 NUM_LAYERS, DEPTH, NUM_RANDOM = 12, 4, 32
 # States of the plain net among which `select` chooses where to stop.
 NUM_STOPS = 10
-ARMS = ("found", "plain net", "plain net, stopped early", "best swap of a random chain", "random chain")
+ARMS = (
+    "found",
+    "plain net",
+    "plain net, stopped early",
+    "best swap of a random chain",
+    "random chain",
+)
 # Side of the stem's windows, seeds, gradient steps, layer calls of the search.
-SETS: dict[str, tuple[int, int, int, int]] = {"digits_8x8": (1, 10, 1000, 600), "large_digits": (2, 1, 1000, 600)}
+SETS: dict[str, tuple[int, int, int, int]] = {
+    "digits_8x8": (1, 10, 1000, 600),
+    "large_digits": (2, 1, 1000, 600),
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed of few steps; nothing is written")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
-    parser.add_argument("--first-seed", type=int, default=0, help="settings were chosen on seeds from 100 on")
-    parser.add_argument("--only", choices=SETS, help="one of the data sets, to look at; nothing is written")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed of few steps; nothing is written"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="settings were chosen on seeds from 100 on"
+    )
+    parser.add_argument(
+        "--only", choices=SETS, help="one of the data sets, to look at; nothing is written"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     sets = {"digits_8x8": (1, 1, 100, 100)} if args.quick else SETS
@@ -56,7 +75,9 @@ def main() -> None:
         for seed in range(num_seeds)
     ]
     with make_pool(args.workers) as workers:
-        runs = [(case[0], run) for case, run in zip(cases, workers.map(measure, cases), strict=True)]
+        runs = [
+            (case[0], run) for case, run in zip(cases, workers.map(measure, cases), strict=True)
+        ]
     rows = {name: [run for other, run in runs if other == name] for name in sets}
     summary = {name: summarize(found) for name, found in rows.items()}
     table = "\n\n".join(format_table(name, summary[name], rows[name]) for name in sets)
@@ -74,13 +95,18 @@ def main() -> None:
         },
         "seconds": round(time.perf_counter() - start),
         "summary": summary,
-        "runs": {name: [{k: np.asarray(v).tolist() for k, v in run.items()} for run in rows[name]] for name in sets},
+        "runs": {
+            name: [{k: np.asarray(v).tolist() for k, v in run.items()} for run in rows[name]]
+            for name in sets
+        },
     }
     write_results(args.out, "images", result, table, partial(draw, rows=rows))
 
 
 def measure(case: tuple[str, int, int, int, int]) -> dict[str, np.ndarray]:
-    return keep((compare, load), "images-" + "-".join(map(str, case)), case, partial(compare, *case))
+    return keep(
+        (compare, load), "images-" + "-".join(map(str, case)), case, partial(compare, *case)
+    )
 
 
 def load(name: str, seed: int) -> jc.data.Dataset:
@@ -103,10 +129,19 @@ def compare(name: str, pool: int, seed: int, num_steps: int, budget: int) -> dic
     settings["stem_params"] = stem.init(stem_key, data.train.x[:1])["params"]
     seconds = [time.perf_counter()]
     bank = jc.train.routed(
-        bank_key, data.train, layer=BLOCKS, head=HEADS, num_layers=NUM_LAYERS, depth=DEPTH, num_heads=2, **settings
+        bank_key,
+        data.train,
+        layer=BLOCKS,
+        head=HEADS,
+        num_layers=NUM_LAYERS,
+        depth=DEPTH,
+        num_heads=2,
+        **settings,
     )
     seconds.append(time.perf_counter())
-    search, select, test = (jc.Problem(bank, getattr(data, split), DEPTH) for split in ("search", "select", "test"))
+    search, select, test = (
+        jc.Problem(bank, getattr(data, split), DEPTH) for split in ("search", "select", "test")
+    )
     result = jc.run(search_key, jc.LocalSearch(), search, budget=budget)
     chain = np.asarray(result.finalists)[int(np.argmin(jc.evaluate(select, result.finalists).loss))]
     seconds.append(time.perf_counter())
@@ -156,8 +191,8 @@ def summarize(runs: list[dict[str, np.ndarray]]) -> dict[str, Any]:
     loss, accuracy = (np.array([run[key] for run in runs]) for key in ("loss", "accuracy"))
     return {
         arm: {
-            "loss": jc.stats.iqm(loss[None, :, i])._asdict(),
-            "accuracy": jc.stats.iqm(accuracy[None, :, i])._asdict(),
+            "loss": jc.chainbench.stats.iqm(loss[None, :, i])._asdict(),
+            "accuracy": jc.chainbench.stats.iqm(accuracy[None, :, i])._asdict(),
             "found_is_lower": int((loss[:, 0] < loss[:, i]).sum()),
         }
         for i, arm in enumerate(ARMS)
@@ -165,7 +200,10 @@ def summarize(runs: list[dict[str, np.ndarray]]) -> dict[str, Any]:
 
 
 def format_table(name: str, summary: dict[str, Any], runs: list[dict[str, np.ndarray]]) -> str:
-    lines = [f"| {name}, {len(runs)} seeds | test loss | accuracy | found is lower |", "|---|---|---|---|"]
+    lines = [
+        f"| {name}, {len(runs)} seeds | test loss | accuracy | found is lower |",
+        "|---|---|---|---|",
+    ]
     for arm, row in summary.items():
         loss, accuracy = row["loss"], row["accuracy"]
         lines.append(
@@ -174,14 +212,18 @@ def format_table(name: str, summary: dict[str, Any], runs: list[dict[str, np.nda
         )
     bank, search, net = np.mean([run["seconds"] for run in runs], axis=0)
     calls = np.mean([run["layer_calls"] for run in runs])
-    lines.append(f"\nSeconds: bank {bank:.0f}, search of {calls:.0f} layer calls {search:.0f}, plain net {net:.0f}.")
+    lines.append(
+        f"\nSeconds: bank {bank:.0f}, search of {calls:.0f} layer calls {search:.0f}, plain net {net:.0f}."
+    )
     return "\n".join(lines)
 
 
 def draw(path: str, rows: dict[str, list[dict[str, np.ndarray]]]) -> None:
     """Test loss of each arm, a dot for each seed."""
     figure = Figure(figsize=(4.5 * len(rows), 3.5), layout="constrained")
-    for axes, (name, runs) in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True):
+    for axes, (name, runs) in zip(
+        figure.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True
+    ):
         for run in runs:
             axes.plot(run["loss"], range(len(ARMS)), "o-", alpha=0.5)
         axes.set_yticks(range(len(ARMS)), ARMS)

@@ -30,7 +30,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-from records import correlate, describe_machine, is_deterministic, keep, make_pool, try_swaps, write_results
+from records import (
+    correlate,
+    describe_machine,
+    is_deterministic,
+    keep,
+    make_pool,
+    try_swaps,
+    write_results,
+)
 
 import jchain as jc
 
@@ -44,7 +52,12 @@ CASES: list[tuple[Case, int]] = [
     ((12, 0.0, {}), 3),
     *(((12, 0.01, options), 2) for options in ({"tolerance": 0.01}, {})),
     ((8, 0.1, {}), 20),
-    *(((depth, noise, {}), 10) for depth in (4, 6, 8) for noise in NOISES if (depth, noise) != (8, 0.1)),
+    *(
+        ((depth, noise, {}), 10)
+        for depth in (4, 6, 8)
+        for noise in NOISES
+        if (depth, noise) != (8, 0.1)
+    ),
     *(
         ((depth, noise, {"num_probes": probes}), 10)
         for probes in (2, 32)
@@ -55,14 +68,29 @@ CASES: list[tuple[Case, int]] = [
     *(((8, noise, {"slope": slope}), 10) for slope in (1.0, 0.2, 0.1) for noise in (0.0, 0.03)),
     ((8, 0.0, {"slope": 0.01}), 10),
     *(((8, 0.03, {"slope": slope, "num_forward": 4}), 10) for slope in (0.2, 0.1)),
-    *(((8, 0.0, {"condition": c, "is_x64": x64}), 10) for x64 in (False, True) for c in (1e1, 1e2, 1e3, 1e4)),
+    *(
+        ((8, 0.0, {"condition": c, "is_x64": x64}), 10)
+        for x64 in (False, True)
+        for c in (1e1, 1e2, 1e3, 1e4)
+    ),
     *(((8, 0.0, {"condition": c, "is_x64": False, "num_forward": 4}), 10) for c in (1e3, 1e4)),
     *(((8, 0.01, {"condition": c}), 5) for c in (1e1, 1e2)),
 ]
-QUICK: list[tuple[Case, int]] = [((depth, noise, {}), 2) for depth in (2, 4) for noise in (0.0, 0.1)]
+QUICK: list[tuple[Case, int]] = [
+    ((depth, noise, {}), 2) for depth in (2, 4) for noise in (0.0, 0.1)
+]
 # Halves of which the sketches of both fit in half of 24 GiB, at 96 bytes each.
 FIT = 12 * 2**30 / (2 * 96)
-COLUMNS = ("depth", "noise", "seeds", "found", "largest_right", "smallest_wrong", "seconds", "most_seconds")
+COLUMNS = (
+    "depth",
+    "noise",
+    "seeds",
+    "found",
+    "largest_right",
+    "smallest_wrong",
+    "seconds",
+    "most_seconds",
+)
 GROWTH = [(n, depth) for n in (4, 8, 16, 64) for depth in range(2, 25, 2) if n ** (depth / 2) < 2e7]
 LAYERS = {
     "dense": jc.layers.InvertibleDense(64),
@@ -73,7 +101,7 @@ BANKS = [(layer, kind, 0) for layer in LAYERS for kind in ("independent", "route
 TRAINED_DEPTH, TRAINED_NOISES, NUM_TRAINED = 6, (0.0, 0.01, 0.1), 5
 NUM_STEPS, DEPTH, SIZE = 300, 4, 12
 SEARCHES = {
-    "meet in the middle": jc.MeetInTheMiddle(),
+    "meet in the middle": jc.SuffixBeamSearch(),
     "target propagation": jc.TargetPropagation(),
     "target propagation, exact": jc.TargetPropagation(is_exact=True),
     "linearized": jc.LinearizedSearch(),
@@ -83,12 +111,25 @@ SEARCHES = {
     "random search": jc.RandomSearch(),
 }
 BUDGETS, NUM_SEEDS = (300, 1000, 3000), 10
-SCORES = ("linearized", "activations", "weights", "ideal, all of it", "ideal, the way there", "ideal, undone")
+SCORES = (
+    "linearized",
+    "activations",
+    "weights",
+    "ideal, all of it",
+    "ideal, the way there",
+    "ideal, undone",
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="depth 4 at most, one kind of layers; nothing is written")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="depth 4 at most, one kind of layers; nothing is written",
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     recovery = [measure_case(case, seeds) for case, seeds in (QUICK if args.quick else CASES)]
@@ -98,7 +139,10 @@ def main() -> None:
     print(format_recovery(trained), flush=True)
     sizes = [size for size in GROWTH if size[0] ** size[1] < 1e5] if args.quick else GROWTH
     found = keep(
-        RECOVER, "inverse-growth", sizes, lambda: {"seconds": np.array([time_growth(*size) for size in sizes])}
+        RECOVER,
+        "inverse-growth",
+        sizes,
+        lambda: {"seconds": np.array([time_growth(*size) for size in sizes])},
     )
     growth = [
         {"layers": n, "depth": depth, "seconds": float(row[0]), "exhaustive": float(row[1])}
@@ -113,12 +157,22 @@ def main() -> None:
     print(tables)
     if args.quick:
         return
-    found = {"recovery": recovery, "trained": trained, "growth": growth, "search": search, "ideal": ideal}
+    found = {
+        "recovery": recovery,
+        "trained": trained,
+        "growth": growth,
+        "search": search,
+        "ideal": ideal,
+    }
     result = {**describe_machine(), "banks": BANKS, "budgets": BUDGETS, **found}
-    write_results(args.out, "inverse", result, tables, partial(draw, recovery=recovery, growth=growth))
+    write_results(
+        args.out, "inverse", result, tables, partial(draw, recovery=recovery, growth=growth)
+    )
 
 
-def make_secret(seed: int, depth: int, noise: float, options: dict[str, Any]) -> tuple[jc.Bank, Any, Any, np.ndarray]:
+def make_secret(
+    seed: int, depth: int, noise: float, options: dict[str, Any]
+) -> tuple[jc.Bank, Any, Any, np.ndarray]:
     """A bank, inputs, outputs with noise, and the chain that made them."""
     num_layers = options.get("num_layers", NUM_LAYERS)
     layer = jc.layers.InvertibleDense(FEATURES, negative_slope=options.get("slope", SLOPE))
@@ -130,9 +184,13 @@ def make_secret(seed: int, depth: int, noise: float, options: dict[str, Any]) ->
     for key in keys[:num_layers]:
         left, right = jax.random.orthogonal(key, FEATURES, (2,))
         bias = 0.1 * jax.random.normal(jax.random.fold_in(key, 1), (FEATURES,))
-        params.append({"kernel": (left * jnp.asarray(values, left.dtype)[None]) @ right, "bias": bias})
+        params.append(
+            {"kernel": (left * jnp.asarray(values, left.dtype)[None]) @ right, "bias": bias}
+        )
     head, dtype = jc.layers.DenseHead(2), params[0]["bias"].dtype
-    bank = jc.Bank.stack(layer, params, head, [head.init(keys[-4], jnp.ones((1, FEATURES), dtype))["params"]])
+    bank = jc.Bank.stack(
+        layer, params, head, [head.init(keys[-4], jnp.ones((1, FEATURES), dtype))["params"]]
+    )
     x = jax.random.normal(keys[-3], (EXAMPLES, FEATURES))
     chain = np.asarray(jax.random.randint(keys[-2], (depth,), 0, num_layers))
     hidden = x
@@ -145,13 +203,17 @@ def recover(seed: int, case: Case) -> tuple[float, float, float]:
     """Whether the chain is found, its residual, and seconds."""
     depth, noise, options = case
     asked = {
-        name: options[name] for name in ("num_probes", "num_sketch", "num_forward", "tolerance") if name in options
+        name: options[name]
+        for name in ("num_probes", "num_sketch", "num_forward", "tolerance")
+        if name in options
     }
     with jax.enable_x64(options.get("is_x64", False)):
         return ask(*make_secret(seed, depth, noise, options), asked)
 
 
-def ask(bank: jc.Bank, x: Any, y: Any, chain: np.ndarray, options: dict[str, Any]) -> tuple[float, float, float]:
+def ask(
+    bank: jc.Bank, x: Any, y: Any, chain: np.ndarray, options: dict[str, Any]
+) -> tuple[float, float, float]:
     start = time.perf_counter()
     try:
         found = jc.meet_in_the_middle(bank, x, y, len(chain), **options)
@@ -184,7 +246,12 @@ def recover_trained(bank: tuple[str, str, int], num_seeds: int) -> list[dict[str
     name = f"inverse-trained-{'-'.join(map(str, bank))}"
     found = keep([make_problem, recover_trained, ask], name, (bank, num_seeds), run)["runs"]
     return [
-        {"layer": bank[0], "kind": bank[1], "seed": bank[2], **summarize_recovery(TRAINED_DEPTH, noise, runs)}
+        {
+            "layer": bank[0],
+            "kind": bank[1],
+            "seed": bank[2],
+            **summarize_recovery(TRAINED_DEPTH, noise, runs),
+        }
         for noise, runs in zip(TRAINED_NOISES, found, strict=True)
     ]
 
@@ -230,7 +297,12 @@ RECOVER: list[Callable[..., Any]] = [make_secret, recover, ask, time_growth]
 def make_problem(layer: str, kind: str, seed: int) -> jc.Problem:
     data = jc.data.load("digits", seed)
     sizes: Any = {"num_layers": SIZE} if kind == "routed" else {"num_nets": SIZE // DEPTH}
-    options: Any = {"layer": LAYERS[layer], "head": jc.layers.DenseHead(10), "depth": DEPTH, "num_steps": NUM_STEPS}
+    options: Any = {
+        "layer": LAYERS[layer],
+        "head": jc.layers.DenseHead(10),
+        "depth": DEPTH,
+        "num_steps": NUM_STEPS,
+    }
     bank = getattr(jc.train, kind)(jax.random.key(seed), data.train, **options, **sizes)
     return jc.Problem(bank, data.search, DEPTH)
 
@@ -280,16 +352,30 @@ def score_bank(bank: tuple[str, str, int]) -> dict[str, np.ndarray]:
             for sort, rows in picks.items()
         }
 
-    return keep([make_problem, score_bank, correlate_scores], f"inverse-ideal-{'-'.join(map(str, bank))}", bank, run)
+    return keep(
+        [make_problem, score_bank, correlate_scores],
+        f"inverse-ideal-{'-'.join(map(str, bank))}",
+        bank,
+        run,
+    )
 
 
 def correlate_scores(problem: jc.Problem, chain: np.ndarray) -> list[float]:
     change = try_swaps(problem, chain)
     is_swap = np.arange(change.shape[1]) != chain[:-1, None]
-    scores = [jc.swap_scores(problem, chain, kind) for kind in ("linearized", "activations", "weights")]
+    scores = [
+        jc.swap_scores(problem, chain, kind) for kind in ("linearized", "activations", "weights")
+    ]
     for is_projected, is_exact in ((False, False), (True, False), (True, True)):
-        scores.append(jc.ideal.score_edits(problem, chain, is_projected=is_projected, is_exact=is_exact).swap)
-    return [correlate(np.nan_to_num(np.asarray(score)[:-1][is_swap]), change[is_swap]) for score in scores]
+        scores.append(
+            jc.inverse.target_scores.score_edits_by_target(
+                problem, chain, is_projected=is_projected, is_exact=is_exact
+            ).swap
+        )
+    return [
+        correlate(np.nan_to_num(np.asarray(score)[:-1][is_swap]), change[is_swap])
+        for score in scores
+    ]
 
 
 def summarize_search(searched: list[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
@@ -300,18 +386,24 @@ def summarize_search(searched: list[dict[str, np.ndarray]]) -> list[dict[str, An
             "search": name,
             "seconds": float(np.median([found[f"{name} seconds"] for found in searched])),
         }
-        row["regret"] = [jc.stats.iqm(regret[:, i]) for i in range(len(BUDGETS))]
+        row["regret"] = [jc.chainbench.stats.iqm(regret[:, i]) for i in range(len(BUDGETS))]
         row["by_bank"] = regret.mean(axis=2).round(5).tolist()
         row["solved"] = [float(np.mean(regret[:, i] < 1e-5)) for i in range(len(BUDGETS))]
         rows.append(row)
     return rows
 
 
-def summarize_scores(banks: list[tuple[str, str, int]], scored: list[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
+def summarize_scores(
+    banks: list[tuple[str, str, int]], scored: list[dict[str, np.ndarray]]
+) -> list[dict[str, Any]]:
     rows = []
     for layer in LAYERS:
         for kind in ("independent", "routed"):
-            those = [found for bank, found in zip(banks, scored, strict=True) if bank[:2] == (layer, kind)]
+            those = [
+                found
+                for bank, found in zip(banks, scored, strict=True)
+                if bank[:2] == (layer, kind)
+            ]
             for sort in ("random", "good") if those else ():
                 mean = np.mean(np.concatenate([found[sort] for found in those]), axis=0)
                 rows.append(
@@ -332,8 +424,14 @@ def format_recovery(rows: list[dict[str, Any]]) -> str:
     lines.append("|---" * 7 + "|")
     for row in rows:
         others = {name: value for name, value in row.items() if name not in COLUMNS}
-        other = ", ".join(v if isinstance(v, str) else f"{name} {v:g}" for name, v in others.items()) or "-"
-        residuals = ["-" if row[name] is None else f"{row[name]:.2g}" for name in ("largest_right", "smallest_wrong")]
+        other = (
+            ", ".join(v if isinstance(v, str) else f"{name} {v:g}" for name, v in others.items())
+            or "-"
+        )
+        residuals = [
+            "-" if row[name] is None else f"{row[name]:.2g}"
+            for name in ("largest_right", "smallest_wrong")
+        ]
         lines.append(
             f"| {row['depth']} | {row['noise']:g} | {other} | {row['found']} of {row['seeds']} | {' | '.join(residuals)} | "
             f"{row['seconds']:.2f} ({row['most_seconds']:.2f}) |"
@@ -358,8 +456,13 @@ def format_search(rows: list[dict[str, Any]], banks: list[tuple[str, str, int]])
     ]
     for row in rows:
         cells = [f"{e.value:.4f} [{e.low:.4f}, {e.high:.4f}]" for e in row["regret"]]
-        lines.append(f"| {row['search']} | {' | '.join(cells)} | {row['solved'][-1]:.0%} | {row['seconds']:.0f} |")
-    lines += ["", f"| bank, regret at {BUDGETS[1]:,} | " + " | ".join(row["search"] for row in rows) + " |"]
+        lines.append(
+            f"| {row['search']} | {' | '.join(cells)} | {row['solved'][-1]:.0%} | {row['seconds']:.0f} |"
+        )
+    lines += [
+        "",
+        f"| bank, regret at {BUDGETS[1]:,} | " + " | ".join(row["search"] for row in rows) + " |",
+    ]
     lines.append("|---" * (1 + len(rows)) + "|")
     for i, bank in enumerate(banks):
         means = [f"{row['by_bank'][i][1]:.3f}" for row in rows]
@@ -368,7 +471,10 @@ def format_search(rows: list[dict[str, Any]], banks: list[tuple[str, str, int]])
 
 
 def format_ideal(rows: list[dict[str, Any]]) -> str:
-    lines = ["| layers | bank | chains | " + " | ".join(SCORES) + " |", "|---" * (3 + len(SCORES)) + "|"]
+    lines = [
+        "| layers | bank | chains | " + " | ".join(SCORES) + " |",
+        "|---" * (3 + len(SCORES)) + "|",
+    ]
     for row in rows:
         cells = [f"{row['spearman'][name]:.2f}" for name in SCORES]
         lines.append(f"| {row['layer']} | {row['kind']} | {row['chains']} | {' | '.join(cells)} |")
@@ -382,7 +488,9 @@ def draw(path: str, recovery: list[dict[str, Any]], growth: list[dict[str, Any]]
     for n in sorted({row["layers"] for row in growth}):
         those = [row for row in growth if row["layers"] == n]
         halves = [n ** (row["depth"] / 2) for row in those]
-        (line,) = left.plot(halves, [row["seconds"] for row in those], marker="o", label=f"{n} layers")
+        (line,) = left.plot(
+            halves, [row["seconds"] for row in those], marker="o", label=f"{n} layers"
+        )
         left.plot(halves, [row["exhaustive"] for row in those], ls=":", color=line.get_color())
     # Through the largest.
     most, seconds = max((row["layers"] ** (row["depth"] / 2), row["seconds"]) for row in growth)
@@ -392,14 +500,22 @@ def draw(path: str, recovery: list[dict[str, Any]], growth: list[dict[str, Any]]
     left.text(4, 3600 * 1.3, "an hour", color="gray")
     left.axvline(FIT, color="gray", lw=1)
     left.text(FIT * 0.8, 3e-3, "halves fit in 12 GiB", color="gray", rotation=90, ha="right")
-    left.set(xscale="log", yscale="log", ylim=(1e-3, 1e10), xlabel="halves $N^{D/2}$ of $N^D$ chains")
+    left.set(
+        xscale="log", yscale="log", ylim=(1e-3, 1e10), xlabel="halves $N^{D/2}$ of $N^D$ chains"
+    )
     left.set(ylabel="seconds (dotted: all chains)", title="Exact outputs")
     for depth in (4, 6, 8):
         those = [row for row in recovery if row["depth"] == depth and set(row) == {*COLUMNS}]
         those.sort(key=lambda row: row["noise"])
         shares = [row["found"] / row["seeds"] for row in those]
-        right.plot([row["noise"] for row in those], shares, marker="o", label=f"{depth} layers deep")
-    right.set(xlabel="noise, by the outputs' standard deviation", ylabel="share of chains found", title="Noisy outputs")
+        right.plot(
+            [row["noise"] for row in those], shares, marker="o", label=f"{depth} layers deep"
+        )
+    right.set(
+        xlabel="noise, by the outputs' standard deviation",
+        ylabel="share of chains found",
+        title="Noisy outputs",
+    )
     right.set_xscale("symlog", linthresh=0.01)
     for ax in (left, right):
         ax.grid(alpha=0.3)

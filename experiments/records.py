@@ -31,12 +31,20 @@ CHAINBENCH = CACHE / "chainbench"
 def describe_machine() -> dict[str, Any]:
     return {
         "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
-        "versions": {"python": platform.python_version(), "jax": jax.__version__, "jchain": jc.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "jchain": jc.__version__,
+        },
     }
 
 
 def write_results(
-    out: Path, name: str, result: dict[str, Any], table: str, draw: Callable[[str], None] | None = None
+    out: Path,
+    name: str,
+    result: dict[str, Any],
+    table: str,
+    draw: Callable[[str], None] | None = None,
 ) -> None:
     """What an experiment found, as `name`.json, .md and, where there is a figure, .png."""
     out.mkdir(parents=True, exist_ok=True)
@@ -53,15 +61,17 @@ def zero_shot(critic: jc.Critic | None) -> jc.CriticSearch:
 
 def is_deterministic(search: Any) -> bool:
     """Whether one run says it all."""
-    return isinstance(search, jc.BeamSearch) or (isinstance(search, jc.CriticSearch) and search.epsilon == 0.0)
+    return isinstance(search, jc.BeamSearch) or (
+        isinstance(search, jc.CriticSearch) and search.epsilon == 0.0
+    )
 
 
 def look_up(search: Any) -> Any:
     """The same search for problems whose losses are looked up."""
     if isinstance(search, jc.CriticSearch) and search.observe is jc.CriticSearch().observe:
-        return dataclasses.replace(search, observe=jc.lookup.observe)
+        return dataclasses.replace(search, observe=jc.chainbench.tabular.observe)
     if isinstance(search, jc.ActorCritic):
-        return dataclasses.replace(search, entry_features=jc.lookup.entry_features)
+        return dataclasses.replace(search, entry_features=jc.chainbench.tabular.entry_features)
     return search
 
 
@@ -89,7 +99,9 @@ def make_pool(workers: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("spawn")
     if workers == 1:  # it may have all cores
         return ProcessPoolExecutor(1, mp_context=context)
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_pin, initargs=(context.Value("i", 0),))
+    return ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_pin, initargs=(context.Value("i", 0),)
+    )
 
 
 def _pin(counter: Any) -> None:
@@ -130,7 +142,9 @@ def keep(
 
 
 def _digest(code: Sequence[Callable[..., Any]], inputs: Any, uses: Sequence[Any]) -> str:
-    digest = hashlib.sha256(repr((inputs, [metadata.version(name) for name in _LIBRARIES])).encode())
+    digest = hashlib.sha256(
+        repr((inputs, [metadata.version(name) for name in _LIBRARIES])).encode()
+    )
     modules = {type(use).__module__ for use in uses}
     for function in code:
         source = inspect.getsource(function)
@@ -190,6 +204,9 @@ def _strip(source: str) -> str:
     """Code without comments and docstrings, which change no result."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and ast.get_docstring(node) is not None
+        ):
             node.body = node.body[1:]
     return ast.dump(tree)

@@ -43,10 +43,14 @@ NOT_QUICK = ("arena", "controller", "transformer_depth")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--quick", action="store_true", help="small sizes; nothing is written")
-    mode.add_argument("--write", action="store_true", help="only write README.md from the results that are there")
+    mode.add_argument(
+        "--write", action="store_true", help="only write README.md from the results that are there"
+    )
     args = parser.parse_args()
     failed = [] if args.write else run_all(quick=args.quick)
     if failed:

@@ -4,7 +4,7 @@
 
 The same actor-critic, the same problems, the same cost, and what differs is how it sees a prefix: its tokens through a GRU
 (discrete), the number of layers and a sketch of their weights (continuous), 12 numbers that sum up what the layers did to the data
-(`jchain.features.observe`), a sketch of the activations of the data, one of the gradient of the best head's loss by them, and
+(`jchain.agent.observations.observe`), a sketch of the activations of the data, one of the gradient of the best head's loss by them, and
 combinations. An encoding that sees activations applies layers while it samples, keeps none of them, and so pays again for
 layers of chains that it scored before.
 
@@ -50,19 +50,27 @@ TESTED = ("independent-1", "routed-2")
 KINDS = ("independent", "routed")
 TRAINED = (300, 301, 303)  # seeds of banks of three heads, inputs as they are
 
-NUM_OTHERS = 6  # other banks that are trained on where the bank itself is not; where it is, two make room
+NUM_OTHERS = (
+    6  # other banks that are trained on where the bank itself is not; where it is, two make room
+)
 NUM_TRAININGS = 2
 NUM_VISITS, VISIT_STEPS = 2, 24
 # Of the regression.
 NUM_ROUNDS, ROUND_STEPS, BATCH, RATE = 4, 50, 64, 3e-3
 DEPTH = 3
-NUM_SUMMARY, NUM_SKETCH = jc.features.NUM_FEATURES, jc.features.NUM_SKETCHED + 1
-EVERYTHING = jc.features.Join((jc.features.observe, jc.features.observe_activations, jc.features.observe_gradients))
+NUM_SUMMARY, NUM_SKETCH = jc.agent.observations.NUM_FEATURES, jc.agent.observations.NUM_SKETCHED + 1
+EVERYTHING = jc.agent.observations.Join(
+    (
+        jc.agent.observations.observe,
+        jc.agent.observations.observe_activations,
+        jc.agent.observations.observe_gradients,
+    )
+)
 
 
 def see_columns(first: int, last: int, problem: Any, hidden: Any, parent: Any) -> Any:
     """Some of the features that are looked up."""
-    seen = jc.lookup.observe(problem, hidden, parent)
+    seen = jc.chainbench.tabular.observe(problem, hidden, parent)
     return seen._replace(features=seen.features[first:last])
 
 
@@ -75,7 +83,9 @@ def see_activations(problem: Any, hidden: Any, parent: Any) -> Any:
 
 
 def see_gradients(problem: Any, hidden: Any, parent: Any) -> Any:
-    return see_columns(NUM_SUMMARY + NUM_SKETCH, NUM_SUMMARY + 2 * NUM_SKETCH, problem, hidden, parent)
+    return see_columns(
+        NUM_SUMMARY + NUM_SKETCH, NUM_SUMMARY + 2 * NUM_SKETCH, problem, hidden, parent
+    )
 
 
 def see_both(problem: Any, hidden: Any, parent: Any) -> Any:
@@ -123,12 +133,22 @@ class Run(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=CHAINBENCH, help="of ChainBench (default: %(default)s)")
-    parser.add_argument("--data", action="append", choices=jc.chainbench.DATA, help="only these; repeat for more")
-    parser.add_argument("--state", action="append", choices=STATES, help="only these; repeat for more")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=CHAINBENCH, help="of ChainBench (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--data", action="append", choices=jc.chainbench.DATA, help="only these; repeat for more"
+    )
+    parser.add_argument(
+        "--state", action="append", choices=STATES, help="only these; repeat for more"
+    )
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--quick", action="store_true", help="wine, one state, few runs; nothing is written")
+    parser.add_argument(
+        "--quick", action="store_true", help="wine, one state, few runs; nothing is written"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     begin, data_names, seeds = time.perf_counter(), args.data or DATA, args.seeds
@@ -144,23 +164,29 @@ def main() -> None:
             solved = jc.chainbench.load(args.folder, f"{data}-{kind}")
             tested[solved.name] = tabulate(solved.name, solved.problem)
         others[data] = [
-            tabulate(f"{data}-{kind}-{seed}", make_problem(data, kind, seed)) for seed in TRAINED for kind in KINDS
+            tabulate(f"{data}-{kind}-{seed}", make_problem(data, kind, seed))
+            for seed in TRAINED
+            for kind in KINDS
         ][:NUM_OTHERS]
         print(f"{data}: tables at {time.perf_counter() - begin:.0f} s", flush=True)
     regret, ranks = {}, {}
     for name, encoding in states.items():
-        agent = jc.ActorCritic(encoding, entry_features=jc.lookup.entry_features)
+        agent = jc.ActorCritic(encoding, entry_features=jc.chainbench.tabular.entry_features)
         regret[name], ranks[name] = measure(name, agent, tested, others, seeds)
         jax.clear_caches()
         print(f"{name:28} {time.perf_counter() - begin:.0f} s", flush=True)
     controls = {name: run_control(search, tested, seeds) for name, search in CONTROLS.items()}
     summary = {
         "regret": {
-            **{name: {start: estimate(rows) for start, rows in by.items()} for name, by in regret.items()},
+            **{
+                name: {start: estimate(rows) for start, rows in by.items()}
+                for name, by in regret.items()
+            },
             **{name: {"from scratch": estimate(rows)} for name, rows in controls.items()},
         },
         "ranks": {
-            name: {where: jc.stats.iqm(values)._asdict() for where, values in by.items()} for name, by in ranks.items()
+            name: {where: jc.chainbench.stats.iqm(values)._asdict() for where, values in by.items()}
+            for name, by in ranks.items()
         },
     }
     table = format_tables(summary)
@@ -173,9 +199,17 @@ def main() -> None:
             "problems": list(tested),
             "seeds": seeds,
             "budgets": BUDGETS,
-            "banks": {data: [f"{kind}-{seed}" for seed in TRAINED for kind in KINDS][:NUM_OTHERS] for data in others},
+            "banks": {
+                data: [f"{kind}-{seed}" for seed in TRAINED for kind in KINDS][:NUM_OTHERS]
+                for data in others
+            },
             "training": {"trainings": NUM_TRAININGS, "visits": NUM_VISITS, "steps": VISIT_STEPS},
-            "regression": {"rounds": NUM_ROUNDS, "steps": ROUND_STEPS, "chains": BATCH, "rate": RATE},
+            "regression": {
+                "rounds": NUM_ROUNDS,
+                "steps": ROUND_STEPS,
+                "chains": BATCH,
+                "rate": RATE,
+            },
             "states": {name: " ".join(repr(encoding).split()) for name, encoding in states.items()},
         },
         "summary": summary,
@@ -184,41 +218,58 @@ def main() -> None:
             for name, by in regret.items()
         },
     }
-    write_results(args.out, "state", result, table, partial(draw, summary=summary, states=list(states)))
+    write_results(
+        args.out, "state", result, table, partial(draw, summary=summary, states=list(states))
+    )
 
 
 def tabulate(name: str, problem: jc.Problem) -> Bank:
     """Looked up with everything that a state may see of its prefixes."""
-    arrays = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((problem.bank.without_names(), problem.data))]
+    arrays = [
+        np.asarray(leaf).tobytes()
+        for leaf in jax.tree.leaves((problem.bank.without_names(), problem.data))
+    ]
 
     def make() -> dict[str, np.ndarray]:
-        return {"table": np.asarray(jc.lookup.tabulate(problem, EVERYTHING).data.y[0])}
+        return {"table": np.asarray(jc.chainbench.tabular.tabulate(problem, EVERYTHING).data.y[0])}
 
     table = keep((tabulate,), f"state-{name}", arrays, make, uses=(problem, EVERYTHING))["table"]
     loss = table[:, : problem.bank.num_heads]
-    looked_up = jc.lookup.make_problem(
+    looked_up = jc.chainbench.tabular.make_problem(
         problem.bank, loss.reshape(-1), problem.max_layers, table[:, problem.bank.num_heads :]
     )
     return Bank(looked_up.without_names(), loss.reshape(-1))
 
 
 def measure(
-    name: str, agent: jc.ActorCritic, tested: dict[str, Bank], others: dict[str, list[Bank]], seeds: int
+    name: str,
+    agent: jc.ActorCritic,
+    tested: dict[str, Bank],
+    others: dict[str, list[Bank]],
+    seeds: int,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Regret by start, `[M, S, B]`, and rank correlation of a regressed critic by kind of bank, `[M, S]`."""
     regret: dict[str, Any] = {start: [] for start in STARTS}
     ranks: dict[str, Any] = {"held out": [], "unseen": []}
     for data, banks in others.items():
-        mine = [bank for problem_name, bank in tested.items() if problem_name.startswith(f"{data}-")]
+        mine = [
+            bank for problem_name, bank in tested.items() if problem_name.startswith(f"{data}-")
+        ]
         inputs = ([bank.loss.tobytes() for bank in (*mine, *banks)], describe_search(agent), seeds)
         title, uses = f"state-{name}-{data}".replace(" ", ""), (agent, agent.encoding)
         for start in STARTS:
             code = (search_from, search_all, train, advance, start_run, see_columns)
             make = partial(search_from, start, agent, mine, banks, seeds)
-            arrays = keep(code, f"{title}-{start.replace(' ', '-')}", (*inputs, start), make, uses=uses)
+            arrays = keep(
+                code, f"{title}-{start.replace(' ', '-')}", (*inputs, start), make, uses=uses
+            )
             regret[start].extend(arrays["regret"])
         arrays = keep(
-            (regress, fit, know, see_columns), f"{title}-ranks", inputs, partial(regress, agent, mine, banks), uses=uses
+            (regress, fit, know, see_columns),
+            f"{title}-ranks",
+            inputs,
+            partial(regress, agent, mine, banks),
+            uses=uses,
         )
         for where, values in ranks.items():
             values.extend(arrays[where])
@@ -235,7 +286,9 @@ def search_from(
     else:
         seen = banks if start == "unseen" else [*mine, *banks[: len(banks) - len(mine)]]
         # Each training serves as many runs.
-        params = jax.tree.map(lambda leaf: jnp.repeat(leaf, seeds // NUM_TRAININGS, axis=0), train(agent, seen))
+        params = jax.tree.map(
+            lambda leaf: jnp.repeat(leaf, seeds // NUM_TRAININGS, axis=0), train(agent, seen)
+        )
     return {"regret": search_all(agent, params, keys, mine)}
 
 
@@ -248,7 +301,9 @@ def train(agent: jc.ActorCritic, banks: list[Bank]) -> Any:
     """Params after searching these banks in turn, `[trainings, ...]`."""
     problems = [bank.problem for bank in banks] * NUM_VISITS
     keys = jax.random.split(jax.random.key(1), NUM_TRAININGS)
-    return jax.vmap(lambda key: jc.pretrain.pretrain_agent(key, agent, problems, num_steps=VISIT_STEPS))(keys)
+    return jax.vmap(
+        lambda key: jc.agent.pretrain.pretrain_agent(key, agent, problems, num_steps=VISIT_STEPS)
+    )(keys)
 
 
 def search_all(agent: jc.ActorCritic, params: Any, keys: Any, banks: list[Bank]) -> np.ndarray:
@@ -266,7 +321,9 @@ def start_run(key: Any, params: Any, agent: jc.ActorCritic, problem: jc.Problem)
     key, init_key = jax.random.split(key)
     state = dataclasses.replace(agent, params=params).init(init_key, problem)
     zero = jnp.zeros((), jnp.int32)
-    return Run(key, state, zero, zero, jnp.array(False), jnp.full(len(BUDGETS), jnp.inf, jnp.float32))
+    return Run(
+        key, state, zero, zero, jnp.array(False), jnp.full(len(BUDGETS), jnp.inf, jnp.float32)
+    )
 
 
 def advance(run: Run, agent: jc.ActorCritic, problem: jc.Problem) -> Run:
@@ -286,11 +343,13 @@ def advance(run: Run, agent: jc.ActorCritic, problem: jc.Problem) -> Run:
 
 
 start_runs = jax.jit(jax.vmap(start_run, in_axes=(0, 0, None, None)))
-advance_runs = jax.jit(jax.vmap(advance, in_axes=(0, None, None)), compiler_options=jc.compiler_options("cpu"))
+advance_runs = jax.jit(
+    jax.vmap(advance, in_axes=(0, None, None)), compiler_options=jc.engine.compiler_options("cpu")
+)
 
 
 def regress(agent: jc.ActorCritic, mine: list[Bank], banks: list[Bank]) -> dict[str, np.ndarray]:
-    """Rank correlation over prefixes of three layers of a critic that learnt what is behind the prefixes of other banks."""
+    """Rank correlation over prefixes of three layers of a critic that learned what is behind the prefixes of other banks."""
     chains, known = know(banks[0], [bank.loss for bank in (*banks, *mine)])
     is_out = np.random.default_rng(0).random(len(chains)) < 0.2
     keys = jax.random.split(jax.random.key(2), NUM_TRAININGS)
@@ -302,7 +361,9 @@ def regress(agent: jc.ActorCritic, mine: list[Bank], banks: list[Bank]) -> dict[
             keys = jax.random.split(jax.random.key(100 * i + j), NUM_TRAININGS)
             rows = jnp.asarray(np.flatnonzero(~is_out))
             given = jnp.asarray(chains)[rows], jnp.asarray(known[j])[rows]
-            states, optimizer_state = fit_all(keys, states, optimizer_state, agent, bank.problem, *given)
+            states, optimizer_state = fit_all(
+                keys, states, optimizer_state, agent, bank.problem, *given
+            )
     found: dict[str, Any] = {"held out": [], "unseen": []}
     for j, bank in enumerate((*banks, *mine)):
         sight = begin_state(keys[0], agent, bank.problem).sight
@@ -329,7 +390,13 @@ def find_value(state: Any, agent: jc.ActorCritic, problem: jc.Problem, chains: A
 
 @jax.jit
 def fit(
-    key: Any, state: Any, optimizer_state: Any, agent: jc.ActorCritic, problem: jc.Problem, chains: Any, known: Any
+    key: Any,
+    state: Any,
+    optimizer_state: Any,
+    agent: jc.ActorCritic,
+    problem: jc.Problem,
+    chains: Any,
+    known: Any,
 ) -> Any:
     """Some steps of least squares on the prefixes of one bank."""
     state = state._replace(sight=agent.init(key, problem).sight)
@@ -342,7 +409,9 @@ def fit(
             found = agent.value(state._replace(params=params), chains[rows], problem)
             return jnp.mean((found[:, : DEPTH + 1] - known[rows]) ** 2)
 
-        updates, optimizer_state = optax.adam(RATE).update(jax.grad(loss_fn)(params), optimizer_state)
+        updates, optimizer_state = optax.adam(RATE).update(
+            jax.grad(loss_fn)(params), optimizer_state
+        )
         return (optax.apply_updates(params, updates), optimizer_state), None
 
     carry = state.params, optimizer_state
@@ -358,7 +427,11 @@ def know(bank: Bank, losses: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndar
     chains[:, DEPTH] = num_layers
     known = []
     for loss in losses:
-        reward = np.asarray(jc.rewards.log_rewards(jnp.asarray(loss))).reshape(-1, num_heads).max(axis=1)
+        reward = (
+            np.asarray(jc.agent.rewards.log_rewards(jnp.asarray(loss)))
+            .reshape(-1, num_heads)
+            .max(axis=1)
+        )
         edges = np.cumsum([0, *(num_layers**d for d in range(DEPTH + 2))])
         levels = [reward[a:b] for a, b in pairwise(edges)]
         for d in range(DEPTH, -1, -1):
@@ -378,7 +451,10 @@ def run_control(search: Any, tested: dict[str, Bank], seeds: int) -> np.ndarray:
 
 
 def estimate(regret: np.ndarray) -> dict[str, Any]:
-    return {str(budget): jc.stats.iqm(regret[:, :, b])._asdict() for b, budget in enumerate(BUDGETS)}
+    return {
+        str(budget): jc.chainbench.stats.iqm(regret[:, :, b])._asdict()
+        for b, budget in enumerate(BUDGETS)
+    }
 
 
 def show(cell: dict[str, float], digits: int = 3) -> str:
@@ -392,8 +468,14 @@ def format_tables(summary: dict[str, Any]) -> str:
     for name, by in summary["regret"].items():
         for start, row in by.items():
             label = start if name in summary["ranks"] else ""
-            lines.append(f"| {name} | {label} | " + " | ".join(show(row[str(b)]) for b in BUDGETS) + " |")
-    lines += ["", "| critic regressed on | prefixes held out of seen banks | unseen banks |", "|---|---|---|"]
+            lines.append(
+                f"| {name} | {label} | " + " | ".join(show(row[str(b)]) for b in BUDGETS) + " |"
+            )
+    lines += [
+        "",
+        "| critic regressed on | prefixes held out of seen banks | unseen banks |",
+        "|---|---|---|",
+    ]
     for name, by in summary["ranks"].items():
         lines.append(f"| {name} | {show(by['held out'], 2)} | {show(by['unseen'], 2)} |")
     return "\n".join(lines)
@@ -425,8 +507,12 @@ def draw(path: str, summary: dict[str, Any], states: list[str]) -> None:
 
 
 def plot_bars(axes: Any, places: np.ndarray, cells: list[dict[str, float]], label: str) -> None:
-    value, low, high = np.array([[cell[key] for key in ("value", "low", "high")] for cell in cells]).T
-    axes.errorbar(places, value, [value - low, high - value], fmt="o", markersize=4, capsize=2, label=label)
+    value, low, high = np.array(
+        [[cell[key] for key in ("value", "low", "high")] for cell in cells]
+    ).T
+    axes.errorbar(
+        places, value, [value - low, high - value], fmt="o", markersize=4, capsize=2, label=label
+    )
 
 
 if __name__ == "__main__":

@@ -70,21 +70,43 @@ class Grounds(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=CHAINBENCH, help="of ChainBench (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=CHAINBENCH, help="of ChainBench (default: %(default)s)"
+    )
     parser.add_argument("--seeds", type=int, default=10, help="runs of each search that is random")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="two problems, 3 seeds; nothing is written")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="two problems, 3 seeds; nothing is written"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    searches, tuned, names, seeds = SEARCHES, jc.chainbench.NAMES[::2], jc.chainbench.NAMES[1::2], args.seeds
+    searches, tuned, names, seeds = (
+        SEARCHES,
+        jc.chainbench.NAMES[::2],
+        jc.chainbench.NAMES[1::2],
+        args.seeds,
+    )
     if args.quick:
-        searches = {name: search for name, search in SEARCHES.items() if name in ("local search", "beam search")}
+        searches = {
+            name: search
+            for name, search in SEARCHES.items()
+            if name in ("local search", "beam search")
+        }
         tuned, names, seeds = ("wine-random-0",), ("wine-routed-0", "wine-random-1"), 3
         jc.chainbench.build(args.folder, (*tuned, *names))
-    grounds = Grounds(args.folder, names, seeds, choose_prices([Table(args.folder, name) for name in tuned]))
+    grounds = Grounds(
+        args.folder, names, seeds, choose_prices([Table(args.folder, name) for name in tuned])
+    )
     with make_pool(args.workers) as pool:
-        futures = {name: pool.submit(run_search, name, search, grounds) for name, search in searches.items()}
+        futures = {
+            name: pool.submit(run_search, name, search, grounds)
+            for name, search in searches.items()
+        }
         runs = {name: future.result() for name, future in futures.items()}
     tables = [Table(args.folder, name) for name in names]
     result = {
@@ -98,9 +120,15 @@ def main() -> None:
             "searches": {name: describe_search(search) for name, search in searches.items()},
         },
         "truth": describe_truth(tables, grounds.prices),
-        "fronts": {name: compare_fronts(arrays, tables, grounds.prices) for name, arrays in runs.items()},
-        "one_chain": {name: compare_chains(arrays, tables, grounds.prices) for name, arrays in runs.items()},
-        "choice": {name: compare_choices(arrays, tables, grounds.prices) for name, arrays in runs.items()},
+        "fronts": {
+            name: compare_fronts(arrays, tables, grounds.prices) for name, arrays in runs.items()
+        },
+        "one_chain": {
+            name: compare_chains(arrays, tables, grounds.prices) for name, arrays in runs.items()
+        },
+        "choice": {
+            name: compare_choices(arrays, tables, grounds.prices) for name, arrays in runs.items()
+        },
         "lengths_by_step": {name: trace(arrays, grounds.prices) for name, arrays in runs.items()},
     }
     table = format_tables(result)
@@ -114,7 +142,8 @@ def describe_search(search: Any) -> str:
     values = {field.name: getattr(search, field.name) for field in dataclasses.fields(search)}
     # Functions by name: their addresses change.
     cells = [
-        f"{name}={getattr(value, '__name__', None) or ' '.join(repr(value).split())}" for name, value in values.items()
+        f"{name}={getattr(value, '__name__', None) or ' '.join(repr(value).split())}"
+        for name, value in values.items()
     ]
     return f"{type(search).__name__}({', '.join(cells)})"
 
@@ -122,7 +151,10 @@ def describe_search(search: Any) -> str:
 def choose_prices(tables: list[Table]) -> tuple[float, ...]:
     """The prices whose best chains come nearest to the true front, in the mean of these problems."""
     # The best length at each price of the grid, and the front that some of them give.
-    paid = [[(t.loss[t.best] + price * t.unit * np.arange(DEPTH + 1)).argmin() for price in PRICE_GRID] for t in tables]
+    paid = [
+        [(t.loss[t.best] + price * t.unit * np.arange(DEPTH + 1)).argmin() for price in PRICE_GRID]
+        for t in tables
+    ]
 
     def area(chosen: tuple[int, ...]) -> float:
         total = 0.0
@@ -144,7 +176,13 @@ def run_search(name: str, search: Any, grounds: Grounds) -> dict[str, np.ndarray
     digest = hashlib.sha256()
     for problem in grounds.names:
         digest.update((grounds.folder / f"{problem}.table.safetensors").read_bytes())
-    given = (grounds.names, grounds.seeds, grounds.prices, digest.hexdigest(), describe_search(search))
+    given = (
+        grounds.names,
+        grounds.seeds,
+        grounds.prices,
+        digest.hexdigest(),
+        describe_search(search),
+    )
     code = (run_all, spend, spend_all, step_one, improve, find_stops, Table)
     make = partial(run_all, search, grounds)
     arrays = keep(code, f"stopping-{name.replace(' ', '-')}", given, make, uses=(search,))
@@ -162,15 +200,24 @@ def run_all(search: Any, grounds: Grounds) -> dict[str, np.ndarray]:
     for length in (None, *LENGTHS):
         prices = (0.0, *grounds.prices) if length is None else (0.0,)
         for i, price in enumerate(prices):
-            budgets = np.array(BUDGETS) if length is None and i == 0 else np.array(BUDGETS) // NUM_PRICES
+            budgets = (
+                np.array(BUDGETS) if length is None and i == 0 else np.array(BUDGETS) // NUM_PRICES
+            )
             start = time.perf_counter()
-            parts.append([spend(keys, search, table, table.problem(price, length), budgets) for table in tables])
+            parts.append(
+                [
+                    spend(keys, search, table, table.problem(price, length), budgets)
+                    for table in tables
+                ]
+            )
             print(
                 f"{type(search).__name__}, length {length}, price {price}: {time.perf_counter() - start:.0f} s",
                 flush=True,
             )
     order = [0, *range(1 + NUM_PRICES, len(parts)), *range(1, 1 + NUM_PRICES)]
-    stacked = [[np.stack([parts[r][m][i] for r in order]) for m in range(len(tables))] for i in range(3)]
+    stacked = [
+        [np.stack([parts[r][m][i] for r in order]) for m in range(len(tables))] for i in range(3)
+    ]
     return dict(zip(("scored", "stops", "lengths"), map(np.stack, stacked), strict=True))
 
 
@@ -208,22 +255,36 @@ def pay(places: np.ndarray, table: Table, price: Any) -> np.ndarray:
     return table.read(places) + np.asarray(price)[..., None] * table.unit * np.arange(DEPTH + 1)
 
 
-def compare_fronts(arrays: dict[str, np.ndarray], tables: list[Table], prices: tuple[float, ...]) -> dict[str, Any]:
+def compare_fronts(
+    arrays: dict[str, np.ndarray], tables: list[Table], prices: tuple[float, ...]
+) -> dict[str, Any]:
     """By method and budget: regrets of the best of at most 1, 2, ... layers, their mean, and losses over the best of all."""
     result: dict[str, Any] = {method: {} for method in METHODS}
     for i, budget in enumerate(BUDGETS):
         for method, fronts in find_fronts(arrays, tables, prices, i).items():
-            regret = np.array([table.regret(places) for table, places in zip(tables, fronts, strict=True)])
-            found = [table.at_most(places) / table.loss.min() for table, places in zip(tables, fronts, strict=True)]
+            regret = np.array(
+                [table.regret(places) for table, places in zip(tables, fronts, strict=True)]
+            )
+            found = [
+                table.at_most(places) / table.loss.min()
+                for table, places in zip(tables, fronts, strict=True)
+            ]
             result[method][str(budget)] = {
-                "area": jc.stats.iqm(regret.mean(axis=-1))._asdict(),
-                "regret": {n: jc.stats.iqm(regret[..., n - 1])._asdict() for n in LENGTHS},
-                "loss_over_best": {n: jc.stats.iqm(np.array(found)[..., n - 1])._asdict() for n in LENGTHS},
+                "area": jc.chainbench.stats.iqm(regret.mean(axis=-1))._asdict(),
+                "regret": {
+                    n: jc.chainbench.stats.iqm(regret[..., n - 1])._asdict() for n in LENGTHS
+                },
+                "loss_over_best": {
+                    n: jc.chainbench.stats.iqm(np.array(found)[..., n - 1])._asdict()
+                    for n in LENGTHS
+                },
             }
     return result
 
 
-def compare_chains(arrays: dict[str, np.ndarray], tables: list[Table], prices: tuple[float, ...]) -> dict[str, Any]:
+def compare_chains(
+    arrays: dict[str, np.ndarray], tables: list[Table], prices: tuple[float, ...]
+) -> dict[str, Any]:
     """Asked for one chain, head as an action: its regret, and whether it is as long as the best one.
 
     Without a price at each budget, and at each price with the share of that budget.
@@ -236,19 +297,25 @@ def compare_chains(arrays: dict[str, np.ndarray], tables: list[Table], prices: t
                 places = join(arrays["scored"][m, r : r + 1, :, b], table)
                 priced = table.loss + price * table.unit * table.length
                 best, middle = priced.min(), np.median(priced)
-                regrets.append(np.minimum((pay(places, table, price).min(axis=-1) - best) / (middle - best), 1.0))
+                regrets.append(
+                    np.minimum(
+                        (pay(places, table, price).min(axis=-1) - best) / (middle - best), 1.0
+                    )
+                )
                 lengths.append(find_lengths(places, table, price))
                 hits.append(lengths[-1] == table.length[priced.argmin()])
             key = "none" if r == 0 else str(price)
             result.setdefault(key, {})[str(budget if r == 0 else budget // NUM_PRICES)] = {
-                "regret": jc.stats.iqm(np.array(regrets))._asdict(),
+                "regret": jc.chainbench.stats.iqm(np.array(regrets))._asdict(),
                 "is_as_long": float(np.mean(hits)),
                 "length": float(np.mean(lengths)),
             }
     return result
 
 
-def compare_choices(arrays: dict[str, np.ndarray], tables: list[Table], prices: tuple[float, ...]) -> dict[str, Any]:
+def compare_choices(
+    arrays: dict[str, np.ndarray], tables: list[Table], prices: tuple[float, ...]
+) -> dict[str, Any]:
     """Of the chains of a front, one of each length: that which is best on a split, how long it is, and its regret on test."""
     fronts = find_fronts(arrays, tables, prices, SHOWN)
     return {method: choose(fronts[method], tables) for method in (ACTION, FIXED, PRICED)}
@@ -257,13 +324,19 @@ def compare_choices(arrays: dict[str, np.ndarray], tables: list[Table], prices: 
 def choose(fronts: list[np.ndarray], tables: list[Table]) -> dict[str, Any]:
     result = {}
     for split in ("search", "select", "test"):
-        lengths = [table.read(places, split).argmin(axis=-1) for table, places in zip(tables, fronts, strict=True)]
+        lengths = [
+            table.read(places, split).argmin(axis=-1)
+            for table, places in zip(tables, fronts, strict=True)
+        ]
         chosen = [
             np.take_along_axis(places, length[:, None], axis=1)[:, 0]
             for places, length in zip(fronts, lengths, strict=True)
         ]
         regret = [table.test_regret(places) for table, places in zip(tables, chosen, strict=True)]
-        result[split] = {"length": float(np.mean(lengths)), "test_regret": jc.stats.iqm(np.array(regret))._asdict()}
+        result[split] = {
+            "length": float(np.mean(lengths)),
+            "test_regret": jc.chainbench.stats.iqm(np.array(regret))._asdict(),
+        }
     return result
 
 
@@ -277,11 +350,15 @@ def describe_truth(tables: list[Table], prices: tuple[float, ...]) -> dict[str, 
     }
     return {
         "loss_over_best": {
-            n: jc.stats.iqm([[table.at_most(table.best)[n - 1] / table.loss.min()] for table in tables])._asdict()
+            n: jc.chainbench.stats.iqm(
+                [[table.at_most(table.best)[n - 1] / table.loss.min()] for table in tables]
+            )._asdict()
             for n in LENGTHS
         },
-        "problems_by_best_length": {s: np.bincount(n, minlength=DEPTH + 1).tolist() for s, n in by_split.items()},
-        "test_regret": {n: jc.stats.iqm(test[:, [n]])._asdict() for n in (0, *LENGTHS)},
+        "problems_by_best_length": {
+            s: np.bincount(n, minlength=DEPTH + 1).tolist() for s, n in by_split.items()
+        },
+        "test_regret": {n: jc.chainbench.stats.iqm(test[:, [n]])._asdict() for n in (0, *LENGTHS)},
         "choice": choose(fronts, tables),
         "length_at_price": {
             str(price): float(np.mean([find_lengths(table.best, table, price) for table in tables]))
@@ -294,7 +371,8 @@ def describe_truth(tables: list[Table], prices: tuple[float, ...]) -> dict[str, 
 def find_hull(table: Table) -> np.ndarray:
     """Which of the best chains of each length are the best of all at some price, `[D + 1]`."""
     return np.isin(
-        np.arange(DEPTH + 1), [find_lengths(table.best, table, price) for price in np.geomspace(1e-4, 10, 2000)]
+        np.arange(DEPTH + 1),
+        [find_lengths(table.best, table, price) for price in np.geomspace(1e-4, 10, 2000)],
     )
 
 
@@ -302,7 +380,9 @@ def trace(arrays: dict[str, np.ndarray], prices: tuple[float, ...]) -> dict[str,
     """By price and step: mean layers of the chains that were scored, and entropy of their number in nats; means over runs."""
     result = {}
     for r, price in ((0, 0.0), *((1 + DEPTH + i, price) for i, price in enumerate(prices))):
-        counts = arrays["lengths"][:, r][:, :, [step - 1 for step in TRACED]].reshape(-1, len(TRACED), DEPTH + 1)
+        counts = arrays["lengths"][:, r][:, :, [step - 1 for step in TRACED]].reshape(
+            -1, len(TRACED), DEPTH + 1
+        )
         share = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
         entropy = -np.sum(share * np.log(np.where(share > 0, share, 1.0)), axis=-1)
         is_there = counts.sum(axis=-1) > 0
@@ -333,7 +413,12 @@ def format_tables(result: dict[str, Any]) -> str:
 
 def list_fronts(result: dict[str, Any]) -> str:
     shown = str(result["config"]["shown"])
-    head = ["search", "method", *(f"area, {b:,} layer calls" for b in BUDGETS), *(f"at most {n}" for n in LENGTHS)]
+    head = [
+        "search",
+        "method",
+        *(f"area, {b:,} layer calls" for b in BUDGETS),
+        *(f"at most {n}" for n in LENGTHS),
+    ]
     rows = []
     for name, methods in result["fronts"].items():
         for method, by_budget in methods.items():
@@ -351,7 +436,9 @@ def list_chains(result: dict[str, Any]) -> str:
     rows = []
     for name, found in result["one_chain"].items():
         cells = [found[price][str(budget)] for price, budget in cases]
-        rows.append([name, *(f"{show(cell['regret'])}, {cell['is_as_long']:.0%}" for cell in cells)])
+        rows.append(
+            [name, *(f"{show(cell['regret'])}, {cell['is_as_long']:.0%}" for cell in cells)]
+        )
     return make_table(head, rows)
 
 
@@ -359,7 +446,9 @@ def list_choices(result: dict[str, Any]) -> str:
     head = ["search", "method", "on search", "on select", "on test"]
     rows = [["the best of each length", "", *map(show_choice, result["truth"]["choice"].values())]]
     for name, methods in result["choice"].items():
-        rows += [[name, method, *map(show_choice, choice.values())] for method, choice in methods.items()]
+        rows += [
+            [name, method, *map(show_choice, choice.values())] for method, choice in methods.items()
+        ]
     return make_table(head, rows)
 
 
@@ -369,7 +458,11 @@ def show_choice(choice: dict[str, Any]) -> str:
 
 def list_truth(result: dict[str, Any]) -> str:
     truth = result["truth"]
-    head = ["layers", "regret on test", *(f"best on {split}" for split in truth["problems_by_best_length"])]
+    head = [
+        "layers",
+        "regret on test",
+        *(f"best on {split}" for split in truth["problems_by_best_length"]),
+    ]
     counts = truth["problems_by_best_length"].values()
     rows = [
         [str(n), f"{truth['test_regret'][n]['value']:.3f}", *(str(count[n]) for count in counts)]
@@ -388,7 +481,13 @@ def list_steps(result: dict[str, Any]) -> str:
         most = max(c["runs"] for c in steps.values())
         cells = [steps.get(step, {"runs": 0}) for step in TRACED]
         rows.append(
-            [price, *(f"{c['length']:.2f} / {c['entropy']:.2f}" if 2 * c["runs"] >= most else "" for c in cells)]
+            [
+                price,
+                *(
+                    f"{c['length']:.2f} / {c['entropy']:.2f}" if 2 * c["runs"] >= most else ""
+                    for c in cells
+                ),
+            ]
         )
     return make_table(head, rows)
 
@@ -399,7 +498,11 @@ def show(estimate: dict[str, float]) -> str:
 
 def make_table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(
-        ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(r) + " |" for r in rows)]
+        [
+            "| " + " | ".join(head) + " |",
+            "|---" * len(head) + "|",
+            *("| " + " | ".join(r) + " |" for r in rows),
+        ]
     )
 
 
@@ -408,7 +511,9 @@ def draw(path: str, result: dict[str, Any]) -> None:
     names, shown = list(result["fronts"]), str(result["config"]["shown"])
     figure = Figure(figsize=(2.6 * len(names), 5.6), layout="constrained")
     axes = figure.subplots(2, len(names), sharey="row")
-    styles = dict(zip((ACTION, FIXED, PRICED, PRICED + BEST_ONLY, ACTION + STOPS), "os^v*", strict=True))
+    styles = dict(
+        zip((ACTION, FIXED, PRICED, PRICED + BEST_ONLY, ACTION + STOPS), "os^v*", strict=True)
+    )
     truth = [result["truth"]["loss_over_best"][n]["value"] for n in LENGTHS]
     for name, (above, below) in zip(names, axes.T, strict=True):
         above.plot(LENGTHS, truth, "k--", label="true front")
@@ -418,7 +523,9 @@ def draw(path: str, result: dict[str, Any]) -> None:
             areas = [found[str(budget)]["area"] for budget in BUDGETS]
             options: Any = {"marker": marker, "markersize": 4, "linewidth": 1, "label": method}
             (line,) = above.plot(LENGTHS, losses, **options)
-            below.plot(BUDGETS, [area["value"] for area in areas], color=line.get_color(), **options)
+            below.plot(
+                BUDGETS, [area["value"] for area in areas], color=line.get_color(), **options
+            )
             interval = [area["low"] for area in areas], [area["high"] for area in areas]
             below.fill_between(BUDGETS, *interval, color=line.get_color(), alpha=0.15, linewidth=0)
         above.set(title=name, xlabel="layers, at most", xticks=LENGTHS)
@@ -433,7 +540,12 @@ def draw(path: str, result: dict[str, Any]) -> None:
             ax.grid(which="both", alpha=0.2)
     axes[0, 0].set_ylabel(f"loss / lowest, {int(shown):,} layer calls")
     axes[1, 0].set_ylabel("area between the fronts")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize="small")
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=6,
+        fontsize="small",
+    )
     figure.savefig(path, dpi=130)
 
 

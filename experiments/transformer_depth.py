@@ -42,7 +42,7 @@ from records import describe_machine, is_deterministic, keep, look_up, make_pool
 import jchain as jc
 
 NUM_MODELS = 5
-# Sequences of search, select and test. Of 8 and of 16 in `search` searches learnt the text by heart.
+# Sequences of search, select and test. Of 8 and of 16 in `search` searches learned the text by heart.
 SIZES = (32, 128, 256)
 # Blocks of which all chains are scored, and others; layer calls of a search; its runs by different keys.
 KEPT, MORE, BUDGET, NUM_RUNS = (4, 5, 6), (7, 8, 9), 1000, 10
@@ -85,10 +85,16 @@ QUICK = Size(Model(depth=5, width=32, num_steps=30, num_tune_steps=10), (3, 4), 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="one small model; nothing is written")
-    parser.add_argument("--num-models", type=int, default=NUM_MODELS, help="models to train (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser.add_argument(
+        "--num-models", type=int, default=NUM_MODELS, help="models to train (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     size, num_models = (QUICK, 1) if args.quick else (Size(Model()), args.num_models)
@@ -97,9 +103,14 @@ def main() -> None:
         for future in trained:
             future.result()
         parts = (*size.more, None, *size.kept[::-1])  # the longest first
-        futures = [[pool.submit(measure, seed, part, size) for seed in range(num_models)] for part in parts]
+        futures = [
+            [pool.submit(measure, seed, part, size) for seed in range(num_models)] for part in parts
+        ]
         found = [[future.result() for future in row] for row in futures]
-    runs = [{name: loss for part in row for name, loss in part.items()} for row in zip(*found, strict=True)]
+    runs = [
+        {name: loss for part in row for name, loss in part.items()}
+        for row in zip(*found, strict=True)
+    ]
     result = {**describe_machine(), **summarize(runs, size)}
     table = format_tables(result)
     print(table)
@@ -162,29 +173,41 @@ def pick(select: jc.Problem, finalists: list[np.ndarray]) -> tuple[list[list[int
     loss = np.asarray(jc.evaluate(select, np.concatenate(finalists)).loss)
     parts = np.split(loss, np.cumsum([len(rows) for rows in finalists])[:-1])
     best = [rows[int(part.argmin())] for rows, part in zip(finalists, parts, strict=True)]
-    return [[int(t) for t in row if t >= 0] for row in best], np.array([part.min() for part in parts])
+    return [[int(t) for t in row if t >= 0] for row in best], np.array(
+        [part.min() for part in parts]
+    )
 
 
 def measure_depth(
-    seed: int, num_blocks: int, size: Size, paths: dict[str, Path], text: dict[str, list[np.ndarray]]
+    seed: int,
+    num_blocks: int,
+    size: Size,
+    paths: dict[str, Path],
+    text: dict[str, list[np.ndarray]],
 ) -> dict[str, np.ndarray]:
     """Loss on `test` of what each search found and of each recipe; where all chains are scored, how far above the lowest on `search`."""
     whole, bank = jc.hub.load(paths["base"]), jc.hub.load(paths["base"], pinned=(1, 1))
     splits = byte_models.make_splits(text, ("base",), seed, SIZES)
     search, select, test = (jc.Problem(bank, split, num_blocks - 2) for split in splits)
-    recipes = jc.hub.recipes.find_chains(jc.Problem(whole, splits[0], num_blocks), whole.parents[0], num_blocks)
+    recipes = jc.hub.recipes.find_chains(
+        jc.Problem(whole, splits[0], num_blocks), whole.parents[0], num_blocks
+    )
     known = [judge(whole, split, recipes) for split in splits[1:]]
-    results = {f"{name}/{num_blocks}": loss[None] for name, loss in zip(recipes, known[1], strict=True)}
+    results = {
+        f"{name}/{num_blocks}": loss[None] for name, loss in zip(recipes, known[1], strict=True)
+    }
     table, lowest = None, np.nan
     if num_blocks in size.kept:
         chains, out = jc.evaluate_all(search)
         loss = np.asarray(out.loss)
-        table, lowest = jc.lookup.make_problem(bank, loss, num_blocks - 2), loss.min()
+        table, lowest = jc.chainbench.tabular.make_problem(bank, loss, num_blocks - 2), loss.min()
         best = chains[[int(loss.argmin())]]
         results[f"{LOWEST}/{num_blocks}"] = np.asarray(jc.evaluate(test, best).loss)
     for name, finalists in search_all(search, table, size.num_runs, size.budget, seed):
         tokens, _ = pick(select, finalists)
-        results[f"{name}/{num_blocks}"] = np.asarray(jc.evaluate(test, jc.chain.pad(tokens, test.max_layers)).loss)
+        results[f"{name}/{num_blocks}"] = np.asarray(
+            jc.evaluate(test, jc.chain.pad(tokens, test.max_layers)).loss
+        )
         results[f"{name}/{num_blocks}/blocks"] = np.array([len(row) + 1 for row in tokens])
         if table is not None:
             results[f"{name}/{num_blocks}/above"] = pick(table, finalists)[1] - lowest
@@ -211,17 +234,23 @@ def measure_mix(
     results = {}
     for name, finalists in search_all(search, None, size.num_runs, size.budget, seed):
         tokens, _ = pick(select, finalists)
-        results[f"mix/{name}"] = np.asarray(jc.evaluate(test, jc.chain.pad(tokens, max_layers)).loss)
+        results[f"mix/{name}"] = np.asarray(
+            jc.evaluate(test, jc.chain.pad(tokens, max_layers)).loss
+        )
         num_a = [sum(bank.names[token].startswith("a/") for token in row) for row in tokens]
         results[f"mix/{name}/share of a"] = np.array(num_a) / [len(row) for row in tokens]
         print(f"model {seed}, mix: {name}", flush=True)
-    sampled = jc.chain.sample(jax.random.key(seed), 32, bank.num_layers, 2, max_layers, min_layers=max_layers)
+    sampled = jc.chain.sample(
+        jax.random.key(seed), 32, bank.num_layers, 2, max_layers, min_layers=max_layers
+    )
     results["mix/random mix"] = np.asarray(jc.evaluate(test, sampled).loss).mean()[None]
     models = {name: jc.hub.load(paths[name]) for name in ("base", "a", "b", "soup")}
     for name, model in models.items():
         results[f"mix/{MODELS[name]}"] = judge(model, splits[2], {name: list(model.parents[0])})
     known = [
-        np.concatenate([judge(models[name], split, {name: list(models[name].parents[0])}) for name in "ab"])
+        np.concatenate(
+            [judge(models[name], split, {name: list(models[name].parents[0])}) for name in "ab"]
+        )
         for split in splits[1:]
     ]
     starts = jc.hub.recipes.find_starts(bank, max_layers)
@@ -260,9 +289,11 @@ def summarize(runs: list[dict[str, np.ndarray]], size: Size) -> dict[str, Any]:
 
     def pool(name: str) -> Any:
         by_model = [float(run[name].mean()) for run in runs]
-        return {**jc.stats.iqm([by_model])._asdict(), "by_model": by_model}
+        return {**jc.chainbench.stats.iqm([by_model])._asdict(), "by_model": by_model}
 
-    names = sorted({name for run in runs for name in run if "/" in name and not name.startswith("mix/")})
+    names = sorted(
+        {name for run in runs for name in run if "/" in name and not name.startswith("mix/")}
+    )
     depth: dict[str, dict[str, Any]] = {}
     for name in names:
         arm, k, *rest = name.split("/")
@@ -272,7 +303,12 @@ def summarize(runs: list[dict[str, np.ndarray]], size: Size) -> dict[str, Any]:
             depth[arm][k][rest[0]] = float(np.concatenate([run[name] for run in runs]).mean())
     mix = {arm: pool(f"mix/{arm}") for arm in MIX_ARMS}
     shares = {arm: pool(f"mix/{arm}/share of a") for arm in SEARCHES}
-    config = {**dataclasses.asdict(size), "num_models": len(runs), "sizes": SIZES, "length": byte_models.LENGTH}
+    config = {
+        **dataclasses.asdict(size),
+        "num_models": len(runs),
+        "sizes": SIZES,
+        "length": byte_models.LENGTH,
+    }
     return {
         "config": config,
         "depth": depth,
@@ -307,24 +343,42 @@ def format_tables(result: dict[str, Any]) -> str:
     ]
     for arm in (*RECIPES, LOWEST, *SEARCHES, STARTED, CHOSEN):
         row = result["depth"].get(arm, {})
-        cells = [f"{row[k]['value']:.3f} [{row[k]['low']:.3f}, {row[k]['high']:.3f}]" if k in row else "" for k in kept]
+        cells = [
+            f"{row[k]['value']:.3f} [{row[k]['low']:.3f}, {row[k]['high']:.3f}]" if k in row else ""
+            for k in kept
+        ]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     known = kept[: len(result["config"]["kept"])]
-    lines += ["", "| above the lowest on search | " + " | ".join(f"{k} blocks" for k in known) + " |"]
+    lines += [
+        "",
+        "| above the lowest on search | " + " | ".join(f"{k} blocks" for k in known) + " |",
+    ]
     lines.append("|---" * (1 + len(known)) + "|")
     for arm in SEARCHES:
-        lines.append(f"| {arm} | " + " | ".join(f"{result['depth'][arm][k]['above']:.4f}" for k in known) + " |")
-    lines += ["", f"| blocks | best recipe | its loss | {STARTED} | lower, equal in | {CHOSEN} | lower, equal in |"]
+        lines.append(
+            f"| {arm} | "
+            + " | ".join(f"{result['depth'][arm][k]['above']:.4f}" for k in known)
+            + " |"
+        )
+    lines += [
+        "",
+        f"| blocks | best recipe | its loss | {STARTED} | lower, equal in | {CHOSEN} | lower, equal in |",
+    ]
     lines.append("|---" * 7 + "|")
     for k, row in result["wins"].items():
         cells = [k, row["recipe"], f"{row['loss']:.3f}"]
         for found in (row["found"], row["chosen"]):
-            cells += [f"{found['loss']:.3f}", f"{found['lower']}, {found['equal']} of {row['models']} models"]
+            cells += [
+                f"{found['loss']:.3f}",
+                f"{found['lower']}, {found['equal']} of {row['models']} models",
+            ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| text of A and B | loss on test | share of A |", "|---" * 3 + "|"]
     for arm, row in result["mix"].items():
         share = f"{result['share_of_a'][arm]['value']:.0%}" if arm in result["share_of_a"] else ""
-        lines.append(f"| {arm} | {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}] | {share} |")
+        lines.append(
+            f"| {arm} | {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}] | {share} |"
+        )
     return "\n".join(lines)
 
 
@@ -341,10 +395,16 @@ def draw(path: str, result: dict[str, Any]) -> None:
         style = {"ls": "--", "marker": "s", "ms": 4} if arm in RECIPES else {"marker": "o", "lw": 2}
         left.errorbar(np.array(places) + shift, values, errors, label=arm, capsize=2, **style)
     left.axhline(0, color="black", lw=0.8)
-    left.set(xlabel="blocks", ylabel="loss on test above the model's, nats per byte", title="Fewer and more blocks")
+    left.set(
+        xlabel="blocks",
+        ylabel="loss on test above the model's, nats per byte",
+        title="Fewer and more blocks",
+    )
     left.legend(fontsize=8)
     arms = [arm for arm in mix if arm not in ("base", "random mix")][::-1]
-    values, errors = find_differences([mix[arm]["by_model"] for arm in arms], np.array(mix["base"]["by_model"]))
+    values, errors = find_differences(
+        [mix[arm]["by_model"] for arm in arms], np.array(mix["base"]["by_model"])
+    )
     for i, (arm, value) in enumerate(zip(arms, values, strict=True)):
         color = "tab:gray" if arm in MODELS.values() else "tab:blue"
         right.errorbar(value, i, xerr=errors[:, i : i + 1], marker="o", color=color, capsize=2)
@@ -361,9 +421,11 @@ def draw(path: str, result: dict[str, Any]) -> None:
 
 def find_differences(by_model: list[list[float]], own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Interquartile means over models of what each arm is above `own`, and how far their intervals reach to both sides."""
-    rows = [jc.stats.iqm([np.subtract(losses, own)]) for losses in by_model]
+    rows = [jc.chainbench.stats.iqm([np.subtract(losses, own)]) for losses in by_model]
     values = np.array([row.value for row in rows])
-    return values, np.array([[row.value - row.low for row in rows], [row.high - row.value for row in rows]])
+    return values, np.array(
+        [[row.value - row.low for row in rows], [row.high - row.value for row in rows]]
+    )
 
 
 if __name__ == "__main__":

@@ -47,16 +47,27 @@ Case = tuple[str, int]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="one kind, one seed, one budget; nothing is written")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one kind, one seed, one budget; nothing is written"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     start = time.perf_counter()
     kinds, seeds, budgets, searches = KINDS, range(args.seeds), BUDGETS, tuple(SEARCHES)
     if args.quick:
-        kinds, seeds, budgets, searches = KINDS[:1], range(1), BUDGETS[:1], ("actor-critic", "local search")
+        kinds, seeds, budgets, searches = (
+            KINDS[:1],
+            range(1),
+            BUDGETS[:1],
+            ("actor-critic", "local search"),
+        )
     rows = measure_all(kinds, seeds, budgets, searches, args.workers)
     summary = {name: summarize(values) for name, values in rows.items() if name.endswith("/loss")}
     summary = {name.removesuffix("/loss"): row for name, row in summary.items()}
@@ -76,17 +87,21 @@ def main() -> None:
             "num_updates": NUM_UPDATES,
         },
         "seconds": round(time.perf_counter() - start),
-        "test_loss": {name: dict(zip(("all", *kinds), row, strict=True)) for name, row in summary.items()},
+        "test_loss": {
+            name: dict(zip(("all", *kinds), row, strict=True)) for name, row in summary.items()
+        },
         "probability_of_lower_test_loss": ahead,
         "runs": {name: values.round(5).tolist() for name, values in rows.items()},
     }
     write_results(args.out, "updates", result, table, partial(draw, rows=rows, budgets=budgets))
 
 
-def measure_all(kinds: Any, seeds: Any, budgets: Any, searches: tuple[str, ...], workers: int) -> dict[str, np.ndarray]:
+def measure_all(
+    kinds: Any, seeds: Any, budgets: Any, searches: tuple[str, ...], workers: int
+) -> dict[str, np.ndarray]:
     """Each number of each row, `[kinds, seeds]`."""
     with make_pool(workers) as pool:
-        # Neighbours share compiled programs.
+        # Neighbors share compiled programs.
         cases = [(kind, seed) for kind in kinds for seed in seeds]
         found = list(
             pool.map(
@@ -101,9 +116,15 @@ def measure_all(kinds: Any, seeds: Any, budgets: Any, searches: tuple[str, ...],
 
 def make_problem(kind: str, seed: int) -> tuple[jc.Problem, jc.Dataset]:
     data = jc.data.load("digits", seed)
-    options: Any = {"layer": jc.layers.ResidualMLP(64), "head": jc.layers.DenseHead(10), "depth": DEPTH}
+    options: Any = {
+        "layer": jc.layers.ResidualMLP(64),
+        "head": jc.layers.DenseHead(10),
+        "depth": DEPTH,
+    }
     if kind == "independent":
-        bank = jc.train.independent(jax.random.key(seed), data.train, num_nets=NUM_LAYERS // DEPTH, **options)
+        bank = jc.train.independent(
+            jax.random.key(seed), data.train, num_nets=NUM_LAYERS // DEPTH, **options
+        )
     else:
         make: Any = getattr(jc.train, kind)
         bank = make(jax.random.key(seed), data.train, num_layers=NUM_LAYERS, **options)
@@ -112,7 +133,7 @@ def make_problem(kind: str, seed: int) -> tuple[jc.Problem, jc.Dataset]:
 
 def count_steps(budget: float, data: jc.Dataset) -> int:
     """Gradient steps on a chain of 4 layers that so many layer calls buy."""
-    price = jc.tune.price(DEPTH, len(data.train.y), len(data.search.y), 1000)
+    price = jc.updates.tune.training_cost(DEPTH, len(data.train.y), len(data.search.y), 1000)
     return max(1, int(budget / price * 1000))
 
 
@@ -121,12 +142,16 @@ def make_policies(budget: int, data: jc.Dataset) -> dict[str, Any]:
     return {
         "frozen": jc.updates.Frozen(),
         "tune found": jc.updates.TuneFound(num_steps=found),
-        "clone then tune": jc.updates.CloneThenTune(num_rounds=NUM_ROUNDS, num_steps=clone // NUM_ROUNDS),
+        "clone then tune": jc.updates.CloneThenTune(
+            num_rounds=NUM_ROUNDS, num_steps=clone // NUM_ROUNDS
+        ),
         "shared updates": jc.updates.SharedUpdates(num_updates=NUM_UPDATES),
     }
 
 
-def measure_case(case: Case, budgets: tuple[int, ...], searches: tuple[str, ...]) -> dict[str, float]:
+def measure_case(
+    case: Case, budgets: tuple[int, ...], searches: tuple[str, ...]
+) -> dict[str, float]:
     def make() -> dict[str, np.ndarray]:
         problem, data = make_problem(*case)
         rows = {}
@@ -137,11 +162,23 @@ def measure_case(case: Case, budgets: tuple[int, ...], searches: tuple[str, ...]
                     continue
                 for policy in policies if name == "actor-critic" else ["frozen", "tune found"]:
                     title = f"{policy}, {name}/{budget}"
-                    rows |= run(title, policies[policy], SEARCHES[name], problem, data, budget, case[1])
+                    rows |= run(
+                        title, policies[policy], SEARCHES[name], problem, data, budget, case[1]
+                    )
             rows |= run_controls(problem, data, budget, case[1])
         return {name: np.array(value) for name, value in rows.items()}
 
-    code = (measure_case, make_problem, make_policies, count_steps, run, run_controls, finish, rank, get_parents)
+    code = (
+        measure_case,
+        make_problem,
+        make_policies,
+        count_steps,
+        run,
+        run_controls,
+        finish,
+        rank,
+        get_parents,
+    )
     name = f"updates-{case[0]}-{case[1]}"
     arrays = keep(
         code,
@@ -155,7 +192,13 @@ def measure_case(case: Case, budgets: tuple[int, ...], searches: tuple[str, ...]
 
 
 def run(
-    title: str, policy: Any, search: Any, problem: jc.Problem, data: jc.Dataset, budget: int, seed: int
+    title: str,
+    policy: Any,
+    search: Any,
+    problem: jc.Problem,
+    data: jc.Dataset,
+    budget: int,
+    seed: int,
 ) -> dict[str, float]:
     """What is found, on test, and the share of the budget that went into gradient steps."""
     outcome = policy.run(jax.random.key(1000 + seed), search, problem, data.train, budget=budget)
@@ -186,7 +229,9 @@ def run_controls(problem: jc.Problem, data: jc.Dataset, budget: int, seed: int) 
     bank, rows = problem.bank, {}
     tune_key, draw_key, net_key = jax.random.split(jax.random.key(2000 + seed), 3)
     lesson = jc.Problem(bank, data.train, DEPTH)
-    tune = partial(jc.tune.tune, tune_key, lesson, num_steps=count_steps(budget, data))
+    tune = partial(
+        jc.updates.tune.tune_chain, tune_key, lesson, num_steps=count_steps(budget, data)
+    )
     layers = jax.random.randint(draw_key, (DEPTH,), 0, bank.num_layers)
     chain = np.array([*map(int, layers), bank.num_layers], np.int32)
     rows |= finish(f"random chain, trained on/{budget}", chain, tune(chain), data)
@@ -205,7 +250,9 @@ def run_controls(problem: jc.Problem, data: jc.Dataset, budget: int, seed: int) 
         best = rank(bank, data, parents)
         rows |= finish(f"best parent, trained on/{budget}", best, tune(best), data)
     else:
-        rows |= {f"best parent, trained on/{budget}/{what}": np.nan for what in ("loss", "accuracy")}
+        rows |= {
+            f"best parent, trained on/{budget}/{what}": np.nan for what in ("loss", "accuracy")
+        }
     # Those that cost the same at all budgets.
     rows |= finish("random chain", chain, bank, data)
     swaps = np.repeat(chain[None], DEPTH * bank.num_layers, axis=0)
@@ -214,7 +261,9 @@ def run_controls(problem: jc.Problem, data: jc.Dataset, budget: int, seed: int) 
     best_swap = swaps[int(np.argmin(jc.evaluate(problem, swaps).loss))]
     rows |= finish("random chain, best single swap", best_swap, bank, data)
     chains, out = jc.evaluate_all(problem)
-    rows |= finish("best of all chains", rank(bank, data, chains[np.argsort(out.loss)[:16]]), bank, data)
+    rows |= finish(
+        "best of all chains", rank(bank, data, chains[np.argsort(out.loss)[:16]]), bank, data
+    )
     if parents is not None:
         rows |= finish("best parent", rank(bank, data, parents), bank, data)
     else:
@@ -226,8 +275,11 @@ def summarize(values: np.ndarray) -> list[dict[str, float] | None]:
     """IQM over all kinds of bank that have the row, then over each kind."""
     there = values[~np.isnan(values).any(axis=1)]
     return [
-        jc.stats.iqm(there)._asdict(),
-        *(None if np.isnan(row).any() else jc.stats.iqm(row[None])._asdict() for row in values),
+        jc.chainbench.stats.iqm(there)._asdict(),
+        *(
+            None if np.isnan(row).any() else jc.chainbench.stats.iqm(row[None])._asdict()
+            for row in values
+        ),
     ]
 
 
@@ -237,7 +289,9 @@ def compare(rows: dict[str, np.ndarray], budget: int) -> dict[str, dict[str, Any
     names = [name for name in names if f"/{budget}/" in name or name.count("/") == 1]
     return {
         a.removesuffix("/loss"): {
-            b.removesuffix("/loss"): jc.stats.probability_of_improvement(rows[a], rows[b], num_resamples=500)._asdict()
+            b.removesuffix("/loss"): jc.chainbench.stats.probability_of_improvement(
+                rows[a], rows[b], num_resamples=500
+            )._asdict()
             for b in names
             if b != a
         }
@@ -269,7 +323,10 @@ def format_table(summary: dict[str, Any], rows: dict[str, np.ndarray], kinds: An
 def draw(path: str, rows: dict[str, np.ndarray], budgets: tuple[int, ...]) -> None:
     """Loss on test of the four policies and the controls, by kind of bank."""
     names = [
-        *(f"{policy}, actor-critic/{budgets[-1]}" for policy in ("frozen", "tune found", "clone then tune")),
+        *(
+            f"{policy}, actor-critic/{budgets[-1]}"
+            for policy in ("frozen", "tune found", "clone then tune")
+        ),
         f"shared updates, actor-critic/{budgets[-1]}",
         "best of all chains",
         f"random chain, trained on/{budgets[-1]}",
@@ -279,10 +336,17 @@ def draw(path: str, rows: dict[str, np.ndarray], budgets: tuple[int, ...]) -> No
     axes = figure.subplots()
     width = 0.8 / len(names)
     for i, name in enumerate(names):
-        estimates = np.array([jc.stats.iqm(row[None]) for row in rows[f"{name}/loss"]])
+        estimates = np.array([jc.chainbench.stats.iqm(row[None]) for row in rows[f"{name}/loss"]])
         value, low, high = estimates.T
         place = np.arange(len(value)) + i * width
-        axes.bar(place, value, width, label=name.partition("/")[0], yerr=[value - low, high - value], capsize=2)
+        axes.bar(
+            place,
+            value,
+            width,
+            label=name.partition("/")[0],
+            yerr=[value - low, high - value],
+            capsize=2,
+        )
     axes.set_xticks(np.arange(len(KINDS)) + 0.4 - width / 2, [f"{kind} bank" for kind in KINDS])
     axes.set_ylabel(f"loss on test after {budgets[-1]:,} layer calls")
     axes.legend(fontsize="small", ncols=2)

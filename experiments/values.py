@@ -46,7 +46,7 @@ RATES: dict[str, Any] = {"learning_rate": 3e-2, "entropy_weight": 0.5}
 
 
 def make_agent(**changes: Any) -> jc.ActorCritic:
-    return jc.ActorCritic(**{"reward_fn": jc.rewards.log_rewards, **RATES, **changes})
+    return jc.ActorCritic(**{"reward_fn": jc.agent.rewards.log_rewards, **RATES, **changes})
 
 
 RULES: dict[str, Any] = {
@@ -61,7 +61,7 @@ AGENTS: dict[str, Any] = {
     RANKS: jc.ActorCritic(),
     **{f"{name}, pure": make_agent(**rule, **PURE) for name, rule in RULES.items()},
     f"{RANKS}, pure": jc.ActorCritic(**PURE),
-    "Q-learning": jc.QLearning(learning_rate=0.3, reward_fn=jc.rewards.log_rewards),
+    "Q-learning": jc.QLearning(learning_rate=0.3, reward_fn=jc.agent.rewards.log_rewards),
     "critic search": jc.CriticSearch(),
 }
 CONTROLS: dict[str, Any] = {
@@ -87,11 +87,19 @@ class Track(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=CHAINBENCH, help="of ChainBench (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=CHAINBENCH, help="of ChainBench (default: %(default)s)"
+    )
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--tune", action="store_true", help="rates, on problems of even number; nothing is written")
-    parser.add_argument("--quick", action="store_true", help="one problem, 3 seeds, few rules; nothing is written")
+    parser.add_argument(
+        "--tune", action="store_true", help="rates, on problems of even number; nothing is written"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one problem, 3 seeds, few rules; nothing is written"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     start = time.perf_counter()
@@ -117,7 +125,9 @@ def main() -> None:
     measured = {name: measured[name] for name in agents}
     jax.clear_caches()
     for name, search in CONTROLS.items():
-        measured[name] = {"regret": np.array([run_control(search, solved, seeds) for solved in problems.values()])}
+        measured[name] = {
+            "regret": np.array([run_control(search, solved, seeds) for solved in problems.values()])
+        }
     summary = {name: summarize(arrays) for name, arrays in measured.items()}
     table = format_tables(summary)
     print(table, flush=True)
@@ -130,29 +140,53 @@ def main() -> None:
             "seeds": seeds,
             "budgets": BUDGETS,
             "rates": RATES,
-            "searches": {name: describe_search(search) for name, search in {**agents, **CONTROLS}.items()},
+            "searches": {
+                name: describe_search(search) for name, search in {**agents, **CONTROLS}.items()
+            },
         },
         "seconds": round(time.perf_counter() - start),
         "summary": summary,
         "regret": {name: arrays["regret"].round(5).tolist() for name, arrays in measured.items()},
     }
-    write_results(args.out, "values", result, table, partial(draw, measured=measured, summary=summary))
+    write_results(
+        args.out, "values", result, table, partial(draw, measured=measured, summary=summary)
+    )
 
 
 def find_problems(folder: Path, half: slice) -> list[str]:
     """Those of three heads."""
-    return [name for name in jc.chainbench.NAMES[half] if jc.chainbench.load(folder, name).bank.num_heads == 3]
+    return [
+        name
+        for name in jc.chainbench.NAMES[half]
+        if jc.chainbench.load(folder, name).bank.num_heads == 3
+    ]
 
 
-def measure_all(name: str, search: Any, problems: dict[str, Any], seeds: int) -> dict[str, np.ndarray]:
+def measure_all(
+    name: str, search: Any, problems: dict[str, Any], seeds: int
+) -> dict[str, np.ndarray]:
     """What is measured of a search, problems first: `[M, S, ...]`."""
     start, rows = time.perf_counter(), []
     for problem_name, solved in problems.items():
         leaves = [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(search)]
-        inputs = (problem_name, solved.loss["search"].tobytes(), describe_search(search), leaves, seeds)
+        inputs = (
+            problem_name,
+            solved.loss["search"].tobytes(),
+            describe_search(search),
+            leaves,
+            seeds,
+        )
         code = (measure, run_agent, advance, read, judge, follow, know)
         make = partial(measure, search, solved, seeds)
-        rows.append(keep(code, f"values-{name}-{problem_name}".replace(" ", "-"), inputs, make, uses=(search,)))
+        rows.append(
+            keep(
+                code,
+                f"values-{name}-{problem_name}".replace(" ", "-"),
+                inputs,
+                make,
+                uses=(search,),
+            )
+        )
     print(f"{name:28} {time.perf_counter() - start:.0f} s", flush=True)
     return {key: np.array([row[key] for row in rows]) for key in rows[0]}
 
@@ -164,12 +198,20 @@ def measure(search: Any, solved: Any, seeds: int) -> dict[str, np.ndarray]:
     loss = np.where(np.isfinite(track.best), track.best, np.median(solved.loss["search"]))
     out = {"regret": solved.regret(loss)}
     if isinstance(search, jc.CriticSearch):
-        out["rank_open"] = np.array([[rank_open(truth, *at(track.kept, s, b)) for b in range(3)] for s in range(seeds)])
+        out["rank_open"] = np.array(
+            [[rank_open(truth, *at(track.kept, s, b)) for b in range(3)] for s in range(seeds)]
+        )
         return out
     problem = problem.without_names()
 
     def predict(s: int, b: int) -> list[np.ndarray]:
-        return split(np.asarray(find_values(look_up(search), at(track.kept, s, b), jnp.asarray(truth.chains), problem)))
+        return split(
+            np.asarray(
+                find_values(
+                    look_up(search), at(track.kept, s, b), jnp.asarray(truth.chains), problem
+                )
+            )
+        )
 
     out["everywhere"], out["visited"] = np.zeros((2, seeds, len(BUDGETS), 3))
     for s in range(seeds):
@@ -180,9 +222,13 @@ def measure(search: Any, solved: Any, seeds: int) -> dict[str, np.ndarray]:
     if isinstance(search, jc.ActorCritic):
         sampled = [predict(s, -1) for s in range(seeds)]
         full = jnp.asarray(list_chains(problem.max_layers))
-        policies = (find_policy(look_up(search), at(track.kept, s, -1), full, problem) for s in range(seeds))
+        policies = (
+            find_policy(look_up(search), at(track.kept, s, -1), full, problem) for s in range(seeds)
+        )
         own = [follow(np.asarray(policy), truth) for policy in policies]
-        out["own"] = np.array([judge(predicted, values) for predicted, values in zip(sampled, own, strict=True)])
+        out["own"] = np.array(
+            [judge(predicted, values) for predicted, values in zip(sampled, own, strict=True)]
+        )
         out["predicted"] = np.array([np.concatenate(levels) for levels in sampled[:2]])
         out["own_value"] = np.array([np.concatenate(levels) for levels in own[:2]])
     else:
@@ -248,7 +294,9 @@ def advance(track: Track, search: Any, problem: jc.Problem) -> Track:
 
 
 start_all = jax.jit(jax.vmap(start, in_axes=(0, None, None)))
-advance_all = jax.jit(jax.vmap(advance, in_axes=(0, None, None)), compiler_options=jc.compiler_options("cpu"))
+advance_all = jax.jit(
+    jax.vmap(advance, in_axes=(0, None, None)), compiler_options=jc.engine.compiler_options("cpu")
+)
 
 
 @jax.jit
@@ -265,7 +313,9 @@ def read(search: Any, state: Any) -> Any:
     """The part of a state by which its critic predicts; of critic search the open prefixes and the predicted log losses."""
     if isinstance(search, jc.CriticSearch):
         prefixes = state.prefixes
-        return prefixes.chains, prefixes.base + jnp.einsum("dwi,di->dw", prefixes.inputs, state.weights)
+        return prefixes.chains, prefixes.base + jnp.einsum(
+            "dwi,di->dw", prefixes.inputs, state.weights
+        )
     if isinstance(search, jc.QLearning):
         return state._replace(chains=None, reward=None, memo=None)
     return state._replace(opt_state=None, elite=None, memo=None, replay=None)
@@ -300,7 +350,7 @@ def estimate(values: np.ndarray) -> dict[str, Any]:
 
 def estimate_one(values: np.ndarray) -> dict[str, float]:
     # A policy that goes one way has nothing to rank.
-    return jc.stats.iqm(np.where(np.isfinite(values), values, 0.0))._asdict()
+    return jc.chainbench.stats.iqm(np.where(np.isfinite(values), values, 0.0))._asdict()
 
 
 def show(cell: dict[str, float], digits: int = 2) -> str:
@@ -313,7 +363,9 @@ def format_tables(summary: dict[str, Any]) -> str:
     head = ["rule", *(f"regret at {budget:,}" for budget in BUDGETS)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, row in summary.items():
-        lines.append(f"| {name} | " + " | ".join(show(row["regret"][str(b)], 3) for b in BUDGETS) + " |")
+        lines.append(
+            f"| {name} | " + " | ".join(show(row["regret"][str(b)], 3) for b in BUDGETS) + " |"
+        )
     head = [
         "critic",
         *(f"rank, all prefixes, {b:,}" for b in BUDGETS),
@@ -326,7 +378,11 @@ def format_tables(summary: dict[str, Any]) -> str:
     lines += ["", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, row in summary.items():
         if "rank_everywhere" in row:
-            cells = [show(row[f"rank_{where}"][str(b)]) for where in ("everywhere", "visited") for b in BUDGETS]
+            cells = [
+                show(row[f"rank_{where}"][str(b)])
+                for where in ("everywhere", "visited")
+                for b in BUDGETS
+            ]
             has_unit = "ranks" not in name
             for where in ("everywhere", "visited"):
                 cells.append(both(row, where, last) if has_unit else "")
@@ -335,7 +391,11 @@ def format_tables(summary: dict[str, Any]) -> str:
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         elif "rank_open" in row:
             cells = [show(row["rank_open"][str(b)]) for b in BUDGETS]
-            lines.append(f"| {name}, open prefixes | " + " | ".join(["", "", "", *cells, "", "", "", ""]) + " |")
+            lines.append(
+                f"| {name}, open prefixes | "
+                + " | ".join(["", "", "", *cells, "", "", "", ""])
+                + " |"
+            )
     return "\n".join(lines)
 
 
@@ -344,15 +404,15 @@ def both(row: dict[str, Any], where: str, budget: str) -> str:
 
 
 def draw(path: str, measured: dict[str, dict[str, np.ndarray]], summary: dict[str, Any]) -> None:
-    """Predicted against best reachable reward, both centred by problem; and rank correlation against budget."""
+    """Predicted against best reachable reward, both centered by problem; and rank correlation against budget."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, arrays in measured.items():
         if "predicted" not in arrays or "ranks" in name:
             continue
         best = arrays["best"][:, None].repeat(arrays["predicted"].shape[1], axis=1)
-        centre = arrays["best"].mean(axis=1)[:, None, None]
-        x, y = (best - centre).ravel(), (arrays["predicted"] - centre).ravel()
+        center = arrays["best"].mean(axis=1)[:, None, None]
+        x, y = (best - center).ravel(), (arrays["predicted"] - center).ravel()
         edges = np.quantile(x, np.linspace(0, 1, 13))
         place = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, 11)
         style = "--" if "pure" in name else "-"
@@ -379,8 +439,13 @@ def tune(folder: Path) -> None:
         for learning_rate, entropy_weight in ((3e-3, 0.5), (1e-2, 0.5), (3e-2, 0.5)):
             rates = {"learning_rate": learning_rate, "entropy_weight": entropy_weight}
             search = make_agent(lambda_=0.5, **pure, **rates)
-            regret = np.array([solved.regret(run_agent(search, problem, 5).best) for solved, problem in problems])
-            means = [jc.stats.iqm(regret[:, :, b], num_resamples=2).value for b in range(len(BUDGETS))]
+            regret = np.array(
+                [solved.regret(run_agent(search, problem, 5).best) for solved, problem in problems]
+            )
+            means = [
+                jc.chainbench.stats.iqm(regret[:, :, b], num_resamples=2).value
+                for b in range(len(BUDGETS))
+            ]
             print("pure" if pure else "full", rates, np.round(means, 4), flush=True)
 
 

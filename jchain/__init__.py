@@ -1,45 +1,44 @@
 """jchain: search over chains of detached (frozen) layers.
 
-`import jchain` stays light: rlax, matplotlib and the like are imported by the function that needs them.
+`import jchain` stays light: rlax, matplotlib, and the checkpoint reader (`jc.hub`) load on first use.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from jchain import (
+    agent,
     align,
     chain,
     chainbench,
     data,
-    distributed,
-    encoding,
+    engine,
     env,
-    features,
+    files,
     gradient,
-    hub,
-    ideal,
     inverse,
-    layer_report,
     layers,
-    lookup,
-    pretrain,
-    rewards,
-    stats,
     train,
-    trends,
-    tune,
     updates,
 )
-from jchain.backend import compiler_options
+from jchain.agent.critic import Critic
+from jchain.agent.encoding import JointEncoding, ObservedEncoding, TokenEncoding, WeightEncoding
+from jchain.agent.pretrain import pretrain_agent, pretrain_critic
 from jchain.bank import Bank
-from jchain.critic import Critic
 from jchain.data import Batch, Dataset
-from jchain.encoding import JointEncoding, ObservedEncoding, TokenEncoding, WeightEncoding
-from jchain.engine import Blocks, Share, Walk
-from jchain.evaluate import Evaluation, Explanation, apply_chain, evaluate, evaluate_all, evaluate_prefixes, explain
-from jchain.gradient import swap_scores
+from jchain.engine.evaluate import (
+    Evaluation,
+    Explanation,
+    apply_chain,
+    evaluate,
+    evaluate_all,
+    evaluate_prefixes,
+    explain,
+)
+from jchain.gradient.edit_scores import swap_scores
 from jchain.groups import LayerGroup
-from jchain.inverse import pull_back
-from jchain.kernels import Fused
-from jchain.meet import meet_in_the_middle
-from jchain.pretrain import pretrain_controller
+from jchain.inverse.pullback import pull_back
+from jchain.inverse.recover_chain import meet_in_the_middle
 from jchain.problem import Problem
 from jchain.search.actor_critic import ActorCritic
 from jchain.search.base import Curve, Info, Result, Search, run, run_many
@@ -49,10 +48,13 @@ from jchain.search.evolution import Evolution
 from jchain.search.linearized import LinearizedSearch
 from jchain.search.local_search import LocalSearch
 from jchain.search.mcts import MCTS
-from jchain.search.meet_in_the_middle import MeetInTheMiddle
 from jchain.search.q_learning import QLearning
 from jchain.search.random_search import RandomSearch
+from jchain.search.suffix_beam_search import SuffixBeamSearch
 from jchain.search.target_propagation import TargetPropagation
+
+if TYPE_CHECKING:
+    from jchain import hub
 
 __version__ = "0.1.0"
 
@@ -62,7 +64,6 @@ __all__ = [
     "Bank",
     "Batch",
     "BeamSearch",
-    "Blocks",
     "Critic",
     "CriticSearch",
     "Curve",
@@ -70,56 +71,56 @@ __all__ = [
     "Evaluation",
     "Evolution",
     "Explanation",
-    "Fused",
     "Info",
     "JointEncoding",
     "LayerGroup",
     "LinearizedSearch",
     "LocalSearch",
-    "MeetInTheMiddle",
     "ObservedEncoding",
     "Problem",
     "QLearning",
     "RandomSearch",
     "Result",
     "Search",
-    "Share",
+    "SuffixBeamSearch",
     "TargetPropagation",
     "TokenEncoding",
-    "Walk",
     "WeightEncoding",
+    "agent",
     "align",
     "apply_chain",
     "chain",
     "chainbench",
-    "compiler_options",
     "data",
-    "distributed",
-    "encoding",
+    "engine",
     "env",
     "evaluate",
     "evaluate_all",
     "evaluate_prefixes",
     "explain",
-    "features",
+    "files",
     "gradient",
     "hub",
-    "ideal",
     "inverse",
-    "layer_report",
     "layers",
-    "lookup",
     "meet_in_the_middle",
-    "pretrain",
-    "pretrain_controller",
+    "pretrain_agent",
+    "pretrain_critic",
     "pull_back",
-    "rewards",
     "run",
     "run_many",
-    "stats",
     "swap_scores",
     "train",
-    "trends",
-    "tune",
     "updates",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Import `jc.hub` on first use."""
+    if name == "hub":
+        return import_module("jchain.hub")
+    raise AttributeError(f"module 'jchain' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), "hub"]

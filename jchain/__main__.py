@@ -14,9 +14,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 import jchain as jc
-from jchain import distributed, images, options, pipeline, report
+from jchain import images
+from jchain.cli import checkpoints as jobs
+from jchain.cli import parser as options
+from jchain.cli import pipeline, report
 from jchain.data import Dataset
-from jchain.hub import jobs
+from jchain.engine import distributed
 from jchain.problem import check_max_layers, check_min_layers
 
 # Convolutions of a block, in turn.
@@ -48,8 +51,13 @@ def _search(args: argparse.Namespace) -> None:
     else:
         _check_no_checkpoint(args)
         args.data = args.data or "digits"
-        args.max_layers = check_max_layers(args.depth if args.max_layers is None else args.max_layers)
-    name = "+".join(Path(path).resolve().name for path in args.checkpoint or ()) or f"{args.data}-{args.bank}"
+        args.max_layers = check_max_layers(
+            args.depth if args.max_layers is None else args.max_layers
+        )
+    name = (
+        "+".join(Path(path).resolve().name for path in args.checkpoint or ())
+        or f"{args.data}-{args.bank}"
+    )
     args.out = args.out or Path("results") / f"{name}-{args.search}-{args.seed}"
     report.check_out(args.out, replace=args.replace)
     _check_search(args)
@@ -64,7 +72,9 @@ def _search(args: argparse.Namespace) -> None:
         if name not in ("job", "json", "replace")
     }
     setting = setting or pipeline.checkpoint_setting(config)
-    job = pipeline.search(config, setting, options.SEARCHES[args.search](args), options.UPDATES[args.update]())
+    job = pipeline.search(
+        config, setting, options.SEARCHES[args.search](args), options.UPDATES[args.update]()
+    )
     out = report.write(args.out, job, replace=args.replace)
     report.print_table(job)
     print(f"Wrote {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
@@ -77,10 +87,12 @@ def _check_checkpoint(args: argparse.Namespace) -> None:
     parser = options.make_parser().parse_args(["search"])
     for name in ("bank", "layer", "channels", "num_layers", "num_heads", "depth", "num_steps"):
         if getattr(args, name) != getattr(parser, name):
-            raise ValueError(f"expected no --{name.replace('_', '-')} with --checkpoint, whose layers are its blocks")
-    if args.search == "meet-in-the-middle":
+            raise ValueError(
+                f"expected no --{name.replace('_', '-')} with --checkpoint, whose layers are its blocks"
+            )
+    if args.search == "suffix-beam":
         raise ValueError(
-            "expected another search with --checkpoint, whose blocks cannot be undone, got meet-in-the-middle"
+            "expected another search with --checkpoint, whose blocks cannot be undone, got suffix-beam"
         )
     args.pinned = args.pinned or (1, 1)
     if args.max_layers is not None:
@@ -107,7 +119,7 @@ def _check_no_checkpoint(args: argparse.Namespace) -> None:
 def _check_search(args: argparse.Namespace) -> None:
     """What a search needs, before anything is loaded."""
     invertible = [name for name, layer in options.LAYERS.items() if hasattr(layer, "invert")]
-    if args.search == "meet-in-the-middle" and args.layer not in invertible:
+    if args.search == "suffix-beam" and args.layer not in invertible:
         raise ValueError(
             f"expected --layer of {', '.join(invertible)}, which can be undone, got {args.layer or 'the default'}"
         )
@@ -129,14 +141,19 @@ def _make_modules(args: argparse.Namespace, data: Dataset) -> dict[str, Any]:
     is_image = len(shape) == 3
     args.layer = args.layer or ("conv" if is_image else "residual")
     if is_image != (args.layer == "conv"):
-        raise ValueError(f"expected --layer conv for images and for nothing else, got {args.layer} for {list(shape)}")
+        raise ValueError(
+            f"expected --layer conv for images and for nothing else, got {args.layer} for {list(shape)}"
+        )
     has_nets = args.bank in ("independent", "snapshots")
     if args.num_heads is None:
         args.num_heads = 2 if is_image and not has_nets else 1
     if not is_image:
         if args.channels is not None:
             raise ValueError(f"expected --channels for images alone, got it for {list(shape)}")
-        return {"layer": options.LAYERS[args.layer](shape[-1]), "head": jc.layers.DenseHead(data.num_classes)}
+        return {
+            "layer": options.LAYERS[args.layer](shape[-1]),
+            "head": jc.layers.DenseHead(data.num_classes),
+        }
     args.channels = options.CHANNELS if args.channels is None else args.channels
     stem = jc.layers.ConvStem(args.channels, pool=max(1, max(shape[:2]) // CONV_SIDE))
     return {
@@ -159,14 +176,20 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.all is not None:
         if args.chain:
             raise ValueError("expected --all or --chain, got both")
-        chains, out = jc.evaluate_all(jc.Problem(bank, split, max_layers=args.all, **task.options), mesh=mesh)
+        chains, out = jc.evaluate_all(
+            jc.Problem(bank, split, max_layers=args.all, **task.options), mesh=mesh
+        )
         shown = np.argsort(out.loss, kind="stable")[:10]
     else:
         tokens = [options.parse_chain(text) for text in args.chain] if args.chain else found
         if not tokens:
             raise ValueError("expected --all, or at least one --chain, as in --chain 3,0,7,12")
         chains = jc.chain.pad(tokens)
-        out = jc.evaluate(jc.Problem(bank, split, max_layers=chains.shape[1] - 1, **task.options), chains, mesh=mesh)
+        out = jc.evaluate(
+            jc.Problem(bank, split, max_layers=chains.shape[1] - 1, **task.options),
+            chains,
+            mesh=mesh,
+        )
         shown = np.arange(len(chains))
     rows = [_describe(bank, chains[i], out.loss[i], out.accuracy[i]) for i in shown]
     if jax.process_index() > 0:
@@ -175,7 +198,9 @@ def _evaluate(args: argparse.Namespace) -> None:
         loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
         print(f"loss {loss}  accuracy {row['accuracy']:.3f}  {' -> '.join(row['layers'])}")
     if args.json:
-        print(json.dumps({"split": args.split, "layer_calls": int(out.layer_calls), "chains": rows}))
+        print(
+            json.dumps({"split": args.split, "layer_calls": int(out.layer_calls), "chains": rows})
+        )
 
 
 def _load_result(args: argparse.Namespace, config: dict[str, Any]) -> tuple[jc.Bank, jobs.Task]:
@@ -183,9 +208,17 @@ def _load_result(args: argparse.Namespace, config: dict[str, Any]) -> tuple[jc.B
     path = args.bank / report.BANK_FILE if args.bank.is_dir() else args.bank
     if config.get("checkpoint"):
         if args.data:
-            raise ValueError("expected no --data: chains of checkpoints are scored on what they were searched on")
-        changed: dict[str, Any] = {"seed": args.seed, "sizes": args.sizes, "data_dir": args.data_dir}
-        task = jobs.load_task(config | {name: value for name, value in changed.items() if value is not None})
+            raise ValueError(
+                "expected no --data: chains of checkpoints are scored on what they were searched on"
+            )
+        changed: dict[str, Any] = {
+            "seed": args.seed,
+            "sizes": args.sizes,
+            "data_dir": args.data_dir,
+        }
+        task = jobs.load_task(
+            config | {name: value for name, value in changed.items() if value is not None}
+        )
         return (jc.Bank.load(path) if path.exists() else jobs.load_bank(config)), task
     # Of another set the options of the search say nothing.
     said = config if args.data in (None, config.get("data")) else {}
@@ -211,7 +244,9 @@ def _export(args: argparse.Namespace) -> None:
     if not args.chain:
         facts |= report.tell(args.result)
     sources = dict(zip(jobs.name_models(config["checkpoint"]), config["checkpoint"], strict=True))
-    out = jc.hub.export(bank, tokens, sources, args.out, facts=facts, max_shard_size=args.max_shard_size)
+    out = jc.hub.export(
+        bank, tokens, sources, args.out, facts=facts, max_shard_size=args.max_shard_size
+    )
     print(f"Wrote {out}")
 
 
@@ -222,7 +257,9 @@ def _join(args: argparse.Namespace) -> Mesh | None:
         distributed.initialize(*place, timeout=args.timeout)
         return distributed.make_mesh()
     if place != (None, None, None):
-        raise ValueError("expected --distributed with --coordinator, --num-processes and --process-id")
+        raise ValueError(
+            "expected --distributed with --coordinator, --num-processes and --process-id"
+        )
     return None
 
 

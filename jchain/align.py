@@ -64,7 +64,9 @@ def _find_group(bank: Bank, token: int) -> LayerGroup:
         raise ValueError(f"expected a layer token in 0..{bank.num_layers - 1}, got {token}")
     if type(group.module) not in _AXES:
         known = ", ".join(module.__name__ for module in _AXES)
-        raise ValueError(f"expected a layer whose hidden units are known, {known}, got {type(group.module).__name__}")
+        raise ValueError(
+            f"expected a layer whose hidden units are known, {known}, got {type(group.module).__name__}"
+        )
     return group
 
 
@@ -81,6 +83,10 @@ def _stack_units(group: LayerGroup) -> np.ndarray:
 def _reorder(bank: Bank, group: LayerGroup, orders: Int[Array, "n H"]) -> Bank:
     flat = dict(traverse_util.flatten_dict(group.params, sep="/"))
     for path, axis in _AXES[type(group.module)].items():
-        flat[path] = jax.vmap(lambda leaf, order, axis=axis: jnp.take(leaf, order, axis=axis))(flat[path], orders)
+        flat[path] = jax.vmap(lambda leaf, order, axis=axis: jnp.take(leaf, order, axis=axis))(
+            flat[path], orders
+        )
     new = LayerGroup(traverse_util.unflatten_dict(flat, sep="/"), group.module, group.tokens)
-    return dataclasses.replace(bank, layers=tuple(new if other is group else other for other in bank.layers))
+    return dataclasses.replace(
+        bank, layers=tuple(new if other is group else other for other in bank.layers)
+    )

@@ -14,7 +14,15 @@ from flax import traverse_util
 from jchain import chain as chain_lib
 from jchain import files
 from jchain._typing import Array, Int, PyTree, Shaped
-from jchain.groups import LayerGroup, check_keeps_shape, find_input_shape, group_by_module, merge, pick, put
+from jchain.groups import (
+    LayerGroup,
+    check_keeps_shape,
+    find_input_shape,
+    group_by_module,
+    merge,
+    pick,
+    put,
+)
 from jchain.pytree import pytree_dataclass, static
 
 
@@ -69,7 +77,9 @@ class Bank:
         tokens = np.asarray(chain)
         if tokens.ndim != 1:
             raise ValueError(f"expected one chain of shape [L], got {list(tokens.shape)}")
-        return chain_lib.describe(chain_lib.validate(tokens, self.num_layers, self.num_heads), self.names)
+        return chain_lib.describe(
+            chain_lib.validate(tokens, self.num_layers, self.num_heads), self.names
+        )
 
     @staticmethod
     def stack(
@@ -106,7 +116,9 @@ class Bank:
         """
         num_layers, num_heads = len(layer_params), len(head_params)
         if num_layers == 0 or num_heads == 0:
-            raise ValueError(f"empty bank: expected at least one layer and one head, got {num_layers} and {num_heads}")
+            raise ValueError(
+                f"empty bank: expected at least one layer and one head, got {num_layers} and {num_heads}"
+            )
         bank = Bank(
             layers=group_by_module(layer, layer_params, "layer", 0),
             heads=group_by_module(head, head_params, "head", num_layers),
@@ -137,13 +149,27 @@ class Bank:
         layer_offsets = np.cumsum([0] + [bank.num_layers for bank in banks])
         head_offsets = num_layers + np.cumsum([0] + [bank.num_heads for bank in banks])
         maps = [
-            np.concatenate([start + np.arange(bank.num_layers), head_start + np.arange(bank.num_heads)])
+            np.concatenate(
+                [start + np.arange(bank.num_layers), head_start + np.arange(bank.num_heads)]
+            )
             for bank, start, head_start in zip(banks, layer_offsets, head_offsets, strict=False)
         ]
         names, origins = _concat_names(banks)
         joined = Bank(
-            layers=merge([(group, new) for bank, new in zip(banks, maps, strict=True) for group in bank.layers]),
-            heads=merge([(group, new) for bank, new in zip(banks, maps, strict=True) for group in bank.heads]),
+            layers=merge(
+                [
+                    (group, new)
+                    for bank, new in zip(banks, maps, strict=True)
+                    for group in bank.layers
+                ]
+            ),
+            heads=merge(
+                [
+                    (group, new)
+                    for bank, new in zip(banks, maps, strict=True)
+                    for group in bank.heads
+                ]
+            ),
             stem_params=banks[0].stem_params,
             stem=banks[0].stem,
             names=names,
@@ -176,9 +202,18 @@ class Bank:
         """
         num_layers, total = self.num_layers, self.num_layers + self.num_heads
         heads = range(num_layers, total) if heads is None else heads
-        for kept, low, high, kind in ((layers, 0, num_layers, "layer"), (heads, num_layers, total, "head")):
-            if len(kept) == 0 or len(set(kept)) != len(kept) or not all(low <= token < high for token in kept):
-                raise ValueError(f"expected different {kind} tokens in {low}..{high - 1}, at least one, got {[*kept]}")
+        for kept, low, high, kind in (
+            (layers, 0, num_layers, "layer"),
+            (heads, num_layers, total, "head"),
+        ):
+            if (
+                len(kept) == 0
+                or len(set(kept)) != len(kept)
+                or not all(low <= token < high for token in kept)
+            ):
+                raise ValueError(
+                    f"expected different {kind} tokens in {low}..{high - 1}, at least one, got {[*kept]}"
+                )
         order = [int(token) for token in (*layers, *heads)]
         new = np.full(total, -1)
         new[order] = np.arange(len(order))
@@ -228,10 +263,14 @@ class Bank:
             self,
             layers=layers,
             heads=tuple(
-                LayerGroup(group.params, group.module, tuple(token + num_new for token in group.tokens))
+                LayerGroup(
+                    group.params, group.module, tuple(token + num_new for token in group.tokens)
+                )
                 for group in self.heads
             ),
-            names=(*self.names[:num_layers], *places, *self.names[num_layers:]) if self.names else (),
+            names=(*self.names[:num_layers], *places, *self.names[num_layers:])
+            if self.names
+            else (),
             origins=(
                 *self.origins[:num_layers],
                 *(f"free, a copy of {self.names[token]}" for token in copied),
@@ -292,10 +331,21 @@ class Bank:
         Raises:
           ValueError: there is no such token.
         """
+        group, place = self.find(token)
+        return pick(group.params, place)
+
+    def find(self, token: int) -> tuple[LayerGroup, int]:
+        """The group that holds a layer or head, and its place in that group.
+
+        Raises:
+          ValueError: there is no such token.
+        """
         for group in (*self.layers, *self.heads):
             if token in group.tokens:
-                return pick(group.params, group.tokens.index(token))
-        raise ValueError(f"expected a token in 0..{self.num_layers + self.num_heads - 1}, got {token}")
+                return group, group.tokens.index(token)
+        raise ValueError(
+            f"expected a token in 0..{self.num_layers + self.num_heads - 1}, got {token}"
+        )
 
     def get_versions(self) -> Int[Array, "E"]:
         """How often the weights of each token were replaced, `[N + K]`."""
@@ -324,7 +374,10 @@ class Bank:
             part: [files.encode_module(group.module) | {"tokens": group.tokens} for group in groups]
             for part, groups in parts.items()
         }
-        trees = {part: {str(i): group.params for i, group in enumerate(groups)} for part, groups in parts.items()}
+        trees = {
+            part: {str(i): group.params for i, group in enumerate(groups)}
+            for part, groups in parts.items()
+        }
         arrays = traverse_util.flatten_dict(trees | {"stem": self.stem_params or {}}, sep="/")
         if self.versions is not None:
             arrays["versions"] = self.versions
@@ -348,7 +401,9 @@ class Bank:
         def load_groups(part: str) -> tuple[LayerGroup, ...]:
             return tuple(
                 LayerGroup(
-                    trees.get(part, {}).get(str(i), {}), files.decode_module(group, modules), tuple(group["tokens"])
+                    trees.get(part, {}).get(str(i), {}),
+                    files.decode_module(group, modules),
+                    tuple(group["tokens"]),
                 )
                 for i, group in enumerate(header[part])
             )
@@ -370,15 +425,21 @@ class Bank:
     def _check(self) -> None:
         if len(set(self.names)) != len(self.names):
             repeated = sorted({name for name in self.names if self.names.count(name) > 1})
-            raise ValueError(f"expected a different name for each layer and head, got {repeated} more than once")
+            raise ValueError(
+                f"expected a different name for each layer and head, got {repeated} more than once"
+            )
         if len(self.origins) != len(self.names):
-            raise ValueError(f"expected {len(self.names)} origins, one per layer and head, got {len(self.origins)}")
+            raise ValueError(
+                f"expected {len(self.names)} origins, one per layer and head, got {len(self.origins)}"
+            )
         for parent in self.parents:
             chain_lib.validate(np.asarray(parent), self.num_layers, self.num_heads)
         for group in self.layers:
             shape = find_input_shape(group)
             if shape is not None:
-                check_keeps_shape(group, jax.ShapeDtypeStruct((1, *shape), jnp.float32), of_any_dtype=True)
+                check_keeps_shape(
+                    group, jax.ShapeDtypeStruct((1, *shape), jnp.float32), of_any_dtype=True
+                )
 
 
 def check_stem(stem: nn.Module | None, params: PyTree, x: Any) -> Any:
@@ -397,14 +458,18 @@ def check_stem(stem: nn.Module | None, params: PyTree, x: Any) -> Any:
         ) from None
 
 
-def _substitute(words: tuple[str, ...], tokens: Sequence[int], new: Sequence[str] | None) -> tuple[str, ...]:
+def _substitute(
+    words: tuple[str, ...], tokens: Sequence[int], new: Sequence[str] | None
+) -> tuple[str, ...]:
     if new is None:
         return words
     said = dict(zip(tokens, new, strict=True))
     return tuple(said.get(token, word) for token, word in enumerate(words))
 
 
-def _complete_names(names: Sequence[str] | None, num_layers: int, num_heads: int) -> tuple[str, ...]:
+def _complete_names(
+    names: Sequence[str] | None, num_layers: int, num_heads: int
+) -> tuple[str, ...]:
     heads = tuple(f"head{i}" for i in range(num_heads))
     names = tuple(f"layer{i}" for i in range(num_layers)) if names is None else tuple(names)
     if len(names) not in (num_layers, num_layers + num_heads):
@@ -420,7 +485,9 @@ def _concat_names(banks: Sequence[Bank]) -> tuple[tuple[str, ...], tuple[str, ..
     layers, heads = [], []
     for i, bank in enumerate(banks):
         prefix = "" if is_unique else f"bank{i}/"
-        rows = [(prefix + name, origin) for name, origin in zip(bank.names, bank.origins, strict=True)]
+        rows = [
+            (prefix + name, origin) for name, origin in zip(bank.names, bank.origins, strict=True)
+        ]
         layers += rows[: bank.num_layers]
         heads += rows[bank.num_layers :]
     names, origins = zip(*layers, *heads, strict=True)
@@ -434,6 +501,10 @@ def _check_same_stem(banks: Sequence[Bank]) -> None:
         same_structure = bank.stem == first.stem and structures[i] == structures[0]
         if not same_structure or not all(
             np.array_equal(a, b)
-            for a, b in zip(jax.tree.leaves(bank.stem_params), jax.tree.leaves(first.stem_params), strict=True)
+            for a, b in zip(
+                jax.tree.leaves(bank.stem_params), jax.tree.leaves(first.stem_params), strict=True
+            )
         ):
-            raise ValueError(f"expected banks with one and the same stem, but that of bank {i} differs from bank 0's")
+            raise ValueError(
+                f"expected banks with one and the same stem, but that of bank {i} differs from bank 0's"
+            )

@@ -4,6 +4,7 @@ With `N` layers and `K` heads, tokens `0..N-1` are layers, `N..N+K-1` heads, -1 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,7 +16,64 @@ from jchain._typing import Array, Bool, Int, Key
 PADDING = -1
 
 
-def validate(chains: Any, num_layers: int, num_heads: int, max_layers: int | None = None) -> Int[np.ndarray, "*P L"]:
+@dataclass(frozen=True)
+class ChainSpace:
+    """Every chain that a problem allows: `min_layers` to `max_layers` layers, then one head.
+
+    Hashable. `Problem.space` is that of a problem.
+    """
+
+    num_layers: int  # N, layers in the bank
+    num_heads: int  # K, heads in the bank
+    max_layers: int  # most layers in a chain; chains have L = max_layers + 1 slots
+    min_layers: int = 0  # fewest layers in a chain
+
+    @property
+    def num_chains(self) -> int:
+        """The number of chains in the space."""
+        return count(self.num_layers, self.num_heads, self.max_layers, min_layers=self.min_layers)
+
+    @property
+    def num_neighbors(self) -> int:
+        """M, the rows that `neighbors` returns."""
+        return self.max_layers * (2 * self.num_layers + 1) + self.num_heads
+
+    @property
+    def head_alone(self) -> Int[Array, "L"]:
+        """The first head alone: a chain that costs no layer call."""
+        return bare(self.num_layers, self.max_layers)
+
+    def count_layers(self, chains: Int[Array, "*P L"]) -> Int[Array, "*P"]:
+        """How many layers each chain has, which is also the slot of its head."""
+        return count_layers(chains, self.num_layers)
+
+    def sample(self, key: Key[Array, ""], num_chains: int) -> Int[Array, "P L"]:
+        """Chains drawn uniformly from the space, with replacement. Most are long, as most chains of the space are."""
+        sizes = (self.num_layers, self.num_heads, self.max_layers)
+        return sample(key, num_chains, *sizes, min_layers=self.min_layers)
+
+    def enumerate(self) -> Int[np.ndarray, "C L"]:
+        """Every chain of the space, shorter chains first, each length in the order of its tokens."""
+        return enumerate_all(
+            self.num_layers, self.num_heads, self.max_layers, min_layers=self.min_layers
+        )
+
+    def neighbors(self, chain: Int[Array, "L"]) -> tuple[Int[Array, "M L"], Bool[Array, "M"]]:
+        """Every chain of the space that is one edit away, as padded rows and a mask of the rows that count."""
+        return neighbors(chain, self.num_layers, self.num_heads, min_layers=self.min_layers)
+
+    def index(self, chains: Int[Array, "*P L"]) -> Int[Array, "*P"]:
+        """The place of each chain in the enumeration of chains of every length (`min_layers` of 0)."""
+        return index(chains, self.num_layers, self.num_heads)
+
+    def validate(self, chains: Any) -> Int[np.ndarray, "*P L"]:
+        """The chains as an int32 array, checked on the host. Shorter chains than `min_layers` pass."""
+        return validate(chains, self.num_layers, self.num_heads, self.max_layers)
+
+
+def validate(
+    chains: Any, num_layers: int, num_heads: int, max_layers: int | None = None
+) -> Int[np.ndarray, "*P L"]:
     """The chains as an int32 array, on the host.
 
     Args:
@@ -86,7 +144,9 @@ def pad(tokens: Sequence[Sequence[int]], max_layers: int | None = None) -> Int[n
     longest = max(len(chain) for chain in tokens)
     slots = longest if max_layers is None else max_layers + 1
     if longest > slots:
-        raise ValueError(f"expected chains of at most {slots - 1} layers and a head, got one of {longest} tokens")
+        raise ValueError(
+            f"expected chains of at most {slots - 1} layers and a head, got one of {longest} tokens"
+        )
     chains = np.full((len(tokens), slots), PADDING, np.int32)
     for row, chain in zip(chains, tokens, strict=True):
         row[: len(chain)] = chain
@@ -104,7 +164,13 @@ def count(num_layers: int, num_heads: int, max_layers: int, *, min_layers: int =
 
 
 def sample(
-    key: Key[Array, ""], num_chains: int, num_layers: int, num_heads: int, max_layers: int, *, min_layers: int = 0
+    key: Key[Array, ""],
+    num_chains: int,
+    num_layers: int,
+    num_heads: int,
+    max_layers: int,
+    *,
+    min_layers: int = 0,
 ) -> Int[Array, "P L"]:
     """Chains drawn uniformly, with replacement, from all `count(...)` of them (so most are long)."""
     length_key, layer_key, head_key = jax.random.split(key, 3)
@@ -118,7 +184,9 @@ def sample(
     return chains.astype(jnp.int32)
 
 
-def enumerate_all(num_layers: int, num_heads: int, max_layers: int, *, min_layers: int = 0) -> Int[np.ndarray, "P L"]:
+def enumerate_all(
+    num_layers: int, num_heads: int, max_layers: int, *, min_layers: int = 0
+) -> Int[np.ndarray, "P L"]:
     """Every chain of `min_layers` to `max_layers` layers and a head, shorter chains first, in the order of their tokens.
 
     `count(...)` says how many that is before any memory is taken.
@@ -148,7 +216,9 @@ def index(chains: Int[Array, "*P L"], num_layers: int, num_heads: int) -> Int[Ar
     """
     max_layers = chains.shape[-1] - 1
     if count(num_layers, num_heads, max_layers) >= 2**31:
-        raise ValueError(f"expected fewer than 2^31 chains, got {count(num_layers, num_heads, max_layers):,}")
+        raise ValueError(
+            f"expected fewer than 2^31 chains, got {count(num_layers, num_heads, max_layers):,}"
+        )
     length = count_layers(chains, num_layers)
     shorter = jnp.array([0, *(count(num_layers, num_heads, depth) for depth in range(max_layers))])
     layers = jnp.zeros_like(length)
@@ -158,7 +228,7 @@ def index(chains: Int[Array, "*P L"], num_layers: int, num_heads: int) -> Int[Ar
     return shorter[length] + layers * num_heads + head
 
 
-def neighbours(
+def neighbors(
     chain: Int[Array, "L"], num_layers: int, num_heads: int, *, min_layers: int = 0
 ) -> tuple[Int[Array, "M L"], Bool[Array, "M"]]:
     """Every chain of at least `min_layers` layers that is one edit away, in a fixed number of rows, so that it can be jitted
@@ -173,7 +243,9 @@ def neighbours(
     max_layers = chain.shape[0] - 1
     length = count_layers(chain, num_layers)
     slots, row = jnp.arange(max_layers + 1)[None], chain[None]
-    at, token = (grid.reshape(-1, 1) for grid in jnp.meshgrid(jnp.arange(max_layers), jnp.arange(num_layers)))
+    at, token = (
+        grid.reshape(-1, 1) for grid in jnp.meshgrid(jnp.arange(max_layers), jnp.arange(num_layers))
+    )
     earlier = jnp.roll(chain, 1)
 
     swaps = jnp.where(slots == at, token, row)

@@ -13,6 +13,8 @@ from jchain._typing import Array, Shaped
 # Shares of train, search, select and test.
 SHARES = (0.5, 0.2, 0.15, 0.15)
 SPLITS = ("train", "search", "select", "test")
+# Those that chains are scored on.
+EVALUATION_SPLITS = SPLITS[1:]
 
 
 class Batch(NamedTuple):
@@ -79,7 +81,11 @@ LOADERS: dict[str, Callable[[], Any]] = {
 
 
 def load(
-    name: str, seed: int = 0, *, sizes: Sequence[int] | None = None, data_dir: str | Path | None = None
+    name: str,
+    seed: int = 0,
+    *,
+    sizes: Sequence[int] | None = None,
+    data_dir: str | Path | None = None,
 ) -> Dataset:
     """A data set by name.
 
@@ -137,7 +143,9 @@ def split(
     counts = [np.bincount(labels, minlength=num_classes) for _, labels in wholes]
     least = 2 * len(SHARES)
     if min(c.min() for c in counts) < least:
-        raise ValueError(f"expected at least {least} examples of each class, got {[c.tolist() for c in counts]}")
+        raise ValueError(
+            f"expected at least {least} examples of each class, got {[c.tolist() for c in counts]}"
+        )
     rng = np.random.default_rng(seed)
     shares = SHARES if test is None else SHARES[:3]
     parts = [(0, part) for part in _split_stratified(wholes[0][1], shares, rng)]
@@ -145,7 +153,10 @@ def split(
         parts.append((1, np.arange(len(wholes[1][1]))))
     if sizes is not None:
         _check_sizes(sizes, [len(part) for _, part in parts])
-        parts = [(i, _take_stratified(wholes[i][1], part, n, rng)) for (i, part), n in zip(parts, sizes, strict=True)]
+        parts = [
+            (i, _take_stratified(wholes[i][1], part, n, rng))
+            for (i, part), n in zip(parts, sizes, strict=True)
+        ]
     train = wholes[0][0][parts[0][1]]
     # Of an image all places are alike.
     axes, dtype = ((0, 1, 2), np.float64) if train.ndim == 4 else (0, np.float32)
@@ -157,7 +168,9 @@ def split(
 
     def take(whole: int, rows: np.ndarray) -> Batch:
         x, y = wholes[whole]
-        return Batch(jnp.asarray((x[rows] - mean) / std, jnp.float32), jnp.asarray(y[rows], jnp.int32))
+        return Batch(
+            jnp.asarray((x[rows] - mean) / std, jnp.float32), jnp.asarray(y[rows], jnp.int32)
+        )
 
     return Dataset(*(take(*part) for part in parts), name=name, num_classes=num_classes)
 
@@ -167,7 +180,9 @@ def _check(x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
     # Bytes of images stay so until they are taken.
     x = x if x.dtype == np.uint8 else x.astype(np.float32)
     if y.shape != x.shape[:1]:
-        raise ValueError(f"expected one label per example, got x {list(x.shape)} and y {list(y.shape)}")
+        raise ValueError(
+            f"expected one label per example, got x {list(x.shape)} and y {list(y.shape)}"
+        )
     if not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
         raise ValueError(f"expected integer labels 0..C-1, got {y.dtype} from {y.min()}")
     if not np.isfinite(x).all():
@@ -176,13 +191,17 @@ def _check(x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _check_sizes(sizes: Sequence[int], most: Sequence[int]) -> None:
-    if len(sizes) != len(SPLITS) or any(not 1 <= size <= there for size, there in zip(sizes, most, strict=False)):
+    if len(sizes) != len(SPLITS) or any(
+        not 1 <= size <= there for size, there in zip(sizes, most, strict=False)
+    ):
         raise ValueError(
             f"expected sizes of {', '.join(SPLITS)} of at least 1 and at most {list(most)}, got {list(sizes)}"
         )
 
 
-def _split_stratified(y: np.ndarray, shares: Sequence[float], rng: np.random.Generator) -> list[np.ndarray]:
+def _split_stratified(
+    y: np.ndarray, shares: Sequence[float], rng: np.random.Generator
+) -> list[np.ndarray]:
     """Indices of each split. Every class is cut at the same shares."""
     parts: list[list[np.ndarray]] = [[] for _ in shares]
     for label in np.unique(y):
@@ -193,7 +212,9 @@ def _split_stratified(y: np.ndarray, shares: Sequence[float], rng: np.random.Gen
     return [rng.permutation(np.concatenate(part)) for part in parts]
 
 
-def _take_stratified(y: np.ndarray, rows: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+def _take_stratified(
+    y: np.ndarray, rows: np.ndarray, size: int, rng: np.random.Generator
+) -> np.ndarray:
     """So many of these rows, of each class its share as near as can be."""
     order = rng.permutation(rows)
     labels = y[order]

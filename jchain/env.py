@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain._typing import Array, Bool, Float, Int, Shaped
-from jchain.calls import apply_all, apply_token, measure_heads
 from jchain.chain import PADDING
+from jchain.engine.layer_calls import apply_all, apply_token, evaluate_heads
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
 
@@ -30,14 +30,18 @@ class State(NamedTuple):
 def reset(problem: Problem) -> State:
     """The empty prefix."""
     chain = jnp.full(problem.max_layers + 1, PADDING, jnp.int32)
-    return State(chain, jnp.zeros((), jnp.int32), jnp.array(False), problem.bank.embed(problem.data.x))
+    return State(
+        chain, jnp.zeros((), jnp.int32), jnp.array(False), problem.bank.embed(problem.data.x)
+    )
 
 
 def legal_actions(problem: Problem, length: Int[Array, ""]) -> Bool[Array, "E"]:
     """The tokens that may follow a prefix of `length` layers, True = allowed: layers before `max_layers`, heads from
     `min_layers` on."""
     tokens = jnp.arange(problem.bank.num_layers + problem.bank.num_heads)
-    return jnp.where(tokens < problem.bank.num_layers, length < problem.max_layers, length >= problem.min_layers)
+    return jnp.where(
+        tokens < problem.bank.num_layers, length < problem.max_layers, length >= problem.min_layers
+    )
 
 
 def step(problem: Problem, state: State, action: Int[Array, ""]) -> tuple[State, Float[Array, ""]]:
@@ -53,11 +57,13 @@ def step(problem: Problem, state: State, action: Int[Array, ""]) -> tuple[State,
     bank = problem.bank
     is_layer = (action < bank.num_layers) & ~state.is_done
     is_head = (action >= bank.num_layers) & ~state.is_done
-    hidden = jax.lax.cond(is_layer, lambda t, h: apply_token(bank.layers, t, h), lambda _, h: h, action, state.hidden)
+    hidden = jax.lax.cond(
+        is_layer, lambda t, h: apply_token(bank.layers, t, h), lambda _, h: h, action, state.hidden
+    )
     chain = jnp.where(is_layer | is_head, state.chain.at[state.length].set(action), state.chain)
 
     def end(token: Array, hidden: Array) -> Array:
-        loss = stop_loss(problem, token, hidden) + problem.price(chain)
+        loss = head_loss(problem, token, hidden) + problem.layer_penalty(chain)
         return jnp.where(jnp.isfinite(loss), -loss, -jnp.inf)
 
     def go_on(token: Array, hidden: Array) -> Array:
@@ -67,21 +73,27 @@ def step(problem: Problem, state: State, action: Int[Array, ""]) -> tuple[State,
     return State(chain, state.length + is_layer, state.is_done | is_head, hidden), reward
 
 
-def stops(problem: Problem, chain: Int[Array, "L"], length: Int[Array, ""]) -> Int[Array, "K L"]:
+def append_heads(
+    problem: Problem, chain: Int[Array, "L"], length: Int[Array, ""]
+) -> Int[Array, "K L"]:
     """The chains that end a prefix of `length` layers by each head."""
     heads = problem.bank.num_layers + jnp.arange(problem.bank.num_heads, dtype=jnp.int32)
     return jnp.where((jnp.arange(chain.size) == length)[None], heads[:, None], chain[None])
 
 
-def stop_loss(problem: Problem, head: Int[Array, ""], hidden: Shaped[Array, "B ..."]) -> Float[Array, ""]:
+def head_loss(
+    problem: Problem, head: Int[Array, ""], hidden: Shaped[Array, "B ..."]
+) -> Float[Array, ""]:
     """The loss of the head with this token on these activations, without the price of layers."""
     call = jax.vmap(partial(apply_token, problem.bank.heads, head))
-    return measure_heads(problem, call, hidden[None])[0][0]
+    return evaluate_heads(problem, call, hidden[None])[0][0]
 
 
-def stop_losses(problem: Problem, hidden: Shaped[Array, "B ..."]) -> Float[Array, "K"]:
+def head_losses(problem: Problem, hidden: Shaped[Array, "B ..."]) -> Float[Array, "K"]:
     """The loss of each head on these activations, without the price of layers."""
-    return measure_heads(problem, lambda hidden: apply_all(problem.bank.heads, hidden[0]), hidden[None])[0]
+    return evaluate_heads(
+        problem, lambda hidden: apply_all(problem.bank.heads, hidden[0]), hidden[None]
+    )[0]
 
 
 def _check_legal(problem: Problem, state: State, action: int) -> None:

@@ -31,7 +31,9 @@ HUB = (*FAMILIES, "jchain.hub.wrapping")
 def write_atomically(path: str | os.PathLike[str], write_fn: Callable[[str], Any]) -> None:
     """Have `write_fn(temporary path)` write beside `path`, then rename: a reader sees the old file or the whole new one."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    handle, temporary = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix
+    )
     os.close(handle)
     try:
         write_fn(temporary)
@@ -44,7 +46,9 @@ def write_atomically(path: str | os.PathLike[str], write_fn: Callable[[str], Any
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write it as indented JSON."""
-    write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(value, indent=1) + "\n"))
+    write_atomically(
+        path, lambda temporary: Path(temporary).write_text(json.dumps(value, indent=1) + "\n")
+    )
 
 
 def find_umask() -> int:
@@ -54,7 +58,9 @@ def find_umask() -> int:
     return umask
 
 
-def write_arrays(path: str | os.PathLike[str], header: dict[str, Any], arrays: dict[str, Any]) -> None:
+def write_arrays(
+    path: str | os.PathLike[str], header: dict[str, Any], arrays: dict[str, Any]
+) -> None:
     """Write named arrays and a JSON header to one file."""
     import safetensors.flax
 
@@ -81,13 +87,21 @@ def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str,
             header = json.loads((file.metadata() or {})["jchain"])
             sizes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
             arrays = {name: file.get_tensor(name) for name in sizes}
-    except (safetensors.SafetensorError, KeyError, json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
+    except (
+        safetensors.SafetensorError,
+        KeyError,
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+        ValueError,
+    ) as error:
         raise ValueError(f"{path} is damaged, truncated or no jchain file: {error}") from None
     if header.get("format") != FORMAT:
         raise ValueError(f"{path}: expected format {FORMAT!r}, got {header.get('format')!r}")
     is_x64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
     if not is_x64 and any(dtype in ("F64", "I64", "U64") for dtype in sizes.values()):
-        raise ValueError(f"{path} holds 64-bit weights: set jax_enable_x64 to load them to the same bits")
+        raise ValueError(
+            f"{path} holds 64-bit weights: set jax_enable_x64 to load them to the same bits"
+        )
     if header.pop("sha256", None) != checksum(header, arrays):
         raise ValueError(f"{path} is damaged: it does not have the checksum it was saved with")
     return header, arrays
@@ -143,7 +157,9 @@ def _encode_value(value: Any, where: str) -> Any:
     except TypeError:
         dtype = None
     if dtype is None or dtype == np.dtype(object):  # that of any class
-        raise ValueError(f"{where} = {value!r} cannot be saved: expected data, a dtype or a jax.nn function")
+        raise ValueError(
+            f"{where} = {value!r} cannot be saved: expected data, a dtype or a jax.nn function"
+        )
     return {"dtype": dtype.name}
 
 
@@ -160,12 +176,20 @@ def decode_module(encoded: dict[str, Any], modules: Sequence[type[nn.Module]] = 
     name = encoded["module"]
     package, _, class_name = name.rpartition(".")
     hub = {package: vars(import_module(package))} if package in HUB else {}
-    places = hub | {layers.__name__: vars(layers), nn.__name__: vars(nn), "": {cls.__name__: cls for cls in modules}}
+    places = hub | {
+        layers.__name__: vars(layers),
+        nn.__name__: vars(nn),
+        "": {cls.__name__: cls for cls in modules},
+    }
     cls = places.get(package, {}).get(class_name)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise ValueError(f"unknown module {name!r}: pass its class, as in Bank.load(path, modules=[{name}])")
+        raise ValueError(
+            f"unknown module {name!r}: pass its class, as in Bank.load(path, modules=[{name}])"
+        )
     try:
-        return cls(**{field: _decode_value(value, modules) for field, value in encoded["fields"].items()})
+        return cls(
+            **{field: _decode_value(value, modules) for field, value in encoded["fields"].items()}
+        )
     except TypeError as error:
         raise ValueError(f"{name} does not have the fields that were saved: {error}") from None
 

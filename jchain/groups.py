@@ -39,7 +39,9 @@ def group_by_module(
     """A group per module, in the order in which they come."""
     modules = [module] * len(params) if isinstance(module, nn.Module) else [*module]
     if len(modules) != len(params):
-        raise ValueError(f"expected one {kind} module, or {len(params)} as there are params, got {len(modules)}")
+        raise ValueError(
+            f"expected one {kind} module, or {len(params)} as there are params, got {len(modules)}"
+        )
     groups = []
     for kept in dict.fromkeys(modules):
         places = [i for i, other in enumerate(modules) if other == kept]
@@ -56,9 +58,20 @@ def merge(members: list[tuple[LayerGroup, np.ndarray]]) -> tuple[LayerGroup, ...
         tokens = np.concatenate([new[list(group.tokens)] for group, new in same])
         order = [i for i in np.argsort(tokens, kind="stable") if tokens[i] >= 0]
         if order:
-            _stack({f"token {new[group.tokens[0]]} of the new bank": pick(group.params, 0) for group, new in same})
-            whole = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(group.params for group, _ in same))
-            merged.append(LayerGroup(pick(whole, np.array(order)), module, tuple(int(tokens[i]) for i in order)))
+            _stack(
+                {
+                    f"token {new[group.tokens[0]]} of the new bank": pick(group.params, 0)
+                    for group, new in same
+                }
+            )
+            whole = jax.tree.map(
+                lambda *leaves: jnp.concatenate(leaves), *(group.params for group, _ in same)
+            )
+            merged.append(
+                LayerGroup(
+                    pick(whole, np.array(order)), module, tuple(int(tokens[i]) for i in order)
+                )
+            )
     return tuple(merged)
 
 
@@ -83,7 +96,9 @@ def check_keeps_shape(group: LayerGroup, x: Any, *, of_any_dtype: bool = False) 
     """
     try:
         out = jax.eval_shape(group.apply, 0, x)
-    except Exception as error:  # whatever a user's module raises: said again with what was asked of it
+    except (
+        Exception
+    ) as error:  # whatever a user's module raises: said again with what was asked of it
         raise ValueError(
             f"layer {type(group.module).__name__} does not take an input of shape {list(x.shape)}: {str(error).splitlines()[0]}"
         ) from None
@@ -117,7 +132,9 @@ def _stack(params: dict[str, PyTree]) -> PyTree:
     (first, expected), *others = params.items()
     for name, tree in others:
         _check_alike(tree, expected, f"params of {name} do not stack", first)
-    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *params.values())
+    return jax.tree.map(
+        lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *params.values()
+    )
 
 
 def _check_alike(params: PyTree, other: PyTree, problem: str, name: str) -> None:

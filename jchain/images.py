@@ -46,14 +46,18 @@ def read(name: str, data_dir: str | Path | None = None) -> Images:
     image, label, num_classes = _find_features(builder, name)
     splits = builder.info.splits
     if "train" not in splits:
-        raise ValueError(f"expected {name} to have a split 'train', got {', '.join(sorted(splits))}")
+        raise ValueError(
+            f"expected {name} to have a split 'train', got {', '.join(sorted(splits))}"
+        )
     parts = [_read_split(builder, name, s, image, label) for s in ("train", "test") if s in splits]
     sizes = {images.shape[1:] for images, _ in parts}
     if len(sizes) > 1:
         raise ValueError(f"expected images of one size in {name}, got {sorted(sizes)}")
     for _, labels in parts:
         if labels.min() < 0 or labels.max() >= num_classes:
-            raise ValueError(f"expected labels in 0..{num_classes - 1} in {name}, got {labels.min()}..{labels.max()}")
+            raise ValueError(
+                f"expected labels in 0..{num_classes - 1} in {name}, got {labels.min()}..{labels.max()}"
+            )
     return Images(parts[0], parts[1] if len(parts) > 1 else None, num_classes)
 
 
@@ -75,7 +79,9 @@ def prepare(name: str, data_dir: str | Path | None = None) -> Path:
     try:
         builder.download_and_prepare()
     except ImportError as error:
-        raise ImportError(f"preparing {name} needs TensorFlow: pip install 'jchain[prepare]' ({error})") from None
+        raise ImportError(
+            f"preparing {name} needs TensorFlow: pip install 'jchain[prepare]' ({error})"
+        ) from None
     return Path(builder.data_dir)
 
 
@@ -83,7 +89,9 @@ def _import_tfds() -> Any:
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise ImportError(f"sets of images need tensorflow-datasets: pip install 'jchain[data]' ({error})") from None
+        raise ImportError(
+            f"sets of images need tensorflow-datasets: pip install 'jchain[data]' ({error})"
+        ) from None
     return tfds
 
 
@@ -98,7 +106,9 @@ def _find_builder(name: str, data_dir: str | Path | None) -> Any:
     except tfds.core.DatasetNotFoundError:
         near = difflib.get_close_matches(name, _list_sets(tfds), n=3)
         hint = (
-            f"did you mean {' or '.join(near)}?" if near else f"expected a set of tensorflow-datasets, as {_EXAMPLES}"
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else f"expected a set of tensorflow-datasets, as {_EXAMPLES}"
         )
         raise ValueError(f"unknown data set {name!r}: {hint}") from None
 
@@ -134,7 +144,11 @@ def _check_format(builder: Any, name: str) -> None:
 def _find_features(builder: Any, name: str) -> tuple[str, str, int]:
     """The names of the image and of its class, and how many classes there are."""
     tfds, features, keys = _import_tfds(), builder.info.features, builder.info.supervised_keys
-    if keys is None or len(keys) != 2 or not all(isinstance(key, str) and key in features for key in keys):
+    if (
+        keys is None
+        or len(keys) != 2
+        or not all(isinstance(key, str) and key in features for key in keys)
+    ):
         raise ValueError(
             f"expected {name} to have images and labels, got features {', '.join(features)} and no pair of these"
         )
@@ -143,21 +157,29 @@ def _find_features(builder: Any, name: str) -> tuple[str, str, int]:
         features[label], tfds.features.ClassLabel
     ):
         kinds = [type(features[key]).__name__ for key in keys]
-        raise ValueError(f"expected {name} to have an Image and a ClassLabel, got {kinds[0]} and {kinds[1]}")
+        raise ValueError(
+            f"expected {name} to have an Image and a ClassLabel, got {kinds[0]} and {kinds[1]}"
+        )
     return image, label, features[label].num_classes
 
 
-def _read_split(builder: Any, name: str, split: str, image: str, label: str) -> tuple[np.ndarray, np.ndarray]:
+def _read_split(
+    builder: Any, name: str, split: str, image: str, label: str
+) -> tuple[np.ndarray, np.ndarray]:
     source = builder.as_data_source(split=split)
     size = builder.info.splits[split].num_examples
     if len(source) != size or size == 0:
-        raise OSError(f"expected {size} examples in split {split} of {name}, at least one, got {len(source)}")
+        raise OSError(
+            f"expected {size} examples in split {split} of {name}, at least one, got {len(source)}"
+        )
     images, labels = [], []
     for start in range(0, size, _CHUNK):
         try:
             rows = source.__getitems__(range(start, min(start + _CHUNK, size)))
         except (RuntimeError, ValueError, OSError) as error:
-            raise OSError(f"cannot read split {split} of {name} in {builder.data_dir}: {error}") from None
+            raise OSError(
+                f"cannot read split {split} of {name} in {builder.data_dir}: {error}"
+            ) from None
         shapes = {row[image].shape for row in rows} | {images[0].shape[1:] for _ in images[:1]}
         if len(shapes) > 1:
             raise ValueError(

@@ -40,10 +40,14 @@ class InvertibleDense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B *F"]) -> Float[Array, "B *G"]:
         if not self.negative_slope > 0:
-            raise ValueError(f"expected a positive negative_slope, which can be undone, got {self.negative_slope}")
+            raise ValueError(
+                f"expected a positive negative_slope, which can be undone, got {self.negative_slope}"
+            )
         if not self.max_condition >= 1:
             raise ValueError(f"expected a max_condition of at least 1, got {self.max_condition}")
-        kernel = self.param("kernel", nn.initializers.orthogonal(), (self.features, self.features), jnp.float32)
+        kernel = self.param(
+            "kernel", nn.initializers.orthogonal(), (self.features, self.features), jnp.float32
+        )
         bias = (
             self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             if self.use_bias
@@ -67,7 +71,10 @@ class InvertibleDense(nn.Module):
         Raises:
           ValueError: `W` is singular to the precision of its weights.
         """
-        return self.clone(is_inverse=not self.is_inverse), {**params, "kernel": _invert_matrix(params["kernel"])}
+        return self.clone(is_inverse=not self.is_inverse), {
+            **params,
+            "kernel": _invert_matrix(params["kernel"]),
+        }
 
     def project(self, params: PyTree) -> PyTree:
         """The weights with their small singular values raised to the largest one over `max_condition`."""
@@ -165,10 +172,17 @@ class InvertibleResidual(nn.Module):
         """
         if is_concrete(params):
             norm = np.prod(
-                [np.linalg.norm(np.asarray(params[d]["kernel"], np.float64), 2) for d in ("Dense_0", "Dense_1")]
+                [
+                    np.linalg.norm(np.asarray(params[d]["kernel"], np.float64), 2)
+                    for d in ("Dense_0", "Dense_1")
+                ]
             )
             slope = float(
-                jnp.abs(jax.vmap(jax.grad(lambda x: self.activation(x)))(jnp.linspace(-30.0, 30.0, 6001))).max()
+                jnp.abs(
+                    jax.vmap(jax.grad(lambda x: self.activation(x)))(
+                        jnp.linspace(-30.0, 30.0, 6001)
+                    )
+                ).max()
             )
             if not norm * slope < 1:
                 raise ValueError(
@@ -179,9 +193,15 @@ class InvertibleResidual(nn.Module):
 
     def project(self, params: PyTree) -> PyTree:
         """Both matrices scaled down alike, where the product of their norms is above the bound."""
-        norm = jnp.prod(jnp.stack([jnp.linalg.norm(params[name]["kernel"], 2) for name in ("Dense_0", "Dense_1")]))
+        norm = jnp.prod(
+            jnp.stack(
+                [jnp.linalg.norm(params[name]["kernel"], 2) for name in ("Dense_0", "Dense_1")]
+            )
+        )
         scale = jnp.sqrt(jnp.minimum(1.0, self.bound / norm))
-        return {name: {**dense, "kernel": scale * dense["kernel"]} for name, dense in params.items()}
+        return {
+            name: {**dense, "kernel": scale * dense["kernel"]} for name, dense in params.items()
+        }
 
 
 def _lift(bias: Array, x: Array) -> Array:
@@ -191,7 +211,9 @@ def _lift(bias: Array, x: Array) -> Array:
 def _invert_matrix(kernel: Array) -> Array:
     if not is_concrete(kernel):
         # Not for 16-bit floats.
-        return jnp.linalg.inv(kernel.astype(jnp.promote_types(jnp.float32, kernel.dtype))).astype(kernel.dtype)
+        return jnp.linalg.inv(kernel.astype(jnp.promote_types(jnp.float32, kernel.dtype))).astype(
+            kernel.dtype
+        )
     exact = np.asarray(kernel, np.float64)
     condition, limit = np.linalg.cond(exact), 1 / float(jnp.finfo(kernel.dtype).eps)
     if not condition < limit:
@@ -201,7 +223,9 @@ def _invert_matrix(kernel: Array) -> Array:
     return jnp.asarray(np.linalg.inv(exact), kernel.dtype)
 
 
-def _find_fixed_point(step: Callable[[Array], Array], start: Float[Array, "B *F"]) -> Float[Array, "B *F"]:
+def _find_fixed_point(
+    step: Callable[[Array], Array], start: Float[Array, "B *F"]
+) -> Float[Array, "B *F"]:
     """Iterate until all that changes in each example is rounding."""
     tolerance = 2 * jnp.finfo(start.dtype).eps
 

@@ -87,7 +87,9 @@ class ConvStem(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w c"]:
         x = nn.Conv(self.channels, (3, 3), kernel_init=nn.initializers.orthogonal())(x)
-        return x if self.pool == 1 else nn.max_pool(x, (self.pool, self.pool), (self.pool, self.pool))
+        return (
+            x if self.pool == 1 else nn.max_pool(x, (self.pool, self.pool), (self.pool, self.pool))
+        )
 
 
 class TransformerBlock(nn.Module):

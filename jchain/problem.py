@@ -1,4 +1,4 @@
-"""A problem: what a search minimises over."""
+"""A problem: what a search minimizes over."""
 
 import copy
 import dataclasses
@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jchain._typing import Array, Float, Int, PyTree
 from jchain.bank import Bank, check_stem
+from jchain.chain import ChainSpace
 from jchain.data import Batch, check_lengths
 from jchain.groups import check_keeps_shape
 from jchain.pytree import is_concrete, pytree_dataclass, static
@@ -45,7 +46,9 @@ class Problem:
     bank: Bank
     data: Batch
     max_layers: int = static()
-    loss_fn: Callable[[Array, Array], Array] = static(default=optax.softmax_cross_entropy_with_integer_labels)
+    loss_fn: Callable[[Array, Array], Array] = static(
+        default=optax.softmax_cross_entropy_with_integer_labels
+    )
     layer_cost: Any = 0.0
     mesh: Mesh | None = static(default=None)
     min_layers: int = static(default=0)
@@ -81,7 +84,9 @@ class Problem:
                     f"{str(error).splitlines()[0]}"
                 ) from None
         if len({output.shape for output in outputs}) != 1:
-            raise ValueError(f"expected heads of one output shape, got {[list(output.shape) for output in outputs]}")
+            raise ValueError(
+                f"expected heads of one output shape, got {[list(output.shape) for output in outputs]}"
+            )
         for name in ("loss_fn", "accuracy_fn"):
             if (function := getattr(self, name)) is not None:
                 _check_function(name, function, outputs[0], y)
@@ -100,6 +105,13 @@ class Problem:
                 f"expected labels in 0..{num_classes - 1}, the head's classes, got {int(y.min())}..{int(y.max())}"
             )
 
+    @property
+    def space(self) -> ChainSpace:
+        """The chains that a search may make."""
+        return ChainSpace(
+            self.bank.num_layers, self.bank.num_heads, self.max_layers, self.min_layers
+        )
+
     def on(self, mesh: Mesh) -> "Problem":
         """The same problem with all its arrays on each device of a mesh, over which evaluation then spreads the chains.
 
@@ -117,7 +129,9 @@ class Problem:
         if self.mesh is None:
             return jax.tree.map(jnp.asarray, tree)
         everywhere = NamedSharding(self.mesh, PartitionSpec())
-        return jax.tree.map(lambda leaf: _replicate(leaf, everywhere) if is_concrete(leaf) else leaf, tree)
+        return jax.tree.map(
+            lambda leaf: _replicate(leaf, everywhere) if is_concrete(leaf) else leaf, tree
+        )
 
     def without_names(self) -> "Problem":
         """The same problem, of `Bank.without_names`."""
@@ -137,21 +151,23 @@ class Problem:
         object.__setattr__(problem, field, value)
         return problem
 
-    def price(self, chains: Int[Array, "*P L"]) -> Float[Array, "*P"]:
+    def layer_penalty(self, chains: Int[Array, "*P L"]) -> Float[Array, "*P"]:
         """What the layers of each chain add to its loss."""
         num_layers = self.bank.num_layers
         cost = jnp.broadcast_to(self.layer_cost, (num_layers,))
         is_layer = (chains >= 0) & (chains < num_layers)
         return jnp.sum(jnp.where(is_layer, cost[jnp.where(is_layer, chains, 0)], 0.0), axis=-1)
 
-    def measure(self, outputs: Float[Array, "B ..."]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    def compute_metrics(
+        self, outputs: Float[Array, "B ..."]
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Loss and accuracy of one chain's outputs, before the price of its layers.
 
         Accuracy is by default the share of examples whose largest output is their label; nan where labels are not integers,
         one for each row of outputs.
         """
         y = self.data.y
-        outputs = widen(outputs)
+        outputs = upcast(outputs)
         loss = jnp.mean(self.loss_fn(outputs, y).astype(outputs.dtype))
         if self.accuracy_fn is not None:
             return loss, jnp.mean(self.accuracy_fn(outputs, y), dtype=loss.dtype)
@@ -160,7 +176,7 @@ class Problem:
         return loss, jnp.mean(jnp.argmax(outputs, axis=-1) == y, dtype=loss.dtype)
 
 
-def widen(array: Array) -> Array:
+def upcast(array: Array) -> Array:
     """In float32 where it is of half precision, whose squares and small differences vanish or overflow."""
     return array.astype(jnp.promote_types(jnp.float32, array.dtype))
 
@@ -178,11 +194,15 @@ def check_max_layers(value: Any) -> int:
 
 def check_min_layers(value: Any, max_layers: int) -> int:
     if not _is_integer(value) or not 0 <= value <= max_layers:
-        raise ValueError(f"expected min_layers to be an integer in 0..{max_layers}, up to max_layers, got {value!r}")
+        raise ValueError(
+            f"expected min_layers to be an integer in 0..{max_layers}, up to max_layers, got {value!r}"
+        )
     return int(value)
 
 
-def _check_function(name: str, function: Callable[[Array, Array], Array], outputs: Any, y: Any) -> None:
+def _check_function(
+    name: str, function: Callable[[Array, Array], Array], outputs: Any, y: Any
+) -> None:
     """That a function of outputs and labels takes these, and returns floats."""
     try:
         found = jax.eval_shape(function, outputs, y)

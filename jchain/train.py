@@ -1,6 +1,6 @@
 """Making banks: nets trained apart, one routed supernet, snapshots of one run, random weights. One training loop for all.
 
-The loop minimises softmax cross-entropy on random minibatches of 128 examples. Each gradient step takes a *route*, some
+The loop minimizes softmax cross-entropy on random minibatches of 128 examples. Each gradient step takes a *route*, some
 layers and a head: always the same one for an ordinary net, a random one for a supernet (Guo et al. 2020,
 arXiv:1904.00420). Layers of a module with a method `project` are replaced by what it returns after each step.
 
@@ -87,7 +87,9 @@ def independent(
     """
     nets = [f"net{i}" for i in range(num_nets)]
     recipe = {"num_layers": depth, "num_heads": 1, "depth": depth}
-    return _make_bank(key, data, layer, head, recipe, settings, nets, "nets trained apart", num_nets=num_nets)
+    return _train_bank(
+        key, data, layer, head, recipe, settings, nets, "nets trained apart", num_nets=num_nets
+    )
 
 
 def snapshots(
@@ -111,7 +113,9 @@ def snapshots(
     settings["num_steps"] = distance * num_snapshots
     nets = [f"step{(i + 1) * distance}" for i in range(num_snapshots)]
     recipe = {"num_layers": depth, "num_heads": 1, "depth": depth, "num_snapshots": num_snapshots}
-    return _make_bank(key, data, layer, head, recipe, settings, nets, "one net during its training")
+    return _train_bank(
+        key, data, layer, head, recipe, settings, nets, "one net during its training"
+    )
 
 
 def routed(
@@ -130,7 +134,9 @@ def routed(
     No net was trained alone, so the bank has no parents.
     """
     recipe = {"num_layers": num_layers, "num_heads": num_heads, "depth": depth, "is_routed": True}
-    return _make_bank(key, data, layer, head, recipe, settings, ["routed"], "supernet of random routes")
+    return _train_bank(
+        key, data, layer, head, recipe, settings, ["routed"], "supernet of random routes"
+    )
 
 
 def random(
@@ -155,10 +161,79 @@ def random(
         "is_routed": True,
         "is_layer_trained": False,
     }
-    return _make_bank(key, data, layer, head, recipe, settings, ["random"], "untrained layers, trained heads")
+    return _train_bank(
+        key, data, layer, head, recipe, settings, ["random"], "untrained layers, trained heads"
+    )
 
 
-def _make_bank(
+def make_bank(
+    key: Key[Array, ""],
+    data: Batch,
+    kind: str,
+    *,
+    layer: _Modules,
+    head: _Modules,
+    num_layers: int = 12,
+    depth: int = 4,
+    num_heads: int = 1,
+    num_steps: int = 1000,
+    stem: nn.Module | None = None,
+    stem_params: PyTree = None,
+) -> Bank:
+    """A bank of the given kind with `num_layers` layers in all.
+
+    Args:
+      key: consumed.
+      data: the split to train on.
+      kind: `"independent"`, `"routed"`, `"snapshots"`, or `"random"`: the function of this module to call.
+      layer: module of all layers, or several that take turns.
+      head: module of all heads, or several that take turns.
+      num_layers: layers in the bank; a multiple of `depth` for independent nets and snapshots.
+      depth: layers of each net or route that is trained.
+      num_heads: heads of a routed or random bank; independent nets and snapshots have one per net.
+      num_steps: gradient steps.
+      stem: fixed map from raw input to the shape that layers keep.
+      stem_params: its params.
+
+    Raises:
+      ValueError: the kind is unknown, `num_layers` is not a multiple of `depth` for a bank of nets, or `num_heads` is given for one.
+    """
+    settings: Settings = {"num_steps": num_steps, "stem": stem, "stem_params": stem_params}
+    if kind in ("routed", "random"):
+        make = routed if kind == "routed" else random
+        return make(
+            key,
+            data,
+            layer=layer,
+            head=head,
+            num_layers=num_layers,
+            depth=depth,
+            num_heads=num_heads,
+            **settings,
+        )
+    if kind not in ("independent", "snapshots"):
+        raise ValueError(
+            f"expected a kind of bank of independent, routed, snapshots or random, got {kind!r}"
+        )
+    if depth < 1 or num_layers < depth or num_layers % depth:
+        raise ValueError(
+            f"expected num_layers to be a multiple of depth for bank {kind}, got {num_layers} and {depth}"
+        )
+    if num_heads != 1:
+        raise ValueError(
+            f"expected no num_heads for bank {kind}, which has one per net, got {num_heads}"
+        )
+    num_nets = num_layers // depth
+    if kind == "independent":
+        return independent(
+            key, data, layer=layer, head=head, num_nets=num_nets, depth=depth, **settings
+        )
+    return snapshots(
+        key, data, layer=layer, head=head, num_snapshots=num_nets, depth=depth, **settings
+    )
+
+
+def _train_bank(
     key: Array,
     data: Batch,
     layer: _Modules,
@@ -201,7 +276,9 @@ def _make_bank(
         origins=[f"{origin}: {name}" for name in names],
         parents=[]
         if recipe.is_routed
-        else [(*range(i * num_layers, (i + 1) * num_layers), first_head + i) for i in range(len(nets))],
+        else [
+            (*range(i * num_layers, (i + 1) * num_layers), first_head + i) for i in range(len(nets))
+        ],
         num_steps=recipe.num_steps,
     )
 
@@ -238,7 +315,9 @@ def _check_data(data: Batch, recipe: _Recipe) -> None:
                 f"{list(data.x.shape)}, got {out.dtype}{list(out.shape)}"
             )
     if len({out.shape for out in logits}) != 1:
-        raise ValueError(f"expected heads of one output shape, got {[list(out.shape) for out in logits]}")
+        raise ValueError(
+            f"expected heads of one output shape, got {[list(out.shape) for out in logits]}"
+        )
     num_classes = logits[0].shape[-1]
     if is_concrete(data) and not (int(data.y.min()) >= 0 and int(data.y.max()) < num_classes):
         raise ValueError(
@@ -253,15 +332,23 @@ def _add_at(tree: PyTree, index: Any, member: PyTree) -> PyTree:
 def _cut(trees: tuple[PyTree, ...], num: int) -> list[PyTree]:
     """Params of each of `num` members of each snapshot of each run, out of leaves `[R, num_snapshots, n, ...]`."""
     num_runs, num_snapshots = jax.tree.leaves(trees)[0].shape[:2]
-    places = ((run, snapshot, i) for run in range(num_runs) for snapshot in range(num_snapshots) for i in range(num))
-    return [pick(trees[i % len(trees)], (run, snapshot, i // len(trees))) for run, snapshot, i in places]
+    places = (
+        (run, snapshot, i)
+        for run in range(num_runs)
+        for snapshot in range(num_snapshots)
+        for i in range(num)
+    )
+    return [
+        pick(trees[i % len(trees)], (run, snapshot, i // len(trees))) for run, snapshot, i in places
+    ]
 
 
 def is_stepwise(params: PyTree) -> bool:
     """Whether gradient steps on these stacked params must be programs of their own: the gradient of a convolution in a loop is
     some 50 times slower on CPU."""
     return (
-        jax.default_backend() == "cpu" and max((leaf.ndim for leaf in jax.tree.leaves(params)), default=0) >= _CONV_NDIM
+        jax.default_backend() == "cpu"
+        and max((leaf.ndim for leaf in jax.tree.leaves(params)), default=0) >= _CONV_NDIM
     )
 
 
@@ -277,14 +364,18 @@ def _train(keys: Key[Array, "R"], data: Batch, recipe: _Recipe) -> _Weights:
 
 
 @partial(jax.jit, static_argnames=("recipe", "batch_size"))
-def _train_together(keys: Key[Array, "R"], data: Batch, recipe: _Recipe, batch_size: int) -> _Weights:
+def _train_together(
+    keys: Key[Array, "R"], data: Batch, recipe: _Recipe, batch_size: int
+) -> _Weights:
     """All in one program. On CPU one run after another, where vmapped weights make products slow."""
 
     def train_one(key: Array) -> _Weights:
         carry, step_keys = _init(key, data, recipe)
 
         def train_until_snapshot(carry: Any, keys: Array) -> Any:
-            carry, _ = jax.lax.scan(lambda carry, key: (_step(carry, key, data, recipe), None), carry, keys)
+            carry, _ = jax.lax.scan(
+                lambda carry, key: (_step(carry, key, data, recipe), None), carry, keys
+            )
             return carry, carry[0]
 
         return jax.lax.scan(train_until_snapshot, carry, step_keys)[1]
@@ -308,12 +399,16 @@ def _train_step_by_step(key: Array, data: Batch, recipe: _Recipe) -> _Weights:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *snapshots)
 
 
-def _init(key: Array, data: Batch, recipe: _Recipe) -> tuple[tuple[_Weights, Any], Key[Array, "S T"]]:
+def _init(
+    key: Array, data: Batch, recipe: _Recipe
+) -> tuple[tuple[_Weights, Any], Key[Array, "S T"]]:
     """Weights and optimizer state at the start, and a key for each step up to each snapshot."""
     layer_key, head_key, step_key = jax.random.split(key, 3)
     layers, heads = (
         tuple(
-            jax.vmap(lambda k, module=module: module.init(k, data.x[:1]).get("params", {}))(keys[i :: len(modules)])
+            jax.vmap(lambda k, module=module: module.init(k, data.x[:1]).get("params", {}))(
+                keys[i :: len(modules)]
+            )
             for i, module in enumerate(modules)
         )
         for modules, keys in (
@@ -326,18 +421,24 @@ def _init(key: Array, data: Batch, recipe: _Recipe) -> tuple[tuple[_Weights, Any
     return (weights, recipe.optimizer.init(weights)), keys
 
 
-def _step(carry: tuple[_Weights, Any], key: Array, data: Batch, recipe: _Recipe) -> tuple[_Weights, Any]:
+def _step(
+    carry: tuple[_Weights, Any], key: Array, data: Batch, recipe: _Recipe
+) -> tuple[_Weights, Any]:
     """One gradient step."""
     return _update(carry, jax.grad(_route_loss)(carry[0], key, data, recipe), recipe)
 
 
-def _update(carry: tuple[_Weights, Any], gradient: _Weights, recipe: _Recipe) -> tuple[_Weights, Any]:
+def _update(
+    carry: tuple[_Weights, Any], gradient: _Weights, recipe: _Recipe
+) -> tuple[_Weights, Any]:
     weights, opt_state = carry
     updates, opt_state = recipe.optimizer.update(gradient, opt_state, weights)
     new: Any = optax.apply_updates(weights, updates)
     layers = weights.layers
     if recipe.is_layer_trained:
-        layers = tuple(_project(layer, own) for layer, own in zip(recipe.layers, new.layers, strict=True))
+        layers = tuple(
+            _project(layer, own) for layer, own in zip(recipe.layers, new.layers, strict=True)
+        )
     return _Weights(layers, new.heads), opt_state
 
 
@@ -345,7 +446,9 @@ _step_once = jax.jit(_step, static_argnames="recipe", donate_argnums=0)
 _update_once = jax.jit(_update, static_argnames="recipe", donate_argnums=0)
 
 
-def _step_in_parts(carry: tuple[_Weights, Any], key: Array, data: Batch, recipe: _Recipe) -> tuple[_Weights, Any]:
+def _step_in_parts(
+    carry: tuple[_Weights, Any], key: Array, data: Batch, recipe: _Recipe
+) -> tuple[_Weights, Any]:
     """As `_step`, each call of a layer a program of its own, chosen here: there is one for each module, not for each route."""
     weights = carry[0]
     hidden, labels, route, last = _draw_once(key, data, recipe)
@@ -356,7 +459,9 @@ def _step_in_parts(carry: tuple[_Weights, Any], key: Array, data: Batch, recipe:
         calls.append((turn, place, pull_fn))
     turn, place = int(last) % len(recipe.heads), int(last) // len(recipe.heads)
     layers, heads = map(list, _make_zeros(weights))
-    heads[turn], pulled = _end(recipe.heads[turn], weights.heads[turn], heads[turn], place, hidden, labels)
+    heads[turn], pulled = _end(
+        recipe.heads[turn], weights.heads[turn], heads[turn], place, hidden, labels
+    )
     for turn, place, pull_fn in reversed(calls):
         layers[turn], pulled = _pull(pull_fn, pulled, layers[turn], place)
     return _update_once(carry, _Weights(tuple(layers), tuple(heads)), recipe)
@@ -401,7 +506,9 @@ def _project(layer: Any, params: PyTree) -> PyTree:
 def _draw(key: Array, data: Batch, recipe: _Recipe) -> tuple[Array, Array, Any, Any]:
     """One minibatch, the layers and the head of one step."""
     batch_key, layer_key, head_key = jax.random.split(key, 3)
-    batch = jax.random.choice(batch_key, data.y.shape[0], (min(BATCH_SIZE, data.y.shape[0]),), replace=False)
+    batch = jax.random.choice(
+        batch_key, data.y.shape[0], (min(BATCH_SIZE, data.y.shape[0]),), replace=False
+    )
     route, last = jnp.arange(recipe.depth), jnp.array(0)
     if recipe.is_routed:
         route = jax.random.randint(layer_key, (recipe.depth,), 0, recipe.num_layers)
@@ -428,7 +535,11 @@ def _mean_loss(logits: Array, labels: Array) -> Float[Array, ""]:
 
 
 def _apply(
-    modules: tuple[nn.Module, ...], params: tuple[PyTree, ...], turn: Array | int, member: Array, x: Array
+    modules: tuple[nn.Module, ...],
+    params: tuple[PyTree, ...],
+    turn: Array | int,
+    member: Array,
+    x: Array,
 ) -> Any:
     """One member, whose module is that of its turn: no branch where the turn is known."""
 

@@ -13,7 +13,14 @@ def write(folder, *, tensors=None, config=None, name="model.safetensors"):
     from safetensors.numpy import save_file
 
     folder.mkdir(exist_ok=True)
-    options = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 6, "n_layer": 2, "n_head": 2, "n_positions": 8}
+    options = {
+        "model_type": "gpt2",
+        "vocab_size": 11,
+        "n_embd": 6,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 8,
+    }
     (folder / "config.json").write_text(json.dumps(options | (config or {})))
     if tensors is None:
         tensors = make_tensors()
@@ -30,7 +37,9 @@ def make_tensors(depth=2, seed=0, vocabulary=11, positions=8):
     }  # fmt: skip
     shapes = {"transformer.wte.weight": (vocabulary, 6), "transformer.wpe.weight": (positions, 6)}
     shapes |= {"transformer.ln_f.weight": 6, "transformer.ln_f.bias": 6}
-    shapes |= {f"transformer.h.{i}.{name}": shape for i in range(depth) for name, shape in block.items()}
+    shapes |= {
+        f"transformer.h.{i}.{name}": shape for i in range(depth) for name, shape in block.items()
+    }
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 

@@ -10,7 +10,9 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most of the time of these tests is compilation: little of it, and the same program once for all workers and runs.
 jax.config.update("jax_disable_most_optimizations", True)
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
+jax.config.update(
+    "jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "jax")
+)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 with install_import_hook("jchain", "beartype.beartype"):
@@ -21,10 +23,14 @@ LAYER, HEAD = jc.layers.ResidualMLP(5, hidden=7), jc.layers.DenseHead(3)
 
 def init_params(module, key, num, shape):
     """Random params; biases too, as an initializer's zeros would hide a bias that is left out."""
-    params = [module.init(k, jax.numpy.ones((1, *shape)))["params"] for k in jax.random.split(key, num)]
+    params = [
+        module.init(k, jax.numpy.ones((1, *shape)))["params"] for k in jax.random.split(key, num)
+    ]
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
-    noisy = [leaf + 0.3 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
+    noisy = [
+        leaf + 0.3 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)
+    ]
     return jax.tree.unflatten(structure, noisy)
 
 
@@ -42,7 +48,10 @@ def make_bank(num_layers=4, num_heads=2, seed=0, layer=LAYER, **kwargs):
 
 def make_batch(num_examples=9, seed=1):
     x_key, y_key = jax.random.split(jax.random.key(seed))
-    return jc.Batch(jax.random.normal(x_key, (num_examples, 5)), jax.random.randint(y_key, (num_examples,), 0, 3))
+    return jc.Batch(
+        jax.random.normal(x_key, (num_examples, 5)),
+        jax.random.randint(y_key, (num_examples,), 0, 3),
+    )
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -71,7 +71,9 @@ def _find(groups, token):
     for group in groups:
         if token in group.tokens:
             index = group.tokens.index(token)
-            return group.module, jax.tree.map(lambda leaf, index=index: np.asarray(leaf)[index], group.params)
+            return group.module, jax.tree.map(
+                lambda leaf, index=index: np.asarray(leaf)[index], group.params
+            )
     raise AssertionError(f"token {token} is in no group")
 
 

@@ -22,7 +22,9 @@ def test_another_order_computes_the_same_and_is_undone(problem):
     shuffled = align.shuffle(jax.random.key(0), same)
     chains = np.array([[0, 1, 2, 3], [2, 2, 3, -1]])
     expected = jc.evaluate(jc.Problem(same, problem.data, 3), chains).loss
-    np.testing.assert_allclose(jc.evaluate(jc.Problem(shuffled, problem.data, 3), chains).loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        jc.evaluate(jc.Problem(shuffled, problem.data, 3), chains).loss, expected, rtol=1e-5
+    )
     assert not np.allclose(weights(shuffled)[1][0], weights(shuffled)[1][1])
     for token in range(3):
         for leaf, own in zip(weights(align.align(shuffled, token)), weights(shuffled), strict=True):
@@ -46,6 +48,8 @@ def test_aligned_layers_are_as_close_as_any_order_makes_them(problem):
 def test_bad_input_is_refused(problem, two_group_bank):
     with pytest.raises(ValueError, match=r"expected a layer token in 0..3, got 4"):
         align.align(problem.bank, 4)
-    with pytest.raises(ValueError, match="expected a layer whose hidden units are known, ResidualMLP, got Dense"):
+    with pytest.raises(
+        ValueError, match="expected a layer whose hidden units are known, ResidualMLP, got Dense"
+    ):
         align.align(two_group_bank, 3)
     assert align.align(two_group_bank, 0).layers[1] is two_group_bank.layers[1]

@@ -80,13 +80,21 @@ def test_stack_refuses(layer, layers, head, heads, kwargs, message):
 
 
 def test_concat_has_one_group_per_module_and_tokens_in_order():
-    a, b, c = make_bank(2, 1), make_bank(3, 1, seed=1, layer=jc.layers.Dense(5)), make_bank(1, 2, seed=2)
+    a, b, c = (
+        make_bank(2, 1),
+        make_bank(3, 1, seed=1, layer=jc.layers.Dense(5)),
+        make_bank(1, 2, seed=2),
+    )
     bank = jc.Bank.concat([a, b, c])
     assert [group.tokens for group in bank.layers] == [(0, 1, 5), (2, 3, 4)]
     assert [group.tokens for group in bank.heads] == [(6, 7, 8, 9)]
     assert bank.names[:3] == ("bank0/layer0", "bank0/layer1", "bank1/layer0")
     x = make_batch().x
-    for whole, part, own in [([0, 1, 6], a, [0, 1, 2]), ([4, 2, 7], b, [2, 0, 3]), ([5, 9], c, [0, 2])]:
+    for whole, part, own in [
+        ([0, 1, 6], a, [0, 1, 2]),
+        ([4, 2, 7], b, [2, 0, 3]),
+        ([5, 9], c, [0, 2]),
+    ]:
         np.testing.assert_array_equal(jc.apply_chain(bank, whole, x), jc.apply_chain(part, own, x))
 
 
@@ -104,9 +112,14 @@ def test_concat_moves_parents_and_refuses_other_stems():
     with pytest.raises(ValueError, match="empty bank"):
         jc.Bank.concat([])
     wide = jc.Bank.stack(
-        LAYER, init_params(jc.layers.ResidualMLP(5, hidden=6), jax.random.key(0), 1, (5,)), HEAD, HEADS
+        LAYER,
+        init_params(jc.layers.ResidualMLP(5, hidden=6), jax.random.key(0), 1, (5,)),
+        HEAD,
+        HEADS,
     )
-    with pytest.raises(ValueError, match=r"token 2 of the new bank do not stack: .* as in token 0 of the new bank"):
+    with pytest.raises(
+        ValueError, match=r"token 2 of the new bank do not stack: .* as in token 0 of the new bank"
+    ):
         jc.Bank.concat([make_bank(2, 1), wide])
 
 
@@ -120,7 +133,9 @@ def test_params_of_a_stem_may_be_arrays_of_numpy():
 def test_take(two_group_bank):
     taken = two_group_bank.take([4, 0], [6])
     x = make_batch().x
-    np.testing.assert_array_equal(jc.apply_chain(taken, [0, 1, 2], x), jc.apply_chain(two_group_bank, [4, 0, 6], x))
+    np.testing.assert_array_equal(
+        jc.apply_chain(taken, [0, 1, 2], x), jc.apply_chain(two_group_bank, [4, 0, 6], x)
+    )
     assert taken.names == tuple(two_group_bank.names[i] for i in (4, 0, 6))
     assert len(two_group_bank.take([1]).layers) == 1
     bank = make_bank(3, 2, parents=[[0, 1, 3], [1, 2, 4]])
@@ -141,18 +156,30 @@ def test_save_and_load_give_the_same_bits(two_group_bank, tmp_path):
 
 def test_save_keeps_stem_fields_dtypes_and_metadata(tmp_path):
     layer = jc.layers.Dense(5, activation=nn.gelu)
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), init_params(layer, jax.random.key(0), 2, (5,)))
+    params = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16), init_params(layer, jax.random.key(0), 2, (5,))
+    )
     stem = nn.Dense(5, use_bias=False)
     stem_params = stem.init(jax.random.key(0), jnp.ones((1, 2)))["params"]
     bank = jc.Bank.stack(
-        layer, params, HEAD, HEADS, stem=stem, stem_params=stem_params, parents=[[0, 1, 2]], num_steps=9, origins="abcd"
+        layer,
+        params,
+        HEAD,
+        HEADS,
+        stem=stem,
+        stem_params=stem_params,
+        parents=[[0, 1, 2]],
+        num_steps=9,
+        origins="abcd",
     )
     bank.save(tmp_path / "bank")
     loaded = jc.Bank.load(tmp_path / "bank")
     assert_same(loaded, bank)
     assert jax.tree.structure(loaded) == jax.tree.structure(bank)
     x = jnp.ones((3, 2), jnp.float32)
-    np.testing.assert_array_equal(jc.apply_chain(loaded, [0, 2], x), jc.apply_chain(bank, [0, 2], x))
+    np.testing.assert_array_equal(
+        jc.apply_chain(loaded, [0, 2], x), jc.apply_chain(bank, [0, 2], x)
+    )
 
 
 class Scale(nn.Module):
@@ -217,11 +244,16 @@ def test_an_interrupted_save_leaves_the_old_file(bank, tmp_path, monkeypatch):
 
 def test_layers_of_several_modules_are_groups():
     modules = [jc.layers.ResidualMLP(5), jc.layers.Dense(5), jc.layers.ResidualMLP(5)]
-    params = [init_params(module, jax.random.key(i), 1, (5,))[0] for i, module in enumerate(modules)]
+    params = [
+        init_params(module, jax.random.key(i), 1, (5,))[0] for i, module in enumerate(modules)
+    ]
     head = jc.layers.DenseHead(3)
     heads = init_params(head, jax.random.key(9), 2, (5,))
     bank = jc.Bank.stack(modules, params, head, heads)
-    assert [(group.module, group.tokens) for group in bank.layers] == [(modules[0], (0, 2)), (modules[1], (1,))]
+    assert [(group.module, group.tokens) for group in bank.layers] == [
+        (modules[0], (0, 2)),
+        (modules[1], (1,)),
+    ]
     x = jax.random.normal(jax.random.key(1), (4, 5))
     hidden = x
     for i in (2, 1, 0):
@@ -258,7 +290,9 @@ def test_parents_keep_their_heads_when_places_are_reserved():
 
 
 def test_replaced_weights_have_a_new_version_and_the_others_stay(two_group_bank):
-    params = [jax.tree.map(lambda leaf: leaf + 1, two_group_bank.get_params(token)) for token in (3, 6)]
+    params = [
+        jax.tree.map(lambda leaf: leaf + 1, two_group_bank.get_params(token)) for token in (3, 6)
+    ]
     bank = two_group_bank.replace([3, 6], params, names=["a", "b"], origins=["x", "y"])
     np.testing.assert_array_equal(bank.versions, [0, 0, 0, 1, 0, 0, 1])
     for token in range(7):
@@ -292,7 +326,8 @@ def test_weights_that_do_not_fit_are_not_put_in(bank):
     with pytest.raises(ValueError, match="params for 1 tokens, got 0"):
         bank.replace([1], [])
     with pytest.raises(
-        ValueError, match=r"do not fit token 1: expected float32\[7\] .* as in the bank, got float32\[2, 7\]"
+        ValueError,
+        match=r"do not fit token 1: expected float32\[7\] .* as in the bank, got float32\[2, 7\]",
     ):
         bank.replace([1], [jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)])
     with pytest.raises(ValueError, match="more than once"):
@@ -344,7 +379,9 @@ def test_layers_that_compute_in_bfloat16_are_a_bank():
     module = nn.Dense(5, dtype=jnp.bfloat16)
     bank = jc.Bank.stack(module, init_params(module, jax.random.key(0), 2, (5,)), HEAD, HEADS)
     data = make_batch()
-    out = jc.evaluate(jc.Problem(bank, jc.Batch(data.x.astype(jnp.bfloat16), data.y), 1), np.array([[0, 2]]))
+    out = jc.evaluate(
+        jc.Problem(bank, jc.Batch(data.x.astype(jnp.bfloat16), data.y), 1), np.array([[0, 2]])
+    )
     assert np.isfinite(out.loss).all()
 
 
@@ -353,6 +390,10 @@ def test_fields_that_are_no_data_cannot_be_saved(tmp_path):
     bank = jc.Bank.stack(LAYER, LAYERS, head, HEADS)
     bank.save(tmp_path / "bank")
     assert jc.Bank.load(tmp_path / "bank").heads[0].module == nn.Dense(3)
-    with pytest.raises(ValueError, match="cannot be saved: expected data, a dtype or a jax.nn function"):
-        jc.Bank.stack(LAYER, LAYERS, nn.Dense(3, kernel_init=Flatten), HEADS).save(tmp_path / "other")
+    with pytest.raises(
+        ValueError, match="cannot be saved: expected data, a dtype or a jax.nn function"
+    ):
+        jc.Bank.stack(LAYER, LAYERS, nn.Dense(3, kernel_init=Flatten), HEADS).save(
+            tmp_path / "other"
+        )
     assert not (tmp_path / "other").exists()

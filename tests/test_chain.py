@@ -46,8 +46,8 @@ def test_chains_of_some_layers_at_least(min_layers):
     assert np.abs(counts - 1000).max() < 5 * np.sqrt(1000)
     for tokens in expected:
         row = jnp.array(chain.pad([tokens], D)[0])
-        rows, is_there = (np.asarray(a) for a in chain.neighbours(row, N, K, min_layers=min_layers))
-        every, was_there = (np.asarray(a) for a in chain.neighbours(row, N, K))
+        rows, is_there = (np.asarray(a) for a in chain.neighbors(row, N, K, min_layers=min_layers))
+        every, was_there = (np.asarray(a) for a in chain.neighbors(row, N, K))
         is_long = np.array([len(to_tuple(other)) > min_layers for other in every])
         np.testing.assert_array_equal(rows, every)
         np.testing.assert_array_equal(is_there, was_there & is_long)
@@ -64,16 +64,24 @@ def test_sample_is_uniform_over_all_chains():
 
 
 @pytest.mark.parametrize("max_layers", [0, 1, 3])
-def test_neighbours_are_all_chains_one_edit_away(max_layers):
+def test_neighbors_are_all_chains_one_edit_away(max_layers):
     universe = all_chains(N, K, max_layers)
     for tokens in universe:
         *layers, head = tokens
-        swaps = {(*layers[:i], new, *layers[i + 1 :], head) for i in range(len(layers)) for new in range(N)}
+        swaps = {
+            (*layers[:i], new, *layers[i + 1 :], head)
+            for i in range(len(layers))
+            for new in range(N)
+        }
         heads = {(*layers, new) for new in range(N, N + K)}
-        inserts = {(*layers[:i], new, *layers[i:], head) for i in range(len(layers) + 1) for new in range(N)}
+        inserts = {
+            (*layers[:i], new, *layers[i:], head)
+            for i in range(len(layers) + 1)
+            for new in range(N)
+        }
         deletes = {(*layers[:i], *layers[i + 1 :], head) for i in range(len(layers))}
         expected = ((swaps | heads | inserts | deletes) & set(universe)) - {tokens}
-        rows, is_valid = jax.jit(chain.neighbours, static_argnums=(1, 2))(
+        rows, is_valid = jax.jit(chain.neighbors, static_argnums=(1, 2))(
             jnp.array(chain.pad([tokens], max_layers)[0]), N, K
         )
         found = [to_tuple(row) for row in np.asarray(rows)[np.asarray(is_valid)]]
@@ -85,7 +93,10 @@ def test_neighbours_are_all_chains_one_edit_away(max_layers):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ([0, 1, 999], r"token 999 at slot 2 is out of range: expected 0..2 \(layers\), 3..4 \(heads\) or -1"),
+        (
+            [0, 1, 999],
+            r"token 999 at slot 2 is out of range: expected 0..2 \(layers\), 3..4 \(heads\) or -1",
+        ),
         ([0, -2, 3], "token -2 at slot 1 is out of range"),
         ([0, 1, 2], "chain 0 has no head token"),
         ([-1, -1, -1], "chain 0 has no head token"),

@@ -14,7 +14,9 @@ def test_splits_are_whole_disjoint_stratified_and_standardized(name, size, featu
     splits = [data.train, data.search, data.select, data.test]
     assert sum(len(split.y) for split in splits) == size
     assert data.num_classes == classes
-    assert all(split.x.shape[1:] == (features,) and split.x.dtype == jnp.float32 for split in splits)
+    assert all(
+        split.x.shape[1:] == (features,) and split.x.dtype == jnp.float32 for split in splits
+    )
     # Every row of the file is in some split, as often as in the file.
     from sklearn import datasets
 
@@ -23,7 +25,9 @@ def test_splits_are_whole_disjoint_stratified_and_standardized(name, size, featu
     rows = np.concatenate([np.asarray(split.x) * std + mean for split in splits])
     order, expected = (np.lexsort(a.round(2).T) for a in (rows, raw.data))
     np.testing.assert_allclose(rows[order], raw.data[expected], rtol=1e-3, atol=2e-2)
-    shares = np.array([[np.mean(np.asarray(split.y) == c) for c in range(classes)] for split in splits])
+    shares = np.array(
+        [[np.mean(np.asarray(split.y) == c) for c in range(classes)] for split in splits]
+    )
     assert np.abs(shares - shares[0]).max() < 0.03
     x = np.asarray(data.train.x)
     np.testing.assert_allclose(x.mean(axis=0), 0, atol=1e-4)
@@ -55,7 +59,11 @@ def test_digits_are_images_too():
     assert images.train.x.shape[1:] == (8, 8, 1)
     np.testing.assert_array_equal(flat.test.y, images.test.y)
     # One mean and deviation for all places.
-    raw = 16 * (np.asarray(images.train.x) - np.asarray(images.train.x).min()) / np.ptp(np.asarray(images.train.x))
+    raw = (
+        16
+        * (np.asarray(images.train.x) - np.asarray(images.train.x).min())
+        / np.ptp(np.asarray(images.train.x))
+    )
     np.testing.assert_allclose(raw, raw.round(), atol=1e-3)
 
 

@@ -43,17 +43,25 @@ def test_legal_actions(problem):
 
 def test_heads_are_legal_from_min_layers_on(problem):
     problem = jc.Problem(problem.bank, problem.data, 3, min_layers=2)
-    layers_only, all_of_them, heads_only = [True] * 4 + [False] * 2, [True] * 6, [False] * 4 + [True] * 2
+    layers_only, all_of_them, heads_only = (
+        [True] * 4 + [False] * 2,
+        [True] * 6,
+        [False] * 4 + [True] * 2,
+    )
     legal = [env.legal_actions(problem, jnp.array(length)).tolist() for length in range(4)]
     assert legal == [layers_only, layers_only, all_of_them, heads_only]
-    with pytest.raises(ValueError, match=r"action 4 after 1 of at least 2 and at most 3 layers: .* a token in 0..3"):
+    with pytest.raises(
+        ValueError, match=r"action 4 after 1 of at least 2 and at most 3 layers: .* a token in 0..3"
+    ):
         play(problem, [0, 4])
     assert play(problem, [0, 1, 4])[0].is_done
 
 
 def test_illegal_actions_are_refused_on_the_host(problem):
     state, _ = play(problem, [0, 0, 0])
-    with pytest.raises(ValueError, match=r"illegal action 1 after 3 of at most 3 layers: expected a token in 4..5"):
+    with pytest.raises(
+        ValueError, match=r"illegal action 1 after 3 of at most 3 layers: expected a token in 4..5"
+    ):
         env.step(problem, state, jnp.array(1))
     with pytest.raises(ValueError, match=r"illegal action 6 after 0 .* expected a token in 0..5"):
         env.step(problem, env.reset(problem), jnp.array(6))
@@ -84,7 +92,10 @@ def test_jit_and_vmap_agree_with_single_steps(two_group_problem):
 
 def test_a_loss_that_is_not_finite_pays_minus_infinity():
     layer, head = jc.layers.Dense(5), jc.layers.DenseHead(3)
-    params = [jax.tree.map(lambda leaf: leaf * jnp.nan, p) for p in init_params(layer, jax.random.key(0), 1, (5,))]
+    params = [
+        jax.tree.map(lambda leaf: leaf * jnp.nan, p)
+        for p in init_params(layer, jax.random.key(0), 1, (5,))
+    ]
     bank = jc.Bank.stack(layer, params, head, init_params(head, jax.random.key(1), 1, (5,)))
     _, rewards = play(jc.Problem(bank, make_batch(), 1), [0, 1])
     assert rewards == [0, -np.inf]

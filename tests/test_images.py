@@ -35,7 +35,10 @@ class _Digits(tfds.core.GeneratorBasedBuilder):
 
     def _info(self):
         shape = (*self.SHAPE, self.CHANNELS)
-        features = {"image": tfds.features.Image(shape=shape), "label": tfds.features.ClassLabel(num_classes=10)}
+        features = {
+            "image": tfds.features.Image(shape=shape),
+            "label": tfds.features.ClassLabel(num_classes=10),
+        }
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=self.KEYS
         )
@@ -47,7 +50,10 @@ class _Digits(tfds.core.GeneratorBasedBuilder):
         digits = load_digits()
         start = 0 if name == "train" else SIZES["train"]
         for i in range(start, start + SIZES[name]):
-            yield i, {"image": encode(self.draw(i, digits.images[i])), "label": int(digits.target[i])}
+            yield (
+                i,
+                {"image": encode(self.draw(i, digits.images[i])), "label": int(digits.target[i])},
+            )
 
     def draw(self, i, image):
         return (15 * image).astype(np.uint8)
@@ -80,10 +86,16 @@ class ColoredDigits(_Digits):
     SHAPE, CHANNELS = (32, 32), 3
 
     def draw(self, i, image):
-        return np.repeat(np.kron((15 * image).astype(np.uint8), np.ones((4, 4), np.uint8))[..., None], 3, axis=2)
+        return np.repeat(
+            np.kron((15 * image).astype(np.uint8), np.ones((4, 4), np.uint8))[..., None], 3, axis=2
+        )
 
 
-SETS = {"tiny_digits": TinyDigits, "unsplit_digits": UnsplitDigits, "unlabeled_digits": UnlabeledDigits}
+SETS = {
+    "tiny_digits": TinyDigits,
+    "unsplit_digits": UnsplitDigits,
+    "unlabeled_digits": UnlabeledDigits,
+}
 SETS |= {"mixed_digits": MixedDigits, "colored_digits": ColoredDigits}
 
 
@@ -101,7 +113,9 @@ def test_a_set_is_read_as_it_was_written(folder):
     assert found.num_classes == 10
     order = np.lexsort(found.train[0].reshape(len(found.train[0]), -1).T)
     wanted = (15 * digits.images[: SIZES["train"]]).astype(np.uint8).reshape(-1, 64)
-    np.testing.assert_array_equal(found.train[0].reshape(-1, 64)[order], wanted[np.lexsort(wanted.T)])
+    np.testing.assert_array_equal(
+        found.train[0].reshape(-1, 64)[order], wanted[np.lexsort(wanted.T)]
+    )
     np.testing.assert_array_equal(np.bincount(found.test[1]), np.bincount(digits.target[1200:1500]))
     assert images.read("unsplit_digits", folder).test is None
 
@@ -129,21 +143,33 @@ def test_few_of_each_split_are_an_even_sample(folder):
         labels = np.asarray(getattr(data, name).y)
         assert len(labels) == size
         assert np.bincount(labels, minlength=10).min() >= size // 10 - 2
-    with pytest.raises(ValueError, match=r"sizes of train, search, select, test .* got \[1000, 40, 30, 50\]"):
+    with pytest.raises(
+        ValueError, match=r"sizes of train, search, select, test .* got \[1000, 40, 30, 50\]"
+    ):
         jc.data.load("tiny_digits", data_dir=folder, sizes=(1000, 40, 30, 50))
 
 
 @pytest.mark.parametrize(
     ("name", "error", "expected"),
     [
-        ("cifar10", FileNotFoundError, r"cifar10 is not prepared in .*: run jchain prepare cifar10 --data-dir"),
+        (
+            "cifar10",
+            FileNotFoundError,
+            r"cifar10 is not prepared in .*: run jchain prepare cifar10 --data-dir",
+        ),
         ("cifar11", ValueError, "unknown data set 'cifar11': did you mean .*cifar10"),
         ("qqq", ValueError, "unknown data set 'qqq': expected .* as mnist"),
         ("unlabeled_digits", ValueError, "to have images and labels, got features image, label"),
-        ("mixed_digits", ValueError, r"images of one size in mixed_digits, got \[8, 8, 1\], \[8, 9, 1\]"),
+        (
+            "mixed_digits",
+            ValueError,
+            r"images of one size in mixed_digits, got \[8, 8, 1\], \[8, 9, 1\]",
+        ),
     ],
 )
-def test_what_cannot_be_read_is_said_without_a_look_at_the_network(folder, monkeypatch, name, error, expected):
+def test_what_cannot_be_read_is_said_without_a_look_at_the_network(
+    folder, monkeypatch, name, error, expected
+):
     def refuse(*args, **kwargs):
         raise AssertionError("asked the network")
 
@@ -194,10 +220,23 @@ SMALL = [
 @pytest.mark.slow
 def test_the_command_line_searches_a_prepared_set(folder, tmp_path, capsys):
     sizes = "60,40,30,20"
-    options = ["--data", "colored_digits", "--data-dir", str(folder), "--sizes", sizes, "--out", str(tmp_path / "out")]
+    options = [
+        "--data",
+        "colored_digits",
+        "--data-dir",
+        str(folder),
+        "--sizes",
+        sizes,
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main(["search", *options, *SMALL]) == 0
     bank = jc.Bank.load(tmp_path / "out" / "bank.safetensors")
-    assert [(group.module.depth, group.tokens) for group in bank.layers] == [(1, (0,)), (2, (1,)), (3, (2,))]
+    assert [(group.module.depth, group.tokens) for group in bank.layers] == [
+        (1, (0,)),
+        (2, (1,)),
+        (3, (2,)),
+    ]
     assert [type(group.module).__name__ for group in bank.heads] == ["PoolHead", "ConvHead"]
     assert bank.embed(jnp.zeros((1, 32, 32, 3))).shape == (1, 16, 16, 4)
     # Where the set lies is read off the result.
@@ -218,7 +257,10 @@ def test_the_command_line_searches_a_prepared_set(folder, tmp_path, capsys):
             "--layer conv for images and for nothing else, got conv for [13]",
         ),
         (["search", "--data", "cifar10"], "run jchain prepare cifar10 --data-dir"),
-        (["search", "--data", "tiny_digits", "--sizes", "5,5"], "expected sizes of train, search, select, test"),
+        (
+            ["search", "--data", "tiny_digits", "--sizes", "5,5"],
+            "expected sizes of train, search, select, test",
+        ),
         (["prepare", "cifar11"], "did you mean"),
     ],
 )

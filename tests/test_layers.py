@@ -10,7 +10,8 @@ import jchain as jc
 
 
 @pytest.mark.parametrize(
-    "layer", [jc.layers.ResidualMLP(5), jc.layers.ResidualMLP(5, hidden=3), jc.layers.Dense(5, nn.tanh)]
+    "layer",
+    [jc.layers.ResidualMLP(5), jc.layers.ResidualMLP(5, hidden=3), jc.layers.Dense(5, nn.tanh)],
 )
 @pytest.mark.parametrize("shape", [(4, 5), (4, 2, 5)])
 def test_layers_keep_the_shape(layer, shape):
@@ -34,7 +35,9 @@ def test_layers_match_a_float64_loop(layer, shape):
     (params,) = init_params(layer, jax.random.key(1), 1, shape[1:])
     out = layer.apply({"params": params}, x)
     assert out.shape == x.shape
-    np.testing.assert_allclose(out, reference.apply(layer, params, np.asarray(x, np.float64)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        out, reference.apply(layer, params, np.asarray(x, np.float64)), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_causal_positions_see_nothing_later():
@@ -74,11 +77,17 @@ def test_stem_and_heads_of_images():
 
     head = jc.layers.ConvHead(10)
     (params,) = init_params(head, jax.random.key(2), 1, (7, 6, 3))
-    assert [params[f"Dense_{i}"]["kernel"].shape for i in range(3)] == [(126, 120), (120, 84), (84, 10)]
+    assert [params[f"Dense_{i}"]["kernel"].shape for i in range(3)] == [
+        (126, 120),
+        (120, 84),
+        (84, 10),
+    ]
     hidden = np.asarray(x, np.float64).reshape(4, -1)
     for i in range(3):
         hidden = np.maximum(hidden, 0) if i else hidden
-        hidden = hidden @ np.asarray(params[f"Dense_{i}"]["kernel"]) + np.asarray(params[f"Dense_{i}"]["bias"])
+        hidden = hidden @ np.asarray(params[f"Dense_{i}"]["kernel"]) + np.asarray(
+            params[f"Dense_{i}"]["bias"]
+        )
     np.testing.assert_allclose(head.apply({"params": params}, x), hidden, atol=1e-5)
     (params,) = init_params(jc.layers.ConvHead(10, pool=3), jax.random.key(2), 1, (7, 6, 3))
     assert params["Dense_0"]["kernel"].shape == (2 * 2 * 3, 120)

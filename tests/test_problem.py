@@ -16,19 +16,51 @@ X, Y = make_batch()
     ("data", "kwargs", "message"),
     [
         (jc.Batch(X, Y + 1), {}, r"expected labels in 0..2, the head's classes, got \d..3"),
-        (jc.Batch(X, Y.at[3].set(-1)), {}, r"expected labels in 0..2, the head's classes, got -1..2"),
+        (
+            jc.Batch(X, Y.at[3].set(-1)),
+            {},
+            r"expected labels in 0..2, the head's classes, got -1..2",
+        ),
         (jc.Batch(X, Y[:-1]), {}, r"as many labels, at least one, got x \[9, 5\] and y \[8\]"),
         (jc.Batch(X[:0], Y[:0]), {}, "at least one, got x"),
         (jc.Batch(X[:, :4], Y), {}, r"ResidualMLP.* does not take an input of shape \[9, 4\]"),
         (jc.Batch(X.at[0, 0].set(jnp.nan), Y), {}, "expected finite examples"),
         (jc.Batch(X, Y), {"max_layers": -1}, "max_layers to be an integer of at least 0, got -1"),
-        (jc.Batch(X, Y), {"max_layers": True}, "max_layers to be an integer of at least 0, got True"),
-        (jc.Batch(X, Y), {"min_layers": 3}, r"min_layers to be an integer in 0..2, up to max_layers, got 3"),
-        (jc.Batch(X, Y), {"min_layers": -1}, r"min_layers to be an integer in 0..2, up to max_layers, got -1"),
-        (jc.Batch(X, Y), {"min_layers": True}, r"min_layers to be an integer in 0..2, up to max_layers, got True"),
-        (jc.Batch(X, Y), {"layer_cost": jnp.zeros(3)}, r"expected one layer_cost or 4, got shape \[3\]"),
-        (jc.Batch(X, Y), {"loss_fn": lambda a, b: a @ b.T}, r"loss_fn does not take outputs \[9, 3\] and labels"),
-        (jc.Batch(X, Y), {"loss_fn": lambda a, b: b}, "expected loss_fn to return floats, got int32"),
+        (
+            jc.Batch(X, Y),
+            {"max_layers": True},
+            "max_layers to be an integer of at least 0, got True",
+        ),
+        (
+            jc.Batch(X, Y),
+            {"min_layers": 3},
+            r"min_layers to be an integer in 0..2, up to max_layers, got 3",
+        ),
+        (
+            jc.Batch(X, Y),
+            {"min_layers": -1},
+            r"min_layers to be an integer in 0..2, up to max_layers, got -1",
+        ),
+        (
+            jc.Batch(X, Y),
+            {"min_layers": True},
+            r"min_layers to be an integer in 0..2, up to max_layers, got True",
+        ),
+        (
+            jc.Batch(X, Y),
+            {"layer_cost": jnp.zeros(3)},
+            r"expected one layer_cost or 4, got shape \[3\]",
+        ),
+        (
+            jc.Batch(X, Y),
+            {"loss_fn": lambda a, b: a @ b.T},
+            r"loss_fn does not take outputs \[9, 3\] and labels",
+        ),
+        (
+            jc.Batch(X, Y),
+            {"loss_fn": lambda a, b: b},
+            "expected loss_fn to return floats, got int32",
+        ),
     ],
 )
 def test_bad_problems_are_refused(bank, data, kwargs, message):
@@ -39,7 +71,10 @@ def test_bad_problems_are_refused(bank, data, kwargs, message):
 def test_heads_must_agree():
     layer, other = jc.layers.Dense(5), jc.layers.DenseHead(4)
     bank = jc.Bank.stack(
-        layer, init_params(layer, jax.random.key(0), 1, (5,)), other, init_params(other, jax.random.key(0), 1, (5,))
+        layer,
+        init_params(layer, jax.random.key(0), 1, (5,)),
+        other,
+        init_params(other, jax.random.key(0), 1, (5,)),
     )
     both = jc.Bank.concat([bank, make_bank(1, 1)])
     with pytest.raises(ValueError, match=r"heads of one output shape, got \[\[9, 4\], \[9, 3\]\]"):
@@ -54,7 +89,9 @@ def test_layer_cost_is_added_per_layer(bank):
     chains = jc.chain.pad([[4], [0, 4], [1, 0, 5]])
     free = jc.evaluate(jc.Problem(bank, jc.Batch(X, Y), max_layers=2), chains).loss
     one = jc.evaluate(jc.Problem(bank, jc.Batch(X, Y), max_layers=2, layer_cost=0.5), chains).loss
-    each = jc.evaluate(jc.Problem(bank, jc.Batch(X, Y), 2, layer_cost=jnp.array([1.0, 10, 0, 0])), chains).loss
+    each = jc.evaluate(
+        jc.Problem(bank, jc.Batch(X, Y), 2, layer_cost=jnp.array([1.0, 10, 0, 0])), chains
+    ).loss
     np.testing.assert_allclose(one - free, [0, 0.5, 1.0], atol=1e-6)
     np.testing.assert_allclose(each - free, [0, 1, 11], atol=1e-5)
 
@@ -82,7 +119,9 @@ def test_a_bank_made_for_images_of_another_shape_says_so():
     x = jnp.ones((6, 8, 8, 1))
     modules = {"layer": jc.layers.ConvBlock(4), "head": jc.layers.DenseHead(3), "stem": stem}
     params = stem.init(jax.random.key(0), x)["params"]
-    make = partial(jc.train.random, jax.random.key(0), **modules, stem_params=params, depth=1, num_steps=0)
+    make = partial(
+        jc.train.random, jax.random.key(0), **modules, stem_params=params, depth=1, num_steps=0
+    )
     bank = make(jc.Batch(x, y), num_layers=2)
     for shape in ((6, 8, 8, 3), (6, 64)):
         words = rf"stem ConvStem does not take an input of shape \{str(list(shape))[:-1]}\]"
@@ -90,7 +129,9 @@ def test_a_bank_made_for_images_of_another_shape_says_so():
             jc.Problem(bank, jc.Batch(jnp.ones(shape), y), max_layers=1)
         with pytest.raises(ValueError, match=words):
             make(jc.Batch(jnp.ones(shape), y), num_layers=2)
-    with pytest.raises(ValueError, match=r"head DenseHead does not take the layers' shape \[6, 16, 16, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"head DenseHead does not take the layers' shape \[6, 16, 16, 4\]"
+    ):
         jc.Problem(bank, jc.Batch(jnp.ones((6, 16, 16, 1)), y), max_layers=1)
 
 
@@ -103,4 +144,6 @@ def test_labels_that_are_not_one_for_each_output_have_no_accuracy(bank):
     column = jc.Problem(bank, jc.Batch(data.x, data.y[:, None]), 1, loss_fn=loss_fn)
     out = jc.evaluate(column, np.array([[0, bank.num_layers]]))
     assert np.isnan(out.accuracy).all()
-    np.testing.assert_allclose(out.loss, jc.evaluate(jc.Problem(bank, data, 1), np.array([[0, bank.num_layers]])).loss)
+    np.testing.assert_allclose(
+        out.loss, jc.evaluate(jc.Problem(bank, data, 1), np.array([[0, bank.num_layers]])).loss
+    )

@@ -18,7 +18,14 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 def make_model_and_text(folder):
     """What the second example reads: a tiny model of bytes, and a text."""
-    options = {"model_type": "gpt2", "vocab_size": 256, "n_embd": 8, "n_layer": 6, "n_head": 2, "n_positions": 128}
+    options = {
+        "model_type": "gpt2",
+        "vocab_size": 256,
+        "n_embd": 8,
+        "n_layer": 6,
+        "n_head": 2,
+        "n_positions": 128,
+    }
     model = make_checkpoint(folder / "new")
     (model / "config.json").write_text(json.dumps(options))
     bank = jc.hub.init(jax.random.key(0), model)
@@ -54,11 +61,15 @@ def test_files_and_scripts_it_names_exist():
 
 
 def test_ci_runs_the_test_command_that_it_shows():
-    (command,) = [line for line in README.splitlines() if line.startswith("python3") and "pytest" in line]
+    (command,) = [
+        line for line in README.splitlines() if line.startswith("python3") and "pytest" in line
+    ]
     script = (ROOT / ".ci" / "run").read_text()
     assert command not in script
     (pattern,) = re.findall(r"\$\((grep .*) README.md\)", script)
-    found = subprocess.run(["bash", "-c", f"{pattern} README.md"], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        ["bash", "-c", f"{pattern} README.md"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert found.stdout.strip() == command
 
 
@@ -84,7 +95,10 @@ def test_the_table_of_transformers_shows_the_results():
     wins, mix = result["wins"], result["mix"]
     for name, cells in [
         ("best recipe", [f"{row['loss']:.3f}" for row in wins.values()]),
-        ("local search that begins at recipes", [f"{row['found']['loss']:.3f}" for row in wins.values()]),
+        (
+            "local search that begins at recipes",
+            [f"{row['found']['loss']:.3f}" for row in wins.values()],
+        ),
         (
             "lower, equal in, of 5 models",
             [f"{row['found']['lower']}, {row['found']['equal']}" for row in wins.values()],
@@ -101,7 +115,9 @@ def test_the_table_of_transformers_shows_the_results():
 
 def test_the_speed_of_transformers_is_that_of_the_results():
     result = json.loads((ROOT / "benchmarks" / "results" / "hub_cpu.json").read_text())
-    (said,) = re.findall(r"- Chains of the blocks of a GPT-2.*?`benchmarks/hub.py`", README, re.DOTALL)
+    (said,) = re.findall(
+        r"- Chains of the blocks of a GPT-2.*?`benchmarks/hub.py`", README, re.DOTALL
+    )
     for row in result["rows"]:
         assert f"{row['torch_seconds'] / row['seconds']:.2f}" in said
     low, *_, high = sorted(row["of_limit"] for row in result["rows"])

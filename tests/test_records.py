@@ -45,7 +45,9 @@ def test_results_hang_on_the_modules_that_they_reach(digest):
     for name in ("search/linearized.py", "gradient.py", "trends.py"):
         assert digest(name, uses=uses) == plain
         if name != "trends.py":
-            assert digest(name, uses=(jc.LinearizedSearch(),)) != digest(uses=(jc.LinearizedSearch(),))
+            assert digest(name, uses=(jc.LinearizedSearch(),)) != digest(
+                uses=(jc.LinearizedSearch(),)
+            )
     assert digest("search/base.py", line="# A comment.", uses=uses) == plain
     assert digest(inputs=1, uses=uses) != plain
 

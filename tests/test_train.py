@@ -38,11 +38,27 @@ def test_banks_have_the_asked_sizes_and_are_seeded(kind):
 
 def test_names_and_parents():
     bank = make("independent")
-    assert bank.names == ("net0/0", "net0/1", "net0/2", "net1/0", "net1/1", "net1/2", "net0/head", "net1/head")
+    assert bank.names == (
+        "net0/0",
+        "net0/1",
+        "net0/2",
+        "net1/0",
+        "net1/1",
+        "net1/2",
+        "net0/head",
+        "net1/head",
+    )
     assert bank.parents == ((0, 1, 2, 6), (3, 4, 5, 7))
-    assert [bank.describe(parent) for parent in bank.parents][1] == "net1/0 -> net1/1 -> net1/2 -> net1/head"
+    assert [bank.describe(parent) for parent in bank.parents][
+        1
+    ] == "net1/0 -> net1/1 -> net1/2 -> net1/head"
     assert bank.origins[0] == "nets trained apart: net0/0"
-    assert make("snapshots", num_steps=19).names[:4] == ("step10/0", "step10/1", "step10/2", "step20/0")
+    assert make("snapshots", num_steps=19).names[:4] == (
+        "step10/0",
+        "step10/1",
+        "step10/2",
+        "step20/0",
+    )
     assert make("routed").names[5:] == ("routed/5", "routed/head0", "routed/head1")
 
 
@@ -62,14 +78,26 @@ def test_snapshots_share_one_run():
     assert losses[0] > losses[1] > losses[2]
     alone = make("snapshots", num_snapshots=1, num_steps=300)
     last = bank.take(bank.parents[2][:-1], bank.parents[2][-1:])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), last.layers, alone.layers)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        last.layers,
+        alone.layers,
+    )
 
 
 def test_one_step_of_a_net_by_hand():
     """The loop against a gradient step written out, on the whole split as the minibatch."""
     rate, data = 0.1, make_batch(7)
-    settings = {"layer": LAYER, "head": HEAD, "num_nets": 1, "depth": 2, "optimizer": optax.sgd(rate)}
-    start, after = (jc.train.independent(jax.random.key(0), data, num_steps=num, **settings) for num in (0, 1))
+    settings = {
+        "layer": LAYER,
+        "head": HEAD,
+        "num_nets": 1,
+        "depth": 2,
+        "optimizer": optax.sgd(rate),
+    }
+    start, after = (
+        jc.train.independent(jax.random.key(0), data, num_steps=num, **settings) for num in (0, 1)
+    )
 
     def loss_fn(params):
         layers, head = params
@@ -82,16 +110,24 @@ def test_one_step_of_a_net_by_hand():
     params = (start.layers[0].params, start.heads[0].params)
     expected = jax.tree.map(lambda p, g: p - rate * g, params, jax.grad(loss_fn)(params))
     found = (after.layers[0].params, after.heads[0].params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected
+    )
 
 
 def test_routes_reach_every_layer_and_random_layers_stay():
     start, routed = make("routed", num_steps=0), make("routed", num_steps=40)
-    moved = np.abs(start.layers[0].params["Dense_0"]["kernel"] - routed.layers[0].params["Dense_0"]["kernel"])
+    moved = np.abs(
+        start.layers[0].params["Dense_0"]["kernel"] - routed.layers[0].params["Dense_0"]["kernel"]
+    )
     assert np.all(moved.max(axis=(1, 2)) > 0)
     start, random = make("random", num_steps=0), make("random", num_steps=40)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), start.layers, random.layers)
-    heads = np.abs(start.heads[0].params["Dense_0"]["kernel"] - random.heads[0].params["Dense_0"]["kernel"])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), start.layers, random.layers
+    )
+    heads = np.abs(
+        start.heads[0].params["Dense_0"]["kernel"] - random.heads[0].params["Dense_0"]["kernel"]
+    )
     assert np.all(heads.max(axis=(1, 2)) > 0)
 
 
@@ -139,11 +175,20 @@ def test_one_compilation_per_recipe():
 
 
 def test_several_modules_take_turns():
-    layers, heads = [jc.layers.ResidualMLP(5), jc.layers.Dense(5)], [HEAD, jc.layers.DenseHead(3), TanhHead(3)]
+    layers, heads = (
+        [jc.layers.ResidualMLP(5), jc.layers.Dense(5)],
+        [HEAD, jc.layers.DenseHead(3), TanhHead(3)],
+    )
     bank = make("routed", layer=tuple(layers), head=tuple(heads), num_layers=5, num_heads=3)
-    assert [(group.module, group.tokens) for group in bank.layers] == [(layers[0], (0, 2, 4)), (layers[1], (1, 3))]
+    assert [(group.module, group.tokens) for group in bank.layers] == [
+        (layers[0], (0, 2, 4)),
+        (layers[1], (1, 3)),
+    ]
     # Equal modules are one group.
-    assert [(group.module, group.tokens) for group in bank.heads] == [(HEAD, (5, 6)), (heads[2], (7,))]
+    assert [(group.module, group.tokens) for group in bank.heads] == [
+        (HEAD, (5, 6)),
+        (heads[2], (7,)),
+    ]
     assert bank.names[:2] == ("routed/0", "routed/1")
     nets = make("independent", layer=tuple(layers), num_steps=300)
     start = make("independent", layer=tuple(layers), num_steps=0)
@@ -152,7 +197,9 @@ def test_several_modules_take_turns():
         assert loss_of(nets, parent) < 0.7 * loss_of(start, parent)
     # All of them are trained.
     moved = jax.tree.map(
-        lambda a, b: bool(jnp.any(a != b, axis=tuple(range(1, a.ndim))).all()), nets.layers, start.layers
+        lambda a, b: bool(jnp.any(a != b, axis=tuple(range(1, a.ndim))).all()),
+        nets.layers,
+        start.layers,
     )
     assert all(jax.tree.leaves(moved))
 
@@ -162,8 +209,16 @@ def test_several_modules_take_turns():
     [
         ((jc.layers.ConvBlock(2),), (HEAD,), {}),
         # One program for each call, chosen by the route; layers and heads that it has twice.
-        ((jc.layers.ConvBlock(2), jc.layers.ConvBlock(2, 2)), (HEAD, jc.layers.PoolHead(3)), {"is_routed": True}),
-        ((jc.layers.ConvBlock(2),), (HEAD, jc.layers.PoolHead(3)), {"is_routed": True, "is_layer_trained": False}),
+        (
+            (jc.layers.ConvBlock(2), jc.layers.ConvBlock(2, 2)),
+            (HEAD, jc.layers.PoolHead(3)),
+            {"is_routed": True},
+        ),
+        (
+            (jc.layers.ConvBlock(2),),
+            (HEAD, jc.layers.PoolHead(3)),
+            {"is_routed": True, "is_layer_trained": False},
+        ),
         # A route that is always the same has no branches.
         ((jc.layers.ConvBlock(2), jc.layers.ConvBlock(2, 2)), (HEAD,), {"num_heads": 1}),
     ],
@@ -171,11 +226,22 @@ def test_several_modules_take_turns():
 )
 def test_steps_of_convolutions_one_by_one_are_those_of_the_loop(layers, heads, options):
     images = jc.data.Batch(jax.random.normal(jax.random.key(1), (30, 3, 3, 2)), DATA.y[:30])
-    sizes = {"num_layers": 3, "num_heads": len(heads), "depth": 3, "num_steps": 4, "num_snapshots": 2}
+    sizes = {
+        "num_layers": 3,
+        "num_heads": len(heads),
+        "depth": 3,
+        "num_steps": 4,
+        "num_snapshots": 2,
+    }
     recipe = train._Recipe(layers, heads, **sizes | options)
     keys = jax.random.split(jax.random.key(0), 1)
-    alone, together = train._train(keys, images, recipe), train._train_together(keys, images, recipe, 1)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), alone, together)
+    alone, together = (
+        train._train(keys, images, recipe),
+        train._train_together(keys, images, recipe, 1),
+    )
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), alone, together
+    )
     first, last = (np.asarray(alone.heads[0]["Dense_0"]["kernel"][0, i]) for i in range(2))
     assert not np.allclose(first, last)
 
@@ -183,21 +249,32 @@ def test_steps_of_convolutions_one_by_one_are_those_of_the_loop(layers, heads, o
 def test_one_program_for_each_module_whatever_the_routes():
     images = jc.data.Batch(jax.random.normal(jax.random.key(1), (30, 3, 3, 2)), DATA.y[:30])
     # Modules of no other test.
-    layers = jc.layers.ConvBlock(2, activation=jnp.tanh), jc.layers.ConvBlock(2, 2, activation=jnp.tanh)
+    layers = (
+        jc.layers.ConvBlock(2, activation=jnp.tanh),
+        jc.layers.ConvBlock(2, 2, activation=jnp.tanh),
+    )
     heads = jc.layers.ConvHead(3), jc.layers.PoolHead(3, activation=jnp.tanh)
     before = train._call._cache_size(), train._end._cache_size(), train._pull._cache_size()
     for num_steps in (4, 20):
-        jc.train.routed(jax.random.key(0), images, layer=layers, head=heads, num_heads=2, num_steps=num_steps)
+        jc.train.routed(
+            jax.random.key(0), images, layer=layers, head=heads, num_heads=2, num_steps=num_steps
+        )
     after = train._call._cache_size(), train._end._cache_size(), train._pull._cache_size()
     assert np.subtract(after, before).tolist() == [2, 2, 2]
 
 
 def test_modules_that_disagree_are_refused():
-    with pytest.raises(ValueError, match=r"layer Dense must keep the shape .* got float32\[60, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"layer Dense must keep the shape .* got float32\[60, 4\]"
+    ):
         make("routed", layer=(LAYER, jc.layers.Dense(4)))
-    with pytest.raises(ValueError, match=r"heads of one output shape, got \[\[60, 3\], \[60, 4\]\]"):
+    with pytest.raises(
+        ValueError, match=r"heads of one output shape, got \[\[60, 3\], \[60, 4\]\]"
+    ):
         make("routed", head=(HEAD, jc.layers.DenseHead(4)))
-    with pytest.raises(ValueError, match="at least one layer module and one head module, got 0 and 1"):
+    with pytest.raises(
+        ValueError, match="at least one layer module and one head module, got 0 and 1"
+    ):
         make("routed", layer=())
 
 
@@ -212,7 +289,11 @@ class TanhHead(nn.Module):
 def test_labels_that_are_not_as_many_are_refused():
     data = jc.data.load("wine")
     modules = {"layer": jc.layers.Dense(13), "head": jc.layers.DenseHead(3), "num_steps": 1}
-    with pytest.raises(ValueError, match="expected examples and as many labels, at least one, got x .* and y .*"):
-        jc.train.independent(jax.random.key(0), jc.Batch(data.train.x[:9], data.train.y), num_nets=1, **modules)
+    with pytest.raises(
+        ValueError, match="expected examples and as many labels, at least one, got x .* and y .*"
+    ):
+        jc.train.independent(
+            jax.random.key(0), jc.Batch(data.train.x[:9], data.train.y), num_nets=1, **modules
+        )
     with pytest.raises(ValueError, match="expected num_steps of at least 1, got 0"):
         jc.train.snapshots(jax.random.key(0), data.train, **(modules | {"num_steps": 0}))

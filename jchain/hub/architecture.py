@@ -20,7 +20,9 @@ class Architecture(NamedTuple):
     base: str  # before all names but those of the output layer; a file of the bare model may leave it out
     block: str  # before the names of block {}
     stem_places: dict[str, str]  # from each child of the stem, or param of its own, to its place
-    head_places: dict[str, str]  # likewise of the head; with tied embeddings its output layer is where the stem's are
+    head_places: dict[
+        str, str
+    ]  # likewise of the head; with tied embeddings its output layer is where the stem's are
     unused: tuple[str, ...] = ()  # buffers that older files hold, {} for the number of a block
     depth_key: str = "num_hidden_layers"  # the option that counts the blocks
     per_block: Mapping[str, tuple[Any, ...]] = MappingProxyType(

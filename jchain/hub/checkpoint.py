@@ -84,11 +84,19 @@ class Checkpoint:
         if not (self.path / INDEX).exists():
             return {}
         index = read_json(self.path / INDEX).get("weight_map")
-        if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
-            raise ValueError(f"{self.path / INDEX}: expected a weight_map from tensors to files, got {index!r:.80}")
+        if (
+            not isinstance(index, dict)
+            or not index
+            or not all(isinstance(name, str) for name in index.values())
+        ):
+            raise ValueError(
+                f"{self.path / INDEX}: expected a weight_map from tensors to files, got {index!r:.80}"
+            )
         outside = [name for name in index.values() if Path(name).name != name]
         if outside:
-            raise ValueError(f"{self.path / INDEX}: expected files of this folder, got {outside[0]!r}")
+            raise ValueError(
+                f"{self.path / INDEX}: expected files of this folder, got {outside[0]!r}"
+            )
         return index
 
     def _open(self, file_name: str) -> None:
@@ -97,7 +105,9 @@ class Checkpoint:
         path = self.path / file_name
         if not path.is_file():
             found = sorted(
-                other.name for other in self.path.iterdir() if other.suffix in (".safetensors", ".bin", ".pt")
+                other.name
+                for other in self.path.iterdir()
+                if other.suffix in (".safetensors", ".bin", ".pt")
             )
             raise FileNotFoundError(
                 f"expected weights at {path}, found {', '.join(found) or 'none'}: only safetensors are read, never pickle"
@@ -114,7 +124,9 @@ class Checkpoint:
         headers.pop("__metadata__", None)
         twice = headers.keys() & self.shapes.keys()
         if twice:
-            raise ValueError(f"{path}: expected tensors in one shard each, got {list_names(twice)} again")
+            raise ValueError(
+                f"{path}: expected tensors in one shard each, got {list_names(twice)} again"
+            )
         for name, header in headers.items():
             dtype = str(header["dtype"])
             self.shapes[name], self.dtypes[name] = tuple(header["shape"]), DTYPES.get(dtype, dtype)

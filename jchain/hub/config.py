@@ -67,7 +67,8 @@ class Config:
         """
         for key, value in self.options.items():
             is_known = key in self._asked or any(
-                key == name or (name.endswith("*") and key.startswith(name[:-1])) for name in IRRELEVANT
+                key == name or (name.endswith("*") and key.startswith(name[:-1]))
+                for name in IRRELEVANT
             )
             if not is_known and value not in (None, False, 0, "", [], {}):
                 raise ValueError(f"{self.where}: option {key} = {value!r} is not supported")

@@ -55,7 +55,9 @@ def load_text(
         raise ValueError(f"expected a length of at least 1, got {length}")
     files = [files] if isinstance(files, str | os.PathLike) else [*files]
     vocabulary, encode = _open_tokenizer(checkpoint)
-    ids = np.concatenate([encode(_read_text(Path(file)), str(file)) for file in files] or [np.zeros(0, np.int32)])
+    ids = np.concatenate(
+        [encode(_read_text(Path(file)), str(file)) for file in files] or [np.zeros(0, np.int32)]
+    )
     count = max(0, (len(ids) - 1) // length)
     if count < len(SPLITS):
         raise ValueError(
@@ -67,7 +69,12 @@ def load_text(
 
 
 def load_choices(
-    checkpoint: Path_, file: Path_, *, length: int | None = None, seed: int = 0, sizes: Sequence[int] | None = None
+    checkpoint: Path_,
+    file: Path_,
+    *,
+    length: int | None = None,
+    seed: int = 0,
+    sizes: Sequence[int] | None = None,
 ) -> Dataset:
     """Questions with choices, for `choice_loss` and `choice_accuracy`.
 
@@ -98,7 +105,9 @@ def load_choices(
         if line.strip():
             question, choices = _read_question(line, f"{path}, line {i}")
             start = len(encode(question, f"{path}, line {i}"))
-            rows.append([(encode(f"{question} {choice}", f"{path}, line {i}"), start) for choice in choices])
+            rows.append(
+                [(encode(f"{question} {choice}", f"{path}, line {i}"), start) for choice in choices]
+            )
     counts = sorted({len(row) for row in rows})
     if len(counts) != 1 or len(rows) < len(SPLITS):
         raise ValueError(
@@ -150,22 +159,35 @@ def load_images(
         raise ValueError(f"expected a model of images at {checkpoint}, got one of text")
     options = read_json(Path(checkpoint) / PREPROCESSOR)
     where = Path(checkpoint) / PREPROCESSOR
-    if abs((options.get("rescale_factor") or 1 / 255) * 255 - 1) > 1e-6 or not options.get("do_rescale", True):
+    if abs((options.get("rescale_factor") or 1 / 255) * 255 - 1) > 1e-6 or not options.get(
+        "do_rescale", True
+    ):
         raise ValueError(f"{where}: expected a rescale_factor of 1/255")
     if options.get("do_center_crop") or not options.get("do_resize", True):
         raise ValueError(f"{where}: expected do_resize without do_center_crop")
     if (kind := options.get("resample", 2)) not in _FILTERS:
         raise ValueError(f"{where}: expected resample of 2 (bilinear) or 3 (bicubic), got {kind!r}")
     is_standard = options.get("do_normalize", True)
-    mean, std = (np.array(options.get(f"image_{of}") or [0.5] * 3, np.float32) for of in ("mean", "std"))
+    mean, std = (
+        np.array(options.get(f"image_{of}") or [0.5] * 3, np.float32) for of in ("mean", "std")
+    )
     if not is_standard:
         mean, std = np.zeros(3, np.float32), np.ones(3, np.float32)
     found = images.read(name, data_dir)
     _, height, width, channels = architecture.example
-    data = split(*found.train, seed=seed, name=name, test=found.test, sizes=sizes, statistics=(255 * mean, 255 * std))
+    data = split(
+        *found.train,
+        seed=seed,
+        name=name,
+        test=found.test,
+        sizes=sizes,
+        statistics=(255 * mean, 255 * std),
+    )
     resize = jax.jit(
         lambda x: jax.image.resize(
-            jnp.broadcast_to(x, (*x.shape[:3], channels)), (x.shape[0], height, width, channels), _FILTERS[kind]
+            jnp.broadcast_to(x, (*x.shape[:3], channels)),
+            (x.shape[0], height, width, channels),
+            _FILTERS[kind],
         )
     )
 
@@ -175,14 +197,18 @@ def load_images(
         return Batch(jnp.concatenate(parts), batch.y)
 
     kept = most or (None,) * len(SPLITS)
-    return data._replace(**{name: fit(getattr(data, name), num) for name, num in zip(SPLITS, kept, strict=True)})
+    return data._replace(
+        **{name: fit(getattr(data, name), num) for name, num in zip(SPLITS, kept, strict=True)}
+    )
 
 
 def token_loss(outputs: Float[Array, "*B T V"], y: Int[Array, "*B T"]) -> Float[Array, "*B"]:
     """Cross-entropy of the next token in nats, the mean over the tokens of each sequence whose label is not below 0."""
     is_counted = y >= 0
     each = optax.softmax_cross_entropy_with_integer_labels(outputs, jnp.maximum(y, 0))
-    return jnp.sum(jnp.where(is_counted, each, 0.0), axis=-1) / jnp.maximum(jnp.sum(is_counted, axis=-1), 1)
+    return jnp.sum(jnp.where(is_counted, each, 0.0), axis=-1) / jnp.maximum(
+        jnp.sum(is_counted, axis=-1), 1
+    )
 
 
 def token_accuracy(outputs: Float[Array, "*B T V"], y: Int[Array, "*B T"]) -> Float[Array, "*B"]:
@@ -254,15 +280,24 @@ def _read_question(line: str, where: str) -> tuple[str, list[str]]:
         is_right = isinstance(question, str) and isinstance(choices, list) and len(choices) > 1
         is_right = is_right and all(isinstance(choice, str) for choice in choices)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f'{where}: expected {{"question": ..., "choices": [...], "answer": 0}}, got {error}') from None
-    if not is_right or isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise ValueError(
+            f'{where}: expected {{"question": ..., "choices": [...], "answer": 0}}, got {error}'
+        ) from None
+    if (
+        not is_right
+        or isinstance(answer, bool)
+        or not isinstance(answer, int)
+        or not 0 <= answer < len(choices)
+    ):
         raise ValueError(
             f"{where}: expected a question, choices as text, and which of them is right from 0, got {line:.80}"
         )
     return question, [choices[answer], *choices[:answer], *choices[answer + 1 :]]
 
 
-def _split(x: np.ndarray, y: np.ndarray, seed: int, sizes: Sequence[int] | None, name: str, vocabulary: int) -> Dataset:
+def _split(
+    x: np.ndarray, y: np.ndarray, seed: int, sizes: Sequence[int] | None, name: str, vocabulary: int
+) -> Dataset:
     """Examples drawn into splits."""
     order = np.random.default_rng(seed).permutation(len(x))
     others = np.maximum(1, np.floor(np.array(SHARES[1:]) * len(x)).astype(int))
@@ -272,5 +307,7 @@ def _split(x: np.ndarray, y: np.ndarray, seed: int, sizes: Sequence[int] | None,
             f"expected sizes of {', '.join(SPLITS)} of at least 1 and {len(x)} in all, got {[*map(int, given)]}"
         )
     parts = np.split(order, np.cumsum(given))[: len(SPLITS)]
-    batches = (Batch(jnp.asarray(x[rows], jnp.int32), jnp.asarray(y[rows], jnp.int32)) for rows in parts)
+    batches = (
+        Batch(jnp.asarray(x[rows], jnp.int32), jnp.asarray(y[rows], jnp.int32)) for rows in parts
+    )
     return Dataset(*batches, name=name, num_classes=vocabulary)

@@ -37,7 +37,9 @@ class Model(NamedTuple):
     """A chain as the model that it is: no wrapped modules, no embeddings that are left behind."""
 
     stem: PyTree
-    blocks: list[tuple[str, int, nn.Module, PyTree]]  # of each its model, its number in it, its module and its params
+    blocks: list[
+        tuple[str, int, nn.Module, PyTree]
+    ]  # of each its model, its number in it, its module and its params
     head: PyTree
     sources: tuple[str, str]  # the models of its embeddings and of its output layer
 
@@ -77,7 +79,11 @@ def export(
         raise FileExistsError(f"expected no folder at {out}, found one")
     if not isinstance(source, str | os.PathLike | Mapping):
         raise ValueError(f"expected a folder, or the folder of each model by name, got {source!r}")
-    tokens = [int(t) for t in chain_lib.validate(np.asarray(chain), bank.num_layers, bank.num_heads) if t >= 0]
+    tokens = [
+        int(t)
+        for t in chain_lib.validate(np.asarray(chain), bank.num_layers, bank.num_heads)
+        if t >= 0
+    ]
     first = Path(source if isinstance(source, str | os.PathLike) else next(iter(source.values())))
     options = read_json(first / CONFIG)
     architecture = describe(options, str(first / CONFIG))
@@ -97,7 +103,11 @@ def export(
     try:
         os.chmod(folder, 0o777 & ~find_umask())
         for path in sorted(first.iterdir()):
-            if path.is_file() and path.name not in _OWN_FILES and not path.name.endswith(_WEIGHT_SUFFIXES):
+            if (
+                path.is_file()
+                and path.name not in _OWN_FILES
+                and not path.name.endswith(_WEIGHT_SUFFIXES)
+            ):
                 shutil.copy(path, folder / path.name)
             elif path.is_dir() and path.name == _TEMPLATES:
                 shutil.copytree(path, folder / path.name)
@@ -123,7 +133,9 @@ def unfold(bank: Bank, tokens: Sequence[int], depth: int) -> Model:
     Raises:
       ValueError: a layer is none of those that `load` or `load_many` make.
     """
-    modules = {token: group.module for group in (*bank.layers, *bank.heads) for token in group.tokens}
+    modules = {
+        token: group.module for group in (*bank.layers, *bank.heads) for token in group.tokens
+    }
     entry = 0
     blocks: list[Any] = []
     for token in tokens[:-1]:
@@ -131,13 +143,20 @@ def unfold(bank: Bank, tokens: Sequence[int], depth: int) -> Model:
         if isinstance(module, Restart):
             shares = np.asarray(params["shares"], np.float32)
             if sorted(shares) != [0.0] * (len(shares) - 1) + [1.0]:
-                raise ValueError(f"expected {bank.names[token]} to be those of one model, got shares {shares.tolist()}")
+                raise ValueError(
+                    f"expected {bank.names[token]} to be those of one model, got shares {shares.tolist()}"
+                )
             entry, blocks = 1 + int(shares.argmax()), []
         else:
             source, place = find_position(bank.names[token])
             is_within = isinstance(module, Within)
             blocks.append(
-                (source, place, module.block if is_within else module, params["block"] if is_within else params)
+                (
+                    source,
+                    place,
+                    module.block if is_within else module,
+                    params["block"] if is_within else params,
+                )
             )
     head, params = modules[tokens[-1]], bank.get_params(tokens[-1])
     head_source = bank.names[tokens[-1]].rpartition("/")[0]
@@ -149,7 +168,9 @@ def unfold(bank: Bank, tokens: Sequence[int], depth: int) -> Model:
         blocks = [(stem.source, *block) for block in begin] + blocks
         stem_params, stem_source = stem_params["stem"], stem.source
     if isinstance(head, Exit):
-        end = zip(range(depth - len(head.blocks), depth), head.blocks, _get_blocks(params), strict=True)
+        end = zip(
+            range(depth - len(head.blocks), depth), head.blocks, _get_blocks(params), strict=True
+        )
         blocks += [(head_source, *block) for block in end]
         params = params["head"]
     return Model(stem_params, blocks, params, (stem_source, head_source))
@@ -174,10 +195,14 @@ def _find_changed(bank: Bank, tokens: Sequence[int]) -> list[str]:
     """What of a chain has other weights than the checkpoint it came from."""
     versions = np.asarray(bank.get_versions())
     choices = find_restarts(bank)
-    return sorted({bank.names[token] for token in tokens if versions[token] > 0 and token not in choices})
+    return sorted(
+        {bank.names[token] for token in tokens if versions[token] > 0 and token not in choices}
+    )
 
 
-def make_config(model: Model, architecture: Architecture, options: dict[str, Any], source: Path) -> dict[str, Any]:
+def make_config(
+    model: Model, architecture: Architecture, options: dict[str, Any], source: Path
+) -> dict[str, Any]:
     """The config of the source, for these blocks.
 
     Raises:
@@ -190,13 +215,16 @@ def make_config(model: Model, architecture: Architecture, options: dict[str, Any
     for key, values in architecture.per_block.items():
         if config.get(key) is not None or len(set(values)) > 1:
             config[key] = [values[place] for _, place, _, _ in model.blocks]
-    if config.get("tie_word_embeddings", architecture.is_tied) and not share_embeddings(model, architecture):
+    if config.get("tie_word_embeddings", architecture.is_tied) and not share_embeddings(
+        model, architecture
+    ):
         config["tie_word_embeddings"] = False
     modules = tuple(module for _, _, module, _ in model.blocks)
     if describe(config, str(source)).blocks != modules:
         # What the config says by number is another block now.
         config |= {
-            key: [values[place] for _, place, _, _ in model.blocks] for key, values in architecture.per_block.items()
+            key: [values[place] for _, place, _, _ in model.blocks]
+            for key, values in architecture.per_block.items()
         }
     if describe(config, str(source)).blocks != modules:
         raise ValueError(
@@ -228,7 +256,9 @@ def share_embeddings(model: Model, architecture: Architecture) -> bool:
     leaves = [flatten(params) for params in (model.stem, model.head)]
     stem, _, last = find_places(architecture)
     names = {name: leaves[0][path] for path, name in stem.items()}
-    return all(np.array_equal(names[name], leaves[1][path]) for path, name in last.items() if name in names)
+    return all(
+        np.array_equal(names[name], leaves[1][path]) for path, name in last.items() if name in names
+    )
 
 
 def collect_tensors(model: Model, config: dict[str, Any], where: str) -> dict[str, np.ndarray]:
@@ -266,7 +296,9 @@ def write_shards(folder: Path, tensors: dict[str, np.ndarray], most: int) -> Non
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-            "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
+            "weight_map": {
+                key: name for name, shard in zip(names, shards, strict=True) for key in shard
+            },
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
@@ -282,7 +314,8 @@ def make_recipe(model: Model, paths: Mapping[str, str], changed: Sequence[str]) 
     lines = ["slices:"]
     if changed:
         lines.insert(
-            0, f"# Not the same as the checkpoint beside it, in which {', '.join(changed)} have other weights."
+            0,
+            f"# Not the same as the checkpoint beside it, in which {', '.join(changed)} have other weights.",
         )
     for part, source, name in zip(
         ("embeddings", "output layer"), model.sources, (runs[0][0], runs[-1][0]), strict=True

@@ -6,7 +6,15 @@ import jax.numpy as jnp
 from jchain._typing import Array, Float, Int
 from jchain.hub.architecture import Architecture
 from jchain.hub.config import Config
-from jchain.hub.modules import Embedding, FeedForward, LayerNorm, Linear, attend, check_activation, split_heads
+from jchain.hub.modules import (
+    Embedding,
+    FeedForward,
+    LayerNorm,
+    Linear,
+    attend,
+    check_activation,
+    split_heads,
+)
 
 MODEL_TYPES = ("gpt2",)
 
@@ -21,7 +29,9 @@ class Stem(nn.Module):
     @nn.compact
     def __call__(self, ids: Int[Array, "*B T"]) -> Float[Array, "*B T F"]:
         if ids.shape[-1] > self.num_positions:
-            raise ValueError(f"expected sequences of at most {self.num_positions} tokens, got {ids.shape[-1]}")
+            raise ValueError(
+                f"expected sequences of at most {self.num_positions} tokens, got {ids.shape[-1]}"
+            )
         places = jnp.arange(ids.shape[-1]).reshape((1,) * (ids.ndim - 1) + (-1,))
         positions = Embedding(self.num_positions, self.features, name="wpe")(places)
         return Embedding(self.vocabulary, self.features, name="wte")(ids) + positions
@@ -36,8 +46,12 @@ class Attention(nn.Module):
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
         features = x.shape[-1]
         qkv = Linear(3 * features, is_transposed=True, name="c_attn")(x)
-        query, key, value = (split_heads(part, self.num_heads) for part in jnp.split(qkv, 3, axis=-1))
-        return Linear(features, is_transposed=True, name="c_proj")(attend(query, key, value, is_causal=True))
+        query, key, value = (
+            split_heads(part, self.num_heads) for part in jnp.split(qkv, 3, axis=-1)
+        )
+        return Linear(features, is_transposed=True, name="c_proj")(
+            attend(query, key, value, is_causal=True)
+        )
 
 
 class Block(nn.Module):
@@ -51,7 +65,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
         x = x + Attention(self.num_heads, name="attn")(LayerNorm(self.epsilon, name="ln_1")(x))
-        mlp = FeedForward(self.hidden, self.activation, ("c_fc", "c_proj"), is_transposed=True, name="mlp")
+        mlp = FeedForward(
+            self.hidden, self.activation, ("c_fc", "c_proj"), is_transposed=True, name="mlp"
+        )
         return x + mlp(LayerNorm(self.epsilon, name="ln_2")(x))
 
 
@@ -63,13 +79,19 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T V"]:
-        return Linear(self.vocabulary, use_bias=False, name="lm_head")(LayerNorm(self.epsilon, name="ln_f")(x))
+        return Linear(self.vocabulary, use_bias=False, name="lm_head")(
+            LayerNorm(self.epsilon, name="ln_f")(x)
+        )
 
 
 def describe(config: Config) -> Architecture:
     """The modules of a config, and where their params stand in the file."""
     config.expect("scale_attn_weights", True)
-    for key in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"):
+    for key in (
+        "scale_attn_by_inverse_layer_idx",
+        "reorder_and_upcast_attn",
+        "add_cross_attention",
+    ):
         config.expect(key, False)
     features, vocabulary = config.require("n_embd"), config.require("vocab_size")
     epsilon = config.get("layer_norm_epsilon", 1e-5)

@@ -45,10 +45,14 @@ class Attention(nn.Module):
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
         features = x.shape[-1]
         # Each head's query, key and value stand side by side.
-        qkv = split_heads(Linear(3 * features, self.use_bias, name="query_key_value")(x), self.num_heads)
+        qkv = split_heads(
+            Linear(3 * features, self.use_bias, name="query_key_value")(x), self.num_heads
+        )
         query, key, value = jnp.split(qkv, 3, axis=-1)
         query, key = (rotate(part, self.frequencies, self.rotary_scale) for part in (query, key))
-        return Linear(features, self.use_bias, name="dense")(attend(query, key, value, is_causal=True))
+        return Linear(features, self.use_bias, name="dense")(
+            attend(query, key, value, is_causal=True)
+        )
 
 
 class Block(nn.Module):
@@ -76,9 +80,13 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
-        attention = Attention(self.num_heads, self.frequencies, self.rotary_scale, self.use_bias, name="attention")
+        attention = Attention(
+            self.num_heads, self.frequencies, self.rotary_scale, self.use_bias, name="attention"
+        )
         attended = x + attention(LayerNorm(self.epsilon, name="input_layernorm")(x))
-        mlp = FeedForward(self.hidden, self.activation, ("dense_h_to_4h", "dense_4h_to_h"), name="mlp")
+        mlp = FeedForward(
+            self.hidden, self.activation, ("dense_h_to_4h", "dense_4h_to_h"), name="mlp"
+        )
         norm = LayerNorm(self.epsilon, name="post_attention_layernorm")
         return attended + mlp(norm(x if self.is_parallel else attended))
 
@@ -125,7 +133,10 @@ def describe(config: Config) -> Architecture:
         base="gpt_neox.",
         block="layers.{}.",
         stem_places={"embed_in": "embed_in"},
-        head_places={"final_layer_norm": "final_layer_norm", "embed_out": "embed_in" if is_tied else "/embed_out"},
+        head_places={
+            "final_layer_norm": "final_layer_norm",
+            "embed_out": "embed_in" if is_tied else "/embed_out",
+        },
         unused=(
             "layers.{}.attention.bias",
             "layers.{}.attention.masked_bias",

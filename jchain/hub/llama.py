@@ -48,7 +48,9 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
         def project(name: str, num_heads: int) -> Float[Array, "*B T N H"]:
-            return split_heads(Linear(num_heads * self.head_size, self.use_bias, name=name)(x), num_heads)
+            return split_heads(
+                Linear(num_heads * self.head_size, self.use_bias, name=name)(x), num_heads
+            )
 
         query, key = project("q_proj", self.num_heads), project("k_proj", self.num_kv_heads)
         value = project("v_proj", self.num_kv_heads)
@@ -71,8 +73,12 @@ class GatedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
-        gate, up = (Linear(self.hidden, self.use_bias, name=name)(x) for name in ("gate_proj", "up_proj"))
-        return Linear(x.shape[-1], self.use_bias, name="down_proj")(ACTIVATIONS[self.activation](gate) * up)
+        gate, up = (
+            Linear(self.hidden, self.use_bias, name=name)(x) for name in ("gate_proj", "up_proj")
+        )
+        return Linear(x.shape[-1], self.use_bias, name="down_proj")(
+            ACTIVATIONS[self.activation](gate) * up
+        )
 
 
 class Block(nn.Module):
@@ -135,7 +141,9 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T V"]:
-        return Linear(self.vocabulary, use_bias=False, name="lm_head")(RMSNorm(self.epsilon, name="norm")(x))
+        return Linear(self.vocabulary, use_bias=False, name="lm_head")(
+            RMSNorm(self.epsilon, name="norm")(x)
+        )
 
 
 def describe(config: Config) -> Architecture:
@@ -178,7 +186,11 @@ def describe(config: Config) -> Architecture:
         stem_places={"embed_tokens": "embed_tokens"},
         head_places={"norm": "norm", "lm_head": "embed_tokens" if is_tied else "/lm_head"},
         unused=("layers.{}.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq"),
-        per_block={"layer_types": tuple("sliding_attention" if b.window else "full_attention" for b in blocks)},
+        per_block={
+            "layer_types": tuple(
+                "sliding_attention" if b.window else "full_attention" for b in blocks
+            )
+        },
         vocabulary=vocabulary,
     )
 

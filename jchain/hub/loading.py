@@ -15,7 +15,15 @@ from jchain.bank import Bank
 from jchain.groups import LayerGroup
 from jchain.hub.architecture import Architecture
 from jchain.hub.checkpoint import CONFIG, Checkpoint
-from jchain.hub.places import Leaves, check_tensors, describe, find_base, find_places, find_shapes, read_architecture
+from jchain.hub.places import (
+    Leaves,
+    check_tensors,
+    describe,
+    find_base,
+    find_places,
+    find_shapes,
+    read_architecture,
+)
 from jchain.hub.reading import Reader, Untrained, choose_dtype
 from jchain.hub.wrapping import Entries, Entry, Exit, Restart, Within
 
@@ -32,7 +40,11 @@ class Source(NamedTuple):
 
 
 def load(
-    path: str | os.PathLike[str], *, dtype: Any = None, name: str | None = None, pinned: tuple[int, int] = (0, 0)
+    path: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    name: str | None = None,
+    pinned: tuple[int, int] = (0, 0),
 ) -> Bank:
     """The bank of a pretrained transformer.
 
@@ -87,17 +99,25 @@ def load_many(
         raise ValueError("expected at least one checkpoint, got none")
     if names is not None and len(names) != len(paths):
         raise ValueError(f"expected a name for each of {len(paths)} checkpoints, got {len(names)}")
-    sources = [_open(path, name) for path, name in zip(paths, names or [None] * len(paths), strict=True)]
+    sources = [
+        _open(path, name) for path, name in zip(paths, names or [None] * len(paths), strict=True)
+    ]
     found = [source.name for source in sources]
     if len(set(found)) < len(found):
-        raise ValueError(f"expected checkpoints of different names, got {', '.join(found)}: pass names=")
+        raise ValueError(
+            f"expected checkpoints of different names, got {', '.join(found)}: pass names="
+        )
     for source in sources[1:]:
         _check_alike(sources[0], source)
     return _assemble(sources, dtype, pinned)
 
 
 def init(
-    key: Key[Array, ""], path: str | os.PathLike[str], *, name: str = "model", pinned: tuple[int, int] = (0, 0)
+    key: Key[Array, ""],
+    path: str | os.PathLike[str],
+    *,
+    name: str = "model",
+    pinned: tuple[int, int] = (0, 0),
 ) -> Bank:
     """The bank of a transformer that was not trained: random weights in float32, to train it, or to compare with.
 
@@ -113,7 +133,9 @@ def init(
     """
     architecture = read_architecture(path)
     places = find_places(architecture)
-    return _assemble([Source(name, Untrained(key, architecture, places), architecture, *places)], None, pinned)
+    return _assemble(
+        [Source(name, Untrained(key, architecture, places), architecture, *places)], None, pinned
+    )
 
 
 def _open(path: str | os.PathLike[str], name: str | None) -> Source:
@@ -121,7 +143,12 @@ def _open(path: str | os.PathLike[str], name: str | None) -> Source:
     architecture = describe(checkpoint.config, str(checkpoint.path / CONFIG))
     base = find_base(architecture, checkpoint)
     check_tensors(architecture, checkpoint, base)
-    return Source(name or checkpoint.path.resolve().name, checkpoint, architecture, *find_places(architecture, base))
+    return Source(
+        name or checkpoint.path.resolve().name,
+        checkpoint,
+        architecture,
+        *find_places(architecture, base),
+    )
 
 
 def _check_alike(first: Source, other: Source) -> None:
@@ -142,7 +169,9 @@ def _describe_difference(module: Any, other: Any) -> str:
         module, other = next((a, b) for a, b in zip(module, other, strict=True) if a != b)
     if type(module) is not type(other):
         return f"{type(module).__module__}.{type(module).__name__}, and {type(other).__module__}.{type(other).__name__}"
-    fields = [field.name for field in dataclasses.fields(module) if field.name not in ("name", "parent")]
+    fields = [
+        field.name for field in dataclasses.fields(module) if field.name not in ("name", "parent")
+    ]
     name = next(name for name in fields if getattr(module, name) != getattr(other, name))
     return f"of {name} {getattr(module, name)!r}, and of {getattr(other, name)!r}"
 
@@ -153,14 +182,18 @@ def _assemble(sources: list[Source], dtype: Any, pinned: tuple[int, int]) -> Ban
     depth = len(architecture.blocks)
     first, last = pinned
     if first < 0 or last < 0 or first + last >= depth:
-        raise ValueError(f"expected fewer pinned blocks than the {depth} of the model, at least 0, got {pinned}")
+        raise ValueError(
+            f"expected fewer pinned blocks than the {depth} of the model, at least 0, got {pinned}"
+        )
     found = {
         source.checkpoint.dtypes[name]
         for source in sources
         for leaves in (source.stem, *source.blocks, source.head)
         for name in leaves.values()
     }
-    read = Reader(choose_dtype(found, dtype, ", ".join(str(source.checkpoint.path) for source in sources)))
+    read = Reader(
+        choose_dtype(found, dtype, ", ".join(str(source.checkpoint.path) for source in sources))
+    )
     blocks = architecture.blocks
     begin, middle, end = blocks[:first], blocks[first : depth - last], blocks[depth - last :]
     features = find_shapes(architecture)[3]
@@ -170,13 +203,16 @@ def _assemble(sources: list[Source], dtype: Any, pinned: tuple[int, int]) -> Ban
     places = [
         (
             source.checkpoint,
-            _prefix_all({"head": source.head}, source.blocks[depth - last :]) if is_wrapped else source.head,
+            _prefix_all({"head": source.head}, source.blocks[depth - last :])
+            if is_wrapped
+            else source.head,
         )
         for source in sources
     ]
     heads = read.stack(places)
     entries = [
-        read.one(source.checkpoint, _prefix_all({"stem": source.stem}, source.blocks[:first])) for source in sources
+        read.one(source.checkpoint, _prefix_all({"stem": source.stem}, source.blocks[:first]))
+        for source in sources
     ]
     has_choice = any(not _is_same(entries[0], other) for other in entries[1:])
     modules = [_make_entry(architecture, begin, source.name) for source in sources]
@@ -217,24 +253,37 @@ def _stack_layers(
     layers, size = [], len(blocks)
     for module in dict.fromkeys(blocks):
         members = [(m, i) for m in range(len(sources)) for i in range(size) if blocks[i] == module]
-        params = read.stack([(sources[m].checkpoint, sources[m].blocks[first + i]) for m, i in members])
+        params = read.stack(
+            [(sources[m].checkpoint, sources[m].blocks[first + i]) for m, i in members]
+        )
         tokens = tuple(m * size + i for m, i in members)
         wrapped = ({"block": params}, Within(module, features)) if has_choice else (params, module)
         layers.append(LayerGroup(*wrapped, tokens))
     if has_choice:
         num = len(sources) * size
         shares = jnp.eye(len(sources) - 1, dtype=jax.tree.leaves(layers[0].params)[0].dtype)
-        layers.append(LayerGroup({"shares": shares}, Restart(features), tuple(range(num, num + len(shares)))))
+        layers.append(
+            LayerGroup({"shares": shares}, Restart(features), tuple(range(num, num + len(shares))))
+        )
     return tuple(layers)
 
 
-def _name(sources: list[Source], blocks: range, *, has_choice: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _name(
+    sources: list[Source], blocks: range, *, has_choice: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names and origins of all tokens."""
     architecture = sources[0].architecture
     depth, family = len(architecture.blocks), architecture.stem.__module__.rpartition(".")[2]
-    parts = [(f"{s.name}/{i}", f"block {i} of {depth}, {family} checkpoint {s.name}") for s in sources for i in blocks]
+    parts = [
+        (f"{s.name}/{i}", f"block {i} of {depth}, {family} checkpoint {s.name}")
+        for s in sources
+        for i in blocks
+    ]
     if has_choice:
-        parts += [(f"{s.name}/embeddings", f"embeddings of {family} checkpoint {s.name}") for s in sources[1:]]
+        parts += [
+            (f"{s.name}/embeddings", f"embeddings of {family} checkpoint {s.name}")
+            for s in sources[1:]
+        ]
     parts += [(f"{s.name}/head", f"head of {family} checkpoint {s.name}") for s in sources]
     names, origins = zip(*parts, strict=True)
     return names, origins
@@ -245,7 +294,9 @@ def _find_parents(num_sources: int, size: int, *, has_choice: bool) -> tuple[tup
     num_blocks = num_sources * size
     num_layers = num_blocks + (num_sources - 1 if has_choice else 0)
     starts = [() if m == 0 or not has_choice else (num_blocks + m - 1,) for m in range(num_sources)]
-    return tuple((*start, *range(m * size, (m + 1) * size), num_layers + m) for m, start in enumerate(starts))
+    return tuple(
+        (*start, *range(m * size, (m + 1) * size), num_layers + m) for m, start in enumerate(starts)
+    )
 
 
 def _make_entry(architecture: Architecture, blocks: tuple[nn.Module, ...], source: str) -> Entry:
@@ -256,7 +307,9 @@ def _make_entry(architecture: Architecture, blocks: tuple[nn.Module, ...], sourc
 def _prefix_all(parts: dict[str, Leaves], blocks: list[Leaves]) -> Leaves:
     """Places of params by their paths in `Entry` or `Exit`."""
     whole = parts | {f"blocks_{i}": leaves for i, leaves in enumerate(blocks)}
-    return {f"{part}/{path}": name for part, leaves in whole.items() for path, name in leaves.items()}
+    return {
+        f"{part}/{path}": name for part, leaves in whole.items() for path, name in leaves.items()
+    }
 
 
 def _is_same(params: PyTree, other: PyTree) -> bool:

@@ -65,7 +65,9 @@ class LayerNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
         wide = x.astype(jnp.float32)
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        wide = wide * jax.lax.rsqrt(
+            jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon
+        )
         return (broadcast(weight, wide) * wide + broadcast(bias, wide)).astype(x.dtype)
 
 
@@ -78,7 +80,9 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
         weight = self.param("weight", nn.initializers.ones, x.shape[-1:])
         wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        wide = wide * jax.lax.rsqrt(
+            jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon
+        )
         return (broadcast(weight, x) * wide.astype(x.dtype)).astype(x.dtype)
 
 
@@ -100,7 +104,9 @@ class FeedForward(nn.Module):
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
         up, down = self.names
         hidden = Linear(self.hidden, self.use_bias, self.is_transposed, name=up)(x)
-        return Linear(x.shape[-1], self.use_bias, self.is_transposed, name=down)(ACTIVATIONS[self.activation](hidden))
+        return Linear(x.shape[-1], self.use_bias, self.is_transposed, name=down)(
+            ACTIVATIONS[self.activation](hidden)
+        )
 
 
 def split_heads(x: Float[Array, "*B T F"], num_heads: int) -> Float[Array, "*B T N H"]:
@@ -134,17 +140,26 @@ def attend(
         is_seen = (behind >= 0) & (behind < (length if window is None else window))
         by_head = scores.reshape(*scores.shape[:-2], -1, length, length)
         bias = np.where(is_seen, 0.0, -np.inf).astype(wide)
-        scores = (by_head + bias.reshape((1,) * (by_head.ndim - 2) + bias.shape)).reshape(scores.shape)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))).astype(value.dtype)
+        scores = (by_head + bias.reshape((1,) * (by_head.ndim - 2) + bias.shape)).reshape(
+            scores.shape
+        )
+    weights = jnp.exp(
+        scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    ).astype(value.dtype)
     mixed = jnp.matmul(weights, value, preferred_element_type=wide)
     mixed = mixed / jnp.sum(weights, axis=-1, keepdims=True, dtype=wide)
     mixed = jnp.swapaxes(mixed.reshape(*mixed.shape[:-3], num_heads, length, size), -3, -2)
     return mixed.reshape(*mixed.shape[:-2], -1).astype(dtype)
 
 
-def rotate(x: Float[Array, "*B T N H"], frequencies: tuple[float, ...], scale: float) -> Float[Array, "*B T N H"]:
+def rotate(
+    x: Float[Array, "*B T N H"], frequencies: tuple[float, ...], scale: float
+) -> Float[Array, "*B T N H"]:
     """Rotary positions (Su et al. 2021, arXiv:2104.09864) on the first `2 * len(frequencies)` numbers of each head."""
-    angles = jnp.arange(x.shape[-3], dtype=jnp.float32)[:, None] * jnp.array(frequencies, jnp.float32)[None]
+    angles = (
+        jnp.arange(x.shape[-3], dtype=jnp.float32)[:, None]
+        * jnp.array(frequencies, jnp.float32)[None]
+    )
     axes = (1,) * (x.ndim - 3) + (x.shape[-3], 1, len(frequencies))
     cos, sin = ((scale * f(angles)).astype(x.dtype).reshape(axes) for f in (jnp.cos, jnp.sin))
     half = len(frequencies)
@@ -206,8 +221,12 @@ def _scale_by_wavelength(own: np.ndarray, rope: Config) -> np.ndarray:
     return own * (share + (1 - share) / factor)
 
 
-def _scale_by_yarn(own: np.ndarray, base: float, size: int, rope: Config, config: Config) -> tuple[np.ndarray, float]:
-    length = rope.get("original_max_position_embeddings", None) or config.require("max_position_embeddings")
+def _scale_by_yarn(
+    own: np.ndarray, base: float, size: int, rope: Config, config: Config
+) -> tuple[np.ndarray, float]:
+    length = rope.get("original_max_position_embeddings", None) or config.require(
+        "max_position_embeddings"
+    )
     factor = rope.get("factor", None) or config.require("max_position_embeddings") / length
     fast, slow = rope.get("beta_fast", None) or 32, rope.get("beta_slow", None) or 1
 
@@ -219,13 +238,17 @@ def _scale_by_yarn(own: np.ndarray, base: float, size: int, rope: Config, config
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, size - 1)
     share = 1 - np.clip((np.arange(size // 2) - low) / (high - low or 0.001), 0, 1)
-    scale, mscale, over_all = (rope.get(key, None) for key in ("attention_factor", "mscale", "mscale_all_dim"))
+    scale, mscale, over_all = (
+        rope.get(key, None) for key in ("attention_factor", "mscale", "mscale_all_dim")
+    )
 
     def find_scale(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     if scale is None:
-        scale = find_scale(mscale) / find_scale(over_all) if mscale and over_all else find_scale(1.0)
+        scale = (
+            find_scale(mscale) / find_scale(over_all) if mscale and over_all else find_scale(1.0)
+        )
     return own * (share + (1 - share) / factor), scale
 
 

@@ -39,9 +39,15 @@ def describe(options: dict[str, Any], where: str) -> Architecture:
         architecture = families[kind].describe(config)
         config.finish()
         find_shapes(architecture)
-    except (TypeError, ZeroDivisionError, AttributeError) as error:  # an option of another type than the family takes
+    except (
+        TypeError,
+        ZeroDivisionError,
+        AttributeError,
+    ) as error:  # an option of another type than the family takes
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{config.where}: an option has a value that does not fit: {reason}") from None
+        raise ValueError(
+            f"{config.where}: an option has a value that does not fit: {reason}"
+        ) from None
     return architecture
 
 
@@ -56,7 +62,9 @@ def read_architecture(folder: str | os.PathLike[str]) -> Architecture:
     return describe(read_json(path), str(path))
 
 
-def find_places(architecture: Architecture, base: str | None = None) -> tuple[Leaves, list[Leaves], Leaves]:
+def find_places(
+    architecture: Architecture, base: str | None = None
+) -> tuple[Leaves, list[Leaves], Leaves]:
     """For stem, each block and head the tensor of each param, `{"attn/c_attn/weight": "transformer.h.0.attn.c_attn.weight"}`.
 
     Args:
@@ -117,7 +125,9 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint, base: str)
     shapes = find_shapes(architecture)
     expected = {
         name: of[path]
-        for places, of in zip((stem, *blocks, head), (shapes[0], *shapes[1], shapes[2]), strict=True)
+        for places, of in zip(
+            (stem, *blocks, head), (shapes[0], *shapes[1], shapes[2]), strict=True
+        )
         for path, name in places.items()
     }
     where, there = checkpoint.path, checkpoint.shapes
@@ -131,9 +141,13 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint, base: str)
         )
     for name, shape in expected.items():
         if there[name] != shape:
-            raise ValueError(f"{where}: expected {name} of shape {list(shape)} by its config, got {list(there[name])}")
+            raise ValueError(
+                f"{where}: expected {name} of shape {list(shape)} by its config, got {list(there[name])}"
+            )
         if checkpoint.dtypes[name] not in DTYPES.values():
-            raise ValueError(f"{where}: expected {name} of {', '.join(DTYPES.values())}, got {checkpoint.dtypes[name]}")
+            raise ValueError(
+                f"{where}: expected {name} of {', '.join(DTYPES.values())}, got {checkpoint.dtypes[name]}"
+            )
     for embeddings in set(stem.values()) & set(head.values()):
         for name in there.keys() & set(_OUTPUTS):
             if not checkpoint.are_equal(name, embeddings):

@@ -21,7 +21,9 @@ _ALIGNMENT = 64
 class Untrained:
     """Random weights, by the names that they would have in a checkpoint."""
 
-    def __init__(self, key: Array, architecture: Architecture, places: tuple[Leaves, list[Leaves], Leaves]) -> None:
+    def __init__(
+        self, key: Array, architecture: Architecture, places: tuple[Leaves, list[Leaves], Leaves]
+    ) -> None:
         self.path = Path()
         stem, blocks, head = places
         stem_key, head_key, *keys = jax.random.split(key, 2 + len(blocks))
@@ -86,7 +88,9 @@ def _allocate(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 def _nest(leaves: dict[str, np.ndarray]) -> PyTree:
     # Without a copy, which `jnp.asarray` would make.
-    return traverse_util.unflatten_dict({path: jax.device_put(leaf) for path, leaf in leaves.items()}, sep="/")
+    return traverse_util.unflatten_dict(
+        {path: jax.device_put(leaf) for path, leaf in leaves.items()}, sep="/"
+    )
 
 
 def choose_dtype(found: set[str], dtype: Any, where: str) -> np.dtype:
@@ -96,7 +100,9 @@ def choose_dtype(found: set[str], dtype: Any, where: str) -> np.dtype:
       ValueError: several are found and none is asked for, or weights are not of this dtype.
     """
     if dtype is None and len(found) > 1:
-        raise ValueError(f"{where}: expected weights of one dtype, got {', '.join(sorted(found))}: pass dtype=")
+        raise ValueError(
+            f"{where}: expected weights of one dtype, got {', '.join(sorted(found))}: pass dtype="
+        )
     chosen = jnp.dtype(min(found) if dtype is None else dtype)
     if chosen.name not in DTYPES.values():
         raise ValueError(f"expected a dtype of {', '.join(DTYPES.values())}, got {chosen.name}")

@@ -13,8 +13,8 @@ import numpy as np
 from jchain import chain as chain_lib
 from jchain._typing import Array, Float, Int, Shaped
 from jchain.bank import Bank
-from jchain.calls import apply_token
-from jchain.evaluate import evaluate
+from jchain.engine.evaluate import evaluate
+from jchain.engine.layer_calls import apply_token
 from jchain.hub.wrapping import Within, find_restarts
 from jchain.problem import Problem
 
@@ -42,7 +42,9 @@ def find_chains(problem: Problem, parent: Sequence[int], num_layers: int) -> dic
     if 0 < num < len(body):
         influence = find_influence(problem.bank, parent, problem.data.x)[len(start) :]
         options["last blocks dropped"] = drop_last(body, num)[None]
-        options["blocks of least influence dropped"] = drop_least_influential(body, influence, num)[None]
+        options["blocks of least influence dropped"] = drop_least_influential(body, influence, num)[
+            None
+        ]
         options["best run of blocks dropped"] = drop_contiguous(body, num)
     posed = dataclasses.replace(problem, max_layers=num_layers, min_layers=0)
     found = {}
@@ -80,7 +82,9 @@ def find_starts(bank: Bank, max_layers: int, *, min_layers: int = 0) -> Int[np.n
 def _split(bank: Bank, parent: Sequence[int]) -> tuple[list[int], list[int]]:
     """The embeddings of a model, where they are a layer, and its blocks with the head."""
     restarts = find_restarts(bank)
-    return [token for token in parent if token in restarts], [token for token in parent if token not in restarts]
+    return [token for token in parent if token in restarts], [
+        token for token in parent if token not in restarts
+    ]
 
 
 def find_influence(
@@ -92,7 +96,9 @@ def find_influence(
     """
     hidden, found = bank.embed(x), []
     # Behind these stand the embeddings of other models.
-    features = next((group.module.features for group in bank.layers if isinstance(group.module, Within)), None)
+    features = next(
+        (group.module.features for group in bank.layers if isinstance(group.module, Within)), None
+    )
     for token in chain[:-1]:
         made = _apply(bank.without_names(), jnp.asarray(token), hidden)
         a, b = (part[..., :features].astype(jnp.float32) for part in (hidden, made))
@@ -129,17 +135,26 @@ def drop_least_influential(
     return np.append(np.delete(blocks, np.argsort(influence, kind="stable")[:num]), head)
 
 
-def drop_contiguous(chain: Sequence[int] | Int[np.ndarray, "L"], num: int) -> Int[np.ndarray, "S M"]:
+def drop_contiguous(
+    chain: Sequence[int] | Int[np.ndarray, "L"], num: int
+) -> Int[np.ndarray, "S M"]:
     """Without each run of so many blocks.
 
     Raises:
       ValueError: there are not so many blocks.
     """
     blocks, head = _cut(chain, num)
-    return np.stack([np.append(np.delete(blocks, slice(i, i + num)), head) for i in range(len(blocks) - num + 1)])
+    return np.stack(
+        [
+            np.append(np.delete(blocks, slice(i, i + num)), head)
+            for i in range(len(blocks) - num + 1)
+        ]
+    )
 
 
-def repeat_contiguous(chain: Sequence[int] | Int[np.ndarray, "L"], num: int) -> Int[np.ndarray, "S M"]:
+def repeat_contiguous(
+    chain: Sequence[int] | Int[np.ndarray, "L"], num: int
+) -> Int[np.ndarray, "S M"]:
     """With each run of so many blocks twice, one behind the other.
 
     Raises:

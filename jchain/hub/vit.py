@@ -24,9 +24,9 @@ class Projection(nn.Module):
         weight = self.param("weight", nn.initializers.normal(0.02), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         strides, order = (self.patch, self.patch), ("NHWC", "OIHW", "NHWC")
-        return jax.lax.conv_general_dilated(x, weight, strides, "VALID", dimension_numbers=order) + bias.reshape(
-            1, 1, 1, -1
-        )
+        return jax.lax.conv_general_dilated(
+            x, weight, strides, "VALID", dimension_numbers=order
+        ) + bias.reshape(1, 1, 1, -1)
 
 
 class Patches(nn.Module):
@@ -37,7 +37,9 @@ class Patches(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B T F"]:
-        return Projection(self.features, self.patch, name="projection")(x).reshape(x.shape[0], -1, self.features)
+        return Projection(self.features, self.patch, name="projection")(x).reshape(
+            x.shape[0], -1, self.features
+        )
 
 
 class Stem(nn.Module):
@@ -55,7 +57,9 @@ class Stem(nn.Module):
             raise ValueError(f"expected images of shape {list(expected)}, got {list(x.shape[1:])}")
         num = 1 + (self.size[0] // self.patch) * (self.size[1] // self.patch)
         token = self.param("cls_token", nn.initializers.zeros, (1, 1, self.features))
-        positions = self.param("position_embeddings", nn.initializers.normal(0.02), (1, num, self.features))
+        positions = self.param(
+            "position_embeddings", nn.initializers.normal(0.02), (1, num, self.features)
+        )
         patches = Patches(self.features, self.patch, name="patch_embeddings")(x.astype(token.dtype))
         first = jnp.broadcast_to(token, (x.shape[0], 1, self.features))
         return jnp.concatenate([first, patches], axis=1) + positions
@@ -119,7 +123,9 @@ class Block(nn.Module):
     def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
         attention = Attention(self.num_heads, self.use_bias, name="attention")
         x = x + attention(LayerNorm(self.epsilon, name="layernorm_before")(x))
-        hidden = Within(self.hidden, name="intermediate")(LayerNorm(self.epsilon, name="layernorm_after")(x))
+        hidden = Within(self.hidden, name="intermediate")(
+            LayerNorm(self.epsilon, name="layernorm_after")(x)
+        )
         return x + Within(x.shape[-1], name="output")(ACTIVATIONS[self.activation](hidden))
 
 
@@ -138,13 +144,21 @@ class Head(nn.Module):
 def describe(config: Config) -> Architecture:
     """The modules of a config, and where their params stand in the file."""
     features, epsilon = config.require("hidden_size"), config.get("layer_norm_eps", 1e-12)
-    size, patch, channels = config.require("image_size"), config.require("patch_size"), config.get("num_channels", 3)
+    size, patch, channels = (
+        config.require("image_size"),
+        config.require("patch_size"),
+        config.get("num_channels", 3),
+    )
     size = tuple(size) if isinstance(size, list) else (size, size)
     if isinstance(patch, list):
         if len(set(patch)) != 1:
             raise config.refuse("patch_size", patch, "squares")
         patch = patch[0]
-    for key in ("pooler_act", "pooler_output_size", "num_labels"):  # the classifier reads the class token as it is
+    for key in (
+        "pooler_act",
+        "pooler_output_size",
+        "num_labels",
+    ):  # the classifier reads the class token as it is
         config.get(key, None)
     labels = config.get("id2label", None)
     block = Block(

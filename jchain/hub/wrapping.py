@@ -48,7 +48,9 @@ class Within(nn.Module):
     features: int
 
     def __call__(self, x: Float[Array, "*B G"]) -> Float[Array, "*B G"]:
-        return jnp.concatenate([self.block(x[..., : self.features]), x[..., self.features :]], axis=-1)
+        return jnp.concatenate(
+            [self.block(x[..., : self.features]), x[..., self.features :]], axis=-1
+        )
 
 
 class Restart(nn.Module):
@@ -61,7 +63,9 @@ class Restart(nn.Module):
         kept = x[..., self.features :]
         others = kept.reshape(*kept.shape[:-1], -1, self.features)
         # Which model it is, not a weight.
-        shares = jax.lax.stop_gradient(self.param("shares", nn.initializers.zeros, others.shape[-2:-1]))
+        shares = jax.lax.stop_gradient(
+            self.param("shares", nn.initializers.zeros, others.shape[-2:-1])
+        )
         hidden = jnp.sum(others * shares.reshape((1,) * (others.ndim - 2) + (-1, 1)), axis=-2)
         return jnp.concatenate([hidden.astype(x.dtype), kept], axis=-1)
 
@@ -72,7 +76,12 @@ class Restart(nn.Module):
 
 def find_restarts(bank: Bank) -> set[int]:
     """The tokens that are embeddings."""
-    return {token for group in bank.layers if isinstance(group.module, Restart) for token in group.tokens}
+    return {
+        token
+        for group in bank.layers
+        if isinstance(group.module, Restart)
+        for token in group.tokens
+    }
 
 
 class Exit(nn.Module):

@@ -1,0 +1,1 @@
+"""Searches under one contract, and the driver that runs them."""

@@ -16,25 +16,25 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jchain import advice as advice_lib
 from jchain import chain as chain_lib
 from jchain import env
-from jchain import glimpse as glimpse_lib
-from jchain import memo as memo_lib
 from jchain._typing import Array, Bool, Float, Int, Key, PyTree
-from jchain.advice import Advice
+from jchain.agent import edit_features as advice_lib
+from jchain.agent import observations
+from jchain.agent.edit_features import Advice
+from jchain.agent.encoding import ActorCriticNetwork, TokenEncoding, entry_features
+from jchain.agent.replay_buffer import Replay, Sample, empty_replay, recall, remember
+from jchain.agent.rewards import rank_rewards
 from jchain.bank import Bank
 from jchain.chain import PADDING, count_layers
-from jchain.encoding import Controller, TokenEncoding, entry_features
-from jchain.evaluate import evaluate
-from jchain.gradient import KINDS
-from jchain.memo import Memo
+from jchain.engine import score_cache
+from jchain.engine.evaluate import evaluate
+from jchain.engine.prefix_sharing import count_calls
+from jchain.engine.score_cache import ScoreCache
+from jchain.gradient.edit_scores import KINDS
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
-from jchain.replay import Replay, Sample, empty_replay, recall, remember
-from jchain.rewards import rank_rewards
 from jchain.search.base import Info, Pool, empty_pool, merge
-from jchain.trie import count_calls
 
 
 class Sight(NamedTuple):
@@ -51,7 +51,7 @@ class State(NamedTuple):
     opt_state: PyTree
     sight: Sight
     elite: Pool
-    memo: Memo | None  # None where layers are applied along the way
+    cache: ScoreCache | None  # None where layers are applied along the way
     replay: Replay | None  # None where nothing is replayed
     elite_features: Float[Array, "Q L F"]  # [Q, L, F], as of a rollout
 
@@ -62,7 +62,9 @@ class Rollout(NamedTuple):
     chains: Int[Array, "P L"]  # [P, L]
     log_prob: Float[Array, "P L"]  # [P, L], of the actions when they were taken
     reward: Float[Array, "P"]  # [P], at the step that takes the head
-    features: Float[Array, "P L F"]  # [P, L, F], what was seen before each token; F is 0 where nothing is
+    features: Float[
+        Array, "P L F"
+    ]  # [P, L, F], what was seen before each token; F is 0 where nothing is
 
 
 @pytree_dataclass
@@ -85,13 +87,13 @@ class ActorCritic:
       num_elites: best chains that are kept for both, Q.
       score_kind: of the scores of edits of the best chain so far (`jchain.gradient.score_edits`) that the actor sees of each entry
         at each slot, and that are charged; none when None.
-      entry_features: what is seen of the bank's entries, `[N + K, D]`: `jchain.encoding.entry_features`, or
-        `jchain.lookup.entry_features` where losses are looked up.
+      entry_features: what is seen of the bank's entries, `[N + K, D]`: `jchain.agent.encoding.entry_features`, or
+        `jchain.chainbench.tabular.entry_features` where losses are looked up.
       num_replays: earlier chains that join each update, with V-trace in place of PPO for all; the tokens of a prefix that was
         kept count as taken by the policy.
       replay_size: chains that are remembered for it, R.
-      reward_fn: rewards of the chains of an update from their losses: of `jchain.rewards`.
-      params: to start from, as `jchain.pretrain.pretrain_agent` makes them on other banks; None for random ones.
+      reward_fn: rewards of the chains of an update from their losses: of `jchain.agent.rewards`.
+      params: to start from, as `jchain.agent.pretrain.pretrain_agent` makes them on other banks; None for random ones.
     """
 
     encoding: Any = static(default=TokenEncoding())
@@ -114,7 +116,9 @@ class ActorCritic:
 
     def __post_init__(self) -> None:
         if self.score_kind is not None and self.score_kind not in KINDS:
-            raise ValueError(f"expected a score_kind of {', '.join(KINDS)} or None, got {self.score_kind!r}")
+            raise ValueError(
+                f"expected a score_kind of {', '.join(KINDS)} or None, got {self.score_kind!r}"
+            )
         if self.num_chains < 2 or min(self.num_epochs, self.num_elites) < 1:
             raise ValueError(
                 f"expected num_chains of at least 2, num_epochs and num_elites of at least 1, got {self.num_chains}, "
@@ -128,9 +132,11 @@ class ActorCritic:
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         entries, observe = self.entry_features(problem.bank), self.encoding.observe
-        root = jax.eval_shape(lambda: glimpse_lib.start(observe, problem).features)
+        root = jax.eval_shape(lambda: observations.observe_root(observe, problem).features)
         seen = jnp.zeros(root.shape, root.dtype)
-        params: dict[str, Any] = {"controller": Controller(self.encoding).init(key, entries, seen)}
+        params: dict[str, Any] = {
+            "controller": ActorCriticNetwork(self.encoding).init(key, entries, seen)
+        }
         advice = None
         if self.score_kind is not None:
             params["advice"], advice = advice_lib.init_weights(), advice_lib.init(problem)
@@ -142,32 +148,38 @@ class ActorCritic:
             self._optimizer().init(params),
             Sight(entries, advice),
             elite,
-            memo_lib.init(problem) if observe is None else None,
+            score_cache.init(problem) if observe is None else None,
             empty_replay(self.replay_size, problem, seen) if self.num_replays else None,
             jnp.zeros((*elite.chains.shape, *seen.shape), seen.dtype),
         )
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
-        controller = Controller(self.encoding)
+        controller = ActorCriticNetwork(self.encoding)
         sight, advice_calls = self._look(state, problem)
         replay, replay_key = state.replay, key
         if replay is not None:
             key, replay_key = jax.random.split(key)
         keys = jax.random.split(key, (2, self.num_chains))
-        prefixes = jax.vmap(lambda k: draw_prefix(k, state.elite, jnp.asarray(self.restart_rate), problem))(keys[0])
-        sample = jax.vmap(lambda k, prefix: sample_chain(k, controller, state.params, sight, prefix, problem))(
-            keys[1], prefixes
-        )
-        chains, loss, memo = sample.chain, sample.loss, state.memo
-        if memo is None:
+        prefixes = jax.vmap(
+            lambda k: draw_prefix(k, state.elite, jnp.asarray(self.restart_rate), problem)
+        )(keys[0])
+        sample = jax.vmap(
+            lambda k, prefix: sample_chain(k, controller, state.params, sight, prefix, problem)
+        )(keys[1], prefixes)
+        chains, loss, cache = sample.chain, sample.loss, state.cache
+        if cache is None:
             layer_calls = count_calls(chains, problem.bank.num_layers)[0]
         else:
-            memo, loss, layer_calls = memo_lib.score(memo, problem, chains)
+            cache, loss, layer_calls = score_cache.evaluate_cached(cache, problem, chains)
         sample = joined = sample._replace(loss=loss)
         if replay is not None:
             replay = remember(replay, sample)
-            joined = jax.tree.map(lambda *a: jnp.concatenate(a), sample, recall(replay_key, replay, self.num_replays))
-        rollout = Rollout(joined.chain, joined.log_prob, self.reward_fn(joined.loss), joined.features)
+            joined = jax.tree.map(
+                lambda *a: jnp.concatenate(a), sample, recall(replay_key, replay, self.num_replays)
+            )
+        rollout = Rollout(
+            joined.chain, joined.log_prob, self.reward_fn(joined.loss), joined.features
+        )
         elite = merge(state.elite, chains, loss)
         elite_features = find_features(
             elite,
@@ -177,15 +189,21 @@ class ActorCritic:
 
         def update(carry: Any, _: None) -> Any:
             params, opt_state = carry
-            gradient = jax.grad(self._loss)(params, controller, sight, rollout, elite, elite_features, problem)
+            gradient = jax.grad(self._loss)(
+                params, controller, sight, rollout, elite, elite_features, problem
+            )
             updates, opt_state = self._optimizer().update(gradient, opt_state)
             return (optax.apply_updates(params, updates), opt_state), None
 
-        (params, opt_state), _ = jax.lax.scan(update, (state.params, state.opt_state), length=self.num_epochs)
+        (params, opt_state), _ = jax.lax.scan(
+            update, (state.params, state.opt_state), length=self.num_epochs
+        )
         info = Info(chains, loss, layer_calls + advice_calls)
-        return State(params, opt_state, sight, elite, memo, replay, elite_features), info
+        return State(params, opt_state, sight, elite, cache, replay, elite_features), info
 
-    def value(self, state: State, chains: Int[Array, "P L"], problem: Problem) -> Float[Array, "P L"]:
+    def value(
+        self, state: State, chains: Int[Array, "P L"], problem: Problem
+    ) -> Float[Array, "P L"]:
         """What the critic predicts before each token of chains: the reward that its policy will get. 0 behind the head.
 
         The unit is that of `reward_fn`; ranks have none. An encoding that observes has the layers of the chains applied.
@@ -194,43 +212,61 @@ class ActorCritic:
         length = count_layers(chains, problem.bank.num_layers)[:, None]
         return jnp.where(jnp.arange(chains.shape[1])[None] <= length, values, 0.0)
 
-    def policy(self, state: State, chains: Int[Array, "P L"], problem: Problem) -> Float[Array, "P L E"]:
+    def policy(
+        self, state: State, chains: Int[Array, "P L"], problem: Problem
+    ) -> Float[Array, "P L E"]:
         """Log-probabilities of all tokens before each token of chains; what stands behind the head means nothing."""
         return jax.nn.log_softmax(self._replay(state, chains, problem)[0])
 
-    def _replay(self, state: State, chains: Int[Array, "P L"], problem: Problem) -> tuple[Array, Array]:
-        controller = Controller(self.encoding)
+    def _replay(
+        self, state: State, chains: Int[Array, "P L"], problem: Problem
+    ) -> tuple[Array, Array]:
+        controller = ActorCriticNetwork(self.encoding)
 
         def replay(chain: Array) -> tuple[Array, Array]:
-            features = glimpse_lib.follow(self.encoding.observe, problem, chain)
+            features = observations.observe_chain(self.encoding.observe, problem, chain)
             return replay_chain(controller, state.params, state.sight, chain, features, problem)
 
         return jax.vmap(replay)(chains)
 
-    def refresh(self, state: State, problem: Problem, chains: Int[Array, "Q L"]) -> tuple[State, Int[Array, ""]]:
+    def refresh(
+        self, state: State, problem: Problem, chains: Int[Array, "Q L"]
+    ) -> tuple[State, Int[Array, ""]]:
         """As `jchain.search.base.Refreshable`: the controller stays, its best chains are scored again, replay begins anew."""
         rows = jnp.concatenate([state.elite.chains, chains.astype(jnp.int32)])
         is_there = rows[:, 0] != PADDING
         bare = chain_lib.bare(problem.bank.num_layers, problem.max_layers)
-        scored, memo = jnp.where(is_there[:, None], rows, bare[None]), state.memo
-        if memo is None:
+        scored, cache = jnp.where(is_there[:, None], rows, bare[None]), state.cache
+        if cache is None:
             out = evaluate(problem, scored)
             loss, layer_calls = out.loss, out.layer_calls
         else:
-            memo, loss, layer_calls = memo_lib.score(memo, problem, scored)
-        features = jax.vmap(partial(glimpse_lib.follow, self.encoding.observe, problem))(scored)
-        elite = merge(empty_pool(self.num_elites, problem), rows, jnp.where(is_there, loss, jnp.inf))
+            cache, loss, layer_calls = score_cache.evaluate_cached(cache, problem, scored)
+        features = jax.vmap(partial(observations.observe_chain, self.encoding.observe, problem))(
+            scored
+        )
+        elite = merge(
+            empty_pool(self.num_elites, problem), rows, jnp.where(is_there, loss, jnp.inf)
+        )
         advice = None if self.score_kind is None else advice_lib.init(problem)
-        replay = None if state.replay is None else empty_replay(self.replay_size, problem, features[0, 0])
+        replay = (
+            None
+            if state.replay is None
+            else empty_replay(self.replay_size, problem, features[0, 0])
+        )
         sight = Sight(self.entry_features(problem.bank), advice)
         elite_features = find_features(elite, rows, features)
-        return State(state.params, state.opt_state, sight, elite, memo, replay, elite_features), layer_calls
+        return State(
+            state.params, state.opt_state, sight, elite, cache, replay, elite_features
+        ), layer_calls
 
     def _look(self, state: State, problem: Problem) -> tuple[Sight, Int[Array, ""]]:
         """What is seen now, and the layer calls that it costs."""
         if state.sight.advice is None or self.score_kind is None:
             return state.sight, jnp.zeros((), jnp.int32)
-        advice, layer_calls = advice_lib.update(state.sight.advice, problem, state.elite.chains[0], self.score_kind)
+        advice, layer_calls = advice_lib.update(
+            state.sight.advice, problem, state.elite.chains[0], self.score_kind
+        )
         return state.sight._replace(advice=advice), layer_calls
 
     def _optimizer(self) -> optax.GradientTransformation:
@@ -239,7 +275,7 @@ class ActorCritic:
     def _loss(
         self,
         params: PyTree,
-        controller: Controller,
+        controller: ActorCriticNetwork,
         sight: Sight,
         rollout: Rollout,
         elite: Pool,
@@ -251,13 +287,18 @@ class ActorCritic:
         return loss + self.imitation_weight * imitation
 
     def _rollout_loss(
-        self, params: PyTree, controller: Controller, sight: Sight, rollout: Rollout, problem: Problem
+        self,
+        params: PyTree,
+        controller: ActorCriticNetwork,
+        sight: Sight,
+        rollout: Rollout,
+        problem: Problem,
     ) -> Float[Array, ""]:
         import rlax
 
-        logits, values = jax.vmap(lambda chain, seen: replay_chain(controller, params, sight, chain, seen, problem))(
-            rollout.chains, rollout.features
-        )
+        logits, values = jax.vmap(
+            lambda chain, seen: replay_chain(controller, params, sight, chain, seen, problem)
+        )(rollout.chains, rollout.features)
         length = count_layers(rollout.chains, problem.bank.num_layers)[:, None]
         slots = jnp.arange(rollout.chains.shape[1])[None]
         is_step = (slots <= length).astype(values.dtype)
@@ -295,20 +336,27 @@ def take_over(given: PyTree, fresh: PyTree) -> PyTree:
       ValueError: they are those of another controller.
     """
     shapes = [
-        [(jax.tree.structure(tree)), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]] for tree in (given, fresh)
+        [(jax.tree.structure(tree)), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]]
+        for tree in (given, fresh)
     ]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"expected params of the controller of this encoding, {shapes[1]}, got {shapes[0]}")
+        raise ValueError(
+            f"expected params of the controller of this encoding, {shapes[1]}, got {shapes[0]}"
+        )
     return jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), given, fresh)
 
 
-def find_features(elite: Pool, chains: Int[Array, "P L"], features: Float[Array, "P L F"]) -> Float[Array, "Q L F"]:
+def find_features(
+    elite: Pool, chains: Int[Array, "P L"], features: Float[Array, "P L F"]
+) -> Float[Array, "Q L F"]:
     """What was seen of the best chains, which are among these."""
     is_same = (elite.chains[:, None] == chains[None]).all(axis=-1)
     return features[jnp.argmax(is_same, axis=1)]
 
 
-def draw_prefix(key: Key[Array, ""], elite: Pool, restart_rate: Float[Array, ""], problem: Problem) -> Int[Array, "L"]:
+def draw_prefix(
+    key: Key[Array, ""], elite: Pool, restart_rate: Float[Array, ""], problem: Problem
+) -> Int[Array, "L"]:
     """Where a chain starts: after some of the layers of one of the best chains, or, as `1 - restart_rate`, after none.
 
     Each number of its layers is as likely. Chains that keep the same ones pay for them once a step.
@@ -323,16 +371,16 @@ def draw_prefix(key: Key[Array, ""], elite: Pool, restart_rate: Float[Array, ""]
 
 def imitation_loss(
     params: PyTree,
-    controller: Controller,
+    controller: ActorCriticNetwork,
     sight: Sight,
     elite: Pool,
     features: Float[Array, "Q L F"],
     problem: Problem,
 ) -> Float[Array, ""]:
     """Mean negative log-likelihood of the elite's tokens, over chains and slots as the other terms."""
-    logits, _ = jax.vmap(lambda chain, seen: replay_chain(controller, params, sight, chain, seen, problem))(
-        elite.chains, features
-    )
+    logits, _ = jax.vmap(
+        lambda chain, seen: replay_chain(controller, params, sight, chain, seen, problem)
+    )(elite.chains, features)
     log_prob = jnp.where(elite.chains == PADDING, 0.0, take_log_prob(logits, elite.chains))
     num_there = jnp.isfinite(elite.loss).sum()
     return -jnp.sum(jnp.mean(log_prob, axis=1)) / jnp.maximum(num_there, 1)
@@ -346,7 +394,7 @@ def take_log_prob(logits: Float[Array, "P L E"], chains: Int[Array, "P L"]) -> F
 
 def sample_chain(
     key: Key[Array, ""],
-    controller: Controller,
+    controller: ActorCriticNetwork,
     params: PyTree,
     sight: Sight,
     prefix: Int[Array, "L"],
@@ -357,28 +405,36 @@ def sample_chain(
     Where the policy sees no activations, nothing is computed along the way: the finished chains are scored together.
     """
     num_layers, observe = problem.bank.num_layers, controller.encoding.observe
-    glimpse = glimpse_lib.start(observe, problem)
-    view = _start(controller, params, sight, glimpse.features)
+    observed = observations.observe_root(observe, problem)
+    view = _start(controller, params, sight, observed.features)
 
     def act(carry: Any, slot: Any) -> Any:
-        view, is_done, glimpse = carry
+        view, is_done, observed = carry
         t, key, kept = slot
         logits, _ = _act(controller, params, sight, view, t, env.legal_actions(problem, t))
         token = jnp.where(kept == PADDING, jax.random.categorical(key, logits), kept)
         log_prob = jnp.where(is_done, 0.0, jax.nn.log_softmax(logits)[token])
         taken = jnp.where(is_done, PADDING, token).astype(jnp.int32)
-        after = glimpse_lib.advance(observe, problem, glimpse, taken)
+        after = observations.observe_next(observe, problem, observed, taken)
         view = _advance(controller, params, sight, view, t, token, after.features)
-        return (view, is_done | (token >= num_layers), after), (taken, log_prob, glimpse.features)
+        return (view, is_done | (token >= num_layers), after), (taken, log_prob, observed.features)
 
-    slots = (jnp.arange(problem.max_layers + 1), jax.random.split(key, problem.max_layers + 1), prefix)
-    (_, _, last), (chain, log_prob, features) = jax.lax.scan(act, (view, jnp.array(False), glimpse), slots)
-    loss = last.loss[chain[count_layers(chain, num_layers)] - num_layers] + problem.price(chain)
+    slots = (
+        jnp.arange(problem.max_layers + 1),
+        jax.random.split(key, problem.max_layers + 1),
+        prefix,
+    )
+    (_, _, last), (chain, log_prob, features) = jax.lax.scan(
+        act, (view, jnp.array(False), observed), slots
+    )
+    loss = last.loss[chain[count_layers(chain, num_layers)] - num_layers] + problem.layer_penalty(
+        chain
+    )
     return Sample(chain, log_prob, features, jnp.where(jnp.isfinite(loss), loss, jnp.inf))
 
 
 def replay_chain(
-    controller: Controller,
+    controller: ActorCriticNetwork,
     params: PyTree,
     sight: Sight,
     chain: Int[Array, "L"],
@@ -409,14 +465,18 @@ class _View(NamedTuple):
     is_advised: Bool[Array, ""]  # it is that of the advised chain
 
 
-def _start(controller: Controller, params: PyTree, sight: Sight, seen: Float[Array, "F"]) -> _View:
-    memory: Any = controller.apply(params["controller"], sight.entries, seen, method="initial_carry")
+def _start(
+    controller: ActorCriticNetwork, params: PyTree, sight: Sight, seen: Float[Array, "F"]
+) -> _View:
+    memory: Any = controller.apply(
+        params["controller"], sight.entries, seen, method="initial_carry"
+    )
     keys: Any = controller.apply(params["controller"], sight.entries, method="embed")
     return _View(memory, keys, jnp.array(True))
 
 
 def _advance(
-    controller: Controller,
+    controller: ActorCriticNetwork,
     params: PyTree,
     sight: Sight,
     view: _View,
@@ -425,13 +485,19 @@ def _advance(
     seen: Float[Array, "F"],
 ) -> _View:
     """The view of the prefix with one token more, behind which this is seen."""
-    memory = controller.apply(params["controller"], view.memory, token, sight.entries, seen, method="advance")
-    is_advised = view.is_advised if sight.advice is None else view.is_advised & (sight.advice.chain[slot] == token)
+    memory = controller.apply(
+        params["controller"], view.memory, token, sight.entries, seen, method="advance"
+    )
+    is_advised = (
+        view.is_advised
+        if sight.advice is None
+        else view.is_advised & (sight.advice.chain[slot] == token)
+    )
     return view._replace(memory=memory, is_advised=is_advised)
 
 
 def _act(
-    controller: Controller,
+    controller: ActorCriticNetwork,
     params: PyTree,
     sight: Sight,
     view: _View,

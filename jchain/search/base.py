@@ -12,10 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jchain._typing import Array, Bool, Float, Int, Key
-from jchain.backend import compiler_options, find_backend
 from jchain.chain import PADDING
+from jchain.engine.backend import compiler_options, find_backend
 from jchain.problem import Problem
-from jchain.progress import Progress
+from jchain.search.progress import Progress
 
 # A search that charges nothing so often in a row has nothing left to ask.
 MAX_FREE_STEPS = 100
@@ -52,7 +52,9 @@ class Search(Protocol):
 class Refreshable(Protocol):
     """A search that can go on where weights of the bank have changed; others start anew there (`jchain.updates`)."""
 
-    def refresh(self, state: Any, problem: Problem, chains: Int[Array, "Q L"]) -> tuple[Any, Int[Array, ""]]:
+    def refresh(
+        self, state: Any, problem: Problem, chains: Int[Array, "Q L"]
+    ) -> tuple[Any, Int[Array, ""]]:
         """The state with all losses that it remembers taken anew, and what that cost in layer calls.
 
         Args:
@@ -94,7 +96,9 @@ class Result(NamedTuple):
     best_chain: Int[np.ndarray, "L"]  # all -1 when no chain had a finite loss
     best_loss: float
     curve: Curve
-    finalists: Int[np.ndarray, "Q L"]  # the best different chains, best first, to be re-ranked on `select`
+    finalists: Int[
+        np.ndarray, "Q L"
+    ]  # the best different chains, best first, to be re-ranked on `select`
     finalist_losses: Float[np.ndarray, "Q"]
     layer_calls: int
     num_chains: int  # scored, repeats included
@@ -172,7 +176,7 @@ def run(
     Args:
       key: consumed by the search.
       search: the search and its hyperparameters.
-      problem: what to minimise over.
+      problem: what to minimize over.
       budget: layer calls.
       target_loss: good enough: a run that has found a chain of at most this loss is over.
       num_finalists: how many different chains to keep for re-ranking.
@@ -226,12 +230,18 @@ def run_many(
     problem = (problem if mesh is None else problem.on(mesh)).without_names()
     runs = start(problem.put(keys), search, problem, num_finalists)
     with Progress(budget, is_shown=progress) as line:
-        runs, steps = spend(runs, search, problem, Goal(np.int32(budget), np.float32(target_loss)), line)
+        runs, steps = spend(
+            runs, search, problem, Goal(np.int32(budget), np.float32(target_loss)), line
+        )
     return finish(runs, steps, budget)
 
 
 def _check_keys(keys: Array, num_axes: int, expected: str) -> None:
-    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.ndim != num_axes or keys.size == 0:
+    if (
+        not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
+        or keys.ndim != num_axes
+        or keys.size == 0
+    ):
         raise ValueError(f"expected {expected}, got {keys.dtype}{list(keys.shape)}")
 
 
@@ -242,17 +252,29 @@ def check(search: Search, problem: Problem, budget: int, num_finalists: int) -> 
       ValueError: the search is not a registered pytree or does not take the problem, or a number is out of range.
     """
     if budget < 1 or num_finalists < 1:
-        raise ValueError(f"expected a budget and num_finalists of at least 1, got {budget} and {num_finalists}")
+        raise ValueError(
+            f"expected a budget and num_finalists of at least 1, got {budget} and {num_finalists}"
+        )
     if budget > _MAX_BUDGET:
-        raise ValueError(f"expected a budget of at most {_MAX_BUDGET:,} layer calls, got {budget:,}")
+        raise ValueError(
+            f"expected a budget of at most {_MAX_BUDGET:,} layer calls, got {budget:,}"
+        )
     if jax.tree_util.all_leaves([search]):
-        raise ValueError(f"expected a search registered as a pytree (jchain.pytree), got {type(search).__name__}")
+        raise ValueError(
+            f"expected a search registered as a pytree (jchain.pytree), got {type(search).__name__}"
+        )
     if isinstance(search, Checked):
         search.check(problem)
 
 
 def spend(
-    runs: Run, search: Search, problem: Problem, goal: Goal, line: Progress, *, keeps_state: bool = False
+    runs: Run,
+    search: Search,
+    problem: Problem,
+    goal: Goal,
+    line: Progress,
+    *,
+    keeps_state: bool = False,
 ) -> tuple[Run, Steps]:
     """Step until all runs are over; `[T]` is the number of steps.
 
@@ -299,11 +321,18 @@ def start(keys: Array, search: Search, problem: Problem, num_finalists: int) -> 
 
 @cache
 def _compile_advance(backend: str) -> Any:
-    return jax.jit(_advance, static_argnames="keeps_state", compiler_options=compiler_options(backend))
+    return jax.jit(
+        _advance, static_argnames="keeps_state", compiler_options=compiler_options(backend)
+    )
 
 
 def _advance(
-    runs: Run, search: Search, problem: Problem, goal: Goal, num_steps: Int[Array, ""], keeps_state: bool
+    runs: Run,
+    search: Search,
+    problem: Problem,
+    goal: Goal,
+    num_steps: Int[Array, ""],
+    keeps_state: bool,
 ) -> tuple[Run, Steps]:
     """Up to `num_steps` steps of each run, until all are over."""
 
@@ -329,11 +358,15 @@ def _map_runs(fn: Callable[[Any], Any], runs: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[None], fn(jax.tree.map(lambda leaf: leaf[0], runs)))
 
 
-def _step(run: Run, search: Search, problem: Problem, goal: Goal, keeps_state: bool) -> tuple[Run, Steps]:
+def _step(
+    run: Run, search: Search, problem: Problem, goal: Goal, keeps_state: bool
+) -> tuple[Run, Steps]:
     key, step_key = jax.random.split(run.key)
     state, info = search.step(step_key, run.state, problem)
     # With jax_enable_x64 some counts and losses become wider than they began.
-    state = jax.tree.map(lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype), state, run.state)
+    state = jax.tree.map(
+        lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype), state, run.state
+    )
     old = run.tally
     cost = info.layer_calls.astype(jnp.int32)
     num_free = jnp.where(cost == 0, old.num_free + 1, 0)
@@ -350,7 +383,9 @@ def _step(run: Run, search: Search, problem: Problem, goal: Goal, keeps_state: b
         cost,
         (cost >= left) | (num_free >= MAX_FREE_STEPS) | (pool.loss[0] <= goal.target_loss),
     )
-    tally = jax.tree.map(partial(jnp.where, is_counted), new, old._replace(cost=cost, is_over=jnp.array(True)))
+    tally = jax.tree.map(
+        partial(jnp.where, is_counted), new, old._replace(cost=cost, is_over=jnp.array(True))
+    )
     if keeps_state:
         state = jax.tree.map(partial(jnp.where, is_counted), state, run.state)
     return Run(key, state, tally), Steps(tally.layer_calls, tally.pool.loss[0], is_counted)
@@ -358,7 +393,10 @@ def _step(run: Run, search: Search, problem: Problem, goal: Goal, keeps_state: b
 
 def empty_pool(size: int, problem: Problem) -> Pool:
     """Places for so many chains."""
-    return Pool(jnp.full((size, problem.max_layers + 1), PADDING, jnp.int32), jnp.full(size, jnp.inf, jnp.float32))
+    return Pool(
+        jnp.full((size, problem.max_layers + 1), PADDING, jnp.int32),
+        jnp.full(size, jnp.inf, jnp.float32),
+    )
 
 
 def merge(pool: Pool, chains: Int[Array, "P L"], loss: Float[Array, "P"]) -> Pool:
@@ -385,7 +423,9 @@ def _make_result(tallies: Tally, steps: Steps, i: int, budget: int) -> Result:
     return Result(
         best_chain=tally.pool.chains[0],
         best_loss=float(tally.pool.loss[0]),
-        curve=Curve(np.asarray(steps.layer_calls)[is_counted, i], np.asarray(steps.best_loss)[is_counted, i]),
+        curve=Curve(
+            np.asarray(steps.layer_calls)[is_counted, i], np.asarray(steps.best_loss)[is_counted, i]
+        ),
         finalists=tally.pool.chains[is_found],
         finalist_losses=tally.pool.loss[is_found],
         layer_calls=int(tally.layer_calls),

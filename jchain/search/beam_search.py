@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from jchain import env
 from jchain._typing import Array, Float, Int, Key, Shaped
-from jchain.calls import apply_all
 from jchain.chain import PADDING
+from jchain.engine.layer_calls import apply_all
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
@@ -70,11 +70,16 @@ class BeamSearch:
         is_there = (state.width <= self.max_width) & jnp.isfinite(state.loss[old, state.parent])
         does_extend = is_there & (state.depth < problem.max_layers)
         slots = jnp.arange(problem.max_layers + 1)[None]
-        extended = jnp.where(slots == state.depth, jnp.arange(num_layers, dtype=jnp.int32)[:, None], prefix[None])
+        extended = jnp.where(
+            slots == state.depth, jnp.arange(num_layers, dtype=jnp.int32)[:, None], prefix[None]
+        )
 
         def extend(carry: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array, Array], Array]:
             made = apply_all(problem.bank.layers, hidden)
-            loss = jax.vmap(lambda h: env.stop_losses(problem, h))(made) + problem.price(extended)[:, None]
+            loss = (
+                jax.vmap(lambda h: env.head_losses(problem, h))(made)
+                + problem.layer_penalty(extended)[:, None]
+            )
             loss = loss.astype(jnp.float32)
             best = jnp.where(jnp.isfinite(loss), loss, jnp.inf).min(axis=1)
 
@@ -98,17 +103,19 @@ class BeamSearch:
         carry, loss = jax.lax.cond(does_extend, extend, stay, carry)
         state = state._replace(chains=carry[0], hidden=carry[1], loss=carry[2])
 
-        stopped = jax.vmap(lambda chain: env.stops(problem, chain, state.depth + 1))(extended)
+        stopped = jax.vmap(lambda chain: env.append_heads(problem, chain, state.depth + 1))(
+            extended
+        )
         # Prefixes that may not end yet are ranked by their heads all the same.
         is_root = (state.depth == 0) & is_there & (problem.min_layers == 0)
         is_end = does_extend & (state.depth + 1 >= problem.min_layers)
         chains = jnp.concatenate(
             [
-                jnp.where(is_root, env.stops(problem, prefix, state.depth), PADDING),
+                jnp.where(is_root, env.append_heads(problem, prefix, state.depth), PADDING),
                 jnp.where(is_end, stopped, PADDING).reshape(-1, problem.max_layers + 1),
             ]
         )
-        root_loss = jnp.where(is_root, env.stop_losses(problem, hidden), jnp.inf)
+        root_loss = jnp.where(is_root, env.head_losses(problem, hidden), jnp.inf)
         loss = jnp.concatenate([root_loss, jnp.where(is_end, loss, jnp.inf).reshape(-1)])
         loss = jnp.where(jnp.isfinite(loss), loss, jnp.inf)
         layer_calls = jnp.where(does_extend, num_layers, 0)
@@ -118,16 +125,22 @@ class BeamSearch:
         """To the next parent, generation, or pass."""
         old, new = state.generation, 1 - state.generation
         parent = state.parent + 1
-        is_last = (parent == self.max_width) | ~jnp.isfinite(state.loss[old, parent % self.max_width])
+        is_last = (parent == self.max_width) | ~jnp.isfinite(
+            state.loss[old, parent % self.max_width]
+        )
         next_state = state._replace(
             loss=jnp.where(is_last, state.loss.at[old].set(jnp.inf), state.loss),
             generation=jnp.where(is_last, new, old),
             parent=jnp.where(is_last, 0, parent),
             depth=state.depth + is_last,
         )
-        is_over = is_last & ((next_state.depth >= problem.max_layers) | ~jnp.isfinite(state.loss[new]).any())
+        is_over = is_last & (
+            (next_state.depth >= problem.max_layers) | ~jnp.isfinite(state.loss[new]).any()
+        )
         width = jnp.where(state.width <= self.max_width, 2 * state.width, state.width)
-        return jax.lax.cond(is_over, lambda s: _start_pass(s, problem, width), lambda s: s, next_state)
+        return jax.lax.cond(
+            is_over, lambda s: _start_pass(s, problem, width), lambda s: s, next_state
+        )
 
 
 def _start_pass(state: State, problem: Problem, width: Int[Array, ""]) -> State:

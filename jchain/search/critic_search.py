@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jchain import critic as critic_lib
 from jchain import env
 from jchain._typing import Array, Bool, Float, Int, Key, Shaped
-from jchain.calls import apply_all, apply_token
+from jchain.agent import critic as critic_lib
+from jchain.agent.observations import NUM_FEATURES, Observe, log_loss, lowest, observe
 from jchain.chain import PADDING
-from jchain.features import NUM_FEATURES, Observe, log_loss, lowest, observe
+from jchain.engine.layer_calls import apply_all, apply_token
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
@@ -45,9 +45,11 @@ class State(NamedTuple):
     prefixes: Prefixes
     last: Int[Array, "L"]  # [L], the prefix that was extended last
     children: Shaped[Array, "N B ..."]  # [N, B, ...F], activations of its children
-    centre: Float[Array, "F"]  # [F], mean features of the layers behind the stem
+    center: Float[Array, "F"]  # [F], mean features of the layers behind the stem
     weights: Float[Array, "D I"]  # [D, I], of the least squares
-    spread: Float[Array, "D I I"]  # [D, I, I], inverse of ridge + the inputs' second moments, times ridge
+    spread: Float[
+        Array, "D I I"
+    ]  # [D, I, I], inverse of ridge + the inputs' second moments, times ridge
     turn: Int[Array, ""]  # the length whose turn it is
 
 
@@ -68,11 +70,11 @@ class CriticSearch:
     the last children are kept; those of an older prefix are computed again, which costs its number of layers.
 
     Attributes:
-      critic: from `jchain.pretrain_controller`; None to start from the loss of the best head.
+      critic: from `jchain.pretrain_critic`; None to start from the loss of the best head.
       width: open prefixes kept of each length; the ones predicted worst make room.
       ridge: how strongly the least squares hold to the network's prediction; `jnp.inf` to learn nothing in this search.
       epsilon: how often any open prefix is taken in place of the best.
-      observe: what is seen of a prefix: `jchain.features.observe`, or `jchain.lookup.observe` where losses are looked up.
+      observe: what is seen of a prefix: `jchain.agent.observations.observe`, or `jchain.chainbench.tabular.observe` where losses are looked up.
     """
 
     critic: Any = None
@@ -90,7 +92,9 @@ class CriticSearch:
         hidden = problem.bank.embed(problem.data.x)
         root = self.observe(problem, hidden, hidden)
         if root.features.shape != (NUM_FEATURES,):
-            raise ValueError(f"expected {NUM_FEATURES} features of a prefix, got shape {list(root.features.shape)}")
+            raise ValueError(
+                f"expected {NUM_FEATURES} features of a prefix, got shape {list(root.features.shape)}"
+            )
         lengths = max(problem.max_layers, 1)
         shape = (lengths, self.width)
         size = 3 * _codes(problem).shape[1] + 2 * NUM_FEATURES + 1
@@ -121,32 +125,42 @@ class CriticSearch:
         does_extend = is_there & (length < problem.max_layers)
         hidden, num_again = _recall(state, problem, parent.chains, length)
         children = _extend(self.observe, problem, parent.chains, hidden, length)
-        centre = jnp.where(length == 0, children.features.mean(axis=0), state.centre)
-        candidates = self._judge(problem, parent, children, centre, length + 1)
+        center = jnp.where(length == 0, children.features.mean(axis=0), state.center)
+        candidates = self._judge(problem, parent, children, center, length + 1)
 
         is_last = length + 1 >= problem.max_layers
         predicted = _predict(
-            candidates.base, candidates.inputs, state.weights[jnp.minimum(length + 1, len(state.weights) - 1)]
+            candidates.base,
+            candidates.inputs,
+            state.weights[jnp.minimum(length + 1, len(state.weights) - 1)],
         )
         value = jnp.where(is_last, candidates.stop, predicted)
         stop = jnp.where(length >= problem.min_layers, parent.stop, jnp.inf)
-        target = jnp.minimum(stop, jnp.min(jnp.where(jnp.isnan(value), jnp.inf, value))) - parent.base
-        learnt = _learn(state.weights[length], state.spread[length], parent.inputs, target, self.ridge)
+        target = (
+            jnp.minimum(stop, jnp.min(jnp.where(jnp.isnan(value), jnp.inf, value))) - parent.base
+        )
+        learned = _learn(
+            state.weights[length], state.spread[length], parent.inputs, target, self.ridge
+        )
         does_learn = does_extend & jnp.isfinite(target)
         weights, spread = jax.tree.map(
-            lambda new, old: jnp.where(does_learn, new, old), learnt, (state.weights[length], state.spread[length])
+            lambda new, old: jnp.where(does_learn, new, old),
+            learned,
+            (state.weights[length], state.spread[length]),
         )
         prefixes = prefixes._replace(base=prefixes.base.at[length, place].set(jnp.inf))
         state = State(
             prefixes,
             parent.chains,
             children.hidden,
-            jnp.where(does_extend, centre, state.centre),
+            jnp.where(does_extend, center, state.center),
             state.weights.at[length].set(weights),
             state.spread.at[length].set(spread),
             (length + 1) % len(state.weights),
         )
-        state = _insert(state, candidates, jnp.where(does_extend & ~is_last, predicted, jnp.inf), length + 1)
+        state = _insert(
+            state, candidates, jnp.where(does_extend & ~is_last, predicted, jnp.inf), length + 1
+        )
         layer_calls = jnp.where(does_extend, problem.bank.num_layers + num_again, 0)
         return state, _report(problem, hidden, children, length, is_there, does_extend, layer_calls)
 
@@ -155,11 +169,18 @@ class CriticSearch:
         coin_key, place_key = jax.random.split(key)
         base, inputs = state.prefixes.base[length], state.prefixes.inputs[length]
         best = jnp.argmin(_predict(base, inputs, state.weights[length]))
-        any_one = jnp.argmax(jnp.where(jnp.isfinite(base), jax.random.uniform(place_key, base.shape), -1.0))
+        any_one = jnp.argmax(
+            jnp.where(jnp.isfinite(base), jax.random.uniform(place_key, base.shape), -1.0)
+        )
         return jnp.where(jax.random.uniform(coin_key) < self.epsilon, any_one, best)
 
     def _judge(
-        self, problem: Problem, parent: Any, children: _Children, centre: Array, length: Int[Array, ""]
+        self,
+        problem: Problem,
+        parent: Any,
+        children: _Children,
+        center: Array,
+        length: Int[Array, ""],
     ) -> Prefixes:
         """The children as open prefixes, `[N, ...]`."""
         stop = log_loss(jax.vmap(lowest)(children.loss))
@@ -168,19 +189,27 @@ class CriticSearch:
         if self.critic is not None:
             # What is behind the longest prefixes is not predicted, so their number may be anything.
             at = jnp.minimum(length, max(problem.max_layers - 1, 0))
-            seen = critic_lib.make_inputs(children.features, change, centre, at, max(problem.max_layers, 1))
+            seen = critic_lib.make_inputs(
+                children.features, change, center, at, max(problem.max_layers, 1)
+            )
             gain = self.critic.gain(seen)
-        inputs = _describe(problem, children, change, centre, length)
+        inputs = _describe(problem, children, change, center, length)
         return Prefixes(children.chains, children.features, inputs, stop, stop - gain)
 
 
-def _predict(base: Float[Array, "W"], inputs: Float[Array, "W I"], weights: Float[Array, "I"]) -> Float[Array, "W"]:
-    """Log of the lowest loss behind each prefix: what the network says, and what was learnt here."""
+def _predict(
+    base: Float[Array, "W"], inputs: Float[Array, "W I"], weights: Float[Array, "I"]
+) -> Float[Array, "W"]:
+    """Log of the lowest loss behind each prefix: what the network says, and what was learned here."""
     return base + inputs @ weights
 
 
 def _learn(
-    weights: Float[Array, "I"], spread: Float[Array, "I I"], x: Float[Array, "I"], target: Array, ridge: Any
+    weights: Float[Array, "I"],
+    spread: Float[Array, "I I"],
+    x: Float[Array, "I"],
+    target: Array,
+    ridge: Any,
 ) -> tuple[Float[Array, "I"], Float[Array, "I I"]]:
     """One step of recursive least squares (Sherman and Morrison 1950): exactly ridge regression on all steps so far."""
     spread_x = spread @ x
@@ -207,19 +236,25 @@ def _recall(
         made = apply_token(problem.bank.layers, jnp.maximum(prefix[slot], 0), hidden)
         return jnp.where(slot < again, made, hidden)
 
-    start = jnp.where(is_child, state.children[prefix[length - 1]], problem.bank.embed(problem.data.x))
+    start = jnp.where(
+        is_child, state.children[prefix[length - 1]], problem.bank.embed(problem.data.x)
+    )
     return jax.lax.fori_loop(0, problem.max_layers - 1, apply, start), again
 
 
 def _extend(
-    observe: Observe, problem: Problem, prefix: Int[Array, "L"], hidden: Array, length: Int[Array, ""]
+    observe: Observe,
+    problem: Problem,
+    prefix: Int[Array, "L"],
+    hidden: Array,
+    length: Int[Array, ""],
 ) -> _Children:
     made = apply_all(problem.bank.layers, hidden)
     observed = jax.vmap(lambda child: observe(problem, child, hidden))(made)
     slots = jnp.arange(problem.max_layers + 1)[None]
     tokens = jnp.arange(problem.bank.num_layers, dtype=jnp.int32)[:, None]
     chains = jnp.where(slots == length, tokens, prefix[None])
-    loss = observed.loss + problem.price(chains)[:, None]
+    loss = observed.loss + problem.layer_penalty(chains)[:, None]
     return _Children(made, observed.features, jnp.where(jnp.isfinite(loss), loss, jnp.inf), chains)
 
 
@@ -231,19 +266,23 @@ def _codes(problem: Problem) -> Float[Array, "N C"]:
 
 
 def _describe(
-    problem: Problem, children: _Children, change: Array, centre: Array, length: Int[Array, ""]
+    problem: Problem, children: _Children, change: Array, center: Array, length: Int[Array, ""]
 ) -> Float[Array, "N I"]:
     """Inputs of the least squares: last token, the one before it, all tokens, and features relative to parent and bank."""
     codes = _codes(problem)
     is_layer = jnp.arange(children.chains.shape[1]) < length
     tokens = jnp.where(is_layer[None, :, None], codes[children.chains], 0.0)
     before = tokens[:, jnp.maximum(length - 2, 0)] * (length > 1)
-    relative = jnp.clip(jnp.concatenate([change, children.features - centre[None]], axis=1), -4.0, 4.0)
+    relative = jnp.clip(
+        jnp.concatenate([change, children.features - center[None]], axis=1), -4.0, 4.0
+    )
     constant = jnp.full((codes.shape[0], 1), _CONSTANT)
     return jnp.concatenate([codes, before, tokens.sum(axis=1), relative, constant], axis=1)
 
 
-def _insert(state: State, candidates: Prefixes, value: Float[Array, "N"], length: Int[Array, ""]) -> State:
+def _insert(
+    state: State, candidates: Prefixes, value: Float[Array, "N"], length: Int[Array, ""]
+) -> State:
     """The best children take free places, then those of what is predicted worst. No value, no place."""
     prefixes = state.prefixes
     row = jnp.minimum(length, prefixes.base.shape[0] - 1)
@@ -254,7 +293,9 @@ def _insert(state: State, candidates: Prefixes, value: Float[Array, "N"], length
     place = jnp.where(value[best] < worst, places, kept.size)
     return state._replace(
         prefixes=jax.tree.map(
-            lambda old, new: old.at[row, place].set(new[best].astype(old.dtype), mode="drop"), prefixes, candidates
+            lambda old, new: old.at[row, place].set(new[best].astype(old.dtype), mode="drop"),
+            prefixes,
+            candidates,
         )
     )
 
@@ -270,10 +311,12 @@ def _report(
 ) -> Info:
     is_root = is_there & (length == 0) & (problem.min_layers == 0)
     is_end = does_extend & (length + 1 >= problem.min_layers)
-    root_loss = jnp.where(is_root, env.stop_losses(problem, hidden), jnp.inf)
+    root_loss = jnp.where(is_root, env.head_losses(problem, hidden), jnp.inf)
     empty = jnp.full_like(children.chains[0], PADDING)
-    bare = jnp.where(is_root, env.stops(problem, empty, length), PADDING)
-    ends = jax.vmap(lambda chain: env.stops(problem, chain, length + 1))(children.chains)
+    bare = jnp.where(is_root, env.append_heads(problem, empty, length), PADDING)
+    ends = jax.vmap(lambda chain: env.append_heads(problem, chain, length + 1))(children.chains)
     ends = jnp.where(is_end, ends, PADDING).reshape(-1, empty.size)
     loss = jnp.concatenate([root_loss, jnp.where(is_end, children.loss, jnp.inf).reshape(-1)])
-    return Info(jnp.concatenate([bare, ends]), jnp.where(jnp.isfinite(loss), loss, jnp.inf), layer_calls)
+    return Info(
+        jnp.concatenate([bare, ends]), jnp.where(jnp.isfinite(loss), loss, jnp.inf), layer_calls
+    )

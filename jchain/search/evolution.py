@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from jchain import chain as chain_lib
-from jchain import memo as memo_lib
 from jchain._typing import Array, Float, Int, Key
-from jchain.memo import Memo
+from jchain.engine import score_cache
+from jchain.engine.score_cache import ScoreCache
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
@@ -20,12 +20,12 @@ class State(NamedTuple):
     chains: Int[Array, "Q L"]  # [Q, L]
     loss: Float[Array, "Q"]  # [Q], +inf before it is full
     num_born: Int[Array, ""]
-    memo: Memo
+    cache: ScoreCache
 
 
 @pytree_dataclass
 class Evolution:
-    """Regularized (aging) evolution; a mutation is one edit, as in `jchain.chain.neighbours`.
+    """Regularized (aging) evolution; a mutation is one edit, as in `jchain.chain.neighbors`.
 
     Attributes:
       population_size: chains alive, Q; the first ones are random.
@@ -38,7 +38,10 @@ class Evolution:
     num_chains: int = static(default=8)
 
     def __post_init__(self) -> None:
-        if min(self.population_size, self.tournament_size) < 1 or not 1 <= self.num_chains <= self.population_size:
+        if (
+            min(self.population_size, self.tournament_size) < 1
+            or not 1 <= self.num_chains <= self.population_size
+        ):
             raise ValueError(
                 f"expected population_size, tournament_size and num_chains of at least 1, no more children than "
                 f"population_size, got {self.population_size}, {self.tournament_size} and {self.num_chains}"
@@ -47,32 +50,38 @@ class Evolution:
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         shape = (self.population_size, problem.max_layers + 1)
         chains = jnp.full(shape, chain_lib.PADDING, jnp.int32)
-        return State(chains, jnp.full(shape[0], jnp.inf), jnp.array(0), memo_lib.init(problem))
+        return State(chains, jnp.full(shape[0], jnp.inf), jnp.array(0), score_cache.init(problem))
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         random_key, draw_key, mutate_key = jax.random.split(key, 3)
         sizes = (problem.bank.num_layers, problem.bank.num_heads, problem.max_layers)
-        random = chain_lib.sample(random_key, self.num_chains, *sizes, min_layers=problem.min_layers)
-        drawn = jax.random.randint(draw_key, (self.num_chains, self.tournament_size), 0, self.population_size)
-        winner = jnp.take_along_axis(drawn, jnp.argmin(state.loss[drawn], axis=1)[:, None], axis=1)[:, 0]
+        random = chain_lib.sample(
+            random_key, self.num_chains, *sizes, min_layers=problem.min_layers
+        )
+        drawn = jax.random.randint(
+            draw_key, (self.num_chains, self.tournament_size), 0, self.population_size
+        )
+        winner = jnp.take_along_axis(drawn, jnp.argmin(state.loss[drawn], axis=1)[:, None], axis=1)[
+            :, 0
+        ]
         keys = jax.random.split(mutate_key, self.num_chains)
         children = jax.vmap(mutate, in_axes=(0, 0, None))(keys, state.chains[winner], problem)
         chains = jnp.where(state.num_born < self.population_size, random, children)
-        memo, loss, layer_calls = memo_lib.score(state.memo, problem, chains)
+        cache, loss, layer_calls = score_cache.evaluate_cached(state.cache, problem, chains)
         place = (state.num_born + jnp.arange(self.num_chains)) % self.population_size
         next_state = State(
             state.chains.at[place].set(chains),
             state.loss.at[place].set(loss.astype(state.loss.dtype)),
             state.num_born + self.num_chains,
-            memo,
+            cache,
         )
         return next_state, Info(chains, loss, layer_calls)
 
 
 def mutate(key: Key[Array, ""], chain: Int[Array, "L"], problem: Problem) -> Int[Array, "L"]:
-    """A neighbour of a chain, each as likely; the chain itself where it has none."""
-    rows, is_neighbour = chain_lib.neighbours(
+    """A neighbor of a chain, each as likely; the chain itself where it has none."""
+    rows, is_neighbor = chain_lib.neighbors(
         chain, problem.bank.num_layers, problem.bank.num_heads, min_layers=problem.min_layers
     )
-    row = jax.random.categorical(key, jnp.where(is_neighbour, 0.0, -jnp.inf))
-    return jnp.where(is_neighbour.any(), rows[row], chain)
+    row = jax.random.categorical(key, jnp.where(is_neighbor, 0.0, -jnp.inf))
+    return jnp.where(is_neighbor.any(), rows[row], chain)

@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from jchain import chain as chain_lib
-from jchain import memo as memo_lib
 from jchain._typing import Array, Bool, Float, Int, Key
 from jchain.chain import PADDING
-from jchain.descent import decide, draw_members, draw_start, share_members
-from jchain.gradient import choose_products, score_moves
-from jchain.memo import Memo
+from jchain.engine import score_cache
+from jchain.engine.score_cache import ScoreCache
+from jchain.gradient.edit_scores import choose_products, score_moves
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
+from jchain.search.descent import decide, draw_members, draw_start, share_members
 
 _START_RADIUS = 4.0
 
@@ -30,7 +30,7 @@ class Guide(NamedTuple):
 
     chain: Int[Array, "L"]
     loss: Float[Array, ""]  # of the chain
-    score: Float[Array, "M"]  # [M], of its neighbours; +inf where there is none, or it was tried
+    score: Float[Array, "M"]  # [M], of its neighbors; +inf where there is none, or it was tried
     greedy: Int[Array, "L L"]  # [L, L], the chain with 1, 2, ... swaps
     is_greedy: Bool[Array, "L"]
     pairs: Int[Array, "Q L"]  # [Q, L], with two swaps, best first
@@ -46,7 +46,7 @@ class State(NamedTuple):
     is_start: Bool[Array, ""]  # and yet to be drawn
     radius: Float[Array, ""]  # most swaps of a greedy move
     num_failed: Int[Array, ""]  # batches without a better chain
-    memo: Memo
+    cache: ScoreCache
 
 
 @pytree_dataclass
@@ -75,13 +75,21 @@ class LinearizedSearch:
     num_products: int | None = static(default=None)
 
     def __post_init__(self) -> None:
-        least = {"num_single": 1, "num_pairs": 0, "num_joint": 0, "num_candidates": 1, "patience": 1}
+        least = {
+            "num_single": 1,
+            "num_pairs": 0,
+            "num_joint": 0,
+            "num_candidates": 1,
+            "patience": 1,
+        }
         sizes = {name: getattr(self, name) for name in least}
         optional = {"num_best": self.num_best, "num_products": self.num_products}
         if any(sizes[name] < size for name, size in least.items()) or any(
             size is not None and size < 1 for size in optional.values()
         ):
-            raise ValueError(f"expected sizes of at least {least}, and of 1 or None, got {sizes} and {optional}")
+            raise ValueError(
+                f"expected sizes of at least {least}, and of 1 or None, got {sizes} and {optional}"
+            )
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         num_slots = problem.max_layers + 1
@@ -98,29 +106,45 @@ class LinearizedSearch:
         )
         zero = jnp.zeros((), jnp.int32)
         radius = jnp.full((), _START_RADIUS, jnp.float32)
-        return State(guide, jnp.array(True), jnp.array(True), radius, zero, memo_lib.init(problem))
+        return State(
+            guide, jnp.array(True), jnp.array(True), radius, zero, score_cache.init(problem)
+        )
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         guide = self._find_guide(key, state, problem)
         chains, rows, is_joint = self._propose(state, guide, problem)
-        memo, loss, layer_calls = memo_lib.score(state.memo, problem, chains)
+        cache, loss, layer_calls = score_cache.evaluate_cached(state.cache, problem, chains)
 
         # The chain itself stands where there is no move, and its loss may be lower here by a rounding error.
         is_move = (chains != guide.chain[None]).any(axis=1)
         score = guide.score.at[rows].set(jnp.inf, mode="drop")
         has_more = jnp.isfinite(score).any()
-        move = decide(guide.chain, guide.loss, chains, loss, is_move, state.num_failed, self.patience, has_more)
+        move = decide(
+            guide.chain,
+            guide.loss,
+            chains,
+            loss,
+            is_move,
+            state.num_failed,
+            self.patience,
+            has_more,
+        )
         did_try = (is_move & is_joint).any()
-        radius = jnp.where(did_try, jnp.where(move.does_move & is_joint[move.best], 2.0, 0.5), 1.0) * state.radius
+        radius = (
+            jnp.where(did_try, jnp.where(move.does_move & is_joint[move.best], 2.0, 0.5), 1.0)
+            * state.radius
+        )
         next_state = State(
             guide._replace(chain=move.chain, loss=move.loss, score=score),
             move.does_move
             | move.is_stuck
             | (sum(share_members(problem, self.num_candidates)) < problem.bank.num_layers),
             move.is_stuck,
-            jnp.where(move.is_stuck, _START_RADIUS, jnp.clip(radius, 2.0, max(problem.max_layers, 2))),
+            jnp.where(
+                move.is_stuck, _START_RADIUS, jnp.clip(radius, 2.0, max(problem.max_layers, 2))
+            ),
             move.num_failed,
-            memo,
+            cache,
         )
         own = jnp.where(state.is_new, guide.chain, PADDING)
         info = Info(
@@ -135,20 +159,27 @@ class LinearizedSearch:
         return min(wanted, sum(share_members(problem, self.num_candidates)))
 
     def _count_pairs(self, problem: Problem) -> int:
-        return min(self.num_pairs * self.patience, ((problem.max_layers + 1) * self._count_best(problem)) ** 2)
+        return min(
+            self.num_pairs * self.patience,
+            ((problem.max_layers + 1) * self._count_best(problem)) ** 2,
+        )
 
     def _find_guide(self, key: Key[Array, ""], state: State, problem: Problem) -> Guide:
         """A pass where the chain is new, what it said before else."""
 
         @jax.custom_batching.sequential_vmap
         def find(problem: Problem, key: Array, state: State) -> Guide:
-            return jax.lax.cond(state.is_new, self._pass, lambda *_: state.guide, key, state, problem)
+            return jax.lax.cond(
+                state.is_new, self._pass, lambda *_: state.guide, key, state, problem
+            )
 
-        return find(problem, key, state._replace(memo=None))
+        return find(problem, key, state._replace(cache=None))
 
     def _pass(self, key: Key[Array, ""], state: State, problem: Problem) -> Guide:
         start_key, key = jax.random.split(key)
-        chain = jax.lax.cond(state.is_start, lambda: draw_start(start_key, problem), lambda: state.guide.chain)
+        chain = jax.lax.cond(
+            state.is_start, lambda: draw_start(start_key, problem), lambda: state.guide.chain
+        )
         scores, joint = score_moves(
             problem,
             chain,
@@ -158,27 +189,33 @@ class LinearizedSearch:
             members=draw_members(key, problem, share_members(problem, self.num_candidates)),
         )
         sizes = (problem.bank.num_layers, problem.bank.num_heads)
-        is_neighbour = chain_lib.neighbours(chain, *sizes, min_layers=problem.min_layers)[1]
+        is_neighbor = chain_lib.neighbors(chain, *sizes, min_layers=problem.min_layers)[1]
         start_loss = jnp.where(jnp.isfinite(scores.loss), scores.loss, jnp.inf).astype(jnp.float32)
         return Guide(
             chain,
             # As it was evaluated: with the pass's rounding two chains of equal loss could each be better than the other.
             jnp.where(state.is_start, start_loss, state.guide.loss),
-            jnp.where(is_neighbour & ~jnp.isnan(scores.flat), scores.flat, jnp.inf).astype(jnp.float32),
+            jnp.where(is_neighbor & ~jnp.isnan(scores.flat), scores.flat, jnp.inf).astype(
+                jnp.float32
+            ),
             joint.greedy.astype(jnp.int32),
             ~jnp.isnan(joint.greedy_score),
             joint.pairs[: self._count_pairs(problem)].astype(jnp.int32),
             ~jnp.isnan(joint.pair_score)[: self._count_pairs(problem)],
-            (scores.layer_calls + jnp.where(state.is_start, problem.max_layers, 0)).astype(jnp.int32),
+            (scores.layer_calls + jnp.where(state.is_start, problem.max_layers, 0)).astype(
+                jnp.int32
+            ),
         )
 
     def _propose(self, state: State, guide: Guide, problem: Problem) -> tuple[Array, Array, Array]:
-        """Chains, which of them are neighbours, and which are greedy moves; the chain itself where there is no move."""
+        """Chains, which of them are neighbors, and which are greedy moves; the chain itself where there is no move."""
         # What a new pass says was not tried yet.
         num_failed = jnp.where(state.is_new, 0, state.num_failed)
-        neighbours, _ = chain_lib.neighbours(guide.chain, problem.bank.num_layers, problem.bank.num_heads)
+        neighbors, _ = chain_lib.neighbors(
+            guide.chain, problem.bank.num_layers, problem.bank.num_heads
+        )
         gain, rows = jax.lax.top_k(-guide.score, min(self.num_single, guide.score.size))
-        single = jnp.where(jnp.isfinite(gain)[:, None], neighbours[rows], guide.chain[None])
+        single = jnp.where(jnp.isfinite(gain)[:, None], neighbors[rows], guide.chain[None])
         sizes = jnp.floor(state.radius / 2.0 ** jnp.arange(self.num_joint)).astype(jnp.int32)
         place = jnp.clip(sizes - 1, 0, problem.max_layers)
         # Of two swaps there are pairs.

@@ -66,7 +66,9 @@ class MCTS:
             invalid_actions=~is_legal[None],
             gumbel_scale=self.gumbel_scale,
         )
-        tree = jax.tree.map(lambda leaf: leaf[0], (output.search_tree.embeddings, output.search_tree.children_index))
+        tree = jax.tree.map(
+            lambda leaf: leaf[0], (output.search_tree.embeddings, output.search_tree.children_index)
+        )
         nodes, children = tree
         action = output.action[0]
         taken = jax.tree.map(lambda leaf: leaf[children[0, action]], nodes.state)
@@ -74,15 +76,25 @@ class MCTS:
         next_root = jax.tree.map(lambda a, b: jnp.where(taken.is_done, a, b), start, taken)
 
         # The root's own chains were scored when it was a node, but for the empty prefix.
-        is_scored = nodes.is_call.at[0].set(state.root.length == 0) & (nodes.state.length >= problem.min_layers)
-        stops = jax.vmap(lambda state: env.stops(problem, state.chain, state.length))(nodes.state)
-        chains = jnp.where(is_scored[:, None, None], stops, PADDING).reshape(-1, problem.max_layers + 1)
-        loss = jnp.where(is_scored[:, None] & jnp.isfinite(nodes.loss), nodes.loss, jnp.inf).reshape(-1)
+        is_scored = nodes.is_call.at[0].set(state.root.length == 0) & (
+            nodes.state.length >= problem.min_layers
+        )
+        stops = jax.vmap(lambda state: env.append_heads(problem, state.chain, state.length))(
+            nodes.state
+        )
+        chains = jnp.where(is_scored[:, None, None], stops, PADDING).reshape(
+            -1, problem.max_layers + 1
+        )
+        loss = jnp.where(
+            is_scored[:, None] & jnp.isfinite(nodes.loss), nodes.loss, jnp.inf
+        ).reshape(-1)
         return State(next_root), Info(chains, loss, nodes.is_call.sum())
 
 
 def _observe(problem: Problem, state: env.State, is_call: Bool[Array, ""]) -> Node:
-    return Node(state, env.stop_losses(problem, state.hidden) + problem.price(state.chain), is_call)
+    return Node(
+        state, env.head_losses(problem, state.hidden) + problem.layer_penalty(state.chain), is_call
+    )
 
 
 def _value(node: Node) -> Float[Array, ""]:

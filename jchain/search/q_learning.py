@@ -10,24 +10,26 @@ import jax
 import jax.numpy as jnp
 
 from jchain import env
-from jchain import memo as memo_lib
 from jchain._typing import Array, Bool, Float, Int, Key
+from jchain.agent.rewards import plain_rewards
 from jchain.chain import PADDING, count_layers
-from jchain.memo import Memo
+from jchain.engine import score_cache
+from jchain.engine.score_cache import ScoreCache
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
-from jchain.rewards import plain_rewards
 from jchain.search.base import Info
 
 
 class State(NamedTuple):
     """The table, and what is replayed."""
 
-    values: Float[Array, "L M E"]  # [L, N + 1, E], by slot, last layer (N where there is none) and token
+    values: Float[
+        Array, "L M E"
+    ]  # [L, N + 1, E], by slot, last layer (N where there is none) and token
     chains: Int[Array, "R L"]  # [R, L], the last ones scored, as a ring
     reward: Float[Array, "R"]
     num_steps: Int[Array, ""]
-    memo: Memo
+    cache: ScoreCache
 
 
 @pytree_dataclass
@@ -41,7 +43,7 @@ class QLearning:
       learning_rate: of the table.
       decay: epsilon is `decay ** steps`, but at least `min_epsilon`.
       min_epsilon: share of random tokens that stays.
-      reward_fn: rewards of the chains of a step from their losses: of `jchain.rewards`, but ranks, which change with the step.
+      reward_fn: rewards of the chains of a step from their losses: of `jchain.agent.rewards`, but ranks, which change with the step.
     """
 
     num_chains: int = static(default=16)
@@ -67,7 +69,7 @@ class QLearning:
             jnp.full((self.replay_size, num_slots), PADDING, jnp.int32),
             jnp.zeros(self.replay_size),
             jnp.array(0),
-            memo_lib.init(problem),
+            score_cache.init(problem),
         )
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
@@ -75,7 +77,7 @@ class QLearning:
         epsilon = jnp.maximum(jnp.asarray(self.decay) ** state.num_steps, self.min_epsilon)
         keys = jax.random.split(act_key, self.num_chains)
         chains = jax.vmap(lambda k: sample_chain(k, state.values, epsilon, problem))(keys)
-        memo, loss, layer_calls = memo_lib.score(state.memo, problem, chains)
+        cache, loss, layer_calls = score_cache.evaluate_cached(state.cache, problem, chains)
 
         place = (state.num_steps * self.num_chains + jnp.arange(self.num_chains)) % self.replay_size
         remembered = state.chains.at[place].set(chains)
@@ -85,12 +87,16 @@ class QLearning:
         drawn = jax.random.randint(replay_key, (self.num_replays,), 0, num_there)
 
         def replay(values: Array, row: Array) -> tuple[Array, None]:
-            return update(values, remembered[row], rewards[row], jnp.asarray(self.learning_rate), problem), None
+            return update(
+                values, remembered[row], rewards[row], jnp.asarray(self.learning_rate), problem
+            ), None
 
         values, _ = jax.lax.scan(replay, state.values, drawn)
-        return State(values, remembered, rewards, num_steps, memo), Info(chains, loss, layer_calls)
+        return State(values, remembered, rewards, num_steps, cache), Info(chains, loss, layer_calls)
 
-    def value(self, state: State, chains: Int[Array, "P L"], problem: Problem) -> Float[Array, "P L"]:
+    def value(
+        self, state: State, chains: Int[Array, "P L"], problem: Problem
+    ) -> Float[Array, "P L"]:
         """What the table predicts before each token of chains: the best reward behind it, 0 where nothing was tried.
 
         0 also behind the head. The unit is that of `reward_fn`.
@@ -99,7 +105,11 @@ class QLearning:
         def read(chain: Array) -> Array:
             state_values, is_legal = look_up(state.values, chain, problem)
             best = jnp.max(jnp.where(is_legal, state_values, -jnp.inf), axis=1)
-            return jnp.where(jnp.arange(chain.shape[0]) <= count_layers(chain, problem.bank.num_layers), best, 0.0)
+            return jnp.where(
+                jnp.arange(chain.shape[0]) <= count_layers(chain, problem.bank.num_layers),
+                best,
+                0.0,
+            )
 
         return jax.vmap(read)(chains)
 
@@ -110,15 +120,21 @@ def sample_chain(
     """One epsilon-greedy chain."""
     num_layers = problem.bank.num_layers
 
-    def act(carry: tuple[Array, Array], slot: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
+    def act(
+        carry: tuple[Array, Array], slot: tuple[Array, Array]
+    ) -> tuple[tuple[Array, Array], Array]:
         last, is_done = carry
         t, key = slot
         explore_key, random_key = jax.random.split(key)
         legal = jnp.where(env.legal_actions(problem, t), 0.0, -jnp.inf)
         random = jax.random.categorical(random_key, legal)
-        token = jnp.where(jax.random.uniform(explore_key) < epsilon, random, jnp.argmax(values[t, last] + legal))
+        token = jnp.where(
+            jax.random.uniform(explore_key) < epsilon, random, jnp.argmax(values[t, last] + legal)
+        )
         is_end = is_done | (token >= num_layers)
-        return (jnp.where(is_end, last, token), is_end), jnp.where(is_done, PADDING, token).astype(jnp.int32)
+        return (jnp.where(is_end, last, token), is_end), jnp.where(is_done, PADDING, token).astype(
+            jnp.int32
+        )
 
     slots = (jnp.arange(problem.max_layers + 1), jax.random.split(key, problem.max_layers + 1))
     return jax.lax.scan(act, (jnp.array(num_layers), jnp.array(False)), slots)[1]

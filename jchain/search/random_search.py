@@ -3,9 +3,9 @@
 from typing import NamedTuple
 
 from jchain import chain
-from jchain import memo as memo_lib
 from jchain._typing import Array, Key
-from jchain.memo import Memo
+from jchain.engine import score_cache
+from jchain.engine.score_cache import ScoreCache
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
@@ -14,7 +14,7 @@ from jchain.search.base import Info
 class State(NamedTuple):
     """Only what was scored."""
 
-    memo: Memo
+    cache: ScoreCache
 
 
 @pytree_dataclass
@@ -32,11 +32,11 @@ class RandomSearch:
             raise ValueError(f"expected num_chains of at least 1, got {self.num_chains}")
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
-        return State(memo_lib.init(problem))
+        return State(score_cache.init(problem))
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         bank = problem.bank
         sizes = (bank.num_layers, bank.num_heads, problem.max_layers)
         chains = chain.sample(key, self.num_chains, *sizes, min_layers=problem.min_layers)
-        memo, loss, layer_calls = memo_lib.score(state.memo, problem, chains)
-        return State(memo), Info(chains, loss, layer_calls)
+        cache, loss, layer_calls = score_cache.evaluate_cached(state.cache, problem, chains)
+        return State(cache), Info(chains, loss, layer_calls)

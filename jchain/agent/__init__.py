@@ -1,0 +1,23 @@
+"""Parts of the learning searches: encodings, critics, observations, rewards, and pretraining."""
+
+from jchain.agent import observations, pretrain, rewards
+from jchain.agent.critic import Critic
+from jchain.agent.encoding import (
+    JointEncoding,
+    ObservedEncoding,
+    TokenEncoding,
+    WeightEncoding,
+    entry_features,
+)
+
+__all__ = [
+    "Critic",
+    "JointEncoding",
+    "ObservedEncoding",
+    "TokenEncoding",
+    "WeightEncoding",
+    "entry_features",
+    "observations",
+    "pretrain",
+    "rewards",
+]

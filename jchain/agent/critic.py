@@ -1,0 +1,131 @@
+"""A critic of prefixes that carries over from bank to bank: it reads what a prefix does to the data, not its tokens."""
+
+import os
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jchain._typing import Array, Float, Int, PyTree
+from jchain.agent.observations import NUM_FEATURES
+from jchain.files import read_arrays, write_arrays
+from jchain.pytree import pytree_dataclass, static
+
+NUM_INPUTS = 3 * NUM_FEATURES + 2
+_KIND = "critic of prefixes"
+
+
+class Network(nn.Module):
+    """Two hidden layers and one output.
+
+    Attributes:
+      width: of the hidden layers.
+    """
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*P I"]) -> Float[Array, "*P"]:
+        x = nn.relu(nn.Dense(self.width)(x))
+        x = nn.relu(nn.Dense(self.width)(x))
+        # Small outputs make the first prediction that nothing is to be gained.
+        return nn.Dense(1, kernel_init=nn.initializers.orthogonal(0.01))(x)[..., 0]
+
+
+@pytree_dataclass
+class Critic:
+    """Predicts by how much the loss falls behind a prefix, from `jchain.agent.observations.log_loss` of stopping there.
+
+    As it predicts the difference to the loss of stopping now, it is shaped by that potential (Ng, Harada and Russell 1999).
+
+    Attributes:
+      params: of the network.
+      mean: of the inputs over the prefixes it was trained on, `[I]`.
+      scale: their standard deviation, `[I]`.
+      width: of the network's hidden layers.
+    """
+
+    params: PyTree
+    mean: Float[Array, "I"]
+    scale: Float[Array, "I"]
+    width: int = static()
+
+    def gain(self, inputs: Float[Array, "*P I"]) -> Float[Array, "*P"]:
+        """Predicted fall of the log loss, of inputs from `make_inputs`."""
+        mean, scale = (jnp.broadcast_to(row, inputs.shape) for row in (self.mean, self.scale))
+        scaled = jnp.clip((inputs - mean) / scale, -5.0, 5.0)
+        out: Any = Network(self.width).apply({"params": self.params}, scaled)
+        return out
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to one file (safetensors)."""
+        leaves = jax.tree.leaves((self.params, self.mean, self.scale))
+        header = {"kind": _KIND, "num_inputs": int(self.mean.shape[0]), "width": self.width}
+        write_arrays(path, header, {f"{i:03}": leaf for i, leaf in enumerate(leaves)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Critic":
+        """Read a file written by `save`.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: the file is damaged, holds no critic, or one of other features than these.
+        """
+        header, arrays = read_arrays(path)
+        if header.get("kind") != _KIND:
+            raise ValueError(
+                f"{path}: expected a {_KIND}, got {header.get('kind', 'another kind of file')!r}"
+            )
+        if header.get("num_inputs") != NUM_INPUTS:
+            raise ValueError(
+                f"{path}: expected a critic of {NUM_INPUTS} inputs, {NUM_FEATURES} features of a prefix, got one of "
+                f"{header.get('num_inputs')}"
+            )
+        width = int(header["width"])
+        vector = jax.ShapeDtypeStruct((NUM_INPUTS,), jnp.float32)
+        params = jax.eval_shape(Network(width).init, jax.random.key(0), vector)["params"]
+        expected, structure = jax.tree.flatten((params, vector, vector))
+        leaves = [arrays[name] for name in sorted(arrays)]
+        if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in expected]:
+            raise ValueError(
+                f"{path}: expected the arrays of a network of width {width}, got other shapes"
+            )
+        params, mean, scale = jax.tree.unflatten(structure, leaves)
+        return cls(params, mean, scale, width)
+
+
+def make_inputs(
+    features: Float[Array, "*P F"],
+    change: Float[Array, "*P F"],
+    center: Float[Array, "F"],
+    length: Int[Array, "*P"] | Any,
+    max_layers: int,
+) -> Float[Array, "*P I"]:
+    """What a critic sees of prefixes.
+
+    Args:
+      features: of `jchain.agent.observations.observe`.
+      change: the features less those of the parent.
+      center: mean features of the bank's layers, each behind the stem alone.
+      length: layers of the prefix, below max_layers.
+      max_layers: most layers of a chain.
+    """
+    length = jnp.broadcast_to(jnp.asarray(length), features.shape[:-1])
+    place = jnp.stack([length / max_layers, jnp.log(max_layers - length)], axis=-1)
+    centered = features - jnp.broadcast_to(center, features.shape)
+    return jnp.concatenate([features, change, centered, place.astype(features.dtype)], axis=-1)
+
+
+def check(critic: Any) -> None:
+    """Raise ValueError when this is neither a `Critic` of the present features nor None."""
+    if critic is not None and not (
+        isinstance(critic, Critic) and np.shape(critic.mean)[-1:] == (NUM_INPUTS,)
+    ):
+        got = (
+            f"one of {np.shape(critic.mean)} inputs"
+            if isinstance(critic, Critic)
+            else type(critic).__name__
+        )
+        raise ValueError(f"expected a critic of {NUM_INPUTS} inputs, or none, got {got}")

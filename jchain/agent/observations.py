@@ -1,0 +1,273 @@
+"""What a critic sees of a prefix: what its layers did to the data, in numbers that mean the same for every bank.
+
+They come from the activations of the prefix and its best head, so they cost head calls, and no layer call. `observe` sums up
+what was done in a few numbers, `observe_activations` and `observe_gradients` give a sketch of it; `Join` has several at once.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from jchain._typing import Array, Float, Int
+from jchain.engine.layer_calls import apply_all, apply_token
+from jchain.problem import Problem, upcast
+
+NUM_FEATURES = 12
+# Length of a sketch of activations or gradients; one more number is its scale.
+NUM_SKETCHED = 64
+# Regressions are of so many columns, to which wider ones are sketched, and rows.
+_MAX_COLUMNS, _MAX_ROWS = 64, 128
+_RIDGE = 0.1
+_NUM_CG_STEPS = 8
+# Seeds the sketch. Constant, so that features mean the same in every process and a trained critic can be kept.
+_SKETCH_SEED = 0
+_LOSS_UNIT = 1e-3
+
+
+class Observation(NamedTuple):
+    """A prefix, looked at."""
+
+    features: Float[Array, "F"]  # [F], finite; of `observe` NUM_FEATURES
+    loss: Float[Array, "K"]  # [K], of stopping here by each head, without the price of layers
+
+
+@runtime_checkable
+class Observe(Protocol):
+    """A function of the problem, the activations of a prefix and those of the prefix without its last layer."""
+
+    def __call__(self, problem: Problem, hidden: Array, parent: Array) -> Observation: ...
+
+
+def observe(
+    problem: Problem, hidden: Float[Array, "B ..."], parent: Float[Array, "B ..."]
+) -> Observation:
+    """Features of a prefix and the losses of its heads.
+
+    The features are, of the best head: log of the mean of examples' losses, of their quadratic mean and of the square of the
+    mean of their roots, accuracy, log size of the loss's gradient by outputs and by activations. And of the activations: log
+    share of the labels, and of the gradient by outputs, that ridge regression on them leaves unexplained; log scale; log
+    participation ratio of their covariance; log share of their variance within classes; log relative change from the parent.
+    All but losses, accuracy, change and the gradient by activations are taken over at most 128 examples.
+
+    Args:
+      problem: heads, labels and loss.
+      hidden: activations of the prefix, `[B, ...F]`.
+      parent: those of the prefix without its last layer.
+    """
+    outputs, loss, accuracy = _grade(problem, hidden)
+    best, each, by_outputs, by_hidden = _differentiate(problem, hidden, outputs, loss)
+    hidden, parent = upcast(hidden), upcast(parent)
+    size = jnp.abs(each).astype(jnp.float32)
+
+    rows, residual = _sketch(hidden), _sketch(by_outputs)
+    labels = _one_hot(problem, outputs)
+    targets = residual if labels is None else jnp.concatenate([_sketch(labels), residual], axis=1)
+    rows -= rows.mean(axis=0, keepdims=True)
+    scale = jnp.sqrt(jnp.mean(rows**2) + 1e-12)
+    rows /= scale
+    covariance = rows.T @ rows / rows.shape[0]
+    unexplained = _unexplained(rows, covariance, targets)
+    num_labels = targets.shape[1] - residual.shape[1]
+    features = [
+        log_loss(loss[best]),
+        log_loss(jnp.mean(size**2) ** 0.5),
+        log_loss(jnp.mean(size**0.5) ** 2),
+        accuracy[best],
+        0.5 * jnp.log(jnp.mean(residual**2) + 1e-9),
+        jnp.log(scale * jnp.sqrt(jnp.mean(by_hidden**2)) + 1e-6),
+        _log_share(unexplained[:, :num_labels] if num_labels else unexplained),
+        _log_share(unexplained[:, num_labels:]),
+        jnp.log(scale),
+        jnp.log(jnp.trace(covariance) ** 2 / (jnp.sum(covariance**2) + 1e-12)),
+        jnp.zeros(())
+        if labels is None
+        else jnp.log(1.0 - _between_classes(rows, _few(labels)) + 1e-4),
+        0.5 * jnp.log(jnp.mean((hidden - parent) ** 2) / (jnp.mean(parent**2) + 1e-12) + 1e-12),
+    ]
+    stacked = jnp.stack([feature.astype(jnp.float32) for feature in features])
+    return Observation(jnp.clip(jnp.nan_to_num(stacked), -20.0, 20.0), loss)
+
+
+def observe_activations(
+    problem: Problem, hidden: Float[Array, "B ..."], parent: Float[Array, "B ..."]
+) -> Observation:
+    """A sketch of the activations of a prefix, `[NUM_SKETCHED + 1]`, and the losses of its heads.
+
+    A count sketch (Charikar et al. 2002) of at most 128 examples over their root mean square, and the log of that. Where
+    labels are one class for each example, it is of the means of the classes, which other examples of the same kind share.
+    """
+    outputs, loss, _ = _grade(problem, hidden)
+    return Observation(_describe(hidden, _one_hot(problem, outputs)), loss)
+
+
+def observe_gradients(
+    problem: Problem, hidden: Float[Array, "B ..."], parent: Float[Array, "B ..."]
+) -> Observation:
+    """The same sketch of the gradient of the best head's loss by the activations: where they would have to go."""
+    outputs, loss, _ = _grade(problem, hidden)
+    by_hidden = _differentiate(problem, hidden, outputs, loss)[-1]
+    return Observation(_describe(by_hidden, _one_hot(problem, outputs)), loss)
+
+
+@dataclass(frozen=True)
+class Join:
+    """Observations as one: their features, one behind the other.
+
+    Attributes:
+      parts: functions as `observe`.
+    """
+
+    parts: tuple[Observe, ...]
+
+    def __call__(
+        self, problem: Problem, hidden: Float[Array, "B ..."], parent: Float[Array, "B ..."]
+    ) -> Observation:
+        seen = [part(problem, hidden, parent) for part in self.parts]
+        return Observation(jnp.concatenate([one.features for one in seen]), seen[0].loss)
+
+
+def log_loss(loss: Float[Array, "*P"]) -> Float[Array, "*P"]:
+    """The scale on which losses are compared: their log where they are above 0.001, and finite below, also below 0."""
+    return jnp.arcsinh(loss / (2 * _LOSS_UNIT))
+
+
+def lowest(loss: Float[Array, "K"]) -> Float[Array, ""]:
+    """The lowest finite loss, `+inf` where none is."""
+    return jnp.min(jnp.where(jnp.isfinite(loss), loss, jnp.inf))
+
+
+def _grade(problem: Problem, hidden: Array) -> tuple[Array, Array, Array]:
+    """Outputs of the heads, their losses and accuracies."""
+    outputs = apply_all(problem.bank.heads, hidden)
+    return outputs, *jax.vmap(problem.compute_metrics)(outputs)
+
+
+def _differentiate(
+    problem: Problem, hidden: Array, outputs: Array, loss: Array
+) -> tuple[Array, Array, Array, Array]:
+    """The best head, its loss of each example, and the gradients of their sum by its outputs and by the activations."""
+    heads, num_layers = problem.bank.heads, problem.bank.num_layers
+    best = jnp.argmin(jnp.where(jnp.isfinite(loss), loss, jnp.inf))
+
+    def add_up(out: Array) -> tuple[Array, Array]:
+        each = _rows(problem.loss_fn(out, problem.data.y)).mean(axis=1)
+        return each.sum(), each
+
+    by_outputs, each = jax.grad(add_up, has_aux=True)(upcast(outputs[best]))
+    pull = jax.vjp(lambda h: apply_token(heads, num_layers + best, h), hidden)[1]
+    return best, each, by_outputs, upcast(pull(by_outputs.astype(outputs.dtype))[0])
+
+
+def _describe(array: Float[Array, "B ..."], labels: Any) -> Float[Array, "S"]:
+    """Sketch and log scale of what each example has."""
+    rows = _rows(_few(array)).astype(jnp.float32)
+    rows = jnp.nan_to_num(rows, posinf=0.0, neginf=0.0)
+    scale = jnp.sqrt(jnp.mean(rows**2) + 1e-12)
+    if labels is not None:
+        labels = _few(labels)
+        rows = labels.T @ rows / (labels.sum(axis=0)[:, None] + 1e-6)
+    place_key, sign_key = jax.random.split(jax.random.key(_SKETCH_SEED))
+    place = jax.random.randint(place_key, (rows.size,), 0, NUM_SKETCHED)
+    sign = jax.random.rademacher(sign_key, (rows.size,), rows.dtype)
+    sketch = jax.ops.segment_sum(rows.reshape(-1) * sign, place, NUM_SKETCHED)
+    sketch /= scale * max(rows.size / NUM_SKETCHED, 1.0) ** 0.5
+    return jnp.append(jnp.clip(sketch, -20.0, 20.0), jnp.clip(jnp.log(scale), -20.0, 20.0))
+
+
+def _rows(array: Array) -> Float[Array, "B R"]:
+    return array.reshape(array.shape[0], -1)
+
+
+def _few(array: Float[Array, "B ..."]) -> Float[Array, "b ..."]:
+    """At most 128 of the examples, evenly spaced."""
+    return array[:: -(-array.shape[0] // _MAX_ROWS)]
+
+
+def _sketch(array: Float[Array, "B ..."]) -> Float[Array, "b C"]:
+    """A few rows of at most 64 columns, whose inner products are kept in expectation (count sketch, Charikar et al. 2002)."""
+    rows = _rows(_few(array)).astype(jnp.float32)
+    if rows.shape[1] <= _MAX_COLUMNS:
+        return rows
+    place_key, sign_key = jax.random.split(jax.random.key(_SKETCH_SEED))
+    place = jax.random.randint(place_key, rows.shape[1:], 0, _MAX_COLUMNS)
+    sign = jax.random.rademacher(sign_key, rows.shape[1:], rows.dtype)
+    return jax.ops.segment_sum((rows * sign[None]).T, place, _MAX_COLUMNS).T
+
+
+def _one_hot(problem: Problem, outputs: Float[Array, "K B ..."]) -> Any:
+    """Labels as `[B, C]` where there is one class for each example, else None."""
+    y = problem.data.y
+    if not jnp.issubdtype(y.dtype, jnp.integer) or y.ndim != 1 or outputs.ndim != 3:
+        return None
+    return jax.nn.one_hot(y, outputs.shape[-1], dtype=jnp.float32)
+
+
+def _unexplained(
+    rows: Float[Array, "b C"], covariance: Float[Array, "C C"], targets: Float[Array, "b D"]
+) -> Float[Array, "2 D"]:
+    """Sums of squares of each target: what ridge regression on the rows leaves of it, and all of it."""
+    targets -= targets.mean(axis=0, keepdims=True)
+    # A few steps are as good as the solution here, and a factorization is a call out of the compiled program.
+    weights, _ = jax.scipy.sparse.linalg.cg(
+        lambda w: covariance @ w + _RIDGE * w,
+        rows.T @ targets / rows.shape[0],
+        tol=0.0,
+        maxiter=_NUM_CG_STEPS,
+    )
+    return jnp.stack(
+        [jnp.sum((targets - rows @ weights) ** 2, axis=0), jnp.sum(targets**2, axis=0)]
+    )
+
+
+def _log_share(unexplained: Float[Array, "2 D"]) -> Float[Array, ""]:
+    left, whole = unexplained.sum(axis=1)
+    return jnp.log(left / (whole + 1e-12) + 1e-4)
+
+
+def _between_classes(rows: Float[Array, "B C"], labels: Float[Array, "B K"]) -> Float[Array, ""]:
+    """Share of the variance of centered rows that lies between the means of classes."""
+    means = labels.T @ rows / (labels.sum(axis=0)[:, None] + 1e-6)
+    return jnp.sum((labels @ means) ** 2) / (jnp.sum(rows**2) + 1e-12)
+
+
+class ObservedPrefix(NamedTuple):
+    """A prefix, looked at."""
+
+    hidden: Any  # [B, ...F], its activations; None where nothing is looked at
+    features: Float[Array, "F"]  # [F], none where nothing is looked at
+    loss: Float[Array, "K"]  # [K], of stopping here by each head, without the price of layers
+
+
+def observe_root(observe: Observe | None, problem: Problem) -> ObservedPrefix:
+    """The empty prefix."""
+    if observe is None:
+        return ObservedPrefix(None, jnp.zeros(0), jnp.zeros(problem.bank.num_heads))
+    hidden = problem.bank.embed(problem.data.x)
+    return ObservedPrefix(hidden, *observe(problem, hidden, hidden))
+
+
+def observe_next(
+    observe: Observe | None, problem: Problem, observed: ObservedPrefix, token: Int[Array, ""]
+) -> ObservedPrefix:
+    """The prefix with one layer more, for one layer call; the same where the token is none of a layer."""
+    if observe is None:
+        return observed
+    is_layer = (token >= 0) & (token < problem.bank.num_layers)
+    made = apply_token(problem.bank.layers, jnp.where(is_layer, token, 0), observed.hidden)
+    after = ObservedPrefix(made, *observe(problem, made, observed.hidden))
+    return jax.tree.map(
+        lambda new, old: jnp.where(is_layer, new, old).astype(old.dtype), after, observed
+    )
+
+
+def observe_chain(
+    observe: Observe | None, problem: Problem, chain: Int[Array, "L"]
+) -> Float[Array, "L F"]:
+    """Features of the prefix before each token of a chain; behind its head those of the last one."""
+
+    def look(observed: ObservedPrefix, token: Array) -> tuple[ObservedPrefix, Array]:
+        return observe_next(observe, problem, observed, token), observed.features
+
+    return jax.lax.scan(look, observe_root(observe, problem), chain)[1]

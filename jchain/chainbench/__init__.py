@@ -1,0 +1,34 @@
+"""ChainBench: small problems with every chain scored, and statistics to compare searches on them."""
+
+from jchain.chainbench import stats, tabular
+from jchain.chainbench.problems import (
+    DATA,
+    KINDS,
+    MAX_LAYERS,
+    NAMES,
+    NUM_LAYERS,
+    NUM_SEEDS,
+    Solved,
+    build,
+    describe,
+    find_local_optima,
+    load,
+    make_bank,
+)
+
+__all__ = [
+    "DATA",
+    "KINDS",
+    "MAX_LAYERS",
+    "NAMES",
+    "NUM_LAYERS",
+    "NUM_SEEDS",
+    "Solved",
+    "build",
+    "describe",
+    "find_local_optima",
+    "load",
+    "make_bank",
+    "stats",
+    "tabular",
+]

@@ -1,0 +1,224 @@
+"""Problems whose chains are scored already, with layers that only look the losses up.
+
+A search runs on them as on the problem they stand for, with the same charges and, up to the rounding of sums, the same
+results, in a small part of the time: the manner in which tabular benchmarks are used (NAS-Bench-101, Ying et al. 2019,
+arXiv:1902.09635). An activation is the number of its prefix, a layer goes from it to the number of the child.
+"""
+
+from functools import cache
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jchain import chain as chain_lib
+from jchain._typing import Array, Float, Int, Shaped
+from jchain.agent.encoding import entry_features as sketch_entries
+from jchain.agent.observations import Observation, Observe
+from jchain.bank import Bank
+from jchain.data import Batch
+from jchain.engine.backend import compiler_options, find_backend
+from jchain.engine.layer_calls import apply_all
+from jchain.groups import LayerGroup
+from jchain.problem import Problem
+
+_TOKEN, _ENTRY = "token", "entry"
+_MAX_PREFIXES = 2**24  # float32, as which heads give the numbers, is exact below
+
+
+class Child(nn.Module):
+    """A layer: from the number of a prefix to that of the prefix with one layer more.
+
+    Prefixes are numbered as `jchain.chain.enumerate_all` orders them, so that the children of `i` are `N i + 1 .. N i + N`.
+
+    Attributes:
+      num_layers: N.
+    """
+
+    num_layers: int
+
+    @nn.compact
+    def __call__(self, x: Int[Array, "B 1"]) -> Int[Array, "B 1"]:
+        return x * self.num_layers + 1 + self.get_variable("params", _TOKEN)
+
+
+class Stop(nn.Module):
+    """A head: the numbers of a prefix and of the head, by which `get_loss` looks the loss up."""
+
+    @nn.compact
+    def __call__(self, x: Int[Array, "B 1"]) -> Float[Array, "B 2"]:
+        numbers = jnp.concatenate(
+            [x, jnp.full_like(x, self.get_variable("params", _TOKEN))], axis=1
+        )
+        return numbers.astype(jnp.float32)
+
+
+def get_loss(outputs: Float[Array, "B 2"], y: Float[Array, "B C R"]) -> Float[Array, "B"]:
+    """The loss of a prefix that a head ends; infinite where the prefix is none."""
+    prefix, head = outputs.astype(jnp.int32).T
+    return y.at[jnp.arange(len(y)), prefix, head].get(mode="fill", fill_value=jnp.inf)
+
+
+def observe(
+    problem: Problem, hidden: Shaped[Array, "B ..."], parent: Shaped[Array, "B ..."]
+) -> Observation:
+    """Features and losses of a prefix, looked up: for `CriticSearch(observe=...)`, where they are of `jchain.agent.observations.observe`.
+
+    Prefixes without features have 0.
+
+    Raises:
+      ValueError: the problem was made without features, or not by `make_problem`.
+    """
+    num_heads = problem.bank.num_heads
+    if problem.loss_fn is not get_loss or problem.data.y.shape[-1] == num_heads:
+        raise ValueError(
+            "expected a problem that jchain.chainbench.tabular.make_problem made with features"
+        )
+    row = problem.data.y[0].at[hidden[0, 0]].get(mode="fill", fill_value=jnp.inf)
+    features = row[num_heads:]
+    return Observation(jnp.where(jnp.isfinite(features), features, 0.0), row[:num_heads])
+
+
+def entry_features(bank: Bank) -> Float[Array, "E D"]:
+    """`jchain.agent.encoding.entry_features` of the bank that this one stands for: for `ActorCritic(entry_features=...)`.
+
+    Raises:
+      ValueError: the bank is not that of a problem from `make_problem`.
+    """
+    groups = (*bank.layers, *bank.heads)
+    if any(not isinstance(group.module, Child | Stop) for group in groups):
+        raise ValueError(
+            "expected the bank of a problem that jchain.chainbench.tabular.make_problem made"
+        )
+    rows = jnp.concatenate([group.params[_ENTRY] for group in groups])
+    return (
+        jnp.zeros_like(rows)
+        .at[jnp.array([token for group in groups for token in group.tokens])]
+        .set(rows)
+    )
+
+
+def make_problem(
+    bank: Bank,
+    loss: Float[np.ndarray, "C"],
+    max_layers: int,
+    features: Float[np.ndarray, "V F"] | None = None,
+    *,
+    min_layers: int = 0,
+) -> Problem:
+    """The problem of a bank whose chains have these losses.
+
+    In place of the weights it holds a sketch of them, for `entry_features`: banks of as many layers and heads share compiled
+    programs, whatever their layers are.
+
+    Args:
+      bank: the layers and heads.
+      loss: of every chain of 0 to `max_layers` layers, price included, in the order of `jchain.chain.enumerate_all`; `+inf`
+        where it is not finite.
+      max_layers: most layers of a chain.
+      features: of the first prefixes in that order, for `observe`, as many of each as one likes; None where no search reads
+        them.
+      min_layers: fewest layers of a chain that a search makes.
+
+    Raises:
+      ValueError: there are not as many losses as chains, more than 16,777,216 prefixes, or features of more prefixes.
+    """
+    num_chains = chain_lib.count(bank.num_layers, bank.num_heads, max_layers)
+    if np.shape(loss) != (num_chains,):
+        raise ValueError(
+            f"expected the losses of all {num_chains:,} chains, got shape {list(np.shape(loss))}"
+        )
+    _check_size(bank, max_layers)
+    table = np.asarray(loss, np.float32).reshape(-1, bank.num_heads)
+    if features is not None:
+        if features.ndim != 2 or not features.shape[1] or len(features) > len(table):
+            raise ValueError(
+                f"expected features [V, F] of at most {len(table):,} prefixes, got {list(features.shape)}"
+            )
+        rows = np.zeros((len(table), features.shape[1]), np.float32)
+        rows[: len(features)] = features
+        table = np.concatenate([table, rows], axis=1)
+    entries = sketch_entries(bank)
+    layers = tuple(_replace(group, Child(bank.num_layers), 0, entries) for group in bank.layers)
+    heads = tuple(_replace(group, Stop(), bank.num_layers, entries) for group in bank.heads)
+    numbers = Bank(
+        layers,
+        heads,
+        names=bank.names,
+        origins=bank.origins,
+        parents=bank.parents,
+        num_steps=bank.num_steps,
+    )
+    data = Batch(jnp.zeros((1, 1), jnp.int32), jnp.asarray(table)[None])
+    return Problem(numbers, data, max_layers, loss_fn=get_loss, min_layers=min_layers)
+
+
+def tabulate(problem: Problem, observe: Observe) -> Problem:
+    """The same problem, looked up, with what is observed of each of its prefixes, those without room for a layer included.
+
+    It takes as many layer calls as scoring all chains.
+
+    Args:
+      problem: a small one.
+      observe: as `jchain.agent.observations.observe`.
+
+    Raises:
+      ValueError: as `make_problem`.
+    """
+    _check_size(problem.bank, problem.max_layers)
+    seen = _compile_look(find_backend(problem))(problem.without_names(), observe)
+    loss = np.where(np.isfinite(seen.loss), seen.loss, np.inf)
+    features = np.asarray(seen.features)
+    return make_problem(
+        problem.bank, loss.reshape(-1), problem.max_layers, features, min_layers=problem.min_layers
+    )
+
+
+def _check_size(bank: Bank, max_layers: int) -> None:
+    num_prefixes = chain_lib.count(bank.num_layers, 1, max_layers)
+    if num_prefixes > _MAX_PREFIXES:
+        raise ValueError(f"expected at most {_MAX_PREFIXES:,} prefixes, got {num_prefixes:,}")
+
+
+@cache
+def _compile_look(backend: str) -> Any:
+    return jax.jit(_look, static_argnames="observe", compiler_options=compiler_options(backend))
+
+
+def _look(problem: Problem, observe: Observe) -> Observation:
+    """Every prefix, `[V, ...]`, in the order of `jchain.chain.enumerate_all`."""
+    price = jnp.broadcast_to(problem.layer_cost, (problem.bank.num_layers,))
+
+    def look_below(hidden: Array, parent: Array, paid: Array, length: int) -> list[Observation]:
+        seen = observe(problem, hidden, parent)
+        levels = [seen._replace(loss=seen.loss + paid)]
+        if length < problem.max_layers:
+            children = (apply_all(problem.bank.layers, hidden), paid + price)
+            # The last ones side by side, the others one after another, so that few activations are kept.
+            map_all = (
+                jax.vmap
+                if length + 1 == problem.max_layers
+                else lambda fn: lambda *c: jax.lax.map(lambda a: fn(*a), c)
+            )
+            levels += map_all(lambda child, spent: look_below(child, hidden, spent, length + 1))(
+                *children
+            )
+        return levels
+
+    hidden = problem.bank.embed(problem.data.x)
+    levels = look_below(hidden, hidden, jnp.zeros(()), 0)
+    flat = [
+        jax.tree.map(lambda leaf, depth=depth: leaf.reshape(-1, *leaf.shape[depth:]), level)
+        for depth, level in enumerate(levels)
+    ]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *flat)
+
+
+def _replace(
+    group: LayerGroup, module: nn.Module, offset: int, entries: Float[Array, "E D"]
+) -> LayerGroup:
+    """The group with another module, which reads the place of its token among layers or heads."""
+    tokens = jnp.asarray(group.tokens, jnp.int32)
+    return LayerGroup({_TOKEN: tokens - offset, _ENTRY: entries[tokens]}, module, group.tokens)

@@ -1,0 +1,120 @@
+"""Figures, written whole or not at all. matplotlib is imported when one is drawn."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jchain.files import write_atomically
+from jchain.gradient.layer_report import LayerReport
+from jchain.search.base import Curve
+
+
+def plot_curve(path: str | os.PathLike[str], curve: Curve, levels: Mapping[str, float]) -> None:
+    """Best loss against layer calls as a PNG.
+
+    Args:
+      path: where to write.
+      curve: of one run.
+      levels: losses to compare with, by name, drawn as horizontal lines.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.step(curve.layer_calls, curve.best_loss, where="post", label="search")
+    for i, (name, loss) in enumerate(levels.items()):
+        axes.axhline(loss, linestyle="--", color=f"C{i + 1}", label=name)
+    is_positive = all(
+        (np.asarray(losses) > 0).all() for losses in (curve.best_loss, [*levels.values()])
+    )
+    axes.set(
+        xlabel="layer calls",
+        ylabel="best loss on search",
+        yscale="log" if is_positive else "linear",
+    )
+    axes.grid(visible=True, which="both", alpha=0.3)
+    axes.legend()
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
+
+
+def plot_sweep(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Loss on test against the number of layers, of what was found and of recipes, as a PNG.
+
+    Args:
+      path: where to write.
+      rows: `sweep` of the result of `jchain search --sweep`.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in dict.fromkeys(name for row in rows for name in row["recipes"]):
+        points = [
+            (r["max_layers"], r["recipes"][name]["loss"]["test"])
+            for r in rows
+            if name in r["recipes"]
+        ]
+        axes.plot(*zip(*points, strict=True), marker="s", linestyle="--", label=name)
+    points = [(row["max_layers"], row["loss"]["test"]) for row in rows]
+    axes.plot(*zip(*points, strict=True), marker="o", color="black", label="chain found")
+    axes.set(
+        xlabel="layers beside pinned ones, at most",
+        ylabel="loss on test",
+        xticks=[x for x, _ in points],
+    )
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend()
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
+
+
+def plot_layers(path: str | os.PathLike[str], reports: Sequence[LayerReport]) -> None:
+    """What the gradient says of each layer of a chain, as a PNG: totals by layer, and importance by weight index.
+
+    Args:
+      path: where to write.
+      reports: of `jchain.gradient.layer_report.report_layers`; layers must have tensors of the same names and shapes.
+
+    Raises:
+      ValueError: there is no layer, or tensors differ.
+    """
+    from matplotlib.figure import Figure
+
+    shapes = {
+        tuple((name, tensor.weights.shape) for name, tensor in report.tensors.items())
+        for report in reports
+    }
+    if len(shapes) != 1:
+        raise ValueError(
+            f"expected layers, at least one, with tensors of the same names and shapes, got {len(shapes)} kinds"
+        )
+    names = [f"{report.slot}: {report.name}" for report in reports]
+    totals = [report.reduce()[""] for report in reports]
+    tensors = [*reports[0].tensors]
+    figure = Figure(
+        figsize=(11, 2.2 + 0.45 * len(reports) * (1 + len(tensors) / 2)), layout="constrained"
+    )
+    halves: Any = figure.subfigures(2, height_ratios=[1, max(1, (len(tensors) + 1) // 2)])
+    top, below = halves
+    labels = {
+        "weights": "root mean square weight",
+        "gradient": "root mean square gradient",
+        "importance": "importance, sum of |w dL/dw|",
+        "fisher": "empirical Fisher, sum",
+    }
+    bars = top.subplots(1, 4, sharey=True)
+    for axes, (key, label) in zip(bars, labels.items(), strict=True):
+        axes.barh(names, [total[key] for total in totals])
+        axes.set(xlabel=label)
+    # The first slot on top; of all four, which share the axis.
+    bars[0].invert_yaxis()
+    panels = below.subplots(-(-len(tensors) // 2), 2, squeeze=False).ravel()
+    for axes, name in zip(panels, tensors, strict=False):
+        rows = np.stack([np.ravel(report.tensors[name].importance) for report in reports])
+        image = axes.imshow(np.log10(rows + 1e-12), aspect="auto", interpolation="nearest")
+        axes.set(title=f"log10 importance, {name}", xlabel="weight index", ylabel="slot")
+        below.colorbar(image, ax=axes)
+    for axes in panels[len(tensors) :]:
+        axes.set_visible(False)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130))

@@ -1,0 +1,33 @@
+"""How chains are evaluated: plans, compiler options, devices, and the cache of losses."""
+
+from jchain.engine import distributed, score_cache
+from jchain.engine.backend import compiler_options
+from jchain.engine.evaluate import (
+    Evaluation,
+    Explanation,
+    apply_chain,
+    evaluate,
+    evaluate_all,
+    evaluate_prefixes,
+    explain,
+)
+from jchain.engine.fused_kernel import Fused
+from jchain.engine.plans import Blocks, Share, Walk, choose_plan
+
+__all__ = [
+    "Blocks",
+    "Evaluation",
+    "Explanation",
+    "Fused",
+    "Share",
+    "Walk",
+    "apply_chain",
+    "choose_plan",
+    "compiler_options",
+    "distributed",
+    "evaluate",
+    "evaluate_all",
+    "evaluate_prefixes",
+    "explain",
+    "score_cache",
+]

@@ -1,0 +1,116 @@
+"""A fused kernel for banks of small layers: a tile of examples stays on chip through a whole chain.
+
+For small layers an accelerator is bound by the activations that travel between layers, which this avoids; in turn no prefix
+is shared. **Not measured on an accelerator yet**: it has only run in Pallas' interpreter on CPU, where it is tested and slow,
+so no default chooses it. Pass it as `plan=` to measure it yourself.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jchain._typing import Array
+from jchain.engine.prefix_sharing import SortedChains, pad_to_multiple
+from jchain.problem import Problem
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A plan (see `jchain.engine`): one Pallas program for each chain and tile of examples.
+
+    The bank must have one group of layers, on features `[B, F]`, and one of heads. The weights of the whole bank are at
+    hand in every program and are read by token. Another bank is refused with a ValueError.
+
+    Attributes:
+      tile: examples in a program; a power of two for GPUs.
+      block_size: chains whose last activations are kept before the heads read them.
+    """
+
+    tile: int = 128
+    block_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.tile < 1 or self.block_size < 1:
+            raise ValueError(
+                f"expected tile and block_size of at least 1, got {self.tile} and {self.block_size}"
+            )
+
+    def count_bytes(self, problem: Problem, hidden: Any) -> int:
+        del problem
+        return 2 * self.block_size * hidden.size * hidden.dtype.itemsize
+
+    def measure(
+        self, problem: Problem, hidden: Array, population: SortedChains
+    ) -> tuple[Array, Array]:
+        groups = (len(problem.bank.layers), len(problem.bank.heads))
+        if groups != (1, 1) or hidden.ndim != 2:
+            raise ValueError(
+                f"expected one group of layers on features [B, F] and one of heads for a fused kernel, got {groups[0]} "
+                f"and {groups[1]} on {list(hidden.shape)}"
+            )
+        head_group = problem.bank.heads[0]
+        num_chains = population.chains.shape[0]
+        size = min(self.block_size, num_chains)
+        chains, length, _ = pad_to_multiple(population, size)
+        head = jnp.take_along_axis(chains, length[:, None], axis=1)[:, 0] - problem.bank.num_layers
+        # Tokens are places in the group: there is one.
+        place_of = jnp.argsort(jnp.asarray(head_group.tokens))
+        blocks = [a.reshape(-1, size, *a.shape[1:]) for a in (chains, length, place_of[head])]
+
+        def measure_block(block: Any) -> tuple[Array, Array]:
+            chains, length, head = block
+            last = _run_chains(self.tile, problem, hidden, chains, length)
+            return jax.vmap(lambda head, h: problem.compute_metrics(head_group.apply(head, h)))(
+                head, last
+            )
+
+        return jax.tree.map(
+            lambda a: a.reshape(-1)[:num_chains], jax.lax.map(measure_block, blocks)
+        )
+
+
+def _run_chains(tile: int, problem: Problem, hidden: Array, chains: Array, length: Array) -> Array:
+    """The activations behind the last layer of each chain, `[C, B, F]`."""
+    from jax.experimental import pallas as pl
+
+    group = problem.bank.layers[0]
+    place_of = jnp.argsort(jnp.asarray(group.tokens)).astype(jnp.int32)
+    leaves, structure = jax.tree.flatten(group.params)
+    num_examples, num_features = hidden.shape
+    tile = min(tile, num_examples)
+    num_chains, num_slots = chains.shape
+    padded = jnp.pad(hidden, ((0, -num_examples % tile), (0, 0)))
+
+    def run(chain_ref: Any, length_ref: Any, x_ref: Any, *refs: Any) -> None:
+        *weight_refs, out_ref = refs
+
+        def call(t: Array, h: Array) -> Array:
+            member = jax.tree.unflatten(structure, [ref[chain_ref[0, t]] for ref in weight_refs])
+            return group.module.apply({"params": member}, h)  # pyright: ignore[reportReturnType]
+
+        out_ref[0] = jax.lax.fori_loop(0, length_ref[0], call, x_ref[...])
+
+    def whole(leaf: Array) -> Any:
+        return pl.BlockSpec(leaf.shape, lambda i, j: (0,) * leaf.ndim)
+
+    out = pl.pallas_call(
+        run,
+        grid=(num_chains, padded.shape[0] // tile),
+        in_specs=[
+            pl.BlockSpec((1, num_slots), lambda i, j: (i, 0)),
+            pl.BlockSpec((1,), lambda i, j: (i,)),
+            pl.BlockSpec((tile, num_features), lambda i, j: (j, 0)),
+            *map(whole, leaves),
+        ],
+        out_specs=pl.BlockSpec((1, tile, num_features), lambda i, j: (i, j, 0)),
+        out_shape=jax.ShapeDtypeStruct((num_chains, *padded.shape), hidden.dtype),
+        interpret=jax.default_backend() == "cpu",
+    )(
+        place_of[jnp.where(chains < problem.bank.num_layers, chains, 0)],
+        length.astype(jnp.int32),
+        padded,
+        *leaves,
+    )
+    return out[:, :num_examples]

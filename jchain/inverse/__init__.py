@@ -1,0 +1,23 @@
+"""Working backward from outputs: pullbacks, target scores, and recovery of the chain that made them."""
+
+from jchain.inverse import target_scores
+from jchain.inverse.pullback import (
+    condition_numbers,
+    invert_layers,
+    pull_back,
+    reach_target,
+    target_logits,
+    target_outputs,
+)
+from jchain.inverse.recover_chain import meet_in_the_middle
+
+__all__ = [
+    "condition_numbers",
+    "invert_layers",
+    "meet_in_the_middle",
+    "pull_back",
+    "reach_target",
+    "target_logits",
+    "target_outputs",
+    "target_scores",
+]

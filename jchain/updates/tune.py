@@ -1,0 +1,271 @@
+"""Gradient steps on the weights of chains of a bank: on their layers and heads, and on nothing else of it.
+
+Every layer and head has an optimizer state of its own, so a layer that no chain goes through stays as it is, to the bit.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jchain import chain as chain_lib
+from jchain._typing import Array, Bool, Float, Int, Key, PyTree
+from jchain.bank import Bank
+from jchain.engine.evaluate import apply_chain
+from jchain.groups import LayerGroup
+from jchain.problem import Problem
+from jchain.train import BATCH_SIZE, OPTIMIZER, is_stepwise
+
+# Of a layer: forward, the gradient of its input, and that of its weights.
+CALLS_PER_LAYER = 3
+
+
+class State(NamedTuple):
+    """A bank in training."""
+
+    bank: Bank
+    opt_states: tuple[PyTree, ...]  # for each group of layers, then of heads, leaves [n, ...]
+
+
+def training_cost(
+    num_layers: int | Int[np.ndarray, "*P"], num_train: int, num_examples: int, num_steps: int = 1
+) -> int:
+    """What gradient steps on chains cost, in layer calls on a split of `num_examples`, rounded up.
+
+    A step applies each layer once to a minibatch of 128 examples, and takes the gradients of its input and of its weights,
+    which count as one call each. A layer that stands in a chain twice counts twice.
+
+    Args:
+      num_layers: of the chain, or of each of several.
+      num_train: examples of the split to train on; where they are fewer, all are in each minibatch.
+      num_examples: of the split whose layer calls are the unit.
+      num_steps: on each chain.
+    """
+    num_calls = CALLS_PER_LAYER * num_steps * int(np.sum(num_layers))
+    return math.ceil(num_calls * min(BATCH_SIZE, num_train) / num_examples)
+
+
+def tune_chain(
+    key: Key[Array, ""],
+    problem: Problem,
+    chain: Int[Array, "L"] | Any,
+    *,
+    num_steps: int = 100,
+    optimizer: optax.GradientTransformation = OPTIMIZER,
+    tokens: Sequence[int] | None = None,
+) -> Bank:
+    """The bank after gradient steps on one chain: its layers and head have new weights, versions and origins, the others stay.
+
+    A step that would make weights of a layer infinite or nan is not taken for it. Banks of half precision are trained in float32
+    and rounded once, at the end.
+
+    Each step takes a random minibatch of 128 examples. A layer that stands in the chain twice is one layer, of two gradients.
+
+    Args:
+      key: for minibatches.
+      problem: bank, the split to train on, loss.
+      chain: tokens, `[L]`.
+      num_steps: gradient steps.
+      optimizer: any optax transformation, applied to each layer and head apart.
+      tokens: which of the chain's layers and head to train; all of them when None.
+
+    Raises:
+      ValueError: `chain` is no chain of the bank, it does not go through one of the tokens, num_steps is below 0.
+    """
+    bank = problem.bank
+    checked = chain_lib.validate(np.asarray(chain), bank.num_layers, bank.num_heads)
+    *route, head = [int(token) for token in checked if token != chain_lib.PADDING]
+    tuned = list(dict.fromkeys([*route, head] if tokens is None else tokens))
+    if num_steps < 0 or not set(tuned) <= {*route, head}:
+        raise ValueError(
+            f"expected num_steps of at least 0 and tokens of the chain {[*route, head]}, got {num_steps} and {tuned}"
+        )
+    if num_steps == 0 or not tuned:
+        return bank
+    # Without the rest of the bank, whose gradient is zero. A bank has a layer, so a chain without one keeps the first.
+    members = [*dict.fromkeys(route or [0]), head]
+    small = upcast_bank(bank.take(members[:-1], members[-1:])).without_names()
+    path = tuple(members.index(token) for token in (*route, head))
+    is_tuned = jnp.array([member in tuned for member in members])
+    state = start(small, optimizer)
+    if is_stepwise((small.layers, small.heads)):
+        for t in range(num_steps):
+            step_key = jax.random.fold_in(key, t)
+            state = _step_path(state, step_key, problem.with_bank(small), path, is_tuned, optimizer)
+    else:
+        # One program for all chains of as many different layers, and any number of steps.
+        padded = jnp.array([*path, *[chain_lib.PADDING] * (problem.max_layers - len(route))])
+        state = _loop(state, key, problem.with_bank(small), padded, is_tuned, optimizer, num_steps)
+    return bank.replace(
+        tuned,
+        [
+            _round_as(state.bank.get_params(members.index(token)), bank.get_params(token))
+            for token in tuned
+        ],
+        origins=[f"{num_steps} gradient steps from {bank.origins[token]}" for token in tuned]
+        if bank.origins
+        else None,
+    )
+
+
+def upcast_bank(bank: Bank) -> Bank:
+    """The bank in float32 where it is of half precision, in which small steps are lost."""
+    wide = jax.tree.map(_upcast, (bank.layers, bank.heads, bank.stem_params))
+    return dataclasses.replace(bank, layers=wide[0], heads=wide[1], stem_params=wide[2])
+
+
+def _upcast(leaf: Any) -> Any:
+    is_half = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
+    return leaf.astype(jnp.float32) if is_half else leaf
+
+
+def _round_as(params: PyTree, like: PyTree) -> PyTree:
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), params, like)
+
+
+def start(bank: Bank, optimizer: optax.GradientTransformation) -> State:
+    """A bank before its first step."""
+    groups = (*bank.layers, *bank.heads)
+    return State(bank, tuple(_map_members(optimizer.init, group)(group.params) for group in groups))
+
+
+def train_on(
+    key: Key[Array, ""],
+    state: State,
+    problem: Problem,
+    chains: Int[Array, "U L"],
+    optimizer: optax.GradientTransformation,
+) -> State:
+    """One gradient step on each of these chains after the other, each on a minibatch of its own. Works under `jit`.
+
+    The versions of a chain's layers and head rise by one with each. Rows of -1 hold no chain and change nothing.
+
+    Args:
+      key: for minibatches.
+      state: bank and optimizer.
+      problem: the split to train on, and the loss; its bank is not looked at.
+      chains: tokens, `[U, L]`.
+      optimizer: that of `start`.
+    """
+
+    def step(state: State, slot: Any) -> tuple[State, None]:
+        key, chain = slot
+        tokens = jnp.arange(state.bank.num_layers + state.bank.num_heads)
+        is_trained = (tokens[:, None] == chain[None]).any(axis=1)
+        bare = chain_lib.bare(state.bank.num_layers, chain.shape[0] - 1)
+        path = jnp.where(chain[0] == chain_lib.PADDING, bare, chain)
+        state = _step(state, key, problem, path, is_trained, optimizer)
+        versions = state.bank.get_versions() + is_trained
+        return state._replace(bank=dataclasses.replace(state.bank, versions=versions)), None
+
+    bank = dataclasses.replace(state.bank, versions=state.bank.get_versions())
+    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(chains.shape[0]))
+    return jax.lax.scan(step, state._replace(bank=bank), (keys, chains))[0]
+
+
+def _step(
+    state: State,
+    key: Key[Array, ""],
+    problem: Problem,
+    path: Any,
+    is_trained: Bool[Array, "E"],
+    optimizer: optax.GradientTransformation,
+) -> State:
+    """One gradient step on one chain; of the bank only the layers and heads that are marked change."""
+    bank, (x, y) = state.bank, problem.data
+    rows = jax.random.choice(key, x.shape[0], (min(BATCH_SIZE, x.shape[0]),), replace=False)
+    groups = (*bank.layers, *bank.heads)
+
+    def measure(params: tuple[PyTree, ...]) -> Float[Array, ""]:
+        outputs = _apply_path(_with_params(bank, params), path, x[rows])
+        return jnp.mean(problem.loss_fn(outputs, y[rows]))
+
+    params = tuple(group.params for group in groups)
+    gradients = jax.grad(measure)(params)
+    updated = [
+        _update(own, gradient, opt_state, is_trained[np.array(group.tokens)], group, optimizer)
+        for group, own, gradient, opt_state in zip(
+            groups, params, gradients, state.opt_states, strict=True
+        )
+    ]
+    return State(
+        _with_params(bank, tuple(new for new, _ in updated)),
+        tuple(opt_state for _, opt_state in updated),
+    )
+
+
+_step_path = jax.jit(_step, static_argnames=("path", "optimizer"))
+
+
+@partial(jax.jit, static_argnames="optimizer")
+def _loop(
+    state: State,
+    key: Array,
+    problem: Problem,
+    path: Array,
+    is_trained: Array,
+    optimizer: Any,
+    num_steps: Any,
+) -> State:
+    def step(t: Array, state: State) -> State:
+        return _step(state, jax.random.fold_in(key, t), problem, path, is_trained, optimizer)
+
+    return jax.lax.fori_loop(0, num_steps, step, state)
+
+
+def _update(
+    params: PyTree,
+    gradient: PyTree,
+    opt_state: PyTree,
+    is_trained: Bool[Array, "n"],
+    group: LayerGroup,
+    optimizer: optax.GradientTransformation,
+) -> tuple[PyTree, PyTree]:
+    """Params and optimizer state `[n, ...]` of a group. A member changes that is trained and whose new params are finite."""
+    module: Any = group.module
+
+    def update(params: PyTree, gradient: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree]:
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        new: Any = optax.apply_updates(params, updates)
+        return (module.project(new) if hasattr(module, "project") else new), opt_state
+
+    made = _map_members(update, group)(params, gradient, opt_state)
+    for leaf in jax.tree.leaves(made[0]):
+        is_trained &= jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim)))
+
+    def keep(new: Array, old: Array) -> Array:
+        return jnp.where(is_trained.reshape(-1, *(1 for _ in new.shape[1:])), new, old)
+
+    return jax.tree.map(keep, made, (params, opt_state))
+
+
+def _map_members(fn: Callable[..., Any], group: LayerGroup) -> Any:
+    """`vmap` over the members of a group, which may have no params."""
+    return jax.vmap(fn, axis_size=len(group.tokens))
+
+
+def _with_params(bank: Bank, params: Sequence[PyTree]) -> Bank:
+    """The bank with other params of each group of layers, then of heads."""
+    groups = [
+        LayerGroup(own, group.module, group.tokens)
+        for own, group in zip(params, (*bank.layers, *bank.heads), strict=True)
+    ]
+    num = len(bank.layers)
+    return dataclasses.replace(bank, layers=tuple(groups[:num]), heads=tuple(groups[num:]))
+
+
+def _apply_path(bank: Bank, path: Any, x: Array) -> Array:
+    """Outputs of a chain; of one whose tokens are known, without the branches that hide convolutions from XLA on CPU."""
+    if not isinstance(path, tuple):
+        return apply_chain(bank, path, x)
+    hidden = bank.embed(x)
+    for token in path:
+        group = next(group for group in (*bank.layers, *bank.heads) if token in group.tokens)
+        hidden = group.apply(group.tokens.index(token), hidden)
+    return hidden

@@ -1,0 +1,523 @@
+import dataclasses
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from conftest import HEAD, init_params, make_bank, make_batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jchain as jc
+from jchain.engine.layer_calls import apply_all, apply_token
+from jchain.engine.plans import choose_plan
+from jchain.engine.prefix_sharing import count_calls
+
+PLANS = [
+    jc.engine.Walk(),
+    jc.engine.Blocks(1),
+    jc.engine.Blocks(5, (1, 2), head_widths=(1, 3)),
+    jc.engine.Blocks(1000, (1, 2, 8), head_widths=(1, 4, 16)),
+    jc.engine.Blocks(5, (1, 3), share=jc.engine.Share.NOTHING),
+    jc.engine.Blocks(1000, (1, 4), share=jc.engine.Share.NOTHING, head_widths=(1, 8)),
+    jc.engine.Blocks(5, (1, 2), share=jc.engine.Share.PARENT),
+    jc.engine.Blocks(1000, (1, 3), share=jc.engine.Share.PARENT, head_widths=(1, 2)),
+]
+
+
+def sample(problem, num, seed=0):
+    """Random chains, plus some of every length, a head at once, and repeats."""
+    bank = problem.bank
+    rows = jc.chain.sample(
+        jax.random.key(seed), num, bank.num_layers, bank.num_heads, problem.max_layers
+    )
+    short = [[*range(depth), bank.num_layers] for depth in range(problem.max_layers + 1)]
+    return np.concatenate([rows, jc.chain.pad(short, problem.max_layers), rows[:3]])
+
+
+def assert_matches_reference(problem, chains, out):
+    expected = np.array([reference.chain_loss(problem, chain) for chain in chains])
+    np.testing.assert_allclose(out.loss, expected[:, 0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(out.accuracy, expected[:, 1], atol=1e-6)
+    assert (out.layer_calls, out.head_calls) == reference.count_calls(
+        chains, problem.bank.num_layers
+    )
+
+
+@pytest.mark.parametrize("plan", [None, *PLANS], ids=str)
+def test_evaluate_matches_a_float64_loop(two_group_problem, plan):
+    chains = sample(two_group_problem, 40)
+    out = jc.evaluate(two_group_problem, chains, plan=plan)
+    assert_matches_reference(two_group_problem, chains, out)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "independent",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("routed", "snapshots", "random")),
+    ],
+)
+def test_evaluate_matches_a_float64_loop_on_digits(digits, kind):
+    sizes = (
+        {"num_nets": 3}
+        if kind == "independent"
+        else {"num_snapshots": 3}
+        if kind == "snapshots"
+        else {"num_heads": 3}
+    )
+    make = getattr(jc.train, kind)
+    bank = make(
+        jax.random.key(0),
+        digits.train,
+        layer=jc.layers.ResidualMLP(64),
+        head=jc.layers.DenseHead(10),
+        num_steps=60,
+        **sizes,
+    )
+    problem = jc.Problem(bank, digits.search, max_layers=4)
+    chains = sample(problem, 200)
+    out = jc.evaluate(problem, chains)
+    assert bank.num_heads == 3
+    assert_matches_reference(problem, chains, out)
+
+
+def test_layer_calls_by_hand(problem):
+    # Prefixes: 0, 0-1, 0-1-2, 2, 2-0. The head is no layer call, repeats cost nothing.
+    chains = jc.chain.pad([[0, 1, 4], [0, 1, 2, 4], [0, 1, 2, 5], [2, 0, 4], [4], [0, 1, 4]], 3)
+    out = jc.evaluate(problem, chains)
+    assert (out.layer_calls, out.head_calls) == (5, 5)
+
+
+@pytest.mark.parametrize("plan", [None, jc.engine.Blocks(7, (1, 2))], ids=str)
+def test_evaluate_all(two_group_problem, plan):
+    chains, out = jc.evaluate_all(two_group_problem, plan=plan)
+    np.testing.assert_array_equal(chains, jc.chain.enumerate_all(5, 2, 3))
+    assert (out.layer_calls, out.head_calls) == (5 + 25 + 125, len(chains))
+    shuffled = np.random.default_rng(0).permutation(len(chains))
+    again = jc.evaluate(two_group_problem, chains[shuffled])
+    np.testing.assert_allclose(again.loss, out.loss[shuffled], rtol=1e-6)
+    np.testing.assert_array_equal(again.accuracy, out.accuracy[shuffled])
+    some = shuffled[:50]
+    np.testing.assert_allclose(
+        out.loss[some],
+        [reference.chain_loss(two_group_problem, chain)[0] for chain in chains[some]],
+        rtol=1e-5,
+    )
+
+
+def test_evaluate_all_refuses_what_would_never_end(bank):
+    problem = jc.Problem(bank, make_batch(), max_layers=30)
+    with pytest.raises(
+        ValueError, match="expected at most 4,194,304 chains to evaluate, got 3,074,457"
+    ):
+        jc.evaluate_all(problem)
+
+
+STEM = jc.layers.DenseHead(5)
+
+
+def draw_problem(draw):
+    """One or two groups of layers, one to three heads of one or two modules, with or without a stem."""
+    seed = draw(st.integers(0, 2**16))
+    banks = [make_bank(draw(st.integers(1, 3)), draw(st.integers(1, 2)), seed=seed)]
+    if draw(st.booleans()):
+        banks.append(make_bank(2, 1, seed=seed + 1, layer=jc.layers.Dense(5)))
+    data = make_batch(seed=seed)
+    if draw(st.booleans()):
+        (stem_params,) = init_params(STEM, jax.random.key(seed), 1, (2, 2))
+        banks = [dataclasses.replace(bank, stem=STEM, stem_params=stem_params) for bank in banks]
+        data = jc.Batch(data.x[:, :4].reshape(-1, 2, 2), data.y)
+    return jc.Problem(
+        jc.Bank.concat(banks),
+        data,
+        draw(st.integers(0, 4)),
+        layer_cost=draw(st.sampled_from([0.0, 0.5])),
+    )
+
+
+def draw_chains(draw, problem):
+    """One chain or several: of any length, repeated, only a head."""
+    num_layers, num_heads = problem.bank.num_layers, problem.bank.num_heads
+    layers = st.lists(st.integers(0, num_layers - 1), max_size=problem.max_layers)
+    head = st.integers(num_layers, num_layers + num_heads - 1)
+    some = draw(st.lists(st.tuples(layers, head), min_size=1, max_size=12))
+    rows = [[*layers, head] for layers, head in some + some[: draw(st.integers(0, 2))]]
+    return jc.chain.pad(rows, problem.max_layers)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [None, *PLANS[::2], *(pytest.param(plan, marks=pytest.mark.slow) for plan in PLANS[1::2])],
+    ids=str,
+)
+@settings(max_examples=2, deadline=None)
+@given(data=st.data())
+def test_every_plan_and_dtype_on_random_problems(plan, data):
+    problem = draw_problem(data.draw)
+    chains = draw_chains(data.draw, problem)
+    assert_matches_reference(problem, chains, jc.evaluate(problem, chains, plan=plan))
+    # bfloat16 keeps 8 bits: a loss is right to a few per cent of it, or of the logits that it comes from.
+    out = jc.evaluate(problem, chains, plan=plan, dtype=jnp.bfloat16)
+    expected = np.array([reference.chain_loss(problem, chain)[0] for chain in chains])
+    assert out.loss.dtype == jnp.float32
+    np.testing.assert_allclose(out.loss, expected, rtol=0.05, atol=0.1)
+    assert (out.layer_calls, out.head_calls) == reference.count_calls(
+        chains, problem.bank.num_layers
+    )
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "shares"),
+    [
+        (jc.layers.ConvBlock(3, depth=2), (4, 4, 3), tuple(jc.engine.Share)),
+        (jc.layers.TransformerBlock(4, 2), (3, 4), (jc.engine.Share.LAYER,)),
+    ],
+    ids=["images", "sequences"],
+)
+def test_images_and_sequences(layer, shape, shares):
+    data = jc.Batch(jax.random.normal(jax.random.key(0), (6, *shape)), jnp.arange(6) % 3)
+    layers, heads = (
+        init_params(layer, jax.random.key(1), 4, shape),
+        init_params(HEAD, jax.random.key(2), 1, shape),
+    )
+    problem = jc.Problem(jc.Bank.stack(layer, layers, HEAD, heads), data, 2)
+    chains, out = jc.evaluate_all(problem)
+    assert_matches_reference(problem, chains, out)
+    for share in shares:
+        forced = jc.evaluate(problem, chains, plan=jc.engine.Blocks(16, (1, 4), share))
+        np.testing.assert_allclose(forced.loss, out.loss, rtol=1e-5)
+
+
+def test_bfloat16_is_used_from_the_stem_on(problem):
+    chains = sample(problem, 10)
+    exact, rounded = jc.evaluate(problem, chains), jc.evaluate(problem, chains, dtype=jnp.bfloat16)
+    assert np.all(rounded.loss[:10] != exact.loss[:10])
+    same = jc.evaluate(problem, chains, dtype=jnp.float32)
+    np.testing.assert_array_equal(same.loss, exact.loss)
+
+
+def test_prefixes_are_scored_by_every_head_for_no_layer_call_more(two_group_problem):
+    chains = sample(two_group_problem, 12)
+    out = jc.evaluate_prefixes(two_group_problem, chains)
+    assert out.loss.shape == out.accuracy.shape == (*chains.shape, 2)
+    assert out.layer_calls == jc.evaluate(two_group_problem, chains).layer_calls
+    assert out.head_calls == 2 * len(
+        {tuple(row[:t]) for row in chains.tolist() for t in range(1 + sum(0 <= x < 5 for x in row))}
+    )
+    for row, loss, accuracy in zip(chains, out.loss, out.accuracy, strict=True):
+        layers = [token for token in row if 0 <= token < 5]
+        for t in range(4):
+            for k in range(2):
+                if t <= len(layers):
+                    expected = reference.chain_loss(two_group_problem, [*layers[:t], 5 + k])
+                    np.testing.assert_allclose(
+                        (loss[t, k], accuracy[t, k]), expected, rtol=1e-5, atol=1e-5
+                    )
+                else:
+                    assert (loss[t, k], accuracy[t, k]) == (np.inf, 0)
+
+
+@jax.jit
+def plain_loss(problem, chain):
+    return problem.compute_metrics(jc.apply_chain(problem.bank, chain, problem.data.x))[0]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    num=st.sampled_from([1, 13]),
+    plan=st.sampled_from([jc.engine.Walk(), jc.engine.Blocks(4, (1, 2))]),
+)
+def test_any_population_matches_apply_chain(problem, seed, num, plan):
+    rng = np.random.default_rng(seed)
+    tokens = [
+        [*rng.integers(0, 4, rng.integers(0, 4)).tolist(), int(rng.integers(4, 6))]
+        for _ in range(num)
+    ]
+    chains = jc.chain.pad(tokens, 3)
+    out = jc.evaluate(problem, chains, plan=plan)
+    expected = [plain_loss(problem, chain) for chain in jnp.asarray(chains)]
+    np.testing.assert_allclose(out.loss, expected, rtol=2e-6)
+    assert (out.layer_calls, out.head_calls) == reference.count_calls(chains, 4)
+
+
+@settings(max_examples=3, deadline=None)
+@given(st.permutations(range(4)), st.permutations([4, 5]), st.integers(0, 2**31 - 1))
+def test_permuting_the_bank_and_relabelling_the_chain_leaves_the_loss(problem, layers, heads, seed):
+    order = [*layers, *heads]
+    permuted = jc.Problem(problem.bank.take(layers, heads), problem.data, problem.max_layers)
+    chains = np.asarray(jc.chain.sample(jax.random.key(seed), 8, 4, 2, 3))
+    new = np.array([order.index(token) for token in range(6)] + [-1])
+    np.testing.assert_allclose(
+        jc.evaluate(permuted, new[chains]).loss, jc.evaluate(problem, chains).loss, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("plan", [None, jc.engine.Blocks(3, (1, 2))], ids=str)
+def test_vmap_over_populations_and_over_problems(problem, plan):
+    populations = jnp.stack([jnp.asarray(sample(problem, 6, seed)) for seed in range(3)])
+    looped = [jc.evaluate(problem, chains, plan=plan) for chains in populations]
+    batched = jax.vmap(lambda chains: jc.evaluate(problem, chains, plan=plan))(populations)
+    for i, out in enumerate(looped):
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-6), batched, out)
+    problems = [jc.Problem(make_bank(seed=seed), problem.data, 3) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems)
+    batched = jax.vmap(lambda p, chains: jc.evaluate(p, chains, plan=plan))(stacked, populations)
+    for i, one in enumerate(problems):
+        np.testing.assert_allclose(
+            batched.loss[i], jc.evaluate(one, populations[i]).loss, rtol=1e-6
+        )
+
+
+def test_one_trace_for_a_hundred_populations_of_one_size(problem):
+    calls = []
+
+    def counted(outputs, labels):
+        calls.append(outputs.shape)
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+
+    own = jc.Problem(problem.bank, problem.data, 3, loss_fn=counted)
+    populations = [
+        np.asarray(jc.chain.sample(jax.random.key(seed), 16, 4, 2, 3)) for seed in range(100)
+    ]
+    jc.evaluate(own, populations[0])
+    num_calls = len(calls)
+    for chains in populations[1:]:
+        jc.evaluate(own, chains)
+    assert len(calls) == num_calls
+
+
+def test_one_trace_inside_jit(problem):
+    traces = []
+
+    @jax.jit
+    def loss_fn(chains):
+        traces.append(chains.shape)
+        return jc.evaluate(problem, chains).loss
+
+    for seed in range(3):
+        loss_fn(jc.chain.sample(jax.random.key(seed), 6, 4, 2, 3))
+    assert traces == [(6, 4)]
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [None, jc.engine.Blocks(4, (1, 2)), jc.engine.Blocks(9, (1, 4), share=jc.engine.Share.NOTHING)],
+    ids=str,
+)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+def test_nonfinite_layers_become_inf_and_touch_no_other_chain(plan, bad):
+    params = init_params(jc.layers.Dense(5), jax.random.key(0), 3, (5,))
+    heads = init_params(HEAD, jax.random.key(1), 1, (5,))
+    broken = [*params[:2], jax.tree.map(lambda leaf: jnp.full_like(leaf, bad), params[2])]
+    data = make_batch()
+    good = jc.Problem(jc.Bank.stack(jc.layers.Dense(5), params[:2], HEAD, heads), data, 2)
+    problem = jc.Problem(jc.Bank.stack(jc.layers.Dense(5), broken, HEAD, heads), data, 2)
+    chains, out = jc.evaluate_all(problem, plan=plan)
+    is_broken = (chains == 2).any(axis=1)
+    deep = (chains == 2).sum(axis=1) == 2
+    assert np.all(out.loss[deep] == np.inf)
+    assert np.all(out.accuracy[deep] == 0)
+    assert out.num_nonfinite == np.sum(np.isinf(out.loss)) >= deep.sum()
+    assert np.all(np.isfinite(out.loss[~is_broken]))
+    relabelled = np.where(chains[~is_broken] == 3, 2, chains[~is_broken])
+    np.testing.assert_array_equal(out.loss[~is_broken], jc.evaluate(good, relabelled).loss)
+
+
+@pytest.mark.parametrize(
+    ("chains", "message"),
+    [
+        ([[0, 1, 999, -1]], "token 999"),
+        ([[0, 1, 2, 3]], "no head"),
+        ([[0, 4, 1, -1]], "tokens after its head"),
+        ([[0, 4]], r"shape \[P, 4\]"),
+        ([0, 4, -1, -1], r"shape \[P, 4\]"),
+        (np.zeros((0, 4), int), "at least one"),
+    ],
+)
+def test_bad_chains_are_refused_before_anything_is_computed(problem, chains, message):
+    with pytest.raises(ValueError, match=message):
+        jc.evaluate(problem, chains)
+
+
+def test_explain_says_what_evaluate_does(two_group_problem):
+    chains = sample(two_group_problem, 40)
+    said = jc.explain(two_group_problem, chains)
+    out = jc.evaluate(two_group_problem, chains)
+    assert (said.num_chains, said.layer_calls, said.head_calls) == (
+        len(chains),
+        out.layer_calls,
+        out.head_calls,
+    )
+    assert said.unshared_layer_calls == sum(0 <= token < 5 for row in chains for token in row)
+    assert (said.plan, said.num_devices) == (
+        jc.engine.Blocks(32, (1, 4, 16), head_widths=(1, 4, 16)),
+        1,
+    )
+    assert 0 < said.num_bytes < said.memory_limit
+    assert "47 chains" in str(said)
+    assert "layer calls" in str(said)
+    assert jc.explain(two_group_problem, chains, plan=jc.engine.Walk()).plan == jc.engine.Walk()
+    half = jc.explain(two_group_problem, chains, plan=jc.engine.Walk(), dtype=jnp.bfloat16)
+    assert half.num_bytes < jc.explain(two_group_problem, chains, plan=jc.engine.Walk()).num_bytes
+
+
+def test_a_memory_limit_makes_blocks_smaller_until_one_node_is_left(problem):
+    chains = sample(problem, 100)
+    free = jc.explain(problem, chains)
+    least = jc.explain(problem, chains, plan=jc.engine.Walk()).num_bytes
+    limits = np.linspace(least, free.num_bytes, 6).astype(int).tolist()
+    plans = [jc.explain(problem, chains, memory_limit=limit) for limit in limits]
+    assert all(said.num_bytes <= limit for said, limit in zip(plans, limits, strict=True))
+    assert plans[0].plan == jc.engine.Walk()
+    assert {said.plan for said in plans[:-1]} > {jc.engine.Walk()}
+    np.testing.assert_allclose(
+        jc.evaluate(problem, chains, memory_limit=least).loss,
+        jc.evaluate(problem, chains).loss,
+        rtol=1e-6,
+    )
+    with pytest.raises(
+        ValueError, match=f"expected at least {least:,} bytes, which one node .* got {least - 1:,}"
+    ):
+        jc.evaluate(problem, chains, memory_limit=least - 1)
+
+
+class Float32Only(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(5, dtype=jnp.float32)(x)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": jnp.int8}, "expected a dtype of bfloat16 or float32, got int8"),
+        ({"dtype": jnp.float16}, "expected a dtype of bfloat16 or float32, got float16"),
+        ({"memory_limit": 0}, "expected a memory_limit of at least 1 byte, got 0"),
+        ({"memory_limit": 100}, "memory_limit is too small: expected at least .* got 100"),
+        (
+            {"memory_limit": 100, "plan": jc.engine.Walk()},
+            r"expected a plan of at most 100 bytes, but Walk\(\) needs",
+        ),
+    ],
+)
+@pytest.mark.parametrize("function", [jc.evaluate, jc.evaluate_prefixes, jc.explain])
+def test_bad_options_are_refused(problem, function, options, message):
+    with pytest.raises(ValueError, match=message):
+        function(problem, [[0, 4, -1, -1]], **options)
+
+
+@pytest.mark.parametrize("widths", [(), (2, 4), (1, 4, 2), (1, 2, 5)])
+def test_bad_plans_are_refused(widths):
+    with pytest.raises(ValueError, match="expected a block_size of at least 1, got 0"):
+        jc.engine.Blocks(0)
+    for name in ("widths", "head_widths"):
+        with pytest.raises(ValueError, match="expected widths that ascend from 1"):
+            jc.engine.Blocks(4, **{name: widths})
+
+
+def test_a_layer_that_does_not_follow_the_dtype_is_refused():
+    layer = Float32Only()
+    bank = make_bank(2, 1, layer=layer)
+    with pytest.raises(
+        ValueError, match=r"Float32Only must keep .* expected bfloat16\[9, 5\], got float32\[9, 5\]"
+    ):
+        jc.evaluate(jc.Problem(bank, make_batch(), 1), [[0, 2]], dtype=jnp.bfloat16)
+
+
+def test_plans_by_backend_and_shape(problem):
+    wide = jax.ShapeDtypeStruct((512, 512), jnp.float32)
+    small = jax.ShapeDtypeStruct((512, 64), jnp.float32)
+    choose = partial(choose_plan, num_chains=512, memory_limit=2**34)
+    mlp, big = (
+        jc.Problem(make_wide_bank(size), jc.Batch(jnp.zeros((512, size)), jnp.zeros(512, int)), 3)
+        for size in (64, 512)
+    )
+    assert choose(mlp, small, backend="cpu") == jc.engine.Blocks(
+        64, (1, 2, 8), head_widths=(1, 4, 16)
+    )
+    assert choose(big, wide, backend="cpu") == jc.engine.Walk()
+    wide_ladder = (1, 4, 16, 64, 256)
+    assert choose(mlp, small, backend="gpu") == jc.engine.Blocks(
+        512, wide_ladder, jc.engine.Share.NOTHING, wide_ladder
+    )
+    images = jc.Batch(jnp.zeros((4, 6, 6, 2)), jnp.zeros(4, int))
+    problem = jc.Problem(make_image_bank(jc.layers.ConvBlock(2, depth=2)), images, 3)
+    assert choose(problem, images.x, backend="gpu") == jc.engine.Blocks(
+        512, wide_ladder, jc.engine.Share.LAYER, wide_ladder
+    )
+    # Siblings share what their first convolution reads, and no more.
+    assert choose(problem, images.x, backend="cpu") == jc.engine.Walk()
+    problem = jc.Problem(make_image_bank(jc.layers.ConvBlock(2)), images, 3)
+    assert choose(problem, images.x, backend="cpu") == jc.engine.Blocks(
+        64, (1, 2, 8), jc.engine.Share.PARENT, (1, 4, 16)
+    )
+    large = jax.ShapeDtypeStruct((8192, 6, 6, 2), jnp.float32)
+    assert choose(problem, large, backend="cpu") == jc.engine.Walk()
+
+
+def make_image_bank(layer):
+    head, shape = jc.layers.DenseHead(3), (6, 6, 2)
+    return jc.Bank.stack(
+        layer,
+        init_params(layer, jax.random.key(0), 2, shape),
+        head,
+        init_params(head, jax.random.key(0), 1, shape),
+    )
+
+
+def make_wide_bank(size):
+    layer, head = jc.layers.ResidualMLP(size), jc.layers.DenseHead(3)
+    return jc.Bank.stack(
+        layer,
+        init_params(layer, jax.random.key(0), 2, (size,)),
+        head,
+        init_params(head, jax.random.key(0), 1, (size,)),
+    )
+
+
+def test_shapes_are_checked_when_traced(problem):
+    with pytest.raises(
+        ValueError, match=r"expected chains of shape \[P, 4\], at least one, got \[2, 3\]"
+    ):
+        jax.jit(lambda chains: jc.evaluate(problem, chains))(jnp.zeros((2, 3), int))
+
+
+def test_apply_chain_is_the_plain_definition(two_group_problem):
+    bank, x = two_group_problem.bank, two_group_problem.data.x
+    for chain in ([5], [0, 4, 6, -1], [3, 3, 1, 5]):
+        expected = reference.chain_logits(bank, [token for token in chain if token >= 0], x)
+        np.testing.assert_allclose(jc.apply_chain(bank, chain, x), expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            jax.jit(jc.apply_chain)(bank, jnp.array(chain), x), expected, rtol=1e-5, atol=1e-5
+        )
+    with pytest.raises(ValueError, match="token 7 at slot 0 is out of range"):
+        jc.apply_chain(bank, [7, 5], x)
+
+
+def test_count_calls_needs_no_evaluation():
+    chains = np.asarray(jc.chain.sample(jax.random.key(0), 300, 4, 2, 3))
+    assert tuple(map(int, count_calls(jnp.asarray(chains), 4))) == reference.count_calls(chains, 4)
+
+
+def test_all_members_of_one_input_are_those_of_single_calls():
+    """Also where blocks of several convolutions are called one by one, and under `jax.vmap`."""
+    shape = (4, 4, 3)
+    modules = [jc.layers.ConvBlock(3, depth) for depth in (2, 1, 2, 2)]
+    params = [
+        m.init(jax.random.key(i), jnp.ones((1, *shape)))["params"] for i, m in enumerate(modules)
+    ]
+    head = jc.layers.PoolHead(2)
+    bank = jc.Bank.stack(
+        modules, params, head, [head.init(jax.random.key(9), jnp.ones((1, *shape)))["params"]]
+    )
+    x = jax.random.normal(jax.random.key(1), (3, 5, *shape))
+    made = jax.jit(jax.vmap(partial(apply_all, bank.layers)))(x)
+    for token in range(4):
+        expected = jnp.stack([apply_token(bank.layers, jnp.asarray(token), each) for each in x])
+        np.testing.assert_allclose(made[:, token], expected, atol=1e-6)

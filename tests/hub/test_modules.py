@@ -1,0 +1,49 @@
+"""What the families share, against loops in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from jchain.hub.modules import attend
+
+
+@pytest.mark.parametrize(
+    ("is_causal", "window"), [(True, None), (False, None), (True, 3), (True, 99)]
+)
+@pytest.mark.parametrize(("num_kinds", "leading"), [(4, (2,)), (2, (2, 3)), (1, ())])
+def test_attention_equals_a_loop_over_heads_and_positions(num_kinds, leading, is_causal, window):
+    rng, length, num_heads, size = np.random.default_rng(0), 7, 4, 3
+    parts = [
+        rng.normal(size=(*leading, length, num, size)) for num in (num_heads, num_kinds, num_kinds)
+    ]
+
+    def reference(query, key, value):
+        out = np.zeros((length, num_heads, size))
+        for head in range(num_heads):
+            kind = head * num_kinds // num_heads
+            for at in range(length):
+                last = at if is_causal else length - 1
+                seen = range(0 if window is None else max(0, at - window + 1), last + 1)
+                odds = np.exp([query[at, head] @ key[i, kind] / np.sqrt(size) for i in seen])
+                out[at, head] = (odds / odds.sum()) @ value[list(seen), kind]
+        return out.reshape(length, -1)
+
+    def run(*parts):
+        return attend(*parts, is_causal=is_causal, window=window)
+
+    flat = [part.reshape(-1, *part.shape[-3:]) for part in parts]
+    expected = np.stack([reference(*row) for row in zip(*flat, strict=True)]).reshape(
+        *leading, length, -1
+    )
+    with jax.enable_x64(True):
+        parts = [jnp.asarray(part) for part in parts]
+        np.testing.assert_allclose(run(*parts), expected, rtol=1e-6)
+        check_grads(run, parts, order=1, modes=("rev",))
+    np.testing.assert_allclose(
+        run(*(part.astype(jnp.float32) for part in parts)), expected, rtol=1e-4, atol=1e-6
+    )
+    half = run(*(part.astype(jnp.bfloat16) for part in parts))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), expected, atol=0.05)

@@ -1,0 +1,197 @@
+"""Parity with transformers (torch, CPU): the model as it was, with skips and repeats, and what is exported."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_readme import EXAMPLES, make_model_and_text
+
+import jchain as jc
+
+try:
+    import torch
+    import transformers
+except ImportError:
+    torch = None
+
+pytestmark = pytest.mark.skipif(
+    torch is None, reason="needs the parity extra: torch and transformers"
+)
+
+IDS = np.random.default_rng(0).integers(0, 67, (2, 9))
+SIZES = {
+    "vocab_size": 67,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
+GPT2 = {"vocab_size": 67, "n_embd": 24, "n_layer": 4, "n_head": 3, "n_positions": 16}
+ROPE = {"rope_theta": 5000.0}
+CASES = {
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
+    "gpt2 untied": ("GPT2LMHeadModel", "GPT2Config", GPT2 | {"tie_word_embeddings": False, "n_inner": 50, "activation_function": "relu"}),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", SIZES | {"num_key_value_heads": 2}),
+    "llama tied": ("LlamaForCausalLM", "LlamaConfig", SIZES | {"num_key_value_heads": 1, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "head_dim": 10}),
+    "llama linear": ("LlamaForCausalLM", "LlamaConfig", SIZES | {"rope_parameters": ROPE | {"rope_type": "linear", "factor": 3.0}}),
+    "llama llama3": ("LlamaForCausalLM", "LlamaConfig", SIZES | {"rope_parameters": ROPE | {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
+    "llama yarn": ("LlamaForCausalLM", "LlamaConfig", SIZES | {"rope_parameters": ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}),
+    "mistral": ("MistralForCausalLM", "MistralConfig", SIZES | {"num_key_value_heads": 2, "sliding_window": 4}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", SIZES | {"num_key_value_heads": 2}),
+    "qwen2 windows": ("Qwen2ForCausalLM", "Qwen2Config", SIZES | {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2}),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", SIZES | {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True}),
+    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SIZES | {"rotary_pct": 0.5}),
+    "gpt_neox in turn": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SIZES | {"use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_new", "tie_word_embeddings": True}),
+}  # fmt: skip
+CHAINS = ([0, 1, 2, 3, 4], [0, 2, 3, 4], [3, 1, 1, 0, 2, 2, 4], [1, 4])
+
+
+def make_model(case, seed=0):
+    cls, config, options = CASES[case]
+    torch.manual_seed(seed)
+    config = getattr(transformers, config)(**options)
+    config._attn_implementation = "eager"
+    model = getattr(transformers, cls)(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases too, which begin as zeros
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def find_blocks(model):
+    base = getattr(model, model.base_model_prefix)
+    return base, "h" if hasattr(base, "h") else "layers"
+
+
+def rearrange(model, blocks):
+    """The same model with its list of blocks in another order; a block that comes twice is copied."""
+    model = copy.deepcopy(model)
+    base, name = find_blocks(model)
+    old = list(getattr(base, name))
+    setattr(base, name, torch.nn.ModuleList(copy.deepcopy(old[i]) for i in blocks))
+    model.config.num_hidden_layers = len(blocks)
+    if getattr(model.config, "layer_types", None) is not None:
+        model.config.layer_types = [model.config.layer_types[i] for i in blocks]
+    return model
+
+
+def run_torch(model, ids=IDS):
+    with torch.no_grad():
+        return model(torch.tensor(ids), use_cache=False).logits.float().numpy()
+
+
+def assert_close(ours, theirs, tolerance=1e-4):
+    assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
+
+
+def apply(bank, chain, ids=IDS):
+    return np.asarray(jc.apply_chain(bank, np.array(chain), jnp.asarray(ids)), np.float32)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    model = make_model(request.param)
+    folder = tmp_path_factory.mktemp("hub") / "model"
+    model.save_pretrained(folder)
+    return request.param, model, folder
+
+
+def test_logits_are_those_of_transformers(case):
+    _, model, folder = case
+    bank = jc.hub.load(folder)
+    assert bank.names == ("model/0", "model/1", "model/2", "model/3", "model/head")
+    assert bank.parents == ((0, 1, 2, 3, 4),)
+    for chain in CHAINS:
+        assert_close(apply(bank, chain), run_torch(rearrange(model, chain[:-1])))
+
+
+def test_what_is_exported_loads_with_from_pretrained(case, tmp_path):
+    _, model, folder = case
+    bank, chain = jc.hub.load(folder), CHAINS[2]
+    jc.hub.export(bank, chain, folder, tmp_path / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager"
+    ).eval()
+    assert again.config.num_hidden_layers == len(chain) - 1
+    assert again.config.tie_word_embeddings == model.config.tie_word_embeddings
+    assert_close(run_torch(again), run_torch(rearrange(model, chain[:-1])), 1e-6)
+    assert_close(apply(jc.hub.load(tmp_path / "out"), range(len(chain))), apply(bank, chain), 1e-6)
+
+
+def test_a_classifier_of_images(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=40, image_size=12, patch_size=4, num_labels=5
+    )  # fmt: skip
+    model = transformers.ViTForImageClassification(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    bank = jc.hub.load(tmp_path / "model")
+    images = np.random.default_rng(0).normal(size=(2, 12, 12, 3)).astype(np.float32)
+    with torch.no_grad():
+        expected = model(torch.tensor(images).permute(0, 3, 1, 2)).logits.numpy()
+    assert_close(apply(bank, [0, 1, 2, 3], images), expected)
+    jc.hub.export(bank, [0, 2, 3], tmp_path / "model", tmp_path / "out")
+    again = transformers.ViTForImageClassification.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        expected = again(torch.tensor(images).permute(0, 3, 1, 2)).logits.numpy()
+    assert_close(apply(bank, [0, 2, 3], images), expected)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama tied", "qwen3", "gpt_neox"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_and_shards(tmp_path, name, dtype):
+    model = make_model(name)
+    expected = run_torch(model)
+    model.to(getattr(torch, dtype)).save_pretrained(tmp_path / "model", max_shard_size="10KB")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
+    bank = jc.hub.load(tmp_path / "model")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(bank) if leaf.ndim} == {dtype}
+    assert_close(apply(bank, range(5)), expected, 2e-2)
+    wide = jc.hub.load(tmp_path / "model", dtype=jnp.float32)
+    # Not `model.float()`, whose rotary frequencies were rounded too.
+    rounded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.float32
+    ).eval()
+    assert_close(apply(wide, range(5)), run_torch(rounded))
+    jc.hub.export(bank, range(5), tmp_path / "model", tmp_path / "out", max_shard_size=10_000)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32
+    ).eval()
+    assert_close(run_torch(again), run_torch(rounded), 1e-6)
+
+
+def test_several_models_are_one_bank_and_leave_as_one(tmp_path):
+    """With embeddings and an output layer of different models, which are not tied then."""
+    models = [make_model("gpt2", seed) for seed in range(2)]
+    for i, model in enumerate(models):
+        model.save_pretrained(tmp_path / f"m{i}")
+    bank = jc.hub.load_many([tmp_path / "m0", tmp_path / "m1"], pinned=(1, 1))
+    for model, parent in zip(models, bank.parents, strict=True):
+        assert_close(apply(bank, parent), run_torch(model))
+    chain = [bank.names.index("m1/embeddings"), 0, 3, 1, bank.names.index("m0/head")]
+    jc.hub.export(bank, chain, {f"m{i}": tmp_path / f"m{i}" for i in range(2)}, tmp_path / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert again.config.n_layer == 5
+    assert_close(run_torch(again), apply(bank, chain), 1e-5)
+
+
+def test_a_chain_that_was_found_is_loaded_by_transformers(tmp_path, monkeypatch):
+    """The second example of the README, whole."""
+    monkeypatch.chdir(tmp_path)
+    make_model_and_text(tmp_path)
+    scope = {}
+    exec(compile(EXAMPLES[1], "README.md", "exec"), scope)
+    ids = np.arange(16)[None]
+    again = jc.hub.load("shallower")
+    assert scope["model"].config.n_layer < 6
+    assert_close(apply(again, again.parents[0], ids), run_torch(scope["model"], ids))
+
+
+def test_a_base_model_without_prefix_is_read(tmp_path):
+    """As gpt2 itself lies on the hub."""
+    model = make_model("gpt2")
+    model.transformer.save_pretrained(tmp_path / "model")
+    assert_close(apply(jc.hub.load(tmp_path / "model"), range(5)), run_torch(model))

@@ -1,0 +1,325 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from conftest import init_params, make_bank, make_batch
+
+import jchain as jc
+from jchain.inverse import suffixes as suffixes
+from jchain.inverse import target_scores as ideal
+from jchain.inverse.pullback import invert_layers, target_logits
+
+
+def make_problem(slope=0.5, max_layers=4, num_layers=4, layer=None, **options):
+    bank = make_bank(
+        num_layers, 2, layer=layer or jc.layers.InvertibleDense(5, negative_slope=slope)
+    )
+    return jc.Problem(bank, make_batch(), max_layers, **options)
+
+
+def test_the_ideal_layer_of_a_bank_layers_outputs_is_that_layer():
+    bank = make_problem().bank
+    before = jax.random.normal(jax.random.key(0), (40, 5))
+    found = jc.inverse.target_scores.ideal_layer(
+        bank, before, bank.layers[0].apply(2, before), ridge=0.0
+    )
+    params = jax.tree.map(lambda leaf: leaf[2], bank.layers[0].params)
+    np.testing.assert_allclose(found.kernel, params["kernel"], atol=1e-4)
+    np.testing.assert_allclose(found.bias, params["bias"], atol=1e-4)
+    assert found.residual < 1e-4
+    assert (found.nearest_by_weights, found.nearest_by_outputs) == (2, 2)
+    distances = [
+        np.sqrt(sum(np.sum((np.asarray(leaf[b]) - np.asarray(own)) ** 2) for leaf, own in
+                    zip(jax.tree.leaves(bank.layers[0].params), jax.tree.leaves(params), strict=True)))
+        for b in range(4)
+    ]  # fmt: skip
+    np.testing.assert_allclose(found.by_weights, distances, atol=1e-3)
+
+
+def test_other_layers_are_fitted_by_an_affine_map():
+    bank = make_problem(layer=jc.layers.ResidualMLP(5)).bank
+    before, after = (jax.random.normal(jax.random.key(i), (30, 5)) for i in (0, 1))
+    found = jc.inverse.target_scores.ideal_layer(bank, before, after, ridge=0.0)
+    rows = np.concatenate([np.asarray(before, np.float64), np.ones((30, 1))], axis=1)
+    wanted, *_ = np.linalg.lstsq(rows, np.asarray(after, np.float64), rcond=None)
+    np.testing.assert_allclose(np.concatenate([found.kernel, found.bias[None]]), wanted, atol=1e-3)
+    gaps = [bank.layers[0].apply(b, before) - after for b in range(4)]
+    size = np.linalg.norm(after)
+    np.testing.assert_allclose(
+        found.by_outputs, [np.linalg.norm(gap) / size for gap in gaps], rtol=1e-4
+    )
+    np.testing.assert_allclose(
+        found.residual, np.linalg.norm(rows @ wanted - after) / size, rtol=1e-3
+    )
+    assert np.isnan(found.by_weights).all()
+    assert found.nearest_by_weights == -1
+    # A ridge shrinks.
+    assert np.linalg.norm(
+        jc.inverse.target_scores.ideal_layer(bank, before, after, ridge=1.0).kernel
+    ) < np.linalg.norm(found.kernel)
+
+
+@pytest.mark.parametrize("is_projected", [False, True])
+def test_scores_are_distances_to_what_undoing_wants(is_projected):
+    """Where the layers are undone exactly, the targets can be computed by hand."""
+    plain = make_problem()
+    cost = np.array([0.3, 0.0, 0.1, 0.2])
+    problem = jc.Problem(plain.bank, plain.data, 4, layer_cost=cost)
+    chain = np.array([1, 3, 0, 4, -1], np.int32)
+    scores = jc.inverse.target_scores.score_edits_by_target(
+        problem, chain, rate=0.3, is_exact=True, is_projected=is_projected
+    )
+    x, bank = np.asarray(problem.data.x, np.float64), problem.bank
+    hidden = [x]
+    for token in chain[:3]:
+        hidden.append(reference.apply(*reference._find(bank.layers, token), hidden[-1]))
+    outputs = reference.chain_logits(bank, [1, 3, 0, 4], x)
+    goal = outputs + 0.3 * (np.asarray(target_logits(problem.data.y, 3)) - outputs)
+    wanted = {
+        3: np.asarray(
+            jc.pull_back(
+                bank, [4], jnp.asarray(goal, jnp.float32), near=jnp.asarray(hidden[3], jnp.float32)
+            ).activations
+        )
+    }
+    for t in (2, 1, 0):
+        wanted[t] = np.asarray(
+            jc.pull_back(bank, [chain[t]], jnp.asarray(wanted[t + 1], jnp.float32)).activations
+        )
+
+    # What outputs as wanted would save.
+    log_odds = [out - np.log(np.exp(out).sum(axis=1, keepdims=True)) for out in (outputs, goal)]
+    losses = [-np.mean(rows[np.arange(len(x)), problem.data.y]) for rows in log_odds]
+    saving = losses[0] - losses[1]
+
+    def compare(made, here, wanted):
+        way = wanted - here
+        length = np.linalg.norm(way, axis=1)
+        if not is_projected:
+            nearer = np.sum((made - wanted) ** 2) - np.sum((here - wanted) ** 2)
+        else:
+            along = np.sum((made - here) * way, axis=1) / length
+            nearer = np.sum((along - length) ** 2 - length**2)
+        return saving * nearer / np.sum(length**2)
+
+    def make(token, t):
+        return reference.apply(*reference._find(bank.layers, token), hidden[t])
+
+    own = cost[chain[:3]]
+    swap = [
+        [compare(make(b, t), hidden[t + 1], wanted[t + 1]) + cost[b] - own[t] for b in range(4)]
+        for t in range(3)
+    ]
+    insert = [
+        [compare(make(b, t), hidden[t], wanted[t]) + cost[b] for b in range(4)] for t in range(4)
+    ]
+    delete = [compare(hidden[t], hidden[t + 1], wanted[t + 1]) - own[t] for t in range(3)]
+    tolerance = {"rtol": 2e-3, "atol": 2e-3 * np.abs(swap).max()}
+    np.testing.assert_allclose(scores.swap[:3], swap, **tolerance)
+    np.testing.assert_allclose(scores.insert[:4], insert, **tolerance)
+    np.testing.assert_allclose(scores.delete[:3], delete, **tolerance)
+    assert (np.asarray(scores.swap)[np.arange(3), chain[:3]] == 0).all()
+    assert np.isnan(scores.swap[3:]).all()
+    losses = [reference.chain_loss(plain, [1, 3, 0, head])[0] for head in (4, 5)]
+    np.testing.assert_allclose(scores.head, [0.0, losses[1] - losses[0]], rtol=1e-4)
+    assert scores.loss == pytest.approx(reference.chain_loss(plain, chain)[0] + own.sum(), rel=1e-5)
+    # Forward and back along three layers, and four layers at four places.
+    assert scores.layer_calls == 3 + 3 + 16
+
+
+def test_local_least_squares_stand_in_for_an_inverse():
+    """With as many steps as there are dimensions and no damping they undo a linear layer."""
+    problem = make_problem(slope=1.0)
+    chain = np.array([1, 3, 4, -1, -1], np.int32)
+    exact = jc.inverse.target_scores.score_edits_by_target(problem, chain, rate=0.1, is_exact=True)
+    patched = pytest.MonkeyPatch()
+    with patched.context() as patch:
+        patch.setattr(ideal, "_NUM_CG_STEPS", 30)
+        patch.setattr(ideal, "_DAMPING", 1e-9)
+        ideal._compile.cache_clear()
+        local = jc.inverse.target_scores.score_edits_by_target(problem, chain, rate=0.1)
+    ideal._compile.cache_clear()
+    np.testing.assert_allclose(
+        local.swap[:2], exact.swap[:2], rtol=0.05, atol=0.02 * np.abs(exact.swap[:2]).max()
+    )
+    assert local.layer_calls == 2 + 2 * (2 * 31 + 2) + 4 * 3
+
+
+def test_some_layers_alone_are_scored_and_losses_need_a_target():
+    problem = make_problem()
+    chain = np.array([1, 4, -1, -1, -1], np.int32)
+    few = jc.inverse.target_scores.score_edits_by_target(
+        problem, chain, members=(jnp.array([0, 2]),)
+    )
+    whole = jc.inverse.target_scores.score_edits_by_target(problem, chain)
+    np.testing.assert_allclose(few.swap[0, [0, 2]], whole.swap[0, [0, 2]], rtol=1e-5)
+    assert np.isnan(few.swap[0, 3])
+    assert few.layer_calls == whole.layer_calls - 2 * 2
+    copying = jc.Problem(
+        problem.bank, jc.Batch(problem.data.x, jnp.ones((9, 3))), 4, loss_fn=optax.squared_error
+    )
+    assert np.isfinite(jc.inverse.target_scores.score_edits_by_target(copying, chain).swap[0]).all()
+    other = jc.Problem(
+        problem.bank,
+        jc.Batch(problem.data.x, jnp.ones(9)),
+        4,
+        loss_fn=lambda out, y: (out.sum(1) - y) ** 2,
+    )
+    with pytest.raises(ValueError, match=r"targets of the shape of the outputs, \[9, 3\]"):
+        jc.inverse.target_scores.score_edits_by_target(other, chain)
+
+
+def test_inverse_layers_have_no_matrix_before_their_activation():
+    bank = make_problem().bank
+    undone = dataclasses.replace(bank, layers=invert_layers(bank))
+    before = jax.random.normal(jax.random.key(0), (40, 5))
+    found = jc.inverse.target_scores.ideal_layer(
+        undone, before, undone.layers[0].apply(1, before), ridge=0.0
+    )
+    assert found.nearest_by_outputs == 1
+    assert np.isnan(found.by_weights).all()
+
+
+@pytest.mark.slow
+def test_bfloat16_weights_are_scored_and_searched():
+    problem = make_problem()
+    half = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf, problem.bank
+    )
+    half = jc.Problem(half, jc.Batch(problem.data.x.astype(jnp.bfloat16), problem.data.y), 4)
+    chain = np.array([1, 3, 4, -1, -1], np.int32)
+    scores, exact = (
+        np.asarray(jc.inverse.target_scores.score_edits_by_target(p, chain).swap[:2])
+        for p in (half, problem)
+    )
+    np.testing.assert_allclose(scores, exact, atol=0.2 * np.abs(exact).max())
+    for search in (jc.TargetPropagation(), jc.SuffixBeamSearch(width=4, num_probes=5)):
+        assert np.isfinite(jc.run(jax.random.key(0), search, half, budget=200).best_loss)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cls", "name"), [(jc.TargetPropagation, "rate"), (jc.SuffixBeamSearch, "temperature")]
+)
+def test_rates_can_be_vmapped(cls, name):
+    problem = make_problem()
+
+    def run(search):
+        state, _ = search.step(jax.random.key(1), search.init(jax.random.key(0), problem), problem)
+        return search.step(jax.random.key(2), state, problem)[1].loss
+
+    searches = [cls(**{name: rate}) for rate in (0.1, 1.0)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *searches)
+    np.testing.assert_allclose(
+        jax.jit(jax.vmap(run))(stacked), [jax.jit(run)(one) for one in searches], rtol=1e-4
+    )
+
+
+def test_bad_input_of_an_ideal_layer_is_refused():
+    bank, x = make_problem().bank, jnp.ones((4, 5))
+    with pytest.raises(ValueError, match=r"as many wanted, got \[4, 5\] and \[4, 3\]"):
+        jc.inverse.target_scores.ideal_layer(bank, x, x[:, :3])
+    with pytest.raises(ValueError, match="ridge of at least 0, got -1"):
+        jc.inverse.target_scores.ideal_layer(bank, x, x, ridge=-1.0)
+
+
+@pytest.mark.parametrize("num_layers", [0, 1, 2])
+def test_tails_of_affine_layers_predict_the_exact_loss(num_layers):
+    problem = make_problem(slope=1.0, num_layers=3)
+    near = jax.random.normal(jax.random.key(4), (9, 5))
+    found = suffixes.pull_back_suffixes(
+        problem, invert_layers(problem.bank), (jnp.arange(3),), near, num_layers
+    )
+    rows = [tuple(int(token) for token in row if token >= 0) for row in found.tokens]
+    assert len(set(rows)) == len(rows) == 2 * sum(3**n for n in range(num_layers + 1))
+    prefix = [2, 0]
+    hidden = problem.data.x
+    for token in prefix:
+        hidden = problem.bank.layers[0].apply(token, hidden)
+    wanted = [reference.chain_loss(problem, [*prefix, *row])[0] for row in rows]
+    np.testing.assert_allclose(
+        suffixes.predict(problem, found, hidden[None])[0], wanted, rtol=1e-3, atol=1e-4
+    )
+
+
+def test_a_tail_is_linear_where_it_gives_the_target():
+    problem = make_problem()
+    near = jax.random.normal(jax.random.key(4), (9, 5))
+    found = suffixes.pull_back_suffixes(
+        problem, invert_layers(problem.bank), (jnp.array([1, 3]),), near, 1
+    )
+    for row, outputs, derivative in zip(found.tokens, found.outputs, found.rows, strict=True):
+        row = [int(token) for token in row if token >= 0]
+        goal = target_logits(problem.data.y, 3)
+        entry = jc.pull_back(problem.bank, row, goal, near=near).activations
+        np.testing.assert_allclose(
+            outputs + jnp.einsum("cbf,bf->bc", derivative, entry), goal, atol=2e-3
+        )
+
+
+def test_the_search_pays_for_passes_and_new_chains():
+    problem = make_problem(layer=jc.layers.ResidualMLP(5))
+    search = jc.TargetPropagation(num_moves=3, num_candidates=2)
+    state, step = search.init(jax.random.key(0), problem), jax.jit(search.step)
+    seen = set()
+    for seed in range(12):
+        before = state
+        state, info = step(jax.random.key(seed), state, problem)
+        rows = [tuple(int(token) for token in chain if token >= 0) for chain in info.chains]
+        expected = 0
+        if before.is_new:
+            length = len(rows[0]) - 1
+            expected = 4 * int(before.is_start) + length + 12 * length + 2 * min(length + 1, 4)
+        rows = rows[1:]
+        expected += reference.count_calls([row for row in rows if row not in seen], 4)[0]
+        seen.update(rows)
+        assert info.layer_calls == expected
+
+
+def test_the_beam_pays_for_probes_by_their_share():
+    problem = make_problem()
+    search = jc.SuffixBeamSearch(width=3, num_probes=3, num_candidates=2, num_moves=4)
+    state, step = search.init(jax.random.key(0), problem), jax.jit(search.step)
+    seen, width = set(), [1, 3, 3, 3]
+    for depth in range(4):
+        length = int((state.best < 4).sum() - (state.best < 0).sum())
+        state, info = step(jax.random.key(depth), state, problem)
+        rows = [tuple(int(token) for token in chain if token >= 0) for chain in info.chains]
+        # Of 9 examples 3: the best chain to its head, two heads with two layers before each of the outputs' three products.
+        applied = 4 * width[depth] + (length + 2 * 2 * (2 + 3) if depth == 0 else 0)
+        expected = reference.count_calls([row for row in rows if row not in seen], 4)[0] + -(
+            -applied // 3
+        )
+        seen.update(rows)
+        assert info.layer_calls == expected
+    assert int(state.depth) == 0
+
+
+def test_a_beam_needs_layers_that_can_be_undone(problem):
+    with pytest.raises(ValueError, match=r"layers that can be undone, .* got \['ResidualMLP'\]"):
+        jc.SuffixBeamSearch().init(jax.random.key(0), problem)
+
+
+def test_a_copy_is_found_from_its_outputs():
+    """A teacher's outputs as targets: prefixes and suffixes that meet say which chain it is."""
+    layer, head = jc.layers.InvertibleDense(5), jc.layers.DenseHead(5)
+    keys = jax.random.split(jax.random.key(3), 7)
+    params = [layer.init(key, jnp.ones((1, 5)))["params"] for key in keys[:6]]
+    bank = jc.Bank.stack(layer, params, head, init_params(head, keys[6], 1, (5,)))
+    x = jax.random.normal(jax.random.key(1), (40, 5))
+    secret = np.array([4, 0, 5, 2, 6])
+    problem = jc.Problem(
+        bank, jc.Batch(x, jc.apply_chain(bank, secret, x)), 4, loss_fn=optax.squared_error
+    )
+    result = jc.run(
+        jax.random.key(0),
+        jc.SuffixBeamSearch(num_suffix=2, width=8, num_probes=16),
+        problem,
+        budget=1500,
+    )
+    np.testing.assert_array_equal(result.best_chain, secret)
+    assert result.best_loss < 1e-8

@@ -1,0 +1,333 @@
+"""One contract for all searches. A search that jchain exports must be listed here."""
+
+import inspect
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from conftest import assert_trees_close, make_bank, make_batch
+
+import jchain as jc
+
+SEARCHES = {
+    "RandomSearch": jc.RandomSearch(num_chains=6),
+    "LocalSearch": jc.LocalSearch(num_chains=3),
+    "Evolution": jc.Evolution(population_size=12, tournament_size=4, num_chains=6),
+    "BeamSearch": jc.BeamSearch(max_width=16),
+    "CriticSearch": jc.CriticSearch(width=8, epsilon=0.5),
+    "LinearizedSearch": jc.LinearizedSearch(),
+    "TargetPropagation": jc.TargetPropagation(num_moves=4),
+    "SuffixBeamSearch": jc.SuffixBeamSearch(width=4, num_candidates=3, num_probes=5),
+    "QLearning": jc.QLearning(num_chains=6, num_replays=8),
+    "MCTS": jc.MCTS(num_simulations=6),
+    "ActorCritic": jc.ActorCritic(encoding=jc.TokenEncoding(features=8), num_chains=6),
+    "ActorCritic-scores": jc.ActorCritic(
+        encoding=jc.TokenEncoding(features=8), num_chains=6, score_kind="linearized"
+    ),
+    "ActorCritic-replay": jc.ActorCritic(
+        encoding=jc.TokenEncoding(features=8), num_chains=6, num_replays=4, replay_size=10
+    ),
+    "ActorCritic-observing": jc.ActorCritic(
+        encoding=jc.JointEncoding(
+            (
+                jc.WeightEncoding(8),
+                jc.ObservedEncoding(jc.agent.observations.observe_activations, 8),
+            )
+        ),
+        num_chains=6,
+    ),
+    "ActorCritic-weights": jc.ActorCritic(encoding=jc.WeightEncoding(features=8), num_chains=6),
+}
+RATES = {
+    "ActorCritic": {"learning_rate": 0.1, "restart_rate": 0.9},
+    "ActorCritic-weights": {"entropy_weight": 1.0},
+    "ActorCritic-replay": {"lambda_": 0.5},
+    "ActorCritic-observing": {"restart_rate": 0.9},
+    "QLearning": {"learning_rate": 0.5, "min_epsilon": 0.2},
+    "MCTS": {"gumbel_scale": 0.5},
+    "TargetPropagation": {"rate": 0.5},
+    "SuffixBeamSearch": {"temperature": 0.5},
+    "CriticSearch": {"ridge": 5.0, "epsilon": 0.2},
+}
+# They go on from the activations of a prefix, and pay for each layer that they apply, not for chains.
+STEPPING = ("BeamSearch", "MCTS")
+DETERMINISTIC = ("BeamSearch",)
+# They apply layers while they sample chains, and pay for those of each step.
+OBSERVING = ("ActorCritic-observing",)
+# They also pay for passes: recounted in tests of their own.
+PASSING = ("LinearizedSearch", "ActorCritic-scores", "TargetPropagation", "SuffixBeamSearch")
+# Layers that can be undone, for a search that needs them.
+INVERTIBLE = ("SuffixBeamSearch",)
+
+
+# Some vmapped, and the rest with `-m slow`.
+VMAPPED = [
+    pytest.param(name, marks=() if name in ("RandomSearch", "CriticSearch") else pytest.mark.slow)
+    for name in SEARCHES
+]
+SLOW_EAGER = (
+    "ActorCritic",
+    "CriticSearch",
+    "LinearizedSearch",
+    "MCTS",
+    "ActorCritic-observing",
+    "ActorCritic-replay",
+    "ActorCritic-weights",
+    "ActorCritic-scores",
+    "TargetPropagation",
+    "SuffixBeamSearch",
+)
+# One of each way of making chains.
+SHORT = [
+    pytest.param(
+        name,
+        marks=()
+        if name in ("RandomSearch", "LocalSearch", "BeamSearch", "QLearning")
+        else pytest.mark.slow,
+    )
+    for name in SEARCHES
+]
+EAGER = [
+    pytest.param(name, marks=pytest.mark.slow if name in SLOW_EAGER else ()) for name in SEARCHES
+]
+
+
+def test_every_exported_search_is_in_the_contract():
+    exported = {
+        name
+        for name, cls in vars(jc).items()
+        if inspect.isclass(cls)
+        and hasattr(cls, "init")
+        and hasattr(cls, "step")
+        and cls is not jc.Search
+    }
+    assert exported == {type(search).__name__ for search in SEARCHES.values()}
+
+
+# Variants of one search that take long to compile; what they do is tested beside it.
+SLOW = ("ActorCritic-scores", "ActorCritic-weights", "ActorCritic-replay", "ActorCritic-observing")
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in SEARCHES
+    ],
+    scope="module",
+)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def search(name):
+    return SEARCHES[name]
+
+
+def make_problem(name, num_layers=4, max_layers=3, seed=0, min_layers=0):
+    options = {"layer": jc.layers.InvertibleDense(5)} if name in INVERTIBLE else {}
+    return jc.Problem(
+        make_bank(num_layers, 2, seed=seed, **options),
+        make_batch(),
+        max_layers,
+        min_layers=min_layers,
+    )
+
+
+@pytest.fixture(scope="module")
+def problem(name):
+    return make_problem(name)
+
+
+def steps(search, problem, seed=0, num=2, step=None):
+    step = step or search.step
+    state = jax.jit(search.init)(jax.random.key(seed), problem)
+    infos = []
+    for key in jax.random.split(jax.random.key(seed + 100), num):
+        state, info = step(key, state, problem)
+        infos.append(info)
+    return state, infos
+
+
+assert_close = partial(assert_trees_close, rtol=2e-3, atol=1e-5)
+
+
+def test_losses_indices_and_cost_are_exact(name, search, problem):
+    _, infos = steps(search, problem, num=8, step=jax.jit(search.step))
+    seen, parent = set(), None
+    for info in infos:
+        is_there = np.asarray(info.chains)[:, 0] >= 0
+        chains = np.asarray(info.chains)[is_there]
+        jc.chain.validate(chains, 4, 2, 3)
+        expected = [reference.chain_loss(problem, chain)[0] for chain in chains]
+        np.testing.assert_allclose(np.asarray(info.loss)[is_there], expected, rtol=1e-5, atol=1e-5)
+        assert np.isinf(np.asarray(info.loss)[~is_there]).all()
+        rows = [tuple(map(int, chain)) for chain in chains]
+        if name in STEPPING:
+            # Each layer call gives a prefix, which every head scores.
+            assert info.layer_calls == len({row[: row.index(max(row))] for row in rows} - {()})
+        elif name == "CriticSearch":
+            # All children of one prefix, which is computed again unless it is a child of the last one.
+            before, parent = parent, max((row[: row.index(max(row))] for row in rows), key=len)[:-1]
+            assert len({row[: row.index(max(row))] for row in rows} - {()}) == 4
+            assert info.layer_calls == 4 + (len(parent) if parent[:-1] != before else 0)
+        elif name in OBSERVING:
+            assert info.layer_calls == reference.count_calls(rows, 4)[0]
+        elif name not in PASSING:
+            assert (
+                info.layer_calls
+                == reference.count_calls([row for row in rows if row not in seen], 4)[0]
+            )
+        seen.update(rows)
+
+
+@pytest.mark.parametrize("name", EAGER, indirect=True)
+def test_jit_equals_eager_and_a_key_decides(name, search, problem):
+    step = jax.jit(search.step)
+    jitted = steps(search, problem, step=step)
+    assert_close(steps(search, problem), jitted)
+    again, other = (steps(search, problem, seed, step=step) for seed in (0, 1))
+    jax.tree.map(np.testing.assert_array_equal, jitted, again)
+    is_same = all(
+        np.array_equal(a.chains, b.chains) for a, b in zip(jitted[1], other[1], strict=True)
+    )
+    assert is_same == (name in DETERMINISTIC)
+
+
+@pytest.mark.parametrize("name", VMAPPED, indirect=True)
+def test_vmapped_seeds_equal_looped(search, problem):
+    keys = jax.random.split(jax.random.key(0), 3)
+    states = jax.jit(jax.vmap(search.init, in_axes=(0, None)))(keys, problem)
+    _, infos = jax.jit(jax.vmap(search.step, in_axes=(0, 0, None)))(keys, states, problem)
+    init, step = jax.jit(search.init), jax.jit(search.step)
+    for i, key in enumerate(keys):
+        _, info = step(key, init(key, problem), problem)
+        assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], infos), info)
+
+
+@pytest.mark.slow
+def test_scan_over_steps_of_vmapped_seeds_compiles(search, problem):
+    def run_one(key):
+        def body(state, key):
+            state, info = search.step(key, state, problem)
+            return state, info.loss.min()
+
+        return jax.lax.scan(body, search.init(key, problem), jax.random.split(key, 4))[1]
+
+    assert jax.jit(jax.vmap(run_one))(jax.random.split(jax.random.key(0), 2)).shape == (2, 4)
+
+
+def test_one_trace_for_all_steps_problems_and_rates(name, search, problem):
+    traces = []
+
+    @jax.jit
+    def step(key, search, state, problem):
+        traces.append(0)
+        return search.step(key, state, problem)
+
+    other = make_problem(name, seed=7)
+    rates = type(search)(
+        **({f: getattr(search, f) for f in search.__dataclass_fields__} | RATES.get(name, {}))
+    )
+    for variant, where in [(search, problem), (search, other), (rates, problem)]:
+        state = jax.jit(type(variant).init)(variant, jax.random.key(0), where)
+        for seed in range(2):
+            state, _ = step(jax.random.key(seed), variant, state, where)
+    assert len(traces) == 1
+
+
+def test_the_first_state_has_the_types_of_the_next(search, problem):
+    key = jax.random.key(0)
+    state = jax.eval_shape(search.init, key, problem)
+    after = jax.eval_shape(search.step, key, state, problem)[0]
+    # Weak types too: with others the first step is compiled for itself.
+    assert str(jax.tree.leaves(state)) == str(jax.tree.leaves(after))
+
+
+def test_finds_the_optimum_of_a_tiny_problem(name, search):
+    problem = make_problem(name, 3, 2, seed=3)
+    optimum = jc.evaluate_all(problem)[1].loss.min()
+    result = jc.run(jax.random.key(0), search, problem, budget=600)
+    assert result.best_loss == pytest.approx(float(optimum), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", SHORT, indirect=True)
+@pytest.mark.parametrize("min_layers", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_no_chain_is_shorter_than_min_layers(name, search, min_layers):
+    problem = make_problem(name, 3, 2, seed=3, min_layers=min_layers)
+    # Step by step, as a run keeps only its best chains.
+    _, infos = steps(search, problem, num=40, step=jax.jit(search.step))
+    chains, loss = (
+        np.concatenate([getattr(info, field) for info in infos]) for field in ("chains", "loss")
+    )
+    is_there = chains[:, 0] >= 0
+    assert np.isinf(loss[~is_there]).all()
+    every, out = jc.evaluate_all(problem)
+    losses = dict(zip(map(tuple, every.tolist()), np.asarray(out.loss), strict=True))
+    expected = [losses[tuple(row)] for row in chains[is_there].tolist()]
+    np.testing.assert_allclose(loss[is_there], expected, rtol=1e-4, atol=1e-5)
+    assert loss.min() == pytest.approx(float(out.loss.min()), rel=1e-4)
+
+
+def test_works_without_layers_to_choose(name, search):
+    problem = make_problem(name, 3, 0)
+    result = jc.run(jax.random.key(0), search, problem, budget=10)
+    assert result.layer_calls == 0
+    assert len(result.finalists) == 2
+
+
+@pytest.mark.parametrize(
+    ("cls", "sizes"),
+    [
+        (jc.RandomSearch, {"num_chains": 0}),
+        (jc.ActorCritic, {"num_chains": 1}),
+        (jc.ActorCritic, {"num_epochs": 0}),
+        (jc.ActorCritic, {"num_elites": 0}),
+        (jc.ActorCritic, {"num_replays": -1}),
+        (jc.ActorCritic, {"num_replays": 4, "replay_size": 8}),
+        (jc.LocalSearch, {"num_chains": 0}),
+        (jc.Evolution, {"tournament_size": 0}),
+        (jc.Evolution, {"population_size": 4, "num_chains": 5}),
+        (jc.BeamSearch, {"width": 0}),
+        (jc.BeamSearch, {"width": 8, "max_width": 4}),
+        (jc.QLearning, {"num_replays": 0}),
+        (jc.QLearning, {"replay_size": 8, "num_chains": 16}),
+        (jc.MCTS, {"num_simulations": 0}),
+        (jc.CriticSearch, {"width": 0}),
+        (jc.TargetPropagation, {"num_moves": 0}),
+        (jc.SuffixBeamSearch, {"width": 0}),
+        (jc.SuffixBeamSearch, {"num_suffix": -1}),
+    ],
+)
+def test_bad_sizes_are_refused(cls, sizes):
+    with pytest.raises(ValueError, match="expected .* at least .*, got"):
+        cls(**sizes)
+
+
+@pytest.mark.slow
+def test_many_groups_and_stacked_rates(two_group_problem):
+    searches = jax.tree.map(
+        lambda *leaves: jnp.stack(leaves),
+        *[jc.ActorCritic(jc.TokenEncoding(8), 6, 1, rate) for rate in (1e-3, 1e-2)],
+    )
+
+    def first_loss(search):
+        state = search.init(jax.random.key(0), two_group_problem)
+        state, _ = search.step(jax.random.key(0), state, two_group_problem)
+        return search.step(jax.random.key(1), state, two_group_problem)[1].loss
+
+    losses = jax.jit(jax.vmap(first_loss))(searches)
+    assert losses.shape == (2, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEARCHES, indirect=True)
+def test_searches_run_where_numbers_are_of_64_bits(name, search, problem):
+    with jax.enable_x64(True):
+        result = jc.run(jax.random.key(0), search, problem, budget=300)
+        assert np.isfinite(result.best_loss)
+        np.testing.assert_allclose(
+            jc.evaluate(problem, result.best_chain[None]).loss, result.best_loss, rtol=1e-5
+        )

@@ -1,0 +1,43 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+from conftest import make_bank, make_batch
+
+import jchain as jc
+from jchain.search.evolution import mutate
+
+
+def test_a_mutation_is_any_neighbor_as_likely(problem):
+    chain = jnp.array([1, 2, 4, -1], jnp.int32)
+    rows, is_there = jc.chain.neighbors(chain, 4, 2)
+    expected = {tuple(row) for row in np.asarray(rows)[np.asarray(is_there)].tolist()}
+    keys = jax.random.split(jax.random.key(0), 4000)
+    found = jax.jit(jax.vmap(mutate, in_axes=(0, None, None)))(keys, chain, problem)
+    children, counts = np.unique(np.asarray(found), axis=0, return_counts=True)
+    assert {tuple(row) for row in children.tolist()} == expected
+    # Five standard deviations of a Poisson count.
+    mean = 4000 / len(expected)
+    assert np.abs(counts - mean).max() < 5 * np.sqrt(mean)
+
+
+def test_a_chain_without_neighbors_stays():
+    problem = jc.Problem(make_bank(2, 1), make_batch(), max_layers=0)
+    np.testing.assert_array_equal(mutate(jax.random.key(0), jnp.array([2]), problem), [2])
+
+
+def test_the_oldest_die_and_the_best_of_a_tournament_is_parent(problem):
+    search = jc.Evolution(population_size=6, tournament_size=200, num_chains=2)
+    state, step = search.init(jax.random.key(0), problem), jax.jit(search.step)
+    born = []
+    for seed in range(5):
+        state, info = step(jax.random.key(seed), state, problem)
+        born += np.asarray(info.chains).tolist()
+        alive = np.asarray(state.chains).tolist()
+        if len(born) >= 6:
+            assert sorted(alive) == sorted(born[-6:])
+    # So large a tournament is won by the best of all.
+    best = state.chains[jnp.argmin(state.loss)]
+    rows, is_there = jc.chain.neighbors(best, 4, 2)
+    _, info = step(jax.random.key(9), state, problem)
+    children = {tuple(row) for row in np.asarray(info.chains).tolist()}
+    assert children <= {tuple(row) for row in np.asarray(rows)[np.asarray(is_there)].tolist()}
