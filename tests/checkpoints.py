@@ -1,8 +1,12 @@
 """Tiny checkpoints of GPT-2, with a tokenizer of bytes, texts and questions."""
 
 import json
+from pathlib import Path
 
+import jax
 import numpy as np
+
+import jchain as jc
 
 TEXT = "The blocks of a pretrained transformer are layers.\n" * 40
 QUESTION = {"question": "ab", "choices": ["c", "dea", "b"], "answer": 1}
@@ -65,3 +69,20 @@ def write_file(folder, content, name="text.txt"):
     path = folder / name
     path.write_text(content)
     return path
+
+
+def make_model_and_text(folder):
+    """What the second example reads: a tiny model of bytes, and a text."""
+    options = {
+        "model_type": "gpt2",
+        "vocab_size": 256,
+        "n_embd": 8,
+        "n_layer": 6,
+        "n_head": 2,
+        "n_positions": 128,
+    }
+    model = make_checkpoint(folder / "new")
+    (model / "config.json").write_text(json.dumps(options))
+    bank = jc.hub.init(jax.random.key(0), model)
+    jc.hub.export(bank, bank.parents[0], model, folder / "model")
+    (folder / "my.txt").write_text((Path(__file__).parent.parent / "README.md").read_text())

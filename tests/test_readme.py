@@ -6,31 +6,13 @@ import re
 import subprocess
 from pathlib import Path
 
-import jax
-from test_hub_datasets import make_checkpoint
+from checkpoints import make_model_and_text
 
 import jchain as jc
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-
-
-def make_model_and_text(folder):
-    """What the second example reads: a tiny model of bytes, and a text."""
-    options = {
-        "model_type": "gpt2",
-        "vocab_size": 256,
-        "n_embd": 8,
-        "n_layer": 6,
-        "n_head": 2,
-        "n_positions": 128,
-    }
-    model = make_checkpoint(folder / "new")
-    (model / "config.json").write_text(json.dumps(options))
-    bank = jc.hub.init(jax.random.key(0), model)
-    jc.hub.export(bank, bank.parents[0], model, folder / "model")
-    (folder / "my.txt").write_text((ROOT / "README.md").read_text())
 
 
 def test_the_examples_are_short():

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_readme import EXAMPLES, make_model_and_text
+from checkpoints import make_model_and_text
+from test_readme import EXAMPLES
 
 import jchain as jc
 

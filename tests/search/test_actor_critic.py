@@ -10,7 +10,7 @@ import reference
 from conftest import make_bank
 
 import jchain as jc
-from jchain.agent import observed
+from jchain.agent import observations
 from jchain.agent import replay_buffer as replay_lib
 from jchain.agent.encoding import ActorCriticNetwork
 from jchain.chain import PADDING
@@ -309,7 +309,7 @@ def test_refreshed_agents_see_what_the_new_weights_do(problem):
     params = jax.tree.map(lambda leaf: 1.5 * leaf, problem.bank.get_params(0))
     now = problem.with_bank(problem.bank.replace([0], [params]))
     after, layer_calls = search.refresh(state, now, jnp.full((1, 4), -1))
-    expected = jax.vmap(lambda chain: observed.follow(OBSERVING.observe, now, chain))(
+    expected = jax.vmap(lambda chain: observations.observe_chain(OBSERVING.observe, now, chain))(
         after.elite.chains
     )
     length = jc.chain.count_layers(after.elite.chains, 4)
@@ -338,7 +338,9 @@ def test_what_is_seen_is_kept_beside_chains(problem):
     state, step = jax.jit(search.init)(jax.random.key(0), problem), jax.jit(search.step)
     for key in jax.random.split(jax.random.key(1), 3):
         state, info = step(key, state, problem)
-    look = jax.jit(jax.vmap(lambda chain: observed.follow(OBSERVING.observe, problem, chain)))
+    look = jax.jit(
+        jax.vmap(lambda chain: observations.observe_chain(OBSERVING.observe, problem, chain))
+    )
     assert np.ptp(look(info.chains)[:, 1]) > 0
     for chains, features in (
         (state.elite.chains, state.elite_features),
