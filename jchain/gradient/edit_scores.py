@@ -6,31 +6,36 @@ candidate `f_b` changes the activations behind it by `f_b(h_t) - f_t(h_t)`, and 
 all that follows applied to that.
 """
 
-from functools import cache, partial
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jchain._typing import Array, Float, Int, Shaped
-from jchain.engine.backend import compiler_options, find_backend
+from jchain._typing import Array, Bool, Float, Int, Shaped
+from jchain.engine.backend import find_backend, jit_for_problem
 from jchain.engine.layer_calls import apply_token
 from jchain.engine.plans import choose_chunk
 from jchain.gradient import weight_space
 from jchain.gradient.joint_moves import JointMoves, join, keep_best
 from jchain.gradient.linearize import (
-    Forward,
+    ChainLike,
+    ForwardPass,
+    Slot,
     all_members,
     check_chain,
-    choose_reading,
     flatten_rows,
     forward_pass,
-    full_nan,
-    has_classes,
-    has_gradient,
+    keeps_gradient,
     map_layers,
-    pull_head,
+    scan_backward,
+)
+from jchain.gradient.loss_predictor import (
+    LossPredictor,
+    compute_head_vjps,
+    has_classes,
+    make_loss_predictor,
 )
 from jchain.groups import LayerGroup
 from jchain.problem import Problem
@@ -72,7 +77,7 @@ class EditScores(NamedTuple):
 
 
 def swap_scores(
-    problem: Problem, chain: Int[Array, "L"] | Any, kind: str = "linearized"
+    problem: Problem, chain: ChainLike, kind: str = "linearized"
 ) -> Float[Array, "L N"]:
     """Predicted change of loss of putting layer `b` at slot `t`: `score_edits(...).swap`."""
     return score_edits(problem, chain, kind).swap
@@ -80,7 +85,7 @@ def swap_scores(
 
 def score_edits(
     problem: Problem,
-    chain: Int[Array, "L"] | Any,
+    chain: ChainLike,
     kind: str = "linearized",
     *,
     learning_rate: float = 1e-2,
@@ -128,11 +133,13 @@ def score_edits(
         chain,
         jnp.asarray(learning_rate, jnp.float32),
         all_members(problem.bank),
-        _Options(kind, num_products),
+        kind=kind,
+        num_products=num_products,
+        backend=find_backend(problem, chain),
     )[0]
 
 
-def weight_gradients(problem: Problem, chain: Int[Array, "L"] | Any) -> Float[Array, "L W"]:
+def weight_gradients(problem: Problem, chain: ChainLike) -> Float[Array, "L W"]:
     """The gradient of the loss by the weights of the layer at each slot, for four layer calls for each layer.
 
     Returns:
@@ -154,7 +161,7 @@ def _find_weight_gradients(problem: Problem, chain: Array) -> Array:
 
 def score_moves(
     problem: Problem,
-    chain: Int[Array, "L"] | Any,
+    chain: ChainLike,
     *,
     num_best: int = 4,
     num_pairs: int = 16,
@@ -186,16 +193,22 @@ def score_moves(
     if members is None:
         members = all_members(problem.bank)
     _check_members(problem, members)
-    return _score(
+    scores, joint = _score(
         problem,
         chain,
         jnp.float32(1.0),
         members,
-        _Options("linearized", num_products, num_best, num_pairs),
+        kind="linearized",
+        num_products=num_products,
+        num_best=num_best,
+        num_pairs=num_pairs,
+        backend=find_backend(problem, chain),
     )
+    assert joint is not None  # num_best is at least 1
+    return scores, joint
 
 
-def _check_members(problem: Problem, members: Any) -> None:
+def _check_members(problem: Problem, members: tuple[Array, ...]) -> None:
     sizes = [len(group.tokens) for group in problem.bank.layers]
     if len(members) != len(sizes) or any(jnp.ndim(rows) != 1 for rows in members):
         raise ValueError(
@@ -217,7 +230,7 @@ def choose_products(problem: Problem) -> int | None:
     return 2 if has_classes(problem, outputs) else None
 
 
-def _check(problem: Problem, chain: Any, kind: str, num_products: int | None = None) -> Array:
+def _check(problem: Problem, chain: ChainLike, kind: str, num_products: int | None = None) -> Array:
     if num_products is not None and num_products < 1:
         raise ValueError(f"expected num_products of at least 1, got {num_products}")
     if kind not in KINDS:
@@ -241,7 +254,7 @@ def _check_gradients(problem: Problem, kind: str) -> None:
             _check_gradient(group, hidden, is_by_weights)
 
 
-def _check_gradient(group: LayerGroup, hidden: Any, is_by_weights: bool) -> None:
+def _check_gradient(group: LayerGroup, hidden: jax.ShapeDtypeStruct, is_by_weights: bool) -> None:
     name = type(group.module).__name__
     if is_by_weights:
         for leaf in jax.tree.leaves(group.params):
@@ -255,128 +268,144 @@ def _check_gradient(group: LayerGroup, hidden: Any, is_by_weights: bool) -> None
         raise ValueError(f"{name} cannot be differentiated: {str(error).splitlines()[0]}") from None
 
 
-class _Options(NamedTuple):
-    """What is part of a program. Hashable."""
-
-    kind: str
-    num_products: int | None
-    num_best: int = 0  # no joint moves
-    num_pairs: int = 0
-    backend: str = ""
-
-
+@jit_for_problem(static_argnames=("kind", "num_products", "num_best", "num_pairs", "backend"))
 def _score(
-    problem: Problem, chain: Array, learning_rate: Array, members: Any, options: _Options
-) -> Any:
-    problem = problem.without_names()
-    is_outermost = is_concrete((problem, chain, members))
-    backend = find_backend(problem, chain)
-    run = _compile(backend if is_outermost else None)
-    return run(problem, chain, learning_rate, members, options._replace(backend=backend))
-
-
-@cache
-def _compile(backend: str | None) -> Any:
-    flags = None if backend is None else compiler_options(backend)
-    return jax.jit(_score_in_turn, static_argnames="options", compiler_options=flags)
-
-
-def _score_in_turn(
-    problem: Problem, chain: Array, learning_rate: Array, members: Any, options: _Options
+    problem: Problem,
+    chain: Int[Array, "L"],
+    learning_rate: Float[Array, ""],
+    members: tuple[Int[Array, "_"], ...],
+    *,
+    kind: str,
+    num_products: int | None,
+    num_best: int = 0,
+    num_pairs: int = 0,
+    backend: str,
 ) -> tuple[EditScores, JointMoves | None]:
-    _check_gradients(problem, options.kind)
+    _check_gradients(problem, kind)
 
-    # A plain vmap would turn each layer call into one with gathered weights, and each branch into all of them.
+    # A plain vmap would apply each layer with gathered weights, and compute both sides of each branch.
     @jax.custom_batching.sequential_vmap
-    def score(problem: Problem, chain: Array, learning_rate: Array, members: Any) -> Any:
-        if options.kind in ("weights", "nearest"):
-            forward, rate = (
-                forward_pass(problem, chain),
-                learning_rate if options.kind == "nearest" else None,
-            )
-            swap = weight_space.score_swaps(problem, chain, forward, rate)
-            unknown = jnp.full_like(swap, jnp.nan)
-            return add_layer_penalty(
-                problem, chain, forward, (swap, unknown, unknown[:, 0]), 4 * forward.length
-            ), None
-        return _score_outputs(problem, chain, members, options)
+    def score(
+        problem: Problem, chain: Array, learning_rate: Array, members: tuple[Array, ...]
+    ) -> tuple[EditScores, JointMoves | None]:
+        if kind in ("weights", "nearest"):
+            rate = learning_rate if kind == "nearest" else None
+            return _score_by_weights(problem, chain, rate), None
+        static = _Static(kind, num_products, num_best, num_pairs, backend)
+        return _score_by_outputs(problem, chain, members, static)
 
     return score(problem, chain, learning_rate, members)
 
 
-def _score_outputs(
+class _Static(NamedTuple):
+    """The static arguments of `_score`."""
+
+    kind: str
+    num_products: int | None
+    num_best: int  # 0 for no joint moves
+    num_pairs: int
+    backend: str
+
+
+class _Carry(NamedTuple):
+    """The backward pass after a slot."""
+
+    vjps: Float[Array, "R B ..."]  # [R, B, ...F], at the output of the slot
+    is_known: Bool[Array, ""]  # False once a layer has lost the gradient
+
+
+class _SlotScores(NamedTuple):
+    """Scores of the edits of one slot, without layer penalties."""
+
+    swap: Float[Array, "*L N"]
+    insert: Float[Array, "*L N"]
+    delete: Float[Array, "*L"]
+    best: tuple[Array, Array] | None  # of `keep_best`; None if no joint moves are wanted
+
+
+def _score_by_weights(
+    problem: Problem, chain: Int[Array, "L"], learning_rate: Float[Array, ""] | None
+) -> EditScores:
+    forward = forward_pass(problem, chain)
+    swap = weight_space.score_swaps(problem, chain, forward, learning_rate)
+    unknown = jnp.full_like(swap, jnp.nan)
+    parts = (swap, unknown, unknown[:, 0])
+    return add_layer_penalty(problem, chain, forward, parts, 4 * forward.length)
+
+
+def _score_by_outputs(
     problem: Problem,
     chain: Int[Array, "L"],
     members: tuple[Int[Array, "_"], ...],
-    options: _Options,
+    static: _Static,
 ) -> tuple[EditScores, JointMoves | None]:
-    bank, forward = problem.bank, forward_pass(problem, chain)
-    length = forward.length
-    reading, rows = pull_head(problem, chain, forward, options.kind, options.num_products)
-    read = reading.read
-    behind = jnp.concatenate([forward.hidden[1:], forward.hidden[-1:]])
-    chunk = choose_chunk(bank.num_layers, forward.hidden[0], options.backend)
-    # Samples are of a mean over all examples.
-    few = slice(None, None, 1 if reading.is_sampled else -(-problem.data.x.shape[0] // _MAX_ROWS))
-
-    def go_back(carry: Any, slot: Any) -> Any:
-        is_there = slot[0] < jnp.minimum(length + 1, problem.max_layers)
-        return jax.lax.cond(is_there, visit, skip, carry, slot)
-
-    def visit(carry: Any, slot: Any) -> Any:
-        rows, is_known = carry
-        t, token, hidden, after = slot
-        before = jax.lax.cond(
-            t < length, partial(_pull, bank.layers, token, hidden), lambda rows: rows, rows
-        )
-        is_known_before = is_known & has_gradient(before, rows)
-
-        def score(made: Array) -> Any:
-            change = _dot(rows, made - after)
-            kept = change[few] if options.num_best else None
-            return read(change), read(_dot(before, made - hidden)), kept
-
-        swap, insert, change = map_layers(score, bank, members, hidden, chunk)
-        is_layer = t < length
-        own = jnp.where(is_layer, token, bank.num_layers)
-        swap = jnp.where(is_layer & is_known, swap, jnp.nan)
-        best = (
-            None
-            if change is None
-            else keep_best(problem, swap.at[own].set(jnp.nan), change, options.num_best)
-        )
-        insert = jnp.where((length < problem.max_layers) & is_known_before, insert, jnp.nan)
-        delete = jnp.where(is_layer & is_known, read(_dot(rows, hidden - after)), jnp.nan)
-        return (before, is_known_before), (swap.at[own].set(0.0), insert, delete, best)
-
-    def skip(carry: Any, slot: Any) -> Any:
-        return carry, jax.tree.map(full_nan, jax.eval_shape(visit, carry, slot)[1])
-
-    slots = jnp.arange(chain.size), chain, forward.hidden, behind
-    found: Any = jax.lax.scan(go_back, (rows, jnp.array(True)), slots, reverse=True)[1]
-    swap, insert, delete, best = found
-    num_scored = sum(rows.shape[0] for rows in members)
-    calls = (
-        num_scored * jnp.minimum(length + 1, problem.max_layers)
-        + (2 + reading.num_products) * length
-    )
+    forward = forward_pass(problem, chain)
+    predictor, vjps = compute_head_vjps(problem, chain, forward, static.kind, static.num_products)
+    # Samples stand for a mean over all examples, so none may be left out.
+    stride = 1 if predictor.is_sampled else -(-problem.data.x.shape[0] // _MAX_ROWS)
+    rows = slice(None, None, stride)
+    step_fn = partial(_score_slot, problem, forward.length, members, predictor, rows, static)
+    num_slots = jnp.minimum(forward.length + 1, problem.max_layers)
+    last = _Carry(vjps, jnp.array(True))
+    swap, insert, delete, best = scan_backward(step_fn, last, chain, forward, num_slots)
+    num_scored = sum(places.shape[0] for places in members)
+    calls = num_scored * num_slots + (2 + predictor.num_products) * forward.length
     joint = None
     if best is not None:
-        token, change = best
-        read_few = read
-        if not reading.is_sampled:
-            outputs = apply_token(bank.heads, chain[length], forward.hidden[length][few])
-            read_few = choose_reading(
-                problem.take(few), outputs, options.kind, options.num_products
-            ).read
-        joint = join(problem, chain, token, change, read_few, options.num_pairs)
+        predict_fn = predictor.predict_fn
+        if not predictor.is_sampled:
+            outputs = apply_token(
+                problem.bank.heads, chain[forward.length], forward.hidden[forward.length][rows]
+            )
+            predict_fn = make_loss_predictor(
+                problem.take(rows), outputs, static.kind, static.num_products
+            ).predict_fn
+        joint = join(problem, chain, *best, predict_fn, static.num_pairs)
     return add_layer_penalty(problem, chain, forward, (swap, insert, delete), calls), joint
+
+
+def _score_slot(
+    problem: Problem,
+    length: Int[Array, ""],
+    members: tuple[Int[Array, "_"], ...],
+    predictor: LossPredictor,
+    rows: slice,
+    static: _Static,
+    carry: _Carry,
+    slot: Slot,
+) -> tuple[_Carry, _SlotScores]:
+    """Score the edits of one slot, and pull the vjps back through its layer."""
+    bank, predict_fn = problem.bank, predictor.predict_fn
+    vjps, is_known = carry
+    is_layer = slot.index < length
+    before = jax.lax.cond(
+        is_layer, partial(_pull_back, bank.layers, slot.token, slot.before), lambda v: v, vjps
+    )
+    is_known_before = is_known & keeps_gradient(before, vjps)
+
+    def score(made: Array) -> tuple[Array, Array, Array | None]:
+        change = _dot(vjps, made - slot.after)
+        kept = change[rows] if static.num_best else None
+        return predict_fn(change), predict_fn(_dot(before, made - slot.before)), kept
+
+    chunk = choose_chunk(bank.num_layers, slot.before, static.backend)
+    swap, insert, change = map_layers(score, bank, members, slot.before, chunk)
+    own = jnp.where(is_layer, slot.token, bank.num_layers)
+    swap = jnp.where(is_layer & is_known, swap, jnp.nan)
+    best = None
+    if change is not None:
+        best = keep_best(problem, swap.at[own].set(jnp.nan), change, static.num_best)
+    insert = jnp.where((length < problem.max_layers) & is_known_before, insert, jnp.nan)
+    delete = predict_fn(_dot(vjps, slot.before - slot.after))
+    delete = jnp.where(is_layer & is_known, delete, jnp.nan)
+    scores = _SlotScores(swap.at[own].set(0.0), insert, delete, best)
+    return _Carry(before, is_known_before), scores
 
 
 def add_layer_penalty(
     problem: Problem,
     chain: Array,
-    forward: Forward,
+    forward: ForwardPass,
     scores: tuple[Array, Array, Array],
     layer_calls: Array,
 ) -> EditScores:
@@ -393,12 +422,12 @@ def add_layer_penalty(
     return EditScores(*parts, forward.loss + problem.layer_penalty(chain), layer_calls)
 
 
-def _pull(
+def _pull_back(
     groups: tuple[LayerGroup, ...], token: Array, hidden: Array, rows: Float[Array, "R B ..."]
 ) -> Float[Array, "R B ..."]:
-    """Rows of the Jacobian by the input of a layer, from those by its output."""
-    back = jax.vjp(partial(apply_token, groups, token), hidden)[1]
-    return jax.vmap(lambda row: back(row)[0])(rows)
+    """The vjps at the input of a layer, from those at its output."""
+    vjp_fn = jax.vjp(partial(apply_token, groups, token), hidden)[1]
+    return jax.vmap(lambda row: vjp_fn(row)[0])(rows)
 
 
 def _dot(rows: Float[Array, "R B ..."], change: Shaped[Array, "B ..."]) -> Float[Array, "B R"]:

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jchain import chain as chain_lib
-from jchain._typing import Array, Float, Int
+from jchain._typing import Array, Float
 from jchain.gradient.edit_scores import weight_gradients
-from jchain.gradient.linearize import check_chain, flatten_rows
+from jchain.gradient.linearize import ChainLike, check_chain, flatten_rows
 from jchain.gradient.weight_space import only_group
 from jchain.problem import Problem
 
@@ -56,7 +56,7 @@ def init(problem: Problem) -> Trends:
     return Trends(empty(1), empty(problem.max_layers), empty(num_layers + 1), empty(num_layers))
 
 
-def update(trends: Trends, problem: Problem, chain: Int[Array, "L"] | Any) -> Trends:
+def update(trends: Trends, problem: Problem, chain: ChainLike) -> Trends:
     """The trends with one chain more, for four layer calls for each of its layers. A chain with a gradient that is not finite
     is left out.
 
@@ -101,7 +101,7 @@ def _add(moments: Moments, context: Array, gradient: Array, is_seen: Array) -> M
 
 
 def score_swaps(
-    trends: Trends, problem: Problem, chain: Int[Array, "L"] | Any, context: str = "slot"
+    trends: Trends, problem: Problem, chain: ChainLike, context: str = "slot"
 ) -> Float[Array, "L N"]:
     """Predicted change of loss of putting layer `b` at slot `t`, as `kind="weights"` of `jchain.swap_scores`, by the mean
     gradient of a context in place of the gradient of this chain: `<mean, W_b - W_t>`, price of layers included.

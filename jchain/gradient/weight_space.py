@@ -1,25 +1,39 @@
-"""Weight space: the gradient of the loss by the weights of a chain's layers, and swaps scored to first order in them."""
+"""The gradient of the loss by the weights of a chain's layers, and first-order scores of swaps from it."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jchain._typing import Array, Float, Int
+from jchain._typing import Array, Bool, Float, Int, PyTree, Shaped
 from jchain.bank import Bank
 from jchain.engine.layer_calls import locate
-from jchain.gradient.linearize import Forward, flatten_rows, full_nan, has_gradient, pull_head
+from jchain.gradient.linearize import (
+    ForwardPass,
+    Slot,
+    flatten_rows,
+    keeps_gradient,
+    scan_backward,
+)
+from jchain.gradient.loss_predictor import compute_head_vjps
 from jchain.groups import LayerGroup
 from jchain.problem import Problem
 
 
+class _Carry(NamedTuple):
+    """The backward pass after a slot."""
+
+    cotangent: Shaped[Array, "B ..."]  # [B, ...F], gradient of the loss by the output of the slot
+    is_known: Bool[Array, ""]  # False once a layer has lost the gradient
+
+
 def only_group(bank: Bank) -> LayerGroup:
-    """The group of all layers.
+    """The group of all layers of a bank with one module.
 
     Raises:
-      ValueError: they are of several modules, whose weights have no indices in common.
+      ValueError: the layers have several modules, whose weights have no indices in common.
     """
     if len(bank.layers) != 1:
         raise ValueError(f"expected layers of one module, got {len(bank.layers)}")
@@ -27,33 +41,39 @@ def only_group(bank: Bank) -> LayerGroup:
 
 
 def flatten_gradients(
-    problem: Problem, chain: Int[Array, "L"], forward: Forward
+    problem: Problem, chain: Int[Array, "L"], forward: ForwardPass
 ) -> Float[Array, "L W"]:
-    """The gradient of the loss by the weights of the layer at each slot, its leaves flattened one behind the other.
+    """The gradient of the loss by the weights of the layer at each slot, its leaves flattened and concatenated.
 
-    All layers share a module; nan where nothing is known.
+    All layers must share a module. The gradient is nan for slots without a layer, or if it is unknown.
     """
 
-    def flatten(group: LayerGroup, own: Any, gradient: Any) -> Array:
+    def flatten(group: LayerGroup, own: PyTree, gradient: PyTree) -> Array:
         return jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(gradient)])
 
-    return _go_back(problem, chain, forward, flatten)
+    return _scan_gradients(problem, chain, forward, flatten)
 
 
 def score_swaps(
     problem: Problem,
     chain: Int[Array, "L"],
-    forward: Forward,
+    forward: ForwardPass,
     learning_rate: Float[Array, ""] | None = None,
 ) -> Float[Array, "L N"]:
-    """`<dL/dW_t, W_b - W_t>`; with a learning rate plus `|W_b - W_t|^2 / (2 learning_rate)`; nan where nothing is known."""
+    """Scores of swaps, `<dL/dW_t, W_b - W_t>`; nan if unknown.
 
+    Args:
+      problem: bank, split, loss.
+      chain: tokens, `[L]`.
+      forward: the forward pass of the chain.
+      learning_rate: adds `|W_b - W_t|^2 / (2 learning_rate)`; None to leave it out.
+    """
     dtype = jnp.promote_types(jnp.float32, forward.hidden.dtype)
 
     def multiply(changes: Array, gradient: Array) -> Float[Array, "n"]:
         return jnp.matmul(flatten_rows(changes), gradient.reshape(-1), preferred_element_type=dtype)
 
-    def score(group: LayerGroup, own: Any, gradient: Any) -> Float[Array, "N"]:
+    def score(group: LayerGroup, own: PyTree, gradient: PyTree) -> Float[Array, "N"]:
         changes = jax.tree.map(lambda stacked, leaf: stacked - leaf[None], group.params, own)
         scores = sum(jax.tree.leaves(jax.tree.map(multiply, changes, gradient)))
         if learning_rate is not None:
@@ -65,44 +85,41 @@ def score_swaps(
         unknown = jnp.full(problem.bank.num_layers, jnp.nan, dtype)
         return unknown.at[jnp.array(group.tokens)].set(scores)
 
-    swap = _go_back(problem, chain, forward, score)
+    swap = _scan_gradients(problem, chain, forward, score)
     is_layer = jnp.arange(chain.size) < forward.length
     is_own = is_layer[:, None] & (jnp.arange(problem.bank.num_layers)[None] == chain[:, None])
     return jnp.where(is_own, 0.0, swap)
 
 
-def _go_back(
+def _scan_gradients(
     problem: Problem,
     chain: Int[Array, "L"],
-    forward: Forward,
-    read: Callable[[LayerGroup, Any, Any], Array],
+    forward: ForwardPass,
+    read_fn: Callable[[LayerGroup, PyTree, PyTree], Array],
 ) -> Float[Array, "L ..."]:
-    """What `read` makes of the group, the weights and the loss's gradient of the layer at each slot; nan where nothing is known."""
-    bank, length = problem.bank, forward.length
-    (row,) = pull_head(problem, chain, forward, "activations", None)[1]
+    """`read_fn(group, weights, gradient)` of the layer at each slot; nan if the gradient is unknown."""
+    bank = problem.bank
+    (cotangent,) = compute_head_vjps(problem, chain, forward, "activations", None)[1]
     group_of, member_of = locate(bank.layers)
 
     def visit_group(
-        group: LayerGroup, token: Array, hidden: Array, row: Array
+        group: LayerGroup, token: Array, hidden: Array, after: Array
     ) -> tuple[Array, Array]:
         own = jax.tree.map(lambda leaf: leaf[member_of[token]], group.params)
-        back = jax.vjp(lambda params, h: group.module.apply({"params": params}, h), own, hidden)[1]
-        gradient, before = back(row)
-        return before, read(group, own, gradient)
 
-    def visit(carry: Any, slot: Any) -> Any:
-        row, is_known = carry
-        _, token, hidden = slot
+        def apply(params: PyTree, hidden: Array) -> Any:
+            return group.module.apply({"params": params}, hidden)
+
+        gradient, before = jax.vjp(apply, own, hidden)[1](after)
+        return before, read_fn(group, own, gradient)
+
+    def step(carry: _Carry, slot: Slot) -> tuple[_Carry, Array]:
         branches = [partial(visit_group, group) for group in bank.layers]
-        before, made = jax.lax.switch(group_of[token], branches, token, hidden, row)
-        is_known_before = is_known & has_gradient(before, row)
-        return (before, is_known_before), jnp.where(is_known, made, jnp.nan)
+        before, made = jax.lax.switch(
+            group_of[slot.token], branches, slot.token, slot.before, carry.cotangent
+        )
+        is_known_before = carry.is_known & keeps_gradient(before, carry.cotangent)
+        return _Carry(before, is_known_before), jnp.where(carry.is_known, made, jnp.nan)
 
-    def skip(carry: Any, slot: Any) -> Any:
-        return carry, full_nan(jax.eval_shape(visit, carry, slot)[1])
-
-    def go_back(carry: Any, slot: Any) -> Any:
-        return jax.lax.cond(slot[0] < length, visit, skip, carry, slot)
-
-    slots = jnp.arange(chain.size), chain, forward.hidden
-    return jax.lax.scan(go_back, (row, jnp.array(True)), slots, reverse=True)[1]
+    last = _Carry(cotangent, jnp.array(True))
+    return scan_backward(step, last, chain, forward, forward.length)

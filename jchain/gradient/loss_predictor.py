@@ -1,0 +1,253 @@
+"""Predict the change of a chain's loss from vector-Jacobian products (vjps) of its outputs.
+
+A `LossPredictor` chooses cotangents of the outputs. Their vjps with a change of activations are coordinates of the change
+of the outputs to first order, and the predictor turns these coordinates into a change of the loss.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jchain._typing import Array, Float, Int
+from jchain.engine.layer_calls import apply_token, find_part, map_parts
+from jchain.gradient.linearize import ForwardPass
+from jchain.problem import Problem, upcast
+
+# Up to this number of outputs per example, each has its own row of the Jacobian; with more, `_NUM_WIDE` vjps are used.
+_MAX_OUTPUTS, _NUM_WIDE = 64, 17
+# Seeds the samples of wide outputs. Constant, so that scores of one chain are the same in every process.
+_SAMPLE_SEED = 0
+
+
+class LossPredictor(NamedTuple):
+    """How to predict the change of the loss from a change of the outputs."""
+
+    num_products: int  # R, vector-Jacobian products
+    # From the index of a product to its cotangent, in the shape of the outputs, at least float32.
+    cotangent_fn: Callable[[Array], Array]
+    # From the dot products of the vjps with a change of activations, `[B, R]`, to the change of loss.
+    predict_fn: Callable[[Array], Array]
+    is_sampled: bool = False  # whether the cotangents are samples for a mean over all examples
+
+
+def compute_head_vjps(
+    problem: Problem,
+    chain: Int[Array, "L"],
+    forward: ForwardPass,
+    kind: str,
+    num_products: int | None,
+) -> tuple[LossPredictor, Float[Array, "R B ..."]]:
+    """The loss predictor of a chain, and its vjps at the input of the head, `[R, B, ...F]`.
+
+    Examples go through the head in parts if the outputs would be large, unless each output or class has its own vjp.
+
+    Args:
+      problem: bank, split, loss.
+      chain: tokens, `[L]`.
+      forward: the forward pass of the chain.
+      kind: `"linearized"` or `"activations"`.
+      num_products: as for `make_loss_predictor`.
+
+    Raises:
+      ValueError: there are too few products, or activations are float16, in which the gradient of a mean over many
+        labels underflows.
+    """
+    hidden = forward.hidden[forward.length]
+    if hidden.dtype == jnp.float16:
+        raise ValueError(
+            "expected activations of bfloat16 or wider for gradients, got float16: "
+            "load weights with dtype="
+        )
+    head = partial(apply_token, problem.bank.heads, chain[forward.length])
+
+    def pull_back(
+        part: Problem, hidden: Array, share: float, key: Array
+    ) -> tuple[LossPredictor, Array]:
+        outputs, vjp_fn = jax.vjp(head, hidden)
+        predictor = make_loss_predictor(part, outputs, kind, num_products, share, key)
+        # One at a time: cotangents of wide outputs are the largest arrays here.
+        return predictor, jax.lax.map(
+            lambda i: vjp_fn(predictor.cotangent_fn(i).astype(outputs.dtype))[0],
+            jnp.arange(predictor.num_products),
+        )
+
+    key, num = jax.random.key(_SAMPLE_SEED), hidden.shape[0]
+    size, outputs = find_part(problem, hidden, 1), jax.eval_shape(head, hidden)
+    if size == num or not (kind == "activations" or _is_sampled(problem, outputs, num_products)):
+        return pull_back(problem, hidden, 1.0, key)
+
+    def pull_back_part(rows: Array) -> Array:
+        part_key = jax.random.fold_in(key, rows[0])
+        return pull_back(problem.take(rows), hidden[rows], rows.size / num, part_key)[1]
+
+    vjps, rest = map_parts(pull_back_part, num, size)
+    vjps = jnp.moveaxis(vjps, 0, 1).reshape(vjps.shape[1], -1, *hidden.shape[1:])
+    if rest is not None:
+        vjps = jnp.concatenate([vjps, rest], axis=1)
+    return make_loss_predictor(problem, outputs, kind, num_products), vjps
+
+
+def make_loss_predictor(
+    problem: Problem,
+    outputs: Any,
+    kind: str,
+    num_products: int | None,
+    share: float = 1.0,
+    key: Array | None = None,
+) -> LossPredictor:
+    """The loss predictor of `jchain.gradient.score_edits` for the first two kinds of scores.
+
+    Args:
+      problem: holds the examples of the outputs.
+      outputs: outputs of the head. Shape and dtype are enough if no cotangent is made and no output has its own vjp.
+      kind: `"linearized"` or `"activations"`.
+      num_products: number of vjps; None for a default that depends on the outputs.
+      share: share of all examples that these are.
+      key: for samples.
+
+    Raises:
+      ValueError: there are too few products.
+    """
+    if isinstance(outputs, jax.Array):
+        outputs = upcast(outputs)
+    key = jax.random.key(_SAMPLE_SEED) if key is None else key
+    grad_fn = jax.grad(lambda outputs: share * problem.compute_metrics(outputs)[0])
+    if kind == "activations":
+        return LossPredictor(1, lambda _: grad_fn(outputs), lambda dots: dots.sum())
+    num_products = _count_products(outputs, num_products)
+    if has_classes(problem, outputs):
+        return _predict_from_classes(problem, outputs, num_products)
+    if not _is_sampled(problem, outputs, num_products):
+        return _predict_from_outputs(problem, outputs)
+    is_softmax = problem.loss_fn is optax.softmax_cross_entropy_with_integer_labels
+    least = 2 if is_softmax else 3
+    if num_products < least:
+        raise ValueError(
+            f"expected num_products of at least {least} for outputs like these, got {num_products}"
+        )
+    if is_softmax:
+        return _predict_from_labels(
+            outputs, grad_fn, key, num_products - 1, problem.data.y.size / share
+        )
+    return _predict_from_signs(outputs, grad_fn, key, (num_products - 1) // 2)
+
+
+def _count_products(outputs: Any, num_products: int | None) -> int:
+    if num_products is not None:
+        return num_products
+    num_outputs = outputs.size // outputs.shape[0]
+    return num_outputs if num_outputs <= _MAX_OUTPUTS else _NUM_WIDE
+
+
+def _is_sampled(problem: Problem, outputs: Any, num_products: int | None) -> bool:
+    num_outputs = outputs.size // outputs.shape[0]
+    return (
+        not has_classes(problem, outputs) and _count_products(outputs, num_products) < num_outputs
+    )
+
+
+def has_classes(problem: Problem, outputs: Any) -> bool:
+    """Whether the loss is a softmax cross-entropy with one label per example."""
+    is_softmax = problem.loss_fn is optax.softmax_cross_entropy_with_integer_labels
+    return is_softmax and len(outputs.shape) == 2 and outputs.shape[1] > 1
+
+
+def _predict_from_classes(problem: Problem, logits: Array, num_products: int) -> LossPredictor:
+    """A softmax loss depends on the margins of the other classes over the label.
+
+    The likeliest classes have a vjp each. The others share one, for their softmax-weighted mean.
+    """
+    label = problem.data.y[:, None]
+    num_classes = logits.shape[1]
+    is_whole = num_products >= num_classes - 1
+    num_single = num_classes - 1 if is_whole else num_products - 1
+    others = jnp.where(jnp.arange(num_classes)[None] == label, -jnp.inf, logits)
+    top, single = jax.lax.top_k(others, num_single)
+    rest = jnp.put_along_axis(others, single, -jnp.inf, axis=1, inplace=False)
+    own = jnp.take_along_axis(logits, label, axis=1)
+    margins, mean = top - own, jnp.zeros_like(logits)
+    if not is_whole:
+        margins = jnp.concatenate(
+            [margins, jax.nn.logsumexp(rest, axis=1, keepdims=True) - own], axis=1
+        )
+        mean = jax.nn.softmax(rest)
+    padded = jnp.pad(single, ((0, 0), (0, 1)))
+
+    def cotangent_fn(i: Array) -> Array:
+        one = jax.nn.one_hot(padded[:, i], num_classes, dtype=logits.dtype)
+        return jnp.where(i < num_single, one, mean) - jax.nn.one_hot(
+            label[:, 0], num_classes, dtype=logits.dtype
+        )
+
+    def find_loss(margins: Array) -> Array:
+        return jax.nn.logsumexp(jnp.pad(margins, ((0, 0), (1, 0))), axis=1).mean()
+
+    return LossPredictor(
+        margins.shape[1], cotangent_fn, lambda dots: find_loss(margins + dots) - find_loss(margins)
+    )
+
+
+def _predict_from_outputs(problem: Problem, outputs: Array) -> LossPredictor:
+    loss = problem.compute_metrics(outputs)[0]
+    num_outputs = outputs.size // outputs.shape[0]
+
+    def cotangent_fn(i: Array) -> Array:
+        row = jnp.zeros(num_outputs, outputs.dtype).at[i].set(1.0)
+        return jnp.broadcast_to(row.reshape(1, *outputs.shape[1:]), outputs.shape)
+
+    return LossPredictor(
+        num_outputs,
+        cotangent_fn,
+        lambda dots: problem.compute_metrics(outputs + dots.reshape(outputs.shape))[0] - loss,
+    )
+
+
+def _predict_from_labels(
+    outputs: Array,
+    grad_fn: Callable[[Array], Array],
+    key: Array,
+    num_samples: int,
+    num_labels: float,
+) -> LossPredictor:
+    """Second order; the Hessian in expectation over labels sampled from the softmax (Fisher)."""
+
+    def sample(i: Array) -> Array:
+        label = jax.random.categorical(jax.random.fold_in(key, i), outputs)
+        residual = jax.nn.one_hot(label, outputs.shape[-1], dtype=outputs.dtype) - jax.nn.softmax(
+            outputs
+        )
+        return residual / num_labels**0.5
+
+    def cotangent_fn(i: Array) -> Array:
+        return jax.lax.cond(i == 0, lambda: grad_fn(outputs), lambda: sample(i - 1))
+
+    def predict_fn(dots: Array) -> Array:
+        return dots[:, 0].sum() + 0.5 * jnp.sum(dots[:, 1:] ** 2) / num_samples
+
+    return LossPredictor(1 + num_samples, cotangent_fn, predict_fn, True)
+
+
+def _predict_from_signs(
+    outputs: Array, grad_fn: Callable[[Array], Array], key: Array, num_samples: int
+) -> LossPredictor:
+    """Second order; the Hessian in expectation over random signs (Hutchinson), two vjps each."""
+
+    def sample(i: Array) -> Array:
+        sign_key = jax.random.fold_in(key, i % num_samples)
+        signs = jax.random.rademacher(sign_key, outputs.shape, outputs.dtype)
+        return jax.lax.cond(
+            i < num_samples, lambda: signs, lambda: jax.jvp(grad_fn, (outputs,), (signs,))[1]
+        )
+
+    def cotangent_fn(i: Array) -> Array:
+        return jax.lax.cond(i == 0, lambda: grad_fn(outputs), lambda: sample(i - 1))
+
+    def predict_fn(dots: Array) -> Array:
+        signs, products = dots[:, 1 : 1 + num_samples], dots[:, 1 + num_samples :]
+        return dots[:, 0].sum() + 0.5 * jnp.sum(signs * products) / num_samples
+
+    return LossPredictor(1 + 2 * num_samples, cotangent_fn, predict_fn, True)
