@@ -377,7 +377,7 @@ def _score_slot(
     """Score the edits of one slot, and pull the vjps back through its layer."""
     bank, predict_fn = problem.bank, predictor.predict_fn
     vjps, is_known = carry
-    is_layer = slot.index < length
+    is_layer = slot.place < length
     before = jax.lax.cond(
         is_layer, partial(_pull_back, bank.layers, slot.token, slot.before), lambda v: v, vjps
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, SupportsIndex, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ C = TypeVar("C")
 T = TypeVar("T")
 
 # The tokens of one chain, `[L]`, before they are checked.
-ChainLike = Array | np.ndarray | Sequence[SupportsIndex]
+ChainLike = Array | np.ndarray | Sequence[int]
 
 
 class ForwardPass(NamedTuple):
@@ -36,7 +36,7 @@ class ForwardPass(NamedTuple):
 class Slot(NamedTuple):
     """One slot of a chain in a backward scan."""
 
-    index: Int[Array, ""]
+    place: Int[Array, ""]
     token: Int[Array, ""]
     before: Shaped[Array, "B ..."]  # [B, ...F], the input of the slot
     after: Shaped[Array, "B ..."]  # [B, ...F], its output
@@ -54,12 +54,12 @@ def check_chain(problem: Problem, chain: ChainLike) -> Int[Array, "L"]:
     """
     if is_concrete(chain):
         chain = validate(chain, problem.bank.num_layers, problem.bank.num_heads)
-    shape = np.shape(chain)
-    if shape != (problem.max_layers + 1,):
+    tokens = jnp.asarray(chain)
+    if tokens.shape != (problem.max_layers + 1,):
         raise ValueError(
-            f"expected one chain of shape [{problem.max_layers + 1}], got {list(shape)}"
+            f"expected one chain of shape [{problem.max_layers + 1}], got {list(tokens.shape)}"
         )
-    return jnp.asarray(chain)
+    return tokens
 
 
 def forward_pass(problem: Problem, chain: Int[Array, "L"]) -> ForwardPass:
@@ -105,7 +105,7 @@ def scan_backward(
     """
 
     def visit(carry: C, slot: Slot) -> tuple[C, T]:
-        return jax.lax.cond(slot.index < num_slots, step_fn, skip, carry, slot)
+        return jax.lax.cond(slot.place < num_slots, step_fn, skip, carry, slot)
 
     def skip(carry: C, slot: Slot) -> tuple[C, T]:
         return carry, jax.tree.map(full_nan, jax.eval_shape(step_fn, carry, slot)[1])

@@ -1,4 +1,4 @@
-"""What descents share: where they start, which layers they look at, and whether they move, go on or start again."""
+"""Operators of descent searches: start chains, candidate layers, and the choice of the next move."""
 
 from typing import NamedTuple
 
@@ -13,17 +13,17 @@ from jchain.problem import Problem
 
 
 class Move(NamedTuple):
-    """What a batch of chains led to."""
+    """The result of one batch of chains."""
 
-    best: Int[Array, ""]  # its best chain
-    does_move: Bool[Array, ""]  # that is better than the one before
-    is_stuck: Bool[Array, ""]  # nothing is left to wait for
-    chain: Int[Array, "L"]  # where the descent stands
-    loss: Float[Array, ""]
-    num_failed: Int[Array, ""]  # batches without a better chain; 0 of a descent that starts again
+    best: Int[Array, ""]  # index of the best chain in the batch
+    does_move: Bool[Array, ""]  # whether it is better than the current chain
+    is_stuck: Bool[Array, ""]  # whether the descent must restart
+    chain: Int[Array, "L"]  # [L], the current chain after the batch
+    loss: Float[Array, ""]  # its loss
+    num_failed: Int[Array, ""]  # consecutive batches without a better chain; 0 after a restart
 
 
-def decide(
+def choose_move(
     chain: Int[Array, "L"],
     own_loss: Float[Array, ""],
     chains: Int[Array, "P L"],
@@ -33,17 +33,20 @@ def decide(
     patience: int,
     has_more: Bool[Array, ""],
 ) -> Move:
-    """To the best chain of a batch where it is better; stuck after so many batches that are not, or with none left.
+    """Move to the best chain of a batch if it is better than the current chain.
+
+    The descent is stuck after `patience` consecutive batches without a better chain, or if no
+    candidate is left.
 
     Args:
-      chain: where the descent stands.
+      chain: the current chain, `[L]`.
       own_loss: its loss.
-      chains: what was evaluated.
-      loss: their losses.
-      is_move: which of them are others.
-      num_failed: batches before this one without a better chain.
-      patience: how many are waited for.
-      has_more: whether something is left to be evaluated.
+      chains: the batch, `[P, L]`.
+      loss: losses of the batch, `[P]`.
+      is_move: which chains of the batch differ from the current chain, `[P]`.
+      num_failed: consecutive batches without a better chain before this one.
+      patience: failed batches before a restart.
+      has_more: whether candidates are left to evaluate.
     """
     best = jnp.argmin(jnp.where(is_move, loss, jnp.inf))
     does_move = is_move[best] & (loss[best] < own_loss)
@@ -59,29 +62,49 @@ def decide(
     )
 
 
-def share_members(problem: Problem, num_candidates: int) -> list[int]:
-    """How many layers of each group make up so many: each its share, and at least one."""
+def allocate_candidates(problem: Problem, num_candidates: int) -> list[int]:
+    """The number of candidate layers of each group: in proportion to its size, and at least one.
+
+    Args:
+      problem: its bank holds the groups of layers.
+      num_candidates: candidates of all groups together, if each group can have its proportion.
+    """
     sizes = [len(group.tokens) for group in problem.bank.layers]
     return [min(size, max(1, num_candidates * size // sum(sizes))) for size in sizes]
 
 
-def draw_members(key: Key[Array, ""], problem: Problem, shares: list[int]) -> tuple[Array, ...]:
-    """Places in each group of so many of its layers."""
+def sample_candidates(
+    key: Key[Array, ""], problem: Problem, num_per_group: list[int]
+) -> tuple[Array, ...]:
+    """Random candidate layers: for each group, places of its layers, without replacement.
 
-    def draw(key: Array, size: int, share: int) -> Array:
+    Args:
+      key: consumed.
+      problem: its bank holds the groups of layers.
+      num_per_group: candidates of each group. A group of this size keeps its order.
+    """
+
+    def sample(key: Array, size: int, num: int) -> Array:
         places = jnp.arange(size)
-        return places if share == size else jax.random.choice(key, places, (share,), replace=False)
+        return places if num == size else jax.random.choice(key, places, (num,), replace=False)
 
     groups = problem.bank.layers
     keys = jax.random.split(key, len(groups))
     return tuple(
-        draw(k, len(group.tokens), share)
-        for k, group, share in zip(keys, groups, shares, strict=True)
+        sample(group_key, len(group.tokens), num)
+        for group_key, group, num in zip(keys, groups, num_per_group, strict=True)
     )
 
 
-def draw_start(key: Key[Array, ""], problem: Problem) -> Int[Array, "L"]:
-    """The best of all stops of a chain of random layers, from `min_layers` on, by all heads, for a layer call each."""
+def sample_start(key: Key[Array, ""], problem: Problem) -> Int[Array, "L"]:
+    """A start chain: the best of all prefixes of one chain of random layers, with any head.
+
+    Prefixes have at least `min_layers` layers. This costs `max_layers` layer calls.
+
+    Args:
+      key: consumed.
+      problem: bank, split, loss.
+    """
     bank, slots = problem.bank, jnp.arange(problem.max_layers + 1)
     tokens = jax.random.randint(key, slots.shape, 0, bank.num_layers).at[-1].set(PADDING)
 
@@ -94,8 +117,8 @@ def draw_start(key: Key[Array, ""], problem: Problem) -> Int[Array, "L"]:
     losses = jnp.concatenate([env.head_losses(problem, hidden)[None], losses])
     prefixes = jnp.where(slots[None] < slots[:, None], tokens[None], PADDING)
     losses = (losses + problem.layer_penalty(prefixes)[:, None])[problem.min_layers :]
-    stop, head = jnp.divmod(
+    row, head = jnp.divmod(
         jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf)), bank.num_heads
     )
-    length = problem.min_layers + stop
+    length = problem.min_layers + row
     return prefixes[length].at[length].set(bank.num_layers + head).astype(jnp.int32)

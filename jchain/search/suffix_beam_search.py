@@ -23,7 +23,7 @@ from jchain.inverse.suffixes import Suffixes, predict, pull_back_suffixes
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
-from jchain.search.descent import draw_members, share_members
+from jchain.search.descent import allocate_candidates, sample_candidates
 
 # So many times as many chains are looked up as are evaluated, to pass over those that were tried.
 _MARGIN = 4
@@ -152,7 +152,7 @@ class SuffixBeamSearch:
     def _pull(
         self, key: Array, few: Problem, inverses: tuple[LayerGroup, ...], near: Array
     ) -> Suffixes:
-        members = draw_members(key, few, share_members(few, self.num_candidates))
+        members = sample_candidates(key, few, allocate_candidates(few, self.num_candidates))
         return pull_back_suffixes(
             few, inverses, members, near, min(self.num_suffix, few.max_layers)
         )
@@ -163,7 +163,7 @@ class SuffixBeamSearch:
         def pull() -> tuple[Suffixes, Array]:
             forward = forward_pass(few, state.best)
             suffixes = self._pull(key, few, state.inverses, forward.hidden[forward.length])
-            num_members = sum(share_members(few, self.num_candidates))
+            num_members = sum(allocate_candidates(few, self.num_candidates))
             lengths = range(1, min(self.num_suffix, few.max_layers) + 1)
             num_grown = few.bank.num_heads * sum(num_members**length for length in lengths)
             return suffixes, jnp.asarray(

@@ -1,7 +1,8 @@
-"""Target propagation: what each slot should give is taken back from the loss's target, and layers that come nearest are tried.
+"""Target propagation: try the layers whose outputs are nearest to the targets of their slots.
 
-Lee et al. 2015, arXiv:1412.7525, with layers that are chosen where theirs are trained (`jchain.inverse.target_scores`). Where no such move is better,
-the search starts again from a random chain, cut where a head is best.
+The targets are pulled back from the target of the loss (Lee et al. 2015, arXiv:1412.7525;
+`jchain.inverse.target_scores`). The paper trains the layers; here they are chosen from a bank. If
+no move is better, the search restarts from a random chain, cut at its best prefix.
 """
 
 from typing import NamedTuple
@@ -9,41 +10,52 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jchain import chain as chain_lib
 from jchain._typing import Array, Bool, Float, Int, Key
 from jchain.chain import PADDING
 from jchain.engine import score_cache
+from jchain.engine.control_flow import cond_in_sequence
 from jchain.engine.score_cache import ScoreCache
 from jchain.inverse.target_scores import score_edits_by_target
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
-from jchain.search.descent import decide, draw_members, draw_start, share_members
+from jchain.search.descent import (
+    allocate_candidates,
+    choose_move,
+    sample_candidates,
+    sample_start,
+)
 
 
 class State(NamedTuple):
     """What the next step needs."""
 
-    chain: Int[Array, "L"]
-    loss: Float[Array, ""]
-    score: Float[Array, "M"]  # [M], of its neighbors; +inf where there is none, or it was tried
-    is_new: Bool[Array, ""]  # the chain is yet to be looked at
-    is_start: Bool[Array, ""]  # and yet to be drawn
-    num_failed: Int[Array, ""]  # batches without a better chain
+    chain: Int[Array, "L"]  # [L], the current chain
+    loss: Float[Array, ""]  # its loss
+    score: Float[Array, "M"]  # [M], edit scores of its neighbors; +inf if invalid or tried
+    is_new: Bool[Array, ""]  # the edits of the chain are not scored yet
+    is_start: Bool[Array, ""]  # the chain must be sampled first
+    num_failed: Int[Array, ""]  # consecutive batches without a better chain
     cache: ScoreCache
 
 
 @pytree_dataclass
 class TargetPropagation:
-    """Descent by how near layers come to what is wanted of them, with restarts.
+    """Descent by the distance of layer outputs to their targets, with restarts.
 
     Attributes:
       num_moves: edits that are evaluated in a step.
-      num_candidates: layers that are compared at each slot, of each module its share and at least one, drawn anew for each chain.
-      patience: batches in a row without a better chain before a restart.
-      rate: how much of the way from the outputs to the target is wanted (`jchain.inverse.target_scores.score_edits_by_target`).
-      is_exact: whether layers that can be undone are undone exactly.
+      num_candidates: layers that are compared at each slot: in proportion to the sizes of the
+        bank's groups, at least one of each, sampled again for each chain.
+      patience: consecutive batches without a better chain before a restart.
+      rate: step size from the outputs towards the target, 1 for the target itself
+        (`jchain.inverse.target_scores.score_edits_by_target`).
+      is_exact: whether invertible layers are inverted exactly.
     """
+
+    is_deterministic = False
+    needs_gradient = True
+    needs_invertible = False
 
     num_moves: int = static(default=8)
     num_candidates: int = static(default=16)
@@ -57,11 +69,16 @@ class TargetPropagation:
             raise ValueError(f"expected sizes of at least 1, got {sizes}")
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
-        num_rows = problem.max_layers * (2 * problem.bank.num_layers + 1) + problem.bank.num_heads
+        """The first state: no chain, and an empty score cache.
+
+        Args:
+          key: unused.
+          problem: what to minimize over.
+        """
         return State(
             jnp.full(problem.max_layers + 1, PADDING, jnp.int32),
             jnp.full((), jnp.inf, jnp.float32),
-            jnp.full(num_rows, jnp.inf, jnp.float32),
+            jnp.full(problem.space.num_neighbors, jnp.inf, jnp.float32),
             jnp.array(True),
             jnp.array(True),
             jnp.zeros((), jnp.int32),
@@ -69,22 +86,23 @@ class TargetPropagation:
         )
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
-        @jax.custom_batching.sequential_vmap
-        def look(problem: Problem, key: Array, here: State, rate: Array) -> tuple[State, Array]:
-            return jax.lax.cond(
-                here.is_new,
-                self._look,
-                lambda _, here, *__: (here, jnp.int32(0)),
-                key,
-                here,
-                problem,
-                rate,
-            )
+        """Evaluate the edits with the best scores, and move to the best chain if it is better.
 
-        here, looking_calls = look(problem, key, state._replace(cache=None), jnp.asarray(self.rate))
-        neighbors, _ = chain_lib.neighbors(
-            here.chain, problem.bank.num_layers, problem.bank.num_heads
+        Args:
+          key: consumed.
+          state: from `init` or the last step.
+          problem: what to minimize over.
+        """
+        here, scoring_calls = cond_in_sequence(
+            state.is_new,
+            self._score_edits,
+            lambda _, here, *__: (here, jnp.int32(0)),
+            key,
+            state._replace(cache=None),
+            problem,
+            jnp.asarray(self.rate),
         )
+        neighbors, _ = problem.space.neighbors(here.chain)
         gain, rows = jax.lax.top_k(-here.score, min(self.num_moves, here.score.size))
         is_move = jnp.isfinite(gain)
         chains = jnp.where(is_move[:, None], neighbors[rows], here.chain[None]).astype(jnp.int32)
@@ -92,7 +110,7 @@ class TargetPropagation:
 
         score = here.score.at[rows].set(jnp.inf)
         has_more = jnp.isfinite(score).any()
-        move = decide(
+        move = choose_move(
             here.chain, here.loss, chains, loss, is_move, here.num_failed, self.patience, has_more
         )
         is_new = move.does_move | move.is_stuck
@@ -103,27 +121,29 @@ class TargetPropagation:
         info = Info(
             jnp.concatenate([own[None], chains]),
             jnp.concatenate([jnp.where(state.is_new, here.loss, jnp.inf)[None], loss]),
-            layer_calls + looking_calls,
+            layer_calls + scoring_calls,
         )
         return next_state, info
 
-    def _look(
+    def _score_edits(
         self, key: Key[Array, ""], here: State, problem: Problem, rate: Float[Array, ""]
     ) -> tuple[State, Int[Array, ""]]:
+        """The state with edit scores of its chain, or of a new start chain, and the layer calls."""
         start_key, key = jax.random.split(key)
         chain = jax.lax.cond(
-            here.is_start, lambda: draw_start(start_key, problem), lambda: here.chain
+            here.is_start, lambda: sample_start(start_key, problem), lambda: here.chain
         )
-        members = draw_members(key, problem, share_members(problem, self.num_candidates))
+        num_per_group = allocate_candidates(problem, self.num_candidates)
+        members = sample_candidates(key, problem, num_per_group)
         scores = score_edits_by_target(
             problem, chain, rate=rate, is_exact=self.is_exact, members=members
         )
-        sizes = (problem.bank.num_layers, problem.bank.num_heads)
-        is_neighbor = chain_lib.neighbors(chain, *sizes, min_layers=problem.min_layers)[1]
+        is_neighbor = problem.space.neighbors(chain)[1]
         start_loss = jnp.where(jnp.isfinite(scores.loss), scores.loss, jnp.inf).astype(jnp.float32)
         found = here._replace(
             chain=chain,
-            # As it was evaluated: with the rounding of a pass two chains of equal loss could each be better than the other.
+            # The evaluated loss, not that of this pass: with other rounding, each of two chains of
+            # equal loss could be better than the other.
             loss=jnp.where(here.is_start, start_loss, here.loss),
             score=jnp.where(is_neighbor & ~jnp.isnan(scores.flat), scores.flat, jnp.inf).astype(
                 jnp.float32

@@ -7,7 +7,7 @@ import reference
 from conftest import make_bank, make_batch
 
 import jchain as jc
-from jchain.search.descent import draw_start, share_members
+from jchain.search.descent import sample_start, allocate_candidates
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_a_start_is_the_best_stop_of_its_random_layers(roomy):
     for problem in (roomy, costly, long):
         for seed in range(4):
             key = jax.random.key(seed)
-            chain = np.asarray(draw_start(key, problem))
+            chain = np.asarray(sample_start(key, problem))
             layers = [int(token) for token in jax.random.randint(key, (6,), 0, 6)[:5]]
             stops = [
                 [*layers[:length], 6 + k]
@@ -169,8 +169,8 @@ def test_layers_of_each_module_are_scored(two_group_problem):
     state, info = search.step(
         jax.random.key(0), search.init(jax.random.key(1), two_group_problem), two_group_problem
     )
-    assert share_members(two_group_problem, 2) == [1, 1]
-    assert share_members(two_group_problem, 16) == [3, 2]
+    assert allocate_candidates(two_group_problem, 2) == [1, 1]
+    assert allocate_candidates(two_group_problem, 16) == [3, 2]
     length = int((info.chains[0] >= 0).sum()) - 1
     assert state.guide.layer_calls == 3 + (2 + 2) * length + 2 * min(length + 1, 3)
 
