@@ -1,9 +1,10 @@
-"""What the gradient of a chain says about its edits: the predicted change of loss of each swap, insertion and deletion.
+"""Predict the change of loss of each edit of a chain from its gradient.
 
-One forward pass and one backward pass of a few vector-Jacobian products along the chain, and each candidate layer once at each
-slot, instead of the rest of the chain behind each candidate. At slot `t` the chain holds layer `f_t`, which reads `h_t`; a
-candidate `f_b` changes the activations behind it by `f_b(h_t) - f_t(h_t)`, and the outputs, to first order, by the Jacobian of
-all that follows applied to that.
+This takes one forward pass of the chain, one backward pass of a few vector-Jacobian products, and
+one call of each candidate layer at each slot. The layers after a candidate are not applied again.
+At slot `t` the chain has layer `f_t` with input `h_t`. A candidate `f_b` changes the input of the
+next slot by `f_b(h_t) - f_t(h_t)`. To first order, it changes the outputs by the Jacobian of all
+later layers times this difference.
 """
 
 from functools import partial
@@ -42,29 +43,26 @@ from jchain.problem import Problem
 from jchain.pytree import is_concrete
 
 KINDS = ("linearized", "activations", "weights", "nearest")
-# Examples on which joint moves are predicted, at most.
+# Most examples on which joint moves are predicted.
 _MAX_ROWS = 128
 
 
 class EditScores(NamedTuple):
-    """Predicted change of loss of each edit of a chain, price of layers included; nan where nothing can be said."""
+    """Predicted change of loss of each edit of a chain, with the layer penalty; nan if unknown."""
 
-    swap: Float[
-        Array, "L N"
-    ]  # [L, N], of layer b in place of the one at slot t: 0 for itself, nan where there is none
-    insert: Float[
-        Array, "L N"
-    ]  # [L, N], of layer b before slot t: nan behind the head and where the chain is full
-    delete: Float[
-        Array, "L"
-    ]  # [L], nan where there is no layer, or none to spare (`Problem.min_layers`)
-    head: Float[Array, "K"]  # [K], of the other heads, exact
+    # [L, N], layer b replaces the one at slot t; 0 for that layer itself, nan without a layer
+    swap: Float[Array, "L N"]
+    # [L, N], layer b is inserted before slot t; nan after the head, and if the chain is full
+    insert: Float[Array, "L N"]
+    # [L], nan without a layer, and if the chain has only `Problem.min_layers` layers
+    delete: Float[Array, "L"]
+    head: Float[Array, "K"]  # [K], head k replaces the one of the chain; exact
     loss: Float[Array, ""]  # of the chain itself
-    layer_calls: Int[Array, ""]  # what they cost
+    layer_calls: Int[Array, ""]  # cost of the scores
 
     @property
     def flat(self) -> Float[Array, "M"]:
-        """In the order of the rows of `jchain.chain.neighbors`."""
+        """All scores, `[M]`, in the order of the rows of `ChainSpace.neighbors`."""
         last = self.swap.shape[0] - 1
         return jnp.concatenate(
             [
@@ -79,7 +77,19 @@ class EditScores(NamedTuple):
 def swap_scores(
     problem: Problem, chain: ChainLike, kind: str = "linearized"
 ) -> Float[Array, "L N"]:
-    """Predicted change of loss of putting layer `b` at slot `t`: `score_edits(...).swap`."""
+    """Predicted change of loss of putting layer `b` at slot `t`: `score_edits(...).swap`.
+
+    Args:
+      problem: bank, split, loss.
+      chain: tokens, `[L]`; checked unless traced.
+      kind: a kind of `score_edits`.
+
+    Returns:
+      `[L, N]`; 0 for the layer of the chain itself, nan if unknown.
+
+    Raises:
+      ValueError: as for `score_edits`.
+    """
     return score_edits(problem, chain, kind).swap
 
 
@@ -93,37 +103,41 @@ def score_edits(
 ) -> EditScores:
     """Predicted change of loss of every chain that is one edit away.
 
-    Kinds, with `R` vector-Jacobian products along the chain:
+    Kinds of scores, with `R` vector-Jacobian products along the chain:
 
-    - `"linearized"`: the loss of the outputs plus their first-order change. `R` is the number of outputs of an example, where
-      there are no more than 64, and 17 where there are; or `num_products`. With fewer products than outputs: of a softmax over
-      the classes of one label, what the likeliest other classes have more than it, one by one, and the rest of them as one
-      (for `C` classes `C - 1` products are all). Of other losses the second order in the outputs (Gauss-Newton), with its
-      Hessian in expectation over samples: labels drawn from the softmax where the loss is cross-entropy (Fisher), else random
-      signs (Hutchinson), of which each takes two products.
+    - `"linearized"`: the loss of the outputs plus their first-order change. `R` is `num_products`,
+      or by default the number of outputs of an example if that is at most 64, else 17. With fewer
+      products than outputs, the method depends on the loss. For a softmax over the classes of one
+      label, each of the likeliest other classes has a product for its margin over the label, and
+      the remaining classes share one (for `C` classes, `C - 1` products cover all). For other
+      losses, the loss is expanded to second order in the outputs (Gauss-Newton). The Hessian is an
+      expectation over samples: labels drawn from the softmax for cross-entropy (Fisher), otherwise
+      random signs (Hutchinson), which take two products each.
     - `"activations"`: first order in activations, `<dL/dh_{t+1}, f_b(h_t) - f_t(h_t)>`. `R = 1`.
-    - `"weights"`: first order in weights, `<dL/dW_t, W_b - W_t>`, for swaps of layers that share a module; nan for others.
-    - `"nearest"`: likewise plus `|W_b - W_t|^2 / (2 learning_rate)`: ranks layers by their distance to the weights after a
-      step of gradient descent, `W_t - learning_rate dL/dW_t`.
+    - `"weights"`: first order in weights, `<dL/dW_t, W_b - W_t>`, for swaps of layers that share a
+      module; nan for other edits.
+    - `"nearest"`: as `"weights"`, plus `|W_b - W_t|^2 / (2 learning_rate)`. This ranks layers by
+      their distance to the weights after a step of gradient descent, `W_t - learning_rate dL/dW_t`.
 
-    The cost for a chain of `D` layers is `(2 + R) D` layer calls and, of the first two kinds, `N` for each of the `D` slots
-    and, where the chain is not full, `N` more; of the last two `4 D`. Works under `jit` and `vmap`; under a `vmap` one chain
-    after another.
+    For a chain of `D` layers, the first two kinds cost `(2 + R) D` layer calls, plus `N` for each
+    of the `D` slots, plus `N` more if the chain is not full. The last two cost `4 D`. This works
+    under `jit` and `vmap`; a `vmap` runs one chain after another.
 
-    Nothing is known (nan) of an edit whose layer gives activations that are not finite, of those before a layer through which
-    the gradient vanishes exactly (one that rounds, say), and of all where the loss of the chain itself is not finite.
+    Scores are nan in three cases: for a layer whose outputs are not finite, for edits before a
+    layer whose gradient is exactly 0 (such as one that rounds), and for all edits if the loss of
+    the chain itself is not finite.
 
     Args:
       problem: bank, split, loss.
-      chain: tokens, `[L]`; checked where it is not traced.
+      chain: tokens, `[L]`; checked unless traced.
       kind: one of the above.
-      learning_rate: of `"nearest"`.
-      num_products: of `"linearized"`, at most.
+      learning_rate: step size of `"nearest"`.
+      num_products: number of vector-Jacobian products of `"linearized"`; None for the default.
 
     Raises:
-      ValueError: `chain` is no chain of this bank, the kind is none, activations (or weights, where the kind needs their
-        gradient) are not floating-point, a layer or head cannot be differentiated, a number is not positive, or the products
-        are too few.
+      ValueError: `chain` is invalid for this bank, the kind is unknown, activations (or weights, if
+        the kind needs their gradient) are not floating-point, a layer or head cannot be
+        differentiated, a number is not positive, or there are too few products.
     """
     chain = _check(problem, chain, kind, num_products)
     if is_concrete(learning_rate) and not learning_rate > 0:
@@ -140,13 +154,20 @@ def score_edits(
 
 
 def weight_gradients(problem: Problem, chain: ChainLike) -> Float[Array, "L W"]:
-    """The gradient of the loss by the weights of the layer at each slot, for four layer calls for each layer.
+    """The gradient of the loss by the weights of the layer at each slot.
+
+    This costs four layer calls per layer.
+
+    Args:
+      problem: bank, split, loss. All layers must share one module.
+      chain: tokens, `[L]`; checked unless traced.
 
     Returns:
-      `[L, W]`, the leaves of a layer's params flattened one behind the other; nan where the chain has no layer.
+      `[L, W]`, the leaves of a layer's params flattened and concatenated; nan for slots without a
+      layer.
 
     Raises:
-      ValueError: the layers are of several modules, or as `score_edits`.
+      ValueError: the layers have several modules, or as for `score_edits`.
     """
     chain = _check(problem, chain, "weights")
     weight_space.only_group(problem.bank)
@@ -168,27 +189,32 @@ def score_moves(
     members: tuple[Int[Array, "_"], ...] | None = None,
     num_products: int | None = None,
 ) -> tuple[EditScores, JointMoves]:
-    """Linearized scores, and joint moves made of the best swaps of each slot, for no layer call more.
+    """Linearized scores, and joint moves made of the best swaps of each slot.
+
+    Joint moves cost no further layer calls.
 
     Args:
-      problem: as for `score_edits`.
-      chain: likewise.
+      problem: bank, split, loss.
+      chain: tokens, `[L]`; checked unless traced.
       num_best: swaps of each slot that joint moves are made of, at most N.
-      num_pairs: pairs that are returned, at most `(L num_best)^2`.
-      members: for each group of the bank's layers, the places of those to be scored; all when None. Others are nan.
-      num_products: likewise.
+      num_pairs: pairs to return, at most `(L num_best)^2`.
+      members: for each group of the bank's layers, the places of the layers to score; None for all
+        layers. Scores of other layers are nan.
+      num_products: as for `score_edits`.
+
+    Returns:
+      The edit scores and the joint moves.
 
     Raises:
-      ValueError: a number is not positive or too large, or as `score_edits`.
+      ValueError: a number is not positive or too large, places are out of range, or as for
+        `score_edits`.
     """
     chain = _check(problem, chain, "linearized", num_products)
-    if (
-        not 1 <= num_best <= problem.bank.num_layers
-        or not 1 <= num_pairs <= (chain.size * num_best) ** 2
-    ):
+    num_layers, most_pairs = problem.bank.num_layers, (chain.size * num_best) ** 2
+    if not 1 <= num_best <= num_layers or not 1 <= num_pairs <= most_pairs:
         raise ValueError(
-            f"expected num_best in 1..{problem.bank.num_layers} and num_pairs in 1..{(chain.size * num_best) ** 2}, got "
-            f"{num_best} and {num_pairs}"
+            f"expected num_best in 1..{num_layers} and num_pairs in 1..{most_pairs}, "
+            f"got {num_best} and {num_pairs}"
         )
     if members is None:
         members = all_members(problem.bank)
@@ -212,7 +238,8 @@ def _check_members(problem: Problem, members: tuple[Array, ...]) -> None:
     sizes = [len(group.tokens) for group in problem.bank.layers]
     if len(members) != len(sizes) or any(jnp.ndim(rows) != 1 for rows in members):
         raise ValueError(
-            f"expected places [n] for each of {len(sizes)} groups of layers, got {len(members)} arrays"
+            f"expected places [n] for each of {len(sizes)} groups of layers, "
+            f"got {len(members)} arrays"
         )
     for size, rows in zip(sizes, members, strict=True):
         if is_concrete(rows) and np.size(rows) and not (np.min(rows) >= 0 and np.max(rows) < size):
@@ -222,8 +249,14 @@ def _check_members(problem: Problem, members: tuple[Array, ...]) -> None:
 
 
 def choose_products(problem: Problem) -> int | None:
-    """`num_products` of a search, which wants many chains scored: of a softmax over classes the likeliest besides the label,
-    and the rest as one."""
+    """The `num_products` of a search, which scores many chains.
+
+    Returns 2 for a softmax over classes (one product for the likeliest class besides the label, one
+    for all others), else None.
+
+    Args:
+      problem: its loss and outputs decide.
+    """
     outputs = jax.eval_shape(
         lambda x: problem.bank.heads[0].apply(0, problem.bank.embed(x)), problem.data.x
     )
@@ -239,7 +272,7 @@ def _check(problem: Problem, chain: ChainLike, kind: str, num_products: int | No
 
 
 def _check_gradients(problem: Problem, kind: str) -> None:
-    """When a program is traced: it takes longer than to run one."""
+    """Raise ValueError if gradients do not exist. Called while tracing, as it is slow."""
     bank = problem.bank
     hidden = jax.eval_shape(bank.embed, problem.data.x)
     if not jnp.issubdtype(hidden.dtype, jnp.floating):
@@ -260,7 +293,8 @@ def _check_gradient(group: LayerGroup, hidden: jax.ShapeDtypeStruct, is_by_weigh
         for leaf in jax.tree.leaves(group.params):
             if not jnp.issubdtype(leaf.dtype, jnp.floating):
                 raise ValueError(
-                    f"layer {name}: expected floating-point weights, which have a gradient, got {leaf.dtype}"
+                    f"layer {name}: expected floating-point weights, which have a gradient, "
+                    f"got {leaf.dtype}"
                 )
     try:
         jax.eval_shape(lambda h: jax.vjp(partial(group.apply, 0), h)[1](group.apply(0, h)), hidden)
@@ -283,7 +317,7 @@ def _score(
 ) -> tuple[EditScores, JointMoves | None]:
     _check_gradients(problem, kind)
 
-    # A plain vmap would apply each layer with gathered weights, and compute both sides of each branch.
+    # A plain vmap would gather the weights of each layer, and compute both sides of each branch.
     @jax.custom_batching.sequential_vmap
     def score(
         problem: Problem, chain: Array, learning_rate: Array, members: tuple[Array, ...]
@@ -409,7 +443,16 @@ def add_layer_penalty(
     scores: tuple[Array, Array, Array],
     layer_calls: Array,
 ) -> EditScores:
-    """Scores of swaps, insertions and deletions with the price of layers, and nan where nothing is known."""
+    """The edit scores of a chain, from scores of swaps, insertions, and deletions without penalty.
+
+    Args:
+      problem: its `layer_cost` gives the layer penalty.
+      chain: tokens, `[L]`.
+      forward: the forward pass of the chain, which has the exact scores of heads.
+      scores: scores of swaps `[L, N]`, insertions `[L, N]`, and deletions `[L]`, without the layer
+        penalty; not finite if unknown.
+      layer_calls: cost of the scores.
+    """
     num_layers = problem.bank.num_layers
     swap, insert, delete = scores
     cost = jnp.broadcast_to(problem.layer_cost, (num_layers,))

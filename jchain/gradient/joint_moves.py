@@ -1,51 +1,60 @@
-"""Moves of several swaps at once: to first order, what swaps change in the outputs of a chain adds up."""
+"""Moves of several swaps at once: to first order, their changes of the outputs of a chain add up."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jchain._typing import Array, Float, Int
+from jchain._typing import Array, Bool, Float, Int
 from jchain.problem import Problem
 
 
 class JointMoves(NamedTuple):
-    """Several swaps at once, predicted from one pass: to first order, what they change in the outputs adds up.
+    """Several swaps at once, predicted from one pass.
 
-    Predicted on at most 128 of the examples, evenly spaced, where an example has no more than 64 outputs.
+    If an example has at most 64 outputs, at most 128 evenly spaced examples are used.
     """
 
     token: Int[Array, "L m"]  # [L, m], the most promising layers at each slot, best first
-    change: Float[
-        Array, "L m b R"
-    ]  # [L, m, b, R], what each changes in the R products of the outputs; nan where none is
-    greedy: Int[
-        Array, "L L"
-    ]  # [L, L], the chain with 1, 2, ... swaps, each the best one beside those before
-    greedy_score: Float[
-        Array, "L"
-    ]  # [L], predicted change of loss, price included; nan where no slot is left
-    pairs: Int[
-        Array, "Q L"
-    ]  # [Q, L], the chain with the best two of these swaps at different slots, best first
-    pair_score: Float[Array, "Q"]  # [Q], likewise; nan where there is no pair
+    # [L, m, b, R], the change that each makes in the R products of the outputs; nan without a swap
+    change: Float[Array, "L m b R"]
+    # [L, L], the chain with 1, 2, ... swaps; each swap is the best one given those before it
+    greedy: Int[Array, "L L"]
+    # [L], predicted change of loss, with the layer penalty; nan if no slot is left
+    greedy_score: Float[Array, "L"]
+    # [Q, L], the chain with the best pairs of these swaps at different slots, best first
+    pairs: Int[Array, "Q L"]
+    # [Q], predicted change of loss, with the layer penalty; nan without a pair
+    pair_score: Float[Array, "Q"]
+
+
+class _Greedy(NamedTuple):
+    """A greedy move while it is built."""
+
+    chain: Int[Array, "L"]
+    is_left: Bool[Array, "S"]  # swaps of slots that are not changed yet
+    change: Float[Array, "b R"]  # change of the outputs by the swaps so far
+    penalty: Float[Array, ""]  # change of the layer penalty by the swaps so far
 
 
 def keep_best(
     problem: Problem, swap: Float[Array, "N"], change: Float[Array, "N b R"], num_best: int
 ) -> tuple[Int[Array, "m"], Float[Array, "m b R"]]:
-    """The most promising swaps of one slot: their layers, and what they change in the outputs; nan where there is no swap.
+    """The most promising swaps of one slot: their layers, and the changes they make in the outputs.
 
     Args:
-      problem: prices of layers.
-      swap: predicted change of loss of each, without prices; nan where nothing is known.
-      change: what each changes in the outputs.
-      num_best: how many, m.
+      problem: its `layer_cost` gives the layer penalty.
+      swap: predicted change of loss of each swap, `[N]`, without the layer penalty; nan if unknown.
+      change: the change that each swap makes in the products of the outputs, `[N, b, R]`.
+      num_best: swaps to keep, m.
+
+    Returns:
+      Tokens `[m]` and changes `[m, b, R]`, best first. Changes are nan without a known swap.
     """
-    price = jnp.broadcast_to(problem.layer_cost, swap.shape)
+    penalty = jnp.broadcast_to(problem.layer_cost, swap.shape)
     score, token = jax.lax.top_k(
-        -jnp.nan_to_num(swap + price, nan=jnp.inf, posinf=jnp.inf), num_best
+        -jnp.nan_to_num(swap + penalty, nan=jnp.inf, posinf=jnp.inf), num_best
     )
     return token, jnp.where(jnp.isfinite(score)[:, None, None], change[token], jnp.nan)
 
@@ -55,59 +64,58 @@ def join(
     chain: Int[Array, "L"],
     token: Int[Array, "L m"],
     change: Float[Array, "L m b R"],
-    read: Callable[[Array], Array],
+    predict_fn: Callable[[Array], Array],
     num_pairs: int,
 ) -> JointMoves:
-    """The most promising pairs, and a greedy move of as many swaps as there are slots.
+    """The most promising pairs of swaps, and greedy moves of 1, 2, ... swaps.
 
     Args:
-      problem: prices of layers.
-      chain: from which all moves go.
-      token: the swaps that moves are made of, at each slot.
-      change: what each changes in the outputs, nan where there is none.
-      read: predicted change of loss of a change of the outputs, `[b, R]`, without prices.
-      num_pairs: Q.
+      problem: its `layer_cost` gives the layer penalty.
+      chain: the chain before the moves, `[L]`.
+      token: the swaps that moves are made of, `[L, m]`.
+      change: the change that each makes in the products of the outputs, `[L, m, b, R]`; nan without
+        a swap.
+      predict_fn: from a change of the products, `[b, R]`, to the change of loss, without the layer
+        penalty.
+      num_pairs: pairs to return, Q.
     """
     num_slots, num_best = token.shape
     cost = jnp.broadcast_to(problem.layer_cost, (problem.bank.num_layers,))
-    price = (
-        (cost[token] - cost[jnp.clip(chain, 0, cost.size - 1)][:, None])
-        .reshape(-1)
-        .astype(change.dtype)
-    )
+    own = cost[jnp.clip(chain, 0, cost.size - 1)][:, None]
+    penalty = (cost[token] - own).reshape(-1).astype(change.dtype)
     slot = jnp.repeat(jnp.arange(num_slots), num_best)
     flat = change.reshape(-1, *change.shape[2:])
     is_swap = jnp.isfinite(flat).all(axis=(1, 2))
     flat = jnp.where(is_swap[:, None, None], flat, 0.0)
 
-    def predict(total: Array, paid: Array) -> Float[Array, "S"]:
-        """Of each swap beside those that are made already."""
-        loss = jax.vmap(lambda one: read(total + one))(flat) + paid + price
+    def predict(made: Array, made_penalty: Array) -> Float[Array, "S"]:
+        """Predicted change of loss of each swap together with a change that is already made."""
+        loss = jax.vmap(lambda one: predict_fn(made + one))(flat) + made_penalty + penalty
         return jnp.where(jnp.isfinite(loss), loss, jnp.inf)
 
     def swap(chain: Array, i: Array) -> Array:
         return chain.at[slot[i]].set(token.reshape(-1)[i].astype(chain.dtype))
 
-    def add(carry: Any, _: None) -> Any:
-        chain, is_left, total, paid = carry
-        loss = jnp.where(is_left, predict(total, paid), jnp.inf)
+    def add(move: _Greedy, _: None) -> tuple[_Greedy, tuple[Array, Array]]:
+        loss = jnp.where(move.is_left, predict(move.change, move.penalty), jnp.inf)
         i = jnp.argmin(loss)
-        is_one = is_left[i]
-        total, paid = (jnp.where(is_one, a + b, a) for a, b in ((total, flat[i]), (paid, price[i])))
-        chain = jnp.where(is_one, swap(chain, i), chain)
-        return (chain, is_left & (slot != slot[i]), total, paid), (
-            chain,
-            jnp.where(is_one, loss[i], jnp.nan),
+        does_swap = move.is_left[i]
+        longer = _Greedy(
+            jnp.where(does_swap, swap(move.chain, i), move.chain),
+            move.is_left & (slot != slot[i]),
+            jnp.where(does_swap, move.change + flat[i], move.change),
+            jnp.where(does_swap, move.penalty + penalty[i], move.penalty),
         )
+        return longer, (longer.chain, jnp.where(does_swap, loss[i], jnp.nan))
 
-    start = (chain, is_swap, jnp.zeros_like(flat[0]), jnp.zeros((), flat.dtype))
+    start = _Greedy(chain, is_swap, jnp.zeros_like(flat[0]), jnp.zeros((), flat.dtype))
     _, (greedy, greedy_score) = jax.lax.scan(add, start, length=num_slots)
-    loss = jax.lax.map(lambda i: predict(flat[i], price[i]), jnp.arange(slot.size))
+    loss = jax.lax.map(lambda i: predict(flat[i], penalty[i]), jnp.arange(slot.size))
     is_pair = is_swap[:, None] & is_swap[None] & (slot[:, None] < slot[None])
     gain, place = jax.lax.top_k(-jnp.where(is_pair, loss, jnp.inf).reshape(-1), num_pairs)
     pairs = jax.vmap(lambda i: swap(swap(chain, i // slot.size), i % slot.size))(place)
-    is_there = jnp.isfinite(gain)
-    pairs = jnp.where(is_there[:, None], pairs, chain[None])
+    is_known = jnp.isfinite(gain)
+    pairs = jnp.where(is_known[:, None], pairs, chain[None])
     return JointMoves(
-        token, change, greedy, greedy_score, pairs, jnp.where(is_there, -gain, jnp.nan)
+        token, change, greedy, greedy_score, pairs, jnp.where(is_known, -gain, jnp.nan)
     )

@@ -1,38 +1,41 @@
-"""What the gradient says of each layer of a chain: its weights, how fast each should change, and how much each matters.
+"""Weights, gradients, importance, and empirical Fisher information of each layer of a chain.
 
-Importance is `|w dL/dw|`, the change of loss to first order when a weight is set to 0 (Mozer and Smolensky 1989; Molchanov et al.
-2017, arXiv:1611.06440). The empirical Fisher is the mean over examples of the square of the gradient of an example's loss.
+Importance is `|w dL/dw|`, the first-order change of loss when a weight is set to 0 (Mozer and
+Smolensky 1989; Molchanov et al. 2017, arXiv:1611.06440). The empirical Fisher is the mean over
+examples of the squared gradient of an example's loss.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jchain import chain as chain_lib
-from jchain._typing import Float
+from jchain._typing import Array, Float, PyTree, Shaped
+from jchain.bank import Bank
 from jchain.data import Batch
-from jchain.groups import LayerGroup
+from jchain.gradient.linearize import ChainLike
 from jchain.problem import Problem, upcast
 
-# Examples whose gradients are held at once.
+# Examples whose gradients are in memory at the same time.
 _CHUNK = 8
+
+T = TypeVar("T")
 
 
 class TensorReport(NamedTuple):
     """One tensor of one layer: arrays of its shape."""
 
     weights: Float[np.ndarray, "..."]
-    gradient: Float[np.ndarray, "..."]  # of the loss
-    fisher: Float[
-        np.ndarray, "..."
-    ]  # mean over examples of the squared gradient of an example's loss
+    gradient: Float[np.ndarray, "..."]  # of the loss of the split
+    # Mean over examples of the squared gradient of an example's loss.
+    fisher: Float[np.ndarray, "..."]
 
     @property
     def importance(self) -> Float[np.ndarray, "..."]:
-        """By how much the loss would change, to first order, were the weight 0."""
+        """The size of the first-order change of loss when a weight is set to 0."""
         return np.abs(self.weights * self.gradient)
 
 
@@ -40,35 +43,41 @@ class LayerReport(NamedTuple):
     """One layer of a chain."""
 
     slot: int
-    name: str
-    tensors: dict[str, TensorReport]  # by path, `Dense_0/kernel`
+    name: str  # of the token; its number if the bank has no names
+    tensors: dict[str, TensorReport]  # by path, such as `Dense_0/kernel`
 
     def reduce(self) -> dict[str, dict[str, float]]:
-        """By tensor, and under `""` of the whole layer: root mean squares of weights and gradient, sums of importance and Fisher."""
+        """Numbers for each tensor by path, and for the whole layer under `""`.
+
+        `weights` and `gradient` are root mean squares, `importance` and `fisher` are sums.
+        """
         parts = {path: [tensor] for path, tensor in self.tensors.items()} | {
             "": [*self.tensors.values()]
         }
         return {path: _reduce(tensors) for path, tensors in parts.items()}
 
 
-def report_layers(problem: Problem, chain: Any) -> list[LayerReport]:
+def report_layers(problem: Problem, chain: ChainLike) -> list[LayerReport]:
     """A report of each layer of a chain, first to last.
 
-    The gradient of each example's loss is computed, 8 at a time: three layer calls for each layer, but of as many small batches.
+    The gradient of each example's loss is computed, for 8 examples at a time. This costs three
+    layer calls per layer, made on batches of one example.
+
+    Args:
+      problem: bank, split, loss.
+      chain: tokens, `[L]`.
 
     Raises:
-      ValueError: `chain` is no chain of this bank, or its loss is not finite.
+      ValueError: `chain` is invalid for this bank, or its loss is not finite.
     """
     bank = problem.bank
-    tokens = chain_lib.validate(
-        np.asarray(chain), bank.num_layers, bank.num_heads, problem.max_layers
-    )
+    tokens = problem.space.validate(chain)
     if tokens.ndim != 1:
         raise ValueError(
             f"expected one chain of shape [{problem.max_layers + 1}], got {list(tokens.shape)}"
         )
     route = tuple(int(token) for token in tokens if token >= 0)
-    owns = [_take(bank.layers, token)[1] for token in route[:-1]]
+    owns = [_take_params(bank, token) for token in route[:-1]]
     loss, gradients, fisher = _differentiate(problem.without_names(), owns, route)
     if not np.isfinite(loss):
         raise ValueError(f"expected a chain of finite loss, got {float(loss)}")
@@ -92,7 +101,7 @@ def _reduce(tensors: list[TensorReport]) -> dict[str, float]:
     }
 
 
-def _name_tensors(weights: Any, gradient: Any, fisher: Any) -> dict[str, TensorReport]:
+def _name_tensors(weights: PyTree, gradient: PyTree, fisher: PyTree) -> dict[str, TensorReport]:
     paths, _ = jax.tree_util.tree_flatten_with_path(weights)
     names = ["/".join(str(getattr(key, "key", key)) for key in path) for path, _ in paths]
     leaves = zip(
@@ -102,45 +111,50 @@ def _name_tensors(weights: Any, gradient: Any, fisher: Any) -> dict[str, TensorR
     return {name: TensorReport(*arrays) for name, arrays in zip(names, leaves, strict=True)}
 
 
-def _take(groups: tuple[LayerGroup, ...], token: int) -> tuple[LayerGroup, Any]:
-    group = next(group for group in groups if token in group.tokens)
-    return group, jax.tree.map(lambda leaf: leaf[group.tokens.index(token)], group.params)
+def _take_params(bank: Bank, token: int) -> PyTree:
+    group, place = bank.find(token)
+    return jax.tree.map(lambda leaf: leaf[place], group.params)
 
 
 @partial(jax.jit, static_argnames="route")
 def _differentiate(
-    problem: Problem, owns: list[Any], route: tuple[int, ...]
-) -> tuple[Any, Any, Any]:
+    problem: Problem, owns: list[PyTree], route: tuple[int, ...]
+) -> tuple[Array, list[PyTree], list[PyTree]]:
     """Loss, its gradients by the weights of each layer, and their empirical Fisher."""
     bank = problem.bank
-    head, head_params = _take(bank.heads, route[-1])
+    head, head_params = bank.find(route[-1])[0], _take_params(bank, route[-1])
 
-    def find_loss(owns: list[Any], x: Any, y: Any) -> Any:
-        hidden = bank.embed(x[None])
+    def find_loss(owns: list[PyTree], x: Shaped[Array, "..."], y: Shaped[Array, "..."]) -> Array:
+        hidden: Any = bank.embed(x[None])
         for token, params in zip(route[:-1], owns, strict=True):
-            hidden = _take(bank.layers, token)[0].module.apply({"params": params}, hidden)
+            hidden = bank.find(token)[0].module.apply({"params": params}, hidden)
         outputs: Any = head.module.apply({"params": head_params}, hidden)
         return jnp.mean(problem.loss_fn(outputs, y[None]))
 
-    def visit(example: Batch) -> Any:
+    def differentiate(example: Batch) -> tuple[Array, list[PyTree], list[PyTree]]:
         loss, gradients = jax.value_and_grad(find_loss)(owns, *example)
         gradients = jax.tree.map(upcast, gradients)
         return loss, gradients, jax.tree.map(jnp.square, gradients)
 
-    def add(total: Any, example: Batch) -> Any:
-        return jax.tree.map(jnp.add, total, visit(example)), None
+    return _mean_over_examples(differentiate, problem.data)
 
-    num_examples = problem.data.x.shape[0]
+
+def _mean_over_examples(fn: Callable[[Batch], T], data: Batch) -> T:
+    """The mean of `fn(example)`, computed for `_CHUNK` examples at a time."""
+
+    def add(total: T, example: Batch) -> tuple[T, None]:
+        return jax.tree.map(jnp.add, total, fn(example)), None
+
+    def add_chunk(total: T, chunk: Batch) -> tuple[T, None]:
+        return jax.tree.map(lambda a, b: a + b.sum(axis=0), total, jax.vmap(fn)(chunk)), None
+
+    num_examples = data.x.shape[0]
     num_whole = num_examples - num_examples % _CHUNK
-    chunks = jax.tree.map(lambda a: a[:num_whole].reshape(-1, _CHUNK, *a.shape[1:]), problem.data)
-    rest = jax.tree.map(lambda a: a[num_whole:], problem.data)
-
-    def add_chunk(total: Any, chunk: Batch) -> Any:
-        return jax.tree.map(lambda a, b: a + b.sum(axis=0), total, jax.vmap(visit)(chunk)), None
-
+    chunks = jax.tree.map(lambda a: a[:num_whole].reshape(-1, _CHUNK, *a.shape[1:]), data)
+    rest = jax.tree.map(lambda a: a[num_whole:], data)
     zero = jax.tree.map(
         lambda a: jnp.zeros(a.shape, a.dtype),
-        jax.eval_shape(visit, jax.tree.map(lambda a: a[0], problem.data)),
+        jax.eval_shape(fn, jax.tree.map(lambda a: a[0], data)),
     )
     total = jax.lax.scan(add_chunk, zero, chunks)[0]
     total = jax.lax.scan(add, total, rest)[0]

@@ -1,17 +1,17 @@
-"""Trends per weight index: what the gradient of a weight was, over the chains seen so far, in each context.
+"""Trends of weight gradients: running means and variances by context, over many chains.
 
-Running means and variances (Welford 1962) of the gradient of the loss by each weight index, over all slots and chains, by slot,
-by the layer before, and by the layer itself. Functional, as optax is: `init` makes a state, `update` one that has seen a chain
-more. A trend names the layers that it asks for without a gradient of the chain at hand, so for no layer call.
+For each weight index, the gradient of the loss is averaged (Welford 1962) over all slots and
+chains, by slot, by the layer before, and by the layer itself. The interface is functional, as in
+optax: `init` makes a state, and `update` adds one chain. A trend scores swaps without a gradient of
+the chain at hand, so without layer calls.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jchain import chain as chain_lib
-from jchain._typing import Array, Float
+from jchain._typing import Array, Bool, Float, Int
 from jchain.gradient.edit_scores import weight_gradients
 from jchain.gradient.linearize import ChainLike, check_chain, flatten_rows
 from jchain.gradient.weight_space import only_group
@@ -19,32 +19,43 @@ from jchain.problem import Problem
 
 
 class Moments(NamedTuple):
-    """Of the gradient of each weight index, in each context."""
+    """Mean and variance of the gradient of each weight index, in each context."""
 
-    num_seen: Float[Array, "C"]  # [C], gradients seen
+    num_seen: Float[Array, "C"]  # [C], number of gradients
     mean: Float[Array, "C W"]  # [C, W]
     square: Float[Array, "C W"]  # [C, W], sum of squared deviations from the mean
 
     @property
     def variance(self) -> Float[Array, "C W"]:
-        """Unbiased; nan in contexts of fewer than two gradients."""
+        """Unbiased variance, `[C, W]`; nan in contexts with fewer than two gradients."""
         return self.square / jnp.where(self.num_seen > 1, self.num_seen - 1, jnp.nan)[:, None]
 
 
 class Trends(NamedTuple):
-    """Moments by context. `W` weights in the order of the leaves of a layer's params, each flattened."""
+    """Moments by context. The `W` weights are the flattened leaves of a layer's params, in order."""
 
     everywhere: Moments  # one context
-    slot: Moments  # [D], the slot of the layer
-    before: Moments  # [N + 1], the layer before it, last: the stem
-    layer: Moments  # [N], the layer itself
+    slot: Moments  # D contexts, the slot of the layer
+    before: Moments  # N + 1 contexts, the layer before it; the last one is the stem
+    layer: Moments  # N contexts, the layer itself
+
+
+class _Row(NamedTuple):
+    """The gradients of one slot, or of all slots stacked."""
+
+    gradient: Float[Array, "*D W"]
+    is_seen: Bool[Array, "*D"]  # False for gradients to leave out
+    contexts: tuple[Int[Array, "*D"], ...]  # in the order of the fields of `Trends`
 
 
 def init(problem: Problem) -> Trends:
-    """Nothing seen.
+    """The state before the first chain.
+
+    Args:
+      problem: its layers must share one module.
 
     Raises:
-      ValueError: the layers are of several modules, whose weights have no indices in common.
+      ValueError: the layers have several modules, whose weights have no indices in common.
     """
     num_weights = stack_weights(problem).shape[1]
 
@@ -57,38 +68,38 @@ def init(problem: Problem) -> Trends:
 
 
 def update(trends: Trends, problem: Problem, chain: ChainLike) -> Trends:
-    """The trends with one chain more, for four layer calls for each of its layers. A chain with a gradient that is not finite
-    is left out.
+    """Add the gradients of one chain. This costs four layer calls per layer.
+
+    A chain with a gradient that is not finite is left out.
+
+    Args:
+      trends: the state so far.
+      problem: bank, split, loss.
+      chain: tokens, `[L]`.
 
     Raises:
-      ValueError: as `jchain.gradient.weight_gradients`.
+      ValueError: as for `jchain.gradient.weight_gradients`.
     """
     gradients = weight_gradients(problem, chain)[:-1]
     tokens, slots = jnp.asarray(chain)[:-1], jnp.arange(problem.max_layers)
-    is_layer = slots < chain_lib.count_layers(jnp.asarray(chain), problem.bank.num_layers)
+    is_layer = slots < problem.space.count_layers(jnp.asarray(chain))
     is_seen = is_layer & jnp.isfinite(jnp.where(is_layer[:, None], gradients, 0.0)).all()
     before = jnp.where(slots == 0, problem.bank.num_layers, jnp.roll(tokens, 1))
 
-    def add(trends: Trends, row: Any) -> tuple[Trends, None]:
-        gradient, is_seen, *contexts = row
-        parts = (
-            _add(moments, context, gradient, is_seen)
-            for moments, context in zip(trends, contexts, strict=True)
+    def add(trends: Trends, row: _Row) -> tuple[Trends, None]:
+        moments = (
+            _add(moments, context, row.gradient, row.is_seen)
+            for moments, context in zip(trends, row.contexts, strict=True)
         )
-        return Trends(*parts), None
+        return Trends(*moments), None
 
-    rows = (
-        jnp.nan_to_num(gradients),
-        is_seen,
-        jnp.zeros_like(slots),
-        slots,
-        jnp.maximum(before, 0),
-        jnp.maximum(tokens, 0),
-    )
+    contexts = (jnp.zeros_like(slots), slots, jnp.maximum(before, 0), jnp.maximum(tokens, 0))
+    rows = _Row(jnp.nan_to_num(gradients), is_seen, contexts)
     return jax.lax.scan(add, trends, rows)[0]
 
 
 def _add(moments: Moments, context: Array, gradient: Array, is_seen: Array) -> Moments:
+    """Add one gradient to one context, unless it is left out."""
     count = moments.num_seen[context] + 1
     change = gradient - moments.mean[context]
     mean = moments.mean[context] + change / count
@@ -103,26 +114,28 @@ def _add(moments: Moments, context: Array, gradient: Array, is_seen: Array) -> M
 def score_swaps(
     trends: Trends, problem: Problem, chain: ChainLike, context: str = "slot"
 ) -> Float[Array, "L N"]:
-    """Predicted change of loss of putting layer `b` at slot `t`, as `kind="weights"` of `jchain.swap_scores`, by the mean
-    gradient of a context in place of the gradient of this chain: `<mean, W_b - W_t>`, price of layers included.
+    """Predicted change of loss of putting layer `b` at slot `t`, `<mean, W_b - W_t>`.
+
+    As `jchain.swap_scores` with `kind="weights"`, but with the mean gradient of a context instead
+    of the gradient of this chain. The layer penalty is included. This costs no layer calls.
 
     Args:
-      trends: of this bank.
-      problem: likewise.
-      chain: whose layers are swapped.
-      context: `"everywhere"`, `"slot"`, `"before"` or `"layer"`.
+      trends: of the bank of the problem.
+      problem: bank and `layer_cost`.
+      chain: the chain whose layers are swapped, `[L]`.
+      context: `"everywhere"`, `"slot"`, `"before"`, or `"layer"`.
 
     Returns:
-      `[L, N]`; nan where the chain has no layer or the context was not seen.
+      `[L, N]`; nan for slots without a layer, and for contexts without gradients.
 
     Raises:
-      ValueError: the context is none, or `chain` is no chain of this bank.
+      ValueError: the context is unknown, or `chain` is invalid for this bank.
     """
     if context not in Trends._fields:
         raise ValueError(f"expected a context of {', '.join(Trends._fields)}, got {context!r}")
     chain = check_chain(problem, chain)
     slots, num_layers = jnp.arange(chain.size), problem.bank.num_layers
-    length = chain_lib.count_layers(chain, num_layers)
+    length = problem.space.count_layers(chain)
     moments: Moments = getattr(trends, context)
     places = {
         "everywhere": jnp.zeros_like(slots),
@@ -132,19 +145,21 @@ def score_swaps(
     }
     place = jnp.maximum(places[context], 0)
     weights = stack_weights(problem)
-    along = (
-        moments.mean[place] @ weights.T + jnp.broadcast_to(problem.layer_cost, (num_layers,))[None]
-    )
-    own = jnp.take_along_axis(along, jnp.clip(chain, 0, num_layers - 1)[:, None], axis=1)
+    penalty = jnp.broadcast_to(problem.layer_cost, (num_layers,))
+    scores = moments.mean[place] @ weights.T + penalty[None]
+    own = jnp.take_along_axis(scores, jnp.clip(chain, 0, num_layers - 1)[:, None], axis=1)
     is_known = (slots < length) & (moments.num_seen[place] > 0)
-    return jnp.where(is_known[:, None], along - own, jnp.nan)
+    return jnp.where(is_known[:, None], scores - own, jnp.nan)
 
 
 def stack_weights(problem: Problem) -> Float[Array, "N W"]:
     """The weights of each layer in one row, in the order of tokens.
 
+    Args:
+      problem: its layers must share one module.
+
     Raises:
-      ValueError: as `init`.
+      ValueError: the layers have several modules.
     """
     group = only_group(problem.bank)
     rows = jnp.concatenate([flatten_rows(leaf) for leaf in jax.tree.leaves(group.params)], axis=1)
