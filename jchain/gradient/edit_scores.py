@@ -14,30 +14,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jchain._typing import Array, Bool, Float, Int, Shaped
+from jchain._typing import Array, Float, Int
 from jchain.engine.backend import find_backend, jit_for_problem
 from jchain.engine.layer_calls import apply_token
-from jchain.engine.plans import choose_chunk
 from jchain.gradient import weight_space
-from jchain.gradient.joint_moves import JointMoves, join, keep_best
+from jchain.gradient.joint_moves import JointMoves, join
 from jchain.gradient.linearize import (
     ChainLike,
     ForwardPass,
-    Slot,
     all_members,
     check_chain,
-    flatten_rows,
     forward_pass,
-    keeps_gradient,
-    map_layers,
     scan_backward,
 )
 from jchain.gradient.loss_predictor import (
-    LossPredictor,
     compute_head_vjps,
     has_classes,
     make_loss_predictor,
 )
+from jchain.gradient.slot_scores import Carry, StaticArgs, score_slot
 from jchain.groups import LayerGroup
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
@@ -325,36 +320,10 @@ def _score(
         if kind in ("weights", "nearest"):
             rate = learning_rate if kind == "nearest" else None
             return _score_by_weights(problem, chain, rate), None
-        static = _Static(kind, num_products, num_best, num_pairs, backend)
+        static = StaticArgs(kind, num_products, num_best, num_pairs, backend)
         return _score_by_outputs(problem, chain, members, static)
 
     return score(problem, chain, learning_rate, members)
-
-
-class _Static(NamedTuple):
-    """The static arguments of `_score`."""
-
-    kind: str
-    num_products: int | None
-    num_best: int  # 0 for no joint moves
-    num_pairs: int
-    backend: str
-
-
-class _Carry(NamedTuple):
-    """The backward pass after a slot."""
-
-    vjps: Float[Array, "R B ..."]  # [R, B, ...F], at the output of the slot
-    is_known: Bool[Array, ""]  # False once a layer has lost the gradient
-
-
-class _SlotScores(NamedTuple):
-    """Scores of the edits of one slot, without layer penalties."""
-
-    swap: Float[Array, "*L N"]
-    insert: Float[Array, "*L N"]
-    delete: Float[Array, "*L"]
-    best: tuple[Array, Array] | None  # of `keep_best`; None if no joint moves are wanted
 
 
 def _score_by_weights(
@@ -371,16 +340,16 @@ def _score_by_outputs(
     problem: Problem,
     chain: Int[Array, "L"],
     members: tuple[Int[Array, "_"], ...],
-    static: _Static,
+    static: StaticArgs,
 ) -> tuple[EditScores, JointMoves | None]:
     forward = forward_pass(problem, chain)
     predictor, vjps = compute_head_vjps(problem, chain, forward, static.kind, static.num_products)
     # Samples stand for a mean over all examples, so none may be left out.
     stride = 1 if predictor.is_sampled else -(-problem.data.x.shape[0] // _MAX_ROWS)
     rows = slice(None, None, stride)
-    step_fn = partial(_score_slot, problem, forward.length, members, predictor, rows, static)
+    step_fn = partial(score_slot, problem, forward.length, members, predictor, rows, static)
     num_slots = jnp.minimum(forward.length + 1, problem.max_layers)
-    last = _Carry(vjps, jnp.array(True))
+    last = Carry(vjps, jnp.array(True))
     swap, insert, delete, best = scan_backward(step_fn, last, chain, forward, num_slots)
     num_scored = sum(places.shape[0] for places in members)
     calls = num_scored * num_slots + (2 + predictor.num_products) * forward.length
@@ -396,44 +365,6 @@ def _score_by_outputs(
             ).predict_fn
         joint = join(problem, chain, *best, predict_fn, static.num_pairs)
     return add_layer_penalty(problem, chain, forward, (swap, insert, delete), calls), joint
-
-
-def _score_slot(
-    problem: Problem,
-    length: Int[Array, ""],
-    members: tuple[Int[Array, "_"], ...],
-    predictor: LossPredictor,
-    rows: slice,
-    static: _Static,
-    carry: _Carry,
-    slot: Slot,
-) -> tuple[_Carry, _SlotScores]:
-    """Score the edits of one slot, and pull the vjps back through its layer."""
-    bank, predict_fn = problem.bank, predictor.predict_fn
-    vjps, is_known = carry
-    is_layer = slot.place < length
-    before = jax.lax.cond(
-        is_layer, partial(_pull_back, bank.layers, slot.token, slot.before), lambda v: v, vjps
-    )
-    is_known_before = is_known & keeps_gradient(before, vjps)
-
-    def score(made: Array) -> tuple[Array, Array, Array | None]:
-        change = _dot(vjps, made - slot.after)
-        kept = change[rows] if static.num_best else None
-        return predict_fn(change), predict_fn(_dot(before, made - slot.before)), kept
-
-    chunk = choose_chunk(bank.num_layers, slot.before, static.backend)
-    swap, insert, change = map_layers(score, bank, members, slot.before, chunk)
-    own = jnp.where(is_layer, slot.token, bank.num_layers)
-    swap = jnp.where(is_layer & is_known, swap, jnp.nan)
-    best = None
-    if change is not None:
-        best = keep_best(problem, swap.at[own].set(jnp.nan), change, static.num_best)
-    insert = jnp.where((length < problem.max_layers) & is_known_before, insert, jnp.nan)
-    delete = predict_fn(_dot(vjps, slot.before - slot.after))
-    delete = jnp.where(is_layer & is_known, delete, jnp.nan)
-    scores = _SlotScores(swap.at[own].set(0.0), insert, delete, best)
-    return _Carry(before, is_known_before), scores
 
 
 def add_layer_penalty(
@@ -463,21 +394,3 @@ def add_layer_penalty(
     is_known = jnp.isfinite(forward.loss)
     parts = (jnp.where(jnp.isfinite(part) & is_known, part, jnp.nan) for part in parts)
     return EditScores(*parts, forward.loss + problem.layer_penalty(chain), layer_calls)
-
-
-def _pull_back(
-    groups: tuple[LayerGroup, ...], token: Array, hidden: Array, rows: Float[Array, "R B ..."]
-) -> Float[Array, "R B ..."]:
-    """The vjps at the input of a layer, from those at its output."""
-    vjp_fn = jax.vjp(partial(apply_token, groups, token), hidden)[1]
-    return jax.vmap(lambda row: vjp_fn(row)[0])(rows)
-
-
-def _dot(rows: Float[Array, "R B ..."], change: Shaped[Array, "B ..."]) -> Float[Array, "B R"]:
-    num_rows, num_examples = rows.shape[:2]
-    return jnp.einsum(
-        "rbf,bf->br",
-        rows.reshape(num_rows, num_examples, -1),
-        flatten_rows(change),
-        preferred_element_type=jnp.promote_types(jnp.float32, rows.dtype),
-    )

@@ -1,4 +1,4 @@
-"""Moves of several swaps at once: to first order, their changes of the outputs of a chain add up."""
+"""Moves of several swaps: to first order, their changes of the outputs of a chain add up."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""The forward pass of a chain, the backward scan over its slots, and scores of all layers at one slot."""
+"""Forward pass of a chain, backward scan over its slots, and scores of all layers at one slot."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -94,11 +94,13 @@ def scan_backward(
     """Scan over the first `num_slots` slots of a chain, from the last to the first.
 
     Args:
-      step_fn: `(carry, slot) -> (carry, output)`; the carry keeps its structure, shapes, and dtypes.
+      step_fn: `(carry, slot) -> (carry, output)`; the carry keeps its structure, shapes, and
+        dtypes.
       init: carry after the last of these slots.
       chain: tokens, `[L]`.
       forward: the forward pass of the chain.
-      num_slots: the other slots leave the carry unchanged. Their outputs are nan, or 0 for integers.
+      num_slots: the other slots leave the carry unchanged. Their outputs are nan, or 0 for
+        integers.
 
     Returns:
       The outputs of all slots, stacked along a leading axis `L`.
@@ -116,7 +118,11 @@ def scan_backward(
 
 
 def all_members(bank: Bank) -> tuple[Int[Array, "_"], ...]:
-    """For each group of a bank's layers, the places of all its layers."""
+    """For each group of a bank's layers, the places of all its layers.
+
+    Args:
+      bank: the layers.
+    """
     return tuple(jnp.arange(len(group.tokens)) for group in bank.layers)
 
 
@@ -137,7 +143,8 @@ def map_layers(
       chunk: layers that are applied at the same time.
 
     Returns:
-      The scores with a leading axis `N`, in the order of tokens; nan for layers that are not in `members`.
+      The scores with a leading axis `N`, in the order of tokens; nan for layers that are not in
+      `members`.
     """
 
     def score_group(group: LayerGroup, places: Array) -> tuple[Array, T]:

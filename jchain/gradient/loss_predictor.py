@@ -1,7 +1,8 @@
 """Predict the change of a chain's loss from vector-Jacobian products (vjps) of its outputs.
 
-A `LossPredictor` chooses cotangents of the outputs. Their vjps with a change of activations are coordinates of the change
-of the outputs to first order, and the predictor turns these coordinates into a change of the loss.
+A `LossPredictor` chooses cotangents of the outputs. The dot products of their vjps with a change of
+activations are coordinates of the first-order change of the outputs. The predictor turns these
+coordinates into a change of the loss.
 """
 
 from collections.abc import Callable
@@ -17,9 +18,11 @@ from jchain.engine.layer_calls import apply_token, find_part, map_parts
 from jchain.gradient.linearize import ForwardPass
 from jchain.problem import Problem, upcast
 
-# Up to this number of outputs per example, each has its own row of the Jacobian; with more, `_NUM_WIDE` vjps are used.
+# Up to `_MAX_OUTPUTS` outputs per example, each has its own row of the Jacobian. With more,
+# `_NUM_WIDE` vjps are used.
 _MAX_OUTPUTS, _NUM_WIDE = 64, 17
-# Seeds the samples of wide outputs. Constant, so that scores of one chain are the same in every process.
+# Seed for the samples of wide outputs. Constant, so that the scores of a chain are the same in
+# every process.
 _SAMPLE_SEED = 0
 
 
@@ -29,7 +32,8 @@ class LossPredictor(NamedTuple):
     num_products: int  # R, vector-Jacobian products
     # From the index of a product to its cotangent, in the shape of the outputs, at least float32.
     cotangent_fn: Callable[[Array], Array]
-    # From the dot products of the vjps with a change of activations, `[B, R]`, to the change of loss.
+    # From the dot products of the vjps with a change of activations, `[B, R]`, to the change of
+    # loss.
     predict_fn: Callable[[Array], Array]
     is_sampled: bool = False  # whether the cotangents are samples for a mean over all examples
 
@@ -43,7 +47,8 @@ def compute_head_vjps(
 ) -> tuple[LossPredictor, Float[Array, "R B ..."]]:
     """The loss predictor of a chain, and its vjps at the input of the head, `[R, B, ...F]`.
 
-    Examples go through the head in parts if the outputs would be large, unless each output or class has its own vjp.
+    Examples go through the head in parts if the outputs would be large, unless each output or class
+    has its own vjp.
 
     Args:
       problem: bank, split, loss.
@@ -53,8 +58,8 @@ def compute_head_vjps(
       num_products: as for `make_loss_predictor`.
 
     Raises:
-      ValueError: there are too few products, or activations are float16, in which the gradient of a mean over many
-        labels underflows.
+      ValueError: there are too few products, or activations are float16, in which the gradient of a
+        mean over many labels underflows.
     """
     hidden = forward.hidden[forward.length]
     if hidden.dtype == jnp.float16:
@@ -103,7 +108,8 @@ def make_loss_predictor(
 
     Args:
       problem: holds the examples of the outputs.
-      outputs: outputs of the head. Shape and dtype are enough if no cotangent is made and no output has its own vjp.
+      outputs: outputs of the head. Shape and dtype are enough if no cotangent is made and no output
+        has its own vjp.
       kind: `"linearized"` or `"activations"`.
       num_products: number of vjps; None for a default that depends on the outputs.
       share: share of all examples that these are.
@@ -151,7 +157,12 @@ def _is_sampled(problem: Problem, outputs: Any, num_products: int | None) -> boo
 
 
 def has_classes(problem: Problem, outputs: Any) -> bool:
-    """Whether the loss is a softmax cross-entropy with one label per example."""
+    """Whether the loss is a softmax cross-entropy with one label per example.
+
+    Args:
+      problem: its `loss_fn` decides.
+      outputs: outputs of a head, or their shape and dtype.
+    """
     is_softmax = problem.loss_fn is optax.softmax_cross_entropy_with_integer_labels
     return is_softmax and len(outputs.shape) == 2 and outputs.shape[1] > 1
 

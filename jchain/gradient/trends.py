@@ -32,7 +32,7 @@ class Moments(NamedTuple):
 
 
 class Trends(NamedTuple):
-    """Moments by context. The `W` weights are the flattened leaves of a layer's params, in order."""
+    """Moments by context. The `W` weights are the flattened leaves of a layer's params."""
 
     everywhere: Moments  # one context
     slot: Moments  # D contexts, the slot of the layer

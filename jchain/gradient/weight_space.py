@@ -1,4 +1,4 @@
-"""The gradient of the loss by the weights of a chain's layers, and first-order scores of swaps from it."""
+"""Gradients of the loss by the weights of a chain's layers, and first-order scores of swaps."""
 
 from collections.abc import Callable
 from functools import partial
@@ -32,6 +32,9 @@ class _Carry(NamedTuple):
 def only_group(bank: Bank) -> LayerGroup:
     """The group of all layers of a bank with one module.
 
+    Args:
+      bank: the layers.
+
     Raises:
       ValueError: the layers have several modules, whose weights have no indices in common.
     """
@@ -43,9 +46,16 @@ def only_group(bank: Bank) -> LayerGroup:
 def flatten_gradients(
     problem: Problem, chain: Int[Array, "L"], forward: ForwardPass
 ) -> Float[Array, "L W"]:
-    """The gradient of the loss by the weights of the layer at each slot, its leaves flattened and concatenated.
+    """The gradient of the loss by the weights of the layer at each slot.
 
-    All layers must share a module. The gradient is nan for slots without a layer, or if it is unknown.
+    Args:
+      problem: bank, split, loss. All layers must share one module.
+      chain: tokens, `[L]`.
+      forward: the forward pass of the chain.
+
+    Returns:
+      `[L, W]`, the leaves of a layer's gradient flattened and concatenated; nan for slots without a
+      layer, and if the gradient is unknown.
     """
 
     def flatten(group: LayerGroup, own: PyTree, gradient: PyTree) -> Array:
@@ -97,7 +107,7 @@ def _scan_gradients(
     forward: ForwardPass,
     read_fn: Callable[[LayerGroup, PyTree, PyTree], Array],
 ) -> Float[Array, "L ..."]:
-    """`read_fn(group, weights, gradient)` of the layer at each slot; nan if the gradient is unknown."""
+    """`read_fn(group, weights, gradient)` at each slot; nan if the gradient is unknown."""
     bank = problem.bank
     (cotangent,) = compute_head_vjps(problem, chain, forward, "activations", None)[1]
     group_of, member_of = locate(bank.layers)

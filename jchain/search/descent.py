@@ -1,4 +1,4 @@
-"""Operators of descent searches: start chains, candidate layers, and the choice of the next move."""
+"""Operators of descent searches: start chains, candidate layers, and the next move."""
 
 from typing import NamedTuple
 

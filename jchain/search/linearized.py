@@ -1,4 +1,4 @@
-"""Descent by linearized scores: one pass along a chain scores all its edits and several swaps at once.
+"""Descent by linearized scores: one pass along a chain scores all its edits and joint moves.
 
 To first order, the changes that swaps make in the outputs add up, so pairs and larger moves are
 predicted without further layer calls. The most promising moves are then evaluated exactly. The

@@ -1,0 +1,111 @@
+"""Scores of the edits of one slot, and the step of the backward scan that makes them."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jchain._typing import Array, Bool, Float, Int, Shaped
+from jchain.engine.layer_calls import apply_token
+from jchain.engine.plans import choose_chunk
+from jchain.gradient.joint_moves import keep_best
+from jchain.gradient.linearize import Slot, flatten_rows, keeps_gradient, map_layers
+from jchain.gradient.loss_predictor import LossPredictor
+from jchain.groups import LayerGroup
+from jchain.problem import Problem
+
+
+class StaticArgs(NamedTuple):
+    """What a scan over slots compiles for: the static arguments of `score_edits`."""
+
+    kind: str
+    num_products: int | None
+    num_best: int  # 0 for no joint moves
+    num_pairs: int
+    backend: str
+
+
+class Carry(NamedTuple):
+    """The backward pass after a slot."""
+
+    vjps: Float[Array, "R B ..."]  # [R, B, ...F], at the output of the slot
+    is_known: Bool[Array, ""]  # False once a layer has lost the gradient
+
+
+class SlotScores(NamedTuple):
+    """Scores of the edits of one slot, without layer penalties."""
+
+    swap: Float[Array, "*L N"]
+    insert: Float[Array, "*L N"]
+    delete: Float[Array, "*L"]
+    best: tuple[Array, Array] | None  # of `keep_best`; None if no joint moves are wanted
+
+
+def score_slot(
+    problem: Problem,
+    length: Int[Array, ""],
+    members: tuple[Int[Array, "_"], ...],
+    predictor: LossPredictor,
+    rows: slice,
+    static: StaticArgs,
+    carry: Carry,
+    slot: Slot,
+) -> tuple[Carry, SlotScores]:
+    """Score the edits of one slot, and pull the vjps back through its layer.
+
+    A step of `jchain.gradient.linearize.scan_backward`, except for the first six arguments.
+
+    Args:
+      problem: bank, split, loss.
+      length: number of layers of the chain.
+      members: for each group of the bank's layers, the places of the layers to score.
+      predictor: the loss predictor of the chain.
+      rows: examples on which joint moves are predicted.
+      static: the static arguments.
+      carry: the backward pass after the slot.
+      slot: the slot.
+    """
+    bank, predict_fn = problem.bank, predictor.predict_fn
+    vjps, is_known = carry
+    is_layer = slot.place < length
+    before = jax.lax.cond(
+        is_layer, partial(_pull_back, bank.layers, slot.token, slot.before), lambda v: v, vjps
+    )
+    is_known_before = is_known & keeps_gradient(before, vjps)
+
+    def score(made: Array) -> tuple[Array, Array, Array | None]:
+        change = _dot(vjps, made - slot.after)
+        kept = change[rows] if static.num_best else None
+        return predict_fn(change), predict_fn(_dot(before, made - slot.before)), kept
+
+    chunk = choose_chunk(bank.num_layers, slot.before, static.backend)
+    swap, insert, change = map_layers(score, bank, members, slot.before, chunk)
+    own = jnp.where(is_layer, slot.token, bank.num_layers)
+    swap = jnp.where(is_layer & is_known, swap, jnp.nan)
+    best = None
+    if change is not None:
+        best = keep_best(problem, swap.at[own].set(jnp.nan), change, static.num_best)
+    insert = jnp.where((length < problem.max_layers) & is_known_before, insert, jnp.nan)
+    delete = predict_fn(_dot(vjps, slot.before - slot.after))
+    delete = jnp.where(is_layer & is_known, delete, jnp.nan)
+    scores = SlotScores(swap.at[own].set(0.0), insert, delete, best)
+    return Carry(before, is_known_before), scores
+
+
+def _pull_back(
+    groups: tuple[LayerGroup, ...], token: Array, hidden: Array, rows: Float[Array, "R B ..."]
+) -> Float[Array, "R B ..."]:
+    """The vjps at the input of a layer, from those at its output."""
+    vjp_fn = jax.vjp(partial(apply_token, groups, token), hidden)[1]
+    return jax.vmap(lambda row: vjp_fn(row)[0])(rows)
+
+
+def _dot(rows: Float[Array, "R B ..."], change: Shaped[Array, "B ..."]) -> Float[Array, "B R"]:
+    num_rows, num_examples = rows.shape[:2]
+    return jnp.einsum(
+        "rbf,bf->br",
+        rows.reshape(num_rows, num_examples, -1),
+        flatten_rows(change),
+        preferred_element_type=jnp.promote_types(jnp.float32, rows.dtype),
+    )
