@@ -8,8 +8,8 @@ from jchain.cli import plot
 from jchain.gradient.layer_report import report_layers
 
 
-def test_numbers_are_those_of_a_loop_over_examples(two_group_problem):
-    """Layers of two modules; 9 examples, so one is left over behind a chunk of 8."""
+def test_reports_equal_a_loop_over_examples(two_group_problem):
+    """With layers of two modules, and 9 examples: a chunk of 8 and a rest of 1."""
     problem, chain = two_group_problem, np.array([1, 4, 2, 6])
     reports = report_layers(problem, chain)
     assert [report.name for report in reports] == [problem.bank.names[token] for token in chain[:3]]
@@ -52,7 +52,7 @@ def test_numbers_are_those_of_a_loop_over_examples(two_group_problem):
     )
 
 
-def test_a_figure_is_drawn(problem, two_group_problem, tmp_path):
+def test_reports_are_plotted(problem, two_group_problem, tmp_path):
     plot.plot_layers(tmp_path / "layers.png", report_layers(problem, np.array([2, 0, 3, 5])))
     assert (tmp_path / "layers.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="tensors of the same names and shapes, got 2 kinds"):

@@ -7,7 +7,6 @@ import reference
 from conftest import make_bank, make_batch
 
 import jchain as jc
-from jchain.search.descent import sample_start, allocate_candidates
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +16,7 @@ def roomy():
 
 
 @pytest.mark.parametrize("num_candidates", [16, 3])
-def test_costs_are_the_start_the_pass_and_what_is_new_to_it(roomy, num_candidates):
+def test_cost_is_the_start_the_pass_and_new_chains(roomy, num_candidates):
     search = jc.LinearizedSearch(num_candidates=num_candidates, num_single=1, num_pairs=1)
     state = search.init(jax.random.key(0), roomy)
     step = jax.jit(search.step)
@@ -54,12 +53,12 @@ def test_costs_are_the_start_the_pass_and_what_is_new_to_it(roomy, num_candidate
     assert did_joint
 
 
-def test_moves_are_those_that_were_predicted_best(roomy):
+def test_moves_have_the_best_predictions(roomy):
     search = jc.LinearizedSearch(num_single=3, num_pairs=2, num_joint=0)
     state, info = search.step(jax.random.key(1), search.init(jax.random.key(0), roomy), roomy)
     own = np.asarray(info.chains[0])
     scores, joint = jc.gradient.score_moves(roomy, own, num_best=6, num_pairs=4)
-    rows, is_neighbor = jc.chain.neighbors(jnp.asarray(own), 6, 2)
+    rows, is_neighbor = roomy.space.neighbors(jnp.asarray(own))
     flat = np.where(np.asarray(is_neighbor), np.asarray(scores.flat), np.inf)
     np.testing.assert_array_equal(info.chains[1:4], np.asarray(rows)[np.argsort(flat)[:3]])
     np.testing.assert_array_equal(info.chains[4:], joint.pairs[:2])
@@ -68,25 +67,8 @@ def test_moves_are_those_that_were_predicted_best(roomy):
     assert bool(state.is_new) == (best > 0)
 
 
-def test_a_start_is_the_best_stop_of_its_random_layers(roomy):
-    costly = jc.Problem(roomy.bank, roomy.data, 5, layer_cost=0.3)
-    long = jc.Problem(roomy.bank, roomy.data, 5, layer_cost=0.3, min_layers=3)
-    for problem in (roomy, costly, long):
-        for seed in range(4):
-            key = jax.random.key(seed)
-            chain = np.asarray(sample_start(key, problem))
-            layers = [int(token) for token in jax.random.randint(key, (6,), 0, 6)[:5]]
-            stops = [
-                [*layers[:length], 6 + k]
-                for length in range(problem.min_layers, 6)
-                for k in range(2)
-            ]
-            best = min(stops, key=lambda stop: reference.chain_loss(problem, stop)[0])
-            assert [int(token) for token in chain if token >= 0] == best
-
-
-def test_a_chain_is_no_move_from_itself(roomy):
-    """Also where its loss is lower than before, as by a rounding error: the search would never restart."""
+def test_the_current_chain_is_not_a_move(roomy):
+    """Even if rounding makes its loss lower than before. The search would never restart."""
     search = jc.LinearizedSearch(patience=1)
     state, _ = search.step(jax.random.key(1), search.init(jax.random.key(0), roomy), roomy)
     guide = state.guide._replace(
@@ -113,8 +95,8 @@ def test_single_edits_alone_find_the_optimum(problem):
 
 
 @pytest.mark.slow
-def test_wide_outputs_are_searched_by_samples():
-    """80 squared errors: 17 products, by which the moves are ranked."""
+def test_moves_of_wide_outputs_are_ranked_by_samples():
+    """80 squared errors have 17 products."""
     head = jc.layers.DenseHead(80)
     x = jax.random.normal(jax.random.key(0), (30, 5))
     bank = make_bank(5, 1)
@@ -135,7 +117,7 @@ def test_wide_outputs_are_searched_by_samples():
             break
     scores = jc.gradient.score_edits(problem, own)
     assert scores.layer_calls == (2 + 17) * length + 5 * min(length + 1, 3)
-    rows, is_neighbor = jc.chain.neighbors(jnp.asarray(own), 5, 1)
+    rows, is_neighbor = problem.space.neighbors(jnp.asarray(own))
     flat = np.where(np.asarray(is_neighbor), np.asarray(scores.flat), np.inf)
     np.testing.assert_array_equal(info.chains[1:], np.asarray(rows)[np.argsort(flat)[:3]])
     moves = [tuple(int(token) for token in chain if token >= 0) for chain in info.chains[1:]]
@@ -143,7 +125,7 @@ def test_wide_outputs_are_searched_by_samples():
     assert state.guide.layer_calls == 3 + scores.layer_calls
 
 
-def test_a_new_pass_after_a_failure_has_its_best_pairs_tried(roomy):
+def test_a_new_pass_after_a_failure_tries_its_best_pairs(roomy):
     search = jc.LinearizedSearch(
         num_candidates=3, num_single=1, num_pairs=2, num_joint=0, patience=3
     )
@@ -169,8 +151,6 @@ def test_layers_of_each_module_are_scored(two_group_problem):
     state, info = search.step(
         jax.random.key(0), search.init(jax.random.key(1), two_group_problem), two_group_problem
     )
-    assert allocate_candidates(two_group_problem, 2) == [1, 1]
-    assert allocate_candidates(two_group_problem, 16) == [3, 2]
     length = int((info.chains[0] >= 0).sum()) - 1
     assert state.guide.layer_calls == 3 + (2 + 2) * length + 2 * min(length + 1, 3)
 
