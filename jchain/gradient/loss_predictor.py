@@ -218,7 +218,7 @@ def _predict_from_outputs(problem: Problem, outputs: Array) -> LossPredictor:
 
 
 def _predict_from_labels(
-    outputs: Array,
+    outputs: Any,
     grad_fn: Callable[[Array], Array],
     key: Array,
     num_samples: int,
@@ -243,7 +243,7 @@ def _predict_from_labels(
 
 
 def _predict_from_signs(
-    outputs: Array, grad_fn: Callable[[Array], Array], key: Array, num_samples: int
+    outputs: Any, grad_fn: Callable[[Array], Array], key: Array, num_samples: int
 ) -> LossPredictor:
     """Second order; the Hessian in expectation over random signs (Hutchinson), two vjps each."""
 
