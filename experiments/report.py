@@ -2,9 +2,10 @@
 
     python experiments/report.py
 
-The answers stand in questions.md, with [[file > key > ... | format]] in place of each figure: they are filled in from
-experiments/results/file.json, so no figure in README.md is typed by hand. `--write` does only that. Otherwise each script runs in
-turn; what was computed before is kept, so an interrupted run goes on. A script that fails is named at the end, and the others run.
+questions.md holds the answers, with [[file > key > ... | format]] for each figure, which is filled in from
+experiments/results/file.json, and [[file.md]] for each table. So no figure in README.md is typed by hand.
+`--write` does only that. Otherwise each script runs in turn. Finished parts are kept, so an interrupted run
+continues. A script that fails is named at the end, and the others still run.
 
 About 8 hours on 2 CPU cores. `--quick`: small sizes of each script, 10 minutes; nothing is written.
 """
@@ -20,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jchain.files import write_atomically
+import jchain as jc
 
 FOLDER = Path(__file__).parent
 # The first makes tables that others look losses up in; then the longest of the small sizes, two of which run at a time.
@@ -57,7 +58,7 @@ def main() -> int:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     if not args.quick:
         text = render((FOLDER / "questions.md").read_text(), FOLDER / "results")
-        write_atomically(FOLDER / "README.md", lambda path: Path(path).write_text(text))
+        jc.files.write_atomically(FOLDER / "README.md", lambda path: Path(path).write_text(text))
     return 1 if failed else 0
 
 
@@ -84,15 +85,18 @@ def run(name: str, start: float, *, quick: bool) -> int:
 
 
 def render(text: str, results: Path) -> str:
-    """The text with each [[file > key > ... | format]] replaced by that value of file.json.
+    """Fill in the text: each [[file > key > ... | format]] from file.json, each [[file.md]] with that file.
 
     Raises:
-      ValueError: there is no such file or value.
+      FileNotFoundError: there is no such table.
+      ValueError: there is no such JSON file or value.
     """
     loaded: dict[str, Any] = {}
 
     def fill(match: re.Match[str]) -> str:
         place, _, form = match[1].partition(" | ")
+        if place.endswith(".md"):
+            return (results / place).read_text().strip()
         name, *keys = place.split(" > ")
         if name not in loaded:
             path = results / f"{name}.json"
