@@ -88,9 +88,9 @@ def load_choices(
 
     Each line of the file is a question such as
     `{"question": "2 + 2 =", "choices": ["3", "4"], "answer": 1}`, with the index of the correct
-    choice. Each choice becomes a row: the question, a space, the choice. x is `[B, C, T]`, padded at
-    the end, with the correct choice first. y contains the next tokens, or -1 for tokens that are not
-    part of the choice.
+    choice. Each choice becomes a row: the question, a space, the choice. x is `[B, C, T]`, padded
+    at the end, with the correct choice first. y contains the next tokens, or -1 for tokens that are
+    not part of the choice.
 
     Args:
       checkpoint: folder with config.json and tokenizer.json, which the package tokenizers reads.

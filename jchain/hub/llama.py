@@ -1,7 +1,7 @@
 """Llama, and models that differ from it only in their config: Mistral, Qwen2, Qwen3.
 
-Rotary positions, RMS norms, gated MLP, grouped queries. See `jchain.hub.architecture` for how to add
-a family.
+Rotary positions, RMS norms, gated MLP, grouped queries. See `jchain.hub.architecture` for how to
+add a family.
 """
 
 import flax.linen as nn

@@ -29,8 +29,8 @@ def load(
     The layers are the blocks in order. The chain of all blocks and the head, tokens `0..n`, is the
     original model, which is also the bank's parent. Layers are named `name/0`, `name/1` and so on.
     The stem is the embeddings, and the head is the last norm and the output layer. Weights keep the
-    layout of the file. Supported families are GPT-2, Llama (also Mistral, Qwen2 and Qwen3), GPT-NeoX
-    and ViT.
+    layout of the file. Supported families are GPT-2, Llama (also Mistral, Qwen2 and Qwen3),
+    GPT-NeoX and ViT.
 
     The first and the last block of a trained transformer can seldom be replaced by others. Pinned
     blocks are in every chain. They have no token, belong to the stem and to the head, and cost no

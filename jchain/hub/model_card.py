@@ -38,7 +38,7 @@ def make_mergekit_recipe(
 def _list_differences(
     model: ChainModel, first: str, last: str, changed: Sequence[str]
 ) -> list[str]:
-    """Comments on how the merge differs. mergekit uses the stem of `first` and the head of `last`."""
+    """Comments on how the merge differs: it has the stem of `first` and the head of `last`."""
     start = "# Not the same as the checkpoint in this folder:"
     lines = []
     if model.head_source != last:

@@ -74,9 +74,9 @@ class Restart(nn.Module):
     """A layer that discards the result so far and starts again from another model's embeddings.
 
     It replaces the first `features` features with a sum of the embeddings in the others, weighted
-    by the param `shares [M - 1]`. One share is 1 and the others are 0. The choice is a param so that
-    the restarts of all models share one module and their params stack. A restart belongs at the
-    beginning of a chain, as layers before it have no effect.
+    by the param `shares [M - 1]`. One share is 1 and the others are 0. The choice is a param so
+    that the restarts of all models share one module and their params stack. A restart belongs at
+    the beginning of a chain, as layers before it have no effect.
 
     Attributes:
       features: width of the embeddings of one model, F.
