@@ -29,7 +29,8 @@ class Checkpoint:
       path: the folder.
       config: the content of its config.json.
       shapes: from the name of each tensor to its shape.
-      dtypes: from the name of each tensor to its dtype, by NumPy's name where DTYPES has it.
+      dtypes: from the name of each tensor to its dtype, by NumPy's name if it is
+        supported, else by the name in the file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

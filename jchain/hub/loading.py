@@ -160,7 +160,7 @@ def _list_modules(architecture: Architecture) -> dict[str, tuple[nn.Module, ...]
 def _describe_difference(
     modules: tuple[nn.Module, ...], others: tuple[nn.Module, ...]
 ) -> tuple[str, str]:
-    """The first difference between two lists of modules, as it is in each of them."""
+    """The first difference between two lists of modules: its value in each of them."""
     if len(modules) != len(others):
         return f"{len(modules)} blocks", f"{len(others)} blocks"
     module, other = next((a, b) for a, b in zip(modules, others, strict=True) if a != b)

@@ -140,7 +140,7 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint, prefix: st
 def _check_no_surplus(
     architecture: Architecture, checkpoint: Checkpoint, prefix: str, expected: Shapes
 ) -> None:
-    """Check that no tensor is missing, and none is left over."""
+    """Check that no tensor of the model is missing, and that there are no other tensors."""
     found = checkpoint.shapes.keys()
     if missing := expected.keys() - found:
         raise ValueError(
