@@ -9,7 +9,7 @@ import pytest
 
 import jchain as jc
 from jchain.__main__ import main
-from jchain.cli import pipeline
+from jchain.cli import commands
 
 SMALL = [
     "--data",
@@ -155,18 +155,18 @@ def test_a_result_is_not_overwritten_unless_told_to(result_folder, capsys, monke
     assert main([*argv, "--replace"]) == 0
     assert json.loads((result_folder / "result.json").read_text())["config"]["seed"] == 1
     assert [path.name for path in result_folder.parent.iterdir()] == ["out"]
-    found, notes = pipeline.search, result_folder / "notes.txt"
+    found, notes = commands.run_job, result_folder / "notes.txt"
 
     def search_while_notes_are_taken(*args):
         notes.write_text("mine")
         return found(*args)
 
-    monkeypatch.setattr(pipeline, "search", search_while_notes_are_taken)
+    monkeypatch.setattr(commands, "run_job", search_while_notes_are_taken)
     assert main([*argv, "--replace"]) == 0
     assert "out-2: bank.safetensors, curve.png, result.json" in capsys.readouterr().out
     assert notes.read_text() == "mine"
     assert main([*argv, "--replace"]) == 2
-    assert "holds files that are no result of jchain (notes.txt)" in capsys.readouterr().err
+    assert "holds files that are not a result of jchain (notes.txt)" in capsys.readouterr().err
     notes.unlink()
 
 
@@ -189,7 +189,7 @@ def test_a_result_may_be_written_where_one_stands(tmp_path, monkeypatch):
         "curve.png",
         "result.json",
     }
-    # Without the price of layers, as all rows of the table.
+    # Without layer penalty, as in all rows of the table.
     result = json.loads(Path("result.json").read_text())
     assert result["optimum"] == pytest.approx(result["loss"]["search"], rel=1e-5)
 
