@@ -153,7 +153,7 @@ def set_up_trained(config: SearchConfig, data: Dataset, modules: Modules) -> Set
             config.bank,
             num_layers=config.num_layers,
             depth=config.depth,
-            num_heads=config.num_heads or 1,
+            num_heads=1 if config.num_heads is None else config.num_heads,
             num_steps=config.num_steps,
             **modules._asdict(),
         )

@@ -156,7 +156,7 @@ def test_questions_are_searched_too(folder, tmp_path):
         ),
         (
             ["--checkpoint", "m0", "--text", "text.txt", "--search", "suffix-beam"],
-            "cannot be undone",
+            "not invertible",
         ),
         (["--pinned", "1,1"], "expected --checkpoint with --pinned"),
         (["--checkpoint", "m0", "m0", "--text", "text.txt"], "expected different checkpoints"),

@@ -129,7 +129,7 @@ def test_evaluate_scores_chains_of_a_result_or_a_bank_file(result_folder, capsys
         (["--budget", "0"], "expected a budget of at least 1, got 0"),
         (["--min-layers", "9"], "expected min_layers to be an integer in 0..2"),
         (["--layer-cost", "nan"], "expected a finite --layer-cost of at least 0, got nan"),
-        (["--channels", "8"], "expected --channels for images alone, got it for [13]"),
+        (["--channels", "8"], "expected --channels only for images, got it for [13]"),
         (["--budget", "3", "--search", "random"], "budget of at least one step"),
     ],
 )  # fmt: skip
@@ -209,7 +209,7 @@ def test_a_result_that_cannot_be_put_in_its_place_is_kept(tmp_path, capsys, monk
 def test_folders_that_hold_something_else_are_never_replaced(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert main(["search", *SMALL, "--out", str(tmp_path), "--replace"]) == 2
-    assert "holds files that are no result" in capsys.readouterr().err
+    assert "holds files that are not a result" in capsys.readouterr().err
     assert main(["search", *SMALL, "--out", str(tmp_path / "notes.txt"), "--replace"]) == 2
     assert "expected a folder for results, got the file" in capsys.readouterr().err
     assert main(["search", *SMALL, "--out", str(tmp_path / "notes.txt" / "out")]) == 2
