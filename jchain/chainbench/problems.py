@@ -50,9 +50,8 @@ class Solved(NamedTuple):
     data: Dataset
     loss: dict[str, Float[np.ndarray, "C"]]  # by split, [C]; +inf where it was not finite
     accuracy: dict[str, Float[np.ndarray, "C"]]
-    features: Float[
-        np.ndarray, "V F"
-    ]  # `jchain.agent.observations.observe` on `search` of the prefixes with room for a layer
+    # Observations on `search` of the prefixes with room for one more layer, [V, F].
+    features: Float[np.ndarray, "V F"]
 
     @property
     def chains(self) -> Int[np.ndarray, "C L"]:
