@@ -90,7 +90,7 @@ def test_a_result_is_exported_as_a_checkpoint(folder, result, tmp_path, capsys):
     out = jc.evaluate(jc.Problem(bank, data.test, bank.num_layers), np.array([bank.parents[0]]))
     assert float(out.loss[0]) == pytest.approx(found["loss"]["test"], rel=1e-5)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"| loss on test | {found['loss']['test']:.4f}, the model as it was " in card
+    assert f"| loss on test | {found['loss']['test']:.4f}, the unchanged model " in card
     assert "--search random --budget 80" in card
     assert main(["export", str(result), "--out", str(tmp_path / "out")]) == 2
     assert "expected no folder at" in capsys.readouterr().err
@@ -156,7 +156,7 @@ def test_questions_are_searched_too(folder, tmp_path):
         ),
         (
             ["--checkpoint", "m0", "--text", "text.txt", "--search", "suffix-beam"],
-            "cannot be undone",
+            "not invertible",
         ),
         (["--pinned", "1,1"], "expected --checkpoint with --pinned"),
         (["--checkpoint", "m0", "m0", "--text", "text.txt"], "expected different checkpoints"),
@@ -207,8 +207,8 @@ def test_local_search_begins_at_the_models_and_what_is_done_by_hand(folder, max_
     data = jc.hub.load_text(folder / "m0", folder / "text.txt", length=8)
     problem = jc.Problem(bank, data.search, max_layers)
     other = jc.RandomSearch()
-    assert pipeline.begin_at_models(other, problem) is other
-    rows = pipeline.begin_at_models(jc.LocalSearch(), problem).starts.tolist()
+    assert pipeline.start_at_models(other, problem) is other
+    rows = pipeline.start_at_models(jc.LocalSearch(), problem).starts.tolist()
     starts = [tuple(token for token in row if token >= 0) for row in rows]
     assert len(set(starts)) == len(starts) == {3: 4 + 3, 4: 1 + 4, 5: 1 + 4 + 1}[max_layers]
     for parent in bank.parents:

@@ -9,7 +9,7 @@ import pytest
 
 import jchain as jc
 from jchain.__main__ import main
-from jchain.cli import pipeline
+from jchain.cli import commands
 
 SMALL = [
     "--data",
@@ -129,7 +129,7 @@ def test_evaluate_scores_chains_of_a_result_or_a_bank_file(result_folder, capsys
         (["--budget", "0"], "expected a budget of at least 1, got 0"),
         (["--min-layers", "9"], "expected min_layers to be an integer in 0..2"),
         (["--layer-cost", "nan"], "expected a finite --layer-cost of at least 0, got nan"),
-        (["--channels", "8"], "expected --channels for images alone, got it for [13]"),
+        (["--channels", "8"], "expected --channels only for images, got it for [13]"),
         (["--budget", "3", "--search", "random"], "budget of at least one step"),
     ],
 )  # fmt: skip
@@ -155,18 +155,18 @@ def test_a_result_is_not_overwritten_unless_told_to(result_folder, capsys, monke
     assert main([*argv, "--replace"]) == 0
     assert json.loads((result_folder / "result.json").read_text())["config"]["seed"] == 1
     assert [path.name for path in result_folder.parent.iterdir()] == ["out"]
-    found, notes = pipeline.search, result_folder / "notes.txt"
+    found, notes = commands.run_job, result_folder / "notes.txt"
 
     def search_while_notes_are_taken(*args):
         notes.write_text("mine")
         return found(*args)
 
-    monkeypatch.setattr(pipeline, "search", search_while_notes_are_taken)
+    monkeypatch.setattr(commands, "run_job", search_while_notes_are_taken)
     assert main([*argv, "--replace"]) == 0
     assert "out-2: bank.safetensors, curve.png, result.json" in capsys.readouterr().out
     assert notes.read_text() == "mine"
     assert main([*argv, "--replace"]) == 2
-    assert "holds files that are no result of jchain (notes.txt)" in capsys.readouterr().err
+    assert "holds files that are not a result of jchain (notes.txt)" in capsys.readouterr().err
     notes.unlink()
 
 
@@ -189,7 +189,7 @@ def test_a_result_may_be_written_where_one_stands(tmp_path, monkeypatch):
         "curve.png",
         "result.json",
     }
-    # Without the price of layers, as all rows of the table.
+    # Without layer penalty, as in all rows of the table.
     result = json.loads(Path("result.json").read_text())
     assert result["optimum"] == pytest.approx(result["loss"]["search"], rel=1e-5)
 
@@ -209,7 +209,7 @@ def test_a_result_that_cannot_be_put_in_its_place_is_kept(tmp_path, capsys, monk
 def test_folders_that_hold_something_else_are_never_replaced(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert main(["search", *SMALL, "--out", str(tmp_path), "--replace"]) == 2
-    assert "holds files that are no result" in capsys.readouterr().err
+    assert "holds files that are not a result" in capsys.readouterr().err
     assert main(["search", *SMALL, "--out", str(tmp_path / "notes.txt"), "--replace"]) == 2
     assert "expected a folder for results, got the file" in capsys.readouterr().err
     assert main(["search", *SMALL, "--out", str(tmp_path / "notes.txt" / "out")]) == 2
