@@ -57,6 +57,8 @@ def test_the_table_of_transformers_shows_the_results():
         assert f"| {name} | {' | '.join(cells)} |" in EXPERIMENTS
     best = mix["local search from recipes"]
     words = [f"{best['value']:.3f} (interval {best['low']:.3f} to {best['high']:.3f})"]
-    words += [f"{mix[name]['value']:.3f}" for name in ("fine-tune a", "fine-tune b", "soup of both")]
+    words += [
+        f"{mix[name]['value']:.3f}" for name in ("fine-tune a", "fine-tune b", "soup of both")
+    ]
     for figure in words:
         assert figure in EXPERIMENTS

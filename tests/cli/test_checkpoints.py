@@ -1,5 +1,6 @@
 """`jchain search --checkpoint`, `evaluate` and `export`."""
 
+import dataclasses
 import json
 import re
 
@@ -9,8 +10,8 @@ from checkpoints import QUESTION, TEXT, make_checkpoint, make_tensors, write, wr
 
 import jchain as jc
 from jchain.__main__ import main
-from jchain.cli import pipeline
-from jchain.cli.checkpoints import name_models
+from jchain.cli import checkpoints, pipeline
+from jchain.cli.config import SearchConfig
 
 
 @pytest.fixture(scope="module")
@@ -228,5 +229,19 @@ def test_results_of_other_banks_are_not_exported(tmp_path, capsys):
 
 
 def test_models_are_called_by_as_much_of_their_paths_as_it_takes():
-    assert name_models(["/a/b", "/a/c/"]) == ["b", "c"]
-    assert name_models(["/a/x", "/b/x"]) == ["a/x", "b/x"]
+    assert checkpoints.name_models(["/a/b", "/a/c/"]) == ["b", "c"]
+    assert checkpoints.name_models(["/a/x", "/b/x"]) == ["a/x", "b/x"]
+
+
+def test_sequences_are_not_longer_than_the_positions_of_the_model(tmp_path):
+    checkpoint, text = make_checkpoint(tmp_path / "model"), tmp_path / "text.txt"
+    text.write_text(TEXT)
+    config = SearchConfig(checkpoint=[str(checkpoint)], text=[str(text)], sizes=(4, 4, 4, 4))
+    assert checkpoints.load_data(config).data.search.x.shape == (4, 16)
+    shorter = dataclasses.replace(config, length=9)
+    assert checkpoints.load_data(shorter).data.search.x.shape == (4, 9)
+    odd = make_checkpoint(tmp_path / "odd")
+    options = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps(options | {"n_positions": "many"}))
+    with pytest.raises(ValueError, match="an option has an invalid value"):
+        checkpoints.load_data(dataclasses.replace(config, checkpoint=[str(odd)]))

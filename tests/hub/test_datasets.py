@@ -12,7 +12,6 @@ from scipy.special import log_softmax as scipy_log_softmax
 
 import jchain as jc
 from jchain import images
-from jchain.cli import checkpoints as jobs
 from jchain.engine import layer_calls as calls
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -71,22 +70,6 @@ def test_text_is_cut_into_sequences_and_the_tokens_that_follow(checkpoint, tmp_p
 def test_unsuitable_text_is_rejected(checkpoint, tmp_path, text, options, message):
     with pytest.raises(ValueError, match=message):
         jc.hub.load_text(checkpoint, write_file(tmp_path, text), **options)
-
-
-def test_sequences_are_not_longer_than_the_positions_of_the_model(checkpoint, tmp_path):
-    config = {
-        "checkpoint": [checkpoint],
-        "text": [write_file(tmp_path, TEXT)],
-        "seed": 0,
-        "sizes": (4, 4, 4, 4),
-    }
-    assert jobs.load_task(config).data.search.x.shape == (4, 16)
-    assert jobs.load_task(config | {"length": 9}).data.search.x.shape == (4, 9)
-    odd = make_checkpoint(tmp_path / "odd")
-    options = json.loads((odd / "config.json").read_text())
-    (odd / "config.json").write_text(json.dumps(options | {"n_positions": "many"}))
-    with pytest.raises(ValueError, match="an option has an invalid value"):
-        jobs.load_task(config | {"checkpoint": [odd]})
 
 
 def test_unsuitable_tokenizers_and_files_are_rejected(checkpoint, tmp_path):
