@@ -114,7 +114,21 @@ def test_questions_are_searched_too(folder, tmp_path):
         "2",
     ]
     out = str(tmp_path / "out")
-    assert main(["search", "--checkpoint", str(folder / "m0"), "--choices", str(folder / "questions.jsonl"), *options, "--out", out]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "search",
+                "--checkpoint",
+                str(folder / "m0"),
+                "--choices",
+                str(folder / "questions.jsonl"),
+                *options,
+                "--out",
+                out,
+            ]
+        )
+        == 0
+    )
     found = json.loads((tmp_path / "out" / "result.json").read_text())
     # Layers are that dear.
     assert found["layers"] == ["m0/head"]

@@ -41,9 +41,20 @@ def test_search_writes_and_prints_a_report_that_can_be_checked(tmp_path, capsys,
     result = json.loads(shown.out.splitlines()[-1])
     assert result == json.loads((tmp_path / "out" / "result.json").read_text())
     assert set(result) == {
-        "best_chain", "chosen", "layers", "loss", "accuracy", "layer_calls", "update_calls", "seconds", "optimum", "controls", "nonfinite_chains",
-        "config", "versions",
-    }  # fmt: skip
+        "best_chain",
+        "chosen",
+        "layers",
+        "loss",
+        "accuracy",
+        "layer_calls",
+        "update_calls",
+        "seconds",
+        "optimum",
+        "controls",
+        "nonfinite_chains",
+        "config",
+        "versions",
+    }
     assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
@@ -118,10 +129,19 @@ def test_evaluate_scores_chains_of_a_result_or_a_bank_file(result_folder, capsys
         (["--sizes", "1,a"], "expected sizes as in 5000,1000,1000,1000, got '1,a'"),
         (["--search", "annealing"], "invalid choice: 'annealing'"),
         (["--search", "suffix-beam"], "expected --layer of invertible-dense, invertible-coupling"),
-        (["--search", "local", "--update", "shared"], "expected --search actor-critic with --update shared, got local"),
-        (["--search", "local", "--encoding", "weights"], "expected --search actor-critic with --encoding, got local"),
+        (
+            ["--search", "local", "--update", "shared"],
+            "expected --search actor-critic with --update shared, got local",
+        ),
+        (
+            ["--search", "local", "--encoding", "weights"],
+            "expected --search actor-critic with --encoding, got local",
+        ),
         (["--update", "found"], "more than the 1,545 layer calls of gradient steps, got 300"),
-        (["--num-layers", "5", "--bank", "independent"], "a multiple of depth for bank independent, got 5 and 2"),
+        (
+            ["--num-layers", "5", "--bank", "independent"],
+            "a multiple of depth for bank independent, got 5 and 2",
+        ),
         (["--num-heads", "0"], "expected num_heads of at least 1, got 0"),
         (["--num-layers", "0"], "expected num_layers of at least 1, got 0"),
         (["--num-heads", "2", "--bank", "snapshots"], "expected no num_heads for bank snapshots"),
@@ -132,7 +152,7 @@ def test_evaluate_scores_chains_of_a_result_or_a_bank_file(result_folder, capsys
         (["--channels", "8"], "expected --channels only for images, got it for [13]"),
         (["--budget", "3", "--search", "random"], "budget of at least one step"),
     ],
-)  # fmt: skip
+)
 def test_bad_options_exit_with_2_one_line_and_no_files(tmp_path, capsys, options, message):
     argv = ["search", *SMALL, "--out", str(tmp_path / "out"), *options]
     try:
