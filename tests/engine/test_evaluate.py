@@ -18,7 +18,7 @@ from jchain.engine.plans import choose_plan
 from jchain.engine.prefix_sharing import count_calls
 
 PLANS = [
-    jc.engine.Walk(),
+    jc.engine.DepthFirst(),
     jc.engine.Blocks(1),
     jc.engine.Blocks(5, (1, 2), head_widths=(1, 3)),
     jc.engine.Blocks(1000, (1, 2, 8), head_widths=(1, 4, 16)),
@@ -231,7 +231,7 @@ def plain_loss(problem, chain):
 @given(
     seed=st.integers(0, 2**31 - 1),
     num=st.sampled_from([1, 13]),
-    plan=st.sampled_from([jc.engine.Walk(), jc.engine.Blocks(4, (1, 2))]),
+    plan=st.sampled_from([jc.engine.DepthFirst(), jc.engine.Blocks(4, (1, 2))]),
 )
 def test_any_population_matches_apply_chain(problem, seed, num, plan):
     rng = np.random.default_rng(seed)
@@ -362,20 +362,20 @@ def test_explain_says_what_evaluate_does(two_group_problem):
     assert 0 < said.num_bytes < said.memory_limit
     assert "47 chains" in str(said)
     assert "layer calls" in str(said)
-    assert jc.explain(two_group_problem, chains, plan=jc.engine.Walk()).plan == jc.engine.Walk()
-    half = jc.explain(two_group_problem, chains, plan=jc.engine.Walk(), dtype=jnp.bfloat16)
-    assert half.num_bytes < jc.explain(two_group_problem, chains, plan=jc.engine.Walk()).num_bytes
+    assert jc.explain(two_group_problem, chains, plan=jc.engine.DepthFirst()).plan == jc.engine.DepthFirst()
+    half = jc.explain(two_group_problem, chains, plan=jc.engine.DepthFirst(), dtype=jnp.bfloat16)
+    assert half.num_bytes < jc.explain(two_group_problem, chains, plan=jc.engine.DepthFirst()).num_bytes
 
 
 def test_a_memory_limit_makes_blocks_smaller_until_one_node_is_left(problem):
     chains = sample(problem, 100)
     free = jc.explain(problem, chains)
-    least = jc.explain(problem, chains, plan=jc.engine.Walk()).num_bytes
+    least = jc.explain(problem, chains, plan=jc.engine.DepthFirst()).num_bytes
     limits = np.linspace(least, free.num_bytes, 6).astype(int).tolist()
     plans = [jc.explain(problem, chains, memory_limit=limit) for limit in limits]
     assert all(said.num_bytes <= limit for said, limit in zip(plans, limits, strict=True))
-    assert plans[0].plan == jc.engine.Walk()
-    assert {said.plan for said in plans[:-1]} > {jc.engine.Walk()}
+    assert plans[0].plan == jc.engine.DepthFirst()
+    assert {said.plan for said in plans[:-1]} > {jc.engine.DepthFirst()}
     np.testing.assert_allclose(
         jc.evaluate(problem, chains, memory_limit=least).loss,
         jc.evaluate(problem, chains).loss,
@@ -401,8 +401,8 @@ class Float32Only(nn.Module):
         ({"memory_limit": 0}, "expected a memory_limit of at least 1 byte, got 0"),
         ({"memory_limit": 100}, "memory_limit is too small: expected at least .* got 100"),
         (
-            {"memory_limit": 100, "plan": jc.engine.Walk()},
-            r"expected a plan of at most 100 bytes, but Walk\(\) needs",
+            {"memory_limit": 100, "plan": jc.engine.DepthFirst()},
+            r"expected a plan of at most 100 bytes, but DepthFirst\(\) needs",
         ),
     ],
 )
@@ -441,7 +441,7 @@ def test_plans_by_backend_and_shape(problem):
     assert choose(mlp, small, backend="cpu") == jc.engine.Blocks(
         64, (1, 2, 8), head_widths=(1, 4, 16)
     )
-    assert choose(big, wide, backend="cpu") == jc.engine.Walk()
+    assert choose(big, wide, backend="cpu") == jc.engine.DepthFirst()
     wide_ladder = (1, 4, 16, 64, 256)
     assert choose(mlp, small, backend="gpu") == jc.engine.Blocks(
         512, wide_ladder, jc.engine.Share.NOTHING, wide_ladder
@@ -452,13 +452,13 @@ def test_plans_by_backend_and_shape(problem):
         512, wide_ladder, jc.engine.Share.LAYER, wide_ladder
     )
     # Siblings share what their first convolution reads, and no more.
-    assert choose(problem, images.x, backend="cpu") == jc.engine.Walk()
+    assert choose(problem, images.x, backend="cpu") == jc.engine.DepthFirst()
     problem = jc.Problem(make_image_bank(jc.layers.ConvBlock(2)), images, 3)
     assert choose(problem, images.x, backend="cpu") == jc.engine.Blocks(
         64, (1, 2, 8), jc.engine.Share.PARENT, (1, 4, 16)
     )
     large = jax.ShapeDtypeStruct((8192, 6, 6, 2), jnp.float32)
-    assert choose(problem, large, backend="cpu") == jc.engine.Walk()
+    assert choose(problem, large, backend="cpu") == jc.engine.DepthFirst()
 
 
 def make_image_bank(layer):

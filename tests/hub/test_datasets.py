@@ -255,7 +255,7 @@ def test_models_of_text_and_of_images_are_told_apart(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "plan", [jc.engine.Walk(), jc.engine.Blocks(4, (1, 2), head_widths=(1, 4))]
+    "plan", [jc.engine.DepthFirst(), jc.engine.Blocks(4, (1, 2), head_widths=(1, 4))]
 )
 def test_outputs_that_would_be_large_are_made_in_parts(checkpoint, tmp_path, monkeypatch, plan):
     bank = jc.hub.load(checkpoint)
