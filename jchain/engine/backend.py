@@ -33,10 +33,11 @@ def compiler_options(backend: str) -> dict[str, str]:
     `evaluate` passes them itself unless it is called inside another transformation.
 
     On CPU, XLA gives matrix products and convolutions of 24 or more channels to YNNPACK. On x86 its
-    kernels are slower than XLA's Eigen kernels. With AVX2: 10.8 against 5.7 ms for a 3x3 convolution
-    of 32 channels on 32x32, and 140 against 115 ms for 512 chains of 64-wide MLPs. With AVX-512: 2.6
-    against 1.5 s for 128 chains of such convolutions, 39 against 33 ms for MLPs, and no difference
-    for 512-wide MLPs. So YNNPACK gets only reductions there. Other processors keep XLA's default.
+    kernels are slower than XLA's Eigen kernels. With AVX2: 10.8 against 5.7 ms for a 3x3
+    convolution of 32 channels on 32x32, and 140 against 115 ms for 512 chains of 64-wide MLPs.
+    With AVX-512: 2.6 against 1.5 s for 128 chains of such convolutions, 39 against 33 ms for MLPs,
+    and no difference for 512-wide MLPs. So YNNPACK gets only reductions there. Other processors
+    keep XLA's default.
 
     Args:
       backend: the platform, as `jax.default_backend()` names it.
@@ -114,7 +115,8 @@ def jit_for_problem(
     have them.
 
     Args:
-      static_argnames: as for `jax.jit`. Pass these arguments by keyword, and the problem by position.
+      static_argnames: as for `jax.jit`. Pass these arguments by keyword, and the problem by
+        position.
 
     Raises:
       ValueError: raised by the decorated function if its arrays lie on different devices.

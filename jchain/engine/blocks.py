@@ -1,4 +1,4 @@
-"""The plan for batched calls: blocks of sorted chains, one slot of all chains of a block at a time."""
+"""The plan for batched calls: blocks of sorted chains, slot by slot."""
 
 import enum
 from collections.abc import Callable
@@ -37,7 +37,8 @@ class Share(enum.Enum):
     LAYER = "layer"
     # Several layers, one input. The batch is a convolution of more channels or a wider product.
     PARENT = "parent"
-    # Several layers, one input each. Products are batched; convolutions become grouped, which is slow.
+    # Several layers, one input each. Products are batched; convolutions become grouped, which is
+    # slow.
     NOTHING = "nothing"
 
 
@@ -49,8 +50,8 @@ class Blocks:
 
     Attributes:
       block_size: chains in a block. The activations of two of its slots are kept.
-      widths: sizes of batches of nodes, ascending from 1, each a multiple of the one before. Each size
-        is compiled separately.
+      widths: sizes of batches of nodes, ascending from 1, each a multiple of the one before. Each
+        size is compiled separately.
       share: what the nodes of a batch have in common.
       head_widths: sizes of batches of head calls, with the same rules as `widths`.
 

@@ -25,7 +25,8 @@ def cond_in_sequence(
       predicate: which branch to take.
       true_fn: called with the operands if the predicate holds. It must not close over arrays that
         are batched.
-      false_fn: called with the operands otherwise. It returns the same structure, shapes, and dtypes.
+      false_fn: called with the operands otherwise. It returns the same structure, shapes, and
+        dtypes.
       *operands: pytrees of arrays.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The depth-first plan: one layer call at a time, with the activations along one chain in memory."""
+"""The depth-first plan: one layer call at a time, activations of one chain in memory."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-# JAX ends the process without an exception at its own timeout, so this one is never reached. Seconds.
+# JAX ends the process without an exception at its own timeout, so this one is never reached.
+# Seconds.
 _NEVER = 10**6
 
 

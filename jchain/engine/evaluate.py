@@ -45,9 +45,9 @@ class Explanation(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.num_chains:,} chains: {self.layer_calls:,} layer calls (a loop over chains would "
-            f"make {self.unshared_layer_calls:,}) and {self.head_calls:,} head calls, by {self.plan} "
-            f"on {self.num_devices} device(s), in about {self.num_bytes / 2**20:,.1f} of at most "
+            f"{self.num_chains:,} chains: {self.layer_calls:,} layer calls (a loop over chains "
+            f"would make {self.unshared_layer_calls:,}) and {self.head_calls:,} head calls, by "
+            f"{self.plan} on {self.num_devices} device(s), in about {self.num_bytes / 2**20:,.1f} of at most "
             f"{self.memory_limit / 2**20:,.0f} MiB each"
         )
 
@@ -94,8 +94,8 @@ def evaluate(
 ) -> Evaluation:
     """Return loss and accuracy of many chains. Each distinct (prefix, layer) is computed once.
 
-    Works under `jit` and `vmap`. A `vmap` over populations of one problem evaluates them together; a
-    `vmap` over problems evaluates them in sequence. Populations of one size share one compiled
+    Works under `jit` and `vmap`. A `vmap` over populations of one problem evaluates them together;
+    a `vmap` over problems evaluates them in sequence. Populations of one size share one compiled
     program.
 
     Args:
@@ -106,8 +106,8 @@ def evaluate(
         and chains of 4 layers: 7e-7 in float32, 8e-3 in bfloat16 (`benchmarks/precision.py`).
       memory_limit: bytes for activations and temporaries on each device; a quarter of its memory if
         None.
-      mesh: spread the chains over all devices of this mesh, for any axes. Sorted chains are cut into
-        equal parts; a prefix that spans a cut is computed on both devices.
+      mesh: spread the chains over all devices of this mesh, for any axes. Sorted chains are cut
+        into equal parts; a prefix that spans a cut is computed on both devices.
       plan: how calls are made, a `jchain.engine.DepthFirst`, `Blocks` or `Fused`; chosen by
         `jchain.engine.choose_plan` if None.
 
@@ -115,9 +115,9 @@ def evaluate(
       Loss and accuracy `[P]`, and the layer calls and head calls that they cost.
 
     Raises:
-      ValueError: a row is not a chain of this bank, or there are no rows; jchain or a layer does not
-        support the dtype; memory_limit is too small for one node or for the given plan; or inputs
-        lie on different devices.
+      ValueError: a row is not a chain of this bank, or there are no rows; jchain or a layer does
+        not support the dtype; memory_limit is too small for one node or for the given plan; or
+        inputs lie on different devices.
     """
     problem, tokens, options = _prepare(problem, chains, dtype, memory_limit, mesh, plan)
     return evaluate_population(problem, tokens, options=options)

@@ -1,9 +1,9 @@
 """A fused kernel for banks of small layers: a tile of examples stays on chip through a whole chain.
 
-For small layers, an accelerator is limited by the traffic of activations between layers. This kernel
-avoids that traffic, but shares no prefix. **Its speed on an accelerator is not known yet**: it has
-only run in Pallas' interpreter on CPU, which is slow. So `choose_plan` never chooses it: pass it as
-`plan=`.
+For small layers, an accelerator is limited by the traffic of activations between layers. This
+kernel avoids that traffic, but shares no prefix. **Its speed on an accelerator is not known yet**:
+it has only run in Pallas' interpreter on CPU, which is slow. So `choose_plan` never chooses it:
+pass it as `plan=`.
 """
 
 from dataclasses import dataclass
@@ -58,8 +58,8 @@ class Fused:
         groups = (len(problem.bank.layers), len(problem.bank.heads))
         if groups != (1, 1) or hidden.ndim != 2:
             raise ValueError(
-                "expected one group of layers on features [B, F] and one of heads for a fused kernel, "
-                f"got {groups[0]} and {groups[1]} on {list(hidden.shape)}"
+                "expected one group of layers on features [B, F] and one of heads for a fused "
+                f"kernel, got {groups[0]} and {groups[1]} on {list(hidden.shape)}"
             )
         head_group = problem.bank.heads[0]
         num_chains = population.chains.shape[0]

@@ -18,8 +18,8 @@ T = TypeVar("T")
 # Activations, or only their shape and dtype.
 ArrayShape = jax.Array | jax.ShapeDtypeStruct
 
-# Bytes that one call of a head may return, for example the logits of a large vocabulary. Above this,
-# examples are split into parts.
+# Bytes that one call of a head may return, for example the logits of a large vocabulary. Above
+# this, examples are split into parts.
 _OUTPUT_LIMIT = 2**26
 
 
@@ -64,8 +64,8 @@ def apply_all(groups: tuple[LayerGroup, ...], hidden: Array) -> Array:
             return module.apply({"params": params}, hidden)  # pyright: ignore[reportReturnType]
 
         if count_convolutions(group, hidden) > 1:
-            # Under vmap all but the first convolution become grouped ones, which take up to twice as
-            # long on CPU as one layer at a time.
+            # Under vmap all but the first convolution become grouped ones, which take up to twice
+            # as long on CPU as one layer at a time.
             one_by_one = partial(jax.lax.map, call)
             outputs.append(
                 jax.lax.platform_dependent(group.params, cpu=one_by_one, default=jax.vmap(call))

@@ -1,7 +1,7 @@
 """Plans: how the calls of a population are made, and the choice between the ways.
 
-Each plan makes every distinct call once and keeps a bounded number of activations, for any number of
-chains. All plans give the same losses up to the order of sums.
+Each plan makes every distinct call once and keeps a bounded number of activations, for any number
+of chains. All plans give the same losses up to the order of sums.
 """
 
 from typing import Protocol, runtime_checkable
@@ -26,8 +26,8 @@ _CALL_CACHE, _HEAD_CACHE, _BLOCK_CACHE = 2**20, 2**21, 2**24
 _MAX_CPU_BLOCK = 64
 _MIN_CPU_WIDTH = 8  # narrower batches are no faster than single calls
 _SIBLINGS = (1, 2, 8)
-# Other backends: bytes of activations (or gathered weights) of one call that fill the device, and the
-# most nodes in a call.
+# Other backends: bytes of activations (or gathered weights) of one call that fill the device, and
+# the most nodes in a call.
 _CALL_FILL, _MAX_WIDTH = 2**26, 256
 
 
@@ -64,10 +64,10 @@ def choose_plan(
 ) -> Plan:
     """Choose the plan that should be fastest for these shapes within the memory limit.
 
-    On CPU one call of a large layer keeps the cores busy. Calls of smaller layers are batched as far
-    as the cache allows: convolutions by their shared input, other layers by layer if the bank is
-    small enough that layers repeat in a block. Layers of several convolutions are called one at a
-    time. On other backends calls are wide enough to fill the device: convolutions by layer, other
+    On CPU one call of a large layer keeps the cores busy. Calls of smaller layers are batched as
+    far as the cache allows: convolutions by their shared input, other layers by layer if the bank
+    is small enough that layers repeat in a block. Layers of several convolutions are called one at
+    a time. On other backends calls are wide enough to fill the device: convolutions by layer, other
     layers with gathered weights.
 
     Args:

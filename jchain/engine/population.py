@@ -1,4 +1,4 @@
-"""The compiled program that evaluates a population: casts, sorts, spreads over devices, and runs a plan."""
+"""The compiled program that evaluates a population: cast, sort, spread over devices, run a plan."""
 
 import dataclasses
 from typing import NamedTuple
@@ -112,8 +112,8 @@ def _evaluate_together(problem: Problem, chains: Int[Array, "P L"], options: Opt
     """Loss `[P]`, without the layer penalty, and accuracy `[P]`; under `vmap` as one population.
 
     A plain vmap of `_evaluate_sorted` would batch its loops, so that it computes and copies whole
-    blocks for the slowest population, and turn each layer call into one with gathered weights: 15 to
-    30 times slower for convolutions on CPU.
+    blocks for the slowest population, and turn each layer call into one with gathered weights: 15
+    to 30 times slower for convolutions on CPU.
     """
 
     @jax.custom_batching.custom_vmap

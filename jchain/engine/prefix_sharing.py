@@ -42,8 +42,8 @@ def sort_chains(chains: Int[Array, "P L"], num_layers: int) -> tuple[SortedChain
       num_layers: layers in the bank, N.
 
     Returns:
-      The sorted chains, and for each given chain the place of the first sorted chain that equals it,
-      `[P]`.
+      The sorted chains, and for each given chain the place of the first sorted chain that equals
+      it, `[P]`.
     """
     num_chains, num_slots = chains.shape
     *columns, order = jax.lax.sort(
@@ -58,7 +58,7 @@ def sort_chains(chains: Int[Array, "P L"], num_layers: int) -> tuple[SortedChain
 
 
 def pad_to_multiple(population: SortedChains, number: int) -> SortedChains:
-    """Repeat the last chain up to a multiple of `number`. Repeats have no new node, so cost nothing.
+    """Pad with the last chain to a multiple of `number`. Repeats have no new node: they are free.
 
     Args:
       population: sorted chains.

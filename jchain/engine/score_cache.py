@@ -1,8 +1,9 @@
 """Cache of chain losses. Re-scoring a cached chain is free.
 
 New chains pay for their distinct (prefix, layer) pairs, counted as by `jchain.evaluate`. The cache
-has a fixed size and works under `jit` and `vmap`. A chain is new again if the weights of one of its layers or its head have changed since
-(`Bank.versions`). Searches that continue from the activations of a prefix (beam search, tree search)
+has a fixed size and works under `jit` and `vmap`. A chain is new again if the weights of one of
+its layers or its head have changed since (`Bank.versions`). Searches that continue from the
+activations of a prefix (beam search, tree search)
 do not use the cache: they pay for every layer that they apply.
 """
 
@@ -19,7 +20,7 @@ _SIZE, _NUM_WAYS = 2**15, 8
 
 
 class ScoreCache(NamedTuple):
-    """A set-associative cache: the hash of a chain names its set, and the oldest chain is evicted."""
+    """A set-associative cache: the hash of a chain names its set; the oldest chain is evicted."""
 
     chains: Int[Array, "M W L"]  # [M, W, L], all -1 in an empty place
     loss: Float[Array, "M W"]  # [M, W]
