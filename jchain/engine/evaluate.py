@@ -47,8 +47,8 @@ class Explanation(NamedTuple):
         return (
             f"{self.num_chains:,} chains: {self.layer_calls:,} layer calls (a loop over chains "
             f"would make {self.unshared_layer_calls:,}) and {self.head_calls:,} head calls, by "
-            f"{self.plan} on {self.num_devices} device(s), in about {self.num_bytes / 2**20:,.1f} of at most "
-            f"{self.memory_limit / 2**20:,.0f} MiB each"
+            f"{self.plan} on {self.num_devices} device(s), in about {self.num_bytes / 2**20:,.1f} "
+            f"of at most {self.memory_limit / 2**20:,.0f} MiB each"
         )
 
 

@@ -3,8 +3,8 @@
 New chains pay for their distinct (prefix, layer) pairs, counted as by `jchain.evaluate`. The cache
 has a fixed size and works under `jit` and `vmap`. A chain is new again if the weights of one of
 its layers or its head have changed since (`Bank.versions`). Searches that continue from the
-activations of a prefix (beam search, tree search)
-do not use the cache: they pay for every layer that they apply.
+activations of a prefix (beam search, tree search) do not use the cache: they pay for every layer
+that they apply.
 """
 
 from typing import NamedTuple
