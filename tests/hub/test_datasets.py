@@ -234,7 +234,7 @@ def test_a_model_of_text_takes_no_images(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "plan", [jc.engine.Walk(), jc.engine.Blocks(4, (1, 2), head_widths=(1, 4))]
+    "plan", [jc.engine.DepthFirst(), jc.engine.Blocks(4, (1, 2), head_widths=(1, 4))]
 )
 def test_large_outputs_are_computed_in_parts(checkpoint, tmp_path, monkeypatch, plan):
     bank = jc.hub.load(checkpoint)
