@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain import layers
-from jchain._typing import Array
+from jchain._typing import Array, PyTree
+from jchain.groups import LayerGroup
 
 FORMAT = "jchain/1"
 # Where the blocks of pretrained transformers are written, a module of jchain for each family.
@@ -115,6 +116,42 @@ def checksum(header: dict[str, Any], arrays: dict[str, Array]) -> str:
         digest.update(f"{name} {array.dtype} {array.shape};".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+def encode_groups(
+    groups: Sequence[LayerGroup],
+) -> tuple[list[dict[str, Any]], dict[str, PyTree]]:
+    """Groups as JSON (modules and tokens) and their params, by the place of the group.
+
+    Args:
+      groups: the layers or heads of a bank.
+
+    Raises:
+      ValueError: as `encode_module`.
+    """
+    header = [encode_module(group.module) | {"tokens": group.tokens} for group in groups]
+    return header, {str(i): group.params for i, group in enumerate(groups)}
+
+
+def decode_groups(
+    header: Sequence[dict[str, Any]],
+    params: dict[str, PyTree],
+    modules: Sequence[type[nn.Module]] = (),
+) -> tuple[LayerGroup, ...]:
+    """The groups that `encode_groups` described.
+
+    Args:
+      header: modules and tokens.
+      params: the params of each group; groups without params are missing.
+      modules: the caller's own module classes.
+
+    Raises:
+      ValueError: as `decode_module`.
+    """
+    return tuple(
+        LayerGroup(params.get(str(i), {}), decode_module(group, modules), tuple(group["tokens"]))
+        for i, group in enumerate(header)
+    )
 
 
 def encode_module(module: nn.Module) -> dict[str, Any]:
