@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from numpy.typing import ArrayLike
 
 from jchain import chain as chain_lib
 from jchain import files
@@ -94,7 +93,7 @@ class Bank:
         """
         return x if self.stem is None else apply_module(self.stem, self.stem_params, x)
 
-    def describe(self, chain: ArrayLike) -> str:
+    def describe(self, chain: chain_lib.ChainsLike) -> str:
         """The names along one chain, `net0/0 -> net1/2 -> net0/head`.
 
         Args:
@@ -108,7 +107,7 @@ class Bank:
             raise ValueError(f"expected one chain of shape [L], got {list(tokens.shape)}")
         return chain_lib.describe(self.validate(tokens), self.names)
 
-    def validate(self, chains: ArrayLike) -> Int[np.ndarray, "*P L"]:
+    def validate(self, chains: chain_lib.ChainsLike) -> Int[np.ndarray, "*P L"]:
         """Return chains of any length as an int32 array, checked on the host.
 
         Args:

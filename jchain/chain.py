@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import ArrayLike
 
 from jchain._typing import Array, Bool, Int, Key
 
 PADDING = -1
+
+# Chains that a user gives: an array of integers, or lists of them.
+ChainsLike = Array | np.ndarray | Sequence[object]
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ class ChainSpace:
         head = jnp.take_along_axis(chains, length[..., None], axis=-1)[..., 0] - num_layers
         return shorter[length] + layers * num_heads + head
 
-    def validate(self, chains: ArrayLike) -> Int[np.ndarray, "*P L"]:
+    def validate(self, chains: ChainsLike) -> Int[np.ndarray, "*P L"]:
         """Return the chains as an int32 array, checked on the host.
 
         Chains with fewer layers than `min_layers` pass.
@@ -182,7 +184,7 @@ class ChainSpace:
 
 
 def validate(
-    chains: ArrayLike, num_layers: int, num_heads: int, max_layers: int | None = None
+    chains: ChainsLike, num_layers: int, num_heads: int, max_layers: int | None = None
 ) -> Int[np.ndarray, "*P L"]:
     """Return the chains as an int32 array, checked on the host.
 
@@ -274,7 +276,7 @@ def count_layers(chains: Int[Array, "*P L"], num_layers: int) -> Int[Array, "*P"
     return jnp.sum((chains >= 0) & (chains < num_layers), axis=-1)
 
 
-def describe(tokens: ArrayLike, names: Sequence[str]) -> str:
+def describe(tokens: ChainsLike, names: Sequence[str]) -> str:
     """The names along one chain, `net0/0 -> net1/2 -> net0/head`, without padding.
 
     Args:

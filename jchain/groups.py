@@ -31,7 +31,9 @@ class LayerGroup:
     tokens: tuple[int, ...] = static()
 
     def __repr__(self) -> str:
-        return f"LayerGroup({len(self.tokens)} {describe_module(self.module)}, {self.tokens})"
+        return (
+            f"LayerGroup({len(self.tokens)} {describe_module(self.module)}, tokens {self.tokens})"
+        )
 
     def apply(self, index: Int[Array, ""] | int, x: Array) -> Array:
         """Apply one member to a batch.

@@ -42,7 +42,7 @@ class InvertibleDense(nn.Module):
     def __call__(self, x: Float[Array, "B *F"]) -> Float[Array, "B *G"]:
         if not self.negative_slope > 0:
             raise ValueError(
-                f"expected a positive negative_slope, which is invertible, got {self.negative_slope}"
+                f"expected a positive negative_slope, for an inverse, got {self.negative_slope}"
             )
         if not self.max_condition >= 1:
             raise ValueError(f"expected a max_condition of at least 1, got {self.max_condition}")
@@ -201,8 +201,9 @@ class InvertibleResidual(nn.Module):
             )
             if not norm * slope < 1:
                 raise ValueError(
-                    f"{type(self).__name__} has no inverse: expected spectral norms and largest slope "
-                    f"of the activation with a product below 1, got {norm:.3g} and {slope:.3g}"
+                    f"{type(self).__name__} has no inverse: expected spectral norms and "
+                    f"largest slope of the activation with a product below 1, "
+                    f"got {norm:.3g} and {slope:.3g}"
                 )
         return self.clone(is_inverse=not self.is_inverse), params
 

@@ -1,4 +1,4 @@
-"""Frozen dataclasses that are pytrees: checked when a user builds one, not when JAX rebuilds one."""
+"""Frozen dataclasses that are pytrees, checked when a user builds one, not when JAX rebuilds it."""
 
 import dataclasses
 from collections.abc import Iterable
