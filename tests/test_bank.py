@@ -115,7 +115,7 @@ def test_concat_moves_parents_and_refuses_other_stems():
         jc.Bank.concat([make_bank(2, 1), wide])
 
 
-def test_params_of_a_stem_may_be_arrays_of_numpy():
+def test_params_of_a_stem_may_be_numpy_arrays():
     stem = nn.Dense(5)
     params = jax.tree.map(np.asarray, stem.init(jax.random.key(0), jnp.ones((1, 5)))["params"])
     problem = jc.Problem(make_bank(2, 1, stem=stem, stem_params=params), make_batch(), 1)
@@ -137,7 +137,7 @@ def test_take(two_group_bank):
             two_group_bank.take(layers, heads)
 
 
-def test_reserved_places_hold_copies_behind_the_layers(two_group_bank):
+def test_reserved_places_hold_copies_after_the_layers(two_group_bank):
     bank = two_group_bank.reserve(4)
     assert (bank.num_layers, bank.num_heads) == (5 + 2 * 4, 2)
     for place, source in zip(range(5, 13), [0, 1, 2, 0, 3, 4, 3, 4], strict=True):

@@ -72,7 +72,7 @@ def test_load_asks_for_unknown_modules_and_runs_no_code_of_the_file(tmp_path):
     assert jc.Bank.load(tmp_path / "bank", modules=[Scale]).layers[0].module == layer
 
 
-def test_save_refuses_fields_that_are_no_data(tmp_path):
+def test_save_refuses_lambdas_and_keeps_the_old_file(tmp_path):
     layer = jc.layers.Dense(5, activation=lambda x: x)
     bank = jc.Bank.stack(layer, init_params(layer, jax.random.key(0), 1, (5,)), HEAD, HEADS)
     (tmp_path / "bank").write_text("old")
@@ -113,7 +113,7 @@ def test_an_interrupted_save_leaves_the_old_file(bank, tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["bank"]
 
 
-def test_fields_that_are_no_data_cannot_be_saved(tmp_path):
+def test_save_accepts_numpy_numbers_and_refuses_classes(tmp_path):
     head = nn.Dense(np.int64(3))
     bank = jc.Bank.stack(LAYER, LAYERS, head, HEADS)
     bank.save(tmp_path / "bank")

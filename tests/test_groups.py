@@ -30,7 +30,7 @@ def test_layers_of_several_modules_are_groups():
         jc.Bank.stack(modules[:2], params, head, heads)
 
 
-def test_weights_that_do_not_fit_are_not_put_in(bank):
+def test_weights_that_do_not_fit_are_refused(bank):
     params = bank.get_params(0)
     with pytest.raises(ValueError, match=r"different tokens in 0..5, got \[1, 1\]"):
         bank.replace([1, 1], [params, params])

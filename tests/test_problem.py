@@ -129,7 +129,7 @@ def test_a_bank_made_for_images_of_another_shape_says_so():
         jc.Problem(bank, jc.Batch(jnp.ones((6, 16, 16, 1)), y), max_layers=1)
 
 
-def test_labels_that_are_not_one_for_each_output_have_no_accuracy(bank):
+def test_accuracy_is_nan_unless_there_is_one_label_per_output(bank):
     data = make_batch()
 
     def loss_fn(outputs, y):

@@ -220,7 +220,7 @@ class TanhHead(nn.Module):
         return nn.Dense(self.num_classes)(jnp.tanh(x))
 
 
-def test_labels_that_are_not_as_many_are_refused():
+def test_examples_and_labels_of_different_lengths_are_refused():
     data = jc.data.load("wine")
     modules = {"layer": jc.layers.Dense(13), "head": jc.layers.DenseHead(3), "num_steps": 1}
     with pytest.raises(
@@ -236,8 +236,9 @@ def test_labels_that_are_not_as_many_are_refused():
 @pytest.mark.parametrize("kind", [*KINDS, "make_bank"])
 @pytest.mark.parametrize("name", ["is_routed", "batch_size", "num_step"])
 def test_unknown_arguments_are_named(kind, name):
+    required = {"layer": LAYER, "head": HEAD} | ({"kind": "routed"} if kind == "make_bank" else {})
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
-        getattr(jc.train, kind)(jax.random.key(0), DATA, layer=LAYER, head=HEAD, **{name: 1})
+        getattr(jc.train, kind)(jax.random.key(0), DATA, **required, **{name: 1})
 
 
 def test_every_setting_is_documented():
