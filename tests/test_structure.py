@@ -18,9 +18,10 @@ MAX_ANY = 150
 FAMILIES = [
     ("_typing", "pytree"),
     ("invertible", "layers"),
-    ("files", "chain", "groups"),
+    ("files", "chain", "groups", "tokens"),
     ("bank",),
     ("align", "images", "data"),
+    ("training_loop",),
     ("train", "problem"),
     ("engine",),
     ("env",),

@@ -88,15 +88,15 @@ def ideal_layer(
     if is_concrete(ridge) and not ridge >= 0:
         raise ValueError(f"expected a ridge of at least 0, got {ridge}")
     module: Any = bank.layers[0].module if len(bank.layers) == 1 else None
-    is_matrix = hasattr(module, "undo_activation") and not module.is_inverse
+    is_matrix = hasattr(module, "invert_activation") and not module.is_inverse
     # A layer of a matrix acts on the last axis; an affine map may mix all.
     rows, wanted = (
         a.reshape(-1, a.shape[-1]) if is_matrix else flatten_rows(a) for a in (before, after)
     )
-    wanted = module.undo_activation(wanted) if is_matrix else wanted
+    wanted = module.invert_activation(wanted) if is_matrix else wanted
     kernel, bias = _fit(rows, wanted, ridge)
     made = rows @ kernel + bias[None]
-    made = (module.redo_activation(made) if is_matrix else made).reshape(after.shape)
+    made = (module.apply_activation(made) if is_matrix else made).reshape(after.shape)
     by_outputs = jnp.stack(
         [
             _leave(apply_token(bank.layers, jnp.asarray(token), before), after)
