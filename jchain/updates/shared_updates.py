@@ -125,8 +125,8 @@ class SharedUpdates(Policy):
         if layer_calls == 0 and num_free == 0:
             raise ValueError(
                 f"expected a budget of which {1 - self.final_share:.0%} pay for a step of the "
-                f"search with its gradient steps, {total} layer calls here, and the rest for another, "
-                f"{step_calls}, got {args.budget}"
+                f"search with its gradient steps, {total} layer calls here, and the rest for "
+                f"another, {step_calls}, got {args.budget}"
             )
         state, tuning = carry
         return _Training(state, tuning, layer_calls, update_calls, counts)

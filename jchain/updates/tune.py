@@ -1,7 +1,7 @@
-"""Gradient steps on the weights of chains of a bank: on their layers and heads, and on nothing else of it.
+"""Gradient steps on the weights of chains of a bank: on their layers and heads only.
 
-Every layer and head has an optimizer state of its own, so a layer that no chain goes through stays
-as it is, to the bit.
+Every layer and head has its own optimizer state, so a layer that no chain uses stays unchanged, to
+the bit.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class State(NamedTuple):
 def training_cost(
     num_layers: int | Int[np.ndarray, "*P"], num_train: int, num_examples: int, num_steps: int = 1
 ) -> int:
-    """Return what gradient steps on chains cost, in layer calls on a split of `num_examples`, rounded up.
+    """Return the cost of gradient steps, in layer calls on `num_examples` examples, rounded up.
 
     A step applies each layer once to a minibatch of 128 examples, and takes the gradients of its
     input and of its weights, which count as one call each. A layer that stands in a chain twice
@@ -65,25 +65,25 @@ def tune_chain(
 ) -> Bank:
     """Return the bank after gradient steps on one chain.
 
-    The layers and the head of the chain get new weights, versions, and origins; others are unchanged.
+    The layers and the head of the chain get new weights, versions, and origins; the rest is kept.
 
-    A step that would make weights of a layer infinite or nan is not taken for it. Banks of half
-    precision are trained in float32 and rounded once, at the end.
+    A layer skips a step that would make its weights infinite or nan. Banks of half precision are
+    trained in float32 and rounded once, at the end.
 
-    Each step takes a random minibatch of 128 examples. A layer that stands in the chain twice is
-    one layer, of two gradients.
+    Each step takes a random minibatch of 128 examples. The gradients of a layer that
+    occurs twice in the chain are added.
 
     Args:
       key: for minibatches.
       problem: bank, the split to train on, loss.
       chain: tokens, `[L]`.
       num_steps: gradient steps.
-      optimizer: any optax transformation, applied to each layer and head apart.
-      tokens: which of the chain's layers and head to train; all of them when None.
+      optimizer: any optax transformation, applied to each layer and head separately.
+      tokens: which of the chain's layers and head to train; all of them if None.
 
     Raises:
-      ValueError: `chain` is no chain of the bank, it does not go through one of the tokens,
-        num_steps is below 0.
+      ValueError: `chain` is not a chain of the bank, `tokens` are not in it, or num_steps is
+        below 0.
     """
     bank = problem.bank
     checked = chain_lib.validate(np.asarray(chain), bank.num_layers, bank.num_heads)
@@ -162,8 +162,8 @@ def train_on(
 ) -> State:
     """Take one gradient step on each chain in turn, each on its own minibatch. Works under `jit`.
 
-    The versions of a chain's layers and head rise by one with each. Rows of -1 hold no chain and
-    change nothing.
+    Each step raises the versions of the chain's layers and head by one. Rows of -1 hold no chain
+    and change nothing.
 
     Args:
       key: for minibatches.
@@ -246,7 +246,7 @@ def _update(
     group: LayerGroup,
     optimizer: optax.GradientTransformation,
 ) -> tuple[PyTree, PyTree]:
-    """New params and optimizer state `[n, ...]` of a group: of trained members with finite params."""
+    """Params and optimizer state `[n, ...]` of a group; unchanged if untrained or not finite."""
     module: Any = group.module
 
     def update(params: PyTree, gradient: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree]:

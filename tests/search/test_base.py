@@ -79,7 +79,7 @@ def test_an_unknown_argument_is_named(problem):
         (jc.run_many, jax.random.split(jax.random.key(0), 2)),
     ):
         with pytest.raises(TypeError, match="budgt"):
-            run(keys, jc.RandomSearch(), problem, budgt=1)
+            inspect.unwrap(run)(keys, jc.RandomSearch(), problem, budgt=1)
 
 
 def test_flags_of_a_search_are_false_unless_it_sets_them():
