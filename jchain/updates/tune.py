@@ -1,6 +1,7 @@
-"""Gradient steps on the weights of chains of a bank: on their layers and heads, and on nothing else of it.
+"""Gradient steps on the weights of chains of a bank: on their layers and heads only.
 
-Every layer and head has an optimizer state of its own, so a layer that no chain goes through stays as it is, to the bit.
+Every layer and head has its own optimizer state, so a layer that no chain uses stays unchanged, to
+the bit.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from jchain import chain as chain_lib
 from jchain._typing import Array, Bool, Float, Int, Key, PyTree
@@ -36,14 +38,15 @@ class State(NamedTuple):
 def training_cost(
     num_layers: int | Int[np.ndarray, "*P"], num_train: int, num_examples: int, num_steps: int = 1
 ) -> int:
-    """What gradient steps on chains cost, in layer calls on a split of `num_examples`, rounded up.
+    """Return the cost of gradient steps, in layer calls on `num_examples` examples, rounded up.
 
-    A step applies each layer once to a minibatch of 128 examples, and takes the gradients of its input and of its weights,
-    which count as one call each. A layer that stands in a chain twice counts twice.
+    A step applies each layer once to a minibatch of 128 examples, and takes the gradients of its
+    input and of its weights, which count as one call each. A layer that stands in a chain twice
+    counts twice.
 
     Args:
       num_layers: of the chain, or of each of several.
-      num_train: examples of the split to train on; where they are fewer, all are in each minibatch.
+      num_train: examples of the split to train on; if fewer than 128, all are in each minibatch.
       num_examples: of the split whose layer calls are the unit.
       num_steps: on each chain.
     """
@@ -54,29 +57,33 @@ def training_cost(
 def tune_chain(
     key: Key[Array, ""],
     problem: Problem,
-    chain: Int[Array, "L"] | Any,
+    chain: Int[ArrayLike, "L"],
     *,
     num_steps: int = 100,
     optimizer: optax.GradientTransformation = OPTIMIZER,
     tokens: Sequence[int] | None = None,
 ) -> Bank:
-    """The bank after gradient steps on one chain: its layers and head have new weights, versions and origins, the others stay.
+    """Return the bank after gradient steps on one chain.
 
-    A step that would make weights of a layer infinite or nan is not taken for it. Banks of half precision are trained in float32
-    and rounded once, at the end.
+    The layers and the head of the chain get new weights, versions, and origins; the rest is kept.
 
-    Each step takes a random minibatch of 128 examples. A layer that stands in the chain twice is one layer, of two gradients.
+    A layer skips a step that would make its weights infinite or nan. Banks of half precision are
+    trained in float32 and rounded once, at the end.
+
+    Each step takes a random minibatch of 128 examples. The gradients of a layer that
+    occurs twice in the chain are added.
 
     Args:
       key: for minibatches.
       problem: bank, the split to train on, loss.
       chain: tokens, `[L]`.
       num_steps: gradient steps.
-      optimizer: any optax transformation, applied to each layer and head apart.
-      tokens: which of the chain's layers and head to train; all of them when None.
+      optimizer: any optax transformation, applied to each layer and head separately.
+      tokens: which of the chain's layers and head to train; all of them if None.
 
     Raises:
-      ValueError: `chain` is no chain of the bank, it does not go through one of the tokens, num_steps is below 0.
+      ValueError: `chain` is not a chain of the bank, `tokens` are not in it, or num_steps is
+        below 0.
     """
     bank = problem.bank
     checked = chain_lib.validate(np.asarray(chain), bank.num_layers, bank.num_heads)
@@ -84,11 +91,13 @@ def tune_chain(
     tuned = list(dict.fromkeys([*route, head] if tokens is None else tokens))
     if num_steps < 0 or not set(tuned) <= {*route, head}:
         raise ValueError(
-            f"expected num_steps of at least 0 and tokens of the chain {[*route, head]}, got {num_steps} and {tuned}"
+            f"expected num_steps of at least 0 and tokens of the chain {[*route, head]}, "
+            f"got {num_steps} and {tuned}"
         )
     if num_steps == 0 or not tuned:
         return bank
-    # Without the rest of the bank, whose gradient is zero. A bank has a layer, so a chain without one keeps the first.
+    # Without the rest of the bank, whose gradient is zero. A bank has a layer, so a chain without
+    # one keeps the first.
     members = [*dict.fromkeys(route or [0]), head]
     small = upcast_bank(bank.take(members[:-1], members[-1:])).without_names()
     path = tuple(members.index(token) for token in (*route, head))
@@ -99,7 +108,7 @@ def tune_chain(
             step_key = jax.random.fold_in(key, t)
             state = _step_path(state, step_key, problem.with_bank(small), path, is_tuned, optimizer)
     else:
-        # One program for all chains of as many different layers, and any number of steps.
+        # One program for all chains with equally many distinct layers, and any number of steps.
         padded = jnp.array([*path, *[chain_lib.PADDING] * (problem.max_layers - len(route))])
         state = _loop(state, key, problem.with_bank(small), padded, is_tuned, optimizer, num_steps)
     return bank.replace(
@@ -115,12 +124,16 @@ def tune_chain(
 
 
 def upcast_bank(bank: Bank) -> Bank:
-    """The bank in float32 where it is of half precision, in which small steps are lost."""
+    """Return the bank with half precision widened to float32: small steps would be lost.
+
+    Args:
+      bank: any bank.
+    """
     wide = jax.tree.map(_upcast, (bank.layers, bank.heads, bank.stem_params))
     return dataclasses.replace(bank, layers=wide[0], heads=wide[1], stem_params=wide[2])
 
 
-def _upcast(leaf: Any) -> Any:
+def _upcast(leaf: Array) -> Array:
     is_half = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
     return leaf.astype(jnp.float32) if is_half else leaf
 
@@ -130,7 +143,12 @@ def _round_as(params: PyTree, like: PyTree) -> PyTree:
 
 
 def start(bank: Bank, optimizer: optax.GradientTransformation) -> State:
-    """A bank before its first step."""
+    """Return a bank before its first step.
+
+    Args:
+      bank: the bank to train.
+      optimizer: any optax transformation.
+    """
     groups = (*bank.layers, *bank.heads)
     return State(bank, tuple(_map_members(optimizer.init, group)(group.params) for group in groups))
 
@@ -142,19 +160,20 @@ def train_on(
     chains: Int[Array, "U L"],
     optimizer: optax.GradientTransformation,
 ) -> State:
-    """One gradient step on each of these chains after the other, each on a minibatch of its own. Works under `jit`.
+    """Take one gradient step on each chain in turn, each on its own minibatch. Works under `jit`.
 
-    The versions of a chain's layers and head rise by one with each. Rows of -1 hold no chain and change nothing.
+    Each step raises the versions of the chain's layers and head by one. Rows of -1 hold no chain
+    and change nothing.
 
     Args:
       key: for minibatches.
       state: bank and optimizer.
-      problem: the split to train on, and the loss; its bank is not looked at.
+      problem: the split to train on, and the loss; its bank is not used.
       chains: tokens, `[U, L]`.
-      optimizer: that of `start`.
+      optimizer: the one passed to `start`.
     """
 
-    def step(state: State, slot: Any) -> tuple[State, None]:
+    def step(state: State, slot: tuple[Array, Array]) -> tuple[State, None]:
         key, chain = slot
         tokens = jnp.arange(state.bank.num_layers + state.bank.num_heads)
         is_trained = (tokens[:, None] == chain[None]).any(axis=1)
@@ -173,21 +192,21 @@ def _step(
     state: State,
     key: Key[Array, ""],
     problem: Problem,
-    path: Any,
+    path: tuple[int, ...] | Array,
     is_trained: Bool[Array, "E"],
     optimizer: optax.GradientTransformation,
 ) -> State:
-    """One gradient step on one chain; of the bank only the layers and heads that are marked change."""
+    """One gradient step on one chain; only the marked layers and heads change."""
     bank, (x, y) = state.bank, problem.data
     rows = jax.random.choice(key, x.shape[0], (min(BATCH_SIZE, x.shape[0]),), replace=False)
     groups = (*bank.layers, *bank.heads)
 
-    def measure(params: tuple[PyTree, ...]) -> Float[Array, ""]:
+    def loss(params: tuple[PyTree, ...]) -> Float[Array, ""]:
         outputs = _apply_path(_with_params(bank, params), path, x[rows])
         return jnp.mean(problem.loss_fn(outputs, y[rows]))
 
     params = tuple(group.params for group in groups)
-    gradients = jax.grad(measure)(params)
+    gradients = jax.grad(loss)(params)
     updated = [
         _update(own, gradient, opt_state, is_trained[np.array(group.tokens)], group, optimizer)
         for group, own, gradient, opt_state in zip(
@@ -210,8 +229,8 @@ def _loop(
     problem: Problem,
     path: Array,
     is_trained: Array,
-    optimizer: Any,
-    num_steps: Any,
+    optimizer: optax.GradientTransformation,
+    num_steps: ArrayLike,
 ) -> State:
     def step(t: Array, state: State) -> State:
         return _step(state, jax.random.fold_in(key, t), problem, path, is_trained, optimizer)
@@ -227,7 +246,7 @@ def _update(
     group: LayerGroup,
     optimizer: optax.GradientTransformation,
 ) -> tuple[PyTree, PyTree]:
-    """Params and optimizer state `[n, ...]` of a group. A member changes that is trained and whose new params are finite."""
+    """Params and optimizer state `[n, ...]` of a group; unchanged if untrained or not finite."""
     module: Any = group.module
 
     def update(params: PyTree, gradient: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree]:
@@ -251,7 +270,7 @@ def _map_members(fn: Callable[..., Any], group: LayerGroup) -> Any:
 
 
 def _with_params(bank: Bank, params: Sequence[PyTree]) -> Bank:
-    """The bank with other params of each group of layers, then of heads."""
+    """The bank with new params, for each group of layers, then of heads."""
     groups = [
         LayerGroup(own, group.module, group.tokens)
         for own, group in zip(params, (*bank.layers, *bank.heads), strict=True)
@@ -260,12 +279,12 @@ def _with_params(bank: Bank, params: Sequence[PyTree]) -> Bank:
     return dataclasses.replace(bank, layers=tuple(groups[:num]), heads=tuple(groups[num:]))
 
 
-def _apply_path(bank: Bank, path: Any, x: Array) -> Array:
-    """Outputs of a chain; of one whose tokens are known, without the branches that hide convolutions from XLA on CPU."""
+def _apply_path(bank: Bank, path: tuple[int, ...] | Array, x: Array) -> Array:
+    """Outputs of a chain. Known tokens avoid branches, which hide convolutions from XLA on CPU."""
     if not isinstance(path, tuple):
         return apply_chain(bank, path, x)
     hidden = bank.embed(x)
     for token in path:
-        group = next(group for group in (*bank.layers, *bank.heads) if token in group.tokens)
-        hidden = group.apply(group.tokens.index(token), hidden)
+        group, member = bank.find(token)
+        hidden = group.apply(member, hidden)
     return hidden

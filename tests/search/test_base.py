@@ -1,4 +1,4 @@
-"""The driver: budget, best so far, curve, finalists, counts."""
+"""The driver: budget, best so far, curve, finalists, counts, and what it refuses."""
 
 import inspect
 from typing import NamedTuple
@@ -57,12 +57,38 @@ def test_curve_best_and_finalists(problem):
     assert (result.layer_calls, result.num_chains, result.num_nonfinite) == (15, 6, 0)
 
 
+class Counting(Scripted):
+    num_traces = 0
+
+    def step(self, key, state, problem):
+        Counting.num_traces += 1
+        return super().step(key, state, problem)
+
+
 def test_all_steps_of_a_run_are_one_program(problem):
-    program = base._compile_advance("cpu")
-    before = program._cache_size()
-    result = jc.run(jax.random.key(0), scripted([[(0, 3.0)], [(1, 2.0)]]), problem, budget=1000)
+    script = scripted([[(0, 3.0)], [(1, 2.0)]])
+    search = pytree_dataclass(Counting)(script.chains, script.loss, script.cost)
+    result = jc.run(jax.random.key(0), search, problem, budget=1000)
     assert len(result.curve.best_loss) == 200
-    assert program._cache_size() == before + 1
+    assert Counting.num_traces == 1
+
+
+def test_an_unknown_argument_is_named(problem):
+    for run, keys in (
+        (jc.run, jax.random.key(0)),
+        (jc.run_many, jax.random.split(jax.random.key(0), 2)),
+    ):
+        with pytest.raises(TypeError, match="budgt"):
+            inspect.unwrap(run)(keys, jc.RandomSearch(), problem, budgt=1)
+
+
+def test_flags_of_a_search_are_false_unless_it_sets_them():
+    flags = base.is_deterministic, base.needs_gradient, base.needs_invertible, base.holds_chains
+    search = scripted([[(0, 3.0)]])
+    for flag in flags:
+        assert not flag(search)
+    assert base.holds_chains(jc.LocalSearch(starts=np.array([[0, 4, -1, -1]])))
+    assert not base.holds_chains(jc.LocalSearch())
 
 
 def test_the_budget_is_never_exceeded(problem):
@@ -96,7 +122,7 @@ def test_a_budget_below_one_step_is_refused(problem):
         jc.run(jax.random.key(0), scripted([[(0, 3.0)]]), problem, budget=0)
 
 
-def test_a_search_that_asks_nothing_more_is_stopped(problem):
+def test_a_search_is_stopped_after_100_zero_cost_steps(problem):
     result = jc.run(jax.random.key(0), scripted([[(0, 3.0)]], cost=0), problem, budget=4)
     assert len(result.curve.best_loss) == 100
     assert result.layer_calls == 0
@@ -135,21 +161,13 @@ def test_best_so_far_never_rises(problem, rows):
     )
 
 
-def test_a_search_that_is_no_pytree_is_refused(problem):
+def test_a_search_that_is_not_a_pytree_is_refused(problem):
     class Plain:
         def init(self, key, problem): ...
         def step(self, key, state, problem): ...
 
     with pytest.raises(ValueError, match=r"expected a search registered as a pytree .* got Plain"):
         jc.run(jax.random.key(0), Plain(), problem, budget=5)
-
-
-def test_the_progress_line_shows_calls_and_loss(problem, capsys):
-    jc.run(jax.random.key(0), scripted([[(0, 3.25)]]), problem, budget=10, progress=True)
-    shown = capsys.readouterr()
-    assert "10 of 10 layer calls" in shown.err
-    assert "best loss 3.2500" in shown.err
-    assert shown.out == ""
 
 
 def test_many_runs_equal_one_after_another(problem):
@@ -168,8 +186,8 @@ def test_many_runs_equal_one_after_another(problem):
         jc.run_many(keys[:0], jc.RandomSearch(), problem, budget=150)
 
 
-def test_a_budget_may_be_as_large_as_a_count(problem):
-    search = scripted([[(0, 3.0)]] * 4, cost=2**30)  # half of all that can be counted
+def test_the_largest_int32_is_a_valid_budget(problem):
+    search = scripted([[(0, 3.0)]] * 4, cost=2**30)  # half of the largest int32
     result = jc.run(jax.random.key(0), search, problem, budget=2**31 - 1)
     assert (result.layer_calls, result.num_chains) == (2**30, 1)
 
@@ -181,10 +199,10 @@ def test_keys_of_another_kind_are_refused(problem):
             run(key, jc.RandomSearch(), problem, budget=150)
 
 
-def test_a_price_that_is_no_number_is_refused(problem):
-    for price in (np.nan, [0.0, 0.0, np.inf, 0.0]):
+def test_a_layer_cost_that_is_not_finite_is_refused(problem):
+    for cost in (np.nan, [0.0, 0.0, np.inf, 0.0]):
         with pytest.raises(ValueError, match="expected a finite layer_cost, got nan or infinity"):
-            jc.Problem(problem.bank, problem.data, 3, layer_cost=price)
+            jc.Problem(problem.bank, problem.data, 3, layer_cost=cost)
 
 
 def test_rows_without_a_chain_are_not_counted(problem):
@@ -195,7 +213,7 @@ def test_rows_without_a_chain_are_not_counted(problem):
     assert (result.num_chains, result.num_nonfinite, len(result.finalists)) == (2, 0, 1)
 
 
-def test_banks_alike_but_for_names_share_a_program(bank, problem):
+def test_banks_that_differ_only_in_names_share_a_program(bank, problem):
     traces = []
 
     def loss_fn(outputs, y):
