@@ -180,7 +180,8 @@ def compare(name: str, gflops: float, *, is_quick: bool) -> list[dict[str, Any]]
 def format_row(row: dict[str, Any]) -> str:
     return (
         f"{row['model']}, {row['population']}: {row['chains']} chains, "
-        f"{row['layer_calls']:,} of {row['unshared_layer_calls']:,} layer calls, {row['seconds']:.2f} s, PyTorch {row['torch_seconds']:.2f} s "
+        f"{row['layer_calls']:,} of {row['unshared_layer_calls']:,} layer calls, "
+        f"{row['seconds']:.2f} s, PyTorch {row['torch_seconds']:.2f} s "
         f"({row['torch_seconds'] / row['seconds']:.2f} times), {row['of_limit']:.0%} of the limit"
     )
 

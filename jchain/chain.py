@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jchain._typing import Array, Bool, Int, Key
 
 PADDING = -1
 
 # Chains that a user gives: an array of integers, or lists of them.
-ChainsLike = Array | np.ndarray | Sequence[object]
+ChainsLike = ArrayLike | Sequence[object]
 
 
 @dataclass(frozen=True)

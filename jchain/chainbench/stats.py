@@ -4,11 +4,10 @@ Agarwal, Schwarzer, Castro, Courville, and Bellemare 2021, arXiv:2108.13264. Sco
 problems by seeds. Lower is better.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jax.typing import ArrayLike
 
 from jchain._typing import Float
 
@@ -22,7 +21,7 @@ class Estimate(NamedTuple):
 
 
 def iqm(
-    scores: Float[np.ndarray, "M S"] | ArrayLike, *, seed: int = 0, num_resamples: int = 2000
+    scores: Float[np.ndarray, "M S"] | Sequence[object], *, seed: int = 0, num_resamples: int = 2000
 ) -> Estimate:
     """Interquartile mean: the mean of the middle half of all scores.
 
@@ -47,8 +46,8 @@ def iqm(
 
 
 def probability_of_improvement(
-    scores: Float[np.ndarray, "M S"] | ArrayLike,
-    others: Float[np.ndarray, "M R"] | ArrayLike,
+    scores: Float[np.ndarray, "M S"] | Sequence[object],
+    others: Float[np.ndarray, "M R"] | Sequence[object],
     *,
     seed: int = 0,
     num_resamples: int = 2000,
@@ -87,7 +86,7 @@ def probability_of_improvement(
     return _bootstrap((*scores, *others), statistic, seed, num_resamples)
 
 
-def _check(scores: ArrayLike) -> np.ndarray:
+def _check(scores: np.ndarray | Sequence[object]) -> np.ndarray:
     scores = np.asarray(scores, np.float64)
     if scores.ndim != 2 or scores.size == 0:
         raise ValueError(f"expected scores of shape [M, S], at least one, got {list(scores.shape)}")

@@ -3,7 +3,6 @@
 `jchain.engine.plans` chooses how the calls are made.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -11,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 from jchain import chain as chain_lib
 from jchain._typing import Array, Float, Int, Shaped
 from jchain.bank import Bank
+from jchain.chain import ChainsLike
 from jchain.engine.backend import default_memory_limit, find_backend
 from jchain.engine.layer_calls import apply_token
 from jchain.engine.plans import Plan
@@ -23,9 +23,6 @@ from jchain.engine.population import Evaluation, Options, cast, evaluate_populat
 from jchain.engine.prefix_sharing import count_calls
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
-
-# Tokens of one chain `[L]` or of several `[P, L]`.
-Tokens = ArrayLike | Sequence[int] | Sequence[Sequence[int]]
 
 _MAX_CHAINS = 2**22
 _DTYPES = (jnp.bfloat16, jnp.float32)
@@ -52,7 +49,7 @@ class Explanation(NamedTuple):
         )
 
 
-def apply_chain(bank: Bank, chain: Tokens, x: Shaped[Array, "B ..."]) -> Float[Array, "B ..."]:
+def apply_chain(bank: Bank, chain: ChainsLike, x: Shaped[Array, "B ..."]) -> Float[Array, "B ..."]:
     """Apply one chain to one batch: stem, layers in order, head.
 
     This is the plain definition of a chain, with one branch per slot.
@@ -85,7 +82,7 @@ def apply_chain(bank: Bank, chain: Tokens, x: Shaped[Array, "B ..."]) -> Float[A
 
 def evaluate(
     problem: Problem,
-    chains: Tokens,
+    chains: ChainsLike,
     *,
     dtype: DTypeLike | None = None,
     memory_limit: int | None = None,
@@ -156,7 +153,7 @@ def evaluate_all(
 
 def evaluate_prefixes(
     problem: Problem,
-    chains: Tokens,
+    chains: ChainsLike,
     *,
     dtype: DTypeLike | None = None,
     memory_limit: int | None = None,
@@ -203,7 +200,7 @@ def evaluate_prefixes(
 
 def explain(
     problem: Problem,
-    chains: Tokens,
+    chains: ChainsLike,
     *,
     dtype: DTypeLike | None = None,
     memory_limit: int | None = None,
@@ -244,7 +241,7 @@ def explain(
 
 def _prepare(
     problem: Problem,
-    chains: Tokens,
+    chains: ChainsLike,
     dtype: DTypeLike | None,
     memory_limit: int | None,
     mesh: Mesh | None,
@@ -255,7 +252,7 @@ def _prepare(
     return _place(problem, tokens, dtype, memory_limit, mesh, plan)
 
 
-def _check_chains(problem: Problem, chains: Tokens) -> Array | np.ndarray:
+def _check_chains(problem: Problem, chains: ChainsLike) -> Array | np.ndarray:
     """The chains as an array; their shape is checked, and their values unless they are traced."""
     tokens = problem.space.validate(chains) if is_concrete(chains) else jnp.asarray(chains)
     shape = tokens.shape
