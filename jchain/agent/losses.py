@@ -117,14 +117,17 @@ def vtrace_loss(
 ) -> Losses:
     """V-trace actor-critic, for chains that an earlier policy sampled.
 
-    Espeholt et al. 2018, arXiv:1802.01561, equation 1. With `rho_t = min(1, pi(a_t) /
-    pi_old(a_t))`, from the last step backward,
+    Espeholt et al. 2018, arXiv:1802.01561, equation 1. With `ratio_t = pi(a_t) / pi_old(a_t)`, from
+    the last step backward,
 
-        error_t = rho_t * (r_t + discount_t * v_{t+1} - v_t) + lambda * rho_t * discount_t *
-        error_{t+1} adv_t   = rho_t * (r_t + discount_t * (v_{t+1} + lambda * error_{t+1}) - v_t)
-        actor  = -mean_t w_t * adv_t * log pi(a_t) critic = mean_t w_t * 1/2 * error_t^2
+        rho_t   = min(1, ratio_t)
+        error_t = rho_t * (r_t + discount_t * (v_{t+1} + lambda * error_{t+1}) - v_t)
+        adv_t   = error_t
+        actor  = -mean_t w_t * adv_t * log pi(a_t)
+        critic = mean_t w_t * 1/2 * error_t^2
 
-    No gradient flows through `rho_t` and `adv_t`, nor through the target `error_t + v_t`.
+    The advantage equals the error because both clip the ratio at 1. No gradient flows through
+    `rho_t` and `adv_t`, nor through the target `error_t + v_t`.
 
     Args:
       logits: of the policy now, before each token, `[L, N + K]`.

@@ -5,9 +5,9 @@ the lowest loss among the chains that start with it. An actor-critic is trained 
 problems in turn.
 """
 
-from collections.abc import Sequence
-from functools import partial
-from typing import NamedTuple, Protocol, Self
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jchain._typing import Array, Float, Int, Key, PyTree, Shaped
 from jchain.agent.critic import Critic, Network, make_inputs
 from jchain.agent.observations import log_loss, lowest, observe
 from jchain.chain import ChainSpace
-from jchain.engine.backend import jit_for_problem
+from jchain.engine.backend import compiler_options, find_backend, jit_for_problem
 from jchain.engine.layer_calls import apply_all
 from jchain.problem import Problem
 
@@ -47,6 +47,7 @@ class PrefixLevel(NamedTuple):
     best: Float[Array, "V"]  # [V], log of the lowest loss of all chains with this prefix
 
 
+@runtime_checkable
 class AgentState(Protocol):
     """A NamedTuple with at least these fields."""
 
@@ -56,9 +57,10 @@ class AgentState(Protocol):
     @property
     def opt_state(self) -> PyTree: ...
 
-    def _replace(self, **changes: PyTree) -> Self: ...
+    def _replace(self, **changes: PyTree) -> "AgentState": ...
 
 
+@runtime_checkable
 class Agent(Protocol):
     """A search that trains params, such as `jchain.ActorCritic`."""
 
@@ -208,7 +210,8 @@ def pretrain_agent(
     init_key, *keys = jax.random.split(key, 1 + len(problems))
     learner = _init_learner(init_key, agent, problems[0].without_names())
     for run_key, problem in zip(keys, problems, strict=True):
-        learner = _train_agent(run_key, agent, learner, problem, num_steps=num_steps)
+        train = _compile_train_agent(find_backend(problem))
+        learner = train(run_key, agent, learner, problem.without_names(), num_steps=num_steps)
     return learner.params
 
 
@@ -223,7 +226,13 @@ def _init_learner(key: Key[Array, ""], agent: Agent, problem: Problem) -> _Learn
     return _Learner(state.params, state.opt_state)
 
 
-@jit_for_problem(static_argnames=("num_steps",))
+@cache
+def _compile_train_agent(backend: str) -> Callable[..., _Learner]:
+    # Not `jit_for_problem`, which leaves the compiler options out if keys are vmapped: other bits.
+    options = compiler_options(backend)
+    return jax.jit(_train_agent, static_argnames="num_steps", compiler_options=options)
+
+
 def _train_agent(
     key: Key[Array, ""], agent: Agent, learner: _Learner, problem: Problem, *, num_steps: int
 ) -> _Learner:

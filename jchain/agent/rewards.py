@@ -9,9 +9,10 @@ from jchain.agent.observations import log_loss
 def rank_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
     """Rank the chains of a step: 1 for the lowest loss, -1 for the highest.
 
-    Equal losses get equal rewards. Losses of a bank span orders of magnitude, and near the optimum differences are far smaller than
-    their spread. Ranks resolve both (rank-based shaping, Wierstra et al. 2014, JMLR 15). They
-    depend on the other chains of the step, so a critic that is trained on them has no unit.
+    Equal losses get equal rewards. Losses of a bank span orders of magnitude, and near the optimum
+    differences are far smaller than their spread. Ranks resolve both (rank-based shaping, Wierstra
+    et al. 2014, JMLR 15). They depend on the other chains of the step, so a critic that is trained
+    on them has no unit.
 
     Args:
       loss: of at least two chains, `[P]`; +inf ranks last.

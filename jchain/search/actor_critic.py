@@ -1,11 +1,8 @@
 """Actor-critic over prefixes: PPO, imitation of the best chains, and restarts from their prefixes.
 
-PPO with lambda returns: Schulman et al. 2017, arXiv:1707.06347. Imitation: priority queue training,
-Abolafia et al.
-  2018, arXiv:1801.03526.
-Restarts: return to good states, then explore, Ecoffet et al. 2021, arXiv:2004.12919. The losses and
-  their equations are in
-`jchain.agent.losses`.
+PPO with lambda returns: Schulman et al. 2017, arXiv:1707.06347. Imitation is priority queue training:
+Abolafia et al. 2018, arXiv:1801.03526. Restarts return to good states, then explore: Ecoffet et al.
+2021, arXiv:2004.12919. The losses and their equations are in `jchain.agent.losses`.
 
 One step samples chains from the policy, scores them together, so that shared prefixes are charged
 once, and updates the network a few times on them and on the best chains so far. With replay,
@@ -175,6 +172,7 @@ class ActorCritic:
         """Sample chains, score them, and update the policy on them for several epochs (PPO)."""
         inputs, edit_calls = self._update_inputs(state, problem)
         policy = Policy(ActorCriticNetwork(self.encoding), state.params, inputs)
+        # The one question whether replay is on. Without it the rollout gets the whole key.
         is_replaying = state.replay_buffer is not None
         rollout_key, replay_key = jax.random.split(key) if is_replaying else (key, key)
 
@@ -184,6 +182,7 @@ class ActorCritic:
         replay_buffer, batch = self._replay(replay_key, state.replay_buffer, rollout)
         rewards = self.reward_fn(batch.loss)
 
+        # The batch, its old log-probabilities and the elite stay the same in all epochs.
         def loss_fn(params: PyTree) -> Float[Array, ""]:
             now = dataclasses.replace(policy, params=params)
             policy_loss = self._policy_loss(now, batch, rewards, problem, is_replaying)
@@ -254,8 +253,8 @@ class ActorCritic:
             cache, loss, layer_calls = score_cache.evaluate_cached(cache, problem, scored)
         observe_one = partial(observations.observe_chain, self.encoding.observe, problem)
         features = jax.vmap(observe_one)(scored)
-        none = empty_pool(self.num_elites, problem)
-        elite = merge(none, rows, jnp.where(is_there, loss, jnp.inf))
+        loss = jnp.where(is_there, loss, jnp.inf)
+        elite = merge(empty_pool(self.num_elites, problem), rows, loss)
         replay_buffer = state.replay_buffer
         if replay_buffer is not None:
             replay_buffer = self._init_replay_buffer(problem, features[0, 0])
@@ -359,6 +358,7 @@ class ActorCritic:
         return jax.vmap(evaluate_one)(chains)
 
     def _optimizer(self) -> optax.GradientTransformation:
+        """Adam; the norm of a gradient is at most 1, which bounds the effect of one bad batch."""
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(self.learning_rate))
 
 

@@ -59,8 +59,8 @@ class QLearning:
         sizes = (self.num_chains, self.num_replays)
         if min(sizes) < 1 or self.replay_size < self.num_chains:
             raise ValueError(
-                "expected num_chains of at least 1, num_replays of at least 1, and a replay_size of "
-                f"at least num_chains, got {sizes[0]}, {sizes[1]} and {self.replay_size}"
+                "expected num_chains of at least 1, num_replays of at least 1, and a replay_size "
+                f"of at least num_chains, got {sizes[0]}, {sizes[1]} and {self.replay_size}"
             )
 
     @property

@@ -115,7 +115,7 @@ def test_the_actor_points_at_entries_by_their_features(encoding):
 
 
 def test_observed_by_hand_and_joined():
-    """Features, their change from the empty prefix and the number of layers, through two layers with a norm between."""
+    """Features, change from the empty prefix, number of layers: through two layers and a norm."""
     entries = entry_features(make_bank(4, 1))
     _, _, params = init(OBSERVED, entries)
     last = np.array([0.3, -1.0, 2.0])

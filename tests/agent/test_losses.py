@@ -71,7 +71,8 @@ def test_vtrace_by_hand(logits, values, old_log_probs, episode, chosen):
     actor, critic = losses.vtrace_loss(logits, values, old_log_probs, episode, LAMBDA)
     v, clipped = np.asarray(values, np.float64)[:3], np.minimum(np.exp(MOVED), 1.0)
     following, rewards = np.append(v[1:], 0.0), np.array([0.0, 0.0, REWARD])
-    # v_s - V(x_s) = rho_s (r_s + V(x_{s+1}) - V(x_s)) + lambda c_s (v_{s+1} - V(x_{s+1})), arXiv:1802.01561 (1)
+    # arXiv:1802.01561 (1): v_s - V(x_s) =
+    #   rho_s (r_s + V(x_{s+1}) - V(x_s)) + lambda c_s (v_{s+1} - V(x_{s+1}))
     error = np.zeros(4)
     for t in (2, 1, 0):
         error[t] = clipped[t] * (rewards[t] + following[t] - v[t])
@@ -108,7 +109,7 @@ def test_slots_after_the_head_change_no_loss(logits, values, old_log_probs, epis
 
 
 def test_no_gradient_flows_through_targets(logits, values, old_log_probs, episode):
-    """The critic's gradient is minus its error over the slots, and the actor has none by the values."""
+    """The gradient by the values is minus the error over L for the critic, 0 for the actor."""
     for loss_fn in (
         lambda v: losses.ppo_loss(logits, v, old_log_probs, episode, LAMBDA, CLIP),
         lambda v: losses.vtrace_loss(logits, v, old_log_probs, episode, LAMBDA),

@@ -100,7 +100,7 @@ def test_the_scale_of_losses_is_monotone_and_a_log_above_its_unit():
 
 
 def test_sketches_in_plain_numpy(problem):
-    """Class means over the root mean square, each number added to its place with its sign; then the log of the scale."""
+    """Class means over the root mean square, added up by place and sign; then the log scale."""
     hidden = jax.random.normal(jax.random.key(0), (9, 5))
     heads = problem.bank.heads[0].params["Dense_0"]
     y = np.asarray(problem.data.y)

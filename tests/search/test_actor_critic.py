@@ -122,9 +122,10 @@ def test_value_by_hand(agent, problem):
 
 @pytest.mark.slow
 def test_the_critic_learns_the_value_of_its_policy(problem):
-    """With rewards of a fixed scale and a policy that hardly changes, it is the mean reward of its chains."""
+    """If the policy hardly changes, the value is the mean reward of its chains (a fixed scale)."""
     search = jc.ActorCritic(
-        num_chains=64, learning_rate=1e-2, imitation_weight=0.0, restart_rate=0.0, lambda_=1.0, entropy_weight=50.0,
+        num_chains=64, learning_rate=1e-2, imitation_weight=0.0, restart_rate=0.0, lambda_=1.0,
+        entropy_weight=50.0,
         reward_fn=jc.agent.rewards.log_rewards, num_replays=16,
     )  # fmt: skip
     state, step = search.init(jax.random.key(0), problem), jax.jit(search.step)
@@ -203,7 +204,7 @@ OBSERVING = jc.JointEncoding(
 
 @pytest.mark.slow
 def test_observed_features_are_kept_with_chains(problem):
-    """Those of sampled, replayed and best chains equal new observations, so updates use what the policy used."""
+    """They equal new observations of the sampled, replayed and best chains."""
     search = jc.ActorCritic(
         encoding=OBSERVING, num_chains=6, num_replays=4, replay_size=8, restart_rate=0.5
     )

@@ -11,8 +11,8 @@ def test_one_update_by_hand(problem):
     values = jnp.zeros((4, 5, 6)).at[1, 2].set(jnp.array([0.0, 3, 0, 0, 1, 0]))
     chain = jnp.array([2, 4, -1, -1], jnp.int32)
     new = update(values, chain, jnp.array(-2.0), jnp.array(0.5), problem)
-    # The first token moves half way to the best value of the next state, 3; the head half way to the
-    # reward: 1 + (-2 - 1) / 2.
+    # The first token moves half way to the best value of the next state, 3; the head half way to
+    # the reward: 1 + (-2 - 1) / 2.
     expected = values.at[0, 4, 2].set(1.5).at[1, 2, 4].set(-0.5)
     np.testing.assert_allclose(new, expected)
 
