@@ -123,3 +123,20 @@ def evaluate_actions(
     after = jnp.concatenate([features[1:], features[-1:]])
     slots = (jnp.arange(chain.shape[0]), chain, after)
     return jax.lax.scan(act, policy.init_carry(features[0]), slots)[1]
+
+
+def cast_params(given: PyTree, like: PyTree) -> PyTree:
+    """Given params, cast to the dtypes of others.
+
+    Raises:
+      ValueError: structure or shapes differ, so they are of another network.
+    """
+    shapes = [
+        [jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]]
+        for tree in (given, like)
+    ]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"expected params of the network of this encoding, {shapes[1]}, got {shapes[0]}"
+        )
+    return jax.tree.map(lambda leaf, fresh: jnp.asarray(leaf, fresh.dtype), given, like)

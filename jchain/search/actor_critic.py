@@ -1,8 +1,8 @@
 """Actor-critic over prefixes: PPO, imitation of the best chains, and restarts from their prefixes.
 
-PPO with lambda returns: Schulman et al. 2017, arXiv:1707.06347. Imitation is priority queue training:
-Abolafia et al. 2018, arXiv:1801.03526. Restarts return to good states, then explore: Ecoffet et al.
-2021, arXiv:2004.12919. The losses and their equations are in `jchain.agent.losses`.
+PPO with lambda returns: Schulman et al. 2017, arXiv:1707.06347. Imitation is priority queue
+training: Abolafia et al. 2018, arXiv:1801.03526. Restarts return to good states, then explore:
+Ecoffet et al. 2021, arXiv:2004.12919. The losses and their equations are in `jchain.agent.losses`.
 
 One step samples chains from the policy, scores them together, so that shared prefixes are charged
 once, and updates the network a few times on them and on the best chains so far. With replay,
@@ -29,7 +29,14 @@ from jchain.agent.edit_features import (
     update_edit_features,
 )
 from jchain.agent.encoding import ActorCriticNetwork, Encoding, TokenEncoding, entry_features
-from jchain.agent.policy import EDIT_WEIGHTS, NETWORK, NetworkInputs, Policy, evaluate_actions
+from jchain.agent.policy import (
+    EDIT_WEIGHTS,
+    NETWORK,
+    NetworkInputs,
+    Policy,
+    cast_params,
+    evaluate_actions,
+)
 from jchain.agent.replay_buffer import ReplayBuffer, empty_replay_buffer
 from jchain.agent.rewards import rank_rewards
 from jchain.agent.rollout import Rollout, sample_chain, sample_prefix
@@ -157,14 +164,16 @@ class ActorCritic:
             params[EDIT_WEIGHTS] = init_edit_weights()
         if self.params is not None:
             params = cast_params(self.params, params)
-        elite = empty_pool(self.num_elites, problem)
+        elite, replay_buffer = empty_pool(self.num_elites, problem), None
+        if self.num_replays > 0:
+            replay_buffer = empty_replay_buffer(self.replay_size, problem, root_features)
         return State(
             params,
             self._optimizer().init(params),
             inputs,
             elite,
             score_cache.init(problem) if observe is None else None,
-            self._init_replay_buffer(problem, root_features) if self.num_replays > 0 else None,
+            replay_buffer,
             jnp.zeros((*elite.chains.shape, *root.shape), root.dtype),
         )
 
@@ -257,7 +266,7 @@ class ActorCritic:
         elite = merge(empty_pool(self.num_elites, problem), rows, loss)
         replay_buffer = state.replay_buffer
         if replay_buffer is not None:
-            replay_buffer = self._init_replay_buffer(problem, features[0, 0])
+            replay_buffer = empty_replay_buffer(self.replay_size, problem, features[0, 0])
         refreshed = state._replace(
             inputs=self._init_inputs(problem),
             elite=elite,
@@ -282,11 +291,6 @@ class ActorCritic:
             edit_features, problem, state.elite.chains[0], self.score_kind
         )
         return state.inputs._replace(edit_features=edit_features), layer_calls
-
-    def _init_replay_buffer(
-        self, problem: Problem, prefix_features: Float[Array, "F"]
-    ) -> ReplayBuffer:
-        return empty_replay_buffer(self.replay_size, problem, prefix_features)
 
     def _sample_rollout(
         self, key: Key[Array, ""], policy: Policy, elite: Pool, problem: Problem
@@ -390,20 +394,3 @@ def gather_features(
     """Features of the best chains, all of which are among `chains`."""
     is_same = (elite.chains[:, None] == chains[None]).all(axis=-1)
     return features[jnp.argmax(is_same, axis=1)]
-
-
-def cast_params(given: PyTree, like: PyTree) -> PyTree:
-    """Given params, cast to the dtypes of others.
-
-    Raises:
-      ValueError: structure or shapes differ, so they are of another network.
-    """
-    shapes = [
-        [jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]]
-        for tree in (given, like)
-    ]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"expected params of the network of this encoding, {shapes[1]}, got {shapes[0]}"
-        )
-    return jax.tree.map(lambda leaf, fresh: jnp.asarray(leaf, fresh.dtype), given, like)
