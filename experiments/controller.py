@@ -72,9 +72,9 @@ def main() -> None:
         for i in range(count)
         for kind in KINDS
     ]
-    lessons = study_all(cases, args.workers)
-    print(f"{len(lessons)} banks studied in {time.perf_counter() - start:.0f} s", flush=True)
-    critics = {unseen: train(lessons, unseen) for unseen in ("", *KINDS)}
+    sets = make_training_sets(cases, args.workers)
+    print(f"{len(sets)} training sets in {time.perf_counter() - start:.0f} s", flush=True)
+    critics = {unseen: train(sets, unseen) for unseen in ("", *KINDS)}
     with make_pool(args.workers) as pool:
         tasks = {
             name: pool.submit(measure_all, name, critics, args.folder, names, seeds)
@@ -126,26 +126,28 @@ CONTESTANTS: dict[str, Any] = {
 }
 
 
-def study_all(cases: list[Case], workers: int) -> dict[Case, jc.agent.pretrain.Lesson]:
-    """What there is to learn from each bank."""
+def make_training_sets(
+    cases: list[Case], workers: int
+) -> dict[Case, jc.agent.pretrain.TrainingSet]:
+    """The training set of each bank."""
     with make_pool(workers) as pool:
         # Neighbors in the list share compiled programs.
         return dict(
             zip(
                 cases,
-                pool.map(study, cases, chunksize=max(1, len(cases) // (8 * workers))),
+                pool.map(make_training_set, cases, chunksize=max(1, len(cases) // (8 * workers))),
                 strict=True,
             )
         )
 
 
-def study(case: Case) -> jc.agent.pretrain.Lesson:
+def make_training_set(case: Case) -> jc.agent.pretrain.TrainingSet:
     def make() -> dict[str, Any]:
-        lesson = jc.agent.pretrain.study(make_problem(*case))
-        return {**lesson._asdict(), "sizes": np.array(lesson.sizes)}
+        examples = jc.agent.pretrain.make_training_set(make_problem(*case))
+        return {**examples._asdict(), "sizes": np.array(examples.sizes)}
 
-    arrays = keep((study, make_problem), "-".join(map(str, case)), case, make)
-    return jc.agent.pretrain.Lesson(
+    arrays = keep((make_training_set, make_problem), "-".join(map(str, case)), case, make)
+    return jc.agent.pretrain.TrainingSet(
         arrays["inputs"], arrays["stop"], arrays["best"], tuple(map(int, arrays["sizes"]))
     )
 
@@ -180,10 +182,10 @@ def make_problem(data_name: str, kind: str, seed: int) -> jc.Problem:
     return jc.Problem(bank, jc.Batch(jnp.asarray(search_x), data.search.y), max_layers=4)
 
 
-def train(lessons: dict[Case, jc.agent.pretrain.Lesson], unseen: str) -> jc.Critic:
+def train(sets: dict[Case, jc.agent.pretrain.TrainingSet], unseen: str) -> jc.Critic:
     """A critic of all banks but those of one kind."""
     return jc.pretrain_critic(
-        jax.random.key(0), [lesson for (_, kind, _), lesson in lessons.items() if kind != unseen]
+        jax.random.key(0), [examples for (_, kind, _), examples in sets.items() if kind != unseen]
     )
 
 

@@ -366,10 +366,10 @@ def regress(agent: jc.ActorCritic, mine: list[Bank], banks: list[Bank]) -> dict[
             )
     found: dict[str, Any] = {"held out": [], "unseen": []}
     for j, bank in enumerate((*banks, *mine)):
-        sight = begin_state(keys[0], agent, bank.problem).sight
+        inputs = begin_state(keys[0], agent, bank.problem).inputs
         values = jax.vmap(
-            lambda s, bank=bank, sight=sight: find_value(
-                s._replace(sight=sight), agent, bank.problem, jnp.asarray(chains)
+            lambda s, bank=bank, inputs=inputs: find_value(
+                s._replace(inputs=inputs), agent, bank.problem, jnp.asarray(chains)
             )
         )(states)
         rows = is_out if j < len(banks) else np.ones_like(is_out)
@@ -380,7 +380,7 @@ def regress(agent: jc.ActorCritic, mine: list[Bank], banks: list[Bank]) -> dict[
 
 @jax.jit
 def begin_state(key: Any, agent: jc.ActorCritic, problem: jc.Problem) -> Any:
-    return agent.init(key, problem)._replace(memo=None)
+    return agent.init(key, problem)._replace(cache=None)
 
 
 @jax.jit
@@ -399,7 +399,7 @@ def fit(
     known: Any,
 ) -> Any:
     """Some steps of least squares on the prefixes of one bank."""
-    state = state._replace(sight=agent.init(key, problem).sight)
+    state = state._replace(inputs=agent.init(key, problem).inputs)
 
     def step(carry: Any, key: Any) -> tuple[Any, None]:
         params, optimizer_state = carry

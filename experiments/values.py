@@ -317,8 +317,8 @@ def read(search: Any, state: Any) -> Any:
             "dwi,di->dw", prefixes.inputs, state.weights
         )
     if isinstance(search, jc.QLearning):
-        return state._replace(chains=None, reward=None, memo=None)
-    return state._replace(opt_state=None, elite=None, memo=None, replay=None)
+        return state._replace(chains=None, reward=None, cache=None)
+    return state._replace(opt_state=None, elite=None, cache=None, replay_buffer=None)
 
 
 def run_control(search: Any, solved: Any, seeds: int) -> np.ndarray:
