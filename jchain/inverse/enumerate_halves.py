@@ -1,7 +1,8 @@
-"""Enumerate every sequence of a given number of layers on one batch, and sketch the activations of each.
+"""Enumerate every sequence of a given number of layers on one batch, and sketch the activations of
+each.
 
-A sketch is a random projection of the activations. Layers act on examples independently, so all prefixes of one length form
-one batch, and each layer is applied to all of them at once.
+A sketch is a random projection of the activations. Layers act on examples independently, so all
+prefixes of one length form one batch, and each layer is applied to all of them at once.
 """
 
 from functools import partial
@@ -16,7 +17,8 @@ from jchain._typing import Array, Float, Int
 from jchain.engine.layer_calls import apply_all, apply_token
 from jchain.groups import LayerGroup
 
-# Largest tree level, in numbers, that is kept in memory as one batch: larger ones fall out of the cache.
+# Largest tree level, in numbers, that is kept in memory as one batch: larger ones fall out of the
+# cache.
 _MAX_LEVEL = 2**21
 # Seed of the projection. Constant, so that a search finds the same chains in every process.
 _SKETCH_SEED = 0
@@ -46,7 +48,8 @@ class Half(NamedTuple):
 
 
 def make_projection(num_features: int, num_sketch: int, dtype: DTypeLike) -> Float[Array, "F S"]:
-    """Make a random projection with orthonormal columns; the identity if a sketch can hold all features.
+    """Make a random projection with orthonormal columns; the identity if a sketch can hold all
+    features.
 
     Args:
       num_features: numbers in the activations of all examples, F.
@@ -98,7 +101,8 @@ def _sketch(
 
 
 def _count_batched_levels(num_features: int, num_tokens: int, num_layers: int) -> int:
-    """The number of tree levels small enough to be one batch; deeper levels loop over the next layer."""
+    """The number of tree levels small enough to be one batch; deeper levels loop over the next
+    layer."""
     num_batched = 0
     while num_batched < num_layers and num_features * num_tokens ** (num_batched + 1) <= _MAX_LEVEL:
         num_batched += 1
@@ -128,8 +132,8 @@ def decode_sequences(half: Half, rows: Int[np.ndarray, "K"]) -> Int[np.ndarray, 
     """
     base, depth = half.num_tokens, half.num_layers
     num_batched = _count_batched_levels(half.hidden.size, base, depth)
-    # Each batched level puts its layer in front as the most significant digit. The loops over later levels then put theirs
-    # in front of all of these, the first loop outermost.
+    # Each batched level puts its layer in front as the most significant digit. The loops over later
+    # levels then put theirs in front of all of these, the first loop outermost.
     digits = (
         np.array(np.unravel_index(rows, (base,) * depth)).reshape(depth, -1)
         if depth

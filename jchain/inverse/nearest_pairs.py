@@ -1,8 +1,9 @@
 """Find the nearest pairs of rows of two tables of sketches.
 
-`match_all` compares all pairs by matrix products; `match_cells` compares only pairs that share a cell of a random grid
-(locality-sensitive hashing). Each takes two tables `[M, S]` and `[Q, S]`, the number of pairs wanted, and the error: the root
-mean square difference, per number of a sketch, of rows that belong together. Each returns `Pairs`, nearest first.
+`match_all` compares all pairs by matrix products; `match_cells` compares only pairs that share a
+cell of a random grid (locality-sensitive hashing). Each takes two tables `[M, S]` and `[Q, S]`, the
+number of pairs wanted, and the error: the root mean square difference, per number of a sketch, of
+rows that belong together. Each returns `Pairs`, nearest first.
 """
 
 import math
@@ -20,7 +21,8 @@ from jchain._typing import Array, Float, Int, Shaped
 _ROWS, _COLUMNS = 1024, 2048
 # Relative tolerance of a distance limit; slack of squared lengths, in units of machine epsilon.
 _ROUNDING, _SLACK = 1e-3, 8
-# Cell widths to choose from, in units of the error; the largest probability of missing a pair; pairs compared at once.
+# Cell widths to choose from, in units of the error; the largest probability of missing a pair;
+# pairs compared at once.
 _WIDTHS, _MAX_MISS, _BATCH = (2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0), 0.02, 2**18
 # Seconds on two cores: `match_all` per pair; `match_cells` per row and per pair that shares a cell.
 _PAIR_SECONDS, _ROW_SECONDS, _COLLISION_SECONDS = 5e-10, 1e-6, 1.5e-7
@@ -47,7 +49,8 @@ def match_finite(
     num_pairs: int,
     error: float,
 ) -> Pairs:
-    """Apply a matching function to the rows with finite squared length. This adds a cost of `O((M + Q) S)`.
+    """Apply a matching function to the rows with finite squared length. This adds a cost of `O((M +
+    Q) S)`.
 
     Args:
       match_fn: `match_all`, `match_cells`, or a function with the same signature.
@@ -79,8 +82,8 @@ def match_all(
 ) -> Pairs:
     """Find the nearest of all pairs, exactly up to rounding.
 
-    Time `O(M Q S)`: one blocked pass over all distances, and a second one over the rows and columns that can hold a result.
-    Memory `O((M + Q) S + num_pairs)`.
+    Time `O(M Q S)`: one blocked pass over all distances, and a second one over the rows and columns
+    that can hold a result. Memory `O((M + Q) S + num_pairs)`.
 
     Args:
       first: finite sketches, `[M, S]`.
@@ -93,7 +96,8 @@ def match_all(
     center = jnp.median(first[:: max(1, len(first) // 4096)], axis=0, keepdims=True)
     first, second = first - center, second - center
     by_row, by_column = (np.asarray(nearest) for nearest in _find_nearest(first, second))
-    # The nearest `num_pairs` pairs lie in at most that many rows and columns: those with the smallest nearest distance.
+    # The nearest `num_pairs` pairs lie in at most that many rows and columns: those with the
+    # smallest nearest distance.
     rows, columns = (_take_smallest(nearest, num_pairs) for nearest in (by_row, by_column))
     candidates = second[columns]
     limits = [near.max() for near in (by_row[rows], by_column[columns]) if num_pairs <= len(near)]
@@ -127,10 +131,11 @@ def _find_distances(first: Float[Array, "m S"], second: Float[Array, "q S"]) -> 
 def _augment(
     first: Float[Array, "m S"], second: Float[Array, "q S"]
 ) -> tuple[Float[Array, "m _"], Float[Array, "q _"]]:
-    """Append columns, so that products of rows are squared distances: `|f|^2 - 2 f g + |g|^2`, plus a bound on rounding errors.
+    """Append columns, so that products of rows are squared distances: `|f|^2 - 2 f g + |g|^2`, plus
+    a bound on rounding errors.
 
-    Without this bound distances of long rows could round below 0, and long rows would rank before short ones that are near
-    each other.
+    Without this bound distances of long rows could round below 0, and long rows would rank before
+    short ones that are near each other.
     """
     slack = 1 + _SLACK * float(jnp.finfo(first.dtype).eps)
     lengths = [slack * jnp.sum(rows**2, axis=1, keepdims=True) for rows in (first, second)]
@@ -177,7 +182,8 @@ def _split_rows(table: Float[Array, "M S"], size: int) -> Float[Array, "n m S"]:
 
 
 class Grids(NamedTuple):
-    """Random grids: two rows that belong together share a cell of at least one grid with high probability."""
+    """Random grids: two rows that belong together share a cell of at least one grid with high
+    probability."""
 
     width: float  # of a cell, along each projection
     num_projections: int  # random projections of each grid
@@ -191,7 +197,8 @@ def estimate_match_all(num_pairs: float) -> float:
 
 
 def choose_grids(table: Float[np.ndarray, "m S"], sizes: tuple[int, int], error: float) -> Grids:
-    """Choose the cheapest grids that miss a pair with a probability of at most 2% if errors and sketches are normal.
+    """Choose the cheapest grids that miss a pair with a probability of at most 2% if errors and
+    sketches are normal.
 
     Locality-sensitive hashing (Datar et al. 2004, Symposium on Computational Geometry).
 
@@ -212,8 +219,8 @@ def choose_grids(table: Float[np.ndarray, "m S"], sizes: tuple[int, int], error:
     )
     found = []
     for width in _WIDTHS:
-        # Two numbers at a distance d share a cell with probability 1 - |d| / width, and two unrelated normal numbers with
-        # width / (2 sqrt(pi) spread).
+        # Two numbers at a distance d share a cell with probability 1 - |d| / width, and two
+        # unrelated normal numbers with width / (2 sqrt(pi) spread).
         share = 1 - math.sqrt(2 / math.pi) / width
         chance = min(1.0, width * error / (2 * math.sqrt(math.pi) * spread))
         for num_projections in range(1, table.shape[1] + 1):
@@ -232,8 +239,9 @@ def match_cells(
 ) -> Pairs:
     """Find the nearest of the pairs that share a cell of a random grid (`choose_grids`).
 
-    It misses few pairs of rows that differ by the error, and most pairs that are farther apart. For each of G grids with q
-    projections, time `O((M + Q) (S q + log(M + Q)) + C S)` for C pairs that share a cell. Memory `O((M + Q) S + num_pairs)`.
+    It misses few pairs of rows that differ by the error, and most pairs that are farther apart. For
+    each of G grids with q projections, time `O((M + Q) (S q + log(M + Q)) + C S)` for C pairs that
+    share a cell. Memory `O((M + Q) S + num_pairs)`.
 
     Args:
       first: finite sketches, `[M, S]`.

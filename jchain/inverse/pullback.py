@@ -1,7 +1,9 @@
-"""Pull outputs back through a suffix of a chain: find the activations at its entry that give these outputs.
+"""Pull outputs back through a suffix of a chain: find the activations at its entry that give these
+outputs.
 
-Layers are inverted exactly if their module has a method `invert` (`jchain.invertible`). A head maps to fewer numbers, so many
-inputs give the same outputs: the pseudo-inverse gives one of them, and its null space all others.
+Layers are inverted exactly if their module has a method `invert` (`jchain.invertible`). A head maps
+to fewer numbers, so many inputs give the same outputs: the pseudo-inverse gives one of them, and
+its null space all others.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +24,8 @@ from jchain.gradient.linearize import flatten_rows
 from jchain.groups import LayerGroup, find_input_shape
 from jchain.problem import Problem
 
-# A head with at most this many outputs is solved exactly: conjugate gradients take as many steps as there are outputs.
+# A head with at most this many outputs is solved exactly: conjugate gradients take as many steps as
+# there are outputs.
 _MAX_HEAD_STEPS, _HEAD_DAMPING = 16, 1e-6
 
 
@@ -109,20 +112,24 @@ def pull_back(
     *,
     near: Float[Array, "B ..."] | None = None,
 ) -> PullBack:
-    """Find the activations at the entry of a suffix that give these outputs. Runs on the host and cannot be traced.
+    """Find the activations at the entry of a suffix that give these outputs. Runs on the host and
+    cannot be traced.
 
-    A head must be affine. Its input is the smallest change of `near` that gives the outputs, or the least-squares solution if
-    no input gives them: `near + (y - head(near)) pinv(W)`. Adding combinations of the null space to `near` gives all others.
+    A head must be affine. Its input is the smallest change of `near` that gives the outputs, or the
+    least-squares solution if no input gives them: `near + (y - head(near)) pinv(W)`. Adding
+    combinations of the null space to `near` gives all others.
 
     Args:
       bank: the layers.
       suffix: layer tokens in the order of the chain, then at most one head; padding is dropped.
       outputs: desired outputs of the last layer or the head, `[B, ...]`.
-      near: activations at the head's input, `[B, ...F]`; zero if None; unused if the suffix has no head.
+      near: activations at the head's input, `[B, ...F]`; zero if None; unused if the suffix has no
+        head.
 
     Raises:
-      ValueError: `suffix` is not the end of a chain, a layer has no inverse or is singular, the head is not affine, a shape does
-        not fit, or `near` is missing and its shape is unknown from the layers' weights.
+      ValueError: `suffix` is not the end of a chain, a layer has no inverse or is singular, the
+        head is not affine, a shape does not fit, or `near` is missing and its shape is unknown from
+        the layers' weights.
     """
     tokens = _check_suffix(bank, suffix)
     has_head = bool(tokens) and tokens[-1] >= bank.num_layers
@@ -152,7 +159,8 @@ def pull_back(
 def gauss_newton_step(
     layer_fn: Callable[[Array], Array], hidden: Array, target: Array, num_steps: int, damping: float
 ) -> Array:
-    """The damped least-norm step of each example's input toward a target output: `J^T (J J^T + damping)^-1 (target - layer(h))`.
+    """The damped least-norm step of each example's input toward a target output: `J^T (J J^T +
+    damping)^-1 (target - layer(h))`.
 
     Args:
       layer_fn: maps `[B, ...F]` to outputs; J is its Jacobian at one example.
@@ -190,7 +198,8 @@ def relative_residual(
 def target_logits(
     labels: Int[Array, "B"], num_classes: int, confidence: float = 0.99
 ) -> Float[Array, "B C"]:
-    """Logits of mean 0 whose softmax gives each label this probability, and the other classes equal shares of the rest.
+    """Logits of mean 0 whose softmax gives each label this probability, and the other classes equal
+    shares of the rest.
 
     Args:
       labels: `[B]`.
@@ -263,12 +272,13 @@ def condition_numbers(
 ) -> Float[np.ndarray, "B"]:
     """Condition number of the Jacobian of a chain's layers at each example, in float64 on the host.
 
-    It bounds how much inverting the layers amplifies a relative error. Singular Jacobians give inf or more than 1e15. Takes
-    `8 B F^2` bytes for `F` features and `B` examples.
+    It bounds how much inverting the layers amplifies a relative error. Singular Jacobians give inf
+    or more than 1e15. Takes `8 B F^2` bytes for `F` features and `B` examples.
 
     Args:
       bank: the layers.
-      chain: tokens; a head and padding are dropped. One token gives the condition number of one layer.
+      chain: tokens; a head and padding are dropped. One token gives the condition number of one
+        layer.
       x: raw input, `[B, ...]`.
 
     Raises:

@@ -1,14 +1,16 @@
 """Recover the chain of layers that turned given inputs into given outputs: meet in the middle.
 
-A bank of `N` layers has `N^D` chains of `D` layers. Meeting in the middle (Diffie and Hellman 1977, Computer 10(6)) applies only
-the `N^(D/2)` first halves to the inputs, and the inverses of the `N^(D/2)` second halves to the outputs:
+A bank of `N` layers has `N^D` chains of `D` layers. Meeting in the middle (Diffie and Hellman 1977,
+Computer 10(6)) applies only the `N^(D/2)` first halves to the inputs, and the inverses of the
+`N^(D/2)` second halves to the outputs:
 
 1. Enumerate both halves and sketch their activations (`jchain.inverse.enumerate_halves`).
-2. Match: the two halves of the right chain have equal activations, up to noise and rounding, so the nearest pairs of sketches
-   are the candidates (`jchain.inverse.nearest_pairs`).
+2. Match: the two halves of the right chain have equal activations, up to noise and rounding, so the
+   nearest pairs of sketches are the candidates (`jchain.inverse.nearest_pairs`).
 3. Verify: apply the candidates to all examples, and keep those with the smallest residuals.
 
-Unless it is given, the number of layers in the first half is chosen so that noise does not hide the right pair (`_HalfSearch.plan`).
+Unless it is given, the number of layers in the first half is chosen so that noise does not hide the
+right pair (`_HalfSearch.plan`).
 """
 
 import math
@@ -41,13 +43,16 @@ from jchain.inverse.nearest_pairs import (
 )
 from jchain.inverse.pullback import invert_layers
 
-# Examples on which halves are compared, and numbers of a sketch: few are enough to tell exact halves apart.
+# Examples on which halves are compared, and numbers of a sketch: few are enough to tell exact
+# halves apart.
 _NUM_PROBES, _NUM_SKETCH, _NUM_SKETCH_EXACT = 8, 32, 8
-# Noise levels tried if no tolerance is given. All pairs are compared instead if that takes less than `_PATIENCE` seconds, and
-# no noise level for which cells would take more than `_MAX_SECONDS` is tried.
+# Noise levels tried if no tolerance is given. All pairs are compared instead if that takes less
+# than `_PATIENCE` seconds, and no noise level for which cells would take more than `_MAX_SECONDS`
+# is tried.
 _NOISE_LEVELS, _PATIENCE, _MAX_SECONDS = (0.0, 0.003, 0.01, 0.03, 0.1), 60.0, 1800.0
-# The largest error of a matching pair, in units of the spread of all sketches, before the first half is made longer; the least
-# noise assumed if all pairs are compared without a tolerance; seconds for each sequence of the longer half.
+# The largest error of a matching pair, in units of the spread of all sketches, before the first
+# half is made longer; the least noise assumed if all pairs are compared without a tolerance;
+# seconds for each sequence of the longer half.
 _MAX_GAP, _LIKELY_NOISE, _SEQUENCE_SECONDS = 0.5, 0.05, 1e-6
 _MAX_PASSES = 2**12
 _NUM_FINALISTS = 64
@@ -78,8 +83,8 @@ def meet_in_the_middle(
 ) -> RecoveredChains:
     """Find the chains of `depth` layers whose outputs are nearest to the given outputs.
 
-    Residuals are those of the chains themselves, not of sketches: a wrong chain has a large one. If there are no more chains
-    than candidates, all chains are tried.
+    Residuals are those of the chains themselves, not of sketches: a wrong chain has a large one. If
+    there are no more chains than candidates, all chains are tried.
 
     Args:
       bank: the layers; all must be invertible.
@@ -87,23 +92,29 @@ def meet_in_the_middle(
       outputs: outputs of the last layer, `[B, ...F]`, exact or noisy.
       depth: layers in a chain, D.
       top_k: how many chains to return.
-      tolerance: standard deviation of the noise of the outputs, in units of theirs. If None, first no noise beyond rounding is
-        assumed, and then more and more noise until a chain fits that well.
-      num_forward: layers in the half that is applied to the inputs. The inverses of the other layers amplify noise and
-        rounding. If None, half of the layers, or more if noise would hide the right pair and it takes at most a minute.
+      tolerance: standard deviation of the noise of the outputs, in units of theirs. If None, first
+        no noise beyond rounding is assumed, and then more and more noise until a chain fits that
+        well.
+      num_forward: layers in the half that is applied to the inputs. The inverses of the other
+        layers amplify noise and rounding. If None, half of the layers, or more if noise would hide
+        the right pair and it takes at most a minute.
       num_probes: examples on which halves are compared, evenly spaced.
-      num_sketch: numbers in a sketch of the activations on these examples; fewer are used if no noise is assumed.
-      num_candidates: nearest pairs that are verified on the probes; the best 64 of them are verified on all examples.
-      match_fn: finds the nearest pairs (`jchain.inverse.nearest_pairs`); chosen by estimated time if None.
-      memory_limit: bytes for the sketches of both halves; half of the memory if None. Halves that do not fit are split into
-        parts, and all pairs of parts are matched.
+      num_sketch: numbers in a sketch of the activations on these examples; fewer are used if no
+        noise is assumed.
+      num_candidates: nearest pairs that are verified on the probes; the best 64 of them are
+        verified on all examples.
+      match_fn: finds the nearest pairs (`jchain.inverse.nearest_pairs`); chosen by estimated time
+        if None.
+      memory_limit: bytes for the sketches of both halves; half of the memory if None. Halves that
+        do not fit are split into parts, and all pairs of parts are matched.
 
     Returns:
       Chains `[top_k, D]` of layer tokens and residuals `[top_k]`.
 
     Raises:
-      ValueError: a layer has no inverse or is singular, shapes do not fit, values are not finite, a size is out of range, the
-        sketches of one part exceed the memory limit, or fewer pairs of halves match than chains are asked for.
+      ValueError: a layer has no inverse or is singular, shapes do not fit, values are not finite, a
+        size is out of range, the sketches of one part exceed the memory limit, or fewer pairs of
+        halves match than chains are asked for.
     """
     sizes = {"depth": depth, "top_k": top_k, "num_probes": num_probes, "num_sketch": num_sketch}
     _check_sizes({**sizes, "num_candidates": num_candidates}, bank.num_layers)
@@ -217,7 +228,8 @@ class _HalfSearch(NamedTuple):
         return self.match(match_cells, plan)
 
     def match_at_rising_noise(self) -> RecoveredChains:
-        """Match with more and more noise, until a chain fits as well as the assumed noise allows."""
+        """Match with more and more noise, until a chain fits as well as the assumed noise
+        allows."""
         best = RecoveredChains(np.zeros((0, self.depth), np.int64), np.zeros(0))
         for noise in _NOISE_LEVELS:
             plan, seconds = self.plan_cells(noise)
@@ -243,7 +255,8 @@ class _HalfSearch(NamedTuple):
         return plan, choose_grids(plan.sample, sizes, plan.error).seconds
 
     def plan(self, num_sketch: int, tolerance: float) -> _MatchPlan:
-        """Split the chain where the sketch error is small enough, else where it is smallest of the splits that were affordable."""
+        """Split the chain where the sketch error is small enough, else where it is smallest of the
+        splits that were affordable."""
         half = self.depth - self.depth // 2
         if self.num_forward is not None:
             return self._plan_at(self.num_forward, num_sketch, tolerance)
@@ -267,10 +280,12 @@ class _HalfSearch(NamedTuple):
         error = _estimate_error((ahead, back), projection, tolerance)
         return _MatchPlan((ahead, back), projection, error, sample)
 
-    def match(self, match_fn: MatchFn, plan: _Plan) -> RecoveredChains:
-        """Enumerate and sketch both halves, match the nearest pairs, and verify these candidates."""
+    def match(self, match_fn: MatchFn, plan: _MatchPlan) -> RecoveredChains:
+        """Enumerate and sketch both halves, match the nearest pairs, and verify these
+        candidates."""
         projection = plan.projection
-        # `match_all` holds copies for its products; the 64 bytes are hashes and sort orders of `match_cells`.
+        # `match_all` holds copies for its products; the 64 bytes are hashes and sort orders of
+        # `match_cells`.
         num_copies = 1 if match_fn is match_cells else 4
         row_bytes = num_copies * projection.shape[1] * projection.dtype.itemsize + 64
         parts = _split(plan.halves, row_bytes, self.memory_limit)
@@ -291,7 +306,8 @@ class _HalfSearch(NamedTuple):
 def _join_halves(
     pairs: Pairs, first: tuple[int, ...], ahead: Half, back: Half, last: tuple[int, ...]
 ) -> Int[np.ndarray, "K D"]:
-    """The chains of these pairs. A sequence of inverses runs from the chain's end to its middle, so it is reversed."""
+    """The chains of these pairs. A sequence of inverses runs from the chain's end to its middle, so
+    it is reversed."""
     num_pairs = len(pairs.first)
     ends = (
         np.broadcast_to(np.array(part, np.int64), (num_pairs, len(part)))
@@ -312,7 +328,8 @@ def _join_halves(
 def _split(
     halves: tuple[Half, Half], row_bytes: int, limit: int
 ) -> tuple[list[tuple[tuple[int, ...], Half]], list[tuple[tuple[int, ...], Half]]]:
-    """Split both halves by their first layers, until one part of each fits. Each part comes with these layers."""
+    """Split both halves by their first layers, until one part of each fits. Each part comes with
+    these layers."""
     depths = [0, 0]
 
     def sizes() -> list[int]:
@@ -350,7 +367,8 @@ def _split(
 def _estimate_error(
     halves: tuple[Half, Half], projection: Float[Array, "F S"], tolerance: float
 ) -> float:
-    """The sketch error of halves that belong together: apply random layers, add the noise, and invert the layers again."""
+    """The sketch error of halves that belong together: apply random layers, add the noise, and
+    invert the layers again."""
     ahead, back = halves
     rng = np.random.default_rng(0)
     worst = 0.0
@@ -378,7 +396,8 @@ def _apply_random_sequences(half: Half, num: int) -> Float[Array, "n B ..."]:
 def _verify(
     examples: _Examples, probes: _Examples, chains: Int[np.ndarray, "K D"], top_k: int
 ) -> RecoveredChains:
-    """Rank candidates by their residuals on the probes, and the best of them by those on all examples."""
+    """Rank candidates by their residuals on the probes, and the best of them by those on all
+    examples."""
     num_finalists = max(top_k, _NUM_FINALISTS)
     if len(chains) > num_finalists:
         chains = chains[np.argsort(_find_residuals(probes, chains), kind="stable")[:num_finalists]]

@@ -1,7 +1,8 @@
 """Predict the loss of every prefix with every short suffix of a chain, without layer calls.
 
-A suffix is some layers and a head. It is inverted from target outputs (`jchain.inverse.target_outputs`) to the activations that
-it needs at its entry, and linearized there. Matrix products then predict its outputs for the activations of any prefix.
+A suffix is some layers and a head. It is inverted from target outputs
+(`jchain.inverse.target_outputs`) to the activations that it needs at its entry, and linearized
+there. Matrix products then predict its outputs for the activations of any prefix.
 """
 
 from collections.abc import Sequence
@@ -47,13 +48,16 @@ def pull_back_suffixes(
 ) -> Suffixes:
     """Pull back and linearize all suffixes of up to `num_layers` of some layers, with every head.
 
-    Each layer of each suffix costs `2 + C` layer calls, C the outputs of an example; layers that suffixes share count once.
+    Each layer of each suffix costs `2 + C` layer calls, C the outputs of an example; layers that
+    suffixes share count once.
 
     Args:
       problem: bank, the examples on which suffixes are pulled back, loss.
       inverses: the inverses of the bank's layers.
-      members: for each group of the bank's layers, the indices of the layers that suffixes are made of.
-      near: activations at the head's input, `[B, ...F]`; the input that a head needs is the smallest change of them.
+      members: for each group of the bank's layers, the indices of the layers that suffixes are made
+        of.
+      near: activations at the head's input, `[B, ...F]`; the input that a head needs is the
+        smallest change of them.
       num_layers: most layers in a suffix.
 
     Raises:

@@ -1,8 +1,10 @@
-"""Target propagation through a chain: the target of each slot's output, and how near each bank layer comes to it.
+"""Target propagation through a chain: the target of each slot's output, and how near each bank
+layer comes to it.
 
-The loss's target outputs are pulled back through the head and the layers after the slot (Lee et al. 2015, arXiv:1412.7525; the
-target of a layer by the inverse of the next, Bengio 2014, arXiv:1407.7906): exactly if a layer is invertible, else by a damped
-Gauss-Newton step. `fit_target_layer` fits the layer that would reach the target of a slot.
+The loss's target outputs are pulled back through the head and the layers after the slot (Lee et al.
+2015, arXiv:1412.7525; the target of a layer by the inverse of the next, Bengio 2014,
+arXiv:1407.7906): exactly if a layer is invertible, else by a damped Gauss-Newton step.
+`fit_target_layer` fits the layer that would reach the target of a slot.
 """
 
 from collections.abc import Callable
@@ -39,7 +41,8 @@ from jchain.inverse.pullback import (
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
 
-# Steps of conjugate gradients in a Gauss-Newton step, and its damping: 1 would be as large as `J J^T` of an identity layer.
+# Steps of conjugate gradients in a Gauss-Newton step, and its damping: 1 would be as large as `J
+# J^T` of an identity layer.
 _NUM_CG_STEPS, _DAMPING = 4, 0.1
 
 Inverses: TypeAlias = tuple[LayerGroup | None, ...]
@@ -51,7 +54,8 @@ _SlotScores: TypeAlias = tuple[Array, Array, Array]
 
 @runtime_checkable
 class MatrixModule(Protocol):
-    """A module that is a matrix, a bias, and an invertible activation, such as `jchain.layers.InvertibleDense`."""
+    """A module that is a matrix, a bias, and an invertible activation, such as
+    `jchain.layers.InvertibleDense`."""
 
     is_inverse: bool
 
@@ -90,17 +94,19 @@ def fit_target_layer(
     before: Float[Array, "B ..."],
     after: Float[Array, "B ..."],
     ridge: float | Float[Array, ""] = 1e-3,
-) -> IdealLayer:
-    """Fit a layer from the activations before a slot to the target activations after it, by ridge regression.
+) -> TargetLayer:
+    """Fit a layer from the activations before a slot to the target activations after it, by ridge
+    regression.
 
-    If all layers of the bank share a module that is a matrix and an invertible activation (`InvertibleDense`), fit such a
-    layer. Otherwise fit an affine map.
+    If all layers of the bank share a module that is a matrix and an invertible activation
+    (`InvertibleDense`), fit such a layer. Otherwise fit an affine map.
 
     Args:
       bank: the layers.
       before: activations, `[B, ...F]`.
       after: target activations, `[B, ...F]`.
-      ridge: penalty of the squared norm of the matrix, in units of the mean square of an activation.
+      ridge: penalty of the squared norm of the matrix, in units of the mean square of an
+        activation.
 
     Raises:
       ValueError: shapes differ, or the ridge is negative.
@@ -173,24 +179,29 @@ def score_edits_by_target(
     is_projected: bool = True,
     members: tuple[Int[Array, "_"], ...] | None = None,
 ) -> EditScores:
-    """Predict the change of loss of each edit by how much nearer its outputs are to the slot's target.
+    """Predict the change of loss of each edit by how much nearer its outputs are to the slot's
+    target.
 
-    The score of layer `b` at slot `t` is `(|f_b(h_t) - target|^2 - |f_t(h_t) - target|^2) / |f_t(h_t) - target|^2`, summed over
-    the split: the negative fraction of the squared distance to the target that the edit removes. It is multiplied by how much
-    loss outputs at the target would save. The layer penalty is added. Scores of heads are exact.
+    The score of layer `b` at slot `t` is `(|f_b(h_t) - target|^2 - |f_t(h_t) - target|^2) /
+    |f_t(h_t) - target|^2`, summed over the split: the negative fraction of the squared distance to
+    the target that the edit removes. It is multiplied by how much loss outputs at the target would
+    save. The layer penalty is added. Scores of heads are exact.
 
-    A chain of `D` layers costs `D` layer calls forward; backward 1 for each layer with an exact inverse and 12 for each other
-    layer; and one for each scored layer at each of the `D` slots and, if the chain is not full, at its end.
+    A chain of `D` layers costs `D` layer calls forward; backward 1 for each layer with an exact
+    inverse and 12 for each other layer; and one for each scored layer at each of the `D` slots and,
+    if the chain is not full, at its end.
 
     Args:
       problem: bank, split, loss.
       chain: tokens, `[L]`; checked unless traced.
-      rate: fraction of the way from the outputs to `jchain.inverse.target_outputs` at which the target lies.
-      is_exact: whether invertible layers are inverted exactly. If False, or if a layer is not invertible, the target before
-        a layer is a damped Gauss-Newton step of its input.
-      is_projected: whether outputs are compared only along each example's direction to its target. Later layers hardly
-        depend on the other directions, or the target leaves them free.
-      members: for each group of the bank's layers, the indices of the layers to score; all if None. Others are nan.
+      rate: fraction of the way from the outputs to `jchain.inverse.target_outputs` at which the
+        target lies.
+      is_exact: whether invertible layers are inverted exactly. If False, or if a layer is not
+        invertible, the target before a layer is a damped Gauss-Newton step of its input.
+      is_projected: whether outputs are compared only along each example's direction to its target.
+        Later layers hardly depend on the other directions, or the target leaves them free.
+      members: for each group of the bank's layers, the indices of the layers to score; all if None.
+        Others are nan.
 
     Raises:
       ValueError: `chain` is not a chain of this bank, or the loss has no target outputs.
@@ -220,8 +231,8 @@ def _score(
     is_projected: bool,
     backend: str,
 ) -> EditScores:
-    # Not `cond_in_sequence`, because all of it must run in sequence: a plain vmap would turn each layer call into one with
-    # gathered weights, and each branch into all branches.
+    # Not `cond_in_sequence`, because all of it must run in sequence: a plain vmap would turn each
+    # layer call into one with gathered weights, and each branch into all branches.
     @jax.custom_batching.sequential_vmap
     def score(
         problem: Problem, chain: Array, rate: Array, members: tuple[Array, ...]
@@ -240,7 +251,8 @@ def _score_one(
     is_projected: bool,
     backend: str,
 ) -> EditScores:
-    """Scan the slots backward: pull the target back through each, and compare the layers with it."""
+    """Scan the slots backward: pull the target back through each, and compare the layers with
+    it."""
     bank, forward = problem.bank, forward_pass(problem, chain)
     length = forward.length
     inverses = inverse_groups(bank) if is_exact else (None,) * len(bank.layers)
@@ -297,7 +309,8 @@ def _score_one(
 def _compare(
     saving: Array, current: Array, target: Array, is_projected: bool, outputs: Array
 ) -> Float[Array, ""]:
-    """`saving` times the relative change of the squared distance to the target, in all directions or along that to the target."""
+    """`saving` times the relative change of the squared distance to the target, in all directions
+    or along that to the target."""
     dtype = jnp.promote_types(jnp.float32, current.dtype)
     change, gap = (flatten_rows(a - current).astype(dtype) for a in (outputs, target))
     along, lengths = jnp.sum(change * gap, axis=1), jnp.sum(gap**2, axis=1)
@@ -310,7 +323,8 @@ def _count_backward_calls(bank: Bank, inverses: Inverses, chain: Array) -> Int[A
     """Layer calls of pulling the target back through a chain."""
     costs = np.zeros(bank.num_layers + bank.num_heads + 1, np.int32)
     for group, inverse in zip(bank.layers, inverses, strict=True):
-        # A Gauss-Newton step: one forward call, two products for each step and for the start, and one product at the end.
+        # A Gauss-Newton step: one forward call, two products for each step and for the start, and
+        # one product at the end.
         costs[list(group.tokens)] = 2 * (_NUM_CG_STEPS + 1) + 2 if inverse is None else 1
     return jnp.sum(jnp.asarray(costs)[chain])
 

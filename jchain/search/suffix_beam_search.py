@@ -1,9 +1,11 @@
-"""Beam search over prefixes that looks ahead by short suffixes, pulled back from target outputs (`jchain.inverse.suffixes`).
+"""Beam search over prefixes that looks ahead by short suffixes, pulled back from target outputs
+(`jchain.inverse.suffixes`).
 
-A step extends the prefixes of a beam (Lowerre 1976, the Harpy system) by every layer, predicts their loss with every suffix, and
-evaluates the most promising of these chains. A prefix is ranked by its best prediction, so the lookahead costs no layer calls.
-A pass goes from the empty prefix to full chains. Each pass draws other probe examples and pulls back other suffixes, starting
-from the activations of the best chain so far.
+A step extends the prefixes of a beam (Lowerre 1976, the Harpy system) by every layer, predicts
+their loss with every suffix, and evaluates the most promising of these chains. A prefix is ranked
+by its best prediction, so the lookahead costs no layer calls. A pass goes from the empty prefix to
+full chains. Each pass draws other probe examples and pulls back other suffixes, starting from the
+activations of the best chain so far.
 """
 
 from typing import NamedTuple
@@ -46,18 +48,20 @@ class State(NamedTuple):
 
 @pytree_dataclass
 class SuffixBeamSearch:
-    """Beam search over prefixes that predicts their loss with suffixes pulled back from the target. Needs invertible layers.
+    """Beam search over prefixes that predicts their loss with suffixes pulled back from the target.
+    Needs invertible layers.
 
     Attributes:
       width: prefixes in the beam.
       num_suffix: most layers in a suffix.
-      num_candidates: layers that suffixes are made of, drawn again for each pass: of each module in proportion to its layers,
-        and at least one.
+      num_candidates: layers that suffixes are made of, drawn again for each pass: of each module in
+        proportion to its layers, and at least one.
       num_moves: chains evaluated in a step.
-      num_probes: examples on which losses are predicted, drawn again for each pass. A layer call on them counts as that
-        fraction of a layer call.
-      temperature: scale of the Gumbel noise on predicted losses, by which prefixes and chains are chosen, in units of the
-        difference between the mean and the smallest one. Without noise passes would repeat if all examples are probes.
+      num_probes: examples on which losses are predicted, drawn again for each pass. A layer call on
+        them counts as that fraction of a layer call.
+      temperature: scale of the Gumbel noise on predicted losses, by which prefixes and chains are
+        chosen, in units of the difference between the mean and the smallest one. Without noise
+        passes would repeat if all examples are probes.
     """
 
     is_deterministic = False
@@ -120,8 +124,9 @@ class SuffixBeamSearch:
         )
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
-        # Not only the branches (`cond_in_sequence`) but all of it runs in sequence under vmap: a plain vmap would pull back
-        # suffixes in every step of every run, and batched products would round differently.
+        # Not only the branches (`cond_in_sequence`) but all of it runs in sequence under vmap: a
+        # plain vmap would pull back suffixes in every step of every run, and batched products would
+        # round differently.
         @jax.custom_batching.sequential_vmap
         def look_ahead(
             problem: Problem, key: Array, state: State, temperature: Array
@@ -176,7 +181,8 @@ class SuffixBeamSearch:
         )
 
     def _refresh(self, key: Array, state: State, few: Problem) -> tuple[Suffixes, Int[Array, ""]]:
-        """At the start of a pass, pull suffixes back from the best chain so far. Also returns the layer calls on the probes."""
+        """At the start of a pass, pull suffixes back from the best chain so far. Also returns the
+        layer calls on the probes."""
 
         def pull() -> tuple[Suffixes, Array]:
             forward = forward_pass(few, state.best)
@@ -193,7 +199,8 @@ class SuffixBeamSearch:
     def _extend(
         self, key: Array, state: State, few: Problem, temperature: Array
     ) -> tuple[State, Array, Array]:
-        """Extend the beam by a layer. Returns the state, the chains to evaluate, and the layer calls on the probes."""
+        """Extend the beam by a layer. Returns the state, the chains to evaluate, and the layer
+        calls on the probes."""
         pull_key, noise_key = jax.random.split(key)
         suffixes, num_pulled = self._refresh(pull_key, state, few)
         rows = _extend_prefixes(few, state)
@@ -212,7 +219,8 @@ class SuffixBeamSearch:
             jnp.where(is_pair, temperature * spread * jax.random.gumbel(noise_key, loss.shape), 0.0)
             - loss
         )
-        # Chains shorter than `min_layers` are not evaluated, but their predictions still rank prefixes.
+        # Chains shorter than `min_layers` are not evaluated, but their predictions still rank
+        # prefixes.
         is_long = rows.depth[:, None] + num_suffix[None] > few.min_layers
         gain, pairs = jax.lax.top_k(
             jnp.where(is_long, hope, -jnp.inf).reshape(-1), min(_MARGIN * self.num_moves, loss.size)
@@ -248,7 +256,8 @@ class _Prefixes(NamedTuple):
 
 
 def _extend_prefixes(few: Problem, state: State) -> _Prefixes:
-    """The children of the beam, after a first row for the empty prefix, which is valid at the start of a pass."""
+    """The children of the beam, after a first row for the empty prefix, which is valid at the start
+    of a pass."""
     num_layers = few.bank.num_layers
     made = jax.lax.map(lambda hidden: apply_all(few.bank.layers, hidden), state.hidden)
     tokens = jnp.tile(jnp.arange(num_layers, dtype=jnp.int32), len(state.prefixes))
