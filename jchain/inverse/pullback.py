@@ -233,7 +233,8 @@ def target_outputs(
         return target_logits(y, outputs.shape[-1], confidence).astype(outputs.dtype)
     if y.shape != outputs.shape:
         raise ValueError(
-            f"expected targets of the shape of the outputs, {list(outputs.shape)}, or labels and the default loss, got "
+            "expected targets of the shape of the outputs, "
+            f"{list(outputs.shape)}, or labels and the default loss, got "
             f"{y.dtype}{list(y.shape)}"
         )
     return y.astype(outputs.dtype)
@@ -335,7 +336,8 @@ def _find_shape(bank: Bank) -> tuple[int, ...]:
     shape = find_input_shape(bank.layers[0])
     if shape is None:
         raise ValueError(
-            "expected near=, activations at the head's input: their shape is unknown from the layers"
+            "expected near=, activations at the head's input: "
+            "their shape is unknown from the layers"
         )
     return shape
 
@@ -349,7 +351,8 @@ def _check_outputs(bank: Bank, layers: list[int], hidden: Array) -> None:
         )
     except Exception as error:  # whatever a user's module raises
         raise ValueError(
-            f"expected outputs of the layers' shape, got {list(hidden.shape)}: {str(error).splitlines()[0]}"
+            f"expected outputs of the layers' shape, got {list(hidden.shape)}: "
+            f"{str(error).splitlines()[0]}"
         ) from None
     if made.shape != hidden.shape:
         raise ValueError(f"expected outputs of shape {list(made.shape)}, got {list(hidden.shape)}")
@@ -360,7 +363,8 @@ def _pull_head(bank: Bank, token: int, outputs: Array, near: Array) -> tuple[Arr
         jax.eval_shape(lambda h: apply_token(bank.heads, jnp.asarray(token), h), near)
     except Exception as error:  # whatever a user's module raises
         raise ValueError(
-            f"expected near of the head's shape, got {list(near.shape)}: {str(error).splitlines()[0]}"
+            f"expected near of the head's shape, got {list(near.shape)}: "
+            f"{str(error).splitlines()[0]}"
         ) from None
     kernel, bias = as_affine(bank, token, near[:1])
     if outputs.shape[1:] != bias.shape or near.shape[0] != outputs.shape[0]:

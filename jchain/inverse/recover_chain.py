@@ -149,9 +149,9 @@ def meet_in_the_middle(
         found = search.match_at_rising_noise()
     if len(found.chains) < top_k:
         raise ValueError(
-            f"found {len(found.chains)} of {top_k} chains whose halves meet: no chain gives these outputs, or the noise of the "
-            "outputs or the condition numbers of the layers are too high; expected a larger tolerance, more probes, or fewer "
-            "layers"
+            f"found {len(found.chains)} of {top_k} chains whose halves meet: no chain gives these "
+            "outputs, or the noise of the outputs or the condition numbers of the layers are too "
+            "high; expected a larger tolerance, more probes, or fewer layers"
         )
     return found
 
@@ -347,8 +347,8 @@ def _split(
         ):
             whole = sum(half.num_sequences for half in halves) * row_bytes
             raise ValueError(
-                f"expected halves that fit in memory_limit in at most {_MAX_PASSES} passes: their sketches need {whole:,} bytes, "
-                f"and {limit:,} are allowed"
+                f"expected halves that fit in memory_limit in at most {_MAX_PASSES} passes: "
+                f"their sketches need {whole:,} bytes, and {limit:,} are allowed"
             )
 
     def cut(half: Half, depth: int) -> list[tuple[tuple[int, ...], Half]]:

@@ -82,7 +82,8 @@ class SuffixBeamSearch:
         }
         if min(sizes.values()) < 1 or self.num_suffix < 0:
             raise ValueError(
-                f"expected sizes of at least 1 and num_suffix of at least 0, got {sizes} and {self.num_suffix}"
+                "expected sizes of at least 1 and num_suffix of at least 0, "
+                f"got {sizes} and {self.num_suffix}"
             )
 
     def check(self, problem: Problem) -> None:

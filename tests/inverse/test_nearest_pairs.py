@@ -115,7 +115,7 @@ def test_grids_are_chosen_by_what_they_miss_and_cost():
     assert exact.num_projections < noisy.num_projections
     assert exact.num_grids < noisy.num_grids
     assert exact.seconds < noisy.seconds < match.estimate_match_all(2.0**40)
-    # By hand: cells so much wider than the error that one grid misses nothing, of numbers that are apart.
+    # By hand: cells far wider than the error, so that one grid misses nothing, of distant numbers.
     assert match.choose_grids(np.array([[0.0], [1e12]]), (10, 10), 1.0)[1:3] == (1, 1)
     for cells in (exact, noisy):
         share = 1 - np.sqrt(2 / np.pi) * (1e-7 if cells is exact else 0.05) / cells.width

@@ -6,10 +6,9 @@ import numpy as np
 import optax
 import pytest
 import reference
-from conftest import init_params, make_bank, make_batch
+from conftest import make_bank, make_batch
 
 import jchain as jc
-from jchain.inverse import suffixes as suffixes
 from jchain.inverse import target_scores as target
 from jchain.inverse.pullback import invert_layers, target_logits
 
@@ -64,7 +63,7 @@ def test_other_layers_are_fitted_by_an_affine_map():
 
 
 @pytest.mark.parametrize("is_projected", [False, True])
-def test_scores_are_distances_to_what_undoing_wants(is_projected):
+def test_scores_are_distances_to_the_targets_of_inverse_layers(is_projected):
     """Where the layers are undone exactly, the targets can be computed by hand."""
     plain = make_problem()
     cost = np.array([0.3, 0.0, 0.1, 0.2])
@@ -227,40 +226,6 @@ def test_bad_input_of_an_ideal_layer_is_refused():
         jc.inverse.target_scores.fit_target_layer(bank, x, x, ridge=-1.0)
 
 
-@pytest.mark.parametrize("num_layers", [0, 1, 2])
-def test_tails_of_affine_layers_predict_the_exact_loss(num_layers):
-    problem = make_problem(slope=1.0, num_layers=3)
-    near = jax.random.normal(jax.random.key(4), (9, 5))
-    found = suffixes.pull_back_suffixes(
-        problem, invert_layers(problem.bank), (jnp.arange(3),), near, num_layers
-    )
-    rows = [tuple(int(token) for token in row if token >= 0) for row in found.tokens]
-    assert len(set(rows)) == len(rows) == 2 * sum(3**n for n in range(num_layers + 1))
-    prefix = [2, 0]
-    hidden = problem.data.x
-    for token in prefix:
-        hidden = problem.bank.layers[0].apply(token, hidden)
-    wanted = [reference.chain_loss(problem, [*prefix, *row])[0] for row in rows]
-    np.testing.assert_allclose(
-        suffixes.predict_losses(problem, found, hidden[None])[0], wanted, rtol=1e-3, atol=1e-4
-    )
-
-
-def test_a_tail_is_linear_where_it_gives_the_target():
-    problem = make_problem()
-    near = jax.random.normal(jax.random.key(4), (9, 5))
-    found = suffixes.pull_back_suffixes(
-        problem, invert_layers(problem.bank), (jnp.array([1, 3]),), near, 1
-    )
-    for row, outputs, derivative in zip(found.tokens, found.outputs, found.rows, strict=True):
-        row = [int(token) for token in row if token >= 0]
-        goal = target_logits(problem.data.y, 3)
-        entry = jc.pull_back(problem.bank, row, goal, near=near).activations
-        np.testing.assert_allclose(
-            outputs + jnp.einsum("cbf,bf->bc", derivative, entry), goal, atol=2e-3
-        )
-
-
 def test_the_search_pays_for_passes_and_new_chains():
     problem = make_problem(layer=jc.layers.ResidualMLP(5))
     search = jc.TargetPropagation(num_moves=3, num_candidates=2)
@@ -278,48 +243,3 @@ def test_the_search_pays_for_passes_and_new_chains():
         expected += reference.count_calls([row for row in rows if row not in seen], 4)[0]
         seen.update(rows)
         assert info.layer_calls == expected
-
-
-def test_the_beam_pays_for_probes_by_their_share():
-    problem = make_problem()
-    search = jc.SuffixBeamSearch(width=3, num_probes=3, num_candidates=2, num_moves=4)
-    state, step = search.init(jax.random.key(0), problem), jax.jit(search.step)
-    seen, width = set(), [1, 3, 3, 3]
-    for depth in range(4):
-        length = int((state.best < 4).sum() - (state.best < 0).sum())
-        state, info = step(jax.random.key(depth), state, problem)
-        rows = [tuple(int(token) for token in chain if token >= 0) for chain in info.chains]
-        # Of 9 examples 3: the best chain to its head, two heads with two layers before each of the outputs' three products.
-        applied = 4 * width[depth] + (length + 2 * 2 * (2 + 3) if depth == 0 else 0)
-        expected = reference.count_calls([row for row in rows if row not in seen], 4)[0] + -(
-            -applied // 3
-        )
-        seen.update(rows)
-        assert info.layer_calls == expected
-    assert int(state.depth) == 0
-
-
-def test_a_beam_needs_layers_that_can_be_undone(problem):
-    with pytest.raises(ValueError, match=r"invertible layers, .* got \['ResidualMLP'\]"):
-        jc.SuffixBeamSearch().init(jax.random.key(0), problem)
-
-
-def test_a_copy_is_found_from_its_outputs():
-    """A teacher's outputs as targets: prefixes and suffixes that meet say which chain it is."""
-    layer, head = jc.layers.InvertibleDense(5), jc.layers.DenseHead(5)
-    keys = jax.random.split(jax.random.key(3), 7)
-    params = [layer.init(key, jnp.ones((1, 5)))["params"] for key in keys[:6]]
-    bank = jc.Bank.stack(layer, params, head, init_params(head, keys[6], 1, (5,)))
-    x = jax.random.normal(jax.random.key(1), (40, 5))
-    secret = np.array([4, 0, 5, 2, 6])
-    problem = jc.Problem(
-        bank, jc.Batch(x, jc.apply_chain(bank, secret, x)), 4, loss_fn=optax.squared_error
-    )
-    result = jc.run(
-        jax.random.key(0),
-        jc.SuffixBeamSearch(num_suffix=2, width=8, num_probes=16),
-        problem,
-        budget=1500,
-    )
-    np.testing.assert_array_equal(result.best_chain, secret)
-    assert result.best_loss < 1e-8
