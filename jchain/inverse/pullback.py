@@ -107,7 +107,7 @@ def inverse_groups(bank: Bank) -> tuple[LayerGroup | None, ...]:
 
 def pull_back(
     bank: Bank,
-    suffix: ArrayLike | Sequence[int],
+    suffix: ArrayLike | Sequence[object],
     outputs: Float[Array, "B ..."],
     *,
     near: Float[Array, "B ..."] | None = None,
@@ -269,7 +269,7 @@ def reach_target(
 
 
 def condition_numbers(
-    bank: Bank, chain: ArrayLike | Sequence[int], x: Float[Array, "B ..."]
+    bank: Bank, chain: ArrayLike | Sequence[object], x: Float[Array, "B ..."]
 ) -> Float[np.ndarray, "B"]:
     """Condition number of the Jacobian of a chain's layers at each example, in float64 on the host.
 
@@ -315,7 +315,7 @@ def _find_jacobians(
     return jax.lax.map(jax.jacrev(apply), hidden.reshape(-1, size), batch_size=16)
 
 
-def _check_suffix(bank: Bank, suffix: ArrayLike | Sequence[int]) -> list[int]:
+def _check_suffix(bank: Bank, suffix: ArrayLike | Sequence[object]) -> list[int]:
     tokens = np.asarray(suffix)
     if tokens.ndim != 1 or not (np.issubdtype(tokens.dtype, np.integer) or tokens.size == 0):
         raise ValueError(

@@ -44,7 +44,7 @@ def test_a_beam_needs_invertible_layers(problem):
 
 
 def test_a_copy_is_found_from_its_outputs():
-    """A teacher's outputs as targets: the predictions of prefixes with suffixes identify the chain."""
+    """A teacher's outputs as targets: predictions of prefixes with suffixes identify the chain."""
     layer, head = jc.layers.InvertibleDense(5), jc.layers.DenseHead(5)
     keys = jax.random.split(jax.random.key(3), 7)
     params = [layer.init(key, jnp.ones((1, 5)))["params"] for key in keys[:6]]
