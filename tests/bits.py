@@ -30,9 +30,10 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import jchain as jc
 import numpy as np
 import optax
+
+import jchain as jc
 
 Entries = dict[str, object]
 Part = Callable[[], Entries]
