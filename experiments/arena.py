@@ -40,17 +40,15 @@ from matplotlib.figure import Figure
 from records import (
     CHAINBENCH,
     describe_machine,
-    is_deterministic,
     keep,
-    look_up,
     make_pool,
+    make_zero_shot_search,
+    use_tables,
     write_results,
-    zero_shot,
 )
 from scipy.stats import trim_mean
 
 import jchain as jc
-from jchain.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 # Slowest first, so that no core waits for one at the end.
@@ -191,7 +189,7 @@ def main() -> None:
         critic = jc.Critic.load(RESULTS / "critic.safetensors")
         searches = {
             **{name: search for name, search in searches.items() if name in LARGE_SEARCHES},
-            "critic search, pretrained, zero-shot": zero_shot(critic),
+            "critic search, pretrained, zero-shot": make_zero_shot_search(critic),
         }
         for name in LARGE:
             load_large(args.folder, name)
@@ -281,7 +279,7 @@ def tune(searches: dict[str, Any], args: argparse.Namespace) -> None:
         "config": {"problems": grounds.names, "seeds": grounds.seeds},
         "summary": summary,
     }
-    write_json(path, result)
+    jc.files.write_json(path, result)
 
 
 def make_grid(budgets: tuple[int, ...]) -> np.ndarray:
@@ -324,11 +322,10 @@ def run_searches(searches: dict[str, Any], grounds: Grounds) -> dict[str, np.nda
         start = time.perf_counter()
         weights = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(search)]
         make = partial(
-            run_problems, search, grounds, 1 if is_deterministic(search) else grounds.seeds
+            run_problems, search, grounds, 1 if search.is_deterministic else grounds.seeds
         )
         given = (*inputs, describe_search(search), weights)
-        code = (run_problems, needs_gradient, load_large, large_path, see_losses_only)
-        losses[name] = keep(code, name.replace(" ", "-"), given, make, uses=(search,))["loss"]
+        losses[name] = keep(__file__, name.replace(" ", "-"), given, make)["loss"]
         print(f"{name:40} {time.perf_counter() - start:.0f} s", flush=True)
     # Programs map memory, of which a process may have only so many pieces.
     jax.clear_caches()
@@ -360,7 +357,7 @@ def run_problems(search: Any, grounds: Grounds, seeds: int) -> dict[str, np.ndar
             given = (
                 (search, solved.problem)
                 if needs_gradient(search)
-                else (look_up(search), solved.lookup())
+                else (use_tables(search), solved.lookup())
             )
             run = partial(jc.run_many, keys, *given, target_loss=target_loss)
         results = run(budget=int(grounds.grid[-1]))

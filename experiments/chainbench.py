@@ -17,7 +17,6 @@ from typing import Any
 from records import CHAINBENCH, describe_machine
 
 import jchain as jc
-from jchain.files import write_json
 
 COLUMNS = {
     "chains": "{:,}",
@@ -63,7 +62,7 @@ def main() -> None:
         "problems": rows,
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "chainbench.json", result)
+    jc.files.write_json(args.out / "chainbench.json", result)
 
 
 def format_row(row: dict[str, Any]) -> str:

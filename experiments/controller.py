@@ -26,12 +26,11 @@ import numpy as np
 from records import (
     CHAINBENCH,
     describe_machine,
-    is_deterministic,
     keep,
-    look_up,
     make_pool,
+    make_zero_shot_search,
+    use_tables,
     write_results,
-    zero_shot,
 )
 
 import jchain as jc
@@ -112,15 +111,17 @@ def kind_of(solved: jc.chainbench.Solved) -> str:
 
 
 CONTESTANTS: dict[str, Any] = {
-    "zero-shot": lambda solved, critics: zero_shot(critics[""]),
-    "zero-shot, kind unseen": lambda solved, critics: zero_shot(critics[kind_of(solved)]),
+    "zero-shot": lambda solved, critics: make_zero_shot_search(critics[""]),
+    "zero-shot, kind unseen": lambda solved, critics: make_zero_shot_search(
+        critics[kind_of(solved)]
+    ),
     # Without exploring, which a critic that knows other banks does not need (compared on problems of even number).
     "fine-tuned": lambda solved, critics: jc.CriticSearch(critics[""], epsilon=0.0),
     "fine-tuned, kind unseen": lambda solved, critics: jc.CriticSearch(
         critics[kind_of(solved)], epsilon=0.0
     ),
     "from scratch": lambda solved, critics: jc.CriticSearch(),
-    "by head loss": lambda solved, critics: zero_shot(None),
+    "by head loss": lambda solved, critics: make_zero_shot_search(None),
     "beam search": lambda solved, critics: jc.BeamSearch(width=4, max_width=256),
     "local search": lambda solved, critics: jc.LocalSearch(),
 }
@@ -144,7 +145,7 @@ def study(case: Case) -> jc.agent.pretrain.Lesson:
         lesson = jc.agent.pretrain.study(make_problem(*case))
         return {**lesson._asdict(), "sizes": np.array(lesson.sizes)}
 
-    arrays = keep((study, make_problem), "-".join(map(str, case)), case, make)
+    arrays = keep(__file__, "-".join(map(str, case)), case, make)
     return jc.agent.pretrain.Lesson(
         arrays["inputs"], arrays["stop"], arrays["best"], tuple(map(int, arrays["sizes"]))
     )
@@ -201,10 +202,10 @@ def measure_all(
 
 def measure(solved: jc.chainbench.Solved, search: Any, seeds: int) -> np.ndarray:
     """Lowest loss over the lowest of all chains after each number of layer calls of the grid, `[S, G]`."""
-    keys = jax.random.split(jax.random.key(0), 1 if is_deterministic(search) else seeds)
+    keys = jax.random.split(jax.random.key(0), 1 if search.is_deterministic else seeds)
     best = solved.loss["search"].min()
     results = jc.run_many(
-        keys, look_up(search), solved.lookup(), budget=int(GRID[-1]), target_loss=float(best)
+        keys, use_tables(search), solved.lookup(), budget=int(GRID[-1]), target_loss=float(best)
     )
     loss = np.array([result.curve.at(GRID) for result in results])
     return np.where(np.isfinite(loss), loss, np.median(solved.loss["search"])) / best

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from records import look_up
+from records import use_tables
 
 import jchain as jc
 
@@ -98,7 +98,7 @@ def spend(
     )
     truth = jnp.asarray(table.loss[table.best[: problem.max_layers + 1]])
     scored, stops, lengths = spend_all(
-        keys, look_up(search), problem.without_names(), loss, truth, jnp.asarray(budgets)
+        keys, use_tables(search), problem.without_names(), loss, truth, jnp.asarray(budgets)
     )
     pad = [(0, 0), (0, 0), (0, DEPTH - problem.max_layers)]
     fronts = [np.pad(np.asarray(front.place), pad, constant_values=-1) for front in (scored, stops)]

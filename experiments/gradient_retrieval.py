@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from records import correlate, describe_machine, keep, try_swaps, write_results
+from records import correlate, describe_machine, evaluate_swaps, keep, write_results
 
 import jchain as jc
 
@@ -72,7 +72,7 @@ def main() -> None:
         for kind in KINDS:
             case = (kind, depth, num_layers, num_banks, num_chains)
             found = keep(
-                (measure_kind, make_problem, find_good_chains, measure_chain, judge, score_swaps),
+                __file__,
                 f"retrieval-{kind}-{depth}",
                 case,
                 lambda c=case: measure_kind(*c),
@@ -170,7 +170,7 @@ def measure_chain(problem: jc.Problem, chain: np.ndarray) -> np.ndarray:
     length = int((chain >= 0).sum()) - 1
     if length == 0:
         return np.full((len(SCORES), 3), np.nan)
-    change, scores = try_swaps(problem, chain), score_swaps(problem, chain)
+    change, scores = evaluate_swaps(problem, chain), score_swaps(problem, chain)
     is_swap = np.isfinite(change) & (np.arange(change.shape[1]) != chain[:-1, None])
     return np.stack([judge(scores[name][:-1][is_swap], change[is_swap]) for name in SCORES])
 
@@ -250,7 +250,7 @@ def measure_wide(loss: str, num_chains: int) -> dict[str, np.ndarray]:
     found = []
     for chain in np.random.default_rng(0).integers(0, 12, (num_chains, 4)):
         chain = np.append(chain, 12).astype(np.int32)
-        change = try_swaps(problem, chain)
+        change = evaluate_swaps(problem, chain)
         is_swap = np.arange(12) != chain[:-1, None]
         numbers = (*WIDE_PRODUCTS, 64 * NUM_LEVELS)
         scores = [
@@ -270,9 +270,8 @@ def measure_wide(loss: str, num_chains: int) -> dict[str, np.ndarray]:
 
 
 def measure_wide_kept(loss: str, num_chains: int) -> dict[str, Any]:
-    code = (measure_wide, brier, PixelHead)
     found = keep(
-        code,
+        __file__,
         f"retrieval-wide-{loss}",
         (loss, num_chains),
         lambda: measure_wide(loss, num_chains),

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-from records import correlate, describe_machine, keep, try_swaps, write_results
+from records import correlate, describe_machine, evaluate_swaps, keep, write_results
 
 import jchain as jc
 
@@ -52,7 +52,7 @@ def main() -> None:
     rows = []
     for kind in jc.chainbench.KINDS:
         found = keep(
-            CODE, f"trends-{kind}", (kind, sizes), lambda kind=kind: measure_kind(kind, **sizes)
+            __file__, f"trends-{kind}", (kind, sizes), lambda kind=kind: measure_kind(kind, **sizes)
         )
         for sort in SORTS:
             means = {
@@ -100,7 +100,7 @@ def measure_kind(kind: str, banks: int, seen: int, tested: int) -> dict[str, np.
             for name, values in compare(learned["plain"], gradients, rows, bank.num_layers).items():
                 made.setdefault(f"{sort} {name}", []).append(values)
             some = rows[:30]
-            changes = [try_swaps(problem, chain) for chain in some]
+            changes = [evaluate_swaps(problem, chain) for chain in some]
             for name, of in (("plain", problem), ("aligned", aligned)):
                 pairs = zip(some, changes, strict=True)
                 values = np.mean([retrieve(learned[name], of, *pair) for pair in pairs], axis=0)
@@ -208,20 +208,6 @@ def find_slot(
     score, best = (np.where(is_own, np.inf, of).min(axis=1) for of in (scores, change))
     measures = np.linalg.norm(gradient, axis=1), np.abs(weights * gradient).sum(axis=1), -score
     return np.array([correlate(measure, -best) for measure in measures])
-
-
-CODE = (
-    measure_kind,
-    make_problem,
-    draw_chains,
-    learn,
-    find_gradients,
-    find_contexts,
-    compare,
-    scale,
-    retrieve,
-    find_slot,
-)
 
 
 def format_tables(rows: list[dict[str, Any]]) -> str:

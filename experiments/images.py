@@ -104,9 +104,7 @@ def main() -> None:
 
 
 def measure(case: tuple[str, int, int, int, int]) -> dict[str, np.ndarray]:
-    return keep(
-        (compare, load), "images-" + "-".join(map(str, case)), case, partial(compare, *case)
-    )
+    return keep(__file__, "images-" + "-".join(map(str, case)), case, partial(compare, *case))
 
 
 def load(name: str, seed: int) -> jc.data.Dataset:

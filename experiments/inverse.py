@@ -21,7 +21,6 @@ linearized search on routed couplings and residual layers; the ideal layer far b
 
 import argparse
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,10 +32,9 @@ from matplotlib.figure import Figure
 from records import (
     correlate,
     describe_machine,
-    is_deterministic,
+    evaluate_swaps,
     keep,
     make_pool,
-    try_swaps,
     write_results,
 )
 
@@ -139,7 +137,7 @@ def main() -> None:
     print(format_recovery(trained), flush=True)
     sizes = [size for size in GROWTH if size[0] ** size[1] < 1e5] if args.quick else GROWTH
     found = keep(
-        RECOVER,
+        __file__,
         "inverse-growth",
         sizes,
         lambda: {"seconds": np.array([time_growth(*size) for size in sizes])},
@@ -244,7 +242,7 @@ def recover_trained(bank: tuple[str, str, int], num_seeds: int) -> list[dict[str
         return {"runs": np.array(runs, np.float32).reshape(len(TRAINED_NOISES), num_seeds, 3)}
 
     name = f"inverse-trained-{'-'.join(map(str, bank))}"
-    found = keep([make_problem, recover_trained, ask], name, (bank, num_seeds), run)["runs"]
+    found = keep(__file__, name, (bank, num_seeds), run)["runs"]
     return [
         {
             "layer": bank[0],
@@ -258,7 +256,7 @@ def recover_trained(bank: tuple[str, str, int], num_seeds: int) -> list[dict[str
 
 def measure_case(case: Case, num_seeds: int) -> dict[str, Any]:
     depth, noise, options = case
-    found = keep(RECOVER, f"inverse-recover-{depth}", (case, num_seeds), lambda: {
+    found = keep(__file__, f"inverse-recover-{depth}", (case, num_seeds), lambda: {
         "runs": np.array([recover(seed, case) for seed in range(num_seeds)], np.float64).astype(np.float32)
     })["runs"]  # fmt: skip
     return {**summarize_recovery(depth, noise, found), **options}
@@ -291,9 +289,6 @@ def time_growth(num_layers: int, depth: int) -> tuple[float, float]:
     return seconds, each * float(num_layers) ** depth
 
 
-RECOVER: list[Callable[..., Any]] = [make_secret, recover, ask, time_growth]
-
-
 def make_problem(layer: str, kind: str, seed: int) -> jc.Problem:
     data = jc.data.load("digits", seed)
     sizes: Any = {"num_layers": SIZE} if kind == "routed" else {"num_nets": SIZE // DEPTH}
@@ -315,7 +310,7 @@ def search_bank(bank: tuple[str, str, int], num_seeds: int) -> dict[str, np.ndar
         loss = np.asarray(jc.evaluate_all(problem)[1].loss)
         for name, search in SEARCHES.items():
             start = time.perf_counter()
-            keys = jax.random.split(jax.random.key(1), 1 if is_deterministic(search) else num_seeds)
+            keys = jax.random.split(jax.random.key(1), 1 if search.is_deterministic else num_seeds)
             results = jc.run_many(keys, search, problem, budget=BUDGETS[-1])
             losses = np.stack([result.curve.at(BUDGETS) for result in results], axis=1)
             losses = np.broadcast_to(losses, (len(BUDGETS), num_seeds))
@@ -326,11 +321,10 @@ def search_bank(bank: tuple[str, str, int], num_seeds: int) -> dict[str, np.ndar
         return found
 
     return keep(
-        [make_problem, search_bank, is_deterministic],
+        __file__,
         f"inverse-search-{'-'.join(map(str, bank))}",
         (bank, num_seeds),
         run,
-        uses=[*SEARCHES.values()],
     )
 
 
@@ -353,7 +347,7 @@ def score_bank(bank: tuple[str, str, int]) -> dict[str, np.ndarray]:
         }
 
     return keep(
-        [make_problem, score_bank, correlate_scores],
+        __file__,
         f"inverse-ideal-{'-'.join(map(str, bank))}",
         bank,
         run,
@@ -361,7 +355,7 @@ def score_bank(bank: tuple[str, str, int]) -> dict[str, np.ndarray]:
 
 
 def correlate_scores(problem: jc.Problem, chain: np.ndarray) -> list[float]:
-    change = try_swaps(problem, chain)
+    change = evaluate_swaps(problem, chain)
     is_swap = np.arange(change.shape[1]) != chain[:-1, None]
     scores = [
         jc.swap_scores(problem, chain, kind) for kind in ("linearized", "activations", "weights")

@@ -233,7 +233,7 @@ def tabulate(name: str, problem: jc.Problem) -> Bank:
     def make() -> dict[str, np.ndarray]:
         return {"table": np.asarray(jc.chainbench.tabular.tabulate(problem, EVERYTHING).data.y[0])}
 
-    table = keep((tabulate,), f"state-{name}", arrays, make, uses=(problem, EVERYTHING))["table"]
+    table = keep(__file__, f"state-{name}", arrays, make)["table"]
     loss = table[:, : problem.bank.num_heads]
     looked_up = jc.chainbench.tabular.make_problem(
         problem.bank, loss.reshape(-1), problem.max_layers, table[:, problem.bank.num_heads :]
@@ -256,21 +256,12 @@ def measure(
             bank for problem_name, bank in tested.items() if problem_name.startswith(f"{data}-")
         ]
         inputs = ([bank.loss.tobytes() for bank in (*mine, *banks)], describe_search(agent), seeds)
-        title, uses = f"state-{name}-{data}".replace(" ", ""), (agent, agent.encoding)
+        title = f"state-{name}-{data}".replace(" ", "")
         for start in STARTS:
-            code = (search_from, search_all, train, advance, start_run, see_columns)
             make = partial(search_from, start, agent, mine, banks, seeds)
-            arrays = keep(
-                code, f"{title}-{start.replace(' ', '-')}", (*inputs, start), make, uses=uses
-            )
+            arrays = keep(__file__, f"{title}-{start.replace(' ', '-')}", (*inputs, start), make)
             regret[start].extend(arrays["regret"])
-        arrays = keep(
-            (regress, fit, know, see_columns),
-            f"{title}-ranks",
-            inputs,
-            partial(regress, agent, mine, banks),
-            uses=uses,
-        )
+        arrays = keep(__file__, f"{title}-ranks", inputs, partial(regress, agent, mine, banks))
         for where, values in ranks.items():
             values.extend(arrays[where])
     return tuple({key: np.array(rows) for key, rows in by.items()} for by in (regret, ranks))  # pyright: ignore[reportReturnType]

@@ -35,9 +35,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from fronts import DEPTH, LENGTHS, Table, find_stops, improve, spend, spend_all, step_one
+from fronts import DEPTH, LENGTHS, Table, spend
 from matplotlib.figure import Figure
-from records import CHAINBENCH, describe_machine, is_deterministic, keep, make_pool, write_results
+from records import CHAINBENCH, describe_machine, keep, make_pool, write_results
 
 import jchain as jc
 
@@ -183,9 +183,8 @@ def run_search(name: str, search: Any, grounds: Grounds) -> dict[str, np.ndarray
         digest.hexdigest(),
         describe_search(search),
     )
-    code = (run_all, spend, spend_all, step_one, improve, find_stops, Table)
     make = partial(run_all, search, grounds)
-    arrays = keep(code, f"stopping-{name.replace(' ', '-')}", given, make, uses=(search,))
+    arrays = keep(__file__, f"stopping-{name.replace(' ', '-')}", given, make)
     print(f"{name:20} {time.perf_counter() - start:.0f} s", flush=True)
     # Programs map memory, of which a process may have only so many pieces.
     jax.clear_caches()
@@ -193,7 +192,7 @@ def run_search(name: str, search: Any, grounds: Grounds) -> dict[str, np.ndarray
 
 
 def run_all(search: Any, grounds: Grounds) -> dict[str, np.ndarray]:
-    keys = jax.random.split(jax.random.key(0), 1 if is_deterministic(search) else grounds.seeds)
+    keys = jax.random.split(jax.random.key(0), 1 if search.is_deterministic else grounds.seeds)
     tables = [Table(grounds.folder, name) for name in grounds.names]
     parts = []
     # Problems of one shape behind each other, so that they share compiled programs.

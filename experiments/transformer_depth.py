@@ -37,7 +37,7 @@ import jax
 import numpy as np
 from byte_models import Model
 from matplotlib.figure import Figure
-from records import describe_machine, is_deterministic, keep, look_up, make_pool, write_results
+from records import describe_machine, keep, make_pool, use_tables, write_results
 
 import jchain as jc
 
@@ -66,8 +66,6 @@ FOUND = "local search"
 STARTED, CHOSEN = "local search from recipes", "that or a recipe, by select"
 MODELS = {"base": "base", "a": "fine-tune a", "b": "fine-tune b", "soup": "soup of both"}
 MIX_ARMS = (*MODELS.values(), "random mix", *SEARCHES, STARTED, CHOSEN)
-OF_TEXT = (byte_models.load_text, byte_models.find_files)
-OF_SPLITS = (byte_models.make_splits, byte_models.take, byte_models.write_checkpoints)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +123,7 @@ def train(seed: int, size: Size) -> None:
 
 def _train(seed: int, size: Size, text: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
     return keep(
-        (byte_models.train_models, byte_models.fit, byte_models.run_blocks, *OF_TEXT),
+        __file__,
         f"transformer-depth-weights-{seed}",
         (seed, platform.python_version(), repr(size.model)),
         partial(byte_models.train_models, seed, size.model, text),
@@ -139,16 +137,15 @@ def measure(seed: int, num_blocks: int | None, size: Size) -> dict[str, np.ndarr
     with tempfile.TemporaryDirectory() as folder:
         paths = byte_models.write_checkpoints(Path(folder), trained, size.model)
         if num_blocks is None:
-            name, code, make = "mix", measure_mix, partial(measure_mix, seed, size, paths, text)
+            name, make = "mix", partial(measure_mix, seed, size, paths, text)
         else:
-            name, code = f"depth-{num_blocks}", measure_depth
+            name = f"depth-{num_blocks}"
             make = partial(measure_depth, seed, num_blocks, size, paths, text)
         found = keep(
-            (code, search_all, pick, search_started, judge, *OF_SPLITS, *OF_TEXT),
+            __file__,
             f"transformer-{name}-{seed}",
             (seed, platform.python_version(), repr(size)),
             make,
-            uses=[*SEARCHES.values()],
         )
     print(f"model {seed}, {name}: {time.perf_counter() - start:.0f} s", flush=True)
     return found
@@ -162,8 +159,8 @@ def search_all(
         if table is None or name in WEIGHING:
             posed, num = problem, min(num_runs, NUM_FULL_RUNS)
         else:
-            search, posed, num = look_up(search), table, num_runs
-        keys = jax.random.split(jax.random.key(seed), 1 if is_deterministic(search) else num)
+            search, posed, num = use_tables(search), table, num_runs
+        keys = jax.random.split(jax.random.key(seed), 1 if search.is_deterministic else num)
         runs = jc.run_many(keys, search, posed, budget=budget)
         yield name, [np.asarray(run.finalists) for run in runs]
 

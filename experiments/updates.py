@@ -168,24 +168,12 @@ def measure_case(
             rows |= run_controls(problem, data, budget, case[1])
         return {name: np.array(value) for name, value in rows.items()}
 
-    code = (
-        measure_case,
-        make_problem,
-        make_policies,
-        count_steps,
-        run,
-        run_controls,
-        finish,
-        rank,
-        get_parents,
-    )
     name = f"updates-{case[0]}-{case[1]}"
     arrays = keep(
-        code,
+        __file__,
         name,
         (case, budgets, [repr(SEARCHES[name]) for name in searches]),
         make,
-        uses=tuple(SEARCHES[name] for name in searches),
     )
     print(f"{case[0]:12} {case[1]:3}", flush=True)
     return {name: float(value) for name, value in arrays.items()}

@@ -33,7 +33,7 @@ import numpy as np
 from arena import describe_search
 from calibration import count_visits, follow, judge, know, list_chains, rank_open, split
 from matplotlib.figure import Figure
-from records import CHAINBENCH, describe_machine, keep, look_up, write_results
+from records import CHAINBENCH, describe_machine, keep, use_tables, write_results
 
 import jchain as jc
 
@@ -176,15 +176,13 @@ def measure_all(
             leaves,
             seeds,
         )
-        code = (measure, run_agent, advance, read, judge, follow, know)
         make = partial(measure, search, solved, seeds)
         rows.append(
             keep(
-                code,
+                __file__,
                 f"values-{name}-{problem_name}".replace(" ", "-"),
                 inputs,
                 make,
-                uses=(search,),
             )
         )
     print(f"{name:28} {time.perf_counter() - start:.0f} s", flush=True)
@@ -208,7 +206,7 @@ def measure(search: Any, solved: Any, seeds: int) -> dict[str, np.ndarray]:
         return split(
             np.asarray(
                 find_values(
-                    look_up(search), at(track.kept, s, b), jnp.asarray(truth.chains), problem
+                    use_tables(search), at(track.kept, s, b), jnp.asarray(truth.chains), problem
                 )
             )
         )
@@ -223,7 +221,8 @@ def measure(search: Any, solved: Any, seeds: int) -> dict[str, np.ndarray]:
         sampled = [predict(s, -1) for s in range(seeds)]
         full = jnp.asarray(list_chains(problem.max_layers))
         policies = (
-            find_policy(look_up(search), at(track.kept, s, -1), full, problem) for s in range(seeds)
+            find_policy(use_tables(search), at(track.kept, s, -1), full, problem)
+            for s in range(seeds)
         )
         own = [follow(np.asarray(policy), truth) for policy in policies]
         out["own"] = np.array(
@@ -243,7 +242,7 @@ def at(tree: Any, seed: int, budget: int) -> Any:
 
 def run_agent(search: Any, problem: jc.Problem, seeds: int) -> Track:
     """Runs side by side until each has spent the largest budget; a step that would pass a budget is not counted in it."""
-    search, keys = look_up(search), jax.random.split(jax.random.key(0), seeds)
+    search, keys = use_tables(search), jax.random.split(jax.random.key(0), seeds)
     problem = problem.without_names()
     track = start_all(keys, search, problem)
     while not np.all(track.is_over):
