@@ -2,25 +2,35 @@
 
     python experiments/chainbench.py && python experiments/arena.py
 
-Each search spends the same number of layer calls on each of the 36 problems, 20 times with other keys. What repeats costs is
-one rule for all (`jchain.engine.score_cache`). The losses are looked up in ChainBench's tables (`jchain.chainbench.tabular`), which changes no charge, but
-for searches that need a gradient, and a run ends when it has found the best chain of all; the time per layer call is that of one
-run with the layers themselves. Sizes and rates were chosen on problems of even number (`--tune` compares them there); the results
-are those of odd number.
+Hardware and run time: 2 CPU cores, shared with two other jobs, 31 minutes.
 
-31 minutes on 2 CPU cores, with two other jobs beside it. To expect, at 1,000 layer calls: a regret of 0.0042 for critic search,
-0.0082 for linearized search, 0.027 to 0.034 for evolution, local search and beam search. `--tune`, 13 minutes but for variants
-that need a gradient, also takes parts away: at 1,000 layer calls the actor-critic has 0.065 without imitation and 0.033 without
-restarts (0.031 with both, 0.038 where it also sees scores of edits and pays for them), critic search 0.020 where it learns nothing
-and 0.008 where it sees no features (0.007), which pay where its critic was trained on other banks, linearized search 0.008
-without pairs (0.004).
+Result to expect, at 1,000 layer calls: a regret of 0.0042 for critic search, 0.0082 for linearized
+search, and 0.027 to 0.034 for evolution, local search and beam search.
 
-`--quick`: four problems of the wine data, 5 seeds, 2,000 layer calls, with what was not built made first. `--large`: 12 banks
-of 24, 48 and 96 layers with chains of up to 8, 12 and 24, with the layers themselves, and with the critic that controller.py
-trained on small ones; no best chain is known, so regret is from the lowest loss that any run found, which counts as solved.
-45 minutes, with two other jobs beside it; to expect, at 1,000 layer calls: a regret of 0.048 for linearized search and for that
-critic, zero-shot, and of 0.19 for local search, which is at 0.049 after 12,000. Each search's runs are kept, so an
-interrupted arena goes on. Writes arena.json, arena.md and arena.png (arena_large, arena_tune) to experiments/results.
+Each search spends the same number of layer calls on each of the 36 problems, 20 times with
+different keys. All searches pay for repeated chains by one rule (`jchain.engine.score_cache`). The
+losses come from ChainBench's tables (`jchain.chainbench.tabular`), which changes no charge, except
+for searches that need a gradient. A run ends when it has found the best chain of all. The time per
+layer call is that of one run that applies the layers. Sizes and rates were chosen on problems of
+even number (`--tune` compares them there); the results are those of odd number.
+
+`--tune`: 13 minutes without the variants that need a gradient. It also removes parts, with these
+regrets at 1,000 layer calls. Actor-critic: 0.065 without imitation, 0.033 without restarts, 0.031
+with both, 0.038 if it also observes edit scores and pays for them. Critic search: 0.020 without
+learning, 0.008 without features, 0.007 with them (features pay off if the critic was trained on
+other banks). Linearized search: 0.008 without pairs, 0.004 with them.
+
+`--quick`: four problems of the wine data, 5 seeds, 2,000 layer calls; missing problems are built
+first.
+
+`--large`: 12 banks of 24, 48 and 96 layers with chains of up to 8, 12 and 24 layers, without
+tables, and with the critic that controller.py trained on small banks. The best chain is unknown, so
+regret is relative to the lowest loss that any run found, which counts as solved. 45 minutes, shared
+with two other jobs. Result to expect, at 1,000 layer calls: a regret of 0.048 for linearized search
+and for that critic, zero-shot, and of 0.19 for local search, which reaches 0.049 after 12,000.
+
+The runs of each search are kept, so an interrupted arena continues. Writes arena.json, arena.md and
+arena.png (arena_large, arena_tune) to experiments/results.
 """
 
 import argparse

@@ -1,7 +1,8 @@
-"""GPT-2s that read bytes, trained on Python's standard library: a base model and two fine-tunes of it, as checkpoints.
+"""GPT-2 models of bytes, trained on Python's standard library: a base model and two fine-tunes, as checkpoints.
 
-The fine-tunes are trained on two parts of it which the base model does not see: concurrency (A: asyncio, multiprocessing, ...) and the
-web (B: email, http, ...). Beside them stands the mean of their weights.
+The fine-tunes are trained on two parts of the library that the base model does not see: concurrency
+(A: asyncio, multiprocessing, ...) and the web (B: email, http, ...). A fourth checkpoint holds the
+mean of the fine-tunes' weights.
 """
 
 import dataclasses

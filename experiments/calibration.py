@@ -1,4 +1,4 @@
-"""The exact values of ChainBench's prefixes, and how near to them a critic predicts."""
+"""The exact values of ChainBench's prefixes, and how well a critic predicts them."""
 
 from itertools import pairwise
 from typing import Any, NamedTuple

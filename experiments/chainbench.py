@@ -1,12 +1,16 @@
-"""Builds ChainBench, 36 problems of which every chain is scored, and says what makes each hard.
+"""Build ChainBench, 36 problems with every chain scored, and describe how hard each one is.
 
     python experiments/chainbench.py
 
-Keeps banks and tables in ~/.cache/jchain/chainbench (`--folder`), where `jchain.chainbench.load` finds them; what is there
-already is checked and stays, so an interrupted build goes on. Writes chainbench.json to experiments/results.
+Hardware and run time: 2 CPU cores (AMD EPYC), 7 to 13 minutes. `--quick`: four problems of the wine
+data, one minute.
 
-7 to 13 minutes on 2 CPU cores (AMD EPYC). `--quick`: four problems of the wine data, a minute. To expect: of 10,000 chains at
-most 3 are within 1% of the best one, and 1 to 31 are local optima.
+Result to expect: of 10,000 chains at most 3 are within 1% of the best one, and 1 to 31 are local
+optima.
+
+Banks and tables are kept in ~/.cache/jchain/chainbench (`--folder`), where `jchain.chainbench.load`
+finds them. Existing files are checked and kept, so an interrupted build continues. Writes
+chainbench.json to experiments/results.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The best chain of each number of layers: what a problem of ChainBench has, and what a search finds within a budget."""
+"""The best chain of each length: of a ChainBench problem, and those that a search finds within a budget."""
 
 from pathlib import Path
 from typing import Any, NamedTuple

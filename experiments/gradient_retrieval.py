@@ -1,20 +1,25 @@
-"""Does the gradient of a chain tell which layer is wanted next?
+"""Does the gradient of a chain tell which layer to choose next?
 
     python experiments/gradient_retrieval.py
 
-All single swaps of chains of digits banks, scored (`jchain.gradient`) and evaluated. Banks of four kinds and 2 to 32 slots;
-chains that are random, and nearly optimal ones: from the best 1% of all where those can be evaluated, else the best ones of
-critic search, which sees no gradient. For each: Spearman's correlation of predicted with true change of loss, the rank of the
-first choice (1 is the best of all swaps), and how often it lowers the loss. Weight-space scores are also given for the same
-bank with its hidden units shuffled, and with those of all layers aligned to the layer of the slot (`jchain.align`). Last, a
-bank whose heads give 512 numbers, 8 levels of 64 pixels, where linearized scores are by samples: their correlation with the
-true change, and their error. Writes gradient_retrieval.json, .md and .png to experiments/results.
+Hardware and run time: 2 CPU cores, shared with three other jobs, 55 minutes. `--quick`: depth 2,
+one bank of each kind; nothing is written.
 
-55 minutes on 2 CPU cores with three other jobs beside it. To expect of linearized scores: a correlation of 0.90 to 0.99 at
-4 slots, of 0.77 to 0.95 at 16 (0.80 to 0.95 with 4 or 2 products); of weight-space scores 0.1 to 0.7 at 4 slots, of the
-nearest layers 0.
+Result to expect of linearized scores: a correlation of 0.90 to 0.99 at 4 slots and of 0.77 to 0.95
+at 16 (0.80 to 0.95 with 4 or 2 products). Weight-space scores: 0.1 to 0.7 at 4 slots. Nearest
+layers: 0.
 
-`--quick`: depth 2, one bank of each kind; nothing is written.
+All single swaps of chains of digits banks are scored (`jchain.gradient`) and evaluated. The banks
+are of four kinds and have 2 to 32 slots. The chains are random or nearly optimal: from the best 1%
+of all chains if all can be evaluated, else the best ones of critic search, which uses no gradient.
+Three numbers for each score: Spearman's correlation of the predicted with the true change of loss,
+the rank of the first choice (1 is the best of all swaps), and how often the first choice lowers the
+loss. Weight-space scores are also given for the same bank with its hidden units shuffled, and with
+the hidden units of all layers aligned to the layer of the slot (`jchain.align`). The last table is
+of a bank whose heads return 512 numbers, 8 levels for each of 64 pixels. There, linearized scores
+are estimated from samples: the table has their correlation with the true change, and their error.
+
+Writes gradient_retrieval.json, .md and .png to experiments/results.
 """
 
 import argparse

@@ -1,23 +1,33 @@
-"""Do trends per weight index help to find the layer that is wanted next?
+"""Do gradient trends of each weight index help to find the layer to choose next?
 
     python experiments/gradient_trends.py
 
-What the gradient of each weight index was over 1,000 random chains (`jchain.gradient.trends`), put to four tests on chains that were not
-among them, random ones and ones of the best 1% of all. *Explained*: the share of the gradient's square that the mean gradient of
-a context predicts, 1 - |g - m|^2 / |g|^2 summed over chains, by index alone, by slot, by the layer before, by the layer itself.
-*Outside*: does a
-trend hold outside of the context in which it was seen? The cosine of a gradient with the mean in its own context, and with
-the mean in all others. *Retrieval*: swaps scored by the trend in place of the gradient of the chain at hand, for no layer call:
-Spearman's correlation with the true change of loss; `aligned` with the hidden units of all layers in the order of those of
-layer 0 (`jchain.align`). *Which slot*: Spearman's correlation over the slots of a chain of what the gradient says of the layer
-there (its length; importance, the sum of |w dL/dw|; the best linearized score of a swap) with what the best swap there gains.
-Digits banks of four kinds, 12 layers and 4 slots, 3 seeds. Writes gradient_trends.json, .md and .png to
-experiments/results, and layer_report.png: what the gradient says of the layers of the best chain of a routed bank.
+Hardware and run time: 2 CPU cores, shared with other jobs, 8 minutes. `--quick`: one bank of each
+kind, 100 chains; nothing is written.
 
-8 minutes on 2 CPU cores with other jobs beside it. To expect on random chains: index alone explains 2% to 12% of a gradient, the
-layer itself 9% to 32%; the mean gradient of other slots points the same way as that of the own one (cosines of 0.16 and 0.18,
-0.33 and 0.40); trends rank swaps with a correlation of 0.1 to 0.4, and importance says nothing of the slot to change (-0.1 to 0.2).
-`--quick`: one bank of each kind, 100 chains; nothing is written.
+Result to expect on random chains: the weight index alone explains 2% to 12% of a gradient, the
+layer itself 9% to 32%. The mean gradient of other slots points in much the same direction as that
+of the same slot (cosines of 0.16 and 0.18, 0.33 and 0.40). Trends rank swaps with a correlation of
+0.1 to 0.4. Importance does not predict which slot to change (-0.1 to 0.2).
+
+The trends are the mean gradients of each weight index over 1,000 random chains
+(`jchain.gradient.trends`). Four tests use other chains, random ones and some of the best 1%:
+
+- *Explained*: the share of the gradient's square that the mean gradient of a context predicts,
+  1 - |g - m|^2 / |g|^2 summed over chains, with four contexts: the weight index alone, the slot,
+  the previous layer, the layer itself.
+- *Outside*: does a trend hold outside of its context? The cosine of a gradient with the mean in its
+  own context, and with the mean in all other contexts.
+- *Retrieval*: swaps are scored by the trend instead of the chain's own gradient, without any layer
+  call. Spearman's correlation with the true change of loss; `aligned` has the hidden units of all
+  layers in the order of those of layer 0 (`jchain.align`).
+- *Which slot*: Spearman's correlation, over the slots of a chain, of a number from the gradient of
+  the layer there (its length; its importance, the sum of |w dL/dw|; the best linearized score of a
+  swap) with the gain of the best swap there.
+
+Digits banks of four kinds, 12 layers and 4 slots, 3 seeds. Writes gradient_trends.json, .md and
+.png to experiments/results, and layer_report.png: the gradient's report on the layers of the best
+chain of a routed bank.
 """
 
 import argparse

@@ -1,22 +1,32 @@
-"""Can inverses of square layers work back from an output to the layers that are needed?
+"""Can inverses of square layers lead from an output back to the layers that made it?
 
     python experiments/inverse.py
 
-*Recovery*: 16 layers 16 wide, orthogonal, with a leaky ReLU of slope 0.5; a secret chain of them is applied to 64 normal
-examples, noise is added to its outputs, and `jc.meet_in_the_middle` is asked for the chain. How often is it found, by depth, noise
-(standard deviation, by that of the outputs), probes, slope, condition of the matrices and float type, in how many seconds, and does
-the residual tell: the largest one of a chain that is right, the smallest of one that is wrong. *Growth*: seconds against depth and
-bank size, beside all chains one after another at the speed of `jc.evaluate_all`. *Search*: digits banks of layers that can be
-undone, 12 layers and 4 slots; regret (0 the best of all chains, 1 the median one) of each search at equal layer calls. *Ideal
-layer*: Spearman's correlation over all single swaps of a chain with the true change of loss, of distances to what is wanted at the
-slot (`jc.ideal`) and of scores by the gradient. *Trained layers*: recovery of chains of the layers of these banks. Writes inverse.json, .md and .png to experiments/results.
+Hardware and run time: 2 CPU cores, one hour. `--quick`: depth 4 at most, one kind of layers, two
+seeds, two minutes; nothing is written.
 
-An hour on 2 CPU cores. To expect: depth 8 found in 20 of 20 cases at noise of 0 and 10%, in 0.3 and 3 seconds; depth 12 in 23
-seconds from exact outputs, in 3 minutes with noise of 1%; the secret chain found at slopes of 0.2 and condition numbers of 10,000
-where halves meet nearer to the end; meeting in the middle ahead in the interquartile mean from 1,000 layer calls on, and behind
-linearized search on routed couplings and residual layers; the ideal layer far behind the gradient.
+Result to expect: depth 8 is found in 20 of 20 cases at noise of 0 and of 10%, in 0.3 and 3 seconds;
+depth 12 in 23 seconds from exact outputs and in 3 minutes with noise of 1%. At slopes of 0.2 and
+condition numbers of 10,000 the secret chain is found if the halves meet nearer to the end. Meeting
+in the middle leads by interquartile mean from 1,000 layer calls on, but linearized search is better
+on routed couplings and residual layers. The ideal layer is far worse than the gradient.
 
-`--quick`: depth 4 at most, one kind of layers, two seeds; two minutes, nothing is written.
+- *Recovery*: 16 orthogonal layers, 16 wide, with a leaky ReLU of slope 0.5. A secret chain of them
+  is applied to 64 normal examples, noise is added to its outputs, and `jc.meet_in_the_middle` looks
+  for the chain. How often is it found, and in how many seconds, by depth, noise (its standard
+  deviation over that of the outputs), number of probes, slope, condition of the matrices and float
+  type? Does the residual tell right from wrong: the largest one of a right chain, the smallest one
+  of a wrong chain.
+- *Growth*: seconds against depth and bank size, and the time to evaluate all chains one after
+  another at the speed of `jc.evaluate_all`.
+- *Search*: digits banks of invertible layers, 12 layers and 4 slots; regret (0 the best of all
+  chains, 1 the median one) of each search at equal layer calls.
+- *Ideal layer*: Spearman's correlation with the true change of loss, over all single swaps of a
+  chain, of distances to the target at the slot (`jchain.inverse.target_scores`) and of gradient
+  scores.
+- *Trained layers*: recovery of chains of the layers of these banks.
+
+Writes inverse.json, .md and .png to experiments/results.
 """
 
 import argparse

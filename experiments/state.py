@@ -1,27 +1,36 @@
-"""What is the state? Tokens, weights, or what the prefix does to data; on the bank itself, on banks seen before and on unseen ones.
+"""What should the state be? Tokens, weights, or what the prefix does to data.
 
     python experiments/chainbench.py && python experiments/state.py
 
-The same actor-critic, the same problems, the same cost, and what differs is how it sees a prefix: its tokens through a GRU
-(discrete), the number of layers and a sketch of their weights (continuous), 12 numbers that sum up what the layers did to the data
-(`jchain.agent.observations.observe`), a sketch of the activations of the data, one of the gradient of the best head's loss by them, and
-combinations. An encoding that sees activations applies layers while it samples, keeps none of them, and so pays again for
-layers of chains that it scored before.
+Hardware and run time: one CPU core, shared with other jobs, about 50 minutes, most of them
+compilation. `--quick`: wine, one state, 2 runs.
 
-Each state starts from random parameters on the bank that is searched (`from scratch`), from parameters that were trained by
-searching other banks of the same data (`unseen`), or other banks and this one (`seen`; as many banks, equal steps; the layer calls of
-training are not counted). Beside it, how well a critic that is regressed on each state ranks the prefixes of three layers by the
-best loss behind them: a fifth of the prefixes of banks it was trained on, which were held out (`held out`), and all of unseen banks.
+Result to expect: a critic that is regressed on the summary ranks prefixes of unseen banks with a
+correlation of 0.76, on gradients with 0.32, and on tokens, weights and activations with -0.13 to
+0.00. As states of the actor-critic, however, they have about the same regret from scratch (0.046 to
+0.076 at 1,000 layer calls). Training on other banks does not help on an unseen one at 300 and
+1,000. Beam search has 0.061 after 300; the best state, gradients on a seen bank, has 0.100.
 
-Two ChainBench problems of odd number of wine and of digits each, of nets trained apart and of a routed supernet, all with three heads; 10
-runs each (of 2 trainings where there was one). Rates were not tuned for any state: they are those of the actor-critic's default.
-Writes state.json, state.md and state.png to experiments/results.
+Only the observation of a prefix differs between the runs; actor-critic, problems and cost are the
+same. The states: the tokens through a GRU (discrete); the number of layers and a sketch of their
+weights (continuous); 12 numbers that summarize what the layers did to the data
+(`jchain.agent.observations.observe`); a sketch of the activations of the data; a sketch of the
+gradient of the best head's loss with respect to them; and combinations. An encoding that observes
+activations applies layers while it samples and does not store their outputs, so it pays again for
+layers of chains that it has already scored.
 
-About 50 minutes on one CPU core that other jobs shared, most of them compilation; what is done is kept. `--quick`: wine, one
-state, 2 runs. To expect: a critic that is regressed on the summary ranks prefixes of unseen
-banks by 0.76 and on gradients by 0.32, on tokens, weights and activations by nothing (-0.13 to 0.00); but as states of the actor-critic
-they have much the same regret from scratch (0.046 to 0.076 at 1,000 layer calls), training on other banks does not help
-on an unseen one at 300 and 1,000, and beam search has 0.061 after 300, where the best, gradients on a seen bank, has 0.100.
+Each state starts from random parameters on the bank that is searched (`from scratch`), from
+parameters that were trained by searching other banks of the same data (`unseen`), or other banks
+and this one (`seen`; the same number of banks and steps; the layer calls of training are not
+counted). In addition, a critic is regressed on each state. Its rank correlation with the best
+reachable loss is measured over prefixes of three layers: a held-out fifth of the prefixes of the
+banks it was trained on (`held out`), and all prefixes of unseen banks.
+
+Two ChainBench problems of odd number each of wine and of digits, of separately trained nets and of
+a routed supernet, all with three heads; 10 runs each (split over 2 trainings, if there was any).
+Rates were not tuned for any state: they are the defaults of the actor-critic.
+
+Finished parts are kept. Writes state.json, state.md and state.png to experiments/results.
 """
 
 import argparse

@@ -1,26 +1,34 @@
-"""When does a chain stop? Head as an action, against fixed lengths, against a price per layer.
+"""When does a chain stop? A head as an action, fixed lengths, or a layer penalty.
 
     python experiments/chainbench.py && python experiments/stopping.py
 
-Each search looks for good chains of every number of layers, in three ways that spend as many layer calls together: one run in
-which a head is an action; one run for each fixed length, `Problem(min_layers=k, max_layers=k)`, with a fourth of the calls each;
-one run for each of four prices per layer, with a fourth each. What they found of each length, step by step, is their front; all
-begin with the heads alone, which cost no layer call. The table of ChainBench says what the best chains of up to 1, 2, 3 and 4
-layers are. Regret is that of the arena for each of these: 0 the best chain of at most so many layers, 1 (and no more) the median
-one; the area between the fronts is the mean of the four. A second reading takes every stop of what was scored by every head, for
-no layer call more (`jc.evaluate_prefixes`); a third, of prices, only the best chain of each run. Prices are in units of the loss
-of the best head alone; the four were chosen on the problems of even number as if each run found the best chain at its price. All
-else is of those of odd number. Losses are looked up.
+Hardware and run time: one CPU core, shared with several other jobs, 40 minutes, nearly all of it
+compilation. `--quick`: two problems of the wine data, 3 seeds, two searches, 2 minutes.
 
-A run ends, beside at its budget, where it has the best chain of each length, or where a hundred steps more cost nothing than cost
-something; the share of a length of one layer needs 12 layer calls and leaves the rest.
+Result to expect of the area between the fronts at 1,000 layer calls. Head as an action: 0.001 with
+critic search, 0.011 with beam search, 0.054 with the actor-critic, and 0.34 to 0.52 with evolution,
+local and random search, which score few short chains; with all stops, 0.01 to 0.04 for these.
+Fixed lengths: 0.02 to 0.08. Layer penalties: 0.03 to 0.62.
 
-40 minutes on a CPU core with several other jobs beside it, nearly all of it compilation; `--quick`: two problems of the wine data,
-3 seeds, two searches, 2 minutes. To expect, at 1,000 layer calls, the area between the fronts: head as an action has 0.001 with
-critic search, 0.011 with beam search, 0.054 with the actor-critic, and 0.34 to 0.52 with evolution, local and random search, which
-hardly score short chains; 0.01 to 0.04 with all of these where their stops are read too; fixed lengths 0.02 to 0.08, prices 0.03 to
-0.62. Each search's runs are kept, so an interrupted one goes on. Writes stopping.json, stopping.md and stopping.png to
-experiments/results.
+Each search looks for good chains of every number of layers in three ways, with the same total of
+layer calls: one run in which a head is an action; one run for each fixed length,
+`Problem(min_layers=k, max_layers=k)`, with a fourth of the calls each; one run for each of four
+layer penalties, with a fourth each. The best chains of each length that a run found are its front.
+All fronts start with the heads alone, which cost no layer call. ChainBench's table has the best
+chains of up to 1, 2, 3 and 4 layers. Regret is that of the arena for each of these: 0 for the best
+chain of at most that many layers, 1 (the maximum) for the median one. The area between the fronts
+is the mean of the four regrets. A second way to read a run includes every stop of the scored chains
+by every head, which costs no extra layer call (`jc.evaluate_prefixes`). A third, for penalties,
+uses only the best chain of each run. Penalties are in units of the loss of the best head alone; the
+four were chosen on the problems of even number as if each run found the best chain at its penalty.
+All other results are of the problems of odd number. Losses come from tables.
+
+A run ends at its budget, when it has the best chain of each length, or when steps without cost
+outnumber the others by a hundred. The share of a length of one layer needs 12 layer calls; the rest
+stays unspent.
+
+The runs of each search are kept, so an interrupted one continues. Writes stopping.json, stopping.md
+and stopping.png to experiments/results.
 """
 
 import argparse

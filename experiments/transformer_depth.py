@@ -2,23 +2,32 @@
 
     python experiments/transformer_depth.py
 
-A GPT-2 of 8 blocks, 128 wide, reads bytes; it is trained on Python's standard library, and two fine-tunes of it on two parts of that
-which it did not see: concurrency (A: asyncio, multiprocessing, ...) and the web (B: email, http, ...). All are written as checkpoints
-and read by `jc.hub`. Loss: nats of the next byte.
+Hardware and run time: about an hour of one CPU core for each of 5 models, a sixth of it training.
+`--quick`: one small model of few steps, two lengths, 4 minutes on 2 cores; nothing is written.
 
-*Depth*: chains of at most k blocks of the base model, first and last pinned, repeats and any order allowed. Searches at 1,000 layer
-calls on `search`, the best of their finalists by `select`, judged on `test`; beside them what is done by hand: the last blocks dropped,
-those of the least influence (ShortGPT), the best run of blocks, and, for more blocks than there are, the best run repeated (both runs
-by `search`). Local search begins at a random chain, and in a row of its own at what is done by hand (the model, without each run of
-blocks or with it twice); a last row is what is lower on `select`, that or a recipe. Up to 6 blocks all chains are scored: then losses
-are looked up, each search runs ten times (linearized search, which needs weights, once), and the lowest loss on `search` is known.
+Result to expect: the tables of experiments/results/transformer_depth.md.
 
-*Mix*: chains of the blocks, embeddings and heads of both fine-tunes, on text of A and B in equal parts, beside each fine-tune, the
-base model, and the mean of the fine-tunes' weights (model soup).
+A GPT-2 of 8 blocks, 128 wide, reads bytes. It is trained on Python's standard library, and two
+fine-tunes of it on two parts of the library that it did not see: concurrency (A: asyncio,
+multiprocessing, ...) and the web (B: email, http, ...). All are written as checkpoints and read by
+`jc.hub`. Loss: nats per byte.
 
-About an hour of a CPU core a model, a sixth of it training; each part is kept when it is done, so an interrupted run goes on.
-`--quick`: one small model of few steps, two lengths, 4 minutes on 2 cores; nothing is written. Writes transformer_depth.json, .md
-and .png to experiments/results; the figure shows differences from each model itself.
+*Depth*: chains of at most k blocks of the base model, first and last pinned, with repeats and in
+any order. Searches spend 1,000 layer calls on `search`; the best of their finalists by `select` is
+evaluated on `test`. For comparison, recipes that people use: the last blocks dropped, the blocks of
+least influence dropped (ShortGPT), the best run of blocks dropped, and, for more blocks than the
+model has, the best run repeated (both runs by `search`). Local search starts at a random chain and,
+in a row of its own, at the recipes (the model without each run of blocks, or with it twice). A last
+row takes that chain or a recipe, whichever is lower on `select`. Up to 6 blocks all chains are
+scored: losses then come from a table, each search runs ten times (linearized search, which needs
+weights, once), and the lowest loss on `search` is known.
+
+*Mix*: chains of the blocks, embeddings and heads of both fine-tunes, on text of A and B in equal
+parts. Compared with each fine-tune, the base model, and the mean of the fine-tunes' weights (model
+soup).
+
+Finished parts are kept, so an interrupted run continues. Writes transformer_depth.json, .md and
+.png to experiments/results; the figure shows differences from each model itself.
 """
 
 import argparse

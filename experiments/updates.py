@@ -1,18 +1,25 @@
-"""When do bank weights get updated? Never, after the search, on copies during it, or shared while chains are sampled.
+"""When are bank weights updated? Never, after the search, on copies during it, or shared while chains are sampled.
 
     python experiments/updates.py
 
-The four policies of `jchain.updates` on digits banks of three kinds (12 layers, chains of up to 4), 10 seeds of bank, splits and
-search each, at equal cost: layer calls of the search and of gradient steps together. Searches see `search`, gradients see `train`,
-the 16 best chains are ranked again on `select`, and the loss on `test` is reported. Beside them, for the same cost where one is
-given: every chain evaluated (no gradient steps), the best parent as it is and trained on, a random chain as it is, with its best
-single swap, and trained on, and a net of 4 layers trained from nothing. Gradient steps are AdamW's at 1e-3 on minibatches of 128.
-Half of the budget goes into them where a policy has the choice; no size or rate was tuned.
+Hardware and run time: 2 CPU cores, about 12 minutes. `--quick`: one kind of bank, two searches, one
+seed and budget, two minutes.
 
-About 12 minutes on 2 CPU cores; `--quick`: one kind of bank, two searches, one seed and budget, two minutes. Writes updates.json, updates.md
-and updates.png to experiments/results; what was computed is kept, so an interrupted run goes on. To expect at 4,000 layer calls: a
-loss on test of 0.26 frozen, 0.15 to 0.17 where the found chain is tuned, 0.17 where clones are, 0.20 with shared updates, 0.18 of a
-net trained from nothing; on the routed bank 0.15 also where it stays frozen.
+Result to expect at 4,000 layer calls: a loss on test of 0.26 if frozen, 0.15 to 0.17 if the found
+chain is tuned, 0.17 if clones are, 0.20 with shared updates, and 0.18 for a net trained from
+scratch; on the routed bank 0.15 even if frozen.
+
+The four policies of `jchain.updates` on digits banks of three kinds (12 layers, chains of up to 4),
+10 seeds of bank, splits and search each, at equal cost: layer calls of the search plus those of
+gradient steps. Searches use `search`, gradients use `train`, the 16 best chains are re-ranked on
+`select`, and the loss on `test` is reported. For comparison, at the same cost if one is given:
+every chain evaluated (no gradient steps), the best parent unchanged and trained further, a random
+chain unchanged, with its best single swap, and trained further, and a net of 4 layers trained from
+scratch. Gradient steps are AdamW at 1e-3 on minibatches of 128. Half of the budget is for them if
+the policy has the choice. No size or rate was tuned.
+
+Finished parts are kept, so an interrupted run continues. Writes updates.json, updates.md and
+updates.png to experiments/results.
 """
 
 import argparse

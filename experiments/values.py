@@ -1,24 +1,33 @@
-"""How is the value of a prefix updated? Rules of credit on the same decision process at equal cost, and what they know.
+"""How should the value of a prefix be updated? Rules of credit at equal cost, and how well they predict.
 
     python experiments/chainbench.py && python experiments/values.py
 
-The actor-critic by TD(0), TD(0.5), Monte Carlo returns, and V-trace with replay, beside tabular Q-learning: regret, and how well
-the critic is calibrated. What it predicts for each of the 1,885 prefixes that have room for a layer is compared with the best
-reward that can be reached behind the prefix, which is known, as every chain is scored; once over all prefixes, once over those that
-the agent's own last chains went through; Spearman's correlation, bias (predicted less true) and root mean square error are taken
-within each depth, 1 to 3, then averaged. A TD critic does not aim at the best that can be reached but at what its own policy gets,
-which is known too (`own policy`: exactly, by going through all 22,621 prefixes); Q-learning aims at the best. Rewards are minus the
-log of the loss, so an error of 0.1 is a tenth of the loss; beside them the ranks that the actor-critic has by default, without unit.
-All is measured twice: with imitation of the best chains and restarts from them, and without both (`pure`), where credit is all there
-is. Critic search is a reference: its Spearman correlation is over the prefixes that it has seen and not extended yet.
+Hardware and run time: one CPU core, shared with other jobs, 30 minutes. `--quick`: one problem, 3
+runs, 2 to 4 minutes.
 
-The 12 ChainBench problems of odd number with three heads, which share compiled programs; losses are looked up; 10 runs each. Rates were
-chosen on problems of even number (`--tune`). Writes values.json, values.md and values.png to experiments/results.
+Result to expect at 4,000 layer calls: a regret of 0.006 to 0.009 for the four rules with imitation
+and restarts, which is worse than evolution, local search and beam search (0.001 to 0.003), and of
+0.075 to 0.148 without, which is no better than random search (0.076). Ranks have 0.001 and 0.037.
+Predictions are near the return of the agent's own policy (bias within 0.1) and 0.7 to 0.9 below the
+best reachable reward.
 
-30 minutes on one CPU core that other jobs shared; `--quick`: one problem, 3 runs, 2 to 4 minutes. To expect, at
-4,000 layer calls: a regret of 0.006 to 0.009 for the four rules with imitation and restarts, which is behind evolution, local search and
-beam search (0.001 to 0.003), and of 0.075 to 0.148 without, which is no better than random search (0.076); ranks have 0.001 and
-0.037. Predictions are near to what the own policy gets (bias within 0.1) and 0.7 to 0.9 below the best that can be reached.
+The actor-critic with TD(0), TD(0.5), Monte Carlo returns, and V-trace with replay, and tabular
+Q-learning: regret, and calibration of the critic. Its prediction for each of the 1,885 prefixes
+with room for a layer is compared with the best reachable reward after the prefix, which is known
+because every chain is scored; once over all prefixes, and once over those of the agent's own last
+chains. Spearman's correlation, bias (predicted minus true) and root mean square error are computed
+within each depth, 1 to 3, then averaged. The target of a TD critic is not the best reachable reward
+but the return of its own policy, which is known as well (`own policy`: exact, from all 22,621
+prefixes); that of Q-learning is the best. Rewards are minus the log of the loss, so an error of 0.1
+is a tenth of the loss. The default reward of the actor-critic, ranks without a unit, is included.
+Everything is measured twice: with imitation of the best chains and restarts from them, and without
+both (`pure`), where credit is the only signal. Critic search is a reference: its Spearman
+correlation is over the prefixes that it has observed and not extended yet.
+
+The 12 ChainBench problems of odd number with three heads, which share compiled programs; losses
+come from tables; 10 runs each. Rates were chosen on problems of even number (`--tune`).
+
+Writes values.json, values.md and values.png to experiments/results.
 """
 
 import argparse
