@@ -39,10 +39,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--folder", type=Path, default=CHAINBENCH, help="of banks and tables (default: %(default)s)"
+        "--folder",
+        type=Path,
+        default=CHAINBENCH,
+        help="folder of banks and tables (default: %(default)s)",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="four problems, nothing is written to --out"
+        "--quick", action="store_true", help="four problems; nothing is written to --out"
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()

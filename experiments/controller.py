@@ -44,7 +44,7 @@ KINDS = jc.chainbench.KINDS
 BUDGETS = (48, 96, 300, 1000, 4000)
 GRID = np.unique(np.concatenate([np.geomspace(24, 16000, 80), BUDGETS]).astype(int))
 NUM_SEEDS = {"wine": 32, "breast_cancer": 32, "digits": 16}
-FIRST_SEED = 300  # ChainBench has 0 to 2
+FIRST_SEED = 300  # ChainBench uses 0 to 2
 Case = tuple[str, str, int]
 
 
@@ -53,14 +53,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--folder", type=Path, default=CHAINBENCH, help="of ChainBench (default: %(default)s)"
+        "--folder",
+        type=Path,
+        default=CHAINBENCH,
+        help="folder of ChainBench (default: %(default)s)",
     )
-    parser.add_argument("--seeds", type=int, default=10, help="runs of each search that is random")
+    parser.add_argument("--seeds", type=int, default=10, help="runs of each stochastic search")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)"
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        help="number of processes (default: %(default)s)",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="wine alone, few banks and runs; nothing is written"
+        "--quick", action="store_true", help="only wine, few banks and runs; nothing is written"
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
@@ -76,12 +82,12 @@ def main() -> None:
         for i in range(count)
         for kind in KINDS
     ]
-    lessons = study_all(cases, args.workers)
-    print(f"{len(lessons)} banks studied in {time.perf_counter() - start:.0f} s", flush=True)
-    critics = {unseen: train(lessons, unseen) for unseen in ("", *KINDS)}
+    training_sets = collect_training_sets(cases, args.workers)
+    print(f"{len(training_sets)} banks studied in {time.perf_counter() - start:.0f} s", flush=True)
+    critics = {unseen: train(training_sets, unseen) for unseen in ("", *KINDS)}
     with make_pool(args.workers) as pool:
         tasks = {
-            name: pool.submit(measure_all, name, critics, args.folder, names, seeds)
+            name: pool.submit(evaluate_contestant, name, critics, args.folder, names, seeds)
             for name in CONTESTANTS
         }
         curves = {name: task.result() for name, task in tasks.items()}
@@ -111,19 +117,19 @@ def main() -> None:
     write_results(args.out, "controller", result, table)
 
 
-def kind_of(solved: jc.chainbench.Solved) -> str:
+def find_kind(solved: jc.chainbench.Solved) -> str:
     return solved.name.split("-")[1]
 
 
 CONTESTANTS: dict[str, Any] = {
     "zero-shot": lambda solved, critics: make_zero_shot_search(critics[""]),
     "zero-shot, kind unseen": lambda solved, critics: make_zero_shot_search(
-        critics[kind_of(solved)]
+        critics[find_kind(solved)]
     ),
-    # Without exploring, which a critic that knows other banks does not need (compared on problems of even number).
+    # Without exploration: a pretrained critic is better without (on problems of even number).
     "fine-tuned": lambda solved, critics: jc.CriticSearch(critics[""], epsilon=0.0),
     "fine-tuned, kind unseen": lambda solved, critics: jc.CriticSearch(
-        critics[kind_of(solved)], epsilon=0.0
+        critics[find_kind(solved)], epsilon=0.0
     ),
     "from scratch": lambda solved, critics: jc.CriticSearch(),
     "by head loss": lambda solved, critics: make_zero_shot_search(None),
@@ -132,23 +138,25 @@ CONTESTANTS: dict[str, Any] = {
 }
 
 
-def study_all(cases: list[Case], workers: int) -> dict[Case, jc.agent.pretrain.Lesson]:
-    """What there is to learn from each bank."""
+def collect_training_sets(cases: list[Case], workers: int) -> dict[Case, jc.agent.pretrain.Lesson]:
+    """Collect the training set of each bank."""
     with make_pool(workers) as pool:
-        # Neighbors in the list share compiled programs.
+        # Neighbors in the list share programs.
         return dict(
             zip(
                 cases,
-                pool.map(study, cases, chunksize=max(1, len(cases) // (8 * workers))),
+                pool.map(
+                    collect_training_set, cases, chunksize=max(1, len(cases) // (8 * workers))
+                ),
                 strict=True,
             )
         )
 
 
-def study(case: Case) -> jc.agent.pretrain.Lesson:
+def collect_training_set(case: Case) -> jc.agent.pretrain.Lesson:
     def make() -> dict[str, Any]:
-        lesson = jc.agent.pretrain.study(make_problem(*case))
-        return {**lesson._asdict(), "sizes": np.array(lesson.sizes)}
+        training_set = jc.agent.pretrain.study(make_problem(*case))
+        return {**training_set._asdict(), "sizes": np.array(training_set.sizes)}
 
     arrays = keep(__file__, "-".join(map(str, case)), case, make)
     return jc.agent.pretrain.Lesson(
@@ -186,27 +194,28 @@ def make_problem(data_name: str, kind: str, seed: int) -> jc.Problem:
     return jc.Problem(bank, jc.Batch(jnp.asarray(search_x), data.search.y), max_layers=4)
 
 
-def train(lessons: dict[Case, jc.agent.pretrain.Lesson], unseen: str) -> jc.Critic:
-    """A critic of all banks but those of one kind."""
+def train(training_sets: dict[Case, jc.agent.pretrain.Lesson], unseen: str) -> jc.Critic:
+    """Train a critic on all banks except those of one kind."""
     return jc.pretrain_critic(
-        jax.random.key(0), [lesson for (_, kind, _), lesson in lessons.items() if kind != unseen]
+        jax.random.key(0),
+        [training_set for (_, kind, _), training_set in training_sets.items() if kind != unseen],
     )
 
 
-def measure_all(
+def evaluate_contestant(
     name: str, critics: dict[str, jc.Critic], folder: Path, names: list[str], seeds: int
 ) -> np.ndarray:
-    """Loss over best of a contestant on each problem in each run at each point of the grid, `[M, S, G]`."""
+    """Ratio of loss to the best loss by problem, run and grid point, `[M, S, G]`."""
     start, curves = time.perf_counter(), []
     for problem_name in names:
         solved = jc.chainbench.load(folder, problem_name)
-        curves.append(measure(solved, CONTESTANTS[name](solved, critics), seeds))
+        curves.append(evaluate_search(solved, CONTESTANTS[name](solved, critics), seeds))
     print(f"{name:24} {time.perf_counter() - start:.0f} s", flush=True)
     return np.array(curves)
 
 
-def measure(solved: jc.chainbench.Solved, search: Any, seeds: int) -> np.ndarray:
-    """Lowest loss over the lowest of all chains after each number of layer calls of the grid, `[S, G]`."""
+def evaluate_search(solved: jc.chainbench.Solved, search: Any, seeds: int) -> np.ndarray:
+    """Ratio of the lowest loss found to that of all chains, by run and grid point, `[S, G]`."""
     keys = jax.random.split(jax.random.key(0), 1 if search.is_deterministic else seeds)
     best = solved.loss["search"].min()
     results = jc.run_many(
@@ -217,7 +226,7 @@ def measure(solved: jc.chainbench.Solved, search: Any, seeds: int) -> np.ndarray
 
 
 def summarize(curves: dict[str, np.ndarray], rows: list[int]) -> dict[str, Any]:
-    """IQM at each budget, and the layer calls after which local search is as low."""
+    """IQM at each budget, and the layer calls that local search needs to be as low."""
     local = np.array(
         [
             jc.chainbench.stats.iqm(curves["local search"][rows, :, i], num_resamples=2).value
@@ -236,7 +245,7 @@ def summarize(curves: dict[str, np.ndarray], rows: list[int]) -> dict[str, Any]:
 
 
 def format_table(summary: dict[str, Any], title: str) -> str:
-    """Markdown: loss over the lowest of all chains, IQM and its 95% interval; in brackets what local search needs."""
+    """Markdown table: IQM and interval of the ratio; in brackets what local search needs."""
     lines = [
         f"| {title} | " + " | ".join(f"{b:,} layer calls" for b in BUDGETS) + " |",
         "|---" * (len(BUDGETS) + 1) + "|",

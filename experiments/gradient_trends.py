@@ -55,14 +55,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="one bank of each kind, 100 chains")
+    parser.add_argument(
+        "--quick", action="store_true", help="one bank of each kind, 100 chains; nothing is written"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     sizes = QUICK if args.quick else SIZES
     rows = []
     for kind in jc.chainbench.KINDS:
         found = keep(
-            __file__, f"trends-{kind}", (kind, sizes), lambda kind=kind: measure_kind(kind, **sizes)
+            __file__,
+            f"trends-{kind}",
+            (kind, sizes),
+            lambda kind=kind: evaluate_kind(kind, **sizes),
         )
         for sort in SORTS:
             means = {
@@ -88,9 +93,14 @@ def main() -> None:
     )
 
 
-def measure_kind(kind: str, banks: int, seen: int, tested: int) -> dict[str, np.ndarray]:
-    """Of each bank: shares explained, cosines inside and outside, correlations of retrieval, by sort of chains: `[banks, contexts]`."""
-    made: dict[str, list[Any]] = {}
+def evaluate_kind(kind: str, banks: int, seen: int, tested: int) -> dict[str, np.ndarray]:
+    """Run the four tests on banks of one kind.
+
+    Returns:
+      Shares explained, cosines inside and outside, and correlations, by sort of chains, each
+      `[banks, contexts]`.
+    """
+    results: dict[str, list[Any]] = {}
     for seed in range(banks):
         problem = make_problem(kind, seed)
         aligned = jc.Problem(jc.align.align(problem.bank, 0), problem.data, DEPTH)
@@ -98,28 +108,33 @@ def measure_kind(kind: str, banks: int, seen: int, tested: int) -> dict[str, np.
         rng = np.random.default_rng(seed)
         drawn = draw_chains(rng, seen + 2 * tested, bank)
         learned = {
-            name: learn(of, drawn[:seen]) for name, of in (("plain", problem), ("aligned", aligned))
+            name: compute_trends(of, drawn[:seen])
+            for name, of in (("plain", problem), ("aligned", aligned))
         }
         chains, out = jc.evaluate_all(problem)
         is_long = chains[:, DEPTH] >= bank.num_layers
         best = chains[is_long][np.argsort(np.asarray(out.loss)[is_long])[: is_long.sum() // 100]]
-        known = {tuple(chain) for chain in drawn[:seen]}
-        for sort, offered in (("random", drawn[seen:]), ("good", rng.permutation(best))):
-            rows = np.array([chain for chain in offered if tuple(chain) not in known][:tested])
+        used = {tuple(chain) for chain in drawn[:seen]}
+        for sort, candidates in (("random", drawn[seen:]), ("good", rng.permutation(best))):
+            rows = np.array([chain for chain in candidates if tuple(chain) not in used][:tested])
             gradients = np.asarray(find_gradients(problem, rows))
-            for name, values in compare(learned["plain"], gradients, rows, bank.num_layers).items():
-                made.setdefault(f"{sort} {name}", []).append(values)
-            some = rows[:30]
-            changes = [evaluate_swaps(problem, chain) for chain in some]
+            for name, values in explain_gradients(
+                learned["plain"], gradients, rows, bank.num_layers
+            ).items():
+                results.setdefault(f"{sort} {name}", []).append(values)
+            few = rows[:30]
+            changes = [evaluate_swaps(problem, chain) for chain in few]
             for name, of in (("plain", problem), ("aligned", aligned)):
-                pairs = zip(some, changes, strict=True)
-                values = np.mean([retrieve(learned[name], of, *pair) for pair in pairs], axis=0)
-                made.setdefault(f"{sort} retrieval, {name}", []).append(values)
+                pairs = zip(few, changes, strict=True)
+                values = np.mean(
+                    [correlate_swaps(learned[name], of, *pair) for pair in pairs], axis=0
+                )
+                results.setdefault(f"{sort} retrieval, {name}", []).append(values)
             values = [
-                find_slot(problem, *row) for row in zip(some, changes, gradients, strict=False)
+                correlate_slots(problem, *row) for row in zip(few, changes, gradients, strict=False)
             ]
-            made.setdefault(f"{sort} which slot", []).append(np.mean(values, axis=0))
-    return {name: np.array(values) for name, values in made.items()}
+            results.setdefault(f"{sort} which slot", []).append(np.mean(values, axis=0))
+    return {name: np.array(values) for name, values in results.items()}
 
 
 def make_problem(kind: str, seed: int) -> jc.Problem:
@@ -136,22 +151,23 @@ def draw_chains(rng: np.random.Generator, num: int, bank: jc.Bank) -> np.ndarray
     return np.concatenate([layers, heads], axis=1).astype(np.int32)
 
 
-def learn(problem: jc.Problem, chains: np.ndarray) -> jc.gradient.trends.Trends:
-    """The trends of these chains. The bank's names are not part of a program."""
+def compute_trends(problem: jc.Problem, chains: np.ndarray) -> jc.gradient.trends.Trends:
+    """The trends over these chains."""
+    # Names of the bank are no part of a program: banks share it.
     problem = problem.without_names()
 
     @jax.jit
     def run(problem: jc.Problem, chains: jax.Array) -> jc.gradient.trends.Trends:
-        def see(trends: jc.gradient.trends.Trends, chain: jax.Array) -> Any:
+        def update(trends: jc.gradient.trends.Trends, chain: jax.Array) -> Any:
             return jc.gradient.trends.update(trends, problem, chain), None
 
-        return jax.lax.scan(see, jc.gradient.trends.init(problem), chains)[0]
+        return jax.lax.scan(update, jc.gradient.trends.init(problem), chains)[0]
 
     return run(problem, jnp.asarray(chains))
 
 
 def find_gradients(problem: jc.Problem, chains: np.ndarray) -> jax.Array:
-    """By the weights of each layer, `[P, D, W]`."""
+    """Gradients with respect to the weights of each layer, `[P, D, W]`."""
     run = jax.jit(
         lambda problem, chains: jax.lax.map(
             lambda c: jc.gradient.weight_gradients(problem, c), chains
@@ -161,17 +177,17 @@ def find_gradients(problem: jc.Problem, chains: np.ndarray) -> jax.Array:
 
 
 def find_contexts(chains: np.ndarray, num_layers: int) -> tuple[np.ndarray, ...]:
-    """The place of each slot of each chain in the moments of each context, `[P, D]`."""
+    """Index of each slot of each chain into the moments of each context, `[P, D]`."""
     layers = chains[:, :DEPTH]
     slots = np.broadcast_to(np.arange(DEPTH), layers.shape)
     before = np.concatenate([np.full((len(chains), 1), num_layers), layers[:, :-1]], axis=1)
     return np.zeros_like(layers), slots, before, layers
 
 
-def compare(
+def explain_gradients(
     trends: jc.gradient.trends.Trends, gradients: np.ndarray, chains: np.ndarray, num_layers: int
 ) -> dict[str, np.ndarray]:
-    """Shares explained, and cosines with the mean in its own context and in all others, `[contexts]`."""
+    """Shares explained, and cosines with the mean inside and outside of a context, `[contexts]`."""
     length = np.linalg.norm(gradients, axis=2, keepdims=True)
     is_there = np.isfinite(length) & (length > 0)
     unit = np.where(is_there, gradients / np.where(is_there, length, 1), 0)
@@ -184,20 +200,23 @@ def compare(
         total = (count * mean).sum(axis=0)
         others = (total - count * mean) / np.maximum(count.sum() - count, 1)
         found["explained"].append(float(1 - np.sum((gradients - own) ** 2) / np.sum(gradients**2)))
-        inside, outside = (np.sum(unit * scale(m[place]), axis=2) for m in (mean, others))
+        inside, outside = (np.sum(unit * normalize(m[place]), axis=2) for m in (mean, others))
         found["cosine inside"].append(float(np.mean(inside)))
         found["cosine outside"].append(float(np.mean(outside)) if len(mean) > 1 else np.nan)
     return {name: np.array(values) for name, values in found.items()}
 
 
-def scale(vectors: np.ndarray) -> np.ndarray:
+def normalize(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-30)
 
 
-def retrieve(
+def correlate_swaps(
     trends: jc.gradient.trends.Trends, problem: jc.Problem, chain: np.ndarray, change: np.ndarray
 ) -> np.ndarray:
-    """Correlation of the scores of swaps with the true change of loss: by each context, and by the chain's own gradient."""
+    """Correlation of swap scores with the true change of loss, `[contexts + 1]`.
+
+    The scores are by the trend of each context and, last, by the chain's own gradient.
+    """
     scores = [
         jc.gradient.trends.score_swaps(trends, problem, chain, context) for context in CONTEXTS
     ]
@@ -208,16 +227,19 @@ def retrieve(
     )
 
 
-def find_slot(
+def correlate_slots(
     problem: jc.Problem, chain: np.ndarray, change: np.ndarray, gradient: np.ndarray
 ) -> np.ndarray:
-    """Correlation over slots of the gradient's length, of importance and of the best linearized score with the best gain."""
+    """Correlation over slots with the gain of the best swap, `[3]`.
+
+    Of the gradient's length, of the importance and of the best linearized score.
+    """
     weights = np.asarray(jc.gradient.trends.stack_weights(problem))[chain[:DEPTH]]
     is_own = np.arange(change.shape[1]) == chain[:DEPTH, None]
     scores = np.asarray(jc.swap_scores(problem, chain))[:DEPTH]
     score, best = (np.where(is_own, np.inf, of).min(axis=1) for of in (scores, change))
-    measures = np.linalg.norm(gradient, axis=1), np.abs(weights * gradient).sum(axis=1), -score
-    return np.array([correlate(measure, -best) for measure in measures])
+    predictors = np.linalg.norm(gradient, axis=1), np.abs(weights * gradient).sum(axis=1), -score
+    return np.array([correlate(predictor, -best) for predictor in predictors])
 
 
 def format_tables(rows: list[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Do chains of a routed bank of convolutions beat a net that was trained for as many gradient steps?
+"""Do chains of a routed bank of convolutions beat a net trained for as many gradient steps?
 
     python experiments/images.py
 
@@ -42,7 +42,7 @@ import jchain as jc
 BLOCKS = [jc.layers.ConvBlock(16, depth) for depth in (1, 2, 3)]
 HEADS = [jc.layers.PoolHead(10), jc.layers.ConvHead(10)]
 NUM_LAYERS, DEPTH, NUM_RANDOM = 12, 4, 32
-# States of the plain net among which `select` chooses where to stop.
+# Snapshots of the plain net, of which `select` chooses one.
 NUM_STOPS = 10
 ARMS = (
     "found",
@@ -51,7 +51,7 @@ ARMS = (
     "best swap of a random chain",
     "random chain",
 )
-# Side of the stem's windows, seeds, gradient steps, layer calls of the search.
+# By data set: side of the stem's windows, seeds, gradient steps, layer calls of the search.
 SETS: dict[str, tuple[int, int, int, int]] = {
     "digits_8x8": (1, 10, 1000, 600),
     "large_digits": (2, 1, 1000, 600),
@@ -66,14 +66,18 @@ def main() -> None:
         "--quick", action="store_true", help="one seed of few steps; nothing is written"
     )
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)"
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        help="number of processes (default: %(default)s)",
     )
     parser.add_argument(
-        "--first-seed", type=int, default=0, help="settings were chosen on seeds from 100 on"
+        "--first-seed",
+        type=int,
+        default=0,
+        help="first seed; sizes were chosen on seeds from 100 on",
     )
-    parser.add_argument(
-        "--only", choices=SETS, help="one of the data sets, to look at; nothing is written"
-    )
+    parser.add_argument("--only", choices=SETS, help="run one of the data sets; nothing is written")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     sets = {"digits_8x8": (1, 1, 100, 100)} if args.quick else SETS
@@ -86,7 +90,7 @@ def main() -> None:
     ]
     with make_pool(args.workers) as workers:
         runs = [
-            (case[0], run) for case, run in zip(cases, workers.map(measure, cases), strict=True)
+            (case[0], run) for case, run in zip(cases, workers.map(run_case, cases), strict=True)
         ]
     rows = {name: [run for other, run in runs if other == name] for name in sets}
     summary = {name: summarize(found) for name, found in rows.items()}
@@ -113,12 +117,12 @@ def main() -> None:
     write_results(args.out, "images", result, table, partial(draw, rows=rows))
 
 
-def measure(case: tuple[str, int, int, int, int]) -> dict[str, np.ndarray]:
-    return keep(__file__, "images-" + "-".join(map(str, case)), case, partial(compare, *case))
+def run_case(case: tuple[str, int, int, int, int]) -> dict[str, np.ndarray]:
+    return keep(__file__, "images-" + "-".join(map(str, case)), case, partial(evaluate_arms, *case))
 
 
-def load(name: str, seed: int) -> jc.data.Dataset:
-    """The digits as they are, or four times as large and noisy in three channels, fewer of them."""
+def load_data(name: str, seed: int) -> jc.data.Dataset:
+    """The digits unchanged, or fewer of them, four times as large, in three noisy channels."""
     if name == "digits_8x8":
         return jc.data.load(name, seed)
     digits = jc.data.LOADERS["digits_8x8"]()
@@ -128,9 +132,11 @@ def load(name: str, seed: int) -> jc.data.Dataset:
     return jc.data.split(x, np.asarray(digits[1]), seed=seed, name=name, sizes=(600, 150, 150, 240))
 
 
-def compare(name: str, pool: int, seed: int, num_steps: int, budget: int) -> dict[str, np.ndarray]:
-    """Loss and accuracy on `test` of each arm, and what they took."""
-    data = load(name, seed)
+def evaluate_arms(
+    name: str, pool: int, seed: int, num_steps: int, budget: int
+) -> dict[str, np.ndarray]:
+    """Loss and accuracy on `test` of each arm, and its cost."""
+    data = load_data(name, seed)
     bank_key, net_key, search_key, sample_key, stem_key = jax.random.split(jax.random.key(seed), 5)
     stem = jc.layers.ConvStem(16, pool)
     settings: Any = {"stem": stem, "num_steps": num_steps}
@@ -168,7 +174,7 @@ def compare(name: str, pool: int, seed: int, num_steps: int, budget: int) -> dic
     swapped = find_best_swap(search, sampled[0])
     stop = int(np.argmin(jc.evaluate(jc.Problem(net, data.select, len(layers)), net.parents).loss))
     nets = jc.evaluate(jc.Problem(net, data.test, len(layers)), net.parents)
-    # Opened once: all chains of the bank together.
+    # `test` is opened once: all chains of the bank together.
     out = jc.evaluate(test, np.concatenate([chain[None], swapped[None], sampled]))
     losses, accuracies = (
         [of_bank[0], of_nets[-1], of_nets[stop], of_bank[1], of_bank[2:].mean()]
@@ -185,7 +191,7 @@ def compare(name: str, pool: int, seed: int, num_steps: int, budget: int) -> dic
 
 
 def find_best_swap(problem: jc.Problem, chain: np.ndarray) -> np.ndarray:
-    """The chain, or the one that differs from it in one layer or the head, of the lowest loss."""
+    """The chain with the lowest loss among this chain and its swaps of one layer or the head."""
     num_layers = int((chain >= 0).sum()) - 1
     swaps = np.repeat(chain[None], num_layers * NUM_LAYERS + len(HEADS), axis=0)
     for i in range(num_layers * NUM_LAYERS):
@@ -195,7 +201,7 @@ def find_best_swap(problem: jc.Problem, chain: np.ndarray) -> np.ndarray:
 
 
 def summarize(runs: list[dict[str, np.ndarray]]) -> dict[str, Any]:
-    """IQM of loss and accuracy by arm, and seeds in which the found chain has the lower loss."""
+    """IQM of loss and accuracy by arm, and number of seeds with a lower loss of the found chain."""
     loss, accuracy = (np.array([run[key] for run in runs]) for key in ("loss", "accuracy"))
     return {
         arm: {
@@ -215,19 +221,21 @@ def format_table(name: str, summary: dict[str, Any], runs: list[dict[str, np.nda
     for arm, row in summary.items():
         loss, accuracy = row["loss"], row["accuracy"]
         lines.append(
-            f"| {arm} | {loss['value']:.4f} [{loss['low']:.4f}, {loss['high']:.4f}] | {accuracy['value']:.1%} "
-            f"[{accuracy['low']:.1%}, {accuracy['high']:.1%}] | {'' if arm == 'found' else row['found_is_lower']} |"
+            f"| {arm} | {loss['value']:.4f} [{loss['low']:.4f}, {loss['high']:.4f}] "
+            f"| {accuracy['value']:.1%} [{accuracy['low']:.1%}, {accuracy['high']:.1%}] "
+            f"| {'' if arm == 'found' else row['found_is_lower']} |"
         )
     bank, search, net = np.mean([run["seconds"] for run in runs], axis=0)
     calls = np.mean([run["layer_calls"] for run in runs])
     lines.append(
-        f"\nSeconds: bank {bank:.0f}, search of {calls:.0f} layer calls {search:.0f}, plain net {net:.0f}."
+        f"\nSeconds: bank {bank:.0f}, search of {calls:.0f} layer calls {search:.0f}, "
+        f"plain net {net:.0f}."
     )
     return "\n".join(lines)
 
 
 def draw(path: str, rows: dict[str, list[dict[str, np.ndarray]]]) -> None:
-    """Test loss of each arm, a dot for each seed."""
+    """Plot the test loss of each arm, one dot for each seed."""
     figure = Figure(figsize=(4.5 * len(rows), 3.5), layout="constrained")
     for axes, (name, runs) in zip(
         figure.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True

@@ -52,7 +52,7 @@ import jchain as jc
 
 NUM_LAYERS, FEATURES, EXAMPLES, SLOPE = 16, 16, 64, 0.5
 NOISES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 2.0)
-# Of each row of the table of recovery: depth, noise, and what else is not as above.
+# One row of the recovery table: depth, noise, and other values that differ from those above.
 Case = tuple[int, float, dict[str, Any]]
 CASES: list[tuple[Case, int]] = [
     *(((depth, 0.0, {}), 20) for depth in (2, 4, 6, 8)),
@@ -87,7 +87,7 @@ CASES: list[tuple[Case, int]] = [
 QUICK: list[tuple[Case, int]] = [
     ((depth, noise, {}), 2) for depth in (2, 4) for noise in (0.0, 0.1)
 ]
-# Halves of which the sketches of both fit in half of 24 GiB, at 96 bytes each.
+# Largest halves whose sketches fit into half of 24 GiB, at 96 bytes each.
 FIT = 12 * 2**30 / (2 * 96)
 COLUMNS = (
     "depth",
@@ -140,7 +140,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    recovery = [measure_case(case, seeds) for case, seeds in (QUICK if args.quick else CASES)]
+    recovery = [run_case(case, seeds) for case, seeds in (QUICK if args.quick else CASES)]
     print(format_recovery(recovery), flush=True)
     banks, seeds = (BANKS[:1], 2) if args.quick else (BANKS, NUM_SEEDS)
     trained = [row for bank in banks for row in recover_trained(bank, min(seeds, NUM_TRAINED))]
@@ -158,8 +158,8 @@ def main() -> None:
     ]
     with make_pool(2) as pool:
         searched = [*pool.map(search_bank, banks, [seeds] * len(banks))]
-        scored = [*pool.map(score_bank, banks)]
-    search, ideal = summarize_search(searched), summarize_scores(banks, scored)
+        scored = [*pool.map(correlate_bank, banks)]
+    search, ideal = summarize_search(searched), summarize_correlations(banks, scored)
     tables = [format_recovery(recovery), format_recovery(trained), format_growth(growth)]
     tables = "\n\n".join([*tables, format_search(search, banks), format_ideal(ideal)])
     print(tables)
@@ -207,19 +207,19 @@ def make_secret(
     return bank, x, hidden + noise * hidden.std() * jax.random.normal(keys[-1], hidden.shape), chain
 
 
-def recover(seed: int, case: Case) -> tuple[float, float, float]:
-    """Whether the chain is found, its residual, and seconds."""
+def recover_secret(seed: int, case: Case) -> tuple[float, float, float]:
+    """Try to recover a secret chain: whether it is found, its residual, and seconds."""
     depth, noise, options = case
-    asked = {
+    recovery_options = {
         name: options[name]
         for name in ("num_probes", "num_sketch", "num_forward", "tolerance")
         if name in options
     }
     with jax.enable_x64(options.get("is_x64", False)):
-        return ask(*make_secret(seed, depth, noise, options), asked)
+        return run_recovery(*make_secret(seed, depth, noise, options), recovery_options)
 
 
-def ask(
+def run_recovery(
     bank: jc.Bank, x: Any, y: Any, chain: np.ndarray, options: dict[str, Any]
 ) -> tuple[float, float, float]:
     start = time.perf_counter()
@@ -234,7 +234,7 @@ def ask(
 
 
 def recover_trained(bank: tuple[str, str, int], num_seeds: int) -> list[dict[str, Any]]:
-    """The same of random chains of layers that were trained on digits, from what they make of 64 of these."""
+    """Recover random chains of layers trained on digits, from their outputs for 64 digits."""
 
     def run() -> dict[str, np.ndarray]:
         problem = make_problem(*bank)
@@ -248,7 +248,7 @@ def recover_trained(bank: tuple[str, str, int], num_seeds: int) -> list[dict[str
                 for token in chain:
                     y = problem.bank.layers[0].apply(int(token), y)
                 y += noise * y.std() * rng.standard_normal(y.shape).astype(y.dtype)
-                runs.append(ask(problem.bank, x, y, chain, {}))
+                runs.append(run_recovery(problem.bank, x, y, chain, {}))
         return {"runs": np.array(runs, np.float32).reshape(len(TRAINED_NOISES), num_seeds, 3)}
 
     name = f"inverse-trained-{'-'.join(map(str, bank))}"
@@ -264,11 +264,14 @@ def recover_trained(bank: tuple[str, str, int], num_seeds: int) -> list[dict[str
     ]
 
 
-def measure_case(case: Case, num_seeds: int) -> dict[str, Any]:
+def run_case(case: Case, num_seeds: int) -> dict[str, Any]:
     depth, noise, options = case
-    found = keep(__file__, f"inverse-recover-{depth}", (case, num_seeds), lambda: {
-        "runs": np.array([recover(seed, case) for seed in range(num_seeds)], np.float64).astype(np.float32)
-    })["runs"]  # fmt: skip
+
+    def run() -> dict[str, np.ndarray]:
+        runs = [recover_secret(seed, case) for seed in range(num_seeds)]
+        return {"runs": np.array(runs, np.float64).astype(np.float32)}
+
+    found = keep(__file__, f"inverse-recover-{depth}", (case, num_seeds), run)["runs"]
     return {**summarize_recovery(depth, noise, found), **options}
 
 
@@ -276,21 +279,28 @@ def summarize_recovery(depth: int, noise: float, runs: np.ndarray) -> dict[str, 
     is_right, residual, seconds = runs.T
     wrong = residual[(is_right == 0) & np.isfinite(residual)]
     return {
-        "depth": depth, "noise": noise, "seeds": len(runs), "found": int(is_right.sum()),
+        "depth": depth,
+        "noise": noise,
+        "seeds": len(runs),
+        "found": int(is_right.sum()),
         "largest_right": float(residual[is_right > 0].max()) if is_right.any() else None,
         "smallest_wrong": float(wrong.min()) if wrong.size else None,
-        "seconds": float(np.median(seconds)), "most_seconds": float(seconds.max()),
-    }  # fmt: skip
+        "seconds": float(np.median(seconds)),
+        "most_seconds": float(seconds.max()),
+    }
 
 
 def time_growth(num_layers: int, depth: int) -> tuple[float, float]:
-    """Seconds of an exact recovery, of the second one where the first may be compilation, and of all chains one after another,
-    from the layer calls of many."""
+    """Seconds of an exact recovery, and of evaluating all chains one after another.
+
+    A short recovery is timed twice, and the second time counts, without compilation. The time of
+    all chains is extrapolated from that of shorter ones.
+    """
     bank, x, y, chain = make_secret(0, depth, 0.0, {"num_layers": num_layers})
     seconds = 0.0
     for _ in range(2):
         if seconds < 10:
-            seconds = ask(bank, x, y, chain, {"num_candidates": 1})[2]
+            seconds = run_recovery(bank, x, y, chain, {"num_candidates": 1})[2]
     problem = jc.Problem(bank, jc.Batch(x, jnp.zeros(len(x), int)), 4 if num_layers < 32 else 3)
     jc.evaluate_all(problem)
     start = time.perf_counter()
@@ -313,7 +323,7 @@ def make_problem(layer: str, kind: str, seed: int) -> jc.Problem:
 
 
 def search_bank(bank: tuple[str, str, int], num_seeds: int) -> dict[str, np.ndarray]:
-    """Regret of each search at each budget, `[budgets, seeds]`, and its seconds."""
+    """Regret of each search at each budget, `[budgets, seeds]`, and its run time in seconds."""
 
     def run() -> dict[str, np.ndarray]:
         problem, found = make_problem(*bank), {}
@@ -324,7 +334,7 @@ def search_bank(bank: tuple[str, str, int], num_seeds: int) -> dict[str, np.ndar
             results = jc.run_many(keys, search, problem, budget=BUDGETS[-1])
             losses = np.stack([result.curve.at(BUDGETS) for result in results], axis=1)
             losses = np.broadcast_to(losses, (len(BUDGETS), num_seeds))
-            # No chain yet is as good as the worst.
+            # A run without a chain yet counts as the worst chain.
             losses = np.minimum(losses, loss.max())
             found[f"{name} seconds"] = np.array([time.perf_counter() - start])
             found[name] = np.maximum((losses - loss.min()) / (np.median(loss) - loss.min()), 0)
@@ -338,8 +348,11 @@ def search_bank(bank: tuple[str, str, int], num_seeds: int) -> dict[str, np.ndar
     )
 
 
-def score_bank(bank: tuple[str, str, int]) -> dict[str, np.ndarray]:
-    """Correlation of each score with the true change of loss, `[chains, SCORES]`, of random chains and of the best 1%."""
+def correlate_bank(bank: tuple[str, str, int]) -> dict[str, np.ndarray]:
+    """Correlation of each score with the true change of loss, `[chains, SCORES]`.
+
+    Of random chains, and of some of the best 1%.
+    """
 
     def run() -> dict[str, np.ndarray]:
         problem = make_problem(*bank)
@@ -352,7 +365,7 @@ def score_bank(bank: tuple[str, str, int]) -> dict[str, np.ndarray]:
             "good": rng.choice(order[: len(order) // 100], 8, replace=False),
         }
         return {
-            sort: np.array([correlate_scores(problem, chains[is_long][i]) for i in rows])
+            sort: np.array([correlate_chain(problem, chains[is_long][i]) for i in rows])
             for sort, rows in picks.items()
         }
 
@@ -364,7 +377,7 @@ def score_bank(bank: tuple[str, str, int]) -> dict[str, np.ndarray]:
     )
 
 
-def correlate_scores(problem: jc.Problem, chain: np.ndarray) -> list[float]:
+def correlate_chain(problem: jc.Problem, chain: np.ndarray) -> list[float]:
     change = evaluate_swaps(problem, chain)
     is_swap = np.arange(change.shape[1]) != chain[:-1, None]
     scores = [
@@ -397,19 +410,19 @@ def summarize_search(searched: list[dict[str, np.ndarray]]) -> list[dict[str, An
     return rows
 
 
-def summarize_scores(
+def summarize_correlations(
     banks: list[tuple[str, str, int]], scored: list[dict[str, np.ndarray]]
 ) -> list[dict[str, Any]]:
     rows = []
     for layer in LAYERS:
         for kind in ("independent", "routed"):
-            those = [
+            selected = [
                 found
                 for bank, found in zip(banks, scored, strict=True)
                 if bank[:2] == (layer, kind)
             ]
-            for sort in ("random", "good") if those else ():
-                mean = np.mean(np.concatenate([found[sort] for found in those]), axis=0)
+            for sort in ("random", "good") if selected else ():
+                mean = np.mean(np.concatenate([found[sort] for found in selected]), axis=0)
                 rows.append(
                     {
                         "layer": layer,
@@ -423,7 +436,8 @@ def summarize_scores(
 
 def format_recovery(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| depth | noise | else | found | largest residual of a right chain | smallest of a wrong one | seconds, median (most) |"
+        "| depth | noise | else | found | largest residual of a right chain "
+        "| smallest of a wrong one | seconds, median (most) |"
     ]
     lines.append("|---" * 7 + "|")
     for row in rows:
@@ -437,8 +451,8 @@ def format_recovery(rows: list[dict[str, Any]]) -> str:
             for name in ("largest_right", "smallest_wrong")
         ]
         lines.append(
-            f"| {row['depth']} | {row['noise']:g} | {other} | {row['found']} of {row['seeds']} | {' | '.join(residuals)} | "
-            f"{row['seconds']:.2f} ({row['most_seconds']:.2f}) |"
+            f"| {row['depth']} | {row['noise']:g} | {other} | {row['found']} of {row['seeds']} "
+            f"| {' | '.join(residuals)} | {row['seconds']:.2f} ({row['most_seconds']:.2f}) |"
         )
     return "\n".join(lines)
 
@@ -447,13 +461,14 @@ def format_growth(rows: list[dict[str, Any]]) -> str:
     lines = ["| layers | depth | chains | seconds | all chains, seconds |", "|---" * 5 + "|"]
     for row in rows:
         lines.append(
-            f"| {row['layers']} | {row['depth']} | {row['layers'] ** row['depth']:.1e} | {row['seconds']:.2f} | {row['exhaustive']:.1e} |"
+            f"| {row['layers']} | {row['depth']} | {row['layers'] ** row['depth']:.1e} "
+            f"| {row['seconds']:.2f} | {row['exhaustive']:.1e} |"
         )
     return "\n".join(lines)
 
 
 def format_search(rows: list[dict[str, Any]], banks: list[tuple[str, str, int]]) -> str:
-    """Over all banks, and the mean of each."""
+    """Markdown tables: regret over all banks, and the mean of each bank."""
     lines = [
         "| search | " + " | ".join(f"regret at {b:,}" for b in BUDGETS) + " | solved | seconds |",
         "|---" * (3 + len(BUDGETS)) + "|",
@@ -461,7 +476,8 @@ def format_search(rows: list[dict[str, Any]], banks: list[tuple[str, str, int]])
     for row in rows:
         cells = [f"{e.value:.4f} [{e.low:.4f}, {e.high:.4f}]" for e in row["regret"]]
         lines.append(
-            f"| {row['search']} | {' | '.join(cells)} | {row['solved'][-1]:.0%} | {row['seconds']:.0f} |"
+            f"| {row['search']} | {' | '.join(cells)} | {row['solved'][-1]:.0%} "
+            f"| {row['seconds']:.0f} |"
         )
     lines += [
         "",
@@ -486,17 +502,17 @@ def format_ideal(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(path: str, recovery: list[dict[str, Any]], growth: list[dict[str, Any]]) -> None:
-    """Growth, and recovery against noise."""
+    """Plot seconds against the number of halves, and recovery against noise."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for n in sorted({row["layers"] for row in growth}):
-        those = [row for row in growth if row["layers"] == n]
-        halves = [n ** (row["depth"] / 2) for row in those]
+        selected = [row for row in growth if row["layers"] == n]
+        halves = [n ** (row["depth"] / 2) for row in selected]
         (line,) = left.plot(
-            halves, [row["seconds"] for row in those], marker="o", label=f"{n} layers"
+            halves, [row["seconds"] for row in selected], marker="o", label=f"{n} layers"
         )
-        left.plot(halves, [row["exhaustive"] for row in those], ls=":", color=line.get_color())
-    # Through the largest.
+        left.plot(halves, [row["exhaustive"] for row in selected], ls=":", color=line.get_color())
+    # A line through the largest halves.
     most, seconds = max((row["layers"] ** (row["depth"] / 2), row["seconds"]) for row in growth)
     ends = np.array([most / 1e3, most * 30])
     left.plot(ends, seconds * ends / most, color="gray", lw=1, ls="--", label=r"$\propto N^{D/2}$")
@@ -509,11 +525,11 @@ def draw(path: str, recovery: list[dict[str, Any]], growth: list[dict[str, Any]]
     )
     left.set(ylabel="seconds (dotted: all chains)", title="Exact outputs")
     for depth in (4, 6, 8):
-        those = [row for row in recovery if row["depth"] == depth and set(row) == {*COLUMNS}]
-        those.sort(key=lambda row: row["noise"])
-        shares = [row["found"] / row["seeds"] for row in those]
+        selected = [row for row in recovery if row["depth"] == depth and set(row) == {*COLUMNS}]
+        selected.sort(key=lambda row: row["noise"])
+        shares = [row["found"] / row["seeds"] for row in selected]
         right.plot(
-            [row["noise"] for row in those], shares, marker="o", label=f"{depth} layers deep"
+            [row["noise"] for row in selected], shares, marker="o", label=f"{depth} layers deep"
         )
     right.set(
         xlabel="noise, by the outputs' standard deviation",

@@ -48,7 +48,7 @@ def write_results(
     table: str,
     draw: Callable[[str], None] | None = None,
 ) -> None:
-    """Write the result as `name`.json, the table as `name`.md and the figure, if any, as `name`.png."""
+    """Write `name`.json, the table as `name`.md and, if there is a figure, `name`.png."""
     out.mkdir(parents=True, exist_ok=True)
     jc.files.write_json(out / f"{name}.json", result)
     jc.files.write_atomically(out / f"{name}.md", lambda path: Path(path).write_text(table + "\n"))
@@ -57,7 +57,7 @@ def write_results(
 
 
 def make_zero_shot_search(critic: jc.Critic | None) -> jc.CriticSearch:
-    """Return a search that learns nothing on its bank; without a critic it ranks by the best head's loss."""
+    """Return a search that does not learn on its bank; without a critic it ranks by head loss."""
     return jc.CriticSearch(critic, ridge=jnp.inf, epsilon=0.0)
 
 
@@ -85,7 +85,7 @@ def evaluate_swaps(problem: jc.Problem, chain: np.ndarray) -> np.ndarray:
     shape = problem.max_layers, problem.bank.num_layers
     slots, tokens = (indices.reshape(-1) for indices in np.indices(shape))
     is_filled = slots < (chain >= 0).sum() - 1
-    # Empty slots repeat the chain itself: chains of all lengths then have one shape and one program.
+    # Empty slots repeat the chain itself: chains of all lengths share one shape and one program.
     swaps = np.repeat(chain[None], 1 + slots.size, axis=0)
     swaps[1:][is_filled, slots[is_filled]] = tokens[is_filled]
     loss = np.asarray(jc.evaluate(problem, swaps).loss)
@@ -123,10 +123,10 @@ def keep(
 ) -> dict[str, np.ndarray]:
     """Return the arrays that `make` computes, from a file if an earlier run computed them.
 
-    The file is stale, and the arrays are computed again, after a change of the inputs, of a library's
-    version, or of code that the script can reach: the script, the experiment modules that it imports,
-    the modules of jchain that these name as `jc.name`, and all that those import. Comments and
-    docstrings do not count.
+    The file is stale, and the arrays are computed again, after a change of the inputs, of a
+    library's version, or of code that the script can reach: the script, the experiment modules that
+    it imports, the modules of jchain that these name as `jc.name`, and all that those import.
+    Changes of comments and docstrings do not count.
 
     Args:
       script: path of the script that calls this, `__file__`.

@@ -57,14 +57,13 @@ PART, MAX_FREE_STEPS, MAX_STEPS = 16, 100, 480
 DATA = ("wine", "digits")
 TESTED = ("independent-1", "routed-2")
 KINDS = ("independent", "routed")
-TRAINED = (300, 301, 303)  # seeds of banks of three heads, inputs as they are
+TRAINED = (300, 301, 303)  # seeds of banks with three heads and unrotated inputs
 
-NUM_OTHERS = (
-    6  # other banks that are trained on where the bank itself is not; where it is, two make room
-)
+# Banks of a training: 6 others, or the 2 tested banks and 4 others.
+NUM_OTHERS = 6
 NUM_TRAININGS = 2
 NUM_VISITS, VISIT_STEPS = 2, 24
-# Of the regression.
+# Sizes of the regression.
 NUM_ROUNDS, ROUND_STEPS, BATCH, RATE = 4, 50, 64, 3e-3
 DEPTH = 3
 NUM_SUMMARY, NUM_SKETCH = jc.agent.observations.NUM_FEATURES, jc.agent.observations.NUM_SKETCHED + 1
@@ -77,38 +76,38 @@ EVERYTHING = jc.agent.observations.Join(
 )
 
 
-def see_columns(first: int, last: int, problem: Any, hidden: Any, parent: Any) -> Any:
-    """Some of the features that are looked up."""
-    seen = jc.chainbench.tabular.observe(problem, hidden, parent)
-    return seen._replace(features=seen.features[first:last])
+def observe_columns(first: int, last: int, problem: Any, hidden: Any, parent: Any) -> Any:
+    """Observation with some of the features from the table."""
+    observation = jc.chainbench.tabular.observe(problem, hidden, parent)
+    return observation._replace(features=observation.features[first:last])
 
 
-def see_summary(problem: Any, hidden: Any, parent: Any) -> Any:
-    return see_columns(0, NUM_SUMMARY, problem, hidden, parent)
+def observe_summary(problem: Any, hidden: Any, parent: Any) -> Any:
+    return observe_columns(0, NUM_SUMMARY, problem, hidden, parent)
 
 
-def see_activations(problem: Any, hidden: Any, parent: Any) -> Any:
-    return see_columns(NUM_SUMMARY, NUM_SUMMARY + NUM_SKETCH, problem, hidden, parent)
+def observe_activations(problem: Any, hidden: Any, parent: Any) -> Any:
+    return observe_columns(NUM_SUMMARY, NUM_SUMMARY + NUM_SKETCH, problem, hidden, parent)
 
 
-def see_gradients(problem: Any, hidden: Any, parent: Any) -> Any:
-    return see_columns(
+def observe_gradients(problem: Any, hidden: Any, parent: Any) -> Any:
+    return observe_columns(
         NUM_SUMMARY + NUM_SKETCH, NUM_SUMMARY + 2 * NUM_SKETCH, problem, hidden, parent
     )
 
 
-def see_both(problem: Any, hidden: Any, parent: Any) -> Any:
-    return see_columns(NUM_SUMMARY, NUM_SUMMARY + 2 * NUM_SKETCH, problem, hidden, parent)
+def observe_both(problem: Any, hidden: Any, parent: Any) -> Any:
+    return observe_columns(NUM_SUMMARY, NUM_SUMMARY + 2 * NUM_SKETCH, problem, hidden, parent)
 
 
 STATES: dict[str, Any] = {
     "tokens": jc.TokenEncoding(),
     "weights": jc.WeightEncoding(),
-    "summary": jc.ObservedEncoding(see_summary),
-    "activations": jc.ObservedEncoding(see_activations),
-    "gradients": jc.ObservedEncoding(see_gradients),
-    "activations, gradients": jc.ObservedEncoding(see_both),
-    "tokens, summary": jc.JointEncoding((jc.TokenEncoding(), jc.ObservedEncoding(see_summary))),
+    "summary": jc.ObservedEncoding(observe_summary),
+    "activations": jc.ObservedEncoding(observe_activations),
+    "gradients": jc.ObservedEncoding(observe_gradients),
+    "activations, gradients": jc.ObservedEncoding(observe_both),
+    "tokens, summary": jc.JointEncoding((jc.TokenEncoding(), jc.ObservedEncoding(observe_summary))),
 }
 CONTROLS: dict[str, Any] = {
     "evolution": jc.Evolution(population_size=64, tournament_size=16),
@@ -120,10 +119,10 @@ STARTS = ("from scratch", "unseen", "seen")
 
 
 class Bank(NamedTuple):
-    """A problem of which all is looked up."""
+    """A problem with losses and observations from tables."""
 
     problem: jc.Problem
-    loss: np.ndarray  # of all chains, [C]
+    loss: np.ndarray  # loss of all chains, [C]
 
     def regret(self, loss: Any) -> np.ndarray:
         best, middle = self.loss.min(), np.median(self.loss)
@@ -146,13 +145,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--folder", type=Path, default=CHAINBENCH, help="of ChainBench (default: %(default)s)"
+        "--folder",
+        type=Path,
+        default=CHAINBENCH,
+        help="folder of ChainBench (default: %(default)s)",
     )
     parser.add_argument(
-        "--data", action="append", choices=jc.chainbench.DATA, help="only these; repeat for more"
+        "--data",
+        action="append",
+        choices=jc.chainbench.DATA,
+        help="run only this data set; repeatable",
     )
     parser.add_argument(
-        "--state", action="append", choices=STATES, help="only these; repeat for more"
+        "--state", action="append", choices=STATES, help="run only this state; repeatable"
     )
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument(
@@ -181,7 +186,7 @@ def main() -> None:
     regret, ranks = {}, {}
     for name, encoding in states.items():
         agent = jc.ActorCritic(encoding, entry_features=jc.chainbench.tabular.entry_features)
-        regret[name], ranks[name] = measure(name, agent, tested, others, seeds)
+        regret[name], ranks[name] = run_state(name, agent, tested, others, seeds)
         jax.clear_caches()
         print(f"{name:28} {time.perf_counter() - begin:.0f} s", flush=True)
     controls = {name: run_control(search, tested, seeds) for name, search in CONTROLS.items()}
@@ -233,7 +238,7 @@ def main() -> None:
 
 
 def tabulate(name: str, problem: jc.Problem) -> Bank:
-    """Looked up with everything that a state may see of its prefixes."""
+    """Make the table of losses and of every feature that a state may observe."""
     arrays = [
         np.asarray(leaf).tobytes()
         for leaf in jax.tree.leaves((problem.bank.without_names(), problem.data))
@@ -250,14 +255,18 @@ def tabulate(name: str, problem: jc.Problem) -> Bank:
     return Bank(looked_up.without_names(), loss.reshape(-1))
 
 
-def measure(
+def run_state(
     name: str,
     agent: jc.ActorCritic,
     tested: dict[str, Bank],
     others: dict[str, list[Bank]],
     seeds: int,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Regret by start, `[M, S, B]`, and rank correlation of a regressed critic by kind of bank, `[M, S]`."""
+    """Run the actor-critic from each start, and regress a critic.
+
+    Returns:
+      Regret by start, `[M, S, B]`, and rank correlation by kind of bank, `[M, S]`.
+    """
     regret: dict[str, Any] = {start: [] for start in STARTS}
     ranks: dict[str, Any] = {"held out": [], "unseen": []}
     for data, banks in others.items():
@@ -279,13 +288,13 @@ def measure(
 def search_from(
     start: str, agent: jc.ActorCritic, mine: list[Bank], banks: list[Bank], seeds: int
 ) -> dict[str, np.ndarray]:
-    """Regret on my banks from one kind of params."""
+    """Regret on the tested banks, from one kind of params."""
     keys = jax.random.split(jax.random.key(0), seeds)
     if start == "from scratch":
-        params = jax.vmap(lambda key: begin_params(key, agent, mine[0].problem))(keys)
+        params = jax.vmap(lambda key: init_params(key, agent, mine[0].problem))(keys)
     else:
         seen = banks if start == "unseen" else [*mine, *banks[: len(banks) - len(mine)]]
-        # Each training serves as many runs.
+        # Each training starts the same number of runs.
         params = jax.tree.map(
             lambda leaf: jnp.repeat(leaf, seeds // NUM_TRAININGS, axis=0), train(agent, seen)
         )
@@ -293,7 +302,7 @@ def search_from(
 
 
 @jax.jit
-def begin_params(key: Any, agent: jc.ActorCritic, problem: jc.Problem) -> Any:
+def init_params(key: Any, agent: jc.ActorCritic, problem: jc.Problem) -> Any:
     return agent.init(key, problem).params
 
 
@@ -327,7 +336,7 @@ def start_run(key: Any, params: Any, agent: jc.ActorCritic, problem: jc.Problem)
 
 
 def advance(run: Run, agent: jc.ActorCritic, problem: jc.Problem) -> Run:
-    """Some steps; one that would pass a budget is not counted in it."""
+    """Run PART steps; a step that exceeds a budget is not counted in it."""
 
     def step(old: Run, _: Any) -> tuple[Run, None]:
         key, step_key = jax.random.split(old.key)
@@ -349,37 +358,42 @@ advance_runs = jax.jit(
 
 
 def regress(agent: jc.ActorCritic, mine: list[Bank], banks: list[Bank]) -> dict[str, np.ndarray]:
-    """Rank correlation over prefixes of three layers of a critic that learned what is behind the prefixes of other banks."""
-    chains, known = know(banks[0], [bank.loss for bank in (*banks, *mine)])
+    """Rank correlation, over prefixes of three layers, of a critic regressed on other banks.
+
+    Its targets are the best reachable rewards of their prefixes.
+    """
+    chains, best_rewards = find_best_rewards(banks[0], [bank.loss for bank in (*banks, *mine)])
     is_out = np.random.default_rng(0).random(len(chains)) < 0.2
     keys = jax.random.split(jax.random.key(2), NUM_TRAININGS)
-    states = jax.vmap(lambda key: begin_state(key, agent, banks[0].problem))(keys)
+    states = jax.vmap(lambda key: init_state(key, agent, banks[0].problem))(keys)
     optimizer_state = jax.vmap(optax.adam(RATE).init)(states.params)
     fit_all = jax.vmap(fit, in_axes=(0, 0, 0, None, None, None, None))
     for i in range(NUM_ROUNDS):
         for j, bank in enumerate(banks):
             keys = jax.random.split(jax.random.key(100 * i + j), NUM_TRAININGS)
             rows = jnp.asarray(np.flatnonzero(~is_out))
-            given = jnp.asarray(chains)[rows], jnp.asarray(known[j])[rows]
+            training_data = jnp.asarray(chains)[rows], jnp.asarray(best_rewards[j])[rows]
             states, optimizer_state = fit_all(
-                keys, states, optimizer_state, agent, bank.problem, *given
+                keys, states, optimizer_state, agent, bank.problem, *training_data
             )
     found: dict[str, Any] = {"held out": [], "unseen": []}
     for j, bank in enumerate((*banks, *mine)):
-        sight = begin_state(keys[0], agent, bank.problem).sight
+        sight = init_state(keys[0], agent, bank.problem).sight
         values = jax.vmap(
             lambda s, bank=bank, sight=sight: find_value(
                 s._replace(sight=sight), agent, bank.problem, jnp.asarray(chains)
             )
         )(states)
         rows = is_out if j < len(banks) else np.ones_like(is_out)
-        rank = [correlate(np.asarray(one)[rows, DEPTH], known[j][rows, DEPTH]) for one in values]
+        rank = [
+            correlate(np.asarray(one)[rows, DEPTH], best_rewards[j][rows, DEPTH]) for one in values
+        ]
         found["held out" if j < len(banks) else "unseen"].append(rank)
     return {where: np.array(rows) for where, rows in found.items()}
 
 
 @jax.jit
-def begin_state(key: Any, agent: jc.ActorCritic, problem: jc.Problem) -> Any:
+def init_state(key: Any, agent: jc.ActorCritic, problem: jc.Problem) -> Any:
     return agent.init(key, problem)._replace(memo=None)
 
 
@@ -396,9 +410,9 @@ def fit(
     agent: jc.ActorCritic,
     problem: jc.Problem,
     chains: Any,
-    known: Any,
+    best_rewards: Any,
 ) -> Any:
-    """Some steps of least squares on the prefixes of one bank."""
+    """Run ROUND_STEPS steps of least squares on the prefixes of one bank."""
     state = state._replace(sight=agent.init(key, problem).sight)
 
     def step(carry: Any, key: Any) -> tuple[Any, None]:
@@ -407,7 +421,7 @@ def fit(
 
         def loss_fn(params: Any) -> Any:
             found = agent.value(state._replace(params=params), chains[rows], problem)
-            return jnp.mean((found[:, : DEPTH + 1] - known[rows]) ** 2)
+            return jnp.mean((found[:, : DEPTH + 1] - best_rewards[rows]) ** 2)
 
         updates, optimizer_state = optax.adam(RATE).update(
             jax.grad(loss_fn)(params), optimizer_state
@@ -419,13 +433,16 @@ def fit(
     return state._replace(params=params), optimizer_state
 
 
-def know(bank: Bank, losses: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Chains through all prefixes of three layers, and of each bank the best log reward behind each of their prefixes, less its mean."""
+def find_best_rewards(bank: Bank, losses: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return a chain through each prefix of three layers, and the best reachable log rewards.
+
+    The rewards have one array per bank, `[12^3, 4]`, for the prefixes of each chain, centered.
+    """
     num_layers, num_heads = bank.problem.bank.num_layers, bank.problem.bank.num_heads
     chains = np.stack([*np.indices((num_layers,) * DEPTH).reshape(DEPTH, -1)], axis=1)
     chains = np.pad(chains, ((0, 0), (0, 2)), constant_values=-1)
     chains[:, DEPTH] = num_layers
-    known = []
+    best_rewards = []
     for loss in losses:
         reward = (
             np.asarray(jc.agent.rewards.log_rewards(jnp.asarray(loss)))
@@ -437,8 +454,8 @@ def know(bank: Bank, losses: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndar
         for d in range(DEPTH, -1, -1):
             levels[d] = np.maximum(levels[d], levels[d + 1].reshape(-1, num_layers).max(axis=1))
         columns = [np.repeat(levels[d], num_layers ** (DEPTH - d)) for d in range(DEPTH + 1)]
-        known.append(np.stack(columns, axis=1) - levels[DEPTH].mean())
-    return chains, known
+        best_rewards.append(np.stack(columns, axis=1) - levels[DEPTH].mean())
+    return chains, best_rewards
 
 
 def run_control(search: Any, tested: dict[str, Bank], seeds: int) -> np.ndarray:
@@ -462,7 +479,7 @@ def show(cell: dict[str, float], digits: int = 3) -> str:
 
 
 def format_tables(summary: dict[str, Any]) -> str:
-    """Markdown: regret by state, start and budget, and rank correlation; IQM and 95% intervals."""
+    """Markdown tables: regret by state, start and budget, and rank correlation; IQM and interval."""
     head = ["state", "start", *(f"regret at {budget:,}" for budget in BUDGETS)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, by in summary["regret"].items():
@@ -482,7 +499,7 @@ def format_tables(summary: dict[str, Any]) -> str:
 
 
 def draw(path: str, summary: dict[str, Any], states: list[str]) -> None:
-    """Regret by state and start at two budgets, and rank correlation of a regressed critic."""
+    """Plot regret by state and start at two budgets, and rank correlation of a regressed critic."""
     figure = Figure(figsize=(12, 4), layout="constrained")
     panels = figure.subplots(1, 3)
     places = np.arange(len(states))

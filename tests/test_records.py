@@ -9,9 +9,10 @@ import pytest
 
 import jchain as jc
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import records
+
+EXPERIMENTS = Path(records.__file__).parent
 
 SCRIPT = """
 import jchain as jc
