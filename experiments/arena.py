@@ -37,7 +37,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -48,9 +47,12 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 from records import (
-    CHAINBENCH,
+    RESULTS,
     describe_machine,
+    describe_search,
+    describe_value,
     keep,
+    make_parser,
     make_pool,
     make_zero_shot_search,
     use_tables,
@@ -60,7 +62,6 @@ from scipy.stats import trim_mean
 
 import jchain as jc
 
-RESULTS = Path(__file__).parent / "results"
 # Slowest first, so that no core is idle at the end.
 SEARCHES: dict[str, Any] = {
     "linearized": jc.LinearizedSearch(),
@@ -155,23 +156,9 @@ class Setup(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=CHAINBENCH,
-        help="folder of ChainBench (default: %(default)s)",
-    )
+    parser = make_parser(__doc__, has_folder=True, has_workers=True)
     parser.add_argument(
         "--search", action="append", choices=SEARCHES, help="run only this search; repeatable"
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=os.cpu_count(),
-        help="number of processes (default: %(default)s)",
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
@@ -187,7 +174,6 @@ def main() -> None:
         action="store_true",
         help="12 problems with 24 to 96 layers and chains of up to 8 to 24 layers",
     )
-    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     searches = {
         name: search for name, search in SEARCHES.items() if name in (args.search or SEARCHES)
@@ -307,19 +293,6 @@ def name_variant(name: str, change: dict[str, Any]) -> str:
     return ", ".join(
         [name, *(f"{field} {describe_value(value)}" for field, value in change.items())]
     )
-
-
-def describe_search(search: Any) -> str:
-    fields = [
-        f"{f.name}={describe_value(getattr(search, f.name))}" for f in dataclasses.fields(search)
-    ]
-    return f"{type(search).__name__}({', '.join(fields)})"
-
-
-def describe_value(value: Any) -> str:
-    if isinstance(value, jc.Critic):
-        return "Critic()"
-    return getattr(value, "__name__", None) or " ".join(repr(value).split())
 
 
 def run_all(tasks: dict[str, dict[str, Any]], setup: Setup, workers: int) -> dict[str, np.ndarray]:

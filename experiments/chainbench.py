@@ -13,12 +13,10 @@ finds them. Existing files are checked and kept, so an interrupted build continu
 chainbench.json to experiments/results.
 """
 
-import argparse
 import time
-from pathlib import Path
 from typing import Any
 
-from records import CHAINBENCH, describe_machine
+from records import describe_machine, make_parser
 
 import jchain as jc
 
@@ -35,19 +33,9 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = make_parser(
+        __doc__, quick="four problems; nothing is written to --out", has_folder=True
     )
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=CHAINBENCH,
-        help="folder of banks and tables (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="four problems; nothing is written to --out"
-    )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     names = [
         name

@@ -19,8 +19,6 @@ Writes controller.json and controller.md to experiments/results, and the critic 
 critic.safetensors, for `jchain.Critic.load`.
 """
 
-import argparse
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -29,9 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from records import (
-    CHAINBENCH,
     describe_machine,
     keep,
+    make_parser,
     make_pool,
     make_zero_shot_search,
     use_tables,
@@ -49,26 +47,13 @@ Case = tuple[str, str, int]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=CHAINBENCH,
-        help="folder of ChainBench (default: %(default)s)",
+    parser = make_parser(
+        __doc__,
+        quick="only wine, few banks and runs; nothing is written",
+        has_folder=True,
+        has_workers=True,
     )
     parser.add_argument("--seeds", type=int, default=10, help="runs of each stochastic search")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=os.cpu_count(),
-        help="number of processes (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="only wine, few banks and runs; nothing is written"
-    )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     names, num_banks, seeds = list(jc.chainbench.NAMES), NUM_SEEDS, args.seeds
     if args.quick:

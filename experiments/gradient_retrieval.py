@@ -22,10 +22,8 @@ are estimated from samples: the table has their correlation with the true change
 Writes gradient_retrieval.json, .md and .png to experiments/results.
 """
 
-import argparse
 import dataclasses
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -34,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from records import correlate, describe_machine, evaluate_swaps, keep, write_results
+from records import correlate, describe_machine, evaluate_swaps, keep, make_parser, write_results
 
 import jchain as jc
 
@@ -61,13 +59,7 @@ METRICS = ("spearman", "first_rank", "first_improves")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="depth 2, one bank of each kind; nothing is written"
-    )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser = make_parser(__doc__, quick="depth 2, one bank of each kind; nothing is written")
     args = parser.parse_args()
     sizes = (
         {depth: (n, 1, 3) for depth, (n, _, _) in SIZES.items() if depth <= 2}

@@ -30,16 +30,14 @@ Digits banks of four kinds, 12 layers and 4 slots, 3 seeds. Writes gradient_tren
 chain of a routed bank.
 """
 
-import argparse
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-from records import correlate, describe_machine, evaluate_swaps, keep, write_results
+from records import correlate, describe_machine, evaluate_swaps, keep, make_parser, write_results
 
 import jchain as jc
 
@@ -52,13 +50,7 @@ SORTS = ("random", "good")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="one bank of each kind, 100 chains; nothing is written"
-    )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser = make_parser(__doc__, quick="one bank of each kind, 100 chains; nothing is written")
     args = parser.parse_args()
     sizes = QUICK if args.quick else SIZES
     rows = []

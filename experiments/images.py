@@ -25,17 +25,14 @@ number of steps was chosen on single seeds from 100 on.
 Finished seeds are kept. Writes images.json, images.md and images.png to experiments/results.
 """
 
-import argparse
-import os
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from matplotlib.figure import Figure
-from records import describe_machine, keep, make_pool, write_results
+from records import describe_machine, keep, make_parser, make_pool, write_results
 
 import jchain as jc
 
@@ -59,17 +56,8 @@ SETS: dict[str, tuple[int, int, int, int]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="one seed of few steps; nothing is written"
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=os.cpu_count(),
-        help="number of processes (default: %(default)s)",
+    parser = make_parser(
+        __doc__, quick="one seed of few steps; nothing is written", has_workers=True
     )
     parser.add_argument(
         "--first-seed",
@@ -78,7 +66,6 @@ def main() -> None:
         help="first seed; sizes were chosen on seeds from 100 on",
     )
     parser.add_argument("--only", choices=SETS, help="run one of the data sets; nothing is written")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     sets = {"digits_8x8": (1, 1, 100, 100)} if args.quick else SETS
     sets = {name: sizes for name, sizes in sets.items() if args.only in (None, name)}

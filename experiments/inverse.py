@@ -29,10 +29,8 @@ on routed couplings and residual layers. The ideal layer is far worse than the g
 Writes inverse.json, .md and .png to experiments/results.
 """
 
-import argparse
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -44,6 +42,7 @@ from records import (
     describe_machine,
     evaluate_swaps,
     keep,
+    make_parser,
     make_pool,
     write_results,
 )
@@ -130,15 +129,7 @@ SCORES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="depth 4 at most, one kind of layers; nothing is written",
-    )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser = make_parser(__doc__, quick="depth 4 at most, one kind of layers; nothing is written")
     args = parser.parse_args()
     recovery = [run_case(case, seeds) for case, seeds in (QUICK if args.quick else CASES)]
     print(format_recovery(recovery), flush=True)

@@ -1,5 +1,6 @@
 """Helpers that the experiments share: paths, search variants, and the storage of finished parts."""
 
+import argparse
 import ast
 import dataclasses
 import hashlib
@@ -24,10 +25,37 @@ import jchain as jc
 
 CACHE = Path.home() / ".cache" / "jchain"
 CHAINBENCH = CACHE / "chainbench"
+RESULTS = Path(__file__).parent / "results"
 _PACKAGE = Path(jc.__file__).parent
 _LIBRARIES = ("jax", "flax", "optax", "rlax", "mctx", "numpy", "scipy", "scikit-learn")
 # Modules that a module imports by name at run time, which no import statement shows.
 _IMPORTED_BY_NAME = {"jchain.hub.places": jc.files.FAMILIES}
+
+
+def make_parser(
+    doc: str | None, *, quick: str = "", has_folder: bool = False, has_workers: bool = False
+) -> argparse.ArgumentParser:
+    """Return a parser with the options that scripts share.
+
+    Args:
+      doc: docstring of the script.
+      quick: help text of `--quick`; empty to leave the option out.
+      has_folder: add `--folder`, the folder of ChainBench.
+      has_workers: add `--workers`, the number of processes.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    if quick:
+        parser.add_argument("--quick", action="store_true", help=quick)
+    if has_folder:
+        text = "folder of ChainBench (default: %(default)s)"
+        parser.add_argument("--folder", type=Path, default=CHAINBENCH, help=text)
+    if has_workers:
+        text = "number of processes (default: %(default)s)"
+        parser.add_argument("--workers", type=int, default=os.cpu_count(), help=text)
+    return parser
 
 
 def describe_machine() -> dict[str, Any]:
@@ -54,6 +82,21 @@ def write_results(
     jc.files.write_atomically(out / f"{name}.md", lambda path: Path(path).write_text(table + "\n"))
     if draw is not None:
         jc.files.write_atomically(out / f"{name}.png", draw)
+
+
+def describe_search(search: Any) -> str:
+    """Name and fields of a search."""
+    fields = [
+        f"{f.name}={describe_value(getattr(search, f.name))}" for f in dataclasses.fields(search)
+    ]
+    return f"{type(search).__name__}({', '.join(fields)})"
+
+
+def describe_value(value: Any) -> str:
+    """A value in one line: functions by name, as addresses change, and critics without weights."""
+    if isinstance(value, jc.Critic):
+        return "Critic()"
+    return getattr(value, "__name__", None) or " ".join(repr(value).split())
 
 
 def make_zero_shot_search(critic: jc.Critic | None) -> jc.CriticSearch:

@@ -33,7 +33,6 @@ Rates were not tuned for any state: they are the defaults of the actor-critic.
 Finished parts are kept. Writes state.json, state.md and state.png to experiments/results.
 """
 
-import argparse
 import dataclasses
 import time
 from functools import partial
@@ -45,10 +44,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from arena import describe_search
 from controller import make_problem
 from matplotlib.figure import Figure
-from records import CHAINBENCH, correlate, describe_machine, keep, write_results
+from records import correlate, describe_machine, keep, make_parser, write_results
 
 import jchain as jc
 
@@ -141,14 +139,8 @@ class Run(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=CHAINBENCH,
-        help="folder of ChainBench (default: %(default)s)",
+    parser = make_parser(
+        __doc__, quick="wine, one state, few runs; nothing is written", has_folder=True
     )
     parser.add_argument(
         "--data",
@@ -160,10 +152,6 @@ def main() -> None:
         "--state", action="append", choices=STATES, help="run only this state; repeatable"
     )
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument(
-        "--quick", action="store_true", help="wine, one state, few runs; nothing is written"
-    )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     begin, data_names, seeds = time.perf_counter(), args.data or DATA, args.seeds
     states = {name: encoding for name, encoding in STATES.items() if name in (args.state or STATES)}
@@ -174,14 +162,8 @@ def main() -> None:
     for data in data_names:
         if args.quick:
             jc.chainbench.build(args.folder, [f"{data}-{kind}" for kind in TESTED])
-        for kind in TESTED:
-            solved = jc.chainbench.load(args.folder, f"{data}-{kind}")
-            tested[solved.name] = tabulate(solved.name, solved.problem)
-        others[data] = [
-            tabulate(f"{data}-{kind}-{seed}", make_problem(data, kind, seed))
-            for seed in TRAINED
-            for kind in KINDS
-        ][:NUM_OTHERS]
+        tested |= load_tested(args.folder, data)
+        others[data] = make_others(data)
         print(f"{data}: tables at {time.perf_counter() - begin:.0f} s", flush=True)
     regret, ranks = {}, {}
     for name, encoding in states.items():
@@ -190,42 +172,14 @@ def main() -> None:
         jax.clear_caches()
         print(f"{name:28} {time.perf_counter() - begin:.0f} s", flush=True)
     controls = {name: run_control(search, tested, seeds) for name, search in CONTROLS.items()}
-    summary = {
-        "regret": {
-            **{
-                name: {start: estimate(rows) for start, rows in by.items()}
-                for name, by in regret.items()
-            },
-            **{name: {"from scratch": estimate(rows)} for name, rows in controls.items()},
-        },
-        "ranks": {
-            name: {where: jc.chainbench.stats.iqm(values)._asdict() for where, values in by.items()}
-            for name, by in ranks.items()
-        },
-    }
+    summary = summarize(regret, ranks, controls)
     table = format_tables(summary)
     print(table, flush=True)
     if args.quick:
         return
     result = {
         **describe_machine(),
-        "config": {
-            "problems": list(tested),
-            "seeds": seeds,
-            "budgets": BUDGETS,
-            "banks": {
-                data: [f"{kind}-{seed}" for seed in TRAINED for kind in KINDS][:NUM_OTHERS]
-                for data in others
-            },
-            "training": {"trainings": NUM_TRAININGS, "visits": NUM_VISITS, "steps": VISIT_STEPS},
-            "regression": {
-                "rounds": NUM_ROUNDS,
-                "steps": ROUND_STEPS,
-                "chains": BATCH,
-                "rate": RATE,
-            },
-            "states": {name: " ".join(repr(encoding).split()) for name, encoding in states.items()},
-        },
+        "config": describe_config(list(tested), list(others), seeds, states),
         "summary": summary,
         "of_each_problem": {
             name: {start: rows.mean(axis=1).round(5).tolist() for start, rows in by.items()}
@@ -235,6 +189,35 @@ def main() -> None:
     write_results(
         args.out, "state", result, table, partial(draw, summary=summary, states=list(states))
     )
+
+
+def load_tested(folder: Path, data: str) -> dict[str, Bank]:
+    """The tested problems of one data set, by name."""
+    solved = [jc.chainbench.load(folder, f"{data}-{kind}") for kind in TESTED]
+    return {one.name: tabulate(one.name, one.problem) for one in solved}
+
+
+def make_others(data: str) -> list[Bank]:
+    """Banks of one data set for training."""
+    names = [(kind, seed) for seed in TRAINED for kind in KINDS][:NUM_OTHERS]
+    return [
+        tabulate(f"{data}-{kind}-{seed}", make_problem(data, kind, seed)) for kind, seed in names
+    ]
+
+
+def describe_config(
+    problems: list[str], data_names: list[str], seeds: int, states: dict[str, Any]
+) -> dict[str, Any]:
+    banks = [f"{kind}-{seed}" for seed in TRAINED for kind in KINDS][:NUM_OTHERS]
+    return {
+        "problems": problems,
+        "seeds": seeds,
+        "budgets": BUDGETS,
+        "banks": dict.fromkeys(data_names, banks),
+        "training": {"trainings": NUM_TRAININGS, "visits": NUM_VISITS, "steps": VISIT_STEPS},
+        "regression": {"rounds": NUM_ROUNDS, "steps": ROUND_STEPS, "chains": BATCH, "rate": RATE},
+        "states": {name: " ".join(repr(encoding).split()) for name, encoding in states.items()},
+    }
 
 
 def tabulate(name: str, problem: jc.Problem) -> Bank:
@@ -467,6 +450,23 @@ def run_control(search: Any, tested: dict[str, Bank], seeds: int) -> np.ndarray:
     return np.array(rows)
 
 
+def summarize(
+    regret: dict[str, dict[str, np.ndarray]],
+    ranks: dict[str, dict[str, np.ndarray]],
+    controls: dict[str, np.ndarray],
+) -> dict[str, Any]:
+    """IQM and interval of the regret by state, start and budget, and of the rank correlations."""
+    by_state = {
+        name: {start: estimate(rows) for start, rows in by.items()} for name, by in regret.items()
+    }
+    by_control = {name: {"from scratch": estimate(rows)} for name, rows in controls.items()}
+    by_rank = {
+        name: {where: jc.chainbench.stats.iqm(values)._asdict() for where, values in by.items()}
+        for name, by in ranks.items()
+    }
+    return {"regret": {**by_state, **by_control}, "ranks": by_rank}
+
+
 def estimate(regret: np.ndarray) -> dict[str, Any]:
     return {
         str(budget): jc.chainbench.stats.iqm(regret[:, :, b])._asdict()
@@ -479,7 +479,7 @@ def show(cell: dict[str, float], digits: int = 3) -> str:
 
 
 def format_tables(summary: dict[str, Any]) -> str:
-    """Markdown tables: regret by state, start and budget, and rank correlation; IQM and interval."""
+    """Markdown tables: regret by state, start and budget, and rank correlation, with intervals."""
     head = ["state", "start", *(f"regret at {budget:,}" for budget in BUDGETS)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, by in summary["regret"].items():

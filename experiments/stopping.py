@@ -31,11 +31,8 @@ The runs of each search are kept, so an interrupted one continues. Writes stoppi
 and stopping.png to experiments/results.
 """
 
-import argparse
-import dataclasses
 import hashlib
 import itertools
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -45,7 +42,7 @@ import jax
 import numpy as np
 from fronts import DEPTH, LENGTHS, Table, run_fronts
 from matplotlib.figure import Figure
-from records import CHAINBENCH, describe_machine, keep, make_pool, write_results
+from records import describe_machine, describe_search, keep, make_parser, make_pool, write_results
 
 import jchain as jc
 
@@ -86,26 +83,13 @@ class Setup(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=CHAINBENCH,
-        help="folder of ChainBench (default: %(default)s)",
+    parser = make_parser(
+        __doc__,
+        quick="two problems, 3 seeds; nothing is written",
+        has_folder=True,
+        has_workers=True,
     )
     parser.add_argument("--seeds", type=int, default=10, help="runs of each stochastic search")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=os.cpu_count(),
-        help="number of processes (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="two problems, 3 seeds; nothing is written"
-    )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     searches, tuned, names, seeds = (
         SEARCHES,
@@ -114,11 +98,7 @@ def main() -> None:
         args.seeds,
     )
     if args.quick:
-        searches = {
-            name: search
-            for name, search in SEARCHES.items()
-            if name in ("local search", "beam search")
-        }
+        searches = {name: SEARCHES[name] for name in ("local search", "beam search")}
         tuned, names, seeds = ("wine-random-0",), ("wine-routed-0", "wine-random-1"), 3
         jc.chainbench.build(args.folder, (*tuned, *names))
     setup = Setup(
@@ -159,16 +139,6 @@ def main() -> None:
     if args.quick:
         return
     write_results(args.out, "stopping", result, table, partial(draw, result=result))
-
-
-def describe_search(search: Any) -> str:
-    values = {field.name: getattr(search, field.name) for field in dataclasses.fields(search)}
-    # Functions are described by name, as their addresses change.
-    cells = [
-        f"{name}={getattr(value, '__name__', None) or ' '.join(repr(value).split())}"
-        for name, value in values.items()
-    ]
-    return f"{type(search).__name__}({', '.join(cells)})"
 
 
 def choose_penalties(tables: list[Table]) -> tuple[float, ...]:

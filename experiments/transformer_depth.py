@@ -30,9 +30,7 @@ Finished parts are kept, so an interrupted run continues. Writes transformer_dep
 .png to experiments/results; the figure shows differences from each model itself.
 """
 
-import argparse
 import dataclasses
-import os
 import platform
 import tempfile
 import time
@@ -46,7 +44,7 @@ import jax
 import numpy as np
 from byte_models import Model
 from matplotlib.figure import Figure
-from records import describe_machine, keep, make_pool, use_tables, write_results
+from records import describe_machine, keep, make_parser, make_pool, use_tables, write_results
 
 import jchain as jc
 
@@ -96,23 +94,13 @@ QUICK = Size(Model(depth=5, width=32, num_steps=30, num_tune_steps=10), (3, 4), 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="one small model; nothing is written")
+    parser = make_parser(__doc__, quick="one small model; nothing is written", has_workers=True)
     parser.add_argument(
         "--num-models",
         type=int,
         default=NUM_MODELS,
         help="number of models to train (default: %(default)s)",
     )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=os.cpu_count(),
-        help="number of processes (default: %(default)s)",
-    )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     size, num_models = (QUICK, 1) if args.quick else (Size(Model()), args.num_models)
     with make_pool(args.workers) as pool:

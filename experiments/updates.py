@@ -22,17 +22,14 @@ Finished parts are kept, so an interrupted run continues. Writes updates.json, u
 updates.png to experiments/results.
 """
 
-import argparse
-import os
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from matplotlib.figure import Figure
-from records import describe_machine, keep, make_pool, write_results
+from records import describe_machine, keep, make_parser, make_pool, write_results
 
 import jchain as jc
 
@@ -54,20 +51,10 @@ Case = tuple[str, int]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = make_parser(
+        __doc__, quick="one kind, one seed, one budget; nothing is written", has_workers=True
     )
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=os.cpu_count(),
-        help="number of processes (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="one kind, one seed, one budget; nothing is written"
-    )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     start = time.perf_counter()
     kinds, seeds, budgets, searches = KINDS, range(args.seeds), BUDGETS, tuple(SEARCHES)

@@ -30,7 +30,6 @@ come from tables; 10 runs each. Rates were chosen on problems of even number (`-
 Writes values.json, values.md and values.png to experiments/results.
 """
 
-import argparse
 import time
 from functools import partial
 from pathlib import Path
@@ -39,7 +38,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from arena import describe_search
 from calibration import (
     compare_values,
     correlate_open_prefixes,
@@ -50,7 +48,7 @@ from calibration import (
     split_by_depth,
 )
 from matplotlib.figure import Figure
-from records import CHAINBENCH, describe_machine, keep, use_tables, write_results
+from records import describe_machine, keep, make_parser, use_tables, write_results
 
 import jchain as jc
 
@@ -104,14 +102,8 @@ class Track(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=CHAINBENCH,
-        help="folder of ChainBench (default: %(default)s)",
+    parser = make_parser(
+        __doc__, quick="one problem, 3 seeds, few rules; nothing is written", has_folder=True
     )
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument(
@@ -119,10 +111,6 @@ def main() -> None:
         action="store_true",
         help="compare rates on problems of even number; nothing is written",
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="one problem, 3 seeds, few rules; nothing is written"
-    )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     start = time.perf_counter()
     if args.tune:
