@@ -111,7 +111,7 @@ CONTESTANTS: dict[str, Any] = {
     "zero-shot, kind unseen": lambda solved, critics: make_zero_shot_search(
         critics[find_kind(solved)]
     ),
-    # Without exploration: a pretrained critic is better without (on problems of even number).
+    # Without exploration, which a pretrained critic does not need (problems of even number).
     "fine-tuned": lambda solved, critics: jc.CriticSearch(critics[""], epsilon=0.0),
     "fine-tuned, kind unseen": lambda solved, critics: jc.CriticSearch(
         critics[find_kind(solved)], epsilon=0.0

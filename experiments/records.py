@@ -26,7 +26,7 @@ import jchain as jc
 CACHE = Path.home() / ".cache" / "jchain"
 CHAINBENCH = CACHE / "chainbench"
 RESULTS = Path(__file__).parent / "results"
-_PACKAGE = Path(jc.__file__).parent
+_PACKAGE = Path(jc.__file__).resolve().parent
 _LIBRARIES = ("jax", "flax", "optax", "rlax", "mctx", "numpy", "scipy", "scikit-learn")
 # Modules that a module imports by name at run time, which no import statement shows.
 _IMPORTED_BY_NAME = {"jchain.hub.places": jc.files.FAMILIES}
@@ -190,7 +190,7 @@ def keep(
 def _digest(script: str | Path, inputs: object) -> str:
     versions = [metadata.version(name) for name in _LIBRARIES]
     digest = hashlib.sha256(repr((inputs, versions)).encode())
-    for path in _find_files(Path(script)):
+    for path in _find_files(Path(script).resolve()):
         digest.update(repr((path.name, _parse(path.read_text()).code)).encode())
     return digest.hexdigest()[:16]
 
@@ -255,7 +255,7 @@ def _strip(tree: ast.Module) -> str:
 
 def _find_files(script: Path) -> list[Path]:
     """The script, and every file of the experiments and of jchain that it reaches."""
-    todo, found = [script, Path(__file__)], set()
+    todo, found = [script, Path(__file__).resolve()], set()
     while todo:
         path = todo.pop()
         if path in found:
@@ -291,7 +291,7 @@ def _find_reached(path: Path) -> list[Path]:
 
 def _find_scripts(module: str, folder: Path) -> list[Path]:
     """The file of an experiment module; empty for a module of a library."""
-    for place in (folder, Path(__file__).parent):
+    for place in (folder, Path(__file__).resolve().parent):
         if (place / f"{module}.py").exists():
             return [place / f"{module}.py"]
     if find_spec(module.partition(".")[0]) is None:

@@ -46,7 +46,7 @@ import numpy as np
 import optax
 from controller import make_problem
 from matplotlib.figure import Figure
-from records import correlate, describe_machine, keep, make_parser, write_results
+from records import correlate, describe_machine, describe_search, keep, make_parser, write_results
 
 import jchain as jc
 
@@ -232,10 +232,10 @@ def tabulate(name: str, problem: jc.Problem) -> Bank:
 
     table = keep(__file__, f"state-{name}", arrays, make)["table"]
     loss = table[:, : problem.bank.num_heads]
-    looked_up = jc.chainbench.tabular.make_problem(
+    tables = jc.chainbench.tabular.make_problem(
         problem.bank, loss.reshape(-1), problem.max_layers, table[:, problem.bank.num_heads :]
     )
-    return Bank(looked_up.without_names(), loss.reshape(-1))
+    return Bank(tables.without_names(), loss.reshape(-1))
 
 
 def run_state(

@@ -48,7 +48,7 @@ from calibration import (
     split_by_depth,
 )
 from matplotlib.figure import Figure
-from records import describe_machine, keep, make_parser, use_tables, write_results
+from records import describe_machine, describe_search, keep, make_parser, use_tables, write_results
 
 import jchain as jc
 
