@@ -261,7 +261,7 @@ def compare_searches(
 def tune(searches: dict[str, Any], args: argparse.Namespace) -> None:
     """Compare each search with its variants on the problems that are not reported."""
     setup = Setup(args.folder, jc.chainbench.NAMES[::2], np.array(TUNED_BUDGETS), 10)
-    tasks = {
+    groups = {
         name: {
             name: search,
             **{
@@ -271,7 +271,7 @@ def tune(searches: dict[str, Any], args: argparse.Namespace) -> None:
         }
         for name, search in searches.items()
     }
-    runs = find_regret(run_all(tasks, setup, args.workers), setup)
+    runs = find_regret(run_all(groups, setup, args.workers), setup)
     summary = summarize(runs, list(range(len(setup.names))), setup.grid, TUNED_BUDGETS)
     path = args.out / "arena_tune.json"
     if args.search and path.exists():
@@ -295,10 +295,10 @@ def name_variant(name: str, change: dict[str, Any]) -> str:
     )
 
 
-def run_all(tasks: dict[str, dict[str, Any]], setup: Setup, workers: int) -> dict[str, np.ndarray]:
+def run_all(groups: dict[str, dict[str, Any]], setup: Setup, workers: int) -> dict[str, np.ndarray]:
     """Best loss of each search by problem, run and grid point, `[M, S, G]`."""
     with make_pool(workers) as pool:
-        futures = [pool.submit(run_searches, searches, setup) for searches in tasks.values()]
+        futures = [pool.submit(run_searches, searches, setup) for searches in groups.values()]
         return {name: losses for future in futures for name, losses in future.result().items()}
 
 

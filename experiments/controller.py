@@ -71,11 +71,11 @@ def main() -> None:
     print(f"{len(training_sets)} banks studied in {time.perf_counter() - start:.0f} s", flush=True)
     critics = {unseen: train(training_sets, unseen) for unseen in ("", *KINDS)}
     with make_pool(args.workers) as pool:
-        tasks = {
+        futures = {
             name: pool.submit(evaluate_contestant, name, critics, args.folder, names, seeds)
             for name in CONTESTANTS
         }
-        curves = {name: task.result() for name, task in tasks.items()}
+        curves = {name: future.result() for name, future in futures.items()}
     everything = list(range(len(names)))
     halves = {"all": everything} if args.quick else {"odd": everything[1::2], "all": everything}
     summary = {half: summarize(curves, rows) for half, rows in halves.items()}
