@@ -1,4 +1,4 @@
-"""Run every experiment, and write their answers to experiments/README.md.
+"""Run every experiment, and write the answers to experiments/README.md.
 
     python experiments/report.py
 
@@ -42,7 +42,7 @@ SCRIPTS = (
     "controller",
     "transformer_depth",
 )
-# Too long for `--quick` of this script; each has a `--quick` of its own.
+# Scripts of later questions, left out of `--quick` here; each has a `--quick` of its own.
 NOT_QUICK = ("arena", "controller", "transformer_depth")
 
 

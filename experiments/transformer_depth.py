@@ -5,7 +5,10 @@
 Hardware and run time: about an hour of one CPU core for each of 5 models, a sixth of it training.
 `--quick`: one small model of few steps, two lengths, 4 minutes on 2 cores; nothing is written.
 
-Result to expect: the tables of experiments/results/transformer_depth.md.
+Result to expect, mean loss on test of 5 models: with 4, 5 and 6 blocks, local search from recipes
+has 2.137, 2.099 and 2.073, the best recipe 2.159, 2.121 and 2.080, higher in all models. With 8 and
+9 blocks nothing is below the model itself. Of the mixes, the mean of the fine-tunes' weights is
+best (interquartile mean 1.956); local search from recipes has 1.977.
 
 A GPT-2 of 8 blocks, 128 wide, reads bytes. It is trained on Python's standard library, and two
 fine-tunes of it on two parts of the library that it did not see: concurrency (A: asyncio,

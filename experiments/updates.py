@@ -38,6 +38,7 @@ BUDGETS = (1000, 4000)
 DEPTH, NUM_LAYERS = 4, 12
 # Shares of the budget for gradient steps.
 SHARES = {"tune found": 0.5, "clone then tune": 0.5}
+# Rounds of cloning, and shared gradient steps after each step of a search.
 NUM_ROUNDS, NUM_UPDATES = 4, 8
 SEARCHES: dict[str, Any] = {
     "actor-critic": jc.ActorCritic(),
