@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 _PACKAGE = Path(jc.__file__).resolve().parent
 _LIBRARIES = ("jax", "flax", "optax", "rlax", "mctx", "numpy", "scipy", "scikit-learn")
 # Modules that a module imports by name at run time, which no import statement shows.
-_IMPORTED_BY_NAME = {"jchain.hub.places": jc.files.FAMILIES}
+_IMPORTED_BY_NAME = {"jchain.hub.families": jc.files.FAMILIES}
 
 
 def make_parser(
