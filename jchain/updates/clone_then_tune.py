@@ -113,7 +113,11 @@ class CloneThenTune(Policy):
         *,
         is_last: bool,
     ) -> tuple[_Rounds, bool]:
-        """Tune copies of the best chain's layers; False if the budget does not pay for going on."""
+        """Tune copies of the best chain's layers.
+
+        Returns:
+          The state after the round, and False if the budget does not pay for another one.
+        """
         tune_key, restart_key = jax.random.split(key)
         runs = rounds.runs
         best = rounds.clones.replace_free_tokens(runs.stats.pool.chains[0])
