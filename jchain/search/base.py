@@ -138,7 +138,7 @@ class Refreshable(Protocol):
 
         Args:
           state: the state before the weights changed.
-          problem: with the new weights.
+          problem: the problem with the new weights.
           chains: other good chains to store, `[Q, L]`; a row of -1 holds no chain.
         """
         ...

@@ -184,8 +184,8 @@ def resume_run(
     state: PyTree,
     pool: base.Pool,
     layer_calls: int,
-    num_chains: int | Int[np.ndarray, ""] = 0,
-    num_nonfinite: int | Int[np.ndarray, ""] = 0,
+    num_chains: int = 0,
+    num_nonfinite: int = 0,
 ) -> base.RunState:
     """Return a run that continues from another state and pool.
 

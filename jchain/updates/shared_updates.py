@@ -87,7 +87,9 @@ class SharedUpdates(Policy):
             final = problem.with_bank(trained.tuning.bank)
             runs = base.init_runs(run_key[None], search, final, args.num_finalists)
             pool = jax.tree.map(lambda leaf: leaf[0], runs.stats.pool)
-            runs = resume_run(runs, trained.state, pool, trained.layer_calls, *trained.counts)
+            runs = resume_run(
+                runs, trained.state, pool, trained.layer_calls, *trained.counts.tolist()
+            )
             stop = base.StopRule(np.int32(args.budget), np.float32(-np.inf))
             runs, trace = base.advance_runs(runs, search, final, stop, line)
         result = base.make_results(runs, trace, args.budget)[0]
