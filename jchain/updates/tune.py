@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ from jchain.train import BATCH_SIZE, OPTIMIZER, is_stepwise
 
 # For each layer: the forward pass, the gradient of its input, and the gradient of its weights.
 CALLS_PER_LAYER = 3
+
+T = TypeVar("T")
 
 
 class State(NamedTuple):
@@ -254,12 +256,12 @@ def _update(
 
     Members that are not trained, or whose new weights are not finite, stay unchanged.
     """
-    module: Any = group.module
+    project = getattr(group.module, "project", None)
 
     def update(params: PyTree, gradient: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree]:
         updates, opt_state = optimizer.update(gradient, opt_state, params)
-        new: Any = optax.apply_updates(params, updates)
-        return (module.project(new) if hasattr(module, "project") else new), opt_state
+        new = optax.apply_updates(params, updates)
+        return (new if project is None else project(new)), opt_state
 
     updated = _map_members(update, group)(params, gradient, opt_state)
     for leaf in jax.tree.leaves(updated[0]):
@@ -271,7 +273,7 @@ def _update(
     return jax.tree.map(keep, updated, (params, opt_state))
 
 
-def _map_members(fn: Callable[..., Any], group: LayerGroup) -> Any:
+def _map_members(fn: Callable[..., T], group: LayerGroup) -> Callable[..., T]:
     """`vmap` over the members of a group; the explicit size is for groups without params."""
     return jax.vmap(fn, axis_size=len(group.tokens))
 
