@@ -8,10 +8,10 @@ rates data) and two methods:
   losses, and the layer calls that scoring them cost.
 
 Both must work under `jit` and `vmap`. State and losses keep their shapes and dtypes from step to
-step. Budget, best chains, curve, counts, and progress line are the driver's task: `run` and
-`run_many`. A search may also have the optional members that `Search` lists. List a new search in
-`tests/search/test_contract.py`, which tests the contract. `jchain.search.random_search` is the
-shortest example.
+step. The driver (`run` and `run_many`) keeps the budget, the best chains, the curve, the counts,
+and the progress line. A search may also have the optional members that `Search` lists. Add a new
+search to the list in `tests/search/test_contract.py`, which tests the contract.
+`jchain.search.random_search` is the shortest example.
 """
 
 import math
@@ -38,6 +38,7 @@ from jchain.search.result import (
     Result,
     RunState,
     RunStats,
+    StopRule,
     Trace,
     make_results,
 )
@@ -91,20 +92,20 @@ class Info(NamedTuple):
 class Search(Protocol):
     """A frozen dataclass registered as a pytree (`jchain.pytree`): sizes static, rates data.
 
-    Both methods work under `jit`, and under `vmap` over keys and states. A search may have these
-    members too; read the flags by the functions of the same names in this module, whose default is
-    False:
+    Both methods work under `jit`, and under `vmap` over keys and states. The members below are
+    optional. The first four are flags; the functions of the same names in this module read them,
+    and return False if a search has no such flag.
 
-    - `is_deterministic`: the key has no influence on what it scores.
-    - `needs_gradient`: it takes gradients through layers.
+    - `is_deterministic`: the key has no influence on what the search scores.
+    - `needs_gradient`: the search takes gradients through layers.
     - `needs_invertible`: the layers of the bank must be invertible.
-    - `holds_chains`: it stores tokens of one bank, so it is invalid on a bank with other tokens.
+    - `holds_chains`: the search stores chains of one bank, and is invalid once tokens change.
     - `check(problem)`: raise ValueError for a problem that does not fit (`Checked`).
     - `refresh(state, problem, chains)`: continue after weights have changed (`Refreshable`).
     """
 
     def init(self, key: Key[Array, ""], problem: Problem) -> PyTree:
-        """Return the first state: what `step` needs to know, and nothing else.
+        """Return the first state, which holds only what `step` needs.
 
         Args:
           key: consumed.
@@ -137,8 +138,8 @@ class Refreshable(Protocol):
 
         Args:
           state: the state before the weights changed.
-          problem: with the new weights.
-          chains: more chains to store, `[Q, L]`; a row of -1 holds no chain.
+          problem: the problem with the new weights.
+          chains: other good chains to store, `[Q, L]`; a row of -1 holds no chain.
         """
         ...
 
@@ -148,7 +149,7 @@ class Checked(Protocol):
     """A search that does not accept every problem."""
 
     def check(self, problem: Problem) -> None:
-        """Check on the host, before anything is computed.
+        """Check a problem on the host, before anything is computed.
 
         Args:
           problem: what to minimize over.
@@ -160,30 +161,39 @@ class Checked(Protocol):
 
 
 def is_deterministic(search: Search) -> bool:
-    """True if the key has no influence on what a search scores, so that one run is enough."""
+    """Return True if the key has no influence on what a search scores: one run is enough.
+
+    Args:
+      search: the search.
+    """
     return bool(getattr(search, "is_deterministic", False))
 
 
 def needs_gradient(search: Search) -> bool:
-    """True if a search takes gradients through layers."""
+    """Return True if a search takes gradients through layers.
+
+    Args:
+      search: the search.
+    """
     return bool(getattr(search, "needs_gradient", False))
 
 
 def needs_invertible(search: Search) -> bool:
-    """True if a search needs a bank of invertible layers."""
+    """Return True if a search needs a bank of invertible layers.
+
+    Args:
+      search: the search.
+    """
     return bool(getattr(search, "needs_invertible", False))
 
 
 def holds_chains(search: Search) -> bool:
-    """True if a search stores chains of one bank, so that it is invalid once tokens change."""
+    """Return True if a search stores chains of one bank, and is invalid once tokens change.
+
+    Args:
+      search: the search.
+    """
     return bool(getattr(search, "holds_chains", False))
-
-
-class StopRule(NamedTuple):
-    """When a run is over."""
-
-    budget: Int[ArrayLike, ""]  # layer calls, int32
-    target_loss: Float[ArrayLike, ""]  # float32
 
 
 def run(
@@ -208,7 +218,7 @@ def run(
       problem: what to minimize over.
       budget: layer calls.
       target_loss: stop once a chain of at most this loss is found.
-      num_finalists: how many distinct chains to keep for re-ranking.
+      num_finalists: distinct chains to keep for re-ranking.
       progress: show a live line with layer calls, best loss, and time left.
       mesh: devices over which the chains of each step are sharded (see `jchain.evaluate`). If they
         belong to several processes, all must make this call with equal arguments, and all get the
@@ -242,18 +252,19 @@ def run_many(
     progress: bool = False,
     mesh: Mesh | None = None,
 ) -> list[Result]:
-    """`run` for many keys at once: steps are vmapped, so chains that runs share are computed once.
+    """Run a search once for each of many keys, all at once, and return a result for each.
 
-    Each run is charged as if it were alone.
+    Steps are vmapped, so a chain that several runs score is computed once. Each run is charged as
+    if it were alone.
 
     Args:
       keys: one per run, `[S]`.
       search: as for `run`.
       problem: as for `run`.
       budget: layer calls of each run.
-      target_loss: as for `run`.
-      num_finalists: as for `run`.
-      progress: as for `run`; the line shows the run that has spent least.
+      target_loss: as for `run`; a run that reaches it stops, the others continue.
+      num_finalists: distinct chains to keep in each run.
+      progress: as for `run`; the line shows the fewest layer calls and the lowest loss of all runs.
       mesh: as for `run`.
 
     Raises:
@@ -284,7 +295,7 @@ def check_arguments(search: Search, problem: Problem, budget: int, num_finalists
       search: the search.
       problem: what to minimize over.
       budget: layer calls.
-      num_finalists: how many distinct chains to keep.
+      num_finalists: distinct chains to keep.
 
     Raises:
       ValueError: the search is not a registered pytree or does not accept the problem, or a number
@@ -322,8 +333,7 @@ def init_runs(
 
 @partial(jax.jit, static_argnames="num_finalists")
 def _init_runs(keys: Array, search: Search, problem: Problem, num_finalists: int) -> RunState:
-    # These must have the dtypes and weak types that a step returns, or the first step compiles
-    # apart.
+    # Dtypes and weak types as after a step; otherwise the first step is compiled separately.
     pool, zero = empty_pool(num_finalists, problem), jnp.zeros((), jnp.int32)
     stats = RunStats(pool, zero, zero, zero, zero, zero, jnp.array(False))
 
@@ -351,11 +361,11 @@ def advance_runs(
       problem: what to minimize over.
       stop: when each run is over.
       line: the progress line to update.
-      keeps_state: discard the state of a step that is not counted, so that runs can continue from
-        the state before it.
+      keeps_state: discard the state of a step that is not counted, so that a run can continue from
+        the state before that step.
 
     Returns:
-      The runs at their end, and the trace `[T, S]` of T steps.
+      The finished runs, and the trace `[T, S]` of T steps.
     """
     traces: list[Trace] = []
     num_steps = 1
@@ -364,7 +374,7 @@ def advance_runs(
         runs, trace = _advance(runs, search, problem, stop, num_steps, keeps_state=keeps_state)
         traces.append(jax.tree.map(lambda leaf, n=num_steps: np.asarray(leaf)[:n], trace))
         line.update(int(np.min(runs.stats.layer_calls)), float(np.min(runs.stats.pool.loss)))
-        # Processes that share a mesh must agree on the number of steps, and their clocks would not.
+        # Processes that share a mesh must take the same number of steps, but their clocks differ.
         if problem.mesh is None and time.perf_counter() - began < _SYNC_SECONDS:
             num_steps = min(2 * num_steps, _MAX_STEPS_PER_SYNC)
     return runs, jax.tree.map(lambda *leaves: np.concatenate(leaves), *traces)
@@ -417,7 +427,7 @@ def _step(
     old = run.stats
     cost = info.layer_calls.astype(jnp.int32)
     num_free = jnp.where(cost == 0, old.num_free + 1, 0)
-    # Compare with what is left: the sum of calls and cost could exceed the largest int32.
+    # Compare the cost with what is left: the sum of calls and cost could overflow int32.
     left = stop.budget - old.layer_calls
     is_counted = ~old.is_over & (cost <= left)
     pool = merge(old.pool, info.chains, info.loss)

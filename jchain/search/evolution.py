@@ -101,7 +101,7 @@ def mutate(key: Key[Array, ""], chain: Int[Array, "L"], problem: Problem) -> Int
     Args:
       key: consumed.
       chain: tokens, `[L]`.
-      problem: whose space the neighbors are in.
+      problem: the problem whose chains the neighbors are.
     """
     rows, is_neighbor = problem.space.neighbors(chain)
     row = jax.random.categorical(key, jnp.where(is_neighbor, 0.0, -jnp.inf))

@@ -22,7 +22,7 @@ def empty_pool(size: int, problem: Problem) -> Pool:
 
     Args:
       size: rows, Q.
-      problem: whose chains the pool will hold.
+      problem: the problem whose chains the pool will hold.
     """
     return Pool(
         jnp.full((size, problem.max_layers + 1), PADDING, jnp.int32),
@@ -31,14 +31,14 @@ def empty_pool(size: int, problem: Problem) -> Pool:
 
 
 def merge(pool: Pool, chains: Int[Array, "P L"], loss: Float[Array, "P"]) -> Pool:
-    """Return the best distinct chains of a pool and of other chains.
+    """Return the best distinct chains of a pool and of other chains, together.
 
     Chains whose loss is not finite are left out.
 
     Args:
       pool: the best chains so far.
       chains: tokens, `[P, L]`.
-      loss: of these chains, `[P]`.
+      loss: losses of these chains, `[P]`.
 
     Returns:
       A pool of the same size.

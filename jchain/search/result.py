@@ -1,4 +1,4 @@
-"""Data of a run: its state, its trace, and its result."""
+"""Data of a run: its state, when it is over, its trace, and its result."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -47,7 +47,7 @@ class BudgetError(ValueError):
     Args:
       cost: layer calls of one step.
       budget: the budget of the whole run.
-      reserved: layer calls of the budget that are kept for gradient steps.
+      reserved: layer calls of the budget that are reserved for gradient steps.
     """
 
     def __init__(self, cost: int, budget: int, reserved: int = 0) -> None:
@@ -79,21 +79,28 @@ class RunState(NamedTuple):
     stats: RunStats
 
 
+class StopRule(NamedTuple):
+    """When a run is over."""
+
+    budget: Int[ArrayLike, ""]  # layer calls, int32
+    target_loss: Float[ArrayLike, ""]  # float32
+
+
 class Trace(NamedTuple):
     """Totals after each step of each run."""
 
     layer_calls: Int[Array, "T S"]
     best_loss: Float[Array, "T S"]
-    is_counted: Bool[Array, "T S"]  # False for steps after the end, and for one over budget
+    is_counted: Bool[Array, "T S"]  # False for steps after the end, and for a step over budget
 
 
 def make_results(runs: RunState, trace: Trace, budget: int) -> list[Result]:
     """Return what each run found.
 
     Args:
-      runs: at their end.
-      trace: of all steps, `[T, S]`.
-      budget: layer calls, for the error message.
+      runs: the finished runs.
+      trace: the trace of all steps, `[T, S]`.
+      budget: layer calls of each run, for the error message.
 
     Raises:
       BudgetError: the budget is smaller than one step.

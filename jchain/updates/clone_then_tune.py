@@ -1,5 +1,7 @@
 """The policy that tunes copies of layers between rounds of the search."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,21 +32,30 @@ from jchain.updates.policies import (
 )
 
 
+class _Rounds(NamedTuple):
+    """The search and its bank between two rounds, and what was recorded so far."""
+
+    runs: base.RunState  # of one run
+    clones: CloneBank
+    traces: tuple[base.Trace, ...]
+    update_calls: int  # layer calls of gradient steps
+
+
 @pytree_dataclass
 class CloneThenTune(Policy):
-    """In rounds: search, then tune copies of the best chain's layers, which join the bank.
+    """Alternate between searching and tuning copies of the best chain's layers.
 
-    The original layers and all heads stay unchanged, to the bit. Copies take tokens that the bank
-    has reserved (`Bank.reserve`), so all rounds share one program. Until then these tokens hold
-    copies of other layers, which chains may use. Copies may be copied again; their origin names the
-    source. If a module has no reserved token left, its layers are used unchanged. After each round
-    a search that is `Refreshable` continues; any other search restarts, and the best chains so far
-    are kept.
+    The tuned copies join the bank; the original layers and all heads stay unchanged, to the bit.
+    Copies take tokens that the bank has reserved (`Bank.reserve`), so all rounds share one program.
+    A reserved token that is still free holds a copy of another layer, and chains may contain it.
+    Copies may be copied again; their origin names the source. If a module has no free token left,
+    its layers are not copied. After each round a `Refreshable` search continues; any other search
+    restarts, and its best chains so far are kept.
 
     Attributes:
-      num_rounds: equal parts of the budget.
+      num_rounds: rounds of searching and tuning; each has an equal part of the budget.
       num_steps: gradient steps in each round.
-      capacity: tokens reserved for copies of each module; enough for all rounds if None.
+      capacity: tokens to reserve for copies of each module; enough for all rounds if None.
       optimizer: any optax transformation.
     """
 
@@ -60,46 +71,67 @@ class CloneThenTune(Policy):
 
     def _run(self, args: RunArguments) -> Outcome:
         base.check_arguments(args.search, args.problem, args.budget, args.num_finalists)
-        budget, problem = args.budget, args.problem
-        training = make_training_problem(problem, args.train)
-        _check_problem(args.search, problem)
-        reserved = reserve_for_tuning(problem, args.train, self.num_steps)
-        check_budget(budget, self.num_rounds * reserved)
-        capacity = self.num_rounds * problem.max_layers if self.capacity is None else self.capacity
-        clones = CloneBank.reserve(problem.bank, capacity)
+        training = make_training_problem(args.problem, args.train)
+        _check_problem(args.search, args.problem)
+        reserved = reserve_for_tuning(args.problem, args.train, self.num_steps)
+        check_budget(args.budget, self.num_rounds * reserved)
         start_key, *round_keys = jax.random.split(args.key, self.num_rounds + 1)
-        problem = problem.with_bank(clones.bank)
-        runs = base.init_runs(start_key[None], args.search, problem, args.num_finalists)
-        traces, update_calls = [], 0
-        with Progress(budget, is_shown=args.progress) as line:
+        rounds = self._start(start_key, args)
+        with Progress(args.budget, is_shown=args.progress) as line:
             for i, round_key in enumerate(round_keys):
-                tune_key, restart_key = jax.random.split(round_key)
-                round_budget = budget * (i + 1) // self.num_rounds - reserved
-                stop = base.StopRule(np.int32(round_budget), np.float32(-np.inf))
-                runs, trace = base.advance_runs(
-                    runs, args.search, problem, stop, line, keeps_state=True
-                )
-                traces.append(trace)
-                if int(runs.stats.layer_calls[0]) + reserved > budget:
+                round_budget = args.budget * (i + 1) // self.num_rounds - reserved
+                rounds = _search_round(rounds, args, round_budget, line)
+                if int(rounds.runs.stats.layer_calls[0]) + reserved > args.budget:
                     break
-                best = clones.replace_free_tokens(runs.stats.pool.chains[0])
-                clones, chain = self._tune_best(tune_key, clones, training, runs, best)
-                if chain is None:
-                    runs = _resume_unchanged(runs)
-                    continue
-                problem = problem.with_bank(clones.bank)
-                cost = training_cost(problem, args.train, count_chain_layers(chain), self.num_steps)
-                update_calls += cost
-                key = restart_key if i < self.num_rounds - 1 else None
-                runs, is_affordable = _continue_with(
-                    chain, key, args, problem, runs, best, training_calls=cost
+                is_last = i == self.num_rounds - 1
+                rounds, is_affordable = self._tune_round(
+                    round_key, rounds, args, training, is_last=is_last
                 )
-                traces.append(_record_totals(runs))
                 if not is_affordable:
                     break
-        trace = jax.tree.map(lambda *leaves: np.concatenate(leaves), *traces)
-        with mention_reserved_calls(reserved, budget):
-            return Outcome(clones.bank, base.make_results(runs, trace, budget)[0], update_calls)
+        trace = jax.tree.map(lambda *leaves: np.concatenate(leaves), *rounds.traces)
+        with mention_reserved_calls(reserved, args.budget):
+            result = base.make_results(rounds.runs, trace, args.budget)[0]
+        return Outcome(rounds.clones.bank, result, rounds.update_calls)
+
+    def _start(self, key: Array, args: RunArguments) -> _Rounds:
+        """The state before the first round, with tokens reserved for copies."""
+        capacity = self.capacity
+        if capacity is None:
+            capacity = self.num_rounds * args.problem.max_layers
+        clones = CloneBank.reserve(args.problem.bank, capacity)
+        problem = args.problem.with_bank(clones.bank)
+        runs = base.init_runs(key[None], args.search, problem, args.num_finalists)
+        return _Rounds(runs, clones, (), 0)
+
+    def _tune_round(
+        self,
+        key: Array,
+        rounds: _Rounds,
+        args: RunArguments,
+        training: Problem,
+        *,
+        is_last: bool,
+    ) -> tuple[_Rounds, bool]:
+        """Tune copies of the best chain's layers.
+
+        Returns:
+          The state after the round, and False if the budget does not pay for another one.
+        """
+        tune_key, restart_key = jax.random.split(key)
+        runs = rounds.runs
+        best = rounds.clones.replace_free_tokens(runs.stats.pool.chains[0])
+        clones, chain = self._tune_best(tune_key, rounds.clones, training, runs, best)
+        if chain is None:
+            return rounds._replace(runs=_resume_unchanged(runs)), True
+        problem = args.problem.with_bank(clones.bank)
+        cost = training_cost(problem, args.train, count_chain_layers(chain), self.num_steps)
+        next_key = None if is_last else restart_key
+        runs, is_affordable = _continue_with(
+            chain, next_key, args, problem, runs, best, training_calls=cost
+        )
+        traces = (*rounds.traces, _record_totals(runs))
+        return _Rounds(runs, clones, traces, rounds.update_calls + cost), is_affordable
 
     def _tune_best(
         self,
@@ -109,7 +141,7 @@ class CloneThenTune(Policy):
         runs: base.RunState,
         chains: Int[np.ndarray, "Q L"],
     ) -> tuple[CloneBank, Int[np.ndarray, "L"] | None]:
-        """The bank with tuned copies of the best chain, and their chain; None if no copy."""
+        """The bank with tuned copies of the best chain, and their chain; None if no copies."""
         if not np.isfinite(runs.stats.pool.loss[0, 0]):
             return clones, None
         clones, chain = clones.tune_clones(
@@ -118,8 +150,16 @@ class CloneThenTune(Policy):
         return clones, None if (chain == chains[0]).all() else chain
 
 
+def _search_round(rounds: _Rounds, args: RunArguments, budget: int, line: Progress) -> _Rounds:
+    """Continue the search until `budget` layer calls are spent in total."""
+    problem = args.problem.with_bank(rounds.clones.bank)
+    stop = base.StopRule(np.int32(budget), np.float32(-np.inf))
+    runs, trace = base.advance_runs(rounds.runs, args.search, problem, stop, line, keeps_state=True)
+    return rounds._replace(runs=runs, traces=(*rounds.traces, trace))
+
+
 def _check_problem(search: Search, problem: Problem) -> None:
-    """Check what a bank that grows cannot support."""
+    """Check that the search and the problem allow tokens to be added to the bank."""
     if base.holds_chains(search):
         raise ValueError(
             "expected a search without starts: heads get other tokens when copies join the bank"
@@ -131,6 +171,7 @@ def _check_problem(search: Search, problem: Problem) -> None:
 
 
 def _resume_unchanged(runs: base.RunState) -> base.RunState:
+    """The run, ready for the next round without a new bank."""
     state, pool = jax.tree.map(lambda leaf: leaf[0], (runs.state, runs.stats.pool))
     return resume_run(runs, state, pool, 0)
 
@@ -148,7 +189,7 @@ def _continue_with(
     """Score the chain of copies, and move the search to the new bank unless `restart_key` is None.
 
     Returns:
-      The run, and False if the budget does not pay for moving the search.
+      The run, and False if the budget does not pay for moving the search to the new bank.
     """
     spent = int(runs.stats.layer_calls[0])
     state, pool = jax.tree.map(lambda leaf: leaf[0], (runs.state, runs.stats.pool))
@@ -182,6 +223,6 @@ def _refresh(
 
 
 def _record_totals(runs: base.RunState) -> base.Trace:
-    """The totals of the run, as one more step of its trace."""
+    """The totals of the run, as one more step for its trace."""
     stats = runs.stats
     return base.Trace(stats.layer_calls[None], stats.pool.loss[None, :, 0], jnp.ones((1, 1), bool))

@@ -1,4 +1,4 @@
-"""Copies of layers that join a bank, in tokens that the bank has reserved for them."""
+"""Copies of layers that join a bank, under tokens that the bank has reserved for them."""
 
 import dataclasses
 from typing import NamedTuple
@@ -16,13 +16,13 @@ from jchain.updates import tune
 class CloneBank(NamedTuple):
     """A bank with tokens reserved for copies of its layers, so that all rounds share one program.
 
-    Until a reserved token is used, it holds a copy of another layer, which chains may use.
+    A reserved token is free until a tuned copy takes it. A free token holds a copy of another
+    layer, and chains may contain it.
     """
 
     bank: Bank
-    free_tokens: tuple[tuple[int, ...], ...]  # reserved and unused, for each group of layers
-    # [N + K], for a free token the layer of which it holds a copy; for all others the token itself.
-    source_tokens: np.ndarray
+    free_tokens: tuple[tuple[int, ...], ...]  # of each group of layers
+    source_tokens: np.ndarray  # [N + K], the layer that a free token copies, else the token itself
 
     @staticmethod
     def reserve(bank: Bank, capacity: int) -> "CloneBank":
@@ -30,7 +30,7 @@ class CloneBank(NamedTuple):
 
         Args:
           bank: the bank to extend.
-          capacity: reserved tokens for each module.
+          capacity: tokens to reserve for each module.
         """
         grown = bank.reserve(capacity)
         sources = np.arange(grown.num_layers + grown.num_heads)
@@ -43,7 +43,7 @@ class CloneBank(NamedTuple):
         return CloneBank(grown, tuple(free), sources)
 
     def replace_free_tokens(self, chains: Int[Array, "Q L"]) -> Int[np.ndarray, "Q L"]:
-        """Return the same chains with each free token replaced by the layer that it copies.
+        """Return chains with each free token replaced by the layer that it copies.
 
         Args:
           chains: tokens, `[Q, L]`.
@@ -63,21 +63,17 @@ class CloneBank(NamedTuple):
         """Copy the layers of a chain into free tokens, and tune the copies.
 
         Args:
-          key: for minibatches.
-          training: the training problem; its bank is not used.
+          key: for minibatches; consumed.
+          training: the problem on the split to train on; its bank is not used.
           chain: tokens, `[L]`.
           num_steps: gradient steps.
           optimizer: any optax transformation.
 
         Returns:
           The new bank and the chain of copies. Layers of a module without free tokens are not
-          copied; without any copy, the bank and the chain are returned unchanged.
+          copied. If nothing is copied, the bank and the chain are returned unchanged.
         """
-        clones, free, bank = chain.copy(), [list(tokens) for tokens in self.free_tokens], self.bank
-        for slot, token in enumerate(chain):
-            for group, unused in zip(bank.layers, free, strict=True):
-                if token in group.tokens and unused:
-                    clones[slot] = unused.pop(0)
+        bank, (clones, free_tokens) = self.bank, self._assign_tokens(chain)
         is_cloned = clones != chain
         if not is_cloned.any():
             return self, chain
@@ -100,4 +96,15 @@ class CloneBank(NamedTuple):
         )
         source_tokens = self.source_tokens.copy()
         source_tokens[tokens] = tokens
-        return CloneBank(bank, tuple(map(tuple, free)), source_tokens), clones
+        return CloneBank(bank, free_tokens, source_tokens), clones
+
+    def _assign_tokens(
+        self, chain: Int[np.ndarray, "L"]
+    ) -> tuple[Int[np.ndarray, "L"], tuple[tuple[int, ...], ...]]:
+        """The chain with free tokens for its layers if any are left, and the tokens still free."""
+        clones, free = chain.copy(), [list(tokens) for tokens in self.free_tokens]
+        for slot, token in enumerate(chain):
+            for group, unused in zip(self.bank.layers, free, strict=True):
+                if token in group.tokens and unused:
+                    clones[slot] = unused.pop(0)
+        return clones, tuple(map(tuple, free))

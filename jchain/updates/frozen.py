@@ -7,7 +7,7 @@ from jchain.updates.policies import Outcome, Policy, RunArguments
 
 @pytree_dataclass
 class Frozen(Policy):
-    """Never: the bank is returned unchanged, to the bit."""
+    """Never update weights: the bank is returned unchanged, to the bit."""
 
     def _run(self, args: RunArguments) -> Outcome:
         result = base.run(

@@ -5,8 +5,8 @@ A policy says when weights of the bank are updated during a search. `Frozen` nev
 join the bank between rounds of the search. `SharedUpdates` trains the sampled chains during the
 search, as ENAS does (Pham et al. 2018, arXiv:1802.03268).
 
-The search sees the split of the problem, gradients see `train`. Layer calls of both are charged in
-the unit of the problem's split (`jchain.updates.tune.training_cost`).
+The search scores chains on the split of the problem; gradients are taken on `train`. Both are
+charged in layer calls on the problem's split (`jchain.updates.tune.training_cost`).
 """
 
 import contextlib
@@ -48,7 +48,7 @@ class RunArguments(NamedTuple):
 
 
 class Policy:
-    """When weights are updated: subclasses are frozen dataclasses that define `_run`."""
+    """Base class of the update policies: frozen dataclasses that define `_run`."""
 
     def run(
         self,
@@ -61,15 +61,15 @@ class Policy:
         num_finalists: int = 16,
         progress: bool = False,
     ) -> Outcome:
-        """Search, and update weights, until the budget is used.
+        """Search and update weights until the budget is used.
 
         Args:
           key: consumed.
-          search: how chains are proposed.
+          search: the search and its hyperparameters.
           problem: what to minimize over.
           train: the split that gradients are taken on.
-          budget: layer calls on the problem's split, of the search and of gradient steps together;
-            never exceeded.
+          budget: layer calls on the problem's split, for the search and the gradient steps
+            together; never exceeded.
           num_finalists: as for `jchain.run`.
           progress: as for `jchain.run`.
 
@@ -103,19 +103,19 @@ def make_training_problem(problem: Problem, train: Batch) -> Problem:
 def training_cost(
     problem: Problem, train: Batch, num_layers: int | Int[np.ndarray, "*U"], num_steps: int = 1
 ) -> int:
-    """Return what gradient steps cost, in layer calls on the problem's split.
+    """Return the cost of gradient steps, in layer calls on the problem's split.
 
     Args:
       problem: the problem of the search.
       train: the split to train on.
-      num_layers: of the chain, or of each of several.
+      num_layers: layers of the chain, or of each of several chains.
       num_steps: gradient steps on each chain.
     """
     return tune.training_cost(num_layers, train.y.shape[0], problem.data.y.shape[0], num_steps)
 
 
 def reserve_for_tuning(problem: Problem, train: Batch, num_steps: int) -> int:
-    """Return the most layer calls that tuning one chain, and scoring it again, can cost.
+    """Return the most layer calls that tuning one chain and scoring it again can cost.
 
     Args:
       problem: the problem of the search.
@@ -126,7 +126,11 @@ def reserve_for_tuning(problem: Problem, train: Batch, num_steps: int) -> int:
 
 
 def count_chain_layers(chain: Int[np.ndarray, "L"]) -> int:
-    """Return the number of layers of a chain: all tokens except the head."""
+    """Return the number of layers of a chain: all tokens except the head.
+
+    Args:
+      chain: tokens, `[L]`.
+    """
     return int((chain != PADDING).sum()) - 1
 
 
@@ -134,7 +138,7 @@ def check_sizes(**sizes: int) -> None:
     """Check that sizes are at least 1.
 
     Args:
-      **sizes: by the name for the error message.
+      **sizes: the sizes, by the names that the error message shows.
 
     Raises:
       ValueError: a size is below 1.
@@ -180,18 +184,18 @@ def resume_run(
     state: PyTree,
     pool: base.Pool,
     layer_calls: int,
-    num_chains: int | Int[np.ndarray, ""] = 0,
-    num_nonfinite: int | Int[np.ndarray, ""] = 0,
+    num_chains: int = 0,
+    num_nonfinite: int = 0,
 ) -> base.RunState:
-    """Return the one run, ready to continue from another state and pool.
+    """Return a run that continues from another state and pool.
 
     Args:
-      runs: one run, `[1]`.
-      state: of the search.
+      runs: a single run; leaves have a leading axis of 1.
+      state: the state of the search.
       pool: the best chains so far.
-      layer_calls: to charge.
-      num_chains: chains scored outside of the run.
-      num_nonfinite: those of them without a finite loss.
+      layer_calls: layer calls to add to those of the run.
+      num_chains: chains that were scored outside of the run.
+      num_nonfinite: those of `num_chains` whose loss is not finite.
     """
     state, pool = jax.tree.map(lambda leaf: leaf[None], (state, pool))
     old = runs.stats
@@ -208,11 +212,11 @@ def resume_run(
 
 @jax.jit
 def init_search(search: Search, key: Array, problem: Problem) -> PyTree:
-    """Return the first state of a search, compiled.
+    """Return the first state of a search; compiled once for all problems of the same shapes.
 
     Args:
       search: the search.
       key: consumed.
-      problem: without names.
+      problem: what to minimize over, without names (`Problem.without_names`).
     """
     return search.init(key, problem)

@@ -35,26 +35,26 @@ class RefreshableSearch(Search, Refreshable, Protocol):
 
 
 class _Training(NamedTuple):
-    """The search and the bank when training ends, and what was spent."""
+    """The search and the bank after training, and what training cost."""
 
     state: PyTree  # of the search
     tuning: tune.State
     layer_calls: int
-    update_calls: int  # those of gradient steps
+    update_calls: int  # those of layer_calls that gradient steps cost
     counts: Int[np.ndarray, "2"]  # chains scored, and those without a finite loss
 
 
 @pytree_dataclass
 class SharedUpdates(Policy):
-    """During the search: after each step, gradient steps in place on some of the chains it scored.
+    """Train some of the chains that each step of the search scored, in place.
 
-    Weights change during the search, so it must be `Refreshable`: its stored losses are recomputed
-    after each step, and charged. For the last part of the budget the weights are fixed, and only
-    chains of that part can be found.
+    Weights change during the search, so the search must be `Refreshable`: after each step its
+    stored losses are recomputed, which is charged. For the last part of the budget the weights are
+    fixed, and only chains scored in that part can be found.
 
     Attributes:
-      num_updates: chains trained after each step of the search, with one gradient step each, drawn
-        from the chains that it scored.
+      num_updates: chains to train after each step of the search, with one gradient step each. They
+        are drawn from the chains that the step scored.
       final_share: share of the budget for the last part.
       optimizer: any optax transformation.
     """
@@ -87,7 +87,9 @@ class SharedUpdates(Policy):
             final = problem.with_bank(trained.tuning.bank)
             runs = base.init_runs(run_key[None], search, final, args.num_finalists)
             pool = jax.tree.map(lambda leaf: leaf[0], runs.stats.pool)
-            runs = resume_run(runs, trained.state, pool, trained.layer_calls, *trained.counts)
+            runs = resume_run(
+                runs, trained.state, pool, trained.layer_calls, *trained.counts.tolist()
+            )
             stop = base.StopRule(np.int32(args.budget), np.float32(-np.inf))
             runs, trace = base.advance_runs(runs, search, final, stop, line)
         result = base.make_results(runs, trace, args.budget)[0]
@@ -114,7 +116,7 @@ class SharedUpdates(Policy):
             )
             cost = training_cost(args.problem, args.train, np.asarray(length))
             total, step_calls = int(sum(calls)) + cost, max(step_calls, int(calls[0]))
-            # Keep enough for a step of the last part.
+            # Keep enough of the budget for one step of the last part.
             limit = min((1 - self.final_share) * args.budget, args.budget - step_calls)
             if layer_calls + total > limit:
                 break
@@ -154,12 +156,12 @@ def _train_round(
     problem: Problem,
     training: Problem,
 ) -> tuple[tuple[PyTree, tune.State], Array, tuple[Array, Array], Array, Array]:
-    """A step of the search, then gradient steps.
+    """Take a step of the search, then gradient steps on some of its chains.
 
     Returns:
-      The carry, the lowest loss, layer calls of the search and of its refresh, the number of layers
-      of each trained chain `[U]`, and the number of chains scored and of those without a finite
-      loss.
+      The carry, the lowest loss, the layer calls of the step and of the refresh, the number of
+      layers of each trained chain `[U]`, and two counts: chains scored, and those of them without
+      a finite loss.
     """
     step_key, draw_key, train_key = jax.random.split(key, 3)
     state, tuning = carry

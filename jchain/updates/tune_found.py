@@ -26,10 +26,11 @@ from jchain.updates.policies import (
 
 @pytree_dataclass
 class TuneFound(Policy):
-    """After the search: gradient steps in place on the layers and the head of the chain found.
+    """Search, then tune the layers and the head of the chain found, in place.
 
-    If they do not lower its loss on the problem's split, the bank is returned unchanged. Otherwise
-    the chain is the only finalist, because other chains that share its layers change too.
+    If the gradient steps do not lower the chain's loss on the problem's split, the bank is returned
+    unchanged. Otherwise the chain is the only finalist, because the losses of other chains that
+    share its layers have changed too.
 
     Attributes:
       num_steps: gradient steps.
