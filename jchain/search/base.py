@@ -81,7 +81,7 @@ T = TypeVar("T")
 
 
 class Info(NamedTuple):
-    """What one step scored, and its cost."""
+    """The chains that one step scored, their losses, and the cost of the step."""
 
     chains: Int[Array, "P L"]  # [P, L]; a row of -1 holds no chain
     loss: Float[Array, "P"]  # [P], +inf if not finite, and for rows without a chain
@@ -283,9 +283,9 @@ def run_many(
 
 
 def _check_keys(keys: Array, num_axes: int, expected: str) -> None:
-    is_key = jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
-    if not is_key or keys.ndim != num_axes or keys.size == 0:
-        raise ValueError(f"expected {expected}, got {keys.dtype}{list(keys.shape)}")
+    dtype, shape = getattr(keys, "dtype", np.dtype(object)), np.shape(keys)
+    if not jnp.issubdtype(dtype, jax.dtypes.prng_key) or len(shape) != num_axes or 0 in shape:
+        raise ValueError(f"expected {expected}, got {type(keys).__name__} {dtype}{list(shape)}")
 
 
 def check_arguments(search: Search, problem: Problem, budget: int, num_finalists: int) -> None:
@@ -311,7 +311,8 @@ def check_arguments(search: Search, problem: Problem, budget: int, num_finalists
         )
     if jax.tree_util.all_leaves([search]):
         raise ValueError(
-            f"expected a search registered as a pytree (jchain.pytree), got {type(search).__name__}"
+            "expected an instance of a class decorated with @jc.pytree_dataclass, got "
+            f"{type(search).__name__}"
         )
     if isinstance(search, Checked):
         search.check(problem)
