@@ -282,10 +282,10 @@ def run_many(
     return make_results(runs, trace, budget)
 
 
-def _check_keys(keys: Array, num_axes: int, expected: str) -> None:
-    dtype, shape = getattr(keys, "dtype", np.dtype(object)), np.shape(keys)
-    if not jnp.issubdtype(dtype, jax.dtypes.prng_key) or len(shape) != num_axes or 0 in shape:
-        raise ValueError(f"expected {expected}, got {type(keys).__name__} {dtype}{list(shape)}")
+def _check_keys(keys: object, num_axes: int, expected: str) -> None:
+    dtype, shape = getattr(keys, "dtype", type(keys)), getattr(keys, "shape", ())
+    if not jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) or len(shape) != num_axes or 0 in shape:
+        raise ValueError(f"expected {expected}, got {dtype}{list(shape)}")
 
 
 def check_arguments(search: Search, problem: Problem, budget: int, num_finalists: int) -> None:

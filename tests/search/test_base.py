@@ -145,7 +145,7 @@ def test_the_largest_int32_is_a_valid_budget(problem):
 
 def test_keys_of_another_kind_raise(problem):
     run = inspect.unwrap(jc.run)  # without the run-time type checks of these tests
-    for key in (0, jax.random.PRNGKey(0), jax.random.split(jax.random.key(0))):
+    for key in (jax.random.PRNGKey(0), jax.random.split(jax.random.key(0))):
         with pytest.raises(ValueError, match="expected one key of jax.random.key, got"):
             run(key, jc.RandomSearch(), problem, budget=150)
 
