@@ -284,7 +284,7 @@ def run_many(
 
 def _check_keys(keys: object, num_axes: int, expected: str) -> None:
     dtype, shape = getattr(keys, "dtype", type(keys)), getattr(keys, "shape", ())
-    if not jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) or len(shape) != num_axes or 0 in shape:
+    if not jnp.issubdtype(dtype, jax.dtypes.prng_key) or len(shape) != num_axes or 0 in shape:
         raise ValueError(f"expected {expected}, got {dtype}{list(shape)}")
 
 
