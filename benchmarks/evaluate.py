@@ -1,15 +1,15 @@
-"""Evaluating many chains: jchain beside what people would use instead, in one run, on the same weights and data.
+"""Speed of evaluating many chains, beside PyTorch and plain JAX on the same weights and data.
 
-    python benchmarks/evaluate.py --json benchmarks/results/cpu.json     # 2 CPU cores: about 50 minutes
-    python benchmarks/evaluate.py --quick                                # 2 minutes, nothing is written
+    python benchmarks/evaluate.py --json benchmarks/results/cpu.json  # 50 minutes on 2 CPU cores
+    python benchmarks/evaluate.py --quick                             # 2 minutes, writes nothing
 
-Needs `pip install -e ".[parity]"` for the PyTorch rows; without it they are left empty. Implementations take turns, so that a
-slow moment of the machine meets all of them; outputs are compared before anything is timed. A peer that would take more
-than `--patience` seconds for one population is left out of that row, the fastest so far only where it would take eight
-times as much.
+The PyTorch rows need `pip install -e ".[parity]"`; without it they are empty. Implementations take
+turns, so that a slow moment of the machine affects all of them. Outputs are compared before
+anything is timed. A peer that would take more than `--patience` seconds for one population is
+skipped in that row; the fastest so far is skipped only if it would take eight times as long.
 
-Expect on 2 CPU cores: random chains 1.2 to 7.5 times as fast as the best peer (the more chains, the more they share), 2.5 to
-4.5 times where many prefixes are shared.
+Expect on 2 CPU cores: random chains 1.2 to 7.5 times as fast as the best peer (more chains share
+more), 2.5 to 4.5 times if many prefixes are shared.
 """
 
 import argparse
@@ -34,7 +34,6 @@ from machine import (
 from matplotlib.figure import Figure
 
 import jchain as jc
-from jchain.files import write_json
 
 NUM_LAYERS, DEPTH, NUM_CLASSES = 8, 4, 10
 # Layer, features of an example, examples.
@@ -96,7 +95,7 @@ def main() -> None:
 def save(path: Path | None, result: dict[str, Any]) -> None:
     """What there is so far, and its figure: an interruption loses one bank at most."""
     if path is not None:
-        write_json(path, result)
+        jc.files.write_json(path, result)
     if path is not None and result["rows"]:
         draw(result, path.with_suffix(".png"))
 
@@ -214,7 +213,8 @@ def take_turns(
         losses = run(chains)
         seconds = time.perf_counter() - begin
         np.testing.assert_allclose(losses, expected, rtol=2e-3, atol=2e-3, err_msg=name)
-        # One timing of the slowest is enough to know that they are slow; they were compiled for a smaller population.
+        # One timing of the slowest is enough to know that they are slow; they were compiled for a
+        # smaller population.
         if seconds > 3 and len(chains) > 64 and name != "jchain":
             timings[name].append(seconds)
     time.sleep(0.25)
@@ -225,7 +225,8 @@ def take_turns(
         for name, run in runs.items():
             if timings[name] and timings[name][-1] > 3 and name != "jchain":
                 continue
-            # The first call after another's pays for a cold cache and for memory given back to the system.
+            # The first call after another's pays for a cold cache and for memory given back to the
+            # system.
             if not timings[name] or timings[name][-1] < 0.5:
                 run(chains)
             timings[name].append(time_call(lambda: run(chains)))  # noqa: B023
@@ -284,7 +285,7 @@ def count_flops(problem: jc.Problem) -> tuple[float, float]:
 
 
 def measure_compile(name: str) -> dict[str, Any]:
-    """Seconds of the first evaluation of a new problem less a second one, and traces for 100 more populations."""
+    """Seconds to compile a new problem, and the traces that 100 more populations make."""
     layer, shape, num_examples = BANKS[name]
     calls = []
 
@@ -388,7 +389,8 @@ def format_tables(result: dict[str, Any]) -> str:
         ]
         if ratios:
             lines.append(
-                f"Random chains: {np.exp(np.mean(np.log(ratios))):.2f} times faster than {name} (geometric mean)"
+                f"Random chains: {np.exp(np.mean(np.log(ratios))):.2f} times faster than {name} "
+                "(geometric mean)"
             )
     for row in result["compile"]:
         lines.append(
@@ -396,7 +398,8 @@ def format_tables(result: dict[str, Any]) -> str:
         )
     last = result["matmul_gflops_last"]
     lines.append(
-        f"matmul: {result['matmul_gflops']:.0f} GFLOP/s first, {'not measured' if last is None else f'{last:.0f}'} last"
+        f"matmul: {result['matmul_gflops']:.0f} GFLOP/s first, "
+        f"{'not measured' if last is None else f'{last:.0f}'} last"
     )
     return "\n".join(lines)
 

@@ -1,12 +1,14 @@
-"""Chains of a pretrained transformer's blocks beside transformers (PyTorch), and the memory that an import takes.
+"""Speed of chains of a transformer's blocks beside PyTorch, and the memory that an import takes.
 
-    python benchmarks/hub.py --json benchmarks/results/hub_cpu.json    # 6 minutes on 2 CPU cores, 3 GB of disk
-    python benchmarks/hub.py --quick                                   # a minute, nothing is written
+    python benchmarks/hub.py --json benchmarks/results/hub_cpu.json  # 6 minutes on 2 CPU cores
+    python benchmarks/hub.py --quick                                 # 1 minute, writes nothing
 
-Needs `pip install -e ".[parity]"`. A GPT-2 of 12 blocks with random weights is written as a checkpoint and read by both. PyTorch
-runs each chain by itself, with the model's list of blocks in that order, as one does by hand; losses are compared first. The
-limit is the work of all distinct layer and head calls at the speed of the best large product. *Import*: a checkpoint of the shape of
-Qwen2 1.5B, in bfloat16; resident memory of a process of its own, at most, less that before the import, by the size of the files.
+Needs `pip install -e ".[parity]"` and 3 GB of disk. A GPT-2 of 12 blocks with random weights is
+written as a checkpoint and read by both. PyTorch runs one chain at a time, with the model's list of
+blocks in that order. Losses are compared first. The limit is the arithmetic of all distinct layer
+and head calls at the speed of the best large product. *Import*: a checkpoint of the shape of Qwen2
+1.5B in bfloat16; the peak of resident memory of a separate process, minus that before the import,
+over the size of the files.
 """
 
 # pyright: reportMissingImports=false
@@ -28,10 +30,10 @@ import numpy as np
 from machine import count_call_flops, describe_device, measure_matmul, time_call, versions
 
 import jchain as jc
-from jchain.files import write_json
 
 DEPTH = 12
-# Width, heads, vocabulary, sequences, their length; and how many of the populations, as PyTorch takes minutes for one of the wide.
+# Width, heads, vocabulary, sequences, their length; and how many of the populations, as PyTorch
+# takes minutes for one of the wide.
 MODELS = {
     "128 wide, 256 tokens": (128, 4, 256, 8, 128, 3),
     "768 wide, 4,096 tokens": (768, 12, 4096, 2, 128, 1),
@@ -39,9 +41,16 @@ MODELS = {
 # Timings of each, and seconds of PyTorch from which one is enough.
 REPEATS, LONG = 7, 15.0
 LARGE = {
-    "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
-    "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True, "max_position_embeddings": 4096,
-}  # fmt: skip
+    "model_type": "qwen2",
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 4096,
+}
 
 
 def main() -> None:
@@ -58,8 +67,11 @@ def main() -> None:
         print(json.dumps(measure_import(args.measure_import)))
         return
     result: dict[str, Any] = {
-        "device": describe_device(), "versions": versions("transformers"), "matmul_gflops": measure_matmul(), "rows": []
-    }  # fmt: skip
+        "device": describe_device(),
+        "versions": versions("transformers"),
+        "matmul_gflops": measure_matmul(),
+        "rows": [],
+    }
     for name in itertools.islice(MODELS, 1 if args.quick else None):
         result["rows"] += compare(name, result["matmul_gflops"], is_quick=args.quick)
         save(args.json, result)
@@ -72,11 +84,11 @@ def main() -> None:
 def save(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, result)
+        jc.files.write_json(path, result)
 
 
 def make_populations(num_layers: int, num: int) -> dict[str, np.ndarray]:
-    """Chains that share prefixes, as people score them when they look for a shallower or a rearranged model."""
+    """Chains that share prefixes, as in a search for a shallower or rearranged model."""
     whole = jnp.arange(num_layers + 1)
     drop = {
         k: [
@@ -149,25 +161,33 @@ def compare(name: str, gflops: float, *, is_quick: bool) -> list[dict[str, Any]]
         work = said.layer_calls * flops[0] + said.head_calls * flops[1]
         rows.append(
             {
-                "model": name, "population": population, "chains": len(chains), "layer_calls": said.layer_calls,
-                "unshared_layer_calls": said.unshared_layer_calls, "plan": str(said.plan), "seconds": float(ours),
-                "torch_seconds": float(theirs), "timings": timings, "of_limit": float(work / gflops / 1e9 / ours),
+                "model": name,
+                "population": population,
+                "chains": len(chains),
+                "layer_calls": said.layer_calls,
+                "unshared_layer_calls": said.unshared_layer_calls,
+                "plan": str(said.plan),
+                "seconds": float(ours),
+                "torch_seconds": float(theirs),
+                "timings": timings,
+                "of_limit": float(work / gflops / 1e9 / ours),
             }
-        )  # fmt: skip
+        )
         print(format_row(rows[-1]), flush=True)
     return rows
 
 
 def format_row(row: dict[str, Any]) -> str:
     return (
-        f"{row['model']}, {row['population']}: {row['chains']} chains, {row['layer_calls']:,} of {row['unshared_layer_calls']:,} "
-        f"layer calls, {row['seconds']:.2f} s, PyTorch {row['torch_seconds']:.2f} s "
+        f"{row['model']}, {row['population']}: {row['chains']} chains, "
+        f"{row['layer_calls']:,} of {row['unshared_layer_calls']:,} layer calls, "
+        f"{row['seconds']:.2f} s, PyTorch {row['torch_seconds']:.2f} s "
         f"({row['torch_seconds'] / row['seconds']:.2f} times), {row['of_limit']:.0%} of the limit"
     )
 
 
 def run_import() -> dict[str, Any]:
-    """Memory of the import of a large checkpoint, whole and in shards, each in a process of its own."""
+    """Peak memory of importing a large checkpoint, each time in a separate process."""
     from safetensors.numpy import save_file
 
     with tempfile.TemporaryDirectory() as name:
@@ -223,7 +243,10 @@ def measure_import(folder: Path) -> dict[str, float]:
 
 
 def read_peak() -> int:
-    """Most bytes of memory that were resident. Not `getrusage`, in which a process begins with the peak of the one that started it."""
+    """Peak of resident memory, in bytes.
+
+    Not by `getrusage`, whose peak starts at that of the parent process.
+    """
     (line,) = [
         line
         for line in Path("/proc/self/status").read_text().splitlines()
@@ -234,8 +257,8 @@ def read_peak() -> int:
 
 def format_import(row: dict[str, Any]) -> str:
     return (
-        f"import: {row['params'] / 1e9:.2f} billion params, {row['bytes'] / 1e9:.2f} GB, peak {row['peak_bytes'] / row['bytes']:.2f} "
-        f"times that, {row['seconds']:.1f} s"
+        f"import: {row['params'] / 1e9:.2f} billion params, {row['bytes'] / 1e9:.2f} GB, "
+        f"peak {row['peak_bytes'] / row['bytes']:.2f} times that, {row['seconds']:.1f} s"
     )
 
 

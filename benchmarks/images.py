@@ -1,9 +1,11 @@
-"""All chains of up to four blocks of one to three convolutions, as `jchain search --data` makes of images: how near to the limit?
+"""How near a sweep of chains of convolutions comes to the limit of the processor.
 
-    python benchmarks/images.py --json benchmarks/results/images_cpu.json    # 10 minutes on 2 CPU cores
+    python benchmarks/images.py --json benchmarks/results/images_cpu.json  # 10 minutes, 2 CPU cores
 
-The limit is the work of all distinct layer and head calls at the speed of the best large product. To expect: 34 to 44% of it on a
-processor with AVX-512, where one convolution of 16 channels by itself reaches 36 to 43%.
+The sweep evaluates all chains of up to four blocks of one to three convolutions, the bank that
+`jchain search --data` makes for images. The limit is the arithmetic of all distinct layer and head
+calls at the speed of the best large product. Expect 34 to 44% of it on a processor with AVX-512,
+where one convolution of 16 channels alone reaches 36 to 43%.
 """
 
 import argparse
@@ -17,7 +19,6 @@ import numpy as np
 from machine import count_call_flops, describe_device, measure_matmul, versions
 
 import jchain as jc
-from jchain.files import write_json
 
 DEPTH, NUM_CLASSES = 4, 10
 # Features of an example, examples.
@@ -38,17 +39,22 @@ def main() -> None:
     for name in BANKS:
         rows.append(row := measure(name))
         print(
-            f"{row['bank']}: {row['chains']:,} chains in {row['seconds']:.0f} s, {row['of_limit']:.0%} of the limit "
-            f"(by the processor's clock {row['busy_seconds']:.0f} s, {row['of_limit_busy']:.0%})",
+            f"{row['bank']}: {row['chains']:,} chains in {row['seconds']:.0f} s, "
+            f"{row['of_limit']:.0%} of the limit "
+            f"(processor time {row['busy_seconds']:.0f} s, {row['of_limit_busy']:.0%})",
             flush=True,
         )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.json, {"device": describe_device(), "versions": versions(), "images": rows})
+        jc.files.write_json(
+            args.json, {"device": describe_device(), "versions": versions(), "images": rows}
+        )
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Seconds of the sweep, and of its limit, by the clock and of the processor: the two differ where others use it too.
+    """Seconds of the sweep and of its limit, by the clock and of the processor.
+
+    The two differ if other processes use the processor too.
 
     The limit's product is measured before and after the sweep.
     """

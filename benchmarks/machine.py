@@ -1,4 +1,4 @@
-"""The machine that a benchmark runs on, and what it can do at most. Imported by the scripts here."""
+"""The machine that a benchmark runs on, and its limits. Imported by the scripts here."""
 
 import platform
 import time

@@ -1,9 +1,9 @@
 """Errors of losses against float64, in float32 and bfloat16, on banks trained for digits.
 
-    python benchmarks/precision.py --json benchmarks/results/precision_cpu.json      # 2 CPU cores: about 1 minute
+    python benchmarks/precision.py --json benchmarks/results/precision_cpu.json  # 1 minute
 
-200 random chains of 4 layers on each bank. Expect relative errors of a loss below 1e-6 in float32 and below 1e-2 in
-bfloat16.
+200 random chains of 4 layers on each bank. Expect relative errors of a loss below 1e-6 in float32
+and below 1e-2 in bfloat16.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import jchain as jc
-from jchain.files import write_json
 
 BANKS = ("independent", "routed", "snapshots", "random")
 
@@ -58,7 +57,7 @@ def main() -> None:
             "jax": jax.__version__,
             "relative_error": rows,
         }
-        write_json(args.json, result)
+        jc.files.write_json(args.json, result)
 
 
 def losses_in_float64(problem: jc.Problem, chains: np.ndarray) -> np.ndarray:

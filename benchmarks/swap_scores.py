@@ -1,11 +1,12 @@
-"""All single swaps of a chain: scored from one linearization, and evaluated with shared prefixes, side by side in one run.
+"""All single swaps of a chain: scored from one linearization, beside evaluated exactly.
 
-    python benchmarks/swap_scores.py --json benchmarks/results/swap_scores_cpu.json     # 2 CPU cores: 3 minutes
-    python benchmarks/swap_scores.py --quick                                            # half a minute, nothing is written
+    python benchmarks/swap_scores.py --json benchmarks/results/swap_scores_cpu.json  # 3 minutes
+    python benchmarks/swap_scores.py --quick                            # 30 s, writes nothing
 
-A chain of 24 layers in a bank of 96, so 2,280 swaps that change something; random weights and data. Both take turns, and the median
-of the turns is given. Expect of linearized scores on 2 CPU cores: an eleventh of the layer calls, an eighth of the seconds for
-64-wide MLPs and a fifth for convolutions of 16 channels.
+A chain of 24 layers in a bank of 96, so 2,280 swaps that change something; random weights and data.
+Both take turns, and the median of the turns is given. Expect of linearized scores on 2 CPU cores:
+an eleventh of the layer calls, an eighth of the seconds for 64-wide MLPs and a fifth for
+convolutions of 16 channels.
 """
 
 import argparse
@@ -21,7 +22,6 @@ from evaluate import make_problem, random_chains
 from machine import describe_device, versions
 
 import jchain as jc
-from jchain.files import write_json
 
 NUM_LAYERS, DEPTH = 96, 24
 BANKS: dict[str, tuple[Any, tuple[int, ...], int]] = {
@@ -47,7 +47,7 @@ def main() -> None:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         config = {"num_layers": NUM_LAYERS, "depth": DEPTH, "turns": args.turns}
-        write_json(
+        jc.files.write_json(
             args.json,
             {"device": describe_device(), "versions": versions(), "config": config, "rows": rows},
         )
@@ -90,7 +90,8 @@ def format_row(row: dict[str, Any]) -> str:
         for job in row["seconds"]
     )
     return (
-        f"{row['bank']}: {jobs}: exact over linearized {row['layer_calls_over_linearized']:.1f} in layer calls, "
+        f"{row['bank']}: {jobs}: exact over linearized "
+        f"{row['layer_calls_over_linearized']:.1f} in layer calls, "
         f"{row['seconds_over_linearized']:.1f} in seconds"
     )
 

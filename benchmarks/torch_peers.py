@@ -1,4 +1,4 @@
-"""What people would use instead of jchain: PyTorch, on the same weights and data. Imported by `evaluate.py`.
+"""PyTorch peers on the same weights and data. Imported by `evaluate.py`.
 
 Each peer maps chains `[P, L]` to their losses `[P]`; all compute loss and accuracy as jchain does.
 """
@@ -81,7 +81,7 @@ def _params(group: jc.LayerGroup, index: int, convert: Callable) -> list[torch.T
 
 
 def _port(module: Any) -> tuple[Callable, Callable, Callable]:
-    """The layer as a function of its params, its params from those of Flax, and the layout of its input."""
+    """The layer as a function of its params, its params from Flax, and the input layout."""
     if isinstance(module, jc.layers.ResidualMLP):
         names = ("Dense_0", "Dense_1")
         return (

@@ -2,32 +2,41 @@
 
     python experiments/chainbench.py && python experiments/arena.py
 
-Each search spends the same number of layer calls on each of the 36 problems, 20 times with other keys. What repeats costs is
-one rule for all (`jchain.engine.score_cache`). The losses are looked up in ChainBench's tables (`jchain.chainbench.tabular`), which changes no charge, but
-for searches that need a gradient, and a run ends when it has found the best chain of all; the time per layer call is that of one
-run with the layers themselves. Sizes and rates were chosen on problems of even number (`--tune` compares them there); the results
-are those of odd number.
+Hardware and run time: 2 CPU cores, shared with two other jobs, 31 minutes.
 
-31 minutes on 2 CPU cores, with two other jobs beside it. To expect, at 1,000 layer calls: a regret of 0.0042 for critic search,
-0.0082 for linearized search, 0.027 to 0.034 for evolution, local search and beam search. `--tune`, 13 minutes but for variants
-that need a gradient, also takes parts away: at 1,000 layer calls the actor-critic has 0.065 without imitation and 0.033 without
-restarts (0.031 with both, 0.038 where it also sees scores of edits and pays for them), critic search 0.020 where it learns nothing
-and 0.008 where it sees no features (0.007), which pay where its critic was trained on other banks, linearized search 0.008
-without pairs (0.004).
+Result to expect, at 1,000 layer calls: a regret of 0.0042 for critic search, 0.0082 for linearized
+search, and 0.027 to 0.034 for evolution, local search and beam search.
 
-`--quick`: four problems of the wine data, 5 seeds, 2,000 layer calls, with what was not built made first. `--large`: 12 banks
-of 24, 48 and 96 layers with chains of up to 8, 12 and 24, with the layers themselves, and with the critic that controller.py
-trained on small ones; no best chain is known, so regret is from the lowest loss that any run found, which counts as solved.
-45 minutes, with two other jobs beside it; to expect, at 1,000 layer calls: a regret of 0.048 for linearized search and for that
-critic, zero-shot, and of 0.19 for local search, which is at 0.049 after 12,000. Each search's runs are kept, so an
-interrupted arena goes on. Writes arena.json, arena.md and arena.png (arena_large, arena_tune) to experiments/results.
+Each search spends the same number of layer calls on each of the 36 problems, 20 times with
+different keys. All searches pay for repeated chains by one rule (`jchain.engine.score_cache`). The
+losses come from ChainBench's tables (`jchain.chainbench.tabular`), which changes no charge, except
+for searches that need a gradient. A run ends when it has found the best chain of all. The time per
+layer call is that of one run that applies the layers. Sizes and rates were chosen on problems of
+even number (`--tune` compares them there); the results are those of odd number.
+
+`--tune`: 13 minutes without the variants that need a gradient. It also removes parts, with these
+regrets at 1,000 layer calls. Actor-critic: 0.065 without imitation, 0.033 without restarts, 0.031
+with both, 0.038 if it also observes edit scores and pays for them. Critic search: 0.020 without
+learning, 0.008 without features, 0.007 with them (features pay off if the critic was trained on
+other banks). Linearized search: 0.008 without pairs, 0.004 with them.
+
+`--quick`: four problems of the wine data, 5 seeds, 2,000 layer calls; missing problems are built
+first.
+
+`--large`: 12 banks of 24, 48 and 96 layers with chains of up to 8, 12 and 24 layers, without
+tables, and with the critic that controller.py trained on small banks. The best chain is unknown, so
+regret is relative to the lowest loss that any run found, which counts as solved. 45 minutes, shared
+with two other jobs. Result to expect, at 1,000 layer calls: a regret of 0.048 for linearized search
+and for that critic, zero-shot, and of 0.19 for local search, which reaches 0.049 after 12,000.
+
+The runs of each search are kept, so an interrupted arena continues. Writes arena.json, arena.md and
+arena.png (arena_large, arena_tune) to experiments/results.
 """
 
 import argparse
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -38,22 +47,22 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 from records import (
-    CHAINBENCH,
+    RESULTS,
     describe_machine,
-    is_deterministic,
+    describe_search,
+    describe_value,
     keep,
-    look_up,
+    make_parser,
     make_pool,
+    make_zero_shot_search,
+    use_tables,
     write_results,
-    zero_shot,
 )
 from scipy.stats import trim_mean
 
 import jchain as jc
-from jchain.files import write_json
 
-RESULTS = Path(__file__).parent / "results"
-# Slowest first, so that no core waits for one at the end.
+# Slowest first, so that no core is idle at the end.
 SEARCHES: dict[str, Any] = {
     "linearized": jc.LinearizedSearch(),
     "actor-critic, tokens": jc.ActorCritic(encoding=jc.TokenEncoding()),
@@ -68,12 +77,13 @@ SEARCHES: dict[str, Any] = {
 }
 BUDGETS = (300, 1000, 4000, 16000)
 TUNED_BUDGETS = BUDGETS[1:3]
-CLOCK = ("digits-independent-1", 2000)  # the problem and layer calls of the run that is timed
-EXACT = 6  # digits of a regret that count: losses that are looked up and that are computed differ in others
+CLOCK = ("digits-independent-1", 2000)  # problem and layer calls of the timed run
+# Digits of a regret. Losses from tables and from layers differ in later digits.
+EXACT = 6
 LARGE = tuple(f"{data}-{kind}-1" for data in jc.chainbench.DATA for kind in jc.chainbench.KINDS)
 LARGE_SIZES = {"digits": (48, 12), "wine": (96, 24), "breast_cancer": (24, 8)}  # layers, slots
 LARGE_BUDGETS = (1000, 4000, 12000)
-# Without those that are behind on ChainBench.
+# Without the searches that are worse on ChainBench.
 LARGE_SEARCHES = (
     "linearized",
     "critic search",
@@ -85,12 +95,15 @@ LARGE_SEARCHES = (
 
 
 def see_losses_only(problem: jc.Problem, children: Any, parent: Any) -> Any:
-    """What a critic sees that learns from tokens alone."""
-    seen = jc.chainbench.tabular.observe(problem, children, parent)
-    return seen._replace(features=jnp.zeros_like(seen.features))
+    """Observation without features, for a critic that learns from tokens alone.
+
+    The name of this function is part of a key in arena_tune.json.
+    """
+    observation = jc.chainbench.tabular.observe(problem, children, parent)
+    return observation._replace(features=jnp.zeros_like(observation.features))
 
 
-# What was tried beside these on the problems of even number: other sizes and rates, and what is left without a part.
+# Variants for the problems of even number: other sizes and rates, and searches without a part.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "actor-critic, tokens": [
         {"entropy_weight": 0.2},
@@ -132,32 +145,26 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-class Grounds(NamedTuple):
-    """Where searches meet."""
+class Setup(NamedTuple):
+    """Problems and runs on which searches are compared."""
 
     folder: Path
     names: tuple[str, ...]
-    grid: np.ndarray  # layer calls at which the best loss is kept, [G]
+    grid: np.ndarray  # layer calls at which the best loss is recorded, [G]
     seeds: int
     is_large: bool = False
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, has_folder=True, has_workers=True)
     parser.add_argument(
-        "--folder", type=Path, default=CHAINBENCH, help="of ChainBench (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--search", action="append", choices=SEARCHES, help="only these; repeat for more"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)"
+        "--search", action="append", choices=SEARCHES, help="run only this search; repeatable"
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
-        "--tune", action="store_true", help="other sizes and rates, on the problems of even number"
+        "--tune",
+        action="store_true",
+        help="compare other sizes and rates on the problems of even number",
     )
     mode.add_argument(
         "--quick", action="store_true", help="four problems, 5 seeds, 2,000 layer calls"
@@ -165,9 +172,8 @@ def main() -> None:
     mode.add_argument(
         "--large",
         action="store_true",
-        help="12 problems of 24 to 96 layers and chains of up to 8 to 24",
+        help="12 problems with 24 to 96 layers and chains of up to 8 to 24 layers",
     )
-    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     searches = {
         name: search for name, search in SEARCHES.items() if name in (args.search or SEARCHES)
@@ -180,10 +186,10 @@ def main() -> None:
             name for name in jc.chainbench.NAMES if name.startswith("wine") and name.endswith("0")
         )
         jc.chainbench.build(args.folder, names)
-        compete(
+        compare_searches(
             "arena_quick",
             searches,
-            Grounds(args.folder, names, make_grid((300, 2000)), 5),
+            Setup(args.folder, names, make_grid((300, 2000)), 5),
             (300, 2000),
             args,
         )
@@ -191,198 +197,175 @@ def main() -> None:
         critic = jc.Critic.load(RESULTS / "critic.safetensors")
         searches = {
             **{name: search for name, search in searches.items() if name in LARGE_SEARCHES},
-            "critic search, pretrained, zero-shot": zero_shot(critic),
+            "critic search, pretrained, zero-shot": make_zero_shot_search(critic),
         }
         for name in LARGE:
             load_large(args.folder, name)
-        grounds = Grounds(args.folder, LARGE, make_grid(LARGE_BUDGETS), 20, is_large=True)
-        compete("arena_large", searches, grounds, LARGE_BUDGETS, args)
+        setup = Setup(args.folder, LARGE, make_grid(LARGE_BUDGETS), 20, is_large=True)
+        compare_searches("arena_large", searches, setup, LARGE_BUDGETS, args)
     else:
-        grounds = Grounds(args.folder, jc.chainbench.NAMES, make_grid(BUDGETS), 20)
-        compete("arena", searches, grounds, BUDGETS, args, reported=slice(1, None, 2))
+        setup = Setup(args.folder, jc.chainbench.NAMES, make_grid(BUDGETS), 20)
+        compare_searches("arena", searches, setup, BUDGETS, args, reported=slice(1, None, 2))
 
 
-def compete(
+def compare_searches(
     title: str,
     searches: dict[str, Any],
-    grounds: Grounds,
+    setup: Setup,
     budgets: tuple[int, ...],
     args: argparse.Namespace,
     reported: slice = slice(None),
 ) -> None:
-    """Run them, and write table, figure and JSON."""
+    """Run the searches, and write table, figure and JSON."""
     losses = run_all(
-        {name: {name: search} for name, search in searches.items()}, grounds, args.workers
+        {name: {name: search} for name, search in searches.items()}, setup, args.workers
     )
-    runs = find_regret(losses, grounds)
-    clock = grounds.names[0] if args.quick else CLOCK[0]
-    rows = list(range(len(grounds.names)))[reported]
-    others = [i for i in range(len(grounds.names)) if i not in rows]
+    runs = find_regret(losses, setup)
+    clock = setup.names[0] if args.quick else CLOCK[0]
+    rows = list(range(len(setup.names)))[reported]
+    others = [i for i in range(len(setup.names)) if i not in rows]
     result = {
         **describe_machine(),
         "config": {
-            "reported": [grounds.names[i] for i in rows],
-            "seeds": grounds.seeds,
+            "reported": [setup.names[i] for i in rows],
+            "seeds": setup.seeds,
             "budgets": budgets,
             "searches": {name: describe_search(search) for name, search in searches.items()},
             "clock": clock,
         },
-        "summary": summarize(runs, rows, grounds.grid, budgets),
-        "summary_of_the_other_half": summarize(runs, others, grounds.grid, budgets)
-        if others
-        else {},
+        "summary": summarize(runs, rows, setup.grid, budgets),
+        "summary_of_the_other_half": summarize(runs, others, setup.grid, budgets) if others else {},
         "us_per_layer_call": {
-            name: measure_time(search, load_layers(grounds, clock))
+            name: time_layer_call(search, load_layers(setup, clock))
             for name, search in searches.items()
         },
-        "improvement": compare_pairs(runs, rows, grounds.grid, budgets),
+        "improvement": compare_pairs(runs, rows, setup.grid, budgets),
         "regret": {
             name: {
-                p: at(curves, grounds.grid, budgets)[i].T.round(7).tolist()
-                for i, p in enumerate(grounds.names)
+                p: select_budgets(curves, setup.grid, budgets)[i].T.round(7).tolist()
+                for i, p in enumerate(setup.names)
             }
             for name, curves in runs.items()
         },
     }
     if "local search" in runs:
         result["calls_for_local_search"] = {
-            name: count_calls(curves, runs["local search"], grounds)
-            for name, curves in runs.items()
+            name: count_calls(curves, runs["local search"], setup) for name, curves in runs.items()
         }
     table = format_table(result)
     print(table)
     of_reported = {name: curves[rows] for name, curves in runs.items()}
-    write_results(
-        args.out, title, result, table, partial(draw, runs=of_reported, grid=grounds.grid)
-    )
+    write_results(args.out, title, result, table, partial(draw, runs=of_reported, grid=setup.grid))
 
 
 def tune(searches: dict[str, Any], args: argparse.Namespace) -> None:
-    """Compares each search with its variants where nothing is reported."""
-    grounds = Grounds(args.folder, jc.chainbench.NAMES[::2], np.array(TUNED_BUDGETS), 10)
-    tasks = {
+    """Compare each search with its variants on the problems that are not reported."""
+    setup = Setup(args.folder, jc.chainbench.NAMES[::2], np.array(TUNED_BUDGETS), 10)
+    groups = {
         name: {
             name: search,
             **{
-                vary(name, change): dataclasses.replace(search, **change)
+                name_variant(name, change): dataclasses.replace(search, **change)
                 for change in VARIANTS.get(name, [])
             },
         }
         for name, search in searches.items()
     }
-    runs = find_regret(run_all(tasks, grounds, args.workers), grounds)
-    summary = summarize(runs, list(range(len(grounds.names))), grounds.grid, TUNED_BUDGETS)
+    runs = find_regret(run_all(groups, setup, args.workers), setup)
+    summary = summarize(runs, list(range(len(setup.names))), setup.grid, TUNED_BUDGETS)
     path = args.out / "arena_tune.json"
     if args.search and path.exists():
-        # The others as they were.
+        # Keep the results of the other searches.
         summary = {**json.loads(path.read_text())["summary"], **summary}
     result = {
         **describe_machine(),
-        "config": {"problems": grounds.names, "seeds": grounds.seeds},
+        "config": {"problems": setup.names, "seeds": setup.seeds},
         "summary": summary,
     }
-    write_json(path, result)
+    jc.files.write_json(path, result)
 
 
 def make_grid(budgets: tuple[int, ...]) -> np.ndarray:
     return np.unique(np.concatenate([np.geomspace(20, max(budgets), 60), budgets]).astype(int))
 
 
-def vary(name: str, change: dict[str, Any]) -> str:
+def name_variant(name: str, change: dict[str, Any]) -> str:
     return ", ".join(
         [name, *(f"{field} {describe_value(value)}" for field, value in change.items())]
     )
 
 
-def describe_search(search: Any) -> str:
-    fields = [
-        f"{f.name}={describe_value(getattr(search, f.name))}" for f in dataclasses.fields(search)
-    ]
-    return f"{type(search).__name__}({', '.join(fields)})"
-
-
-def describe_value(value: Any) -> str:
-    if isinstance(value, jc.Critic):
-        return "Critic()"
-    return getattr(value, "__name__", None) or " ".join(repr(value).split())
-
-
-def run_all(
-    tasks: dict[str, dict[str, Any]], grounds: Grounds, workers: int
-) -> dict[str, np.ndarray]:
-    """For each search of each task its best loss on each problem in each run on the grid, `[M, S, G]`."""
+def run_all(groups: dict[str, dict[str, Any]], setup: Setup, workers: int) -> dict[str, np.ndarray]:
+    """Best loss of each search by problem, run and grid point, `[M, S, G]`."""
     with make_pool(workers) as pool:
-        futures = [pool.submit(run_searches, searches, grounds) for searches in tasks.values()]
+        futures = [pool.submit(run_searches, searches, setup) for searches in groups.values()]
         return {name: losses for future in futures for name, losses in future.result().items()}
 
 
-def run_searches(searches: dict[str, Any], grounds: Grounds) -> dict[str, np.ndarray]:
-    """Each search on all problems; those that differ in rates share compiled programs."""
-    inputs = (grounds.names, grounds.grid.tolist(), grounds.seeds, digest_problems(grounds))
+def run_searches(searches: dict[str, Any], setup: Setup) -> dict[str, np.ndarray]:
+    """Run variants of a search on all problems; variants of rates alone share programs."""
+    inputs = (setup.names, setup.grid.tolist(), setup.seeds, digest_problems(setup))
     losses = {}
     for name, search in searches.items():
         start = time.perf_counter()
         weights = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(search)]
-        make = partial(
-            run_problems, search, grounds, 1 if is_deterministic(search) else grounds.seeds
-        )
+        make = partial(run_problems, search, setup, 1 if search.is_deterministic else setup.seeds)
         given = (*inputs, describe_search(search), weights)
-        code = (run_problems, needs_gradient, load_large, large_path, see_losses_only)
-        losses[name] = keep(code, name.replace(" ", "-"), given, make, uses=(search,))["loss"]
+        losses[name] = keep(__file__, name.replace(" ", "-"), given, make)["loss"]
         print(f"{name:40} {time.perf_counter() - start:.0f} s", flush=True)
-    # Programs map memory, of which a process may have only so many pieces.
+    # Each program maps memory, and the number of mappings of a process is limited.
     jax.clear_caches()
     return losses
 
 
-def digest_problems(grounds: Grounds) -> str:
+def digest_problems(setup: Setup) -> str:
     digest = hashlib.sha256()
-    for name in grounds.names:
+    for name in setup.names:
         path = (
-            large_path(grounds.folder, name)
-            if grounds.is_large
-            else grounds.folder / f"{name}.table.safetensors"
+            find_large_path(setup.folder, name)
+            if setup.is_large
+            else setup.folder / f"{name}.table.safetensors"
         )
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def run_problems(search: Any, grounds: Grounds, seeds: int) -> dict[str, np.ndarray]:
+def run_problems(search: Any, setup: Setup, seeds: int) -> dict[str, np.ndarray]:
     keys = jax.random.split(jax.random.key(0), seeds)
     losses = []
-    for name in grounds.names:
-        if grounds.is_large:
-            run = partial(jc.run_many, keys, search, load_large(grounds.folder, name))
+    for name in setup.names:
+        if setup.is_large:
+            run = partial(jc.run_many, keys, search, load_large(setup.folder, name))
         else:
-            solved = jc.chainbench.load(grounds.folder, name)
+            solved = jc.chainbench.load(setup.folder, name)
             best, middle = solved.loss["search"].min(), np.median(solved.loss["search"])
             target_loss = float(best + 0.4 * 10**-EXACT * (middle - best))
             given = (
                 (search, solved.problem)
                 if needs_gradient(search)
-                else (look_up(search), solved.lookup())
+                else (use_tables(search), solved.lookup())
             )
             run = partial(jc.run_many, keys, *given, target_loss=target_loss)
-        results = run(budget=int(grounds.grid[-1]))
-        losses.append([result.curve.at(grounds.grid) for result in results])
+        results = run(budget=int(setup.grid[-1]))
+        losses.append([result.curve.at(setup.grid) for result in results])
     return {"loss": np.array(losses)}
 
 
 def needs_gradient(search: Any) -> bool:
-    """Whether losses that are looked up will not do."""
+    """Whether the search needs the layers: losses from tables are not enough."""
     return isinstance(search, jc.LinearizedSearch) or (
         isinstance(search, jc.ActorCritic) and search.score_kind is not None
     )
 
 
-def large_path(folder: Path, name: str) -> Path:
+def find_large_path(folder: Path, name: str) -> Path:
     num_layers, depth = LARGE_SIZES[name.split("-")[0]]
     return folder / f"{name}-{num_layers}-{depth}.bank.safetensors"
 
 
 def load_large(folder: Path, name: str) -> jc.Problem:
-    """A problem that is larger than those of ChainBench, its bank made where it is not there yet."""
-    path = large_path(folder, name)
+    """A problem larger than those of ChainBench; its bank is made if the file is missing."""
+    path = find_large_path(folder, name)
     data, _, seed = name.split("-")
     num_layers, depth = LARGE_SIZES[data]
     if not path.exists():
@@ -391,24 +374,28 @@ def load_large(folder: Path, name: str) -> jc.Problem:
     return jc.Problem(jc.Bank.load(path), jc.data.load(data, int(seed)).search, depth)
 
 
-def load_layers(grounds: Grounds, name: str) -> jc.Problem:
-    if grounds.is_large:
-        return load_large(grounds.folder, name)
-    return jc.chainbench.load(grounds.folder, name).problem
+def load_layers(setup: Setup, name: str) -> jc.Problem:
+    if setup.is_large:
+        return load_large(setup.folder, name)
+    return jc.chainbench.load(setup.folder, name).problem
 
 
-def find_regret(losses: dict[str, np.ndarray], grounds: Grounds) -> dict[str, np.ndarray]:
-    """Losses `[M, S, G]` as regret: 0 the best chain (of all, or that was found), 1 a random one, also before the first."""
-    best, middle = np.empty((2, len(grounds.names), 1, 1))
-    for i, name in enumerate(grounds.names):
-        if grounds.is_large:
-            problem = load_large(grounds.folder, name)
+def find_regret(losses: dict[str, np.ndarray], setup: Setup) -> dict[str, np.ndarray]:
+    """Turn losses `[M, S, G]` into regret: 0 is the best chain, 1 the median chain.
+
+    It is also 1 before the first chain of a run. On large problems, the best chain is the best one
+    that any run found.
+    """
+    best, middle = np.empty((2, len(setup.names), 1, 1))
+    for i, name in enumerate(setup.names):
+        if setup.is_large:
+            problem = load_large(setup.folder, name)
             sizes = problem.bank.num_layers, problem.bank.num_heads, problem.max_layers
             chains = jc.chain.sample(jax.random.key(0), 1000, *sizes)
             best[i] = min(loss[i].min() for loss in losses.values())
             middle[i] = np.median(jc.evaluate(problem, chains).loss)
         else:
-            loss = jc.chainbench.load(grounds.folder, name).loss["search"]
+            loss = jc.chainbench.load(setup.folder, name).loss["search"]
             best[i], middle[i] = loss.min(), np.median(loss)
     regret = {
         name: np.where(np.isfinite(loss), (loss - best) / (middle - best), 1.0)
@@ -417,8 +404,8 @@ def find_regret(losses: dict[str, np.ndarray], grounds: Grounds) -> dict[str, np
     return {name: np.round(of, EXACT) for name, of in regret.items()}
 
 
-def measure_time(search: Any, problem: jc.Problem) -> float:
-    """Microseconds per layer call of one run with the layers themselves, compiled before."""
+def time_layer_call(search: Any, problem: jc.Problem) -> float:
+    """Microseconds per layer call of one run that applies the layers, without compilation."""
     jc.run(jax.random.key(0), search, problem, budget=CLOCK[1])
     start = time.perf_counter()
     result = jc.run(jax.random.key(0), search, problem, budget=CLOCK[1])
@@ -427,20 +414,20 @@ def measure_time(search: Any, problem: jc.Problem) -> float:
     return seconds / result.layer_calls * 1e6
 
 
-def at(curves: np.ndarray, grid: np.ndarray, budgets: Any) -> np.ndarray:
-    """Regrets `[M, S, ...]` after so many layer calls."""
+def select_budgets(curves: np.ndarray, grid: np.ndarray, budgets: Any) -> np.ndarray:
+    """Regrets `[M, S, ...]` at these numbers of layer calls."""
     return curves[:, :, np.searchsorted(grid, budgets)]
 
 
 def summarize(
     runs: dict[str, np.ndarray], rows: list[int], grid: np.ndarray, budgets: tuple[int, ...]
 ) -> dict[str, Any]:
-    """IQM of the regret and share of runs that found the best chain, by search and budget."""
+    """IQM of the regret, and share of runs that found the best chain, by search and budget."""
     return {
         name: {
             str(budget): {
-                **jc.chainbench.stats.iqm(at(curves[rows], grid, budget))._asdict(),
-                "solved": float(np.mean(at(curves[rows], grid, budget) == 0)),
+                **jc.chainbench.stats.iqm(select_budgets(curves[rows], grid, budget))._asdict(),
+                "solved": float(np.mean(select_budgets(curves[rows], grid, budget) == 0)),
             }
             for budget in budgets
         }
@@ -448,26 +435,29 @@ def summarize(
     }
 
 
-def count_calls(curves: np.ndarray, local: np.ndarray, grounds: Grounds) -> dict[str, int | None]:
-    """Layer calls after which a search is where local search ends, by problem, both as IQM of regret; None where it never is."""
+def count_calls(curves: np.ndarray, local: np.ndarray, setup: Setup) -> dict[str, int | None]:
+    """Layer calls until a search reaches the final regret of local search; None if never.
+
+    By problem; both regrets are interquartile means over runs.
+    """
     level, means = trim_mean(local[:, :, -1], 0.25, axis=1), trim_mean(curves, 0.25, axis=1)
     is_there = means <= level[:, None]
     return {
-        name: int(grounds.grid[np.argmax(row)]) if row.any() else None
-        for name, row in zip(grounds.names, is_there, strict=True)
+        name: int(setup.grid[np.argmax(row)]) if row.any() else None
+        for name, row in zip(setup.names, is_there, strict=True)
     }
 
 
 def compare_pairs(
     runs: dict[str, np.ndarray], rows: list[int], grid: np.ndarray, budgets: tuple[int, ...]
 ) -> dict[str, Any]:
-    """How likely each search ends below each other one on the same problem, by budget."""
+    """Probability that a search has a lower regret than another on the same problem, by budget."""
     return {
         str(budget): {
             name: {
                 other: jc.chainbench.stats.probability_of_improvement(
-                    at(curves[rows], grid, budget),
-                    at(runs[other][rows], grid, budget),
+                    select_budgets(curves[rows], grid, budget),
+                    select_budgets(runs[other][rows], grid, budget),
                     num_resamples=500,
                 )._asdict()
                 for other in runs
@@ -480,7 +470,7 @@ def compare_pairs(
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """Markdown: IQM of the regret with its 95% interval at each budget, best first."""
+    """Markdown table: IQM of the regret with its 95% interval at each budget, best first."""
     budgets, summary = result["config"]["budgets"], result["summary"]
     head = [
         "search",
@@ -498,14 +488,13 @@ def format_table(result: dict[str, Any]) -> str:
             for e in (row[str(b)] for b in budgets)
         ]
         time_taken = result["us_per_layer_call"][name]
-        lines.append(
-            f"| {name} | {' | '.join(cells)} | {row[str(budgets[-1])]['solved']:.0%} | {time_taken:.0f} |"
-        )
+        cells += [f"{row[str(budgets[-1])]['solved']:.0%}", f"{time_taken:.0f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def draw(path: str, runs: dict[str, np.ndarray], grid: np.ndarray) -> None:
-    """IQM of the regret against layer calls, with its interval."""
+    """Plot the IQM of the regret against layer calls, with its interval."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, curves in runs.items():

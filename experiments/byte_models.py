@@ -1,7 +1,8 @@
-"""GPT-2s that read bytes, trained on Python's standard library: a base model and two fine-tunes of it, as checkpoints.
+"""GPT-2 models of bytes, trained on Python's standard library: a base model and two fine-tunes.
 
-The fine-tunes are trained on two parts of it which the base model does not see: concurrency (A: asyncio, multiprocessing, ...) and the
-web (B: email, http, ...). Beside them stands the mean of their weights.
+The fine-tunes are trained on two parts of the library that the base model does not see: concurrency
+(A: asyncio, multiprocessing, ...) and the web (B: email, http, ...). A fourth checkpoint holds the
+mean of the fine-tunes' weights.
 """
 
 import dataclasses
@@ -20,14 +21,41 @@ import optax
 import jchain as jc
 
 CONFIG = {
-    "model_type": "gpt2", "vocab_size": 256, "n_positions": 128, "n_embd": 128, "n_layer": 8, "n_head": 4,
+    "model_type": "gpt2",
+    "vocab_size": 256,
+    "n_positions": 128,
+    "n_embd": 128,
+    "n_layer": 8,
+    "n_head": 4,
     "tie_word_embeddings": False,
-}  # fmt: skip
+}
 PARTS = {
-    "a": ("asyncio", "multiprocessing", "concurrent", "threading.py", "queue.py", "selectors.py", "socket.py", "subprocess.py", "signal.py"),
-    "b": ("email", "http", "urllib", "html", "xml", "json", "wsgiref", "mimetypes.py", "imaplib.py", "smtplib.py", "ftplib.py"),
-}  # fmt: skip
-# Not text that people wrote, or not on every machine.
+    "a": (
+        "asyncio",
+        "multiprocessing",
+        "concurrent",
+        "threading.py",
+        "queue.py",
+        "selectors.py",
+        "socket.py",
+        "subprocess.py",
+        "signal.py",
+    ),
+    "b": (
+        "email",
+        "http",
+        "urllib",
+        "html",
+        "xml",
+        "json",
+        "wsgiref",
+        "mimetypes.py",
+        "imaplib.py",
+        "smtplib.py",
+        "ftplib.py",
+    ),
+}
+# Text that is generated, or missing on some machines.
 LEFT_OUT = (
     "site-packages",
     "test",
@@ -40,7 +68,7 @@ LEFT_OUT = (
     "__pycache__",
     "turtledemo",
 )
-# Of files: for training, search, select and test.
+# Shares of the files for training, search, select and test.
 SHARES = (0.7, 0.1, 0.1, 0.1)
 LENGTH, BATCH = 128, 16
 LEARNING_RATE, TUNE_RATE = 2e-3, 5e-4
@@ -48,7 +76,7 @@ LEARNING_RATE, TUNE_RATE = 2e-3, 5e-4
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Shape of the models, and for how long they are trained."""
+    """Shape and number of training steps of the models."""
 
     depth: int = 8
     width: int = 128
@@ -57,7 +85,7 @@ class Model:
 
 
 def find_files() -> dict[str, list[Path]]:
-    """Files of the standard library: those of the base model, of A and of B."""
+    """Files of the standard library for the base model, for A and for B."""
     root = Path(sysconfig.get_path("stdlib"))
     found: dict[str, list[Path]] = {"base": [], "a": [], "b": []}
     for path in sorted(root.rglob("*.py")):
@@ -69,7 +97,7 @@ def find_files() -> dict[str, list[Path]]:
 
 
 def load_text(seed: int) -> dict[str, list[np.ndarray]]:
-    """Of each part the bytes of training, search, select and test, no file in two of them."""
+    """Bytes of the training, search, select and test split of each part; splits share no file."""
     rng, text = np.random.default_rng(seed), {}
     for part, paths in find_files().items():
         order = [paths[i] for i in rng.permutation(len(paths))]
@@ -83,7 +111,7 @@ def load_text(seed: int) -> dict[str, list[np.ndarray]]:
 
 
 def take(text: np.ndarray, num: int, rng: np.random.Generator) -> np.ndarray:
-    """Sequences of `LENGTH` bytes and the one behind each, `[num, LENGTH + 1]`."""
+    """Sequences of `LENGTH` bytes, each with the next byte, `[num, LENGTH + 1]`."""
     starts = rng.choice((len(text) - 1) // LENGTH, num, replace=False) * LENGTH
     return text[starts[:, None] + np.arange(LENGTH + 1)].astype(np.int32)
 
@@ -95,7 +123,7 @@ def make_batch(rows: np.ndarray) -> jc.Batch:
 def make_splits(
     text: dict[str, list[np.ndarray]], parts: tuple[str, ...], seed: int, sizes: tuple[int, ...]
 ) -> list[jc.Batch]:
-    """Search, select and test, of so many sequences, of equal parts of the text."""
+    """Search, select and test, with these numbers of sequences, in equal shares of the parts."""
     rng = np.random.default_rng(1000 + seed)
     return [
         make_batch(
@@ -131,7 +159,7 @@ def train_models(
 
 
 def run_blocks(bank: jc.Bank, x: jax.Array) -> jax.Array:
-    """The model as it is, unrolled, for its gradient."""
+    """Apply all blocks of the model in order, unrolled, for its gradient."""
     hidden = bank.embed(x)
     for i in range(bank.num_layers):
         hidden = bank.layers[0].apply(i, hidden)
@@ -141,7 +169,7 @@ def run_blocks(bank: jc.Bank, x: jax.Array) -> jax.Array:
 def fit(
     bank: jc.Bank, text: np.ndarray, seed: int, num_steps: int, learning_rate: float
 ) -> jc.Bank:
-    """The bank after so many steps of AdamW."""
+    """The bank after `num_steps` of AdamW."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, num_steps // 10 + 1, num_steps, learning_rate / 20
     )
@@ -180,7 +208,7 @@ def fit(
 def write_checkpoints(
     folder: Path, weights: dict[str, np.ndarray], model: Model
 ) -> dict[str, Path]:
-    """Folders of the models, with that of their mean beside them."""
+    """Write the models, and the mean of the fine-tunes, and return their folders."""
     source = write_config(folder / "new", model)
     bank = jc.hub.init(jax.random.key(0), source)
     num = len(jax.tree.leaves(bank))

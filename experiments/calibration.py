@@ -1,4 +1,4 @@
-"""The exact values of ChainBench's prefixes, and how near to them a critic predicts."""
+"""The exact values of ChainBench's prefixes, and how well a critic predicts them."""
 
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -9,19 +9,19 @@ from records import correlate
 
 import jchain as jc
 
-DEPTHS = (1, 2, 3)  # of prefixes with room for a layer; the empty one has no rank
+DEPTHS = (1, 2, 3)  # of prefixes with room for a layer; the empty prefix has no rank
 
 
 class Truth(NamedTuple):
-    """What is known of a problem."""
+    """Exact values of a problem."""
 
     chains: np.ndarray  # [12^3, L], through all prefixes with room for a layer
-    best: list[np.ndarray]  # best log reward behind the prefixes of each depth 0..3
+    best: list[np.ndarray]  # best reachable log reward of the prefixes of each depth 0..3
     stop: list[np.ndarray]  # log reward of stopping by each head, depth 0..4, [12^d, K]
 
 
-def know(solved: Any) -> Truth:
-    """Best reward behind each prefix, from the losses of all chains."""
+def find_truth(solved: Any) -> Truth:
+    """Best reachable reward of each prefix, from the losses of all chains."""
     num_layers, depth = solved.bank.num_layers, jc.chainbench.MAX_LAYERS
     reward = np.asarray(jc.agent.rewards.log_rewards(jnp.asarray(solved.loss["search"]))).reshape(
         -1, solved.bank.num_heads
@@ -38,41 +38,42 @@ def know(solved: Any) -> Truth:
     )
 
 
-def follow(policy: np.ndarray, truth: Truth) -> list[np.ndarray]:
-    """What a policy gets from each prefix of depth 0..3.
+def evaluate_policy(policy: np.ndarray, truth: Truth) -> list[np.ndarray]:
+    """Return the expected log reward of a policy from each prefix of depth 0..3.
 
     Args:
-      policy: chance of each token before each slot of all chains of `list_chains`, `[12^4, 5, N + K]`.
-      truth: of the problem.
+      policy: probability of each token at each slot of all chains of `list_chains`,
+        `[12^4, 5, N + K]`.
+      truth: exact values of the problem.
     """
     num_layers, depth = jc.chainbench.NUM_LAYERS, jc.chainbench.MAX_LAYERS
     levels: list[np.ndarray] = []
     for d in range(depth, -1, -1):
-        chance = policy[:: num_layers ** (depth - d), d]
-        value = np.sum(chance[:, num_layers:] * truth.stop[d], axis=1)
+        probability = policy[:: num_layers ** (depth - d), d]
+        value = np.sum(probability[:, num_layers:] * truth.stop[d], axis=1)
         if levels:
             value += np.sum(
-                chance[:, :num_layers] * levels[0].reshape(len(value), num_layers), axis=1
+                probability[:, :num_layers] * levels[0].reshape(len(value), num_layers), axis=1
             )
         levels.insert(0, value)
     return levels[:-1]
 
 
 def list_chains(depth: int) -> np.ndarray:
-    """All chains of so many layers, the last slot varying fastest, and the first head, `[12^depth, depth + 1]`."""
+    """All chains of `depth` layers and the first head, in lexicographic order, `[C, depth + 1]`."""
     num_layers = jc.chainbench.NUM_LAYERS
     chains = np.stack([*np.indices((num_layers,) * depth).reshape(depth, -1)], axis=1)
     return np.pad(chains, ((0, 0), (0, 1)), constant_values=num_layers)
 
 
-def split(values: np.ndarray) -> list[np.ndarray]:
-    """Values before each token of `Truth.chains`, `[12^3, 4]`, as those of the prefixes of each depth."""
+def split_by_depth(values: np.ndarray) -> list[np.ndarray]:
+    """Split values at the slots of `Truth.chains`, `[12^3, 4]`, into the prefixes of each depth."""
     num_layers = jc.chainbench.NUM_LAYERS
     return [values[:: num_layers ** (values.shape[1] - 1 - d), d] for d in range(values.shape[1])]
 
 
 def count_visits(chains: np.ndarray) -> list[np.ndarray]:
-    """How many of the last chains went through each prefix with room for a layer, by depth."""
+    """Number of the last chains that start with each prefix with room for a layer, by depth."""
     num_layers = jc.chainbench.NUM_LAYERS
     rows = chains.reshape(-1, chains.shape[-1])
     rows = rows[rows[:, 0] >= 0]
@@ -84,8 +85,10 @@ def count_visits(chains: np.ndarray) -> list[np.ndarray]:
     return counts
 
 
-def judge(predicted: list[np.ndarray], truth: list[np.ndarray], weights: Any = None) -> np.ndarray:
-    """Spearman's correlation over the prefixes that have a weight, weighted bias and root mean square error; nan for none."""
+def compare_values(
+    predicted: list[np.ndarray], truth: list[np.ndarray], weights: Any = None
+) -> np.ndarray:
+    """Spearman's correlation over prefixes with a weight, weighted bias and RMSE, or nan."""
     rows = []
     for depth in DEPTHS:
         weight = np.ones(len(truth[depth])) if weights is None else weights[depth]
@@ -107,8 +110,8 @@ def judge(predicted: list[np.ndarray], truth: list[np.ndarray], weights: Any = N
     return np.array([np.nanmean(c) if np.isfinite(c).any() else np.nan for c in columns])
 
 
-def rank_open(truth: Truth, chains: np.ndarray, predicted: np.ndarray) -> float:
-    """Spearman's correlation over open prefixes, within each depth."""
+def correlate_open_prefixes(truth: Truth, chains: np.ndarray, predicted: np.ndarray) -> float:
+    """Mean over depths of Spearman's correlation over the open prefixes of a depth."""
     ranks = []
     for depth in DEPTHS:
         is_open = np.isfinite(predicted[depth])

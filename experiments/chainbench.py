@@ -1,23 +1,24 @@
-"""Builds ChainBench, 36 problems of which every chain is scored, and says what makes each hard.
+"""Build ChainBench, 36 problems with every chain scored, and describe how hard each one is.
 
     python experiments/chainbench.py
 
-Keeps banks and tables in ~/.cache/jchain/chainbench (`--folder`), where `jchain.chainbench.load` finds them; what is there
-already is checked and stays, so an interrupted build goes on. Writes chainbench.json to experiments/results.
+Hardware and run time: 2 CPU cores (AMD EPYC), 7 to 13 minutes. `--quick`: four problems of the wine
+data, one minute.
 
-7 to 13 minutes on 2 CPU cores (AMD EPYC). `--quick`: four problems of the wine data, a minute. To expect: of 10,000 chains at
-most 3 are within 1% of the best one, and 1 to 31 are local optima.
+Result to expect: of 10,000 chains at most 3 are within 1% of the best one, and 1 to 31 are local
+optima.
+
+Banks and tables are kept in ~/.cache/jchain/chainbench (`--folder`), where `jchain.chainbench.load`
+finds them. Existing files are checked and kept, so an interrupted build continues. Writes
+chainbench.json to experiments/results.
 """
 
-import argparse
 import time
-from pathlib import Path
 from typing import Any
 
-from records import CHAINBENCH, describe_machine
+from records import describe_machine, make_parser
 
 import jchain as jc
-from jchain.files import write_json
 
 COLUMNS = {
     "chains": "{:,}",
@@ -32,16 +33,9 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = make_parser(
+        __doc__, quick="four problems; nothing is written to --out", has_folder=True
     )
-    parser.add_argument(
-        "--folder", type=Path, default=CHAINBENCH, help="of banks and tables (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="four problems, nothing is written to --out"
-    )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     names = [
         name
@@ -63,7 +57,7 @@ def main() -> None:
         "problems": rows,
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "chainbench.json", result)
+    jc.files.write_json(args.out / "chainbench.json", result)
 
 
 def format_row(row: dict[str, Any]) -> str:

@@ -1,26 +1,29 @@
-"""Does the gradient of a chain tell which layer is wanted next?
+"""Does the gradient of a chain tell which layer to choose next?
 
     python experiments/gradient_retrieval.py
 
-All single swaps of chains of digits banks, scored (`jchain.gradient`) and evaluated. Banks of four kinds and 2 to 32 slots;
-chains that are random, and nearly optimal ones: from the best 1% of all where those can be evaluated, else the best ones of
-critic search, which sees no gradient. For each: Spearman's correlation of predicted with true change of loss, the rank of the
-first choice (1 is the best of all swaps), and how often it lowers the loss. Weight-space scores are also given for the same
-bank with its hidden units shuffled, and with those of all layers aligned to the layer of the slot (`jchain.align`). Last, a
-bank whose heads give 512 numbers, 8 levels of 64 pixels, where linearized scores are by samples: their correlation with the
-true change, and their error. Writes gradient_retrieval.json, .md and .png to experiments/results.
+Hardware and run time: 2 CPU cores, shared with three other jobs, 55 minutes. `--quick`: depth 2,
+one bank of each kind; nothing is written.
 
-55 minutes on 2 CPU cores with three other jobs beside it. To expect of linearized scores: a correlation of 0.90 to 0.99 at
-4 slots, of 0.77 to 0.95 at 16 (0.80 to 0.95 with 4 or 2 products); of weight-space scores 0.1 to 0.7 at 4 slots, of the
-nearest layers 0.
+Result to expect of linearized scores: a correlation of 0.90 to 0.99 at 4 slots and of 0.77 to 0.95
+at 16 (0.80 to 0.95 with 4 or 2 products). Weight-space scores: 0.1 to 0.7 at 4 slots. Nearest
+layers: 0.
 
-`--quick`: depth 2, one bank of each kind; nothing is written.
+All single swaps of chains of digits banks are scored (`jchain.gradient`) and evaluated. The banks
+are of four kinds and have 2 to 32 slots. The chains are random or nearly optimal: from the best 1%
+of all chains if all can be evaluated, else the best ones of critic search, which uses no gradient.
+Three numbers for each score: Spearman's correlation of the predicted with the true change of loss,
+the rank of the first choice (1 is the best of all swaps), and how often the first choice lowers the
+loss. Weight-space scores are also given for the same bank with its hidden units shuffled, and with
+the hidden units of all layers aligned to the layer of the slot (`jchain.align`). The last table is
+of a bank whose heads return 512 numbers, 8 levels for each of 64 pixels. There, linearized scores
+are estimated from samples: the table has their correlation with the true change, and their error.
+
+Writes gradient_retrieval.json, .md and .png to experiments/results.
 """
 
-import argparse
 import dataclasses
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -29,18 +32,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from records import correlate, describe_machine, keep, try_swaps, write_results
+from records import correlate, describe_machine, evaluate_swaps, keep, make_parser, write_results
 
 import jchain as jc
 
 KINDS = jc.chainbench.KINDS
-# Slots: layers in the bank, banks of each kind, chains of each sort.
+# By number of slots: layers in the bank, banks of each kind, chains of each sort.
 SIZES = {2: (12, 3, 10), 4: (12, 3, 10), 8: (24, 3, 10), 16: (32, 2, 10), 32: (64, 1, 5)}
 NUM_STEPS = 1000
-BUDGET = 4_000  # layer calls of each search for a nearly optimal chain
+BUDGET = 4_000  # layer calls of a search for one nearly optimal chain
 LEARNING_RATES = (0.01, 0.1, 1.0)
-FEW = (4, 2)  # products with the Jacobian, of the 9 of 10 classes
-# Wide outputs: 64 pixels of 8 levels each.
+FEW = (4, 2)  # products with the Jacobian; 10 classes need 9 for exact scores
+# Wide outputs: 64 pixels with 8 levels each.
 NUM_LEVELS, WIDE_PRODUCTS, WIDE_CHAINS = 8, (3, 5, 9, 17, 33, 65, 129), 10
 SCORES = (
     "linearized",
@@ -52,15 +55,11 @@ SCORES = (
     *(f"nearest, {rate:g}" for rate in LEARNING_RATES),
     *(f"nearest, {rate:g}, aligned" for rate in LEARNING_RATES),
 )
-MEASURES = ("spearman", "first_rank", "first_improves")
+METRICS = ("spearman", "first_rank", "first_improves")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="depth 2, one bank of each kind")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser = make_parser(__doc__, quick="depth 2, one bank of each kind; nothing is written")
     args = parser.parse_args()
     sizes = (
         {depth: (n, 1, 3) for depth, (n, _, _) in SIZES.items() if depth <= 2}
@@ -72,10 +71,10 @@ def main() -> None:
         for kind in KINDS:
             case = (kind, depth, num_layers, num_banks, num_chains)
             found = keep(
-                (measure_kind, make_problem, find_good_chains, measure_chain, judge, score_swaps),
+                __file__,
                 f"retrieval-{kind}-{depth}",
                 case,
-                lambda c=case: measure_kind(*c),
+                lambda c=case: evaluate_kind(*c),
             )
             for sort in ("random", "good"):
                 by_score = dict(
@@ -92,7 +91,7 @@ def main() -> None:
                 )
             print(format_table(rows[-2:]), flush=True)
         jax.clear_caches()
-    wide = [measure_wide_kept(loss, 1 if args.quick else WIDE_CHAINS) for loss in WIDE_LOSSES]
+    wide = [describe_wide_outputs(loss, 1 if args.quick else WIDE_CHAINS) for loss in WIDE_LOSSES]
     print(format_wide(wide))
     if args.quick:
         return
@@ -103,19 +102,22 @@ def main() -> None:
 
 
 def average(rows: np.ndarray) -> dict[str, float | None]:
-    """Means of `MEASURES` over chains, `[chains, 3]`; None where no chain has one: there is no swap that helps."""
+    """Means over the chains of `METRICS`, `[chains, 3]`; None if no chain has a value."""
     known = [column[~np.isnan(column)] for column in rows.T]
     return {
         name: float(column.mean()) if column.size else None
-        for name, column in zip(MEASURES, known, strict=True)
+        for name, column in zip(METRICS, known, strict=True)
     }
 
 
-def measure_kind(
+def evaluate_kind(
     kind: str, depth: int, num_layers: int, num_banks: int, num_chains: int
 ) -> dict[str, np.ndarray]:
-    """`MEASURES` of each score of each chain, `[banks * chains, SCORES, 3]`, for random and nearly optimal chains."""
-    measured: dict[str, list[np.ndarray]] = {"random": [], "good": []}
+    """Compute `METRICS` of each score for random and nearly optimal chains.
+
+    Each array has the shape `[banks * chains, SCORES, 3]`.
+    """
+    found: dict[str, list[np.ndarray]] = {"random": [], "good": []}
     for seed in range(num_banks):
         problem = make_problem(kind, depth, num_layers, seed)
         rng = np.random.default_rng(seed)
@@ -126,8 +128,8 @@ def measure_kind(
             "good": find_good_chains(problem, num_chains, seed),
         }
         for sort, rows in chains.items():
-            measured[sort] += [measure_chain(problem, chain) for chain in rows.astype(np.int32)]
-    return {sort: np.stack(rows) for sort, rows in measured.items()}
+            found[sort] += [evaluate_chain(problem, chain) for chain in rows.astype(np.int32)]
+    return {sort: np.stack(rows) for sort, rows in found.items()}
 
 
 def make_problem(kind: str, depth: int, num_layers: int, seed: int) -> jc.Problem:
@@ -149,8 +151,11 @@ def make_problem(kind: str, depth: int, num_layers: int, seed: int) -> jc.Proble
 
 
 def find_good_chains(problem: jc.Problem, num_chains: int, seed: int) -> np.ndarray:
-    """Of the best 1% of all chains, at least as many as are wanted, where all can be evaluated; else the best of each of so many
-    runs of a search that sees no gradient."""
+    """Return nearly optimal chains, `[num_chains, L]`.
+
+    They are drawn from the best 1% of all chains if all can be evaluated, else they are the best
+    chains of `num_chains` runs of a search without gradients.
+    """
     bank = problem.bank
     if jc.chain.count(bank.num_layers, bank.num_heads, problem.max_layers) < 100_000:
         chains, out = jc.evaluate_all(problem)
@@ -165,17 +170,19 @@ def find_good_chains(problem: jc.Problem, num_chains: int, seed: int) -> np.ndar
     return np.stack([result.best_chain for result in results])
 
 
-def measure_chain(problem: jc.Problem, chain: np.ndarray) -> np.ndarray:
-    """`MEASURES` of each score, `[SCORES, 3]`; nan where no swap has a score."""
+def evaluate_chain(problem: jc.Problem, chain: np.ndarray) -> np.ndarray:
+    """`METRICS` of each score, `[SCORES, 3]`; nan if no swap has a score."""
     length = int((chain >= 0).sum()) - 1
     if length == 0:
         return np.full((len(SCORES), 3), np.nan)
-    change, scores = try_swaps(problem, chain), score_swaps(problem, chain)
+    change, scores = evaluate_swaps(problem, chain), score_swaps(problem, chain)
     is_swap = np.isfinite(change) & (np.arange(change.shape[1]) != chain[:-1, None])
-    return np.stack([judge(scores[name][:-1][is_swap], change[is_swap]) for name in SCORES])
+    return np.stack(
+        [compare_ranking(scores[name][:-1][is_swap], change[is_swap]) for name in SCORES]
+    )
 
 
-def judge(score: np.ndarray, change: np.ndarray) -> np.ndarray:
+def compare_ranking(score: np.ndarray, change: np.ndarray) -> np.ndarray:
     first = int(np.argmin(score))
     rank = 1 + int(np.sum(change < change[first]))
     improves = float(change[first] < 0) if (change < 0).any() else np.nan
@@ -183,7 +190,7 @@ def judge(score: np.ndarray, change: np.ndarray) -> np.ndarray:
 
 
 def score_swaps(problem: jc.Problem, chain: np.ndarray) -> dict[str, np.ndarray]:
-    """Each score of all swaps, `[L, N]`."""
+    """All scores of all swaps, `[L, N]` each."""
 
     def score(
         bank: jc.Bank, kind: str, rate: float = 1.0, num_products: int | None = None
@@ -198,7 +205,7 @@ def score_swaps(problem: jc.Problem, chain: np.ndarray) -> dict[str, np.ndarray]
     aligned = {int(token): jc.align.align(bank, int(token)) for token in set(chain[:length])}
 
     def score_aligned(kind: str, rate: float = 1.0) -> np.ndarray:
-        """The scores of each slot in the bank that is aligned to its layer."""
+        """Score each slot with the bank that is aligned to its layer."""
         by_token = {token: score(other, kind, rate) for token, other in aligned.items()}
         rows = np.full((chain.size, bank.num_layers), np.nan)
         for slot in range(length):
@@ -223,7 +230,7 @@ def score_swaps(problem: jc.Problem, chain: np.ndarray) -> dict[str, np.ndarray]
 
 
 class PixelHead(nn.Module):
-    """The level of each of the 64 pixels."""
+    """Logits for the level of each of the 64 pixels."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -237,8 +244,11 @@ def brier(outputs: jax.Array, levels: jax.Array) -> jax.Array:
 WIDE_LOSSES = {"cross-entropy": optax.softmax_cross_entropy_with_integer_labels, "brier": brier}
 
 
-def measure_wide(loss: str, num_chains: int) -> dict[str, np.ndarray]:
-    """Correlation with the true change, and mean error over mean size, of scores by samples; last, of products with all outputs."""
+def evaluate_wide_outputs(loss: str, num_chains: int) -> dict[str, np.ndarray]:
+    """Correlation with the true change, and relative error, of scores estimated from samples.
+
+    The last row is of products with all outputs, which are exact.
+    """
     data = jc.data.load("digits", 0)
     edges = jnp.linspace(data.train.x.min(), data.train.x.max(), NUM_LEVELS + 1)[1:-1]
     train, search = (jc.Batch(b.x, jnp.digitize(b.x, edges)) for b in (data.train, data.search))
@@ -250,7 +260,7 @@ def measure_wide(loss: str, num_chains: int) -> dict[str, np.ndarray]:
     found = []
     for chain in np.random.default_rng(0).integers(0, 12, (num_chains, 4)):
         chain = np.append(chain, 12).astype(np.int32)
-        change = try_swaps(problem, chain)
+        change = evaluate_swaps(problem, chain)
         is_swap = np.arange(12) != chain[:-1, None]
         numbers = (*WIDE_PRODUCTS, 64 * NUM_LEVELS)
         scores = [
@@ -269,13 +279,12 @@ def measure_wide(loss: str, num_chains: int) -> dict[str, np.ndarray]:
     return {"measured": np.mean(found, axis=0)}
 
 
-def measure_wide_kept(loss: str, num_chains: int) -> dict[str, Any]:
-    code = (measure_wide, brier, PixelHead)
+def describe_wide_outputs(loss: str, num_chains: int) -> dict[str, Any]:
     found = keep(
-        code,
+        __file__,
         f"retrieval-wide-{loss}",
         (loss, num_chains),
-        lambda: measure_wide(loss, num_chains),
+        lambda: evaluate_wide_outputs(loss, num_chains),
     )
     correlation, error = found["measured"].T.tolist()
     return {
@@ -287,7 +296,7 @@ def measure_wide_kept(loss: str, num_chains: int) -> dict[str, Any]:
 
 
 def format_wide(rows: list[dict[str, Any]]) -> str:
-    """Markdown: correlation with the true change, and error in units of the scores of all products."""
+    """Markdown table: correlation with the true change, and error relative to the exact scores."""
     lines = [
         "| loss of 64 pixels | "
         + " | ".join(f"{num} products" for num in rows[0]["products"])
@@ -301,7 +310,10 @@ def format_wide(rows: list[dict[str, Any]]) -> str:
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: correlation, mean rank of the first choice, share of first choices that lower the loss where a swap does."""
+    """Markdown table: correlation, mean rank of the first choice, and how often it lowers the loss.
+
+    The share is of chains for which some swap lowers the loss.
+    """
     lines = [
         "| bank | slots | chains | " + " | ".join(SCORES) + " |",
         "|---" * (3 + len(SCORES)) + "|",
@@ -319,7 +331,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(path: str, rows: list[dict[str, Any]]) -> None:
-    """Correlation against depth, by kind of bank and sort of chains."""
+    """Plot correlation against depth, by kind of bank and sort of chains."""
     figure = Figure(figsize=(12, 6), layout="constrained")
     axes = figure.subplots(2, len(KINDS), sharex=True, sharey=True)
     shown = (
@@ -332,10 +344,10 @@ def draw(path: str, rows: list[dict[str, Any]]) -> None:
     )
     for i, sort in enumerate(("random", "good")):
         for j, kind in enumerate(KINDS):
-            those = [row for row in rows if row["kind"] == kind and row["chains"] == sort]
+            selected = [row for row in rows if row["kind"] == kind and row["chains"] == sort]
             for name in shown:
-                values = [row["scores"][name]["spearman"] for row in those]
-                axes[i, j].plot([row["depth"] for row in those], values, marker="o", label=name)
+                values = [row["scores"][name]["spearman"] for row in selected]
+                axes[i, j].plot([row["depth"] for row in selected], values, marker="o", label=name)
             axes[i, j].set(title=f"{kind}, {sort} chains", xscale="log", ylim=(-0.2, 1.02))
             axes[i, j].grid(alpha=0.3)
     for ax in axes[-1]:

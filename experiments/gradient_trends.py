@@ -1,35 +1,43 @@
-"""Do trends per weight index help to find the layer that is wanted next?
+"""Do gradient trends of each weight index help to find the layer to choose next?
 
     python experiments/gradient_trends.py
 
-What the gradient of each weight index was over 1,000 random chains (`jchain.gradient.trends`), put to four tests on chains that were not
-among them, random ones and ones of the best 1% of all. *Explained*: the share of the gradient's square that the mean gradient of
-a context predicts, 1 - |g - m|^2 / |g|^2 summed over chains, by index alone, by slot, by the layer before, by the layer itself.
-*Outside*: does a
-trend hold outside of the context in which it was seen? The cosine of a gradient with the mean in its own context, and with
-the mean in all others. *Retrieval*: swaps scored by the trend in place of the gradient of the chain at hand, for no layer call:
-Spearman's correlation with the true change of loss; `aligned` with the hidden units of all layers in the order of those of
-layer 0 (`jchain.align`). *Which slot*: Spearman's correlation over the slots of a chain of what the gradient says of the layer
-there (its length; importance, the sum of |w dL/dw|; the best linearized score of a swap) with what the best swap there gains.
-Digits banks of four kinds, 12 layers and 4 slots, 3 seeds. Writes gradient_trends.json, .md and .png to
-experiments/results, and layer_report.png: what the gradient says of the layers of the best chain of a routed bank.
+Hardware and run time: 2 CPU cores, shared with other jobs, 8 minutes. `--quick`: one bank of each
+kind, 100 chains; nothing is written.
 
-8 minutes on 2 CPU cores with other jobs beside it. To expect on random chains: index alone explains 2% to 12% of a gradient, the
-layer itself 9% to 32%; the mean gradient of other slots points the same way as that of the own one (cosines of 0.16 and 0.18,
-0.33 and 0.40); trends rank swaps with a correlation of 0.1 to 0.4, and importance says nothing of the slot to change (-0.1 to 0.2).
-`--quick`: one bank of each kind, 100 chains; nothing is written.
+Result to expect on random chains: the weight index alone explains 2% to 12% of a gradient, the
+layer itself 9% to 32%. The mean gradient of other slots points in much the same direction as that
+of the same slot (cosines of 0.16 and 0.18, 0.33 and 0.40). Trends rank swaps with a correlation of
+0.1 to 0.4. Importance does not predict which slot to change (-0.1 to 0.2).
+
+The trends are the mean gradients of each weight index over 1,000 random chains
+(`jchain.gradient.trends`). Four tests use other chains, random ones and some of the best 1%:
+
+- *Explained*: the share of the gradient's square that the mean gradient of a context predicts,
+  1 - |g - m|^2 / |g|^2 summed over chains, with four contexts: the weight index alone, the slot,
+  the previous layer, the layer itself.
+- *Outside*: does a trend hold outside of its context? The cosine of a gradient with the mean in its
+  own context, and with the mean in all other contexts.
+- *Retrieval*: swaps are scored by the trend instead of the chain's own gradient, without any layer
+  call. Spearman's correlation with the true change of loss; `aligned` has the hidden units of all
+  layers in the order of those of layer 0 (`jchain.align`).
+- *Which slot*: Spearman's correlation, over the slots of a chain, of a number from the gradient of
+  the layer there (its length; its importance, the sum of |w dL/dw|; the best linearized score of a
+  swap) with the gain of the best swap there.
+
+Digits banks of four kinds, 12 layers and 4 slots, 3 seeds. Writes gradient_trends.json, .md and
+.png to experiments/results, and layer_report.png: the gradient's report on the layers of the best
+chain of a routed bank.
 """
 
-import argparse
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-from records import correlate, describe_machine, keep, try_swaps, write_results
+from records import correlate, describe_machine, evaluate_swaps, keep, make_parser, write_results
 
 import jchain as jc
 
@@ -42,17 +50,16 @@ SORTS = ("random", "good")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="one bank of each kind, 100 chains")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser = make_parser(__doc__, quick="one bank of each kind, 100 chains; nothing is written")
     args = parser.parse_args()
     sizes = QUICK if args.quick else SIZES
     rows = []
     for kind in jc.chainbench.KINDS:
         found = keep(
-            CODE, f"trends-{kind}", (kind, sizes), lambda kind=kind: measure_kind(kind, **sizes)
+            __file__,
+            f"trends-{kind}",
+            (kind, sizes),
+            lambda kind=kind: evaluate_kind(kind, **sizes),
         )
         for sort in SORTS:
             means = {
@@ -78,9 +85,14 @@ def main() -> None:
     )
 
 
-def measure_kind(kind: str, banks: int, seen: int, tested: int) -> dict[str, np.ndarray]:
-    """Of each bank: shares explained, cosines inside and outside, correlations of retrieval, by sort of chains: `[banks, contexts]`."""
-    made: dict[str, list[Any]] = {}
+def evaluate_kind(kind: str, banks: int, seen: int, tested: int) -> dict[str, np.ndarray]:
+    """Run the four tests on banks of one kind.
+
+    Returns:
+      Shares explained, cosines inside and outside, and correlations, by sort of chains, each
+      `[banks, contexts]`.
+    """
+    results: dict[str, list[Any]] = {}
     for seed in range(banks):
         problem = make_problem(kind, seed)
         aligned = jc.Problem(jc.align.align(problem.bank, 0), problem.data, DEPTH)
@@ -88,28 +100,33 @@ def measure_kind(kind: str, banks: int, seen: int, tested: int) -> dict[str, np.
         rng = np.random.default_rng(seed)
         drawn = draw_chains(rng, seen + 2 * tested, bank)
         learned = {
-            name: learn(of, drawn[:seen]) for name, of in (("plain", problem), ("aligned", aligned))
+            name: compute_trends(of, drawn[:seen])
+            for name, of in (("plain", problem), ("aligned", aligned))
         }
         chains, out = jc.evaluate_all(problem)
         is_long = chains[:, DEPTH] >= bank.num_layers
         best = chains[is_long][np.argsort(np.asarray(out.loss)[is_long])[: is_long.sum() // 100]]
-        known = {tuple(chain) for chain in drawn[:seen]}
-        for sort, offered in (("random", drawn[seen:]), ("good", rng.permutation(best))):
-            rows = np.array([chain for chain in offered if tuple(chain) not in known][:tested])
+        used = {tuple(chain) for chain in drawn[:seen]}
+        for sort, candidates in (("random", drawn[seen:]), ("good", rng.permutation(best))):
+            rows = np.array([chain for chain in candidates if tuple(chain) not in used][:tested])
             gradients = np.asarray(find_gradients(problem, rows))
-            for name, values in compare(learned["plain"], gradients, rows, bank.num_layers).items():
-                made.setdefault(f"{sort} {name}", []).append(values)
-            some = rows[:30]
-            changes = [try_swaps(problem, chain) for chain in some]
+            for name, values in explain_gradients(
+                learned["plain"], gradients, rows, bank.num_layers
+            ).items():
+                results.setdefault(f"{sort} {name}", []).append(values)
+            few = rows[:30]
+            changes = [evaluate_swaps(problem, chain) for chain in few]
             for name, of in (("plain", problem), ("aligned", aligned)):
-                pairs = zip(some, changes, strict=True)
-                values = np.mean([retrieve(learned[name], of, *pair) for pair in pairs], axis=0)
-                made.setdefault(f"{sort} retrieval, {name}", []).append(values)
+                pairs = zip(few, changes, strict=True)
+                values = np.mean(
+                    [correlate_swaps(learned[name], of, *pair) for pair in pairs], axis=0
+                )
+                results.setdefault(f"{sort} retrieval, {name}", []).append(values)
             values = [
-                find_slot(problem, *row) for row in zip(some, changes, gradients, strict=False)
+                correlate_slots(problem, *row) for row in zip(few, changes, gradients, strict=False)
             ]
-            made.setdefault(f"{sort} which slot", []).append(np.mean(values, axis=0))
-    return {name: np.array(values) for name, values in made.items()}
+            results.setdefault(f"{sort} which slot", []).append(np.mean(values, axis=0))
+    return {name: np.array(values) for name, values in results.items()}
 
 
 def make_problem(kind: str, seed: int) -> jc.Problem:
@@ -126,22 +143,23 @@ def draw_chains(rng: np.random.Generator, num: int, bank: jc.Bank) -> np.ndarray
     return np.concatenate([layers, heads], axis=1).astype(np.int32)
 
 
-def learn(problem: jc.Problem, chains: np.ndarray) -> jc.gradient.trends.Trends:
-    """The trends of these chains. The bank's names are not part of a program."""
+def compute_trends(problem: jc.Problem, chains: np.ndarray) -> jc.gradient.trends.Trends:
+    """The trends over these chains."""
+    # Names of the bank are no part of a program: banks share it.
     problem = problem.without_names()
 
     @jax.jit
     def run(problem: jc.Problem, chains: jax.Array) -> jc.gradient.trends.Trends:
-        def see(trends: jc.gradient.trends.Trends, chain: jax.Array) -> Any:
+        def update(trends: jc.gradient.trends.Trends, chain: jax.Array) -> Any:
             return jc.gradient.trends.update(trends, problem, chain), None
 
-        return jax.lax.scan(see, jc.gradient.trends.init(problem), chains)[0]
+        return jax.lax.scan(update, jc.gradient.trends.init(problem), chains)[0]
 
     return run(problem, jnp.asarray(chains))
 
 
 def find_gradients(problem: jc.Problem, chains: np.ndarray) -> jax.Array:
-    """By the weights of each layer, `[P, D, W]`."""
+    """Gradients with respect to the weights of each layer, `[P, D, W]`."""
     run = jax.jit(
         lambda problem, chains: jax.lax.map(
             lambda c: jc.gradient.weight_gradients(problem, c), chains
@@ -151,17 +169,17 @@ def find_gradients(problem: jc.Problem, chains: np.ndarray) -> jax.Array:
 
 
 def find_contexts(chains: np.ndarray, num_layers: int) -> tuple[np.ndarray, ...]:
-    """The place of each slot of each chain in the moments of each context, `[P, D]`."""
+    """Index of each slot of each chain into the moments of each context, `[P, D]`."""
     layers = chains[:, :DEPTH]
     slots = np.broadcast_to(np.arange(DEPTH), layers.shape)
     before = np.concatenate([np.full((len(chains), 1), num_layers), layers[:, :-1]], axis=1)
     return np.zeros_like(layers), slots, before, layers
 
 
-def compare(
+def explain_gradients(
     trends: jc.gradient.trends.Trends, gradients: np.ndarray, chains: np.ndarray, num_layers: int
 ) -> dict[str, np.ndarray]:
-    """Shares explained, and cosines with the mean in its own context and in all others, `[contexts]`."""
+    """Shares explained, and cosines with the mean inside and outside of a context, `[contexts]`."""
     length = np.linalg.norm(gradients, axis=2, keepdims=True)
     is_there = np.isfinite(length) & (length > 0)
     unit = np.where(is_there, gradients / np.where(is_there, length, 1), 0)
@@ -174,20 +192,23 @@ def compare(
         total = (count * mean).sum(axis=0)
         others = (total - count * mean) / np.maximum(count.sum() - count, 1)
         found["explained"].append(float(1 - np.sum((gradients - own) ** 2) / np.sum(gradients**2)))
-        inside, outside = (np.sum(unit * scale(m[place]), axis=2) for m in (mean, others))
+        inside, outside = (np.sum(unit * normalize(m[place]), axis=2) for m in (mean, others))
         found["cosine inside"].append(float(np.mean(inside)))
         found["cosine outside"].append(float(np.mean(outside)) if len(mean) > 1 else np.nan)
     return {name: np.array(values) for name, values in found.items()}
 
 
-def scale(vectors: np.ndarray) -> np.ndarray:
+def normalize(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-30)
 
 
-def retrieve(
+def correlate_swaps(
     trends: jc.gradient.trends.Trends, problem: jc.Problem, chain: np.ndarray, change: np.ndarray
 ) -> np.ndarray:
-    """Correlation of the scores of swaps with the true change of loss: by each context, and by the chain's own gradient."""
+    """Correlation of swap scores with the true change of loss, `[contexts + 1]`.
+
+    The scores are by the trend of each context and, last, by the chain's own gradient.
+    """
     scores = [
         jc.gradient.trends.score_swaps(trends, problem, chain, context) for context in CONTEXTS
     ]
@@ -198,30 +219,19 @@ def retrieve(
     )
 
 
-def find_slot(
+def correlate_slots(
     problem: jc.Problem, chain: np.ndarray, change: np.ndarray, gradient: np.ndarray
 ) -> np.ndarray:
-    """Correlation over slots of the gradient's length, of importance and of the best linearized score with the best gain."""
+    """Correlation over slots with the gain of the best swap, `[3]`.
+
+    Of the gradient's length, of the importance and of the best linearized score.
+    """
     weights = np.asarray(jc.gradient.trends.stack_weights(problem))[chain[:DEPTH]]
     is_own = np.arange(change.shape[1]) == chain[:DEPTH, None]
     scores = np.asarray(jc.swap_scores(problem, chain))[:DEPTH]
     score, best = (np.where(is_own, np.inf, of).min(axis=1) for of in (scores, change))
-    measures = np.linalg.norm(gradient, axis=1), np.abs(weights * gradient).sum(axis=1), -score
-    return np.array([correlate(measure, -best) for measure in measures])
-
-
-CODE = (
-    measure_kind,
-    make_problem,
-    draw_chains,
-    learn,
-    find_gradients,
-    find_contexts,
-    compare,
-    scale,
-    retrieve,
-    find_slot,
-)
+    predictors = np.linalg.norm(gradient, axis=1), np.abs(weights * gradient).sum(axis=1), -score
+    return np.array([correlate(predictor, -best) for predictor in predictors])
 
 
 def format_tables(rows: list[dict[str, Any]]) -> str:

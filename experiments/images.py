@@ -1,38 +1,45 @@
-"""Do chains of a routed bank of convolutions beat a net that was trained for as many gradient steps?
+"""Do chains of a routed bank of convolutions beat a net trained for as many gradient steps?
 
     python experiments/images.py
 
-A bank of 12 blocks of 1, 2 and 3 convolutions in turn, 16 channels, and two heads (pooled and dense) is trained on random routes
-of 4. Local search looks for a chain on `search`, `select` re-ranks its finalists, `test` is opened once. Beside it, on `test`: a
-plain net of the same blocks and head, trained alone for as many gradient steps as the whole bank, on the same batches' size, with
-the same stem, optimizer and decay; the same net stopped at that tenth of its training at which `select` is lowest; random chains of the bank; and the best single swap, of a layer or the head, (by `search`) of a random chain. Data:
-scikit-learn's digits, 8x8x1, seeds 0 to 9; and the same drawn larger in three channels, 32x32x3 with some noise, which the stem
-pools to 16x16, seed 0. The stem is random and fixed in all of them. Writes images.json, images.md and images.png to
-experiments/results.
+Hardware and run time: 2 CPU cores, shared with other jobs, 33 minutes (about two minutes of one
+core for each seed of digits). `--quick`: one seed of few steps, one minute.
 
-33 minutes on 2 CPU cores with other jobs beside it, about two minutes of a core for each seed of digits; what was computed is kept.
-`--quick`: one seed of few steps, a minute. The number of steps was chosen on single seeds from 100 on. To expect, of 10 seeds of
-digits: the found chain has a test loss of 0.096, the plain net 0.127 (higher in 9 of 10), 0.098 where it is stopped early (6 of 10).
+Result to expect, of 10 seeds of digits: a test loss of 0.096 for the found chain, 0.127 for the
+plain net (higher in 9 of 10) and 0.098 for the plain net stopped early (higher in 6 of 10).
+
+A bank of 12 blocks of 1, 2 and 3 convolutions in turn, 16 channels, and two heads (pooled and
+dense) is trained on random routes of 4. Local search looks for a chain on `search`, `select`
+re-ranks its finalists, `test` is opened once. Compared with, on `test`:
+
+- a plain net of the same blocks and head, trained alone for as many gradient steps as the whole
+  bank, with the same batch size, stem, optimizer and decay;
+- the same net, stopped at the tenth of its training at which the loss on `select` is lowest;
+- random chains of the bank;
+- the best single swap of a random chain, of a layer or the head, by the loss on `search`.
+
+Data: scikit-learn's digits, 8x8x1, seeds 0 to 9; and the same enlarged to three channels, 32x32x3
+with noise, which the stem pools to 16x16, seed 0. The stem is random and fixed in all of them. The
+number of steps was chosen on single seeds from 100 on.
+
+Finished seeds are kept. Writes images.json, images.md and images.png to experiments/results.
 """
 
-import argparse
-import os
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from matplotlib.figure import Figure
-from records import describe_machine, keep, make_pool, write_results
+from records import describe_machine, keep, make_parser, make_pool, write_results
 
 import jchain as jc
 
 BLOCKS = [jc.layers.ConvBlock(16, depth) for depth in (1, 2, 3)]
 HEADS = [jc.layers.PoolHead(10), jc.layers.ConvHead(10)]
 NUM_LAYERS, DEPTH, NUM_RANDOM = 12, 4, 32
-# States of the plain net among which `select` chooses where to stop.
+# Snapshots of the plain net, of which `select` chooses one.
 NUM_STOPS = 10
 ARMS = (
     "found",
@@ -41,7 +48,7 @@ ARMS = (
     "best swap of a random chain",
     "random chain",
 )
-# Side of the stem's windows, seeds, gradient steps, layer calls of the search.
+# By data set: side of the stem's windows, seeds, gradient steps, layer calls of the search.
 SETS: dict[str, tuple[int, int, int, int]] = {
     "digits_8x8": (1, 10, 1000, 600),
     "large_digits": (2, 1, 1000, 600),
@@ -49,22 +56,16 @@ SETS: dict[str, tuple[int, int, int, int]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = make_parser(
+        __doc__, quick="one seed of few steps; nothing is written", has_workers=True
     )
     parser.add_argument(
-        "--quick", action="store_true", help="one seed of few steps; nothing is written"
+        "--first-seed",
+        type=int,
+        default=0,
+        help="first seed; sizes were chosen on seeds from 100 on",
     )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--first-seed", type=int, default=0, help="settings were chosen on seeds from 100 on"
-    )
-    parser.add_argument(
-        "--only", choices=SETS, help="one of the data sets, to look at; nothing is written"
-    )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--only", choices=SETS, help="run one of the data sets; nothing is written")
     args = parser.parse_args()
     sets = {"digits_8x8": (1, 1, 100, 100)} if args.quick else SETS
     sets = {name: sizes for name, sizes in sets.items() if args.only in (None, name)}
@@ -76,7 +77,7 @@ def main() -> None:
     ]
     with make_pool(args.workers) as workers:
         runs = [
-            (case[0], run) for case, run in zip(cases, workers.map(measure, cases), strict=True)
+            (case[0], run) for case, run in zip(cases, workers.map(run_case, cases), strict=True)
         ]
     rows = {name: [run for other, run in runs if other == name] for name in sets}
     summary = {name: summarize(found) for name, found in rows.items()}
@@ -103,14 +104,12 @@ def main() -> None:
     write_results(args.out, "images", result, table, partial(draw, rows=rows))
 
 
-def measure(case: tuple[str, int, int, int, int]) -> dict[str, np.ndarray]:
-    return keep(
-        (compare, load), "images-" + "-".join(map(str, case)), case, partial(compare, *case)
-    )
+def run_case(case: tuple[str, int, int, int, int]) -> dict[str, np.ndarray]:
+    return keep(__file__, "images-" + "-".join(map(str, case)), case, partial(evaluate_arms, *case))
 
 
-def load(name: str, seed: int) -> jc.data.Dataset:
-    """The digits as they are, or four times as large and noisy in three channels, fewer of them."""
+def load_data(name: str, seed: int) -> jc.data.Dataset:
+    """The digits unchanged, or fewer of them, four times as large, in three noisy channels."""
     if name == "digits_8x8":
         return jc.data.load(name, seed)
     digits = jc.data.LOADERS["digits_8x8"]()
@@ -120,9 +119,11 @@ def load(name: str, seed: int) -> jc.data.Dataset:
     return jc.data.split(x, np.asarray(digits[1]), seed=seed, name=name, sizes=(600, 150, 150, 240))
 
 
-def compare(name: str, pool: int, seed: int, num_steps: int, budget: int) -> dict[str, np.ndarray]:
-    """Loss and accuracy on `test` of each arm, and what they took."""
-    data = load(name, seed)
+def evaluate_arms(
+    name: str, pool: int, seed: int, num_steps: int, budget: int
+) -> dict[str, np.ndarray]:
+    """Loss and accuracy on `test` of each arm, and its cost."""
+    data = load_data(name, seed)
     bank_key, net_key, search_key, sample_key, stem_key = jax.random.split(jax.random.key(seed), 5)
     stem = jc.layers.ConvStem(16, pool)
     settings: Any = {"stem": stem, "num_steps": num_steps}
@@ -160,7 +161,7 @@ def compare(name: str, pool: int, seed: int, num_steps: int, budget: int) -> dic
     swapped = find_best_swap(search, sampled[0])
     stop = int(np.argmin(jc.evaluate(jc.Problem(net, data.select, len(layers)), net.parents).loss))
     nets = jc.evaluate(jc.Problem(net, data.test, len(layers)), net.parents)
-    # Opened once: all chains of the bank together.
+    # `test` is opened once: all chains of the bank together.
     out = jc.evaluate(test, np.concatenate([chain[None], swapped[None], sampled]))
     losses, accuracies = (
         [of_bank[0], of_nets[-1], of_nets[stop], of_bank[1], of_bank[2:].mean()]
@@ -177,7 +178,7 @@ def compare(name: str, pool: int, seed: int, num_steps: int, budget: int) -> dic
 
 
 def find_best_swap(problem: jc.Problem, chain: np.ndarray) -> np.ndarray:
-    """The chain, or the one that differs from it in one layer or the head, of the lowest loss."""
+    """The chain with the lowest loss among this chain and its swaps of one layer or the head."""
     num_layers = int((chain >= 0).sum()) - 1
     swaps = np.repeat(chain[None], num_layers * NUM_LAYERS + len(HEADS), axis=0)
     for i in range(num_layers * NUM_LAYERS):
@@ -187,7 +188,7 @@ def find_best_swap(problem: jc.Problem, chain: np.ndarray) -> np.ndarray:
 
 
 def summarize(runs: list[dict[str, np.ndarray]]) -> dict[str, Any]:
-    """IQM of loss and accuracy by arm, and seeds in which the found chain has the lower loss."""
+    """IQM of loss and accuracy by arm, and number of seeds with a lower loss of the found chain."""
     loss, accuracy = (np.array([run[key] for run in runs]) for key in ("loss", "accuracy"))
     return {
         arm: {
@@ -207,19 +208,21 @@ def format_table(name: str, summary: dict[str, Any], runs: list[dict[str, np.nda
     for arm, row in summary.items():
         loss, accuracy = row["loss"], row["accuracy"]
         lines.append(
-            f"| {arm} | {loss['value']:.4f} [{loss['low']:.4f}, {loss['high']:.4f}] | {accuracy['value']:.1%} "
-            f"[{accuracy['low']:.1%}, {accuracy['high']:.1%}] | {'' if arm == 'found' else row['found_is_lower']} |"
+            f"| {arm} | {loss['value']:.4f} [{loss['low']:.4f}, {loss['high']:.4f}] "
+            f"| {accuracy['value']:.1%} [{accuracy['low']:.1%}, {accuracy['high']:.1%}] "
+            f"| {'' if arm == 'found' else row['found_is_lower']} |"
         )
     bank, search, net = np.mean([run["seconds"] for run in runs], axis=0)
     calls = np.mean([run["layer_calls"] for run in runs])
     lines.append(
-        f"\nSeconds: bank {bank:.0f}, search of {calls:.0f} layer calls {search:.0f}, plain net {net:.0f}."
+        f"\nSeconds: bank {bank:.0f}, search of {calls:.0f} layer calls {search:.0f}, "
+        f"plain net {net:.0f}."
     )
     return "\n".join(lines)
 
 
 def draw(path: str, rows: dict[str, list[dict[str, np.ndarray]]]) -> None:
-    """Test loss of each arm, a dot for each seed."""
+    """Plot the test loss of each arm, one dot for each seed."""
     figure = Figure(figsize=(4.5 * len(rows), 3.5), layout="constrained")
     for axes, (name, runs) in zip(
         figure.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True

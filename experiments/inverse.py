@@ -1,29 +1,36 @@
-"""Can inverses of square layers work back from an output to the layers that are needed?
+"""Can inverses of square layers lead from an output back to the layers that made it?
 
     python experiments/inverse.py
 
-*Recovery*: 16 layers 16 wide, orthogonal, with a leaky ReLU of slope 0.5; a secret chain of them is applied to 64 normal
-examples, noise is added to its outputs, and `jc.meet_in_the_middle` is asked for the chain. How often is it found, by depth, noise
-(standard deviation, by that of the outputs), probes, slope, condition of the matrices and float type, in how many seconds, and does
-the residual tell: the largest one of a chain that is right, the smallest of one that is wrong. *Growth*: seconds against depth and
-bank size, beside all chains one after another at the speed of `jc.evaluate_all`. *Search*: digits banks of layers that can be
-undone, 12 layers and 4 slots; regret (0 the best of all chains, 1 the median one) of each search at equal layer calls. *Ideal
-layer*: Spearman's correlation over all single swaps of a chain with the true change of loss, of distances to what is wanted at the
-slot (`jc.ideal`) and of scores by the gradient. *Trained layers*: recovery of chains of the layers of these banks. Writes inverse.json, .md and .png to experiments/results.
+Hardware and run time: 2 CPU cores, one hour. `--quick`: depth 4 at most, one kind of layers, two
+seeds, two minutes; nothing is written.
 
-An hour on 2 CPU cores. To expect: depth 8 found in 20 of 20 cases at noise of 0 and 10%, in 0.3 and 3 seconds; depth 12 in 23
-seconds from exact outputs, in 3 minutes with noise of 1%; the secret chain found at slopes of 0.2 and condition numbers of 10,000
-where halves meet nearer to the end; meeting in the middle ahead in the interquartile mean from 1,000 layer calls on, and behind
-linearized search on routed couplings and residual layers; the ideal layer far behind the gradient.
+Result to expect: depth 8 is found in 20 of 20 cases at noise of 0 and of 10%, in 0.3 and 3 seconds;
+depth 12 in 23 seconds from exact outputs and in 3 minutes with noise of 1%. At slopes of 0.2 and
+condition numbers of 10,000 the secret chain is found if the halves meet nearer to the end. Meeting
+in the middle leads by interquartile mean from 1,000 layer calls on, but linearized search is better
+on routed couplings and residual layers. The ideal layer is far worse than the gradient.
 
-`--quick`: depth 4 at most, one kind of layers, two seeds; two minutes, nothing is written.
+- *Recovery*: 16 orthogonal layers, 16 wide, with a leaky ReLU of slope 0.5. A secret chain of them
+  is applied to 64 normal examples, noise is added to its outputs, and `jc.meet_in_the_middle` looks
+  for the chain. How often is it found, and in how many seconds, by depth, noise (its standard
+  deviation over that of the outputs), number of probes, slope, condition of the matrices and float
+  type? Does the residual tell right from wrong: the largest one of a right chain, the smallest one
+  of a wrong chain.
+- *Growth*: seconds against depth and bank size, and the time to evaluate all chains one after
+  another at the speed of `jc.evaluate_all`.
+- *Search*: digits banks of invertible layers, 12 layers and 4 slots; regret (0 the best of all
+  chains, 1 the median one) of each search at equal layer calls.
+- *Ideal layer*: Spearman's correlation with the true change of loss, over all single swaps of a
+  chain, of distances to the target at the slot (`jchain.inverse.target_scores`) and of gradient
+  scores.
+- *Trained layers*: recovery of chains of the layers of these banks.
+
+Writes inverse.json, .md and .png to experiments/results.
 """
 
-import argparse
 import time
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,10 +40,10 @@ from matplotlib.figure import Figure
 from records import (
     correlate,
     describe_machine,
-    is_deterministic,
+    evaluate_swaps,
     keep,
+    make_parser,
     make_pool,
-    try_swaps,
     write_results,
 )
 
@@ -44,7 +51,7 @@ import jchain as jc
 
 NUM_LAYERS, FEATURES, EXAMPLES, SLOPE = 16, 16, 64, 0.5
 NOISES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 2.0)
-# Of each row of the table of recovery: depth, noise, and what else is not as above.
+# One row of the recovery table: depth, noise, and other values that differ from those above.
 Case = tuple[int, float, dict[str, Any]]
 CASES: list[tuple[Case, int]] = [
     *(((depth, 0.0, {}), 20) for depth in (2, 4, 6, 8)),
@@ -79,7 +86,7 @@ CASES: list[tuple[Case, int]] = [
 QUICK: list[tuple[Case, int]] = [
     ((depth, noise, {}), 2) for depth in (2, 4) for noise in (0.0, 0.1)
 ]
-# Halves of which the sketches of both fit in half of 24 GiB, at 96 bytes each.
+# Largest halves whose sketches fit into half of 24 GiB, at 96 bytes each.
 FIT = 12 * 2**30 / (2 * 96)
 COLUMNS = (
     "depth",
@@ -122,24 +129,16 @@ SCORES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="depth 4 at most, one kind of layers; nothing is written",
-    )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser = make_parser(__doc__, quick="depth 4 at most, one kind of layers; nothing is written")
     args = parser.parse_args()
-    recovery = [measure_case(case, seeds) for case, seeds in (QUICK if args.quick else CASES)]
+    recovery = [run_case(case, seeds) for case, seeds in (QUICK if args.quick else CASES)]
     print(format_recovery(recovery), flush=True)
     banks, seeds = (BANKS[:1], 2) if args.quick else (BANKS, NUM_SEEDS)
     trained = [row for bank in banks for row in recover_trained(bank, min(seeds, NUM_TRAINED))]
     print(format_recovery(trained), flush=True)
     sizes = [size for size in GROWTH if size[0] ** size[1] < 1e5] if args.quick else GROWTH
     found = keep(
-        RECOVER,
+        __file__,
         "inverse-growth",
         sizes,
         lambda: {"seconds": np.array([time_growth(*size) for size in sizes])},
@@ -150,8 +149,8 @@ def main() -> None:
     ]
     with make_pool(2) as pool:
         searched = [*pool.map(search_bank, banks, [seeds] * len(banks))]
-        scored = [*pool.map(score_bank, banks)]
-    search, ideal = summarize_search(searched), summarize_scores(banks, scored)
+        scored = [*pool.map(correlate_bank, banks)]
+    search, ideal = summarize_search(searched), summarize_correlations(banks, scored)
     tables = [format_recovery(recovery), format_recovery(trained), format_growth(growth)]
     tables = "\n\n".join([*tables, format_search(search, banks), format_ideal(ideal)])
     print(tables)
@@ -199,19 +198,19 @@ def make_secret(
     return bank, x, hidden + noise * hidden.std() * jax.random.normal(keys[-1], hidden.shape), chain
 
 
-def recover(seed: int, case: Case) -> tuple[float, float, float]:
-    """Whether the chain is found, its residual, and seconds."""
+def recover_secret(seed: int, case: Case) -> tuple[float, float, float]:
+    """Try to recover a secret chain: whether it is found, its residual, and seconds."""
     depth, noise, options = case
-    asked = {
+    recovery_options = {
         name: options[name]
         for name in ("num_probes", "num_sketch", "num_forward", "tolerance")
         if name in options
     }
     with jax.enable_x64(options.get("is_x64", False)):
-        return ask(*make_secret(seed, depth, noise, options), asked)
+        return run_recovery(*make_secret(seed, depth, noise, options), recovery_options)
 
 
-def ask(
+def run_recovery(
     bank: jc.Bank, x: Any, y: Any, chain: np.ndarray, options: dict[str, Any]
 ) -> tuple[float, float, float]:
     start = time.perf_counter()
@@ -226,7 +225,7 @@ def ask(
 
 
 def recover_trained(bank: tuple[str, str, int], num_seeds: int) -> list[dict[str, Any]]:
-    """The same of random chains of layers that were trained on digits, from what they make of 64 of these."""
+    """Recover random chains of layers trained on digits, from their outputs for 64 digits."""
 
     def run() -> dict[str, np.ndarray]:
         problem = make_problem(*bank)
@@ -240,11 +239,11 @@ def recover_trained(bank: tuple[str, str, int], num_seeds: int) -> list[dict[str
                 for token in chain:
                     y = problem.bank.layers[0].apply(int(token), y)
                 y += noise * y.std() * rng.standard_normal(y.shape).astype(y.dtype)
-                runs.append(ask(problem.bank, x, y, chain, {}))
+                runs.append(run_recovery(problem.bank, x, y, chain, {}))
         return {"runs": np.array(runs, np.float32).reshape(len(TRAINED_NOISES), num_seeds, 3)}
 
     name = f"inverse-trained-{'-'.join(map(str, bank))}"
-    found = keep([make_problem, recover_trained, ask], name, (bank, num_seeds), run)["runs"]
+    found = keep(__file__, name, (bank, num_seeds), run)["runs"]
     return [
         {
             "layer": bank[0],
@@ -256,11 +255,14 @@ def recover_trained(bank: tuple[str, str, int], num_seeds: int) -> list[dict[str
     ]
 
 
-def measure_case(case: Case, num_seeds: int) -> dict[str, Any]:
+def run_case(case: Case, num_seeds: int) -> dict[str, Any]:
     depth, noise, options = case
-    found = keep(RECOVER, f"inverse-recover-{depth}", (case, num_seeds), lambda: {
-        "runs": np.array([recover(seed, case) for seed in range(num_seeds)], np.float64).astype(np.float32)
-    })["runs"]  # fmt: skip
+
+    def run() -> dict[str, np.ndarray]:
+        runs = [recover_secret(seed, case) for seed in range(num_seeds)]
+        return {"runs": np.array(runs, np.float64).astype(np.float32)}
+
+    found = keep(__file__, f"inverse-recover-{depth}", (case, num_seeds), run)["runs"]
     return {**summarize_recovery(depth, noise, found), **options}
 
 
@@ -268,30 +270,34 @@ def summarize_recovery(depth: int, noise: float, runs: np.ndarray) -> dict[str, 
     is_right, residual, seconds = runs.T
     wrong = residual[(is_right == 0) & np.isfinite(residual)]
     return {
-        "depth": depth, "noise": noise, "seeds": len(runs), "found": int(is_right.sum()),
+        "depth": depth,
+        "noise": noise,
+        "seeds": len(runs),
+        "found": int(is_right.sum()),
         "largest_right": float(residual[is_right > 0].max()) if is_right.any() else None,
         "smallest_wrong": float(wrong.min()) if wrong.size else None,
-        "seconds": float(np.median(seconds)), "most_seconds": float(seconds.max()),
-    }  # fmt: skip
+        "seconds": float(np.median(seconds)),
+        "most_seconds": float(seconds.max()),
+    }
 
 
 def time_growth(num_layers: int, depth: int) -> tuple[float, float]:
-    """Seconds of an exact recovery, of the second one where the first may be compilation, and of all chains one after another,
-    from the layer calls of many."""
+    """Seconds of an exact recovery, and of evaluating all chains one after another.
+
+    A short recovery is timed twice, and the second time counts, without compilation. The time of
+    all chains is extrapolated from that of shorter ones.
+    """
     bank, x, y, chain = make_secret(0, depth, 0.0, {"num_layers": num_layers})
     seconds = 0.0
     for _ in range(2):
         if seconds < 10:
-            seconds = ask(bank, x, y, chain, {"num_candidates": 1})[2]
+            seconds = run_recovery(bank, x, y, chain, {"num_candidates": 1})[2]
     problem = jc.Problem(bank, jc.Batch(x, jnp.zeros(len(x), int)), 4 if num_layers < 32 else 3)
     jc.evaluate_all(problem)
     start = time.perf_counter()
     jax.block_until_ready(jc.evaluate_all(problem)[1].loss)
     each = (time.perf_counter() - start) / num_layers**problem.max_layers
     return seconds, each * float(num_layers) ** depth
-
-
-RECOVER: list[Callable[..., Any]] = [make_secret, recover, ask, time_growth]
 
 
 def make_problem(layer: str, kind: str, seed: int) -> jc.Problem:
@@ -308,34 +314,36 @@ def make_problem(layer: str, kind: str, seed: int) -> jc.Problem:
 
 
 def search_bank(bank: tuple[str, str, int], num_seeds: int) -> dict[str, np.ndarray]:
-    """Regret of each search at each budget, `[budgets, seeds]`, and its seconds."""
+    """Regret of each search at each budget, `[budgets, seeds]`, and its run time in seconds."""
 
     def run() -> dict[str, np.ndarray]:
         problem, found = make_problem(*bank), {}
         loss = np.asarray(jc.evaluate_all(problem)[1].loss)
         for name, search in SEARCHES.items():
             start = time.perf_counter()
-            keys = jax.random.split(jax.random.key(1), 1 if is_deterministic(search) else num_seeds)
+            keys = jax.random.split(jax.random.key(1), 1 if search.is_deterministic else num_seeds)
             results = jc.run_many(keys, search, problem, budget=BUDGETS[-1])
             losses = np.stack([result.curve.at(BUDGETS) for result in results], axis=1)
             losses = np.broadcast_to(losses, (len(BUDGETS), num_seeds))
-            # No chain yet is as good as the worst.
+            # A run without a chain yet counts as the worst chain.
             losses = np.minimum(losses, loss.max())
             found[f"{name} seconds"] = np.array([time.perf_counter() - start])
             found[name] = np.maximum((losses - loss.min()) / (np.median(loss) - loss.min()), 0)
         return found
 
     return keep(
-        [make_problem, search_bank, is_deterministic],
+        __file__,
         f"inverse-search-{'-'.join(map(str, bank))}",
         (bank, num_seeds),
         run,
-        uses=[*SEARCHES.values()],
     )
 
 
-def score_bank(bank: tuple[str, str, int]) -> dict[str, np.ndarray]:
-    """Correlation of each score with the true change of loss, `[chains, SCORES]`, of random chains and of the best 1%."""
+def correlate_bank(bank: tuple[str, str, int]) -> dict[str, np.ndarray]:
+    """Correlation of each score with the true change of loss, `[chains, SCORES]`.
+
+    Of random chains, and of some of the best 1%.
+    """
 
     def run() -> dict[str, np.ndarray]:
         problem = make_problem(*bank)
@@ -348,20 +356,20 @@ def score_bank(bank: tuple[str, str, int]) -> dict[str, np.ndarray]:
             "good": rng.choice(order[: len(order) // 100], 8, replace=False),
         }
         return {
-            sort: np.array([correlate_scores(problem, chains[is_long][i]) for i in rows])
+            sort: np.array([correlate_chain(problem, chains[is_long][i]) for i in rows])
             for sort, rows in picks.items()
         }
 
     return keep(
-        [make_problem, score_bank, correlate_scores],
+        __file__,
         f"inverse-ideal-{'-'.join(map(str, bank))}",
         bank,
         run,
     )
 
 
-def correlate_scores(problem: jc.Problem, chain: np.ndarray) -> list[float]:
-    change = try_swaps(problem, chain)
+def correlate_chain(problem: jc.Problem, chain: np.ndarray) -> list[float]:
+    change = evaluate_swaps(problem, chain)
     is_swap = np.arange(change.shape[1]) != chain[:-1, None]
     scores = [
         jc.swap_scores(problem, chain, kind) for kind in ("linearized", "activations", "weights")
@@ -393,19 +401,19 @@ def summarize_search(searched: list[dict[str, np.ndarray]]) -> list[dict[str, An
     return rows
 
 
-def summarize_scores(
+def summarize_correlations(
     banks: list[tuple[str, str, int]], scored: list[dict[str, np.ndarray]]
 ) -> list[dict[str, Any]]:
     rows = []
     for layer in LAYERS:
         for kind in ("independent", "routed"):
-            those = [
+            selected = [
                 found
                 for bank, found in zip(banks, scored, strict=True)
                 if bank[:2] == (layer, kind)
             ]
-            for sort in ("random", "good") if those else ():
-                mean = np.mean(np.concatenate([found[sort] for found in those]), axis=0)
+            for sort in ("random", "good") if selected else ():
+                mean = np.mean(np.concatenate([found[sort] for found in selected]), axis=0)
                 rows.append(
                     {
                         "layer": layer,
@@ -419,7 +427,8 @@ def summarize_scores(
 
 def format_recovery(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| depth | noise | else | found | largest residual of a right chain | smallest of a wrong one | seconds, median (most) |"
+        "| depth | noise | else | found | largest residual of a right chain "
+        "| smallest of a wrong one | seconds, median (most) |"
     ]
     lines.append("|---" * 7 + "|")
     for row in rows:
@@ -433,8 +442,8 @@ def format_recovery(rows: list[dict[str, Any]]) -> str:
             for name in ("largest_right", "smallest_wrong")
         ]
         lines.append(
-            f"| {row['depth']} | {row['noise']:g} | {other} | {row['found']} of {row['seeds']} | {' | '.join(residuals)} | "
-            f"{row['seconds']:.2f} ({row['most_seconds']:.2f}) |"
+            f"| {row['depth']} | {row['noise']:g} | {other} | {row['found']} of {row['seeds']} "
+            f"| {' | '.join(residuals)} | {row['seconds']:.2f} ({row['most_seconds']:.2f}) |"
         )
     return "\n".join(lines)
 
@@ -443,13 +452,14 @@ def format_growth(rows: list[dict[str, Any]]) -> str:
     lines = ["| layers | depth | chains | seconds | all chains, seconds |", "|---" * 5 + "|"]
     for row in rows:
         lines.append(
-            f"| {row['layers']} | {row['depth']} | {row['layers'] ** row['depth']:.1e} | {row['seconds']:.2f} | {row['exhaustive']:.1e} |"
+            f"| {row['layers']} | {row['depth']} | {row['layers'] ** row['depth']:.1e} "
+            f"| {row['seconds']:.2f} | {row['exhaustive']:.1e} |"
         )
     return "\n".join(lines)
 
 
 def format_search(rows: list[dict[str, Any]], banks: list[tuple[str, str, int]]) -> str:
-    """Over all banks, and the mean of each."""
+    """Markdown tables: regret over all banks, and the mean of each bank."""
     lines = [
         "| search | " + " | ".join(f"regret at {b:,}" for b in BUDGETS) + " | solved | seconds |",
         "|---" * (3 + len(BUDGETS)) + "|",
@@ -457,7 +467,8 @@ def format_search(rows: list[dict[str, Any]], banks: list[tuple[str, str, int]])
     for row in rows:
         cells = [f"{e.value:.4f} [{e.low:.4f}, {e.high:.4f}]" for e in row["regret"]]
         lines.append(
-            f"| {row['search']} | {' | '.join(cells)} | {row['solved'][-1]:.0%} | {row['seconds']:.0f} |"
+            f"| {row['search']} | {' | '.join(cells)} | {row['solved'][-1]:.0%} "
+            f"| {row['seconds']:.0f} |"
         )
     lines += [
         "",
@@ -482,17 +493,17 @@ def format_ideal(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(path: str, recovery: list[dict[str, Any]], growth: list[dict[str, Any]]) -> None:
-    """Growth, and recovery against noise."""
+    """Plot seconds against the number of halves, and recovery against noise."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for n in sorted({row["layers"] for row in growth}):
-        those = [row for row in growth if row["layers"] == n]
-        halves = [n ** (row["depth"] / 2) for row in those]
+        selected = [row for row in growth if row["layers"] == n]
+        halves = [n ** (row["depth"] / 2) for row in selected]
         (line,) = left.plot(
-            halves, [row["seconds"] for row in those], marker="o", label=f"{n} layers"
+            halves, [row["seconds"] for row in selected], marker="o", label=f"{n} layers"
         )
-        left.plot(halves, [row["exhaustive"] for row in those], ls=":", color=line.get_color())
-    # Through the largest.
+        left.plot(halves, [row["exhaustive"] for row in selected], ls=":", color=line.get_color())
+    # A line through the largest halves.
     most, seconds = max((row["layers"] ** (row["depth"] / 2), row["seconds"]) for row in growth)
     ends = np.array([most / 1e3, most * 30])
     left.plot(ends, seconds * ends / most, color="gray", lw=1, ls="--", label=r"$\propto N^{D/2}$")
@@ -505,11 +516,11 @@ def draw(path: str, recovery: list[dict[str, Any]], growth: list[dict[str, Any]]
     )
     left.set(ylabel="seconds (dotted: all chains)", title="Exact outputs")
     for depth in (4, 6, 8):
-        those = [row for row in recovery if row["depth"] == depth and set(row) == {*COLUMNS}]
-        those.sort(key=lambda row: row["noise"])
-        shares = [row["found"] / row["seeds"] for row in those]
+        selected = [row for row in recovery if row["depth"] == depth and set(row) == {*COLUMNS}]
+        selected.sort(key=lambda row: row["noise"])
+        shares = [row["found"] / row["seeds"] for row in selected]
         right.plot(
-            [row["noise"] for row in those], shares, marker="o", label=f"{depth} layers deep"
+            [row["noise"] for row in selected], shares, marker="o", label=f"{depth} layers deep"
         )
     right.set(
         xlabel="noise, by the outputs' standard deviation",

@@ -1,20 +1,20 @@
-"""What experiments share: where ChainBench lies, how searches run on it, and keeping what was computed."""
+"""Helpers that the experiments share: paths, search variants, and the storage of finished parts."""
 
+import argparse
 import ast
-import contextlib
 import dataclasses
 import hashlib
 import inspect
-import json
 import multiprocessing
 import os
 import platform
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from importlib import metadata
+from functools import cache
+from importlib import import_module, metadata
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,40 @@ import numpy as np
 from scipy.stats import spearmanr
 
 import jchain as jc
-from jchain.files import read_arrays, write_arrays, write_atomically, write_json
 
 CACHE = Path.home() / ".cache" / "jchain"
 CHAINBENCH = CACHE / "chainbench"
+RESULTS = Path(__file__).parent / "results"
+_PACKAGE = Path(jc.__file__).resolve().parent
+_LIBRARIES = ("jax", "flax", "optax", "rlax", "mctx", "numpy", "scipy", "scikit-learn")
+# Modules that a module imports by name at run time, which no import statement shows.
+_IMPORTED_BY_NAME = {"jchain.hub.families": jc.files.FAMILIES}
+
+
+def make_parser(
+    doc: str | None, *, quick: str = "", has_folder: bool = False, has_workers: bool = False
+) -> argparse.ArgumentParser:
+    """Return a parser with the options that scripts share.
+
+    Args:
+      doc: docstring of the script.
+      quick: help text of `--quick`; empty to leave the option out.
+      has_folder: add `--folder`, the folder of ChainBench.
+      has_workers: add `--workers`, the number of processes.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    if quick:
+        parser.add_argument("--quick", action="store_true", help=quick)
+    if has_folder:
+        text = "folder of ChainBench (default: %(default)s)"
+        parser.add_argument("--folder", type=Path, default=CHAINBENCH, help=text)
+    if has_workers:
+        text = "number of processes (default: %(default)s)"
+        parser.add_argument("--workers", type=int, default=os.cpu_count(), help=text)
+    return parser
 
 
 def describe_machine() -> dict[str, Any]:
@@ -46,49 +76,67 @@ def write_results(
     table: str,
     draw: Callable[[str], None] | None = None,
 ) -> None:
-    """What an experiment found, as `name`.json, .md and, where there is a figure, .png."""
+    """Write `name`.json, the table as `name`.md and, if there is a figure, `name`.png."""
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / f"{name}.json", result)
-    write_atomically(out / f"{name}.md", lambda path: Path(path).write_text(table + "\n"))
+    jc.files.write_json(out / f"{name}.json", result)
+    jc.files.write_atomically(out / f"{name}.md", lambda path: Path(path).write_text(table + "\n"))
     if draw is not None:
-        write_atomically(out / f"{name}.png", draw)
+        jc.files.write_atomically(out / f"{name}.png", draw)
 
 
-def zero_shot(critic: jc.Critic | None) -> jc.CriticSearch:
-    """A search that learns nothing of the bank it searches; without a critic it ranks by the loss of the best head."""
+def describe_search(search: Any) -> str:
+    """Name and fields of a search."""
+    fields = [
+        f"{f.name}={describe_value(getattr(search, f.name))}" for f in dataclasses.fields(search)
+    ]
+    return f"{type(search).__name__}({', '.join(fields)})"
+
+
+def describe_value(value: Any) -> str:
+    """A value in one line: functions by name, as addresses change, and critics without weights."""
+    if isinstance(value, jc.Critic):
+        return "Critic()"
+    return getattr(value, "__name__", None) or " ".join(repr(value).split())
+
+
+def make_zero_shot_search(critic: jc.Critic | None) -> jc.CriticSearch:
+    """Return a search that does not learn on its bank; without a critic it ranks by head loss."""
     return jc.CriticSearch(critic, ridge=jnp.inf, epsilon=0.0)
 
 
-def is_deterministic(search: Any) -> bool:
-    """Whether one run says it all."""
-    return isinstance(search, jc.BeamSearch) or (
-        isinstance(search, jc.CriticSearch) and search.epsilon == 0.0
-    )
+def use_tables(search: Any) -> Any:
+    """Return the search for problems whose losses and observations come from tables.
+
+    A field `observe` with the default of the library, and a field `entry_features`, are replaced by
+    those of `jchain.chainbench.tabular`.
+    """
+    changes = {}
+    for field in dataclasses.fields(search):
+        value = getattr(search, field.name)
+        if field.name == "observe" and value is jc.agent.observations.observe:
+            changes["observe"] = jc.chainbench.tabular.observe
+        elif field.name == "entry_features":
+            changes["entry_features"] = jc.chainbench.tabular.entry_features
+    return dataclasses.replace(search, **changes) if changes else search
 
 
-def look_up(search: Any) -> Any:
-    """The same search for problems whose losses are looked up."""
-    if isinstance(search, jc.CriticSearch) and search.observe is jc.CriticSearch().observe:
-        return dataclasses.replace(search, observe=jc.chainbench.tabular.observe)
-    if isinstance(search, jc.ActorCritic):
-        return dataclasses.replace(search, entry_features=jc.chainbench.tabular.entry_features)
-    return search
+def evaluate_swaps(problem: jc.Problem, chain: np.ndarray) -> np.ndarray:
+    """Return the true change of loss for each layer at each slot, `[D, N]`.
 
-
-def try_swaps(problem: jc.Problem, chain: np.ndarray) -> np.ndarray:
-    """The true change of loss of each layer at each slot, `[D, N]`: 0 of the one that is there, nan behind the chain's end."""
+    It is 0 for the layer that the slot already holds, and nan for slots after the end of the chain.
+    """
     shape = problem.max_layers, problem.bank.num_layers
     slots, tokens = (indices.reshape(-1) for indices in np.indices(shape))
-    is_there = slots < (chain >= 0).sum() - 1
-    # The chain itself where there is no swap: one shape for chains of all lengths, so one program.
+    is_filled = slots < (chain >= 0).sum() - 1
+    # Empty slots repeat the chain itself: chains of all lengths share one shape and one program.
     swaps = np.repeat(chain[None], 1 + slots.size, axis=0)
-    swaps[1:][is_there, slots[is_there]] = tokens[is_there]
+    swaps[1:][is_filled, slots[is_filled]] = tokens[is_filled]
     loss = np.asarray(jc.evaluate(problem, swaps).loss)
-    return np.where(is_there, loss[1:] - loss[0], np.nan).reshape(shape)
+    return np.where(is_filled, loss[1:] - loss[0], np.nan).reshape(shape)
 
 
 def correlate(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's rank correlation; 0 where one of them is constant."""
+    """Spearman's rank correlation; 0 if one of the arrays is constant."""
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return 0.0
     result: Any = spearmanr(a, b)
@@ -97,7 +145,7 @@ def correlate(a: np.ndarray, b: np.ndarray) -> float:
 
 def make_pool(workers: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("spawn")
-    if workers == 1:  # it may have all cores
+    if workers == 1:  # One process may use all cores.
         return ProcessPoolExecutor(1, mp_context=context)
     return ProcessPoolExecutor(
         workers, mp_context=context, initializer=_pin, initargs=(context.Value("i", 0),)
@@ -105,7 +153,7 @@ def make_pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _pin(counter: Any) -> None:
-    """A core for each process, where the system allows it: their threads would only wait for each other."""
+    """Pin this process to one core: threads of several processes would wait for each other."""
     with counter.get_lock():
         place, counter.value = counter.value, counter.value + 1
     if hasattr(os, "sched_setaffinity"):
@@ -114,95 +162,88 @@ def _pin(counter: Any) -> None:
 
 
 def keep(
-    code: Sequence[Callable[..., Any]],
-    name: str,
-    inputs: Any,
-    make: Callable[[], Any],
-    *,
-    uses: Sequence[Any] = (),
+    script: str | Path, name: str, inputs: object, make: Callable[[], Any]
 ) -> dict[str, np.ndarray]:
-    """The arrays that `make` returns; from a file when they were made before, so that an interrupted run goes on.
+    """Return the arrays that `make` computes, from a file if an earlier run computed them.
 
-    They are made again when their inputs change, this module, one of these functions, a constant (numbers, strings, lists of
-    them) that they name, a library, or a module of jchain that the functions or objects reach: those that they name, and all
-    that these import.
+    The file is stale, and the arrays are computed again, after a change of the inputs, of a
+    library's version, or of code that the script can reach: the script, the experiment modules that
+    it imports, the modules of jchain that these name as `jc.name`, and all that those import.
+    Changes of comments and docstrings do not count.
 
     Args:
-      code: the functions of the experiment that make them.
+      script: path of the script that calls this, `__file__`.
       name: of the file.
-      inputs: what the arrays depend on beside: plain data or file contents.
-      make: makes them.
-      uses: objects of jchain that the functions are given.
+      inputs: everything else that the arrays depend on, as plain data or file contents.
+      make: computes the arrays.
+
+    Raises:
+      ValueError: a script, a module or a name `jc.name` cannot be found.
     """
-    path = CACHE / "experiments" / f"{name}-{_digest(code, inputs, uses)}.safetensors"
+    path = CACHE / "experiments" / f"{name}-{_digest(script, inputs)}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_arrays(path, {}, make())
-    return {key: np.asarray(array) for key, array in read_arrays(path)[1].items()}
+        jc.files.write_arrays(path, {}, make())
+    return {key: np.asarray(array) for key, array in jc.files.read_arrays(path)[1].items()}
 
 
-def _digest(code: Sequence[Callable[..., Any]], inputs: Any, uses: Sequence[Any]) -> str:
-    digest = hashlib.sha256(
-        repr((inputs, [metadata.version(name) for name in _LIBRARIES])).encode()
-    )
-    modules = {type(use).__module__ for use in uses}
-    for function in code:
-        source = inspect.getsource(function)
-        nodes = [*ast.walk(ast.parse(source))]
-        names = sorted({node.id for node in nodes if isinstance(node, ast.Name)})
-        digest.update(repr((_strip(source), _find_constants(function, names))).encode())
-        modules |= {_find_module(node) for node in nodes if isinstance(node, ast.Attribute)}
-    for path in (Path(__file__), *(_PACKAGE / name for name in _add_imports(modules))):
-        digest.update(_strip(path.read_text()).encode())
+def _digest(script: str | Path, inputs: object) -> str:
+    versions = [metadata.version(name) for name in _LIBRARIES]
+    digest = hashlib.sha256(repr((inputs, versions)).encode())
+    for path in _find_files(Path(script).resolve()):
+        digest.update(repr((path.name, _parse(path.read_text()).code)).encode())
     return digest.hexdigest()[:16]
 
 
-_PACKAGE = Path(jc.__file__).parent
-_LIBRARIES = ("jax", "flax", "optax", "rlax", "mctx", "numpy", "scipy", "scikit-learn")
+class _Source(NamedTuple):
+    """A file of Python, parsed."""
+
+    code: str  # without comments and docstrings
+    imports: tuple[tuple[str, str], ...]  # module, and the name imported from it or ""
+    chains: tuple[tuple[str, tuple[str, ...]], ...]  # imported object, and attributes of it
 
 
-def _find_constants(function: Callable[..., Any], names: Sequence[str]) -> dict[str, str]:
-    """What these names stand for where the function is written, as far as it is plain data."""
-    scope, found = vars(sys.modules[function.__module__]), {}
-    for name in names:
-        # Functions and objects are no JSON.
-        with contextlib.suppress(KeyError, TypeError):
-            found[name] = json.dumps(scope[name])
-    return found
-
-
-def _find_module(node: ast.expr) -> str:
-    """The module of what stands for `jc.name.name`; empty where it is not jchain's."""
-    names = []
-    while isinstance(node, ast.Attribute):
-        names.append(node.attr)
-        node = node.value
-    if not isinstance(node, ast.Name) or node.id != "jc":
-        return ""
-    found: Any = jc
-    for name in reversed(names):
-        found = getattr(found, name, found)
-    return found.__name__ if inspect.ismodule(found) else str(getattr(found, "__module__", ""))
-
-
-def _add_imports(modules: set[str]) -> list[str]:
-    """Files of the modules of jchain among these, and of all that they import."""
-    todo, found = sorted(modules), set()
-    while todo:
-        name = todo.pop()
-        path = _PACKAGE / f"{name.removeprefix('jchain.').replace('.', '/')}.py"
-        if name in found or not name.startswith("jchain.") or not path.exists():
-            continue
-        found.add(name)
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module is not None:
-                todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return sorted(f"{name.removeprefix('jchain.').replace('.', '/')}.py" for name in found)
-
-
-def _strip(source: str) -> str:
-    """Code without comments and docstrings, which change no result."""
+@cache
+def _parse(source: str) -> _Source:
     tree = ast.parse(source)
+    imports, targets = [], {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                imports.append((alias.name, ""))
+                top = alias.name.partition(".")[0]
+                targets[alias.asname or top] = alias.name if alias.asname else top
+        elif isinstance(node, ast.ImportFrom):
+            if node.level > 0 or node.module is None:
+                raise ValueError(f"expected absolute imports, got {ast.unparse(node)}")
+            for alias in node.names:
+                imports.append((node.module, alias.name))
+                targets[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    chains = [
+        (targets[name], attributes) for name, attributes in _find_chains(tree) if name in targets
+    ]
+    return _Source(_strip(tree), tuple(imports), tuple(chains))
+
+
+def _find_chains(tree: ast.Module) -> list[tuple[str, tuple[str, ...]]]:
+    """All `name.a.b` of a file, each at its full length, as the name and the attributes."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    inner = {id(node.value) for node in nodes}
+    chains = []
+    for node in nodes:
+        if id(node) in inner:
+            continue
+        attributes, root = [], node
+        while isinstance(root, ast.Attribute):
+            attributes.append(root.attr)
+            root = root.value
+        if isinstance(root, ast.Name):
+            chains.append((root.id, tuple(reversed(attributes))))
+    return chains
+
+
+def _strip(tree: ast.Module) -> str:
+    """Code without comments and docstrings, which change no result."""
     for node in ast.walk(tree):
         if (
             isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
@@ -210,3 +251,93 @@ def _strip(source: str) -> str:
         ):
             node.body = node.body[1:]
     return ast.dump(tree)
+
+
+def _find_files(script: Path) -> list[Path]:
+    """The script, and every file of the experiments and of jchain that it reaches."""
+    todo, found = [script, Path(__file__).resolve()], set()
+    while todo:
+        path = todo.pop()
+        if path in found:
+            continue
+        if not path.exists():
+            raise ValueError(f"expected a script, got {path}, which does not exist")
+        found.add(path)
+        try:
+            todo += _find_reached(path)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return sorted(found)
+
+
+def _find_reached(path: Path) -> list[Path]:
+    """The files that one file reaches directly."""
+    source, modules, scripts = _parse(path.read_text()), [], []
+    for module, name in source.imports:
+        if module.partition(".")[0] != "jchain":
+            scripts += _find_scripts(module, path.parent)
+        elif not _is_package(module):
+            modules.append(module)
+        elif name and not _is_package(f"{module}.{name}"):
+            modules.append(_find_definition(module, name))
+    for target, attributes in source.chains:
+        if _is_package(target):
+            modules.append(_find_module(target, attributes))
+    for importer, names in _IMPORTED_BY_NAME.items():
+        if path == _find_path(importer):
+            modules += names
+    return [*scripts, *(_find_path(module) for module in modules if module is not None)]
+
+
+def _find_scripts(module: str, folder: Path) -> list[Path]:
+    """The file of an experiment module; empty for a module of a library."""
+    for place in (folder, Path(__file__).resolve().parent):
+        if (place / f"{module}.py").exists():
+            return [place / f"{module}.py"]
+    if find_spec(module.partition(".")[0]) is None:
+        raise ValueError(f"expected a module of the experiments or of a library, got {module}")
+    return []
+
+
+def _find_module(package: str, attributes: tuple[str, ...]) -> str | None:
+    """The module that defines `package.a.b`; None for an attribute like `__version__`."""
+    found, module = import_module(package), package
+    for name in attributes:
+        if not hasattr(found, name):
+            raise ValueError(f"expected a name of {package}, got {'.'.join(attributes)}")
+        value = getattr(found, name)
+        if inspect.ismodule(value):
+            module = value.__name__
+        elif inspect.ismodule(found):
+            module = _find_definition(found.__name__, name)
+        found = value
+    if module is not None and _is_package(module):
+        raise ValueError(f"expected a name inside of the package {module}, got the package")
+    return module
+
+
+def _find_definition(module: str, name: str) -> str | None:
+    """The module from which a package's `__init__` imports a name."""
+    if not _is_package(module):
+        return module
+    if name.startswith("__"):
+        return None
+    for source, imported in _parse(_find_path(module).read_text()).imports:
+        if imported == name and source != module:
+            return _find_definition(source, name)
+    return f"{module}.{name}"
+
+
+def _is_package(module: str) -> bool:
+    folders = module.split(".")
+    return folders[0] == "jchain" and _PACKAGE.joinpath(*folders[1:], "__init__.py").exists()
+
+
+def _find_path(module: str) -> Path:
+    """The file of a module of jchain; the `__init__` of a package has no own code."""
+    path = _PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    if not path.exists():
+        path = path.with_suffix("") / "__init__.py"
+    if not path.exists():
+        raise ValueError(f"expected a module of jchain, got {module}, which has no file")
+    return path

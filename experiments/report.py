@@ -1,12 +1,15 @@
-"""Answers the questions that the project began with: runs every experiment, and writes experiments/README.md.
+"""Run every experiment, and write the answers to experiments/README.md.
 
     python experiments/report.py
 
-The answers stand in questions.md, with [[file > key > ... | format]] in place of each figure: they are filled in from
-experiments/results/file.json, so no figure in README.md is typed by hand. `--write` does only that. Otherwise each script runs in
-turn; what was computed before is kept, so an interrupted run goes on. A script that fails is named at the end, and the others run.
+Hardware and run time: 2 CPU cores, about 8 hours. `--quick`: small sizes of each script, 10
+minutes; nothing is written.
 
-About 8 hours on 2 CPU cores. `--quick`: small sizes of each script, 10 minutes; nothing is written.
+questions.md holds the answers, with [[file > key > ... | format]] for each figure, which is filled
+in from experiments/results/file.json, and [[file.md]] for each table. So no figure in README.md is
+typed by hand. `--write` does only that. Otherwise each script runs in turn. Finished parts are
+kept, so an interrupted run continues. A script that fails is named at the end, and the others still
+run.
 """
 
 import argparse
@@ -20,10 +23,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jchain.files import write_atomically
+import jchain as jc
 
 FOLDER = Path(__file__).parent
-# The first makes tables that others look losses up in; then the longest of the small sizes, two of which run at a time.
+# The first one makes the tables that others read. Then the longest small sizes first, as two run
+# at a time.
 SCRIPTS = (
     "chainbench",
     "updates",
@@ -38,7 +42,7 @@ SCRIPTS = (
     "controller",
     "transformer_depth",
 )
-# Of other questions than those that the project began with; their small sizes are tested by their own `--quick`.
+# Scripts of later questions, left out of `--quick` here; each has a `--quick` of its own.
 NOT_QUICK = ("arena", "controller", "transformer_depth")
 
 
@@ -49,7 +53,7 @@ def main() -> int:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--quick", action="store_true", help="small sizes; nothing is written")
     mode.add_argument(
-        "--write", action="store_true", help="only write README.md from the results that are there"
+        "--write", action="store_true", help="only write README.md, from existing results"
     )
     args = parser.parse_args()
     failed = [] if args.write else run_all(quick=args.quick)
@@ -57,42 +61,48 @@ def main() -> int:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     if not args.quick:
         text = render((FOLDER / "questions.md").read_text(), FOLDER / "results")
-        write_atomically(FOLDER / "README.md", lambda path: Path(path).write_text(text))
+        jc.files.write_atomically(FOLDER / "README.md", lambda path: Path(path).write_text(text))
     return 1 if failed else 0
 
 
 def run_all(*, quick: bool) -> list[str]:
-    """All scripts; the names of those that failed. In turn, as most use all cores; small ones compile, two at a time."""
+    """Run all scripts and return the names of those that failed.
+
+    They run in turn, as most use all cores; small sizes mostly compile, so two run at a time.
+    """
     first, *others = [name for name in SCRIPTS if not (quick and name in NOT_QUICK)]
     start = time.perf_counter()
     with ThreadPoolExecutor(2 if quick else 1) as pool:
-        codes = {first: run(first, start, quick=quick)}  # its tables are read by the others
+        codes = {first: run(first, start, quick=quick)}  # the others read its tables
         codes |= zip(others, pool.map(partial(run, start=start, quick=quick), others), strict=True)
     return [name for name, code in codes.items() if code != 0]
 
 
 def run(name: str, start: float, *, quick: bool) -> int:
-    """The exit code of one script."""
+    """Run one script and return its exit code."""
     began = time.perf_counter()
     print(f"== {name}", flush=True)
     command = [sys.executable, str(FOLDER / f"{name}.py"), *(["--quick"] if quick else [])]
     done = subprocess.run(command, capture_output=quick, text=True)
     now = time.perf_counter()
-    said = f"{done.stdout}{done.stderr}" if quick else ""
-    print(f"{said}== {name}: {now - began:.0f} s, {now - start:.0f} s in all", flush=True)
+    output = f"{done.stdout}{done.stderr}" if quick else ""
+    print(f"{output}== {name}: {now - began:.0f} s, {now - start:.0f} s in all", flush=True)
     return done.returncode
 
 
 def render(text: str, results: Path) -> str:
-    """The text with each [[file > key > ... | format]] replaced by that value of file.json.
+    """Fill in each [[file > key > ... | format]] from file.json, each [[file.md]] with that file.
 
     Raises:
-      ValueError: there is no such file or value.
+      FileNotFoundError: the file of a table is missing.
+      ValueError: a JSON file or a value is missing.
     """
     loaded: dict[str, Any] = {}
 
     def fill(match: re.Match[str]) -> str:
         place, _, form = match[1].partition(" | ")
+        if place.endswith(".md"):
+            return (results / place).read_text().strip()
         name, *keys = place.split(" > ")
         if name not in loaded:
             path = results / f"{name}.json"

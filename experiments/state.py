@@ -1,30 +1,38 @@
-"""What is the state? Tokens, weights, or what the prefix does to data; on the bank itself, on banks seen before and on unseen ones.
+"""What should the state be? Tokens, weights, or what the prefix does to data.
 
     python experiments/chainbench.py && python experiments/state.py
 
-The same actor-critic, the same problems, the same cost, and what differs is how it sees a prefix: its tokens through a GRU
-(discrete), the number of layers and a sketch of their weights (continuous), 12 numbers that sum up what the layers did to the data
-(`jchain.agent.observations.observe`), a sketch of the activations of the data, one of the gradient of the best head's loss by them, and
-combinations. An encoding that sees activations applies layers while it samples, keeps none of them, and so pays again for
-layers of chains that it scored before.
+Hardware and run time: one CPU core, shared with other jobs, about 50 minutes, most of them
+compilation. `--quick`: wine, one state, 2 runs.
 
-Each state starts from random parameters on the bank that is searched (`from scratch`), from parameters that were trained by
-searching other banks of the same data (`unseen`), or other banks and this one (`seen`; as many banks, equal steps; the layer calls of
-training are not counted). Beside it, how well a critic that is regressed on each state ranks the prefixes of three layers by the
-best loss behind them: a fifth of the prefixes of banks it was trained on, which were held out (`held out`), and all of unseen banks.
+Result to expect: a critic that is regressed on the summary ranks prefixes of unseen banks with a
+correlation of 0.76, on gradients with 0.32, and on tokens, weights and activations with -0.13 to
+0.00. As states of the actor-critic, however, they have about the same regret from scratch (0.046 to
+0.076 at 1,000 layer calls). Training on other banks does not help on an unseen one at 300 and
+1,000. Beam search has 0.061 after 300; the best state, gradients on a seen bank, has 0.100.
 
-Two ChainBench problems of odd number of wine and of digits each, of nets trained apart and of a routed supernet, all with three heads; 10
-runs each (of 2 trainings where there was one). Rates were not tuned for any state: they are those of the actor-critic's default.
-Writes state.json, state.md and state.png to experiments/results.
+Only the observation of a prefix differs between the runs; actor-critic, problems and cost are the
+same. The states: the tokens through a GRU (discrete); the number of layers and a sketch of their
+weights (continuous); 12 numbers that summarize what the layers did to the data
+(`jchain.agent.observations.observe`); a sketch of the activations of the data; a sketch of the
+gradient of the best head's loss with respect to them; and combinations. An encoding that observes
+activations applies layers while it samples and does not store their outputs, so it pays again for
+layers of chains that it has already scored.
 
-About 50 minutes on one CPU core that other jobs shared, most of them compilation; what is done is kept. `--quick`: wine, one
-state, 2 runs. To expect: a critic that is regressed on the summary ranks prefixes of unseen
-banks by 0.76 and on gradients by 0.32, on tokens, weights and activations by nothing (-0.13 to 0.00); but as states of the actor-critic
-they have much the same regret from scratch (0.046 to 0.076 at 1,000 layer calls), training on other banks does not help
-on an unseen one at 300 and 1,000, and beam search has 0.061 after 300, where the best, gradients on a seen bank, has 0.100.
+Each state starts from random parameters on the bank that is searched (`from scratch`), from
+parameters that were trained by searching other banks of the same data (`unseen`), or other banks
+and this one (`seen`; the same number of banks and steps; the layer calls of training are not
+counted). In addition, a critic is regressed on each state. Its rank correlation with the best
+reachable loss is measured over prefixes of three layers: a held-out fifth of the prefixes of the
+banks it was trained on (`held out`), and all prefixes of unseen banks.
+
+Two ChainBench problems of odd number each of wine and of digits, of separately trained nets and of
+a routed supernet, all with three heads; 10 runs each (split over 2 trainings, if there was any).
+Rates were not tuned for any state: they are the defaults of the actor-critic.
+
+Finished parts are kept. Writes state.json, state.md and state.png to experiments/results.
 """
 
-import argparse
 import dataclasses
 import time
 from functools import partial
@@ -36,10 +44,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from arena import describe_search
 from controller import make_problem
 from matplotlib.figure import Figure
-from records import CHAINBENCH, correlate, describe_machine, keep, write_results
+from records import correlate, describe_machine, describe_search, keep, make_parser, write_results
 
 import jchain as jc
 
@@ -48,14 +55,13 @@ PART, MAX_FREE_STEPS, MAX_STEPS = 16, 100, 480
 DATA = ("wine", "digits")
 TESTED = ("independent-1", "routed-2")
 KINDS = ("independent", "routed")
-TRAINED = (300, 301, 303)  # seeds of banks of three heads, inputs as they are
+TRAINED = (300, 301, 303)  # seeds of banks with three heads and unrotated inputs
 
-NUM_OTHERS = (
-    6  # other banks that are trained on where the bank itself is not; where it is, two make room
-)
+# Banks of a training: 6 others, or the 2 tested banks and 4 others.
+NUM_OTHERS = 6
 NUM_TRAININGS = 2
 NUM_VISITS, VISIT_STEPS = 2, 24
-# Of the regression.
+# Sizes of the regression.
 NUM_ROUNDS, ROUND_STEPS, BATCH, RATE = 4, 50, 64, 3e-3
 DEPTH = 3
 NUM_SUMMARY, NUM_SKETCH = jc.agent.observations.NUM_FEATURES, jc.agent.observations.NUM_SKETCHED + 1
@@ -68,38 +74,38 @@ EVERYTHING = jc.agent.observations.Join(
 )
 
 
-def see_columns(first: int, last: int, problem: Any, hidden: Any, parent: Any) -> Any:
-    """Some of the features that are looked up."""
-    seen = jc.chainbench.tabular.observe(problem, hidden, parent)
-    return seen._replace(features=seen.features[first:last])
+def observe_columns(first: int, last: int, problem: Any, hidden: Any, parent: Any) -> Any:
+    """Observation with some of the features from the table."""
+    observation = jc.chainbench.tabular.observe(problem, hidden, parent)
+    return observation._replace(features=observation.features[first:last])
 
 
-def see_summary(problem: Any, hidden: Any, parent: Any) -> Any:
-    return see_columns(0, NUM_SUMMARY, problem, hidden, parent)
+def observe_summary(problem: Any, hidden: Any, parent: Any) -> Any:
+    return observe_columns(0, NUM_SUMMARY, problem, hidden, parent)
 
 
-def see_activations(problem: Any, hidden: Any, parent: Any) -> Any:
-    return see_columns(NUM_SUMMARY, NUM_SUMMARY + NUM_SKETCH, problem, hidden, parent)
+def observe_activations(problem: Any, hidden: Any, parent: Any) -> Any:
+    return observe_columns(NUM_SUMMARY, NUM_SUMMARY + NUM_SKETCH, problem, hidden, parent)
 
 
-def see_gradients(problem: Any, hidden: Any, parent: Any) -> Any:
-    return see_columns(
+def observe_gradients(problem: Any, hidden: Any, parent: Any) -> Any:
+    return observe_columns(
         NUM_SUMMARY + NUM_SKETCH, NUM_SUMMARY + 2 * NUM_SKETCH, problem, hidden, parent
     )
 
 
-def see_both(problem: Any, hidden: Any, parent: Any) -> Any:
-    return see_columns(NUM_SUMMARY, NUM_SUMMARY + 2 * NUM_SKETCH, problem, hidden, parent)
+def observe_both(problem: Any, hidden: Any, parent: Any) -> Any:
+    return observe_columns(NUM_SUMMARY, NUM_SUMMARY + 2 * NUM_SKETCH, problem, hidden, parent)
 
 
 STATES: dict[str, Any] = {
     "tokens": jc.TokenEncoding(),
     "weights": jc.WeightEncoding(),
-    "summary": jc.ObservedEncoding(see_summary),
-    "activations": jc.ObservedEncoding(see_activations),
-    "gradients": jc.ObservedEncoding(see_gradients),
-    "activations, gradients": jc.ObservedEncoding(see_both),
-    "tokens, summary": jc.JointEncoding((jc.TokenEncoding(), jc.ObservedEncoding(see_summary))),
+    "summary": jc.ObservedEncoding(observe_summary),
+    "activations": jc.ObservedEncoding(observe_activations),
+    "gradients": jc.ObservedEncoding(observe_gradients),
+    "activations, gradients": jc.ObservedEncoding(observe_both),
+    "tokens, summary": jc.JointEncoding((jc.TokenEncoding(), jc.ObservedEncoding(observe_summary))),
 }
 CONTROLS: dict[str, Any] = {
     "evolution": jc.Evolution(population_size=64, tournament_size=16),
@@ -111,10 +117,10 @@ STARTS = ("from scratch", "unseen", "seen")
 
 
 class Bank(NamedTuple):
-    """A problem of which all is looked up."""
+    """A problem with losses and observations from tables."""
 
     problem: jc.Problem
-    loss: np.ndarray  # of all chains, [C]
+    loss: np.ndarray  # loss of all chains, [C]
 
     def regret(self, loss: Any) -> np.ndarray:
         best, middle = self.loss.min(), np.median(self.loss)
@@ -133,23 +139,19 @@ class Run(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = make_parser(
+        __doc__, quick="wine, one state, few runs; nothing is written", has_folder=True
     )
     parser.add_argument(
-        "--folder", type=Path, default=CHAINBENCH, help="of ChainBench (default: %(default)s)"
+        "--data",
+        action="append",
+        choices=jc.chainbench.DATA,
+        help="run only this data set; repeatable",
     )
     parser.add_argument(
-        "--data", action="append", choices=jc.chainbench.DATA, help="only these; repeat for more"
-    )
-    parser.add_argument(
-        "--state", action="append", choices=STATES, help="only these; repeat for more"
+        "--state", action="append", choices=STATES, help="run only this state; repeatable"
     )
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument(
-        "--quick", action="store_true", help="wine, one state, few runs; nothing is written"
-    )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     begin, data_names, seeds = time.perf_counter(), args.data or DATA, args.seeds
     states = {name: encoding for name, encoding in STATES.items() if name in (args.state or STATES)}
@@ -160,58 +162,24 @@ def main() -> None:
     for data in data_names:
         if args.quick:
             jc.chainbench.build(args.folder, [f"{data}-{kind}" for kind in TESTED])
-        for kind in TESTED:
-            solved = jc.chainbench.load(args.folder, f"{data}-{kind}")
-            tested[solved.name] = tabulate(solved.name, solved.problem)
-        others[data] = [
-            tabulate(f"{data}-{kind}-{seed}", make_problem(data, kind, seed))
-            for seed in TRAINED
-            for kind in KINDS
-        ][:NUM_OTHERS]
+        tested |= load_tested(args.folder, data)
+        others[data] = make_others(data)
         print(f"{data}: tables at {time.perf_counter() - begin:.0f} s", flush=True)
     regret, ranks = {}, {}
     for name, encoding in states.items():
         agent = jc.ActorCritic(encoding, entry_features=jc.chainbench.tabular.entry_features)
-        regret[name], ranks[name] = measure(name, agent, tested, others, seeds)
+        regret[name], ranks[name] = run_state(name, agent, tested, others, seeds)
         jax.clear_caches()
         print(f"{name:28} {time.perf_counter() - begin:.0f} s", flush=True)
     controls = {name: run_control(search, tested, seeds) for name, search in CONTROLS.items()}
-    summary = {
-        "regret": {
-            **{
-                name: {start: estimate(rows) for start, rows in by.items()}
-                for name, by in regret.items()
-            },
-            **{name: {"from scratch": estimate(rows)} for name, rows in controls.items()},
-        },
-        "ranks": {
-            name: {where: jc.chainbench.stats.iqm(values)._asdict() for where, values in by.items()}
-            for name, by in ranks.items()
-        },
-    }
+    summary = summarize(regret, ranks, controls)
     table = format_tables(summary)
     print(table, flush=True)
     if args.quick:
         return
     result = {
         **describe_machine(),
-        "config": {
-            "problems": list(tested),
-            "seeds": seeds,
-            "budgets": BUDGETS,
-            "banks": {
-                data: [f"{kind}-{seed}" for seed in TRAINED for kind in KINDS][:NUM_OTHERS]
-                for data in others
-            },
-            "training": {"trainings": NUM_TRAININGS, "visits": NUM_VISITS, "steps": VISIT_STEPS},
-            "regression": {
-                "rounds": NUM_ROUNDS,
-                "steps": ROUND_STEPS,
-                "chains": BATCH,
-                "rate": RATE,
-            },
-            "states": {name: " ".join(repr(encoding).split()) for name, encoding in states.items()},
-        },
+        "config": describe_config(list(tested), list(others), seeds, states),
         "summary": summary,
         "of_each_problem": {
             name: {start: rows.mean(axis=1).round(5).tolist() for start, rows in by.items()}
@@ -223,8 +191,37 @@ def main() -> None:
     )
 
 
+def load_tested(folder: Path, data: str) -> dict[str, Bank]:
+    """The tested problems of one data set, by name."""
+    solved = [jc.chainbench.load(folder, f"{data}-{kind}") for kind in TESTED]
+    return {one.name: tabulate(one.name, one.problem) for one in solved}
+
+
+def make_others(data: str) -> list[Bank]:
+    """Banks of one data set for training."""
+    names = [(kind, seed) for seed in TRAINED for kind in KINDS][:NUM_OTHERS]
+    return [
+        tabulate(f"{data}-{kind}-{seed}", make_problem(data, kind, seed)) for kind, seed in names
+    ]
+
+
+def describe_config(
+    problems: list[str], data_names: list[str], seeds: int, states: dict[str, Any]
+) -> dict[str, Any]:
+    banks = [f"{kind}-{seed}" for seed in TRAINED for kind in KINDS][:NUM_OTHERS]
+    return {
+        "problems": problems,
+        "seeds": seeds,
+        "budgets": BUDGETS,
+        "banks": dict.fromkeys(data_names, banks),
+        "training": {"trainings": NUM_TRAININGS, "visits": NUM_VISITS, "steps": VISIT_STEPS},
+        "regression": {"rounds": NUM_ROUNDS, "steps": ROUND_STEPS, "chains": BATCH, "rate": RATE},
+        "states": {name: " ".join(repr(encoding).split()) for name, encoding in states.items()},
+    }
+
+
 def tabulate(name: str, problem: jc.Problem) -> Bank:
-    """Looked up with everything that a state may see of its prefixes."""
+    """Make the table of losses and of every feature that a state may observe."""
     arrays = [
         np.asarray(leaf).tobytes()
         for leaf in jax.tree.leaves((problem.bank.without_names(), problem.data))
@@ -233,22 +230,26 @@ def tabulate(name: str, problem: jc.Problem) -> Bank:
     def make() -> dict[str, np.ndarray]:
         return {"table": np.asarray(jc.chainbench.tabular.tabulate(problem, EVERYTHING).data.y[0])}
 
-    table = keep((tabulate,), f"state-{name}", arrays, make, uses=(problem, EVERYTHING))["table"]
+    table = keep(__file__, f"state-{name}", arrays, make)["table"]
     loss = table[:, : problem.bank.num_heads]
-    looked_up = jc.chainbench.tabular.make_problem(
+    tables = jc.chainbench.tabular.make_problem(
         problem.bank, loss.reshape(-1), problem.max_layers, table[:, problem.bank.num_heads :]
     )
-    return Bank(looked_up.without_names(), loss.reshape(-1))
+    return Bank(tables.without_names(), loss.reshape(-1))
 
 
-def measure(
+def run_state(
     name: str,
     agent: jc.ActorCritic,
     tested: dict[str, Bank],
     others: dict[str, list[Bank]],
     seeds: int,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Regret by start, `[M, S, B]`, and rank correlation of a regressed critic by kind of bank, `[M, S]`."""
+    """Run the actor-critic from each start, and regress a critic.
+
+    Returns:
+      Regret by start, `[M, S, B]`, and rank correlation by kind of bank, `[M, S]`.
+    """
     regret: dict[str, Any] = {start: [] for start in STARTS}
     ranks: dict[str, Any] = {"held out": [], "unseen": []}
     for data, banks in others.items():
@@ -256,21 +257,12 @@ def measure(
             bank for problem_name, bank in tested.items() if problem_name.startswith(f"{data}-")
         ]
         inputs = ([bank.loss.tobytes() for bank in (*mine, *banks)], describe_search(agent), seeds)
-        title, uses = f"state-{name}-{data}".replace(" ", ""), (agent, agent.encoding)
+        title = f"state-{name}-{data}".replace(" ", "")
         for start in STARTS:
-            code = (search_from, search_all, train, advance, start_run, see_columns)
             make = partial(search_from, start, agent, mine, banks, seeds)
-            arrays = keep(
-                code, f"{title}-{start.replace(' ', '-')}", (*inputs, start), make, uses=uses
-            )
+            arrays = keep(__file__, f"{title}-{start.replace(' ', '-')}", (*inputs, start), make)
             regret[start].extend(arrays["regret"])
-        arrays = keep(
-            (regress, fit, know, see_columns),
-            f"{title}-ranks",
-            inputs,
-            partial(regress, agent, mine, banks),
-            uses=uses,
-        )
+        arrays = keep(__file__, f"{title}-ranks", inputs, partial(regress, agent, mine, banks))
         for where, values in ranks.items():
             values.extend(arrays[where])
     return tuple({key: np.array(rows) for key, rows in by.items()} for by in (regret, ranks))  # pyright: ignore[reportReturnType]
@@ -279,13 +271,13 @@ def measure(
 def search_from(
     start: str, agent: jc.ActorCritic, mine: list[Bank], banks: list[Bank], seeds: int
 ) -> dict[str, np.ndarray]:
-    """Regret on my banks from one kind of params."""
+    """Regret on the tested banks, from one kind of params."""
     keys = jax.random.split(jax.random.key(0), seeds)
     if start == "from scratch":
-        params = jax.vmap(lambda key: begin_params(key, agent, mine[0].problem))(keys)
+        params = jax.vmap(lambda key: init_params(key, agent, mine[0].problem))(keys)
     else:
         seen = banks if start == "unseen" else [*mine, *banks[: len(banks) - len(mine)]]
-        # Each training serves as many runs.
+        # Each training starts the same number of runs.
         params = jax.tree.map(
             lambda leaf: jnp.repeat(leaf, seeds // NUM_TRAININGS, axis=0), train(agent, seen)
         )
@@ -293,7 +285,7 @@ def search_from(
 
 
 @jax.jit
-def begin_params(key: Any, agent: jc.ActorCritic, problem: jc.Problem) -> Any:
+def init_params(key: Any, agent: jc.ActorCritic, problem: jc.Problem) -> Any:
     return agent.init(key, problem).params
 
 
@@ -327,7 +319,7 @@ def start_run(key: Any, params: Any, agent: jc.ActorCritic, problem: jc.Problem)
 
 
 def advance(run: Run, agent: jc.ActorCritic, problem: jc.Problem) -> Run:
-    """Some steps; one that would pass a budget is not counted in it."""
+    """Run PART steps; a step that exceeds a budget is not counted in it."""
 
     def step(old: Run, _: Any) -> tuple[Run, None]:
         key, step_key = jax.random.split(old.key)
@@ -349,38 +341,43 @@ advance_runs = jax.jit(
 
 
 def regress(agent: jc.ActorCritic, mine: list[Bank], banks: list[Bank]) -> dict[str, np.ndarray]:
-    """Rank correlation over prefixes of three layers of a critic that learned what is behind the prefixes of other banks."""
-    chains, known = know(banks[0], [bank.loss for bank in (*banks, *mine)])
+    """Rank correlation, over prefixes of three layers, of a critic regressed on other banks.
+
+    Its targets are the best reachable rewards of their prefixes.
+    """
+    chains, best_rewards = find_best_rewards(banks[0], [bank.loss for bank in (*banks, *mine)])
     is_out = np.random.default_rng(0).random(len(chains)) < 0.2
     keys = jax.random.split(jax.random.key(2), NUM_TRAININGS)
-    states = jax.vmap(lambda key: begin_state(key, agent, banks[0].problem))(keys)
+    states = jax.vmap(lambda key: init_state(key, agent, banks[0].problem))(keys)
     optimizer_state = jax.vmap(optax.adam(RATE).init)(states.params)
     fit_all = jax.vmap(fit, in_axes=(0, 0, 0, None, None, None, None))
     for i in range(NUM_ROUNDS):
         for j, bank in enumerate(banks):
             keys = jax.random.split(jax.random.key(100 * i + j), NUM_TRAININGS)
             rows = jnp.asarray(np.flatnonzero(~is_out))
-            given = jnp.asarray(chains)[rows], jnp.asarray(known[j])[rows]
+            training_data = jnp.asarray(chains)[rows], jnp.asarray(best_rewards[j])[rows]
             states, optimizer_state = fit_all(
-                keys, states, optimizer_state, agent, bank.problem, *given
+                keys, states, optimizer_state, agent, bank.problem, *training_data
             )
     found: dict[str, Any] = {"held out": [], "unseen": []}
     for j, bank in enumerate((*banks, *mine)):
-        sight = begin_state(keys[0], agent, bank.problem).sight
+        inputs = init_state(keys[0], agent, bank.problem).inputs
         values = jax.vmap(
-            lambda s, bank=bank, sight=sight: find_value(
-                s._replace(sight=sight), agent, bank.problem, jnp.asarray(chains)
+            lambda s, bank=bank, inputs=inputs: find_value(
+                s._replace(inputs=inputs), agent, bank.problem, jnp.asarray(chains)
             )
         )(states)
         rows = is_out if j < len(banks) else np.ones_like(is_out)
-        rank = [correlate(np.asarray(one)[rows, DEPTH], known[j][rows, DEPTH]) for one in values]
+        rank = [
+            correlate(np.asarray(one)[rows, DEPTH], best_rewards[j][rows, DEPTH]) for one in values
+        ]
         found["held out" if j < len(banks) else "unseen"].append(rank)
     return {where: np.array(rows) for where, rows in found.items()}
 
 
 @jax.jit
-def begin_state(key: Any, agent: jc.ActorCritic, problem: jc.Problem) -> Any:
-    return agent.init(key, problem)._replace(memo=None)
+def init_state(key: Any, agent: jc.ActorCritic, problem: jc.Problem) -> Any:
+    return agent.init(key, problem)._replace(cache=None)
 
 
 @jax.jit
@@ -396,10 +393,10 @@ def fit(
     agent: jc.ActorCritic,
     problem: jc.Problem,
     chains: Any,
-    known: Any,
+    best_rewards: Any,
 ) -> Any:
-    """Some steps of least squares on the prefixes of one bank."""
-    state = state._replace(sight=agent.init(key, problem).sight)
+    """Run ROUND_STEPS steps of least squares on the prefixes of one bank."""
+    state = state._replace(inputs=agent.init(key, problem).inputs)
 
     def step(carry: Any, key: Any) -> tuple[Any, None]:
         params, optimizer_state = carry
@@ -407,7 +404,7 @@ def fit(
 
         def loss_fn(params: Any) -> Any:
             found = agent.value(state._replace(params=params), chains[rows], problem)
-            return jnp.mean((found[:, : DEPTH + 1] - known[rows]) ** 2)
+            return jnp.mean((found[:, : DEPTH + 1] - best_rewards[rows]) ** 2)
 
         updates, optimizer_state = optax.adam(RATE).update(
             jax.grad(loss_fn)(params), optimizer_state
@@ -419,13 +416,16 @@ def fit(
     return state._replace(params=params), optimizer_state
 
 
-def know(bank: Bank, losses: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Chains through all prefixes of three layers, and of each bank the best log reward behind each of their prefixes, less its mean."""
+def find_best_rewards(bank: Bank, losses: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return a chain through each prefix of three layers, and the best reachable log rewards.
+
+    The rewards have one array per bank, `[12^3, 4]`, for the prefixes of each chain, centered.
+    """
     num_layers, num_heads = bank.problem.bank.num_layers, bank.problem.bank.num_heads
     chains = np.stack([*np.indices((num_layers,) * DEPTH).reshape(DEPTH, -1)], axis=1)
     chains = np.pad(chains, ((0, 0), (0, 2)), constant_values=-1)
     chains[:, DEPTH] = num_layers
-    known = []
+    best_rewards = []
     for loss in losses:
         reward = (
             np.asarray(jc.agent.rewards.log_rewards(jnp.asarray(loss)))
@@ -437,8 +437,8 @@ def know(bank: Bank, losses: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndar
         for d in range(DEPTH, -1, -1):
             levels[d] = np.maximum(levels[d], levels[d + 1].reshape(-1, num_layers).max(axis=1))
         columns = [np.repeat(levels[d], num_layers ** (DEPTH - d)) for d in range(DEPTH + 1)]
-        known.append(np.stack(columns, axis=1) - levels[DEPTH].mean())
-    return chains, known
+        best_rewards.append(np.stack(columns, axis=1) - levels[DEPTH].mean())
+    return chains, best_rewards
 
 
 def run_control(search: Any, tested: dict[str, Bank], seeds: int) -> np.ndarray:
@@ -448,6 +448,23 @@ def run_control(search: Any, tested: dict[str, Bank], seeds: int) -> np.ndarray:
         results = jc.run_many(keys, search, bank.problem, budget=BUDGETS[-1])
         rows.append(bank.regret(np.array([result.curve.at(BUDGETS) for result in results])))
     return np.array(rows)
+
+
+def summarize(
+    regret: dict[str, dict[str, np.ndarray]],
+    ranks: dict[str, dict[str, np.ndarray]],
+    controls: dict[str, np.ndarray],
+) -> dict[str, Any]:
+    """IQM and interval of the regret by state, start and budget, and of the rank correlations."""
+    by_state = {
+        name: {start: estimate(rows) for start, rows in by.items()} for name, by in regret.items()
+    }
+    by_control = {name: {"from scratch": estimate(rows)} for name, rows in controls.items()}
+    by_rank = {
+        name: {where: jc.chainbench.stats.iqm(values)._asdict() for where, values in by.items()}
+        for name, by in ranks.items()
+    }
+    return {"regret": {**by_state, **by_control}, "ranks": by_rank}
 
 
 def estimate(regret: np.ndarray) -> dict[str, Any]:
@@ -462,7 +479,7 @@ def show(cell: dict[str, float], digits: int = 3) -> str:
 
 
 def format_tables(summary: dict[str, Any]) -> str:
-    """Markdown: regret by state, start and budget, and rank correlation; IQM and 95% intervals."""
+    """Markdown tables: regret by state, start and budget, and rank correlation, with intervals."""
     head = ["state", "start", *(f"regret at {budget:,}" for budget in BUDGETS)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, by in summary["regret"].items():
@@ -482,7 +499,7 @@ def format_tables(summary: dict[str, Any]) -> str:
 
 
 def draw(path: str, summary: dict[str, Any], states: list[str]) -> None:
-    """Regret by state and start at two budgets, and rank correlation of a regressed critic."""
+    """Plot regret by state and start at two budgets, and rank correlation of a regressed critic."""
     figure = Figure(figsize=(12, 4), layout="constrained")
     panels = figure.subplots(1, 3)
     places = np.arange(len(states))

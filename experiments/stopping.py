@@ -1,33 +1,38 @@
-"""When does a chain stop? Head as an action, against fixed lengths, against a price per layer.
+"""When does a chain stop? A head as an action, fixed lengths, or a layer penalty.
 
     python experiments/chainbench.py && python experiments/stopping.py
 
-Each search looks for good chains of every number of layers, in three ways that spend as many layer calls together: one run in
-which a head is an action; one run for each fixed length, `Problem(min_layers=k, max_layers=k)`, with a fourth of the calls each;
-one run for each of four prices per layer, with a fourth each. What they found of each length, step by step, is their front; all
-begin with the heads alone, which cost no layer call. The table of ChainBench says what the best chains of up to 1, 2, 3 and 4
-layers are. Regret is that of the arena for each of these: 0 the best chain of at most so many layers, 1 (and no more) the median
-one; the area between the fronts is the mean of the four. A second reading takes every stop of what was scored by every head, for
-no layer call more (`jc.evaluate_prefixes`); a third, of prices, only the best chain of each run. Prices are in units of the loss
-of the best head alone; the four were chosen on the problems of even number as if each run found the best chain at its price. All
-else is of those of odd number. Losses are looked up.
+Hardware and run time: one CPU core, shared with several other jobs, 40 minutes, nearly all of it
+compilation. `--quick`: two problems of the wine data, 3 seeds, two searches, 2 minutes.
 
-A run ends, beside at its budget, where it has the best chain of each length, or where a hundred steps more cost nothing than cost
-something; the share of a length of one layer needs 12 layer calls and leaves the rest.
+Result to expect of the area between the fronts at 1,000 layer calls. Head as an action: 0.001 with
+critic search, 0.011 with beam search, 0.054 with the actor-critic, and 0.34 to 0.52 with evolution,
+local and random search, which score few short chains; with all stops, 0.01 to 0.04 for these.
+Fixed lengths: 0.02 to 0.08. Layer penalties: 0.03 to 0.62.
 
-40 minutes on a CPU core with several other jobs beside it, nearly all of it compilation; `--quick`: two problems of the wine data,
-3 seeds, two searches, 2 minutes. To expect, at 1,000 layer calls, the area between the fronts: head as an action has 0.001 with
-critic search, 0.011 with beam search, 0.054 with the actor-critic, and 0.34 to 0.52 with evolution, local and random search, which
-hardly score short chains; 0.01 to 0.04 with all of these where their stops are read too; fixed lengths 0.02 to 0.08, prices 0.03 to
-0.62. Each search's runs are kept, so an interrupted one goes on. Writes stopping.json, stopping.md and stopping.png to
-experiments/results.
+Each search looks for good chains of every number of layers in three ways, with the same total of
+layer calls: one run in which a head is an action; one run for each fixed length,
+`Problem(min_layers=k, max_layers=k)`, with a fourth of the calls each; one run for each of four
+layer penalties, with a fourth each. The best chains of each length that a run found are its front.
+All fronts start with the heads alone, which cost no layer call. ChainBench's table has the best
+chains of up to 1, 2, 3 and 4 layers. Regret is that of the arena for each of these: 0 for the best
+chain of at most that many layers, 1 (the maximum) for the median one. The area between the fronts
+is the mean of the four regrets. A second way to read a run includes every stop of the scored chains
+by every head, which costs no extra layer call (`jc.evaluate_prefixes`). A third, for penalties,
+uses only the best chain of each run. Penalties are in units of the loss of the best head alone; the
+four were chosen on the problems of even number as if each run found the best chain at its penalty.
+All other results are of the problems of odd number. Losses come from tables.
+
+A run ends at its budget, when it has the best chain of each length, or when steps without cost
+outnumber the others by a hundred. The share of a length of one layer needs 12 layer calls; the rest
+stays unspent.
+
+The runs of each search are kept, so an interrupted one continues. Writes stopping.json, stopping.md
+and stopping.png to experiments/results.
 """
 
-import argparse
-import dataclasses
 import hashlib
 import itertools
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -35,9 +40,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from fronts import DEPTH, LENGTHS, Table, find_stops, improve, spend, spend_all, step_one
+from fronts import DEPTH, LENGTHS, Table, run_fronts
 from matplotlib.figure import Figure
-from records import CHAINBENCH, describe_machine, is_deterministic, keep, make_pool, write_results
+from records import describe_machine, describe_search, keep, make_parser, make_pool, write_results
 
 import jchain as jc
 
@@ -46,44 +51,45 @@ SEARCHES: dict[str, Any] = {
     "critic search": jc.CriticSearch(),
     "evolution": jc.Evolution(),
     "local search": jc.LocalSearch(),
-    # A step of more chains would not fit the least share.
+    # A step of more chains would not fit into the smallest share.
     "random search": jc.RandomSearch(num_chains=16),
     "beam search": jc.BeamSearch(width=4, max_width=256),
 }
 BUDGETS = (500, 1000, 4000)
 SHOWN = 1  # the budget of the figure and of most tables
-PRICE_GRID = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.3, 0.4, 0.6)
-NUM_PRICES = DEPTH  # as many runs as there are fixed lengths, so that shares are equal
+PENALTY_GRID = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.3, 0.4, 0.6)
+NUM_PENALTIES = DEPTH  # as many as fixed lengths, so that shares are equal
 TRACED = (1, 5, 10, 20, 40)
-ACTION, FIXED, PRICED = "head as an action", "fixed lengths", "price per layer"
+ACTION, FIXED, PENALIZED = "head as an action", "fixed lengths", "price per layer"
 STOPS, BEST_ONLY = ", all stops", ", best chains only"
-METHODS = (ACTION, FIXED, PRICED, PRICED + BEST_ONLY, ACTION + STOPS, FIXED + STOPS, PRICED + STOPS)
+METHODS = (
+    ACTION,
+    FIXED,
+    PENALIZED,
+    PENALIZED + BEST_ONLY,
+    ACTION + STOPS,
+    FIXED + STOPS,
+    PENALIZED + STOPS,
+)
 
 
-class Grounds(NamedTuple):
-    """Where searches meet."""
+class Setup(NamedTuple):
+    """Problems, runs and penalties with which searches are compared."""
 
     folder: Path
     names: tuple[str, ...]
     seeds: int
-    prices: tuple[float, ...]  # in units of the loss of the best head alone
+    penalties: tuple[float, ...]  # in units of the loss of the best head alone
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = make_parser(
+        __doc__,
+        quick="two problems, 3 seeds; nothing is written",
+        has_folder=True,
+        has_workers=True,
     )
-    parser.add_argument(
-        "--folder", type=Path, default=CHAINBENCH, help="of ChainBench (default: %(default)s)"
-    )
-    parser.add_argument("--seeds", type=int, default=10, help="runs of each search that is random")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="two problems, 3 seeds; nothing is written"
-    )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--seeds", type=int, default=10, help="runs of each stochastic search")
     args = parser.parse_args()
     searches, tuned, names, seeds = (
         SEARCHES,
@@ -92,20 +98,15 @@ def main() -> None:
         args.seeds,
     )
     if args.quick:
-        searches = {
-            name: search
-            for name, search in SEARCHES.items()
-            if name in ("local search", "beam search")
-        }
+        searches = {name: SEARCHES[name] for name in ("local search", "beam search")}
         tuned, names, seeds = ("wine-random-0",), ("wine-routed-0", "wine-random-1"), 3
         jc.chainbench.build(args.folder, (*tuned, *names))
-    grounds = Grounds(
-        args.folder, names, seeds, choose_prices([Table(args.folder, name) for name in tuned])
+    setup = Setup(
+        args.folder, names, seeds, choose_penalties([Table(args.folder, name) for name in tuned])
     )
     with make_pool(args.workers) as pool:
         futures = {
-            name: pool.submit(run_search, name, search, grounds)
-            for name, search in searches.items()
+            name: pool.submit(run_search, name, search, setup) for name, search in searches.items()
         }
         runs = {name: future.result() for name, future in futures.items()}
     tables = [Table(args.folder, name) for name in names]
@@ -116,20 +117,22 @@ def main() -> None:
             "seeds": seeds,
             "budgets": BUDGETS,
             "shown": BUDGETS[SHOWN],
-            "prices": grounds.prices,
+            "prices": setup.penalties,
             "searches": {name: describe_search(search) for name, search in searches.items()},
         },
-        "truth": describe_truth(tables, grounds.prices),
+        "truth": describe_truth(tables, setup.penalties),
         "fronts": {
-            name: compare_fronts(arrays, tables, grounds.prices) for name, arrays in runs.items()
+            name: compare_fronts(arrays, tables, setup.penalties) for name, arrays in runs.items()
         },
         "one_chain": {
-            name: compare_chains(arrays, tables, grounds.prices) for name, arrays in runs.items()
+            name: compare_chains(arrays, tables, setup.penalties) for name, arrays in runs.items()
         },
         "choice": {
-            name: compare_choices(arrays, tables, grounds.prices) for name, arrays in runs.items()
+            name: compare_choices(arrays, tables, setup.penalties) for name, arrays in runs.items()
         },
-        "lengths_by_step": {name: trace(arrays, grounds.prices) for name, arrays in runs.items()},
+        "lengths_by_step": {
+            name: summarize_lengths(arrays, setup.penalties) for name, arrays in runs.items()
+        },
     }
     table = format_tables(result)
     print(table, flush=True)
@@ -138,83 +141,82 @@ def main() -> None:
     write_results(args.out, "stopping", result, table, partial(draw, result=result))
 
 
-def describe_search(search: Any) -> str:
-    values = {field.name: getattr(search, field.name) for field in dataclasses.fields(search)}
-    # Functions by name: their addresses change.
-    cells = [
-        f"{name}={getattr(value, '__name__', None) or ' '.join(repr(value).split())}"
-        for name, value in values.items()
-    ]
-    return f"{type(search).__name__}({', '.join(cells)})"
-
-
-def choose_prices(tables: list[Table]) -> tuple[float, ...]:
-    """The prices whose best chains come nearest to the true front, in the mean of these problems."""
-    # The best length at each price of the grid, and the front that some of them give.
-    paid = [
-        [(t.loss[t.best] + price * t.unit * np.arange(DEPTH + 1)).argmin() for price in PRICE_GRID]
+def choose_penalties(tables: list[Table]) -> tuple[float, ...]:
+    """The penalties whose best chains give the mean front that is nearest to the true one."""
+    # The best length at each penalty of the grid.
+    best_lengths = [
+        [
+            (t.loss[t.best] + penalty * t.unit * np.arange(DEPTH + 1)).argmin()
+            for penalty in PENALTY_GRID
+        ]
         for t in tables
     ]
 
     def area(chosen: tuple[int, ...]) -> float:
         total = 0.0
-        for table, lengths in zip(tables, paid, strict=True):
+        for table, lengths in zip(tables, best_lengths, strict=True):
             places = np.full(DEPTH + 1, -1)
             found = [0, *(lengths[i] for i in chosen)]
             places[found] = table.best[found]
             total += float(table.regret(places).mean())
         return total
 
-    best = min(itertools.combinations(range(len(PRICE_GRID)), NUM_PRICES), key=area)
-    return tuple(PRICE_GRID[i] for i in best)
+    best = min(itertools.combinations(range(len(PENALTY_GRID)), NUM_PENALTIES), key=area)
+    return tuple(PENALTY_GRID[i] for i in best)
 
 
-def run_search(name: str, search: Any, grounds: Grounds) -> dict[str, np.ndarray]:
-    """Fronts of all its runs: `scored` and `stops`, `[M, R, S, B, D + 1]`, for the run with a head as an action, those of fixed
-    lengths and those of prices; and `lengths`, `[M, R, S, T, D + 1]`."""
+def run_search(name: str, search: Any, setup: Setup) -> dict[str, np.ndarray]:
+    """Fronts of all runs of a search.
+
+    Returns:
+      `scored` and `stops`, `[M, R, S, B, D + 1]`, for the run with a head as an action, those of
+      fixed lengths and those of penalties; and `lengths`, `[M, R, S, T, D + 1]`.
+    """
     start = time.perf_counter()
     digest = hashlib.sha256()
-    for problem in grounds.names:
-        digest.update((grounds.folder / f"{problem}.table.safetensors").read_bytes())
-    given = (
-        grounds.names,
-        grounds.seeds,
-        grounds.prices,
+    for problem in setup.names:
+        digest.update((setup.folder / f"{problem}.table.safetensors").read_bytes())
+    inputs = (
+        setup.names,
+        setup.seeds,
+        setup.penalties,
         digest.hexdigest(),
         describe_search(search),
     )
-    code = (run_all, spend, spend_all, step_one, improve, find_stops, Table)
-    make = partial(run_all, search, grounds)
-    arrays = keep(code, f"stopping-{name.replace(' ', '-')}", given, make, uses=(search,))
+    make = partial(run_all, search, setup)
+    arrays = keep(__file__, f"stopping-{name.replace(' ', '-')}", inputs, make)
     print(f"{name:20} {time.perf_counter() - start:.0f} s", flush=True)
-    # Programs map memory, of which a process may have only so many pieces.
+    # Each program maps memory, and the number of mappings of a process is limited.
     jax.clear_caches()
     return arrays
 
 
-def run_all(search: Any, grounds: Grounds) -> dict[str, np.ndarray]:
-    keys = jax.random.split(jax.random.key(0), 1 if is_deterministic(search) else grounds.seeds)
-    tables = [Table(grounds.folder, name) for name in grounds.names]
+def run_all(search: Any, setup: Setup) -> dict[str, np.ndarray]:
+    keys = jax.random.split(jax.random.key(0), 1 if search.is_deterministic else setup.seeds)
+    tables = [Table(setup.folder, name) for name in setup.names]
     parts = []
-    # Problems of one shape behind each other, so that they share compiled programs.
+    # Problems of one shape run in sequence, so that they share programs.
     for length in (None, *LENGTHS):
-        prices = (0.0, *grounds.prices) if length is None else (0.0,)
-        for i, price in enumerate(prices):
+        penalties = (0.0, *setup.penalties) if length is None else (0.0,)
+        for i, penalty in enumerate(penalties):
             budgets = (
-                np.array(BUDGETS) if length is None and i == 0 else np.array(BUDGETS) // NUM_PRICES
+                np.array(BUDGETS)
+                if length is None and i == 0
+                else np.array(BUDGETS) // NUM_PENALTIES
             )
             start = time.perf_counter()
             parts.append(
                 [
-                    spend(keys, search, table, table.problem(price, length), budgets)
+                    run_fronts(keys, search, table, table.problem(penalty, length), budgets)
                     for table in tables
                 ]
             )
             print(
-                f"{type(search).__name__}, length {length}, price {price}: {time.perf_counter() - start:.0f} s",
+                f"{type(search).__name__}, length {length}, penalty {penalty}: "
+                f"{time.perf_counter() - start:.0f} s",
                 flush=True,
             )
-    order = [0, *range(1 + NUM_PRICES, len(parts)), *range(1, 1 + NUM_PRICES)]
+    order = [0, *range(1 + NUM_PENALTIES, len(parts)), *range(1, 1 + NUM_PENALTIES)]
     stacked = [
         [np.stack([parts[r][m][i] for r in order]) for m in range(len(tables))] for i in range(3)
     ]
@@ -222,46 +224,50 @@ def run_all(search: Any, grounds: Grounds) -> dict[str, np.ndarray]:
 
 
 def find_fronts(
-    arrays: dict[str, np.ndarray], tables: list[Table], prices: tuple[float, ...], budget: int
+    arrays: dict[str, np.ndarray], tables: list[Table], penalties: tuple[float, ...], budget: int
 ) -> dict[str, list[np.ndarray]]:
-    """By method and problem the best chain of each length that was found within a budget, `[S, D + 1]`."""
-    runs = {ACTION: slice(0, 1), FIXED: slice(1, 1 + DEPTH), PRICED: slice(1 + DEPTH, None)}
+    """Best found chain of each length within a budget, by method and problem, `[S, D + 1]`."""
+    runs = {ACTION: slice(0, 1), FIXED: slice(1, 1 + DEPTH), PENALIZED: slice(1 + DEPTH, None)}
     fronts: dict[str, list[np.ndarray]] = {method: [] for method in METHODS}
     for m, table in enumerate(tables):
         for method, rows in runs.items():
             for suffix, kind in (("", "scored"), (STOPS, "stops")):
-                fronts[method + suffix].append(join(arrays[kind][m, rows, :, budget], table))
-        places = arrays["scored"][m, runs[PRICED], :, budget]
-        length = find_lengths(places, table, np.array(prices)[:, None])
+                fronts[method + suffix].append(merge_runs(arrays[kind][m, rows, :, budget], table))
+        places = arrays["scored"][m, runs[PENALIZED], :, budget]
+        length = find_lengths(places, table, np.array(penalties)[:, None])
         is_best = np.arange(DEPTH + 1) == length[..., None]
-        fronts[PRICED + BEST_ONLY].append(join(np.where(is_best, places, -1), table))
+        fronts[PENALIZED + BEST_ONLY].append(merge_runs(np.where(is_best, places, -1), table))
     return fronts
 
 
-def join(places: np.ndarray, table: Table) -> np.ndarray:
-    """The best of each length of several runs, `[R, S, D + 1]`, and of the heads alone, which cost no layer call."""
+def merge_runs(places: np.ndarray, table: Table) -> np.ndarray:
+    """Merge the fronts of several runs, `[R, S, D + 1]`, and the heads alone (no layer call)."""
     best = np.take_along_axis(places, table.read(places).argmin(axis=0)[None], axis=0)[0]
     best[:, 0] = table.best[0]
     return best
 
 
-def find_lengths(places: np.ndarray, table: Table, price: Any = 0.0) -> np.ndarray:
-    """Layers of the best chain at a price, of the best of each length `[..., D + 1]`."""
-    return pay(places, table, price).argmin(axis=-1)
+def find_lengths(places: np.ndarray, table: Table, penalty: Any = 0.0) -> np.ndarray:
+    """Length of the best chain at a penalty, among a front `[..., D + 1]`."""
+    return add_penalty(places, table, penalty).argmin(axis=-1)
 
 
-def pay(places: np.ndarray, table: Table, price: Any) -> np.ndarray:
-    """Losses with the price of layers."""
-    return table.read(places) + np.asarray(price)[..., None] * table.unit * np.arange(DEPTH + 1)
+def add_penalty(places: np.ndarray, table: Table, penalty: Any) -> np.ndarray:
+    """Losses of a front with the layer penalty."""
+    return table.read(places) + np.asarray(penalty)[..., None] * table.unit * np.arange(DEPTH + 1)
 
 
 def compare_fronts(
-    arrays: dict[str, np.ndarray], tables: list[Table], prices: tuple[float, ...]
+    arrays: dict[str, np.ndarray], tables: list[Table], penalties: tuple[float, ...]
 ) -> dict[str, Any]:
-    """By method and budget: regrets of the best of at most 1, 2, ... layers, their mean, and losses over the best of all."""
+    """Compare the methods' fronts at each budget.
+
+    Regrets of the best chains of at most 1, 2, ... layers, their mean, and ratios of losses to the
+    best of all.
+    """
     result: dict[str, Any] = {method: {} for method in METHODS}
     for i, budget in enumerate(BUDGETS):
-        for method, fronts in find_fronts(arrays, tables, prices, i).items():
+        for method, fronts in find_fronts(arrays, tables, penalties, i).items():
             regret = np.array(
                 [table.regret(places) for table, places in zip(tables, fronts, strict=True)]
             )
@@ -283,29 +289,34 @@ def compare_fronts(
 
 
 def compare_chains(
-    arrays: dict[str, np.ndarray], tables: list[Table], prices: tuple[float, ...]
+    arrays: dict[str, np.ndarray], tables: list[Table], penalties: tuple[float, ...]
 ) -> dict[str, Any]:
-    """Asked for one chain, head as an action: its regret, and whether it is as long as the best one.
+    """Regret of the best chain of a run, and whether it is as long as the true best chain.
 
-    Without a price at each budget, and at each price with the share of that budget.
+    For a head as an action: without a penalty at each budget, and at each penalty with its share of
+    that budget.
     """
     result: dict[str, Any] = {}
-    for r, price in ((0, 0.0), *((1 + DEPTH + i, price) for i, price in enumerate(prices))):
+    for r, penalty in (
+        (0, 0.0),
+        *((1 + DEPTH + i, penalty) for i, penalty in enumerate(penalties)),
+    ):
         for b, budget in enumerate(BUDGETS):
             regrets, hits, lengths = [], [], []
             for m, table in enumerate(tables):
-                places = join(arrays["scored"][m, r : r + 1, :, b], table)
-                priced = table.loss + price * table.unit * table.length
-                best, middle = priced.min(), np.median(priced)
+                places = merge_runs(arrays["scored"][m, r : r + 1, :, b], table)
+                penalized = table.loss + penalty * table.unit * table.length
+                best, middle = penalized.min(), np.median(penalized)
                 regrets.append(
                     np.minimum(
-                        (pay(places, table, price).min(axis=-1) - best) / (middle - best), 1.0
+                        (add_penalty(places, table, penalty).min(axis=-1) - best) / (middle - best),
+                        1.0,
                     )
                 )
-                lengths.append(find_lengths(places, table, price))
-                hits.append(lengths[-1] == table.length[priced.argmin()])
-            key = "none" if r == 0 else str(price)
-            result.setdefault(key, {})[str(budget if r == 0 else budget // NUM_PRICES)] = {
+                lengths.append(find_lengths(places, table, penalty))
+                hits.append(lengths[-1] == table.length[penalized.argmin()])
+            key = "none" if r == 0 else str(penalty)
+            result.setdefault(key, {})[str(budget if r == 0 else budget // NUM_PENALTIES)] = {
                 "regret": jc.chainbench.stats.iqm(np.array(regrets))._asdict(),
                 "is_as_long": float(np.mean(hits)),
                 "length": float(np.mean(lengths)),
@@ -314,14 +325,14 @@ def compare_chains(
 
 
 def compare_choices(
-    arrays: dict[str, np.ndarray], tables: list[Table], prices: tuple[float, ...]
+    arrays: dict[str, np.ndarray], tables: list[Table], penalties: tuple[float, ...]
 ) -> dict[str, Any]:
-    """Of the chains of a front, one of each length: that which is best on a split, how long it is, and its regret on test."""
-    fronts = find_fronts(arrays, tables, prices, SHOWN)
-    return {method: choose(fronts[method], tables) for method in (ACTION, FIXED, PRICED)}
+    """For each split, the best chain of a front on it: its length, and its regret on test."""
+    fronts = find_fronts(arrays, tables, penalties, SHOWN)
+    return {method: choose_lengths(fronts[method], tables) for method in (ACTION, FIXED, PENALIZED)}
 
 
-def choose(fronts: list[np.ndarray], tables: list[Table]) -> dict[str, Any]:
+def choose_lengths(fronts: list[np.ndarray], tables: list[Table]) -> dict[str, Any]:
     result = {}
     for split in ("search", "select", "test"):
         lengths = [
@@ -340,8 +351,8 @@ def choose(fronts: list[np.ndarray], tables: list[Table]) -> dict[str, Any]:
     return result
 
 
-def describe_truth(tables: list[Table], prices: tuple[float, ...]) -> dict[str, Any]:
-    """Of the best chains of each length on search."""
+def describe_truth(tables: list[Table], penalties: tuple[float, ...]) -> dict[str, Any]:
+    """Describe the best chains of each length on search."""
     fronts = [table.best[None] for table in tables]
     test = np.array([table.test_regret(table.best) for table in tables])
     by_split = {
@@ -359,34 +370,44 @@ def describe_truth(tables: list[Table], prices: tuple[float, ...]) -> dict[str, 
             s: np.bincount(n, minlength=DEPTH + 1).tolist() for s, n in by_split.items()
         },
         "test_regret": {n: jc.chainbench.stats.iqm(test[:, [n]])._asdict() for n in (0, *LENGTHS)},
-        "choice": choose(fronts, tables),
+        "choice": choose_lengths(fronts, tables),
         "length_at_price": {
-            str(price): float(np.mean([find_lengths(table.best, table, price) for table in tables]))
-            for price in (0.0, *prices)
+            str(penalty): float(
+                np.mean([find_lengths(table.best, table, penalty) for table in tables])
+            )
+            for penalty in (0.0, *penalties)
         },
-        "is_at_some_price": float(np.mean([find_hull(table) for table in tables])),
+        "is_at_some_price": float(np.mean([find_optimal_lengths(table) for table in tables])),
     }
 
 
-def find_hull(table: Table) -> np.ndarray:
-    """Which of the best chains of each length are the best of all at some price, `[D + 1]`."""
+def find_optimal_lengths(table: Table) -> np.ndarray:
+    """Which of the best chains of each length are the best of all at some penalty, `[D + 1]`."""
     return np.isin(
         np.arange(DEPTH + 1),
-        [find_lengths(table.best, table, price) for price in np.geomspace(1e-4, 10, 2000)],
+        [find_lengths(table.best, table, penalty) for penalty in np.geomspace(1e-4, 10, 2000)],
     )
 
 
-def trace(arrays: dict[str, np.ndarray], prices: tuple[float, ...]) -> dict[str, Any]:
-    """By price and step: mean layers of the chains that were scored, and entropy of their number in nats; means over runs."""
+def summarize_lengths(
+    arrays: dict[str, np.ndarray], penalties: tuple[float, ...]
+) -> dict[str, Any]:
+    """By penalty and step: mean number of layers of scored chains, and its entropy in nats.
+
+    Both are means over runs.
+    """
     result = {}
-    for r, price in ((0, 0.0), *((1 + DEPTH + i, price) for i, price in enumerate(prices))):
+    for r, penalty in (
+        (0, 0.0),
+        *((1 + DEPTH + i, penalty) for i, penalty in enumerate(penalties)),
+    ):
         counts = arrays["lengths"][:, r][:, :, [step - 1 for step in TRACED]].reshape(
             -1, len(TRACED), DEPTH + 1
         )
         share = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
         entropy = -np.sum(share * np.log(np.where(share > 0, share, 1.0)), axis=-1)
         is_there = counts.sum(axis=-1) > 0
-        result["none" if r == 0 else str(price)] = {
+        result["none" if r == 0 else str(penalty)] = {
             step: {
                 "length": float((share @ np.arange(DEPTH + 1))[is_there[:, i], i].mean()),
                 "entropy": float(entropy[is_there[:, i], i].mean()),
@@ -401,13 +422,32 @@ def trace(arrays: dict[str, np.ndarray], prices: tuple[float, ...]) -> dict[str,
 def format_tables(result: dict[str, Any]) -> str:
     shown = result["config"]["shown"]
     parts = [
-        ("Area between the front that was found and the true one, mean regret of the best chains of at most 1 to 4 layers; "
-         f"and these at {shown:,} layer calls", list_fronts(result)),
-        ("Asked for one chain, head as an action: regret, and share of runs whose chain is as long as the best one", list_chains(result)),
-        (f"One chain of a front of {shown:,} layer calls, chosen on a split: its layers, and its regret on test", list_choices(result)),
-        ("The best chains of each length on search: regret on test, and problems in which they are the best of these", list_truth(result)),
-        ("Chains that a step of the actor-critic scores: mean number of layers / entropy of it in nats", list_steps(result)),
-    ]  # fmt: skip
+        (
+            "Area between the front that was found and the true one, mean regret of the best "
+            f"chains of at most 1 to 4 layers; and these at {shown:,} layer calls",
+            list_fronts(result),
+        ),
+        (
+            "Asked for one chain, head as an action: regret, and share of runs whose chain is as "
+            "long as the best one",
+            list_chains(result),
+        ),
+        (
+            f"One chain of a front of {shown:,} layer calls, chosen on a split: its layers, and "
+            "its regret on test",
+            list_choices(result),
+        ),
+        (
+            "The best chains of each length on search: regret on test, and problems in which they "
+            "are the best of these",
+            list_truth(result),
+        ),
+        (
+            "Chains that a step of the actor-critic scores: mean number of layers / entropy of it "
+            "in nats",
+            list_steps(result),
+        ),
+    ]
     return "\n\n".join(f"{title}:\n\n{table}" for title, table in parts)
 
 
@@ -431,11 +471,11 @@ def list_fronts(result: dict[str, Any]) -> str:
 def list_chains(result: dict[str, Any]) -> str:
     shown = BUDGETS[SHOWN]
     cases = [("none", budget) for budget in BUDGETS]
-    cases += [(str(price), shown // NUM_PRICES) for price in result["config"]["prices"]]
-    head = ["search", *(f"price {price}, {budget:,} layer calls" for price, budget in cases)]
+    cases += [(str(penalty), shown // NUM_PENALTIES) for penalty in result["config"]["prices"]]
+    head = ["search", *(f"price {penalty}, {budget:,} layer calls" for penalty, budget in cases)]
     rows = []
     for name, found in result["one_chain"].items():
-        cells = [found[price][str(budget)] for price, budget in cases]
+        cells = [found[penalty][str(budget)] for penalty, budget in cases]
         rows.append(
             [name, *(f"{show(cell['regret'])}, {cell['is_as_long']:.0%}" for cell in cells)]
         )
@@ -476,13 +516,13 @@ def list_steps(result: dict[str, Any]) -> str:
         return "none"
     head = ["price", *(f"step {step}" for step in TRACED)]
     rows = []
-    for price, steps in result["lengths_by_step"]["actor-critic"].items():
-        # What few runs still did is not shown.
+    for penalty, steps in result["lengths_by_step"]["actor-critic"].items():
+        # Steps that less than half of the runs reached are left blank.
         most = max(c["runs"] for c in steps.values())
         cells = [steps.get(step, {"runs": 0}) for step in TRACED]
         rows.append(
             [
-                price,
+                penalty,
                 *(
                     f"{c['length']:.2f} / {c['entropy']:.2f}" if 2 * c["runs"] >= most else ""
                     for c in cells
@@ -507,12 +547,12 @@ def make_table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def draw(path: str, result: dict[str, Any]) -> None:
-    """Above the fronts at one budget, below the area between them and the true one against budget."""
+    """Plot the fronts at one budget, and the area to the true front against budget."""
     names, shown = list(result["fronts"]), str(result["config"]["shown"])
     figure = Figure(figsize=(2.6 * len(names), 5.6), layout="constrained")
     axes = figure.subplots(2, len(names), sharey="row")
     styles = dict(
-        zip((ACTION, FIXED, PRICED, PRICED + BEST_ONLY, ACTION + STOPS), "os^v*", strict=True)
+        zip((ACTION, FIXED, PENALIZED, PENALIZED + BEST_ONLY, ACTION + STOPS), "os^v*", strict=True)
     )
     truth = [result["truth"]["loss_over_best"][n]["value"] for n in LENGTHS]
     for name, (above, below) in zip(names, axes.T, strict=True):

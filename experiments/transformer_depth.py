@@ -2,28 +2,38 @@
 
     python experiments/transformer_depth.py
 
-A GPT-2 of 8 blocks, 128 wide, reads bytes; it is trained on Python's standard library, and two fine-tunes of it on two parts of that
-which it did not see: concurrency (A: asyncio, multiprocessing, ...) and the web (B: email, http, ...). All are written as checkpoints
-and read by `jc.hub`. Loss: nats of the next byte.
+Hardware and run time: about an hour of one CPU core for each of 5 models, a sixth of it training.
+`--quick`: one small model of few steps, two lengths, 4 minutes on 2 cores; nothing is written.
 
-*Depth*: chains of at most k blocks of the base model, first and last pinned, repeats and any order allowed. Searches at 1,000 layer
-calls on `search`, the best of their finalists by `select`, judged on `test`; beside them what is done by hand: the last blocks dropped,
-those of the least influence (ShortGPT), the best run of blocks, and, for more blocks than there are, the best run repeated (both runs
-by `search`). Local search begins at a random chain, and in a row of its own at what is done by hand (the model, without each run of
-blocks or with it twice); a last row is what is lower on `select`, that or a recipe. Up to 6 blocks all chains are scored: then losses
-are looked up, each search runs ten times (linearized search, which needs weights, once), and the lowest loss on `search` is known.
+Result to expect, mean loss on test of 5 models: with 4, 5 and 6 blocks, local search from recipes
+has 2.137, 2.099 and 2.073, the best recipe 2.159, 2.121 and 2.080, higher in all models. With 8 and
+9 blocks nothing is below the model itself. Of the mixes, the mean of the fine-tunes' weights is
+best (interquartile mean 1.956); local search from recipes has 1.977.
 
-*Mix*: chains of the blocks, embeddings and heads of both fine-tunes, on text of A and B in equal parts, beside each fine-tune, the
-base model, and the mean of the fine-tunes' weights (model soup).
+A GPT-2 of 8 blocks, 128 wide, reads bytes. It is trained on Python's standard library, and two
+fine-tunes of it on two parts of the library that it did not see: concurrency (A: asyncio,
+multiprocessing, ...) and the web (B: email, http, ...). All are written as checkpoints and read by
+`jc.hub`. Loss: nats per byte.
 
-About an hour of a CPU core a model, a sixth of it training; each part is kept when it is done, so an interrupted run goes on.
-`--quick`: one small model of few steps, two lengths, 4 minutes on 2 cores; nothing is written. Writes transformer_depth.json, .md
-and .png to experiments/results; the figure shows differences from each model itself.
+*Depth*: chains of at most k blocks of the base model, first and last pinned, with repeats and in
+any order. Searches spend 1,000 layer calls on `search`; the best of their finalists by `select` is
+evaluated on `test`. For comparison, recipes that people use: the last blocks dropped, the blocks of
+least influence dropped (ShortGPT), the best run of blocks dropped, and, for more blocks than the
+model has, the best run repeated (both runs by `search`). Local search starts at a random chain and,
+in a row of its own, at the recipes (the model without each run of blocks, or with it twice). A last
+row takes that chain or a recipe, whichever is lower on `select`. Up to 6 blocks all chains are
+scored: losses then come from a table, each search runs ten times (linearized search, which needs
+weights, once), and the lowest loss on `search` is known.
+
+*Mix*: chains of the blocks, embeddings and heads of both fine-tunes, on text of A and B in equal
+parts. Compared with each fine-tune, the base model, and the mean of the fine-tunes' weights (model
+soup).
+
+Finished parts are kept, so an interrupted run continues. Writes transformer_depth.json, .md and
+.png to experiments/results; the figure shows differences from each model itself.
 """
 
-import argparse
 import dataclasses
-import os
 import platform
 import tempfile
 import time
@@ -37,14 +47,14 @@ import jax
 import numpy as np
 from byte_models import Model
 from matplotlib.figure import Figure
-from records import describe_machine, is_deterministic, keep, look_up, make_pool, write_results
+from records import describe_machine, keep, make_parser, make_pool, use_tables, write_results
 
 import jchain as jc
 
 NUM_MODELS = 5
-# Sequences of search, select and test. Of 8 and of 16 in `search` searches learned the text by heart.
+# Sequences of search, select and test. With 8 and 16 in `search`, searches overfitted to them.
 SIZES = (32, 128, 256)
-# Blocks of which all chains are scored, and others; layer calls of a search; its runs by different keys.
+# Numbers of blocks with all chains scored, and others; layer calls and runs of a search.
 KEPT, MORE, BUDGET, NUM_RUNS = (4, 5, 6), (7, 8, 9), 1000, 10
 SEARCHES = {
     "random search": jc.RandomSearch(),
@@ -53,26 +63,28 @@ SEARCHES = {
     "beam search": jc.BeamSearch(),
     "linearized": jc.LinearizedSearch(),
 }
-# Needs weights and activations: not looked up. What is not looked up has fewer runs.
-WEIGHING, NUM_FULL_RUNS = ("linearized",), 1
+# Searches that need weights, so losses from tables are not enough. They have fewer runs.
+NEEDS_WEIGHTS, NUM_FULL_RUNS = ("linearized",), 1
 LOWEST = "lowest of all on search"
-# Losses of one chain differ by so much between programs.
+# Losses of one chain differ by up to this between programs.
 ROUNDING = 1e-5
 RECIPES = (
-    "last blocks dropped", "blocks of least influence dropped", "best run of blocks dropped", "nothing dropped", "best run repeated"
-)  # fmt: skip
+    "last blocks dropped",
+    "blocks of least influence dropped",
+    "best run of blocks dropped",
+    "nothing dropped",
+    "best run repeated",
+)
 FOUND = "local search"
-# From the models and what is done by hand, as `jchain search --checkpoint`, which has the recipes and models among its finalists too.
+# Start at models and recipes, like `jchain search --checkpoint`, whose finalists include them.
 STARTED, CHOSEN = "local search from recipes", "that or a recipe, by select"
 MODELS = {"base": "base", "a": "fine-tune a", "b": "fine-tune b", "soup": "soup of both"}
 MIX_ARMS = (*MODELS.values(), "random mix", *SEARCHES, STARTED, CHOSEN)
-OF_TEXT = (byte_models.load_text, byte_models.find_files)
-OF_SPLITS = (byte_models.make_splits, byte_models.take, byte_models.write_checkpoints)
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How large all of it is."""
+    """Sizes of the experiment."""
 
     model: Model
     kept: tuple[int, ...] = KEPT
@@ -85,17 +97,13 @@ QUICK = Size(Model(depth=5, width=32, num_steps=30, num_tune_steps=10), (3, 4), 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="one small model; nothing is written")
+    parser = make_parser(__doc__, quick="one small model; nothing is written", has_workers=True)
     parser.add_argument(
-        "--num-models", type=int, default=NUM_MODELS, help="models to train (default: %(default)s)"
+        "--num-models",
+        type=int,
+        default=NUM_MODELS,
+        help="number of models to train (default: %(default)s)",
     )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)"
-    )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     size, num_models = (QUICK, 1) if args.quick else (Size(Model()), args.num_models)
     with make_pool(args.workers) as pool:
@@ -104,7 +112,8 @@ def main() -> None:
             future.result()
         parts = (*size.more, None, *size.kept[::-1])  # the longest first
         futures = [
-            [pool.submit(measure, seed, part, size) for seed in range(num_models)] for part in parts
+            [pool.submit(run_part, seed, part, size) for seed in range(num_models)]
+            for part in parts
         ]
         found = [[future.result() for future in row] for row in futures]
     runs = [
@@ -119,57 +128,63 @@ def main() -> None:
 
 
 def train(seed: int, size: Size) -> None:
-    """Trains the models of a seed, unless they are kept."""
-    _train(seed, size, byte_models.load_text(seed))
+    """Train the models of a seed, unless they are kept."""
+    _load_or_train(seed, size, byte_models.load_text(seed))
 
 
-def _train(seed: int, size: Size, text: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
+def _load_or_train(
+    seed: int, size: Size, text: dict[str, list[np.ndarray]]
+) -> dict[str, np.ndarray]:
     return keep(
-        (byte_models.train_models, byte_models.fit, byte_models.run_blocks, *OF_TEXT),
+        __file__,
         f"transformer-depth-weights-{seed}",
         (seed, platform.python_version(), repr(size.model)),
         partial(byte_models.train_models, seed, size.model, text),
     )
 
 
-def measure(seed: int, num_blocks: int | None, size: Size) -> dict[str, np.ndarray]:
-    """Losses on `test` with so many blocks of a seed's base model, or of a mix of its fine-tunes."""
+def run_part(seed: int, num_blocks: int | None, size: Size) -> dict[str, np.ndarray]:
+    """Losses on `test` with up to `num_blocks` blocks of a base model, or, if None, of a mix."""
     start, text = time.perf_counter(), byte_models.load_text(seed)
-    trained = _train(seed, size, text)
+    trained = _load_or_train(seed, size, text)
     with tempfile.TemporaryDirectory() as folder:
         paths = byte_models.write_checkpoints(Path(folder), trained, size.model)
         if num_blocks is None:
-            name, code, make = "mix", measure_mix, partial(measure_mix, seed, size, paths, text)
+            name, make = "mix", partial(evaluate_mix, seed, size, paths, text)
         else:
-            name, code = f"depth-{num_blocks}", measure_depth
-            make = partial(measure_depth, seed, num_blocks, size, paths, text)
+            name = f"depth-{num_blocks}"
+            make = partial(evaluate_depth, seed, num_blocks, size, paths, text)
         found = keep(
-            (code, search_all, pick, search_started, judge, *OF_SPLITS, *OF_TEXT),
+            __file__,
             f"transformer-{name}-{seed}",
             (seed, platform.python_version(), repr(size)),
             make,
-            uses=[*SEARCHES.values()],
         )
     print(f"model {seed}, {name}: {time.perf_counter() - start:.0f} s", flush=True)
     return found
 
 
-def search_all(
+def run_searches(
     problem: jc.Problem, table: jc.Problem | None, num_runs: int, budget: int, seed: int
 ) -> Iterator[tuple[str, list[np.ndarray]]]:
-    """Of each search the finalists of its runs; looked up in the table where there is one and the search does not need weights."""
+    """Yield the finalists of the runs of each search.
+
+    Losses come from the table, if there is one and the search does not need weights.
+    """
     for name, search in SEARCHES.items():
-        if table is None or name in WEIGHING:
+        if table is None or name in NEEDS_WEIGHTS:
             posed, num = problem, min(num_runs, NUM_FULL_RUNS)
         else:
-            search, posed, num = look_up(search), table, num_runs
-        keys = jax.random.split(jax.random.key(seed), 1 if is_deterministic(search) else num)
+            search, posed, num = use_tables(search), table, num_runs
+        keys = jax.random.split(jax.random.key(seed), 1 if search.is_deterministic else num)
         runs = jc.run_many(keys, search, posed, budget=budget)
         yield name, [np.asarray(run.finalists) for run in runs]
 
 
-def pick(select: jc.Problem, finalists: list[np.ndarray]) -> tuple[list[list[int]], np.ndarray]:
-    """Of each run the finalist with the lowest loss on `select`, and that loss."""
+def select_finalists(
+    select: jc.Problem, finalists: list[np.ndarray]
+) -> tuple[list[list[int]], np.ndarray]:
+    """The finalist of each run with the lowest loss on `select`, and that loss."""
     loss = np.asarray(jc.evaluate(select, np.concatenate(finalists)).loss)
     parts = np.split(loss, np.cumsum([len(rows) for rows in finalists])[:-1])
     best = [rows[int(part.argmin())] for rows, part in zip(finalists, parts, strict=True)]
@@ -178,21 +193,24 @@ def pick(select: jc.Problem, finalists: list[np.ndarray]) -> tuple[list[list[int
     )
 
 
-def measure_depth(
+def evaluate_depth(
     seed: int,
     num_blocks: int,
     size: Size,
     paths: dict[str, Path],
     text: dict[str, list[np.ndarray]],
 ) -> dict[str, np.ndarray]:
-    """Loss on `test` of what each search found and of each recipe; where all chains are scored, how far above the lowest on `search`."""
+    """Loss on `test` of the chain of each search and of each recipe.
+
+    If all chains are scored, also how far a search is above the lowest loss on `search`.
+    """
     whole, bank = jc.hub.load(paths["base"]), jc.hub.load(paths["base"], pinned=(1, 1))
     splits = byte_models.make_splits(text, ("base",), seed, SIZES)
     search, select, test = (jc.Problem(bank, split, num_blocks - 2) for split in splits)
     recipes = jc.hub.recipes.find_chains(
         jc.Problem(whole, splits[0], num_blocks), whole.parents[0], num_blocks
     )
-    known = [judge(whole, split, recipes) for split in splits[1:]]
+    known = [evaluate_chains(whole, split, recipes) for split in splits[1:]]
     results = {
         f"{name}/{num_blocks}": loss[None] for name, loss in zip(recipes, known[1], strict=True)
     }
@@ -203,37 +221,37 @@ def measure_depth(
         table, lowest = jc.chainbench.tabular.make_problem(bank, loss, num_blocks - 2), loss.min()
         best = chains[[int(loss.argmin())]]
         results[f"{LOWEST}/{num_blocks}"] = np.asarray(jc.evaluate(test, best).loss)
-    for name, finalists in search_all(search, table, size.num_runs, size.budget, seed):
-        tokens, _ = pick(select, finalists)
+    for name, finalists in run_searches(search, table, size.num_runs, size.budget, seed):
+        tokens, _ = select_finalists(select, finalists)
         results[f"{name}/{num_blocks}"] = np.asarray(
             jc.evaluate(test, jc.chain.pad(tokens, test.max_layers)).loss
         )
         results[f"{name}/{num_blocks}/blocks"] = np.array([len(row) + 1 for row in tokens])
         if table is not None:
-            results[f"{name}/{num_blocks}/above"] = pick(table, finalists)[1] - lowest
+            results[f"{name}/{num_blocks}/above"] = select_finalists(table, finalists)[1] - lowest
     starts = jc.hub.recipes.find_starts(bank, search.max_layers)
     posed, num = (search, NUM_FULL_RUNS) if table is None else (table, size.num_runs)
-    found = search_started(starts, (posed, select, test), known, num, size.budget, seed)
+    found = search_from_recipes(starts, (posed, select, test), known, num, size.budget, seed)
     return results | {f"{name}/{num_blocks}": loss for name, loss in found.items()}
 
 
-def judge(bank: jc.Bank, split: jc.Batch, chains: dict[Any, list[int]]) -> np.ndarray:
+def evaluate_chains(bank: jc.Bank, split: jc.Batch, chains: dict[Any, list[int]]) -> np.ndarray:
     """Losses of chains by name, `[chains]`."""
     padded = jc.chain.pad([*chains.values()], 2 * bank.num_layers)
     return np.asarray(jc.evaluate(jc.Problem(bank, split, 2 * bank.num_layers), padded).loss)
 
 
-def measure_mix(
+def evaluate_mix(
     seed: int, size: Size, paths: dict[str, Path], text: dict[str, list[np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """Loss on `test` of chains of both fine-tunes and of single models, on text of both parts, and of each."""
+    """Loss on `test`, of text of both parts, of chains of both fine-tunes and of single models."""
     bank = jc.hub.load_many([paths["a"], paths["b"]], pinned=(1, 1))
     splits = byte_models.make_splits(text, ("a", "b"), seed, SIZES)
     max_layers = size.model.depth - 1  # one of them for embeddings
     search, select, test = (jc.Problem(bank, split, max_layers) for split in splits)
     results = {}
-    for name, finalists in search_all(search, None, size.num_runs, size.budget, seed):
-        tokens, _ = pick(select, finalists)
+    for name, finalists in run_searches(search, None, size.num_runs, size.budget, seed):
+        tokens, _ = select_finalists(select, finalists)
         results[f"mix/{name}"] = np.asarray(
             jc.evaluate(test, jc.chain.pad(tokens, max_layers)).loss
         )
@@ -246,19 +264,26 @@ def measure_mix(
     results["mix/random mix"] = np.asarray(jc.evaluate(test, sampled).loss).mean()[None]
     models = {name: jc.hub.load(paths[name]) for name in ("base", "a", "b", "soup")}
     for name, model in models.items():
-        results[f"mix/{MODELS[name]}"] = judge(model, splits[2], {name: list(model.parents[0])})
+        results[f"mix/{MODELS[name]}"] = evaluate_chains(
+            model, splits[2], {name: list(model.parents[0])}
+        )
     known = [
         np.concatenate(
-            [judge(models[name], split, {name: list(models[name].parents[0])}) for name in "ab"]
+            [
+                evaluate_chains(models[name], split, {name: list(models[name].parents[0])})
+                for name in "ab"
+            ]
         )
         for split in splits[1:]
     ]
     starts = jc.hub.recipes.find_starts(bank, max_layers)
-    found = search_started(starts, (search, select, test), known, NUM_FULL_RUNS, size.budget, seed)
+    found = search_from_recipes(
+        starts, (search, select, test), known, NUM_FULL_RUNS, size.budget, seed
+    )
     return results | {f"mix/{name}": loss for name, loss in found.items()}
 
 
-def search_started(
+def search_from_recipes(
     starts: np.ndarray,
     problems: tuple[jc.Problem, jc.Problem, jc.Problem],
     known: list[np.ndarray],
@@ -266,26 +291,27 @@ def search_started(
     budget: int,
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """Loss on `test` of what local search finds from the models and what is done by hand, and of that or what is `known`.
+    """Loss on `test` of local search from models and recipes, and of that or a known chain.
 
     Args:
-      starts: chains to begin at.
-      problems: of the search, the choice and the loss.
-      known: losses of models or recipes on select and test; they are taken where lower on select.
-      num_runs: of the search.
+      starts: chains to start at.
+      problems: one for each of search, select and test.
+      known: losses of models or recipes on select and test; the best one is taken if lower on
+        select.
+      num_runs: runs of the search.
       budget: layer calls of a run.
-      seed: of the runs.
+      seed: seed of the runs.
     """
     (search, select, test), keys = problems, jax.random.split(jax.random.key(seed), num_runs)
     runs = jc.run_many(keys, jc.LocalSearch(starts=starts), search, budget=budget)
-    tokens, on_select = pick(select, [np.asarray(run.finalists) for run in runs])
+    tokens, on_select = select_finalists(select, [np.asarray(run.finalists) for run in runs])
     loss = np.asarray(jc.evaluate(test, jc.chain.pad(tokens, test.max_layers)).loss)
     best = int(known[0].argmin())
     return {STARTED: loss, CHOSEN: np.where(on_select <= known[0][best], loss, known[1][best])}
 
 
 def summarize(runs: list[dict[str, np.ndarray]], size: Size) -> dict[str, Any]:
-    """Interquartile means over models, of each the mean of its runs; intervals by other draws of models."""
+    """Interquartile means over models of the mean of their runs; intervals resample the models."""
 
     def pool(name: str) -> Any:
         by_model = [float(run[name].mean()) for run in runs]
@@ -319,19 +345,21 @@ def summarize(runs: list[dict[str, np.ndarray]], size: Size) -> dict[str, Any]:
 
 
 def count_wins(depth: dict[str, dict[str, Any]], size: Size) -> dict[str, Any]:
-    """By number of blocks: the best recipe, and in how many models what was found is lower, and equal."""
+    """Best recipe by number of blocks, and number of models with a lower or equal found loss."""
     wins = {}
     for k in map(str, (*size.kept, *size.more)):
-        there = [name for name in RECIPES if k in depth.get(name, {})]
-        best = min(there, key=lambda name: np.mean(depth[name][k]["by_model"]))
+        available = [name for name in RECIPES if k in depth.get(name, {})]
+        best = min(available, key=lambda name: np.mean(depth[name][k]["by_model"]))
         theirs = np.array(depth[best][k]["by_model"])
         wins[k] = {"recipe": best, "loss": float(theirs.mean()), "models": len(theirs)}
         for name, arm in (("found", STARTED), ("chosen", CHOSEN)):
             less = theirs - depth[arm][k]["by_model"]
             equal = np.abs(less) < ROUNDING
             wins[k][name] = {
-                "loss": float((theirs - less).mean()), "lower": int(((less > 0) & ~equal).sum()), "equal": int(equal.sum())
-            }  # fmt: skip
+                "loss": float((theirs - less).mean()),
+                "lower": int(((less > 0) & ~equal).sum()),
+                "equal": int(equal.sum()),
+            }
     return wins
 
 
@@ -362,7 +390,8 @@ def format_tables(result: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"| blocks | best recipe | its loss | {STARTED} | lower, equal in | {CHOSEN} | lower, equal in |",
+        f"| blocks | best recipe | its loss | {STARTED} | lower, equal in "
+        f"| {CHOSEN} | lower, equal in |",
     ]
     lines.append("|---" * 7 + "|")
     for k, row in result["wins"].items():
@@ -383,7 +412,10 @@ def format_tables(result: dict[str, Any]) -> str:
 
 
 def draw(path: str, result: dict[str, Any]) -> None:
-    """Loss against blocks, and the mix, each above that of the base model itself, as models differ by more than what is compared."""
+    """Plot loss against blocks, and losses of mixes.
+
+    Losses are relative to the base model of each seed: models differ by more than the methods.
+    """
     depth, mix = result["depth"], result["mix"]
     own = np.array(depth["nothing dropped"][str(result["config"]["model"]["depth"])]["by_model"])
     figure = Figure(figsize=(11, 4.2), layout="constrained")
@@ -420,7 +452,7 @@ def draw(path: str, result: dict[str, Any]) -> None:
 
 
 def find_differences(by_model: list[list[float]], own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Interquartile means over models of what each arm is above `own`, and how far their intervals reach to both sides."""
+    """Interquartile means over models of losses minus `own`, and lengths of error bars."""
     rows = [jc.chainbench.stats.iqm([np.subtract(losses, own)]) for losses in by_model]
     values = np.array([row.value for row in rows])
     return values, np.array(

@@ -1,39 +1,44 @@
-"""When do bank weights get updated? Never, after the search, on copies during it, or shared while chains are sampled.
+"""When to update bank weights: never, after the search, on copies during it, or shared ones?
 
     python experiments/updates.py
 
-The four policies of `jchain.updates` on digits banks of three kinds (12 layers, chains of up to 4), 10 seeds of bank, splits and
-search each, at equal cost: layer calls of the search and of gradient steps together. Searches see `search`, gradients see `train`,
-the 16 best chains are ranked again on `select`, and the loss on `test` is reported. Beside them, for the same cost where one is
-given: every chain evaluated (no gradient steps), the best parent as it is and trained on, a random chain as it is, with its best
-single swap, and trained on, and a net of 4 layers trained from nothing. Gradient steps are AdamW's at 1e-3 on minibatches of 128.
-Half of the budget goes into them where a policy has the choice; no size or rate was tuned.
+Hardware and run time: 2 CPU cores, about 12 minutes. `--quick`: one kind of bank, two searches, one
+seed and budget, two minutes.
 
-About 12 minutes on 2 CPU cores; `--quick`: one kind of bank, two searches, one seed and budget, two minutes. Writes updates.json, updates.md
-and updates.png to experiments/results; what was computed is kept, so an interrupted run goes on. To expect at 4,000 layer calls: a
-loss on test of 0.26 frozen, 0.15 to 0.17 where the found chain is tuned, 0.17 where clones are, 0.20 with shared updates, 0.18 of a
-net trained from nothing; on the routed bank 0.15 also where it stays frozen.
+Result to expect at 4,000 layer calls: a loss on test of 0.26 if frozen, 0.15 to 0.17 if the found
+chain is tuned, 0.17 if clones are, 0.20 with shared updates, and 0.18 for a net trained from
+scratch; on the routed bank 0.15 even if frozen.
+
+The four policies of `jchain.updates` on digits banks of three kinds (12 layers, chains of up to 4),
+10 seeds of bank, splits and search each, at equal cost: layer calls of the search plus those of
+gradient steps. Searches use `search`, gradients use `train`, the 16 best chains are re-ranked on
+`select`, and the loss on `test` is reported. For comparison, at the same cost if one is given:
+every chain evaluated (no gradient steps), the best parent unchanged and trained further, a random
+chain unchanged, with its best single swap, and trained further, and a net of 4 layers trained from
+scratch. Gradient steps are AdamW at 1e-3 on minibatches of 128. Half of the budget is for them if
+the policy has the choice. No size or rate was tuned.
+
+Finished parts are kept, so an interrupted run continues. Writes updates.json, updates.md and
+updates.png to experiments/results.
 """
 
-import argparse
-import os
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from matplotlib.figure import Figure
-from records import describe_machine, keep, make_pool, write_results
+from records import describe_machine, keep, make_parser, make_pool, write_results
 
 import jchain as jc
 
 KINDS = ("independent", "routed", "random")
 BUDGETS = (1000, 4000)
 DEPTH, NUM_LAYERS = 4, 12
-# Shares of the budget for gradient steps, and steps after each step of a search.
+# Shares of the budget for gradient steps.
 SHARES = {"tune found": 0.5, "clone then tune": 0.5}
+# Rounds of cloning, and shared gradient steps after each step of a search.
 NUM_ROUNDS, NUM_UPDATES = 4, 8
 SEARCHES: dict[str, Any] = {
     "actor-critic": jc.ActorCritic(),
@@ -47,17 +52,10 @@ Case = tuple[str, int]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = make_parser(
+        __doc__, quick="one kind, one seed, one budget; nothing is written", has_workers=True
     )
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="one kind, one seed, one budget; nothing is written"
-    )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     start = time.perf_counter()
     kinds, seeds, budgets, searches = KINDS, range(args.seeds), BUDGETS, tuple(SEARCHES)
@@ -68,7 +66,7 @@ def main() -> None:
             BUDGETS[:1],
             ("actor-critic", "local search"),
         )
-    rows = measure_all(kinds, seeds, budgets, searches, args.workers)
+    rows = run_all(kinds, seeds, budgets, searches, args.workers)
     summary = {name: summarize(values) for name, values in rows.items() if name.endswith("/loss")}
     summary = {name.removesuffix("/loss"): row for name, row in summary.items()}
     table = format_table(summary, rows, kinds)
@@ -96,16 +94,16 @@ def main() -> None:
     write_results(args.out, "updates", result, table, partial(draw, rows=rows, budgets=budgets))
 
 
-def measure_all(
+def run_all(
     kinds: Any, seeds: Any, budgets: Any, searches: tuple[str, ...], workers: int
 ) -> dict[str, np.ndarray]:
     """Each number of each row, `[kinds, seeds]`."""
     with make_pool(workers) as pool:
-        # Neighbors share compiled programs.
+        # Neighbors share programs.
         cases = [(kind, seed) for kind in kinds for seed in seeds]
         found = list(
             pool.map(
-                partial(measure_case, budgets=budgets, searches=searches),
+                partial(run_case, budgets=budgets, searches=searches),
                 cases,
                 chunksize=max(1, len(seeds) // workers),
             )
@@ -132,9 +130,9 @@ def make_problem(kind: str, seed: int) -> tuple[jc.Problem, jc.Dataset]:
 
 
 def count_steps(budget: float, data: jc.Dataset) -> int:
-    """Gradient steps on a chain of 4 layers that so many layer calls buy."""
-    price = jc.updates.tune.training_cost(DEPTH, len(data.train.y), len(data.search.y), 1000)
-    return max(1, int(budget / price * 1000))
+    """Number of gradient steps on a chain of 4 layers for a budget in layer calls."""
+    cost = jc.updates.tune.training_cost(DEPTH, len(data.train.y), len(data.search.y), 1000)
+    return max(1, int(budget / cost * 1000))
 
 
 def make_policies(budget: int, data: jc.Dataset) -> dict[str, Any]:
@@ -149,9 +147,7 @@ def make_policies(budget: int, data: jc.Dataset) -> dict[str, Any]:
     }
 
 
-def measure_case(
-    case: Case, budgets: tuple[int, ...], searches: tuple[str, ...]
-) -> dict[str, float]:
+def run_case(case: Case, budgets: tuple[int, ...], searches: tuple[str, ...]) -> dict[str, float]:
     def make() -> dict[str, np.ndarray]:
         problem, data = make_problem(*case)
         rows = {}
@@ -168,24 +164,12 @@ def measure_case(
             rows |= run_controls(problem, data, budget, case[1])
         return {name: np.array(value) for name, value in rows.items()}
 
-    code = (
-        measure_case,
-        make_problem,
-        make_policies,
-        count_steps,
-        run,
-        run_controls,
-        finish,
-        rank,
-        get_parents,
-    )
     name = f"updates-{case[0]}-{case[1]}"
     arrays = keep(
-        code,
+        __file__,
         name,
         (case, budgets, [repr(SEARCHES[name]) for name in searches]),
         make,
-        uses=tuple(SEARCHES[name] for name in searches),
     )
     print(f"{case[0]:12} {case[1]:3}", flush=True)
     return {name: float(value) for name, value in arrays.items()}
@@ -200,9 +184,11 @@ def run(
     budget: int,
     seed: int,
 ) -> dict[str, float]:
-    """What is found, on test, and the share of the budget that went into gradient steps."""
+    """Loss on test of the found chain, and the share of the budget that gradient steps used."""
     outcome = policy.run(jax.random.key(1000 + seed), search, problem, data.train, budget=budget)
-    row = finish(title, rank(outcome.bank, data, outcome.result.finalists), outcome.bank, data)
+    row = evaluate_on_test(
+        title, select_chain(outcome.bank, data, outcome.result.finalists), outcome.bank, data
+    )
     return {
         **row,
         f"{title}/update_share": outcome.update_calls / budget,
@@ -211,12 +197,14 @@ def run(
     }
 
 
-def rank(bank: jc.Bank, data: jc.Dataset, chains: np.ndarray) -> np.ndarray:
+def select_chain(bank: jc.Bank, data: jc.Dataset, chains: np.ndarray) -> np.ndarray:
     """The chain with the lowest loss on `select`."""
     return chains[int(np.argmin(jc.evaluate(jc.Problem(bank, data.select, DEPTH), chains).loss))]
 
 
-def finish(title: str, chain: np.ndarray, bank: jc.Bank, data: jc.Dataset) -> dict[str, float]:
+def evaluate_on_test(
+    title: str, chain: np.ndarray, bank: jc.Bank, data: jc.Dataset
+) -> dict[str, float]:
     out = jc.evaluate(jc.Problem(bank, data.test, DEPTH), chain[None])
     return {f"{title}/loss": float(out.loss[0]), f"{title}/accuracy": float(out.accuracy[0])}
 
@@ -228,13 +216,13 @@ def get_parents(bank: jc.Bank) -> np.ndarray | None:
 def run_controls(problem: jc.Problem, data: jc.Dataset, budget: int, seed: int) -> dict[str, float]:
     bank, rows = problem.bank, {}
     tune_key, draw_key, net_key = jax.random.split(jax.random.key(2000 + seed), 3)
-    lesson = jc.Problem(bank, data.train, DEPTH)
+    train_problem = jc.Problem(bank, data.train, DEPTH)
     tune = partial(
-        jc.updates.tune.tune_chain, tune_key, lesson, num_steps=count_steps(budget, data)
+        jc.updates.tune.tune_chain, tune_key, train_problem, num_steps=count_steps(budget, data)
     )
     layers = jax.random.randint(draw_key, (DEPTH,), 0, bank.num_layers)
     chain = np.array([*map(int, layers), bank.num_layers], np.int32)
-    rows |= finish(f"random chain, trained on/{budget}", chain, tune(chain), data)
+    rows |= evaluate_on_test(f"random chain, trained on/{budget}", chain, tune(chain), data)
     net = jc.train.independent(
         net_key,
         data.train,
@@ -244,35 +232,40 @@ def run_controls(problem: jc.Problem, data: jc.Dataset, budget: int, seed: int) 
         depth=DEPTH,
         num_steps=count_steps(budget, data),
     )
-    rows |= finish(f"net trained from nothing/{budget}", np.array([*range(DEPTH + 1)]), net, data)
+    rows |= evaluate_on_test(
+        f"net trained from nothing/{budget}", np.array([*range(DEPTH + 1)]), net, data
+    )
     parents = get_parents(bank)
     if parents is not None:
-        best = rank(bank, data, parents)
-        rows |= finish(f"best parent, trained on/{budget}", best, tune(best), data)
+        best = select_chain(bank, data, parents)
+        rows |= evaluate_on_test(f"best parent, trained on/{budget}", best, tune(best), data)
     else:
         rows |= {
             f"best parent, trained on/{budget}/{what}": np.nan for what in ("loss", "accuracy")
         }
-    # Those that cost the same at all budgets.
-    rows |= finish("random chain", chain, bank, data)
+    # These cost the same at all budgets.
+    rows |= evaluate_on_test("random chain", chain, bank, data)
     swaps = np.repeat(chain[None], DEPTH * bank.num_layers, axis=0)
     slots, tokens = np.indices((DEPTH, bank.num_layers)).reshape(2, -1)
     swaps[np.arange(len(swaps)), slots] = tokens
     best_swap = swaps[int(np.argmin(jc.evaluate(problem, swaps).loss))]
-    rows |= finish("random chain, best single swap", best_swap, bank, data)
+    rows |= evaluate_on_test("random chain, best single swap", best_swap, bank, data)
     chains, out = jc.evaluate_all(problem)
-    rows |= finish(
-        "best of all chains", rank(bank, data, chains[np.argsort(out.loss)[:16]]), bank, data
+    rows |= evaluate_on_test(
+        "best of all chains",
+        select_chain(bank, data, chains[np.argsort(out.loss)[:16]]),
+        bank,
+        data,
     )
     if parents is not None:
-        rows |= finish("best parent", rank(bank, data, parents), bank, data)
+        rows |= evaluate_on_test("best parent", select_chain(bank, data, parents), bank, data)
     else:
         rows |= {f"best parent/{what}": np.nan for what in ("loss", "accuracy")}
     return rows
 
 
 def summarize(values: np.ndarray) -> list[dict[str, float] | None]:
-    """IQM over all kinds of bank that have the row, then over each kind."""
+    """IQM over all kinds of bank that have the row, then of each kind."""
     there = values[~np.isnan(values).any(axis=1)]
     return [
         jc.chainbench.stats.iqm(there)._asdict(),
@@ -284,7 +277,7 @@ def summarize(values: np.ndarray) -> list[dict[str, float] | None]:
 
 
 def compare(rows: dict[str, np.ndarray], budget: int) -> dict[str, dict[str, Any]]:
-    """How likely each row of the actor-critic, and each control, ends lower than each other one on the same bank."""
+    """Probability that an actor-critic row has a lower loss than another row on the same bank."""
     names = [name for name in rows if name.endswith("/loss") and not np.isnan(rows[name]).any()]
     names = [name for name in names if f"/{budget}/" in name or name.count("/") == 1]
     return {
@@ -301,7 +294,7 @@ def compare(rows: dict[str, np.ndarray], budget: int) -> dict[str, dict[str, Any
 
 
 def format_table(summary: dict[str, Any], rows: dict[str, np.ndarray], kinds: Any) -> str:
-    """Markdown: IQM of the loss on test and its 95% interval; accuracy and share of gradient steps as means."""
+    """Markdown table: IQM and interval of the loss on test; mean accuracy and gradient share."""
     head = ["", "layer calls", "loss on test", *kinds, "accuracy", "for gradients"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name in sorted(summary, key=lambda name: summary[name][0]["value"]):
@@ -321,7 +314,7 @@ def format_table(summary: dict[str, Any], rows: dict[str, np.ndarray], kinds: An
 
 
 def draw(path: str, rows: dict[str, np.ndarray], budgets: tuple[int, ...]) -> None:
-    """Loss on test of the four policies and the controls, by kind of bank."""
+    """Plot the loss on test of the four policies and the controls, by kind of bank."""
     names = [
         *(
             f"{policy}, actor-critic/{budgets[-1]}"

@@ -1,27 +1,35 @@
-"""How is the value of a prefix updated? Rules of credit on the same decision process at equal cost, and what they know.
+"""How to update the value of a prefix: rules of credit at equal cost, and their calibration.
 
     python experiments/chainbench.py && python experiments/values.py
 
-The actor-critic by TD(0), TD(0.5), Monte Carlo returns, and V-trace with replay, beside tabular Q-learning: regret, and how well
-the critic is calibrated. What it predicts for each of the 1,885 prefixes that have room for a layer is compared with the best
-reward that can be reached behind the prefix, which is known, as every chain is scored; once over all prefixes, once over those that
-the agent's own last chains went through; Spearman's correlation, bias (predicted less true) and root mean square error are taken
-within each depth, 1 to 3, then averaged. A TD critic does not aim at the best that can be reached but at what its own policy gets,
-which is known too (`own policy`: exactly, by going through all 22,621 prefixes); Q-learning aims at the best. Rewards are minus the
-log of the loss, so an error of 0.1 is a tenth of the loss; beside them the ranks that the actor-critic has by default, without unit.
-All is measured twice: with imitation of the best chains and restarts from them, and without both (`pure`), where credit is all there
-is. Critic search is a reference: its Spearman correlation is over the prefixes that it has seen and not extended yet.
+Hardware and run time: one CPU core, shared with other jobs, 30 minutes. `--quick`: one problem, 3
+runs, 2 to 4 minutes.
 
-The 12 ChainBench problems of odd number with three heads, which share compiled programs; losses are looked up; 10 runs each. Rates were
-chosen on problems of even number (`--tune`). Writes values.json, values.md and values.png to experiments/results.
+Result to expect at 4,000 layer calls: a regret of 0.006 to 0.009 for the four rules with imitation
+and restarts, which is worse than evolution, local search and beam search (0.001 to 0.003), and of
+0.075 to 0.148 without, which is no better than random search (0.076). Ranks have 0.001 and 0.037.
+Predictions are near the return of the agent's own policy (bias within 0.1) and 0.7 to 0.9 below the
+best reachable reward.
 
-30 minutes on one CPU core that other jobs shared; `--quick`: one problem, 3 runs, 2 to 4 minutes. To expect, at
-4,000 layer calls: a regret of 0.006 to 0.009 for the four rules with imitation and restarts, which is behind evolution, local search and
-beam search (0.001 to 0.003), and of 0.075 to 0.148 without, which is no better than random search (0.076); ranks have 0.001 and
-0.037. Predictions are near to what the own policy gets (bias within 0.1) and 0.7 to 0.9 below the best that can be reached.
+The actor-critic with TD(0), TD(0.5), Monte Carlo returns, and V-trace with replay, and tabular
+Q-learning: regret, and calibration of the critic. Its prediction for each of the 1,885 prefixes
+with room for a layer is compared with the best reachable reward after the prefix, which is known
+because every chain is scored; once over all prefixes, and once over those of the agent's own last
+chains. Spearman's correlation, bias (predicted minus true) and root mean square error are computed
+within each depth, 1 to 3, then averaged. The target of a TD critic is not the best reachable reward
+but the return of its own policy, which is known as well (`own policy`: exact, from all 22,621
+prefixes); that of Q-learning is the best. Rewards are minus the log of the loss, so an error of 0.1
+is a tenth of the loss. The default reward of the actor-critic, ranks without a unit, is included.
+Everything is measured twice: with imitation of the best chains and restarts from them, and without
+both (`pure`), where credit is the only signal. Critic search is a reference: its Spearman
+correlation is over the prefixes that it has observed and not extended yet.
+
+The 12 ChainBench problems of odd number with three heads, which share compiled programs; losses
+come from tables; 10 runs each. Rates were chosen on problems of even number (`--tune`).
+
+Writes values.json, values.md and values.png to experiments/results.
 """
 
-import argparse
 import time
 from functools import partial
 from pathlib import Path
@@ -30,17 +38,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from arena import describe_search
-from calibration import count_visits, follow, judge, know, list_chains, rank_open, split
+from calibration import (
+    compare_values,
+    correlate_open_prefixes,
+    count_visits,
+    evaluate_policy,
+    find_truth,
+    list_chains,
+    split_by_depth,
+)
 from matplotlib.figure import Figure
-from records import CHAINBENCH, describe_machine, keep, look_up, write_results
+from records import describe_machine, describe_search, keep, make_parser, use_tables, write_results
 
 import jchain as jc
 
 BUDGETS = (300, 1000, 4000)
-NUM_RECENT = 4  # steps whose chains say where the policy goes
-PART = 16  # steps between two looks of the host
-MAX_FREE_STEPS = 100  # a run that charges nothing so often is over, as in jc.run
+NUM_RECENT = 4  # last steps, whose chains count as visited
+PART = 16  # device steps per host sync
+MAX_FREE_STEPS = 100  # consecutive steps without cost that end a run, as in jc.run
 PURE: dict[str, Any] = {"imitation_weight": 0.0, "restart_rate": 0.0}
 RATES: dict[str, Any] = {"learning_rate": 3e-2, "entropy_weight": 0.5}
 
@@ -55,7 +70,7 @@ RULES: dict[str, Any] = {
     "Monte Carlo": {"lambda_": 1.0},
     "V-trace, replay": {"lambda_": 1.0, "num_replays": 32},
 }
-RANKS = "TD(0.95) of ranks"  # as the actor-critic is by default
+RANKS = "TD(0.95) of ranks"  # the default of the actor-critic
 AGENTS: dict[str, Any] = {
     **{name: make_agent(**rule) for name, rule in RULES.items()},
     RANKS: jc.ActorCritic(),
@@ -73,7 +88,7 @@ CONTROLS: dict[str, Any] = {
 
 
 class Track(NamedTuple):
-    """One run, and what is kept of it at each budget."""
+    """State of a run, and what is recorded at each budget."""
 
     key: Any
     state: Any
@@ -82,25 +97,20 @@ class Track(NamedTuple):
     is_over: Any
     recent: Any  # chains of the last steps, [R, P, L]
     best: Any  # lowest loss, [B]
-    kept: Any  # what its critic is read from, [B, ...]
+    kept: Any  # state of the critic, [B, ...]
     visited: Any  # [B, R, P, L]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--folder", type=Path, default=CHAINBENCH, help="of ChainBench (default: %(default)s)"
+    parser = make_parser(
+        __doc__, quick="one problem, 3 seeds, few rules; nothing is written", has_folder=True
     )
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument(
-        "--tune", action="store_true", help="rates, on problems of even number; nothing is written"
+        "--tune",
+        action="store_true",
+        help="compare rates on problems of even number; nothing is written",
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="one problem, 3 seeds, few rules; nothing is written"
-    )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     start = time.perf_counter()
     if args.tune:
@@ -114,21 +124,21 @@ def main() -> None:
     else:
         names = find_problems(args.folder, slice(1, None, 2))
     problems = {name: jc.chainbench.load(args.folder, name) for name in names}
-    # Those that differ in rates share compiled programs.
+    # Searches that differ only in rates share programs.
     structures = {name: str(jax.tree.structure(search)) for name, search in agents.items()}
-    measured, last = {}, ""
+    results, last = {}, ""
     for name in sorted(agents, key=structures.__getitem__):
         if structures[name] != last:
             jax.clear_caches()
         last = structures[name]
-        measured[name] = measure_all(name, agents[name], problems, seeds)
-    measured = {name: measured[name] for name in agents}
+        results[name] = evaluate_problems(name, agents[name], problems, seeds)
+    results = {name: results[name] for name in agents}
     jax.clear_caches()
     for name, search in CONTROLS.items():
-        measured[name] = {
+        results[name] = {
             "regret": np.array([run_control(search, solved, seeds) for solved in problems.values()])
         }
-    summary = {name: summarize(arrays) for name, arrays in measured.items()}
+    summary = {name: summarize(arrays) for name, arrays in results.items()}
     table = format_tables(summary)
     print(table, flush=True)
     if args.quick:
@@ -146,15 +156,15 @@ def main() -> None:
         },
         "seconds": round(time.perf_counter() - start),
         "summary": summary,
-        "regret": {name: arrays["regret"].round(5).tolist() for name, arrays in measured.items()},
+        "regret": {name: arrays["regret"].round(5).tolist() for name, arrays in results.items()},
     }
     write_results(
-        args.out, "values", result, table, partial(draw, measured=measured, summary=summary)
+        args.out, "values", result, table, partial(draw, results=results, summary=summary)
     )
 
 
 def find_problems(folder: Path, half: slice) -> list[str]:
-    """Those of three heads."""
+    """Names of the problems with three heads."""
     return [
         name
         for name in jc.chainbench.NAMES[half]
@@ -162,10 +172,10 @@ def find_problems(folder: Path, half: slice) -> list[str]:
     ]
 
 
-def measure_all(
+def evaluate_problems(
     name: str, search: Any, problems: dict[str, Any], seeds: int
 ) -> dict[str, np.ndarray]:
-    """What is measured of a search, problems first: `[M, S, ...]`."""
+    """Regret and calibration of a search on all problems, `[M, S, ...]`."""
     start, rows = time.perf_counter(), []
     for problem_name, solved in problems.items():
         leaves = [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(search)]
@@ -176,39 +186,43 @@ def measure_all(
             leaves,
             seeds,
         )
-        code = (measure, run_agent, advance, read, judge, follow, know)
-        make = partial(measure, search, solved, seeds)
+        make = partial(evaluate_search, search, solved, seeds)
         rows.append(
             keep(
-                code,
+                __file__,
                 f"values-{name}-{problem_name}".replace(" ", "-"),
                 inputs,
                 make,
-                uses=(search,),
             )
         )
     print(f"{name:28} {time.perf_counter() - start:.0f} s", flush=True)
     return {key: np.array([row[key] for row in rows]) for key in rows[0]}
 
 
-def measure(search: Any, solved: Any, seeds: int) -> dict[str, np.ndarray]:
+def evaluate_search(search: Any, solved: Any, seeds: int) -> dict[str, np.ndarray]:
     """Regret and calibration at each budget of each run."""
-    problem, truth = solved.lookup(), know(solved)
+    problem, truth = solved.lookup(), find_truth(solved)
     track = run_agent(search, problem, seeds)
     loss = np.where(np.isfinite(track.best), track.best, np.median(solved.loss["search"]))
     out = {"regret": solved.regret(loss)}
     if isinstance(search, jc.CriticSearch):
         out["rank_open"] = np.array(
-            [[rank_open(truth, *at(track.kept, s, b)) for b in range(3)] for s in range(seeds)]
+            [
+                [correlate_open_prefixes(truth, *read_at(track.kept, s, b)) for b in range(3)]
+                for s in range(seeds)
+            ]
         )
         return out
     problem = problem.without_names()
 
     def predict(s: int, b: int) -> list[np.ndarray]:
-        return split(
+        return split_by_depth(
             np.asarray(
                 find_values(
-                    look_up(search), at(track.kept, s, b), jnp.asarray(truth.chains), problem
+                    use_tables(search),
+                    read_at(track.kept, s, b),
+                    jnp.asarray(truth.chains),
+                    problem,
                 )
             )
         )
@@ -217,17 +231,23 @@ def measure(search: Any, solved: Any, seeds: int) -> dict[str, np.ndarray]:
     for s in range(seeds):
         for b in range(len(BUDGETS)):
             predicted = predict(s, b)
-            out["everywhere"][s, b] = judge(predicted, truth.best)
-            out["visited"][s, b] = judge(predicted, truth.best, count_visits(track.visited[s, b]))
+            out["everywhere"][s, b] = compare_values(predicted, truth.best)
+            out["visited"][s, b] = compare_values(
+                predicted, truth.best, count_visits(track.visited[s, b])
+            )
     if isinstance(search, jc.ActorCritic):
         sampled = [predict(s, -1) for s in range(seeds)]
         full = jnp.asarray(list_chains(problem.max_layers))
         policies = (
-            find_policy(look_up(search), at(track.kept, s, -1), full, problem) for s in range(seeds)
+            find_policy(use_tables(search), read_at(track.kept, s, -1), full, problem)
+            for s in range(seeds)
         )
-        own = [follow(np.asarray(policy), truth) for policy in policies]
+        own = [evaluate_policy(np.asarray(policy), truth) for policy in policies]
         out["own"] = np.array(
-            [judge(predicted, values) for predicted, values in zip(sampled, own, strict=True)]
+            [
+                compare_values(predicted, values)
+                for predicted, values in zip(sampled, own, strict=True)
+            ]
         )
         out["predicted"] = np.array([np.concatenate(levels) for levels in sampled[:2]])
         out["own_value"] = np.array([np.concatenate(levels) for levels in own[:2]])
@@ -237,13 +257,13 @@ def measure(search: Any, solved: Any, seeds: int) -> dict[str, np.ndarray]:
     return out
 
 
-def at(tree: Any, seed: int, budget: int) -> Any:
+def read_at(tree: Any, seed: int, budget: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[seed, budget], tree)
 
 
 def run_agent(search: Any, problem: jc.Problem, seeds: int) -> Track:
-    """Runs side by side until each has spent the largest budget; a step that would pass a budget is not counted in it."""
-    search, keys = look_up(search), jax.random.split(jax.random.key(0), seeds)
+    """Run all seeds up to the largest budget; a step that exceeds a budget does not count."""
+    search, keys = use_tables(search), jax.random.split(jax.random.key(0), seeds)
     problem = problem.without_names()
     track = start_all(keys, search, problem)
     while not np.all(track.is_over):
@@ -256,22 +276,22 @@ def start(key: Any, search: Any, problem: jc.Problem) -> Track:
     state = search.init(init_key, problem)
     shapes = jax.eval_shape(search.step, key, state, problem)[1]
     recent = jnp.full((NUM_RECENT, *shapes.chains.shape), -1, jnp.int32)
-    kept = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(BUDGETS)), read(search, state))
+    kept = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(BUDGETS)), read_critic(search, state))
     zero, visited = jnp.zeros((), jnp.int32), jnp.stack([recent] * len(BUDGETS))
-    # Of the types that a step returns, so that there is one program.
+    # The dtypes are those that a step returns, so that there is one program.
     best = jnp.full(len(BUDGETS), jnp.inf, jnp.float32)
     return Track(key, state, zero, zero, jnp.array(False), recent, best, kept, visited)
 
 
 def advance(track: Track, search: Any, problem: jc.Problem) -> Track:
-    """Some steps."""
+    """Run PART steps."""
 
     def step(old: Track, _: Any) -> tuple[Track, None]:
         key, step_key = jax.random.split(old.key)
         state, info = search.step(step_key, old.state, problem)
         spent = old.spent + info.layer_calls.astype(jnp.int32)
         num_free = jnp.where(info.layer_calls == 0, old.num_free + 1, 0)
-        # Costs never fall, so that what passed a budget once stays out of it.
+        # `spent` never falls, so a run that exceeded a budget stays out of it.
         is_counted = (spent <= jnp.array(BUDGETS)) & ~old.is_over
         recent = jnp.concatenate([old.recent[1:], info.chains[None].astype(jnp.int32)])
 
@@ -286,7 +306,7 @@ def advance(track: Track, search: Any, problem: jc.Problem) -> Track:
             old.is_over | (spent > BUDGETS[-1]) | (num_free >= MAX_FREE_STEPS),
             recent,
             jnp.where(is_counted, jnp.minimum(old.best, jnp.min(info.loss)), old.best),
-            jax.tree.map(update, read(search, state), old.kept),
+            jax.tree.map(update, read_critic(search, state), old.kept),
             update(recent, old.visited),
         ), None
 
@@ -309,16 +329,19 @@ def find_policy(search: Any, state: Any, chains: Any, problem: jc.Problem) -> An
     return jnp.exp(search.policy(state, chains, problem))
 
 
-def read(search: Any, state: Any) -> Any:
-    """The part of a state by which its critic predicts; of critic search the open prefixes and the predicted log losses."""
+def read_critic(search: Any, state: Any) -> Any:
+    """The part of a state that its critic needs to predict.
+
+    For critic search, the open prefixes and their predicted log losses.
+    """
     if isinstance(search, jc.CriticSearch):
         prefixes = state.prefixes
         return prefixes.chains, prefixes.base + jnp.einsum(
             "dwi,di->dw", prefixes.inputs, state.weights
         )
     if isinstance(search, jc.QLearning):
-        return state._replace(chains=None, reward=None, memo=None)
-    return state._replace(opt_state=None, elite=None, memo=None, replay=None)
+        return state._replace(chains=None, reward=None, cache=None)
+    return state._replace(opt_state=None, elite=None, cache=None, replay_buffer=None)
 
 
 def run_control(search: Any, solved: Any, seeds: int) -> np.ndarray:
@@ -330,17 +353,17 @@ def run_control(search: Any, solved: Any, seeds: int) -> np.ndarray:
 
 
 def summarize(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """IQM and interval of each measure, by budget."""
+    """IQM and interval of each metric, by budget."""
     out: dict[str, Any] = {"regret": estimate(arrays["regret"])}
     for key in ("everywhere", "visited"):
         if key in arrays:
-            for i, measure_name in enumerate(("rank", "bias", "rmse")):
-                out[f"{measure_name}_{key}"] = estimate(arrays[key][..., i])
+            for i, metric in enumerate(("rank", "bias", "rmse")):
+                out[f"{metric}_{key}"] = estimate(arrays[key][..., i])
     if "rank_open" in arrays:
         out["rank_open"] = estimate(arrays["rank_open"])
     if "own" in arrays:
-        for i, measure_name in enumerate(("rank", "bias", "rmse")):
-            out[f"{measure_name}_own"] = {str(BUDGETS[-1]): estimate_one(arrays["own"][..., i])}
+        for i, metric in enumerate(("rank", "bias", "rmse")):
+            out[f"{metric}_own"] = {str(BUDGETS[-1]): estimate_one(arrays["own"][..., i])}
     return out
 
 
@@ -349,7 +372,7 @@ def estimate(values: np.ndarray) -> dict[str, Any]:
 
 
 def estimate_one(values: np.ndarray) -> dict[str, float]:
-    # A policy that goes one way has nothing to rank.
+    # A deterministic policy has no ranking: its correlation counts as 0.
     return jc.chainbench.stats.iqm(np.where(np.isfinite(values), values, 0.0))._asdict()
 
 
@@ -358,7 +381,7 @@ def show(cell: dict[str, float], digits: int = 2) -> str:
 
 
 def format_tables(summary: dict[str, Any]) -> str:
-    """Markdown: regret, then calibration, each IQM and 95% interval; what was measured in ranks has no unit."""
+    """Markdown tables: regret, then calibration, IQM and interval; errors of ranks have no unit."""
     last = str(BUDGETS[-1])
     head = ["rule", *(f"regret at {budget:,}" for budget in BUDGETS)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -385,9 +408,9 @@ def format_tables(summary: dict[str, Any]) -> str:
             ]
             has_unit = "ranks" not in name
             for where in ("everywhere", "visited"):
-                cells.append(both(row, where, last) if has_unit else "")
+                cells.append(show_errors(row, where, last) if has_unit else "")
             cells.append(show(row["rank_own"][last]) if "rank_own" in row else "")
-            cells.append(both(row, "own", last) if has_unit and "rank_own" in row else "")
+            cells.append(show_errors(row, "own", last) if has_unit and "rank_own" in row else "")
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         elif "rank_open" in row:
             cells = [show(row["rank_open"][str(b)]) for b in BUDGETS]
@@ -399,15 +422,19 @@ def format_tables(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def both(row: dict[str, Any], where: str, budget: str) -> str:
-    return f"{row[f'bias_{where}'][budget]['value']:+.2f} / {row[f'rmse_{where}'][budget]['value']:.2f}"
+def show_errors(row: dict[str, Any], where: str, budget: str) -> str:
+    bias, rmse = (row[f"{metric}_{where}"][budget]["value"] for metric in ("bias", "rmse"))
+    return f"{bias:+.2f} / {rmse:.2f}"
 
 
-def draw(path: str, measured: dict[str, dict[str, np.ndarray]], summary: dict[str, Any]) -> None:
-    """Predicted against best reachable reward, both centered by problem; and rank correlation against budget."""
+def draw(path: str, results: dict[str, dict[str, np.ndarray]], summary: dict[str, Any]) -> None:
+    """Plot predicted against best reachable reward, and rank correlation against budget.
+
+    Rewards are centered by problem.
+    """
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name, arrays in measured.items():
+    for name, arrays in results.items():
         if "predicted" not in arrays or "ranks" in name:
             continue
         best = arrays["best"][:, None].repeat(arrays["predicted"].shape[1], axis=1)
@@ -430,7 +457,7 @@ def draw(path: str, measured: dict[str, dict[str, np.ndarray]], summary: dict[st
 
 
 def tune(folder: Path) -> None:
-    """Rates of TD(0.5), on one problem of even number of each data set."""
+    """Compare rates of TD(0.5) on one problem of even number of each data set."""
     names = find_problems(folder, slice(0, None, 2))
     chosen = [next(name for name in names if name.startswith(data)) for data in jc.chainbench.DATA]
     solved = [jc.chainbench.load(folder, name) for name in chosen]

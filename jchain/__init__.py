@@ -40,6 +40,7 @@ from jchain.groups import LayerGroup
 from jchain.inverse.pullback import pull_back
 from jchain.inverse.recover_chain import meet_in_the_middle
 from jchain.problem import Problem
+from jchain.pytree import pytree_dataclass, static
 from jchain.search.actor_critic import ActorCritic
 from jchain.search.base import Curve, Info, Result, Search, run, run_many
 from jchain.search.beam_search import BeamSearch
@@ -107,8 +108,10 @@ __all__ = [
     "pretrain_agent",
     "pretrain_critic",
     "pull_back",
+    "pytree_dataclass",
     "run",
     "run_many",
+    "static",
     "swap_scores",
     "train",
     "updates",

@@ -1,4 +1,4 @@
-"""Array shapes for public signatures: jaxtyping's where it is installed, which evaluation does not need."""
+"""Array shapes for public signatures: those of jaxtyping, which evaluation does not require."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ else:
     except ImportError:
 
         class _Unchecked:
-            def __class_getitem__(cls, _: Any) -> Any:
+            def __class_getitem__(cls, _: object) -> object:
                 return Any
 
         Array = Any

@@ -1,12 +1,10 @@
 """Hidden units of layers in the same order, so that their weights can be compared index by index.
 
-A layer computes the same with its hidden units in another order, so two layers that do alike may have weights that are far apart.
-The order is that of the largest inner product of weights with those of one layer: git re-basin's weight matching (Ainsworth et
-al. 2022, arXiv:2209.04836), which for one hidden layer is a linear assignment and solved exactly.
+A layer computes the same with its hidden units in another order, so two layers that compute similar
+functions may have very different weights. The order chosen here has the largest inner product of
+weights with those of one layer: git re-basin's weight matching (Ainsworth et al. 2022,
+arXiv:2209.04836), which for one hidden layer is a linear assignment and is solved exactly.
 """
-
-import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -26,54 +24,64 @@ _AXES: dict[type[nn.Module], dict[str, int]] = {
 
 
 def align(bank: Bank, token: int) -> Bank:
-    """The bank with the hidden units of each layer in the order that is closest to those of layer `token`.
+    """Put the hidden units of each layer in the order that is closest to those of layer `token`.
 
-    Every chain computes the same, up to the order of sums. Layers of other groups stay as they are.
+    Every chain computes the same, up to the order of sums. Layers of other groups are unchanged.
+
+    Args:
+      bank: the bank.
+      token: the layer whose order the others take.
 
     Raises:
-      ValueError: `token` is no layer of this bank, or its module has no hidden units that jchain knows.
+      ValueError: `token` is not a layer of this bank, or jchain does not know the hidden units of
+        its module.
     """
     from scipy.optimize import linear_sum_assignment
 
-    group = _find_group(bank, token)
-    place = group.tokens.index(token)
+    group, place = _find_layer(bank, token)
     units = _stack_units(group)
     orders = []
     for rows in units:
-        # [hidden units of the layer, those of this one]
+        # [hidden units of `token`, hidden units of this layer]
         _, order = linear_sum_assignment(units[place] @ rows.T, maximize=True)
         orders.append(order)
     return _reorder(bank, group, jnp.asarray(np.stack(orders)))
 
 
 def shuffle(key: Key[Array, ""], bank: Bank, token: int = 0) -> Bank:
-    """The bank with the hidden units of each layer of the group of `token` in a random order.
+    """Put the hidden units of each layer in a random order.
+
+    Args:
+      key: consumed.
+      bank: the bank.
+      token: a layer of the group to shuffle; layers of other groups are unchanged.
 
     Raises:
       ValueError: as `align`.
     """
-    group = _find_group(bank, token)
+    group, _ = _find_layer(bank, token)
     num_units = _stack_units(group).shape[1]
     keys = jax.random.split(key, len(group.tokens))
     return _reorder(bank, group, jax.vmap(lambda k: jax.random.permutation(k, num_units))(keys))
 
 
-def _find_group(bank: Bank, token: int) -> LayerGroup:
-    group = next((group for group in bank.layers if token in group.tokens), None)
-    if group is None:
+def _find_layer(bank: Bank, token: int) -> tuple[LayerGroup, int]:
+    if not 0 <= token < bank.num_layers:
         raise ValueError(f"expected a layer token in 0..{bank.num_layers - 1}, got {token}")
+    group, place = bank.find(token)
     if type(group.module) not in _AXES:
         known = ", ".join(module.__name__ for module in _AXES)
         raise ValueError(
-            f"expected a layer whose hidden units are known, {known}, got {type(group.module).__name__}"
+            f"expected a layer whose hidden units are known, {known}, "
+            f"got {type(group.module).__name__}"
         )
-    return group
+    return group, place
 
 
 def _stack_units(group: LayerGroup) -> np.ndarray:
     """All weights of each hidden unit in one row, `[n, hidden, W]`."""
     flat = traverse_util.flatten_dict(group.params, sep="/")
-    parts: list[Any] = []
+    parts: list[np.ndarray] = []
     for path, axis in _AXES[type(group.module)].items():
         tensor = np.moveaxis(np.asarray(flat[path], np.float64), 1 + axis, 1)
         parts.append(tensor.reshape(*tensor.shape[:2], -1))
@@ -87,6 +95,4 @@ def _reorder(bank: Bank, group: LayerGroup, orders: Int[Array, "n H"]) -> Bank:
             flat[path], orders
         )
     new = LayerGroup(traverse_util.unflatten_dict(flat, sep="/"), group.module, group.tokens)
-    return dataclasses.replace(
-        bank, layers=tuple(new if other is group else other for other in bank.layers)
-    )
+    return bank.replace_group(group, new)

@@ -1,90 +1,203 @@
-"""Chains as index arrays: `int32[L]`, zero or more layer tokens, one head token, then -1 (see `validate`).
+"""Chains as index arrays, `int32[L]`: zero or more layer tokens, one head token, then -1.
 
-With `N` layers and `K` heads, tokens `0..N-1` are layers, `N..N+K-1` heads, -1 padding. `L = max_layers + 1`.
+With `N` layers and `K` heads in the bank, tokens `0..N-1` are layers, `N..N+K-1` are heads, and -1
+is padding. `L = max_layers + 1`. `ChainSpace` holds the sizes and everything that depends on them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jchain._typing import Array, Bool, Int, Key
 
 PADDING = -1
+
+# Chains that a user gives: an array of integers, or lists of them.
+ChainsLike = ArrayLike | Sequence[object]
 
 
 @dataclass(frozen=True)
 class ChainSpace:
     """Every chain that a problem allows: `min_layers` to `max_layers` layers, then one head.
 
-    Hashable. `Problem.space` is that of a problem.
+    Hashable. `Problem.space` is the space of a problem.
+
+    Attributes:
+      num_layers: N, layers in the bank.
+      num_heads: K, heads in the bank.
+      max_layers: most layers in a chain; chains have `L = max_layers + 1` slots.
+      min_layers: fewest layers in a chain.
     """
 
-    num_layers: int  # N, layers in the bank
-    num_heads: int  # K, heads in the bank
-    max_layers: int  # most layers in a chain; chains have L = max_layers + 1 slots
-    min_layers: int = 0  # fewest layers in a chain
+    num_layers: int
+    num_heads: int
+    max_layers: int
+    min_layers: int = 0
 
     @property
     def num_chains(self) -> int:
         """The number of chains in the space."""
-        return count(self.num_layers, self.num_heads, self.max_layers, min_layers=self.min_layers)
+        depths = range(self.min_layers, self.max_layers + 1)
+        return self.num_heads * sum(self.num_layers**depth for depth in depths)
 
     @property
     def num_neighbors(self) -> int:
-        """M, the rows that `neighbors` returns."""
+        """M, the number of rows that `neighbors` returns."""
         return self.max_layers * (2 * self.num_layers + 1) + self.num_heads
 
     @property
     def head_alone(self) -> Int[Array, "L"]:
         """The first head alone: a chain that costs no layer call."""
-        return bare(self.num_layers, self.max_layers)
+        return jnp.full(self.max_layers + 1, PADDING, jnp.int32).at[0].set(self.num_layers)
 
     def count_layers(self, chains: Int[Array, "*P L"]) -> Int[Array, "*P"]:
-        """How many layers each chain has, which is also the slot of its head."""
+        """The number of layers of each chain, which is also the slot of its head.
+
+        Args:
+          chains: tokens, `[..., L]`.
+        """
         return count_layers(chains, self.num_layers)
 
     def sample(self, key: Key[Array, ""], num_chains: int) -> Int[Array, "P L"]:
-        """Chains drawn uniformly from the space, with replacement. Most are long, as most chains of the space are."""
-        sizes = (self.num_layers, self.num_heads, self.max_layers)
-        return sample(key, num_chains, *sizes, min_layers=self.min_layers)
+        """Draw chains uniformly from the space, with replacement.
+
+        Most of them are long, because most chains of the space are.
+
+        Args:
+          key: consumed.
+          num_chains: P, chains to draw.
+        """
+        length_key, layer_key, head_key = jax.random.split(key, 3)
+        # P(depth) is proportional to N^depth; the number of heads cancels. Logs, as N^depth
+        # overflows.
+        depths = jnp.arange(self.min_layers, self.max_layers + 1)
+        logits = depths * jnp.log(self.num_layers)
+        length = self.min_layers + jax.random.categorical(length_key, logits, shape=(num_chains, 1))
+        shape = (num_chains, self.max_layers + 1)
+        layers = jax.random.randint(layer_key, shape, 0, self.num_layers)
+        num_tokens = self.num_layers + self.num_heads
+        heads = jax.random.randint(head_key, (num_chains, 1), self.num_layers, num_tokens)
+        slots = jnp.arange(self.max_layers + 1)[None]
+        chains = jnp.where(slots < length, layers, jnp.where(slots == length, heads, PADDING))
+        return chains.astype(jnp.int32)
 
     def enumerate(self) -> Int[np.ndarray, "C L"]:
-        """Every chain of the space, shorter chains first, each length in the order of its tokens."""
-        return enumerate_all(
-            self.num_layers, self.num_heads, self.max_layers, min_layers=self.min_layers
-        )
+        """List every chain of the space: shorter chains first, each length in token order.
+
+        `num_chains` is their number, known before any memory is allocated.
+        """
+        blocks = []
+        for depth in range(self.min_layers, self.max_layers + 1):
+            number = np.arange(self.num_layers**depth * self.num_heads)
+            block = np.full((len(number), self.max_layers + 1), PADDING, np.int32)
+            number, head = np.divmod(number, self.num_heads)
+            block[:, depth] = self.num_layers + head
+            for slot in reversed(range(depth)):
+                number, block[:, slot] = np.divmod(number, self.num_layers)
+            blocks.append(block)
+        return np.concatenate(blocks)
 
     def neighbors(self, chain: Int[Array, "L"]) -> tuple[Int[Array, "M L"], Bool[Array, "M"]]:
-        """Every chain of the space that is one edit away, as padded rows and a mask of the rows that count."""
-        return neighbors(chain, self.num_layers, self.num_heads, min_layers=self.min_layers)
+        """List every chain of the space that is one edit away.
+
+        The number of rows is fixed, so this can be jitted and vmapped. With `D = max_layers`, the
+        rows are `D * N` swaps of a layer, `K` swaps of the head, `D * N` insertions, and `D`
+        deletions.
+
+        Args:
+          chain: tokens, `[L]`.
+
+        Returns:
+          The chains, `[M, L]`, and a mask, `[M]`: True for rows that are chains of the space,
+          differ from `chain`, and repeat no earlier row.
+        """
+        num_layers, max_layers = self.num_layers, self.max_layers
+        length = count_layers(chain, num_layers)
+        slots, row = jnp.arange(max_layers + 1)[None], chain[None]
+        at, token = (
+            grid.reshape(-1, 1)
+            for grid in jnp.meshgrid(jnp.arange(max_layers), jnp.arange(num_layers))
+        )
+        earlier = jnp.roll(chain, 1)
+
+        swaps = jnp.where(slots == at, token, row)
+        is_swap = (at[:, 0] < length) & (token[:, 0] != chain[at[:, 0]])
+
+        head = num_layers + jnp.arange(self.num_heads)[:, None]
+        head_swaps = jnp.where(slots == length, head, row)
+        is_head_swap = head[:, 0] != chain[length]
+
+        inserts = jnp.where(slots < at, row, jnp.where(slots == at, token, earlier[None]))
+        # Inserting one more layer into a run of equal layers gives the same chain at each slot of
+        # the run, and so does deleting one: keep the first.
+        is_repeat = (at[:, 0] > 0) & (token[:, 0] == earlier[at[:, 0]])
+        is_insert = (at[:, 0] <= length) & (length < max_layers) & ~is_repeat
+
+        gap = jnp.arange(max_layers)
+        later = jnp.roll(chain, -1).at[-1].set(PADDING)
+        deletes = jnp.where(slots < gap[:, None], row, later[None])
+        is_repeat = (gap > 0) & (chain[gap] == earlier[gap])
+        is_delete = (gap < length) & (length > self.min_layers) & ~is_repeat
+
+        chains = jnp.concatenate([swaps, head_swaps, inserts, deletes]).astype(chain.dtype)
+        return chains, jnp.concatenate([is_swap, is_head_swap, is_insert, is_delete])
 
     def index(self, chains: Int[Array, "*P L"]) -> Int[Array, "*P"]:
-        """The place of each chain in the enumeration of chains of every length (`min_layers` of 0)."""
-        return index(chains, self.num_layers, self.num_heads)
+        """Find the place of each chain in the enumeration of chains of every length.
 
-    def validate(self, chains: Any) -> Int[np.ndarray, "*P L"]:
-        """The chains as an int32 array, checked on the host. Shorter chains than `min_layers` pass."""
+        `min_layers` is ignored: the place is that in `enumerate` of a space with a `min_layers` of
+        0.
+
+        Args:
+          chains: tokens, `[..., L]`.
+
+        Raises:
+          ValueError: there are so many chains that a place does not fit 32 bits.
+        """
+        num_layers, num_heads, max_layers = self.num_layers, self.num_heads, self.max_layers
+        if (total := ChainSpace(num_layers, num_heads, max_layers).num_chains) >= 2**31:
+            raise ValueError(f"expected fewer than 2^31 chains, got {total:,}")
+        spaces = [ChainSpace(num_layers, num_heads, depth) for depth in range(max_layers)]
+        shorter = jnp.array([0, *(space.num_chains for space in spaces)])
+        length = count_layers(chains, num_layers)
+        layers = jnp.zeros_like(length)
+        for slot in range(max_layers):
+            layers = jnp.where(slot < length, layers * num_layers + chains[..., slot], layers)
+        head = jnp.take_along_axis(chains, length[..., None], axis=-1)[..., 0] - num_layers
+        return shorter[length] + layers * num_heads + head
+
+    def validate(self, chains: ChainsLike) -> Int[np.ndarray, "*P L"]:
+        """Return the chains as an int32 array, checked on the host.
+
+        Chains with fewer layers than `min_layers` pass.
+
+        Args:
+          chains: tokens, `[L]` or `[P, L]`.
+
+        Raises:
+          ValueError: as `jchain.chain.validate`.
+        """
         return validate(chains, self.num_layers, self.num_heads, self.max_layers)
 
 
 def validate(
-    chains: Any, num_layers: int, num_heads: int, max_layers: int | None = None
+    chains: ChainsLike, num_layers: int, num_heads: int, max_layers: int | None = None
 ) -> Int[np.ndarray, "*P L"]:
-    """The chains as an int32 array, on the host.
+    """Return the chains as an int32 array, checked on the host.
 
     Args:
       chains: tokens, `[L]` or `[P, L]`.
-      num_layers: layers in the bank, N.
-      num_heads: heads in the bank, K.
+      num_layers: N, layers in the bank.
+      num_heads: K, heads in the bank.
       max_layers: when given, `L` must be `max_layers + 1`.
 
     Raises:
-      ValueError: the tokens are not integers, have another shape, are out of range, or are not layers, then one head,
-        then -1; the message names the first chain that fails.
+      ValueError: the tokens are not integers, have another shape, are out of range, or are not
+        layers, then one head, then -1. The message names the first chain that fails.
     """
     array = np.asarray(chains)
     expected = "[P, L]" if max_layers is None else f"[P, {max_layers + 1}]"
@@ -97,7 +210,7 @@ def validate(
         raise ValueError(f"expected chains of integer tokens, got dtype {array.dtype}")
     rows = np.atleast_2d(array)
     _check_range(rows, num_layers, num_heads)
-    _check_form(rows, num_layers)
+    _check_order(rows, num_layers)
     return array.astype(np.int32)
 
 
@@ -106,12 +219,13 @@ def _check_range(rows: np.ndarray, num_layers: int, num_heads: int) -> None:
     if is_bad.any():
         row, slot = np.argwhere(is_bad)[0]
         raise ValueError(
-            f"chain {row}: token {rows[row, slot]} at slot {slot} is out of range: expected 0..{num_layers - 1} "
-            f"(layers), {num_layers}..{num_layers + num_heads - 1} (heads) or {PADDING} (padding)"
+            f"chain {row}: token {rows[row, slot]} at slot {slot} is out of range: "
+            f"expected 0..{num_layers - 1} (layers), "
+            f"{num_layers}..{num_layers + num_heads - 1} (heads) or {PADDING} (padding)"
         )
 
 
-def _check_form(rows: np.ndarray, num_layers: int) -> None:
+def _check_order(rows: np.ndarray, num_layers: int) -> None:
     is_head = rows >= num_layers
     head_slot = np.where(is_head.any(axis=1), is_head.argmax(axis=1), rows.shape[1])
     is_before = np.arange(rows.shape[1]) < head_slot[:, None]
@@ -124,17 +238,17 @@ def _check_form(rows: np.ndarray, num_layers: int) -> None:
         if is_bad.any():
             row = int(is_bad.argmax())
             raise ValueError(
-                f"chain {row} {problem}: expected layer tokens, then one head token, then {PADDING}, got "
-                f"{rows[row].tolist()}"
+                f"chain {row} {problem}: expected layer tokens, then one head token, then "
+                f"{PADDING}, got {rows[row].tolist()}"
             )
 
 
 def pad(tokens: Sequence[Sequence[int]], max_layers: int | None = None) -> Int[np.ndarray, "P L"]:
-    """Chains of different lengths as one array, -1 behind each.
+    """Put chains of different lengths into one array, padded with -1.
 
     Args:
       tokens: for each chain its layer tokens and its head.
-      max_layers: layers that fit; that of the longest chain when None.
+      max_layers: `L - 1`; the layers of the longest chain when None.
 
     Raises:
       ValueError: no chain is given, or one is longer than `max_layers`.
@@ -154,13 +268,28 @@ def pad(tokens: Sequence[Sequence[int]], max_layers: int | None = None) -> Int[n
 
 
 def count_layers(chains: Int[Array, "*P L"], num_layers: int) -> Int[Array, "*P"]:
-    """How many layers each chain has, which is also the slot of its head."""
+    """The number of layers of each chain, which is also the slot of its head.
+
+    Args:
+      chains: tokens, `[..., L]`.
+      num_layers: N, layers in the bank.
+    """
     return jnp.sum((chains >= 0) & (chains < num_layers), axis=-1)
 
 
+def describe(tokens: ChainsLike, names: Sequence[str]) -> str:
+    """The names along one chain, `net0/0 -> net1/2 -> net0/head`, without padding.
+
+    Args:
+      tokens: one chain, `[L]`.
+      names: the name of each token.
+    """
+    return " -> ".join(names[int(token)] for token in np.asarray(tokens) if token != PADDING)
+
+
+# Deleted when all callers use ChainSpace.
 def count(num_layers: int, num_heads: int, max_layers: int, *, min_layers: int = 0) -> int:
-    """How many chains there are of `min_layers` to `max_layers` layers and a head."""
-    return num_heads * sum(num_layers**depth for depth in range(min_layers, max_layers + 1))
+    return ChainSpace(num_layers, num_heads, max_layers, min_layers).num_chains
 
 
 def sample(
@@ -172,103 +301,24 @@ def sample(
     *,
     min_layers: int = 0,
 ) -> Int[Array, "P L"]:
-    """Chains drawn uniformly, with replacement, from all `count(...)` of them (so most are long)."""
-    length_key, layer_key, head_key = jax.random.split(key, 3)
-    # P(depth) is proportional to N^depth; the number of heads cancels. In logs, as N^depth overflows.
-    logits = jnp.arange(min_layers, max_layers + 1) * jnp.log(num_layers)
-    length = min_layers + jax.random.categorical(length_key, logits, shape=(num_chains, 1))
-    layers = jax.random.randint(layer_key, (num_chains, max_layers + 1), 0, num_layers)
-    heads = jax.random.randint(head_key, (num_chains, 1), num_layers, num_layers + num_heads)
-    slots = jnp.arange(max_layers + 1)[None]
-    chains = jnp.where(slots < length, layers, jnp.where(slots == length, heads, PADDING))
-    return chains.astype(jnp.int32)
+    return ChainSpace(num_layers, num_heads, max_layers, min_layers).sample(key, num_chains)
 
 
 def enumerate_all(
     num_layers: int, num_heads: int, max_layers: int, *, min_layers: int = 0
 ) -> Int[np.ndarray, "P L"]:
-    """Every chain of `min_layers` to `max_layers` layers and a head, shorter chains first, in the order of their tokens.
-
-    `count(...)` says how many that is before any memory is taken.
-    """
-    blocks = []
-    for depth in range(min_layers, max_layers + 1):
-        number = np.arange(num_layers**depth * num_heads)
-        block = np.full((len(number), max_layers + 1), PADDING, np.int32)
-        number, head = np.divmod(number, num_heads)
-        block[:, depth] = num_layers + head
-        for slot in reversed(range(depth)):
-            number, block[:, slot] = np.divmod(number, num_layers)
-        blocks.append(block)
-    return np.concatenate(blocks)
+    return ChainSpace(num_layers, num_heads, max_layers, min_layers).enumerate()
 
 
 def bare(num_layers: int, max_layers: int) -> Int[Array, "L"]:
-    """The first head alone: a chain that costs no layer call."""
-    return jnp.full(max_layers + 1, PADDING, jnp.int32).at[0].set(num_layers)
+    return ChainSpace(num_layers, 1, max_layers).head_alone
 
 
 def index(chains: Int[Array, "*P L"], num_layers: int, num_heads: int) -> Int[Array, "*P"]:
-    """The place of each chain in `enumerate_all` of chains of every length.
-
-    Raises:
-      ValueError: there are so many chains that a place does not fit 32 bits.
-    """
-    max_layers = chains.shape[-1] - 1
-    if count(num_layers, num_heads, max_layers) >= 2**31:
-        raise ValueError(
-            f"expected fewer than 2^31 chains, got {count(num_layers, num_heads, max_layers):,}"
-        )
-    length = count_layers(chains, num_layers)
-    shorter = jnp.array([0, *(count(num_layers, num_heads, depth) for depth in range(max_layers))])
-    layers = jnp.zeros_like(length)
-    for slot in range(max_layers):
-        layers = jnp.where(slot < length, layers * num_layers + chains[..., slot], layers)
-    head = jnp.take_along_axis(chains, length[..., None], axis=-1)[..., 0] - num_layers
-    return shorter[length] + layers * num_heads + head
+    return ChainSpace(num_layers, num_heads, chains.shape[-1] - 1).index(chains)
 
 
 def neighbors(
     chain: Int[Array, "L"], num_layers: int, num_heads: int, *, min_layers: int = 0
 ) -> tuple[Int[Array, "M L"], Bool[Array, "M"]]:
-    """Every chain of at least `min_layers` layers that is one edit away, in a fixed number of rows, so that it can be jitted
-    and vmapped.
-
-    Rows, with `D = max_layers` slots for layers: `D * N` swaps of a layer, `K` swaps of the head, `D * N` insertions,
-    `D` deletions.
-
-    Returns:
-      The chains and the mask of the rows that are chains, differ from `chain`, and stand only once.
-    """
-    max_layers = chain.shape[0] - 1
-    length = count_layers(chain, num_layers)
-    slots, row = jnp.arange(max_layers + 1)[None], chain[None]
-    at, token = (
-        grid.reshape(-1, 1) for grid in jnp.meshgrid(jnp.arange(max_layers), jnp.arange(num_layers))
-    )
-    earlier = jnp.roll(chain, 1)
-
-    swaps = jnp.where(slots == at, token, row)
-    is_swap = (at[:, 0] < length) & (token[:, 0] != chain[at[:, 0]])
-
-    head = num_layers + jnp.arange(num_heads)[:, None]
-    head_swaps = jnp.where(slots == length, head, row)
-    is_head_swap = head[:, 0] != chain[length]
-
-    inserts = jnp.where(slots < at, row, jnp.where(slots == at, token, earlier[None]))
-    # In a run of equal layers, inserting one more, or deleting one, gives the same chain at each place: keep the first.
-    is_repeat = (at[:, 0] > 0) & (token[:, 0] == earlier[at[:, 0]])
-    is_insert = (at[:, 0] <= length) & (length < max_layers) & ~is_repeat
-
-    gap = jnp.arange(max_layers)
-    later = jnp.roll(chain, -1).at[-1].set(PADDING)
-    deletes = jnp.where(slots < gap[:, None], row, later[None])
-    is_delete = (gap < length) & (length > min_layers) & ~((gap > 0) & (chain[gap] == earlier[gap]))
-
-    chains = jnp.concatenate([swaps, head_swaps, inserts, deletes]).astype(chain.dtype)
-    return chains, jnp.concatenate([is_swap, is_head_swap, is_insert, is_delete])
-
-
-def describe(tokens: Any, names: Sequence[str]) -> str:
-    """The names along one chain, `net0/0 -> net1/2 -> net0/head`, padding left out."""
-    return " -> ".join(names[int(token)] for token in np.asarray(tokens) if token != PADDING)
+    return ChainSpace(num_layers, num_heads, chain.shape[0] - 1, min_layers).neighbors(chain)

@@ -1,11 +1,16 @@
-"""Data: four splits that never meet. `train` makes weights, `search` is searched on, `select` re-ranks, `test` reports."""
+"""Data sets in four disjoint splits.
+
+`train` makes weights, searches see only `search`, `select` re-ranks the finalists, and `test` is
+for the report.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from jchain import images
 from jchain._typing import Array, Shaped
@@ -13,8 +18,12 @@ from jchain._typing import Array, Shaped
 # Shares of train, search, select and test.
 SHARES = (0.5, 0.2, 0.15, 0.15)
 SPLITS = ("train", "search", "select", "test")
-# Those that chains are scored on.
+# The splits that chains are scored on.
 EVALUATION_SPLITS = SPLITS[1:]
+
+
+# Examples [B, ...F] and integer labels [B].
+_Arrays = tuple[np.ndarray, np.ndarray]
 
 
 class Batch(NamedTuple):
@@ -25,20 +34,24 @@ class Batch(NamedTuple):
 
 
 def check_lengths(data: Batch) -> None:
-    """Refuse examples and labels that do not belong together.
+    """Check that there are examples, and as many labels.
+
+    Args:
+      data: examples and labels.
 
     Raises:
-      ValueError: there are none, or not as many of each.
+      ValueError: there are no examples, or more or fewer labels than examples.
     """
     x, y = data
     if x.ndim == 0 or x.shape[0] == 0 or y.shape[:1] != x.shape[:1]:
         raise ValueError(
-            f"expected examples and as many labels, at least one, got x {list(x.shape)} and y {list(y.shape)}"
+            f"expected examples and as many labels, at least one, "
+            f"got x {list(x.shape)} and y {list(y.shape)}"
         )
 
 
 class Dataset(NamedTuple):
-    """The four splits of a data set: stratified, disjoint, standardized with the statistics of `train`."""
+    """The splits of a data set: stratified, disjoint, standardized by the statistics of `train`."""
 
     train: Batch
     search: Batch
@@ -48,31 +61,31 @@ class Dataset(NamedTuple):
     num_classes: int
 
 
-def _load_digits() -> Any:
+def _load_digits() -> _Arrays:
     from sklearn.datasets import load_digits
 
-    return load_digits(return_X_y=True)
+    return load_digits(return_X_y=True)  # pyright: ignore[reportReturnType]
 
 
-def _load_digit_images() -> Any:
+def _load_digit_images() -> _Arrays:
     x, y = _load_digits()
     return x.reshape(-1, 8, 8, 1), y
 
 
-def _load_wine() -> Any:
+def _load_wine() -> _Arrays:
     from sklearn.datasets import load_wine
 
-    return load_wine(return_X_y=True)
+    return load_wine(return_X_y=True)  # pyright: ignore[reportReturnType]
 
 
-def _load_breast_cancer() -> Any:
+def _load_breast_cancer() -> _Arrays:
     from sklearn.datasets import load_breast_cancer
 
-    return load_breast_cancer(return_X_y=True)
+    return load_breast_cancer(return_X_y=True)  # pyright: ignore[reportReturnType]
 
 
-# Each gives x [B, ...F] and integer labels y [B], from files that scikit-learn's wheel holds.
-LOADERS: dict[str, Callable[[], Any]] = {
+# From files in scikit-learn's wheel.
+LOADERS: dict[str, Callable[[], _Arrays]] = {
     "digits": _load_digits,
     "digits_8x8": _load_digit_images,
     "wine": _load_wine,
@@ -87,21 +100,23 @@ def load(
     sizes: Sequence[int] | None = None,
     data_dir: str | Path | None = None,
 ) -> Dataset:
-    """A data set by name.
+    """Load a data set by name.
 
-    `digits` (1,797 x 64, 10 classes), the same as images `digits_8x8` (8 x 8 x 1), `wine` (178 x 13, 3) and `breast_cancer`
-    (569 x 30, 2) come with scikit-learn. All other names are image sets of tensorflow-datasets, as `mnist`, `fashion_mnist`
-    and `cifar10`, which must have been prepared (`jchain prepare`, `jchain.images`); their own test split is `test`, the other
-    three are cut from their train split in the same shares.
+    These come with scikit-learn: `digits` (1,797 x 64, 10 classes), the same as images `digits_8x8`
+    (8 x 8 x 1), `wine` (178 x 13, 3 classes) and `breast_cancer` (569 x 30, 2 classes). All other
+    names are image sets of tensorflow-datasets, such as `mnist`, `fashion_mnist` and `cifar10`,
+    which must be prepared first (`jchain prepare`, `jchain.images`). Their own test split is
+    `test`; the other three splits are cut from their train split in the same proportions.
 
     Args:
-      name: which.
-      seed: which examples go into which split; the shares are 50% train, 20% search, 15% select, 15% test.
-      sizes: examples of each of the four splits; as many as there are when None.
+      name: name of the data set.
+      seed: decides which examples go into which split; the shares are 50% train, 20% search, 15%
+        select, 15% test.
+      sizes: examples of each of the four splits; all that there are when None.
       data_dir: the folder of prepared sets.
 
     Raises:
-      ValueError: there is no data set of that name, or fewer examples than `sizes` asks for.
+      ValueError: the name is unknown, or `sizes` asks for more examples than there are.
       ImportError, OSError, ValueError: the set cannot be read (`jchain.images.read`).
     """
     if name in LOADERS:
@@ -117,26 +132,29 @@ def split(
     *,
     seed: int = 0,
     name: str = "data",
-    test: tuple[np.ndarray, np.ndarray] | None = None,
+    test: _Arrays | None = None,
     sizes: Sequence[int] | None = None,
-    statistics: tuple[Any, Any] | None = None,
+    statistics: tuple[np.ndarray | float, np.ndarray | float] | None = None,
 ) -> Dataset:
-    """Your own examples as a data set, split and standardized as `load` does.
+    """Split and standardize your own examples as `load` does.
 
-    Standardized is each feature; of images `[B, H, W, C]` each channel.
+    Each feature is standardized; for images `[B, H, W, C]`, each channel.
 
     Args:
       x: examples, `[B, ...F]`.
       y: integer labels `0..C-1`, `[B]`.
-      seed: which examples go into which split.
-      name: what to call it.
-      test: examples and labels of the split `test`, where they are fixed; the other three are then cut from `x`.
-      sizes: examples of each of the four splits, of each class its share; as many as there are when None.
-      statistics: mean and standard deviation of each feature, or channel; those of `train` when None.
+      seed: decides which examples go into which split.
+      name: name of the data set.
+      test: examples and labels of the split `test`, if it is fixed; only the other three are then
+        cut from `x`.
+      sizes: examples of each of the four splits, drawn evenly from the classes; all that there are
+        when None.
+      statistics: mean and standard deviation of each feature, or channel; those of `train` when
+        None.
 
     Raises:
-      ValueError: lengths differ, labels are no integers from 0, values are not finite, a class has too few examples to be in
-        every split, or there are fewer examples than `sizes` asks for.
+      ValueError: lengths differ, labels are not integers from 0, values are not finite, a class has
+        too few examples to be in every split, or `sizes` asks for more examples than there are.
     """
     wholes = [_check(x, y)] if test is None else [_check(x, y), _check(*test)]
     num_classes = max(int(labels.max()) for _, labels in wholes) + 1
@@ -158,11 +176,11 @@ def split(
             for (i, part), n in zip(parts, sizes, strict=True)
         ]
     train = wholes[0][0][parts[0][1]]
-    # Of an image all places are alike.
+    # All positions of an image share the statistics of their channel.
     axes, dtype = ((0, 1, 2), np.float64) if train.ndim == 4 else (0, np.float32)
     own = (of(train, axis=axes, dtype=dtype).astype(np.float32) for of in (np.mean, np.std))
     mean, std = own if statistics is None else statistics
-    # A constant has a deviation of rounding alone, by which other splits would be divided.
+    # The deviation of a constant is only rounding: dividing by it would blow up other splits.
     is_constant = np.equal(train.max(axis=axes), train.min(axis=axes)) & (statistics is None)
     std = np.where((std > 0) & ~is_constant, std, 1)
 
@@ -175,9 +193,9 @@ def split(
     return Dataset(*(take(*part) for part in parts), name=name, num_classes=num_classes)
 
 
-def _check(x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
+def _check(x: npt.ArrayLike, y: npt.ArrayLike) -> _Arrays:
     x, y = np.asarray(x), np.asarray(y)
-    # Bytes of images stay so until they are taken.
+    # Images of bytes are converted only when a split takes them: they need a quarter of the memory.
     x = x if x.dtype == np.uint8 else x.astype(np.float32)
     if y.shape != x.shape[:1]:
         raise ValueError(
@@ -190,19 +208,20 @@ def _check(x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
-def _check_sizes(sizes: Sequence[int], most: Sequence[int]) -> None:
+def _check_sizes(sizes: Sequence[int], available: Sequence[int]) -> None:
     if len(sizes) != len(SPLITS) or any(
-        not 1 <= size <= there for size, there in zip(sizes, most, strict=False)
+        not 1 <= size <= most for size, most in zip(sizes, available, strict=False)
     ):
         raise ValueError(
-            f"expected sizes of {', '.join(SPLITS)} of at least 1 and at most {list(most)}, got {list(sizes)}"
+            f"expected sizes of {', '.join(SPLITS)} of at least 1 and at most {list(available)}, "
+            f"got {list(sizes)}"
         )
 
 
 def _split_stratified(
     y: np.ndarray, shares: Sequence[float], rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Indices of each split. Every class is cut at the same shares."""
+    """Indices of each split. Every class is cut in the same proportions."""
     parts: list[list[np.ndarray]] = [[] for _ in shares]
     for label in np.unique(y):
         members = rng.permutation(np.flatnonzero(y == label))
@@ -215,10 +234,10 @@ def _split_stratified(
 def _take_stratified(
     y: np.ndarray, rows: np.ndarray, size: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """So many of these rows, of each class its share as near as can be."""
+    """`size` of these rows, in which each class has nearly its share."""
     order = rng.permutation(rows)
     labels = y[order]
-    # The place of each row among those of its class, as a share of them: the smallest are an even sample.
+    # Each row's rank among the rows of its class, as a fraction: the smallest are an even sample.
     place = np.empty(len(order))
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)

@@ -1,7 +1,8 @@
-"""The decision process over a problem, functional and for one episode: `vmap` it for many.
+"""The decision process over a problem: functional, for one episode. `vmap` it for many.
 
-A state is a prefix and the activation that it produced, an action is a token: a layer extends the prefix for one layer
-call, a head ends the episode. The reward is minus the loss when a head is taken and 0 before.
+A state is a prefix and the activations that it produced. An action is a token: a layer extends the
+prefix for one layer call, a head ends the episode. The reward is minus the loss when a head is
+taken, and 0 before.
 """
 
 from functools import partial
@@ -19,16 +20,20 @@ from jchain.pytree import is_concrete
 
 
 class State(NamedTuple):
-    """Where an episode stands."""
+    """The state of an episode."""
 
-    chain: Int[Array, "L"]  # [L], the tokens taken so far, -1 behind them
+    chain: Int[Array, "L"]  # [L], the tokens taken so far, then -1
     length: Int[Array, ""]  # layers so far
     is_done: Bool[Array, ""]  # a head was taken
-    hidden: Shaped[Array, "B ..."]  # [B, ...F], activation of the prefix on the whole split
+    hidden: Shaped[Array, "B ..."]  # [B, ...F], activations of the prefix on the whole split
 
 
 def reset(problem: Problem) -> State:
-    """The empty prefix."""
+    """Return the state of the empty prefix.
+
+    Args:
+      problem: bank and split.
+    """
     chain = jnp.full(problem.max_layers + 1, PADDING, jnp.int32)
     return State(
         chain, jnp.zeros((), jnp.int32), jnp.array(False), problem.bank.embed(problem.data.x)
@@ -36,8 +41,14 @@ def reset(problem: Problem) -> State:
 
 
 def legal_actions(problem: Problem, length: Int[Array, ""]) -> Bool[Array, "E"]:
-    """The tokens that may follow a prefix of `length` layers, True = allowed: layers before `max_layers`, heads from
-    `min_layers` on."""
+    """Return the mask of tokens that may follow a prefix, `[N + K]`, True = allowed.
+
+    Layers are allowed before `max_layers`, heads from `min_layers` on.
+
+    Args:
+      problem: bank and range of layers.
+      length: layers of the prefix.
+    """
     tokens = jnp.arange(problem.bank.num_layers + problem.bank.num_heads)
     return jnp.where(
         tokens < problem.bank.num_layers, length < problem.max_layers, length >= problem.min_layers
@@ -45,12 +56,22 @@ def legal_actions(problem: Problem, length: Int[Array, ""]) -> Bool[Array, "E"]:
 
 
 def step(problem: Problem, state: State, action: Int[Array, ""]) -> tuple[State, Float[Array, ""]]:
-    """The next state and the reward.
+    """Take an action.
 
-    An episode that is done stays as it is, with reward 0. The reward of a loss that is not finite is `-inf`.
+    If the episode is done, the state is unchanged and the reward is 0. The reward of a loss that is
+    not finite is `-inf`.
+
+    Args:
+      problem: bank, split, loss.
+      state: the state before the action.
+      action: a token.
+
+    Returns:
+      The next state and the reward.
 
     Raises:
-      ValueError: the action is not legal and neither it nor the state is traced. When traced, its result is undefined.
+      ValueError: the action is illegal. Only checked if neither it nor the state is traced; the
+        result of a traced illegal action is undefined.
     """
     if is_concrete((state, action)) and not state.is_done:
         _check_legal(problem, state, int(action))
@@ -62,21 +83,41 @@ def step(problem: Problem, state: State, action: Int[Array, ""]) -> tuple[State,
     )
     chain = jnp.where(is_layer | is_head, state.chain.at[state.length].set(action), state.chain)
 
-    def end(token: Array, hidden: Array) -> Array:
+    def end_reward(token: Array, hidden: Array) -> Array:
         loss = head_loss(problem, token, hidden) + problem.layer_penalty(chain)
         return jnp.where(jnp.isfinite(loss), -loss, -jnp.inf)
 
-    def go_on(token: Array, hidden: Array) -> Array:
-        return jnp.zeros_like(jax.eval_shape(end, token, hidden))
+    def no_reward(token: Array, hidden: Array) -> Array:
+        return jnp.zeros_like(jax.eval_shape(end_reward, token, hidden))
 
-    reward = jax.lax.cond(is_head, end, go_on, action, hidden)
+    reward = jax.lax.cond(is_head, end_reward, no_reward, action, hidden)
     return State(chain, state.length + is_layer, state.is_done | is_head, hidden), reward
+
+
+def append_layers(
+    problem: Problem, chain: Int[Array, "L"], length: Int[Array, ""]
+) -> Int[Array, "N L"]:
+    """Return the prefixes that extend a prefix by each layer, `[N, L]`.
+
+    Args:
+      problem: the bank.
+      chain: tokens of the prefix, then -1, `[L]`.
+      length: layers of the prefix.
+    """
+    layers = jnp.arange(problem.bank.num_layers, dtype=jnp.int32)
+    return jnp.where((jnp.arange(chain.size) == length)[None], layers[:, None], chain[None])
 
 
 def append_heads(
     problem: Problem, chain: Int[Array, "L"], length: Int[Array, ""]
 ) -> Int[Array, "K L"]:
-    """The chains that end a prefix of `length` layers by each head."""
+    """Return the chains that end a prefix with each head, `[K, L]`.
+
+    Args:
+      problem: the bank.
+      chain: tokens of the prefix, then -1, `[L]`.
+      length: layers of the prefix.
+    """
     heads = problem.bank.num_layers + jnp.arange(problem.bank.num_heads, dtype=jnp.int32)
     return jnp.where((jnp.arange(chain.size) == length)[None], heads[:, None], chain[None])
 
@@ -84,24 +125,36 @@ def append_heads(
 def head_loss(
     problem: Problem, head: Int[Array, ""], hidden: Shaped[Array, "B ..."]
 ) -> Float[Array, ""]:
-    """The loss of the head with this token on these activations, without the price of layers."""
+    """Return the loss of one head, without the layer penalty.
+
+    Args:
+      problem: heads, labels, loss.
+      head: the token of the head.
+      hidden: activations of the prefix, `[B, ...F]`.
+    """
     call = jax.vmap(partial(apply_token, problem.bank.heads, head))
     return evaluate_heads(problem, call, hidden[None])[0][0]
 
 
 def head_losses(problem: Problem, hidden: Shaped[Array, "B ..."]) -> Float[Array, "K"]:
-    """The loss of each head on these activations, without the price of layers."""
+    """Return the loss of each head, without the layer penalty, `[K]`.
+
+    Args:
+      problem: heads, labels, loss.
+      hidden: activations of the prefix, `[B, ...F]`.
+    """
     return evaluate_heads(
         problem, lambda hidden: apply_all(problem.bank.heads, hidden[0]), hidden[None]
     )[0]
 
 
 def _check_legal(problem: Problem, state: State, action: int) -> None:
+    """Raise ValueError if the action is illegal."""
     is_legal = np.asarray(legal_actions(problem, state.length))
     if not 0 <= action < is_legal.size or not is_legal[action]:
         legal = np.flatnonzero(is_legal)
         least = f"at least {problem.min_layers} and " if problem.min_layers > 0 else ""
         raise ValueError(
-            f"illegal action {action} after {int(state.length)} of {least}at most {problem.max_layers} layers: expected a "
-            f"token in {legal[0]}..{legal[-1]}"
+            f"illegal action {action} after {int(state.length)} of {least}at most "
+            f"{problem.max_layers} layers: expected a token in {legal[0]}..{legal[-1]}"
         )

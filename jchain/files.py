@@ -1,7 +1,8 @@
-"""Files of arrays: safetensors with a JSON header, a checksum, and no pickle; written whole or not at all.
+"""Files of arrays: safetensors with a JSON header and a checksum, no pickle, written atomically.
 
-Modules are stored by name and fields. A file never says which code to import: loading looks a name up among the classes
-of `jchain.layers`, `flax.linen` and the families of `jchain.hub`, and those the caller hands in.
+Modules are stored by name and fields. A file never decides which code to import: loading looks the
+name up among the classes of `jchain.layers`, `flax.linen`, the model families of `jchain.hub`, and
+the classes that the caller passes.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,27 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jchain import layers
-from jchain._typing import Array
+from jchain._typing import Array, PyTree
+from jchain.groups import LayerGroup
 
 FORMAT = "jchain/1"
-# Where the blocks of pretrained transformers are written, a module of jchain for each family.
+# The modules of jchain that define the blocks of pretrained transformers, one per model family.
 FAMILIES = ("jchain.hub.gpt2", "jchain.hub.llama", "jchain.hub.gpt_neox", "jchain.hub.vit")
 HUB = (*FAMILIES, "jchain.hub.wrapping")
 
 
-def write_atomically(path: str | os.PathLike[str], write_fn: Callable[[str], Any]) -> None:
-    """Have `write_fn(temporary path)` write beside `path`, then rename: a reader sees the old file or the whole new one."""
+def write_atomically(path: str | os.PathLike[str], write_fn: Callable[[str], object]) -> None:
+    """Write a temporary file next to `path`, then rename it.
+
+    A reader sees either the old file or the complete new one.
+
+    Args:
+      path: the file.
+      write_fn: called with the path of the temporary file, which it writes.
+    """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(
         dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix
@@ -44,24 +54,35 @@ def write_atomically(path: str | os.PathLike[str], write_fn: Callable[[str], Any
         raise
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write it as indented JSON."""
+def write_json(path: str | os.PathLike[str], value: object) -> None:
+    """Write a value as indented JSON.
+
+    Args:
+      path: the file, replaced in one rename.
+      value: data that JSON can hold.
+    """
     write_atomically(
         path, lambda temporary: Path(temporary).write_text(json.dumps(value, indent=1) + "\n")
     )
 
 
 def find_umask() -> int:
-    """The permissions that new files and folders of this process do not get."""
+    """The permission bits that new files and folders of this process do not get."""
     umask = os.umask(0)
     os.umask(umask)
     return umask
 
 
 def write_arrays(
-    path: str | os.PathLike[str], header: dict[str, Any], arrays: dict[str, Any]
+    path: str | os.PathLike[str], header: dict[str, Any], arrays: Mapping[str, ArrayLike]
 ) -> None:
-    """Write named arrays and a JSON header to one file."""
+    """Write named arrays and a JSON header to one file.
+
+    Args:
+      path: the file, replaced in one rename.
+      header: data that JSON can hold.
+      arrays: arrays by name.
+    """
     import safetensors.flax
 
     arrays = {name: jnp.asarray(array) for name, array in arrays.items()}
@@ -72,11 +93,15 @@ def write_arrays(
 
 
 def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Array]]:
-    """The JSON header and the arrays of a file written by `write_arrays`.
+    """Read the JSON header and the arrays of a file written by `write_arrays`.
+
+    Args:
+      path: the file.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the file is damaged, truncated, of another format, or holds dtypes that need `jax_enable_x64`.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file is damaged, truncated, of another format, or holds dtypes that need
+        `jax_enable_x64`.
     """
     import safetensors
 
@@ -107,8 +132,13 @@ def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str,
     return header, arrays
 
 
-def checksum(header: dict[str, Any], arrays: dict[str, Array]) -> str:
-    """SHA-256 over the header and the names, dtypes, shapes and contents of the arrays."""
+def checksum(header: dict[str, Any], arrays: Mapping[str, ArrayLike]) -> str:
+    """SHA-256 of the header and of the names, dtypes, shapes and contents of the arrays.
+
+    Args:
+      header: data that JSON can hold.
+      arrays: arrays by name.
+    """
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(arrays):
         array = np.asarray(arrays[name])
@@ -117,11 +147,51 @@ def checksum(header: dict[str, Any], arrays: dict[str, Array]) -> str:
     return digest.hexdigest()
 
 
-def encode_module(module: nn.Module) -> dict[str, Any]:
-    """A module as JSON: its class by name and each field that is not at its default.
+def encode_groups(
+    groups: Sequence[LayerGroup],
+) -> tuple[list[dict[str, Any]], dict[str, PyTree]]:
+    """Groups as JSON (modules and tokens) and their params, by the place of the group.
+
+    Args:
+      groups: the layers or heads of a bank.
 
     Raises:
-      ValueError: such a field is neither plain data, nor a dtype, nor a module, nor a function of `jax.nn`.
+      ValueError: as `encode_module`.
+    """
+    header = [encode_module(group.module) | {"tokens": group.tokens} for group in groups]
+    return header, {str(i): group.params for i, group in enumerate(groups)}
+
+
+def decode_groups(
+    header: Sequence[dict[str, Any]],
+    params: dict[str, PyTree],
+    modules: Sequence[type[nn.Module]] = (),
+) -> tuple[LayerGroup, ...]:
+    """The groups that `encode_groups` described.
+
+    Args:
+      header: modules and tokens.
+      params: the params of each group; groups without params are missing.
+      modules: the caller's own module classes.
+
+    Raises:
+      ValueError: as `decode_module`.
+    """
+    return tuple(
+        LayerGroup(params.get(str(i), {}), decode_module(group, modules), tuple(group["tokens"]))
+        for i, group in enumerate(header)
+    )
+
+
+def encode_module(module: nn.Module) -> dict[str, Any]:
+    """A module as JSON: the name of its class, and each field that is not at its default.
+
+    Args:
+      module: any Flax module.
+
+    Raises:
+      ValueError: such a field is neither plain data, nor a dtype, nor a module, nor a function of
+        `jax.nn`.
     """
     fields = {}
     for field in dataclasses.fields(module):
@@ -133,20 +203,21 @@ def encode_module(module: nn.Module) -> dict[str, Any]:
 
 
 def _name_class(cls: type) -> str:
-    """With the package that loading looks it up in, as both have a `Dense`; bare for the caller's own."""
+    """The class's name with its package, as two have a `Dense`; without for the caller's own."""
     for package in (layers, nn):
         if getattr(package, cls.__name__, None) is cls:
             return f"{package.__name__}.{cls.__name__}"
     return f"{cls.__module__}.{cls.__name__}" if cls.__module__ in HUB else cls.__name__
 
 
-def _encode_value(value: Any, where: str) -> Any:
+def _encode_value(value: Any, field: str) -> object:
+    """A field's value as JSON; `field` names it in errors."""
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, tuple | list):
-        return {"tuple": [_encode_value(item, where) for item in value]}
+        return {"tuple": [_encode_value(item, field) for item in value]}
     if isinstance(value, nn.Module):
         return {"flax": encode_module(value)}
     name = getattr(value, "__name__", "")
@@ -158,7 +229,7 @@ def _encode_value(value: Any, where: str) -> Any:
         dtype = None
     if dtype is None or dtype == np.dtype(object):  # that of any class
         raise ValueError(
-            f"{where} = {value!r} cannot be saved: expected data, a dtype or a jax.nn function"
+            f"{field} = {value!r} cannot be saved: expected data, a dtype or a jax.nn function"
         )
     return {"dtype": dtype.name}
 
@@ -171,7 +242,7 @@ def decode_module(encoded: dict[str, Any], modules: Sequence[type[nn.Module]] = 
       modules: the caller's own module classes, found by their `__name__`.
 
     Raises:
-      ValueError: the class is in none of these places, or does not have such fields.
+      ValueError: the class is unknown, or does not have the encoded fields.
     """
     name = encoded["module"]
     package, _, class_name = name.rpartition(".")

@@ -1,7 +1,7 @@
 """Groups: the layers or heads of a bank that share a module, as stacked params."""
 
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -11,13 +11,17 @@ import numpy as np
 from jchain._typing import Array, Int, PyTree
 from jchain.pytree import pytree_dataclass, static
 
+# A batch, or only its shape and dtype.
+ArrayOrShape = Array | np.ndarray | jax.ShapeDtypeStruct
+_MAX_CHARACTERS = 80
+
 
 @pytree_dataclass
 class LayerGroup:
     """The layers (or heads) of a bank that share one module, so that their params stack.
 
     Attributes:
-      params: every leaf `[n, ...]`, n the members of the group.
+      params: every leaf `[n, ...]`, where n is the number of members of the group.
       module: the Flax module they share.
       tokens: the bank's token of each member, in the order of the leading axis.
     """
@@ -26,94 +30,252 @@ class LayerGroup:
     module: nn.Module = static()
     tokens: tuple[int, ...] = static()
 
+    def __repr__(self) -> str:
+        return (
+            f"LayerGroup({len(self.tokens)} {describe_module(self.module)}, tokens {self.tokens})"
+        )
+
     def apply(self, index: Int[Array, ""] | int, x: Array) -> Array:
-        """Member `index` (its place in the group, not its token) applied to a batch `[B, ...F]`."""
-        # A traced index into an axis of one: XLA on CPU (jax 0.10.2) gets the mean of squares of a vmapped product wrong.
+        """Apply one member to a batch.
+
+        Args:
+          index: the member's place in the group (not its token).
+          x: activations, `[B, ...F]`.
+        """
+        # A traced index into an axis of size 1: XLA on CPU (jax 0.10.2) computes the mean of
+        # squares of a vmapped product wrong.
         place = 0 if len(self.tokens) == 1 else index
-        return self.module.apply({"params": jax.tree.map(lambda leaf: leaf[place], self.params)}, x)  # pyright: ignore[reportReturnType]
+        return apply_module(self.module, pick(self.params, place), x)
+
+
+def apply_module(module: nn.Module, params: PyTree, x: Array | np.ndarray) -> Array:
+    """The module applied to a batch; None counts as no params."""
+    return module.apply({"params": {} if params is None else params}, x)  # pyright: ignore[reportReturnType]
+
+
+def describe_module(module: nn.Module) -> str:
+    """A module in one short line, `ResidualMLP(64, hidden=128)`: fields at defaults are left out.
+
+    Args:
+      module: any Flax module.
+    """
+    parts = []
+    for name, field in type(module).__dataclass_fields__.items():
+        value = getattr(module, name, None)
+        if name in ("parent", "name") or value is field.default:
+            continue
+        is_required = field.default is dataclasses.MISSING and not any("=" in p for p in parts)
+        parts.append(_describe_value(value) if is_required else f"{name}={_describe_value(value)}")
+    text = f"{type(module).__name__}({', '.join(parts)})"
+    return text if len(text) <= _MAX_CHARACTERS else f"{type(module).__name__}(...)"
+
+
+def describe_groups(groups: object, kind: str) -> str | None:
+    """How many members each module has, "3 layers: 2 Dense(5), 1 ResidualMLP(5)".
+
+    Args:
+      groups: the layers or heads of a bank.
+      kind: "layer" or "head".
+
+    Returns:
+      The text; None if these are not groups, as JAX may put placeholders into a bank.
+    """
+    if not isinstance(groups, tuple) or not all(isinstance(g, LayerGroup) for g in groups):
+        return None
+    num = sum(len(group.tokens) for group in groups)
+    if num == 1:
+        return f"1 {kind}: {describe_module(groups[0].module)}"
+    counts = (f"{len(group.tokens)} {describe_module(group.module)}" for group in groups)
+    return f"{num} {kind}s: {', '.join(counts)}"
+
+
+def _describe_value(value: object) -> str:
+    if isinstance(value, nn.Module):
+        return describe_module(value)
+    return getattr(value, "__name__", None) or repr(value)
 
 
 def group_by_module(
     module: nn.Module | Sequence[nn.Module], params: Sequence[PyTree], kind: str, first_token: int
 ) -> tuple[LayerGroup, ...]:
-    """A group per module, in the order in which they come."""
+    """Stack params by module: one group per module, in the order of their first members.
+
+    Args:
+      module: the module of all members, or one for each.
+      params: the params of each member.
+      kind: "layer" or "head", for errors.
+      first_token: the token of the first member; the others follow.
+
+    Raises:
+      ValueError: there are more or fewer modules than params, or params do not stack.
+    """
     modules = [module] * len(params) if isinstance(module, nn.Module) else [*module]
     if len(modules) != len(params):
         raise ValueError(
             f"expected one {kind} module, or {len(params)} as there are params, got {len(modules)}"
         )
     groups = []
-    for kept in dict.fromkeys(modules):
-        places = [i for i, other in enumerate(modules) if other == kept]
+    for shared in dict.fromkeys(modules):
+        places = [i for i, other in enumerate(modules) if other == shared]
         stacked = _stack({f"{kind} {i}": params[i] for i in places})
-        groups.append(LayerGroup(stacked, kept, tuple(first_token + i for i in places)))
+        groups.append(LayerGroup(stacked, shared, tuple(first_token + i for i in places)))
     return tuple(groups)
 
 
 def merge(members: list[tuple[LayerGroup, np.ndarray]]) -> tuple[LayerGroup, ...]:
-    """Groups with new tokens (`new[token]`, -1 to leave out), one per module, each in the order of its tokens."""
+    """Combine groups into one per module, with new tokens in ascending order.
+
+    Args:
+      members: each group with `new[token]`, the new token of each old one, -1 to leave it out.
+
+    Raises:
+      ValueError: params of one module do not stack.
+    """
     merged = []
     for module in dict.fromkeys(group.module for group, _ in members):
         same = [(group, new) for group, new in members if group.module == module]
         tokens = np.concatenate([new[list(group.tokens)] for group, new in same])
         order = [i for i in np.argsort(tokens, kind="stable") if tokens[i] >= 0]
         if order:
+            # Stacks the first members only to check that all groups fit.
             _stack(
                 {
                     f"token {new[group.tokens[0]]} of the new bank": pick(group.params, 0)
                     for group, new in same
                 }
             )
-            whole = jax.tree.map(
+            params = jax.tree.map(
                 lambda *leaves: jnp.concatenate(leaves), *(group.params for group, _ in same)
             )
-            merged.append(
-                LayerGroup(
-                    pick(whole, np.array(order)), module, tuple(int(tokens[i]) for i in order)
-                )
-            )
+            new_tokens = tuple(int(tokens[i]) for i in order)
+            merged.append(LayerGroup(pick(params, np.array(order)), module, new_tokens))
     return tuple(merged)
 
 
 def put(group: LayerGroup, token: int, params: PyTree) -> LayerGroup:
-    """The group with other weights of one member."""
+    """The group with other weights at one token.
+
+    Args:
+      group: the group.
+      token: a token of the group.
+      params: the new weights of that member.
+
+    Raises:
+      ValueError: params differ in structure, shape or dtype from those they replace.
+    """
     place = group.tokens.index(token)
-    _check_alike(params, pick(group.params, place), f"params do not fit token {token}", "the bank")
+    old = pick(group.params, place)
+    _check_same_structure(params, old, f"params do not fit token {token}", "the bank")
     new = jax.tree.map(lambda leaf, own: leaf.at[place].set(own), group.params, params)
     return LayerGroup(new, group.module, group.tokens)
 
 
-def pick(params: PyTree, index: Any) -> PyTree:
-    """One member of a stack, or several in another order."""
+def add_copies(group: LayerGroup, tokens: Sequence[int]) -> LayerGroup:
+    """The group with one more member per token: copies of its own members, in turn.
+
+    Args:
+      group: the group.
+      tokens: the tokens of the copies.
+    """
+    places = np.arange(len(group.tokens) + len(tokens)) % len(group.tokens)
+    return LayerGroup(pick(group.params, places), group.module, (*group.tokens, *tokens))
+
+
+def pick(params: PyTree, index: Array | np.ndarray | int | tuple[int, ...]) -> PyTree:
+    """The params of one member of a stack, or of several in another order.
+
+    Args:
+      params: leaves `[n, ...]`.
+      index: the place of a member, or an array of places.
+    """
     return jax.tree.map(lambda leaf: leaf[index], params)
 
 
-def check_keeps_shape(group: LayerGroup, x: Any, *, of_any_dtype: bool = False) -> None:
-    """Check the contract of a layer, output like input, on a batch that need only have `.shape` and `.dtype`.
+def check_keeps_shape(
+    group: LayerGroup, x: ArrayOrShape, *, allow_other_dtype: bool = False
+) -> None:
+    """Check that a layer's output has the shape and dtype of its input.
+
+    Args:
+      group: the layers.
+      x: a batch, or its shape and dtype.
+      allow_other_dtype: check only the shape.
 
     Raises:
       ValueError: the output has another shape or dtype, or the module does not take such an input.
     """
-    try:
-        out = jax.eval_shape(group.apply, 0, x)
-    except (
-        Exception
-    ) as error:  # whatever a user's module raises: said again with what was asked of it
+    name = f"layer {type(group.module).__name__}"
+    out = _find_output(lambda x: group.apply(0, x), x, name)
+    if out.shape != x.shape or (out.dtype != x.dtype and not allow_other_dtype):
         raise ValueError(
-            f"layer {type(group.module).__name__} does not take an input of shape {list(x.shape)}: {str(error).splitlines()[0]}"
-        ) from None
-    if out.shape != x.shape or (out.dtype != x.dtype and not of_any_dtype):
-        raise ValueError(
-            f"layer {type(group.module).__name__} must keep the shape of its input: expected {x.dtype}{list(x.shape)}, "
+            f"{name} must keep the shape of its input: expected {x.dtype}{list(x.shape)}, "
             f"got {out.dtype}{list(out.shape)}"
         )
 
 
+def check_stem(stem: nn.Module | None, params: PyTree, x: ArrayOrShape) -> ArrayOrShape:
+    """Find the shape and dtype of the stem's output, which the first layer takes.
+
+    Args:
+      stem: the stem, None for the identity.
+      params: its params.
+      x: raw input, or its shape and dtype.
+
+    Raises:
+      ValueError: the stem does not take such an input.
+    """
+    if stem is None:
+        return x
+    name = f"stem {type(stem).__name__}"
+    return _find_output(lambda x: apply_module(stem, params, x), x, name)
+
+
+def check_same_stem(stems: Sequence[tuple[nn.Module | None, PyTree]]) -> None:
+    """Check that all stems are the first one.
+
+    Args:
+      stems: the module and the params of each, None or empty without.
+
+    Raises:
+      ValueError: a module, or its params, differ from the first.
+    """
+    first, first_params = stems[0]
+    expected = jax.tree.structure(first_params or {})
+    for i, (stem, params) in enumerate(stems):
+        is_same = stem == first and jax.tree.structure(params or {}) == expected
+        leaves = jax.tree.leaves(params), jax.tree.leaves(first_params)
+        if not is_same or not all(np.array_equal(*pair) for pair in zip(*leaves, strict=True)):
+            raise ValueError(
+                f"expected banks with the same stem, but that of bank {i} differs from bank 0's"
+            )
+
+
+def _find_output(
+    apply_fn: Callable[[Array], Array], x: ArrayOrShape, name: str
+) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the output for an input like `x`."""
+    try:
+        return jax.eval_shape(apply_fn, x)
+    except Exception as error:  # whatever a user's module raises
+        raise ValueError(
+            f"{name} does not take an input of shape {list(x.shape)}: {str(error).splitlines()[0]}"
+        ) from None
+
+
 def find_input_shape(group: LayerGroup) -> tuple[int, ...] | None:
-    """A feature shape that the module takes with these params, one that it keeps where there is such a one: Flax refuses those
-    that its kernels were not made for."""
+    """Guess a feature shape that the module takes with these params, preferably one that it keeps.
+
+    Flax refuses shapes that its kernels were not made for, so the sizes found in the params are
+    tried in turn.
+
+    Args:
+      group: the layers.
+
+    Returns:
+      The shape of one example, None if no tried shape is accepted.
+    """
     sizes = sorted({size for leaf in jax.tree.leaves(group.params) for size in leaf.shape[1:]})
-    taken = []
+    accepted = []
     for spatial in ((), (8,), (8, 8)):
         for size in sizes:
             shape = (*spatial, size)
@@ -123,22 +285,22 @@ def find_input_shape(group: LayerGroup) -> tuple[int, ...] | None:
                 continue
             if out.shape == (1, *shape):
                 return shape
-            taken.append(shape)
-    return taken[0] if taken else None
+            accepted.append(shape)
+    return accepted[0] if accepted else None
 
 
 def _stack(params: dict[str, PyTree]) -> PyTree:
-    """Params by the names that errors call them, with a leading axis."""
+    """Params, by the names that errors call them, stacked on a new leading axis."""
     (first, expected), *others = params.items()
     for name, tree in others:
-        _check_alike(tree, expected, f"params of {name} do not stack", first)
+        _check_same_structure(tree, expected, f"params of {name} do not stack", first)
     return jax.tree.map(
         lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *params.values()
     )
 
 
-def _check_alike(params: PyTree, other: PyTree, problem: str, name: str) -> None:
-    """Same structure, shapes and dtypes as the params of `name`."""
+def _check_same_structure(params: PyTree, other: PyTree, problem: str, name: str) -> None:
+    """Check for the structure, shapes and dtypes of `other`, the params of `name`."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     others, expected_structure = jax.tree_util.tree_flatten_with_path(other)
     if structure != expected_structure:
@@ -147,6 +309,7 @@ def _check_alike(params: PyTree, other: PyTree, problem: str, name: str) -> None
         leaf, expected = jnp.asarray(leaf), jnp.asarray(expected)
         if leaf.shape != expected.shape or leaf.dtype != expected.dtype:
             raise ValueError(
-                f"{problem}: expected {expected.dtype}{list(expected.shape)} at {jax.tree_util.keystr(path)} as in "
-                f"{name}, got {leaf.dtype}{list(leaf.shape)}"
+                f"{problem}: expected {expected.dtype}{list(expected.shape)} "
+                f"at {jax.tree_util.keystr(path)} as in {name}, "
+                f"got {leaf.dtype}{list(leaf.shape)}"
             )

@@ -1,7 +1,8 @@
-"""Image classification sets of tensorflow-datasets, read from array_record files without TensorFlow.
+"""Image sets of tensorflow-datasets, read from array_record files without TensorFlow.
 
-A set is prepared once (`jchain prepare cifar10`, which needs TensorFlow for most sets); afterwards reading it needs
-`tensorflow-datasets`, `array_record` and `pillow` (`pip install 'jchain[data]'`). Nothing here downloads anything but `prepare`.
+A set is prepared once (`jchain prepare cifar10`, which needs TensorFlow for most sets). After that,
+reading it needs `tensorflow-datasets`, `array_record` and `pillow` (`pip install 'jchain[data]'`).
+Only `prepare` downloads anything.
 """
 
 import difflib
@@ -13,14 +14,14 @@ import numpy as np
 
 from jchain._typing import Shaped
 
-# Examples that are decoded together.
+# Examples decoded at a time.
 _CHUNK = 4096
 _FORMAT = "array_record"
 _EXAMPLES = "mnist, fashion_mnist, cifar10"
 
 
 class Images(NamedTuple):
-    """What a set holds. `test` is None where it has no test split of its own."""
+    """Images and labels of a set. `test` is None if it has no test split of its own."""
 
     train: tuple[Shaped[np.ndarray, "B H W C"], Shaped[np.ndarray, "B"]]
     test: tuple[Shaped[np.ndarray, "B H W C"], Shaped[np.ndarray, "B"]] | None
@@ -28,18 +29,21 @@ class Images(NamedTuple):
 
 
 def read(name: str, data_dir: str | Path | None = None) -> Images:
-    """A prepared set of images and integer labels, by its name in tensorflow-datasets.
+    """Read a prepared set of images and integer labels.
 
     Args:
-      name: `mnist`, `fashion_mnist`, `cifar10`, ...; `name/config` and `name:version` as there.
-      data_dir: the folder of prepared sets; that of tensorflow-datasets when None (`TFDS_DATA_DIR` or ~/tensorflow_datasets).
+      name: its name in tensorflow-datasets: `mnist`, `fashion_mnist`, `cifar10`, ..., also
+        `name/config` and `name:version`.
+      data_dir: the folder of prepared sets; when None that of tensorflow-datasets, `TFDS_DATA_DIR`
+        or ~/tensorflow_datasets.
 
     Raises:
       ImportError: tensorflow-datasets is not installed.
-      FileNotFoundError: the folder is not there, or the set is not prepared in it.
+      FileNotFoundError: the folder does not exist, or the set is not prepared in it.
       PermissionError: the folder cannot be read.
       OSError: a file is damaged.
-      ValueError: there is no set of that name, or it is none of images of one size with a class each, or in another format.
+      ValueError: the name is unknown, the set does not hold images of one size with one class each,
+        or it is stored in another format.
     """
     builder = _find_builder(name, data_dir)
     _check_is_prepared(builder, name, data_dir)
@@ -56,20 +60,25 @@ def read(name: str, data_dir: str | Path | None = None) -> Images:
     for _, labels in parts:
         if labels.min() < 0 or labels.max() >= num_classes:
             raise ValueError(
-                f"expected labels in 0..{num_classes - 1} in {name}, got {labels.min()}..{labels.max()}"
+                f"expected labels in 0..{num_classes - 1} in {name}, "
+                f"got {labels.min()}..{labels.max()}"
             )
     return Images(parts[0], parts[1] if len(parts) > 1 else None, num_classes)
 
 
 def prepare(name: str, data_dir: str | Path | None = None) -> Path:
-    """Download a set and write it as array_record files; nothing where it is prepared already.
+    """Download a set and write it as array_record files, unless it is already prepared.
+
+    Args:
+      name: its name in tensorflow-datasets.
+      data_dir: the folder of prepared sets, as for `read`.
 
     Returns:
-      The folder that holds it.
+      The folder that holds the set.
 
     Raises:
-      ImportError: tensorflow-datasets, or TensorFlow where the set needs it, is not installed.
-      ValueError: there is no set of that name, or it is prepared in another format.
+      ImportError: tensorflow-datasets is not installed, or TensorFlow if the set needs it.
+      ValueError: the name is unknown, or the set is prepared in another format.
       OSError: it could not be downloaded or written.
     """
     builder = _find_builder(name, data_dir)
@@ -96,7 +105,7 @@ def _import_tfds() -> Any:
 
 
 def _find_builder(name: str, data_dir: str | Path | None) -> Any:
-    """The set's builder, with no look at the network."""
+    """The set's builder, found without the network."""
     tfds = _import_tfds()
     folder = None if data_dir is None else Path(data_dir).expanduser()
     if folder is not None and folder.exists() and not os.access(folder, os.R_OK | os.X_OK):
@@ -108,19 +117,19 @@ def _find_builder(name: str, data_dir: str | Path | None) -> Any:
         hint = (
             f"did you mean {' or '.join(near)}?"
             if near
-            else f"expected a set of tensorflow-datasets, as {_EXAMPLES}"
+            else f"expected a set of tensorflow-datasets, such as {_EXAMPLES}"
         )
         raise ValueError(f"unknown data set {name!r}: {hint}") from None
 
 
 def _choose_format(tfds: Any, name: str) -> dict[str, str]:
-    """A set without code is read as it is; others are asked for by format."""
+    """Ask for our format, except from sets without code, which are read in the format they have."""
     base = name.split("/")[0].split(":")[0]
     return {"file_format": _FORMAT} if base in _list_sets(tfds) else {}
 
 
 def _list_sets(tfds: Any) -> list[str]:
-    # Those of the community are asked for over the network.
+    # Listing community sets would use the network.
     return tfds.list_builders(with_community_datasets=False)
 
 
@@ -128,7 +137,8 @@ def _check_is_prepared(builder: Any, name: str, data_dir: str | Path | None) -> 
     if not builder.is_prepared():
         option = "" if data_dir is None else f" --data-dir {data_dir}"
         raise FileNotFoundError(
-            f"data set {name} is not prepared in {Path(builder.data_dir).parents[1]}: run jchain prepare {name}{option}"
+            f"data set {name} is not prepared in {Path(builder.data_dir).parents[1]}: "
+            f"run jchain prepare {name}{option}"
         )
     _check_format(builder, name)
 
@@ -137,12 +147,13 @@ def _check_format(builder: Any, name: str) -> None:
     found = builder.info.file_format
     if found is None or found.value != _FORMAT:
         raise ValueError(
-            f"expected {name} to be prepared as {_FORMAT} files, got {found and found.value} in {builder.data_dir}"
+            f"expected {name} to be prepared as {_FORMAT} files, "
+            f"got {found and found.value} in {builder.data_dir}"
         )
 
 
 def _find_features(builder: Any, name: str) -> tuple[str, str, int]:
-    """The names of the image and of its class, and how many classes there are."""
+    """The names of the features of images and of labels, and the number of classes."""
     tfds, features, keys = _import_tfds(), builder.info.features, builder.info.supervised_keys
     if (
         keys is None
@@ -150,7 +161,8 @@ def _find_features(builder: Any, name: str) -> tuple[str, str, int]:
         or not all(isinstance(key, str) and key in features for key in keys)
     ):
         raise ValueError(
-            f"expected {name} to have images and labels, got features {', '.join(features)} and no pair of these"
+            f"expected {name} to have images and labels, got features {', '.join(features)} "
+            f"and no pair of them for supervised learning"
         )
     image, label = keys
     if not isinstance(features[image], tfds.features.Image) or not isinstance(
@@ -183,7 +195,8 @@ def _read_split(
         shapes = {row[image].shape for row in rows} | {images[0].shape[1:] for _ in images[:1]}
         if len(shapes) > 1:
             raise ValueError(
-                f"expected images of one size in {name}, got {', '.join(str(list(s)) for s in sorted(shapes)[:3])}"
+                f"expected images of one size in {name}, "
+                f"got {', '.join(str(list(s)) for s in sorted(shapes)[:3])}"
             )
         images.append(np.stack([row[image] for row in rows]))
         labels.append(np.array([row[label] for row in rows], np.int64))

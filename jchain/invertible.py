@@ -1,11 +1,11 @@
-"""Layers that can be undone. Each declares its inverse: `module.invert(params)` is the module and the params that undo it.
+"""Invertible layers: `module.invert(params)` returns the module and the params of the inverse.
 
-Any module with such a method counts as invertible (`jchain.inverse`). One that has `project(params)` too is kept invertible while
-`jchain.train` trains it: its weights are replaced by what that returns after each step.
+Any module with such a method counts as invertible (`jchain.inverse`). If a module also has
+`project(params)`, training keeps it invertible: after each step `jchain.train` replaces its weights
+by what that method returns.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -21,14 +21,15 @@ _MAX_ITERATIONS = 1000
 class InvertibleDense(nn.Module):
     """A square affine map and a leaky ReLU: `leaky_relu(x W + b)`.
 
-    Noise of the outputs grows by up to `condition / negative_slope` where it is taken back, condition that of `W`.
+    The inverse amplifies noise of the outputs by up to `condition / negative_slope`, where
+    `condition` is the condition number of `W`.
 
     Attributes:
       features: size of the last axis, in and out.
       use_bias: whether there is a `b`.
-      negative_slope: of the leaky ReLU, positive; 1 for none.
-      max_condition: of `W`, to which training keeps it.
-      is_inverse: whether this is the one that undoes it: `(leaky_relu^-1(x) - b) W`.
+      negative_slope: slope of the leaky ReLU below 0, positive; 1 for a linear layer.
+      max_condition: largest condition number of `W` that training allows.
+      is_inverse: whether this is the inverse layer, `(leaky_relu^-1(x) - b) W`.
     """
 
     features: int
@@ -41,7 +42,7 @@ class InvertibleDense(nn.Module):
     def __call__(self, x: Float[Array, "B *F"]) -> Float[Array, "B *G"]:
         if not self.negative_slope > 0:
             raise ValueError(
-                f"expected a positive negative_slope, which can be undone, got {self.negative_slope}"
+                f"expected a positive negative_slope, for an inverse, got {self.negative_slope}"
             )
         if not self.max_condition >= 1:
             raise ValueError(f"expected a max_condition of at least 1, got {self.max_condition}")
@@ -54,19 +55,24 @@ class InvertibleDense(nn.Module):
             else jnp.zeros_like(kernel[0])
         )
         if self.is_inverse:
-            return (self.undo_activation(x) - _lift(bias, x)) @ kernel
-        return self.redo_activation(x @ kernel + _lift(bias, x))
+            return (self.invert_activation(x) - _lift(bias, x)) @ kernel
+        return self.apply_activation(x @ kernel + _lift(bias, x))
 
-    def redo_activation(self, x: Array) -> Array:
-        """The leaky ReLU."""
+    def apply_activation(self, x: Array) -> Array:
+        """The leaky ReLU of `x`."""
         return nn.leaky_relu(x, self.negative_slope)
 
-    def undo_activation(self, y: Array) -> Array:
-        """What the leaky ReLU read."""
+    def invert_activation(self, y: Array) -> Array:
+        """The input whose leaky ReLU is `y`."""
         return nn.leaky_relu(y, 1.0 / self.negative_slope)
 
     def invert(self, params: PyTree) -> tuple[nn.Module, PyTree]:
-        """The module and the params that undo it; the inverse of `W` in float64 where it is not traced.
+        """The module and the params of the inverse.
+
+        Unless it is traced, `W` is inverted in float64.
+
+        Args:
+          params: params of this layer.
 
         Raises:
           ValueError: `W` is singular to the precision of its weights.
@@ -77,22 +83,23 @@ class InvertibleDense(nn.Module):
         }
 
     def project(self, params: PyTree) -> PyTree:
-        """The weights with their small singular values raised to the largest one over `max_condition`."""
+        """The weights, their singular values raised to at least the largest / `max_condition`."""
         left, values, right = jnp.linalg.svd(params["kernel"])
         values = jnp.maximum(values, values[0] / self.max_condition)
         return {**params, "kernel": (left * values[None]) @ right}
 
 
 class AdditiveCoupling(nn.Module):
-    """A reversible residual block: `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)` on two halves of the features, `f` and `g` MLPs.
+    """A reversible residual block: `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`.
 
-    Gomez et al. 2017, arXiv:1707.04585. Exactly invertible whatever the weights are: `x2 = y2 - g(y1)`, `x1 = y1 - f(x2)`.
+    `x1` and `x2` are two halves of the features, `f` and `g` are MLPs (Gomez et al. 2017,
+    arXiv:1707.04585). Exactly invertible for any weights: `x2 = y2 - g(y1)`, `x1 = y1 - f(x2)`.
 
     Attributes:
-      features: size of the last axis, in and out, at least 2; where it is odd, `x2` is larger by one.
+      features: size of the last axis, in and out, at least 2; if odd, `x2` is larger by one.
       hidden: width of the two MLPs; `features` when None.
       activation: elementwise, by default ReLU.
-      is_inverse: whether this is the one that undoes it.
+      is_inverse: whether this is the inverse layer.
     """
 
     features: int
@@ -118,26 +125,31 @@ class AdditiveCoupling(nn.Module):
             second = second + self._apply(self.g, first)
         return jnp.concatenate([first, second], axis=-1)
 
-    def _apply(self, denses: Any, x: Array) -> Array:
+    def _apply(self, denses: Sequence[nn.Dense], x: Array) -> Array:
         return denses[1](self.activation(denses[0](x)))
 
     def invert(self, params: PyTree) -> tuple[nn.Module, PyTree]:
-        """The module that undoes it, of the same params."""
+        """The module of the inverse, which has the same params.
+
+        Args:
+          params: params of this layer.
+        """
         return self.clone(is_inverse=not self.is_inverse), params
 
 
 class InvertibleResidual(nn.Module):
     """A residual block with a spectral bound: `x + activation(x W1 + b1) W2 + b2`, `|W1| |W2| < 1`.
 
-    Behrmann et al. 2019, arXiv:1811.00995. What is added is a contraction, so the input is the fixed point of
-    `x = y - g(x)`, found to rounding by at most 1,000 iterations; noise of the outputs grows by up to `1 / (1 - bound)`.
+    Behrmann et al. 2019, arXiv:1811.00995. What is added, `g`, is a contraction, so the input is
+    the fixed point of `x = y - g(x)`. At most 1,000 iterations find it to rounding. The inverse
+    amplifies noise of the outputs by up to `1 / (1 - bound)`.
 
     Attributes:
       features: size of the last axis, in and out.
       hidden: width between the two maps; `features` when None.
-      activation: elementwise, of slopes in -1..1, by default ReLU.
-      bound: of `|W1| |W2|` (spectral norms), below 1, to which training keeps it.
-      is_inverse: whether this is the one that undoes it.
+      activation: elementwise, with slopes in -1..1, by default ReLU.
+      bound: largest `|W1| |W2|` (spectral norms) that training allows, below 1.
+      is_inverse: whether this is the inverse layer.
     """
 
     features: int
@@ -165,10 +177,13 @@ class InvertibleResidual(nn.Module):
         return _find_fixed_point(lambda guess: x - add(guess), x)
 
     def invert(self, params: PyTree) -> tuple[nn.Module, PyTree]:
-        """The module that undoes it, of the same params.
+        """The module of the inverse, which has the same params.
+
+        Args:
+          params: params of this layer.
 
         Raises:
-          ValueError: the weights or the activation are no contraction.
+          ValueError: what the layer adds to its input is not a contraction.
         """
         if is_concrete(params):
             norm = np.prod(
@@ -186,13 +201,14 @@ class InvertibleResidual(nn.Module):
             )
             if not norm * slope < 1:
                 raise ValueError(
-                    f"{type(self).__name__} has no inverse: expected spectral norms and largest slope of the activation with a "
-                    f"product below 1, got {norm:.3g} and {slope:.3g}"
+                    f"{type(self).__name__} has no inverse: expected spectral norms and "
+                    f"largest slope of the activation with a product below 1, "
+                    f"got {norm:.3g} and {slope:.3g}"
                 )
         return self.clone(is_inverse=not self.is_inverse), params
 
     def project(self, params: PyTree) -> PyTree:
-        """Both matrices scaled down alike, where the product of their norms is above the bound."""
+        """The weights, both matrices scaled down equally if their norms' product is too large."""
         norm = jnp.prod(
             jnp.stack(
                 [jnp.linalg.norm(params[name]["kernel"], 2) for name in ("Dense_0", "Dense_1")]
@@ -210,7 +226,7 @@ def _lift(bias: Array, x: Array) -> Array:
 
 def _invert_matrix(kernel: Array) -> Array:
     if not is_concrete(kernel):
-        # Not for 16-bit floats.
+        # jnp.linalg.inv does not take 16-bit floats.
         return jnp.linalg.inv(kernel.astype(jnp.promote_types(jnp.float32, kernel.dtype))).astype(
             kernel.dtype
         )
@@ -218,7 +234,8 @@ def _invert_matrix(kernel: Array) -> Array:
     condition, limit = np.linalg.cond(exact), 1 / float(jnp.finfo(kernel.dtype).eps)
     if not condition < limit:
         raise ValueError(
-            f"singular layer has no inverse: expected a condition number below {limit:.3g} in {kernel.dtype}, got {condition:.3g}"
+            f"singular layer has no inverse: expected a condition number below {limit:.3g} "
+            f"in {kernel.dtype}, got {condition:.3g}"
         )
     return jnp.asarray(np.linalg.inv(exact), kernel.dtype)
 
@@ -226,10 +243,10 @@ def _invert_matrix(kernel: Array) -> Array:
 def _find_fixed_point(
     step: Callable[[Array], Array], start: Float[Array, "B *F"]
 ) -> Float[Array, "B *F"]:
-    """Iterate until all that changes in each example is rounding."""
+    """Iterate until each example changes by no more than rounding."""
     tolerance = 2 * jnp.finfo(start.dtype).eps
 
-    def measure(x: Array) -> Float[Array, "B"]:
+    def max_norm(x: Array) -> Float[Array, "B"]:
         return jnp.max(jnp.abs(x).reshape(x.shape[0], -1), axis=1)
 
     def is_moving(carry: tuple[Array, Array, Array]) -> Array:
@@ -239,7 +256,7 @@ def _find_fixed_point(
     def move(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         x, _, i = carry
         new = step(x)
-        return new, measure(new - x) > tolerance * measure(new), i + 1
+        return new, max_norm(new - x) > tolerance * max_norm(new), i + 1
 
     first = (start, jnp.ones(start.shape[0], bool), jnp.zeros((), jnp.int32))
     return jax.lax.while_loop(is_moving, move, first)[0]

@@ -1,4 +1,7 @@
-"""Layers that keep the shape of their input, and heads. Flax linen modules: `module.apply({"params": p}, x [B, ...F])`."""
+"""Layers that keep the shape of their input, and heads.
+
+All are Flax linen modules: `module.apply({"params": params}, x)` with `x [B, ...F]`.
+"""
 
 from collections.abc import Callable
 
@@ -29,7 +32,9 @@ class Dense(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """A residual block of two affine maps, `x + activation(x W1 + b1) W2 + b2` (He et al. 2016, arXiv:1512.03385).
+    """A residual block of two affine maps: `x + activation(x W1 + b1) W2 + b2`.
+
+    He et al. 2016, arXiv:1512.03385.
 
     Attributes:
       features: size of the last axis, in and out.
@@ -48,13 +53,14 @@ class ResidualMLP(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """A pre-activation residual block of 3x3 convolutions on images `[B, H, W, C]`: `x + conv(activation(...))`.
+    """A pre-activation residual block of 3x3 convolutions: `x + conv(activation(...))`.
 
-    He et al. 2016, arXiv:1603.05027, without normalization. Borders are padded with zeros.
+    For images `[B, H, W, C]`. He et al. 2016, arXiv:1603.05027, without normalization. Borders are
+    padded with zeros.
 
     Attributes:
-      channels: in and out.
-      depth: convolutions, each behind an activation.
+      channels: channels, in and out.
+      depth: number of convolutions, each after an activation.
       activation: elementwise, by default ReLU.
     """
 
@@ -73,12 +79,13 @@ class ConvBlock(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """From raw images to the channels and size that layers keep: a 3x3 convolution and, where `pool` is above 1, a maximum over
-    windows of that size. It pools, so it is no layer.
+    """A stem for raw images: a 3x3 convolution, then max pooling if `pool` is above 1.
+
+    Not usable as a layer: it changes the shape.
 
     Attributes:
-      channels: out.
-      pool: side of the windows, which do not overlap; what is left over at the border is dropped.
+      channels: output channels.
+      pool: side of the pooling windows, which do not overlap; incomplete windows are dropped.
     """
 
     channels: int
@@ -93,15 +100,15 @@ class ConvStem(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """A pre-norm transformer block on sequences `[B, T, F]`: self-attention, then an MLP, each added to its input.
+    """A pre-norm transformer block: self-attention, then an MLP, each added to its input.
 
-    Xiong et al. 2020, arXiv:2002.04745; tanh-approximated GELU.
+    For sequences `[B, T, F]`. Xiong et al. 2020, arXiv:2002.04745; tanh-approximated GELU.
 
     Attributes:
       features: size of the last axis, in and out; a multiple of `num_heads`.
       num_heads: attention heads.
       hidden: width of the MLP; four times `features` when None.
-      is_causal: whether a position sees only itself and those before it.
+      is_causal: whether a position attends only to itself and earlier positions.
     """
 
     features: int
@@ -122,7 +129,7 @@ class TransformerBlock(nn.Module):
 
 
 class DenseHead(nn.Module):
-    """An affine map from all features of an example to the logits of `num_classes` classes.
+    """An affine map from all features of an example to logits.
 
     Attributes:
       num_classes: size of the output.
@@ -136,11 +143,13 @@ class DenseHead(nn.Module):
 
 
 class ConvHead(nn.Module):
-    """The dense part of a small convolutional net (LeCun et al. 1998, LeNet-5): flatten, 120, 84, `num_classes`, ReLU between.
+    """The dense part of LeNet-5 (LeCun et al. 1998): flatten, then 120, 84, `num_classes` units.
+
+    ReLU between them.
 
     Attributes:
       num_classes: size of the output.
-      pool: side of windows over which the image is averaged first; 1 for none.
+      pool: side of the windows over which the image is averaged first; 1 for none.
     """
 
     num_classes: int
@@ -156,7 +165,7 @@ class ConvHead(nn.Module):
 
 
 class PoolHead(nn.Module):
-    """The mean of each channel over the image (global average pooling, Lin et al. 2014, arXiv:1312.4400), then an affine map.
+    """Global average pooling (Lin et al. 2014, arXiv:1312.4400), then an affine map to logits.
 
     Attributes:
       num_classes: size of the output.

@@ -3,19 +3,20 @@
 import copy
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from jchain._typing import Array, Float, Int, PyTree
-from jchain.bank import Bank, check_stem
+from jchain.bank import Bank
 from jchain.chain import ChainSpace
 from jchain.data import Batch, check_lengths
-from jchain.groups import check_keeps_shape
+from jchain.groups import check_keeps_shape, check_stem
 from jchain.pytree import is_concrete, pytree_dataclass, static
 
 
@@ -23,24 +24,28 @@ from jchain.pytree import is_concrete, pytree_dataclass, static
 class Problem:
     """A bank, one split of data, a loss, and how many layers a chain may have.
 
-    The loss of a chain is the mean of `loss_fn` over the split, plus `layer_cost` for each of its layers.
+    The loss of a chain is the mean of `loss_fn` over the split, plus the layer penalty:
+    `layer_cost` for each of its layers.
 
     Attributes:
       bank: the layers and heads.
       data: the one split that this problem can reach.
       max_layers: most layers in a chain; chains have `L = max_layers + 1` slots.
-      loss_fn: `(outputs [B, ...], y [B, ...]) -> [B, ...]`, lower is better, averaged over all axes; by default softmax
-        cross-entropy with integer labels, in nats.
-      layer_cost: price of a layer in units of the loss: one for all, or `[N]`.
-      mesh: the devices on which it lies, over which its chains are spread (see `on`); None for one device.
-      min_layers: fewest layers in a chain; where it is max_layers, all chains have one length. Searches and `evaluate_all`
-        make no shorter ones; functions that are given chains score those of every length.
-      accuracy_fn: `(outputs [B, ...], y [B, ...]) -> [B, ...]`, reported beside the loss, averaged likewise; by default 1
-        where the largest output is the label, and nan where labels are not integers.
+      loss_fn: `(outputs [B, ...], y [B, ...]) -> [B, ...]`, lower is better, averaged over all
+        axes; by default softmax cross-entropy with integer labels, in nats.
+      layer_cost: penalty of a layer in units of the loss: one for all layers, or `[N]`.
+      mesh: the devices that hold the problem and share its chains (see `on`); None for one device.
+      min_layers: fewest layers in a chain; equal to max_layers, all chains have one length.
+        Searches and `evaluate_all` make no shorter chains; functions that are given chains also
+        accept shorter ones.
+      accuracy_fn: `(outputs [B, ...], y [B, ...]) -> [B, ...]`, reported with the loss and averaged
+        in the same way; by default 1 if the largest output is the label, and nan if labels are not
+        integers.
 
     Raises:
-      ValueError: max_layers or min_layers is no such number, the split or a price is empty or not finite, the stem does not take this
-        data, a layer changes its shape, heads disagree, labels are outside the heads' classes, or the loss does not fit.
+      ValueError: max_layers or min_layers is invalid, the split is empty, examples or layer costs
+        are not finite, the stem does not take this data, a layer changes its shape, heads disagree
+        about their output, labels are outside the heads' classes, or the loss function fails.
     """
 
     bank: Bank
@@ -54,6 +59,14 @@ class Problem:
     min_layers: int = static(default=0)
     accuracy_fn: Callable[[Array, Array], Array] | None = static(default=None)
 
+    def __repr__(self) -> str:
+        x = self.data.x if isinstance(self.data, Batch) else None
+        examples = "..."  # JAX may put placeholders into leaves
+        if isinstance(x, jax.Array) and x.ndim > 0:
+            examples = f"{x.shape[0]} examples {x.dtype}{list(x.shape[1:])}"
+        layers = f"max_layers={self.max_layers}, min_layers={self.min_layers}"
+        return f"Problem({self.bank!r}, {examples}, {layers})"
+
     def __post_init__(self) -> None:
         x, y = self.data
         object.__setattr__(self, "max_layers", check_max_layers(self.max_layers))
@@ -63,13 +76,15 @@ class Problem:
         check_lengths(self.data)
         if self.layer_cost.shape not in ((), (self.bank.num_layers,)):
             raise ValueError(
-                f"expected one layer_cost or {self.bank.num_layers}, got shape {list(self.layer_cost.shape)}"
+                f"expected one layer_cost or {self.bank.num_layers}, "
+                f"got shape {list(self.layer_cost.shape)}"
             )
         outputs = self._check_shapes()
         if is_concrete(self.data):
             self._check_values(outputs)
 
-    def _check_shapes(self) -> Any:
+    def _check_shapes(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of the heads' outputs."""
         x, y = self.data
         hidden = check_stem(self.bank.stem, self.bank.stem_params, x)
         for group in self.bank.layers:
@@ -80,19 +95,18 @@ class Problem:
                 outputs.append(jax.eval_shape(group.apply, 0, hidden))
             except Exception as error:  # whatever a user's module raises
                 raise ValueError(
-                    f"head {type(group.module).__name__} does not take the layers' shape {list(hidden.shape)}: "
-                    f"{str(error).splitlines()[0]}"
+                    f"head {type(group.module).__name__} does not take the layers' shape "
+                    f"{list(hidden.shape)}: {str(error).splitlines()[0]}"
                 ) from None
-        if len({output.shape for output in outputs}) != 1:
-            raise ValueError(
-                f"expected heads of one output shape, got {[list(output.shape) for output in outputs]}"
-            )
+        shapes = [list(output.shape) for output in outputs]
+        if any(shape != shapes[0] for shape in shapes):
+            raise ValueError(f"expected heads of one output shape, got {shapes}")
         for name in ("loss_fn", "accuracy_fn"):
             if (function := getattr(self, name)) is not None:
                 _check_function(name, function, outputs[0], y)
         return outputs[0]
 
-    def _check_values(self, outputs: Any) -> None:
+    def _check_values(self, outputs: jax.ShapeDtypeStruct) -> None:
         x, y = self.data
         if is_concrete(self.layer_cost) and not bool(jnp.isfinite(self.layer_cost).all()):
             raise ValueError("expected a finite layer_cost, got nan or infinity")
@@ -102,7 +116,8 @@ class Problem:
         num_classes = outputs.shape[-1]
         if is_classes and (int(y.min()) < 0 or int(y.max()) >= num_classes):
             raise ValueError(
-                f"expected labels in 0..{num_classes - 1}, the head's classes, got {int(y.min())}..{int(y.max())}"
+                f"expected labels in 0..{num_classes - 1}, the head's classes, "
+                f"got {int(y.min())}..{int(y.max())}"
             )
 
     @property
@@ -113,19 +128,27 @@ class Problem:
         )
 
     def on(self, mesh: Mesh) -> "Problem":
-        """The same problem with all its arrays on each device of a mesh, over which evaluation then spreads the chains.
+        """The problem with all its arrays on each device of a mesh; evaluation splits the chains.
 
-        Devices of the mesh may belong to other processes (`jax.distributed`), which must make the same calls.
+        Devices of the mesh may belong to other processes (`jax.distributed`), which must make the
+        same calls.
+
+        Args:
+          mesh: the devices, with any axes.
         """
-        # One axis of the kind that the compiler shards, whatever the axes of the mesh are.
+        # One axis, of the kind that the compiler shards.
         flat = Mesh(mesh.devices.reshape(-1), ("chains",))
         if self.mesh == flat:
             return self
         problem = dataclasses.replace(self, mesh=flat)
         return problem.put(problem)
 
-    def put(self, tree: PyTree) -> Any:
-        """The tree as arrays where those of this problem lie: on each device of its mesh."""
+    def put(self, tree: PyTree) -> PyTree:
+        """The tree as arrays on the devices of this problem: on each device of its mesh.
+
+        Args:
+          tree: arrays; traced ones are unchanged.
+        """
         if self.mesh is None:
             return jax.tree.map(jnp.asarray, tree)
         everywhere = NamedSharding(self.mesh, PartitionSpec())
@@ -134,25 +157,37 @@ class Problem:
         )
 
     def without_names(self) -> "Problem":
-        """The same problem, of `Bank.without_names`."""
+        """The problem over the bank without names (`Bank.without_names`)."""
         return self.with_bank(self.bank.without_names())
 
     def take(self, rows: slice | Int[np.ndarray, "b"] | Int[Array, "b"]) -> "Problem":
-        """The same problem on some of its examples."""
+        """The problem on some of its examples.
+
+        Args:
+          rows: which examples.
+        """
         return self._replace("data", Batch(self.data.x[rows], self.data.y[rows]))
 
     def with_bank(self, bank: Bank) -> "Problem":
-        """The same problem over another bank whose layers take the same shape, which is not checked again; `layer_cost` stays."""
+        """The problem over another bank, with the same `layer_cost`.
+
+        Args:
+          bank: a bank whose layers have the same shape, which is not checked again.
+        """
         return self._replace("bank", bank)
 
-    def _replace(self, field: str, value: Any) -> "Problem":
-        """Not `dataclasses.replace`, which would check everything again."""
+    def _replace(self, field: str, value: object) -> "Problem":
+        """Like `dataclasses.replace`, without the checks."""
         problem = copy.copy(self)
         object.__setattr__(problem, field, value)
         return problem
 
     def layer_penalty(self, chains: Int[Array, "*P L"]) -> Float[Array, "*P"]:
-        """What the layers of each chain add to its loss."""
+        """The layer penalty of each chain, which is added to its loss.
+
+        Args:
+          chains: tokens, `[..., L]`.
+        """
         num_layers = self.bank.num_layers
         cost = jnp.broadcast_to(self.layer_cost, (num_layers,))
         is_layer = (chains >= 0) & (chains < num_layers)
@@ -161,10 +196,13 @@ class Problem:
     def compute_metrics(
         self, outputs: Float[Array, "B ..."]
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Loss and accuracy of one chain's outputs, before the price of its layers.
+        """Loss and accuracy of one chain's outputs, without the layer penalty.
 
-        Accuracy is by default the share of examples whose largest output is their label; nan where labels are not integers,
-        one for each row of outputs.
+        By default, accuracy is the share of examples whose largest output is their label. It is nan
+        unless labels are integers, one for each row of outputs.
+
+        Args:
+          outputs: outputs of a head, `[B, ...]`.
         """
         y = self.data.y
         outputs = upcast(outputs)
@@ -177,54 +215,73 @@ class Problem:
 
 
 def upcast(array: Array) -> Array:
-    """In float32 where it is of half precision, whose squares and small differences vanish or overflow."""
+    """Cast half precision to float32: its squares overflow and small differences vanish.
+
+    Args:
+      array: any array; float32 and wider are unchanged.
+    """
     return array.astype(jnp.promote_types(jnp.float32, array.dtype))
 
 
-def check_max_layers(value: Any) -> int:
-    """The value as an int.
+def check_max_layers(value: object) -> int:
+    """Return the value as an int.
+
+    Args:
+      value: the most layers in a chain.
 
     Raises:
-      ValueError: it is no integer of at least 0.
+      ValueError: it is not an integer of at least 0.
     """
     if not _is_integer(value) or value < 0:
         raise ValueError(f"expected max_layers to be an integer of at least 0, got {value!r}")
     return int(value)
 
 
-def check_min_layers(value: Any, max_layers: int) -> int:
+def check_min_layers(value: object, max_layers: int) -> int:
+    """Return the value as an int.
+
+    Args:
+      value: the fewest layers in a chain.
+      max_layers: the most layers in a chain.
+
+    Raises:
+      ValueError: it is not an integer in `0..max_layers`.
+    """
     if not _is_integer(value) or not 0 <= value <= max_layers:
         raise ValueError(
-            f"expected min_layers to be an integer in 0..{max_layers}, up to max_layers, got {value!r}"
+            f"expected min_layers to be an integer in 0..{max_layers}, up to max_layers, "
+            f"got {value!r}"
         )
     return int(value)
 
 
 def _check_function(
-    name: str, function: Callable[[Array, Array], Array], outputs: Any, y: Any
+    name: str, function: Callable[[Array, Array], Array], outputs: jax.ShapeDtypeStruct, y: Array
 ) -> None:
-    """That a function of outputs and labels takes these, and returns floats."""
+    """Check that a function takes these outputs and labels, and returns floats."""
     try:
         found = jax.eval_shape(function, outputs, y)
     except Exception as error:  # whatever a user's function raises
         raise ValueError(
-            f"{name} does not take outputs {list(outputs.shape)} and labels {y.dtype}{list(y.shape)}: {error}"
+            f"{name} does not take outputs {list(outputs.shape)} "
+            f"and labels {y.dtype}{list(y.shape)}: {error}"
         ) from None
     if not jnp.issubdtype(found.dtype, jnp.floating):
         raise ValueError(f"expected {name} to return floats, got {found.dtype}")
 
 
-def _is_integer(value: Any) -> bool:
+def _is_integer(value: object) -> TypeGuard[int | np.integer]:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def _replicate(leaf: Any, everywhere: NamedSharding) -> Array:
+def _replicate(leaf: ArrayLike, everywhere: NamedSharding) -> Array:
+    """The leaf on each device of the sharding."""
     if isinstance(leaf, jax.Array) and leaf.sharding == everywhere:
         return leaf
     if everywhere.is_fully_addressable:
         return jax.device_put(leaf, everywhere)
-    # Devices of other processes, which hold the same values and put them there themselves.
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    # Other processes hold the same values and put them on their own devices.
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(
             _replicate(jax.random.key_data(leaf), everywhere), impl=jax.random.key_impl(leaf)
         )

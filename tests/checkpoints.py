@@ -1,4 +1,4 @@
-"""Tiny checkpoints of GPT-2, with a tokenizer of bytes, texts and questions."""
+"""Tiny checkpoints of GPT-2 without torch, a tokenizer of bytes, texts and questions."""
 
 import json
 from pathlib import Path
@@ -10,22 +10,38 @@ import jchain as jc
 
 TEXT = "The blocks of a pretrained transformer are layers.\n" * 40
 QUESTION = {"question": "ab", "choices": ["c", "dea", "b"], "answer": 1}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 11,
+    "n_embd": 6,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 8,
+}
+VIT = {
+    "model_type": "vit",
+    "hidden_size": 8,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "image_size": 8,
+    "patch_size": 4,
+    "num_channels": 1,
+}
+
+
+def write_config(folder, options):
+    """A checkpoint folder without weights."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(options))
+    return folder
 
 
 def write(folder, *, tensors=None, config=None, name="model.safetensors"):
-    """A tiny GPT-2 without torch."""
+    """A tiny GPT-2. `config` changes options."""
     from safetensors.numpy import save_file
 
-    folder.mkdir(exist_ok=True)
-    options = {
-        "model_type": "gpt2",
-        "vocab_size": 11,
-        "n_embd": 6,
-        "n_layer": 2,
-        "n_head": 2,
-        "n_positions": 8,
-    }
-    (folder / "config.json").write_text(json.dumps(options | (config or {})))
+    write_config(folder, GPT2 | (config or {}))
     if tensors is None:
         tensors = make_tensors()
     save_file(tensors, folder / name)
@@ -33,12 +49,22 @@ def write(folder, *, tensors=None, config=None, name="model.safetensors"):
 
 
 def make_tensors(depth=2, seed=0, vocabulary=11, positions=8):
+    """Random tensors of a tiny GPT-2 by name."""
     rng = np.random.default_rng(seed)
     block = {
-        "ln_1.weight": 6, "ln_1.bias": 6, "ln_2.weight": 6, "ln_2.bias": 6, "attn.c_attn.weight": (6, 18), "attn.c_attn.bias": 18,
-        "attn.c_proj.weight": (6, 6), "attn.c_proj.bias": 6, "mlp.c_fc.weight": (6, 24), "mlp.c_fc.bias": 24,
-        "mlp.c_proj.weight": (24, 6), "mlp.c_proj.bias": 6,
-    }  # fmt: skip
+        "ln_1.weight": 6,
+        "ln_1.bias": 6,
+        "ln_2.weight": 6,
+        "ln_2.bias": 6,
+        "attn.c_attn.weight": (6, 18),
+        "attn.c_attn.bias": 18,
+        "attn.c_proj.weight": (6, 6),
+        "attn.c_proj.bias": 6,
+        "mlp.c_fc.weight": (6, 24),
+        "mlp.c_fc.bias": 24,
+        "mlp.c_proj.weight": (24, 6),
+        "mlp.c_proj.bias": 6,
+    }
     shapes = {"transformer.wte.weight": (vocabulary, 6), "transformer.wpe.weight": (positions, 6)}
     shapes |= {"transformer.ln_f.weight": 6, "transformer.ln_f.bias": 6}
     shapes |= {
@@ -48,7 +74,7 @@ def make_tensors(depth=2, seed=0, vocabulary=11, positions=8):
 
 
 def make_checkpoint(folder, vocabulary=256, alphabet=256):
-    """A tiny GPT-2 of bytes."""
+    """A tiny GPT-2 of bytes, with a tokenizer."""
     import tokenizers
 
     folder = write(
@@ -72,17 +98,9 @@ def write_file(folder, content, name="text.txt"):
 
 
 def make_model_and_text(folder):
-    """What the second example reads: a tiny model of bytes, and a text."""
-    options = {
-        "model_type": "gpt2",
-        "vocab_size": 256,
-        "n_embd": 8,
-        "n_layer": 6,
-        "n_head": 2,
-        "n_positions": 128,
-    }
-    model = make_checkpoint(folder / "new")
-    (model / "config.json").write_text(json.dumps(options))
+    """What the README's second example reads: a tiny model of bytes in `model`, and `my.txt`."""
+    options = {"vocab_size": 256, "n_embd": 8, "n_layer": 6, "n_positions": 128}
+    model = write_config(make_checkpoint(folder / "new"), GPT2 | options)
     bank = jc.hub.init(jax.random.key(0), model)
     jc.hub.export(bank, bank.parents[0], model, folder / "model")
     (folder / "my.txt").write_text((Path(__file__).parent.parent / "README.md").read_text())

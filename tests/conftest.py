@@ -95,3 +95,12 @@ def assert_trees_close(a, b, rtol, atol):
             np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
 
     jax.tree_util.tree_map_with_path(check, a, b)
+
+
+def assert_same_bits(a, b):
+    """Of trees: the same dtypes and bytes."""
+    leaves, other = jax.tree.leaves(a), jax.tree.leaves(b)
+    assert len(leaves) == len(other) > 0
+    for x, y in zip(leaves, other, strict=True):
+        assert x.dtype == y.dtype
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()

@@ -10,8 +10,8 @@ def weights(bank):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(bank.layers[0].params)]
 
 
-def test_another_order_computes_the_same_and_is_undone(problem):
-    """A bank whose layers are one, each in an order of its own: aligned, they are equal."""
+def test_another_order_computes_the_same_and_is_inverted(problem):
+    """Copies of one layer, each in its own order, are equal after alignment."""
     bank = problem.bank
     same = jc.Bank.stack(
         bank.layers[0].module,
@@ -33,7 +33,7 @@ def test_another_order_computes_the_same_and_is_undone(problem):
 
 def test_aligned_layers_are_as_close_as_any_order_makes_them(problem):
     aligned, bank = align.align(problem.bank, 1), problem.bank
-    chains = jc.chain.enumerate_all(4, 2, 2)
+    chains = jc.chain.ChainSpace(4, 2, 2).enumerate()
     small = [jc.evaluate(jc.Problem(b, problem.data, 2), chains).loss for b in (bank, aligned)]
     np.testing.assert_allclose(*small, rtol=1e-5)
 

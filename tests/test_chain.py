@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from jchain import chain
 
 N, K, D = 3, 2, 2
+SPACE = chain.ChainSpace(N, K, D)
 
 
 def all_chains(num_layers, num_heads, max_layers):
@@ -26,28 +27,29 @@ def to_tuple(row):
     return tuple(int(token) for token in row if token >= 0)
 
 
-def test_enumerate_all_gives_every_chain_once_in_order():
-    chains = chain.enumerate_all(N, K, D)
+def test_enumerate_gives_every_chain_once_in_order():
+    chains = SPACE.enumerate()
     assert [to_tuple(row) for row in chains] == all_chains(N, K, D)
-    assert chains.shape == (chain.count(N, K, D), D + 1)
-    chain.validate(chains, N, K, D)
+    assert chains.shape == (SPACE.num_chains, D + 1)
+    SPACE.validate(chains)
 
 
 @pytest.mark.parametrize("min_layers", [1, D])
 def test_chains_of_some_layers_at_least(min_layers):
     expected = [tokens for tokens in all_chains(N, K, D) if len(tokens) > min_layers]
-    chains = chain.enumerate_all(N, K, D, min_layers=min_layers)
+    space = chain.ChainSpace(N, K, D, min_layers)
+    chains = space.enumerate()
     assert [to_tuple(row) for row in chains] == expected
-    assert len(chains) == chain.count(N, K, D, min_layers=min_layers)
+    assert len(chains) == space.num_chains
     num = 1000 * len(expected)
-    rows = np.asarray(chain.sample(jax.random.key(0), num, N, K, D, min_layers=min_layers))
+    rows = np.asarray(space.sample(jax.random.key(0), num))
     found, counts = np.unique(rows, axis=0, return_counts=True)
     assert {to_tuple(row) for row in found} == set(expected)
     assert np.abs(counts - 1000).max() < 5 * np.sqrt(1000)
     for tokens in expected:
         row = jnp.array(chain.pad([tokens], D)[0])
-        rows, is_there = (np.asarray(a) for a in chain.neighbors(row, N, K, min_layers=min_layers))
-        every, was_there = (np.asarray(a) for a in chain.neighbors(row, N, K))
+        rows, is_there = (np.asarray(a) for a in space.neighbors(row))
+        every, was_there = (np.asarray(a) for a in SPACE.neighbors(row))
         is_long = np.array([len(to_tuple(other)) > min_layers for other in every])
         np.testing.assert_array_equal(rows, every)
         np.testing.assert_array_equal(is_there, was_there & is_long)
@@ -55,17 +57,17 @@ def test_chains_of_some_layers_at_least(min_layers):
 
 def test_sample_is_uniform_over_all_chains():
     num = 26_000
-    rows = np.asarray(chain.sample(jax.random.key(0), num, N, K, D))
-    chain.validate(rows, N, K, D)
+    rows = np.asarray(SPACE.sample(jax.random.key(0), num))
+    SPACE.validate(rows)
     found, counts = np.unique(rows, axis=0, return_counts=True)
-    assert len(found) == chain.count(N, K, D) == 26
+    assert len(found) == SPACE.num_chains == 26
     # Poisson counts of mean 1000: five standard deviations.
     assert np.abs(counts - 1000).max() < 5 * np.sqrt(1000)
 
 
 @pytest.mark.parametrize("max_layers", [0, 1, 3])
 def test_neighbors_are_all_chains_one_edit_away(max_layers):
-    universe = all_chains(N, K, max_layers)
+    universe, space = all_chains(N, K, max_layers), chain.ChainSpace(N, K, max_layers)
     for tokens in universe:
         *layers, head = tokens
         swaps = {
@@ -81,13 +83,12 @@ def test_neighbors_are_all_chains_one_edit_away(max_layers):
         }
         deletes = {(*layers[:i], *layers[i + 1 :], head) for i in range(len(layers))}
         expected = ((swaps | heads | inserts | deletes) & set(universe)) - {tokens}
-        rows, is_valid = jax.jit(chain.neighbors, static_argnums=(1, 2))(
-            jnp.array(chain.pad([tokens], max_layers)[0]), N, K
-        )
+        rows, is_valid = jax.jit(space.neighbors)(jnp.array(chain.pad([tokens], max_layers)[0]))
+        assert len(rows) == space.num_neighbors
         found = [to_tuple(row) for row in np.asarray(rows)[np.asarray(is_valid)]]
         assert len(found) == len(set(found))
         assert set(found) == expected
-        chain.validate(np.asarray(rows)[np.asarray(is_valid)], N, K, max_layers)
+        space.validate(np.asarray(rows)[np.asarray(is_valid)])
 
 
 @pytest.mark.parametrize(
@@ -110,12 +111,12 @@ def test_neighbors_are_all_chains_one_edit_away(max_layers):
 )
 def test_validate_says_what_is_wrong(row, message):
     with pytest.raises(ValueError, match=message):
-        chain.validate(row, N, K, D)
+        SPACE.validate(row)
 
 
 def test_validate_names_the_first_bad_row():
     with pytest.raises(ValueError, match=r"chain 1 has no head token: .* got \[0, 1, 2\]"):
-        chain.validate([[3, -1, -1], [0, 1, 2], [0, 0, 0]], N, K, D)
+        SPACE.validate([[3, -1, -1], [0, 1, 2], [0, 0, 0]])
 
 
 def test_pad():
@@ -130,10 +131,11 @@ def test_pad():
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 3), st.integers(0, 4), st.integers(0, 2**31 - 1))
 def test_samples_are_chains(num_layers, num_heads, max_layers, seed):
-    rows = chain.sample(jax.random.key(seed), 16, num_layers, num_heads, max_layers)
-    chain.validate(rows, num_layers, num_heads, max_layers)
+    space = chain.ChainSpace(num_layers, num_heads, max_layers)
+    rows = space.sample(jax.random.key(seed), 16)
+    space.validate(rows)
     lengths = [len(to_tuple(row)) - 1 for row in np.asarray(rows)]
-    np.testing.assert_array_equal(chain.count_layers(rows, num_layers), lengths)
+    np.testing.assert_array_equal(space.count_layers(rows), lengths)
 
 
 def test_describe_leaves_padding_out():
@@ -141,6 +143,13 @@ def test_describe_leaves_padding_out():
 
 
 def test_long_chains_of_one_layer_are_enumerated():
-    chains = chain.enumerate_all(1, 2, 70)
+    chains = chain.ChainSpace(1, 2, 70).enumerate()
     assert chains.shape == (71 * 2, 71)
     np.testing.assert_array_equal((chains >= 0).sum(axis=1), np.repeat(np.arange(1, 72), 2))
+
+
+def test_index_is_the_place_in_the_enumeration():
+    np.testing.assert_array_equal(SPACE.index(jnp.asarray(SPACE.enumerate())), np.arange(26))
+    with pytest.raises(ValueError, match=r"fewer than 2\^31 chains, got"):
+        chain.ChainSpace(48, 1, 12).index(jnp.zeros(13, int))
+    np.testing.assert_array_equal(SPACE.head_alone, [N, -1, -1])

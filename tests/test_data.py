@@ -9,7 +9,7 @@ import jchain as jc
     ("name", "size", "features", "classes"),
     [("digits", 1797, 64, 10), ("wine", 178, 13, 3), ("breast_cancer", 569, 30, 2)],
 )
-def test_splits_are_whole_disjoint_stratified_and_standardized(name, size, features, classes):
+def test_splits_are_complete_disjoint_stratified_and_standardized(name, size, features, classes):
     data = jc.data.load(name, seed=3)
     splits = [data.train, data.search, data.select, data.test]
     assert sum(len(split.y) for split in splits) == size
@@ -17,7 +17,7 @@ def test_splits_are_whole_disjoint_stratified_and_standardized(name, size, featu
     assert all(
         split.x.shape[1:] == (features,) and split.x.dtype == jnp.float32 for split in splits
     )
-    # Every row of the file is in some split, as often as in the file.
+    # Every row of the file is in some split, with the same multiplicity.
     from sklearn import datasets
 
     raw = getattr(datasets, f"load_{name}")()
@@ -36,7 +36,7 @@ def test_splits_are_whole_disjoint_stratified_and_standardized(name, size, featu
 
 
 def _unstandardize(x, y, data):
-    """Mean and deviation of the rows that went into train, found by undoing the affine map."""
+    """Mean and deviation of the rows that went into train, found by inverting the affine map."""
     for_seed = jc.data._split_stratified(y, jc.data.SHARES, np.random.default_rng(3))[0]
     x = x.astype(np.float32)[for_seed]
     return x.mean(axis=0), np.where(x.std(axis=0) > 0, x.std(axis=0), 1)
@@ -58,7 +58,7 @@ def test_digits_are_images_too():
     flat, images = jc.data.load("digits", seed=2), jc.data.load("digits_8x8", seed=2)
     assert images.train.x.shape[1:] == (8, 8, 1)
     np.testing.assert_array_equal(flat.test.y, images.test.y)
-    # One mean and deviation for all places.
+    # One mean and deviation for all positions.
     raw = (
         16
         * (np.asarray(images.train.x) - np.asarray(images.train.x).min())

@@ -36,6 +36,13 @@ def test_the_state_carries_the_activation_of_the_prefix(problem):
     np.testing.assert_allclose(state.hidden, x, rtol=1e-6)
 
 
+def test_layers_and_heads_are_appended_at_the_end_of_a_prefix(problem):
+    chain, length = jnp.array([3, 1, -1, -1]), jnp.array(2)
+    layers, heads = (f(problem, chain, length) for f in (env.append_layers, env.append_heads))
+    np.testing.assert_array_equal(layers, [[3, 1, n, -1] for n in range(4)])
+    np.testing.assert_array_equal(heads, [[3, 1, n, -1] for n in (4, 5)])
+
+
 def test_legal_actions(problem):
     assert env.legal_actions(problem, jnp.array(2)).tolist() == [True] * 6
     assert env.legal_actions(problem, jnp.array(3)).tolist() == [False] * 4 + [True] * 2
@@ -69,7 +76,7 @@ def test_illegal_actions_are_refused_on_the_host(problem):
         env.step(problem, env.reset(problem), jnp.array(-1))
 
 
-def test_a_done_episode_stays(problem):
+def test_a_done_episode_is_unchanged(problem):
     done, _ = play(problem, [0, 4])
     after, reward = env.step(problem, done, jnp.array(1))
     jax.tree.map(np.testing.assert_array_equal, after, done)
@@ -90,7 +97,7 @@ def test_jit_and_vmap_agree_with_single_steps(two_group_problem):
         np.testing.assert_array_equal(states.chain[row], state.chain)
 
 
-def test_a_loss_that_is_not_finite_pays_minus_infinity():
+def test_a_loss_that_is_not_finite_has_a_reward_of_minus_infinity():
     layer, head = jc.layers.Dense(5), jc.layers.DenseHead(3)
     params = [
         jax.tree.map(lambda leaf: leaf * jnp.nan, p)

@@ -72,7 +72,7 @@ class UnlabeledDigits(_Digits):
 
 
 class MixedDigits(_Digits):
-    """Of which one is wider than the others."""
+    """One image is wider than the others."""
 
     SHAPE = (None, None)
 
@@ -81,7 +81,7 @@ class MixedDigits(_Digits):
 
 
 class ColoredDigits(_Digits):
-    """Of the shape of cifar10."""
+    """The shape of cifar10."""
 
     SHAPE, CHANNELS = (32, 32), 3
 
@@ -167,7 +167,7 @@ def test_few_of_each_split_are_an_even_sample(folder):
         ),
     ],
 )
-def test_what_cannot_be_read_is_said_without_a_look_at_the_network(
+def test_unreadable_sets_are_refused_without_the_network(
     folder, monkeypatch, name, error, expected
 ):
     def refuse(*args, **kwargs):
@@ -179,7 +179,7 @@ def test_what_cannot_be_read_is_said_without_a_look_at_the_network(
         images.read(name, folder)
 
 
-def test_damaged_files_are_told(folder, tmp_path):
+def test_damaged_files_raise_a_clear_error(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "sets")
     (path,) = (tmp_path / "sets").glob("tiny_digits/*/*train*")
     whole = path.read_bytes()
@@ -189,7 +189,7 @@ def test_damaged_files_are_told(folder, tmp_path):
             images.read("tiny_digits", tmp_path / "sets")
 
 
-def test_a_folder_without_permission_is_told(folder, monkeypatch):
+def test_a_folder_without_permission_is_refused(folder, monkeypatch):
     monkeypatch.setattr("os.access", lambda *args: False)
     with pytest.raises(PermissionError, match="cannot read the data folder"):
         images.read("tiny_digits", folder)
@@ -271,7 +271,7 @@ def test_the_command_line_refuses(folder, tmp_path, capsys, options, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_prepared_sets_are_left_as_they_are(folder):
+def test_prepared_sets_are_unchanged(folder):
     (path,) = folder.glob("tiny_digits/*")
     before = {file: file.stat().st_mtime_ns for file in path.iterdir()}
     assert images.prepare("tiny_digits", folder) == path

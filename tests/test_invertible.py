@@ -91,7 +91,7 @@ def test_orthogonal_initialization_is_well_conditioned():
     assert np.linalg.cond(params["kernel"]) == pytest.approx(1.0, abs=1e-4)
 
 
-def test_projection_keeps_what_is_invertible_and_mends_what_is_not():
+def test_projection_keeps_invertible_weights_and_repairs_others():
     dense = jc.layers.InvertibleDense(6, max_condition=5.0)
     params = make_params(dense, 0, (6,))
     np.testing.assert_allclose(dense.project(params)["kernel"], params["kernel"], atol=1e-6)
@@ -110,7 +110,7 @@ def test_projection_keeps_what_is_invertible_and_mends_what_is_not():
     assert np.prod(norms) == pytest.approx(0.8, rel=1e-4)
 
 
-def test_what_cannot_be_undone_is_refused():
+def test_layers_without_an_inverse_are_refused():
     dense = jc.layers.InvertibleDense(3)
     params = {"kernel": jnp.ones((3, 3)), "bias": jnp.zeros(3)}
     with pytest.raises(

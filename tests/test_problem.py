@@ -108,12 +108,6 @@ def test_a_loss_of_your_own(bank):
     assert np.isnan(out.accuracy[0])
 
 
-def test_a_problem_is_a_pytree_that_jit_does_not_check_again(problem):
-    again = jax.jit(lambda p: p)(problem)
-    assert jax.tree.structure(again) == jax.tree.structure(problem)
-    assert again.loss_fn is optax.softmax_cross_entropy_with_integer_labels
-
-
 def test_a_bank_made_for_images_of_another_shape_says_so():
     stem, y = jc.layers.ConvStem(4), jnp.arange(6) % 3
     x = jnp.ones((6, 8, 8, 1))
@@ -135,7 +129,7 @@ def test_a_bank_made_for_images_of_another_shape_says_so():
         jc.Problem(bank, jc.Batch(jnp.ones((6, 16, 16, 1)), y), max_layers=1)
 
 
-def test_labels_that_are_not_one_for_each_output_have_no_accuracy(bank):
+def test_accuracy_is_nan_unless_there_is_one_label_per_output(bank):
     data = make_batch()
 
     def loss_fn(outputs, y):
@@ -146,4 +140,10 @@ def test_labels_that_are_not_one_for_each_output_have_no_accuracy(bank):
     assert np.isnan(out.accuracy).all()
     np.testing.assert_allclose(
         out.loss, jc.evaluate(jc.Problem(bank, data, 1), np.array([[0, bank.num_layers]])).loss
+    )
+
+
+def test_a_problem_prints_in_one_line(problem):
+    assert repr(problem) == (
+        f"Problem({problem.bank!r}, 9 examples float32[5], max_layers=3, min_layers=0)"
     )

@@ -1,4 +1,5 @@
 import functools
+import inspect
 
 import flax.linen as nn
 import jax
@@ -9,7 +10,6 @@ import pytest
 from conftest import make_batch
 
 import jchain as jc
-from jchain import train
 
 LAYER, HEAD = jc.layers.ResidualMLP(5), jc.layers.DenseHead(3)
 DATA = make_batch(60)
@@ -167,13 +167,6 @@ def test_bad_settings_are_refused(kind, kwargs, message):
         make(kind, **kwargs)
 
 
-def test_one_compilation_per_recipe():
-    before = train._train_together._cache_size()
-    for seed in range(3):
-        make("routed", seed=seed, num_steps=7)
-    assert train._train_together._cache_size() == before + 1
-
-
 def test_several_modules_take_turns():
     layers, heads = (
         [jc.layers.ResidualMLP(5), jc.layers.Dense(5)],
@@ -204,65 +197,6 @@ def test_several_modules_take_turns():
     assert all(jax.tree.leaves(moved))
 
 
-@pytest.mark.parametrize(
-    ("layers", "heads", "options"),
-    [
-        ((jc.layers.ConvBlock(2),), (HEAD,), {}),
-        # One program for each call, chosen by the route; layers and heads that it has twice.
-        (
-            (jc.layers.ConvBlock(2), jc.layers.ConvBlock(2, 2)),
-            (HEAD, jc.layers.PoolHead(3)),
-            {"is_routed": True},
-        ),
-        (
-            (jc.layers.ConvBlock(2),),
-            (HEAD, jc.layers.PoolHead(3)),
-            {"is_routed": True, "is_layer_trained": False},
-        ),
-        # A route that is always the same has no branches.
-        ((jc.layers.ConvBlock(2), jc.layers.ConvBlock(2, 2)), (HEAD,), {"num_heads": 1}),
-    ],
-    ids=["one module", "routed", "random", "several modules, one route"],
-)
-def test_steps_of_convolutions_one_by_one_are_those_of_the_loop(layers, heads, options):
-    images = jc.data.Batch(jax.random.normal(jax.random.key(1), (30, 3, 3, 2)), DATA.y[:30])
-    sizes = {
-        "num_layers": 3,
-        "num_heads": len(heads),
-        "depth": 3,
-        "num_steps": 4,
-        "num_snapshots": 2,
-    }
-    recipe = train._Recipe(layers, heads, **sizes | options)
-    keys = jax.random.split(jax.random.key(0), 1)
-    alone, together = (
-        train._train(keys, images, recipe),
-        train._train_together(keys, images, recipe, 1),
-    )
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), alone, together
-    )
-    first, last = (np.asarray(alone.heads[0]["Dense_0"]["kernel"][0, i]) for i in range(2))
-    assert not np.allclose(first, last)
-
-
-def test_one_program_for_each_module_whatever_the_routes():
-    images = jc.data.Batch(jax.random.normal(jax.random.key(1), (30, 3, 3, 2)), DATA.y[:30])
-    # Modules of no other test.
-    layers = (
-        jc.layers.ConvBlock(2, activation=jnp.tanh),
-        jc.layers.ConvBlock(2, 2, activation=jnp.tanh),
-    )
-    heads = jc.layers.ConvHead(3), jc.layers.PoolHead(3, activation=jnp.tanh)
-    before = train._call._cache_size(), train._end._cache_size(), train._pull._cache_size()
-    for num_steps in (4, 20):
-        jc.train.routed(
-            jax.random.key(0), images, layer=layers, head=heads, num_heads=2, num_steps=num_steps
-        )
-    after = train._call._cache_size(), train._end._cache_size(), train._pull._cache_size()
-    assert np.subtract(after, before).tolist() == [2, 2, 2]
-
-
 def test_modules_that_disagree_are_refused():
     with pytest.raises(
         ValueError, match=r"layer Dense must keep the shape .* got float32\[60, 4\]"
@@ -286,7 +220,7 @@ class TanhHead(nn.Module):
         return nn.Dense(self.num_classes)(jnp.tanh(x))
 
 
-def test_labels_that_are_not_as_many_are_refused():
+def test_examples_and_labels_of_different_lengths_are_refused():
     data = jc.data.load("wine")
     modules = {"layer": jc.layers.Dense(13), "head": jc.layers.DenseHead(3), "num_steps": 1}
     with pytest.raises(
@@ -297,3 +231,28 @@ def test_labels_that_are_not_as_many_are_refused():
         )
     with pytest.raises(ValueError, match="expected num_steps of at least 1, got 0"):
         jc.train.snapshots(jax.random.key(0), data.train, **(modules | {"num_steps": 0}))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "make_bank"])
+@pytest.mark.parametrize("name", ["is_routed", "batch_size", "num_step"])
+def test_unknown_arguments_are_named(kind, name):
+    required = {"layer": LAYER, "head": HEAD} | ({"kind": "routed"} if kind == "make_bank" else {})
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        getattr(jc.train, kind)(jax.random.key(0), DATA, **required, **{name: 1})
+
+
+def test_every_setting_is_documented():
+    for kind in [*KINDS, "make_bank"]:
+        make_fn = getattr(jc.train, kind)
+        for name in inspect.signature(make_fn).parameters:
+            assert f"\n      {name}: " in make_fn.__doc__, (kind, name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_make_bank_calls_the_function_of_its_kind(kind):
+    sizes = {"num_heads": 2} if kind in ("routed", "random") else {}
+    settings = {"depth": 3, "num_steps": 20, "optimizer": optax.sgd(0.1)}
+    bank = jc.train.make_bank(
+        jax.random.key(0), DATA, kind, layer=LAYER, head=HEAD, num_layers=6, **settings, **sizes
+    )
+    jax.tree.map(np.testing.assert_array_equal, bank, make(kind, **settings))

@@ -1,4 +1,4 @@
-"""Parts of the learning searches: encodings, critics, observations, rewards, and pretraining."""
+"""Parts of the learning searches: networks, policies, losses, observations, and pretraining."""
 
 from jchain.agent import observations, pretrain, rewards
 from jchain.agent.critic import Critic

@@ -1,14 +1,14 @@
-"""A critic of prefixes that carries over from bank to bank: it reads what a prefix does to the data, not its tokens."""
+"""A critic of prefixes that transfers between banks: its inputs are features of activations."""
 
 import os
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from jchain._typing import Array, Float, Int, PyTree
+from jchain._typing import Array, Float, PyTree
 from jchain.agent.observations import NUM_FEATURES
 from jchain.files import read_arrays, write_arrays
 from jchain.pytree import pytree_dataclass, static
@@ -21,7 +21,7 @@ class Network(nn.Module):
     """Two hidden layers and one output.
 
     Attributes:
-      width: of the hidden layers.
+      width: of both hidden layers.
     """
 
     width: int
@@ -30,20 +30,22 @@ class Network(nn.Module):
     def __call__(self, x: Float[Array, "*P I"]) -> Float[Array, "*P"]:
         x = nn.relu(nn.Dense(self.width)(x))
         x = nn.relu(nn.Dense(self.width)(x))
-        # Small outputs make the first prediction that nothing is to be gained.
+        # Small outputs: the initial prediction is a gain of about 0.
         return nn.Dense(1, kernel_init=nn.initializers.orthogonal(0.01))(x)[..., 0]
 
 
 @pytree_dataclass
 class Critic:
-    """Predicts by how much the loss falls behind a prefix, from `jchain.agent.observations.log_loss` of stopping there.
+    """Predicts how far the log loss can fall by extending a prefix, compared with stopping there.
 
-    As it predicts the difference to the loss of stopping now, it is shaped by that potential (Ng, Harada and Russell 1999).
+    Losses are on the scale of `jchain.agent.observations.log_loss`. Predicting the difference to
+    the loss of stopping now is reward shaping with that loss as the potential (Ng, Harada and
+    Russell 1999).
 
     Attributes:
       params: of the network.
       mean: of the inputs over the prefixes it was trained on, `[I]`.
-      scale: their standard deviation, `[I]`.
+      scale: standard deviation of these inputs, `[I]`.
       width: of the network's hidden layers.
     """
 
@@ -53,14 +55,22 @@ class Critic:
     width: int = static()
 
     def gain(self, inputs: Float[Array, "*P I"]) -> Float[Array, "*P"]:
-        """Predicted fall of the log loss, of inputs from `make_inputs`."""
+        """Predict the fall of the log loss, `[...P]`.
+
+        Args:
+          inputs: from `make_inputs`, `[...P, I]`.
+        """
         mean, scale = (jnp.broadcast_to(row, inputs.shape) for row in (self.mean, self.scale))
         scaled = jnp.clip((inputs - mean) / scale, -5.0, 5.0)
-        out: Any = Network(self.width).apply({"params": self.params}, scaled)
+        out: PyTree = Network(self.width).apply({"params": self.params}, scaled)
         return out
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it to one file (safetensors)."""
+        """Write the critic to one file (safetensors).
+
+        Args:
+          path: of the file.
+        """
         leaves = jax.tree.leaves((self.params, self.mean, self.scale))
         header = {"kind": _KIND, "num_inputs": int(self.mean.shape[0]), "width": self.width}
         write_arrays(path, header, {f"{i:03}": leaf for i, leaf in enumerate(leaves)})
@@ -69,9 +79,13 @@ class Critic:
     def load(cls, path: str | os.PathLike[str]) -> "Critic":
         """Read a file written by `save`.
 
+        Args:
+          path: of the file.
+
         Raises:
-          FileNotFoundError: there is no such file.
-          ValueError: the file is damaged, holds no critic, or one of other features than these.
+          FileNotFoundError: the file does not exist.
+          ValueError: the file is damaged, holds something else, or holds a critic of other
+            features.
         """
         header, arrays = read_arrays(path)
         if header.get("kind") != _KIND:
@@ -80,8 +94,8 @@ class Critic:
             )
         if header.get("num_inputs") != NUM_INPUTS:
             raise ValueError(
-                f"{path}: expected a critic of {NUM_INPUTS} inputs, {NUM_FEATURES} features of a prefix, got one of "
-                f"{header.get('num_inputs')}"
+                f"{path}: expected a critic of {NUM_INPUTS} inputs, {NUM_FEATURES} features of a "
+                f"prefix, got one of {header.get('num_inputs')}"
             )
         width = int(header["width"])
         vector = jax.ShapeDtypeStruct((NUM_INPUTS,), jnp.float32)
@@ -100,16 +114,16 @@ def make_inputs(
     features: Float[Array, "*P F"],
     change: Float[Array, "*P F"],
     center: Float[Array, "F"],
-    length: Int[Array, "*P"] | Any,
+    length: ArrayLike,
     max_layers: int,
 ) -> Float[Array, "*P I"]:
-    """What a critic sees of prefixes.
+    """Inputs of a critic for prefixes, `[...P, NUM_INPUTS]`.
 
     Args:
-      features: of `jchain.agent.observations.observe`.
-      change: the features less those of the parent.
-      center: mean features of the bank's layers, each behind the stem alone.
-      length: layers of the prefix, below max_layers.
+      features: of `jchain.agent.observations.observe`, `[...P, F]`.
+      change: features minus those of the prefix without its last layer, `[...P, F]`.
+      center: mean features of the prefixes of one layer, `[F]`.
+      length: number of layers of the prefixes, below `max_layers`; one number or `[...P]`.
       max_layers: most layers of a chain.
     """
     length = jnp.broadcast_to(jnp.asarray(length), features.shape[:-1])
@@ -118,8 +132,15 @@ def make_inputs(
     return jnp.concatenate([features, change, centered, place.astype(features.dtype)], axis=-1)
 
 
-def check(critic: Any) -> None:
-    """Raise ValueError when this is neither a `Critic` of the present features nor None."""
+def check(critic: object) -> None:
+    """Check what was given as a critic.
+
+    Args:
+      critic: a `Critic` or None.
+
+    Raises:
+      ValueError: it is neither, or a critic of other features.
+    """
     if critic is not None and not (
         isinstance(critic, Critic) and np.shape(critic.mean)[-1:] == (NUM_INPUTS,)
     ):
@@ -128,4 +149,4 @@ def check(critic: Any) -> None:
             if isinstance(critic, Critic)
             else type(critic).__name__
         )
-        raise ValueError(f"expected a critic of {NUM_INPUTS} inputs, or none, got {got}")
+        raise ValueError(f"expected a critic of {NUM_INPUTS} inputs or None, got {got}")

@@ -1,13 +1,14 @@
-"""What a controller sees: features of a bank's entries, and encodings of a prefix.
+"""The network of an actor-critic, its encodings of a prefix, and features of a bank's entries.
 
-The project asks whether the state is discrete (the chain so far) or continuous (number of layers and weights). Both are
-here, and what the prefix does to data, and combinations, as recurrences over tokens: `initial_carry(entries, seen)`,
-`advance(carry, token, entries, seen)`, `read(carry)`. None has parameters that depend on the number of layers or heads, so one
-controller works for banks of any size.
+A prefix can be encoded as discrete (its tokens), as continuous (number of layers and their
+weights), by what it does to data, or by a combination of these. An encoding is a recurrence over
+tokens: `initial_carry(entries, prefix_features)`, `advance(carry, token, entries,
+prefix_features)`, `read(carry)`. Its parameters do not depend on the number of layers or heads, so
+one network works for banks of any size.
 """
 
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -18,7 +19,8 @@ from jchain.agent.observations import Observe
 from jchain.bank import Bank
 from jchain.groups import LayerGroup
 
-# Seeds the hashes. Constant, so that features mean the same in every process and a trained controller can be kept.
+# Seed of the hashes. Constant, so that features are the same in every process and a trained network
+# can be saved.
 _HASH_SEED = 0
 
 
@@ -27,9 +29,9 @@ class Encoding(Protocol):
     """A Flax module that encodes prefixes.
 
     Attributes:
-      features: size of the encoding.
-      observe: what is to be seen of the activations of a prefix, as `jchain.agent.observations.observe`; None where nothing is, and
-        then `seen` is empty.
+      features: size of the encoding, H.
+      observe: observes the activations of a prefix, as `jchain.agent.observations.observe`; None to
+        observe nothing, and then `prefix_features` are empty.
     """
 
     @property
@@ -38,8 +40,10 @@ class Encoding(Protocol):
     @property
     def observe(self) -> Observe | None: ...
 
-    def initial_carry(self, entries: Float[Array, "E D"], seen: Float[Array, "F"]) -> PyTree:
-        """The carry of the empty prefix, of which this is seen."""
+    def initial_carry(
+        self, entries: Float[Array, "E D"], prefix_features: Float[Array, "F"]
+    ) -> PyTree:
+        """The carry of the empty prefix, which has these features, `[F]`."""
         ...
 
     def advance(
@@ -47,25 +51,26 @@ class Encoding(Protocol):
         carry: PyTree,
         token: Int[Array, ""],
         entries: Float[Array, "E D"],
-        seen: Float[Array, "F"],
+        prefix_features: Float[Array, "F"],
     ) -> PyTree:
-        """The carry after one more layer, behind which this is seen."""
+        """The carry after appending `token`; `prefix_features`, `[F]`, are of the new prefix."""
         ...
 
     def read(self, carry: PyTree) -> Float[Array, "H"]:
-        """The encoding of the prefix."""
+        """The encoding of the prefix, `[H]`."""
         ...
 
 
 def entry_features(bank: Bank, size: int = 64) -> Float[Array, "E D"]:
-    """Features of each entry of a bank, computed from its weights: `[N + K, size + 2]`.
+    """Compute features of each entry of a bank from its weights: `[N + K, size + 2]`.
 
-    A count sketch of the weights (Charikar et al. 2002: each weight index goes to a random place with a random sign, so
-    inner products of weights are kept in expectation), the log of their root mean square, and whether it is a head. Both
-    are centered and scaled over the layers and over the heads of the bank, as only differences tell entries apart.
+    They are a count sketch of the weights (Charikar et al. 2002: each weight index goes to a random
+    place with a random sign, which preserves inner products of weights in expectation), the log of
+    their root mean square, and whether the entry is a head. Sketch and log are centered and scaled
+    over the layers of the bank, and over its heads, because only differences distinguish entries.
 
     Args:
-      bank: the entries.
+      bank: with the entries.
       size: length of the sketch.
     """
     return _sketch_entries(bank.without_names(), size)
@@ -73,6 +78,7 @@ def entry_features(bank: Bank, size: int = 64) -> Float[Array, "E D"]:
 
 @partial(jax.jit, static_argnames="size")
 def _sketch_entries(bank: Bank, size: int) -> Float[Array, "E D"]:
+    """Sketch, log scale, and whether it is a head, of each entry in the order of the tokens."""
     parts = []
     for is_head, groups in enumerate((bank.layers, bank.heads)):
         offset = bank.num_layers if is_head else 0
@@ -81,7 +87,7 @@ def _sketch_entries(bank: Bank, size: int) -> Float[Array, "E D"]:
         rows = jnp.zeros_like(rows).at[order].set(rows)
         rows -= rows.mean(axis=0, keepdims=True)
         sketch, scale = rows[:, :size], rows[:, size:]
-        # One scale for the whole sketch keeps its geometry.
+        # One scale for the whole sketch preserves its geometry.
         sketch /= jnp.sqrt(jnp.mean(sketch**2)) + 1e-6
         scale /= jnp.sqrt(jnp.mean(scale**2)) + 1e-6
         parts.append(
@@ -91,6 +97,7 @@ def _sketch_entries(bank: Bank, size: int) -> Float[Array, "E D"]:
 
 
 def _sketch_group(group: LayerGroup, size: int) -> Float[Array, "n D"]:
+    """Count sketch and log root mean square of the weights of each member."""
     num_members = len(group.tokens)
     sketch, square, count = jnp.zeros((num_members, size)), jnp.zeros(num_members), 0
     key = jax.random.key(_HASH_SEED)
@@ -109,9 +116,10 @@ def _sketch_group(group: LayerGroup, size: int) -> Float[Array, "n D"]:
 
 
 class TokenEncoding(nn.Module):
-    """Discrete: the tokens of the prefix, in order, through a GRU. It knows which layers, not what they hold.
+    """Discrete: a GRU over the tokens of the prefix.
 
-    Tokens are told apart by random codes, which need no table as long as the bank.
+    It knows which layers these are, not their weights. Each token has a random code, which needs no
+    table of the bank's length.
 
     Attributes:
       features: size of the encoding.
@@ -123,11 +131,14 @@ class TokenEncoding(nn.Module):
     observe = None
 
     def setup(self) -> None:
-        # Not orthogonal, as by default: vmapped factorizations that run side by side wait for each other for ever when XLA
-        # has no more threads than there are of them (jaxlib's ParallelBatchMap blocks the thread that it waits for).
+        # The default, orthogonal, can deadlock: it factorizes, and vmapped factorizations that run
+        # concurrently wait for each other if XLA has no more threads than there are of them
+        # (jaxlib's ParallelBatchMap blocks the thread it waits for).
         self.cell = nn.GRUCell(self.features, recurrent_kernel_init=nn.initializers.lecun_normal())
 
-    def initial_carry(self, entries: Float[Array, "E D"], seen: Float[Array, "F"]) -> PyTree:
+    def initial_carry(
+        self, entries: Float[Array, "E D"], prefix_features: Float[Array, "F"]
+    ) -> PyTree:
         return jnp.zeros(self.features)
 
     def advance(
@@ -135,9 +146,10 @@ class TokenEncoding(nn.Module):
         carry: PyTree,
         token: Int[Array, ""],
         entries: Float[Array, "E D"],
-        seen: Float[Array, "F"],
+        prefix_features: Float[Array, "F"],
     ) -> PyTree:
-        # A constant of the compiled program: drawn anew for each token, the codes cost more than the cell.
+        # A constant of the compiled program: drawing the codes again for each token would cost more
+        # than the cell.
         with jax.ensure_compile_time_eval():
             keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(_HASH_SEED)))(
                 jnp.arange(entries.shape[0])
@@ -150,10 +162,11 @@ class TokenEncoding(nn.Module):
 
 
 class WeightEncoding(nn.Module):
-    """Continuous: [number of layers, the weights of the layers so far]. It knows what the layers hold, not their tokens.
+    """Continuous: the number of layers and their weights.
 
-    The weights of all layers, one behind the other, are reduced to one sketch of the size of an entry's: each slot adds
-    its layer's sketch with its own rotation and signs, which is a count sketch of the concatenation.
+    It knows the weights of the layers, not their tokens. The concatenated weights of all layers are
+    reduced to one sketch of the size of an entry's: each slot adds its layer's sketch with its own
+    rotation and signs, which is a count sketch of the concatenation.
 
     Attributes:
       features: size of the encoding.
@@ -166,7 +179,9 @@ class WeightEncoding(nn.Module):
         self.hidden = nn.Dense(self.features)
         self.out = nn.Dense(self.features)
 
-    def initial_carry(self, entries: Float[Array, "E D"], seen: Float[Array, "F"]) -> PyTree:
+    def initial_carry(
+        self, entries: Float[Array, "E D"], prefix_features: Float[Array, "F"]
+    ) -> PyTree:
         return jnp.array(0), jnp.zeros(entries.shape[1])
 
     def advance(
@@ -174,7 +189,7 @@ class WeightEncoding(nn.Module):
         carry: PyTree,
         token: Int[Array, ""],
         entries: Float[Array, "E D"],
-        seen: Float[Array, "F"],
+        prefix_features: Float[Array, "F"],
     ) -> PyTree:
         length, sketch = carry
         place_key, sign_key = jax.random.split(
@@ -192,12 +207,14 @@ class WeightEncoding(nn.Module):
 
 
 class ObservedEncoding(nn.Module):
-    """What the prefix does to data: what is seen of its activations, its change from the empty prefix, number of layers.
+    """What the prefix does to data.
 
-    It knows neither which layers there are nor what they hold.
+    These are features of its activations, their change from the empty prefix, and the number of
+    layers. It knows neither the tokens of the layers nor their weights.
 
     Attributes:
-      observe: what is seen, of `jchain.agent.observations`: `observe`, `observe_activations`, `observe_gradients`, or a `Join` of them.
+      observe: computes the features: `observe`, `observe_activations` or `observe_gradients` of
+        `jchain.agent.observations`, or a `Join` of them.
       features: size of the encoding.
     """
 
@@ -206,43 +223,45 @@ class ObservedEncoding(nn.Module):
 
     def setup(self) -> None:
         self.hidden = nn.Dense(self.features)
-        # What is seen has many scales.
+        # Features of prefixes have many scales.
         self.norm = nn.LayerNorm()
         self.out = nn.Dense(self.features)
 
-    def initial_carry(self, entries: Float[Array, "E D"], seen: Float[Array, "F"]) -> PyTree:
-        return jnp.array(0), seen, seen
+    def initial_carry(
+        self, entries: Float[Array, "E D"], prefix_features: Float[Array, "F"]
+    ) -> PyTree:
+        return jnp.array(0), prefix_features, prefix_features
 
     def advance(
         self,
         carry: PyTree,
         token: Int[Array, ""],
         entries: Float[Array, "E D"],
-        seen: Float[Array, "F"],
+        prefix_features: Float[Array, "F"],
     ) -> PyTree:
         length, first, _ = carry
-        return length + 1, first, seen
+        return length + 1, first, prefix_features
 
     def read(self, carry: PyTree) -> Float[Array, "H"]:
-        length, first, seen = carry
-        state = jnp.concatenate([seen, seen - first, length[None].astype(seen.dtype)])
+        length, first, last = carry
+        state = jnp.concatenate([last, last - first, length[None].astype(last.dtype)])
         return nn.tanh(self.out(nn.relu(self.norm(self.hidden(state)))))
 
 
 class JointEncoding(nn.Module):
-    """Several encodings of the same prefix, one behind the other.
+    """Several encodings of the same prefix, concatenated.
 
     Attributes:
-      parts: encodings, of which those that observe do so by one function.
+      parts: encodings. Those that observe must do so by the same function.
     """
 
-    parts: tuple[Any, ...]
+    parts: tuple[Encoding, ...]
 
     def __post_init__(self) -> None:
         if not self.parts or len({part.observe for part in self.parts} - {None}) > 1:
             raise ValueError(
-                "expected at least one encoding, and those that observe to do so by one function (jchain.agent.observations.Join), got "
-                f"{self.parts}"
+                "expected at least one encoding, and those that observe to do so by one function "
+                f"(jchain.agent.observations.Join), got {self.parts}"
             )
         super().__post_init__()
 
@@ -254,18 +273,20 @@ class JointEncoding(nn.Module):
     def observe(self) -> Observe | None:
         return next((part.observe for part in self.parts if part.observe is not None), None)
 
-    def initial_carry(self, entries: Float[Array, "E D"], seen: Float[Array, "F"]) -> PyTree:
-        return tuple(part.initial_carry(entries, seen) for part in self.parts)
+    def initial_carry(
+        self, entries: Float[Array, "E D"], prefix_features: Float[Array, "F"]
+    ) -> PyTree:
+        return tuple(part.initial_carry(entries, prefix_features) for part in self.parts)
 
     def advance(
         self,
         carry: PyTree,
         token: Int[Array, ""],
         entries: Float[Array, "E D"],
-        seen: Float[Array, "F"],
+        prefix_features: Float[Array, "F"],
     ) -> PyTree:
         return tuple(
-            part.advance(own, token, entries, seen)
+            part.advance(own, token, entries, prefix_features)
             for part, own in zip(self.parts, carry, strict=True)
         )
 
@@ -276,22 +297,23 @@ class JointEncoding(nn.Module):
 
 
 class ActorCriticNetwork(nn.Module):
-    """Actor and critic over an encoding. The actor points: the logit of an entry is its key times the state's query.
+    """Actor and critic on top of an encoding.
 
-    Pointer network (Vinyals et al. 2015, arXiv:1506.03134) over keys made from `entry_features`.
+    The logit of an entry is the product of its key and the prefix's query: a pointer network
+    (Vinyals et al. 2015, arXiv:1506.03134) over keys made from `entry_features`.
 
     Attributes:
-      encoding: an `Encoding`. Its size is also that of keys and queries.
+      encoding: of prefixes. Its size is also that of keys and queries.
     """
 
-    encoding: Any
+    encoding: Encoding
 
     def setup(self) -> None:
         features = self.encoding.features
         self.key_hidden = nn.Dense(features)
         self.key_out = nn.Dense(features)
         self.query_hidden = nn.Dense(features)
-        # Small queries make the first policy nearly uniform.
+        # Small queries make the initial policy nearly uniform.
         self.query_out = nn.Dense(
             features, kernel_init=nn.initializers.variance_scaling(1e-4, "fan_in", "normal")
         )
@@ -299,35 +321,41 @@ class ActorCriticNetwork(nn.Module):
         self.value_out = nn.Dense(1)
 
     def embed(self, entries: Float[Array, "E D"]) -> Float[Array, "E H"]:
-        """The key of each entry."""
+        """The key of each entry, `[N + K, H]`."""
         return self.key_out(nn.relu(self.key_hidden(entries)))
 
     def act(
-        self, state: Float[Array, "S"], keys: Float[Array, "E H"]
+        self, encoded: Float[Array, "S"], keys: Float[Array, "E H"]
     ) -> tuple[Float[Array, "E"], Float[Array, ""]]:
-        """Logits of the next token and value of an encoded prefix."""
-        query = self.query_out(nn.relu(self.query_hidden(state)))
-        value = self.value_out(nn.relu(self.value_hidden(state)))[0]
+        """Logits of the next token, `[N + K]`, and value of an encoded prefix."""
+        query = self.query_out(nn.relu(self.query_hidden(encoded)))
+        value = self.value_out(nn.relu(self.value_hidden(encoded)))[0]
         return keys @ query / jnp.sqrt(self.encoding.features), value
 
-    def initial_carry(self, entries: Float[Array, "E D"], seen: Float[Array, "F"]) -> PyTree:
-        return self.encoding.initial_carry(entries, seen)
+    def initial_carry(
+        self, entries: Float[Array, "E D"], prefix_features: Float[Array, "F"]
+    ) -> PyTree:
+        """As `Encoding.initial_carry`."""
+        return self.encoding.initial_carry(entries, prefix_features)
 
     def advance(
         self,
         carry: PyTree,
         token: Int[Array, ""],
         entries: Float[Array, "E D"],
-        seen: Float[Array, "F"],
+        prefix_features: Float[Array, "F"],
     ) -> PyTree:
-        return self.encoding.advance(carry, token, entries, seen)
+        """As `Encoding.advance`."""
+        return self.encoding.advance(carry, token, entries, prefix_features)
 
     def read(self, carry: PyTree) -> Float[Array, "S"]:
+        """As `Encoding.read`."""
         return self.encoding.read(carry)
 
     def __call__(
-        self, entries: Float[Array, "E D"], seen: Float[Array, "F"]
+        self, entries: Float[Array, "E D"], prefix_features: Float[Array, "F"]
     ) -> tuple[Float[Array, "E"], Float[Array, ""]]:
-        """Logits and value after the first entry: touches every parameter, for `init`."""
-        carry = self.advance(self.initial_carry(entries, seen), jnp.array(0), entries, seen)
+        """Logits and value after the first entry. For `init`: it uses every parameter."""
+        carry = self.initial_carry(entries, prefix_features)
+        carry = self.advance(carry, jnp.array(0), entries, prefix_features)
         return self.act(self.read(carry), self.embed(entries))

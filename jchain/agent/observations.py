@@ -1,62 +1,78 @@
-"""What a critic sees of a prefix: what its layers did to the data, in numbers that mean the same for every bank.
+"""Observations of prefixes: what its layers did to the data, in numbers comparable across banks.
 
-They come from the activations of the prefix and its best head, so they cost head calls, and no layer call. `observe` sums up
-what was done in a few numbers, `observe_activations` and `observe_gradients` give a sketch of it; `Join` has several at once.
+They are computed from the activations of the prefix and its best head, so they cost head calls but
+no layer calls. `observe` gives a few summary numbers, `observe_activations` and `observe_gradients`
+give a sketch; `Join` concatenates several.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
-from jchain._typing import Array, Float, Int
+from jchain._typing import Array, Float, Int, Shaped
 from jchain.engine.layer_calls import apply_all, apply_token
 from jchain.problem import Problem, upcast
 
 NUM_FEATURES = 12
-# Length of a sketch of activations or gradients; one more number is its scale.
+# Length of a sketch of activations or gradients, without the number for its scale.
 NUM_SKETCHED = 64
-# Regressions are of so many columns, to which wider ones are sketched, and rows.
+# Most columns of a regression, to which wider ones are sketched, and most rows.
 _MAX_COLUMNS, _MAX_ROWS = 64, 128
 _RIDGE = 0.1
 _NUM_CG_STEPS = 8
-# Seeds the sketch. Constant, so that features mean the same in every process and a trained critic can be kept.
+# Seed of the sketch. Constant, so that features are the same in every process and a trained critic
+# can be saved.
 _SKETCH_SEED = 0
 _LOSS_UNIT = 1e-3
 
 
 class Observation(NamedTuple):
-    """A prefix, looked at."""
+    """What is observed of one prefix."""
 
-    features: Float[Array, "F"]  # [F], finite; of `observe` NUM_FEATURES
-    loss: Float[Array, "K"]  # [K], of stopping here by each head, without the price of layers
+    features: Float[Array, "F"]  # [F], finite; F is NUM_FEATURES for `observe`
+    loss: Float[Array, "K"]  # [K], of stopping here with each head, without the layer penalty
 
 
 @runtime_checkable
 class Observe(Protocol):
-    """A function of the problem, the activations of a prefix and those of the prefix without its last layer."""
+    """A function that observes a prefix."""
 
-    def __call__(self, problem: Problem, hidden: Array, parent: Array) -> Observation: ...
+    def __call__(self, problem: Problem, hidden: Array, parent: Array) -> Observation:
+        """Observe a prefix.
+
+        Args:
+          problem: heads, labels and loss.
+          hidden: activations of the prefix, `[B, ...F]`.
+          parent: activations of the prefix without its last layer, `[B, ...F]`.
+        """
+        ...
 
 
 def observe(
     problem: Problem, hidden: Float[Array, "B ..."], parent: Float[Array, "B ..."]
 ) -> Observation:
-    """Features of a prefix and the losses of its heads.
+    """Observe `NUM_FEATURES` summary numbers of a prefix, and the losses of its heads.
 
-    The features are, of the best head: log of the mean of examples' losses, of their quadratic mean and of the square of the
-    mean of their roots, accuracy, log size of the loss's gradient by outputs and by activations. And of the activations: log
-    share of the labels, and of the gradient by outputs, that ridge regression on them leaves unexplained; log scale; log
-    participation ratio of their covariance; log share of their variance within classes; log relative change from the parent.
-    All but losses, accuracy, change and the gradient by activations are taken over at most 128 examples.
+    Features of the best head: log of the mean of the examples' losses, of their quadratic mean, and
+    of the squared mean of their roots; accuracy; log size of the loss's gradient with respect to
+    outputs and to activations.
+
+    Features of the activations: log share of the labels, and of the gradient with respect to
+    outputs, that ridge regression on the activations leaves unexplained; log scale; log
+    participation ratio of their covariance; log share of their variance within classes; log
+    relative change from the parent.
+
+    All but losses, accuracy, change and the gradient with respect to activations use at most 128
+    examples.
 
     Args:
       problem: heads, labels and loss.
       hidden: activations of the prefix, `[B, ...F]`.
-      parent: those of the prefix without its last layer.
+      parent: activations of the prefix without its last layer, `[B, ...F]`.
     """
-    outputs, loss, accuracy = _grade(problem, hidden)
+    outputs, loss, accuracy = _apply_heads(problem, hidden)
     best, each, by_outputs, by_hidden = _differentiate(problem, hidden, outputs, loss)
     hidden, parent = upcast(hidden), upcast(parent)
     size = jnp.abs(each).astype(jnp.float32)
@@ -93,30 +109,44 @@ def observe(
 def observe_activations(
     problem: Problem, hidden: Float[Array, "B ..."], parent: Float[Array, "B ..."]
 ) -> Observation:
-    """A sketch of the activations of a prefix, `[NUM_SKETCHED + 1]`, and the losses of its heads.
+    """Observe the activations of a prefix as a sketch, `[NUM_SKETCHED + 1]`.
 
-    A count sketch (Charikar et al. 2002) of at most 128 examples over their root mean square, and the log of that. Where
-    labels are one class for each example, it is of the means of the classes, which other examples of the same kind share.
+    It is a count sketch (Charikar et al. 2002) of at most 128 examples, divided by their root mean
+    square, and the log of the root mean square. If labels are one class per example, the class
+    means are sketched, because other examples of the same distribution share them.
+
+    Args:
+      problem: heads, labels and loss.
+      hidden: activations of the prefix, `[B, ...F]`.
+      parent: activations of the prefix without its last layer, `[B, ...F]`; not used.
     """
-    outputs, loss, _ = _grade(problem, hidden)
-    return Observation(_describe(hidden, _one_hot(problem, outputs)), loss)
+    outputs, loss, _ = _apply_heads(problem, hidden)
+    return Observation(_summarize(hidden, _one_hot(problem, outputs)), loss)
 
 
 def observe_gradients(
     problem: Problem, hidden: Float[Array, "B ..."], parent: Float[Array, "B ..."]
 ) -> Observation:
-    """The same sketch of the gradient of the best head's loss by the activations: where they would have to go."""
-    outputs, loss, _ = _grade(problem, hidden)
+    """Observe the gradient of the best head's loss with respect to activations, as a sketch.
+
+    The sketch is that of `observe_activations`.
+
+    Args:
+      problem: heads, labels and loss.
+      hidden: activations of the prefix, `[B, ...F]`.
+      parent: activations of the prefix without its last layer, `[B, ...F]`; not used.
+    """
+    outputs, loss, _ = _apply_heads(problem, hidden)
     by_hidden = _differentiate(problem, hidden, outputs, loss)[-1]
-    return Observation(_describe(by_hidden, _one_hot(problem, outputs)), loss)
+    return Observation(_summarize(by_hidden, _one_hot(problem, outputs)), loss)
 
 
 @dataclass(frozen=True)
 class Join:
-    """Observations as one: their features, one behind the other.
+    """Several observations with their features concatenated.
 
     Attributes:
-      parts: functions as `observe`.
+      parts: functions like `observe`.
     """
 
     parts: tuple[Observe, ...]
@@ -124,21 +154,37 @@ class Join:
     def __call__(
         self, problem: Problem, hidden: Float[Array, "B ..."], parent: Float[Array, "B ..."]
     ) -> Observation:
-        seen = [part(problem, hidden, parent) for part in self.parts]
-        return Observation(jnp.concatenate([one.features for one in seen]), seen[0].loss)
+        """Observe a prefix by all parts; the losses are those of the first.
+
+        Args:
+          problem: heads, labels and loss.
+          hidden: activations of the prefix, `[B, ...F]`.
+          parent: activations of the prefix without its last layer, `[B, ...F]`.
+        """
+        observed = [part(problem, hidden, parent) for part in self.parts]
+        features = jnp.concatenate([part.features for part in observed])
+        return Observation(features, observed[0].loss)
 
 
 def log_loss(loss: Float[Array, "*P"]) -> Float[Array, "*P"]:
-    """The scale on which losses are compared: their log where they are above 0.001, and finite below, also below 0."""
+    """The scale on which losses are compared: about their log above 0.001, finite at 0 and below.
+
+    Args:
+      loss: of any shape, `[...P]`.
+    """
     return jnp.arcsinh(loss / (2 * _LOSS_UNIT))
 
 
 def lowest(loss: Float[Array, "K"]) -> Float[Array, ""]:
-    """The lowest finite loss, `+inf` where none is."""
+    """The lowest finite loss, `+inf` if there is none.
+
+    Args:
+      loss: of each head, `[K]`.
+    """
     return jnp.min(jnp.where(jnp.isfinite(loss), loss, jnp.inf))
 
 
-def _grade(problem: Problem, hidden: Array) -> tuple[Array, Array, Array]:
+def _apply_heads(problem: Problem, hidden: Array) -> tuple[Array, Array, Array]:
     """Outputs of the heads, their losses and accuracies."""
     outputs = apply_all(problem.bank.heads, hidden)
     return outputs, *jax.vmap(problem.compute_metrics)(outputs)
@@ -147,21 +193,26 @@ def _grade(problem: Problem, hidden: Array) -> tuple[Array, Array, Array]:
 def _differentiate(
     problem: Problem, hidden: Array, outputs: Array, loss: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """The best head, its loss of each example, and the gradients of their sum by its outputs and by the activations."""
+    """The best head, its loss of each example, and gradients of the sum of these losses.
+
+    The gradients are with respect to the outputs of the head, and to the activations.
+    """
     heads, num_layers = problem.bank.heads, problem.bank.num_layers
     best = jnp.argmin(jnp.where(jnp.isfinite(loss), loss, jnp.inf))
 
-    def add_up(out: Array) -> tuple[Array, Array]:
+    def sum_losses(out: Array) -> tuple[Array, Array]:
         each = _rows(problem.loss_fn(out, problem.data.y)).mean(axis=1)
         return each.sum(), each
 
-    by_outputs, each = jax.grad(add_up, has_aux=True)(upcast(outputs[best]))
+    by_outputs, each = jax.grad(sum_losses, has_aux=True)(upcast(outputs[best]))
     pull = jax.vjp(lambda h: apply_token(heads, num_layers + best, h), hidden)[1]
     return best, each, by_outputs, upcast(pull(by_outputs.astype(outputs.dtype))[0])
 
 
-def _describe(array: Float[Array, "B ..."], labels: Any) -> Float[Array, "S"]:
-    """Sketch and log scale of what each example has."""
+def _summarize(
+    array: Float[Array, "B ..."], labels: Float[Array, "B C"] | None
+) -> Float[Array, "S"]:
+    """Sketch and log scale of activations or gradients."""
     rows = _rows(_few(array)).astype(jnp.float32)
     rows = jnp.nan_to_num(rows, posinf=0.0, neginf=0.0)
     scale = jnp.sqrt(jnp.mean(rows**2) + 1e-12)
@@ -177,6 +228,7 @@ def _describe(array: Float[Array, "B ..."], labels: Any) -> Float[Array, "S"]:
 
 
 def _rows(array: Array) -> Float[Array, "B R"]:
+    """One flat row per example."""
     return array.reshape(array.shape[0], -1)
 
 
@@ -186,7 +238,7 @@ def _few(array: Float[Array, "B ..."]) -> Float[Array, "b ..."]:
 
 
 def _sketch(array: Float[Array, "B ..."]) -> Float[Array, "b C"]:
-    """A few rows of at most 64 columns, whose inner products are kept in expectation (count sketch, Charikar et al. 2002)."""
+    """At most 128 rows of at most 64 columns, with inner products preserved in expectation."""
     rows = _rows(_few(array)).astype(jnp.float32)
     if rows.shape[1] <= _MAX_COLUMNS:
         return rows
@@ -196,8 +248,8 @@ def _sketch(array: Float[Array, "B ..."]) -> Float[Array, "b C"]:
     return jax.ops.segment_sum((rows * sign[None]).T, place, _MAX_COLUMNS).T
 
 
-def _one_hot(problem: Problem, outputs: Float[Array, "K B ..."]) -> Any:
-    """Labels as `[B, C]` where there is one class for each example, else None."""
+def _one_hot(problem: Problem, outputs: Float[Array, "K B ..."]) -> Float[Array, "B C"] | None:
+    """Labels as `[B, C]` if there is one class per example, None otherwise."""
     y = problem.data.y
     if not jnp.issubdtype(y.dtype, jnp.integer) or y.ndim != 1 or outputs.ndim != 3:
         return None
@@ -207,9 +259,10 @@ def _one_hot(problem: Problem, outputs: Float[Array, "K B ..."]) -> Any:
 def _unexplained(
     rows: Float[Array, "b C"], covariance: Float[Array, "C C"], targets: Float[Array, "b D"]
 ) -> Float[Array, "2 D"]:
-    """Sums of squares of each target: what ridge regression on the rows leaves of it, and all of it."""
+    """Sums of squares of each target: the residual of ridge regression on rows, and the total."""
     targets -= targets.mean(axis=0, keepdims=True)
-    # A few steps are as good as the solution here, and a factorization is a call out of the compiled program.
+    # A few steps are as good as the exact solution here. A factorization would leave the compiled
+    # program.
     weights, _ = jax.scipy.sparse.linalg.cg(
         lambda w: covariance @ w + _RIDGE * w,
         rows.T @ targets / rows.shape[0],
@@ -222,26 +275,32 @@ def _unexplained(
 
 
 def _log_share(unexplained: Float[Array, "2 D"]) -> Float[Array, ""]:
+    """Log of the unexplained share of all targets together."""
     left, whole = unexplained.sum(axis=1)
     return jnp.log(left / (whole + 1e-12) + 1e-4)
 
 
 def _between_classes(rows: Float[Array, "B C"], labels: Float[Array, "B K"]) -> Float[Array, ""]:
-    """Share of the variance of centered rows that lies between the means of classes."""
+    """Share of the variance of centered rows that lies between class means."""
     means = labels.T @ rows / (labels.sum(axis=0)[:, None] + 1e-6)
     return jnp.sum((labels @ means) ** 2) / (jnp.sum(rows**2) + 1e-12)
 
 
 class ObservedPrefix(NamedTuple):
-    """A prefix, looked at."""
+    """A prefix with its activations and what is observed of it; empty if nothing is observed."""
 
-    hidden: Any  # [B, ...F], its activations; None where nothing is looked at
-    features: Float[Array, "F"]  # [F], none where nothing is looked at
-    loss: Float[Array, "K"]  # [K], of stopping here by each head, without the price of layers
+    hidden: Shaped[Array, "B ..."] | None  # [B, ...F], activations; None if nothing is observed
+    features: Float[Array, "F"]  # [F]; F is 0 if nothing is observed
+    loss: Float[Array, "K"]  # [K], of stopping here with each head, without the layer penalty
 
 
 def observe_root(observe: Observe | None, problem: Problem) -> ObservedPrefix:
-    """The empty prefix."""
+    """Observe the empty prefix.
+
+    Args:
+      observe: like the function `observe`; None to observe nothing.
+      problem: bank, data, loss.
+    """
     if observe is None:
         return ObservedPrefix(None, jnp.zeros(0), jnp.zeros(problem.bank.num_heads))
     hidden = problem.bank.embed(problem.data.x)
@@ -251,12 +310,19 @@ def observe_root(observe: Observe | None, problem: Problem) -> ObservedPrefix:
 def observe_next(
     observe: Observe | None, problem: Problem, observed: ObservedPrefix, token: Int[Array, ""]
 ) -> ObservedPrefix:
-    """The prefix with one layer more, for one layer call; the same where the token is none of a layer."""
-    if observe is None:
+    """Observe the prefix after one more layer, for one layer call.
+
+    Args:
+      observe: like the function `observe`; None to observe nothing.
+      problem: bank, data, loss.
+      observed: the prefix before.
+      token: of the layer. A head or padding leaves the prefix unchanged.
+    """
+    if observe is None or observed.hidden is None:
         return observed
     is_layer = (token >= 0) & (token < problem.bank.num_layers)
-    made = apply_token(problem.bank.layers, jnp.where(is_layer, token, 0), observed.hidden)
-    after = ObservedPrefix(made, *observe(problem, made, observed.hidden))
+    hidden = apply_token(problem.bank.layers, jnp.where(is_layer, token, 0), observed.hidden)
+    after = ObservedPrefix(hidden, *observe(problem, hidden, observed.hidden))
     return jax.tree.map(
         lambda new, old: jnp.where(is_layer, new, old).astype(old.dtype), after, observed
     )
@@ -265,9 +331,17 @@ def observe_next(
 def observe_chain(
     observe: Observe | None, problem: Problem, chain: Int[Array, "L"]
 ) -> Float[Array, "L F"]:
-    """Features of the prefix before each token of a chain; behind its head those of the last one."""
+    """Observe the prefix before each token of a chain: features, `[L, F]`.
 
-    def look(observed: ObservedPrefix, token: Array) -> tuple[ObservedPrefix, Array]:
+    After the head, they are those of all layers of the chain.
+
+    Args:
+      observe: like the function `observe`; None to observe nothing.
+      problem: bank, data, loss.
+      chain: one chain, `[L]`.
+    """
+
+    def advance(observed: ObservedPrefix, token: Array) -> tuple[ObservedPrefix, Array]:
         return observe_next(observe, problem, observed, token), observed.features
 
-    return jax.lax.scan(look, observe_root(observe, problem), chain)[1]
+    return jax.lax.scan(advance, observe_root(observe, problem), chain)[1]

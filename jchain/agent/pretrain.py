@@ -1,24 +1,25 @@
-"""Training across banks, so that a search of an unseen one starts from what was learned on others.
+"""Pretraining across banks, so that a search of a new bank starts with a trained critic or agent.
 
-A critic, supervised: every prefix of small problems is looked at, with the lowest loss that can be reached behind it. Or an
-actor-critic, which searches them in turn.
+A critic is trained by supervision: every prefix of small problems is observed, and the target is
+the lowest loss among the chains that start with it. An actor-critic is trained by searching the
+problems in turn.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jchain import chain as chain_lib
 from jchain import env
-from jchain._typing import Array, Float, Int, Key, PyTree
+from jchain._typing import Array, Float, Int, Key, PyTree, Shaped
 from jchain.agent.critic import Critic, Network, make_inputs
 from jchain.agent.observations import log_loss, lowest, observe
-from jchain.engine.backend import compiler_options, find_backend
+from jchain.chain import ChainSpace
+from jchain.engine.backend import compiler_options, find_backend, jit_for_problem
 from jchain.engine.layer_calls import apply_all
 from jchain.problem import Problem
 
@@ -28,48 +29,81 @@ _HUBER_DELTA = 0.5
 _RANK_WEIGHT, _TEMPERATURE = 0.3, 0.1
 
 
-class Lesson(NamedTuple):
-    """The prefixes of a problem that have at least one layer and room for one more, shorter ones first."""
+class TrainingSet(NamedTuple):
+    """Examples for a critic: the prefixes of 1 to `max_layers - 1` layers, shorter ones first."""
 
-    inputs: Float[np.ndarray, "C I"]  # of a critic
-    stop: Float[np.ndarray, "C"]  # log loss of the best head
-    best: Float[np.ndarray, "C"]  # log of the lowest loss of all chains that start so
-    sizes: tuple[int, ...]  # prefixes of 1, 2, ... layers
+    inputs: Float[np.ndarray, "C I"]  # [C, I], of a critic
+    stop: Float[np.ndarray, "C"]  # [C], log loss of stopping with the best head
+    best: Float[np.ndarray, "C"]  # [C], log of the lowest loss of all chains with this prefix
+    sizes: tuple[int, ...]  # number of prefixes of 1, 2, ... layers
 
 
-class Visit(NamedTuple):
+class PrefixLevel(NamedTuple):
     """All prefixes of one number of layers, in the order of their tokens."""
 
-    features: Float[Array, "V F"]  # `jchain.agent.observations.observe`
-    change: Float[Array, "V F"]  # from those of the prefix without its last layer
-    stop: Float[Array, "V"]  # log loss of the best head
-    best: Float[Array, "V"]  # log of the lowest loss of all chains that start so
+    features: Float[Array, "V F"]  # [V, F], `jchain.agent.observations.observe`
+    change: Float[Array, "V F"]  # [V, F], from the features of the prefix without its last layer
+    stop: Float[Array, "V"]  # [V], log loss of stopping with the best head
+    best: Float[Array, "V"]  # [V], log of the lowest loss of all chains with this prefix
 
 
-def observe_prefixes(problem: Problem) -> list[Visit]:
-    """Look at every prefix that has room for one more layer, for as many layer calls as scoring all chains takes.
+@runtime_checkable
+class AgentState(Protocol):
+    """A NamedTuple with at least these fields."""
+
+    @property
+    def params(self) -> PyTree: ...
+
+    @property
+    def opt_state(self) -> PyTree: ...
+
+    def _replace(self, **changes: PyTree) -> "AgentState": ...
+
+
+@runtime_checkable
+class Agent(Protocol):
+    """A search that trains params, such as `jchain.ActorCritic`."""
+
+    def init(self, key: Key[Array, ""], problem: Problem) -> PyTree: ...
+
+    def step(
+        self, key: Key[Array, ""], state: PyTree, problem: Problem
+    ) -> tuple[PyTree, object]: ...
+
+
+def observe_prefixes(problem: Problem) -> list[PrefixLevel]:
+    """Observe every prefix with room for one more layer.
+
+    This takes as many layer calls as scoring all chains.
+
+    Args:
+      problem: with few enough prefixes.
 
     Returns:
       The prefixes of 0, 1, ..., `max_layers - 1` layers.
 
     Raises:
-      ValueError: chains have no layers, or there are more than 1,048,576 prefixes.
+      ValueError: `max_layers` is 0, or there are more than 1,048,576 prefixes.
     """
     num_layers, max_layers = problem.bank.num_layers, problem.max_layers
     if max_layers < 1:
         raise ValueError(f"expected a problem of max_layers of at least 1, got {max_layers}")
-    if chain_lib.count(num_layers, 1, max_layers) > _MAX_PREFIXES:
+    num_prefixes = ChainSpace(num_layers, 1, max_layers).num_chains
+    if num_prefixes > _MAX_PREFIXES:
         raise ValueError(
-            f"expected a problem of at most {_MAX_PREFIXES:,} prefixes, got {chain_lib.count(num_layers, 1, max_layers):,}"
+            f"expected a problem of at most {_MAX_PREFIXES:,} prefixes, got {num_prefixes:,}"
         )
-    return _compile_visit(find_backend(problem))(problem.without_names())
+    return _observe_levels(problem)
 
 
-def study(problem: Problem) -> Lesson:
-    """What a critic learns from a problem: its prefixes, looked at as `visit` does.
+def make_training_set(problem: Problem) -> TrainingSet:
+    """Make training examples for a critic from all prefixes of a problem.
+
+    Args:
+      problem: with few enough prefixes.
 
     Raises:
-      ValueError: chains have fewer than two layers, or as `visit`.
+      ValueError: `max_layers` is below 2, or as `observe_prefixes`.
     """
     max_layers = problem.max_layers
     if max_layers < 2:
@@ -81,7 +115,7 @@ def study(problem: Problem) -> Lesson:
         for length, level in enumerate(levels)
         if length > 0
     ]
-    return Lesson(
+    return TrainingSet(
         np.concatenate(inputs),
         np.concatenate([level.stop for level in levels[1:]]),
         np.concatenate([level.best for level in levels[1:]]),
@@ -91,46 +125,52 @@ def study(problem: Problem) -> Lesson:
 
 def pretrain_critic(
     key: Key[Array, ""],
-    problems: Sequence[Problem | Lesson],
+    problems: Sequence[Problem | TrainingSet],
     *,
     num_steps: int = 1500,
     width: int = 32,
     learning_rate: float = 2e-3,
     weight_decay: float = 1e-2,
 ) -> Critic:
-    """Train one critic across problems: `CriticSearch(critic=...)` then starts from it on any other bank.
+    """Train one critic across problems, from which `CriticSearch(critic=...)` starts on any bank.
 
-    Its loss is the Huber loss of the predicted fall of the log loss, plus the cross-entropy of ranking prefixes of one
-    length in one problem, in which the best ones weigh most (ListNet, Cao et al. 2007).
+    The loss is the Huber loss of the predicted fall of the log loss, plus the cross-entropy of
+    ranking the prefixes of one length in one problem, in which the best prefixes have the largest
+    weight (ListNet, Cao et al. 2007).
 
     Args:
       key: consumed.
-      problems: small ones, of which all prefixes are looked at, or what `study` returned for them.
-      num_steps: steps of AdamW, on 64 prefixes of each of 64 groups.
+      problems: small problems, all of whose prefixes are observed, or their training sets from
+        `make_training_set`.
+      num_steps: steps of AdamW, each on 64 prefixes from each of 64 groups.
       width: of the network's two hidden layers.
-      learning_rate: at the start; it falls to 0 along a cosine.
+      learning_rate: at the start; it decays to 0 along a cosine.
       weight_decay: of AdamW.
 
     Raises:
-      ValueError: there is no problem, none of their losses is finite, a size is not positive, or as `study`.
+      ValueError: there is no problem, none of the losses is finite, a size is not positive, or as
+        `make_training_set`.
     """
     if not problems or num_steps < 1 or width < 1:
         raise ValueError(
-            f"expected at least one problem, num_steps and width of at least 1, got {len(problems)}, {num_steps} and {width}"
+            "expected at least one problem, num_steps and width of at least 1, got "
+            f"{len(problems)}, {num_steps} and {width}"
         )
-    lessons = [problem if isinstance(problem, Lesson) else study(problem) for problem in problems]
-    sizes = np.array([size for lesson in lessons for size in lesson.sizes])
-    whole = [
-        np.concatenate([getattr(lesson, name) for lesson in lessons])
-        for name in ("inputs", "stop", "best")
+    sets = [
+        problem if isinstance(problem, TrainingSet) else make_training_set(problem)
+        for problem in problems
     ]
-    # Of the prefixes whose losses are not finite there is nothing to learn.
-    is_finite = np.isfinite(whole[0]).all(axis=1) & np.isfinite(whole[1]) & np.isfinite(whole[2])
+    sizes = np.array([size for one in sets for size in one.sizes])
+    inputs, stop, best = (
+        np.concatenate([getattr(one, name) for one in sets]) for name in ("inputs", "stop", "best")
+    )
+    # Prefixes whose losses are not finite have no target.
+    is_finite = np.isfinite(inputs).all(axis=1) & np.isfinite(stop) & np.isfinite(best)
     sizes = np.bincount(np.repeat(np.arange(len(sizes)), sizes)[is_finite], minlength=len(sizes))
     sizes = sizes[sizes > 0]
     if len(sizes) == 0:
         raise ValueError("expected problems with chains of finite loss, got none")
-    inputs, stop, best = (jnp.asarray(rows[is_finite]) for rows in whole)
+    inputs, stop, best = (jnp.asarray(rows[is_finite]) for rows in (inputs, stop, best))
     critic = Critic(None, inputs.mean(axis=0), inputs.std(axis=0) + 1e-3, width)
     groups = jnp.asarray(np.append(0, np.cumsum(sizes)[:-1])), jnp.asarray(sizes)
     optimizer = optax.adamw(
@@ -143,96 +183,111 @@ def pretrain_critic(
 
 
 def pretrain_agent(
-    key: Key[Array, ""], agent: Any, problems: Sequence[Problem], *, num_steps: int
+    key: Key[Array, ""], agent: Agent, problems: Sequence[Problem], *, num_steps: int
 ) -> PyTree:
-    """Params of an actor-critic after it has searched these problems in turn: `ActorCritic(params=...)` starts from them.
+    """Train params by searching problems in turn, from which `ActorCritic(params=...)` starts.
 
-    Params and the state of the optimizer are carried from one to the next; the rest is of each problem. Problems of the same
-    shapes share compiled programs. It can be vmapped over keys.
+    Params and optimizer state are carried from one problem to the next; everything else starts
+    again. Problems of the same shapes share compiled programs. It can be vmapped over keys.
 
     Args:
       key: consumed.
       agent: an `ActorCritic`, whose own params are the first.
-      problems: one after the other; one that is to be searched again is given again.
+      problems: in the order in which they are searched; a problem may occur several times.
       num_steps: steps of each search.
 
+    Returns:
+      The params.
+
     Raises:
-      ValueError: there is no problem, or num_steps is not positive.
+      ValueError: there is no problem, or `num_steps` is not positive.
     """
     if not problems or num_steps < 1:
         raise ValueError(
-            f"expected at least one problem and num_steps of at least 1, got {len(problems)} and {num_steps}"
+            "expected at least one problem and num_steps of at least 1, got "
+            f"{len(problems)} and {num_steps}"
         )
     init_key, *keys = jax.random.split(key, 1 + len(problems))
-    state = _begin(init_key, agent, problems[0].without_names())
-    learned = state.params, state.opt_state
+    learner = _init_learner(init_key, agent, problems[0].without_names())
     for run_key, problem in zip(keys, problems, strict=True):
-        learned = _compile_practise(find_backend(problem))(
-            run_key, agent, learned, problem.without_names(), num_steps
-        )
-    return learned[0]
+        train = _compile_train_agent(find_backend(problem))
+        learner = train(run_key, agent, learner, problem.without_names(), num_steps=num_steps)
+    return learner.params
+
+
+class _Learner(NamedTuple):
+    params: PyTree
+    opt_state: PyTree
 
 
 @jax.jit
-def _begin(key: Key[Array, ""], agent: Any, problem: Problem) -> Any:
-    return agent.init(key, problem)
+def _init_learner(key: Key[Array, ""], agent: Agent, problem: Problem) -> _Learner:
+    state: AgentState = agent.init(key, problem)
+    return _Learner(state.params, state.opt_state)
 
 
 @cache
-def _compile_practise(backend: str) -> Any:
-    return jax.jit(
-        _practise, static_argnames="num_steps", compiler_options=compiler_options(backend)
-    )
+def _compile_train_agent(backend: str) -> Callable[..., _Learner]:
+    # Not `jit_for_problem`, which leaves the compiler options out if keys are vmapped: other bits.
+    options = compiler_options(backend)
+    return jax.jit(_train_agent, static_argnames="num_steps", compiler_options=options)
 
 
-def _practise(
-    key: Key[Array, ""], agent: Any, learned: Any, problem: Problem, num_steps: int
-) -> Any:
-    """Params and state of the optimizer after some steps on a problem."""
+def _train_agent(
+    key: Key[Array, ""], agent: Agent, learner: _Learner, problem: Problem, *, num_steps: int
+) -> _Learner:
+    """Params and optimizer state after some steps on a problem."""
     init_key, step_key = jax.random.split(key)
-    state = agent.init(init_key, problem)._replace(params=learned[0], opt_state=learned[1])
+    state: AgentState = agent.init(init_key, problem)
+    state = state._replace(params=learner.params, opt_state=learner.opt_state)
 
-    def step(state: Any, key: Array) -> tuple[Any, None]:
+    def step(state: AgentState, key: Key[Array, ""]) -> tuple[AgentState, None]:
         return agent.step(key, state, problem)[0], None
 
     state, _ = jax.lax.scan(step, state, jax.random.split(step_key, num_steps))
-    return state.params, state.opt_state
+    return _Learner(state.params, state.opt_state)
 
 
-@cache
-def _compile_visit(backend: str) -> Any:
-    return jax.jit(_visit_all, compiler_options=compiler_options(backend))
+class _Prefix(NamedTuple):
+    """A prefix to observe."""
+
+    hidden: Shaped[Array, "B ..."]
+    penalty: Float[Array, ""]  # layer penalty so far
 
 
-def _visit_all(problem: Problem) -> list[Visit]:
+@jit_for_problem()
+def _observe_levels(problem: Problem) -> list[PrefixLevel]:
     """All prefixes with room for one more layer, by their number of layers: `[N^length, ...]`."""
     bank = problem.bank
-    price = jnp.broadcast_to(problem.layer_cost, (bank.num_layers,))
+    layer_penalty = jnp.broadcast_to(problem.layer_cost, (bank.num_layers,))
 
-    def visit_below(
-        hidden: Array, paid: Array, parent: Array, seen: Any, length: int
-    ) -> list[Visit]:
-        observed = observe(problem, hidden, parent)
-        stop = lowest(observed.loss) + paid
-        children = (apply_all(bank.layers, hidden), paid + price)
+    def observe_below(
+        prefix: _Prefix, parent: Array, parent_features: Array | None, length: int
+    ) -> list[PrefixLevel]:
+        """The prefix, and all that extend it, by their number of layers."""
+        observed = observe(problem, prefix.hidden, parent)
+        stop = lowest(observed.loss) + prefix.penalty
+        children = _Prefix(apply_all(bank.layers, prefix.hidden), prefix.penalty + layer_penalty)
         if length + 1 == problem.max_layers:
-            deeper: list[Visit] = []
+            deeper: list[PrefixLevel] = []
             reached = log_loss(
-                jax.vmap(lambda h, p: lowest(env.head_losses(problem, h)) + p)(*children)
+                jax.vmap(lambda c: lowest(env.head_losses(problem, c.hidden)) + c.penalty)(children)
             )
         else:
             deeper = jax.lax.map(
-                lambda c: visit_below(c[0], c[1], hidden, observed.features, length + 1), children
+                lambda c: observe_below(c, prefix.hidden, observed.features, length + 1), children
             )
             reached = deeper[0].best
-        change = jnp.zeros_like(observed.features) if seen is None else observed.features - seen
-        # Only from min_layers on a chain may stop here.
+        change = jnp.zeros_like(observed.features)
+        if parent_features is not None:
+            change = observed.features - parent_features
+        # Chains may stop only from min_layers on.
         own = log_loss(stop) if length >= problem.min_layers else jnp.inf
         best = jnp.minimum(own, jnp.min(reached))
-        return [Visit(observed.features, change, log_loss(stop), best), *deeper]
+        return [PrefixLevel(observed.features, change, log_loss(stop), best), *deeper]
 
     hidden = bank.embed(problem.data.x)
-    levels = visit_below(hidden, jnp.zeros(()), hidden, None, 0)
+    levels = observe_below(_Prefix(hidden, jnp.zeros(())), hidden, None, 0)
     return [
         jax.tree.map(lambda leaf, depth=depth: leaf.reshape(-1, *leaf.shape[depth:]), level)
         for depth, level in enumerate(levels)
@@ -250,20 +305,24 @@ def _fit(
     sizes: Int[Array, "G"],
     optimizer: optax.GradientTransformation,
     num_steps: int,
-) -> Any:
-    def loss_fn(params: Any, key: Array) -> Array:
+) -> PyTree:
+    """Params of the critic's network. A group is the prefixes of one length in one problem."""
+
+    def loss_fn(params: PyTree, key: Key[Array, ""]) -> Float[Array, ""]:
         group_key, member_key = jax.random.split(key)
         group = jax.random.randint(group_key, _BATCH[:1], 0, sizes.size)
         member = jax.random.randint(member_key, _BATCH, 0, sizes[group][:, None])
         place = starts[group][:, None] + member
         gain = Critic(params, critic.mean, critic.scale, critic.width).gain(inputs[place])
         predicted = (gain - stop[place]) / _TEMPERATURE
-        wanted = jax.nn.softmax(-best[place] / _TEMPERATURE)
-        rank = optax.softmax_cross_entropy(predicted, wanted)
+        target = jax.nn.softmax(-best[place] / _TEMPERATURE)
+        rank = optax.softmax_cross_entropy(predicted, target)
         huber = optax.huber_loss(gain, stop[place] - best[place], delta=_HUBER_DELTA)
         return huber.mean() + _RANK_WEIGHT * rank.mean()
 
-    def update(carry: Any, key: Array) -> Any:
+    def update(
+        carry: tuple[PyTree, PyTree], key: Key[Array, ""]
+    ) -> tuple[tuple[PyTree, PyTree], None]:
         params, opt_state = carry
         updates, opt_state = optimizer.update(jax.grad(loss_fn)(params, key), opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), None

@@ -1,4 +1,4 @@
-"""Replay of sampled chains, with what was seen along them and how likely they were when they were sampled."""
+"""Replay buffer: the last chains, with what was known of them when they were sampled."""
 
 from typing import NamedTuple
 
@@ -6,56 +6,54 @@ import jax
 import jax.numpy as jnp
 
 from jchain._typing import Array, Float, Int, Key
+from jchain.agent.rollout import Rollout
 from jchain.chain import PADDING
 from jchain.problem import Problem
 
 
-class Sample(NamedTuple):
-    """A chain of the policy."""
-
-    chain: Int[Array, "L"]  # [L]
-    log_prob: Float[Array, "L"]  # [L], of its tokens; 0 behind the head
-    features: Float[Array, "L F"]  # [L, F]
-    loss: Float[Array, ""]  # +inf where it was not finite; means nothing where nothing is seen
-
-
-class Replay(NamedTuple):
-    """The last chains, as a ring."""
+class ReplayBuffer(NamedTuple):
+    """The last `R` chains, as a ring."""
 
     chains: Int[Array, "R L"]  # [R, L]
-    log_prob: Float[Array, "R L"]  # [R, L], of the tokens when they were taken
-    loss: Float[Array, "R"]
-    num_stored: Int[Array, ""]  # since the start
-    features: Float[Array, "R L F"]  # [R, L, F]
+    log_probs: Float[Array, "R L"]  # [R, L], of the tokens when they were sampled
+    loss: Float[Array, "R"]  # [R]
+    num_added: Int[Array, ""]  # chains since the start, evicted ones included
+    features: Float[Array, "R L F"]  # [R, L, F], of the prefix before each token
+
+    def add(self, rollout: Rollout) -> "ReplayBuffer":
+        """Add chains, `[P, ...]`; the oldest are evicted."""
+        num_chains = rollout.loss.shape[0]
+        place = (self.num_added + jnp.arange(num_chains)) % self.loss.shape[0]
+        return ReplayBuffer(
+            self.chains.at[place].set(rollout.chains),
+            self.log_probs.at[place].set(rollout.log_probs),
+            self.loss.at[place].set(rollout.loss.astype(self.loss.dtype)),
+            self.num_added + num_chains,
+            self.features.at[place].set(rollout.features),
+        )
+
+    def sample(self, key: Key[Array, ""], num_chains: int) -> Rollout:
+        """Chains drawn uniformly with replacement, `[num_chains, ...]`."""
+        num_stored = jnp.minimum(self.num_added, self.loss.shape[0])
+        row = jax.random.randint(key, (num_chains,), 0, num_stored)
+        return Rollout(self.chains[row], self.log_probs[row], self.features[row], self.loss[row])
 
 
-def empty_replay(size: int, problem: Problem, seen: Float[Array, "F"]) -> Replay:
-    """Places for so many chains, and for what is seen of each prefix."""
+def empty_replay_buffer(
+    size: int, problem: Problem, prefix_features: Float[Array, "F"]
+) -> ReplayBuffer:
+    """A replay buffer that holds no chains.
+
+    Args:
+      size: chains that fit, R.
+      problem: its `max_layers` gives the length of the chains.
+      prefix_features: of any prefix, `[F]`, for their shape and dtype.
+    """
     shape = (size, problem.max_layers + 1)
-    return Replay(
+    return ReplayBuffer(
         jnp.full(shape, PADDING, jnp.int32),
         jnp.zeros(shape),
         jnp.full(size, jnp.inf),
         jnp.zeros((), jnp.int32),
-        jnp.zeros((*shape, *seen.shape), seen.dtype),
+        jnp.zeros((*shape, *prefix_features.shape), prefix_features.dtype),
     )
-
-
-def remember(replay: Replay, sample: Sample) -> Replay:
-    """With these chains, `[P, ...]`, in the place of the oldest."""
-    num_chains = sample.loss.shape[0]
-    place = (replay.num_stored + jnp.arange(num_chains)) % replay.loss.shape[0]
-    return Replay(
-        replay.chains.at[place].set(sample.chain),
-        replay.log_prob.at[place].set(sample.log_prob),
-        replay.loss.at[place].set(sample.loss.astype(replay.loss.dtype)),
-        replay.num_stored + num_chains,
-        replay.features.at[place].set(sample.features),
-    )
-
-
-def recall(key: Key[Array, ""], replay: Replay, num: int) -> Sample:
-    """Some that are remembered, `[num, ...]`; one may come more than once."""
-    num_there = jnp.minimum(replay.num_stored, replay.loss.shape[0])
-    row = jax.random.randint(key, (num,), 0, num_there)
-    return Sample(replay.chains[row], replay.log_prob[row], replay.features[row], replay.loss[row])

@@ -1,4 +1,4 @@
-"""Rewards of chains, from their losses: what an agent is taught to want, and the unit in which its critic predicts."""
+"""Rewards of chains from their losses. Their unit is the unit of a critic's predictions."""
 
 import jax.numpy as jnp
 
@@ -7,11 +7,15 @@ from jchain.agent.observations import log_loss
 
 
 def rank_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
-    """Minus the loss, as its rank among the chains of the step, in -1..1; equal losses get equal rewards.
+    """Rank the chains of a step: 1 for the lowest loss, -1 for the highest.
 
-    Losses of a bank span orders of magnitude, and near the optimum what is left to gain is far smaller than their spread:
-    ranks keep both ends in sight (rank-based shaping, Wierstra et al. 2014, JMLR 15). They move with the policy, so that
-    what a critic learns of them has no unit.
+    Equal losses get equal rewards. Losses of a bank span orders of magnitude, and near the optimum
+    differences are far smaller than their spread. Ranks resolve both (rank-based shaping, Wierstra
+    et al. 2014, JMLR 15). They depend on the other chains of the step, so a critic that is trained
+    on them has no unit.
+
+    Args:
+      loss: of at least two chains, `[P]`; +inf ranks last.
     """
     is_better = jnp.sum(loss[:, None] < loss[None], axis=1)
     is_worse = jnp.sum(loss[:, None] > loss[None], axis=1)
@@ -19,16 +23,26 @@ def rank_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
 
 
 def log_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
-    """Minus the log of the loss (`jchain.agent.observations.log_loss`): a scale that is the same in all steps."""
+    """Minus the log of the loss, a scale that is the same in all steps.
+
+    See `jchain.agent.observations.log_loss`.
+
+    Args:
+      loss: `[P]`; a loss that is not finite counts as the worst finite one.
+    """
     return -log_loss(_bound(loss))
 
 
 def plain_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
-    """Minus the loss."""
+    """Minus the loss.
+
+    Args:
+      loss: `[P]`; a loss that is not finite counts as the worst finite one.
+    """
     return -_bound(loss)
 
 
 def _bound(loss: Float[Array, "P"]) -> Float[Array, "P"]:
-    """A chain that cannot be scored is as bad as the worst that can."""
+    """Replace losses that are not finite by the worst finite one, or by 0 if there is none."""
     worst = jnp.max(jnp.where(jnp.isfinite(loss), loss, -jnp.inf))
     return jnp.where(jnp.isfinite(loss), loss, jnp.where(jnp.isfinite(worst), worst, 0.0))

@@ -1,26 +1,28 @@
-"""ChainBench: problems of which every chain is scored, so that a search is judged by its distance to the best one.
+"""ChainBench: problems with every chain scored, so that a search is judged by its regret.
 
-Each of 36 problems is a bank of 12 residual MLPs and one to three heads, made from one of three data sets in one of four
-ways; chains have up to 4 layers. All their losses and accuracies on `search`, `select` and `test` are kept in a folder, made
-once by `build` (the weights differ from machine to machine in their last bits, so a table belongs to its own bank, which
-lies beside it). In the manner of NAS-Bench-201 (Dong and Yang 2020, arXiv:2001.00326).
+Each of 36 problems is a bank of 12 residual MLPs and one to three heads, made from one of three
+data sets in one of four ways. Chains have up to 4 layers. `build` scores all of them once on
+`search`, `select`, and `test` and writes the losses and accuracies to a folder, with the bank
+beside its table: the last bits of weights differ from machine to machine. Compare NAS-Bench-201
+(Dong and Yang 2020, arXiv:2001.00326).
 """
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from jchain import chain as chain_lib
 from jchain import train
 from jchain._typing import Array, Float, Int
 from jchain.agent import pretrain
 from jchain.agent.observations import NUM_FEATURES
 from jchain.bank import Bank
+from jchain.chain import ChainSpace
 from jchain.chainbench import tabular
 from jchain.data import EVALUATION_SPLITS, Batch, Dataset
 from jchain.data import load as load_data
@@ -36,42 +38,49 @@ NUM_LAYERS, MAX_LAYERS = 12, 4
 NAMES = tuple(
     f"{data}-{kind}-{seed}" for data in DATA for kind in KINDS for seed in range(NUM_SEEDS)
 )
-# Gradient steps: the small sets are learned by heart in fewer.
+# Gradient steps: fewer are enough to overfit the small sets.
 _NUM_STEPS = {"digits": 1000, "wine": 200, "breast_cancer": 200}
 
 
 class Solved(NamedTuple):
-    """A problem with all its chains, in the order of `jchain.chain.enumerate_all`."""
+    """A problem with all its chains, in the order of `ChainSpace.enumerate`."""
 
     name: str
     bank: Bank
     data: Dataset
     loss: dict[str, Float[np.ndarray, "C"]]  # by split, [C]; +inf where it was not finite
     accuracy: dict[str, Float[np.ndarray, "C"]]
-    features: Float[
-        np.ndarray, "V F"
-    ]  # `jchain.agent.observations.observe` on `search` of the prefixes with room for a layer
+    # Observations on `search` of the prefixes with room for one more layer, [V, F].
+    features: Float[np.ndarray, "V F"]
 
     @property
     def chains(self) -> Int[np.ndarray, "C L"]:
         """Every chain, `[C, L]`."""
-        return chain_lib.enumerate_all(self.bank.num_layers, self.bank.num_heads, MAX_LAYERS)
+        return _make_space(self.bank).enumerate()
 
     @property
     def problem(self) -> Problem:
-        """What a search may see: the `search` split."""
+        """The problem on `search`, the only split that a search may see."""
         return self.problem_on("search")
 
     def lookup(self) -> Problem:
-        """The same as `problem`, with losses and features that are looked up (`jchain.chainbench.tabular.make_problem`)."""
+        """`problem` with losses and features looked up (`jchain.chainbench.tabular`)."""
         return tabular.make_problem(self.bank, self.loss["search"], MAX_LAYERS, self.features)
 
     def problem_on(self, split: str) -> Problem:
-        """The same bank on another split."""
+        """The same bank on another split.
+
+        Args:
+          split: `search`, `select`, or `test`.
+        """
         return Problem(self.bank, getattr(self.data, split), MAX_LAYERS)
 
-    def regret(self, loss: Any) -> np.ndarray:
-        """How far losses on `search` are from the best, in units of that of the median chain: 0 the best, 1 a random one."""
+    def regret(self, loss: ArrayLike) -> np.ndarray:
+        """`(loss - best) / (median - best)` over all chains: 0 is the best chain, 1 the median one.
+
+        Args:
+          loss: losses on `search`, of any shape.
+        """
         best, middle = self.loss["search"].min(), np.median(self.loss["search"])
         return (np.asarray(loss) - best) / (middle - best)
 
@@ -79,15 +88,15 @@ class Solved(NamedTuple):
 def make_bank(
     name: str, *, num_layers: int = NUM_LAYERS, depth: int = MAX_LAYERS
 ) -> tuple[Bank, Dataset]:
-    """Bank and data of a problem; with other sizes, of one that is larger than those of ChainBench.
+    """Bank and data of a problem, or with other sizes of a larger one than those of ChainBench.
 
     Args:
-      name: one of `NAMES`, or of the same form with another seed.
+      name: one of `NAMES`, or the same form with another seed.
       num_layers: layers in the bank; a multiple of depth for independent nets and snapshots.
       depth: layers of the nets, or routes, that are trained.
 
     Raises:
-      ValueError: the name is none, or the sizes do not fit.
+      ValueError: the name has another form, or the sizes do not fit.
     """
     data_name, kind, seed = _parse(name)
     data = load_data(data_name, seed)
@@ -106,13 +115,18 @@ def make_bank(
 
 
 def build(folder: str | os.PathLike[str], names: Sequence[str] = NAMES) -> list[str]:
-    """Make and solve the problems that are not in the folder yet; those that are there are checked, and stay.
+    """Make and solve the problems that are not in the folder yet, and check those that are.
+
+    Args:
+      folder: where to write; made if it does not exist.
+      names: the problems.
 
     Returns:
-      The names of those that were made.
+      The names of the problems that were made.
 
     Raises:
-      ValueError: a name is none, or a file in the folder is damaged or belongs to another bank.
+      ValueError: a name has another form, or a file in the folder is damaged or belongs to another
+        bank.
     """
     for name in names:
         _parse(name)
@@ -138,7 +152,7 @@ def build(folder: str | os.PathLike[str], names: Sequence[str] = NAMES) -> list[
         }
         arrays["features"] = np.concatenate(features)
         bank.save(_bank_path(folder, name))
-        # The table last: where it is, the problem is whole.
+        # The table last: if it is there, the problem is complete.
         write_arrays(
             _table_path(folder, name), {"name": name, "solves": _digest(bank, data)}, arrays
         )
@@ -147,23 +161,28 @@ def build(folder: str | os.PathLike[str], names: Sequence[str] = NAMES) -> list[
 
 
 def load(folder: str | os.PathLike[str], name: str) -> Solved:
-    """A solved problem of a folder.
+    """Read a solved problem.
+
+    Args:
+      folder: that `build` wrote to.
+      name: of the problem.
 
     Raises:
       FileNotFoundError: it was not built there.
-      ValueError: the name is none, a file is damaged or truncated, or the table was solved for another bank or data.
+      ValueError: the name has another form, a file is damaged or truncated, or the table was solved
+        for another bank or data.
     """
     data_name, _, seed = _parse(name)
     path = _table_path(folder, name)
     if not path.exists():
         raise FileNotFoundError(
-            f"expected a solved problem at {path}: build it with jchain.chainbench.build({str(folder)!r})"
+            f"expected a solved problem at {path}: build it with "
+            f"jchain.chainbench.build({str(folder)!r})"
         )
     header, arrays = read_arrays(path)
     bank, data = Bank.load(_bank_path(folder, name)), load_data(data_name, seed)
-    num_chains = chain_lib.count(bank.num_layers, bank.num_heads, MAX_LAYERS)
-    shape = (len(EVALUATION_SPLITS), num_chains)
-    num_prefixes = chain_lib.count(bank.num_layers, 1, MAX_LAYERS - 1)
+    shape = (len(EVALUATION_SPLITS), _make_space(bank).num_chains)
+    num_prefixes = ChainSpace(bank.num_layers, 1, MAX_LAYERS - 1).num_chains
     expected = {"loss": shape, "accuracy": shape, "features": (num_prefixes, NUM_FEATURES)}
     found = {key: array.shape for key, array in arrays.items()}
     if found != expected:
@@ -172,24 +191,27 @@ def load(folder: str | os.PathLike[str], name: str) -> Solved:
         )
     if (header.get("name"), header.get("solves")) != (name, _digest(bank, data)):
         raise ValueError(
-            f"{path} was solved for another bank or data than those of {name}: delete it and build it again"
+            f"{path} was solved for another bank or data than those of {name}: delete it "
+            "and build it again"
         )
-    by_split: list[dict[str, Any]] = [
-        dict(zip(EVALUATION_SPLITS, np.asarray(arrays[key]), strict=True))
+    loss, accuracy = (
+        dict[str, np.ndarray](zip(EVALUATION_SPLITS, np.asarray(arrays[key]), strict=True))
         for key in ("loss", "accuracy")
-    ]
-    loss, accuracy = by_split
+    )
     return Solved(name, bank, data, loss, accuracy, np.asarray(arrays["features"]))
 
 
-def describe(solved: Solved) -> dict[str, Any]:
-    """What makes a problem hard.
+def describe(solved: Solved) -> dict[str, str | int | float]:
+    """Figures that say how hard a problem is.
 
-    Returns:
-      chains: how many there are; best: their lowest loss; within_1_percent, within_5_percent, within_10_percent: the share
-      of chains whose loss is at most so much above it; local_optima: the share of chains without a better neighbor
-      (`jchain.chain.neighbors`); search_to_test: Spearman's rank correlation of losses; best_on_test: test loss of the
-      chain that is best on search, over the lowest test loss.
+    Args:
+      solved: the problem.
+
+    Returns: chains: the number of chains; heads: the number of heads; best: the lowest loss;
+      within_1_percent, within_5_percent, within_10_percent: the share of chains whose loss is at
+      most that much above it; local_optima: the share of chains without a better neighbor
+      (`ChainSpace.neighbors`); search_to_test: Spearman correlation of the losses on `search` and
+      `test`; best_on_test: test loss of the best chain on `search`, over the lowest test loss.
     """
     loss, test = solved.loss["search"], solved.loss["test"]
     best = float(loss.min())
@@ -209,15 +231,19 @@ def describe(solved: Solved) -> dict[str, Any]:
 
 
 def find_local_optima(solved: Solved) -> np.ndarray:
-    """Whether each chain has no better neighbor on `search`, `[C]`."""
-    sizes = (solved.bank.num_layers, solved.bank.num_heads)
+    """Which chains have no better neighbor on `search`, `[C]`.
+
+    Args:
+      solved: the problem.
+    """
+    space = _make_space(solved.bank)
     loss = jnp.asarray(solved.loss["search"])
 
     @jax.jit
     def is_optimum(chains: Array, own: Array) -> Array:
         def one(chain: Array, own: Array) -> Array:
-            rows, is_neighbor = chain_lib.neighbors(chain, *sizes)
-            place = chain_lib.index(jnp.where(is_neighbor[:, None], rows, chain[None]), *sizes)
+            rows, is_neighbor = space.neighbors(chain)
+            place = space.index(jnp.where(is_neighbor[:, None], rows, chain[None]))
             return jnp.all(loss[place] >= own)
 
         return jax.lax.map(lambda pair: one(*pair), (chains, own), batch_size=1024)
@@ -228,8 +254,7 @@ def find_local_optima(solved: Solved) -> np.ndarray:
 def _spearman(a: np.ndarray, b: np.ndarray) -> float:
     from scipy.stats import spearmanr
 
-    result: Any = spearmanr(a, b)
-    return float(result.statistic)
+    return float(spearmanr(a, b).statistic)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _parse(name: str) -> tuple[str, str, int]:
@@ -241,9 +266,14 @@ def _parse(name: str) -> tuple[str, str, int]:
         or name != f"{data}-{kind}-{int(seed)}"
     ):
         raise ValueError(
-            f"expected a problem DATA-KIND-SEED of data {', '.join(DATA)} and kinds {', '.join(KINDS)}, got {name!r}"
+            f"expected a problem DATA-KIND-SEED of data {', '.join(DATA)} and kinds "
+            f"{', '.join(KINDS)}, got {name!r}"
         )
     return data, kind, int(seed)
+
+
+def _make_space(bank: Bank) -> ChainSpace:
+    return ChainSpace(bank.num_layers, bank.num_heads, MAX_LAYERS)
 
 
 def _table_path(folder: str | os.PathLike[str], name: str) -> Path:
@@ -255,7 +285,7 @@ def _bank_path(folder: str | os.PathLike[str], name: str) -> Path:
 
 
 def _digest(bank: Bank, data: Dataset) -> str:
-    """Of the weights and of the splits on which chains are scored."""
+    """A digest of the weights and of the splits that chains are scored on."""
     batches: list[Batch] = [getattr(data, split) for split in EVALUATION_SPLITS]
     leaves = jax.tree.leaves((bank.layers, bank.heads, bank.stem_params, batches))
     return checksum({}, {str(i): leaf for i, leaf in enumerate(leaves)})

@@ -1,10 +1,11 @@
-"""How runs are summed up: interquartile means and bootstrap intervals, stratified by problem.
+"""Statistics of runs: interquartile means and bootstrap intervals, stratified by problem.
 
-Agarwal, Schwarzer, Castro, Courville and Bellemare 2021, arXiv:2108.13264. Scores are `[M, S]`, problems by seeds, lower is
-better.
+Agarwal, Schwarzer, Castro, Courville, and Bellemare 2021, arXiv:2108.13264. Scores are `[M, S]`,
+problems by seeds. Lower is better.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,18 +21,23 @@ class Estimate(NamedTuple):
 
 
 def iqm(
-    scores: Float[np.ndarray, "M S"] | Any, *, seed: int = 0, num_resamples: int = 2000
+    scores: Float[np.ndarray, "M S"] | Sequence[object], *, seed: int = 0, num_resamples: int = 2000
 ) -> Estimate:
     """Interquartile mean: the mean of the middle half of all scores.
 
-    Its percentile bootstrap interval draws seeds anew within each problem.
+    Its percentile bootstrap interval resamples the seeds within each problem.
+
+    Args:
+      scores: `[M, S]`.
+      seed: of the bootstrap.
+      num_resamples: of the bootstrap.
 
     Raises:
       ValueError: scores are not `[M, S]`, or not finite.
     """
     scores = _check(scores)
 
-    def statistic(*rows: np.ndarray, axis: int = -1) -> Any:
+    def statistic(*rows: np.ndarray, axis: int = -1) -> np.ndarray:
         from scipy.stats import trim_mean
 
         return trim_mean(np.concatenate(rows, axis=axis), 0.25, axis=axis)
@@ -40,16 +46,24 @@ def iqm(
 
 
 def probability_of_improvement(
-    scores: Float[np.ndarray, "M S"] | Any,
-    others: Float[np.ndarray, "M R"] | Any,
+    scores: Float[np.ndarray, "M S"] | Sequence[object],
+    others: Float[np.ndarray, "M R"] | Sequence[object],
     *,
     seed: int = 0,
     num_resamples: int = 2000,
 ) -> Estimate:
-    """How likely a run of the first search ends lower than one of the second on the same problem, a tie counting half.
+    """Probability that a run of the first search ends lower than one of the second.
+
+    Both runs are on the same problem. A tie counts half.
+
+    Args:
+      scores: of the first search, `[M, S]`.
+      others: of the second search, `[M, R]`.
+      seed: of the bootstrap.
+      num_resamples: of the bootstrap.
 
     Raises:
-      ValueError: as `iqm`, or there are not as many problems.
+      ValueError: as `iqm`, or the numbers of problems differ.
     """
     scores, others = _check(scores), _check(others)
     if len(scores) != len(others):
@@ -57,7 +71,7 @@ def probability_of_improvement(
             f"expected scores of the same problems, got {len(scores)} and {len(others)}"
         )
 
-    def statistic(*rows: np.ndarray, axis: int = -1) -> Any:
+    def statistic(*rows: np.ndarray, axis: int = -1) -> np.ndarray:
         del axis  # scipy moves it last
         half = len(rows) // 2
         wins = [
@@ -72,7 +86,7 @@ def probability_of_improvement(
     return _bootstrap((*scores, *others), statistic, seed, num_resamples)
 
 
-def _check(scores: Any) -> np.ndarray:
+def _check(scores: np.ndarray | Sequence[object]) -> np.ndarray:
     scores = np.asarray(scores, np.float64)
     if scores.ndim != 2 or scores.size == 0:
         raise ValueError(f"expected scores of shape [M, S], at least one, got {list(scores.shape)}")
@@ -82,13 +96,16 @@ def _check(scores: Any) -> np.ndarray:
 
 
 def _bootstrap(
-    rows: tuple[np.ndarray, ...], statistic: Any, seed: int, num_resamples: int
+    rows: tuple[np.ndarray, ...],
+    statistic: Callable[..., np.ndarray],
+    seed: int,
+    num_resamples: int,
 ) -> Estimate:
     from scipy.stats import bootstrap
 
     value = float(statistic(*rows))
     if all(row.size == 1 or np.ptp(row) == 0 for row in rows):
-        # Drawing seeds anew changes nothing.
+        # Resampling changes nothing.
         return Estimate(value, value, value)
     rows = tuple(np.repeat(row, 2) if row.size == 1 else row for row in rows)
     interval = bootstrap(

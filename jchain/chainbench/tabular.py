@@ -1,37 +1,36 @@
-"""Problems whose chains are scored already, with layers that only look the losses up.
+"""Tabular problems: every chain is scored already, and layers only look the losses up.
 
-A search runs on them as on the problem they stand for, with the same charges and, up to the rounding of sums, the same
-results, in a small part of the time: the manner in which tabular benchmarks are used (NAS-Bench-101, Ying et al. 2019,
-arXiv:1902.09635). An activation is the number of its prefix, a layer goes from it to the number of the child.
+A search runs on them as on the original problem, with the same charges and, up to the rounding of
+sums, the same results, in a small part of the time, as in tabular benchmarks (NAS-Bench-101, Ying
+et al. 2019, arXiv:1902.09635). An activation is the number of its prefix. A layer maps it to the
+number of the child.
 """
-
-from functools import cache
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jchain import chain as chain_lib
 from jchain._typing import Array, Float, Int, Shaped
 from jchain.agent.encoding import entry_features as sketch_entries
 from jchain.agent.observations import Observation, Observe
 from jchain.bank import Bank
+from jchain.chain import ChainSpace
 from jchain.data import Batch
-from jchain.engine.backend import compiler_options, find_backend
+from jchain.engine.backend import jit_for_problem
 from jchain.engine.layer_calls import apply_all
 from jchain.groups import LayerGroup
 from jchain.problem import Problem
 
 _TOKEN, _ENTRY = "token", "entry"
-_MAX_PREFIXES = 2**24  # float32, as which heads give the numbers, is exact below
+_MAX_PREFIXES = 2**24  # heads output the numbers as float32, which is exact below
 
 
 class Child(nn.Module):
-    """A layer: from the number of a prefix to that of the prefix with one layer more.
+    """A layer: maps the number of a prefix to that of the prefix with one more layer.
 
-    Prefixes are numbered as `jchain.chain.enumerate_all` orders them, so that the children of `i` are `N i + 1 .. N i + N`.
+    Prefixes are numbered in the order of `ChainSpace.enumerate`, so the children of `i` are
+    `N i + 1 .. N i + N`.
 
     Attributes:
       num_layers: N.
@@ -45,7 +44,7 @@ class Child(nn.Module):
 
 
 class Stop(nn.Module):
-    """A head: the numbers of a prefix and of the head, by which `get_loss` looks the loss up."""
+    """A head: outputs the numbers of a prefix and of the head, by which `get_loss` looks up."""
 
     @nn.compact
     def __call__(self, x: Int[Array, "B 1"]) -> Float[Array, "B 2"]:
@@ -56,7 +55,12 @@ class Stop(nn.Module):
 
 
 def get_loss(outputs: Float[Array, "B 2"], y: Float[Array, "B C R"]) -> Float[Array, "B"]:
-    """The loss of a prefix that a head ends; infinite where the prefix is none."""
+    """Look up the loss of a prefix that a head ends; infinite for an invalid prefix.
+
+    Args:
+      outputs: of `Stop`.
+      y: the table.
+    """
     prefix, head = outputs.astype(jnp.int32).T
     return y.at[jnp.arange(len(y)), prefix, head].get(mode="fill", fill_value=jnp.inf)
 
@@ -64,9 +68,14 @@ def get_loss(outputs: Float[Array, "B 2"], y: Float[Array, "B C R"]) -> Float[Ar
 def observe(
     problem: Problem, hidden: Shaped[Array, "B ..."], parent: Shaped[Array, "B ..."]
 ) -> Observation:
-    """Features and losses of a prefix, looked up: for `CriticSearch(observe=...)`, where they are of `jchain.agent.observations.observe`.
+    """Look up features and losses of a prefix: for `CriticSearch(observe=...)`.
 
-    Prefixes without features have 0.
+    Prefixes without features have zeros.
+
+    Args:
+      problem: from `make_problem`, with features.
+      hidden: the number of the prefix.
+      parent: unused, as an observation is looked up by the prefix alone.
 
     Raises:
       ValueError: the problem was made without features, or not by `make_problem`.
@@ -82,7 +91,12 @@ def observe(
 
 
 def entry_features(bank: Bank) -> Float[Array, "E D"]:
-    """`jchain.agent.encoding.entry_features` of the bank that this one stands for: for `ActorCritic(entry_features=...)`.
+    """`jchain.agent.encoding.entry_features` of the original bank.
+
+    For `ActorCritic(entry_features=...)`.
+
+    Args:
+      bank: of a problem from `make_problem`.
 
     Raises:
       ValueError: the bank is not that of a problem from `make_problem`.
@@ -108,24 +122,24 @@ def make_problem(
     *,
     min_layers: int = 0,
 ) -> Problem:
-    """The problem of a bank whose chains have these losses.
+    """Make the tabular problem of a bank whose chains have these losses.
 
-    In place of the weights it holds a sketch of them, for `entry_features`: banks of as many layers and heads share compiled
-    programs, whatever their layers are.
+    Instead of the weights it holds a sketch of them, for `entry_features`. Banks with the same
+    numbers of layers and heads share compiled programs, whatever their layers are.
 
     Args:
       bank: the layers and heads.
-      loss: of every chain of 0 to `max_layers` layers, price included, in the order of `jchain.chain.enumerate_all`; `+inf`
-        where it is not finite.
+      loss: of every chain of 0 to `max_layers` layers, layer penalty included, in the order of
+        `ChainSpace.enumerate`; `+inf` if it is not finite.
       max_layers: most layers of a chain.
-      features: of the first prefixes in that order, for `observe`, as many of each as one likes; None where no search reads
-        them.
+      features: of the first prefixes in that order, for `observe`, any number of each; None if no
+        search reads them.
       min_layers: fewest layers of a chain that a search makes.
 
-    Raises:
-      ValueError: there are not as many losses as chains, more than 16,777,216 prefixes, or features of more prefixes.
+    Raises: ValueError: the numbers of losses and chains differ, there are more than 16,777,216
+        prefixes, or features of more prefixes than there are.
     """
-    num_chains = chain_lib.count(bank.num_layers, bank.num_heads, max_layers)
+    num_chains = ChainSpace(bank.num_layers, bank.num_heads, max_layers).num_chains
     if np.shape(loss) != (num_chains,):
         raise ValueError(
             f"expected the losses of all {num_chains:,} chains, got shape {list(np.shape(loss))}"
@@ -135,7 +149,8 @@ def make_problem(
     if features is not None:
         if features.ndim != 2 or not features.shape[1] or len(features) > len(table):
             raise ValueError(
-                f"expected features [V, F] of at most {len(table):,} prefixes, got {list(features.shape)}"
+                f"expected features [V, F] of at most {len(table):,} prefixes, got "
+                f"{list(features.shape)}"
             )
         rows = np.zeros((len(table), features.shape[1]), np.float32)
         rows[: len(features)] = features
@@ -156,19 +171,19 @@ def make_problem(
 
 
 def tabulate(problem: Problem, observe: Observe) -> Problem:
-    """The same problem, looked up, with what is observed of each of its prefixes, those without room for a layer included.
+    """Make the tabular form of a problem, with an observation of every prefix.
 
     It takes as many layer calls as scoring all chains.
 
     Args:
-      problem: a small one.
-      observe: as `jchain.agent.observations.observe`.
+      problem: a problem with few enough chains to score all.
+      observe: what to record of each prefix, as `jchain.agent.observations.observe`.
 
     Raises:
       ValueError: as `make_problem`.
     """
     _check_size(problem.bank, problem.max_layers)
-    seen = _compile_look(find_backend(problem))(problem.without_names(), observe)
+    seen = _observe_all(problem, observe=observe)
     loss = np.where(np.isfinite(seen.loss), seen.loss, np.inf)
     features = np.asarray(seen.features)
     return make_problem(
@@ -177,38 +192,35 @@ def tabulate(problem: Problem, observe: Observe) -> Problem:
 
 
 def _check_size(bank: Bank, max_layers: int) -> None:
-    num_prefixes = chain_lib.count(bank.num_layers, 1, max_layers)
+    num_prefixes = ChainSpace(bank.num_layers, 1, max_layers).num_chains
     if num_prefixes > _MAX_PREFIXES:
         raise ValueError(f"expected at most {_MAX_PREFIXES:,} prefixes, got {num_prefixes:,}")
 
 
-@cache
-def _compile_look(backend: str) -> Any:
-    return jax.jit(_look, static_argnames="observe", compiler_options=compiler_options(backend))
+@jit_for_problem(static_argnames=["observe"])
+def _observe_all(problem: Problem, *, observe: Observe) -> Observation:
+    """Observations of every prefix, `[V, ...]`, in the order of `ChainSpace.enumerate`."""
+    penalty = jnp.broadcast_to(problem.layer_cost, (problem.bank.num_layers,))
 
-
-def _look(problem: Problem, observe: Observe) -> Observation:
-    """Every prefix, `[V, ...]`, in the order of `jchain.chain.enumerate_all`."""
-    price = jnp.broadcast_to(problem.layer_cost, (problem.bank.num_layers,))
-
-    def look_below(hidden: Array, parent: Array, paid: Array, length: int) -> list[Observation]:
-        seen = observe(problem, hidden, parent)
-        levels = [seen._replace(loss=seen.loss + paid)]
+    def observe_tree(hidden: Array, parent: Array, paid: Array, length: int) -> list[Observation]:
+        root = observe(problem, hidden, parent)
+        levels = [root._replace(loss=root.loss + paid)]
         if length < problem.max_layers:
-            children = (apply_all(problem.bank.layers, hidden), paid + price)
-            # The last ones side by side, the others one after another, so that few activations are kept.
+            children = (apply_all(problem.bank.layers, hidden), paid + penalty)
+            # The leaves in one vmap, the levels above in sequence, so that few activations are
+            # kept.
             map_all = (
                 jax.vmap
                 if length + 1 == problem.max_layers
                 else lambda fn: lambda *c: jax.lax.map(lambda a: fn(*a), c)
             )
-            levels += map_all(lambda child, spent: look_below(child, hidden, spent, length + 1))(
+            levels += map_all(lambda child, spent: observe_tree(child, hidden, spent, length + 1))(
                 *children
             )
         return levels
 
     hidden = problem.bank.embed(problem.data.x)
-    levels = look_below(hidden, hidden, jnp.zeros(()), 0)
+    levels = observe_tree(hidden, hidden, jnp.zeros(()), 0)
     flat = [
         jax.tree.map(lambda leaf, depth=depth: leaf.reshape(-1, *leaf.shape[depth:]), level)
         for depth, level in enumerate(levels)
@@ -219,6 +231,6 @@ def _look(problem: Problem, observe: Observe) -> Observation:
 def _replace(
     group: LayerGroup, module: nn.Module, offset: int, entries: Float[Array, "E D"]
 ) -> LayerGroup:
-    """The group with another module, which reads the place of its token among layers or heads."""
+    """The group with a tabular module, whose params are the token, counted from `offset`."""
     tokens = jnp.asarray(group.tokens, jnp.int32)
     return LayerGroup({_TOKEN: tokens - offset, _ENTRY: entries[tokens]}, module, group.tokens)

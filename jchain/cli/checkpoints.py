@@ -1,124 +1,123 @@
-"""The options of `jchain search --checkpoint`, as bank, data and loss."""
+"""The options of `jchain search --checkpoint`: blocks as a bank, and data that judges chains."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
+import optax
 
+from jchain._typing import Array
 from jchain.bank import Bank
-from jchain.data import Dataset
+from jchain.cli.config import SearchConfig
+from jchain.data import SPLITS, Batch, Dataset
 from jchain.hub.checkpoint import CONFIG, read_json
 from jchain.hub.datasets import choice_accuracy, choice_loss, load_choices, load_images, load_text
 from jchain.hub.loading import load_many
-from jchain.hub.wrapping import Restart
 
-# Examples of train, search, select and test where no sizes are given, at most: a layer call is of all sequences of a split.
+# Most examples of train, search, select, and test if no sizes are given: a layer call processes
+# all sequences of a split.
 SIZES = (64, 64, 64, 256)
-# Tokens of a sequence where no length is given, or as many as the model has positions.
+# Tokens of a sequence if no length is given, or as many as the model has positions.
 LENGTH = 128
-KINDS = ("text", "choices", "data")
 
 
-class Task(NamedTuple):
-    """What chains of pretrained blocks are searched for."""
+class JudgedData(NamedTuple):
+    """Splits, and how the outputs of a chain are judged on them."""
 
     data: Dataset
-    options: dict[str, Any]  # of `Problem`: how it is judged
+    loss_fn: Callable[[Array, Array], Array] = optax.softmax_cross_entropy_with_integer_labels
+    accuracy_fn: Callable[[Array, Array], Array] | None = None
 
 
-def load_task(config: Mapping[str, Any]) -> Task:
-    """Splits and loss, by the first checkpoint.
+def load_data(config: SearchConfig) -> JudgedData:
+    """Splits and loss, read as the first checkpoint needs them.
 
     Raises:
-      ValueError: not one of text, choices and data is given, or as the function that reads them.
-      FileNotFoundError, OSError, ImportError: likewise.
+      ValueError: not exactly one of text, choices, and data is given, or as the function that
+        reads it.
+      OSError, ImportError: as the function that reads it.
     """
-    given = [kind for kind in KINDS if config.get(kind)]
-    if len(given) != 1:
+    kinds = {"text": config.text, "choices": config.choices, "data": config.data}
+    given = [kind for kind, value in kinds.items() if value]
+    if len(given) != 1 or not config.checkpoint:
         raise ValueError(
-            f"expected one of --text, --choices and --data with --checkpoint, got {', '.join(given) or 'none'}"
+            "expected one of --text, --choices and --data with --checkpoint, got "
+            f"{', '.join(given) or 'none'}"
         )
-    checkpoint, seed, sizes = config["checkpoint"][0], config["seed"], config.get("sizes")
-    length = config.get("length")
-    if length is not None and (length < 1 or config.get("data")):
-        raise ValueError(f"expected --length of at least 1, and none with --data, got {length}")
-    if config.get("data"):
-        most = None if sizes is not None else SIZES
-        data_dir = config.get("data_dir")
-        return Task(
-            load_images(
-                checkpoint, config["data"], seed, sizes=sizes, most=most, data_dir=data_dir
-            ),
-            {},
+    if config.length is not None and (config.length < 1 or config.data):
+        raise ValueError(
+            f"expected --length of at least 1, and none with --data, got {config.length}"
         )
-    if config.get("choices"):
+    checkpoint, seed = config.checkpoint[0], config.seed
+    if config.data:
+        most = None if config.sizes is not None else SIZES
+        data_dir = config.data_dir
+        images = load_images(
+            checkpoint, config.data, seed, sizes=config.sizes, most=most, data_dir=data_dir
+        )
+        return JudgedData(images)
+    if config.choices:
+        file, length = config.choices, config.length
+        questions = _load_at_most(
+            lambda sizes: load_choices(checkpoint, file, length=length, seed=seed, sizes=sizes),
+            config.sizes,
+        )
+        return JudgedData(questions, choice_loss, choice_accuracy)
+    files, length = config.text or (), config.length or _choose_length(Path(checkpoint))
+    text = _load_at_most(
+        lambda sizes: load_text(checkpoint, files, length=length, seed=seed, sizes=sizes),
+        config.sizes,
+    )
+    return JudgedData(text)
 
-        def read(sizes: Any) -> Dataset:
-            return load_choices(
-                checkpoint, config["choices"], length=length, seed=seed, sizes=sizes
-            )
 
-        return Task(_cap(read, sizes), {"loss_fn": choice_loss, "accuracy_fn": choice_accuracy})
-
-    options = read_json(Path(checkpoint) / CONFIG)
+def _choose_length(checkpoint: Path) -> int:
+    options = read_json(checkpoint / CONFIG)
     positions = options.get("n_positions") or options.get("max_position_embeddings")
-    # One that is no number is refused by `load_text`.
-    default = min(LENGTH, positions) if isinstance(positions, int) and positions > 0 else LENGTH
-
-    def read(sizes: Any) -> Dataset:
-        return load_text(
-            checkpoint, config["text"], length=length or default, seed=seed, sizes=sizes
-        )
-
-    return Task(_cap(read, sizes), {})
+    # `load_text` refuses a model whose positions are not a number.
+    return min(LENGTH, positions) if isinstance(positions, int) and positions > 0 else LENGTH
 
 
-def _cap(read: Any, sizes: Any) -> Dataset:
+def _load_at_most(
+    load_fn: Callable[[Sequence[int] | None], Dataset], sizes: Sequence[int] | None
+) -> Dataset:
     if sizes is not None:
-        return read(sizes)
-    data = read(None)
+        return load_fn(sizes)
+    data = load_fn(None)
     splits = {
-        name: type(batch)(batch.x[:most], batch.y[:most])
-        for name, batch, most in zip(
-            ("train", "search", "select", "test"), data[:4], SIZES, strict=True
-        )
+        name: Batch(batch.x[:most], batch.y[:most])
+        for name, batch, most in zip(SPLITS, data[:4], SIZES, strict=True)
     }
     return data._replace(**splits)
 
 
-def load_bank(config: Mapping[str, Any]) -> Bank:
+def load_bank(config: SearchConfig) -> Bank:
     """The blocks of the checkpoints.
 
     Raises:
-      As `jchain.hub.load_many`.
+      ValueError, OSError: as `jchain.hub.load_many`.
     """
+    paths = list(config.checkpoint or ())
+    first, last = config.pinned or (0, 0)
     return load_many(
-        config["checkpoint"],
-        dtype=config.get("dtype") and jnp.dtype(config["dtype"]),
-        names=name_models(config["checkpoint"]),
-        pinned=tuple(config["pinned"]),
+        paths,
+        dtype=None if config.dtype is None else jnp.dtype(config.dtype),
+        names=name_models(paths),
+        pinned=(first, last),
     )
 
 
-def name_models(paths: list[str]) -> list[str]:
-    """The last parts of the paths, as many as it takes to tell them apart."""
+def name_models(paths: Sequence[str]) -> list[str]:
+    """The last parts of the paths, as many as it takes to tell them apart.
+
+    Raises:
+      ValueError: two paths are equal.
+    """
     parts = [Path(os.path.abspath(path)).parts for path in paths]
     for num in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-num:]) for part in parts]
         if len(set(names)) == len(names):
             return names
     raise ValueError(f"expected different checkpoints, got {', '.join(map(str, paths))}")
-
-
-def price_layers(bank: Bank, cost: float) -> Any:
-    """The price of a layer, or where there are embeddings, which are no block and have none, of each layer."""
-    if cost == 0 or not any(isinstance(group.module, Restart) for group in bank.layers):
-        return cost
-    prices = np.full(bank.num_layers, cost, np.float32)
-    for group in bank.layers:
-        if isinstance(group.module, Restart):
-            prices[list(group.tokens)] = 0.0
-    return prices

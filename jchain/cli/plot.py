@@ -2,21 +2,21 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from jchain.cli.records import SweepRow
 from jchain.files import write_atomically
 from jchain.gradient.layer_report import LayerReport
 from jchain.search.base import Curve
 
 
 def plot_curve(path: str | os.PathLike[str], curve: Curve, levels: Mapping[str, float]) -> None:
-    """Best loss against layer calls as a PNG.
+    """Draw the best loss against layer calls as a PNG.
 
     Args:
       path: where to write.
-      curve: of one run.
+      curve: the curve of one run.
       levels: losses to compare with, by name, drawn as horizontal lines.
     """
     from matplotlib.figure import Figure
@@ -39,12 +39,12 @@ def plot_curve(path: str | os.PathLike[str], curve: Curve, levels: Mapping[str, 
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
 
 
-def plot_sweep(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Loss on test against the number of layers, of what was found and of recipes, as a PNG.
+def plot_sweep(path: str | os.PathLike[str], rows: Sequence[SweepRow]) -> None:
+    """Draw the loss on `test` against the number of layers, found and by recipe, as a PNG.
 
     Args:
       path: where to write.
-      rows: `sweep` of the result of `jchain search --sweep`.
+      rows: `sweep` of the record of `jchain search --sweep`.
     """
     from matplotlib.figure import Figure
 
@@ -70,14 +70,15 @@ def plot_sweep(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) 
 
 
 def plot_layers(path: str | os.PathLike[str], reports: Sequence[LayerReport]) -> None:
-    """What the gradient says of each layer of a chain, as a PNG: totals by layer, and importance by weight index.
+    """Draw totals by layer, and importance by weight index, as a PNG.
 
     Args:
       path: where to write.
-      reports: of `jchain.gradient.layer_report.report_layers`; layers must have tensors of the same names and shapes.
+      reports: from `jchain.gradient.layer_report.report_layers`; all layers must have tensors of
+        the same names and shapes.
 
     Raises:
-      ValueError: there is no layer, or tensors differ.
+      ValueError: there is no layer, or the tensors differ.
     """
     from matplotlib.figure import Figure
 
@@ -87,7 +88,8 @@ def plot_layers(path: str | os.PathLike[str], reports: Sequence[LayerReport]) ->
     }
     if len(shapes) != 1:
         raise ValueError(
-            f"expected layers, at least one, with tensors of the same names and shapes, got {len(shapes)} kinds"
+            "expected layers, at least one, with tensors of the same names and shapes, got "
+            f"{len(shapes)} kinds"
         )
     names = [f"{report.slot}: {report.name}" for report in reports]
     totals = [report.reduce()[""] for report in reports]
@@ -95,8 +97,8 @@ def plot_layers(path: str | os.PathLike[str], reports: Sequence[LayerReport]) ->
     figure = Figure(
         figsize=(11, 2.2 + 0.45 * len(reports) * (1 + len(tensors) / 2)), layout="constrained"
     )
-    halves: Any = figure.subfigures(2, height_ratios=[1, max(1, (len(tensors) + 1) // 2)])
-    top, below = halves
+    heights = [1, max(1, (len(tensors) + 1) // 2)]
+    top, below = figure.subfigures(2, height_ratios=heights)  # pyright: ignore[reportGeneralTypeIssues]
     labels = {
         "weights": "root mean square weight",
         "gradient": "root mean square gradient",
@@ -107,7 +109,7 @@ def plot_layers(path: str | os.PathLike[str], reports: Sequence[LayerReport]) ->
     for axes, (key, label) in zip(bars, labels.items(), strict=True):
         axes.barh(names, [total[key] for total in totals])
         axes.set(xlabel=label)
-    # The first slot on top; of all four, which share the axis.
+    # The first slot on top; the four axes share their limits.
     bars[0].invert_yaxis()
     panels = below.subplots(-(-len(tensors) // 2), 2, squeeze=False).ravel()
     for axes, name in zip(panels, tensors, strict=False):

@@ -2,6 +2,8 @@
 
 from jchain.engine import distributed, score_cache
 from jchain.engine.backend import compiler_options
+from jchain.engine.blocks import Blocks, Share
+from jchain.engine.depth_first import DepthFirst
 from jchain.engine.evaluate import (
     Evaluation,
     Explanation,
@@ -12,15 +14,15 @@ from jchain.engine.evaluate import (
     explain,
 )
 from jchain.engine.fused_kernel import Fused
-from jchain.engine.plans import Blocks, Share, Walk, choose_plan
+from jchain.engine.plans import choose_plan
 
 __all__ = [
     "Blocks",
+    "DepthFirst",
     "Evaluation",
     "Explanation",
     "Fused",
     "Share",
-    "Walk",
     "apply_chain",
     "choose_plan",
     "compiler_options",

@@ -1,4 +1,4 @@
-"""Where programs run, and how they are compiled for it."""
+"""Where programs run, how they are compiled for it, and how much memory they may use."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -15,20 +15,32 @@ from jchain.pytree import is_concrete
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Share of the device's memory that is used where no limit is given. Not of what is free at the moment, which would make
-# another plan, and a new trace, of the same call.
+# Share of the total memory that is used if no limit is given. Free memory would vary between calls,
+# so that the same call could get another plan and be traced again.
 _MEMORY_SHARE = 0.25
 _CPU_INFO = Path("/proc/cpuinfo")
+# Memory limits of a container: cgroup v2, then v1.
+_CGROUP_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 
 
 @cache
 def compiler_options(backend: str) -> dict[str, str]:
-    """Options for `jax.jit` around an evaluation, as `evaluate` itself passes them where it is not traced.
+    """Options for a `jax.jit` around an evaluation.
 
-    XLA hands products and convolutions of 24 channels or more to YNNPACK on CPU, which on x86 takes longer than its Eigen
-    kernels. With AVX2: 3x3 of 32 channels on 32x32 10.8 and 5.7 ms, 512 chains of 64-wide MLPs 140 and 115 ms. With
-    AVX-512: 128 chains of such convolutions 2.6 and 1.5 s, of MLPs 39 and 33 ms, and of 512-wide ones alike. So only
-    reductions are left to it there; other processors keep XLA's choice.
+    `evaluate` passes them itself unless it is called inside another transformation.
+
+    On CPU, XLA gives matrix products and convolutions of 24 or more channels to YNNPACK. On x86 its
+    kernels are slower than XLA's Eigen kernels. With AVX2: 10.8 against 5.7 ms for a 3x3
+    convolution of 32 channels on 32x32, and 140 against 115 ms for 512 chains of 64-wide MLPs.
+    With AVX-512: 2.6 against 1.5 s for 128 chains of such convolutions, 39 against 33 ms for MLPs,
+    and no difference for 512-wide MLPs. So YNNPACK gets only reductions there. Other processors
+    keep XLA's default.
+
+    Args:
+      backend: the platform, as `jax.default_backend()` names it.
     """
     flags = _CPU_INFO.read_text() if backend == "cpu" and _CPU_INFO.exists() else ""
     if "avx2" not in flags:
@@ -36,16 +48,22 @@ def compiler_options(backend: str) -> dict[str, str]:
     options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
     try:
         jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:  # a jaxlib that does not know this experimental option
+    except jax.errors.JaxRuntimeError:  # this jaxlib does not have the experimental option
         return {}
     return options
 
 
 def find_backend(problem: Problem, *arrays: PyTree) -> str:
-    """The platform of the devices on which a problem and other arrays lie, else the default one.
+    """Return the platform of the devices that hold a problem and other arrays.
+
+    It is JAX's default platform if no array is committed to a device.
+
+    Args:
+      problem: bank, split, loss.
+      *arrays: pytrees of arrays. Traced arrays are ignored.
 
     Raises:
-      ValueError: they lie on different devices.
+      ValueError: the arrays lie on different devices.
     """
     devices = {
         frozenset(leaf.devices())
@@ -62,27 +80,46 @@ def find_backend(problem: Problem, *arrays: PyTree) -> str:
 
 
 def default_memory_limit() -> int:
-    """A quarter of the memory of the first local device, in bytes."""
+    """Return a quarter of the memory of the first local device, in bytes.
+
+    On CPU that is a quarter of the machine's memory, or of the container's limit if it is lower.
+    """
     stats = jax.local_devices()[0].memory_stats()
-    total = (
-        stats["bytes_limit"] if stats else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    )
+    total = stats["bytes_limit"] if stats else min([_find_host_memory(), *_read_cgroup_limits()])
     return int(total * _MEMORY_SHARE)
+
+
+def _find_host_memory() -> int:
+    """The machine's memory in bytes."""
+    try:
+        import psutil
+    except ImportError:  # evaluation must run without it
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return psutil.virtual_memory().total
+
+
+def _read_cgroup_limits() -> list[int]:
+    """The memory limits of this container in bytes."""
+    texts = [path.read_text().strip() for path in _CGROUP_LIMITS if os.access(path, os.R_OK)]
+    # Version 2 writes "max" if there is no limit.
+    return [int(text) for text in texts if text.isdigit()]
 
 
 def jit_for_problem(
     static_argnames: Sequence[str] = (),
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorator: `jax.jit` for a function of a problem, with the compiler options of the problem's backend.
+    """Decorate a function of a problem: `jax.jit` with compiler options for the problem's backend.
 
-    Names are dropped from the problem, so that banks that differ only in names share one program. Inside another
-    transformation the options are left out, because only the outermost `jit` may have them.
+    Names are dropped from the problem, so that banks that differ only in names share one program.
+    Inside another transformation the options are left out, because only the outermost `jit` may
+    have them.
 
     Args:
-      static_argnames: as for `jax.jit`; these arguments must be passed by keyword.
+      static_argnames: as for `jax.jit`. Pass these arguments by keyword, and the problem by
+        position.
 
     Raises:
-      ValueError: by the function returned: its arrays lie on different devices.
+      ValueError: raised by the decorated function if its arrays lie on different devices.
     """
 
     def decorate(fn: Callable[P, T]) -> Callable[P, T]:
@@ -95,7 +132,8 @@ def jit_for_problem(
         def call(*args: P.args, **kwargs: P.kwargs) -> T:
             bare = tuple(arg.without_names() if isinstance(arg, Problem) else arg for arg in args)
             problem = next(arg for arg in bare if isinstance(arg, Problem))
-            backend = find_backend(problem, bare) if is_concrete(bare) else None
+            others = [arg for arg in bare if arg is not problem]
+            backend = find_backend(problem, others) if is_concrete(bare) else None
             return compile_for(backend)(*bare, **kwargs)  # pyright: ignore[reportCallIssue]
 
         return call

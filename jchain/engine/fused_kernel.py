@@ -1,8 +1,9 @@
 """A fused kernel for banks of small layers: a tile of examples stays on chip through a whole chain.
 
-For small layers an accelerator is bound by the activations that travel between layers, which this avoids; in turn no prefix
-is shared. **Not measured on an accelerator yet**: it has only run in Pallas' interpreter on CPU, where it is tested and slow,
-so no default chooses it. Pass it as `plan=` to measure it yourself.
+For small layers, an accelerator is limited by the traffic of activations between layers. This
+kernel avoids that traffic, but shares no prefix. **Its speed on an accelerator is not known yet**:
+it has only run in Pallas' interpreter on CPU, which is slow. So `choose_plan` never chooses it:
+pass it as `plan=`.
 """
 
 from dataclasses import dataclass
@@ -12,20 +13,24 @@ import jax
 import jax.numpy as jnp
 
 from jchain._typing import Array
+from jchain.engine.layer_calls import ArrayShape
 from jchain.engine.prefix_sharing import SortedChains, pad_to_multiple
 from jchain.problem import Problem
 
 
 @dataclass(frozen=True)
 class Fused:
-    """A plan (see `jchain.engine`): one Pallas program for each chain and tile of examples.
+    """A plan with one Pallas program for each chain and tile of examples.
 
-    The bank must have one group of layers, on features `[B, F]`, and one of heads. The weights of the whole bank are at
-    hand in every program and are read by token. Another bank is refused with a ValueError.
+    The bank must have one group of layers, on features `[B, F]`, and one group of heads. Every
+    program gets the weights of the whole bank and reads those of its tokens.
 
     Attributes:
       tile: examples in a program; a power of two for GPUs.
-      block_size: chains whose last activations are kept before the heads read them.
+      block_size: chains whose last activations are kept for the heads.
+
+    Raises:
+      ValueError: tile or block_size is less than 1.
     """
 
     tile: int = 128
@@ -37,29 +42,35 @@ class Fused:
                 f"expected tile and block_size of at least 1, got {self.tile} and {self.block_size}"
             )
 
-    def count_bytes(self, problem: Problem, hidden: Any) -> int:
+    def count_bytes(self, problem: Problem, hidden: ArrayShape) -> int:
+        """Estimate activations in bytes."""
         del problem
         return 2 * self.block_size * hidden.size * hidden.dtype.itemsize
 
-    def measure(
+    def evaluate(
         self, problem: Problem, hidden: Array, population: SortedChains
     ) -> tuple[Array, Array]:
+        """Return loss, without the layer penalty, and accuracy of sorted chains, `[P]` each.
+
+        Raises:
+          ValueError: the bank has several groups of layers or heads, or its features are not `[F]`.
+        """
         groups = (len(problem.bank.layers), len(problem.bank.heads))
         if groups != (1, 1) or hidden.ndim != 2:
             raise ValueError(
-                f"expected one group of layers on features [B, F] and one of heads for a fused kernel, got {groups[0]} "
-                f"and {groups[1]} on {list(hidden.shape)}"
+                "expected one group of layers on features [B, F] and one of heads for a fused "
+                f"kernel, got {groups[0]} and {groups[1]} on {list(hidden.shape)}"
             )
         head_group = problem.bank.heads[0]
         num_chains = population.chains.shape[0]
         size = min(self.block_size, num_chains)
         chains, length, _ = pad_to_multiple(population, size)
         head = jnp.take_along_axis(chains, length[:, None], axis=1)[:, 0] - problem.bank.num_layers
-        # Tokens are places in the group: there is one.
+        # There is one group, so its places are a permutation of the tokens.
         place_of = jnp.argsort(jnp.asarray(head_group.tokens))
         blocks = [a.reshape(-1, size, *a.shape[1:]) for a in (chains, length, place_of[head])]
 
-        def measure_block(block: Any) -> tuple[Array, Array]:
+        def evaluate_block(block: list[Array]) -> tuple[Array, Array]:
             chains, length, head = block
             last = _run_chains(self.tile, problem, hidden, chains, length)
             return jax.vmap(lambda head, h: problem.compute_metrics(head_group.apply(head, h)))(
@@ -67,12 +78,12 @@ class Fused:
             )
 
         return jax.tree.map(
-            lambda a: a.reshape(-1)[:num_chains], jax.lax.map(measure_block, blocks)
+            lambda a: a.reshape(-1)[:num_chains], jax.lax.map(evaluate_block, blocks)
         )
 
 
 def _run_chains(tile: int, problem: Problem, hidden: Array, chains: Array, length: Array) -> Array:
-    """The activations behind the last layer of each chain, `[C, B, F]`."""
+    """The activations after the last layer of each chain, `[C, B, F]`."""
     from jax.experimental import pallas as pl
 
     group = problem.bank.layers[0]
@@ -83,17 +94,14 @@ def _run_chains(tile: int, problem: Problem, hidden: Array, chains: Array, lengt
     num_chains, num_slots = chains.shape
     padded = jnp.pad(hidden, ((0, -num_examples % tile), (0, 0)))
 
-    def run(chain_ref: Any, length_ref: Any, x_ref: Any, *refs: Any) -> None:
-        *weight_refs, out_ref = refs
+    def run(*refs: Any) -> None:  # Pallas has no public type of its references
+        chain_ref, length_ref, x_ref, *weight_refs, out_ref = refs
 
         def call(t: Array, h: Array) -> Array:
             member = jax.tree.unflatten(structure, [ref[chain_ref[0, t]] for ref in weight_refs])
             return group.module.apply({"params": member}, h)  # pyright: ignore[reportReturnType]
 
         out_ref[0] = jax.lax.fori_loop(0, length_ref[0], call, x_ref[...])
-
-    def whole(leaf: Array) -> Any:
-        return pl.BlockSpec(leaf.shape, lambda i, j: (0,) * leaf.ndim)
 
     out = pl.pallas_call(
         run,
@@ -102,7 +110,10 @@ def _run_chains(tile: int, problem: Problem, hidden: Array, chains: Array, lengt
             pl.BlockSpec((1, num_slots), lambda i, j: (i, 0)),
             pl.BlockSpec((1,), lambda i, j: (i,)),
             pl.BlockSpec((tile, num_features), lambda i, j: (j, 0)),
-            *map(whole, leaves),
+            *(
+                pl.BlockSpec(leaf.shape, lambda i, j, leaf=leaf: (0,) * leaf.ndim)
+                for leaf in leaves
+            ),
         ],
         out_specs=pl.BlockSpec((1, tile, num_features), lambda i, j: (i, j, 0)),
         out_shape=jax.ShapeDtypeStruct((num_chains, *padded.shape), hidden.dtype),

@@ -1,52 +1,88 @@
-"""Calls of layers and heads: of one, of all of a group, of heads in parts; and what a call takes."""
+"""Calls of layers and heads, and estimates of the memory that a call takes."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Protocol, TypeVar, runtime_checkable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from jchain._typing import Array, Int, PyTree
 from jchain.groups import LayerGroup
 from jchain.problem import Problem
 
-# Outputs of one call of a head, as the logits of a large vocabulary, beyond which examples go through it in parts; in bytes.
+T = TypeVar("T")
+# Activations, or only their shape and dtype.
+ArrayShape = jax.Array | jax.ShapeDtypeStruct
+
+# Bytes that one call of a head may return, for example the logits of a large vocabulary. Above
+# this, examples are split into parts.
 _OUTPUT_LIMIT = 2**26
 
 
+@runtime_checkable
+class HasShape(Protocol):
+    """An array, a `jax.ShapeDtypeStruct`, or an abstract value of a jaxpr."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+
 def apply_token(groups: tuple[LayerGroup, ...], token: Int[Array, ""], hidden: Array) -> Array:
-    """The member of `groups` with this token, applied to a batch: one layer call (or head call)."""
+    """Apply one layer (or head) to a batch: one layer call (or head call).
+
+    Args:
+      groups: the layers or the heads of a bank.
+      token: the layer or head to apply.
+      hidden: its input, `[B, ...F]`.
+    """
     group_of, member_of = locate(groups)
     branches = [partial(group.apply, member_of[token]) for group in groups]
     return jax.lax.switch(group_of[token], branches, hidden)
 
 
 def apply_all(groups: tuple[LayerGroup, ...], hidden: Array) -> Array:
-    """Every member of `groups` applied to one batch, `[E, B, ...G]` in the order of tokens: as many layer (or head) calls."""
-    made: list[Any] = []
+    """Apply every layer (or head) to the same batch: one layer call (or head call) each.
+
+    Args:
+      groups: the layers or the heads of a bank.
+      hidden: their input, `[B, ...F]`.
+
+    Returns:
+      Outputs in the order of the tokens, `[E, B, ...G]`.
+    """
+    outputs: list[Array] = []
     for group in groups:
 
-        def call(params: PyTree, module: nn.Module = group.module) -> Any:
-            return module.apply({"params": params}, hidden)
+        def call(params: PyTree, module: nn.Module = group.module) -> Array:
+            return module.apply({"params": params}, hidden)  # pyright: ignore[reportReturnType]
 
         if count_convolutions(group, hidden) > 1:
-            # All but the first would become grouped convolutions, up to twice as slow on CPU as one member at a time.
+            # Under vmap all but the first convolution become grouped ones, which take up to twice
+            # as long on CPU as one layer at a time.
             one_by_one = partial(jax.lax.map, call)
-            made.append(
+            outputs.append(
                 jax.lax.platform_dependent(group.params, cpu=one_by_one, default=jax.vmap(call))
             )
         else:
-            # A module without params has none to take their number from.
-            made.append(jax.vmap(call, axis_size=len(group.tokens))(group.params))
+            # A module without params has no leaf from which vmap could read the axis size.
+            outputs.append(jax.vmap(call, axis_size=len(group.tokens))(group.params))
     order = np.argsort([token for group in groups for token in group.tokens])
-    return made[0] if len(made) == 1 else jnp.concatenate(made)[order]
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)[order]
 
 
 def locate(groups: tuple[LayerGroup, ...]) -> tuple[Int[Array, "E"], Int[Array, "E"]]:
-    """Group and place in the group of each token; -1 for tokens of none of these groups."""
+    """Return the group of each token and its place in the group; -1 for tokens of other groups.
+
+    Args:
+      groups: the layers or the heads of a bank.
+    """
     size = 1 + max(token for group in groups for token in group.tokens)
     group_of, member_of = np.full(size, -1), np.full(size, -1)
     for i, group in enumerate(groups):
@@ -58,58 +94,88 @@ def locate(groups: tuple[LayerGroup, ...]) -> tuple[Int[Array, "E"], Int[Array, 
 def evaluate_heads(
     problem: Problem, call: Callable[[Array], Array], hidden: Array
 ) -> tuple[Array, Array]:
-    """Loss, without price, and accuracy `[W]` of the outputs that `call` makes of activations `[W, B, ...F]`.
+    """Return loss, without the layer penalty, and accuracy of head calls, `[W]` each.
 
-    Examples go through it in parts where outputs would be large, and what is returned is the mean of the parts by their size.
+    If the outputs are large, examples are processed in parts, and the results are the mean over the
+    parts, weighted by their size.
+
+    Args:
+      problem: labels and loss.
+      call: maps activations `[W, B, ...F]` to outputs `[W, B, ...]`.
+      hidden: activations, `[W, B, ...F]`.
     """
-    width, num = hidden.shape[:2]
+    width, num_examples = hidden.shape[:2]
     size = find_part(problem, hidden[0], width)
 
-    def measure(rows: Array) -> tuple[Array, Array]:
+    def evaluate_part(rows: Array) -> tuple[Array, Array]:
         return jax.vmap(problem.take(rows).compute_metrics)(call(hidden[:, rows]))
 
-    if size == num:
+    if size == num_examples:
         return jax.vmap(problem.compute_metrics)(call(hidden))
-    found, rest = map_parts(measure, num, size)
-    found = jax.tree.map(lambda a: a.sum(axis=0) * size, found)
+    results, rest = map_parts(evaluate_part, num_examples, size)
+    results = jax.tree.map(lambda a: a.sum(axis=0) * size, results)
     if rest is not None:
-        found = jax.tree.map(lambda a, b: a + num % size * b, found, rest)
-    return jax.tree.map(lambda a: a / num, found)
+        results = jax.tree.map(lambda a, b: a + num_examples % size * b, results, rest)
+    return jax.tree.map(lambda a: a / num_examples, results)
 
 
-def map_parts(run: Callable[[Int[Array, "_"]], Any], num: int, size: int) -> tuple[Any, Any]:
-    """What `run` makes of the indices of so many of `num` examples at a time, stacked, and of those left over, None for none."""
+def map_parts(run: Callable[[Int[Array, "_"]], T], num: int, size: int) -> tuple[T, T | None]:
+    """Apply a function to the indices of `num` examples, `size` at a time.
+
+    Args:
+      run: maps indices of examples to a pytree of arrays.
+      num: the number of examples.
+      size: the number of examples in a part.
+
+    Returns:
+      The results of the full parts, stacked, and that of the examples left over, None if there are
+      none.
+    """
     whole = jax.lax.map(lambda start: run(start + jnp.arange(size)), jnp.arange(num // size) * size)
     rest = num % size
     return whole, run(num - rest + jnp.arange(rest)) if rest else None
 
 
-def find_part(problem: Problem, hidden: Any, width: int) -> int:
-    """How many examples of `width` chains go through a head at a time; `hidden` is that of one."""
+def find_part(problem: Problem, hidden: ArrayShape, width: int) -> int:
+    """Return how many examples one call of heads takes, so that its outputs fit the limit.
+
+    Args:
+      problem: the heads.
+      hidden: activations of one chain, `[B, ...F]`.
+      width: the number of chains in the call.
+    """
     parts = -(-width * nbytes(find_outputs(problem, hidden)) // _OUTPUT_LIMIT)
     return max(1, hidden.shape[0] // max(1, parts))
 
 
-def find_outputs(problem: Problem, hidden: Any) -> Any:
-    """Shape and dtype of what heads return."""
+def find_outputs(problem: Problem, hidden: ArrayShape) -> jax.ShapeDtypeStruct:
+    """Return the shape and dtype of a head's outputs."""
     return jax.eval_shape(
         lambda problem, hidden: problem.bank.heads[0].apply(0, hidden), problem, hidden
     )
 
 
-def find_call_bytes(groups: tuple[LayerGroup, ...], hidden: Any) -> int:
-    """An estimate of the temporaries of one call: twice the largest array that one of these makes."""
-    made = [
+def empty_results(problem: Problem, hidden: ArrayShape, size: int) -> tuple[Array, Array]:
+    """Return zeros in place of loss and accuracy, `[size]` each, with the dtypes of the problem."""
+    results = jax.eval_shape(
+        lambda h: problem.compute_metrics(problem.bank.heads[0].apply(0, h)), hidden
+    )
+    return jax.tree.map(lambda a: jnp.zeros(size, a.dtype), results)
+
+
+def find_call_bytes(groups: tuple[LayerGroup, ...], hidden: ArrayShape) -> int:
+    """Estimate the temporaries of one call in bytes: twice the largest array that a layer makes."""
+    avals = [
         var.aval
         for group in groups
         for equation in _trace(group, hidden)
         for var in equation.outvars
     ]
-    return 2 * max((nbytes(aval) for aval in made), default=0)
+    return 2 * max((nbytes(aval) for aval in avals), default=0)  # pyright: ignore[reportArgumentType]
 
 
-def find_head_bytes(problem: Problem, hidden: Any, width: int) -> int:
-    """An estimate of the temporaries of a call of heads for so many chains."""
+def find_head_bytes(problem: Problem, hidden: ArrayShape, width: int) -> int:
+    """Estimate the temporaries of a call of heads for `width` chains, in bytes."""
     rows = find_part(problem, hidden, width)
     return width * find_call_bytes(
         problem.bank.heads, jax.ShapeDtypeStruct((rows, *hidden.shape[1:]), hidden.dtype)
@@ -117,22 +183,24 @@ def find_head_bytes(problem: Problem, hidden: Any, width: int) -> int:
 
 
 def find_member_bytes(group: LayerGroup) -> int:
+    """Return the size of the weights of one layer of a group, in bytes."""
     return sum(nbytes(leaf) for leaf in jax.tree.leaves(group.params)) // len(group.tokens)
 
 
-def count_convolutions(group: LayerGroup, hidden: Any) -> int:
+def count_convolutions(group: LayerGroup, hidden: ArrayShape) -> int:
+    """Return the number of convolutions in one layer of a group."""
     return sum(
         equation.primitive.name == "conv_general_dilated" for equation in _trace(group, hidden)
     )
 
 
-def _trace(group: LayerGroup, hidden: Any) -> list[Any]:
-    """The equations of one call."""
+def _trace(group: LayerGroup, hidden: ArrayShape) -> list[JaxprEqn]:
+    """The equations of one call, those of inner jaxprs too."""
     member = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), group)
     return [*_equations(jax.make_jaxpr(lambda group, x: group.apply(0, x))(member, hidden).jaxpr)]
 
 
-def _equations(jaxpr: Any) -> Iterator[Any]:
+def _equations(jaxpr: Jaxpr | ClosedJaxpr) -> Iterator[JaxprEqn]:
     for equation in jaxpr.eqns:
         yield equation
         for inner in jax.tree.leaves(equation.params, is_leaf=lambda value: hasattr(value, "eqns")):
@@ -140,5 +208,6 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
                 yield from _equations(inner)
 
 
-def nbytes(x: Any) -> int:
+def nbytes(x: HasShape) -> int:
+    """Return the size of an array in bytes."""
     return int(np.prod(x.shape)) * x.dtype.itemsize

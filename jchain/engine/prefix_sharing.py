@@ -1,7 +1,8 @@
 """Which calls a population needs: chains that share a prefix share its nodes.
 
-A *node* is a (prefix, layer) of the population, so one layer call. Sorted chains have their shared prefixes side by side:
-chain `i` adds exactly the nodes from the first slot in which it differs from chain `i - 1`.
+A *node* is a distinct (prefix, layer) of the population: one layer call. In sorted chains, shared
+prefixes are adjacent: chain `i` adds exactly the nodes from the first slot in which it differs from
+chain `i - 1`.
 """
 
 from typing import NamedTuple
@@ -14,27 +15,36 @@ from jchain._typing import Array, Bool, Int
 
 
 class SortedChains(NamedTuple):
-    """Chains in the order of their tokens."""
+    """Chains sorted by their tokens."""
 
     chains: Int[Array, "P L"]  # [P, L]
-    length: Int[Array, "P"]  # [P], layers of each
-    first_new: Int[
-        Array, "P"
-    ]  # [P], the first slot that differs from the chain before; L where they are equal
+    length: Int[Array, "P"]  # [P], number of layers
+    # [P], the first slot that differs from the chain before; L if they are equal
+    first_new: Int[Array, "P"]
 
 
 class Batches(NamedTuple):
-    """Rows that call the same thing, side by side and cut into batches of fixed widths."""
+    """Rows grouped by what they call, and cut into batches of fixed widths."""
 
-    order: Int[Array, "C"]  # [C], the rows, those that call something first
+    order: Int[Array, "C"]  # [C], the rows, those with a call first
     position: Int[Array, "C"]  # [C], place of each row in `order`
-    # By group and width: where in `order` its batches start (what stands behind the last means nothing), and how many.
+    # By group and width: where in `order` the batches start (entries after the last batch are
+    # undefined), and the number of batches.
     starts: tuple[tuple[Int[Array, "C"], ...], ...]  # [C] each
     counts: tuple[tuple[Int[Array, ""], ...], ...]
 
 
 def sort_chains(chains: Int[Array, "P L"], num_layers: int) -> tuple[SortedChains, Int[Array, "P"]]:
-    """The sorted chains, and for each of the given ones the first sorted one that equals it."""
+    """Sort chains by their tokens.
+
+    Args:
+      chains: tokens, `[P, L]`.
+      num_layers: layers in the bank, N.
+
+    Returns:
+      The sorted chains, and for each given chain the place of the first sorted chain that equals
+      it, `[P]`.
+    """
     num_chains, num_slots = chains.shape
     *columns, order = jax.lax.sort(
         [*chains.T.astype(jnp.int32), jnp.arange(num_chains)], num_keys=num_slots, is_stable=True
@@ -48,7 +58,12 @@ def sort_chains(chains: Int[Array, "P L"], num_layers: int) -> tuple[SortedChain
 
 
 def pad_to_multiple(population: SortedChains, number: int) -> SortedChains:
-    """The chains, the last one repeated up to a multiple of `number`: it has no new node, so this costs nothing."""
+    """Pad with the last chain to a multiple of `number`. Repeats have no new node: they are free.
+
+    Args:
+      population: sorted chains.
+      number: the number of chains becomes a multiple of this.
+    """
     num_chains, num_slots = population.chains.shape
     num_padding = -num_chains % number
     return SortedChains(
@@ -59,7 +74,10 @@ def pad_to_multiple(population: SortedChains, number: int) -> SortedChains:
 
 
 def find_first_new(chains: Int[Array, "P L"]) -> Int[Array, "P"]:
-    """The first slot in which each sorted chain differs from the one before it: 0 for the first, L where they are equal."""
+    """Return the first slot in which each sorted chain differs from the one before it.
+
+    It is 0 for the first chain, and L if the two are equal.
+    """
     num_slots = chains.shape[1]
     is_new = jnp.concatenate([jnp.ones((1, num_slots), bool), chains[1:] != chains[:-1]])
     return jnp.where(is_new.any(axis=1), jnp.argmax(is_new, axis=1), num_slots)
@@ -68,7 +86,14 @@ def find_first_new(chains: Int[Array, "P L"]) -> Int[Array, "P"]:
 def count_calls(
     chains: Int[Array, "P L"], num_layers: int
 ) -> tuple[Int[Array, ""], Int[Array, ""]]:
-    """Layer calls and head calls that evaluating a population costs: its distinct (prefix, layer), distinct chains."""
+    """Return the layer calls and head calls of evaluating a population.
+
+    They are its number of distinct (prefix, layer) pairs, and its number of distinct chains.
+
+    Args:
+      chains: tokens, `[P, L]`.
+      num_layers: layers in the bank, N.
+    """
     (_, length, first_new), _ = sort_chains(chains, num_layers)
     return jnp.sum(jnp.maximum(length - first_new, 0)), jnp.sum(first_new <= length)
 
@@ -80,15 +105,17 @@ def batch_rows(
     num_groups: int,
     widths: tuple[int, ...],
 ) -> Batches:
-    """The rows that call something, cut into batches of one group and one member each.
+    """Cut rows that have a call into batches of one group and one member each.
 
-    A run of n equal calls becomes as many batches of the largest width as fit, then of the next one, and so on.
+    A run of equal calls becomes as many batches of the largest width as fit, then of the next
+    width, and so on.
 
     Args:
-      is_call: which rows call something.
-      group: the module that each calls.
-      member: which of its weights. Pass the same for all to let batches mix them.
-      num_groups: how many groups there are.
+      is_call: which rows have a call, `[C]`.
+      group: the group that each row calls, `[C]`.
+      member: the member of that group, `[C]`. Pass the same number for all rows to let a batch mix
+        members.
+      num_groups: the number of groups.
       widths: sizes of batches, ascending from 1, each a multiple of the one before.
     """
     size = is_call.shape[0]
@@ -100,13 +127,13 @@ def batch_rows(
     run_length, is_call, group = last - first + 1, ~keys[0], keys[1]
     starts, counts = [[] for _ in range(num_groups)], [[] for _ in range(num_groups)]
     for width, wider in zip(widths, (*widths[1:], None), strict=True):
-        # What the wider batches leave of a run stands at its end.
+        # Wider batches take the start of a run, so the rest is at its end.
         rest = run_length if wider is None else run_length % wider
         place = places - first - (run_length - rest)
         is_start = is_call & (place >= 0) & (place < rest // width * width) & (place % width == 0)
         for g in range(num_groups):
-            is_mine = is_start & (group == g)
-            starts[g].append(jnp.sort(jnp.where(is_mine, places, size)))
-            counts[g].append(jnp.sum(is_mine))
+            is_of_group = is_start & (group == g)
+            starts[g].append(jnp.sort(jnp.where(is_of_group, places, size)))
+            counts[g].append(jnp.sum(is_of_group))
     position = jnp.zeros_like(order).at[order].set(places)
     return Batches(order, position, tuple(map(tuple, starts)), tuple(map(tuple, counts)))

@@ -1,16 +1,16 @@
-"""What scoring costs, one rule for all searches: a chain that a search has scored before costs nothing more.
+"""Cache of chain losses. Re-scoring a cached chain is free.
 
-A step pays for each distinct (prefix, layer) of the chains that are new to the search, as `jchain.evaluate` counts them;
-losses of the others come from a table of fixed size that works under `jit` and `vmap`. A chain of which a layer or the head
-has other weights than when it was scored (`Bank.versions`) is new. Searches that go on from the
-activations of a prefix (beam search, tree search) pay for every layer that they apply instead.
+New chains pay for their distinct (prefix, layer) pairs, counted as by `jchain.evaluate`. The cache
+has a fixed size and works under `jit` and `vmap`. A chain is new again if the weights of one of
+its layers or its head have changed since (`Bank.versions`). Searches that continue from the
+activations of a prefix (beam search, tree search) do not use the cache: they pay for every layer
+that they apply.
 """
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from jchain import chain as chain_lib
 from jchain._typing import Array, Bool, Float, Int
 from jchain.chain import PADDING
 from jchain.engine.evaluate import evaluate
@@ -20,16 +20,22 @@ _SIZE, _NUM_WAYS = 2**15, 8
 
 
 class ScoreCache(NamedTuple):
-    """A set-associative table: a chain stands in any place of the set that its hash names, the oldest makes room."""
+    """A set-associative cache: the hash of a chain names its set; the oldest chain is evicted."""
 
-    chains: Int[Array, "M W L"]  # [M, W, L], -1 where nothing stands
-    loss: Float[Array, "M W"]
-    num_stored: Int[Array, "M"]  # [M], chains that each set has seen
-    version: Int[Array, "M W"]  # of the chain's layers and head, when it was scored
+    chains: Int[Array, "M W L"]  # [M, W, L], all -1 in an empty place
+    loss: Float[Array, "M W"]  # [M, W]
+    num_stored: Int[Array, "M"]  # [M], chains ever stored in each set
+    version: Int[Array, "M W"]  # [M, W], version of the weights of the chain when it was scored
 
 
 def init(problem: Problem) -> ScoreCache:
-    """An empty table for 32,768 chains: a run that scores more pays again for a few it has forgotten."""
+    """Create an empty cache for 32,768 chains.
+
+    A run that scores more chains pays again for chains that were evicted.
+
+    Args:
+      problem: gives the number of slots of a chain.
+    """
     shape = (_SIZE // _NUM_WAYS, _NUM_WAYS)
     return ScoreCache(
         jnp.full((*shape, problem.max_layers + 1), PADDING, jnp.int32),
@@ -42,24 +48,40 @@ def init(problem: Problem) -> ScoreCache:
 def evaluate_cached(
     cache: ScoreCache, problem: Problem, chains: Int[Array, "P L"]
 ) -> tuple[ScoreCache, Float[Array, "P"], Int[Array, ""]]:
-    """The table with these chains in it, their losses, and the layer calls that the new ones cost."""
+    """Return losses of chains from the cache, and evaluate those that are new.
+
+    Args:
+      cache: the cache.
+      problem: bank, split, loss.
+      chains: tokens, `[P, L]`.
+
+    Returns:
+      The cache with these chains stored, their losses `[P]`, and the layer calls of the new ones.
+    """
     version = _add_versions(problem, chains)
     place, is_match = _find(cache, chains, version)
     is_known = is_match.any(axis=1)
-    bare = chain_lib.bare(problem.bank.num_layers, problem.max_layers)
-    out = evaluate(problem, jnp.where(is_known[:, None], bare[None], chains))
+    # A head alone takes the place of cached chains, because it costs no layer call.
+    new = jnp.where(is_known[:, None], problem.space.head_alone[None], chains)
+    out = evaluate(problem, new)
     known = jnp.where(is_match, cache.loss[place], 0.0).sum(axis=1)
     loss = jnp.where(is_known, known, out.loss)
     return _store(cache, place, chains, version, loss, ~is_known), loss, out.layer_calls
 
 
 def is_cached(cache: ScoreCache, problem: Problem, chains: Int[Array, "P L"]) -> Bool[Array, "P"]:
-    """Which of these chains the table holds."""
+    """Return which chains are in the cache with their present weights, `[P]`.
+
+    Args:
+      cache: the cache.
+      problem: gives the versions of the weights.
+      chains: tokens, `[P, L]`.
+    """
     return _find(cache, chains, _add_versions(problem, chains))[1].any(axis=1)
 
 
 def _add_versions(problem: Problem, chains: Int[Array, "P L"]) -> Int[Array, "P"]:
-    """Versions never fall, so their sum is the same only where each of them is."""
+    """Version of each chain. Versions never fall, so a sum is unchanged only if every term is."""
     if problem.bank.versions is None:
         return jnp.zeros(chains.shape[:1], jnp.int32)
     return jnp.where(chains >= 0, problem.bank.versions[jnp.maximum(chains, 0)], 0).sum(axis=1)
@@ -68,7 +90,7 @@ def _add_versions(problem: Problem, chains: Int[Array, "P L"]) -> Int[Array, "P"
 def _find(
     cache: ScoreCache, chains: Int[Array, "P L"], version: Int[Array, "P"]
 ) -> tuple[Int[Array, "P"], Bool[Array, "P W"]]:
-    """The set of each chain, and in which of its places it stands."""
+    """The set of each chain, and which of its places holds the chain."""
     place = _hash(chains) % cache.loss.shape[0]
     is_same = (cache.chains[place] == chains[:, None]).all(axis=-1)
     return place, is_same & (cache.version[place] == version[:, None])
@@ -82,10 +104,11 @@ def _store(
     loss: Float[Array, "P"],
     is_new: Bool[Array, "P"],
 ) -> ScoreCache:
+    """The cache with the new chains stored."""
     num_sets, num_ways = cache.loss.shape
     is_earlier = jnp.tri(chains.shape[0], k=-1, dtype=bool)
     is_new &= ~((chains[:, None] == chains[None]).all(axis=-1) & is_earlier).any(axis=1)
-    # Of several new chains in one set, each takes the next place; more than fit are forgotten.
+    # Several new chains of one set take consecutive places. Those that do not fit are not stored.
     rank = ((place[:, None] == place[None]) & is_earlier & is_new[None]).sum(axis=1)
     row = jnp.where(is_new & (rank < num_ways), place, num_sets)
     way = (cache.num_stored[place] + rank) % num_ways
@@ -98,7 +121,7 @@ def _store(
 
 
 def _hash(chains: Int[Array, "P L"]) -> Int[Array, "P"]:
-    """FNV-1a over tokens, with the high bits folded into the low ones."""
+    """FNV-1a hash of the tokens, with the high bits folded into the low ones."""
     value = jnp.full(chains.shape[:1], 2166136261, jnp.uint32)
     for token in chains.T.astype(jnp.uint32):
         value = (value ^ token) * jnp.uint32(16777619)

@@ -1,4 +1,8 @@
-"""Pretrained transformers as banks: `load` reads a Hugging Face checkpoint folder, `load_many` several, `export` writes a chain."""
+"""Pretrained transformers as banks.
+
+`load` reads a Hugging Face checkpoint folder, `load_many` reads several, and `export` writes a
+chain as a checkpoint. `jchain.hub.architecture` explains how to add a model family.
+"""
 
 from jchain.hub import recipes as recipes
 from jchain.hub.datasets import choice_accuracy as choice_accuracy

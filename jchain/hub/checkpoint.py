@@ -1,119 +1,128 @@
-"""Checkpoint folders as Hugging Face writes them: config.json and safetensors, in one file or in shards with an index."""
+"""Checkpoint folders in the format of Hugging Face: config.json and safetensors files.
+
+The tensors are in one file, or in several files (shards) with an index.
+"""
 
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+JsonObject = dict[str, Any]
+
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+# The dtypes that can be read, from their name in a file to NumPy's name.
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-# Bytes of two tensors that are compared at a time.
-_PIECE = 1 << 24
+# Bytes that are read at a time when two tensors are compared.
+_CHUNK_SIZE = 1 << 24
 
 
 class Checkpoint:
-    """The tensors of a folder by name, read when they are asked for.
+    """The tensors of a checkpoint folder by name, read on demand.
 
     Attributes:
       path: the folder.
-      config: what its config.json holds.
-      shapes: of each tensor.
-      dtypes: of each tensor, as NumPy calls it.
+      config: the content of its config.json.
+      shapes: from the name of each tensor to its shape.
+      dtypes: from the name of each tensor to its dtype, by NumPy's name if it is
+        supported, else by the name in the file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open the files and read their headers.
+        """Open the files of a folder and read their headers.
+
+        Args:
+          path: the folder.
 
         Raises:
-          FileNotFoundError: there is no such folder, or a file of it is missing.
-          ValueError: a file is damaged, or the index and the shards disagree.
+          FileNotFoundError: the folder or one of its files is missing.
+          ValueError: a file is damaged, or the index does not match the shards.
         """
         self.path = Path(path)
         self.config = read_json(self.path / CONFIG)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
-        self._places: dict[str, tuple[Path, int]] = {}
-        # As transformers: a whole file comes before shards, which may be older.
+        self._offsets: dict[str, tuple[Path, int]] = {}
+        # Like transformers: a single file has precedence over shards, which may be older.
         index = {} if (self.path / WEIGHTS).exists() else self._read_index()
         for file_name in sorted(set(index.values())) if index else [WEIGHTS]:
-            self._open(file_name)
+            self._read_header(file_name)
         if index and index.keys() != self.shapes.keys():
+            different = list_names(index.keys() ^ self.shapes.keys())
             raise ValueError(
-                f"{self.path / INDEX} does not name the tensors of its shards: {list_names(index.keys() ^ self.shapes.keys())}"
+                f"{self.path / INDEX}: expected the names of the tensors in the shards, which "
+                f"differ in {different}"
             )
 
     def read(self, name: str, row: np.ndarray) -> None:
-        """One tensor into an array of its shape, of its own dtype or another one.
+        """Read a tensor into an array.
+
+        Args:
+          name: of the tensor.
+          row: contiguous array of the tensor's shape. If its dtype differs from the tensor's,
+            the values are converted.
 
         Raises:
-          ValueError: the file has become shorter since it was opened.
+          ValueError: the file became shorter after it was opened.
         """
         if row.dtype.name != self.dtypes[name]:
-            own = np.empty(row.shape, jnp.dtype(self.dtypes[name]))
-            self.read(name, own)
-            row[...] = own.astype(row.dtype)
+            stored = np.empty(row.shape, jnp.dtype(self.dtypes[name]))
+            self.read(name, stored)
+            row[...] = stored.astype(row.dtype)
             return
-        path, start = self._places[name]
-        # Not by the mapped file, whose pages would stay in memory beside the array.
+        path, start = self._offsets[name]
+        # Not through a memory map, whose pages would stay in memory in addition to the array.
         with open(path, "rb") as file:
             file.seek(start)
-            memory: Any = row.reshape(-1).view(np.uint8)
-            if file.readinto(memory) != row.nbytes:
+            if file.readinto(row.reshape(-1).view(np.uint8).data) != row.nbytes:
                 raise ValueError(f"{path} is truncated: expected {row.nbytes:,} bytes of {name}")
 
     def are_equal(self, name: str, other: str) -> bool:
-        """Whether two tensors are of the same numbers."""
+        """Whether two tensors have the same shape, dtype and bytes.
+
+        Args:
+          name: of one tensor.
+          other: name of the other tensor.
+        """
         if (self.shapes[name], self.dtypes[name]) != (self.shapes[other], self.dtypes[other]):
             return False
         num_bytes = math.prod(self.shapes[name]) * jnp.dtype(self.dtypes[name]).itemsize
-        (path, start), (other_path, other_start) = self._places[name], self._places[other]
+        (path, start), (other_path, other_start) = self._offsets[name], self._offsets[other]
         with open(path, "rb") as file, open(other_path, "rb") as other_file:
             file.seek(start)
             other_file.seek(other_start)
-            for i in range(0, num_bytes, _PIECE):
-                size = min(_PIECE, num_bytes - i)
-                if file.read(size) != other_file.read(size):
-                    return False
-        return True
+            sizes = (min(_CHUNK_SIZE, num_bytes - i) for i in range(0, num_bytes, _CHUNK_SIZE))
+            return all(file.read(size) == other_file.read(size) for size in sizes)
 
     def _read_index(self) -> dict[str, str]:
-        if not (self.path / INDEX).exists():
+        """From each tensor to its file; empty if the folder has no index."""
+        path = self.path / INDEX
+        if not path.exists():
             return {}
-        index = read_json(self.path / INDEX).get("weight_map")
-        if (
-            not isinstance(index, dict)
-            or not index
-            or not all(isinstance(name, str) for name in index.values())
-        ):
+        index = read_json(path).get("weight_map")
+        is_map = isinstance(index, dict) and all(isinstance(name, str) for name in index.values())
+        if not is_map or not index:
             raise ValueError(
-                f"{self.path / INDEX}: expected a weight_map from tensors to files, got {index!r:.80}"
+                f"{path}: expected a weight_map from tensors to files, got {index!r:.80}"
             )
         outside = [name for name in index.values() if Path(name).name != name]
         if outside:
-            raise ValueError(
-                f"{self.path / INDEX}: expected files of this folder, got {outside[0]!r}"
-            )
+            raise ValueError(f"{path}: expected files of this folder, got {outside[0]!r}")
         return index
 
-    def _open(self, file_name: str) -> None:
+    def _read_header(self, file_name: str) -> None:
+        """Add the tensors of a file."""
         import safetensors
 
         path = self.path / file_name
-        if not path.is_file():
-            found = sorted(
-                other.name
-                for other in self.path.iterdir()
-                if other.suffix in (".safetensors", ".bin", ".pt")
-            )
-            raise FileNotFoundError(
-                f"expected weights at {path}, found {', '.join(found) or 'none'}: only safetensors are read, never pickle"
-            )
+        self._check_exists(path)
         try:
-            # Checks offsets, shapes and dtypes against each other and against the size of the file.
+            # Checks offsets, shapes and dtypes against each other and against the file size.
             with safetensors.safe_open(path, framework="numpy"):
                 pass
         except (safetensors.SafetensorError, OSError, ValueError) as error:
@@ -122,23 +131,36 @@ class Checkpoint:
             length = int.from_bytes(file.read(8), "little")
             headers = json.loads(file.read(length))
         headers.pop("__metadata__", None)
-        twice = headers.keys() & self.shapes.keys()
-        if twice:
+        repeated = headers.keys() & self.shapes.keys()
+        if repeated:
             raise ValueError(
-                f"{path}: expected tensors in one shard each, got {list_names(twice)} again"
+                f"{path}: expected each tensor in one shard, got {list_names(repeated)} again"
             )
         for name, header in headers.items():
             dtype = str(header["dtype"])
             self.shapes[name], self.dtypes[name] = tuple(header["shape"]), DTYPES.get(dtype, dtype)
-            self._places[name] = path, 8 + length + header["data_offsets"][0]
+            self._offsets[name] = path, 8 + length + header["data_offsets"][0]
+
+    def _check_exists(self, path: Path) -> None:
+        if path.is_file():
+            return
+        suffixes = (".safetensors", ".bin", ".pt")
+        found = sorted(other.name for other in self.path.iterdir() if other.suffix in suffixes)
+        raise FileNotFoundError(
+            f"expected weights at {path}, found {', '.join(found) or 'none'}: only safetensors "
+            "are read, never pickle"
+        )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object of a JSON file.
+def read_json(path: Path) -> JsonObject:
+    """Read a JSON file of a checkpoint folder that contains an object.
+
+    Args:
+      path: the file.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it holds no JSON object.
+      FileNotFoundError: the folder or the file is missing.
+      ValueError: the file does not contain a JSON object.
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"expected a checkpoint folder at {path.parent}, found none")
@@ -147,14 +169,19 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected an object, got {found!r:.80}")
     return found
 
 
-def list_names(names: Any, most: int = 4) -> str:
-    """The first few names."""
+def list_names(names: Iterable[str], most: int = 4) -> str:
+    """Join the first names, sorted, for an error message.
+
+    Args:
+      names: all names.
+      most: how many to list; the others are counted.
+    """
     names = sorted(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -1,10 +1,13 @@
-"""What pretrained transformers are judged on, as the four splits of `jchain.data`: text, questions with choices, images."""
+"""Data for pretrained transformers, as four splits: text, questions with choices, images.
+
+Also the losses and accuracies for them.
+"""
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,166 +18,185 @@ from jchain import images
 from jchain._typing import Array, Float, Int
 from jchain.data import SHARES, SPLITS, Batch, Dataset, split
 from jchain.hub.checkpoint import read_json
-from jchain.hub.places import read_architecture
+from jchain.hub.families import read_architecture
 
 TOKENIZER, PREPROCESSOR = "tokenizer.json", "preprocessor_config.json"
-Path_ = str | os.PathLike[str]
-# Images that are resized together.
-_CHUNK = 256
-# Of `resample`, numbered as by PIL.
+PathLike = str | os.PathLike[str]
+# Images that are resized at a time.
+_CHUNK_SIZE = 256
+# Filters of the option `resample`, by PIL's numbers.
 _FILTERS = {2: "bilinear", 3: "bicubic"}
+# From a text, and its location for error messages, to tokens.
+Encoder = Callable[[str, str], Int[np.ndarray, "T"]]
 
 
 def load_text(
-    checkpoint: Path_,
-    files: Path_ | Sequence[Path_],
+    checkpoint: PathLike,
+    files: PathLike | Sequence[PathLike],
     *,
     length: int = 128,
     seed: int = 0,
     sizes: Sequence[int] | None = None,
 ) -> Dataset:
-    """Text as sequences of tokens, for the loss of the next token (the default of `jchain.Problem`), in nats.
+    """Load text as sequences of tokens, for next-token prediction.
 
-    The tokens of all files, one behind the other, are cut into sequences that do not overlap; which go into which split is
-    drawn by `seed`. Labels are the tokens that follow, so x and y are `[B, length]`.
+    The default loss of `jchain.Problem` is then the cross-entropy of the next token, in nats. The
+    tokens of all files are concatenated and cut into sequences that do not overlap, which are split
+    at random. Labels are the next tokens: x and y are `[B, length]`.
 
     Args:
-      checkpoint: folder with tokenizer.json, read by `tokenizers`, and config.json.
-      files: of text, in UTF-8.
-      length: tokens of a sequence.
-      seed: of the splits; the shares are 50% train, 20% search, 15% select, 15% test.
-      sizes: sequences of each split; as many as there are when None.
+      checkpoint: folder with config.json and tokenizer.json, which the package tokenizers reads.
+      files: one or several text files, in UTF-8.
+      length: tokens in a sequence.
+      seed: of the random splits. By default they have 50% (train), 20% (search), 15% (select) and
+        15% (test) of the sequences.
+      sizes: number of sequences in each split; all sequences are used if None.
 
     Raises:
       FileNotFoundError: a file is missing.
       ImportError: tokenizers is not installed.
-      ValueError: the text is no UTF-8 or shorter than a sequence for each split, the tokenizer is damaged or has tokens that the
-        model does not know, there are fewer sequences than `sizes` asks for, or the model takes no text.
+      ValueError: the text is not UTF-8 or has less than one sequence for each split, the tokenizer
+        is damaged or makes tokens that the model does not know, there are fewer sequences than
+        `sizes` asks for, or the model does not take text.
     """
     if length < 1:
         raise ValueError(f"expected a length of at least 1, got {length}")
     files = [files] if isinstance(files, str | os.PathLike) else [*files]
-    vocabulary, encode = _open_tokenizer(checkpoint)
+    vocab_size, encode = _open_tokenizer(checkpoint)
     ids = np.concatenate(
         [encode(_read_text(Path(file)), str(file)) for file in files] or [np.zeros(0, np.int32)]
     )
     count = max(0, (len(ids) - 1) // length)
     if count < len(SPLITS):
         raise ValueError(
-            f"expected text of at least {len(SPLITS) * length + 1} tokens, a sequence of {length} for each split, got {len(ids)} "
-            f"in {', '.join(map(str, files))}"
+            f"expected text of at least {len(SPLITS) * length + 1} tokens, a sequence of {length} "
+            f"for each split, got {len(ids)} in {', '.join(map(str, files))}"
         )
     x, y = (ids[start : start + count * length].reshape(count, length) for start in (0, 1))
-    return _split(x, y, seed, sizes, "+".join(Path(file).stem for file in files), vocabulary)
+    return _split(x, y, seed, sizes, "+".join(Path(file).stem for file in files), vocab_size)
 
 
 def load_choices(
-    checkpoint: Path_,
-    file: Path_,
+    checkpoint: PathLike,
+    file: PathLike,
     *,
     length: int | None = None,
     seed: int = 0,
     sizes: Sequence[int] | None = None,
 ) -> Dataset:
-    """Questions with choices, for `choice_loss` and `choice_accuracy`.
+    """Load multiple-choice questions, for `choice_loss` and `choice_accuracy`.
 
-    A line of the file is a question, `{"question": "2 + 2 =", "choices": ["3", "4"], "answer": 1}`. Each choice, behind the
-    question and a space, is a row: x is `[B, C, T]`, padded at the end, and y the tokens that follow, -1 where they do not
-    belong to the choice. The right choice stands first.
+    Each line of the file is a question such as
+    `{"question": "2 + 2 =", "choices": ["3", "4"], "answer": 1}`, with the index of the correct
+    choice. Each choice becomes a row: the question, a space, the choice. x is `[B, C, T]`, padded
+    at the end, with the correct choice first. y contains the next tokens, or -1 for tokens that are
+    not part of the choice.
 
     Args:
-      checkpoint: as for `load_text`.
-      file: of JSON lines.
-      length: tokens of a row, at most: longer questions are cut at their beginning; as long as the longest when None.
-      seed: of the splits.
-      sizes: questions of each split; as many as there are when None.
+      checkpoint: folder with config.json and tokenizer.json, which the package tokenizers reads.
+      file: of JSON lines, in UTF-8.
+      length: most tokens in a row, T. Longer questions lose their first tokens. If None, rows are
+        as long as the longest.
+      seed: of the random splits.
+      sizes: number of questions in each split; all questions are used if None.
 
     Raises:
       FileNotFoundError: a file is missing.
       ImportError: tokenizers is not installed.
-      ValueError: a line is no such question, questions have different numbers of choices, a choice has no token or does not fit
-        into `length`, or as `load_text`.
+      ValueError: a line is not a question, questions have different numbers of choices, a question
+        or a choice has no token, a choice is longer than `length`, or as in `load_text`.
     """
     if length is not None and length < 1:
         raise ValueError(f"expected a length of at least 1, got {length}")
-    vocabulary, encode = _open_tokenizer(checkpoint)
+    vocab_size, encode = _open_tokenizer(checkpoint)
     path = Path(file)
-    rows = []
-    # Not `splitlines`, which cuts at characters that JSON leaves in its strings.
-    for i, line in enumerate(_read_text(path).split("\n"), 1):
-        if line.strip():
-            question, choices = _read_question(line, f"{path}, line {i}")
-            start = len(encode(question, f"{path}, line {i}"))
-            rows.append(
-                [(encode(f"{question} {choice}", f"{path}, line {i}"), start) for choice in choices]
-            )
-    counts = sorted({len(row) for row in rows})
-    if len(counts) != 1 or len(rows) < len(SPLITS):
+    # Not `splitlines`, which also cuts at characters that JSON strings may contain.
+    lines = enumerate(_read_text(path).split("\n"), 1)
+    questions = [
+        _encode_question(line, encode, f"{path}, line {i}") for i, line in lines if line.strip()
+    ]
+    counts = sorted({len(question) for question in questions})
+    if len(counts) != 1 or len(questions) < len(SPLITS):
         raise ValueError(
-            f"expected questions of one number of choices in {path}, at least {len(SPLITS)}, got {len(rows)} of {counts}"
+            f"expected at least {len(SPLITS)} questions with the same number of choices in {path}, "
+            f"got {len(questions)} with {counts}"
         )
-    longest = max(len(ids) for row in rows for ids, _ in row) - 1
+    longest = max(len(row.ids) for question in questions for row in question) - 1
     width = longest if length is None else min(length, longest)
-    x = np.zeros((len(rows), counts[0], width), np.int32)
-    y = np.full_like(x, -1)
-    for i, row in enumerate(rows):
-        for j, (ids, start) in enumerate(row):
-            num = len(ids) - start
-            if start < 1 or not 0 < num <= width:
-                raise ValueError(
-                    f"expected a question of a token or more and a choice of 1 to {width}, got {start} and {num} in question {i} of {path}"
-                )
-            kept = ids[-(width + 1) :]
-            x[i, j, : len(kept) - 1] = kept[:-1]
-            y[i, j, len(kept) - 1 - num : len(kept) - 1] = kept[1:][-num:]
-    return _split(x, y, seed, sizes, path.stem, vocabulary)
+    rows = [
+        _make_labels(row, width, f"question {i} of {path}")
+        for i, question in enumerate(questions)
+        for row in question
+    ]
+    x, y = (
+        np.stack(part).reshape(len(questions), counts[0], width) for part in zip(*rows, strict=True)
+    )
+    return _split(x, y, seed, sizes, path.stem, vocab_size)
+
+
+class _Row(NamedTuple):
+    """A question with one of its choices."""
+
+    ids: Int[np.ndarray, "T"]
+    start: int  # tokens of the question
+
+
+def _encode_question(line: str, encode: Encoder, location: str) -> list[_Row]:
+    """One row for each choice of a question, the correct one first."""
+    question, choices = _parse_question(line, location)
+    start = len(encode(question, location))
+    return [_Row(encode(f"{question} {choice}", location), start) for choice in choices]
+
+
+def _make_labels(
+    row: _Row, width: int, location: str
+) -> tuple[Int[np.ndarray, "W"], Int[np.ndarray, "W"]]:
+    """The tokens of a row, and as labels the next tokens that are part of the choice."""
+    num = len(row.ids) - row.start
+    if row.start < 1 or not 0 < num <= width:
+        raise ValueError(
+            f"expected a question of at least 1 token and a choice of 1 to {width}, got "
+            f"{row.start} and {num} in {location}"
+        )
+    x, y = np.zeros(width, np.int32), np.full(width, -1, np.int32)
+    kept = row.ids[-(width + 1) :]
+    last = len(kept) - 1
+    x[:last] = kept[:-1]
+    y[last - num : last] = kept[1:][-num:]
+    return x, y
 
 
 def load_images(
-    checkpoint: Path_,
+    checkpoint: PathLike,
     name: str,
     seed: int = 0,
     *,
     sizes: Sequence[int] | None = None,
-    most: Sequence[int] | None = None,
+    most: Sequence[int | None] | None = None,
     data_dir: str | Path | None = None,
 ) -> Dataset:
-    """A prepared set of images as the model was trained on: resized and standardized as its preprocessor_config.json says.
+    """Load images, resized and standardized as in the training of a model.
 
     Args:
-      checkpoint: folder of a ViT.
-      name: of the set, as for `jchain.data.load`.
-      seed: of the splits.
-      sizes: examples of each split; as many as there are when None.
-      most: examples of each split that are kept, at most: resized they take memory.
-      data_dir: the folder of prepared sets.
+      checkpoint: folder of a ViT, with preprocessor_config.json.
+      name: of the data set, as in `jchain.data.load`.
+      seed: of the random splits.
+      sizes: number of examples in each split; all examples are used if None.
+      most: most examples to keep of each split, as resized images need much memory.
+      data_dir: folder of prepared data sets.
 
     Raises:
-      FileNotFoundError: preprocessor_config.json is missing, or the set is not prepared.
-      ValueError: the model takes no images, it was trained on another scale than 0 to 1 before it was standardized, on images
-        that were cut or resized by another filter than PIL's bilinear or bicubic, or as `jchain.data.load`.
+      FileNotFoundError: preprocessor_config.json is missing, or the data set is not prepared.
+      ValueError: the model does not take images, its preprocessing is not supported (a scale other
+        than 0 to 1 before standardization, a crop, or a filter other than PIL's bilinear and
+        bicubic), or as in `jchain.data.load`.
     """
     architecture = read_architecture(checkpoint)
-    if architecture.vocabulary is not None:
+    if architecture.vocab_size is not None:
         raise ValueError(f"expected a model of images at {checkpoint}, got one of text")
-    options = read_json(Path(checkpoint) / PREPROCESSOR)
-    where = Path(checkpoint) / PREPROCESSOR
-    if abs((options.get("rescale_factor") or 1 / 255) * 255 - 1) > 1e-6 or not options.get(
-        "do_rescale", True
-    ):
-        raise ValueError(f"{where}: expected a rescale_factor of 1/255")
-    if options.get("do_center_crop") or not options.get("do_resize", True):
-        raise ValueError(f"{where}: expected do_resize without do_center_crop")
-    if (kind := options.get("resample", 2)) not in _FILTERS:
-        raise ValueError(f"{where}: expected resample of 2 (bilinear) or 3 (bicubic), got {kind!r}")
-    is_standard = options.get("do_normalize", True)
-    mean, std = (
-        np.array(options.get(f"image_{of}") or [0.5] * 3, np.float32) for of in ("mean", "std")
-    )
-    if not is_standard:
-        mean, std = np.zeros(3, np.float32), np.ones(3, np.float32)
+    mean, std, method = _read_preprocessor(Path(checkpoint) / PREPROCESSOR)
     found = images.read(name, data_dir)
-    _, height, width, channels = architecture.example
+    _, height, width, channels = architecture.example_shape
     data = split(
         *found.train,
         seed=seed,
@@ -183,57 +205,110 @@ def load_images(
         sizes=sizes,
         statistics=(255 * mean, 255 * std),
     )
-    resize = jax.jit(
-        lambda x: jax.image.resize(
-            jnp.broadcast_to(x, (*x.shape[:3], channels)),
-            (x.shape[0], height, width, channels),
-            _FILTERS[kind],
-        )
-    )
+
+    @jax.jit
+    def resize(x: Float[Array, "B H W C"]) -> Float[Array, "B h w c"]:
+        colored = jnp.broadcast_to(x, (*x.shape[:3], channels))
+        return jax.image.resize(colored, (x.shape[0], height, width, channels), method)
 
     def fit(batch: Batch, num: int | None) -> Batch:
-        batch = Batch(batch.x[:num], batch.y[:num])
-        parts = [resize(batch.x[i : i + _CHUNK]) for i in range(0, len(batch.x), _CHUNK)]
-        return Batch(jnp.concatenate(parts), batch.y)
+        x, y = batch.x[:num], batch.y[:num]
+        parts = [resize(x[i : i + _CHUNK_SIZE]) for i in range(0, len(x), _CHUNK_SIZE)]
+        return Batch(jnp.concatenate(parts), y)
 
     kept = most or (None,) * len(SPLITS)
-    return data._replace(
-        **{name: fit(getattr(data, name), num) for name, num in zip(SPLITS, kept, strict=True)}
+    splits = {name: fit(getattr(data, name), num) for name, num in zip(SPLITS, kept, strict=True)}
+    return data._replace(**splits)
+
+
+def _read_preprocessor(
+    path: Path,
+) -> tuple[Float[np.ndarray, "C"], Float[np.ndarray, "C"], str]:
+    """Mean and standard deviation of the channels, on a scale of 0 to 1, and the resize method."""
+    options = read_json(path)
+    factor = options.get("rescale_factor") or 1 / 255
+    if abs(factor * 255 - 1) > 1e-6 or not options.get("do_rescale", True):
+        raise ValueError(f"{path}: expected a rescale_factor of 1/255")
+    if options.get("do_center_crop") or not options.get("do_resize", True):
+        raise ValueError(f"{path}: expected do_resize without do_center_crop")
+    if (resample := options.get("resample", 2)) not in _FILTERS:
+        raise ValueError(
+            f"{path}: expected resample of 2 (bilinear) or 3 (bicubic), got {resample!r}"
+        )
+    mean, std = (
+        np.array(options.get(key) or [0.5] * 3, np.float32) for key in ("image_mean", "image_std")
     )
+    if not options.get("do_normalize", True):
+        mean, std = np.zeros(3, np.float32), np.ones(3, np.float32)
+    return mean, std, _FILTERS[resample]
 
 
 def token_loss(outputs: Float[Array, "*B T V"], y: Int[Array, "*B T"]) -> Float[Array, "*B"]:
-    """Cross-entropy of the next token in nats, the mean over the tokens of each sequence whose label is not below 0."""
+    """Compute the cross-entropy of the next token in nats, averaged over the tokens of a sequence.
+
+    Args:
+      outputs: logits of the next token.
+      y: next tokens. Negative labels do not count.
+
+    Returns:
+      The loss of each sequence; 0 for a sequence in which no label counts.
+    """
     is_counted = y >= 0
-    each = optax.softmax_cross_entropy_with_integer_labels(outputs, jnp.maximum(y, 0))
-    return jnp.sum(jnp.where(is_counted, each, 0.0), axis=-1) / jnp.maximum(
+    losses = optax.softmax_cross_entropy_with_integer_labels(outputs, jnp.maximum(y, 0))
+    return jnp.sum(jnp.where(is_counted, losses, 0.0), axis=-1) / jnp.maximum(
         jnp.sum(is_counted, axis=-1), 1
     )
 
 
 def token_accuracy(outputs: Float[Array, "*B T V"], y: Int[Array, "*B T"]) -> Float[Array, "*B"]:
-    """The share of the tokens of each sequence, of those whose label is not below 0, that are the likeliest."""
+    """Compute the share of tokens in a sequence that have the largest logit.
+
+    Args:
+      outputs: logits of the next token.
+      y: next tokens. Negative labels do not count.
+
+    Returns:
+      The accuracy of each sequence; 0 for a sequence in which no label counts.
+    """
     is_counted = y >= 0
-    is_right = is_counted & (jnp.argmax(outputs, axis=-1) == y)
-    return jnp.sum(is_right, axis=-1) / jnp.maximum(jnp.sum(is_counted, axis=-1), 1)
+    is_correct = is_counted & (jnp.argmax(outputs, axis=-1) == y)
+    return jnp.sum(is_correct, axis=-1) / jnp.maximum(jnp.sum(is_counted, axis=-1), 1)
 
 
 def choice_loss(outputs: Float[Array, "B C T V"], y: Int[Array, "B C T"]) -> Float[Array, "B"]:
-    """Cross-entropy of the right choice in nats, by a softmax over the mean log-likelihood of a token of each."""
+    """Compute the cross-entropy of the correct choice in nats.
+
+    The logit of a choice is the mean log-likelihood of its tokens.
+
+    Args:
+      outputs: logits of the next token. The correct choice is the first one.
+      y: next tokens that are part of the choice; others are negative.
+
+    Returns:
+      The loss of each question.
+    """
     first = jnp.zeros(y.shape[:1], jnp.int32)
     return optax.softmax_cross_entropy_with_integer_labels(-token_loss(outputs, y), first)
 
 
 def choice_accuracy(outputs: Float[Array, "B C T V"], y: Int[Array, "B C T"]) -> Float[Array, "B"]:
-    """Whether the right choice has the highest mean log-likelihood of a token; 0 where another has as high a one."""
-    each = token_loss(outputs, y)
-    return (each[:, 0] < jnp.min(each[:, 1:], axis=1)).astype(jnp.float32)
+    """Compute whether the correct choice has the highest mean log-likelihood of its tokens.
+
+    Args:
+      outputs: logits of the next token. The correct choice is the first one.
+      y: next tokens that are part of the choice; others are negative.
+
+    Returns:
+      1 or 0 for each question; 0 if another choice has the same mean log-likelihood.
+    """
+    losses = token_loss(outputs, y)
+    return (losses[:, 0] < jnp.min(losses[:, 1:], axis=1)).astype(jnp.float32)
 
 
-def _open_tokenizer(checkpoint: Path_) -> tuple[int, Any]:
-    """The model's vocabulary, and a function from text, and where it stands, to ids."""
-    vocabulary = read_architecture(checkpoint).vocabulary
-    if vocabulary is None:
+def _open_tokenizer(checkpoint: PathLike) -> tuple[int, Encoder]:
+    """The number of tokens of a model, and its encoder."""
+    vocab_size = read_architecture(checkpoint).vocab_size
+    if vocab_size is None:
         raise ValueError(f"expected a model of text at {checkpoint}, got one of images")
     path = Path(checkpoint) / TOKENIZER
     if not path.is_file():
@@ -244,70 +319,74 @@ def _open_tokenizer(checkpoint: Path_) -> tuple[int, Any]:
         raise ImportError(f"text needs tokenizers: pip install 'jchain[text]' ({error})") from None
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # of no class of its own
-        raise ValueError(f"{path} is damaged or no tokenizer: {error}") from None
+    except Exception as error:  # tokenizers raises no more specific class
+        raise ValueError(f"{path} is damaged or not a tokenizer: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
 
-    def encode(text: str, where: str) -> Int[np.ndarray, "T"]:
+    def encode(text: str, location: str) -> Int[np.ndarray, "T"]:
         try:
             ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
-        except Exception as error:  # of no class of its own
-            raise ValueError(f"{path} has no tokens for {where}: {error}") from None
-        if ids.size and ids.max() >= vocabulary:
+        except Exception as error:  # tokenizers raises no more specific class
+            raise ValueError(f"{path} cannot encode {location}: {error}") from None
+        if ids.size and ids.max() >= vocab_size:
             raise ValueError(
-                f"expected tokens in 0..{vocabulary - 1}, those of the model, got {ids.max()} by {path} from {where}"
+                f"expected tokens in 0..{vocab_size - 1}, the model's, got {ids.max()} from {path} "
+                f"for {location}"
             )
         return ids
 
-    return vocabulary, encode
+    return vocab_size, encode
 
 
 def _read_text(path: Path) -> str:
     if not path.is_file():
-        raise FileNotFoundError(f"expected a file of text at {path}, found none")
+        raise FileNotFoundError(f"expected a text file at {path}, found none")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"expected text in UTF-8 in {path}: {error}") from None
 
 
-def _read_question(line: str, where: str) -> tuple[str, list[str]]:
-    """The question, and its choices with the right one first."""
+def _parse_question(line: str, location: str) -> tuple[str, list[str]]:
+    """A question, and its choices with the correct one first."""
     try:
         found = json.loads(line)
         question, choices, answer = found["question"], found["choices"], found["answer"]
-        is_right = isinstance(question, str) and isinstance(choices, list) and len(choices) > 1
-        is_right = is_right and all(isinstance(choice, str) for choice in choices)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
-            f'{where}: expected {{"question": ..., "choices": [...], "answer": 0}}, got {error}'
+            f'{location}: expected {{"question": ..., "choices": [...], "answer": 0}}, got {error}'
         ) from None
-    if (
-        not is_right
-        or isinstance(answer, bool)
-        or not isinstance(answer, int)
-        or not 0 <= answer < len(choices)
-    ):
+    is_text = isinstance(question, str) and isinstance(choices, list) and len(choices) > 1
+    is_text = is_text and all(isinstance(choice, str) for choice in choices)
+    is_index = isinstance(answer, int) and not isinstance(answer, bool)
+    if not is_text or not is_index or not 0 <= answer < len(choices):
         raise ValueError(
-            f"{where}: expected a question, choices as text, and which of them is right from 0, got {line:.80}"
+            f"{location}: expected a question, at least two choices as text, and the index of the "
+            f"correct choice, got {line:.80}"
         )
     return question, [choices[answer], *choices[:answer], *choices[answer + 1 :]]
 
 
 def _split(
-    x: np.ndarray, y: np.ndarray, seed: int, sizes: Sequence[int] | None, name: str, vocabulary: int
+    x: Int[np.ndarray, "E ..."],
+    y: Int[np.ndarray, "E ..."],
+    seed: int,
+    sizes: Sequence[int] | None,
+    name: str,
+    vocab_size: int,
 ) -> Dataset:
-    """Examples drawn into splits."""
+    """Split examples at random."""
     order = np.random.default_rng(seed).permutation(len(x))
     others = np.maximum(1, np.floor(np.array(SHARES[1:]) * len(x)).astype(int))
     given = np.array([len(x) - others.sum(), *others] if sizes is None else sizes)
     if given.shape != (len(SPLITS),) or given.min() < 1 or given.sum() > len(x):
         raise ValueError(
-            f"expected sizes of {', '.join(SPLITS)} of at least 1 and {len(x)} in all, got {[*map(int, given)]}"
+            f"expected sizes of {', '.join(SPLITS)} of at least 1 and {len(x)} in all, got "
+            f"{[*map(int, given)]}"
         )
     parts = np.split(order, np.cumsum(given))[: len(SPLITS)]
     batches = (
         Batch(jnp.asarray(x[rows], jnp.int32), jnp.asarray(y[rows], jnp.int32)) for rows in parts
     )
-    return Dataset(*batches, name=name, num_classes=vocabulary)
+    return Dataset(*batches, name=name, num_classes=vocab_size)

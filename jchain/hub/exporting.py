@@ -1,346 +1,262 @@
-"""From a chain of a bank of blocks back to a checkpoint folder that `transformers` loads."""
+"""Export a chain of a bank of blocks as a checkpoint folder that `transformers` loads."""
 
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import numpy as np
 from flax import traverse_util
 
 from jchain import chain as chain_lib
-from jchain._typing import Int, PyTree
+from jchain._typing import Array, Int, PyTree
 from jchain.bank import Bank
 from jchain.files import find_umask
 from jchain.hub.architecture import Architecture
-from jchain.hub.checkpoint import CONFIG, INDEX, WEIGHTS, read_json
-from jchain.hub.places import describe, find_places
-from jchain.hub.wrapping import Entries, Entry, Exit, Restart, Within, find_restarts
+from jchain.hub.chain_model import ChainModel, unfold_chain
+from jchain.hub.checkpoint import CONFIG, INDEX, WEIGHTS, JsonObject, read_json
+from jchain.hub.families import make_architecture
+from jchain.hub.model_card import make_card, make_mergekit_recipe
+from jchain.hub.tensor_names import find_names
+from jchain.hub.wrapping import find_restarts
 
-# Written anew, or of the weights as they were.
-_OWN_FILES = (CONFIG, "README.md", "mergekit.yaml")
-# The one folder that belongs to a tokenizer: chat templates by name.
+CARD, RECIPE = "README.md", "mergekit.yaml"
+# Not copied from the source, as they are written anew.
+_OWN_FILES = (CONFIG, CARD, RECIPE)
+# The only folder that belongs to a tokenizer: chat templates by name.
 _TEMPLATES = "additional_chat_templates"
+# Not copied from the source, as they contain its weights.
 _WEIGHT_SUFFIXES = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite", ".npz",
-    ".index.json",
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf",
+    ".ot", ".tflite", ".npz", ".index.json",
 )  # fmt: skip
 
-
-class Model(NamedTuple):
-    """A chain as the model that it is: no wrapped modules, no embeddings that are left behind."""
-
-    stem: PyTree
-    blocks: list[
-        tuple[str, int, nn.Module, PyTree]
-    ]  # of each its model, its number in it, its module and its params
-    head: PyTree
-    sources: tuple[str, str]  # the models of its embeddings and of its output layer
+Source = str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]
 
 
 def export(
     bank: Bank,
-    chain: Int[np.ndarray, "L"] | Sequence[int] | Any,
-    source: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]],
+    chain: Int[Array, "L"] | Int[np.ndarray, "L"] | Sequence[int],
+    source: Source,
     out: str | os.PathLike[str],
     *,
-    facts: dict[str, Any] | None = None,
+    facts: Mapping[str, object] | None = None,
     max_shard_size: int = 5 * 10**9,
 ) -> Path:
     """Write a chain as a checkpoint folder that `transformers` loads with `from_pretrained`.
 
-    Blocks are numbered anew in the order of the chain; options of the config that count or list them follow. Tokenizer and
-    other small files are copied. Beside them stand `mergekit.yaml`, the same as a passthrough merge, and a model card.
+    Blocks are numbered in the order of the chain, and options of the config that count or list them
+    are adapted. The tokenizer and other small files are copied. The folder also gets a model card
+    and `mergekit.yaml`, which describes the chain as a passthrough merge.
 
     Args:
-      bank: of `jchain.hub.load` or `load_many`, its weights updated or not.
-      chain: tokens, a head last; at least one block.
-      source: the checkpoint folder that the bank came from, or of each model by name, where it came from several: config and
-        small files are taken from the first, weights of none, and none are compared.
-      out: the folder to write.
-      facts: for the card, from what is told to its value: losses, data, the command.
-      max_shard_size: bytes of a file of weights, at most, where more than one tensor is in it.
+      bank: from `jchain.hub.load` or `load_many`; its weights may have been updated.
+      chain: tokens of at least one block, then a head; padding is allowed.
+      source: the checkpoint folder that the bank was loaded from. For a bank of several models,
+        the folder of each model by name. The config and small files come from the first folder. No
+        weights are read from it.
+      out: the folder to write; it must not exist.
+      facts: rows for the card, from label to value, such as losses, data or the command.
+      max_shard_size: most bytes in one file of weights; a file with a single tensor may be larger.
 
     Returns:
       `out`.
 
     Raises:
-      FileExistsError: there is something at `out`.
-      ValueError: `chain` is no chain of the bank, has no block, or the bank's params are not those of `source`'s family.
+      FileExistsError: `out` exists.
+      ValueError: `chain` is not a chain of the bank or has no block, the bank's blocks are not
+        those of the config in `source`, or `source` has no folder for one of the models.
     """
     out = Path(out)
     if out.exists():
         raise FileExistsError(f"expected no folder at {out}, found one")
     if not isinstance(source, str | os.PathLike | Mapping):
         raise ValueError(f"expected a folder, or the folder of each model by name, got {source!r}")
-    tokens = [
-        int(t)
-        for t in chain_lib.validate(np.asarray(chain), bank.num_layers, bank.num_heads)
-        if t >= 0
-    ]
-    first = Path(source if isinstance(source, str | os.PathLike) else next(iter(source.values())))
+    valid = chain_lib.validate(np.asarray(chain), bank.num_layers, bank.num_heads)
+    tokens = [int(token) for token in valid if token != chain_lib.PADDING]
+    first = Path(next(iter(source.values())) if isinstance(source, Mapping) else source)
     options = read_json(first / CONFIG)
-    architecture = describe(options, str(first / CONFIG))
-    model = unfold(bank, tokens, len(architecture.blocks))
+    architecture = make_architecture(options, str(first / CONFIG))
+    model = unfold_chain(bank, tokens, len(architecture.blocks))
     if not model.blocks:
         raise ValueError("expected a chain of at least one block, got a head alone")
     config = make_config(model, architecture, options, first)
     tensors = collect_tensors(model, config, str(first / CONFIG))
-    _check_sources(model, source)
+    paths = _find_paths(model, source)
     changed = _find_changed(bank, tokens)
-    paths = {
-        name: str(source if isinstance(source, str | os.PathLike) else source.get(name, name))
-        for name, *_ in model.blocks
+    texts = {
+        CONFIG: json.dumps(config, indent=2) + "\n",
+        RECIPE: make_mergekit_recipe(model, paths, changed),
+        CARD: make_card(model, facts or {}, changed),
     }
+    _write_folder(out, first, texts, tensors, max_shard_size)
+    return out
+
+
+def _find_paths(model: ChainModel, source: Source) -> dict[str, str]:
+    """The folder of each model of the chain, by name."""
+    used = {block.source for block in model.blocks} | {model.stem_source, model.head_source}
+    names = sorted(used)
+    known = source if isinstance(source, Mapping) else {names[0]: source}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(
+            f"expected the folder of each model by name, {', '.join(names)}, got none of "
+            f"{', '.join(unknown)}"
+        )
+    return {name: str(known[name]) for name in names}
+
+
+def _find_changed(bank: Bank, tokens: Sequence[int]) -> list[str]:
+    """Names of the chain's layers and heads whose weights differ from their checkpoint."""
+    versions = np.asarray(bank.get_versions())
+    trained = {token for token in tokens if versions[token] > 0}
+    return sorted({bank.names[token] for token in trained - find_restarts(bank)})
+
+
+def _write_folder(
+    out: Path,
+    source: Path,
+    texts: Mapping[str, str],
+    tensors: dict[str, np.ndarray],
+    max_shard_size: int,
+) -> None:
+    """Write the whole folder under another name, then rename it, so that `out` is never partial."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
         os.chmod(folder, 0o777 & ~find_umask())
-        for path in sorted(first.iterdir()):
-            if (
-                path.is_file()
-                and path.name not in _OWN_FILES
-                and not path.name.endswith(_WEIGHT_SUFFIXES)
-            ):
-                shutil.copy(path, folder / path.name)
-            elif path.is_dir() and path.name == _TEMPLATES:
-                shutil.copytree(path, folder / path.name)
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        _copy_small_files(source, folder)
         write_shards(folder, tensors, max_shard_size)
-        (folder / "mergekit.yaml").write_text(make_recipe(model, paths, changed))
-        (folder / "README.md").write_text(make_card(model, facts or {}, changed))
+        for name, text in texts.items():
+            (folder / name).write_text(text)
         os.rename(folder, out)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return out
 
 
-def unfold(bank: Bank, tokens: Sequence[int], depth: int) -> Model:
-    """The model that a chain is.
-
-    Args:
-      bank: of pretrained blocks.
-      tokens: a chain.
-      depth: blocks of the models that it came from.
-
-    Raises:
-      ValueError: a layer is none of those that `load` or `load_many` make.
-    """
-    modules = {
-        token: group.module for group in (*bank.layers, *bank.heads) for token in group.tokens
-    }
-    entry = 0
-    blocks: list[Any] = []
-    for token in tokens[:-1]:
-        module, params = modules[token], bank.get_params(token)
-        if isinstance(module, Restart):
-            shares = np.asarray(params["shares"], np.float32)
-            if sorted(shares) != [0.0] * (len(shares) - 1) + [1.0]:
-                raise ValueError(
-                    f"expected {bank.names[token]} to be those of one model, got shares {shares.tolist()}"
-                )
-            entry, blocks = 1 + int(shares.argmax()), []
-        else:
-            source, place = find_position(bank.names[token])
-            is_within = isinstance(module, Within)
-            blocks.append(
-                (
-                    source,
-                    place,
-                    module.block if is_within else module,
-                    params["block"] if is_within else params,
-                )
-            )
-    head, params = modules[tokens[-1]], bank.get_params(tokens[-1])
-    head_source = bank.names[tokens[-1]].rpartition("/")[0]
-    stem, stem_params, stem_source = bank.stem, bank.stem_params, head_source
-    if isinstance(stem, Entries):
-        stem, stem_params = stem.entries[entry], stem_params[f"entries_{entry}"]
-    if isinstance(stem, Entry):
-        begin = zip(range(len(stem.blocks)), stem.blocks, _get_blocks(stem_params), strict=True)
-        blocks = [(stem.source, *block) for block in begin] + blocks
-        stem_params, stem_source = stem_params["stem"], stem.source
-    if isinstance(head, Exit):
-        end = zip(
-            range(depth - len(head.blocks), depth), head.blocks, _get_blocks(params), strict=True
-        )
-        blocks += [(head_source, *block) for block in end]
-        params = params["head"]
-    return Model(stem_params, blocks, params, (stem_source, head_source))
-
-
-def _get_blocks(params: PyTree) -> list[PyTree]:
-    """Those of `Entry` or `Exit`, beside one part more."""
-    return [params[f"blocks_{i}"] for i in range(len(params) - 1)]
-
-
-def _check_sources(model: Model, source: Any) -> None:
-    """That the folder of each model is known."""
-    names = sorted({name for name, *_ in model.blocks} | set(model.sources))
-    known = names[:1] if isinstance(source, str | os.PathLike) else [*source]
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(
-            f"expected the folder of each model by name, {', '.join(names)}, got none of {', '.join(unknown)}"
-        )
-
-
-def _find_changed(bank: Bank, tokens: Sequence[int]) -> list[str]:
-    """What of a chain has other weights than the checkpoint it came from."""
-    versions = np.asarray(bank.get_versions())
-    choices = find_restarts(bank)
-    return sorted(
-        {bank.names[token] for token in tokens if versions[token] > 0 and token not in choices}
-    )
+def _copy_small_files(source: Path, folder: Path) -> None:
+    """Copy the tokenizer and all other files without weights."""
+    for path in sorted(source.iterdir()):
+        is_skipped = path.name in _OWN_FILES or path.name.endswith(_WEIGHT_SUFFIXES)
+        if path.is_file() and not is_skipped:
+            shutil.copy(path, folder / path.name)
+        elif path.is_dir() and path.name == _TEMPLATES:
+            shutil.copytree(path, folder / path.name)
 
 
 def make_config(
-    model: Model, architecture: Architecture, options: dict[str, Any], source: Path
-) -> dict[str, Any]:
-    """The config of the source, for these blocks.
+    model: ChainModel, architecture: Architecture, options: JsonObject, source: Path
+) -> JsonObject:
+    """Make the config of a chain from the config of its source.
+
+    Args:
+      model: of the chain.
+      architecture: of the source.
+      options: content of the source's config.json.
+      source: folder of the source, for error messages.
 
     Raises:
-      ValueError: the blocks are not those of the source's config.
+      ValueError: the blocks are not those of the source, or no config can describe their order.
     """
-    for name, place, module, _ in model.blocks:
-        if place >= len(architecture.blocks) or architecture.blocks[place] != module:
-            raise ValueError(f"expected a bank of the blocks of {source}, got {name}/{place}")
-    config = options | {architecture.depth_key: len(model.blocks)}
-    for key, values in architecture.per_block.items():
+    for block in model.blocks:
+        known = architecture.blocks
+        if block.position >= len(known) or known[block.position] != block.module:
+            raise ValueError(
+                f"expected a bank of the blocks of {source}, got {block.source}/{block.position}"
+            )
+    config = options | {architecture.depth_option: len(model.blocks)}
+    per_block = {
+        key: [values[block.position] for block in model.blocks]
+        for key, values in architecture.options_per_block.items()
+    }
+    for key, values in architecture.options_per_block.items():
         if config.get(key) is not None or len(set(values)) > 1:
-            config[key] = [values[place] for _, place, _, _ in model.blocks]
-    if config.get("tie_word_embeddings", architecture.is_tied) and not share_embeddings(
-        model, architecture
-    ):
+            config[key] = per_block[key]
+    is_tied = config.get("tie_word_embeddings", architecture.is_tied_by_default)
+    if is_tied and not has_tied_embeddings(model, architecture):
         config["tie_word_embeddings"] = False
-    modules = tuple(module for _, _, module, _ in model.blocks)
-    if describe(config, str(source)).blocks != modules:
-        # What the config says by number is another block now.
-        config |= {
-            key: [values[place] for _, place, _, _ in model.blocks]
-            for key, values in architecture.per_block.items()
-        }
-    if describe(config, str(source)).blocks != modules:
+    modules = tuple(block.module for block in model.blocks)
+    if make_architecture(config, str(source)).blocks != modules:
+        # Without these lists, options such as max_window_layers select blocks by their new index.
+        config |= per_block
+    if make_architecture(config, str(source)).blocks != modules:
         raise ValueError(
-            f"{source}: no config says that blocks are in this order, as it tells them apart by their number"
+            f"{source}: expected blocks in an order that a config can describe, got an order that "
+            "conflicts with options that select blocks by index"
         )
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    return config | {key: find_dtype(model)}
+    return config | {key: model.dtype}
 
 
-def find_dtype(model: Model) -> str:
-    """The dtype of the weights, by NumPy's name, which is torch's too."""
-    return jax.tree.leaves(model.blocks[0][3])[0].dtype.name
+def has_tied_embeddings(model: ChainModel, architecture: Architecture) -> bool:
+    """Whether the output layer equals the embeddings wherever the architecture ties them.
 
-
-def find_position(name: str) -> tuple[str, int]:
-    """Model and number of a block by its name, `model/3`, or `model/3+14` of a copy.
-
-    Raises:
-      ValueError: it is the name of no block.
+    Args:
+      model: of a chain.
+      architecture: of its source.
     """
-    found = re.fullmatch(r"(.+)/(\d+)(\+\d+)*", name)
-    if found is None:
-        raise ValueError(f"expected the name of a block, as model/3, got {name!r}")
-    return found[1], int(found[2])
-
-
-def share_embeddings(model: Model, architecture: Architecture) -> bool:
-    """Whether the output layer has the weights of the embeddings, where the config says that they are one."""
-    leaves = [flatten(params) for params in (model.stem, model.head)]
-    stem, _, last = find_places(architecture)
-    names = {name: leaves[0][path] for path, name in stem.items()}
+    stem, head = _flatten(model.stem), _flatten(model.head)
+    names = find_names(architecture)
+    embeddings = {name: stem[path] for path, name in names.stem.items()}
     return all(
-        np.array_equal(names[name], leaves[1][path]) for path, name in last.items() if name in names
+        np.array_equal(embeddings[name], head[path])
+        for path, name in names.head.items()
+        if name in embeddings
     )
 
 
-def collect_tensors(model: Model, config: dict[str, Any], where: str) -> dict[str, np.ndarray]:
-    """The tensors of the new checkpoint by name."""
-    stem, blocks, head = find_places(describe(config, where))
-    parts = [model.stem, *(params for *_, params in model.blocks), model.head]
+def collect_tensors(model: ChainModel, config: JsonObject, location: str) -> dict[str, np.ndarray]:
+    """Collect the tensors of the exported checkpoint by name.
+
+    Args:
+      model: of the chain.
+      config: of the chain, from `make_config`.
+      location: the source's config, for error messages.
+    """
+    names = find_names(make_architecture(config, location))
+    parts = [model.stem, *(block.params for block in model.blocks), model.head]
     tensors: dict[str, np.ndarray] = {}
-    for params, places in zip(parts, (stem, *blocks, head), strict=True):
-        leaves = flatten(params)
-        tensors |= {name: np.asarray(leaves[path]) for path, name in places.items()}
+    for params, part_names in zip(parts, names.flatten(), strict=True):
+        leaves = _flatten(params)
+        tensors |= {name: np.asarray(leaves[path]) for path, name in part_names.items()}
     return tensors
 
 
-def flatten(params: PyTree) -> dict[str, Any]:
+def _flatten(params: PyTree) -> dict[str, jax.Array]:
     """Params by path."""
-    return traverse_util.flatten_dict(params, sep="/")
+    return traverse_util.flatten_dict(params, sep="/")  # pyright: ignore[reportReturnType]
 
 
-def write_shards(folder: Path, tensors: dict[str, np.ndarray], most: int) -> None:
-    """One file, or as many as it takes, with an index."""
+def write_shards(folder: Path, tensors: dict[str, np.ndarray], max_shard_size: int) -> None:
+    """Write tensors to one file, or to several with an index.
+
+    Args:
+      folder: where to write.
+      tensors: by name.
+      max_shard_size: most bytes in a file; a file with a single tensor may be larger.
+    """
     from safetensors.numpy import save_file
 
     shards: list[dict[str, np.ndarray]] = [{}]
+    size = 0
     for name, tensor in tensors.items():
-        if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + tensor.nbytes > most:
+        if shards[-1] and size + tensor.nbytes > max_shard_size:
             shards.append({})
+            size = 0
         shards[-1][name] = np.ascontiguousarray(tensor)
-    names = (
-        [WEIGHTS]
-        if len(shards) == 1
-        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    )
+        size += tensor.nbytes
+    num = len(shards)
+    names = [f"model-{i + 1:05}-of-{num:05}.safetensors" for i in range(num)]
+    if num == 1:
+        names = [WEIGHTS]
     for name, shard in zip(names, shards, strict=True):
         save_file(shard, folder / name, metadata={"format": "pt"})
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-            "weight_map": {
-                key: name for name, shard in zip(names, shards, strict=True) for key in shard
-            },
-        }
+    if num > 1:
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        total_size = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def make_recipe(model: Model, paths: Mapping[str, str], changed: Sequence[str]) -> str:
-    """The chain as a passthrough merge of mergekit, models by their paths. What it cannot say stands in comments."""
-    runs: list[list[Any]] = []
-    for name, place, _, _ in model.blocks:
-        if runs and runs[-1][0] == name and runs[-1][2] == place:
-            runs[-1][2] = place + 1
-        else:
-            runs.append([name, place, place + 1])
-    lines = ["slices:"]
-    if changed:
-        lines.insert(
-            0,
-            f"# Not the same as the checkpoint beside it, in which {', '.join(changed)} have other weights.",
-        )
-    for part, source, name in zip(
-        ("embeddings", "output layer"), model.sources, (runs[0][0], runs[-1][0]), strict=True
-    ):
-        if source != name:
-            lines.insert(
-                0,
-                f"# Not the same as the checkpoint beside it, whose {part} come from {source}: mergekit takes {name}'s.",
-            )
-    for name, start, stop in runs:
-        lines += [
-            "  - sources:",
-            f"      - model: {json.dumps(paths[name])}",
-            f"        layer_range: [{start}, {stop}]",
-        ]
-    return "\n".join([*lines, "merge_method: passthrough", f"dtype: {find_dtype(model)}"]) + "\n"
-
-
-def make_card(model: Model, facts: dict[str, Any], changed: Sequence[str]) -> str:
-    """A model card: the chain and what is known of it."""
-    rows = [f"| {name} | {value} |" for name, value in facts.items()]
-    table = ["", "| | |", "|---|---|", *rows] if rows else []
-    chain = " -> ".join(f"{name}/{place}" for name, place, _, _ in model.blocks)
-    stem, head = model.sources
-    told = f"Blocks in order: `{chain}`. Embeddings of {stem}, output layer of {head}."
-    told += f" Trained on since: {', '.join(changed)}." if changed else ""
-    lines = ["---", "library_name: transformers", "tags: [jchain]", "---", "", told, *table]
-    return "\n".join(lines) + "\n"

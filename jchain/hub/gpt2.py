@@ -1,4 +1,7 @@
-"""GPT-2: learned positions, layer norms before attention and MLP, one product for queries, keys and values."""
+"""GPT-2: learned positions, layer norms before attention and MLP, fused queries, keys and values.
+
+See `jchain.hub.architecture` for how to add a family, for which this module is an example.
+"""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -20,7 +23,13 @@ MODEL_TYPES = ("gpt2",)
 
 
 class Stem(nn.Module):
-    """Embeddings of tokens and of positions."""
+    """Sum of the embeddings of tokens and of positions.
+
+    Attributes:
+      vocabulary: number of tokens.
+      num_positions: longest sequence.
+      features: width of the embeddings.
+    """
 
     vocabulary: int
     num_positions: int
@@ -32,13 +41,17 @@ class Stem(nn.Module):
             raise ValueError(
                 f"expected sequences of at most {self.num_positions} tokens, got {ids.shape[-1]}"
             )
-        places = jnp.arange(ids.shape[-1]).reshape((1,) * (ids.ndim - 1) + (-1,))
-        positions = Embedding(self.num_positions, self.features, name="wpe")(places)
+        indices = jnp.arange(ids.shape[-1]).reshape((1,) * (ids.ndim - 1) + (-1,))
+        positions = Embedding(self.num_positions, self.features, name="wpe")(indices)
         return Embedding(self.vocabulary, self.features, name="wte")(ids) + positions
 
 
 class Attention(nn.Module):
-    """Causal self-attention."""
+    """Causal self-attention.
+
+    Attributes:
+      num_heads: number of attention heads.
+    """
 
     num_heads: int
 
@@ -55,7 +68,14 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A block of GPT-2."""
+    """A block of GPT-2.
+
+    Attributes:
+      num_heads: number of attention heads.
+      hidden: width of the MLP.
+      activation: name of the MLP's activation.
+      epsilon: of the layer norms.
+    """
 
     num_heads: int
     hidden: int
@@ -72,7 +92,12 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """The last norm, and logits."""
+    """The last norm and the output layer.
+
+    Attributes:
+      vocabulary: number of logits.
+      epsilon: of the norm.
+    """
 
     vocabulary: int
     epsilon: float
@@ -84,8 +109,15 @@ class Head(nn.Module):
         )
 
 
-def describe(config: Config) -> Architecture:
-    """The modules of a config, and where their params stand in the file."""
+def make_architecture(config: Config) -> Architecture:
+    """Make the architecture of a config.
+
+    Args:
+      config: with a `model_type` of `MODEL_TYPES`.
+
+    Raises:
+      ValueError: an option is missing or has a value that is not supported.
+    """
     config.expect("scale_attn_weights", True)
     for key in (
         "scale_attn_by_inverse_layer_idx",
@@ -106,12 +138,12 @@ def describe(config: Config) -> Architecture:
         stem=Stem(vocabulary, config.require("n_positions"), features),
         blocks=(block,) * config.require("n_layer"),
         head=Head(vocabulary, epsilon),
-        base="transformer.",
-        block="h.{}.",
-        stem_places={"wte": "wte", "wpe": "wpe"},
-        head_places={"ln_f": "ln_f", "lm_head": "wte" if is_tied else "/lm_head"},
-        unused=("h.{}.attn.bias", "h.{}.attn.masked_bias"),
-        depth_key="n_layer",
-        is_tied=True,
-        vocabulary=vocabulary,
+        prefix="transformer.",
+        block_prefix="h.{}.",
+        stem_names={"wte": "wte", "wpe": "wpe"},
+        head_names={"ln_f": "ln_f", "lm_head": "wte" if is_tied else "/lm_head"},
+        unused_tensors=("h.{}.attn.bias", "h.{}.attn.masked_bias"),
+        depth_option="n_layer",
+        is_tied_by_default=True,
+        vocab_size=vocabulary,
     )

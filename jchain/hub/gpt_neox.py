@@ -1,4 +1,8 @@
-"""GPT-NeoX (Pythia): attention and MLP side by side, rotary positions on a part of each head, fused queries, keys and values."""
+"""GPT-NeoX (Pythia): parallel attention and MLP, rotary positions on part of each head.
+
+Queries, keys and values are one fused product. See `jchain.hub.architecture` for how to add a
+family.
+"""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -14,7 +18,7 @@ from jchain.hub.modules import (
     attend,
     check_activation,
     find_frequencies,
-    find_rope,
+    find_rope_options,
     rotate,
     split_heads,
 )
@@ -23,7 +27,12 @@ MODEL_TYPES = ("gpt_neox",)
 
 
 class Stem(nn.Module):
-    """Embeddings of tokens."""
+    """Embeddings of tokens.
+
+    Attributes:
+      vocabulary: number of tokens.
+      features: width of the embeddings.
+    """
 
     vocabulary: int
     features: int
@@ -34,7 +43,14 @@ class Stem(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention."""
+    """Causal self-attention with rotary positions.
+
+    Attributes:
+      num_heads: number of attention heads.
+      frequencies: of each pair of features that rotates, in radians per position.
+      rotary_scale: factor of sines and cosines.
+      use_bias: whether the affine maps have biases.
+    """
 
     num_heads: int
     frequencies: tuple[float, ...]
@@ -44,7 +60,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
         features = x.shape[-1]
-        # Each head's query, key and value stand side by side.
+        # The query, key and value of each head are next to each other.
         qkv = split_heads(
             Linear(3 * features, self.use_bias, name="query_key_value")(x), self.num_heads
         )
@@ -59,14 +75,14 @@ class Block(nn.Module):
     """A block of GPT-NeoX.
 
     Attributes:
-      num_heads: of attention.
+      num_heads: number of attention heads.
       hidden: width of the MLP.
-      activation: its name.
-      epsilon: of the norms.
-      frequencies: radians per position, of each pair that rotates.
+      activation: name of the MLP's activation.
+      epsilon: of the layer norms.
+      frequencies: of each pair of features that rotates, in radians per position.
       rotary_scale: factor of sines and cosines.
-      is_parallel: whether the MLP reads the block's input, not what attention made of it.
-      use_bias: of attention.
+      is_parallel: whether the MLP reads the block's input instead of the result of attention.
+      use_bias: whether the affine maps of attention have biases.
     """
 
     num_heads: int
@@ -92,7 +108,12 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """The last norm, and logits."""
+    """The last norm and the output layer.
+
+    Attributes:
+      vocabulary: number of logits.
+      epsilon: of the norm.
+    """
 
     vocabulary: int
     epsilon: float
@@ -104,13 +125,20 @@ class Head(nn.Module):
         )
 
 
-def describe(config: Config) -> Architecture:
-    """The modules of a config, and where their params stand in the file."""
+def make_architecture(config: Config) -> Architecture:
+    """Make the architecture of a config.
+
+    Args:
+      config: with a `model_type` of `MODEL_TYPES`.
+
+    Raises:
+      ValueError: an option is missing or has a value that is not supported.
+    """
     features, vocabulary = config.require("hidden_size"), config.require("vocab_size")
     num_heads, epsilon = config.require("num_attention_heads"), config.get("layer_norm_eps", 1e-5)
-    rope = find_rope(config, "rotary_emb_base")
+    rope = find_rope_options(config, "rotary_emb_base")
     share = rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
-    # Some versions wrote these under the names of other families too.
+    # Some versions also wrote these options under the names that other families use.
     config.expect("partial_rotary_factor", share)
     config.expect("rope_theta", rope.get("rope_theta", 10000.0))
     frequencies, rotary_scale = find_frequencies(config, rope, int(features // num_heads * share))
@@ -130,17 +158,17 @@ def describe(config: Config) -> Architecture:
         stem=Stem(vocabulary, features),
         blocks=(block,) * config.require("num_hidden_layers"),
         head=Head(vocabulary, epsilon),
-        base="gpt_neox.",
-        block="layers.{}.",
-        stem_places={"embed_in": "embed_in"},
-        head_places={
+        prefix="gpt_neox.",
+        block_prefix="layers.{}.",
+        stem_names={"embed_in": "embed_in"},
+        head_names={
             "final_layer_norm": "final_layer_norm",
             "embed_out": "embed_in" if is_tied else "/embed_out",
         },
-        unused=(
+        unused_tensors=(
             "layers.{}.attention.bias",
             "layers.{}.attention.masked_bias",
             "layers.{}.attention.rotary_emb.inv_freq",
         ),
-        vocabulary=vocabulary,
+        vocab_size=vocabulary,
     )

@@ -1,4 +1,8 @@
-"""Llama and what differs from it by config only: Mistral, Qwen2, Qwen3. Rotary positions, RMS norms, gated MLP, grouped queries."""
+"""Llama, and models that differ from it only in their config: Mistral, Qwen2, Qwen3.
+
+Rotary positions, RMS norms, gated MLP, grouped queries. See `jchain.hub.architecture` for how to
+add a family.
+"""
 
 import flax.linen as nn
 
@@ -13,7 +17,7 @@ from jchain.hub.modules import (
     attend,
     check_activation,
     find_frequencies,
-    find_rope,
+    find_rope_options,
     rotate,
     split_heads,
 )
@@ -22,7 +26,12 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class Stem(nn.Module):
-    """Embeddings of tokens."""
+    """Embeddings of tokens.
+
+    Attributes:
+      vocabulary: number of tokens.
+      features: width of the embeddings.
+    """
 
     vocabulary: int
     features: int
@@ -33,7 +42,19 @@ class Stem(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions; `num_heads / num_kv_heads` queries share a key and a value."""
+    """Causal self-attention with rotary positions and grouped queries.
+
+    Attributes:
+      num_heads: number of query heads.
+      num_kv_heads: number of key and value heads; each serves `num_heads / num_kv_heads` queries.
+      head_size: features of each head.
+      frequencies: of each pair of features that rotates, in radians per position.
+      rotary_scale: factor of sines and cosines.
+      window: how many positions each position attends to, including itself; None for all.
+      use_bias: whether the maps to queries, keys and values have biases.
+      use_output_bias: whether the output map has a bias.
+      norm_epsilon: of the norms of queries and keys; None for no norms.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -48,9 +69,8 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
         def project(name: str, num_heads: int) -> Float[Array, "*B T N H"]:
-            return split_heads(
-                Linear(num_heads * self.head_size, self.use_bias, name=name)(x), num_heads
-            )
+            linear = Linear(num_heads * self.head_size, self.use_bias, name=name)
+            return split_heads(linear(x), num_heads)
 
         query, key = project("q_proj", self.num_heads), project("k_proj", self.num_kv_heads)
         value = project("v_proj", self.num_kv_heads)
@@ -65,7 +85,13 @@ class Attention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """Shazeer 2020, arXiv:2002.05202."""
+    """MLP with a gate (Shazeer 2020, arXiv:2002.05202).
+
+    Attributes:
+      hidden: width of the hidden layer.
+      activation: name of the gate's activation.
+      use_bias: whether the affine maps have biases.
+    """
 
     hidden: int
     activation: str
@@ -85,18 +111,18 @@ class Block(nn.Module):
     """A block of Llama.
 
     Attributes:
-      num_heads: of queries.
-      num_kv_heads: of keys and values.
-      head_size: numbers of each.
+      num_heads: number of query heads.
+      num_kv_heads: number of key and value heads.
+      head_size: features of each head.
       hidden: width of the MLP.
-      activation: name of the gate's.
-      epsilon: of the norms.
-      frequencies: radians per position, of each pair that rotates.
+      activation: name of the gate's activation.
+      epsilon: of the RMS norms.
+      frequencies: of each pair of features that rotates, in radians per position.
       rotary_scale: factor of sines and cosines.
-      window: positions that each one sees, itself included; all before it when None.
-      use_bias: of queries, keys and values.
-      use_output_bias: of the attention's output.
-      use_mlp_bias: of the MLP.
+      window: how many positions each position attends to, including itself; None for all.
+      use_bias: whether the maps to queries, keys and values have biases.
+      use_output_bias: whether attention's output map has a bias.
+      use_mlp_bias: whether the MLP has biases.
       use_qk_norm: whether queries and keys are normalized, as in Qwen3.
     """
 
@@ -134,7 +160,12 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """The last norm, and logits."""
+    """The last norm and the output layer.
+
+    Attributes:
+      vocabulary: number of logits.
+      epsilon: of the norm.
+    """
 
     vocabulary: int
     epsilon: float
@@ -146,15 +177,22 @@ class Head(nn.Module):
         )
 
 
-def describe(config: Config) -> Architecture:
-    """The modules of a config, and where their params stand in the file."""
+def make_architecture(config: Config) -> Architecture:
+    """Make the architecture of a config.
+
+    Args:
+      config: with a `model_type` of `MODEL_TYPES`.
+
+    Raises:
+      ValueError: an option is missing or has a value that is not supported.
+    """
     kind = config.require("model_type")
     features, vocabulary = config.require("hidden_size"), config.require("vocab_size")
     num_heads, depth = config.require("num_attention_heads"), config.require("num_hidden_layers")
     head_size = config.get("head_dim", None) or (128 if kind == "qwen3" else features // num_heads)
     epsilon = config.get("rms_norm_eps", 1e-6)
     has_bias = kind != "mistral" and bool(config.get("attention_bias", False))
-    rope = find_rope(config)
+    rope = find_rope_options(config)
     rope.expect("partial_rotary_factor", None, 1.0)
     frequencies, rotary_scale = find_frequencies(config, rope, head_size)
     config.get("max_position_embeddings", None)
@@ -181,25 +219,33 @@ def describe(config: Config) -> Architecture:
         stem=Stem(vocabulary, features),
         blocks=blocks,
         head=Head(vocabulary, epsilon),
-        base="model.",
-        block="layers.{}.",
-        stem_places={"embed_tokens": "embed_tokens"},
-        head_places={"norm": "norm", "lm_head": "embed_tokens" if is_tied else "/lm_head"},
-        unused=("layers.{}.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq"),
-        per_block={
+        prefix="model.",
+        block_prefix="layers.{}.",
+        stem_names={"embed_tokens": "embed_tokens"},
+        head_names={"norm": "norm", "lm_head": "embed_tokens" if is_tied else "/lm_head"},
+        unused_tensors=("layers.{}.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq"),
+        options_per_block={
             "layer_types": tuple(
                 "sliding_attention" if b.window else "full_attention" for b in blocks
             )
         },
-        vocabulary=vocabulary,
+        vocab_size=vocabulary,
     )
 
 
 def find_windows(config: Config, kind: str, depth: int) -> list[int | None]:
-    """How many positions each block sees.
+    """Find the attention window of each block.
+
+    Args:
+      config: of the model.
+      kind: its `model_type`.
+      depth: number of blocks.
+
+    Returns:
+      For each block, how many positions each position attends to, including itself; None for all.
 
     Raises:
-      ValueError: there is not one type for each block, or one that is not known.
+      ValueError: `layer_types` does not have one known type for each block.
     """
     window = None if kind == "llama" else config.get("sliding_window", 4096)
     if kind == "mistral":
@@ -210,8 +256,8 @@ def find_windows(config: Config, kind: str, depth: int) -> list[int | None]:
     if types is None:
         return [window if is_used and i >= first else None for i in range(depth)]
     if len(types) != depth:
-        raise config.refuse("layer_types", types, f"{depth} of them")
+        raise config.reject("layer_types", types, f"{depth} of them")
     for name in types:
         if name not in ("full_attention", "sliding_attention"):
-            raise config.refuse("layer_types", name, "full_attention or sliding_attention")
+            raise config.reject("layer_types", name, "full_attention or sliding_attention")
     return [window if is_used and name == "sliding_attention" else None for name in types]

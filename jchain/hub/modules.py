@@ -1,10 +1,10 @@
-"""What the families share: modules whose params are named and laid out as in Hugging Face checkpoints, and rotary positions.
+"""Modules that the families share, with the param names and layouts of Hugging Face checkpoints.
 
-Weights keep the layout of their file, so that a checkpoint is stacked as it lies on disk and leaves by the same names.
+Because weights keep the layout of the file, a checkpoint is read directly into its stack, and an
+exported chain has the original names.
 """
 
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -26,7 +26,14 @@ ACTIVATIONS = {
 
 
 class Linear(nn.Module):
-    """`x W^T + b`, `W` of shape `[features, inputs]`, or `[inputs, features]` where it `is_transposed` (GPT-2's Conv1D)."""
+    """An affine map `x W^T + b`.
+
+    Attributes:
+      features: width of the output.
+      use_bias: whether b is added.
+      is_transposed: whether the file has W as `[inputs, features]` (GPT-2's Conv1D) instead of
+        `[features, inputs]`.
+    """
 
     features: int
     use_bias: bool = True
@@ -44,7 +51,12 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A row of `weight` for each index."""
+    """A row of `weight` for each index.
+
+    Attributes:
+      num: number of rows.
+      features: width of a row.
+    """
 
     num: int
     features: int
@@ -55,7 +67,11 @@ class Embedding(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Ba et al. 2016, arXiv:1607.06450; in float32 whatever the weights are."""
+    """Layer normalization (Ba et al. 2016, arXiv:1607.06450), computed in float32 for every dtype.
+
+    Attributes:
+      epsilon: added to the variance.
+    """
 
     epsilon: float
 
@@ -72,7 +88,13 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Zhang and Sennrich 2019, arXiv:1910.07467; the root mean square in float32."""
+    """Root mean square normalization (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    The root mean square is computed in float32 for every dtype.
+
+    Attributes:
+      epsilon: added to the mean square.
+    """
 
     epsilon: float
 
@@ -87,12 +109,25 @@ class RMSNorm(nn.Module):
 
 
 def broadcast(row: Float[Array, "F"], like: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
-    """With as many axes as `like`."""
+    """Add leading axes of size 1, so that a vector has as many axes as another array.
+
+    Args:
+      row: the vector.
+      like: the other array.
+    """
     return row.reshape((1,) * (like.ndim - 1) + row.shape)
 
 
 class FeedForward(nn.Module):
-    """Two affine maps and an activation between; params are called `names`."""
+    """MLP of two affine maps with an activation between them.
+
+    Attributes:
+      hidden: width of the hidden layer.
+      activation: name of the activation, one of `ACTIVATIONS`.
+      names: of the params of the first and the second map.
+      use_bias: whether the maps have biases.
+      is_transposed: layout of the weights, as in `Linear`.
+    """
 
     hidden: int
     activation: str
@@ -110,7 +145,12 @@ class FeedForward(nn.Module):
 
 
 def split_heads(x: Float[Array, "*B T F"], num_heads: int) -> Float[Array, "*B T N H"]:
-    """The last axis as heads."""
+    """Split the last axis into heads.
+
+    Args:
+      x: queries, keys or values of all heads.
+      num_heads: N.
+    """
     return x.reshape(*x.shape[:-1], num_heads, -1)
 
 
@@ -122,25 +162,35 @@ def attend(
     is_causal: bool,
     window: int | None = None,
 ) -> Float[Array, "*B T F"]:
-    """Scaled dot-product attention, heads joined. N is a multiple of K; a position sees `window` of them, itself included.
+    """Compute scaled dot-product attention, with the heads joined in the result.
 
-    As `jax.nn.dot_product_attention`, in 0.5 to 0.8 of its time on CPU where sequences are of some 100: heads go before positions
-    once, not in each product; the mask is added, not selected by; sums are divided behind the last product.
+    It computes the same as `jax.nn.dot_product_attention` in 0.5 to 0.8 of the time, on CPU for
+    sequences of about 100 tokens. The axes of heads and positions are swapped once instead of in
+    each product, the mask is added instead of selecting values, and the softmax is normalized
+    after the last product.
+
+    Args:
+      query: of each position and head.
+      key: N is a multiple of K, and `N / K` queries share a key.
+      value: as many as keys.
+      is_causal: whether a position attends only to itself and to earlier positions.
+      window: how many positions each position attends to, including itself; None for all. A window
+        implies causal attention.
     """
-    dtype, (length, num_heads, size), num_kinds = query.dtype, query.shape[-3:], key.shape[-2]
-    if dtype == jnp.float16:  # of which XLA on CPU makes no sums in float32
+    dtype, (length, num_heads, size), num_kv_heads = query.dtype, query.shape[-3:], key.shape[-2]
+    if dtype == jnp.float16:  # XLA on CPU cannot sum products of float16 in float32.
         query, key, value = (part.astype(jnp.float32) for part in (query, key, value))
     query, key, value = (jnp.swapaxes(part, -3, -2) for part in (query, key, value))
-    # Heads that share a key are rows of one product.
-    query = query.reshape(*query.shape[:-3], num_kinds, -1, size)
+    # The queries that share a key become rows of one product.
+    query = query.reshape(*query.shape[:-3], num_kv_heads, -1, size)
     wide = jnp.promote_types(dtype, jnp.float32)
     scores = jnp.matmul(query, jnp.swapaxes(key, -2, -1), preferred_element_type=wide) * size**-0.5
     if is_causal or window is not None:
-        behind = np.subtract.outer(np.arange(length), np.arange(length))
-        is_seen = (behind >= 0) & (behind < (length if window is None else window))
-        by_head = scores.reshape(*scores.shape[:-2], -1, length, length)
-        bias = np.where(is_seen, 0.0, -np.inf).astype(wide)
-        scores = (by_head + bias.reshape((1,) * (by_head.ndim - 2) + bias.shape)).reshape(
+        distance = np.subtract.outer(np.arange(length), np.arange(length))
+        is_visible = (distance >= 0) & (distance < (length if window is None else window))
+        per_head = scores.reshape(*scores.shape[:-2], -1, length, length)
+        bias = np.where(is_visible, 0.0, -np.inf).astype(wide)
+        scores = (per_head + bias.reshape((1,) * (per_head.ndim - 2) + bias.shape)).reshape(
             scores.shape
         )
     weights = jnp.exp(
@@ -155,7 +205,15 @@ def attend(
 def rotate(
     x: Float[Array, "*B T N H"], frequencies: tuple[float, ...], scale: float
 ) -> Float[Array, "*B T N H"]:
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864) on the first `2 * len(frequencies)` numbers of each head."""
+    """Apply rotary positions (Su et al. 2021, arXiv:2104.09864).
+
+    The first `2 * len(frequencies)` features of each head rotate, the others are unchanged.
+
+    Args:
+      x: queries or keys.
+      frequencies: of each pair of features, in radians per position.
+      scale: factor of sines and cosines.
+    """
     angles = (
         jnp.arange(x.shape[-3], dtype=jnp.float32)[:, None]
         * jnp.array(frequencies, jnp.float32)[None]
@@ -167,73 +225,83 @@ def rotate(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
-def find_rope(config: Config, base_key: str = "rope_theta") -> Config:
-    """Options of rotary positions, which older files have in two places.
+def find_rope_options(config: Config, base_key: str = "rope_theta") -> Config:
+    """Find the options of rotary positions, which older files have in another place.
 
     Args:
       config: of the model.
-      base_key: option of the longest wave where it does not stand among the others.
+      base_key: name of the config's option for the base, which older files do not have among the
+        options of rotary positions.
 
     Raises:
-      ValueError: they are no object.
+      ValueError: the options are not an object.
     """
     key = "rope_parameters" if config.get("rope_parameters", None) is not None else "rope_scaling"
-    given: Any = config.get(key, None) or {}
+    given = config.get(key, None) or {}
     if not isinstance(given, dict):
-        raise config.refuse(key, given, "an object")
+        raise config.reject(key, given, "an object")
     if key == "rope_scaling":
         given = {"rope_theta": config.get(base_key, 10000.0)} | given
     return config.inner(key, given)
 
 
 def find_frequencies(config: Config, rope: Config, size: int) -> tuple[tuple[float, ...], float]:
-    """Radians per position of each pair of the `size` numbers that rotate, and the factor of their sines and cosines.
+    """Compute the frequencies of rotary positions, as transformers does.
 
-    Scaling by `linear`, `llama3` or `yarn` (Peng et al. 2023, arXiv:2309.00071), as transformers computes it.
+    They can be scaled by `linear`, `llama3` or `yarn` (Peng et al. 2023, arXiv:2309.00071).
+
+    Args:
+      config: of the model.
+      rope: options of rotary positions, from `find_rope_options`.
+      size: number of features in each head that rotate.
+
+    Returns:
+      Radians per position for each pair of features, and the factor of sines and cosines.
 
     Raises:
-      ValueError: another kind of scaling, or an option of it that was not asked for.
+      ValueError: the kind of scaling or one of its options is not supported.
     """
     kind = rope.get("rope_type", rope.get("type", "default"))
     base = float(rope.get("rope_theta", 10000.0))
     pairs = np.arange(0, size, 2, dtype=np.float64)
-    own = base ** (-pairs / size)
+    unscaled = base ** (-pairs / size)
     if kind == "default":
-        found, scale = own, 1.0
+        found, scale = unscaled, 1.0
     elif kind == "linear":
-        found, scale = own / rope.require("factor"), 1.0
+        found, scale = unscaled / rope.require("factor"), 1.0
     elif kind == "llama3":
-        found, scale = _scale_by_wavelength(own, rope), 1.0
+        found, scale = _scale_by_wavelength(unscaled, rope), 1.0
     elif kind == "yarn":
-        found, scale = _scale_by_yarn(own, base, size, rope, config)
+        found, scale = _scale_by_yarn(unscaled, base, size, rope, config)
     else:
-        raise config.refuse("rope_type", kind, "default, linear, llama3 or yarn")
+        raise config.reject("rope_type", kind, "default, linear, llama3 or yarn")
     rope.finish()
     return tuple(found.astype(np.float32).tolist()), float(scale)
 
 
-def _scale_by_wavelength(own: np.ndarray, rope: Config) -> np.ndarray:
-    """As Llama 3.1: long waves are slowed, short ones stay."""
+def _scale_by_wavelength(unscaled: np.ndarray, rope: Config) -> np.ndarray:
+    """Scaling of Llama 3.1: low frequencies are divided by a factor, high ones are unchanged."""
     factor, length = rope.require("factor"), rope.require("original_max_position_embeddings")
     low, high = rope.require("low_freq_factor"), rope.require("high_freq_factor")
-    turns = length * own / (2 * math.pi)
+    turns = length * unscaled / (2 * math.pi)
     share = np.clip((turns - low) / (high - low), 0, 1)
-    return own * (share + (1 - share) / factor)
+    return unscaled * (share + (1 - share) / factor)
 
 
 def _scale_by_yarn(
-    own: np.ndarray, base: float, size: int, rope: Config, config: Config
+    unscaled: np.ndarray, base: float, size: int, rope: Config, config: Config
 ) -> tuple[np.ndarray, float]:
+    """Scaling of YaRN, and the factor of sines and cosines."""
     length = rope.get("original_max_position_embeddings", None) or config.require(
         "max_position_embeddings"
     )
     factor = rope.get("factor", None) or config.require("max_position_embeddings") / length
     fast, slow = rope.get("beta_fast", None) or 32, rope.get("beta_slow", None) or 1
 
-    def find_place(num_turns: float) -> float:
+    def find_pair(num_turns: float) -> float:
         return size * math.log(length / (num_turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low, high = find_place(fast), find_place(slow)
+    low, high = find_pair(fast), find_pair(slow)
     if rope.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, size - 1)
@@ -249,16 +317,21 @@ def _scale_by_yarn(
         scale = (
             find_scale(mscale) / find_scale(over_all) if mscale and over_all else find_scale(1.0)
         )
-    return own * (share + (1 - share) / factor), scale
+    return unscaled * (share + (1 - share) / factor), scale
 
 
 def check_activation(config: Config, key: str, default: str) -> str:
-    """The name of the activation.
+    """Read the name of an activation.
+
+    Args:
+      config: of the model.
+      key: name of the option.
+      default: name of the activation if the config does not have the option.
 
     Raises:
-      ValueError: it is none of `ACTIVATIONS`.
+      ValueError: the activation is not one of `ACTIVATIONS`.
     """
     name = config.get(key, default)
     if name not in ACTIVATIONS:
-        raise config.refuse(key, name, ", ".join(ACTIVATIONS))
+        raise config.reject(key, name, ", ".join(ACTIVATIONS))
     return name

@@ -1,4 +1,8 @@
-"""ViT for image classification (Dosovitskiy et al. 2021, arXiv:2010.11929): patches, a class token, layer norms before each part."""
+"""ViT for image classification (Dosovitskiy et al. 2021, arXiv:2010.11929).
+
+Patches, a class token, layer norms before attention and MLP. See `jchain.hub.architecture` for how
+to add a family.
+"""
 
 import flax.linen as nn
 import jax
@@ -13,7 +17,12 @@ MODEL_TYPES = ("vit",)
 
 
 class Projection(nn.Module):
-    """A convolution whose stride is the size of its kernel, `[features, channels, patch, patch]`."""
+    """A convolution whose kernel `[features, channels, patch, patch]` is as large as its stride.
+
+    Attributes:
+      features: number of output channels.
+      patch: height and width of the kernel.
+    """
 
     features: int
     patch: int
@@ -30,7 +39,12 @@ class Projection(nn.Module):
 
 
 class Patches(nn.Module):
-    """Patches as tokens."""
+    """Embeddings of the patches of an image, as a sequence.
+
+    Attributes:
+      features: width of the embeddings.
+      patch: height and width of a patch.
+    """
 
     features: int
     patch: int
@@ -43,7 +57,16 @@ class Patches(nn.Module):
 
 
 class Stem(nn.Module):
-    """A class token and patches, with positions added. Images are `[B, H, W, C]`, standardized as the model was trained."""
+    """A class token followed by patches, plus embeddings of positions.
+
+    Images are `[B, H, W, C]`, standardized as in the training of the model.
+
+    Attributes:
+      size: height and width of an image.
+      channels: of an image.
+      patch: height and width of a patch.
+      features: width of the embeddings.
+    """
 
     size: tuple[int, int]
     channels: int
@@ -66,7 +89,11 @@ class Stem(nn.Module):
 
 
 class Within(nn.Module):
-    """An affine map that the file calls `dense` within this one's name."""
+    """An affine map whose params are one level deeper in the file, under `dense`.
+
+    Attributes:
+      features: width of the output.
+    """
 
     features: int
 
@@ -76,7 +103,12 @@ class Within(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention of all tokens to all, without the output's map."""
+    """Attention between all tokens, without the output map.
+
+    Attributes:
+      num_heads: number of attention heads.
+      use_bias: whether the maps to queries, keys and values have biases.
+    """
 
     num_heads: int
     use_bias: bool
@@ -91,7 +123,12 @@ class SelfAttention(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention with the output's map."""
+    """Attention with the output map.
+
+    Attributes:
+      num_heads: number of attention heads.
+      use_bias: whether the maps to queries, keys and values have biases.
+    """
 
     num_heads: int
     use_bias: bool
@@ -106,11 +143,11 @@ class Block(nn.Module):
     """A block of ViT.
 
     Attributes:
-      num_heads: of attention.
+      num_heads: number of attention heads.
       hidden: width of the MLP.
-      activation: its name.
-      epsilon: of the norms.
-      use_bias: of queries, keys and values.
+      activation: name of the MLP's activation.
+      epsilon: of the layer norms.
+      use_bias: whether the maps to queries, keys and values have biases.
     """
 
     num_heads: int
@@ -130,7 +167,12 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """The last norm, and logits of the class token."""
+    """The last norm, and the output layer on the class token.
+
+    Attributes:
+      num_classes: number of logits.
+      epsilon: of the norm.
+    """
 
     num_classes: int
     epsilon: float
@@ -141,8 +183,15 @@ class Head(nn.Module):
         return Linear(self.num_classes, name="classifier")(x[:, 0])
 
 
-def describe(config: Config) -> Architecture:
-    """The modules of a config, and where their params stand in the file."""
+def make_architecture(config: Config) -> Architecture:
+    """Make the architecture of a config.
+
+    Args:
+      config: with a `model_type` of `MODEL_TYPES`.
+
+    Raises:
+      ValueError: an option is missing or has a value that is not supported.
+    """
     features, epsilon = config.require("hidden_size"), config.get("layer_norm_eps", 1e-12)
     size, patch, channels = (
         config.require("image_size"),
@@ -152,13 +201,10 @@ def describe(config: Config) -> Architecture:
     size = tuple(size) if isinstance(size, list) else (size, size)
     if isinstance(patch, list):
         if len(set(patch)) != 1:
-            raise config.refuse("patch_size", patch, "squares")
+            raise config.reject("patch_size", patch, "square patches")
         patch = patch[0]
-    for key in (
-        "pooler_act",
-        "pooler_output_size",
-        "num_labels",
-    ):  # the classifier reads the class token as it is
+    # Irrelevant: the classifier reads the class token directly, without a pooler.
+    for key in ("pooler_act", "pooler_output_size", "num_labels"):
         config.get(key, None)
     labels = config.get("id2label", None)
     block = Block(
@@ -172,14 +218,14 @@ def describe(config: Config) -> Architecture:
         stem=Stem(size, channels, patch, features),
         blocks=(block,) * config.require("num_hidden_layers"),
         head=Head(len(labels) if labels else config.get("num_labels", 2), epsilon),
-        base="vit.",
-        block="encoder.layer.{}.",
-        stem_places={
+        prefix="vit.",
+        block_prefix="encoder.layer.{}.",
+        stem_names={
             "cls_token": "embeddings.cls_token",
             "position_embeddings": "embeddings.position_embeddings",
             "patch_embeddings": "embeddings.patch_embeddings",
         },
-        head_places={"layernorm": "layernorm", "classifier": "/classifier"},
-        example=(1, *size, channels),
+        head_names={"layernorm": "layernorm", "classifier": "/classifier"},
+        example_shape=(1, *size, channels),
         example_dtype=jnp.float32,
     )

@@ -1,7 +1,13 @@
-"""Blocks that every chain has, as part of its embeddings or its output layer, and embeddings that a chain chooses.
+"""Modules around the blocks of a model: pinned blocks, and embeddings that a chain chooses.
 
-Embeddings of several models are side by side in what layers read, `[..., F M]`: the first F numbers are those that blocks work on,
-behind them stand the embeddings of all models but the first. A chain begins with the first model's; a `Restart` puts others there.
+Pinned blocks are in every chain: they are part of the stem (`Entry`) or of the head (`Exit`).
+
+If a bank has several models whose embeddings differ, the stem (`Entries`) concatenates the
+embeddings of all M models. Layers then read `[..., F * M]`. A block (`Within`) changes the first F
+features, which begin as the embeddings of the first model, and passes on the others unchanged. A
+`Restart` layer replaces the first F features with the embeddings of another model.
+
+Saved banks name these classes and their fields: neither may be renamed.
 """
 
 import flax.linen as nn
@@ -13,11 +19,11 @@ from jchain.bank import Bank
 
 
 class Entry(nn.Module):
-    """Embeddings and the blocks that every chain begins with.
+    """Embeddings of a model, followed by the blocks with which every chain begins.
 
     Attributes:
       stem: the embeddings.
-      blocks: behind them.
+      blocks: pinned blocks, applied in order.
       source: name of the model.
     """
 
@@ -33,7 +39,11 @@ class Entry(nn.Module):
 
 
 class Entries(nn.Module):
-    """What several models make of the same input, side by side."""
+    """Embeddings of the same input by several models, concatenated along the last axis.
+
+    Attributes:
+      entries: one for each model.
+    """
 
     entries: tuple[Entry, ...]
 
@@ -42,7 +52,14 @@ class Entries(nn.Module):
 
 
 class Within(nn.Module):
-    """A block on the first `features` numbers."""
+    """A block that changes the first features and passes on the others unchanged.
+
+    The other features are the embeddings of the other models, which a later `Restart` may read.
+
+    Attributes:
+      block: applied to the first `features` features.
+      features: width of the block, F.
+    """
 
     block: nn.Module
     features: int
@@ -54,7 +71,16 @@ class Within(nn.Module):
 
 
 class Restart(nn.Module):
-    """The embeddings of another model in place of all that was computed: their sum by `shares`, one of which is 1."""
+    """A layer that discards the result so far and starts again from another model's embeddings.
+
+    It replaces the first `features` features with a sum of the embeddings in the others, weighted
+    by the param `shares [M - 1]`. One share is 1 and the others are 0. The choice is a param so
+    that the restarts of all models share one module and their params stack. A restart belongs at
+    the beginning of a chain, as layers before it have no effect.
+
+    Attributes:
+      features: width of the embeddings of one model, F.
+    """
 
     features: int
 
@@ -62,7 +88,7 @@ class Restart(nn.Module):
     def __call__(self, x: Float[Array, "*B G"]) -> Float[Array, "*B G"]:
         kept = x[..., self.features :]
         others = kept.reshape(*kept.shape[:-1], -1, self.features)
-        # Which model it is, not a weight.
+        # The shares select a model. They are not weights to train.
         shares = jax.lax.stop_gradient(
             self.param("shares", nn.initializers.zeros, others.shape[-2:-1])
         )
@@ -70,22 +96,22 @@ class Restart(nn.Module):
         return jnp.concatenate([hidden.astype(x.dtype), kept], axis=-1)
 
     def project(self, params: PyTree) -> PyTree:
-        """The same choice after a step of an optimizer, which may have decayed it as a weight."""
+        """Restore the selection after an optimizer step, whose weight decay may have shrunk it.
+
+        Args:
+          params: of this layer, after the step.
+        """
         return {"shares": jnp.round(params["shares"])}
 
 
-def find_restarts(bank: Bank) -> set[int]:
-    """The tokens that are embeddings."""
-    return {
-        token
-        for group in bank.layers
-        if isinstance(group.module, Restart)
-        for token in group.tokens
-    }
-
-
 class Exit(nn.Module):
-    """The blocks that every chain ends with, and an output layer, on the first `features` numbers."""
+    """The blocks with which every chain ends, followed by the output layer of a model.
+
+    Attributes:
+      head: the last norm and the output layer.
+      blocks: pinned blocks, applied in order.
+      features: width of the blocks, F. They read the first F features.
+    """
 
     head: nn.Module
     blocks: tuple[nn.Module, ...]
@@ -96,3 +122,17 @@ class Exit(nn.Module):
         for block in self.blocks:
             hidden = block(hidden)
         return self.head(hidden)
+
+
+def find_restarts(bank: Bank) -> set[int]:
+    """Find the tokens whose layers are embeddings.
+
+    Args:
+      bank: of pretrained blocks.
+    """
+    return {
+        token
+        for group in bank.layers
+        if isinstance(group.module, Restart)
+        for token in group.tokens
+    }

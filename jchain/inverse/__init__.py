@@ -1,4 +1,5 @@
-"""Working backward from outputs: pullbacks, target scores, and recovery of the chain that made them."""
+"""Working backward from outputs: pullbacks, target scores, and recovery of the chain that made
+them."""
 
 from jchain.inverse import target_scores
 from jchain.inverse.pullback import (

@@ -1,58 +1,77 @@
-"""All chains of so many layers, applied to one batch, as sketches: random projections of what each makes of it.
+"""Enumerate every sequence of a given number of layers on one batch, and sketch the activations of
+each.
 
-Layers act on examples one by one, so all prefixes of one length are one batch, and each layer is applied to all of them at once.
+A sketch is a random projection of the activations. Layers act on examples independently, so all
+prefixes of one length form one batch, and each layer is applied to all of them at once.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jchain._typing import Array, Float, Int
 from jchain.engine.layer_calls import apply_all, apply_token
 from jchain.groups import LayerGroup
 
-# Numbers that a level of the tree may have where it is kept whole: more fall out of the cache.
+# Largest tree level, in numbers, that is kept in memory as one batch: larger ones fall out of the
+# cache.
 _MAX_LEVEL = 2**21
-# Seeds the projection. Constant, so that a search finds the same in every process.
+# Seed of the projection. Constant, so that a search finds the same chains in every process.
 _SKETCH_SEED = 0
 
 
 class Half(NamedTuple):
-    """What is enumerated: every sequence of `num_layers` layers, applied to `hidden` in turn."""
+    """Every sequence of `num_layers` layers, applied to `hidden`."""
 
     layers: tuple[LayerGroup, ...]
-    hidden: Float[Array, "B ..."]
+    hidden: Float[Array, "B ..."]  # [B, ...F], the activations before the first layer
     num_layers: int
 
     @property
     def num_tokens(self) -> int:
-        """Layers to choose from."""
+        """The number of layers to choose from, N."""
         return sum(len(group.tokens) for group in self.layers)
 
     @property
-    def size(self) -> int:
-        """Sequences, M."""
+    def num_sequences(self) -> int:
+        """The number of sequences, `M = N^num_layers`."""
         return self.num_tokens**self.num_layers
 
     def advance(self, token: int) -> "Half":
-        """The part of it whose first layer is this one."""
+        """The sequences that begin with this layer, without it."""
         hidden = apply_token(self.layers, jnp.asarray(token), self.hidden)
         return Half(self.layers, hidden, self.num_layers - 1)
 
 
-def make_projection(num_numbers: int, num_sketch: int, dtype: Any) -> Float[Array, "F S"]:
-    """Orthonormal columns, or none less than all numbers where a sketch has as many."""
-    if num_numbers <= num_sketch:
-        return jnp.eye(num_numbers, dtype=dtype)
-    noise = jax.random.normal(jax.random.key(_SKETCH_SEED), (num_numbers, num_sketch), jnp.float32)
+def make_projection(num_features: int, num_sketch: int, dtype: DTypeLike) -> Float[Array, "F S"]:
+    """Make a random projection with orthonormal columns; the identity if a sketch can hold all
+    features.
+
+    Args:
+      num_features: numbers in the activations of all examples, F.
+      num_sketch: numbers in a sketch; `S = min(F, num_sketch)`.
+      dtype: of the activations.
+    """
+    if num_features <= num_sketch:
+        return jnp.eye(num_features, dtype=dtype)
+    key = jax.random.key(_SKETCH_SEED)
+    noise = jax.random.normal(key, (num_features, num_sketch), jnp.float32)
     return jnp.linalg.qr(noise)[0].astype(dtype)
 
 
 def sketch_half(half: Half, projection: Float[Array, "F S"]) -> Float[Array, "M S"]:
-    """A sketch of what each sequence makes of the batch, in the order of `decode`."""
+    """Sketch the activations after each sequence, in the order of `decode_sequences`.
+
+    The cost is about `M * N / (N - 1)` layer calls on the batch, because sequences share prefixes.
+
+    Args:
+      half: the M sequences.
+      projection: see `make_projection`.
+    """
     return _sketch(half.layers, half.hidden, projection, half.num_layers)
 
 
@@ -62,52 +81,66 @@ def _sketch(
 ) -> Float[Array, "M S"]:
     num_examples, shape = hidden.shape[0], hidden.shape[1:]
     num_tokens = sum(len(group.tokens) for group in layers)
-    num_kept = _count_kept(hidden.size, num_tokens, num_layers)
+    num_batched = _count_batched_levels(hidden.size, num_tokens, num_layers)
 
-    def grow(rows: Float[Array, "m B ..."], depth: int) -> Float[Array, "M S"]:
+    def expand(prefixes: Float[Array, "m B ..."], depth: int) -> Float[Array, "M S"]:
         if depth == num_layers:
-            return rows.reshape(rows.shape[0], -1) @ projection
-        flat = rows.reshape(-1, *shape)
-        if depth < num_kept:
-            return grow(apply_all(layers, flat).reshape(-1, num_examples, *shape), depth + 1)
+            return prefixes.reshape(prefixes.shape[0], -1) @ projection
+        flat = prefixes.reshape(-1, *shape)
+        if depth < num_batched:
+            children = apply_all(layers, flat).reshape(-1, num_examples, *shape)
+            return expand(children, depth + 1)
 
-        def go_on(token: Array) -> Array:
-            return grow(apply_token(layers, token, flat).reshape(rows.shape), depth + 1)
+        def expand_token(token: Array) -> Array:
+            return expand(apply_token(layers, token, flat).reshape(prefixes.shape), depth + 1)
 
-        made = jax.lax.map(go_on, jnp.arange(num_tokens))
-        return made.reshape(-1, made.shape[-1])
+        sketches = jax.lax.map(expand_token, jnp.arange(num_tokens))
+        return sketches.reshape(-1, sketches.shape[-1])
 
-    return grow(hidden[None], 0)
+    return expand(hidden[None], 0)
 
 
-def _count_kept(num_numbers: int, num_tokens: int, num_layers: int) -> int:
-    """Levels of the tree that are kept whole, those that are small enough; behind them it is walked layer by layer."""
-    kept = 0
-    while kept < num_layers and num_numbers * num_tokens ** (kept + 1) <= _MAX_LEVEL:
-        kept += 1
-    return kept
+def _count_batched_levels(num_features: int, num_tokens: int, num_layers: int) -> int:
+    """The number of tree levels small enough to be one batch; deeper levels loop over the next
+    layer."""
+    num_batched = 0
+    while num_batched < num_layers and num_features * num_tokens ** (num_batched + 1) <= _MAX_LEVEL:
+        num_batched += 1
+    return num_batched
 
 
 @jax.jit
 def apply_sequence(
     layers: tuple[LayerGroup, ...], tokens: Int[Array, "D"], hidden: Float[Array, "B ..."]
 ) -> Float[Array, "B ..."]:
-    """Layers, one after another."""
+    """Apply layers one after another.
+
+    Args:
+      layers: the groups to choose from.
+      tokens: layers in the order of their application, `[D]`.
+      hidden: activations before the first one, `[B, ...F]`.
+    """
     return jax.lax.scan(lambda h, token: (apply_token(layers, token, h), None), hidden, tokens)[0]
 
 
-def decode(half: Half, places: Int[np.ndarray, "K"]) -> Int[np.ndarray, "K D"]:
-    """The layers of the sequences at these places, in the order in which they are applied."""
+def decode_sequences(half: Half, rows: Int[np.ndarray, "K"]) -> Int[np.ndarray, "K D"]:
+    """The layers of some rows of `sketch_half`, in the order of their application.
+
+    Args:
+      half: the sequences, of D layers.
+      rows: row numbers, `[K]`.
+    """
     base, depth = half.num_tokens, half.num_layers
-    kept = _count_kept(half.hidden.size, base, depth)
-    # A level that is kept whole puts its layer before all others; a loop over the next layer goes before them, in turn.
+    num_batched = _count_batched_levels(half.hidden.size, base, depth)
+    # Each batched level puts its layer in front as the most significant digit. The loops over later
+    # levels then put theirs in front of all of these, the first loop outermost.
     digits = (
-        np.array(np.unravel_index(places, (base,) * depth)).reshape(depth, -1)
+        np.array(np.unravel_index(rows, (base,) * depth)).reshape(depth, -1)
         if depth
-        else np.zeros((0, len(places)))
+        else np.zeros((0, len(rows)))
     )
-    order = [*range(kept, depth), *range(kept - 1, -1, -1)]
-    sequences = np.empty((len(places), depth), np.int64)
-    for slot, row in zip(order, digits, strict=True):
-        sequences[:, slot] = row
+    order = [*range(num_batched, depth), *range(num_batched - 1, -1, -1)]
+    sequences = np.empty((len(rows), depth), np.int64)
+    for slot, digit in zip(order, digits, strict=True):
+        sequences[:, slot] = digit
     return sequences

@@ -1,78 +1,112 @@
-"""The nearest pairs of two tables of sketches: of all pairs by products, or of those that share a cell by sorting.
+"""Find the nearest pairs of rows of two tables of sketches.
 
-Each function takes two tables `[M, S]` and `[Q, S]`, how many pairs are wanted, and how far apart (in each number of a sketch, root
-mean square) those that belong together are believed to be; it returns rows of the first, rows of the second, and their squared
-distances, nearest first.
+`match_all` compares all pairs by matrix products; `match_cells` compares only pairs that share a
+cell of a random grid (locality-sensitive hashing). Each takes two tables `[M, S]` and `[Q, S]`, the
+number of pairs wanted, and the error: the root mean square difference, per number of a sketch, of
+rows that belong together. Each returns `Pairs`, nearest first.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jchain._typing import Array, Float, Int, Shaped
 
-# Rows of both tables whose distances are computed together: they stay in the cache.
+# Rows of both tables whose distances are computed together: a tile that stays in the cache.
 _ROWS, _COLUMNS = 1024, 2048
+# Relative tolerance of a distance limit; slack of squared lengths, in units of machine epsilon.
 _ROUNDING, _SLACK = 1e-3, 8
-# Widths of cells that are weighed up, in units of the error; the chance to miss a pair; pairs whose distances are computed together.
+# Cell widths to choose from, in units of the error; the largest probability of missing a pair;
+# pairs compared at once.
 _WIDTHS, _MAX_MISS, _BATCH = (2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0), 0.02, 2**18
-# Seconds on two cores: of all pairs for each pair, of cells for each row and for each pair that shares one.
-_PAIR_SECONDS, _ROW_SECONDS, _MEETING_SECONDS = 5e-10, 1e-6, 1.5e-7
-# Seeds the grids. Constant, so that a search finds the same in every process.
+# Seconds on two cores: `match_all` per pair; `match_cells` per row and per pair that shares a cell.
+_PAIR_SECONDS, _ROW_SECONDS, _COLLISION_SECONDS = 5e-10, 1e-6, 1.5e-7
+# Seed of the grids. Constant, so that a search finds the same chains in every process.
 _GRID_SEED = 1
 
 
 class Pairs(NamedTuple):
-    """Rows that are near each other."""
+    """Pairs of near rows, nearest first."""
 
-    first: Int[np.ndarray, "K"]
-    second: Int[np.ndarray, "K"]
-    distance: Float[np.ndarray, "K"]  # squared
-
-
-Match = Callable[[Any, Any, int, float], Pairs]
+    first: Int[np.ndarray, "K"]  # row of the first table
+    second: Int[np.ndarray, "K"]  # row of the second table
+    distance: Float[np.ndarray, "K"]  # squared Euclidean distance
 
 
-def match_finite(match_fn: Match, first: Any, second: Any, num_pairs: int, error: float) -> Pairs:
-    """What a function says of the rows whose length is finite."""
-    places = [
+# First table, second table, number of pairs, error.
+MatchFn = Callable[[Float[Array, "M S"], Float[Array, "Q S"], int, float], Pairs]
+
+
+def match_finite(
+    match_fn: MatchFn,
+    first: Float[Array, "M S"],
+    second: Float[Array, "Q S"],
+    num_pairs: int,
+    error: float,
+) -> Pairs:
+    """Apply a matching function to the rows with finite squared length. This adds a cost of `O((M +
+    Q) S)`.
+
+    Args:
+      match_fn: `match_all`, `match_cells`, or a function with the same signature.
+      first: `[M, S]`.
+      second: `[Q, S]`.
+      num_pairs: the number of pairs wanted.
+      error: see the module.
+
+    Returns:
+      Pairs of rows of the given tables; none if a table has no finite row.
+    """
+    kept = [
         np.flatnonzero(np.isfinite(np.asarray(jnp.sum(table**2, axis=1))))
         for table in (first, second)
     ]
-    if not all(map(len, places)):
+    if not all(map(len, kept)):
         return _no_pairs(np.float32)
-    # Whole tables as they are, which need no other program and no copy.
+    # Whole tables are passed without a copy, which would also compile another program.
     tables = [
-        t if len(rows) == len(t) else t[rows]
-        for t, rows in zip((first, second), places, strict=True)
+        table if len(rows) == len(table) else table[rows]
+        for table, rows in zip((first, second), kept, strict=True)
     ]
     pairs = match_fn(tables[0], tables[1], num_pairs, error)
-    return Pairs(places[0][pairs.first], places[1][pairs.second], pairs.distance)
+    return Pairs(kept[0][pairs.first], kept[1][pairs.second], pairs.distance)
 
 
 def match_all(
     first: Float[Array, "M S"], second: Float[Array, "Q S"], num_pairs: int, error: float
 ) -> Pairs:
-    """The nearest of all pairs, whatever the error, for a product of `M Q S` multiplications."""
+    """Find the nearest of all pairs, exactly up to rounding.
+
+    Time `O(M Q S)`: one blocked pass over all distances, and a second one over the rows and columns
+    that can hold a result. Memory `O((M + Q) S + num_pairs)`.
+
+    Args:
+      first: finite sketches, `[M, S]`.
+      second: finite sketches, `[Q, S]`.
+      num_pairs: the number of pairs wanted.
+      error: unused.
+    """
     del error
-    # Not the mean, which one row that is far from all others would move.
+    # The median, because one distant row would move the mean.
     center = jnp.median(first[:: max(1, len(first) // 4096)], axis=0, keepdims=True)
     first, second = first - center, second - center
     by_row, by_column = (np.asarray(nearest) for nearest in _find_nearest(first, second))
-    # So many nearest pairs are in no more rows and columns, those whose nearest is nearest.
+    # The nearest `num_pairs` pairs lie in at most that many rows and columns: those with the
+    # smallest nearest distance.
     rows, columns = (_take_smallest(nearest, num_pairs) for nearest in (by_row, by_column))
-    others = second[columns]
+    candidates = second[columns]
     limits = [near.max() for near in (by_row[rows], by_column[columns]) if num_pairs <= len(near)]
     limit = min(limits, default=np.inf)
     best = _no_pairs(by_row.dtype)
     for start in range(0, len(rows), _ROWS):
         block = rows[start : start + _ROWS]
-        distances = np.asarray(_find_distances(first[block], others))
-        # A limit by other sums of the same products, which round otherwise.
+        distances = np.asarray(_find_distances(first[block], candidates))
+        # The limit comes from the same products summed in another order, so it rounds differently.
         row, column = np.nonzero(distances <= limit + _ROUNDING * np.abs(limit))
         new = block[row], columns[column], distances[row, column]
         best = _keep_nearest(
@@ -82,22 +116,26 @@ def match_all(
 
 
 def _take_smallest(values: np.ndarray, number: int) -> np.ndarray:
+    """Indices of the smallest values, in ascending order of index."""
     number = min(number, len(values))
     return np.sort(np.argpartition(values, number - 1)[:number])
 
 
 @jax.jit
 def _find_distances(first: Float[Array, "m S"], second: Float[Array, "q S"]) -> Float[Array, "m q"]:
-    rows, columns = _lift(first, second)
+    """Squared distances of all pairs."""
+    rows, columns = _augment(first, second)
     return rows @ columns.T
 
 
-def _lift(
+def _augment(
     first: Float[Array, "m S"], second: Float[Array, "q S"]
 ) -> tuple[Float[Array, "m _"], Float[Array, "q _"]]:
-    """Rows whose products are squared distances: `|f|^2 - 2 f g + |g|^2`, and what their sum may lose by rounding.
+    """Append columns, so that products of rows are squared distances: `|f|^2 - 2 f g + |g|^2`, plus
+    a bound on rounding errors.
 
-    Without that long rows, whose distances round to less than 0, would be nearer than short ones that are near each other.
+    Without this bound distances of long rows could round below 0, and long rows would rank before
+    short ones that are near each other.
     """
     slack = 1 + _SLACK * float(jnp.finfo(first.dtype).eps)
     lengths = [slack * jnp.sum(rows**2, axis=1, keepdims=True) for rows in (first, second)]
@@ -111,68 +149,69 @@ def _lift(
 def _find_nearest(
     first: Float[Array, "M S"], second: Float[Array, "Q S"]
 ) -> tuple[Float[Array, "M"], Float[Array, "Q"]]:
-    """Squared distance of each row to the nearest of the other table."""
+    """The squared distance of each row of each table to the nearest row of the other table."""
     rows, columns = (
-        _block(table, size)
-        for table, size in zip(_lift(first, second), (_ROWS, _COLUMNS), strict=True)
+        _split_rows(table, size)
+        for table, size in zip(_augment(first, second), (_ROWS, _COLUMNS), strict=True)
     )
 
-    def visit(by_column: Array, block: Array) -> Any:
-        def look(by_row: Array, part: Any) -> Any:
+    def scan_rows(by_column: Array, block: Array) -> tuple[Array, Array]:
+        def scan_columns(by_row: Array, part: tuple[Array, Array]) -> tuple[Array, Array]:
             tile, nearest = part
             distances = block @ tile.T
-            return jnp.minimum(by_row, distances.min(axis=1)), jnp.minimum(
-                nearest, distances.min(axis=0)
-            )
+            by_row = jnp.minimum(by_row, distances.min(axis=1))
+            return by_row, jnp.minimum(nearest, distances.min(axis=0))
 
         by_row, by_column = jax.lax.scan(
-            look, jnp.full(len(block), jnp.inf, block.dtype), (columns, by_column)
+            scan_columns, jnp.full(len(block), jnp.inf, block.dtype), (columns, by_column)
         )
         return by_column, by_row
 
     by_column, by_row = jax.lax.scan(
-        visit, jnp.full(columns.shape[:2], jnp.inf, columns.dtype), rows
+        scan_rows, jnp.full(columns.shape[:2], jnp.inf, columns.dtype), rows
     )
     return by_row.reshape(-1)[: len(first)], by_column.reshape(-1)[: len(second)]
 
 
-def _block(table: Float[Array, "M S"], size: int) -> Float[Array, "n m S"]:
-    """In blocks of so many rows, the last one repeated."""
+def _split_rows(table: Float[Array, "M S"], size: int) -> Float[Array, "n m S"]:
+    """Blocks of `size` rows; the last row is repeated to fill the last block."""
     size = min(size, len(table))
     return jnp.pad(table, ((0, -len(table) % size), (0, 0)), mode="edge").reshape(
         -1, size, table.shape[1]
     )
 
 
-class Cells(NamedTuple):
-    """Grids on random projections of sketches, so that those that belong together share a cell in at least one."""
+class Grids(NamedTuple):
+    """Random grids: two rows that belong together share a cell of at least one grid with high
+    probability."""
 
-    width: float
-    num_keys: int  # projections of each grid
+    width: float  # of a cell, along each projection
+    num_projections: int  # random projections of each grid
     num_grids: int
-    seconds: float  # what they take, an estimate
+    seconds: float  # estimated time of `match_cells`
 
 
-def estimate_all(num_pairs: float) -> float:
-    """Seconds that `match_all` takes."""
+def estimate_match_all(num_pairs: float) -> float:
+    """Estimate the seconds that `match_all` takes for this many pairs."""
     return num_pairs * _PAIR_SECONDS
 
 
-def choose_cells(table: Float[np.ndarray, "m S"], sizes: tuple[int, int], error: float) -> Cells:
-    """The cheapest grids that miss a pair with a probability of 2% at most, were errors and sketches normal.
+def choose_grids(table: Float[np.ndarray, "m S"], sizes: tuple[int, int], error: float) -> Grids:
+    """Choose the cheapest grids that miss a pair with a probability of at most 2% if errors and
+    sketches are normal.
 
     Locality-sensitive hashing (Datar et al. 2004, Symposium on Computational Geometry).
 
     Args:
-      table: some rows of a table, for their spread.
-      sizes: rows of both tables.
-      error: as above.
+      table: a sample of rows of a table, for their spread, `[m, S]`.
+      sizes: the number of rows of each table.
+      error: see the module.
     """
     spread = max(
         float(np.sqrt(np.mean(np.var(table, axis=0, dtype=np.float64)))),
         float(np.finfo(np.float32).tiny),
     )
-    # Sums of sketches round, so no cell is narrower.
+    # Sketches are rounded, so narrower cells are useless.
     error = max(
         error,
         float(np.finfo(table.dtype).eps * np.abs(table).max()),
@@ -180,38 +219,51 @@ def choose_cells(table: Float[np.ndarray, "m S"], sizes: tuple[int, int], error:
     )
     found = []
     for width in _WIDTHS:
-        # Two numbers at a distance d share a cell with a probability of 1 - |d| / width, and normal ones by chance with
-        # width / (2 sqrt(pi) spread).
+        # Two numbers at a distance d share a cell with probability 1 - |d| / width, and two
+        # unrelated normal numbers with width / (2 sqrt(pi) spread).
         share = 1 - math.sqrt(2 / math.pi) / width
         chance = min(1.0, width * error / (2 * math.sqrt(math.pi) * spread))
-        for num_keys in range(1, table.shape[1] + 1):
-            hit = share**num_keys
+        for num_projections in range(1, table.shape[1] + 1):
+            hit = share**num_projections
             num_grids = (
                 1 if hit > 1 - _MAX_MISS else math.ceil(math.log(_MAX_MISS) / math.log1p(-hit))
             )
-            meetings = sizes[0] * sizes[1] * chance**num_keys
-            seconds = num_grids * (sum(sizes) * _ROW_SECONDS + meetings * _MEETING_SECONDS)
-            found.append(Cells(width * error, num_keys, num_grids, seconds))
-    return min(found, key=lambda cells: cells.seconds)
+            collisions = sizes[0] * sizes[1] * chance**num_projections
+            seconds = num_grids * (sum(sizes) * _ROW_SECONDS + collisions * _COLLISION_SECONDS)
+            found.append(Grids(width * error, num_projections, num_grids, seconds))
+    return min(found, key=lambda grids: grids.seconds)
 
 
 def match_cells(
     first: Float[Array, "M S"], second: Float[Array, "Q S"], num_pairs: int, error: float
 ) -> Pairs:
-    """The nearest of the pairs that share a cell of a grid (`choose_cells`): nearly all whose distance is the error."""
+    """Find the nearest of the pairs that share a cell of a random grid (`choose_grids`).
+
+    It misses few pairs of rows that differ by the error, and most pairs that are farther apart. For
+    each of G grids with q projections, time `O((M + Q) (S q + log(M + Q)) + C S)` for C pairs that
+    share a cell. Memory `O((M + Q) S + num_pairs)`.
+
+    Args:
+      first: finite sketches, `[M, S]`.
+      second: finite sketches, `[Q, S]`.
+      num_pairs: the number of pairs wanted; fewer are returned if fewer share a cell.
+      error: see the module.
+    """
     tables = [np.asarray(table) for table in (first, second)]
     sizes = len(tables[0]), len(tables[1])
-    cells = choose_cells(tables[0][:: max(1, sizes[0] // 4096)], sizes, error)
+    grids = choose_grids(tables[0][:: max(1, sizes[0] // 4096)], sizes, error)
     rng = np.random.default_rng(_GRID_SEED)
     best = _no_pairs(tables[0].dtype)
-    for _ in range(cells.num_grids):
-        directions = np.linalg.qr(rng.standard_normal((tables[0].shape[1], cells.num_keys)))[0]
-        shift = rng.random(cells.num_keys)
-        for row, column in _join(
-            *(_hash_cells(table, directions, cells.width, shift) for table in tables)
-        ):
+    for _ in range(grids.num_grids):
+        noise = rng.standard_normal((tables[0].shape[1], grids.num_projections))
+        directions = np.linalg.qr(noise)[0]
+        shift = rng.random(grids.num_projections)
+        first_cells, second_cells = (
+            _hash_cells(table, directions, grids.width, shift) for table in tables
+        )
+        for row, column in _find_collisions(first_cells, second_cells):
             distance = np.sum((tables[0][row] - tables[1][column]) ** 2, axis=1)
-            best = _add(best, Pairs(row, column, distance), num_pairs, sizes[1])
+            best = _merge_pairs(best, Pairs(row, column, distance), num_pairs, sizes[1])
     return best
 
 
@@ -221,7 +273,7 @@ def _hash_cells(
     width: float,
     shift: Float[np.ndarray, "q"],
 ) -> Shaped[np.ndarray, "M"]:
-    """A 64-bit number for the cell of each row (Knuth's multiplicative hashing); different cells share one by chance alone."""
+    """A 64-bit hash of each row's cell (Knuth's multiplicative hashing)."""
     key = np.zeros(len(table), np.uint64)
     for direction, offset in zip(directions.T, shift, strict=True):
         place = table @ direction.astype(table.dtype)
@@ -231,10 +283,10 @@ def _hash_cells(
     return key
 
 
-def _join(
+def _find_collisions(
     first: Shaped[np.ndarray, "M"], second: Shaped[np.ndarray, "Q"]
 ) -> Iterator[tuple[Int[np.ndarray, "_"], Int[np.ndarray, "_"]]]:
-    """All pairs of rows with equal keys, so many at a time."""
+    """All pairs of rows with equal hashes, `_BATCH` pairs at a time."""
     orders = [np.argsort(keys) for keys in (first, second)]
     first, second = (keys[order] for keys, order in zip((first, second), orders, strict=True))
     start = np.searchsorted(second, first, side="left")
@@ -248,12 +300,12 @@ def _join(
         yield orders[0][has_any[owner]], orders[1][end[owner] - (ends[owner] - place)]
 
 
-def _no_pairs(dtype: Any) -> Pairs:
+def _no_pairs(dtype: DTypeLike) -> Pairs:
     return Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, dtype))
 
 
-def _add(best: Pairs, new: Pairs, num_pairs: int, num_columns: int) -> Pairs:
-    """The nearest of both, each once."""
+def _merge_pairs(best: Pairs, new: Pairs, num_pairs: int, num_columns: int) -> Pairs:
+    """The nearest pairs of both, without duplicates."""
     if len(best.first) == num_pairs:
         is_near = new.distance < best.distance[-1]
         new = Pairs(*(part[is_near] for part in new))

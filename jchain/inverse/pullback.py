@@ -1,17 +1,21 @@
-"""Working back from outputs: the activations that a suffix of a chain would need at its entry to give them.
+"""Pull outputs back through a suffix of a chain: find the activations at its entry that give these
+outputs.
 
-Layers are undone exactly where they say how (`jchain.invertible`); a head, which maps to fewer numbers, has many inputs that give
-the same outputs: those are its pseudo-inverse's, plus its null space.
+Layers are inverted exactly if their module has a method `invert` (`jchain.invertible`). A head maps
+to fewer numbers, so many inputs give the same outputs: the pseudo-inverse gives one of them, and
+its null space all others.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from jchain._typing import Array, Float, Int, PyTree
 from jchain.bank import Bank
@@ -20,24 +24,34 @@ from jchain.gradient.linearize import flatten_rows
 from jchain.groups import LayerGroup, find_input_shape
 from jchain.problem import Problem
 
-# Outputs up to which a head is solved exactly, by as many steps.
+# A head with at most this many outputs is solved exactly: conjugate gradients take as many steps as
+# there are outputs.
 _MAX_HEAD_STEPS, _HEAD_DAMPING = 16, 1e-6
 
 
-class PullBack(NamedTuple):
-    """What a suffix would need."""
+@runtime_checkable
+class Invertible(Protocol):
+    """A module whose layers have an inverse."""
 
-    activations: Float[Array, "B ..."]  # [B, ...F], at its entry
-    residual: Float[
-        Array, "B"
-    ]  # [B], what the suffix makes of them, less the outputs asked for, by the size of these
-    null_space: Float[
-        Array, "F D"
-    ]  # [F, D], orthonormal, what the head's input may be moved by; D = 0 without a head
+    def invert(self, params: PyTree) -> tuple[nn.Module, PyTree]:
+        """The module and the params of the inverse layer."""
+        ...
+
+
+class PullBack(NamedTuple):
+    """Activations at the entry of a suffix."""
+
+    activations: Float[Array, "B ..."]  # [B, ...F]
+    residual: Float[Array, "B"]  # [B], `|suffix(activations) - outputs| / |outputs|`
+    # [F, D], orthonormal directions in which the head's input may move; D = 0 without a head
+    null_space: Float[Array, "F D"]
 
 
 def invert_layers(bank: Bank) -> tuple[LayerGroup, ...]:
-    """The layers that undo those of a bank, under the same tokens.
+    """The inverses of a bank's layers, under the same tokens, computed and checked on the host.
+
+    Args:
+      bank: the layers; all must be invertible.
 
     Raises:
       ValueError: a layer has no inverse, or its weights are singular.
@@ -46,7 +60,7 @@ def invert_layers(bank: Bank) -> tuple[LayerGroup, ...]:
 
 
 def _invert_group(group: LayerGroup, names: Sequence[str]) -> LayerGroup:
-    made: list[Any] = []
+    made: list[tuple[nn.Module, PyTree]] = []
     for place, token in enumerate(group.tokens):
         try:
             made.append(_invert_member(group, place))
@@ -56,9 +70,9 @@ def _invert_group(group: LayerGroup, names: Sequence[str]) -> LayerGroup:
     return LayerGroup(params, made[0][0], group.tokens)
 
 
-def _invert_member(group: LayerGroup, place: int) -> tuple[Any, PyTree]:
-    module: Any = group.module
-    if not hasattr(module, "invert"):
+def _invert_member(group: LayerGroup, place: int) -> tuple[nn.Module, PyTree]:
+    module = group.module
+    if not isinstance(module, Invertible):
         raise ValueError(
             f"{type(module).__name__} has no inverse: expected a module with invert(params)"
         )
@@ -66,13 +80,19 @@ def _invert_member(group: LayerGroup, place: int) -> tuple[Any, PyTree]:
 
 
 def inverse_groups(bank: Bank) -> tuple[LayerGroup | None, ...]:
-    """Of each group the layers that undo its own, traced or not and unchecked; None where its module says not how."""
+    """The inverse of each group of layers, or None if its module has no inverse.
 
-    def undo(group: LayerGroup) -> LayerGroup | None:
-        module: Any = group.module
-        if not hasattr(module, "invert"):
+    Unlike `invert_layers` it may be traced, and does not check whether a layer is singular.
+
+    Args:
+      bank: the layers.
+    """
+
+    def invert_group(group: LayerGroup) -> LayerGroup | None:
+        module = group.module
+        if not isinstance(module, Invertible):
             return None
-        modules: list[Any] = []
+        modules: list[nn.Module] = []
 
         def invert(params: PyTree) -> PyTree:
             inverse, params = module.invert(params)
@@ -82,32 +102,34 @@ def inverse_groups(bank: Bank) -> tuple[LayerGroup | None, ...]:
         params = jax.vmap(invert)(group.params)
         return LayerGroup(params, modules[0], group.tokens)
 
-    return tuple(undo(group) for group in bank.layers)
+    return tuple(invert_group(group) for group in bank.layers)
 
 
 def pull_back(
     bank: Bank,
-    suffix: Int[Array, "_"] | Any,
+    suffix: ArrayLike | Sequence[object],
     outputs: Float[Array, "B ..."],
     *,
     near: Float[Array, "B ..."] | None = None,
 ) -> PullBack:
-    """The activations that a suffix of a chain would need at its entry to give these outputs, on the host: nothing is traced.
+    """Find the activations at the entry of a suffix that give these outputs. Runs on the host and
+    cannot be traced.
 
-    Through a head, which must be affine, they are those whose input of the head is the least change of `near` (of zero when
-    None: the least norm) that gives the outputs, or comes nearest to them: `h + (y - head(h)) pinv(W)`. Adding combinations of
-    the null space to `near` gives all others.
+    A head must be affine. Its input is the smallest change of `near` that gives the outputs, or the
+    least-squares solution if no input gives them: `near + (y - head(near)) pinv(W)`. Adding
+    combinations of the null space to `near` gives all others.
 
     Args:
       bank: the layers.
-      suffix: tokens, layers in the order of the chain and at most one head, behind them; padding is dropped.
-      outputs: what it shall give, `[B, ...]`: of its last layer, or of its head.
-      near: activations at the head's input, `[B, ...F]`; not read where the suffix has no head.
+      suffix: layer tokens in the order of the chain, then at most one head; padding is dropped.
+      outputs: desired outputs of the last layer or the head, `[B, ...]`.
+      near: activations at the head's input, `[B, ...F]`; zero if None; unused if the suffix has no
+        head.
 
     Raises:
-      ValueError: `suffix` is no end of a chain, a layer has no inverse or is singular, the head is not affine, outputs are not
-        of the shape that it gives, `near` is not of the head's, or it is needed because that shape cannot be read off the
-        layers' weights.
+      ValueError: `suffix` is not the end of a chain, a layer has no inverse or is singular, the
+        head is not affine, a shape does not fit, or `near` is missing and its shape is unknown from
+        the layers' weights.
     """
     tokens = _check_suffix(bank, suffix)
     has_head = bool(tokens) and tokens[-1] >= bank.num_layers
@@ -131,38 +153,58 @@ def pull_back(
         made = apply_token(bank.layers, jnp.asarray(token), made)
     if has_head:
         made = apply_token(bank.heads, jnp.asarray(tokens[-1]), made)
-    return PullBack(hidden, measure_residual(made, outputs), null_space)
+    return PullBack(hidden, relative_residual(made, outputs), null_space)
 
 
-def solve_locally(
-    layer: Callable[[Array], Array], hidden: Array, wanted: Array, num_steps: int, damping: float
+def gauss_newton_step(
+    layer_fn: Callable[[Array], Array], hidden: Array, target: Array, num_steps: int, damping: float
 ) -> Array:
-    """The least change of each example's input that gives what is wanted: `J^T (J J^T + damping)^-1 gap`, by conjugate gradients."""
+    """The damped least-norm step of each example's input toward a target output: `J^T (J J^T +
+    damping)^-1 (target - layer(h))`.
 
-    def solve(h: Array, wanted: Array) -> Array:
+    Args:
+      layer_fn: maps `[B, ...F]` to outputs; J is its Jacobian at one example.
+      hidden: inputs, `[B, ...F]`.
+      target: desired outputs, `[B, ...]`.
+      num_steps: steps of conjugate gradients.
+      damping: added to the diagonal of `J J^T`.
+    """
+
+    def solve(h: Array, target: Array) -> Array:
         def apply(h: Array) -> Array:
-            return layer(h[None])[0]
+            return layer_fn(h[None])[0]
 
         made, forward = jax.linearize(apply, h)
         back = jax.linear_transpose(forward, h)
         product = lambda v: forward(back(v)[0]) + damping * v  # noqa: E731
-        return back(jax.scipy.sparse.linalg.cg(product, wanted - made, maxiter=num_steps)[0])[0]
+        return back(jax.scipy.sparse.linalg.cg(product, target - made, maxiter=num_steps)[0])[0]
 
-    return jax.vmap(solve)(hidden, wanted)
+    return jax.vmap(solve)(hidden, target)
 
 
-def measure_residual(
-    made: Float[Array, "B ..."], wanted: Float[Array, "B ..."]
+def relative_residual(
+    outputs: Float[Array, "B ..."], target: Float[Array, "B ..."]
 ) -> Float[Array, "B"]:
-    """`|made - wanted| / |wanted|` of each example; where nothing is wanted, `|made|`."""
-    error, size = (jnp.linalg.norm(flatten_rows(a), axis=1) for a in (made - wanted, wanted))
+    """`|outputs - target| / |target|` of each example, or `|outputs|` if the target is zero.
+
+    Args:
+      outputs: `[B, ...]`.
+      target: `[B, ...]`.
+    """
+    error, size = (jnp.linalg.norm(flatten_rows(a), axis=1) for a in (outputs - target, target))
     return error / jnp.where(size > 0, size, 1.0)
 
 
 def target_logits(
     labels: Int[Array, "B"], num_classes: int, confidence: float = 0.99
 ) -> Float[Array, "B C"]:
-    """Logits of mean 0 whose softmax gives each label this probability, and the other classes the rest in equal shares.
+    """Logits of mean 0 whose softmax gives each label this probability, and the other classes equal
+    shares of the rest.
+
+    Args:
+      labels: `[B]`.
+      num_classes: C.
+      confidence: the label's probability.
 
     Raises:
       ValueError: the confidence is not between `1 / num_classes` and 1.
@@ -173,17 +215,26 @@ def target_logits(
     return odds * (jax.nn.one_hot(labels, num_classes) - 1 / num_classes)
 
 
-def target_outputs(outputs: Any, y: Array, loss_fn: Any, confidence: float = 0.99) -> Array:
-    """Outputs of low loss: of the default loss `target_logits`, of others `y` itself where it has the shape of the outputs.
+def target_outputs(
+    outputs: Array, y: Array, loss_fn: Callable[..., Array], confidence: float = 0.99
+) -> Array:
+    """Outputs of low loss: `target_logits` for the default loss, and `y` itself for other losses.
+
+    Args:
+      outputs: of the head, for shape and dtype, `[B, ...]`.
+      y: labels or targets of the examples.
+      loss_fn: the problem's loss.
+      confidence: see `target_logits`.
 
     Raises:
-      ValueError: it has another shape.
+      ValueError: the loss is not the default one, and `y` does not have the shape of the outputs.
     """
     if loss_fn is optax.softmax_cross_entropy_with_integer_labels:
         return target_logits(y, outputs.shape[-1], confidence).astype(outputs.dtype)
     if y.shape != outputs.shape:
         raise ValueError(
-            f"expected targets of the shape of the outputs, {list(outputs.shape)}, or labels and the default loss, got "
+            "expected targets of the shape of the outputs, "
+            f"{list(outputs.shape)}, or labels and the default loss, got "
             f"{y.dtype}{list(y.shape)}"
         )
     return y.astype(outputs.dtype)
@@ -195,33 +246,44 @@ def reach_target(
     hidden: Float[Array, "B ..."],
     rate: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, "B ..."]:
-    """What a head would have to read: the least change that moves its outputs so much of the way to their target.
+    """Find the smallest change of a head's input that moves its outputs toward `target_outputs`.
+
+    Args:
+      problem: bank, examples, loss.
+      token: of the head.
+      hidden: the head's input, `[B, ...F]`.
+      rate: fraction of the way from the outputs to their target.
+
+    Returns:
+      The changed input, `[B, ...F]`.
 
     Raises:
-      ValueError: the loss has no target.
+      ValueError: the loss has no target outputs (see `target_outputs`).
     """
     head = partial(apply_token, problem.bank.heads, token)
     outputs = head(hidden)
     target = target_outputs(outputs, problem.data.y, problem.loss_fn)
-    wanted = outputs + jnp.asarray(rate, outputs.dtype) * (target - outputs)
+    goal = outputs + jnp.asarray(rate, outputs.dtype) * (target - outputs)
     num_steps = min(_MAX_HEAD_STEPS, outputs.size // outputs.shape[0])
-    return hidden + solve_locally(head, hidden, wanted, num_steps, _HEAD_DAMPING)
+    return hidden + gauss_newton_step(head, hidden, goal, num_steps, _HEAD_DAMPING)
 
 
 def condition_numbers(
-    bank: Bank, chain: Int[Array, "_"] | Any, x: Float[Array, "B ..."]
+    bank: Bank, chain: ArrayLike | Sequence[object], x: Float[Array, "B ..."]
 ) -> Float[np.ndarray, "B"]:
-    """How much a chain's layers may amplify a relative error that is taken back through them: of their Jacobian at each example,
-    the largest singular value by the smallest, in float64 on the host; inf, or more than 1e15, where it is singular.
-    A Jacobian of `F` features for each of `B` examples takes `8 B F^2` bytes.
+    """Condition number of the Jacobian of a chain's layers at each example, in float64 on the host.
+
+    It bounds how much inverting the layers amplifies a relative error. Singular Jacobians give inf
+    or more than 1e15. Takes `8 B F^2` bytes for `F` features and `B` examples.
 
     Args:
       bank: the layers.
-      chain: tokens; heads and padding are dropped. One token gives the condition of one layer.
+      chain: tokens; a head and padding are dropped. One token gives the condition number of one
+        layer.
       x: raw input, `[B, ...]`.
 
     Raises:
-      ValueError: `chain` has tokens that the bank has not.
+      ValueError: a token is out of range.
     """
     tokens = [token for token in _check_suffix(bank, chain) if token < bank.num_layers]
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
@@ -234,19 +296,17 @@ def condition_numbers(
     return np.linalg.cond(product)
 
 
-def _to_float64(leaf: Any) -> Array:
-    return jnp.asarray(
-        np.asarray(leaf, np.float64)
-        if jnp.issubdtype(leaf.dtype, jnp.floating)
-        else np.asarray(leaf)
-    )
+def _to_float64(leaf: ArrayLike) -> Array:
+    array = np.asarray(leaf)
+    is_floating = jnp.issubdtype(array.dtype, jnp.floating)
+    return jnp.asarray(array.astype(np.float64) if is_floating else array)
 
 
 @jax.jit
 def _find_jacobians(
     layers: tuple[LayerGroup, ...], token: Array, hidden: Array
 ) -> Float[Array, "B F F"]:
-    """Of one layer at each example, outputs by inputs."""
+    """The Jacobian of one layer at each example, outputs by inputs."""
     size = hidden[0].size
 
     def apply(x: Array) -> Array:
@@ -255,7 +315,7 @@ def _find_jacobians(
     return jax.lax.map(jax.jacrev(apply), hidden.reshape(-1, size), batch_size=16)
 
 
-def _check_suffix(bank: Bank, suffix: Any) -> list[int]:
+def _check_suffix(bank: Bank, suffix: ArrayLike | Sequence[object]) -> list[int]:
     tokens = np.asarray(suffix)
     if tokens.ndim != 1 or not (np.issubdtype(tokens.dtype, np.integer) or tokens.size == 0):
         raise ValueError(
@@ -276,7 +336,8 @@ def _find_shape(bank: Bank) -> tuple[int, ...]:
     shape = find_input_shape(bank.layers[0])
     if shape is None:
         raise ValueError(
-            "expected near=, activations at the head's input: their shape cannot be read off the layers"
+            "expected near=, activations at the head's input: "
+            "their shape is unknown from the layers"
         )
     return shape
 
@@ -290,7 +351,8 @@ def _check_outputs(bank: Bank, layers: list[int], hidden: Array) -> None:
         )
     except Exception as error:  # whatever a user's module raises
         raise ValueError(
-            f"expected outputs of the layers' shape, got {list(hidden.shape)}: {str(error).splitlines()[0]}"
+            f"expected outputs of the layers' shape, got {list(hidden.shape)}: "
+            f"{str(error).splitlines()[0]}"
         ) from None
     if made.shape != hidden.shape:
         raise ValueError(f"expected outputs of shape {list(made.shape)}, got {list(hidden.shape)}")
@@ -301,12 +363,13 @@ def _pull_head(bank: Bank, token: int, outputs: Array, near: Array) -> tuple[Arr
         jax.eval_shape(lambda h: apply_token(bank.heads, jnp.asarray(token), h), near)
     except Exception as error:  # whatever a user's module raises
         raise ValueError(
-            f"expected near of the head's shape, got {list(near.shape)}: {str(error).splitlines()[0]}"
+            f"expected near of the head's shape, got {list(near.shape)}: "
+            f"{str(error).splitlines()[0]}"
         ) from None
     kernel, bias = as_affine(bank, token, near[:1])
     if outputs.shape[1:] != bias.shape or near.shape[0] != outputs.shape[0]:
         raise ValueError(
-            f"expected outputs [B, {', '.join(map(str, bias.shape))}] for as many examples as near, got "
+            f"expected outputs [B, {', '.join(map(str, bias.shape))}] and near of equal B, got "
             f"{list(outputs.shape)} and {list(near.shape)}"
         )
     left, values, right = np.linalg.svd(kernel)
@@ -322,15 +385,15 @@ def _pull_head(bank: Bank, token: int, outputs: Array, near: Array) -> tuple[Arr
 def as_affine(
     bank: Bank, token: int, x: Float[Array, "1 ..."]
 ) -> tuple[Float[np.ndarray, "F C"], Float[np.ndarray, "..."]]:
-    """Kernel and bias of a head that is an affine map, read off what it makes of the unit vectors.
+    """Kernel and bias of an affine head, from its outputs for zero and for the unit vectors.
 
     Args:
       bank: the heads.
       token: of the head.
-      x: one example of its input, for the shape.
+      x: one example of its input, for the shape, `[1, ...F]`.
 
     Raises:
-      ValueError: it is not affine.
+      ValueError: the head is not affine.
     """
 
     def head(rows: Array) -> Array:
@@ -340,8 +403,8 @@ def as_affine(
     probe = jax.random.normal(jax.random.key(0), (4, size), x.dtype)
     bias = head(jnp.zeros((1, size), x.dtype))
     kernel = flatten_rows(head(jnp.eye(size, dtype=x.dtype)) - bias)
-    made, wanted = flatten_rows(head(probe)), probe @ kernel + flatten_rows(bias)
-    if not np.allclose(made, wanted, rtol=1e-3, atol=1e-3 * float(jnp.abs(wanted).max())):
+    outputs, affine = flatten_rows(head(probe)), probe @ kernel + flatten_rows(bias)
+    if not np.allclose(outputs, affine, rtol=1e-3, atol=1e-3 * float(jnp.abs(affine).max())):
         raise ValueError(
             f"expected an affine head, such as DenseHead, got one that is not: token {token}"
         )

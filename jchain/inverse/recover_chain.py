@@ -1,13 +1,21 @@
-"""Which chain of layers turned these inputs into these outputs? Half chains forward and half chains backward meet in the middle.
+"""Recover the chain of layers that turned given inputs into given outputs: meet in the middle.
 
-Of `N^D` chains of `D` layers in a bank of `N`, `N^(D/2)` halves are applied to the inputs and as many, undone, to the outputs
-(Diffie and Hellman 1977, Computer 10(6); for layers, exact inverses take the place of decryption). Halves that meet have equal
-activations but for noise and rounding, so the nearest pairs are candidates, which are then applied to all examples.
+A bank of `N` layers has `N^D` chains of `D` layers. Meeting in the middle (Diffie and Hellman 1977,
+Computer 10(6)) applies only the `N^(D/2)` first halves to the inputs, and the inverses of the
+`N^(D/2)` second halves to the outputs:
+
+1. Enumerate both halves and sketch their activations (`jchain.inverse.enumerate_halves`).
+2. Match: the two halves of the right chain have equal activations, up to noise and rounding, so the
+   nearest pairs of sketches are the candidates (`jchain.inverse.nearest_pairs`).
+3. Verify: apply the candidates to all examples, and keep those with the smallest residuals.
+
+Unless it is given, the number of layers in the first half is chosen so that noise does not hide the
+right pair (`_HalfSearch.plan`).
 """
 
 import math
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,38 +28,41 @@ from jchain.groups import LayerGroup, check_keeps_shape
 from jchain.inverse.enumerate_halves import (
     Half,
     apply_sequence,
-    decode,
+    decode_sequences,
     make_projection,
     sketch_half,
 )
 from jchain.inverse.nearest_pairs import (
-    Match,
+    MatchFn,
     Pairs,
-    choose_cells,
-    estimate_all,
+    choose_grids,
+    estimate_match_all,
     match_all,
     match_cells,
     match_finite,
 )
 from jchain.inverse.pullback import invert_layers
 
-# Examples on which halves are compared, and numbers of a sketch: few tell equal halves apart.
+# Examples on which halves are compared, and numbers of a sketch: few are enough to tell exact
+# halves apart.
 _NUM_PROBES, _NUM_SKETCH, _NUM_SKETCH_EXACT = 8, 32, 8
-# Noise that is tried where none is given; seconds for which all pairs are compared rather than some noise after another; and up
-# to which cells are tried then.
-_TOLERANCES, _PATIENCE, _MAX_SECONDS = (0.0, 0.003, 0.01, 0.03, 0.1), 60.0, 1800.0
-# How far apart halves that belong together may be, by the spread of all, before they meet nearer to the end; what that is asked
-# of where all pairs are compared and no noise is given; and seconds of each sequence of the longer half.
-_MAX_GAP, _LIKELY_NOISE, _AHEAD_SECONDS = 0.5, 0.05, 1e-6
+# Noise levels tried if no tolerance is given. All pairs are compared instead if that takes less
+# than `_PATIENCE` seconds, and no noise level for which cells would take more than `_MAX_SECONDS`
+# is tried.
+_NOISE_LEVELS, _PATIENCE, _MAX_SECONDS = (0.0, 0.003, 0.01, 0.03, 0.1), 60.0, 1800.0
+# The largest error of a matching pair, in units of the spread of all sketches, before the first
+# half is made longer; the least noise assumed if all pairs are compared without a tolerance;
+# seconds for each sequence of the longer half.
+_MAX_GAP, _LIKELY_NOISE, _SEQUENCE_SECONDS = 0.5, 0.05, 1e-6
 _MAX_PASSES = 2**12
 _NUM_FINALISTS = 64
 _NUM_TRIALS = 8
 
 
-class Meeting(NamedTuple):
+class RecoveredChains(NamedTuple):
     """Chains of layers, best first."""
 
-    chains: Int[np.ndarray, "K D"]
+    chains: Int[np.ndarray, "K D"]  # [K, D], layer tokens
     residuals: Float[np.ndarray, "K"]  # `|made - outputs| / |outputs|` over all examples
 
 
@@ -67,39 +78,43 @@ def meet_in_the_middle(
     num_probes: int = _NUM_PROBES,
     num_sketch: int = _NUM_SKETCH,
     num_candidates: int = 4096,
-    match_fn: Match | None = None,
+    match_fn: MatchFn | None = None,
     memory_limit: int | None = None,
-) -> Meeting:
-    """The chains of `depth` layers whose outputs come nearest to those given.
+) -> RecoveredChains:
+    """Find the chains of `depth` layers whose outputs are nearest to the given outputs.
 
-    Candidates are the pairs of halves whose sketches are nearest; those are then applied to all examples, so residuals are what
-    the chains really do: a chain that is not the one has a large one. Where there are no more chains than candidates, all
-    chains are tried.
+    Residuals are those of the chains themselves, not of sketches: a wrong chain has a large one. If
+    there are no more chains than candidates, all chains are tried.
 
     Args:
-      bank: layers, all of which can be undone.
+      bank: the layers; all must be invertible.
       inputs: raw input, `[B, ...]`.
-      outputs: what the last layer gives, `[B, ...F]`, with or without noise.
-      depth: layers of a chain, D.
-      top_k: how many chains.
-      tolerance: standard deviation of the noise of the outputs, by theirs. When None, halves are taken to be equal but for
-        rounding, and where no chain comes so near, to be apart by more and more noise.
-      num_forward: layers of the half that is applied to the inputs. Noise and rounding grow where they are taken back; when
-        None it is half of them, or as many more as leave halves that belong together near each other, up to a minute's work.
+      outputs: outputs of the last layer, `[B, ...F]`, exact or noisy.
+      depth: layers in a chain, D.
+      top_k: how many chains to return.
+      tolerance: standard deviation of the noise of the outputs, in units of theirs. If None, first
+        no noise beyond rounding is assumed, and then more and more noise until a chain fits that
+        well.
+      num_forward: layers in the half that is applied to the inputs. The inverses of the other
+        layers amplify noise and rounding. If None, half of the layers, or more if noise would hide
+        the right pair and it takes at most a minute.
       num_probes: examples on which halves are compared, evenly spaced.
-      num_sketch: numbers of a sketch of the activations on these, where they are not believed to be equal.
-      num_candidates: pairs that are tried on the probes, of which the best 64 are tried on all examples.
-      match_fn: finds the nearest pairs (`jchain.inverse.nearest_pairs`); by size and noise when None.
-      memory_limit: bytes for the sketches of both halves; half of the memory when not given. Where they do not fit, one
-        half is gone through once for each part of the other.
+      num_sketch: numbers in a sketch of the activations on these examples; fewer are used if no
+        noise is assumed.
+      num_candidates: nearest pairs that are verified on the probes; the best 64 of them are
+        verified on all examples.
+      match_fn: finds the nearest pairs (`jchain.inverse.nearest_pairs`); chosen by estimated time
+        if None.
+      memory_limit: bytes for the sketches of both halves; half of the memory if None. Halves that
+        do not fit are split into parts, and all pairs of parts are matched.
 
     Returns:
       Chains `[top_k, D]` of layer tokens and residuals `[top_k]`.
 
     Raises:
-      ValueError: a layer has no inverse or is singular, shapes do not fit, values are not finite, a size is not positive or
-        more than there is, the sketches of one part do not fit in memory (it says how much they need), or fewer pairs of halves
-        meet than chains are asked for.
+      ValueError: a layer has no inverse or is singular, shapes do not fit, values are not finite, a
+        size is out of range, the sketches of one part exceed the memory limit, or fewer pairs of
+        halves match than chains are asked for.
     """
     sizes = {"depth": depth, "top_k": top_k, "num_probes": num_probes, "num_sketch": num_sketch}
     _check_sizes({**sizes, "num_candidates": num_candidates}, bank.num_layers)
@@ -107,35 +122,38 @@ def meet_in_the_middle(
         raise ValueError(f"expected a tolerance of at least 0, got {tolerance}")
     if num_forward is not None and not 0 <= num_forward <= depth:
         raise ValueError(f"expected num_forward in 0..{depth}, got {num_forward}")
-    task = _make_task(bank, inputs, outputs)
+    examples = _embed_examples(bank, inputs, outputs)
     inverses = invert_layers(bank)
     num_candidates = max(num_candidates, top_k)
     if bank.num_layers**depth <= num_candidates:
         chains = np.array([*product(range(bank.num_layers), repeat=depth)])
-        return _try(task, task, chains, top_k)
-    few = task.take(np.linspace(0, len(outputs) - 1, min(num_probes, len(outputs))).astype(int))
+        return _verify(examples, examples, chains, top_k)
+    rows = np.linspace(0, len(outputs) - 1, min(num_probes, len(outputs))).astype(int)
     limit = memory_limit if memory_limit is not None else 2 * default_memory_limit()
-    search = _Search(
-        task, few, inverses, depth, num_forward, num_sketch, _Sizes(top_k, num_candidates, limit)
+    search = _HalfSearch(
+        examples,
+        examples.take(rows),
+        inverses,
+        depth,
+        num_forward,
+        num_sketch,
+        top_k,
+        num_candidates,
+        limit,
     )
     if match_fn is not None:
         found = search.match(match_fn, search.plan(num_sketch, tolerance or 0.0))
     elif tolerance is not None:
-        found = search.match_cheapest(tolerance)
+        found = search.match_at_noise(tolerance)
     else:
-        found = search.raise_noise()
+        found = search.match_at_rising_noise()
     if len(found.chains) < top_k:
         raise ValueError(
-            f"found {len(found.chains)} of {top_k} chains whose halves meet: there is no such chain, or noise of the outputs or "
-            "condition numbers of the layers are too high; expected a larger tolerance, more probes or fewer layers"
+            f"found {len(found.chains)} of {top_k} chains whose halves meet: no chain gives these "
+            "outputs, or the noise of the outputs or the condition numbers of the layers are too "
+            "high; expected a larger tolerance, more probes, or fewer layers"
         )
     return found
-
-
-class _Sizes(NamedTuple):
-    top_k: int
-    num_candidates: int
-    memory_limit: int
 
 
 def _check_sizes(sizes: dict[str, int], num_layers: int) -> None:
@@ -147,24 +165,24 @@ def _check_sizes(sizes: dict[str, int], num_layers: int) -> None:
         )
 
 
-class _Task(NamedTuple):
-    """What chains shall do."""
+class _Examples(NamedTuple):
+    """The examples that a chain of these layers should map from inputs to outputs."""
 
     layers: tuple[LayerGroup, ...]
-    hidden: Float[Array, "B ..."]
+    hidden: Float[Array, "B ..."]  # embedded inputs
     outputs: Float[Array, "B ..."]
 
     @property
     def num_layers(self) -> int:
-        """Layers to choose from."""
+        """The number of layers to choose from, N."""
         return sum(len(group.tokens) for group in self.layers)
 
-    def take(self, rows: Int[np.ndarray, "b"]) -> "_Task":
-        """The same for some of the examples."""
+    def take(self, rows: Int[np.ndarray, "b"]) -> "_Examples":
+        """Some of the examples."""
         return self._replace(hidden=self.hidden[rows], outputs=self.outputs[rows])
 
 
-def _make_task(bank: Bank, inputs: Any, outputs: Any) -> _Task:
+def _embed_examples(bank: Bank, inputs: Array, outputs: Array) -> _Examples:
     hidden, outputs = bank.embed(jnp.asarray(inputs)), jnp.asarray(outputs)
     if outputs.shape != hidden.shape:
         raise ValueError(
@@ -175,96 +193,103 @@ def _make_task(bank: Bank, inputs: Any, outputs: Any) -> _Task:
     for name, values in (("inputs", hidden), ("outputs", outputs)):
         if not bool(jnp.isfinite(values).all()):
             raise ValueError(f"expected finite {name}, got nan or infinity")
-    return _Task(bank.layers, hidden, outputs)
+    return _Examples(bank.layers, hidden, outputs)
 
 
-class _Plan(NamedTuple):
+class _MatchPlan(NamedTuple):
     """How halves are compared."""
 
-    halves: tuple[Half, Half]
+    halves: tuple[Half, Half]  # of the layers on the inputs, and of the inverses on the outputs
     projection: Float[Array, "F S"]
-    error: float  # of a number of a sketch, root mean square, of halves that belong together
-    some: Float[np.ndarray, "64 S"]  # sketches of the first half
+    error: (
+        float  # root mean square difference, per number of a sketch, of halves that belong together
+    )
+    sample: Float[np.ndarray, "64 S"]  # sketches of random first halves
 
 
-class _Search(NamedTuple):
-    """What is searched for, and how much may be spent."""
+class _HalfSearch(NamedTuple):
+    """A meet-in-the-middle search, with its limits."""
 
-    task: _Task
-    few: _Task  # on the probes
+    examples: _Examples
+    probes: _Examples
     inverses: tuple[LayerGroup, ...]
     depth: int
     num_forward: int | None
     num_sketch: int
-    sizes: _Sizes
+    top_k: int
+    num_candidates: int
+    memory_limit: int
 
-    def match_cheapest(self, tolerance: float) -> Meeting:
-        """By cells, or by all pairs where that takes less time."""
+    def match_at_noise(self, tolerance: float) -> RecoveredChains:
+        """Match with this noise, by the method with the smaller estimated time."""
         plan, seconds = self.plan_cells(tolerance)
         if self.estimate_all() < seconds:
             return self.match(match_all, self.plan(self.num_sketch, tolerance))
         return self.match(match_cells, plan)
 
-    def raise_noise(self) -> Meeting:
-        """The best of what is found for more and more noise, until chains are as near as it lets them be."""
-        best = Meeting(np.zeros((0, self.depth), np.int64), np.zeros(0))
-        for noise in _TOLERANCES:
+    def match_at_rising_noise(self) -> RecoveredChains:
+        """Match with more and more noise, until a chain fits as well as the assumed noise
+        allows."""
+        best = RecoveredChains(np.zeros((0, self.depth), np.int64), np.zeros(0))
+        for noise in _NOISE_LEVELS:
             plan, seconds = self.plan_cells(noise)
             if self.estimate_all() < (_PATIENCE if noise > 0 else seconds):
                 found = self.match(match_all, self.plan(self.num_sketch, max(noise, _LIKELY_NOISE)))
-                return _merge(best, found, self.sizes.top_k)
+                return _merge(best, found, self.top_k)
             if noise > 0 and seconds > _MAX_SECONDS:
                 break
-            best = _merge(best, self.match(match_cells, plan), self.sizes.top_k)
+            best = _merge(best, self.match(match_cells, plan), self.top_k)
             near = max(2 * noise, float(jnp.finfo(plan.projection.dtype).eps) ** 0.5)
-            if len(best.chains) == self.sizes.top_k and best.residuals[0] <= near:
+            if len(best.chains) == self.top_k and best.residuals[0] <= near:
                 break
         return best
 
     def estimate_all(self) -> float:
-        """Seconds that `match_all` takes."""
-        return estimate_all(float(self.few.num_layers) ** self.depth)
+        """Estimate the seconds of `match_all`."""
+        return estimate_match_all(float(self.probes.num_layers) ** self.depth)
 
-    def plan_cells(self, tolerance: float) -> tuple[_Plan, float]:
-        """And seconds that `match_cells` takes."""
+    def plan_cells(self, tolerance: float) -> tuple[_MatchPlan, float]:
+        """A plan for `match_cells`, and its estimated seconds."""
         plan = self.plan(_NUM_SKETCH_EXACT if tolerance == 0 else self.num_sketch, tolerance)
-        ahead, back = plan.halves
-        return plan, choose_cells(plan.some, (ahead.size, back.size), plan.error).seconds
+        sizes = plan.halves[0].num_sequences, plan.halves[1].num_sequences
+        return plan, choose_grids(plan.sample, sizes, plan.error).seconds
 
-    def plan(self, num_sketch: int, tolerance: float) -> _Plan:
-        """Halves that meet where those that belong together are near each other, as far as that is to be had."""
+    def plan(self, num_sketch: int, tolerance: float) -> _MatchPlan:
+        """Split the chain where the sketch error is small enough, else where it is smallest of the
+        splits that were affordable."""
         half = self.depth - self.depth // 2
         if self.num_forward is not None:
             return self._plan_at(self.num_forward, num_sketch, tolerance)
         plans = []
         for num_forward in range(half, max(half + 1, self.depth)):
-            if plans and self.few.num_layers**num_forward * _AHEAD_SECONDS > _PATIENCE:
+            if plans and self.probes.num_layers**num_forward * _SEQUENCE_SECONDS > _PATIENCE:
                 break
             plan = self._plan_at(num_forward, num_sketch, tolerance)
-            spread = float(np.sqrt(np.mean(np.var(plan.some, axis=0, dtype=np.float64))))
+            spread = float(np.sqrt(np.mean(np.var(plan.sample, axis=0, dtype=np.float64))))
             gap = plan.error / spread if 0 < spread < math.inf else math.inf
             plans.append((gap, num_forward, plan))
             if plans[-1][0] <= _MAX_GAP:
                 break
         return min(plans, key=lambda found: found[:2])[2]
 
-    def _plan_at(self, num_forward: int, num_sketch: int, tolerance: float) -> _Plan:
-        ahead = Half(self.few.layers, self.few.hidden, num_forward)
-        back = Half(self.inverses, self.few.outputs, self.depth - num_forward)
+    def _plan_at(self, num_forward: int, num_sketch: int, tolerance: float) -> _MatchPlan:
+        ahead = Half(self.probes.layers, self.probes.hidden, num_forward)
+        back = Half(self.inverses, self.probes.outputs, self.depth - num_forward)
         projection = make_projection(ahead.hidden.size, num_sketch, ahead.hidden.dtype)
-        some = np.asarray(_draw(ahead, 64).reshape(64, -1) @ projection)
-        return _Plan(
-            (ahead, back), projection, _measure_error((ahead, back), projection, tolerance), some
-        )
+        sample = np.asarray(_apply_random_sequences(ahead, 64).reshape(64, -1) @ projection)
+        error = _estimate_error((ahead, back), projection, tolerance)
+        return _MatchPlan((ahead, back), projection, error, sample)
 
-    def match(self, match_fn: Match, plan: _Plan) -> Meeting:
-        """The best of the candidates that a function finds."""
+    def match(self, match_fn: MatchFn, plan: _MatchPlan) -> RecoveredChains:
+        """Enumerate and sketch both halves, match the nearest pairs, and verify these
+        candidates."""
         projection = plan.projection
-        # Copies for products; keys and orders of cells.
+        # `match_all` holds copies for its products; the 64 bytes are hashes and sort orders of
+        # `match_cells`.
         num_copies = 1 if match_fn is match_cells else 4
         row_bytes = num_copies * projection.shape[1] * projection.dtype.itemsize + 64
-        parts = _split(plan.halves, row_bytes, self.sizes.memory_limit)
-        num_candidates = self.sizes.num_candidates
+        parts = _split(plan.halves, row_bytes, self.memory_limit)
+        num_candidates = self.num_candidates
         chains, distances = [], []
         for last, back in parts[1]:
             table = sketch_half(back, projection)
@@ -272,16 +297,17 @@ class _Search(NamedTuple):
                 pairs = match_finite(
                     match_fn, sketch_half(ahead, projection), table, num_candidates, plan.error
                 )
-                chains.append(_join(pairs, first, ahead, back, last))
+                chains.append(_join_halves(pairs, first, ahead, back, last))
                 distances.append(pairs.distance)
         nearest = np.argsort(np.concatenate(distances), kind="stable")[:num_candidates]
-        return _try(self.task, self.few, np.concatenate(chains)[nearest], self.sizes.top_k)
+        return _verify(self.examples, self.probes, np.concatenate(chains)[nearest], self.top_k)
 
 
-def _join(
+def _join_halves(
     pairs: Pairs, first: tuple[int, ...], ahead: Half, back: Half, last: tuple[int, ...]
 ) -> Int[np.ndarray, "K D"]:
-    """The chains of these pairs. The half that is undone goes from the chain's end to its middle."""
+    """The chains of these pairs. A sequence of inverses runs from the chain's end to its middle, so
+    it is reversed."""
     num_pairs = len(pairs.first)
     ends = (
         np.broadcast_to(np.array(part, np.int64), (num_pairs, len(part)))
@@ -289,14 +315,21 @@ def _join(
     )
     start, end = ends
     return np.concatenate(
-        [start, decode(ahead, pairs.first), decode(back, pairs.second)[:, ::-1], end], axis=1
+        [
+            start,
+            decode_sequences(ahead, pairs.first),
+            decode_sequences(back, pairs.second)[:, ::-1],
+            end,
+        ],
+        axis=1,
     )
 
 
 def _split(
     halves: tuple[Half, Half], row_bytes: int, limit: int
 ) -> tuple[list[tuple[tuple[int, ...], Half]], list[tuple[tuple[int, ...], Half]]]:
-    """Parts of both halves, with the layers that each begins with, of which one of each fits."""
+    """Split both halves by their first layers, until one part of each fits. Each part comes with
+    these layers."""
     depths = [0, 0]
 
     def sizes() -> list[int]:
@@ -312,10 +345,10 @@ def _split(
             halves[0].num_tokens ** sum(depths) > _MAX_PASSES
             or depths[larger] > halves[larger].num_layers
         ):
-            whole = sum(half.size for half in halves) * row_bytes
+            whole = sum(half.num_sequences for half in halves) * row_bytes
             raise ValueError(
-                f"expected halves that fit in memory_limit in at most {_MAX_PASSES} passes: their sketches need {whole:,} bytes, "
-                f"and {limit:,} are allowed"
+                f"expected halves that fit in memory_limit in at most {_MAX_PASSES} passes: "
+                f"their sketches need {whole:,} bytes, and {limit:,} are allowed"
             )
 
     def cut(half: Half, depth: int) -> list[tuple[tuple[int, ...], Half]]:
@@ -331,14 +364,15 @@ def _split(
     return cut(halves[0], depths[0]), cut(halves[1], depths[1])
 
 
-def _measure_error(
+def _estimate_error(
     halves: tuple[Half, Half], projection: Float[Array, "F S"], tolerance: float
 ) -> float:
-    """How far apart the sketches of halves that belong together are: random chains there and back, with noise on the way."""
+    """The sketch error of halves that belong together: apply random layers, add the noise, and
+    invert the layers again."""
     ahead, back = halves
     rng = np.random.default_rng(0)
     worst = 0.0
-    for middle in _draw(ahead, _NUM_TRIALS):
+    for middle in _apply_random_sequences(ahead, _NUM_TRIALS):
         tokens = rng.integers(0, back.num_tokens, back.num_layers)
         there = apply_sequence(ahead.layers, jnp.asarray(tokens[::-1].copy()), middle)
         noise = tolerance * float(jnp.std(there)) * rng.standard_normal(there.shape)
@@ -351,46 +385,51 @@ def _measure_error(
     return worst if math.isfinite(worst) else math.inf
 
 
-def _draw(half: Half, num: int) -> Float[Array, "n B ..."]:
-    """What random sequences make of the batch."""
+def _apply_random_sequences(half: Half, num: int) -> Float[Array, "n B ..."]:
+    """Activations after random sequences of a half."""
     tokens = np.random.default_rng(1).integers(0, half.num_tokens, (num, half.num_layers))
     return jax.lax.map(
         lambda row: apply_sequence(half.layers, row, half.hidden), jnp.asarray(tokens)
     )
 
 
-def _try(task: _Task, few: _Task, chains: Int[np.ndarray, "K D"], top_k: int) -> Meeting:
-    """The best of them: by all examples, of those that are best by few."""
+def _verify(
+    examples: _Examples, probes: _Examples, chains: Int[np.ndarray, "K D"], top_k: int
+) -> RecoveredChains:
+    """Rank candidates by their residuals on the probes, and the best of them by those on all
+    examples."""
     num_finalists = max(top_k, _NUM_FINALISTS)
     if len(chains) > num_finalists:
-        chains = chains[np.argsort(_measure(few, chains), kind="stable")[:num_finalists]]
-    residuals = _measure(task, chains)
+        chains = chains[np.argsort(_find_residuals(probes, chains), kind="stable")[:num_finalists]]
+    residuals = _find_residuals(examples, chains)
     best = np.argsort(residuals, kind="stable")[:top_k]
-    return Meeting(chains[best], residuals[best])
+    return RecoveredChains(chains[best], residuals[best])
 
 
 @jax.jit
-def _measure_all(task: _Task, chains: Int[Array, "K D"]) -> Float[Array, "K"]:
-    size = jnp.linalg.norm(task.outputs)
+def _map_residuals(examples: _Examples, chains: Int[Array, "K D"]) -> Float[Array, "K"]:
+    size = jnp.linalg.norm(examples.outputs)
 
-    def measure(chain: Array) -> Array:
-        gap = jnp.linalg.norm(apply_sequence(task.layers, chain, task.hidden) - task.outputs)
+    def find_residual(chain: Array) -> Array:
+        gap = jnp.linalg.norm(
+            apply_sequence(examples.layers, chain, examples.hidden) - examples.outputs
+        )
         return jnp.where(jnp.isfinite(gap), gap, jnp.inf) / jnp.where(size > 0, size, 1.0)
 
-    return jax.lax.map(measure, chains)
+    return jax.lax.map(find_residual, chains)
 
 
-def _measure(task: _Task, chains: Int[np.ndarray, "K D"]) -> Float[np.ndarray, "K"]:
-    # Few sizes, so few programs.
+def _find_residuals(examples: _Examples, chains: Int[np.ndarray, "K D"]) -> Float[np.ndarray, "K"]:
+    # Padded to few sizes, because each size compiles a program.
     step = _NUM_FINALISTS if len(chains) <= _NUM_FINALISTS else 4096
     size = -(-len(chains) // step) * step
     padded = np.pad(chains, ((0, size - len(chains)), (0, 0)))
-    return np.asarray(_measure_all(task, jnp.asarray(padded)))[: len(chains)]
+    return np.asarray(_map_residuals(examples, jnp.asarray(padded)))[: len(chains)]
 
 
-def _merge(first: Meeting, second: Meeting, top_k: int) -> Meeting:
+def _merge(first: RecoveredChains, second: RecoveredChains, top_k: int) -> RecoveredChains:
     chains = np.concatenate([first.chains, second.chains])
     residuals = np.concatenate([first.residuals, second.residuals])
     _, once = np.unique(chains, axis=0, return_index=True)
     best = once[np.argsort(residuals[once], kind="stable")][:top_k]
-    return Meeting(chains[best], residuals[best])
+    return RecoveredChains(chains[best], residuals[best])

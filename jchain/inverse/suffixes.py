@@ -1,8 +1,8 @@
-"""All short ends of chains, pulled back from the loss's target: each with the outputs that it would give near what it needs.
+"""Predict the loss of every prefix with every short suffix of a chain, without layer calls.
 
-A tail, some layers and a head, is undone from outputs of low loss to the activations that it needs at its entry; there it is
-linearized. So the loss of every prefix with every tail is predicted for no more layer calls, by matrix products: halves of chains
-that meet in the middle where nothing is met exactly.
+A suffix is some layers and a head. It is inverted from target outputs
+(`jchain.inverse.target_outputs`) to the activations that it needs at its entry, and linearized
+there. Matrix products then predict its outputs for the activations of any prefix.
 """
 
 from collections.abc import Sequence
@@ -22,18 +22,20 @@ from jchain.problem import Problem
 
 
 class Suffixes(NamedTuple):
-    """Ends of chains, and their outputs as affine maps of the activations at their entry."""
+    """Suffixes, and their outputs as affine maps of the activations at their entry."""
 
     tokens: Int[Array, "M T"]  # [M, T], layers in order, then a head, then -1
     outputs: Float[Array, "M B C"]  # at zero activations
-    rows: Float[Array, "M C B F"]  # [M, C, B, F], their derivative by activations
+    rows: Float[Array, "M C B F"]  # [M, C, B, F], the Jacobian of each output of each example
 
 
 class _Level(NamedTuple):
     """Suffixes of one length."""
 
     tokens: Int[Array, "m T"]
-    entry: Float[Array, "m B ..."]  # what they need
+    entry: Float[
+        Array, "m B ..."
+    ]  # [m, B, ...F], the activations at their entry that give the target outputs
     rows: Float[Array, "m C B ..."]
 
 
@@ -44,19 +46,22 @@ def pull_back_suffixes(
     near: Float[Array, "B ..."],
     num_layers: int,
 ) -> Suffixes:
-    """All suffixes of up to `num_layers` layers out of some, by every head.
+    """Pull back and linearize all suffixes of up to `num_layers` of some layers, with every head.
 
-    The cost of each layer of each tail, shared ones once, is `2 + C` layer calls, C the outputs of an example.
+    Each layer of each suffix costs `2 + C` layer calls, C the outputs of an example; layers that
+    suffixes share count once.
 
     Args:
       problem: bank, the examples on which suffixes are pulled back, loss.
-      inverses: the layers that undo those of the bank.
-      members: for each group of the bank's layers the places of those that suffixes are made of.
-      near: activations at the head, of which what a head needs is the least change.
-      num_layers: most layers of a tail.
+      inverses: the inverses of the bank's layers.
+      members: for each group of the bank's layers, the indices of the layers that suffixes are made
+        of.
+      near: activations at the head's input, `[B, ...F]`; the input that a head needs is the
+        smallest change of them.
+      num_layers: most layers in a suffix.
 
     Raises:
-      ValueError: the loss has no target.
+      ValueError: the loss has no target outputs (`jchain.inverse.target_outputs`).
     """
     bank = problem.bank
     tokens = jnp.concatenate(
@@ -64,19 +69,19 @@ def pull_back_suffixes(
     )
     heads = bank.num_layers + jnp.arange(bank.num_heads)
     levels = [jax.lax.map(partial(_pull_head, problem, near, num_layers + 1), heads)]
-    wanted = levels[0][1]
+    targets = levels[0][1]
     for _ in range(num_layers):
-        grown = jax.lax.map(partial(_grow, bank.layers, inverses, levels[-1][0]), tokens)
+        grown = jax.lax.map(partial(_prepend_layer, bank.layers, inverses, levels[-1][0]), tokens)
         level = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), grown)
-        levels.append((level, jnp.tile(wanted, (len(level.tokens) // len(wanted), 1, 1))))
-    made = [_expand(level, outputs) for level, outputs in levels]
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *made)
+        levels.append((level, jnp.tile(targets, (len(level.tokens) // len(targets), 1, 1))))
+    expanded = [_extrapolate_to_zero(level, outputs) for level, outputs in levels]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *expanded)
 
 
 def _pull_head(
     problem: Problem, near: Array, num_slots: int, token: Array
 ) -> tuple[_Level, Float[Array, "B C"]]:
-    """One head: what it needs, its derivative there and its outputs."""
+    """The suffix of one head alone, and its outputs at its entry."""
 
     def head(hidden: Array) -> Array:
         return flatten_rows(apply_token(problem.bank.heads, token, hidden))
@@ -91,40 +96,46 @@ def _pull_head(
     return _Level(tokens, entry, rows), made
 
 
-def _grow(
+def _prepend_layer(
     layers: tuple[LayerGroup, ...], inverses: Sequence[LayerGroup], level: _Level, token: Array
 ) -> _Level:
-    """A layer before every tail."""
+    """Put a layer in front of every suffix."""
 
-    def grow(tail: _Level) -> _Level:
-        entry = inverse(tail.entry)
+    def prepend(suffix: _Level) -> _Level:
+        entry = inverse(suffix.entry)
         back = jax.vjp(layer, entry)[1]
-        rows = jax.vmap(lambda row: back(row)[0])(tail.rows)
-        tokens = jnp.roll(tail.tokens, 1).at[0].set(token.astype(jnp.int32))
+        rows = jax.vmap(lambda row: back(row)[0])(suffix.rows)
+        tokens = jnp.roll(suffix.tokens, 1).at[0].set(token.astype(jnp.int32))
         return _Level(tokens, entry, rows)
 
     layer, inverse = (partial(apply_token, groups, token) for groups in (layers, tuple(inverses)))
-    return jax.lax.map(grow, level)
+    return jax.lax.map(prepend, level)
 
 
-def _expand(level: _Level, outputs: Float[Array, "m B C"]) -> Suffixes:
-    """From the outputs at what a tail needs to those at zero."""
+def _extrapolate_to_zero(level: _Level, outputs: Float[Array, "m B C"]) -> Suffixes:
+    """Extrapolate the outputs at the entry activations to those at zero activations."""
     rows = level.rows.reshape(*level.rows.shape[:3], -1)
     entry = level.entry.reshape(*level.entry.shape[:2], -1)
     return Suffixes(level.tokens, outputs - jnp.einsum("mcbf,mbf->mbc", rows, entry), rows)
 
 
-def predict(
+def predict_losses(
     problem: Problem, suffixes: Suffixes, hidden: Float[Array, "P B ..."]
 ) -> Float[Array, "P M"]:
-    """The loss of each prefix with each tail, without the price of layers."""
+    """Predict the loss of each prefix with each suffix, without the layer penalty.
+
+    Args:
+      problem: bank, the examples on which suffixes were pulled back, loss.
+      suffixes: M suffixes.
+      hidden: activations after each prefix, `[P, B, ...F]`.
+    """
     flat = hidden.reshape(*hidden.shape[:2], -1)
     shape = jax.eval_shape(
         partial(apply_token, problem.bank.heads, jnp.asarray(problem.bank.num_layers)), hidden[0]
     ).shape
 
-    def measure(tail: Suffixes) -> Float[Array, "P"]:
-        outputs = tail.outputs[None] + jnp.einsum("cbf,pbf->pbc", tail.rows, flat)
+    def predict(suffix: Suffixes) -> Float[Array, "P"]:
+        outputs = suffix.outputs[None] + jnp.einsum("cbf,pbf->pbc", suffix.rows, flat)
         return jax.vmap(lambda outputs: problem.compute_metrics(outputs.reshape(shape))[0])(outputs)
 
-    return jax.lax.map(measure, suffixes).T
+    return jax.lax.map(predict, suffixes).T

@@ -1,160 +1,199 @@
-"""What every search is, and the one loop that runs it."""
+"""The search protocol, and the one driver that runs every search.
+
+To add a search, write a frozen dataclass with `jchain.pytree.pytree_dataclass` (sizes `static`,
+rates data) and two methods:
+
+- `init(key, problem) -> state` returns the first state: a NamedTuple of what `step` needs to know.
+- `step(key, state, problem) -> (state, Info)` scores some chains. `Info` holds the chains, their
+  losses, and the layer calls that scoring them cost.
+
+Both must work under `jit` and `vmap`. State and losses keep their shapes and dtypes from step to
+step. The driver (`run` and `run_many`) keeps the budget, the best chains, the curve, the counts,
+and the progress line. A search may also have the optional members that `Search` lists. Add a new
+search to the list in `tests/search/test_contract.py`, which tests the contract.
+`jchain.search.random_search` is the shortest example.
+"""
 
 import math
 import time
 from collections.abc import Callable
-from functools import cache, partial
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from functools import partial
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
-from jchain._typing import Array, Bool, Float, Int, Key
+from jchain._typing import Array, Float, Int, Key, PyTree
 from jchain.chain import PADDING
-from jchain.engine.backend import compiler_options, find_backend
+from jchain.engine.backend import jit_for_problem
 from jchain.problem import Problem
+from jchain.search.pool import Pool, empty_pool, merge
 from jchain.search.progress import Progress
+from jchain.search.result import (
+    BudgetError,
+    Curve,
+    Result,
+    RunState,
+    RunStats,
+    StopRule,
+    Trace,
+    make_results,
+)
 
-# A search that charges nothing so often in a row has nothing left to ask.
+__all__ = [
+    "MAX_FREE_STEPS",
+    "BudgetError",
+    "Checked",
+    "Curve",
+    "Info",
+    "Pool",
+    "Refreshable",
+    "Result",
+    "RunState",
+    "RunStats",
+    "Search",
+    "StopRule",
+    "Trace",
+    "advance_runs",
+    "check_arguments",
+    "empty_pool",
+    "holds_chains",
+    "init_runs",
+    "is_deterministic",
+    "make_results",
+    "merge",
+    "needs_gradient",
+    "needs_invertible",
+    "run",
+    "run_many",
+]
+
+# Stop after this many consecutive zero-cost steps.
 MAX_FREE_STEPS = 100
 _MAX_BUDGET = 2**31 - 1  # counts are int32
-# Steps between two looks of the host: as many as fit this time, in seconds, and at most this number.
-_PART_SECONDS, _MAX_PART = 0.2, 256
+# Device steps per host sync: about 0.2 s worth, at most 256.
+_SYNC_SECONDS, _MAX_STEPS_PER_SYNC = 0.2, 256
+
+T = TypeVar("T")
 
 
 class Info(NamedTuple):
-    """What one step did."""
+    """The chains that one step scored, their losses, and the cost of the step."""
 
-    chains: Int[Array, "P L"]  # [P, L], the chains it scored; rows of -1 hold none
-    loss: Float[Array, "P"]  # [P], +inf where it was not finite, or where there is no chain
-    layer_calls: Int[Array, ""]  # what it cost
+    chains: Int[Array, "P L"]  # [P, L]; a row of -1 holds no chain
+    loss: Float[Array, "P"]  # [P], +inf if not finite, and for rows without a chain
+    layer_calls: Int[Array, ""]  # cost of this step
 
 
 @runtime_checkable
 class Search(Protocol):
     """A frozen dataclass registered as a pytree (`jchain.pytree`): sizes static, rates data.
 
-    Both methods can be jitted, and vmapped over keys and states.
+    Both methods work under `jit`, and under `vmap` over keys and states. The members below are
+    optional. The first four are flags; the functions of the same names in this module read them,
+    and return False if a search has no such flag.
+
+    - `is_deterministic`: the key has no influence on what the search scores.
+    - `needs_gradient`: the search takes gradients through layers.
+    - `needs_invertible`: the layers of the bank must be invertible.
+    - `holds_chains`: the search stores chains of one bank, and is invalid once tokens change.
+    - `check(problem)`: raise ValueError for a problem that does not fit (`Checked`).
+    - `refresh(state, problem, chains)`: continue after weights have changed (`Refreshable`).
     """
 
-    def init(self, key: Key[Array, ""], problem: Problem) -> Any:
-        """The first state: what `step` needs to know, and nothing else."""
+    def init(self, key: Key[Array, ""], problem: Problem) -> PyTree:
+        """Return the first state, which holds only what `step` needs.
+
+        Args:
+          key: consumed.
+          problem: what to minimize over.
+        """
         ...
 
-    def step(self, key: Key[Array, ""], state: Any, problem: Problem) -> tuple[Any, Info]:
-        """Score some chains."""
+    def step(self, key: Key[Array, ""], state: PyTree, problem: Problem) -> tuple[PyTree, Info]:
+        """Score some chains.
+
+        Args:
+          key: consumed.
+          state: from `init` or from the last step.
+          problem: what to minimize over.
+
+        Returns:
+          The next state, of the same shapes and dtypes, and what was scored.
+        """
         ...
 
 
 @runtime_checkable
 class Refreshable(Protocol):
-    """A search that can go on where weights of the bank have changed; others start anew there (`jchain.updates`)."""
+    """A search that can continue after weights of the bank have changed (`jchain.updates`)."""
 
     def refresh(
-        self, state: Any, problem: Problem, chains: Int[Array, "Q L"]
-    ) -> tuple[Any, Int[Array, ""]]:
-        """The state with all losses that it remembers taken anew, and what that cost in layer calls.
+        self, state: PyTree, problem: Problem, chains: Int[Array, "Q L"]
+    ) -> tuple[PyTree, Int[Array, ""]]:
+        """Return the state with all stored losses recomputed, and the cost in layer calls.
 
         Args:
-          state: of before.
-          problem: with the weights as they are now.
-          chains: chains to remember beside, `[Q, L]`; rows of -1 hold none.
+          state: the state before the weights changed.
+          problem: the problem with the new weights.
+          chains: other good chains to store, `[Q, L]`; a row of -1 holds no chain.
         """
         ...
 
 
 @runtime_checkable
 class Checked(Protocol):
-    """A search that does not take every problem."""
+    """A search that does not accept every problem."""
 
     def check(self, problem: Problem) -> None:
-        """On the host, before anything is computed.
+        """Check a problem on the host, before anything is computed.
+
+        Args:
+          problem: what to minimize over.
 
         Raises:
-          ValueError: what the search was given does not fit the problem.
+          ValueError: the search does not fit the problem.
         """
         ...
 
 
-class Curve(NamedTuple):
-    """Best loss against cost, after each step."""
+def is_deterministic(search: Search) -> bool:
+    """Return True if the key has no influence on what a search scores: one run is enough.
 
-    layer_calls: Int[np.ndarray, "T"]
-    best_loss: Float[np.ndarray, "T"]
-
-    def at(self, budgets: Any) -> Float[np.ndarray, "B"]:
-        """Best loss within each number of layer calls, `+inf` where the first step costs more."""
-        place = np.searchsorted(self.layer_calls, budgets, side="right") - 1
-        return np.where(place >= 0, self.best_loss[np.maximum(place, 0)], np.inf)
+    Args:
+      search: the search.
+    """
+    return bool(getattr(search, "is_deterministic", False))
 
 
-class Result(NamedTuple):
-    """What a run found on its problem."""
+def needs_gradient(search: Search) -> bool:
+    """Return True if a search takes gradients through layers.
 
-    best_chain: Int[np.ndarray, "L"]  # all -1 when no chain had a finite loss
-    best_loss: float
-    curve: Curve
-    finalists: Int[
-        np.ndarray, "Q L"
-    ]  # the best different chains, best first, to be re-ranked on `select`
-    finalist_losses: Float[np.ndarray, "Q"]
-    layer_calls: int
-    num_chains: int  # scored, repeats included
-    num_nonfinite: int  # of them, with a loss that was not finite
+    Args:
+      search: the search.
+    """
+    return bool(getattr(search, "needs_gradient", False))
 
 
-class Pool(NamedTuple):
-    """The best different chains so far, best first."""
+def needs_invertible(search: Search) -> bool:
+    """Return True if a search needs a bank of invertible layers.
 
-    chains: Int[Array, "Q L"]  # [Q, L], all -1 in an empty place
-    loss: Float[Array, "Q"]  # [Q], +inf there
-
-
-class Tally(NamedTuple):
-    """What one run has found and spent."""
-
-    pool: Pool
-    layer_calls: Int[Array, ""]
-    num_chains: Int[Array, ""]
-    num_nonfinite: Int[Array, ""]
-    num_free: Int[Array, ""]  # steps in a row that cost nothing
-    cost: Int[Array, ""]  # of the last step, counted or not
-    is_over: Bool[Array, ""]
+    Args:
+      search: the search.
+    """
+    return bool(getattr(search, "needs_invertible", False))
 
 
-class BudgetError(ValueError):
-    """Not even one step fits."""
+def holds_chains(search: Search) -> bool:
+    """Return True if a search stores chains of one bank, and is invalid once tokens change.
 
-    def __init__(self, cost: int, budget: int, more: str = "") -> None:
-        super().__init__(
-            f"expected a budget of at least one step, which costs {cost:,} layer calls here{more}, got {budget:,}"
-        )
-        self.cost = cost
-
-
-class Goal(NamedTuple):
-    """When a run is over."""
-
-    budget: Any  # int32
-    target_loss: Any  # float32
-
-
-class Run(NamedTuple):
-    """One run between two steps."""
-
-    key: Key[Array, ""]
-    state: Any
-    tally: Tally
-
-
-class Steps(NamedTuple):
-    """What each step of a part of the runs left."""
-
-    layer_calls: Int[Array, "T S"]
-    best_loss: Float[Array, "T S"]
-    is_counted: Bool[Array, "T S"]
+    Args:
+      search: the search.
+    """
+    return bool(getattr(search, "holds_chains", False))
 
 
 def run(
@@ -170,23 +209,24 @@ def run(
 ) -> Result:
     """Step a search until its budget is used.
 
-    The budget is never exceeded: a step that would pass it is not counted and its chains are not seen. A search that
-    charges nothing for 100 steps in a row is stopped.
+    The budget is never exceeded: a step that would exceed it is not counted and its chains are
+    dropped. A search is stopped after 100 consecutive zero-cost steps.
 
     Args:
       key: consumed by the search.
       search: the search and its hyperparameters.
       problem: what to minimize over.
       budget: layer calls.
-      target_loss: good enough: a run that has found a chain of at most this loss is over.
-      num_finalists: how many different chains to keep for re-ranking.
-      progress: show a live line with layer calls, best loss and time left.
-      mesh: devices over which the chains of each step are spread (see `jchain.evaluate`). Where they belong to several
-        processes, all must make this call with equal arguments, and all get the result.
+      target_loss: stop once a chain of at most this loss is found.
+      num_finalists: distinct chains to keep for re-ranking.
+      progress: show a live line with layer calls, best loss, and time left.
+      mesh: devices over which the chains of each step are sharded (see `jchain.evaluate`). If they
+        belong to several processes, all must make this call with equal arguments, and all get the
+        result.
 
     Raises:
-      ValueError: the key is none of `jax.random.key`, the search is not a registered pytree or does not take the problem, the
-        target is nan, or the budget is smaller than one step.
+      ValueError: the key is not from `jax.random.key`, the search is not a registered pytree or
+        does not accept the problem, the target is nan, or the budget is smaller than one step.
     """
     _check_keys(key, 0, "one key of jax.random.key")
     return run_many(
@@ -212,44 +252,54 @@ def run_many(
     progress: bool = False,
     mesh: Mesh | None = None,
 ) -> list[Result]:
-    """`run` for many keys at once: their steps are vmapped, so that chains which runs share are computed once.
+    """Run a search once for each of many keys, all at once, and return a result for each.
 
-    Each run is charged as if it were alone.
+    Steps are vmapped, so a chain that several runs score is computed once. Each run is charged as
+    if it were alone.
 
     Args:
-      keys: one for each run, `[S]`.
-      search: as for `run`, and so are the others; progress shows the run that has spent least.
+      keys: one per run, `[S]`.
+      search: as for `run`.
+      problem: as for `run`.
+      budget: layer calls of each run.
+      target_loss: as for `run`; a run that reaches it stops, the others continue.
+      num_finalists: distinct chains to keep in each run.
+      progress: as for `run`; the line shows the fewest layer calls and the lowest loss of all runs.
+      mesh: as for `run`.
 
     Raises:
-      ValueError: there is no key, one of another kind, or as `run`.
+      ValueError: there are no keys, they are not from `jax.random.key`, or as for `run`.
     """
-    check(search, problem, budget, num_finalists)
+    check_arguments(search, problem, budget, num_finalists)
     if math.isnan(target_loss):
         raise ValueError("expected a target_loss that is a number, got nan")
     _check_keys(keys, 1, "keys of jax.random.key of shape [S], at least one")
-    problem = (problem if mesh is None else problem.on(mesh)).without_names()
-    runs = start(problem.put(keys), search, problem, num_finalists)
+    problem = problem if mesh is None else problem.on(mesh)
+    runs = init_runs(problem.put(keys), search, problem, num_finalists)
+    stop = StopRule(np.int32(budget), np.float32(target_loss))
     with Progress(budget, is_shown=progress) as line:
-        runs, steps = spend(
-            runs, search, problem, Goal(np.int32(budget), np.float32(target_loss)), line
-        )
-    return finish(runs, steps, budget)
+        runs, trace = advance_runs(runs, search, problem, stop, line)
+    return make_results(runs, trace, budget)
 
 
-def _check_keys(keys: Array, num_axes: int, expected: str) -> None:
-    if (
-        not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
-        or keys.ndim != num_axes
-        or keys.size == 0
-    ):
-        raise ValueError(f"expected {expected}, got {keys.dtype}{list(keys.shape)}")
+def _check_keys(keys: object, num_axes: int, expected: str) -> None:
+    dtype, shape = getattr(keys, "dtype", type(keys)), getattr(keys, "shape", ())
+    if not jnp.issubdtype(dtype, jax.dtypes.prng_key) or len(shape) != num_axes or 0 in shape:
+        raise ValueError(f"expected {expected}, got {dtype}{list(shape)}")
 
 
-def check(search: Search, problem: Problem, budget: int, num_finalists: int) -> None:
-    """Refuse what no run can begin with.
+def check_arguments(search: Search, problem: Problem, budget: int, num_finalists: int) -> None:
+    """Check the arguments of a run on the host.
+
+    Args:
+      search: the search.
+      problem: what to minimize over.
+      budget: layer calls.
+      num_finalists: distinct chains to keep.
 
     Raises:
-      ValueError: the search is not a registered pytree or does not take the problem, or a number is out of range.
+      ValueError: the search is not a registered pytree or does not accept the problem, or a number
+        is out of range.
     """
     if budget < 1 or num_finalists < 1:
         raise ValueError(
@@ -261,174 +311,140 @@ def check(search: Search, problem: Problem, budget: int, num_finalists: int) -> 
         )
     if jax.tree_util.all_leaves([search]):
         raise ValueError(
-            f"expected a search registered as a pytree (jchain.pytree), got {type(search).__name__}"
+            "expected an instance of a class decorated with @jc.pytree_dataclass, got "
+            f"{type(search).__name__}"
         )
     if isinstance(search, Checked):
         search.check(problem)
 
 
-def spend(
-    runs: Run,
-    search: Search,
-    problem: Problem,
-    goal: Goal,
-    line: Progress,
-    *,
-    keeps_state: bool = False,
-) -> tuple[Run, Steps]:
-    """Step until all runs are over; `[T]` is the number of steps.
+def init_runs(
+    keys: Key[Array, "S"], search: Search, problem: Problem, num_finalists: int
+) -> RunState:
+    """Return runs before their first step.
 
-    With `keeps_state` the state is that of before the last step where this was not counted, for runs that go on.
+    Args:
+      keys: one per run, `[S]`.
+      search: the search.
+      problem: what to minimize over.
+      num_finalists: rows of each run's pool.
     """
-    advance = _compile_advance(find_backend(problem))
-    parts: list[Steps] = []
-    num_steps = 1
-    while not np.all(runs.tally.is_over):
-        began = time.perf_counter()
-        runs, steps = advance(runs, search, problem, goal, num_steps, keeps_state=keeps_state)
-        parts.append(jax.tree.map(lambda leaf, n=num_steps: np.asarray(leaf)[:n], steps))
-        line.update(int(np.min(runs.tally.layer_calls)), float(np.min(runs.tally.pool.loss)))
-        # Few enough steps at a time that the line lives, many enough that the host costs nothing. Processes that share
-        # a mesh must agree, which their clocks would not.
-        if problem.mesh is None and time.perf_counter() - began < _PART_SECONDS:
-            num_steps = min(2 * num_steps, _MAX_PART)
-    return runs, jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-
-
-def finish(runs: Run, steps: Steps, budget: int) -> list[Result]:
-    """What each run found.
-
-    Raises:
-      ValueError: not even one step fitted into the budget.
-    """
-    tallies = jax.tree.map(np.asarray, runs.tally)
-    return [_make_result(tallies, steps, i, budget) for i in range(tallies.layer_calls.shape[0])]
+    return _init_runs(keys, search, problem.without_names(), num_finalists)
 
 
 @partial(jax.jit, static_argnames="num_finalists")
-def start(keys: Array, search: Search, problem: Problem, num_finalists: int) -> Run:
-    """Runs before their first step."""
-    # Of the types that a step returns, also where they are weak: with others the first step would be compiled for itself.
+def _init_runs(keys: Array, search: Search, problem: Problem, num_finalists: int) -> RunState:
+    # Dtypes and weak types as after a step; otherwise the first step is compiled separately.
     pool, zero = empty_pool(num_finalists, problem), jnp.zeros((), jnp.int32)
-    tally = Tally(pool, zero, zero, zero, zero, zero, jnp.array(False))
+    stats = RunStats(pool, zero, zero, zero, zero, zero, jnp.array(False))
 
-    def start_one(key: Array) -> Run:
+    def init_one(key: Array) -> RunState:
         key, init_key = jax.random.split(key)
-        return Run(key, search.init(init_key, problem), tally)
+        return RunState(key, search.init(init_key, problem), stats)
 
-    return _map_runs(start_one, keys)
-
-
-@cache
-def _compile_advance(backend: str) -> Any:
-    return jax.jit(
-        _advance, static_argnames="keeps_state", compiler_options=compiler_options(backend)
-    )
+    return _map_runs(init_one, keys)
 
 
-def _advance(
-    runs: Run,
+def advance_runs(
+    runs: RunState,
     search: Search,
     problem: Problem,
-    goal: Goal,
-    num_steps: Int[Array, ""],
+    stop: StopRule,
+    line: Progress,
+    *,
+    keeps_state: bool = False,
+) -> tuple[RunState, Trace]:
+    """Step until all runs are over.
+
+    Args:
+      runs: from `init_runs` or from an earlier call.
+      search: the search.
+      problem: what to minimize over.
+      stop: when each run is over.
+      line: the progress line to update.
+      keeps_state: discard the state of a step that is not counted, so that a run can continue from
+        the state before that step.
+
+    Returns:
+      The finished runs, and the trace `[T, S]` of T steps.
+    """
+    traces: list[Trace] = []
+    num_steps = 1
+    while not np.all(runs.stats.is_over):
+        began = time.perf_counter()
+        runs, trace = _advance(runs, search, problem, stop, num_steps, keeps_state=keeps_state)
+        traces.append(jax.tree.map(lambda leaf, n=num_steps: np.asarray(leaf)[:n], trace))
+        line.update(int(np.min(runs.stats.layer_calls)), float(np.min(runs.stats.pool.loss)))
+        # Processes that share a mesh must take the same number of steps, but their clocks differ.
+        if problem.mesh is None and time.perf_counter() - began < _SYNC_SECONDS:
+            num_steps = min(2 * num_steps, _MAX_STEPS_PER_SYNC)
+    return runs, jax.tree.map(lambda *leaves: np.concatenate(leaves), *traces)
+
+
+@jit_for_problem(static_argnames=("keeps_state",))
+def _advance(
+    runs: RunState,
+    search: Search,
+    problem: Problem,
+    stop: StopRule,
+    num_steps: Int[ArrayLike, ""],
+    *,
     keeps_state: bool,
-) -> tuple[Run, Steps]:
+) -> tuple[RunState, Trace]:
     """Up to `num_steps` steps of each run, until all are over."""
 
-    def go_on(carry: tuple[Array, Run, Steps]) -> Array:
+    def is_active(carry: tuple[Array, RunState, Trace]) -> Array:
         t, runs, _ = carry
-        return (t < num_steps) & ~runs.tally.is_over.all()
+        return (t < num_steps) & ~runs.stats.is_over.all()
 
-    def step(carry: tuple[Array, Run, Steps]) -> tuple[Array, Run, Steps]:
-        t, runs, steps = carry
-        runs, row = _map_runs(lambda run: _step(run, search, problem, goal, keeps_state), runs)
-        return t + 1, runs, jax.tree.map(lambda leaf, new: leaf.at[t].set(new), steps, row)
+    def step(carry: tuple[Array, RunState, Trace]) -> tuple[Array, RunState, Trace]:
+        t, runs, trace = carry
+        runs, row = _map_runs(lambda run: _step(run, search, problem, stop, keeps_state), runs)
+        return t + 1, runs, jax.tree.map(lambda leaf, new: leaf.at[t].set(new), trace, row)
 
-    shape = (_MAX_PART, runs.key.shape[0])
-    empty = Steps(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool))
-    _, runs, steps = jax.lax.while_loop(go_on, step, (jnp.array(0), runs, empty))
-    return runs, steps
+    shape = (_MAX_STEPS_PER_SYNC, runs.key.shape[0])
+    empty = Trace(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool))
+    _, runs, trace = jax.lax.while_loop(is_active, step, (jnp.array(0), runs, empty))
+    return runs, trace
 
 
-def _map_runs(fn: Callable[[Any], Any], runs: Any) -> Any:
-    """`vmap`; but one run alone is not batched, which would turn its branches into both sides of a select."""
+def _map_runs(fn: Callable[..., T], runs: PyTree) -> T:
+    """`vmap`, except for a single run: batching would turn its branches into selects."""
     if jax.tree.leaves(runs)[0].shape[0] > 1:
         return jax.vmap(fn)(runs)
     return jax.tree.map(lambda leaf: leaf[None], fn(jax.tree.map(lambda leaf: leaf[0], runs)))
 
 
 def _step(
-    run: Run, search: Search, problem: Problem, goal: Goal, keeps_state: bool
-) -> tuple[Run, Steps]:
+    run: RunState, search: Search, problem: Problem, stop: StopRule, keeps_state: bool
+) -> tuple[RunState, Trace]:
+    """One step of one run, and its row of the trace."""
     key, step_key = jax.random.split(run.key)
     state, info = search.step(step_key, run.state, problem)
-    # With jax_enable_x64 some counts and losses become wider than they began.
+    # With jax_enable_x64 some counts and losses become wider than in the first state.
     state = jax.tree.map(
         lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype), state, run.state
     )
-    old = run.tally
+    old = run.stats
     cost = info.layer_calls.astype(jnp.int32)
     num_free = jnp.where(cost == 0, old.num_free + 1, 0)
-    left = goal.budget - old.layer_calls  # never below 0, where a sum could pass the largest int32
+    # Compare the cost with what is left: the sum of calls and cost could overflow int32.
+    left = stop.budget - old.layer_calls
     is_counted = ~old.is_over & (cost <= left)
     pool = merge(old.pool, info.chains, info.loss)
-    is_there = info.chains[:, 0] != PADDING
-    new = Tally(
+    is_chain = info.chains[:, 0] != PADDING
+    new = RunStats(
         pool,
         old.layer_calls + cost,
-        old.num_chains + jnp.sum(is_there, dtype=jnp.int32),
-        old.num_nonfinite + jnp.sum(is_there & ~jnp.isfinite(info.loss), dtype=jnp.int32),
+        old.num_chains + jnp.sum(is_chain, dtype=jnp.int32),
+        old.num_nonfinite + jnp.sum(is_chain & ~jnp.isfinite(info.loss), dtype=jnp.int32),
         num_free,
         cost,
-        (cost >= left) | (num_free >= MAX_FREE_STEPS) | (pool.loss[0] <= goal.target_loss),
+        (cost >= left) | (num_free >= MAX_FREE_STEPS) | (pool.loss[0] <= stop.target_loss),
     )
-    tally = jax.tree.map(
+    stats = jax.tree.map(
         partial(jnp.where, is_counted), new, old._replace(cost=cost, is_over=jnp.array(True))
     )
     if keeps_state:
         state = jax.tree.map(partial(jnp.where, is_counted), state, run.state)
-    return Run(key, state, tally), Steps(tally.layer_calls, tally.pool.loss[0], is_counted)
-
-
-def empty_pool(size: int, problem: Problem) -> Pool:
-    """Places for so many chains."""
-    return Pool(
-        jnp.full((size, problem.max_layers + 1), PADDING, jnp.int32),
-        jnp.full(size, jnp.inf, jnp.float32),
-    )
-
-
-def merge(pool: Pool, chains: Int[Array, "P L"], loss: Float[Array, "P"]) -> Pool:
-    """The best different chains of both; one whose loss is not finite is never among them."""
-    rows = jnp.concatenate([pool.chains, chains.astype(jnp.int32)])
-    losses = jnp.concatenate([pool.loss, loss.astype(pool.loss.dtype)])
-    losses = jnp.where(jnp.isfinite(losses), losses, jnp.inf)
-    *columns, losses = jax.lax.sort([*rows.T, losses], num_keys=rows.shape[1] + 1)
-    rows = jnp.stack(columns, axis=1)
-    is_repeat = jnp.append(False, jnp.all(rows[1:] == rows[:-1], axis=1))
-    losses = jnp.where(is_repeat, jnp.inf, losses)
-    best = jnp.argsort(losses)[: pool.loss.shape[0]]
-    is_there = jnp.isfinite(losses[best])
-    return Pool(jnp.where(is_there[:, None], rows[best], PADDING), losses[best])
-
-
-def _make_result(tallies: Tally, steps: Steps, i: int, budget: int) -> Result:
-    """The result of run `i`."""
-    tally = jax.tree.map(lambda leaf: leaf[i], tallies)
-    is_counted = steps.is_counted[:, i]
-    if not is_counted.any():
-        raise BudgetError(int(tally.cost), budget)
-    is_found = np.isfinite(tally.pool.loss)
-    return Result(
-        best_chain=tally.pool.chains[0],
-        best_loss=float(tally.pool.loss[0]),
-        curve=Curve(
-            np.asarray(steps.layer_calls)[is_counted, i], np.asarray(steps.best_loss)[is_counted, i]
-        ),
-        finalists=tally.pool.chains[is_found],
-        finalist_losses=tally.pool.loss[is_found],
-        layer_calls=int(tally.layer_calls),
-        num_chains=int(tally.num_chains),
-        num_nonfinite=int(tally.num_nonfinite),
-    )
+    return RunState(key, state, stats), Trace(stats.layer_calls, stats.pool.loss[0], is_counted)

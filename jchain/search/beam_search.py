@@ -1,7 +1,8 @@
-"""Beam search: prefixes ranked by the lowest loss of a head on their activations (Lowerre 1976, the Harpy system).
+"""Beam search: prefixes are ranked by the lowest loss of a head on their activations.
 
-A pass keeps the best `width` prefixes of each length; the next pass is twice as wide, as iterative broadening (Ginsberg and
-Harvey 1992, Artificial Intelligence 55), until `max_width`, behind which nothing more is asked.
+Lowerre 1976, the Harpy system. A pass keeps the best `width` prefixes of each length. The next pass
+is twice as wide, as in iterative broadening (Ginsberg and Harvey 1992, Artificial Intelligence 55).
+After the pass at `max_width`, steps do nothing.
 """
 
 from typing import NamedTuple
@@ -12,34 +13,41 @@ import jax.numpy as jnp
 from jchain import env
 from jchain._typing import Array, Float, Int, Key, Shaped
 from jchain.chain import PADDING
-from jchain.engine.layer_calls import apply_all
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
+from jchain.search.prefixes import end_children, extend_prefix
 
 
 class State(NamedTuple):
-    """Two generations of prefixes: that which is extended, and at `1 - generation` that of their best children."""
+    """Two generations of prefixes: `generation` is being extended, the other holds the children."""
 
-    chains: Int[Array, "2 W L"]  # [2, W, L], -1 behind the layers
+    chains: Int[Array, "2 W L"]  # [2, W, L], layers, then -1
     hidden: Shaped[Array, "2 W B ..."]  # [2, W, B, ...F]
-    loss: Float[Array, "2 W"]  # [2, W], of their best head; +inf where none stands
+    loss: Float[Array, "2 W"]  # [2, W], of the best head; +inf in an empty place
     generation: Int[Array, ""]
-    parent: Int[Array, ""]  # the next one to be extended
+    parent: Int[Array, ""]  # place of the next prefix to extend
     depth: Int[Array, ""]  # layers of the parents
-    width: Int[Array, ""]  # of this pass; above max_width when all are over
+    width: Int[Array, ""]  # of this pass; above max_width after the last pass
 
 
 @pytree_dataclass
 class BeamSearch:
-    """Beam search by head loss. A step extends one prefix by every layer, which costs as many layer calls.
+    """Beam search by head loss. A step extends one prefix by all `N` layers, for `N` layer calls.
 
-    Deterministic: the keys are not used. Activations of `2 * max_width` prefixes are kept.
+    The keys are not used. The state keeps activations of `2 * max_width` prefixes.
 
     Attributes:
-      width: prefixes that the first pass keeps.
-      max_width: prefixes that the last pass keeps, at most: its width is the last of width, 2 width, 4 width, ... up to this.
+      width: prefixes that the first pass keeps of each length.
+      max_width: most prefixes that a pass keeps. Passes have width, 2 width, 4 width, ... up to
+        this.
+
+    Raises:
+      ValueError: the widths are out of range.
     """
+
+    needs_gradient = False
+    needs_invertible = False
 
     width: int = static(default=1)
     max_width: int = static(default=64)
@@ -47,10 +55,17 @@ class BeamSearch:
     def __post_init__(self) -> None:
         if not 1 <= self.width <= self.max_width:
             raise ValueError(
-                f"expected a width of at least 1 and at most max_width, got {self.width} and {self.max_width}"
+                "expected a width of at least 1 and at most max_width, got "
+                f"{self.width} and {self.max_width}"
             )
 
+    @property
+    def is_deterministic(self) -> bool:
+        """True: the keys are not used."""
+        return True
+
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
+        """Return the state before the first pass."""
         hidden = problem.bank.embed(problem.data.x)
         empty = State(
             jnp.full((2, self.max_width, problem.max_layers + 1), PADDING, jnp.int32),
@@ -64,65 +79,56 @@ class BeamSearch:
         return _start_pass(empty, problem, jnp.array(self.width))
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
+        """Extend one prefix by every layer."""
         num_layers, num_heads = problem.bank.num_layers, problem.bank.num_heads
-        old, new = state.generation, 1 - state.generation
+        old, depth = state.generation, state.depth
         prefix, hidden = state.chains[old, state.parent], state.hidden[old, state.parent]
-        is_there = (state.width <= self.max_width) & jnp.isfinite(state.loss[old, state.parent])
-        does_extend = is_there & (state.depth < problem.max_layers)
-        slots = jnp.arange(problem.max_layers + 1)[None]
-        extended = jnp.where(
-            slots == state.depth, jnp.arange(num_layers, dtype=jnp.int32)[:, None], prefix[None]
-        )
+        is_open = (state.width <= self.max_width) & jnp.isfinite(state.loss[old, state.parent])
+        does_extend = is_open & (depth < problem.max_layers)
 
-        def extend(carry: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array, Array], Array]:
-            made = apply_all(problem.bank.layers, hidden)
-            loss = (
-                jax.vmap(lambda h: env.head_losses(problem, h))(made)
-                + problem.layer_penalty(extended)[:, None]
-            )
+        def extend(state: State) -> tuple[State, Array]:
+            children, outputs = extend_prefix(problem, prefix, depth, hidden)
+            penalty = problem.layer_penalty(children)[:, None]
+            loss = jax.vmap(lambda h: env.head_losses(problem, h))(outputs) + penalty
             loss = loss.astype(jnp.float32)
-            best = jnp.where(jnp.isfinite(loss), loss, jnp.inf).min(axis=1)
+            return self._insert(state, children, outputs, loss), loss
 
-            def insert(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-                chains, kept, losses = carry
-                is_place = jnp.arange(self.max_width) < state.width
-                worst = jnp.argmax(jnp.where(is_place, losses[new], -jnp.inf))
-                row = jnp.where(best[i] < losses[new, worst], worst, self.max_width)
-                return (
-                    chains.at[new, row].set(extended[i], mode="drop"),
-                    kept.at[new, row].set(made[i], mode="drop"),
-                    losses.at[new, row].set(best[i], mode="drop"),
-                )
+        def skip(state: State) -> tuple[State, Array]:
+            return state, jnp.full((num_layers, num_heads), jnp.inf, jnp.float32)
 
-            return jax.lax.fori_loop(0, num_layers, insert, carry), loss
-
-        def stay(carry: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array, Array], Array]:
-            return carry, jnp.full((num_layers, num_heads), jnp.inf, jnp.float32)
-
-        carry = (state.chains, state.hidden, state.loss)
-        carry, loss = jax.lax.cond(does_extend, extend, stay, carry)
-        state = state._replace(chains=carry[0], hidden=carry[1], loss=carry[2])
-
-        stopped = jax.vmap(lambda chain: env.append_heads(problem, chain, state.depth + 1))(
-            extended
+        state, loss = jax.lax.cond(does_extend, extend, skip, state)
+        children = env.append_layers(problem, prefix, depth)
+        chains, loss = end_children(
+            problem, prefix, depth, hidden, children, loss, is_open, does_extend
         )
-        # Prefixes that may not end yet are ranked by their heads all the same.
-        is_root = (state.depth == 0) & is_there & (problem.min_layers == 0)
-        is_end = does_extend & (state.depth + 1 >= problem.min_layers)
-        chains = jnp.concatenate(
-            [
-                jnp.where(is_root, env.append_heads(problem, prefix, state.depth), PADDING),
-                jnp.where(is_end, stopped, PADDING).reshape(-1, problem.max_layers + 1),
-            ]
-        )
-        root_loss = jnp.where(is_root, env.head_losses(problem, hidden), jnp.inf)
-        loss = jnp.concatenate([root_loss, jnp.where(is_end, loss, jnp.inf).reshape(-1)])
-        loss = jnp.where(jnp.isfinite(loss), loss, jnp.inf)
         layer_calls = jnp.where(does_extend, num_layers, 0)
         return self._advance(state, problem), Info(chains, loss, layer_calls)
 
+    def _insert(self, state: State, children: Array, hidden: Array, loss: Array) -> State:
+        """Insert children one by one; each evicts the worst of its generation if it is better.
+
+        They are ranked by their best head, even if they are shorter than `min_layers`.
+        """
+        new = 1 - state.generation
+        best = jnp.where(jnp.isfinite(loss), loss, jnp.inf).min(axis=1)
+
+        def insert(i: Array, kept: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            kept_chains, kept_hidden, kept_loss = kept
+            is_place = jnp.arange(self.max_width) < state.width
+            worst = jnp.argmax(jnp.where(is_place, kept_loss[new], -jnp.inf))
+            row = jnp.where(best[i] < kept_loss[new, worst], worst, self.max_width)
+            return (
+                kept_chains.at[new, row].set(children[i], mode="drop"),
+                kept_hidden.at[new, row].set(hidden[i], mode="drop"),
+                kept_loss.at[new, row].set(best[i], mode="drop"),
+            )
+
+        kept = (state.chains, state.hidden, state.loss)
+        kept = jax.lax.fori_loop(0, children.shape[0], insert, kept)
+        return state._replace(chains=kept[0], hidden=kept[1], loss=kept[2])
+
     def _advance(self, state: State, problem: Problem) -> State:
-        """To the next parent, generation, or pass."""
+        """Move to the next parent, generation, or pass."""
         old, new = state.generation, 1 - state.generation
         parent = state.parent + 1
         is_last = (parent == self.max_width) | ~jnp.isfinite(
@@ -144,11 +150,11 @@ class BeamSearch:
 
 
 def _start_pass(state: State, problem: Problem, width: Int[Array, ""]) -> State:
-    """The empty prefix alone."""
+    """The state at the start of a pass: only the empty prefix."""
     return State(
         state.chains.at[0, 0].set(PADDING),
         state.hidden.at[0, 0].set(problem.bank.embed(problem.data.x)),
-        # Only that it is finite matters here.
+        # Any finite loss marks an open prefix, and this one has no rival.
         jnp.full_like(state.loss, jnp.inf).at[0, 0].set(0.0),
         jnp.array(0),
         jnp.array(0),

@@ -1,17 +1,18 @@
-"""Local search: to the first better neighbor, from a random chain again where there is none; first from chains that are known.
+"""Local search: move to the first better neighbor; restart from a random chain if there is none.
 
-White, Nolen and Savani 2021, arXiv:2005.02960, find it a strong baseline of architecture search. A neighbor differs by one
-swapped, inserted or deleted layer or by the head (`jchain.chain.neighbors`).
+White, Nolen and Savani 2021, arXiv:2005.02960, find it a strong baseline of architecture search. A
+neighbor has one layer swapped, inserted, or deleted, or another head
+(`jchain.chain.ChainSpace.neighbors`).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from jchain import chain as chain_lib
-from jchain._typing import Array, Float, Int, Key
+from jchain._typing import Array, Bool, Float, Int, Key
 from jchain.engine import score_cache
 from jchain.engine.score_cache import ScoreCache
 from jchain.problem import Problem
@@ -20,13 +21,13 @@ from jchain.search.base import Info
 
 
 class State(NamedTuple):
-    """Where the search stands."""
+    """The current chain, and which of its neighbors were tried."""
 
     chain: Int[Array, "L"]  # [L]
-    loss: Float[Array, ""]  # +inf at a random start, which is not scored itself
-    order: Int[Array, "M"]  # [M], rows of its neighbors, those that are there first
-    num_tried: Int[Array, ""]  # how many of them were
-    num_started: Int[Array, ""]  # how many of `starts` were scored
+    loss: Float[Array, ""]  # +inf at a random start, which is not scored
+    order: Int[Array, "M"]  # [M], rows of its neighbors in random order, invalid rows last
+    num_tried: Int[Array, ""]  # neighbors scored so far
+    num_started: Int[Array, ""]  # chains of `starts` scored so far
     cache: ScoreCache
 
 
@@ -35,28 +36,40 @@ class LocalSearch:
     """First improvement, with random restarts.
 
     Attributes:
-      num_chains: neighbors that are scored together; the first better one in random order is taken.
-      starts: chains that are scored before all others, `[S, L]` with `L = max_layers + 1`, as the models of a bank (`Bank.parents`)
-        or what is done by hand (`jc.hub.recipes`); the search begins at the best of them. None: at a random chain.
+      num_chains: neighbors scored per step; the first better one in random order is taken.
+      starts: chains to score first, `[S, L]` with `L = max_layers + 1`; the search begins at the
+        best one. For example the models of a bank (`Bank.parents`) or known recipes
+        (`jc.hub.recipes`). None: begin at a random chain.
     """
 
+    is_deterministic = False
+    needs_gradient = False
+    needs_invertible = False
+
     num_chains: int = static(default=8)
-    starts: Any = None
+    starts: ArrayLike | None = None
 
     def __post_init__(self) -> None:
         if self.num_chains < 1:
             raise ValueError(f"expected num_chains of at least 1, got {self.num_chains}")
 
+    @property
+    def holds_chains(self) -> bool:
+        """True if the search stores chains of a bank: its `starts`."""
+        return self.starts is not None
+
     def check(self, problem: Problem) -> None:
-        """As `jchain.search.base.Checked`.
+        """Check that `starts` are chains of the problem.
+
+        Args:
+          problem: what to minimize over.
 
         Raises:
-          ValueError: `starts` are no chains of the problem.
+          ValueError: `starts` are not chains of the problem.
         """
         if self.starts is None:
             return
-        sizes = (problem.bank.num_layers, problem.bank.num_heads, problem.max_layers)
-        rows = chain_lib.validate(np.asarray(self.starts), *sizes)
+        rows = problem.space.validate(np.asarray(self.starts))
         if rows.ndim != 2 or len(rows) == 0:
             raise ValueError(
                 f"expected starts of shape [S, {problem.max_layers + 1}], got {list(rows.shape)}"
@@ -64,12 +77,19 @@ class LocalSearch:
         lengths = (rows >= 0).sum(axis=1) - 1
         if (lengths < problem.min_layers).any():
             raise ValueError(
-                f"expected starts of at least {problem.min_layers} layers, got one of {lengths.min()}"
+                f"expected starts of at least {problem.min_layers} layers, "
+                f"got one of {lengths.min()}"
             )
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
+        """Return the first state.
+
+        Args:
+          key: consumed.
+          problem: what to minimize over.
+        """
         start_key, order_key = jax.random.split(key)
-        start = _sample(start_key, problem)
+        start = problem.space.sample(start_key, 1)[0]
         return State(
             start,
             jnp.full((), jnp.inf, jnp.float32),
@@ -80,20 +100,15 @@ class LocalSearch:
         )
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
+        """Score the next starts or neighbors, and move to a better one or restart.
+
+        Args:
+          key: consumed.
+          state: from `init` or from the last step.
+          problem: what to minimize over.
+        """
         start_key, order_key = jax.random.split(key)
-        neighbors, is_neighbor = _find_neighbors(state.chain, problem)
-        num_neighbors = is_neighbor.sum()
-        turn = state.num_tried + jnp.arange(self.num_chains)
-        row = state.order[jnp.minimum(turn, state.order.shape[0] - 1)]
-        chains = jnp.where((turn < num_neighbors)[:, None], neighbors[row], state.chain[None])
-        is_starting = jnp.array(False)
-        if self.starts is not None:
-            starts = jnp.asarray(self.starts, jnp.int32)
-            is_starting = state.num_started < starts.shape[0]
-            given = jnp.minimum(
-                state.num_started + jnp.arange(self.num_chains), starts.shape[0] - 1
-            )
-            chains = jnp.where(is_starting, starts[given], chains)
+        chains, num_neighbors, is_starting = self._choose_chains(state, problem)
         cache, loss, layer_calls = score_cache.evaluate_cached(state.cache, problem, chains)
 
         is_better = loss < state.loss
@@ -103,7 +118,7 @@ class LocalSearch:
         does_move = is_better.any()
         num_tried = state.num_tried + jnp.where(is_starting, 0, self.num_chains)
         does_restart = ~does_move & ~is_starting & (num_tried >= num_neighbors)
-        kept = jnp.where(does_restart, _sample(start_key, problem), state.chain)
+        kept = jnp.where(does_restart, problem.space.sample(start_key, 1)[0], state.chain)
         chain = jnp.where(does_move, chains[first], kept)
         kept_loss = jnp.where(does_restart, jnp.inf, state.loss)
         does_change = does_move | does_restart
@@ -117,19 +132,26 @@ class LocalSearch:
         )
         return next_state, Info(chains, loss, layer_calls)
 
-
-def _sample(key: Key[Array, ""], problem: Problem) -> Int[Array, "L"]:
-    sizes = (problem.bank.num_layers, problem.bank.num_heads, problem.max_layers)
-    return chain_lib.sample(key, 1, *sizes, min_layers=problem.min_layers)[0]
-
-
-def _find_neighbors(chain: Int[Array, "L"], problem: Problem) -> tuple[Array, Array]:
-    return chain_lib.neighbors(
-        chain, problem.bank.num_layers, problem.bank.num_heads, min_layers=problem.min_layers
-    )
+    def _choose_chains(
+        self, state: State, problem: Problem
+    ) -> tuple[Int[Array, "P L"], Int[Array, ""], Bool[Array, ""]]:
+        """The chains to score, the number of neighbors, and whether they are `starts`."""
+        neighbors, is_neighbor = problem.space.neighbors(state.chain)
+        num_neighbors = is_neighbor.sum()
+        position = state.num_tried + jnp.arange(self.num_chains)
+        row = state.order[jnp.minimum(position, state.order.shape[0] - 1)]
+        is_valid = position < num_neighbors
+        chains = jnp.where(is_valid[:, None], neighbors[row], state.chain[None])
+        if self.starts is None:
+            return chains, num_neighbors, jnp.array(False)
+        starts = jnp.asarray(self.starts, jnp.int32)
+        is_starting = state.num_started < starts.shape[0]
+        position = state.num_started + jnp.arange(self.num_chains)
+        row = jnp.minimum(position, starts.shape[0] - 1)
+        return jnp.where(is_starting, starts[row], chains), num_neighbors, is_starting
 
 
 def _shuffle(key: Key[Array, ""], chain: Int[Array, "L"], problem: Problem) -> Int[Array, "M"]:
-    """Rows of the neighbors of a chain in random order, those that are none last."""
-    is_neighbor = _find_neighbors(chain, problem)[1]
+    """Rows of the neighbors of a chain in random order, invalid rows last."""
+    is_neighbor = problem.space.neighbors(chain)[1]
     return jnp.argsort(jax.random.uniform(key, is_neighbor.shape) + ~is_neighbor)

@@ -1,27 +1,29 @@
-"""Monte Carlo tree search by mctx: Gumbel MuZero's policy (Danihelka et al. 2022, ICLR, openreview.net/forum?id=bERaNdoegnO).
+"""Monte Carlo tree search by mctx with the policy of Gumbel MuZero.
 
-The model is the decision process itself. A prefix is worth what its best head gives: minus its lowest loss.
+Danihelka et al. 2022, ICLR, openreview.net/forum?id=bERaNdoegnO. The model is the decision process
+itself. The value of a prefix is minus its lowest head loss.
 """
 
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jchain import env
 from jchain._typing import Array, Bool, Float, Key
-from jchain.chain import PADDING
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
+from jchain.search.prefixes import end_prefixes
 
 
 class Node(NamedTuple):
-    """What the tree keeps of a prefix."""
+    """A prefix in the tree."""
 
     state: env.State
-    loss: Float[Array, "K"]  # [K], of stopping here by each head
-    is_call: Bool[Array, ""]  # it cost a layer call
+    loss: Float[Array, "K"]  # [K], of ending here with each head, layer penalty included
+    is_call: Bool[Array, ""]  # True if it cost a layer call
 
 
 class State(NamedTuple):
@@ -32,12 +34,20 @@ class State(NamedTuple):
 
 @pytree_dataclass
 class MCTS:
-    """A step grows one tree, then takes the action that it prefers; behind a head the next chain starts.
+    """Tree search by simulations. A step grows one tree and takes the best action at its root.
+
+    After a head the next step starts from the empty prefix.
 
     Attributes:
-      num_simulations: nodes of a tree, most of which cost a layer call.
-      gumbel_scale: of the noise at the root; 0 makes it deterministic.
+      num_simulations: simulations in a step; most cost one layer call.
+      gumbel_scale: scale of the noise at the root; 0 makes the search deterministic.
+
+    Raises:
+      ValueError: num_simulations is less than 1.
     """
+
+    needs_gradient = False
+    needs_invertible = False
 
     num_simulations: int = static(default=32)
     gumbel_scale: float = 1.0
@@ -46,12 +56,19 @@ class MCTS:
         if self.num_simulations < 1:
             raise ValueError(f"expected num_simulations of at least 1, got {self.num_simulations}")
 
+    @property
+    def is_deterministic(self) -> bool:
+        """True if there is no noise at the root."""
+        return bool(self.gumbel_scale == 0)
+
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
+        """Return the state whose root is the empty prefix."""
         return State(env.reset(problem))
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
+        """Grow one tree and take an action."""
         mctx = _import_mctx()
-        root = _observe(problem, state.root, jnp.array(False))
+        root = _make_node(problem, state.root, jnp.array(False))
         is_legal = env.legal_actions(problem, state.root.length)
         output = mctx.gumbel_muzero_policy(
             params=problem,
@@ -66,55 +83,48 @@ class MCTS:
             invalid_actions=~is_legal[None],
             gumbel_scale=self.gumbel_scale,
         )
-        tree = jax.tree.map(
+        nodes, children = jax.tree.map(
             lambda leaf: leaf[0], (output.search_tree.embeddings, output.search_tree.children_index)
         )
-        nodes, children = tree
         action = output.action[0]
         taken = jax.tree.map(lambda leaf: leaf[children[0, action]], nodes.state)
         start = env.reset(problem)
         next_root = jax.tree.map(lambda a, b: jnp.where(taken.is_done, a, b), start, taken)
 
-        # The root's own chains were scored when it was a node, but for the empty prefix.
+        # The chains that end the root were scored by an earlier step, except for the empty prefix.
         is_scored = nodes.is_call.at[0].set(state.root.length == 0) & (
             nodes.state.length >= problem.min_layers
         )
-        stops = jax.vmap(lambda state: env.append_heads(problem, state.chain, state.length))(
-            nodes.state
+        chains, loss = end_prefixes(
+            problem, nodes.state.chain, nodes.state.length, nodes.loss, is_scored
         )
-        chains = jnp.where(is_scored[:, None, None], stops, PADDING).reshape(
-            -1, problem.max_layers + 1
-        )
-        loss = jnp.where(
-            is_scored[:, None] & jnp.isfinite(nodes.loss), nodes.loss, jnp.inf
-        ).reshape(-1)
         return State(next_root), Info(chains, loss, nodes.is_call.sum())
 
 
-def _observe(problem: Problem, state: env.State, is_call: Bool[Array, ""]) -> Node:
-    return Node(
-        state, env.head_losses(problem, state.hidden) + problem.layer_penalty(state.chain), is_call
-    )
+def _make_node(problem: Problem, state: env.State, is_call: Bool[Array, ""]) -> Node:
+    loss = env.head_losses(problem, state.hidden) + problem.layer_penalty(state.chain)
+    return Node(state, loss, is_call)
 
 
 def _value(node: Node) -> Float[Array, ""]:
-    """Minus the lowest loss; a loss that is not finite counts as a very high one, as mctx averages values."""
+    """Minus the lowest loss. A loss that is not finite counts as 1e6, as mctx averages values."""
     return -jnp.min(jnp.where(jnp.isfinite(node.loss), node.loss, 1e6))
 
 
-def _import_mctx() -> Any:
-    # Its chex dataclasses have no constructor that a type checker sees.
+def _import_mctx() -> ModuleType:
+    """mctx, untyped: a type checker does not find the constructors of its chex dataclasses."""
     import mctx
 
     return mctx
 
 
-def _recur(problem: Problem, key: Array, action: Array, embedding: Any) -> Any:
+def _recur(problem: Problem, key: Array, action: Array, embedding: Node) -> tuple[object, Node]:
+    """Take one action in one node; mctx has a batch axis of size 1 on all arrays."""
     mctx = _import_mctx()
     node = jax.tree.map(lambda leaf: leaf[0], embedding)
     is_call = (action[0] < problem.bank.num_layers) & ~node.state.is_done
     state, reward = env.step(problem, node.state, action[0])
-    child = _observe(problem, state, is_call)
+    child = _make_node(problem, state, is_call)
     legal = jnp.where(env.legal_actions(problem, state.length), 0.0, -1e9)
     output = mctx.RecurrentFnOutput(
         reward=jnp.maximum(reward, -1e6)[None],

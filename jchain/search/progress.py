@@ -1,13 +1,23 @@
-"""A live line: layer calls, best loss, time left."""
+"""A live progress line: layer calls, best loss, time left."""
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
 
 
 class Progress:
-    """Context manager around a search; shows nothing unless `is_shown`."""
+    """Context manager around a run; shows nothing unless `is_shown`.
+
+    Args:
+      budget: layer calls at which the bar is full.
+      is_shown: show the line on standard error.
+    """
 
     def __init__(self, budget: int, *, is_shown: bool) -> None:
-        self._bar: Any = None
+        self._bar: RichProgress | None = None
+        self._task: TaskID | None = None
         self._budget = budget
         self._is_shown = is_shown
 
@@ -32,6 +42,11 @@ class Progress:
             self._bar.stop()
 
     def update(self, layer_calls: int, best_loss: float) -> None:
-        """Show where the search stands."""
-        if self._bar is not None:
+        """Show the current totals.
+
+        Args:
+          layer_calls: spent so far.
+          best_loss: the lowest loss so far.
+        """
+        if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=layer_calls, best_loss=best_loss)

@@ -1,6 +1,7 @@
-"""Tabular Q-learning with experience replay, as MetaQNN (Baker, Gupta, Naik and Raskar 2016, arXiv:1611.02167).
+"""Tabular Q-learning with experience replay, as in MetaQNN (Baker et al. 2016, arXiv:1611.02167).
 
-The state is how many layers there are and the last one, so that the table stays small whatever the number of chains.
+A state is the number of layers and the last layer, so that the size of the table does not grow with
+the number of chains.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jchain import env
 from jchain._typing import Array, Bool, Float, Int, Key
 from jchain.agent.rewards import plain_rewards
-from jchain.chain import PADDING, count_layers
+from jchain.chain import PADDING
 from jchain.engine import score_cache
 from jchain.engine.score_cache import ScoreCache
 from jchain.problem import Problem
@@ -21,29 +22,29 @@ from jchain.search.base import Info
 
 
 class State(NamedTuple):
-    """The table, and what is replayed."""
+    """The table, and the chains to replay."""
 
-    values: Float[
-        Array, "L M E"
-    ]  # [L, N + 1, E], by slot, last layer (N where there is none) and token
-    chains: Int[Array, "R L"]  # [R, L], the last ones scored, as a ring
-    reward: Float[Array, "R"]
+    # [L, N + 1, N + K], by slot, last layer (N if there is none) and token
+    values: Float[Array, "L M E"]
+    chains: Int[Array, "R L"]  # [R, L], the last chains scored, as a ring
+    reward: Float[Array, "R"]  # [R], of these chains
     num_steps: Int[Array, ""]
     cache: ScoreCache
 
 
 @pytree_dataclass
 class QLearning:
-    """Epsilon-greedy chains; then updates on chains drawn from the last ones.
+    """Samples epsilon-greedy chains, then updates the table on chains drawn from the last ones.
 
     Attributes:
       num_chains: chains per step, P.
-      replay_size: chains that are remembered, R.
-      num_replays: of them, replayed in each step.
+      replay_size: chains that are kept for replay, R.
+      num_replays: chains that are replayed in each step.
       learning_rate: of the table.
-      decay: epsilon is `decay ** steps`, but at least `min_epsilon`.
-      min_epsilon: share of random tokens that stays.
-      reward_fn: rewards of the chains of a step from their losses: of `jchain.agent.rewards`, but ranks, which change with the step.
+      decay: epsilon, the share of random tokens, is `decay ** steps`, but at least `min_epsilon`.
+      min_epsilon: lowest share of random tokens.
+      reward_fn: rewards of the chains of a step from their losses (`jchain.agent.rewards`). Not
+        ranks, because they change with the step.
     """
 
     num_chains: int = static(default=16)
@@ -58,11 +59,27 @@ class QLearning:
         sizes = (self.num_chains, self.num_replays)
         if min(sizes) < 1 or self.replay_size < self.num_chains:
             raise ValueError(
-                f"expected num_chains of at least 1, num_replays of at least 1, and a replay_size of at least num_chains, "
-                f"got {sizes[0]}, {sizes[1]} and {self.replay_size}"
+                "expected num_chains of at least 1, num_replays of at least 1, and a replay_size "
+                f"of at least num_chains, got {sizes[0]}, {sizes[1]} and {self.replay_size}"
             )
 
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether all keys give the same result."""
+        return False
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether it needs activations that have a gradient."""
+        return False
+
+    @property
+    def needs_invertible(self) -> bool:
+        """Whether it needs layers that can be inverted."""
+        return False
+
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
+        """The first state: a table of zeros."""
         num_slots, num_layers = problem.max_layers + 1, problem.bank.num_layers
         return State(
             jnp.zeros((num_slots, num_layers + 1, num_layers + problem.bank.num_heads)),
@@ -73,6 +90,7 @@ class QLearning:
         )
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
+        """Sample and score chains, then update the table on replayed chains."""
         act_key, replay_key = jax.random.split(key)
         epsilon = jnp.maximum(jnp.asarray(self.decay) ** state.num_steps, self.min_epsilon)
         keys = jax.random.split(act_key, self.num_chains)
@@ -80,36 +98,37 @@ class QLearning:
         cache, loss, layer_calls = score_cache.evaluate_cached(state.cache, problem, chains)
 
         place = (state.num_steps * self.num_chains + jnp.arange(self.num_chains)) % self.replay_size
-        remembered = state.chains.at[place].set(chains)
+        replayable = state.chains.at[place].set(chains)
         rewards = state.reward.at[place].set(self.reward_fn(loss).astype(state.reward.dtype))
         num_steps = state.num_steps + 1
-        num_there = jnp.minimum(num_steps * self.num_chains, self.replay_size)
-        drawn = jax.random.randint(replay_key, (self.num_replays,), 0, num_there)
+        num_stored = jnp.minimum(num_steps * self.num_chains, self.replay_size)
+        drawn = jax.random.randint(replay_key, (self.num_replays,), 0, num_stored)
+        rate = jnp.asarray(self.learning_rate)
 
         def replay(values: Array, row: Array) -> tuple[Array, None]:
-            return update(
-                values, remembered[row], rewards[row], jnp.asarray(self.learning_rate), problem
-            ), None
+            return update(values, replayable[row], rewards[row], rate, problem), None
 
         values, _ = jax.lax.scan(replay, state.values, drawn)
-        return State(values, remembered, rewards, num_steps, cache), Info(chains, loss, layer_calls)
+        return State(values, replayable, rewards, num_steps, cache), Info(chains, loss, layer_calls)
 
     def value(
         self, state: State, chains: Int[Array, "P L"], problem: Problem
     ) -> Float[Array, "P L"]:
-        """What the table predicts before each token of chains: the best reward behind it, 0 where nothing was tried.
+        """The table's prediction before each token of chains: the best reward that can follow.
 
-        0 also behind the head. The unit is that of `reward_fn`.
+        It is 0 if nothing was tried, and after the head. The unit is that of `reward_fn`.
+
+        Args:
+          state: with the table.
+          chains: `[P, L]`.
+          problem: the tokens that are allowed.
         """
 
         def read(chain: Array) -> Array:
             state_values, is_legal = look_up(state.values, chain, problem)
             best = jnp.max(jnp.where(is_legal, state_values, -jnp.inf), axis=1)
-            return jnp.where(
-                jnp.arange(chain.shape[0]) <= count_layers(chain, problem.bank.num_layers),
-                best,
-                0.0,
-            )
+            is_step = jnp.arange(chain.shape[0]) <= problem.space.count_layers(chain)
+            return jnp.where(is_step, best, 0.0)
 
         return jax.vmap(read)(chains)
 
@@ -117,7 +136,14 @@ class QLearning:
 def sample_chain(
     key: Key[Array, ""], values: Float[Array, "L M E"], epsilon: Float[Array, ""], problem: Problem
 ) -> Int[Array, "L"]:
-    """One epsilon-greedy chain."""
+    """Sample one epsilon-greedy chain.
+
+    Args:
+      key: consumed.
+      values: the table, `[L, N + 1, N + K]`.
+      epsilon: share of random tokens.
+      problem: the tokens that are allowed.
+    """
     num_layers = problem.bank.num_layers
 
     def act(
@@ -132,9 +158,8 @@ def sample_chain(
             jax.random.uniform(explore_key) < epsilon, random, jnp.argmax(values[t, last] + legal)
         )
         is_end = is_done | (token >= num_layers)
-        return (jnp.where(is_end, last, token), is_end), jnp.where(is_done, PADDING, token).astype(
-            jnp.int32
-        )
+        taken = jnp.where(is_done, PADDING, token).astype(jnp.int32)
+        return (jnp.where(is_end, last, token), is_end), taken
 
     slots = (jnp.arange(problem.max_layers + 1), jax.random.split(key, problem.max_layers + 1))
     return jax.lax.scan(act, (jnp.array(num_layers), jnp.array(False)), slots)[1]
@@ -147,16 +172,30 @@ def update(
     rate: Float[Array, ""],
     problem: Problem,
 ) -> Float[Array, "L M E"]:
-    """The table after one chain, whose reward comes with its head; states differ by slot, so all at once."""
+    """Update the table on one chain, whose reward comes with its head.
+
+    With `alpha` the rate, for every slot `t` up to the head,
+
+        q(s_t, a_t) += alpha * (r_t + discount_t * max_a q(s_{t+1}, a) - q(s_t, a_t))
+
+    All slots are updated at once, because each has states of its own.
+
+    Args:
+      values: the table, `[L, N + 1, N + K]`.
+      chain: `[L]`.
+      reward: of the chain.
+      rate: learning rate.
+      problem: the tokens that are allowed.
+    """
     import rlax
 
     slots = jnp.arange(chain.shape[0])
-    length = count_layers(chain, problem.bank.num_layers)
+    length = problem.space.count_layers(chain)
     last = find_last(chain, problem)
     action = jnp.maximum(chain, 0)
     state_values, is_legal = look_up(values, chain, problem)
     next_values = jnp.roll(jnp.where(is_legal, state_values, -jnp.inf), -1, axis=0)
-    # Behind the head nothing follows; 0 * inf would be nan.
+    # After the head, 0 instead of -inf: its discount is 0, and 0 * inf would be nan.
     next_values = jnp.where((slots < length)[:, None], next_values, 0.0)
     rewards = jnp.where(slots == length, reward, 0.0)
     discount = (slots < length).astype(values.dtype)
@@ -167,14 +206,26 @@ def update(
 def look_up(
     values: Float[Array, "L M E"], chain: Int[Array, "L"], problem: Problem
 ) -> tuple[Float[Array, "L E"], Bool[Array, "L E"]]:
-    """The values of all tokens before each token of a chain, and which of them may be taken."""
+    """The values of all tokens before each token of a chain, and which tokens are allowed.
+
+    Args:
+      values: the table, `[L, N + 1, N + K]`.
+      chain: `[L]`.
+      problem: the tokens that are allowed.
+    """
     slots = jnp.arange(chain.shape[0])
     is_legal: Bool[Array, "L E"] = jax.vmap(lambda t: env.legal_actions(problem, t))(slots)
     return values[slots, find_last(chain, problem)], is_legal
 
 
 def find_last(chain: Int[Array, "L"], problem: Problem) -> Int[Array, "L"]:
-    """The layer before each slot, N where there is none."""
-    num_layers = problem.bank.num_layers
-    is_layer = jnp.arange(chain.shape[0]) < count_layers(chain, num_layers)
-    return jnp.concatenate([jnp.array([num_layers]), jnp.where(is_layer, chain, 0)[:-1]])
+    """The layer before each slot, N if there is none.
+
+    Args:
+      chain: `[L]`.
+      problem: with the number of layers.
+    """
+    is_layer = jnp.arange(chain.shape[0]) < problem.space.count_layers(chain)
+    return jnp.concatenate(
+        [jnp.array([problem.bank.num_layers]), jnp.where(is_layer, chain, 0)[:-1]]
+    )

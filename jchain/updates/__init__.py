@@ -1,6 +1,10 @@
-"""When bank weights are updated: four policies with one interface, and gradient steps on one chain."""
+"""Policies that update bank weights during a search, and gradient steps on one chain."""
 
 from jchain.updates import tune
-from jchain.updates.policies import CloneThenTune, Frozen, Outcome, Policy, SharedUpdates, TuneFound
+from jchain.updates.clone_then_tune import CloneThenTune
+from jchain.updates.frozen import Frozen
+from jchain.updates.policies import Outcome, Policy
+from jchain.updates.shared_updates import SharedUpdates
+from jchain.updates.tune_found import TuneFound
 
 __all__ = ["CloneThenTune", "Frozen", "Outcome", "Policy", "SharedUpdates", "TuneFound", "tune"]

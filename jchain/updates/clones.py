@@ -1,4 +1,4 @@
-"""Copies of layers that join a bank in places that it holds ready for them."""
+"""Copies of layers that join a bank, under tokens that the bank has reserved for them."""
 
 import dataclasses
 from typing import NamedTuple
@@ -14,79 +14,97 @@ from jchain.updates import tune
 
 
 class CloneBank(NamedTuple):
-    """A bank that holds places ready for copies of its layers, so that all rounds of copying are one program.
+    """A bank with tokens reserved for copies of its layers, so that all rounds share one program.
 
-    Until they are taken, these hold copies of other layers, which chains may use.
+    A reserved token is free until a tuned copy takes it. A free token holds a copy of another
+    layer, and chains may contain it.
     """
 
     bank: Bank
-    free: tuple[
-        tuple[int, ...], ...
-    ]  # for each group of layers its tokens that are places still free
-    parent: (
-        np.ndarray
-    )  # [N + K], of a free place the token of which it holds a copy; of all others itself
+    free_tokens: tuple[tuple[int, ...], ...]  # of each group of layers
+    source_tokens: np.ndarray  # [N + K], the layer that a free token copies, else the token itself
 
     @staticmethod
-    def start(bank: Bank, capacity: int) -> "CloneBank":
-        """With so many places for each module."""
+    def reserve(bank: Bank, capacity: int) -> "CloneBank":
+        """Return the bank with reserved tokens.
+
+        Args:
+          bank: the bank to extend.
+          capacity: tokens to reserve for each module.
+        """
         grown = bank.reserve(capacity)
-        parent = np.arange(grown.num_layers + grown.num_heads)
-        for old, group in zip(bank.layers, grown.layers, strict=True):
-            parent[list(group.tokens[len(old.tokens) :])] = np.resize(old.tokens, capacity)
-        free = tuple(
-            new.tokens[len(old.tokens) :]
-            for old, new in zip(bank.layers, grown.layers, strict=True)
-        )
-        return CloneBank(dataclasses.replace(grown, versions=grown.get_versions()), free, parent)
+        sources = np.arange(grown.num_layers + grown.num_heads)
+        free = []
+        for old, new in zip(bank.layers, grown.layers, strict=True):
+            reserved = new.tokens[len(old.tokens) :]
+            sources[list(reserved)] = np.resize(old.tokens, capacity)
+            free.append(reserved)
+        grown = dataclasses.replace(grown, versions=grown.get_versions())
+        return CloneBank(grown, tuple(free), sources)
 
-    def name_parents(self, chains: Int[Array, "Q L"]) -> Int[np.ndarray, "Q L"]:
-        """The same chains without free places."""
+    def replace_free_tokens(self, chains: Int[Array, "Q L"]) -> Int[np.ndarray, "Q L"]:
+        """Return chains with each free token replaced by the layer that it copies.
+
+        Args:
+          chains: tokens, `[Q, L]`.
+        """
         tokens = np.asarray(chains)
-        return np.where(tokens == PADDING, PADDING, self.parent[tokens]).astype(np.int32)
+        return np.where(tokens == PADDING, PADDING, self.source_tokens[tokens]).astype(np.int32)
 
-    def raise_clones(
+    def tune_clones(
         self,
         key: Key[Array, ""],
-        lesson: Problem,
+        training: Problem,
         chain: Int[np.ndarray, "L"],
         *,
         num_steps: int,
         optimizer: optax.GradientTransformation,
     ) -> tuple["CloneBank", Int[np.ndarray, "L"]]:
-        """The chain of tuned copies of its layers, as far as there are places; the chain itself where there is none."""
-        clones, free, bank = chain.copy(), [list(places) for places in self.free], self.bank
-        for slot, token in enumerate(chain):
-            places = next(
-                (
-                    places
-                    for group, places in zip(bank.layers, free, strict=True)
-                    if token in group.tokens
-                ),
-                [],
-            )
-            if places:
-                clones[slot] = places.pop(0)
+        """Copy the layers of a chain into free tokens, and tune the copies.
+
+        Args:
+          key: for minibatches; consumed.
+          training: the problem on the split to train on; its bank is not used.
+          chain: tokens, `[L]`.
+          num_steps: gradient steps.
+          optimizer: any optax transformation.
+
+        Returns:
+          The new bank and the chain of copies. Layers of a module without free tokens are not
+          copied. If nothing is copied, the bank and the chain are returned unchanged.
+        """
+        bank, (clones, free_tokens) = self.bank, self._assign_tokens(chain)
         is_cloned = clones != chain
         if not is_cloned.any():
             return self, chain
         tokens = clones[is_cloned].tolist()
         sources = [bank.names[token] for token in chain[is_cloned]] if bank.names else None
+        names = sources and [f"{name}+{token}" for name, token in zip(sources, tokens, strict=True)]
         bank = bank.replace(
             tokens,
             [bank.get_params(int(token)) for token in chain[is_cloned]],
-            names=sources
-            and [f"{name}+{token}" for name, token in zip(sources, tokens, strict=True)],
+            names=names,
             origins=sources and [f"a copy of {name}" for name in sources],
         )
         bank = tune.tune_chain(
             key,
-            lesson.with_bank(bank),
+            training.with_bank(bank),
             clones,
             num_steps=num_steps,
             optimizer=optimizer,
             tokens=tokens,
         )
-        parent = self.parent.copy()
-        parent[tokens] = tokens
-        return CloneBank(bank, tuple(map(tuple, free)), parent), clones
+        source_tokens = self.source_tokens.copy()
+        source_tokens[tokens] = tokens
+        return CloneBank(bank, free_tokens, source_tokens), clones
+
+    def _assign_tokens(
+        self, chain: Int[np.ndarray, "L"]
+    ) -> tuple[Int[np.ndarray, "L"], tuple[tuple[int, ...], ...]]:
+        """The chain with free tokens for its layers if any are left, and the tokens still free."""
+        clones, free = chain.copy(), [list(tokens) for tokens in self.free_tokens]
+        for slot, token in enumerate(chain):
+            for group, unused in zip(self.bank.layers, free, strict=True):
+                if token in group.tokens and unused:
+                    clones[slot] = unused.pop(0)
+        return clones, tuple(map(tuple, free))

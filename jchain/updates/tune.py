@@ -1,51 +1,58 @@
-"""Gradient steps on the weights of chains of a bank: on their layers and heads, and on nothing else of it.
+"""Gradient steps on the layers and heads of single chains of a bank.
 
-Every layer and head has an optimizer state of its own, so a layer that no chain goes through stays as it is, to the bit.
+Every layer and head has its own optimizer state, so a layer that no chain uses stays unchanged, to
+the bit.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
-from jchain import chain as chain_lib
 from jchain._typing import Array, Bool, Float, Int, Key, PyTree
 from jchain.bank import Bank
+from jchain.chain import PADDING, ChainSpace
 from jchain.engine.evaluate import apply_chain
 from jchain.groups import LayerGroup
 from jchain.problem import Problem
 from jchain.train import BATCH_SIZE, OPTIMIZER, is_stepwise
 
-# Of a layer: forward, the gradient of its input, and that of its weights.
+# For each layer: the forward pass, the gradient of its input, and the gradient of its weights.
 CALLS_PER_LAYER = 3
+
+T = TypeVar("T")
 
 
 class State(NamedTuple):
-    """A bank in training."""
+    """A bank in training, and the state of its optimizer."""
 
     bank: Bank
-    opt_states: tuple[PyTree, ...]  # for each group of layers, then of heads, leaves [n, ...]
+    # One for each group of layers, then one for each group of heads; leaves are [n, ...].
+    opt_states: tuple[PyTree, ...]
 
 
 def training_cost(
     num_layers: int | Int[np.ndarray, "*P"], num_train: int, num_examples: int, num_steps: int = 1
 ) -> int:
-    """What gradient steps on chains cost, in layer calls on a split of `num_examples`, rounded up.
+    """Return the cost of gradient steps, in layer calls on `num_examples` examples, rounded up.
 
-    A step applies each layer once to a minibatch of 128 examples, and takes the gradients of its input and of its weights,
-    which count as one call each. A layer that stands in a chain twice counts twice.
+    A step applies each layer once to a minibatch of 128 examples, and takes the gradients of its
+    input and of its weights, which count as one call each. A layer that occurs twice in a chain
+    counts twice.
 
     Args:
-      num_layers: of the chain, or of each of several.
-      num_train: examples of the split to train on; where they are fewer, all are in each minibatch.
-      num_examples: of the split whose layer calls are the unit.
-      num_steps: on each chain.
+      num_layers: layers of the chain, or of each of several chains.
+      num_train: examples in the split to train on; if fewer than 128, each minibatch holds them
+        all.
+      num_examples: examples in the split whose layer calls are the unit.
+      num_steps: gradient steps on each chain.
     """
     num_calls = CALLS_PER_LAYER * num_steps * int(np.sum(num_layers))
     return math.ceil(num_calls * min(BATCH_SIZE, num_train) / num_examples)
@@ -54,41 +61,46 @@ def training_cost(
 def tune_chain(
     key: Key[Array, ""],
     problem: Problem,
-    chain: Int[Array, "L"] | Any,
+    chain: Int[ArrayLike, "L"],
     *,
     num_steps: int = 100,
     optimizer: optax.GradientTransformation = OPTIMIZER,
     tokens: Sequence[int] | None = None,
 ) -> Bank:
-    """The bank after gradient steps on one chain: its layers and head have new weights, versions and origins, the others stay.
+    """Return the bank after gradient steps on one chain.
 
-    A step that would make weights of a layer infinite or nan is not taken for it. Banks of half precision are trained in float32
-    and rounded once, at the end.
+    The layers and the head of the chain get new weights, versions, and origins. The rest of the
+    bank stays unchanged.
 
-    Each step takes a random minibatch of 128 examples. A layer that stands in the chain twice is one layer, of two gradients.
+    Each step takes a random minibatch of 128 examples. The gradients of a layer that occurs twice
+    in the chain are added. A layer skips a step that would make its weights infinite or nan. Banks
+    of half precision are trained in float32 and rounded once, at the end.
 
     Args:
-      key: for minibatches.
-      problem: bank, the split to train on, loss.
+      key: for minibatches; consumed.
+      problem: the bank, the split to train on, and the loss.
       chain: tokens, `[L]`.
       num_steps: gradient steps.
-      optimizer: any optax transformation, applied to each layer and head apart.
-      tokens: which of the chain's layers and head to train; all of them when None.
+      optimizer: any optax transformation, applied to each layer and head separately.
+      tokens: the layers and head of the chain to train; all of them if None.
 
     Raises:
-      ValueError: `chain` is no chain of the bank, it does not go through one of the tokens, num_steps is below 0.
+      ValueError: `chain` is not a chain of the bank, `tokens` are not in it, or num_steps is
+        below 0.
     """
     bank = problem.bank
-    checked = chain_lib.validate(np.asarray(chain), bank.num_layers, bank.num_heads)
-    *route, head = [int(token) for token in checked if token != chain_lib.PADDING]
+    checked = bank.validate(np.asarray(chain))
+    *route, head = [int(token) for token in checked if token != PADDING]
     tuned = list(dict.fromkeys([*route, head] if tokens is None else tokens))
     if num_steps < 0 or not set(tuned) <= {*route, head}:
         raise ValueError(
-            f"expected num_steps of at least 0 and tokens of the chain {[*route, head]}, got {num_steps} and {tuned}"
+            f"expected num_steps of at least 0 and tokens of the chain {[*route, head]}, "
+            f"got {num_steps} and {tuned}"
         )
     if num_steps == 0 or not tuned:
         return bank
-    # Without the rest of the bank, whose gradient is zero. A bank has a layer, so a chain without one keeps the first.
+    # Leave out the rest of the bank, whose gradient is zero. A bank must have a layer, so a chain
+    # without layers keeps the first one.
     members = [*dict.fromkeys(route or [0]), head]
     small = upcast_bank(bank.take(members[:-1], members[-1:])).without_names()
     path = tuple(members.index(token) for token in (*route, head))
@@ -99,8 +111,8 @@ def tune_chain(
             step_key = jax.random.fold_in(key, t)
             state = _step_path(state, step_key, problem.with_bank(small), path, is_tuned, optimizer)
     else:
-        # One program for all chains of as many different layers, and any number of steps.
-        padded = jnp.array([*path, *[chain_lib.PADDING] * (problem.max_layers - len(route))])
+        # Chains with the same number of distinct layers share one program, for any num_steps.
+        padded = jnp.array([*path, *[PADDING] * (problem.max_layers - len(route))])
         state = _loop(state, key, problem.with_bank(small), padded, is_tuned, optimizer, num_steps)
     return bank.replace(
         tuned,
@@ -115,12 +127,18 @@ def tune_chain(
 
 
 def upcast_bank(bank: Bank) -> Bank:
-    """The bank in float32 where it is of half precision, in which small steps are lost."""
+    """Return the bank with weights of half precision cast to float32.
+
+    Half precision would lose small steps.
+
+    Args:
+      bank: a bank of any precision.
+    """
     wide = jax.tree.map(_upcast, (bank.layers, bank.heads, bank.stem_params))
     return dataclasses.replace(bank, layers=wide[0], heads=wide[1], stem_params=wide[2])
 
 
-def _upcast(leaf: Any) -> Any:
+def _upcast(leaf: Array) -> Array:
     is_half = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
     return leaf.astype(jnp.float32) if is_half else leaf
 
@@ -130,7 +148,12 @@ def _round_as(params: PyTree, like: PyTree) -> PyTree:
 
 
 def start(bank: Bank, optimizer: optax.GradientTransformation) -> State:
-    """A bank before its first step."""
+    """Return the state of training before the first step.
+
+    Args:
+      bank: the bank to train.
+      optimizer: any optax transformation.
+    """
     groups = (*bank.layers, *bank.heads)
     return State(bank, tuple(_map_members(optimizer.init, group)(group.params) for group in groups))
 
@@ -142,28 +165,30 @@ def train_on(
     chains: Int[Array, "U L"],
     optimizer: optax.GradientTransformation,
 ) -> State:
-    """One gradient step on each of these chains after the other, each on a minibatch of its own. Works under `jit`.
+    """Take one gradient step on each chain in turn, each on its own minibatch.
 
-    The versions of a chain's layers and head rise by one with each. Rows of -1 hold no chain and change nothing.
+    Works under `jit`. Each step raises the versions of the chain's layers and head by one. Rows of
+    -1 hold no chain and change nothing.
 
     Args:
-      key: for minibatches.
-      state: bank and optimizer.
-      problem: the split to train on, and the loss; its bank is not looked at.
+      key: for minibatches; consumed.
+      state: from `start` or from the last call.
+      problem: the split to train on, and the loss; its bank is not used.
       chains: tokens, `[U, L]`.
-      optimizer: that of `start`.
+      optimizer: the one passed to `start`.
     """
 
-    def step(state: State, slot: Any) -> tuple[State, None]:
+    def step(state: State, slot: tuple[Array, Array]) -> tuple[State, None]:
         key, chain = slot
         tokens = jnp.arange(state.bank.num_layers + state.bank.num_heads)
         is_trained = (tokens[:, None] == chain[None]).any(axis=1)
-        bare = chain_lib.bare(state.bank.num_layers, chain.shape[0] - 1)
-        path = jnp.where(chain[0] == chain_lib.PADDING, bare, chain)
+        # A row without a chain needs a valid path too; no token of it is trained.
+        path = jnp.where(chain[0] == PADDING, space.head_alone, chain)
         state = _step(state, key, problem, path, is_trained, optimizer)
         versions = state.bank.get_versions() + is_trained
         return state._replace(bank=dataclasses.replace(state.bank, versions=versions)), None
 
+    space = ChainSpace(state.bank.num_layers, state.bank.num_heads, chains.shape[1] - 1)
     bank = dataclasses.replace(state.bank, versions=state.bank.get_versions())
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(chains.shape[0]))
     return jax.lax.scan(step, state._replace(bank=bank), (keys, chains))[0]
@@ -173,21 +198,21 @@ def _step(
     state: State,
     key: Key[Array, ""],
     problem: Problem,
-    path: Any,
+    path: tuple[int, ...] | Array,
     is_trained: Bool[Array, "E"],
     optimizer: optax.GradientTransformation,
 ) -> State:
-    """One gradient step on one chain; of the bank only the layers and heads that are marked change."""
+    """One gradient step on one chain; only the marked layers and heads change."""
     bank, (x, y) = state.bank, problem.data
     rows = jax.random.choice(key, x.shape[0], (min(BATCH_SIZE, x.shape[0]),), replace=False)
     groups = (*bank.layers, *bank.heads)
 
-    def measure(params: tuple[PyTree, ...]) -> Float[Array, ""]:
+    def loss(params: tuple[PyTree, ...]) -> Float[Array, ""]:
         outputs = _apply_path(_with_params(bank, params), path, x[rows])
         return jnp.mean(problem.loss_fn(outputs, y[rows]))
 
     params = tuple(group.params for group in groups)
-    gradients = jax.grad(measure)(params)
+    gradients = jax.grad(loss)(params)
     updated = [
         _update(own, gradient, opt_state, is_trained[np.array(group.tokens)], group, optimizer)
         for group, own, gradient, opt_state in zip(
@@ -210,8 +235,8 @@ def _loop(
     problem: Problem,
     path: Array,
     is_trained: Array,
-    optimizer: Any,
-    num_steps: Any,
+    optimizer: optax.GradientTransformation,
+    num_steps: ArrayLike,
 ) -> State:
     def step(t: Array, state: State) -> State:
         return _step(state, jax.random.fold_in(key, t), problem, path, is_trained, optimizer)
@@ -227,31 +252,34 @@ def _update(
     group: LayerGroup,
     optimizer: optax.GradientTransformation,
 ) -> tuple[PyTree, PyTree]:
-    """Params and optimizer state `[n, ...]` of a group. A member changes that is trained and whose new params are finite."""
-    module: Any = group.module
+    """New params and optimizer state `[n, ...]` of a group.
+
+    Members that are not trained, or whose new weights are not finite, stay unchanged.
+    """
+    project = getattr(group.module, "project", None)
 
     def update(params: PyTree, gradient: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree]:
         updates, opt_state = optimizer.update(gradient, opt_state, params)
-        new: Any = optax.apply_updates(params, updates)
-        return (module.project(new) if hasattr(module, "project") else new), opt_state
+        new = optax.apply_updates(params, updates)
+        return (new if project is None else project(new)), opt_state
 
-    made = _map_members(update, group)(params, gradient, opt_state)
-    for leaf in jax.tree.leaves(made[0]):
+    updated = _map_members(update, group)(params, gradient, opt_state)
+    for leaf in jax.tree.leaves(updated[0]):
         is_trained &= jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim)))
 
     def keep(new: Array, old: Array) -> Array:
         return jnp.where(is_trained.reshape(-1, *(1 for _ in new.shape[1:])), new, old)
 
-    return jax.tree.map(keep, made, (params, opt_state))
+    return jax.tree.map(keep, updated, (params, opt_state))
 
 
-def _map_members(fn: Callable[..., Any], group: LayerGroup) -> Any:
-    """`vmap` over the members of a group, which may have no params."""
+def _map_members(fn: Callable[..., T], group: LayerGroup) -> Callable[..., T]:
+    """`vmap` over the members of a group; the explicit size is for groups without params."""
     return jax.vmap(fn, axis_size=len(group.tokens))
 
 
 def _with_params(bank: Bank, params: Sequence[PyTree]) -> Bank:
-    """The bank with other params of each group of layers, then of heads."""
+    """The bank with new params: those of each group of layers, then of each group of heads."""
     groups = [
         LayerGroup(own, group.module, group.tokens)
         for own, group in zip(params, (*bank.layers, *bank.heads), strict=True)
@@ -260,12 +288,15 @@ def _with_params(bank: Bank, params: Sequence[PyTree]) -> Bank:
     return dataclasses.replace(bank, layers=tuple(groups[:num]), heads=tuple(groups[num:]))
 
 
-def _apply_path(bank: Bank, path: Any, x: Array) -> Array:
-    """Outputs of a chain; of one whose tokens are known, without the branches that hide convolutions from XLA on CPU."""
+def _apply_path(bank: Bank, path: tuple[int, ...] | Array, x: Array) -> Array:
+    """Outputs of a chain.
+
+    A tuple of tokens is unrolled, without branches: they hide convolutions from XLA on CPU.
+    """
     if not isinstance(path, tuple):
         return apply_chain(bank, path, x)
     hidden = bank.embed(x)
     for token in path:
-        group = next(group for group in (*bank.layers, *bank.heads) if token in group.tokens)
-        hidden = group.apply(group.tokens.index(token), hidden)
+        group, member = bank.find(token)
+        hidden = group.apply(member, hidden)
     return hidden

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import jchain as jc
 from jchain.agent.critic import NUM_INPUTS, Network, make_inputs
 from jchain.agent.observations import NUM_FEATURES
 from jchain.files import write_arrays
+
+SAVED = Path(__file__).parent.parent / "saved" / "critic.safetensors"
 
 
 def make_critic(num_inputs=NUM_INPUTS, width=4):
@@ -23,6 +27,21 @@ def test_a_saved_critic_predicts_the_same(tmp_path):
     assert jax.tree.structure(critic) == jax.tree.structure(loaded)
 
 
+def test_a_critic_saved_by_an_earlier_version_predicts_the_same():
+    """The file and these predictions were written by version 0.1, before its modules moved."""
+    critic = jc.Critic.load(SAVED)
+    inputs = jnp.stack(
+        [
+            jnp.zeros(NUM_INPUTS),
+            jnp.linspace(-2.0, 3.0, NUM_INPUTS),
+            jnp.cos(jnp.arange(1.0 * NUM_INPUTS)),
+        ]
+    )
+    expected = [1.7866694927215576, 0.511553168296814, 1.633853793144226]
+    assert critic.width == 3
+    np.testing.assert_allclose(critic.gain(inputs), expected, rtol=1e-5)
+
+
 def test_inputs_are_scaled_and_clipped():
     critic = make_critic()
     inputs = critic.mean + 2.0 * jnp.linspace(-9, 9, NUM_INPUTS)
@@ -32,7 +51,7 @@ def test_inputs_are_scaled_and_clipped():
     np.testing.assert_allclose(critic.gain(inputs), expected, rtol=1e-5)
 
 
-def test_inputs_hold_features_changes_and_what_is_left():
+def test_inputs_are_features_changes_and_remaining_layers():
     features, change = jnp.full((2, NUM_FEATURES), 3.0), jnp.full((2, NUM_FEATURES), 0.5)
     inputs = make_inputs(features, change, jnp.ones(NUM_FEATURES), jnp.array([1, 3]), 4)
     assert inputs.shape == (2, NUM_INPUTS)

@@ -5,16 +5,20 @@ import pytest
 import reference
 
 import jchain as jc
-from jchain.agent import edit_features as advice
+from jchain.agent.edit_features import (
+    empty_edit_features,
+    read_edit_features,
+    update_edit_features,
+)
 from jchain.agent.encoding import ActorCriticNetwork
-from jchain.search import actor_critic as ac
+from jchain.agent.policy import Policy, evaluate_actions
 
 CHAIN = np.array([2, 0, 5, -1])
 
 
 def test_features_are_gains_in_units_of_the_median(problem):
-    found, layer_calls = advice.update(
-        advice.init(problem), problem, jnp.asarray(CHAIN), "activations"
+    found, layer_calls = update_edit_features(
+        empty_edit_features(problem), problem, jnp.asarray(CHAIN), "activations"
     )
     scores = jc.gradient.score_edits(problem, CHAIN, "activations")
     assert layer_calls == scores.layer_calls
@@ -31,22 +35,24 @@ def test_features_are_gains_in_units_of_the_median(problem):
     np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_chain_is_asked_about_once_and_none_never(problem):
-    nothing = advice.init(problem)
-    same, layer_calls = advice.update(nothing, problem, jnp.full(4, -1), "linearized")
+def test_a_chain_is_scored_once_and_none_never(problem):
+    nothing = empty_edit_features(problem)
+    same, layer_calls = update_edit_features(nothing, problem, jnp.full(4, -1), "linearized")
     assert layer_calls == 0
     jax.tree.map(np.testing.assert_array_equal, same, nothing)
-    known, layer_calls = advice.update(nothing, problem, jnp.asarray(CHAIN), "linearized")
+    known, layer_calls = update_edit_features(nothing, problem, jnp.asarray(CHAIN), "linearized")
     assert layer_calls > 0
-    again, layer_calls = advice.update(known, problem, jnp.asarray(CHAIN), "linearized")
+    again, layer_calls = update_edit_features(known, problem, jnp.asarray(CHAIN), "linearized")
     assert layer_calls == 0
     jax.tree.map(np.testing.assert_array_equal, again, known)
 
 
-def test_they_count_twice_where_the_prefix_is_the_same(problem):
-    known, _ = advice.update(advice.init(problem), problem, jnp.asarray(CHAIN), "linearized")
+def test_they_count_twice_if_the_prefix_is_the_same(problem):
+    known, _ = update_edit_features(
+        empty_edit_features(problem), problem, jnp.asarray(CHAIN), "linearized"
+    )
     on, off = (
-        np.asarray(advice.read(known, jnp.array(1), jnp.array(is_same)))
+        np.asarray(read_edit_features(known, jnp.array(1), jnp.array(is_same)))
         for is_same in (True, False)
     )
     np.testing.assert_array_equal(on, np.concatenate([known.features[1]] * 2, axis=1))
@@ -54,51 +60,42 @@ def test_they_count_twice_where_the_prefix_is_the_same(problem):
     assert (off[:, 3:] == 0).all()
 
 
-def test_an_actor_follows_it_only_along_the_advised_chain(problem):
+def test_an_actor_adds_gains_only_along_the_edited_chain(problem):
     search = jc.ActorCritic(score_kind="linearized", num_chains=6)
     state = search.init(jax.random.key(0), problem)
-    known, _ = advice.update(advice.init(problem), problem, jnp.asarray(CHAIN), "linearized")
-    sight = state.sight._replace(advice=known)
+    known, _ = update_edit_features(
+        empty_edit_features(problem), problem, jnp.asarray(CHAIN), "linearized"
+    )
+    inputs = state.inputs._replace(edit_features=known)
 
-    def logits_of(sight, chain):
-        return np.asarray(
-            ac.replay_chain(
-                ActorCriticNetwork(search.encoding),
-                state.params,
-                sight,
-                jnp.asarray(chain),
-                jnp.zeros((len(chain), 0)),
-                problem,
-            )[0]
-        )
+    def logits_of(inputs, chain):
+        policy = Policy(ActorCriticNetwork(search.encoding), state.params, inputs)
+        nothing = jnp.zeros((len(chain), 0))
+        return np.asarray(evaluate_actions(policy, jnp.asarray(chain), nothing, problem)[0])
 
-    for chain, is_advised in (
+    for chain, is_on_chain in (
         (CHAIN, [True, True, True]),
         (np.array([2, 1, 5, -1]), [True, True, False]),
     ):
-        extra = logits_of(sight, chain) - logits_of(state.sight, chain)
+        extra = logits_of(inputs, chain) - logits_of(state.inputs, chain)
         for slot in range(3):
             gains = np.asarray(known.features[slot, :, 1:].sum(axis=1))
-            np.testing.assert_allclose(extra[slot], gains * is_advised[slot], atol=1e-5)
+            np.testing.assert_allclose(extra[slot], gains * is_on_chain[slot], atol=1e-5)
 
 
 def test_each_new_best_chain_is_charged_once(problem):
     search = jc.ActorCritic(num_chains=6, score_kind="linearized")
     state, step = search.init(jax.random.key(0), problem), jax.jit(search.step)
-    num_products, seen, asked, num_passes = (
-        jc.gradient.edit_scores.choose_products(problem),
-        set(),
-        None,
-        0,
-    )
+    num_products = jc.gradient.edit_scores.choose_products(problem)
+    known, scored, num_passes = set(), None, 0
     for seed in range(8):
         best = tuple(int(token) for token in state.elite.chains[0])
         state, info = step(jax.random.key(seed), state, problem)
         rows = [tuple(int(token) for token in chain if token >= 0) for chain in info.chains]
-        expected = reference.count_calls([row for row in rows if row not in seen], 4)[0]
-        seen.update(rows)
-        if best[0] >= 0 and best != asked:
-            asked, num_passes = best, num_passes + 1
+        expected = reference.count_calls([row for row in rows if row not in known], 4)[0]
+        known.update(rows)
+        if best[0] >= 0 and best != scored:
+            scored, num_passes = best, num_passes + 1
             scores = jc.gradient.score_edits(problem, np.array(best), num_products=num_products)
             expected += int(scores.layer_calls)
         assert info.layer_calls == expected

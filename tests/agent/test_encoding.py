@@ -13,24 +13,24 @@ OBSERVED = jc.ObservedEncoding(jc.agent.observations.observe, features=8)
 JOINT = jc.JointEncoding((jc.TokenEncoding(features=8), OBSERVED))
 # The first two observe nothing.
 ENCODINGS = [jc.TokenEncoding(features=8), jc.WeightEncoding(features=8), OBSERVED, JOINT]
-EMPTY = jnp.arange(3.0)  # seen of the empty prefix
+EMPTY = jnp.arange(3.0)  # features of the empty prefix
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def encode(encoding, params, entries, tokens):
-    seen = EMPTY
-    carry = encoding.apply(params, entries, seen, method="initial_carry")
+    features = EMPTY
+    carry = encoding.apply(params, entries, features, method="initial_carry")
     for token in tokens:
-        # As data might be changed: by each layer in its own way, and in another one by others before it.
-        seen = 0.5 * seen + entries[token, :3]
-        carry = encoding.apply(params, carry, jnp.array(token), entries, seen, method="advance")
+        # Like data: each layer changes it in its own way, which depends on the layers before.
+        features = 0.5 * features + entries[token, :3]
+        carry = encoding.apply(params, carry, jnp.array(token), entries, features, method="advance")
     return encoding.apply(params, carry, method="read")
 
 
 def init(encoding, entries):
-    controller = ActorCriticNetwork(encoding)
-    params = controller.init(jax.random.key(0), entries, EMPTY)
-    return controller, params, {"params": params["params"]["encoding"]}
+    network = ActorCriticNetwork(encoding)
+    params = network.init(jax.random.key(0), entries, EMPTY)
+    return network, params, {"params": params["params"]["encoding"]}
 
 
 def test_features_follow_the_entry_not_its_place(two_group_bank):
@@ -75,7 +75,7 @@ def test_encodings_know_the_order_and_the_number_of_layers(encoding):
             assert np.abs(np.subtract(codes[i], codes[j])).max() > 1e-3, (prefixes[i], prefixes[j])
 
 
-def test_discrete_sees_tokens_and_continuous_sees_weights():
+def test_discrete_encodes_tokens_and_continuous_encodes_weights():
     bank = make_bank(4, 1)
     swapped = bank.take([1, 0, 2, 3])
     for encoding, follows in zip(ENCODINGS[:2], ((0, 2), (1, 2)), strict=True):
@@ -89,11 +89,11 @@ def test_discrete_sees_tokens_and_continuous_sees_weights():
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_one_controller_reads_banks_of_any_size(encoding):
-    controller, params, _ = init(encoding, entry_features(make_bank(4, 2)))
+def test_one_network_reads_banks_of_any_size(encoding):
+    network, params, _ = init(encoding, entry_features(make_bank(4, 2)))
     for num_layers, num_heads in ((2, 1), (9, 3)):
         entries = entry_features(make_bank(num_layers, num_heads))
-        logits, value = controller.apply(params, entries, EMPTY)
+        logits, value = network.apply(params, entries, EMPTY)
         assert logits.shape == (num_layers + num_heads,)
         assert value.shape == ()
 
@@ -101,29 +101,29 @@ def test_one_controller_reads_banks_of_any_size(encoding):
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_the_actor_points_at_entries_by_their_features(encoding):
     bank = make_bank(4, 2)
-    controller, params, _ = init(encoding, entry_features(bank))
+    network, params, _ = init(encoding, entry_features(bank))
     entries = entry_features(bank)
-    keys = controller.apply(params, entries, method="embed")
-    state = controller.apply(
-        params, controller.apply(params, entries, EMPTY, method="initial_carry"), method="read"
+    keys = network.apply(params, entries, method="embed")
+    state = network.apply(
+        params, network.apply(params, entries, EMPTY, method="initial_carry"), method="read"
     )
-    logits, _ = controller.apply(params, state + 1.0, keys, method="act")
+    logits, _ = network.apply(params, state + 1.0, keys, method="act")
     order = jnp.array([3, 1, 0, 2, 5, 4])
-    permuted, _ = controller.apply(params, state + 1.0, keys[order], method="act")
+    permuted, _ = network.apply(params, state + 1.0, keys[order], method="act")
     np.testing.assert_allclose(permuted, logits[order], rtol=1e-5)
     assert np.ptp(logits) > 0
 
 
 def test_observed_by_hand_and_joined():
-    """Features, their change from the empty prefix and the number of layers, through two layers with a norm between."""
+    """Features, change from the empty prefix, number of layers: through two layers and a norm."""
     entries = entry_features(make_bank(4, 1))
     _, _, params = init(OBSERVED, entries)
-    seen = np.array([0.3, -1.0, 2.0])
+    last = np.array([0.3, -1.0, 2.0])
     carry = OBSERVED.apply(params, entries, EMPTY, method="initial_carry")
-    for now in (EMPTY + 5.0, jnp.asarray(seen)):
+    for now in (EMPTY + 5.0, jnp.asarray(last)):
         carry = OBSERVED.apply(params, carry, jnp.array(1), entries, now, method="advance")
     weights = jax.tree.map(np.asarray, params["params"])
-    hidden = np.concatenate([seen, seen - np.arange(3.0), [2.0]]) @ weights["hidden"]["kernel"]
+    hidden = np.concatenate([last, last - np.arange(3.0), [2.0]]) @ weights["hidden"]["kernel"]
     normed = (hidden - hidden.mean()) / np.sqrt(hidden.var() + 1e-6)
     expected = np.tanh(np.maximum(normed, 0) @ weights["out"]["kernel"])
     np.testing.assert_allclose(
@@ -141,7 +141,7 @@ def test_observed_by_hand_and_joined():
     assert (JOINT.features, JOINT.observe) == (16, jc.agent.observations.observe)
 
 
-def test_parts_that_observe_apart_are_refused():
+def test_parts_that_observe_different_things_are_refused():
     other = jc.ObservedEncoding(jc.agent.observations.observe_gradients)
     for parts in ((), (OBSERVED, other)):
         with pytest.raises(

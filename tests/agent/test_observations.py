@@ -3,8 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import reference
 
 import jchain as jc
+from jchain.agent import observations
 from jchain.agent.observations import NUM_FEATURES, log_loss, observe
 from jchain.engine.layer_calls import apply_all
 
@@ -78,7 +80,7 @@ def test_features_of_broken_activations_are_finite(problem):
 
 
 @pytest.mark.parametrize("shape", [(200, 70), (9, 4, 5)])
-def test_wide_activations_and_labels_that_are_no_classes(shape):
+def test_wide_activations_and_labels_that_are_not_classes(shape):
     layer, head = jc.layers.Dense(shape[-1]), jc.layers.Dense(shape[-1])
     x = jax.random.normal(jax.random.key(0), shape)
     params = layer.init(jax.random.key(1), x)["params"]
@@ -98,7 +100,7 @@ def test_the_scale_of_losses_is_monotone_and_a_log_above_its_unit():
 
 
 def test_sketches_in_plain_numpy(problem):
-    """Class means over the root mean square, each number added to its place with its sign; then the log of the scale."""
+    """Class means over the root mean square, added up by place and sign; then the log scale."""
     hidden = jax.random.normal(jax.random.key(0), (9, 5))
     heads = problem.bank.heads[0].params["Dense_0"]
     y = np.asarray(problem.data.y)
@@ -161,6 +163,36 @@ def test_features_of_half_precision_are_those_of_float32(problem, dtype):
     hidden, parent = (
         300 * jax.random.normal(jax.random.key(k), (9, 5)).astype(dtype) for k in (0, 1)
     )
-    seen = observe(half, hidden, parent)
+    observed = observe(half, hidden, parent)
     expected = observe(whole, hidden.astype(jnp.float32), parent.astype(jnp.float32))
-    np.testing.assert_allclose(seen.features, expected.features, rtol=0.02, atol=0.1)
+    np.testing.assert_allclose(observed.features, expected.features, rtol=0.02, atol=0.1)
+
+
+def test_a_chain_is_observed_prefix_by_prefix(problem):
+    chain = jnp.array([2, 0, 5, -1])
+    found = observations.observe_chain(jc.agent.observations.observe, problem, chain)
+    parent = hidden = problem.bank.embed(problem.data.x)
+    for slot, token in enumerate((2, 0, None, None)):
+        expected = jc.agent.observations.observe(problem, hidden, parent).features
+        np.testing.assert_allclose(found[slot], expected, rtol=1e-3, atol=1e-4)
+        if token is not None:
+            parent, hidden = hidden, problem.bank.layers[0].apply(token, hidden)
+
+
+def test_losses_of_stopping(problem):
+    observed = observations.observe_root(jc.agent.observations.observe_activations, problem)
+    for token in (3, 1):
+        observed = observations.observe_next(
+            jc.agent.observations.observe_activations, problem, observed, jnp.array(token)
+        )
+    for head in (4, 5):
+        expected = reference.chain_loss(problem, [3, 1, head, -1])[0]
+        np.testing.assert_allclose(observed.loss[head - 4], expected, rtol=1e-5)
+    after = observations.observe_next(
+        jc.agent.observations.observe_activations, problem, observed, jnp.array(5)
+    )
+    np.testing.assert_array_equal(after.features, observed.features)
+
+
+def test_nothing_is_observed_without_a_function(problem):
+    assert observations.observe_chain(None, problem, jnp.array([2, 0, 5, -1])).shape == (4, 0)

@@ -16,38 +16,40 @@ def small():
 
 
 @pytest.fixture(scope="module")
-def lesson(small):
-    return jc.agent.pretrain.study(small)
+def training_set(small):
+    return jc.agent.pretrain.make_training_set(small)
 
 
-def test_what_is_learned_is_the_best_loss_behind_each_prefix(small, lesson):
-    check_lesson(small, lesson)
+def test_targets_are_the_best_losses_of_chains_with_each_prefix(small, training_set):
+    check_training_set(small, training_set)
     fixed = jc.Problem(small.bank, small.data, 3, layer_cost=small.layer_cost, min_layers=3)
-    check_lesson(fixed, jc.agent.pretrain.study(fixed))
+    check_training_set(fixed, jc.agent.pretrain.make_training_set(fixed))
 
 
-def check_lesson(small, lesson):
+def check_training_set(small, training_set):
     chains, out = jc.evaluate_all(small)
     loss = log_loss(out.loss)
     prefixes = [(a,) for a in range(3)] + [(a, b) for a in range(3) for b in range(3)]
-    assert lesson.sizes == (3, 9)
+    assert training_set.sizes == (3, 9)
     for i, prefix in enumerate(prefixes):
-        is_behind = (chains[:, : len(prefix)] == prefix).all(axis=1)
-        np.testing.assert_allclose(lesson.best[i], loss[is_behind].min(), rtol=1e-4)
+        has_prefix = (chains[:, : len(prefix)] == prefix).all(axis=1)
+        np.testing.assert_allclose(training_set.best[i], loss[has_prefix].min(), rtol=1e-4)
         stops = jc.evaluate(small, jc.chain.pad([(*prefix, 3), (*prefix, 4)], 3)).loss
-        np.testing.assert_allclose(lesson.stop[i], log_loss(stops.min()), rtol=1e-4)
+        np.testing.assert_allclose(training_set.stop[i], log_loss(stops.min()), rtol=1e-4)
 
 
-def test_a_critic_learns_and_steers_the_search(small, lesson):
-    critic = jc.pretrain_critic(jax.random.key(0), [lesson], num_steps=1000, width=8)
-    error = np.abs(lesson.stop - critic.gain(jnp.asarray(lesson.inputs)) - lesson.best)
-    assert error.mean() < 0.5 * np.abs(lesson.stop - lesson.best).mean()
+def test_a_critic_learns_and_steers_the_search(small, training_set):
+    critic = jc.pretrain_critic(jax.random.key(0), [training_set], num_steps=1000, width=8)
+    error = np.abs(
+        training_set.stop - critic.gain(jnp.asarray(training_set.inputs)) - training_set.best
+    )
+    assert error.mean() < 0.5 * np.abs(training_set.stop - training_set.best).mean()
     search = jc.CriticSearch(critic, width=8, ridge=jnp.inf, epsilon=0.0)
     state = jax.jit(search.init)(jax.random.key(0), small)
     state, _ = jax.jit(search.step)(jax.random.key(0), state, small)
-    # What the search predicts of the first prefixes is what was learned for them.
+    # The search's predictions for the first prefixes are those of the critic.
     place = np.argsort(state.prefixes.chains[1, :3, 0])
-    expected = lesson.stop[:3] - critic.gain(jnp.asarray(lesson.inputs[:3]))
+    expected = training_set.stop[:3] - critic.gain(jnp.asarray(training_set.inputs[:3]))
     np.testing.assert_allclose(
         np.asarray(state.prefixes.base[1, :3])[place], expected, rtol=1e-3, atol=1e-3
     )
@@ -55,16 +57,16 @@ def test_a_critic_learns_and_steers_the_search(small, lesson):
 
 def test_bad_input_is_refused(small):
     with pytest.raises(ValueError, match="max_layers of at least 2, got 1"):
-        jc.agent.pretrain.study(jc.Problem(small.bank, small.data, 1))
+        jc.agent.pretrain.make_training_set(jc.Problem(small.bank, small.data, 1))
     with pytest.raises(ValueError, match="at most 1,048,576 prefixes, got"):
-        jc.agent.pretrain.study(jc.Problem(small.bank, small.data, 20))
+        jc.agent.pretrain.make_training_set(jc.Problem(small.bank, small.data, 20))
     for problems, options in (([], {}), ([small], {"num_steps": 0}), ([small], {"width": 0})):
         with pytest.raises(ValueError, match="at least one problem"):
             jc.pretrain_critic(jax.random.key(0), problems, **options)
 
 
 @pytest.mark.slow
-def test_an_agent_carries_what_it_learned_from_problem_to_problem(small):
+def test_an_agent_carries_params_from_problem_to_problem(small):
     agent = jc.ActorCritic(jc.WeightEncoding(4), 4, 1)
     other = jc.Problem(make_bank(3, 2, seed=9), make_batch(), max_layers=3)
     found = jc.agent.pretrain.pretrain_agent(jax.random.key(0), agent, [small, other], num_steps=2)
@@ -87,13 +89,15 @@ def test_an_agent_carries_what_it_learned_from_problem_to_problem(small):
             )
 
 
-def test_prefixes_without_a_finite_loss_are_not_learned_from(small, lesson):
-    broken = lesson._replace(stop=np.where(np.arange(len(lesson.stop)) == 4, np.inf, lesson.stop))
+def test_prefixes_without_a_finite_loss_are_not_examples(small, training_set):
+    broken = training_set._replace(
+        stop=np.where(np.arange(len(training_set.stop)) == 4, np.inf, training_set.stop)
+    )
     critic = jc.pretrain_critic(jax.random.key(0), [broken], num_steps=5, width=8)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(critic))
     with pytest.raises(ValueError, match="expected problems with chains of finite loss, got none"):
         jc.pretrain_critic(
             jax.random.key(0),
-            [lesson._replace(best=np.full_like(lesson.best, np.nan))],
+            [training_set._replace(best=np.full_like(training_set.best, np.nan))],
             num_steps=5,
         )

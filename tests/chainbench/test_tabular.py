@@ -4,7 +4,7 @@ import pytest
 
 import jchain as jc
 from jchain.agent.observations import NUM_FEATURES, observe
-from jchain.chainbench import tabular as lookup
+from jchain.chainbench import tabular
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +14,7 @@ def pair(problem):
     features = np.concatenate(
         [level.features for level in jc.agent.pretrain.observe_prefixes(problem)]
     )
-    return problem, lookup.make_problem(
+    return problem, tabular.make_problem(
         problem.bank, np.asarray(out.loss), problem.max_layers, features
     )
 
@@ -39,7 +39,7 @@ def test_features_are_those_of_the_prefix(pair):
             number = looked_up.bank.layers[0].apply(token, number)
         expected, found = (
             observe(problem, hidden, parent),
-            lookup.observe(looked_up, number, before),
+            tabular.observe(looked_up, number, before),
         )
         np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-5)
         np.testing.assert_allclose(found.features, expected.features, rtol=1e-3, atol=1e-4)
@@ -50,7 +50,7 @@ def test_features_are_those_of_the_prefix(pair):
     ("search", "looking_up"),
     [
         pytest.param(jc.LocalSearch(), jc.LocalSearch(), marks=pytest.mark.slow),
-        (jc.CriticSearch(), jc.CriticSearch(observe=lookup.observe)),
+        (jc.CriticSearch(), jc.CriticSearch(observe=tabular.observe)),
     ],
     ids=["LocalSearch", "CriticSearch"],
 )
@@ -70,22 +70,22 @@ def test_entries_are_those_of_the_weights(pair, two_group_bank):
     loss = np.asarray(jc.evaluate_all(grouped)[1].loss)
     for bank, stands_in in (
         (problem.bank, looked_up.bank),
-        (two_group_bank, lookup.make_problem(two_group_bank, loss, 1).bank),
+        (two_group_bank, tabular.make_problem(two_group_bank, loss, 1).bank),
     ):
         np.testing.assert_array_equal(
-            lookup.entry_features(stands_in), jc.agent.encoding.entry_features(bank)
+            tabular.entry_features(stands_in), jc.agent.encoding.entry_features(bank)
         )
     with pytest.raises(
         ValueError,
         match=r"expected the bank of a problem that jchain.chainbench.tabular.make_problem made",
     ):
-        lookup.entry_features(problem.bank)
+        tabular.entry_features(problem.bank)
 
 
 def test_a_loss_that_is_not_finite_stays_so(problem):
     loss = np.asarray(jc.evaluate_all(problem)[1].loss).copy()
     loss[7] = np.inf
-    looked_up = lookup.make_problem(problem.bank, loss, problem.max_layers)
+    looked_up = tabular.make_problem(problem.bank, loss, problem.max_layers)
     out = jc.evaluate_all(looked_up)[1].loss
     np.testing.assert_array_equal(out, loss)
 
@@ -94,7 +94,7 @@ def test_the_table_is_that_of_all_chains_whatever_their_least_number_of_layers(p
     problem, _ = pair
     chains, out = jc.evaluate_all(problem)
     loss = np.asarray(out.loss)
-    looked_up = lookup.make_problem(problem.bank, loss, problem.max_layers, min_layers=2)
+    looked_up = tabular.make_problem(problem.bank, loss, problem.max_layers, min_layers=2)
     long, found = jc.evaluate_all(looked_up)
     is_long = chains[:, 2] >= 0  # a third token, so two layers
     np.testing.assert_array_equal(long, chains[is_long])
@@ -102,7 +102,7 @@ def test_the_table_is_that_of_all_chains_whatever_their_least_number_of_layers(p
     with pytest.raises(
         ValueError, match=f"expected the losses of all {len(loss):,} chains, got shape"
     ):
-        lookup.make_problem(problem.bank, loss[is_long], problem.max_layers, min_layers=2)
+        tabular.make_problem(problem.bank, loss[is_long], problem.max_layers, min_layers=2)
 
 
 def test_tables_of_other_sizes_are_refused(problem):
@@ -110,41 +110,41 @@ def test_tables_of_other_sizes_are_refused(problem):
     with pytest.raises(
         ValueError, match=f"expected the losses of all {len(loss):,} chains, got shape"
     ):
-        lookup.make_problem(problem.bank, loss[:-1], problem.max_layers)
+        tabular.make_problem(problem.bank, loss[:-1], problem.max_layers)
     for shape in ((5, 0), (len(loss), NUM_FEATURES)):
         with pytest.raises(ValueError, match="expected features .V, F. of at most"):
-            lookup.make_problem(problem.bank, loss, problem.max_layers, np.zeros(shape))
+            tabular.make_problem(problem.bank, loss, problem.max_layers, np.zeros(shape))
 
 
 def test_features_that_are_not_there_are_refused(problem):
     loss = np.asarray(jc.evaluate_all(problem)[1].loss)
-    for other in (problem, lookup.make_problem(problem.bank, loss, problem.max_layers)):
+    for other in (problem, tabular.make_problem(problem.bank, loss, problem.max_layers)):
         with pytest.raises(
             ValueError,
-            match=r"expected a problem that jchain.chainbench.tabular.make_problem made with features",
+            match="expected a problem that .*make_problem made with features",
         ):
-            jc.run(jax.random.key(0), jc.CriticSearch(observe=lookup.observe), other, budget=50)
+            jc.run(jax.random.key(0), jc.CriticSearch(observe=tabular.observe), other, budget=50)
 
 
 def test_any_number_of_features_but_a_search_may_want_its_own(problem):
     loss = np.asarray(jc.evaluate_all(problem)[1].loss)
     features = np.random.default_rng(0).normal(size=(85, 20)).astype(np.float32)
-    looked_up = lookup.make_problem(problem.bank, loss, problem.max_layers, features)
+    looked_up = tabular.make_problem(problem.bank, loss, problem.max_layers, features)
     number = looked_up.bank.layers[0].apply(2, looked_up.data.x)
-    np.testing.assert_array_equal(lookup.observe(looked_up, number, number).features, features[3])
+    np.testing.assert_array_equal(tabular.observe(looked_up, number, number).features, features[3])
     with pytest.raises(
         ValueError, match=f"expected {NUM_FEATURES} features of a prefix, got shape .20."
     ):
-        jc.run(jax.random.key(0), jc.CriticSearch(observe=lookup.observe), looked_up, budget=50)
+        jc.run(jax.random.key(0), jc.CriticSearch(observe=tabular.observe), looked_up, budget=50)
 
 
 @pytest.mark.slow
 def test_an_observing_agent_takes_the_same_way(problem):
-    """With the features of all prefixes looked up it samples the chains that it does where layers are applied."""
+    """With features looked up it samples the same chains as with layers applied."""
     observe = jc.agent.observations.Join(
         (jc.agent.observations.observe_activations, jc.agent.observations.observe_gradients)
     )
-    looked_up = lookup.tabulate(problem, observe)
+    looked_up = tabular.tabulate(problem, observe)
     np.testing.assert_allclose(
         jc.evaluate_all(looked_up)[1].loss, jc.evaluate_all(problem)[1].loss, rtol=1e-5
     )
@@ -158,7 +158,7 @@ def test_an_observing_agent_takes_the_same_way(problem):
         )
         for watch, entries, where in (
             (observe, jc.agent.encoding.entry_features, problem),
-            (lookup.observe, lookup.entry_features, looked_up),
+            (tabular.observe, tabular.entry_features, looked_up),
         )
     ]
     np.testing.assert_array_equal(results[0].curve.layer_calls, results[1].curve.layer_calls)
@@ -168,14 +168,14 @@ def test_an_observing_agent_takes_the_same_way(problem):
 def test_every_prefix_is_tabulated(bank, problem):
     """Also those without room for a layer, with prices."""
     priced = jc.Problem(bank, problem.data, 2, layer_cost=[0.1, 0.0, 0.3, 0.02])
-    looked_up = lookup.tabulate(priced, observe)
+    looked_up = tabular.tabulate(priced, observe)
     np.testing.assert_allclose(
         jc.evaluate_all(looked_up)[1].loss, jc.evaluate_all(priced)[1].loss, rtol=1e-5
     )
     layers, numbers = bank.layers[0], looked_up.bank.layers[0]
     parent, before = layers.apply(3, problem.data.x), numbers.apply(3, looked_up.data.x)
     hidden, number = layers.apply(1, parent), numbers.apply(1, before)
-    expected, found = observe(priced, hidden, parent), lookup.observe(looked_up, number, before)
+    expected, found = observe(priced, hidden, parent), tabular.observe(looked_up, number, before)
     np.testing.assert_allclose(found.features, expected.features, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="expected at most 16,777,216 prefixes, got"):
-        lookup.tabulate(jc.Problem(bank, problem.data, 13), observe)
+        tabular.tabulate(jc.Problem(bank, problem.data, 13), observe)

@@ -1,5 +1,6 @@
 """`jchain search --checkpoint`, `evaluate` and `export`."""
 
+import dataclasses
 import json
 import re
 
@@ -9,8 +10,8 @@ from checkpoints import QUESTION, TEXT, make_checkpoint, make_tensors, write, wr
 
 import jchain as jc
 from jchain.__main__ import main
-from jchain.cli import pipeline
-from jchain.cli.checkpoints import name_models
+from jchain.cli import checkpoints, pipeline
+from jchain.cli.config import SearchConfig
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_a_result_is_exported_as_a_checkpoint(folder, result, tmp_path, capsys):
     out = jc.evaluate(jc.Problem(bank, data.test, bank.num_layers), np.array([bank.parents[0]]))
     assert float(out.loss[0]) == pytest.approx(found["loss"]["test"], rel=1e-5)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"| loss on test | {found['loss']['test']:.4f}, the model as it was " in card
+    assert f"| loss on test | {found['loss']['test']:.4f}, the unchanged model " in card
     assert "--search random --budget 80" in card
     assert main(["export", str(result), "--out", str(tmp_path / "out")]) == 2
     assert "expected no folder at" in capsys.readouterr().err
@@ -113,7 +114,21 @@ def test_questions_are_searched_too(folder, tmp_path):
         "2",
     ]
     out = str(tmp_path / "out")
-    assert main(["search", "--checkpoint", str(folder / "m0"), "--choices", str(folder / "questions.jsonl"), *options, "--out", out]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "search",
+                "--checkpoint",
+                str(folder / "m0"),
+                "--choices",
+                str(folder / "questions.jsonl"),
+                *options,
+                "--out",
+                out,
+            ]
+        )
+        == 0
+    )
     found = json.loads((tmp_path / "out" / "result.json").read_text())
     # Layers are that dear.
     assert found["layers"] == ["m0/head"]
@@ -156,7 +171,7 @@ def test_questions_are_searched_too(folder, tmp_path):
         ),
         (
             ["--checkpoint", "m0", "--text", "text.txt", "--search", "suffix-beam"],
-            "cannot be undone",
+            "not invertible",
         ),
         (["--pinned", "1,1"], "expected --checkpoint with --pinned"),
         (["--checkpoint", "m0", "m0", "--text", "text.txt"], "expected different checkpoints"),
@@ -207,8 +222,8 @@ def test_local_search_begins_at_the_models_and_what_is_done_by_hand(folder, max_
     data = jc.hub.load_text(folder / "m0", folder / "text.txt", length=8)
     problem = jc.Problem(bank, data.search, max_layers)
     other = jc.RandomSearch()
-    assert pipeline.begin_at_models(other, problem) is other
-    rows = pipeline.begin_at_models(jc.LocalSearch(), problem).starts.tolist()
+    assert pipeline.start_at_models(other, problem) is other
+    rows = pipeline.start_at_models(jc.LocalSearch(), problem).starts.tolist()
     starts = [tuple(token for token in row if token >= 0) for row in rows]
     assert len(set(starts)) == len(starts) == {3: 4 + 3, 4: 1 + 4, 5: 1 + 4 + 1}[max_layers]
     for parent in bank.parents:
@@ -228,5 +243,19 @@ def test_results_of_other_banks_are_not_exported(tmp_path, capsys):
 
 
 def test_models_are_called_by_as_much_of_their_paths_as_it_takes():
-    assert name_models(["/a/b", "/a/c/"]) == ["b", "c"]
-    assert name_models(["/a/x", "/b/x"]) == ["a/x", "b/x"]
+    assert checkpoints.name_models(["/a/b", "/a/c/"]) == ["b", "c"]
+    assert checkpoints.name_models(["/a/x", "/b/x"]) == ["a/x", "b/x"]
+
+
+def test_sequences_are_not_longer_than_the_positions_of_the_model(tmp_path):
+    checkpoint, text = make_checkpoint(tmp_path / "model"), tmp_path / "text.txt"
+    text.write_text(TEXT)
+    config = SearchConfig(checkpoint=[str(checkpoint)], text=[str(text)], sizes=(4, 4, 4, 4))
+    assert checkpoints.load_data(config).data.search.x.shape == (4, 16)
+    shorter = dataclasses.replace(config, length=9)
+    assert checkpoints.load_data(shorter).data.search.x.shape == (4, 9)
+    odd = make_checkpoint(tmp_path / "odd")
+    options = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps(options | {"n_positions": "many"}))
+    with pytest.raises(ValueError, match="an option has an invalid value"):
+        checkpoints.load_data(dataclasses.replace(config, checkpoint=[str(odd)]))

@@ -9,7 +9,7 @@ import pytest
 
 import jchain as jc
 from jchain.__main__ import main
-from jchain.cli import pipeline
+from jchain.cli import commands
 
 SMALL = [
     "--data",
@@ -41,9 +41,20 @@ def test_search_writes_and_prints_a_report_that_can_be_checked(tmp_path, capsys,
     result = json.loads(shown.out.splitlines()[-1])
     assert result == json.loads((tmp_path / "out" / "result.json").read_text())
     assert set(result) == {
-        "best_chain", "chosen", "layers", "loss", "accuracy", "layer_calls", "update_calls", "seconds", "optimum", "controls", "nonfinite_chains",
-        "config", "versions",
-    }  # fmt: skip
+        "best_chain",
+        "chosen",
+        "layers",
+        "loss",
+        "accuracy",
+        "layer_calls",
+        "update_calls",
+        "seconds",
+        "optimum",
+        "controls",
+        "nonfinite_chains",
+        "config",
+        "versions",
+    }
     assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
@@ -118,10 +129,19 @@ def test_evaluate_scores_chains_of_a_result_or_a_bank_file(result_folder, capsys
         (["--sizes", "1,a"], "expected sizes as in 5000,1000,1000,1000, got '1,a'"),
         (["--search", "annealing"], "invalid choice: 'annealing'"),
         (["--search", "suffix-beam"], "expected --layer of invertible-dense, invertible-coupling"),
-        (["--search", "local", "--update", "shared"], "expected --search actor-critic with --update shared, got local"),
-        (["--search", "local", "--encoding", "weights"], "expected --search actor-critic with --encoding, got local"),
+        (
+            ["--search", "local", "--update", "shared"],
+            "expected --search actor-critic with --update shared, got local",
+        ),
+        (
+            ["--search", "local", "--encoding", "weights"],
+            "expected --search actor-critic with --encoding, got local",
+        ),
         (["--update", "found"], "more than the 1,545 layer calls of gradient steps, got 300"),
-        (["--num-layers", "5", "--bank", "independent"], "a multiple of depth for bank independent, got 5 and 2"),
+        (
+            ["--num-layers", "5", "--bank", "independent"],
+            "a multiple of depth for bank independent, got 5 and 2",
+        ),
         (["--num-heads", "0"], "expected num_heads of at least 1, got 0"),
         (["--num-layers", "0"], "expected num_layers of at least 1, got 0"),
         (["--num-heads", "2", "--bank", "snapshots"], "expected no num_heads for bank snapshots"),
@@ -129,10 +149,10 @@ def test_evaluate_scores_chains_of_a_result_or_a_bank_file(result_folder, capsys
         (["--budget", "0"], "expected a budget of at least 1, got 0"),
         (["--min-layers", "9"], "expected min_layers to be an integer in 0..2"),
         (["--layer-cost", "nan"], "expected a finite --layer-cost of at least 0, got nan"),
-        (["--channels", "8"], "expected --channels for images alone, got it for [13]"),
+        (["--channels", "8"], "expected --channels only for images, got it for [13]"),
         (["--budget", "3", "--search", "random"], "budget of at least one step"),
     ],
-)  # fmt: skip
+)
 def test_bad_options_exit_with_2_one_line_and_no_files(tmp_path, capsys, options, message):
     argv = ["search", *SMALL, "--out", str(tmp_path / "out"), *options]
     try:
@@ -155,18 +175,18 @@ def test_a_result_is_not_overwritten_unless_told_to(result_folder, capsys, monke
     assert main([*argv, "--replace"]) == 0
     assert json.loads((result_folder / "result.json").read_text())["config"]["seed"] == 1
     assert [path.name for path in result_folder.parent.iterdir()] == ["out"]
-    found, notes = pipeline.search, result_folder / "notes.txt"
+    found, notes = commands.run_job, result_folder / "notes.txt"
 
     def search_while_notes_are_taken(*args):
         notes.write_text("mine")
         return found(*args)
 
-    monkeypatch.setattr(pipeline, "search", search_while_notes_are_taken)
+    monkeypatch.setattr(commands, "run_job", search_while_notes_are_taken)
     assert main([*argv, "--replace"]) == 0
     assert "out-2: bank.safetensors, curve.png, result.json" in capsys.readouterr().out
     assert notes.read_text() == "mine"
     assert main([*argv, "--replace"]) == 2
-    assert "holds files that are no result of jchain (notes.txt)" in capsys.readouterr().err
+    assert "holds files that are not a result of jchain (notes.txt)" in capsys.readouterr().err
     notes.unlink()
 
 
@@ -189,7 +209,7 @@ def test_a_result_may_be_written_where_one_stands(tmp_path, monkeypatch):
         "curve.png",
         "result.json",
     }
-    # Without the price of layers, as all rows of the table.
+    # Without layer penalty, as in all rows of the table.
     result = json.loads(Path("result.json").read_text())
     assert result["optimum"] == pytest.approx(result["loss"]["search"], rel=1e-5)
 
@@ -209,7 +229,7 @@ def test_a_result_that_cannot_be_put_in_its_place_is_kept(tmp_path, capsys, monk
 def test_folders_that_hold_something_else_are_never_replaced(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert main(["search", *SMALL, "--out", str(tmp_path), "--replace"]) == 2
-    assert "holds files that are no result" in capsys.readouterr().err
+    assert "holds files that are not a result" in capsys.readouterr().err
     assert main(["search", *SMALL, "--out", str(tmp_path / "notes.txt"), "--replace"]) == 2
     assert "expected a folder for results, got the file" in capsys.readouterr().err
     assert main(["search", *SMALL, "--out", str(tmp_path / "notes.txt" / "out")]) == 2

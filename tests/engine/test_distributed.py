@@ -21,7 +21,7 @@ mesh = jax.make_mesh((2, 4), ("a", "b"))
 for num in (1, 45):
     chains = jc.chain.sample(jax.random.key(num), num, 4, 2, 3)
     # The order of sums is the same where nodes are called one by one, whatever a device has.
-    plans = ((jc.engine.Walk(), 0), (jc.engine.Blocks(4, (1,)), 0), (None, 1e-6))
+    plans = ((jc.engine.DepthFirst(), 0), (jc.engine.Blocks(4, (1,)), 0), (None, 1e-6))
     for plan, tolerance in plans if num > 1 else plans[:1]:
         one, many = jc.evaluate(problem, chains, plan=plan), jc.evaluate(problem, chains, plan=plan, mesh=mesh)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance), one, many)
@@ -55,7 +55,7 @@ problem = jc.Problem(make_bank(), make_batch(), 3)
 chains = np.asarray(jc.chain.sample(jax.random.key(0), 45, 4, 2, 3))
 mesh = jc.engine.distributed.make_mesh()
 assert jax.process_count() == 2 and mesh.size == 2
-for plan, tolerance in ((jc.engine.Walk(), 0), (None, 1e-6)):
+for plan, tolerance in ((jc.engine.DepthFirst(), 0), (None, 1e-6)):
     one, many = jc.evaluate(problem, chains, plan=plan), jc.evaluate(problem, chains, plan=plan, mesh=mesh)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance), one, many)
 results = [jc.run(jax.random.key(0), jc.RandomSearch(16), problem, budget=150, mesh=m) for m in (None, mesh)]

@@ -1,10 +1,13 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jchain.engine.prefix_sharing import batch_rows, sort_chains
+import jchain as jc
+from jchain.engine.prefix_sharing import batch_rows, count_calls, sort_chains
 
 
 def test_sorted_chains_by_hand():
@@ -60,3 +63,8 @@ def test_the_widest_batches_come_first(num_calls, expected):
         jnp.ones(num_calls, bool), jnp.zeros(num_calls, int), jnp.zeros(num_calls, int), 1, (1, 4)
     )
     assert [int(count) for count in out.counts[0]] == expected
+
+
+def test_count_calls_needs_no_evaluation():
+    chains = np.asarray(jc.chain.sample(jax.random.key(0), 300, 4, 2, 3))
+    assert tuple(map(int, count_calls(jnp.asarray(chains), 4))) == reference.count_calls(chains, 4)

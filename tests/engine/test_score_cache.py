@@ -23,7 +23,7 @@ def test_a_repeat_costs_nothing(problem):
 @pytest.mark.parametrize("size", [2**15, 16])
 def test_losses_and_costs_are_those_of_a_dictionary(problem, monkeypatch, size):
     monkeypatch.setattr(score_cache, "_SIZE", size)
-    score = jax.jit(score_cache.score)
+    score = jax.jit(score_cache.evaluate_cached)
     cache, known, spent, expected = score_cache.init(problem), set(), 0, 0
     for seed in range(12):
         chains = jc.chain.sample(jax.random.key(seed), 20, 4, 2, 2)
@@ -84,7 +84,7 @@ def test_vmapped_equals_looped(problem):
 
 
 def test_a_loss_of_older_weights_is_never_returned(problem):
-    score = jax.jit(score_cache.score)
+    score = jax.jit(score_cache.evaluate_cached)
     chains = jnp.array([[0, 1, 4, -1], [2, 1, 4, -1], [2, 3, 5, -1], [4, -1, -1, -1]])
     cache, old, _ = score(score_cache.init(problem), problem, chains)
     bank = problem.bank

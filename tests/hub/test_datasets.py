@@ -1,4 +1,4 @@
-"""Text, questions and images for pretrained transformers, and heads of many outputs."""
+"""Text, questions and images for pretrained transformers, and heads with many outputs."""
 
 import contextlib
 import json
@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import QUESTION, TEXT, make_checkpoint, write_file
+from checkpoints import QUESTION, TEXT, VIT, make_checkpoint, write_config, write_file
 from scipy.special import log_softmax as scipy_log_softmax
 
 import jchain as jc
 from jchain import images
-from jchain.cli import checkpoints as jobs
 from jchain.engine import layer_calls as calls
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -56,7 +55,8 @@ def test_text_is_cut_into_sequences_and_the_tokens_that_follow(checkpoint, tmp_p
         (
             "short",
             {},
-            "expected text of at least 513 tokens, a sequence of 128 for each split, got 5 in .*text.txt",
+            "expected text of at least 513 tokens, a sequence of 128 for each split, "
+            "got 5 in .*text.txt",
         ),
         (TEXT, {"length": 0}, "expected a length of at least 1, got 0"),
         (
@@ -67,49 +67,33 @@ def test_text_is_cut_into_sequences_and_the_tokens_that_follow(checkpoint, tmp_p
         (TEXT, {"length": 10, "sizes": (1, 2)}, "expected sizes of train, search, select, test"),
     ],
 )
-def test_text_that_does_not_do_is_refused(checkpoint, tmp_path, text, options, message):
+def test_unsuitable_text_is_rejected(checkpoint, tmp_path, text, options, message):
     with pytest.raises(ValueError, match=message):
         jc.hub.load_text(checkpoint, write_file(tmp_path, text), **options)
 
 
-def test_sequences_are_no_longer_than_the_model_takes(checkpoint, tmp_path):
-    config = {
-        "checkpoint": [checkpoint],
-        "text": [write_file(tmp_path, TEXT)],
-        "seed": 0,
-        "sizes": (4, 4, 4, 4),
-    }
-    assert jobs.load_task(config).data.search.x.shape == (4, 16)
-    assert jobs.load_task(config | {"length": 9}).data.search.x.shape == (4, 9)
-    odd = make_checkpoint(tmp_path / "odd")
-    options = json.loads((odd / "config.json").read_text())
-    (odd / "config.json").write_text(json.dumps(options | {"n_positions": "many"}))
-    with pytest.raises(ValueError, match="an option has a value that does not fit"):
-        jobs.load_task(config | {"checkpoint": [odd]})
-
-
-def test_tokenizers_and_files_that_do_not_fit_are_refused(checkpoint, tmp_path):
+def test_unsuitable_tokenizers_and_files_are_rejected(checkpoint, tmp_path):
     text = write_file(tmp_path, TEXT)
     small = make_checkpoint(tmp_path / "small", vocabulary=50)
     with pytest.raises(
         ValueError,
-        match=r"expected tokens in 0..49, those of the model, got \d+ by .*tokenizer.json from .*text",
+        match=r"expected tokens in 0..49, the model's, got \d+ from .*tokenizer.json for .*text",
     ):
         jc.hub.load_text(small, text, length=10)
     (small / "tokenizer.json").write_text('{"model": 3}')
-    with pytest.raises(ValueError, match="tokenizer.json is damaged or no tokenizer"):
+    with pytest.raises(ValueError, match="tokenizer.json is damaged or not a tokenizer"):
         jc.hub.load_text(small, text)
     (small / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"expected tokenizer.json in .*small, found none"):
         jc.hub.load_text(small, text)
-    with pytest.raises(FileNotFoundError, match="expected a file of text at .*none.txt"):
+    with pytest.raises(FileNotFoundError, match="expected a text file at .*none.txt"):
         jc.hub.load_text(checkpoint, tmp_path / "none.txt")
     text.write_bytes(b"\xff\xfe\xfa" * 500)
     with pytest.raises(ValueError, match="expected text in UTF-8 in .*text.txt"):
         jc.hub.load_text(checkpoint, text)
 
 
-def test_damaged_tokenizers_give_clear_errors_and_nothing_else(tmp_path):
+def test_damaged_tokenizers_raise_only_clear_errors(tmp_path):
     path = make_checkpoint(tmp_path / "model") / "tokenizer.json"
     whole, text, rng = path.read_bytes(), write_file(tmp_path, TEXT), np.random.default_rng(0)
     for trial in range(60):
@@ -123,7 +107,7 @@ def test_damaged_tokenizers_give_clear_errors_and_nothing_else(tmp_path):
             jc.hub.load_text(path.parent, text, length=10)
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab={"a": 0}, unk_token="none"))
     words.save(str(path))
-    with pytest.raises(ValueError, match=r"tokenizer.json has no tokens for .*text.txt: .*UNK"):
+    with pytest.raises(ValueError, match=r"tokenizer.json cannot encode .*text.txt: .*UNK"):
         jc.hub.load_text(path.parent, text, length=10)
 
 
@@ -137,7 +121,7 @@ def test_choices_are_ranked_by_their_mean_likelihood(checkpoint, tmp_path):
     tokenizer = tokenizers.Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
 
     def find_mean(x, y):
-        """Of one choice alone, without padding."""
+        """The mean log-likelihood of one choice, computed without padding."""
         num = int((y >= 0).sum())
         end = int(np.flatnonzero(y >= 0)[-1]) + 1
         logits = log_softmax(
@@ -158,14 +142,8 @@ def test_choices_are_ranked_by_their_mean_likelihood(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="expected a length of at least 1, got -3"):
         jc.hub.load_choices(checkpoint, path, length=-3)
     lines = [json.dumps({**QUESTION, "question": "a\u2028b"}, ensure_ascii=False)] * 4
-    assert (
-        len(
-            jc.hub.load_choices(
-                checkpoint, write_file(tmp_path, "\n".join(lines), "other.jsonl")
-            ).test.x
-        )
-        == 1
-    )
+    other = write_file(tmp_path, "\n".join(lines), "other.jsonl")
+    assert len(jc.hub.load_choices(checkpoint, other).test.x) == 1
     short = jc.hub.load_choices(checkpoint, path, length=5)
     assert short.search.x.shape[1:] == (3, 5)
     assert int((short.train.y >= 0).sum()) == int((data.train.y >= 0).sum())
@@ -176,14 +154,23 @@ def test_choices_are_ranked_by_their_mean_likelihood(checkpoint, tmp_path):
     [
         ("no json", r"questions.jsonl, line 1: expected \{.question.: "),
         (json.dumps({"question": "a", "choices": ["b", "c"]}), "line 1: expected .* got 'answer'"),
-        (json.dumps({**QUESTION, "answer": 3}), "which of them is right from 0, got"),
-        (json.dumps({**QUESTION, "choices": "abc"}), "which of them is right from 0, got"),
-        (json.dumps({**QUESTION, "choices": {"text": ["a", "b"], "label": ["A", "B"]}}), "which of them is right from 0, got"),
-        (json.dumps({**QUESTION, "question": ""}), "expected a question of a token or more and a choice of 1 to"),
-        (json.dumps({**QUESTION, "choices": ["a", "b"]}) + "\n" + json.dumps(QUESTION), r"of one number of choices .*got 8 of \[2, 3\]"),
+        (json.dumps({**QUESTION, "answer": 3}), "the index of the correct choice, got"),
+        (json.dumps({**QUESTION, "choices": "abc"}), "the index of the correct choice, got"),
+        (
+            json.dumps({**QUESTION, "choices": {"text": ["a", "b"], "label": ["A", "B"]}}),
+            "the index of the correct choice, got",
+        ),
+        (
+            json.dumps({**QUESTION, "question": ""}),
+            "expected a question of at least 1 token and a choice of 1 to",
+        ),
+        (
+            json.dumps({**QUESTION, "choices": ["a", "b"]}) + "\n" + json.dumps(QUESTION),
+            r"at least 4 questions with the same number of choices .*got 8 with \[2, 3\]",
+        ),
     ],
-)  # fmt: skip
-def test_questions_that_are_none_are_refused(checkpoint, tmp_path, line, message):
+)
+def test_invalid_questions_are_rejected(checkpoint, tmp_path, line, message):
     path = write_file(tmp_path, "\n".join([line] * 4), "questions.jsonl")
     with pytest.raises(ValueError, match=message):
         jc.hub.load_choices(checkpoint, path)
@@ -209,17 +196,9 @@ def test_labels_below_zero_do_not_count():
     np.testing.assert_allclose(jc.hub.token_accuracy(outputs, y), hits)
 
 
-def test_images_are_as_the_model_was_trained_on(tmp_path, monkeypatch):
-    folder = tmp_path / "vit"
-    folder.mkdir()
-    options = {
-        "model_type": "vit",
-        "hidden_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 8,
-    }
-    (folder / "config.json").write_text(json.dumps(options | {"image_size": 16, "patch_size": 8}))
+def test_images_are_resized_and_standardized_as_in_training(tmp_path, monkeypatch):
+    sizes = {"image_size": 16, "patch_size": 8, "num_channels": 3}
+    folder = write_config(tmp_path / "vit", VIT | sizes)
     (folder / "preprocessor_config.json").write_text(
         json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.5, 0.2]})
     )
@@ -249,24 +228,23 @@ def test_images_are_as_the_model_was_trained_on(tmp_path, monkeypatch):
             jc.hub.load_images(folder, "digits")
 
 
-def test_models_of_text_and_of_images_are_told_apart(checkpoint, tmp_path):
+def test_a_model_of_text_takes_no_images(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="expected a model of images at .*, got one of text"):
         jc.hub.load_images(checkpoint, "digits")
 
 
 @pytest.mark.parametrize(
-    "plan", [jc.engine.Walk(), jc.engine.Blocks(4, (1, 2), head_widths=(1, 4))]
+    "plan", [jc.engine.DepthFirst(), jc.engine.Blocks(4, (1, 2), head_widths=(1, 4))]
 )
-def test_outputs_that_would_be_large_are_made_in_parts(checkpoint, tmp_path, monkeypatch, plan):
+def test_large_outputs_are_computed_in_parts(checkpoint, tmp_path, monkeypatch, plan):
     bank = jc.hub.load(checkpoint)
     data = jc.hub.load_text(checkpoint, write_file(tmp_path, TEXT), length=9)
     problem = jc.Problem(bank, jc.Batch(data.search.x[:11], data.search.y[:11]), 2)
     chains = jc.chain.enumerate_all(2, 1, 2)
     whole = jc.evaluate(problem, chains, plan=plan)
     jax.clear_caches()
-    monkeypatch.setattr(
-        calls, "_OUTPUT_LIMIT", 4 * 9 * 256 * 5
-    )  # of 5 examples, so that there are parts of 4, 4 and 3
+    # 5 examples fit, so the parts have 4, 4 and 3.
+    monkeypatch.setattr(calls, "_OUTPUT_LIMIT", 4 * 9 * 256 * 5)
     parts = jc.evaluate(problem, chains, plan=plan)
     assert (
         plan.count_bytes(problem, jax.eval_shape(bank.embed, problem.data.x)) < 4 * 9 * 256 * 11 * 4

@@ -1,4 +1,4 @@
-"""Parity with transformers (torch, CPU): the model as it was, with skips and repeats, and what is exported."""
+"""Parity with transformers (torch, CPU): original models, skipped and repeated blocks, exports."""
 
 import copy
 
@@ -31,32 +31,56 @@ SIZES = {
 }
 GPT2 = {"vocab_size": 67, "n_embd": 24, "n_layer": 4, "n_head": 3, "n_positions": 16}
 ROPE = {"rope_theta": 5000.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+GROUPED = SIZES | {"num_key_value_heads": 2}
+# From the name of a case to its config: class and options.
 CASES = {
-    "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
-    "gpt2 untied": ("GPT2LMHeadModel", "GPT2Config", GPT2 | {"tie_word_embeddings": False, "n_inner": 50, "activation_function": "relu"}),
-    "llama": ("LlamaForCausalLM", "LlamaConfig", SIZES | {"num_key_value_heads": 2}),
-    "llama tied": ("LlamaForCausalLM", "LlamaConfig", SIZES | {"num_key_value_heads": 1, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "head_dim": 10}),
-    "llama linear": ("LlamaForCausalLM", "LlamaConfig", SIZES | {"rope_parameters": ROPE | {"rope_type": "linear", "factor": 3.0}}),
-    "llama llama3": ("LlamaForCausalLM", "LlamaConfig", SIZES | {"rope_parameters": ROPE | {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
-    "llama yarn": ("LlamaForCausalLM", "LlamaConfig", SIZES | {"rope_parameters": ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}),
-    "mistral": ("MistralForCausalLM", "MistralConfig", SIZES | {"num_key_value_heads": 2, "sliding_window": 4}),
-    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", SIZES | {"num_key_value_heads": 2}),
-    "qwen2 windows": ("Qwen2ForCausalLM", "Qwen2Config", SIZES | {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2}),
-    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", SIZES | {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True}),
-    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SIZES | {"rotary_pct": 0.5}),
-    "gpt_neox in turn": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SIZES | {"use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_new", "tie_word_embeddings": True}),
-}  # fmt: skip
+    "gpt2": ("GPT2", GPT2),
+    "gpt2 untied": (
+        "GPT2",
+        GPT2 | {"tie_word_embeddings": False, "n_inner": 50, "activation_function": "relu"},
+    ),
+    "llama": ("Llama", GROUPED),
+    "llama tied": (
+        "Llama",
+        SIZES
+        | {"num_key_value_heads": 1, "tie_word_embeddings": True, "head_dim": 10}
+        | {"attention_bias": True, "mlp_bias": True},
+    ),
+    "llama linear": (
+        "Llama",
+        SIZES | {"rope_parameters": ROPE | {"rope_type": "linear", "factor": 3.0}},
+    ),
+    "llama llama3": ("Llama", SIZES | {"rope_parameters": ROPE | LLAMA3}),
+    "llama yarn": ("Llama", SIZES | {"rope_parameters": ROPE | YARN}),
+    "mistral": ("Mistral", GROUPED | {"sliding_window": 4}),
+    "qwen2": ("Qwen2", GROUPED),
+    "qwen2 windows": (
+        "Qwen2",
+        GROUPED | {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2},
+    ),
+    "qwen3": ("Qwen3", GROUPED | {"head_dim": 8, "tie_word_embeddings": True}),
+    "gpt_neox": ("GPTNeoX", SIZES | {"rotary_pct": 0.5}),
+    "gpt_neox sequential": (
+        "GPTNeoX",
+        SIZES
+        | {"use_parallel_residual": False, "attention_bias": False}
+        | {"hidden_act": "gelu_new", "tie_word_embeddings": True},
+    ),
+}
 CHAINS = ([0, 1, 2, 3, 4], [0, 2, 3, 4], [3, 1, 1, 0, 2, 2, 4], [1, 4])
 
 
 def make_model(case, seed=0):
-    cls, config, options = CASES[case]
+    kind, options = CASES[case]
+    suffix = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
     torch.manual_seed(seed)
-    config = getattr(transformers, config)(**options)
+    config = getattr(transformers, f"{kind}Config")(**options)
     config._attn_implementation = "eager"
-    model = getattr(transformers, cls)(config).eval()
+    model = getattr(transformers, kind + suffix)(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # biases too, which begin as zeros
+        for parameter in model.parameters():  # also biases, which start at zero
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
@@ -67,7 +91,7 @@ def find_blocks(model):
 
 
 def rearrange(model, blocks):
-    """The same model with its list of blocks in another order; a block that comes twice is copied."""
+    """The same model with its blocks in another order. A repeated block is copied."""
     model = copy.deepcopy(model)
     base, name = find_blocks(model)
     old = list(getattr(base, name))
@@ -108,7 +132,7 @@ def test_logits_are_those_of_transformers(case):
         assert_close(apply(bank, chain), run_torch(rearrange(model, chain[:-1])))
 
 
-def test_what_is_exported_loads_with_from_pretrained(case, tmp_path):
+def test_exported_chains_load_with_from_pretrained(case, tmp_path):
     _, model, folder = case
     bank, chain = jc.hub.load(folder), CHAINS[2]
     jc.hub.export(bank, chain, folder, tmp_path / "out")
@@ -121,11 +145,17 @@ def test_what_is_exported_loads_with_from_pretrained(case, tmp_path):
     assert_close(apply(jc.hub.load(tmp_path / "out"), range(len(chain))), apply(bank, chain), 1e-6)
 
 
-def test_a_classifier_of_images(tmp_path):
+def test_classifiers_of_images(tmp_path):
     torch.manual_seed(0)
     config = transformers.ViTConfig(
-        hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=40, image_size=12, patch_size=4, num_labels=5
-    )  # fmt: skip
+        hidden_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        intermediate_size=40,
+        image_size=12,
+        patch_size=4,
+        num_labels=5,
+    )
     model = transformers.ViTForImageClassification(config).eval()
     model.save_pretrained(tmp_path / "model")
     bank = jc.hub.load(tmp_path / "model")
@@ -151,7 +181,7 @@ def test_half_precision_and_shards(tmp_path, name, dtype):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(bank) if leaf.ndim} == {dtype}
     assert_close(apply(bank, range(5)), expected, 2e-2)
     wide = jc.hub.load(tmp_path / "model", dtype=jnp.float32)
-    # Not `model.float()`, whose rotary frequencies were rounded too.
+    # Not `model.float()`, as the half-precision model also rounded its rotary frequencies.
     rounded = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", dtype=torch.float32
     ).eval()
@@ -164,8 +194,8 @@ def test_half_precision_and_shards(tmp_path, name, dtype):
     assert_close(run_torch(again), run_torch(rounded), 1e-6)
 
 
-def test_several_models_are_one_bank_and_leave_as_one(tmp_path):
-    """With embeddings and an output layer of different models, which are not tied then."""
+def test_a_chain_of_several_models_is_exported_as_one_model(tmp_path):
+    """Embeddings and output layer come from different models, so they are not tied."""
     models = [make_model("gpt2", seed) for seed in range(2)]
     for i, model in enumerate(models):
         model.save_pretrained(tmp_path / f"m{i}")
@@ -179,8 +209,8 @@ def test_several_models_are_one_bank_and_leave_as_one(tmp_path):
     assert_close(run_torch(again), apply(bank, chain), 1e-5)
 
 
-def test_a_chain_that_was_found_is_loaded_by_transformers(tmp_path, monkeypatch):
-    """The second example of the README, whole."""
+def test_transformers_loads_a_chain_that_a_search_found(tmp_path, monkeypatch):
+    """The complete second example of the README."""
     monkeypatch.chdir(tmp_path)
     make_model_and_text(tmp_path)
     scope = {}
@@ -192,7 +222,7 @@ def test_a_chain_that_was_found_is_loaded_by_transformers(tmp_path, monkeypatch)
 
 
 def test_a_base_model_without_prefix_is_read(tmp_path):
-    """As gpt2 itself lies on the hub."""
+    """The format of gpt2 on the Hugging Face hub."""
     model = make_model("gpt2")
     model.transformer.save_pretrained(tmp_path / "model")
     assert_close(apply(jc.hub.load(tmp_path / "model"), range(5)), run_torch(model))

@@ -110,13 +110,13 @@ def test_cells_are_no_narrower_than_rounding():
 
 def test_grids_are_chosen_by_what_they_miss_and_cost():
     spread = np.random.default_rng(0).standard_normal((500, 16))
-    exact = match.choose_cells(spread, (2**20, 2**20), 1e-7)
-    noisy = match.choose_cells(spread, (2**20, 2**20), 0.05)
-    assert exact.num_keys < noisy.num_keys
+    exact = match.choose_grids(spread, (2**20, 2**20), 1e-7)
+    noisy = match.choose_grids(spread, (2**20, 2**20), 0.05)
+    assert exact.num_projections < noisy.num_projections
     assert exact.num_grids < noisy.num_grids
-    assert exact.seconds < noisy.seconds < match.estimate_all(2.0**40)
-    # By hand: cells so much wider than the error that one grid misses nothing, of numbers that are apart.
-    assert match.choose_cells(np.array([[0.0], [1e12]]), (10, 10), 1.0)[1:3] == (1, 1)
+    assert exact.seconds < noisy.seconds < match.estimate_match_all(2.0**40)
+    # By hand: cells far wider than the error, so that one grid misses nothing, of distant numbers.
+    assert match.choose_grids(np.array([[0.0], [1e12]]), (10, 10), 1.0)[1:3] == (1, 1)
     for cells in (exact, noisy):
         share = 1 - np.sqrt(2 / np.pi) * (1e-7 if cells is exact else 0.05) / cells.width
-        assert (1 - share**cells.num_keys) ** cells.num_grids <= 0.0201
+        assert (1 - share**cells.num_projections) ** cells.num_grids <= 0.0201

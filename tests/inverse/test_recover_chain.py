@@ -8,9 +8,8 @@ import pytest
 from conftest import init_params
 
 import jchain as jc
-from jchain.inverse import enumerate_halves as halves
 from jchain.inverse import nearest_pairs as match
-from jchain.inverse import recover_chain as meet
+from jchain.inverse import recover_chain
 
 FEATURES = 4
 
@@ -155,7 +154,7 @@ def test_one_layer_is_found_by_its_outputs():
 
 @pytest.mark.parametrize("noise", [0.0, 0.01])
 def test_more_and_more_noise_is_tried_where_all_pairs_are_too_many(monkeypatch, noise):
-    monkeypatch.setattr(meet, "estimate_all", lambda num_pairs: 1e9)
+    monkeypatch.setattr(recover_chain, "estimate_match_all", lambda num_pairs: 1e9)
     bank = make_bank(num_layers=4)
     x, y, _ = make_task(bank, 4, noise=noise, num_examples=40)
     chains, residuals = brute_force(bank, x, y, 4)
@@ -245,18 +244,3 @@ def test_bad_input_is_refused_before_work():
     ):
         with pytest.raises(ValueError, match=expected):
             jc.meet_in_the_middle(*args, **options)
-
-
-@pytest.mark.parametrize("num_layers", [0, 1, 2, 3])
-@pytest.mark.parametrize("level", [1, 3 * 3 * 8, 10**6])
-def test_a_half_holds_every_sequence_where_decode_says(num_layers, level, monkeypatch):
-    monkeypatch.setattr(halves, "_MAX_LEVEL", level)
-    bank = make_bank(num_layers=3)
-    hidden = jax.random.normal(jax.random.key(3), (2, FEATURES))
-    half = halves.Half(bank.layers, hidden, num_layers)
-    # Not jitted: a compiled program would not see another size.
-    table = halves._sketch.__wrapped__(half.layers, half.hidden, jnp.eye(8), num_layers)
-    sequences = halves.decode(half, np.arange(half.size))
-    assert len({tuple(row) for row in sequences}) == half.size == 3**num_layers
-    wanted = [apply(bank, row, hidden).reshape(-1) for row in sequences]
-    np.testing.assert_allclose(table, wanted, rtol=1e-5, atol=1e-6)

@@ -1,7 +1,6 @@
-"""The driver: budget, best so far, curve, finalists, counts."""
+"""The driver: budget, best so far, finalists, counts, programs, and invalid arguments."""
 
 import inspect
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,69 +9,55 @@ import pytest
 from conftest import make_bank
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripted_search import Scripted, make_scripted
 
 import jchain as jc
-from jchain.pytree import pytree_dataclass, static
+from jchain.pytree import pytree_dataclass
 from jchain.search import base
 
 
-class Script(NamedTuple):
-    t: jax.Array
-
-
-@pytree_dataclass
-class Scripted:
-    """Plays given chains with given losses at a given cost per step."""
-
-    chains: jax.Array  # [T, P, L]
-    loss: jax.Array  # [T, P]
-    cost: int = static(default=5)
-
-    def init(self, key, problem):
-        return Script(jnp.array(0))
+class Counting(Scripted):
+    num_traces = 0
 
     def step(self, key, state, problem):
-        info = jc.Info(self.chains[state.t], self.loss[state.t], jnp.array(self.cost))
-        return Script((state.t + 1) % self.loss.shape[0]), info
+        Counting.num_traces += 1
+        return super().step(key, state, problem)
 
 
-def scripted(rows, cost=5):
-    """Steps of (first token, loss) pairs; the chain is that token and the head 4."""
-    chains = [[[token, 4, -1, -1] for token, _ in row] for row in rows]
-    return Scripted(
-        jnp.array(chains, jnp.int32), jnp.array([[loss for _, loss in row] for row in rows]), cost
-    )
-
-
-def test_curve_best_and_finalists(problem):
-    search = scripted([[(0, 3.0), (1, 4.0)], [(2, 2.0), (0, 3.0)], [(3, 9.0), (3, 9.0)]])
-    result = jc.run(jax.random.key(0), search, problem, budget=15, num_finalists=3)
-    assert result.curve.layer_calls.tolist() == [5, 10, 15]
-    assert result.curve.best_loss.tolist() == [3, 2, 2]
-    assert result.curve.at([4, 5, 9, 10, 99]).tolist() == [np.inf, 3, 3, 2, 2]
-    assert result.best_chain.tolist() == [2, 4, -1, -1]
-    assert result.best_loss == 2
-    assert result.finalists[:, 0].tolist() == [2, 0, 1]
-    assert result.finalist_losses.tolist() == [2, 3, 4]
-    assert (result.layer_calls, result.num_chains, result.num_nonfinite) == (15, 6, 0)
-
-
-def test_all_steps_of_a_run_are_one_program(problem):
-    program = base._compile_advance("cpu")
-    before = program._cache_size()
-    result = jc.run(jax.random.key(0), scripted([[(0, 3.0)], [(1, 2.0)]]), problem, budget=1000)
+def test_all_steps_of_a_run_share_one_program(problem):
+    script = make_scripted([[(0, 3.0)], [(1, 2.0)]])
+    search = pytree_dataclass(Counting)(script.chains, script.loss, script.cost)
+    result = jc.run(jax.random.key(0), search, problem, budget=1000)
     assert len(result.curve.best_loss) == 200
-    assert program._cache_size() == before + 1
+    assert Counting.num_traces == 1
+
+
+def test_an_unknown_argument_raises_an_error_that_names_it(problem):
+    for run, keys in (
+        (jc.run, jax.random.key(0)),
+        (jc.run_many, jax.random.split(jax.random.key(0), 2)),
+    ):
+        with pytest.raises(TypeError, match="budgt"):
+            inspect.unwrap(run)(keys, jc.RandomSearch(), problem, budgt=1)
+
+
+def test_flags_of_a_search_default_to_false():
+    flags = base.is_deterministic, base.needs_gradient, base.needs_invertible, base.holds_chains
+    search = make_scripted([[(0, 3.0)]])
+    for flag in flags:
+        assert not flag(search)
+    assert base.holds_chains(jc.LocalSearch(starts=np.array([[0, 4, -1, -1]])))
+    assert not base.holds_chains(jc.LocalSearch())
 
 
 def test_the_budget_is_never_exceeded(problem):
-    search = scripted([[(0, 3.0)], [(1, 2.0)], [(2, 1.0)]])
+    search = make_scripted([[(0, 3.0)], [(1, 2.0)], [(2, 1.0)]])
     result = jc.run(jax.random.key(0), search, problem, budget=14)
     assert (result.layer_calls, result.best_loss, result.num_chains) == (10, 2, 2)
 
 
-def test_a_run_is_over_at_its_target(problem):
-    search = scripted([[(0, 3.0)], [(1, 2.0)], [(2, 1.0)]])
+def test_a_run_stops_at_its_target_loss(problem):
+    search = make_scripted([[(0, 3.0)], [(1, 2.0)], [(2, 1.0)]])
     for target, expected in (
         (2.5, [5, 10]),
         (2.0, [5, 10]),
@@ -85,33 +70,25 @@ def test_a_run_is_over_at_its_target(problem):
         jc.run(jax.random.key(0), search, problem, budget=25, target_loss=float("nan"))
 
 
-def test_a_budget_below_one_step_is_refused(problem):
-    with pytest.raises(
-        ValueError, match="at least one step, which costs 5 layer calls here, got 4"
-    ):
-        jc.run(jax.random.key(0), scripted([[(0, 3.0)]]), problem, budget=4)
+def test_a_budget_below_one_layer_call_raises(problem):
     with pytest.raises(
         ValueError, match="expected a budget and num_finalists of at least 1, got 0 and 16"
     ):
-        jc.run(jax.random.key(0), scripted([[(0, 3.0)]]), problem, budget=0)
+        jc.run(jax.random.key(0), make_scripted([[(0, 3.0)]]), problem, budget=0)
 
 
-def test_a_search_that_asks_nothing_more_is_stopped(problem):
-    result = jc.run(jax.random.key(0), scripted([[(0, 3.0)]], cost=0), problem, budget=4)
+def test_a_search_is_stopped_after_100_zero_cost_steps(problem):
+    result = jc.run(jax.random.key(0), make_scripted([[(0, 3.0)]], cost=0), problem, budget=4)
     assert len(result.curve.best_loss) == 100
     assert result.layer_calls == 0
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_nonfinite_losses_never_win_and_are_counted(problem, bad):
-    search = scripted([[(0, bad), (1, 4.0)], [(2, bad), (3, bad)]])
+def test_nonfinite_losses_are_counted_and_never_best(problem, bad):
+    search = make_scripted([[(0, bad), (1, 4.0)], [(2, bad), (3, bad)]])
     result = jc.run(jax.random.key(0), search, problem, budget=10)
     assert (result.best_loss, result.num_nonfinite) == (4, 3)
     assert result.finalists[:, 0].tolist() == [1]
-    nothing = jc.run(jax.random.key(0), scripted([[(0, bad)]]), problem, budget=5)
-    assert nothing.best_loss == np.inf
-    assert nothing.best_chain.tolist() == [-1] * 4
-    assert len(nothing.finalists) == 0
 
 
 @settings(max_examples=20, deadline=None)
@@ -127,7 +104,7 @@ def test_nonfinite_losses_never_win_and_are_counted(problem, bad):
     )
 )
 def test_best_so_far_never_rises(problem, rows):
-    result = jc.run(jax.random.key(0), scripted(rows), problem, budget=15, num_finalists=4)
+    result = jc.run(jax.random.key(0), make_scripted(rows), problem, budget=15, num_finalists=4)
     assert np.all(np.diff(result.curve.best_loss) <= 0)
     assert result.best_loss == min(loss for row in rows for _, loss in row)
     assert len(np.unique(result.finalists, axis=0)) == len(
@@ -135,24 +112,16 @@ def test_best_so_far_never_rises(problem, rows):
     )
 
 
-def test_a_search_that_is_no_pytree_is_refused(problem):
+def test_a_search_that_is_not_a_pytree_raises(problem):
     class Plain:
         def init(self, key, problem): ...
         def step(self, key, state, problem): ...
 
-    with pytest.raises(ValueError, match=r"expected a search registered as a pytree .* got Plain"):
+    with pytest.raises(ValueError, match=r"class decorated with @jc.pytree_dataclass, got Plain"):
         jc.run(jax.random.key(0), Plain(), problem, budget=5)
 
 
-def test_the_progress_line_shows_calls_and_loss(problem, capsys):
-    jc.run(jax.random.key(0), scripted([[(0, 3.25)]]), problem, budget=10, progress=True)
-    shown = capsys.readouterr()
-    assert "10 of 10 layer calls" in shown.err
-    assert "best loss 3.2500" in shown.err
-    assert shown.out == ""
-
-
-def test_many_runs_equal_one_after_another(problem):
+def test_run_many_equals_runs_of_single_keys(problem):
     keys = jax.random.split(jax.random.key(0), 3)
     many = jc.run_many(keys, jc.Evolution(population_size=8, num_chains=4), problem, budget=150)
     for key, result in zip(keys, many, strict=True):
@@ -168,34 +137,34 @@ def test_many_runs_equal_one_after_another(problem):
         jc.run_many(keys[:0], jc.RandomSearch(), problem, budget=150)
 
 
-def test_a_budget_may_be_as_large_as_a_count(problem):
-    search = scripted([[(0, 3.0)]] * 4, cost=2**30)  # half of all that can be counted
+def test_the_largest_int32_is_a_valid_budget(problem):
+    search = make_scripted([[(0, 3.0)]] * 4, cost=2**30)  # half of the largest int32 budget
     result = jc.run(jax.random.key(0), search, problem, budget=2**31 - 1)
     assert (result.layer_calls, result.num_chains) == (2**30, 1)
 
 
-def test_keys_of_another_kind_are_refused(problem):
-    run = inspect.unwrap(jc.run)  # without the checks of types that tests run under
+def test_keys_of_another_kind_raise(problem):
+    run = inspect.unwrap(jc.run)  # without the run-time type checks of these tests
     for key in (jax.random.PRNGKey(0), jax.random.split(jax.random.key(0))):
         with pytest.raises(ValueError, match="expected one key of jax.random.key, got"):
             run(key, jc.RandomSearch(), problem, budget=150)
 
 
-def test_a_price_that_is_no_number_is_refused(problem):
-    for price in (np.nan, [0.0, 0.0, np.inf, 0.0]):
+def test_a_nonfinite_layer_cost_raises(problem):
+    for cost in (np.nan, [0.0, 0.0, np.inf, 0.0]):
         with pytest.raises(ValueError, match="expected a finite layer_cost, got nan or infinity"):
-            jc.Problem(problem.bank, problem.data, 3, layer_cost=price)
+            jc.Problem(problem.bank, problem.data, 3, layer_cost=cost)
 
 
 def test_rows_without_a_chain_are_not_counted(problem):
-    search = scripted([[(0, 3.0), (1, 4.0)]])
+    search = make_scripted([[(0, 3.0), (1, 4.0)]])
     empty = search.chains.at[0, 1].set(-1)
     search = Scripted(empty, search.loss.at[0, 1].set(jnp.inf), search.cost)
     result = jc.run(jax.random.key(0), search, problem, budget=10)
     assert (result.num_chains, result.num_nonfinite, len(result.finalists)) == (2, 0, 1)
 
 
-def test_banks_alike_but_for_names_share_a_program(bank, problem):
+def test_banks_that_differ_only_in_names_share_one_program(bank, problem):
     traces = []
 
     def loss_fn(outputs, y):
@@ -204,11 +173,11 @@ def test_banks_alike_but_for_names_share_a_program(bank, problem):
 
     renamed = make_bank(names=list("abcdef"))
     ours, theirs = (jc.Problem(b, problem.data, 3, loss_fn=loss_fn) for b in (bank, renamed))
-    for use in (
+    for call in (
         lambda p: jc.evaluate(p, [[0, 4, -1, -1]]).loss,
         lambda p: jc.run(jax.random.key(0), jc.RandomSearch(2), p, budget=20),
     ):
-        use(ours)
-        before = len(traces)
-        use(theirs)
-        assert len(traces) == before
+        call(ours)
+        num_traces = len(traces)
+        call(theirs)
+        assert len(traces) == num_traces

@@ -37,21 +37,23 @@ def test_each_pass_is_a_plain_beam_search_twice_as_wide(problem):
             best, calls = min(best, float(info.loss.min())), calls + int(info.layer_calls)
         expected = plain_beam(problem, width)
         assert (best, calls) == (pytest.approx(expected[0], rel=1e-5), expected[1])
-    # All passes are over: nothing more is asked.
+    # After the last pass, steps do nothing.
     _, info = step(jax.random.key(0), state, problem)
     assert info.layer_calls == 0
     assert np.isinf(info.loss).all()
     assert (np.asarray(info.chains) == -1).all()
 
 
-def test_prices_count(problem):
-    priced = jc.Problem(problem.bank, problem.data, 3, layer_cost=100.0)
-    result = jc.run(jax.random.key(0), jc.BeamSearch(max_width=1), priced, budget=100)
+def test_the_layer_penalty_counts(problem):
+    penalized = jc.Problem(problem.bank, problem.data, 3, layer_cost=100.0)
+    result = jc.run(jax.random.key(0), jc.BeamSearch(max_width=1), penalized, budget=100)
     assert (result.best_chain >= 0).sum() == 1
-    assert result.best_loss == pytest.approx(float(jc.evaluate_all(priced)[1].loss.min()), rel=1e-5)
+    assert result.best_loss == pytest.approx(
+        float(jc.evaluate_all(penalized)[1].loss.min()), rel=1e-5
+    )
 
 
-def test_prefixes_that_are_not_finite_are_left(problem):
+def test_prefixes_with_a_loss_that_is_not_finite_are_not_extended(problem):
     x = problem.data.x * 1e37
     bad = jc.Problem(problem.bank, jc.Batch(x, problem.data.y), 3)
     result = jc.run(jax.random.key(0), jc.BeamSearch(max_width=2), bad, budget=1000)

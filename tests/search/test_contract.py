@@ -52,18 +52,18 @@ RATES = {
     "SuffixBeamSearch": {"temperature": 0.5},
     "CriticSearch": {"ridge": 5.0, "epsilon": 0.2},
 }
-# They go on from the activations of a prefix, and pay for each layer that they apply, not for chains.
+# These continue from the activations of a prefix, and pay for each layer that they apply.
 STEPPING = ("BeamSearch", "MCTS")
 DETERMINISTIC = ("BeamSearch",)
-# They apply layers while they sample chains, and pay for those of each step.
+# These apply layers while they sample chains, and pay for all chains of each step.
 OBSERVING = ("ActorCritic-observing",)
-# They also pay for passes: recounted in tests of their own.
+# These also pay for other passes, which their own tests recount.
 PASSING = ("LinearizedSearch", "ActorCritic-scores", "TargetPropagation", "SuffixBeamSearch")
-# Layers that can be undone, for a search that needs them.
+# These need a bank of invertible layers.
 INVERTIBLE = ("SuffixBeamSearch",)
 
 
-# Some vmapped, and the rest with `-m slow`.
+# A few run by default, the rest with `-m slow`.
 VMAPPED = [
     pytest.param(name, marks=() if name in ("RandomSearch", "CriticSearch") else pytest.mark.slow)
     for name in SEARCHES
@@ -80,7 +80,7 @@ SLOW_EAGER = (
     "TargetPropagation",
     "SuffixBeamSearch",
 )
-# One of each way of making chains.
+# By default, one search for each way of making chains.
 SHORT = [
     pytest.param(
         name,
@@ -107,7 +107,7 @@ def test_every_exported_search_is_in_the_contract():
     assert exported == {type(search).__name__ for search in SEARCHES.values()}
 
 
-# Variants of one search that take long to compile; what they do is tested beside it.
+# Variants of one search that take long to compile; tests/search/test_actor_critic.py tests them.
 SLOW = ("ActorCritic-scores", "ActorCritic-weights", "ActorCritic-replay", "ActorCritic-observing")
 
 
@@ -156,20 +156,21 @@ assert_close = partial(assert_trees_close, rtol=2e-3, atol=1e-5)
 
 def test_losses_indices_and_cost_are_exact(name, search, problem):
     _, infos = steps(search, problem, num=8, step=jax.jit(search.step))
-    seen, parent = set(), None
+    scored, parent = set(), None
     for info in infos:
-        is_there = np.asarray(info.chains)[:, 0] >= 0
-        chains = np.asarray(info.chains)[is_there]
-        jc.chain.validate(chains, 4, 2, 3)
+        is_chain = np.asarray(info.chains)[:, 0] >= 0
+        chains = np.asarray(info.chains)[is_chain]
+        problem.space.validate(chains)
         expected = [reference.chain_loss(problem, chain)[0] for chain in chains]
-        np.testing.assert_allclose(np.asarray(info.loss)[is_there], expected, rtol=1e-5, atol=1e-5)
-        assert np.isinf(np.asarray(info.loss)[~is_there]).all()
+        np.testing.assert_allclose(np.asarray(info.loss)[is_chain], expected, rtol=1e-5, atol=1e-5)
+        assert np.isinf(np.asarray(info.loss)[~is_chain]).all()
         rows = [tuple(map(int, chain)) for chain in chains]
         if name in STEPPING:
             # Each layer call gives a prefix, which every head scores.
             assert info.layer_calls == len({row[: row.index(max(row))] for row in rows} - {()})
         elif name == "CriticSearch":
-            # All children of one prefix, which is computed again unless it is a child of the last one.
+            # The step scores all children of one prefix. That prefix is computed again unless it
+            # is a child of the last one.
             before, parent = parent, max((row[: row.index(max(row))] for row in rows), key=len)[:-1]
             assert len({row[: row.index(max(row))] for row in rows} - {()}) == 4
             assert info.layer_calls == 4 + (len(parent) if parent[:-1] != before else 0)
@@ -178,13 +179,13 @@ def test_losses_indices_and_cost_are_exact(name, search, problem):
         elif name not in PASSING:
             assert (
                 info.layer_calls
-                == reference.count_calls([row for row in rows if row not in seen], 4)[0]
+                == reference.count_calls([row for row in rows if row not in scored], 4)[0]
             )
-        seen.update(rows)
+        scored.update(rows)
 
 
 @pytest.mark.parametrize("name", EAGER, indirect=True)
-def test_jit_equals_eager_and_a_key_decides(name, search, problem):
+def test_jit_equals_eager_and_the_key_determines_the_result(name, search, problem):
     step = jax.jit(search.step)
     jitted = steps(search, problem, step=step)
     assert_close(steps(search, problem), jitted)
@@ -231,22 +232,22 @@ def test_one_trace_for_all_steps_problems_and_rates(name, search, problem):
     rates = type(search)(
         **({f: getattr(search, f) for f in search.__dataclass_fields__} | RATES.get(name, {}))
     )
-    for variant, where in [(search, problem), (search, other), (rates, problem)]:
-        state = jax.jit(type(variant).init)(variant, jax.random.key(0), where)
+    for variant, on in [(search, problem), (search, other), (rates, problem)]:
+        state = jax.jit(type(variant).init)(variant, jax.random.key(0), on)
         for seed in range(2):
-            state, _ = step(jax.random.key(seed), variant, state, where)
+            state, _ = step(jax.random.key(seed), variant, state, on)
     assert len(traces) == 1
 
 
-def test_the_first_state_has_the_types_of_the_next(search, problem):
+def test_the_first_state_has_the_types_of_later_states(search, problem):
     key = jax.random.key(0)
     state = jax.eval_shape(search.init, key, problem)
     after = jax.eval_shape(search.step, key, state, problem)[0]
-    # Weak types too: with others the first step is compiled for itself.
+    # Weak types must be equal too, or the first step is compiled separately.
     assert str(jax.tree.leaves(state)) == str(jax.tree.leaves(after))
 
 
-def test_finds_the_optimum_of_a_tiny_problem(name, search):
+def test_searches_find_the_optimum_of_a_tiny_problem(name, search):
     problem = make_problem(name, 3, 2, seed=3)
     optimum = jc.evaluate_all(problem)[1].loss.min()
     result = jc.run(jax.random.key(0), search, problem, budget=600)
@@ -257,21 +258,21 @@ def test_finds_the_optimum_of_a_tiny_problem(name, search):
 @pytest.mark.parametrize("min_layers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_no_chain_is_shorter_than_min_layers(name, search, min_layers):
     problem = make_problem(name, 3, 2, seed=3, min_layers=min_layers)
-    # Step by step, as a run keeps only its best chains.
+    # Call steps directly, because a run keeps only its best chains.
     _, infos = steps(search, problem, num=40, step=jax.jit(search.step))
     chains, loss = (
         np.concatenate([getattr(info, field) for info in infos]) for field in ("chains", "loss")
     )
-    is_there = chains[:, 0] >= 0
-    assert np.isinf(loss[~is_there]).all()
-    every, out = jc.evaluate_all(problem)
-    losses = dict(zip(map(tuple, every.tolist()), np.asarray(out.loss), strict=True))
-    expected = [losses[tuple(row)] for row in chains[is_there].tolist()]
-    np.testing.assert_allclose(loss[is_there], expected, rtol=1e-4, atol=1e-5)
+    is_chain = chains[:, 0] >= 0
+    assert np.isinf(loss[~is_chain]).all()
+    all_chains, out = jc.evaluate_all(problem)
+    losses = dict(zip(map(tuple, all_chains.tolist()), np.asarray(out.loss), strict=True))
+    expected = [losses[tuple(row)] for row in chains[is_chain].tolist()]
+    np.testing.assert_allclose(loss[is_chain], expected, rtol=1e-4, atol=1e-5)
     assert loss.min() == pytest.approx(float(out.loss.min()), rel=1e-4)
 
 
-def test_works_without_layers_to_choose(name, search):
+def test_searches_run_over_heads_alone(name, search):
     problem = make_problem(name, 3, 0)
     result = jc.run(jax.random.key(0), search, problem, budget=10)
     assert result.layer_calls == 0
@@ -301,13 +302,13 @@ def test_works_without_layers_to_choose(name, search):
         (jc.SuffixBeamSearch, {"num_suffix": -1}),
     ],
 )
-def test_bad_sizes_are_refused(cls, sizes):
+def test_sizes_out_of_range_raise_for_each_search(cls, sizes):
     with pytest.raises(ValueError, match="expected .* at least .*, got"):
         cls(**sizes)
 
 
 @pytest.mark.slow
-def test_many_groups_and_stacked_rates(two_group_problem):
+def test_stacked_rates_vmap_over_a_bank_of_two_groups(two_group_problem):
     searches = jax.tree.map(
         lambda *leaves: jnp.stack(leaves),
         *[jc.ActorCritic(jc.TokenEncoding(8), 6, 1, rate) for rate in (1e-3, 1e-2)],
@@ -324,7 +325,7 @@ def test_many_groups_and_stacked_rates(two_group_problem):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SEARCHES, indirect=True)
-def test_searches_run_where_numbers_are_of_64_bits(name, search, problem):
+def test_searches_run_with_64_bit_numbers(name, search, problem):
     with jax.enable_x64(True):
         result = jc.run(jax.random.key(0), search, problem, budget=300)
         assert np.isfinite(result.best_loss)

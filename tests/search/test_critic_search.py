@@ -7,7 +7,7 @@ import jchain as jc
 from jchain.search import critic_search
 
 
-def test_without_critic_or_learning_it_dives_to_the_best_child_by_head_loss(problem):
+def test_without_critic_or_learning_it_extends_the_best_child_by_head_loss(problem):
     search = jc.CriticSearch(width=8, ridge=jnp.inf, epsilon=0.0)
     state, prefix = jax.jit(search.init)(jax.random.key(0), problem), []
     step = jax.jit(search.step)
@@ -19,7 +19,7 @@ def test_without_critic_or_learning_it_dives_to_the_best_child_by_head_loss(prob
         }
         chains = np.asarray(info.chains)[2:]
         assert {tuple(chain[: length + 1]) for chain in chains} == {(*prefix, n) for n in range(4)}
-        # A dive goes on from the last children, so nothing is computed again.
+        # The next prefix is one of the last children, so nothing is computed again.
         assert info.layer_calls == 4
         prefix.append(min(stops, key=stops.get))
     assert not np.any(state.weights)
@@ -42,20 +42,20 @@ def test_an_older_prefix_is_computed_again_and_charged(problem):
 def test_recursive_least_squares_are_ridge_regression():
     rng = np.random.default_rng(0)
     x, y, ridge = rng.normal(size=(12, 5)), rng.normal(size=12), 1.7
-    weights, spread = jnp.zeros(5), jnp.eye(5)
+    weights, inverse_gram = jnp.zeros(5), jnp.eye(5)
     for row, target in zip(x, y, strict=True):
-        weights, spread = critic_search._learn(
-            weights, spread, jnp.asarray(row), jnp.asarray(target), ridge
+        weights, inverse_gram = critic_search._update_least_squares(
+            weights, inverse_gram, jnp.asarray(row), jnp.asarray(target), ridge
         )
     expected = np.linalg.solve(x.T @ x + ridge * np.eye(5), x.T @ y)
     np.testing.assert_allclose(weights, expected, rtol=1e-3, atol=1e-5)
-    held, _ = critic_search._learn(
+    held, _ = critic_search._update_least_squares(
         jnp.zeros(5), jnp.eye(5), jnp.asarray(x[0]), jnp.asarray(y[0]), jnp.inf
     )
     assert not np.any(held)
 
 
-def test_the_best_prefixes_keep_their_places(problem):
+def test_the_worst_predicted_prefixes_are_evicted(problem):
     search = jc.CriticSearch(width=3)
     state = jax.jit(search.init)(jax.random.key(0), problem)
 

@@ -5,17 +5,14 @@ import pytest
 
 import jchain as jc
 
-SIZES = 4, 2, 3  # of the problem
 
-
-def test_moves_to_better_neighbors_and_leaves_only_local_optima(problem):
-    bank = problem.bank
+def test_it_moves_to_better_neighbors_and_restarts_only_at_local_optima(problem):
     chains, out = jc.evaluate_all(problem)
     losses = dict(zip(map(tuple, chains.tolist()), np.asarray(out.loss).tolist(), strict=True))
 
     def neighbors(chain):
-        rows, is_there = jc.chain.neighbors(jnp.array(chain), bank.num_layers, bank.num_heads)
-        return set(map(tuple, np.asarray(rows)[np.asarray(is_there)].tolist()))
+        rows, is_neighbor = problem.space.neighbors(jnp.array(chain))
+        return set(map(tuple, np.asarray(rows)[np.asarray(is_neighbor)].tolist()))
 
     search = jc.LocalSearch(num_chains=3)
     state = search.init(jax.random.key(0), problem)
@@ -38,8 +35,8 @@ def test_moves_to_better_neighbors_and_leaves_only_local_optima(problem):
     assert restarts > 1
 
 
-def test_it_begins_at_the_best_of_the_chains_that_are_given(problem):
-    starts = np.asarray(jc.chain.sample(jax.random.key(3), 5, *SIZES))
+def test_the_search_begins_at_the_best_of_the_starts(problem):
+    starts = np.asarray(problem.space.sample(jax.random.key(3), 5))
     losses = np.asarray(jc.evaluate(problem, starts).loss)
     search = jc.LocalSearch(num_chains=2, starts=starts)
     state, scored, calls = search.init(jax.random.key(0), problem), [], 0
@@ -53,12 +50,12 @@ def test_it_begins_at_the_best_of_the_chains_that_are_given(problem):
     assert calls == jc.explain(problem, starts).unshared_layer_calls
     found = jc.run(jax.random.key(1), search, problem, budget=100)
     assert found.best_loss <= losses.min() * (1 + 1e-6)
-    near = set(map(tuple, np.asarray(jc.chain.neighbors(state.chain, *SIZES[:2])[0]).tolist()))
+    near = set(map(tuple, np.asarray(problem.space.neighbors(state.chain)[0]).tolist()))
     _, info = search.step(jax.random.key(5), state, problem)
     assert set(map(tuple, np.asarray(info.chains).tolist())) <= near
 
 
-def test_starts_that_are_no_chains_of_the_problem_are_refused(problem):
+def test_starts_that_are_not_chains_of_the_problem_raise(problem):
     bank, data = problem.bank, problem.data
     whole = [[0, 1, 2, bank.num_layers]]
     for starts, message in (
@@ -73,17 +70,15 @@ def test_starts_that_are_no_chains_of_the_problem_are_refused(problem):
         jc.LocalSearch(starts=np.array([[0, bank.num_layers, -1, -1]])).check(few)
 
 
-def test_every_neighbor_is_tried_once_before_a_restart(problem):
+def test_each_neighbor_is_tried_once_before_a_restart(problem):
     search = jc.LocalSearch(num_chains=4)
     state = search.init(jax.random.key(0), problem)
-    best = jnp.array(-1.0)  # nothing is better than this
+    best = jnp.array(-1.0)  # lower than every loss, so the search never moves
     state = state._replace(loss=best)
-    rows, is_there = jc.chain.neighbors(
-        state.chain, problem.bank.num_layers, problem.bank.num_heads
-    )
+    rows, is_neighbor = problem.space.neighbors(state.chain)
     tried = []
     while not np.isinf(state.loss):
         state, info = search.step(jax.random.key(1), state, problem)
         tried += np.asarray(info.chains).tolist()
-    tried = tried[: int(is_there.sum())]
-    assert sorted(tried) == sorted(np.asarray(rows)[np.asarray(is_there)].tolist())
+    tried = tried[: int(is_neighbor.sum())]
+    assert sorted(tried) == sorted(np.asarray(rows)[np.asarray(is_neighbor)].tolist())

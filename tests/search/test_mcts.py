@@ -18,7 +18,7 @@ def test_a_tree_as_large_as_the_space_finds_the_best_chain(problem):
     assert info.layer_calls == 4
 
 
-def test_it_walks_down_until_a_head_and_starts_again():
+def test_the_root_moves_down_until_a_head_and_starts_again():
     # Longer chains are better here.
     problem = jc.Problem(make_bank(seed=2), make_batch(), 3)
     search = jc.MCTS(num_simulations=24)
@@ -35,3 +35,12 @@ def test_it_walks_down_until_a_head_and_starts_again():
     assert 0 in lengths
     assert max(lengths) > 0
     assert all(b in (a + 1, 0) for a, b in itertools.pairwise(lengths))
+
+
+def test_without_noise_the_key_does_not_matter(problem):
+    for scale, is_same in ((0.0, True), (1.0, False)):
+        search = jc.MCTS(num_simulations=4, gumbel_scale=scale)
+        assert search.is_deterministic == is_same
+        state, step = search.init(jax.random.key(0), problem), jax.jit(search.step)
+        infos = [step(jax.random.key(seed), state, problem)[1] for seed in range(3)]
+        assert is_same == all(np.array_equal(infos[0].chains, info.chains) for info in infos[1:])

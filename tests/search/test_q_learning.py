@@ -7,11 +7,12 @@ from jchain.search.q_learning import sample_chain, update
 
 
 def test_one_update_by_hand(problem):
-    # Slots 0..3, last layer 0..3 or none (4), tokens 0..3 and heads 4, 5.
+    # Slots 0..3, last layer 0..3 or none (4), layer tokens 0..3 and heads 4, 5.
     values = jnp.zeros((4, 5, 6)).at[1, 2].set(jnp.array([0.0, 3, 0, 0, 1, 0]))
     chain = jnp.array([2, 4, -1, -1], jnp.int32)
     new = update(values, chain, jnp.array(-2.0), jnp.array(0.5), problem)
-    # The first token moves half way to the best value of the next state, 3; the head to the reward: 1 + (-2 - 1) / 2.
+    # The first token moves half way to the best value of the next state, 3; the head half way to
+    # the reward: 1 + (-2 - 1) / 2.
     expected = values.at[0, 4, 2].set(1.5).at[1, 2, 4].set(-0.5)
     np.testing.assert_allclose(new, expected)
 
@@ -33,7 +34,7 @@ def test_greedy_chains_follow_the_table(problem):
     assert len(np.unique(random[:, 0])) == 6
 
 
-def test_replayed_values_approach_the_best_loss_behind_them(problem):
+def test_replayed_values_approach_the_best_loss(problem):
     search = jc.QLearning(num_chains=16, num_replays=64, learning_rate=0.5, decay=1.0)
     state, step = search.init(jax.random.key(0), problem), jax.jit(search.step)
     for key in jax.random.split(jax.random.key(1), 80):
@@ -61,3 +62,8 @@ def test_value_is_the_best_token_by_hand(problem):
     np.testing.assert_array_equal(
         search.value(state._replace(values=table), chains, problem), expected
     )
+
+
+def test_what_it_needs_of_a_problem():
+    search = jc.QLearning()
+    assert (search.is_deterministic, search.needs_gradient, search.needs_invertible) == (False,) * 3

@@ -1,0 +1,142 @@
+"""The policy of an actor-critic: its network, the inputs of the network, and its predictions."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jchain import env
+from jchain._typing import Array, Bool, Float, Int, PyTree
+from jchain.agent.edit_features import EditFeatures, read_edit_features
+from jchain.agent.encoding import ActorCriticNetwork
+from jchain.problem import Problem
+
+# Keys of the params of a policy. Saved params have them, so they cannot change.
+NETWORK, EDIT_WEIGHTS = "controller", "advice"
+# Logit of a token that is not allowed: finite, because the entropy of a logit of -inf is nan.
+_ILLEGAL_LOGIT = -1e9
+
+
+class NetworkInputs(NamedTuple):
+    """What the network is given, apart from the prefix."""
+
+    entries: Float[Array, "E D"]  # [N + K, D], features of the bank's layers and heads
+    edit_features: EditFeatures | None  # of the best chain before this step, if used
+
+
+class PolicyCarry(NamedTuple):
+    """A prefix, as the policy knows it."""
+
+    encoding: PyTree  # carry of the encoding
+    keys: Float[Array, "E H"]  # of the bank's entries, which the actor points at
+    is_on_edited_chain: Bool[Array, ""]  # the prefix is one of the chain of the edit features
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The network, with its params and its inputs.
+
+    Attributes:
+      network: actor and critic.
+      params: of the network, under `NETWORK`, and of the edit features, under `EDIT_WEIGHTS`.
+      inputs: what the network is given, apart from the prefix.
+    """
+
+    network: ActorCriticNetwork
+    params: PyTree
+    inputs: NetworkInputs
+
+    def init_carry(self, prefix_features: Float[Array, "F"]) -> PolicyCarry:
+        """The carry of the empty prefix, which has these features."""
+        params, entries = self.params[NETWORK], self.inputs.entries
+        encoding = self.network.apply(params, entries, prefix_features, method="initial_carry")
+        keys: PyTree = self.network.apply(params, entries, method="embed")
+        return PolicyCarry(encoding, keys, jnp.array(True))
+
+    def advance(
+        self,
+        carry: PolicyCarry,
+        slot: Int[Array, ""],
+        token: Int[Array, ""],
+        prefix_features: Float[Array, "F"],
+    ) -> PolicyCarry:
+        """The carry after a token.
+
+        Args:
+          carry: of the prefix before the token.
+          slot: of the token.
+          token: layer or head.
+          prefix_features: features of the prefix after the token, `[F]`.
+        """
+        params, inputs = self.params[NETWORK], self.inputs
+        encoding = self.network.apply(
+            params, carry.encoding, token, inputs.entries, prefix_features, method="advance"
+        )
+        is_on_edited_chain = carry.is_on_edited_chain
+        if inputs.edit_features is not None:
+            is_on_edited_chain &= inputs.edit_features.chain[slot] == token
+        return PolicyCarry(encoding, carry.keys, is_on_edited_chain)
+
+    def predict(
+        self, carry: PolicyCarry, slot: Int[Array, ""], is_legal: Bool[Array, "E"]
+    ) -> tuple[Float[Array, "E"], Float[Array, ""]]:
+        """Logits of the next token, and the value of the prefix.
+
+        Args:
+          carry: of the prefix.
+          slot: of the next token.
+          is_legal: which tokens are allowed, `[N + K]`.
+        """
+        params, edit_features = self.params[NETWORK], self.inputs.edit_features
+        encoded = self.network.apply(params, carry.encoding, method="read")
+        out: PyTree = self.network.apply(params, encoded, carry.keys, method="act")
+        logits, value = out
+        if edit_features is not None:
+            features = read_edit_features(edit_features, slot, carry.is_on_edited_chain)
+            logits += features @ self.params[EDIT_WEIGHTS]
+        return jnp.where(is_legal, logits, _ILLEGAL_LOGIT), value
+
+
+def evaluate_actions(
+    policy: Policy, chain: Int[Array, "L"], features: Float[Array, "L F"], problem: Problem
+) -> tuple[Float[Array, "L E"], Float[Array, "L"]]:
+    """Logits and value before each token of a given chain. Applies no layer of the bank.
+
+    Entries after the head token are undefined.
+
+    Args:
+      policy: network, params and inputs.
+      chain: one chain, `[L]`.
+      features: of the prefix before each token, `[L, F]`
+        (`jchain.agent.observations.observe_chain`).
+      problem: which tokens are allowed.
+    """
+
+    def act(
+        carry: PolicyCarry, slot: tuple[Array, Array, Array]
+    ) -> tuple[PolicyCarry, tuple[Array, Array]]:
+        t, token, after = slot
+        out = policy.predict(carry, t, env.legal_actions(problem, t))
+        return policy.advance(carry, t, jnp.maximum(token, 0), after), out
+
+    after = jnp.concatenate([features[1:], features[-1:]])
+    slots = (jnp.arange(chain.shape[0]), chain, after)
+    return jax.lax.scan(act, policy.init_carry(features[0]), slots)[1]
+
+
+def cast_params(given: PyTree, like: PyTree) -> PyTree:
+    """Given params, cast to the dtypes of others.
+
+    Raises:
+      ValueError: structure or shapes differ, so they are of another network.
+    """
+    shapes = [
+        [jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]]
+        for tree in (given, like)
+    ]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"expected params of the network of this encoding, {shapes[1]}, got {shapes[0]}"
+        )
+    return jax.tree.map(lambda leaf, fresh: jnp.asarray(leaf, fresh.dtype), given, like)

@@ -1,0 +1,97 @@
+"""Rollouts: chains sampled from a policy, from the empty prefix or from prefixes of good chains."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jchain import env
+from jchain._typing import Array, Bool, Float, Int, Key
+from jchain.agent import observations
+from jchain.agent.observations import ObservedPrefix
+from jchain.agent.policy import Policy, PolicyCarry
+from jchain.chain import PADDING, ChainSpace
+from jchain.problem import Problem
+
+
+class Rollout(NamedTuple):
+    """One sampled chain, or `P` of them, with what updates need, so that they apply no layers."""
+
+    chains: Int[Array, "*P L"]  # [P, L]
+    log_probs: Float[
+        Array, "*P L"
+    ]  # [P, L], of the tokens when they were sampled; 0 after the head
+    features: Float[Array, "*P L F"]  # [P, L, F], of the prefix before each token; F may be 0
+    loss: Float[Array, "*P"]  # [P], +inf if not finite; undefined before scoring if F is 0
+
+
+class _Carry(NamedTuple):
+    policy: PolicyCarry
+    is_done: Bool[Array, ""]  # the head was sampled
+    observed: ObservedPrefix
+
+
+def sample_prefix(
+    key: Key[Array, ""],
+    chains: Int[Array, "Q L"],
+    num_chains: Int[Array, ""],
+    restart_rate: Float[Array, ""],
+    space: ChainSpace,
+) -> Int[Array, "L"]:
+    """Sample the prefix from which a new chain starts: one of a good chain, or the empty one.
+
+    It is padded with -1. All lengths of the prefix are equally likely. New chains that share a
+    prefix pay for it once a step.
+
+    Args:
+      key: consumed.
+      chains: the good chains, `[Q, L]`.
+      num_chains: how many of them exist; they come first.
+      restart_rate: probability of a prefix of a good chain.
+      space: of the chains.
+    """
+    row_key, cut_key, restart_key = jax.random.split(key, 3)
+    chain = chains[jax.random.randint(row_key, (), 0, jnp.maximum(num_chains, 1))]
+    cut = jax.random.randint(cut_key, (), 0, space.count_layers(chain) + 1)
+    is_kept = (jnp.arange(chain.shape[0]) < cut) & (jax.random.uniform(restart_key) < restart_rate)
+    return jnp.where(is_kept, chain, PADDING)
+
+
+def sample_chain(
+    key: Key[Array, ""], policy: Policy, prefix: Int[Array, "L"], problem: Problem
+) -> Rollout:
+    """Sample the rest of one chain from the policy.
+
+    If the encoding observes activations, the layers are applied on the way and the loss is known at
+    the end. Otherwise nothing is computed on the way: the finished chains are scored together, and
+    the loss here is undefined.
+
+    Args:
+      key: consumed.
+      policy: network, params and inputs.
+      prefix: tokens to start with, `[L]`, padded with -1.
+      problem: bank, data, loss.
+    """
+    space, observe = problem.space, policy.network.encoding.observe
+    root = observations.observe_root(observe, problem)
+
+    def act(
+        carry: _Carry, slot: tuple[Array, Array, Array]
+    ) -> tuple[_Carry, tuple[Array, Array, Array]]:
+        t, key, given = slot
+        logits, _ = policy.predict(carry.policy, t, env.legal_actions(problem, t))
+        token = jnp.where(given == PADDING, jax.random.categorical(key, logits), given)
+        log_prob = jnp.where(carry.is_done, 0.0, jax.nn.log_softmax(logits)[token])
+        taken = jnp.where(carry.is_done, PADDING, token).astype(jnp.int32)
+        after = observations.observe_next(observe, problem, carry.observed, taken)
+        advanced = policy.advance(carry.policy, t, token, after.features)
+        is_done = carry.is_done | (token >= space.num_layers)
+        return _Carry(advanced, is_done, after), (taken, log_prob, carry.observed.features)
+
+    num_slots = space.max_layers + 1
+    slots = (jnp.arange(num_slots), jax.random.split(key, num_slots), prefix)
+    start = _Carry(policy.init_carry(root.features), jnp.array(False), root)
+    last, (chain, log_probs, features) = jax.lax.scan(act, start, slots)
+    head = chain[space.count_layers(chain)] - space.num_layers
+    loss = last.observed.loss[head] + problem.layer_penalty(chain)
+    return Rollout(chain, log_probs, features, jnp.where(jnp.isfinite(loss), loss, jnp.inf))

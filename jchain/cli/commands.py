@@ -1,0 +1,177 @@
+"""The commands: `jchain search`, `evaluate`, `export`, and `prepare`."""
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import TypedDict
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jchain import chain as chain_lib
+from jchain import data as data_lib
+from jchain import images
+from jchain.bank import Bank
+from jchain.cli import checkpoints, result_folder
+from jchain.cli.checkpoints import JudgedData
+from jchain.cli.config import SearchConfig, check_search, resolve
+from jchain.cli.parser import LAYERS, UPDATES, make_search, parse_chain
+from jchain.cli.pipeline import finite_or_none, run_job
+from jchain.cli.report import format_loss, print_table
+from jchain.cli.setup import choose_modules, set_up_checkpoints, set_up_trained
+from jchain.engine import distributed
+from jchain.engine.evaluate import evaluate, evaluate_all
+from jchain.hub.exporting import export
+from jchain.problem import Problem
+
+# Chains that `--all` prints.
+_NUM_SHOWN = 10
+
+
+class _ChainRow(TypedDict):
+    """One chain of `jchain evaluate --json`."""
+
+    chain: list[int]
+    layers: list[str]
+    loss: float | None
+    accuracy: float
+
+
+def run_search(args: argparse.Namespace) -> None:
+    """Make a bank, or read one from checkpoints, and search it."""
+    config = resolve(SearchConfig.load(vars(args)))
+    out = config.out
+    assert out is not None  # resolved
+    result_folder.check_out(out, replace=config.replace)
+    check_search(config, [name for name, layer in LAYERS.items() if hasattr(layer, "invert")])
+    if config.checkpoint:
+        setup = set_up_checkpoints(config)
+    else:
+        data = data_lib.load(
+            config.data or "", config.seed, sizes=config.sizes, data_dir=config.data_dir
+        )
+        config, modules = choose_modules(config, data)
+        setup = set_up_trained(config, data, modules)
+    job = run_job(config, setup, make_search(config), UPDATES[config.update]())
+    out = result_folder.write(out, job, replace=config.replace)
+    print_table(job)
+    print(f"Wrote {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    if config.json:
+        print(json.dumps(job.record))
+
+
+def run_prepare(args: argparse.Namespace) -> None:
+    """Download an image set and write it for jchain."""
+    print(f"Prepared in {images.prepare(args.name, args.data_dir)}")
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    """Score chains of a saved bank."""
+    mesh = _join_processes(args)
+    config, found = result_folder.read_config(args.bank)
+    bank, judged = _load_result(args, config)
+    batch = getattr(judged.data, args.split)
+
+    def make_problem(max_layers: int) -> Problem:
+        loss_fn, accuracy_fn = judged.loss_fn, judged.accuracy_fn
+        return Problem(bank, batch, max_layers, loss_fn=loss_fn, accuracy_fn=accuracy_fn)
+
+    if args.all is not None:
+        if args.chain:
+            raise ValueError("expected --all or --chain, got both")
+        chains, out = evaluate_all(make_problem(args.all), mesh=mesh)
+        shown = np.argsort(out.loss, kind="stable")[:_NUM_SHOWN]
+    else:
+        tokens = [parse_chain(text) for text in args.chain] if args.chain else found
+        if not tokens:
+            raise ValueError("expected --all, or at least one --chain, as in --chain 3,0,7,12")
+        chains = chain_lib.pad(tokens)
+        out = evaluate(make_problem(chains.shape[1] - 1), chains, mesh=mesh)
+        shown = np.arange(len(chains))
+    rows = [
+        _describe_chain(bank, chains[i], float(out.loss[i]), float(out.accuracy[i])) for i in shown
+    ]
+    if jax.process_index() > 0:
+        return
+    for row in rows:
+        loss, names = format_loss(row["loss"]), " -> ".join(row["layers"])
+        print(f"loss {loss}  accuracy {row['accuracy']:.3f}  {names}")
+    if args.json:
+        report = {"split": args.split, "layer_calls": int(out.layer_calls), "chains": rows}
+        print(json.dumps(report))
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """Write a chain of checkpoints as a checkpoint."""
+    config, found = result_folder.read_config(args.result)
+    if config is None or not config.checkpoint:
+        raise ValueError(f"expected the result of jchain search --checkpoint, got {args.result}")
+    if args.out.exists():
+        raise FileExistsError(f"expected no folder at {args.out}, found one")
+    path = args.result / result_folder.BANK_FILE
+    bank = Bank.load(path) if path.exists() else checkpoints.load_bank(config)
+    tokens = parse_chain(args.chain) if args.chain else found[0]
+    facts = {"checkpoints": ", ".join(config.checkpoint)}
+    if not args.chain:
+        facts |= result_folder.describe(args.result)
+    names = checkpoints.name_models(config.checkpoint)
+    sources = dict(zip(names, config.checkpoint, strict=True))
+    most = args.max_shard_size
+    out = export(bank, tokens, sources, args.out, facts=facts, max_shard_size=most)
+    print(f"Wrote {out}")
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "search": run_search,
+    "evaluate": run_evaluate,
+    "export": run_export,
+    "prepare": run_prepare,
+}
+
+
+def _load_result(args: argparse.Namespace, config: SearchConfig | None) -> tuple[Bank, JudgedData]:
+    """The bank of a result folder, or of a file, and what judges its chains."""
+    path = args.bank / result_folder.BANK_FILE if args.bank.is_dir() else args.bank
+    given = {"seed": args.seed, "sizes": args.sizes, "data_dir": args.data_dir}
+    given = {name: value for name, value in given.items() if value is not None}
+    if config is not None and config.checkpoint:
+        if args.data:
+            raise ValueError(
+                "expected no --data: chains of checkpoints are scored on what they were searched on"
+            )
+        judged = checkpoints.load_data(SearchConfig.load({**vars(config), **given}))
+        bank = Bank.load(path) if path.exists() else checkpoints.load_bank(config)
+        return bank, judged
+    config = config or SearchConfig(data="digits")
+    # The options of the search say nothing about another data set, except for the seed.
+    if args.data not in (None, config.data):
+        config = SearchConfig(data=args.data, seed=config.seed)
+    config = SearchConfig.load({**vars(config), **given})
+    data = data_lib.load(
+        config.data or "digits", config.seed, sizes=config.sizes, data_dir=config.data_dir
+    )
+    return Bank.load(path), JudgedData(data)
+
+
+def _join_processes(args: argparse.Namespace) -> Mesh | None:
+    """The devices of all processes; None if there is only this process."""
+    place = (args.coordinator, args.num_processes, args.process_id)
+    if args.distributed:
+        distributed.initialize(*place, timeout=args.timeout)
+        return distributed.make_mesh()
+    if place != (None, None, None):
+        raise ValueError(
+            "expected --distributed with --coordinator, --num-processes and --process-id"
+        )
+    return None
+
+
+def _describe_chain(bank: Bank, chain: np.ndarray, loss: float, accuracy: float) -> _ChainRow:
+    tokens = [int(token) for token in chain if token != chain_lib.PADDING]
+    return {
+        "chain": tokens,
+        "layers": [bank.names[token] for token in tokens],
+        "loss": finite_or_none(loss),
+        "accuracy": accuracy,
+    }

@@ -1,0 +1,210 @@
+"""The configuration of `jchain search`: parsed, resolved once, never changed afterwards."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from jchain.problem import check_max_layers, check_min_layers
+
+# Options that a bank of checkpoints does not have, and those that only such a bank has.
+_TRAINED_ONLY = ("bank", "layer", "channels", "num_layers", "num_heads", "depth", "num_steps")
+_CHECKPOINT_ONLY = ("text", "choices", "length", "pinned", "dtype", "sweep")
+# How to run, not what to compute: left out of result.json.
+_NOT_RECORDED = ("json", "replace")
+_PATHS = ("data_dir", "out")
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Options of `jchain search`, by the names of the command line. None: not given.
+
+    `result.json` holds them, so a field may be added, but not renamed.
+
+    Attributes:
+      data: name of the data set.
+      data_dir: folder of prepared data sets.
+      sizes: examples of train, search, select, and test.
+      checkpoint: Hugging Face folders whose blocks are the bank.
+      text: text files that chains of checkpoints are judged on.
+      choices: JSON lines of questions that they are judged on.
+      length: tokens of a sequence or question.
+      pinned: blocks that every chain begins and ends with.
+      sweep: search at every number of layers from this one on.
+      dtype: of the weights of checkpoints.
+      bank: how the bank is made.
+      layer: module of the layers.
+      channels: of convolutions.
+      num_layers: layers in the bank.
+      num_heads: heads of a routed or random bank.
+      depth: layers of each net or route that is trained.
+      num_steps: gradient steps that make the bank.
+      max_layers: most layers in a chain.
+      min_layers: fewest layers in a chain.
+      layer_cost: penalty of a layer, in units of the loss.
+      search: name of the search.
+      encoding: what the actor-critic sees of a prefix.
+      update: when weights are trained.
+      budget: layer calls.
+      seed: of splits, bank, and search.
+      out: result folder.
+      command: the command line.
+      replace: replace a result that is in the folder.
+      json: print the result as JSON.
+    """
+
+    data: str | None = None
+    data_dir: Path | None = None
+    sizes: Sequence[int] | None = None
+    checkpoint: Sequence[str] | None = None
+    text: Sequence[str] | None = None
+    choices: str | None = None
+    length: int | None = None
+    pinned: Sequence[int] | None = None
+    sweep: int | None = None
+    dtype: str | None = None
+    bank: str = "routed"
+    layer: str | None = None
+    channels: int | None = None
+    num_layers: int = 12
+    num_heads: int | None = None
+    depth: int = 4
+    num_steps: int = 1000
+    max_layers: int | None = None
+    min_layers: int = 0
+    layer_cost: float = 0.0
+    search: str | None = None
+    encoding: str | None = None
+    update: str = "never"
+    budget: int | None = None
+    seed: int = 0
+    out: Path | None = None
+    command: str = ""
+    replace: bool = False
+    json: bool = False
+
+    @staticmethod
+    def load(values: Mapping[str, object]) -> "SearchConfig":
+        """The configuration of parsed arguments, or of a `result.json`. Other names are ignored."""
+        names = {field.name for field in fields(SearchConfig)}
+        known = {name: value for name, value in values.items() if name in names}
+        paths = {name: Path(str(known[name])) for name in _PATHS if known.get(name) is not None}
+        return SearchConfig(**{**known, **paths})  # pyright: ignore[reportArgumentType]
+
+    def dump(self) -> dict[str, object]:
+        """The options as JSON values, for `result.json`."""
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in asdict(self).items()
+            if name not in _NOT_RECORDED
+        }
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the weights of the bank stay what they are."""
+        return self.update == "never"
+
+
+def resolve(config: SearchConfig) -> SearchConfig:
+    """Fill in defaults and make paths absolute.
+
+    What depends on the data (`layer`, `channels`, `num_heads`) is filled in by `jchain.cli.setup`.
+
+    Raises:
+      ValueError: two options exclude each other, or a value is out of range.
+    """
+    config = _resolve_checkpoint(config) if config.checkpoint else _resolve_trained(config)
+    if config.out is not None:
+        return config
+    names = [Path(path).resolve().name for path in config.checkpoint or ()]
+    name = "+".join(names) or f"{config.data}-{config.bank}"
+    return replace(config, out=Path("results") / f"{name}-{config.search}-{config.seed}")
+
+
+def _resolve_trained(config: SearchConfig) -> SearchConfig:
+    for name in _CHECKPOINT_ONLY:
+        if getattr(config, name) is not None:
+            raise ValueError(f"expected --checkpoint with --{name}")
+    max_layers = config.depth if config.max_layers is None else config.max_layers
+    return replace(
+        config,
+        data=config.data or "digits",
+        max_layers=check_max_layers(max_layers),
+        search=config.search or "actor-critic",
+        budget=20_000 if config.budget is None else config.budget,
+    )
+
+
+def _resolve_checkpoint(config: SearchConfig) -> SearchConfig:
+    default = SearchConfig()
+    for name in _TRAINED_ONLY:
+        if getattr(config, name) != getattr(default, name):
+            option = name.replace("_", "-")
+            raise ValueError(
+                f"expected no --{option} with --checkpoint, whose layers are its blocks"
+            )
+    if config.search == "suffix-beam":
+        raise ValueError(
+            "expected another search with --checkpoint, whose blocks are not invertible, got "
+            "suffix-beam"
+        )
+    if config.max_layers is not None:
+        check_max_layers(config.max_layers)
+    if config.sweep is not None:
+        if config.sweep < 0:
+            raise ValueError(f"expected --sweep of at least 0, got {config.sweep}")
+        if config.max_layers is not None:
+            check_sweep(config.sweep, config.max_layers)
+        if not config.is_frozen:
+            raise ValueError(f"expected --update never with --sweep, got {config.update}")
+    return replace(
+        config,
+        search=config.search or "local",
+        budget=1000 if config.budget is None else config.budget,
+        pinned=config.pinned or (1, 1),
+        checkpoint=[str(Path(path).resolve()) for path in config.checkpoint or ()],
+        data_dir=config.data_dir and config.data_dir.resolve(),
+        text=config.text and [str(Path(path).resolve()) for path in config.text],
+        choices=config.choices and str(Path(config.choices).resolve()),
+    )
+
+
+def check_search(config: SearchConfig, invertible_layers: Sequence[str]) -> None:
+    """Check what the search needs, before anything is loaded.
+
+    Args:
+      config: resolved.
+      invertible_layers: names of the layers that can be inverted.
+
+    Raises:
+      ValueError: a value is out of range, or does not go with the search.
+    """
+    if config.search == "suffix-beam" and config.layer not in invertible_layers:
+        raise ValueError(
+            f"expected --layer of {', '.join(invertible_layers)}, which are invertible, got "
+            f"{config.layer or 'the default'}"
+        )
+    if config.budget is not None and config.budget < 1:
+        raise ValueError(f"expected a budget of at least 1, got {config.budget}")
+    if config.max_layers is not None:
+        check_min_layers(config.min_layers, config.max_layers)
+    if not 0 <= config.layer_cost < float("inf"):
+        raise ValueError(f"expected a finite --layer-cost of at least 0, got {config.layer_cost}")
+    if config.search != "actor-critic":
+        needs_agent = {"--encoding": config.encoding, "--update shared": config.update == "shared"}
+        for option, is_given in needs_agent.items():
+            if is_given:
+                raise ValueError(
+                    f"expected --search actor-critic with {option}, got {config.search}"
+                )
+
+
+def check_sweep(sweep: int | None, max_layers: int) -> None:
+    """Check that a sweep starts below the most layers of a chain.
+
+    Raises:
+      ValueError: it does not.
+    """
+    if sweep is not None and sweep >= max_layers:
+        raise ValueError(
+            f"expected --sweep below the most layers of a chain, {max_layers}, got {sweep}"
+        )

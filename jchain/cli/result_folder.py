@@ -1,0 +1,189 @@
+"""The folder that the main job writes: checked first, written aside, then renamed."""
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from jchain.cli.config import SearchConfig
+from jchain.cli.plot import plot_curve, plot_sweep
+from jchain.cli.records import Job, ResultRecord
+from jchain.cli.report import format_loss
+from jchain.data import EVALUATION_SPLITS
+from jchain.files import find_umask
+
+RESULT_FILE = "result.json"
+BANK_FILE = "bank.safetensors"
+CURVE_FILE = "curve.png"
+SWEEP_FILE = "sweep.png"
+_FILES = {RESULT_FILE, BANK_FILE, CURVE_FILE, SWEEP_FILE}
+
+
+def check_out(path: Path, *, replace: bool) -> None:
+    """Check that a result can be written, before anything is computed.
+
+    Args:
+      path: the folder to write.
+      replace: whether a result that is there may be replaced.
+
+    Raises:
+      ValueError: the place cannot be written, or holds anything but a result that may be replaced.
+    """
+    path = path.absolute()
+    above = next(place for place in (path, *path.parents) if place.exists())
+    if not above.is_dir():
+        raise ValueError(f"expected a folder for results, got the file {above}")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"expected a folder in which results can be written, got {above}")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    others = sorted({entry.name for entry in path.iterdir()} - _FILES)
+    if others or not (path / RESULT_FILE).exists():
+        what = ", ".join(others[:4]) or f"no {RESULT_FILE}"
+        raise ValueError(
+            f"{path} holds files that are not a result of jchain ({what}): choose another --out"
+        )
+    if not replace:
+        raise ValueError(
+            f"{path} already holds a result: pass --replace to replace it, or another --out"
+        )
+    if path.is_mount():
+        raise ValueError(
+            f"{path} is a mount, whose result cannot be replaced: choose another --out"
+        )
+
+
+def write(path: Path, job: Job, *, replace: bool = False) -> Path:
+    """Write the result folder beside its place, then rename it: all of it or nothing.
+
+    Weights that checkpoints hold unchanged are not written again. An empty folder at `path` is
+    filled, `result.json` last.
+
+    Args:
+      path: the folder.
+      job: what to write.
+      replace: whether to replace a result that is there.
+
+    Returns:
+      The folder written: `path`, or another one beside it if `path` has been filled meanwhile.
+
+    Raises:
+      OSError: it cannot be written, or not be renamed; then the error names the folder that holds
+        the result.
+    """
+    path = path.resolve()
+    is_filled = path.is_dir() and not any(path.iterdir())
+    above = path if is_filled else path.parent
+    above.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=above, prefix=f".{path.name}."))
+    try:
+        _write_files(temporary, job)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    try:
+        return _fill(path, temporary) if is_filled else _put(path, temporary, replace=replace)
+    except OSError as error:
+        raise OSError(f"{error}; the result is kept in {temporary}") from error
+
+
+def _write_files(folder: Path, job: Job) -> None:
+    (folder / RESULT_FILE).write_text(json.dumps(job.record, indent=1) + "\n")
+    if not job.record["config"].get("checkpoint") or job.bank.versions is not None:
+        job.bank.save(folder / BANK_FILE)
+    plot_curve(folder / CURVE_FILE, job.run.curve, job.levels)
+    if "sweep" in job.record:
+        plot_sweep(folder / SWEEP_FILE, job.record["sweep"])
+    folder.chmod(0o777 & ~find_umask())
+
+
+def _fill(path: Path, temporary: Path) -> Path:
+    """Move the files of the temporary folder, which lies in `path`, up into it, the result last."""
+    if [*path.iterdir()] != [temporary]:  # another process has written meanwhile
+        return _put(path, temporary, replace=False)
+    for file in sorted(temporary.iterdir(), key=lambda file: file.name == RESULT_FILE):
+        os.rename(file, path / file.name)
+    temporary.rmdir()
+    return path
+
+
+def _put(path: Path, temporary: Path, *, replace: bool) -> Path:
+    """Rename the temporary folder to the path, or to another one beside it."""
+    path = _find_place(path, replace=replace)
+    if not path.exists():
+        os.rename(temporary, path)
+        return path
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        os.rename(path, aside / "old")
+        os.rename(temporary, path)
+    except BaseException:
+        if not path.exists():
+            os.rename(aside / "old", path)
+        with contextlib.suppress(OSError):
+            aside.rmdir()
+        raise
+    # The result is in place: an interruption only leaves the old one behind.
+    with contextlib.suppress(KeyboardInterrupt):
+        shutil.rmtree(aside, ignore_errors=True)
+    return path
+
+
+def _find_place(path: Path, *, replace: bool) -> Path:
+    """The folder, or the first of `path-2`, `path-3`, ... that does not exist."""
+    try:
+        check_out(path, replace=replace)
+    except ValueError:
+        return next(
+            other
+            for i in itertools.count(2)
+            if not (other := path.with_name(f"{path.name}-{i}")).exists()
+        )
+    return path
+
+
+def describe(path: Path) -> dict[str, str]:
+    """Facts about the chain of a result folder, for a model card.
+
+    Args:
+      path: the folder.
+    """
+    record: ResultRecord = json.loads((path / RESULT_FILE).read_text())
+    config = SearchConfig.load(record["config"])
+    parent = record["controls"]["best_parent"]["loss"]
+    judged_on = config.text or config.choices or config.data or ""
+    facts = {"data": judged_on if isinstance(judged_on, str) else ", ".join(judged_on)}
+    for split in EVALUATION_SPLITS:
+        loss, unchanged = format_loss(record["loss"][split]), format_loss(parent[split])
+        facts[f"loss on {split}"] = f"{loss}, the unchanged model {unchanged}"
+    if record["chosen"] != "search":
+        facts["recipe"] = f"{record['chosen']}: what the search found was no better on select"
+    calls = f"{record['layer_calls']:,} layer calls"
+    facts["search"] = f"{config.search}, seed {config.seed}, {calls}"
+    return facts | {"command": f"`{config.command}`"}
+
+
+def read_config(path: Path) -> tuple[SearchConfig | None, list[list[int]]]:
+    """Configuration and found chain of a result folder; None and no chain for a bank file.
+
+    Args:
+      path: a result folder or a bank file.
+
+    Raises:
+      ValueError: the folder holds no result, or a damaged one.
+    """
+    if not path.is_dir():
+        return None, []
+    try:
+        record: ResultRecord = json.loads((path / RESULT_FILE).read_text())
+        return SearchConfig.load(record["config"]), [record["best_chain"]]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        hint = ""
+        if (path / "config.json").exists():
+            hint = "; for a checkpoint pass the result of jchain search --checkpoint"
+        raise ValueError(
+            f"expected a bank file or a result folder, got {path}: {error}{hint}"
+        ) from None

@@ -1,0 +1,188 @@
+"""What is searched: the data, the loss, and how the bank is made."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+
+from jchain import layers, train
+from jchain._typing import Array, Float, Key, PyTree
+from jchain.bank import Bank
+from jchain.cli import checkpoints
+from jchain.cli.config import SearchConfig
+from jchain.cli.parser import CHANNELS, LAYERS
+from jchain.cli.progress import print_progress
+from jchain.data import Dataset
+from jchain.hub.wrapping import Restart
+from jchain.problem import Problem
+
+# Convolutions of a block; the layers take turns.
+CONV_DEPTHS = (1, 2, 3)
+# The stem pools images whose side is larger than this.
+CONV_SIDE = 16
+# At most this many chains are all evaluated for the optimum: about half a minute on two cores.
+MAX_OPTIMUM_CHAINS = 200_000
+
+LossFn = Callable[[Array, Array], Array]
+
+
+class Modules(NamedTuple):
+    """Modules of a bank that is trained."""
+
+    layer: nn.Module | Sequence[nn.Module]
+    head: nn.Module | Sequence[nn.Module]
+    stem: nn.Module | None = None
+    stem_params: PyTree = None
+
+
+class Setup(NamedTuple):
+    """What is searched."""
+
+    data: Dataset
+    make_bank: Callable[[Key[Array, ""]], Bank]
+    # From a key and a number of gradient steps; None if the bank has nets that it was cut from.
+    make_plain_net: Callable[[Key[Array, ""], int], Bank] | None
+    loss_fn: LossFn = optax.softmax_cross_entropy_with_integer_labels
+    accuracy_fn: LossFn | None = None
+    layer_cost: float = 0.0
+    max_optimum_chains: int = MAX_OPTIMUM_CHAINS
+
+    def make_problem(
+        self,
+        bank: Bank,
+        split: str,
+        max_layers: int,
+        *,
+        min_layers: int = 0,
+        is_penalized: bool = True,
+    ) -> Problem:
+        """The problem on one split.
+
+        Args:
+          bank: layers and heads.
+          split: `search`, `select`, or `test`.
+          max_layers: most layers in a chain.
+          min_layers: fewest layers in a chain.
+          is_penalized: whether the loss has the penalty of each layer, as it is searched.
+        """
+        return Problem(
+            bank,
+            getattr(self.data, split),
+            max_layers,
+            loss_fn=self.loss_fn,
+            layer_cost=make_layer_costs(bank, self.layer_cost) if is_penalized else 0.0,
+            min_layers=min_layers,
+            accuracy_fn=self.accuracy_fn,
+        )
+
+
+def make_layer_costs(bank: Bank, cost: float) -> float | Float[np.ndarray, "N"]:
+    """The penalty of each layer: 0 for embeddings, which are layers of a bank but not blocks."""
+    embeddings = [group for group in bank.layers if isinstance(group.module, Restart)]
+    if cost == 0 or not embeddings:
+        return cost
+    costs = np.full(bank.num_layers, cost, np.float32)
+    for group in embeddings:
+        costs[list(group.tokens)] = 0.0
+    return costs
+
+
+def choose_modules(config: SearchConfig, data: Dataset) -> tuple[SearchConfig, Modules]:
+    """Layers, heads, and stem by the shape of the data, and the configuration that names them.
+
+    Raises:
+      ValueError: the layer does not fit the data.
+    """
+    shape = data.train.x.shape[1:]
+    is_image = len(shape) == 3
+    layer = config.layer or ("conv" if is_image else "residual")
+    if is_image != (layer == "conv"):
+        raise ValueError(
+            f"expected --layer conv for images and for nothing else, got {layer} for {list(shape)}"
+        )
+    has_nets = config.bank in ("independent", "snapshots")
+    num_heads = config.num_heads
+    if num_heads is None:
+        num_heads = 2 if is_image and not has_nets else 1
+    if not is_image:
+        if config.channels is not None:
+            raise ValueError(f"expected --channels only for images, got it for {list(shape)}")
+        modules = Modules(LAYERS[layer](shape[-1]), layers.DenseHead(data.num_classes))
+        return replace(config, layer=layer, num_heads=num_heads), modules
+    channels = CHANNELS if config.channels is None else config.channels
+    stem = layers.ConvStem(channels, pool=max(1, max(shape[:2]) // CONV_SIDE))
+    modules = Modules(
+        [layers.ConvBlock(channels, depth) for depth in CONV_DEPTHS],
+        [layers.PoolHead(data.num_classes), layers.ConvHead(data.num_classes)],
+        stem,
+        stem.init(jax.random.key(config.seed), data.train.x[:1])["params"],
+    )
+    return replace(config, layer=layer, num_heads=num_heads, channels=channels), modules
+
+
+def set_up_trained(config: SearchConfig, data: Dataset, modules: Modules) -> Setup:
+    """A bank that is trained.
+
+    Args:
+      config: resolved.
+      data: the splits.
+      modules: from `choose_modules`.
+    """
+
+    def make_plain_net(key: Key[Array, ""], num_steps: int) -> Bank:
+        return train.independent(
+            key,
+            data.train,
+            num_nets=1,
+            depth=config.depth,
+            num_steps=num_steps,
+            **modules._asdict(),
+        )
+
+    def make_bank(key: Key[Array, ""]) -> Bank:
+        print_progress(
+            f"Making a bank of {config.num_layers} layers ({config.bank}) on {data.name} ..."
+        )
+        return train.make_bank(
+            key,
+            data.train,
+            config.bank,
+            num_layers=config.num_layers,
+            depth=config.depth,
+            num_heads=1 if config.num_heads is None else config.num_heads,
+            num_steps=config.num_steps,
+            **modules._asdict(),
+        )
+
+    return Setup(data, make_bank, make_plain_net, layer_cost=config.layer_cost)
+
+
+def set_up_checkpoints(config: SearchConfig) -> Setup:
+    """A bank of pretrained blocks.
+
+    Args:
+      config: resolved.
+
+    Raises:
+      ValueError, OSError, ImportError: as `jchain.cli.checkpoints.load_data`.
+    """
+    judged = checkpoints.load_data(config)
+
+    def make_bank(key: Key[Array, ""]) -> Bank:
+        print_progress(f"Reading {', '.join(config.checkpoint or ())} ...")
+        return checkpoints.load_bank(config)
+
+    return Setup(
+        judged.data,
+        make_bank,
+        None,
+        judged.loss_fn,
+        judged.accuracy_fn,
+        config.layer_cost,
+        # Evaluating all chains may cost no more than the search.
+        max_optimum_chains=config.budget or 0,
+    )

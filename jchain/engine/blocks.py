@@ -1,0 +1,256 @@
+"""The plan for batched calls: blocks of sorted chains, slot by slot."""
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from jchain._typing import Array, Bool, Int, Shaped
+from jchain.engine.layer_calls import (
+    ArrayShape,
+    empty_results,
+    evaluate_heads,
+    find_call_bytes,
+    find_head_bytes,
+    find_member_bytes,
+    locate,
+    nbytes,
+)
+from jchain.engine.prefix_sharing import SortedChains, batch_rows, pad_to_multiple
+from jchain.groups import LayerGroup
+from jchain.problem import Problem
+
+T = TypeVar("T")
+_Results = tuple[Array, Array]
+_CallFn = Callable[[Array], Array]
+
+
+class Share(enum.Enum):
+    """What the nodes of one batched call have in common."""
+
+    # One layer, several inputs. Weights are read once; the batch is one call on more examples.
+    LAYER = "layer"
+    # Several layers, one input. The batch is a convolution of more channels or a wider product.
+    PARENT = "parent"
+    # Several layers, one input each. Products are batched; convolutions become grouped, which is
+    # slow.
+    NOTHING = "nothing"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A plan that evaluates sorted chains in blocks, slot by slot, with batched calls.
+
+    The nodes of a slot are cut into batches, and each batch is one call.
+
+    Attributes:
+      block_size: chains in a block. The activations of two of its slots are kept.
+      widths: sizes of batches of nodes, ascending from 1, each a multiple of the one before. Each
+        size is compiled separately.
+      share: what the nodes of a batch have in common.
+      head_widths: sizes of batches of head calls, with the same rules as `widths`.
+
+    Raises:
+      ValueError: block_size is less than 1, or widths do not follow the rules.
+    """
+
+    block_size: int
+    widths: tuple[int, ...] = (1,)
+    share: Share = Share.LAYER
+    head_widths: tuple[int, ...] = (1,)
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ValueError(f"expected a block_size of at least 1, got {self.block_size}")
+        for widths in (self.widths, self.head_widths):
+            steps = pairwise(widths)
+            if widths[:1] != (1,) or any(b <= a or b % a for a, b in steps):
+                raise ValueError(
+                    "expected widths that ascend from 1, each a multiple of the one before, got "
+                    f"{widths}"
+                )
+
+    def count_bytes(self, problem: Problem, hidden: ArrayShape) -> int:
+        """Estimate activations and temporaries in bytes."""
+        bank, size = problem.bank, nbytes(hidden)
+        kept = 2 * (self.block_size + 1) + problem.max_layers + 2
+        weights = 0 if self.share is Share.LAYER else max(map(find_member_bytes, bank.layers))
+        # A call copies its input, and a batch of heads may be wider than one of layers.
+        layers = self.widths[-1] * (find_call_bytes(bank.layers, hidden) + weights)
+        width = self.head_widths[-1]
+        heads = find_head_bytes(problem, hidden, width) + width * size
+        return kept * size + max(layers, heads)
+
+    def evaluate(
+        self, problem: Problem, hidden: Array, population: SortedChains
+    ) -> tuple[Array, Array]:
+        """Return loss, without the layer penalty, and accuracy of sorted chains, `[P]` each."""
+        num_chains, num_slots = population.chains.shape
+        size = min(self.block_size, num_chains)
+        blocks = jax.tree.map(
+            lambda a: a.reshape(-1, size, *a.shape[1:]), pad_to_multiple(population, size)
+        )
+        carry = _Activations(
+            jnp.zeros((num_slots, *hidden.shape), hidden.dtype),
+            jnp.zeros((2 * (size + 1), *hidden.shape), hidden.dtype).at[0].set(hidden),
+        )
+        _, results = jax.lax.scan(partial(_evaluate_block, self, problem, hidden), carry, blocks)
+        return jax.tree.map(lambda a: a.reshape(-1)[:num_chains], results)
+
+
+class _Activations(NamedTuple):
+    """Activations that later slots and blocks read.
+
+    The store has two generations of `C + 1` rows: the inputs of a slot's calls, and their outputs.
+    Row 0 of a generation belongs to the last chain of the block before.
+    """
+
+    path: Shaped[Array, "L B ..."]  # [L, B, ...F], after each slot of that chain
+    store: Shaped[Array, "R B ..."]  # [2 * (C + 1), B, ...F]
+
+
+class _Slot(NamedTuple):
+    """One slot of all chains of a block."""
+
+    tokens: Int[Array, "C"]
+    parent_of: Int[Array, "C"]  # row of each chain's input in its generation of the store
+    parents: Int[Array, ""]  # first row of the generation of inputs
+    children: Int[Array, ""]  # first row of the generation of outputs
+
+
+def _evaluate_block(
+    plan: Blocks, problem: Problem, hidden: Array, carry: _Activations, block: SortedChains
+) -> tuple[_Activations, _Results]:
+    """Loss and accuracy `[C]` of one block, whose chains start from `hidden`, `[B, ...F]`."""
+    chains, length, first_new = block
+    size, num_slots = chains.shape
+    rows = jnp.arange(size)
+    state = (
+        carry._replace(store=carry.store.at[0].set(hidden)),
+        jnp.zeros_like(rows),
+        empty_results(problem, hidden, size),
+    )
+
+    def advance(
+        state: tuple[_Activations, Array, _Results], xs: tuple[Array, Array]
+    ) -> tuple[tuple[_Activations, Array, _Results], None]:
+        (path, store), parent_of, results = state
+        t, tokens = xs
+        parents = (t % 2) * (size + 1)
+        slot = _Slot(tokens, parent_of, parents, size + 1 - parents)
+
+        is_end = (length == t) & (first_new <= t)
+        carry = (store, empty_results(problem, hidden, size))
+        position, (store, values) = _call_heads(plan, problem, slot, is_end, carry)
+        results = jax.tree.map(lambda a, b: jnp.where(is_end, b[position], a), results, values)
+
+        is_node = (first_new <= t) & (t < length)
+        position, store = _call_layers(plan, problem, slot, is_node, store)
+        # A chain without a new node shares the prefix of the chain before it.
+        latest = jax.lax.cummax(jnp.where(is_node, rows, -1))
+        child_of = jnp.where(latest >= 0, position[latest] + 1, 0)
+        store = store.at[slot.children].set(path[t])
+        path = path.at[t].set(store[slot.children + child_of[-1]])
+        return (_Activations(path, store), child_of, results), None
+
+    (carry, _, results), _ = jax.lax.scan(advance, state, (jnp.arange(num_slots), chains.T))
+    return carry, results
+
+
+def _call_heads(
+    plan: Blocks,
+    problem: Problem,
+    slot: _Slot,
+    is_end: Bool[Array, "C"],
+    carry: tuple[Array, _Results],
+) -> tuple[Int[Array, "C"], tuple[Array, _Results]]:
+    """Call the heads of the chains that end at this slot; returns as `_call_batches`."""
+
+    def call_head(
+        carry: tuple[Array, _Results], call: _CallFn, start: Array, parent: Array
+    ) -> tuple[Array, _Results]:
+        store, values = carry
+        metrics = evaluate_heads(problem, call, store[slot.parents + parent])
+        values = jax.tree.map(
+            lambda a, b: jax.lax.dynamic_update_slice(a, b, (start,)), values, metrics
+        )
+        # XLA copies an array that a loop reads but never writes, here all activations. So write one
+        # number after the read, in a row that is overwritten later.
+        origin = (0,) * (store.ndim - 1)
+        mark = jnp.reshape(metrics[0][0].astype(store.dtype), (1, *(1 for _ in origin)))
+        return jax.lax.dynamic_update_slice(store, mark, (slot.children, *origin)), values
+
+    # Few heads are called for the same chain, but the same head for many.
+    share = Share.LAYER if plan.share is Share.PARENT else plan.share
+    return _call_batches(
+        plan.head_widths, share, problem.bank.heads, slot, is_end, call_head, carry
+    )
+
+
+def _call_layers(
+    plan: Blocks, problem: Problem, slot: _Slot, is_node: Bool[Array, "C"], store: Array
+) -> tuple[Int[Array, "C"], Array]:
+    """Call the layers of this slot's nodes; returns as `_call_batches`."""
+
+    def call_layer(store: Array, call: _CallFn, start: Array, parent: Array) -> Array:
+        outputs = call(store[slot.parents + parent])
+        origin = (0,) * (store.ndim - 1)
+        return jax.lax.dynamic_update_slice(store, outputs, (slot.children + 1 + start, *origin))
+
+    return _call_batches(
+        plan.widths, plan.share, problem.bank.layers, slot, is_node, call_layer, store
+    )
+
+
+def _call_batches(
+    widths: tuple[int, ...],
+    share: Share,
+    groups: tuple[LayerGroup, ...],
+    slot: _Slot,
+    is_call: Bool[Array, "C"],
+    use: Callable[[T, _CallFn, Array, Array], T],
+    carry: T,
+) -> tuple[Int[Array, "C"], T]:
+    """Update the carry for each batch: `carry = use(carry, call, start, parent)`.
+
+    `call` maps the activations of `parent` to outputs of the batch. They are `[W, B, ...F]`, or
+    `[B, ...F]` if the batch shares its parent.
+
+    Returns:
+      The place of each row among all calls, of which `start` is the first of a batch, and the last
+      carry.
+    """
+    tokens, parent_of = slot.tokens, slot.parent_of
+    group_of, member_of = locate(groups)
+    group, member = group_of[tokens], member_of[tokens]
+    keys = {Share.LAYER: member, Share.PARENT: parent_of, Share.NOTHING: jnp.zeros_like(member)}
+    widths = tuple(width for width in widths if width <= tokens.shape[0])
+    batches = batch_rows(is_call, group, keys[share], len(groups), widths)
+    for i, layers in enumerate(groups):
+        for j, width in enumerate(widths):
+
+            def run(
+                n: Array,
+                carry: T,
+                layers: LayerGroup = layers,
+                i: int = i,
+                j: int = j,
+                width: int = width,
+            ) -> T:
+                start = batches.starts[i][j][n]
+                batch = jax.lax.dynamic_slice(batches.order, (start,), (width,))
+                members, parent = member[batch], parent_of[batch]
+                if share is Share.LAYER:
+                    return use(carry, jax.vmap(partial(layers.apply, members[0])), start, parent)
+                if share is Share.PARENT:
+                    call = jax.vmap(layers.apply, in_axes=(0, None))
+                    return use(carry, partial(call, members), start, parent[0])
+                return use(carry, partial(jax.vmap(layers.apply), members), start, parent)
+
+            carry = jax.lax.fori_loop(0, batches.counts[i][j], run, carry)
+    return batches.position, carry

@@ -1,0 +1,113 @@
+"""The depth-first plan: one layer call at a time, activations of one chain in memory."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jchain._typing import Array, Float, Int, Shaped
+from jchain.engine.layer_calls import (
+    ArrayShape,
+    apply_token,
+    empty_results,
+    evaluate_heads,
+    find_call_bytes,
+    find_head_bytes,
+    nbytes,
+)
+from jchain.engine.prefix_sharing import SortedChains
+from jchain.problem import Problem
+
+_Results = tuple[Array, Array]
+
+
+@dataclass(frozen=True)
+class DepthFirst:
+    """A plan that makes one layer call at a time, depth first in the tree of prefixes."""
+
+    def count_bytes(self, problem: Problem, hidden: ArrayShape) -> int:
+        """Estimate activations and temporaries in bytes."""
+        call = max(
+            find_call_bytes(problem.bank.layers, hidden), find_head_bytes(problem, hidden, 1)
+        )
+        return (problem.max_layers + 2) * nbytes(hidden) + call
+
+    def evaluate(
+        self, problem: Problem, hidden: Array, population: SortedChains
+    ) -> tuple[Array, Array]:
+        """Return loss, without the layer penalty, and accuracy of sorted chains, `[P]` each."""
+        order = _find_order(population)
+        chains, length, _ = population
+
+        # Two flat loops: a nested loop that carries the path without writing to it would copy it in
+        # each iteration.
+        def call_head(end: Array, path: Array, results: _Results) -> _Results:
+            i = order.ends[end]
+            call = jax.vmap(partial(apply_token, problem.bank.heads, chains[i, length[i]]))
+            metrics = evaluate_heads(problem, call, path[length[i]][None])
+            return jax.tree.map(lambda a, b: a.at[i].set(b[0]), results, metrics)
+
+        def call_layer(n: Array, carry: _Carry) -> _Carry:
+            i, t = jnp.divmod(order.nodes[n], chains.shape[1])
+            hidden = apply_token(problem.bank.layers, chains[i, t], carry.path[t])
+            path = carry.path.at[t + 1].set(hidden)
+            return _call_ready_heads(order, n + 1, carry._replace(path=path), call_head)
+
+        carry = _Carry(
+            jnp.zeros((chains.shape[1], *hidden.shape), hidden.dtype).at[0].set(hidden),
+            jnp.array(0),
+            empty_results(problem, hidden, chains.shape[0]),
+        )
+        carry = _call_ready_heads(order, jnp.array(0), carry, call_head)
+        return jax.lax.fori_loop(0, order.num_nodes, call_layer, carry).results
+
+
+class _Order(NamedTuple):
+    """The order of the layer calls and the head calls."""
+
+    nodes: Int[Array, "M"]  # [P * L], place of each node in the flat chains; padded with zeros
+    num_nodes: Int[Array, ""]
+    ends: Int[Array, "E"]  # [P + 1], the distinct chains; padded with P
+    # [P + 1], layer calls that come before the head call of each; larger than any number in padding
+    num_before: Int[Array, "E"]
+
+
+class _Carry(NamedTuple):
+    """What is computed so far."""
+
+    path: Shaped[Array, "L B ..."]  # [L, B, ...F], activations after each layer of one chain
+    end: Int[Array, ""]  # head calls so far
+    results: tuple[Float[Array, "P"], Float[Array, "P"]]  # loss and accuracy, [P] each
+
+
+def _find_order(population: SortedChains) -> _Order:
+    chains, length, first_new = population
+    num_chains, num_slots = chains.shape
+    slots = jnp.arange(num_slots)[None]
+    is_node = (slots >= first_new[:, None]) & (slots < length[:, None])
+    nodes = jnp.nonzero(is_node.reshape(-1), size=is_node.size)[0]
+    ends = jnp.nonzero(first_new <= length, size=num_chains + 1, fill_value=num_chains)[0]
+    num_before = jnp.append(jnp.cumsum(is_node.sum(axis=1)), is_node.size + 1)[ends]
+    return _Order(nodes, is_node.sum(), ends, num_before)
+
+
+def _call_ready_heads(
+    order: _Order,
+    num_done: Int[Array, ""],
+    carry: _Carry,
+    call_head: Callable[[Array, Array, _Results], _Results],
+) -> _Carry:
+    """Call the head of each chain whose last layer is among the first `num_done` layer calls."""
+    path = carry.path
+
+    def call(state: tuple[Array, _Results]) -> tuple[Array, _Results]:
+        end, results = state
+        return end + 1, call_head(end, path, results)
+
+    end, results = jax.lax.while_loop(
+        lambda state: order.num_before[state[0]] <= num_done, call, (carry.end, carry.results)
+    )
+    return _Carry(path, end, results)

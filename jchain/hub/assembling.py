@@ -1,0 +1,209 @@
+"""Assemble the bank of one or several models.
+
+Layers are stacked blocks, the stem is the embeddings, and heads are output layers.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jchain._typing import PyTree
+from jchain.bank import Bank
+from jchain.groups import LayerGroup
+from jchain.hub.architecture import Architecture
+from jchain.hub.tensor_names import ModelNames, TensorNames, find_shapes
+from jchain.hub.weights import WeightReader, Weights, choose_dtype
+from jchain.hub.wrapping import Entries, Entry, Exit, Restart, Within
+
+
+class Source(NamedTuple):
+    """A model that a bank is assembled from."""
+
+    name: str
+    weights: Weights
+    architecture: Architecture
+    names: ModelNames  # the tensor of each param
+
+
+def assemble_bank(sources: list[Source], dtype: DTypeLike | None, pinned: tuple[int, int]) -> Bank:
+    """Assemble the bank of all models, which have the same architecture.
+
+    Args:
+      sources: the models, at least one.
+      dtype: of the weights; that of the files if None.
+      pinned: how many blocks are pinned at the beginning and at the end.
+
+    Raises:
+      ValueError: no block is left that is not pinned, or weights have several dtypes or one that is
+        not supported.
+    """
+    architecture = sources[0].architecture
+    depth = len(architecture.blocks)
+    first, last = pinned
+    if first < 0 or last < 0 or first + last >= depth:
+        raise ValueError(
+            f"expected fewer pinned blocks than the {depth} of the model, at least 0, got {pinned}"
+        )
+    free = range(first, depth - last)  # indices of the blocks that are not pinned
+    features = find_shapes(architecture).features
+    reader = WeightReader(_choose_dtype(sources, dtype))
+
+    # The heads first: tied embeddings then share the memory of the stacked heads.
+    head, head_params = _read_heads(reader, sources, free.stop, features)
+    stem, stem_params = _read_stem(reader, sources, free.start)
+    has_restarts = isinstance(stem, Entries)
+    layers = _stack_layers(reader, sources, free, features, is_within=has_restarts)
+    if has_restarts:
+        layers.append(_make_restarts(layers, len(sources), features))
+
+    num_layers = sum(len(group.tokens) for group in layers)
+    head_tokens = tuple(range(num_layers, num_layers + len(sources)))
+    names, origins = _name_tokens(sources, free, has_restarts=has_restarts)
+    return Bank(
+        layers=tuple(layers),
+        heads=(LayerGroup(head_params, head, head_tokens),),
+        stem_params=stem_params,
+        stem=stem,
+        names=names,
+        origins=origins,
+        parents=_find_parents(len(sources), len(free), has_restarts=has_restarts),
+    )
+
+
+def _choose_dtype(sources: list[Source], dtype: DTypeLike | None) -> np.dtype:
+    """The dtype of all weights, from the tensors that are read."""
+    found = {
+        source.weights.dtypes[name]
+        for source in sources
+        for part in source.names.flatten()
+        for name in part.values()
+    }
+    return choose_dtype(found, dtype, ", ".join(str(source.weights.path) for source in sources))
+
+
+def _read_heads(
+    reader: WeightReader, sources: list[Source], stop: int, features: int
+) -> tuple[nn.Module, PyTree]:
+    """The module and the stacked params of all heads, with the pinned blocks from `stop` on."""
+    architecture = sources[0].architecture
+    pinned = architecture.blocks[stop:]
+    if len(sources) == 1 and not pinned:
+        source = sources[0]
+        return architecture.head, reader.read_stack([(source.weights, source.names.head)])
+    members = [
+        (source.weights, _join_names({"head": source.names.head}, source.names.blocks[stop:]))
+        for source in sources
+    ]
+    module = Exit(architecture.head, tuple(block.clone() for block in pinned), features)
+    return module, reader.read_stack(members)
+
+
+def _read_stem(reader: WeightReader, sources: list[Source], start: int) -> tuple[nn.Module, PyTree]:
+    """The module and the params of the stem, with the pinned blocks before `start`.
+
+    The module is `Entries` if the embeddings or pinned blocks of the models differ.
+    """
+    architecture = sources[0].architecture
+    params = [
+        reader.read(
+            source.weights,
+            _join_names({"stem": source.names.stem}, source.names.blocks[:start]),
+        )
+        for source in sources
+    ]
+    modules = [_make_entry(architecture, start, source.name) for source in sources]
+    if any(not _is_same(params[0], other) for other in params[1:]):
+        return Entries(tuple(modules)), {f"entries_{m}": entry for m, entry in enumerate(params)}
+    if start > 0:
+        return modules[0], params[0]
+    return architecture.stem, params[0]["stem"]
+
+
+def _make_entry(architecture: Architecture, num_pinned: int, source: str) -> Entry:
+    """Embeddings and the first blocks of a model."""
+    # Clones, as Flax gives one module that is used twice only one set of params.
+    blocks = tuple(block.clone() for block in architecture.blocks[:num_pinned])
+    return Entry(architecture.stem.clone(), blocks, source)
+
+
+def _stack_layers(
+    reader: WeightReader, sources: list[Source], free: range, features: int, *, is_within: bool
+) -> list[LayerGroup]:
+    """The blocks of all models that are not pinned, one group for each module."""
+    blocks = sources[0].architecture.blocks
+    layers = []
+    for module in dict.fromkeys(blocks[i] for i in free):
+        members = [(m, i) for m in range(len(sources)) for i in free if blocks[i] == module]
+        params = reader.read_stack(
+            [(sources[m].weights, sources[m].names.blocks[i]) for m, i in members]
+        )
+        tokens = tuple(m * len(free) + i - free.start for m, i in members)
+        wrapped = ({"block": params}, Within(module, features)) if is_within else (params, module)
+        layers.append(LayerGroup(*wrapped, tokens))
+    return layers
+
+
+def _make_restarts(layers: list[LayerGroup], num_sources: int, features: int) -> LayerGroup:
+    """One restart for each model except the first, with the tokens after those of all blocks."""
+    num_blocks = sum(len(group.tokens) for group in layers)
+    dtype = jax.tree.leaves(layers[0].params)[0].dtype
+    shares = jnp.eye(num_sources - 1, dtype=dtype)
+    tokens = tuple(range(num_blocks, num_blocks + num_sources - 1))
+    return LayerGroup({"shares": shares}, Restart(features), tokens)
+
+
+def _name_tokens(
+    sources: list[Source], free: range, *, has_restarts: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names and origins of all tokens."""
+    architecture = sources[0].architecture
+    depth, family = len(architecture.blocks), architecture.stem.__module__.rpartition(".")[2]
+    tokens = [
+        (f"{source.name}/{i}", f"block {i} of {depth}, {family} checkpoint {source.name}")
+        for source in sources
+        for i in free
+    ]
+    if has_restarts:
+        tokens += [
+            (f"{source.name}/embeddings", f"embeddings of {family} checkpoint {source.name}")
+            for source in sources[1:]
+        ]
+    tokens += [
+        (f"{source.name}/head", f"head of {family} checkpoint {source.name}") for source in sources
+    ]
+    names, origins = zip(*tokens, strict=True)
+    return names, origins
+
+
+def _find_parents(
+    num_sources: int, num_free: int, *, has_restarts: bool
+) -> tuple[tuple[int, ...], ...]:
+    """The original models as chains: a restart if the model needs one, its blocks, its head."""
+    num_blocks = num_sources * num_free
+    num_layers = num_blocks + (num_sources - 1 if has_restarts else 0)
+    return tuple(
+        (
+            *((num_blocks + m - 1,) if has_restarts and m > 0 else ()),
+            *range(m * num_free, (m + 1) * num_free),
+            num_layers + m,
+        )
+        for m in range(num_sources)
+    )
+
+
+def _join_names(part: dict[str, TensorNames], blocks: list[TensorNames]) -> TensorNames:
+    """The tensors of an `Entry` or an `Exit`, by the paths of its params."""
+    children = part | {f"blocks_{i}": names for i, names in enumerate(blocks)}
+    return {
+        f"{child}/{path}": name for child, names in children.items() for path, name in names.items()
+    }
+
+
+def _is_same(params: PyTree, other: PyTree) -> bool:
+    """Whether two trees of params have the same values."""
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(other), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)

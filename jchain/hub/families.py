@@ -1,0 +1,54 @@
+"""The architecture of a config, from the model family that its `model_type` names."""
+
+import os
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from jchain.files import FAMILIES
+from jchain.hub.architecture import Architecture
+from jchain.hub.checkpoint import CONFIG, JsonObject, read_json
+from jchain.hub.config import Config
+from jchain.hub.tensor_names import find_shapes
+
+
+def make_architecture(options: JsonObject, location: str) -> Architecture:
+    """Make the architecture that a config describes.
+
+    Args:
+      options: content of config.json.
+      location: the file, for error messages.
+
+    Raises:
+      ValueError: the family or an option is not supported.
+    """
+    config = Config(options, location)
+    kind = config.require("model_type")
+    families: dict[str, ModuleType] = {
+        known: family for family in map(import_module, FAMILIES) for known in family.MODEL_TYPES
+    }
+    if kind not in families:
+        raise config.reject("model_type", kind, ", ".join(families))
+    try:
+        architecture = families[kind].make_architecture(config)
+        config.finish()
+        find_shapes(architecture)
+    except (TypeError, ZeroDivisionError, AttributeError) as error:
+        # The value of an option has a type that the family does not expect.
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{location}: an option has an invalid value: {reason}") from None
+    return architecture
+
+
+def read_architecture(folder: str | os.PathLike[str]) -> Architecture:
+    """Make the architecture of a checkpoint folder from its config.json.
+
+    Args:
+      folder: of the checkpoint.
+
+    Raises:
+      FileNotFoundError: config.json is missing.
+      ValueError: config.json is not valid JSON, or the family or an option is not supported.
+    """
+    path = Path(folder) / CONFIG
+    return make_architecture(read_json(path), str(path))

@@ -1,0 +1,188 @@
+"""The tensor of a checkpoint for each param of a model, by name and shape."""
+
+from collections.abc import Iterable
+from functools import cache
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+from flax import traverse_util
+
+from jchain.hub.architecture import Architecture
+from jchain.hub.checkpoint import DTYPES, Checkpoint, list_names
+
+# Output layers that some files contain although they are the same as the embeddings.
+_OUTPUT_LAYERS = ("lm_head.weight", "embed_out.weight")
+
+# From the path of a param to the name of a tensor, such as
+# {"attn/c_attn/weight": "transformer.h.0.attn.c_attn.weight"}.
+TensorNames = dict[str, str]
+# From the path of a param to its shape.
+Shapes = dict[str, tuple[int, ...]]
+
+
+class ModelNames(NamedTuple):
+    """The tensor of each param, for the parts of a model."""
+
+    stem: TensorNames
+    blocks: list[TensorNames]
+    head: TensorNames
+
+    def flatten(self) -> tuple[TensorNames, ...]:
+        """List the parts: stem, blocks, head."""
+        return (self.stem, *self.blocks, self.head)
+
+
+class ModelShapes(NamedTuple):
+    """The shape of each param, for the parts of a model."""
+
+    stem: Shapes
+    blocks: list[Shapes]
+    head: Shapes
+    features: int  # width of the activations between blocks
+
+    def flatten(self) -> tuple[Shapes, ...]:
+        """List the parts: stem, blocks, head."""
+        return (self.stem, *self.blocks, self.head)
+
+
+def find_names(architecture: Architecture, prefix: str | None = None) -> ModelNames:
+    """Find the tensor of each param of a model.
+
+    Args:
+      architecture: of the model.
+      prefix: start of all names; that of the architecture if None.
+    """
+    prefix = architecture.prefix if prefix is None else prefix
+    shapes = find_shapes(architecture)
+    return ModelNames(
+        _find_part_names(shapes.stem, architecture.stem_names, prefix),
+        [
+            {
+                path: prefix + architecture.block_prefix.format(i) + path.replace("/", ".")
+                for path in block
+            }
+            for i, block in enumerate(shapes.blocks)
+        ],
+        _find_part_names(shapes.head, architecture.head_names, prefix),
+    )
+
+
+def _find_part_names(params: Iterable[str], names: dict[str, str], prefix: str) -> TensorNames:
+    """The tensors of the stem or the head, whose children have the given names in the file."""
+    found = {}
+    for path in params:
+        child, *rest = path.split("/")
+        name = names[child]
+        found[path] = ".".join([name[1:] if name.startswith("/") else prefix + name, *rest])
+    return found
+
+
+def find_shapes(architecture: Architecture) -> ModelShapes:
+    """Find the shape of each param of a model, without computing anything.
+
+    Args:
+      architecture: of the model.
+    """
+    x = jax.ShapeDtypeStruct(architecture.example_shape, architecture.example_dtype)
+    stem, hidden = _trace(architecture.stem, x)
+    blocks = [_trace(block, hidden)[0] for block in architecture.blocks]
+    return ModelShapes(stem, blocks, _trace(architecture.head, hidden)[0], hidden.shape[-1])
+
+
+@cache
+def _trace(module: nn.Module, x: jax.ShapeDtypeStruct) -> tuple[Shapes, jax.ShapeDtypeStruct]:
+    """The shapes of a module's params, and its output for an input like x."""
+    out, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    params: dict[str, jax.ShapeDtypeStruct] = traverse_util.flatten_dict(
+        variables["params"], sep="/"
+    )  # pyright: ignore[reportAssignmentType]
+    return {path: leaf.shape for path, leaf in params.items()}, out
+
+
+def find_prefix(architecture: Architecture, checkpoint: Checkpoint) -> str:
+    """Find the start of all tensor names in a file.
+
+    It is empty for a file that was saved from the model without its output layer.
+
+    Args:
+      architecture: of the model.
+      checkpoint: the file.
+    """
+    has_prefix = any(name.startswith(architecture.prefix) for name in checkpoint.shapes)
+    return architecture.prefix if has_prefix else ""
+
+
+def check_tensors(architecture: Architecture, checkpoint: Checkpoint, prefix: str) -> None:
+    """Check that a file contains the tensors of a model and no others.
+
+    Args:
+      architecture: of the model.
+      checkpoint: the file.
+      prefix: start of all tensor names, from `find_prefix`.
+
+    Raises:
+      ValueError: a tensor is missing, is not part of the model, or has a wrong shape or an
+        unsupported dtype; or the file contains an output layer that differs from the embeddings
+        although they are tied.
+    """
+    names, shapes = find_names(architecture, prefix), find_shapes(architecture)
+    expected = {
+        name: part_shapes[path]
+        for part_names, part_shapes in zip(names.flatten(), shapes.flatten(), strict=True)
+        for path, name in part_names.items()
+    }
+    _check_no_surplus(architecture, checkpoint, prefix, expected)
+    _check_shapes(checkpoint, expected)
+    _check_tied(checkpoint, names)
+
+
+def _check_no_surplus(
+    architecture: Architecture, checkpoint: Checkpoint, prefix: str, expected: Shapes
+) -> None:
+    """Check that no tensor of the model is missing, and that there are no other tensors."""
+    found = checkpoint.shapes.keys()
+    if missing := expected.keys() - found:
+        raise ValueError(
+            f"{checkpoint.path}: expected tensors {list_names(missing)}, which are missing"
+        )
+    ignored = {
+        prefix + name.format(i)
+        for name in architecture.unused_tensors
+        for i in range(len(architecture.blocks))
+    }
+    ignored |= set(_OUTPUT_LAYERS) if architecture.vocab_size is not None else set()
+    if surplus := found - expected.keys() - ignored:
+        raise ValueError(
+            f"{checkpoint.path}: expected only tensors of the model that its config describes, "
+            f"got {list_names(surplus)}"
+        )
+
+
+def _check_shapes(checkpoint: Checkpoint, expected: Shapes) -> None:
+    """Check shapes and dtypes."""
+    for name, shape in expected.items():
+        found, dtype = checkpoint.shapes[name], checkpoint.dtypes[name]
+        if found != shape:
+            raise ValueError(
+                f"{checkpoint.path}: expected {name} of shape {list(shape)} from its config, "
+                f"got {list(found)}"
+            )
+        if dtype not in DTYPES.values():
+            raise ValueError(
+                f"{checkpoint.path}: expected {name} of {', '.join(DTYPES.values())}, got {dtype}"
+            )
+
+
+def _check_tied(checkpoint: Checkpoint, names: ModelNames) -> None:
+    """Check that an output layer in the file equals the embeddings if they are tied."""
+    tied = set(names.stem.values()) & set(names.head.values())
+    outputs = checkpoint.shapes.keys() & set(_OUTPUT_LAYERS)
+    for embeddings in tied:
+        for name in outputs:
+            if not checkpoint.are_equal(name, embeddings):
+                raise ValueError(
+                    f"{checkpoint.path}: expected {name} to equal {embeddings}, as in a model with "
+                    "tie_word_embeddings, got other values: set tie_word_embeddings to false to "
+                    f"use them, or remove {name}"
+                )

@@ -1,0 +1,155 @@
+"""Weights of a model as stacked params: read from checkpoints, each tensor once, or random."""
+
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax.typing import DTypeLike
+
+from jchain._typing import Array, Key, PyTree
+from jchain.hub.architecture import Architecture
+from jchain.hub.checkpoint import DTYPES, Checkpoint
+from jchain.hub.tensor_names import ModelNames, TensorNames
+
+# XLA on CPU uses the memory of arrays with this alignment without copying it.
+_ALIGNMENT = 64
+
+
+class RandomWeights:
+    """Random float32 weights by their tensor names, with the interface of a `Checkpoint`.
+
+    Attributes:
+      path: empty, as no file is read.
+      shapes: from the name of each tensor to its shape.
+      dtypes: from the name of each tensor to its dtype, by NumPy's name.
+    """
+
+    def __init__(self, key: Key[Array, ""], architecture: Architecture, names: ModelNames) -> None:
+        """Draw the weights.
+
+        Args:
+          key: for the initializers of the modules.
+          architecture: of the model.
+          names: the tensor of each param.
+        """
+        self.path = Path()
+        stem_key, head_key, *keys = jax.random.split(key, 2 + len(names.blocks))
+        x = jnp.zeros(architecture.example_shape, architecture.example_dtype)
+        hidden, stem_params = architecture.stem.init_with_output(stem_key, x)
+        modules = zip(architecture.blocks, keys, strict=True)
+        # The head first: if its weights are tied to the embeddings, the embeddings replace them.
+        params = [
+            architecture.head.init(head_key, hidden),
+            stem_params,
+            *(module.init(key, hidden) for module, key in modules),
+        ]
+        parts = (names.head, names.stem, *names.blocks)
+        self._arrays = {
+            part[path]: np.asarray(leaf)
+            for variables, part in zip(params, parts, strict=True)
+            for path, leaf in traverse_util.flatten_dict(variables["params"], sep="/").items()
+        }
+        self.shapes = {name: array.shape for name, array in self._arrays.items()}
+        self.dtypes = {name: array.dtype.name for name, array in self._arrays.items()}
+
+    def read(self, name: str, row: np.ndarray) -> None:
+        """Copy a tensor into an array.
+
+        Args:
+          name: of the tensor.
+          row: array of the tensor's shape.
+        """
+        row[...] = self._arrays[name]
+
+
+Weights = Checkpoint | RandomWeights
+
+
+class WeightReader:
+    """Reads tensors as params of one dtype, and reads each tensor only once."""
+
+    def __init__(self, dtype: np.dtype) -> None:
+        """Start without any tensor.
+
+        Args:
+          dtype: of the params.
+        """
+        self._dtype = dtype
+        self._rows: dict[tuple[Path, str], np.ndarray] = {}
+
+    def read(self, weights: Weights, names: TensorNames) -> PyTree:
+        """Read the params of one module. Tensors that were read before share their memory.
+
+        Args:
+          weights: where the tensors are.
+          names: the tensor of each param.
+        """
+        return _nest({path: self._read_tensor(weights, name) for path, name in names.items()})
+
+    def read_stack(self, members: list[tuple[Weights, TensorNames]]) -> PyTree:
+        """Read the params of several modules as one stack, without a second copy in memory.
+
+        Args:
+          members: for each module, where its tensors are, and the tensor of each param.
+
+        Returns:
+          Params whose leaves have shape `[n, ...]` for n members.
+        """
+        stacks = {}
+        first_weights, first_names = members[0]
+        for path, first_name in first_names.items():
+            stack = _allocate((len(members), *first_weights.shapes[first_name]), self._dtype)
+            for row, (weights, names) in zip(stack, members, strict=True):
+                weights.read(names[path], row)
+                self._rows[weights.path, names[path]] = row
+            stacks[path] = stack
+        return _nest(stacks)
+
+    def _read_tensor(self, weights: Weights, name: str) -> np.ndarray:
+        """One tensor, from memory if it was read before."""
+        if (weights.path, name) not in self._rows:
+            row = _allocate(weights.shapes[name], self._dtype)
+            weights.read(name, row)
+            self._rows[weights.path, name] = row
+        return self._rows[weights.path, name]
+
+
+def _allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory that XLA on CPU can use without copying it."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _nest(leaves: dict[str, np.ndarray]) -> PyTree:
+    """Nested params of the given paths."""
+    # Not `jnp.asarray`, which would copy.
+    return traverse_util.unflatten_dict(
+        {path: jax.device_put(leaf) for path, leaf in leaves.items()}, sep="/"
+    )
+
+
+def choose_dtype(found: set[str], dtype: DTypeLike | None, location: str) -> np.dtype:
+    """Choose the dtype of all weights.
+
+    Args:
+      found: names of the dtypes in the files.
+      dtype: what the caller asked for; if None, the only dtype in the files.
+      location: the files, for error messages.
+
+    Raises:
+      ValueError: `dtype` is None and the files have several, or the dtype is not supported.
+    """
+    if dtype is None and len(found) > 1:
+        raise ValueError(
+            f"{location}: expected weights of one dtype, got {', '.join(sorted(found))}: "
+            "pass dtype="
+        )
+    chosen = jnp.dtype(min(found) if dtype is None else dtype)
+    if chosen.name not in DTYPES.values():
+        raise ValueError(f"expected a dtype of {', '.join(DTYPES.values())}, got {chosen.name}")
+    return chosen

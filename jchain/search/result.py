@@ -1,0 +1,130 @@
+"""Data of a run: its state, when it is over, its trace, and its result."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from jchain._typing import Array, Bool, Float, Int, Key, PyTree
+from jchain.search.pool import Pool
+
+
+class Curve(NamedTuple):
+    """Best loss against cost, after each step."""
+
+    layer_calls: Int[np.ndarray, "T"]
+    best_loss: Float[np.ndarray, "T"]
+
+    def at(self, budgets: ArrayLike | Sequence[int]) -> Float[np.ndarray, "B"]:
+        """Return the best loss within each budget, `+inf` if the first step costs more.
+
+        Args:
+          budgets: numbers of layer calls, `[B]`.
+        """
+        step = np.searchsorted(self.layer_calls, np.asarray(budgets), side="right") - 1
+        return np.where(step >= 0, self.best_loss[np.maximum(step, 0)], np.inf)
+
+
+class Result(NamedTuple):
+    """What a run found on its problem."""
+
+    best_chain: Int[np.ndarray, "L"]  # all -1 if no chain had a finite loss
+    best_loss: float
+    curve: Curve
+    # The best distinct chains, best first, to be re-ranked on `select`.
+    finalists: Int[np.ndarray, "Q L"]
+    finalist_losses: Float[np.ndarray, "Q"]
+    layer_calls: int
+    num_chains: int  # scored, repeats included
+    num_nonfinite: int  # those of num_chains whose loss was not finite
+
+
+class BudgetError(ValueError):
+    """The budget is smaller than the cost of one step.
+
+    Args:
+      cost: layer calls of one step.
+      budget: the budget of the whole run.
+      reserved: layer calls of the budget that are reserved for gradient steps.
+    """
+
+    def __init__(self, cost: int, budget: int, reserved: int = 0) -> None:
+        kept = f" besides {reserved:,} reserved for gradient steps" if reserved else ""
+        super().__init__(
+            f"expected a budget of at least one step, which costs {cost:,} layer calls here{kept}, "
+            f"got {budget:,}"
+        )
+        self.cost = cost
+
+
+class RunStats(NamedTuple):
+    """What one run has found and spent."""
+
+    pool: Pool
+    layer_calls: Int[Array, ""]
+    num_chains: Int[Array, ""]
+    num_nonfinite: Int[Array, ""]
+    num_free: Int[Array, ""]  # consecutive zero-cost steps
+    cost: Int[Array, ""]  # of the last step, counted or not
+    is_over: Bool[Array, ""]
+
+
+class RunState(NamedTuple):
+    """One run between two steps; leaves have a leading axis `[S]` for many runs."""
+
+    key: Key[Array, ""]
+    state: PyTree  # of the search
+    stats: RunStats
+
+
+class StopRule(NamedTuple):
+    """When a run is over."""
+
+    budget: Int[ArrayLike, ""]  # layer calls, int32
+    target_loss: Float[ArrayLike, ""]  # float32
+
+
+class Trace(NamedTuple):
+    """Totals after each step of each run."""
+
+    layer_calls: Int[Array, "T S"]
+    best_loss: Float[Array, "T S"]
+    is_counted: Bool[Array, "T S"]  # False for steps after the end, and for a step over budget
+
+
+def make_results(runs: RunState, trace: Trace, budget: int) -> list[Result]:
+    """Return what each run found.
+
+    Args:
+      runs: the finished runs.
+      trace: the trace of all steps, `[T, S]`.
+      budget: layer calls of each run, for the error message.
+
+    Raises:
+      BudgetError: the budget is smaller than one step.
+    """
+    stats = jax.tree.map(np.asarray, runs.stats)
+    return [_make_result(stats, trace, i, budget) for i in range(stats.layer_calls.shape[0])]
+
+
+def _make_result(all_stats: RunStats, trace: Trace, i: int, budget: int) -> Result:
+    """The result of run `i`."""
+    stats = jax.tree.map(lambda leaf: leaf[i], all_stats)
+    is_counted = trace.is_counted[:, i]
+    if not is_counted.any():
+        raise BudgetError(int(stats.cost), budget)
+    is_found = np.isfinite(stats.pool.loss)
+    return Result(
+        best_chain=stats.pool.chains[0],
+        best_loss=float(stats.pool.loss[0]),
+        curve=Curve(
+            np.asarray(trace.layer_calls)[is_counted, i], np.asarray(trace.best_loss)[is_counted, i]
+        ),
+        finalists=stats.pool.chains[is_found],
+        finalist_losses=stats.pool.loss[is_found],
+        layer_calls=int(stats.layer_calls),
+        num_chains=int(stats.num_chains),
+        num_nonfinite=int(stats.num_nonfinite),
+    )

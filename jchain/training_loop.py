@@ -1,0 +1,298 @@
+"""The loop that trains banks: softmax cross-entropy on random minibatches of 128 examples.
+
+Each gradient step takes a *route*, some layers and a head: always the same route for an ordinary
+net, a random one for a supernet (Guo et al. 2020, arXiv:1904.00420). If a module has a method
+`project`, the weights of its layers are replaced by what it returns after each step
+(`jchain.invertible`).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from jchain._typing import Array, Float, Int, Key, PyTree
+from jchain.data import Batch
+from jchain.groups import apply_module, pick
+
+OPTIMIZER = optax.adamw(1e-3, weight_decay=0.1)
+BATCH_SIZE = 128
+NUM_STEPS = 1000
+# Axes of stacked convolution kernels with one spatial axis; more spatial axes have more.
+_CONV_NDIM = 5
+
+
+class Weights(NamedTuple):
+    """Params of all layers and heads, stacked by module."""
+
+    layers: tuple[PyTree, ...]  # one per module, leaves [n, ...]
+    heads: tuple[PyTree, ...]
+
+
+class Recipe(NamedTuple):
+    """What one run trains. Hashable: a static argument of the jitted loop."""
+
+    layers: tuple[nn.Module, ...]  # layer i has module i % len(layers)
+    heads: tuple[nn.Module, ...]
+    num_layers: int
+    num_heads: int
+    depth: int
+    is_routed: bool = False
+    is_layer_trained: bool = True
+    num_snapshots: int = 1
+    num_steps: int = NUM_STEPS
+    optimizer: optax.GradientTransformation = OPTIMIZER
+
+
+class _Carry(NamedTuple):
+    """What a step needs from the step before."""
+
+    weights: Weights
+    opt_state: optax.OptState
+
+
+class _Draw(NamedTuple):
+    """The random choices of one step."""
+
+    x: Array  # [b, ...F], the minibatch
+    labels: Array  # [b]
+    route: Int[Array, "D"]  # layers, in order
+    head: Int[Array, ""]
+
+
+def is_stepwise(params: PyTree) -> bool:
+    """Whether each gradient step on these stacked params must be a program of its own.
+
+    It must for convolutions on CPU, whose gradient in a loop is about 50 times slower there.
+
+    Args:
+      params: leaves `[n, ...]`.
+    """
+    return (
+        jax.default_backend() == "cpu"
+        and max((leaf.ndim for leaf in jax.tree.leaves(params)), default=0) >= _CONV_NDIM
+    )
+
+
+def train_weights(keys: Key[Array, "R"], data: Batch, recipe: Recipe) -> Weights:
+    """Train one run per key.
+
+    Args:
+      keys: one key per run, consumed.
+      data: the split to train on, after the stem.
+      recipe: what each run trains.
+
+    Returns:
+      Weights of each run at each of its snapshots, leaves `[R, num_snapshots, n, ...]`.
+    """
+    if jax.default_backend() != "cpu":
+        return train_in_one_program(keys, data, recipe, keys.shape[0])
+    start = jax.eval_shape(partial(_init, recipe=recipe), keys[0], data)[0]
+    if not is_stepwise(start):
+        return train_in_one_program(keys, data, recipe, 1)
+    runs = [_train_step_by_step(key, data, recipe) for key in keys]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *runs)
+
+
+@partial(jax.jit, static_argnames=("recipe", "batch_size"))
+def train_in_one_program(
+    keys: Key[Array, "R"], data: Batch, recipe: Recipe, batch_size: int
+) -> Weights:
+    """Train `batch_size` runs at a time, all in one program.
+
+    CPU takes one run at a time: products of vmapped weights are slow there.
+    """
+
+    def train_one(key: Array) -> Weights:
+        carry, step_keys = _init(key, data, recipe)
+
+        def train_until_snapshot(carry: _Carry, keys: Array) -> tuple[_Carry, Weights]:
+            carry, _ = jax.lax.scan(
+                lambda carry, key: (_step(carry, key, data, recipe), None), carry, keys
+            )
+            return carry, carry.weights
+
+        return jax.lax.scan(train_until_snapshot, carry, step_keys)[1]
+
+    return jax.lax.map(train_one, keys, batch_size=batch_size)
+
+
+def _train_step_by_step(key: Array, data: Batch, recipe: Recipe) -> Weights:
+    """Train one run with a program per step, or several per step (see `is_stepwise`)."""
+    carry, step_keys = jax.jit(_init, static_argnames="recipe")(key, data, recipe)
+    # Runs that differ only in their number of steps share a program.
+    step_recipe = recipe._replace(num_steps=0, num_snapshots=1)
+    has_branches = recipe.is_routed and max(len(recipe.layers), len(recipe.heads)) > 1
+    step = _step_in_parts if has_branches else _step_once
+    snapshots = []
+    for keys in step_keys:
+        for step_key in keys:
+            carry = step(carry, step_key, data, step_recipe)
+        # A copy, because the next step donates its carry.
+        snapshots.append(jax.tree.map(jnp.copy, carry.weights))
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *snapshots)
+
+
+def _init(key: Array, data: Batch, recipe: Recipe) -> tuple[_Carry, Key[Array, "S T"]]:
+    """Weights and optimizer state at the start, and the keys of the steps up to each snapshot."""
+    layer_key, head_key, step_key = jax.random.split(key, 3)
+    layers, heads = (
+        tuple(
+            jax.vmap(lambda k, module=module: module.init(k, data.x[:1]).get("params", {}))(
+                keys[i :: len(modules)]
+            )
+            for i, module in enumerate(modules)
+        )
+        for modules, keys in (
+            (recipe.layers, jax.random.split(layer_key, recipe.num_layers)),
+            (recipe.heads, jax.random.split(head_key, recipe.num_heads)),
+        )
+    )
+    weights = Weights(layers, heads)
+    keys = jax.random.split(step_key, recipe.num_steps).reshape(recipe.num_snapshots, -1)
+    return _Carry(weights, recipe.optimizer.init(weights)), keys
+
+
+def _step(carry: _Carry, key: Array, data: Batch, recipe: Recipe) -> _Carry:
+    """One gradient step."""
+    return _update(carry, jax.grad(_compute_loss)(carry.weights, key, data, recipe), recipe)
+
+
+def _update(carry: _Carry, gradient: Weights, recipe: Recipe) -> _Carry:
+    weights, opt_state = carry
+    updates, opt_state = recipe.optimizer.update(gradient, opt_state, weights)
+    new: PyTree = optax.apply_updates(weights, updates)
+    layers = weights.layers
+    if recipe.is_layer_trained:
+        layers = tuple(
+            _project(layer, own) for layer, own in zip(recipe.layers, new.layers, strict=True)
+        )
+    return _Carry(Weights(layers, new.heads), opt_state)
+
+
+_step_once = jax.jit(_step, static_argnames="recipe", donate_argnums=0)
+_update_once = jax.jit(_update, static_argnames="recipe", donate_argnums=0)
+
+
+def _project(layer: nn.Module, params: PyTree) -> PyTree:
+    """Stacked weights, kept invertible if the module defines how."""
+    project = getattr(layer, "project", None)
+    return params if project is None else jax.vmap(project)(params)
+
+
+def _draw(key: Array, data: Batch, recipe: Recipe) -> _Draw:
+    """The minibatch, the layers and the head of one step."""
+    batch_key, layer_key, head_key = jax.random.split(key, 3)
+    num_examples = data.y.shape[0]
+    rows = jax.random.choice(
+        batch_key, num_examples, (min(BATCH_SIZE, num_examples),), replace=False
+    )
+    route, head = jnp.arange(recipe.depth), jnp.array(0)
+    if recipe.is_routed:
+        route = jax.random.randint(layer_key, (recipe.depth,), 0, recipe.num_layers)
+        head = jax.random.randint(head_key, (), 0, recipe.num_heads)
+    return _Draw(data.x[rows], data.y[rows], route, head)
+
+
+_draw_once = jax.jit(_draw, static_argnames="recipe")
+
+
+def _compute_loss(weights: Weights, key: Array, data: Batch, recipe: Recipe) -> Float[Array, ""]:
+    """Mean cross-entropy of one minibatch along one route."""
+    hidden, labels, route, head = _draw(key, data, recipe)
+    # Unrolled: the gradient of a convolution in a loop is far slower on CPU.
+    for slot, member in enumerate(route):
+        turn = (member if recipe.is_routed else slot) % len(recipe.layers)
+        hidden = _apply_member(recipe.layers, weights.layers, turn, member, hidden)
+    turn = head % len(recipe.heads) if recipe.is_routed else 0
+    return _mean_loss(_apply_member(recipe.heads, weights.heads, turn, head, hidden), labels)
+
+
+def _mean_loss(logits: Array, labels: Array) -> Float[Array, ""]:
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+def _apply_member(
+    modules: tuple[nn.Module, ...],
+    params: tuple[PyTree, ...],
+    turn: Array | int,
+    member: Array,
+    x: Array,
+) -> Array:
+    """Apply one member, which has the module of its turn: no branch if the turn is an int."""
+
+    def make_branch(module: nn.Module, own: PyTree) -> Callable[[Array, Array], Array]:
+        return lambda place, x: apply_module(module, pick(own, place), x)
+
+    branches = [make_branch(*pair) for pair in zip(modules, params, strict=True)]
+    place = member // len(modules)
+    if isinstance(turn, int):
+        return branches[turn](place, x)
+    return branches[0](place, x) if len(branches) == 1 else jax.lax.switch(turn, branches, place, x)
+
+
+def _step_in_parts(carry: _Carry, key: Array, data: Batch, recipe: Recipe) -> _Carry:
+    """One gradient step with a program per layer call, chosen on the host.
+
+    So there is one program per module instead of one per route.
+    """
+    weights = carry.weights
+    hidden, labels, route, head = _draw_once(key, data, recipe)
+    calls = []
+    for member in route.tolist():
+        place, turn = divmod(member, len(recipe.layers))
+        hidden, pull_fn = _call(recipe.layers[turn], weights.layers[turn], place, hidden)
+        calls.append((turn, place, pull_fn))
+    place, turn = divmod(int(head), len(recipe.heads))
+    layers, heads = map(list, _make_zeros(weights))
+    heads[turn], pulled = _call_head(
+        recipe.heads[turn], weights.heads[turn], heads[turn], place, hidden, labels
+    )
+    for turn, place, pull_fn in reversed(calls):
+        layers[turn], pulled = _pull(pull_fn, pulled, layers[turn], place)
+    return _update_once(carry, Weights(tuple(layers), tuple(heads)), recipe)
+
+
+# From the gradient of a call's output to those of its weights and of its input.
+_PullFn = Callable[[Array], tuple[PyTree, Array]]
+
+
+@partial(jax.jit, static_argnames="module")
+def _call(module: nn.Module, params: PyTree, place: Array | int, x: Array) -> tuple[Array, _PullFn]:
+    """Output of one member of a stack, and the function that pulls its gradient back."""
+    return jax.vjp(partial(apply_module, module), pick(params, place), x)
+
+
+@partial(jax.jit, static_argnames="module", donate_argnames="gradient")
+def _call_head(
+    module: nn.Module, params: PyTree, gradient: PyTree, place: Array | int, x: Array, labels: Array
+) -> tuple[PyTree, Array]:
+    """The stack's gradient with that of the head's weights added, and the gradient of `x`."""
+
+    def loss_fn(own: PyTree, x: Array) -> Array:
+        return _mean_loss(apply_module(module, own, x), labels)
+
+    own, pulled = jax.grad(loss_fn, (0, 1))(pick(params, place), x)
+    return _add_at(gradient, place, own), pulled
+
+
+@partial(jax.jit, donate_argnames="gradient")
+def _pull(
+    pull_fn: _PullFn, pulled: Array, gradient: PyTree, place: Array | int
+) -> tuple[PyTree, Array]:
+    """The stack's gradient with that of one call's weights added, and that of the call's input."""
+    own, pulled = pull_fn(pulled)
+    return _add_at(gradient, place, own), pulled
+
+
+def _add_at(stack: PyTree, place: Array | int, member: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf, added: leaf.at[place].add(added), stack, member)
+
+
+@jax.jit
+def _make_zeros(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.zeros_like, tree)

@@ -1,0 +1,228 @@
+"""The policy that tunes copies of layers between rounds of the search."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jchain._typing import Array, Int, PyTree
+from jchain.engine.evaluate import evaluate
+from jchain.problem import Problem
+from jchain.pytree import pytree_dataclass, static
+from jchain.search import base
+from jchain.search.base import Refreshable, Search
+from jchain.search.progress import Progress
+from jchain.train import OPTIMIZER
+from jchain.updates.clones import CloneBank
+from jchain.updates.policies import (
+    Outcome,
+    Policy,
+    RunArguments,
+    check_budget,
+    check_sizes,
+    count_chain_layers,
+    init_search,
+    make_training_problem,
+    mention_reserved_calls,
+    reserve_for_tuning,
+    resume_run,
+    training_cost,
+)
+
+
+class _Rounds(NamedTuple):
+    """The search and its bank between two rounds, and what was recorded so far."""
+
+    runs: base.RunState  # of one run
+    clones: CloneBank
+    traces: tuple[base.Trace, ...]
+    update_calls: int  # layer calls of gradient steps
+
+
+@pytree_dataclass
+class CloneThenTune(Policy):
+    """Alternate between searching and tuning copies of the best chain's layers.
+
+    The tuned copies join the bank; the original layers and all heads stay unchanged, to the bit.
+    Copies take tokens that the bank has reserved (`Bank.reserve`), so all rounds share one program.
+    A reserved token that is still free holds a copy of another layer, and chains may contain it.
+    Copies may be copied again; their origin names the source. If a module has no free token left,
+    its layers are not copied. After each round a `Refreshable` search continues; any other search
+    restarts, and its best chains so far are kept.
+
+    Attributes:
+      num_rounds: rounds of searching and tuning; each has an equal part of the budget.
+      num_steps: gradient steps in each round.
+      capacity: tokens to reserve for copies of each module; enough for all rounds if None.
+      optimizer: any optax transformation.
+    """
+
+    num_rounds: int = static(default=4)
+    num_steps: int = static(default=100)
+    capacity: int | None = static(default=None)
+    optimizer: optax.GradientTransformation = static(default=OPTIMIZER)
+
+    def __post_init__(self) -> None:
+        check_sizes(num_rounds=self.num_rounds, num_steps=self.num_steps)
+        if self.capacity is not None:
+            check_sizes(capacity=self.capacity)
+
+    def _run(self, args: RunArguments) -> Outcome:
+        base.check_arguments(args.search, args.problem, args.budget, args.num_finalists)
+        training = make_training_problem(args.problem, args.train)
+        _check_problem(args.search, args.problem)
+        reserved = reserve_for_tuning(args.problem, args.train, self.num_steps)
+        check_budget(args.budget, self.num_rounds * reserved)
+        start_key, *round_keys = jax.random.split(args.key, self.num_rounds + 1)
+        rounds = self._start(start_key, args)
+        with Progress(args.budget, is_shown=args.progress) as line:
+            for i, round_key in enumerate(round_keys):
+                round_budget = args.budget * (i + 1) // self.num_rounds - reserved
+                rounds = _search_round(rounds, args, round_budget, line)
+                if int(rounds.runs.stats.layer_calls[0]) + reserved > args.budget:
+                    break
+                is_last = i == self.num_rounds - 1
+                rounds, is_affordable = self._tune_round(
+                    round_key, rounds, args, training, is_last=is_last
+                )
+                if not is_affordable:
+                    break
+        trace = jax.tree.map(lambda *leaves: np.concatenate(leaves), *rounds.traces)
+        with mention_reserved_calls(reserved, args.budget):
+            result = base.make_results(rounds.runs, trace, args.budget)[0]
+        return Outcome(rounds.clones.bank, result, rounds.update_calls)
+
+    def _start(self, key: Array, args: RunArguments) -> _Rounds:
+        """The state before the first round, with tokens reserved for copies."""
+        capacity = self.capacity
+        if capacity is None:
+            capacity = self.num_rounds * args.problem.max_layers
+        clones = CloneBank.reserve(args.problem.bank, capacity)
+        problem = args.problem.with_bank(clones.bank)
+        runs = base.init_runs(key[None], args.search, problem, args.num_finalists)
+        return _Rounds(runs, clones, (), 0)
+
+    def _tune_round(
+        self,
+        key: Array,
+        rounds: _Rounds,
+        args: RunArguments,
+        training: Problem,
+        *,
+        is_last: bool,
+    ) -> tuple[_Rounds, bool]:
+        """Tune copies of the best chain's layers.
+
+        Returns:
+          The state after the round, and False if the budget does not pay for another one.
+        """
+        tune_key, restart_key = jax.random.split(key)
+        runs = rounds.runs
+        best = rounds.clones.replace_free_tokens(runs.stats.pool.chains[0])
+        clones, chain = self._tune_best(tune_key, rounds.clones, training, runs, best)
+        if chain is None:
+            return rounds._replace(runs=_resume_unchanged(runs)), True
+        problem = args.problem.with_bank(clones.bank)
+        cost = training_cost(problem, args.train, count_chain_layers(chain), self.num_steps)
+        next_key = None if is_last else restart_key
+        runs, is_affordable = _continue_with(
+            chain, next_key, args, problem, runs, best, training_calls=cost
+        )
+        traces = (*rounds.traces, _record_totals(runs))
+        return _Rounds(runs, clones, traces, rounds.update_calls + cost), is_affordable
+
+    def _tune_best(
+        self,
+        key: Array,
+        clones: CloneBank,
+        training: Problem,
+        runs: base.RunState,
+        chains: Int[np.ndarray, "Q L"],
+    ) -> tuple[CloneBank, Int[np.ndarray, "L"] | None]:
+        """The bank with tuned copies of the best chain, and their chain; None if no copies."""
+        if not np.isfinite(runs.stats.pool.loss[0, 0]):
+            return clones, None
+        clones, chain = clones.tune_clones(
+            key, training, chains[0], num_steps=self.num_steps, optimizer=self.optimizer
+        )
+        return clones, None if (chain == chains[0]).all() else chain
+
+
+def _search_round(rounds: _Rounds, args: RunArguments, budget: int, line: Progress) -> _Rounds:
+    """Continue the search until `budget` layer calls are spent in total."""
+    problem = args.problem.with_bank(rounds.clones.bank)
+    stop = base.StopRule(np.int32(budget), np.float32(-np.inf))
+    runs, trace = base.advance_runs(rounds.runs, args.search, problem, stop, line, keeps_state=True)
+    return rounds._replace(runs=runs, traces=(*rounds.traces, trace))
+
+
+def _check_problem(search: Search, problem: Problem) -> None:
+    """Check that the search and the problem allow tokens to be added to the bank."""
+    if base.holds_chains(search):
+        raise ValueError(
+            "expected a search without starts: heads get other tokens when copies join the bank"
+        )
+    if problem.layer_cost.ndim > 0:
+        raise ValueError(
+            f"expected one layer_cost for all layers, got {problem.layer_cost.shape[0]}"
+        )
+
+
+def _resume_unchanged(runs: base.RunState) -> base.RunState:
+    """The run, ready for the next round without a new bank."""
+    state, pool = jax.tree.map(lambda leaf: leaf[0], (runs.state, runs.stats.pool))
+    return resume_run(runs, state, pool, 0)
+
+
+def _continue_with(
+    chain: Int[np.ndarray, "L"],
+    restart_key: Array | None,
+    args: RunArguments,
+    problem: Problem,
+    runs: base.RunState,
+    chains: Int[np.ndarray, "Q L"],
+    *,
+    training_calls: int,
+) -> tuple[base.RunState, bool]:
+    """Score the chain of copies, and move the search to the new bank unless `restart_key` is None.
+
+    Returns:
+      The run, and False if the budget does not pay for moving the search to the new bank.
+    """
+    spent = int(runs.stats.layer_calls[0])
+    state, pool = jax.tree.map(lambda leaf: leaf[0], (runs.state, runs.stats.pool))
+    loss = evaluate(problem, chain[None]).loss
+    old = base.merge(base.empty_pool(args.num_finalists, problem), jnp.asarray(chains), pool.loss)
+    pool = base.merge(old, jnp.asarray(chain)[None], loss)
+    paid, calls = training_calls + count_chain_layers(chain), 0
+    if restart_key is not None:
+        state, calls = _move_search(restart_key, args.search, state, problem, pool.chains)
+    is_affordable = spent + paid + calls <= args.budget
+    charged = paid + calls * is_affordable
+    return resume_run(runs, state, pool, charged, 1, int(not jnp.isfinite(loss[0]))), is_affordable
+
+
+def _move_search(
+    key: Array, search: Search, state: PyTree, problem: Problem, chains: Array
+) -> tuple[PyTree, int]:
+    """The state of a search under new weights, and its cost in layer calls."""
+    problem = problem.without_names()
+    if isinstance(search, Refreshable):
+        state, calls = _refresh(search, state, problem, chains)
+        return state, int(calls)
+    return init_search(search, key, problem), 0
+
+
+@jax.jit
+def _refresh(
+    search: Refreshable, state: PyTree, problem: Problem, chains: Array
+) -> tuple[PyTree, Array]:
+    return search.refresh(state, problem, chains)
+
+
+def _record_totals(runs: base.RunState) -> base.Trace:
+    """The totals of the run, as one more step for its trace."""
+    stats = runs.stats
+    return base.Trace(stats.layer_calls[None], stats.pool.loss[None, :, 0], jnp.ones((1, 1), bool))

@@ -1,0 +1,179 @@
+"""The policy that trains sampled chains during the search."""
+
+import dataclasses
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jchain._typing import Array, Int, PyTree
+from jchain.bank import Bank
+from jchain.chain import PADDING, count_layers
+from jchain.problem import Problem
+from jchain.pytree import pytree_dataclass, static
+from jchain.search import base
+from jchain.search.base import Refreshable, Search
+from jchain.search.progress import Progress
+from jchain.train import OPTIMIZER
+from jchain.updates import tune
+from jchain.updates.policies import (
+    Outcome,
+    Policy,
+    RunArguments,
+    check_sizes,
+    init_search,
+    make_training_problem,
+    resume_run,
+    training_cost,
+)
+
+
+class RefreshableSearch(Search, Refreshable, Protocol):
+    """A search that can continue under changed weights."""
+
+
+class _Training(NamedTuple):
+    """The search and the bank after training, and what training cost."""
+
+    state: PyTree  # of the search
+    tuning: tune.State
+    layer_calls: int
+    update_calls: int  # those of layer_calls that gradient steps cost
+    counts: Int[np.ndarray, "2"]  # chains scored, and those without a finite loss
+
+
+@pytree_dataclass
+class SharedUpdates(Policy):
+    """Train some of the chains that each step of the search scored, in place.
+
+    Weights change during the search, so the search must be `Refreshable`: after each step its
+    stored losses are recomputed, which is charged. For the last part of the budget the weights are
+    fixed, and only chains scored in that part can be found.
+
+    Attributes:
+      num_updates: chains to train after each step of the search, with one gradient step each. They
+        are drawn from the chains that the step scored.
+      final_share: share of the budget for the last part.
+      optimizer: any optax transformation.
+    """
+
+    num_updates: int = static(default=8)
+    final_share: float = static(default=0.25)
+    optimizer: optax.GradientTransformation = static(default=OPTIMIZER)
+
+    def __post_init__(self) -> None:
+        check_sizes(num_updates=self.num_updates)
+        if not 0 < self.final_share < 1:
+            raise ValueError(f"expected a final_share above 0 and below 1, got {self.final_share}")
+
+    def _run(self, args: RunArguments) -> Outcome:
+        search = args.search
+        if not isinstance(search, Refreshable):
+            raise ValueError(
+                "expected a search with a method refresh, as ActorCritic, "
+                f"got {type(search).__name__}"
+            )
+        base.check_arguments(search, args.problem, args.budget, args.num_finalists)
+        bank = tune.upcast_bank(args.problem.bank)
+        problem = args.problem.with_bank(bank).without_names()
+        training = make_training_problem(args.problem, args.train).without_names()
+        key, init_key, run_key = jax.random.split(args.key, 3)
+        start = dataclasses.replace(problem.bank, versions=problem.bank.get_versions())
+        carry = (init_search(search, init_key, problem), tune.start(start, self.optimizer))
+        with Progress(args.budget, is_shown=args.progress) as line:
+            trained = self._train(key, carry, args, problem, training, line)
+            final = problem.with_bank(trained.tuning.bank)
+            runs = base.init_runs(run_key[None], search, final, args.num_finalists)
+            pool = jax.tree.map(lambda leaf: leaf[0], runs.stats.pool)
+            runs = resume_run(
+                runs, trained.state, pool, trained.layer_calls, *trained.counts.tolist()
+            )
+            stop = base.StopRule(np.int32(args.budget), np.float32(-np.inf))
+            runs, trace = base.advance_runs(runs, search, final, stop, line)
+        result = base.make_results(runs, trace, args.budget)[0]
+        bank = _update_bank(bank, args.problem.bank, trained.tuning.bank)
+        return Outcome(bank, result, trained.update_calls)
+
+    def _train(
+        self,
+        key: Array,
+        carry: tuple[PyTree, tune.State],
+        args: RunArguments,
+        problem: Problem,
+        training: Problem,
+        line: Progress,
+    ) -> _Training:
+        """Alternate steps of the search and gradient steps until the last part of the budget."""
+        layer_calls = update_calls = num_free = total = step_calls = 0
+        best, counts = np.inf, np.zeros(2, np.int32)
+        # Stop after consecutive zero-cost steps, as jc.run does.
+        while num_free < base.MAX_FREE_STEPS:
+            key, round_key = jax.random.split(key)
+            new, lowest, calls, length, scored = _train_round(
+                self, round_key, carry, args.search, problem, training
+            )
+            cost = training_cost(args.problem, args.train, np.asarray(length))
+            total, step_calls = int(sum(calls)) + cost, max(step_calls, int(calls[0]))
+            # Keep enough of the budget for one step of the last part.
+            limit = min((1 - self.final_share) * args.budget, args.budget - step_calls)
+            if layer_calls + total > limit:
+                break
+            carry, best, counts = new, min(best, float(lowest)), counts + np.asarray(scored)
+            layer_calls, update_calls = layer_calls + total, update_calls + cost
+            num_free = 0 if total else num_free + 1
+            line.update(layer_calls, best)
+        if layer_calls == 0 and num_free == 0:
+            raise ValueError(
+                f"expected a budget of which {1 - self.final_share:.0%} pay for a step of the "
+                f"search with its gradient steps, {total} layer calls here, and the rest for "
+                f"another, {step_calls}, got {args.budget}"
+            )
+        state, tuning = carry
+        return _Training(state, tuning, layer_calls, update_calls, counts)
+
+
+def _update_bank(bank: Bank, old: Bank, trained: Bank) -> Bank:
+    """The bank with trained weights, their versions, and origins that name the training."""
+    versions = trained.get_versions()
+    is_trained = np.asarray(versions > old.get_versions()).tolist()
+    origins = tuple(
+        f"trained while searching, from {origin}" if is_new else origin
+        for origin, is_new in zip(old.origins, is_trained, strict=bool(old.origins))
+    )
+    return dataclasses.replace(
+        bank, layers=trained.layers, heads=trained.heads, versions=versions, origins=origins
+    )
+
+
+@jax.jit
+def _train_round(
+    policy: SharedUpdates,
+    key: Array,
+    carry: tuple[PyTree, tune.State],
+    search: RefreshableSearch,
+    problem: Problem,
+    training: Problem,
+) -> tuple[tuple[PyTree, tune.State], Array, tuple[Array, Array], Array, Array]:
+    """Take a step of the search, then gradient steps on some of its chains.
+
+    Returns:
+      The carry, the lowest loss, the layer calls of the step and of the refresh, the number of
+      layers of each trained chain `[U]`, and two counts: chains scored, and those of them without
+      a finite loss.
+    """
+    step_key, draw_key, train_key = jax.random.split(key, 3)
+    state, tuning = carry
+    state, info = search.step(step_key, state, problem.with_bank(tuning.bank))
+    # A loss that is not finite has no gradient to follow.
+    is_scored = info.chains[:, 0] != PADDING
+    is_usable = is_scored & jnp.isfinite(info.loss)
+    order = jnp.argsort(jnp.where(is_usable, jax.random.uniform(draw_key, is_usable.shape), 2.0))
+    chains = jnp.where(is_usable[:, None], info.chains, PADDING)[order[: policy.num_updates]]
+    tuning = tune.train_on(train_key, tuning, training, chains, policy.optimizer)
+    none = jnp.full_like(info.chains[:1], PADDING)
+    state, calls = search.refresh(state, problem.with_bank(tuning.bank), none)
+    length = count_layers(chains, problem.bank.num_layers)
+    counts = jnp.stack([is_scored.sum(), (is_scored & ~is_usable).sum()])
+    return (state, tuning), info.loss.min(), (info.layer_calls, calls), length, counts

@@ -1,0 +1,83 @@
+"""The policy that tunes the chain that the search found."""
+
+import jax
+import numpy as np
+import optax
+
+from jchain.engine.evaluate import evaluate
+from jchain.pytree import pytree_dataclass, static
+from jchain.search import base
+from jchain.search.base import Curve
+from jchain.train import OPTIMIZER
+from jchain.updates import tune
+from jchain.updates.policies import (
+    Outcome,
+    Policy,
+    RunArguments,
+    check_budget,
+    check_sizes,
+    count_chain_layers,
+    make_training_problem,
+    mention_reserved_calls,
+    reserve_for_tuning,
+    training_cost,
+)
+
+
+@pytree_dataclass
+class TuneFound(Policy):
+    """Search, then tune the layers and the head of the chain found, in place.
+
+    If the gradient steps do not lower the chain's loss on the problem's split, the bank is returned
+    unchanged. Otherwise the chain is the only finalist, because the losses of other chains that
+    share its layers have changed too.
+
+    Attributes:
+      num_steps: gradient steps.
+      optimizer: any optax transformation.
+    """
+
+    num_steps: int = static(default=100)
+    optimizer: optax.GradientTransformation = static(default=OPTIMIZER)
+
+    def __post_init__(self) -> None:
+        check_sizes(num_steps=self.num_steps)
+
+    def _run(self, args: RunArguments) -> Outcome:
+        problem, train = args.problem, args.train
+        training = make_training_problem(problem, train)
+        reserved = reserve_for_tuning(problem, train, self.num_steps)
+        check_budget(args.budget, reserved)
+        search_key, tune_key = jax.random.split(args.key)
+        with mention_reserved_calls(reserved, args.budget):
+            result = base.run(
+                search_key,
+                args.search,
+                problem,
+                budget=args.budget - reserved,
+                num_finalists=args.num_finalists,
+                progress=args.progress,
+            )
+        if not np.isfinite(result.best_loss):
+            return Outcome(problem.bank, result, 0)
+        chain = result.best_chain
+        bank = tune.tune_chain(
+            tune_key, training, chain, num_steps=self.num_steps, optimizer=self.optimizer
+        )
+        loss = float(evaluate(problem.with_bank(bank), chain[None]).loss[0])
+        length = count_chain_layers(chain)
+        update_calls = training_cost(problem, train, length, self.num_steps)
+        layer_calls = result.layer_calls + update_calls + length
+        curve = Curve(
+            np.append(result.curve.layer_calls, layer_calls),
+            np.append(result.curve.best_loss, min(loss, result.best_loss)),
+        )
+        result = result._replace(
+            layer_calls=layer_calls, curve=curve, num_chains=result.num_chains + 1
+        )
+        if loss >= result.best_loss:
+            return Outcome(problem.bank, result, update_calls)
+        result = result._replace(
+            best_loss=loss, finalists=chain[None], finalist_losses=np.array([loss], np.float32)
+        )
+        return Outcome(bank, result, update_calls)

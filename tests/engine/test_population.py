@@ -1,0 +1,87 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import make_bank, make_batch
+
+import jchain as jc
+
+
+def sample(problem, num, seed=0):
+    """Random chains, plus some of every length, a head at once, and repeats."""
+    bank = problem.bank
+    rows = problem.space.sample(jax.random.key(seed), num)
+    short = [[*range(depth), bank.num_layers] for depth in range(problem.max_layers + 1)]
+    return np.concatenate([rows, jc.chain.pad(short, problem.max_layers), rows[:3]])
+
+
+class Float32Only(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(5, dtype=jnp.float32)(x)
+
+
+def test_bfloat16_is_used_from_the_stem_on(problem):
+    chains = sample(problem, 10)
+    exact, rounded = jc.evaluate(problem, chains), jc.evaluate(problem, chains, dtype=jnp.bfloat16)
+    assert np.all(rounded.loss[:10] != exact.loss[:10])
+    same = jc.evaluate(problem, chains, dtype=jnp.float32)
+    np.testing.assert_array_equal(same.loss, exact.loss)
+
+
+@pytest.mark.parametrize("plan", [None, jc.engine.Blocks(3, (1, 2))], ids=str)
+def test_vmap_over_populations_and_over_problems(problem, plan):
+    populations = jnp.stack([jnp.asarray(sample(problem, 6, seed)) for seed in range(3)])
+    looped = [jc.evaluate(problem, chains, plan=plan) for chains in populations]
+    batched = jax.vmap(lambda chains: jc.evaluate(problem, chains, plan=plan))(populations)
+    for i, out in enumerate(looped):
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-6), batched, out)
+    problems = [jc.Problem(make_bank(seed=seed), problem.data, 3) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems)
+    batched = jax.vmap(lambda p, chains: jc.evaluate(p, chains, plan=plan))(stacked, populations)
+    for i, one in enumerate(problems):
+        np.testing.assert_allclose(
+            batched.loss[i], jc.evaluate(one, populations[i]).loss, rtol=1e-6
+        )
+
+
+def test_one_trace_for_a_hundred_populations_of_one_size(problem):
+    calls = []
+
+    def counted(outputs, labels):
+        calls.append(outputs.shape)
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+
+    own = jc.Problem(problem.bank, problem.data, 3, loss_fn=counted)
+    populations = [
+        np.asarray(jc.chain.sample(jax.random.key(seed), 16, 4, 2, 3)) for seed in range(100)
+    ]
+    jc.evaluate(own, populations[0])
+    num_calls = len(calls)
+    for chains in populations[1:]:
+        jc.evaluate(own, chains)
+    assert len(calls) == num_calls
+
+
+def test_one_trace_inside_jit(problem):
+    traces = []
+
+    @jax.jit
+    def loss_fn(chains):
+        traces.append(chains.shape)
+        return jc.evaluate(problem, chains).loss
+
+    for seed in range(3):
+        loss_fn(jc.chain.sample(jax.random.key(seed), 6, 4, 2, 3))
+    assert traces == [(6, 4)]
+
+
+def test_a_layer_that_does_not_follow_the_dtype_is_refused():
+    layer = Float32Only()
+    bank = make_bank(2, 1, layer=layer)
+    with pytest.raises(
+        ValueError, match=r"Float32Only must keep .* expected bfloat16\[9, 5\], got float32\[9, 5\]"
+    ):
+        jc.evaluate(jc.Problem(bank, make_batch(), 1), [[0, 2]], dtype=jnp.bfloat16)

@@ -1,0 +1,36 @@
+"""Chains as plain models."""
+
+import jax
+import numpy as np
+import pytest
+from checkpoints import make_tensors, write
+
+import jchain as jc
+from jchain.hub.chain_model import parse_block_name, unfold_chain
+
+
+def test_a_chain_is_its_pinned_blocks_and_the_blocks_after_the_last_restart(tmp_path):
+    folders = [
+        write(tmp_path / f"m{i}", config={"n_layer": 3}, tensors=make_tensors(3, i))
+        for i in range(2)
+    ]
+    bank = jc.hub.load_many(folders, pinned=(1, 1))
+    assert bank.names == ("m0/1", "m1/1", "m1/embeddings", "m0/head", "m1/head")
+    model = unfold_chain(bank, [0, 2, 0, 1, 3], depth=3)
+    places = [(block.source, block.position) for block in model.blocks]
+    assert places == [("m1", 0), ("m0", 1), ("m1", 1), ("m0", 2)]
+    assert (model.stem_source, model.head_source, model.dtype) == ("m1", "m0", "float32")
+    for block in model.blocks:
+        tensors = make_tensors(3, int(block.source[1:]))
+        expected = tensors[f"transformer.h.{block.position}.mlp.c_fc.weight"]
+        np.testing.assert_array_equal(block.params["mlp"]["c_fc"]["weight"], expected)
+    other = bank.replace([2], [jax.tree.map(lambda leaf: leaf / 2, bank.get_params(2))])
+    with pytest.raises(ValueError, match=r"m1/embeddings to be .* one model, got shares \[0.5\]"):
+        unfold_chain(other, [2, 0, 3], depth=3)
+
+
+def test_names_of_blocks_are_parsed():
+    assert parse_block_name("a/b/12") == ("a/b", 12)
+    assert parse_block_name("model/3+14") == ("model", 3)
+    with pytest.raises(ValueError, match="expected the name of a block, such as model/3, got 'x'"):
+        parse_block_name("x")

@@ -1,0 +1,63 @@
+"""Chains as checkpoint folders. test_parity.py compares them with transformers."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import write, write_config
+
+import jchain as jc
+
+
+def test_no_folder_is_overwritten_or_left_incomplete(tmp_path, monkeypatch):
+    folder = write(tmp_path / "model")
+    bank = jc.hub.load(folder)
+    with pytest.raises(ValueError, match="at least one block, got a head alone"):
+        jc.hub.export(bank, [2], folder, tmp_path / "out")
+    with pytest.raises(FileExistsError, match="expected no folder"):
+        jc.hub.export(bank, [0, 2], folder, folder)
+    other = write(tmp_path / "other", config={"layer_norm_epsilon": 0.1})
+    with pytest.raises(ValueError, match="expected a bank of the blocks of"):
+        jc.hub.export(bank, [0, 2], other, tmp_path / "out")
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("jchain.hub.exporting.write_shards", fail)
+    with pytest.raises(OSError, match="disk full"):
+        jc.hub.export(bank, [0, 2], folder, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "other"]
+
+
+def test_the_exported_config_has_the_dtype_of_the_weights(tmp_path):
+    folder = write(tmp_path / "model", config={"torch_dtype": "float32"})
+    bank = jc.hub.load(folder, dtype=jnp.bfloat16)
+    out = jc.hub.export(bank, bank.parents[0], folder, tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert "dtype: bfloat16" in (out / "mergekit.yaml").read_text()
+
+
+def test_blocks_keep_their_windows_when_a_config_selects_windows_by_index(tmp_path):
+    options = {
+        "model_type": "qwen2",
+        "vocab_size": 11,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 2,
+    }
+    options |= {
+        "num_attention_heads": 2,
+        "use_sliding_window": True,
+        "sliding_window": 2,
+        "max_window_layers": 2,
+    }
+    folder = write_config(tmp_path / "new", options)
+    bank = jc.hub.init(jax.random.key(0), folder)
+    chain, ids = np.array([0, 1, 0, 1, 2]), jnp.arange(8)[None]
+    again = jc.hub.load(jc.hub.export(bank, chain, folder, tmp_path / "out"))
+    expected = jc.apply_chain(bank, chain, ids)
+    np.testing.assert_allclose(
+        jc.apply_chain(again, np.array(again.parents[0]), ids), expected, rtol=1e-5, atol=1e-6
+    )

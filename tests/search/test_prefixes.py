@@ -1,0 +1,42 @@
+import jax.numpy as jnp
+import numpy as np
+import reference
+
+import jchain as jc
+from jchain import env
+from jchain.search.prefixes import end_children, end_prefixes, extend_prefix
+
+
+def test_a_prefix_is_extended_by_every_layer(problem):
+    prefix, hidden = jnp.array([2, -1, -1, -1]), problem.bank.layers[0].apply(2, problem.data.x)
+    chains, outputs = extend_prefix(problem, prefix, jnp.array(1), hidden)
+    np.testing.assert_array_equal(chains, [[2, n, -1, -1] for n in range(4)])
+    for token in range(4):
+        np.testing.assert_allclose(
+            outputs[token], problem.bank.layers[0].apply(token, hidden), rtol=1e-6
+        )
+
+
+def test_prefixes_that_are_not_scored_leave_empty_rows(problem):
+    prefixes = jnp.array([[0, -1, -1, -1], [1, 3, -1, -1]])
+    loss = jnp.array([[1.0, 2.0], [3.0, jnp.nan]])
+    chains, losses = end_prefixes(
+        problem, prefixes, jnp.array([1, 2]), loss, jnp.array([False, True])
+    )
+    np.testing.assert_array_equal(chains, [[-1] * 4, [-1] * 4, [1, 3, 4, -1], [1, 3, 5, -1]])
+    np.testing.assert_array_equal(losses, [np.inf, np.inf, 3.0, np.inf])
+
+
+def test_the_empty_prefix_ends_with_its_children(problem):
+    state, loss, yes = env.reset(problem), jnp.arange(8.0).reshape(4, 2), jnp.array(True)
+    children = env.append_layers(problem, state.chain, state.length)
+    args = (state.chain, state.length, state.hidden, children, loss, yes)
+    chains, losses = end_children(problem, *args, yes)
+    np.testing.assert_array_equal(chains[:2, 0], [4, 5])
+    expected = [reference.chain_loss(problem, [head])[0] for head in (4, 5)]
+    np.testing.assert_allclose(losses[:2], expected, rtol=1e-5)
+    np.testing.assert_array_equal(losses[2:], np.arange(8))
+    # Without children, and where chains need a layer.
+    assert np.isinf(end_children(problem, *args, jnp.array(False))[1][2:]).all()
+    longer = jc.Problem(problem.bank, problem.data, 3, min_layers=1)
+    assert (end_children(longer, *args, yes)[0][:2] == -1).all()

@@ -1,0 +1,49 @@
+"""The examples of the documentation run."""
+
+import re
+from pathlib import Path
+
+import pytest
+from checkpoints import make_model_and_text
+
+import jchain as jc
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = {path.stem: path.read_text() for path in sorted(DOCS.glob("*.md"))}
+EXAMPLES = {
+    name: examples
+    for name, text in PAGES.items()
+    if (examples := re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(EXAMPLES) - {"transformers"}))
+def test_examples_run(name, capsys):
+    scope = {}
+    for example in EXAMPLES[name]:
+        exec(compile(example, f"{name}.md", "exec"), scope)
+    assert capsys.readouterr().out
+
+
+def test_the_example_of_transformers_runs(tmp_path, monkeypatch):
+    """Except for its lines that need transformers: tests/hub/test_parity.py runs the whole example."""
+    monkeypatch.chdir(tmp_path)
+    make_model_and_text(tmp_path)
+    (example,) = EXAMPLES["transformers"]
+    lines = [line for line in example.splitlines() if "transformers" not in line]
+    exec(compile("\n".join(lines), "transformers.md", "exec"), {})
+    assert jc.hub.load("shallower").num_layers <= 4 + 2
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (DOCS.parent / "mkdocs.yml").read_text()
+    for path in DOCS.rglob("*.md"):
+        assert str(path.relative_to(DOCS)) in navigation
+
+
+def test_every_search_is_on_the_page_that_compares_them():
+    for name in jc.__all__:
+        value = getattr(jc, name)
+        if isinstance(value, type) and hasattr(value, "step") and name != "Search":
+            assert f"`jc.{name}`" in PAGES["choose-a-search"]
+            assert f"jchain.{name}\n" in (DOCS / "api" / "searches.md").read_text()

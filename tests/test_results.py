@@ -1,0 +1,64 @@
+"""Figures in the pages of results are those of the JSON that the scripts wrote."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+EXPERIMENTS = (ROOT / "experiments" / "README.md").read_text()
+BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text()
+
+
+def read_json(path):
+    return json.loads((ROOT / path).read_text())
+
+
+def test_the_table_of_speed_shows_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    path = ROOT / "benchmarks" / "evaluate.py"
+    spec = importlib.util.spec_from_file_location("benchmark", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    result = read_json("benchmarks/results/cpu.json")
+    table = benchmark.format_tables(result).splitlines()[: 2 + len(result["rows"])]
+    assert "\n".join(table) in BENCHMARKS
+    assert result["device"] in BENCHMARKS
+
+
+def test_the_speed_of_transformers_is_that_of_the_results():
+    result = read_json("benchmarks/results/hub_cpu.json")
+    (text,) = re.findall(
+        r"- Chains of the blocks of a GPT-2.*?`benchmarks/hub.py`", BENCHMARKS, re.DOTALL
+    )
+    for row in result["rows"]:
+        assert f"{row['torch_seconds'] / row['seconds']:.2f}" in text
+    low, *_, high = sorted(row["of_limit"] for row in result["rows"])
+    assert f"{100 * low:.0f} to {high:.0%} of the limit" in text
+
+
+def test_the_table_of_searches_shows_the_results():
+    table = (ROOT / "experiments" / "results" / "arena.md").read_text().strip()
+    assert table.startswith("| search |")
+    assert table in EXPERIMENTS
+
+
+def test_the_table_of_transformers_shows_the_results():
+    result = read_json("experiments/results/transformer_depth.json")
+    wins, mix = result["wins"], result["mix"]
+    losses = [f"{row['loss']:.3f}" for row in wins.values()]
+    found = [f"{row['found']['loss']:.3f}" for row in wins.values()]
+    counts = [f"{row['found']['lower']}, {row['found']['equal']}" for row in wins.values()]
+    for name, cells in [
+        ("best recipe", losses),
+        ("local search from recipes", found),
+        ("lower, equal in, of 5 models", counts),
+    ]:
+        assert f"| {name} | {' | '.join(cells)} |" in EXPERIMENTS
+    best = mix["local search from recipes"]
+    words = [f"{best['value']:.3f} (interval {best['low']:.3f} to {best['high']:.3f})"]
+    words += [
+        f"{mix[name]['value']:.3f}" for name in ("fine-tune a", "fine-tune b", "soup of both")
+    ]
+    for figure in words:
+        assert figure in EXPERIMENTS

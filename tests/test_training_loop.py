@@ -1,0 +1,89 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_batch
+
+import jchain as jc
+from jchain import training_loop
+
+LAYER, HEAD = jc.layers.ResidualMLP(5), jc.layers.DenseHead(3)
+DATA = make_batch(60)
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "options"),
+    [
+        ((jc.layers.ConvBlock(2),), (HEAD,), {}),
+        # One program for each call, chosen by the route; layers and heads that it has twice.
+        (
+            (jc.layers.ConvBlock(2), jc.layers.ConvBlock(2, 2)),
+            (HEAD, jc.layers.PoolHead(3)),
+            {"is_routed": True},
+        ),
+        (
+            (jc.layers.ConvBlock(2),),
+            (HEAD, jc.layers.PoolHead(3)),
+            {"is_routed": True, "is_layer_trained": False},
+        ),
+        # A route that is always the same has no branches.
+        ((jc.layers.ConvBlock(2), jc.layers.ConvBlock(2, 2)), (HEAD,), {"num_heads": 1}),
+    ],
+    ids=["one module", "routed", "random", "several modules, one route"],
+)
+def test_steps_of_convolutions_one_by_one_are_those_of_the_loop(layers, heads, options):
+    images = jc.data.Batch(jax.random.normal(jax.random.key(1), (30, 3, 3, 2)), DATA.y[:30])
+    sizes = {
+        "num_layers": 3,
+        "num_heads": len(heads),
+        "depth": 3,
+        "num_steps": 4,
+        "num_snapshots": 2,
+    }
+    recipe = training_loop.Recipe(layers, heads, **sizes | options)
+    keys = jax.random.split(jax.random.key(0), 1)
+    alone, together = (
+        training_loop.train_weights(keys, images, recipe),
+        training_loop.train_in_one_program(keys, images, recipe, 1),
+    )
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), alone, together
+    )
+    first, last = (np.asarray(alone.heads[0]["Dense_0"]["kernel"][0, i]) for i in range(2))
+    assert not np.allclose(first, last)
+
+
+def test_one_program_for_each_module_whatever_the_routes():
+    images = jc.data.Batch(jax.random.normal(jax.random.key(1), (30, 3, 3, 2)), DATA.y[:30])
+    # Modules of no other test.
+    layers = (
+        jc.layers.ConvBlock(2, activation=jnp.tanh),
+        jc.layers.ConvBlock(2, 2, activation=jnp.tanh),
+    )
+    heads = jc.layers.ConvHead(3), jc.layers.PoolHead(3, activation=jnp.tanh)
+    before = (
+        training_loop._call._cache_size(),
+        training_loop._call_head._cache_size(),
+        training_loop._pull._cache_size(),
+    )
+    for num_steps in (4, 20):
+        jc.train.routed(
+            jax.random.key(0), images, layer=layers, head=heads, num_heads=2, num_steps=num_steps
+        )
+    after = (
+        training_loop._call._cache_size(),
+        training_loop._call_head._cache_size(),
+        training_loop._pull._cache_size(),
+    )
+    assert np.subtract(after, before).tolist() == [2, 2, 2]
+
+
+def test_one_compilation_per_recipe():
+    before = training_loop.train_in_one_program._cache_size()
+    for seed in range(3):
+        jc.train.routed(
+            jax.random.key(seed), DATA, layer=LAYER, head=HEAD, num_layers=6, depth=3, num_steps=7
+        )
+    assert training_loop.train_in_one_program._cache_size() == before + 1
