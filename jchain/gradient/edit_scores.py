@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain._typing import Array, Float, Int
+from jchain.chain import ChainsLike
 from jchain.engine.backend import find_backend, jit_for_problem
 from jchain.engine.layer_calls import apply_token
 from jchain.gradient import weight_space
 from jchain.gradient.joint_moves import JointMoves, join
 from jchain.gradient.linearize import (
-    ChainLike,
     ForwardPass,
     all_members,
     check_chain,
@@ -70,7 +70,7 @@ class EditScores(NamedTuple):
 
 
 def swap_scores(
-    problem: Problem, chain: ChainLike, kind: str = "linearized"
+    problem: Problem, chain: ChainsLike, kind: str = "linearized"
 ) -> Float[Array, "L N"]:
     """Predicted change of loss of putting layer `b` at slot `t`: `score_edits(...).swap`.
 
@@ -90,7 +90,7 @@ def swap_scores(
 
 def score_edits(
     problem: Problem,
-    chain: ChainLike,
+    chain: ChainsLike,
     kind: str = "linearized",
     *,
     learning_rate: float = 1e-2,
@@ -148,7 +148,7 @@ def score_edits(
     )[0]
 
 
-def weight_gradients(problem: Problem, chain: ChainLike) -> Float[Array, "L W"]:
+def weight_gradients(problem: Problem, chain: ChainsLike) -> Float[Array, "L W"]:
     """The gradient of the loss by the weights of the layer at each slot.
 
     This costs four layer calls per layer.
@@ -177,7 +177,7 @@ def _find_weight_gradients(problem: Problem, chain: Array) -> Array:
 
 def score_moves(
     problem: Problem,
-    chain: ChainLike,
+    chain: ChainsLike,
     *,
     num_best: int = 4,
     num_pairs: int = 16,
@@ -258,7 +258,9 @@ def choose_products(problem: Problem) -> int | None:
     return 2 if has_classes(problem, outputs) else None
 
 
-def _check(problem: Problem, chain: ChainLike, kind: str, num_products: int | None = None) -> Array:
+def _check(
+    problem: Problem, chain: ChainsLike, kind: str, num_products: int | None = None
+) -> Array:
     if num_products is not None and num_products < 1:
         raise ValueError(f"expected num_products of at least 1, got {num_products}")
     if kind not in KINDS:

@@ -15,8 +15,8 @@ import numpy as np
 
 from jchain._typing import Array, Float, PyTree, Shaped
 from jchain.bank import Bank
+from jchain.chain import ChainsLike
 from jchain.data import Batch
-from jchain.gradient.linearize import ChainLike
 from jchain.problem import Problem, upcast
 
 # Examples whose gradients are in memory at the same time.
@@ -57,7 +57,7 @@ class LayerReport(NamedTuple):
         return {path: _reduce(tensors) for path, tensors in parts.items()}
 
 
-def report_layers(problem: Problem, chain: ChainLike) -> list[LayerReport]:
+def report_layers(problem: Problem, chain: ChainsLike) -> list[LayerReport]:
     """A report of each layer of a chain, first to last.
 
     The gradient of each example's loss is computed, for 8 examples at a time. This costs three

@@ -1,17 +1,16 @@
 """Forward pass of a chain, backward scan over its slots, and scores of all layers at one slot."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jchain import env
 from jchain._typing import Array, Bool, Float, Int, Shaped
 from jchain.bank import Bank
-from jchain.chain import validate
+from jchain.chain import ChainsLike, validate
 from jchain.engine.layer_calls import apply_token
 from jchain.groups import LayerGroup
 from jchain.problem import Problem
@@ -19,9 +18,6 @@ from jchain.pytree import is_concrete
 
 C = TypeVar("C")
 T = TypeVar("T")
-
-# The tokens of one chain, `[L]`, before they are checked.
-ChainLike = Array | np.ndarray | Sequence[int]
 
 
 class ForwardPass(NamedTuple):
@@ -42,7 +38,7 @@ class Slot(NamedTuple):
     after: Shaped[Array, "B ..."]  # [B, ...F], its output
 
 
-def check_chain(problem: Problem, chain: ChainLike) -> Int[Array, "L"]:
+def check_chain(problem: Problem, chain: ChainsLike) -> Int[Array, "L"]:
     """One chain of a problem as an array. Tokens are checked unless they are traced.
 
     Args:

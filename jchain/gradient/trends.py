@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from jchain._typing import Array, Bool, Float, Int
+from jchain.chain import ChainsLike
 from jchain.gradient.edit_scores import weight_gradients
-from jchain.gradient.linearize import ChainLike, check_chain, flatten_rows
+from jchain.gradient.linearize import check_chain, flatten_rows
 from jchain.gradient.weight_space import only_group
 from jchain.problem import Problem
 
@@ -67,7 +68,7 @@ def init(problem: Problem) -> Trends:
     return Trends(empty(1), empty(problem.max_layers), empty(num_layers + 1), empty(num_layers))
 
 
-def update(trends: Trends, problem: Problem, chain: ChainLike) -> Trends:
+def update(trends: Trends, problem: Problem, chain: ChainsLike) -> Trends:
     """Add the gradients of one chain. This costs four layer calls per layer.
 
     A chain with a gradient that is not finite is left out.
@@ -112,7 +113,7 @@ def _add(moments: Moments, context: Array, gradient: Array, is_seen: Array) -> M
 
 
 def score_swaps(
-    trends: Trends, problem: Problem, chain: ChainLike, context: str = "slot"
+    trends: Trends, problem: Problem, chain: ChainsLike, context: str = "slot"
 ) -> Float[Array, "L N"]:
     """Predicted change of loss of putting layer `b` at slot `t`, `<mean, W_b - W_t>`.
 

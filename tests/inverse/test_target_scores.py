@@ -224,22 +224,3 @@ def test_bad_input_of_an_ideal_layer_is_refused():
         jc.inverse.target_scores.fit_target_layer(bank, x, x[:, :3])
     with pytest.raises(ValueError, match="ridge of at least 0, got -1"):
         jc.inverse.target_scores.fit_target_layer(bank, x, x, ridge=-1.0)
-
-
-def test_the_search_pays_for_passes_and_new_chains():
-    problem = make_problem(layer=jc.layers.ResidualMLP(5))
-    search = jc.TargetPropagation(num_moves=3, num_candidates=2)
-    state, step = search.init(jax.random.key(0), problem), jax.jit(search.step)
-    seen = set()
-    for seed in range(12):
-        before = state
-        state, info = step(jax.random.key(seed), state, problem)
-        rows = [tuple(int(token) for token in chain if token >= 0) for chain in info.chains]
-        expected = 0
-        if before.is_new:
-            length = len(rows[0]) - 1
-            expected = 4 * int(before.is_start) + length + 12 * length + 2 * min(length + 1, 4)
-        rows = rows[1:]
-        expected += reference.count_calls([row for row in rows if row not in seen], 4)[0]
-        seen.update(rows)
-        assert info.layer_calls == expected
