@@ -1,4 +1,4 @@
-"""Plans: how the calls of a population are made, and the choice between the ways.
+"""Plans: ways to make the calls of a population, and the choice between them.
 
 Each plan makes every distinct call once and keeps a bounded number of activations, for any number
 of chains. All plans give the same losses up to the order of sums.
@@ -20,14 +20,14 @@ from jchain.engine.layer_calls import (
 from jchain.engine.prefix_sharing import SortedChains
 from jchain.problem import Problem
 
-# Limits on CPU, in bytes, so that activations stay in the cache: those of one call, of a batch of
-# heads, and of a block.
+# Limits on CPU, in bytes, so that activations stay in the processor's cache: activations of one
+# call, of a batch of heads, and of a block.
 _CALL_CACHE, _HEAD_CACHE, _BLOCK_CACHE = 2**20, 2**21, 2**24
 _MAX_CPU_BLOCK = 64
 _MIN_CPU_WIDTH = 8  # narrower batches are no faster than single calls
 _SIBLINGS = (1, 2, 8)
-# Other backends: bytes of activations (or gathered weights) of one call that fill the device, and
-# the most nodes in a call.
+# Other backends: bytes of activations (or gathered weights) with which one call fills the device,
+# and the most nodes in a call.
 _CALL_FILL, _MAX_WIDTH = 2**26, 256
 
 
@@ -73,7 +73,7 @@ def choose_plan(
     Args:
       problem: bank, split, loss.
       hidden: the input of the layers, `[B, ...F]`. Only its shape and dtype are read.
-      num_chains: P.
+      num_chains: number of chains, P.
       memory_limit: bytes for activations and temporaries; a quarter of the device's memory if None.
       backend: the platform, as `jax.default_backend()` names it.
 

@@ -154,7 +154,7 @@ def test_bad_input_is_refused(bank):
             outputs,
             "layer layer0: ResidualMLP has no inverse: expected a module with invert",
         ),
-        (bank, [6, 0], outputs, "a head .token 6 or more. at the end alone"),
+        (bank, [6, 0], outputs, "a head .token 6 or more. only at the end"),
         (bank, [9], outputs, r"tokens in 0\.\.8, got \[9\]"),
         (bank, [[0]], outputs, r"integer tokens of shape \[L\]"),
         (bank, [0.5], outputs, "integer tokens"),
