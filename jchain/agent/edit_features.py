@@ -99,14 +99,14 @@ def _make_features(
     """Edit scores as gains in units of their median size, 0 for edits that do not exist."""
     num_layers, num_heads = problem.bank.num_layers, problem.bank.num_heads
     entries, slots = jnp.arange(num_layers + num_heads), jnp.arange(chain.size)
-    is_there = chain[:, None] == entries[None]
+    has_entry = chain[:, None] == entries[None]
     is_head = slots == problem.space.count_layers(chain)
     heads = jnp.where(is_head[:, None], scores.head[None], jnp.nan)
     swap = jnp.concatenate([scores.swap, heads], axis=1)
     insert = jnp.pad(scores.insert, ((0, 0), (0, num_heads)), constant_values=jnp.nan)
-    size = jnp.abs(jnp.stack([jnp.where(is_there, jnp.nan, swap), insert]))
+    size = jnp.abs(jnp.stack([jnp.where(has_entry, jnp.nan, swap), insert]))
     unit = jnp.nan_to_num(jnp.nanmedian(size)) + 1e-12
     gains = [
         jnp.nan_to_num(jnp.clip(-score / unit, -_MAX_UNITS, _MAX_UNITS)) for score in (swap, insert)
     ]
-    return jnp.stack([is_there, *gains], axis=-1).astype(jnp.float32)
+    return jnp.stack([has_entry, *gains], axis=-1).astype(jnp.float32)

@@ -2,8 +2,8 @@
 
 A chain is an episode: slot `t` holds the token (action) `a_t` that is taken after `t` layers, the
 head ends the episode, and slots after it are padding. Every loss is a mean over the `L` slots,
-weighted by `w_t`: 1 up to the head and 0 after it. So all terms of one chain have the same scale. The
-parts come from rlax, whose `v_tm1` and `v_t` are the values before and after a token.
+weighted by `w_t`: 1 up to the head and 0 after it. So all terms of one chain have the same scale.
+The parts come from rlax, whose `v_tm1` and `v_t` are the values before and after a token.
 """
 
 from typing import NamedTuple

@@ -99,7 +99,7 @@ def observe(
         jnp.log(jnp.trace(covariance) ** 2 / (jnp.sum(covariance**2) + 1e-12)),
         jnp.zeros(())
         if labels is None
-        else jnp.log(1.0 - _between_classes(rows, _few(labels)) + 1e-4),
+        else jnp.log(1.0 - _between_classes(rows, _subsample(labels)) + 1e-4),
         0.5 * jnp.log(jnp.mean((hidden - parent) ** 2) / (jnp.mean(parent**2) + 1e-12) + 1e-12),
     ]
     stacked = jnp.stack([feature.astype(jnp.float32) for feature in features])
@@ -213,11 +213,11 @@ def _summarize(
     array: Float[Array, "B ..."], labels: Float[Array, "B C"] | None
 ) -> Float[Array, "S"]:
     """Sketch and log scale of activations or gradients."""
-    rows = _rows(_few(array)).astype(jnp.float32)
+    rows = _rows(_subsample(array)).astype(jnp.float32)
     rows = jnp.nan_to_num(rows, posinf=0.0, neginf=0.0)
     scale = jnp.sqrt(jnp.mean(rows**2) + 1e-12)
     if labels is not None:
-        labels = _few(labels)
+        labels = _subsample(labels)
         rows = labels.T @ rows / (labels.sum(axis=0)[:, None] + 1e-6)
     place_key, sign_key = jax.random.split(jax.random.key(_SKETCH_SEED))
     place = jax.random.randint(place_key, (rows.size,), 0, NUM_SKETCHED)
@@ -232,14 +232,14 @@ def _rows(array: Array) -> Float[Array, "B R"]:
     return array.reshape(array.shape[0], -1)
 
 
-def _few(array: Float[Array, "B ..."]) -> Float[Array, "b ..."]:
+def _subsample(array: Float[Array, "B ..."]) -> Float[Array, "b ..."]:
     """At most 128 of the examples, evenly spaced."""
     return array[:: -(-array.shape[0] // _MAX_ROWS)]
 
 
 def _sketch(array: Float[Array, "B ..."]) -> Float[Array, "b C"]:
     """At most 128 rows of at most 64 columns, with inner products preserved in expectation."""
-    rows = _rows(_few(array)).astype(jnp.float32)
+    rows = _rows(_subsample(array)).astype(jnp.float32)
     if rows.shape[1] <= _MAX_COLUMNS:
         return rows
     place_key, sign_key = jax.random.split(jax.random.key(_SKETCH_SEED))

@@ -237,8 +237,8 @@ class _HalfSearch(NamedTuple):
             if noise > 0 and seconds > _MAX_SECONDS:
                 break
             best = _merge(best, self.match(match_cells, plan), self.top_k)
-            near = max(2 * noise, float(jnp.finfo(plan.projection.dtype).eps) ** 0.5)
-            if len(best.chains) == self.top_k and best.residuals[0] <= near:
+            limit = max(2 * noise, float(jnp.finfo(plan.projection.dtype).eps) ** 0.5)
+            if len(best.chains) == self.top_k and best.residuals[0] <= limit:
                 break
         return best
 
@@ -273,12 +273,14 @@ class _HalfSearch(NamedTuple):
         return min(plans, key=lambda found: found[:2])[2]
 
     def _plan_at(self, num_forward: int, num_sketch: int, tolerance: float) -> _MatchPlan:
-        ahead = Half(self.probes.layers, self.probes.hidden, num_forward)
-        back = Half(self.inverses, self.probes.outputs, self.depth - num_forward)
-        projection = make_projection(ahead.hidden.size, num_sketch, ahead.hidden.dtype)
-        sample = np.asarray(_apply_random_sequences(ahead, 64).reshape(64, -1) @ projection)
-        error = _estimate_error((ahead, back), projection, tolerance)
-        return _MatchPlan((ahead, back), projection, error, sample)
+        forward_half = Half(self.probes.layers, self.probes.hidden, num_forward)
+        backward_half = Half(self.inverses, self.probes.outputs, self.depth - num_forward)
+        projection = make_projection(
+            forward_half.hidden.size, num_sketch, forward_half.hidden.dtype
+        )
+        sample = np.asarray(_apply_random_sequences(forward_half, 64).reshape(64, -1) @ projection)
+        error = _estimate_error((forward_half, backward_half), projection, tolerance)
+        return _MatchPlan((forward_half, backward_half), projection, error, sample)
 
     def match(self, match_fn: MatchFn, plan: _MatchPlan) -> RecoveredChains:
         """Sketch both halves, find the nearest pairs, and verify these candidates."""
@@ -290,20 +292,28 @@ class _HalfSearch(NamedTuple):
         parts = _split(plan.halves, row_bytes, self.memory_limit)
         num_candidates = self.num_candidates
         chains, distances = [], []
-        for last, back in parts[1]:
-            table = sketch_half(back, projection)
-            for first, ahead in parts[0]:
+        for last, backward_half in parts[1]:
+            table = sketch_half(backward_half, projection)
+            for first, forward_half in parts[0]:
                 pairs = match_finite(
-                    match_fn, sketch_half(ahead, projection), table, num_candidates, plan.error
+                    match_fn,
+                    sketch_half(forward_half, projection),
+                    table,
+                    num_candidates,
+                    plan.error,
                 )
-                chains.append(_join_halves(pairs, first, ahead, back, last))
+                chains.append(_join_halves(pairs, first, forward_half, backward_half, last))
                 distances.append(pairs.distance)
         nearest = np.argsort(np.concatenate(distances), kind="stable")[:num_candidates]
         return _verify(self.examples, self.probes, np.concatenate(chains)[nearest], self.top_k)
 
 
 def _join_halves(
-    pairs: Pairs, first: tuple[int, ...], ahead: Half, back: Half, last: tuple[int, ...]
+    pairs: Pairs,
+    first: tuple[int, ...],
+    forward_half: Half,
+    backward_half: Half,
+    last: tuple[int, ...],
 ) -> Int[np.ndarray, "K D"]:
     """The chains of these pairs.
 
@@ -318,8 +328,8 @@ def _join_halves(
     return np.concatenate(
         [
             start,
-            decode_sequences(ahead, pairs.first),
-            decode_sequences(back, pairs.second)[:, ::-1],
+            decode_sequences(forward_half, pairs.first),
+            decode_sequences(backward_half, pairs.second)[:, ::-1],
             end,
         ],
         axis=1,
@@ -374,17 +384,17 @@ def _estimate_error(
 
     Apply random layers, add the noise, and invert the layers again.
     """
-    ahead, back = halves
+    forward_half, backward_half = halves
     rng = np.random.default_rng(0)
     worst = 0.0
-    for middle in _apply_random_sequences(ahead, _NUM_TRIALS):
-        tokens = rng.integers(0, back.num_tokens, back.num_layers)
-        there = apply_sequence(ahead.layers, jnp.asarray(tokens[::-1].copy()), middle)
-        noise = tolerance * float(jnp.std(there)) * rng.standard_normal(there.shape)
-        again = apply_sequence(
-            back.layers, jnp.asarray(tokens), there + jnp.asarray(noise, there.dtype)
+    for middle in _apply_random_sequences(forward_half, _NUM_TRIALS):
+        tokens = rng.integers(0, backward_half.num_tokens, backward_half.num_layers)
+        outputs = apply_sequence(forward_half.layers, jnp.asarray(tokens[::-1].copy()), middle)
+        noise = tolerance * float(jnp.std(outputs)) * rng.standard_normal(outputs.shape)
+        recovered = apply_sequence(
+            backward_half.layers, jnp.asarray(tokens), outputs + jnp.asarray(noise, outputs.dtype)
         )
-        gap = (again - middle).reshape(1, -1) @ projection
+        gap = (recovered - middle).reshape(1, -1) @ projection
         floor = float(jnp.finfo(gap.dtype).eps) * float(jnp.abs(middle).max())
         worst = max(worst, float(jnp.sqrt(jnp.mean(gap**2))), floor)
     return worst if math.isfinite(worst) else math.inf
