@@ -52,7 +52,7 @@ def update_edit_features(
       scored.
 
     Raises:
-      ValueError: as `jchain.gradient.score_edits`.
+      ValueError: as for `jchain.gradient.score_edits`.
     """
 
     def score(

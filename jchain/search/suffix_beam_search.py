@@ -3,9 +3,8 @@
 A step extends the prefixes of a beam (Lowerre 1976, the Harpy system) by every layer, predicts
 their loss with every suffix that was pulled back from target outputs, and evaluates the most
 promising of these chains. A prefix is ranked by its best prediction, so the lookahead costs no
-layer calls. A pass goes from the empty prefix to
-full chains. Each pass draws new probe examples and pulls back new suffixes, starting from the
-activations of the best chain so far.
+layer calls. A pass goes from the empty prefix to full chains. Each pass draws new probe examples
+and pulls back new suffixes, starting from the activations of the best chain so far.
 """
 
 from typing import NamedTuple
