@@ -250,7 +250,7 @@ class Bank:
         come after them.
 
         Args:
-          num: layers to add for each module.
+          num: number of layers to add per module.
 
         Raises:
           ValueError: `num` is below 0, or the bank already has a name `place{token}`, which the new
@@ -297,10 +297,10 @@ class Bank:
     ) -> "Bank":
         """Replace the weights of some tokens. Their versions increase by one.
 
-        The weights of all other tokens keep their bits.
+        All other tokens keep exactly the same weights.
 
         Args:
-          tokens: layers and heads, all different.
+          tokens: tokens of layers and heads, all different.
           params: for each token, the dict that its module takes.
           names: their new names; unchanged if None.
           origins: a few words about where the weights come from; unchanged if None.
@@ -372,7 +372,7 @@ class Bank:
         return self.versions
 
     def without_names(self) -> "Bank":
-        """The bank without names, origins, and parents, so that banks share compiled programs."""
+        """The bank without names, origins, parents, and step count: programs do not read them."""
         return dataclasses.replace(self, names=(), origins=(), parents=(), num_steps=0)
 
     def save(self, path: str | os.PathLike[str]) -> None:

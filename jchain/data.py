@@ -155,9 +155,9 @@ def split(
       ValueError: lengths differ, labels are not integers from 0, values are not finite, a class has
         too few examples to be in every split, or `sizes` asks for more examples than there are.
     """
-    wholes = [_check(x, y)] if test is None else [_check(x, y), _check(*test)]
-    num_classes = max(int(labels.max()) for _, labels in wholes) + 1
-    counts = [np.bincount(labels, minlength=num_classes) for _, labels in wholes]
+    sources = [_check(x, y)] if test is None else [_check(x, y), _check(*test)]
+    num_classes = max(int(labels.max()) for _, labels in sources) + 1
+    counts = [np.bincount(labels, minlength=num_classes) for _, labels in sources]
     least = 2 * len(SHARES)
     if min(c.min() for c in counts) < least:
         raise ValueError(
@@ -165,27 +165,27 @@ def split(
         )
     rng = np.random.default_rng(seed)
     shares = SHARES if test is None else SHARES[:3]
-    parts = [(0, part) for part in _split_stratified(wholes[0][1], shares, rng)]
+    parts = [(0, part) for part in _split_stratified(sources[0][1], shares, rng)]
     if test is not None:
-        parts.append((1, np.arange(len(wholes[1][1]))))
+        parts.append((1, np.arange(len(sources[1][1]))))
     if sizes is not None:
         _check_sizes(sizes, [len(part) for _, part in parts])
         parts = [
-            (i, _take_stratified(wholes[i][1], part, n, rng))
+            (i, _take_stratified(sources[i][1], part, n, rng))
             for (i, part), n in zip(parts, sizes, strict=True)
         ]
-    train = wholes[0][0][parts[0][1]]
+    train = sources[0][0][parts[0][1]]
     # All positions of an image share the statistics of their channel.
     axes, dtype = ((0, 1, 2), np.float64) if train.ndim == 4 else (0, np.float32)
-    own = (of(train, axis=axes, dtype=dtype).astype(np.float32) for of in (np.mean, np.std))
+    own = (fn(train, axis=axes, dtype=dtype).astype(np.float32) for fn in (np.mean, np.std))
     mean, std = own if statistics is None else statistics
     # The standard deviation of a constant feature is only rounding error. Dividing by it would give
     # huge values in other splits.
     is_constant = np.equal(train.max(axis=axes), train.min(axis=axes)) & (statistics is None)
     std = np.where((std > 0) & ~is_constant, std, 1)
 
-    def take(whole: int, rows: np.ndarray) -> Batch:
-        x, y = wholes[whole]
+    def take(source: int, rows: np.ndarray) -> Batch:
+        x, y = sources[source]
         return Batch(
             jnp.asarray((x[rows] - mean) / std, jnp.float32), jnp.asarray(y[rows], jnp.int32)
         )

@@ -214,7 +214,7 @@ def check_keeps_shape(
 
 
 def check_stem(stem: nn.Module | None, params: PyTree, x: ArrayOrShape) -> ArrayOrShape:
-    """Find the shape and dtype of the stem's output, which the first layer takes.
+    """Check that a stem accepts this input. Return the shape and dtype of its output.
 
     Args:
       stem: the stem; None for the identity.

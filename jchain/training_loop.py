@@ -223,10 +223,10 @@ def _apply_member(
     member: Array,
     x: Array,
 ) -> Array:
-    """Apply one member; `turn` is the index of its module. No branch if it is a Python int."""
+    """Apply a member of module number `turn`. There is no branch if that is a Python int."""
 
-    def make_branch(module: nn.Module, own: PyTree) -> Callable[[Array, Array], Array]:
-        return lambda place, x: apply_module(module, pick(own, place), x)
+    def make_branch(module: nn.Module, stack: PyTree) -> Callable[[Array, Array], Array]:
+        return lambda place, x: apply_module(module, pick(stack, place), x)
 
     branches = [make_branch(*pair) for pair in zip(modules, params, strict=True)]
     place = member // len(modules)
@@ -249,11 +249,11 @@ def _step_in_parts(carry: _Carry, key: Array, data: Batch, recipe: Recipe) -> _C
         calls.append((turn, place, pull_fn))
     place, turn = divmod(int(head), len(recipe.heads))
     layers, heads = map(list, _make_zeros(weights))
-    heads[turn], pulled = _call_head(
+    heads[turn], hidden_gradient = _call_head(
         recipe.heads[turn], weights.heads[turn], heads[turn], place, hidden, labels
     )
     for turn, place, pull_fn in reversed(calls):
-        layers[turn], pulled = _pull(pull_fn, pulled, layers[turn], place)
+        layers[turn], hidden_gradient = _pull(pull_fn, hidden_gradient, layers[turn], place)
     return _update_once(carry, Weights(tuple(layers), tuple(heads)), recipe)
 
 
@@ -273,20 +273,20 @@ def _call_head(
 ) -> tuple[PyTree, Array]:
     """Add the gradient of the head's weights to the stack's; also return the gradient of `x`."""
 
-    def loss_fn(own: PyTree, x: Array) -> Array:
-        return _mean_loss(apply_module(module, own, x), labels)
+    def loss_fn(params: PyTree, x: Array) -> Array:
+        return _mean_loss(apply_module(module, params, x), labels)
 
-    own, pulled = jax.grad(loss_fn, (0, 1))(pick(params, place), x)
-    return _add_at(gradient, place, own), pulled
+    params_gradient, x_gradient = jax.grad(loss_fn, (0, 1))(pick(params, place), x)
+    return _add_at(gradient, place, params_gradient), x_gradient
 
 
 @partial(jax.jit, donate_argnames="gradient")
 def _pull(
-    pull_fn: _PullFn, pulled: Array, gradient: PyTree, place: Array | int
+    pull_fn: _PullFn, output_gradient: Array, gradient: PyTree, place: Array | int
 ) -> tuple[PyTree, Array]:
     """Add the gradient of a call's weights to the stack's; also return that of its input."""
-    own, pulled = pull_fn(pulled)
-    return _add_at(gradient, place, own), pulled
+    params_gradient, input_gradient = pull_fn(output_gradient)
+    return _add_at(gradient, place, params_gradient), input_gradient
 
 
 def _add_at(stack: PyTree, place: Array | int, member: PyTree) -> PyTree:

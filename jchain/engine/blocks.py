@@ -213,10 +213,10 @@ def _call_batches(
     groups: tuple[LayerGroup, ...],
     slot: _Slot,
     is_call: Bool[Array, "C"],
-    use: Callable[[T, _CallFn, Array, Array], T],
+    update_fn: Callable[[T, _CallFn, Array, Array], T],
     carry: T,
 ) -> tuple[Int[Array, "C"], T]:
-    """Update the carry for each batch: `carry = use(carry, call, start, parent)`.
+    """Update the carry for each batch: `carry = update_fn(carry, call, start, parent)`.
 
     `call` maps the activations of `parent` to outputs of the batch. They are `[W, B, ...F]`, or
     `[B, ...F]` if the batch shares its parent.
@@ -246,11 +246,13 @@ def _call_batches(
                 batch = jax.lax.dynamic_slice(batches.order, (start,), (width,))
                 members, parent = member[batch], parent_of[batch]
                 if share is Share.LAYER:
-                    return use(carry, jax.vmap(partial(layers.apply, members[0])), start, parent)
+                    return update_fn(
+                        carry, jax.vmap(partial(layers.apply, members[0])), start, parent
+                    )
                 if share is Share.PARENT:
                     call = jax.vmap(layers.apply, in_axes=(0, None))
-                    return use(carry, partial(call, members), start, parent[0])
-                return use(carry, partial(jax.vmap(layers.apply), members), start, parent)
+                    return update_fn(carry, partial(call, members), start, parent[0])
+                return update_fn(carry, partial(jax.vmap(layers.apply), members), start, parent)
 
             carry = jax.lax.fori_loop(0, batches.counts[i][j], run, carry)
     return batches.position, carry

@@ -78,7 +78,7 @@ def apply_all(groups: tuple[LayerGroup, ...], hidden: Array) -> Array:
 
 
 def locate(groups: tuple[LayerGroup, ...]) -> tuple[Int[Array, "E"], Int[Array, "E"]]:
-    """Return the group of each token and its place in the group; -1 for tokens of other groups.
+    """Return the group of each token and its index in the group; -1 for tokens not in these groups.
 
     Args:
       groups: the layers or the heads of a bank.

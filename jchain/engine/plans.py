@@ -150,9 +150,9 @@ def choose_chunk(num_layers: int, hidden: ArrayShape, backend: str) -> int:
     return max(1, min(num_layers, widest))
 
 
-def _ladder(most: int) -> tuple[int, ...]:
-    """Widths from 1 to the largest power of two up to `most`, in steps of four except the first."""
-    widths, width = [], _floor_power_of_2(most)
+def _ladder(max_width: int) -> tuple[int, ...]:
+    """Widths `1, ..., w / 16, w / 4, w`, where `w` is the largest power of two up to `max_width`."""
+    widths, width = [], _floor_power_of_2(max_width)
     while width > 1:
         widths.append(width)
         width //= 4

@@ -55,8 +55,8 @@ def pull_back_suffixes(
       inverses: the inverses of the bank's layers.
       members: for each group of the bank's layers, the indices of the layers that suffixes are made
         of.
-      near: activations at the head's input, `[B, ...F]`. They are changed as little as possible to
-        give the target outputs.
+      near: activations at the head's input, `[B, ...F]`. For each head they are changed as little
+        as possible to give the target outputs.
       num_layers: maximum number of layers in a suffix.
 
     Raises:
