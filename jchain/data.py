@@ -45,7 +45,7 @@ def check_lengths(data: Batch) -> None:
     x, y = data
     if x.ndim == 0 or x.shape[0] == 0 or y.shape[:1] != x.shape[:1]:
         raise ValueError(
-            f"expected examples and as many labels, at least one, "
+            "expected at least one example and one label per example, "
             f"got x {list(x.shape)} and y {list(y.shape)}"
         )
 

@@ -112,7 +112,7 @@ def group_by_module(
     modules = [module] * len(params) if isinstance(module, nn.Module) else [*module]
     if len(modules) != len(params):
         raise ValueError(
-            f"expected one {kind} module, or {len(params)} as there are params, got {len(modules)}"
+            f"expected one {kind} module, or one per params, {len(params)}, got {len(modules)}"
         )
     groups = []
     for shared in dict.fromkeys(modules):
@@ -246,7 +246,7 @@ def check_same_stem(stems: Sequence[tuple[nn.Module | None, PyTree]]) -> None:
         leaves = jax.tree.leaves(params), jax.tree.leaves(first_params)
         if not is_same or not all(np.array_equal(*pair) for pair in zip(*leaves, strict=True)):
             raise ValueError(
-                f"expected banks with the same stem, but that of bank {i} differs from bank 0's"
+                f"expected banks with the same stem, but the stem of bank {i} differs from bank 0's"
             )
 
 

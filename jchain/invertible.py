@@ -42,7 +42,7 @@ class InvertibleDense(nn.Module):
     def __call__(self, x: Float[Array, "B *F"]) -> Float[Array, "B *G"]:
         if not self.negative_slope > 0:
             raise ValueError(
-                f"expected a positive negative_slope, for an inverse, got {self.negative_slope}"
+                f"expected a positive negative_slope, to be invertible, got {self.negative_slope}"
             )
         if not self.max_condition >= 1:
             raise ValueError(f"expected a max_condition of at least 1, got {self.max_condition}")
@@ -109,7 +109,9 @@ class AdditiveCoupling(nn.Module):
 
     def setup(self) -> None:
         if self.features < 2:
-            raise ValueError(f"expected at least 2 features to be halved, got {self.features}")
+            raise ValueError(
+                f"expected at least 2 features to split in halves, got {self.features}"
+            )
         half = self.features // 2
         hidden = self.features if self.hidden is None else self.hidden
         self.f = [nn.Dense(hidden), nn.Dense(half)]

@@ -267,7 +267,7 @@ def make_bank(
         )
     if kind not in ("independent", "snapshots"):
         raise ValueError(
-            f"expected a kind of bank of independent, routed, snapshots or random, got {kind!r}"
+            f"expected kind to be independent, routed, snapshots or random, got {kind!r}"
         )
     if depth < 1 or num_layers < depth or num_layers % depth:
         raise ValueError(

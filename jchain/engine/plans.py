@@ -151,7 +151,7 @@ def choose_chunk(num_layers: int, hidden: ArrayShape, backend: str) -> int:
 
 
 def _ladder(max_width: int) -> tuple[int, ...]:
-    """Widths `1, ..., w / 16, w / 4, w`, where `w` is the largest power of two up to `max_width`."""
+    """Widths `1, ..., w / 4, w`, where `w` is the largest power of two up to `max_width`."""
     widths, width = [], _floor_power_of_2(max_width)
     while width > 1:
         widths.append(width)

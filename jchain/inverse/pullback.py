@@ -365,14 +365,14 @@ def _pull_head(bank: Bank, token: int, outputs: Array, near: Array) -> tuple[Arr
         jax.eval_shape(lambda h: apply_token(bank.heads, jnp.asarray(token), h), near)
     except Exception as error:  # whatever a user's module raises
         raise ValueError(
-            f"expected near of the head's shape, got {list(near.shape)}: "
+            f"expected near of the shape of the head's input, got {list(near.shape)}: "
             f"{str(error).splitlines()[0]}"
         ) from None
     kernel, bias = as_affine(bank, token, near[:1])
     if outputs.shape[1:] != bias.shape or near.shape[0] != outputs.shape[0]:
         raise ValueError(
-            f"expected outputs [B, {', '.join(map(str, bias.shape))}] and near of equal B, got "
-            f"{list(outputs.shape)} and {list(near.shape)}"
+            f"expected outputs [B, {', '.join(map(str, bias.shape))}] and near with the same B, "
+            f"got {list(outputs.shape)} and {list(near.shape)}"
         )
     left, values, right = np.linalg.svd(kernel)
     rank = int(

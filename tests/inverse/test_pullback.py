@@ -165,7 +165,7 @@ def test_bad_input_is_refused(bank):
     ):
         with pytest.raises(ValueError, match=expected):
             jc.pull_back(tested, suffix, given)
-    with pytest.raises(ValueError, match=r"near of the head's shape, got \[4, 5\]"):
+    with pytest.raises(ValueError, match=r"near of the shape of the head's input, got \[4, 5\]"):
         jc.pull_back(bank, [6], outputs, near=jnp.ones((4, 5)))
     with pytest.raises(ValueError, match="confidence between 1/3 and 1, got 1.5"):
         inverse.target_logits(jnp.array([0]), 3, 1.5)
