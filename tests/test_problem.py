@@ -22,7 +22,7 @@ X, Y = make_batch()
             r"expected labels in 0..2, the head's classes, got -1..2",
         ),
         (jc.Batch(X, Y[:-1]), {}, r"one label per example, got x \[9, 5\] and y \[8\]"),
-        (jc.Batch(X[:0], Y[:0]), {}, "at least one, got x"),
+        (jc.Batch(X[:0], Y[:0]), {}, "one label per example, got x"),
         (jc.Batch(X[:, :4], Y), {}, r"ResidualMLP.* does not take an input of shape \[9, 4\]"),
         (jc.Batch(X.at[0, 0].set(jnp.nan), Y), {}, "expected finite examples"),
         (jc.Batch(X, Y), {"max_layers": -1}, "max_layers to be an integer of at least 0, got -1"),
