@@ -1,6 +1,7 @@
 """jchain: search over chains of detached (frozen) layers.
 
-`import jchain` stays light: rlax, matplotlib, and the checkpoint reader (`jc.hub`) load on first use.
+`import jchain` stays light: rlax, matplotlib, and the checkpoint reader (`jc.hub`) are imported on
+first use.
 """
 
 from importlib import import_module

@@ -12,10 +12,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-      argv: arguments after the program's name; those of the process if None.
+      argv: arguments after the program's name; `sys.argv[1:]` if None.
 
     Returns:
-      The exit status: 2 if the input is bad, with one line that says why, 130 if interrupted.
+      The exit status: 0; 2 if the input is invalid, after printing why in one line; 130 if
+      interrupted.
     """
     args = make_parser().parse_args(argv)
     args.command = shlex.join(["jchain", *(sys.argv[1:] if argv is None else argv)])

@@ -1,4 +1,4 @@
-"""Array shapes for public signatures: those of jaxtyping, which evaluation does not require."""
+"""Array types for public signatures: from jaxtyping, or placeholders if it is not installed."""
 
 from typing import TYPE_CHECKING, Any
 

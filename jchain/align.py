@@ -1,9 +1,10 @@
-"""Hidden units of layers in the same order, so that their weights can be compared index by index.
+"""Align the hidden units of layers, so that their weights can be compared index by index.
 
-A layer computes the same with its hidden units in another order, so two layers that compute similar
-functions may have very different weights. The order chosen here has the largest inner product of
-weights with those of one layer: git re-basin's weight matching (Ainsworth et al. 2022,
-arXiv:2209.04836), which for one hidden layer is a linear assignment and is solved exactly.
+Permuting the hidden units of a layer does not change what it computes, so layers that compute
+similar functions may have very different weights. Here the hidden units of each layer are permuted
+to maximize the inner product of its weights with those of a reference layer. This is the weight
+matching of Git Re-Basin (Ainsworth et al. 2022, arXiv:2209.04836). For one hidden layer it is a
+linear assignment and is solved exactly.
 """
 
 import flax.linen as nn
@@ -17,20 +18,21 @@ from jchain.bank import Bank
 from jchain.groups import LayerGroup
 from jchain.layers import ResidualMLP
 
-# The axis of hidden units of each tensor.
+# The axis of hidden units in each tensor of a module.
 _AXES: dict[type[nn.Module], dict[str, int]] = {
     ResidualMLP: {"Dense_0/kernel": 1, "Dense_0/bias": 0, "Dense_1/kernel": 0}
 }
 
 
 def align(bank: Bank, token: int) -> Bank:
-    """Put the hidden units of each layer in the order that is closest to those of layer `token`.
+    """Permute the hidden units of each layer to match those of layer `token`.
 
-    Every chain computes the same, up to the order of sums. Layers of other groups are unchanged.
+    Every chain computes the same as before, up to the order of sums. Layers of other groups are
+    unchanged.
 
     Args:
       bank: the bank.
-      token: the layer whose order the others take.
+      token: the reference layer.
 
     Raises:
       ValueError: `token` is not a layer of this bank, or jchain does not know the hidden units of
@@ -57,7 +59,7 @@ def shuffle(key: Key[Array, ""], bank: Bank, token: int = 0) -> Bank:
       token: a layer of the group to shuffle; layers of other groups are unchanged.
 
     Raises:
-      ValueError: as `align`.
+      ValueError: as for `align`.
     """
     group, _ = _find_layer(bank, token)
     num_units = _stack_units(group).shape[1]

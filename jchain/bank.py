@@ -48,13 +48,14 @@ class Bank:
     Attributes:
       layers: one group per module.
       heads: one group per module.
-      stem_params: params of the stem, None without a stem.
+      stem_params: params of the stem; None if there is no stem.
       stem: fixed map from raw input to the shape that layers keep; None for the identity.
-      names: a name for each token, N layers then K heads, all different.
-      origins: for each token, a few words on where its weights come from.
+      names: a unique name for each token, N layers then K heads.
+      origins: for each token, a few words about where its weights come from.
       parents: the chains (layer tokens, then a head) of the nets that the bank was cut from.
       num_steps: gradient steps that made the bank.
-      versions: how often the weights of each token were replaced, int32 `[N + K]`; None for never.
+      versions: how many times the weights of each token were replaced, int32 `[N + K]`; None if
+        none ever were.
     """
 
     layers: tuple[LayerGroup, ...]
@@ -86,7 +87,7 @@ class Bank:
         return sum(len(group.tokens) for group in self.heads)
 
     def embed(self, x: Shaped[Array, "B ..."]) -> Array:
-        """Apply the stem to raw input, which gives what the first layer of a chain takes.
+        """Apply the stem to raw input. Returns the input of the first layer of a chain.
 
         Args:
           x: raw input, `[B, ...]`.
@@ -94,7 +95,7 @@ class Bank:
         return x if self.stem is None else apply_module(self.stem, self.stem_params, x)
 
     def describe(self, chain: chain_lib.ChainsLike) -> str:
-        """The names along one chain, `net0/0 -> net1/2 -> net0/head`.
+        """The names along one chain, for example `net0/0 -> net1/2 -> net0/head`.
 
         Args:
           chain: tokens, `[L]`.
@@ -114,7 +115,7 @@ class Bank:
           chains: tokens, `[L]` or `[P, L]`.
 
         Raises:
-          ValueError: as `jchain.chain.validate`.
+          ValueError: as for `jchain.chain.validate`.
         """
         return chain_lib.validate(chains, self.num_layers, self.num_heads)
 
@@ -132,25 +133,26 @@ class Bank:
         parents: Sequence[Sequence[int]] = (),
         num_steps: int = 0,
     ) -> "Bank":
-        """Make a bank of your own weights.
+        """Make a bank from your own weights.
 
         Args:
-          layer: the module of all layers, or one for each; its output has the shape of its input.
-          layer_params: for each layer the dict that `layer.init(key, x)["params"]` returned.
-          head: the module of all heads, or one for each.
-          head_params: for each head the dict that `head.init(key, x)["params"]` returned.
+          layer: the module of all layers, or one per layer. Its output must have the shape of its
+            input.
+          layer_params: for each layer, the dict that `layer.init(key, x)["params"]` returned.
+          head: the module of all heads, or one per head.
+          head_params: for each head, the dict that `head.init(key, x)["params"]` returned.
           stem: fixed map from raw input to the shape of the layers.
           stem_params: params of the stem.
           names: a name per layer, or per layer and head; by default `layer0`, ..., `head0`, ...
-          origins: for each layer and head, a few words on where it comes from.
-          parents: chains of tokens of the nets that the layers come from.
+          origins: for each layer and head, a few words about where it comes from.
+          parents: the chains (layer tokens, then a head) of the nets that the layers come from.
           num_steps: gradient steps that made the weights.
 
         Raises:
-          ValueError: there is no layer or no head, more or fewer modules than params, params that
-            do not stack, a layer that changes the shape, names that repeat or are too few, or a
-            parent that is not a chain. If the input's shape cannot be inferred from the params,
-            `Problem` checks the layers' shapes instead.
+          ValueError: there is no layer or no head, modules and params differ in number, params do
+            not stack, a layer changes the shape, names repeat or are too few, or a parent is not a
+            chain. If the input's shape cannot be inferred from the params, `Problem` checks the
+            layers' shapes instead.
         """
         num_layers, num_heads = len(layer_params), len(head_params)
         if num_layers == 0 or num_heads == 0:
@@ -175,7 +177,7 @@ class Bank:
     def concat(banks: Sequence["Bank"]) -> "Bank":
         """Join banks: tokens in the order given, all layers before all heads, a group per module.
 
-        Names that would repeat get their bank's place as a prefix, `bank1/net0/2`.
+        If names would repeat, they get their bank's index as a prefix: `bank1/net0/2`.
 
         Args:
           banks: banks with the same stem.
@@ -210,13 +212,13 @@ class Bank:
         return joined
 
     def take(self, layers: Sequence[int], heads: Sequence[int] | None = None) -> "Bank":
-        """Make a smaller bank, its tokens in the order given.
+        """Make a smaller bank with its tokens in the given order.
 
-        Parents that need a token that is not kept are dropped.
+        Parents are dropped if one of their tokens is not kept.
 
         Args:
           layers: layer tokens to keep.
-          heads: head tokens to keep (`N..N+K-1`); all when None.
+          heads: head tokens to keep (`N..N+K-1`); all if None.
 
         Raises:
           ValueError: nothing is kept, or a token repeats or is out of range.
@@ -241,18 +243,18 @@ class Bank:
         )
 
     def reserve(self, num: int) -> "Bank":
-        """Add `num` more layers of each module, to be replaced later without a change of shape.
+        """Add `num` layers of each module, for `replace` to fill later without a change of shape.
 
         The new layers are copies of the module's layers, in turn, until `replace` gives them other
         weights. Their tokens are `N..N + num * G - 1`, `num` for each of the G modules; the heads
         come after them.
 
         Args:
-          num: layers to add for each module.
+          num: number of layers to add per module.
 
         Raises:
-          ValueError: `num` is below 0, or a layer already has the name of a reserved one, `place`
-            and its token.
+          ValueError: `num` is below 0, or the bank already has a name `place{token}`, which the new
+            layers get.
         """
         if num < 0:
             raise ValueError(f"expected num of at least 0, got {num}")
@@ -293,19 +295,19 @@ class Bank:
         names: Sequence[str] | None = None,
         origins: Sequence[str] | None = None,
     ) -> "Bank":
-        """Replace the weights of some tokens, whose versions rise by one.
+        """Replace the weights of some tokens. Their versions increase by one.
 
-        The other tokens keep their weights, to the bit.
+        All other tokens keep exactly the same weights.
 
         Args:
-          tokens: layers and heads, all different.
-          params: for each token the dict that its module takes.
-          names: their new names; unchanged when None.
-          origins: a few words on where the weights come from; unchanged when None.
+          tokens: tokens of layers and heads, all different.
+          params: for each token, the dict that its module takes.
+          names: their new names; unchanged if None.
+          origins: a few words about where the weights come from; unchanged if None.
 
         Raises:
-          ValueError: a token is out of range or repeats; there are not as many params, names or
-            origins as tokens; a name is taken; or params differ in structure, shape or dtype from
+          ValueError: a token is out of range or repeats; params, names, or origins differ in number
+            from the tokens; a name is taken; or params differ in structure, shape, or dtype from
             those that they replace.
         """
         total = self.num_layers + self.num_heads
@@ -328,7 +330,7 @@ class Bank:
         return bank
 
     def replace_group(self, group: LayerGroup, new: LayerGroup) -> "Bank":
-        """The bank with `new` instead of `group`, which is one of its own; nothing is checked."""
+        """The bank with `new` instead of its own `group`. Nothing is checked."""
         return dataclasses.replace(
             self,
             layers=tuple(new if other is group else other for other in self.layers),
@@ -339,7 +341,7 @@ class Bank:
         """The weights of one layer or head.
 
         Args:
-          token: its token.
+          token: token of the layer or head.
 
         Raises:
           ValueError: the token is out of range.
@@ -348,10 +350,10 @@ class Bank:
         return pick(group.params, place)
 
     def find(self, token: int) -> tuple[LayerGroup, int]:
-        """The group that holds a layer or head, and its place in that group.
+        """The group that holds a layer or head, and its index in that group.
 
         Args:
-          token: its token.
+          token: token of the layer or head.
 
         Raises:
           ValueError: the token is out of range.
@@ -364,17 +366,17 @@ class Bank:
         )
 
     def get_versions(self) -> Int[Array, "E"]:
-        """How often the weights of each token were replaced, `[N + K]`."""
+        """How many times the weights of each token were replaced, `[N + K]`."""
         if self.versions is None:
             return jnp.zeros(self.num_layers + self.num_heads, jnp.int32)
         return self.versions
 
     def without_names(self) -> "Bank":
-        """The bank without what only people read, so that similar banks share compiled programs."""
+        """The bank without names, origins, parents, and step count: programs do not read them."""
         return dataclasses.replace(self, names=(), origins=(), parents=(), num_steps=0)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the bank to one file (safetensors with a JSON header), replaced in one rename.
+        """Write the bank to one file (safetensors with a JSON header), atomically.
 
         Args:
           path: the file.
@@ -401,7 +403,7 @@ class Bank:
 
     @staticmethod
     def load(path: str | os.PathLike[str], modules: Sequence[type[nn.Module]] = ()) -> "Bank":
-        """Read the bank that `save` wrote, to the same bits.
+        """Read a bank that `save` wrote. All bits are the same.
 
         Args:
           path: the file.

@@ -16,7 +16,7 @@ from jchain._typing import Array, Bool, Int, Key
 
 PADDING = -1
 
-# Chains that a user gives: an array of integers, or lists of them.
+# Chains from a user: an array of integers, or lists of integers.
 ChainsLike = ArrayLike | Sequence[object]
 
 
@@ -29,8 +29,8 @@ class ChainSpace:
     Attributes:
       num_layers: N, layers in the bank.
       num_heads: K, heads in the bank.
-      max_layers: most layers in a chain; chains have `L = max_layers + 1` slots.
-      min_layers: fewest layers in a chain.
+      max_layers: maximum number of layers in a chain; chains have `L = max_layers + 1` slots.
+      min_layers: minimum number of layers in a chain.
     """
 
     num_layers: int
@@ -69,11 +69,11 @@ class ChainSpace:
 
         Args:
           key: consumed.
-          num_chains: P, chains to draw.
+          num_chains: number of chains to draw, P.
         """
         length_key, layer_key, head_key = jax.random.split(key, 3)
-        # P(depth) is proportional to N^depth; the number of heads cancels. Logs, as N^depth
-        # overflows.
+        # P(depth) is proportional to N^depth; the number of heads cancels. Use logs,
+        # because N^depth overflows.
         depths = jnp.arange(self.min_layers, self.max_layers + 1)
         logits = depths * jnp.log(self.num_layers)
         length = self.min_layers + jax.random.categorical(length_key, logits, shape=(num_chains, 1))
@@ -86,9 +86,9 @@ class ChainSpace:
         return chains.astype(jnp.int32)
 
     def enumerate(self) -> Int[np.ndarray, "C L"]:
-        """List every chain of the space: shorter chains first, each length in token order.
+        """List every chain of the space: shorter chains first, in token order within each length.
 
-        `num_chains` is their number, known before any memory is allocated.
+        Check `num_chains` first if there may be too many for memory.
         """
         blocks = []
         for depth in range(self.min_layers, self.max_layers + 1):
@@ -113,7 +113,7 @@ class ChainSpace:
 
         Returns:
           The chains, `[M, L]`, and a mask, `[M]`: True for rows that are chains of the space,
-          differ from `chain`, and repeat no earlier row.
+          differ from `chain`, and differ from all earlier rows.
         """
         num_layers, max_layers = self.num_layers, self.max_layers
         length = count_layers(chain, num_layers)
@@ -132,8 +132,8 @@ class ChainSpace:
         is_head_swap = head[:, 0] != chain[length]
 
         inserts = jnp.where(slots < at, row, jnp.where(slots == at, token, earlier[None]))
-        # Inserting one more layer into a run of equal layers gives the same chain at each slot of
-        # the run, and so does deleting one: keep the first.
+        # Inserting or deleting a layer in a run of equal layers gives the same chain at each slot
+        # of the run: keep only the first.
         is_repeat = (at[:, 0] > 0) & (token[:, 0] == earlier[at[:, 0]])
         is_insert = (at[:, 0] <= length) & (length < max_layers) & ~is_repeat
 
@@ -147,16 +147,16 @@ class ChainSpace:
         return chains, jnp.concatenate([is_swap, is_head_swap, is_insert, is_delete])
 
     def index(self, chains: Int[Array, "*P L"]) -> Int[Array, "*P"]:
-        """Find the place of each chain in the enumeration of chains of every length.
+        """Find the index of each chain in the enumeration of chains of every length.
 
-        `min_layers` is ignored: the place is that in `enumerate` of a space with a `min_layers` of
-        0.
+        It is the row in `enumerate` of a space whose `min_layers` is 0; the `min_layers` of this
+        space is ignored.
 
         Args:
           chains: tokens, `[..., L]`.
 
         Raises:
-          ValueError: there are so many chains that a place does not fit 32 bits.
+          ValueError: there are 2^31 chains or more, too many for a 32-bit index.
         """
         num_layers, num_heads, max_layers = self.num_layers, self.num_heads, self.max_layers
         if (total := ChainSpace(num_layers, num_heads, max_layers).num_chains) >= 2**31:
@@ -173,13 +173,13 @@ class ChainSpace:
     def validate(self, chains: ChainsLike) -> Int[np.ndarray, "*P L"]:
         """Return the chains as an int32 array, checked on the host.
 
-        Chains with fewer layers than `min_layers` pass.
+        Chains with fewer than `min_layers` layers are accepted.
 
         Args:
           chains: tokens, `[L]` or `[P, L]`.
 
         Raises:
-          ValueError: as `jchain.chain.validate`.
+          ValueError: as for `jchain.chain.validate`.
         """
         return validate(chains, self.num_layers, self.num_heads, self.max_layers)
 
@@ -193,18 +193,18 @@ def validate(
       chains: tokens, `[L]` or `[P, L]`.
       num_layers: N, layers in the bank.
       num_heads: K, heads in the bank.
-      max_layers: when given, `L` must be `max_layers + 1`.
+      max_layers: if given, `L` must be `max_layers + 1`.
 
     Raises:
-      ValueError: the tokens are not integers, have another shape, are out of range, or are not
-        layers, then one head, then -1. The message names the first chain that fails.
+      ValueError: the tokens are not integers, have a wrong shape, are out of range, or are not in
+        this order: layers, one head, -1. The message names the first invalid chain.
     """
     array = np.asarray(chains)
     expected = "[P, L]" if max_layers is None else f"[P, {max_layers + 1}]"
     if array.ndim not in (1, 2) or (max_layers is not None and array.shape[-1] != max_layers + 1):
         raise ValueError(
             f"expected chains of shape {expected} (L = max_layers + 1), got {list(array.shape)}: "
-            "jc.chain.pad fills shorter ones, longer ones need more max_layers"
+            "jc.chain.pad pads shorter chains; longer chains need a larger max_layers"
         )
     if not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"expected chains of integer tokens, got dtype {array.dtype}")
@@ -247,8 +247,8 @@ def pad(tokens: Sequence[Sequence[int]], max_layers: int | None = None) -> Int[n
     """Put chains of different lengths into one array, padded with -1.
 
     Args:
-      tokens: for each chain its layer tokens and its head.
-      max_layers: `L - 1`; the layers of the longest chain when None.
+      tokens: for each chain, its layer tokens and its head.
+      max_layers: `L - 1`; the number of layers of the longest chain if None.
 
     Raises:
       ValueError: no chain is given, or one is longer than `max_layers`.
@@ -278,7 +278,7 @@ def count_layers(chains: Int[Array, "*P L"], num_layers: int) -> Int[Array, "*P"
 
 
 def describe(tokens: ChainsLike, names: Sequence[str]) -> str:
-    """The names along one chain, `net0/0 -> net1/2 -> net0/head`, without padding.
+    """The names along one chain, for example `net0/0 -> net1/2 -> net0/head`.
 
     Args:
       tokens: one chain, `[L]`.
@@ -287,7 +287,7 @@ def describe(tokens: ChainsLike, names: Sequence[str]) -> str:
     return " -> ".join(names[int(token)] for token in np.asarray(tokens) if token != PADDING)
 
 
-# Deleted when all callers use ChainSpace.
+# To be deleted once all callers use ChainSpace.
 def count(num_layers: int, num_heads: int, max_layers: int, *, min_layers: int = 0) -> int:
     return ChainSpace(num_layers, num_heads, max_layers, min_layers).num_chains
 

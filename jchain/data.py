@@ -1,7 +1,7 @@
 """Data sets in four disjoint splits.
 
-`train` makes weights, searches see only `search`, `select` re-ranks the finalists, and `test` is
-for the report.
+Weights are trained on `train`, searches see only `search`, finalists are re-ranked on `select`, and
+`test` is for the report.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from jchain import images
 from jchain._typing import Array, Shaped
 
-# Shares of train, search, select and test.
+# Fractions of the examples in train, search, select, and test.
 SHARES = (0.5, 0.2, 0.15, 0.15)
 SPLITS = ("train", "search", "select", "test")
 # The splits that chains are scored on.
@@ -30,22 +30,22 @@ class Batch(NamedTuple):
     """Examples and their labels."""
 
     x: Shaped[Array, "B ..."]  # [B, ...F]
-    y: Shaped[Array, "B ..."]  # [B], integer classes unless the loss wants something else
+    y: Shaped[Array, "B ..."]  # [B], integer classes, unless the loss takes something else
 
 
 def check_lengths(data: Batch) -> None:
-    """Check that there are examples, and as many labels.
+    """Check that there is at least one example, and one label per example.
 
     Args:
       data: examples and labels.
 
     Raises:
-      ValueError: there are no examples, or more or fewer labels than examples.
+      ValueError: there are no examples, or labels and examples differ in number.
     """
     x, y = data
     if x.ndim == 0 or x.shape[0] == 0 or y.shape[:1] != x.shape[:1]:
         raise ValueError(
-            f"expected examples and as many labels, at least one, "
+            "expected at least one example and one label per example, "
             f"got x {list(x.shape)} and y {list(y.shape)}"
         )
 
@@ -102,18 +102,18 @@ def load(
 ) -> Dataset:
     """Load a data set by name.
 
-    These come with scikit-learn: `digits` (1,797 x 64, 10 classes), the same as images `digits_8x8`
-    (8 x 8 x 1), `wine` (178 x 13, 3 classes) and `breast_cancer` (569 x 30, 2 classes). All other
-    names are image sets of tensorflow-datasets, such as `mnist`, `fashion_mnist` and `cifar10`,
-    which must be prepared first (`jchain prepare`, `jchain.images`). Their own test split is
-    `test`; the other three splits are cut from their train split in the same proportions.
+    These come with scikit-learn: `digits` (1,797 x 64, 10 classes), `digits_8x8` (the same as 8 x 8
+    x 1 images), `wine` (178 x 13, 3 classes), and `breast_cancer` (569 x 30, 2 classes). All other
+    names are image sets of tensorflow-datasets, such as `mnist`, `fashion_mnist`, and `cifar10`,
+    which must be prepared first (`jchain prepare`, `jchain.images`). Their own test split becomes
+    `test`. The other three splits are cut from their train split, in the same proportions.
 
     Args:
       name: name of the data set.
-      seed: decides which examples go into which split; the shares are 50% train, 20% search, 15%
-        select, 15% test.
-      sizes: examples of each of the four splits; all that there are when None.
-      data_dir: the folder of prepared sets.
+      seed: decides which examples go into which split: 50% train, 20% search, 15% select, 15%
+        test.
+      sizes: number of examples in each of the four splits; all available ones if None.
+      data_dir: the folder of prepared sets; see `jchain.images.read`.
 
     Raises:
       ValueError: the name is unknown, or `sizes` asks for more examples than there are.
@@ -145,20 +145,19 @@ def split(
       y: integer labels `0..C-1`, `[B]`.
       seed: decides which examples go into which split.
       name: name of the data set.
-      test: examples and labels of the split `test`, if it is fixed; only the other three are then
+      test: examples and labels of a fixed `test` split. If given, only the other three splits are
         cut from `x`.
-      sizes: examples of each of the four splits, drawn evenly from the classes; all that there are
-        when None.
-      statistics: mean and standard deviation of each feature, or channel; those of `train` when
-        None.
+      sizes: number of examples in each of the four splits, drawn from the classes in proportion;
+        all available ones if None.
+      statistics: mean and standard deviation of each feature or channel; those of `train` if None.
 
     Raises:
       ValueError: lengths differ, labels are not integers from 0, values are not finite, a class has
         too few examples to be in every split, or `sizes` asks for more examples than there are.
     """
-    wholes = [_check(x, y)] if test is None else [_check(x, y), _check(*test)]
-    num_classes = max(int(labels.max()) for _, labels in wholes) + 1
-    counts = [np.bincount(labels, minlength=num_classes) for _, labels in wholes]
+    sources = [_check(x, y)] if test is None else [_check(x, y), _check(*test)]
+    num_classes = max(int(labels.max()) for _, labels in sources) + 1
+    counts = [np.bincount(labels, minlength=num_classes) for _, labels in sources]
     least = 2 * len(SHARES)
     if min(c.min() for c in counts) < least:
         raise ValueError(
@@ -166,26 +165,27 @@ def split(
         )
     rng = np.random.default_rng(seed)
     shares = SHARES if test is None else SHARES[:3]
-    parts = [(0, part) for part in _split_stratified(wholes[0][1], shares, rng)]
+    parts = [(0, part) for part in _split_stratified(sources[0][1], shares, rng)]
     if test is not None:
-        parts.append((1, np.arange(len(wholes[1][1]))))
+        parts.append((1, np.arange(len(sources[1][1]))))
     if sizes is not None:
         _check_sizes(sizes, [len(part) for _, part in parts])
         parts = [
-            (i, _take_stratified(wholes[i][1], part, n, rng))
+            (i, _take_stratified(sources[i][1], part, n, rng))
             for (i, part), n in zip(parts, sizes, strict=True)
         ]
-    train = wholes[0][0][parts[0][1]]
+    train = sources[0][0][parts[0][1]]
     # All positions of an image share the statistics of their channel.
     axes, dtype = ((0, 1, 2), np.float64) if train.ndim == 4 else (0, np.float32)
-    own = (of(train, axis=axes, dtype=dtype).astype(np.float32) for of in (np.mean, np.std))
+    own = (fn(train, axis=axes, dtype=dtype).astype(np.float32) for fn in (np.mean, np.std))
     mean, std = own if statistics is None else statistics
-    # The deviation of a constant is only rounding: dividing by it would blow up other splits.
+    # The standard deviation of a constant feature is only rounding error. Dividing by it would give
+    # huge values in other splits.
     is_constant = np.equal(train.max(axis=axes), train.min(axis=axes)) & (statistics is None)
     std = np.where((std > 0) & ~is_constant, std, 1)
 
-    def take(whole: int, rows: np.ndarray) -> Batch:
-        x, y = wholes[whole]
+    def take(source: int, rows: np.ndarray) -> Batch:
+        x, y = sources[source]
         return Batch(
             jnp.asarray((x[rows] - mean) / std, jnp.float32), jnp.asarray(y[rows], jnp.int32)
         )
@@ -195,7 +195,7 @@ def split(
 
 def _check(x: npt.ArrayLike, y: npt.ArrayLike) -> _Arrays:
     x, y = np.asarray(x), np.asarray(y)
-    # Images of bytes are converted only when a split takes them: they need a quarter of the memory.
+    # Byte images are converted only when a split takes them: bytes need a quarter of the memory.
     x = x if x.dtype == np.uint8 else x.astype(np.float32)
     if y.shape != x.shape[:1]:
         raise ValueError(
@@ -221,7 +221,7 @@ def _check_sizes(sizes: Sequence[int], available: Sequence[int]) -> None:
 def _split_stratified(
     y: np.ndarray, shares: Sequence[float], rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Indices of each split. Every class is cut in the same proportions."""
+    """Indices of the rows in each split. Every class is cut in the same proportions."""
     parts: list[list[np.ndarray]] = [[] for _ in shares]
     for label in np.unique(y):
         members = rng.permutation(np.flatnonzero(y == label))
@@ -234,10 +234,11 @@ def _split_stratified(
 def _take_stratified(
     y: np.ndarray, rows: np.ndarray, size: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """`size` of these rows, in which each class has nearly its share."""
+    """Take `size` of these rows, with nearly the same class proportions."""
     order = rng.permutation(rows)
     labels = y[order]
-    # Each row's rank among the rows of its class, as a fraction: the smallest are an even sample.
+    # Each row's rank among the rows of its class, as a fraction. The rows of the smallest ranks are
+    # a stratified sample.
     place = np.empty(len(order))
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)

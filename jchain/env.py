@@ -1,8 +1,8 @@
-"""The decision process over a problem: functional, for one episode. `vmap` it for many.
+"""The decision process of a problem, as pure functions for one episode. `vmap` them for many.
 
-A state is a prefix and the activations that it produced. An action is a token: a layer extends the
-prefix for one layer call, a head ends the episode. The reward is minus the loss when a head is
-taken, and 0 before.
+A state is a prefix and its activations. An action is a token: a layer extends the prefix, for one
+layer call, and a head ends the episode. The reward is minus the loss when a head is taken, and 0
+before.
 """
 
 from functools import partial
@@ -23,8 +23,8 @@ class State(NamedTuple):
     """The state of an episode."""
 
     chain: Int[Array, "L"]  # [L], the tokens taken so far, then -1
-    length: Int[Array, ""]  # layers so far
-    is_done: Bool[Array, ""]  # a head was taken
+    length: Int[Array, ""]  # number of layers so far
+    is_done: Bool[Array, ""]  # True after a head was taken
     hidden: Shaped[Array, "B ..."]  # [B, ...F], activations of the prefix on the whole split
 
 
@@ -32,7 +32,7 @@ def reset(problem: Problem) -> State:
     """Return the state of the empty prefix.
 
     Args:
-      problem: bank and split.
+      problem: bank, split.
     """
     chain = jnp.full(problem.max_layers + 1, PADDING, jnp.int32)
     return State(
@@ -43,11 +43,12 @@ def reset(problem: Problem) -> State:
 def legal_actions(problem: Problem, length: Int[Array, ""]) -> Bool[Array, "E"]:
     """Return the mask of tokens that may follow a prefix, `[N + K]`, True = allowed.
 
-    Layers are allowed before `max_layers`, heads from `min_layers` on.
+    Layers are allowed if the prefix has fewer than `max_layers` layers, heads if it has at least
+    `min_layers`.
 
     Args:
-      problem: bank and range of layers.
-      length: layers of the prefix.
+      problem: bank, range of layers.
+      length: number of layers in the prefix.
     """
     tokens = jnp.arange(problem.bank.num_layers + problem.bank.num_heads)
     return jnp.where(
@@ -58,8 +59,8 @@ def legal_actions(problem: Problem, length: Int[Array, ""]) -> Bool[Array, "E"]:
 def step(problem: Problem, state: State, action: Int[Array, ""]) -> tuple[State, Float[Array, ""]]:
     """Take an action.
 
-    If the episode is done, the state is unchanged and the reward is 0. The reward of a loss that is
-    not finite is `-inf`.
+    If the episode is done, the state is unchanged and the reward is 0. The reward for a loss that
+    is not finite is `-inf`.
 
     Args:
       problem: bank, split, loss.
@@ -70,8 +71,8 @@ def step(problem: Problem, state: State, action: Int[Array, ""]) -> tuple[State,
       The next state and the reward.
 
     Raises:
-      ValueError: the action is illegal. Only checked if neither it nor the state is traced; the
-        result of a traced illegal action is undefined.
+      ValueError: the action is illegal. This is checked only if neither it nor the state is traced.
+        The result of a traced illegal action is undefined.
     """
     if is_concrete((state, action)) and not state.is_done:
         _check_legal(problem, state, int(action))
@@ -102,7 +103,7 @@ def append_layers(
     Args:
       problem: the bank.
       chain: tokens of the prefix, then -1, `[L]`.
-      length: layers of the prefix.
+      length: number of layers in the prefix.
     """
     layers = jnp.arange(problem.bank.num_layers, dtype=jnp.int32)
     return jnp.where((jnp.arange(chain.size) == length)[None], layers[:, None], chain[None])
@@ -116,7 +117,7 @@ def append_heads(
     Args:
       problem: the bank.
       chain: tokens of the prefix, then -1, `[L]`.
-      length: layers of the prefix.
+      length: number of layers in the prefix.
     """
     heads = problem.bank.num_layers + jnp.arange(problem.bank.num_heads, dtype=jnp.int32)
     return jnp.where((jnp.arange(chain.size) == length)[None], heads[:, None], chain[None])
@@ -129,7 +130,7 @@ def head_loss(
 
     Args:
       problem: heads, labels, loss.
-      head: the token of the head.
+      head: token of the head.
       hidden: activations of the prefix, `[B, ...F]`.
     """
     call = jax.vmap(partial(apply_token, problem.bank.heads, head))

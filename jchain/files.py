@@ -1,8 +1,8 @@
 """Files of arrays: safetensors with a JSON header and a checksum, no pickle, written atomically.
 
-Modules are stored by name and fields. A file never decides which code to import: loading looks the
-name up among the classes of `jchain.layers`, `flax.linen`, the model families of `jchain.hub`, and
-the classes that the caller passes.
+Modules are stored as a class name and fields. A file cannot import arbitrary code: loading looks
+the name up among the classes of `jchain.layers`, `flax.linen`, the model families of `jchain.hub`,
+and the classes that the caller passes.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
     """Write a value as indented JSON.
 
     Args:
-      path: the file, replaced in one rename.
+      path: the file, written atomically.
       value: data that JSON can hold.
     """
     write_atomically(
@@ -67,7 +67,7 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
 
 
 def find_umask() -> int:
-    """The permission bits that new files and folders of this process do not get."""
+    """The umask of this process: the permission bits that new files do not get."""
     umask = os.umask(0)
     os.umask(umask)
     return umask
@@ -79,7 +79,7 @@ def write_arrays(
     """Write named arrays and a JSON header to one file.
 
     Args:
-      path: the file, replaced in one rename.
+      path: the file, written atomically.
       header: data that JSON can hold.
       arrays: arrays by name.
     """
@@ -100,7 +100,7 @@ def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str,
 
     Raises:
       FileNotFoundError: the file does not exist.
-      ValueError: the file is damaged, truncated, of another format, or holds dtypes that need
+      ValueError: the file is damaged, is truncated, has another format, or holds dtypes that need
         `jax_enable_x64`.
     """
     import safetensors
@@ -150,13 +150,13 @@ def checksum(header: dict[str, Any], arrays: Mapping[str, ArrayLike]) -> str:
 def encode_groups(
     groups: Sequence[LayerGroup],
 ) -> tuple[list[dict[str, Any]], dict[str, PyTree]]:
-    """Groups as JSON (modules and tokens) and their params, by the place of the group.
+    """Encode groups as JSON (modules and tokens) and a dict of their params, by group index.
 
     Args:
       groups: the layers or heads of a bank.
 
     Raises:
-      ValueError: as `encode_module`.
+      ValueError: as for `encode_module`.
     """
     header = [encode_module(group.module) | {"tokens": group.tokens} for group in groups]
     return header, {str(i): group.params for i, group in enumerate(groups)}
@@ -167,15 +167,15 @@ def decode_groups(
     params: dict[str, PyTree],
     modules: Sequence[type[nn.Module]] = (),
 ) -> tuple[LayerGroup, ...]:
-    """The groups that `encode_groups` described.
+    """Decode groups from what `encode_groups` returned.
 
     Args:
-      header: modules and tokens.
-      params: the params of each group; groups without params are missing.
+      header: modules and tokens of each group.
+      params: params by group index; groups without params may be missing.
       modules: the caller's own module classes.
 
     Raises:
-      ValueError: as `decode_module`.
+      ValueError: as for `decode_module`.
     """
     return tuple(
         LayerGroup(params.get(str(i), {}), decode_module(group, modules), tuple(group["tokens"]))
@@ -184,14 +184,13 @@ def decode_groups(
 
 
 def encode_module(module: nn.Module) -> dict[str, Any]:
-    """A module as JSON: the name of its class, and each field that is not at its default.
+    """Encode a module as JSON: the name of its class, and each field that is not at its default.
 
     Args:
       module: any Flax module.
 
     Raises:
-      ValueError: such a field is neither plain data, nor a dtype, nor a module, nor a function of
-        `jax.nn`.
+      ValueError: a field is not plain data, a dtype, a module, or a function of `jax.nn`.
     """
     fields = {}
     for field in dataclasses.fields(module):
@@ -203,7 +202,10 @@ def encode_module(module: nn.Module) -> dict[str, Any]:
 
 
 def _name_class(cls: type) -> str:
-    """The class's name with its package, as two have a `Dense`; without for the caller's own."""
+    """The name of a class, with its package unless it is the caller's own class.
+
+    The package is needed because two packages have a class `Dense`.
+    """
     for package in (layers, nn):
         if getattr(package, cls.__name__, None) is cls:
             return f"{package.__name__}.{cls.__name__}"
@@ -211,7 +213,7 @@ def _name_class(cls: type) -> str:
 
 
 def _encode_value(value: Any, field: str) -> object:
-    """A field's value as JSON; `field` names it in errors."""
+    """Encode a field's value as JSON; `field` names it in errors."""
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
@@ -227,7 +229,7 @@ def _encode_value(value: Any, field: str) -> object:
         dtype = jnp.dtype(value)
     except TypeError:
         dtype = None
-    if dtype is None or dtype == np.dtype(object):  # that of any class
+    if dtype is None or dtype == np.dtype(object):  # the dtype that NumPy gives to any class
         raise ValueError(
             f"{field} = {value!r} cannot be saved: expected data, a dtype or a jax.nn function"
         )
@@ -235,7 +237,7 @@ def _encode_value(value: Any, field: str) -> object:
 
 
 def decode_module(encoded: dict[str, Any], modules: Sequence[type[nn.Module]] = ()) -> nn.Module:
-    """The module that `encode_module` described.
+    """Decode a module from what `encode_module` returned.
 
     Args:
       encoded: what `encode_module` returned.

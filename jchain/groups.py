@@ -11,7 +11,7 @@ import numpy as np
 from jchain._typing import Array, Int, PyTree
 from jchain.pytree import pytree_dataclass, static
 
-# A batch, or only its shape and dtype.
+# A batch, or its shape and dtype only.
 ArrayOrShape = Array | np.ndarray | jax.ShapeDtypeStruct
 _MAX_CHARACTERS = 80
 
@@ -22,7 +22,7 @@ class LayerGroup:
 
     Attributes:
       params: every leaf `[n, ...]`, where n is the number of members of the group.
-      module: the Flax module they share.
+      module: the Flax module that they share.
       tokens: the bank's token of each member, in the order of the leading axis.
     """
 
@@ -39,22 +39,22 @@ class LayerGroup:
         """Apply one member to a batch.
 
         Args:
-          index: the member's place in the group (not its token).
+          index: index of the member in the group (not its token).
           x: activations, `[B, ...F]`.
         """
-        # A traced index into an axis of size 1: XLA on CPU (jax 0.10.2) computes the mean of
-        # squares of a vmapped product wrong.
+        # Index 0 instead of a traced index into an axis of size 1, after which XLA on CPU (jax
+        # 0.10.2) computes the mean of squares of a vmapped product wrong.
         place = 0 if len(self.tokens) == 1 else index
         return apply_module(self.module, pick(self.params, place), x)
 
 
 def apply_module(module: nn.Module, params: PyTree, x: Array | np.ndarray) -> Array:
-    """The module applied to a batch; None counts as no params."""
+    """Apply a module to a batch. None means no params."""
     return module.apply({"params": {} if params is None else params}, x)  # pyright: ignore[reportReturnType]
 
 
 def describe_module(module: nn.Module) -> str:
-    """A module in one short line, `ResidualMLP(64, hidden=128)`: fields at defaults are left out.
+    """Describe a module in one line, `ResidualMLP(64, hidden=128)`, without fields at defaults.
 
     Args:
       module: any Flax module.
@@ -71,14 +71,14 @@ def describe_module(module: nn.Module) -> str:
 
 
 def describe_groups(groups: object, kind: str) -> str | None:
-    """How many members each module has, "3 layers: 2 Dense(5), 1 ResidualMLP(5)".
+    """Describe how many members each module has: "3 layers: 2 Dense(5), 1 ResidualMLP(5)".
 
     Args:
       groups: the layers or heads of a bank.
       kind: "layer" or "head".
 
     Returns:
-      The text; None if these are not groups, as JAX may put placeholders into a bank.
+      The text; None if these are not groups, because JAX may put placeholders into a bank.
     """
     if not isinstance(groups, tuple) or not all(isinstance(g, LayerGroup) for g in groups):
         return None
@@ -101,18 +101,18 @@ def group_by_module(
     """Stack params by module: one group per module, in the order of their first members.
 
     Args:
-      module: the module of all members, or one for each.
+      module: the module of all members, or one module per member.
       params: the params of each member.
       kind: "layer" or "head", for errors.
       first_token: the token of the first member; the others follow.
 
     Raises:
-      ValueError: there are more or fewer modules than params, or params do not stack.
+      ValueError: modules and params differ in number, or params do not stack.
     """
     modules = [module] * len(params) if isinstance(module, nn.Module) else [*module]
     if len(modules) != len(params):
         raise ValueError(
-            f"expected one {kind} module, or {len(params)} as there are params, got {len(modules)}"
+            f"expected one {kind} module, or one per params, {len(params)}, got {len(modules)}"
         )
     groups = []
     for shared in dict.fromkeys(modules):
@@ -126,7 +126,7 @@ def merge(members: list[tuple[LayerGroup, np.ndarray]]) -> tuple[LayerGroup, ...
     """Combine groups into one per module, with new tokens in ascending order.
 
     Args:
-      members: each group with `new[token]`, the new token of each old one, -1 to leave it out.
+      members: each group with an array `new`: `new[token]` is the new token, or -1 to drop it.
 
     Raises:
       ValueError: params of one module do not stack.
@@ -137,7 +137,7 @@ def merge(members: list[tuple[LayerGroup, np.ndarray]]) -> tuple[LayerGroup, ...
         tokens = np.concatenate([new[list(group.tokens)] for group, new in same])
         order = [i for i in np.argsort(tokens, kind="stable") if tokens[i] >= 0]
         if order:
-            # Stacks the first members only to check that all groups fit.
+            # Stack the first members, only to check that all groups fit.
             _stack(
                 {
                     f"token {new[group.tokens[0]]} of the new bank": pick(group.params, 0)
@@ -153,7 +153,7 @@ def merge(members: list[tuple[LayerGroup, np.ndarray]]) -> tuple[LayerGroup, ...
 
 
 def put(group: LayerGroup, token: int, params: PyTree) -> LayerGroup:
-    """The group with other weights at one token.
+    """The group with new weights at one token.
 
     Args:
       group: the group.
@@ -182,11 +182,11 @@ def add_copies(group: LayerGroup, tokens: Sequence[int]) -> LayerGroup:
 
 
 def pick(params: PyTree, index: Array | np.ndarray | int | tuple[int, ...]) -> PyTree:
-    """The params of one member of a stack, or of several in another order.
+    """Pick the params of one member from a stack, or of several.
 
     Args:
       params: leaves `[n, ...]`.
-      index: the place of a member, or an array of places.
+      index: index of a member, or an array of indices.
     """
     return jax.tree.map(lambda leaf: leaf[index], params)
 
@@ -202,7 +202,7 @@ def check_keeps_shape(
       allow_other_dtype: check only the shape.
 
     Raises:
-      ValueError: the output has another shape or dtype, or the module does not take such an input.
+      ValueError: the output has another shape or dtype, or the module does not accept this input.
     """
     name = f"layer {type(group.module).__name__}"
     out = _find_output(lambda x: group.apply(0, x), x, name)
@@ -214,15 +214,15 @@ def check_keeps_shape(
 
 
 def check_stem(stem: nn.Module | None, params: PyTree, x: ArrayOrShape) -> ArrayOrShape:
-    """Find the shape and dtype of the stem's output, which the first layer takes.
+    """Check that a stem accepts this input. Return the shape and dtype of its output.
 
     Args:
-      stem: the stem, None for the identity.
-      params: its params.
+      stem: the stem; None for the identity.
+      params: params of the stem.
       x: raw input, or its shape and dtype.
 
     Raises:
-      ValueError: the stem does not take such an input.
+      ValueError: the stem does not accept this input.
     """
     if stem is None:
         return x
@@ -231,10 +231,10 @@ def check_stem(stem: nn.Module | None, params: PyTree, x: ArrayOrShape) -> Array
 
 
 def check_same_stem(stems: Sequence[tuple[nn.Module | None, PyTree]]) -> None:
-    """Check that all stems are the first one.
+    """Check that all stems are equal.
 
     Args:
-      stems: the module and the params of each, None or empty without.
+      stems: module and params of each stem; the module is None if a bank has no stem.
 
     Raises:
       ValueError: a module, or its params, differ from the first.
@@ -246,7 +246,7 @@ def check_same_stem(stems: Sequence[tuple[nn.Module | None, PyTree]]) -> None:
         leaves = jax.tree.leaves(params), jax.tree.leaves(first_params)
         if not is_same or not all(np.array_equal(*pair) for pair in zip(*leaves, strict=True)):
             raise ValueError(
-                f"expected banks with the same stem, but that of bank {i} differs from bank 0's"
+                f"expected banks with the same stem, but the stem of bank {i} differs from bank 0's"
             )
 
 
@@ -263,16 +263,15 @@ def _find_output(
 
 
 def find_input_shape(group: LayerGroup) -> tuple[int, ...] | None:
-    """Guess a feature shape that the module takes with these params, preferably one that it keeps.
+    """Guess a feature shape that the module accepts with these params, preferably one it keeps.
 
-    Flax refuses shapes that its kernels were not made for, so the sizes found in the params are
-    tried in turn.
+    Try the sizes found in the params one by one: Flax rejects shapes that do not fit its kernels.
 
     Args:
       group: the layers.
 
     Returns:
-      The shape of one example, None if no tried shape is accepted.
+      The shape of one example; None if no shape that was tried is accepted.
     """
     sizes = sorted({size for leaf in jax.tree.leaves(group.params) for size in leaf.shape[1:]})
     accepted = []
@@ -290,7 +289,7 @@ def find_input_shape(group: LayerGroup) -> tuple[int, ...] | None:
 
 
 def _stack(params: dict[str, PyTree]) -> PyTree:
-    """Params, by the names that errors call them, stacked on a new leading axis."""
+    """Stack params on a new leading axis. The keys of the dict name them in errors."""
     (first, expected), *others = params.items()
     for name, tree in others:
         _check_same_structure(tree, expected, f"params of {name} do not stack", first)
@@ -300,7 +299,7 @@ def _stack(params: dict[str, PyTree]) -> PyTree:
 
 
 def _check_same_structure(params: PyTree, other: PyTree, problem: str, name: str) -> None:
-    """Check for the structure, shapes and dtypes of `other`, the params of `name`."""
+    """Check that params have the structure, shapes, and dtypes of `other`, the params of `name`."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     others, expected_structure = jax.tree_util.tree_flatten_with_path(other)
     if structure != expected_structure:

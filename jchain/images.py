@@ -14,14 +14,14 @@ import numpy as np
 
 from jchain._typing import Shaped
 
-# Examples decoded at a time.
+# Number of examples decoded at a time.
 _CHUNK = 4096
 _FORMAT = "array_record"
 _EXAMPLES = "mnist, fashion_mnist, cifar10"
 
 
 class Images(NamedTuple):
-    """Images and labels of a set. `test` is None if it has no test split of its own."""
+    """Images and labels of a data set. `test` is None if the set has no test split."""
 
     train: tuple[Shaped[np.ndarray, "B H W C"], Shaped[np.ndarray, "B"]]
     test: tuple[Shaped[np.ndarray, "B H W C"], Shaped[np.ndarray, "B"]] | None
@@ -32,10 +32,10 @@ def read(name: str, data_dir: str | Path | None = None) -> Images:
     """Read a prepared set of images and integer labels.
 
     Args:
-      name: its name in tensorflow-datasets: `mnist`, `fashion_mnist`, `cifar10`, ..., also
-        `name/config` and `name:version`.
-      data_dir: the folder of prepared sets; when None that of tensorflow-datasets, `TFDS_DATA_DIR`
-        or ~/tensorflow_datasets.
+      name: name of the set in tensorflow-datasets, such as `mnist`, `fashion_mnist`, or `cifar10`;
+        also `name/config` and `name:version`.
+      data_dir: the folder of prepared sets; if None, the default folder of tensorflow-datasets:
+        `TFDS_DATA_DIR` or ~/tensorflow_datasets.
 
     Raises:
       ImportError: tensorflow-datasets is not installed.
@@ -70,7 +70,7 @@ def prepare(name: str, data_dir: str | Path | None = None) -> Path:
     """Download a set and write it as array_record files, unless it is already prepared.
 
     Args:
-      name: its name in tensorflow-datasets.
+      name: name of the set in tensorflow-datasets.
       data_dir: the folder of prepared sets, as for `read`.
 
     Returns:
@@ -79,7 +79,7 @@ def prepare(name: str, data_dir: str | Path | None = None) -> Path:
     Raises:
       ImportError: tensorflow-datasets is not installed, or TensorFlow if the set needs it.
       ValueError: the name is unknown, or the set is prepared in another format.
-      OSError: it could not be downloaded or written.
+      OSError: the set could not be downloaded or written.
     """
     builder = _find_builder(name, data_dir)
     if builder.is_prepared():
@@ -99,7 +99,7 @@ def _import_tfds() -> Any:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise ImportError(
-            f"sets of images need tensorflow-datasets: pip install 'jchain[data]' ({error})"
+            f"image sets need tensorflow-datasets: pip install 'jchain[data]' ({error})"
         ) from None
     return tfds
 
@@ -123,7 +123,7 @@ def _find_builder(name: str, data_dir: str | Path | None) -> Any:
 
 
 def _choose_format(tfds: Any, name: str) -> dict[str, str]:
-    """Ask for our format, except from sets without code, which are read in the format they have."""
+    """Request our format, except for sets without code: they can be read only in their format."""
     base = name.split("/")[0].split(":")[0]
     return {"file_format": _FORMAT} if base in _list_sets(tfds) else {}
 

@@ -26,7 +26,7 @@ class InvertibleDense(nn.Module):
 
     Attributes:
       features: size of the last axis, in and out.
-      use_bias: whether there is a `b`.
+      use_bias: whether to add `b`.
       negative_slope: slope of the leaky ReLU below 0, positive; 1 for a linear layer.
       max_condition: largest condition number of `W` that training allows.
       is_inverse: whether this is the inverse layer, `(leaky_relu^-1(x) - b) W`.
@@ -42,7 +42,7 @@ class InvertibleDense(nn.Module):
     def __call__(self, x: Float[Array, "B *F"]) -> Float[Array, "B *G"]:
         if not self.negative_slope > 0:
             raise ValueError(
-                f"expected a positive negative_slope, for an inverse, got {self.negative_slope}"
+                f"expected a positive negative_slope, to be invertible, got {self.negative_slope}"
             )
         if not self.max_condition >= 1:
             raise ValueError(f"expected a max_condition of at least 1, got {self.max_condition}")
@@ -83,7 +83,7 @@ class InvertibleDense(nn.Module):
         }
 
     def project(self, params: PyTree) -> PyTree:
-        """The weights, their singular values raised to at least the largest / `max_condition`."""
+        """The weights, with singular values of at least the largest one / `max_condition`."""
         left, values, right = jnp.linalg.svd(params["kernel"])
         values = jnp.maximum(values, values[0] / self.max_condition)
         return {**params, "kernel": (left * values[None]) @ right}
@@ -96,8 +96,8 @@ class AdditiveCoupling(nn.Module):
     arXiv:1707.04585). Exactly invertible for any weights: `x2 = y2 - g(y1)`, `x1 = y1 - f(x2)`.
 
     Attributes:
-      features: size of the last axis, in and out, at least 2; if odd, `x2` is larger by one.
-      hidden: width of the two MLPs; `features` when None.
+      features: size of the last axis, in and out, at least 2; if odd, `x2` has one feature more.
+      hidden: width of the two MLPs; `features` if None.
       activation: elementwise, by default ReLU.
       is_inverse: whether this is the inverse layer.
     """
@@ -109,7 +109,9 @@ class AdditiveCoupling(nn.Module):
 
     def setup(self) -> None:
         if self.features < 2:
-            raise ValueError(f"expected at least 2 features to be halved, got {self.features}")
+            raise ValueError(
+                f"expected at least 2 features to split in halves, got {self.features}"
+            )
         half = self.features // 2
         hidden = self.features if self.hidden is None else self.hidden
         self.f = [nn.Dense(hidden), nn.Dense(half)]
@@ -140,13 +142,13 @@ class AdditiveCoupling(nn.Module):
 class InvertibleResidual(nn.Module):
     """A residual block with a spectral bound: `x + activation(x W1 + b1) W2 + b2`, `|W1| |W2| < 1`.
 
-    Behrmann et al. 2019, arXiv:1811.00995. What is added, `g`, is a contraction, so the input is
-    the fixed point of `x = y - g(x)`. At most 1,000 iterations find it to rounding. The inverse
-    amplifies noise of the outputs by up to `1 / (1 - bound)`.
+    Behrmann et al. 2019, arXiv:1811.00995. The term added to `x`, `g(x)`, is a contraction, so the
+    input is the fixed point of `x = y - g(x)`. At most 1,000 iterations find it up to rounding. The
+    inverse amplifies noise of the outputs by up to `1 / (1 - bound)`.
 
     Attributes:
       features: size of the last axis, in and out.
-      hidden: width between the two maps; `features` when None.
+      hidden: width between the two maps; `features` if None.
       activation: elementwise, with slopes in -1..1, by default ReLU.
       bound: largest `|W1| |W2|` (spectral norms) that training allows, below 1.
       is_inverse: whether this is the inverse layer.
@@ -183,7 +185,7 @@ class InvertibleResidual(nn.Module):
           params: params of this layer.
 
         Raises:
-          ValueError: what the layer adds to its input is not a contraction.
+          ValueError: the term that the layer adds to its input is not a contraction.
         """
         if is_concrete(params):
             norm = np.prod(
@@ -208,7 +210,7 @@ class InvertibleResidual(nn.Module):
         return self.clone(is_inverse=not self.is_inverse), params
 
     def project(self, params: PyTree) -> PyTree:
-        """The weights, both matrices scaled down equally if their norms' product is too large."""
+        """The weights. Both matrices are scaled down equally if their bound is exceeded."""
         norm = jnp.prod(
             jnp.stack(
                 [jnp.linalg.norm(params[name]["kernel"], 2) for name in ("Dense_0", "Dense_1")]

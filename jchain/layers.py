@@ -1,6 +1,7 @@
 """Layers that keep the shape of their input, and heads.
 
-All are Flax linen modules: `module.apply({"params": params}, x)` with `x [B, ...F]`.
+All are Flax linen modules: call `module.apply({"params": params}, x)` with `x` of shape
+`[B, ...F]`.
 """
 
 from collections.abc import Callable
@@ -38,7 +39,7 @@ class ResidualMLP(nn.Module):
 
     Attributes:
       features: size of the last axis, in and out.
-      hidden: width between the two maps; `features` when None.
+      hidden: width between the two maps; `features` if None.
       activation: elementwise, by default ReLU.
     """
 
@@ -107,7 +108,7 @@ class TransformerBlock(nn.Module):
     Attributes:
       features: size of the last axis, in and out; a multiple of `num_heads`.
       num_heads: attention heads.
-      hidden: width of the MLP; four times `features` when None.
+      hidden: width of the MLP; four times `features` if None.
       is_causal: whether a position attends only to itself and earlier positions.
     """
 
@@ -145,11 +146,11 @@ class DenseHead(nn.Module):
 class ConvHead(nn.Module):
     """The dense part of LeNet-5 (LeCun et al. 1998): flatten, then 120, 84, `num_classes` units.
 
-    ReLU between them.
+    ReLU comes between the dense layers.
 
     Attributes:
       num_classes: size of the output.
-      pool: side of the windows over which the image is averaged first; 1 for none.
+      pool: side of the windows of average pooling before flattening; 1 for no pooling.
     """
 
     num_classes: int

@@ -30,22 +30,23 @@ class Problem:
     Attributes:
       bank: the layers and heads.
       data: the one split that this problem can reach.
-      max_layers: most layers in a chain; chains have `L = max_layers + 1` slots.
+      max_layers: maximum number of layers in a chain; chains have `L = max_layers + 1` slots.
       loss_fn: `(outputs [B, ...], y [B, ...]) -> [B, ...]`, lower is better, averaged over all
         axes; by default softmax cross-entropy with integer labels, in nats.
-      layer_cost: penalty of a layer in units of the loss: one for all layers, or `[N]`.
+      layer_cost: penalty of a layer, in units of the loss: one number for all layers, or `[N]`.
       mesh: the devices that hold the problem and share its chains (see `on`); None for one device.
-      min_layers: fewest layers in a chain; equal to max_layers, all chains have one length.
-        Searches and `evaluate_all` make no shorter chains; functions that are given chains also
-        accept shorter ones.
+      min_layers: minimum number of layers in a chain. If it equals max_layers, all chains have the
+        same length. Searches and `evaluate_all` make no shorter chains, but functions that take
+        chains accept shorter ones.
       accuracy_fn: `(outputs [B, ...], y [B, ...]) -> [B, ...]`, reported with the loss and averaged
-        in the same way; by default 1 if the largest output is the label, and nan if labels are not
-        integers.
+        in the same way. By default it is 1 if the largest output is the label, and nan if labels
+        are not integers.
 
     Raises:
       ValueError: max_layers or min_layers is invalid, the split is empty, examples or layer costs
-        are not finite, the stem does not take this data, a layer changes its shape, heads disagree
-        about their output, labels are outside the heads' classes, or the loss function fails.
+        are not finite, the stem does not accept this data, a layer changes its shape, heads differ
+        in the shape of their output, labels are outside the heads' classes, or the loss function
+        fails.
     """
 
     bank: Bank
@@ -128,7 +129,7 @@ class Problem:
         )
 
     def on(self, mesh: Mesh) -> "Problem":
-        """The problem with all its arrays on each device of a mesh; evaluation splits the chains.
+        """The problem with its arrays on each device of a mesh. Evaluation then splits the chains.
 
         Devices of the mesh may belong to other processes (`jax.distributed`), which must make the
         same calls.
@@ -136,7 +137,7 @@ class Problem:
         Args:
           mesh: the devices, with any axes.
         """
-        # One axis, of the kind that the compiler shards.
+        # One axis, of the type that the compiler shards automatically.
         flat = Mesh(mesh.devices.reshape(-1), ("chains",))
         if self.mesh == flat:
             return self
@@ -144,7 +145,7 @@ class Problem:
         return problem.put(problem)
 
     def put(self, tree: PyTree) -> PyTree:
-        """The tree as arrays on the devices of this problem: on each device of its mesh.
+        """Put a tree of arrays on the devices of this problem: on each device of its mesh.
 
         Args:
           tree: arrays; traced ones are unchanged.
@@ -161,10 +162,10 @@ class Problem:
         return self.with_bank(self.bank.without_names())
 
     def take(self, rows: slice | Int[np.ndarray, "b"] | Int[Array, "b"]) -> "Problem":
-        """The problem on some of its examples.
+        """The problem with only some of its examples.
 
         Args:
-          rows: which examples.
+          rows: indices of these examples, or a slice.
         """
         return self._replace("data", Batch(self.data.x[rows], self.data.y[rows]))
 
@@ -172,7 +173,7 @@ class Problem:
         """The problem over another bank, with the same `layer_cost`.
 
         Args:
-          bank: a bank whose layers have the same shape, which is not checked again.
+          bank: a bank whose layers have the same shape. This is not checked.
         """
         return self._replace("bank", bank)
 
@@ -199,7 +200,7 @@ class Problem:
         """Loss and accuracy of one chain's outputs, without the layer penalty.
 
         By default, accuracy is the share of examples whose largest output is their label. It is nan
-        unless labels are integers, one for each row of outputs.
+        unless labels are integers, one per row of outputs.
 
         Args:
           outputs: outputs of a head, `[B, ...]`.
@@ -215,7 +216,7 @@ class Problem:
 
 
 def upcast(array: Array) -> Array:
-    """Cast half precision to float32: its squares overflow and small differences vanish.
+    """Cast half precision to float32, because its squares overflow and small differences vanish.
 
     Args:
       array: any array; float32 and wider are unchanged.
@@ -224,10 +225,10 @@ def upcast(array: Array) -> Array:
 
 
 def check_max_layers(value: object) -> int:
-    """Return the value as an int.
+    """Check `max_layers`, and return it as an int.
 
     Args:
-      value: the most layers in a chain.
+      value: maximum number of layers in a chain.
 
     Raises:
       ValueError: it is not an integer of at least 0.
@@ -238,11 +239,11 @@ def check_max_layers(value: object) -> int:
 
 
 def check_min_layers(value: object, max_layers: int) -> int:
-    """Return the value as an int.
+    """Check `min_layers`, and return it as an int.
 
     Args:
-      value: the fewest layers in a chain.
-      max_layers: the most layers in a chain.
+      value: minimum number of layers in a chain.
+      max_layers: maximum number of layers in a chain.
 
     Raises:
       ValueError: it is not an integer in `0..max_layers`.
@@ -258,7 +259,7 @@ def check_min_layers(value: object, max_layers: int) -> int:
 def _check_function(
     name: str, function: Callable[[Array, Array], Array], outputs: jax.ShapeDtypeStruct, y: Array
 ) -> None:
-    """Check that a function takes these outputs and labels, and returns floats."""
+    """Check that a function accepts these outputs and labels, and returns floats."""
     try:
         found = jax.eval_shape(function, outputs, y)
     except Exception as error:  # whatever a user's function raises
@@ -275,7 +276,7 @@ def _is_integer(value: object) -> TypeGuard[int | np.integer]:
 
 
 def _replicate(leaf: ArrayLike, everywhere: NamedSharding) -> Array:
-    """The leaf on each device of the sharding."""
+    """Put a copy of the leaf on each device of the sharding."""
     if isinstance(leaf, jax.Array) and leaf.sharding == everywhere:
         return leaf
     if everywhere.is_fully_addressable:

@@ -1,4 +1,4 @@
-"""Frozen dataclasses that are pytrees, checked when a user builds one, not when JAX rebuilds it."""
+"""Frozen dataclasses that are pytrees. JAX can rebuild them without their `__post_init__`."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 def static(*, default: Any = dataclasses.MISSING) -> Any:
-    """Declare a field that is part of the tree's structure: hashable; a new value is a new trace.
+    """Declare a hashable field that is part of the tree's structure: a new value is a new trace.
 
     Args:
-      default: the value of the field when none is given.
+      default: default value of the field.
     """
     return dataclasses.field(default=default, metadata={"static": True})
 
@@ -23,9 +23,9 @@ def static(*, default: Any = dataclasses.MISSING) -> Any:
 def pytree_dataclass(cls: type[T]) -> type[T]:
     """Make a frozen dataclass that is registered as a pytree.
 
-    Unlike `jax.tree_util.register_dataclass`, unflattening does not call `__init__`: JAX puts
-    tracers and placeholders into leaves, which a `__post_init__` that checks its fields would
-    refuse. A `__repr__` that the class defines is kept, and it too must accept such leaves.
+    Unlike with `jax.tree_util.register_dataclass`, unflattening does not call `__init__`: JAX puts
+    tracers and placeholders into leaves, and a `__post_init__` that checks fields would reject
+    them. If the class defines `__repr__`, it must accept such leaves.
 
     Args:
       cls: a class with annotated fields.
@@ -50,7 +50,7 @@ def pytree_dataclass(cls: type[T]) -> type[T]:
 
 
 def is_concrete(tree: object) -> bool:
-    """Whether every leaf has a value that the host can read, which is not so while tracing.
+    """Whether no leaf is traced, so that the host can read every value.
 
     Args:
       tree: a pytree.

@@ -8,7 +8,7 @@ from jchain._typing import Int
 
 
 def check_tokens(tokens: Sequence[int], allowed: range, kind: str) -> None:
-    """Check that at least one token is given, and that all are different and in a range.
+    """Check that there is at least one token, and that all are different and in range.
 
     Args:
       tokens: the tokens.
@@ -34,7 +34,7 @@ def renumber(num_layers: Sequence[int], num_heads: Sequence[int]) -> list[Int[np
       num_heads: heads of each bank.
 
     Returns:
-      For each bank `new[token]`, the token in the joined bank of each of its own tokens.
+      For each bank an array `new`: `new[token]` is the token's number in the joined bank.
     """
     layer_starts = np.cumsum([0, *num_layers])
     head_starts = sum(num_layers) + np.cumsum([0, *num_heads])
@@ -47,11 +47,11 @@ def renumber(num_layers: Sequence[int], num_heads: Sequence[int]) -> list[Int[np
 def move_chains(
     chains: Sequence[Sequence[int]], new: Int[np.ndarray, "E"]
 ) -> tuple[tuple[int, ...], ...]:
-    """Chains with new tokens, without those that need a token that is left out.
+    """Renumber the tokens of chains. A chain is dropped if one of its tokens is dropped.
 
     Args:
       chains: layer tokens, then a head.
-      new: `new[token]`, the new token of each old one, -1 to leave it out.
+      new: `new[token]` is the new token, or -1 if it is dropped.
     """
     return tuple(
         tuple(int(new[token]) for token in chain)
@@ -61,10 +61,10 @@ def move_chains(
 
 
 def complete_names(names: Sequence[str] | None, num_layers: int, num_heads: int) -> tuple[str, ...]:
-    """Names of layers and heads; those that are not given are `layer0`, ..., `head0`, ...
+    """Complete the names of layers and heads with the defaults `layer0`, ..., `head0`, ...
 
     Args:
-      names: names of the layers, or of the layers and heads.
+      names: names of the layers, of the layers and heads, or None.
       num_layers: N, layers in the bank.
       num_heads: K, heads in the bank.
 
@@ -95,7 +95,7 @@ def concat_names(names: Sequence[Sequence[str]]) -> list[list[str]]:
 
 
 def layers_then_heads(words: Sequence[Sequence[str]], num_layers: Sequence[int]) -> tuple[str, ...]:
-    """The words of joined banks in the order of their tokens: all layers come before all heads.
+    """Join the names (or origins) of banks in token order: all layers come before all heads.
 
     Args:
       words: the names or origins of each bank.
@@ -109,12 +109,12 @@ def layers_then_heads(words: Sequence[Sequence[str]], num_layers: Sequence[int])
 def replace_words(
     words: Sequence[str], tokens: Sequence[int], new: Sequence[str] | None
 ) -> tuple[str, ...]:
-    """Names or origins with those of some tokens replaced.
+    """Replace the names (or origins) of some tokens.
 
     Args:
-      words: one per token of the bank.
-      tokens: the tokens whose words change.
-      new: their new words; nothing changes when None.
+      words: the names or origins of all tokens.
+      tokens: the tokens to change.
+      new: new names or origins of these tokens; None to change nothing.
     """
     if new is None:
         return tuple(words)

@@ -1,8 +1,8 @@
-"""Make banks: nets trained apart, one routed supernet, snapshots of one run, or random weights.
+"""Make banks: independent nets, one routed supernet, snapshots of one run, or random weights.
 
 Every function takes a key, the split to train on, and the modules of layers and heads. If several
-modules are given they take turns: layer `i` has module `i % len(layer)`, so the bank has a group
-per module. `jchain.training_loop` holds the loop that all of them share.
+modules are given, they take turns: layer `i` has module `i % len(layer)`, so the bank has a group
+per module. All share the loop in `jchain.training_loop`.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def independent(
     stem: nn.Module | None = None,
     stem_params: PyTree = None,
 ) -> Bank:
-    """Train `num_nets` nets apart and cut them into layers.
+    """Train `num_nets` nets independently and cut them into layers.
 
     The bank has `num_nets * depth` layers, `num_nets` heads, and one parent per net. Layer `j` of
     net `i` is named `net{i}/{j}`.
@@ -49,16 +49,16 @@ def independent(
       data: the split to train on.
       layer: module of all layers, or several that take turns.
       head: module of all heads, to logits `[B, C]`, or several that take turns.
-      num_nets: nets to train.
-      depth: layers of each net.
-      num_steps: gradient steps of each net.
+      num_nets: number of nets to train.
+      depth: number of layers in each net.
+      num_steps: number of gradient steps per net.
       optimizer: any optax transformation.
       stem: fixed map from raw input to the shape that layers keep; never trained.
       stem_params: params of the stem.
 
     Raises:
-      ValueError: a size is not positive, a label is outside the heads' classes, heads disagree
-        about their classes, or a layer does not keep the shape of the data.
+      ValueError: a size is not positive, a label is outside the heads' classes, heads differ in
+        their number of classes, or a layer does not keep the shape of the data.
     """
     layers, heads = _as_tuple(layer), _as_tuple(head)
     recipe = Recipe(layers, heads, depth, 1, depth, num_steps=num_steps, optimizer=optimizer)
@@ -80,7 +80,7 @@ def snapshots(
     stem: nn.Module | None = None,
     stem_params: PyTree = None,
 ) -> Bank:
-    """Train one net and copy it `num_snapshots` times, evenly spaced, the last time at the end.
+    """Train one net, and copy it at `num_snapshots` evenly spaced steps, the last one included.
 
     The bank has `num_snapshots * depth` layers, `num_snapshots` heads, and one parent per snapshot.
     Layer `j` after `s` steps is named `step{s}/{j}`.
@@ -90,15 +90,15 @@ def snapshots(
       data: the split to train on.
       layer: module of all layers, or several that take turns.
       head: module of all heads, to logits `[B, C]`, or several that take turns.
-      num_snapshots: copies of the net.
-      depth: layers of the net.
+      num_snapshots: number of copies of the net.
+      depth: number of layers in the net.
       num_steps: gradient steps, rounded up to a multiple of `num_snapshots`; at least 1.
       optimizer: any optax transformation.
       stem: fixed map from raw input to the shape that layers keep; never trained.
       stem_params: params of the stem.
 
     Raises:
-      ValueError: as `independent`.
+      ValueError: as for `independent`.
     """
     _check_sizes(num_snapshots=num_snapshots, num_steps=num_steps)
     spacing = -(-num_steps // num_snapshots)
@@ -140,16 +140,16 @@ def routed(
       data: the split to train on.
       layer: module of all layers, or several that take turns.
       head: module of all heads, to logits `[B, C]`, or several that take turns.
-      num_layers: layers in the bank.
-      depth: layers of each route.
-      num_heads: heads in the bank.
-      num_steps: gradient steps.
+      num_layers: number of layers in the bank.
+      depth: number of layers in each route.
+      num_heads: number of heads in the bank.
+      num_steps: number of gradient steps.
       optimizer: any optax transformation.
       stem: fixed map from raw input to the shape that layers keep; never trained.
       stem_params: params of the stem.
 
     Raises:
-      ValueError: as `independent`.
+      ValueError: as for `independent`.
     """
     recipe = Recipe(
         _as_tuple(layer),
@@ -189,16 +189,16 @@ def random(
       data: the split to train on.
       layer: module of all layers, or several that take turns.
       head: module of all heads, to logits `[B, C]`, or several that take turns.
-      num_layers: layers in the bank.
-      depth: layers of each route.
-      num_heads: heads in the bank.
+      num_layers: number of layers in the bank.
+      depth: number of layers in each route.
+      num_heads: number of heads in the bank.
       num_steps: gradient steps; 0 leaves the heads untrained too.
       optimizer: any optax transformation.
       stem: fixed map from raw input to the shape that layers keep; never trained.
       stem_params: params of the stem.
 
     Raises:
-      ValueError: as `independent`.
+      ValueError: as for `independent`.
     """
     recipe = Recipe(
         _as_tuple(layer),
@@ -267,7 +267,7 @@ def make_bank(
         )
     if kind not in ("independent", "snapshots"):
         raise ValueError(
-            f"expected a kind of bank of independent, routed, snapshots or random, got {kind!r}"
+            f"expected kind to be independent, routed, snapshots or random, got {kind!r}"
         )
     if depth < 1 or num_layers < depth or num_layers % depth:
         raise ValueError(
@@ -310,9 +310,9 @@ def _train_bank(
     origin: str,
     num_nets: int = 1,
 ) -> Bank:
-    """Train and cut into layers and heads; `nets` names each net, or snapshot, that is cut."""
+    """Train weights and make a bank of them; `nets` names each net or snapshot."""
     num_layers, num_heads = recipe.num_layers, recipe.num_heads
-    # Modules that no layer or head would have are left out.
+    # Drop modules that no layer or head has.
     recipe = recipe._replace(layers=recipe.layers[:num_layers], heads=recipe.heads[:num_heads])
     _check_sizes(num_nets=num_nets, num_layers=num_layers, num_heads=num_heads, depth=recipe.depth)
     if recipe.num_steps < 0:
@@ -398,7 +398,7 @@ def _check_data(data: Batch, recipe: Recipe) -> None:
 
 
 def _cut(stacks: tuple[PyTree, ...], num: int) -> list[PyTree]:
-    """Params of each of `num` members of each snapshot of each run.
+    """Unstack params: `num` members of each snapshot of each run.
 
     The leaves of `stacks`, one per module, are `[R, num_snapshots, n, ...]`.
     """

@@ -1,8 +1,8 @@
 """The loop that trains banks: softmax cross-entropy on random minibatches of 128 examples.
 
-Each gradient step takes a *route*, some layers and a head: always the same route for an ordinary
-net, a random one for a supernet (Guo et al. 2020, arXiv:1904.00420). If a module has a method
-`project`, the weights of its layers are replaced by what it returns after each step
+Each gradient step trains a *route*, some layers and a head. An ordinary net always has the same
+route, a supernet a random one (Guo et al. 2020, arXiv:1904.00420). If a module has a method
+`project`, each step ends by replacing the weights of its layers with what that method returns
 (`jchain.invertible`).
 """
 
@@ -22,7 +22,7 @@ from jchain.groups import apply_module, pick
 OPTIMIZER = optax.adamw(1e-3, weight_decay=0.1)
 BATCH_SIZE = 128
 NUM_STEPS = 1000
-# Axes of stacked convolution kernels with one spatial axis; more spatial axes have more.
+# Number of axes of a stacked convolution kernel with one spatial axis; others have more.
 _CONV_NDIM = 5
 
 
@@ -49,7 +49,7 @@ class Recipe(NamedTuple):
 
 
 class _Carry(NamedTuple):
-    """What a step needs from the step before."""
+    """What a step needs from the previous step."""
 
     weights: Weights
     opt_state: optax.OptState
@@ -60,14 +60,14 @@ class _Draw(NamedTuple):
 
     x: Array  # [b, ...F], the minibatch
     labels: Array  # [b]
-    route: Int[Array, "D"]  # layers, in order
+    route: Int[Array, "D"]  # [D], layers in order
     head: Int[Array, ""]
 
 
 def is_stepwise(params: PyTree) -> bool:
-    """Whether each gradient step on these stacked params must be a program of its own.
+    """Whether each gradient step on these stacked params must be a separate program.
 
-    It must for convolutions on CPU, whose gradient in a loop is about 50 times slower there.
+    It must for convolutions on CPU, whose gradient is about 50 times slower in a loop.
 
     Args:
       params: leaves `[n, ...]`.
@@ -104,7 +104,7 @@ def train_in_one_program(
 ) -> Weights:
     """Train `batch_size` runs at a time, all in one program.
 
-    CPU takes one run at a time: products of vmapped weights are slow there.
+    On CPU runs are trained one at a time, because products of vmapped weights are slow there.
     """
 
     def train_one(key: Array) -> Weights:
@@ -179,7 +179,7 @@ _update_once = jax.jit(_update, static_argnames="recipe", donate_argnums=0)
 
 
 def _project(layer: nn.Module, params: PyTree) -> PyTree:
-    """Stacked weights, kept invertible if the module defines how."""
+    """Stacked weights, projected if the module has a method `project`."""
     project = getattr(layer, "project", None)
     return params if project is None else jax.vmap(project)(params)
 
@@ -223,10 +223,10 @@ def _apply_member(
     member: Array,
     x: Array,
 ) -> Array:
-    """Apply one member, which has the module of its turn: no branch if the turn is an int."""
+    """Apply a member of module number `turn`. There is no branch if that is a Python int."""
 
-    def make_branch(module: nn.Module, own: PyTree) -> Callable[[Array, Array], Array]:
-        return lambda place, x: apply_module(module, pick(own, place), x)
+    def make_branch(module: nn.Module, stack: PyTree) -> Callable[[Array, Array], Array]:
+        return lambda place, x: apply_module(module, pick(stack, place), x)
 
     branches = [make_branch(*pair) for pair in zip(modules, params, strict=True)]
     place = member // len(modules)
@@ -238,7 +238,7 @@ def _apply_member(
 def _step_in_parts(carry: _Carry, key: Array, data: Batch, recipe: Recipe) -> _Carry:
     """One gradient step with a program per layer call, chosen on the host.
 
-    So there is one program per module instead of one per route.
+    This compiles one program per module instead of one per route.
     """
     weights = carry.weights
     hidden, labels, route, head = _draw_once(key, data, recipe)
@@ -249,15 +249,15 @@ def _step_in_parts(carry: _Carry, key: Array, data: Batch, recipe: Recipe) -> _C
         calls.append((turn, place, pull_fn))
     place, turn = divmod(int(head), len(recipe.heads))
     layers, heads = map(list, _make_zeros(weights))
-    heads[turn], pulled = _call_head(
+    heads[turn], hidden_gradient = _call_head(
         recipe.heads[turn], weights.heads[turn], heads[turn], place, hidden, labels
     )
     for turn, place, pull_fn in reversed(calls):
-        layers[turn], pulled = _pull(pull_fn, pulled, layers[turn], place)
+        layers[turn], hidden_gradient = _pull(pull_fn, hidden_gradient, layers[turn], place)
     return _update_once(carry, Weights(tuple(layers), tuple(heads)), recipe)
 
 
-# From the gradient of a call's output to those of its weights and of its input.
+# Maps the gradient of a call's output to the gradients of its weights and of its input.
 _PullFn = Callable[[Array], tuple[PyTree, Array]]
 
 
@@ -271,22 +271,22 @@ def _call(module: nn.Module, params: PyTree, place: Array | int, x: Array) -> tu
 def _call_head(
     module: nn.Module, params: PyTree, gradient: PyTree, place: Array | int, x: Array, labels: Array
 ) -> tuple[PyTree, Array]:
-    """The stack's gradient with that of the head's weights added, and the gradient of `x`."""
+    """Add the gradient of the head's weights to the stack's; also return the gradient of `x`."""
 
-    def loss_fn(own: PyTree, x: Array) -> Array:
-        return _mean_loss(apply_module(module, own, x), labels)
+    def loss_fn(params: PyTree, x: Array) -> Array:
+        return _mean_loss(apply_module(module, params, x), labels)
 
-    own, pulled = jax.grad(loss_fn, (0, 1))(pick(params, place), x)
-    return _add_at(gradient, place, own), pulled
+    params_gradient, x_gradient = jax.grad(loss_fn, (0, 1))(pick(params, place), x)
+    return _add_at(gradient, place, params_gradient), x_gradient
 
 
 @partial(jax.jit, donate_argnames="gradient")
 def _pull(
-    pull_fn: _PullFn, pulled: Array, gradient: PyTree, place: Array | int
+    pull_fn: _PullFn, output_gradient: Array, gradient: PyTree, place: Array | int
 ) -> tuple[PyTree, Array]:
-    """The stack's gradient with that of one call's weights added, and that of the call's input."""
-    own, pulled = pull_fn(pulled)
-    return _add_at(gradient, place, own), pulled
+    """Add the gradient of a call's weights to the stack's; also return that of its input."""
+    params_gradient, input_gradient = pull_fn(output_gradient)
+    return _add_at(gradient, place, params_gradient), input_gradient
 
 
 def _add_at(stack: PyTree, place: Array | int, member: PyTree) -> PyTree:

@@ -99,7 +99,7 @@ def test_concat_moves_parents_and_refuses_other_stems():
     assert bank.num_steps == 7
     stem = nn.Dense(5)
     params = stem.init(jax.random.key(0), jnp.ones((1, 2)))["params"]
-    with pytest.raises(ValueError, match="same stem, but that of bank 1 differs"):
+    with pytest.raises(ValueError, match="same stem, but the stem of bank 1 differs"):
         jc.Bank.concat([a, make_bank(2, 1, stem=stem, stem_params=params)])
     with pytest.raises(ValueError, match="empty bank"):
         jc.Bank.concat([])

@@ -26,7 +26,7 @@ def test_layers_of_several_modules_are_groups():
         hidden = modules[i].apply({"params": params[i]}, hidden)
     wanted = head.apply({"params": heads[1]}, hidden)
     np.testing.assert_allclose(jc.apply_chain(bank, np.array([2, 1, 0, 4]), x), wanted, rtol=1e-5)
-    with pytest.raises(ValueError, match="one layer module, or 3 as there are params, got 2"):
+    with pytest.raises(ValueError, match="one layer module, or one per params, 3, got 2"):
         jc.Bank.stack(modules[:2], params, head, heads)
 
 

@@ -224,7 +224,8 @@ def test_examples_and_labels_of_different_lengths_are_refused():
     data = jc.data.load("wine")
     modules = {"layer": jc.layers.Dense(13), "head": jc.layers.DenseHead(3), "num_steps": 1}
     with pytest.raises(
-        ValueError, match="expected examples and as many labels, at least one, got x .* and y .*"
+        ValueError,
+        match="expected at least one example and one label per example, got x .* and y .*",
     ):
         jc.train.independent(
             jax.random.key(0), jc.Batch(data.train.x[:9], data.train.y), num_nets=1, **modules

@@ -21,7 +21,7 @@ class Network(nn.Module):
     """Two hidden layers and one output.
 
     Attributes:
-      width: of both hidden layers.
+      width: number of units in each of the two hidden layers.
     """
 
     width: int
@@ -43,10 +43,10 @@ class Critic:
     Russell 1999).
 
     Attributes:
-      params: of the network.
-      mean: of the inputs over the prefixes it was trained on, `[I]`.
+      params: params of the network.
+      mean: mean of the inputs over the prefixes that it was trained on, `[I]`.
       scale: standard deviation of these inputs, `[I]`.
-      width: of the network's hidden layers.
+      width: number of units in each hidden layer of the network.
     """
 
     params: PyTree
@@ -55,10 +55,10 @@ class Critic:
     width: int = static()
 
     def gain(self, inputs: Float[Array, "*P I"]) -> Float[Array, "*P"]:
-        """Predict the fall of the log loss, `[...P]`.
+        """Predict by how much the log loss can fall, `[...P]`.
 
         Args:
-          inputs: from `make_inputs`, `[...P, I]`.
+          inputs: what `make_inputs` returns, `[...P, I]`.
         """
         mean, scale = (jnp.broadcast_to(row, inputs.shape) for row in (self.mean, self.scale))
         scaled = jnp.clip((inputs - mean) / scale, -5.0, 5.0)
@@ -69,7 +69,7 @@ class Critic:
         """Write the critic to one file (safetensors).
 
         Args:
-          path: of the file.
+          path: the file.
         """
         leaves = jax.tree.leaves((self.params, self.mean, self.scale))
         header = {"kind": _KIND, "num_inputs": int(self.mean.shape[0]), "width": self.width}
@@ -80,12 +80,12 @@ class Critic:
         """Read a file written by `save`.
 
         Args:
-          path: of the file.
+          path: the file.
 
         Raises:
           FileNotFoundError: the file does not exist.
-          ValueError: the file is damaged, holds something else, or holds a critic of other
-            features.
+          ValueError: the file is damaged, holds something else, or holds a critic that
+            was trained on other features.
         """
         header, arrays = read_arrays(path)
         if header.get("kind") != _KIND:
@@ -120,11 +120,11 @@ def make_inputs(
     """Inputs of a critic for prefixes, `[...P, NUM_INPUTS]`.
 
     Args:
-      features: of `jchain.agent.observations.observe`, `[...P, F]`.
+      features: features from `jchain.agent.observations.observe`, `[...P, F]`.
       change: features minus those of the prefix without its last layer, `[...P, F]`.
       center: mean features of the prefixes of one layer, `[F]`.
-      length: number of layers of the prefixes, below `max_layers`; one number or `[...P]`.
-      max_layers: most layers of a chain.
+      length: layers in the prefixes, fewer than `max_layers`; one number or `[...P]`.
+      max_layers: maximum number of layers in a chain.
     """
     length = jnp.broadcast_to(jnp.asarray(length), features.shape[:-1])
     place = jnp.stack([length / max_layers, jnp.log(max_layers - length)], axis=-1)
@@ -133,13 +133,13 @@ def make_inputs(
 
 
 def check(critic: object) -> None:
-    """Check what was given as a critic.
+    """Check a `critic` argument.
 
     Args:
-      critic: a `Critic` or None.
+      critic: should be a `Critic` or None.
 
     Raises:
-      ValueError: it is neither, or a critic of other features.
+      ValueError: it is neither, or it was trained on other features.
     """
     if critic is not None and not (
         isinstance(critic, Critic) and np.shape(critic.mean)[-1:] == (NUM_INPUTS,)

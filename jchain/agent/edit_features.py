@@ -19,13 +19,13 @@ class EditFeatures(NamedTuple):
     """Features of each entry at each slot of one chain."""
 
     chain: Int[Array, "L"]  # [L], all -1 if there is no chain yet
-    # [L, N + K, 3]: is the entry there; predicted gain of a swap (at the head's slot: of another
-    # head); of an insertion
+    # [L, N + K, 3]: whether the chain has this entry at this slot; predicted gain of putting it
+    # there by a swap (of heads at the head's slot); predicted gain of inserting it
     features: Float[Array, "L E 3"]
 
 
 def empty_edit_features(problem: Problem) -> EditFeatures:
-    """Edit features before there is a chain: all 0."""
+    """Edit features without a chain: all 0."""
     num_slots, num_entries = (
         problem.max_layers + 1,
         problem.bank.num_layers + problem.bank.num_heads,
@@ -39,20 +39,20 @@ def empty_edit_features(problem: Problem) -> EditFeatures:
 def update_edit_features(
     edit_features: EditFeatures, problem: Problem, chain: Int[Array, "L"], kind: str
 ) -> tuple[EditFeatures, Int[Array, ""]]:
-    """Score the edits of a chain, if it is another chain than before.
+    """Score the edits of a chain, unless these are its edit features already.
 
     Args:
-      edit_features: the previous ones.
+      edit_features: the previous edit features.
       problem: bank, data, loss.
-      chain: the best chain, `[L]`; all -1 if there is none, which changes nothing.
-      kind: of edit scores (`jchain.gradient.score_edits`).
+      chain: the best chain, `[L]`; all -1 if there is none, which keeps the previous features.
+      kind: kind of edit scores (`jchain.gradient.score_edits`).
 
     Returns:
-      The edit features of the chain, and the layer calls that scoring cost: 0 for the same chain or
-      none.
+      The edit features of the chain, and the layer calls that scoring cost: 0 if nothing was
+      scored.
 
     Raises:
-      ValueError: as `jchain.gradient.score_edits`.
+      ValueError: as for `jchain.gradient.score_edits`.
     """
 
     def score(
@@ -76,19 +76,20 @@ def read_edit_features(
 ) -> Float[Array, "E 6"]:
     """Features of each entry as the next token.
 
-    Those of its slot, then the same again if the prefix is on the chain, else 0.
+    First the three features at the slot. Then the same three if the prefix is a prefix of the
+    chain, otherwise 0.
 
     Args:
-      edit_features: of one chain.
-      slot: of the next token.
-      is_on_chain: whether the prefix before the slot is that of the chain.
+      edit_features: edit features of one chain.
+      slot: slot of the next token.
+      is_on_chain: whether the prefix is a prefix of that chain.
     """
     features = edit_features.features[slot]
     return jnp.concatenate([features, jnp.where(is_on_chain, features, 0.0)], axis=1)
 
 
 def init_edit_weights() -> Float[Array, "6"]:
-    """Initial weights of `read_edit_features` in a logit: 1 for gains on the chain, else 0."""
+    """Initial weights of `read_edit_features` in a logit: 1 for gains on the chain, 0 otherwise."""
     return jnp.array([0.0, 0.0, 0.0, 0.0, 1.0, 1.0], jnp.float32)
 
 
@@ -98,14 +99,14 @@ def _make_features(
     """Edit scores as gains in units of their median size, 0 for edits that do not exist."""
     num_layers, num_heads = problem.bank.num_layers, problem.bank.num_heads
     entries, slots = jnp.arange(num_layers + num_heads), jnp.arange(chain.size)
-    is_there = chain[:, None] == entries[None]
+    has_entry = chain[:, None] == entries[None]
     is_head = slots == problem.space.count_layers(chain)
     heads = jnp.where(is_head[:, None], scores.head[None], jnp.nan)
     swap = jnp.concatenate([scores.swap, heads], axis=1)
     insert = jnp.pad(scores.insert, ((0, 0), (0, num_heads)), constant_values=jnp.nan)
-    size = jnp.abs(jnp.stack([jnp.where(is_there, jnp.nan, swap), insert]))
+    size = jnp.abs(jnp.stack([jnp.where(has_entry, jnp.nan, swap), insert]))
     unit = jnp.nan_to_num(jnp.nanmedian(size)) + 1e-12
     gains = [
         jnp.nan_to_num(jnp.clip(-score / unit, -_MAX_UNITS, _MAX_UNITS)) for score in (swap, insert)
     ]
-    return jnp.stack([is_there, *gains], axis=-1).astype(jnp.float32)
+    return jnp.stack([has_entry, *gains], axis=-1).astype(jnp.float32)

@@ -1,8 +1,8 @@
 """The network of an actor-critic, its encodings of a prefix, and features of a bank's entries.
 
-A prefix can be encoded as discrete (its tokens), as continuous (number of layers and their
-weights), by what it does to data, or by a combination of these. An encoding is a recurrence over
-tokens: `initial_carry(entries, prefix_features)`, `advance(carry, token, entries,
+A prefix can be encoded by its tokens (discrete), by its number of layers and their weights
+(continuous), by what it does to data, or by a combination of these. An encoding is a recurrence
+over tokens: `initial_carry(entries, prefix_features)`, `advance(carry, token, entries,
 prefix_features)`, `read(carry)`. Its parameters do not depend on the number of layers or heads, so
 one network works for banks of any size.
 """
@@ -30,8 +30,9 @@ class Encoding(Protocol):
 
     Attributes:
       features: size of the encoding, H.
-      observe: observes the activations of a prefix, as `jchain.agent.observations.observe`; None to
-        observe nothing, and then `prefix_features` are empty.
+      observe: a function that observes the activations of a prefix, like
+        `jchain.agent.observations.observe`; None to observe nothing, and then `prefix_features`
+        are empty.
     """
 
     @property
@@ -43,7 +44,7 @@ class Encoding(Protocol):
     def initial_carry(
         self, entries: Float[Array, "E D"], prefix_features: Float[Array, "F"]
     ) -> PyTree:
-        """The carry of the empty prefix, which has these features, `[F]`."""
+        """The carry of the empty prefix; its features are `prefix_features`, `[F]`."""
         ...
 
     def advance(
@@ -53,7 +54,7 @@ class Encoding(Protocol):
         entries: Float[Array, "E D"],
         prefix_features: Float[Array, "F"],
     ) -> PyTree:
-        """The carry after appending `token`; `prefix_features`, `[F]`, are of the new prefix."""
+        """The carry after appending `token`; the new prefix has `prefix_features`, `[F]`."""
         ...
 
     def read(self, carry: PyTree) -> Float[Array, "H"]:
@@ -65,12 +66,13 @@ def entry_features(bank: Bank, size: int = 64) -> Float[Array, "E D"]:
     """Compute features of each entry of a bank from its weights: `[N + K, size + 2]`.
 
     They are a count sketch of the weights (Charikar et al. 2002: each weight index goes to a random
-    place with a random sign, which preserves inner products of weights in expectation), the log of
+    bin with a random sign, which preserves inner products of weights in expectation), the log of
     their root mean square, and whether the entry is a head. Sketch and log are centered and scaled
-    over the layers of the bank, and over its heads, because only differences distinguish entries.
+    over the layers of the bank, and separately over its heads, because only differences between
+    entries matter.
 
     Args:
-      bank: with the entries.
+      bank: the bank.
       size: length of the sketch.
     """
     return _sketch_entries(bank.without_names(), size)
@@ -78,7 +80,7 @@ def entry_features(bank: Bank, size: int = 64) -> Float[Array, "E D"]:
 
 @partial(jax.jit, static_argnames="size")
 def _sketch_entries(bank: Bank, size: int) -> Float[Array, "E D"]:
-    """Sketch, log scale, and whether it is a head, of each entry in the order of the tokens."""
+    """Sketch, log scale, and is-head flag of each entry, in the order of the tokens."""
     parts = []
     for is_head, groups in enumerate((bank.layers, bank.heads)):
         offset = bank.num_layers if is_head else 0
@@ -118,8 +120,8 @@ def _sketch_group(group: LayerGroup, size: int) -> Float[Array, "n D"]:
 class TokenEncoding(nn.Module):
     """Discrete: a GRU over the tokens of the prefix.
 
-    It knows which layers these are, not their weights. Each token has a random code, which needs no
-    table of the bank's length.
+    It knows which layers the prefix has, not their weights. Each token has a random code, so no
+    table grows with the bank.
 
     Attributes:
       features: size of the encoding.
@@ -131,8 +133,8 @@ class TokenEncoding(nn.Module):
     observe = None
 
     def setup(self) -> None:
-        # The default, orthogonal, can deadlock: it factorizes, and vmapped factorizations that run
-        # concurrently wait for each other if XLA has no more threads than there are of them
+        # The default initializer, orthogonal, can deadlock: it factorizes matrices, and vmapped
+        # factorizations that run concurrently wait for each other if they occupy all threads of XLA
         # (jaxlib's ParallelBatchMap blocks the thread it waits for).
         self.cell = nn.GRUCell(self.features, recurrent_kernel_init=nn.initializers.lecun_normal())
 
@@ -165,8 +167,8 @@ class WeightEncoding(nn.Module):
     """Continuous: the number of layers and their weights.
 
     It knows the weights of the layers, not their tokens. The concatenated weights of all layers are
-    reduced to one sketch of the size of an entry's: each slot adds its layer's sketch with its own
-    rotation and signs, which is a count sketch of the concatenation.
+    reduced to one sketch as long as that of one entry: each slot adds its layer's sketch, rotated
+    and with signs of its own, which is a count sketch of the concatenation.
 
     Attributes:
       features: size of the encoding.
@@ -209,8 +211,8 @@ class WeightEncoding(nn.Module):
 class ObservedEncoding(nn.Module):
     """What the prefix does to data.
 
-    These are features of its activations, their change from the empty prefix, and the number of
-    layers. It knows neither the tokens of the layers nor their weights.
+    It encodes features of the prefix's activations, their change from the empty prefix, and the
+    number of layers. It knows neither the tokens of the layers nor their weights.
 
     Attributes:
       observe: computes the features: `observe`, `observe_activations` or `observe_gradients` of
@@ -223,7 +225,7 @@ class ObservedEncoding(nn.Module):
 
     def setup(self) -> None:
         self.hidden = nn.Dense(self.features)
-        # Features of prefixes have many scales.
+        # Features of prefixes differ widely in scale.
         self.norm = nn.LayerNorm()
         self.out = nn.Dense(self.features)
 
@@ -252,7 +254,7 @@ class JointEncoding(nn.Module):
     """Several encodings of the same prefix, concatenated.
 
     Attributes:
-      parts: encodings. Those that observe must do so by the same function.
+      parts: the encodings. All parts that observe must have the same `observe` function.
     """
 
     parts: tuple[Encoding, ...]
@@ -260,7 +262,7 @@ class JointEncoding(nn.Module):
     def __post_init__(self) -> None:
         if not self.parts or len({part.observe for part in self.parts} - {None}) > 1:
             raise ValueError(
-                "expected at least one encoding, and those that observe to do so by one function "
+                "expected at least one encoding, and those that observe to use one function "
                 f"(jchain.agent.observations.Join), got {self.parts}"
             )
         super().__post_init__()
@@ -303,7 +305,7 @@ class ActorCriticNetwork(nn.Module):
     (Vinyals et al. 2015, arXiv:1506.03134) over keys made from `entry_features`.
 
     Attributes:
-      encoding: of prefixes. Its size is also that of keys and queries.
+      encoding: encoding of prefixes. Keys and queries have its size.
     """
 
     encoding: Encoding
@@ -355,7 +357,7 @@ class ActorCriticNetwork(nn.Module):
     def __call__(
         self, entries: Float[Array, "E D"], prefix_features: Float[Array, "F"]
     ) -> tuple[Float[Array, "E"], Float[Array, ""]]:
-        """Logits and value after the first entry. For `init`: it uses every parameter."""
+        """Logits and value after the first entry. `init` calls this, because it uses all params."""
         carry = self.initial_carry(entries, prefix_features)
         carry = self.advance(carry, jnp.array(0), entries, prefix_features)
         return self.act(self.read(carry), self.embed(entries))

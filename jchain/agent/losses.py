@@ -1,9 +1,9 @@
 """Losses of an actor-critic on one chain, as pure functions of arrays. `vmap` them over chains.
 
 A chain is an episode: slot `t` holds the token (action) `a_t` that is taken after `t` layers, the
-head ends the episode, and slots after it are padding. Every loss is a mean over the `L` slots, in
-which `w_t` is 1 up to the head and 0 after it, so that the terms of one chain have one scale. The
-parts come from rlax, whose `v_tm1` and `v_t` are the values before and after a token.
+head ends the episode, and slots after it are padding. Every loss is a mean over the `L` slots,
+weighted by `w_t`: 1 up to the head and 0 after it. So all terms of one chain have the same scale.
+The parts come from rlax, whose `v_tm1` and `v_t` are the values before and after a token.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class Episode(NamedTuple):
     """One chain as the steps of an episode, `[P, L]` if vmapped."""
 
     a_t: Int[Array, "*P L"]  # tokens; -1 after the head
-    r_t: Float[Array, "*P L"]  # rewards: that of the chain at its head, 0 elsewhere
+    r_t: Float[Array, "*P L"]  # rewards: the chain's reward at its head, 0 elsewhere
     discount_t: Float[Array, "*P L"]  # 1 before the head, 0 from it on
     w_t: Float[Array, "*P L"]  # 1 up to the head, 0 after it
 
@@ -38,9 +38,9 @@ def make_episode(
 
     Args:
       chain: layer tokens, one head token, then -1, `[L]`.
-      length: its number of layers, which is the slot of its head.
-      reward: of the whole chain.
-      dtype: of discounts and weights.
+      length: number of layers, which is the slot of the head.
+      reward: reward of the whole chain.
+      dtype: dtype of discounts and weights.
     """
     slots = jnp.arange(chain.shape[0])
     return Episode(
@@ -55,7 +55,7 @@ def action_log_probs(logits: Float[Array, "L E"], a_t: Int[Array, "L"]) -> Float
     """`log pi(a_t)` of each token; entries after the head token are undefined.
 
     Args:
-      logits: before each token, `[L, N + K]`.
+      logits: logits before each token, `[L, N + K]`.
       a_t: tokens, `[L]`, -1 after the head.
     """
     log_pi = jax.nn.log_softmax(logits)
@@ -83,11 +83,11 @@ def ppo_loss(
     No gradient flows through `G_t`, nor through `adv_t` in the actor's loss.
 
     Args:
-      logits: of the policy now, before each token, `[L, N + K]`.
-      values: of the critic now, `v_t`, before each token, `[L]`.
+      logits: logits of the current policy before each token, `[L, N + K]`.
+      values: values of the current critic before each token, `v_t`, `[L]`.
       old_log_probs: `log pi_old(a_t)`, of the policy that sampled the chain, `[L]`.
       episode: tokens, rewards, discounts and weights.
-      lambda_: 0 for one-step errors of the critic, 1 for the reward alone.
+      lambda_: 0 for one-step targets of the critic, 1 for the reward alone.
       clip: how far the ratio may move from 1.
     """
     import rlax
@@ -102,7 +102,7 @@ def ppo_loss(
     )
     # The lambda return minus the value is the advantage (generalized advantage estimation).
     adv_t = jax.lax.stop_gradient(td_error)
-    # rlax declares a Python number, but takes an array too.
+    # rlax declares a Python number, but an array works too.
     epsilon: float = clip  # pyright: ignore[reportAssignmentType]
     actor = rlax.clipped_surrogate_pg_loss(ratio_t, adv_t * episode.w_t, epsilon)
     return Losses(jnp.asarray(actor), _critic_loss(td_error, episode))
@@ -130,8 +130,8 @@ def vtrace_loss(
     `rho_t` and `adv_t`, nor through the target `error_t + v_t`.
 
     Args:
-      logits: of the policy now, before each token, `[L, N + K]`.
-      values: of the critic now, `v_t`, before each token, `[L]`.
+      logits: logits of the current policy before each token, `[L, N + K]`.
+      values: values of the current critic before each token, `v_t`, `[L]`.
       old_log_probs: `log pi_old(a_t)`, of the policy that sampled the chain, `[L]`.
       episode: tokens, rewards, discounts and weights.
       lambda_: mixing of the errors of later steps.
@@ -158,7 +158,7 @@ def entropy_loss(logits: Float[Array, "L E"], w_t: Float[Array, "L"]) -> Float[A
     """Minus the mean entropy of the policy: `mean_t w_t * sum_a pi_t(a) * log pi_t(a)`.
 
     Args:
-      logits: before each token, `[L, N + K]`.
+      logits: logits before each token, `[L, N + K]`.
       w_t: weights, 1 up to the head and 0 after it, `[L]`.
     """
     import rlax
@@ -174,7 +174,7 @@ def imitation_loss(
     Abolafia et al. 2018, arXiv:1801.03526.
 
     Args:
-      logits: before each token, `[L, N + K]`.
+      logits: logits before each token, `[L, N + K]`.
       a_t: tokens of the chain to imitate, `[L]`.
       is_step: `w_t` as a mask: which slots hold a token, `[L]`.
     """

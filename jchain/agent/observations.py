@@ -1,4 +1,4 @@
-"""Observations of prefixes: what its layers did to the data, in numbers comparable across banks.
+"""Observations of prefixes: what their layers did to the data, comparable across banks.
 
 They are computed from the activations of the prefix and its best head, so they cost head calls but
 no layer calls. `observe` gives a few summary numbers, `observe_activations` and `observe_gradients`
@@ -16,9 +16,9 @@ from jchain.engine.layer_calls import apply_all, apply_token
 from jchain.problem import Problem, upcast
 
 NUM_FEATURES = 12
-# Length of a sketch of activations or gradients, without the number for its scale.
+# Length of a sketch of activations or gradients, not counting the number for its scale.
 NUM_SKETCHED = 64
-# Most columns of a regression, to which wider ones are sketched, and most rows.
+# Most columns of a regression (wider activations are sketched to this width), and most rows.
 _MAX_COLUMNS, _MAX_ROWS = 64, 128
 _RIDGE = 0.1
 _NUM_CG_STEPS = 8
@@ -31,8 +31,8 @@ _LOSS_UNIT = 1e-3
 class Observation(NamedTuple):
     """What is observed of one prefix."""
 
-    features: Float[Array, "F"]  # [F], finite; F is NUM_FEATURES for `observe`
-    loss: Float[Array, "K"]  # [K], of stopping here with each head, without the layer penalty
+    features: Float[Array, "F"]  # [F], finite; F = NUM_FEATURES for `observe`
+    loss: Float[Array, "K"]  # [K], loss of stopping here with each head, without the layer penalty
 
 
 @runtime_checkable
@@ -55,17 +55,17 @@ def observe(
 ) -> Observation:
     """Observe `NUM_FEATURES` summary numbers of a prefix, and the losses of its heads.
 
-    Features of the best head: log of the mean of the examples' losses, of their quadratic mean, and
-    of the squared mean of their roots; accuracy; log size of the loss's gradient with respect to
-    outputs and to activations.
+    Features of the best head: the logs of three means of the examples' losses (arithmetic mean,
+    quadratic mean, squared mean of roots); accuracy; log size of the loss's gradient with respect
+    to outputs and to activations.
 
     Features of the activations: log share of the labels, and of the gradient with respect to
     outputs, that ridge regression on the activations leaves unexplained; log scale; log
     participation ratio of their covariance; log share of their variance within classes; log
     relative change from the parent.
 
-    All but losses, accuracy, change and the gradient with respect to activations use at most 128
-    examples.
+    Losses, accuracy, relative change, and the gradient with respect to activations use all
+    examples; the others use at most 128.
 
     Args:
       problem: heads, labels and loss.
@@ -99,7 +99,7 @@ def observe(
         jnp.log(jnp.trace(covariance) ** 2 / (jnp.sum(covariance**2) + 1e-12)),
         jnp.zeros(())
         if labels is None
-        else jnp.log(1.0 - _between_classes(rows, _few(labels)) + 1e-4),
+        else jnp.log(1.0 - _between_classes(rows, _subsample(labels)) + 1e-4),
         0.5 * jnp.log(jnp.mean((hidden - parent) ** 2) / (jnp.mean(parent**2) + 1e-12) + 1e-12),
     ]
     stacked = jnp.stack([feature.astype(jnp.float32) for feature in features])
@@ -143,10 +143,10 @@ def observe_gradients(
 
 @dataclass(frozen=True)
 class Join:
-    """Several observations with their features concatenated.
+    """A function that observes by several functions and concatenates the features.
 
     Attributes:
-      parts: functions like `observe`.
+      parts: functions such as `observe`.
     """
 
     parts: tuple[Observe, ...]
@@ -167,10 +167,10 @@ class Join:
 
 
 def log_loss(loss: Float[Array, "*P"]) -> Float[Array, "*P"]:
-    """The scale on which losses are compared: about their log above 0.001, finite at 0 and below.
+    """The scale on which losses are compared: about the log above 0.001, finite at 0 and below.
 
     Args:
-      loss: of any shape, `[...P]`.
+      loss: losses, `[...P]`.
     """
     return jnp.arcsinh(loss / (2 * _LOSS_UNIT))
 
@@ -179,7 +179,7 @@ def lowest(loss: Float[Array, "K"]) -> Float[Array, ""]:
     """The lowest finite loss, `+inf` if there is none.
 
     Args:
-      loss: of each head, `[K]`.
+      loss: loss of each head, `[K]`.
     """
     return jnp.min(jnp.where(jnp.isfinite(loss), loss, jnp.inf))
 
@@ -193,7 +193,7 @@ def _apply_heads(problem: Problem, hidden: Array) -> tuple[Array, Array, Array]:
 def _differentiate(
     problem: Problem, hidden: Array, outputs: Array, loss: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """The best head, its loss of each example, and gradients of the sum of these losses.
+    """The best head, its losses per example, and two gradients of their sum.
 
     The gradients are with respect to the outputs of the head, and to the activations.
     """
@@ -213,11 +213,11 @@ def _summarize(
     array: Float[Array, "B ..."], labels: Float[Array, "B C"] | None
 ) -> Float[Array, "S"]:
     """Sketch and log scale of activations or gradients."""
-    rows = _rows(_few(array)).astype(jnp.float32)
+    rows = _rows(_subsample(array)).astype(jnp.float32)
     rows = jnp.nan_to_num(rows, posinf=0.0, neginf=0.0)
     scale = jnp.sqrt(jnp.mean(rows**2) + 1e-12)
     if labels is not None:
-        labels = _few(labels)
+        labels = _subsample(labels)
         rows = labels.T @ rows / (labels.sum(axis=0)[:, None] + 1e-6)
     place_key, sign_key = jax.random.split(jax.random.key(_SKETCH_SEED))
     place = jax.random.randint(place_key, (rows.size,), 0, NUM_SKETCHED)
@@ -232,14 +232,14 @@ def _rows(array: Array) -> Float[Array, "B R"]:
     return array.reshape(array.shape[0], -1)
 
 
-def _few(array: Float[Array, "B ..."]) -> Float[Array, "b ..."]:
+def _subsample(array: Float[Array, "B ..."]) -> Float[Array, "b ..."]:
     """At most 128 of the examples, evenly spaced."""
     return array[:: -(-array.shape[0] // _MAX_ROWS)]
 
 
 def _sketch(array: Float[Array, "B ..."]) -> Float[Array, "b C"]:
     """At most 128 rows of at most 64 columns, with inner products preserved in expectation."""
-    rows = _rows(_few(array)).astype(jnp.float32)
+    rows = _rows(_subsample(array)).astype(jnp.float32)
     if rows.shape[1] <= _MAX_COLUMNS:
         return rows
     place_key, sign_key = jax.random.split(jax.random.key(_SKETCH_SEED))
@@ -259,10 +259,10 @@ def _one_hot(problem: Problem, outputs: Float[Array, "K B ..."]) -> Float[Array,
 def _unexplained(
     rows: Float[Array, "b C"], covariance: Float[Array, "C C"], targets: Float[Array, "b D"]
 ) -> Float[Array, "2 D"]:
-    """Sums of squares of each target: the residual of ridge regression on rows, and the total."""
+    """Sum of squares of each target: first of its ridge regression residual, then in total."""
     targets -= targets.mean(axis=0, keepdims=True)
-    # A few steps are as good as the exact solution here. A factorization would leave the compiled
-    # program.
+    # A few steps are as good as the exact solution here. A factorization would be a library call
+    # outside the compiled program.
     weights, _ = jax.scipy.sparse.linalg.cg(
         lambda w: covariance @ w + _RIDGE * w,
         rows.T @ targets / rows.shape[0],
@@ -287,18 +287,18 @@ def _between_classes(rows: Float[Array, "B C"], labels: Float[Array, "B K"]) -> 
 
 
 class ObservedPrefix(NamedTuple):
-    """A prefix with its activations and what is observed of it; empty if nothing is observed."""
+    """A prefix, with its activations and observation; arrays are empty if nothing is observed."""
 
     hidden: Shaped[Array, "B ..."] | None  # [B, ...F], activations; None if nothing is observed
     features: Float[Array, "F"]  # [F]; F is 0 if nothing is observed
-    loss: Float[Array, "K"]  # [K], of stopping here with each head, without the layer penalty
+    loss: Float[Array, "K"]  # [K], loss of stopping here with each head, without the layer penalty
 
 
 def observe_root(observe: Observe | None, problem: Problem) -> ObservedPrefix:
     """Observe the empty prefix.
 
     Args:
-      observe: like the function `observe`; None to observe nothing.
+      observe: a function like `observe`; None to observe nothing.
       problem: bank, data, loss.
     """
     if observe is None:
@@ -313,10 +313,10 @@ def observe_next(
     """Observe the prefix after one more layer, for one layer call.
 
     Args:
-      observe: like the function `observe`; None to observe nothing.
+      observe: a function like `observe`; None to observe nothing.
       problem: bank, data, loss.
-      observed: the prefix before.
-      token: of the layer. A head or padding leaves the prefix unchanged.
+      observed: the prefix without that layer.
+      token: token of the layer. A head or padding leaves the prefix unchanged.
     """
     if observe is None or observed.hidden is None:
         return observed
@@ -333,10 +333,10 @@ def observe_chain(
 ) -> Float[Array, "L F"]:
     """Observe the prefix before each token of a chain: features, `[L, F]`.
 
-    After the head, they are those of all layers of the chain.
+    After the head, they are the features after all layers of the chain.
 
     Args:
-      observe: like the function `observe`; None to observe nothing.
+      observe: a function like `observe`; None to observe nothing.
       problem: bank, data, loss.
       chain: one chain, `[L]`.
     """

@@ -12,25 +12,25 @@ from jchain.agent.edit_features import EditFeatures, read_edit_features
 from jchain.agent.encoding import ActorCriticNetwork
 from jchain.problem import Problem
 
-# Keys of the params of a policy. Saved params have them, so they cannot change.
+# Keys in the params of a policy. Saved params use them, so they cannot change.
 NETWORK, EDIT_WEIGHTS = "controller", "advice"
 # Logit of a token that is not allowed: finite, because the entropy of a logit of -inf is nan.
 _ILLEGAL_LOGIT = -1e9
 
 
 class NetworkInputs(NamedTuple):
-    """What the network is given, apart from the prefix."""
+    """Inputs of the network other than the prefix."""
 
     entries: Float[Array, "E D"]  # [N + K, D], features of the bank's layers and heads
-    edit_features: EditFeatures | None  # of the best chain before this step, if used
+    edit_features: EditFeatures | None  # edit features of the best chain before this step
 
 
 class PolicyCarry(NamedTuple):
-    """A prefix, as the policy knows it."""
+    """What the policy keeps of a prefix."""
 
     encoding: PyTree  # carry of the encoding
-    keys: Float[Array, "E H"]  # of the bank's entries, which the actor points at
-    is_on_edited_chain: Bool[Array, ""]  # the prefix is one of the chain of the edit features
+    keys: Float[Array, "E H"]  # [N + K, H], keys of the bank's entries, which the actor points at
+    is_on_edited_chain: Bool[Array, ""]  # the edit features' chain starts with this prefix
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,9 @@ class Policy:
 
     Attributes:
       network: actor and critic.
-      params: of the network, under `NETWORK`, and of the edit features, under `EDIT_WEIGHTS`.
-      inputs: what the network is given, apart from the prefix.
+      params: params of the network under `NETWORK`, weights of the edit features under
+        `EDIT_WEIGHTS`.
+      inputs: inputs of the network other than the prefix.
     """
 
     network: ActorCriticNetwork
@@ -48,7 +49,7 @@ class Policy:
     inputs: NetworkInputs
 
     def init_carry(self, prefix_features: Float[Array, "F"]) -> PolicyCarry:
-        """The carry of the empty prefix, which has these features."""
+        """The carry of the empty prefix, given its features."""
         params, entries = self.params[NETWORK], self.inputs.entries
         encoding = self.network.apply(params, entries, prefix_features, method="initial_carry")
         keys: PyTree = self.network.apply(params, entries, method="embed")
@@ -64,9 +65,9 @@ class Policy:
         """The carry after a token.
 
         Args:
-          carry: of the prefix before the token.
-          slot: of the token.
-          token: layer or head.
+          carry: carry of the prefix before the token.
+          slot: slot of the token.
+          token: the token, a layer or head.
           prefix_features: features of the prefix after the token, `[F]`.
         """
         params, inputs = self.params[NETWORK], self.inputs
@@ -84,8 +85,8 @@ class Policy:
         """Logits of the next token, and the value of the prefix.
 
         Args:
-          carry: of the prefix.
-          slot: of the next token.
+          carry: carry of the prefix.
+          slot: slot of the next token.
           is_legal: which tokens are allowed, `[N + K]`.
         """
         params, edit_features = self.params[NETWORK], self.inputs.edit_features
@@ -108,9 +109,9 @@ def evaluate_actions(
     Args:
       policy: network, params and inputs.
       chain: one chain, `[L]`.
-      features: of the prefix before each token, `[L, F]`
+      features: features of the prefix before each token, `[L, F]`
         (`jchain.agent.observations.observe_chain`).
-      problem: which tokens are allowed.
+      problem: the problem, which says which tokens are allowed.
     """
 
     def act(
@@ -126,10 +127,10 @@ def evaluate_actions(
 
 
 def cast_params(given: PyTree, like: PyTree) -> PyTree:
-    """Given params, cast to the dtypes of others.
+    """Cast `given` to the dtypes of `like`.
 
     Raises:
-      ValueError: structure or shapes differ, so they are of another network.
+      ValueError: structure or shapes differ, so they are params of different networks.
     """
     shapes = [
         [jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]]

@@ -1,8 +1,8 @@
 """Pretraining across banks, so that a search of a new bank starts with a trained critic or agent.
 
-A critic is trained by supervision: every prefix of small problems is observed, and the target is
-the lowest loss among the chains that start with it. An actor-critic is trained by searching the
-problems in turn.
+A critic is trained by supervised learning: every prefix of small problems is observed, and the
+target is the lowest loss among the chains that start with it. An actor-critic is trained by
+searching the problems in turn.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from jchain.engine.layer_calls import apply_all
 from jchain.problem import Problem
 
 _MAX_PREFIXES = 2**20
-_BATCH = (64, 64)  # groups, prefixes of each
+_BATCH = (64, 64)  # groups in a batch, prefixes from each group
 _HUBER_DELTA = 0.5
 _RANK_WEIGHT, _TEMPERATURE = 0.3, 0.1
 
@@ -32,7 +32,7 @@ _RANK_WEIGHT, _TEMPERATURE = 0.3, 0.1
 class TrainingSet(NamedTuple):
     """Examples for a critic: the prefixes of 1 to `max_layers - 1` layers, shorter ones first."""
 
-    inputs: Float[np.ndarray, "C I"]  # [C, I], of a critic
+    inputs: Float[np.ndarray, "C I"]  # [C, I], inputs of a critic
     stop: Float[np.ndarray, "C"]  # [C], log loss of stopping with the best head
     best: Float[np.ndarray, "C"]  # [C], log of the lowest loss of all chains with this prefix
     sizes: tuple[int, ...]  # number of prefixes of 1, 2, ... layers
@@ -41,8 +41,8 @@ class TrainingSet(NamedTuple):
 class PrefixLevel(NamedTuple):
     """All prefixes of one number of layers, in the order of their tokens."""
 
-    features: Float[Array, "V F"]  # [V, F], `jchain.agent.observations.observe`
-    change: Float[Array, "V F"]  # [V, F], from the features of the prefix without its last layer
+    features: Float[Array, "V F"]  # [V, F], from `jchain.agent.observations.observe`
+    change: Float[Array, "V F"]  # [V, F], features minus those of the prefix without its last layer
     stop: Float[Array, "V"]  # [V], log loss of stopping with the best head
     best: Float[Array, "V"]  # [V], log of the lowest loss of all chains with this prefix
 
@@ -77,7 +77,7 @@ def observe_prefixes(problem: Problem) -> list[PrefixLevel]:
     This takes as many layer calls as scoring all chains.
 
     Args:
-      problem: with few enough prefixes.
+      problem: a problem with at most 1,048,576 such prefixes.
 
     Returns:
       The prefixes of 0, 1, ..., `max_layers - 1` layers.
@@ -100,10 +100,10 @@ def make_training_set(problem: Problem) -> TrainingSet:
     """Make training examples for a critic from all prefixes of a problem.
 
     Args:
-      problem: with few enough prefixes.
+      problem: a problem that `observe_prefixes` accepts.
 
     Raises:
-      ValueError: `max_layers` is below 2, or as `observe_prefixes`.
+      ValueError: `max_layers` is below 2, or as for `observe_prefixes`.
     """
     max_layers = problem.max_layers
     if max_layers < 2:
@@ -132,24 +132,24 @@ def pretrain_critic(
     learning_rate: float = 2e-3,
     weight_decay: float = 1e-2,
 ) -> Critic:
-    """Train one critic across problems, from which `CriticSearch(critic=...)` starts on any bank.
+    """Train one critic across problems, for `CriticSearch(critic=...)` on any bank.
 
-    The loss is the Huber loss of the predicted fall of the log loss, plus the cross-entropy of
-    ranking the prefixes of one length in one problem, in which the best prefixes have the largest
-    weight (ListNet, Cao et al. 2007).
+    The loss is the Huber loss of the predicted fall of the log loss, plus a cross-entropy of
+    ranking the prefixes of one length in one problem. It gives the best prefixes the largest weight
+    (ListNet, Cao et al. 2007).
 
     Args:
       key: consumed.
       problems: small problems, all of whose prefixes are observed, or their training sets from
         `make_training_set`.
       num_steps: steps of AdamW, each on 64 prefixes from each of 64 groups.
-      width: of the network's two hidden layers.
-      learning_rate: at the start; it decays to 0 along a cosine.
-      weight_decay: of AdamW.
+      width: number of units in each of the network's two hidden layers.
+      learning_rate: initial learning rate; it decays to 0 along a cosine.
+      weight_decay: weight decay of AdamW.
 
     Raises:
       ValueError: there is no problem, none of the losses is finite, a size is not positive, or as
-        `make_training_set`.
+        for `make_training_set`.
     """
     if not problems or num_steps < 1 or width < 1:
         raise ValueError(
@@ -185,15 +185,15 @@ def pretrain_critic(
 def pretrain_agent(
     key: Key[Array, ""], agent: Agent, problems: Sequence[Problem], *, num_steps: int
 ) -> PyTree:
-    """Train params by searching problems in turn, from which `ActorCritic(params=...)` starts.
+    """Train params for `ActorCritic(params=...)` by searching problems in turn.
 
     Params and optimizer state are carried from one problem to the next; everything else starts
-    again. Problems of the same shapes share compiled programs. It can be vmapped over keys.
+    anew. Problems of the same shapes share compiled programs. It can be vmapped over keys.
 
     Args:
       key: consumed.
-      agent: an `ActorCritic`, whose own params are the first.
-      problems: in the order in which they are searched; a problem may occur several times.
+      agent: an `ActorCritic`; training starts from its own params.
+      problems: problems in the order of their searches; one may occur several times.
       num_steps: steps of each search.
 
     Returns:
@@ -228,7 +228,8 @@ def _init_learner(key: Key[Array, ""], agent: Agent, problem: Problem) -> _Learn
 
 @cache
 def _compile_train_agent(backend: str) -> Callable[..., _Learner]:
-    # Not `jit_for_problem`, which leaves the compiler options out if keys are vmapped: other bits.
+    # Not `jit_for_problem`: it leaves the compiler options out if keys are vmapped, and that would
+    # change the results.
     options = compiler_options(backend)
     return jax.jit(_train_agent, static_argnames="num_steps", compiler_options=options)
 
@@ -252,7 +253,7 @@ class _Prefix(NamedTuple):
     """A prefix to observe."""
 
     hidden: Shaped[Array, "B ..."]
-    penalty: Float[Array, ""]  # layer penalty so far
+    penalty: Float[Array, ""]  # layer penalty of the prefix
 
 
 @jit_for_problem()
@@ -264,7 +265,7 @@ def _observe_levels(problem: Problem) -> list[PrefixLevel]:
     def observe_below(
         prefix: _Prefix, parent: Array, parent_features: Array | None, length: int
     ) -> list[PrefixLevel]:
-        """The prefix, and all that extend it, by their number of layers."""
+        """The prefix, and all prefixes that extend it, by their number of layers."""
         observed = observe(problem, prefix.hidden, parent)
         stop = lowest(observed.loss) + prefix.penalty
         children = _Prefix(apply_all(bank.layers, prefix.hidden), prefix.penalty + layer_penalty)
@@ -281,7 +282,7 @@ def _observe_levels(problem: Problem) -> list[PrefixLevel]:
         change = jnp.zeros_like(observed.features)
         if parent_features is not None:
             change = observed.features - parent_features
-        # Chains may stop only from min_layers on.
+        # Chains with fewer layers than min_layers may not stop.
         own = log_loss(stop) if length >= problem.min_layers else jnp.inf
         best = jnp.minimum(own, jnp.min(reached))
         return [PrefixLevel(observed.features, change, log_loss(stop), best), *deeper]

@@ -1,4 +1,4 @@
-"""Replay buffer: the last chains, with what was known of them when they were sampled."""
+"""Replay buffer: the last chains, with what was recorded when they were sampled."""
 
 from typing import NamedTuple
 
@@ -15,10 +15,10 @@ class ReplayBuffer(NamedTuple):
     """The last `R` chains, as a ring."""
 
     chains: Int[Array, "R L"]  # [R, L]
-    log_probs: Float[Array, "R L"]  # [R, L], of the tokens when they were sampled
+    log_probs: Float[Array, "R L"]  # [R, L], log-probabilities of the tokens when they were sampled
     loss: Float[Array, "R"]  # [R]
-    num_added: Int[Array, ""]  # chains since the start, evicted ones included
-    features: Float[Array, "R L F"]  # [R, L, F], of the prefix before each token
+    num_added: Int[Array, ""]  # chains ever added, including evicted ones
+    features: Float[Array, "R L F"]  # [R, L, F], features of the prefix before each token
 
     def add(self, rollout: Rollout) -> "ReplayBuffer":
         """Add chains, `[P, ...]`; the oldest are evicted."""
@@ -42,12 +42,12 @@ class ReplayBuffer(NamedTuple):
 def empty_replay_buffer(
     size: int, problem: Problem, prefix_features: Float[Array, "F"]
 ) -> ReplayBuffer:
-    """A replay buffer that holds no chains.
+    """An empty replay buffer.
 
     Args:
-      size: chains that fit, R.
-      problem: its `max_layers` gives the length of the chains.
-      prefix_features: of any prefix, `[F]`, for their shape and dtype.
+      size: maximum number of chains, R.
+      problem: the problem, whose `max_layers` gives the length of the chains.
+      prefix_features: features of any prefix, `[F]`, used for their shape and dtype.
     """
     shape = (size, problem.max_layers + 1)
     return ReplayBuffer(

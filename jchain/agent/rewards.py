@@ -1,4 +1,4 @@
-"""Rewards of chains from their losses. Their unit is the unit of a critic's predictions."""
+"""Rewards of chains, computed from their losses. A critic's predictions have the same unit."""
 
 import jax.numpy as jnp
 
@@ -9,13 +9,13 @@ from jchain.agent.observations import log_loss
 def rank_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
     """Rank the chains of a step: 1 for the lowest loss, -1 for the highest.
 
-    Equal losses get equal rewards. Losses of a bank span orders of magnitude, and near the optimum
-    differences are far smaller than their spread. Ranks resolve both (rank-based shaping, Wierstra
-    et al. 2014, JMLR 15). They depend on the other chains of the step, so a critic that is trained
-    on them has no unit.
+    Equal losses get equal rewards. Losses of a bank span orders of magnitude, but differ
+    little near the optimum. Ranks resolve both (rank-based shaping, Wierstra et al. 2014, JMLR 15).
+    They depend on the other chains of the step, so predictions of a critic that is trained on them
+    have no unit.
 
     Args:
-      loss: of at least two chains, `[P]`; +inf ranks last.
+      loss: losses of at least two chains, `[P]`; +inf ranks last.
     """
     is_better = jnp.sum(loss[:, None] < loss[None], axis=1)
     is_worse = jnp.sum(loss[:, None] > loss[None], axis=1)
@@ -28,7 +28,7 @@ def log_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
     See `jchain.agent.observations.log_loss`.
 
     Args:
-      loss: `[P]`; a loss that is not finite counts as the worst finite one.
+      loss: losses, `[P]`; one that is not finite counts as the worst finite one.
     """
     return -log_loss(_bound(loss))
 
@@ -37,7 +37,7 @@ def plain_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
     """Minus the loss.
 
     Args:
-      loss: `[P]`; a loss that is not finite counts as the worst finite one.
+      loss: losses, `[P]`; one that is not finite counts as the worst finite one.
     """
     return -_bound(loss)
 

@@ -15,14 +15,14 @@ from jchain.problem import Problem
 
 
 class Rollout(NamedTuple):
-    """One sampled chain, or `P` of them, with what updates need, so that they apply no layers."""
+    """One sampled chain, or `P`, with all that updates need, so that they apply no layers."""
 
     chains: Int[Array, "*P L"]  # [P, L]
-    log_probs: Float[
-        Array, "*P L"
-    ]  # [P, L], of the tokens when they were sampled; 0 after the head
-    features: Float[Array, "*P L F"]  # [P, L, F], of the prefix before each token; F may be 0
-    loss: Float[Array, "*P"]  # [P], +inf if not finite; undefined before scoring if F is 0
+    # [P, L], log-probabilities of the tokens when they were sampled; 0 after the head
+    log_probs: Float[Array, "*P L"]
+    # [P, L, F], features of the prefix before each token; F = 0 if nothing is observed
+    features: Float[Array, "*P L F"]
+    loss: Float[Array, "*P"]  # [P], +inf if not finite; undefined before scoring if F = 0
 
 
 class _Carry(NamedTuple):
@@ -38,17 +38,17 @@ def sample_prefix(
     restart_rate: Float[Array, ""],
     space: ChainSpace,
 ) -> Int[Array, "L"]:
-    """Sample the prefix from which a new chain starts: one of a good chain, or the empty one.
+    """Sample the prefix that a new chain starts with: a prefix of a good chain, or the empty one.
 
     It is padded with -1. All lengths of the prefix are equally likely. New chains that share a
-    prefix pay for it once a step.
+    prefix pay for it once per step.
 
     Args:
       key: consumed.
-      chains: the good chains, `[Q, L]`.
-      num_chains: how many of them exist; they come first.
-      restart_rate: probability of a prefix of a good chain.
-      space: of the chains.
+      chains: the good chains, `[Q, L]`, in the first rows.
+      num_chains: number of good chains; later rows are ignored.
+      restart_rate: probability of starting with a prefix of a good chain.
+      space: the space of the chains.
     """
     row_key, cut_key, restart_key = jax.random.split(key, 3)
     chain = chains[jax.random.randint(row_key, (), 0, jnp.maximum(num_chains, 1))]
@@ -62,9 +62,9 @@ def sample_chain(
 ) -> Rollout:
     """Sample the rest of one chain from the policy.
 
-    If the encoding observes activations, the layers are applied on the way and the loss is known at
-    the end. Otherwise nothing is computed on the way: the finished chains are scored together, and
-    the loss here is undefined.
+    If the encoding observes activations, layers are applied while sampling, so the loss is known at
+    the end. Otherwise no layer is applied and the loss is undefined: finished chains are scored
+    together later.
 
     Args:
       key: consumed.

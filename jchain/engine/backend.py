@@ -1,4 +1,4 @@
-"""Where programs run, how they are compiled for it, and how much memory they may use."""
+"""The backend that programs run on: its compiler options and its memory limit."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -15,8 +15,8 @@ from jchain.pytree import is_concrete
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Share of the total memory that is used if no limit is given. Free memory would vary between calls,
-# so that the same call could get another plan and be traced again.
+# Fraction of the total memory that is used if no limit is given. Free memory varies between calls,
+# so a fraction of it could give the same call another plan and trace it again.
 _MEMORY_SHARE = 0.25
 _CPU_INFO = Path("/proc/cpuinfo")
 # Memory limits of a container: cgroup v2, then v1.
@@ -36,8 +36,8 @@ def compiler_options(backend: str) -> dict[str, str]:
     kernels are slower than XLA's Eigen kernels. With AVX2: 10.8 against 5.7 ms for a 3x3
     convolution of 32 channels on 32x32, and 140 against 115 ms for 512 chains of 64-wide MLPs.
     With AVX-512: 2.6 against 1.5 s for 128 chains of such convolutions, 39 against 33 ms for MLPs,
-    and no difference for 512-wide MLPs. So YNNPACK gets only reductions there. Other processors
-    keep XLA's default.
+    and no difference for 512-wide MLPs. So YNNPACK is used only for reductions there. Other
+    processors keep XLA's default.
 
     Args:
       backend: the platform, as `jax.default_backend()` names it.

@@ -50,8 +50,8 @@ class Blocks:
 
     Attributes:
       block_size: chains in a block. The activations of two of its slots are kept.
-      widths: sizes of batches of nodes, ascending from 1, each a multiple of the one before. Each
-        size is compiled separately.
+      widths: sizes of batches of nodes, ascending from 1, each a multiple of the previous one.
+        Each size is compiled separately.
       share: what the nodes of a batch have in common.
       head_widths: sizes of batches of head calls, with the same rules as `widths`.
 
@@ -107,10 +107,10 @@ class _Activations(NamedTuple):
     """Activations that later slots and blocks read.
 
     The store has two generations of `C + 1` rows: the inputs of a slot's calls, and their outputs.
-    Row 0 of a generation belongs to the last chain of the block before.
+    Row 0 of a generation belongs to the last chain of the previous block.
     """
 
-    path: Shaped[Array, "L B ..."]  # [L, B, ...F], after each slot of that chain
+    path: Shaped[Array, "L B ..."]  # [L, B, ...F], that chain's activations after each slot
     store: Shaped[Array, "R B ..."]  # [2 * (C + 1), B, ...F]
 
 
@@ -169,7 +169,7 @@ def _call_heads(
     is_end: Bool[Array, "C"],
     carry: tuple[Array, _Results],
 ) -> tuple[Int[Array, "C"], tuple[Array, _Results]]:
-    """Call the heads of the chains that end at this slot; returns as `_call_batches`."""
+    """Call the heads of the chains that end at this slot; return as `_call_batches` does."""
 
     def call_head(
         carry: tuple[Array, _Results], call: _CallFn, start: Array, parent: Array
@@ -195,7 +195,7 @@ def _call_heads(
 def _call_layers(
     plan: Blocks, problem: Problem, slot: _Slot, is_node: Bool[Array, "C"], store: Array
 ) -> tuple[Int[Array, "C"], Array]:
-    """Call the layers of this slot's nodes; returns as `_call_batches`."""
+    """Call the layers of this slot's nodes; return as `_call_batches` does."""
 
     def call_layer(store: Array, call: _CallFn, start: Array, parent: Array) -> Array:
         outputs = call(store[slot.parents + parent])
@@ -213,17 +213,17 @@ def _call_batches(
     groups: tuple[LayerGroup, ...],
     slot: _Slot,
     is_call: Bool[Array, "C"],
-    use: Callable[[T, _CallFn, Array, Array], T],
+    update_fn: Callable[[T, _CallFn, Array, Array], T],
     carry: T,
 ) -> tuple[Int[Array, "C"], T]:
-    """Update the carry for each batch: `carry = use(carry, call, start, parent)`.
+    """Update the carry for each batch: `carry = update_fn(carry, call, start, parent)`.
 
     `call` maps the activations of `parent` to outputs of the batch. They are `[W, B, ...F]`, or
     `[B, ...F]` if the batch shares its parent.
 
     Returns:
-      The place of each row among all calls, of which `start` is the first of a batch, and the last
-      carry.
+      The index of each row among all calls (`start` is such an index, of the first call of a
+      batch), and the last carry.
     """
     tokens, parent_of = slot.tokens, slot.parent_of
     group_of, member_of = locate(groups)
@@ -246,11 +246,13 @@ def _call_batches(
                 batch = jax.lax.dynamic_slice(batches.order, (start,), (width,))
                 members, parent = member[batch], parent_of[batch]
                 if share is Share.LAYER:
-                    return use(carry, jax.vmap(partial(layers.apply, members[0])), start, parent)
+                    return update_fn(
+                        carry, jax.vmap(partial(layers.apply, members[0])), start, parent
+                    )
                 if share is Share.PARENT:
                     call = jax.vmap(layers.apply, in_axes=(0, None))
-                    return use(carry, partial(call, members), start, parent[0])
-                return use(carry, partial(jax.vmap(layers.apply), members), start, parent)
+                    return update_fn(carry, partial(call, members), start, parent[0])
+                return update_fn(carry, partial(jax.vmap(layers.apply), members), start, parent)
 
             carry = jax.lax.fori_loop(0, batches.counts[i][j], run, carry)
     return batches.position, carry

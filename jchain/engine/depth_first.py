@@ -68,9 +68,9 @@ class DepthFirst:
 class _Order(NamedTuple):
     """The order of the layer calls and the head calls."""
 
-    nodes: Int[Array, "M"]  # [P * L], place of each node in the flat chains; padded with zeros
+    nodes: Int[Array, "M"]  # [P * L], index of each node in the flat chains; padded with zeros
     num_nodes: Int[Array, ""]
-    ends: Int[Array, "E"]  # [P + 1], the distinct chains; padded with P
+    ends: Int[Array, "E"]  # [P + 1], indices of the distinct chains; padded with P
     # [P + 1], layer calls that come before the head call of each; larger than any number in padding
     num_before: Int[Array, "E"]
 

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-# JAX ends the process without an exception at its own timeout, so this one is never reached.
-# Seconds.
+# Timeout given to JAX, in seconds. It is too long to be reached: JAX would end the process without
+# an exception.
 _NEVER = 10**6
 
 
@@ -34,7 +34,7 @@ def initialize(
     Raises:
       ValueError: only some of the first three arguments are given, or process_id is out of range.
       TimeoutError: not all processes joined in time.
-      RuntimeError: JAX has computed something already.
+      RuntimeError: JAX has already computed something.
     """
     given = (coordinator, num_processes, process_id)
     if any(value is None for value in given) and any(value is not None for value in given):

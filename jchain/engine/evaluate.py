@@ -29,7 +29,7 @@ _DTYPES = (jnp.bfloat16, jnp.float32)
 
 
 class Explanation(NamedTuple):
-    """What it takes to evaluate a population."""
+    """How a population would be evaluated, and the calls and memory that this takes."""
 
     plan: Plan
     num_chains: int
@@ -37,7 +37,7 @@ class Explanation(NamedTuple):
     unshared_layer_calls: int  # layer calls of a loop over the chains
     head_calls: int  # distinct chains
     num_devices: int
-    num_bytes: int  # activations and temporaries on each device, an estimate
+    num_bytes: int  # estimated activations and temporaries on each device
     memory_limit: int  # the limit of num_bytes
 
     def __str__(self) -> str:
@@ -98,9 +98,9 @@ def evaluate(
     Args:
       problem: bank, split, loss.
       chains: tokens, `[P, L]`, `L = max_layers + 1`. They are checked unless they are traced.
-      dtype: of weights and activations, `jnp.float32` or `jnp.bfloat16`; unchanged if None. Losses
-        are computed in float32. Largest relative error of a loss against float64, on digits banks
-        and chains of 4 layers: 7e-7 in float32, 8e-3 in bfloat16 (`benchmarks/precision.py`).
+      dtype: dtype of weights and activations, `jnp.float32` or `jnp.bfloat16`; unchanged if None.
+        Losses are computed in float32. Largest relative error of a loss against float64, on digits
+        banks and chains of 4 layers: 7e-7 in float32, 8e-3 in bfloat16 (`benchmarks/precision.py`).
       memory_limit: bytes for activations and temporaries on each device; a quarter of its memory if
         None.
       mesh: spread the chains over all devices of this mesh, for any axes. Sorted chains are cut
@@ -132,7 +132,7 @@ def evaluate_all(
 
     Args:
       problem: bank, split, loss, and the range of layers.
-      dtype: of weights and activations; see `evaluate`.
+      dtype: dtype of weights and activations; see `evaluate`.
       memory_limit: bytes on each device; see `evaluate`.
       mesh: devices for the chains; see `evaluate`.
       plan: how calls are made; see `evaluate`.
@@ -165,14 +165,14 @@ def evaluate_prefixes(
     Args:
       problem: bank, split, loss.
       chains: tokens, `[P, L]`. Their heads are ignored.
-      dtype: of weights and activations; see `evaluate`.
+      dtype: dtype of weights and activations; see `evaluate`.
       memory_limit: bytes on each device; see `evaluate`.
       mesh: devices for the chains; see `evaluate`.
       plan: how calls are made; see `evaluate`.
 
     Returns:
-      An evaluation with loss and accuracy `[P, L, K]`: after `t` layers with head `k`. They are
-      `+inf` and 0 if the chain has fewer than `t` layers; `num_nonfinite` counts these entries too.
+      An evaluation with loss and accuracy `[P, L, K]`: after `t` layers with head `k`. If a chain
+      has fewer than `t` layers, they are `+inf` and 0; `num_nonfinite` counts these entries too.
 
     Raises:
       ValueError: as for `evaluate`.
@@ -207,12 +207,12 @@ def explain(
     mesh: Mesh | None = None,
     plan: Plan | None = None,
 ) -> Explanation:
-    """Return the plan, calls, and memory of `evaluate` with the same arguments, without computing.
+    """Explain an `evaluate` with the same arguments: plan, calls, and memory. Computes no loss.
 
     Args:
       problem: bank, split, loss.
       chains: tokens, `[P, L]`, `L = max_layers + 1`.
-      dtype: of weights and activations; see `evaluate`.
+      dtype: dtype of weights and activations; see `evaluate`.
       memory_limit: bytes on each device; see `evaluate`.
       mesh: devices for the chains; see `evaluate`.
       plan: how calls are made; see `evaluate`.

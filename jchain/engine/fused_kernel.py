@@ -66,7 +66,7 @@ class Fused:
         size = min(self.block_size, num_chains)
         chains, length, _ = pad_to_multiple(population, size)
         head = jnp.take_along_axis(chains, length[:, None], axis=1)[:, 0] - problem.bank.num_layers
-        # There is one group, so its places are a permutation of the tokens.
+        # There is one group, so the indices in it are a permutation of the tokens.
         place_of = jnp.argsort(jnp.asarray(head_group.tokens))
         blocks = [a.reshape(-1, size, *a.shape[1:]) for a in (chains, length, place_of[head])]
 

@@ -18,8 +18,8 @@ T = TypeVar("T")
 # Activations, or only their shape and dtype.
 ArrayShape = jax.Array | jax.ShapeDtypeStruct
 
-# Bytes that one call of a head may return, for example the logits of a large vocabulary. Above
-# this, examples are split into parts.
+# Most bytes that one call of a head may return, for example the logits of a large vocabulary. If
+# there would be more, the examples are split into parts.
 _OUTPUT_LIMIT = 2**26
 
 
@@ -78,7 +78,7 @@ def apply_all(groups: tuple[LayerGroup, ...], hidden: Array) -> Array:
 
 
 def locate(groups: tuple[LayerGroup, ...]) -> tuple[Int[Array, "E"], Int[Array, "E"]]:
-    """Return the group of each token and its place in the group; -1 for tokens of other groups.
+    """Return the group of each token and its index in the group; -1 for tokens not in these groups.
 
     Args:
       groups: the layers or the heads of a bank.
@@ -128,8 +128,8 @@ def map_parts(run: Callable[[Int[Array, "_"]], T], num: int, size: int) -> tuple
       size: the number of examples in a part.
 
     Returns:
-      The results of the full parts, stacked, and that of the examples left over, None if there are
-      none.
+      The results of the full parts, stacked, and the result of the remaining examples, None if no
+      examples remain.
     """
     whole = jax.lax.map(lambda start: run(start + jnp.arange(size)), jnp.arange(num // size) * size)
     rest = num % size
@@ -137,7 +137,7 @@ def map_parts(run: Callable[[Int[Array, "_"]], T], num: int, size: int) -> tuple
 
 
 def find_part(problem: Problem, hidden: ArrayShape, width: int) -> int:
-    """Return how many examples one call of heads takes, so that its outputs fit the limit.
+    """Return how many examples fit in one call of heads without exceeding the limit of its outputs.
 
     Args:
       problem: the heads.
@@ -156,7 +156,7 @@ def find_outputs(problem: Problem, hidden: ArrayShape) -> jax.ShapeDtypeStruct:
 
 
 def empty_results(problem: Problem, hidden: ArrayShape, size: int) -> tuple[Array, Array]:
-    """Return zeros in place of loss and accuracy, `[size]` each, with the dtypes of the problem."""
+    """Return zeros for loss and accuracy, `[size]` each, with the dtypes of the problem."""
     results = jax.eval_shape(
         lambda h: problem.compute_metrics(problem.bank.heads[0].apply(0, h)), hidden
     )
@@ -195,7 +195,7 @@ def count_convolutions(group: LayerGroup, hidden: ArrayShape) -> int:
 
 
 def _trace(group: LayerGroup, hidden: ArrayShape) -> list[JaxprEqn]:
-    """The equations of one call, those of inner jaxprs too."""
+    """The equations of one call, including those of inner jaxprs."""
     member = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), group)
     return [*_equations(jax.make_jaxpr(lambda group, x: group.apply(0, x))(member, hidden).jaxpr)]
 

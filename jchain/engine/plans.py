@@ -1,4 +1,4 @@
-"""Plans: how the calls of a population are made, and the choice between the ways.
+"""Plans: ways to make the calls of a population, and the choice between them.
 
 Each plan makes every distinct call once and keeps a bounded number of activations, for any number
 of chains. All plans give the same losses up to the order of sums.
@@ -20,14 +20,14 @@ from jchain.engine.layer_calls import (
 from jchain.engine.prefix_sharing import SortedChains
 from jchain.problem import Problem
 
-# Limits on CPU, in bytes, so that activations stay in the cache: those of one call, of a batch of
-# heads, and of a block.
+# Limits on CPU, in bytes, so that activations stay in the processor's cache: activations of one
+# call, of a batch of heads, and of a block.
 _CALL_CACHE, _HEAD_CACHE, _BLOCK_CACHE = 2**20, 2**21, 2**24
 _MAX_CPU_BLOCK = 64
 _MIN_CPU_WIDTH = 8  # narrower batches are no faster than single calls
 _SIBLINGS = (1, 2, 8)
-# Other backends: bytes of activations (or gathered weights) of one call that fill the device, and
-# the most nodes in a call.
+# Other backends: bytes of activations (or gathered weights) with which one call fills the device,
+# and the most nodes in a call.
 _CALL_FILL, _MAX_WIDTH = 2**26, 256
 
 
@@ -73,7 +73,7 @@ def choose_plan(
     Args:
       problem: bank, split, loss.
       hidden: the input of the layers, `[B, ...F]`. Only its shape and dtype are read.
-      num_chains: P.
+      num_chains: number of chains, P.
       memory_limit: bytes for activations and temporaries; a quarter of the device's memory if None.
       backend: the platform, as `jax.default_backend()` names it.
 
@@ -150,9 +150,9 @@ def choose_chunk(num_layers: int, hidden: ArrayShape, backend: str) -> int:
     return max(1, min(num_layers, widest))
 
 
-def _ladder(most: int) -> tuple[int, ...]:
-    """Widths from 1 to the largest power of two up to `most`, in steps of four except the first."""
-    widths, width = [], _floor_power_of_2(most)
+def _ladder(max_width: int) -> tuple[int, ...]:
+    """Widths `1, ..., w / 4, w`, where `w` is the largest power of two up to `max_width`."""
+    widths, width = [], _floor_power_of_2(max_width)
     while width > 1:
         widths.append(width)
         width //= 4

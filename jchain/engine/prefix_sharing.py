@@ -19,7 +19,7 @@ class SortedChains(NamedTuple):
 
     chains: Int[Array, "P L"]  # [P, L]
     length: Int[Array, "P"]  # [P], number of layers
-    # [P], the first slot that differs from the chain before; L if they are equal
+    # [P], the first slot that differs from the previous chain; L if they are equal
     first_new: Int[Array, "P"]
 
 
@@ -27,7 +27,7 @@ class Batches(NamedTuple):
     """Rows grouped by what they call, and cut into batches of fixed widths."""
 
     order: Int[Array, "C"]  # [C], the rows, those with a call first
-    position: Int[Array, "C"]  # [C], place of each row in `order`
+    position: Int[Array, "C"]  # [C], index of each row in `order`
     # By group and width: where in `order` the batches start (entries after the last batch are
     # undefined), and the number of batches.
     starts: tuple[tuple[Int[Array, "C"], ...], ...]  # [C] each
@@ -42,7 +42,7 @@ def sort_chains(chains: Int[Array, "P L"], num_layers: int) -> tuple[SortedChain
       num_layers: layers in the bank, N.
 
     Returns:
-      The sorted chains, and for each given chain the place of the first sorted chain that equals
+      The sorted chains, and for each given chain the index of the first sorted chain that equals
       it, `[P]`.
     """
     num_chains, num_slots = chains.shape
@@ -116,7 +116,7 @@ def batch_rows(
       member: the member of that group, `[C]`. Pass the same number for all rows to let a batch mix
         members.
       num_groups: the number of groups.
-      widths: sizes of batches, ascending from 1, each a multiple of the one before.
+      widths: sizes of batches, ascending from 1, each a multiple of the previous one.
     """
     size = is_call.shape[0]
     places = jnp.arange(size)

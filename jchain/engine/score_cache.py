@@ -20,9 +20,9 @@ _SIZE, _NUM_WAYS = 2**15, 8
 
 
 class ScoreCache(NamedTuple):
-    """A set-associative cache: the hash of a chain names its set; the oldest chain is evicted."""
+    """A set-associative cache: the hash of a chain selects its set; the oldest chain is evicted."""
 
-    chains: Int[Array, "M W L"]  # [M, W, L], all -1 in an empty place
+    chains: Int[Array, "M W L"]  # [M, W, L], all -1 in an empty entry
     loss: Float[Array, "M W"]  # [M, W]
     num_stored: Int[Array, "M"]  # [M], chains ever stored in each set
     version: Int[Array, "M W"]  # [M, W], version of the weights of the chain when it was scored
@@ -34,7 +34,7 @@ def init(problem: Problem) -> ScoreCache:
     A run that scores more chains pays again for chains that were evicted.
 
     Args:
-      problem: gives the number of slots of a chain.
+      problem: the problem, which gives the number of slots of a chain.
     """
     shape = (_SIZE // _NUM_WAYS, _NUM_WAYS)
     return ScoreCache(
@@ -61,7 +61,7 @@ def evaluate_cached(
     version = _add_versions(problem, chains)
     place, is_match = _find(cache, chains, version)
     is_known = is_match.any(axis=1)
-    # A head alone takes the place of cached chains, because it costs no layer call.
+    # Replace cached chains with a head alone, which costs no layer call.
     new = jnp.where(is_known[:, None], problem.space.head_alone[None], chains)
     out = evaluate(problem, new)
     known = jnp.where(is_match, cache.loss[place], 0.0).sum(axis=1)
@@ -70,18 +70,18 @@ def evaluate_cached(
 
 
 def is_cached(cache: ScoreCache, problem: Problem, chains: Int[Array, "P L"]) -> Bool[Array, "P"]:
-    """Return which chains are in the cache with their present weights, `[P]`.
+    """Return which chains are in the cache with their current weights, `[P]`.
 
     Args:
       cache: the cache.
-      problem: gives the versions of the weights.
+      problem: the problem, whose bank holds the versions of the weights.
       chains: tokens, `[P, L]`.
     """
     return _find(cache, chains, _add_versions(problem, chains))[1].any(axis=1)
 
 
 def _add_versions(problem: Problem, chains: Int[Array, "P L"]) -> Int[Array, "P"]:
-    """Version of each chain. Versions never fall, so a sum is unchanged only if every term is."""
+    """Version of each chain. Versions never decrease, so a sum is equal only if all terms are."""
     if problem.bank.versions is None:
         return jnp.zeros(chains.shape[:1], jnp.int32)
     return jnp.where(chains >= 0, problem.bank.versions[jnp.maximum(chains, 0)], 0).sum(axis=1)
@@ -90,7 +90,7 @@ def _add_versions(problem: Problem, chains: Int[Array, "P L"]) -> Int[Array, "P"
 def _find(
     cache: ScoreCache, chains: Int[Array, "P L"], version: Int[Array, "P"]
 ) -> tuple[Int[Array, "P"], Bool[Array, "P W"]]:
-    """The set of each chain, and which of its places holds the chain."""
+    """The set of each chain, and which entry of the set holds the chain."""
     place = _hash(chains) % cache.loss.shape[0]
     is_same = (cache.chains[place] == chains[:, None]).all(axis=-1)
     return place, is_same & (cache.version[place] == version[:, None])
@@ -108,7 +108,7 @@ def _store(
     num_sets, num_ways = cache.loss.shape
     is_earlier = jnp.tri(chains.shape[0], k=-1, dtype=bool)
     is_new &= ~((chains[:, None] == chains[None]).all(axis=-1) & is_earlier).any(axis=1)
-    # Several new chains of one set take consecutive places. Those that do not fit are not stored.
+    # Several new chains of one set take consecutive entries. Those that do not fit are not stored.
     rank = ((place[:, None] == place[None]) & is_earlier & is_new[None]).sum(axis=1)
     row = jnp.where(is_new & (rank < num_ways), place, num_sets)
     way = (cache.num_stored[place] + rank) % num_ways

@@ -1,5 +1,4 @@
-"""Working backward from outputs: pullbacks, target scores, and recovery of the chain that made
-them."""
+"""Working backward from outputs: pullbacks, target scores, and recovery of whole chains."""
 
 from jchain.inverse import target_scores
 from jchain.inverse.pullback import (

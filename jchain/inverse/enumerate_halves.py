@@ -1,5 +1,4 @@
-"""Enumerate every sequence of a given number of layers on one batch, and sketch the activations of
-each.
+"""Apply every sequence of a given number of layers to one batch, and sketch the activations.
 
 A sketch is a random projection of the activations. Layers act on examples independently, so all
 prefixes of one length form one batch, and each layer is applied to all of them at once.
@@ -17,8 +16,7 @@ from jchain._typing import Array, Float, Int
 from jchain.engine.layer_calls import apply_all, apply_token
 from jchain.groups import LayerGroup
 
-# Largest tree level, in numbers, that is kept in memory as one batch: larger ones fall out of the
-# cache.
+# Most numbers in a tree level that is one batch: larger levels do not fit the processor's cache.
 _MAX_LEVEL = 2**21
 # Seed of the projection. Constant, so that a search finds the same chains in every process.
 _SKETCH_SEED = 0
@@ -42,19 +40,20 @@ class Half(NamedTuple):
         return self.num_tokens**self.num_layers
 
     def advance(self, token: int) -> "Half":
-        """The sequences that begin with this layer, without it."""
+        """The sequences that begin with this layer, as a half that starts after it."""
         hidden = apply_token(self.layers, jnp.asarray(token), self.hidden)
         return Half(self.layers, hidden, self.num_layers - 1)
 
 
 def make_projection(num_features: int, num_sketch: int, dtype: DTypeLike) -> Float[Array, "F S"]:
-    """Make a random projection with orthonormal columns; the identity if a sketch can hold all
-    features.
+    """Make a random projection with orthonormal columns.
+
+    It is the identity if a sketch can hold all features.
 
     Args:
       num_features: numbers in the activations of all examples, F.
       num_sketch: numbers in a sketch; `S = min(F, num_sketch)`.
-      dtype: of the activations.
+      dtype: dtype of the activations.
     """
     if num_features <= num_sketch:
         return jnp.eye(num_features, dtype=dtype)
@@ -101,8 +100,7 @@ def _sketch(
 
 
 def _count_batched_levels(num_features: int, num_tokens: int, num_layers: int) -> int:
-    """The number of tree levels small enough to be one batch; deeper levels loop over the next
-    layer."""
+    """The number of tree levels that are one batch each; deeper ones loop over the next layer."""
     num_batched = 0
     while num_batched < num_layers and num_features * num_tokens ** (num_batched + 1) <= _MAX_LEVEL:
         num_batched += 1
@@ -132,8 +130,8 @@ def decode_sequences(half: Half, rows: Int[np.ndarray, "K"]) -> Int[np.ndarray, 
     """
     base, depth = half.num_tokens, half.num_layers
     num_batched = _count_batched_levels(half.hidden.size, base, depth)
-    # Each batched level puts its layer in front as the most significant digit. The loops over later
-    # levels then put theirs in front of all of these, the first loop outermost.
+    # Each batched level adds its layer as the most significant digit so far. Then the loops over
+    # later levels add theirs: the first loop is outermost, so its digit is the most significant.
     digits = (
         np.array(np.unravel_index(rows, (base,) * depth)).reshape(depth, -1)
         if depth

@@ -17,7 +17,8 @@ from jax.typing import DTypeLike
 
 from jchain._typing import Array, Float, Int, Shaped
 
-# Rows of both tables whose distances are computed together: a tile that stays in the cache.
+# Rows of the two tables whose distances are computed together: a tile that fits the processor's
+# cache.
 _ROWS, _COLUMNS = 1024, 2048
 # Relative tolerance of a distance limit; slack of squared lengths, in units of machine epsilon.
 _ROUNDING, _SLACK = 1e-3, 8
@@ -49,15 +50,16 @@ def match_finite(
     num_pairs: int,
     error: float,
 ) -> Pairs:
-    """Apply a matching function to the rows with finite squared length. This adds a cost of `O((M +
-    Q) S)`.
+    """Apply a matching function to the rows with finite squared length.
+
+    This takes an additional time of `O((M + Q) S)`.
 
     Args:
       match_fn: `match_all`, `match_cells`, or a function with the same signature.
       first: `[M, S]`.
       second: `[Q, S]`.
       num_pairs: the number of pairs wanted.
-      error: see the module.
+      error: see the docstring of this module.
 
     Returns:
       Pairs of rows of the given tables; none if a table has no finite row.
@@ -131,11 +133,10 @@ def _find_distances(first: Float[Array, "m S"], second: Float[Array, "q S"]) -> 
 def _augment(
     first: Float[Array, "m S"], second: Float[Array, "q S"]
 ) -> tuple[Float[Array, "m _"], Float[Array, "q _"]]:
-    """Append columns, so that products of rows are squared distances: `|f|^2 - 2 f g + |g|^2`, plus
-    a bound on rounding errors.
+    """Append columns that make products of rows squared distances, `|f|^2 - 2 f g + |g|^2`.
 
-    Without this bound distances of long rows could round below 0, and long rows would rank before
-    short ones that are near each other.
+    A bound on rounding errors is added. Without it distances of long rows could round below 0, and
+    long rows would rank before short ones that are near each other.
     """
     slack = 1 + _SLACK * float(jnp.finfo(first.dtype).eps)
     lengths = [slack * jnp.sum(rows**2, axis=1, keepdims=True) for rows in (first, second)]
@@ -182,10 +183,9 @@ def _split_rows(table: Float[Array, "M S"], size: int) -> Float[Array, "n m S"]:
 
 
 class Grids(NamedTuple):
-    """Random grids: two rows that belong together share a cell of at least one grid with high
-    probability."""
+    """Random grids. Rows that belong together share a cell of a grid with high probability."""
 
-    width: float  # of a cell, along each projection
+    width: float  # width of a cell along each projection
     num_projections: int  # random projections of each grid
     num_grids: int
     seconds: float  # estimated time of `match_cells`
@@ -197,15 +197,15 @@ def estimate_match_all(num_pairs: float) -> float:
 
 
 def choose_grids(table: Float[np.ndarray, "m S"], sizes: tuple[int, int], error: float) -> Grids:
-    """Choose the cheapest grids that miss a pair with a probability of at most 2% if errors and
-    sketches are normal.
+    """Choose the cheapest grids that miss a pair with a probability of at most 2%.
 
-    Locality-sensitive hashing (Datar et al. 2004, Symposium on Computational Geometry).
+    The probability assumes that errors and sketches are normally distributed. Locality-sensitive
+    hashing: Datar et al. 2004, Symposium on Computational Geometry.
 
     Args:
-      table: a sample of rows of a table, for their spread, `[m, S]`.
+      table: some rows of a table, from which their spread is estimated, `[m, S]`.
       sizes: the number of rows of each table.
-      error: see the module.
+      error: see the docstring of this module.
     """
     spread = max(
         float(np.sqrt(np.mean(np.var(table, axis=0, dtype=np.float64)))),
@@ -247,7 +247,7 @@ def match_cells(
       first: finite sketches, `[M, S]`.
       second: finite sketches, `[Q, S]`.
       num_pairs: the number of pairs wanted; fewer are returned if fewer share a cell.
-      error: see the module.
+      error: see the docstring of this module.
     """
     tables = [np.asarray(table) for table in (first, second)]
     sizes = len(tables[0]), len(tables[1])

@@ -1,5 +1,4 @@
-"""Pull outputs back through a suffix of a chain: find the activations at its entry that give these
-outputs.
+"""Pull outputs back through a suffix of a chain: find activations at its entry that give them.
 
 Layers are inverted exactly if their module has a method `invert` (`jchain.invertible`). A head maps
 to fewer numbers, so many inputs give the same outputs: the pseudo-inverse gives one of them, and
@@ -24,8 +23,8 @@ from jchain.gradient.linearize import flatten_rows
 from jchain.groups import LayerGroup, find_input_shape
 from jchain.problem import Problem
 
-# A head with at most this many outputs is solved exactly: conjugate gradients take as many steps as
-# there are outputs.
+# Heads with at most this many outputs are solved exactly: conjugate gradients then take one step
+# per output.
 _MAX_HEAD_STEPS, _HEAD_DAMPING = 16, 1e-6
 
 
@@ -41,14 +40,14 @@ class Invertible(Protocol):
 class PullBack(NamedTuple):
     """Activations at the entry of a suffix."""
 
-    activations: Float[Array, "B ..."]  # [B, ...F]
+    activations: Float[Array, "B ..."]  # [B, ...F], at the entry of the suffix
     residual: Float[Array, "B"]  # [B], `|suffix(activations) - outputs| / |outputs|`
     # [F, D], orthonormal directions in which the head's input may move; D = 0 without a head
     null_space: Float[Array, "F D"]
 
 
 def invert_layers(bank: Bank) -> tuple[LayerGroup, ...]:
-    """The inverses of a bank's layers, under the same tokens, computed and checked on the host.
+    """Invert a bank's layers, on the host, with checks. The inverses have the same tokens.
 
     Args:
       bank: the layers; all must be invertible.
@@ -112,12 +111,13 @@ def pull_back(
     *,
     near: Float[Array, "B ..."] | None = None,
 ) -> PullBack:
-    """Find the activations at the entry of a suffix that give these outputs. Runs on the host and
-    cannot be traced.
+    """Find activations at the entry of a suffix that give these outputs.
+
+    Runs on the host and cannot be traced.
 
     A head must be affine. Its input is the smallest change of `near` that gives the outputs, or the
     least-squares solution if no input gives them: `near + (y - head(near)) pinv(W)`. Adding
-    combinations of the null space to `near` gives all others.
+    combinations of the null space to `near` gives all other solutions.
 
     Args:
       bank: the layers.
@@ -159,8 +159,9 @@ def pull_back(
 def gauss_newton_step(
     layer_fn: Callable[[Array], Array], hidden: Array, target: Array, num_steps: int, damping: float
 ) -> Array:
-    """The damped least-norm step of each example's input toward a target output: `J^T (J J^T +
-    damping)^-1 (target - layer(h))`.
+    """The damped least-norm step of each example's input toward a target output.
+
+    The step is `J^T (J J^T + damping)^-1 (target - layer(h))`.
 
     Args:
       layer_fn: maps `[B, ...F]` to outputs; J is its Jacobian at one example.
@@ -188,8 +189,8 @@ def relative_residual(
     """`|outputs - target| / |target|` of each example, or `|outputs|` if the target is zero.
 
     Args:
-      outputs: `[B, ...]`.
-      target: `[B, ...]`.
+      outputs: the outputs, `[B, ...]`.
+      target: what they should be, `[B, ...]`.
     """
     error, size = (jnp.linalg.norm(flatten_rows(a), axis=1) for a in (outputs - target, target))
     return error / jnp.where(size > 0, size, 1.0)
@@ -198,12 +199,13 @@ def relative_residual(
 def target_logits(
     labels: Int[Array, "B"], num_classes: int, confidence: float = 0.99
 ) -> Float[Array, "B C"]:
-    """Logits of mean 0 whose softmax gives each label this probability, and the other classes equal
-    shares of the rest.
+    """Logits of mean 0 whose softmax gives each label the probability `confidence`.
+
+    The other classes share the rest equally.
 
     Args:
-      labels: `[B]`.
-      num_classes: C.
+      labels: the label of each example, `[B]`.
+      num_classes: number of classes, C.
       confidence: the label's probability.
 
     Raises:
@@ -221,7 +223,7 @@ def target_outputs(
     """Outputs of low loss: `target_logits` for the default loss, and `y` itself for other losses.
 
     Args:
-      outputs: of the head, for shape and dtype, `[B, ...]`.
+      outputs: outputs of the head, used for their shape and dtype, `[B, ...]`.
       y: labels or targets of the examples.
       loss_fn: the problem's loss.
       confidence: see `target_logits`.
@@ -250,7 +252,7 @@ def reach_target(
 
     Args:
       problem: bank, examples, loss.
-      token: of the head.
+      token: token of the head.
       hidden: the head's input, `[B, ...F]`.
       rate: fraction of the way from the outputs to their target.
 
@@ -278,8 +280,8 @@ def condition_numbers(
 
     Args:
       bank: the layers.
-      chain: tokens; a head and padding are dropped. One token gives the condition number of one
-        layer.
+      chain: tokens; a head and padding are ignored. A single token gives the condition number of
+        that layer.
       x: raw input, `[B, ...]`.
 
     Raises:
@@ -327,7 +329,7 @@ def _check_suffix(bank: Bank, suffix: ArrayLike | Sequence[object]) -> list[int]
         raise ValueError(f"expected tokens in 0..{last - 1}, got {found}")
     if any(token >= bank.num_layers for token in found[:-1]):
         raise ValueError(
-            f"expected a head (token {bank.num_layers} or more) at the end alone, got {found}"
+            f"expected a head (token {bank.num_layers} or more) only at the end, got {found}"
         )
     return found
 
@@ -336,8 +338,8 @@ def _find_shape(bank: Bank) -> tuple[int, ...]:
     shape = find_input_shape(bank.layers[0])
     if shape is None:
         raise ValueError(
-            "expected near=, activations at the head's input: "
-            "their shape is unknown from the layers"
+            "expected near=, the activations at the head's input, "
+            "because the layers do not tell their shape"
         )
     return shape
 
@@ -363,14 +365,14 @@ def _pull_head(bank: Bank, token: int, outputs: Array, near: Array) -> tuple[Arr
         jax.eval_shape(lambda h: apply_token(bank.heads, jnp.asarray(token), h), near)
     except Exception as error:  # whatever a user's module raises
         raise ValueError(
-            f"expected near of the head's shape, got {list(near.shape)}: "
+            f"expected near of the shape of the head's input, got {list(near.shape)}: "
             f"{str(error).splitlines()[0]}"
         ) from None
     kernel, bias = as_affine(bank, token, near[:1])
     if outputs.shape[1:] != bias.shape or near.shape[0] != outputs.shape[0]:
         raise ValueError(
-            f"expected outputs [B, {', '.join(map(str, bias.shape))}] and near of equal B, got "
-            f"{list(outputs.shape)} and {list(near.shape)}"
+            f"expected outputs [B, {', '.join(map(str, bias.shape))}] and near with the same B, "
+            f"got {list(outputs.shape)} and {list(near.shape)}"
         )
     left, values, right = np.linalg.svd(kernel)
     rank = int(
@@ -389,8 +391,8 @@ def as_affine(
 
     Args:
       bank: the heads.
-      token: of the head.
-      x: one example of its input, for the shape, `[1, ...F]`.
+      token: token of the head.
+      x: one example of its input, used for its shape, `[1, ...F]`.
 
     Raises:
       ValueError: the head is not affine.

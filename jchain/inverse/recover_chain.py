@@ -43,16 +43,16 @@ from jchain.inverse.nearest_pairs import (
 )
 from jchain.inverse.pullback import invert_layers
 
-# Examples on which halves are compared, and numbers of a sketch: few are enough to tell exact
-# halves apart.
+# Examples on which halves are compared, numbers in a sketch, and numbers in a sketch without noise,
+# when a few are enough to tell halves apart.
 _NUM_PROBES, _NUM_SKETCH, _NUM_SKETCH_EXACT = 8, 32, 8
-# Noise levels tried if no tolerance is given. All pairs are compared instead if that takes less
-# than `_PATIENCE` seconds, and no noise level for which cells would take more than `_MAX_SECONDS`
-# is tried.
+# Noise levels to try with `match_cells` if no tolerance is given. All pairs are compared instead if
+# that takes less than `_PATIENCE` seconds. Levels that would take more than `_MAX_SECONDS` are not
+# tried.
 _NOISE_LEVELS, _PATIENCE, _MAX_SECONDS = (0.0, 0.003, 0.01, 0.03, 0.1), 60.0, 1800.0
-# The largest error of a matching pair, in units of the spread of all sketches, before the first
-# half is made longer; the least noise assumed if all pairs are compared without a tolerance;
-# seconds for each sequence of the longer half.
+# Error of a matching pair, in units of the spread of all sketches, above which the first half is
+# made longer; the least noise assumed if all pairs are compared without a tolerance; seconds for
+# each sequence of the longer half.
 _MAX_GAP, _LIKELY_NOISE, _SEQUENCE_SECONDS = 0.5, 0.05, 1e-6
 _MAX_PASSES = 2**12
 _NUM_FINALISTS = 64
@@ -63,7 +63,7 @@ class RecoveredChains(NamedTuple):
     """Chains of layers, best first."""
 
     chains: Int[np.ndarray, "K D"]  # [K, D], layer tokens
-    residuals: Float[np.ndarray, "K"]  # `|made - outputs| / |outputs|` over all examples
+    residuals: Float[np.ndarray, "K"]  # [K], `|chain(inputs) - outputs| / |outputs|`, all examples
 
 
 def meet_in_the_middle(
@@ -83,8 +83,8 @@ def meet_in_the_middle(
 ) -> RecoveredChains:
     """Find the chains of `depth` layers whose outputs are nearest to the given outputs.
 
-    Residuals are those of the chains themselves, not of sketches: a wrong chain has a large one. If
-    there are no more chains than candidates, all chains are tried.
+    Residuals are computed from the chains themselves, not from sketches, so a wrong chain has a
+    large one. All chains are tried if there are at most `num_candidates` of them.
 
     Args:
       bank: the layers; all must be invertible.
@@ -92,12 +92,12 @@ def meet_in_the_middle(
       outputs: outputs of the last layer, `[B, ...F]`, exact or noisy.
       depth: layers in a chain, D.
       top_k: how many chains to return.
-      tolerance: standard deviation of the noise of the outputs, in units of theirs. If None, first
-        no noise beyond rounding is assumed, and then more and more noise until a chain fits that
-        well.
+      tolerance: standard deviation of the noise of the outputs, in units of theirs. If None, the
+        search first assumes no noise beyond rounding, then more and more, until a chain fits as
+        well as the assumed noise allows.
       num_forward: layers in the half that is applied to the inputs. The inverses of the other
-        layers amplify noise and rounding. If None, half of the layers, or more if noise would hide
-        the right pair and it takes at most a minute.
+        layers amplify noise and rounding. If None, it is half of the layers, or more if noise
+        would hide the right pair and that takes at most a minute.
       num_probes: examples on which halves are compared, evenly spaced.
       num_sketch: numbers in a sketch of the activations on these examples; fewer are used if no
         noise is assumed.
@@ -113,8 +113,8 @@ def meet_in_the_middle(
 
     Raises:
       ValueError: a layer has no inverse or is singular, shapes do not fit, values are not finite, a
-        size is out of range, the sketches of one part exceed the memory limit, or fewer pairs of
-        halves match than chains are asked for.
+        size is out of range, the sketches of one part exceed the memory limit, or fewer than
+        `top_k` chains are found.
     """
     sizes = {"depth": depth, "top_k": top_k, "num_probes": num_probes, "num_sketch": num_sketch}
     _check_sizes({**sizes, "num_candidates": num_candidates}, bank.num_layers)
@@ -199,11 +199,10 @@ def _embed_examples(bank: Bank, inputs: Array, outputs: Array) -> _Examples:
 class _MatchPlan(NamedTuple):
     """How halves are compared."""
 
-    halves: tuple[Half, Half]  # of the layers on the inputs, and of the inverses on the outputs
+    halves: tuple[Half, Half]  # layers on the inputs, and inverses on the outputs
     projection: Float[Array, "F S"]
-    error: (
-        float  # root mean square difference, per number of a sketch, of halves that belong together
-    )
+    # root mean square difference, per number of a sketch, of halves that belong together
+    error: float
     sample: Float[np.ndarray, "64 S"]  # sketches of random first halves
 
 
@@ -228,8 +227,7 @@ class _HalfSearch(NamedTuple):
         return self.match(match_cells, plan)
 
     def match_at_rising_noise(self) -> RecoveredChains:
-        """Match with more and more noise, until a chain fits as well as the assumed noise
-        allows."""
+        """Assume more and more noise, until a chain fits as well as that noise allows."""
         best = RecoveredChains(np.zeros((0, self.depth), np.int64), np.zeros(0))
         for noise in _NOISE_LEVELS:
             plan, seconds = self.plan_cells(noise)
@@ -239,8 +237,8 @@ class _HalfSearch(NamedTuple):
             if noise > 0 and seconds > _MAX_SECONDS:
                 break
             best = _merge(best, self.match(match_cells, plan), self.top_k)
-            near = max(2 * noise, float(jnp.finfo(plan.projection.dtype).eps) ** 0.5)
-            if len(best.chains) == self.top_k and best.residuals[0] <= near:
+            limit = max(2 * noise, float(jnp.finfo(plan.projection.dtype).eps) ** 0.5)
+            if len(best.chains) == self.top_k and best.residuals[0] <= limit:
                 break
         return best
 
@@ -255,8 +253,10 @@ class _HalfSearch(NamedTuple):
         return plan, choose_grids(plan.sample, sizes, plan.error).seconds
 
     def plan(self, num_sketch: int, tolerance: float) -> _MatchPlan:
-        """Split the chain where the sketch error is small enough, else where it is smallest of the
-        splits that were affordable."""
+        """Take the first split whose sketch error is small enough.
+
+        If there is none, take the one with the smallest error among the affordable splits.
+        """
         half = self.depth - self.depth // 2
         if self.num_forward is not None:
             return self._plan_at(self.num_forward, num_sketch, tolerance)
@@ -273,16 +273,17 @@ class _HalfSearch(NamedTuple):
         return min(plans, key=lambda found: found[:2])[2]
 
     def _plan_at(self, num_forward: int, num_sketch: int, tolerance: float) -> _MatchPlan:
-        ahead = Half(self.probes.layers, self.probes.hidden, num_forward)
-        back = Half(self.inverses, self.probes.outputs, self.depth - num_forward)
-        projection = make_projection(ahead.hidden.size, num_sketch, ahead.hidden.dtype)
-        sample = np.asarray(_apply_random_sequences(ahead, 64).reshape(64, -1) @ projection)
-        error = _estimate_error((ahead, back), projection, tolerance)
-        return _MatchPlan((ahead, back), projection, error, sample)
+        forward_half = Half(self.probes.layers, self.probes.hidden, num_forward)
+        backward_half = Half(self.inverses, self.probes.outputs, self.depth - num_forward)
+        projection = make_projection(
+            forward_half.hidden.size, num_sketch, forward_half.hidden.dtype
+        )
+        sample = np.asarray(_apply_random_sequences(forward_half, 64).reshape(64, -1) @ projection)
+        error = _estimate_error((forward_half, backward_half), projection, tolerance)
+        return _MatchPlan((forward_half, backward_half), projection, error, sample)
 
     def match(self, match_fn: MatchFn, plan: _MatchPlan) -> RecoveredChains:
-        """Enumerate and sketch both halves, match the nearest pairs, and verify these
-        candidates."""
+        """Sketch both halves, find the nearest pairs, and verify these candidates."""
         projection = plan.projection
         # `match_all` holds copies for its products; the 64 bytes are hashes and sort orders of
         # `match_cells`.
@@ -291,23 +292,33 @@ class _HalfSearch(NamedTuple):
         parts = _split(plan.halves, row_bytes, self.memory_limit)
         num_candidates = self.num_candidates
         chains, distances = [], []
-        for last, back in parts[1]:
-            table = sketch_half(back, projection)
-            for first, ahead in parts[0]:
+        for last, backward_half in parts[1]:
+            table = sketch_half(backward_half, projection)
+            for first, forward_half in parts[0]:
                 pairs = match_finite(
-                    match_fn, sketch_half(ahead, projection), table, num_candidates, plan.error
+                    match_fn,
+                    sketch_half(forward_half, projection),
+                    table,
+                    num_candidates,
+                    plan.error,
                 )
-                chains.append(_join_halves(pairs, first, ahead, back, last))
+                chains.append(_join_halves(pairs, first, forward_half, backward_half, last))
                 distances.append(pairs.distance)
         nearest = np.argsort(np.concatenate(distances), kind="stable")[:num_candidates]
         return _verify(self.examples, self.probes, np.concatenate(chains)[nearest], self.top_k)
 
 
 def _join_halves(
-    pairs: Pairs, first: tuple[int, ...], ahead: Half, back: Half, last: tuple[int, ...]
+    pairs: Pairs,
+    first: tuple[int, ...],
+    forward_half: Half,
+    backward_half: Half,
+    last: tuple[int, ...],
 ) -> Int[np.ndarray, "K D"]:
-    """The chains of these pairs. A sequence of inverses runs from the chain's end to its middle, so
-    it is reversed."""
+    """The chains of these pairs.
+
+    A sequence of inverses runs from the chain's end to its middle, so it is reversed.
+    """
     num_pairs = len(pairs.first)
     ends = (
         np.broadcast_to(np.array(part, np.int64), (num_pairs, len(part)))
@@ -317,8 +328,8 @@ def _join_halves(
     return np.concatenate(
         [
             start,
-            decode_sequences(ahead, pairs.first),
-            decode_sequences(back, pairs.second)[:, ::-1],
+            decode_sequences(forward_half, pairs.first),
+            decode_sequences(backward_half, pairs.second)[:, ::-1],
             end,
         ],
         axis=1,
@@ -328,8 +339,10 @@ def _join_halves(
 def _split(
     halves: tuple[Half, Half], row_bytes: int, limit: int
 ) -> tuple[list[tuple[tuple[int, ...], Half]], list[tuple[tuple[int, ...], Half]]]:
-    """Split both halves by their first layers, until one part of each fits. Each part comes with
-    these layers."""
+    """Split both halves by their first layers, until one part of each fits in memory.
+
+    Each part comes with these layers.
+    """
     depths = [0, 0]
 
     def sizes() -> list[int]:
@@ -367,19 +380,21 @@ def _split(
 def _estimate_error(
     halves: tuple[Half, Half], projection: Float[Array, "F S"], tolerance: float
 ) -> float:
-    """The sketch error of halves that belong together: apply random layers, add the noise, and
-    invert the layers again."""
-    ahead, back = halves
+    """The sketch error of halves that belong together.
+
+    Apply random layers, add the noise, and invert the layers again.
+    """
+    forward_half, backward_half = halves
     rng = np.random.default_rng(0)
     worst = 0.0
-    for middle in _apply_random_sequences(ahead, _NUM_TRIALS):
-        tokens = rng.integers(0, back.num_tokens, back.num_layers)
-        there = apply_sequence(ahead.layers, jnp.asarray(tokens[::-1].copy()), middle)
-        noise = tolerance * float(jnp.std(there)) * rng.standard_normal(there.shape)
-        again = apply_sequence(
-            back.layers, jnp.asarray(tokens), there + jnp.asarray(noise, there.dtype)
+    for middle in _apply_random_sequences(forward_half, _NUM_TRIALS):
+        tokens = rng.integers(0, backward_half.num_tokens, backward_half.num_layers)
+        outputs = apply_sequence(forward_half.layers, jnp.asarray(tokens[::-1].copy()), middle)
+        noise = tolerance * float(jnp.std(outputs)) * rng.standard_normal(outputs.shape)
+        recovered = apply_sequence(
+            backward_half.layers, jnp.asarray(tokens), outputs + jnp.asarray(noise, outputs.dtype)
         )
-        gap = (again - middle).reshape(1, -1) @ projection
+        gap = (recovered - middle).reshape(1, -1) @ projection
         floor = float(jnp.finfo(gap.dtype).eps) * float(jnp.abs(middle).max())
         worst = max(worst, float(jnp.sqrt(jnp.mean(gap**2))), floor)
     return worst if math.isfinite(worst) else math.inf
@@ -396,8 +411,7 @@ def _apply_random_sequences(half: Half, num: int) -> Float[Array, "n B ..."]:
 def _verify(
     examples: _Examples, probes: _Examples, chains: Int[np.ndarray, "K D"], top_k: int
 ) -> RecoveredChains:
-    """Rank candidates by their residuals on the probes, and the best of them by those on all
-    examples."""
+    """Rank candidates by their residuals on the probes, then the best of them on all examples."""
     num_finalists = max(top_k, _NUM_FINALISTS)
     if len(chains) > num_finalists:
         chains = chains[np.argsort(_find_residuals(probes, chains), kind="stable")[:num_finalists]]

@@ -1,8 +1,8 @@
 """Predict the loss of every prefix with every short suffix of a chain, without layer calls.
 
-A suffix is some layers and a head. It is inverted from target outputs
-(`jchain.inverse.target_outputs`) to the activations that it needs at its entry, and linearized
-there. Matrix products then predict its outputs for the activations of any prefix.
+A suffix is some layers and a head. Target outputs (`jchain.inverse.target_outputs`) are pulled back
+through it to the activations that it needs at its entry, and it is linearized there. Matrix
+products then predict its outputs for the activations of any prefix.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class Suffixes(NamedTuple):
     """Suffixes, and their outputs as affine maps of the activations at their entry."""
 
     tokens: Int[Array, "M T"]  # [M, T], layers in order, then a head, then -1
-    outputs: Float[Array, "M B C"]  # at zero activations
+    outputs: Float[Array, "M B C"]  # [M, B, C], the outputs at zero activations
     rows: Float[Array, "M C B F"]  # [M, C, B, F], the Jacobian of each output of each example
 
 
@@ -33,10 +33,9 @@ class _Level(NamedTuple):
     """Suffixes of one length."""
 
     tokens: Int[Array, "m T"]
-    entry: Float[
-        Array, "m B ..."
-    ]  # [m, B, ...F], the activations at their entry that give the target outputs
-    rows: Float[Array, "m C B ..."]
+    # [m, B, ...F], the activations at their entry that give the target outputs
+    entry: Float[Array, "m B ..."]
+    rows: Float[Array, "m C B ..."]  # [m, C, B, ...F], as in `Suffixes`
 
 
 def pull_back_suffixes(
@@ -46,9 +45,9 @@ def pull_back_suffixes(
     near: Float[Array, "B ..."],
     num_layers: int,
 ) -> Suffixes:
-    """Pull back and linearize all suffixes of up to `num_layers` of some layers, with every head.
+    """Pull back and linearize all suffixes of up to `num_layers` layers, with every head.
 
-    Each layer of each suffix costs `2 + C` layer calls, C the outputs of an example; layers that
+    Each layer of each suffix costs `2 + C` layer calls for C outputs of an example. Layers that
     suffixes share count once.
 
     Args:
@@ -56,9 +55,9 @@ def pull_back_suffixes(
       inverses: the inverses of the bank's layers.
       members: for each group of the bank's layers, the indices of the layers that suffixes are made
         of.
-      near: activations at the head's input, `[B, ...F]`; the input that a head needs is the
-        smallest change of them.
-      num_layers: most layers in a suffix.
+      near: activations at the head's input, `[B, ...F]`. For each head they are changed as little
+        as possible to give the target outputs.
+      num_layers: maximum number of layers in a suffix.
 
     Raises:
       ValueError: the loss has no target outputs (`jchain.inverse.target_outputs`).
@@ -126,7 +125,7 @@ def predict_losses(
 
     Args:
       problem: bank, the examples on which suffixes were pulled back, loss.
-      suffixes: M suffixes.
+      suffixes: the M suffixes.
       hidden: activations after each prefix, `[P, B, ...F]`.
     """
     flat = hidden.reshape(*hidden.shape[:2], -1)

@@ -1,5 +1,4 @@
-"""Target propagation through a chain: the target of each slot's output, and how near each bank
-layer comes to it.
+"""Target propagation: the target of each slot's output, and how near each layer comes to it.
 
 The loss's target outputs are pulled back through the head and the layers after the slot (Lee et al.
 2015, arXiv:1412.7525; the target of a layer by the inverse of the next, Bengio 2014,
@@ -41,8 +40,8 @@ from jchain.inverse.pullback import (
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
 
-# Steps of conjugate gradients in a Gauss-Newton step, and its damping: 1 would be as large as `J
-# J^T` of an identity layer.
+# Steps of conjugate gradients in a Gauss-Newton step, and its damping. For scale: `J J^T` of an
+# identity layer has diagonal 1.
 _NUM_CG_STEPS, _DAMPING = 4, 0.1
 
 Inverses: TypeAlias = tuple[LayerGroup | None, ...]
@@ -54,8 +53,7 @@ _SlotScores: TypeAlias = tuple[Array, Array, Array]
 
 @runtime_checkable
 class MatrixModule(Protocol):
-    """A module that is a matrix, a bias, and an invertible activation, such as
-    `jchain.layers.InvertibleDense`."""
+    """A matrix, a bias, and an invertible activation, such as `InvertibleDense`."""
 
     is_inverse: bool
 
@@ -76,7 +74,7 @@ class TargetLayer(NamedTuple):
     residual: Float[Array, ""]  # `|outputs - targets| / |targets|` over all examples
     # [N], Frobenius distance of weights and bias; nan for layers of other modules
     by_weights: Float[Array, "N"]
-    by_outputs: Float[Array, "N"]  # [N], the residual of each bank layer
+    by_outputs: Float[Array, "N"]  # [N], residual of each bank layer
 
     @property
     def nearest_by_weights(self) -> int:
@@ -95,16 +93,15 @@ def fit_target_layer(
     after: Float[Array, "B ..."],
     ridge: float | Float[Array, ""] = 1e-3,
 ) -> TargetLayer:
-    """Fit a layer from the activations before a slot to the target activations after it, by ridge
-    regression.
+    """Fit a layer to a slot by ridge regression, from its input to its target output.
 
     If all layers of the bank share a module that is a matrix and an invertible activation
-    (`InvertibleDense`), fit such a layer. Otherwise fit an affine map.
+    (`InvertibleDense`), fit such a layer. Otherwise, fit an affine map.
 
     Args:
       bank: the layers.
-      before: activations, `[B, ...F]`.
-      after: target activations, `[B, ...F]`.
+      before: activations before the slot, `[B, ...F]`.
+      after: target activations after the slot, `[B, ...F]`.
       ridge: penalty of the squared norm of the matrix, in units of the mean square of an
         activation.
 
@@ -179,17 +176,16 @@ def score_edits_by_target(
     is_projected: bool = True,
     members: tuple[Int[Array, "_"], ...] | None = None,
 ) -> EditScores:
-    """Predict the change of loss of each edit by how much nearer its outputs are to the slot's
-    target.
+    """Predict the change of loss of each edit from how much nearer it comes to the slot's target.
 
     The score of layer `b` at slot `t` is `(|f_b(h_t) - target|^2 - |f_t(h_t) - target|^2) /
     |f_t(h_t) - target|^2`, summed over the split: the negative fraction of the squared distance to
-    the target that the edit removes. It is multiplied by how much loss outputs at the target would
-    save. The layer penalty is added. Scores of heads are exact.
+    the target that the edit removes. It is multiplied by how much outputs at the target would lower
+    the loss. The layer penalty is added. Scores of heads are exact.
 
-    A chain of `D` layers costs `D` layer calls forward; backward 1 for each layer with an exact
-    inverse and 12 for each other layer; and one for each scored layer at each of the `D` slots and,
-    if the chain is not full, at its end.
+    A chain of `D` layers costs `D` layer calls forward. Backward, a layer with an exact inverse
+    costs 1 and any other layer 12. Each scored layer costs 1 more at each of the `D` slots and, if
+    the chain is not full, at its end.
 
     Args:
       problem: bank, split, loss.
@@ -199,9 +195,10 @@ def score_edits_by_target(
       is_exact: whether invertible layers are inverted exactly. If False, or if a layer is not
         invertible, the target before a layer is a damped Gauss-Newton step of its input.
       is_projected: whether outputs are compared only along each example's direction to its target.
-        Later layers hardly depend on the other directions, or the target leaves them free.
+        Other directions matter little: later layers hardly depend on them, or the target leaves
+        them free.
       members: for each group of the bank's layers, the indices of the layers to score; all if None.
-        Others are nan.
+        Scores of other layers are nan.
 
     Raises:
       ValueError: `chain` is not a chain of this bank, or the loss has no target outputs.
@@ -251,8 +248,7 @@ def _score_one(
     is_projected: bool,
     backend: str,
 ) -> EditScores:
-    """Scan the slots backward: pull the target back through each, and compare the layers with
-    it."""
+    """Scan the slots backward: pull the target back through each, and compare layers with it."""
     bank, forward = problem.bank, forward_pass(problem, chain)
     length = forward.length
     inverses = inverse_groups(bank) if is_exact else (None,) * len(bank.layers)
@@ -309,8 +305,10 @@ def _score_one(
 def _compare(
     saving: Array, current: Array, target: Array, is_projected: bool, outputs: Array
 ) -> Float[Array, ""]:
-    """`saving` times the relative change of the squared distance to the target, in all directions
-    or along that to the target."""
+    """`saving` times the relative change of the squared distance to the target.
+
+    If `is_projected`, only the direction to the target counts.
+    """
     dtype = jnp.promote_types(jnp.float32, current.dtype)
     change, gap = (flatten_rows(a - current).astype(dtype) for a in (outputs, target))
     along, lengths = jnp.sum(change * gap, axis=1), jnp.sum(gap**2, axis=1)

@@ -6,10 +6,10 @@ Ecoffet et al. 2021, arXiv:2004.12919. The losses and their equations are in `jc
 
 One step samples chains from the policy, scores them together, so that shared prefixes are charged
 once, and updates the network a few times on them and on the best chains so far. With replay,
-earlier chains join them, and V-trace (Espeholt et al. 2018, arXiv:1802.01561) corrects for the
-policy having changed since. An encoding that observes what a prefix does to data applies the layers
-while chains are sampled. What it observed is kept with the chains, so that updates apply none
-again.
+earlier chains are added to each update, and V-trace (Espeholt et al. 2018, arXiv:1802.01561)
+corrects for the older policy that sampled them. An encoding that observes what a prefix does to
+data applies the layers while chains are sampled. Its observations are kept with the chains, so that
+updates apply no layers.
 """
 
 import dataclasses
@@ -55,13 +55,13 @@ from jchain.search.base import Info, Pool, empty_pool, merge
 class State(NamedTuple):
     """What the next step needs."""
 
-    params: PyTree  # of the policy
+    params: PyTree  # params of the policy
     opt_state: PyTree
     inputs: NetworkInputs
     elite: Pool  # the best chains so far
     cache: ScoreCache | None  # None if the encoding observes: layers are applied while sampling
     replay_buffer: ReplayBuffer | None  # None if nothing is replayed
-    elite_features: Float[Array, "Q L F"]  # [Q, L, F], observed when they were sampled
+    elite_features: Float[Array, "Q L F"]  # [Q, L, F], features observed when the elite was sampled
 
 
 class Learner(NamedTuple):
@@ -76,31 +76,32 @@ class ActorCritic:
     """An agent that builds chains token by token.
 
     Attributes:
-      encoding: of a prefix: `TokenEncoding()` (discrete), `WeightEncoding()` (continuous),
-        `ObservedEncoding(...)` (what it does to data) or a `JointEncoding` of them. One that
-        observes pays for the distinct (prefix, layer) pairs of each step's chains, including chains
-        that were scored before, because it keeps no activations.
+      encoding: encoding of a prefix: `TokenEncoding()` (discrete), `WeightEncoding()` (continuous),
+        `ObservedEncoding(...)` (what it does to data), or a `JointEncoding` of them. An encoding
+        that observes pays for the distinct (prefix, layer) pairs of each step's chains, including
+        chains that were scored before, because no activations are kept.
       num_chains: chains per step, P.
       num_epochs: updates per step.
-      learning_rate: of Adam.
+      learning_rate: learning rate of Adam.
       entropy_weight: weight of the entropy bonus.
       critic_weight: weight of half the squared TD(lambda) error.
       lambda_: mixing of the lambda returns.
       clip: how far PPO's probability ratio may move from 1.
       imitation_weight: weight of the mean negative log-likelihood of the best chains.
       restart_rate: share of chains that start from a prefix of one of the best chains.
-      num_elites: best chains that are kept for imitation and restarts, Q.
-      entry_features: features of the bank's entries, `[N + K, D]`:
+      num_elites: number of best chains that are kept for imitation and restarts, Q.
+      entry_features: function that computes features of the bank's entries, `[N + K, D]`:
         `jchain.agent.encoding.entry_features`, or `jchain.chainbench.tabular.entry_features` for
         tabulated problems.
-      score_kind: kind of the edit scores (`jchain.gradient.score_edits`) of the best chain so far
-        that the actor is given for each entry at each slot, and that are charged; None for no edit
-        scores.
-      num_replays: earlier chains that join each update, all of which then use V-trace instead of
-        PPO. The tokens of a prefix from which a chain started count as sampled by the policy.
+      score_kind: kind of edit scores (`jchain.gradient.score_edits`) that the actor gets as input.
+        They are those of the best chain so far, for each entry at each slot, and their layer calls
+        are charged. None for no edit scores.
+      num_replays: earlier chains that are added to each update. If it is not 0, updates use V-trace
+        instead of PPO. If a chain started from a prefix of one of the best chains, the prefix's
+        tokens count as sampled by the policy.
       replay_size: chains that the replay buffer holds, R.
-      reward_fn: rewards of the chains of an update from their losses (`jchain.agent.rewards`).
-      params: to start from, as `jchain.agent.pretrain.pretrain_agent` makes them on other banks;
+      reward_fn: maps the losses of an update's chains to rewards (`jchain.agent.rewards`).
+      params: initial params, such as `jchain.agent.pretrain.pretrain_agent` makes on other banks;
         None for random ones.
     """
 
@@ -145,12 +146,12 @@ class ActorCritic:
 
     @property
     def needs_gradient(self) -> bool:
-        """Whether it needs activations that have a gradient."""
+        """Whether the search needs activations that have a gradient."""
         return self.score_kind is not None
 
     @property
     def needs_invertible(self) -> bool:
-        """Whether it needs layers that can be inverted."""
+        """Whether the search needs layers that can be inverted."""
         return False
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
@@ -181,7 +182,7 @@ class ActorCritic:
         """Sample chains, score them, and update the policy on them for several epochs (PPO)."""
         inputs, edit_calls = self._update_inputs(state, problem)
         policy = Policy(ActorCriticNetwork(self.encoding), state.params, inputs)
-        # The one question whether replay is on. Without it the rollout gets the whole key.
+        # Without replay the key is not split: the rollout gets all of it.
         is_replaying = state.replay_buffer is not None
         rollout_key, replay_key = jax.random.split(key) if is_replaying else (key, key)
 
@@ -191,7 +192,7 @@ class ActorCritic:
         replay_buffer, batch = self._replay(replay_key, state.replay_buffer, rollout)
         rewards = self.reward_fn(batch.loss)
 
-        # The batch, its old log-probabilities and the elite stay the same in all epochs.
+        # The batch, its old log-probabilities, and the elite are the same in all epochs.
         def loss_fn(params: PyTree) -> Float[Array, ""]:
             now = dataclasses.replace(policy, params=params)
             policy_loss = self._policy_loss(now, batch, rewards, problem, is_replaying)
@@ -213,12 +214,12 @@ class ActorCritic:
     ) -> Float[Array, "P L"]:
         """The critic's prediction before each token of chains: the expected reward of its policy.
 
-        It is 0 after the head. The unit is that of `reward_fn`; ranks have none. An encoding that
-        observes applies the layers of the chains.
+        It is 0 after the head. The unit is that of `reward_fn`; ranks have no unit. An encoding
+        that observes applies the layers of the chains.
 
         Args:
-          state: with the params.
-          chains: `[P, L]`.
+          state: the state, which holds the params.
+          chains: tokens, `[P, L]`.
           problem: bank, data, loss.
         """
         _, values = self._evaluate(state, chains, problem)
@@ -233,8 +234,8 @@ class ActorCritic:
         Entries after the head token are undefined.
 
         Args:
-          state: with the params.
-          chains: `[P, L]`.
+          state: the state, which holds the params.
+          chains: tokens, `[P, L]`.
           problem: bank, data, loss.
         """
         return jax.nn.log_softmax(self._evaluate(state, chains, problem)[0])
@@ -247,13 +248,13 @@ class ActorCritic:
         See `jchain.search.base.Refreshable`.
 
         Args:
-          state: before the weights of the bank changed.
-          problem: with the new weights.
-          chains: further chains to score and remember, `[Q, L]`; rows of -1 hold none.
+          state: the state before the weights of the bank changed.
+          problem: the problem with the new weights.
+          chains: further chains to score and remember, `[Q, L]`; rows of -1 hold no chain.
         """
         rows = jnp.concatenate([state.elite.chains, chains.astype(jnp.int32)])
-        is_there = rows[:, 0] != PADDING
-        scored = jnp.where(is_there[:, None], rows, problem.space.head_alone[None])
+        is_chain = rows[:, 0] != PADDING
+        scored = jnp.where(is_chain[:, None], rows, problem.space.head_alone[None])
         cache = state.cache
         if cache is None:
             out = evaluate(problem, scored)
@@ -262,7 +263,7 @@ class ActorCritic:
             cache, loss, layer_calls = score_cache.evaluate_cached(cache, problem, scored)
         observe_one = partial(observations.observe_chain, self.encoding.observe, problem)
         features = jax.vmap(observe_one)(scored)
-        loss = jnp.where(is_there, loss, jnp.inf)
+        loss = jnp.where(is_chain, loss, jnp.inf)
         elite = merge(empty_pool(self.num_elites, problem), rows, loss)
         replay_buffer = state.replay_buffer
         if replay_buffer is not None:
@@ -295,7 +296,7 @@ class ActorCritic:
     def _sample_rollout(
         self, key: Key[Array, ""], policy: Policy, elite: Pool, problem: Problem
     ) -> Rollout:
-        """Chains of the policy, `[P, ...]`, some of which start from a prefix of the elite."""
+        """Chains sampled from the policy, `[P, ...]`; some start from a prefix of the elite."""
         prefix_keys, chain_keys = jax.random.split(key, (2, self.num_chains))
         num_elites, restart_rate = jnp.isfinite(elite.loss).sum(), jnp.asarray(self.restart_rate)
         prefixes = jax.vmap(
@@ -369,7 +370,7 @@ class ActorCritic:
 def score_rollout(
     cache: ScoreCache | None, rollout: Rollout, problem: Problem
 ) -> tuple[Rollout, ScoreCache | None, Int[Array, ""]]:
-    """The rollout with its losses, the score cache, and the layer calls that this cost.
+    """Score a rollout: return it with its losses, the score cache, and the layer calls.
 
     Without a cache the layers were applied while sampling: the losses are known, and every chain is
     charged.
@@ -381,7 +382,7 @@ def score_rollout(
 
 
 def update_elite(state: State, rollout: Rollout) -> tuple[Pool, Float[Array, "Q L F"]]:
-    """The best chains after a rollout, and what was observed of them."""
+    """The best chains after a rollout, and their observed features."""
     elite = merge(state.elite, rollout.chains, rollout.loss)
     chains = jnp.concatenate([state.elite.chains, rollout.chains])
     features = jnp.concatenate([state.elite_features, rollout.features])

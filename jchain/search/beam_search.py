@@ -20,27 +20,27 @@ from jchain.search.prefixes import end_children, extend_prefix
 
 
 class State(NamedTuple):
-    """Two generations of prefixes: `generation` is being extended, the other holds the children."""
+    """Two generations of prefixes: one is being extended, the other holds its children so far."""
 
     chains: Int[Array, "2 W L"]  # [2, W, L], layers, then -1
-    hidden: Shaped[Array, "2 W B ..."]  # [2, W, B, ...F]
-    loss: Float[Array, "2 W"]  # [2, W], of the best head; +inf in an empty place
-    generation: Int[Array, ""]
-    parent: Int[Array, ""]  # place of the next prefix to extend
-    depth: Int[Array, ""]  # layers of the parents
-    width: Int[Array, ""]  # of this pass; above max_width after the last pass
+    hidden: Shaped[Array, "2 W B ..."]  # [2, W, B, ...F], activations
+    loss: Float[Array, "2 W"]  # [2, W], loss of the best head; +inf in an empty row
+    generation: Int[Array, ""]  # 0 or 1, the generation that is being extended
+    parent: Int[Array, ""]  # row of the next prefix to extend
+    depth: Int[Array, ""]  # layers in each prefix of this generation
+    width: Int[Array, ""]  # width of this pass; above max_width after the last pass
 
 
 @pytree_dataclass
 class BeamSearch:
-    """Beam search by head loss. A step extends one prefix by all `N` layers, for `N` layer calls.
+    """Beam search by head loss. A step extends one prefix by each of the `N` layers.
 
-    The keys are not used. The state keeps activations of `2 * max_width` prefixes.
+    It costs `N` layer calls. Keys are not used. The state keeps the activations of `2 * max_width`
+    prefixes.
 
     Attributes:
-      width: prefixes that the first pass keeps of each length.
-      max_width: most prefixes that a pass keeps. Passes have width, 2 width, 4 width, ... up to
-        this.
+      width: prefixes of each length that the first pass keeps.
+      max_width: the largest width of a pass. Passes have width, 2 width, 4 width, ... up to this.
 
     Raises:
       ValueError: the widths are out of range.
@@ -105,7 +105,7 @@ class BeamSearch:
         return self._advance(state, problem), Info(chains, loss, layer_calls)
 
     def _insert(self, state: State, children: Array, hidden: Array, loss: Array) -> State:
-        """Insert children one by one; each evicts the worst of its generation if it is better.
+        """Insert children one by one; each evicts the worst child so far if it is better.
 
         They are ranked by their best head, even if they are shorter than `min_layers`.
         """
@@ -114,8 +114,8 @@ class BeamSearch:
 
         def insert(i: Array, kept: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             kept_chains, kept_hidden, kept_loss = kept
-            is_place = jnp.arange(self.max_width) < state.width
-            worst = jnp.argmax(jnp.where(is_place, kept_loss[new], -jnp.inf))
+            is_in_beam = jnp.arange(self.max_width) < state.width
+            worst = jnp.argmax(jnp.where(is_in_beam, kept_loss[new], -jnp.inf))
             row = jnp.where(best[i] < kept_loss[new, worst], worst, self.max_width)
             return (
                 kept_chains.at[new, row].set(children[i], mode="drop"),
@@ -150,11 +150,11 @@ class BeamSearch:
 
 
 def _start_pass(state: State, problem: Problem, width: Int[Array, ""]) -> State:
-    """The state at the start of a pass: only the empty prefix."""
+    """The state at the start of a pass, with only the empty prefix."""
     return State(
         state.chains.at[0, 0].set(PADDING),
         state.hidden.at[0, 0].set(problem.bank.embed(problem.data.x)),
-        # Any finite loss marks an open prefix, and this one has no rival.
+        # Any finite loss marks a row as used. Its value does not matter: no other row is used.
         jnp.full_like(state.loss, jnp.inf).at[0, 0].set(0.0),
         jnp.array(0),
         jnp.array(0),

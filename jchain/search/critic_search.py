@@ -1,12 +1,12 @@
 """Search over the tree of prefixes with a critic that reads activations.
 
 A step extends one open prefix by every layer and observes the children. The critic predicts the
-lowest loss of the chains that start with each open prefix. The search takes the best open prefix
-of each length in turn, or sometimes a random one (epsilon-greedy). The critic is a network
-pretrained on other banks, if one is given, plus a linear correction that is fitted to this bank
-during the search. The targets of the correction are those of Q-learning: the lower of the loss of
-stopping at the prefix and of the predictions for its children (least-squares temporal differences,
-Bradtke and Barto 1996; fitted Q iteration, Ernst et al. 2005).
+lowest loss of the chains that start with each open prefix. The search takes turns among the
+lengths and extends the best open prefix of that length, or sometimes a random one (epsilon-greedy).
+The critic is the sum of a network pretrained on other banks (if given) and a linear correction that
+is fitted to this bank during the search. The correction's targets are those of Q-learning: the
+minimum of the loss of stopping at the prefix and the predictions for its children (least-squares
+temporal differences, Bradtke and Barto 1996; fitted Q iteration, Ernst et al. 2005).
 """
 
 from typing import NamedTuple
@@ -25,8 +25,8 @@ from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
 from jchain.search.prefixes import end_children, extend_prefix
 
-# Layers have one-hot codes in banks of up to this many layers, and random codes of this length
-# above.
+# Layers have one-hot codes in banks of up to this many layers. In larger banks they have random
+# codes of this length.
 _MAX_CODES = 64
 _CODE_SEED = 0
 # The constant input of the regression is large, so that the ridge penalty hardly affects its
@@ -38,10 +38,10 @@ class Prefixes(NamedTuple):
     """Open prefixes by their number of layers."""
 
     chains: Int[Array, "D W L"]  # [D, W, L], layers, then -1
-    features: Float[Array, "D W F"]  # [D, W, F], of the observation
-    inputs: Float[Array, "D W I"]  # [D, W, I], of the online correction
-    stop: Float[Array, "D W"]  # [D, W], log loss of the best head
-    base: Float[Array, "D W"]  # [D, W], prediction of the network; +inf in an empty place
+    features: Float[Array, "D W F"]  # [D, W, F], observed features
+    inputs: Float[Array, "D W I"]  # [D, W, I], inputs of the online correction
+    stop: Float[Array, "D W"]  # [D, W], log loss of stopping with the best head
+    base: Float[Array, "D W"]  # [D, W], prediction of the network; +inf in an empty row
 
 
 class State(NamedTuple):
@@ -49,9 +49,9 @@ class State(NamedTuple):
 
     prefixes: Prefixes
     last: Int[Array, "L"]  # [L], the prefix that was extended last
-    children: Shaped[Array, "N B ..."]  # [N, B, ...F], activations of its children
+    children: Shaped[Array, "N B ..."]  # [N, B, ...F], activations of the children of `last`
     center: Float[Array, "F"]  # [F], mean features of the prefixes of one layer
-    weights: Float[Array, "D I"]  # [D, I], of the online correction
+    weights: Float[Array, "D I"]  # [D, I], weights of the online correction
     inverse_gram: Float[Array, "D I I"]  # [D, I, I], ridge * inverse of (ridge * I + X^T X)
     turn: Int[Array, ""]  # the length to try first in the next step
 
@@ -75,14 +75,14 @@ class CriticSearch:
 
     Attributes:
       critic: a critic from `jchain.pretrain_critic`; None to use the loss of the best head.
-      width: open prefixes kept of each length; the worst-predicted ones are evicted.
+      width: open prefixes of each length that are kept; the worst-predicted ones are evicted.
       ridge: ridge penalty of the online correction; `jnp.inf` disables online learning.
       epsilon: probability of extending a random open prefix instead of the best one.
-      observe: observes a prefix: `jchain.agent.observations.observe`, or
+      observe: function that observes a prefix: `jchain.agent.observations.observe`, or
         `jchain.chainbench.tabular.observe` for problems with tabulated losses.
 
     Raises:
-      ValueError: the critic is not a critic of the present features, or width is less than 1.
+      ValueError: the critic was trained on other features, or width is less than 1.
     """
 
     needs_gradient = False
@@ -125,7 +125,8 @@ class CriticSearch:
             jnp.zeros((*shape, NUM_FEATURES)).at[0, 0].set(root.features),
             jnp.zeros((*shape, size)),
             jnp.zeros(shape).at[0, 0].set(log_loss(lowest(root.loss))),
-            # Any finite prediction marks an open prefix, and this one has no rival.
+            # Any finite prediction marks an open prefix. The value does not matter, because no
+            # other prefix is open.
             jnp.full(shape, jnp.inf).at[0, 0].set(0.0),
         )
         return State(
@@ -178,7 +179,7 @@ class CriticSearch:
         return state, Info(chains, loss, layer_calls)
 
     def _select(self, key: Key[Array, ""], state: State, length: Int[Array, ""]) -> Int[Array, ""]:
-        """The place of the prefix to extend among those of this length (epsilon-greedy)."""
+        """The row of the prefix to extend among those of this length (epsilon-greedy)."""
         coin_key, place_key = jax.random.split(key)
         base, inputs = state.prefixes.base[length], state.prefixes.inputs[length]
         best = jnp.argmin(_predict(base, inputs, state.weights[length]))
@@ -200,10 +201,11 @@ class CriticSearch:
         change = children.features - parent.features[None]
         gain = jnp.zeros_like(stop)
         if self.critic is not None:
-            # The prediction for prefixes of max_layers layers is not used, so any length will do.
-            at = jnp.minimum(length, max(problem.max_layers - 1, 0))
+            # Prefixes of max_layers layers are out of the critic's range. Their prediction is not
+            # used, so pass any length.
+            critic_length = jnp.minimum(length, max(problem.max_layers - 1, 0))
             inputs = critic_lib.make_inputs(
-                children.features, change, center, at, max(problem.max_layers, 1)
+                children.features, change, center, critic_length, max(problem.max_layers, 1)
             )
             gain = self.critic.gain(inputs)
         inputs = _make_regression_inputs(problem, children, change, center, length)
@@ -264,7 +266,7 @@ def _next_length(state: State) -> Int[Array, ""]:
 def _recompute(
     state: State, problem: Problem, prefix: Int[Array, "L"], length: Int[Array, ""]
 ) -> tuple[Shaped[Array, "B ..."], Int[Array, ""]]:
-    """Activations of a prefix and their layer calls: 0 for children of the last extended prefix."""
+    """Activations of a prefix, and their layer calls: 0 if they were kept since the last step."""
     slots = jnp.arange(prefix.size)
     is_child = (length > 0) & jnp.all(jnp.where(slots == length - 1, PADDING, prefix) == state.last)
     num_layers = jnp.where(is_child, 0, length)
@@ -294,7 +296,7 @@ def _observe_children(
 
 
 def _codes(problem: Problem) -> Float[Array, "N C"]:
-    """A code of each layer for the regression."""
+    """The code of each layer for the regression."""
     num_layers = problem.bank.num_layers
     if num_layers <= _MAX_CODES:
         return jnp.eye(num_layers)
@@ -304,7 +306,7 @@ def _codes(problem: Problem) -> Float[Array, "N C"]:
 def _make_regression_inputs(
     problem: Problem, children: _Children, change: Array, center: Array, length: Int[Array, ""]
 ) -> Float[Array, "N I"]:
-    """Last token, the token before it, all tokens, and features relative to parent and bank."""
+    """Codes of the last two tokens and of all tokens, and features relative to parent and bank."""
     codes = _codes(problem)
     is_layer = jnp.arange(children.chains.shape[1]) < length
     tokens = jnp.where(is_layer[None, :, None], codes[children.chains], 0.0)
@@ -319,7 +321,7 @@ def _make_regression_inputs(
 def _insert(
     state: State, candidates: Prefixes, value: Float[Array, "N"], length: Int[Array, ""]
 ) -> State:
-    """Insert the best children in empty places; then they evict the worst-predicted prefixes.
+    """Insert the best children in empty rows, then in place of the worst-predicted prefixes.
 
     Children with a value of +inf are not inserted.
     """

@@ -1,4 +1,4 @@
-"""Monte Carlo tree search by mctx with the policy of Gumbel MuZero.
+"""Monte Carlo tree search with the policy of Gumbel MuZero, by the library mctx.
 
 Danihelka et al. 2022, ICLR, openreview.net/forum?id=bERaNdoegnO. The model is the decision process
 itself. The value of a prefix is minus its lowest head loss.
@@ -22,8 +22,8 @@ class Node(NamedTuple):
     """A prefix in the tree."""
 
     state: env.State
-    loss: Float[Array, "K"]  # [K], of ending here with each head, layer penalty included
-    is_call: Bool[Array, ""]  # True if it cost a layer call
+    loss: Float[Array, "K"]  # [K], loss of ending here with each head, layer penalty included
+    is_call: Bool[Array, ""]  # True if making the node cost a layer call
 
 
 class State(NamedTuple):
@@ -36,10 +36,10 @@ class State(NamedTuple):
 class MCTS:
     """Tree search by simulations. A step grows one tree and takes the best action at its root.
 
-    After a head the next step starts from the empty prefix.
+    After a head, the next step starts from the empty prefix.
 
     Attributes:
-      num_simulations: simulations in a step; most cost one layer call.
+      num_simulations: simulations per step; most of them cost one layer call.
       gumbel_scale: scale of the noise at the root; 0 makes the search deterministic.
 
     Raises:
@@ -91,7 +91,7 @@ class MCTS:
         start = env.reset(problem)
         next_root = jax.tree.map(lambda a, b: jnp.where(taken.is_done, a, b), start, taken)
 
-        # The chains that end the root were scored by an earlier step, except for the empty prefix.
+        # An earlier step scored the chains that end the root, unless the root is the empty prefix.
         is_scored = nodes.is_call.at[0].set(state.root.length == 0) & (
             nodes.state.length >= problem.min_layers
         )
@@ -107,12 +107,12 @@ def _make_node(problem: Problem, state: env.State, is_call: Bool[Array, ""]) -> 
 
 
 def _value(node: Node) -> Float[Array, ""]:
-    """Minus the lowest loss. A loss that is not finite counts as 1e6, as mctx averages values."""
+    """Minus the lowest loss. A nonfinite loss counts as 1e6, because mctx averages values."""
     return -jnp.min(jnp.where(jnp.isfinite(node.loss), node.loss, 1e6))
 
 
 def _import_mctx() -> ModuleType:
-    """mctx, untyped: a type checker does not find the constructors of its chex dataclasses."""
+    """Import mctx, untyped: type checkers do not find the constructors of its chex dataclasses."""
     import mctx
 
     return mctx

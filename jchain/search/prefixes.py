@@ -22,7 +22,7 @@ def extend_prefix(
       problem: the bank.
       prefix: tokens of the prefix, then -1, `[L]`.
       length: layers of the prefix.
-      hidden: its activations, `[B, ...F]`.
+      hidden: activations of the prefix, `[B, ...F]`.
 
     Returns:
       The children, `[N, L]`, and their activations, `[N, B, ...F]`.
@@ -37,13 +37,13 @@ def end_prefixes(
     loss: Float[Array, "R K"],
     is_scored: Bool[Array, "R"],
 ) -> tuple[Int[Array, "Q L"], Float[Array, "Q"]]:
-    """List the chains that end prefixes with each head, as `Info` holds them.
+    """List the chains that end prefixes with each head, in the form of `Info`.
 
     Args:
       problem: the bank.
       prefixes: tokens of each prefix, then -1, `[R, L]`.
       length: layers of each prefix, `[R]`.
-      loss: of each prefix with each head, layer penalty included, `[R, K]`.
+      loss: loss of each prefix with each head, layer penalty included, `[R, K]`.
       is_scored: True for the prefixes to list, `[R]`.
 
     Returns:
@@ -66,9 +66,9 @@ def end_children(
     is_open: Bool[Array, ""],
     does_extend: Bool[Array, ""],
 ) -> tuple[Int[Array, "Q L"], Float[Array, "Q"]]:
-    """List the chains that end the children of a prefix, as `Info` holds them.
+    """List the chains that end the children of a prefix, in the form of `Info`.
 
-    The chains that end the empty prefix come first, because it is no child of another prefix.
+    The chains that end the empty prefix come first, because it is not a child of any prefix.
     Chains of fewer than `min_layers` layers are left out.
 
     Args:
@@ -77,12 +77,12 @@ def end_children(
       length: layers of the prefix.
       hidden: activations of the prefix, `[B, ...F]`.
       children: tokens of its children, `[N, L]`.
-      loss: of each child with each head, layer penalty included, `[N, K]`.
+      loss: loss of each child with each head, layer penalty included, `[N, K]`.
       is_open: False if there is no prefix to extend.
       does_extend: True if the children were computed.
 
     Returns:
-      Chains `[(1 + N) * K, L]` and losses `[(1 + N) * K]`, as by `end_prefixes`.
+      Chains `[(1 + N) * K, L]` and losses `[(1 + N) * K]`, as from `end_prefixes`.
     """
     is_root = is_open & (length == 0) & (problem.min_layers == 0)
     is_end = does_extend & (length + 1 >= problem.min_layers)

@@ -22,29 +22,30 @@ from jchain.search.base import Info
 
 
 class State(NamedTuple):
-    """The table, and the chains to replay."""
+    """The table of values, and the chains to replay."""
 
-    # [L, N + 1, N + K], by slot, last layer (N if there is none) and token
+    # [L, N + 1, N + K], the table, by slot, last layer (N if there is none), and token
     values: Float[Array, "L M E"]
-    chains: Int[Array, "R L"]  # [R, L], the last chains scored, as a ring
-    reward: Float[Array, "R"]  # [R], of these chains
+    chains: Int[Array, "R L"]  # [R, L], the last chains that were scored, as a ring buffer
+    reward: Float[Array, "R"]  # [R], reward of each of these chains
     num_steps: Int[Array, ""]
     cache: ScoreCache
 
 
 @pytree_dataclass
 class QLearning:
-    """Samples epsilon-greedy chains, then updates the table on chains drawn from the last ones.
+    """Samples epsilon-greedy chains, then updates the table on chains drawn from recent ones.
 
     Attributes:
       num_chains: chains per step, P.
       replay_size: chains that are kept for replay, R.
       num_replays: chains that are replayed in each step.
-      learning_rate: of the table.
-      decay: epsilon, the share of random tokens, is `decay ** steps`, but at least `min_epsilon`.
-      min_epsilon: lowest share of random tokens.
-      reward_fn: rewards of the chains of a step from their losses (`jchain.agent.rewards`). Not
-        ranks, because they change with the step.
+      learning_rate: learning rate of the table.
+      decay: epsilon, the probability of a random token, is `decay ** steps`, but at least
+        `min_epsilon`.
+      min_epsilon: lowest probability of a random token.
+      reward_fn: maps the losses of a step's chains to rewards (`jchain.agent.rewards`). Ranks do
+        not work, because they depend on the other chains of the step.
     """
 
     num_chains: int = static(default=16)
@@ -70,12 +71,12 @@ class QLearning:
 
     @property
     def needs_gradient(self) -> bool:
-        """Whether it needs activations that have a gradient."""
+        """Whether the search needs activations that have a gradient."""
         return False
 
     @property
     def needs_invertible(self) -> bool:
-        """Whether it needs layers that can be inverted."""
+        """Whether the search needs layers that can be inverted."""
         return False
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
@@ -116,12 +117,13 @@ class QLearning:
     ) -> Float[Array, "P L"]:
         """The table's prediction before each token of chains: the best reward that can follow.
 
-        It is 0 if nothing was tried, and after the head. The unit is that of `reward_fn`.
+        It is 0 for states that were never tried and after the head. The unit is that of
+        `reward_fn`.
 
         Args:
-          state: with the table.
-          chains: `[P, L]`.
-          problem: the tokens that are allowed.
+          state: the state, which holds the table.
+          chains: tokens, `[P, L]`.
+          problem: the problem, which says which tokens are allowed.
         """
 
         def read(chain: Array) -> Array:
@@ -141,8 +143,8 @@ def sample_chain(
     Args:
       key: consumed.
       values: the table, `[L, N + 1, N + K]`.
-      epsilon: share of random tokens.
-      problem: the tokens that are allowed.
+      epsilon: probability of a random token.
+      problem: the problem, which says which tokens are allowed.
     """
     num_layers = problem.bank.num_layers
 
@@ -178,14 +180,14 @@ def update(
 
         q(s_t, a_t) += alpha * (r_t + discount_t * max_a q(s_{t+1}, a) - q(s_t, a_t))
 
-    All slots are updated at once, because each has states of its own.
+    All slots are updated at once, because no two slots share a state.
 
     Args:
       values: the table, `[L, N + 1, N + K]`.
-      chain: `[L]`.
-      reward: of the chain.
+      chain: tokens, `[L]`.
+      reward: reward of the chain.
       rate: learning rate.
-      problem: the tokens that are allowed.
+      problem: the problem, which says which tokens are allowed.
     """
     import rlax
 
@@ -210,8 +212,8 @@ def look_up(
 
     Args:
       values: the table, `[L, N + 1, N + K]`.
-      chain: `[L]`.
-      problem: the tokens that are allowed.
+      chain: tokens, `[L]`.
+      problem: the problem, which says which tokens are allowed.
     """
     slots = jnp.arange(chain.shape[0])
     is_legal: Bool[Array, "L E"] = jax.vmap(lambda t: env.legal_actions(problem, t))(slots)
@@ -222,8 +224,8 @@ def find_last(chain: Int[Array, "L"], problem: Problem) -> Int[Array, "L"]:
     """The layer before each slot, N if there is none.
 
     Args:
-      chain: `[L]`.
-      problem: with the number of layers.
+      chain: tokens, `[L]`.
+      problem: the problem, which gives the number of layers.
     """
     is_layer = jnp.arange(chain.shape[0]) < problem.space.count_layers(chain)
     return jnp.concatenate(

@@ -1,11 +1,10 @@
-"""Beam search over prefixes that looks ahead by short suffixes, pulled back from target outputs
-(`jchain.inverse.suffixes`).
+"""Beam search over prefixes that looks ahead by short suffixes (`jchain.inverse.suffixes`).
 
 A step extends the prefixes of a beam (Lowerre 1976, the Harpy system) by every layer, predicts
-their loss with every suffix, and evaluates the most promising of these chains. A prefix is ranked
-by its best prediction, so the lookahead costs no layer calls. A pass goes from the empty prefix to
-full chains. Each pass draws other probe examples and pulls back other suffixes, starting from the
-activations of the best chain so far.
+their loss with every suffix that was pulled back from target outputs, and evaluates the most
+promising of these chains. A prefix is ranked by its best prediction, so the lookahead costs no
+layer calls. A pass goes from the empty prefix to full chains. Each pass draws new probe examples
+and pulls back new suffixes, starting from the activations of the best chain so far.
 """
 
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
 from jchain.search.descent import allocate_candidates, sample_candidates
 
-# Chains proposed for each chain that is evaluated, so that cached chains can be skipped.
+# Chains proposed per chain that is evaluated, so that cached chains can be skipped.
 _MARGIN = 4
 
 
@@ -36,7 +35,7 @@ class State(NamedTuple):
 
     prefixes: Int[Array, "W L"]  # [W, L], the beam, padded with -1
     rows: Int[Array, "B"]  # [b], the probe examples of this pass
-    hidden: Shaped[Array, "W B ..."]  # [W, b, ...F], after each prefix on the probes
+    hidden: Shaped[Array, "W B ..."]  # [W, b, ...F], activations of each prefix on the probes
     is_valid: Bool[Array, "W"]  # which rows hold a prefix
     depth: Int[Array, ""]  # layers in each prefix; 0 at the start of a pass
     suffixes: Suffixes
@@ -48,20 +47,21 @@ class State(NamedTuple):
 
 @pytree_dataclass
 class SuffixBeamSearch:
-    """Beam search over prefixes that predicts their loss with suffixes pulled back from the target.
-    Needs invertible layers.
+    """Beam search over prefixes that predicts their loss with suffixes pulled back from a target.
+
+    It needs invertible layers.
 
     Attributes:
       width: prefixes in the beam.
-      num_suffix: most layers in a suffix.
-      num_candidates: layers that suffixes are made of, drawn again for each pass: of each module in
-        proportion to its layers, and at least one.
+      num_suffix: maximum number of layers in a suffix.
+      num_candidates: layers that suffixes are made of, drawn anew for each pass. Each module gets a
+        share in proportion to its layers, and at least one.
       num_moves: chains evaluated in a step.
-      num_probes: examples on which losses are predicted, drawn again for each pass. A layer call on
-        them counts as that fraction of a layer call.
-      temperature: scale of the Gumbel noise on predicted losses, by which prefixes and chains are
-        chosen, in units of the difference between the mean and the smallest one. Without noise
-        passes would repeat if all examples are probes.
+      num_probes: examples on which losses are predicted, drawn anew for each pass. A call on these
+        examples counts as the corresponding fraction of a layer call.
+      temperature: scale of the Gumbel noise on the predicted losses that choose prefixes and
+        chains, in units of the difference between their mean and minimum. If all examples are
+        probes, passes without noise would repeat.
     """
 
     is_deterministic = False
@@ -90,7 +90,7 @@ class SuffixBeamSearch:
         """Check that the bank has only invertible layers.
 
         Args:
-          problem: what the search is to run on.
+          problem: the problem to search.
 
         Raises:
           ValueError: a layer's module has no inverse.
@@ -106,10 +106,10 @@ class SuffixBeamSearch:
         self.check(problem)
         inverses = tuple(inverse for inverse in inverse_groups(problem.bank) if inverse is not None)
         rows = self._draw_rows(key, problem)
-        few = problem.take(rows)
-        hidden = few.bank.embed(few.data.x)
+        probe_problem = problem.take(rows)
+        hidden = probe_problem.bank.embed(probe_problem.data.x)
         num_slots = problem.max_layers + 1
-        found: Suffixes = jax.eval_shape(lambda: self._pull(key, few, inverses, hidden))  # pyright: ignore[reportAssignmentType]
+        found: Suffixes = jax.eval_shape(lambda: self._pull(key, probe_problem, inverses, hidden))  # pyright: ignore[reportAssignmentType]
         suffixes = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), found)
         return State(
             jnp.full((self.width, num_slots), PADDING, jnp.int32),
@@ -125,9 +125,9 @@ class SuffixBeamSearch:
         )
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
-        # Not only the branches (`cond_in_sequence`) but all of it runs in sequence under vmap: a
-        # plain vmap would pull back suffixes in every step of every run, and batched products would
-        # round differently.
+        # All of it runs in sequence under vmap, not only the branches (`cond_in_sequence`): a plain
+        # vmap would pull back suffixes in every step of every run, and batched products would round
+        # differently.
         @jax.custom_batching.sequential_vmap
         def look_ahead(
             problem: Problem, key: Array, state: State, temperature: Array
@@ -168,29 +168,39 @@ class SuffixBeamSearch:
         return jax.random.choice(key, size, (min(self.num_probes, size),), replace=False)
 
     def _start(self, key: Array, state: State, problem: Problem) -> State:
-        """Start a pass with other probes: with the same ones it would repeat its errors."""
+        """Start a pass with new probes: with the same ones it would repeat its errors."""
         rows = self._draw_rows(key, problem)
         root = problem.bank.embed(problem.data.x[rows])
         return state._replace(rows=rows, hidden=jnp.broadcast_to(root, state.hidden.shape))
 
     def _pull(
-        self, key: Array, few: Problem, inverses: tuple[LayerGroup, ...], near: Array
+        self, key: Array, probe_problem: Problem, inverses: tuple[LayerGroup, ...], near: Array
     ) -> Suffixes:
-        members = sample_candidates(key, few, allocate_candidates(few, self.num_candidates))
+        members = sample_candidates(
+            key, probe_problem, allocate_candidates(probe_problem, self.num_candidates)
+        )
         return pull_back_suffixes(
-            few, inverses, members, near, min(self.num_suffix, few.max_layers)
+            probe_problem, inverses, members, near, min(self.num_suffix, probe_problem.max_layers)
         )
 
-    def _refresh(self, key: Array, state: State, few: Problem) -> tuple[Suffixes, Int[Array, ""]]:
-        """At the start of a pass, pull suffixes back from the best chain so far. Also returns the
-        layer calls on the probes."""
+    def _refresh(
+        self, key: Array, state: State, probe_problem: Problem
+    ) -> tuple[Suffixes, Int[Array, ""]]:
+        """At the start of a pass, pull suffixes back from the best chain so far.
+
+        Returns the suffixes and the layer calls on the probes.
+        """
 
         def pull() -> tuple[Suffixes, Array]:
-            forward = forward_pass(few, state.best)
-            suffixes = self._pull(key, few, state.inverses, forward.hidden[forward.length])
-            num_members = sum(allocate_candidates(few, self.num_candidates))
-            lengths = range(1, min(self.num_suffix, few.max_layers) + 1)
-            num_grown = few.bank.num_heads * sum(num_members**length for length in lengths)
+            forward = forward_pass(probe_problem, state.best)
+            suffixes = self._pull(
+                key, probe_problem, state.inverses, forward.hidden[forward.length]
+            )
+            num_members = sum(allocate_candidates(probe_problem, self.num_candidates))
+            lengths = range(1, min(self.num_suffix, probe_problem.max_layers) + 1)
+            num_grown = probe_problem.bank.num_heads * sum(
+                num_members**length for length in lengths
+            )
             return suffixes, jnp.asarray(
                 forward.length + num_grown * (2 + suffixes.outputs.shape[-1]), jnp.int32
             )
@@ -198,48 +208,53 @@ class SuffixBeamSearch:
         return jax.lax.cond(state.depth == 0, pull, lambda: (state.suffixes, jnp.int32(0)))
 
     def _extend(
-        self, key: Array, state: State, few: Problem, temperature: Array
+        self, key: Array, state: State, probe_problem: Problem, temperature: Array
     ) -> tuple[State, Array, Array]:
-        """Extend the beam by a layer. Returns the state, the chains to evaluate, and the layer
-        calls on the probes."""
+        """Extend the beam by a layer.
+
+        Returns the state, the chains to evaluate, and the layer calls on the probes.
+        """
         pull_key, noise_key = jax.random.split(key)
-        suffixes, num_pulled = self._refresh(pull_key, state, few)
-        rows = _extend_prefixes(few, state)
+        suffixes, num_pulled = self._refresh(pull_key, state, probe_problem)
+        rows = _extend_prefixes(probe_problem, state)
         num_suffix = (suffixes.tokens >= 0).sum(axis=1)
         loss = (
-            predict_losses(few, suffixes, rows.hidden)
-            + few.layer_penalty(rows.chains)[:, None]
-            + few.layer_penalty(suffixes.tokens)[None]
+            predict_losses(probe_problem, suffixes, rows.hidden)
+            + probe_problem.layer_penalty(rows.chains)[:, None]
+            + probe_problem.layer_penalty(suffixes.tokens)[None]
         )
-        does_fit = rows.depth[:, None] + num_suffix[None] <= few.max_layers + 1
+        does_fit = rows.depth[:, None] + num_suffix[None] <= probe_problem.max_layers + 1
         loss = jnp.where(rows.is_valid[:, None] & does_fit & jnp.isfinite(loss), loss, jnp.inf)
 
         is_pair = jnp.isfinite(loss)
         spread = jnp.mean(loss, where=is_pair) - jnp.min(loss)
-        hope = (
+        noisy_gain = (
             jnp.where(is_pair, temperature * spread * jax.random.gumbel(noise_key, loss.shape), 0.0)
             - loss
         )
         # Chains shorter than `min_layers` are not evaluated, but their predictions still rank
         # prefixes.
-        is_long = rows.depth[:, None] + num_suffix[None] > few.min_layers
+        is_long = rows.depth[:, None] + num_suffix[None] > probe_problem.min_layers
         gain, pairs = jax.lax.top_k(
-            jnp.where(is_long, hope, -jnp.inf).reshape(-1), min(_MARGIN * self.num_moves, loss.size)
+            jnp.where(is_long, noisy_gain, -jnp.inf).reshape(-1),
+            min(_MARGIN * self.num_moves, loss.size),
         )
         row, suffix = jnp.divmod(pairs, loss.shape[1])
         chains = _attach(rows.chains[row], rows.depth[row], suffixes.tokens[suffix])
-        chains = jnp.where(jnp.isfinite(gain)[:, None], chains, few.space.head_alone[None]).astype(
-            jnp.int32
-        )
+        chains = jnp.where(
+            jnp.isfinite(gain)[:, None], chains, probe_problem.space.head_alone[None]
+        ).astype(jnp.int32)
 
-        worth, kept = jax.lax.top_k(hope[1:].max(axis=1), self.width)
+        prefix_gain, kept = jax.lax.top_k(noisy_gain[1:].max(axis=1), self.width)
         kept = 1 + kept
-        is_over = state.depth + 1 >= few.max_layers
+        is_over = state.depth + 1 >= probe_problem.max_layers
         next_state = state._replace(
             prefixes=jnp.where(is_over, PADDING, rows.chains[kept]),
             hidden=rows.hidden[kept],
             is_valid=jnp.where(
-                is_over, jnp.arange(self.width) == 0, rows.is_valid[kept] & jnp.isfinite(worth)
+                is_over,
+                jnp.arange(self.width) == 0,
+                rows.is_valid[kept] & jnp.isfinite(prefix_gain),
             ),
             depth=jnp.where(is_over, 0, state.depth + 1),
             suffixes=suffixes,
@@ -256,15 +271,19 @@ class _Prefixes(NamedTuple):
     depth: Int[Array, "R"]
 
 
-def _extend_prefixes(few: Problem, state: State) -> _Prefixes:
-    """The children of the beam, after a first row for the empty prefix, which is valid at the start
-    of a pass."""
-    num_layers = few.bank.num_layers
-    made = jax.lax.map(lambda hidden: apply_all(few.bank.layers, hidden), state.hidden)
+def _extend_prefixes(probe_problem: Problem, state: State) -> _Prefixes:
+    """The children of the beam, after a row for the empty prefix.
+
+    That first row is valid only at the start of a pass.
+    """
+    num_layers = probe_problem.bank.num_layers
+    made = jax.lax.map(lambda hidden: apply_all(probe_problem.bank.layers, hidden), state.hidden)
     tokens = jnp.tile(jnp.arange(num_layers, dtype=jnp.int32), len(state.prefixes))
     chains = jnp.repeat(state.prefixes, num_layers, axis=0)
-    chains = jnp.where(jnp.arange(few.max_layers + 1)[None] == state.depth, tokens[:, None], chains)
-    does_extend = jnp.repeat(state.is_valid & (state.depth < few.max_layers), num_layers)
+    chains = jnp.where(
+        jnp.arange(probe_problem.max_layers + 1)[None] == state.depth, tokens[:, None], chains
+    )
+    does_extend = jnp.repeat(state.is_valid & (state.depth < probe_problem.max_layers), num_layers)
     return _Prefixes(
         jnp.concatenate([state.prefixes[:1], chains]),
         jnp.concatenate([state.hidden[:1], made.reshape(-1, *made.shape[2:])]),

@@ -154,7 +154,7 @@ def test_bad_input_is_refused(bank):
             outputs,
             "layer layer0: ResidualMLP has no inverse: expected a module with invert",
         ),
-        (bank, [6, 0], outputs, "a head .token 6 or more. at the end alone"),
+        (bank, [6, 0], outputs, "a head .token 6 or more. only at the end"),
         (bank, [9], outputs, r"tokens in 0\.\.8, got \[9\]"),
         (bank, [[0]], outputs, r"integer tokens of shape \[L\]"),
         (bank, [0.5], outputs, "integer tokens"),
@@ -165,7 +165,7 @@ def test_bad_input_is_refused(bank):
     ):
         with pytest.raises(ValueError, match=expected):
             jc.pull_back(tested, suffix, given)
-    with pytest.raises(ValueError, match=r"near of the head's shape, got \[4, 5\]"):
+    with pytest.raises(ValueError, match=r"near of the shape of the head's input, got \[4, 5\]"):
         jc.pull_back(bank, [6], outputs, near=jnp.ones((4, 5)))
     with pytest.raises(ValueError, match="confidence between 1/3 and 1, got 1.5"):
         inverse.target_logits(jnp.array([0]), 3, 1.5)
