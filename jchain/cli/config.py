@@ -1,17 +1,20 @@
-"""The configuration of `jchain search`: parsed, resolved once, never changed afterwards."""
+"""The configuration of `jchain search`: parsed and resolved once, then never changed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import TypeVar
 
 from jchain.problem import check_max_layers, check_min_layers
 
-# Options that a bank of checkpoints does not have, and those that only such a bank has.
+# Options for a bank that is trained, and options for a bank of checkpoints.
 _TRAINED_ONLY = ("bank", "layer", "channels", "num_layers", "num_heads", "depth", "num_steps")
 _CHECKPOINT_ONLY = ("text", "choices", "length", "pinned", "dtype", "sweep")
 # How to run, not what to compute: left out of result.json.
 _NOT_RECORDED = ("json", "replace")
 _PATHS = ("data_dir", "out")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,11 @@ class SearchConfig:
       choices: JSON lines of questions that they are judged on.
       length: tokens of a sequence or question.
       pinned: blocks that every chain begins and ends with.
-      sweep: search at every number of layers from this one on.
-      dtype: of the weights of checkpoints.
+      sweep: also search with every smaller `max_layers`, down to this one.
+      dtype: type of the weights of checkpoints.
       bank: how the bank is made.
       layer: module of the layers.
-      channels: of convolutions.
+      channels: channels of convolutions.
       num_layers: layers in the bank.
       num_heads: heads of a routed or random bank.
       depth: layers of each net or route that is trained.
@@ -42,10 +45,10 @@ class SearchConfig:
       min_layers: fewest layers in a chain.
       layer_cost: penalty of a layer, in units of the loss.
       search: name of the search.
-      encoding: what the actor-critic sees of a prefix.
+      encoding: how the actor-critic encodes a prefix.
       update: when weights are trained.
-      budget: layer calls.
-      seed: of splits, bank, and search.
+      budget: layer calls, gradient steps included.
+      seed: seed of splits, bank, and search.
       out: result folder.
       command: the command line.
       replace: replace a result that is in the folder.
@@ -100,8 +103,18 @@ class SearchConfig:
 
     @property
     def is_frozen(self) -> bool:
-        """Whether the weights of the bank stay what they are."""
+        """Whether the weights of the bank are never updated."""
         return self.update == "never"
+
+
+def resolved(value: T | None) -> T:
+    """The value of an option that `resolve` has filled in.
+
+    Args:
+      value: a field of a resolved configuration.
+    """
+    assert value is not None
+    return value
 
 
 def resolve(config: SearchConfig) -> SearchConfig:
@@ -183,7 +196,7 @@ def check_search(config: SearchConfig, invertible_layers: Sequence[str]) -> None
             f"expected --layer of {', '.join(invertible_layers)}, which are invertible, got "
             f"{config.layer or 'the default'}"
         )
-    if config.budget is not None and config.budget < 1:
+    if resolved(config.budget) < 1:
         raise ValueError(f"expected a budget of at least 1, got {config.budget}")
     if config.max_layers is not None:
         check_min_layers(config.min_layers, config.max_layers)
