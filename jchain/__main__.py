@@ -1,5 +1,6 @@
 """The command line: `jchain search`, `jchain evaluate`, `jchain export`, `jchain prepare`."""
 
+import argparse
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,13 +13,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-      argv: arguments after the program's name; those of the process if None.
+      argv: arguments without the name of the program; those of the process if None.
 
     Returns:
-      The exit status: 2 if the input is bad, with one line that says why, 130 if interrupted.
+      The exit status: 0, or 2 after one line that says why the input is bad, or 130 if interrupted.
     """
-    args = make_parser().parse_args(argv)
-    args.command = shlex.join(["jchain", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(["jchain", *(sys.argv[1:] if argv is None else argv)])
+    args = make_parser().parse_args(argv, argparse.Namespace(command=command))
     try:
         COMMANDS[args.action](args)
     except (ValueError, OSError, ImportError) as error:

@@ -22,13 +22,15 @@ SIZES = (64, 64, 64, 256)
 # Tokens of a sequence if no length is given, or as many as the model has positions.
 LENGTH = 128
 
+LossFn = Callable[[Array, Array], Array]
+
 
 class JudgedData(NamedTuple):
     """Splits, and how the outputs of a chain are judged on them."""
 
     data: Dataset
-    loss_fn: Callable[[Array, Array], Array] = optax.softmax_cross_entropy_with_integer_labels
-    accuracy_fn: Callable[[Array, Array], Array] | None = None
+    loss_fn: LossFn = optax.softmax_cross_entropy_with_integer_labels
+    accuracy_fn: LossFn | None = None
 
 
 def load_data(config: SearchConfig) -> JudgedData:

@@ -16,7 +16,7 @@ from jchain import images
 from jchain.bank import Bank
 from jchain.cli import checkpoints, result_folder
 from jchain.cli.checkpoints import JudgedData
-from jchain.cli.config import SearchConfig, check_search, resolve, resolved
+from jchain.cli.config import DEFAULT_DATA, SearchConfig, check_search, resolve, resolved
 from jchain.cli.parser import LAYERS, UPDATES, make_search, parse_chain
 from jchain.cli.pipeline import run_pipeline
 from jchain.cli.records import finite_or_none
@@ -118,8 +118,7 @@ def run_export(args: argparse.Namespace) -> None:
         facts |= result_folder.describe(args.result)
     names = checkpoints.name_models(config.checkpoint)
     sources = dict(zip(names, config.checkpoint, strict=True))
-    most = args.max_shard_size
-    out = export(bank, tokens, sources, args.out, facts=facts, max_shard_size=most)
+    out = export(bank, tokens, sources, args.out, facts=facts, max_shard_size=args.max_shard_size)
     print(f"Wrote {out}")
 
 
@@ -144,13 +143,13 @@ def _load_result(args: argparse.Namespace, config: SearchConfig | None) -> tuple
         judged = checkpoints.load_data(replace(config, **given))
         bank = Bank.load(path) if path.exists() else checkpoints.load_bank(config)
         return bank, judged
-    config = config or SearchConfig(data="digits")
+    config = config or SearchConfig()
     # Options of the search do not apply to other data, except for the seed.
     if args.data not in (None, config.data):
         config = SearchConfig(data=args.data, seed=config.seed)
     config = replace(config, **given)
     data = data_lib.load(
-        config.data or "digits", config.seed, sizes=config.sizes, data_dir=config.data_dir
+        config.data or DEFAULT_DATA, config.seed, sizes=config.sizes, data_dir=config.data_dir
     )
     return Bank.load(path), JudgedData(data)
 

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from jchain.problem import check_max_layers, check_min_layers
 
+DEFAULT_DATA = "digits"
 # Options for a bank that is trained, and options for a bank of checkpoints.
 _TRAINED_ONLY = ("bank", "layer", "channels", "num_layers", "num_heads", "depth", "num_steps")
 _CHECKPOINT_ONLY = ("text", "choices", "length", "pinned", "dtype", "sweep")
@@ -118,7 +119,7 @@ def resolved(value: T | None) -> T:
 
 
 def resolve(config: SearchConfig) -> SearchConfig:
-    """Fill in defaults and make paths absolute.
+    """Fill in defaults. With checkpoints, also make the paths that are read absolute.
 
     What depends on the data (`layer`, `channels`, `num_heads`) is filled in by `jchain.cli.setup`.
 
@@ -140,7 +141,7 @@ def _resolve_trained(config: SearchConfig) -> SearchConfig:
     max_layers = config.depth if config.max_layers is None else config.max_layers
     return replace(
         config,
-        data=config.data or "digits",
+        data=config.data or DEFAULT_DATA,
         max_layers=check_max_layers(max_layers),
         search=config.search or "actor-critic",
         budget=20_000 if config.budget is None else config.budget,

@@ -13,6 +13,7 @@ from jchain import layers, train
 from jchain._typing import Array, Float, Key, PyTree
 from jchain.bank import Bank
 from jchain.cli import checkpoints
+from jchain.cli.checkpoints import LossFn
 from jchain.cli.config import SearchConfig, resolved
 from jchain.cli.parser import CHANNELS, LAYERS
 from jchain.cli.progress import print_progress
@@ -26,8 +27,6 @@ CONV_DEPTHS = (1, 2, 3)
 CONV_SIDE = 16
 # The optimum is computed if there are at most this many chains: half a minute on two cores.
 MAX_OPTIMUM_CHAINS = 200_000
-
-LossFn = Callable[[Array, Array], Array]
 
 
 class Modules(NamedTuple):
