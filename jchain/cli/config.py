@@ -88,9 +88,17 @@ class SearchConfig:
 
     @staticmethod
     def load(values: Mapping[str, object]) -> "SearchConfig":
-        """The configuration of parsed arguments, or of a `result.json`. Other names are ignored."""
+        """Make the configuration from parsed arguments, or from that of a `result.json`.
+
+        Args:
+          values: options by name; other names are ignored.
+        """
         names = {field.name for field in fields(SearchConfig)}
-        known = {name: value for name, value in values.items() if name in names}
+        known = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+            if name in names
+        }
         paths = {name: Path(str(known[name])) for name in _PATHS if known.get(name) is not None}
         return SearchConfig(**{**known, **paths})  # pyright: ignore[reportArgumentType]
 
@@ -175,9 +183,9 @@ def _resolve_checkpoint(config: SearchConfig) -> SearchConfig:
         search=config.search or "local",
         budget=1000 if config.budget is None else config.budget,
         pinned=config.pinned or (1, 1),
-        checkpoint=[str(Path(path).resolve()) for path in config.checkpoint or ()],
+        checkpoint=tuple(str(Path(path).resolve()) for path in resolved(config.checkpoint)),
         data_dir=config.data_dir and config.data_dir.resolve(),
-        text=config.text and [str(Path(path).resolve()) for path in config.text],
+        text=config.text and tuple(str(Path(path).resolve()) for path in config.text),
         choices=config.choices and str(Path(config.choices).resolve()),
     )
 
@@ -190,7 +198,7 @@ def check_search(config: SearchConfig, invertible_layers: Sequence[str]) -> None
       invertible_layers: names of the layers that can be inverted.
 
     Raises:
-      ValueError: a value is out of range, or does not go with the search.
+      ValueError: a value is out of range, or does not fit the search.
     """
     if config.search == "suffix-beam" and config.layer not in invertible_layers:
         raise ValueError(
@@ -214,6 +222,10 @@ def check_search(config: SearchConfig, invertible_layers: Sequence[str]) -> None
 
 def check_sweep(sweep: int | None, max_layers: int) -> None:
     """Check that a sweep starts below the most layers of a chain.
+
+    Args:
+      sweep: least value of `max_layers`; None for no sweep.
+      max_layers: most layers of a chain.
 
     Raises:
       ValueError: it does not.

@@ -334,9 +334,9 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
 
 
-def _parse_sizes(text: str) -> list[int]:
+def _parse_sizes(text: str) -> tuple[int, ...]:
     try:
-        return [int(size) for size in text.split(",")]
+        return tuple(int(size) for size in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"expected sizes as in 5000,1000,1000,1000, got {text!r}"
