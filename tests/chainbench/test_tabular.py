@@ -156,11 +156,11 @@ def test_an_observing_agent_samples_the_same_chains(problem):
     results = [
         jc.run(
             key,
-            jc.ActorCritic(jc.ObservedEncoding(watch, 8), 6, 1, entry_features=entries),
-            where,
+            jc.ActorCritic(jc.ObservedEncoding(observe_fn, 8), 6, 1, entry_features=entries),
+            target,
             budget=60,
         )
-        for watch, entries, where in (
+        for observe_fn, entries, target in (
             (observe, jc.agent.encoding.entry_features, problem),
             (tabular.observe, tabular.entry_features, tabular_problem),
         )
