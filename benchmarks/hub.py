@@ -97,7 +97,9 @@ def make_populations(num_layers: int, num: int) -> dict[str, np.ndarray]:
         ]
         for k in (2, 4)
     }
-    edits, is_chain = map(np.asarray, jc.chain.neighbors(whole, num_layers, 1))
+    edits, is_chain = map(
+        np.asarray, jc.chain.ChainSpace(num_layers, 1, len(whole) - 1).neighbors(whole)
+    )
     populations = {
         "2 of 12 dropped": jc.chain.pad(drop[2], max_layers=num_layers),
         "4 of 12 dropped": jc.chain.pad(drop[4], max_layers=num_layers),

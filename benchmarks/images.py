@@ -72,7 +72,7 @@ def measure(name: str) -> dict[str, Any]:
     ]
     bank = jc.Bank.stack(layers, params[: len(layers)], heads, params[len(layers) :])
     problem = jc.Problem(bank, jc.Batch(x, y), DEPTH)
-    chains = jc.chain.enumerate_all(bank.num_layers, bank.num_heads, DEPTH)
+    chains = jc.chain.ChainSpace(bank.num_layers, bank.num_heads, DEPTH).enumerate()
     said = jc.explain(problem, chains)
     # All layers, and all heads, are called equally often.
     flops = sum(

@@ -35,7 +35,9 @@ def main() -> None:
             max_layers=4,
         )
         bank = problem.bank
-        chains = jc.chain.sample(jax.random.key(1), 200, bank.num_layers, bank.num_heads, 4)
+        chains = jc.chain.ChainSpace(bank.num_layers, bank.num_heads, 4).sample(
+            jax.random.key(1), 200
+        )
         exact = losses_in_float64(problem, np.asarray(chains))
         row: dict[str, Any] = {
             "bank": kind,

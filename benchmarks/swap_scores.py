@@ -57,7 +57,12 @@ def compare(name: str, num_turns: int) -> dict[str, Any]:
     layer, shape, num_examples = BANKS[name]
     problem = make_problem(layer, shape, num_examples, NUM_LAYERS, DEPTH)
     chain = random_chains(1, NUM_LAYERS, DEPTH)[0]
-    swaps, is_swap = (np.asarray(a) for a in jc.chain.neighbors(jnp.asarray(chain), NUM_LAYERS, 1))
+    swaps, is_swap = (
+        np.asarray(a)
+        for a in jc.chain.ChainSpace(NUM_LAYERS, 1, len(jnp.asarray(chain)) - 1).neighbors(
+            jnp.asarray(chain)
+        )
+    )
     swaps = swaps[is_swap][: (NUM_LAYERS - 1) * DEPTH]
     jobs: dict[str, Callable[[], Any]] = {
         "exact": lambda: jc.evaluate(problem, swaps),

@@ -391,7 +391,7 @@ def find_regret(losses: dict[str, np.ndarray], setup: Setup) -> dict[str, np.nda
         if setup.is_large:
             problem = load_large(setup.folder, name)
             sizes = problem.bank.num_layers, problem.bank.num_heads, problem.max_layers
-            chains = jc.chain.sample(jax.random.key(0), 1000, *sizes)
+            chains = jc.chain.ChainSpace(*sizes).sample(jax.random.key(0), 1000)
             best[i] = min(loss[i].min() for loss in losses.values())
             middle[i] = np.median(jc.evaluate(problem, chains).loss)
         else:

@@ -123,7 +123,9 @@ CONTESTANTS: dict[str, Any] = {
 }
 
 
-def collect_training_sets(cases: list[Case], workers: int) -> dict[Case, jc.agent.pretrain.TrainingSet]:
+def collect_training_sets(
+    cases: list[Case], workers: int
+) -> dict[Case, jc.agent.pretrain.TrainingSet]:
     """Collect the training set of each bank."""
     with make_pool(workers) as pool:
         # Neighbors in the list share programs.

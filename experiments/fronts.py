@@ -64,8 +64,8 @@ class Table:
         """
         most = DEPTH if length is None else length
         bank, features = self.solved.bank, self.solved.features
-        num_chains = jc.chain.count(bank.num_layers, bank.num_heads, most)
-        num_prefixes = jc.chain.count(bank.num_layers, 1, most)
+        num_chains = jc.chain.ChainSpace(bank.num_layers, bank.num_heads, most).num_chains
+        num_prefixes = jc.chain.ChainSpace(bank.num_layers, 1, most).num_chains
         penalized = self.loss + penalty * self.unit * self.length
         least = 0 if length is None else length
         return jc.chainbench.tabular.make_problem(
@@ -98,7 +98,9 @@ def run_fronts(
     # Stops are compared without the penalty, which is the same for all chains of one length.
     loss = jnp.asarray(
         table.loss[
-            : jc.chain.count(problem.bank.num_layers, problem.bank.num_heads, problem.max_layers)
+            : jc.chain.ChainSpace(
+                problem.bank.num_layers, problem.bank.num_heads, problem.max_layers
+            ).num_chains
         ]
     )
     truth = jnp.asarray(table.loss[table.best[: problem.max_layers + 1]])
@@ -169,10 +171,10 @@ def step_run(
         jnp.full_like(info.chains[0], -1).at[0].set(num_layers)[None],
     )
     length = jc.chain.count_layers(chains, num_layers)
-    place = jc.chain.index(chains, num_layers, num_heads)
+    place = jc.chain.ChainSpace(num_layers, num_heads, chains.shape[-1] - 1).index(chains)
     scored = improve(run.scored, jnp.where(is_chain, info.loss, jnp.inf), place, length, is_counted)
     ends, end_length = find_stops(problem, chains)
-    end_place = jc.chain.index(ends, num_layers, num_heads)
+    end_place = jc.chain.ChainSpace(num_layers, num_heads, ends.shape[-1] - 1).index(ends)
     end_loss = jnp.where(
         jnp.repeat(is_chain, end_length.size // is_chain.size), loss[end_place], jnp.inf
     )

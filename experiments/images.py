@@ -157,7 +157,9 @@ def evaluate_arms(
         **settings,
     )
     seconds.append(time.perf_counter())
-    sampled = np.asarray(jc.chain.sample(sample_key, NUM_RANDOM, NUM_LAYERS, len(HEADS), DEPTH))
+    sampled = np.asarray(
+        jc.chain.ChainSpace(NUM_LAYERS, len(HEADS), DEPTH).sample(sample_key, NUM_RANDOM)
+    )
     swapped = find_best_swap(search, sampled[0])
     stop = int(np.argmin(jc.evaluate(jc.Problem(net, data.select, len(layers)), net.parents).loss))
     nets = jc.evaluate(jc.Problem(net, data.test, len(layers)), net.parents)

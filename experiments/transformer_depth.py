@@ -258,8 +258,8 @@ def evaluate_mix(
         num_a = [sum(bank.names[token].startswith("a/") for token in row) for row in tokens]
         results[f"mix/{name}/share of a"] = np.array(num_a) / [len(row) for row in tokens]
         print(f"model {seed}, mix: {name}", flush=True)
-    sampled = jc.chain.sample(
-        jax.random.key(seed), 32, bank.num_layers, 2, max_layers, min_layers=max_layers
+    sampled = jc.chain.ChainSpace(bank.num_layers, 2, max_layers, max_layers).sample(
+        jax.random.key(seed), 32
     )
     results["mix/random mix"] = np.asarray(jc.evaluate(test, sampled).loss).mean()[None]
     models = {name: jc.hub.load(paths[name]) for name in ("base", "a", "b", "soup")}

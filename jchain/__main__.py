@@ -1,5 +1,6 @@
 """The command line: `jchain search`, `jchain evaluate`, `jchain export`, `jchain prepare`."""
 
+import argparse
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,8 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit status: 0; 2 if the input is invalid, after printing why in one line; 130 if
       interrupted.
     """
-    args = make_parser().parse_args(argv)
-    args.command = shlex.join(["jchain", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(["jchain", *(sys.argv[1:] if argv is None else argv)])
+    args = make_parser().parse_args(argv, argparse.Namespace(command=command))
     try:
         COMMANDS[args.action](args)
     except (ValueError, OSError, ImportError) as error:

@@ -3,8 +3,8 @@
 Each of 36 problems is a bank of 12 residual MLPs and one to three heads, made from one of three
 data sets in one of four ways. Chains have up to 4 layers. `build` scores all of them once on
 `search`, `select`, and `test` and writes the losses and accuracies to a folder, with the bank
-beside its table: the last bits of weights differ from machine to machine. Compare NAS-Bench-201
-(Dong and Yang 2020, arXiv:2001.00326).
+beside its table, because the last bits of weights differ from machine to machine. Compare
+NAS-Bench-201 (Dong and Yang 2020, arXiv:2001.00326).
 """
 
 import os
@@ -48,7 +48,7 @@ class Solved(NamedTuple):
     name: str
     bank: Bank
     data: Dataset
-    loss: dict[str, Float[np.ndarray, "C"]]  # by split, [C]; +inf where it was not finite
+    loss: dict[str, Float[np.ndarray, "C"]]  # by split, [C]; +inf if it was not finite
     accuracy: dict[str, Float[np.ndarray, "C"]]
     # Observations on `search` of the prefixes with room for one more layer, [V, F].
     features: Float[np.ndarray, "V F"]
@@ -75,7 +75,7 @@ class Solved(NamedTuple):
         """
         return Problem(self.bank, getattr(self.data, split), MAX_LAYERS)
 
-    def regret(self, loss: ArrayLike) -> np.ndarray:
+    def regret(self, loss: ArrayLike | Sequence[float]) -> np.ndarray | np.floating:
         """`(loss - best) / (median - best)` over all chains: 0 is the best chain, 1 the median one.
 
         Args:
@@ -88,7 +88,9 @@ class Solved(NamedTuple):
 def make_bank(
     name: str, *, num_layers: int = NUM_LAYERS, depth: int = MAX_LAYERS
 ) -> tuple[Bank, Dataset]:
-    """Bank and data of a problem, or with other sizes of a larger one than those of ChainBench.
+    """Make the bank and load the data of a problem.
+
+    Other sizes than the default ones make problems that are not in ChainBench.
 
     Args:
       name: one of `NAMES`, or the same form with another seed.
@@ -164,8 +166,8 @@ def load(folder: str | os.PathLike[str], name: str) -> Solved:
     """Read a solved problem.
 
     Args:
-      folder: that `build` wrote to.
-      name: of the problem.
+      folder: the folder that `build` wrote to.
+      name: name of the problem.
 
     Raises:
       FileNotFoundError: it was not built there.
@@ -202,16 +204,18 @@ def load(folder: str | os.PathLike[str], name: str) -> Solved:
 
 
 def describe(solved: Solved) -> dict[str, str | int | float]:
-    """Figures that say how hard a problem is.
+    """Compute numbers that describe how hard a problem is.
 
     Args:
       solved: the problem.
 
-    Returns: chains: the number of chains; heads: the number of heads; best: the lowest loss;
-      within_1_percent, within_5_percent, within_10_percent: the share of chains whose loss is at
-      most that much above it; local_optima: the share of chains without a better neighbor
-      (`ChainSpace.neighbors`); search_to_test: Spearman correlation of the losses on `search` and
-      `test`; best_on_test: test loss of the best chain on `search`, over the lowest test loss.
+    Returns:
+      A dict with: name; chains: the number of chains; heads: the number of heads; best: the lowest
+      loss; within_1_percent, within_5_percent, within_10_percent: the share of chains whose loss is
+      at most that much above the lowest; local_optima: the share of chains without a better
+      neighbor (`ChainSpace.neighbors`); search_to_test: Spearman correlation of the losses on
+      `search` and `test`; best_on_test: test loss of the best chain on `search`, divided by the
+      lowest test loss.
     """
     loss, test = solved.loss["search"], solved.loss["test"]
     best = float(loss.min())
@@ -231,7 +235,7 @@ def describe(solved: Solved) -> dict[str, str | int | float]:
 
 
 def find_local_optima(solved: Solved) -> np.ndarray:
-    """Which chains have no better neighbor on `search`, `[C]`.
+    """Find the chains that have no better neighbor on `search`: a mask, `[C]`.
 
     Args:
       solved: the problem.

@@ -21,7 +21,7 @@ class Estimate(NamedTuple):
 
 
 def iqm(
-    scores: Float[np.ndarray, "M S"] | Sequence[object], *, seed: int = 0, num_resamples: int = 2000
+    scores: np.ndarray | Sequence[object], *, seed: int = 0, num_resamples: int = 2000
 ) -> Estimate:
     """Interquartile mean: the mean of the middle half of all scores.
 
@@ -29,15 +29,15 @@ def iqm(
 
     Args:
       scores: `[M, S]`.
-      seed: of the bootstrap.
-      num_resamples: of the bootstrap.
+      seed: seed of the bootstrap.
+      num_resamples: samples of the bootstrap.
 
     Raises:
       ValueError: scores are not `[M, S]`, or not finite.
     """
     scores = _check(scores)
 
-    def statistic(*rows: np.ndarray, axis: int = -1) -> np.ndarray:
+    def statistic(*rows: np.ndarray, axis: int = -1) -> np.ndarray | np.floating:
         from scipy.stats import trim_mean
 
         return trim_mean(np.concatenate(rows, axis=axis), 0.25, axis=axis)
@@ -46,8 +46,8 @@ def iqm(
 
 
 def probability_of_improvement(
-    scores: Float[np.ndarray, "M S"] | Sequence[object],
-    others: Float[np.ndarray, "M R"] | Sequence[object],
+    scores: np.ndarray | Sequence[object],
+    others: np.ndarray | Sequence[object],
     *,
     seed: int = 0,
     num_resamples: int = 2000,
@@ -59,8 +59,8 @@ def probability_of_improvement(
     Args:
       scores: of the first search, `[M, S]`.
       others: of the second search, `[M, R]`.
-      seed: of the bootstrap.
-      num_resamples: of the bootstrap.
+      seed: seed of the bootstrap.
+      num_resamples: samples of the bootstrap.
 
     Raises:
       ValueError: as `iqm`, or the numbers of problems differ.
@@ -71,7 +71,7 @@ def probability_of_improvement(
             f"expected scores of the same problems, got {len(scores)} and {len(others)}"
         )
 
-    def statistic(*rows: np.ndarray, axis: int = -1) -> np.ndarray:
+    def statistic(*rows: np.ndarray, axis: int = -1) -> np.ndarray | np.floating:
         del axis  # scipy moves it last
         half = len(rows) // 2
         wins = [
@@ -86,7 +86,7 @@ def probability_of_improvement(
     return _bootstrap((*scores, *others), statistic, seed, num_resamples)
 
 
-def _check(scores: np.ndarray | Sequence[object]) -> np.ndarray:
+def _check(scores: np.ndarray | Sequence[object]) -> Float[np.ndarray, "M S"]:
     scores = np.asarray(scores, np.float64)
     if scores.ndim != 2 or scores.size == 0:
         raise ValueError(f"expected scores of shape [M, S], at least one, got {list(scores.shape)}")
@@ -97,7 +97,7 @@ def _check(scores: np.ndarray | Sequence[object]) -> np.ndarray:
 
 def _bootstrap(
     rows: tuple[np.ndarray, ...],
-    statistic: Callable[..., np.ndarray],
+    statistic: Callable[..., np.ndarray | np.floating],
     seed: int,
     num_resamples: int,
 ) -> Estimate:

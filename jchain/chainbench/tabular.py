@@ -1,10 +1,12 @@
-"""Tabular problems: every chain is scored already, and layers only look the losses up.
+"""Tabular problems: every chain was scored before, and layers only look up the losses.
 
-A search runs on them as on the original problem, with the same charges and, up to the rounding of
-sums, the same results, in a small part of the time, as in tabular benchmarks (NAS-Bench-101, Ying
-et al. 2019, arXiv:1902.09635). An activation is the number of its prefix. A layer maps it to the
-number of the child.
+A search on a tabular problem has the same cost in layer calls as on the original problem and, up to
+rounding of sums, the same results, in a small part of the time, as in tabular benchmarks
+(NAS-Bench-101, Ying et al. 2019, arXiv:1902.09635). An activation is the number of its prefix. A
+layer maps it to the number of the child.
 """
+
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -23,7 +25,7 @@ from jchain.groups import LayerGroup
 from jchain.problem import Problem
 
 _TOKEN, _ENTRY = "token", "entry"
-_MAX_PREFIXES = 2**24  # heads output the numbers as float32, which is exact below
+_MAX_PREFIXES = 2**24  # heads output the numbers as float32, which is exact up to here
 
 
 class Child(nn.Module):
@@ -124,8 +126,8 @@ def make_problem(
 ) -> Problem:
     """Make the tabular problem of a bank whose chains have these losses.
 
-    Instead of the weights it holds a sketch of them, for `entry_features`. Banks with the same
-    numbers of layers and heads share compiled programs, whatever their layers are.
+    Its bank holds a sketch of the weights, for `entry_features`, instead of the weights. Banks with
+    equal numbers of layers and heads share compiled programs, even if their modules differ.
 
     Args:
       bank: the layers and heads.
@@ -136,8 +138,9 @@ def make_problem(
         search reads them.
       min_layers: fewest layers of a chain that a search makes.
 
-    Raises: ValueError: the numbers of losses and chains differ, there are more than 16,777,216
-        prefixes, or features of more prefixes than there are.
+    Raises:
+      ValueError: the numbers of losses and chains differ, there are more than 16,777,216 prefixes,
+        or features of more prefixes than there are.
     """
     num_chains = ChainSpace(bank.num_layers, bank.num_heads, max_layers).num_chains
     if np.shape(loss) != (num_chains,):
@@ -156,8 +159,10 @@ def make_problem(
         rows[: len(features)] = features
         table = np.concatenate([table, rows], axis=1)
     entries = sketch_entries(bank)
-    layers = tuple(_replace(group, Child(bank.num_layers), 0, entries) for group in bank.layers)
-    heads = tuple(_replace(group, Stop(), bank.num_layers, entries) for group in bank.heads)
+    layers = tuple(
+        _make_tabular(group, Child(bank.num_layers), 0, entries) for group in bank.layers
+    )
+    heads = tuple(_make_tabular(group, Stop(), bank.num_layers, entries) for group in bank.heads)
     numbers = Bank(
         layers,
         heads,
@@ -207,16 +212,11 @@ def _observe_all(problem: Problem, *, observe: Observe) -> Observation:
         levels = [root._replace(loss=root.loss + paid)]
         if length < problem.max_layers:
             children = (apply_all(problem.bank.layers, hidden), paid + penalty)
-            # The leaves in one vmap, the levels above in sequence, so that few activations are
-            # kept.
-            map_all = (
-                jax.vmap
-                if length + 1 == problem.max_layers
-                else lambda fn: lambda *c: jax.lax.map(lambda a: fn(*a), c)
-            )
-            levels += map_all(lambda child, spent: observe_tree(child, hidden, spent, length + 1))(
-                *children
-            )
+            # Only the leaves are in one vmap: it keeps all activations of its level.
+            map_children = jax.vmap if length + 1 == problem.max_layers else _map_in_sequence
+            levels += map_children(
+                lambda child, spent: observe_tree(child, hidden, spent, length + 1)
+            )(*children)
         return levels
 
     hidden = problem.bank.embed(problem.data.x)
@@ -228,7 +228,14 @@ def _observe_all(problem: Problem, *, observe: Observe) -> Observation:
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *flat)
 
 
-def _replace(
+def _map_in_sequence(
+    fn: Callable[[Array, Array], list[Observation]],
+) -> Callable[[Array, Array], list[Observation]]:
+    """As `jax.vmap`, by `jax.lax.map`."""
+    return lambda *rows: jax.lax.map(lambda row: fn(*row), rows)
+
+
+def _make_tabular(
     group: LayerGroup, module: nn.Module, offset: int, entries: Float[Array, "E D"]
 ) -> LayerGroup:
     """The group with a tabular module, whose params are the token, counted from `offset`."""

@@ -10,25 +10,27 @@ import optax
 
 from jchain._typing import Array
 from jchain.bank import Bank
-from jchain.cli.config import SearchConfig
+from jchain.cli.config import SearchConfig, resolved
 from jchain.data import SPLITS, Batch, Dataset
 from jchain.hub.checkpoint import CONFIG, read_json
 from jchain.hub.datasets import choice_accuracy, choice_loss, load_choices, load_images, load_text
 from jchain.hub.loading import load_many
 
-# Most examples of train, search, select, and test if no sizes are given: a layer call processes
-# all sequences of a split.
+# At most this many examples of train, search, select, and test if no sizes are given, because a
+# layer call processes all sequences of a split.
 SIZES = (64, 64, 64, 256)
 # Tokens of a sequence if no length is given, or as many as the model has positions.
 LENGTH = 128
+
+LossFn = Callable[[Array, Array], Array]
 
 
 class JudgedData(NamedTuple):
     """Splits, and how the outputs of a chain are judged on them."""
 
     data: Dataset
-    loss_fn: Callable[[Array, Array], Array] = optax.softmax_cross_entropy_with_integer_labels
-    accuracy_fn: Callable[[Array, Array], Array] | None = None
+    loss_fn: LossFn = optax.softmax_cross_entropy_with_integer_labels
+    accuracy_fn: LossFn | None = None
 
 
 def load_data(config: SearchConfig) -> JudgedData:
@@ -65,7 +67,7 @@ def load_data(config: SearchConfig) -> JudgedData:
             config.sizes,
         )
         return JudgedData(questions, choice_loss, choice_accuracy)
-    files, length = config.text or (), config.length or _choose_length(Path(checkpoint))
+    files, length = resolved(config.text), config.length or _choose_length(Path(checkpoint))
     text = _load_at_most(
         lambda sizes: load_text(checkpoint, files, length=length, seed=seed, sizes=sizes),
         config.sizes,
@@ -99,8 +101,8 @@ def load_bank(config: SearchConfig) -> Bank:
     Raises:
       ValueError, OSError: as `jchain.hub.load_many`.
     """
-    paths = list(config.checkpoint or ())
-    first, last = config.pinned or (0, 0)
+    paths = list(resolved(config.checkpoint))
+    first, last = resolved(config.pinned)
     return load_many(
         paths,
         dtype=None if config.dtype is None else jnp.dtype(config.dtype),

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypedDict
 
 import jax
@@ -15,9 +16,10 @@ from jchain import images
 from jchain.bank import Bank
 from jchain.cli import checkpoints, result_folder
 from jchain.cli.checkpoints import JudgedData
-from jchain.cli.config import SearchConfig, check_search, resolve
+from jchain.cli.config import DEFAULT_DATA, SearchConfig, check_search, resolve, resolved
 from jchain.cli.parser import LAYERS, UPDATES, make_search, parse_chain
-from jchain.cli.pipeline import finite_or_none, run_job
+from jchain.cli.pipeline import run_pipeline
+from jchain.cli.records import finite_or_none
 from jchain.cli.report import format_loss, print_table
 from jchain.cli.setup import choose_modules, set_up_checkpoints, set_up_trained
 from jchain.engine import distributed
@@ -41,24 +43,23 @@ class _ChainRow(TypedDict):
 def run_search(args: argparse.Namespace) -> None:
     """Make a bank, or read one from checkpoints, and search it."""
     config = resolve(SearchConfig.load(vars(args)))
-    out = config.out
-    assert out is not None  # resolved
+    out = resolved(config.out)
     result_folder.check_out(out, replace=config.replace)
     check_search(config, [name for name, layer in LAYERS.items() if hasattr(layer, "invert")])
     if config.checkpoint:
         setup = set_up_checkpoints(config)
     else:
         data = data_lib.load(
-            config.data or "", config.seed, sizes=config.sizes, data_dir=config.data_dir
+            resolved(config.data), config.seed, sizes=config.sizes, data_dir=config.data_dir
         )
         config, modules = choose_modules(config, data)
         setup = set_up_trained(config, data, modules)
-    job = run_job(config, setup, make_search(config), UPDATES[config.update]())
-    out = result_folder.write(out, job, replace=config.replace)
-    print_table(job)
+    output = run_pipeline(config, setup, make_search(config), UPDATES[config.update]())
+    out = result_folder.write(out, output, replace=config.replace)
+    print_table(output)
     print(f"Wrote {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     if config.json:
-        print(json.dumps(job.record))
+        print(json.dumps(output.record))
 
 
 def run_prepare(args: argparse.Namespace) -> None:
@@ -117,8 +118,7 @@ def run_export(args: argparse.Namespace) -> None:
         facts |= result_folder.describe(args.result)
     names = checkpoints.name_models(config.checkpoint)
     sources = dict(zip(names, config.checkpoint, strict=True))
-    most = args.max_shard_size
-    out = export(bank, tokens, sources, args.out, facts=facts, max_shard_size=most)
+    out = export(bank, tokens, sources, args.out, facts=facts, max_shard_size=args.max_shard_size)
     print(f"Wrote {out}")
 
 
@@ -131,25 +131,25 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
 
 
 def _load_result(args: argparse.Namespace, config: SearchConfig | None) -> tuple[Bank, JudgedData]:
-    """The bank of a result folder, or of a file, and what judges its chains."""
+    """The bank of a result folder or file, and data and loss to judge its chains by."""
     path = args.bank / result_folder.BANK_FILE if args.bank.is_dir() else args.bank
     given = {"seed": args.seed, "sizes": args.sizes, "data_dir": args.data_dir}
     given = {name: value for name, value in given.items() if value is not None}
     if config is not None and config.checkpoint:
         if args.data:
             raise ValueError(
-                "expected no --data: chains of checkpoints are scored on what they were searched on"
+                "expected no --data: chains of checkpoints are scored on the data of their search"
             )
-        judged = checkpoints.load_data(SearchConfig.load({**vars(config), **given}))
+        judged = checkpoints.load_data(replace(config, **given))
         bank = Bank.load(path) if path.exists() else checkpoints.load_bank(config)
         return bank, judged
-    config = config or SearchConfig(data="digits")
-    # The options of the search say nothing about another data set, except for the seed.
+    config = config or SearchConfig()
+    # Options of the search do not apply to other data, except for the seed.
     if args.data not in (None, config.data):
         config = SearchConfig(data=args.data, seed=config.seed)
-    config = SearchConfig.load({**vars(config), **given})
+    config = replace(config, **given)
     data = data_lib.load(
-        config.data or "digits", config.seed, sizes=config.sizes, data_dir=config.data_dir
+        config.data or DEFAULT_DATA, config.seed, sizes=config.sizes, data_dir=config.data_dir
     )
     return Bank.load(path), JudgedData(data)
 

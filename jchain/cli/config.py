@@ -1,17 +1,21 @@
-"""The configuration of `jchain search`: parsed, resolved once, never changed afterwards."""
+"""The configuration of `jchain search`: parsed and resolved once, then never changed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import TypeVar
 
 from jchain.problem import check_max_layers, check_min_layers
 
-# Options that a bank of checkpoints does not have, and those that only such a bank has.
+DEFAULT_DATA = "digits"
+# Options for a bank that is trained, and options for a bank of checkpoints.
 _TRAINED_ONLY = ("bank", "layer", "channels", "num_layers", "num_heads", "depth", "num_steps")
 _CHECKPOINT_ONLY = ("text", "choices", "length", "pinned", "dtype", "sweep")
 # How to run, not what to compute: left out of result.json.
 _NOT_RECORDED = ("json", "replace")
 _PATHS = ("data_dir", "out")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,11 +33,11 @@ class SearchConfig:
       choices: JSON lines of questions that they are judged on.
       length: tokens of a sequence or question.
       pinned: blocks that every chain begins and ends with.
-      sweep: search at every number of layers from this one on.
-      dtype: of the weights of checkpoints.
+      sweep: also search with every smaller `max_layers`, down to this one.
+      dtype: type of the weights of checkpoints.
       bank: how the bank is made.
       layer: module of the layers.
-      channels: of convolutions.
+      channels: channels of convolutions.
       num_layers: layers in the bank.
       num_heads: heads of a routed or random bank.
       depth: layers of each net or route that is trained.
@@ -42,10 +46,10 @@ class SearchConfig:
       min_layers: fewest layers in a chain.
       layer_cost: penalty of a layer, in units of the loss.
       search: name of the search.
-      encoding: what the actor-critic sees of a prefix.
+      encoding: how the actor-critic encodes a prefix.
       update: when weights are trained.
-      budget: layer calls.
-      seed: of splits, bank, and search.
+      budget: layer calls, gradient steps included.
+      seed: seed of splits, bank, and search.
       out: result folder.
       command: the command line.
       replace: replace a result that is in the folder.
@@ -84,9 +88,17 @@ class SearchConfig:
 
     @staticmethod
     def load(values: Mapping[str, object]) -> "SearchConfig":
-        """The configuration of parsed arguments, or of a `result.json`. Other names are ignored."""
+        """Make the configuration from parsed arguments, or from that of a `result.json`.
+
+        Args:
+          values: options by name; other names are ignored.
+        """
         names = {field.name for field in fields(SearchConfig)}
-        known = {name: value for name, value in values.items() if name in names}
+        known = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+            if name in names
+        }
         paths = {name: Path(str(known[name])) for name in _PATHS if known.get(name) is not None}
         return SearchConfig(**{**known, **paths})  # pyright: ignore[reportArgumentType]
 
@@ -100,12 +112,22 @@ class SearchConfig:
 
     @property
     def is_frozen(self) -> bool:
-        """Whether the weights of the bank stay what they are."""
+        """Whether the weights of the bank are never updated."""
         return self.update == "never"
 
 
+def resolved(value: T | None) -> T:
+    """The value of an option that `resolve` has filled in.
+
+    Args:
+      value: a field of a resolved configuration.
+    """
+    assert value is not None
+    return value
+
+
 def resolve(config: SearchConfig) -> SearchConfig:
-    """Fill in defaults and make paths absolute.
+    """Fill in defaults. With checkpoints, also make the paths that are read absolute.
 
     What depends on the data (`layer`, `channels`, `num_heads`) is filled in by `jchain.cli.setup`.
 
@@ -127,7 +149,7 @@ def _resolve_trained(config: SearchConfig) -> SearchConfig:
     max_layers = config.depth if config.max_layers is None else config.max_layers
     return replace(
         config,
-        data=config.data or "digits",
+        data=config.data or DEFAULT_DATA,
         max_layers=check_max_layers(max_layers),
         search=config.search or "actor-critic",
         budget=20_000 if config.budget is None else config.budget,
@@ -161,9 +183,9 @@ def _resolve_checkpoint(config: SearchConfig) -> SearchConfig:
         search=config.search or "local",
         budget=1000 if config.budget is None else config.budget,
         pinned=config.pinned or (1, 1),
-        checkpoint=[str(Path(path).resolve()) for path in config.checkpoint or ()],
+        checkpoint=tuple(str(Path(path).resolve()) for path in resolved(config.checkpoint)),
         data_dir=config.data_dir and config.data_dir.resolve(),
-        text=config.text and [str(Path(path).resolve()) for path in config.text],
+        text=config.text and tuple(str(Path(path).resolve()) for path in config.text),
         choices=config.choices and str(Path(config.choices).resolve()),
     )
 
@@ -176,14 +198,14 @@ def check_search(config: SearchConfig, invertible_layers: Sequence[str]) -> None
       invertible_layers: names of the layers that can be inverted.
 
     Raises:
-      ValueError: a value is out of range, or does not go with the search.
+      ValueError: a value is out of range, or does not fit the search.
     """
     if config.search == "suffix-beam" and config.layer not in invertible_layers:
         raise ValueError(
             f"expected --layer of {', '.join(invertible_layers)}, which are invertible, got "
             f"{config.layer or 'the default'}"
         )
-    if config.budget is not None and config.budget < 1:
+    if resolved(config.budget) < 1:
         raise ValueError(f"expected a budget of at least 1, got {config.budget}")
     if config.max_layers is not None:
         check_min_layers(config.min_layers, config.max_layers)
@@ -200,6 +222,10 @@ def check_search(config: SearchConfig, invertible_layers: Sequence[str]) -> None
 
 def check_sweep(sweep: int | None, max_layers: int) -> None:
     """Check that a sweep starts below the most layers of a chain.
+
+    Args:
+      sweep: least value of `max_layers`; None for no sweep.
+      max_layers: most layers of a chain.
 
     Raises:
       ValueError: it does not.

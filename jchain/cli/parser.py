@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jchain as jc
 from jchain.cli.checkpoints import SIZES
-from jchain.cli.config import SearchConfig
+from jchain.cli.config import SearchConfig, resolved
 from jchain.data import LOADERS, SPLITS
 
 BANKS = ("independent", "routed", "snapshots", "random")
@@ -62,7 +62,7 @@ def make_search(config: SearchConfig) -> jc.Search:
     """
     if config.search == "actor-critic":
         return jc.ActorCritic(encoding=ENCODINGS[config.encoding or "tokens"]())
-    return SEARCHES[config.search or ""]()
+    return SEARCHES[resolved(config.search)]()
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -184,7 +184,7 @@ def _add_run(search: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--encoding",
         choices=sorted(ENCODINGS),
-        help="what the actor-critic sees of a prefix (default: tokens)",
+        help="how the actor-critic encodes a prefix (default: tokens)",
     )
     group.add_argument(
         "--update",
@@ -203,7 +203,7 @@ def _add_run(search: argparse.ArgumentParser) -> None:
         "--seed",
         type=int,
         default=_DEFAULT.seed,
-        help="of splits, bank, and search (default: %(default)s)",
+        help="seed of splits, bank, and search (default: %(default)s)",
     )
     group.add_argument(
         "--out",
@@ -212,7 +212,7 @@ def _add_run(search: argparse.ArgumentParser) -> None:
         "results/A+B-SEARCH-SEED)",
     )
     group.add_argument(
-        "--replace", action="store_true", help="replace a result that is in the folder"
+        "--replace", action="store_true", help="replace the result in the folder, if there is one"
     )
     _add_json(group)
 
@@ -265,7 +265,7 @@ def _add_pretrained(search: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of weights (default: the file's)",
+        help="type of the weights (default: that of the file)",
     )
 
 
@@ -286,7 +286,7 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     )
     _add_data(evaluate, "default: that of the search, or digits")
     evaluate.add_argument(
-        "--seed", type=int, help="of the splits (default: that of the search, or 0)"
+        "--seed", type=int, help="seed of the splits (default: that of the search, or 0)"
     )
     evaluate.add_argument(
         "--split",
@@ -334,9 +334,9 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
 
 
-def _parse_sizes(text: str) -> list[int]:
+def _parse_sizes(text: str) -> tuple[int, ...]:
     try:
-        return [int(size) for size in text.split(",")]
+        return tuple(int(size) for size in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"expected sizes as in 5000,1000,1000,1000, got {text!r}"
@@ -355,10 +355,10 @@ def parse_chain(text: str) -> list[int]:
     """The tokens of a chain.
 
     Args:
-      text: numbers with commas between them.
+      text: tokens, separated by commas.
 
     Raises:
-      ValueError: it is something else.
+      ValueError: the text has another form.
     """
     try:
         return [int(token) for token in text.split(",")]

@@ -1,15 +1,18 @@
-"""What a main job leaves behind, as `result.json` has it."""
+"""The output of `jchain search`, with the fields of `result.json`."""
 
 from typing import NamedTuple, NotRequired, TypedDict
 
+import numpy as np
+
+from jchain._typing import Array
 from jchain.bank import Bank
 from jchain.search.base import Result
 
 
 class Scores(TypedDict):
-    """Loss, None if it is not finite, and accuracy of one chain by split, without layer penalty."""
+    """Loss and accuracy of one chain by split. The loss has no layer penalty."""
 
-    loss: dict[str, float | None]
+    loss: dict[str, float | None]  # None if it is not finite
     accuracy: dict[str, float]
 
 
@@ -20,7 +23,7 @@ class ScoredChain(Scores):
 
 
 class SweepRow(ScoredChain):
-    """What was found with at most `max_layers` layers."""
+    """The chain that was found with at most `max_layers` layers."""
 
     max_layers: int
     chosen: str
@@ -28,7 +31,7 @@ class SweepRow(ScoredChain):
 
 
 class Controls(TypedDict):
-    """What the chain found is compared with."""
+    """Scores to compare the chain found with."""
 
     best_parent: Scores
     random_chain: Scores
@@ -52,10 +55,19 @@ class ResultRecord(Scores):
     sweep: NotRequired[list[SweepRow]]
 
 
-class Job(NamedTuple):
-    """Everything that a search leaves behind."""
+class SearchOutput(NamedTuple):
+    """Everything that `jchain search` writes and prints."""
 
     record: ResultRecord
     bank: Bank
-    run: Result
+    result: Result
     levels: dict[str, float]  # losses on `search` to compare the curve with, penalties included
+
+
+def finite_or_none(loss: float | Array | np.ndarray) -> float | None:
+    """A loss for JSON, which has no infinity.
+
+    Args:
+      loss: one number.
+    """
+    return float(loss) if np.isfinite(loss) else None

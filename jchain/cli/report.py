@@ -1,30 +1,30 @@
-"""The table of the main job on the terminal."""
+"""The table that `jchain search` prints."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jchain.cli.records import Job, Scores, SweepRow
+from jchain.cli.records import Scores, SearchOutput, SweepRow
 from jchain.data import EVALUATION_SPLITS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-def print_table(job: Job) -> None:
+def print_table(output: SearchOutput) -> None:
     """Print the chain that was found beside its controls.
 
     Args:
-      job: what the search left behind.
+      output: of the search.
     """
     from rich.console import Console
     from rich.table import Table
 
-    record, controls = job.record, job.record["controls"]
+    record, controls = output.record, output.record["controls"]
     table = Table(title="loss (accuracy) by split", title_justify="left")
     table.add_column("", no_wrap=True)
     for name in EVALUATION_SPLITS:
         table.add_column(name, justify="right")
-    parent = "best parent net" if job.bank.parents else "plain net, as many steps"
+    parent = "best parent net" if output.bank.parents else "plain net, as many steps"
     rows: dict[str, Scores] = {
         "chain found": record,
         parent: controls["best_parent"],
@@ -39,12 +39,12 @@ def print_table(job: Job) -> None:
     console.print(table)
     if "sweep" in record:
         console.print(_make_sweep_table(record["sweep"]))
-    for line in _make_remarks(job):
+    for line in _make_remarks(output):
         console.print(line)
 
 
-def _make_remarks(job: Job) -> list[str]:
-    record, updates = job.record, ""
+def _make_remarks(output: SearchOutput) -> list[str]:
+    record, updates = output.record, ""
     if record["update_calls"]:
         updates = f", {record['update_calls']:,} of them gradient steps"
     chain = " -> ".join(record["layers"])
@@ -55,8 +55,8 @@ def _make_remarks(job: Job) -> list[str]:
         )
     if record["nonfinite_chains"]:
         lines.append(
-            f"{record['nonfinite_chains']} of {job.run.num_chains} scored chains had a loss that "
-            "was not finite"
+            f"{record['nonfinite_chains']} of {output.result.num_chains} scored chains had a loss "
+            "that was not finite"
         )
     return lines
 

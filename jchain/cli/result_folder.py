@@ -1,4 +1,4 @@
-"""The folder that the main job writes: checked first, written aside, then renamed."""
+"""The folder that `jchain search` writes: checked first, written aside, then renamed."""
 
 import contextlib
 import itertools
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jchain.cli.config import SearchConfig
 from jchain.cli.plot import plot_curve, plot_sweep
-from jchain.cli.records import Job, ResultRecord
+from jchain.cli.records import ResultRecord, SearchOutput
 from jchain.cli.report import format_loss
 from jchain.data import EVALUATION_SPLITS
 from jchain.files import find_umask
@@ -27,10 +27,10 @@ def check_out(path: Path, *, replace: bool) -> None:
 
     Args:
       path: the folder to write.
-      replace: whether a result that is there may be replaced.
+      replace: whether an existing result may be replaced.
 
     Raises:
-      ValueError: the place cannot be written, or holds anything but a result that may be replaced.
+      ValueError: the folder cannot be written, or holds something that must not be replaced.
     """
     path = path.absolute()
     above = next(place for place in (path, *path.parents) if place.exists())
@@ -56,7 +56,7 @@ def check_out(path: Path, *, replace: bool) -> None:
         )
 
 
-def write(path: Path, job: Job, *, replace: bool = False) -> Path:
+def write(path: Path, output: SearchOutput, *, replace: bool = False) -> Path:
     """Write the result folder beside its place, then rename it: all of it or nothing.
 
     Weights that checkpoints hold unchanged are not written again. An empty folder at `path` is
@@ -64,8 +64,8 @@ def write(path: Path, job: Job, *, replace: bool = False) -> Path:
 
     Args:
       path: the folder.
-      job: what to write.
-      replace: whether to replace a result that is there.
+      output: what to write.
+      replace: whether to replace an existing result.
 
     Returns:
       The folder written: `path`, or another one beside it if `path` has been filled meanwhile.
@@ -80,7 +80,7 @@ def write(path: Path, job: Job, *, replace: bool = False) -> Path:
     above.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=above, prefix=f".{path.name}."))
     try:
-        _write_files(temporary, job)
+        _write_files(temporary, output)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -90,19 +90,19 @@ def write(path: Path, job: Job, *, replace: bool = False) -> Path:
         raise OSError(f"{error}; the result is kept in {temporary}") from error
 
 
-def _write_files(folder: Path, job: Job) -> None:
-    (folder / RESULT_FILE).write_text(json.dumps(job.record, indent=1) + "\n")
-    if not job.record["config"].get("checkpoint") or job.bank.versions is not None:
-        job.bank.save(folder / BANK_FILE)
-    plot_curve(folder / CURVE_FILE, job.run.curve, job.levels)
-    if "sweep" in job.record:
-        plot_sweep(folder / SWEEP_FILE, job.record["sweep"])
+def _write_files(folder: Path, output: SearchOutput) -> None:
+    (folder / RESULT_FILE).write_text(json.dumps(output.record, indent=1) + "\n")
+    if not output.record["config"].get("checkpoint") or output.bank.versions is not None:
+        output.bank.save(folder / BANK_FILE)
+    plot_curve(folder / CURVE_FILE, output.result.curve, output.levels)
+    if "sweep" in output.record:
+        plot_sweep(folder / SWEEP_FILE, output.record["sweep"])
     folder.chmod(0o777 & ~find_umask())
 
 
 def _fill(path: Path, temporary: Path) -> Path:
     """Move the files of the temporary folder, which lies in `path`, up into it, the result last."""
-    if [*path.iterdir()] != [temporary]:  # another process has written meanwhile
+    if [*path.iterdir()] != [temporary]:  # another process wrote meanwhile
         return _put(path, temporary, replace=False)
     for file in sorted(temporary.iterdir(), key=lambda file: file.name == RESULT_FILE):
         os.rename(file, path / file.name)
@@ -126,7 +126,7 @@ def _put(path: Path, temporary: Path, *, replace: bool) -> Path:
         with contextlib.suppress(OSError):
             aside.rmdir()
         raise
-    # The result is in place: an interruption only leaves the old one behind.
+    # The result is in place: an interruption may only leave the old one in `aside`.
     with contextlib.suppress(KeyboardInterrupt):
         shutil.rmtree(aside, ignore_errors=True)
     return path

@@ -13,21 +13,20 @@ from jchain import layers, train
 from jchain._typing import Array, Float, Key, PyTree
 from jchain.bank import Bank
 from jchain.cli import checkpoints
-from jchain.cli.config import SearchConfig
+from jchain.cli.checkpoints import LossFn
+from jchain.cli.config import SearchConfig, resolved
 from jchain.cli.parser import CHANNELS, LAYERS
 from jchain.cli.progress import print_progress
 from jchain.data import Dataset
 from jchain.hub.wrapping import Restart
 from jchain.problem import Problem
 
-# Convolutions of a block; the layers take turns.
+# Convolutions of a block: the first layer has 1, the second 2, the fourth 1 again.
 CONV_DEPTHS = (1, 2, 3)
 # The stem pools images whose side is larger than this.
 CONV_SIDE = 16
-# At most this many chains are all evaluated for the optimum: about half a minute on two cores.
+# The optimum is computed if there are at most this many chains: half a minute on two cores.
 MAX_OPTIMUM_CHAINS = 200_000
-
-LossFn = Callable[[Array, Array], Array]
 
 
 class Modules(NamedTuple):
@@ -44,7 +43,7 @@ class Setup(NamedTuple):
 
     data: Dataset
     make_bank: Callable[[Key[Array, ""]], Bank]
-    # From a key and a number of gradient steps; None if the bank has nets that it was cut from.
+    # From a key and a number of gradient steps; None if the bank has parents.
     make_plain_net: Callable[[Key[Array, ""], int], Bank] | None
     loss_fn: LossFn = optax.softmax_cross_entropy_with_integer_labels
     accuracy_fn: LossFn | None = None
@@ -128,7 +127,7 @@ def set_up_trained(config: SearchConfig, data: Dataset, modules: Modules) -> Set
     """A bank that is trained.
 
     Args:
-      config: resolved.
+      config: resolved, and returned by `choose_modules`.
       data: the splits.
       modules: from `choose_modules`.
     """
@@ -153,7 +152,7 @@ def set_up_trained(config: SearchConfig, data: Dataset, modules: Modules) -> Set
             config.bank,
             num_layers=config.num_layers,
             depth=config.depth,
-            num_heads=1 if config.num_heads is None else config.num_heads,
+            num_heads=resolved(config.num_heads),
             num_steps=config.num_steps,
             **modules._asdict(),
         )
@@ -173,7 +172,7 @@ def set_up_checkpoints(config: SearchConfig) -> Setup:
     judged = checkpoints.load_data(config)
 
     def make_bank(key: Key[Array, ""]) -> Bank:
-        print_progress(f"Reading {', '.join(config.checkpoint or ())} ...")
+        print_progress(f"Reading {', '.join(resolved(config.checkpoint))} ...")
         return checkpoints.load_bank(config)
 
     return Setup(
@@ -184,5 +183,5 @@ def set_up_checkpoints(config: SearchConfig) -> Setup:
         judged.accuracy_fn,
         config.layer_cost,
         # Evaluating all chains may cost no more than the search.
-        max_optimum_chains=config.budget or 0,
+        max_optimum_chains=resolved(config.budget),
     )

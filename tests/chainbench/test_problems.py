@@ -8,7 +8,9 @@ from conftest import make_bank, make_batch
 
 import jchain as jc
 from jchain.agent.observations import NUM_FEATURES, observe
+from jchain.chain import ChainSpace
 from jchain.chainbench import problems as chainbench
+from jchain.data import EVALUATION_SPLITS
 from jchain.files import read_arrays, write_arrays
 
 NAME = "wine-random-0"
@@ -24,7 +26,7 @@ def folder(tmp_path_factory):
 def make_solved(loss):
     """Two layers and one head: 31 chains."""
     data = jc.Dataset(*[make_batch()] * 4, name="data", num_classes=3)
-    losses = {split: np.asarray(loss, np.float32) for split in chainbench.SPLITS}
+    losses = {split: np.asarray(loss, np.float32) for split in EVALUATION_SPLITS}
     return chainbench.Solved(
         "toy", make_bank(2, 1), data, losses, losses, np.zeros((15, NUM_FEATURES))
     )
@@ -34,11 +36,11 @@ def test_there_are_36_problems():
     assert len(set(chainbench.NAMES)) == 36
 
 
-def test_a_solved_problem_holds_what_evaluate_says(folder):
+def test_a_solved_problem_has_the_losses_of_evaluate(folder):
     solved = chainbench.load(folder, NAME)
-    assert len(solved.chains) == jc.chain.count(12, 1, 4) == 22_621
+    assert len(solved.chains) == ChainSpace(12, 1, 4).num_chains == 22_621
     rows = np.random.default_rng(0).integers(0, len(solved.chains), 50)
-    for split in chainbench.SPLITS:
+    for split in EVALUATION_SPLITS:
         out = jc.evaluate(solved.problem_on(split), solved.chains[rows])
         np.testing.assert_allclose(solved.loss[split][rows], out.loss, rtol=1e-5)
         np.testing.assert_allclose(solved.accuracy[split][rows], out.accuracy)
@@ -62,13 +64,13 @@ def test_a_solved_problem_holds_what_evaluate_says(folder):
     assert result["best_on_test"] >= 1
 
 
-def test_what_is_built_stays(folder):
+def test_a_built_problem_is_not_built_again(folder):
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert chainbench.build(folder, [NAME]) == []
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
-def test_bad_folders_and_names_are_refused(folder, tmp_path):
+def test_bad_folders_and_names_raise(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="expected a solved problem at .*wine-random-0"):
         chainbench.load(tmp_path, NAME)
     for name in (
@@ -86,7 +88,7 @@ def test_bad_folders_and_names_are_refused(folder, tmp_path):
         chainbench.make_bank("wine-independent-0", num_layers=10)
 
 
-def test_a_table_of_another_bank_or_a_damaged_one_is_refused(folder, tmp_path):
+def test_a_damaged_table_or_one_of_another_bank_raises(folder, tmp_path):
     table, bank = f"{NAME}.table.safetensors", f"{NAME}.bank.safetensors"
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     loaded = jc.Bank.load(tmp_path / bank)
@@ -107,11 +109,11 @@ def test_a_table_of_another_bank_or_a_damaged_one_is_refused(folder, tmp_path):
         chainbench.load(tmp_path, NAME)
 
 
-def test_local_optima_are_those_of_brute_force():
+def test_local_optima_equal_brute_force():
     loss = np.random.default_rng(0).permutation(31) + 1
     solved = make_solved(loss)
     chains = [tuple(t for t in chain if t in (0, 1)) for chain in solved.chains.tolist()]
-    of = dict(zip(chains, loss, strict=True))
+    loss_of = dict(zip(chains, loss, strict=True))
 
     def neighbors(chain):
         for i, token in itertools.product(range(len(chain)), (0, 1)):
@@ -122,7 +124,7 @@ def test_local_optima_are_those_of_brute_force():
         for i in range(len(chain)):
             yield (*chain[:i], *chain[i + 1 :])
 
-    expected = [all(of[n] >= of[chain] for n in neighbors(chain)) for chain in chains]
+    expected = [all(loss_of[n] >= loss_of[chain] for n in neighbors(chain)) for chain in chains]
     assert 0 < sum(expected) < 31
     np.testing.assert_array_equal(chainbench.find_local_optima(solved), expected)
     described = chainbench.describe(solved)
@@ -135,11 +137,10 @@ def test_regret_by_hand():
     np.testing.assert_allclose(solved.regret([2.0, 17.0, 32.0]), [0, 1, 2])
 
 
-def test_places_are_those_of_enumerate_all():
+def test_index_is_the_place_in_enumerate():
     for sizes in ((3, 2, 3), (1, 3, 2), (12, 1, 2), (2, 1, 0)):
-        chains = jc.chain.enumerate_all(*sizes)
-        np.testing.assert_array_equal(
-            jc.chain.index(jnp.asarray(chains), *sizes[:2]), np.arange(len(chains))
-        )
+        space = ChainSpace(*sizes)
+        chains = space.enumerate()
+        np.testing.assert_array_equal(space.index(jnp.asarray(chains)), np.arange(len(chains)))
     with pytest.raises(ValueError, match=r"expected fewer than 2\^31 chains, got"):
-        jc.chain.index(jnp.zeros(13, int), 48, 1)
+        ChainSpace(48, 1, 12).index(jnp.zeros(13, int))

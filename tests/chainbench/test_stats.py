@@ -23,7 +23,7 @@ def test_probability_of_improvement_by_hand():
     assert out.low <= out.value <= out.high
 
 
-def test_intervals_are_those_of_scipy():
+def test_intervals_equal_scipy():
     scores = np.random.default_rng(0).exponential(size=(3, 12))
     ours = stats.iqm(scores, seed=5, num_resamples=500)
     theirs = scipy.stats.bootstrap(
@@ -40,23 +40,23 @@ def test_intervals_are_those_of_scipy():
 
 
 def test_the_bootstrap_stays_within_problems():
-    # Problems differ, seeds do not: nothing is left to chance.
+    # Problems differ, seeds do not: resampling changes nothing.
     scores = np.repeat(np.arange(4.0)[:, None], 6, axis=1)
     assert stats.iqm(scores) == (1.5, 1.5, 1.5)
-    # One problem has seeds that differ; only these are drawn anew.
+    # Only one problem has seeds that differ.
     scores[0] = np.linspace(-1, 1, 6)
     out = stats.iqm(scores)
     assert 1.0 <= out.low <= out.high <= 2.0
 
 
-def test_an_interval_holds_the_truth_about_95_times_in_100():
+def test_an_interval_contains_the_true_value_about_95_times_in_100():
     rng = np.random.default_rng(0)
     outs = [stats.iqm(rng.normal(size=(4, 20)), num_resamples=300) for _ in range(200)]
     inside = np.mean([out.low <= 0 <= out.high for out in outs])
     assert 0.88 < inside < 0.99
 
 
-def test_bad_scores_are_refused():
+def test_bad_scores_raise():
     for bad in (np.zeros(3), np.zeros((0, 2))):
         with pytest.raises(
             ValueError, match=r"expected scores of shape \[M, S\], at least one, got"

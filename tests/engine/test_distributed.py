@@ -19,7 +19,7 @@ MESH = """
 problem = jc.Problem(make_bank(), make_batch(), 3)
 mesh = jax.make_mesh((2, 4), ("a", "b"))
 for num in (1, 45):
-    chains = jc.chain.sample(jax.random.key(num), num, 4, 2, 3)
+    chains = jc.chain.ChainSpace(4, 2, 3).sample(jax.random.key(num), num)
     # The order of sums is the same where nodes are called one by one, whatever a device has.
     plans = ((jc.engine.DepthFirst(), 0), (jc.engine.Blocks(4, (1,)), 0), (None, 1e-6))
     for plan, tolerance in plans if num > 1 else plans[:1]:
@@ -52,7 +52,7 @@ print("passed")
 TWO_PROCESSES = """
 jc.engine.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
 problem = jc.Problem(make_bank(), make_batch(), 3)
-chains = np.asarray(jc.chain.sample(jax.random.key(0), 45, 4, 2, 3))
+chains = np.asarray(jc.chain.ChainSpace(4, 2, 3).sample(jax.random.key(0), 45))
 mesh = jc.engine.distributed.make_mesh()
 assert jax.process_count() == 2 and mesh.size == 2
 for plan, tolerance in ((jc.engine.DepthFirst(), 0), (None, 1e-6)):
@@ -189,7 +189,7 @@ def test_bad_places_are_refused(capsys, options, message):
 
 
 def test_a_mesh_of_one_device_changes_nothing(problem):
-    chains = jc.chain.sample(jax.random.key(0), 9, 4, 2, 3)
+    chains = jc.chain.ChainSpace(4, 2, 3).sample(jax.random.key(0), 9)
     one, same = (
         jc.evaluate(problem, chains),
         jc.evaluate(problem, chains, mesh=jc.engine.distributed.make_mesh()),

@@ -26,8 +26,8 @@ PLANS = [
 def sample(problem, num, seed=0):
     """Random chains, plus some of every length, a head at once, and repeats."""
     bank = problem.bank
-    rows = jc.chain.sample(
-        jax.random.key(seed), num, bank.num_layers, bank.num_heads, problem.max_layers
+    rows = jc.chain.ChainSpace(bank.num_layers, bank.num_heads, problem.max_layers).sample(
+        jax.random.key(seed), num
     )
     short = [[*range(depth), bank.num_layers] for depth in range(problem.max_layers + 1)]
     return np.concatenate([rows, jc.chain.pad(short, problem.max_layers), rows[:3]])
@@ -90,7 +90,7 @@ def test_layer_calls_by_hand(problem):
 @pytest.mark.parametrize("plan", [None, jc.engine.Blocks(7, (1, 2))], ids=str)
 def test_evaluate_all(two_group_problem, plan):
     chains, out = jc.evaluate_all(two_group_problem, plan=plan)
-    np.testing.assert_array_equal(chains, jc.chain.enumerate_all(5, 2, 3))
+    np.testing.assert_array_equal(chains, jc.chain.ChainSpace(5, 2, 3).enumerate())
     assert (out.layer_calls, out.head_calls) == (5 + 25 + 125, len(chains))
     shuffled = np.random.default_rng(0).permutation(len(chains))
     again = jc.evaluate(two_group_problem, chains[shuffled])
@@ -213,7 +213,7 @@ def test_prefixes_are_scored_by_every_head_for_no_additional_layer_call(two_grou
 def test_permuting_the_bank_and_relabelling_the_chain_leaves_the_loss(problem, layers, heads, seed):
     order = [*layers, *heads]
     permuted = jc.Problem(problem.bank.take(layers, heads), problem.data, problem.max_layers)
-    chains = np.asarray(jc.chain.sample(jax.random.key(seed), 8, 4, 2, 3))
+    chains = np.asarray(jc.chain.ChainSpace(4, 2, 3).sample(jax.random.key(seed), 8))
     new = np.array([order.index(token) for token in range(6)] + [-1])
     np.testing.assert_allclose(
         jc.evaluate(permuted, new[chains]).loss, jc.evaluate(problem, chains).loss, rtol=1e-6

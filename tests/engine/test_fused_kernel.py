@@ -22,7 +22,7 @@ def test_the_fused_kernel_matches_a_float64_loop(layer, seed, tile, block_size, 
     problem = jc.Problem(
         make_bank(4, 2, seed=seed, layer=layer), make_batch(seed=seed), 3, layer_cost=0.1
     )
-    every = jc.chain.enumerate_all(4, 2, 3)
+    every = jc.chain.ChainSpace(4, 2, 3).enumerate()
     chains = every[np.random.default_rng(seed).integers(0, len(every), 10)]
     out = jc.evaluate(problem, chains, plan=jc.engine.Fused(tile, block_size), dtype=dtype)
     expected = np.array([reference.chain_loss(problem, chain) for chain in chains])
@@ -43,7 +43,7 @@ def test_tokens_out_of_order_find_their_weights():
 
 def test_no_default_chooses_the_kernel(problem):
     for num in (1, 64):
-        chains = jc.chain.sample(jax.random.key(0), num, 4, 2, 3)
+        chains = jc.chain.ChainSpace(4, 2, 3).sample(jax.random.key(0), num)
         assert not isinstance(jc.explain(problem, chains).plan, jc.engine.Fused)
     assert jc.explain(problem, chains, plan=jc.engine.Fused()).num_bytes == 2 * 64 * 9 * 5 * 4
 

@@ -56,7 +56,8 @@ def test_one_trace_for_a_hundred_populations_of_one_size(problem):
 
     own = jc.Problem(problem.bank, problem.data, 3, loss_fn=counted)
     populations = [
-        np.asarray(jc.chain.sample(jax.random.key(seed), 16, 4, 2, 3)) for seed in range(100)
+        np.asarray(jc.chain.ChainSpace(4, 2, 3).sample(jax.random.key(seed), 16))
+        for seed in range(100)
     ]
     jc.evaluate(own, populations[0])
     num_calls = len(calls)
@@ -74,7 +75,7 @@ def test_one_trace_inside_jit(problem):
         return jc.evaluate(problem, chains).loss
 
     for seed in range(3):
-        loss_fn(jc.chain.sample(jax.random.key(seed), 6, 4, 2, 3))
+        loss_fn(jc.chain.ChainSpace(4, 2, 3).sample(jax.random.key(seed), 6))
     assert traces == [(6, 4)]
 
 

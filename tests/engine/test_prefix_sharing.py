@@ -66,5 +66,5 @@ def test_the_widest_batches_come_first(num_calls, expected):
 
 
 def test_count_calls_needs_no_evaluation():
-    chains = np.asarray(jc.chain.sample(jax.random.key(0), 300, 4, 2, 3))
+    chains = np.asarray(jc.chain.ChainSpace(4, 2, 3).sample(jax.random.key(0), 300))
     assert tuple(map(int, count_calls(jnp.asarray(chains), 4))) == reference.count_calls(chains, 4)

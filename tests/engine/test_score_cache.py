@@ -26,7 +26,7 @@ def test_losses_and_costs_are_those_of_a_dictionary(problem, monkeypatch, size):
     score = jax.jit(score_cache.evaluate_cached)
     cache, known, spent, expected = score_cache.init(problem), set(), 0, 0
     for seed in range(12):
-        chains = jc.chain.sample(jax.random.key(seed), 20, 4, 2, 2)
+        chains = jc.chain.ChainSpace(4, 2, 2).sample(jax.random.key(seed), 20)
         chains = jnp.pad(chains, ((0, 0), (0, 1)), constant_values=-1)
         cache, loss, layer_calls = score(cache, problem, chains)
         np.testing.assert_allclose(loss, jc.evaluate(problem, chains).loss, rtol=1e-6)
@@ -46,7 +46,7 @@ def test_losses_and_costs_are_those_of_a_dictionary(problem, monkeypatch, size):
 def test_a_full_set_forgets_its_oldest_chain(problem, monkeypatch):
     monkeypatch.setattr(score_cache, "_SIZE", 8)
     cache = score_cache.init(problem)
-    chains = jc.chain.enumerate_all(4, 2, 3)[:9]
+    chains = jc.chain.ChainSpace(4, 2, 3).enumerate()[:9]
     for chain in chains:
         cache, _, _ = score_cache.evaluate_cached(cache, problem, jnp.asarray(chain[None]))
     is_known = [bool((np.asarray(cache.chains) == chain).all(axis=-1).any()) for chain in chains]
@@ -55,7 +55,7 @@ def test_a_full_set_forgets_its_oldest_chain(problem, monkeypatch):
 
 def test_more_new_chains_than_a_set_holds(problem, monkeypatch):
     monkeypatch.setattr(score_cache, "_SIZE", 8)
-    chains = jnp.asarray(jc.chain.enumerate_all(4, 2, 3)[:20])
+    chains = jnp.asarray(jc.chain.ChainSpace(4, 2, 3).enumerate()[:20])
     cache, loss, _ = score_cache.evaluate_cached(score_cache.init(problem), problem, chains)
     np.testing.assert_array_equal(cache.chains[0], chains[:8])
     np.testing.assert_array_equal(cache.loss[0], loss[:8])
@@ -74,7 +74,9 @@ def test_losses_that_are_not_finite_are_known_too(problem):
 
 @pytest.mark.slow
 def test_vmapped_equals_looped(problem):
-    chains = jnp.stack([jc.chain.sample(jax.random.key(s), 6, 4, 2, 3) for s in range(3)])
+    chains = jnp.stack(
+        [jc.chain.ChainSpace(4, 2, 3).sample(jax.random.key(s), 6) for s in range(3)]
+    )
     many = jax.vmap(lambda c: score_cache.evaluate_cached(score_cache.init(problem), problem, c))(
         chains
     )

@@ -240,7 +240,7 @@ def test_large_outputs_are_computed_in_parts(checkpoint, tmp_path, monkeypatch, 
     bank = jc.hub.load(checkpoint)
     data = jc.hub.load_text(checkpoint, write_file(tmp_path, TEXT), length=9)
     problem = jc.Problem(bank, jc.Batch(data.search.x[:11], data.search.y[:11]), 2)
-    chains = jc.chain.enumerate_all(2, 1, 2)
+    chains = jc.chain.ChainSpace(2, 1, 2).enumerate()
     whole = jc.evaluate(problem, chains, plan=plan)
     jax.clear_caches()
     # 5 examples fit, so the parts have 4, 4 and 3.
