@@ -250,7 +250,7 @@ def make_jax_peers(problem: jc.Problem) -> dict[str, Callable[[np.ndarray], np.n
         hidden = problem.data.x
         for token in chain[:-1]:
             hidden = problem.bank.layers[0].apply(token, hidden)
-        return problem.compute_metrics(problem.bank.heads[0].apply(0, hidden))
+        return problem.loss_and_accuracy(problem.bank.heads[0].apply(0, hidden))
 
     jitted, vmapped = jax.jit(one), jax.jit(jax.vmap(one, in_axes=(None, 0)))
 

@@ -343,7 +343,7 @@ def run_problems(search: Any, setup: Setup, seeds: int) -> dict[str, np.ndarray]
             given = (
                 (search, solved.problem)
                 if needs_gradient(search)
-                else (use_tables(search), solved.lookup())
+                else (use_tables(search), solved.tabular_problem())
             )
             run = partial(jc.run_many, keys, *given, target_loss=target_loss)
         results = run(budget=int(setup.grid[-1]))

@@ -102,7 +102,7 @@ def main() -> None:
     write_results(args.out, "controller", result, table)
 
 
-def find_kind(solved: jc.chainbench.Solved) -> str:
+def find_kind(solved: jc.chainbench.SolvedProblem) -> str:
     return solved.name.split("-")[1]
 
 
@@ -201,12 +201,16 @@ def evaluate_contestant(
     return np.array(curves)
 
 
-def evaluate_search(solved: jc.chainbench.Solved, search: Any, seeds: int) -> np.ndarray:
+def evaluate_search(solved: jc.chainbench.SolvedProblem, search: Any, seeds: int) -> np.ndarray:
     """Ratio of the lowest loss found to that of all chains, by run and grid point, `[S, G]`."""
     keys = jax.random.split(jax.random.key(0), 1 if search.is_deterministic else seeds)
     best = solved.loss["search"].min()
     results = jc.run_many(
-        keys, use_tables(search), solved.lookup(), budget=int(GRID[-1]), target_loss=float(best)
+        keys,
+        use_tables(search),
+        solved.tabular_problem(),
+        budget=int(GRID[-1]),
+        target_loss=float(best),
     )
     loss = np.array([result.curve.at(GRID) for result in results])
     return np.where(np.isfinite(loss), loss, np.median(solved.loss["search"])) / best

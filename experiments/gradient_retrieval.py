@@ -156,11 +156,7 @@ def find_good_chains(problem: jc.Problem, num_chains: int, seed: int) -> np.ndar
     They are drawn from the best 1% of all chains if all can be evaluated, else they are the best
     chains of `num_chains` runs of a search without gradients.
     """
-    bank = problem.bank
-    if (
-        jc.chain.ChainSpace(bank.num_layers, bank.num_heads, problem.max_layers).num_chains
-        < 100_000
-    ):
+    if problem.space.num_chains < 100_000:
         chains, out = jc.evaluate_all(problem)
         best = np.argsort(np.asarray(out.loss))[: max(len(chains) // 100, num_chains)]
         return chains[np.random.default_rng(seed).choice(best, num_chains, replace=False)]

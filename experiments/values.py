@@ -201,7 +201,7 @@ def evaluate_problems(
 
 def evaluate_search(search: Any, solved: Any, seeds: int) -> dict[str, np.ndarray]:
     """Regret and calibration at each budget of each run."""
-    problem, truth = solved.lookup(), find_truth(solved)
+    problem, truth = solved.tabular_problem(), find_truth(solved)
     track = run_agent(search, problem, seeds)
     loss = np.where(np.isfinite(track.best), track.best, np.median(solved.loss["search"]))
     out = {"regret": solved.regret(loss)}
@@ -347,7 +347,7 @@ def read_critic(search: Any, state: Any) -> Any:
 def run_control(search: Any, solved: Any, seeds: int) -> np.ndarray:
     """Regret at each budget, `[S, B]`."""
     keys = jax.random.split(jax.random.key(0), seeds)
-    results = jc.run_many(keys, search, solved.lookup(), budget=BUDGETS[-1])
+    results = jc.run_many(keys, search, solved.tabular_problem(), budget=BUDGETS[-1])
     loss = np.array([result.curve.at(BUDGETS) for result in results])
     return solved.regret(np.where(np.isfinite(loss), loss, np.median(solved.loss["search"])))
 
@@ -461,7 +461,7 @@ def tune(folder: Path) -> None:
     names = find_problems(folder, slice(0, None, 2))
     chosen = [next(name for name in names if name.startswith(data)) for data in jc.chainbench.DATA]
     solved = [jc.chainbench.load(folder, name) for name in chosen]
-    problems = [(one, one.lookup()) for one in solved]
+    problems = [(one, one.tabular_problem()) for one in solved]
     for pure in ({}, PURE):
         for learning_rate, entropy_weight in ((3e-3, 0.5), (1e-2, 0.5), (3e-2, 0.5)):
             rates = {"learning_rate": learning_rate, "entropy_weight": entropy_weight}

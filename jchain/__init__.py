@@ -1,4 +1,4 @@
-"""jchain: search over chains of detached (frozen) layers.
+"""jchain: search over chains of frozen layers.
 
 `import jchain` stays light: rlax, matplotlib, and the checkpoint reader (`jc.hub`) are imported on
 first use.

@@ -194,7 +194,7 @@ class Problem:
         is_layer = (chains >= 0) & (chains < num_layers)
         return jnp.sum(jnp.where(is_layer, cost[jnp.where(is_layer, chains, 0)], 0.0), axis=-1)
 
-    def compute_metrics(
+    def loss_and_accuracy(
         self, outputs: Float[Array, "B ..."]
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Loss and accuracy of one chain's outputs, without the layer penalty.

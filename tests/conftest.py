@@ -1,4 +1,4 @@
-"""Signatures are checked at run time by jaxtyping and beartype, silent rank promotion is an error."""
+"""Signatures are checked at run time by jaxtyping and beartype; rank promotion is an error."""
 
 from pathlib import Path
 
@@ -8,7 +8,8 @@ import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Most of the time of these tests is compilation: little of it, and the same program once for all workers and runs.
+# Most of the time of these tests is compilation: few optimizations, and a cache of programs that
+# all workers and runs share.
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update(
     "jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "jax")
@@ -88,7 +89,11 @@ def digits():
 
 
 def assert_trees_close(a, b, rtol, atol):
-    """Of trees. A bias that all keys share moves no choice: its gradient is rounding alone, which Adam makes whole steps of."""
+    """Compare two trees, except for one bias.
+
+    A bias that all keys share changes no choice: its gradient is rounding error only, which Adam
+    turns into whole steps.
+    """
 
     def check(path, x, y):
         if "['key_out']['bias']" not in jax.tree_util.keystr(path):

@@ -39,33 +39,91 @@ class Widen(nn.Module):
 @pytest.mark.parametrize(
     ("layer", "layers", "head", "heads", "kwargs", "message"),
     [
-        (LAYER, [], HEAD, HEADS, {}, "empty bank: expected at least one layer and one head, got 0 and 2"),
-        (LAYER, LAYERS, HEAD, [], {}, "empty bank: expected at least one layer and one head, got 3 and 0"),
         (
             LAYER,
-            [*LAYERS, init_params(jc.layers.ResidualMLP(5, hidden=6), jax.random.key(0), 1, (5,))[0]],
+            [],
             HEAD,
             HEADS,
             {},
-            r"params of layer 3 do not stack: expected float32\[7\] at \['Dense_0'\]\['bias'\] as in layer 0, got float32\[6\]",
+            "empty bank: expected at least one layer and one head, got 0 and 2",
         ),
-        (LAYER, [*LAYERS, {"Dense_0": LAYERS[0]["Dense_0"]}], HEAD, HEADS, {}, "params of layer 3 do not stack: expected the structure"),
+        (
+            LAYER,
+            LAYERS,
+            HEAD,
+            [],
+            {},
+            "empty bank: expected at least one layer and one head, got 3 and 0",
+        ),
+        (
+            LAYER,
+            [
+                *LAYERS,
+                init_params(jc.layers.ResidualMLP(5, hidden=6), jax.random.key(0), 1, (5,))[0],
+            ],
+            HEAD,
+            HEADS,
+            {},
+            r"params of layer 3 do not stack: expected float32\[7\] at \['Dense_0'\]\['bias'\] "
+            r"as in layer 0, got float32\[6\]",
+        ),
+        (
+            LAYER,
+            [*LAYERS, {"Dense_0": LAYERS[0]["Dense_0"]}],
+            HEAD,
+            HEADS,
+            {},
+            "params of layer 3 do not stack: expected the structure",
+        ),
         (
             [jc.layers.Dense(5), LAYER, LAYER],
-            [init_params(jc.layers.Dense(5), jax.random.key(0), 1, (5,))[0], LAYERS[0], {"Dense_0": LAYERS[0]["Dense_0"]}],
+            [
+                init_params(jc.layers.Dense(5), jax.random.key(0), 1, (5,))[0],
+                LAYERS[0],
+                {"Dense_0": LAYERS[0]["Dense_0"]},
+            ],
             HEAD,
             HEADS,
             {},
             "params of layer 2 do not stack: expected the structure",
         ),
-        (Widen(), init_params(Widen(), jax.random.key(0), 2, (5,)), HEAD, HEADS, {}, r"Widen must keep the shape of its input: expected float32\[1, 5\], got float32\[1, 10\]"),
-        (nn.Conv(4, (3, 3)), init_params(nn.Conv(4, (3, 3)), jax.random.key(0), 2, (8, 8, 2)), HEAD, HEADS, {}, "Conv must keep the shape"),
-        (LAYER, LAYERS, HEAD, HEADS, {"names": ["a", "b"]}, r"expected 3 names \(layers\) or 5 .* got 2"),
-        (LAYER, LAYERS, HEAD, HEADS, {"names": ["a", "b", "a"]}, r"different name for each layer and head, got \['a'\]"),
+        (
+            Widen(),
+            init_params(Widen(), jax.random.key(0), 2, (5,)),
+            HEAD,
+            HEADS,
+            {},
+            r"Widen must keep the shape of its input: expected float32\[1, 5\], "
+            r"got float32\[1, 10\]",
+        ),
+        (
+            nn.Conv(4, (3, 3)),
+            init_params(nn.Conv(4, (3, 3)), jax.random.key(0), 2, (8, 8, 2)),
+            HEAD,
+            HEADS,
+            {},
+            "Conv must keep the shape",
+        ),
+        (
+            LAYER,
+            LAYERS,
+            HEAD,
+            HEADS,
+            {"names": ["a", "b"]},
+            r"expected 3 names \(layers\) or 5 .* got 2",
+        ),
+        (
+            LAYER,
+            LAYERS,
+            HEAD,
+            HEADS,
+            {"names": ["a", "b", "a"]},
+            r"different name for each layer and head, got \['a'\]",
+        ),
         (LAYER, LAYERS, HEAD, HEADS, {"parents": [[0, 1]]}, "has no head token"),
         (LAYER, LAYERS, HEAD, HEADS, {"origins": ["x"]}, "expected 5 origins"),
     ],
-)  # fmt: skip
+)
 def test_stack_refuses(layer, layers, head, heads, kwargs, message):
     with pytest.raises(ValueError, match=message):
         jc.Bank.stack(layer, layers, head, heads, **kwargs)

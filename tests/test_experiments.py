@@ -24,7 +24,7 @@ def test_every_figure_of_the_report_is_that_of_a_result(report):
 
 
 def test_no_figure_in_the_answers_is_typed_by_hand():
-    # Outside of code, links and figures that are filled in, no number has a decimal point or a percent sign.
+    # Outside of code, links, and filled-in figures, no number has a decimal point or percent sign.
     text = re.sub(r"`[^`]*`|\]\([^)]*\)|\[\[.+?\]\]", "", (FOLDER / "questions.md").read_text())
     assert re.findall(r"\d+\.\d+|\d+%", text) == []
 

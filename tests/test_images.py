@@ -1,4 +1,4 @@
-"""Real array_record sets, prepared here from scikit-learn's digits without TensorFlow or network."""
+"""Real array_record sets, made here from scikit-learn's digits without TensorFlow or network."""
 
 import io
 import shutil

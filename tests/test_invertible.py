@@ -142,9 +142,15 @@ def test_layers_without_an_inverse_are_refused():
 def test_training_keeps_layers_invertible(layer):
     data = jc.data.load("wine", seed=0)
     make = lambda num_steps: jc.train.routed(  # noqa: E731
-        jax.random.key(0), data.train, layer=layer, head=jc.layers.DenseHead(3), num_layers=3, depth=2,
-        num_steps=num_steps, optimizer=optax.adam(0.05),
-    )  # fmt: skip
+        jax.random.key(0),
+        data.train,
+        layer=layer,
+        head=jc.layers.DenseHead(3),
+        num_layers=3,
+        depth=2,
+        num_steps=num_steps,
+        optimizer=optax.adam(0.05),
+    )
     start, end = make(0), make(60)
     assert not np.allclose(
         jax.tree.leaves(start.layers)[0], jax.tree.leaves(end.layers)[0], atol=0.1

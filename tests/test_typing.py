@@ -22,7 +22,7 @@ loss: float = result.best_loss
 jc.evaluate(problem, result.finalists, memory_limt=1)  # misuse
 jc.Problem(bank, data.search, max_layers="four")  # misuse
 jc.run(jax.random.key(1), jc.LocalSearch(num_chain=4), problem, budget=1_000)  # misuse
-jc.train.independent(jax.random.key(0), data.train, layer=layer, head=head, is_routed=True)  # misuse
+jc.train.random(jax.random.key(0), data.train, layer=layer, head=head, is_routed=1)  # misuse
 name: str = result.curve.best_loss  # misuse
 """
 MISUSES = {i for i, line in enumerate(USES.splitlines(), 1) if line.endswith("# misuse")}

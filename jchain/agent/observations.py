@@ -187,7 +187,7 @@ def lowest(loss: Float[Array, "K"]) -> Float[Array, ""]:
 def _apply_heads(problem: Problem, hidden: Array) -> tuple[Array, Array, Array]:
     """Outputs of the heads, their losses and accuracies."""
     outputs = apply_all(problem.bank.heads, hidden)
-    return outputs, *jax.vmap(problem.compute_metrics)(outputs)
+    return outputs, *jax.vmap(problem.loss_and_accuracy)(outputs)
 
 
 def _differentiate(

@@ -42,7 +42,7 @@ NAMES = tuple(
 _NUM_STEPS = {"digits": 1000, "wine": 200, "breast_cancer": 200}
 
 
-class Solved(NamedTuple):
+class SolvedProblem(NamedTuple):
     """A problem with all its chains, in the order of `ChainSpace.enumerate`."""
 
     name: str
@@ -63,7 +63,7 @@ class Solved(NamedTuple):
         """The problem on `search`, the only split that a search may see."""
         return self.problem_on("search")
 
-    def lookup(self) -> Problem:
+    def tabular_problem(self) -> Problem:
         """`problem` with losses and features looked up (`jchain.chainbench.tabular`)."""
         return tabular.make_problem(self.bank, self.loss["search"], MAX_LAYERS, self.features)
 
@@ -162,7 +162,7 @@ def build(folder: str | os.PathLike[str], names: Sequence[str] = NAMES) -> list[
     return made
 
 
-def load(folder: str | os.PathLike[str], name: str) -> Solved:
+def load(folder: str | os.PathLike[str], name: str) -> SolvedProblem:
     """Read a solved problem.
 
     Args:
@@ -200,10 +200,10 @@ def load(folder: str | os.PathLike[str], name: str) -> Solved:
         dict[str, np.ndarray](zip(EVALUATION_SPLITS, np.asarray(arrays[key]), strict=True))
         for key in ("loss", "accuracy")
     )
-    return Solved(name, bank, data, loss, accuracy, np.asarray(arrays["features"]))
+    return SolvedProblem(name, bank, data, loss, accuracy, np.asarray(arrays["features"]))
 
 
-def describe(solved: Solved) -> dict[str, str | int | float]:
+def describe(solved: SolvedProblem) -> dict[str, str | int | float]:
     """Compute numbers that describe how hard a problem is.
 
     Args:
@@ -234,7 +234,7 @@ def describe(solved: Solved) -> dict[str, str | int | float]:
     }
 
 
-def find_local_optima(solved: Solved) -> np.ndarray:
+def find_local_optima(solved: SolvedProblem) -> np.ndarray:
     """Find the chains that have no better neighbor on `search`: a mask, `[C]`.
 
     Args:

@@ -28,7 +28,7 @@ _TOKEN, _ENTRY = "token", "entry"
 _MAX_PREFIXES = 2**24  # heads output the numbers as float32, which is exact up to here
 
 
-class Child(nn.Module):
+class TabularLayer(nn.Module):
     """A layer: maps the number of a prefix to that of the prefix with one more layer.
 
     Prefixes are numbered in the order of `ChainSpace.enumerate`, so the children of `i` are
@@ -45,8 +45,8 @@ class Child(nn.Module):
         return x * self.num_layers + 1 + self.get_variable("params", _TOKEN)
 
 
-class Stop(nn.Module):
-    """A head: outputs the numbers of a prefix and of the head, by which `get_loss` looks up."""
+class TabularHead(nn.Module):
+    """A head: outputs the numbers of a prefix and of the head, by which `look_up_loss` looks up."""
 
     @nn.compact
     def __call__(self, x: Int[Array, "B 1"]) -> Float[Array, "B 2"]:
@@ -56,11 +56,11 @@ class Stop(nn.Module):
         return numbers.astype(jnp.float32)
 
 
-def get_loss(outputs: Float[Array, "B 2"], y: Float[Array, "B C R"]) -> Float[Array, "B"]:
+def look_up_loss(outputs: Float[Array, "B 2"], y: Float[Array, "B C R"]) -> Float[Array, "B"]:
     """Look up the loss of a prefix that a head ends; infinite for an invalid prefix.
 
     Args:
-      outputs: of `Stop`.
+      outputs: of `TabularHead`.
       y: the table.
     """
     prefix, head = outputs.astype(jnp.int32).T
@@ -83,7 +83,7 @@ def observe(
       ValueError: the problem was made without features, or not by `make_problem`.
     """
     num_heads = problem.bank.num_heads
-    if problem.loss_fn is not get_loss or problem.data.y.shape[-1] == num_heads:
+    if problem.loss_fn is not look_up_loss or problem.data.y.shape[-1] == num_heads:
         raise ValueError(
             "expected a problem that jchain.chainbench.tabular.make_problem made with features"
         )
@@ -104,7 +104,7 @@ def entry_features(bank: Bank) -> Float[Array, "E D"]:
       ValueError: the bank is not that of a problem from `make_problem`.
     """
     groups = (*bank.layers, *bank.heads)
-    if any(not isinstance(group.module, Child | Stop) for group in groups):
+    if any(not isinstance(group.module, TabularLayer | TabularHead) for group in groups):
         raise ValueError(
             "expected the bank of a problem that jchain.chainbench.tabular.make_problem made"
         )
@@ -160,9 +160,11 @@ def make_problem(
         table = np.concatenate([table, rows], axis=1)
     entries = sketch_entries(bank)
     layers = tuple(
-        _make_tabular(group, Child(bank.num_layers), 0, entries) for group in bank.layers
+        _make_tabular(group, TabularLayer(bank.num_layers), 0, entries) for group in bank.layers
     )
-    heads = tuple(_make_tabular(group, Stop(), bank.num_layers, entries) for group in bank.heads)
+    heads = tuple(
+        _make_tabular(group, TabularHead(), bank.num_layers, entries) for group in bank.heads
+    )
     numbers = Bank(
         layers,
         heads,
@@ -172,7 +174,7 @@ def make_problem(
         num_steps=bank.num_steps,
     )
     data = Batch(jnp.zeros((1, 1), jnp.int32), jnp.asarray(table)[None])
-    return Problem(numbers, data, max_layers, loss_fn=get_loss, min_layers=min_layers)
+    return Problem(numbers, data, max_layers, loss_fn=look_up_loss, min_layers=min_layers)
 
 
 def tabulate(problem: Problem, observe: Observe) -> Problem:

@@ -33,7 +33,7 @@ SEARCHES: dict[str, Callable[[], jc.Search]] = {
     "random": jc.RandomSearch,
     "target-propagation": jc.TargetPropagation,
 }
-UPDATES: dict[str, Callable[[], jc.updates.Policy]] = {
+UPDATES: dict[str, Callable[[], jc.updates.UpdatePolicy]] = {
     "never": jc.updates.Frozen,
     "found": jc.updates.TuneFound,
     "clones": jc.updates.CloneThenTune,

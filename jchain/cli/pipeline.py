@@ -34,7 +34,7 @@ from jchain.hub import recipes
 from jchain.problem import Problem
 from jchain.search.base import Result, Search, run
 from jchain.search.local_search import LocalSearch
-from jchain.updates import Policy
+from jchain.updates import UpdatePolicy
 
 
 class Context(NamedTuple):
@@ -81,7 +81,7 @@ class ControlScores(NamedTuple):
 
 
 def run_pipeline(
-    config: SearchConfig, setup: Setup, search: Search, policy: Policy
+    config: SearchConfig, setup: Setup, search: Search, policy: UpdatePolicy
 ) -> SearchOutput:
     """Make the bank, search on `search`, re-rank the finalists on `select`, open `test` once.
 
@@ -148,7 +148,9 @@ def make(key: Key[Array, ""], config: SearchConfig, setup: Setup) -> Context:
     return Context(config, setup, made, problem, max_layers, width)
 
 
-def search_chains(key: Key[Array, ""], context: Context, search: Search, policy: Policy) -> Found:
+def search_chains(
+    key: Key[Array, ""], context: Context, search: Search, policy: UpdatePolicy
+) -> Found:
     """Search, and update weights by the policy, until the budget is used.
 
     Args:

@@ -73,7 +73,7 @@ class Fused:
         def evaluate_block(block: list[Array]) -> tuple[Array, Array]:
             chains, length, head = block
             last = _run_chains(self.tile, problem, hidden, chains, length)
-            return jax.vmap(lambda head, h: problem.compute_metrics(head_group.apply(head, h)))(
+            return jax.vmap(lambda head, h: problem.loss_and_accuracy(head_group.apply(head, h)))(
                 head, last
             )
 

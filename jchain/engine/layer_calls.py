@@ -105,21 +105,21 @@ def evaluate_heads(
       hidden: activations, `[W, B, ...F]`.
     """
     width, num_examples = hidden.shape[:2]
-    size = find_part(problem, hidden[0], width)
+    size = count_examples_per_call(problem, hidden[0], width)
 
     def evaluate_part(rows: Array) -> tuple[Array, Array]:
-        return jax.vmap(problem.take(rows).compute_metrics)(call(hidden[:, rows]))
+        return jax.vmap(problem.take(rows).loss_and_accuracy)(call(hidden[:, rows]))
 
     if size == num_examples:
-        return jax.vmap(problem.compute_metrics)(call(hidden))
-    results, rest = map_parts(evaluate_part, num_examples, size)
+        return jax.vmap(problem.loss_and_accuracy)(call(hidden))
+    results, rest = map_in_parts(evaluate_part, num_examples, size)
     results = jax.tree.map(lambda a: a.sum(axis=0) * size, results)
     if rest is not None:
         results = jax.tree.map(lambda a, b: a + num_examples % size * b, results, rest)
     return jax.tree.map(lambda a: a / num_examples, results)
 
 
-def map_parts(run: Callable[[Int[Array, "_"]], T], num: int, size: int) -> tuple[T, T | None]:
+def map_in_parts(run: Callable[[Int[Array, "_"]], T], num: int, size: int) -> tuple[T, T | None]:
     """Apply a function to the indices of `num` examples, `size` at a time.
 
     Args:
@@ -136,7 +136,7 @@ def map_parts(run: Callable[[Int[Array, "_"]], T], num: int, size: int) -> tuple
     return whole, run(num - rest + jnp.arange(rest)) if rest else None
 
 
-def find_part(problem: Problem, hidden: ArrayShape, width: int) -> int:
+def count_examples_per_call(problem: Problem, hidden: ArrayShape, width: int) -> int:
     """Return how many examples fit in one call of heads without exceeding the limit of its outputs.
 
     Args:
@@ -158,7 +158,7 @@ def find_outputs(problem: Problem, hidden: ArrayShape) -> jax.ShapeDtypeStruct:
 def empty_results(problem: Problem, hidden: ArrayShape, size: int) -> tuple[Array, Array]:
     """Return zeros for loss and accuracy, `[size]` each, with the dtypes of the problem."""
     results = jax.eval_shape(
-        lambda h: problem.compute_metrics(problem.bank.heads[0].apply(0, h)), hidden
+        lambda h: problem.loss_and_accuracy(problem.bank.heads[0].apply(0, h)), hidden
     )
     return jax.tree.map(lambda a: jnp.zeros(size, a.dtype), results)
 
@@ -176,7 +176,7 @@ def find_call_bytes(groups: tuple[LayerGroup, ...], hidden: ArrayShape) -> int:
 
 def find_head_bytes(problem: Problem, hidden: ArrayShape, width: int) -> int:
     """Estimate the temporaries of a call of heads for `width` chains, in bytes."""
-    rows = find_part(problem, hidden, width)
+    rows = count_examples_per_call(problem, hidden, width)
     return width * find_call_bytes(
         problem.bank.heads, jax.ShapeDtypeStruct((rows, *hidden.shape[1:]), hidden.dtype)
     )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from jchain._typing import Array, Float, Int
-from jchain.engine.layer_calls import apply_token, find_part, map_parts
+from jchain.engine.layer_calls import apply_token, count_examples_per_call, map_in_parts
 from jchain.gradient.linearize import ForwardPass
 from jchain.problem import Problem, upcast
 
@@ -81,7 +81,7 @@ def compute_head_vjps(
         )
 
     key, num = jax.random.key(_SAMPLE_SEED), hidden.shape[0]
-    size, outputs = find_part(problem, hidden, 1), jax.eval_shape(head, hidden)
+    size, outputs = count_examples_per_call(problem, hidden, 1), jax.eval_shape(head, hidden)
     if size == num or not (kind == "activations" or _is_sampled(problem, outputs, num_products)):
         return pull_back(problem, hidden, 1.0, key)
 
@@ -89,7 +89,7 @@ def compute_head_vjps(
         part_key = jax.random.fold_in(key, rows[0])
         return pull_back(problem.take(rows), hidden[rows], rows.size / num, part_key)[1]
 
-    vjps, rest = map_parts(pull_back_part, num, size)
+    vjps, rest = map_in_parts(pull_back_part, num, size)
     vjps = jnp.moveaxis(vjps, 0, 1).reshape(vjps.shape[1], -1, *hidden.shape[1:])
     if rest is not None:
         vjps = jnp.concatenate([vjps, rest], axis=1)
@@ -121,7 +121,7 @@ def make_loss_predictor(
     if isinstance(outputs, jax.Array):
         outputs = upcast(outputs)
     key = jax.random.key(_SAMPLE_SEED) if key is None else key
-    grad_fn = jax.grad(lambda outputs: share * problem.compute_metrics(outputs)[0])
+    grad_fn = jax.grad(lambda outputs: share * problem.loss_and_accuracy(outputs)[0])
     if kind == "activations":
         return LossPredictor(1, lambda _: grad_fn(outputs), lambda dots: dots.sum())
     num_products = _count_products(outputs, num_products)
@@ -203,7 +203,7 @@ def _predict_from_classes(problem: Problem, logits: Array, num_products: int) ->
 
 
 def _predict_from_outputs(problem: Problem, outputs: Array) -> LossPredictor:
-    loss = problem.compute_metrics(outputs)[0]
+    loss = problem.loss_and_accuracy(outputs)[0]
     num_outputs = outputs.size // outputs.shape[0]
 
     def cotangent_fn(i: Array) -> Array:
@@ -213,7 +213,7 @@ def _predict_from_outputs(problem: Problem, outputs: Array) -> LossPredictor:
     return LossPredictor(
         num_outputs,
         cotangent_fn,
-        lambda dots: problem.compute_metrics(outputs + dots.reshape(outputs.shape))[0] - loss,
+        lambda dots: problem.loss_and_accuracy(outputs + dots.reshape(outputs.shape))[0] - loss,
     )
 
 

@@ -135,6 +135,8 @@ def predict_losses(
 
     def predict(suffix: Suffixes) -> Float[Array, "P"]:
         outputs = suffix.outputs[None] + jnp.einsum("cbf,pbf->pbc", suffix.rows, flat)
-        return jax.vmap(lambda outputs: problem.compute_metrics(outputs.reshape(shape))[0])(outputs)
+        return jax.vmap(lambda outputs: problem.loss_and_accuracy(outputs.reshape(shape))[0])(
+            outputs
+        )
 
     return jax.lax.map(predict, suffixes).T

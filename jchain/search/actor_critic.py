@@ -146,12 +146,12 @@ class ActorCritic:
 
     @property
     def needs_gradient(self) -> bool:
-        """Whether the search needs activations that have a gradient."""
+        """Whether the search takes gradients through layers."""
         return self.score_kind is not None
 
     @property
     def needs_invertible(self) -> bool:
-        """Whether the search needs layers that can be inverted."""
+        """Whether every layer must be invertible."""
         return False
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:

@@ -71,12 +71,12 @@ class QLearning:
 
     @property
     def needs_gradient(self) -> bool:
-        """Whether the search needs activations that have a gradient."""
+        """Whether the search takes gradients through layers."""
         return False
 
     @property
     def needs_invertible(self) -> bool:
-        """Whether the search needs layers that can be inverted."""
+        """Whether every layer must be invertible."""
         return False
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:

@@ -53,7 +53,7 @@ class SuffixBeamSearch:
 
     Attributes:
       width: prefixes in the beam.
-      num_suffix: maximum number of layers in a suffix.
+      max_suffix_layers: maximum number of layers in a suffix.
       num_candidates: layers that suffixes are made of, drawn anew for each pass. Each module gets a
         share in proportion to its layers, and at least one.
       num_moves: chains evaluated in a step.
@@ -69,7 +69,7 @@ class SuffixBeamSearch:
     needs_invertible = True
 
     width: int = static(default=16)
-    num_suffix: int = static(default=1)
+    max_suffix_layers: int = static(default=1)
     num_candidates: int = static(default=12)
     num_moves: int = static(default=8)
     num_probes: int = static(default=64)
@@ -80,10 +80,10 @@ class SuffixBeamSearch:
             name: getattr(self, name)
             for name in ("width", "num_candidates", "num_moves", "num_probes")
         }
-        if min(sizes.values()) < 1 or self.num_suffix < 0:
+        if min(sizes.values()) < 1 or self.max_suffix_layers < 0:
             raise ValueError(
-                "expected sizes of at least 1 and num_suffix of at least 0, "
-                f"got {sizes} and {self.num_suffix}"
+                "expected sizes of at least 1 and max_suffix_layers of at least 0, "
+                f"got {sizes} and {self.max_suffix_layers}"
             )
 
     def check(self, problem: Problem) -> None:
@@ -180,7 +180,11 @@ class SuffixBeamSearch:
             key, probe_problem, allocate_candidates(probe_problem, self.num_candidates)
         )
         return pull_back_suffixes(
-            probe_problem, inverses, members, near, min(self.num_suffix, probe_problem.max_layers)
+            probe_problem,
+            inverses,
+            members,
+            near,
+            min(self.max_suffix_layers, probe_problem.max_layers),
         )
 
     def _refresh(
@@ -197,7 +201,7 @@ class SuffixBeamSearch:
                 key, probe_problem, state.inverses, forward.hidden[forward.length]
             )
             num_members = sum(allocate_candidates(probe_problem, self.num_candidates))
-            lengths = range(1, min(self.num_suffix, probe_problem.max_layers) + 1)
+            lengths = range(1, min(self.max_suffix_layers, probe_problem.max_layers) + 1)
             num_grown = probe_problem.bank.num_heads * sum(
                 num_members**length for length in lengths
             )
@@ -217,13 +221,13 @@ class SuffixBeamSearch:
         pull_key, noise_key = jax.random.split(key)
         suffixes, num_pulled = self._refresh(pull_key, state, probe_problem)
         rows = _extend_prefixes(probe_problem, state)
-        num_suffix = (suffixes.tokens >= 0).sum(axis=1)
+        suffix_length = (suffixes.tokens >= 0).sum(axis=1)
         loss = (
             predict_losses(probe_problem, suffixes, rows.hidden)
             + probe_problem.layer_penalty(rows.chains)[:, None]
             + probe_problem.layer_penalty(suffixes.tokens)[None]
         )
-        does_fit = rows.depth[:, None] + num_suffix[None] <= probe_problem.max_layers + 1
+        does_fit = rows.depth[:, None] + suffix_length[None] <= probe_problem.max_layers + 1
         loss = jnp.where(rows.is_valid[:, None] & does_fit & jnp.isfinite(loss), loss, jnp.inf)
 
         is_pair = jnp.isfinite(loss)
@@ -234,7 +238,7 @@ class SuffixBeamSearch:
         )
         # Chains shorter than `min_layers` are not evaluated, but their predictions still rank
         # prefixes.
-        is_long = rows.depth[:, None] + num_suffix[None] > probe_problem.min_layers
+        is_long = rows.depth[:, None] + suffix_length[None] > probe_problem.min_layers
         gain, pairs = jax.lax.top_k(
             jnp.where(is_long, noisy_gain, -jnp.inf).reshape(-1),
             min(_MARGIN * self.num_moves, loss.size),

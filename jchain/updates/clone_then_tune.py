@@ -18,8 +18,8 @@ from jchain.train import OPTIMIZER
 from jchain.updates.clones import CloneBank
 from jchain.updates.policies import (
     Outcome,
-    Policy,
     RunArguments,
+    UpdatePolicy,
     check_budget,
     check_sizes,
     count_chain_layers,
@@ -28,7 +28,7 @@ from jchain.updates.policies import (
     mention_reserved_calls,
     reserve_for_tuning,
     resume_run,
-    training_cost,
+    tuning_cost,
 )
 
 
@@ -42,7 +42,7 @@ class _Rounds(NamedTuple):
 
 
 @pytree_dataclass
-class CloneThenTune(Policy):
+class CloneThenTune(UpdatePolicy):
     """Alternate between searching and tuning copies of the best chain's layers.
 
     The tuned copies join the bank; the original layers and all heads stay unchanged, to the bit.
@@ -69,7 +69,7 @@ class CloneThenTune(Policy):
         if self.capacity is not None:
             check_sizes(capacity=self.capacity)
 
-    def _run(self, args: RunArguments) -> Outcome:
+    def apply(self, args: RunArguments) -> Outcome:
         base.check_arguments(args.search, args.problem, args.budget, args.num_finalists)
         training = make_training_problem(args.problem, args.train)
         _check_problem(args.search, args.problem)
@@ -125,7 +125,7 @@ class CloneThenTune(Policy):
         if chain is None:
             return rounds._replace(runs=_resume_unchanged(runs)), True
         problem = args.problem.with_bank(clones.bank)
-        cost = training_cost(problem, args.train, count_chain_layers(chain), self.num_steps)
+        cost = tuning_cost(problem, args.train, count_chain_layers(chain), self.num_steps)
         next_key = None if is_last else restart_key
         runs, is_affordable = _continue_with(
             chain, next_key, args, problem, runs, best, training_calls=cost

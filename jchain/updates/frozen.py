@@ -2,14 +2,14 @@
 
 from jchain.pytree import pytree_dataclass
 from jchain.search import base
-from jchain.updates.policies import Outcome, Policy, RunArguments
+from jchain.updates.policies import Outcome, RunArguments, UpdatePolicy
 
 
 @pytree_dataclass
-class Frozen(Policy):
+class Frozen(UpdatePolicy):
     """Never update weights: the bank is returned unchanged, to the bit."""
 
-    def _run(self, args: RunArguments) -> Outcome:
+    def apply(self, args: RunArguments) -> Outcome:
         result = base.run(
             args.key,
             args.search,

@@ -36,7 +36,7 @@ class Outcome(NamedTuple):
 
 
 class RunArguments(NamedTuple):
-    """The arguments of `Policy.run`."""
+    """The arguments of `UpdatePolicy.run`."""
 
     key: Key[Array, ""]
     search: Search
@@ -47,8 +47,8 @@ class RunArguments(NamedTuple):
     progress: bool
 
 
-class Policy:
-    """Base class of the update policies: frozen dataclasses that define `_run`."""
+class UpdatePolicy:
+    """Base class of the update policies: frozen dataclasses that define `apply`."""
 
     def run(
         self,
@@ -77,9 +77,16 @@ class Policy:
           ValueError: `train` does not fit the bank, the budget leaves nothing to search with, or as
             for `jchain.run`.
         """
-        return self._run(RunArguments(key, search, problem, train, budget, num_finalists, progress))
+        return self.apply(
+            RunArguments(key, search, problem, train, budget, num_finalists, progress)
+        )
 
-    def _run(self, args: RunArguments) -> Outcome:
+    def apply(self, args: RunArguments) -> Outcome:
+        """Do the work of `run`. A policy of your own defines this method.
+
+        Args:
+          args: the arguments of `run`.
+        """
         raise NotImplementedError
 
 
@@ -100,7 +107,7 @@ def make_training_problem(problem: Problem, train: Batch) -> Problem:
     return Problem(problem.bank, train, problem.max_layers, problem.loss_fn)
 
 
-def training_cost(
+def tuning_cost(
     problem: Problem, train: Batch, num_layers: int | Int[np.ndarray, "*U"], num_steps: int = 1
 ) -> int:
     """Return the cost of gradient steps, in layer calls on the problem's split.
@@ -122,7 +129,7 @@ def reserve_for_tuning(problem: Problem, train: Batch, num_steps: int) -> int:
       train: the split to train on.
       num_steps: gradient steps.
     """
-    return training_cost(problem, train, problem.max_layers, num_steps) + problem.max_layers
+    return tuning_cost(problem, train, problem.max_layers, num_steps) + problem.max_layers
 
 
 def count_chain_layers(chain: Int[np.ndarray, "L"]) -> int:

@@ -20,13 +20,13 @@ from jchain.train import OPTIMIZER
 from jchain.updates import tune
 from jchain.updates.policies import (
     Outcome,
-    Policy,
     RunArguments,
+    UpdatePolicy,
     check_sizes,
     init_search,
     make_training_problem,
     resume_run,
-    training_cost,
+    tuning_cost,
 )
 
 
@@ -45,7 +45,7 @@ class _Training(NamedTuple):
 
 
 @pytree_dataclass
-class SharedUpdates(Policy):
+class SharedUpdates(UpdatePolicy):
     """Train some of the chains that each step of the search scored, in place.
 
     Weights change during the search, so the search must be `Refreshable`: after each step its
@@ -68,7 +68,7 @@ class SharedUpdates(Policy):
         if not 0 < self.final_share < 1:
             raise ValueError(f"expected a final_share above 0 and below 1, got {self.final_share}")
 
-    def _run(self, args: RunArguments) -> Outcome:
+    def apply(self, args: RunArguments) -> Outcome:
         search = args.search
         if not isinstance(search, Refreshable):
             raise ValueError(
@@ -114,7 +114,7 @@ class SharedUpdates(Policy):
             new, lowest, calls, length, scored = _train_round(
                 self, round_key, carry, args.search, problem, training
             )
-            cost = training_cost(args.problem, args.train, np.asarray(length))
+            cost = tuning_cost(args.problem, args.train, np.asarray(length))
             total, step_calls = int(sum(calls)) + cost, max(step_calls, int(calls[0]))
             # Keep enough of the budget for one step of the last part.
             limit = min((1 - self.final_share) * args.budget, args.budget - step_calls)

@@ -12,20 +12,20 @@ from jchain.train import OPTIMIZER
 from jchain.updates import tune
 from jchain.updates.policies import (
     Outcome,
-    Policy,
     RunArguments,
+    UpdatePolicy,
     check_budget,
     check_sizes,
     count_chain_layers,
     make_training_problem,
     mention_reserved_calls,
     reserve_for_tuning,
-    training_cost,
+    tuning_cost,
 )
 
 
 @pytree_dataclass
-class TuneFound(Policy):
+class TuneFound(UpdatePolicy):
     """Search, then tune the layers and the head of the chain found, in place.
 
     If the gradient steps do not lower the chain's loss on the problem's split, the bank is returned
@@ -43,7 +43,7 @@ class TuneFound(Policy):
     def __post_init__(self) -> None:
         check_sizes(num_steps=self.num_steps)
 
-    def _run(self, args: RunArguments) -> Outcome:
+    def apply(self, args: RunArguments) -> Outcome:
         problem, train = args.problem, args.train
         training = make_training_problem(problem, train)
         reserved = reserve_for_tuning(problem, train, self.num_steps)
@@ -66,7 +66,7 @@ class TuneFound(Policy):
         )
         loss = float(evaluate(problem.with_bank(bank), chain[None]).loss[0])
         length = count_chain_layers(chain)
-        update_calls = training_cost(problem, train, length, self.num_steps)
+        update_calls = tuning_cost(problem, train, length, self.num_steps)
         layer_calls = result.layer_calls + update_calls + length
         curve = Curve(
             np.append(result.curve.layer_calls, layer_calls),

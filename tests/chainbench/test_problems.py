@@ -27,7 +27,7 @@ def make_solved(loss):
     """Two layers and one head: 31 chains."""
     data = jc.Dataset(*[make_batch()] * 4, name="data", num_classes=3)
     losses = {split: np.asarray(loss, np.float32) for split in EVALUATION_SPLITS}
-    return chainbench.Solved(
+    return chainbench.SolvedProblem(
         "toy", make_bank(2, 1), data, losses, losses, np.zeros((15, NUM_FEATURES))
     )
 
@@ -45,7 +45,7 @@ def test_a_solved_problem_has_the_losses_of_evaluate(folder):
         np.testing.assert_allclose(solved.loss[split][rows], out.loss, rtol=1e-5)
         np.testing.assert_allclose(solved.accuracy[split][rows], out.accuracy)
     np.testing.assert_array_equal(
-        jc.evaluate(solved.lookup(), solved.chains[rows]).loss, solved.loss["search"][rows]
+        jc.evaluate(solved.tabular_problem(), solved.chains[rows]).loss, solved.loss["search"][rows]
     )
     x, layers = solved.problem.data.x, solved.bank.layers[0]
     assert solved.features.shape == (1 + 12 + 144 + 1728, NUM_FEATURES)

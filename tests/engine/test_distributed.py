@@ -1,4 +1,4 @@
-"""Several devices and several processes. Each test runs in processes of its own, as devices are counted at the start."""
+"""Several devices and processes. Each test starts its own processes, which fix their devices."""
 
 import json
 import os
@@ -14,7 +14,10 @@ import jchain as jc
 from jchain.__main__ import main
 
 TESTS = Path(__file__).parent
-START = "import os, sys; import jax, jax.numpy as jnp, numpy as np; import jchain as jc; from conftest import *\n"
+START = (
+    "import os, sys; import jax, jax.numpy as jnp, numpy as np; import jchain as jc\n"
+    "from conftest import *\n"
+)
 MESH = """
 problem = jc.Problem(make_bank(), make_batch(), 3)
 mesh = jax.make_mesh((2, 4), ("a", "b"))
@@ -23,7 +26,7 @@ for num in (1, 45):
     # The order of sums is the same where nodes are called one by one, whatever a device has.
     plans = ((jc.engine.DepthFirst(), 0), (jc.engine.Blocks(4, (1,)), 0), (None, 1e-6))
     for plan, tolerance in plans if num > 1 else plans[:1]:
-        one, many = jc.evaluate(problem, chains, plan=plan), jc.evaluate(problem, chains, plan=plan, mesh=mesh)
+        one, many = (jc.evaluate(problem, chains, plan=plan, mesh=m) for m in (None, mesh))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance), one, many)
         assert len(many.loss.devices()) == 8
 assert jc.explain(problem, chains, mesh=mesh).num_devices == 8
@@ -36,7 +39,8 @@ assert spread.on(mesh) is spread
 populations = jnp.stack([chains, chains[::-1]])
 losses = jax.jit(jax.vmap(lambda chains: jc.evaluate(spread, chains).loss))(populations)
 np.testing.assert_allclose(losses[1], jc.evaluate(problem, chains[::-1]).loss, rtol=1e-6)
-results = [jc.run(jax.random.key(0), jc.RandomSearch(16), problem, budget=150, mesh=m) for m in (None, mesh)]
+key, search = jax.random.key(0), jc.RandomSearch(16)
+results = [jc.run(key, search, problem, budget=150, mesh=m) for m in (None, mesh)]
 np.testing.assert_array_equal(results[0].best_chain, results[1].best_chain)
 np.testing.assert_allclose(results[0].curve.best_loss, results[1].curve.best_loss, rtol=1e-6)
 first, second = jax.devices()[:2]
@@ -56,9 +60,10 @@ chains = np.asarray(jc.chain.ChainSpace(4, 2, 3).sample(jax.random.key(0), 45))
 mesh = jc.engine.distributed.make_mesh()
 assert jax.process_count() == 2 and mesh.size == 2
 for plan, tolerance in ((jc.engine.DepthFirst(), 0), (None, 1e-6)):
-    one, many = jc.evaluate(problem, chains, plan=plan), jc.evaluate(problem, chains, plan=plan, mesh=mesh)
+    one, many = (jc.evaluate(problem, chains, plan=plan, mesh=m) for m in (None, mesh))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance), one, many)
-results = [jc.run(jax.random.key(0), jc.RandomSearch(16), problem, budget=150, mesh=m) for m in (None, mesh)]
+key, search = jax.random.key(0), jc.RandomSearch(16)
+results = [jc.run(key, search, problem, budget=150, mesh=m) for m in (None, mesh)]
 np.testing.assert_array_equal(results[0].best_chain, results[1].best_chain)
 np.testing.assert_allclose(results[0].best_loss, results[1].best_loss, rtol=1e-6)
 print("passed")

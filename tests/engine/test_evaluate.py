@@ -116,7 +116,7 @@ STEM = jc.layers.DenseHead(5)
 
 
 def draw_problem(draw):
-    """One or two groups of layers, one to three heads of one or two modules, with or without a stem."""
+    """One or two groups of layers, one to three heads of one or two modules, maybe a stem."""
     seed = draw(st.integers(0, 2**16))
     banks = [make_bank(draw(st.integers(1, 3)), draw(st.integers(1, 2)), seed=seed)]
     if draw(st.booleans()):
@@ -155,7 +155,7 @@ def test_every_plan_and_dtype_on_random_problems(plan, data):
     problem = draw_problem(data.draw)
     chains = draw_chains(data.draw, problem)
     assert_matches_reference(problem, chains, jc.evaluate(problem, chains, plan=plan))
-    # bfloat16 keeps 8 bits: a loss is right to a few per cent of it, or of the logits that it comes from.
+    # bfloat16 keeps 8 bits: a loss is right to a few percent of it, or of the logits behind it.
     out = jc.evaluate(problem, chains, plan=plan, dtype=jnp.bfloat16)
     expected = np.array([reference.chain_loss(problem, chain)[0] for chain in chains])
     assert out.loss.dtype == jnp.float32

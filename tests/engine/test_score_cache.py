@@ -103,7 +103,7 @@ def test_a_loss_of_older_weights_is_never_returned(problem):
             if changed
         ]
         assert layer_calls == reference.count_calls(stale, 4)[0]
-        # Known from now on, and the old loss is not taken back when the weights are (they are of a third version).
+        # Cached now. Restoring the weights makes a third version, whose loss is not reused.
         assert score(again, now, chains)[2] == 0
         back = problem.with_bank(now.bank.replace([changed], [bank.get_params(changed)]))
         _, loss, layer_calls = score(again, back, chains)

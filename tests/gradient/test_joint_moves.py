@@ -38,7 +38,7 @@ def test_changes_of_joint_moves_sum_to_a_joint_jvp(problem, x64):
         for moved, c, y in zip(np.asarray(expected), rivals, problem.data.y, strict=True)
     ]
     np.testing.assert_allclose(joint.change[:3, 0].sum(axis=0), margins, atol=1e-6)
-    predicted = problem.compute_metrics(plain + expected)[0] - problem.compute_metrics(plain)[0]
+    predicted = problem.loss_and_accuracy(plain + expected)[0] - problem.loss_and_accuracy(plain)[0]
     # Each slot has its best swaps, without its own layer. The first greedy move is the best swap.
     others = np.where(np.arange(4) == CHAIN[:3, None], np.inf, scores.swap[:3])
     np.testing.assert_array_equal(joint.token[:3], np.argsort(others, axis=1)[:, :2])
@@ -53,8 +53,8 @@ def test_changes_of_joint_moves_sum_to_a_joint_jvp(problem, x64):
     np.put_along_axis(padded, np.broadcast_to(rivals, changes.shape), changes, axis=3)
     found = {
         (s, i, t, j): float(
-            problem.compute_metrics(plain + padded[s, i] + padded[t, j])[0]
-            - problem.compute_metrics(plain)[0]
+            problem.loss_and_accuracy(plain + padded[s, i] + padded[t, j])[0]
+            - problem.loss_and_accuracy(plain)[0]
         )
         + sum(cost[joint.token[slot, k]] - cost[CHAIN[slot]] for slot, k in ((s, i), (t, j)))
         for s in range(3)
@@ -70,8 +70,8 @@ def test_changes_of_joint_moves_sum_to_a_joint_jvp(problem, x64):
         np.testing.assert_array_equal(row, swapped)
     assert predicted == pytest.approx(
         float(
-            problem.compute_metrics(plain + padded[:3, 0].sum(axis=0))[0]
-            - problem.compute_metrics(plain)[0]
+            problem.loss_and_accuracy(plain + padded[:3, 0].sum(axis=0))[0]
+            - problem.loss_and_accuracy(plain)[0]
         ),
         abs=1e-6,
     )

@@ -11,7 +11,7 @@ from edit_references import (
 
 import jchain as jc
 from jchain.engine import layer_calls
-from jchain.engine.layer_calls import find_part
+from jchain.engine.layer_calls import count_examples_per_call
 
 
 @pytest.mark.parametrize(
@@ -61,11 +61,11 @@ def part_size(request, monkeypatch):
 def test_other_wide_outputs_are_sampled(is_softmax, part_size):
     """With more samples, scores approach the second-order loss (exact for squared errors)."""
     problem, chain = make_sampled(is_softmax), np.array([2, 0, 3, 4])
-    assert find_part(problem, problem.data.x, 1) == (400 if part_size == 400 else 133)
+    assert count_examples_per_call(problem, problem.data.x, 1) == (400 if part_size == 400 else 133)
 
     def expand(slot, token):
         outputs, moved = find_moved_outputs(problem, chain, slot, token)
-        loss = lambda size: problem.compute_metrics(outputs + size * moved)[0]  # noqa: E731
+        loss = lambda size: problem.loss_and_accuracy(outputs + size * moved)[0]  # noqa: E731
         return jax.grad(loss)(0.0) + 0.5 * jax.grad(jax.grad(loss))(0.0)
 
     expected = np.array([[expand(slot, token) for token in range(4)] for slot in range(3)])

@@ -23,7 +23,7 @@ def test_activation_scores_equal_the_directional_derivative(problem, x64):
         for token in range(4):
             step = problem.bank.layers[0].apply(token, hidden[slot]) - hidden[slot + 1]
             ahead, back = (
-                problem.compute_metrics(
+                problem.loss_and_accuracy(
                     apply_rest(slot + 1, hidden[slot + 1] + sign * 1e-6 * step)
                 )[0]
                 for sign in (1, -1)

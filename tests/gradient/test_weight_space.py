@@ -46,7 +46,7 @@ def push_weights(problem, chain, slot, token, learning_rate):
 
     def loss(size):
         params = jax.tree.map(lambda a, b: a + size * (b - a), own, new)
-        return problem.compute_metrics(
+        return problem.loss_and_accuracy(
             apply_rest(slot + 1, group.module.apply({"params": params}, hidden[slot]))
         )[0]
 
@@ -67,7 +67,7 @@ def test_weight_gradients_equal_those_of_the_loss(problem):
         hidden = x
         for own in params:
             hidden = group.module.apply({"params": own}, hidden)
-        return problem.compute_metrics(problem.bank.heads[0].apply(1, hidden))[0]
+        return problem.loss_and_accuracy(problem.bank.heads[0].apply(1, hidden))[0]
 
     owns = [jax.tree.map(lambda leaf, t=t: leaf[t], group.params) for t in chain[:3]]
     for slot, gradient in enumerate(jax.grad(loss)(owns)):

@@ -32,10 +32,16 @@ def test_the_ideal_layer_of_a_bank_layers_outputs_is_that_layer():
     assert found.residual < 1e-4
     assert (found.nearest_by_weights, found.nearest_by_outputs) == (2, 2)
     distances = [
-        np.sqrt(sum(np.sum((np.asarray(leaf[b]) - np.asarray(own)) ** 2) for leaf, own in zip(
-            jax.tree.leaves(bank.layers[0].params), jax.tree.leaves(params), strict=True)))
+        np.sqrt(
+            sum(
+                np.sum((np.asarray(leaf[b]) - np.asarray(own)) ** 2)
+                for leaf, own in zip(
+                    jax.tree.leaves(bank.layers[0].params), jax.tree.leaves(params), strict=True
+                )
+            )
+        )
         for b in range(4)
-    ]  # fmt: skip
+    ]
     np.testing.assert_allclose(found.by_weights, distances, atol=1e-3)
 
 

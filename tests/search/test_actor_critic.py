@@ -124,10 +124,15 @@ def test_value_by_hand(agent, problem):
 def test_the_critic_learns_the_value_of_its_policy(problem):
     """If the policy hardly changes, the value is the mean reward of its chains (a fixed scale)."""
     search = jc.ActorCritic(
-        num_chains=64, learning_rate=1e-2, imitation_weight=0.0, restart_rate=0.0, lambda_=1.0,
+        num_chains=64,
+        learning_rate=1e-2,
+        imitation_weight=0.0,
+        restart_rate=0.0,
+        lambda_=1.0,
         entropy_weight=50.0,
-        reward_fn=jc.agent.rewards.log_rewards, num_replays=16,
-    )  # fmt: skip
+        reward_fn=jc.agent.rewards.log_rewards,
+        num_replays=16,
+    )
     state, step = search.init(jax.random.key(0), problem), jax.jit(search.step)
     rewards = []
     for key in jax.random.split(jax.random.key(1), 100):

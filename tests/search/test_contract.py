@@ -299,7 +299,7 @@ def test_searches_run_over_heads_alone(name, search):
         (jc.CriticSearch, {"width": 0}),
         (jc.TargetPropagation, {"num_moves": 0}),
         (jc.SuffixBeamSearch, {"width": 0}),
-        (jc.SuffixBeamSearch, {"num_suffix": -1}),
+        (jc.SuffixBeamSearch, {"max_suffix_layers": -1}),
     ],
 )
 def test_sizes_out_of_range_raise_for_each_search(cls, sizes):

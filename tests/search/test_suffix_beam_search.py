@@ -56,7 +56,7 @@ def test_a_copy_is_found_from_its_outputs():
     )
     result = jc.run(
         jax.random.key(0),
-        jc.SuffixBeamSearch(num_suffix=2, width=8, num_probes=16),
+        jc.SuffixBeamSearch(max_suffix_layers=2, width=8, num_probes=16),
         problem,
         budget=1500,
     )

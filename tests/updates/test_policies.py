@@ -11,8 +11,8 @@ from jchain import updates
 
 def test_every_policy_is_in_the_contract():
     found = {name for name, cls in vars(updates).items() if hasattr(cls, "run")}
-    assert found == {*POLICIES, "Policy"}
-    assert all(isinstance(policy, updates.Policy) for policy in POLICIES.values())
+    assert found == {*POLICIES, "UpdatePolicy"}
+    assert all(isinstance(policy, updates.UpdatePolicy) for policy in POLICIES.values())
 
 
 @pytest.fixture(params=POLICIES, scope="module")
