@@ -23,12 +23,13 @@ from jchain.engine.layer_calls import apply_token, locate
 from jchain.engine.plans import choose_chunk
 from jchain.gradient.edit_scores import EditScores, add_layer_penalty
 from jchain.gradient.linearize import (
+    Slot,
     all_members,
     check_chain,
     flatten_rows,
     forward_pass,
-    full_nan,
     map_layers,
+    scan_backward,
 )
 from jchain.groups import LayerGroup
 from jchain.inverse.pullback import (
@@ -45,8 +46,6 @@ from jchain.pytree import is_concrete
 _NUM_CG_STEPS, _DAMPING = 4, 0.1
 
 Inverses: TypeAlias = tuple[LayerGroup | None, ...]
-# Slot number, token, activations before the slot, and activations after it.
-_Slot: TypeAlias = tuple[Array, Array, Array, Array]
 # Changes of loss for swaps, insertions, and the deletion at one slot.
 _SlotScores: TypeAlias = tuple[Array, Array, Array]
 
@@ -255,50 +254,36 @@ def _score_one(
     chunk = choose_chunk(bank.num_layers, forward.hidden[0], backend)
     last = reach_target(problem, chain[length], forward.hidden[length], rate)
     saving = forward.loss - env.head_loss(problem, chain[length], last)
-    after_slots = jnp.concatenate([forward.hidden[1:], forward.hidden[-1:]])
 
-    def pull_slot(target: Array, slot: _Slot) -> tuple[Array, _SlotScores]:
-        """From the target after a slot to the target before it."""
-        is_used = slot[0] < jnp.minimum(length + 1, problem.max_layers)
-        return jax.lax.cond(is_used, score_slot, skip, target, slot)
-
-    def score_slot(target: Array, slot: _Slot) -> tuple[Array, _SlotScores]:
-        t, token, hidden, outputs = slot
-        is_layer = t < length
+    def score_slot(target: Array, slot: Slot) -> tuple[Array, _SlotScores]:
+        """From the target after a slot to the target before it, and the scores of the slot."""
+        is_layer = slot.place < length
         before = jax.lax.cond(
             is_layer,
-            partial(_pull_target, bank.layers, inverses, token),
+            partial(_pull_target, bank.layers, inverses, slot.token),
             lambda _, a: a,
-            hidden,
+            slot.before,
             target,
         )
         compare, compare_before = (
             partial(_compare, saving, current, goal, is_projected)
-            for current, goal in ((outputs, target), (hidden, before))
+            for current, goal in ((slot.after, target), (slot.before, before))
         )
 
         def score(out: Array) -> tuple[Array, Array]:
             return compare(out), compare_before(out)
 
-        swap, insert = map_layers(score, bank, members, hidden, chunk)
-        own = jnp.where(is_layer, token, bank.num_layers)
+        swap, insert = map_layers(score, bank, members, slot.before, chunk)
+        own = jnp.where(is_layer, slot.token, bank.num_layers)
         swap = jnp.where(is_layer, swap.at[own].set(0.0), jnp.nan)
         insert = jnp.where(length < problem.max_layers, insert, jnp.nan)
-        delete = jnp.where(is_layer, compare(hidden), jnp.nan)
+        delete = jnp.where(is_layer, compare(slot.before), jnp.nan)
         return before, (swap, insert, delete)
 
-    def skip(target: Array, slot: _Slot) -> tuple[Array, _SlotScores]:
-        shapes = jax.eval_shape(score_slot, target, slot)[1]
-        return target, jax.tree.map(full_nan, shapes)
-
-    slots = jnp.arange(chain.size), chain, forward.hidden, after_slots
-    scores = jax.lax.scan(pull_slot, last, slots, reverse=True)[1]
+    num_slots = jnp.minimum(length + 1, problem.max_layers)
+    scores = scan_backward(score_slot, last, chain, forward, num_slots)
     num_scored = sum(rows.shape[0] for rows in members)
-    calls = (
-        num_scored * jnp.minimum(length + 1, problem.max_layers)
-        + length
-        + _count_backward_calls(bank, inverses, chain)
-    )
+    calls = num_scored * num_slots + length + _count_backward_calls(bank, inverses, chain)
     return add_layer_penalty(problem, chain, forward, scores, calls)
 
 
