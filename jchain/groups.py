@@ -50,7 +50,8 @@ class LayerGroup:
 
 def apply_module(module: nn.Module, params: PyTree, x: Array | np.ndarray) -> Array:
     """Apply a module to a batch. None means no params."""
-    return module.apply({"params": {} if params is None else params}, x)  # pyright: ignore[reportReturnType]
+    variables = {"params": {} if params is None else params}
+    return module.apply(variables, x)  # pyright: ignore[reportReturnType]
 
 
 def describe_module(module: nn.Module) -> str:

@@ -45,7 +45,8 @@ def pytree_dataclass(cls: type[T]) -> type[T]:
             object.__setattr__(node, name, value)
         return node
 
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten)  # pyright: ignore[reportArgumentType]
+    register = jax.tree_util.register_pytree_with_keys
+    register(cls, flatten_with_keys, unflatten)  # pyright: ignore[reportArgumentType]
     return cls
 
 

@@ -1,7 +1,11 @@
 """The slow, obvious way: one chain, one layer, one NumPy operation at a time, in float64."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from conftest import init_params
+
+import jchain as jc
 
 
 def _dense(params, x):
@@ -106,3 +110,43 @@ def count_calls(chains, num_layers):
     rows = [tuple(int(token) for token in chain if token >= 0) for chain in chains]
     prefixes = {row[: i + 1] for row in rows for i, token in enumerate(row) if token < num_layers}
     return len(prefixes), len(set(rows))
+
+
+def make_invertible_bank(num_layers=3, seed=0, layers=None, features=4):
+    """Well-conditioned layers of one or more modules."""
+    head = jc.layers.DenseHead(2)
+    banks = []
+    for i, layer in enumerate(layers or [jc.layers.InvertibleDense(features)]):
+        keys = jax.random.split(jax.random.key(seed + 7 * i), num_layers + 1)
+        params = [layer.init(key, jnp.ones((1, features)))["params"] for key in keys[:-1]]
+        banks.append(
+            jc.Bank.stack(layer, params, head, init_params(head, keys[-1], 1, (features,)))
+        )
+    return jc.Bank.concat(banks)
+
+
+def apply_layers(bank, chain, x):
+    """The plain definition, in float64."""
+    for token in chain:
+        (group,) = [group for group in bank.layers if token in group.tokens]
+        x = group.apply(group.tokens.index(token), x)
+    return np.asarray(x, np.float64)
+
+
+def assert_plan_matches_apply_chain(problem, plan, seed, num):
+    """Random chains of a bank of 4 layers and 2 heads have the losses of `apply_chain`."""
+    rng = np.random.default_rng(seed)
+    tokens = [
+        [*rng.integers(0, 4, rng.integers(0, 4)).tolist(), int(rng.integers(4, 6))]
+        for _ in range(num)
+    ]
+    chains = jc.chain.pad(tokens, 3)
+    out = jc.evaluate(problem, chains, plan=plan)
+    expected = [_plain_loss(problem, chain) for chain in jnp.asarray(chains)]
+    np.testing.assert_allclose(out.loss, expected, rtol=2e-6)
+    assert (out.layer_calls, out.head_calls) == count_calls(chains, 4)
+
+
+@jax.jit
+def _plain_loss(problem, chain):
+    return problem.loss_and_accuracy(jc.apply_chain(problem.bank, chain, problem.data.x))[0]

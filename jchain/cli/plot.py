@@ -98,7 +98,8 @@ def plot_layers(path: str | os.PathLike[str], reports: Sequence[LayerReport]) ->
         figsize=(11, 2.2 + 0.45 * len(reports) * (1 + len(tensors) / 2)), layout="constrained"
     )
     heights = [1, max(1, (len(tensors) + 1) // 2)]
-    top, below = figure.subfigures(2, height_ratios=heights)  # pyright: ignore[reportGeneralTypeIssues]
+    subfigures = figure.subfigures(2, height_ratios=heights)
+    top, below = subfigures  # pyright: ignore[reportGeneralTypeIssues]
     labels = {
         "weights": "root mean square weight",
         "gradient": "root mean square gradient",

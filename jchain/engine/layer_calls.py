@@ -171,7 +171,8 @@ def find_call_bytes(groups: tuple[LayerGroup, ...], hidden: ArrayShape) -> int:
         for equation in _trace(group, hidden)
         for var in equation.outvars
     ]
-    return 2 * max((nbytes(aval) for aval in avals), default=0)  # pyright: ignore[reportArgumentType]
+    sizes = (nbytes(aval) for aval in avals)  # pyright: ignore[reportArgumentType]
+    return 2 * max(sizes, default=0)
 
 
 def find_head_bytes(problem: Problem, hidden: ArrayShape, width: int) -> int:

@@ -109,8 +109,8 @@ class SuffixBeamSearch:
         probe_problem = problem.take(rows)
         hidden = probe_problem.bank.embed(probe_problem.data.x)
         num_slots = problem.max_layers + 1
-        found: Suffixes = jax.eval_shape(lambda: self._pull(key, probe_problem, inverses, hidden))  # pyright: ignore[reportAssignmentType]
-        suffixes = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), found)
+        shapes = jax.eval_shape(lambda: self._pull(key, probe_problem, inverses, hidden))
+        suffixes = Suffixes(*(jnp.zeros(shape.shape, shape.dtype) for shape in shapes))
         return State(
             jnp.full((self.width, num_slots), PADDING, jnp.int32),
             rows,

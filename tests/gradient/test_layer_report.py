@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 import jchain as jc
-from jchain.cli import plot
 from jchain.gradient.layer_report import report_layers
 
 
@@ -50,20 +49,6 @@ def test_reports_equal_a_loop_over_examples(two_group_problem):
     assert total["Dense_0/kernel"]["gradient"] == pytest.approx(
         np.sqrt(np.mean(kernel.gradient**2))
     )
-
-
-def test_reports_are_plotted(problem, two_group_problem, tmp_path):
-    plot.plot_layers(tmp_path / "layers.png", report_layers(problem, np.array([2, 0, 3, 5])))
-    assert (tmp_path / "layers.png").read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(ValueError, match="tensors of the same names and shapes, got 2 kinds"):
-        plot.plot_layers(
-            tmp_path / "other.png", report_layers(two_group_problem, np.array([1, 4, 2, 6]))
-        )
-    with pytest.raises(
-        ValueError, match="at least one, with tensors of the same names and shapes, got 0 kinds"
-    ):
-        plot.plot_layers(tmp_path / "other.png", report_layers(problem, np.array([5, -1, -1, -1])))
-    assert not (tmp_path / "other.png").exists()
 
 
 def test_bad_input_is_refused(problem):

@@ -2,33 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import init_params
+from reference import apply_layers, make_invertible_bank
 
-import jchain as jc
 from jchain.inverse import enumerate_halves as halves
 
 FEATURES = 4
-
-
-def make_bank(num_layers=3, seed=0, layers=None, features=FEATURES):
-    """Well-conditioned layers of one or more modules."""
-    head = jc.layers.DenseHead(2)
-    banks = []
-    for i, layer in enumerate(layers or [jc.layers.InvertibleDense(features)]):
-        keys = jax.random.split(jax.random.key(seed + 7 * i), num_layers + 1)
-        params = [layer.init(key, jnp.ones((1, features)))["params"] for key in keys[:-1]]
-        banks.append(
-            jc.Bank.stack(layer, params, head, init_params(head, keys[-1], 1, (features,)))
-        )
-    return jc.Bank.concat(banks)
-
-
-def apply(bank, chain, x):
-    """The plain definition, in float64."""
-    for token in chain:
-        (group,) = [group for group in bank.layers if token in group.tokens]
-        x = group.apply(group.tokens.index(token), x)
-    return np.asarray(x, np.float64)
 
 
 @pytest.mark.parametrize("num_layers", [0, 1, 2, 3])
@@ -37,12 +15,12 @@ def test_a_half_holds_every_sequence_in_the_order_of_decode_sequences(
     num_layers, level, monkeypatch
 ):
     monkeypatch.setattr(halves, "_MAX_LEVEL", level)
-    bank = make_bank(num_layers=3)
+    bank = make_invertible_bank(num_layers=3)
     hidden = jax.random.normal(jax.random.key(3), (2, FEATURES))
     half = halves.Half(bank.layers, hidden, num_layers)
     # Not jitted: a compiled program would not see another size.
     table = halves._sketch.__wrapped__(half.layers, half.hidden, jnp.eye(8), num_layers)
     sequences = halves.decode_sequences(half, np.arange(half.num_sequences))
     assert len({tuple(row) for row in sequences}) == half.num_sequences == 3**num_layers
-    wanted = [apply(bank, row, hidden).reshape(-1) for row in sequences]
+    wanted = [apply_layers(bank, row, hidden).reshape(-1) for row in sequences]
     np.testing.assert_allclose(table, wanted, rtol=1e-5, atol=1e-6)

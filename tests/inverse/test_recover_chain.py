@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import init_params
+from reference import apply_layers, make_invertible_bank
 
 import jchain as jc
 from jchain.inverse import nearest_pairs as match
@@ -14,32 +15,11 @@ from jchain.inverse import recover_chain
 FEATURES = 4
 
 
-def make_bank(num_layers=3, seed=0, layers=None, features=FEATURES):
-    """Well-conditioned layers of one or more modules."""
-    head = jc.layers.DenseHead(2)
-    banks = []
-    for i, layer in enumerate(layers or [jc.layers.InvertibleDense(features)]):
-        keys = jax.random.split(jax.random.key(seed + 7 * i), num_layers + 1)
-        params = [layer.init(key, jnp.ones((1, features)))["params"] for key in keys[:-1]]
-        banks.append(
-            jc.Bank.stack(layer, params, head, init_params(head, keys[-1], 1, (features,)))
-        )
-    return jc.Bank.concat(banks)
-
-
-def apply(bank, chain, x):
-    """The plain definition, in float64."""
-    for token in chain:
-        (group,) = [group for group in bank.layers if token in group.tokens]
-        x = group.apply(group.tokens.index(token), x)
-    return np.asarray(x, np.float64)
-
-
 def make_task(bank, depth, noise=0.0, seed=1, num_examples=12):
     keys = jax.random.split(jax.random.key(seed), 3)
     x = jax.random.normal(keys[0], (num_examples, FEATURES))
     chain = np.asarray(jax.random.randint(keys[1], (depth,), 0, bank.num_layers))
-    y = apply(bank, chain, x)
+    y = apply_layers(bank, chain, x)
     return (
         x,
         jnp.asarray(
@@ -54,7 +34,7 @@ def brute_force(bank, x, y, depth):
     chains = np.array([*product(range(bank.num_layers), repeat=depth)])
     y = np.asarray(y, np.float64)
     residuals = np.array(
-        [np.linalg.norm(apply(bank, chain, x) - y) / np.linalg.norm(y) for chain in chains]
+        [np.linalg.norm(apply_layers(bank, chain, x) - y) / np.linalg.norm(y) for chain in chains]
     )
     order = np.argsort(residuals, kind="stable")
     return chains[order], residuals[order]
@@ -63,7 +43,7 @@ def brute_force(bank, x, y, depth):
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("depth", range(1, 6))
 def test_the_answer_is_that_of_brute_force(depth, seed):
-    bank = make_bank(seed=seed)
+    bank = make_invertible_bank(seed=seed)
     x, y, chain = make_task(bank, depth, noise=0.05 * seed, seed=seed)
     found = jc.meet_in_the_middle(bank, x, y, depth, top_k=3)
     chains, residuals = brute_force(bank, x, y, depth)
@@ -76,7 +56,7 @@ def test_the_answer_is_that_of_brute_force(depth, seed):
 @pytest.mark.parametrize("match_fn", [match.match_all, match.match_cells])
 @pytest.mark.parametrize("num_forward", [None, 0, 4])
 def test_few_candidates_hold_an_exact_chain_wherever_halves_meet(num_forward, match_fn):
-    bank = make_bank(
+    bank = make_invertible_bank(
         num_layers=2,
         layers=[jc.layers.InvertibleDense(FEATURES), jc.layers.AdditiveCoupling(FEATURES)],
     )
@@ -89,18 +69,18 @@ def test_few_candidates_hold_an_exact_chain_wherever_halves_meet(num_forward, ma
 
 def test_fixed_point_inverses_and_stems_meet_too():
     layer = jc.layers.InvertibleResidual(FEATURES, bound=0.6)
-    bank = make_bank(num_layers=4, layers=[layer])
+    bank = make_invertible_bank(num_layers=4, layers=[layer])
     stem = jc.layers.Dense(FEATURES)
     stem_params = stem.init(jax.random.key(3), jnp.ones((1, FEATURES)))["params"]
     bank = dataclasses.replace(bank, stem=stem, stem_params=stem_params)
     x, _, chain = make_task(bank, 4)
-    y = jnp.asarray(apply(bank, chain, bank.embed(x)), jnp.float32)
+    y = jnp.asarray(apply_layers(bank, chain, bank.embed(x)), jnp.float32)
     found = jc.meet_in_the_middle(bank, x, y, 4, num_candidates=2)
     np.testing.assert_array_equal(found.chains, chain[None])
 
 
 def test_noise_is_answered_with_the_nearest_chain():
-    bank = make_bank(num_layers=4)
+    bank = make_invertible_bank(num_layers=4)
     x, y, _ = make_task(bank, 4, noise=0.1, num_examples=40)
     chains, residuals = brute_force(bank, x, y, 4)
     for tolerance in (None, 0.1):
@@ -110,19 +90,19 @@ def test_noise_is_answered_with_the_nearest_chain():
 
 
 def test_what_cannot_be_reached_has_a_large_residual():
-    bank = make_bank(num_layers=4)
+    bank = make_invertible_bank(num_layers=4)
     x, _, _ = make_task(bank, 4)
     y = jax.random.normal(jax.random.key(9), x.shape)
     found = jc.meet_in_the_middle(bank, x, y, 4, num_candidates=50)
-    wanted = np.linalg.norm(apply(bank, found.chains[0], x) - np.asarray(y)) / np.linalg.norm(
-        np.asarray(y)
-    )
+    wanted = np.linalg.norm(
+        apply_layers(bank, found.chains[0], x) - np.asarray(y)
+    ) / np.linalg.norm(np.asarray(y))
     np.testing.assert_allclose(found.residuals, [wanted], rtol=1e-4)
     assert wanted > 0.5
 
 
 def test_a_layer_that_overflows_hides_no_chain():
-    bank = make_bank(num_layers=4)
+    bank = make_invertible_bank(num_layers=4)
     group = bank.layers[0]
     kernel = group.params["kernel"].at[0].multiply(1e25)
     bank = dataclasses.replace(
@@ -131,13 +111,13 @@ def test_a_layer_that_overflows_hides_no_chain():
     x = jax.random.normal(jax.random.key(1), (12, FEATURES))
     chain = np.array([1, 3, 2, 1])
     found = jc.meet_in_the_middle(
-        bank, x, jnp.asarray(apply(bank, chain, x), jnp.float32), 4, num_candidates=4
+        bank, x, jnp.asarray(apply_layers(bank, chain, x), jnp.float32), 4, num_candidates=4
     )
     np.testing.assert_array_equal(found.chains, chain[None])
 
 
 def test_halves_that_do_not_meet_are_an_error():
-    bank = make_bank(num_layers=4)
+    bank = make_invertible_bank(num_layers=4)
     x, _, _ = make_task(bank, 4)
     y = jax.random.normal(jax.random.key(9), x.shape)
     with pytest.raises(ValueError, match="found 0 of 1 chains whose halves meet"):
@@ -145,7 +125,7 @@ def test_halves_that_do_not_meet_are_an_error():
 
 
 def test_one_layer_is_found_by_its_outputs():
-    bank = make_bank(num_layers=4)
+    bank = make_invertible_bank(num_layers=4)
     x, y, chain = make_task(bank, 1)
     np.testing.assert_array_equal(
         jc.meet_in_the_middle(bank, x, y, 1, num_candidates=2).chains, chain[None]
@@ -155,7 +135,7 @@ def test_one_layer_is_found_by_its_outputs():
 @pytest.mark.parametrize("noise", [0.0, 0.01])
 def test_more_and_more_noise_is_tried_where_all_pairs_are_too_many(monkeypatch, noise):
     monkeypatch.setattr(recover_chain, "estimate_match_all", lambda num_pairs: 1e9)
-    bank = make_bank(num_layers=4)
+    bank = make_invertible_bank(num_layers=4)
     x, y, _ = make_task(bank, 4, noise=noise, num_examples=40)
     chains, residuals = brute_force(bank, x, y, 4)
     for tolerance in (None, noise):
@@ -165,7 +145,7 @@ def test_more_and_more_noise_is_tried_where_all_pairs_are_too_many(monkeypatch, 
 
 
 def test_halves_meet_nearer_to_the_end_where_noise_grows_on_its_way_back():
-    bank = make_bank(
+    bank = make_invertible_bank(
         num_layers=4, layers=[jc.layers.InvertibleDense(FEATURES, negative_slope=0.03)]
     )
     options = {"num_candidates": 4, "tolerance": 0.03}
@@ -189,7 +169,7 @@ def test_an_ill_conditioned_layer_is_never_taken_for_an_exact_answer():
     bank = jc.Bank.stack(layer, params, head, init_params(head, jax.random.key(1), 1, (FEATURES,)))
     x, y, _ = make_task(bank, 4)
     found = jc.meet_in_the_middle(bank, x, y, 4, num_candidates=3)
-    made = apply(bank, found.chains[0], x)
+    made = apply_layers(bank, found.chains[0], x)
     np.testing.assert_allclose(
         found.residuals,
         [np.linalg.norm(made - np.asarray(y)) / np.linalg.norm(np.asarray(y))],
@@ -199,7 +179,7 @@ def test_an_ill_conditioned_layer_is_never_taken_for_an_exact_answer():
 
 
 def test_halves_that_do_not_fit_are_gone_through_in_parts():
-    bank = make_bank(num_layers=4)
+    bank = make_invertible_bank(num_layers=4)
     x, y, chain = make_task(bank, 6)
     row_bytes = 4 * 32 * 4 + 64
     for limit in (2 * 64 * row_bytes, 2 * 16 * row_bytes):
@@ -211,7 +191,7 @@ def test_halves_that_do_not_fit_are_gone_through_in_parts():
 
 def test_float64_weights_are_searched_in_float64():
     with jax.enable_x64(True):
-        bank = make_bank(num_layers=5)
+        bank = make_invertible_bank(num_layers=5)
         params = [
             jax.tree.map(lambda leaf, i=i: leaf[i].astype(jnp.float64), bank.layers[0].params)
             for i in range(5)
@@ -221,16 +201,16 @@ def test_float64_weights_are_searched_in_float64():
         x, _, chain = make_task(bank, 4)
         x = x.astype(jnp.float64)
         found = jc.meet_in_the_middle(
-            bank, x, jnp.asarray(apply(bank, chain, x)), 4, num_candidates=3
+            bank, x, jnp.asarray(apply_layers(bank, chain, x)), 4, num_candidates=3
         )
         np.testing.assert_array_equal(found.chains, chain[None])
         assert found.residuals < 1e-13
 
 
 def test_bad_input_is_refused_before_work():
-    bank = make_bank()
+    bank = make_invertible_bank()
     x, y, _ = make_task(bank, 2)
-    plain = jc.Bank.concat([bank, make_bank(layers=[jc.layers.ResidualMLP(FEATURES)])])
+    plain = jc.Bank.concat([bank, make_invertible_bank(layers=[jc.layers.ResidualMLP(FEATURES)])])
     singular = jax.tree.map(jnp.zeros_like, bank)
     for args, options, expected in (
         ((plain, x, y, 2), {}, "layer bank1/layer0: ResidualMLP has no inverse"),
