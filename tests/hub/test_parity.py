@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import make_model_and_text
-from test_readme import EXAMPLES
+from test_docs import EXAMPLES
 
 import jchain as jc
 
@@ -214,7 +214,8 @@ def test_transformers_loads_a_chain_that_a_search_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_model_and_text(tmp_path)
     scope = {}
-    exec(compile(EXAMPLES[1], "README.md", "exec"), scope)
+    (example,) = EXAMPLES["transformers"]
+    exec(compile(example, "transformers.md", "exec"), scope)
     ids = np.arange(16)[None]
     again = jc.hub.load("shallower")
     assert scope["model"].config.n_layer < 6
