@@ -210,7 +210,7 @@ def test_a_chain_of_several_models_is_exported_as_one_model(tmp_path):
 
 
 def test_transformers_loads_a_chain_that_a_search_found(tmp_path, monkeypatch):
-    """The complete second example of the README."""
+    """The complete example of docs/transformers.md."""
     monkeypatch.chdir(tmp_path)
     make_model_and_text(tmp_path)
     scope = {}
