@@ -1,4 +1,4 @@
-"""Does a controller that was trained on other banks find good chains of an unseen bank sooner?
+"""Does a critic that was trained on other banks find good chains of an unseen bank sooner?
 
     python experiments/chainbench.py && python experiments/controller.py
 

@@ -190,8 +190,9 @@ def _add_run(search: argparse.ArgumentParser) -> None:
         "--update",
         choices=UPDATES,
         default=_DEFAULT.update,
-        help="when weights are trained: never, those of the found chain, those of clones that join "
-        "the bank, or those of all chains that the actor-critic samples (default: %(default)s)",
+        help="when weights are trained. never; found: tune the chain found; clones: tune copies "
+        "that join the bank; shared: train the chains that the actor-critic samples "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--budget",

@@ -1,6 +1,7 @@
-"""Exact losses of many chains. Each distinct (prefix, layer) of a population is computed once.
+"""Entry points that score chains: they check arguments and call `jchain.engine.population`.
 
-`jchain.engine.plans` chooses how the calls are made.
+The loss itself is `Problem.loss_and_accuracy`. Each distinct (prefix, layer) of a population is
+computed once; `jchain.engine.plans` chooses how the calls are made.
 """
 
 from functools import partial

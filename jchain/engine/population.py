@@ -27,7 +27,7 @@ _Results = tuple[Array, Array]
 class Evaluation(NamedTuple):
     """Losses of a population, and what they cost."""
 
-    loss: Float[Array, "*P"]  # [P], +inf if it was not finite
+    loss: Float[Array, "*P"]  # [P], layer penalty included; +inf if it was not finite
     accuracy: Float[Array, "*P"]  # [P], share of examples; 0 if the loss was not finite
     layer_calls: Int[Array, ""]  # distinct (prefix, layer) pairs of the population
     head_calls: Int[Array, ""]  # distinct chains

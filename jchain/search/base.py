@@ -1,7 +1,7 @@
 """The search protocol, and the one driver that runs every search.
 
-To add a search, write a frozen dataclass with `jchain.pytree.pytree_dataclass` (sizes `static`,
-rates data) and two methods:
+To add a search, write a frozen dataclass with `jchain.pytree.pytree_dataclass` (fields that set
+array shapes `static`, other numbers plain) and two methods:
 
 - `init(key, problem) -> state` returns the first state: a NamedTuple of what `step` needs to know.
 - `step(key, state, problem) -> (state, Info)` scores some chains. `Info` holds the chains, their

@@ -41,7 +41,7 @@ class Prefixes(NamedTuple):
     features: Float[Array, "D W F"]  # [D, W, F], observed features
     inputs: Float[Array, "D W I"]  # [D, W, I], inputs of the online correction
     stop: Float[Array, "D W"]  # [D, W], log loss of stopping with the best head
-    base: Float[Array, "D W"]  # [D, W], prediction of the network; +inf in an empty row
+    base: Float[Array, "D W"]  # [D, W], prediction before online learning; +inf in an empty row
 
 
 class State(NamedTuple):
