@@ -190,7 +190,8 @@ def fit(
         bank: jc.Bank, state: Any, x: jax.Array, y: jax.Array
     ) -> tuple[jc.Bank, Any, jax.Array]:
         loss, gradient = jax.value_and_grad(find_loss)(bank, x, y)
-        updates, state = optimizer.update(gradient, state, bank)  # pyright: ignore[reportArgumentType]
+        step = optimizer.update
+        updates, state = step(gradient, state, bank)  # pyright: ignore[reportArgumentType]
         new: Any = optax.apply_updates(bank, updates)  # pyright: ignore[reportArgumentType]
         return new, state, loss
 

@@ -265,7 +265,10 @@ def run_state(
         arrays = keep(__file__, f"{title}-ranks", inputs, partial(regress, agent, mine, banks))
         for where, values in ranks.items():
             values.extend(arrays[where])
-    return tuple({key: np.array(rows) for key, rows in by.items()} for by in (regret, ranks))  # pyright: ignore[reportReturnType]
+    regrets, correlations = (
+        {key: np.array(rows) for key, rows in by.items()} for by in (regret, ranks)
+    )
+    return regrets, correlations
 
 
 def search_from(

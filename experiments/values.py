@@ -252,7 +252,8 @@ def evaluate_search(search: Any, solved: Any, seeds: int) -> dict[str, np.ndarra
         out["predicted"] = np.array([np.concatenate(levels) for levels in sampled[:2]])
         out["own_value"] = np.array([np.concatenate(levels) for levels in own[:2]])
     else:
-        out["predicted"] = np.concatenate(predicted)[None]  # pyright: ignore[reportPossiblyUnboundVariable]
+        rows = predicted  # pyright: ignore[reportPossiblyUnboundVariable]
+        out["predicted"] = np.concatenate(rows)[None]
     out["best"] = np.concatenate(truth.best)
     return out
 
