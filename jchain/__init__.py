@@ -19,6 +19,7 @@ from jchain import (
     gradient,
     inverse,
     layers,
+    tasks,
     train,
     updates,
 )
@@ -114,6 +115,7 @@ __all__ = [
     "run_many",
     "static",
     "swap_scores",
+    "tasks",
     "train",
     "updates",
 ]

@@ -169,9 +169,9 @@ def split(
     if test is not None:
         parts.append((1, np.arange(len(sources[1][1]))))
     if sizes is not None:
-        _check_sizes(sizes, [len(part) for _, part in parts])
+        check_sizes(sizes, [len(part) for _, part in parts])
         parts = [
-            (i, _take_stratified(sources[i][1], part, n, rng))
+            (i, take_stratified(sources[i][1], part, n, rng))
             for (i, part), n in zip(parts, sizes, strict=True)
         ]
     train = sources[0][0][parts[0][1]]
@@ -208,7 +208,16 @@ def _check(x: npt.ArrayLike, y: npt.ArrayLike) -> _Arrays:
     return x, y
 
 
-def _check_sizes(sizes: Sequence[int], available: Sequence[int]) -> None:
+def check_sizes(sizes: Sequence[int], available: Sequence[int]) -> None:
+    """Check the sizes of the four splits.
+
+    Args:
+      sizes: examples of train, search, select, and test.
+      available: at most as many.
+
+    Raises:
+      ValueError: there are not four sizes, or one is below 1 or above what is available.
+    """
     if len(sizes) != len(SPLITS) or any(
         not 1 <= size <= most for size, most in zip(sizes, available, strict=False)
     ):
@@ -231,10 +240,17 @@ def _split_stratified(
     return [rng.permutation(np.concatenate(part)) for part in parts]
 
 
-def _take_stratified(
+def take_stratified(
     y: np.ndarray, rows: np.ndarray, size: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Take `size` of these rows, with nearly the same class proportions."""
+    """Take `size` of these rows, with nearly the same class proportions.
+
+    Args:
+      y: labels of all rows, `[B]`.
+      rows: rows to take from.
+      size: how many to take.
+      rng: decides which ones.
+    """
     order = rng.permutation(rows)
     labels = y[order]
     # Each row's rank among the rows of its class, as a fraction. The rows of the smallest ranks are

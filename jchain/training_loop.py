@@ -1,4 +1,7 @@
-"""The loop that trains banks: softmax cross-entropy on random minibatches of 128 examples.
+"""The loop that trains banks: softmax cross-entropy, or another loss, on random minibatches of 128.
+
+The examples of a minibatch are distinct if the split has at most 1,024. In a larger split they are
+drawn with replacement, because drawing distinct ones would take most of the time of a step.
 
 Each gradient step trains a *route*, some layers and a head. An ordinary net always has the same
 route, a supernet a random one (Guo et al. 2020, arXiv:1904.00420). If a module has a method
@@ -22,6 +25,8 @@ from jchain.groups import apply_module, pick
 OPTIMIZER = optax.adamw(1e-3, weight_decay=0.1)
 BATCH_SIZE = 128
 NUM_STEPS = 1000
+# Minibatches of larger splits are drawn with replacement.
+MAX_DISTINCT_EXAMPLES = 1024
 # Number of axes of a stacked convolution kernel with one spatial axis; others have more.
 _CONV_NDIM = 5
 
@@ -46,6 +51,7 @@ class Recipe(NamedTuple):
     num_snapshots: int = 1
     num_steps: int = NUM_STEPS
     optimizer: optax.GradientTransformation = OPTIMIZER
+    loss_fn: Callable[[Array, Array], Array] = optax.softmax_cross_entropy_with_integer_labels
 
 
 class _Carry(NamedTuple):
@@ -188,9 +194,11 @@ def _draw(key: Array, data: Batch, recipe: Recipe) -> _Draw:
     """The minibatch, the layers and the head of one step."""
     batch_key, layer_key, head_key = jax.random.split(key, 3)
     num_examples = data.y.shape[0]
-    rows = jax.random.choice(
-        batch_key, num_examples, (min(BATCH_SIZE, num_examples),), replace=False
-    )
+    if num_examples > MAX_DISTINCT_EXAMPLES:
+        rows = jax.random.randint(batch_key, (BATCH_SIZE,), 0, num_examples)
+    else:
+        size = min(BATCH_SIZE, num_examples)
+        rows = jax.random.choice(batch_key, num_examples, (size,), replace=False)
     route, head = jnp.arange(recipe.depth), jnp.array(0)
     if recipe.is_routed:
         route = jax.random.randint(layer_key, (recipe.depth,), 0, recipe.num_layers)
@@ -202,18 +210,15 @@ _draw_once = jax.jit(_draw, static_argnames="recipe")
 
 
 def _compute_loss(weights: Weights, key: Array, data: Batch, recipe: Recipe) -> Float[Array, ""]:
-    """Mean cross-entropy of one minibatch along one route."""
+    """Mean loss of one minibatch along one route."""
     hidden, labels, route, head = _draw(key, data, recipe)
     # Unrolled: the gradient of a convolution in a loop is far slower on CPU.
     for slot, member in enumerate(route):
         turn = (member if recipe.is_routed else slot) % len(recipe.layers)
         hidden = _apply_member(recipe.layers, weights.layers, turn, member, hidden)
     turn = head % len(recipe.heads) if recipe.is_routed else 0
-    return _mean_loss(_apply_member(recipe.heads, weights.heads, turn, head, hidden), labels)
-
-
-def _mean_loss(logits: Array, labels: Array) -> Float[Array, ""]:
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+    outputs = _apply_member(recipe.heads, weights.heads, turn, head, hidden)
+    return jnp.mean(recipe.loss_fn(outputs, labels))
 
 
 def _apply_member(
@@ -250,7 +255,7 @@ def _step_in_parts(carry: _Carry, key: Array, data: Batch, recipe: Recipe) -> _C
     place, turn = divmod(int(head), len(recipe.heads))
     layers, heads = map(list, _make_zeros(weights))
     heads[turn], hidden_gradient = _call_head(
-        recipe.heads[turn], weights.heads[turn], heads[turn], place, hidden, labels
+        recipe.heads[turn], recipe.loss_fn, weights.heads[turn], heads[turn], place, hidden, labels
     )
     for turn, place, pull_fn in reversed(calls):
         layers[turn], hidden_gradient = _pull(pull_fn, hidden_gradient, layers[turn], place)
@@ -267,16 +272,22 @@ def _call(module: nn.Module, params: PyTree, place: Array | int, x: Array) -> tu
     return jax.vjp(partial(apply_module, module), pick(params, place), x)
 
 
-@partial(jax.jit, static_argnames="module", donate_argnames="gradient")
+@partial(jax.jit, static_argnames=("module", "loss_fn"), donate_argnames="gradient")
 def _call_head(
-    module: nn.Module, params: PyTree, gradient: PyTree, place: Array | int, x: Array, labels: Array
+    module: nn.Module,
+    loss_fn: Callable[[Array, Array], Array],
+    params: PyTree,
+    gradient: PyTree,
+    place: Array | int,
+    x: Array,
+    labels: Array,
 ) -> tuple[PyTree, Array]:
     """Add the gradient of the head's weights to the stack's; also return the gradient of `x`."""
 
-    def loss_fn(params: PyTree, x: Array) -> Array:
-        return _mean_loss(apply_module(module, params, x), labels)
+    def compute_loss(params: PyTree, x: Array) -> Array:
+        return jnp.mean(loss_fn(apply_module(module, params, x), labels))
 
-    params_gradient, x_gradient = jax.grad(loss_fn, (0, 1))(pick(params, place), x)
+    params_gradient, x_gradient = jax.grad(compute_loss, (0, 1))(pick(params, place), x)
     return _add_at(gradient, place, params_gradient), x_gradient
 
 

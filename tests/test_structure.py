@@ -30,6 +30,7 @@ FAMILIES = [
     ("agent",),
     ("search",),
     ("updates",),
+    ("tasks",),
     ("chainbench",),
     ("hub",),
     ("cli",),

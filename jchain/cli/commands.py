@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TypedDict
 
 import jax
@@ -12,16 +14,18 @@ from jax.sharding import Mesh
 
 from jchain import chain as chain_lib
 from jchain import data as data_lib
-from jchain import images
+from jchain import images, tasks
 from jchain.bank import Bank
 from jchain.cli import checkpoints, result_folder
 from jchain.cli.checkpoints import JudgedData
 from jchain.cli.config import DEFAULT_DATA, SearchConfig, check_search, resolve, resolved
 from jchain.cli.parser import LAYERS, UPDATES, make_search, parse_chain
 from jchain.cli.pipeline import run_pipeline
-from jchain.cli.records import finite_or_none
-from jchain.cli.report import format_loss, print_table
-from jchain.cli.setup import choose_modules, set_up_checkpoints, set_up_trained
+from jchain.cli.progress import print_progress
+from jchain.cli.records import ResultRecord, SearchOutput, Summary, finite_or_none
+from jchain.cli.report import format_loss, print_summary, print_table
+from jchain.cli.seeds import summarize
+from jchain.cli.setup import choose_modules, set_up_checkpoints, set_up_task, set_up_trained
 from jchain.engine import distributed
 from jchain.engine.evaluate import evaluate, evaluate_all
 from jchain.hub.exporting import export
@@ -43,23 +47,53 @@ class _ChainRow(TypedDict):
 def run_search(args: argparse.Namespace) -> None:
     """Make a bank, or read one from checkpoints, and search it."""
     config = resolve(SearchConfig.load(vars(args)))
-    out = resolved(config.out)
+    out, num_seeds = resolved(config.out), resolved(config.num_seeds)
     result_folder.check_out(out, replace=config.replace)
     check_search(config, [name for name, layer in LAYERS.items() if hasattr(layer, "invert")])
+    if num_seeds > 1:
+        report: ResultRecord | Summary = _run_seeds(config, out, num_seeds)
+    else:
+        output = _run_seed(config)
+        out = result_folder.write(out, output, replace=config.replace)
+        print_table(output)
+        _print_files(out)
+        report = output.record
+    if config.json:
+        print(json.dumps(report))
+
+
+def _run_seeds(config: SearchConfig, out: Path, num_seeds: int) -> Summary:
+    start = time.perf_counter()
+    outputs = []
+    with result_folder.write_seeds(out, replace=config.replace) as writer:
+        for i in range(num_seeds):
+            print_progress(f"Seed {config.seed + i}, {i + 1} of {num_seeds}")
+            outputs.append(_run_seed(replace(config, seed=config.seed + i, num_seeds=1)))
+            writer.add(outputs[-1])
+        summary = summarize(config, outputs, time.perf_counter() - start)
+        writer.finish(summary)
+    print_summary(summary)
+    _print_files(writer.written)
+    return summary
+
+
+def _run_seed(config: SearchConfig) -> SearchOutput:
+    """Search with one seed."""
     if config.checkpoint:
         setup = set_up_checkpoints(config)
+    elif config.task:
+        config, setup = set_up_task(config)
     else:
         data = data_lib.load(
             resolved(config.data), config.seed, sizes=config.sizes, data_dir=config.data_dir
         )
         config, modules = choose_modules(config, data)
         setup = set_up_trained(config, data, modules)
-    output = run_pipeline(config, setup, make_search(config), UPDATES[config.update]())
-    out = result_folder.write(out, output, replace=config.replace)
-    print_table(output)
+    return run_pipeline(config, setup, make_search(config), UPDATES[config.update]())
+
+
+def _print_files(out: Path) -> None:
     print(f"Wrote {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
-    if config.json:
-        print(json.dumps(output.record))
 
 
 def run_prepare(args: argparse.Namespace) -> None:
@@ -148,6 +182,10 @@ def _load_result(args: argparse.Namespace, config: SearchConfig | None) -> tuple
     if args.data not in (None, config.data):
         config = SearchConfig(data=args.data, seed=config.seed)
     config = replace(config, **given)
+    if config.task:
+        return Bank.load(path), JudgedData(
+            tasks.make(config.task, config.seed, sizes=config.sizes).data
+        )
     data = data_lib.load(
         config.data or DEFAULT_DATA, config.seed, sizes=config.sizes, data_dir=config.data_dir
     )

@@ -8,11 +8,17 @@ from typing import TypeVar
 from jchain.problem import check_max_layers, check_min_layers
 
 DEFAULT_DATA = "digits"
+DEFAULT_TASK = "repair"
+# Options of a bank that is trained if they are not given.
+DEFAULT_BANK, DEFAULT_NUM_LAYERS, DEFAULT_DEPTH, DEFAULT_NUM_STEPS = "routed", 12, 4, 1000
+# Seeds and layer calls of a task.
+TASK_SEEDS, TASK_BUDGET = 5, 40_000
+QUICK_SEEDS = 1
 # Options for a bank that is trained, and options for a bank of checkpoints.
 _TRAINED_ONLY = ("bank", "layer", "channels", "num_layers", "num_heads", "depth", "num_steps")
 _CHECKPOINT_ONLY = ("text", "choices", "length", "pinned", "dtype", "sweep")
 # How to run, not what to compute: left out of result.json.
-_NOT_RECORDED = ("json", "replace")
+_NOT_RECORDED = ("json", "replace", "quick")
 _PATHS = ("data_dir", "out")
 
 T = TypeVar("T")
@@ -25,6 +31,7 @@ class SearchConfig:
     `result.json` holds them, so a field may be added, but not renamed.
 
     Attributes:
+      task: name of the task, which brings its own data and bank.
       data: name of the data set.
       data_dir: folder of prepared data sets.
       sizes: examples of train, search, select, and test.
@@ -49,13 +56,16 @@ class SearchConfig:
       encoding: how the actor-critic encodes a prefix.
       update: when weights are trained.
       budget: layer calls, gradient steps included.
-      seed: seed of splits, bank, and search.
+      seed: seed of splits, bank, and search; the first one if there are several.
+      num_seeds: number of seeds.
+      quick: one seed, unless more are asked for, and fewer controls.
       out: result folder.
       command: the command line.
       replace: replace a result that is in the folder.
       json: print the result as JSON.
     """
 
+    task: str | None = None
     data: str | None = None
     data_dir: Path | None = None
     sizes: Sequence[int] | None = None
@@ -66,13 +76,13 @@ class SearchConfig:
     pinned: Sequence[int] | None = None
     sweep: int | None = None
     dtype: str | None = None
-    bank: str = "routed"
+    bank: str | None = None
     layer: str | None = None
     channels: int | None = None
-    num_layers: int = 12
+    num_layers: int | None = None
     num_heads: int | None = None
-    depth: int = 4
-    num_steps: int = 1000
+    depth: int | None = None
+    num_steps: int | None = None
     max_layers: int | None = None
     min_layers: int = 0
     layer_cost: float = 0.0
@@ -81,6 +91,8 @@ class SearchConfig:
     update: str = "never"
     budget: int | None = None
     seed: int = 0
+    num_seeds: int | None = None
+    quick: bool = False
     out: Path | None = None
     command: str = ""
     replace: bool = False
@@ -129,27 +141,76 @@ def resolved(value: T | None) -> T:
 def resolve(config: SearchConfig) -> SearchConfig:
     """Fill in defaults. With checkpoints, also make the paths that are read absolute.
 
-    What depends on the data (`layer`, `channels`, `num_heads`) is filled in by `jchain.cli.setup`.
+    Without checkpoints, and without options of a bank that is trained, a task is searched. What
+    depends on the data (`layer`, `channels`, `num_heads`) is filled in by `jchain.cli.setup`.
 
     Raises:
       ValueError: two options exclude each other, or a value is out of range.
     """
-    config = _resolve_checkpoint(config) if config.checkpoint else _resolve_trained(config)
-    if config.out is not None:
-        return config
+    if config.num_seeds is not None and config.num_seeds < 1:
+        raise ValueError(f"expected --seeds of at least 1, got {config.num_seeds}")
+    if config.quick:
+        config = replace(config, num_seeds=config.num_seeds or QUICK_SEEDS)
+    given = [name for name in ("data", "data_dir", *_TRAINED_ONLY) if _is_given(config, name)]
+    if config.checkpoint:
+        config = _resolve_checkpoint(config)
+    elif config.task is not None or not given:
+        config = _resolve_task(config, given)
+    else:
+        config = _resolve_trained(config)
+    config = replace(config, num_seeds=config.num_seeds or 1)
+    return config if config.out is not None else replace(config, out=_choose_out(config))
+
+
+def _is_given(config: SearchConfig, name: str) -> bool:
+    return getattr(config, name) is not None
+
+
+def _choose_out(config: SearchConfig) -> Path:
+    """The result folder if none is given."""
     names = [Path(path).resolve().name for path in config.checkpoint or ()]
-    name = "+".join(names) or f"{config.data}-{config.bank}"
-    return replace(config, out=Path("results") / f"{name}-{config.search}-{config.seed}")
+    name = config.task or "+".join(names) or f"{config.data}-{config.bank}"
+    last = config.seed + resolved(config.num_seeds) - 1
+    seeds = f"{config.seed}" if last == config.seed else f"{config.seed}-{last}"
+    return Path("results") / f"{name}-{config.search}-{seeds}"
+
+
+def _resolve_task(config: SearchConfig, given: Sequence[str]) -> SearchConfig:
+    _check_no_checkpoint_options(config)
+    if given:
+        option = given[0].replace("_", "-")
+        raise ValueError(f"expected no --{option} with --task, which brings its data and bank")
+    if not config.is_frozen:
+        raise ValueError(
+            f"expected --data or --bank with --update {config.update}: the layers of a task stay "
+            "as they are"
+        )
+    return replace(
+        config,
+        task=config.task or DEFAULT_TASK,
+        search=config.search or "critic",
+        budget=TASK_BUDGET if config.budget is None else config.budget,
+        num_seeds=config.num_seeds or TASK_SEEDS,
+    )
+
+
+def _check_no_checkpoint_options(config: SearchConfig) -> None:
+    for name in _CHECKPOINT_ONLY:
+        if _is_given(config, name):
+            raise ValueError(f"expected --checkpoint with --{name}")
 
 
 def _resolve_trained(config: SearchConfig) -> SearchConfig:
-    for name in _CHECKPOINT_ONLY:
-        if getattr(config, name) is not None:
-            raise ValueError(f"expected --checkpoint with --{name}")
-    max_layers = config.depth if config.max_layers is None else config.max_layers
+    _check_no_checkpoint_options(config)
+    depth = DEFAULT_DEPTH if config.depth is None else config.depth
+    max_layers = depth if config.max_layers is None else config.max_layers
     return replace(
         config,
         data=config.data or DEFAULT_DATA,
+        bank=config.bank or DEFAULT_BANK,
+        num_layers=DEFAULT_NUM_LAYERS if config.num_layers is None else config.num_layers,
+        depth=depth,
+        num_steps=DEFAULT_NUM_STEPS if config.num_steps is None else config.num_steps,
         max_layers=check_max_layers(max_layers),
         search=config.search or "actor-critic",
         budget=20_000 if config.budget is None else config.budget,
@@ -157,9 +218,10 @@ def _resolve_trained(config: SearchConfig) -> SearchConfig:
 
 
 def _resolve_checkpoint(config: SearchConfig) -> SearchConfig:
-    default = SearchConfig()
+    if config.task is not None:
+        raise ValueError(f"expected --task or --checkpoint, got both: {config.task}")
     for name in _TRAINED_ONLY:
-        if getattr(config, name) != getattr(default, name):
+        if _is_given(config, name):
             option = name.replace("_", "-")
             raise ValueError(
                 f"expected no --{option} with --checkpoint, whose layers are its blocks"

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jchain as jc
+from jchain.cli import config as config_lib
 from jchain.cli.checkpoints import SIZES
 from jchain.cli.config import SearchConfig, resolved
 from jchain.data import LOADERS, SPLITS
+from jchain.tasks import TASKS
 
 BANKS = ("independent", "routed", "snapshots", "random")
 # Channels of convolutions if none are given.
@@ -75,7 +77,12 @@ def make_parser() -> argparse.ArgumentParser:
     search = commands.add_parser(
         "search", help="make a bank, or read one from checkpoints, and search it"
     )
-    _add_data(search, "default: digits; with checkpoints none")
+    search.add_argument(
+        "--task",
+        help=f"task, which brings its data and bank: {', '.join(TASKS)} (default: "
+        f"{config_lib.DEFAULT_TASK}, unless a data set, a bank or checkpoints are given)",
+    )
+    _add_data(search, "default with a bank: digits; with checkpoints none")
     _add_pretrained(search)
     _add_bank(search)
     _add_chains(search)
@@ -115,8 +122,7 @@ def _add_bank(search: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--bank",
         choices=BANKS,
-        default=_DEFAULT.bank,
-        help="how the bank is made (default: %(default)s)",
+        help=f"how the bank is made (default: {config_lib.DEFAULT_BANK})",
     )
     group.add_argument(
         "--layer",
@@ -130,8 +136,7 @@ def _add_bank(search: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--num-layers",
         type=int,
-        default=_DEFAULT.num_layers,
-        help="layers in the bank (default: %(default)s)",
+        help=f"layers in the bank (default: {config_lib.DEFAULT_NUM_LAYERS})",
     )
     group.add_argument(
         "--num-heads",
@@ -141,14 +146,12 @@ def _add_bank(search: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--depth",
         type=int,
-        default=_DEFAULT.depth,
-        help="layers of each net, or route, that is trained (default: %(default)s)",
+        help=f"layers of each net, or route, that is trained (default: {config_lib.DEFAULT_DEPTH})",
     )
     group.add_argument(
         "--num-steps",
         type=int,
-        default=_DEFAULT.num_steps,
-        help="gradient steps that make the bank (default: %(default)s)",
+        help=f"gradient steps that make the bank (default: {config_lib.DEFAULT_NUM_STEPS})",
     )
 
 
@@ -158,7 +161,8 @@ def _add_chains(search: argparse.ArgumentParser) -> None:
         "--max-layers",
         type=int,
         help="most layers in a chain, beside pinned ones; the embeddings of a second checkpoint "
-        "count as one (default: --depth; with checkpoints as many as a model has)",
+        "count as one (default: that of the task, or --depth; with checkpoints as many as a model "
+        "has)",
     )
     group.add_argument(
         "--min-layers",
@@ -179,7 +183,8 @@ def _add_run(search: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--search",
         choices=sorted(SEARCHES),
-        help="search (default: actor-critic; with checkpoints local)",
+        help="search (default: critic for a task; actor-critic with a bank that is trained; local "
+        "with checkpoints)",
     )
     group.add_argument(
         "--encoding",
@@ -198,19 +203,32 @@ def _add_run(search: argparse.ArgumentParser) -> None:
         "--budget",
         type=int,
         help="layer calls, those of gradient steps included "
-        "(default: 20000; with checkpoints 1000)",
+        f"(default: {config_lib.TASK_BUDGET} for a task; 20000 with a bank; 1000 with checkpoints)",
     )
     group.add_argument(
         "--seed",
         type=int,
         default=_DEFAULT.seed,
-        help="seed of splits, bank, and search (default: %(default)s)",
+        help="seed of splits, bank, and search; the first of several (default: %(default)s)",
+    )
+    group.add_argument(
+        "--seeds",
+        type=int,
+        dest="num_seeds",
+        metavar="N",
+        help="run N seeds and compare over them "
+        f"(default: {config_lib.TASK_SEEDS} for a task, else 1)",
+    )
+    group.add_argument(
+        "--quick",
+        action="store_true",
+        help="one seed, unless --seeds is given, and only the controls that are fast",
     )
     group.add_argument(
         "--out",
         type=Path,
-        help="result folder (default: results/DATA-BANK-SEARCH-SEED; with checkpoints "
-        "results/A+B-SEARCH-SEED)",
+        help="result folder (default: results/TASK-SEARCH-SEEDS, results/DATA-BANK-SEARCH-SEED; "
+        "with checkpoints results/A+B-SEARCH-SEED)",
     )
     group.add_argument(
         "--replace", action="store_true", help="replace the result in the folder, if there is one"

@@ -1,4 +1,4 @@
-"""`jchain search`: make the bank, search, re-rank, score controls, report."""
+"""`jchain search` for one seed: make the bank, search, re-rank, score controls, report."""
 
 import contextlib
 import dataclasses
@@ -10,42 +10,24 @@ from importlib import metadata
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 import jchain
 from jchain import chain as chain_lib
 from jchain._typing import Array, Key
 from jchain.bank import Bank
 from jchain.cli.config import SearchConfig, check_sweep, resolved
-from jchain.cli.progress import print_progress
-from jchain.cli.records import (
-    ResultRecord,
-    ScoredChain,
-    Scores,
-    SearchOutput,
-    SweepRow,
-    finite_or_none,
-)
+from jchain.cli.context import Context, strip
+from jchain.cli.controls import ControlScores, score_controls, start_plain_net
+from jchain.cli.progress import print_progress, show_phase
+from jchain.cli.records import ResultRecord, ScoredChain, SearchOutput, SweepRow
+from jchain.cli.scores import ExampleScores
 from jchain.cli.setup import Setup
 from jchain.data import EVALUATION_SPLITS
-from jchain.engine.evaluate import evaluate, evaluate_all
 from jchain.hub import recipes
 from jchain.problem import Problem
 from jchain.search.base import Result, Search, run
 from jchain.search.local_search import LocalSearch
 from jchain.updates import UpdatePolicy
-
-
-class Context(NamedTuple):
-    """What all steps share."""
-
-    config: SearchConfig
-    setup: Setup
-    made: Bank  # before updates
-    problem: Problem  # on `search`, penalties included
-    max_layers: int
-    width: int  # most layers of a scored chain; one width shares compiled programs
 
 
 class Found(NamedTuple):
@@ -61,23 +43,7 @@ class Picked(NamedTuple):
 
     tokens: list[int]
     chosen: str  # "search", or the name of a recipe
-    scores: Scores
-
-
-class Level(NamedTuple):
-    """A loss on `search` and the layer penalty that is not in it."""
-
-    loss: float | None
-    penalty: float
-
-
-class ControlScores(NamedTuple):
-    """Scores to compare the chain found with."""
-
-    parent: Scores
-    parent_penalty: float
-    random_chain: Scores
-    optimum: Level
+    scores: ExampleScores
 
 
 def run_pipeline(
@@ -101,29 +67,28 @@ def run_pipeline(
     """
     start = time.perf_counter()
     keys = jax.random.split(jax.random.key(config.seed), 4)
-    bank_key, control_key, search_key, chain_key = keys
+    bank_key, net_key, search_key, control_key = keys
     context = make(bank_key, config, setup)
     if config.is_frozen and config.checkpoint:
         search = start_at_models(search, context.problem)
-    found = search_chains(search_key, context, search, policy)
-    print_progress("Re-ranking the finalists, scoring the controls ...")
-    parent_chain = _pick_parent(control_key, context)
-    by_recipe = _score_recipes(context, context.problem) if config.checkpoint else {}
-    picked = rerank(context, context.problem, found, by_recipe)
-    controls = score_controls(chain_key, context, parent_chain, len(picked.tokens) - 1)
-    record = _make_record(context, found, picked, controls, by_recipe)
+    with start_plain_net(net_key, context) as plain_net:
+        found = search_chains(search_key, context, search, policy)
+        by_recipe = _score_recipes(context, context.problem) if config.checkpoint else {}
+        picked = rerank(context, context.problem, found, by_recipe)
+        finalists = found.bank, [strip(row) for row in found.result.finalists]
+        scored = score_controls(control_key, context, picked.scores, finalists, search, plain_net)
+    scored.controls["recipes"] = by_recipe
+    record = _make_record(context, found, picked, scored)
     if config.sweep is not None:
         record["sweep"] = [
             *(_search_at(num, search_key, context, search) for num in _sweep_sizes(context)),
             _make_sweep_row(context.max_layers, picked, by_recipe),
         ]
     record["seconds"] = round(time.perf_counter() - start, 1)
-    known = {
-        "best parent": Level(controls.parent["loss"]["search"], controls.parent_penalty),
-        "optimum": controls.optimum,
-    }
     levels = {
-        name: level.loss + level.penalty for name, level in known.items() if level.loss is not None
+        name: level.loss + level.penalty
+        for name, level in scored.levels.items()
+        if level.loss is not None
     }
     return SearchOutput(record, found.bank, found.result, levels)
 
@@ -139,12 +104,13 @@ def make(key: Key[Array, ""], config: SearchConfig, setup: Setup) -> Context:
     Raises:
       ValueError: sizes do not fit each other.
     """
-    made = setup.make_bank(key)
+    with show_phase(setup.making):
+        made = jax.block_until_ready(setup.make_bank(key))
     longest = max((len(parent) - 1 for parent in made.parents), default=0)
     max_layers = longest if config.max_layers is None else config.max_layers
     check_sweep(config.sweep, max_layers)
     problem = setup.make_problem(made, "search", max_layers, min_layers=config.min_layers)
-    width = max(max_layers, longest, config.depth)
+    width = max(max_layers, longest, setup.plain_depth)
     return Context(config, setup, made, problem, max_layers, width)
 
 
@@ -162,6 +128,7 @@ def search_chains(
     Raises:
       ValueError: the budget is smaller than one step, or no chain has a finite loss.
     """
+    print_progress(f"Searching {context.problem.space.num_chains:,} chains ...")
     outcome = policy.run(
         key,
         search,
@@ -194,58 +161,31 @@ def rerank(
     if context.config.is_frozen:
         chains = {name: tuple(row["chain"]) for name, row in by_recipe.items()}
     named = {tokens: name for name, tokens in chains.items() if len(tokens) > problem.min_layers}
-    named |= {tuple(_strip(row)): "search" for row in found.result.finalists}
-    tokens = _pick_on_select(context.setup, found.bank, chain_lib.pad([*named]))
-    scores = _score(context, found.bank, tokens)
-    return Picked(tokens, named[tuple(tokens)], scores)
-
-
-def score_controls(
-    key: Key[Array, ""], context: Context, parent: tuple[Bank, list[int]], num_layers: int
-) -> ControlScores:
-    """Score the best parent, a random chain, and the optimum if there are few enough chains.
-
-    Args:
-      key: of the random chain.
-      context: what all steps share.
-      parent: bank and tokens of the best parent.
-      num_layers: layers of the random chain.
-    """
-    parent_bank, parent_tokens = parent
-    problem = context.setup.make_problem(parent_bank, "search", context.width)
-    padded = jnp.asarray(chain_lib.pad([parent_tokens], context.width))
-    return ControlScores(
-        _score(context, parent_bank, parent_tokens),
-        float(problem.layer_penalty(padded)[0]),
-        _score(context, context.made, _sample_chain(key, context.made, num_layers)),
-        _find_optimum(context),
-    )
+    named |= {tuple(strip(row)): "search" for row in found.result.finalists}
+    tokens = context.pick(found.bank, chain_lib.pad([*named]))
+    return Picked(tokens, named[tuple(tokens)], context.score(found.bank, tokens))
 
 
 def _make_record(
-    context: Context,
-    found: Found,
-    picked: Picked,
-    controls: ControlScores,
-    by_recipe: dict[str, ScoredChain],
+    context: Context, found: Found, picked: Picked, scored: ControlScores
 ) -> ResultRecord:
+    data = context.setup.data
     return {
+        "about": context.setup.about,
         "best_chain": picked.tokens,
         "chosen": picked.chosen,
         "layers": [found.bank.names[token] for token in picked.tokens],
-        **picked.scores,
+        **picked.scores.summarize(),
+        "num_examples": {name: len(getattr(data, name).y) for name in EVALUATION_SPLITS},
         "layer_calls": found.result.layer_calls,
         "update_calls": found.update_calls,
+        "num_chains": context.problem.space.num_chains,
         "seconds": 0.0,
-        "optimum": controls.optimum.loss,
-        "controls": {
-            "best_parent": controls.parent,
-            "random_chain": controls.random_chain,
-            "recipes": by_recipe,
-        },
+        "optimum": scored.optimum.loss,
+        "controls": scored.controls,
         "nonfinite_chains": found.result.num_nonfinite,
         "config": context.config.dump(),
-        "versions": _find_versions(),
+        "versions": find_versions(),
     }
 
 
@@ -271,7 +211,7 @@ def _make_sweep_row(max_layers: int, picked: Picked, by_recipe: dict[str, Scored
         "max_layers": max_layers,
         "chain": picked.tokens,
         "chosen": picked.chosen,
-        **picked.scores,
+        **picked.scores.summarize(),
         "recipes": by_recipe,
     }
 
@@ -300,8 +240,8 @@ def _score_recipes(context: Context, problem: Problem) -> dict[str, ScoredChain]
     scored: dict[str, list[ScoredChain]] = {}
     for parent in problem.bank.parents:
         for name, tokens in recipes.find_chains(problem, parent, problem.max_layers).items():
-            row: ScoredChain = {"chain": tokens, **_score(context, problem.bank, tokens)}
-            scored.setdefault(name, []).append(row)
+            scores = context.score(problem.bank, tokens).summarize()
+            scored.setdefault(name, []).append({"chain": tokens, **scores})
     return {name: min(rows, key=_get_select_loss) for name, rows in scored.items()}
 
 
@@ -310,57 +250,8 @@ def _get_select_loss(row: ScoredChain) -> float:
     return math.inf if loss is None else loss
 
 
-def _score(context: Context, bank: Bank, tokens: list[int]) -> Scores:
-    """Loss, without layer penalty, and accuracy of one chain by split."""
-    chains = chain_lib.pad([tokens], context.width)
-    outs = {}
-    for name in EVALUATION_SPLITS:
-        problem = context.setup.make_problem(bank, name, context.width, is_penalized=False)
-        outs[name] = evaluate(problem, chains)
-    return {
-        "loss": {name: finite_or_none(out.loss[0]) for name, out in outs.items()},
-        "accuracy": {name: float(out.accuracy[0]) for name, out in outs.items()},
-    }
-
-
-def _pick_on_select(setup: Setup, bank: Bank, chains: np.ndarray) -> list[int]:
-    """The tokens of the chain with the lowest loss on `select`, penalties included."""
-    out = evaluate(setup.make_problem(bank, "select", chains.shape[1] - 1), chains)
-    return _strip(chains[int(np.argmin(out.loss))])
-
-
-def _strip(row: np.ndarray) -> list[int]:
-    return [int(token) for token in row if token != chain_lib.PADDING]
-
-
-def _pick_parent(key: Key[Array, ""], context: Context) -> tuple[Bank, list[int]]:
-    """The best net that the bank was cut from, or a plain net of equal depth and steps."""
-    bank = context.made
-    if not bank.parents and context.setup.make_plain_net is not None:
-        bank = context.setup.make_plain_net(key, bank.num_steps)
-    return bank, _pick_on_select(context.setup, bank, chain_lib.pad(bank.parents))
-
-
-def _sample_chain(key: Key[Array, ""], bank: Bank, num_layers: int) -> list[int]:
-    layer_key, head_key = jax.random.split(key)
-    layers = jax.random.randint(layer_key, (num_layers,), 0, bank.num_layers)
-    head = bank.num_layers + jax.random.randint(head_key, (), 0, bank.num_heads)
-    return [*map(int, layers), int(head)]
-
-
-def _find_optimum(context: Context) -> Level:
-    """The lowest loss of all chains on `search`; None if there are too many to evaluate."""
-    num_chains = context.problem.space.num_chains
-    if num_chains > context.setup.max_optimum_chains:
-        return Level(None, 0.0)
-    print_progress(f"Evaluating all {num_chains:,} chains for the optimum ...")
-    chains, out = evaluate_all(context.problem)
-    best = int(out.loss.argmin())
-    penalty = float(context.problem.layer_penalty(jnp.asarray(chains[best])))
-    return Level(finite_or_none(out.loss[best] - penalty), penalty)
-
-
-def _find_versions() -> dict[str, str]:
+def find_versions() -> dict[str, str]:
+    """Versions of Python, jchain, and the libraries that change results."""
     versions = {"python": platform.python_version(), "jchain": jchain.__version__}
     for name in ("jax", "flax", "optax", "rlax", "numpy", "scikit-learn"):
         with contextlib.suppress(metadata.PackageNotFoundError):

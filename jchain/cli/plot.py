@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jchain.cli.records import SweepRow
+from jchain.cli.records import Summary, SweepRow
 from jchain.files import write_atomically
 from jchain.gradient.layer_report import LayerReport
 from jchain.search.base import Curve
@@ -66,6 +66,31 @@ def plot_sweep(path: str | os.PathLike[str], rows: Sequence[SweepRow]) -> None:
     )
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
+
+
+def plot_seeds(path: str | os.PathLike[str], summary: Summary) -> None:
+    """Draw the loss on `test` of the chain found and of each control, a dot per seed, as a PNG.
+
+    Args:
+      path: where to write.
+      summary: of the seeds.
+    """
+    from matplotlib.figure import Figure
+
+    rows = {name: row for name, row in summary["rows"].items() if row["mean"] is not None}
+    figure = Figure(figsize=(8, 1 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(rows.values()):
+        color = "C3" if place == 0 else "C0"
+        losses = [loss for loss in row["loss"] if loss is not None]
+        axes.plot(losses, [place] * len(losses), "o", color=color, alpha=0.5)
+        axes.plot(np.mean(losses), place, "|", color=color, markersize=16)
+    labels = [f"{name}, {row['mean_accuracy']:.1%}" for name, row in rows.items()]
+    axes.set(xlabel="loss on test, a dot per seed, and mean accuracy", xscale="log")
+    axes.set_yticks(range(len(rows)), labels)
+    axes.invert_yaxis()
+    axes.grid(visible=True, axis="x", alpha=0.3)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
 
 

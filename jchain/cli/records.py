@@ -1,4 +1,4 @@
-"""The output of `jchain search`, with the fields of `result.json`."""
+"""The output of `jchain search`, with the fields of `result.json` and `summary.json`."""
 
 from typing import NamedTuple, NotRequired, TypedDict
 
@@ -9,17 +9,33 @@ from jchain.bank import Bank
 from jchain.search.base import Result
 
 
+class Difference(TypedDict):
+    """Loss on `test` of the chain found minus that of a control, paired by example."""
+
+    mean: float | None
+    standard_error: float | None
+
+
 class Scores(TypedDict):
     """Loss and accuracy of one chain by split. The loss has no layer penalty."""
 
     loss: dict[str, float | None]  # None if it is not finite
     accuracy: dict[str, float]
+    standard_error: NotRequired[dict[str, float | None]]  # of the loss, over examples
+    difference: NotRequired[Difference]  # only in controls
 
 
 class ScoredChain(Scores):
     """A chain and its scores."""
 
     chain: list[int]
+
+
+class RandomChains(Scores):
+    """Median loss and accuracy of random chains on `test`, and the quartiles of the loss."""
+
+    num_chains: int
+    quartiles: list[float | None]
 
 
 class SweepRow(ScoredChain):
@@ -31,11 +47,19 @@ class SweepRow(ScoredChain):
 
 
 class Controls(TypedDict):
-    """Scores to compare the chain found with."""
+    """Scores to compare the chain found with. What does not apply is missing."""
 
-    best_parent: Scores
-    random_chain: Scores
     recipes: dict[str, ScoredChain]
+    reference: NotRequired[ScoredChain]  # of one who knows how the data was made
+    best_parent: NotRequired[Scores]
+    best_edit: NotRequired[ScoredChain]  # of the best parent
+    plain_net: NotRequired[Scores]
+    tuned_plain_net: NotRequired[Scores]  # trained further on `search`
+    random_chains: NotRequired[RandomChains]
+    parent_ensemble: NotRequired[Scores]
+    finalist_ensemble: NotRequired[Scores]
+    local_search: NotRequired[ScoredChain]
+    actor_critic: NotRequired[ScoredChain]
 
 
 class ResultRecord(Scores):
@@ -48,6 +72,9 @@ class ResultRecord(Scores):
     update_calls: int
     seconds: float
     optimum: float | None
+    num_chains: int
+    num_examples: dict[str, int]
+    about: str
     controls: Controls
     nonfinite_chains: int
     config: dict[str, object]
@@ -64,7 +91,34 @@ class SearchOutput(NamedTuple):
     levels: dict[str, float]  # losses on `search` to compare the curve with, penalties included
 
 
-def finite_or_none(loss: float | Array | np.ndarray) -> float | None:
+class SeedRow(TypedDict):
+    """One row of the table over seeds: the chain found, or a control."""
+
+    loss: list[float | None]  # on `test`, by seed
+    accuracy: list[float]
+    mean: float | None
+    mean_accuracy: float
+    # Loss of the chain found minus that of this row, paired by seed.
+    difference: float | None
+    interval: list[float] | None  # 95%, Student's t
+    num_lower: int  # seeds in which the chain found has the lower loss
+
+
+class Summary(TypedDict):
+    """`summary.json`: several seeds of one search."""
+
+    seeds: list[int]
+    about: list[str]
+    layers: list[list[str]]
+    num_examples: dict[str, int]
+    rows: dict[str, SeedRow]
+    sentence: str
+    seconds: float
+    config: dict[str, object]
+    versions: dict[str, str]
+
+
+def finite_or_none(loss: float | Array | np.ndarray | np.floating) -> float | None:
     """A loss for JSON, which has no infinity.
 
     Args:

@@ -1,13 +1,20 @@
-"""The table that `jchain search` prints."""
+"""The tables that `jchain search` prints, and the chain drawn by where its layers come from."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jchain.cli.records import Scores, SearchOutput, SweepRow
+from jchain.cli.records import ResultRecord, Scores, SearchOutput, SeedRow, Summary, SweepRow
+from jchain.cli.seeds import FOUND, list_rows
 from jchain.data import EVALUATION_SPLITS
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
+
+# Columns where standard output is no terminal.
+_WIDTH = 118
+# A difference within this many standard errors is called noise.
+_NUM_ERRORS = 1.96
 
 
 def print_table(output: SearchOutput) -> None:
@@ -16,31 +23,83 @@ def print_table(output: SearchOutput) -> None:
     Args:
       output: of the search.
     """
-    from rich.console import Console
-    from rich.table import Table
-
-    record, controls = output.record, output.record["controls"]
-    table = Table(title="loss (accuracy) by split", title_justify="left")
+    record, console = output.record, _make_console()
+    table = _make_table("loss ± standard error (accuracy) by split and number of examples")
     table.add_column("", no_wrap=True)
     for name in EVALUATION_SPLITS:
-        table.add_column(name, justify="right")
-    parent = "best parent net" if output.bank.parents else "plain net, as many steps"
-    rows: dict[str, Scores] = {
-        "chain found": record,
-        parent: controls["best_parent"],
-        "random chain, as long": controls["random_chain"],
-        **controls["recipes"],
-    }
-    for name, row in rows.items():
-        table.add_row(name, *(_format_cell(row, split) for split in EVALUATION_SPLITS))
+        table.add_column(f"{name}, {record['num_examples'][name]:,}", justify="right")
+    table.add_column("found - this, test", justify="right")
+    table.add_row(FOUND, *(_format_cell(record, split) for split in EVALUATION_SPLITS), "")
+    for name, row in list_rows(record).items():
+        cells = [_format_cell(row, split) for split in EVALUATION_SPLITS]
+        table.add_row(name, *cells, _format_difference(row))
     if record["optimum"] is not None:
-        table.add_row("optimum of all chains", f"{record['optimum']:.4f}        ")
-    console = Console()
+        table.add_row("optimum of all chains", f"{record['optimum']:.3f}")
     console.print(table)
     if "sweep" in record:
         console.print(_make_sweep_table(record["sweep"]))
-    for line in _make_remarks(output):
-        console.print(line)
+    for line in [*_make_remarks(output), *draw_chain(record["layers"])]:
+        console.print(line, highlight=False, markup=False)
+
+
+def print_summary(summary: Summary) -> None:
+    """Print what was found over several seeds.
+
+    Args:
+      summary: of the seeds.
+    """
+    console, seeds = _make_console(), summary["seeds"]
+    for seed, about, layers in zip(seeds, summary["about"], summary["layers"], strict=True):
+        chain = " -> ".join(layers)
+        console.print(f"seed {seed}, {about}:\n  {chain}", highlight=False, markup=False)
+    num = summary["num_examples"]["test"]
+    table = _make_table(f"test, {num:,} examples, mean over {len(seeds)} seeds")
+    table.add_column("", no_wrap=True)
+    for title in ("loss", "accuracy", "found - this [95% interval]", "found is lower in"):
+        table.add_column(title, justify="right")
+    for name, row in summary["rows"].items():
+        table.add_row(name, *_format_seed_row(row, len(seeds), is_found=name == FOUND))
+    console.print(table)
+    for line in [*draw_chain(summary["layers"][0], f"seed {seeds[0]}"), summary["sentence"]]:
+        console.print(line, highlight=False, markup=False)
+
+
+def draw_chain(layers: Sequence[str], title: str = "") -> list[str]:
+    """Draw a chain: a line for each net that layers come from, a column for each slot.
+
+    A cell is the layer's own part of the name, as in `0` of `net/0`; a dot if it has none.
+
+    Args:
+      layers: names along the chain.
+      title: what to write before the slots.
+    """
+    origins = [name.rpartition("/")[0] or name for name in layers]
+    own = [name.rpartition("/")[2] if "/" in name else "●" for name in layers]
+    widths = [max(len(cell), len(str(slot))) for slot, cell in enumerate(own, 1)]
+    indent = max(len(name) for name in (*origins, title))
+    slots = [str(slot).rjust(width) for slot, width in enumerate(widths, 1)]
+    lines = [f"{title.ljust(indent)}  {' '.join(slots)}"]
+    for origin in dict.fromkeys(origins):
+        cells = [
+            (cell if other == origin else "·").rjust(width)
+            for cell, other, width in zip(own, origins, widths, strict=True)
+        ]
+        lines.append(f"{origin.ljust(indent)}  {' '.join(cells)}")
+    return lines
+
+
+def _make_console() -> "Console":
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDTH)
+
+
+def _make_table(title: str) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
 
 
 def _make_remarks(output: SearchOutput) -> list[str]:
@@ -48,7 +107,10 @@ def _make_remarks(output: SearchOutput) -> list[str]:
     if record["update_calls"]:
         updates = f", {record['update_calls']:,} of them gradient steps"
     chain = " -> ".join(record["layers"])
-    lines = [f"chain found, in {record['layer_calls']:,} layer calls{updates}: {chain}"]
+    lines = [
+        f"chain found, in {record['layer_calls']:,} layer calls{updates}, among "
+        f"{record['num_chains']:,} chains: {chain}"
+    ]
     if record["chosen"] != "search":
         lines.append(
             f"It is a recipe, {record['chosen']}: what the search found is no better on select"
@@ -58,17 +120,54 @@ def _make_remarks(output: SearchOutput) -> list[str]:
             f"{record['nonfinite_chains']} of {output.result.num_chains} scored chains had a loss "
             "that was not finite"
         )
-    return lines
+    return [*lines, *_say_what_is_noise(record)]
+
+
+def _say_what_is_noise(record: ResultRecord) -> list[str]:
+    names = [name for name, row in list_rows(record).items() if _is_noise(row)]
+    if not names:
+        return []
+    return [f"Within noise on test (95%), so neither is better: {'; '.join(names)}"]
+
+
+def _is_noise(row: Scores) -> bool:
+    difference = row.get("difference")
+    if difference is None or difference["mean"] is None or difference["standard_error"] is None:
+        return False
+    return abs(difference["mean"]) <= _NUM_ERRORS * difference["standard_error"]
+
+
+def _format_difference(row: Scores) -> str:
+    if "quartiles" in row:
+        return f"quartiles {' to '.join(format_loss(loss) for loss in row['quartiles'])}"
+    difference = row.get("difference")
+    if difference is None or difference["mean"] is None:
+        return ""
+    shown = f"{difference['mean']:+.3f}"
+    if difference["standard_error"] is not None:
+        shown += f" ± {difference['standard_error']:.3f}"
+    return f"{shown} (noise)" if _is_noise(row) else shown
+
+
+def _format_seed_row(row: SeedRow, num_seeds: int, *, is_found: bool) -> list[str]:
+    cells = [format_loss(row["mean"]), f"{row['mean_accuracy']:.1%}"]
+    if is_found:
+        return [*cells, "", ""]
+    difference, bounds = row["difference"], row["interval"]
+    if difference is None:
+        return [*cells, "", f"{row['num_lower']} of {num_seeds}"]
+    shown = f"{difference:+.3f}"
+    if bounds is not None:
+        noise = " (noise)" if bounds[0] <= 0 <= bounds[1] else ""
+        shown += f" [{bounds[0]:+.3f}, {bounds[1]:+.3f}]{noise}"
+    return [*cells, shown, f"{row['num_lower']} of {num_seeds}"]
 
 
 def _make_sweep_table(rows: Sequence[SweepRow]) -> "Table":
     """Loss on `test` by the number of layers, of what was found and of recipes."""
-    from rich.table import Table
-
     names = list(dict.fromkeys(name for row in rows for name in row["recipes"]))
-    title = "loss (accuracy) on test by layers beside pinned ones"
-    table = Table(title=title, title_justify="left")
-    for name in ("at most", "chain found", *names):
+    table = _make_table("loss (accuracy) on test by layers beside pinned ones")
+    for name in ("at most", FOUND, *names):
         table.add_column(name, justify="right")
     for row in rows:
         cells = [row, *(row["recipes"].get(name) for name in names)]
@@ -78,15 +177,22 @@ def _make_sweep_table(rows: Sequence[SweepRow]) -> "Table":
 
 
 def _format_cell(scores: Scores, split: str) -> str:
+    if split not in scores["loss"]:
+        return ""
     loss = scores["loss"][split]
+    error = scores.get("standard_error", {}).get(split)
     shown = format_loss(loss)
-    return shown if loss is None else f"{shown} ({scores['accuracy'][split]:.1%})"
+    if loss is None:
+        return shown
+    if error is not None:
+        shown += f" ± {error:.3f}"
+    return f"{shown} ({scores['accuracy'][split]:.1%})"
 
 
 def format_loss(loss: float | None) -> str:
-    """A loss with four decimals.
+    """A loss with three decimals.
 
     Args:
       loss: None if it is not finite.
     """
-    return "not finite" if loss is None else f"{loss:.4f}"
+    return "not finite" if loss is None else f"{loss:.3f}"

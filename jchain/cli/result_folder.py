@@ -4,13 +4,16 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from jchain.cli.config import SearchConfig
-from jchain.cli.plot import plot_curve, plot_sweep
-from jchain.cli.records import ResultRecord, SearchOutput
+from jchain.cli.plot import plot_curve, plot_seeds, plot_sweep
+from jchain.cli.progress import print_progress
+from jchain.cli.records import ResultRecord, SearchOutput, Summary
 from jchain.cli.report import format_loss
 from jchain.data import EVALUATION_SPLITS
 from jchain.files import find_umask
@@ -19,7 +22,10 @@ RESULT_FILE = "result.json"
 BANK_FILE = "bank.safetensors"
 CURVE_FILE = "curve.png"
 SWEEP_FILE = "sweep.png"
-_FILES = {RESULT_FILE, BANK_FILE, CURVE_FILE, SWEEP_FILE}
+# Of several seeds, beside a folder for each.
+SUMMARY_FILE, SEEDS_FILE = "summary.json", "seeds.png"
+_FILES = {RESULT_FILE, BANK_FILE, CURVE_FILE, SWEEP_FILE, SUMMARY_FILE, SEEDS_FILE}
+_SEED_FOLDER = re.compile(r"seed-\d+")
 
 
 def check_out(path: Path, *, replace: bool) -> None:
@@ -40,8 +46,9 @@ def check_out(path: Path, *, replace: bool) -> None:
         raise ValueError(f"expected a folder in which results can be written, got {above}")
     if not path.exists() or not any(path.iterdir()):
         return
-    others = sorted({entry.name for entry in path.iterdir()} - _FILES)
-    if others or not (path / RESULT_FILE).exists():
+    names = {entry.name for entry in path.iterdir()} - _FILES
+    others = sorted(name for name in names if not _SEED_FOLDER.fullmatch(name))
+    if others or not any((path / name).exists() for name in (RESULT_FILE, SUMMARY_FILE)):
         what = ", ".join(others[:4]) or f"no {RESULT_FILE}"
         raise ValueError(
             f"{path} holds files that are not a result of jchain ({what}): choose another --out"
@@ -74,20 +81,107 @@ def write(path: Path, output: SearchOutput, *, replace: bool = False) -> Path:
       OSError: it cannot be written, or not be renamed; then the error names the folder that holds
         the result.
     """
+    with _write_beside(path, replace=replace) as place:
+        _write_files(place.temporary, output)
+    return place.written
+
+
+class SeedWriter:
+    """Writes the results of several seeds, each when it is finished.
+
+    Attributes:
+      temporary: the folder that holds them until `finish`.
+    """
+
+    def __init__(self, place: "_Place") -> None:
+        self._place = place
+        self.temporary = place.temporary
+
+    @property
+    def has_seeds(self) -> bool:
+        """Whether a seed is finished."""
+        return any(self.temporary.iterdir())
+
+    @property
+    def written(self) -> Path:
+        """The folder that was written, after the `with` block."""
+        return self._place.written
+
+    def add(self, output: SearchOutput) -> None:
+        """Write the result of one seed.
+
+        Args:
+          output: of the search with this seed.
+        """
+        folder = self.temporary / f"seed-{output.record['config']['seed']}"
+        folder.mkdir()
+        _write_files(folder, output)
+
+    def finish(self, summary: Summary) -> None:
+        """Write what is said of all seeds.
+
+        Args:
+          summary: of all seeds.
+        """
+        (self.temporary / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n")
+        plot_seeds(self.temporary / SEEDS_FILE, summary)
+        self.temporary.chmod(0o777 & ~find_umask())
+
+
+@contextlib.contextmanager
+def write_seeds(path: Path, *, replace: bool = False) -> Iterator[SeedWriter]:
+    """Write several seeds beside the folder's place, then rename: all of them or nothing.
+
+    If a seed fails or is interrupted, those before it are kept in the temporary folder, which is
+    named in the error or on standard error.
+
+    Args:
+      path: the folder.
+      replace: whether to replace an existing result.
+
+    Raises:
+      OSError: as for `write`.
+    """
+    with _write_beside(path, replace=replace) as place:
+        writer = SeedWriter(place)
+        try:
+            yield writer
+        except BaseException:
+            place.is_kept = writer.has_seeds
+            if place.is_kept:
+                print_progress(f"The seeds that are finished are kept in {place.temporary}")
+            raise
+
+
+class _Place:
+    """A temporary folder beside the place of a result."""
+
+    def __init__(self, temporary: Path) -> None:
+        self.temporary = temporary
+        self.written = temporary
+        self.is_kept = False  # if the block fails
+
+
+@contextlib.contextmanager
+def _write_beside(path: Path, *, replace: bool) -> Iterator[_Place]:
+    """A temporary folder, renamed to the path, or to one beside it, if the block succeeds."""
     path = path.resolve()
     is_filled = path.is_dir() and not any(path.iterdir())
     above = path if is_filled else path.parent
     above.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=above, prefix=f".{path.name}."))
+    place = _Place(temporary)
     try:
-        _write_files(temporary, output)
+        yield place
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not place.is_kept:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
     try:
-        return _fill(path, temporary) if is_filled else _put(path, temporary, replace=replace)
+        moved = _fill(path, temporary) if is_filled else _put(path, temporary, replace=replace)
     except OSError as error:
         raise OSError(f"{error}; the result is kept in {temporary}") from error
+    place.written = moved
 
 
 def _write_files(folder: Path, output: SearchOutput) -> None:
@@ -104,7 +198,9 @@ def _fill(path: Path, temporary: Path) -> Path:
     """Move the files of the temporary folder, which lies in `path`, up into it, the result last."""
     if [*path.iterdir()] != [temporary]:  # another process wrote meanwhile
         return _put(path, temporary, replace=False)
-    for file in sorted(temporary.iterdir(), key=lambda file: file.name == RESULT_FILE):
+    for file in sorted(
+        temporary.iterdir(), key=lambda file: file.name in (RESULT_FILE, SUMMARY_FILE)
+    ):
         os.rename(file, path / file.name)
     temporary.rmdir()
     return path
@@ -153,7 +249,7 @@ def describe(path: Path) -> dict[str, str]:
     """
     record: ResultRecord = json.loads((path / RESULT_FILE).read_text())
     config = SearchConfig.load(record["config"])
-    parent = record["controls"]["best_parent"]["loss"]
+    parent = record["controls"].get("best_parent", record)["loss"]
     judged_on = config.text or config.choices or config.data or ""
     facts = {"data": judged_on if isinstance(judged_on, str) else ", ".join(judged_on)}
     for split in EVALUATION_SPLITS:

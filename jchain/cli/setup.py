@@ -9,17 +9,16 @@ import jax
 import numpy as np
 import optax
 
-from jchain import layers, train
+from jchain import layers, tasks, train
 from jchain._typing import Array, Float, Key, PyTree
 from jchain.bank import Bank
 from jchain.cli import checkpoints
 from jchain.cli.checkpoints import LossFn
 from jchain.cli.config import SearchConfig, resolved
 from jchain.cli.parser import CHANNELS, LAYERS
-from jchain.cli.progress import print_progress
 from jchain.data import Dataset
 from jchain.hub.wrapping import Restart
-from jchain.problem import Problem
+from jchain.problem import Problem, check_max_layers
 
 # Convolutions of a block: the first layer has 1, the second 2, the fourth 1 again.
 CONV_DEPTHS = (1, 2, 3)
@@ -27,6 +26,8 @@ CONV_DEPTHS = (1, 2, 3)
 CONV_SIDE = 16
 # The optimum is computed if there are at most this many chains: half a minute on two cores.
 MAX_OPTIMUM_CHAINS = 200_000
+# Random chains to compare with; of checkpoints, whose layers are expensive, fewer.
+NUM_RANDOM_CHAINS, NUM_RANDOM_CHECKPOINT_CHAINS = 200, 8
 
 
 class Modules(NamedTuple):
@@ -43,12 +44,20 @@ class Setup(NamedTuple):
 
     data: Dataset
     make_bank: Callable[[Key[Array, ""]], Bank]
-    # From a key and a number of gradient steps; None if the bank has parents.
+    making: str  # what `make_bank` does, for the progress line
+    # From a key and a number of gradient steps; None for checkpoints.
     make_plain_net: Callable[[Key[Array, ""], int], Bank] | None
+    plain_depth: int = 0  # layers of the plain net
+    about: str = ""  # what is special about the data of this seed
+    # The chain that someone would build who knows how the data was made.
+    reference: tuple[int, ...] = ()
     loss_fn: LossFn = optax.softmax_cross_entropy_with_integer_labels
     accuracy_fn: LossFn | None = None
     layer_cost: float = 0.0
     max_optimum_chains: int = MAX_OPTIMUM_CHAINS
+    num_random_chains: int = NUM_RANDOM_CHAINS
+    # Whether other searches get the same budget, and the plain net is trained on `search` too.
+    has_rivals: bool = True
 
     def make_problem(
         self,
@@ -123,6 +132,31 @@ def choose_modules(config: SearchConfig, data: Dataset) -> tuple[SearchConfig, M
     return replace(config, layer=layer, num_heads=num_heads, channels=channels), modules
 
 
+def set_up_task(config: SearchConfig) -> tuple[SearchConfig, Setup]:
+    """A task, and the configuration with its most layers of a chain.
+
+    Args:
+      config: resolved; its seed is that of the task.
+
+    Raises:
+      ValueError: the name is unknown, or there are fewer examples than `sizes` asks for.
+    """
+    task = tasks.make(resolved(config.task), config.seed, sizes=config.sizes)
+    setup = Setup(
+        task.data,
+        task.make_bank,
+        "Training the layers of the bank",
+        task.train_plain_net,
+        task.plain_depth,
+        task.about,
+        task.reference,
+        layer_cost=config.layer_cost,
+        has_rivals=not config.quick,
+    )
+    max_layers = task.max_layers if config.max_layers is None else config.max_layers
+    return replace(config, max_layers=check_max_layers(max_layers)), setup
+
+
 def set_up_trained(config: SearchConfig, data: Dataset, modules: Modules) -> Setup:
     """A bank that is trained.
 
@@ -131,33 +165,41 @@ def set_up_trained(config: SearchConfig, data: Dataset, modules: Modules) -> Set
       data: the splits.
       modules: from `choose_modules`.
     """
+    num_layers, depth = resolved(config.num_layers), resolved(config.depth)
 
     def make_plain_net(key: Key[Array, ""], num_steps: int) -> Bank:
         return train.independent(
             key,
             data.train,
             num_nets=1,
-            depth=config.depth,
+            depth=depth,
             num_steps=num_steps,
             **modules._asdict(),
         )
 
     def make_bank(key: Key[Array, ""]) -> Bank:
-        print_progress(
-            f"Making a bank of {config.num_layers} layers ({config.bank}) on {data.name} ..."
-        )
         return train.make_bank(
             key,
             data.train,
-            config.bank,
-            num_layers=config.num_layers,
-            depth=config.depth,
+            resolved(config.bank),
+            num_layers=num_layers,
+            depth=depth,
             num_heads=resolved(config.num_heads),
-            num_steps=config.num_steps,
+            num_steps=resolved(config.num_steps),
             **modules._asdict(),
         )
 
-    return Setup(data, make_bank, make_plain_net, layer_cost=config.layer_cost)
+    making = f"Making a bank of {num_layers} layers ({config.bank}) on {data.name}"
+    return Setup(
+        data,
+        make_bank,
+        making,
+        make_plain_net,
+        depth,
+        data.name,
+        layer_cost=config.layer_cost,
+        has_rivals=not config.quick,
+    )
 
 
 def set_up_checkpoints(config: SearchConfig) -> Setup:
@@ -172,16 +214,19 @@ def set_up_checkpoints(config: SearchConfig) -> Setup:
     judged = checkpoints.load_data(config)
 
     def make_bank(key: Key[Array, ""]) -> Bank:
-        print_progress(f"Reading {', '.join(resolved(config.checkpoint))} ...")
         return checkpoints.load_bank(config)
 
     return Setup(
         judged.data,
         make_bank,
+        f"Reading {', '.join(resolved(config.checkpoint))}",
         None,
-        judged.loss_fn,
-        judged.accuracy_fn,
-        config.layer_cost,
+        about=judged.data.name,
+        loss_fn=judged.loss_fn,
+        accuracy_fn=judged.accuracy_fn,
+        layer_cost=config.layer_cost,
         # Evaluating all chains may cost no more than the search.
         max_optimum_chains=resolved(config.budget),
+        num_random_chains=NUM_RANDOM_CHECKPOINT_CHAINS,
+        has_rivals=False,
     )

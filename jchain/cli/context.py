@@ -1,0 +1,54 @@
+"""What all steps of `jchain search` share, and how one chain is picked of many."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jchain import chain as chain_lib
+from jchain._typing import Int
+from jchain.bank import Bank
+from jchain.cli.config import SearchConfig
+from jchain.cli.scores import ExampleScores, score_chain
+from jchain.cli.setup import Setup
+from jchain.engine.evaluate import evaluate
+from jchain.problem import Problem
+
+
+class Context(NamedTuple):
+    """What all steps share."""
+
+    config: SearchConfig
+    setup: Setup
+    made: Bank  # before updates
+    problem: Problem  # on `search`, penalties included
+    max_layers: int
+    width: int  # most layers of a scored chain; one width shares compiled programs
+
+    def score(self, bank: Bank, tokens: Sequence[int]) -> ExampleScores:
+        """Score one chain on each example of each split.
+
+        Args:
+          bank: layers and heads.
+          tokens: layers, then a head.
+        """
+        return score_chain(self.setup, bank, tokens, self.width)
+
+    def pick(self, bank: Bank, chains: Int[np.ndarray, "P L"]) -> list[int]:
+        """The tokens of the chain with the lowest loss on `select`, penalties included.
+
+        Args:
+          bank: layers and heads.
+          chains: `[P, L]`.
+        """
+        problem = self.setup.make_problem(bank, "select", chains.shape[1] - 1)
+        return strip(chains[int(np.argmin(evaluate(problem, chains).loss))])
+
+
+def strip(row: Int[np.ndarray, "L"]) -> list[int]:
+    """The tokens of a chain without padding.
+
+    Args:
+      row: tokens, `[L]`.
+    """
+    return [int(token) for token in row if token != chain_lib.PADDING]

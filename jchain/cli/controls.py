@@ -1,0 +1,228 @@
+"""What the chain found is compared with: nets, edits, random chains, ensembles, other searches."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jchain import chain as chain_lib
+from jchain._typing import Array, Key
+from jchain.bank import Bank
+from jchain.cli.config import resolved
+from jchain.cli.context import Context, strip
+from jchain.cli.progress import print_progress, show_phase
+from jchain.cli.records import Controls, RandomChains, ScoredChain, Scores, finite_or_none
+from jchain.cli.scores import ExampleScores, score_ensemble
+from jchain.engine.evaluate import evaluate, evaluate_all
+from jchain.problem import Problem
+from jchain.search.actor_critic import ActorCritic
+from jchain.search.base import Search, run
+from jchain.search.local_search import LocalSearch
+from jchain.updates import tune
+
+# Gradient steps on `search` of the plain net; `select` chooses among them.
+TUNING_STEPS = (30, 100, 300)
+# Searches that get as many layer calls as the one that was asked for.
+RIVALS: dict[str, type[Search]] = {"local_search": LocalSearch, "actor_critic": ActorCritic}
+
+_Scored = TypeVar("_Scored", Scores, ScoredChain)
+
+
+class Net(NamedTuple):
+    """A net: the chain of all its layers."""
+
+    bank: Bank
+    tokens: list[int]
+
+
+class Level(NamedTuple):
+    """A loss on `search` and the layer penalty that is not in it."""
+
+    loss: float | None
+    penalty: float
+
+
+class ControlScores(NamedTuple):
+    """Scores of the controls, and the levels that the curve is compared with."""
+
+    controls: Controls
+    optimum: Level
+    levels: dict[str, Level]
+
+
+@contextmanager
+def start_plain_net(key: Key[Array, ""], context: Context) -> Iterator[Future[Net] | None]:
+    """Train one net for as many steps as the bank, in a thread, while the block runs.
+
+    A search leaves most of a second core idle. Yields None if there is no plain net.
+
+    Args:
+      key: of the net.
+      context: what all steps share.
+    """
+    make = context.setup.make_plain_net
+    if make is None:
+        yield None
+        return
+
+    def train() -> Net:
+        bank = jax.block_until_ready(make(key, context.made.num_steps))
+        return Net(bank, list(bank.parents[0]))
+
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(train)
+
+
+def score_controls(
+    key: Key[Array, ""],
+    context: Context,
+    found: ExampleScores,
+    finalists: tuple[Bank, Sequence[Sequence[int]]],
+    search: Search,
+    plain_net: Future[Net] | None,
+) -> ControlScores:
+    """Score every control that applies.
+
+    Controls use the bank as it was made, before updates.
+
+    Args:
+      key: of random chains, of further training, and of the searches to compare with.
+      context: what all steps share.
+      found: scores of the chain found.
+      finalists: the bank after updates, and the best chains of the search.
+      search: the search whose result is compared.
+      plain_net: from `start_plain_net`.
+    """
+    tune_key, chain_key, search_key = jax.random.split(key, 3)
+    controls: Controls = {"recipes": {}}
+    levels: dict[str, Level] = {}
+    if reference := context.setup.reference:
+        scores = _compare(context, found, Net(context.made, [*reference]))
+        controls["reference"] = {"chain": [*reference], **scores}
+    if context.made.parents:
+        parent = Net(context.made, context.pick(context.made, chain_lib.pad(context.made.parents)))
+        _score_parents(controls, context, found, parent)
+        levels["best parent"] = _find_level(context, parent, controls["best_parent"])
+    if plain_net is not None:
+        with show_phase(f"Training a plain net for {context.made.num_steps:,} steps"):
+            net = plain_net.result()
+        controls["plain_net"] = _compare(context, found, net)
+        if context.setup.has_rivals:
+            controls["tuned_plain_net"] = _compare(context, found, _tune(tune_key, context, net))
+        levels["plain net"] = _find_level(context, net, controls["plain_net"])
+    controls["random_chains"] = _score_random_chains(chain_key, context)
+    bank, chains = finalists
+    ensemble = score_ensemble(context.setup, bank, chains, context.width)
+    if ensemble is not None:
+        controls["finalist_ensemble"] = _add_difference(ensemble.summarize(), found, ensemble)
+    if context.setup.has_rivals:
+        for name, rival in RIVALS.items():
+            if not isinstance(search, rival):
+                controls[name] = _run_rival(search_key, context, found, name, rival())
+    optimum = _find_optimum(context)
+    return ControlScores(controls, optimum, levels | {"optimum": optimum})
+
+
+def _score_parents(controls: Controls, context: Context, found: ExampleScores, parent: Net) -> None:
+    controls["best_parent"] = _compare(context, found, parent)
+    edit = _find_best_edit(context, parent.tokens)
+    if edit is not None:
+        scores = _compare(context, found, Net(context.made, edit))
+        controls["best_edit"] = {"chain": edit, **scores}
+    ensemble = score_ensemble(context.setup, context.made, context.made.parents, context.width)
+    if ensemble is not None and len(context.made.parents) > 1:
+        controls["parent_ensemble"] = _add_difference(ensemble.summarize(), found, ensemble)
+
+
+def _compare(context: Context, found: ExampleScores, net: Net) -> Scores:
+    scores = context.score(net.bank, net.tokens)
+    return _add_difference(scores.summarize(), found, scores)
+
+
+def _add_difference(scores: _Scored, found: ExampleScores, own: ExampleScores) -> _Scored:
+    scores["difference"] = found.subtract(own)
+    return scores
+
+
+def _find_level(context: Context, net: Net, scores: Scores) -> Level:
+    problem = context.setup.make_problem(net.bank, "search", context.width)
+    padded = jnp.asarray(chain_lib.pad([net.tokens], context.width))
+    return Level(scores["loss"]["search"], float(problem.layer_penalty(padded)[0]))
+
+
+def _find_best_edit(context: Context, tokens: list[int]) -> list[int] | None:
+    """The edit of a chain (one layer swapped, inserted or deleted) with the lowest loss.
+
+    The loss is that on `search`. None if the chain is too long or too short for the problem, or
+    it has more edits than the search may make layer calls, as chains of checkpoints do.
+    """
+    problem = context.problem
+    if not problem.min_layers < len(tokens) <= problem.max_layers + 1:
+        return None
+    chain = jnp.asarray(chain_lib.pad([tokens], problem.max_layers)[0])
+    rows, is_neighbor = problem.space.neighbors(chain)
+    if len(rows) > resolved(context.config.budget):
+        return None
+    # Rows that are no neighbor are the chain itself, so that the number of rows is always the same.
+    rows = jnp.where(is_neighbor[:, None], rows, chain)
+    loss = jnp.where(is_neighbor, evaluate(problem, rows).loss, jnp.inf)
+    return strip(np.asarray(rows[jnp.argmin(loss)]))
+
+
+def _tune(key: Key[Array, ""], context: Context, net: Net) -> Net:
+    """The plain net after more steps, on `search`; `select` chooses how many."""
+    problem = Problem(
+        net.bank, context.setup.data.search, context.width, loss_fn=context.setup.loss_fn
+    )
+    chain = chain_lib.pad([net.tokens], context.width)
+    banks = [net.bank]
+    with show_phase(f"Training it further on the {len(problem.data.y):,} examples of search"):
+        for num_steps in TUNING_STEPS:
+            banks.append(tune.tune_chain(key, problem, chain[0], num_steps=num_steps))
+    losses = []
+    for bank in banks:
+        on_select = context.setup.make_problem(bank, "select", context.width, is_penalized=False)
+        losses.append(float(evaluate(on_select, chain).loss[0]))
+    return Net(banks[int(np.argmin(losses))], net.tokens)
+
+
+def _score_random_chains(key: Key[Array, ""], context: Context) -> RandomChains:
+    """Median and quartiles on `test` of random chains; their number of layers is drawn first."""
+    chains = context.problem.space.sample(key, context.setup.num_random_chains)
+    problem = context.setup.make_problem(
+        context.made, "test", context.max_layers, is_penalized=False
+    )
+    out = evaluate(problem, chains)
+    return {
+        "num_chains": len(chains),
+        "loss": {"test": finite_or_none(np.median(out.loss))},
+        "accuracy": {"test": float(np.median(out.accuracy))},
+        "quartiles": [finite_or_none(q) for q in np.quantile(out.loss, (0.25, 0.75))],
+    }
+
+
+def _run_rival(
+    key: Key[Array, ""], context: Context, found: ExampleScores, name: str, search: Search
+) -> ScoredChain:
+    """Another search with the same budget, re-ranked in the same way."""
+    print_progress(f"Searching with {name.replace('_', ' ')} ...")
+    budget = resolved(context.config.budget)
+    result = run(key, search, context.problem, budget=budget, progress=True)
+    tokens = context.pick(context.made, result.finalists)
+    return {"chain": tokens, **_compare(context, found, Net(context.made, tokens))}
+
+
+def _find_optimum(context: Context) -> Level:
+    """The lowest loss of all chains on `search`; None if there are too many to evaluate."""
+    num_chains = context.problem.space.num_chains
+    if num_chains > context.setup.max_optimum_chains:
+        return Level(None, 0.0)
+    with show_phase(f"Evaluating all {num_chains:,} chains for the optimum"):
+        chains, out = evaluate_all(context.problem)
+    best = int(out.loss.argmin())
+    penalty = float(context.problem.layer_penalty(jnp.asarray(chains[best])))
+    return Level(finite_or_none(out.loss[best] - penalty), penalty)

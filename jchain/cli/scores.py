@@ -1,0 +1,157 @@
+"""Loss and accuracy of single chains by example, with standard errors."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jchain import chain as chain_lib
+from jchain._typing import Array, Float, Int
+from jchain.bank import Bank
+from jchain.cli.records import Difference, Scores, finite_or_none
+from jchain.cli.setup import Setup
+from jchain.data import EVALUATION_SPLITS
+from jchain.engine.backend import jit_for_problem
+from jchain.engine.layer_calls import apply_token
+from jchain.problem import Problem, upcast
+
+# Examples that a chain is applied to at a time.
+_CHUNK = 64
+
+
+class ExampleScores(NamedTuple):
+    """Loss and accuracy of one chain, or of an ensemble, on each example, by split."""
+
+    loss: dict[str, Float[np.ndarray, "B"]]
+    accuracy: dict[str, Float[np.ndarray, "B"]]
+
+    def summarize(self) -> Scores:
+        """Means by split, and the standard error of the loss."""
+        return {
+            "loss": {name: finite_or_none(rows.mean()) for name, rows in self.loss.items()},
+            "accuracy": {name: float(rows.mean()) for name, rows in self.accuracy.items()},
+            "standard_error": {
+                name: finite_or_none(find_standard_error(rows)) for name, rows in self.loss.items()
+            },
+        }
+
+    def subtract(self, other: "ExampleScores") -> Difference:
+        """The difference of the losses on `test`, paired by example.
+
+        Args:
+          other: scores to subtract.
+        """
+        rows = self.loss["test"] - other.loss["test"]
+        return {
+            "mean": finite_or_none(rows.mean()),
+            "standard_error": finite_or_none(find_standard_error(rows)),
+        }
+
+
+def find_standard_error(rows: Float[np.ndarray, "B"]) -> float:
+    """Standard error of a mean; nan for one example, and if a value is not finite.
+
+    Args:
+      rows: a value per example.
+    """
+    if len(rows) < 2 or not np.isfinite(rows).all():
+        return float("nan")
+    return float(rows.std(ddof=1) / np.sqrt(len(rows)))
+
+
+def score_chain(setup: Setup, bank: Bank, tokens: Sequence[int], width: int) -> ExampleScores:
+    """Score one chain on each example of `search`, `select`, and `test`, without layer penalty.
+
+    Args:
+      setup: data and loss.
+      bank: layers and heads.
+      tokens: layers, then a head.
+      width: most layers of a chain; one width shares compiled programs.
+    """
+    chain = jnp.asarray(chain_lib.pad([tokens], width)[0])
+    loss, accuracy = {}, {}
+    for name in EVALUATION_SPLITS:
+        problem = setup.make_problem(bank, name, width, is_penalized=False).without_names()
+        parts = [_judge(part, _apply(part, chain)) for part in _cut(problem)]
+        num = problem.data.x.shape[0]
+        loss[name], accuracy[name] = (
+            np.concatenate(rows)[:num] for rows in zip(*parts, strict=True)
+        )
+    return ExampleScores(loss, accuracy)
+
+
+def score_ensemble(
+    setup: Setup, bank: Bank, chains: Sequence[Sequence[int]], width: int
+) -> ExampleScores | None:
+    """Score the mean of the class probabilities of several chains.
+
+    Args:
+      setup: data and loss; None is returned for any other loss than cross-entropy of classes.
+      bank: layers and heads.
+      chains: tokens of each chain.
+      width: as for `score_chain`.
+    """
+    if setup.loss_fn is not optax.softmax_cross_entropy_with_integer_labels:
+        return None
+    rows = [jnp.asarray(row) for row in chain_lib.pad(chains, width)]
+    loss, accuracy = {}, {}
+    for name in EVALUATION_SPLITS:
+        problem = setup.make_problem(bank, name, width).without_names()
+        num, labels = problem.data.x.shape[0], np.asarray(problem.data.y)
+        parts = _cut(problem)
+        outputs = [
+            np.concatenate([np.asarray(_apply(part, row), np.float64) for part in parts])[:num]
+            for row in rows
+        ]
+        mean = np.mean([np.exp(_log_softmax(own)) for own in outputs], axis=0)
+        loss[name] = -np.log(np.maximum(mean[np.arange(num), labels], np.finfo(np.float32).tiny))
+        accuracy[name] = (mean.argmax(axis=-1) == labels).astype(np.float64)
+    return ExampleScores(loss, accuracy)
+
+
+def _log_softmax(outputs: Float[np.ndarray, "B C"]) -> Float[np.ndarray, "B C"]:
+    shifted = outputs - outputs.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def _cut(problem: Problem) -> list[Problem]:
+    """The problem in parts of equally many examples; the last part repeats its last example."""
+    num = problem.data.x.shape[0]
+    # One size for all splits, so that they share a program, unless there are far fewer examples.
+    size = _CHUNK if num > _CHUNK // 2 else num
+    rows = np.minimum(np.arange(-(-num // size) * size), num - 1)
+    return [problem.take(part) for part in rows.reshape(-1, size)]
+
+
+@jit_for_problem()
+def _apply(problem: Problem, chain: Int[Array, "L"]) -> Float[Array, "B ..."]:
+    """Outputs of a chain."""
+    bank = problem.bank
+    num_layers = chain_lib.count_layers(chain, bank.num_layers)
+    hidden = jax.lax.fori_loop(
+        0,
+        num_layers,
+        lambda slot, hidden: apply_token(bank.layers, chain[slot], hidden),
+        bank.embed(problem.data.x),
+    )
+    return upcast(apply_token(bank.heads, chain[num_layers], hidden))
+
+
+def _judge(
+    problem: Problem, outputs: Float[Array, "B ..."]
+) -> tuple[Float[np.ndarray, "B"], Float[np.ndarray, "B"]]:
+    """Loss and accuracy of each example."""
+    y = problem.data.y
+
+    def reduce(values: Array) -> Float[np.ndarray, "B"]:
+        return np.asarray(values, np.float64).reshape(values.shape[0], -1).mean(axis=1)
+
+    loss = reduce(problem.loss_fn(outputs, y))
+    if problem.accuracy_fn is not None:
+        return loss, reduce(problem.accuracy_fn(outputs, y))
+    if not jnp.issubdtype(y.dtype, jnp.integer) or y.shape != outputs.shape[:-1]:
+        return loss, np.full(len(loss), np.nan)
+    return loss, reduce(jnp.argmax(outputs, axis=-1) == y)

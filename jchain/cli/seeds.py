@@ -1,0 +1,153 @@
+"""Several seeds of one search, compared with the controls pair by pair."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jchain._typing import Float
+from jchain.cli.config import SearchConfig
+from jchain.cli.pipeline import find_versions
+from jchain.cli.records import (
+    ResultRecord,
+    ScoredChain,
+    Scores,
+    SearchOutput,
+    SeedRow,
+    Summary,
+    finite_or_none,
+)
+
+FOUND = "chain found"
+# Rows of the tables and their titles, in order.
+TITLES = {
+    "finalist_ensemble": "ensemble of the finalists",
+    "reference": "faults undone last to first, if known",
+    "local_search": "local search, as many layer calls",
+    "actor_critic": "actor-critic, as many layer calls",
+    "best_parent": "best parent",
+    "best_edit": "best single edit of it",
+    "parent_ensemble": "ensemble of the parents",
+    "plain_net": "plain net, as many steps",
+    "tuned_plain_net": "plain net, tuned on search",
+    "random_chains": "random chains, median",
+}
+# Controls that the sentence names.
+_NAMED = {"best_parent": "best parent", "plain_net": "plain net"}
+# Two-sided 95%.
+_QUANTILE = 0.975
+
+
+class Interval(NamedTuple):
+    """Mean of paired differences and its 95% interval (Student's t); None for one pair."""
+
+    mean: float
+    bounds: list[float] | None
+
+
+def list_rows(record: ResultRecord) -> dict[str, Scores]:
+    """The controls of a record by title, in the order of the tables.
+
+    Args:
+      record: of one seed.
+    """
+    found: dict[str, Scores | ScoredChain] = {}
+    for name, title in TITLES.items():
+        scores = record["controls"].get(name)
+        if scores is not None:
+            found[title] = scores
+    return found | record["controls"]["recipes"]
+
+
+def compare_pairs(differences: Sequence[float] | Float[np.ndarray, "S"]) -> Interval:
+    """Mean of paired differences, with Student's t interval.
+
+    Args:
+      differences: one per seed.
+    """
+    from scipy.stats import sem, t
+
+    rows = np.asarray(differences, np.float64)
+    mean = float(rows.mean())
+    if len(rows) < 2 or not np.isfinite(rows).all():
+        return Interval(mean, None)
+    width = float(sem(rows) * t.ppf(_QUANTILE, len(rows) - 1))
+    return Interval(mean, [mean - width, mean + width])
+
+
+def summarize(config: SearchConfig, outputs: Sequence[SearchOutput], seconds: float) -> Summary:
+    """Compare what was found with every control over the seeds.
+
+    Args:
+      config: of all seeds.
+      outputs: one per seed.
+      seconds: run time of all seeds.
+    """
+    records = [output.record for output in outputs]
+    listed = [list_rows(record) for record in records]
+    titles = [title for title in listed[0] if all(title in rows for rows in listed)]
+    found = _make_row(records, records)
+    rows = {FOUND: found}
+    rows |= {
+        title: _make_row([listed[i][title] for i in range(len(listed))], records)
+        for title in titles
+    }
+    return {
+        "seeds": [int(str(record["config"]["seed"])) for record in records],
+        "about": [record["about"] for record in records],
+        "layers": [record["layers"] for record in records],
+        "num_examples": records[0]["num_examples"],
+        "rows": rows,
+        "sentence": _make_sentence(rows, len(records)),
+        "seconds": round(seconds, 1),
+        "config": config.dump(),
+        "versions": find_versions(),
+    }
+
+
+def _make_row(scores: Sequence[Scores], records: Sequence[ResultRecord]) -> SeedRow:
+    loss = [row["loss"]["test"] for row in scores]
+    accuracy = [row["accuracy"]["test"] for row in scores]
+    values = np.array([np.inf if value is None else value for value in loss])
+    found = [record["loss"]["test"] for record in records]
+    own = np.array([np.inf if value is None else value for value in found])
+    row: SeedRow = {
+        "loss": loss,
+        "accuracy": accuracy,
+        "mean": finite_or_none(values.mean()),
+        "mean_accuracy": float(np.mean(accuracy)),
+        "difference": None,
+        "interval": None,
+        "num_lower": int((own < values).sum()),
+    }
+    if np.isfinite(values).all() and np.isfinite(own).all():
+        row["difference"], row["interval"] = compare_pairs(own - values)
+    return row
+
+
+def _make_sentence(rows: dict[str, SeedRow], num_seeds: int) -> str:
+    """What was found and how sure that is, in words."""
+    parts = []
+    for name, short in _NAMED.items():
+        row = rows.get(TITLES[name])
+        if row is None or row["difference"] is None:
+            continue
+        parts.append(f"the {short} in {row['num_lower']} of {num_seeds} seeds, {_say(row)}")
+    if not parts:
+        return f"The chain found has a mean loss of {_format(rows[FOUND]['mean'])} on test."
+    return f"On test, the chain found has a lower loss than {'; than '.join(parts)}."
+
+
+def _say(row: SeedRow) -> str:
+    difference, bounds = row["difference"], row["interval"]
+    assert difference is not None
+    if bounds is None:
+        return f"by {-difference:.3f}"
+    low, high = sorted(-bound for bound in bounds)
+    if low <= 0 <= high:
+        return "which is within noise"
+    return f"by {-difference:.2f} on average (95% interval {low:.2f} to {high:.2f})"
+
+
+def _format(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.3f}"

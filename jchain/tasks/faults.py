@@ -1,0 +1,77 @@
+"""Faults of a camera: functions of images `[B, H, W]` with values from 0 to 1.
+
+Each keeps the shape and the range of values. All but `blurred` can be undone exactly.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from jchain._typing import Float
+
+Images = Float[np.ndarray, "B H W"]
+# Columns or rows by which images are shifted.
+_SHIFT = 3
+# The range of values of a faded image.
+_FADED = (0.35, 0.65)
+
+
+def _blur(images: Images) -> Images:
+    """Mean over windows of 3 x 3, which wrap around the border."""
+    offsets = (-1, 0, 1)
+    shifted = [np.roll(images, (i, j), axis=(1, 2)) for i in offsets for j in offsets]
+    return np.mean(shifted, axis=0)
+
+
+def _skew(images: Images) -> Images:
+    """Shift each row by one column more than the row above."""
+    rows = [np.roll(images[:, i], i, axis=1) for i in range(images.shape[1])]
+    return np.stack(rows, axis=1)
+
+
+FAULTS: dict[str, Callable[[Images], Images]] = {
+    "upside down": lambda images: images[:, ::-1, ::-1],
+    "mirrored": lambda images: images[:, :, ::-1],
+    "sideways": lambda images: np.rot90(images, axes=(1, 2)),
+    "scrolled": lambda images: np.roll(images, _SHIFT, axis=2),
+    "lifted": lambda images: np.roll(images, _SHIFT, axis=1),
+    "interlaced": lambda images: np.concatenate([images[:, ::2], images[:, 1::2]], axis=1),
+    "skewed": _skew,
+    "negative": lambda images: 1 - images,
+    "faded": lambda images: _FADED[0] + (_FADED[1] - _FADED[0]) * images,
+    "blurred": _blur,
+}
+
+
+def damage(images: ArrayLike, faults: Sequence[str]) -> Float[np.ndarray, "B H W"]:
+    """Apply faults to square images, the first one first.
+
+    Args:
+      images: `[B, H, H]`, values from 0 to 1.
+      faults: names of `FAULTS`; a name may repeat.
+
+    Raises:
+      ValueError: a name is unknown, or the images are not square.
+    """
+    images = np.asarray(images, np.float32)
+    if images.ndim != 3 or images.shape[1] != images.shape[2]:
+        raise ValueError(f"expected square images [B, H, H], got {list(images.shape)}")
+    check_faults(faults)
+    for name in faults:
+        images = FAULTS[name](images)
+    return np.ascontiguousarray(images)
+
+
+def check_faults(faults: Sequence[str]) -> None:
+    """Check names of faults.
+
+    Args:
+      faults: names.
+
+    Raises:
+      ValueError: a name is unknown.
+    """
+    unknown = [name for name in faults if name not in FAULTS]
+    if unknown:
+        raise ValueError(f"expected faults of {', '.join(FAULTS)}, got {', '.join(unknown)}")

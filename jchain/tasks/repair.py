@@ -1,0 +1,190 @@
+"""Repair: digits with several faults at once, and layers that were trained to undo one fault each.
+
+One net was trained on digits without faults. For each fault of `jchain.tasks.faults`, one layer was
+trained, in front of that net, to undo this fault alone. Then digits arrive that have four faults,
+one on top of the other. No net was trained on two faults together, and only 150 of the new digits
+have labels. Which layers undo the faults, and in which order? Compare Mason, Sarkar, Sasaki, and
+Boix 2023, arXiv:2306.09005, who compose modules for elemental corruptions that are known.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jchain import data as data_lib
+from jchain import train
+from jchain._typing import Array, Float, Key
+from jchain.bank import Bank
+from jchain.data import Batch, Dataset
+from jchain.groups import pick
+from jchain.layers import DenseHead, ResidualMLP
+from jchain.tasks.base import Task
+from jchain.tasks.faults import FAULTS, check_faults, damage
+from jchain.training_loop import Recipe, train_weights
+
+NUM_FAULTS = 4
+# Layers of the net for digits without faults, and of the plain net.
+NET_DEPTH, PLAIN_DEPTH = 2, 4
+NET_STEPS, REPAIR_STEPS = 1000, 2000
+# Labeled digits with the new faults. `test` gets the others.
+NUM_SEARCH, NUM_SELECT = 100, 50
+# Test cards per digit that repairs are trained on.
+CARDS_PER_DIGIT = 2
+_SIDE, _CLASSES, _MAX_VALUE = 8, 10, 16.0
+_LAYER, _HEAD = ResidualMLP(_SIDE**2), DenseHead(_CLASSES)
+# Adam without weight decay, which would keep repairs of brightness from being exact. The rate drops
+# after four fifths of the steps.
+_OPTIMIZER = optax.adam(optax.piecewise_constant_schedule(2e-3, {REPAIR_STEPS * 4 // 5: 0.15}))
+
+
+class _Identity(nn.Module):
+    """The head of a repair, which is trained on images, not classes."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B F"]) -> Float[Array, "B F"]:
+        return x
+
+
+def make_repair(
+    seed: int = 0,
+    *,
+    faults: Sequence[str] | None = None,
+    sizes: Sequence[int] | None = None,
+) -> Task:
+    """Make the task of digits with several faults.
+
+    The bank has one layer per fault, named `undo skewed`; the layers of the net, `net/0` and
+    `net/1`; and its head. Its parents are the net, and the net behind each of the repairs.
+
+    Args:
+      seed: decides the splits and the faults.
+      faults: the faults of `search`, `select`, and `test`, the first one first; four different
+        ones drawn by the seed if None.
+      sizes: number of examples in train, search, select, and test; 898, 100, 50, and 749 if None.
+
+    Raises:
+      ValueError: a fault is unknown, or `sizes` asks for more examples than there are.
+    """
+    if faults is None:
+        rng = np.random.default_rng(seed)
+        faults = [str(name) for name in rng.choice([*FAULTS], NUM_FAULTS, replace=False)]
+    check_faults(faults)
+    clean = _split(seed, sizes)
+    parts = {name: _damage(getattr(clean, name), faults) for name in data_lib.EVALUATION_SPLITS}
+    seen = [clean.train, *(_damage(clean.train, [name]) for name in FAULTS)]
+    labeled = Batch(*(jnp.concatenate(leaves) for leaves in zip(*seen, strict=True)))
+
+    def make_bank(key: Key[Array, ""]) -> Bank:
+        return _make_bank(key, clean.train, seed)
+
+    about = f"digits that are {', then '.join(faults) or 'without faults'}"
+    max_layers = len(faults) + NET_DEPTH + 1
+    return Task(
+        "repair",
+        about,
+        clean._replace(train=labeled, name="repair", **parts),
+        make_bank,
+        max_layers,
+        _LAYER,
+        _HEAD,
+        PLAIN_DEPTH,
+        _undo(faults),
+    )
+
+
+def _undo(faults: Sequence[str]) -> tuple[int, ...]:
+    """The chain that undoes known faults, the last one first."""
+    names, first = [*FAULTS], len(FAULTS)
+    return (*(names.index(name) for name in reversed(faults)), *range(first, first + NET_DEPTH + 1))
+
+
+def _split(seed: int, sizes: Sequence[int] | None) -> Dataset:
+    """The splits of digits without faults. `test` also has what `search` and `select` leave."""
+    x, y = data_lib.LOADERS["digits"]()
+    whole = data_lib.split(x, y, seed=seed, name="digits", statistics=(0.0, _MAX_VALUE))
+    train, *held_out = (len(getattr(whole, name).y) for name in data_lib.SPLITS)
+    if sizes is None:
+        sizes = (train, NUM_SEARCH, NUM_SELECT, sum(held_out) - NUM_SEARCH - NUM_SELECT)
+    rest = sum(held_out) - sum(sizes[1:3])
+    most = (train, held_out[0], held_out[1], rest)
+    data_lib.check_sizes(sizes, most)
+    rng = np.random.default_rng(seed)
+    taken, left = {}, []
+    for name, size in zip(data_lib.SPLITS[:3], sizes, strict=False):
+        batch = getattr(whole, name)
+        rows = np.arange(len(batch.y))
+        chosen = data_lib.take_stratified(np.asarray(batch.y), rows, size, rng)
+        taken[name] = Batch(batch.x[chosen], batch.y[chosen])
+        if name != "train":
+            others = np.setdiff1d(rows, chosen)
+            left.append(Batch(batch.x[others], batch.y[others]))
+    joined = zip(whole.test, *left, strict=True)
+    test = Batch(*(jnp.concatenate(leaves)[: sizes[3]] for leaves in joined))
+    return whole._replace(test=test, **taken)
+
+
+def _damage(batch: Batch, faults: Sequence[str]) -> Batch:
+    images = np.asarray(batch.x).reshape(-1, _SIDE, _SIDE)
+    return Batch(jnp.asarray(damage(images, faults).reshape(batch.x.shape)), batch.y)
+
+
+def _make_cards(num: int, rng: np.random.Generator) -> Float[np.ndarray, "B F"]:
+    """Test cards: images of random dots, from few to many."""
+    shape = (num, _SIDE**2)
+    is_dot = rng.uniform(size=shape) < rng.uniform(size=(num, 1))
+    return (rng.uniform(size=shape) * is_dot).astype(np.float32)
+
+
+def _make_bank(key: Key[Array, ""], clean: Batch, seed: int) -> Bank:
+    net_key, repair_key = jax.random.split(key)
+    net = train.independent(
+        net_key, clean, layer=_LAYER, head=_HEAD, num_nets=1, depth=NET_DEPTH, num_steps=NET_STEPS
+    )
+    # Digits alone would not show a repair what other faults leave where digits have no ink.
+    cards = _make_cards(CARDS_PER_DIGIT * len(clean.y), np.random.default_rng(seed))
+    targets = jnp.concatenate([clean.x, jnp.asarray(cards)])
+    repairs = [
+        _train_repair(key, targets, name)
+        for key, name in zip(jax.random.split(repair_key, len(FAULTS)), FAULTS, strict=True)
+    ]
+    num_repairs = len(repairs)
+    layers = [net.get_params(i) for i in range(NET_DEPTH)]
+    own = [*range(num_repairs, num_repairs + NET_DEPTH + 1)]
+    return Bank.stack(
+        _LAYER,
+        [*repairs, *layers],
+        _HEAD,
+        [net.get_params(NET_DEPTH)],
+        names=[
+            *(f"undo {name}" for name in FAULTS),
+            *(f"net/{i}" for i in range(NET_DEPTH)),
+            "net/head",
+        ],
+        origins=[
+            *("trained to undo one fault" for _ in FAULTS),
+            *("net for digits without faults" for _ in own),
+        ],
+        parents=[own, *([i, *own] for i in range(num_repairs))],
+        num_steps=NET_STEPS + num_repairs * REPAIR_STEPS,
+    )
+
+
+def _train_repair(key: Array, targets: Array, fault: str) -> dict[str, Array]:
+    """Params of a layer that maps images with one fault to the images without it."""
+    inputs = _damage(Batch(targets, targets), [fault]).x
+    recipe = Recipe(
+        (_LAYER,),
+        (_Identity(),),
+        num_layers=1,
+        num_heads=1,
+        depth=1,
+        num_steps=REPAIR_STEPS,
+        optimizer=_OPTIMIZER,
+        loss_fn=optax.squared_error,
+    )
+    weights = train_weights(key[None], Batch(inputs, targets), recipe)
+    return pick(weights.layers[0], (0, 0, 0))
