@@ -35,14 +35,19 @@ class Context(NamedTuple):
         return score_chain(self.setup, bank, tokens, self.width)
 
     def pick(self, bank: Bank, chains: Int[np.ndarray, "P L"]) -> list[int]:
-        """The tokens of the chain with the lowest loss on `select`, penalties included.
+        """The tokens of the chain with the lowest loss on the splits that decide.
+
+        Penalties are included. Each split counts by its number of examples.
 
         Args:
           bank: layers and heads.
           chains: `[P, L]`.
         """
-        problem = self.setup.make_problem(bank, "select", chains.shape[1] - 1)
-        return strip(chains[int(np.argmin(evaluate(problem, chains).loss))])
+        total = np.zeros(len(chains))
+        for name in self.setup.deciding_splits:
+            problem = self.setup.make_problem(bank, name, chains.shape[1] - 1)
+            total += len(problem.data.y) * np.asarray(evaluate(problem, chains).loss, np.float64)
+        return strip(chains[int(np.argmin(total))])
 
 
 def strip(row: Int[np.ndarray, "L"]) -> list[int]:

@@ -56,6 +56,8 @@ class Setup(NamedTuple):
     layer_cost: float = 0.0
     max_optimum_chains: int = MAX_OPTIMUM_CHAINS
     num_random_chains: int = NUM_RANDOM_CHAINS
+    # The splits whose loss decides which finalist is picked.
+    deciding_splits: tuple[str, ...] = ("select",)
     # Whether other searches get the same budget, and the plain net is trained on `search` too.
     has_rivals: bool = True
 
@@ -151,6 +153,8 @@ def set_up_task(config: SearchConfig) -> tuple[SearchConfig, Setup]:
         task.about,
         task.reference,
         layer_cost=config.layer_cost,
+        # `select` is small.
+        deciding_splits=("search", "select"),
         has_rivals=not config.quick,
     )
     max_layers = task.max_layers if config.max_layers is None else config.max_layers

@@ -1,0 +1,336 @@
+"""For which job is it worth it to search chains of layers that exist?
+
+    python experiments/main_job.py
+
+Hardware and run time: 2 CPU cores, about 25 minutes. `--quick`: one seed, two candidates and two
+searches, one minute; nothing is written.
+
+Result to expect: TODO
+
+Six candidates (candidates.py), 30 seeds of data, bank, and searches each; none of these seeds was
+used to choose sizes or rates. A search sees `search`; of its 16 finalists, the one with the lowest
+loss on `search` and `select` together is picked; its loss on `test` is reported, with the difference to each control, paired by seed, and its bootstrap
+95% interval. All searches have the same budget of layer calls, gradients charged.
+
+Finished parts are kept, so an interrupted run continues. Writes main_job.json, main_job.md and
+main_job.png to experiments/results.
+"""
+
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from candidates import CANDIDATES, HEAD, LAYER, Candidate, tune
+from matplotlib.figure import Figure
+from records import describe_machine, keep, make_parser, make_pool, write_results
+from scipy.stats import bootstrap
+
+import jchain as jc
+
+SEEDS = range(100, 130)
+NUM_RANDOM = 200
+TUNING_STEPS = (30, 100, 300)
+FOUND = "critic search"
+SEARCHES: dict[str, Any] = {
+    FOUND: jc.CriticSearch(),
+    "actor-critic": jc.ActorCritic(),
+    "linearized": jc.LinearizedSearch(),
+    "beam search": jc.BeamSearch(),
+    "evolution": jc.Evolution(),
+    "local search": jc.LocalSearch(),
+    "random search": jc.RandomSearch(),
+}
+# The main job has all searches, the other candidates two.
+FEW_SEARCHES = (FOUND, "local search")
+# How one of the finalists can be picked, by the weights of the losses on `search` and `select`.
+RULES = {"picked on search alone": (1.0, 0.0), "picked on select alone": (0.0, 1.0)}
+# The main rule, which all searches have. `search` counts, as `select` is small.
+RULE = (1.0, 1.0)
+ORDER = (
+    *SEARCHES,
+    *RULES,
+    "ensemble of the finalists",
+    "faults undone last to first",
+    "best parent",
+    "best single edit of a parent",
+    "ensemble of the parents",
+    "plain net, as many steps",
+    "plain net, tuned on search",
+    "random chains, median",
+)
+# Chains of up to that many layers are all scored, to know how long all chains would take.
+TIMED_LAYERS = 4
+Arrays = dict[str, np.ndarray]
+
+
+def main() -> None:
+    parser = make_parser(
+        __doc__, quick="one seed, two candidates; nothing is written", has_workers=True
+    )
+    args = parser.parse_args()
+    start = time.perf_counter()
+    seeds, names, searches = SEEDS, tuple(CANDIDATES), tuple(SEARCHES)
+    if args.quick:
+        seeds, names, searches = SEEDS[:1], ("repair", "supernet"), FEW_SEARCHES
+    runs = run_all(names, seeds, searches, args.workers)
+    summary = {name: summarize(runs[name]) for name in names}
+    spaces = {name: describe_space(CANDIDATES[name](seeds[0])) for name in names}
+    table = format_table(summary, spaces)
+    print(table, flush=True)
+    if args.quick:
+        return
+    result = {
+        **describe_machine(),
+        "config": {
+            "seeds": list(seeds),
+            "searches": {name: repr(search) for name, search in SEARCHES.items()},
+            "num_random": NUM_RANDOM,
+            "tuning_steps": TUNING_STEPS,
+        },
+        "seconds": round(time.perf_counter() - start),
+        "candidates": {name: {**spaces[name], "rows": summary[name]} for name in names},
+        "runs": {
+            name: {row: np.round(values, 5).tolist() for row, values in runs[name].items()}
+            for name in names
+        },
+    }
+    write_results(args.out, "main_job", result, table, partial(draw, runs=runs))
+
+
+def run_all(
+    names: tuple[str, ...], seeds: range, searches: tuple[str, ...], workers: int
+) -> dict[str, Arrays]:
+    """Loss and accuracy on test of each row, `[seeds, 2]`, by candidate."""
+    cases = [(name, seed) for name in names for seed in seeds]
+    with make_pool(workers) as pool:
+        run = partial(run_case, searches=searches)
+        found = list(pool.map(run, cases, chunksize=max(1, len(seeds) // workers)))
+    by_name: dict[str, list[Arrays]] = {name: [] for name in names}
+    for (name, _), rows in zip(cases, found, strict=True):
+        by_name[name].append(rows)
+    return {
+        name: {row: np.stack([one[row] for one in each]) for row in each[0]}
+        for name, each in by_name.items()
+    }
+
+
+def run_case(case: tuple[str, int], searches: tuple[str, ...]) -> Arrays:
+    name, seed = case
+    own = searches if name == "repair" else tuple(s for s in searches if s in FEW_SEARCHES)
+
+    def make() -> Arrays:
+        candidate = CANDIDATES[name](seed)
+        key = jax.random.key(1000 + seed)
+        rows: Arrays = {}
+        for search in own:
+            rows |= run_search(key, candidate, search)
+        return rows | run_controls(jax.random.fold_in(key, 1), candidate)
+
+    inputs = (case, [repr(SEARCHES[s]) for s in own])
+    arrays = keep(__file__, f"main_job-{name.replace(' ', '_')}-{seed}", inputs, make)
+    print(f"{name:20} {seed}", flush=True)
+    return arrays
+
+
+def run_search(key: jax.Array, candidate: Candidate, name: str) -> Arrays:
+    """The finalist that is picked; of the main search, also by other rules, and the ensemble."""
+    began = time.perf_counter()
+    problem = candidate.problem("search")
+    result = jc.run(key, SEARCHES[name], problem, budget=candidate.budget)
+    seconds = time.perf_counter() - began
+    chains = result.finalists
+    losses = [np.asarray(evaluate(candidate, s, chains).loss) for s in ("search", "select")]
+    counts = [len(getattr(candidate.data, s).y) for s in ("search", "select")]
+    test = evaluate(candidate, "test", chains)
+
+    def pick(weights: tuple[float, float]) -> np.ndarray:
+        total = sum(w * n * loss for w, n, loss in zip(weights, counts, losses, strict=True))
+        return take(test, int(np.argmin(total)))
+
+    rows = {name: pick(RULE)}
+    rows[f"{name}: loss on search, seconds"] = np.array([result.best_loss, seconds])
+    if name != FOUND:
+        return rows
+    rows |= {rule: pick(weights) for rule, weights in RULES.items()}
+    rows["ensemble of the finalists"] = score_ensemble(candidate, chains)
+    return rows
+
+
+def run_controls(key: jax.Array, candidate: Candidate) -> Arrays:
+    bank, data = candidate.bank, candidate.data
+    net_key, tune_key, chain_key = jax.random.split(key, 3)
+    rows: Arrays = {}
+    if bank.parents:
+        chains = jc.chain.pad(bank.parents)
+        best = chains[int(np.argmin(evaluate(candidate, "select", chains).loss))]
+        rows["best parent"] = take(evaluate(candidate, "test", best[None]), 0)
+        rows["ensemble of the parents"] = score_ensemble(candidate, chains)
+        if (best >= 0).sum() <= candidate.max_layers + 1:
+            edit = find_best_edit(candidate, best)
+            rows["best single edit of a parent"] = take(evaluate(candidate, "test", edit[None]), 0)
+    net = jc.train.independent(
+        net_key,
+        data.train,
+        layer=LAYER,
+        head=HEAD,
+        num_nets=1,
+        depth=candidate.plain_depth,
+        num_steps=bank.num_steps,
+    )
+    rows["plain net, as many steps"] = score_net(net, data.test)
+    nets = [net, *(tune(tune_key, net, data.search, steps) for steps in TUNING_STEPS)]
+    best_net = min(nets, key=lambda own: score_net(own, data.select)[0])
+    rows["plain net, tuned on search"] = score_net(best_net, data.test)
+    random = candidate.problem("search").space.sample(chain_key, NUM_RANDOM)
+    out = evaluate(candidate, "test", random)
+    rows["random chains, median"] = np.array([np.median(out.loss), np.median(out.accuracy)])
+    if candidate.reference:
+        chain = jc.chain.pad([candidate.reference], candidate.max_layers)
+        rows["faults undone last to first"] = take(evaluate(candidate, "test", chain), 0)
+    return rows
+
+
+def evaluate(candidate: Candidate, split: str, chains: Any) -> jc.Evaluation:
+    """Evaluate without layer penalty; chains may be longer than a search may make them."""
+    problem = candidate.problem(split, np.shape(chains)[1] - 1)
+    return jc.evaluate(jc.Problem(problem.bank, problem.data, problem.max_layers), chains)
+
+
+def take(out: jc.Evaluation, row: int) -> np.ndarray:
+    return np.array([float(out.loss[row]), float(out.accuracy[row])])
+
+
+def score_net(net: jc.Bank, batch: jc.Batch) -> np.ndarray:
+    chain = jc.chain.pad([net.parents[0]])
+    return take(jc.evaluate(jc.Problem(net, batch, chain.shape[1] - 1), chain), 0)
+
+
+def score_ensemble(candidate: Candidate, chains: Any) -> np.ndarray:
+    """Loss and accuracy on test of the mean of the class probabilities."""
+    x, y = candidate.data.test
+    apply = jax.jit(jc.apply_chain)
+    bank = candidate.bank.without_names()
+    mean = jnp.mean(
+        jnp.stack([jax.nn.softmax(apply(bank, jnp.asarray(c), x)) for c in chains]), axis=0
+    )
+    loss = -jnp.log(jnp.maximum(mean[jnp.arange(len(y)), y], 1e-30)).mean()
+    return np.array([float(loss), float((mean.argmax(axis=1) == y).mean())])
+
+
+def find_best_edit(candidate: Candidate, parent: np.ndarray) -> np.ndarray:
+    """The neighbor of a parent with the lowest loss on search."""
+    problem = candidate.problem("search")
+    tokens = [int(token) for token in parent if token >= 0]
+    chain = jnp.asarray(jc.chain.pad([tokens], candidate.max_layers)[0])
+    rows, is_neighbor = problem.space.neighbors(chain)
+    rows = jnp.where(is_neighbor[:, None], rows, chain)
+    loss = jnp.where(is_neighbor, jc.evaluate(problem, rows).loss, jnp.inf)
+    return np.asarray(rows[loss.argmin()])
+
+
+def summarize(rows: Arrays) -> dict[str, dict[str, Any]]:
+    """IQM of the loss, mean accuracy, and the difference of the chain found, paired by seed."""
+    found = rows[FOUND][:, 0]
+    summary = {}
+    for name in (name for name in ORDER if name in rows):
+        values = rows[name]
+        loss = values[:, 0]
+        row: dict[str, Any] = {
+            "loss": jc.chainbench.stats.iqm(loss[None])._asdict(),
+            "mean": float(loss.mean()),
+            "accuracy": float(values[:, 1].mean()),
+        }
+        if name != FOUND:
+            row["difference"] = compare(found - loss)
+            row["lower"] = int((found < loss).sum())
+            row["equal"] = int((found == loss).sum())
+        summary[name] = row
+    return summary
+
+
+def compare(differences: np.ndarray) -> dict[str, float]:
+    """Mean of paired differences and its bootstrap 95% interval."""
+    mean = float(differences.mean())
+    if np.ptp(differences) == 0 or len(differences) < 2:
+        return {"value": mean, "low": mean, "high": mean}
+    interval = bootstrap((differences,), np.mean, rng=0, n_resamples=2000).confidence_interval
+    return {"value": mean, "low": float(interval.low), "high": float(interval.high)}
+
+
+def describe_space(candidate: Candidate) -> dict[str, float]:
+    """The number of chains, and how long scoring all would take, from those of few layers."""
+    layers = min(candidate.max_layers, TIMED_LAYERS)
+    few = candidate.problem("search", layers)
+    jax.block_until_ready(jc.evaluate_all(few)[1].loss)  # compile
+    began = time.perf_counter()
+    out = jc.evaluate_all(few)[1]
+    jax.block_until_ready(out.loss)
+    seconds = time.perf_counter() - began
+    every = candidate.problem("search").space
+    num_layers = candidate.bank.num_layers
+    calls = sum(num_layers**i for i in range(1, candidate.max_layers + 1))
+    return {
+        "num_layers": num_layers,
+        "max_layers": candidate.max_layers,
+        "num_chains": every.num_chains,
+        "seconds_for_all": seconds * calls / int(out.layer_calls),
+    }
+
+
+def format_table(summary: dict[str, Any], spaces: dict[str, Any]) -> str:
+    """Markdown: a table for each candidate."""
+    parts = []
+    for name, rows in summary.items():
+        space = spaces[name]
+        seconds = space["seconds_for_all"]
+        parts.append(
+            f"**{name}**: {space['num_layers']} layers, chains of up to {space['max_layers']}, "
+            f"{space['num_chains']:,} chains; scoring all takes about {format_time(seconds)}\n"
+        )
+        parts.append(
+            "| | loss on test | accuracy | found minus this | found is lower in |\n"
+            "|---|---|---|---|---|"
+        )
+        num = len(SEEDS)
+        for title, row in rows.items():
+            loss = row["loss"]
+            cells = [title, f"{loss['value']:.3f} [{loss['low']:.3f}, {loss['high']:.3f}]"]
+            cells.append(f"{row['accuracy']:.1%}")
+            if "difference" in row:
+                d = row["difference"]
+                cells.append(f"{d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]")
+                equal = f", equal in {row['equal']}" if row["equal"] else ""
+                cells.append(f"{row['lower']} of {num}{equal}")
+            else:
+                cells += ["", ""]
+            parts.append("| " + " | ".join(cells) + " |")
+        parts.append("")
+    return "\n".join(parts).strip()
+
+
+def format_time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+
+
+def draw(path: str, runs: dict[str, Arrays]) -> None:
+    """Plot loss on test of the chain found against that of three controls, a dot per seed."""
+    controls = ("best parent", "plain net, as many steps", "plain net, tuned on search")
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    for axes, control in zip(figure.subplots(1, 3, sharey=True), controls, strict=True):
+        for name, rows in runs.items():
+            if control in rows:
+                axes.plot(rows[control][:, 0], rows[FOUND][:, 0], ".", label=name)
+        low, high = 0.03, 30
+        axes.plot([low, high], [low, high], color="gray", linewidth=0.8)
+        axes.set(xscale="log", yscale="log", xlabel=f"loss of the {control}")
+        axes.grid(visible=True, alpha=0.3)
+    figure.axes[0].set_ylabel("loss of the chain found")
+    figure.axes[1].legend(fontsize="small")
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
