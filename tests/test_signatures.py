@@ -9,7 +9,7 @@ import pytest
 
 import jchain as jc
 
-PACKAGES = ("agent", "chainbench", "engine", "gradient", "hub", "inverse", "updates")
+PACKAGES = ("agent", "chainbench", "engine", "gradient", "hub", "inverse", "tasks", "updates")
 MODULES = (
     "jchain.chain",
     "jchain.data",

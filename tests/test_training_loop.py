@@ -3,6 +3,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import make_batch
 
@@ -87,3 +88,36 @@ def test_one_compilation_per_recipe():
             jax.random.key(seed), DATA, layer=LAYER, head=HEAD, num_layers=6, depth=3, num_steps=7
         )
     assert training_loop.train_in_one_program._cache_size() == before + 1
+
+
+@pytest.mark.parametrize("num_examples", [100, 1024, 1025])
+def test_minibatches_have_distinct_examples_unless_the_split_is_large(num_examples):
+    data = jc.data.Batch(jnp.arange(num_examples)[:, None], jnp.zeros(num_examples, jnp.int32))
+    recipe = training_loop.Recipe((LAYER,), (HEAD,), 1, 1, 1)
+    draws = [
+        np.asarray(training_loop._draw(jax.random.key(seed), data, recipe).x) for seed in range(20)
+    ]
+    assert {draw.shape[0] for draw in draws} == {min(128, num_examples)}
+    distinct = [len(np.unique(draw)) == len(draw) for draw in draws]
+    assert all(distinct) == (num_examples <= 1024)
+
+
+@pytest.mark.parametrize("layer", [LAYER, jc.layers.ConvBlock(2)])
+def test_the_loss_function_is_used_in_the_loop_and_step_by_step(layer):
+    """With a loss that pulls all outputs to 3, layers and heads learn to give 3."""
+    x = DATA.x if layer is LAYER else jax.random.normal(jax.random.key(1), (60, 3, 3, 2))
+    recipe = training_loop.Recipe(
+        (layer,),
+        (HEAD,),
+        1,
+        1,
+        1,
+        num_steps=300,
+        optimizer=optax.adam(1e-2),
+        loss_fn=lambda outputs, y: jnp.sum((outputs - 3.0) ** 2, axis=-1),
+    )
+    data = jc.data.Batch(x, DATA.y)
+    weights = training_loop.train_weights(jax.random.key(0)[None], data, recipe)
+    params = [jax.tree.map(lambda leaf: leaf[0, 0, 0], own[0]) for own in weights]
+    outputs = HEAD.apply({"params": params[1]}, layer.apply({"params": params[0]}, x))
+    assert np.abs(outputs - 3.0).mean() < 0.3

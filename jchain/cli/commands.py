@@ -130,7 +130,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if jax.process_index() > 0:
         return
     for row in rows:
-        loss, names = format_loss(row["loss"]), " -> ".join(row["layers"])
+        loss, names = format_loss(row["loss"], 4), " -> ".join(row["layers"])
         print(f"loss {loss}  accuracy {row['accuracy']:.3f}  {names}")
     if args.json:
         report = {"split": args.split, "layer_calls": int(out.layer_calls), "chains": rows}

@@ -110,7 +110,7 @@ def make(key: Key[Array, ""], config: SearchConfig, setup: Setup) -> Context:
     max_layers = longest if config.max_layers is None else config.max_layers
     check_sweep(config.sweep, max_layers)
     problem = setup.make_problem(made, "search", max_layers, min_layers=config.min_layers)
-    width = max(max_layers, longest, setup.plain_depth)
+    width = max(max_layers, longest, setup.plain_depth, len(setup.reference) - 1)
     return Context(config, setup, made, problem, max_layers, width)
 
 

@@ -189,10 +189,11 @@ def _format_cell(scores: Scores, split: str) -> str:
     return f"{shown} ({scores['accuracy'][split]:.1%})"
 
 
-def format_loss(loss: float | None) -> str:
-    """A loss with three decimals.
+def format_loss(loss: float | None, digits: int = 3) -> str:
+    """A loss with few decimals.
 
     Args:
       loss: None if it is not finite.
+      digits: number of decimals.
     """
-    return "not finite" if loss is None else f"{loss:.3f}"
+    return "not finite" if loss is None else f"{loss:.{digits}f}"

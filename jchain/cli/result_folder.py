@@ -253,7 +253,7 @@ def describe(path: Path) -> dict[str, str]:
     judged_on = config.text or config.choices or config.data or ""
     facts = {"data": judged_on if isinstance(judged_on, str) else ", ".join(judged_on)}
     for split in EVALUATION_SPLITS:
-        loss, unchanged = format_loss(record["loss"][split]), format_loss(parent[split])
+        loss, unchanged = (format_loss(own[split], 4) for own in (record["loss"], parent))
         facts[f"loss on {split}"] = f"{loss}, the unchanged model {unchanged}"
     if record["chosen"] != "search":
         facts["recipe"] = f"{record['chosen']}: what the search found was no better on select"

@@ -89,12 +89,14 @@ def score_ensemble(
     """Score the mean of the class probabilities of several chains.
 
     Args:
-      setup: data and loss; None is returned for any other loss than cross-entropy of classes.
+      setup: data and loss. None is returned if the loss is not cross-entropy, or if an example has
+        more than one label.
       bank: layers and heads.
       chains: tokens of each chain.
       width: as for `score_chain`.
     """
-    if setup.loss_fn is not optax.softmax_cross_entropy_with_integer_labels:
+    is_classes = setup.loss_fn is optax.softmax_cross_entropy_with_integer_labels
+    if not is_classes or setup.data.test.y.ndim != 1:
         return None
     rows = [jnp.asarray(row) for row in chain_lib.pad(chains, width)]
     loss, accuracy = {}, {}

@@ -17,7 +17,7 @@ import optax
 
 from jchain import data as data_lib
 from jchain import train
-from jchain._typing import Array, Float, Key
+from jchain._typing import Array, Float, Key, PyTree
 from jchain.bank import Bank
 from jchain.data import Batch, Dataset
 from jchain.groups import pick
@@ -173,7 +173,7 @@ def _make_bank(key: Key[Array, ""], clean: Batch, seed: int) -> Bank:
     )
 
 
-def _train_repair(key: Array, targets: Array, fault: str) -> dict[str, Array]:
+def _train_repair(key: Array, targets: Array, fault: str) -> PyTree:
     """Params of a layer that maps images with one fault to the images without it."""
     inputs = _damage(Batch(targets, targets), [fault]).x
     recipe = Recipe(

@@ -2,7 +2,7 @@ import dataclasses
 import re
 
 import pytest
-from command_line import check_bad_checkpoint_options, check_bad_options
+from command_line import check_bad_checkpoint_options, check_bad_options, fail
 
 from jchain.cli.config import SearchConfig, resolve
 
@@ -56,9 +56,48 @@ def test_options_that_exclude_each_other_exit_with_2(
 
 
 def test_a_configuration_cannot_be_changed():
-    given = SearchConfig()
+    given = SearchConfig(data="wine")
     resolved = resolve(given)
-    assert (given, given.search, resolved.search) == (SearchConfig(), None, "actor-critic")
+    assert (given.search, resolved.search) == (None, "actor-critic")
     with pytest.raises(dataclasses.FrozenInstanceError):
         resolved.seed = 1
     assert SearchConfig.load(resolved.dump()) == resolved
+
+
+@pytest.mark.parametrize(
+    ("given", "task", "bank", "search", "num_seeds", "out"),
+    [
+        ({}, "repair", None, "critic", 5, "repair-critic-0-4"),
+        ({"seed": 7, "quick": True}, "repair", None, "critic", 1, "repair-critic-7"),
+        ({"quick": True, "num_seeds": 2}, "repair", None, "critic", 2, "repair-critic-0-1"),
+        ({"search": "local", "task": "repair"}, "repair", None, "local", 5, "repair-local-0-4"),
+        ({"bank": "routed"}, None, "routed", "actor-critic", 1, "digits-routed-actor-critic-0"),
+        ({"data": "wine"}, None, "routed", "actor-critic", 1, "wine-routed-actor-critic-0"),
+        ({"depth": 4}, None, "routed", "actor-critic", 1, "digits-routed-actor-critic-0"),
+    ],
+)
+def test_options_decide_whether_a_task_is_searched(given, task, bank, search, num_seeds, out):
+    config = resolve(SearchConfig(**given))
+    assert (config.task, config.bank, config.search) == (task, bank, search)
+    assert (config.num_seeds, config.out.name) == (num_seeds, out)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task", "repai"], "expected a task of repair, got 'repai'; did you mean repair?"),
+        (["--task", "repair", "--depth", "3"], "expected no --depth with --task"),
+        (["--task", "repair", "--data", "wine"], "expected no --data with --task"),
+        (["--task", "repair", "--sweep", "2"], "expected --checkpoint with --sweep"),
+        (["--update", "found"], "expected --data or --bank with --update found"),
+        (["--seeds", "0"], "expected --seeds of at least 1, got 0"),
+        (["--sizes", "898,361,50,40"], "at most [898, 360, 270, 488], got [898, 361, 50, 40]"),
+        (["--sizes", "898,100,50,750"], "at most [898, 360, 270, 749], got [898, 100, 50, 750]"),
+        (["--sizes", "898,100"], "expected sizes of train, search, select, test"),
+        (["--max-layers", "-1"], "max_layers to be an integer of at least 0, got -1"),
+        (["--task", "repair", "--checkpoint", "m"], "expected --task or --checkpoint, got both"),
+    ],
+)
+def test_options_that_do_not_fit_a_task_exit_with_2(tmp_path, capsys, options, message):
+    assert message in fail(["search", "--out", str(tmp_path / "out"), *options], capsys)
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 from command_line import search
 
@@ -24,6 +25,10 @@ def test_search_writes_and_prints_a_report_that_can_be_checked(tmp_path, capsys,
     result = json.loads(shown.out.splitlines()[-1])
     assert result == json.loads((tmp_path / "out" / "result.json").read_text())
     assert set(result) == {
+        "about",
+        "num_chains",
+        "num_examples",
+        "standard_error",
         "best_chain",
         "chosen",
         "layers",
@@ -49,12 +54,22 @@ def test_search_writes_and_prints_a_report_that_can_be_checked(tmp_path, capsys,
         out = jc.evaluate(jc.Problem(bank, getattr(data, split), 2), chain)
         assert result["loss"][split] == pytest.approx(float(out.loss[0]), rel=1e-5)
         assert result["accuracy"][split] == pytest.approx(float(out.accuracy[0]))
-        assert set(result["controls"]["random_chain"]["loss"]) == {"search", "select", "test"}
+        logits = jc.apply_chain(bank, chain[0], getattr(data, split).x)
+        own = optax.softmax_cross_entropy_with_integer_labels(logits, getattr(data, split).y)
+        error = float(own.std(ddof=1)) / len(own) ** 0.5
+        assert result["standard_error"][split] == pytest.approx(error, rel=1e-3)
+        assert result["num_examples"][split] == len(own)
+    assert result["controls"]["random_chains"]["num_chains"] == 200
     optimum = float(jc.evaluate_all(jc.Problem(bank, data.search, 2))[1].loss.min())
     assert result["optimum"] == pytest.approx(optimum, rel=1e-5)
     assert result["loss"]["search"] >= optimum * (1 - 1e-5)
     assert result["config"]["budget"] == 300
     assert result["versions"]["jax"] == jax.__version__
+    expected = {"plain_net", "tuned_plain_net", "random_chains", "finalist_ensemble", "recipes"}
+    expected |= {"local_search"} | ({"actor_critic"} if "random" in options else set())
+    if bank.parents:
+        expected |= {"best_parent", "best_edit", "parent_ensemble"}
+    assert set(result["controls"]) == expected
     if bank.parents:
         parents = jc.evaluate(jc.Problem(bank, data.search, 2), jc.chain.pad(bank.parents)).loss
         assert np.isclose(

@@ -2,7 +2,7 @@ import numpy as np
 from conftest import make_bank
 
 from jchain.cli.records import SearchOutput
-from jchain.cli.report import format_loss, print_table
+from jchain.cli.report import draw_chain, format_loss, print_table
 from jchain.search.base import Curve, Result
 
 
@@ -11,19 +11,26 @@ def make_output():
     scores = {
         "loss": {"search": 0.5, "select": 0.25, "test": None},
         "accuracy": {"search": 0.75, "select": 0.5, "test": 0.125},
+        "standard_error": {"search": 0.125, "select": 0.0625, "test": None},
     }
+    noise = {**scores, "difference": {"mean": 0.5, "standard_error": 0.3}}
+    worse = {**scores, "difference": {"mean": -0.5, "standard_error": 0.125}}
+    random = {"loss": {"test": 4.0}, "accuracy": {"test": 0.1}, "quartiles": [3.5, None]}
     recipe = {"chain": [0, 4], **scores}
     record = {
         "best_chain": [0, 4],
         "chosen": "last blocks dropped",
         "layers": ["a", "head"],
         **scores,
+        "num_examples": {"search": 360, "select": 305, "test": 1_270},
+        "num_chains": 12_345,
         "layer_calls": 1234,
         "update_calls": 34,
         "optimum": 0.125,
         "controls": {
-            "best_parent": scores,
-            "random_chain": scores,
+            "best_parent": noise,
+            "plain_net": worse,
+            "random_chains": random,
             "recipes": {"last blocks dropped": recipe},
         },
         "nonfinite_chains": 2,
@@ -40,14 +47,31 @@ def make_output():
 def test_the_table_has_all_rows_and_remarks(capsys):
     print_table(make_output())
     shown = " ".join(capsys.readouterr().out.split())
-    assert "0.5000 (75.0%) │ 0.2500 (50.0%) │ not finite" in shown
-    assert "plain net, as many steps" in shown
-    assert "optimum of all chains │ 0.1250" in shown
-    assert "in 1,234 layer calls, 34 of them gradient steps: a -> head" in shown
+    assert "search, 360 select, 305 test, 1,270" in shown
+    cells = "0.500 ± 0.125 (75.0%) 0.250 ± 0.062 (50.0%) not finite"
+    assert f"chain found {cells}" in shown
+    assert f"best parent {cells} +0.500 ± 0.300 (noise)" in shown
+    assert f"plain net, as many steps {cells} -0.500 ± 0.125" in shown
+    assert "random chains, median 4.000 (10.0%) quartiles 3.500 to not finite" in shown
+    assert "Within noise on test (95%), so neither is better: best parent" in shown
+    assert "optimum of all chains 0.125" in shown
+    found = "in 1,234 layer calls, 34 of them gradient steps, among 12,345 chains: a -> head"
+    assert found in shown
     assert "It is a recipe, last blocks dropped" in shown
     assert "2 of 7 scored chains had a loss that was not finite" in shown
 
 
-def test_losses_have_four_decimals():
-    assert format_loss(0.12345) == "0.1235"
+def test_a_chain_is_drawn_by_where_its_layers_come_from():
+    layers = ["undo it", "net/10", "other/0", "net/2", "net/head"]
+    assert draw_chain(layers, "seed 3") == [
+        "seed 3   1  2 3 4    5",
+        "undo it  ●  · · ·    ·",
+        "net      · 10 · 2 head",
+        "other    ·  · 0 ·    ·",
+    ]
+
+
+def test_losses_have_few_decimals():
+    assert format_loss(0.12351) == "0.124"
+    assert format_loss(0.12351, 4) == "0.1235"
     assert format_loss(None) == "not finite"

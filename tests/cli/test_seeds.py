@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+from conftest import make_bank
+from scipy.stats import ttest_1samp
+
+from jchain.cli.config import SearchConfig
+from jchain.cli.records import SearchOutput
+from jchain.cli.report import print_summary
+from jchain.cli.seeds import compare_pairs, summarize
+
+FOUND = (0.25, 0.5, 0.125)
+PARENT = (2.25, 3.5, 1.125)
+PLAIN = (0.3, 0.4, 0.2)
+
+
+def make_scores(loss):
+    return {"loss": {"test": loss}, "accuracy": {"test": 0.5}}
+
+
+def make_outputs(found=FOUND):
+    outputs = []
+    for seed, losses in enumerate(zip(found, PARENT, PLAIN, strict=True)):
+        own, parent, plain = map(make_scores, losses)
+        controls = {"recipes": {}, "best_parent": parent, "plain_net": plain}
+        if seed > 0:  # a control that one seed lacks is in no row
+            controls["local_search"] = plain
+        record = {
+            **own,
+            "about": f"digits {seed}",
+            "layers": ["undo it", "net/0", "net/head"],
+            "num_examples": {"test": 749},
+            "controls": controls,
+            "config": {"seed": 10 + seed},
+        }
+        outputs.append(SearchOutput(record, make_bank(), None, {}))
+    return outputs
+
+
+def test_differences_have_the_interval_of_a_paired_t_test():
+    rows = np.array([-0.3, -0.1, -0.45, 0.05])
+    bounds = ttest_1samp(rows, 0).confidence_interval()
+    found = compare_pairs(rows)
+    assert found.mean == pytest.approx(rows.mean())
+    assert found.bounds == pytest.approx([bounds.low, bounds.high])
+    assert compare_pairs([0.5]) == (0.5, None)
+
+
+def test_seeds_are_compared_pair_by_pair():
+    summary = summarize(SearchConfig(), make_outputs(), 3.14)
+    assert summary["seeds"] == [10, 11, 12]
+    rows = summary["rows"]
+    assert list(rows) == ["chain found", "best parent", "plain net, as many steps"]
+    parent, plain = rows["best parent"], rows["plain net, as many steps"]
+    assert parent["difference"] == pytest.approx(-2.0)
+    assert parent["interval"] == pytest.approx(compare_pairs([-2.0, -3.0, -1.0]).bounds)
+    assert (parent["num_lower"], plain["num_lower"]) == (3, 2)
+    assert plain["interval"][0] < 0 < plain["interval"][1]
+    assert "the best parent in 3 of 3 seeds, which is within noise" in summary["sentence"]
+    assert "than the plain net in 2 of 3 seeds, which is within noise" in summary["sentence"]
+
+
+def test_the_sentence_says_how_sure_a_difference_is():
+    outputs = make_outputs(found=(0.25, 1.5, -0.875))  # 2 below the parent in each seed
+    summary = summarize(SearchConfig(), outputs, 0.0)
+    expected = "the best parent in 3 of 3 seeds, by 2.00 on average (95% interval 2.00 to 2.00)"
+    assert expected in summary["sentence"]
+
+
+def test_a_loss_that_is_not_finite_has_no_difference():
+    summary = summarize(SearchConfig(), make_outputs(found=(0.25, None, 0.125)), 0.0)
+    row = summary["rows"]["best parent"]
+    assert (row["difference"], row["interval"], row["num_lower"]) == (None, None, 2)
+    assert summary["rows"]["chain found"]["mean"] is None
+
+
+def test_the_summary_is_printed_with_every_chain(capsys):
+    summary = summarize(SearchConfig(), make_outputs(), 0.0)
+    print_summary(summary)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "seed 11, digits 1: undo it -> net/0 -> net/head" in shown
+    assert "test, 749 examples, mean over 3 seeds" in shown
+    assert "chain found 0.292 50.0%" in shown
+    low, high = summary["rows"]["plain net, as many steps"]["interval"]
+    cells = f"0.300 50.0% -0.008 [{low:+.3f}, {high:+.3f}] (noise) 2 of 3"
+    assert f"plain net, as many steps {cells}" in shown
+    assert summary["sentence"] in shown

@@ -1,0 +1,114 @@
+"""`jchain search` on a task, with few gradient steps and layer calls."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from command_line import fail
+
+import jchain as jc
+from jchain.__main__ import main
+from jchain.cli import commands
+from jchain.tasks import repair
+
+SMALL = ["--sizes", "60,40,20,50", "--budget", "400", "--search", "random", "--max-layers", "3"]
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    monkeypatch.setattr(repair, "NET_STEPS", 40)
+    monkeypatch.setattr(repair, "REPAIR_STEPS", 4)
+
+
+def test_seeds_are_searched_compared_and_written(tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = ["search", *SMALL, "--quick", "--seeds", "2", "--seed", "3", "--out", str(out)]
+    assert main([*argv, "--json"]) == 0
+    shown = capsys.readouterr()
+    summary = json.loads(shown.out.splitlines()[-1])
+    assert summary == json.loads((out / "summary.json").read_text())
+    assert {path.name for path in out.iterdir()} == {
+        "seed-3",
+        "seed-4",
+        "seeds.png",
+        "summary.json",
+    }
+    assert "Seed 4, 2 of 2" in shown.err
+    assert "Training the layers of the bank ..." in shown.err
+    assert summary["sentence"] in " ".join(shown.out.split())
+    for i, seed in enumerate((3, 4)):
+        record = json.loads((out / f"seed-{seed}" / "result.json").read_text())
+        task = jc.tasks.make("repair", seed, sizes=(60, 40, 20, 50))
+        assert record["about"] == task.about == summary["about"][i]
+        assert record["config"]["seed"] == seed
+        assert record["num_examples"] == {"search": 40, "select": 20, "test": 50}
+        assert set(record["controls"]) == {
+            "recipes",
+            "reference",
+            "best_parent",
+            "best_edit",
+            "parent_ensemble",
+            "plain_net",
+            "random_chains",
+            "finalist_ensemble",
+        }
+        bank = jc.Bank.load(out / f"seed-{seed}" / "bank.safetensors")
+        problem = jc.Problem(bank, task.data.test, 6)
+        tokens = [record["best_chain"], task.reference]
+        loss = np.asarray(jc.evaluate(problem, jc.chain.pad(tokens, 6)).loss)
+        assert record["loss"]["test"] == pytest.approx(loss[0], rel=1e-4)
+        reference = record["controls"]["reference"]
+        assert reference["loss"]["test"] == pytest.approx(loss[1], rel=1e-4)
+        difference = reference["difference"]["mean"]
+        assert difference == pytest.approx(loss[0] - loss[1], rel=1e-3, abs=1e-4)
+        row = summary["rows"]["chain found"]
+        assert row["loss"][i] == record["loss"]["test"]
+    # A seed's folder is a result that can be evaluated.
+    assert main(["evaluate", str(out / "seed-4"), "--split", "test", "--json"]) == 0
+    scored = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert scored["chains"][0]["loss"] == pytest.approx(record["loss"]["test"], rel=1e-4)
+    assert "already holds a result" in fail(argv, capsys)
+    assert main([*argv, "--replace", "--seeds", "1"]) == 0
+    assert {path.name for path in out.iterdir()} == {"bank.safetensors", "curve.png", "result.json"}
+
+
+def test_the_finalist_is_picked_on_search_and_select(tmp_path):
+    assert main(["search", *SMALL, "--quick", "--out", str(tmp_path / "out")]) == 0
+    record = json.loads((tmp_path / "out" / "result.json").read_text())
+    bank = jc.Bank.load(tmp_path / "out" / "bank.safetensors")
+    data = jc.tasks.make("repair", 0, sizes=(60, 40, 20, 50)).data
+    problems = [jc.Problem(bank, batch, 3) for batch in (data.search, data.select)]
+    key = jax.random.split(jax.random.key(0), 4)[2]
+    finalists = jc.run(key, jc.RandomSearch(), problems[0], budget=400).finalists
+    search, select = (np.asarray(jc.evaluate(p, finalists).loss) for p in problems)
+    best = finalists[int(np.argmin(40 * search + 20 * select))]
+    assert record["best_chain"] == [int(token) for token in best if token >= 0]
+
+
+def test_finished_seeds_are_kept_when_a_run_is_interrupted(tmp_path, capsys, monkeypatch):
+    run_seed = commands._run_seed
+
+    def interrupt_second(config):
+        if config.seed == 1:
+            raise KeyboardInterrupt
+        return run_seed(config)
+
+    monkeypatch.setattr(commands, "_run_seed", interrupt_second)
+    out = tmp_path / "out"
+    assert main(["search", *SMALL, "--quick", "--seeds", "2", "--out", str(out)]) == 130
+    (kept,) = tmp_path.iterdir()
+    assert f"The seeds that are finished are kept in {kept}" in capsys.readouterr().err
+    assert json.loads((kept / "seed-0" / "result.json").read_text())["config"]["seed"] == 0
+    monkeypatch.setattr(commands, "_run_seed", lambda config: (_ for _ in ()).throw(OSError("no")))
+    assert main(["search", *SMALL, "--seeds", "2", "--out", str(out)]) == 2
+    assert [*tmp_path.iterdir()] == [kept]
+
+
+def test_several_seeds_of_a_trained_bank_are_compared_too(tmp_path, capsys):
+    options = "--data wine --num-layers 4 --depth 2 --num-steps 30 --budget 300 --search random"
+    out = str(tmp_path / "out")
+    assert main(["search", *options.split(), "--seeds", "2", "--quick", "--out", out]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "seed 1, wine: " in shown
+    assert "plain net, as many steps" in shown
