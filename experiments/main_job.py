@@ -12,18 +12,20 @@ used to choose sizes or rates. A search sees `search`; of its 16 finalists, the 
 loss on `search` and `select` together is picked; its loss on `test` is reported, with the difference to each control, paired by seed, and its bootstrap
 95% interval. All searches have the same budget of layer calls, gradients charged.
 
-Finished parts are kept, so an interrupted run continues. Writes main_job.json, main_job.md and
-main_job.png to experiments/results.
+Finished parts are kept, so an interrupted run continues. Writes main_job.json, main_job.md,
+main_job.png and candidates.png to experiments/results.
 """
 
+import json
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from candidates import CANDIDATES, HEAD, LAYER, Candidate, tune
+from candidates import CANDIDATES, HEAD, LAYER, Candidate, make_repair, tune
 from matplotlib.figure import Figure
 from records import describe_machine, keep, make_parser, make_pool, write_results
 from scipy.stats import bootstrap
@@ -61,6 +63,16 @@ ORDER = (
     "plain net, tuned on search",
     "random chains, median",
 )
+# Rows of the figure of the main job, and the seed of its digits.
+JOB_ROWS = {
+    FOUND: "chain found",
+    "local search": "local search, as many layer calls",
+    "plain net, tuned on search": "plain net, tuned on the labeled digits",
+    "plain net, as many steps": "plain net, as many steps",
+    "best parent": "best parent",
+    "random chains, median": "random chains, median",
+}
+SHOWN_SEED, SHOWN_DIGITS = 0, (0, 3, 4, 7)
 # Chains of up to that many layers are all scored, to know how long all chains would take.
 TIMED_LAYERS = 4
 Arrays = dict[str, np.ndarray]
@@ -70,7 +82,13 @@ def main() -> None:
     parser = make_parser(
         __doc__, quick="one seed, two candidates; nothing is written", has_workers=True
     )
+    parser.add_argument(
+        "--draw", action="store_true", help="only draw the figures, from the existing results"
+    )
     args = parser.parse_args()
+    if args.draw:
+        draw_all(args.out)
+        return
     start = time.perf_counter()
     seeds, names, searches = SEEDS, tuple(CANDIDATES), tuple(SEARCHES)
     if args.quick:
@@ -97,7 +115,8 @@ def main() -> None:
             for name in names
         },
     }
-    write_results(args.out, "main_job", result, table, partial(draw, runs=runs))
+    write_results(args.out, "main_job", result, table)
+    draw_all(args.out)
 
 
 def run_all(
@@ -315,7 +334,62 @@ def format_time(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
 
 
-def draw(path: str, runs: dict[str, Arrays]) -> None:
+def draw_all(out: Path) -> None:
+    """Draw both figures from main_job.json."""
+    saved = json.loads((out / "main_job.json").read_text())["runs"]
+    runs = {
+        name: {row: np.array(values) for row, values in rows.items()}
+        for name, rows in saved.items()
+    }
+    jc.files.write_atomically(out / "main_job.png", partial(draw_job, rows=runs["repair"]))
+    jc.files.write_atomically(out / "candidates.png", partial(draw_candidates, runs=runs))
+
+
+def draw_job(path: str, rows: Arrays) -> None:
+    """Digits on their way through the chain that was found, and loss on test, a dot per seed."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.05))
+    titles, images = apply_step_by_step(make_repair(SHOWN_SEED))
+    grid = left.subplots(images.shape[1], len(titles))
+    for column, title in enumerate(titles):
+        for row, axes in enumerate(grid[:, column]):
+            axes.imshow(images[column, row], cmap="gray_r", vmin=0, vmax=1, interpolation="bicubic")
+            axes.set(xticks=[], yticks=[])
+        grid[0, column].set_title(title, fontsize=9)
+    axes = right.subplots()
+    shown = [name for name in JOB_ROWS if name in rows]
+    for place, name in enumerate(shown):
+        loss = rows[name][:, 0]
+        color = "C3" if name == FOUND else "C0"
+        axes.plot(loss, np.full(len(loss), place), "o", color=color, alpha=0.35, markersize=5)
+        axes.plot(np.mean(loss), place, "|", color=color, markersize=18)
+    labels = [f"{JOB_ROWS[name]}, {rows[name][:, 1].mean():.0%}" for name in shown]
+    axes.set_yticks(range(len(shown)), labels)
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel="loss on test, a dot per seed; mean accuracy")
+    axes.grid(visible=True, axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def apply_step_by_step(candidate: Candidate) -> tuple[list[str], np.ndarray]:
+    """Four digits before and after each repair of the chain found, `[columns, 4, 8, 8]`."""
+    problem = candidate.problem("search")
+    result = jc.run(jax.random.key(SHOWN_SEED), SEARCHES[FOUND], problem, budget=candidate.budget)
+    x, y = candidate.data.test
+    hidden = x[jnp.array([int(jnp.argmax(y == digit)) for digit in SHOWN_DIGITS])]
+    titles, columns = ["input"], [hidden]
+    for token in result.best_chain:
+        name = candidate.bank.names[token]
+        if not name.startswith("undo "):
+            break
+        group, place = candidate.bank.find(int(token))
+        hidden = group.apply(place, hidden)
+        titles.append(name.replace("undo ", "undo\n"))
+        columns.append(hidden)
+    return titles, np.asarray(jnp.stack(columns)).reshape(len(columns), 4, 8, 8)
+
+
+def draw_candidates(path: str, runs: dict[str, Arrays]) -> None:
     """Plot loss on test of the chain found against that of three controls, a dot per seed."""
     controls = ("best parent", "plain net, as many steps", "plain net, tuned on search")
     figure = Figure(figsize=(11, 3.4), layout="constrained")
@@ -329,7 +403,7 @@ def draw(path: str, runs: dict[str, Arrays]) -> None:
         axes.grid(visible=True, alpha=0.3)
     figure.axes[0].set_ylabel("loss of the chain found")
     figure.axes[1].legend(fontsize="small")
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

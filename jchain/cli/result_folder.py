@@ -280,6 +280,8 @@ def read_config(path: Path) -> tuple[SearchConfig | None, list[list[int]]]:
         hint = ""
         if (path / "config.json").exists():
             hint = "; for a checkpoint pass the result of jchain search --checkpoint"
+        if (path / SUMMARY_FILE).exists():
+            hint = f"; it holds several seeds: pass one of them, such as {path / 'seed-0'}"
         raise ValueError(
             f"expected a bank file or a result folder, got {path}: {error}{hint}"
         ) from None

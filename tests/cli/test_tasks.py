@@ -68,6 +68,7 @@ def test_seeds_are_searched_compared_and_written(tmp_path, capsys):
     assert main(["evaluate", str(out / "seed-4"), "--split", "test", "--json"]) == 0
     scored = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert scored["chains"][0]["loss"] == pytest.approx(record["loss"]["test"], rel=1e-4)
+    assert "it holds several seeds: pass one of them" in fail(["evaluate", str(out)], capsys)
     assert "already holds a result" in fail(argv, capsys)
     assert main([*argv, "--replace", "--seeds", "1"]) == 0
     assert {path.name for path in out.iterdir()} == {"bank.safetensors", "curve.png", "result.json"}
