@@ -30,6 +30,7 @@ FOLDER = Path(__file__).parent
 # at a time.
 SCRIPTS = (
     "chainbench",
+    "main_job",
     "updates",
     "inverse",
     "stopping",

@@ -45,6 +45,7 @@ def test_the_report_runs_every_script_of_an_experiment(report):
     scripts = {path.stem for path in FOLDER.glob("*.py")} - {
         "byte_models",
         "calibration",
+        "candidates",
         "fronts",
         "records",
         "report",
