@@ -5,16 +5,17 @@
 Hardware and run time: 2 CPU cores, about 20 minutes. `--quick`: one seed, two candidates and two
 searches, one minute; nothing is written.
 
-Result to expect: in `repair`, the chain found has a loss on test of 0.17 (94% right), lower than the
-best parent, a plain net of as many steps, and the median random chain in 30 of 30 seeds, and lower
-than the plain net tuned on the same labels in 29. With local search it is 1.5. In `drift` it is
-lower than the best parent in 23 seeds and than the plain net in 21; no other candidate is worth it.
+Result to expect: in `repair`, the chain found has a loss on test of 0.17 (94% right). It is lower
+than that of the best parent, of a plain net of as many steps, and of the median random chain in 30
+of 30 seeds, and than that of the plain net tuned on the same labels in 29. With local search it is
+1.5. In `drift` it is lower than that of the best parent in 23 seeds and of the plain net in 21. No
+other candidate is worth it.
 
 Six candidates (candidates.py), 30 seeds of data, bank, and searches each; none of these seeds was
 used to choose sizes or rates. A search sees `search`; of its 16 finalists, the one with the lowest
-loss on `search` and `select` together is picked. Its loss on `test` is reported, with the difference
-to each control, paired by seed, and its bootstrap 95% interval. All searches have the same budget
-of layer calls, gradients charged.
+loss on `search` and `select` together is picked. Its loss on `test` is reported, with the
+difference to each control, paired by seed, and its bootstrap 95% interval. All searches have the
+same budget of layer calls, gradients charged.
 
 Finished parts are kept, so an interrupted run continues. Writes main_job.json, main_job.md,
 main_job.png and candidates.png to experiments/results.

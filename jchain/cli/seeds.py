@@ -127,15 +127,17 @@ def _make_row(scores: Sequence[Scores], records: Sequence[ResultRecord]) -> Seed
 
 def _make_sentence(rows: dict[str, SeedRow], num_seeds: int) -> str:
     """What was found and how sure that is, in words."""
-    parts = []
+    found, parts = rows[FOUND], []
     for name, short in _NAMED.items():
         row = rows.get(TITLES[name])
-        if row is None or row["difference"] is None:
-            continue
-        parts.append(f"the {short} in {row['num_lower']} of {num_seeds} seeds, {_say(row)}")
+        if row is not None and row["difference"] is not None:
+            parts.append(f"the {short} in {row['num_lower']} of {num_seeds} seeds, {_say(row)}")
+    said = f"On test, the chain found has a mean loss of {_format(found['mean'])}"
+    if np.isfinite(found["mean_accuracy"]):
+        said += f" and is right on {found['mean_accuracy']:.1%}"
     if not parts:
-        return f"The chain found has a mean loss of {_format(rows[FOUND]['mean'])} on test."
-    return f"On test, the chain found has a lower loss than {'; than '.join(parts)}."
+        return f"{said}."
+    return f"{said}. Its loss is lower than that of {'; and than that of '.join(parts)}."
 
 
 def _say(row: SeedRow) -> str:
