@@ -1,5 +1,6 @@
 """What README.md shows is true."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 import jax
 
 import jchain as jc
+from jchain.cli.report import print_summary
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "experiments" / "results"
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 MAX_BYTES = 9 * 1024
@@ -25,7 +28,9 @@ def test_the_example_is_short():
 def test_the_examples_run(capsys):
     scope = {}
     exec(compile(EXAMPLES[0], "README.md", "exec"), scope)
-    assert "routed/head" in capsys.readouterr().out
+    chain, loss, accuracy = capsys.readouterr().out.rsplit(maxsplit=2)
+    assert chain.endswith("net/0 -> net/1 -> net/head")
+    assert (float(loss) < 0.5, float(accuracy) > 0.9) == (True, True)
     bank, data = scope["bank"], scope["data"]
     scope |= {"another_bank": bank, "head_params": bank.get_params(12)}
     scope |= {"params_a": bank.get_params(0), "params_b": bank.get_params(1)}
@@ -35,6 +40,38 @@ def test_the_examples_run(capsys):
     problem = jc.Problem(bank, data.search, max_layers=2)
     result = jc.run(jax.random.key(0), scope["Sampling"](), problem, budget=200)
     assert result.best_loss < 10.0
+
+
+def test_the_output_that_it_shows_is_that_of_a_run(capsys):
+    summary = json.loads((RESULTS / "main_job_seeds.json").read_text())
+    assert (summary["config"]["task"], summary["seeds"]) == ("repair", [0, 1, 2, 3, 4])
+    assert summary["config"]["command"] == "jchain search"
+    print_summary(summary)
+    printed = {line.rstrip() for line in capsys.readouterr().out.splitlines()}
+    (block,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
+    lines = block.rstrip().splitlines()
+    assert len(lines) > 10
+    assert set(lines) <= printed
+    assert summary["seconds"] < 120
+
+
+def test_the_figures_of_the_main_job_are_those_of_the_experiment():
+    result = json.loads((RESULTS / "main_job.json").read_text())
+    job = result["candidates"]["repair"]
+    rows, num = job["rows"], len(result["config"]["seeds"])
+    text = " ".join(README.split())
+    lower = rows["best parent"]["lower"]
+    assert rows["plain net, as many steps"]["lower"] == lower
+    tuned = rows["plain net, tuned on search"]["lower"]
+    assert (
+        f"Over {num} other seeds the chain found has a lower loss than the best parent and the "
+        f"plain net in {lower}, and than the plain net tuned on the 100 labeled digits in {tuned}"
+    ) in text
+    assert f"among {job['num_chains']:,} chains" in text
+    assert not set(result["config"]["seeds"]) & {0, 1, 2, 3, 4}
+    for row in ("best parent", "plain net, as many steps", "random chains, median"):
+        assert rows[row]["lower"] >= 0.9 * num
+        assert rows[row]["difference"]["high"] < 0
 
 
 def test_files_and_scripts_it_names_exist():

@@ -5,14 +5,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jchain import chain as chain_lib
 from jchain._typing import Int
 from jchain.bank import Bank
+from jchain.chain import PADDING
 from jchain.cli.config import SearchConfig
 from jchain.cli.scores import ExampleScores, score_chain
 from jchain.cli.setup import Setup
 from jchain.engine.evaluate import evaluate
 from jchain.problem import Problem
+
+# Chains that a search keeps.
+_NUM_FINALISTS = 16
 
 
 class Context(NamedTuple):
@@ -43,11 +46,16 @@ class Context(NamedTuple):
           bank: layers and heads.
           chains: `[P, L]`.
         """
-        total = np.zeros(len(chains))
+        # One shape, so that finalists and parents share programs: the first chain fills the rest.
+        shape = max(len(chains), _NUM_FINALISTS), max(chains.shape[1], self.width + 1)
+        rows = np.full(shape, PADDING, np.int32)
+        rows[:, : chains.shape[1]] = chains[0]
+        rows[: len(chains), : chains.shape[1]] = chains
+        total = np.zeros(len(rows))
         for name in self.setup.deciding_splits:
-            problem = self.setup.make_problem(bank, name, chains.shape[1] - 1)
-            total += len(problem.data.y) * np.asarray(evaluate(problem, chains).loss, np.float64)
-        return strip(chains[int(np.argmin(total))])
+            problem = self.setup.make_problem(bank, name, rows.shape[1] - 1)
+            total += len(problem.data.y) * np.asarray(evaluate(problem, rows).loss, np.float64)
+        return strip(rows[int(np.argmin(total))])
 
 
 def strip(row: Int[np.ndarray, "L"]) -> list[int]:
@@ -56,4 +64,4 @@ def strip(row: Int[np.ndarray, "L"]) -> list[int]:
     Args:
       row: tokens, `[L]`.
     """
-    return [int(token) for token in row if token != chain_lib.PADDING]
+    return [int(token) for token in row if token != PADDING]

@@ -1,8 +1,6 @@
 """What the chain found is compared with: nets, edits, random chains, ensembles, other searches."""
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -54,50 +52,25 @@ class ControlScores(NamedTuple):
     levels: dict[str, Level]
 
 
-@contextmanager
-def start_plain_net(key: Key[Array, ""], context: Context) -> Iterator[Future[Net] | None]:
-    """Train one net for as many steps as the bank, in a thread, while the block runs.
-
-    A search leaves most of a second core idle. Yields None if there is no plain net.
-
-    Args:
-      key: of the net.
-      context: what all steps share.
-    """
-    make = context.setup.make_plain_net
-    if make is None:
-        yield None
-        return
-
-    def train() -> Net:
-        bank = jax.block_until_ready(make(key, context.made.num_steps))
-        return Net(bank, list(bank.parents[0]))
-
-    with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(train)
-
-
 def score_controls(
     key: Key[Array, ""],
     context: Context,
     found: ExampleScores,
     finalists: tuple[Bank, Sequence[Sequence[int]]],
     search: Search,
-    plain_net: Future[Net] | None,
 ) -> ControlScores:
     """Score every control that applies.
 
     Controls use the bank as it was made, before updates.
 
     Args:
-      key: of random chains, of further training, and of the searches to compare with.
+      key: of the plain net, of random chains, and of the searches to compare with.
       context: what all steps share.
       found: scores of the chain found.
       finalists: the bank after updates, and the best chains of the search.
       search: the search whose result is compared.
-      plain_net: from `start_plain_net`.
     """
-    tune_key, chain_key, search_key = jax.random.split(key, 3)
+    net_key, tune_key, chain_key, search_key = jax.random.split(key, 4)
     controls: Controls = {"recipes": {}}
     levels: dict[str, Level] = {}
     if reference := context.setup.reference:
@@ -105,21 +78,22 @@ def score_controls(
         controls["reference"] = {"chain": [*reference], **scores}
     if context.made.parents:
         parent = Net(context.made, context.pick(context.made, chain_lib.pad(context.made.parents)))
-        _score_parents(controls, context, found, parent)
-        levels["best parent"] = _find_level(context, parent, controls["best_parent"])
-    if plain_net is not None:
-        with show_phase(f"Training a plain net for {context.made.num_steps:,} steps"):
-            net = plain_net.result()
+        scores = _compare(context, found, parent)
+        controls["best_parent"] = scores
+        levels["best parent"] = _find_level(context, parent, scores)
+        if context.setup.has_slow_controls:
+            _score_parents(controls, context, found, parent)
+    if context.setup.make_plain_net is not None:
+        net = _train_plain_net(net_key, context.setup.make_plain_net, context.made.num_steps)
         controls["plain_net"] = _compare(context, found, net)
-        if context.setup.has_rivals:
+        if context.setup.has_slow_controls:
             controls["tuned_plain_net"] = _compare(context, found, _tune(tune_key, context, net))
         levels["plain net"] = _find_level(context, net, controls["plain_net"])
     controls["random_chains"] = _score_random_chains(chain_key, context)
-    bank, chains = finalists
-    ensemble = score_ensemble(context.setup, bank, chains, context.width)
-    if ensemble is not None:
-        controls["finalist_ensemble"] = _add_difference(ensemble.summarize(), found, ensemble)
-    if context.setup.has_rivals:
+    if context.setup.has_slow_controls:
+        ensemble = score_ensemble(context.setup, *finalists, context.width)
+        if ensemble is not None:
+            controls["finalist_ensemble"] = _add_difference(ensemble.summarize(), found, ensemble)
         for name, rival in RIVALS.items():
             if not isinstance(search, rival):
                 controls[name] = _run_rival(search_key, context, found, name, rival())
@@ -128,7 +102,7 @@ def score_controls(
 
 
 def _score_parents(controls: Controls, context: Context, found: ExampleScores, parent: Net) -> None:
-    controls["best_parent"] = _compare(context, found, parent)
+    """Score the best edit of the best parent, and the ensemble of all parents."""
     edit = _find_best_edit(context, parent.tokens)
     if edit is not None:
         scores = _compare(context, found, Net(context.made, edit))
@@ -157,20 +131,26 @@ def _find_level(context: Context, net: Net, scores: Scores) -> Level:
 def _find_best_edit(context: Context, tokens: list[int]) -> list[int] | None:
     """The edit of a chain (one layer swapped, inserted or deleted) with the lowest loss.
 
-    The loss is that on `search`. None if the chain is too long or too short for the problem, or
-    it has more edits than the search may make layer calls, as chains of checkpoints do.
+    The loss is that on `search`. None if the chain is too long or too short for the problem.
     """
     problem = context.problem
     if not problem.min_layers < len(tokens) <= problem.max_layers + 1:
         return None
     chain = jnp.asarray(chain_lib.pad([tokens], problem.max_layers)[0])
     rows, is_neighbor = problem.space.neighbors(chain)
-    if len(rows) > resolved(context.config.budget):
-        return None
     # Rows that are no neighbor are the chain itself, so that the number of rows is always the same.
     rows = jnp.where(is_neighbor[:, None], rows, chain)
     loss = jnp.where(is_neighbor, evaluate(problem, rows).loss, jnp.inf)
     return strip(np.asarray(rows[jnp.argmin(loss)]))
+
+
+def _train_plain_net(
+    key: Key[Array, ""], make: Callable[[Key[Array, ""], int], Bank], num_steps: int
+) -> Net:
+    """One net, trained for as many steps as all layers of the bank together."""
+    with show_phase(f"Training a plain net for {num_steps:,} steps"):
+        bank = jax.block_until_ready(make(key, num_steps))
+    return Net(bank, list(bank.parents[0]))
 
 
 def _tune(key: Key[Array, ""], context: Context, net: Net) -> Net:

@@ -17,7 +17,7 @@ from jchain._typing import Array, Key
 from jchain.bank import Bank
 from jchain.cli.config import SearchConfig, check_sweep, resolved
 from jchain.cli.context import Context, strip
-from jchain.cli.controls import ControlScores, score_controls, start_plain_net
+from jchain.cli.controls import ControlScores, score_controls
 from jchain.cli.progress import print_progress, show_phase
 from jchain.cli.records import ResultRecord, ScoredChain, SearchOutput, SweepRow
 from jchain.cli.scores import ExampleScores
@@ -67,16 +67,15 @@ def run_pipeline(
     """
     start = time.perf_counter()
     keys = jax.random.split(jax.random.key(config.seed), 4)
-    bank_key, net_key, search_key, control_key = keys
+    bank_key, control_key, search_key = keys[:3]
     context = make(bank_key, config, setup)
     if config.is_frozen and config.checkpoint:
         search = start_at_models(search, context.problem)
-    with start_plain_net(net_key, context) as plain_net:
-        found = search_chains(search_key, context, search, policy)
-        by_recipe = _score_recipes(context, context.problem) if config.checkpoint else {}
-        picked = rerank(context, context.problem, found, by_recipe)
-        finalists = found.bank, [strip(row) for row in found.result.finalists]
-        scored = score_controls(control_key, context, picked.scores, finalists, search, plain_net)
+    found = search_chains(search_key, context, search, policy)
+    by_recipe = _score_recipes(context, context.problem) if config.checkpoint else {}
+    picked = rerank(context, context.problem, found, by_recipe)
+    finalists = found.bank, [strip(row) for row in found.result.finalists]
+    scored = score_controls(control_key, context, picked.scores, finalists, search)
     scored.controls["recipes"] = by_recipe
     record = _make_record(context, found, picked, scored)
     if config.sweep is not None:

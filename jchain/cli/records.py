@@ -97,6 +97,7 @@ class SeedRow(TypedDict):
     loss: list[float | None]  # on `test`, by seed
     accuracy: list[float]
     mean: float | None
+    standard_error: float | None  # of the mean, over seeds
     mean_accuracy: float
     # Loss of the chain found minus that of this row, paired by seed.
     difference: float | None

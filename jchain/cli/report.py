@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 # Columns where standard output is no terminal.
-_WIDTH = 118
+_WIDTH = 120
 # A difference within this many standard errors is called noise.
 _NUM_ERRORS = 1.96
 
@@ -53,9 +53,11 @@ def print_summary(summary: Summary) -> None:
         chain = " -> ".join(layers)
         console.print(f"seed {seed}, {about}:\n  {chain}", highlight=False, markup=False)
     num = summary["num_examples"]["test"]
-    table = _make_table(f"test, {num:,} examples, mean over {len(seeds)} seeds")
+    table = _make_table(
+        f"test, {num:,} examples: mean ± standard error over {len(seeds)} seeds, paired differences"
+    )
     table.add_column("", no_wrap=True)
-    for title in ("loss", "accuracy", "found - this [95% interval]", "found is lower in"):
+    for title in ("loss", "accuracy", "found - this [95% interval]", "lower in"):
         table.add_column(title, justify="right")
     for name, row in summary["rows"].items():
         table.add_row(name, *_format_seed_row(row, len(seeds), is_found=name == FOUND))
@@ -150,7 +152,8 @@ def _format_difference(row: Scores) -> str:
 
 
 def _format_seed_row(row: SeedRow, num_seeds: int, *, is_found: bool) -> list[str]:
-    cells = [format_loss(row["mean"]), f"{row['mean_accuracy']:.1%}"]
+    loss, error = format_loss(row["mean"]), row["standard_error"]
+    cells = [loss if error is None else f"{loss} ± {error:.3f}", f"{row['mean_accuracy']:.1%}"]
     if is_found:
         return [*cells, "", ""]
     difference, bounds = row["difference"], row["interval"]

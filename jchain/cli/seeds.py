@@ -17,6 +17,7 @@ from jchain.cli.records import (
     Summary,
     finite_or_none,
 )
+from jchain.cli.scores import find_standard_error
 
 FOUND = "chain found"
 # Rows of the tables and their titles, in order.
@@ -115,6 +116,7 @@ def _make_row(scores: Sequence[Scores], records: Sequence[ResultRecord]) -> Seed
         "loss": loss,
         "accuracy": accuracy,
         "mean": finite_or_none(values.mean()),
+        "standard_error": finite_or_none(find_standard_error(values)),
         "mean_accuracy": float(np.mean(accuracy)),
         "difference": None,
         "interval": None,

@@ -58,8 +58,9 @@ class Setup(NamedTuple):
     num_random_chains: int = NUM_RANDOM_CHAINS
     # The splits whose loss decides which finalist is picked.
     deciding_splits: tuple[str, ...] = ("select",)
-    # Whether other searches get the same budget, and the plain net is trained on `search` too.
-    has_rivals: bool = True
+    # Whether other searches get the same budget, edits of the best parent and ensembles are scored,
+    # and the plain net is trained further on `search`.
+    has_slow_controls: bool = True
 
     def make_problem(
         self,
@@ -155,7 +156,7 @@ def set_up_task(config: SearchConfig) -> tuple[SearchConfig, Setup]:
         layer_cost=config.layer_cost,
         # `select` is small.
         deciding_splits=("search", "select"),
-        has_rivals=not config.quick,
+        has_slow_controls=not config.quick,
     )
     max_layers = task.max_layers if config.max_layers is None else config.max_layers
     return replace(config, max_layers=check_max_layers(max_layers)), setup
@@ -202,7 +203,7 @@ def set_up_trained(config: SearchConfig, data: Dataset, modules: Modules) -> Set
         depth,
         data.name,
         layer_cost=config.layer_cost,
-        has_rivals=not config.quick,
+        has_slow_controls=not config.quick,
     )
 
 
@@ -232,5 +233,5 @@ def set_up_checkpoints(config: SearchConfig) -> Setup:
         # Evaluating all chains may cost no more than the search.
         max_optimum_chains=resolved(config.budget),
         num_random_chains=NUM_RANDOM_CHECKPOINT_CHAINS,
-        has_rivals=False,
+        has_slow_controls=False,
     )

@@ -56,7 +56,9 @@ def test_seeds_are_compared_pair_by_pair():
     assert (parent["num_lower"], plain["num_lower"]) == (3, 2)
     assert plain["interval"][0] < 0 < plain["interval"][1]
     assert "the best parent in 3 of 3 seeds, which is within noise" in summary["sentence"]
-    assert "than the plain net in 2 of 3 seeds, which is within noise" in summary["sentence"]
+    assert (
+        "than that of the plain net in 2 of 3 seeds, which is within noise" in summary["sentence"]
+    )
 
 
 def test_the_sentence_says_how_sure_a_difference_is():
@@ -78,9 +80,10 @@ def test_the_summary_is_printed_with_every_chain(capsys):
     print_summary(summary)
     shown = " ".join(capsys.readouterr().out.split())
     assert "seed 11, digits 1: undo it -> net/0 -> net/head" in shown
-    assert "test, 749 examples, mean over 3 seeds" in shown
-    assert "chain found 0.292 50.0%" in shown
+    assert "test, 749 examples: mean ± standard error over 3 seeds" in shown
+    error = np.std(FOUND, ddof=1) / np.sqrt(3)
+    assert f"chain found 0.292 ± {error:.3f} 50.0%" in shown
     low, high = summary["rows"]["plain net, as many steps"]["interval"]
-    cells = f"0.300 50.0% -0.008 [{low:+.3f}, {high:+.3f}] (noise) 2 of 3"
+    cells = f"0.300 ± 0.058 50.0% -0.008 [{low:+.3f}, {high:+.3f}] (noise) 2 of 3"
     assert f"plain net, as many steps {cells}" in shown
     assert summary["sentence"] in shown

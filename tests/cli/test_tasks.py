@@ -47,11 +47,8 @@ def test_seeds_are_searched_compared_and_written(tmp_path, capsys):
             "recipes",
             "reference",
             "best_parent",
-            "best_edit",
-            "parent_ensemble",
             "plain_net",
             "random_chains",
-            "finalist_ensemble",
         }
         bank = jc.Bank.load(out / f"seed-{seed}" / "bank.safetensors")
         problem = jc.Problem(bank, task.data.test, 6)
