@@ -353,7 +353,8 @@ def draw_all(out: Path) -> None:
 def draw_job(path: str, rows: Arrays) -> None:
     """Digits on their way through the chain that was found, and loss on test, a dot per seed."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.05))
+    parts: Any = figure.subfigures(1, 2, width_ratios=(1, 1.05))
+    left, right = parts
     titles, images = apply_step_by_step(make_repair(SHOWN_SEED))
     grid = left.subplots(images.shape[1], len(titles))
     for column, title in enumerate(titles):

@@ -190,7 +190,7 @@ def _resolve_task(config: SearchConfig, given: Sequence[str]) -> SearchConfig:
     return replace(
         config,
         task=config.task or DEFAULT_TASK,
-        search=config.search or "critic",
+        search=config.search or ("actor-critic" if config.encoding else "critic"),
         budget=TASK_BUDGET if config.budget is None else config.budget,
         num_seeds=config.num_seeds or TASK_SEEDS,
     )

@@ -84,7 +84,8 @@ def score_controls(
         if context.setup.has_slow_controls:
             _score_parents(controls, context, found, parent)
     if context.setup.make_plain_net is not None:
-        net = _train_plain_net(net_key, context.setup.make_plain_net, context.made.num_steps)
+        num_steps = context.made.num_steps * context.setup.num_nets
+        net = _train_plain_net(net_key, context.setup.make_plain_net, num_steps)
         controls["plain_net"] = _compare(context, found, net)
         if context.setup.has_slow_controls:
             controls["tuned_plain_net"] = _compare(context, found, _tune(tune_key, context, net))

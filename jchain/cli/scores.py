@@ -18,8 +18,8 @@ from jchain.engine.backend import jit_for_problem
 from jchain.engine.layer_calls import apply_token
 from jchain.problem import Problem, upcast
 
-# Examples that a chain is applied to at a time.
-_CHUNK = 64
+# Examples that a chain is applied to at a time, and in splits of more than 1,024.
+_CHUNK, _LARGE_CHUNK, _LARGE = 64, 512, 1024
 
 
 class ExampleScores(NamedTuple):
@@ -123,7 +123,7 @@ def _cut(problem: Problem) -> list[Problem]:
     """The problem in parts of equally many examples; the last part repeats its last example."""
     num = problem.data.x.shape[0]
     # One size for all splits, so that they share a program, unless there are far fewer examples.
-    size = _CHUNK if num > _CHUNK // 2 else num
+    size = _LARGE_CHUNK if num > _LARGE else _CHUNK if num > _CHUNK // 2 else num
     rows = np.minimum(np.arange(-(-num // size) * size), num - 1)
     return [problem.take(part) for part in rows.reshape(-1, size)]
 

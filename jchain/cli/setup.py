@@ -48,6 +48,7 @@ class Setup(NamedTuple):
     # From a key and a number of gradient steps; None for checkpoints.
     make_plain_net: Callable[[Key[Array, ""], int], Bank] | None
     plain_depth: int = 0  # layers of the plain net
+    num_nets: int = 1  # nets that were trained apart, each for `Bank.num_steps` steps
     about: str = ""  # what is special about the data of this seed
     # The chain that someone would build who knows how the data was made.
     reference: tuple[int, ...] = ()
@@ -150,9 +151,9 @@ def set_up_task(config: SearchConfig) -> tuple[SearchConfig, Setup]:
         task.make_bank,
         "Training the layers of the bank",
         task.train_plain_net,
-        task.plain_depth,
-        task.about,
-        task.reference,
+        plain_depth=task.plain_depth,
+        about=task.about,
+        reference=task.reference,
         layer_cost=config.layer_cost,
         # `select` is small.
         deciding_splits=("search", "select"),
@@ -200,8 +201,9 @@ def set_up_trained(config: SearchConfig, data: Dataset, modules: Modules) -> Set
         make_bank,
         making,
         make_plain_net,
-        depth,
-        data.name,
+        plain_depth=depth,
+        num_nets=num_layers // depth if config.bank == "independent" else 1,
+        about=data.name,
         layer_cost=config.layer_cost,
         has_slow_controls=not config.quick,
     )

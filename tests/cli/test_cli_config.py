@@ -71,6 +71,7 @@ def test_a_configuration_cannot_be_changed():
         ({"seed": 7, "quick": True}, "repair", None, "critic", 1, "repair-critic-7"),
         ({"quick": True, "num_seeds": 2}, "repair", None, "critic", 2, "repair-critic-0-1"),
         ({"search": "local", "task": "repair"}, "repair", None, "local", 5, "repair-local-0-4"),
+        ({"encoding": "weights"}, "repair", None, "actor-critic", 5, "repair-actor-critic-0-4"),
         ({"bank": "routed"}, None, "routed", "actor-critic", 1, "digits-routed-actor-critic-0"),
         ({"data": "wine"}, None, "routed", "actor-critic", 1, "wine-routed-actor-critic-0"),
         ({"depth": 4}, None, "routed", "actor-critic", 1, "digits-routed-actor-critic-0"),

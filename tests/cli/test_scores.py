@@ -12,7 +12,7 @@ CHAINS = [[0, 2, 4], [1, 5], [4], [3, 3, 0, 5]]
 
 
 def make_setup(**options):
-    sizes = {"train": 9, "search": 70, "select": 7, "test": 128}
+    sizes = {"train": 9, "search": 70, "select": 7, "test": 1_030}
     splits = {name: make_batch(size, seed=i) for i, (name, size) in enumerate(sizes.items())}
     data = jc.data.Dataset(**splits, name="own", num_classes=3)
     return Setup(data, lambda key: make_bank(), "", None, **options)
