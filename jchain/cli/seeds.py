@@ -133,24 +133,26 @@ def _make_sentence(rows: dict[str, SeedRow], num_seeds: int) -> str:
     for name, short in _NAMED.items():
         row = rows.get(TITLES[name])
         if row is not None and row["difference"] is not None:
-            parts.append(f"the {short} in {row['num_lower']} of {num_seeds} seeds, {_say(row)}")
+            parts.append(f"the {short} in {row['num_lower']} of {num_seeds} seeds ({_say(row)})")
     said = f"On test, the chain found has a mean loss of {_format(found['mean'])}"
     if np.isfinite(found["mean_accuracy"]):
         said += f" and is right on {found['mean_accuracy']:.1%}"
     if not parts:
         return f"{said}."
-    return f"{said}. Its loss is lower than that of {'; and than that of '.join(parts)}."
+    return f"{said}. Its loss is lower than that of {', and than that of '.join(parts)}."
 
 
 def _say(row: SeedRow) -> str:
+    """The difference in words, for example "8.85 lower on average, 95% interval 5.38 to 12.32"."""
     difference, bounds = row["difference"], row["interval"]
     assert difference is not None
+    word = "lower" if difference < 0 else "higher"
     if bounds is None:
-        return f"by {-difference:.3f}"
-    low, high = sorted(-bound for bound in bounds)
-    if low <= 0 <= high:
-        return "which is within noise"
-    return f"by {-difference:.2f} on average (95% interval {low:.2f} to {high:.2f})"
+        return f"{abs(difference):.2f} {word}"
+    if bounds[0] <= 0 <= bounds[1]:
+        return "on average no difference beyond noise"
+    low, high = sorted(abs(bound) for bound in bounds)
+    return f"{abs(difference):.2f} {word} on average, 95% interval {low:.2f} to {high:.2f}"
 
 
 def _format(loss: float | None) -> str:
