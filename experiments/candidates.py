@@ -18,6 +18,8 @@ ANGLES, DRIFT_STEPS, DRIFT_DEPTH = (0, 15, 30, 45, 60, 75), 300, 3
 # Spare parts: fine-tunes of one net, spoiled layers of each, and the noise in their weights.
 NUM_COPIES, NUM_SPOILED, COPY_STEPS, NOISE = 5, 2, 200, 0.3
 DEEP = 12
+# Repair: faults at once, and copies of each digit with random combinations of them.
+NUM_FAULTS, COMBINED_COPIES = 4, 11
 LAYER_COST = 0.002
 
 
@@ -44,6 +46,20 @@ def make_repair(seed: int) -> Candidate:
     bank = task.make_bank(jax.random.key(seed))
     sizes = task.max_layers, task.plain_depth, 40_000
     return Candidate(task.data, bank, *sizes, reference=task.reference)
+
+
+def combine_faults(seed: int) -> jc.Batch:
+    """Digits of `train`, each several times, with random combinations of as many faults."""
+    clean = jc.tasks.make_repair(seed, faults=[]).data.train
+    rng, faults = np.random.default_rng(seed), [*jc.tasks.FAULTS]
+    num = len(clean.y) // (1 + len(faults))  # the first block has no faults
+    images = np.asarray(clean.x[:num]).reshape(-1, SIDE, SIDE)
+    parts = []
+    for image in np.tile(images, (COMBINED_COPIES, 1, 1)):
+        names = [str(name) for name in rng.choice(faults, NUM_FAULTS, replace=False)]
+        parts.append(jc.tasks.damage(image[None], names))
+    x = np.concatenate(parts).reshape(-1, SIDE**2)
+    return jc.Batch(jnp.asarray(x), jnp.tile(clean.y[:num], COMBINED_COPIES))
 
 
 def make_drift(seed: int) -> Candidate:

@@ -23,6 +23,7 @@ main_job.png and candidates.png to experiments/results.
 
 import json
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from candidates import CANDIDATES, HEAD, LAYER, Candidate, make_repair, tune
+from candidates import CANDIDATES, HEAD, LAYER, Candidate, combine_faults, tune
 from matplotlib.figure import Figure
 from records import describe_machine, keep, make_parser, make_pool, write_results
 from scipy.stats import bootstrap
@@ -39,6 +40,7 @@ import jchain as jc
 
 SEEDS = range(100, 130)
 NUM_RANDOM = 200
+COMBINED = "plain net, trained on random combinations"
 TUNING_STEPS = (30, 100, 300)
 FOUND = "critic search"
 SEARCHES: dict[str, Any] = {
@@ -66,12 +68,15 @@ ORDER = (
     "ensemble of the parents",
     "plain net, as many steps",
     "plain net, tuned on search",
+    COMBINED,
     "random chains, median",
 )
 # Rows of the figure of the main job, and the seed of its digits.
 JOB_ROWS = {
     FOUND: "chain found",
+    "linearized": "linearized search, as many layer calls",
     "local search": "local search, as many layer calls",
+    COMBINED: "plain net, trained on random combinations",
     "plain net, tuned on search": "plain net, tuned on the labeled digits",
     "plain net, as many steps": "plain net, as many steps",
     "best parent": "best parent",
@@ -151,7 +156,7 @@ def run_case(case: tuple[str, int], searches: tuple[str, ...]) -> Arrays:
         rows: Arrays = {}
         for search in own:
             rows |= run_search(key, candidate, search)
-        return rows | run_controls(jax.random.fold_in(key, 1), candidate)
+        return rows | run_controls(jax.random.fold_in(key, 1), candidate, seed)
 
     inputs = (case, [repr(SEARCHES[s]) for s in own])
     arrays = keep(__file__, f"main_job-{name.replace(' ', '_')}-{seed}", inputs, make)
@@ -183,7 +188,21 @@ def run_search(key: jax.Array, candidate: Candidate, name: str) -> Arrays:
     return rows
 
 
-def run_controls(key: jax.Array, candidate: Candidate) -> Arrays:
+def run_combined(key: jax.Array, candidate: Candidate, seed: int) -> np.ndarray:
+    """A plain net that knows which faults there are, and is trained on combinations of them."""
+    net = jc.train.independent(
+        key,
+        combine_faults(seed),
+        layer=LAYER,
+        head=HEAD,
+        num_nets=1,
+        depth=candidate.plain_depth,
+        num_steps=candidate.bank.num_steps,
+    )
+    return score_net(net, candidate.data.test)
+
+
+def run_controls(key: jax.Array, candidate: Candidate, seed: int) -> Arrays:
     bank, data = candidate.bank, candidate.data
     net_key, tune_key, chain_key = jax.random.split(key, 3)
     rows: Arrays = {}
@@ -208,6 +227,8 @@ def run_controls(key: jax.Array, candidate: Candidate) -> Arrays:
     nets = [net, *(tune(tune_key, net, data.search, steps) for steps in TUNING_STEPS)]
     best_net = min(nets, key=lambda own: score_net(own, data.select)[0])
     rows["plain net, tuned on search"] = score_net(best_net, data.test)
+    if candidate.reference:
+        rows[COMBINED] = run_combined(net_key, candidate, seed)
     random = candidate.problem("search").space.sample(chain_key, NUM_RANDOM)
     out = evaluate(candidate, "test", random)
     rows["random chains, median"] = np.array([np.median(out.loss), np.median(out.accuracy)])
@@ -340,22 +361,25 @@ def format_time(seconds: float) -> str:
 
 
 def draw_all(out: Path) -> None:
-    """Draw both figures from main_job.json."""
+    """Draw both figures from main_job.json, and main_job_seeds.json of `jchain search`."""
     saved = json.loads((out / "main_job.json").read_text())["runs"]
     runs = {
         name: {row: np.array(values) for row, values in rows.items()}
         for name, rows in saved.items()
     }
-    jc.files.write_atomically(out / "main_job.png", partial(draw_job, rows=runs["repair"]))
+    summary = json.loads((out / "main_job_seeds.json").read_text())
+    layers = summary["layers"][summary["seeds"].index(SHOWN_SEED)]
+    job = partial(draw_job, rows=runs["repair"], layers=layers)
+    jc.files.write_atomically(out / "main_job.png", job)
     jc.files.write_atomically(out / "candidates.png", partial(draw_candidates, runs=runs))
 
 
-def draw_job(path: str, rows: Arrays) -> None:
+def draw_job(path: str, rows: Arrays, layers: Sequence[str]) -> None:
     """Digits on their way through the chain that was found, and loss on test, a dot per seed."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     parts: Any = figure.subfigures(1, 2, width_ratios=(1, 1.05))
     left, right = parts
-    titles, images = apply_step_by_step(make_repair(SHOWN_SEED))
+    titles, images = apply_step_by_step(layers)
     grid = left.subplots(images.shape[1], len(titles))
     for column, title in enumerate(titles):
         for row, axes in enumerate(grid[:, column]):
@@ -372,26 +396,32 @@ def draw_job(path: str, rows: Arrays) -> None:
     labels = [f"{JOB_ROWS[name]}, {rows[name][:, 1].mean():.0%}" for name in shown]
     axes.set_yticks(range(len(shown)), labels)
     axes.invert_yaxis()
-    axes.set(xscale="log", xlabel="loss on test, a dot per seed; mean accuracy")
+    axes.set(xscale="log", xlabel="loss on test, a dot per seed")
     axes.grid(visible=True, axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
 
 
-def apply_step_by_step(candidate: Candidate) -> tuple[list[str], np.ndarray]:
-    """Four digits before and after each repair of the chain found, `[columns, 4, 8, 8]`."""
-    problem = candidate.problem("search")
-    result = jc.run(jax.random.key(SHOWN_SEED), SEARCHES[FOUND], problem, budget=candidate.budget)
-    x, y = candidate.data.test
-    hidden = x[jnp.array([int(jnp.argmax(y == digit)) for digit in SHOWN_DIGITS])]
+def apply_step_by_step(layers: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Four digits before and after each repair of a chain, and without faults, `[C, 4, 8, 8]`.
+
+    Args:
+      layers: names along the chain that `jchain search` found with SHOWN_SEED.
+    """
+    task = jc.tasks.make("repair", SHOWN_SEED)
+    bank = task.make_bank(jax.random.split(jax.random.key(SHOWN_SEED), 4)[0])
+    x, y = task.data.test
+    rows = jnp.array([int(jnp.argmax(y == digit)) for digit in SHOWN_DIGITS])
+    hidden = x[rows]
     titles, columns = ["input"], [hidden]
-    for token in result.best_chain:
-        name = candidate.bank.names[token]
+    for name in layers:
         if not name.startswith("undo "):
             break
-        group, place = candidate.bank.find(int(token))
+        group, place = bank.find(bank.names.index(name))
         hidden = group.apply(place, hidden)
         titles.append(name.replace("undo ", "undo\n"))
         columns.append(hidden)
+    titles.append("without\nfaults")
+    columns.append(jc.tasks.make_repair(SHOWN_SEED, faults=[]).data.test.x[rows])
     return titles, np.asarray(jnp.stack(columns)).reshape(len(columns), 4, 8, 8)
 
 

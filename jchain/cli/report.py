@@ -79,7 +79,8 @@ def draw_chain(layers: Sequence[str], title: str = "") -> list[str]:
     own = [name.rpartition("/")[2] if "/" in name else "●" for name in layers]
     widths = [max(len(cell), len(str(slot))) for slot, cell in enumerate(own, 1)]
     indent = max(len(name) for name in (*origins, title))
-    slots = [str(slot).rjust(width) for slot, width in enumerate(widths, 1)]
+    # The head, at the end, is no layer.
+    slots = [str(slot).rjust(width) for slot, width in enumerate(widths[:-1], 1)]
     lines = [f"{title.ljust(indent)}  {' '.join(slots)}"]
     for origin in dict.fromkeys(origins):
         cells = [
@@ -129,7 +130,7 @@ def _say_what_is_noise(record: ResultRecord) -> list[str]:
     names = [name for name, row in list_rows(record).items() if _is_noise(row)]
     if not names:
         return []
-    return [f"Within noise on test (95%), so neither is better: {'; '.join(names)}"]
+    return [f"No clear difference on test (95%): {'; '.join(names)}"]
 
 
 def _is_noise(row: Scores) -> bool:

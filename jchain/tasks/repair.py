@@ -144,7 +144,7 @@ def _make_bank(key: Key[Array, ""], clean: Batch, seed: int) -> Bank:
     net = train.independent(
         net_key, clean, layer=_LAYER, head=_HEAD, num_nets=1, depth=NET_DEPTH, num_steps=NET_STEPS
     )
-    # Digits alone would not show a repair what other faults leave where digits have no ink.
+    # Digits have blank borders, where other faults put ink: repairs are trained on random dots too.
     cards = _make_cards(CARDS_PER_DIGIT * len(clean.y), np.random.default_rng(seed))
     targets = jnp.concatenate([clean.x, jnp.asarray(cards)])
     repairs = [
