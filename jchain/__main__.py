@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"jchain: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("jchain: interrupted, nothing was written", file=sys.stderr)
+        print("jchain: interrupted", file=sys.stderr)
         return 130
     return 0
 

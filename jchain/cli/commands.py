@@ -57,6 +57,8 @@ def run_search(args: argparse.Namespace) -> None:
         out = result_folder.write(out, output, replace=config.replace)
         print_table(output)
         _print_files(out)
+        if output.is_interrupted:
+            raise KeyboardInterrupt
         report = output.record
     if config.json:
         print(json.dumps(report))
@@ -64,13 +66,16 @@ def run_search(args: argparse.Namespace) -> None:
 
 def _run_seeds(config: SearchConfig, out: Path, num_seeds: int) -> Summary:
     start = time.perf_counter()
-    outputs = []
+    records = []
     with result_folder.write_seeds(out, replace=config.replace) as writer:
         for i in range(num_seeds):
             print_progress(f"Seed {config.seed + i}, {i + 1} of {num_seeds}")
-            outputs.append(_run_seed(replace(config, seed=config.seed + i, num_seeds=1)))
-            writer.add(outputs[-1])
-        summary = summarize(config, outputs, time.perf_counter() - start)
+            output = _run_seed(replace(config, seed=config.seed + i, num_seeds=1))
+            writer.add(output)
+            if output.is_interrupted:
+                raise KeyboardInterrupt
+            records.append(output.record)
+        summary = summarize(config, records, time.perf_counter() - start)
         writer.finish(summary)
     print_summary(summary)
     _print_files(writer.written)

@@ -185,6 +185,10 @@ def _resolve_task(config: SearchConfig, given: Sequence[str]) -> SearchConfig:
             f"expected --data or --bank with --update {config.update}: the layers of a task stay "
             "as they are"
         )
+    if config.search == "suffix-beam":
+        raise ValueError(
+            "expected another search for a task, whose layers are not invertible, got suffix-beam"
+        )
     if config.max_layers is not None:
         check_max_layers(config.max_layers)
     return replace(

@@ -18,7 +18,7 @@ from jchain.cli.scores import ExampleScores, score_ensemble
 from jchain.engine.evaluate import evaluate, evaluate_all
 from jchain.problem import Problem
 from jchain.search.actor_critic import ActorCritic
-from jchain.search.base import Search, run
+from jchain.search.base import BudgetError, Search, run
 from jchain.search.local_search import LocalSearch
 from jchain.updates import tune
 
@@ -50,6 +50,7 @@ class ControlScores(NamedTuple):
     controls: Controls
     optimum: Level
     levels: dict[str, Level]
+    is_interrupted: bool = False
 
 
 def score_controls(
@@ -61,7 +62,8 @@ def score_controls(
 ) -> ControlScores:
     """Score every control that applies.
 
-    Controls use the bank as it was made, before updates.
+    Controls use the bank as it was made, before updates. If they are interrupted, what is scored
+    so far is returned, so that the result of the search is not lost.
 
     Args:
       key: of the plain net, of random chains, and of the searches to compare with.
@@ -70,9 +72,26 @@ def score_controls(
       finalists: the bank after updates, and the best chains of the search.
       search: the search whose result is compared.
     """
+    scored = ControlScores({"recipes": {}}, Level(None, 0.0), {})
+    try:
+        optimum = _score_all(scored, key, context, found, finalists, search)
+    except KeyboardInterrupt:
+        print_progress("Interrupted: the controls that are left are not scored")
+        return scored._replace(is_interrupted=True)
+    return scored._replace(optimum=optimum, levels=scored.levels | {"optimum": optimum})
+
+
+def _score_all(
+    scored: ControlScores,
+    key: Key[Array, ""],
+    context: Context,
+    found: ExampleScores,
+    finalists: tuple[Bank, Sequence[Sequence[int]]],
+    search: Search,
+) -> Level:
+    """Add the controls one by one. Returns the optimum."""
     net_key, tune_key, chain_key, search_key = jax.random.split(key, 4)
-    controls: Controls = {"recipes": {}}
-    levels: dict[str, Level] = {}
+    controls, levels = scored.controls, scored.levels
     if reference := context.setup.reference:
         scores = _compare(context, found, Net(context.made, [*reference]))
         controls["reference"] = {"chain": [*reference], **scores}
@@ -97,9 +116,10 @@ def score_controls(
             controls["finalist_ensemble"] = _add_difference(ensemble.summarize(), found, ensemble)
         for name, rival in RIVALS.items():
             if not isinstance(search, rival):
-                controls[name] = _run_rival(search_key, context, found, name, rival())
-    optimum = _find_optimum(context)
-    return ControlScores(controls, optimum, levels | {"optimum": optimum})
+                scores = _run_rival(search_key, context, found, name, rival())
+                if scores is not None:
+                    controls[name] = scores
+    return _find_optimum(context)
 
 
 def _score_parents(controls: Controls, context: Context, found: ExampleScores, parent: Net) -> None:
@@ -188,11 +208,19 @@ def _score_random_chains(key: Key[Array, ""], context: Context) -> RandomChains:
 
 def _run_rival(
     key: Key[Array, ""], context: Context, found: ExampleScores, name: str, search: Search
-) -> ScoredChain:
-    """Another search with the same budget, re-ranked in the same way."""
-    print_progress(f"Searching with {name.replace('_', ' ')} ...")
+) -> ScoredChain | None:
+    """Another search with the same budget, re-ranked in the same way; None if it finds nothing."""
+    title = name.replace("_", " ")
+    print_progress(f"Searching with {title} ...")
     budget = resolved(context.config.budget)
-    result = run(key, search, context.problem, budget=budget, progress=True)
+    try:
+        result = run(key, search, context.problem, budget=budget, progress=True)
+    except BudgetError as error:
+        print_progress(f"No {title} to compare with: {error}")
+        return None
+    if len(result.finalists) == 0:
+        print_progress(f"No {title} to compare with: no chain that it scored has a finite loss")
+        return None
     tokens = context.pick(context.made, result.finalists)
     return {"chain": tokens, **_compare(context, found, Net(context.made, tokens))}
 

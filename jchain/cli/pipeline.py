@@ -49,7 +49,9 @@ class Picked(NamedTuple):
 def run_pipeline(
     config: SearchConfig, setup: Setup, search: Search, policy: UpdatePolicy
 ) -> SearchOutput:
-    """Make the bank, search on `search`, re-rank the finalists on `select`, open `test` once.
+    """Make the bank, search on `search`, re-rank the finalists, open `test` once.
+
+    Finalists are re-ranked on `select`, or on all splits that decide (`Setup.deciding_splits`).
 
     For checkpoints, the recipes that people use by hand, and the model unchanged, are re-ranked
     among the finalists.
@@ -89,7 +91,7 @@ def run_pipeline(
         for name, level in scored.levels.items()
         if level.loss is not None
     }
-    return SearchOutput(record, found.bank, found.result, levels)
+    return SearchOutput(record, found.bank, found.result, levels, scored.is_interrupted)
 
 
 def make(key: Key[Array, ""], config: SearchConfig, setup: Setup) -> Context:
@@ -145,7 +147,9 @@ def search_chains(
 def rerank(
     context: Context, problem: Problem, found: Found, by_recipe: Mapping[str, ScoredChain]
 ) -> Picked:
-    """Pick the chain with the lowest loss on `select`, of the finalists and the recipes.
+    """Pick the chain with the lowest loss on the splits that decide, `select` as a rule.
+
+    It is one of the finalists and the recipes.
 
     If weights were updated, recipes do not take part: they are scored with the original weights.
 

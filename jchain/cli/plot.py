@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jchain.cli.records import Summary, SweepRow
+from jchain.cli.records import FOUND, Summary, SweepRow
 from jchain.files import write_atomically
 from jchain.gradient.layer_report import LayerReport
 from jchain.search.base import Curve
@@ -81,8 +81,8 @@ def plot_seeds(path: str | os.PathLike[str], summary: Summary) -> None:
     rows = {name: row for name, row in summary["rows"].items() if row["mean"] is not None}
     figure = Figure(figsize=(8, 1 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    for place, row in enumerate(rows.values()):
-        color = "C3" if place == 0 else "C0"
+    for place, (name, row) in enumerate(rows.items()):
+        color = "C3" if name == FOUND else "C0"
         losses = [loss for loss in row["loss"] if loss is not None]
         axes.plot(losses, [place] * len(losses), "o", color=color, alpha=0.5)
         axes.plot(np.mean(losses), place, "|", color=color, markersize=16)

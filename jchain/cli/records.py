@@ -8,6 +8,9 @@ from jchain._typing import Array
 from jchain.bank import Bank
 from jchain.search.base import Result
 
+# The row of the chain found, in tables and figures.
+FOUND = "chain found"
+
 
 class Difference(TypedDict):
     """Loss on `test` of the chain found minus that of a control, paired by example."""
@@ -89,6 +92,7 @@ class SearchOutput(NamedTuple):
     bank: Bank
     result: Result
     levels: dict[str, float]  # losses on `search` to compare the curve with, penalties included
+    is_interrupted: bool = False  # while controls were scored; those that are left are missing
 
 
 class SeedRow(TypedDict):

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jchain.cli.records import ResultRecord, Scores, SearchOutput, SeedRow, Summary, SweepRow
-from jchain.cli.seeds import FOUND, list_rows
+from jchain.cli.records import FOUND, ResultRecord, Scores, SearchOutput, SeedRow, Summary, SweepRow
+from jchain.cli.seeds import list_rows
 from jchain.data import EVALUATION_SPLITS
 
 if TYPE_CHECKING:

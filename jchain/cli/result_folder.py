@@ -46,8 +46,11 @@ def check_out(path: Path, *, replace: bool) -> None:
         raise ValueError(f"expected a folder in which results can be written, got {above}")
     if not path.exists() or not any(path.iterdir()):
         return
-    names = {entry.name for entry in path.iterdir()} - _FILES
-    others = sorted(name for name in names if not _SEED_FOLDER.fullmatch(name))
+    entries = {entry.name for entry in path.iterdir()}
+    seeds = {name for name in entries if _SEED_FOLDER.fullmatch(name) and (path / name).is_dir()}
+    within = {f"{name}/{own.name}" for name in seeds for own in (path / name).iterdir()}
+    within = {name for name in within if name.partition("/")[2] not in _FILES}
+    others = sorted((entries - seeds - _FILES) | within)
     if others or not any((path / name).exists() for name in (RESULT_FILE, SUMMARY_FILE)):
         what = ", ".join(others[:4]) or f"no {RESULT_FILE}"
         raise ValueError(
@@ -100,7 +103,7 @@ class SeedWriter:
     @property
     def has_seeds(self) -> bool:
         """Whether a seed is finished."""
-        return any(self.temporary.iterdir())
+        return any(_SEED_FOLDER.fullmatch(entry.name) for entry in self.temporary.iterdir())
 
     @property
     def written(self) -> Path:
@@ -114,8 +117,10 @@ class SeedWriter:
           output: of the search with this seed.
         """
         folder = self.temporary / f"seed-{output.record['config']['seed']}"
-        folder.mkdir()
-        _write_files(folder, output)
+        unfinished = folder.with_name(f".{folder.name}")
+        unfinished.mkdir()
+        _write_files(unfinished, output)
+        os.rename(unfinished, folder)
 
     def finish(self, summary: Summary) -> None:
         """Write what is said of all seeds.
@@ -281,7 +286,7 @@ def read_config(path: Path) -> tuple[SearchConfig | None, list[list[int]]]:
         if (path / "config.json").exists():
             hint = "; for a checkpoint pass the result of jchain search --checkpoint"
         if (path / SUMMARY_FILE).exists():
-            hint = f"; it holds several seeds: pass one of them, such as {path / 'seed-0'}"
+            hint = f"; it holds several seeds: pass one of them, such as {min(path.glob('seed-*'))}"
         raise ValueError(
             f"expected a bank file or a result folder, got {path}: {error}{hint}"
         ) from None

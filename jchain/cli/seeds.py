@@ -9,17 +9,16 @@ from jchain._typing import Float
 from jchain.cli.config import SearchConfig
 from jchain.cli.pipeline import find_versions
 from jchain.cli.records import (
+    FOUND,
     ResultRecord,
     ScoredChain,
     Scores,
-    SearchOutput,
     SeedRow,
     Summary,
     finite_or_none,
 )
 from jchain.cli.scores import find_standard_error
 
-FOUND = "chain found"
 # Rows of the tables and their titles, in order.
 TITLES = {
     "finalist_ensemble": "ensemble of the finalists",
@@ -76,15 +75,14 @@ def compare_pairs(differences: Sequence[float] | Float[np.ndarray, "S"]) -> Inte
     return Interval(mean, [mean - width, mean + width])
 
 
-def summarize(config: SearchConfig, outputs: Sequence[SearchOutput], seconds: float) -> Summary:
+def summarize(config: SearchConfig, records: Sequence[ResultRecord], seconds: float) -> Summary:
     """Compare what was found with every control over the seeds.
 
     Args:
       config: of all seeds.
-      outputs: one per seed.
+      records: one per seed.
       seconds: run time of all seeds.
     """
-    records = [output.record for output in outputs]
     listed = [list_rows(record) for record in records]
     titles = [title for title in listed[0] if all(title in rows for rows in listed)]
     found = _make_row(records, records)
@@ -148,11 +146,11 @@ def _say(row: SeedRow) -> str:
     assert difference is not None
     word = "lower" if difference < 0 else "higher"
     if bounds is None:
-        return f"{abs(difference):.2f} {word}"
+        return f"{abs(difference):.3f} {word}"
     if bounds[0] <= 0 <= bounds[1]:
         return "on average no difference beyond noise"
     low, high = sorted(abs(bound) for bound in bounds)
-    return f"{abs(difference):.2f} {word} on average, 95% interval {low:.2f} to {high:.2f}"
+    return f"{abs(difference):.3f} {word} on average, 95% interval {low:.3f} to {high:.3f}"
 
 
 def _format(loss: float | None) -> str:

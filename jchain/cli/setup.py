@@ -18,7 +18,7 @@ from jchain.cli.config import SearchConfig, resolved
 from jchain.cli.parser import CHANNELS, LAYERS
 from jchain.data import Dataset
 from jchain.hub.wrapping import Restart
-from jchain.problem import Problem, check_max_layers
+from jchain.problem import Problem, check_max_layers, check_min_layers
 
 # Convolutions of a block: the first layer has 1, the second 2, the fourth 1 again.
 CONV_DEPTHS = (1, 2, 3)
@@ -160,7 +160,8 @@ def set_up_task(config: SearchConfig) -> tuple[SearchConfig, Setup]:
         has_slow_controls=not config.quick,
     )
     max_layers = task.max_layers if config.max_layers is None else config.max_layers
-    return replace(config, max_layers=check_max_layers(max_layers)), setup
+    check_min_layers(config.min_layers, check_max_layers(max_layers))
+    return replace(config, max_layers=max_layers), setup
 
 
 def set_up_trained(config: SearchConfig, data: Dataset, modules: Modules) -> Setup:

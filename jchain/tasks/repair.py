@@ -109,7 +109,7 @@ def _split(seed: int, sizes: Sequence[int] | None) -> Dataset:
     train, *held_out = (len(getattr(whole, name).y) for name in data_lib.SPLITS)
     if sizes is None:
         sizes = (train, NUM_SEARCH, NUM_SELECT, sum(held_out) - NUM_SEARCH - NUM_SELECT)
-    rest = sum(held_out) - sum(sizes[1:3])
+    rest = sum(held_out) - sum(min(pair) for pair in zip(sizes[1:3], held_out, strict=False))
     most = (train, held_out[0], held_out[1], rest)
     data_lib.check_sizes(sizes, most)
     rng = np.random.default_rng(seed)

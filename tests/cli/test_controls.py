@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,4 +70,19 @@ def test_tuning_keeps_the_net_unless_select_prefers_another(context):
     tuned = controls._tune(jax.random.key(0), context, net)
     before, after = (context.score(own.bank, own.tokens) for own in (net, tuned))
     assert after.loss["select"].mean() <= before.loss["select"].mean()
-    assert after.loss["search"].mean() < before.loss["search"].mean()
+    assert after.loss["search"].mean() <= before.loss["search"].mean()
+
+
+@pytest.mark.parametrize("failure", ["budget", "no finite loss"])
+def test_a_search_that_finds_nothing_is_no_control(context, capsys, monkeypatch, failure):
+    if failure == "budget":
+        own = context._replace(config=dataclasses.replace(context.config, budget=1))
+    else:
+        own, run = context, controls.run
+        empty = np.zeros((0, 4), np.int32)
+        monkeypatch.setattr(controls, "run", lambda *a, **k: run(*a, **k)._replace(finalists=empty))
+    found = context.score(context.made, [0, 4])
+    search = jc.LocalSearch()
+    key = jax.random.key(0)
+    assert controls._run_rival(key, own, found, "local_search", search) is None
+    assert "No local search to compare with: " in capsys.readouterr().err

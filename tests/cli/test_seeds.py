@@ -1,10 +1,8 @@
 import numpy as np
 import pytest
-from conftest import make_bank
 from scipy.stats import ttest_1samp
 
 from jchain.cli.config import SearchConfig
-from jchain.cli.records import SearchOutput
 from jchain.cli.report import print_summary
 from jchain.cli.seeds import compare_pairs, summarize
 
@@ -17,8 +15,8 @@ def make_scores(loss):
     return {"loss": {"test": loss}, "accuracy": {"test": 0.5}}
 
 
-def make_outputs(found=FOUND):
-    outputs = []
+def make_records(found=FOUND):
+    records = []
     for seed, losses in enumerate(zip(found, PARENT, PLAIN, strict=True)):
         own, parent, plain = map(make_scores, losses)
         controls = {"recipes": {}, "best_parent": parent, "plain_net": plain}
@@ -32,8 +30,8 @@ def make_outputs(found=FOUND):
             "controls": controls,
             "config": {"seed": 10 + seed},
         }
-        outputs.append(SearchOutput(record, make_bank(), None, {}))
-    return outputs
+        records.append(record)
+    return records
 
 
 def test_differences_have_the_interval_of_a_paired_t_test():
@@ -46,7 +44,7 @@ def test_differences_have_the_interval_of_a_paired_t_test():
 
 
 def test_seeds_are_compared_pair_by_pair():
-    summary = summarize(SearchConfig(), make_outputs(), 3.14)
+    summary = summarize(SearchConfig(), make_records(), 3.14)
     assert summary["seeds"] == [10, 11, 12]
     rows = summary["rows"]
     assert list(rows) == ["chain found", "best parent", "plain net, as many steps"]
@@ -64,24 +62,30 @@ def test_seeds_are_compared_pair_by_pair():
     ("found", "said"),
     [
         # 2 below the parent in each seed, and 2 above it.
-        ((0.25, 1.5, -0.875), "in 3 of 3 seeds (2.00 lower on average, 95% interval 2.00 to 2.00)"),
-        ((4.25, 5.5, 3.125), "in 0 of 3 seeds (2.00 higher on average, 95% interval 2.00 to 2.00)"),
+        (
+            (0.25, 1.5, -0.875),
+            "in 3 of 3 seeds (2.000 lower on average, 95% interval 2.000 to 2.000)",
+        ),
+        (
+            (4.25, 5.5, 3.125),
+            "in 0 of 3 seeds (2.000 higher on average, 95% interval 2.000 to 2.000)",
+        ),
     ],
 )
 def test_the_sentence_says_how_sure_a_difference_is(found, said):
-    summary = summarize(SearchConfig(), make_outputs(found=found), 0.0)
+    summary = summarize(SearchConfig(), make_records(found=found), 0.0)
     assert f"lower than that of the best parent {said}" in summary["sentence"]
 
 
 def test_a_loss_that_is_not_finite_has_no_difference():
-    summary = summarize(SearchConfig(), make_outputs(found=(0.25, None, 0.125)), 0.0)
+    summary = summarize(SearchConfig(), make_records(found=(0.25, None, 0.125)), 0.0)
     row = summary["rows"]["best parent"]
     assert (row["difference"], row["interval"], row["num_lower"]) == (None, None, 2)
     assert summary["rows"]["chain found"]["mean"] is None
 
 
 def test_the_summary_is_printed_with_every_chain(capsys):
-    summary = summarize(SearchConfig(), make_outputs(), 0.0)
+    summary = summarize(SearchConfig(), make_records(), 0.0)
     print_summary(summary)
     shown = " ".join(capsys.readouterr().out.split())
     assert "seed 11, digits 1: undo it -> net/0 -> net/head" in shown

@@ -67,6 +67,11 @@ def test_seeds_are_searched_compared_and_written(tmp_path, capsys):
     assert scored["chains"][0]["loss"] == pytest.approx(record["loss"]["test"], rel=1e-4)
     assert "it holds several seeds: pass one of them" in fail(["evaluate", str(out)], capsys)
     assert "already holds a result" in fail(argv, capsys)
+    notes = out / "seed-3" / "notes.txt"
+    notes.write_text("mine")
+    message = "holds files that are not a result of jchain (seed-3/notes.txt)"
+    assert message in fail([*argv, "--replace"], capsys)
+    notes.unlink()
     assert main([*argv, "--replace", "--seeds", "1"]) == 0
     assert {path.name for path in out.iterdir()} == {"bank.safetensors", "curve.png", "result.json"}
 
@@ -96,7 +101,10 @@ def test_finished_seeds_are_kept_when_a_run_is_interrupted(tmp_path, capsys, mon
     out = tmp_path / "out"
     assert main(["search", *SMALL, "--quick", "--seeds", "2", "--out", str(out)]) == 130
     (kept,) = tmp_path.iterdir()
-    assert f"The seeds that are finished are kept in {kept}" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"The seeds that are finished are kept in {kept}" in err
+    assert "nothing was written" not in err
+    assert [path.name for path in kept.iterdir()] == ["seed-0"]
     assert json.loads((kept / "seed-0" / "result.json").read_text())["config"]["seed"] == 0
     monkeypatch.setattr(commands, "_run_seed", lambda config: (_ for _ in ()).throw(OSError("no")))
     assert main(["search", *SMALL, "--seeds", "2", "--out", str(out)]) == 2
@@ -110,3 +118,20 @@ def test_several_seeds_of_a_trained_bank_are_compared_too(tmp_path, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "seed 1, wine: " in shown
     assert "plain net, as many steps" in shown
+
+
+@pytest.mark.parametrize("seeds", ["1", "2"])
+def test_controls_that_are_interrupted_do_not_lose_the_search(tmp_path, capsys, monkeypatch, seeds):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jchain.cli.controls._train_plain_net", interrupt)
+    out = tmp_path / "out"
+    assert main(["search", *SMALL, "--quick", "--seeds", seeds, "--out", str(out)]) == 130
+    err = capsys.readouterr().err
+    assert "Interrupted: the controls that are left are not scored" in err
+    (kept,) = tmp_path.iterdir()
+    folder = out if seeds == "1" else kept / "seed-0"
+    record = json.loads((folder / "result.json").read_text())
+    assert set(record["controls"]) == {"recipes", "reference", "best_parent"}
+    assert jc.Bank.load(folder / "bank.safetensors").num_layers == 12
