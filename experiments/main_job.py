@@ -33,7 +33,14 @@ import jax.numpy as jnp
 import numpy as np
 from candidates import CANDIDATES, HEAD, LAYER, Candidate, combine_faults, tune
 from matplotlib.figure import Figure
-from records import describe_machine, keep, make_parser, make_pool, write_results
+from records import (
+    describe_machine,
+    describe_search,
+    keep,
+    make_parser,
+    make_pool,
+    write_results,
+)
 from scipy.stats import bootstrap
 
 import jchain as jc
@@ -118,9 +125,10 @@ def main() -> None:
         **describe_machine(),
         "config": {
             "seeds": list(seeds),
-            "searches": {name: repr(search) for name, search in SEARCHES.items()},
+            "searches": {name: describe_search(search) for name, search in SEARCHES.items()},
             "num_random": NUM_RANDOM,
             "tuning_steps": TUNING_STEPS,
+            "long_steps": LONG_STEPS,
         },
         "seconds": round(time.perf_counter() - start),
         "candidates": {name: {**spaces[name], "rows": summary[name]} for name in names},
@@ -162,7 +170,7 @@ def run_case(case: tuple[str, int], searches: tuple[str, ...]) -> Arrays:
             rows |= run_search(key, candidate, search)
         return rows | run_controls(jax.random.fold_in(key, 1), candidate, seed)
 
-    inputs = (case, [repr(SEARCHES[s]) for s in own])
+    inputs = (case, [describe_search(SEARCHES[s]) for s in own])
     arrays = keep(__file__, f"main_job-{name.replace(' ', '_')}-{seed}", inputs, make)
     print(f"{name:20} {seed}", flush=True)
     return arrays
