@@ -22,8 +22,8 @@ from jchain.cli.config import DEFAULT_DATA, SearchConfig, check_search, resolve,
 from jchain.cli.parser import LAYERS, UPDATES, make_search, parse_chain
 from jchain.cli.pipeline import run_pipeline
 from jchain.cli.progress import print_progress
-from jchain.cli.records import ResultRecord, SearchOutput, Summary, finite_or_none
-from jchain.cli.report import format_loss, print_summary, print_table
+from jchain.cli.records import ResultRecord, SearchOutput, Summary, finite_or_none, format_loss
+from jchain.cli.report import print_summary, print_table
 from jchain.cli.seeds import summarize
 from jchain.cli.setup import choose_modules, set_up_checkpoints, set_up_task, set_up_trained
 from jchain.engine import distributed

@@ -130,3 +130,13 @@ def finite_or_none(loss: float | Array | np.ndarray | np.floating) -> float | No
       loss: one number.
     """
     return float(loss) if np.isfinite(loss) else None
+
+
+def format_loss(loss: float | None, digits: int = 3) -> str:
+    """A loss with few decimals.
+
+    Args:
+      loss: None if it is not finite.
+      digits: number of decimals.
+    """
+    return "not finite" if loss is None else f"{loss:.{digits}f}"

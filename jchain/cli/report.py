@@ -3,7 +3,16 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jchain.cli.records import FOUND, ResultRecord, Scores, SearchOutput, SeedRow, Summary, SweepRow
+from jchain.cli.records import (
+    FOUND,
+    ResultRecord,
+    Scores,
+    SearchOutput,
+    SeedRow,
+    Summary,
+    SweepRow,
+    format_loss,
+)
 from jchain.cli.seeds import list_rows
 from jchain.data import EVALUATION_SPLITS
 
@@ -191,13 +200,3 @@ def _format_cell(scores: Scores, split: str) -> str:
     if error is not None:
         shown += f" ± {error:.3f}"
     return f"{shown} ({scores['accuracy'][split]:.1%})"
-
-
-def format_loss(loss: float | None, digits: int = 3) -> str:
-    """A loss with few decimals.
-
-    Args:
-      loss: None if it is not finite.
-      digits: number of decimals.
-    """
-    return "not finite" if loss is None else f"{loss:.{digits}f}"

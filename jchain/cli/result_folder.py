@@ -13,8 +13,7 @@ from pathlib import Path
 from jchain.cli.config import SearchConfig
 from jchain.cli.plot import plot_curve, plot_seeds, plot_sweep
 from jchain.cli.progress import print_progress
-from jchain.cli.records import ResultRecord, SearchOutput, Summary
-from jchain.cli.report import format_loss
+from jchain.cli.records import ResultRecord, SearchOutput, Summary, format_loss
 from jchain.data import EVALUATION_SPLITS
 from jchain.files import find_umask
 

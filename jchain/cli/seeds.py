@@ -16,6 +16,7 @@ from jchain.cli.records import (
     SeedRow,
     Summary,
     finite_or_none,
+    format_loss,
 )
 from jchain.cli.scores import find_standard_error
 
@@ -132,7 +133,7 @@ def _make_sentence(rows: dict[str, SeedRow], num_seeds: int) -> str:
         row = rows.get(TITLES[name])
         if row is not None and row["difference"] is not None:
             parts.append(f"the {short} in {row['num_lower']} of {num_seeds} seeds ({_say(row)})")
-    said = f"On test, the chain found has a mean loss of {_format(found['mean'])}"
+    said = f"On test, the chain found has a mean loss of {format_loss(found['mean'])}"
     if np.isfinite(found["mean_accuracy"]):
         said += f" and is right on {found['mean_accuracy']:.1%}"
     if not parts:
@@ -151,7 +152,3 @@ def _say(row: SeedRow) -> str:
         return "on average no difference beyond noise"
     low, high = sorted(abs(bound) for bound in bounds)
     return f"{abs(difference):.3f} {word} on average, 95% interval {low:.3f} to {high:.3f}"
-
-
-def _format(loss: float | None) -> str:
-    return "not finite" if loss is None else f"{loss:.3f}"

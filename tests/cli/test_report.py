@@ -1,8 +1,8 @@
 import numpy as np
 from conftest import make_bank
 
-from jchain.cli.records import SearchOutput
-from jchain.cli.report import draw_chain, format_loss, print_table
+from jchain.cli.records import SearchOutput, format_loss
+from jchain.cli.report import draw_chain, print_table
 from jchain.search.base import Curve, Result
 
 
