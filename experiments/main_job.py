@@ -51,7 +51,7 @@ COMBINED = "plain net, trained on random combinations"
 TUNING_STEPS = (30, 100, 300)
 # In the main job, also for longer.
 LONG_STEPS = (1000, 3000)
-TUNED_LONGER = "plain net, tuned on search, up to 3,000 steps"
+TUNED_LONGER = "plain net, fine-tuned on search, up to 3,000 steps"
 FOUND = "critic search"
 SEARCHES: dict[str, Any] = {
     FOUND: jc.CriticSearch(),
@@ -72,12 +72,12 @@ ORDER = (
     *SEARCHES,
     *RULES,
     "ensemble of the finalists",
-    "faults undone last to first",
+    "known faults, undone in reverse order",
     "best parent",
-    "best single edit of a parent",
+    "best parent, best single edit",
     "ensemble of the parents",
-    "plain net, as many steps",
-    "plain net, tuned on search",
+    "plain net, same steps",
+    "plain net, fine-tuned on search",
     TUNED_LONGER,
     COMBINED,
     "random chains, median",
@@ -85,11 +85,11 @@ ORDER = (
 # Rows of the figure of the main job, and the seed of its digits.
 JOB_ROWS = {
     FOUND: "chain found",
-    "linearized": "linearized search, as many layer calls",
-    "local search": "local search, as many layer calls",
+    "linearized": "linearized search, same budget",
+    "local search": "local search, same budget",
     COMBINED: "plain net, trained on random combinations",
-    "plain net, tuned on search": "plain net, tuned on the labeled digits",
-    "plain net, as many steps": "plain net, as many steps",
+    "plain net, fine-tuned on search": "plain net, fine-tuned on the labeled digits",
+    "plain net, same steps": "plain net, same steps",
     "best parent": "best parent",
     "random chains, median": "random chains, median",
 }
@@ -235,7 +235,7 @@ def run_controls(key: jax.Array, candidate: Candidate, seed: int) -> Arrays:
         rows["ensemble of the parents"] = score_ensemble(candidate, chains)
         if (best >= 0).sum() <= candidate.max_layers + 1:
             edit = find_best_edit(candidate, best)
-            rows["best single edit of a parent"] = take(evaluate(candidate, "test", edit[None]), 0)
+            rows["best parent, best single edit"] = take(evaluate(candidate, "test", edit[None]), 0)
     net = jc.train.independent(
         net_key,
         data.train,
@@ -245,10 +245,10 @@ def run_controls(key: jax.Array, candidate: Candidate, seed: int) -> Arrays:
         depth=candidate.plain_depth,
         num_steps=bank.num_steps,
     )
-    rows["plain net, as many steps"] = score_net(net, data.test)
+    rows["plain net, same steps"] = score_net(net, data.test)
     nets = [net, *(tune(tune_key, net, data.search, steps) for steps in TUNING_STEPS)]
     best_net = min(nets, key=lambda own: score_net(own, data.select)[0])
-    rows["plain net, tuned on search"] = score_net(best_net, data.test)
+    rows["plain net, fine-tuned on search"] = score_net(best_net, data.test)
     if candidate.reference:
         rows[TUNED_LONGER] = run_longer(tune_key, candidate, net, nets)
     if candidate.reference:
@@ -258,7 +258,7 @@ def run_controls(key: jax.Array, candidate: Candidate, seed: int) -> Arrays:
     rows["random chains, median"] = np.array([np.median(out.loss), np.median(out.accuracy)])
     if candidate.reference:
         chain = jc.chain.pad([candidate.reference], candidate.max_layers)
-        rows["faults undone last to first"] = take(evaluate(candidate, "test", chain), 0)
+        rows["known faults, undone in reverse order"] = take(evaluate(candidate, "test", chain), 0)
     return rows
 
 
@@ -360,7 +360,7 @@ def format_table(summary: dict[str, Any], spaces: dict[str, Any], num: int) -> s
             f"{space['num_chains']:,} chains; scoring all takes about {format_time(seconds)}\n"
         )
         parts.append(
-            "| | loss on test | accuracy | found minus this | found is lower in |\n"
+            "| | loss on test | accuracy | found minus row | found is lower in |\n"
             "|---|---|---|---|---|"
         )
         for title, row in rows.items():
@@ -450,7 +450,7 @@ def apply_step_by_step(layers: Sequence[str]) -> tuple[list[str], np.ndarray]:
 
 def draw_candidates(path: str, runs: dict[str, Arrays]) -> None:
     """Plot loss on test of the chain found against that of three controls, a dot per seed."""
-    controls = ("best parent", "plain net, as many steps", "plain net, tuned on search")
+    controls = ("best parent", "plain net, same steps", "plain net, fine-tuned on search")
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, control in zip(figure.subplots(1, 3, sharey=True), controls, strict=True):
         for name, rows in runs.items():

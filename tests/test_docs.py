@@ -9,7 +9,10 @@ from checkpoints import make_model_and_text
 import jchain as jc
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = {path.stem: path.read_text() for path in sorted(DOCS.glob("*.md"))}
+PAGES = {
+    str(path.relative_to(DOCS).with_suffix("")): path.read_text()
+    for path in sorted(DOCS.rglob("*.md"))
+}
 EXAMPLES = {
     name: examples
     for name, text in PAGES.items()

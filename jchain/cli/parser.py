@@ -1,4 +1,4 @@
-"""Options of the command line, and the tables of what their values name."""
+"""The command line's options, and the tables that map their values to classes."""
 
 import argparse
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from jchain.data import LOADERS, SPLITS
 from jchain.tasks import TASKS
 
 BANKS = ("independent", "routed", "snapshots", "random")
-# Channels of convolutions if none are given.
+# The default number of channels of convolutions.
 CHANNELS = 16
 LAYERS = {
     "residual": jc.layers.ResidualMLP,
@@ -57,10 +57,10 @@ on a cluster:
 
 
 def make_search(config: SearchConfig) -> jc.Search:
-    """The search that the configuration names.
+    """Make the search that the configuration names.
 
     Args:
-      config: resolved.
+      config: the resolved configuration.
     """
     if config.search == "actor-critic":
         return jc.ActorCritic(encoding=ENCODINGS[config.encoding or "tokens"]())
@@ -68,21 +68,21 @@ def make_search(config: SearchConfig) -> jc.Search:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+    """Make the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="jchain", description="Search over chains of frozen layers."
     )
     parser.add_argument("--version", action="version", version=jc.__version__)
     commands = parser.add_subparsers(dest="action", required=True, metavar="COMMAND")
     search = commands.add_parser(
-        "search", help="make a bank, or read one from checkpoints, and search it"
+        "search", help="make a bank, or load one from checkpoints, and search for its best chain"
     )
     search.add_argument(
         "--task",
-        help=f"task, which brings its data and bank: {', '.join(TASKS)} (default: "
-        f"{config_lib.DEFAULT_TASK}, unless a data set, a bank or checkpoints are given)",
+        help=f"task to run, with its own data and bank: {', '.join(TASKS)} (default: "
+        f"{config_lib.DEFAULT_TASK}, unless --data, --bank, or --checkpoint is given)",
     )
-    _add_data(search, "default with a bank: digits; with checkpoints none")
+    _add_data(search, "default: digits if a bank is trained")
     _add_pretrained(search)
     _add_bank(search)
     _add_chains(search)
@@ -90,22 +90,26 @@ def make_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_export(commands)
     prepare = commands.add_parser(
-        "prepare", help="download an image set of tensorflow-datasets and write it for jchain"
+        "prepare",
+        help="download an image data set from tensorflow-datasets and prepare it for jchain",
     )
-    prepare.add_argument("name", help="as in tensorflow-datasets: mnist, cifar10, ...")
+    prepare.add_argument(
+        "name", help="name of the data set in tensorflow-datasets: mnist, cifar10, ..."
+    )
     _add_data_dir(prepare)
     return parser
 
 
 def _add_data(command: argparse.ArgumentParser, note: str) -> None:
     known, sizes = ", ".join(sorted(LOADERS)), ", ".join(map(str, SIZES))
-    command.add_argument("--data", help=f"data set: {known}, or a prepared image set ({note})")
+    command.add_argument("--data", help=f"data set: {known}, or a prepared image data set ({note})")
     _add_data_dir(command)
     command.add_argument(
         "--sizes",
         type=_parse_sizes,
         metavar="N,N,N,N",
-        help=f"examples of {', '.join(SPLITS)} (default: all; with checkpoints at most {sizes})",
+        help=f"number of examples in {', '.join(SPLITS)} (default: all; at most {sizes} with "
+        "checkpoints)",
     )
 
 
@@ -113,12 +117,12 @@ def _add_data_dir(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--data-dir",
         type=Path,
-        help="folder of prepared sets (default: that of tensorflow-datasets)",
+        help="folder of prepared data sets (default: the folder of tensorflow-datasets)",
     )
 
 
 def _add_bank(search: argparse.ArgumentParser) -> None:
-    group = search.add_argument_group("the bank that is trained")
+    group = search.add_argument_group("bank to train")
     group.add_argument(
         "--bank",
         choices=BANKS,
@@ -127,31 +131,34 @@ def _add_bank(search: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--layer",
         choices=sorted([*LAYERS, "conv"]),
-        help="module of the layers; conv: blocks of 1, 2 and 3 convolutions in turn "
-        "(default: conv for images, else residual)",
+        help="type of the layers; conv alternates blocks of 1, 2, and 3 convolutions "
+        "(default: conv for images, otherwise residual)",
     )
     group.add_argument(
-        "--channels", type=int, help=f"channels of convolutions (default: {CHANNELS})"
+        "--channels", type=int, help=f"number of channels of convolutions (default: {CHANNELS})"
     )
     group.add_argument(
         "--num-layers",
         type=int,
-        help=f"layers in the bank (default: {config_lib.DEFAULT_NUM_LAYERS})",
+        help=f"number of layers in the bank (default: {config_lib.DEFAULT_NUM_LAYERS})",
     )
     group.add_argument(
         "--num-heads",
         type=int,
-        help="heads of a routed or random bank (default: 1; with conv 2, a pooled and a dense one)",
+        help="number of heads in a routed or random bank (default: 1; for conv 2, one pooled and "
+        "one dense)",
     )
     group.add_argument(
         "--depth",
         type=int,
-        help=f"layers of each net, or route, that is trained (default: {config_lib.DEFAULT_DEPTH})",
+        help="number of layers in each net or route that is trained (default: "
+        f"{config_lib.DEFAULT_DEPTH})",
     )
     group.add_argument(
         "--num-steps",
         type=int,
-        help=f"gradient steps that make the bank (default: {config_lib.DEFAULT_NUM_STEPS})",
+        help="number of gradient steps to train the bank (default: "
+        f"{config_lib.DEFAULT_NUM_STEPS})",
     )
 
 
@@ -160,21 +167,21 @@ def _add_chains(search: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-layers",
         type=int,
-        help="most layers in a chain, beside pinned ones; the embeddings of a second checkpoint "
-        "count as one (default: that of the task, or --depth; with checkpoints as many as a model "
-        "has)",
+        help="maximum number of layers in a chain, not counting pinned ones; the embeddings of a "
+        "second checkpoint count as one layer (default: set by the task, or --depth, or the number "
+        "of layers of the model)",
     )
     group.add_argument(
         "--min-layers",
         type=int,
         default=_DEFAULT.min_layers,
-        help="fewest layers in a chain (default: %(default)s)",
+        help="minimum number of layers in a chain (default: %(default)s)",
     )
     group.add_argument(
         "--layer-cost",
         type=float,
         default=_DEFAULT.layer_cost,
-        help="penalty of a layer, in units of the loss (default: %(default)s)",
+        help="penalty added to the loss for each layer of a chain (default: %(default)s)",
     )
 
 
@@ -183,62 +190,65 @@ def _add_run(search: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--search",
         choices=sorted(SEARCHES),
-        help="search (default: critic for a task; actor-critic with a bank that is trained; local "
-        "with checkpoints)",
+        help="search algorithm (default: critic for a task, actor-critic for a bank to train, "
+        "local for checkpoints)",
     )
     group.add_argument(
         "--encoding",
         choices=sorted(ENCODINGS),
-        help="how the actor-critic encodes a prefix (default: tokens)",
+        help="how the actor-critic encodes a prefix of a chain (default: tokens)",
     )
     group.add_argument(
         "--update",
         choices=UPDATES,
         default=_DEFAULT.update,
-        help="when weights are trained. never; found: tune the chain found; clones: tune copies "
-        "that join the bank; shared: train the chains that the actor-critic samples "
+        help="when weights are trained. never; found: fine-tune the chain found; clones: fine-tune "
+        "copies of layers and add them to the bank; shared: train the chains that the actor-critic "
+        "samples "
         "(default: %(default)s)",
     )
     group.add_argument(
         "--budget",
         type=int,
-        help="layer calls, those of gradient steps included "
-        f"(default: {config_lib.TASK_BUDGET} for a task; 20000 with a bank; 1000 with checkpoints)",
+        help="budget of layer calls; gradient steps count too "
+        f"(default: {config_lib.TASK_BUDGET} for a task, 20000 for a bank to train, 1000 for "
+        "checkpoints)",
     )
     group.add_argument(
         "--seed",
         type=int,
         default=_DEFAULT.seed,
-        help="seed of splits, bank, and search; the first of several (default: %(default)s)",
+        help="seed of the splits, the bank, and the search; with --seeds, the first seed (default: "
+        "%(default)s)",
     )
     group.add_argument(
         "--seeds",
         type=int,
         dest="num_seeds",
         metavar="N",
-        help="run N seeds and compare over them "
-        f"(default: {config_lib.TASK_SEEDS} for a task, else 1)",
+        help="number of seeds to run and summarize "
+        f"(default: {config_lib.TASK_SEEDS} for a task, otherwise 1)",
     )
     group.add_argument(
         "--quick",
         action="store_true",
-        help="one seed, unless --seeds is given, and only the controls that are fast",
+        help="run one seed, unless --seeds is given, and only the fast controls",
     )
     group.add_argument(
         "--out",
         type=Path,
-        help="result folder (default: results/TASK-SEARCH-SEEDS, results/DATA-BANK-SEARCH-SEED; "
-        "with checkpoints results/A+B-SEARCH-SEED)",
+        help="result folder (default: results/TASK-SEARCH-SEEDS, results/DATA-BANK-SEARCH-SEED, or "
+        "results/A+B-SEARCH-SEED for checkpoints A and B)",
     )
     group.add_argument(
-        "--replace", action="store_true", help="replace the result in the folder, if there is one"
+        "--replace", action="store_true", help="replace an existing result in the folder"
     )
     _add_json(group)
 
 
 def _add_json(command: argparse._ActionsContainer) -> None:
     command.add_argument(
-        "--json", action="store_true", help="print the result as one JSON object in the last line"
+        "--json", action="store_true", help="print the result as one JSON object, on the last line"
     )
 
 
@@ -248,43 +258,44 @@ def _add_pretrained(search: argparse.ArgumentParser) -> None:
         "--checkpoint",
         nargs="+",
         metavar="DIR",
-        help="Hugging Face checkpoint folder, or several of one architecture, whose blocks are the "
-        "bank",
+        help="Hugging Face checkpoint folder whose blocks become the bank; several folders must "
+        "have the same architecture",
     )
     group.add_argument(
         "--text",
         nargs="+",
         metavar="FILE",
-        help="text that chains are judged on, by the next token",
+        help="text files: chains are scored by the loss of predicting the next token",
     )
     group.add_argument(
         "--choices",
         metavar="FILE",
-        help='or JSON lines of {"question": ..., "choices": [...], "answer": 0}',
+        help="instead of text, multiple-choice questions as JSON lines: "
+        '{"question": ..., "choices": [...], "answer": 0}',
     )
     group.add_argument(
         "--length",
         type=int,
-        help="tokens of a sequence or question (default: 128 or as many as the model takes, and "
-        "the longest question)",
+        help="number of tokens in a sequence or question (default: 128, or fewer if the model "
+        "takes fewer; for questions, the length of the longest)",
     )
     group.add_argument(
         "--pinned",
         type=_parse_pinned,
         metavar="FIRST,LAST",
-        help="blocks that every chain begins and ends with (default: 1,1)",
+        help="number of first and last blocks that every chain keeps (default: 1,1)",
     )
     group.add_argument(
         "--sweep",
         type=int,
         metavar="K",
-        help="also search chains of at most K, K + 1, ... layers beside pinned ones, up to "
-        "--max-layers, with the budget for each, and compare recipes",
+        help="also search chains of at most K, K + 1, ... layers (not counting pinned ones), up to "
+        "--max-layers, with the full budget each, and compare them with recipes",
     )
     group.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="type of the weights (default: that of the file)",
+        help="dtype of the weights (default: the dtype in the file)",
     )
 
 
@@ -295,61 +306,63 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_CLUSTER,
     )
-    evaluate.add_argument("bank", type=Path, help="a bank file, or the result folder of a search")
+    evaluate.add_argument("bank", type=Path, help="bank file, or result folder of a search")
     evaluate.add_argument(
         "--chain",
         action="append",
         metavar="TOKENS",
-        help="layer tokens and a head, as in 3,0,7,12; repeat for more (default: the chain that "
-        "the search found)",
+        help="tokens of the layers and the head, as in 3,0,7,12; can be repeated (default: the "
+        "chain that the search found)",
     )
-    _add_data(evaluate, "default: that of the search, or digits")
+    _add_data(evaluate, "default: the one of the search, or digits")
     evaluate.add_argument(
-        "--seed", type=int, help="seed of the splits (default: that of the search, or 0)"
+        "--seed", type=int, help="seed of the splits (default: the seed of the search, or 0)"
     )
     evaluate.add_argument(
         "--split",
         choices=("search", "select", "test"),
         default="search",
-        help="what to score on (default: %(default)s)",
+        help="split to score chains on (default: %(default)s)",
     )
     evaluate.add_argument(
         "--all",
         type=int,
         metavar="LAYERS",
-        help="score every chain of up to that many layers and print the 10 best",
+        help="score every chain of up to LAYERS layers and print the 10 best",
     )
     _add_json(evaluate)
     evaluate.add_argument(
-        "--distributed", action="store_true", help="share the work with other processes, see below"
+        "--distributed", action="store_true", help="share the work with other processes (see below)"
     )
     evaluate.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     evaluate.add_argument("--num-processes", type=int, help="number of processes")
-    evaluate.add_argument("--process-id", type=int, help="number of this process, from 0")
+    evaluate.add_argument("--process-id", type=int, help="index of this process, counted from 0")
     evaluate.add_argument(
         "--timeout",
         type=float,
         default=300,
-        help="seconds to wait for the others (default: %(default)s)",
+        help="seconds to wait for the other processes (default: %(default)s)",
     )
 
 
 def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    export = commands.add_parser("export", help="write a chain of checkpoints as a checkpoint")
-    export.add_argument("result", type=Path, help="the result folder of jchain search --checkpoint")
+    export = commands.add_parser(
+        "export", help="write a chain found in checkpoints as a new checkpoint"
+    )
+    export.add_argument("result", type=Path, help="result folder of jchain search --checkpoint")
     export.add_argument(
-        "--out", type=Path, required=True, help="folder to write, which does not exist yet"
+        "--out", type=Path, required=True, help="folder to create for the new checkpoint"
     )
     export.add_argument(
         "--chain",
         metavar="TOKENS",
-        help="as in 3,0,7,12 (default: the chain that the search found)",
+        help="tokens, as in 3,0,7,12 (default: the chain that the search found)",
     )
     export.add_argument(
         "--max-shard-size",
         type=int,
         default=5 * 10**9,
-        help="bytes of a file of weights (default: %(default)s)",
+        help="maximum size of a file of weights, in bytes (default: %(default)s)",
     )
 
 
@@ -358,7 +371,7 @@ def _parse_sizes(text: str) -> tuple[int, ...]:
         return tuple(int(size) for size in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"expected sizes as in 5000,1000,1000,1000, got {text!r}"
+            f"expected four sizes, as in 5000,1000,1000,1000, got {text!r}"
         ) from None
 
 
@@ -366,22 +379,22 @@ def _parse_pinned(text: str) -> tuple[int, int]:
     try:
         first, last = (int(number) for number in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected two numbers as in 1,1, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected two numbers, as in 1,1, got {text!r}") from None
     return first, last
 
 
 def parse_chain(text: str) -> list[int]:
-    """The tokens of a chain.
+    """Parse the tokens of a chain.
 
     Args:
-      text: tokens, separated by commas.
+      text: tokens separated by commas.
 
     Raises:
-      ValueError: the text has another form.
+      ValueError: if the text has another form.
     """
     try:
         return [int(token) for token in text.split(",")]
     except ValueError:
         raise ValueError(
-            f"expected a chain as tokens with commas between, 3,0,7,12, got {text!r}"
+            f"expected a chain as comma-separated tokens, as in 3,0,7,12, got {text!r}"
         ) from None

@@ -1,4 +1,4 @@
-"""The output of `jchain search`, with the fields of `result.json` and `summary.json`."""
+"""Types of what `jchain search` writes: the fields of `result.json` and `summary.json`."""
 
 from typing import NamedTuple, NotRequired, TypedDict
 
@@ -13,14 +13,14 @@ FOUND = "chain found"
 
 
 class Difference(TypedDict):
-    """Loss on `test` of the chain found minus that of a control, paired by example."""
+    """The loss of the chain found minus that of a control on `test`, paired by example."""
 
     mean: float | None
     standard_error: float | None
 
 
 class Scores(TypedDict):
-    """Loss and accuracy of one chain by split. The loss has no layer penalty."""
+    """The loss and accuracy of one chain on each split. The loss excludes the layer penalty."""
 
     loss: dict[str, float | None]  # None if it is not finite
     accuracy: dict[str, float]
@@ -42,7 +42,7 @@ class RandomChains(Scores):
 
 
 class SweepRow(ScoredChain):
-    """The chain that was found with at most `max_layers` layers."""
+    """The best chain found with at most `max_layers` layers."""
 
     max_layers: int
     chosen: str
@@ -50,10 +50,10 @@ class SweepRow(ScoredChain):
 
 
 class Controls(TypedDict):
-    """Scores to compare the chain found with. What does not apply is missing."""
+    """The scores that the chain found is compared with. Controls that do not apply are missing."""
 
     recipes: dict[str, ScoredChain]
-    reference: NotRequired[ScoredChain]  # of one who knows how the data was made
+    reference: NotRequired[ScoredChain]  # built by hand, knowing how the data was made
     best_parent: NotRequired[Scores]
     best_edit: NotRequired[ScoredChain]  # of the best parent
     plain_net: NotRequired[Scores]
@@ -69,7 +69,7 @@ class ResultRecord(Scores):
     """`result.json`."""
 
     best_chain: list[int]
-    chosen: str  # "search", or the recipe that is better on `select`
+    chosen: str  # "search", or the name of a recipe that beat the search on `select`
     layers: list[str]
     layer_calls: int
     update_calls: int
@@ -91,8 +91,8 @@ class SearchOutput(NamedTuple):
     record: ResultRecord
     bank: Bank
     result: Result
-    levels: dict[str, float]  # losses on `search` to compare the curve with, penalties included
-    is_interrupted: bool = False  # while controls were scored; those that are left are missing
+    levels: dict[str, float]  # losses on `search`, with penalties: lines in the plot of the curve
+    is_interrupted: bool = False  # interrupted while scoring controls: later ones are missing
 
 
 class SeedRow(TypedDict):
@@ -103,14 +103,14 @@ class SeedRow(TypedDict):
     mean: float | None
     standard_error: float | None  # of the mean, over seeds
     mean_accuracy: float
-    # Loss of the chain found minus that of this row, paired by seed.
+    # The loss of the chain found minus that of this row, paired by seed.
     difference: float | None
     interval: list[float] | None  # 95%, Student's t
-    num_lower: int  # seeds in which the chain found has the lower loss
+    num_lower: int  # number of seeds in which the chain found has the lower loss
 
 
 class Summary(TypedDict):
-    """`summary.json`: several seeds of one search."""
+    """`summary.json`: the results of several seeds."""
 
     seeds: list[int]
     about: list[str]
@@ -124,19 +124,19 @@ class Summary(TypedDict):
 
 
 def finite_or_none(loss: float | Array | np.ndarray | np.floating) -> float | None:
-    """A loss for JSON, which has no infinity.
+    """Convert a loss for JSON, which has no infinity: None if it is not finite.
 
     Args:
-      loss: one number.
+      loss: a scalar.
     """
     return float(loss) if np.isfinite(loss) else None
 
 
 def format_loss(loss: float | None, digits: int = 3) -> str:
-    """A loss with few decimals.
+    """Format a loss for a table.
 
     Args:
-      loss: None if it is not finite.
-      digits: number of decimals.
+      loss: a loss from a record; None stands for one that is not finite.
+      digits: the number of decimals.
     """
     return "not finite" if loss is None else f"{loss:.{digits}f}"

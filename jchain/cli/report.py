@@ -1,4 +1,4 @@
-"""The tables that `jchain search` prints, and the chain drawn by where its layers come from."""
+"""The tables that `jchain search` prints, and a drawing of the chain found."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-# Columns where standard output is no terminal.
+# The width of tables if standard output is not a terminal.
 _WIDTH = 120
-# A difference within this many standard errors is called noise.
+# Differences of at most this many standard errors are marked as noise.
 _NUM_ERRORS = 1.96
 
 
 def print_table(output: SearchOutput) -> None:
-    """Print the chain that was found beside its controls.
+    """Print the scores of the chain found and of its controls.
 
     Args:
-      output: of the search.
+      output: the output of one search.
     """
     record, console = output.record, _make_console()
     table = _make_table("loss ± standard error (accuracy) by split and number of examples")
     table.add_column("", no_wrap=True)
     for name in EVALUATION_SPLITS:
         table.add_column(f"{name}, {record['num_examples'][name]:,}", justify="right")
-    table.add_column("found - this, test", justify="right")
+    table.add_column("found minus row, test", justify="right")
     table.add_row(FOUND, *(_format_cell(record, split) for split in EVALUATION_SPLITS), "")
     for name, row in list_rows(record).items():
         cells = [_format_cell(row, split) for split in EVALUATION_SPLITS]
@@ -52,10 +52,10 @@ def print_table(output: SearchOutput) -> None:
 
 
 def print_summary(summary: Summary) -> None:
-    """Print what was found over several seeds.
+    """Print the chains found and the comparison with the controls over several seeds.
 
     Args:
-      summary: of the seeds.
+      summary: the summary of the seeds.
     """
     console, seeds = _make_console(), summary["seeds"]
     for seed, about, layers in zip(seeds, summary["about"], summary["layers"], strict=True):
@@ -66,7 +66,7 @@ def print_summary(summary: Summary) -> None:
         f"test, {num:,} examples: mean ± standard error over {len(seeds)} seeds, paired differences"
     )
     table.add_column("", no_wrap=True)
-    for title in ("loss", "accuracy", "found - this [95% interval]", "lower in"):
+    for title in ("loss", "accuracy", "found minus row [95% interval]", "found lower in"):
         table.add_column(title, justify="right")
     for name, row in summary["rows"].items():
         table.add_row(name, *_format_seed_row(row, len(seeds), is_found=name == FOUND))
@@ -76,19 +76,20 @@ def print_summary(summary: Summary) -> None:
 
 
 def draw_chain(layers: Sequence[str], title: str = "") -> list[str]:
-    """Draw a chain: a line for each net that layers come from, a column for each slot.
+    """Draw a chain as text, with one column per slot and one row per origin of layers.
 
-    A cell is the layer's own part of the name, as in `0` of `net/0`; a dot if it has none.
+    The origin of `net/0` is `net`, and its cell shows `0`. A layer whose name has no slash is its
+    own origin, and its cell shows a bullet.
 
     Args:
-      layers: names along the chain.
-      title: what to write before the slots.
+      layers: the names of the layers and the head, in order.
+      title: text to show to the left of the slot numbers.
     """
     origins = [name.rpartition("/")[0] or name for name in layers]
     own = [name.rpartition("/")[2] if "/" in name else "●" for name in layers]
     widths = [max(len(cell), len(str(slot))) for slot, cell in enumerate(own, 1)]
     indent = max(len(name) for name in (*origins, title))
-    # The head, at the end, is no layer.
+    # The last column is the head, which has no slot.
     slots = [str(slot).rjust(width) for slot, width in enumerate(widths[:-1], 1)]
     lines = [f"{title.ljust(indent)}  {' '.join(slots)}"]
     for origin in dict.fromkeys(origins):
@@ -125,12 +126,12 @@ def _make_remarks(output: SearchOutput) -> list[str]:
     ]
     if record["chosen"] != "search":
         lines.append(
-            f"It is a recipe, {record['chosen']}: what the search found is no better on select"
+            f"This chain is a recipe ({record['chosen']}): no chain found was better on select"
         )
     if record["nonfinite_chains"]:
         lines.append(
-            f"{record['nonfinite_chains']} of {output.result.num_chains} scored chains had a loss "
-            "that was not finite"
+            f"{record['nonfinite_chains']} of {output.result.num_chains} scored chains had a "
+            "non-finite loss"
         )
     return [*lines, *_say_what_is_noise(record)]
 
@@ -177,9 +178,9 @@ def _format_seed_row(row: SeedRow, num_seeds: int, *, is_found: bool) -> list[st
 
 
 def _make_sweep_table(rows: Sequence[SweepRow]) -> "Table":
-    """Loss on `test` by the number of layers, of what was found and of recipes."""
+    """Tabulate the loss on `test` by number of layers: the chains found, and the recipes."""
     names = list(dict.fromkeys(name for row in rows for name in row["recipes"]))
-    table = _make_table("loss (accuracy) on test by layers beside pinned ones")
+    table = _make_table("loss (accuracy) on test by number of layers, pinned ones not counted")
     for name in ("at most", FOUND, *names):
         table.add_column(name, justify="right")
     for row in rows:

@@ -1,4 +1,4 @@
-"""Several seeds of one search, compared with the controls pair by pair."""
+"""Statistics over several seeds of one search: each control compared with the chain found."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,17 +20,17 @@ from jchain.cli.records import (
 )
 from jchain.cli.scores import find_standard_error
 
-# Rows of the tables and their titles, in order.
+# Controls and the titles of their rows, in the order of the tables.
 TITLES = {
     "finalist_ensemble": "ensemble of the finalists",
-    "reference": "faults undone last to first, if known",
-    "local_search": "local search, as many layer calls",
-    "actor_critic": "actor-critic, as many layer calls",
+    "reference": "known faults, undone in reverse order",
+    "local_search": "local search, same budget",
+    "actor_critic": "actor-critic, same budget",
     "best_parent": "best parent",
-    "best_edit": "best single edit of it",
+    "best_edit": "best parent, best single edit",
     "parent_ensemble": "ensemble of the parents",
-    "plain_net": "plain net, as many steps",
-    "tuned_plain_net": "plain net, tuned on search",
+    "plain_net": "plain net, same steps",
+    "tuned_plain_net": "plain net, fine-tuned on search",
     "random_chains": "random chains, median",
 }
 # Controls that the sentence names.
@@ -40,17 +40,20 @@ _QUANTILE = 0.975
 
 
 class Interval(NamedTuple):
-    """Mean of paired differences and its 95% interval (Student's t); None for one pair."""
+    """The mean of paired differences and its 95% interval (Student's t).
+
+    `bounds` is None if there is only one pair.
+    """
 
     mean: float
     bounds: list[float] | None
 
 
 def list_rows(record: ResultRecord) -> dict[str, Scores]:
-    """The controls of a record by title, in the order of the tables.
+    """List the scores of the controls by row title, in the order of the tables.
 
     Args:
-      record: of one seed.
+      record: the result of one seed.
     """
     found: dict[str, Scores | ScoredChain] = {}
     for name, title in TITLES.items():
@@ -61,10 +64,10 @@ def list_rows(record: ResultRecord) -> dict[str, Scores]:
 
 
 def compare_pairs(differences: Sequence[float] | Float[np.ndarray, "S"]) -> Interval:
-    """Mean of paired differences, with Student's t interval.
+    """Compute the mean of paired differences and its 95% interval (Student's t).
 
     Args:
-      differences: one per seed.
+      differences: `[S]`, one difference per seed.
     """
     from scipy.stats import sem, t
 
@@ -77,12 +80,12 @@ def compare_pairs(differences: Sequence[float] | Float[np.ndarray, "S"]) -> Inte
 
 
 def summarize(config: SearchConfig, records: Sequence[ResultRecord], seconds: float) -> Summary:
-    """Compare what was found with every control over the seeds.
+    """Compare the chains found with every control over all seeds.
 
     Args:
-      config: of all seeds.
-      records: one per seed.
-      seconds: run time of all seeds.
+      config: the configuration that all seeds share.
+      records: the results, one per seed.
+      seconds: the run time of all seeds together.
     """
     listed = [list_rows(record) for record in records]
     titles = [title for title in listed[0] if all(title in rows for rows in listed)]
@@ -127,7 +130,7 @@ def _make_row(scores: Sequence[Scores], records: Sequence[ResultRecord]) -> Seed
 
 
 def _make_sentence(rows: dict[str, SeedRow], num_seeds: int) -> str:
-    """What was found and how sure that is, in words."""
+    """Summarize the result and its uncertainty in one or two sentences."""
     found, parts = rows[FOUND], []
     for name, short in _NAMED.items():
         row = rows.get(TITLES[name])
@@ -135,14 +138,14 @@ def _make_sentence(rows: dict[str, SeedRow], num_seeds: int) -> str:
             parts.append(f"the {short} in {row['num_lower']} of {num_seeds} seeds ({_say(row)})")
     said = f"On test, the chain found has a mean loss of {format_loss(found['mean'])}"
     if np.isfinite(found["mean_accuracy"]):
-        said += f" and is right on {found['mean_accuracy']:.1%}"
+        said += f" and an accuracy of {found['mean_accuracy']:.1%}"
     if not parts:
         return f"{said}."
     return f"{said}. Its loss is lower than that of {', and than that of '.join(parts)}."
 
 
 def _say(row: SeedRow) -> str:
-    """The difference in words, for example "8.85 lower on average, 95% interval 5.38 to 12.32"."""
+    """Describe a difference, as in "8.85 lower on average, 95% interval 5.38 to 12.32"."""
     difference, bounds = row["difference"], row["interval"]
     assert difference is not None
     word = "lower" if difference < 0 else "higher"

@@ -1,4 +1,7 @@
-"""Tasks: data and a bank for which composing layers is worth it, made from one seed."""
+"""Tasks: problems that chains solve and single trained nets do not, each made from one seed.
+
+A task brings its own data and the function that trains its bank. `jchain search` runs one.
+"""
 
 from jchain.tasks.base import Task
 from jchain.tasks.faults import FAULTS, damage

@@ -1,4 +1,4 @@
-"""What a task is."""
+"""The definition of a task."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,19 +12,20 @@ from jchain.data import Dataset
 
 
 class Task(NamedTuple):
-    """Data, and how to make the bank that is searched.
+    """A data set and a bank of layers to solve it with, both made from one seed.
 
     Attributes:
-      name: name of the task.
-      about: a few words that say what the data of this seed is.
-      data: the splits. `train` holds every labeled example that layers of the bank were trained on;
-        `search`, `select`, and `test` are what chains are wanted for.
-      make_bank: trains the layers, from a key. The bank has parents.
-      max_layers: most layers in a chain.
-      layer: module of the layers of the plain net.
-      head: module of its head.
-      plain_depth: number of its layers.
-      reference: the chain that someone would build who knows how the data was made.
+      name: the name of the task.
+      about: a short description of this seed's data.
+      data: the four splits. `train` holds all labeled examples that the layers are trained on.
+        `search`, `select`, and `test` hold the new data that chains should solve.
+      make_bank: a function that takes a PRNG key, trains the layers, and returns the bank. The bank
+        has parents.
+      max_layers: the maximum number of layers in a chain.
+      layer: the module of the layers of the plain net, the baseline that is trained end to end.
+      head: the module of the head of the plain net.
+      plain_depth: the number of layers of the plain net.
+      reference: the chain, as tokens, that one would build by hand, knowing how the data was made.
     """
 
     name: str
@@ -38,11 +39,15 @@ class Task(NamedTuple):
     reference: tuple[int, ...]
 
     def train_plain_net(self, key: Key[Array, ""], num_steps: int) -> Bank:
-        """Train one net on `train`, to compare chains with.
+        """Train the plain net: one net, trained end to end on `train`, as a baseline for chains.
 
         Args:
-          key: consumed.
-          num_steps: gradient steps; `Bank.num_steps` of the bank for as many as it took.
+          key: the PRNG key.
+          num_steps: the number of gradient steps. Pass the `num_steps` of the bank to train for as
+            many steps as all layers of the bank together.
+
+        Returns:
+          A bank that holds the layers and the head of the net.
         """
         return train.independent(
             key,

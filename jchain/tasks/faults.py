@@ -1,7 +1,7 @@
-"""Faults of a camera: functions of images `[B, H, W]` with values from 0 to 1.
+"""Image faults, as a broken camera would cause: functions of images `[B, H, W]` in [0, 1].
 
-Each keeps the shape and the range of values, and can be undone on 8 x 8 images; `blurred` is the
-worst conditioned.
+Each fault preserves the shape and the range of values and is invertible on 8 x 8 images. `blurred`
+has the largest condition number.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,21 +12,21 @@ from numpy.typing import ArrayLike
 from jchain._typing import Float
 
 Images = Float[np.ndarray, "B H W"]
-# Columns or rows by which images are shifted.
+# The number of columns or rows by which images are shifted.
 _SHIFT = 3
 # The range of values of a faded image.
 _FADED = (0.35, 0.65)
 
 
 def _blur(images: Images) -> Images:
-    """Mean over windows of 3 x 3, which wrap around the border."""
+    """Average over 3 x 3 windows that wrap around the border."""
     offsets = (-1, 0, 1)
     shifted = [np.roll(images, (i, j), axis=(1, 2)) for i in offsets for j in offsets]
     return np.mean(shifted, axis=0)
 
 
 def _skew(images: Images) -> Images:
-    """Shift each row by one column more than the row above."""
+    """Shift each row one column further than the row above it."""
     rows = [np.roll(images[:, i], i, axis=1) for i in range(images.shape[1])]
     return np.stack(rows, axis=1)
 
@@ -46,14 +46,14 @@ FAULTS: dict[str, Callable[[Images], Images]] = {
 
 
 def damage(images: ArrayLike, faults: Sequence[str]) -> Float[np.ndarray, "B H W"]:
-    """Apply faults to square images, the first one first.
+    """Apply faults to square images, in the given order.
 
     Args:
-      images: `[B, H, H]`, values from 0 to 1.
-      faults: names of `FAULTS`; a name may repeat.
+      images: `[B, H, H]`, with values in [0, 1].
+      faults: keys of `FAULTS`; the same fault may appear more than once.
 
     Raises:
-      ValueError: a name is unknown, or the images are not square.
+      ValueError: if a fault is unknown, or the images are not square.
     """
     images = np.asarray(images, np.float32)
     if images.ndim != 3 or images.shape[1] != images.shape[2]:
@@ -65,14 +65,15 @@ def damage(images: ArrayLike, faults: Sequence[str]) -> Float[np.ndarray, "B H W
 
 
 def check_faults(faults: Sequence[str]) -> None:
-    """Check names of faults.
+    """Check that all faults are known.
 
     Args:
-      faults: names.
+      faults: names of faults.
 
     Raises:
-      ValueError: a name is unknown.
+      ValueError: if a name is not a key of `FAULTS`.
     """
     unknown = [name for name in faults if name not in FAULTS]
     if unknown:
-        raise ValueError(f"expected faults of {', '.join(FAULTS)}, got {', '.join(unknown)}")
+        known = ", ".join(FAULTS)
+        raise ValueError(f"expected names of faults ({known}), got {', '.join(unknown)}")

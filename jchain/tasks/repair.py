@@ -1,10 +1,12 @@
-"""Repair: digits with several faults at once, and layers that were trained to undo one fault each.
+"""The repair task: digits with several faults at once, and layers that each undo one fault.
 
-One net was trained on digits without faults. For each fault of `jchain.tasks.faults`, one layer was
-trained, in front of that net, to undo this fault alone. Then digits arrive that have four faults,
-one on top of the other. No net was trained on two faults together, and only 150 of the new digits
-have labels. Which layers undo the faults, and in which order? Compare Mason, Sarkar, Sasaki, and
-Boix 2023, arXiv:2306.09005, who compose modules for elemental corruptions that are known.
+The bank holds the layers of a net that classifies undamaged digits and, for each fault in
+`jchain.tasks.faults`, one layer that was trained to undo that fault alone. The new digits have four
+faults, applied one after another. No layer was trained on two faults at once, and only 150 of the
+new digits have labels. Which layers undo the faults, and in which order?
+
+Related work: Mason, Sarkar, Sasaki, and Boix (2023), arXiv:2306.09005, compose modules for known
+elemental corruptions.
 """
 
 from collections.abc import Sequence
@@ -27,22 +29,22 @@ from jchain.tasks.faults import FAULTS, check_faults, damage
 from jchain.training_loop import Recipe, train_weights
 
 NUM_FAULTS = 4
-# Layers of the net for digits without faults, and of the plain net.
+# Number of layers of the net for undamaged digits, and of the plain net.
 NET_DEPTH, PLAIN_DEPTH = 2, 4
 NET_STEPS, REPAIR_STEPS = 1000, 2000
-# Labeled digits with the new faults. `test` gets the others.
+# Numbers of labeled digits with the new faults. `test` gets all others.
 NUM_SEARCH, NUM_SELECT = 100, 50
-# Test cards per digit that repairs are trained on.
+# Test cards (images of random dots) per digit that repair layers are trained on.
 CARDS_PER_DIGIT = 2
 _SIDE, _CLASSES, _MAX_VALUE = 8, 10, 16.0
 _LAYER, _HEAD = ResidualMLP(_SIDE**2), DenseHead(_CLASSES)
-# Adam without weight decay, which would keep repairs of brightness from being exact. The rate drops
-# after four fifths of the steps.
+# Adam without weight decay: decay would bias the layers that repair brightness. The learning rate
+# drops after four fifths of the steps.
 _OPTIMIZER = optax.adam(optax.piecewise_constant_schedule(2e-3, {REPAIR_STEPS * 4 // 5: 0.15}))
 
 
 class _Identity(nn.Module):
-    """The head of a repair, which is trained on images, not classes."""
+    """The head used to train repair layers, whose targets are images instead of classes."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "B F"]) -> Float[Array, "B F"]:
@@ -55,19 +57,21 @@ def make_repair(
     faults: Sequence[str] | None = None,
     sizes: Sequence[int] | None = None,
 ) -> Task:
-    """Make the task of digits with several faults.
+    """Make the repair task: digits with several faults at once.
 
-    The bank has one layer per fault, named `undo skewed`; the layers of the net, `net/0` and
-    `net/1`; and its head. Its parents are the net, and the net behind each of the repairs.
+    The bank has one layer per fault (for example `undo skewed`), the two layers of the net for
+    undamaged digits (`net/0` and `net/1`), and the head of that net. Its parents are the net alone,
+    and the net after each single repair layer.
 
     Args:
-      seed: decides the splits and the faults.
-      faults: the faults of `search`, `select`, and `test`, the first one first; four different
-        ones drawn by the seed if None.
-      sizes: number of examples in train, search, select, and test; 898, 100, 50, and 749 if None.
+      seed: the seed of the splits and of the faults.
+      faults: the faults of `search`, `select`, and `test`, in the order in which they are applied.
+        If None, the seed draws four different ones.
+      sizes: the number of examples in train, search, select, and test. If None, 898, 100, 50, and
+        749.
 
     Raises:
-      ValueError: a fault is unknown, or `sizes` asks for more examples than there are.
+      ValueError: if a fault is unknown, or `sizes` asks for more examples than there are.
     """
     if faults is None:
         rng = np.random.default_rng(seed)
@@ -84,26 +88,26 @@ def make_repair(
     about = f"digits that are {', then '.join(faults) or 'without faults'}"
     max_layers = len(faults) + NET_DEPTH + 1
     return Task(
-        "repair",
-        about,
-        clean._replace(train=labeled, name="repair", **parts),
-        make_bank,
-        max_layers,
-        _LAYER,
-        _HEAD,
-        PLAIN_DEPTH,
-        _undo(faults),
+        name="repair",
+        about=about,
+        data=clean._replace(train=labeled, name="repair", **parts),
+        make_bank=make_bank,
+        max_layers=max_layers,
+        layer=_LAYER,
+        head=_HEAD,
+        plain_depth=PLAIN_DEPTH,
+        reference=_undo(faults),
     )
 
 
 def _undo(faults: Sequence[str]) -> tuple[int, ...]:
-    """The chain that undoes known faults, the last one first."""
+    """Build the chain that undoes known faults in reverse order."""
     names, first = [*FAULTS], len(FAULTS)
     return (*(names.index(name) for name in reversed(faults)), *range(first, first + NET_DEPTH + 1))
 
 
 def _split(seed: int, sizes: Sequence[int] | None) -> Dataset:
-    """The splits of digits without faults. `test` also has what `search` and `select` leave."""
+    """Split the undamaged digits. `test` also gets the examples unused by `search` and `select`."""
     x, y = data_lib.LOADERS["digits"]()
     whole = data_lib.split(x, y, seed=seed, name="digits", statistics=(0.0, _MAX_VALUE))
     train, *held_out = (len(getattr(whole, name).y) for name in data_lib.SPLITS)
@@ -133,7 +137,7 @@ def _damage(batch: Batch, faults: Sequence[str]) -> Batch:
 
 
 def _make_cards(num: int, rng: np.random.Generator) -> Float[np.ndarray, "B F"]:
-    """Test cards: images of random dots, from few to many."""
+    """Draw test cards: images of random dots, with densities from sparse to full."""
     shape = (num, _SIDE**2)
     is_dot = rng.uniform(size=shape) < rng.uniform(size=(num, 1))
     return (rng.uniform(size=shape) * is_dot).astype(np.float32)
@@ -144,7 +148,7 @@ def _make_bank(key: Key[Array, ""], clean: Batch, seed: int) -> Bank:
     net = train.independent(
         net_key, clean, layer=_LAYER, head=_HEAD, num_nets=1, depth=NET_DEPTH, num_steps=NET_STEPS
     )
-    # Digits have blank borders, where other faults put ink: repairs are trained on random dots too.
+    # Digits have blank borders, but other faults move ink there. Random dots cover these inputs.
     cards = _make_cards(CARDS_PER_DIGIT * len(clean.y), np.random.default_rng(seed))
     targets = jnp.concatenate([clean.x, jnp.asarray(cards)])
     repairs = [
@@ -174,7 +178,7 @@ def _make_bank(key: Key[Array, ""], clean: Batch, seed: int) -> Bank:
 
 
 def _train_repair(key: Array, targets: Array, fault: str) -> PyTree:
-    """Params of a layer that maps images with one fault to the images without it."""
+    """Train a layer that maps images with one fault to the same images without it."""
     inputs = _damage(Batch(targets, targets), [fault]).x
     recipe = Recipe(
         (_LAYER,),

@@ -43,7 +43,7 @@ def test_bad_options_exit_with_2_and_write_nothing(tmp_path, capsys, options, me
         ),
         (
             ["--checkpoint", "m0", "--text", "text.txt", "--search", "suffix-beam"],
-            "not invertible",
+            "cannot be inverted",
         ),
         (["--pinned", "1,1"], "expected --checkpoint with --pinned"),
     ],
@@ -86,7 +86,10 @@ def test_options_decide_whether_a_task_is_searched(given, task, bank, search, nu
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--task", "repai"], "expected a task of repair, got 'repai'; did you mean repair?"),
+        (
+            ["--task", "repai"],
+            "expected the name of a task (repair), got 'repai'; did you mean repair?",
+        ),
         (["--task", "repair", "--depth", "3"], "expected no --depth with --task"),
         (["--task", "repair", "--data", "wine"], "expected no --data with --task"),
         (["--task", "repair", "--sweep", "2"], "expected --checkpoint with --sweep"),

@@ -105,7 +105,7 @@ def test_evaluate_scores_chains_of_a_result_or_a_bank_file(result_folder, capsys
         ),
         (["--chain", "0,1"], "has no head token"),
         (["--chain", "4,1"], "has tokens after its head"),
-        (["--chain", "a,4"], "expected a chain as tokens with commas between"),
+        (["--chain", "a,4"], "expected a chain as comma-separated tokens"),
         (["--data", "digits"], "does not take an input of shape [360, 64]"),
     ],
 )
@@ -118,7 +118,7 @@ def test_evaluate_refuses_damaged_and_missing_files(result_folder, tmp_path, cap
     damaged = tmp_path / "bank.safetensors"
     damaged.write_bytes((result_folder / "bank.safetensors").read_bytes()[:-9])
     for path, message in [
-        (damaged, "is damaged, truncated or no jchain file"),
+        (damaged, "is damaged, truncated, or not a jchain file"),
         (tmp_path / "none", "expected a jchain file"),
         (tmp_path, "expected a bank file or a result folder"),
     ]:

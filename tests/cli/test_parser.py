@@ -5,7 +5,7 @@ from command_line import check_bad_options
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--sizes", "1,a"], "expected sizes as in 5000,1000,1000,1000, got '1,a'"),
+        (["--sizes", "1,a"], "expected four sizes, as in 5000,1000,1000,1000, got '1,a'"),
         (["--search", "annealing"], "invalid choice: 'annealing'"),
     ],
 )

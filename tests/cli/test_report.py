@@ -51,14 +51,14 @@ def test_the_table_has_all_rows_and_remarks(capsys):
     cells = "0.500 ± 0.125 (75.0%) 0.250 ± 0.062 (50.0%) not finite"
     assert f"chain found {cells}" in shown
     assert f"best parent {cells} +0.500 ± 0.300 (noise)" in shown
-    assert f"plain net, as many steps {cells} -0.500 ± 0.125" in shown
+    assert f"plain net, same steps {cells} -0.500 ± 0.125" in shown
     assert "random chains, median 4.000 (10.0%) quartiles 3.500 to not finite" in shown
     assert "No clear difference on test (95%): best parent" in shown
     assert "optimum of all chains 0.125" in shown
     found = "in 1,234 layer calls, 34 of them gradient steps, among 12,345 chains: a -> head"
     assert found in shown
-    assert "It is a recipe, last blocks dropped" in shown
-    assert "2 of 7 scored chains had a loss that was not finite" in shown
+    assert "This chain is a recipe (last blocks dropped)" in shown
+    assert "2 of 7 scored chains had a non-finite loss" in shown
 
 
 def test_a_chain_is_drawn_by_where_its_layers_come_from():

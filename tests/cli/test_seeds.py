@@ -47,8 +47,8 @@ def test_seeds_are_compared_pair_by_pair():
     summary = summarize(SearchConfig(), make_records(), 3.14)
     assert summary["seeds"] == [10, 11, 12]
     rows = summary["rows"]
-    assert list(rows) == ["chain found", "best parent", "plain net, as many steps"]
-    parent, plain = rows["best parent"], rows["plain net, as many steps"]
+    assert list(rows) == ["chain found", "best parent", "plain net, same steps"]
+    parent, plain = rows["best parent"], rows["plain net, same steps"]
     assert parent["difference"] == pytest.approx(-2.0)
     assert parent["interval"] == pytest.approx(compare_pairs([-2.0, -3.0, -1.0]).bounds)
     assert (parent["num_lower"], plain["num_lower"]) == (3, 2)
@@ -92,7 +92,7 @@ def test_the_summary_is_printed_with_every_chain(capsys):
     assert "test, 749 examples: mean ± standard error over 3 seeds" in shown
     error = np.std(FOUND, ddof=1) / np.sqrt(3)
     assert f"chain found 0.292 ± {error:.3f} 50.0%" in shown
-    low, high = summary["rows"]["plain net, as many steps"]["interval"]
+    low, high = summary["rows"]["plain net, same steps"]["interval"]
     cells = f"0.300 ± 0.058 50.0% -0.008 [{low:+.3f}, {high:+.3f}] (noise) 2 of 3"
-    assert f"plain net, as many steps {cells}" in shown
+    assert f"plain net, same steps {cells}" in shown
     assert summary["sentence"] in shown

@@ -102,7 +102,7 @@ def test_finished_seeds_are_kept_when_a_run_is_interrupted(tmp_path, capsys, mon
     assert main(["search", *SMALL, "--quick", "--seeds", "2", "--out", str(out)]) == 130
     (kept,) = tmp_path.iterdir()
     err = capsys.readouterr().err
-    assert f"The seeds that are finished are kept in {kept}" in err
+    assert f"The finished seeds are kept in {kept}" in err
     assert "nothing was written" not in err
     assert [path.name for path in kept.iterdir()] == ["seed-0"]
     assert json.loads((kept / "seed-0" / "result.json").read_text())["config"]["seed"] == 0
@@ -117,7 +117,7 @@ def test_several_seeds_of_a_trained_bank_are_compared_too(tmp_path, capsys):
     assert main(["search", *options.split(), "--seeds", "2", "--quick", "--out", out]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "seed 1, wine: " in shown
-    assert "plain net, as many steps" in shown
+    assert "plain net, same steps" in shown
 
 
 @pytest.mark.parametrize("seeds", ["1", "2"])
@@ -129,7 +129,7 @@ def test_controls_that_are_interrupted_do_not_lose_the_search(tmp_path, capsys, 
     out = tmp_path / "out"
     assert main(["search", *SMALL, "--quick", "--seeds", seeds, "--out", str(out)]) == 130
     err = capsys.readouterr().err
-    assert "Interrupted: the controls that are left are not scored" in err
+    assert "Interrupted: the remaining controls are not scored" in err
     (kept,) = tmp_path.iterdir()
     folder = out if seeds == "1" else kept / "seed-0"
     record = json.loads((folder / "result.json").read_text())

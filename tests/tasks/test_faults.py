@@ -45,7 +45,7 @@ def test_the_first_fault_comes_first():
 
 
 def test_what_is_no_fault_or_no_square_image_is_refused():
-    with pytest.raises(ValueError, match="expected faults of upside down, .*, got rotten"):
+    with pytest.raises(ValueError, match="expected names of faults .upside down, .*, got rotten"):
         damage(IMAGES, ["scrolled", "rotten"])
     with pytest.raises(ValueError, match=r"square images \[B, H, H\], got \[3, 8, 7\]"):
         damage(IMAGES[:, :, :7], ["scrolled"])

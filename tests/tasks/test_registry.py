@@ -13,7 +13,7 @@ def test_tasks_depend_on_the_seed_alone(name):
 
 
 def test_an_unknown_task_lists_the_tasks():
-    with pytest.raises(ValueError, match=r"expected a task of repair, got 'x'$"):
+    with pytest.raises(ValueError, match=r"expected the name of a task \(repair\), got 'x'$"):
         jc.tasks.make("x")
     with pytest.raises(ValueError, match="did you mean repair"):
         jc.tasks.make("repairs")

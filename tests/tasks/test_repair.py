@@ -78,7 +78,7 @@ def test_a_plain_net_has_the_depth_and_the_data_of_the_task():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"faults": ["rotten"]}, "expected faults of upside down, .*, got rotten"),
+        ({"faults": ["rotten"]}, "expected names of faults .upside down, .*, got rotten"),
         ({"sizes": (899, 1, 1, 1)}, r"at most \[898, 360, 270, 897\], got \[899, 1, 1, 1\]"),
         ({"sizes": (1, 0, 1, 1)}, "at least 1"),
         ({"sizes": (1, 1, 1)}, "expected sizes of train, search, select, test"),
