@@ -1,6 +1,6 @@
 """jchain: search over chains of frozen layers.
 
-`import jchain` stays light: rlax, matplotlib, and the checkpoint reader (`jc.hub`) are imported on
+To keep `import jchain` fast, rlax, matplotlib, and the checkpoint reader (`jc.hub`) are imported on
 first use.
 """
 

@@ -13,11 +13,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-      argv: arguments after the program's name; `sys.argv[1:]` if None.
+      argv: the arguments after the program's name; `sys.argv[1:]` if None.
 
     Returns:
-      The exit status: 0; 2 if the input is invalid, after printing why in one line; 130 if
-      interrupted.
+      The exit status: 0 on success, 2 if the input is invalid, 130 if the user interrupts. For
+      invalid input, the error is printed in one line.
     """
     command = shlex.join(["jchain", *(sys.argv[1:] if argv is None else argv)])
     args = make_parser().parse_args(argv, argparse.Namespace(command=command))

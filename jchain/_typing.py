@@ -1,4 +1,4 @@
-"""Array types for public signatures: from jaxtyping, or placeholders if it is not installed."""
+"""Array types for public signatures, from jaxtyping or as placeholders if it is not installed."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,10 +1,10 @@
 """Align the hidden units of layers, so that their weights can be compared index by index.
 
 Permuting the hidden units of a layer does not change what it computes, so layers that compute
-similar functions may have very different weights. Here the hidden units of each layer are permuted
-to maximize the inner product of its weights with those of a reference layer. This is the weight
-matching of Git Re-Basin (Ainsworth et al. 2022, arXiv:2209.04836). For one hidden layer it is a
-linear assignment and is solved exactly.
+similar functions may have very different weights. This module permutes the hidden units of each
+layer to maximize the inner product of its weights with those of a reference layer. This is the
+weight matching of Git Re-Basin (Ainsworth et al. 2022, arXiv:2209.04836). For one hidden layer, it
+is a linear assignment problem, which is solved exactly.
 """
 
 import flax.linen as nn
@@ -18,7 +18,7 @@ from jchain.bank import Bank
 from jchain.groups import LayerGroup
 from jchain.layers import ResidualMLP
 
-# The axis of hidden units in each tensor of a module.
+# For each known module, the axis of hidden units in each of its tensors.
 _AXES: dict[type[nn.Module], dict[str, int]] = {
     ResidualMLP: {"Dense_0/kernel": 1, "Dense_0/bias": 0, "Dense_1/kernel": 0}
 }
@@ -27,16 +27,16 @@ _AXES: dict[type[nn.Module], dict[str, int]] = {
 def align(bank: Bank, token: int) -> Bank:
     """Permute the hidden units of each layer to match those of layer `token`.
 
-    Every chain computes the same as before, up to the order of sums. Layers of other groups are
-    unchanged.
+    Every chain computes the same outputs as before, up to the order of sums. Layers of other
+    groups are unchanged.
 
     Args:
-      bank: the bank.
-      token: the reference layer.
+      bank: the bank whose layers are permuted.
+      token: the token of the reference layer; the layers of its group are permuted.
 
     Raises:
-      ValueError: `token` is not a layer of this bank, or jchain does not know the hidden units of
-        its module.
+      ValueError: if `token` is not a layer of this bank, or if the hidden units of its module are
+        unknown to jchain.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -44,22 +44,22 @@ def align(bank: Bank, token: int) -> Bank:
     units = _stack_units(group)
     orders = []
     for rows in units:
-        # [hidden units of `token`, hidden units of this layer]
+        # The matrix is [hidden units of `token`, hidden units of this layer].
         _, order = linear_sum_assignment(units[place] @ rows.T, maximize=True)
         orders.append(order)
     return _reorder(bank, group, jnp.asarray(np.stack(orders)))
 
 
 def shuffle(key: Key[Array, ""], bank: Bank, token: int = 0) -> Bank:
-    """Put the hidden units of each layer in a random order.
+    """Put the hidden units of each layer of a group in a random order.
 
     Args:
-      key: consumed.
-      bank: the bank.
-      token: a layer of the group to shuffle; layers of other groups are unchanged.
+      key: the PRNG key; consumed by this call.
+      bank: the bank whose layers are shuffled.
+      token: the token of any layer of the group to shuffle. Other groups are unchanged.
 
     Raises:
-      ValueError: as for `align`.
+      ValueError: if `token` is invalid; see `align`.
     """
     group, _ = _find_layer(bank, token)
     num_units = _stack_units(group).shape[1]
@@ -81,7 +81,7 @@ def _find_layer(bank: Bank, token: int) -> tuple[LayerGroup, int]:
 
 
 def _stack_units(group: LayerGroup) -> np.ndarray:
-    """All weights of each hidden unit in one row, `[n, hidden, W]`."""
+    """Return the weights of each hidden unit as one row, `[n, hidden, W]`."""
     flat = traverse_util.flatten_dict(group.params, sep="/")
     parts: list[np.ndarray] = []
     for path, axis in _AXES[type(group.module)].items():

@@ -1,4 +1,4 @@
-"""Banks: frozen layers and heads as stacked params, so that a chain is an index array."""
+"""Banks of frozen layers and heads, stacked so that a chain is an array of indices."""
 
 import dataclasses
 import os
@@ -46,16 +46,16 @@ class Bank:
     Build one with `Bank.stack`, `Bank.concat`, `Bank.load` or `jchain.train`.
 
     Attributes:
-      layers: one group per module.
-      heads: one group per module.
+      layers: the layers, with one group of stacked params per module.
+      heads: the heads, with one group of stacked params per module.
       stem_params: params of the stem; None if there is no stem.
-      stem: fixed map from raw input to the shape that layers keep; None for the identity.
-      names: a unique name for each token, N layers then K heads.
+      stem: fixed module that maps raw input to the shape that layers keep; None for the identity.
+      names: the unique name of each token: N layers, then K heads.
       origins: for each token, a few words about where its weights come from.
-      parents: the chains (layer tokens, then a head) of the nets that the bank was cut from.
-      num_steps: gradient steps that made the bank.
-      versions: how many times the weights of each token were replaced, int32 `[N + K]`; None if
-        none ever were.
+      parents: the nets that the bank was cut from, each as a chain: layer tokens, then a head.
+      num_steps: number of gradient steps that trained the bank.
+      versions: int32 `[N + K]`; the number of times that the weights of each token have been
+        replaced. None if no weights have been replaced.
     """
 
     layers: tuple[LayerGroup, ...]
@@ -78,30 +78,30 @@ class Bank:
 
     @property
     def num_layers(self) -> int:
-        """N, the number of layer tokens."""
+        """The number of layer tokens, N."""
         return sum(len(group.tokens) for group in self.layers)
 
     @property
     def num_heads(self) -> int:
-        """K, the number of head tokens."""
+        """The number of head tokens, K."""
         return sum(len(group.tokens) for group in self.heads)
 
     def embed(self, x: Shaped[Array, "B ..."]) -> Array:
-        """Apply the stem to raw input. Returns the input of the first layer of a chain.
+        """Apply the stem to raw input, which gives the input of the first layer of a chain.
 
         Args:
-          x: raw input, `[B, ...]`.
+          x: a batch of raw input, `[B, ...]`.
         """
         return x if self.stem is None else apply_module(self.stem, self.stem_params, x)
 
     def describe(self, chain: chain_lib.ChainsLike) -> str:
-        """The names along one chain, for example `net0/0 -> net1/2 -> net0/head`.
+        """Return the names along one chain, for example `net0/0 -> net1/2 -> net0/head`.
 
         Args:
-          chain: tokens, `[L]`.
+          chain: the tokens of one chain, `[L]`.
 
         Raises:
-          ValueError: `chain` is not a chain of this bank.
+          ValueError: if `chain` is not a chain of this bank.
         """
         tokens = np.asarray(chain)
         if tokens.ndim != 1:
@@ -109,13 +109,13 @@ class Bank:
         return chain_lib.describe(self.validate(tokens), self.names)
 
     def validate(self, chains: chain_lib.ChainsLike) -> Int[np.ndarray, "*P L"]:
-        """Return chains of any length as an int32 array, checked on the host.
+        """Check chains on the host and return them as an int32 array.
 
         Args:
-          chains: tokens, `[L]` or `[P, L]`.
+          chains: one chain `[L]` or several `[P, L]`, with any number of slots L.
 
         Raises:
-          ValueError: as for `jchain.chain.validate`.
+          ValueError: if a chain is invalid; see `jchain.chain.validate`.
         """
         return chain_lib.validate(chains, self.num_layers, self.num_heads)
 
@@ -133,26 +133,26 @@ class Bank:
         parents: Sequence[Sequence[int]] = (),
         num_steps: int = 0,
     ) -> "Bank":
-        """Make a bank from your own weights.
+        """Build a bank from your own weights.
 
         Args:
-          layer: the module of all layers, or one per layer. Its output must have the shape of its
-            input.
-          layer_params: for each layer, the dict that `layer.init(key, x)["params"]` returned.
-          head: the module of all heads, or one per head.
-          head_params: for each head, the dict that `head.init(key, x)["params"]` returned.
-          stem: fixed map from raw input to the shape of the layers.
+          layer: the Flax module of all layers, or one module per layer. Its output must have the
+            shape of its input.
+          layer_params: for each layer, a dict such as `layer.init(key, x)["params"]`.
+          head: the Flax module of all heads, or one module per head.
+          head_params: for each head, a dict such as `head.init(key, x)["params"]`.
+          stem: fixed module that maps raw input to the layers' input; None for the identity.
           stem_params: params of the stem.
-          names: a name per layer, or per layer and head; by default `layer0`, ..., `head0`, ...
-          origins: for each layer and head, a few words about where it comes from.
-          parents: the chains (layer tokens, then a head) of the nets that the layers come from.
-          num_steps: gradient steps that made the weights.
+          names: names of layers, or of layers and heads; `layer0`, ..., `head0`, ... by default.
+          origins: for each layer and head, a few words about where its weights come from.
+          parents: the nets that the layers come from, each as a chain: layer tokens, then a head.
+          num_steps: number of gradient steps that trained the weights.
 
         Raises:
-          ValueError: there is no layer or no head, modules and params differ in number, params do
-            not stack, a layer changes the shape, names repeat or are too few, or a parent is not a
-            chain. If the input's shape cannot be inferred from the params, `Problem` checks the
-            layers' shapes instead.
+          ValueError: if there is no layer or no head, modules and params differ in number, params
+            do not stack, a layer changes the shape of its input, names repeat or are too few, or a
+            parent is not a chain. If the input's shape cannot be inferred from the params,
+            `Problem` checks the layers' shapes instead.
         """
         num_layers, num_heads = len(layer_params), len(head_params)
         if num_layers == 0 or num_heads == 0:
@@ -175,15 +175,15 @@ class Bank:
 
     @staticmethod
     def concat(banks: Sequence["Bank"]) -> "Bank":
-        """Join banks: tokens in the order given, all layers before all heads, a group per module.
+        """Join banks, in the given order, with all layers before all heads.
 
-        If names would repeat, they get their bank's index as a prefix: `bank1/net0/2`.
+        Layers of a module form one group. If names would repeat, all get a prefix: `bank1/net0/2`.
 
         Args:
-          banks: banks with the same stem.
+          banks: the banks to join, which must have the same stem.
 
         Raises:
-          ValueError: no bank is given, stems differ, or params of one module do not stack.
+          ValueError: if no bank is given, stems differ, or params of one module do not stack.
         """
         if len(banks) == 0:
             raise ValueError("empty bank: expected at least one bank to concatenate, got none")
@@ -212,16 +212,16 @@ class Bank:
         return joined
 
     def take(self, layers: Sequence[int], heads: Sequence[int] | None = None) -> "Bank":
-        """Make a smaller bank with its tokens in the given order.
+        """Make a smaller bank from the given tokens, in the given order.
 
-        Parents are dropped if one of their tokens is not kept.
+        A parent is dropped if any of its tokens is not kept.
 
         Args:
           layers: layer tokens to keep.
-          heads: head tokens to keep (`N..N+K-1`); all if None.
+          heads: head tokens to keep (`N..N+K-1`); all heads if None.
 
         Raises:
-          ValueError: nothing is kept, or a token repeats or is out of range.
+          ValueError: if no layer or no head is kept, or a token repeats or is out of range.
         """
         num_layers, total = self.num_layers, self.num_layers + self.num_heads
         heads = range(num_layers, total) if heads is None else heads
@@ -243,18 +243,18 @@ class Bank:
         )
 
     def reserve(self, num: int) -> "Bank":
-        """Add `num` layers of each module, for `replace` to fill later without a change of shape.
+        """Add `num` spare layers per module, which `replace` can fill without changing any shape.
 
-        The new layers are copies of the module's layers, in turn, until `replace` gives them other
-        weights. Their tokens are `N..N + num * G - 1`, `num` for each of the G modules; the heads
-        come after them.
+        Until then, the new layers are copies of the module's own layers, in turn. Their tokens are
+        `N..N + num * G - 1`, with `num` tokens for each of the G modules. The tokens of the heads
+        follow them.
 
         Args:
           num: number of layers to add per module.
 
         Raises:
-          ValueError: `num` is below 0, or the bank already has a name `place{token}`, which the new
-            layers get.
+          ValueError: if `num` is below 0, or the bank already uses a name `place{token}` that a new
+            layer would get.
         """
         if num < 0:
             raise ValueError(f"expected num of at least 0, got {num}")
@@ -295,20 +295,20 @@ class Bank:
         names: Sequence[str] | None = None,
         origins: Sequence[str] | None = None,
     ) -> "Bank":
-        """Replace the weights of some tokens. Their versions increase by one.
+        """Replace the weights of some tokens and increase their versions by one.
 
         All other tokens keep exactly the same weights.
 
         Args:
-          tokens: tokens of layers and heads, all different.
-          params: for each token, the dict that its module takes.
-          names: their new names; unchanged if None.
-          origins: a few words about where the weights come from; unchanged if None.
+          tokens: the layers and heads to change, without repeats.
+          params: for each token, the new params as a dict for its module.
+          names: the new name of each token; unchanged if None.
+          origins: for each token, where its new weights come from; unchanged if None.
 
         Raises:
-          ValueError: a token is out of range or repeats; params, names, or origins differ in number
-            from the tokens; a name is taken; or params differ in structure, shape, or dtype from
-            those that they replace.
+          ValueError: if a token is out of range or repeats; params, names, or origins differ in
+            number from the tokens; a name is already in use; or params differ in structure, shape,
+            or dtype from those that they replace.
         """
         total = self.num_layers + self.num_heads
         if len(set(tokens)) != len(tokens) or not all(0 <= token < total for token in tokens):
@@ -330,7 +330,7 @@ class Bank:
         return bank
 
     def replace_group(self, group: LayerGroup, new: LayerGroup) -> "Bank":
-        """The bank with `new` instead of its own `group`. Nothing is checked."""
+        """Return the bank with `new` in place of its own `group`, without any checks."""
         return dataclasses.replace(
             self,
             layers=tuple(new if other is group else other for other in self.layers),
@@ -338,25 +338,25 @@ class Bank:
         )
 
     def get_params(self, token: int) -> PyTree:
-        """The weights of one layer or head.
+        """Return the params of one layer or head.
 
         Args:
-          token: token of the layer or head.
+          token: the token of the layer or head.
 
         Raises:
-          ValueError: the token is out of range.
+          ValueError: if the token is out of range.
         """
         group, place = self.find(token)
         return pick(group.params, place)
 
     def find(self, token: int) -> tuple[LayerGroup, int]:
-        """The group that holds a layer or head, and its index in that group.
+        """Return the group that holds a layer or head, and its index in that group.
 
         Args:
-          token: token of the layer or head.
+          token: the token of the layer or head.
 
         Raises:
-          ValueError: the token is out of range.
+          ValueError: if the token is out of range.
         """
         for group in (*self.layers, *self.heads):
             if token in group.tokens:
@@ -366,23 +366,23 @@ class Bank:
         )
 
     def get_versions(self) -> Int[Array, "E"]:
-        """How many times the weights of each token were replaced, `[N + K]`."""
+        """Return how many times the weights of each token have been replaced, `[N + K]`."""
         if self.versions is None:
             return jnp.zeros(self.num_layers + self.num_heads, jnp.int32)
         return self.versions
 
     def without_names(self) -> "Bank":
-        """The bank without names, origins, parents, and step count: programs do not read them."""
+        """Drop the names, origins, parents, and step count, which compiled programs never read."""
         return dataclasses.replace(self, names=(), origins=(), parents=(), num_steps=0)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the bank to one file (safetensors with a JSON header), atomically.
+        """Write the bank atomically to one file: safetensors with a JSON header.
 
         Args:
-          path: the file.
+          path: the file to write.
 
         Raises:
-          ValueError: a module has a field that cannot be written as JSON.
+          ValueError: if a module has a field that cannot be written as JSON.
         """
         layers, layer_params = files.encode_groups(self.layers)
         heads, head_params = files.encode_groups(self.heads)
@@ -403,16 +403,16 @@ class Bank:
 
     @staticmethod
     def load(path: str | os.PathLike[str], modules: Sequence[type[nn.Module]] = ()) -> "Bank":
-        """Read a bank that `save` wrote. All bits are the same.
+        """Read a bank that `save` wrote, with exactly the same bits.
 
         Args:
-          path: the file.
-          modules: classes of your own modules that the bank uses; those of `jchain.layers` and
-            `flax.linen` are known.
+          path: the file to read.
+          modules: your own module classes that the bank uses. The classes of `jchain.layers` and
+            `flax.linen` need not be passed.
 
         Raises:
-          FileNotFoundError: the file does not exist.
-          ValueError: the file is damaged or truncated, or names an unknown module.
+          FileNotFoundError: if the file does not exist.
+          ValueError: if the file is damaged or truncated, or names an unknown module.
         """
         header, arrays = files.read_arrays(path)
         trees = traverse_util.unflatten_dict(arrays, sep="/")

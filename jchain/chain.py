@@ -1,7 +1,8 @@
 """Chains as index arrays, `int32[L]`: zero or more layer tokens, one head token, then -1.
 
 With `N` layers and `K` heads in the bank, tokens `0..N-1` are layers, `N..N+K-1` are heads, and -1
-is padding. `L = max_layers + 1`. `ChainSpace` holds the sizes and everything that depends on them.
+is padding. `L = max_layers + 1`. `ChainSpace` holds these sizes and lists, samples, and checks the
+chains that they allow.
 """
 
 from collections.abc import Sequence
@@ -16,19 +17,19 @@ from jchain._typing import Array, Bool, Int, Key
 
 PADDING = -1
 
-# Chains from a user: an array of integers, or lists of integers.
+# Chains as a user may pass them: an array of integers, or lists of integers.
 ChainsLike = ArrayLike | Sequence[object]
 
 
 @dataclass(frozen=True)
 class ChainSpace:
-    """Every chain that a problem allows: `min_layers` to `max_layers` layers, then one head.
+    """The set of chains that a problem allows: `min_layers` to `max_layers` layers, then one head.
 
-    Hashable. `Problem.space` is the space of a problem.
+    A `ChainSpace` is hashable. `Problem.space` is the space of a problem.
 
     Attributes:
-      num_layers: N, layers in the bank.
-      num_heads: K, heads in the bank.
+      num_layers: number of layers in the bank, N.
+      num_heads: number of heads in the bank, K.
       max_layers: maximum number of layers in a chain; chains have `L = max_layers + 1` slots.
       min_layers: minimum number of layers in a chain.
     """
@@ -46,34 +47,34 @@ class ChainSpace:
 
     @property
     def num_neighbors(self) -> int:
-        """M, the number of rows that `neighbors` returns."""
+        """The number of rows that `neighbors` returns, M."""
         return self.max_layers * (2 * self.num_layers + 1) + self.num_heads
 
     @property
     def head_alone(self) -> Int[Array, "L"]:
-        """The first head alone: a chain that costs no layer call."""
+        """The chain that has no layers, only the first head, and so costs no layer call."""
         return jnp.full(self.max_layers + 1, PADDING, jnp.int32).at[0].set(self.num_layers)
 
     def count_layers(self, chains: Int[Array, "*P L"]) -> Int[Array, "*P"]:
-        """The number of layers of each chain, which is also the slot of its head.
+        """Count the layers of each chain. The count is also the slot of the chain's head.
 
         Args:
-          chains: tokens, `[..., L]`.
+          chains: int32 `[..., L]`; the tokens of each chain.
         """
         return count_layers(chains, self.num_layers)
 
     def sample(self, key: Key[Array, ""], num_chains: int) -> Int[Array, "P L"]:
         """Draw chains uniformly from the space, with replacement.
 
-        Most of them are long, because most chains of the space are.
+        Most of the drawn chains are long, because most chains of the space are long.
 
         Args:
-          key: consumed.
+          key: the PRNG key; consumed by this call.
           num_chains: number of chains to draw, P.
         """
         length_key, layer_key, head_key = jax.random.split(key, 3)
-        # P(depth) is proportional to N^depth; the number of heads cancels. Use logs,
-        # because N^depth overflows.
+        # P(depth) is proportional to N^depth; the number of heads cancels. Logarithms avoid the
+        # overflow of N^depth.
         depths = jnp.arange(self.min_layers, self.max_layers + 1)
         logits = depths * jnp.log(self.num_layers)
         length = self.min_layers + jax.random.categorical(length_key, logits, shape=(num_chains, 1))
@@ -86,9 +87,10 @@ class ChainSpace:
         return chains.astype(jnp.int32)
 
     def enumerate(self) -> Int[np.ndarray, "C L"]:
-        """List every chain of the space: shorter chains first, in token order within each length.
+        """List every chain of the space, shorter chains first.
 
-        Check `num_chains` first if there may be too many for memory.
+        Chains of the same length are in token order. A large space may not fit in memory, so check
+        `num_chains` first.
         """
         blocks = []
         for depth in range(self.min_layers, self.max_layers + 1):
@@ -102,18 +104,18 @@ class ChainSpace:
         return np.concatenate(blocks)
 
     def neighbors(self, chain: Int[Array, "L"]) -> tuple[Int[Array, "M L"], Bool[Array, "M"]]:
-        """List every chain of the space that is one edit away.
+        """List every chain of the space that is one edit away from a chain.
 
-        The number of rows is fixed, so this can be jitted and vmapped. With `D = max_layers`, the
-        rows are `D * N` swaps of a layer, `K` swaps of the head, `D * N` insertions, and `D`
-        deletions.
+        The number of rows is fixed, so this method can be jitted and vmapped. With
+        `D = max_layers`, the rows are `D * N` swaps of a layer, `K` swaps of the head, `D * N`
+        insertions, and `D` deletions.
 
         Args:
-          chain: tokens, `[L]`.
+          chain: int32 `[L]`; the tokens of the chain to edit.
 
         Returns:
-          The chains, `[M, L]`, and a mask, `[M]`: True for rows that are chains of the space,
-          differ from `chain`, and differ from all earlier rows.
+          The chains, `[M, L]`, and a mask, `[M]`. The mask is True for rows that are chains of the
+          space and differ from `chain` and from all earlier rows.
         """
         num_layers, max_layers = self.num_layers, self.max_layers
         length = count_layers(chain, num_layers)
@@ -133,7 +135,7 @@ class ChainSpace:
 
         inserts = jnp.where(slots < at, row, jnp.where(slots == at, token, earlier[None]))
         # Inserting or deleting a layer in a run of equal layers gives the same chain at each slot
-        # of the run: keep only the first.
+        # of the run, so only the first one is kept.
         is_repeat = (at[:, 0] > 0) & (token[:, 0] == earlier[at[:, 0]])
         is_insert = (at[:, 0] <= length) & (length < max_layers) & ~is_repeat
 
@@ -147,16 +149,16 @@ class ChainSpace:
         return chains, jnp.concatenate([is_swap, is_head_swap, is_insert, is_delete])
 
     def index(self, chains: Int[Array, "*P L"]) -> Int[Array, "*P"]:
-        """Find the index of each chain in the enumeration of chains of every length.
+        """Return the index of each chain among all chains of up to `max_layers` layers.
 
-        It is the row in `enumerate` of a space whose `min_layers` is 0; the `min_layers` of this
-        space is ignored.
+        This is the chain's row in `enumerate` of a space whose `min_layers` is 0. The `min_layers`
+        of this space is ignored.
 
         Args:
-          chains: tokens, `[..., L]`.
+          chains: int32 `[..., L]`; the tokens of each chain.
 
         Raises:
-          ValueError: there are 2^31 chains or more, too many for a 32-bit index.
+          ValueError: if there are 2^31 chains or more, too many for a 32-bit index.
         """
         num_layers, num_heads, max_layers = self.num_layers, self.num_heads, self.max_layers
         if (total := ChainSpace(num_layers, num_heads, max_layers).num_chains) >= 2**31:
@@ -171,15 +173,15 @@ class ChainSpace:
         return shorter[length] + layers * num_heads + head
 
     def validate(self, chains: ChainsLike) -> Int[np.ndarray, "*P L"]:
-        """Return the chains as an int32 array, checked on the host.
+        """Check chains on the host and return them as an int32 array.
 
         Chains with fewer than `min_layers` layers are accepted.
 
         Args:
-          chains: tokens, `[L]` or `[P, L]`.
+          chains: one chain `[L]` or several `[P, L]`.
 
         Raises:
-          ValueError: as for `jchain.chain.validate`.
+          ValueError: if a chain is invalid; see `jchain.chain.validate`.
         """
         return validate(chains, self.num_layers, self.num_heads, self.max_layers)
 
@@ -187,17 +189,17 @@ class ChainSpace:
 def validate(
     chains: ChainsLike, num_layers: int, num_heads: int, max_layers: int | None = None
 ) -> Int[np.ndarray, "*P L"]:
-    """Return the chains as an int32 array, checked on the host.
+    """Check chains on the host and return them as an int32 array.
 
     Args:
-      chains: tokens, `[L]` or `[P, L]`.
-      num_layers: N, layers in the bank.
-      num_heads: K, heads in the bank.
-      max_layers: if given, `L` must be `max_layers + 1`.
+      chains: one chain `[L]` or several `[P, L]`.
+      num_layers: number of layers in the bank, N.
+      num_heads: number of heads in the bank, K.
+      max_layers: maximum number of layers, so that `L` must be `max_layers + 1`; any `L` if None.
 
     Raises:
-      ValueError: the tokens are not integers, have a wrong shape, are out of range, or are not in
-        this order: layers, one head, -1. The message names the first invalid chain.
+      ValueError: if the tokens are not integers, have the wrong shape, are out of range, or are not
+        in this order: layers, one head, -1. The message names the first invalid chain.
     """
     array = np.asarray(chains)
     expected = "[P, L]" if max_layers is None else f"[P, {max_layers + 1}]"
@@ -247,11 +249,11 @@ def pad(tokens: Sequence[Sequence[int]], max_layers: int | None = None) -> Int[n
     """Put chains of different lengths into one array, padded with -1.
 
     Args:
-      tokens: for each chain, its layer tokens and its head.
-      max_layers: `L - 1`; the number of layers of the longest chain if None.
+      tokens: for each chain, its layer tokens and then its head token.
+      max_layers: maximum number of layers, `L - 1`; by default, the layers of the longest chain.
 
     Raises:
-      ValueError: no chain is given, or one is longer than `max_layers`.
+      ValueError: if no chain is given, or a chain has more than `max_layers` layers.
     """
     if len(tokens) == 0:
         raise ValueError("expected at least one chain, got none")
@@ -268,20 +270,20 @@ def pad(tokens: Sequence[Sequence[int]], max_layers: int | None = None) -> Int[n
 
 
 def count_layers(chains: Int[Array, "*P L"], num_layers: int) -> Int[Array, "*P"]:
-    """The number of layers of each chain, which is also the slot of its head.
+    """Count the layers of each chain. The count is also the slot of the chain's head.
 
     Args:
-      chains: tokens, `[..., L]`.
-      num_layers: N, layers in the bank.
+      chains: int32 `[..., L]`; the tokens of each chain.
+      num_layers: number of layers in the bank, N.
     """
     return jnp.sum((chains >= 0) & (chains < num_layers), axis=-1)
 
 
 def describe(tokens: ChainsLike, names: Sequence[str]) -> str:
-    """The names along one chain, for example `net0/0 -> net1/2 -> net0/head`.
+    """Return the names along one chain, for example `net0/0 -> net1/2 -> net0/head`.
 
     Args:
-      tokens: one chain, `[L]`.
-      names: the name of each token.
+      tokens: the tokens of one chain, `[L]`.
+      names: the name of each token of the bank.
     """
     return " -> ".join(names[int(token)] for token in np.asarray(tokens) if token != PADDING)

@@ -1,7 +1,7 @@
 """Data sets in four disjoint splits.
 
 Weights are trained on `train`, searches see only `search`, finalists are re-ranked on `select`, and
-`test` is for the report.
+`test` is kept for the final report.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from jchain import images
 from jchain._typing import Array, Shaped
 
-# Fractions of the examples in train, search, select, and test.
+# Fractions of the examples that go to train, search, select, and test.
 SHARES = (0.5, 0.2, 0.15, 0.15)
 SPLITS = ("train", "search", "select", "test")
 # The splits that chains are scored on.
@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     """Examples and their labels."""
 
     x: Shaped[Array, "B ..."]  # [B, ...F]
-    y: Shaped[Array, "B ..."]  # [B], integer classes, unless the loss takes something else
+    y: Shaped[Array, "B ..."]  # [B], integer classes, or other targets if the loss takes them
 
 
 def check_lengths(data: Batch) -> None:
@@ -40,7 +40,7 @@ def check_lengths(data: Batch) -> None:
       data: examples and labels.
 
     Raises:
-      ValueError: there are no examples, or labels and examples differ in number.
+      ValueError: if there are no examples, or the numbers of examples and labels differ.
     """
     x, y = data
     if x.ndim == 0 or x.shape[0] == 0 or y.shape[:1] != x.shape[:1]:
@@ -51,7 +51,7 @@ def check_lengths(data: Batch) -> None:
 
 
 class Dataset(NamedTuple):
-    """The splits of a data set: stratified, disjoint, standardized by the statistics of `train`."""
+    """A data set in four disjoint, stratified splits, standardized with statistics of `train`."""
 
     train: Batch
     search: Batch
@@ -84,7 +84,7 @@ def _load_breast_cancer() -> _Arrays:
     return load_breast_cancer(return_X_y=True)  # pyright: ignore[reportReturnType]
 
 
-# From files in scikit-learn's wheel.
+# Data sets whose files are part of scikit-learn's wheel.
 LOADERS: dict[str, Callable[[], _Arrays]] = {
     "digits": _load_digits,
     "digits_8x8": _load_digit_images,
@@ -102,22 +102,23 @@ def load(
 ) -> Dataset:
     """Load a data set by name.
 
-    These come with scikit-learn: `digits` (1,797 x 64, 10 classes), `digits_8x8` (the same as 8 x 8
-    x 1 images), `wine` (178 x 13, 3 classes), and `breast_cancer` (569 x 30, 2 classes). All other
-    names are image sets of tensorflow-datasets, such as `mnist`, `fashion_mnist`, and `cifar10`,
-    which must be prepared first (`jchain prepare`, `jchain.images`). Their own test split becomes
-    `test`. The other three splits are cut from their train split, in the same proportions.
+    Four data sets come with scikit-learn: `digits` (1,797 x 64, 10 classes), `digits_8x8` (the same
+    examples as 8 x 8 x 1 images), `wine` (178 x 13, 3 classes), and `breast_cancer` (569 x 30, 2
+    classes). All other names are image sets of tensorflow-datasets, such as `mnist`,
+    `fashion_mnist`, and `cifar10`, which must be prepared first (`jchain prepare`,
+    `jchain.images`). Their own test split becomes `test`, and the other three splits are cut from
+    their train split in the same proportions.
 
     Args:
       name: name of the data set.
-      seed: decides which examples go into which split: 50% train, 20% search, 15% select, 15%
-        test.
-      sizes: number of examples in each of the four splits; all available ones if None.
-      data_dir: the folder of prepared sets; see `jchain.images.read`.
+      seed: random seed that decides which examples go into which split: 50% train, 20% search, 15%
+        select, and 15% test.
+      sizes: number of examples in each of the four splits; if None, all examples are used.
+      data_dir: the folder of prepared image sets; see `jchain.images.read`.
 
     Raises:
-      ValueError: the name is unknown, or `sizes` asks for more examples than there are.
-      ImportError, OSError, ValueError: the set cannot be read (`jchain.images.read`).
+      ValueError: if the name is unknown, or `sizes` asks for more examples than there are.
+      ImportError, OSError, ValueError: if the set cannot be read; see `jchain.images.read`.
     """
     if name in LOADERS:
         x, y = LOADERS[name]()
@@ -136,24 +137,26 @@ def split(
     sizes: Sequence[int] | None = None,
     statistics: tuple[np.ndarray | float, np.ndarray | float] | None = None,
 ) -> Dataset:
-    """Split and standardize your own examples as `load` does.
+    """Split and standardize your own examples, as `load` does.
 
-    Each feature is standardized; for images `[B, H, W, C]`, each channel.
+    Each feature is standardized on its own; for images `[B, H, W, C]`, each channel is.
 
     Args:
       x: examples, `[B, ...F]`.
       y: integer labels `0..C-1`, `[B]`.
-      seed: decides which examples go into which split.
+      seed: random seed that decides which examples go into which split.
       name: name of the data set.
       test: examples and labels of a fixed `test` split. If given, only the other three splits are
         cut from `x`.
-      sizes: number of examples in each of the four splits, drawn from the classes in proportion;
-        all available ones if None.
-      statistics: mean and standard deviation of each feature or channel; those of `train` if None.
+      sizes: number of examples in each of the four splits, drawn in proportion to the classes; if
+        None, all examples are used.
+      statistics: mean and standard deviation of each feature or channel, to standardize with; those
+        of `train` if None.
 
     Raises:
-      ValueError: lengths differ, labels are not integers from 0, values are not finite, a class has
-        too few examples to be in every split, or `sizes` asks for more examples than there are.
+      ValueError: if lengths differ, labels are not integers of at least 0, values are not finite, a
+        class has too few examples to be in every split, or `sizes` asks for more examples than
+        there are.
     """
     sources = [_check(x, y)] if test is None else [_check(x, y), _check(*test)]
     num_classes = max(int(labels.max()) for _, labels in sources) + 1
@@ -179,8 +182,8 @@ def split(
     axes, dtype = ((0, 1, 2), np.float64) if train.ndim == 4 else (0, np.float32)
     own = (fn(train, axis=axes, dtype=dtype).astype(np.float32) for fn in (np.mean, np.std))
     mean, std = own if statistics is None else statistics
-    # The standard deviation of a constant feature is only rounding error. Dividing by it would give
-    # huge values in other splits.
+    # The standard deviation of a constant feature is only rounding error. Dividing by it would
+    # give huge values in other splits.
     is_constant = np.equal(train.max(axis=axes), train.min(axis=axes)) & (statistics is None)
     std = np.where((std > 0) & ~is_constant, std, 1)
 
@@ -195,7 +198,7 @@ def split(
 
 def _check(x: npt.ArrayLike, y: npt.ArrayLike) -> _Arrays:
     x, y = np.asarray(x), np.asarray(y)
-    # Byte images are converted only when a split takes them: bytes need a quarter of the memory.
+    # Keep byte images as bytes until a split takes them, because they need a quarter of the memory.
     x = x if x.dtype == np.uint8 else x.astype(np.float32)
     if y.shape != x.shape[:1]:
         raise ValueError(
@@ -212,11 +215,11 @@ def check_sizes(sizes: Sequence[int], available: Sequence[int]) -> None:
     """Check the sizes of the four splits.
 
     Args:
-      sizes: examples of train, search, select, and test.
-      available: at most as many.
+      sizes: number of examples in train, search, select, and test.
+      available: number of examples that each split can have at most.
 
     Raises:
-      ValueError: there are not four sizes, or one is below 1 or above what is available.
+      ValueError: if there are not four sizes, or a size is below 1 or above the available number.
     """
     if len(sizes) != len(SPLITS) or any(
         not 1 <= size <= most for size, most in zip(sizes, available, strict=False)
@@ -230,7 +233,7 @@ def check_sizes(sizes: Sequence[int], available: Sequence[int]) -> None:
 def _split_stratified(
     y: np.ndarray, shares: Sequence[float], rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Indices of the rows in each split. Every class is cut in the same proportions."""
+    """Return the rows of each split, with every class cut in the same proportions."""
     parts: list[list[np.ndarray]] = [[] for _ in shares]
     for label in np.unique(y):
         members = rng.permutation(np.flatnonzero(y == label))
@@ -243,18 +246,18 @@ def _split_stratified(
 def take_stratified(
     y: np.ndarray, rows: np.ndarray, size: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Take `size` of these rows, with nearly the same class proportions.
+    """Draw `size` of the given rows, with nearly the same class proportions.
 
     Args:
       y: labels of all rows, `[B]`.
-      rows: rows to take from.
-      size: how many to take.
-      rng: decides which ones.
+      rows: indices of the rows to draw from.
+      size: number of rows to draw.
+      rng: the random generator that decides which rows are drawn.
     """
     order = rng.permutation(rows)
     labels = y[order]
-    # Each row's rank among the rows of its class, as a fraction. The rows of the smallest ranks are
-    # a stratified sample.
+    # The rank of each row among the rows of its class, as a fraction. The rows with the smallest
+    # ranks are a stratified sample.
     place = np.empty(len(order))
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)

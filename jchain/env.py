@@ -1,8 +1,8 @@
-"""The decision process of a problem, as pure functions for one episode. `vmap` them for many.
+"""The decision process of a problem, as pure functions of one episode that can be vmapped.
 
-A state is a prefix and its activations. An action is a token: a layer extends the prefix, for one
-layer call, and a head ends the episode. The reward is minus the loss when a head is taken, and 0
-before.
+A state is a prefix and its activations. An action is a token: a layer extends the prefix, which
+costs one layer call, and a head ends the episode. The reward is minus the loss of the chain when a
+head is taken, and 0 before that.
 """
 
 from functools import partial
@@ -23,7 +23,7 @@ class State(NamedTuple):
     """The state of an episode."""
 
     chain: Int[Array, "L"]  # [L], the tokens taken so far, then -1
-    length: Int[Array, ""]  # number of layers so far
+    length: Int[Array, ""]  # number of layers taken so far
     is_done: Bool[Array, ""]  # True after a head was taken
     hidden: Shaped[Array, "B ..."]  # [B, ...F], activations of the prefix on the whole split
 
@@ -32,7 +32,7 @@ def reset(problem: Problem) -> State:
     """Return the state of the empty prefix.
 
     Args:
-      problem: bank, split.
+      problem: the problem, whose stem is applied to the whole split.
     """
     chain = jnp.full(problem.max_layers + 1, PADDING, jnp.int32)
     return State(
@@ -41,13 +41,13 @@ def reset(problem: Problem) -> State:
 
 
 def legal_actions(problem: Problem, length: Int[Array, ""]) -> Bool[Array, "E"]:
-    """Return the mask of tokens that may follow a prefix, `[N + K]`, True = allowed.
+    """Return the mask `[N + K]` of tokens that may follow a prefix; True means allowed.
 
-    Layers are allowed if the prefix has fewer than `max_layers` layers, heads if it has at least
-    `min_layers`.
+    Layers are allowed if the prefix has fewer than `max_layers` layers, and heads are allowed if it
+    has at least `min_layers`.
 
     Args:
-      problem: bank, range of layers.
+      problem: the problem, which defines the tokens and the allowed number of layers.
       length: number of layers in the prefix.
     """
     tokens = jnp.arange(problem.bank.num_layers + problem.bank.num_heads)
@@ -59,20 +59,20 @@ def legal_actions(problem: Problem, length: Int[Array, ""]) -> Bool[Array, "E"]:
 def step(problem: Problem, state: State, action: Int[Array, ""]) -> tuple[State, Float[Array, ""]]:
     """Take an action.
 
-    If the episode is done, the state is unchanged and the reward is 0. The reward for a loss that
-    is not finite is `-inf`.
+    If the episode is done, the state is unchanged and the reward is 0. If the loss is not finite,
+    the reward is `-inf`.
 
     Args:
-      problem: bank, split, loss.
+      problem: the problem that defines the episode.
       state: the state before the action.
-      action: a token.
+      action: the token to take.
 
     Returns:
       The next state and the reward.
 
     Raises:
-      ValueError: the action is illegal. This is checked only if neither it nor the state is traced.
-        The result of a traced illegal action is undefined.
+      ValueError: if the action is illegal. This is checked only if neither the action nor the state
+        is traced. The result of a traced illegal action is undefined.
     """
     if is_concrete((state, action)) and not state.is_done:
         _check_legal(problem, state, int(action))
@@ -98,11 +98,11 @@ def step(problem: Problem, state: State, action: Int[Array, ""]) -> tuple[State,
 def append_layers(
     problem: Problem, chain: Int[Array, "L"], length: Int[Array, ""]
 ) -> Int[Array, "N L"]:
-    """Return the prefixes that extend a prefix by each layer, `[N, L]`.
+    """Extend a prefix by each layer, which gives prefixes `[N, L]`.
 
     Args:
-      problem: the bank.
-      chain: tokens of the prefix, then -1, `[L]`.
+      problem: the problem whose bank has the tokens to append.
+      chain: int32 `[L]`; the tokens of the prefix, padded with -1.
       length: number of layers in the prefix.
     """
     layers = jnp.arange(problem.bank.num_layers, dtype=jnp.int32)
@@ -112,11 +112,11 @@ def append_layers(
 def append_heads(
     problem: Problem, chain: Int[Array, "L"], length: Int[Array, ""]
 ) -> Int[Array, "K L"]:
-    """Return the chains that end a prefix with each head, `[K, L]`.
+    """End a prefix with each head, which gives chains `[K, L]`.
 
     Args:
-      problem: the bank.
-      chain: tokens of the prefix, then -1, `[L]`.
+      problem: the problem whose bank has the tokens to append.
+      chain: int32 `[L]`; the tokens of the prefix, padded with -1.
       length: number of layers in the prefix.
     """
     heads = problem.bank.num_layers + jnp.arange(problem.bank.num_heads, dtype=jnp.int32)
@@ -126,23 +126,23 @@ def append_heads(
 def head_loss(
     problem: Problem, head: Int[Array, ""], hidden: Shaped[Array, "B ..."]
 ) -> Float[Array, ""]:
-    """Return the loss of one head, without the layer penalty.
+    """Compute the loss of one head, without the layer penalty.
 
     Args:
-      problem: heads, labels, loss.
-      head: token of the head.
-      hidden: activations of the prefix, `[B, ...F]`.
+      problem: the problem whose heads, labels, and loss are used.
+      head: the token of the head.
+      hidden: the activations of the prefix on the whole split, `[B, ...F]`.
     """
     call = jax.vmap(partial(apply_token, problem.bank.heads, head))
     return evaluate_heads(problem, call, hidden[None])[0][0]
 
 
 def head_losses(problem: Problem, hidden: Shaped[Array, "B ..."]) -> Float[Array, "K"]:
-    """Return the loss of each head, without the layer penalty, `[K]`.
+    """Compute the loss of each head, `[K]`, without the layer penalty.
 
     Args:
-      problem: heads, labels, loss.
-      hidden: activations of the prefix, `[B, ...F]`.
+      problem: the problem whose heads, labels, and loss are used.
+      hidden: the activations of the prefix on the whole split, `[B, ...F]`.
     """
     return evaluate_heads(
         problem, lambda hidden: apply_all(problem.bank.heads, hidden[0]), hidden[None]

@@ -1,8 +1,8 @@
-"""Files of arrays: safetensors with a JSON header and a checksum, no pickle, written atomically.
+"""Files of arrays: safetensors with a JSON header and a checksum, written atomically.
 
-Modules are stored as a class name and fields. A file cannot import arbitrary code: loading looks
-the name up among the classes of `jchain.layers`, `flax.linen`, the model families of `jchain.hub`,
-and the classes that the caller passes.
+Nothing is pickled. A module is stored as the name of its class and its fields. A file cannot import
+arbitrary code, because loading looks the name up among the classes of `jchain.layers`,
+`flax.linen`, the model families of `jchain.hub`, and the classes that the caller passes.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from jchain._typing import Array, PyTree
 from jchain.groups import LayerGroup
 
 FORMAT = "jchain/1"
-# The modules of jchain that define the blocks of pretrained transformers, one per model family.
+# The Python modules that define the blocks of pretrained transformers, one per model family.
 FAMILIES = ("jchain.hub.gpt2", "jchain.hub.llama", "jchain.hub.gpt_neox", "jchain.hub.vit")
 HUB = (*FAMILIES, "jchain.hub.wrapping")
 
@@ -37,8 +37,8 @@ def write_atomically(path: str | os.PathLike[str], write_fn: Callable[[str], obj
     A reader sees either the old file or the complete new one.
 
     Args:
-      path: the file.
-      write_fn: called with the path of the temporary file, which it writes.
+      path: the file to write.
+      write_fn: function that takes the path of the temporary file and writes that file.
     """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(
@@ -58,8 +58,8 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
     """Write a value as indented JSON.
 
     Args:
-      path: the file, written atomically.
-      value: data that JSON can hold.
+      path: the file to write, atomically.
+      value: the value, which must be JSON-serializable.
     """
     write_atomically(
         path, lambda temporary: Path(temporary).write_text(json.dumps(value, indent=1) + "\n")
@@ -67,7 +67,7 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
 
 
 def find_umask() -> int:
-    """The umask of this process: the permission bits that new files do not get."""
+    """Return the umask of this process: the permission bits that new files do not get."""
     umask = os.umask(0)
     os.umask(umask)
     return umask
@@ -79,9 +79,9 @@ def write_arrays(
     """Write named arrays and a JSON header to one file.
 
     Args:
-      path: the file, written atomically.
-      header: data that JSON can hold.
-      arrays: arrays by name.
+      path: the file to write, atomically.
+      header: the header, which must be JSON-serializable.
+      arrays: the arrays by name.
     """
     import safetensors.flax
 
@@ -96,11 +96,11 @@ def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str,
     """Read the JSON header and the arrays of a file written by `write_arrays`.
 
     Args:
-      path: the file.
+      path: the file to read.
 
     Raises:
-      FileNotFoundError: the file does not exist.
-      ValueError: the file is damaged, is truncated, has another format, or holds dtypes that need
+      FileNotFoundError: if the file does not exist.
+      ValueError: if the file is damaged or truncated, has another format, or holds dtypes that need
         `jax_enable_x64`.
     """
     import safetensors
@@ -119,7 +119,7 @@ def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str,
         UnicodeDecodeError,
         ValueError,
     ) as error:
-        raise ValueError(f"{path} is damaged, truncated or no jchain file: {error}") from None
+        raise ValueError(f"{path} is damaged, truncated, or not a jchain file: {error}") from None
     if header.get("format") != FORMAT:
         raise ValueError(f"{path}: expected format {FORMAT!r}, got {header.get('format')!r}")
     is_x64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
@@ -133,11 +133,11 @@ def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str,
 
 
 def checksum(header: dict[str, Any], arrays: Mapping[str, ArrayLike]) -> str:
-    """SHA-256 of the header and of the names, dtypes, shapes and contents of the arrays.
+    """Compute the SHA-256 of the header and of the arrays' names, dtypes, shapes, and contents.
 
     Args:
-      header: data that JSON can hold.
-      arrays: arrays by name.
+      header: the header, which must be JSON-serializable.
+      arrays: the arrays by name.
     """
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(arrays):
@@ -150,13 +150,13 @@ def checksum(header: dict[str, Any], arrays: Mapping[str, ArrayLike]) -> str:
 def encode_groups(
     groups: Sequence[LayerGroup],
 ) -> tuple[list[dict[str, Any]], dict[str, PyTree]]:
-    """Encode groups as JSON (modules and tokens) and a dict of their params, by group index.
+    """Encode groups as JSON (modules and tokens) and a dict of their params by group index.
 
     Args:
-      groups: the layers or heads of a bank.
+      groups: the groups of layers or heads of a bank.
 
     Raises:
-      ValueError: as for `encode_module`.
+      ValueError: if a module cannot be encoded; see `encode_module`.
     """
     header = [encode_module(group.module) | {"tokens": group.tokens} for group in groups]
     return header, {str(i): group.params for i, group in enumerate(groups)}
@@ -170,12 +170,12 @@ def decode_groups(
     """Decode groups from what `encode_groups` returned.
 
     Args:
-      header: modules and tokens of each group.
-      params: params by group index; groups without params may be missing.
+      header: the encoded module and the tokens of each group.
+      params: the params by group index; groups without params may be missing.
       modules: the caller's own module classes.
 
     Raises:
-      ValueError: as for `decode_module`.
+      ValueError: if a module cannot be decoded; see `decode_module`.
     """
     return tuple(
         LayerGroup(params.get(str(i), {}), decode_module(group, modules), tuple(group["tokens"]))
@@ -184,13 +184,13 @@ def decode_groups(
 
 
 def encode_module(module: nn.Module) -> dict[str, Any]:
-    """Encode a module as JSON: the name of its class, and each field that is not at its default.
+    """Encode a module as JSON: the name of its class and the fields that differ from the defaults.
 
     Args:
       module: any Flax module.
 
     Raises:
-      ValueError: a field is not plain data, a dtype, a module, or a function of `jax.nn`.
+      ValueError: if a field is not plain data, a dtype, a module, or a function of `jax.nn`.
     """
     fields = {}
     for field in dataclasses.fields(module):
@@ -202,9 +202,9 @@ def encode_module(module: nn.Module) -> dict[str, Any]:
 
 
 def _name_class(cls: type) -> str:
-    """The name of a class, with its package unless it is the caller's own class.
+    """Return the name of a class, with its package unless it is the caller's own class.
 
-    The package is needed because two packages have a class `Dense`.
+    The package is needed because both `jchain.layers` and `flax.linen` have a class `Dense`.
     """
     for package in (layers, nn):
         if getattr(package, cls.__name__, None) is cls:
@@ -213,7 +213,7 @@ def _name_class(cls: type) -> str:
 
 
 def _encode_value(value: Any, field: str) -> object:
-    """Encode a field's value as JSON; `field` names it in errors."""
+    """Encode a field's value as JSON; `field` names the field in error messages."""
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
@@ -231,7 +231,7 @@ def _encode_value(value: Any, field: str) -> object:
         dtype = None
     if dtype is None or dtype == np.dtype(object):  # the dtype that NumPy gives to any class
         raise ValueError(
-            f"{field} = {value!r} cannot be saved: expected data, a dtype or a jax.nn function"
+            f"{field} = {value!r} cannot be saved: expected data, a dtype, or a jax.nn function"
         )
     return {"dtype": dtype.name}
 
@@ -240,11 +240,11 @@ def decode_module(encoded: dict[str, Any], modules: Sequence[type[nn.Module]] = 
     """Decode a module from what `encode_module` returned.
 
     Args:
-      encoded: what `encode_module` returned.
-      modules: the caller's own module classes, found by their `__name__`.
+      encoded: the JSON value that `encode_module` returned.
+      modules: the caller's own module classes, which are found by their `__name__`.
 
     Raises:
-      ValueError: the class is unknown, or does not have the encoded fields.
+      ValueError: if the class is unknown, or does not have the encoded fields.
     """
     name = encoded["module"]
     package, _, class_name = name.rpartition(".")

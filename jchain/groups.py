@@ -1,4 +1,4 @@
-"""Groups: the layers or heads of a bank that share a module, as stacked params."""
+"""Groups: the layers or heads of a bank that share a module and stack their params."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from jchain._typing import Array, Int, PyTree
 from jchain.pytree import pytree_dataclass, static
 
-# A batch, or its shape and dtype only.
+# A batch, or only its shape and dtype.
 ArrayOrShape = Array | np.ndarray | jax.ShapeDtypeStruct
 _MAX_CHARACTERS = 80
 
@@ -21,9 +21,9 @@ class LayerGroup:
     """The layers (or heads) of a bank that share one module, so that their params stack.
 
     Attributes:
-      params: every leaf `[n, ...]`, where n is the number of members of the group.
-      module: the Flax module that they share.
-      tokens: the bank's token of each member, in the order of the leading axis.
+      params: the stacked params, with leaves `[n, ...]` for a group of n members.
+      module: the Flax module that all members share.
+      tokens: the token of each member in the bank, in the order of the leading axis.
     """
 
     params: PyTree
@@ -39,23 +39,25 @@ class LayerGroup:
         """Apply one member to a batch.
 
         Args:
-          index: index of the member in the group (not its token).
-          x: activations, `[B, ...F]`.
+          index: index of the member in the group, which is not its token.
+          x: the activations of a batch, `[B, ...F]`.
         """
-        # Index 0 instead of a traced index into an axis of size 1, after which XLA on CPU (jax
-        # 0.10.2) computes the mean of squares of a vmapped product wrong.
+        # After a traced index into an axis of size 1, XLA on CPU (jax 0.10.2) computes a wrong mean
+        # of squares of a vmapped product, so the index is the constant 0 here.
         place = 0 if len(self.tokens) == 1 else index
         return apply_module(self.module, pick(self.params, place), x)
 
 
 def apply_module(module: nn.Module, params: PyTree, x: Array | np.ndarray) -> Array:
-    """Apply a module to a batch. None means no params."""
+    """Apply a module to a batch, with no params if `params` is None."""
     variables = {"params": {} if params is None else params}
     return module.apply(variables, x)  # pyright: ignore[reportReturnType]
 
 
 def describe_module(module: nn.Module) -> str:
-    """Describe a module in one line, `ResidualMLP(64, hidden=128)`, without fields at defaults.
+    """Describe a module in one line, as in `ResidualMLP(64, hidden=128)`.
+
+    Fields that have their default values are left out.
 
     Args:
       module: any Flax module.
@@ -72,14 +74,14 @@ def describe_module(module: nn.Module) -> str:
 
 
 def describe_groups(groups: object, kind: str) -> str | None:
-    """Describe how many members each module has: "3 layers: 2 Dense(5), 1 ResidualMLP(5)".
+    """Describe how many members each module has, as in "3 layers: 2 Dense(5), 1 ResidualMLP(5)".
 
     Args:
-      groups: the layers or heads of a bank.
+      groups: the groups of layers or heads of a bank.
       kind: "layer" or "head".
 
     Returns:
-      The text; None if these are not groups, because JAX may put placeholders into a bank.
+      The description, or None if `groups` holds the placeholders that JAX may put into a bank.
     """
     if not isinstance(groups, tuple) or not all(isinstance(g, LayerGroup) for g in groups):
         return None
@@ -99,16 +101,16 @@ def _describe_value(value: object) -> str:
 def group_by_module(
     module: nn.Module | Sequence[nn.Module], params: Sequence[PyTree], kind: str, first_token: int
 ) -> tuple[LayerGroup, ...]:
-    """Stack params by module: one group per module, in the order of their first members.
+    """Stack params into one group per module, in the order of the first member of each group.
 
     Args:
       module: the module of all members, or one module per member.
       params: the params of each member.
-      kind: "layer" or "head", for errors.
-      first_token: the token of the first member; the others follow.
+      kind: "layer" or "head", for error messages.
+      first_token: the token of the first member; the other members get the next tokens.
 
     Raises:
-      ValueError: modules and params differ in number, or params do not stack.
+      ValueError: if modules and params differ in number, or params do not stack.
     """
     modules = [module] * len(params) if isinstance(module, nn.Module) else [*module]
     if len(modules) != len(params):
@@ -124,13 +126,14 @@ def group_by_module(
 
 
 def merge(members: list[tuple[LayerGroup, np.ndarray]]) -> tuple[LayerGroup, ...]:
-    """Combine groups into one per module, with new tokens in ascending order.
+    """Merge groups into one group per module, with new tokens in ascending order.
 
     Args:
-      members: each group with an array `new`: `new[token]` is the new token, or -1 to drop it.
+      members: pairs of a group and an array `new`, where `new[token]` is the new token of a member,
+        or -1 to drop that member.
 
     Raises:
-      ValueError: params of one module do not stack.
+      ValueError: if the params of one module do not stack.
     """
     merged = []
     for module in dict.fromkeys(group.module for group, _ in members):
@@ -138,7 +141,7 @@ def merge(members: list[tuple[LayerGroup, np.ndarray]]) -> tuple[LayerGroup, ...
         tokens = np.concatenate([new[list(group.tokens)] for group, new in same])
         order = [i for i in np.argsort(tokens, kind="stable") if tokens[i] >= 0]
         if order:
-            # Stack the first members, only to check that all groups fit.
+            # Stack the first members only to check that the groups fit together.
             _stack(
                 {
                     f"token {new[group.tokens[0]]} of the new bank": pick(group.params, 0)
@@ -154,15 +157,15 @@ def merge(members: list[tuple[LayerGroup, np.ndarray]]) -> tuple[LayerGroup, ...
 
 
 def put(group: LayerGroup, token: int, params: PyTree) -> LayerGroup:
-    """The group with new weights at one token.
+    """Return the group with new weights for one token.
 
     Args:
-      group: the group.
-      token: a token of the group.
+      group: the group to change.
+      token: the token of the member whose weights are replaced.
       params: the new weights of that member.
 
     Raises:
-      ValueError: params differ in structure, shape or dtype from those they replace.
+      ValueError: if params differ in structure, shape, or dtype from those that they replace.
     """
     place = group.tokens.index(token)
     old = pick(group.params, place)
@@ -172,22 +175,22 @@ def put(group: LayerGroup, token: int, params: PyTree) -> LayerGroup:
 
 
 def add_copies(group: LayerGroup, tokens: Sequence[int]) -> LayerGroup:
-    """The group with one more member per token: copies of its own members, in turn.
+    """Return the group extended by copies of its own members, in turn, under new tokens.
 
     Args:
-      group: the group.
-      tokens: the tokens of the copies.
+      group: the group to extend.
+      tokens: the token of each copy.
     """
     places = np.arange(len(group.tokens) + len(tokens)) % len(group.tokens)
     return LayerGroup(pick(group.params, places), group.module, (*group.tokens, *tokens))
 
 
 def pick(params: PyTree, index: Array | np.ndarray | int | tuple[int, ...]) -> PyTree:
-    """Pick the params of one member from a stack, or of several.
+    """Pick the params of one or several members from a stack.
 
     Args:
-      params: leaves `[n, ...]`.
-      index: index of a member, or an array of indices.
+      params: the stacked params, with leaves `[n, ...]`.
+      index: the index of a member, or an array of indices.
     """
     return jax.tree.map(lambda leaf: leaf[index], params)
 
@@ -198,12 +201,12 @@ def check_keeps_shape(
     """Check that a layer's output has the shape and dtype of its input.
 
     Args:
-      group: the layers.
-      x: a batch, or its shape and dtype.
-      allow_other_dtype: check only the shape.
+      group: the group of layers to check.
+      x: a batch of input, or its shape and dtype.
+      allow_other_dtype: whether the output may have another dtype, so that only shapes must agree.
 
     Raises:
-      ValueError: the output has another shape or dtype, or the module does not accept this input.
+      ValueError: if the output has another shape or dtype, or the module does not accept the input.
     """
     name = f"layer {type(group.module).__name__}"
     out = _find_output(lambda x: group.apply(0, x), x, name)
@@ -215,15 +218,15 @@ def check_keeps_shape(
 
 
 def check_stem(stem: nn.Module | None, params: PyTree, x: ArrayOrShape) -> ArrayOrShape:
-    """Check that a stem accepts this input. Return the shape and dtype of its output.
+    """Check that a stem accepts an input, and return the shape and dtype of its output.
 
     Args:
       stem: the stem; None for the identity.
       params: params of the stem.
-      x: raw input, or its shape and dtype.
+      x: a batch of raw input, or its shape and dtype.
 
     Raises:
-      ValueError: the stem does not accept this input.
+      ValueError: if the stem does not accept this input.
     """
     if stem is None:
         return x
@@ -235,10 +238,10 @@ def check_same_stem(stems: Sequence[tuple[nn.Module | None, PyTree]]) -> None:
     """Check that all stems are equal.
 
     Args:
-      stems: module and params of each stem; the module is None if a bank has no stem.
+      stems: the module and params of each bank's stem; the module is None if a bank has no stem.
 
     Raises:
-      ValueError: a module, or its params, differ from the first.
+      ValueError: if a stem's module or params differ from those of the first stem.
     """
     first, first_params = stems[0]
     expected = jax.tree.structure(first_params or {})
@@ -254,7 +257,7 @@ def check_same_stem(stems: Sequence[tuple[nn.Module | None, PyTree]]) -> None:
 def _find_output(
     apply_fn: Callable[[Array], Array], x: ArrayOrShape, name: str
 ) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of the output for an input like `x`."""
+    """Return the shape and dtype of the output for an input like `x`."""
     try:
         return jax.eval_shape(apply_fn, x)
     except Exception as error:  # whatever a user's module raises
@@ -264,15 +267,16 @@ def _find_output(
 
 
 def find_input_shape(group: LayerGroup) -> tuple[int, ...] | None:
-    """Guess a feature shape that the module accepts with these params, preferably one it keeps.
+    """Guess the input shape of a group from the sizes of its params.
 
-    Try the sizes found in the params one by one: Flax rejects shapes that do not fit its kernels.
+    The sizes in the params are tried one by one, because Flax rejects shapes that do not fit its
+    kernels. A shape that the layers keep is preferred.
 
     Args:
-      group: the layers.
+      group: the group of layers.
 
     Returns:
-      The shape of one example; None if no shape that was tried is accepted.
+      The shape of one example, or None if the module accepts none of the shapes that were tried.
     """
     sizes = sorted({size for leaf in jax.tree.leaves(group.params) for size in leaf.shape[1:]})
     accepted = []
@@ -290,7 +294,7 @@ def find_input_shape(group: LayerGroup) -> tuple[int, ...] | None:
 
 
 def _stack(params: dict[str, PyTree]) -> PyTree:
-    """Stack params on a new leading axis. The keys of the dict name them in errors."""
+    """Stack params on a new leading axis; the keys of the dict name them in error messages."""
     (first, expected), *others = params.items()
     for name, tree in others:
         _check_same_structure(tree, expected, f"params of {name} do not stack", first)

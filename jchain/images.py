@@ -1,8 +1,8 @@
 """Image sets of tensorflow-datasets, read from array_record files without TensorFlow.
 
-A set is prepared once (`jchain prepare cifar10`, which needs TensorFlow for most sets). After that,
-reading it needs `tensorflow-datasets`, `array_record` and `pillow` (`pip install 'jchain[data]'`).
-Only `prepare` downloads anything.
+A set must be prepared once (`jchain prepare cifar10`, which needs TensorFlow for most sets). After
+that, reading it needs only `tensorflow-datasets`, `array_record`, and `pillow`
+(`pip install 'jchain[data]'`). Only `prepare` downloads anything.
 """
 
 import difflib
@@ -14,14 +14,14 @@ import numpy as np
 
 from jchain._typing import Shaped
 
-# Number of examples decoded at a time.
+# Number of examples to decode at a time.
 _CHUNK = 4096
 _FORMAT = "array_record"
 _EXAMPLES = "mnist, fashion_mnist, cifar10"
 
 
 class Images(NamedTuple):
-    """Images and labels of a data set. `test` is None if the set has no test split."""
+    """The images and labels of a data set; `test` is None if the set has no test split."""
 
     train: tuple[Shaped[np.ndarray, "B H W C"], Shaped[np.ndarray, "B"]]
     test: tuple[Shaped[np.ndarray, "B H W C"], Shaped[np.ndarray, "B"]] | None
@@ -33,17 +33,17 @@ def read(name: str, data_dir: str | Path | None = None) -> Images:
 
     Args:
       name: name of the set in tensorflow-datasets, such as `mnist`, `fashion_mnist`, or `cifar10`;
-        also `name/config` and `name:version`.
-      data_dir: the folder of prepared sets; if None, the default folder of tensorflow-datasets:
-        `TFDS_DATA_DIR` or ~/tensorflow_datasets.
+        `name/config` and `name:version` are accepted too.
+      data_dir: the folder of prepared sets; if None, the default folder of tensorflow-datasets,
+        which is `TFDS_DATA_DIR` or ~/tensorflow_datasets.
 
     Raises:
-      ImportError: tensorflow-datasets is not installed.
-      FileNotFoundError: the folder does not exist, or the set is not prepared in it.
-      PermissionError: the folder cannot be read.
-      OSError: a file is damaged.
-      ValueError: the name is unknown, the set does not hold images of one size with one class each,
-        or it is stored in another format.
+      ImportError: if tensorflow-datasets is not installed.
+      FileNotFoundError: if the folder does not exist, or the set is not prepared in it.
+      PermissionError: if the folder cannot be read.
+      OSError: if a file is damaged.
+      ValueError: if the name is unknown, the set does not hold images of one size with one class
+        each, or it is stored in another format.
     """
     builder = _find_builder(name, data_dir)
     _check_is_prepared(builder, name, data_dir)
@@ -71,15 +71,16 @@ def prepare(name: str, data_dir: str | Path | None = None) -> Path:
 
     Args:
       name: name of the set in tensorflow-datasets.
-      data_dir: the folder of prepared sets, as for `read`.
+      data_dir: the folder of prepared sets, see `read`.
 
     Returns:
       The folder that holds the set.
 
     Raises:
-      ImportError: tensorflow-datasets is not installed, or TensorFlow if the set needs it.
-      ValueError: the name is unknown, or the set is prepared in another format.
-      OSError: the set could not be downloaded or written.
+      ImportError: if tensorflow-datasets is not installed, or if the set needs TensorFlow and it is
+        not installed.
+      ValueError: if the name is unknown, or the set is prepared in another format.
+      OSError: if the set could not be downloaded or written.
     """
     builder = _find_builder(name, data_dir)
     if builder.is_prepared():
@@ -105,7 +106,7 @@ def _import_tfds() -> Any:
 
 
 def _find_builder(name: str, data_dir: str | Path | None) -> Any:
-    """The set's builder, found without the network."""
+    """Find the builder of a set without using the network."""
     tfds = _import_tfds()
     folder = None if data_dir is None else Path(data_dir).expanduser()
     if folder is not None and folder.exists() and not os.access(folder, os.R_OK | os.X_OK):
@@ -123,7 +124,7 @@ def _find_builder(name: str, data_dir: str | Path | None) -> Any:
 
 
 def _choose_format(tfds: Any, name: str) -> dict[str, str]:
-    """Request our format, except for sets without code: they can be read only in their format."""
+    """Request array_record files, except for sets without code, which have a fixed format."""
     base = name.split("/")[0].split(":")[0]
     return {"file_format": _FORMAT} if base in _list_sets(tfds) else {}
 
@@ -153,7 +154,7 @@ def _check_format(builder: Any, name: str) -> None:
 
 
 def _find_features(builder: Any, name: str) -> tuple[str, str, int]:
-    """The names of the features of images and of labels, and the number of classes."""
+    """Return the names of the image feature and the label feature, and the number of classes."""
     tfds, features, keys = _import_tfds(), builder.info.features, builder.info.supervised_keys
     if (
         keys is None

@@ -1,8 +1,8 @@
-"""Invertible layers: `module.invert(params)` returns the module and the params of the inverse.
+"""Invertible layers, whose `module.invert(params)` returns the module and params of the inverse.
 
-Any module with such a method counts as invertible (`jchain.inverse`). If a module also has
-`project(params)`, training keeps it invertible: after each step `jchain.train` replaces its weights
-by what that method returns.
+`jchain.inverse` treats any module with such a method as invertible. If a module also has a method
+`project(params)`, training keeps the module invertible: after each step, `jchain.train` replaces
+its weights with what that method returns.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,15 +19,15 @@ _MAX_ITERATIONS = 1000
 
 
 class InvertibleDense(nn.Module):
-    """A square affine map and a leaky ReLU: `leaky_relu(x W + b)`.
+    """A square affine map, then a leaky ReLU: `leaky_relu(x W + b)`.
 
-    The inverse amplifies noise of the outputs by up to `condition / negative_slope`, where
+    The inverse amplifies noise in the outputs by up to `condition / negative_slope`, where
     `condition` is the condition number of `W`.
 
     Attributes:
-      features: size of the last axis, in and out.
-      use_bias: whether to add `b`.
-      negative_slope: slope of the leaky ReLU below 0, positive; 1 for a linear layer.
+      features: size of the last axis of the input and the output.
+      use_bias: whether to add the bias `b`.
+      negative_slope: slope of the leaky ReLU below 0, which must be positive; 1 for a linear layer.
       max_condition: largest condition number of `W` that training allows.
       is_inverse: whether this is the inverse layer, `(leaky_relu^-1(x) - b) W`.
     """
@@ -59,23 +59,23 @@ class InvertibleDense(nn.Module):
         return self.apply_activation(x @ kernel + _lift(bias, x))
 
     def apply_activation(self, x: Array) -> Array:
-        """The leaky ReLU of `x`."""
+        """Apply the leaky ReLU to `x`."""
         return nn.leaky_relu(x, self.negative_slope)
 
     def invert_activation(self, y: Array) -> Array:
-        """The input whose leaky ReLU is `y`."""
+        """Return the input whose leaky ReLU is `y`."""
         return nn.leaky_relu(y, 1.0 / self.negative_slope)
 
     def invert(self, params: PyTree) -> tuple[nn.Module, PyTree]:
-        """The module and the params of the inverse.
+        """Return the module and the params of the inverse.
 
-        Unless it is traced, `W` is inverted in float64.
+        `W` is inverted in float64, unless it is traced.
 
         Args:
-          params: params of this layer.
+          params: the params of this layer.
 
         Raises:
-          ValueError: `W` is singular to the precision of its weights.
+          ValueError: if `W` is singular to the precision of its dtype.
         """
         return self.clone(is_inverse=not self.is_inverse), {
             **params,
@@ -83,7 +83,7 @@ class InvertibleDense(nn.Module):
         }
 
     def project(self, params: PyTree) -> PyTree:
-        """The weights, with singular values of at least the largest one / `max_condition`."""
+        """Raise small singular values of `W` to at least the largest one / `max_condition`."""
         left, values, right = jnp.linalg.svd(params["kernel"])
         values = jnp.maximum(values, values[0] / self.max_condition)
         return {**params, "kernel": (left * values[None]) @ right}
@@ -92,13 +92,15 @@ class InvertibleDense(nn.Module):
 class AdditiveCoupling(nn.Module):
     """A reversible residual block: `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`.
 
-    `x1` and `x2` are two halves of the features, `f` and `g` are MLPs (Gomez et al. 2017,
-    arXiv:1707.04585). Exactly invertible for any weights: `x2 = y2 - g(y1)`, `x1 = y1 - f(x2)`.
+    `x1` and `x2` are the two halves of the features, and `f` and `g` are MLPs (Gomez et al. 2017,
+    arXiv:1707.04585). The block is exactly invertible for any weights: `x2 = y2 - g(y1)`,
+    `x1 = y1 - f(x2)`.
 
     Attributes:
-      features: size of the last axis, in and out, at least 2; if odd, `x2` has one feature more.
-      hidden: width of the two MLPs; `features` if None.
-      activation: elementwise, by default ReLU.
+      features: size of the last axis of the input and the output, at least 2. If it is odd, `x2`
+        has one more feature than `x1`.
+      hidden: number of hidden units of each MLP; `features` if None.
+      activation: elementwise function; ReLU by default.
       is_inverse: whether this is the inverse layer.
     """
 
@@ -131,10 +133,10 @@ class AdditiveCoupling(nn.Module):
         return denses[1](self.activation(denses[0](x)))
 
     def invert(self, params: PyTree) -> tuple[nn.Module, PyTree]:
-        """The module of the inverse, which has the same params.
+        """Return the module of the inverse, and its params, which are the same.
 
         Args:
-          params: params of this layer.
+          params: the params of this layer.
         """
         return self.clone(is_inverse=not self.is_inverse), params
 
@@ -142,14 +144,15 @@ class AdditiveCoupling(nn.Module):
 class InvertibleResidual(nn.Module):
     """A residual block with a spectral bound: `x + activation(x W1 + b1) W2 + b2`, `|W1| |W2| < 1`.
 
-    Behrmann et al. 2019, arXiv:1811.00995. The term added to `x`, `g(x)`, is a contraction, so the
-    input is the fixed point of `x = y - g(x)`. At most 1,000 iterations find it up to rounding. The
-    inverse amplifies noise of the outputs by up to `1 / (1 - bound)`.
+    This is the block of Behrmann et al. 2019, arXiv:1811.00995. The term that is added to `x`,
+    `g(x)`, is a contraction, so the input is the fixed point of `x = y - g(x)`. At most 1,000
+    iterations find it up to rounding. The inverse amplifies noise in the outputs by up to
+    `1 / (1 - bound)`.
 
     Attributes:
-      features: size of the last axis, in and out.
-      hidden: width between the two maps; `features` if None.
-      activation: elementwise, with slopes in -1..1, by default ReLU.
+      features: size of the last axis of the input and the output.
+      hidden: number of units between the two maps; `features` if None.
+      activation: elementwise function with slopes in -1..1; ReLU by default.
       bound: largest `|W1| |W2|` (spectral norms) that training allows, below 1.
       is_inverse: whether this is the inverse layer.
     """
@@ -179,13 +182,13 @@ class InvertibleResidual(nn.Module):
         return _find_fixed_point(lambda guess: x - add(guess), x)
 
     def invert(self, params: PyTree) -> tuple[nn.Module, PyTree]:
-        """The module of the inverse, which has the same params.
+        """Return the module of the inverse, and its params, which are the same.
 
         Args:
-          params: params of this layer.
+          params: the params of this layer.
 
         Raises:
-          ValueError: the term that the layer adds to its input is not a contraction.
+          ValueError: if the term that the layer adds to its input is not a contraction.
         """
         if is_concrete(params):
             norm = np.prod(
@@ -210,7 +213,7 @@ class InvertibleResidual(nn.Module):
         return self.clone(is_inverse=not self.is_inverse), params
 
     def project(self, params: PyTree) -> PyTree:
-        """The weights. Both matrices are scaled down equally if their bound is exceeded."""
+        """Scale down both matrices equally if they exceed the bound."""
         norm = jnp.prod(
             jnp.stack(
                 [jnp.linalg.norm(params[name]["kernel"], 2) for name in ("Dense_0", "Dense_1")]
@@ -228,7 +231,7 @@ def _lift(bias: Array, x: Array) -> Array:
 
 def _invert_matrix(kernel: Array) -> Array:
     if not is_concrete(kernel):
-        # jnp.linalg.inv does not take 16-bit floats.
+        # jnp.linalg.inv does not accept 16-bit floats.
         return jnp.linalg.inv(kernel.astype(jnp.promote_types(jnp.float32, kernel.dtype))).astype(
             kernel.dtype
         )
@@ -245,7 +248,7 @@ def _invert_matrix(kernel: Array) -> Array:
 def _find_fixed_point(
     step: Callable[[Array], Array], start: Float[Array, "B *F"]
 ) -> Float[Array, "B *F"]:
-    """Iterate until each example changes by no more than rounding."""
+    """Iterate until no example changes by more than rounding error."""
     tolerance = 2 * jnp.finfo(start.dtype).eps
 
     def max_norm(x: Array) -> Float[Array, "B"]:

@@ -1,6 +1,6 @@
-"""Layers that keep the shape of their input, and heads.
+"""Layers that keep the shape of their input, heads, and a stem for images.
 
-All are Flax linen modules: call `module.apply({"params": params}, x)` with `x` of shape
+All of them are Flax linen modules: call `module.apply({"params": params}, x)` with `x` of shape
 `[B, ...F]`.
 """
 
@@ -17,11 +17,11 @@ from jchain.invertible import InvertibleResidual as InvertibleResidual
 
 
 class Dense(nn.Module):
-    """A square affine map and an activation: `activation(x W + b)`.
+    """A square affine map, then an activation: `activation(x W + b)`.
 
     Attributes:
-      features: size of the last axis, in and out.
-      activation: elementwise, by default ReLU.
+      features: size of the last axis of the input and the output.
+      activation: elementwise function; ReLU by default.
     """
 
     features: int
@@ -35,12 +35,12 @@ class Dense(nn.Module):
 class ResidualMLP(nn.Module):
     """A residual block of two affine maps: `x + activation(x W1 + b1) W2 + b2`.
 
-    He et al. 2016, arXiv:1512.03385.
+    The residual connection is that of He et al. 2016, arXiv:1512.03385.
 
     Attributes:
-      features: size of the last axis, in and out.
-      hidden: width between the two maps; `features` if None.
-      activation: elementwise, by default ReLU.
+      features: size of the last axis of the input and the output.
+      hidden: number of units between the two maps; `features` if None.
+      activation: elementwise function; ReLU by default.
     """
 
     features: int
@@ -56,13 +56,13 @@ class ResidualMLP(nn.Module):
 class ConvBlock(nn.Module):
     """A pre-activation residual block of 3x3 convolutions: `x + conv(activation(...))`.
 
-    For images `[B, H, W, C]`. He et al. 2016, arXiv:1603.05027, without normalization. Borders are
-    padded with zeros.
+    This is the block of He et al. 2016, arXiv:1603.05027, without normalization, for images
+    `[B, H, W, C]`. Borders are padded with zeros.
 
     Attributes:
-      channels: channels, in and out.
-      depth: number of convolutions, each after an activation.
-      activation: elementwise, by default ReLU.
+      channels: number of channels of the input and the output.
+      depth: number of convolutions, each of which follows an activation.
+      activation: elementwise function; ReLU by default.
     """
 
     channels: int
@@ -82,11 +82,11 @@ class ConvBlock(nn.Module):
 class ConvStem(nn.Module):
     """A stem for raw images: a 3x3 convolution, then max pooling if `pool` is above 1.
 
-    Not usable as a layer: it changes the shape.
+    It cannot be used as a layer, because it changes the shape of its input.
 
     Attributes:
-      channels: output channels.
-      pool: side of the pooling windows, which do not overlap; incomplete windows are dropped.
+      channels: number of output channels.
+      pool: side of the pooling windows, which do not overlap. Incomplete windows are dropped.
     """
 
     channels: int
@@ -103,12 +103,13 @@ class ConvStem(nn.Module):
 class TransformerBlock(nn.Module):
     """A pre-norm transformer block: self-attention, then an MLP, each added to its input.
 
-    For sequences `[B, T, F]`. Xiong et al. 2020, arXiv:2002.04745; tanh-approximated GELU.
+    This is the pre-norm block of Xiong et al. 2020, arXiv:2002.04745, for sequences `[B, T, F]`,
+    with the tanh approximation of GELU.
 
     Attributes:
-      features: size of the last axis, in and out; a multiple of `num_heads`.
-      num_heads: attention heads.
-      hidden: width of the MLP; four times `features` if None.
+      features: size of the last axis of the input and the output; a multiple of `num_heads`.
+      num_heads: number of attention heads.
+      hidden: number of hidden units of the MLP; four times `features` if None.
       is_causal: whether a position attends only to itself and earlier positions.
     """
 
@@ -120,7 +121,7 @@ class TransformerBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
         sizes = (3, self.num_heads, self.features // self.num_heads)
-        # Queries, keys and values in one product.
+        # One product computes the queries, keys, and values.
         qkv = nn.DenseGeneral(sizes, name="qkv")(nn.LayerNorm(epsilon=1e-5)(x))
         query, key, value = (qkv[..., i, :, :] for i in range(3))
         mixed = jax.nn.dot_product_attention(query, key, value, is_causal=self.is_causal)
@@ -133,7 +134,7 @@ class DenseHead(nn.Module):
     """An affine map from all features of an example to logits.
 
     Attributes:
-      num_classes: size of the output.
+      num_classes: number of logits.
     """
 
     num_classes: int
@@ -144,13 +145,13 @@ class DenseHead(nn.Module):
 
 
 class ConvHead(nn.Module):
-    """The dense part of LeNet-5 (LeCun et al. 1998): flatten, then 120, 84, `num_classes` units.
+    """The dense part of LeNet-5 (LeCun et al. 1998): three dense layers on the flattened input.
 
-    ReLU comes between the dense layers.
+    They have 120, 84, and `num_classes` units, with a ReLU after each of the first two.
 
     Attributes:
-      num_classes: size of the output.
-      pool: side of the windows of average pooling before flattening; 1 for no pooling.
+      num_classes: number of logits.
+      pool: side of the windows of average pooling, which comes before flattening; 1 for no pooling.
     """
 
     num_classes: int
@@ -169,8 +170,8 @@ class PoolHead(nn.Module):
     """Global average pooling (Lin et al. 2014, arXiv:1312.4400), then an affine map to logits.
 
     Attributes:
-      num_classes: size of the output.
-      activation: elementwise, before the mean, by default ReLU.
+      num_classes: number of logits.
+      activation: elementwise function that is applied before the mean; ReLU by default.
     """
 
     num_classes: int

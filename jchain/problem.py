@@ -1,4 +1,4 @@
-"""A problem: what a search minimizes over."""
+"""The problem that a search solves: a bank, one split of data, and a loss to minimize."""
 
 import copy
 import dataclasses
@@ -22,31 +22,34 @@ from jchain.pytree import is_concrete, pytree_dataclass, static
 
 @pytree_dataclass
 class Problem:
-    """A bank, one split of data, a loss, and how many layers a chain may have.
+    """A bank, one split of data, a loss to minimize, and the allowed number of layers.
 
-    The loss of a chain is the mean of `loss_fn` over the split, plus the layer penalty:
-    `layer_cost` for each of its layers.
+    The loss of a chain is the mean of `loss_fn` over the split, plus the layer penalty, which is
+    the sum of `layer_cost` over the layers of the chain.
 
     Attributes:
-      bank: the layers and heads.
-      data: the one split that this problem can reach.
+      bank: the layers and heads that chains are built from.
+      data: the only split of data that this problem can reach.
       max_layers: maximum number of layers in a chain; chains have `L = max_layers + 1` slots.
-      loss_fn: `(outputs [B, ...], y [B, ...]) -> [B, ...]`, lower is better, averaged over all
-        axes; by default softmax cross-entropy with integer labels, in nats.
-      layer_cost: penalty of a layer, in units of the loss: one number for all layers, or `[N]`.
-      mesh: the devices that hold the problem and share its chains (see `on`); None for one device.
+      loss_fn: function `(outputs [B, ...], y [B, ...]) -> [B, ...]`; its values are averaged over
+        all axes, and lower is better. By default softmax cross-entropy with integer labels, in
+        nats.
+      layer_cost: penalty per layer, in units of the loss: one number for all layers, or one number
+        per layer, `[N]`.
+      mesh: the devices that hold the problem and divide its chains among them (see `on`); None for
+        a single device.
       min_layers: minimum number of layers in a chain. If it equals max_layers, all chains have the
         same length. Searches and `evaluate_all` make no shorter chains, but functions that take
         chains accept shorter ones.
-      accuracy_fn: `(outputs [B, ...], y [B, ...]) -> [B, ...]`, reported with the loss and averaged
-        in the same way. By default it is 1 if the largest output is the label, and nan if labels
-        are not integers.
+      accuracy_fn: function `(outputs [B, ...], y [B, ...]) -> [B, ...]`; its values are averaged
+        like those of `loss_fn` and reported with the loss. By default its value is 1 if the largest
+        output is the label, 0 if it is not, and nan if labels are not integers.
 
     Raises:
-      ValueError: max_layers or min_layers is invalid, the split is empty, examples or layer costs
-        are not finite, the stem does not accept this data, a layer changes its shape, heads differ
-        in the shape of their output, labels are outside the heads' classes, or the loss function
-        fails.
+      ValueError: if `max_layers` or `min_layers` is invalid, the split is empty, examples or layer
+        costs are not finite, the stem does not accept the data, a layer changes the shape of its
+        input, heads differ in the shape of their output, labels are outside the heads' classes, or
+        the loss function fails.
     """
 
     bank: Bank
@@ -85,7 +88,7 @@ class Problem:
             self._check_values(outputs)
 
     def _check_shapes(self) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of the heads' outputs."""
+        """Check all shapes, and return the shape and dtype of the heads' outputs."""
         x, y = self.data
         hidden = check_stem(self.bank.stem, self.bank.stem_params, x)
         for group in self.bank.layers:
@@ -123,21 +126,21 @@ class Problem:
 
     @property
     def space(self) -> ChainSpace:
-        """The chains that a search may make."""
+        """The space of chains that a search may make."""
         return ChainSpace(
             self.bank.num_layers, self.bank.num_heads, self.max_layers, self.min_layers
         )
 
     def on(self, mesh: Mesh) -> "Problem":
-        """The problem with its arrays on each device of a mesh. Evaluation then splits the chains.
+        """Replicate the problem on the devices of a mesh, so that evaluation splits the chains.
 
         Devices of the mesh may belong to other processes (`jax.distributed`), which must make the
         same calls.
 
         Args:
-          mesh: the devices, with any axes.
+          mesh: the mesh of devices, with any axes.
         """
-        # One axis, of the type that the compiler shards automatically.
+        # Flatten the mesh to one axis, whose type lets the compiler shard automatically.
         flat = Mesh(mesh.devices.reshape(-1), ("chains",))
         if self.mesh == flat:
             return self
@@ -145,10 +148,12 @@ class Problem:
         return problem.put(problem)
 
     def put(self, tree: PyTree) -> PyTree:
-        """Put a tree of arrays on the devices of this problem: on each device of its mesh.
+        """Copy a tree of arrays to each device of this problem's mesh.
+
+        If the problem has no mesh, the leaves only become JAX arrays.
 
         Args:
-          tree: arrays; traced ones are unchanged.
+          tree: a pytree of arrays; traced leaves are returned unchanged.
         """
         if self.mesh is None:
             return jax.tree.map(jnp.asarray, tree)
@@ -158,36 +163,36 @@ class Problem:
         )
 
     def without_names(self) -> "Problem":
-        """The problem over the bank without names (`Bank.without_names`)."""
+        """Return the problem with the names of its bank dropped (see `Bank.without_names`)."""
         return self.with_bank(self.bank.without_names())
 
     def take(self, rows: slice | Int[np.ndarray, "b"] | Int[Array, "b"]) -> "Problem":
-        """The problem with only some of its examples.
+        """Return the problem with only some of its examples.
 
         Args:
-          rows: indices of these examples, or a slice.
+          rows: the examples to keep, as indices or a slice.
         """
         return self._replace("data", Batch(self.data.x[rows], self.data.y[rows]))
 
     def with_bank(self, bank: Bank) -> "Problem":
-        """The problem over another bank, with the same `layer_cost`.
+        """Return the problem with another bank and the same `layer_cost`.
 
         Args:
-          bank: a bank whose layers have the same shape. This is not checked.
+          bank: the new bank. Its layers must keep the same shape, which is not checked.
         """
         return self._replace("bank", bank)
 
     def _replace(self, field: str, value: object) -> "Problem":
-        """Like `dataclasses.replace`, without the checks."""
+        """Replace a field as `dataclasses.replace` does, but without the checks."""
         problem = copy.copy(self)
         object.__setattr__(problem, field, value)
         return problem
 
     def layer_penalty(self, chains: Int[Array, "*P L"]) -> Float[Array, "*P"]:
-        """The layer penalty of each chain, which is added to its loss.
+        """Compute the layer penalty of each chain, which is added to its loss.
 
         Args:
-          chains: tokens, `[..., L]`.
+          chains: int32 `[..., L]`; the tokens of each chain.
         """
         num_layers = self.bank.num_layers
         cost = jnp.broadcast_to(self.layer_cost, (num_layers,))
@@ -197,13 +202,13 @@ class Problem:
     def loss_and_accuracy(
         self, outputs: Float[Array, "B ..."]
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Loss and accuracy of one chain's outputs, without the layer penalty.
+        """Compute the loss and the accuracy of one chain's outputs, without the layer penalty.
 
-        By default, accuracy is the share of examples whose largest output is their label. It is nan
-        unless labels are integers, one per row of outputs.
+        By default, the accuracy is the fraction of examples whose largest output is at their label.
+        It is nan unless labels are integers, one per row of outputs.
 
         Args:
-          outputs: outputs of a head, `[B, ...]`.
+          outputs: the outputs of the chain's head, `[B, ...]`.
         """
         y = self.data.y
         outputs = upcast(outputs)
@@ -216,22 +221,24 @@ class Problem:
 
 
 def upcast(array: Array) -> Array:
-    """Cast half precision to float32, because its squares overflow and small differences vanish.
+    """Cast a half-precision array to float32.
+
+    In half precision, squares overflow and small differences vanish.
 
     Args:
-      array: any array; float32 and wider are unchanged.
+      array: an array of any dtype; float32 and wider dtypes are unchanged.
     """
     return array.astype(jnp.promote_types(jnp.float32, array.dtype))
 
 
 def check_max_layers(value: object) -> int:
-    """Check `max_layers`, and return it as an int.
+    """Check `max_layers` and return it as an int.
 
     Args:
       value: maximum number of layers in a chain.
 
     Raises:
-      ValueError: it is not an integer of at least 0.
+      ValueError: if the value is not an integer of at least 0.
     """
     if not _is_integer(value) or value < 0:
         raise ValueError(f"expected max_layers to be an integer of at least 0, got {value!r}")
@@ -239,14 +246,14 @@ def check_max_layers(value: object) -> int:
 
 
 def check_min_layers(value: object, max_layers: int) -> int:
-    """Check `min_layers`, and return it as an int.
+    """Check `min_layers` and return it as an int.
 
     Args:
       value: minimum number of layers in a chain.
       max_layers: maximum number of layers in a chain.
 
     Raises:
-      ValueError: it is not an integer in `0..max_layers`.
+      ValueError: if the value is not an integer in `0..max_layers`.
     """
     if not _is_integer(value) or not 0 <= value <= max_layers:
         raise ValueError(
@@ -259,7 +266,7 @@ def check_min_layers(value: object, max_layers: int) -> int:
 def _check_function(
     name: str, function: Callable[[Array, Array], Array], outputs: jax.ShapeDtypeStruct, y: Array
 ) -> None:
-    """Check that a function accepts these outputs and labels, and returns floats."""
+    """Check that a function accepts these outputs and labels and returns floats."""
     try:
         found = jax.eval_shape(function, outputs, y)
     except Exception as error:  # whatever a user's function raises
@@ -276,7 +283,7 @@ def _is_integer(value: object) -> TypeGuard[int | np.integer]:
 
 
 def _replicate(leaf: ArrayLike, everywhere: NamedSharding) -> Array:
-    """Put a copy of the leaf on each device of the sharding."""
+    """Put a copy of the leaf on each device of a replicated sharding."""
     if isinstance(leaf, jax.Array) and leaf.sharding == everywhere:
         return leaf
     if everywhere.is_fully_addressable:

@@ -1,4 +1,4 @@
-"""Frozen dataclasses that are pytrees. JAX can rebuild them without their `__post_init__`."""
+"""Frozen dataclasses that are pytrees and that JAX can rebuild without their `__post_init__`."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -11,10 +11,12 @@ T = TypeVar("T")
 
 
 def static(*, default: Any = dataclasses.MISSING) -> Any:
-    """Declare a hashable field that is part of the tree's structure: a new value is a new trace.
+    """Declare a field that is part of the tree's structure rather than one of its leaves.
+
+    Its values must be hashable, and jitted functions are traced again for each new value.
 
     Args:
-      default: default value of the field.
+      default: default value of the field; the field is required if not given.
     """
     return dataclasses.field(default=default, metadata={"static": True})
 
@@ -28,7 +30,7 @@ def pytree_dataclass(cls: type[T]) -> type[T]:
     them. If the class defines `__repr__`, it must accept such leaves.
 
     Args:
-      cls: a class with annotated fields.
+      cls: the class to convert, with annotated fields.
     """
     cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
     fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
@@ -51,9 +53,9 @@ def pytree_dataclass(cls: type[T]) -> type[T]:
 
 
 def is_concrete(tree: object) -> bool:
-    """Whether no leaf is traced, so that the host can read every value.
+    """Return whether no leaf is traced, so that the host can read every value.
 
     Args:
-      tree: a pytree.
+      tree: any pytree.
     """
     return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))

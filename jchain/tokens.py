@@ -1,4 +1,4 @@
-"""The tokens of a bank: which are valid, how they are renumbered, their names and origins."""
+"""Functions that check and renumber the tokens of a bank and their names and origins."""
 
 from collections.abc import Sequence
 
@@ -8,15 +8,15 @@ from jchain._typing import Int
 
 
 def check_tokens(tokens: Sequence[int], allowed: range, kind: str) -> None:
-    """Check that there is at least one token, and that all are different and in range.
+    """Check that there is at least one token and that all tokens are different and in range.
 
     Args:
-      tokens: the tokens.
-      allowed: the valid tokens.
-      kind: "layer" or "head", for the error.
+      tokens: the tokens to check.
+      allowed: the range of valid tokens.
+      kind: "layer" or "head", for the error message.
 
     Raises:
-      ValueError: there is no token, or one repeats or is out of range.
+      ValueError: if there is no token, or a token repeats or is out of range.
     """
     is_allowed = all(token in allowed for token in tokens)
     if len(tokens) == 0 or len(set(tokens)) != len(tokens) or not is_allowed:
@@ -27,14 +27,14 @@ def check_tokens(tokens: Sequence[int], allowed: range, kind: str) -> None:
 
 
 def renumber(num_layers: Sequence[int], num_heads: Sequence[int]) -> list[Int[np.ndarray, "E"]]:
-    """Number the tokens of joined banks: all layers come before all heads.
+    """Number the tokens of joined banks, with all layers before all heads.
 
     Args:
-      num_layers: layers of each bank.
-      num_heads: heads of each bank.
+      num_layers: number of layers in each bank.
+      num_heads: number of heads in each bank.
 
     Returns:
-      For each bank an array `new`: `new[token]` is the token's number in the joined bank.
+      An array `new` for each bank, where `new[token]` is the token in the joined bank.
     """
     layer_starts = np.cumsum([0, *num_layers])
     head_starts = sum(num_layers) + np.cumsum([0, *num_heads])
@@ -47,11 +47,11 @@ def renumber(num_layers: Sequence[int], num_heads: Sequence[int]) -> list[Int[np
 def move_chains(
     chains: Sequence[Sequence[int]], new: Int[np.ndarray, "E"]
 ) -> tuple[tuple[int, ...], ...]:
-    """Renumber the tokens of chains. A chain is dropped if one of its tokens is dropped.
+    """Renumber the tokens of chains, and drop each chain that has a dropped token.
 
     Args:
-      chains: layer tokens, then a head.
-      new: `new[token]` is the new token, or -1 if it is dropped.
+      chains: the tokens of each chain: its layers, then its head.
+      new: array `[E]` that maps each token to its new token, or to -1 if the token is dropped.
     """
     return tuple(
         tuple(int(new[token]) for token in chain)
@@ -64,12 +64,12 @@ def complete_names(names: Sequence[str] | None, num_layers: int, num_heads: int)
     """Complete the names of layers and heads with the defaults `layer0`, ..., `head0`, ...
 
     Args:
-      names: names of the layers, of the layers and heads, or None.
-      num_layers: N, layers in the bank.
-      num_heads: K, heads in the bank.
+      names: names of the layers, or of the layers and heads; None to use only defaults.
+      num_layers: number of layers in the bank, N.
+      num_heads: number of heads in the bank, K.
 
     Raises:
-      ValueError: there are neither N nor N + K names.
+      ValueError: if the number of names is neither N nor N + K.
     """
     heads = tuple(f"head{i}" for i in range(num_heads))
     names = tuple(f"layer{i}" for i in range(num_layers)) if names is None else tuple(names)
@@ -82,10 +82,10 @@ def complete_names(names: Sequence[str] | None, num_layers: int, num_heads: int)
 
 
 def concat_names(names: Sequence[Sequence[str]]) -> list[list[str]]:
-    """The names of joined banks, with the prefix `bank{i}/` if any name would repeat.
+    """Return the names of joined banks, with the prefix `bank{i}/` if any name would repeat.
 
     Args:
-      names: the names of each bank.
+      names: for each bank, the names of its tokens.
     """
     all_names = [name for own in names for name in own]
     is_unique = len(set(all_names)) == len(all_names)
@@ -95,11 +95,11 @@ def concat_names(names: Sequence[Sequence[str]]) -> list[list[str]]:
 
 
 def layers_then_heads(words: Sequence[Sequence[str]], num_layers: Sequence[int]) -> tuple[str, ...]:
-    """Join the names (or origins) of banks in token order: all layers come before all heads.
+    """Join the names (or origins) of banks in token order, with all layers before all heads.
 
     Args:
-      words: the names or origins of each bank.
-      num_layers: layers of each bank.
+      words: for each bank, the names or origins of its tokens.
+      num_layers: number of layers in each bank.
     """
     pairs = list(zip(words, num_layers, strict=True))
     layers = [word for own, num in pairs for word in own[:num]]
@@ -113,8 +113,8 @@ def replace_words(
 
     Args:
       words: the names or origins of all tokens.
-      tokens: the tokens to change.
-      new: new names or origins of these tokens; None to change nothing.
+      tokens: the tokens whose names or origins change.
+      new: the new names or origins of these tokens; None to change nothing.
     """
     if new is None:
         return tuple(words)

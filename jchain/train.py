@@ -1,8 +1,8 @@
-"""Make banks: independent nets, one routed supernet, snapshots of one run, or random weights.
+"""Train banks: independent nets, one routed supernet, snapshots of one run, or random weights.
 
-Every function takes a key, the split to train on, and the modules of layers and heads. If several
-modules are given, they take turns: layer `i` has module `i % len(layer)`, so the bank has a group
-per module. All share the loop in `jchain.training_loop`.
+Every function takes a PRNG key, the split to train on, and the modules of layers and heads. If
+several modules are given, they alternate: layer `i` has module `i % len(layer)`, and the bank has
+one group per module. All functions share the training loop in `jchain.training_loop`.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from jchain.training_loop import BATCH_SIZE as BATCH_SIZE
 from jchain.training_loop import NUM_STEPS, OPTIMIZER, Recipe, train_weights
 from jchain.training_loop import is_stepwise as is_stepwise
 
-# One module for all members, or several that take turns.
+# One module that all layers (or heads) share, or several that alternate.
 Modules = nn.Module | Sequence[nn.Module]
 
 
@@ -45,20 +45,21 @@ def independent(
     net `i` is named `net{i}/{j}`.
 
     Args:
-      key: consumed.
-      data: the split to train on.
-      layer: module of all layers, or several that take turns.
-      head: module of all heads, to logits `[B, C]`, or several that take turns.
+      key: the PRNG key; consumed by this call.
+      data: the split to train on: examples and integer labels.
+      layer: the Flax module of all layers, or several modules that alternate.
+      head: the Flax module of all heads, which return logits `[B, C]`, or several that alternate.
       num_nets: number of nets to train.
       depth: number of layers in each net.
       num_steps: number of gradient steps per net.
-      optimizer: any optax transformation.
-      stem: fixed map from raw input to the shape that layers keep; never trained.
+      optimizer: the optax optimizer; AdamW by default.
+      stem: a module, never trained, that maps raw input to the shape that layers keep; None for the
+        identity.
       stem_params: params of the stem.
 
     Raises:
-      ValueError: a size is not positive, a label is outside the heads' classes, heads differ in
-        their number of classes, or a layer does not keep the shape of the data.
+      ValueError: if a size is not positive, a label is outside the heads' classes, heads differ in
+        their number of classes, or a layer changes the shape of its input.
     """
     layers, heads = _as_tuple(layer), _as_tuple(head)
     recipe = Recipe(layers, heads, depth, 1, depth, num_steps=num_steps, optimizer=optimizer)
@@ -80,25 +81,26 @@ def snapshots(
     stem: nn.Module | None = None,
     stem_params: PyTree = None,
 ) -> Bank:
-    """Train one net, and copy it at `num_snapshots` evenly spaced steps, the last one included.
+    """Train one net and copy it at `num_snapshots` evenly spaced steps, including the last one.
 
     The bank has `num_snapshots * depth` layers, `num_snapshots` heads, and one parent per snapshot.
-    Layer `j` after `s` steps is named `step{s}/{j}`.
+    Layer `j` of the copy after `s` steps is named `step{s}/{j}`.
 
     Args:
-      key: consumed.
-      data: the split to train on.
-      layer: module of all layers, or several that take turns.
-      head: module of all heads, to logits `[B, C]`, or several that take turns.
+      key: the PRNG key; consumed by this call.
+      data: the split to train on: examples and integer labels.
+      layer: the Flax module of all layers, or several modules that alternate.
+      head: the Flax module of all heads, which return logits `[B, C]`, or several that alternate.
       num_snapshots: number of copies of the net.
       depth: number of layers in the net.
-      num_steps: gradient steps, rounded up to a multiple of `num_snapshots`; at least 1.
-      optimizer: any optax transformation.
-      stem: fixed map from raw input to the shape that layers keep; never trained.
+      num_steps: number of gradient steps, at least 1; rounded up to a multiple of `num_snapshots`.
+      optimizer: the optax optimizer; AdamW by default.
+      stem: a module, never trained, that maps raw input to the shape that layers keep; None for the
+        identity.
       stem_params: params of the stem.
 
     Raises:
-      ValueError: as for `independent`.
+      ValueError: if an argument is invalid; see `independent`.
     """
     _check_sizes(num_snapshots=num_snapshots, num_steps=num_steps)
     spacing = -(-num_steps // num_snapshots)
@@ -130,26 +132,27 @@ def routed(
     stem: nn.Module | None = None,
     stem_params: PyTree = None,
 ) -> Bank:
-    """Train one supernet, so that layers learn to follow each other.
+    """Train one supernet along random routes, so that its layers learn to follow each other.
 
-    Each step trains `depth` random layers, drawn with replacement, and a random head. No net was
-    trained alone, so the bank has no parents. Layer `j` is named `routed/{j}`.
+    Each step trains `depth` random layers, drawn with replacement, and a random head. No net is
+    trained on its own, so the bank has no parents. Layer `j` is named `routed/{j}`.
 
     Args:
-      key: consumed.
-      data: the split to train on.
-      layer: module of all layers, or several that take turns.
-      head: module of all heads, to logits `[B, C]`, or several that take turns.
+      key: the PRNG key; consumed by this call.
+      data: the split to train on: examples and integer labels.
+      layer: the Flax module of all layers, or several modules that alternate.
+      head: the Flax module of all heads, which return logits `[B, C]`, or several that alternate.
       num_layers: number of layers in the bank.
       depth: number of layers in each route.
       num_heads: number of heads in the bank.
       num_steps: number of gradient steps.
-      optimizer: any optax transformation.
-      stem: fixed map from raw input to the shape that layers keep; never trained.
+      optimizer: the optax optimizer; AdamW by default.
+      stem: a module, never trained, that maps raw input to the shape that layers keep; None for the
+        identity.
       stem_params: params of the stem.
 
     Raises:
-      ValueError: as for `independent`.
+      ValueError: if an argument is invalid; see `independent`.
     """
     recipe = Recipe(
         _as_tuple(layer),
@@ -180,25 +183,26 @@ def random(
     stem: nn.Module | None = None,
     stem_params: PyTree = None,
 ) -> Bank:
-    """Initialize layers and train only the heads, each after random routes of `depth` layers.
+    """Initialize random layers and train only the heads, on random routes of `depth` layers.
 
     The bank has no parents. Layer `j` is named `random/{j}`.
 
     Args:
-      key: consumed.
-      data: the split to train on.
-      layer: module of all layers, or several that take turns.
-      head: module of all heads, to logits `[B, C]`, or several that take turns.
+      key: the PRNG key; consumed by this call.
+      data: the split to train on: examples and integer labels.
+      layer: the Flax module of all layers, or several modules that alternate.
+      head: the Flax module of all heads, which return logits `[B, C]`, or several that alternate.
       num_layers: number of layers in the bank.
       depth: number of layers in each route.
       num_heads: number of heads in the bank.
-      num_steps: gradient steps; 0 leaves the heads untrained too.
-      optimizer: any optax transformation.
-      stem: fixed map from raw input to the shape that layers keep; never trained.
+      num_steps: number of gradient steps on the heads; 0 leaves them untrained too.
+      optimizer: the optax optimizer; AdamW by default.
+      stem: a module, never trained, that maps raw input to the shape that layers keep; None for the
+        identity.
       stem_params: params of the stem.
 
     Raises:
-      ValueError: as for `independent`.
+      ValueError: if an argument is invalid; see `independent`.
     """
     recipe = Recipe(
         _as_tuple(layer),
@@ -234,22 +238,25 @@ def make_bank(
     """Make a bank of the given kind with `num_layers` layers in total.
 
     Args:
-      key: consumed.
-      data: the split to train on.
-      kind: `"independent"`, `"routed"`, `"snapshots"`, or `"random"`: the function to call.
-      layer: module of all layers, or several that take turns.
-      head: module of all heads, to logits `[B, C]`, or several that take turns.
-      num_layers: layers in the bank; a multiple of `depth` for independent nets and snapshots.
-      depth: layers of each net or route.
-      num_heads: heads of a routed or random bank; independent nets and snapshots have one per net.
-      num_steps: gradient steps (of each net, for independent nets).
-      optimizer: any optax transformation.
-      stem: fixed map from raw input to the shape that layers keep; never trained.
+      key: the PRNG key; consumed by this call.
+      data: the split to train on: examples and integer labels.
+      kind: name of the function to call: `"independent"`, `"routed"`, `"snapshots"`, or `"random"`.
+      layer: the Flax module of all layers, or several modules that alternate.
+      head: the Flax module of all heads, which return logits `[B, C]`, or several that alternate.
+      num_layers: number of layers in the bank. For independent nets and snapshots, it must be a
+        multiple of `depth`.
+      depth: number of layers in each net or route.
+      num_heads: number of heads in a routed or random bank. Independent nets and snapshots have one
+        head per net, so it must be 1 for them.
+      num_steps: number of gradient steps; for independent nets, the number per net.
+      optimizer: the optax optimizer; AdamW by default.
+      stem: a module, never trained, that maps raw input to the shape that layers keep; None for the
+        identity.
       stem_params: params of the stem.
 
     Raises:
-      ValueError: the kind is unknown, `num_layers` is not a multiple of `depth` for a bank of nets,
-        or `num_heads` is given for one.
+      ValueError: if the kind is unknown; or if, for independent nets or snapshots, `num_layers` is
+        not a multiple of `depth` or `num_heads` is not 1.
     """
     if kind in ("routed", "random"):
         return (routed if kind == "routed" else random)(
@@ -310,9 +317,9 @@ def _train_bank(
     origin: str,
     num_nets: int = 1,
 ) -> Bank:
-    """Train weights and make a bank of them; `nets` names each net or snapshot."""
+    """Train the weights of a bank and build it; `nets` holds the name of each net or snapshot."""
     num_layers, num_heads = recipe.num_layers, recipe.num_heads
-    # Drop modules that no layer or head has.
+    # Drop modules that no layer or head uses.
     recipe = recipe._replace(layers=recipe.layers[:num_layers], heads=recipe.heads[:num_heads])
     _check_sizes(num_nets=num_nets, num_layers=num_layers, num_heads=num_heads, depth=recipe.depth)
     if recipe.num_steps < 0:
@@ -338,7 +345,7 @@ def _train_bank(
 
 
 def _name_tokens(recipe: Recipe, nets: Sequence[str]) -> tuple[list[str], list[tuple[int, ...]]]:
-    """The name of each token, and the chain of each net."""
+    """Return the name of each token and the chain of each net."""
     num_layers, num_heads = recipe.num_layers, recipe.num_heads
     heads = ["head"] if num_heads == 1 else [f"head{i}" for i in range(num_heads)]
     names = [f"{net}/{j}" for net in nets for j in range(num_layers)]
@@ -359,7 +366,7 @@ def _check_sizes(**sizes: int) -> None:
 
 
 def _take_turns(modules: tuple[nn.Module, ...], num: int) -> list[nn.Module]:
-    """The module of each of `num` members."""
+    """Return the module of each of `num` members."""
     return [modules[i % len(modules)] for i in range(num)]
 
 
@@ -398,9 +405,9 @@ def _check_data(data: Batch, recipe: Recipe) -> None:
 
 
 def _cut(stacks: tuple[PyTree, ...], num: int) -> list[PyTree]:
-    """Unstack params: `num` members of each snapshot of each run.
+    """Unstack params into the `num` members of each snapshot of each run.
 
-    The leaves of `stacks`, one per module, are `[R, num_snapshots, n, ...]`.
+    `stacks` holds one tree per module, whose leaves are `[R, num_snapshots, n, ...]`.
     """
     num_runs, num_snapshots = jax.tree.leaves(stacks)[0].shape[:2]
     places = (

@@ -1,12 +1,13 @@
-"""The loop that trains banks: softmax cross-entropy, or another loss, on random minibatches of 128.
+"""The loop that trains banks on random minibatches of 128 examples.
 
-The examples of a minibatch are distinct if the split has at most 1,024. In a larger split they are
-drawn with replacement, because drawing distinct ones would take most of the time of a step.
+The loss is softmax cross-entropy unless the recipe has another one. The examples of a minibatch are
+distinct if the split has at most 1,024 examples. In a larger split they are drawn with replacement,
+because drawing distinct examples would take most of the time of a step.
 
-Each gradient step trains a *route*, some layers and a head. An ordinary net always has the same
-route, a supernet a random one (Guo et al. 2020, arXiv:1904.00420). If a module has a method
-`project`, each step ends by replacing the weights of its layers with what that method returns
-(`jchain.invertible`).
+Each gradient step trains a *route*: some layers and a head. An ordinary net always trains the same
+route, and a supernet trains a random one at each step (Guo et al. 2020, arXiv:1904.00420). If a
+module has a method `project`, each step ends by replacing the weights of its layers with what that
+method returns (see `jchain.invertible`).
 """
 
 from collections.abc import Callable
@@ -27,19 +28,20 @@ BATCH_SIZE = 128
 NUM_STEPS = 1000
 # Minibatches of larger splits are drawn with replacement.
 MAX_DISTINCT_EXAMPLES = 1024
-# Number of axes of a stacked convolution kernel with one spatial axis; others have more.
+# The number of axes of a stacked kernel of a convolution with one spatial axis. Kernels of other
+# convolutions have more axes.
 _CONV_NDIM = 5
 
 
 class Weights(NamedTuple):
-    """Params of all layers and heads, stacked by module."""
+    """The params of all layers and heads, stacked by module."""
 
     layers: tuple[PyTree, ...]  # one per module, leaves [n, ...]
     heads: tuple[PyTree, ...]
 
 
 class Recipe(NamedTuple):
-    """What one run trains. Hashable: a static argument of the jitted loop."""
+    """What one run trains, as a hashable static argument of the jitted loop."""
 
     layers: tuple[nn.Module, ...]  # layer i has module i % len(layers)
     heads: tuple[nn.Module, ...]
@@ -55,7 +57,7 @@ class Recipe(NamedTuple):
 
 
 class _Carry(NamedTuple):
-    """What a step needs from the previous step."""
+    """The state that each step passes to the next one."""
 
     weights: Weights
     opt_state: optax.OptState
@@ -66,17 +68,17 @@ class _Draw(NamedTuple):
 
     x: Array  # [b, ...F], the minibatch
     labels: Array  # [b]
-    route: Int[Array, "D"]  # [D], layers in order
+    route: Int[Array, "D"]  # [D], the layers in order
     head: Int[Array, ""]
 
 
 def is_stepwise(params: PyTree) -> bool:
-    """Whether each gradient step on these stacked params must be a separate program.
+    """Return whether each gradient step on stacked params should be a separate program.
 
-    It must for convolutions on CPU, whose gradient is about 50 times slower in a loop.
+    It should for convolutions on CPU, whose gradient is about 50 times slower inside a loop.
 
     Args:
-      params: leaves `[n, ...]`.
+      params: the stacked params, with leaves `[n, ...]`.
     """
     return (
         jax.default_backend() == "cpu"
@@ -88,12 +90,12 @@ def train_weights(keys: Key[Array, "R"], data: Batch, recipe: Recipe) -> Weights
     """Train one run per key.
 
     Args:
-      keys: one key per run, consumed.
-      data: the split to train on, after the stem.
+      keys: one PRNG key per run, `[R]`; consumed by this call.
+      data: the split to train on, with the stem already applied.
       recipe: what each run trains.
 
     Returns:
-      Weights of each run at each of its snapshots, leaves `[R, num_snapshots, n, ...]`.
+      The weights of each run at each of its snapshots, with leaves `[R, num_snapshots, n, ...]`.
     """
     if jax.default_backend() != "cpu":
         return train_in_one_program(keys, data, recipe, keys.shape[0])
@@ -110,7 +112,7 @@ def train_in_one_program(
 ) -> Weights:
     """Train `batch_size` runs at a time, all in one program.
 
-    On CPU runs are trained one at a time, because products of vmapped weights are slow there.
+    On CPU, runs are trained one at a time, because products of vmapped weights are slow there.
     """
 
     def train_one(key: Array) -> Weights:
@@ -128,7 +130,7 @@ def train_in_one_program(
 
 
 def _train_step_by_step(key: Array, data: Batch, recipe: Recipe) -> Weights:
-    """Train one run with a program per step, or several per step (see `is_stepwise`)."""
+    """Train one run with one or more programs per step (see `is_stepwise`)."""
     carry, step_keys = jax.jit(_init, static_argnames="recipe")(key, data, recipe)
     # Runs that differ only in their number of steps share a program.
     step_recipe = recipe._replace(num_steps=0, num_snapshots=1)
@@ -138,13 +140,13 @@ def _train_step_by_step(key: Array, data: Batch, recipe: Recipe) -> Weights:
     for keys in step_keys:
         for step_key in keys:
             carry = step(carry, step_key, data, step_recipe)
-        # A copy, because the next step donates its carry.
+        # Copy the weights, because the next step donates its carry.
         snapshots.append(jax.tree.map(jnp.copy, carry.weights))
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *snapshots)
 
 
 def _init(key: Array, data: Batch, recipe: Recipe) -> tuple[_Carry, Key[Array, "S T"]]:
-    """Weights and optimizer state at the start, and the keys of the steps up to each snapshot."""
+    """Return the initial carry, and the keys of the steps that lead to each snapshot."""
     layer_key, head_key, step_key = jax.random.split(key, 3)
     layers, heads = (
         tuple(
@@ -164,7 +166,7 @@ def _init(key: Array, data: Batch, recipe: Recipe) -> tuple[_Carry, Key[Array, "
 
 
 def _step(carry: _Carry, key: Array, data: Batch, recipe: Recipe) -> _Carry:
-    """One gradient step."""
+    """Take one gradient step."""
     return _update(carry, jax.grad(_compute_loss)(carry.weights, key, data, recipe), recipe)
 
 
@@ -185,13 +187,13 @@ _update_once = jax.jit(_update, static_argnames="recipe", donate_argnums=0)
 
 
 def _project(layer: nn.Module, params: PyTree) -> PyTree:
-    """Stacked weights, projected if the module has a method `project`."""
+    """Return the stacked weights, projected if the module has a method `project`."""
     project = getattr(layer, "project", None)
     return params if project is None else jax.vmap(project)(params)
 
 
 def _draw(key: Array, data: Batch, recipe: Recipe) -> _Draw:
-    """The minibatch, the layers and the head of one step."""
+    """Draw the minibatch, the layers, and the head of one step."""
     batch_key, layer_key, head_key = jax.random.split(key, 3)
     num_examples = data.y.shape[0]
     if num_examples > MAX_DISTINCT_EXAMPLES:
@@ -210,9 +212,9 @@ _draw_once = jax.jit(_draw, static_argnames="recipe")
 
 
 def _compute_loss(weights: Weights, key: Array, data: Batch, recipe: Recipe) -> Float[Array, ""]:
-    """Mean loss of one minibatch along one route."""
+    """Compute the mean loss of one minibatch along one route."""
     hidden, labels, route, head = _draw(key, data, recipe)
-    # Unrolled: the gradient of a convolution in a loop is far slower on CPU.
+    # This loop is unrolled, because the gradient of a convolution in a loop is far slower on CPU.
     for slot, member in enumerate(route):
         turn = (member if recipe.is_routed else slot) % len(recipe.layers)
         hidden = _apply_member(recipe.layers, weights.layers, turn, member, hidden)
@@ -228,7 +230,7 @@ def _apply_member(
     member: Array,
     x: Array,
 ) -> Array:
-    """Apply a member of module number `turn`. There is no branch if that is a Python int."""
+    """Apply a member of module number `turn`, without a branch if `turn` is a Python int."""
 
     def make_branch(module: nn.Module, stack: PyTree) -> Callable[[Array, Array], Array]:
         return lambda place, x: apply_module(module, pick(stack, place), x)
@@ -241,7 +243,7 @@ def _apply_member(
 
 
 def _step_in_parts(carry: _Carry, key: Array, data: Batch, recipe: Recipe) -> _Carry:
-    """One gradient step with a program per layer call, chosen on the host.
+    """Take one gradient step with one program per layer call, which the host chooses.
 
     This compiles one program per module instead of one per route.
     """
@@ -262,13 +264,13 @@ def _step_in_parts(carry: _Carry, key: Array, data: Batch, recipe: Recipe) -> _C
     return _update_once(carry, Weights(tuple(layers), tuple(heads)), recipe)
 
 
-# Maps the gradient of a call's output to the gradients of its weights and of its input.
+# A function from the gradient of a call's output to the gradients of its weights and input.
 _PullFn = Callable[[Array], tuple[PyTree, Array]]
 
 
 @partial(jax.jit, static_argnames="module")
 def _call(module: nn.Module, params: PyTree, place: Array | int, x: Array) -> tuple[Array, _PullFn]:
-    """Output of one member of a stack, and the function that pulls its gradient back."""
+    """Return the output of one member of a stack, and the function that pulls its gradient back."""
     return jax.vjp(partial(apply_module, module), pick(params, place), x)
 
 
@@ -282,7 +284,7 @@ def _call_head(
     x: Array,
     labels: Array,
 ) -> tuple[PyTree, Array]:
-    """Add the gradient of the head's weights to the stack's; also return the gradient of `x`."""
+    """Add the gradient of the head's weights to that of its stack, and return that of `x`."""
 
     def compute_loss(params: PyTree, x: Array) -> Array:
         return jnp.mean(loss_fn(apply_module(module, params, x), labels))
@@ -295,7 +297,7 @@ def _call_head(
 def _pull(
     pull_fn: _PullFn, output_gradient: Array, gradient: PyTree, place: Array | int
 ) -> tuple[PyTree, Array]:
-    """Add the gradient of a call's weights to the stack's; also return that of its input."""
+    """Add the gradient of a call's weights to that of its stack, and return that of its input."""
     params_gradient, input_gradient = pull_fn(output_gradient)
     return _add_at(gradient, place, params_gradient), input_gradient
 

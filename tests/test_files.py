@@ -87,7 +87,7 @@ def test_damaged_files_give_one_clear_error(bank, tmp_path):
     blob = path.read_bytes()
     for size in (0, 5, 100, len(blob) // 2, len(blob) - 1):
         path.write_bytes(blob[:size])
-        with pytest.raises(ValueError, match="is damaged, truncated or no jchain file"):
+        with pytest.raises(ValueError, match="is damaged, truncated, or not a jchain file"):
             jc.Bank.load(path)
     path.write_bytes(blob[:-3] + bytes([blob[-3] ^ 1]) + blob[-2:])
     with pytest.raises(ValueError, match="is damaged: it does not have the checksum"):
@@ -119,7 +119,7 @@ def test_save_accepts_numpy_numbers_and_refuses_classes(tmp_path):
     bank.save(tmp_path / "bank")
     assert jc.Bank.load(tmp_path / "bank").heads[0].module == nn.Dense(3)
     with pytest.raises(
-        ValueError, match="cannot be saved: expected data, a dtype or a jax.nn function"
+        ValueError, match="cannot be saved: expected data, a dtype, or a jax.nn function"
     ):
         jc.Bank.stack(LAYER, LAYERS, nn.Dense(3, kernel_init=Scale), HEADS).save(tmp_path / "other")
     assert not (tmp_path / "other").exists()

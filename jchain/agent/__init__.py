@@ -1,4 +1,4 @@
-"""Parts of the learning searches: networks, policies, losses, observations, and pretraining."""
+"""Building blocks of searches that learn: networks, losses, observations, and pretraining."""
 
 from jchain.agent import observations, pretrain, rewards
 from jchain.agent.critic import Critic

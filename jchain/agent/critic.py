@@ -18,7 +18,7 @@ _KIND = "critic of prefixes"
 
 
 class Network(nn.Module):
-    """Two hidden layers and one output.
+    """A network of two hidden layers and one output.
 
     Attributes:
       width: number of units in each of the two hidden layers.
@@ -30,21 +30,21 @@ class Network(nn.Module):
     def __call__(self, x: Float[Array, "*P I"]) -> Float[Array, "*P"]:
         x = nn.relu(nn.Dense(self.width)(x))
         x = nn.relu(nn.Dense(self.width)(x))
-        # Small outputs: the initial prediction is a gain of about 0.
+        # Small initial weights make the initial prediction a gain of about 0.
         return nn.Dense(1, kernel_init=nn.initializers.orthogonal(0.01))(x)[..., 0]
 
 
 @pytree_dataclass
 class Critic:
-    """Predicts how far the log loss can fall by extending a prefix, compared with stopping there.
+    """A predictor of how far the log loss can fall if a prefix is extended rather than ended.
 
-    Losses are on the scale of `jchain.agent.observations.log_loss`. Predicting the difference to
-    the loss of stopping now is reward shaping with that loss as the potential (Ng, Harada and
-    Russell 1999).
+    Losses are on the scale of `jchain.agent.observations.log_loss`. Predicting the difference from
+    the loss of stopping now amounts to reward shaping with that loss as the potential (Ng, Harada,
+    and Russell 1999).
 
     Attributes:
       params: params of the network.
-      mean: mean of the inputs over the prefixes that it was trained on, `[I]`.
+      mean: mean of the inputs over the prefixes that the critic was trained on, `[I]`.
       scale: standard deviation of these inputs, `[I]`.
       width: number of units in each hidden layer of the network.
     """
@@ -58,7 +58,7 @@ class Critic:
         """Predict by how much the log loss can fall, `[...P]`.
 
         Args:
-          inputs: what `make_inputs` returns, `[...P, I]`.
+          inputs: the inputs from `make_inputs`, `[...P, I]`.
         """
         mean, scale = (jnp.broadcast_to(row, inputs.shape) for row in (self.mean, self.scale))
         scaled = jnp.clip((inputs - mean) / scale, -5.0, 5.0)
@@ -66,10 +66,10 @@ class Critic:
         return out
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the critic to one file (safetensors).
+        """Write the critic to a safetensors file.
 
         Args:
-          path: the file.
+          path: the path of the file.
         """
         leaves = jax.tree.leaves((self.params, self.mean, self.scale))
         header = {"kind": _KIND, "num_inputs": int(self.mean.shape[0]), "width": self.width}
@@ -77,15 +77,15 @@ class Critic:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Critic":
-        """Read a file written by `save`.
+        """Read a critic from a file that `save` wrote.
 
         Args:
-          path: the file.
+          path: the path of the file.
 
         Raises:
-          FileNotFoundError: the file does not exist.
-          ValueError: the file is damaged, holds something else, or holds a critic that
-            was trained on other features.
+          FileNotFoundError: if the file does not exist.
+          ValueError: if the file is damaged, does not hold a critic, or holds a critic that was
+            trained on other features.
         """
         header, arrays = read_arrays(path)
         if header.get("kind") != _KIND:
@@ -117,14 +117,14 @@ def make_inputs(
     length: ArrayLike,
     max_layers: int,
 ) -> Float[Array, "*P I"]:
-    """Inputs of a critic for prefixes, `[...P, NUM_INPUTS]`.
+    """Make the inputs of a critic for prefixes, `[...P, NUM_INPUTS]`.
 
     Args:
-      features: features from `jchain.agent.observations.observe`, `[...P, F]`.
-      change: features minus those of the prefix without its last layer, `[...P, F]`.
-      center: mean features of the prefixes of one layer, `[F]`.
-      length: layers in the prefixes, fewer than `max_layers`; one number or `[...P]`.
-      max_layers: maximum number of layers in a chain.
+      features: the features from `jchain.agent.observations.observe`, `[...P, F]`.
+      change: the features minus those of the prefix without its last layer, `[...P, F]`.
+      center: the mean features of the prefixes of one layer, `[F]`.
+      length: the number of layers of each prefix, less than `max_layers`; one number or `[...P]`.
+      max_layers: the maximum number of layers of a chain.
     """
     length = jnp.broadcast_to(jnp.asarray(length), features.shape[:-1])
     place = jnp.stack([length / max_layers, jnp.log(max_layers - length)], axis=-1)
@@ -136,10 +136,10 @@ def check(critic: object) -> None:
     """Check a `critic` argument.
 
     Args:
-      critic: should be a `Critic` or None.
+      critic: the value to check, which must be a `Critic` or None.
 
     Raises:
-      ValueError: it is neither, or it was trained on other features.
+      ValueError: if the value is neither, or the critic was trained on other features.
     """
     if critic is not None and not (
         isinstance(critic, Critic) and np.shape(critic.mean)[-1:] == (NUM_INPUTS,)

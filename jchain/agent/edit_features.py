@@ -1,4 +1,4 @@
-"""Predicted gains of edits of the best chain so far, as features for an actor."""
+"""Features for an actor: the predicted gains of edits of the best chain so far."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from jchain.engine.control_flow import cond_in_sequence
 from jchain.gradient.edit_scores import EditScores, choose_products, score_edits
 from jchain.problem import Problem
 
-# Gains are in units of the median edit score, and clipped to this many units.
+# Gains are in units of the median size of an edit score and are clipped to this many units.
 _MAX_UNITS = 3.0
 _NUM_FEATURES = 3
 
@@ -19,13 +19,13 @@ class EditFeatures(NamedTuple):
     """Features of each entry at each slot of one chain."""
 
     chain: Int[Array, "L"]  # [L], all -1 if there is no chain yet
-    # [L, N + K, 3]: whether the chain has this entry at this slot; predicted gain of putting it
-    # there by a swap (of heads at the head's slot); predicted gain of inserting it
+    # [L, N + K, 3]: whether the chain has this entry at this slot; the predicted gain of swapping
+    # the entry in (at the head's slot, this swaps the head); the predicted gain of inserting it
     features: Float[Array, "L E 3"]
 
 
 def empty_edit_features(problem: Problem) -> EditFeatures:
-    """Edit features without a chain: all 0."""
+    """Return edit features that are all 0 and belong to no chain."""
     num_slots, num_entries = (
         problem.max_layers + 1,
         problem.bank.num_layers + problem.bank.num_heads,
@@ -39,17 +39,17 @@ def empty_edit_features(problem: Problem) -> EditFeatures:
 def update_edit_features(
     edit_features: EditFeatures, problem: Problem, chain: Int[Array, "L"], kind: str
 ) -> tuple[EditFeatures, Int[Array, ""]]:
-    """Score the edits of a chain, unless these are its edit features already.
+    """Score the edits of a chain, unless `edit_features` already belong to it.
 
     Args:
       edit_features: the previous edit features.
-      problem: bank, data, loss.
-      chain: the best chain, `[L]`; all -1 if there is none, which keeps the previous features.
-      kind: kind of edit scores (`jchain.gradient.score_edits`).
+      problem: the bank, the split of data, and the loss.
+      chain: the best chain, `[L]`; all -1 if there is none, and then nothing is scored.
+      kind: the kind of edit scores (`jchain.gradient.score_edits`).
 
     Returns:
-      The edit features of the chain, and the layer calls that scoring cost: 0 if nothing was
-      scored.
+      The edit features of the chain, and the cost of scoring in layer calls, which is 0 if nothing
+      was scored.
 
     Raises:
       ValueError: as for `jchain.gradient.score_edits`.
@@ -74,14 +74,14 @@ def update_edit_features(
 def read_edit_features(
     edit_features: EditFeatures, slot: Int[Array, ""], is_on_chain: Bool[Array, ""]
 ) -> Float[Array, "E 6"]:
-    """Features of each entry as the next token.
+    """Read the features of each entry as the next token.
 
-    First the three features at the slot. Then the same three if the prefix is a prefix of the
-    chain, otherwise 0.
+    The first three features are those at the slot. The other three are the same if the prefix is a
+    prefix of the chain, and 0 otherwise.
 
     Args:
-      edit_features: edit features of one chain.
-      slot: slot of the next token.
+      edit_features: the edit features of one chain.
+      slot: the slot of the next token.
       is_on_chain: whether the prefix is a prefix of that chain.
     """
     features = edit_features.features[slot]
@@ -89,14 +89,14 @@ def read_edit_features(
 
 
 def init_edit_weights() -> Float[Array, "6"]:
-    """Initial weights of `read_edit_features` in a logit: 1 for gains on the chain, 0 otherwise."""
+    """Return the initial weights of `read_edit_features` in a logit: 1 for gains on the chain."""
     return jnp.array([0.0, 0.0, 0.0, 0.0, 1.0, 1.0], jnp.float32)
 
 
 def _make_features(
     problem: Problem, chain: Int[Array, "L"], scores: EditScores
 ) -> Float[Array, "L E 3"]:
-    """Edit scores as gains in units of their median size, 0 for edits that do not exist."""
+    """Convert edit scores to gains in units of their median size; 0 for edits that do not exist."""
     num_layers, num_heads = problem.bank.num_layers, problem.bank.num_heads
     entries, slots = jnp.arange(num_layers + num_heads), jnp.arange(chain.size)
     has_entry = chain[:, None] == entries[None]

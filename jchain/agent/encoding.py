@@ -2,9 +2,9 @@
 
 A prefix can be encoded by its tokens (discrete), by its number of layers and their weights
 (continuous), by what it does to data, or by a combination of these. An encoding is a recurrence
-over tokens: `initial_carry(entries, prefix_features)`, `advance(carry, token, entries,
-prefix_features)`, `read(carry)`. Its parameters do not depend on the number of layers or heads, so
-one network works for banks of any size.
+over tokens with three methods: `initial_carry(entries, prefix_features)`, `advance(carry, token,
+entries, prefix_features)`, and `read(carry)`. The shapes of its params do not depend on the number
+of layers or heads, so one network works for banks of any size.
 """
 
 from functools import partial
@@ -19,8 +19,8 @@ from jchain.agent.observations import Observe
 from jchain.bank import Bank
 from jchain.groups import LayerGroup
 
-# Seed of the hashes. Constant, so that features are the same in every process and a trained network
-# can be saved.
+# The seed of the hashes is constant, so that features are the same in every process and a trained
+# network can be saved.
 _HASH_SEED = 0
 
 
@@ -30,9 +30,9 @@ class Encoding(Protocol):
 
     Attributes:
       features: size of the encoding, H.
-      observe: a function that observes the activations of a prefix, like
-        `jchain.agent.observations.observe`; None to observe nothing, and then `prefix_features`
-        are empty.
+      observe: function that observes the activations of a prefix, such as
+        `jchain.agent.observations.observe`; None to observe nothing, in which case
+        `prefix_features` are empty.
     """
 
     @property
@@ -44,7 +44,7 @@ class Encoding(Protocol):
     def initial_carry(
         self, entries: Float[Array, "E D"], prefix_features: Float[Array, "F"]
     ) -> PyTree:
-        """The carry of the empty prefix; its features are `prefix_features`, `[F]`."""
+        """Return the carry of the empty prefix, whose features are `prefix_features`, `[F]`."""
         ...
 
     def advance(
@@ -54,33 +54,33 @@ class Encoding(Protocol):
         entries: Float[Array, "E D"],
         prefix_features: Float[Array, "F"],
     ) -> PyTree:
-        """The carry after appending `token`; the new prefix has `prefix_features`, `[F]`."""
+        """Return the carry after appending `token`; the new prefix has `prefix_features`, `[F]`."""
         ...
 
     def read(self, carry: PyTree) -> Float[Array, "H"]:
-        """The encoding of the prefix, `[H]`."""
+        """Return the encoding of the prefix, `[H]`."""
         ...
 
 
 def entry_features(bank: Bank, size: int = 64) -> Float[Array, "E D"]:
     """Compute features of each entry of a bank from its weights: `[N + K, size + 2]`.
 
-    They are a count sketch of the weights (Charikar et al. 2002: each weight index goes to a random
-    bin with a random sign, which preserves inner products of weights in expectation), the log of
-    their root mean square, and whether the entry is a head. Sketch and log are centered and scaled
-    over the layers of the bank, and separately over its heads, because only differences between
-    entries matter.
+    The features are a count sketch of the weights, the log of their root mean square, and whether
+    the entry is a head. A count sketch (Charikar et al. 2002) adds each weight to a random bin with
+    a random sign, which preserves inner products of weights in expectation. The sketch and the log
+    are centered and scaled over the layers of the bank, and separately over its heads, because only
+    differences between entries matter.
 
     Args:
       bank: the bank.
-      size: length of the sketch.
+      size: the length of the sketch.
     """
     return _sketch_entries(bank.without_names(), size)
 
 
 @partial(jax.jit, static_argnames="size")
 def _sketch_entries(bank: Bank, size: int) -> Float[Array, "E D"]:
-    """Sketch, log scale, and is-head flag of each entry, in the order of the tokens."""
+    """Compute the sketch, log scale, and is-head flag of each entry, in the order of the tokens."""
     parts = []
     for is_head, groups in enumerate((bank.layers, bank.heads)):
         offset = bank.num_layers if is_head else 0
@@ -89,7 +89,7 @@ def _sketch_entries(bank: Bank, size: int) -> Float[Array, "E D"]:
         rows = jnp.zeros_like(rows).at[order].set(rows)
         rows -= rows.mean(axis=0, keepdims=True)
         sketch, scale = rows[:, :size], rows[:, size:]
-        # One scale for the whole sketch preserves its geometry.
+        # A single scale for the whole sketch preserves its geometry.
         sketch /= jnp.sqrt(jnp.mean(sketch**2)) + 1e-6
         scale /= jnp.sqrt(jnp.mean(scale**2)) + 1e-6
         parts.append(
@@ -99,7 +99,7 @@ def _sketch_entries(bank: Bank, size: int) -> Float[Array, "E D"]:
 
 
 def _sketch_group(group: LayerGroup, size: int) -> Float[Array, "n D"]:
-    """Count sketch and log root mean square of the weights of each member."""
+    """Compute the count sketch and log root mean square of the weights of each member."""
     num_members = len(group.tokens)
     sketch, square, count = jnp.zeros((num_members, size)), jnp.zeros(num_members), 0
     key = jax.random.key(_HASH_SEED)
@@ -118,10 +118,10 @@ def _sketch_group(group: LayerGroup, size: int) -> Float[Array, "n D"]:
 
 
 class TokenEncoding(nn.Module):
-    """Discrete: a GRU over the tokens of the prefix.
+    """A discrete encoding: a GRU over the tokens of the prefix.
 
-    It knows which layers the prefix has, not their weights. Each token has a random code, so no
-    table grows with the bank.
+    It knows which layers the prefix has, but not their weights. Each token has a random code
+    instead of a learned embedding, so the number of params does not grow with the bank.
 
     Attributes:
       features: size of the encoding.
@@ -133,9 +133,9 @@ class TokenEncoding(nn.Module):
     observe = None
 
     def setup(self) -> None:
-        # The default initializer, orthogonal, can deadlock: it factorizes matrices, and vmapped
+        # The default initializer, orthogonal, can deadlock. It factorizes matrices, and vmapped
         # factorizations that run concurrently wait for each other if they occupy all threads of XLA
-        # (jaxlib's ParallelBatchMap blocks the thread it waits for).
+        # (jaxlib's ParallelBatchMap blocks the thread that it waits for).
         self.cell = nn.GRUCell(self.features, recurrent_kernel_init=nn.initializers.lecun_normal())
 
     def initial_carry(
@@ -150,8 +150,8 @@ class TokenEncoding(nn.Module):
         entries: Float[Array, "E D"],
         prefix_features: Float[Array, "F"],
     ) -> PyTree:
-        # A constant of the compiled program: drawing the codes again for each token would cost more
-        # than the cell.
+        # Make the codes constants of the compiled program, because drawing them again for each
+        # token would cost more than the cell.
         with jax.ensure_compile_time_eval():
             keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(_HASH_SEED)))(
                 jnp.arange(entries.shape[0])
@@ -164,11 +164,12 @@ class TokenEncoding(nn.Module):
 
 
 class WeightEncoding(nn.Module):
-    """Continuous: the number of layers and their weights.
+    """A continuous encoding: the number of layers and their weights.
 
-    It knows the weights of the layers, not their tokens. The concatenated weights of all layers are
-    reduced to one sketch as long as that of one entry: each slot adds its layer's sketch, rotated
-    and with signs of its own, which is a count sketch of the concatenation.
+    It knows the weights of the layers, but not their tokens. The concatenated weights of all layers
+    are reduced to one sketch of the same length as that of one entry: each slot rotates the sketch
+    of its layer, multiplies it by random signs, and adds it to the total. The result is a count
+    sketch of the concatenation.
 
     Attributes:
       features: size of the encoding.
@@ -209,14 +210,14 @@ class WeightEncoding(nn.Module):
 
 
 class ObservedEncoding(nn.Module):
-    """What the prefix does to data.
+    """An encoding of what the prefix does to data.
 
     It encodes features of the prefix's activations, their change from the empty prefix, and the
     number of layers. It knows neither the tokens of the layers nor their weights.
 
     Attributes:
-      observe: computes the features: `observe`, `observe_activations` or `observe_gradients` of
-        `jchain.agent.observations`, or a `Join` of them.
+      observe: function that computes the features: `observe`, `observe_activations`, or
+        `observe_gradients` of `jchain.agent.observations`, or a `Join` of them.
       features: size of the encoding.
     """
 
@@ -225,7 +226,7 @@ class ObservedEncoding(nn.Module):
 
     def setup(self) -> None:
         self.hidden = nn.Dense(self.features)
-        # Features of prefixes differ widely in scale.
+        # Normalize, because the features of a prefix differ widely in scale.
         self.norm = nn.LayerNorm()
         self.out = nn.Dense(self.features)
 
@@ -251,7 +252,7 @@ class ObservedEncoding(nn.Module):
 
 
 class JointEncoding(nn.Module):
-    """Several encodings of the same prefix, concatenated.
+    """A concatenation of several encodings of the same prefix.
 
     Attributes:
       parts: the encodings. All parts that observe must have the same `observe` function.
@@ -299,13 +300,14 @@ class JointEncoding(nn.Module):
 
 
 class ActorCriticNetwork(nn.Module):
-    """Actor and critic on top of an encoding.
+    """The actor and the critic on top of an encoding.
 
-    The logit of an entry is the product of its key and the prefix's query: a pointer network
-    (Vinyals et al. 2015, arXiv:1506.03134) over keys made from `entry_features`.
+    The logit of an entry is the scaled inner product of its key and the prefix's query. The actor
+    is thus a pointer network (Vinyals et al. 2015, arXiv:1506.03134) over keys that are computed
+    from `entry_features`.
 
     Attributes:
-      encoding: encoding of prefixes. Keys and queries have its size.
+      encoding: encoding of prefixes; keys and queries have the same size as the encoding.
     """
 
     encoding: Encoding
@@ -323,13 +325,13 @@ class ActorCriticNetwork(nn.Module):
         self.value_out = nn.Dense(1)
 
     def embed(self, entries: Float[Array, "E D"]) -> Float[Array, "E H"]:
-        """The key of each entry, `[N + K, H]`."""
+        """Compute the key of each entry, `[N + K, H]`."""
         return self.key_out(nn.relu(self.key_hidden(entries)))
 
     def act(
         self, encoded: Float[Array, "S"], keys: Float[Array, "E H"]
     ) -> tuple[Float[Array, "E"], Float[Array, ""]]:
-        """Logits of the next token, `[N + K]`, and value of an encoded prefix."""
+        """Compute the logits of the next token, `[N + K]`, and the value of an encoded prefix."""
         query = self.query_out(nn.relu(self.query_hidden(encoded)))
         value = self.value_out(nn.relu(self.value_hidden(encoded)))[0]
         return keys @ query / jnp.sqrt(self.encoding.features), value
@@ -337,7 +339,7 @@ class ActorCriticNetwork(nn.Module):
     def initial_carry(
         self, entries: Float[Array, "E D"], prefix_features: Float[Array, "F"]
     ) -> PyTree:
-        """As `Encoding.initial_carry`."""
+        """Return the carry of the empty prefix; see `Encoding.initial_carry`."""
         return self.encoding.initial_carry(entries, prefix_features)
 
     def advance(
@@ -347,17 +349,17 @@ class ActorCriticNetwork(nn.Module):
         entries: Float[Array, "E D"],
         prefix_features: Float[Array, "F"],
     ) -> PyTree:
-        """As `Encoding.advance`."""
+        """Return the carry after appending a token; see `Encoding.advance`."""
         return self.encoding.advance(carry, token, entries, prefix_features)
 
     def read(self, carry: PyTree) -> Float[Array, "S"]:
-        """As `Encoding.read`."""
+        """Return the encoding of the prefix; see `Encoding.read`."""
         return self.encoding.read(carry)
 
     def __call__(
         self, entries: Float[Array, "E D"], prefix_features: Float[Array, "F"]
     ) -> tuple[Float[Array, "E"], Float[Array, ""]]:
-        """Logits and value after the first entry. `init` calls this, because it uses all params."""
+        """Compute logits and value after the first entry; `init` calls this to make all params."""
         carry = self.initial_carry(entries, prefix_features)
         carry = self.advance(carry, jnp.array(0), entries, prefix_features)
         return self.act(self.read(carry), self.embed(entries))

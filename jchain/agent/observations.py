@@ -1,8 +1,8 @@
 """Observations of prefixes: what their layers did to the data, comparable across banks.
 
-They are computed from the activations of the prefix and its best head, so they cost head calls but
-no layer calls. `observe` gives a few summary numbers, `observe_activations` and `observe_gradients`
-give a sketch; `Join` concatenates several.
+Observations are computed from the activations of the prefix and its best head, so they cost head
+calls but no layer calls. `observe` returns a few summary numbers, `observe_activations` and
+`observe_gradients` return a sketch, and `Join` concatenates several observations.
 """
 
 from dataclasses import dataclass
@@ -16,23 +16,23 @@ from jchain.engine.layer_calls import apply_all, apply_token
 from jchain.problem import Problem, upcast
 
 NUM_FEATURES = 12
-# Length of a sketch of activations or gradients, not counting the number for its scale.
+# The length of a sketch of activations or gradients, not counting the number for its scale.
 NUM_SKETCHED = 64
-# Most columns of a regression (wider activations are sketched to this width), and most rows.
+# The maximum numbers of columns and rows of a regression. Wider activations are sketched.
 _MAX_COLUMNS, _MAX_ROWS = 64, 128
 _RIDGE = 0.1
 _NUM_CG_STEPS = 8
-# Seed of the sketch. Constant, so that features are the same in every process and a trained critic
-# can be saved.
+# The seed of the sketch is constant, so that features are the same in every process and a trained
+# critic can be saved.
 _SKETCH_SEED = 0
 _LOSS_UNIT = 1e-3
 
 
 class Observation(NamedTuple):
-    """What is observed of one prefix."""
+    """The features of one prefix, and its loss with each head."""
 
     features: Float[Array, "F"]  # [F], finite; F = NUM_FEATURES for `observe`
-    loss: Float[Array, "K"]  # [K], loss of stopping here with each head, without the layer penalty
+    loss: Float[Array, "K"]  # [K], loss of stopping with each head, without the layer penalty
 
 
 @runtime_checkable
@@ -43,9 +43,9 @@ class Observe(Protocol):
         """Observe a prefix.
 
         Args:
-          problem: heads, labels and loss.
-          hidden: activations of the prefix, `[B, ...F]`.
-          parent: activations of the prefix without its last layer, `[B, ...F]`.
+          problem: the heads, the labels, and the loss.
+          hidden: the activations of the prefix, `[B, ...F]`.
+          parent: the activations of the prefix without its last layer, `[B, ...F]`.
         """
         ...
 
@@ -55,22 +55,22 @@ def observe(
 ) -> Observation:
     """Observe `NUM_FEATURES` summary numbers of a prefix, and the losses of its heads.
 
-    Features of the best head: the logs of three means of the examples' losses (arithmetic mean,
-    quadratic mean, squared mean of roots); accuracy; log size of the loss's gradient with respect
-    to outputs and to activations.
+    The features of the best head are the logs of three means of the examples' losses (arithmetic
+    mean, quadratic mean, and squared mean of roots), the accuracy, and the log size of the gradient
+    of the loss with respect to outputs and to activations.
 
-    Features of the activations: log share of the labels, and of the gradient with respect to
-    outputs, that ridge regression on the activations leaves unexplained; log scale; log
-    participation ratio of their covariance; log share of their variance within classes; log
-    relative change from the parent.
+    The features of the activations are the log share of the labels, and of the gradient with
+    respect to outputs, that ridge regression on the activations leaves unexplained; their log
+    scale; the log participation ratio of their covariance; the log share of their variance within
+    classes; and their log relative change from the parent.
 
-    Losses, accuracy, relative change, and the gradient with respect to activations use all
-    examples; the others use at most 128.
+    The losses, the accuracy, the relative change, and the gradient with respect to activations use
+    all examples. The other features use at most 128.
 
     Args:
-      problem: heads, labels and loss.
-      hidden: activations of the prefix, `[B, ...F]`.
-      parent: activations of the prefix without its last layer, `[B, ...F]`.
+      problem: the heads, the labels, and the loss.
+      hidden: the activations of the prefix, `[B, ...F]`.
+      parent: the activations of the prefix without its last layer, `[B, ...F]`.
     """
     outputs, loss, accuracy = _apply_heads(problem, hidden)
     best, each, by_outputs, by_hidden = _differentiate(problem, hidden, outputs, loss)
@@ -111,14 +111,15 @@ def observe_activations(
 ) -> Observation:
     """Observe the activations of a prefix as a sketch, `[NUM_SKETCHED + 1]`.
 
-    It is a count sketch (Charikar et al. 2002) of at most 128 examples, divided by their root mean
-    square, and the log of the root mean square. If labels are one class per example, the class
-    means are sketched, because other examples of the same distribution share them.
+    The features are a count sketch (Charikar et al. 2002) of at most 128 examples, divided by their
+    root mean square, and the log of this root mean square. If each example has one class as its
+    label, the sketch is of the class means, because other examples of the same distribution share
+    them.
 
     Args:
-      problem: heads, labels and loss.
-      hidden: activations of the prefix, `[B, ...F]`.
-      parent: activations of the prefix without its last layer, `[B, ...F]`; not used.
+      problem: the heads, the labels, and the loss.
+      hidden: the activations of the prefix, `[B, ...F]`.
+      parent: the activations of the prefix without its last layer, `[B, ...F]`; not used.
     """
     outputs, loss, _ = _apply_heads(problem, hidden)
     return Observation(_summarize(hidden, _one_hot(problem, outputs)), loss)
@@ -129,12 +130,12 @@ def observe_gradients(
 ) -> Observation:
     """Observe the gradient of the best head's loss with respect to activations, as a sketch.
 
-    The sketch is that of `observe_activations`.
+    The gradient is sketched in the same way as the activations in `observe_activations`.
 
     Args:
-      problem: heads, labels and loss.
-      hidden: activations of the prefix, `[B, ...F]`.
-      parent: activations of the prefix without its last layer, `[B, ...F]`; not used.
+      problem: the heads, the labels, and the loss.
+      hidden: the activations of the prefix, `[B, ...F]`.
+      parent: the activations of the prefix without its last layer, `[B, ...F]`; not used.
     """
     outputs, loss, _ = _apply_heads(problem, hidden)
     by_hidden = _differentiate(problem, hidden, outputs, loss)[-1]
@@ -143,10 +144,10 @@ def observe_gradients(
 
 @dataclass(frozen=True)
 class Join:
-    """A function that observes by several functions and concatenates the features.
+    """A function that observes with several functions and concatenates their features.
 
     Attributes:
-      parts: functions such as `observe`.
+      parts: the functions, such as `observe`.
     """
 
     parts: tuple[Observe, ...]
@@ -154,12 +155,12 @@ class Join:
     def __call__(
         self, problem: Problem, hidden: Float[Array, "B ..."], parent: Float[Array, "B ..."]
     ) -> Observation:
-        """Observe a prefix by all parts; the losses are those of the first.
+        """Observe a prefix with all parts; the losses are those of the first part.
 
         Args:
-          problem: heads, labels and loss.
-          hidden: activations of the prefix, `[B, ...F]`.
-          parent: activations of the prefix without its last layer, `[B, ...F]`.
+          problem: the heads, the labels, and the loss.
+          hidden: the activations of the prefix, `[B, ...F]`.
+          parent: the activations of the prefix without its last layer, `[B, ...F]`.
         """
         observed = [part(problem, hidden, parent) for part in self.parts]
         features = jnp.concatenate([part.features for part in observed])
@@ -167,25 +168,27 @@ class Join:
 
 
 def log_loss(loss: Float[Array, "*P"]) -> Float[Array, "*P"]:
-    """The scale on which losses are compared: about the log above 0.001, finite at 0 and below.
+    """Map losses to the scale on which they are compared.
+
+    The scale is about the log for losses above 0.001, up to a constant, and finite at 0 and below.
 
     Args:
-      loss: losses, `[...P]`.
+      loss: the losses, `[...P]`.
     """
     return jnp.arcsinh(loss / (2 * _LOSS_UNIT))
 
 
 def lowest(loss: Float[Array, "K"]) -> Float[Array, ""]:
-    """The lowest finite loss, `+inf` if there is none.
+    """Return the lowest finite loss, or `+inf` if there is none.
 
     Args:
-      loss: loss of each head, `[K]`.
+      loss: the loss of each head, `[K]`.
     """
     return jnp.min(jnp.where(jnp.isfinite(loss), loss, jnp.inf))
 
 
 def _apply_heads(problem: Problem, hidden: Array) -> tuple[Array, Array, Array]:
-    """Outputs of the heads, their losses and accuracies."""
+    """Compute the outputs of the heads, their losses, and their accuracies."""
     outputs = apply_all(problem.bank.heads, hidden)
     return outputs, *jax.vmap(problem.loss_and_accuracy)(outputs)
 
@@ -193,9 +196,9 @@ def _apply_heads(problem: Problem, hidden: Array) -> tuple[Array, Array, Array]:
 def _differentiate(
     problem: Problem, hidden: Array, outputs: Array, loss: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """The best head, its losses per example, and two gradients of their sum.
+    """Return the best head, its losses per example, and two gradients of their sum.
 
-    The gradients are with respect to the outputs of the head, and to the activations.
+    The gradients are with respect to the outputs of the head and with respect to the activations.
     """
     heads, num_layers = problem.bank.heads, problem.bank.num_layers
     best = jnp.argmin(jnp.where(jnp.isfinite(loss), loss, jnp.inf))
@@ -212,7 +215,7 @@ def _differentiate(
 def _summarize(
     array: Float[Array, "B ..."], labels: Float[Array, "B C"] | None
 ) -> Float[Array, "S"]:
-    """Sketch and log scale of activations or gradients."""
+    """Compute the sketch and the log scale of activations or gradients."""
     rows = _rows(_subsample(array)).astype(jnp.float32)
     rows = jnp.nan_to_num(rows, posinf=0.0, neginf=0.0)
     scale = jnp.sqrt(jnp.mean(rows**2) + 1e-12)
@@ -228,17 +231,17 @@ def _summarize(
 
 
 def _rows(array: Array) -> Float[Array, "B R"]:
-    """One flat row per example."""
+    """Flatten each example to one row."""
     return array.reshape(array.shape[0], -1)
 
 
 def _subsample(array: Float[Array, "B ..."]) -> Float[Array, "b ..."]:
-    """At most 128 of the examples, evenly spaced."""
+    """Select at most 128 evenly spaced examples."""
     return array[:: -(-array.shape[0] // _MAX_ROWS)]
 
 
 def _sketch(array: Float[Array, "B ..."]) -> Float[Array, "b C"]:
-    """At most 128 rows of at most 64 columns, with inner products preserved in expectation."""
+    """Reduce to at most 128 rows and 64 columns, preserving inner products in expectation."""
     rows = _rows(_subsample(array)).astype(jnp.float32)
     if rows.shape[1] <= _MAX_COLUMNS:
         return rows
@@ -249,7 +252,7 @@ def _sketch(array: Float[Array, "B ..."]) -> Float[Array, "b C"]:
 
 
 def _one_hot(problem: Problem, outputs: Float[Array, "K B ..."]) -> Float[Array, "B C"] | None:
-    """Labels as `[B, C]` if there is one class per example, None otherwise."""
+    """Return one-hot labels, `[B, C]`, if each example has one class, and None otherwise."""
     y = problem.data.y
     if not jnp.issubdtype(y.dtype, jnp.integer) or y.ndim != 1 or outputs.ndim != 3:
         return None
@@ -259,10 +262,10 @@ def _one_hot(problem: Problem, outputs: Float[Array, "K B ..."]) -> Float[Array,
 def _unexplained(
     rows: Float[Array, "b C"], covariance: Float[Array, "C C"], targets: Float[Array, "b D"]
 ) -> Float[Array, "2 D"]:
-    """Sum of squares of each target: first of its ridge regression residual, then in total."""
+    """Compute two sums of squares per target: of its ridge regression residual, and in total."""
     targets -= targets.mean(axis=0, keepdims=True)
-    # A few steps are as good as the exact solution here. A factorization would be a library call
-    # outside the compiled program.
+    # A few steps of conjugate gradients are as good as the exact solution here, whereas a
+    # factorization would be a library call outside the compiled program.
     weights, _ = jax.scipy.sparse.linalg.cg(
         lambda w: covariance @ w + _RIDGE * w,
         rows.T @ targets / rows.shape[0],
@@ -275,31 +278,31 @@ def _unexplained(
 
 
 def _log_share(unexplained: Float[Array, "2 D"]) -> Float[Array, ""]:
-    """Log of the unexplained share of all targets together."""
+    """Compute the log of the unexplained share of all targets together."""
     left, whole = unexplained.sum(axis=1)
     return jnp.log(left / (whole + 1e-12) + 1e-4)
 
 
 def _between_classes(rows: Float[Array, "B C"], labels: Float[Array, "B K"]) -> Float[Array, ""]:
-    """Share of the variance of centered rows that lies between class means."""
+    """Compute the share of the variance of centered rows that lies between class means."""
     means = labels.T @ rows / (labels.sum(axis=0)[:, None] + 1e-6)
     return jnp.sum((labels @ means) ** 2) / (jnp.sum(rows**2) + 1e-12)
 
 
 class ObservedPrefix(NamedTuple):
-    """A prefix, with its activations and observation; arrays are empty if nothing is observed."""
+    """A prefix with its activations and its observation."""
 
     hidden: Shaped[Array, "B ..."] | None  # [B, ...F], activations; None if nothing is observed
     features: Float[Array, "F"]  # [F]; F is 0 if nothing is observed
-    loss: Float[Array, "K"]  # [K], loss of stopping here with each head, without the layer penalty
+    loss: Float[Array, "K"]  # [K], loss of stopping with each head, without the layer penalty
 
 
 def observe_root(observe: Observe | None, problem: Problem) -> ObservedPrefix:
     """Observe the empty prefix.
 
     Args:
-      observe: a function like `observe`; None to observe nothing.
-      problem: bank, data, loss.
+      observe: the function that observes, such as `observe`; None to observe nothing.
+      problem: the bank, the split of data, and the loss.
     """
     if observe is None:
         return ObservedPrefix(None, jnp.zeros(0), jnp.zeros(problem.bank.num_heads))
@@ -310,13 +313,13 @@ def observe_root(observe: Observe | None, problem: Problem) -> ObservedPrefix:
 def observe_next(
     observe: Observe | None, problem: Problem, observed: ObservedPrefix, token: Int[Array, ""]
 ) -> ObservedPrefix:
-    """Observe the prefix after one more layer, for one layer call.
+    """Observe the prefix after one more layer, at the cost of one layer call.
 
     Args:
-      observe: a function like `observe`; None to observe nothing.
-      problem: bank, data, loss.
-      observed: the prefix without that layer.
-      token: token of the layer. A head or padding leaves the prefix unchanged.
+      observe: the function that observes, such as `observe`; None to observe nothing.
+      problem: the bank, the split of data, and the loss.
+      observed: the observed prefix without that layer.
+      token: the token of the layer. A head or padding leaves the prefix unchanged.
     """
     if observe is None or observed.hidden is None:
         return observed
@@ -331,14 +334,14 @@ def observe_next(
 def observe_chain(
     observe: Observe | None, problem: Problem, chain: Int[Array, "L"]
 ) -> Float[Array, "L F"]:
-    """Observe the prefix before each token of a chain: features, `[L, F]`.
+    """Observe the prefix before each token of a chain, and return the features, `[L, F]`.
 
-    After the head, they are the features after all layers of the chain.
+    At slots after the head, the features are those after all layers of the chain.
 
     Args:
-      observe: a function like `observe`; None to observe nothing.
-      problem: bank, data, loss.
-      chain: one chain, `[L]`.
+      observe: the function that observes, such as `observe`; None to observe nothing.
+      problem: the bank, the split of data, and the loss.
+      chain: the chain, `[L]`.
     """
 
     def advance(observed: ObservedPrefix, token: Array) -> tuple[ObservedPrefix, Array]:

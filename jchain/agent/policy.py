@@ -12,34 +12,34 @@ from jchain.agent.edit_features import EditFeatures, read_edit_features
 from jchain.agent.encoding import ActorCriticNetwork
 from jchain.problem import Problem
 
-# Keys in the params of a policy. Saved params use them, so they cannot change.
+# The keys in the params of a policy. They cannot change, because saved params use them.
 NETWORK, EDIT_WEIGHTS = "controller", "advice"
-# Logit of a token that is not allowed: finite, because the entropy of a logit of -inf is nan.
+# The logit of a token that is not allowed; finite, because a logit of -inf has a nan entropy.
 _ILLEGAL_LOGIT = -1e9
 
 
 class NetworkInputs(NamedTuple):
-    """Inputs of the network other than the prefix."""
+    """The inputs of the network other than the prefix."""
 
     entries: Float[Array, "E D"]  # [N + K, D], features of the bank's layers and heads
     edit_features: EditFeatures | None  # edit features of the best chain before this step
 
 
 class PolicyCarry(NamedTuple):
-    """What the policy keeps of a prefix."""
+    """The state of the policy after a prefix."""
 
     encoding: PyTree  # carry of the encoding
-    keys: Float[Array, "E H"]  # [N + K, H], keys of the bank's entries, which the actor points at
-    is_on_edited_chain: Bool[Array, ""]  # the edit features' chain starts with this prefix
+    keys: Float[Array, "E H"]  # [N + K, H], keys of the entries that the actor points at
+    is_on_edited_chain: Bool[Array, ""]  # whether the edited chain starts with this prefix
 
 
 @dataclass(frozen=True)
 class Policy:
-    """The network, with its params and its inputs.
+    """A network with its params and its inputs.
 
     Attributes:
-      network: actor and critic.
-      params: params of the network under `NETWORK`, weights of the edit features under
+      network: network of the actor and the critic.
+      params: params of the network, under `NETWORK`, and weights of the edit features, under
         `EDIT_WEIGHTS`.
       inputs: inputs of the network other than the prefix.
     """
@@ -49,7 +49,7 @@ class Policy:
     inputs: NetworkInputs
 
     def init_carry(self, prefix_features: Float[Array, "F"]) -> PolicyCarry:
-        """The carry of the empty prefix, given its features."""
+        """Return the carry of the empty prefix, given its features."""
         params, entries = self.params[NETWORK], self.inputs.entries
         encoding = self.network.apply(params, entries, prefix_features, method="initial_carry")
         keys: PyTree = self.network.apply(params, entries, method="embed")
@@ -62,13 +62,13 @@ class Policy:
         token: Int[Array, ""],
         prefix_features: Float[Array, "F"],
     ) -> PolicyCarry:
-        """The carry after a token.
+        """Return the carry after one more token.
 
         Args:
-          carry: carry of the prefix before the token.
-          slot: slot of the token.
-          token: the token, a layer or head.
-          prefix_features: features of the prefix after the token, `[F]`.
+          carry: the carry of the prefix before the token.
+          slot: the slot of the token.
+          token: the token of a layer or a head.
+          prefix_features: the features of the prefix after the token, `[F]`.
         """
         params, inputs = self.params[NETWORK], self.inputs
         encoding = self.network.apply(
@@ -82,12 +82,12 @@ class Policy:
     def predict(
         self, carry: PolicyCarry, slot: Int[Array, ""], is_legal: Bool[Array, "E"]
     ) -> tuple[Float[Array, "E"], Float[Array, ""]]:
-        """Logits of the next token, and the value of the prefix.
+        """Predict the logits of the next token and the value of the prefix.
 
         Args:
-          carry: carry of the prefix.
-          slot: slot of the next token.
-          is_legal: which tokens are allowed, `[N + K]`.
+          carry: the carry of the prefix.
+          slot: the slot of the next token.
+          is_legal: a mask of the tokens that are allowed, `[N + K]`.
         """
         params, edit_features = self.params[NETWORK], self.inputs.edit_features
         encoded = self.network.apply(params, carry.encoding, method="read")
@@ -102,16 +102,16 @@ class Policy:
 def evaluate_actions(
     policy: Policy, chain: Int[Array, "L"], features: Float[Array, "L F"], problem: Problem
 ) -> tuple[Float[Array, "L E"], Float[Array, "L"]]:
-    """Logits and value before each token of a given chain. Applies no layer of the bank.
+    """Compute the logits and the value before each token of a chain, without applying any layer.
 
-    Entries after the head token are undefined.
+    Rows after the head token are undefined.
 
     Args:
-      policy: network, params and inputs.
-      chain: one chain, `[L]`.
-      features: features of the prefix before each token, `[L, F]`
-        (`jchain.agent.observations.observe_chain`).
-      problem: the problem, which says which tokens are allowed.
+      policy: the network with its params and inputs.
+      chain: the chain, `[L]`.
+      features: the features of the prefix before each token, `[L, F]`, from
+        `jchain.agent.observations.observe_chain`.
+      problem: the problem, which determines which tokens are allowed.
     """
 
     def act(
@@ -130,7 +130,7 @@ def cast_params(given: PyTree, like: PyTree) -> PyTree:
     """Cast `given` to the dtypes of `like`.
 
     Raises:
-      ValueError: structure or shapes differ, so they are params of different networks.
+      ValueError: if structures or shapes differ, which means that the networks differ.
     """
     shapes = [
         [jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]]

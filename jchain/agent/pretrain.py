@@ -1,6 +1,6 @@
 """Pretraining across banks, so that a search of a new bank starts with a trained critic or agent.
 
-A critic is trained by supervised learning: every prefix of small problems is observed, and the
+A critic is trained by supervised learning. Every prefix of some small problems is observed, and its
 target is the lowest loss among the chains that start with it. An actor-critic is trained by
 searching the problems in turn.
 """
@@ -24,22 +24,22 @@ from jchain.engine.layer_calls import apply_all
 from jchain.problem import Problem
 
 _MAX_PREFIXES = 2**20
-_BATCH = (64, 64)  # groups in a batch, prefixes from each group
+_BATCH = (64, 64)  # the number of groups in a batch, and of prefixes from each group
 _HUBER_DELTA = 0.5
 _RANK_WEIGHT, _TEMPERATURE = 0.3, 0.1
 
 
 class TrainingSet(NamedTuple):
-    """Examples for a critic: the prefixes of 1 to `max_layers - 1` layers, shorter ones first."""
+    """Examples to train a critic: prefixes of 1 to `max_layers - 1` layers, shorter ones first."""
 
     inputs: Float[np.ndarray, "C I"]  # [C, I], inputs of a critic
     stop: Float[np.ndarray, "C"]  # [C], log loss of stopping with the best head
     best: Float[np.ndarray, "C"]  # [C], log of the lowest loss of all chains with this prefix
-    sizes: tuple[int, ...]  # number of prefixes of 1, 2, ... layers
+    sizes: tuple[int, ...]  # numbers of prefixes with 1, 2, ... layers
 
 
 class PrefixLevel(NamedTuple):
-    """All prefixes of one number of layers, in the order of their tokens."""
+    """All prefixes with the same number of layers, in the order of their tokens."""
 
     features: Float[Array, "V F"]  # [V, F], from `jchain.agent.observations.observe`
     change: Float[Array, "V F"]  # [V, F], features minus those of the prefix without its last layer
@@ -49,7 +49,7 @@ class PrefixLevel(NamedTuple):
 
 @runtime_checkable
 class AgentState(Protocol):
-    """A NamedTuple with at least these fields."""
+    """The state of an agent: a NamedTuple with at least these fields."""
 
     @property
     def params(self) -> PyTree: ...
@@ -74,7 +74,7 @@ class Agent(Protocol):
 def observe_prefixes(problem: Problem) -> list[PrefixLevel]:
     """Observe every prefix with room for one more layer.
 
-    This takes as many layer calls as scoring all chains.
+    The number of layer calls is the same as for scoring all chains.
 
     Args:
       problem: a problem with at most 1,048,576 such prefixes.
@@ -83,7 +83,7 @@ def observe_prefixes(problem: Problem) -> list[PrefixLevel]:
       The prefixes of 0, 1, ..., `max_layers - 1` layers.
 
     Raises:
-      ValueError: `max_layers` is 0, or there are more than 1,048,576 prefixes.
+      ValueError: if `max_layers` is 0, or there are more than 1,048,576 prefixes.
     """
     num_layers, max_layers = problem.bank.num_layers, problem.max_layers
     if max_layers < 1:
@@ -103,7 +103,7 @@ def make_training_set(problem: Problem) -> TrainingSet:
       problem: a problem that `observe_prefixes` accepts.
 
     Raises:
-      ValueError: `max_layers` is below 2, or as for `observe_prefixes`.
+      ValueError: if `max_layers` is less than 2, or as for `observe_prefixes`.
     """
     max_layers = problem.max_layers
     if max_layers < 2:
@@ -134,22 +134,23 @@ def pretrain_critic(
 ) -> Critic:
     """Train one critic across problems, for `CriticSearch(critic=...)` on any bank.
 
-    The loss is the Huber loss of the predicted fall of the log loss, plus a cross-entropy of
-    ranking the prefixes of one length in one problem. It gives the best prefixes the largest weight
-    (ListNet, Cao et al. 2007).
+    The training loss is the sum of two terms. One is the Huber loss of the predicted fall of the
+    log loss. The other is a cross-entropy of ranking the prefixes of one length in one problem,
+    which gives the best prefixes the largest weight (ListNet, Cao et al. 2007).
 
     Args:
-      key: consumed.
+      key: the PRNG key; consumed by this call.
       problems: small problems, all of whose prefixes are observed, or their training sets from
         `make_training_set`.
-      num_steps: steps of AdamW, each on 64 prefixes from each of 64 groups.
-      width: number of units in each of the network's two hidden layers.
-      learning_rate: initial learning rate; it decays to 0 along a cosine.
-      weight_decay: weight decay of AdamW.
+      num_steps: the number of steps of AdamW, each on 64 prefixes from each of 64 groups. A group
+        is the prefixes of one length in one problem.
+      width: the number of units in each of the network's two hidden layers.
+      learning_rate: the initial learning rate, which decays to 0 along a cosine.
+      weight_decay: the weight decay of AdamW.
 
     Raises:
-      ValueError: there is no problem, none of the losses is finite, a size is not positive, or as
-        for `make_training_set`.
+      ValueError: if there is no problem, no loss is finite, a size is not positive, or as for
+        `make_training_set`.
     """
     if not problems or num_steps < 1 or width < 1:
         raise ValueError(
@@ -164,7 +165,7 @@ def pretrain_critic(
     inputs, stop, best = (
         np.concatenate([getattr(one, name) for one in sets]) for name in ("inputs", "stop", "best")
     )
-    # Prefixes whose losses are not finite have no target.
+    # Leave out prefixes whose losses are not finite, because they have no target.
     is_finite = np.isfinite(inputs).all(axis=1) & np.isfinite(stop) & np.isfinite(best)
     sizes = np.bincount(np.repeat(np.arange(len(sizes)), sizes)[is_finite], minlength=len(sizes))
     sizes = sizes[sizes > 0]
@@ -187,20 +188,21 @@ def pretrain_agent(
 ) -> PyTree:
     """Train params for `ActorCritic(params=...)` by searching problems in turn.
 
-    Params and optimizer state are carried from one problem to the next; everything else starts
-    anew. Problems of the same shapes share compiled programs. It can be vmapped over keys.
+    The params and the optimizer state are carried from one problem to the next; everything else
+    starts anew. Problems of the same shapes share compiled programs. This function can be vmapped
+    over keys.
 
     Args:
-      key: consumed.
-      agent: an `ActorCritic`; training starts from its own params.
-      problems: problems in the order of their searches; one may occur several times.
-      num_steps: steps of each search.
+      key: the PRNG key; consumed by this call.
+      agent: the `ActorCritic` to train, starting from its own params.
+      problems: the problems in the order of their searches; a problem may occur several times.
+      num_steps: the number of steps of each search.
 
     Returns:
-      The params.
+      The trained params.
 
     Raises:
-      ValueError: there is no problem, or `num_steps` is not positive.
+      ValueError: if there is no problem, or `num_steps` is not positive.
     """
     if not problems or num_steps < 1:
         raise ValueError(
@@ -228,8 +230,8 @@ def _init_learner(key: Key[Array, ""], agent: Agent, problem: Problem) -> _Learn
 
 @cache
 def _compile_train_agent(backend: str) -> Callable[..., _Learner]:
-    # Not `jit_for_problem`: it leaves the compiler options out if keys are vmapped, and that would
-    # change the results.
+    # Do not use `jit_for_problem`, which leaves out the compiler options if keys are vmapped. That
+    # would change the results.
     options = compiler_options(backend)
     return jax.jit(_train_agent, static_argnames="num_steps", compiler_options=options)
 
@@ -237,7 +239,7 @@ def _compile_train_agent(backend: str) -> Callable[..., _Learner]:
 def _train_agent(
     key: Key[Array, ""], agent: Agent, learner: _Learner, problem: Problem, *, num_steps: int
 ) -> _Learner:
-    """Params and optimizer state after some steps on a problem."""
+    """Return the params and the optimizer state after some steps on a problem."""
     init_key, step_key = jax.random.split(key)
     state: AgentState = agent.init(init_key, problem)
     state = state._replace(params=learner.params, opt_state=learner.opt_state)
@@ -250,22 +252,22 @@ def _train_agent(
 
 
 class _Prefix(NamedTuple):
-    """A prefix to observe."""
+    """A prefix to observe, with its activations."""
 
     hidden: Shaped[Array, "B ..."]
-    penalty: Float[Array, ""]  # layer penalty of the prefix
+    penalty: Float[Array, ""]  # the layer penalty of the prefix
 
 
 @jit_for_problem()
 def _observe_levels(problem: Problem) -> list[PrefixLevel]:
-    """All prefixes with room for one more layer, by their number of layers: `[N^length, ...]`."""
+    """Observe all prefixes with room for one more layer, by number of layers: `[N^length, ...]`."""
     bank = problem.bank
     layer_penalty = jnp.broadcast_to(problem.layer_cost, (bank.num_layers,))
 
     def observe_below(
         prefix: _Prefix, parent: Array, parent_features: Array | None, length: int
     ) -> list[PrefixLevel]:
-        """The prefix, and all prefixes that extend it, by their number of layers."""
+        """Observe a prefix and all prefixes that extend it, by their number of layers."""
         observed = observe(problem, prefix.hidden, parent)
         stop = lowest(observed.loss) + prefix.penalty
         children = _Prefix(apply_all(bank.layers, prefix.hidden), prefix.penalty + layer_penalty)
@@ -282,7 +284,7 @@ def _observe_levels(problem: Problem) -> list[PrefixLevel]:
         change = jnp.zeros_like(observed.features)
         if parent_features is not None:
             change = observed.features - parent_features
-        # Chains with fewer layers than min_layers may not stop.
+        # A prefix of fewer than `min_layers` layers may not stop.
         own = log_loss(stop) if length >= problem.min_layers else jnp.inf
         best = jnp.minimum(own, jnp.min(reached))
         return [PrefixLevel(observed.features, change, log_loss(stop), best), *deeper]
@@ -307,7 +309,7 @@ def _fit(
     optimizer: optax.GradientTransformation,
     num_steps: int,
 ) -> PyTree:
-    """Params of the critic's network. A group is the prefixes of one length in one problem."""
+    """Fit the params of the critic's network to groups: prefixes of one length in one problem."""
 
     def loss_fn(params: PyTree, key: Key[Array, ""]) -> Float[Array, ""]:
         group_key, member_key = jax.random.split(key)

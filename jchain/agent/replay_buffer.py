@@ -1,4 +1,4 @@
-"""Replay buffer: the last chains, with what was recorded when they were sampled."""
+"""Replay buffer: the last chains, with the records of how they were sampled."""
 
 from typing import NamedTuple
 
@@ -12,16 +12,16 @@ from jchain.problem import Problem
 
 
 class ReplayBuffer(NamedTuple):
-    """The last `R` chains, as a ring."""
+    """The last `R` chains, as a ring buffer."""
 
     chains: Int[Array, "R L"]  # [R, L]
     log_probs: Float[Array, "R L"]  # [R, L], log-probabilities of the tokens when they were sampled
     loss: Float[Array, "R"]  # [R]
-    num_added: Int[Array, ""]  # chains ever added, including evicted ones
+    num_added: Int[Array, ""]  # the number of chains ever added, including evicted ones
     features: Float[Array, "R L F"]  # [R, L, F], features of the prefix before each token
 
     def add(self, rollout: Rollout) -> "ReplayBuffer":
-        """Add chains, `[P, ...]`; the oldest are evicted."""
+        """Add chains, `[P, ...]`, in place of the oldest ones."""
         num_chains = rollout.loss.shape[0]
         place = (self.num_added + jnp.arange(num_chains)) % self.loss.shape[0]
         return ReplayBuffer(
@@ -33,7 +33,7 @@ class ReplayBuffer(NamedTuple):
         )
 
     def sample(self, key: Key[Array, ""], num_chains: int) -> Rollout:
-        """Chains drawn uniformly with replacement, `[num_chains, ...]`."""
+        """Draw chains uniformly with replacement, `[num_chains, ...]`."""
         num_stored = jnp.minimum(self.num_added, self.loss.shape[0])
         row = jax.random.randint(key, (num_chains,), 0, num_stored)
         return Rollout(self.chains[row], self.log_probs[row], self.features[row], self.loss[row])
@@ -42,12 +42,12 @@ class ReplayBuffer(NamedTuple):
 def empty_replay_buffer(
     size: int, problem: Problem, prefix_features: Float[Array, "F"]
 ) -> ReplayBuffer:
-    """An empty replay buffer.
+    """Return an empty replay buffer.
 
     Args:
-      size: maximum number of chains, R.
-      problem: the problem, whose `max_layers` gives the length of the chains.
-      prefix_features: features of any prefix, `[F]`, used for their shape and dtype.
+      size: the maximum number of chains, R.
+      problem: the problem, whose `max_layers` determines the length of the chains.
+      prefix_features: the features of any prefix, `[F]`; only their shape and dtype are used.
     """
     shape = (size, problem.max_layers + 1)
     return ReplayBuffer(

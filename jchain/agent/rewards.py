@@ -1,4 +1,4 @@
-"""Rewards of chains, computed from their losses. A critic's predictions have the same unit."""
+"""Rewards of chains, computed from their losses. The predictions of a critic have their unit."""
 
 import jax.numpy as jnp
 
@@ -7,15 +7,15 @@ from jchain.agent.observations import log_loss
 
 
 def rank_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
-    """Rank the chains of a step: 1 for the lowest loss, -1 for the highest.
+    """Reward the chains of a step by rank: 1 for the lowest loss, -1 for the highest.
 
-    Equal losses get equal rewards. Losses of a bank span orders of magnitude, but differ
-    little near the optimum. Ranks resolve both (rank-based shaping, Wierstra et al. 2014, JMLR 15).
-    They depend on the other chains of the step, so predictions of a critic that is trained on them
+    Equal losses get equal rewards. The losses of a bank span orders of magnitude but differ little
+    near the optimum. Ranks resolve both (rank-based shaping, Wierstra et al. 2014, JMLR 15). They
+    depend on the other chains of the step, so the predictions of a critic that is trained on them
     have no unit.
 
     Args:
-      loss: losses of at least two chains, `[P]`; +inf ranks last.
+      loss: the losses of at least two chains, `[P]`; +inf ranks last.
     """
     is_better = jnp.sum(loss[:, None] < loss[None], axis=1)
     is_worse = jnp.sum(loss[:, None] > loss[None], axis=1)
@@ -23,21 +23,21 @@ def rank_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
 
 
 def log_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
-    """Minus the log of the loss, a scale that is the same in all steps.
+    """Reward each chain with minus the log of its loss, on a scale that is the same in all steps.
 
-    See `jchain.agent.observations.log_loss`.
+    The log is that of `jchain.agent.observations.log_loss`.
 
     Args:
-      loss: losses, `[P]`; one that is not finite counts as the worst finite one.
+      loss: the losses, `[P]`; one that is not finite counts as the worst finite one.
     """
     return -log_loss(_bound(loss))
 
 
 def plain_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
-    """Minus the loss.
+    """Reward each chain with minus its loss.
 
     Args:
-      loss: losses, `[P]`; one that is not finite counts as the worst finite one.
+      loss: the losses, `[P]`; one that is not finite counts as the worst finite one.
     """
     return -_bound(loss)
 

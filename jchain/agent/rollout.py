@@ -1,4 +1,4 @@
-"""Rollouts: chains sampled from a policy, from the empty prefix or from prefixes of good chains."""
+"""Rollouts: chains sampled from a policy, starting empty or with a prefix of a good chain."""
 
 from typing import NamedTuple
 
@@ -15,19 +15,19 @@ from jchain.problem import Problem
 
 
 class Rollout(NamedTuple):
-    """One sampled chain, or `P`, with all that updates need, so that they apply no layers."""
+    """One sampled chain, or `P`, with all that updates need, so that updates apply no layers."""
 
     chains: Int[Array, "*P L"]  # [P, L]
     # [P, L], log-probabilities of the tokens when they were sampled; 0 after the head
     log_probs: Float[Array, "*P L"]
     # [P, L, F], features of the prefix before each token; F = 0 if nothing is observed
     features: Float[Array, "*P L F"]
-    loss: Float[Array, "*P"]  # [P], +inf if not finite; undefined before scoring if F = 0
+    loss: Float[Array, "*P"]  # [P], +inf if not finite; if F = 0, undefined before scoring
 
 
 class _Carry(NamedTuple):
     policy: PolicyCarry
-    is_done: Bool[Array, ""]  # the head was sampled
+    is_done: Bool[Array, ""]  # whether the head was sampled
     observed: ObservedPrefix
 
 
@@ -40,14 +40,14 @@ def sample_prefix(
 ) -> Int[Array, "L"]:
     """Sample the prefix that a new chain starts with: a prefix of a good chain, or the empty one.
 
-    It is padded with -1. All lengths of the prefix are equally likely. New chains that share a
-    prefix pay for it once per step.
+    The prefix is padded with -1. All its possible lengths are equally likely. New chains that share
+    a prefix pay for it only once per step.
 
     Args:
-      key: consumed.
-      chains: the good chains, `[Q, L]`, in the first rows.
-      num_chains: number of good chains; later rows are ignored.
-      restart_rate: probability of starting with a prefix of a good chain.
+      key: the PRNG key; consumed by this call.
+      chains: the good chains, in the first rows of `[Q, L]`.
+      num_chains: the number of good chains; later rows are ignored.
+      restart_rate: the probability of starting with a prefix of a good chain.
       space: the space of the chains.
     """
     row_key, cut_key, restart_key = jax.random.split(key, 3)
@@ -63,14 +63,14 @@ def sample_chain(
     """Sample the rest of one chain from the policy.
 
     If the encoding observes activations, layers are applied while sampling, so the loss is known at
-    the end. Otherwise no layer is applied and the loss is undefined: finished chains are scored
-    together later.
+    the end. Otherwise, no layer is applied and the loss is undefined; the finished chains are
+    scored together later.
 
     Args:
-      key: consumed.
-      policy: network, params and inputs.
-      prefix: tokens to start with, `[L]`, padded with -1.
-      problem: bank, data, loss.
+      key: the PRNG key; consumed by this call.
+      policy: the network with its params and inputs.
+      prefix: the tokens to start with, padded with -1, `[L]`.
+      problem: the bank, the split of data, and the loss.
     """
     space, observe = problem.space, policy.network.encoding.observe
     root = observations.observe_root(observe, problem)

@@ -1,4 +1,4 @@
-"""ChainBench: solved problems, and statistics to compare searches on them."""
+"""ChainBench: solved problems, and statistics that compare searches on them."""
 
 from jchain.chainbench import stats, tabular
 from jchain.chainbench.problems import (

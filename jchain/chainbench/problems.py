@@ -1,10 +1,10 @@
-"""ChainBench: problems with every chain scored, so that a search is judged by its regret.
+"""ChainBench: problems whose chains have all been scored, so that a search has a known regret.
 
-Each of 36 problems is a bank of 12 residual MLPs and one to three heads, made from one of three
+Each of the 36 problems is a bank of 12 residual MLPs and one to three heads, made from one of three
 data sets in one of four ways. Chains have up to 4 layers. `build` scores all of them once on
-`search`, `select`, and `test` and writes the losses and accuracies to a folder, with the bank
-beside its table, because the last bits of weights differ from machine to machine. Compare
-NAS-Bench-201 (Dong and Yang 2020, arXiv:2001.00326).
+`search`, `select`, and `test` and writes the losses and accuracies to a folder. It saves the bank
+next to its table, because the last bits of weights differ from machine to machine. ChainBench is
+similar to NAS-Bench-201 (Dong and Yang 2020, arXiv:2001.00326).
 """
 
 import os
@@ -38,24 +38,24 @@ NUM_LAYERS, MAX_LAYERS = 12, 4
 NAMES = tuple(
     f"{data}-{kind}-{seed}" for data in DATA for kind in KINDS for seed in range(NUM_SEEDS)
 )
-# Gradient steps: fewer are enough to overfit the small sets.
+# The number of gradient steps. Fewer steps are enough to overfit the small data sets.
 _NUM_STEPS = {"digits": 1000, "wine": 200, "breast_cancer": 200}
 
 
 class SolvedProblem(NamedTuple):
-    """A problem with all its chains, in the order of `ChainSpace.enumerate`."""
+    """A problem with the losses of all its chains, in the order of `ChainSpace.enumerate`."""
 
     name: str
     bank: Bank
     data: Dataset
-    loss: dict[str, Float[np.ndarray, "C"]]  # by split, [C]; +inf if it was not finite
+    loss: dict[str, Float[np.ndarray, "C"]]  # by split, [C]; +inf if not finite
     accuracy: dict[str, Float[np.ndarray, "C"]]
-    # Observations on `search` of the prefixes with room for one more layer, [V, F].
+    # [V, F], observations on `search` of the prefixes with room for one more layer
     features: Float[np.ndarray, "V F"]
 
     @property
     def chains(self) -> Int[np.ndarray, "C L"]:
-        """Every chain, `[C, L]`."""
+        """All chains, `[C, L]`."""
         return _make_space(self.bank).enumerate()
 
     @property
@@ -64,11 +64,11 @@ class SolvedProblem(NamedTuple):
         return self.problem_on("search")
 
     def tabular_problem(self) -> Problem:
-        """`problem` with losses and features looked up (`jchain.chainbench.tabular`)."""
+        """Return `problem` in tabular form, with losses and features looked up (`tabular`)."""
         return tabular.make_problem(self.bank, self.loss["search"], MAX_LAYERS, self.features)
 
     def problem_on(self, split: str) -> Problem:
-        """The same bank on another split.
+        """Return the problem on a split.
 
         Args:
           split: `search`, `select`, or `test`.
@@ -76,10 +76,12 @@ class SolvedProblem(NamedTuple):
         return Problem(self.bank, getattr(self.data, split), MAX_LAYERS)
 
     def regret(self, loss: ArrayLike | Sequence[float]) -> np.ndarray | np.floating:
-        """`(loss - best) / (median - best)` over all chains: 0 is the best chain, 1 the median one.
+        """Compute the regret of losses: `(loss - best) / (median - best)` over all chains.
+
+        The regret is 0 for the best chain and 1 for the median chain.
 
         Args:
-          loss: losses on `search`, of any shape.
+          loss: the losses on `search`, of any shape.
         """
         best, middle = self.loss["search"].min(), np.median(self.loss["search"])
         return (np.asarray(loss) - best) / (middle - best)
@@ -90,15 +92,17 @@ def make_bank(
 ) -> tuple[Bank, Dataset]:
     """Make the bank and load the data of a problem.
 
-    Other sizes than the default ones make problems that are not in ChainBench.
+    Sizes other than the defaults make problems that are not in ChainBench.
 
     Args:
-      name: one of `NAMES`, or the same form with another seed.
-      num_layers: layers in the bank; a multiple of depth for independent nets and snapshots.
-      depth: layers of the nets, or routes, that are trained.
+      name: the name of the problem: one of `NAMES`, or a name of that form with another seed.
+      num_layers: the number of layers in the bank; a multiple of `depth` for the kinds
+        `independent` and `snapshots`.
+      depth: the number of layers of the nets or routes that are trained.
 
     Raises:
-      ValueError: the name has another form, or the sizes do not fit.
+      ValueError: if the name has another form, or `num_layers` is not a multiple of `depth` for a
+        kind that requires it.
     """
     data_name, kind, seed = _parse(name)
     data = load_data(data_name, seed)
@@ -120,15 +124,15 @@ def build(folder: str | os.PathLike[str], names: Sequence[str] = NAMES) -> list[
     """Make and solve the problems that are not in the folder yet, and check those that are.
 
     Args:
-      folder: where to write; made if it does not exist.
-      names: the problems.
+      folder: the folder to write to; made if it does not exist.
+      names: the names of the problems.
 
     Returns:
       The names of the problems that were made.
 
     Raises:
-      ValueError: a name has another form, or a file in the folder is damaged or belongs to another
-        bank.
+      ValueError: if a name has another form, or a file in the folder is damaged or belongs to
+        another bank.
     """
     for name in names:
         _parse(name)
@@ -154,7 +158,7 @@ def build(folder: str | os.PathLike[str], names: Sequence[str] = NAMES) -> list[
         }
         arrays["features"] = np.concatenate(features)
         bank.save(_bank_path(folder, name))
-        # The table last: if it is there, the problem is complete.
+        # Write the table last, so that the problem is complete if its table exists.
         write_arrays(
             _table_path(folder, name), {"name": name, "solves": _digest(bank, data)}, arrays
         )
@@ -167,12 +171,12 @@ def load(folder: str | os.PathLike[str], name: str) -> SolvedProblem:
 
     Args:
       folder: the folder that `build` wrote to.
-      name: name of the problem.
+      name: the name of the problem.
 
     Raises:
-      FileNotFoundError: it was not built there.
-      ValueError: the name has another form, a file is damaged or truncated, or the table was solved
-        for another bank or data.
+      FileNotFoundError: if the problem was not built in this folder.
+      ValueError: if the name has another form, a file is damaged or truncated, or the table belongs
+        to another bank or other data.
     """
     data_name, _, seed = _parse(name)
     path = _table_path(folder, name)
@@ -193,7 +197,7 @@ def load(folder: str | os.PathLike[str], name: str) -> SolvedProblem:
         )
     if (header.get("name"), header.get("solves")) != (name, _digest(bank, data)):
         raise ValueError(
-            f"{path} was solved for another bank or data than those of {name}: delete it "
+            f"{path} was solved for another bank or data, not those of {name}: delete it "
             "and build it again"
         )
     loss, accuracy = (
@@ -204,18 +208,22 @@ def load(folder: str | os.PathLike[str], name: str) -> SolvedProblem:
 
 
 def describe(solved: SolvedProblem) -> dict[str, str | int | float]:
-    """Compute numbers that describe how hard a problem is.
+    """Compute statistics that describe how hard a problem is.
 
     Args:
       solved: the problem.
 
     Returns:
-      A dict with: name; chains: the number of chains; heads: the number of heads; best: the lowest
-      loss; within_1_percent, within_5_percent, within_10_percent: the share of chains whose loss is
-      at most that much above the lowest; local_optima: the share of chains without a better
-      neighbor (`ChainSpace.neighbors`); search_to_test: Spearman correlation of the losses on
-      `search` and `test`; best_on_test: test loss of the best chain on `search`, divided by the
-      lowest test loss.
+      A dict with these keys:
+
+      - name: the name of the problem.
+      - chains, heads: the numbers of chains and heads.
+      - best: the lowest loss.
+      - within_1_percent, within_5_percent, within_10_percent: the share of chains whose loss is at
+        most that much above the lowest loss.
+      - local_optima: the share of chains without a better neighbor (`ChainSpace.neighbors`).
+      - search_to_test: the Spearman correlation between the losses on `search` and on `test`.
+      - best_on_test: the test loss of the best chain on `search`, divided by the lowest test loss.
     """
     loss, test = solved.loss["search"], solved.loss["test"]
     best = float(loss.min())
@@ -235,7 +243,7 @@ def describe(solved: SolvedProblem) -> dict[str, str | int | float]:
 
 
 def find_local_optima(solved: SolvedProblem) -> np.ndarray:
-    """Find the chains that have no better neighbor on `search`: a mask, `[C]`.
+    """Find the chains without a better neighbor on `search`, as a mask, `[C]`.
 
     Args:
       solved: the problem.
@@ -289,7 +297,7 @@ def _bank_path(folder: str | os.PathLike[str], name: str) -> Path:
 
 
 def _digest(bank: Bank, data: Dataset) -> str:
-    """A digest of the weights and of the splits that chains are scored on."""
+    """Compute a digest of the weights and of the splits on which chains are scored."""
     batches: list[Batch] = [getattr(data, split) for split in EVALUATION_SPLITS]
     leaves = jax.tree.leaves((bank.layers, bank.heads, bank.stem_params, batches))
     return checksum({}, {str(i): leaf for i, leaf in enumerate(leaves)})

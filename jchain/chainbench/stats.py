@@ -1,7 +1,7 @@
 """Statistics of runs: interquartile means and bootstrap intervals, stratified by problem.
 
-Agarwal, Schwarzer, Castro, Courville, and Bellemare 2021, arXiv:2108.13264. Scores are `[M, S]`,
-problems by seeds. Lower is better.
+The statistics are those of Agarwal, Schwarzer, Castro, Courville, and Bellemare 2021,
+arXiv:2108.13264. Scores have shape `[M, S]` for M problems and S seeds; lower scores are better.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from jchain._typing import Float
 
 
 class Estimate(NamedTuple):
-    """A statistic and its 95% interval."""
+    """A statistic and its 95% bootstrap interval."""
 
     value: float
     low: float
@@ -23,17 +23,17 @@ class Estimate(NamedTuple):
 def iqm(
     scores: np.ndarray | Sequence[object], *, seed: int = 0, num_resamples: int = 2000
 ) -> Estimate:
-    """Interquartile mean: the mean of the middle half of all scores.
+    """Compute the interquartile mean: the mean of the middle half of all scores.
 
-    Its percentile bootstrap interval resamples the seeds within each problem.
+    The percentile bootstrap interval resamples the seeds within each problem.
 
     Args:
-      scores: `[M, S]`.
-      seed: seed of the bootstrap.
-      num_resamples: samples of the bootstrap.
+      scores: the scores of each problem and seed, `[M, S]`.
+      seed: the random seed of the bootstrap.
+      num_resamples: the number of bootstrap samples.
 
     Raises:
-      ValueError: scores are not `[M, S]`, or not finite.
+      ValueError: if the scores do not have shape `[M, S]` or are not finite.
     """
     scores = _check(scores)
 
@@ -52,18 +52,18 @@ def probability_of_improvement(
     seed: int = 0,
     num_resamples: int = 2000,
 ) -> Estimate:
-    """Probability that a run of the first search ends lower than one of the second.
+    """Estimate the probability that a run of one search ends lower than a run of another.
 
-    Both runs are on the same problem. A tie counts half.
+    Both runs are on the same problem. A tie counts as half.
 
     Args:
-      scores: of the first search, `[M, S]`.
-      others: of the second search, `[M, R]`.
-      seed: seed of the bootstrap.
-      num_resamples: samples of the bootstrap.
+      scores: the scores of the first search, `[M, S]`.
+      others: the scores of the second search on the same problems, `[M, R]`.
+      seed: the random seed of the bootstrap.
+      num_resamples: the number of bootstrap samples.
 
     Raises:
-      ValueError: as `iqm`, or the numbers of problems differ.
+      ValueError: as for `iqm`, or if the numbers of problems differ.
     """
     scores, others = _check(scores), _check(others)
     if len(scores) != len(others):
@@ -72,7 +72,7 @@ def probability_of_improvement(
         )
 
     def statistic(*rows: np.ndarray, axis: int = -1) -> np.ndarray | np.floating:
-        del axis  # scipy moves it last
+        del axis  # scipy moves the resampled axis last
         half = len(rows) // 2
         wins = [
             np.mean(
@@ -105,7 +105,7 @@ def _bootstrap(
 
     value = float(statistic(*rows))
     if all(row.size == 1 or np.ptp(row) == 0 for row in rows):
-        # Resampling changes nothing.
+        # Resampling cannot change the value.
         return Estimate(value, value, value)
     rows = tuple(np.repeat(row, 2) if row.size == 1 else row for row in rows)
     interval = bootstrap(

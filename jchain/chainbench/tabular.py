@@ -1,9 +1,9 @@
-"""Tabular problems: every chain was scored before, and layers only look up the losses.
+"""Tabular problems: every chain has been scored in advance, and losses are only looked up.
 
-A search on a tabular problem has the same cost in layer calls as on the original problem and, up to
-rounding of sums, the same results, in a small part of the time, as in tabular benchmarks
-(NAS-Bench-101, Ying et al. 2019, arXiv:1902.09635). An activation is the number of its prefix. A
-layer maps it to the number of the child.
+As in tabular benchmarks (NAS-Bench-101, Ying et al. 2019, arXiv:1902.09635), a search takes a small
+fraction of the time that it takes on the original problem. It has the same cost in layer calls and,
+up to the rounding of sums, the same results. Prefixes are numbered, and the activation of a prefix
+is its number. A layer maps the number of a prefix to the number of its child.
 """
 
 from collections.abc import Callable
@@ -25,17 +25,17 @@ from jchain.groups import LayerGroup
 from jchain.problem import Problem
 
 _TOKEN, _ENTRY = "token", "entry"
-_MAX_PREFIXES = 2**24  # heads output the numbers as float32, which is exact up to here
+_MAX_PREFIXES = 2**24  # heads output the numbers as float32, which is exact up to this
 
 
 class TabularLayer(nn.Module):
-    """A layer: maps the number of a prefix to that of the prefix with one more layer.
+    """A layer that maps the number of a prefix to that of the prefix with one more layer.
 
     Prefixes are numbered in the order of `ChainSpace.enumerate`, so the children of `i` are
     `N i + 1 .. N i + N`.
 
     Attributes:
-      num_layers: N.
+      num_layers: number of layers in the bank, N.
     """
 
     num_layers: int
@@ -46,7 +46,7 @@ class TabularLayer(nn.Module):
 
 
 class TabularHead(nn.Module):
-    """A head: outputs the numbers of a prefix and of the head, by which `look_up_loss` looks up."""
+    """A head that outputs the numbers of the prefix and of itself, for `look_up_loss`."""
 
     @nn.compact
     def __call__(self, x: Int[Array, "B 1"]) -> Float[Array, "B 2"]:
@@ -57,11 +57,11 @@ class TabularHead(nn.Module):
 
 
 def look_up_loss(outputs: Float[Array, "B 2"], y: Float[Array, "B C R"]) -> Float[Array, "B"]:
-    """Look up the loss of a prefix that a head ends; infinite for an invalid prefix.
+    """Look up the loss of a prefix that a head ends; it is infinite for an invalid prefix.
 
     Args:
-      outputs: of `TabularHead`.
-      y: the table.
+      outputs: the outputs of a `TabularHead`: the numbers of the prefix and of the head.
+      y: the table of losses.
     """
     prefix, head = outputs.astype(jnp.int32).T
     return y.at[jnp.arange(len(y)), prefix, head].get(mode="fill", fill_value=jnp.inf)
@@ -70,17 +70,17 @@ def look_up_loss(outputs: Float[Array, "B 2"], y: Float[Array, "B C R"]) -> Floa
 def observe(
     problem: Problem, hidden: Shaped[Array, "B ..."], parent: Shaped[Array, "B ..."]
 ) -> Observation:
-    """Look up features and losses of a prefix: for `CriticSearch(observe=...)`.
+    """Look up the features and losses of a prefix, for `CriticSearch(observe=...)`.
 
-    Prefixes without features have zeros.
+    The features are zeros for a prefix without features.
 
     Args:
-      problem: from `make_problem`, with features.
+      problem: a problem from `make_problem`, with features.
       hidden: the number of the prefix.
-      parent: unused, as an observation is looked up by the prefix alone.
+      parent: not used, because the prefix alone determines its observation.
 
     Raises:
-      ValueError: the problem was made without features, or not by `make_problem`.
+      ValueError: if the problem was made without features, or not by `make_problem`.
     """
     num_heads = problem.bank.num_heads
     if problem.loss_fn is not look_up_loss or problem.data.y.shape[-1] == num_heads:
@@ -93,15 +93,15 @@ def observe(
 
 
 def entry_features(bank: Bank) -> Float[Array, "E D"]:
-    """`jchain.agent.encoding.entry_features` of the original bank.
+    """Look up the entry features of the original bank, for `ActorCritic(entry_features=...)`.
 
-    For `ActorCritic(entry_features=...)`.
+    They are those of `jchain.agent.encoding.entry_features`.
 
     Args:
-      bank: of a problem from `make_problem`.
+      bank: the bank of a problem from `make_problem`.
 
     Raises:
-      ValueError: the bank is not that of a problem from `make_problem`.
+      ValueError: if the bank is not that of a problem from `make_problem`.
     """
     groups = (*bank.layers, *bank.heads)
     if any(not isinstance(group.module, TabularLayer | TabularHead) for group in groups):
@@ -124,23 +124,24 @@ def make_problem(
     *,
     min_layers: int = 0,
 ) -> Problem:
-    """Make the tabular problem of a bank whose chains have these losses.
+    """Make a tabular problem from a bank and the losses of all its chains.
 
-    Its bank holds a sketch of the weights, for `entry_features`, instead of the weights. Banks with
-    equal numbers of layers and heads share compiled programs, even if their modules differ.
+    The bank of the tabular problem holds a sketch of the weights, for `entry_features`, instead of
+    the weights. Banks with equal numbers of layers and heads share compiled programs, even if their
+    modules differ.
 
     Args:
       bank: the layers and heads.
-      loss: of every chain of 0 to `max_layers` layers, layer penalty included, in the order of
-        `ChainSpace.enumerate`; `+inf` if it is not finite.
-      max_layers: most layers of a chain.
-      features: of the first prefixes in that order, for `observe`, any number of each; None if no
-        search reads them.
-      min_layers: fewest layers of a chain that a search makes.
+      loss: the loss of every chain of 0 to `max_layers` layers, with the layer penalty, in the
+        order of `ChainSpace.enumerate`, `[C]`; `+inf` if not finite.
+      max_layers: the maximum number of layers of a chain.
+      features: the features of the first V prefixes in that order, for `observe`, `[V, F]` with any
+        F; None if no search reads them.
+      min_layers: the minimum number of layers of a chain that a search makes.
 
     Raises:
-      ValueError: the numbers of losses and chains differ, there are more than 16,777,216 prefixes,
-        or features of more prefixes than there are.
+      ValueError: if the numbers of losses and chains differ, there are more than 16,777,216
+        prefixes, or there are features for more prefixes than exist.
     """
     num_chains = ChainSpace(bank.num_layers, bank.num_heads, max_layers).num_chains
     if np.shape(loss) != (num_chains,):
@@ -180,14 +181,14 @@ def make_problem(
 def tabulate(problem: Problem, observe: Observe) -> Problem:
     """Make the tabular form of a problem, with an observation of every prefix.
 
-    It takes as many layer calls as scoring all chains.
+    The number of layer calls is the same as for scoring all chains.
 
     Args:
-      problem: a problem with few enough chains to score all.
-      observe: what to record of each prefix, as `jchain.agent.observations.observe`.
+      problem: a problem with so few chains that all can be scored.
+      observe: the function that observes each prefix, such as `jchain.agent.observations.observe`.
 
     Raises:
-      ValueError: as `make_problem`.
+      ValueError: as for `make_problem`.
     """
     _check_size(problem.bank, problem.max_layers)
     seen = _observe_all(problem, observe=observe)
@@ -206,7 +207,7 @@ def _check_size(bank: Bank, max_layers: int) -> None:
 
 @jit_for_problem(static_argnames=["observe"])
 def _observe_all(problem: Problem, *, observe: Observe) -> Observation:
-    """Observations of every prefix, `[V, ...]`, in the order of `ChainSpace.enumerate`."""
+    """Observe every prefix, `[V, ...]`, in the order of `ChainSpace.enumerate`."""
     penalty = jnp.broadcast_to(problem.layer_cost, (problem.bank.num_layers,))
 
     def observe_tree(hidden: Array, parent: Array, paid: Array, length: int) -> list[Observation]:
@@ -214,7 +215,7 @@ def _observe_all(problem: Problem, *, observe: Observe) -> Observation:
         levels = [root._replace(loss=root.loss + paid)]
         if length < problem.max_layers:
             children = (apply_all(problem.bank.layers, hidden), paid + penalty)
-            # Only the leaves are in one vmap: it keeps all activations of its level.
+            # Only the leaves are vmapped, because vmap keeps all activations of a level.
             map_children = jax.vmap if length + 1 == problem.max_layers else _map_in_sequence
             levels += map_children(
                 lambda child, spent: observe_tree(child, hidden, spent, length + 1)
@@ -233,13 +234,13 @@ def _observe_all(problem: Problem, *, observe: Observe) -> Observation:
 def _map_in_sequence(
     fn: Callable[[Array, Array], list[Observation]],
 ) -> Callable[[Array, Array], list[Observation]]:
-    """As `jax.vmap`, by `jax.lax.map`."""
+    """Return a function like that of `jax.vmap`, which applies `fn` in sequence instead."""
     return lambda *rows: jax.lax.map(lambda row: fn(*row), rows)
 
 
 def _make_tabular(
     group: LayerGroup, module: nn.Module, offset: int, entries: Float[Array, "E D"]
 ) -> LayerGroup:
-    """The group with a tabular module, whose params are the token, counted from `offset`."""
+    """Make a tabular group, whose params hold tokens counted from `offset` and entry features."""
     tokens = jnp.asarray(group.tokens, jnp.int32)
     return LayerGroup({_TOKEN: tokens - offset, _ENTRY: entries[tokens]}, module, group.tokens)

@@ -1,4 +1,4 @@
-"""The options of `jchain search --checkpoint`: blocks as a bank, and data that judges chains."""
+"""The bank, the data, and the loss of `jchain search --checkpoint`."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -16,17 +16,18 @@ from jchain.hub.checkpoint import CONFIG, read_json
 from jchain.hub.datasets import choice_accuracy, choice_loss, load_choices, load_images, load_text
 from jchain.hub.loading import load_many
 
-# At most this many examples of train, search, select, and test if no sizes are given, because a
-# layer call processes all sequences of a split.
+# The largest sizes of train, search, select, and test if no sizes are given. They are small because
+# a layer call processes all sequences of a split.
 SIZES = (64, 64, 64, 256)
-# Tokens of a sequence if no length is given, or as many as the model has positions.
+# Default number of tokens in a sequence; a model with fewer positions gets sequences as long as
+# it accepts.
 LENGTH = 128
 
 LossFn = Callable[[Array, Array], Array]
 
 
 class JudgedData(NamedTuple):
-    """Splits, and how the outputs of a chain are judged on them."""
+    """The splits, and the loss and accuracy with which chains are scored on them."""
 
     data: Dataset
     loss_fn: LossFn = optax.softmax_cross_entropy_with_integer_labels
@@ -34,18 +35,20 @@ class JudgedData(NamedTuple):
 
 
 def load_data(config: SearchConfig) -> JudgedData:
-    """Splits and loss, read as the first checkpoint needs them.
+    """Load the splits and the loss, in the format that the first checkpoint needs.
+
+    Args:
+      config: the resolved options.
 
     Raises:
-      ValueError: not exactly one of text, choices, and data is given, or as the function that
-        reads it.
-      OSError, ImportError: as the function that reads it.
+      ValueError: if not exactly one of text, choices, and data is given, or if it cannot be loaded.
+      OSError, ImportError: if the loader in `jchain.hub.datasets` raises it.
     """
     kinds = {"text": config.text, "choices": config.choices, "data": config.data}
     given = [kind for kind, value in kinds.items() if value]
     if len(given) != 1 or not config.checkpoint:
         raise ValueError(
-            "expected one of --text, --choices and --data with --checkpoint, got "
+            "expected one of --text, --choices, and --data with --checkpoint, got "
             f"{', '.join(given) or 'none'}"
         )
     if config.length is not None and (config.length < 1 or config.data):
@@ -78,7 +81,7 @@ def load_data(config: SearchConfig) -> JudgedData:
 def _choose_length(checkpoint: Path) -> int:
     options = read_json(checkpoint / CONFIG)
     positions = options.get("n_positions") or options.get("max_position_embeddings")
-    # `load_text` refuses a model whose positions are not a number.
+    # If the number of positions is not an integer, `load_text` rejects the model.
     return min(LENGTH, positions) if isinstance(positions, int) and positions > 0 else LENGTH
 
 
@@ -96,10 +99,13 @@ def _load_at_most(
 
 
 def load_bank(config: SearchConfig) -> Bank:
-    """The blocks of the checkpoints.
+    """Load the blocks of the checkpoints as a bank.
+
+    Args:
+      config: the resolved options.
 
     Raises:
-      ValueError, OSError: as `jchain.hub.load_many`.
+      ValueError, OSError: if `jchain.hub.load_many` raises it.
     """
     paths = list(resolved(config.checkpoint))
     first, last = resolved(config.pinned)
@@ -112,10 +118,15 @@ def load_bank(config: SearchConfig) -> Bank:
 
 
 def name_models(paths: Sequence[str]) -> list[str]:
-    """The last parts of the paths, as many as it takes to tell them apart.
+    """Name each model by the last parts of its path.
+
+    The names have the smallest number of parts with which they all differ.
+
+    Args:
+      paths: the checkpoint folders.
 
     Raises:
-      ValueError: two paths are equal.
+      ValueError: if two paths are equal.
     """
     parts = [Path(os.path.abspath(path)).parts for path in paths]
     for num in range(1, max(map(len, parts)) + 1):

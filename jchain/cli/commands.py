@@ -31,12 +31,12 @@ from jchain.engine.evaluate import evaluate, evaluate_all
 from jchain.hub.exporting import export
 from jchain.problem import Problem
 
-# Chains that `--all` prints.
+# Number of chains, best first, that `--all` prints.
 _NUM_SHOWN = 10
 
 
 class _ChainRow(TypedDict):
-    """One chain of `jchain evaluate --json`."""
+    """One chain in the output of `jchain evaluate --json`."""
 
     chain: list[int]
     layers: list[str]
@@ -45,7 +45,7 @@ class _ChainRow(TypedDict):
 
 
 def run_search(args: argparse.Namespace) -> None:
-    """Make a bank, or read one from checkpoints, and search it."""
+    """Run `jchain search`: make a bank, or read one from checkpoints, and search it."""
     config = resolve(SearchConfig.load(vars(args)))
     out, num_seeds = resolved(config.out), resolved(config.num_seeds)
     result_folder.check_out(out, replace=config.replace)
@@ -83,7 +83,7 @@ def _run_seeds(config: SearchConfig, out: Path, num_seeds: int) -> Summary:
 
 
 def _run_seed(config: SearchConfig) -> SearchOutput:
-    """Search with one seed."""
+    """Set up and run the search with one seed."""
     if config.checkpoint:
         setup = set_up_checkpoints(config)
     elif config.task:
@@ -102,12 +102,12 @@ def _print_files(out: Path) -> None:
 
 
 def run_prepare(args: argparse.Namespace) -> None:
-    """Download an image set and write it for jchain."""
+    """Run `jchain prepare`: download an image set and write it in the format of jchain."""
     print(f"Prepared in {images.prepare(args.name, args.data_dir)}")
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    """Score chains of a saved bank."""
+    """Run `jchain evaluate`: score chains of a saved bank."""
     mesh = _join_processes(args)
     config, found = result_folder.read_config(args.bank)
     bank, judged = _load_result(args, config)
@@ -143,7 +143,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 
 def run_export(args: argparse.Namespace) -> None:
-    """Write a chain of checkpoints as a checkpoint."""
+    """Run `jchain export`: write a chain of pretrained blocks as a checkpoint folder."""
     config, found = result_folder.read_config(args.result)
     if config is None or not config.checkpoint:
         raise ValueError(f"expected the result of jchain search --checkpoint, got {args.result}")
@@ -170,7 +170,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
 
 
 def _load_result(args: argparse.Namespace, config: SearchConfig | None) -> tuple[Bank, JudgedData]:
-    """The bank of a result folder or file, and data and loss to judge its chains by."""
+    """Load a bank, and the data and loss with which its chains are scored."""
     path = args.bank / result_folder.BANK_FILE if args.bank.is_dir() else args.bank
     given = {"seed": args.seed, "sizes": args.sizes, "data_dir": args.data_dir}
     given = {name: value for name, value in given.items() if value is not None}
@@ -183,7 +183,7 @@ def _load_result(args: argparse.Namespace, config: SearchConfig | None) -> tuple
         bank = Bank.load(path) if path.exists() else checkpoints.load_bank(config)
         return bank, judged
     config = config or SearchConfig()
-    # Options of the search do not apply to other data, except for the seed.
+    # If another data set is requested, only the seed of the search's options still applies.
     if args.data not in (None, config.data):
         config = SearchConfig(data=args.data, seed=config.seed)
     config = replace(config, **given)
@@ -198,14 +198,14 @@ def _load_result(args: argparse.Namespace, config: SearchConfig | None) -> tuple
 
 
 def _join_processes(args: argparse.Namespace) -> Mesh | None:
-    """The devices of all processes; None if there is only this process."""
+    """Join the other processes and return the mesh of all devices, or None without others."""
     place = (args.coordinator, args.num_processes, args.process_id)
     if args.distributed:
         distributed.initialize(*place, timeout=args.timeout)
         return distributed.make_mesh()
     if place != (None, None, None):
         raise ValueError(
-            "expected --distributed with --coordinator, --num-processes and --process-id"
+            "expected --distributed with --coordinator, --num-processes, and --process-id"
         )
     return None
 

@@ -1,4 +1,4 @@
-"""The configuration of `jchain search`: parsed and resolved once, then never changed."""
+"""The configuration of `jchain search`, which is parsed and resolved once and never changes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -9,15 +9,15 @@ from jchain.problem import check_max_layers, check_min_layers
 
 DEFAULT_DATA = "digits"
 DEFAULT_TASK = "repair"
-# Options of a bank that is trained if they are not given.
+# Defaults for a bank that is trained.
 DEFAULT_BANK, DEFAULT_NUM_LAYERS, DEFAULT_DEPTH, DEFAULT_NUM_STEPS = "routed", 12, 4, 1000
-# Seeds and layer calls of a task.
+# Default number of seeds and default budget, in layer calls, of a task.
 TASK_SEEDS, TASK_BUDGET = 5, 40_000
 QUICK_SEEDS = 1
-# Options for a bank that is trained, and options for a bank of checkpoints.
+# Options that apply only to a bank that is trained, and only to a bank of checkpoints.
 _TRAINED_ONLY = ("bank", "layer", "channels", "num_layers", "num_heads", "depth", "num_steps")
 _CHECKPOINT_ONLY = ("text", "choices", "length", "pinned", "dtype", "sweep")
-# How to run, not what to compute: left out of result.json.
+# Options that change how a search runs but not what it computes; result.json does not record them.
 _NOT_RECORDED = ("json", "replace", "quick")
 _PATHS = ("data_dir", "out")
 
@@ -26,43 +26,45 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """Options of `jchain search`, by the names of the command line. None: not given.
+    """Options of `jchain search`, named as on the command line.
 
-    `result.json` holds them, so a field may be added, but not renamed.
+    None means that an option was not given. `result.json` stores the options, so fields may be
+    added but not renamed.
 
     Attributes:
-      task: name of the task, which brings its own data and bank.
+      task: name of the task, which provides its own data and bank.
       data: name of the data set.
-      data_dir: folder of prepared data sets.
-      sizes: examples of train, search, select, and test.
-      checkpoint: Hugging Face folders whose blocks are the bank.
-      text: text files that chains of checkpoints are judged on.
-      choices: JSON lines of questions that they are judged on.
-      length: tokens of a sequence or question.
-      pinned: blocks that every chain begins and ends with.
-      sweep: also search with every smaller `max_layers`, down to this one.
-      dtype: type of the weights of checkpoints.
-      bank: how the bank is made.
-      layer: module of the layers.
-      channels: channels of convolutions.
-      num_layers: layers in the bank.
-      num_heads: heads of a routed or random bank.
-      depth: layers of each net or route that is trained.
-      num_steps: gradient steps that make the bank.
-      max_layers: most layers in a chain.
-      min_layers: fewest layers in a chain.
-      layer_cost: penalty of a layer, in units of the loss.
+      data_dir: folder that holds prepared data sets.
+      sizes: number of examples in train, search, select, and test.
+      checkpoint: Hugging Face checkpoint folders whose blocks form the bank.
+      text: text files on which chains of checkpoints are scored.
+      choices: file of JSON lines with questions on which chains of checkpoints are scored.
+      length: number of tokens in a sequence or a question.
+      pinned: numbers of blocks to pin at the beginning and at the end of every chain.
+      sweep: smallest `max_layers` of a sweep, which also searches with every larger value up to
+        `max_layers`; None for no sweep.
+      dtype: dtype of the weights of checkpoints.
+      bank: name of the method that makes the bank.
+      layer: name of the module of the layers.
+      channels: number of channels of the convolutions.
+      num_layers: number of layers in the bank.
+      num_heads: number of heads in a routed or random bank.
+      depth: number of layers in each net or route that is trained.
+      num_steps: number of gradient steps that make the bank.
+      max_layers: maximum number of layers in a chain.
+      min_layers: minimum number of layers in a chain.
+      layer_cost: penalty for each layer of a chain, in units of the loss.
       search: name of the search.
-      encoding: how the actor-critic encodes a prefix.
-      update: when weights are trained.
-      budget: layer calls, gradient steps included.
-      seed: seed of splits, bank, and search; the first one if there are several.
+      encoding: name of the encoding that the actor-critic uses for prefixes.
+      update: name of the policy that decides when weights are trained.
+      budget: number of layer calls, including those of gradient steps.
+      seed: seed of the splits, the bank, and the search; the first one if there are several.
       num_seeds: number of seeds.
-      quick: one seed, unless more are asked for, and fewer controls.
-      out: result folder.
-      command: the command line.
-      replace: replace a result that is in the folder.
-      json: print the result as JSON.
+      quick: whether to run one seed, unless more are requested, and to score fewer controls.
+      out: folder to write the result to.
+      command: the command line, as text.
+      replace: whether to replace a result that is already in the folder.
+      json: whether to print the result as JSON.
     """
 
     task: str | None = None
@@ -100,10 +102,10 @@ class SearchConfig:
 
     @staticmethod
     def load(values: Mapping[str, object]) -> "SearchConfig":
-        """Make the configuration from parsed arguments, or from that of a `result.json`.
+        """Make a configuration from parsed arguments or from the `config` of a `result.json`.
 
         Args:
-          values: options by name; other names are ignored.
+          values: options by name; names that are not options are ignored.
         """
         names = {field.name for field in fields(SearchConfig)}
         known = {
@@ -115,7 +117,7 @@ class SearchConfig:
         return SearchConfig(**{**known, **paths})  # pyright: ignore[reportArgumentType]
 
     def dump(self) -> dict[str, object]:
-        """The options as JSON values, for `result.json`."""
+        """Convert the options to JSON values for `result.json`."""
         return {
             name: str(value) if isinstance(value, Path) else value
             for name, value in asdict(self).items()
@@ -129,7 +131,7 @@ class SearchConfig:
 
 
 def resolved(value: T | None) -> T:
-    """The value of an option that `resolve` has filled in.
+    """Return the value of an option that `resolve` has filled in, which is never None.
 
     Args:
       value: a field of a resolved configuration.
@@ -139,13 +141,18 @@ def resolved(value: T | None) -> T:
 
 
 def resolve(config: SearchConfig) -> SearchConfig:
-    """Fill in defaults. With checkpoints, also make the paths that are read absolute.
+    """Fill in the defaults of options that were not given.
 
-    Without checkpoints, and without options of a bank that is trained, a task is searched. What
-    depends on the data (`layer`, `channels`, `num_heads`) is filled in by `jchain.cli.setup`.
+    If checkpoints are given, the paths that the search reads are also made absolute. If neither
+    checkpoints, nor a data set, nor options of a bank that is trained are given, a task is
+    searched. `jchain.cli.setup` fills in the options that depend on the data: `layer`, `channels`,
+    and `num_heads`.
+
+    Args:
+      config: the options as they were given.
 
     Raises:
-      ValueError: two options exclude each other, or a value is out of range.
+      ValueError: if two options exclude each other or a value is out of range.
     """
     if config.num_seeds is not None and config.num_seeds < 1:
         raise ValueError(f"expected --seeds of at least 1, got {config.num_seeds}")
@@ -167,7 +174,7 @@ def _is_given(config: SearchConfig, name: str) -> bool:
 
 
 def _choose_out(config: SearchConfig) -> Path:
-    """The result folder if none is given."""
+    """Choose the result folder if none was given."""
     names = [Path(path).resolve().name for path in config.checkpoint or ()]
     name = config.task or "+".join(names) or f"{config.data}-{config.bank}"
     last = config.seed + resolved(config.num_seeds) - 1
@@ -179,15 +186,15 @@ def _resolve_task(config: SearchConfig, given: Sequence[str]) -> SearchConfig:
     _check_no_checkpoint_options(config)
     if given:
         option = given[0].replace("_", "-")
-        raise ValueError(f"expected no --{option} with --task, which brings its data and bank")
+        raise ValueError(f"expected no --{option} with --task, which has its own data and bank")
     if not config.is_frozen:
         raise ValueError(
-            f"expected --data or --bank with --update {config.update}: the layers of a task stay "
-            "as they are"
+            f"expected --data or --bank with --update {config.update}: the layers of a task are "
+            "never updated"
         )
     if config.search == "suffix-beam":
         raise ValueError(
-            "expected another search for a task, whose layers are not invertible, got suffix-beam"
+            "expected another search for a task, whose layers cannot be inverted, got suffix-beam"
         )
     if config.max_layers is not None:
         check_max_layers(config.max_layers)
@@ -230,11 +237,11 @@ def _resolve_checkpoint(config: SearchConfig) -> SearchConfig:
         if _is_given(config, name):
             option = name.replace("_", "-")
             raise ValueError(
-                f"expected no --{option} with --checkpoint, whose layers are its blocks"
+                f"expected no --{option} with --checkpoint, whose blocks are the layers"
             )
     if config.search == "suffix-beam":
         raise ValueError(
-            "expected another search with --checkpoint, whose blocks are not invertible, got "
+            "expected another search with --checkpoint, whose blocks cannot be inverted, got "
             "suffix-beam"
         )
     if config.max_layers is not None:
@@ -259,14 +266,14 @@ def _resolve_checkpoint(config: SearchConfig) -> SearchConfig:
 
 
 def check_search(config: SearchConfig, invertible_layers: Sequence[str]) -> None:
-    """Check what the search needs, before anything is loaded.
+    """Check that the options fit the search, before anything is loaded.
 
     Args:
-      config: resolved.
+      config: the resolved options.
       invertible_layers: names of the layers that can be inverted.
 
     Raises:
-      ValueError: a value is out of range, or does not fit the search.
+      ValueError: if a value is out of range or does not fit the search.
     """
     if config.search == "suffix-beam" and config.layer not in invertible_layers:
         raise ValueError(
@@ -289,16 +296,16 @@ def check_search(config: SearchConfig, invertible_layers: Sequence[str]) -> None
 
 
 def check_sweep(sweep: int | None, max_layers: int) -> None:
-    """Check that a sweep starts below the most layers of a chain.
+    """Check that a sweep starts below the maximum number of layers.
 
     Args:
-      sweep: least value of `max_layers`; None for no sweep.
-      max_layers: most layers of a chain.
+      sweep: smallest `max_layers` of the sweep; None for no sweep.
+      max_layers: maximum number of layers in a chain.
 
     Raises:
-      ValueError: it does not.
+      ValueError: if `sweep` is not less than `max_layers`.
     """
     if sweep is not None and sweep >= max_layers:
         raise ValueError(
-            f"expected --sweep below the most layers of a chain, {max_layers}, got {sweep}"
+            f"expected --sweep below {max_layers}, the maximum number of layers, got {sweep}"
         )

@@ -1,4 +1,4 @@
-"""What all steps of `jchain search` share, and how one chain is picked of many."""
+"""The state that all steps of `jchain search` share, and the choice of one chain among many."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,39 +14,45 @@ from jchain.cli.setup import Setup
 from jchain.engine.evaluate import evaluate
 from jchain.problem import Problem
 
-# Chains that a search keeps.
+# The number of chains that a search keeps, which is the default of `num_finalists`.
 _NUM_FINALISTS = 16
 
 
 class Context(NamedTuple):
-    """What all steps share."""
+    """The state that all steps share."""
 
     config: SearchConfig
     setup: Setup
-    made: Bank  # before updates
-    problem: Problem  # on `search`, penalties included
+    made: Bank  # the bank before any update
+    problem: Problem  # the problem on `search`, with layer penalties
     max_layers: int
-    width: int  # most layers of a scored chain; one width shares compiled programs
+    # Maximum number of layers in any chain that is scored. One width lets all of them share
+    # compiled programs.
+    width: int
 
     def score(self, bank: Bank, tokens: Sequence[int]) -> ExampleScores:
         """Score one chain on each example of each split.
 
         Args:
-          bank: layers and heads.
-          tokens: layers, then a head.
+          bank: the layers and heads.
+          tokens: tokens of the chain's layers, then of its head.
         """
         return score_chain(self.setup, bank, tokens, self.width)
 
     def pick(self, bank: Bank, chains: Int[np.ndarray, "P L"]) -> list[int]:
-        """The tokens of the chain with the lowest loss on the splits that decide.
+        """Pick the chain with the lowest loss on the splits in `Setup.deciding_splits`.
 
-        Penalties are included. Each split counts by its number of examples.
+        The loss includes layer penalties. Each split is weighted by its number of examples.
 
         Args:
-          bank: layers and heads.
-          chains: `[P, L]`.
+          bank: the layers and heads.
+          chains: int32[P, L]; the padded chains.
+
+        Returns:
+          The tokens of the chain, without padding.
         """
-        # One shape, so that finalists and parents share programs: the first chain fills the rest.
+        # All calls evaluate arrays of one shape, so that finalists and parents share compiled
+        # programs. Copies of the first chain fill the remaining rows.
         shape = max(len(chains), _NUM_FINALISTS), max(chains.shape[1], self.width + 1)
         rows = np.full(shape, PADDING, np.int32)
         rows[:, : chains.shape[1]] = chains[0]
@@ -59,9 +65,9 @@ class Context(NamedTuple):
 
 
 def strip(row: Int[np.ndarray, "L"]) -> list[int]:
-    """The tokens of a chain without padding.
+    """Remove the padding from a chain.
 
     Args:
-      row: tokens, `[L]`.
+      row: int32[L]; the tokens of the padded chain.
     """
     return [int(token) for token in row if token != PADDING]

@@ -1,4 +1,4 @@
-"""What the chain found is compared with: nets, edits, random chains, ensembles, other searches."""
+"""Controls: the nets, edits, ensembles, and searches that the chain found is compared with."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
@@ -22,30 +22,31 @@ from jchain.search.base import BudgetError, Search, run
 from jchain.search.local_search import LocalSearch
 from jchain.updates import tune
 
-# Gradient steps on `search` of the plain net; `select` chooses among them.
+# The plain net is tuned on `search` for each of these numbers of gradient steps, and the loss on
+# `select` decides which of them is used.
 TUNING_STEPS = (30, 100, 300)
-# Searches that get as many layer calls as the one that was asked for.
+# Searches that are run for comparison, with the same budget as the requested search.
 RIVALS: dict[str, type[Search]] = {"local_search": LocalSearch, "actor_critic": ActorCritic}
 
 _Scored = TypeVar("_Scored", Scores, ScoredChain)
 
 
 class Net(NamedTuple):
-    """A net: the chain of all its layers."""
+    """A net, given as a bank and a chain of its tokens."""
 
     bank: Bank
     tokens: list[int]
 
 
 class Level(NamedTuple):
-    """A loss on `search` and the layer penalty that is not in it."""
+    """A loss on `search` without layer penalty, and the layer penalty to add to it."""
 
     loss: float | None
     penalty: float
 
 
 class ControlScores(NamedTuple):
-    """Scores of the controls, and the levels that the curve is compared with."""
+    """Scores of the controls, and the loss levels that are drawn next to the search's curve."""
 
     controls: Controls
     optimum: Level
@@ -62,21 +63,22 @@ def score_controls(
 ) -> ControlScores:
     """Score every control that applies.
 
-    Controls use the bank as it was made, before updates. If they are interrupted, what is scored
-    so far is returned, so that the result of the search is not lost.
+    Controls that are chains of the bank use it as it was before any update, except for the ensemble
+    of the finalists. If scoring is interrupted, the controls that were scored so far are returned,
+    so that the result of the search is not lost.
 
     Args:
-      key: of the plain net, of random chains, and of the searches to compare with.
-      context: what all steps share.
-      found: scores of the chain found.
-      finalists: the bank after updates, and the best chains of the search.
-      search: the search whose result is compared.
+      key: the PRNG key for the plain net, the random chains, and the searches to compare with.
+      context: the state that all steps share.
+      found: scores of the chain that was found.
+      finalists: the bank after updates, and the finalists of the search.
+      search: the search whose result is compared with the controls.
     """
     scored = ControlScores({"recipes": {}}, Level(None, 0.0), {})
     try:
         optimum = _score_all(scored, key, context, found, finalists, search)
     except KeyboardInterrupt:
-        print_progress("Interrupted: the controls that are left are not scored")
+        print_progress("Interrupted: the remaining controls are not scored")
         return scored._replace(is_interrupted=True)
     return scored._replace(optimum=optimum, levels=scored.levels | {"optimum": optimum})
 
@@ -89,7 +91,7 @@ def _score_all(
     finalists: tuple[Bank, Sequence[Sequence[int]]],
     search: Search,
 ) -> Level:
-    """Add the controls one by one. Returns the optimum."""
+    """Add the controls to `scored` one by one, and return the optimum."""
     net_key, tune_key, chain_key, search_key = jax.random.split(key, 4)
     controls, levels = scored.controls, scored.levels
     if reference := context.setup.reference:
@@ -150,16 +152,17 @@ def _find_level(context: Context, net: Net, scores: Scores) -> Level:
 
 
 def _find_best_edit(context: Context, tokens: list[int]) -> list[int] | None:
-    """The edit of a chain (one layer swapped, inserted or deleted) with the lowest loss.
+    """Find the edit of a chain that has the lowest loss on `search`.
 
-    The loss is that on `search`. None if the chain is too long or too short for the problem.
+    The edits are those of `ChainSpace.neighbors`: a swap, insertion, or deletion of one layer, or a
+    swap of the head. The result is None if the chain is too long or too short for the problem.
     """
     problem = context.problem
     if not problem.min_layers < len(tokens) <= problem.max_layers + 1:
         return None
     chain = jnp.asarray(chain_lib.pad([tokens], problem.max_layers)[0])
     rows, is_neighbor = problem.space.neighbors(chain)
-    # Rows that are no neighbor are the chain itself, so that the number of rows is always the same.
+    # Rows that are not neighbors hold the chain itself, so that the number of rows never changes.
     rows = jnp.where(is_neighbor[:, None], rows, chain)
     loss = jnp.where(is_neighbor, evaluate(problem, rows).loss, jnp.inf)
     return strip(np.asarray(rows[jnp.argmin(loss)]))
@@ -168,14 +171,14 @@ def _find_best_edit(context: Context, tokens: list[int]) -> list[int] | None:
 def _train_plain_net(
     key: Key[Array, ""], make: Callable[[Key[Array, ""], int], Bank], num_steps: int
 ) -> Net:
-    """One net, trained for as many steps as all layers of the bank together."""
+    """Train one net for `num_steps`, the total number of steps that the bank was trained for."""
     with show_phase(f"Training a plain net for {num_steps:,} steps"):
         bank = jax.block_until_ready(make(key, num_steps))
     return Net(bank, list(bank.parents[0]))
 
 
 def _tune(key: Key[Array, ""], context: Context, net: Net) -> Net:
-    """The plain net after more steps, on `search`; `select` chooses how many."""
+    """Train the plain net further on `search`; the loss on `select` decides how many steps."""
     problem = Problem(
         net.bank, context.setup.data.search, context.width, loss_fn=context.setup.loss_fn
     )
@@ -192,7 +195,7 @@ def _tune(key: Key[Array, ""], context: Context, net: Net) -> Net:
 
 
 def _score_random_chains(key: Key[Array, ""], context: Context) -> RandomChains:
-    """Median and quartiles on `test` of random chains; their number of layers is drawn first."""
+    """Compute the median and the quartiles on `test` of chains that are drawn uniformly."""
     chains = context.problem.space.sample(key, context.setup.num_random_chains)
     problem = context.setup.make_problem(
         context.made, "test", context.max_layers, is_penalized=False
@@ -209,7 +212,10 @@ def _score_random_chains(key: Key[Array, ""], context: Context) -> RandomChains:
 def _run_rival(
     key: Key[Array, ""], context: Context, found: ExampleScores, name: str, search: Search
 ) -> ScoredChain | None:
-    """Another search with the same budget, re-ranked in the same way; None if it finds nothing."""
+    """Run another search with the same budget, and re-rank its finalists in the same way.
+
+    The result is None if the budget is too small, or if no chain that was scored has a finite loss.
+    """
     title = name.replace("_", " ")
     print_progress(f"Searching with {title} ...")
     budget = resolved(context.config.budget)
@@ -219,14 +225,14 @@ def _run_rival(
         print_progress(f"No {title} to compare with: {error}")
         return None
     if len(result.finalists) == 0:
-        print_progress(f"No {title} to compare with: no chain that it scored has a finite loss")
+        print_progress(f"No {title} to compare with: none of its chains has a finite loss")
         return None
     tokens = context.pick(context.made, result.finalists)
     return {"chain": tokens, **_compare(context, found, Net(context.made, tokens))}
 
 
 def _find_optimum(context: Context) -> Level:
-    """The lowest loss of all chains on `search`; None if there are too many to evaluate."""
+    """Find the lowest loss of all chains on `search`; it is None if there are too many chains."""
     num_chains = context.problem.space.num_chains
     if num_chains > context.setup.max_optimum_chains:
         return Level(None, 0.0)

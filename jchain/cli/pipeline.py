@@ -1,4 +1,4 @@
-"""`jchain search` for one seed: make the bank, search, re-rank, score controls, report."""
+"""The steps of `jchain search` for one seed: make the bank, search, re-rank, score, and report."""
 
 import contextlib
 import dataclasses
@@ -31,15 +31,15 @@ from jchain.updates import UpdatePolicy
 
 
 class Found(NamedTuple):
-    """What the search found."""
+    """The outcome of the search."""
 
-    bank: Bank  # after updates
+    bank: Bank  # the bank after updates
     result: Result
-    update_calls: int  # layer calls of gradient steps
+    update_calls: int  # number of layer calls that gradient steps cost
 
 
 class Picked(NamedTuple):
-    """The chain that `select` picks."""
+    """The chain that was picked among the finalists and the recipes."""
 
     tokens: list[int]
     chosen: str  # "search", or the name of a recipe
@@ -49,23 +49,22 @@ class Picked(NamedTuple):
 def run_pipeline(
     config: SearchConfig, setup: Setup, search: Search, policy: UpdatePolicy
 ) -> SearchOutput:
-    """Make the bank, search on `search`, re-rank the finalists, open `test` once.
+    """Make the bank, search it, re-rank the finalists, and score the chain that was picked.
 
-    Finalists are re-ranked on `select`, or on all splits that decide (`Setup.deciding_splits`).
-
-    For checkpoints, the recipes that people use by hand, and the model unchanged, are re-ranked
-    among the finalists.
+    The search sees only `search`, and the finalists are re-ranked on `Setup.deciding_splits`, by
+    default on `select`. For checkpoints, the recipes that people use by hand and the unchanged
+    models are re-ranked together with the finalists. `test` is used once, at the end.
 
     Args:
-      config: resolved options of `jchain search`.
-      setup: bank, data, and loss.
-      search: the search.
-      policy: when weights of the bank are updated. The bank that is kept has the final weights;
-        controls are of the bank as it was made.
+      config: the resolved options of `jchain search`.
+      setup: the data, the loss, and the function that makes the bank.
+      search: the search and its hyperparameters.
+      policy: the policy that decides when weights of the bank are updated. The output holds the
+        bank with its final weights, whereas controls use the bank before any update.
 
     Raises:
-      ValueError: sizes do not fit each other, the budget is smaller than one step, or no chain
-        has a finite loss.
+      ValueError: if sizes do not match, the budget is smaller than one step, or no chain has a
+        finite loss.
     """
     start = time.perf_counter()
     keys = jax.random.split(jax.random.key(config.seed), 4)
@@ -95,15 +94,15 @@ def run_pipeline(
 
 
 def make(key: Key[Array, ""], config: SearchConfig, setup: Setup) -> Context:
-    """Make the bank and the problem.
+    """Make the bank and the problem on `search`.
 
     Args:
-      key: of the bank.
-      config: resolved.
-      setup: data, loss, and how the bank is made.
+      key: the PRNG key with which the bank is made.
+      config: the resolved options of `jchain search`.
+      setup: the data, the loss, and the function that makes the bank.
 
     Raises:
-      ValueError: sizes do not fit each other.
+      ValueError: if sizes do not match.
     """
     with show_phase(setup.making):
         made = jax.block_until_ready(setup.make_bank(key))
@@ -118,16 +117,16 @@ def make(key: Key[Array, ""], config: SearchConfig, setup: Setup) -> Context:
 def search_chains(
     key: Key[Array, ""], context: Context, search: Search, policy: UpdatePolicy
 ) -> Found:
-    """Search, and update weights by the policy, until the budget is used.
+    """Search, and update weights as the policy decides, until the budget is used.
 
     Args:
-      key: of the search and the updates.
-      context: what all steps share.
-      search: the search.
-      policy: when weights are updated.
+      key: the PRNG key for the search and the updates.
+      context: the state that all steps share.
+      search: the search and its hyperparameters.
+      policy: the policy that decides when weights are updated.
 
     Raises:
-      ValueError: the budget is smaller than one step, or no chain has a finite loss.
+      ValueError: if the budget is smaller than one step or no chain has a finite loss.
     """
     print_progress(f"Searching {context.problem.space.num_chains:,} chains ...")
     outcome = policy.run(
@@ -147,18 +146,17 @@ def search_chains(
 def rerank(
     context: Context, problem: Problem, found: Found, by_recipe: Mapping[str, ScoredChain]
 ) -> Picked:
-    """Pick the chain with the lowest loss on the splits that decide, `select` as a rule.
+    """Pick the chain with the lowest loss among the finalists and the recipes.
 
-    It is one of the finalists and the recipes.
-
-    If weights were updated, recipes do not take part: they are scored with the original weights.
+    The loss is that on `Setup.deciding_splits`, by default on `select`. If weights may have been
+    updated, recipes do not take part, because they are scored with the original weights.
 
     Args:
-      context: what all steps share.
-      problem: the problem that was searched; recipes with fewer than `min_layers` layers do not
-        take part.
-      found: what the search found.
-      by_recipe: recipes by name.
+      context: the state that all steps share.
+      problem: the problem that was searched; recipes with fewer than its `min_layers` layers do
+        not take part.
+      found: the outcome of the search.
+      by_recipe: the chain and scores of each recipe, by name.
     """
     chains = {}
     if context.config.is_frozen:
@@ -198,7 +196,7 @@ def _sweep_sizes(context: Context) -> range:
 
 
 def _search_at(max_layers: int, key: Key[Array, ""], context: Context, search: Search) -> SweepRow:
-    """Search with at most `max_layers` layers, and score recipes for that many."""
+    """Search for a chain of at most `max_layers` layers, and score the recipes for that number."""
     print_progress(f"Searching chains of at most {max_layers} layers ...")
     min_layers = min(context.config.min_layers, max_layers)
     problem = context.setup.make_problem(context.made, "search", max_layers, min_layers=min_layers)
@@ -220,13 +218,13 @@ def _make_sweep_row(max_layers: int, picked: Picked, by_recipe: dict[str, Scored
 
 
 def start_at_models(search: Search, problem: Problem) -> Search:
-    """Start a local search at the models, or at what recipes make of them.
+    """Let a local search start from the original models, or from recipes applied to them.
 
     Other searches are returned unchanged.
 
     Args:
-      search: the search.
-      problem: what it minimizes over; its bank has the models as parents.
+      search: the search and its hyperparameters.
+      problem: the problem to search; the parents of its bank are the original models.
     """
     if not isinstance(search, LocalSearch):
         return search
@@ -236,9 +234,10 @@ def start_at_models(search: Search, problem: Problem) -> Search:
 
 
 def _score_recipes(context: Context, problem: Problem) -> dict[str, ScoredChain]:
-    """Score recipes that bring a model to the most layers of the problem, or leave it unchanged.
+    """Score the chains of `problem.max_layers` layers that recipes make from the models.
 
-    If there are several models, each recipe takes the one with the lowest loss on `select`.
+    A model that has no more layers than that is also scored unchanged. If there are several models,
+    each recipe is applied to all of them, and the chain with the lowest loss on `select` is kept.
     """
     scored: dict[str, list[ScoredChain]] = {}
     for parent in problem.bank.parents:
@@ -254,7 +253,7 @@ def _get_select_loss(row: ScoredChain) -> float:
 
 
 def find_versions() -> dict[str, str]:
-    """Versions of Python, jchain, and the libraries that change results."""
+    """Find the versions of Python, jchain, and the libraries that affect results."""
     versions = {"python": platform.python_version(), "jchain": jchain.__version__}
     for name in ("jax", "flax", "optax", "rlax", "numpy", "scikit-learn"):
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -1,4 +1,7 @@
-"""Figures, written whole or not at all. matplotlib is imported when one is drawn."""
+"""Figures of results, which are written atomically.
+
+matplotlib is imported only when a figure is drawn.
+"""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -12,12 +15,12 @@ from jchain.search.base import Curve
 
 
 def plot_curve(path: str | os.PathLike[str], curve: Curve, levels: Mapping[str, float]) -> None:
-    """Draw the best loss against layer calls as a PNG.
+    """Plot the best loss against layer calls, and write a PNG.
 
     Args:
-      path: where to write.
+      path: the file to write.
       curve: the curve of one run.
-      levels: losses to compare with, by name, drawn as horizontal lines.
+      levels: losses to compare with, by name; each is drawn as a horizontal line.
     """
     from matplotlib.figure import Figure
 
@@ -40,11 +43,13 @@ def plot_curve(path: str | os.PathLike[str], curve: Curve, levels: Mapping[str, 
 
 
 def plot_sweep(path: str | os.PathLike[str], rows: Sequence[SweepRow]) -> None:
-    """Draw the loss on `test` against the number of layers, found and by recipe, as a PNG.
+    """Plot the loss on `test` against the number of layers, and write a PNG.
+
+    There is one line for the chains that were found, and one for each recipe.
 
     Args:
-      path: where to write.
-      rows: `sweep` of the record of `jchain search --sweep`.
+      path: the file to write.
+      rows: the field `sweep` of a result of `jchain search --sweep`.
     """
     from matplotlib.figure import Figure
 
@@ -60,7 +65,7 @@ def plot_sweep(path: str | os.PathLike[str], rows: Sequence[SweepRow]) -> None:
     points = [(row["max_layers"], row["loss"]["test"]) for row in rows]
     axes.plot(*zip(*points, strict=True), marker="o", color="black", label="chain found")
     axes.set(
-        xlabel="layers beside pinned ones, at most",
+        xlabel="maximum number of layers, not counting pinned blocks",
         ylabel="loss on test",
         xticks=[x for x, _ in points],
     )
@@ -70,11 +75,13 @@ def plot_sweep(path: str | os.PathLike[str], rows: Sequence[SweepRow]) -> None:
 
 
 def plot_seeds(path: str | os.PathLike[str], summary: Summary) -> None:
-    """Draw the loss on `test` of the chain found and of each control, a dot per seed, as a PNG.
+    """Plot the losses on `test` of the chain found and of the controls, and write a PNG.
+
+    Each seed is a dot.
 
     Args:
-      path: where to write.
-      summary: of the seeds.
+      path: the file to write.
+      summary: the summary of all seeds.
     """
     from matplotlib.figure import Figure
 
@@ -87,7 +94,7 @@ def plot_seeds(path: str | os.PathLike[str], summary: Summary) -> None:
         axes.plot(losses, [place] * len(losses), "o", color=color, alpha=0.5)
         axes.plot(np.mean(losses), place, "|", color=color, markersize=16)
     labels = [f"{name}, {row['mean_accuracy']:.1%}" for name, row in rows.items()]
-    axes.set(xlabel="loss on test, a dot per seed, and mean accuracy", xscale="log")
+    axes.set(xlabel="loss on test, one dot per seed; labels give the mean accuracy", xscale="log")
     axes.set_yticks(range(len(rows)), labels)
     axes.invert_yaxis()
     axes.grid(visible=True, axis="x", alpha=0.3)
@@ -95,15 +102,15 @@ def plot_seeds(path: str | os.PathLike[str], summary: Summary) -> None:
 
 
 def plot_layers(path: str | os.PathLike[str], reports: Sequence[LayerReport]) -> None:
-    """Draw totals by layer, and importance by weight index, as a PNG.
+    """Plot totals by layer and importance by weight index, and write a PNG.
 
     Args:
-      path: where to write.
-      reports: from `jchain.gradient.layer_report.report_layers`; all layers must have tensors of
-        the same names and shapes.
+      path: the file to write.
+      reports: the reports that `jchain.gradient.layer_report.report_layers` returned; all layers
+        must have tensors with the same names and shapes.
 
     Raises:
-      ValueError: there is no layer, or the tensors differ.
+      ValueError: if there is no layer or the tensors differ.
     """
     from matplotlib.figure import Figure
 
@@ -113,7 +120,7 @@ def plot_layers(path: str | os.PathLike[str], reports: Sequence[LayerReport]) ->
     }
     if len(shapes) != 1:
         raise ValueError(
-            "expected layers, at least one, with tensors of the same names and shapes, got "
+            "expected at least one layer, with tensors of the same names and shapes, got "
             f"{len(shapes)} kinds"
         )
     names = [f"{report.slot}: {report.name}" for report in reports]
@@ -135,7 +142,7 @@ def plot_layers(path: str | os.PathLike[str], reports: Sequence[LayerReport]) ->
     for axes, (key, label) in zip(bars, labels.items(), strict=True):
         axes.barh(names, [total[key] for total in totals])
         axes.set(xlabel=label)
-    # The first slot on top; the four axes share their limits.
+    # This puts the first slot on top in all four axes, which share their limits.
     bars[0].invert_yaxis()
     panels = below.subplots(-(-len(tensors) // 2), 2, squeeze=False).ravel()
     for axes, name in zip(panels, tensors, strict=False):

@@ -1,4 +1,4 @@
-"""What the command line is doing, on standard error, which leaves standard output to results."""
+"""Progress messages, which go to standard error, so that standard output holds only results."""
 
 import sys
 import time
@@ -10,17 +10,17 @@ def print_progress(line: str) -> None:
     """Print a line to standard error.
 
     Args:
-      line: what is done next.
+      line: text that says what is done next.
     """
     print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def show_phase(title: str) -> Iterator[None]:
-    """Show what is done and for how long, live on a terminal.
+    """Show what the `with` block does; on a terminal, also show how long it has been running.
 
     Args:
-      title: what is done, as in "Training the layers".
+      title: text that says what is done, for example "Training the layers".
     """
     from rich import progress
     from rich.console import Console

@@ -1,4 +1,8 @@
-"""The folder that `jchain search` writes: checked first, written aside, then renamed."""
+"""The result folder of `jchain search`.
+
+The path is checked before the search starts. The result is written to a temporary folder, which is
+renamed at the end.
+"""
 
 import contextlib
 import itertools
@@ -21,7 +25,7 @@ RESULT_FILE = "result.json"
 BANK_FILE = "bank.safetensors"
 CURVE_FILE = "curve.png"
 SWEEP_FILE = "sweep.png"
-# Of several seeds, beside a folder for each.
+# Files for several seeds, next to one folder per seed.
 SUMMARY_FILE, SEEDS_FILE = "summary.json", "seeds.png"
 _FILES = {RESULT_FILE, BANK_FILE, CURVE_FILE, SWEEP_FILE, SUMMARY_FILE, SEEDS_FILE}
 _SEED_FOLDER = re.compile(r"seed-\d+")
@@ -31,11 +35,11 @@ def check_out(path: Path, *, replace: bool) -> None:
     """Check that a result can be written, before anything is computed.
 
     Args:
-      path: the folder to write.
+      path: the result folder that is to be written.
       replace: whether an existing result may be replaced.
 
     Raises:
-      ValueError: the folder cannot be written, or holds something that must not be replaced.
+      ValueError: if the folder cannot be written or holds something that must not be replaced.
     """
     path = path.absolute()
     above = next(place for place in (path, *path.parents) if place.exists())
@@ -61,27 +65,29 @@ def check_out(path: Path, *, replace: bool) -> None:
         )
     if path.is_mount():
         raise ValueError(
-            f"{path} is a mount, whose result cannot be replaced: choose another --out"
+            f"{path} is a mount point, so its result cannot be replaced: choose another --out"
         )
 
 
 def write(path: Path, output: SearchOutput, *, replace: bool = False) -> Path:
-    """Write the result folder beside its place, then rename it: all of it or nothing.
+    """Write the result folder, either completely or not at all.
 
-    Weights that checkpoints hold unchanged are not written again. An empty folder at `path` is
-    filled, `result.json` last.
+    The result is written to a temporary folder next to `path`, which is then renamed. If `path` is
+    an empty folder, the files are moved into it instead, with `result.json` last. Weights that are
+    still those of the checkpoints are not written again.
 
     Args:
-      path: the folder.
-      output: what to write.
+      path: the result folder.
+      output: the output of the search.
       replace: whether to replace an existing result.
 
     Returns:
-      The folder written: `path`, or another one beside it if `path` has been filled meanwhile.
+      The folder that was written: `path`, or another folder next to it if `path` was filled in the
+      meantime.
 
     Raises:
-      OSError: it cannot be written, or not be renamed; then the error names the folder that holds
-        the result.
+      OSError: if the folder cannot be written or cannot be renamed; in the latter case the error
+        names the temporary folder, which holds the result.
     """
     with _write_beside(path, replace=replace) as place:
         _write_files(place.temporary, output)
@@ -89,10 +95,10 @@ def write(path: Path, output: SearchOutput, *, replace: bool = False) -> Path:
 
 
 class SeedWriter:
-    """Writes the results of several seeds, each when it is finished.
+    """Writer of the results of several seeds, each of which is written when it is finished.
 
     Attributes:
-      temporary: the folder that holds them until `finish`.
+      temporary: the folder that holds the results until all seeds are finished.
     """
 
     def __init__(self, place: "_Place") -> None:
@@ -101,19 +107,19 @@ class SeedWriter:
 
     @property
     def has_seeds(self) -> bool:
-        """Whether a seed is finished."""
+        """Whether at least one seed is finished."""
         return any(_SEED_FOLDER.fullmatch(entry.name) for entry in self.temporary.iterdir())
 
     @property
     def written(self) -> Path:
-        """The folder that was written, after the `with` block."""
+        """The folder that was written; valid after the `with` block."""
         return self._place.written
 
     def add(self, output: SearchOutput) -> None:
         """Write the result of one seed.
 
         Args:
-          output: of the search with this seed.
+          output: the output of the search with this seed.
         """
         folder = self.temporary / f"seed-{output.record['config']['seed']}"
         unfinished = folder.with_name(f".{folder.name}")
@@ -122,10 +128,10 @@ class SeedWriter:
         os.rename(unfinished, folder)
 
     def finish(self, summary: Summary) -> None:
-        """Write what is said of all seeds.
+        """Write the summary of all seeds and its figure.
 
         Args:
-          summary: of all seeds.
+          summary: the summary of all seeds.
         """
         (self.temporary / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n")
         plot_seeds(self.temporary / SEEDS_FILE, summary)
@@ -134,17 +140,17 @@ class SeedWriter:
 
 @contextlib.contextmanager
 def write_seeds(path: Path, *, replace: bool = False) -> Iterator[SeedWriter]:
-    """Write several seeds beside the folder's place, then rename: all of them or nothing.
+    """Write the results of several seeds to a temporary folder, which is renamed at the end.
 
-    If a seed fails or is interrupted, those before it are kept in the temporary folder, which is
-    named in the error or on standard error.
+    If a seed fails or is interrupted, the results of the seeds before it are kept in the temporary
+    folder, and its path is printed to standard error.
 
     Args:
-      path: the folder.
+      path: the result folder.
       replace: whether to replace an existing result.
 
     Raises:
-      OSError: as for `write`.
+      OSError: if the folder cannot be written or cannot be renamed, as in `write`.
     """
     with _write_beside(path, replace=replace) as place:
         writer = SeedWriter(place)
@@ -153,22 +159,22 @@ def write_seeds(path: Path, *, replace: bool = False) -> Iterator[SeedWriter]:
         except BaseException:
             place.is_kept = writer.has_seeds
             if place.is_kept:
-                print_progress(f"The seeds that are finished are kept in {place.temporary}")
+                print_progress(f"The finished seeds are kept in {place.temporary}")
             raise
 
 
 class _Place:
-    """A temporary folder beside the place of a result."""
+    """A temporary folder for a result, and the folder that it finally becomes."""
 
     def __init__(self, temporary: Path) -> None:
         self.temporary = temporary
         self.written = temporary
-        self.is_kept = False  # if the block fails
+        self.is_kept = False  # whether to keep the temporary folder if the `with` block fails
 
 
 @contextlib.contextmanager
 def _write_beside(path: Path, *, replace: bool) -> Iterator[_Place]:
-    """A temporary folder, renamed to the path, or to one beside it, if the block succeeds."""
+    """Make a temporary folder, and rename it to `path` or to a path next to it on success."""
     path = path.resolve()
     is_filled = path.is_dir() and not any(path.iterdir())
     above = path if is_filled else path.parent
@@ -199,8 +205,8 @@ def _write_files(folder: Path, output: SearchOutput) -> None:
 
 
 def _fill(path: Path, temporary: Path) -> Path:
-    """Move the files of the temporary folder, which lies in `path`, up into it, the result last."""
-    if [*path.iterdir()] != [temporary]:  # another process wrote meanwhile
+    """Move the files of `temporary`, a folder in `path`, up into `path`, with the result last."""
+    if [*path.iterdir()] != [temporary]:  # another process has written to `path`
         return _put(path, temporary, replace=False)
     for file in sorted(
         temporary.iterdir(), key=lambda file: file.name in (RESULT_FILE, SUMMARY_FILE)
@@ -211,7 +217,7 @@ def _fill(path: Path, temporary: Path) -> Path:
 
 
 def _put(path: Path, temporary: Path, *, replace: bool) -> Path:
-    """Rename the temporary folder to the path, or to another one beside it."""
+    """Rename the temporary folder to `path`, or to another path next to it."""
     path = _find_place(path, replace=replace)
     if not path.exists():
         os.rename(temporary, path)
@@ -226,14 +232,14 @@ def _put(path: Path, temporary: Path, *, replace: bool) -> Path:
         with contextlib.suppress(OSError):
             aside.rmdir()
         raise
-    # The result is in place: an interruption may only leave the old one in `aside`.
+    # The new result is in place, so an interruption can only leave the old one behind in `aside`.
     with contextlib.suppress(KeyboardInterrupt):
         shutil.rmtree(aside, ignore_errors=True)
     return path
 
 
 def _find_place(path: Path, *, replace: bool) -> Path:
-    """The folder, or the first of `path-2`, `path-3`, ... that does not exist."""
+    """Return `path` if it may be written, or else the first unused `path-2`, `path-3`, ..."""
     try:
         check_out(path, replace=replace)
     except ValueError:
@@ -246,10 +252,10 @@ def _find_place(path: Path, *, replace: bool) -> Path:
 
 
 def describe(path: Path) -> dict[str, str]:
-    """Facts about the chain of a result folder, for a model card.
+    """Collect facts about the chain of a result folder, for a model card.
 
     Args:
-      path: the folder.
+      path: the result folder.
     """
     record: ResultRecord = json.loads((path / RESULT_FILE).read_text())
     config = SearchConfig.load(record["config"])
@@ -260,20 +266,24 @@ def describe(path: Path) -> dict[str, str]:
         loss, unchanged = (format_loss(own[split], 4) for own in (record["loss"], parent))
         facts[f"loss on {split}"] = f"{loss}, the unchanged model {unchanged}"
     if record["chosen"] != "search":
-        facts["recipe"] = f"{record['chosen']}: what the search found was no better on select"
+        facts["recipe"] = f"{record['chosen']}: no chain that the search found was better on select"
     calls = f"{record['layer_calls']:,} layer calls"
     facts["search"] = f"{config.search}, seed {config.seed}, {calls}"
     return facts | {"command": f"`{config.command}`"}
 
 
 def read_config(path: Path) -> tuple[SearchConfig | None, list[list[int]]]:
-    """Configuration and found chain of a result folder; None and no chain for a bank file.
+    """Read the options and the chain found from a result folder.
 
     Args:
       path: a result folder or a bank file.
 
+    Returns:
+      The options, and a list with the tokens of the chain. For a bank file, they are None and an
+      empty list.
+
     Raises:
-      ValueError: the folder holds no result, or a damaged one.
+      ValueError: if the folder holds no result or a damaged one.
     """
     if not path.is_dir():
         return None, []
@@ -283,7 +293,7 @@ def read_config(path: Path) -> tuple[SearchConfig | None, list[list[int]]]:
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         hint = ""
         if (path / "config.json").exists():
-            hint = "; for a checkpoint pass the result of jchain search --checkpoint"
+            hint = "; to use a checkpoint, pass the result of jchain search --checkpoint"
         if (path / SUMMARY_FILE).exists():
             hint = f"; it holds several seeds: pass one of them, such as {min(path.glob('seed-*'))}"
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Loss and accuracy of single chains by example, with standard errors."""
+"""Loss and accuracy of single chains on each example, with standard errors."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,18 +18,19 @@ from jchain.engine.backend import jit_for_problem
 from jchain.engine.layer_calls import apply_token
 from jchain.problem import Problem, upcast
 
-# Examples that a chain is applied to at a time, and in splits of more than 1,024.
+# The number of examples that a chain is applied to at a time, the number for large splits, and the
+# size above which a split is large.
 _CHUNK, _LARGE_CHUNK, _LARGE = 64, 512, 1024
 
 
 class ExampleScores(NamedTuple):
-    """Loss and accuracy of one chain, or of an ensemble, on each example, by split."""
+    """Loss and accuracy of one chain or one ensemble on each example of each split."""
 
     loss: dict[str, Float[np.ndarray, "B"]]
     accuracy: dict[str, Float[np.ndarray, "B"]]
 
     def summarize(self) -> Scores:
-        """Means by split, and the standard error of the loss."""
+        """Compute the means over each split, and the standard error of the loss."""
         return {
             "loss": {name: finite_or_none(rows.mean()) for name, rows in self.loss.items()},
             "accuracy": {name: float(rows.mean()) for name, rows in self.accuracy.items()},
@@ -39,10 +40,10 @@ class ExampleScores(NamedTuple):
         }
 
     def subtract(self, other: "ExampleScores") -> Difference:
-        """The difference of the losses on `test`, paired by example.
+        """Compute the difference between the losses on `test`, paired by example.
 
         Args:
-          other: scores to subtract.
+          other: the scores to subtract.
         """
         rows = self.loss["test"] - other.loss["test"]
         return {
@@ -52,10 +53,10 @@ class ExampleScores(NamedTuple):
 
 
 def find_standard_error(rows: Float[np.ndarray, "B"]) -> float:
-    """Standard error of a mean; nan for one example, and if a value is not finite.
+    """Compute the standard error of a mean; it is nan for one value, or if a value is not finite.
 
     Args:
-      rows: a value per example.
+      rows: the values, one per example.
     """
     if len(rows) < 2 or not np.isfinite(rows).all():
         return float("nan")
@@ -66,10 +67,11 @@ def score_chain(setup: Setup, bank: Bank, tokens: Sequence[int], width: int) -> 
     """Score one chain on each example of `search`, `select`, and `test`, without layer penalty.
 
     Args:
-      setup: data and loss.
-      bank: layers and heads.
-      tokens: layers, then a head.
-      width: most layers of a chain; one width shares compiled programs.
+      setup: the data and the loss.
+      bank: the layers and heads.
+      tokens: tokens of the chain's layers, then of its head.
+      width: number of layers to pad the chain to. Chains that are padded to the same width share
+        compiled programs.
     """
     chain = jnp.asarray(chain_lib.pad([tokens], width)[0])
     loss, accuracy = {}, {}
@@ -86,14 +88,16 @@ def score_chain(setup: Setup, bank: Bank, tokens: Sequence[int], width: int) -> 
 def score_ensemble(
     setup: Setup, bank: Bank, chains: Sequence[Sequence[int]], width: int
 ) -> ExampleScores | None:
-    """Score the mean of the class probabilities of several chains.
+    """Score the ensemble of several chains: the mean of their class probabilities.
 
     Args:
-      setup: data and loss. None is returned if the loss is not cross-entropy, or if an example has
-        more than one label.
-      bank: layers and heads.
-      chains: tokens of each chain.
-      width: as for `score_chain`.
+      setup: the data and the loss.
+      bank: the layers and heads.
+      chains: the tokens of each chain.
+      width: number of layers to pad the chains to, as in `score_chain`.
+
+    Returns:
+      The scores, or None if the loss is not cross-entropy or an example has more than one label.
     """
     is_classes = setup.loss_fn is optax.softmax_cross_entropy_with_integer_labels
     if not is_classes or setup.data.test.y.ndim != 1:
@@ -120,9 +124,10 @@ def _log_softmax(outputs: Float[np.ndarray, "B C"]) -> Float[np.ndarray, "B C"]:
 
 
 def _cut(problem: Problem) -> list[Problem]:
-    """The problem in parts of equally many examples; the last part repeats its last example."""
+    """Cut the problem into parts of equal size; copies of the last example fill the last part."""
     num = problem.data.x.shape[0]
-    # One size for all splits, so that they share a program, unless there are far fewer examples.
+    # Splits use the same few part sizes, so that they share a program. A split with far fewer
+    # examples is one part, which avoids needless work.
     size = _LARGE_CHUNK if num > _LARGE else _CHUNK if num > _CHUNK // 2 else num
     rows = np.minimum(np.arange(-(-num // size) * size), num - 1)
     return [problem.take(part) for part in rows.reshape(-1, size)]
@@ -130,7 +135,7 @@ def _cut(problem: Problem) -> list[Problem]:
 
 @jit_for_problem()
 def _apply(problem: Problem, chain: Int[Array, "L"]) -> Float[Array, "B ..."]:
-    """Outputs of a chain."""
+    """Compute the outputs of a chain."""
     bank = problem.bank
     num_layers = chain_lib.count_layers(chain, bank.num_layers)
     hidden = jax.lax.fori_loop(
@@ -145,7 +150,7 @@ def _apply(problem: Problem, chain: Int[Array, "L"]) -> Float[Array, "B ..."]:
 def _judge(
     problem: Problem, outputs: Float[Array, "B ..."]
 ) -> tuple[Float[np.ndarray, "B"], Float[np.ndarray, "B"]]:
-    """Loss and accuracy of each example."""
+    """Compute the loss and the accuracy of each example."""
     y = problem.data.y
 
     def reduce(values: Array) -> Float[np.ndarray, "B"]:

@@ -1,4 +1,4 @@
-"""What is searched: the data, the loss, and how the bank is made."""
+"""The setup of a search: the data, the loss, and how the bank is made."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,18 +20,20 @@ from jchain.data import Dataset
 from jchain.hub.wrapping import Restart
 from jchain.problem import Problem, check_max_layers, check_min_layers
 
-# Convolutions of a block: the first layer has 1, the second 2, the fourth 1 again.
+# Numbers of convolutions in a block, which layers cycle through: the first layer has 1, the second
+# 2, the third 3, and the fourth 1 again.
 CONV_DEPTHS = (1, 2, 3)
-# The stem pools images whose side is larger than this.
+# The stem pools images whose longer side is at least twice this number of pixels.
 CONV_SIDE = 16
-# The optimum is computed if there are at most this many chains: half a minute on two cores.
+# The optimum is computed only if there are at most this many chains. Evaluating that many takes
+# half a minute on two cores.
 MAX_OPTIMUM_CHAINS = 200_000
-# Random chains to compare with; of checkpoints, whose layers are expensive, fewer.
+# Number of random chains to compare with; smaller for checkpoints, whose layers are expensive.
 NUM_RANDOM_CHAINS, NUM_RANDOM_CHECKPOINT_CHAINS = 200, 8
 
 
 class Modules(NamedTuple):
-    """Modules of a bank that is trained."""
+    """The modules of a bank that is trained."""
 
     layer: nn.Module | Sequence[nn.Module]
     head: nn.Module | Sequence[nn.Module]
@@ -40,27 +42,27 @@ class Modules(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """What is searched."""
+    """The data, the loss, and the bank of a search, and the controls that it is compared with."""
 
     data: Dataset
     make_bank: Callable[[Key[Array, ""]], Bank]
-    making: str  # what `make_bank` does, for the progress line
-    # From a key and a number of gradient steps; None for checkpoints.
+    making: str  # describes what `make_bank` does, for the progress line
+    # Trains a plain net, given a key and a number of gradient steps; None for checkpoints.
     make_plain_net: Callable[[Key[Array, ""], int], Bank] | None
-    plain_depth: int = 0  # layers of the plain net
-    num_nets: int = 1  # nets that were trained apart, each for `Bank.num_steps` steps
-    about: str = ""  # what is special about the data of this seed
-    # The chain that someone would build who knows how the data was made.
+    plain_depth: int = 0  # number of layers of the plain net
+    num_nets: int = 1  # number of nets trained separately, each for `Bank.num_steps` steps
+    about: str = ""  # describes the data of this seed
+    # The chain that someone who knows how the data was made would build; empty if there is none.
     reference: tuple[int, ...] = ()
     loss_fn: LossFn = optax.softmax_cross_entropy_with_integer_labels
     accuracy_fn: LossFn | None = None
     layer_cost: float = 0.0
     max_optimum_chains: int = MAX_OPTIMUM_CHAINS
     num_random_chains: int = NUM_RANDOM_CHAINS
-    # The splits whose loss decides which finalist is picked.
+    # The splits whose joint loss decides which finalist is picked.
     deciding_splits: tuple[str, ...] = ("select",)
-    # Whether other searches get the same budget, edits of the best parent and ensembles are scored,
-    # and the plain net is trained further on `search`.
+    # Whether to score the controls that take long: other searches with the same budget, edits of
+    # the best parent, ensembles, and the plain net after further training on `search`.
     has_slow_controls: bool = True
 
     def make_problem(
@@ -72,14 +74,14 @@ class Setup(NamedTuple):
         min_layers: int = 0,
         is_penalized: bool = True,
     ) -> Problem:
-        """The problem on one split.
+        """Make the problem on one split.
 
         Args:
-          bank: layers and heads.
-          split: `search`, `select`, or `test`.
-          max_layers: most layers in a chain.
-          min_layers: fewest layers in a chain.
-          is_penalized: whether the loss has the penalty of each layer, as it is searched.
+          bank: the layers and heads.
+          split: name of the split: `search`, `select`, or `test`.
+          max_layers: maximum number of layers in a chain.
+          min_layers: minimum number of layers in a chain.
+          is_penalized: whether the loss includes the layer penalty, as it does for the search.
         """
         return Problem(
             bank,
@@ -93,7 +95,7 @@ class Setup(NamedTuple):
 
 
 def make_layer_costs(bank: Bank, cost: float) -> float | Float[np.ndarray, "N"]:
-    """The penalty of each layer: 0 for embeddings, which are layers of a bank but not blocks."""
+    """Make the penalty of each layer: `cost` for blocks, and 0 for layers of embeddings."""
     embeddings = [group for group in bank.layers if isinstance(group.module, Restart)]
     if cost == 0 or not embeddings:
         return cost
@@ -104,10 +106,17 @@ def make_layer_costs(bank: Bank, cost: float) -> float | Float[np.ndarray, "N"]:
 
 
 def choose_modules(config: SearchConfig, data: Dataset) -> tuple[SearchConfig, Modules]:
-    """Layers, heads, and stem by the shape of the data, and the configuration that names them.
+    """Choose layers, heads, and a stem that suit the data, and record the choice in the options.
+
+    Args:
+      config: the resolved options.
+      data: the splits.
+
+    Returns:
+      The options with `layer`, `num_heads`, and, for images, `channels` filled in; and the modules.
 
     Raises:
-      ValueError: the layer does not fit the data.
+      ValueError: if the layer does not fit the data.
     """
     shape = data.train.x.shape[1:]
     is_image = len(shape) == 3
@@ -137,13 +146,16 @@ def choose_modules(config: SearchConfig, data: Dataset) -> tuple[SearchConfig, M
 
 
 def set_up_task(config: SearchConfig) -> tuple[SearchConfig, Setup]:
-    """A task, and the configuration with its most layers of a chain.
+    """Set up the search of a task.
 
     Args:
-      config: resolved; its seed is that of the task.
+      config: the resolved options; their seed is also the seed of the task.
+
+    Returns:
+      The options with `max_layers` filled in, and the setup.
 
     Raises:
-      ValueError: the name is unknown, or there are fewer examples than `sizes` asks for.
+      ValueError: if the name is unknown or there are fewer examples than `sizes` asks for.
     """
     task = tasks.make(resolved(config.task), config.seed, sizes=config.sizes)
     setup = Setup(
@@ -155,7 +167,7 @@ def set_up_task(config: SearchConfig) -> tuple[SearchConfig, Setup]:
         about=task.about,
         reference=task.reference,
         layer_cost=config.layer_cost,
-        # `select` is small.
+        # `select` is small, so `search` takes part in the decision.
         deciding_splits=("search", "select"),
         has_slow_controls=not config.quick,
     )
@@ -165,12 +177,12 @@ def set_up_task(config: SearchConfig) -> tuple[SearchConfig, Setup]:
 
 
 def set_up_trained(config: SearchConfig, data: Dataset, modules: Modules) -> Setup:
-    """A bank that is trained.
+    """Set up the search of a bank that is trained.
 
     Args:
-      config: resolved, and returned by `choose_modules`.
+      config: the options that `choose_modules` returned.
       data: the splits.
-      modules: from `choose_modules`.
+      modules: the modules that `choose_modules` returned.
     """
     num_layers, depth = resolved(config.num_layers), resolved(config.depth)
 
@@ -211,13 +223,13 @@ def set_up_trained(config: SearchConfig, data: Dataset, modules: Modules) -> Set
 
 
 def set_up_checkpoints(config: SearchConfig) -> Setup:
-    """A bank of pretrained blocks.
+    """Set up the search of a bank of pretrained blocks.
 
     Args:
-      config: resolved.
+      config: the resolved options.
 
     Raises:
-      ValueError, OSError, ImportError: as `jchain.cli.checkpoints.load_data`.
+      ValueError, OSError, ImportError: if `jchain.cli.checkpoints.load_data` raises it.
     """
     judged = checkpoints.load_data(config)
 
@@ -233,7 +245,7 @@ def set_up_checkpoints(config: SearchConfig) -> Setup:
         loss_fn=judged.loss_fn,
         accuracy_fn=judged.accuracy_fn,
         layer_cost=config.layer_cost,
-        # Evaluating all chains may cost no more than the search.
+        # Computing the optimum must not cost more than the search, so it is limited by the budget.
         max_optimum_chains=resolved(config.budget),
         num_random_chains=NUM_RANDOM_CHECKPOINT_CHAINS,
         has_slow_controls=False,

@@ -1,4 +1,4 @@
-"""How chains are evaluated: plans, compiler options, devices, and the cache of losses."""
+"""Evaluation of chains: plans, compiler options, devices, and the score cache."""
 
 from jchain.engine import distributed, score_cache
 from jchain.engine.backend import compiler_options

@@ -1,4 +1,4 @@
-"""The backend that programs run on: its compiler options and its memory limit."""
+"""Compiler options and memory limits of the backend that runs the programs."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -15,11 +15,12 @@ from jchain.pytree import is_concrete
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Fraction of the total memory that is used if no limit is given. Free memory varies between calls,
-# so a fraction of it could give the same call another plan and trace it again.
+# The fraction of the total memory that may be used if no limit is given. It is not a fraction of
+# the free memory, which varies between calls: the same call could get another plan and be traced
+# again.
 _MEMORY_SHARE = 0.25
 _CPU_INFO = Path("/proc/cpuinfo")
-# Memory limits of a container: cgroup v2, then v1.
+# Files that hold the memory limit of a container: cgroup v2, then v1.
 _CGROUP_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
@@ -28,19 +29,19 @@ _CGROUP_LIMITS = (
 
 @cache
 def compiler_options(backend: str) -> dict[str, str]:
-    """Options for a `jax.jit` around an evaluation.
+    """Return compiler options for a `jax.jit` around an evaluation.
 
-    `evaluate` passes them itself unless it is called inside another transformation.
+    `evaluate` passes these options itself unless it is called inside another transformation.
 
-    On CPU, XLA gives matrix products and convolutions of 24 or more channels to YNNPACK. On x86 its
-    kernels are slower than XLA's Eigen kernels. With AVX2: 10.8 against 5.7 ms for a 3x3
-    convolution of 32 channels on 32x32, and 140 against 115 ms for 512 chains of 64-wide MLPs.
-    With AVX-512: 2.6 against 1.5 s for 128 chains of such convolutions, 39 against 33 ms for MLPs,
-    and no difference for 512-wide MLPs. So YNNPACK is used only for reductions there. Other
-    processors keep XLA's default.
+    On CPU, XLA gives matrix products and convolutions of 24 or more channels to YNNPACK, whose
+    kernels are slower on x86 than XLA's Eigen kernels. With AVX2, a 3x3 convolution of 32 channels
+    on 32x32 takes 10.8 ms instead of 5.7 ms, and 512 chains of 64-wide MLPs take 140 ms instead of
+    115 ms. With AVX-512, 128 chains of such convolutions take 2.6 s instead of 1.5 s, the MLPs take
+    39 ms instead of 33 ms, and 512-wide MLPs show no difference. On x86, YNNPACK is therefore used
+    only for reductions. Other processors keep XLA's default.
 
     Args:
-      backend: the platform, as `jax.default_backend()` names it.
+      backend: the name of the platform, as returned by `jax.default_backend()`.
     """
     flags = _CPU_INFO.read_text() if backend == "cpu" and _CPU_INFO.exists() else ""
     if "avx2" not in flags:
@@ -56,14 +57,14 @@ def compiler_options(backend: str) -> dict[str, str]:
 def find_backend(problem: Problem, *arrays: PyTree) -> str:
     """Return the platform of the devices that hold a problem and other arrays.
 
-    It is JAX's default platform if no array is committed to a device.
+    If no array is committed to a device, this is JAX's default platform.
 
     Args:
-      problem: bank, split, loss.
+      problem: the bank, the split of data, and the loss.
       *arrays: pytrees of arrays. Traced arrays are ignored.
 
     Raises:
-      ValueError: the arrays lie on different devices.
+      ValueError: if the arrays are on different devices.
     """
     devices = {
         frozenset(leaf.devices())
@@ -82,7 +83,7 @@ def find_backend(problem: Problem, *arrays: PyTree) -> str:
 def default_memory_limit() -> int:
     """Return a quarter of the memory of the first local device, in bytes.
 
-    On CPU that is a quarter of the machine's memory, or of the container's limit if it is lower.
+    On CPU, this is a quarter of the machine's memory or, if it is lower, of the container's limit.
     """
     stats = jax.local_devices()[0].memory_stats()
     total = stats["bytes_limit"] if stats else min([_find_host_memory(), *_read_cgroup_limits()])
@@ -90,16 +91,16 @@ def default_memory_limit() -> int:
 
 
 def _find_host_memory() -> int:
-    """The machine's memory in bytes."""
+    """Return the machine's memory in bytes."""
     try:
         import psutil
-    except ImportError:  # evaluation must run without it
+    except ImportError:  # psutil is optional
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return psutil.virtual_memory().total
 
 
 def _read_cgroup_limits() -> list[int]:
-    """The memory limits of this container in bytes."""
+    """Return the memory limits of this container in bytes."""
     texts = [path.read_text().strip() for path in _CGROUP_LIMITS if os.access(path, os.R_OK)]
     # Version 2 writes "max" if there is no limit.
     return [int(text) for text in texts if text.isdigit()]
@@ -108,18 +109,18 @@ def _read_cgroup_limits() -> list[int]:
 def jit_for_problem(
     static_argnames: Sequence[str] = (),
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorate a function of a problem: `jax.jit` with compiler options for the problem's backend.
+    """Return a decorator that compiles a function of a problem for the problem's backend.
 
-    Names are dropped from the problem, so that banks that differ only in names share one program.
-    Inside another transformation the options are left out, because only the outermost `jit` may
-    have them.
+    It is `jax.jit` with the compiler options of that backend. Names are dropped from the problem,
+    so that banks that differ only in names share one program. Inside another transformation, the
+    options are left out, because only the outermost `jit` may have them.
 
     Args:
-      static_argnames: as for `jax.jit`. Pass these arguments by keyword, and the problem by
-        position.
+      static_argnames: the names of static arguments, as for `jax.jit`. Pass these arguments by
+        keyword, and the problem by position.
 
     Raises:
-      ValueError: raised by the decorated function if its arrays lie on different devices.
+      ValueError: raised by the decorated function if its arrays are on different devices.
     """
 
     def decorate(fn: Callable[P, T]) -> Callable[P, T]:

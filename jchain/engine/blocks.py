@@ -1,4 +1,4 @@
-"""The plan for batched calls: blocks of sorted chains, slot by slot."""
+"""A plan that evaluates blocks of sorted chains, slot by slot, with batched calls."""
 
 import enum
 from collections.abc import Callable
@@ -33,12 +33,14 @@ _CallFn = Callable[[Array], Array]
 class Share(enum.Enum):
     """What the nodes of one batched call have in common."""
 
-    # One layer, several inputs. Weights are read once; the batch is one call on more examples.
+    # One layer has several inputs. Its weights are read once, and the batch is a single call on
+    # more examples.
     LAYER = "layer"
-    # Several layers, one input. The batch is a convolution of more channels or a wider product.
+    # Several layers have the same input. The batch is a convolution of more channels, or a wider
+    # matrix product.
     PARENT = "parent"
-    # Several layers, one input each. Products are batched; convolutions become grouped, which is
-    # slow.
+    # Several layers have one input each. Matrix products are batched, but convolutions become
+    # grouped convolutions, which are slow.
     NOTHING = "nothing"
 
 
@@ -49,14 +51,15 @@ class Blocks:
     The nodes of a slot are cut into batches, and each batch is one call.
 
     Attributes:
-      block_size: chains in a block. The activations of two of its slots are kept.
-      widths: sizes of batches of nodes, ascending from 1, each a multiple of the previous one.
+      block_size: the number of chains in a block. Activations of two slots of a block are kept in
+        memory at a time.
+      widths: the sizes of batches of nodes, ascending from 1, each a multiple of the previous one.
         Each size is compiled separately.
       share: what the nodes of a batch have in common.
-      head_widths: sizes of batches of head calls, with the same rules as `widths`.
+      head_widths: the sizes of batches of head calls, which follow the same rules as `widths`.
 
     Raises:
-      ValueError: block_size is less than 1, or widths do not follow the rules.
+      ValueError: if block_size is less than 1, or the widths do not follow these rules.
     """
 
     block_size: int
@@ -71,16 +74,16 @@ class Blocks:
             steps = pairwise(widths)
             if widths[:1] != (1,) or any(b <= a or b % a for a, b in steps):
                 raise ValueError(
-                    "expected widths that ascend from 1, each a multiple of the one before, got "
+                    "expected widths that ascend from 1, each a multiple of the previous one, got "
                     f"{widths}"
                 )
 
     def count_bytes(self, problem: Problem, hidden: ArrayShape) -> int:
-        """Estimate activations and temporaries in bytes."""
+        """Estimate the size of activations and temporaries in bytes."""
         bank, size = problem.bank, nbytes(hidden)
         kept = 2 * (self.block_size + 1) + problem.max_layers + 2
         weights = 0 if self.share is Share.LAYER else max(map(find_member_bytes, bank.layers))
-        # A call copies its input, and a batch of heads may be wider than one of layers.
+        # A call copies its input, and a batch of heads may be wider than a batch of layers.
         layers = self.widths[-1] * (find_call_bytes(bank.layers, hidden) + weights)
         width = self.head_widths[-1]
         heads = find_head_bytes(problem, hidden, width) + width * size
@@ -89,7 +92,7 @@ class Blocks:
     def evaluate(
         self, problem: Problem, hidden: Array, population: SortedChains
     ) -> tuple[Array, Array]:
-        """Return loss, without the layer penalty, and accuracy of sorted chains, `[P]` each."""
+        """Compute loss, without the layer penalty, and accuracy of sorted chains, `[P]` each."""
         num_chains, num_slots = population.chains.shape
         size = min(self.block_size, num_chains)
         blocks = jax.tree.map(
@@ -104,18 +107,19 @@ class Blocks:
 
 
 class _Activations(NamedTuple):
-    """Activations that later slots and blocks read.
+    """The activations that later slots and blocks read.
 
-    The store has two generations of `C + 1` rows: the inputs of a slot's calls, and their outputs.
-    Row 0 of a generation belongs to the last chain of the previous block.
+    The store has two generations of `C + 1` rows, for the inputs of a slot's calls and for their
+    outputs. Row 0 of each generation belongs to the last chain of the previous block.
     """
 
-    path: Shaped[Array, "L B ..."]  # [L, B, ...F], that chain's activations after each slot
+    # [L, B, ...F], activations after each slot of the last chain of the previous block
+    path: Shaped[Array, "L B ..."]
     store: Shaped[Array, "R B ..."]  # [2 * (C + 1), B, ...F]
 
 
 class _Slot(NamedTuple):
-    """One slot of all chains of a block."""
+    """One slot of all chains in a block."""
 
     tokens: Int[Array, "C"]
     parent_of: Int[Array, "C"]  # row of each chain's input in its generation of the store
@@ -126,7 +130,7 @@ class _Slot(NamedTuple):
 def _evaluate_block(
     plan: Blocks, problem: Problem, hidden: Array, carry: _Activations, block: SortedChains
 ) -> tuple[_Activations, _Results]:
-    """Loss and accuracy `[C]` of one block, whose chains start from `hidden`, `[B, ...F]`."""
+    """Compute loss and accuracy, `[C]`, of a block whose chains start from `hidden`."""
     chains, length, first_new = block
     size, num_slots = chains.shape
     rows = jnp.arange(size)
@@ -151,7 +155,7 @@ def _evaluate_block(
 
         is_node = (first_new <= t) & (t < length)
         position, store = _call_layers(plan, problem, slot, is_node, store)
-        # A chain without a new node shares the prefix of the chain before it.
+        # A chain without a new node shares its prefix with the chain before it.
         latest = jax.lax.cummax(jnp.where(is_node, rows, -1))
         child_of = jnp.where(latest >= 0, position[latest] + 1, 0)
         store = store.at[slot.children].set(path[t])
@@ -169,7 +173,7 @@ def _call_heads(
     is_end: Bool[Array, "C"],
     carry: tuple[Array, _Results],
 ) -> tuple[Int[Array, "C"], tuple[Array, _Results]]:
-    """Call the heads of the chains that end at this slot; return as `_call_batches` does."""
+    """Call the heads of the chains that end at this slot; see `_call_batches` for the result."""
 
     def call_head(
         carry: tuple[Array, _Results], call: _CallFn, start: Array, parent: Array
@@ -179,13 +183,13 @@ def _call_heads(
         values = jax.tree.map(
             lambda a, b: jax.lax.dynamic_update_slice(a, b, (start,)), values, metrics
         )
-        # XLA copies an array that a loop reads but never writes, here all activations. So write one
-        # number after the read, in a row that is overwritten later.
+        # XLA would copy an array that a loop reads but never writes, here all activations. To avoid
+        # this, write one number after the read, in a row that is overwritten later.
         origin = (0,) * (store.ndim - 1)
         mark = jnp.reshape(metrics[0][0].astype(store.dtype), (1, *(1 for _ in origin)))
         return jax.lax.dynamic_update_slice(store, mark, (slot.children, *origin)), values
 
-    # Few heads are called for the same chain, but the same head for many.
+    # A prefix is rarely followed by several heads, but many chains call the same head.
     share = Share.LAYER if plan.share is Share.PARENT else plan.share
     return _call_batches(
         plan.head_widths, share, problem.bank.heads, slot, is_end, call_head, carry
@@ -195,7 +199,7 @@ def _call_heads(
 def _call_layers(
     plan: Blocks, problem: Problem, slot: _Slot, is_node: Bool[Array, "C"], store: Array
 ) -> tuple[Int[Array, "C"], Array]:
-    """Call the layers of this slot's nodes; return as `_call_batches` does."""
+    """Call the layers of this slot's nodes; see `_call_batches` for the result."""
 
     def call_layer(store: Array, call: _CallFn, start: Array, parent: Array) -> Array:
         outputs = call(store[slot.parents + parent])
@@ -216,14 +220,14 @@ def _call_batches(
     update_fn: Callable[[T, _CallFn, Array, Array], T],
     carry: T,
 ) -> tuple[Int[Array, "C"], T]:
-    """Update the carry for each batch: `carry = update_fn(carry, call, start, parent)`.
+    """Update the carry with `carry = update_fn(carry, call, start, parent)` for each batch.
 
-    `call` maps the activations of `parent` to outputs of the batch. They are `[W, B, ...F]`, or
-    `[B, ...F]` if the batch shares its parent.
+    `call` maps the activations of `parent` to the outputs of the batch. The activations are
+    `[W, B, ...F]`, or `[B, ...F]` if all calls of the batch share one parent. `start` is the index
+    of the batch's first call among all calls.
 
     Returns:
-      The index of each row among all calls (`start` is such an index, of the first call of a
-      batch), and the last carry.
+      The index of each row among all calls, and the last carry.
     """
     tokens, parent_of = slot.tokens, slot.parent_of
     group_of, member_of = locate(groups)

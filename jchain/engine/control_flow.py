@@ -16,21 +16,21 @@ def cond_in_sequence(
     false_fn: Callable[..., T],
     *operands: object,
 ) -> T:
-    """`jax.lax.cond` that runs a batch one element at a time under `vmap`.
+    """Apply `jax.lax.cond` so that `vmap` runs it for one element at a time.
 
     A plain `vmap` turns the branch into a select, which computes both sides for every element. Use
-    this if one side is expensive and rarely taken.
+    this function if one side is expensive and rarely taken.
 
     Args:
-      predicate: which branch to take.
-      true_fn: called with the operands if the predicate holds. It must not close over arrays that
-        are batched.
-      false_fn: called with the operands otherwise. It returns the same structure, shapes, and
-        dtypes.
+      predicate: whether to call `true_fn`.
+      true_fn: the function to call with the operands if the predicate holds. It must not close over
+        batched arrays.
+      false_fn: the function to call with the operands otherwise. It must return the same structure,
+        shapes, and dtypes as `true_fn`.
       *operands: pytrees of arrays.
 
     Returns:
-      What the called function returns.
+      The value that the called function returns.
     """
 
     @jax.custom_batching.sequential_vmap

@@ -1,4 +1,4 @@
-"""The depth-first plan: one layer call at a time, activations of one chain in memory."""
+"""A plan that makes one layer call at a time and keeps the activations of one chain in memory."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class DepthFirst:
     """A plan that makes one layer call at a time, depth first in the tree of prefixes."""
 
     def count_bytes(self, problem: Problem, hidden: ArrayShape) -> int:
-        """Estimate activations and temporaries in bytes."""
+        """Estimate the size of activations and temporaries in bytes."""
         call = max(
             find_call_bytes(problem.bank.layers, hidden), find_head_bytes(problem, hidden, 1)
         )
@@ -38,12 +38,12 @@ class DepthFirst:
     def evaluate(
         self, problem: Problem, hidden: Array, population: SortedChains
     ) -> tuple[Array, Array]:
-        """Return loss, without the layer penalty, and accuracy of sorted chains, `[P]` each."""
+        """Compute loss, without the layer penalty, and accuracy of sorted chains, `[P]` each."""
         order = _find_order(population)
         chains, length, _ = population
 
-        # Two flat loops: a nested loop that carries the path without writing to it would copy it in
-        # each iteration.
+        # The loop that calls heads does not carry the path. In each of its iterations, XLA would
+        # copy an array that the loop carries without writing to it.
         def call_head(end: Array, path: Array, results: _Results) -> _Results:
             i = order.ends[end]
             call = jax.vmap(partial(apply_token, problem.bank.heads, chains[i, length[i]]))
@@ -71,15 +71,16 @@ class _Order(NamedTuple):
     nodes: Int[Array, "M"]  # [P * L], index of each node in the flat chains; padded with zeros
     num_nodes: Int[Array, ""]
     ends: Int[Array, "E"]  # [P + 1], indices of the distinct chains; padded with P
-    # [P + 1], layer calls that come before the head call of each; larger than any number in padding
+    # [P + 1], number of layer calls before the head call of each distinct chain; in the padding,
+    # larger than the number of all layer calls
     num_before: Int[Array, "E"]
 
 
 class _Carry(NamedTuple):
-    """What is computed so far."""
+    """The state after some layer calls."""
 
-    path: Shaped[Array, "L B ..."]  # [L, B, ...F], activations after each layer of one chain
-    end: Int[Array, ""]  # head calls so far
+    path: Shaped[Array, "L B ..."]  # [L, B, ...F], the inputs of each slot of one chain
+    end: Int[Array, ""]  # number of head calls so far
     results: tuple[Float[Array, "P"], Float[Array, "P"]]  # loss and accuracy, [P] each
 
 

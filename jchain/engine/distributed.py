@@ -1,7 +1,7 @@
-"""Several processes, one per host: `jax.distributed` with a timeout that raises an error.
+"""Evaluation by several processes, one per host.
 
-Every process runs the same program. It calls `initialize` first, then makes the same calls with
-`mesh=make_mesh()`.
+This wraps `jax.distributed` with a timeout that raises an error. Every process runs the same
+program: it first calls `initialize`, and then makes the same calls with `mesh=make_mesh()`.
 """
 
 import threading
@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-# Timeout given to JAX, in seconds. It is too long to be reached: JAX would end the process without
-# an exception.
+# The timeout that is passed to JAX, in seconds. It is too long to be reached, because JAX would end
+# the process without an exception.
 _NEVER = 10**6
 
 
@@ -22,19 +22,23 @@ def initialize(
     *,
     timeout: float | int = 300,
 ) -> None:
-    """Join the other processes. Call it before any computation.
+    """Connect this process to the other processes.
+
+    Call this function before any computation. On clusters that JAX recognizes (Slurm, Open MPI,
+    Kubernetes, Cloud TPU), omit the first three arguments.
 
     Args:
-      coordinator: `host:port` of process 0, reachable by all processes. Clusters that JAX knows
-        (Slurm, Open MPI, Kubernetes, Cloud TPU) need none of the first three arguments.
-      num_processes: the number of processes.
-      process_id: the index of this process, from 0.
-      timeout: seconds to wait for the other processes.
+      coordinator: the address `host:port` of process 0, which all processes can reach; None if JAX
+        finds it.
+      num_processes: the number of processes; None if JAX finds it.
+      process_id: the index of this process, from 0; None if JAX finds it.
+      timeout: the number of seconds to wait for the other processes.
 
     Raises:
-      ValueError: only some of the first three arguments are given, or process_id is out of range.
-      TimeoutError: not all processes joined in time.
-      RuntimeError: JAX has already computed something.
+      ValueError: if only some of the first three arguments are given, or process_id is out of
+        range.
+      TimeoutError: if not all processes joined in time.
+      RuntimeError: if JAX has already computed something.
     """
     given = (coordinator, num_processes, process_id)
     if any(value is None for value in given) and any(value is not None for value in given):

@@ -1,7 +1,8 @@
-"""Entry points that score chains: they check arguments and call `jchain.engine.population`.
+"""Public functions that score chains.
 
-The loss itself is `Problem.loss_and_accuracy`. Each distinct (prefix, layer) of a population is
-computed once; `jchain.engine.plans` chooses how the calls are made.
+Each function checks its arguments and then calls `jchain.engine.population`. The loss itself is
+`Problem.loss_and_accuracy`. Each distinct (prefix, layer) pair of a population is computed once;
+`jchain.engine.plans` chooses how the calls are made.
 """
 
 from functools import partial
@@ -30,16 +31,16 @@ _DTYPES = (jnp.bfloat16, jnp.float32)
 
 
 class Explanation(NamedTuple):
-    """How a population would be evaluated, and the calls and memory that this takes."""
+    """The plan that `evaluate` would use for a population, with the calls and memory it takes."""
 
     plan: Plan
     num_chains: int
-    layer_calls: int  # distinct (prefix, layer) pairs: the nodes of the tree of prefixes
-    unshared_layer_calls: int  # layer calls of a loop over the chains
-    head_calls: int  # distinct chains
+    layer_calls: int  # number of distinct (prefix, layer) pairs: the nodes of the prefix tree
+    unshared_layer_calls: int  # layer calls that a loop over the chains would make
+    head_calls: int  # number of distinct chains
     num_devices: int
-    num_bytes: int  # estimated activations and temporaries on each device
-    memory_limit: int  # the limit of num_bytes
+    num_bytes: int  # estimated size of activations and temporaries on each device
+    memory_limit: int  # the upper limit of num_bytes
 
     def __str__(self) -> str:
         return (
@@ -51,20 +52,21 @@ class Explanation(NamedTuple):
 
 
 def apply_chain(bank: Bank, chain: ChainsLike, x: Shaped[Array, "B ..."]) -> Float[Array, "B ..."]:
-    """Apply one chain to one batch: stem, layers in order, head.
+    """Apply one chain to one batch of raw input.
 
-    This is the plain definition of a chain, with one branch per slot.
+    The stem, the layers in order, and the head are applied one after another, with one branch per
+    slot. This is the reference definition of what a chain computes.
 
     Args:
-      bank: the layers and heads.
-      chain: tokens, `[L]`. They are checked unless they are traced.
-      x: raw input, `[B, ...]`.
+      bank: the bank with the layers and heads.
+      chain: the tokens of the chain, `[L]`. They are checked unless they are traced.
+      x: the raw input, `[B, ...]`.
 
     Returns:
       The outputs of the head, `[B, ...]`.
 
     Raises:
-      ValueError: `chain` is not a chain of this bank.
+      ValueError: if `chain` is not a chain of this bank.
     """
     if is_concrete(chain):
         tokens = jnp.asarray(chain_lib.validate(chain, bank.num_layers, bank.num_heads))
@@ -90,32 +92,36 @@ def evaluate(
     mesh: Mesh | None = None,
     plan: Plan | None = None,
 ) -> Evaluation:
-    """Return loss and accuracy of many chains. Each distinct (prefix, layer) is computed once.
+    """Compute the loss and accuracy of many chains.
 
-    Works under `jit` and `vmap`. A `vmap` over populations of one problem evaluates them together;
-    a `vmap` over problems evaluates them in sequence. Populations of one size share one compiled
-    program.
+    Each distinct (prefix, layer) pair is computed once, so chains that share a prefix share its
+    cost. The function works under `jit` and `vmap`: a `vmap` over populations of one problem
+    evaluates them together, and a `vmap` over problems evaluates them in sequence. Populations of
+    the same size share one compiled program.
 
     Args:
-      problem: bank, split, loss.
-      chains: tokens, `[P, L]`, `L = max_layers + 1`. They are checked unless they are traced.
-      dtype: dtype of weights and activations, `jnp.float32` or `jnp.bfloat16`; unchanged if None.
-        Losses are computed in float32. Largest relative error of a loss against float64, on digits
-        banks and chains of 4 layers: 7e-7 in float32, 8e-3 in bfloat16 (`benchmarks/precision.py`).
-      memory_limit: bytes for activations and temporaries on each device; a quarter of its memory if
-        None.
-      mesh: spread the chains over all devices of this mesh, for any axes. Sorted chains are cut
-        into equal parts; a prefix that spans a cut is computed on both devices.
-      plan: how calls are made, a `jchain.engine.DepthFirst`, `Blocks` or `Fused`; chosen by
-        `jchain.engine.choose_plan` if None.
+      problem: the bank, the split of data, and the loss.
+      chains: the tokens of the chains, `[P, L]` with `L = max_layers + 1`. They are checked unless
+        they are traced.
+      dtype: the dtype of weights and activations, `jnp.float32` or `jnp.bfloat16`; None keeps their
+        dtypes. Losses are computed in float32. On digits banks and chains of 4 layers, the largest
+        relative error of a loss compared with float64 is 7e-7 in float32 and 8e-3 in bfloat16
+        (`benchmarks/precision.py`).
+      memory_limit: the number of bytes that activations and temporaries may take on each device;
+        None for a quarter of the device's memory.
+      mesh: a mesh, with any axes, over whose devices the chains are spread; None for the mesh of
+        the problem. The sorted chains are cut into equal parts, and a prefix that spans a cut is
+        computed on both devices.
+      plan: how the calls are made: a `jchain.engine.DepthFirst`, `Blocks`, or `Fused`. If None,
+        `jchain.engine.choose_plan` chooses it.
 
     Returns:
-      Loss and accuracy `[P]`, and the layer calls and head calls that they cost.
+      The loss and accuracy of each chain, `[P]`, and the layer calls and head calls that they cost.
 
     Raises:
-      ValueError: a row is not a chain of this bank, or there are no rows; jchain or a layer does
-        not support the dtype; memory_limit is too small for one node or for the given plan; or
-        inputs lie on different devices.
+      ValueError: if a row is not a chain of this bank, there are no rows, jchain or a layer does
+        not support the dtype, memory_limit is too small for one node or for the given plan, or the
+        inputs are on different devices.
     """
     problem, tokens, options = _prepare(problem, chains, dtype, memory_limit, mesh, plan)
     return evaluate_population(problem, tokens, options=options)
@@ -129,20 +135,20 @@ def evaluate_all(
     mesh: Mesh | None = None,
     plan: Plan | None = None,
 ) -> tuple[Int[np.ndarray, "P L"], Evaluation]:
-    """Evaluate every chain of `min_layers` to `max_layers` layers.
+    """Evaluate every chain that has `min_layers` to `max_layers` layers.
 
     Args:
-      problem: bank, split, loss, and the range of layers.
-      dtype: dtype of weights and activations; see `evaluate`.
-      memory_limit: bytes on each device; see `evaluate`.
-      mesh: devices for the chains; see `evaluate`.
-      plan: how calls are made; see `evaluate`.
+      problem: the bank, the split of data, the loss, and the allowed numbers of layers.
+      dtype: the dtype of weights and activations; see `evaluate`.
+      memory_limit: the memory limit of each device in bytes; see `evaluate`.
+      mesh: the devices over which the chains are spread; see `evaluate`.
+      plan: how the calls are made; see `evaluate`.
 
     Returns:
       The chains in the order of `problem.space.enumerate()`, and their evaluation.
 
     Raises:
-      ValueError: there are more than 4,194,304 chains, or as for `evaluate`.
+      ValueError: if there are more than 4,194,304 chains, and for the same reasons as `evaluate`.
     """
     num_chains = problem.space.num_chains
     if num_chains > _MAX_CHAINS:
@@ -161,29 +167,32 @@ def evaluate_prefixes(
     mesh: Mesh | None = None,
     plan: Plan | None = None,
 ) -> Evaluation:
-    """Evaluate every prefix of each chain with every head, for no additional layer call.
+    """Evaluate every prefix of each chain with every head.
+
+    This costs no more layer calls than an evaluation of the chains alone.
 
     Args:
-      problem: bank, split, loss.
-      chains: tokens, `[P, L]`. Their heads are ignored.
-      dtype: dtype of weights and activations; see `evaluate`.
-      memory_limit: bytes on each device; see `evaluate`.
-      mesh: devices for the chains; see `evaluate`.
-      plan: how calls are made; see `evaluate`.
+      problem: the bank, the split of data, and the loss.
+      chains: the tokens of the chains, `[P, L]`. Their heads are ignored.
+      dtype: the dtype of weights and activations; see `evaluate`.
+      memory_limit: the memory limit of each device in bytes; see `evaluate`.
+      mesh: the devices over which the chains are spread; see `evaluate`.
+      plan: how the calls are made; see `evaluate`.
 
     Returns:
-      An evaluation with loss and accuracy `[P, L, K]`: after `t` layers with head `k`. If a chain
-      has fewer than `t` layers, they are `+inf` and 0; `num_nonfinite` counts these entries too.
+      An evaluation whose loss and accuracy are `[P, L, K]`: entry `[p, t, k]` is for the first `t`
+      layers of chain `p` with head `k`. If the chain has fewer than `t` layers, the loss is `+inf`
+      and the accuracy is 0; `num_nonfinite` counts these entries too.
 
     Raises:
-      ValueError: as for `evaluate`.
+      ValueError: for the same reasons as `evaluate`.
     """
     tokens = jnp.asarray(_check_chains(problem, chains))
     num_chains, num_slots = tokens.shape
     num_heads = problem.bank.num_heads
     length = problem.space.count_layers(tokens)[:, None]
     stop = jnp.arange(num_slots)[None]
-    # After the last layer, the whole chain is repeated, which costs nothing.
+    # Entries after the last layer repeat the whole chain, which costs nothing.
     end = jnp.minimum(stop, length)[:, :, None, None]
     slots = jnp.arange(num_slots)[None, None, None]
     head = problem.bank.num_layers + jnp.arange(num_heads)[None, None, :, None]
@@ -208,18 +217,20 @@ def explain(
     mesh: Mesh | None = None,
     plan: Plan | None = None,
 ) -> Explanation:
-    """Explain an `evaluate` with the same arguments: plan, calls, and memory. Computes no loss.
+    """Describe the plan, the calls, and the memory of `evaluate` with the same arguments.
+
+    No loss is computed.
 
     Args:
-      problem: bank, split, loss.
-      chains: tokens, `[P, L]`, `L = max_layers + 1`.
-      dtype: dtype of weights and activations; see `evaluate`.
-      memory_limit: bytes on each device; see `evaluate`.
-      mesh: devices for the chains; see `evaluate`.
-      plan: how calls are made; see `evaluate`.
+      problem: the bank, the split of data, and the loss.
+      chains: the tokens of the chains, `[P, L]` with `L = max_layers + 1`.
+      dtype: the dtype of weights and activations; see `evaluate`.
+      memory_limit: the memory limit of each device in bytes; see `evaluate`.
+      mesh: the devices over which the chains are spread; see `evaluate`.
+      plan: how the calls are made; see `evaluate`.
 
     Raises:
-      ValueError: as for `evaluate`.
+      ValueError: for the same reasons as `evaluate`.
     """
     problem, tokens, options = _prepare(problem, chains, dtype, memory_limit, mesh, plan)
     num_devices = 1 if problem.mesh is None else problem.mesh.size
@@ -248,13 +259,13 @@ def _prepare(
     mesh: Mesh | None,
     plan: Plan | None,
 ) -> tuple[Problem, Array, Options]:
-    """Check all arguments, and put the inputs on the devices that compute."""
+    """Check all arguments and move the inputs to the devices that evaluate them."""
     tokens = _check_chains(problem, chains)
     return _place(problem, tokens, dtype, memory_limit, mesh, plan)
 
 
 def _check_chains(problem: Problem, chains: ChainsLike) -> Array | np.ndarray:
-    """The chains as an array; their shape is checked, and their values unless they are traced."""
+    """Return the chains as an array, after a check of their shape and, unless traced, values."""
     tokens = problem.space.validate(chains) if is_concrete(chains) else jnp.asarray(chains)
     shape = tokens.shape
     if len(shape) != 2 or shape[0] == 0 or shape[1] != problem.max_layers + 1:
@@ -273,7 +284,7 @@ def _place(
     mesh: Mesh | None,
     plan: Plan | None,
 ) -> tuple[Problem, Array, Options]:
-    """Check the other arguments, and put the inputs on the devices that compute."""
+    """Check all arguments except the chains, and move the inputs to the devices."""
     if dtype is not None and jnp.dtype(dtype) not in map(jnp.dtype, _DTYPES):
         raise ValueError(f"expected a dtype of bfloat16 or float32, got {jnp.dtype(dtype).name}")
     if memory_limit is not None and memory_limit < 1:

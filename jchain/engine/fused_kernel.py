@@ -1,9 +1,10 @@
-"""A fused kernel for banks of small layers: a tile of examples stays on chip through a whole chain.
+"""A fused kernel for banks of small layers.
 
 For small layers, an accelerator is limited by the traffic of activations between layers. This
-kernel avoids that traffic, but shares no prefix. **Its speed on an accelerator is not known yet**:
-it has only run in Pallas' interpreter on CPU, which is slow. So `choose_plan` never chooses it:
-pass it as `plan=`.
+kernel avoids that traffic, because a tile of examples stays on the chip through a whole chain, but
+it does not share prefixes. **Its speed on an accelerator is not known yet**: it has only run in
+Pallas' interpreter on CPU, which is slow. `choose_plan` therefore never chooses it; pass it as
+`plan=`.
 """
 
 from dataclasses import dataclass
@@ -20,17 +21,17 @@ from jchain.problem import Problem
 
 @dataclass(frozen=True)
 class Fused:
-    """A plan with one Pallas program for each chain and tile of examples.
+    """A plan that runs one Pallas program for each chain and tile of examples.
 
-    The bank must have one group of layers, on features `[B, F]`, and one group of heads. Every
-    program gets the weights of the whole bank and reads those of its tokens.
+    The bank must have one group of layers, on features `[B, F]`, and one group of heads. Each
+    program receives the weights of the whole bank and reads the weights of its tokens.
 
     Attributes:
-      tile: examples in a program; a power of two for GPUs.
-      block_size: chains whose last activations are kept for the heads.
+      tile: the number of examples in a program; use a power of two on GPUs.
+      block_size: the number of chains whose last activations are kept for the heads.
 
     Raises:
-      ValueError: tile or block_size is less than 1.
+      ValueError: if tile or block_size is less than 1.
     """
 
     tile: int = 128
@@ -43,17 +44,18 @@ class Fused:
             )
 
     def count_bytes(self, problem: Problem, hidden: ArrayShape) -> int:
-        """Estimate activations in bytes."""
+        """Estimate the size of activations in bytes."""
         del problem
         return 2 * self.block_size * hidden.size * hidden.dtype.itemsize
 
     def evaluate(
         self, problem: Problem, hidden: Array, population: SortedChains
     ) -> tuple[Array, Array]:
-        """Return loss, without the layer penalty, and accuracy of sorted chains, `[P]` each.
+        """Compute loss, without the layer penalty, and accuracy of sorted chains, `[P]` each.
 
         Raises:
-          ValueError: the bank has several groups of layers or heads, or its features are not `[F]`.
+          ValueError: if the bank has more than one group of layers or heads, or features are not
+            `[B, F]`.
         """
         groups = (len(problem.bank.layers), len(problem.bank.heads))
         if groups != (1, 1) or hidden.ndim != 2:
@@ -66,7 +68,7 @@ class Fused:
         size = min(self.block_size, num_chains)
         chains, length, _ = pad_to_multiple(population, size)
         head = jnp.take_along_axis(chains, length[:, None], axis=1)[:, 0] - problem.bank.num_layers
-        # There is one group, so the indices in it are a permutation of the tokens.
+        # With one group, the indices in the group are a permutation of the tokens.
         place_of = jnp.argsort(jnp.asarray(head_group.tokens))
         blocks = [a.reshape(-1, size, *a.shape[1:]) for a in (chains, length, place_of[head])]
 
@@ -83,7 +85,7 @@ class Fused:
 
 
 def _run_chains(tile: int, problem: Problem, hidden: Array, chains: Array, length: Array) -> Array:
-    """The activations after the last layer of each chain, `[C, B, F]`."""
+    """Compute the activations after the last layer of each chain, `[C, B, F]`."""
     from jax.experimental import pallas as pl
 
     group = problem.bank.layers[0]
@@ -94,7 +96,7 @@ def _run_chains(tile: int, problem: Problem, hidden: Array, chains: Array, lengt
     num_chains, num_slots = chains.shape
     padded = jnp.pad(hidden, ((0, -num_examples % tile), (0, 0)))
 
-    def run(*refs: Any) -> None:  # Pallas has no public type of its references
+    def run(*refs: Any) -> None:  # Pallas has no public type for its references
         chain_ref, length_ref, x_ref, *weight_refs, out_ref = refs
 
         def call(t: Array, h: Array) -> Array:

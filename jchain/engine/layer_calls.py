@@ -1,4 +1,4 @@
-"""Calls of layers and heads, and estimates of the memory that a call takes."""
+"""Calls of layers and heads, and estimates of the memory that they take."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,8 +18,8 @@ T = TypeVar("T")
 # Activations, or only their shape and dtype.
 ArrayShape = jax.Array | jax.ShapeDtypeStruct
 
-# Most bytes that one call of a head may return, for example the logits of a large vocabulary. If
-# there would be more, the examples are split into parts.
+# The largest number of bytes that one call of a head may return. If the outputs would be larger,
+# such as the logits of a large vocabulary, the examples are split into parts.
 _OUTPUT_LIMIT = 2**26
 
 
@@ -35,12 +35,12 @@ class HasShape(Protocol):
 
 
 def apply_token(groups: tuple[LayerGroup, ...], token: Int[Array, ""], hidden: Array) -> Array:
-    """Apply one layer (or head) to a batch: one layer call (or head call).
+    """Apply one layer (or head) to a batch, which is one layer call (or head call).
 
     Args:
-      groups: the layers or the heads of a bank.
-      token: the layer or head to apply.
-      hidden: its input, `[B, ...F]`.
+      groups: the groups of a bank's layers, or of its heads.
+      token: the token of the layer or head.
+      hidden: the input of the layer or head, `[B, ...F]`.
     """
     group_of, member_of = locate(groups)
     branches = [partial(group.apply, member_of[token]) for group in groups]
@@ -48,14 +48,14 @@ def apply_token(groups: tuple[LayerGroup, ...], token: Int[Array, ""], hidden: A
 
 
 def apply_all(groups: tuple[LayerGroup, ...], hidden: Array) -> Array:
-    """Apply every layer (or head) to the same batch: one layer call (or head call) each.
+    """Apply every layer (or head) to the same batch, with one layer call (or head call) each.
 
     Args:
-      groups: the layers or the heads of a bank.
-      hidden: their input, `[B, ...F]`.
+      groups: the groups of a bank's layers, or of its heads.
+      hidden: the input that they share, `[B, ...F]`.
 
     Returns:
-      Outputs in the order of the tokens, `[E, B, ...G]`.
+      The outputs, `[E, B, ...G]`, in the order of the tokens.
     """
     outputs: list[Array] = []
     for group in groups:
@@ -64,8 +64,8 @@ def apply_all(groups: tuple[LayerGroup, ...], hidden: Array) -> Array:
             return module.apply({"params": params}, hidden)  # pyright: ignore[reportReturnType]
 
         if count_convolutions(group, hidden) > 1:
-            # Under vmap all but the first convolution become grouped ones, which take up to twice
-            # as long on CPU as one layer at a time.
+            # Under vmap, all convolutions except the first become grouped convolutions, which take
+            # up to twice as long on CPU as applying one layer at a time.
             one_by_one = partial(jax.lax.map, call)
             outputs.append(
                 jax.lax.platform_dependent(group.params, cpu=one_by_one, default=jax.vmap(call))
@@ -78,10 +78,12 @@ def apply_all(groups: tuple[LayerGroup, ...], hidden: Array) -> Array:
 
 
 def locate(groups: tuple[LayerGroup, ...]) -> tuple[Int[Array, "E"], Int[Array, "E"]]:
-    """Return the group of each token and its index in the group; -1 for tokens not in these groups.
+    """Return the group of each token, and its index in that group.
+
+    Both are -1 for tokens that are in none of these groups.
 
     Args:
-      groups: the layers or the heads of a bank.
+      groups: the groups of a bank's layers, or of its heads.
     """
     size = 1 + max(token for group in groups for token in group.tokens)
     group_of, member_of = np.full(size, -1), np.full(size, -1)
@@ -94,15 +96,15 @@ def locate(groups: tuple[LayerGroup, ...]) -> tuple[Int[Array, "E"], Int[Array, 
 def evaluate_heads(
     problem: Problem, call: Callable[[Array], Array], hidden: Array
 ) -> tuple[Array, Array]:
-    """Return loss, without the layer penalty, and accuracy of head calls, `[W]` each.
+    """Compute the loss, without the layer penalty, and accuracy of head calls, `[W]` each.
 
-    If the outputs are large, examples are processed in parts, and the results are the mean over the
-    parts, weighted by their size.
+    If the outputs are large, examples are processed in parts. The results are then the mean over
+    the parts, weighted by their size.
 
     Args:
-      problem: labels and loss.
-      call: maps activations `[W, B, ...F]` to outputs `[W, B, ...]`.
-      hidden: activations, `[W, B, ...F]`.
+      problem: the problem with the labels and the loss.
+      call: a function that maps activations `[W, B, ...F]` to outputs `[W, B, ...]`.
+      hidden: the inputs of the heads, `[W, B, ...F]`.
     """
     width, num_examples = hidden.shape[:2]
     size = count_examples_per_call(problem, hidden[0], width)
@@ -123,12 +125,12 @@ def map_in_parts(run: Callable[[Int[Array, "_"]], T], num: int, size: int) -> tu
     """Apply a function to the indices of `num` examples, `size` at a time.
 
     Args:
-      run: maps indices of examples to a pytree of arrays.
+      run: a function that maps indices of examples to a pytree of arrays.
       num: the number of examples.
       size: the number of examples in a part.
 
     Returns:
-      The results of the full parts, stacked, and the result of the remaining examples, None if no
+      The stacked results of the full parts, and the result of the remaining examples or None if no
       examples remain.
     """
     whole = jax.lax.map(lambda start: run(start + jnp.arange(size)), jnp.arange(num // size) * size)
@@ -137,11 +139,11 @@ def map_in_parts(run: Callable[[Int[Array, "_"]], T], num: int, size: int) -> tu
 
 
 def count_examples_per_call(problem: Problem, hidden: ArrayShape, width: int) -> int:
-    """Return how many examples fit in one call of heads without exceeding the limit of its outputs.
+    """Return the number of examples whose outputs fit in one call of heads.
 
     Args:
-      problem: the heads.
-      hidden: activations of one chain, `[B, ...F]`.
+      problem: the problem, whose bank has the heads.
+      hidden: the activations of one chain, `[B, ...F]`. Only their shape and dtype are read.
       width: the number of chains in the call.
     """
     parts = -(-width * nbytes(find_outputs(problem, hidden)) // _OUTPUT_LIMIT)
@@ -164,7 +166,7 @@ def empty_results(problem: Problem, hidden: ArrayShape, size: int) -> tuple[Arra
 
 
 def find_call_bytes(groups: tuple[LayerGroup, ...], hidden: ArrayShape) -> int:
-    """Estimate the temporaries of one call in bytes: twice the largest array that a layer makes."""
+    """Estimate the temporaries of one call, in bytes, as twice the largest array in a layer."""
     avals = [
         var.aval
         for group in groups
@@ -196,7 +198,7 @@ def count_convolutions(group: LayerGroup, hidden: ArrayShape) -> int:
 
 
 def _trace(group: LayerGroup, hidden: ArrayShape) -> list[JaxprEqn]:
-    """The equations of one call, including those of inner jaxprs."""
+    """Return the equations of one call, including the equations of inner jaxprs."""
     member = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), group)
     return [*_equations(jax.make_jaxpr(lambda group, x: group.apply(0, x))(member, hidden).jaxpr)]
 

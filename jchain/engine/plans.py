@@ -1,7 +1,7 @@
-"""Plans: ways to make the calls of a population, and the choice between them.
+"""Plans for making the calls of a population, and the choice between them.
 
 Each plan makes every distinct call once and keeps a bounded number of activations, for any number
-of chains. All plans give the same losses up to the order of sums.
+of chains. All plans give the same losses, except for the order of sums.
 """
 
 from typing import Protocol, runtime_checkable
@@ -20,40 +20,43 @@ from jchain.engine.layer_calls import (
 from jchain.engine.prefix_sharing import SortedChains
 from jchain.problem import Problem
 
-# Limits on CPU, in bytes, so that activations stay in the processor's cache: activations of one
-# call, of a batch of heads, and of a block.
+# Limits on CPU, in bytes, that keep the activations of one call, of a batch of heads, and of a
+# block in the processor's cache.
 _CALL_CACHE, _HEAD_CACHE, _BLOCK_CACHE = 2**20, 2**21, 2**24
 _MAX_CPU_BLOCK = 64
 _MIN_CPU_WIDTH = 8  # narrower batches are no faster than single calls
 _SIBLINGS = (1, 2, 8)
-# Other backends: bytes of activations (or gathered weights) with which one call fills the device,
-# and the most nodes in a call.
+# For other backends: the bytes of activations (or gathered weights) at which one call fills the
+# device, and the largest number of nodes in a call.
 _CALL_FILL, _MAX_WIDTH = 2**26, 256
 
 
 @runtime_checkable
 class Plan(Protocol):
-    """How calls are made. Hashable, because it is a static argument of the compiled program."""
+    """A way to make calls.
+
+    Plans are hashable, because a plan is a static argument of the compiled program.
+    """
 
     def count_bytes(self, problem: Problem, hidden: ArrayShape) -> int:
-        """Estimate activations and temporaries in bytes.
+        """Estimate the size of activations and temporaries in bytes.
 
         Args:
-          problem: bank, split, loss.
-          hidden: the input of the layers, `[B, ...F]`. Only its shape and dtype are read.
+          problem: the bank, the split of data, and the loss.
+          hidden: the input of the first layer, `[B, ...F]`. Only its shape and dtype are read.
         """
         ...
 
     def evaluate(
         self, problem: Problem, hidden: Array, population: SortedChains
     ) -> tuple[Array, Array]:
-        """Return loss, without the layer penalty, and accuracy of sorted chains, `[P]` each.
+        """Compute loss, without the layer penalty, and accuracy of sorted chains, `[P]` each.
 
-        Results of a chain that equals the one before it are undefined.
+        The results of a chain that equals the chain before it are undefined.
 
         Args:
-          problem: bank, split, loss.
-          hidden: the input of the layers, `[B, ...F]`.
+          problem: the bank, the split of data, and the loss.
+          hidden: the input of the first layer, `[B, ...F]`.
           population: the sorted chains.
         """
         ...
@@ -64,21 +67,24 @@ def choose_plan(
 ) -> Plan:
     """Choose the plan that should be fastest for these shapes within the memory limit.
 
-    On CPU one call of a large layer keeps the cores busy. Calls of smaller layers are batched as
-    far as the cache allows: convolutions by their shared input, other layers by layer if the bank
-    is small enough that layers repeat in a block. Layers of several convolutions are called one at
-    a time. On other backends calls are wide enough to fill the device: convolutions by layer, other
-    layers with gathered weights.
+    On CPU, one call of a large layer keeps the cores busy. Calls of smaller layers are batched as
+    far as the cache allows. Convolutions are batched by their shared input. Other layers are
+    batched by layer, if the bank is small enough that layers repeat within a block. Layers with
+    several convolutions are called one at a time.
+
+    On other backends, batches are wide enough to fill the device. Convolutions are batched by
+    layer, and other layers with gathered weights.
 
     Args:
-      problem: bank, split, loss.
-      hidden: the input of the layers, `[B, ...F]`. Only its shape and dtype are read.
-      num_chains: number of chains, P.
-      memory_limit: bytes for activations and temporaries; a quarter of the device's memory if None.
-      backend: the platform, as `jax.default_backend()` names it.
+      problem: the bank, the split of data, and the loss.
+      hidden: the input of the first layer, `[B, ...F]`. Only its shape and dtype are read.
+      num_chains: the number of chains, P.
+      memory_limit: the number of bytes that activations and temporaries may take; None for a
+        quarter of the device's memory.
+      backend: the name of the platform, as returned by `jax.default_backend()`.
 
     Raises:
-      ValueError: the limit is too small for one node at a time.
+      ValueError: if the limit is too small to evaluate even one node at a time.
     """
     limit = default_memory_limit() if memory_limit is None else memory_limit
     size = nbytes(hidden)
@@ -105,7 +111,7 @@ def choose_plan(
 
 
 def _choose_on_cpu(problem: Problem, hidden: ArrayShape, num_chains: int) -> tuple[Blocks, int]:
-    """The plan without a memory limit, and the smallest block that is worth its overhead."""
+    """Return the plan without a memory limit, and the smallest block worth its overhead."""
     del num_chains
     size = nbytes(hidden)
     most_convolutions = max(count_convolutions(group, hidden) for group in problem.bank.layers)
@@ -113,14 +119,14 @@ def _choose_on_cpu(problem: Problem, hidden: ArrayShape, num_chains: int) -> tup
     width = min(16, _CALL_CACHE // size)
     widths = _SIBLINGS if has_convolution else _ladder(width) if width >= _MIN_CPU_WIDTH else (1,)
     if most_convolutions > 1:
-        # Siblings share the input of the first convolution only. The others would become grouped
-        # convolutions, which take two to five times as long.
+        # Siblings share the input of only their first convolution. The other convolutions would
+        # become grouped, which takes two to five times as long.
         widths = (1,)
     head_size = max(size, nbytes(find_outputs(problem, hidden)))
     plan = Blocks(
         max(1, min(_MAX_CPU_BLOCK, _BLOCK_CACHE // (2 * size))),
         widths,
-        # Siblings make one convolution of more channels, for any number of layers in the bank.
+        # Siblings form one convolution of more channels, whatever the number of layers in the bank.
         Share.PARENT if has_convolution else Share.LAYER,
         _ladder(min(16, _HEAD_CACHE // head_size)),
     )
@@ -130,7 +136,7 @@ def _choose_on_cpu(problem: Problem, hidden: ArrayShape, num_chains: int) -> tup
 def _choose_on_accelerator(
     problem: Problem, hidden: ArrayShape, num_chains: int
 ) -> tuple[Blocks, int]:
-    """The plan without a memory limit, and the smallest block that is worth its overhead."""
+    """Return the plan without a memory limit, and the smallest block worth its overhead."""
     has_convolution = any(count_convolutions(group, hidden) for group in problem.bank.layers)
     weights = 0 if has_convolution else max(map(find_member_bytes, problem.bank.layers))
     widths = _ladder(min(_MAX_WIDTH, _CALL_FILL // max(nbytes(hidden), weights)))
@@ -139,19 +145,19 @@ def _choose_on_accelerator(
 
 
 def choose_chunk(num_layers: int, hidden: ArrayShape, backend: str) -> int:
-    """Return how many layers to call together on an input that they share.
+    """Return the number of layers to call together on a shared input.
 
     Args:
-      num_layers: the number of layers to call.
-      hidden: their input. Only its shape and dtype are read.
-      backend: the platform, as `jax.default_backend()` names it.
+      num_layers: the number of layers to call in total.
+      hidden: the shared input. Only its shape and dtype are read.
+      backend: the name of the platform, as returned by `jax.default_backend()`.
     """
     widest = _SIBLINGS[-1] if backend == "cpu" else min(_MAX_WIDTH, _CALL_FILL // nbytes(hidden))
     return max(1, min(num_layers, widest))
 
 
 def _ladder(max_width: int) -> tuple[int, ...]:
-    """Widths `1, ..., w / 4, w`, where `w` is the largest power of two up to `max_width`."""
+    """Return widths `1, ..., w / 4, w`; `w` is the largest power of two up to `max_width`."""
     widths, width = [], _floor_power_of_2(max_width)
     while width > 1:
         widths.append(width)

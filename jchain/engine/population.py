@@ -1,4 +1,7 @@
-"""The compiled program that evaluates a population: cast, sort, spread over devices, run a plan."""
+"""The compiled program that evaluates a population.
+
+It casts the problem, sorts the chains, spreads them over devices, and runs a plan.
+"""
 
 import dataclasses
 from typing import NamedTuple
@@ -25,12 +28,12 @@ _Results = tuple[Array, Array]
 
 
 class Evaluation(NamedTuple):
-    """Losses of a population, and what they cost."""
+    """The losses and accuracies of a population, and their cost."""
 
-    loss: Float[Array, "*P"]  # [P], layer penalty included; +inf if it was not finite
-    accuracy: Float[Array, "*P"]  # [P], share of examples; 0 if the loss was not finite
-    layer_calls: Int[Array, ""]  # distinct (prefix, layer) pairs of the population
-    head_calls: Int[Array, ""]  # distinct chains
+    loss: Float[Array, "*P"]  # [P], with the layer penalty; +inf if it was not finite
+    accuracy: Float[Array, "*P"]  # [P], mean over examples; 0 if the loss was not finite
+    layer_calls: Int[Array, ""]  # number of distinct (prefix, layer) pairs of the population
+    head_calls: Int[Array, ""]  # number of distinct chains
 
     @property
     def num_nonfinite(self) -> Int[Array, ""]:
@@ -39,7 +42,7 @@ class Evaluation(NamedTuple):
 
 
 class Options(NamedTuple):
-    """Arguments that are part of the compiled program. Hashable."""
+    """The arguments that are part of the compiled program, in a hashable form."""
 
     dtype: np.dtype | None
     memory_limit: int | None
@@ -47,10 +50,11 @@ class Options(NamedTuple):
     backend: str
 
     def choose(self, problem: Problem, hidden: ArrayShape, num_chains: int) -> Plan:
-        """Return the given plan, or choose one.
+        """Return the given plan, or choose one if no plan was given.
 
         Raises:
-          ValueError: the plan, or one node at a time, needs more memory than the limit.
+          ValueError: if the given plan, or the evaluation of one node at a time, needs more memory
+            than the limit.
         """
         if self.plan is None:
             return choose_plan(problem, hidden, num_chains, self.memory_limit, self.backend)
@@ -67,12 +71,12 @@ class Options(NamedTuple):
 def evaluate_population(
     problem: Problem, chains: Int[Array, "P L"], *, options: Options
 ) -> Evaluation:
-    """Evaluate chains that are already checked.
+    """Evaluate chains that have already been checked.
 
     Args:
-      problem: bank, split, loss.
-      chains: tokens, `[P, L]`.
-      options: static; see `jchain.evaluate`.
+      problem: the bank, the split of data, and the loss.
+      chains: the tokens of the chains, `[P, L]`.
+      options: the static options; see `jchain.evaluate`.
     """
     loss, accuracy = _evaluate_together(problem, chains, options)
     loss += problem.layer_penalty(chains)
@@ -85,14 +89,16 @@ def evaluate_population(
 
 
 def cast(problem: Problem, dtype: np.dtype | None) -> Problem:
-    """Convert weights and floating-point input of a problem. Labels and layer costs are unchanged.
+    """Convert the floating-point weights and input of a problem to a dtype.
+
+    Labels and layer costs are unchanged.
 
     Args:
-      problem: the problem.
+      problem: the problem to convert.
       dtype: the dtype of weights and input; None to return the problem unchanged.
 
     Raises:
-      ValueError: a layer does not keep this dtype.
+      ValueError: if a layer does not keep this dtype.
     """
     if dtype is None:
         return problem
@@ -100,7 +106,7 @@ def cast(problem: Problem, dtype: np.dtype | None) -> Problem:
     def cast_leaf(leaf: Array) -> Array:
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-    # `replace` checks again that layers keep the shape and dtype of their input.
+    # `replace` checks again that each layer keeps the shape and dtype of its input.
     return dataclasses.replace(
         problem,
         bank=jax.tree.map(cast_leaf, problem.bank),
@@ -109,11 +115,11 @@ def cast(problem: Problem, dtype: np.dtype | None) -> Problem:
 
 
 def _evaluate_together(problem: Problem, chains: Int[Array, "P L"], options: Options) -> _Results:
-    """Loss `[P]`, without the layer penalty, and accuracy `[P]`; under `vmap` as one population.
+    """Compute loss, without the layer penalty, and accuracy; under `vmap`, as one population.
 
-    A plain vmap of `_evaluate_sorted` would batch its loops, so that it computes and copies whole
-    blocks for the slowest population, and turn each layer call into one with gathered weights: 15
-    to 30 times slower for convolutions on CPU.
+    A plain vmap of `_evaluate_sorted` would batch its loops, so that each step computes and copies
+    whole blocks until the slowest population is done. It would also turn each layer call into one
+    with gathered weights. This is 15 to 30 times slower for convolutions on CPU.
     """
 
     @jax.custom_batching.custom_vmap
@@ -143,7 +149,7 @@ def _evaluate_together(problem: Problem, chains: Int[Array, "P L"], options: Opt
 
 
 def _evaluate_sorted(problem: Problem, chains: Int[Array, "P L"], options: Options) -> _Results:
-    """Sort the chains, evaluate distinct ones, and copy the results to chains that are equal."""
+    """Sort the chains, evaluate each distinct chain, and copy its results to equal chains."""
     problem = cast(problem, options.dtype)
     hidden = problem.bank.embed(problem.data.x)
     population, source = sort_chains(chains, problem.bank.num_layers)
@@ -162,7 +168,7 @@ def _evaluate_part(
 def _evaluate_on_mesh(
     problem: Problem, hidden: Array, population: SortedChains, options: Options
 ) -> _Results:
-    """Evaluate an equal part of the sorted chains on each device; all devices get all results."""
+    """Evaluate an equal part of the chains on each device, and gather the results everywhere."""
     mesh, num_chains = problem.mesh, population.chains.shape[0]
     assert mesh is not None
     axis = mesh.axis_names[0]
@@ -179,7 +185,7 @@ def _evaluate_on_mesh(
         mesh=mesh,
         in_specs=(everywhere, everywhere, in_parts, in_parts),
         out_specs=everywhere,
-        # The check does not know that all_gather makes results equal on all devices.
+        # JAX's check cannot tell that all_gather makes the results equal on all devices.
         check_vma=False,
     )
     return jax.tree.map(lambda a: a[:num_chains], spread(problem, hidden, chains, length))

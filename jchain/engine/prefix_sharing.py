@@ -1,8 +1,8 @@
-"""Which calls a population needs: chains that share a prefix share its nodes.
+"""Find the calls that a population needs, given that chains share the nodes of their prefixes.
 
-A *node* is a distinct (prefix, layer) of the population: one layer call. In sorted chains, shared
-prefixes are adjacent: chain `i` adds exactly the nodes from the first slot in which it differs from
-chain `i - 1`.
+A *node* is a distinct (prefix, layer) pair of the population and takes one layer call. In sorted
+chains, shared prefixes are adjacent: the new nodes of chain `i` start at the first slot in which it
+differs from chain `i - 1`.
 """
 
 from typing import NamedTuple
@@ -19,17 +19,17 @@ class SortedChains(NamedTuple):
 
     chains: Int[Array, "P L"]  # [P, L]
     length: Int[Array, "P"]  # [P], number of layers
-    # [P], the first slot that differs from the previous chain; L if they are equal
+    # [P], the first slot that differs from the previous chain; L if the two chains are equal
     first_new: Int[Array, "P"]
 
 
 class Batches(NamedTuple):
-    """Rows grouped by what they call, and cut into batches of fixed widths."""
+    """Rows sorted by the group and member that they call, and cut into batches of fixed widths."""
 
-    order: Int[Array, "C"]  # [C], the rows, those with a call first
+    order: Int[Array, "C"]  # [C], indices of the rows; rows with a call come first
     position: Int[Array, "C"]  # [C], index of each row in `order`
-    # By group and width: where in `order` the batches start (entries after the last batch are
-    # undefined), and the number of batches.
+    # For each group and width: the indices in `order` at which batches start (entries after the
+    # last batch are undefined), and the number of batches.
     starts: tuple[tuple[Int[Array, "C"], ...], ...]  # [C] each
     counts: tuple[tuple[Int[Array, ""], ...], ...]
 
@@ -38,11 +38,11 @@ def sort_chains(chains: Int[Array, "P L"], num_layers: int) -> tuple[SortedChain
     """Sort chains by their tokens.
 
     Args:
-      chains: tokens, `[P, L]`.
-      num_layers: layers in the bank, N.
+      chains: the tokens of the chains, `[P, L]`.
+      num_layers: the number of layers in the bank, N.
 
     Returns:
-      The sorted chains, and for each given chain the index of the first sorted chain that equals
+      The sorted chains and, for each given chain, the index of the first sorted chain that equals
       it, `[P]`.
     """
     num_chains, num_slots = chains.shape
@@ -58,11 +58,13 @@ def sort_chains(chains: Int[Array, "P L"], num_layers: int) -> tuple[SortedChain
 
 
 def pad_to_multiple(population: SortedChains, number: int) -> SortedChains:
-    """Pad with the last chain to a multiple of `number`. Repeats have no new node: they are free.
+    """Pad chains to a multiple of `number` by repeating the last chain.
+
+    The repeated chains have no new node, so they cost nothing.
 
     Args:
-      population: sorted chains.
-      number: the number of chains becomes a multiple of this.
+      population: the sorted chains.
+      number: the number that the padded number of chains is a multiple of.
     """
     num_chains, num_slots = population.chains.shape
     num_padding = -num_chains % number
@@ -74,9 +76,9 @@ def pad_to_multiple(population: SortedChains, number: int) -> SortedChains:
 
 
 def find_first_new(chains: Int[Array, "P L"]) -> Int[Array, "P"]:
-    """Return the first slot in which each sorted chain differs from the one before it.
+    """Return the first slot in which each sorted chain differs from the chain before it.
 
-    It is 0 for the first chain, and L if the two are equal.
+    This is 0 for the first chain, and L if the two chains are equal.
     """
     num_slots = chains.shape[1]
     is_new = jnp.concatenate([jnp.ones((1, num_slots), bool), chains[1:] != chains[:-1]])
@@ -86,13 +88,13 @@ def find_first_new(chains: Int[Array, "P L"]) -> Int[Array, "P"]:
 def count_calls(
     chains: Int[Array, "P L"], num_layers: int
 ) -> tuple[Int[Array, ""], Int[Array, ""]]:
-    """Return the layer calls and head calls of evaluating a population.
+    """Count the layer calls and head calls that an evaluation of a population makes.
 
-    They are its number of distinct (prefix, layer) pairs, and its number of distinct chains.
+    They are the numbers of distinct (prefix, layer) pairs and of distinct chains.
 
     Args:
-      chains: tokens, `[P, L]`.
-      num_layers: layers in the bank, N.
+      chains: the tokens of the chains, `[P, L]`.
+      num_layers: the number of layers in the bank, N.
     """
     (_, length, first_new), _ = sort_chains(chains, num_layers)
     return jnp.sum(jnp.maximum(length - first_new, 0)), jnp.sum(first_new <= length)
@@ -105,18 +107,18 @@ def batch_rows(
     num_groups: int,
     widths: tuple[int, ...],
 ) -> Batches:
-    """Cut rows that have a call into batches of one group and one member each.
+    """Cut the rows that have a call into batches of one group and one member each.
 
-    A run of equal calls becomes as many batches of the largest width as fit, then of the next
-    width, and so on.
+    Each run of equal calls is cut into batches of the largest width until the rest of the run is
+    too short, then into batches of the next smaller width, and so on.
 
     Args:
-      is_call: which rows have a call, `[C]`.
+      is_call: whether each row has a call, `[C]`.
       group: the group that each row calls, `[C]`.
-      member: the member of that group, `[C]`. Pass the same number for all rows to let a batch mix
-        members.
+      member: the member of the group that each row calls, `[C]`. If all rows have the same number,
+        a batch may mix members.
       num_groups: the number of groups.
-      widths: sizes of batches, ascending from 1, each a multiple of the previous one.
+      widths: the sizes of batches, ascending from 1, each a multiple of the previous one.
     """
     size = is_call.shape[0]
     places = jnp.arange(size)
@@ -127,7 +129,7 @@ def batch_rows(
     run_length, is_call, group = last - first + 1, ~keys[0], keys[1]
     starts, counts = [[] for _ in range(num_groups)], [[] for _ in range(num_groups)]
     for width, wider in zip(widths, (*widths[1:], None), strict=True):
-        # Wider batches take the start of a run, so the rest is at its end.
+        # Wider batches cover the start of a run, so the rest is at its end.
         rest = run_length if wider is None else run_length % wider
         place = places - first - (run_length - rest)
         is_start = is_call & (place >= 0) & (place < rest // width * width) & (place % width == 0)

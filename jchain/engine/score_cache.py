@@ -1,10 +1,10 @@
-"""Cache of chain losses. Re-scoring a cached chain is free.
+"""A cache of chain losses, so that scoring a cached chain again is free.
 
-New chains pay for their distinct (prefix, layer) pairs, counted as by `jchain.evaluate`. The cache
-has a fixed size and works under `jit` and `vmap`. A chain is new again if the weights of one of
-its layers or its head have changed since (`Bank.versions`). Searches that continue from the
-activations of a prefix (beam search, tree search) do not use the cache: they pay for every layer
-that they apply.
+New chains cost their distinct (prefix, layer) pairs, counted as by `jchain.evaluate`. The cache has
+a fixed size and works under `jit` and `vmap`. A cached chain counts as new if the weights of one of
+its layers or of its head have changed since it was scored (`Bank.versions`). Searches that continue
+from the activations of a prefix (beam search, tree search) do not use the cache: they pay for every
+layer that they apply.
 """
 
 from typing import NamedTuple
@@ -20,21 +20,24 @@ _SIZE, _NUM_WAYS = 2**15, 8
 
 
 class ScoreCache(NamedTuple):
-    """A set-associative cache: the hash of a chain selects its set; the oldest chain is evicted."""
+    """A set-associative cache of losses.
+
+    The hash of a chain selects its set, from which the oldest chain is evicted.
+    """
 
     chains: Int[Array, "M W L"]  # [M, W, L], all -1 in an empty entry
     loss: Float[Array, "M W"]  # [M, W]
-    num_stored: Int[Array, "M"]  # [M], chains ever stored in each set
-    version: Int[Array, "M W"]  # [M, W], version of the weights of the chain when it was scored
+    num_stored: Int[Array, "M"]  # [M], number of chains ever stored in each set
+    version: Int[Array, "M W"]  # [M, W], version of the chain's weights when it was scored
 
 
 def init(problem: Problem) -> ScoreCache:
     """Create an empty cache for 32,768 chains.
 
-    A run that scores more chains pays again for chains that were evicted.
+    A run that scores more chains pays again for the chains that were evicted.
 
     Args:
-      problem: the problem, which gives the number of slots of a chain.
+      problem: the problem, whose `max_layers` gives the number of slots of a chain.
     """
     shape = (_SIZE // _NUM_WAYS, _NUM_WAYS)
     return ScoreCache(
@@ -48,20 +51,21 @@ def init(problem: Problem) -> ScoreCache:
 def evaluate_cached(
     cache: ScoreCache, problem: Problem, chains: Int[Array, "P L"]
 ) -> tuple[ScoreCache, Float[Array, "P"], Int[Array, ""]]:
-    """Return losses of chains from the cache, and evaluate those that are new.
+    """Look up the losses of chains in the cache, and evaluate the chains that are new.
 
     Args:
-      cache: the cache.
-      problem: bank, split, loss.
-      chains: tokens, `[P, L]`.
+      cache: the losses of the chains that were scored before.
+      problem: the bank, the split of data, and the loss.
+      chains: the tokens of the chains, `[P, L]`.
 
     Returns:
-      The cache with these chains stored, their losses `[P]`, and the layer calls of the new ones.
+      The cache with these chains stored, their losses `[P]`, and the layer calls that the new
+      chains cost.
     """
     version = _add_versions(problem, chains)
     place, is_match = _find(cache, chains, version)
     is_known = is_match.any(axis=1)
-    # Replace cached chains with a head alone, which costs no layer call.
+    # Replace cached chains with a chain of only a head, which costs no layer call.
     new = jnp.where(is_known[:, None], problem.space.head_alone[None], chains)
     out = evaluate(problem, new)
     known = jnp.where(is_match, cache.loss[place], 0.0).sum(axis=1)
@@ -70,18 +74,21 @@ def evaluate_cached(
 
 
 def is_cached(cache: ScoreCache, problem: Problem, chains: Int[Array, "P L"]) -> Bool[Array, "P"]:
-    """Return which chains are in the cache with their current weights, `[P]`.
+    """Return whether each chain is in the cache with its current weights, `[P]`.
 
     Args:
-      cache: the cache.
-      problem: the problem, whose bank holds the versions of the weights.
-      chains: tokens, `[P, L]`.
+      cache: the losses of the chains that were scored before.
+      problem: the problem, whose bank has the versions of the weights.
+      chains: the tokens of the chains, `[P, L]`.
     """
     return _find(cache, chains, _add_versions(problem, chains))[1].any(axis=1)
 
 
 def _add_versions(problem: Problem, chains: Int[Array, "P L"]) -> Int[Array, "P"]:
-    """Version of each chain. Versions never decrease, so a sum is equal only if all terms are."""
+    """Add up the versions of the tokens of each chain.
+
+    Versions never decrease, so the sum stays the same only if every version stays the same.
+    """
     if problem.bank.versions is None:
         return jnp.zeros(chains.shape[:1], jnp.int32)
     return jnp.where(chains >= 0, problem.bank.versions[jnp.maximum(chains, 0)], 0).sum(axis=1)
@@ -90,7 +97,7 @@ def _add_versions(problem: Problem, chains: Int[Array, "P L"]) -> Int[Array, "P"
 def _find(
     cache: ScoreCache, chains: Int[Array, "P L"], version: Int[Array, "P"]
 ) -> tuple[Int[Array, "P"], Bool[Array, "P W"]]:
-    """The set of each chain, and which entry of the set holds the chain."""
+    """Return the set of each chain, and which entry of the set holds the chain."""
     place = _hash(chains) % cache.loss.shape[0]
     is_same = (cache.chains[place] == chains[:, None]).all(axis=-1)
     return place, is_same & (cache.version[place] == version[:, None])
@@ -104,11 +111,11 @@ def _store(
     loss: Float[Array, "P"],
     is_new: Bool[Array, "P"],
 ) -> ScoreCache:
-    """The cache with the new chains stored."""
+    """Store the new chains in the cache."""
     num_sets, num_ways = cache.loss.shape
     is_earlier = jnp.tri(chains.shape[0], k=-1, dtype=bool)
     is_new &= ~((chains[:, None] == chains[None]).all(axis=-1) & is_earlier).any(axis=1)
-    # Several new chains of one set take consecutive entries. Those that do not fit are not stored.
+    # New chains of the same set take consecutive entries; chains that do not fit are not stored.
     rank = ((place[:, None] == place[None]) & is_earlier & is_new[None]).sum(axis=1)
     row = jnp.where(is_new & (rank < num_ways), place, num_sets)
     way = (cache.num_stored[place] + rank) % num_ways
@@ -121,7 +128,7 @@ def _store(
 
 
 def _hash(chains: Int[Array, "P L"]) -> Int[Array, "P"]:
-    """FNV-1a hash of the tokens, with the high bits folded into the low ones."""
+    """Compute the FNV-1a hash of the tokens, with the high bits folded into the low bits."""
     value = jnp.full(chains.shape[:1], 2166136261, jnp.uint32)
     for token in chains.T.astype(jnp.uint32):
         value = (value ^ token) * jnp.uint32(16777619)

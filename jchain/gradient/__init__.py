@@ -1,4 +1,4 @@
-"""What the gradient of a chain predicts about its edits, and statistics of layer gradients."""
+"""Gradient-based predictions of the edits of a chain, and statistics of layer gradients."""
 
 from jchain.gradient import layer_report, trends
 from jchain.gradient.edit_scores import (

@@ -1,10 +1,10 @@
-"""Predict the change of loss of each edit of a chain from its gradient.
+"""Predict the change of loss of each edit of a chain from the chain's gradient.
 
 This takes one forward pass of the chain, one backward pass of a few vector-Jacobian products, and
 one call of each candidate layer at each slot. The layers after a candidate are not applied again.
-At slot `t` the chain has layer `f_t` with input `h_t`. A candidate `f_b` changes the input of the
-next slot by `f_b(h_t) - f_t(h_t)`. To first order, it changes the outputs by the Jacobian of all
-later layers times this difference.
+At slot `t`, the chain has layer `f_t` with input `h_t`. A candidate `f_b` changes the input of the
+next slot by `f_b(h_t) - f_t(h_t)`. To first order, the outputs change by the Jacobian of all later
+layers times this difference.
 """
 
 from functools import partial
@@ -38,22 +38,27 @@ from jchain.problem import Problem
 from jchain.pytree import is_concrete
 
 KINDS = ("linearized", "activations", "weights", "nearest")
-# Most examples on which joint moves are predicted.
+# The largest number of examples that predictions of joint moves use.
 _MAX_ROWS = 128
 
 
 class EditScores(NamedTuple):
-    """Predicted change of loss of each edit of a chain, with the layer penalty; nan if unknown."""
+    """The predicted change of loss of each edit of a chain.
 
-    # [L, N], layer b replaces the one at slot t; 0 for that layer itself, nan without a layer
+    Scores include the layer penalty. They are nan if they are unknown.
+    """
+
+    # [L, N], layer b replaces the layer at slot t; 0 if they are the same layer, nan if the slot
+    # has no layer
     swap: Float[Array, "L N"]
-    # [L, N], layer b is inserted before slot t; nan after the head, and if the chain is full
+    # [L, N], layer b is inserted before slot t; nan after the head and if the chain is full
     insert: Float[Array, "L N"]
-    # [L], nan without a layer, and if the chain has only `Problem.min_layers` layers
+    # [L], the layer at slot t is deleted; nan if the slot has no layer or the chain has only
+    # `Problem.min_layers` layers
     delete: Float[Array, "L"]
-    head: Float[Array, "K"]  # [K], head k replaces the one of the chain; exact
-    loss: Float[Array, ""]  # of the chain itself
-    layer_calls: Int[Array, ""]  # cost of the scores
+    head: Float[Array, "K"]  # [K], head k replaces the chain's head; exact
+    loss: Float[Array, ""]  # the loss of the chain itself, with the layer penalty
+    layer_calls: Int[Array, ""]  # the cost of the scores
 
     @property
     def flat(self) -> Float[Array, "M"]:
@@ -72,18 +77,20 @@ class EditScores(NamedTuple):
 def swap_scores(
     problem: Problem, chain: ChainsLike, kind: str = "linearized"
 ) -> Float[Array, "L N"]:
-    """Predicted change of loss of putting layer `b` at slot `t`: `score_edits(...).swap`.
+    """Predict the change of loss when layer `b` replaces the layer at slot `t`.
+
+    This is short for `score_edits(problem, chain, kind).swap`.
 
     Args:
-      problem: bank, split, loss.
-      chain: tokens, `[L]`; checked unless traced.
-      kind: a kind of `score_edits`.
+      problem: the bank, the split of data, and the loss.
+      chain: the tokens of the chain, `[L]`. They are checked unless they are traced.
+      kind: the kind of score; see `score_edits`.
 
     Returns:
-      `[L, N]`; 0 for the layer of the chain itself, nan if unknown.
+      The scores, `[L, N]`: 0 for the chain's own layer, nan if unknown.
 
     Raises:
-      ValueError: as for `score_edits`.
+      ValueError: for the same reasons as `score_edits`.
     """
     return score_edits(problem, chain, kind).swap
 
@@ -96,42 +103,45 @@ def score_edits(
     learning_rate: float = 1e-2,
     num_products: int | None = None,
 ) -> EditScores:
-    """Predicted change of loss of every chain that is one edit away.
+    """Predict the change of loss of every edit of a chain.
 
-    Kinds of scores, with `R` vector-Jacobian products along the chain:
+    There are four kinds of scores, where `R` is the number of vector-Jacobian products that are
+    pulled back along the chain:
 
-    - `"linearized"`: the loss of the outputs plus their first-order change. `R` is `num_products`,
-      or by default the number of outputs of an example if that is at most 64, else 17. With fewer
-      products than outputs, the method depends on the loss. For a softmax over the classes of one
-      label, each of the likeliest other classes has a product for its margin over the label, and
-      the remaining classes share one (for `C` classes, `C - 1` products cover all). For other
-      losses, the loss is expanded to second order in the outputs (Gauss-Newton). The Hessian is an
-      expectation over samples: labels drawn from the softmax for cross-entropy (Fisher), otherwise
-      random signs (Hutchinson), which take two products each.
-    - `"activations"`: first order in activations, `<dL/dh_{t+1}, f_b(h_t) - f_t(h_t)>`. `R = 1`.
-    - `"weights"`: first order in weights, `<dL/dW_t, W_b - W_t>`, for swaps of layers that share a
-      module; nan for other edits.
-    - `"nearest"`: as `"weights"`, plus `|W_b - W_t|^2 / (2 learning_rate)`. This ranks layers by
+    - `"linearized"` evaluates the loss at the outputs plus their first-order change. `R` is
+      `num_products`; by default it is the number of outputs of an example if that is at most 64,
+      else 17. With fewer products than outputs, the method depends on the loss. For a softmax with
+      one class label per example, each of the likeliest other classes has a product for its margin
+      over the label, and the remaining classes share one (for `C` classes, `C - 1` products cover
+      all). Any other loss is expanded to second order in the outputs (Gauss-Newton). Its Hessian is
+      an expectation over samples: labels drawn from the softmax for cross-entropy (Fisher),
+      otherwise random signs (Hutchinson), which take two products each.
+    - `"activations"` expands the loss to first order in the activations:
+      `<dL/dh_{t+1}, f_b(h_t) - f_t(h_t)>`, with `R = 1`.
+    - `"weights"` expands the loss to first order in the weights: `<dL/dW_t, W_b - W_t>`. It scores
+      swaps of layers that share a module; the scores of other edits are nan.
+    - `"nearest"` adds `|W_b - W_t|^2 / (2 learning_rate)` to `"weights"`. This ranks layers by
       their distance to the weights after a step of gradient descent, `W_t - learning_rate dL/dW_t`.
 
     For a chain of `D` layers, the first two kinds cost `(2 + R) D` layer calls, plus `N` for each
-    of the `D` slots, plus `N` more if the chain is not full. The last two cost `4 D`. This works
-    under `jit` and `vmap`; a `vmap` runs one chain after another.
+    of the `D` slots, plus `N` more if the chain is not full. The last two kinds cost `4 D` layer
+    calls. The function works under `jit` and `vmap`; a `vmap` runs one chain after another.
 
     Scores are nan in three cases: for a layer whose outputs are not finite, for edits before a
     layer whose gradient is exactly 0 (such as one that rounds), and for all edits if the loss of
     the chain itself is not finite.
 
     Args:
-      problem: bank, split, loss.
-      chain: tokens, `[L]`; checked unless traced.
-      kind: one of the above.
-      learning_rate: step size of `"nearest"`.
-      num_products: number of vector-Jacobian products of `"linearized"`; None for the default.
+      problem: the bank, the split of data, and the loss.
+      chain: the tokens of the chain, `[L]`. They are checked unless they are traced.
+      kind: one of the four kinds above.
+      learning_rate: the step size for `"nearest"`.
+      num_products: the number of vector-Jacobian products for `"linearized"`; None for the default
+        described above.
 
     Raises:
-      ValueError: `chain` is invalid for this bank, the kind is unknown, activations (or weights, if
-        the kind needs their gradient) are not floating-point, a layer or head cannot be
+      ValueError: if `chain` is invalid for this bank, the kind is unknown, activations (or weights,
+        if the kind needs their gradient) are not floating-point, a layer or head cannot be
         differentiated, a number is not positive, or there are too few products.
     """
     chain = _check(problem, chain, kind, num_products)
@@ -149,20 +159,21 @@ def score_edits(
 
 
 def weight_gradients(problem: Problem, chain: ChainsLike) -> Float[Array, "L W"]:
-    """The gradient of the loss by the weights of the layer at each slot.
+    """Compute the gradient of the loss with respect to the weights of the layer at each slot.
 
     This costs four layer calls per layer.
 
     Args:
-      problem: bank, split, loss. All layers must share one module.
-      chain: tokens, `[L]`; checked unless traced.
+      problem: the bank, the split of data, and the loss. All layers must share one module.
+      chain: the tokens of the chain, `[L]`. They are checked unless they are traced.
 
     Returns:
-      `[L, W]`, the leaves of a layer's params flattened and concatenated; nan for slots without a
-      layer.
+      The gradients, `[L, W]`: each row holds the leaves of a layer's params, flattened and
+      concatenated. Rows of slots without a layer are nan.
 
     Raises:
-      ValueError: the layers have several modules, or as for `score_edits`.
+      ValueError: if the layers have more than one module, and for the same reasons as
+        `score_edits`.
     """
     chain = _check(problem, chain, "weights")
     weight_space.only_group(problem.bank)
@@ -184,25 +195,25 @@ def score_moves(
     members: tuple[Int[Array, "_"], ...] | None = None,
     num_products: int | None = None,
 ) -> tuple[EditScores, JointMoves]:
-    """Linearized scores, and joint moves made of the best swaps of each slot.
+    """Compute linearized edit scores, and joint moves that combine the best swaps of each slot.
 
-    Joint moves cost no further layer calls.
+    Joint moves cost no additional layer calls.
 
     Args:
-      problem: bank, split, loss.
-      chain: tokens, `[L]`; checked unless traced.
-      num_best: swaps of each slot that joint moves are made of, at most N.
-      num_pairs: pairs to return, at most `(L num_best)^2`.
-      members: for each group of the bank's layers, the places of the layers to score; None for all
-        layers. Scores of other layers are nan.
-      num_products: as for `score_edits`.
+      problem: the bank, the split of data, and the loss.
+      chain: the tokens of the chain, `[L]`. They are checked unless they are traced.
+      num_best: the number of swaps of each slot from which joint moves are built, at most N.
+      num_pairs: the number of pairs of swaps to return, at most `(L num_best)^2`.
+      members: for each group of the bank's layers, the indices within the group of the layers to
+        score; None for all layers. Scores of other layers are nan.
+      num_products: the number of vector-Jacobian products; see `score_edits`.
 
     Returns:
       The edit scores and the joint moves.
 
     Raises:
-      ValueError: a number is not positive or too large, places are out of range, or as for
-        `score_edits`.
+      ValueError: if a number is not positive or is too large, indices in `members` are out of
+        range, and for the same reasons as `score_edits`.
     """
     chain = _check(problem, chain, "linearized", num_products)
     num_layers, most_pairs = problem.bank.num_layers, (chain.size * num_best) ** 2
@@ -244,13 +255,14 @@ def _check_members(problem: Problem, members: tuple[Array, ...]) -> None:
 
 
 def choose_products(problem: Problem) -> int | None:
-    """The `num_products` of a search, which scores many chains.
-
-    Returns 2 for a softmax over classes (one product for the likeliest class besides the label, one
-    for all others), else None.
+    """Choose `num_products` for a search, which scores many chains.
 
     Args:
-      problem: its loss and outputs decide.
+      problem: the problem, whose loss and outputs determine the number.
+
+    Returns:
+      2 for a softmax over classes (one product for the likeliest class other than the label, and
+      one for all remaining classes), else None.
     """
     outputs = jax.eval_shape(
         lambda x: problem.bank.heads[0].apply(0, problem.bank.embed(x)), problem.data.x
@@ -269,7 +281,10 @@ def _check(
 
 
 def _check_gradients(problem: Problem, kind: str) -> None:
-    """Raise ValueError if gradients do not exist. Called while tracing, as it is slow."""
+    """Raise ValueError if gradients do not exist.
+
+    This check is slow, so it is called only while the scores are traced.
+    """
     bank = problem.bank
     hidden = jax.eval_shape(bank.embed, problem.data.x)
     if not jnp.issubdtype(hidden.dtype, jnp.floating):
@@ -314,7 +329,7 @@ def _score(
 ) -> tuple[EditScores, JointMoves | None]:
     _check_gradients(problem, kind)
 
-    # A plain vmap would gather the weights of each layer, and compute both sides of each branch.
+    # A plain vmap would gather the weights of each layer and compute both sides of each branch.
     @jax.custom_batching.sequential_vmap
     def score(
         problem: Problem, chain: Array, learning_rate: Array, members: tuple[Array, ...]
@@ -346,7 +361,7 @@ def _score_by_outputs(
 ) -> tuple[EditScores, JointMoves | None]:
     forward = forward_pass(problem, chain)
     predictor, vjps = compute_head_vjps(problem, chain, forward, static.kind, static.num_products)
-    # Samples stand for a mean over all examples, so none may be left out.
+    # Samples represent a mean over all examples, so no example may be left out.
     stride = 1 if predictor.is_sampled else -(-problem.data.x.shape[0] // _MAX_ROWS)
     rows = slice(None, None, stride)
     step_fn = partial(score_slot, problem, forward.length, members, predictor, rows, static)
@@ -376,15 +391,15 @@ def add_layer_penalty(
     scores: tuple[Array, Array, Array],
     layer_calls: Array,
 ) -> EditScores:
-    """The edit scores of a chain, from scores of swaps, insertions, and deletions without penalty.
+    """Add the layer penalty to the scores of a chain, and return them as `EditScores`.
 
     Args:
-      problem: its `layer_cost` gives the layer penalty.
-      chain: tokens, `[L]`.
-      forward: the forward pass of the chain, which has the exact scores of heads.
-      scores: scores of swaps `[L, N]`, insertions `[L, N]`, and deletions `[L]`, without the layer
-        penalty; not finite if unknown.
-      layer_calls: cost of the scores.
+      problem: the problem, whose `layer_cost` gives the layer penalty.
+      chain: the tokens of the chain, `[L]`.
+      forward: the forward pass of the chain, which gives the exact scores of heads.
+      scores: the scores of swaps `[L, N]`, insertions `[L, N]`, and deletions `[L]`, without the
+        layer penalty; not finite if unknown.
+      layer_calls: the cost of the scores in layer calls.
     """
     num_layers = problem.bank.num_layers
     swap, insert, delete = scores

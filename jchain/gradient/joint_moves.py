@@ -1,4 +1,4 @@
-"""Moves of several swaps: to first order, their changes of the outputs of a chain add up."""
+"""Moves of several swaps, whose changes of a chain's outputs add up to first order."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,29 +11,31 @@ from jchain.problem import Problem
 
 
 class JointMoves(NamedTuple):
-    """Several swaps at once, predicted from one pass.
+    """Moves that make several swaps at once, predicted from one pass over the chain.
 
-    If an example has at most 64 outputs, at most 128 evenly spaced examples are used.
+    Predictions use at most 128 evenly spaced examples, or all examples if the Hessian of the loss
+    is sampled (see `jchain.gradient.score_edits`).
     """
 
     token: Int[Array, "L m"]  # [L, m], the most promising layers at each slot, best first
-    # [L, m, b, R], the change that each makes in the R products of the outputs; nan without a swap
+    # [L, m, b, R], the change that each swap makes in the R products of the outputs; nan if there
+    # is no such swap
     change: Float[Array, "L m b R"]
-    # [L, L], the chain with 1, 2, ... swaps; each swap is the best one given those before it
+    # [L, L], the chain with 1, 2, ... swaps; each swap is the best one given the swaps before it
     greedy: Int[Array, "L L"]
     # [L], predicted change of loss, with the layer penalty; nan if no slot is left
     greedy_score: Float[Array, "L"]
-    # [Q, L], the chain with the best pairs of these swaps at different slots, best first
+    # [Q, L], the chain with each of the best pairs of these swaps at different slots, best first
     pairs: Int[Array, "Q L"]
-    # [Q], predicted change of loss, with the layer penalty; nan without a pair
+    # [Q], predicted change of loss, with the layer penalty; nan if there is no such pair
     pair_score: Float[Array, "Q"]
 
 
 class _Greedy(NamedTuple):
-    """A greedy move while it is built."""
+    """A greedy move that is under construction."""
 
     chain: Int[Array, "L"]
-    is_left: Bool[Array, "S"]  # swaps of slots that are not changed yet
+    is_left: Bool[Array, "S"]  # whether the slot of each swap is still unchanged
     change: Float[Array, "b R"]  # change of the outputs by the swaps so far
     penalty: Float[Array, ""]  # change of the layer penalty by the swaps so far
 
@@ -41,16 +43,18 @@ class _Greedy(NamedTuple):
 def keep_best(
     problem: Problem, swap: Float[Array, "N"], change: Float[Array, "N b R"], num_best: int
 ) -> tuple[Int[Array, "m"], Float[Array, "m b R"]]:
-    """The most promising swaps of one slot: their layers, and the changes they make in the outputs.
+    """Keep the most promising swaps of one slot.
 
     Args:
-      problem: its `layer_cost` gives the layer penalty.
-      swap: predicted change of loss of each swap, `[N]`, without the layer penalty; nan if unknown.
+      problem: the problem, whose `layer_cost` gives the layer penalty.
+      swap: the predicted change of loss of each swap, `[N]`, without the layer penalty; nan if
+        unknown.
       change: the change that each swap makes in the products of the outputs, `[N, b, R]`.
-      num_best: swaps to keep, m.
+      num_best: the number of swaps to keep, m.
 
     Returns:
-      Tokens `[m]` and changes `[m, b, R]`, best first. Changes are nan without a known swap.
+      The tokens `[m]` of the swaps and the changes `[m, b, R]` that they make, best first. If fewer
+      than m swaps have known scores, the changes of the others are nan.
     """
     penalty = jnp.broadcast_to(problem.layer_cost, swap.shape)
     score, token = jax.lax.top_k(
@@ -67,17 +71,17 @@ def join(
     predict_fn: Callable[[Array], Array],
     num_pairs: int,
 ) -> JointMoves:
-    """The most promising pairs of swaps, and greedy moves of 1, 2, ... swaps.
+    """Find the most promising pairs of swaps, and greedy moves of 1, 2, ... swaps.
 
     Args:
-      problem: its `layer_cost` gives the layer penalty.
+      problem: the problem, whose `layer_cost` gives the layer penalty.
       chain: the chain before the moves, `[L]`.
-      token: the swaps that moves are made of, `[L, m]`.
-      change: the change that each makes in the products of the outputs, `[L, m, b, R]`; nan without
-        a swap.
-      predict_fn: from a change of the products, `[b, R]`, to the change of loss, without the layer
-        penalty.
-      num_pairs: pairs to return, Q.
+      token: the tokens of the swaps from which moves are built, `[L, m]`.
+      change: the change that each swap makes in the products of the outputs, `[L, m, b, R]`; nan if
+        there is no such swap.
+      predict_fn: a function from a change of the products, `[b, R]`, to the change of loss, without
+        the layer penalty.
+      num_pairs: the number of pairs to return, Q.
     """
     num_slots, num_best = token.shape
     cost = jnp.broadcast_to(problem.layer_cost, (problem.bank.num_layers,))
@@ -89,7 +93,7 @@ def join(
     flat = jnp.where(is_swap[:, None, None], flat, 0.0)
 
     def predict(made: Array, made_penalty: Array) -> Float[Array, "S"]:
-        """Predicted change of loss of each swap together with a change that is already made."""
+        """Predict the change of loss of each swap on top of a change that is already made."""
         loss = jax.vmap(lambda one: predict_fn(made + one))(flat) + made_penalty + penalty
         return jnp.where(jnp.isfinite(loss), loss, jnp.inf)
 

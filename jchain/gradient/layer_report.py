@@ -1,8 +1,8 @@
 """Weights, gradients, importance, and empirical Fisher information of each layer of a chain.
 
 Importance is `|w dL/dw|`, the first-order change of loss when a weight is set to 0 (Mozer and
-Smolensky 1989; Molchanov et al. 2017, arXiv:1611.06440). The empirical Fisher is the mean over
-examples of the squared gradient of an example's loss.
+Smolensky 1989; Molchanov et al. 2017, arXiv:1611.06440). The empirical Fisher information is the
+mean over examples of the squared gradient of an example's loss.
 """
 
 from collections.abc import Callable
@@ -19,37 +19,37 @@ from jchain.chain import ChainsLike
 from jchain.data import Batch
 from jchain.problem import Problem, upcast
 
-# Examples whose gradients are in memory at the same time.
+# The number of examples whose gradients are in memory at the same time.
 _CHUNK = 8
 
 T = TypeVar("T")
 
 
 class TensorReport(NamedTuple):
-    """One tensor of one layer: arrays of its shape."""
+    """The report of one tensor of a layer, as arrays of the tensor's shape."""
 
     weights: Float[np.ndarray, "..."]
-    gradient: Float[np.ndarray, "..."]  # of the loss of the split
-    # Mean over examples of the squared gradient of an example's loss.
+    gradient: Float[np.ndarray, "..."]  # the gradient of the loss of the split
+    # the mean over examples of the squared gradient of an example's loss
     fisher: Float[np.ndarray, "..."]
 
     @property
     def importance(self) -> Float[np.ndarray, "..."]:
-        """The size of the first-order change of loss when a weight is set to 0."""
+        """The absolute first-order change of loss when a weight is set to 0."""
         return np.abs(self.weights * self.gradient)
 
 
 class LayerReport(NamedTuple):
-    """One layer of a chain."""
+    """The report of one layer of a chain."""
 
     slot: int
-    name: str  # of the token; its number if the bank has no names
-    tensors: dict[str, TensorReport]  # by path, such as `Dense_0/kernel`
+    name: str  # the name of the layer, or its token if the bank has no names
+    tensors: dict[str, TensorReport]  # tensors by path, such as `Dense_0/kernel`
 
     def reduce(self) -> dict[str, dict[str, float]]:
-        """Numbers for each tensor by path, and for the whole layer under `""`.
+        """Summarize each tensor, keyed by its path, and the whole layer, keyed by `""`.
 
-        `weights` and `gradient` are root mean squares, `importance` and `fisher` are sums.
+        `weights` and `gradient` are root mean squares; `importance` and `fisher` are sums.
         """
         parts = {path: [tensor] for path, tensor in self.tensors.items()} | {
             "": [*self.tensors.values()]
@@ -58,17 +58,17 @@ class LayerReport(NamedTuple):
 
 
 def report_layers(problem: Problem, chain: ChainsLike) -> list[LayerReport]:
-    """A report of each layer of a chain, first to last.
+    """Report on each layer of a chain, from first to last.
 
     The gradient of each example's loss is computed, for 8 examples at a time. This costs three
     layer calls per layer, made on batches of one example.
 
     Args:
-      problem: bank, split, loss.
-      chain: tokens, `[L]`.
+      problem: the bank, the split of data, and the loss.
+      chain: the tokens of the chain, `[L]`.
 
     Raises:
-      ValueError: `chain` is invalid for this bank, or its loss is not finite.
+      ValueError: if `chain` is invalid for this bank, or its loss is not finite.
     """
     bank = problem.bank
     tokens = problem.space.validate(chain)
@@ -120,7 +120,7 @@ def _take_params(bank: Bank, token: int) -> PyTree:
 def _differentiate(
     problem: Problem, owns: list[PyTree], route: tuple[int, ...]
 ) -> tuple[Array, list[PyTree], list[PyTree]]:
-    """Loss, its gradients by the weights of each layer, and their empirical Fisher."""
+    """Compute the loss, and each layer's weight gradient and empirical Fisher information."""
     bank = problem.bank
     head, head_params = bank.find(route[-1])[0], _take_params(bank, route[-1])
 
@@ -140,7 +140,7 @@ def _differentiate(
 
 
 def _mean_over_examples(fn: Callable[[Batch], T], data: Batch) -> T:
-    """The mean of `fn(example)`, computed for `_CHUNK` examples at a time."""
+    """Compute the mean of `fn(example)`, for `_CHUNK` examples at a time."""
 
     def add(total: T, example: Batch) -> tuple[T, None]:
         return jax.tree.map(jnp.add, total, fn(example)), None

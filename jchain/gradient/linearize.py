@@ -1,4 +1,4 @@
-"""Forward pass of a chain, backward scan over its slots, and scores of all layers at one slot."""
+"""The forward pass of a chain, a backward scan over its slots, and scores of layers at a slot."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,11 +21,11 @@ T = TypeVar("T")
 
 
 class ForwardPass(NamedTuple):
-    """Activations and losses of one chain."""
+    """The activations and losses of one chain."""
 
     length: Int[Array, ""]  # number of layers
     hidden: Shaped[Array, "L B ..."]  # [L, B, ...F], the input of each slot
-    loss: Float[Array, ""]  # without the layer penalty
+    loss: Float[Array, ""]  # the loss of the chain, without the layer penalty
     heads: Float[Array, "K"]  # [K], the loss with each head, without the layer penalty
 
 
@@ -39,14 +39,15 @@ class Slot(NamedTuple):
 
 
 def check_chain(problem: Problem, chain: ChainsLike) -> Int[Array, "L"]:
-    """One chain of a problem as an array. Tokens are checked unless they are traced.
+    """Return one chain of a problem as an array.
 
     Args:
-      problem: its bank and `max_layers` define valid chains.
-      chain: tokens, `[L]`.
+      problem: the problem, whose bank and `max_layers` define which chains are valid.
+      chain: the tokens of the chain, `[L]`. They are checked unless they are traced.
 
     Raises:
-      ValueError: the chain is invalid for this bank, or has another number of slots.
+      ValueError: if the chain is invalid for this bank, or its number of slots is not
+        `max_layers + 1`.
     """
     if is_concrete(chain):
         chain = validate(chain, problem.bank.num_layers, problem.bank.num_heads)
@@ -59,11 +60,13 @@ def check_chain(problem: Problem, chain: ChainsLike) -> Int[Array, "L"]:
 
 
 def forward_pass(problem: Problem, chain: Int[Array, "L"]) -> ForwardPass:
-    """Apply a chain to the split. This costs one layer call per layer.
+    """Apply a chain to the split.
+
+    This costs one layer call per layer.
 
     Args:
-      problem: bank, split, loss.
-      chain: tokens, `[L]`.
+      problem: the bank, the split of data, and the loss.
+      chain: the tokens of the chain, `[L]`.
     """
     bank = problem.bank
     length = problem.space.count_layers(chain)
@@ -90,13 +93,13 @@ def scan_backward(
     """Scan over the first `num_slots` slots of a chain, from the last to the first.
 
     Args:
-      step_fn: `(carry, slot) -> (carry, output)`; the carry keeps its structure, shapes, and
-        dtypes.
-      init: carry after the last of these slots.
-      chain: tokens, `[L]`.
+      step_fn: a function `(carry, slot) -> (carry, output)`. The carry must keep its structure,
+        shapes, and dtypes.
+      init: the carry with which the scan starts, at the last of these slots.
+      chain: the tokens of the chain, `[L]`.
       forward: the forward pass of the chain.
-      num_slots: the other slots leave the carry unchanged. Their outputs are nan, or 0 for
-        integers.
+      num_slots: the number of slots to visit. The other slots leave the carry unchanged, and their
+        outputs are nan, or 0 for integers.
 
     Returns:
       The outputs of all slots, stacked along a leading axis `L`.
@@ -114,10 +117,10 @@ def scan_backward(
 
 
 def all_members(bank: Bank) -> tuple[Int[Array, "_"], ...]:
-    """For each group of a bank's layers, the places of all its layers.
+    """Return the indices of all layers within each group of a bank's layers.
 
     Args:
-      bank: the layers.
+      bank: the bank with the layers.
     """
     return tuple(jnp.arange(len(group.tokens)) for group in bank.layers)
 
@@ -132,11 +135,12 @@ def map_layers(
     """Score the output of each layer for one input.
 
     Args:
-      score: from the output of one layer, `[B, ...F]`, to a pytree of floats.
-      bank: the layers.
-      members: for each group of the bank's layers, the places of the layers to score.
-      hidden: the input, `[B, ...F]`.
-      chunk: layers that are applied at the same time.
+      score: a function from the output of one layer, `[B, ...F]`, to a pytree of floats.
+      bank: the bank with the layers.
+      members: for each group of the bank's layers, the indices within the group of the layers to
+        score.
+      hidden: the input of the layers, `[B, ...F]`.
+      chunk: the number of layers that are applied at the same time.
 
     Returns:
       The scores with a leading axis `N`, in the order of tokens; nan for layers that are not in
@@ -166,24 +170,25 @@ def map_layers(
 
 
 def full_nan(shape: jax.ShapeDtypeStruct) -> Array:
-    """An array of nan, or of 0 for integers, with this shape and dtype."""
+    """Return an array of nan, or of 0 for integers, with the given shape and dtype."""
     return jnp.full(
         shape.shape, jnp.nan if jnp.issubdtype(shape.dtype, jnp.floating) else 0, shape.dtype
     )
 
 
 def keeps_gradient(before: Array, after: Array) -> Bool[Array, ""]:
-    """Whether a layer passes on a gradient: False if its vjp is all 0 and its cotangents are not.
+    """Return whether a layer passes its gradient on to its input.
 
-    Zeros before such a layer would be wrong as scores.
+    It does not if the vector-Jacobian products at its input are all 0, but the cotangents at its
+    output are not. Scores before such a layer would be 0, which is wrong.
 
     Args:
-      before: vector-Jacobian products at the layer's input.
-      after: the cotangents at its output.
+      before: the vector-Jacobian products at the layer's input.
+      after: the cotangents at the layer's output.
     """
     return jnp.any(before != 0) | ~jnp.any(after != 0)
 
 
 def flatten_rows(array: Shaped[Array, "B ..."]) -> Shaped[Array, "B R"]:
-    """Each row as one vector."""
+    """Flatten each row into one vector."""
     return array.reshape(array.shape[0], -1)

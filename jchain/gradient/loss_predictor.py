@@ -18,22 +18,23 @@ from jchain.engine.layer_calls import apply_token, count_examples_per_call, map_
 from jchain.gradient.linearize import ForwardPass
 from jchain.problem import Problem, upcast
 
-# Up to `_MAX_OUTPUTS` outputs per example, each has its own row of the Jacobian. With more,
-# `_NUM_WIDE` vjps are used.
+# With up to `_MAX_OUTPUTS` outputs per example, the default number of vjps is the number of
+# outputs. With more outputs, it is `_NUM_WIDE`.
 _MAX_OUTPUTS, _NUM_WIDE = 64, 17
-# Seed for the samples of wide outputs. Constant, so that the scores of a chain are the same in
-# every process.
+# The seed for the samples of wide outputs. It is constant, so that the scores of a chain are the
+# same in every process.
 _SAMPLE_SEED = 0
 
 
 class LossPredictor(NamedTuple):
-    """How to predict the change of the loss from a change of the outputs."""
+    """A way to predict the change of the loss from a change of the outputs."""
 
-    num_products: int  # R, vector-Jacobian products
-    # From the index of a product to its cotangent, in the shape of the outputs, at least float32.
+    num_products: int  # the number of vector-Jacobian products, R
+    # maps the index of a product to its cotangent, which has the shape of the outputs and is at
+    # least float32
     cotangent_fn: Callable[[Array], Array]
-    # From the dot products of the vjps with a change of activations, `[B, R]`, to the change of
-    # loss.
+    # maps the dot products of the vjps with a change of activations, `[B, R]`, to the change of
+    # loss
     predict_fn: Callable[[Array], Array]
     is_sampled: bool = False  # whether the cotangents are samples for a mean over all examples
 
@@ -45,21 +46,21 @@ def compute_head_vjps(
     kind: str,
     num_products: int | None,
 ) -> tuple[LossPredictor, Float[Array, "R B ..."]]:
-    """The loss predictor of a chain, and its vjps at the input of the head, `[R, B, ...F]`.
+    """Compute the loss predictor of a chain, and its vjps at the head's input, `[R, B, ...F]`.
 
-    Examples go through the head in parts if the outputs would be large, unless each output or class
-    has its own vjp.
+    If the outputs would be large, examples go through the head in parts, unless each output or
+    class has its own vjp.
 
     Args:
-      problem: bank, split, loss.
-      chain: tokens, `[L]`.
+      problem: the bank, the split of data, and the loss.
+      chain: the tokens of the chain, `[L]`.
       forward: the forward pass of the chain.
-      kind: `"linearized"` or `"activations"`.
-      num_products: as for `make_loss_predictor`.
+      kind: the kind of scores, `"linearized"` or `"activations"`.
+      num_products: the number of vjps; see `make_loss_predictor`.
 
     Raises:
-      ValueError: there are too few products, or activations are float16, in which the gradient of a
-        mean over many labels underflows.
+      ValueError: if there are too few products, or activations are float16, in which the gradient
+        of a mean over many labels underflows.
     """
     hidden = forward.hidden[forward.length]
     if hidden.dtype == jnp.float16:
@@ -74,7 +75,7 @@ def compute_head_vjps(
     ) -> tuple[LossPredictor, Array]:
         outputs, vjp_fn = jax.vjp(head, hidden)
         predictor = make_loss_predictor(part, outputs, kind, num_products, share, key)
-        # One at a time: cotangents of wide outputs are the largest arrays here.
+        # Compute one vjp at a time: cotangents of wide outputs are the largest arrays here.
         return predictor, jax.lax.map(
             lambda i: vjp_fn(predictor.cotangent_fn(i).astype(outputs.dtype))[0],
             jnp.arange(predictor.num_products),
@@ -104,19 +105,19 @@ def make_loss_predictor(
     share: float = 1.0,
     key: Array | None = None,
 ) -> LossPredictor:
-    """The loss predictor of `jchain.gradient.score_edits` for the first two kinds of scores.
+    """Make the loss predictor for the first two kinds of scores of `score_edits`.
 
     Args:
-      problem: holds the examples of the outputs.
-      outputs: outputs of the head. Shape and dtype are enough if no cotangent is made and no output
-        has its own vjp.
-      kind: `"linearized"` or `"activations"`.
-      num_products: number of vjps; None for a default that depends on the outputs.
-      share: share of all examples that these are.
-      key: for samples.
+      problem: the problem, whose split has the examples of the outputs.
+      outputs: the outputs of the head. Their shape and dtype are enough if no cotangent is computed
+        and no output has its own vjp.
+      kind: the kind of scores, `"linearized"` or `"activations"`.
+      num_products: the number of vjps; None for a default that depends on the outputs.
+      share: the fraction of all examples that are in `problem`.
+      key: the PRNG key of the samples; None for a constant key.
 
     Raises:
-      ValueError: there are too few products.
+      ValueError: if there are too few products.
     """
     if isinstance(outputs, jax.Array):
         outputs = upcast(outputs)
@@ -157,20 +158,21 @@ def _is_sampled(problem: Problem, outputs: Any, num_products: int | None) -> boo
 
 
 def has_classes(problem: Problem, outputs: Any) -> bool:
-    """Whether the loss is a softmax cross-entropy with one label per example.
+    """Return whether the loss is a softmax cross-entropy with one label per example.
 
     Args:
-      problem: its `loss_fn` decides.
-      outputs: outputs of a head, or their shape and dtype.
+      problem: the problem with the loss.
+      outputs: the outputs of a head, or only their shape and dtype.
     """
     is_softmax = problem.loss_fn is optax.softmax_cross_entropy_with_integer_labels
     return is_softmax and len(outputs.shape) == 2 and outputs.shape[1] > 1
 
 
 def _predict_from_classes(problem: Problem, logits: Array, num_products: int) -> LossPredictor:
-    """A softmax loss depends on the margins of the other classes over the label.
+    """Predict a softmax loss from the margins of the other classes over the label.
 
-    The likeliest classes have a vjp each. The others share one, for their softmax-weighted mean.
+    The likeliest of the other classes have one vjp each. The remaining classes share one, for their
+    softmax-weighted mean.
     """
     label = problem.data.y[:, None]
     num_classes = logits.shape[1]
@@ -224,7 +226,10 @@ def _predict_from_labels(
     num_samples: int,
     num_labels: float,
 ) -> LossPredictor:
-    """Second order; the Hessian in expectation over labels sampled from the softmax (Fisher)."""
+    """Predict to second order, with the Hessian as a mean over labels sampled from the softmax.
+
+    In expectation, this is the Fisher information.
+    """
 
     def sample(i: Array) -> Array:
         label = jax.random.categorical(jax.random.fold_in(key, i), outputs)
@@ -245,7 +250,10 @@ def _predict_from_labels(
 def _predict_from_signs(
     outputs: Any, grad_fn: Callable[[Array], Array], key: Array, num_samples: int
 ) -> LossPredictor:
-    """Second order; the Hessian in expectation over random signs (Hutchinson), two vjps each."""
+    """Predict to second order, with the Hessian as a mean over random signs (Hutchinson).
+
+    Each sample takes two vjps.
+    """
 
     def sample(i: Array) -> Array:
         sign_key = jax.random.fold_in(key, i % num_samples)

@@ -1,4 +1,4 @@
-"""Scores of the edits of one slot, and the step of the backward scan that makes them."""
+"""Scores of the edits of one slot, and the backward-scan step that computes them."""
 
 from functools import partial
 from typing import NamedTuple
@@ -17,20 +17,20 @@ from jchain.problem import Problem
 
 
 class StaticArgs(NamedTuple):
-    """What a scan over slots compiles for: the static arguments of `score_edits`."""
+    """The static arguments of a scan over slots."""
 
     kind: str
     num_products: int | None
-    num_best: int  # 0 for no joint moves
+    num_best: int  # 0 to predict no joint moves
     num_pairs: int
     backend: str
 
 
 class Carry(NamedTuple):
-    """The backward pass after a slot."""
+    """The state of the backward pass at the output of a slot."""
 
-    vjps: Float[Array, "R B ..."]  # [R, B, ...F], at the output of the slot
-    is_known: Bool[Array, ""]  # False once a layer has lost the gradient
+    vjps: Float[Array, "R B ..."]  # [R, B, ...F], the vjps at the output of the slot
+    is_known: Bool[Array, ""]  # False if the gradient was lost in a later layer
 
 
 class SlotScores(NamedTuple):
@@ -39,7 +39,7 @@ class SlotScores(NamedTuple):
     swap: Float[Array, "*L N"]
     insert: Float[Array, "*L N"]
     delete: Float[Array, "*L"]
-    best: tuple[Array, Array] | None  # of `keep_best`; None if no joint moves are wanted
+    best: tuple[Array, Array] | None  # result of `keep_best`; None if no joint moves are predicted
 
 
 def score_slot(
@@ -54,17 +54,19 @@ def score_slot(
 ) -> tuple[Carry, SlotScores]:
     """Score the edits of one slot, and pull the vjps back through its layer.
 
-    A step of `jchain.gradient.linearize.scan_backward`, except for the first six arguments.
+    With its first six arguments bound, this is a step of
+    `jchain.gradient.linearize.scan_backward`.
 
     Args:
-      problem: bank, split, loss.
-      length: number of layers of the chain.
-      members: for each group of the bank's layers, the places of the layers to score.
+      problem: the bank, the split of data, and the loss.
+      length: the number of layers of the chain.
+      members: for each group of the bank's layers, the indices within the group of the layers to
+        score.
       predictor: the loss predictor of the chain.
-      rows: examples on which joint moves are predicted.
+      rows: the examples on which joint moves are predicted.
       static: the static arguments.
-      carry: the backward pass after the slot.
-      slot: the slot.
+      carry: the state of the backward pass at the output of the slot.
+      slot: the slot to score.
     """
     bank, predict_fn = problem.bank, predictor.predict_fn
     vjps, is_known = carry
@@ -96,7 +98,7 @@ def score_slot(
 def _pull_back(
     groups: tuple[LayerGroup, ...], token: Array, hidden: Array, rows: Float[Array, "R B ..."]
 ) -> Float[Array, "R B ..."]:
-    """The vjps at the input of a layer, from those at its output."""
+    """Compute the vjps at the input of a layer from the vjps at its output."""
     vjp_fn = jax.vjp(partial(apply_token, groups, token), hidden)[1]
     return jax.vmap(lambda row: vjp_fn(row)[0])(rows)
 

@@ -1,9 +1,9 @@
-"""Trends of weight gradients: running means and variances by context, over many chains.
+"""Trends of weight gradients: running means and variances over many chains, in several contexts.
 
 For each weight index, the gradient of the loss is averaged (Welford 1962) over all slots and
-chains, by slot, by the layer before, and by the layer itself. The interface is functional, as in
-optax: `init` makes a state, and `update` adds one chain. A trend scores swaps without a gradient of
-the chain at hand, so without layer calls.
+chains, and also separately for each slot, for each preceding layer, and for each layer itself. The
+interface is functional, as in optax: `init` makes a state, and `update` adds one chain. Trends
+score swaps without the gradient of the chain that is edited, and so without layer calls.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from jchain.problem import Problem
 
 
 class Moments(NamedTuple):
-    """Mean and variance of the gradient of each weight index, in each context."""
+    """The mean and variance of the gradient of each weight index in each context."""
 
     num_seen: Float[Array, "C"]  # [C], number of gradients
     mean: Float[Array, "C W"]  # [C, W]
@@ -33,12 +33,15 @@ class Moments(NamedTuple):
 
 
 class Trends(NamedTuple):
-    """Moments by context. The `W` weights are the flattened leaves of a layer's params."""
+    """Moments in four kinds of contexts.
 
-    everywhere: Moments  # one context
-    slot: Moments  # D contexts, the slot of the layer
-    before: Moments  # N + 1 contexts, the layer before it; the last one is the stem
-    layer: Moments  # N contexts, the layer itself
+    The `W` weights are the flattened leaves of a layer's params.
+    """
+
+    everywhere: Moments  # a single context
+    slot: Moments  # D contexts: the slot of the layer
+    before: Moments  # N + 1 contexts: the preceding layer, where the last context is the stem
+    layer: Moments  # N contexts: the layer itself
 
 
 class _Row(NamedTuple):
@@ -50,13 +53,14 @@ class _Row(NamedTuple):
 
 
 def init(problem: Problem) -> Trends:
-    """The state before the first chain.
+    """Create the state before the first chain.
 
     Args:
-      problem: its layers must share one module.
+      problem: the problem, whose layers must share one module.
 
     Raises:
-      ValueError: the layers have several modules, whose weights have no indices in common.
+      ValueError: if the layers have more than one module, because their weights then have no
+        indices in common.
     """
     num_weights = stack_weights(problem).shape[1]
 
@@ -69,17 +73,17 @@ def init(problem: Problem) -> Trends:
 
 
 def update(trends: Trends, problem: Problem, chain: ChainsLike) -> Trends:
-    """Add the gradients of one chain. This costs four layer calls per layer.
+    """Add the gradients of one chain.
 
-    A chain with a gradient that is not finite is left out.
+    This costs four layer calls per layer. A chain whose gradients are not all finite is left out.
 
     Args:
       trends: the state so far.
-      problem: bank, split, loss.
-      chain: tokens, `[L]`.
+      problem: the bank, the split of data, and the loss.
+      chain: the tokens of the chain, `[L]`.
 
     Raises:
-      ValueError: as for `jchain.gradient.weight_gradients`.
+      ValueError: for the same reasons as `jchain.gradient.weight_gradients`.
     """
     gradients = weight_gradients(problem, chain)[:-1]
     tokens, slots = jnp.asarray(chain)[:-1], jnp.arange(problem.max_layers)
@@ -115,22 +119,23 @@ def _add(moments: Moments, context: Array, gradient: Array, is_seen: Array) -> M
 def score_swaps(
     trends: Trends, problem: Problem, chain: ChainsLike, context: str = "slot"
 ) -> Float[Array, "L N"]:
-    """Predicted change of loss of putting layer `b` at slot `t`, `<mean, W_b - W_t>`.
+    """Predict the change of loss when layer `b` replaces the layer at slot `t`.
 
-    As `jchain.swap_scores` with `kind="weights"`, but with the mean gradient of a context instead
-    of the gradient of this chain. The layer penalty is included. This costs no layer calls.
+    The score is `<mean, W_b - W_t>`, plus the change of the layer penalty. This is like
+    `jchain.swap_scores` with `kind="weights"`, except that it uses the mean gradient of a context
+    instead of the gradient of this chain, and so costs no layer calls.
 
     Args:
-      trends: of the bank of the problem.
-      problem: bank and `layer_cost`.
-      chain: the chain whose layers are swapped, `[L]`.
-      context: `"everywhere"`, `"slot"`, `"before"`, or `"layer"`.
+      trends: the trends of the problem's bank.
+      problem: the problem with the bank and the `layer_cost`.
+      chain: the tokens of the chain whose layers are swapped, `[L]`.
+      context: the kind of context: `"everywhere"`, `"slot"`, `"before"`, or `"layer"`.
 
     Returns:
-      `[L, N]`; nan for slots without a layer, and for contexts without gradients.
+      The scores, `[L, N]`; nan for slots without a layer and for contexts without gradients.
 
     Raises:
-      ValueError: the context is unknown, or `chain` is invalid for this bank.
+      ValueError: if the context is unknown, or `chain` is invalid for this bank.
     """
     if context not in Trends._fields:
         raise ValueError(f"expected a context of {', '.join(Trends._fields)}, got {context!r}")
@@ -154,13 +159,13 @@ def score_swaps(
 
 
 def stack_weights(problem: Problem) -> Float[Array, "N W"]:
-    """The weights of each layer in one row, in the order of tokens.
+    """Stack the weights of all layers, one row per layer, in the order of tokens.
 
     Args:
-      problem: its layers must share one module.
+      problem: the problem, whose layers must share one module.
 
     Raises:
-      ValueError: the layers have several modules.
+      ValueError: if the layers have more than one module.
     """
     group = only_group(problem.bank)
     rows = jnp.concatenate([flatten_rows(leaf) for leaf in jax.tree.leaves(group.params)], axis=1)

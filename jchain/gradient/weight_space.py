@@ -1,4 +1,4 @@
-"""Gradients of the loss by the weights of a chain's layers, and first-order scores of swaps."""
+"""Gradients of the loss with respect to layer weights, and first-order scores of swaps."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,20 +23,22 @@ from jchain.problem import Problem
 
 
 class _Carry(NamedTuple):
-    """The backward pass after a slot."""
+    """The state of the backward pass at the output of a slot."""
 
-    cotangent: Shaped[Array, "B ..."]  # [B, ...F], gradient of the loss by the output of the slot
-    is_known: Bool[Array, ""]  # False once a layer has lost the gradient
+    # [B, ...F], the gradient of the loss with respect to the output of the slot
+    cotangent: Shaped[Array, "B ..."]
+    is_known: Bool[Array, ""]  # False if the gradient was lost in a later layer
 
 
 def only_group(bank: Bank) -> LayerGroup:
-    """The group of all layers of a bank with one module.
+    """Return the only group of layers of a bank.
 
     Args:
-      bank: the layers.
+      bank: the bank, whose layers must share one module.
 
     Raises:
-      ValueError: the layers have several modules, whose weights have no indices in common.
+      ValueError: if the layers have more than one module, because their weights then have no
+        indices in common.
     """
     if len(bank.layers) != 1:
         raise ValueError(f"expected layers of one module, got {len(bank.layers)}")
@@ -46,16 +48,16 @@ def only_group(bank: Bank) -> LayerGroup:
 def flatten_gradients(
     problem: Problem, chain: Int[Array, "L"], forward: ForwardPass
 ) -> Float[Array, "L W"]:
-    """The gradient of the loss by the weights of the layer at each slot.
+    """Compute the gradient of the loss with respect to the weights of the layer at each slot.
 
     Args:
-      problem: bank, split, loss. All layers must share one module.
-      chain: tokens, `[L]`.
+      problem: the bank, the split of data, and the loss. All layers must share one module.
+      chain: the tokens of the chain, `[L]`.
       forward: the forward pass of the chain.
 
     Returns:
-      `[L, W]`, the leaves of a layer's gradient flattened and concatenated; nan for slots without a
-      layer, and if the gradient is unknown.
+      The gradients, `[L, W]`: each row holds the leaves of a layer's gradient, flattened and
+      concatenated. Rows are nan if the slot has no layer or its gradient is unknown.
     """
 
     def flatten(group: LayerGroup, own: PyTree, gradient: PyTree) -> Array:
@@ -70,13 +72,14 @@ def score_swaps(
     forward: ForwardPass,
     learning_rate: Float[Array, ""] | None = None,
 ) -> Float[Array, "L N"]:
-    """Scores of swaps, `<dL/dW_t, W_b - W_t>`; nan if unknown.
+    """Score swaps by `<dL/dW_t, W_b - W_t>`; nan if unknown.
 
     Args:
-      problem: bank, split, loss.
-      chain: tokens, `[L]`.
+      problem: the bank, the split of data, and the loss.
+      chain: the tokens of the chain, `[L]`.
       forward: the forward pass of the chain.
-      learning_rate: adds `|W_b - W_t|^2 / (2 learning_rate)`; None to leave it out.
+      learning_rate: the step size in the additional term `|W_b - W_t|^2 / (2 learning_rate)`; None
+        to leave this term out.
     """
     dtype = jnp.promote_types(jnp.float32, forward.hidden.dtype)
 
@@ -107,7 +110,7 @@ def _scan_gradients(
     forward: ForwardPass,
     read_fn: Callable[[LayerGroup, PyTree, PyTree], Array],
 ) -> Float[Array, "L ..."]:
-    """`read_fn(group, weights, gradient)` at each slot; nan if the gradient is unknown."""
+    """Return `read_fn(group, weights, gradient)` at each slot, or nan if it is unknown."""
     bank = problem.bank
     (cotangent,) = compute_head_vjps(problem, chain, forward, "activations", None)[1]
     group_of, member_of = locate(bank.layers)

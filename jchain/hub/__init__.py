@@ -1,4 +1,4 @@
-"""Pretrained transformers as banks.
+"""Pretrained transformers as banks of their blocks.
 
 `load` reads a Hugging Face checkpoint folder, `load_many` reads several, and `export` writes a
 chain as a checkpoint. `jchain.hub.architecture` explains how to add a model family.

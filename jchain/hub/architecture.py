@@ -1,11 +1,16 @@
-"""What a model family describes: the modules of a model, and the names of their params in a file.
+"""The description of a model: its modules, and the names of their params in a file.
 
-To add a family, write a module like `jchain.hub.gpt2`. It needs Flax modules `Stem`, `Block` and
-`Head` whose params have the names and shapes of the tensors in the file, `MODEL_TYPES` (the values
-of `model_type` that it supports), and `make_architecture(config)`, which asks for every option that
-changes an output and returns an `Architecture`. Then add the module's name to `FAMILIES` in
-`jchain/files.py`, so that checkpoints and saved banks find it, and a case to
-`tests/hub/test_parity.py`, which compares its outputs with those of transformers.
+To add a model family, write a module like `jchain.hub.gpt2`. It must define:
+
+- Flax modules `Stem`, `Block`, and `Head`, whose params have the names and shapes of the tensors in
+  the file;
+- `MODEL_TYPES`, the values of `model_type` that the module supports;
+- `make_architecture(config)`, which reads every option that changes an output and returns an
+  `Architecture`.
+
+Then add the module's name to `FAMILIES` in `jchain/files.py`, so that checkpoints and saved banks
+find it. Also add a case to `tests/hub/test_parity.py`, which compares the outputs of the family
+with those of transformers.
 """
 
 from collections.abc import Mapping
@@ -22,29 +27,30 @@ class Architecture(NamedTuple):
 
     The params of a block are named as in the file, after `prefix` and `block_prefix`. The params of
     the stem and of the head are found through `stem_names` and `head_names`, which map each child
-    module (or param that belongs to no child) to its name in the file. A name that starts with a
-    slash is complete without the slash; `prefix` is added to the others.
+    module (or param that belongs to no child) to its name in the file. `prefix` is prepended to
+    these names, except to a name that starts with a slash, which is used without the slash.
 
     Attributes:
       stem: the embeddings.
-      blocks: in the order of the model.
+      blocks: the blocks, in the order of the model.
       head: the last norm and the output layer.
       prefix: start of all tensor names except those of the output layer. Files that were saved
-        without an output layer may omit it.
-      block_prefix: start of the tensor names of a block, after `prefix`; `{}` is the block's index.
-      stem_names: from each child of the stem to its name in the file.
-      head_names: from each child of the head to its name in the file. With tied embeddings the
-        output layer has the name of the embeddings.
-      unused_tensors: buffers that older files contain and that are ignored; `{}` is the index of
-        a block.
-      depth_option: the option of the config that counts the blocks.
-      options_per_block: options of the config that list one entry for each block, with the
-        entries of this model.
+        without an output layer may omit this prefix.
+      block_prefix: start of the tensor names of a block, after `prefix`; `{}` stands for the
+        block's index.
+      stem_names: map from each child of the stem to its name in the file.
+      head_names: map from each child of the head to its name in the file. If embeddings are tied,
+        the output layer has the name of the embeddings.
+      unused_tensors: names of buffers that older files contain and that are ignored; `{}` stands
+        for the index of a block.
+      depth_option: name of the config option that holds the number of blocks.
+      options_per_block: config options that list one entry for each block, with the entries of
+        this model.
       is_tied_by_default: whether embeddings are tied if the config does not set
         `tie_word_embeddings`.
-      vocab_size: number of tokens that the stem knows; None for models of images.
+      vocab_size: number of tokens in the vocabulary; None for models of images.
       example_shape: shape of an input that the stem accepts.
-      example_dtype: dtype of such an input.
+      example_dtype: dtype of an input that the stem accepts.
     """
 
     stem: nn.Module

@@ -1,6 +1,6 @@
-"""Assemble the bank of one or several models.
+"""The assembly of a bank from one or several models.
 
-Layers are stacked blocks, the stem is the embeddings, and heads are output layers.
+The layers are the stacked blocks, the stem is the embeddings, and the heads are the output layers.
 """
 
 from typing import NamedTuple
@@ -26,20 +26,19 @@ class Source(NamedTuple):
     name: str
     weights: Weights
     architecture: Architecture
-    names: ModelNames  # the tensor of each param
+    names: ModelNames  # maps each param to the name of its tensor
 
 
 def assemble_bank(sources: list[Source], dtype: DTypeLike | None, pinned: tuple[int, int]) -> Bank:
-    """Assemble the bank of all models, which have the same architecture.
+    """Assemble one bank from all models, which must have the same architecture.
 
     Args:
       sources: the models, at least one.
-      dtype: of the weights; that of the files if None.
-      pinned: how many blocks are pinned at the beginning and at the end.
+      dtype: dtype of the weights; if None, the dtype of the files.
+      pinned: numbers of blocks to pin at the beginning and at the end.
 
     Raises:
-      ValueError: no block is left that is not pinned, or weights have several dtypes or one that is
-        not supported.
+      ValueError: if all blocks are pinned, or if weights have several dtypes or an unsupported one.
     """
     architecture = sources[0].architecture
     depth = len(architecture.blocks)
@@ -52,7 +51,7 @@ def assemble_bank(sources: list[Source], dtype: DTypeLike | None, pinned: tuple[
     features = find_shapes(architecture).features
     reader = WeightReader(_choose_dtype(sources, dtype))
 
-    # The heads first: tied embeddings then share the memory of the stacked heads.
+    # Heads are read first, so that tied embeddings share the memory of the stacked heads.
     head, head_params = _read_heads(reader, sources, free.stop, features)
     stem, stem_params = _read_stem(reader, sources, free.start)
     has_restarts = isinstance(stem, Entries)
@@ -75,7 +74,7 @@ def assemble_bank(sources: list[Source], dtype: DTypeLike | None, pinned: tuple[
 
 
 def _choose_dtype(sources: list[Source], dtype: DTypeLike | None) -> np.dtype:
-    """The dtype of all weights, from the tensors that are read."""
+    """Choose the dtype of all weights from the dtypes of the tensors to read."""
     found = {
         source.weights.dtypes[name]
         for source in sources
@@ -88,7 +87,7 @@ def _choose_dtype(sources: list[Source], dtype: DTypeLike | None) -> np.dtype:
 def _read_heads(
     reader: WeightReader, sources: list[Source], stop: int, features: int
 ) -> tuple[nn.Module, PyTree]:
-    """The module and the stacked params of all heads, with the pinned blocks from `stop` on."""
+    """Read the heads as one module and stacked params, with the pinned blocks from `stop` on."""
     architecture = sources[0].architecture
     pinned = architecture.blocks[stop:]
     if len(sources) == 1 and not pinned:
@@ -103,7 +102,7 @@ def _read_heads(
 
 
 def _read_stem(reader: WeightReader, sources: list[Source], start: int) -> tuple[nn.Module, PyTree]:
-    """The module and the params of the stem, with the pinned blocks before `start`.
+    """Read the module and the params of the stem, with the pinned blocks before `start`.
 
     The module is `Entries` if the embeddings or pinned blocks of the models differ.
     """
@@ -124,8 +123,8 @@ def _read_stem(reader: WeightReader, sources: list[Source], start: int) -> tuple
 
 
 def _make_entry(architecture: Architecture, num_pinned: int, source: str) -> Entry:
-    """Embeddings and the first blocks of a model."""
-    # Clones, as Flax gives one module that is used twice only one set of params.
+    """Make the module of a model's embeddings and its pinned first blocks."""
+    # The modules are cloned, because Flax makes only one set of params for a module used twice.
     blocks = tuple(block.clone() for block in architecture.blocks[:num_pinned])
     return Entry(architecture.stem.clone(), blocks, source)
 
@@ -133,7 +132,7 @@ def _make_entry(architecture: Architecture, num_pinned: int, source: str) -> Ent
 def _stack_layers(
     reader: WeightReader, sources: list[Source], free: range, features: int, *, is_within: bool
 ) -> list[LayerGroup]:
-    """The blocks of all models that are not pinned, one group for each module."""
+    """Stack the blocks of all models that are not pinned, in one group for each module."""
     blocks = sources[0].architecture.blocks
     layers = []
     for module in dict.fromkeys(blocks[i] for i in free):
@@ -148,7 +147,7 @@ def _stack_layers(
 
 
 def _make_restarts(layers: list[LayerGroup], num_sources: int, features: int) -> LayerGroup:
-    """One restart for each model except the first, with the tokens after those of all blocks."""
+    """Make one restart for each model except the first; their tokens follow those of all blocks."""
     num_blocks = sum(len(group.tokens) for group in layers)
     dtype = jax.tree.leaves(layers[0].params)[0].dtype
     shares = jnp.eye(num_sources - 1, dtype=dtype)
@@ -159,7 +158,7 @@ def _make_restarts(layers: list[LayerGroup], num_sources: int, features: int) ->
 def _name_tokens(
     sources: list[Source], free: range, *, has_restarts: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names and origins of all tokens."""
+    """List the names and the origins of all tokens."""
     architecture = sources[0].architecture
     depth, family = len(architecture.blocks), architecture.stem.__module__.rpartition(".")[2]
     tokens = [
@@ -182,7 +181,7 @@ def _name_tokens(
 def _find_parents(
     num_sources: int, num_free: int, *, has_restarts: bool
 ) -> tuple[tuple[int, ...], ...]:
-    """The original models as chains: a restart if the model needs one, its blocks, its head."""
+    """List the original models as chains: a restart if one is needed, the blocks, and the head."""
     num_blocks = num_sources * num_free
     num_layers = num_blocks + (num_sources - 1 if has_restarts else 0)
     return tuple(
@@ -196,7 +195,7 @@ def _find_parents(
 
 
 def _join_names(part: dict[str, TensorNames], blocks: list[TensorNames]) -> TensorNames:
-    """The tensors of an `Entry` or an `Exit`, by the paths of its params."""
+    """Map the path of each param of an `Entry` or an `Exit` to the name of its tensor."""
     children = part | {f"blocks_{i}": names for i, names in enumerate(blocks)}
     return {
         f"{child}/{path}": name for child, names in children.items() for path, name in names.items()
@@ -204,6 +203,6 @@ def _join_names(part: dict[str, TensorNames], blocks: list[TensorNames]) -> Tens
 
 
 def _is_same(params: PyTree, other: PyTree) -> bool:
-    """Whether two trees of params have the same values."""
+    """Check whether two trees of params have the same values."""
     pairs = zip(jax.tree.leaves(params), jax.tree.leaves(other), strict=True)
     return all(np.array_equal(a, b) for a, b in pairs)

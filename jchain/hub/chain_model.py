@@ -14,41 +14,41 @@ from jchain.hub.wrapping import Entries, Entry, Exit, Restart, Within
 
 
 class ModelBlock(NamedTuple):
-    """A block of a chain, and where it comes from."""
+    """A block of a chain, with the model that it comes from."""
 
-    source: str  # name of its model
-    position: int  # index of the block in that model
+    source: str  # name of the model
+    position: int  # index of the block in the model
     module: nn.Module
     params: PyTree
 
 
 class ChainModel(NamedTuple):
-    """The model that a chain computes, without wrapped modules and unused embeddings."""
+    """The model that a chain computes, with no wrapped modules or unused embeddings."""
 
-    stem: PyTree  # params
+    stem: PyTree  # params of the embeddings
     blocks: list[ModelBlock]
-    head: PyTree  # params
+    head: PyTree  # params of the last norm and the output layer
     stem_source: str  # name of the model that the embeddings come from
     head_source: str  # name of the model that the output layer comes from
 
     @property
     def dtype(self) -> str:
-        """The dtype of the weights, by the name that NumPy and torch share."""
+        """The dtype of the weights, under the name that NumPy and PyTorch share."""
         return jax.tree.leaves(self.blocks[0].params)[0].dtype.name
 
 
 def unfold_chain(bank: Bank, tokens: Sequence[int], depth: int) -> ChainModel:
     """Make the model that a chain computes.
 
-    Layers before a restart have no effect and are left out. Pinned blocks are included.
+    Layers before a restart have no effect and are omitted. Pinned blocks are included.
 
     Args:
-      bank: from `load` or `load_many`.
-      tokens: the chain, without padding.
+      bank: a bank that `load` or `load_many` returned.
+      tokens: tokens of the chain, without padding.
       depth: number of blocks of the models that the bank was loaded from.
 
     Raises:
-      ValueError: a layer of the chain is not a block or a restart from `load` or `load_many`.
+      ValueError: if a layer of the chain is not a block or a restart from `load` or `load_many`.
     """
     entry, blocks = _unfold_layers(bank, tokens[:-1])
     head_source = bank.names[tokens[-1]].rpartition("/")[0]
@@ -63,7 +63,7 @@ def unfold_chain(bank: Bank, tokens: Sequence[int], depth: int) -> ChainModel:
 
 
 def _unfold_layers(bank: Bank, tokens: Sequence[int]) -> tuple[int, list[ModelBlock]]:
-    """Which model's embeddings the layers start from, and the blocks that are applied to them."""
+    """Find the index of the model whose embeddings the layers start from, and list the blocks."""
     entry, blocks = 0, []
     for token in tokens:
         module, params = bank.find(token)[0].module, bank.get_params(token)
@@ -77,7 +77,7 @@ def _unfold_layers(bank: Bank, tokens: Sequence[int]) -> tuple[int, list[ModelBl
 
 
 def _find_entry(params: PyTree, name: str) -> int:
-    """The index of the model whose embeddings a restart selects."""
+    """Find the index of the model whose embeddings a restart selects."""
     shares = np.asarray(params["shares"], np.float32)
     if sorted(shares) != [0.0] * (len(shares) - 1) + [1.0]:
         raise ValueError(
@@ -87,9 +87,10 @@ def _find_entry(params: PyTree, name: str) -> int:
 
 
 def _unfold_stem(bank: Bank, entry: int, head_source: str) -> tuple[list[ModelBlock], PyTree, str]:
-    """Pinned first blocks, params of the embeddings, and the name of their model.
+    """List the pinned first blocks, the params of the embeddings, and the name of their model.
 
-    The stem of a bank of one model has no name: the model is that of the head.
+    If the stem does not record the name of its model, all models have the same embeddings, which
+    are attributed to the model of the head.
     """
     stem, params = bank.stem, bank.stem_params
     if isinstance(stem, Entries):
@@ -102,7 +103,7 @@ def _unfold_stem(bank: Bank, entry: int, head_source: str) -> tuple[list[ModelBl
 def _unfold_pinned(
     source: str, start: int, module: Entry | Exit, params: PyTree
 ) -> list[ModelBlock]:
-    """The pinned blocks of a stem or a head, whose indices in the model begin at `start`."""
+    """List the pinned blocks of a stem or a head, whose indices in the model begin at `start`."""
     return [
         ModelBlock(source, start + i, block, params[f"blocks_{i}"])
         for i, block in enumerate(module.blocks)
@@ -110,13 +111,13 @@ def _unfold_pinned(
 
 
 def parse_block_name(name: str) -> tuple[str, int]:
-    """Parse the name of a block: the name of its model, and its index in the model.
+    """Parse the name of a block into the name of its model and its index in the model.
 
     Args:
-      name: such as `model/3`, or `model/3+14` for a copy.
+      name: name of a block, such as `model/3`, or `model/3+14` for a copy.
 
     Raises:
-      ValueError: it is not the name of a block.
+      ValueError: if `name` is not the name of a block.
     """
     found = re.fullmatch(r"(.+)/(\d+)(\+\d+)*", name)
     if found is None:

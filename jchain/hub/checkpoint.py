@@ -1,4 +1,4 @@
-"""Checkpoint folders in the format of Hugging Face: config.json and safetensors files.
+"""Checkpoint folders in the format of Hugging Face, with config.json and safetensors files.
 
 The tensors are in one file, or in several files (shards) with an index.
 """
@@ -16,39 +16,39 @@ import numpy as np
 JsonObject = dict[str, Any]
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-# The dtypes that can be read, from their name in a file to NumPy's name.
+# The dtypes that can be read: a map from the name in a file to the name in NumPy.
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-# Bytes that are read at a time when two tensors are compared.
+# Number of bytes that are read at a time when two tensors are compared.
 _CHUNK_SIZE = 1 << 24
 
 
 class Checkpoint:
-    """The tensors of a checkpoint folder by name, read on demand.
+    """The tensors of a checkpoint folder, which are read by name on demand.
 
     Attributes:
-      path: the folder.
-      config: the content of its config.json.
-      shapes: from the name of each tensor to its shape.
-      dtypes: from the name of each tensor to its dtype, by NumPy's name if it is
-        supported, else by the name in the file.
+      path: the checkpoint folder.
+      config: content of the folder's config.json.
+      shapes: map from the name of each tensor to its shape.
+      dtypes: map from the name of each tensor to the name of its dtype: the name in NumPy if the
+        dtype is supported, or else the name in the file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open the files of a folder and read their headers.
 
         Args:
-          path: the folder.
+          path: the checkpoint folder.
 
         Raises:
-          FileNotFoundError: the folder or one of its files is missing.
-          ValueError: a file is damaged, or the index does not match the shards.
+          FileNotFoundError: if the folder or one of its files is missing.
+          ValueError: if a file is damaged, or the index does not match the shards.
         """
         self.path = Path(path)
         self.config = read_json(self.path / CONFIG)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self._offsets: dict[str, tuple[Path, int]] = {}
-        # Like transformers: a single file has precedence over shards, which may be older.
+        # As in transformers, a single file takes precedence over shards, which may be older.
         index = {} if (self.path / WEIGHTS).exists() else self._read_index()
         for file_name in sorted(set(index.values())) if index else [WEIGHTS]:
             self._read_header(file_name)
@@ -63,12 +63,12 @@ class Checkpoint:
         """Read a tensor into an array.
 
         Args:
-          name: of the tensor.
-          row: contiguous array of the tensor's shape. If its dtype differs from the tensor's,
-            the values are converted.
+          name: name of the tensor.
+          row: contiguous array of the tensor's shape, which is overwritten. If its dtype differs
+            from the tensor's, the values are converted.
 
         Raises:
-          ValueError: the file became shorter after it was opened.
+          ValueError: if the file became shorter after it was opened.
         """
         if row.dtype.name != self.dtypes[name]:
             stored = np.empty(row.shape, jnp.dtype(self.dtypes[name]))
@@ -76,17 +76,18 @@ class Checkpoint:
             row[...] = stored.astype(row.dtype)
             return
         path, start = self._offsets[name]
-        # Not through a memory map, whose pages would stay in memory in addition to the array.
+        # The pages of a memory map would stay in memory in addition to the array, so the file is
+        # read without one.
         with open(path, "rb") as file:
             file.seek(start)
             if file.readinto(row.reshape(-1).view(np.uint8).data) != row.nbytes:
                 raise ValueError(f"{path} is truncated: expected {row.nbytes:,} bytes of {name}")
 
     def are_equal(self, name: str, other: str) -> bool:
-        """Whether two tensors have the same shape, dtype and bytes.
+        """Check whether two tensors have the same shape, dtype, and bytes.
 
         Args:
-          name: of one tensor.
+          name: name of one tensor.
           other: name of the other tensor.
         """
         if (self.shapes[name], self.dtypes[name]) != (self.shapes[other], self.dtypes[other]):
@@ -100,7 +101,7 @@ class Checkpoint:
             return all(file.read(size) == other_file.read(size) for size in sizes)
 
     def _read_index(self) -> dict[str, str]:
-        """From each tensor to its file; empty if the folder has no index."""
+        """Read the map from each tensor to its file; it is empty if the folder has no index."""
         path = self.path / INDEX
         if not path.exists():
             return {}
@@ -116,13 +117,13 @@ class Checkpoint:
         return index
 
     def _read_header(self, file_name: str) -> None:
-        """Add the tensors of a file."""
+        """Record the shape, dtype, and offset of each tensor of a file."""
         import safetensors
 
         path = self.path / file_name
         self._check_exists(path)
         try:
-            # Checks offsets, shapes and dtypes against each other and against the file size.
+            # Opening the file checks offsets, shapes, and dtypes, also against the file size.
             with safetensors.safe_open(path, framework="numpy"):
                 pass
         except (safetensors.SafetensorError, OSError, ValueError) as error:
@@ -153,14 +154,14 @@ class Checkpoint:
 
 
 def read_json(path: Path) -> JsonObject:
-    """Read a JSON file of a checkpoint folder that contains an object.
+    """Read a JSON object from a file of a checkpoint folder.
 
     Args:
-      path: the file.
+      path: the JSON file.
 
     Raises:
-      FileNotFoundError: the folder or the file is missing.
-      ValueError: the file does not contain a JSON object.
+      FileNotFoundError: if the folder or the file is missing.
+      ValueError: if the file does not contain a JSON object.
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"expected a checkpoint folder at {path.parent}, found none")
@@ -176,11 +177,11 @@ def read_json(path: Path) -> JsonObject:
 
 
 def list_names(names: Iterable[str], most: int = 4) -> str:
-    """Join the first names, sorted, for an error message.
+    """Sort names and join the first few of them, for an error message.
 
     Args:
       names: all names.
-      most: how many to list; the others are counted.
+      most: maximum number of names to list; the remaining names are only counted.
     """
     names = sorted(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""

@@ -1,11 +1,12 @@
-"""The options of a checkpoint's config.json: each is used, known to change nothing, or rejected."""
+"""The options of a checkpoint's config.json, each of which is used, irrelevant, or rejected."""
 
 from typing import Any
 
 from jchain.hub.checkpoint import JsonObject
 
-# Options of training, of generation and of how the file was written. They change no output of a
-# model that is applied to whole sequences without dropout. Names that end in * are prefixes.
+# Options that concern training, generation, or how the file was written. They do not change the
+# outputs of a model that is applied to whole sequences without dropout. A name that ends in * is a
+# prefix.
 IRRELEVANT = (
     "_attn_implementation*", "_commit_hash", "_name_or_path", "_num_labels", "architectures",
     "attn_pdrop", "attention_dropout", "attention_probs_dropout_prob", "auto_map", "bad_words_ids",
@@ -27,19 +28,19 @@ IRRELEVANT = (
 
 
 class Config:
-    """Options of a config that record which of them were read.
+    """The options of a config, with a record of which of them were read.
 
     Attributes:
       options: the options by name.
-      location: the file, for error messages.
+      location: path of the file, for error messages.
     """
 
     def __init__(self, options: JsonObject, location: str) -> None:
         """Wrap the options of a config.
 
         Args:
-          options: by name.
-          location: the file, for error messages.
+          options: the options by name.
+          location: path of the file, for error messages.
         """
         self.options, self.location = options, location
         self._read: set[str] = set()
@@ -49,7 +50,7 @@ class Config:
 
         Args:
           key: name of the option.
-          default: returned if the config does not have the option.
+          default: value to return if the config does not have the option.
         """
         self._read.add(key)
         return self.options.get(key, default)
@@ -61,7 +62,7 @@ class Config:
           key: name of the option.
 
         Raises:
-          ValueError: the option is missing or null.
+          ValueError: if the option is missing or null.
         """
         value = self.get(key, None)
         if value is None:
@@ -73,41 +74,42 @@ class Config:
 
         Args:
           key: name of the option.
-          *allowed: supported values. The first is that of a config without the option.
+          *allowed: the supported values; the first one is assumed if the config does not have the
+            option.
 
         Raises:
-          ValueError: the option has another value.
+          ValueError: if the option has another value.
         """
         value = self.get(key, allowed[0])
         if value not in allowed:
             raise self.reject(key, value, " or ".join(map(repr, allowed)))
 
     def reject(self, key: str, value: object, expected: str) -> ValueError:
-        """Make the error for an unsupported value, for the caller to raise.
+        """Make the error for an unsupported value, which the caller raises.
 
         Args:
           key: name of the option.
-          value: its value.
-          expected: the supported values, in words.
+          value: value of the option.
+          expected: description of the supported values.
         """
         return ValueError(
             f"{self.location}: {key} = {value!r} is not supported, expected {expected}"
         )
 
     def inner(self, key: str, options: JsonObject) -> "Config":
-        """Wrap the options inside an option.
+        """Wrap the options that are nested in an option.
 
         Args:
           key: name of the outer option.
-          options: its content.
+          options: the nested options by name.
         """
         return Config(options, f"{self.location}, {key}")
 
     def finish(self) -> None:
-        """Check that no option was ignored that could change the model.
+        """Check that every option that could change the model was read.
 
         Raises:
-          ValueError: an option is set that was never read and is not known to be irrelevant.
+          ValueError: if an option is set that was never read and is not known to be irrelevant.
         """
         for key, value in self.options.items():
             is_known = key in self._read or any(

@@ -1,6 +1,6 @@
-"""Data for pretrained transformers, as four splits: text, questions with choices, images.
+"""Data for pretrained transformers, with losses and accuracies.
 
-Also the losses and accuracies for them.
+The data are text, multiple-choice questions, or images, in four splits.
 """
 
 import json
@@ -22,11 +22,11 @@ from jchain.hub.families import read_architecture
 
 TOKENIZER, PREPROCESSOR = "tokenizer.json", "preprocessor_config.json"
 PathLike = str | os.PathLike[str]
-# Images that are resized at a time.
+# Number of images that are resized at a time.
 _CHUNK_SIZE = 256
-# Filters of the option `resample`, by PIL's numbers.
+# The supported values of the option `resample`: PIL's numbers and the names of the filters.
 _FILTERS = {2: "bilinear", 3: "bicubic"}
-# From a text, and its location for error messages, to tokens.
+# A function that maps a text, and its location for error messages, to tokens.
 Encoder = Callable[[str, str], Int[np.ndarray, "T"]]
 
 
@@ -40,24 +40,24 @@ def load_text(
 ) -> Dataset:
     """Load text as sequences of tokens, for next-token prediction.
 
-    The default loss of `jchain.Problem` is then the cross-entropy of the next token, in nats. The
-    tokens of all files are concatenated and cut into sequences that do not overlap, which are split
-    at random. Labels are the next tokens: x and y are `[B, length]`.
+    The tokens of all files are concatenated and cut into sequences that do not overlap, and the
+    sequences are split at random. The labels are the next tokens, so x and y are `[B, length]`. The
+    default loss of `jchain.Problem` is then the cross-entropy of the next token, in nats.
 
     Args:
       checkpoint: folder with config.json and tokenizer.json, which the package tokenizers reads.
-      files: one or several text files, in UTF-8.
-      length: tokens in a sequence.
-      seed: of the random splits. By default they have 50% (train), 20% (search), 15% (select) and
-        15% (test) of the sequences.
-      sizes: number of sequences in each split; all sequences are used if None.
+      files: path of a text file in UTF-8, or several paths.
+      length: number of tokens in a sequence.
+      seed: seed of the random splits.
+      sizes: number of sequences in each split. If None, all sequences are used: 50% for train, 20%
+        for search, 15% for select, and 15% for test.
 
     Raises:
-      FileNotFoundError: a file is missing.
-      ImportError: tokenizers is not installed.
-      ValueError: the text is not UTF-8 or has less than one sequence for each split, the tokenizer
-        is damaged or makes tokens that the model does not know, there are fewer sequences than
-        `sizes` asks for, or the model does not take text.
+      FileNotFoundError: if a file is missing.
+      ImportError: if tokenizers is not installed.
+      ValueError: if the text is not UTF-8 or has less than one sequence for each split, the
+        tokenizer is damaged or makes tokens that the model does not know, there are fewer sequences
+        than `sizes` asks for, or the model does not take text.
     """
     if length < 1:
         raise ValueError(f"expected a length of at least 1, got {length}")
@@ -87,30 +87,31 @@ def load_choices(
     """Load multiple-choice questions, for `choice_loss` and `choice_accuracy`.
 
     Each line of the file is a question such as
-    `{"question": "2 + 2 =", "choices": ["3", "4"], "answer": 1}`, with the index of the correct
-    choice. Each choice becomes a row: the question, a space, the choice. x is `[B, C, T]`, padded
-    at the end, with the correct choice first. y contains the next tokens, or -1 for tokens that are
-    not part of the choice.
+    `{"question": "2 + 2 =", "choices": ["3", "4"], "answer": 1}`, where `answer` is the index of
+    the correct choice. Each choice becomes a row that joins the question and the choice with a
+    space. x is `[B, C, T]`, padded at the end, with the correct choice first. y contains the next
+    tokens, or -1 for tokens that are not part of the choice.
 
     Args:
       checkpoint: folder with config.json and tokenizer.json, which the package tokenizers reads.
-      file: of JSON lines, in UTF-8.
-      length: most tokens in a row, T. Longer questions lose their first tokens. If None, rows are
-        as long as the longest.
-      seed: of the random splits.
-      sizes: number of questions in each split; all questions are used if None.
+      file: path of a file of JSON lines in UTF-8.
+      length: maximum number of tokens in a row, T; longer questions lose their first tokens. If
+        None, T is the length of the longest row.
+      seed: seed of the random splits.
+      sizes: number of questions in each split; if None, all questions are used.
 
     Raises:
-      FileNotFoundError: a file is missing.
-      ImportError: tokenizers is not installed.
-      ValueError: a line is not a question, questions have different numbers of choices, a question
-        or a choice has no token, a choice is longer than `length`, or as in `load_text`.
+      FileNotFoundError: if a file is missing.
+      ImportError: if tokenizers is not installed.
+      ValueError: if a line is not a question, questions have different numbers of choices, a
+        question or a choice has no token, a choice is longer than `length`, or `load_text` would
+        raise it.
     """
     if length is not None and length < 1:
         raise ValueError(f"expected a length of at least 1, got {length}")
     vocab_size, encode = _open_tokenizer(checkpoint)
     path = Path(file)
-    # Not `splitlines`, which also cuts at characters that JSON strings may contain.
+    # `splitlines` would also cut at characters that JSON strings may contain.
     lines = enumerate(_read_text(path).split("\n"), 1)
     questions = [
         _encode_question(line, encode, f"{path}, line {i}") for i, line in lines if line.strip()
@@ -135,14 +136,14 @@ def load_choices(
 
 
 class _Row(NamedTuple):
-    """A question with one of its choices."""
+    """A question joined with one of its choices."""
 
     ids: Int[np.ndarray, "T"]
-    start: int  # tokens of the question
+    start: int  # number of tokens in the question
 
 
 def _encode_question(line: str, encode: Encoder, location: str) -> list[_Row]:
-    """One row for each choice of a question, the correct one first."""
+    """Encode a question as one row for each choice, with the correct choice first."""
     question, choices = _parse_question(line, location)
     start = len(encode(question, location))
     return [_Row(encode(f"{question} {choice}", location), start) for choice in choices]
@@ -151,7 +152,7 @@ def _encode_question(line: str, encode: Encoder, location: str) -> list[_Row]:
 def _make_labels(
     row: _Row, width: int, location: str
 ) -> tuple[Int[np.ndarray, "W"], Int[np.ndarray, "W"]]:
-    """The tokens of a row, and as labels the next tokens that are part of the choice."""
+    """Make the inputs and the labels of a row; only the tokens of the choice are labels."""
     num = len(row.ids) - row.start
     if row.start < 1 or not 0 < num <= width:
         raise ValueError(
@@ -175,21 +176,22 @@ def load_images(
     most: Sequence[int | None] | None = None,
     data_dir: str | Path | None = None,
 ) -> Dataset:
-    """Load images, resized and standardized as in the training of a model.
+    """Load images, and resize and standardize them as for the training of a model.
 
     Args:
-      checkpoint: folder of a ViT, with preprocessor_config.json.
-      name: of the data set, as in `jchain.data.load`.
-      seed: of the random splits.
-      sizes: number of examples in each split; all examples are used if None.
-      most: most examples to keep of each split, as resized images need much memory.
-      data_dir: folder of prepared data sets.
+      checkpoint: checkpoint folder of a ViT, with preprocessor_config.json.
+      name: name of the data set, as in `jchain.data.load`.
+      seed: seed of the random splits.
+      sizes: number of examples in each split; if None, all examples are used.
+      most: maximum number of examples to keep in each split, because resized images need much
+        memory; None for no maximum.
+      data_dir: folder that holds prepared data sets; if None, the one of tensorflow-datasets.
 
     Raises:
-      FileNotFoundError: preprocessor_config.json is missing, or the data set is not prepared.
-      ValueError: the model does not take images, its preprocessing is not supported (a scale other
-        than 0 to 1 before standardization, a crop, or a filter other than PIL's bilinear and
-        bicubic), or as in `jchain.data.load`.
+      FileNotFoundError: if preprocessor_config.json is missing, or the data set is not prepared.
+      ValueError: if the model does not take images, its preprocessing is not supported (a scale
+        other than 0 to 1 before standardization, a crop, or a filter other than PIL's bilinear and
+        bicubic), or `jchain.data.load` would raise it.
     """
     architecture = read_architecture(checkpoint)
     if architecture.vocab_size is not None:
@@ -224,7 +226,7 @@ def load_images(
 def _read_preprocessor(
     path: Path,
 ) -> tuple[Float[np.ndarray, "C"], Float[np.ndarray, "C"], str]:
-    """Mean and standard deviation of the channels, on a scale of 0 to 1, and the resize method."""
+    """Read the mean and standard deviation of the channels, in units of 0 to 1, and the filter."""
     options = read_json(path)
     factor = options.get("rescale_factor") or 1 / 255
     if abs(factor * 255 - 1) > 1e-6 or not options.get("do_rescale", True):
@@ -248,10 +250,10 @@ def token_loss(outputs: Float[Array, "*B T V"], y: Int[Array, "*B T"]) -> Float[
 
     Args:
       outputs: logits of the next token.
-      y: next tokens. Negative labels do not count.
+      y: the next tokens; negative labels are ignored.
 
     Returns:
-      The loss of each sequence; 0 for a sequence in which no label counts.
+      The loss of each sequence; 0 for a sequence in which all labels are ignored.
     """
     is_counted = y >= 0
     losses = optax.softmax_cross_entropy_with_integer_labels(outputs, jnp.maximum(y, 0))
@@ -261,14 +263,14 @@ def token_loss(outputs: Float[Array, "*B T V"], y: Int[Array, "*B T"]) -> Float[
 
 
 def token_accuracy(outputs: Float[Array, "*B T V"], y: Int[Array, "*B T"]) -> Float[Array, "*B"]:
-    """Compute the share of tokens in a sequence that have the largest logit.
+    """Compute the share of next tokens in each sequence that have the largest logit.
 
     Args:
       outputs: logits of the next token.
-      y: next tokens. Negative labels do not count.
+      y: the next tokens; negative labels are ignored.
 
     Returns:
-      The accuracy of each sequence; 0 for a sequence in which no label counts.
+      The accuracy of each sequence; 0 for a sequence in which all labels are ignored.
     """
     is_counted = y >= 0
     is_correct = is_counted & (jnp.argmax(outputs, axis=-1) == y)
@@ -276,13 +278,13 @@ def token_accuracy(outputs: Float[Array, "*B T V"], y: Int[Array, "*B T"]) -> Fl
 
 
 def choice_loss(outputs: Float[Array, "B C T V"], y: Int[Array, "B C T"]) -> Float[Array, "B"]:
-    """Compute the cross-entropy of the correct choice in nats.
+    """Compute the cross-entropy of the correct choice, in nats.
 
     The logit of a choice is the mean log-likelihood of its tokens.
 
     Args:
-      outputs: logits of the next token. The correct choice is the first one.
-      y: next tokens that are part of the choice; others are negative.
+      outputs: logits of the next token, with the correct choice first.
+      y: the next tokens that are part of the choice; all other labels are negative.
 
     Returns:
       The loss of each question.
@@ -295,8 +297,8 @@ def choice_accuracy(outputs: Float[Array, "B C T V"], y: Int[Array, "B C T"]) ->
     """Compute whether the correct choice has the highest mean log-likelihood of its tokens.
 
     Args:
-      outputs: logits of the next token. The correct choice is the first one.
-      y: next tokens that are part of the choice; others are negative.
+      outputs: logits of the next token, with the correct choice first.
+      y: the next tokens that are part of the choice; all other labels are negative.
 
     Returns:
       1 or 0 for each question; 0 if another choice has the same mean log-likelihood.
@@ -306,7 +308,7 @@ def choice_accuracy(outputs: Float[Array, "B C T V"], y: Int[Array, "B C T"]) ->
 
 
 def _open_tokenizer(checkpoint: PathLike) -> tuple[int, Encoder]:
-    """The number of tokens of a model, and its encoder."""
+    """Return the vocabulary size of a model, and the function that encodes text for it."""
     vocab_size = read_architecture(checkpoint).vocab_size
     if vocab_size is None:
         raise ValueError(f"expected a model of text at {checkpoint}, got one of images")
@@ -319,7 +321,7 @@ def _open_tokenizer(checkpoint: PathLike) -> tuple[int, Encoder]:
         raise ImportError(f"text needs tokenizers: pip install 'jchain[text]' ({error})") from None
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises no more specific class
+    except Exception as error:  # tokenizers does not raise a more specific class
         raise ValueError(f"{path} is damaged or not a tokenizer: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -327,7 +329,7 @@ def _open_tokenizer(checkpoint: PathLike) -> tuple[int, Encoder]:
     def encode(text: str, location: str) -> Int[np.ndarray, "T"]:
         try:
             ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
-        except Exception as error:  # tokenizers raises no more specific class
+        except Exception as error:  # tokenizers does not raise a more specific class
             raise ValueError(f"{path} cannot encode {location}: {error}") from None
         if ids.size and ids.max() >= vocab_size:
             raise ValueError(
@@ -349,7 +351,7 @@ def _read_text(path: Path) -> str:
 
 
 def _parse_question(line: str, location: str) -> tuple[str, list[str]]:
-    """A question, and its choices with the correct one first."""
+    """Parse a question and its choices, and put the correct choice first."""
     try:
         found = json.loads(line)
         question, choices, answer = found["question"], found["choices"], found["answer"]

@@ -24,11 +24,11 @@ from jchain.hub.tensor_names import find_names
 from jchain.hub.wrapping import find_restarts
 
 CARD, RECIPE = "README.md", "mergekit.yaml"
-# Not copied from the source, as they are written anew.
+# Files that are not copied from the source, because they are generated.
 _OWN_FILES = (CONFIG, CARD, RECIPE)
-# The only folder that belongs to a tokenizer: chat templates by name.
+# The only folder that can belong to a tokenizer; it holds chat templates by name.
 _TEMPLATES = "additional_chat_templates"
-# Not copied from the source, as they contain its weights.
+# Endings of files that are not copied from the source, because they contain its weights.
 _WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf",
     ".ot", ".tflite", ".npz", ".index.json",
@@ -48,27 +48,30 @@ def export(
 ) -> Path:
     """Write a chain as a checkpoint folder that `transformers` loads with `from_pretrained`.
 
-    Blocks are numbered in the order of the chain, and options of the config that count or list them
-    are adapted. The tokenizer and other small files are copied. The folder also gets a model card
-    and `mergekit.yaml`, which describes the chain as a passthrough merge.
+    The blocks are numbered in the order of the chain, and the config options that count or list
+    blocks are adapted. The tokenizer and other small files are copied. The folder also contains a
+    model card and `mergekit.yaml`, which describes the chain as a passthrough merge.
 
     Args:
-      bank: from `jchain.hub.load` or `load_many`; its weights may have been updated.
-      chain: tokens of at least one block, then a head; padding is allowed.
-      source: the checkpoint folder that the bank was loaded from. For a bank of several models,
-        the folder of each model by name. The config and small files come from the first folder. No
-        weights are read from it.
-      out: the folder to write; it must not exist.
-      facts: rows for the card, from label to value, such as losses, data or the command.
-      max_shard_size: most bytes in one file of weights; a file with a single tensor may be larger.
+      bank: a bank that `jchain.hub.load` or `load_many` returned; its weights may have been updated
+        since.
+      chain: tokens of at least one block, then of a head; padding is allowed.
+      source: the checkpoint folder that the bank was loaded from or, for a bank of several models,
+        a map from the name of each model to its folder. The config and small files are read from
+        the first folder. No weights are read.
+      out: the folder to write, which must not exist.
+      facts: rows of the model card, as a map from label to value, such as losses, data, or the
+        command; None for no rows.
+      max_shard_size: maximum number of bytes in one file of weights; a file with a single tensor
+        may be larger.
 
     Returns:
-      `out`.
+      `out` as a `Path`.
 
     Raises:
-      FileExistsError: `out` exists.
-      ValueError: `chain` is not a chain of the bank or has no block, the bank's blocks are not
-        those of the config in `source`, or `source` has no folder for one of the models.
+      FileExistsError: if `out` exists.
+      ValueError: if `chain` is not a chain of the bank or has no block, the blocks of the bank do
+        not match the config in `source`, or `source` has no folder for one of the models.
     """
     out = Path(out)
     if out.exists():
@@ -97,7 +100,7 @@ def export(
 
 
 def _find_paths(model: ChainModel, source: Source) -> dict[str, str]:
-    """The folder of each model of the chain, by name."""
+    """Find the folder of each model that is part of the chain, by name."""
     used = {block.source for block in model.blocks} | {model.stem_source, model.head_source}
     names = sorted(used)
     known = source if isinstance(source, Mapping) else {names[0]: source}
@@ -110,7 +113,7 @@ def _find_paths(model: ChainModel, source: Source) -> dict[str, str]:
 
 
 def _find_changed(bank: Bank, tokens: Sequence[int]) -> list[str]:
-    """Names of the chain's layers and heads whose weights differ from their checkpoint."""
+    """List the names of the chain's layers and head that were trained after loading."""
     versions = np.asarray(bank.get_versions())
     trained = {token for token in tokens if versions[token] > 0}
     return sorted({bank.names[token] for token in trained - find_restarts(bank)})
@@ -123,7 +126,7 @@ def _write_folder(
     tensors: dict[str, np.ndarray],
     max_shard_size: int,
 ) -> None:
-    """Write the whole folder under another name, then rename it, so that `out` is never partial."""
+    """Write the folder under a temporary name, then rename it, so that `out` is never partial."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
@@ -139,7 +142,7 @@ def _write_folder(
 
 
 def _copy_small_files(source: Path, folder: Path) -> None:
-    """Copy the tokenizer and all other files without weights."""
+    """Copy the tokenizer and all other files that do not contain weights."""
     for path in sorted(source.iterdir()):
         is_skipped = path.name in _OWN_FILES or path.name.endswith(_WEIGHT_SUFFIXES)
         if path.is_file() and not is_skipped:
@@ -154,13 +157,13 @@ def make_config(
     """Make the config of a chain from the config of its source.
 
     Args:
-      model: of the chain.
-      architecture: of the source.
+      model: the model that the chain computes.
+      architecture: the architecture of the source.
       options: content of the source's config.json.
       source: folder of the source, for error messages.
 
     Raises:
-      ValueError: the blocks are not those of the source, or no config can describe their order.
+      ValueError: if the blocks are not those of the source or no config can describe their order.
     """
     for block in model.blocks:
         known = architecture.blocks
@@ -181,7 +184,7 @@ def make_config(
         config["tie_word_embeddings"] = False
     modules = tuple(block.module for block in model.blocks)
     if make_architecture(config, str(source)).blocks != modules:
-        # Without these lists, options such as max_window_layers select blocks by their new index.
+        # Without these lists, options such as max_window_layers would select blocks by new index.
         config |= per_block
     if make_architecture(config, str(source)).blocks != modules:
         raise ValueError(
@@ -193,11 +196,11 @@ def make_config(
 
 
 def has_tied_embeddings(model: ChainModel, architecture: Architecture) -> bool:
-    """Whether the output layer equals the embeddings wherever the architecture ties them.
+    """Check whether all params that the architecture ties to the embeddings are equal to them.
 
     Args:
-      model: of a chain.
-      architecture: of its source.
+      model: the model that a chain computes.
+      architecture: the architecture of its source.
     """
     stem, head = _flatten(model.stem), _flatten(model.head)
     names = find_names(architecture)
@@ -213,9 +216,9 @@ def collect_tensors(model: ChainModel, config: JsonObject, location: str) -> dic
     """Collect the tensors of the exported checkpoint by name.
 
     Args:
-      model: of the chain.
-      config: of the chain, from `make_config`.
-      location: the source's config, for error messages.
+      model: the model that the chain computes.
+      config: the config of the chain, which `make_config` returned.
+      location: path of the source's config, for error messages.
     """
     names = find_names(make_architecture(config, location))
     parts = [model.stem, *(block.params for block in model.blocks), model.head]
@@ -227,7 +230,7 @@ def collect_tensors(model: ChainModel, config: JsonObject, location: str) -> dic
 
 
 def _flatten(params: PyTree) -> dict[str, jax.Array]:
-    """Params by path."""
+    """Flatten params into a map from path to leaf."""
     return traverse_util.flatten_dict(params, sep="/")  # pyright: ignore[reportReturnType]
 
 
@@ -235,9 +238,9 @@ def write_shards(folder: Path, tensors: dict[str, np.ndarray], max_shard_size: i
     """Write tensors to one file, or to several with an index.
 
     Args:
-      folder: where to write.
-      tensors: by name.
-      max_shard_size: most bytes in a file; a file with a single tensor may be larger.
+      folder: the folder to write to.
+      tensors: the tensors by name.
+      max_shard_size: maximum number of bytes in a file; a file with a single tensor may be larger.
     """
     from safetensors.numpy import save_file
 

@@ -1,4 +1,4 @@
-"""The architecture of a config, from the model family that its `model_type` names."""
+"""Architectures from configs, made by the model family that `model_type` names."""
 
 import os
 from importlib import import_module
@@ -17,10 +17,10 @@ def make_architecture(options: JsonObject, location: str) -> Architecture:
 
     Args:
       options: content of config.json.
-      location: the file, for error messages.
+      location: path of the file, for error messages.
 
     Raises:
-      ValueError: the family or an option is not supported.
+      ValueError: if the family or an option is not supported.
     """
     config = Config(options, location)
     kind = config.require("model_type")
@@ -34,7 +34,7 @@ def make_architecture(options: JsonObject, location: str) -> Architecture:
         config.finish()
         find_shapes(architecture)
     except (TypeError, ZeroDivisionError, AttributeError) as error:
-        # The value of an option has a type that the family does not expect.
+        # These errors arise if the value of an option has a type that the family does not expect.
         reason = str(error).splitlines()[0]
         raise ValueError(f"{location}: an option has an invalid value: {reason}") from None
     return architecture
@@ -44,11 +44,11 @@ def read_architecture(folder: str | os.PathLike[str]) -> Architecture:
     """Make the architecture of a checkpoint folder from its config.json.
 
     Args:
-      folder: of the checkpoint.
+      folder: the checkpoint folder.
 
     Raises:
-      FileNotFoundError: config.json is missing.
-      ValueError: config.json is not valid JSON, or the family or an option is not supported.
+      FileNotFoundError: if config.json is missing.
+      ValueError: if config.json is not valid JSON, or the family or an option is not supported.
     """
     path = Path(folder) / CONFIG
     return make_architecture(read_json(path), str(path))

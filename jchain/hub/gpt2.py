@@ -1,6 +1,8 @@
-"""GPT-2: learned positions, layer norms before attention and MLP, fused queries, keys and values.
+"""The GPT-2 family.
 
-See `jchain.hub.architecture` for how to add a family, for which this module is an example.
+These models have learned positions, layer norms before attention and MLP, and one fused map to
+queries, keys, and values. `jchain.hub.architecture` explains how to add a family, with this module
+as the example.
 """
 
 import flax.linen as nn
@@ -23,11 +25,11 @@ MODEL_TYPES = ("gpt2",)
 
 
 class Stem(nn.Module):
-    """Sum of the embeddings of tokens and of positions.
+    """The sum of token embeddings and position embeddings.
 
     Attributes:
-      vocabulary: number of tokens.
-      num_positions: longest sequence.
+      vocabulary: number of tokens in the vocabulary.
+      num_positions: maximum length of a sequence.
       features: width of the embeddings.
     """
 
@@ -74,7 +76,7 @@ class Block(nn.Module):
       num_heads: number of attention heads.
       hidden: width of the MLP.
       activation: name of the MLP's activation.
-      epsilon: of the layer norms.
+      epsilon: constant added to the variance in the layer norms.
     """
 
     num_heads: int
@@ -96,7 +98,7 @@ class Head(nn.Module):
 
     Attributes:
       vocabulary: number of logits.
-      epsilon: of the norm.
+      epsilon: constant added to the variance in the layer norm.
     """
 
     vocabulary: int
@@ -110,13 +112,13 @@ class Head(nn.Module):
 
 
 def make_architecture(config: Config) -> Architecture:
-    """Make the architecture of a config.
+    """Make the architecture that a config describes.
 
     Args:
-      config: with a `model_type` of `MODEL_TYPES`.
+      config: the options of the model; their `model_type` is one of `MODEL_TYPES`.
 
     Raises:
-      ValueError: an option is missing or has a value that is not supported.
+      ValueError: if an option is missing or has a value that is not supported.
     """
     config.expect("scale_attn_weights", True)
     for key in (

@@ -1,7 +1,8 @@
-"""GPT-NeoX (Pythia): parallel attention and MLP, rotary positions on part of each head.
+"""The GPT-NeoX family, for example Pythia.
 
-Queries, keys and values are one fused product. See `jchain.hub.architecture` for how to add a
-family.
+In these models, attention and the MLP run in parallel, rotary positions apply to a part of each
+head, and one fused map computes queries, keys, and values. `jchain.hub.architecture` explains how
+to add a family.
 """
 
 import flax.linen as nn
@@ -27,10 +28,10 @@ MODEL_TYPES = ("gpt_neox",)
 
 
 class Stem(nn.Module):
-    """Embeddings of tokens.
+    """Token embeddings.
 
     Attributes:
-      vocabulary: number of tokens.
+      vocabulary: number of tokens in the vocabulary.
       features: width of the embeddings.
     """
 
@@ -47,8 +48,8 @@ class Attention(nn.Module):
 
     Attributes:
       num_heads: number of attention heads.
-      frequencies: of each pair of features that rotates, in radians per position.
-      rotary_scale: factor of sines and cosines.
+      frequencies: rotation frequency of each pair of rotated features, in radians per position.
+      rotary_scale: factor that multiplies the sines and cosines.
       use_bias: whether the affine maps have biases.
     """
 
@@ -60,7 +61,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
         features = x.shape[-1]
-        # The query, key and value of each head are next to each other.
+        # The features of each head hold its query, key, and value next to each other.
         qkv = split_heads(
             Linear(3 * features, self.use_bias, name="query_key_value")(x), self.num_heads
         )
@@ -78,10 +79,10 @@ class Block(nn.Module):
       num_heads: number of attention heads.
       hidden: width of the MLP.
       activation: name of the MLP's activation.
-      epsilon: of the layer norms.
-      frequencies: of each pair of features that rotates, in radians per position.
-      rotary_scale: factor of sines and cosines.
-      is_parallel: whether the MLP reads the block's input instead of the result of attention.
+      epsilon: constant added to the variance in the layer norms.
+      frequencies: rotation frequency of each pair of rotated features, in radians per position.
+      rotary_scale: factor that multiplies the sines and cosines.
+      is_parallel: whether the MLP reads the input of the block instead of the output of attention.
       use_bias: whether the affine maps of attention have biases.
     """
 
@@ -112,7 +113,7 @@ class Head(nn.Module):
 
     Attributes:
       vocabulary: number of logits.
-      epsilon: of the norm.
+      epsilon: constant added to the variance in the layer norm.
     """
 
     vocabulary: int
@@ -126,19 +127,19 @@ class Head(nn.Module):
 
 
 def make_architecture(config: Config) -> Architecture:
-    """Make the architecture of a config.
+    """Make the architecture that a config describes.
 
     Args:
-      config: with a `model_type` of `MODEL_TYPES`.
+      config: the options of the model; their `model_type` is one of `MODEL_TYPES`.
 
     Raises:
-      ValueError: an option is missing or has a value that is not supported.
+      ValueError: if an option is missing or has a value that is not supported.
     """
     features, vocabulary = config.require("hidden_size"), config.require("vocab_size")
     num_heads, epsilon = config.require("num_attention_heads"), config.get("layer_norm_eps", 1e-5)
     rope = find_rope_options(config, "rotary_emb_base")
     share = rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
-    # Some versions also wrote these options under the names that other families use.
+    # Some versions of transformers also wrote these options under the names of other families.
     config.expect("partial_rotary_factor", share)
     config.expect("rope_theta", rope.get("rope_theta", 10000.0))
     frequencies, rotary_scale = find_frequencies(config, rope, int(features // num_heads * share))

@@ -1,7 +1,7 @@
-"""Llama, and models that differ from it only in their config: Mistral, Qwen2, Qwen3.
+"""The Llama family, which includes Mistral, Qwen2, and Qwen3.
 
-Rotary positions, RMS norms, gated MLP, grouped queries. See `jchain.hub.architecture` for how to
-add a family.
+These models have rotary positions, RMS norms, gated MLPs, and grouped queries, and differ only in
+their configs. `jchain.hub.architecture` explains how to add a family.
 """
 
 import flax.linen as nn
@@ -26,10 +26,10 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class Stem(nn.Module):
-    """Embeddings of tokens.
+    """Token embeddings.
 
     Attributes:
-      vocabulary: number of tokens.
+      vocabulary: number of tokens in the vocabulary.
       features: width of the embeddings.
     """
 
@@ -47,13 +47,14 @@ class Attention(nn.Module):
     Attributes:
       num_heads: number of query heads.
       num_kv_heads: number of key and value heads; each serves `num_heads / num_kv_heads` queries.
-      head_size: features of each head.
-      frequencies: of each pair of features that rotates, in radians per position.
-      rotary_scale: factor of sines and cosines.
-      window: how many positions each position attends to, including itself; None for all.
-      use_bias: whether the maps to queries, keys and values have biases.
+      head_size: number of features of each head.
+      frequencies: rotation frequency of each pair of rotated features, in radians per position.
+      rotary_scale: factor that multiplies the sines and cosines.
+      window: number of positions that each position attends to, including itself; None for all.
+      use_bias: whether the maps to queries, keys, and values have biases.
       use_output_bias: whether the output map has a bias.
-      norm_epsilon: of the norms of queries and keys; None for no norms.
+      norm_epsilon: constant added to the mean square in the norms of queries and keys; None if
+        they are not normalized.
     """
 
     num_heads: int
@@ -85,7 +86,7 @@ class Attention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """MLP with a gate (Shazeer 2020, arXiv:2002.05202).
+    """A gated MLP (Shazeer 2020, arXiv:2002.05202).
 
     Attributes:
       hidden: width of the hidden layer.
@@ -113,15 +114,15 @@ class Block(nn.Module):
     Attributes:
       num_heads: number of query heads.
       num_kv_heads: number of key and value heads.
-      head_size: features of each head.
+      head_size: number of features of each head.
       hidden: width of the MLP.
       activation: name of the gate's activation.
-      epsilon: of the RMS norms.
-      frequencies: of each pair of features that rotates, in radians per position.
-      rotary_scale: factor of sines and cosines.
-      window: how many positions each position attends to, including itself; None for all.
-      use_bias: whether the maps to queries, keys and values have biases.
-      use_output_bias: whether attention's output map has a bias.
+      epsilon: constant added to the mean square in the RMS norms.
+      frequencies: rotation frequency of each pair of rotated features, in radians per position.
+      rotary_scale: factor that multiplies the sines and cosines.
+      window: number of positions that each position attends to, including itself; None for all.
+      use_bias: whether the maps to queries, keys, and values have biases.
+      use_output_bias: whether the output map of attention has a bias.
       use_mlp_bias: whether the MLP has biases.
       use_qk_norm: whether queries and keys are normalized, as in Qwen3.
     """
@@ -164,7 +165,7 @@ class Head(nn.Module):
 
     Attributes:
       vocabulary: number of logits.
-      epsilon: of the norm.
+      epsilon: constant added to the mean square in the RMS norm.
     """
 
     vocabulary: int
@@ -178,13 +179,13 @@ class Head(nn.Module):
 
 
 def make_architecture(config: Config) -> Architecture:
-    """Make the architecture of a config.
+    """Make the architecture that a config describes.
 
     Args:
-      config: with a `model_type` of `MODEL_TYPES`.
+      config: the options of the model; their `model_type` is one of `MODEL_TYPES`.
 
     Raises:
-      ValueError: an option is missing or has a value that is not supported.
+      ValueError: if an option is missing or has a value that is not supported.
     """
     kind = config.require("model_type")
     features, vocabulary = config.require("hidden_size"), config.require("vocab_size")
@@ -237,15 +238,16 @@ def find_windows(config: Config, kind: str, depth: int) -> list[int | None]:
     """Find the attention window of each block.
 
     Args:
-      config: of the model.
-      kind: its `model_type`.
+      config: the options of the model.
+      kind: the `model_type` of the model.
       depth: number of blocks.
 
     Returns:
-      For each block, how many positions each position attends to, including itself; None for all.
+      For each block, the number of positions that each position attends to, including itself, or
+      None for all.
 
     Raises:
-      ValueError: `layer_types` does not have one known type for each block.
+      ValueError: if `layer_types` does not have one known type for each block.
     """
     window = None if kind == "llama" else config.get("sliding_window", 4096)
     if kind == "mistral":

@@ -1,4 +1,4 @@
-"""Load banks from checkpoint folders: one model, several of one architecture, or random weights."""
+"""Banks from checkpoint folders: of one model, several models, or a model with random weights."""
 
 import dataclasses
 import os
@@ -26,28 +26,28 @@ def load(
 ) -> Bank:
     """Load a pretrained transformer as a bank of its blocks.
 
-    The layers are the blocks in order. The chain of all blocks and the head, tokens `0..n`, is the
-    original model, which is also the bank's parent. Layers are named `name/0`, `name/1` and so on.
-    The stem is the embeddings, and the head is the last norm and the output layer. Weights keep the
-    layout of the file. Supported families are GPT-2, Llama (also Mistral, Qwen2 and Qwen3),
-    GPT-NeoX and ViT.
+    The layers are the blocks in order, named `name/0`, `name/1`, and so on. The stem is the
+    embeddings, and the head is the last norm and the output layer. The chain of the tokens `0..n`,
+    which are all blocks and the head, is the original model; it is also the parent of the bank.
+    Weights keep the layout of the file. Supported families are GPT-2, Llama (also Mistral, Qwen2,
+    and Qwen3), GPT-NeoX, and ViT.
 
-    The first and the last block of a trained transformer can seldom be replaced by others. Pinned
-    blocks are in every chain. They have no token, belong to the stem and to the head, and cost no
-    layer calls.
+    The first and the last block of a trained transformer can seldom be replaced by other blocks, so
+    they can be pinned. Pinned blocks are in every chain. They have no token, belong to the stem and
+    to the head, and cost no layer calls.
 
     Args:
       path: folder with config.json and model.safetensors, or with shards and
         model.safetensors.index.json.
-      dtype: of the weights; that of the file if None.
-      name: of the model; that of the folder if None.
-      pinned: how many blocks are pinned at the beginning and at the end.
+      dtype: dtype of the weights; if None, the dtype of the file.
+      name: name of the model; if None, the name of the folder.
+      pinned: numbers of blocks to pin at the beginning and at the end.
 
     Raises:
-      FileNotFoundError: the folder or one of its files is missing.
-      ValueError: a file is damaged, the family or an option of the config is not supported, a
-        tensor is missing, is not part of the model, has a wrong shape or a dtype other than
-        float32, bfloat16 and float16, or no block is left that is not pinned.
+      FileNotFoundError: if the folder or one of its files is missing.
+      ValueError: if a file is damaged, the family or an option of the config is not supported, a
+        tensor is missing, is not part of the model, has a wrong shape, or has a dtype other than
+        float32, bfloat16, or float16, or if all blocks are pinned.
     """
     return assemble_bank([_open(path, name)], dtype, pinned)
 
@@ -61,26 +61,26 @@ def load_many(
 ) -> Bank:
     """Load several checkpoints of one architecture as one bank.
 
-    The checkpoints are fine-tunes of one model, or snapshots of its training. The layers are the
-    blocks of the first model, `a/0`, `a/1` and so on, then those of the other models. Each model
-    has a head. The bank's parents are the original models.
+    The checkpoints can be fine-tunes of one model, or snapshots of its training. The layers are the
+    blocks of the first model, named `a/0`, `a/1`, and so on, followed by the blocks of the other
+    models. Each model has a head. The parents of the bank are the original models.
 
-    If embeddings differ, or blocks that are pinned after them, every chain begins with those of the
-    first model. Each other model then has one more layer after all blocks, `b/embeddings`, which
-    replaces the result so far with the embeddings of its model. It belongs at the beginning of a
-    chain, as in the parents. Activations then contain the embeddings of all models.
+    If the models differ in their embeddings, or in the blocks that are pinned after them, every
+    chain begins with those of the first model. In this case, each other model has an additional
+    layer, `b/embeddings`, whose token follows those of all blocks. It replaces the result so far
+    with the embeddings of its model, so it belongs at the beginning of a chain, as in the parents.
+    Activations then contain the embeddings of all models.
 
     Args:
-      paths: of the folders.
-      dtype: of the weights; that of the files if None.
-      names: of the models; those of the folders if None.
-      pinned: how many blocks of each model are pinned at the beginning and at the end, as in
-        `load`.
+      paths: the checkpoint folders.
+      dtype: dtype of the weights; if None, the dtype of the files.
+      names: names of the models; if None, the names of the folders.
+      pinned: numbers of blocks of each model to pin at the beginning and at the end, as in `load`.
 
     Raises:
-      ValueError: `paths` is empty, two models have the same name, architectures differ, or as in
-        `load`.
-      FileNotFoundError: a folder or one of its files is missing.
+      ValueError: if `paths` is empty, `names` does not have one name for each path, two models have
+        the same name, architectures differ, or `load` would raise it.
+      FileNotFoundError: if a folder or one of its files is missing.
     """
     if len(paths) == 0:
         raise ValueError("expected at least one checkpoint, got none")
@@ -92,7 +92,7 @@ def load_many(
     found = [source.name for source in sources]
     if len(set(found)) < len(found):
         raise ValueError(
-            f"expected checkpoints of different names, got {', '.join(found)}: pass names="
+            f"expected checkpoints with different names, got {', '.join(found)}: pass names="
         )
     for source in sources[1:]:
         _check_same_architecture(sources[0], source)
@@ -108,18 +108,18 @@ def init(
 ) -> Bank:
     """Make the bank of an untrained transformer, with random weights in float32.
 
-    It can be trained, or compared with a trained one.
+    The bank can be trained, or compared with the bank of a trained transformer.
 
     Args:
-      key: for the initializers.
-      path: folder with config.json; weights in it are not read.
-      name: of the model.
-      pinned: how many blocks are pinned at the beginning and at the end, as in `load`.
+      key: the PRNG key for the initializers.
+      path: folder with config.json; weights in the folder are not read.
+      name: name of the model.
+      pinned: numbers of blocks to pin at the beginning and at the end, as in `load`.
 
     Raises:
-      FileNotFoundError: config.json is missing.
-      ValueError: the family or an option of the config is not supported, or no block is left that
-        is not pinned.
+      FileNotFoundError: if config.json is missing.
+      ValueError: if the family or an option of the config is not supported, or if all blocks are
+        pinned.
     """
     architecture = read_architecture(path)
     names = find_names(architecture)
@@ -128,7 +128,7 @@ def init(
 
 
 def _open(path: str | os.PathLike[str], name: str | None) -> Source:
-    """A checked checkpoint, named after its folder if no name is given."""
+    """Open and check a checkpoint, which is named after its folder if no name is given."""
     checkpoint = Checkpoint(path)
     architecture = make_architecture(checkpoint.config, str(checkpoint.path / CONFIG))
     prefix = find_prefix(architecture, checkpoint)
@@ -138,7 +138,7 @@ def _open(path: str | os.PathLike[str], name: str | None) -> Source:
 
 
 def _check_same_architecture(first: Source, other: Source) -> None:
-    """Check that the stem, the blocks and the heads of two models have the same modules."""
+    """Check that the stem, the blocks, and the heads of two models have the same modules."""
     own, theirs = (_list_modules(source.architecture) for source in (first, other))
     for part, modules in own.items():
         if modules != theirs[part]:
@@ -160,7 +160,7 @@ def _list_modules(architecture: Architecture) -> dict[str, tuple[nn.Module, ...]
 def _describe_difference(
     modules: tuple[nn.Module, ...], others: tuple[nn.Module, ...]
 ) -> tuple[str, str]:
-    """The first difference between two lists of modules: its value in each of them."""
+    """Describe the first difference between two lists of modules by its value in each of them."""
     if len(modules) != len(others):
         return f"{len(modules)} blocks", f"{len(others)} blocks"
     module, other = next((a, b) for a, b in zip(modules, others, strict=True) if a != b)

@@ -1,4 +1,4 @@
-"""Text files of an exported chain: a model card, and a recipe for mergekit."""
+"""The text files of an exported chain: a model card and a recipe for mergekit."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,14 +11,14 @@ def make_mergekit_recipe(
 ) -> str:
     """Write the chain as a passthrough merge of mergekit.
 
-    Differences from the exported checkpoint that mergekit cannot reproduce are comments.
+    Comments list the differences from the exported checkpoint that mergekit cannot reproduce.
 
     Args:
-      model: of the chain.
-      paths: from the name of each model to its folder.
+      model: the model that the chain computes.
+      paths: map from the name of each model to its folder.
       changed: names of the layers and heads whose weights were trained after loading.
     """
-    runs: list[tuple[str, int, int]] = []  # model, first block, block after the last one
+    runs: list[tuple[str, int, int]] = []  # model, index of the first block, index after the last
     for block in model.blocks:
         if runs and (runs[-1][0], runs[-1][2]) == (block.source, block.position):
             runs[-1] = (block.source, runs[-1][1], block.position + 1)
@@ -38,16 +38,21 @@ def make_mergekit_recipe(
 def _list_differences(
     model: ChainModel, first: str, last: str, changed: Sequence[str]
 ) -> list[str]:
-    """Comments on how the merge differs: it has the stem of `first` and the head of `last`."""
-    start = "# Not the same as the checkpoint in this folder:"
+    """Write comments on how the checkpoint differs from the merge.
+
+    The merge has the stem of the model `first` and the head of the model `last`.
+    """
+    start = "# This merge differs from the checkpoint in this folder:"
     lines = []
     if model.head_source != last:
         lines.append(
-            f"{start} its output layer comes from {model.head_source}, mergekit uses {last}'s."
+            f"{start} the checkpoint's output layer is that of {model.head_source}, "
+            f"but mergekit uses {last}'s."
         )
     if model.stem_source != first:
         lines.append(
-            f"{start} its embeddings come from {model.stem_source}, mergekit uses {first}'s."
+            f"{start} the checkpoint's embeddings are those of {model.stem_source}, "
+            f"but mergekit uses {first}'s."
         )
     if changed:
         lines.append(f"{start} {', '.join(changed)} were trained after loading.")
@@ -55,11 +60,11 @@ def _list_differences(
 
 
 def make_card(model: ChainModel, facts: Mapping[str, object], changed: Sequence[str]) -> str:
-    """Write a model card that lists the chain and facts about it.
+    """Write a model card that lists the blocks of the chain and facts about it.
 
     Args:
-      model: of the chain.
-      facts: rows of a table, from label to value.
+      model: the model that the chain computes.
+      facts: rows of a table, as a map from label to value.
       changed: names of the layers and heads whose weights were trained after loading.
     """
     rows = [f"| {name} | {value} |" for name, value in facts.items()]

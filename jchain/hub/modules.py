@@ -1,7 +1,7 @@
-"""Modules that the families share, with the param names and layouts of Hugging Face checkpoints.
+"""Modules that the model families share.
 
-Because weights keep the layout of the file, a checkpoint is read directly into its stack, and an
-exported chain has the original names.
+Their params have the names and layouts of Hugging Face checkpoints, so that a checkpoint is read
+directly into its stack and an exported chain has the original names.
 """
 
 import math
@@ -31,8 +31,8 @@ class Linear(nn.Module):
     Attributes:
       features: width of the output.
       use_bias: whether b is added.
-      is_transposed: whether the file has W as `[inputs, features]` (GPT-2's Conv1D) instead of
-        `[features, inputs]`.
+      is_transposed: whether the file stores W as `[inputs, features]`, as in the Conv1D of GPT-2,
+        instead of `[features, inputs]`.
     """
 
     features: int
@@ -51,7 +51,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A row of `weight` for each index.
+    """A lookup table that maps each index to a row of `weight`.
 
     Attributes:
       num: number of rows.
@@ -70,7 +70,7 @@ class LayerNorm(nn.Module):
     """Layer normalization (Ba et al. 2016, arXiv:1607.06450), computed in float32 for every dtype.
 
     Attributes:
-      epsilon: added to the variance.
+      epsilon: constant added to the variance.
     """
 
     epsilon: float
@@ -93,7 +93,7 @@ class RMSNorm(nn.Module):
     The root mean square is computed in float32 for every dtype.
 
     Attributes:
-      epsilon: added to the mean square.
+      epsilon: constant added to the mean square.
     """
 
     epsilon: float
@@ -119,14 +119,14 @@ def broadcast(row: Float[Array, "F"], like: Float[Array, "*B F"]) -> Float[Array
 
 
 class FeedForward(nn.Module):
-    """MLP of two affine maps with an activation between them.
+    """An MLP of two affine maps with an activation between them.
 
     Attributes:
       hidden: width of the hidden layer.
       activation: name of the activation, one of `ACTIVATIONS`.
-      names: of the params of the first and the second map.
+      names: names of the params of the first and the second map.
       use_bias: whether the maps have biases.
-      is_transposed: layout of the weights, as in `Linear`.
+      is_transposed: whether the weights are transposed, as in `Linear`.
     """
 
     hidden: int
@@ -148,8 +148,8 @@ def split_heads(x: Float[Array, "*B T F"], num_heads: int) -> Float[Array, "*B T
     """Split the last axis into heads.
 
     Args:
-      x: queries, keys or values of all heads.
-      num_heads: N.
+      x: queries, keys, or values of all heads.
+      num_heads: number of heads, N.
     """
     return x.reshape(*x.shape[:-1], num_heads, -1)
 
@@ -162,26 +162,27 @@ def attend(
     is_causal: bool,
     window: int | None = None,
 ) -> Float[Array, "*B T F"]:
-    """Compute scaled dot-product attention, with the heads joined in the result.
+    """Compute scaled dot-product attention and join the heads in the result.
 
-    It computes the same as `jax.nn.dot_product_attention` in 0.5 to 0.8 of the time, on CPU for
-    sequences of about 100 tokens. The axes of heads and positions are swapped once instead of in
-    each product, the mask is added instead of selecting values, and the softmax is normalized
-    after the last product.
+    This function computes the same result as `jax.nn.dot_product_attention` in 0.5 to 0.8 of the
+    time, on CPU for sequences of about 100 tokens. It is faster because the axes of heads and
+    positions are swapped once instead of in each product, the mask is added instead of selecting
+    values, and the softmax is normalized after the last product.
 
     Args:
-      query: of each position and head.
-      key: N is a multiple of K, and `N / K` queries share a key.
-      value: as many as keys.
+      query: the queries of all positions and heads.
+      key: the keys of all positions and heads; N must be a multiple of K, and `N / K` query heads
+        share a key head.
+      value: the values, one for each key.
       is_causal: whether a position attends only to itself and to earlier positions.
-      window: how many positions each position attends to, including itself; None for all. A window
-        implies causal attention.
+      window: number of positions that each position attends to, including itself; None for all. A
+        window implies causal attention.
     """
     dtype, (length, num_heads, size), num_kv_heads = query.dtype, query.shape[-3:], key.shape[-2]
     if dtype == jnp.float16:  # XLA on CPU cannot sum products of float16 in float32.
         query, key, value = (part.astype(jnp.float32) for part in (query, key, value))
     query, key, value = (jnp.swapaxes(part, -3, -2) for part in (query, key, value))
-    # The queries that share a key become rows of one product.
+    # Queries that share a key become the rows of one product.
     query = query.reshape(*query.shape[:-3], num_kv_heads, -1, size)
     wide = jnp.promote_types(dtype, jnp.float32)
     scores = jnp.matmul(query, jnp.swapaxes(key, -2, -1), preferred_element_type=wide) * size**-0.5
@@ -207,12 +208,12 @@ def rotate(
 ) -> Float[Array, "*B T N H"]:
     """Apply rotary positions (Su et al. 2021, arXiv:2104.09864).
 
-    The first `2 * len(frequencies)` features of each head rotate, the others are unchanged.
+    The first `2 * len(frequencies)` features of each head rotate, and the others stay unchanged.
 
     Args:
       x: queries or keys.
-      frequencies: of each pair of features, in radians per position.
-      scale: factor of sines and cosines.
+      frequencies: rotation frequency of each pair of features, in radians per position.
+      scale: factor that multiplies the sines and cosines.
     """
     angles = (
         jnp.arange(x.shape[-3], dtype=jnp.float32)[:, None]
@@ -226,15 +227,15 @@ def rotate(
 
 
 def find_rope_options(config: Config, base_key: str = "rope_theta") -> Config:
-    """Find the options of rotary positions, which older files have in another place.
+    """Find the options of rotary positions, which older files store in another place.
 
     Args:
-      config: of the model.
-      base_key: name of the config's option for the base, which older files do not have among the
-        options of rotary positions.
+      config: the options of the model.
+      base_key: name of the option that holds the base in older files, which do not store it with
+        the other options of rotary positions.
 
     Raises:
-      ValueError: the options are not an object.
+      ValueError: if the options are not an object.
     """
     key = "rope_parameters" if config.get("rope_parameters", None) is not None else "rope_scaling"
     given = config.get(key, None) or {}
@@ -248,18 +249,20 @@ def find_rope_options(config: Config, base_key: str = "rope_theta") -> Config:
 def find_frequencies(config: Config, rope: Config, size: int) -> tuple[tuple[float, ...], float]:
     """Compute the frequencies of rotary positions, as transformers does.
 
-    They can be scaled by `linear`, `llama3` or `yarn` (Peng et al. 2023, arXiv:2309.00071).
+    The supported kinds of scaling are `linear`, `llama3`, and `yarn` (Peng et al. 2023,
+    arXiv:2309.00071).
 
     Args:
-      config: of the model.
-      rope: options of rotary positions, from `find_rope_options`.
-      size: number of features in each head that rotate.
+      config: the options of the model.
+      rope: the options of rotary positions, which `find_rope_options` returned.
+      size: number of features of each head that are rotated.
 
     Returns:
-      Radians per position for each pair of features, and the factor of sines and cosines.
+      The rotation frequency of each pair of features in radians per position, and the factor that
+      multiplies the sines and cosines.
 
     Raises:
-      ValueError: the kind of scaling or one of its options is not supported.
+      ValueError: if the kind of scaling or one of its options is not supported.
     """
     kind = rope.get("rope_type", rope.get("type", "default"))
     base = float(rope.get("rope_theta", 10000.0))
@@ -274,13 +277,13 @@ def find_frequencies(config: Config, rope: Config, size: int) -> tuple[tuple[flo
     elif kind == "yarn":
         found, scale = _scale_by_yarn(unscaled, base, size, rope, config)
     else:
-        raise config.reject("rope_type", kind, "default, linear, llama3 or yarn")
+        raise config.reject("rope_type", kind, "default, linear, llama3, or yarn")
     rope.finish()
     return tuple(found.astype(np.float32).tolist()), float(scale)
 
 
 def _scale_by_wavelength(unscaled: np.ndarray, rope: Config) -> np.ndarray:
-    """Scaling of Llama 3.1: low frequencies are divided by a factor, high ones are unchanged."""
+    """Scale as in Llama 3.1: divide low frequencies by a factor, and keep high ones unchanged."""
     factor, length = rope.require("factor"), rope.require("original_max_position_embeddings")
     low, high = rope.require("low_freq_factor"), rope.require("high_freq_factor")
     turns = length * unscaled / (2 * math.pi)
@@ -291,7 +294,7 @@ def _scale_by_wavelength(unscaled: np.ndarray, rope: Config) -> np.ndarray:
 def _scale_by_yarn(
     unscaled: np.ndarray, base: float, size: int, rope: Config, config: Config
 ) -> tuple[np.ndarray, float]:
-    """Scaling of YaRN, and the factor of sines and cosines."""
+    """Scale as in YaRN; also return the factor that multiplies the sines and cosines."""
     length = rope.get("original_max_position_embeddings", None) or config.require(
         "max_position_embeddings"
     )
@@ -321,15 +324,15 @@ def _scale_by_yarn(
 
 
 def check_activation(config: Config, key: str, default: str) -> str:
-    """Read the name of an activation.
+    """Read the name of an activation and check that it is supported.
 
     Args:
-      config: of the model.
+      config: the options of the model.
       key: name of the option.
       default: name of the activation if the config does not have the option.
 
     Raises:
-      ValueError: the activation is not one of `ACTIVATIONS`.
+      ValueError: if the activation is not one of `ACTIVATIONS`.
     """
     name = config.get(key, default)
     if name not in ACTIVATIONS:

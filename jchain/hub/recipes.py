@@ -1,6 +1,7 @@
-"""Standard ways to make a pretrained transformer shallower or deeper, as chains to compare with.
+"""Recipes: standard ways to make a pretrained transformer shallower or deeper.
 
-Each function takes the chain of an original model, one of `Bank.parents`: blocks, then the head.
+They yield chains that a search starts from or is compared with. Most functions take the chain of an
+original model, which is one of `Bank.parents`.
 """
 
 import dataclasses
@@ -20,21 +21,22 @@ from jchain.problem import Problem
 
 
 def find_chains(problem: Problem, parent: Sequence[int], num_layers: int) -> dict[str, list[int]]:
-    """Find the best chain of each recipe that gives a model a certain number of layers.
+    """Find the best chain of each recipe for a given number of layers.
 
-    With fewer layers than the model: the last blocks dropped, the blocks of least influence
-    dropped, and a run of blocks dropped. With more: a run of blocks repeated. With as many or more:
-    nothing dropped. A run is chosen by its loss. If the chain begins with a layer of embeddings,
-    that layer is kept.
+    If the model has more layers than that, the recipes drop its last blocks, its blocks of least
+    influence, or a run of consecutive blocks. If it has fewer, a recipe repeats a run of blocks. If
+    it has no more layers than that, the unchanged model is also included, as "nothing dropped". The
+    run with the lowest loss is chosen. A layer of embeddings at the start of the chain is kept.
 
     Args:
-      problem: its split and loss are used to choose blocks; its limits on layers are ignored.
+      problem: the problem whose split and loss are used to choose blocks; its limits on the number
+        of layers are ignored.
       parent: chain of the original model, one of `Bank.parents`.
-      num_layers: layers of the chains, including a layer of embeddings.
+      num_layers: number of layers of the chains, including a layer of embeddings.
 
     Returns:
-      From the name of each recipe to its chain, without padding. Empty if no recipe can reach
-      `num_layers`.
+      A map from the name of each recipe to its chain, without padding. It is empty if no recipe
+      applies.
     """
     start, body = _split_start(problem.bank, parent)
     num = len(parent) - 1 - num_layers
@@ -58,17 +60,17 @@ def find_chains(problem: Problem, parent: Sequence[int], num_layers: int) -> dic
 def find_starts(bank: Bank, max_layers: int, *, min_layers: int = 0) -> Int[np.ndarray, "S L"]:
     """Find chains for a search to start from (`jc.LocalSearch(starts=)`), without using data.
 
-    For each original model these are: the model itself if it fits; if it has too many blocks, the
-    model without each run of the surplus length; if there is room, the model with each run repeated
-    that fills the room.
+    An original model that has at most `max_layers` layers is a start. If it has fewer, the starts
+    also include each chain that repeats a run of its blocks once to reach `max_layers`. If it has
+    more, the starts are the chains that drop a run of its blocks to reach `max_layers`.
 
     Args:
-      bank: of one or several models.
-      max_layers: most layers in a chain.
-      min_layers: fewest layers in a chain; shorter chains are left out.
+      bank: the bank of one or several models.
+      max_layers: maximum number of layers in a chain.
+      min_layers: minimum number of layers in a chain; shorter chains are omitted.
 
     Returns:
-      Different chains, `[S, max_layers + 1]`. S is 0 if no chain has a suitable length.
+      int32[S, max_layers + 1]; distinct chains. S is 0 if no chain has a suitable length.
     """
     rows: list[tuple[int, ...]] = []
     for parent in bank.parents:
@@ -84,7 +86,7 @@ def find_starts(bank: Bank, max_layers: int, *, min_layers: int = 0) -> Int[np.n
 
 
 def _split_start(bank: Bank, parent: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Split a chain into layers of embeddings, and blocks with the head."""
+    """Split a chain into its layers of embeddings, and its blocks with the head."""
     restarts = find_restarts(bank)
     start = [token for token in parent if token in restarts]
     return start, [token for token in parent if token not in restarts]
@@ -96,18 +98,18 @@ def find_influence(
     """Measure how much each layer of a chain changes the direction of its input.
 
     This is the block influence of ShortGPT (Men et al. 2024, arXiv:2403.03853): 1 minus the cosine
-    of input and output, averaged over examples and tokens.
+    similarity of input and output, averaged over examples and tokens.
 
     Args:
-      bank: of pretrained blocks.
-      chain: layers, then a head, without padding.
-      x: inputs of the stem.
+      bank: a bank of pretrained blocks.
+      chain: tokens of the layers, then of the head, without padding.
+      x: examples, as inputs to the stem.
 
     Returns:
-      The influence of each layer in the order of the chain, `[D]`.
+      float32[D]; the influence of each layer, in the order of the chain.
     """
     hidden, found = bank.embed(x), []
-    # The features after these are the embeddings of other models.
+    # Any features after these are the embeddings of other models.
     features = next(
         (group.module.features for group in bank.layers if isinstance(group.module, Within)), None
     )
@@ -129,11 +131,11 @@ def drop_last(chain: Sequence[int] | Int[np.ndarray, "L"], num: int) -> Int[np.n
     """Drop the last blocks of a chain.
 
     Args:
-      chain: blocks, then a head.
-      num: how many blocks to drop.
+      chain: tokens of the blocks, then of the head.
+      num: number of blocks to drop.
 
     Raises:
-      ValueError: the chain has fewer than `num` blocks.
+      ValueError: if the chain has fewer than `num` blocks.
     """
     blocks, head = _split_head(chain, num)
     return np.append(blocks[: len(blocks) - num], head)
@@ -145,12 +147,12 @@ def drop_least_influential(
     """Drop the blocks of least influence from a chain.
 
     Args:
-      chain: blocks, then a head.
-      influence: of each block, from `find_influence`.
-      num: how many blocks to drop.
+      chain: tokens of the blocks, then of the head.
+      influence: influence of each block, which `find_influence` returned.
+      num: number of blocks to drop.
 
     Raises:
-      ValueError: the chain has fewer than `num` blocks.
+      ValueError: if the chain has fewer than `num` blocks.
     """
     blocks, head = _split_head(chain, num)
     return np.append(np.delete(blocks, np.argsort(influence, kind="stable")[:num]), head)
@@ -159,17 +161,17 @@ def drop_least_influential(
 def drop_contiguous(
     chain: Sequence[int] | Int[np.ndarray, "L"], num: int
 ) -> Int[np.ndarray, "S M"]:
-    """Drop each run of consecutive blocks of a given length from a chain.
+    """Make the chains that drop one run of consecutive blocks of a given length.
 
     Args:
-      chain: blocks, then a head.
-      num: length of the runs.
+      chain: tokens of the blocks, then of the head.
+      num: number of blocks in a run.
 
     Returns:
-      One chain for each run, `[S, M]`.
+      int32[S, M]; one chain for each run.
 
     Raises:
-      ValueError: the chain has fewer than `num` blocks.
+      ValueError: if the chain has fewer than `num` blocks.
     """
     blocks, head = _split_head(chain, num)
     starts = range(len(blocks) - num + 1)
@@ -179,17 +181,19 @@ def drop_contiguous(
 def repeat_contiguous(
     chain: Sequence[int] | Int[np.ndarray, "L"], num: int
 ) -> Int[np.ndarray, "S M"]:
-    """Repeat each run of consecutive blocks of a given length once, directly after the run.
+    """Make the chains that repeat one run of consecutive blocks of a given length.
+
+    The copy of the run directly follows the run.
 
     Args:
-      chain: blocks, then a head.
-      num: length of the runs.
+      chain: tokens of the blocks, then of the head.
+      num: number of blocks in a run.
 
     Returns:
-      One chain for each run, `[S, M]`.
+      int32[S, M]; one chain for each run.
 
     Raises:
-      ValueError: the chain has fewer than `num` blocks.
+      ValueError: if the chain has fewer than `num` blocks.
     """
     blocks, head = _split_head(chain, num)
     starts = range(len(blocks) - num + 1)

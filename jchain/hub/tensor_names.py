@@ -1,4 +1,4 @@
-"""The tensor of a checkpoint for each param of a model, by name and shape."""
+"""The names and shapes of the checkpoint tensors that hold a model's params."""
 
 from collections.abc import Iterable
 from functools import cache
@@ -11,30 +11,30 @@ from flax import traverse_util
 from jchain.hub.architecture import Architecture
 from jchain.hub.checkpoint import DTYPES, Checkpoint, list_names
 
-# Output layers that some files contain although they are the same as the embeddings.
+# Output layers that some files contain even if they are the same as the embeddings.
 _OUTPUT_LAYERS = ("lm_head.weight", "embed_out.weight")
 
-# From the path of a param to the name of a tensor, such as
+# A map from the path of a param to the name of a tensor, such as
 # {"attn/c_attn/weight": "transformer.h.0.attn.c_attn.weight"}.
 TensorNames = dict[str, str]
-# From the path of a param to its shape.
+# A map from the path of a param to its shape.
 Shapes = dict[str, tuple[int, ...]]
 
 
 class ModelNames(NamedTuple):
-    """The tensor of each param, for the parts of a model."""
+    """The name of the tensor of each param, for each part of a model."""
 
     stem: TensorNames
     blocks: list[TensorNames]
     head: TensorNames
 
     def flatten(self) -> tuple[TensorNames, ...]:
-        """List the parts: stem, blocks, head."""
+        """List the parts in the order stem, blocks, and head."""
         return (self.stem, *self.blocks, self.head)
 
 
 class ModelShapes(NamedTuple):
-    """The shape of each param, for the parts of a model."""
+    """The shape of each param, for each part of a model."""
 
     stem: Shapes
     blocks: list[Shapes]
@@ -42,16 +42,16 @@ class ModelShapes(NamedTuple):
     features: int  # width of the activations between blocks
 
     def flatten(self) -> tuple[Shapes, ...]:
-        """List the parts: stem, blocks, head."""
+        """List the parts in the order stem, blocks, and head."""
         return (self.stem, *self.blocks, self.head)
 
 
 def find_names(architecture: Architecture, prefix: str | None = None) -> ModelNames:
-    """Find the tensor of each param of a model.
+    """Find the name of the tensor of each param of a model.
 
     Args:
-      architecture: of the model.
-      prefix: start of all names; that of the architecture if None.
+      architecture: the architecture of the model.
+      prefix: start of all names; if None, the prefix of the architecture.
     """
     prefix = architecture.prefix if prefix is None else prefix
     shapes = find_shapes(architecture)
@@ -69,7 +69,7 @@ def find_names(architecture: Architecture, prefix: str | None = None) -> ModelNa
 
 
 def _find_part_names(params: Iterable[str], names: dict[str, str], prefix: str) -> TensorNames:
-    """The tensors of the stem or the head, whose children have the given names in the file."""
+    """Find the tensors of the stem or the head, given the names of its children in the file."""
     found = {}
     for path in params:
         child, *rest = path.split("/")
@@ -82,7 +82,7 @@ def find_shapes(architecture: Architecture) -> ModelShapes:
     """Find the shape of each param of a model, without computing anything.
 
     Args:
-      architecture: of the model.
+      architecture: the architecture of the model.
     """
     x = jax.ShapeDtypeStruct(architecture.example_shape, architecture.example_dtype)
     stem, hidden = _trace(architecture.stem, x)
@@ -92,7 +92,7 @@ def find_shapes(architecture: Architecture) -> ModelShapes:
 
 @cache
 def _trace(module: nn.Module, x: jax.ShapeDtypeStruct) -> tuple[Shapes, jax.ShapeDtypeStruct]:
-    """The shapes of a module's params, and its output for an input like x."""
+    """Find the shapes of a module's params, and the shape and dtype of its output for `x`."""
     out, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
     params: dict[str, jax.ShapeDtypeStruct] = traverse_util.flatten_dict(
         variables["params"], sep="/"
@@ -103,28 +103,28 @@ def _trace(module: nn.Module, x: jax.ShapeDtypeStruct) -> tuple[Shapes, jax.Shap
 def find_prefix(architecture: Architecture, checkpoint: Checkpoint) -> str:
     """Find the start of all tensor names in a file.
 
-    It is empty for a file that was saved from the model without its output layer.
+    The result is empty if the file was saved from a model without its output layer.
 
     Args:
-      architecture: of the model.
-      checkpoint: the file.
+      architecture: the architecture of the model.
+      checkpoint: the checkpoint that holds the tensors.
     """
     has_prefix = any(name.startswith(architecture.prefix) for name in checkpoint.shapes)
     return architecture.prefix if has_prefix else ""
 
 
 def check_tensors(architecture: Architecture, checkpoint: Checkpoint, prefix: str) -> None:
-    """Check that a file contains the tensors of a model and no others.
+    """Check that a checkpoint contains the tensors of a model and no others.
 
     Args:
-      architecture: of the model.
-      checkpoint: the file.
-      prefix: start of all tensor names, from `find_prefix`.
+      architecture: the architecture of the model.
+      checkpoint: the checkpoint to check.
+      prefix: start of all tensor names, which `find_prefix` returned.
 
     Raises:
-      ValueError: a tensor is missing, is not part of the model, or has a wrong shape or an
-        unsupported dtype; or the file contains an output layer that differs from the embeddings
-        although they are tied.
+      ValueError: if a tensor is missing, is not part of the model, or has a wrong shape or an
+        unsupported dtype, or if the checkpoint contains an output layer that differs from the
+        embeddings although they are tied.
     """
     names, shapes = find_names(architecture, prefix), find_shapes(architecture)
     expected = {
@@ -140,7 +140,7 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint, prefix: st
 def _check_no_surplus(
     architecture: Architecture, checkpoint: Checkpoint, prefix: str, expected: Shapes
 ) -> None:
-    """Check that no tensor of the model is missing, and that there are no other tensors."""
+    """Check that no tensor of the model is missing and that there are no other tensors."""
     found = checkpoint.shapes.keys()
     if missing := expected.keys() - found:
         raise ValueError(
@@ -160,7 +160,7 @@ def _check_no_surplus(
 
 
 def _check_shapes(checkpoint: Checkpoint, expected: Shapes) -> None:
-    """Check shapes and dtypes."""
+    """Check that tensors have the expected shapes and supported dtypes."""
     for name, shape in expected.items():
         found, dtype = checkpoint.shapes[name], checkpoint.dtypes[name]
         if found != shape:

@@ -1,7 +1,7 @@
-"""ViT for image classification (Dosovitskiy et al. 2021, arXiv:2010.11929).
+"""The ViT family for image classification (Dosovitskiy et al. 2021, arXiv:2010.11929).
 
-Patches, a class token, layer norms before attention and MLP. See `jchain.hub.architecture` for how
-to add a family.
+These models split an image into patches, prepend a class token, and have layer norms before
+attention and MLP. `jchain.hub.architecture` explains how to add a family.
 """
 
 import flax.linen as nn
@@ -39,7 +39,7 @@ class Projection(nn.Module):
 
 
 class Patches(nn.Module):
-    """Embeddings of the patches of an image, as a sequence.
+    """A sequence of embeddings of the patches of an image.
 
     Attributes:
       features: width of the embeddings.
@@ -57,13 +57,13 @@ class Patches(nn.Module):
 
 
 class Stem(nn.Module):
-    """A class token followed by patches, plus embeddings of positions.
+    """A class token followed by patch embeddings, with position embeddings added to all of them.
 
-    Images are `[B, H, W, C]`, standardized as in the training of the model.
+    Images are `[B, H, W, C]` and must be standardized as they were for the training of the model.
 
     Attributes:
       size: height and width of an image.
-      channels: of an image.
+      channels: number of channels of an image.
       patch: height and width of a patch.
       features: width of the embeddings.
     """
@@ -103,11 +103,11 @@ class Within(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention between all tokens, without the output map.
+    """Self-attention between all tokens, without the output map.
 
     Attributes:
       num_heads: number of attention heads.
-      use_bias: whether the maps to queries, keys and values have biases.
+      use_bias: whether the maps to queries, keys, and values have biases.
     """
 
     num_heads: int
@@ -123,11 +123,11 @@ class SelfAttention(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention with the output map.
+    """Self-attention followed by the output map.
 
     Attributes:
       num_heads: number of attention heads.
-      use_bias: whether the maps to queries, keys and values have biases.
+      use_bias: whether the maps to queries, keys, and values have biases.
     """
 
     num_heads: int
@@ -146,8 +146,8 @@ class Block(nn.Module):
       num_heads: number of attention heads.
       hidden: width of the MLP.
       activation: name of the MLP's activation.
-      epsilon: of the layer norms.
-      use_bias: whether the maps to queries, keys and values have biases.
+      epsilon: constant added to the variance in the layer norms.
+      use_bias: whether the maps to queries, keys, and values have biases.
     """
 
     num_heads: int
@@ -167,11 +167,11 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """The last norm, and the output layer on the class token.
+    """The last norm, and the output layer, which reads the class token.
 
     Attributes:
       num_classes: number of logits.
-      epsilon: of the norm.
+      epsilon: constant added to the variance in the layer norm.
     """
 
     num_classes: int
@@ -184,13 +184,13 @@ class Head(nn.Module):
 
 
 def make_architecture(config: Config) -> Architecture:
-    """Make the architecture of a config.
+    """Make the architecture that a config describes.
 
     Args:
-      config: with a `model_type` of `MODEL_TYPES`.
+      config: the options of the model; their `model_type` is one of `MODEL_TYPES`.
 
     Raises:
-      ValueError: an option is missing or has a value that is not supported.
+      ValueError: if an option is missing or has a value that is not supported.
     """
     features, epsilon = config.require("hidden_size"), config.get("layer_norm_eps", 1e-12)
     size, patch, channels = (
@@ -203,7 +203,8 @@ def make_architecture(config: Config) -> Architecture:
         if len(set(patch)) != 1:
             raise config.reject("patch_size", patch, "square patches")
         patch = patch[0]
-    # Irrelevant: the classifier reads the class token directly, without a pooler.
+    # These options are irrelevant: the classifier reads the class token without a pooler, and the
+    # number of labels is read below.
     for key in ("pooler_act", "pooler_output_size", "num_labels"):
         config.get(key, None)
     labels = config.get("id2label", None)

@@ -1,4 +1,4 @@
-"""Weights of a model as stacked params: read from checkpoints, each tensor once, or random."""
+"""The weights of a model as stacked params, either read from checkpoints or random."""
 
 import math
 from pathlib import Path
@@ -14,33 +14,33 @@ from jchain.hub.architecture import Architecture
 from jchain.hub.checkpoint import DTYPES, Checkpoint
 from jchain.hub.tensor_names import ModelNames, TensorNames
 
-# XLA on CPU uses the memory of arrays with this alignment without copying it.
+# Alignment in bytes. XLA on CPU uses the memory of arrays with this alignment without copying it.
 _ALIGNMENT = 64
 
 
 class RandomWeights:
-    """Random float32 weights by their tensor names, with the interface of a `Checkpoint`.
+    """Random float32 weights with the interface of a `Checkpoint`.
 
     Attributes:
-      path: empty, as no file is read.
-      shapes: from the name of each tensor to its shape.
-      dtypes: from the name of each tensor to its dtype, by NumPy's name.
+      path: an empty path, because no file is read.
+      shapes: map from the name of each tensor to its shape.
+      dtypes: map from the name of each tensor to the NumPy name of its dtype.
     """
 
     def __init__(self, key: Key[Array, ""], architecture: Architecture, names: ModelNames) -> None:
         """Draw the weights.
 
         Args:
-          key: for the initializers of the modules.
-          architecture: of the model.
-          names: the tensor of each param.
+          key: the PRNG key for the initializers of the modules.
+          architecture: the architecture of the model.
+          names: map from each param to the name of its tensor.
         """
         self.path = Path()
         stem_key, head_key, *keys = jax.random.split(key, 2 + len(names.blocks))
         x = jnp.zeros(architecture.example_shape, architecture.example_dtype)
         hidden, stem_params = architecture.stem.init_with_output(stem_key, x)
         modules = zip(architecture.blocks, keys, strict=True)
-        # The head first: if its weights are tied to the embeddings, the embeddings replace them.
+        # The head comes first, so that embeddings replace the weights that are tied to them.
         params = [
             architecture.head.init(head_key, hidden),
             stem_params,
@@ -59,8 +59,8 @@ class RandomWeights:
         """Copy a tensor into an array.
 
         Args:
-          name: of the tensor.
-          row: array of the tensor's shape.
+          name: name of the tensor.
+          row: array of the tensor's shape, which is overwritten.
         """
         row[...] = self._arrays[name]
 
@@ -69,23 +69,25 @@ Weights = Checkpoint | RandomWeights
 
 
 class WeightReader:
-    """Reads tensors as params of one dtype, and reads each tensor only once."""
+    """Reader that converts tensors to params of one dtype and reads each tensor only once."""
 
     def __init__(self, dtype: np.dtype) -> None:
-        """Start without any tensor.
+        """Make a reader that has not read any tensor.
 
         Args:
-          dtype: of the params.
+          dtype: dtype of the params.
         """
         self._dtype = dtype
         self._rows: dict[tuple[Path, str], np.ndarray] = {}
 
     def read(self, weights: Weights, names: TensorNames) -> PyTree:
-        """Read the params of one module. Tensors that were read before share their memory.
+        """Read the params of one module.
+
+        Tensors that were read before share their memory.
 
         Args:
-          weights: where the tensors are.
-          names: the tensor of each param.
+          weights: the checkpoint or the random weights that hold the tensors.
+          names: map from each param to the name of its tensor.
         """
         return _nest({path: self._read_tensor(weights, name) for path, name in names.items()})
 
@@ -93,10 +95,11 @@ class WeightReader:
         """Read the params of several modules as one stack, without a second copy in memory.
 
         Args:
-          members: for each module, where its tensors are, and the tensor of each param.
+          members: for each module, the weights that hold its tensors, and a map from each param to
+            the name of its tensor.
 
         Returns:
-          Params whose leaves have shape `[n, ...]` for n members.
+          The params, whose leaves have shape `[n, ...]` for n members.
         """
         stacks = {}
         first_weights, first_names = members[0]
@@ -109,7 +112,7 @@ class WeightReader:
         return _nest(stacks)
 
     def _read_tensor(self, weights: Weights, name: str) -> np.ndarray:
-        """One tensor, from memory if it was read before."""
+        """Read a tensor, or reuse the array if it was read before."""
         if (weights.path, name) not in self._rows:
             row = _allocate(weights.shapes[name], self._dtype)
             weights.read(name, row)
@@ -118,7 +121,7 @@ class WeightReader:
 
 
 def _allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory that XLA on CPU can use without copying it."""
+    """Allocate an array whose memory XLA on CPU can use without copying it."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
@@ -126,8 +129,8 @@ def _allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _nest(leaves: dict[str, np.ndarray]) -> PyTree:
-    """Nested params of the given paths."""
-    # Not `jnp.asarray`, which would copy.
+    """Nest params by their paths."""
+    # `jnp.asarray` would copy the arrays.
     return traverse_util.unflatten_dict(
         {path: jax.device_put(leaf) for path, leaf in leaves.items()}, sep="/"
     )
@@ -138,11 +141,12 @@ def choose_dtype(found: set[str], dtype: DTypeLike | None, location: str) -> np.
 
     Args:
       found: names of the dtypes in the files.
-      dtype: what the caller asked for; if None, the only dtype in the files.
-      location: the files, for error messages.
+      dtype: the requested dtype; if None, the only dtype in the files.
+      location: paths of the files, for error messages.
 
     Raises:
-      ValueError: `dtype` is None and the files have several, or the dtype is not supported.
+      ValueError: if `dtype` is None and the files have several dtypes, or if the dtype is not
+        supported.
     """
     if dtype is None and len(found) > 1:
         raise ValueError(

@@ -1,13 +1,13 @@
-"""Modules around the blocks of a model: pinned blocks, and embeddings that a chain chooses.
+"""Modules that wrap the blocks of a model, for pinned blocks and for a choice of embeddings.
 
-Pinned blocks are in every chain: they are part of the stem (`Entry`) or of the head (`Exit`).
+Pinned blocks are in every chain, as part of the stem (`Entry`) or of the head (`Exit`).
 
 If a bank has several models whose embeddings differ, the stem (`Entries`) concatenates the
 embeddings of all M models. Layers then read `[..., F * M]`. A block (`Within`) changes the first F
-features, which begin as the embeddings of the first model, and passes on the others unchanged. A
+features, which begin as the embeddings of the first model, and passes the others on unchanged. A
 `Restart` layer replaces the first F features with the embeddings of another model.
 
-Saved banks name these classes and their fields: neither may be renamed.
+Saved banks contain the names of these classes and of their fields, so neither may be renamed.
 """
 
 import flax.linen as nn
@@ -19,7 +19,7 @@ from jchain.bank import Bank
 
 
 class Entry(nn.Module):
-    """Embeddings of a model, followed by the blocks with which every chain begins.
+    """The embeddings of a model, followed by the blocks with which every chain begins.
 
     Attributes:
       stem: the embeddings.
@@ -39,10 +39,10 @@ class Entry(nn.Module):
 
 
 class Entries(nn.Module):
-    """Embeddings of the same input by several models, concatenated along the last axis.
+    """The embeddings of the same input in several models, concatenated along the last axis.
 
     Attributes:
-      entries: one for each model.
+      entries: the embeddings and pinned first blocks of each model.
     """
 
     entries: tuple[Entry, ...]
@@ -52,12 +52,12 @@ class Entries(nn.Module):
 
 
 class Within(nn.Module):
-    """A block that changes the first features and passes on the others unchanged.
+    """A block that changes the first features and passes the others on unchanged.
 
     The other features are the embeddings of the other models, which a later `Restart` may read.
 
     Attributes:
-      block: applied to the first `features` features.
+      block: the block, which is applied to the first `features` features.
       features: width of the block, F.
     """
 
@@ -73,10 +73,10 @@ class Within(nn.Module):
 class Restart(nn.Module):
     """A layer that discards the result so far and starts again from another model's embeddings.
 
-    It replaces the first `features` features with a sum of the embeddings in the others, weighted
-    by the param `shares [M - 1]`. One share is 1 and the others are 0. The choice is a param so
-    that the restarts of all models share one module and their params stack. A restart belongs at
-    the beginning of a chain, as layers before it have no effect.
+    A restart replaces the first `features` features with a sum of the embeddings in the other
+    features, weighted by the param `shares [M - 1]`. One share is 1 and the others are 0. The
+    choice is a param, so that the restarts of all models share one module and their params stack. A
+    restart belongs at the beginning of a chain, because layers before it have no effect.
 
     Attributes:
       features: width of the embeddings of one model, F.
@@ -88,7 +88,7 @@ class Restart(nn.Module):
     def __call__(self, x: Float[Array, "*B G"]) -> Float[Array, "*B G"]:
         kept = x[..., self.features :]
         others = kept.reshape(*kept.shape[:-1], -1, self.features)
-        # The shares select a model. They are not weights to train.
+        # The shares select a model and must not be trained.
         shares = jax.lax.stop_gradient(
             self.param("shares", nn.initializers.zeros, others.shape[-2:-1])
         )
@@ -96,10 +96,10 @@ class Restart(nn.Module):
         return jnp.concatenate([hidden.astype(x.dtype), kept], axis=-1)
 
     def project(self, params: PyTree) -> PyTree:
-        """Restore the selection after an optimizer step, whose weight decay may have shrunk it.
+        """Restore the selection after an optimizer step, which may have shrunk it by weight decay.
 
         Args:
-          params: of this layer, after the step.
+          params: the params of this layer after the step.
         """
         return {"shares": jnp.round(params["shares"])}
 
@@ -110,7 +110,7 @@ class Exit(nn.Module):
     Attributes:
       head: the last norm and the output layer.
       blocks: pinned blocks, applied in order.
-      features: width of the blocks, F. They read the first F features.
+      features: width of the blocks, F; they read the first F features.
     """
 
     head: nn.Module
@@ -125,10 +125,10 @@ class Exit(nn.Module):
 
 
 def find_restarts(bank: Bank) -> set[int]:
-    """Find the tokens whose layers are embeddings.
+    """Find the tokens of the layers that are embeddings.
 
     Args:
-      bank: of pretrained blocks.
+      bank: a bank of pretrained blocks.
     """
     return {
         token

@@ -1,4 +1,4 @@
-"""Working backward from outputs: pullbacks, target scores, and recovery of whole chains."""
+"""Methods that work backward from outputs: pullbacks, target scores, and recovery of chains."""
 
 from jchain.inverse import target_scores
 from jchain.inverse.pullback import (

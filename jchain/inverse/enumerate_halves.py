@@ -1,7 +1,7 @@
 """Apply every sequence of a given number of layers to one batch, and sketch the activations.
 
 A sketch is a random projection of the activations. Layers act on examples independently, so all
-prefixes of one length form one batch, and each layer is applied to all of them at once.
+prefixes of the same length form one batch, and each layer is applied to all of them at once.
 """
 
 from functools import partial
@@ -16,14 +16,16 @@ from jchain._typing import Array, Float, Int
 from jchain.engine.layer_calls import apply_all, apply_token
 from jchain.groups import LayerGroup
 
-# Most numbers in a tree level that is one batch: larger levels do not fit the processor's cache.
+# The largest number of activations in a tree level that is computed as one batch. Larger levels do
+# not fit in the processor's cache.
 _MAX_LEVEL = 2**21
-# Seed of the projection. Constant, so that a search finds the same chains in every process.
+# The seed of the projection. It is constant, so that a search finds the same chains in every
+# process.
 _SKETCH_SEED = 0
 
 
 class Half(NamedTuple):
-    """Every sequence of `num_layers` layers, applied to `hidden`."""
+    """All sequences of `num_layers` layers that are applied to `hidden`."""
 
     layers: tuple[LayerGroup, ...]
     hidden: Float[Array, "B ..."]  # [B, ...F], the activations before the first layer
@@ -40,7 +42,7 @@ class Half(NamedTuple):
         return self.num_tokens**self.num_layers
 
     def advance(self, token: int) -> "Half":
-        """The sequences that begin with this layer, as a half that starts after it."""
+        """Return the sequences that begin with this layer, as a half that starts after it."""
         hidden = apply_token(self.layers, jnp.asarray(token), self.hidden)
         return Half(self.layers, hidden, self.num_layers - 1)
 
@@ -48,12 +50,12 @@ class Half(NamedTuple):
 def make_projection(num_features: int, num_sketch: int, dtype: DTypeLike) -> Float[Array, "F S"]:
     """Make a random projection with orthonormal columns.
 
-    It is the identity if a sketch can hold all features.
+    The projection is the identity if a sketch can hold all features.
 
     Args:
-      num_features: numbers in the activations of all examples, F.
-      num_sketch: numbers in a sketch; `S = min(F, num_sketch)`.
-      dtype: dtype of the activations.
+      num_features: the size of the activations of all examples together, F.
+      num_sketch: the largest allowed size of a sketch; its size is `S = min(F, num_sketch)`.
+      dtype: the dtype of the activations.
     """
     if num_features <= num_sketch:
         return jnp.eye(num_features, dtype=dtype)
@@ -68,8 +70,8 @@ def sketch_half(half: Half, projection: Float[Array, "F S"]) -> Float[Array, "M 
     The cost is about `M * N / (N - 1)` layer calls on the batch, because sequences share prefixes.
 
     Args:
-      half: the M sequences.
-      projection: see `make_projection`.
+      half: the half with the M sequences.
+      projection: the projection of activations to sketches (`make_projection`).
     """
     return _sketch(half.layers, half.hidden, projection, half.num_layers)
 
@@ -100,7 +102,7 @@ def _sketch(
 
 
 def _count_batched_levels(num_features: int, num_tokens: int, num_layers: int) -> int:
-    """The number of tree levels that are one batch each; deeper ones loop over the next layer."""
+    """Count the tree levels that are one batch each; deeper levels loop over the next layer."""
     num_batched = 0
     while num_batched < num_layers and num_features * num_tokens ** (num_batched + 1) <= _MAX_LEVEL:
         num_batched += 1
@@ -114,24 +116,25 @@ def apply_sequence(
     """Apply layers one after another.
 
     Args:
-      layers: the groups to choose from.
-      tokens: layers in the order of their application, `[D]`.
-      hidden: activations before the first one, `[B, ...F]`.
+      layers: the groups of layers to which tokens refer.
+      tokens: the tokens of the layers in the order in which they are applied, `[D]`.
+      hidden: the activations before the first layer, `[B, ...F]`.
     """
     return jax.lax.scan(lambda h, token: (apply_token(layers, token, h), None), hidden, tokens)[0]
 
 
 def decode_sequences(half: Half, rows: Int[np.ndarray, "K"]) -> Int[np.ndarray, "K D"]:
-    """The layers of some rows of `sketch_half`, in the order of their application.
+    """Return the layers of some rows of `sketch_half`, in the order in which they are applied.
 
     Args:
-      half: the sequences, of D layers.
-      rows: row numbers, `[K]`.
+      half: the half with the sequences of D layers.
+      rows: the indices of the rows, `[K]`.
     """
     base, depth = half.num_tokens, half.num_layers
     num_batched = _count_batched_levels(half.hidden.size, base, depth)
-    # Each batched level adds its layer as the most significant digit so far. Then the loops over
-    # later levels add theirs: the first loop is outermost, so its digit is the most significant.
+    # Each batched level adds its layer as the most significant digit so far. The loops over later
+    # levels then add digits of their own; the first loop is the outermost one, so its digit is the
+    # most significant.
     digits = (
         np.array(np.unravel_index(rows, (base,) * depth)).reshape(depth, -1)
         if depth

@@ -1,9 +1,9 @@
 """Find the nearest pairs of rows of two tables of sketches.
 
 `match_all` compares all pairs by matrix products; `match_cells` compares only pairs that share a
-cell of a random grid (locality-sensitive hashing). Each takes two tables `[M, S]` and `[Q, S]`, the
-number of pairs wanted, and the error: the root mean square difference, per number of a sketch, of
-rows that belong together. Each returns `Pairs`, nearest first.
+cell of a random grid (locality-sensitive hashing). Both take two tables `[M, S]` and `[Q, S]`, the
+number of pairs to return, and the error: the root mean square difference, per number of a sketch,
+between rows that belong together. Both return `Pairs`, nearest first.
 """
 
 import math
@@ -17,29 +17,31 @@ from jax.typing import DTypeLike
 
 from jchain._typing import Array, Float, Int, Shaped
 
-# Rows of the two tables whose distances are computed together: a tile that fits the processor's
-# cache.
+# The numbers of rows of the two tables whose distances are computed together. Such a tile fits in
+# the processor's cache.
 _ROWS, _COLUMNS = 1024, 2048
-# Relative tolerance of a distance limit; slack of squared lengths, in units of machine epsilon.
+# The relative tolerance of a distance limit, and the slack of squared lengths in units of machine
+# epsilon.
 _ROUNDING, _SLACK = 1e-3, 8
-# Cell widths to choose from, in units of the error; the largest probability of missing a pair;
-# pairs compared at once.
+# The cell widths to choose from, in units of the error; the largest probability of missing a pair;
+# and the number of pairs that are compared at once.
 _WIDTHS, _MAX_MISS, _BATCH = (2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0), 0.02, 2**18
-# Seconds on two cores: `match_all` per pair; `match_cells` per row and per pair that shares a cell.
+# Times in seconds, measured on two cores: of `match_all` per pair, and of `match_cells` per row and
+# per pair that shares a cell.
 _PAIR_SECONDS, _ROW_SECONDS, _COLLISION_SECONDS = 5e-10, 1e-6, 1.5e-7
-# Seed of the grids. Constant, so that a search finds the same chains in every process.
+# The seed of the grids. It is constant, so that a search finds the same chains in every process.
 _GRID_SEED = 1
 
 
 class Pairs(NamedTuple):
-    """Pairs of near rows, nearest first."""
+    """Pairs of nearby rows, nearest first."""
 
-    first: Int[np.ndarray, "K"]  # row of the first table
-    second: Int[np.ndarray, "K"]  # row of the second table
+    first: Int[np.ndarray, "K"]  # index of the row in the first table
+    second: Int[np.ndarray, "K"]  # index of the row in the second table
     distance: Float[np.ndarray, "K"]  # squared Euclidean distance
 
 
-# First table, second table, number of pairs, error.
+# The arguments are the first table, the second table, the number of pairs, and the error.
 MatchFn = Callable[[Float[Array, "M S"], Float[Array, "Q S"], int, float], Pairs]
 
 
@@ -50,19 +52,19 @@ def match_finite(
     num_pairs: int,
     error: float,
 ) -> Pairs:
-    """Apply a matching function to the rows with finite squared length.
+    """Apply a matching function to the rows whose squared length is finite.
 
-    This takes an additional time of `O((M + Q) S)`.
+    This takes additional time `O((M + Q) S)`.
 
     Args:
       match_fn: `match_all`, `match_cells`, or a function with the same signature.
-      first: `[M, S]`.
-      second: `[Q, S]`.
-      num_pairs: the number of pairs wanted.
-      error: see the docstring of this module.
+      first: the first table of sketches, `[M, S]`.
+      second: the second table of sketches, `[Q, S]`.
+      num_pairs: the number of pairs to return.
+      error: the error, as defined in the docstring of this module.
 
     Returns:
-      Pairs of rows of the given tables; none if a table has no finite row.
+      Pairs of rows of the given tables; empty if a table has no finite row.
     """
     kept = [
         np.flatnonzero(np.isfinite(np.asarray(jnp.sum(table**2, axis=1))))
@@ -70,7 +72,7 @@ def match_finite(
     ]
     if not all(map(len, kept)):
         return _no_pairs(np.float32)
-    # Whole tables are passed without a copy, which would also compile another program.
+    # A whole table is passed without indexing, which would copy it and compile another program.
     tables = [
         table if len(rows) == len(table) else table[rows]
         for table, rows in zip((first, second), kept, strict=True)
@@ -84,22 +86,22 @@ def match_all(
 ) -> Pairs:
     """Find the nearest of all pairs, exactly up to rounding.
 
-    Time `O(M Q S)`: one blocked pass over all distances, and a second one over the rows and columns
-    that can hold a result. Memory `O((M + Q) S + num_pairs)`.
+    This takes time `O(M Q S)`, for one blocked pass over all distances and a second pass over the
+    rows and columns that can hold a result, and memory `O((M + Q) S + num_pairs)`.
 
     Args:
-      first: finite sketches, `[M, S]`.
-      second: finite sketches, `[Q, S]`.
-      num_pairs: the number of pairs wanted.
+      first: the first table of finite sketches, `[M, S]`.
+      second: the second table of finite sketches, `[Q, S]`.
+      num_pairs: the number of pairs to return.
       error: unused.
     """
     del error
-    # The median, because one distant row would move the mean.
+    # Center at the median, because a single distant row would move the mean.
     center = jnp.median(first[:: max(1, len(first) // 4096)], axis=0, keepdims=True)
     first, second = first - center, second - center
     by_row, by_column = (np.asarray(nearest) for nearest in _find_nearest(first, second))
-    # The nearest `num_pairs` pairs lie in at most that many rows and columns: those with the
-    # smallest nearest distance.
+    # The nearest `num_pairs` pairs are in at most `num_pairs` rows and columns: the rows and the
+    # columns with the smallest nearest distances.
     rows, columns = (_take_smallest(nearest, num_pairs) for nearest in (by_row, by_column))
     candidates = second[columns]
     limits = [near.max() for near in (by_row[rows], by_column[columns]) if num_pairs <= len(near)]
@@ -108,7 +110,8 @@ def match_all(
     for start in range(0, len(rows), _ROWS):
         block = rows[start : start + _ROWS]
         distances = np.asarray(_find_distances(first[block], candidates))
-        # The limit comes from the same products summed in another order, so it rounds differently.
+        # The limit comes from the same products, but summed in another order, so it is rounded
+        # differently.
         row, column = np.nonzero(distances <= limit + _ROUNDING * np.abs(limit))
         new = block[row], columns[column], distances[row, column]
         best = _keep_nearest(
@@ -118,14 +121,14 @@ def match_all(
 
 
 def _take_smallest(values: np.ndarray, number: int) -> np.ndarray:
-    """Indices of the smallest values, in ascending order of index."""
+    """Return the indices of the smallest values, in ascending order of index."""
     number = min(number, len(values))
     return np.sort(np.argpartition(values, number - 1)[:number])
 
 
 @jax.jit
 def _find_distances(first: Float[Array, "m S"], second: Float[Array, "q S"]) -> Float[Array, "m q"]:
-    """Squared distances of all pairs."""
+    """Compute the squared distances of all pairs."""
     rows, columns = _augment(first, second)
     return rows @ columns.T
 
@@ -133,10 +136,10 @@ def _find_distances(first: Float[Array, "m S"], second: Float[Array, "q S"]) -> 
 def _augment(
     first: Float[Array, "m S"], second: Float[Array, "q S"]
 ) -> tuple[Float[Array, "m _"], Float[Array, "q _"]]:
-    """Append columns that make products of rows squared distances, `|f|^2 - 2 f g + |g|^2`.
+    """Append columns that turn products of rows into squared distances, `|f|^2 - 2 f g + |g|^2`.
 
-    A bound on rounding errors is added. Without it distances of long rows could round below 0, and
-    long rows would rank before short ones that are near each other.
+    A bound on rounding errors is added. Without it, distances of long rows could round below 0, and
+    pairs of long rows would rank before pairs of short rows that are near each other.
     """
     slack = 1 + _SLACK * float(jnp.finfo(first.dtype).eps)
     lengths = [slack * jnp.sum(rows**2, axis=1, keepdims=True) for rows in (first, second)]
@@ -150,7 +153,7 @@ def _augment(
 def _find_nearest(
     first: Float[Array, "M S"], second: Float[Array, "Q S"]
 ) -> tuple[Float[Array, "M"], Float[Array, "Q"]]:
-    """The squared distance of each row of each table to the nearest row of the other table."""
+    """Compute the squared distance of each row to the nearest row of the other table."""
     rows, columns = (
         _split_rows(table, size)
         for table, size in zip(_augment(first, second), (_ROWS, _COLUMNS), strict=True)
@@ -175,7 +178,7 @@ def _find_nearest(
 
 
 def _split_rows(table: Float[Array, "M S"], size: int) -> Float[Array, "n m S"]:
-    """Blocks of `size` rows; the last row is repeated to fill the last block."""
+    """Split a table into blocks of `size` rows; the last row is repeated to fill the last block."""
     size = min(size, len(table))
     return jnp.pad(table, ((0, -len(table) % size), (0, 0)), mode="edge").reshape(
         -1, size, table.shape[1]
@@ -183,35 +186,35 @@ def _split_rows(table: Float[Array, "M S"], size: int) -> Float[Array, "n m S"]:
 
 
 class Grids(NamedTuple):
-    """Random grids. Rows that belong together share a cell of a grid with high probability."""
+    """Random grids, in which rows that belong together are likely to share a cell."""
 
     width: float  # width of a cell along each projection
-    num_projections: int  # random projections of each grid
+    num_projections: int  # number of random projections of each grid
     num_grids: int
     seconds: float  # estimated time of `match_cells`
 
 
 def estimate_match_all(num_pairs: float) -> float:
-    """Estimate the seconds that `match_all` takes for this many pairs."""
+    """Estimate the time that `match_all` takes for `num_pairs` pairs, in seconds."""
     return num_pairs * _PAIR_SECONDS
 
 
 def choose_grids(table: Float[np.ndarray, "m S"], sizes: tuple[int, int], error: float) -> Grids:
     """Choose the cheapest grids that miss a pair with a probability of at most 2%.
 
-    The probability assumes that errors and sketches are normally distributed. Locality-sensitive
-    hashing: Datar et al. 2004, Symposium on Computational Geometry.
+    The probability assumes that errors and sketches are normally distributed. For
+    locality-sensitive hashing, see Datar et al. 2004, Symposium on Computational Geometry.
 
     Args:
-      table: some rows of a table, from which their spread is estimated, `[m, S]`.
+      table: some rows of a table, from which the spread of sketches is estimated, `[m, S]`.
       sizes: the number of rows of each table.
-      error: see the docstring of this module.
+      error: the error, as defined in the docstring of this module.
     """
     spread = max(
         float(np.sqrt(np.mean(np.var(table, axis=0, dtype=np.float64)))),
         float(np.finfo(np.float32).tiny),
     )
-    # Sketches are rounded, so narrower cells are useless.
+    # Sketches are rounded, so cells narrower than the rounding error would be useless.
     error = max(
         error,
         float(np.finfo(table.dtype).eps * np.abs(table).max()),
@@ -219,8 +222,8 @@ def choose_grids(table: Float[np.ndarray, "m S"], sizes: tuple[int, int], error:
     )
     found = []
     for width in _WIDTHS:
-        # Two numbers at a distance d share a cell with probability 1 - |d| / width, and two
-        # unrelated normal numbers with width / (2 sqrt(pi) spread).
+        # Two numbers at distance d share a cell with probability 1 - |d| / width. Two unrelated
+        # normal numbers share a cell with probability width / (2 sqrt(pi) spread).
         share = 1 - math.sqrt(2 / math.pi) / width
         chance = min(1.0, width * error / (2 * math.sqrt(math.pi) * spread))
         for num_projections in range(1, table.shape[1] + 1):
@@ -239,15 +242,15 @@ def match_cells(
 ) -> Pairs:
     """Find the nearest of the pairs that share a cell of a random grid (`choose_grids`).
 
-    It misses few pairs of rows that differ by the error, and most pairs that are farther apart. For
-    each of G grids with q projections, time `O((M + Q) (S q + log(M + Q)) + C S)` for C pairs that
-    share a cell. Memory `O((M + Q) S + num_pairs)`.
+    It misses few pairs of rows that differ by the error, but most pairs that are farther apart.
+    Each of G grids with q projections takes time `O((M + Q) (S q + log(M + Q)) + C S)` for C pairs
+    that share a cell. The memory is `O((M + Q) S + num_pairs)`.
 
     Args:
-      first: finite sketches, `[M, S]`.
-      second: finite sketches, `[Q, S]`.
-      num_pairs: the number of pairs wanted; fewer are returned if fewer share a cell.
-      error: see the docstring of this module.
+      first: the first table of finite sketches, `[M, S]`.
+      second: the second table of finite sketches, `[Q, S]`.
+      num_pairs: the number of pairs to return; fewer are returned if fewer share a cell.
+      error: the error, as defined in the docstring of this module.
     """
     tables = [np.asarray(table) for table in (first, second)]
     sizes = len(tables[0]), len(tables[1])
@@ -273,7 +276,7 @@ def _hash_cells(
     width: float,
     shift: Float[np.ndarray, "q"],
 ) -> Shaped[np.ndarray, "M"]:
-    """A 64-bit hash of each row's cell (Knuth's multiplicative hashing)."""
+    """Compute a 64-bit hash of each row's cell (Knuth's multiplicative hashing)."""
     key = np.zeros(len(table), np.uint64)
     for direction, offset in zip(directions.T, shift, strict=True):
         place = table @ direction.astype(table.dtype)
@@ -286,7 +289,7 @@ def _hash_cells(
 def _find_collisions(
     first: Shaped[np.ndarray, "M"], second: Shaped[np.ndarray, "Q"]
 ) -> Iterator[tuple[Int[np.ndarray, "_"], Int[np.ndarray, "_"]]]:
-    """All pairs of rows with equal hashes, `_BATCH` pairs at a time."""
+    """Yield all pairs of rows with equal hashes, `_BATCH` pairs at a time."""
     orders = [np.argsort(keys) for keys in (first, second)]
     first, second = (keys[order] for keys, order in zip((first, second), orders, strict=True))
     start = np.searchsorted(second, first, side="left")
@@ -305,7 +308,7 @@ def _no_pairs(dtype: DTypeLike) -> Pairs:
 
 
 def _merge_pairs(best: Pairs, new: Pairs, num_pairs: int, num_columns: int) -> Pairs:
-    """The nearest pairs of both, without duplicates."""
+    """Merge two sets of pairs into the nearest pairs of both, without duplicates."""
     if len(best.first) == num_pairs:
         is_near = new.distance < best.distance[-1]
         new = Pairs(*(part[is_near] for part in new))

@@ -1,8 +1,8 @@
-"""Pull outputs back through a suffix of a chain: find activations at its entry that give them.
+"""Pull outputs back through a suffix of a chain to activations at its entry that give them.
 
-Layers are inverted exactly if their module has a method `invert` (`jchain.invertible`). A head maps
-to fewer numbers, so many inputs give the same outputs: the pseudo-inverse gives one of them, and
-its null space all others.
+Layers are inverted exactly if their module has a method `invert` (`jchain.invertible`). A head
+usually has fewer outputs than inputs, so many inputs give the same outputs: the pseudo-inverse
+gives one of these inputs, and the null space gives all others.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,8 +23,8 @@ from jchain.gradient.linearize import flatten_rows
 from jchain.groups import LayerGroup, find_input_shape
 from jchain.problem import Problem
 
-# Heads with at most this many outputs are solved exactly: conjugate gradients then take one step
-# per output.
+# The maximum number of steps of conjugate gradients for a head, and their damping. They take one
+# step per output, so heads with at most this number of outputs are solved exactly.
 _MAX_HEAD_STEPS, _HEAD_DAMPING = 16, 1e-6
 
 
@@ -33,12 +33,12 @@ class Invertible(Protocol):
     """A module whose layers have an inverse."""
 
     def invert(self, params: PyTree) -> tuple[nn.Module, PyTree]:
-        """The module and the params of the inverse layer."""
+        """Return the module and the params of the inverse layer."""
         ...
 
 
 class PullBack(NamedTuple):
-    """Activations at the entry of a suffix."""
+    """The result of pulling outputs back through a suffix."""
 
     activations: Float[Array, "B ..."]  # [B, ...F], at the entry of the suffix
     residual: Float[Array, "B"]  # [B], `|suffix(activations) - outputs| / |outputs|`
@@ -47,13 +47,15 @@ class PullBack(NamedTuple):
 
 
 def invert_layers(bank: Bank) -> tuple[LayerGroup, ...]:
-    """Invert a bank's layers, on the host, with checks. The inverses have the same tokens.
+    """Invert a bank's layers on the host, and check that each has an inverse.
+
+    Each inverse has the token of its layer.
 
     Args:
-      bank: the layers; all must be invertible.
+      bank: the bank, whose layers must all be invertible.
 
     Raises:
-      ValueError: a layer has no inverse, or its weights are singular.
+      ValueError: if a layer has no inverse, or its weights are singular.
     """
     return tuple(_invert_group(group, bank.names) for group in bank.layers)
 
@@ -79,12 +81,13 @@ def _invert_member(group: LayerGroup, place: int) -> tuple[nn.Module, PyTree]:
 
 
 def inverse_groups(bank: Bank) -> tuple[LayerGroup | None, ...]:
-    """The inverse of each group of layers, or None if its module has no inverse.
+    """Invert each group of layers; the result is None for groups whose module has no inverse.
 
-    Unlike `invert_layers` it may be traced, and does not check whether a layer is singular.
+    Unlike `invert_layers`, this function may be traced, and it does not check whether a layer is
+    singular.
 
     Args:
-      bank: the layers.
+      bank: the bank with the layers.
     """
 
     def invert_group(group: LayerGroup) -> LayerGroup | None:
@@ -111,25 +114,28 @@ def pull_back(
     *,
     near: Float[Array, "B ..."] | None = None,
 ) -> PullBack:
-    """Find activations at the entry of a suffix that give these outputs.
+    """Find activations at the entry of a suffix that give the desired outputs.
 
-    Runs on the host and cannot be traced.
+    This function runs on the host and cannot be traced.
 
-    A head must be affine. Its input is the smallest change of `near` that gives the outputs, or the
-    least-squares solution if no input gives them: `near + (y - head(near)) pinv(W)`. Adding
-    combinations of the null space to `near` gives all other solutions.
+    If the suffix has a head, the head must be affine. Its input is the smallest change of `near`
+    that gives the outputs, or the least-squares solution if no input gives them:
+    `near + (y - head(near)) pinv(W)`. Adding combinations of the null space to `near` gives all
+    other solutions.
 
     Args:
-      bank: the layers.
-      suffix: layer tokens in the order of the chain, then at most one head; padding is dropped.
-      outputs: desired outputs of the last layer or the head, `[B, ...]`.
-      near: activations at the head's input, `[B, ...F]`; zero if None; unused if the suffix has no
-        head.
+      bank: the bank with the layers and heads.
+      suffix: the tokens of the layers in the order of the chain, then at most one head; padding is
+        dropped.
+      outputs: the desired outputs of the head, or of the last layer if there is no head,
+        `[B, ...]`.
+      near: activations at the head's input, `[B, ...F]`; None for zeros. Unused if the suffix has
+        no head.
 
     Raises:
-      ValueError: `suffix` is not the end of a chain, a layer has no inverse or is singular, the
-        head is not affine, a shape does not fit, or `near` is missing and its shape is unknown from
-        the layers' weights.
+      ValueError: if `suffix` is not the end of a chain, a layer has no inverse or is singular, the
+        head is not affine, a shape does not fit, or `near` is None and its shape cannot be found
+        from the layers' weights.
     """
     tokens = _check_suffix(bank, suffix)
     has_head = bool(tokens) and tokens[-1] >= bank.num_layers
@@ -159,16 +165,17 @@ def pull_back(
 def gauss_newton_step(
     layer_fn: Callable[[Array], Array], hidden: Array, target: Array, num_steps: int, damping: float
 ) -> Array:
-    """The damped least-norm step of each example's input toward a target output.
+    """Compute the damped least-norm step of each example's input toward a target output.
 
     The step is `J^T (J J^T + damping)^-1 (target - layer(h))`.
 
     Args:
-      layer_fn: maps `[B, ...F]` to outputs; J is its Jacobian at one example.
-      hidden: inputs, `[B, ...F]`.
-      target: desired outputs, `[B, ...]`.
-      num_steps: steps of conjugate gradients.
-      damping: added to the diagonal of `J J^T`.
+      layer_fn: a function from inputs `[B, ...F]` to outputs `[B, ...]`; J is its Jacobian at one
+        example.
+      hidden: the current inputs, `[B, ...F]`.
+      target: the desired outputs, `[B, ...]`.
+      num_steps: the number of steps of conjugate gradients.
+      damping: the number that is added to the diagonal of `J J^T`.
     """
 
     def solve(h: Array, target: Array) -> Array:
@@ -186,11 +193,13 @@ def gauss_newton_step(
 def relative_residual(
     outputs: Float[Array, "B ..."], target: Float[Array, "B ..."]
 ) -> Float[Array, "B"]:
-    """`|outputs - target| / |target|` of each example, or `|outputs|` if the target is zero.
+    """Compute the residual `|outputs - target| / |target|` of each example.
+
+    If the target is zero, the residual is `|outputs|`.
 
     Args:
-      outputs: the outputs, `[B, ...]`.
-      target: what they should be, `[B, ...]`.
+      outputs: the actual outputs, `[B, ...]`.
+      target: the desired outputs, `[B, ...]`.
     """
     error, size = (jnp.linalg.norm(flatten_rows(a), axis=1) for a in (outputs - target, target))
     return error / jnp.where(size > 0, size, 1.0)
@@ -199,17 +208,17 @@ def relative_residual(
 def target_logits(
     labels: Int[Array, "B"], num_classes: int, confidence: float = 0.99
 ) -> Float[Array, "B C"]:
-    """Logits of mean 0 whose softmax gives each label the probability `confidence`.
+    """Compute logits of mean 0 whose softmax gives each label the probability `confidence`.
 
-    The other classes share the rest equally.
+    The other classes share the remaining probability equally.
 
     Args:
       labels: the label of each example, `[B]`.
-      num_classes: number of classes, C.
-      confidence: the label's probability.
+      num_classes: the number of classes, C.
+      confidence: the probability of the label.
 
     Raises:
-      ValueError: the confidence is not between `1 / num_classes` and 1.
+      ValueError: if the confidence is not between `1 / num_classes` and 1.
     """
     if not 1 / num_classes < confidence < 1:
         raise ValueError(f"expected a confidence between 1/{num_classes} and 1, got {confidence}")
@@ -220,16 +229,19 @@ def target_logits(
 def target_outputs(
     outputs: Array, y: Array, loss_fn: Callable[..., Array], confidence: float = 0.99
 ) -> Array:
-    """Outputs of low loss: `target_logits` for the default loss, and `y` itself for other losses.
+    """Return outputs with a low loss.
+
+    They are `target_logits` for the default loss, and `y` itself for any other loss.
 
     Args:
-      outputs: outputs of the head, used for their shape and dtype, `[B, ...]`.
-      y: labels or targets of the examples.
-      loss_fn: the problem's loss.
-      confidence: see `target_logits`.
+      outputs: the outputs of the head, `[B, ...]`. Only their shape and dtype are used.
+      y: the labels or targets of the examples.
+      loss_fn: the loss function of the problem.
+      confidence: the probability of the label; see `target_logits`.
 
     Raises:
-      ValueError: the loss is not the default one, and `y` does not have the shape of the outputs.
+      ValueError: if the loss is not the default loss, and `y` does not have the shape of the
+        outputs.
     """
     if loss_fn is optax.softmax_cross_entropy_with_integer_labels:
         return target_logits(y, outputs.shape[-1], confidence).astype(outputs.dtype)
@@ -251,16 +263,16 @@ def reach_target(
     """Find the smallest change of a head's input that moves its outputs toward `target_outputs`.
 
     Args:
-      problem: bank, examples, loss.
-      token: token of the head.
-      hidden: the head's input, `[B, ...F]`.
-      rate: fraction of the way from the outputs to their target.
+      problem: the bank, the examples, and the loss.
+      token: the token of the head.
+      hidden: the head's current input, `[B, ...F]`.
+      rate: the fraction of the way from the current outputs to their target.
 
     Returns:
       The changed input, `[B, ...F]`.
 
     Raises:
-      ValueError: the loss has no target outputs (see `target_outputs`).
+      ValueError: if the loss has no target outputs (see `target_outputs`).
     """
     head = partial(apply_token, problem.bank.heads, token)
     outputs = head(hidden)
@@ -273,19 +285,20 @@ def reach_target(
 def condition_numbers(
     bank: Bank, chain: ArrayLike | Sequence[object], x: Float[Array, "B ..."]
 ) -> Float[np.ndarray, "B"]:
-    """Condition number of the Jacobian of a chain's layers at each example, in float64 on the host.
+    """Compute the condition number of the Jacobian of a chain's layers at each example.
 
-    It bounds how much inverting the layers amplifies a relative error. Singular Jacobians give inf
-    or more than 1e15. Takes `8 B F^2` bytes for `F` features and `B` examples.
+    It bounds how much the inverses of the layers amplify a relative error. If a Jacobian is
+    singular, the condition number is inf or more than 1e15. The computation runs in float64 on the
+    host and takes `8 B F^2` bytes for `F` features and `B` examples.
 
     Args:
-      bank: the layers.
-      chain: tokens; a head and padding are ignored. A single token gives the condition number of
-        that layer.
-      x: raw input, `[B, ...]`.
+      bank: the bank with the layers.
+      chain: the tokens of the chain; a head and padding are ignored. A single token gives the
+        condition number of that layer.
+      x: the raw input, `[B, ...]`.
 
     Raises:
-      ValueError: a token is out of range.
+      ValueError: if a token is out of range.
     """
     tokens = [token for token in _check_suffix(bank, chain) if token < bank.num_layers]
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
@@ -308,7 +321,7 @@ def _to_float64(leaf: ArrayLike) -> Array:
 def _find_jacobians(
     layers: tuple[LayerGroup, ...], token: Array, hidden: Array
 ) -> Float[Array, "B F F"]:
-    """The Jacobian of one layer at each example, outputs by inputs."""
+    """Compute the Jacobian of one layer at each example, outputs by inputs."""
     size = hidden[0].size
 
     def apply(x: Array) -> Array:
@@ -339,7 +352,7 @@ def _find_shape(bank: Bank) -> tuple[int, ...]:
     if shape is None:
         raise ValueError(
             "expected near=, the activations at the head's input, "
-            "because the layers do not tell their shape"
+            "because the layers' weights do not determine their shape"
         )
     return shape
 
@@ -387,15 +400,15 @@ def _pull_head(bank: Bank, token: int, outputs: Array, near: Array) -> tuple[Arr
 def as_affine(
     bank: Bank, token: int, x: Float[Array, "1 ..."]
 ) -> tuple[Float[np.ndarray, "F C"], Float[np.ndarray, "..."]]:
-    """Kernel and bias of an affine head, from its outputs for zero and for the unit vectors.
+    """Find the kernel and bias of an affine head from its outputs for zero and unit vectors.
 
     Args:
-      bank: the heads.
-      token: token of the head.
-      x: one example of its input, used for its shape, `[1, ...F]`.
+      bank: the bank with the heads.
+      token: the token of the head.
+      x: one example of the head's input, `[1, ...F]`. Only its shape and dtype are used.
 
     Raises:
-      ValueError: the head is not affine.
+      ValueError: if the head is not affine.
     """
 
     def head(rows: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Recover the chain of layers that turned given inputs into given outputs: meet in the middle.
+"""Recover the chain of layers that turned given inputs into given outputs.
 
 A bank of `N` layers has `N^D` chains of `D` layers. Meeting in the middle (Diffie and Hellman 1977,
 Computer 10(6)) applies only the `N^(D/2)` first halves to the inputs, and the inverses of the
@@ -7,9 +7,9 @@ Computer 10(6)) applies only the `N^(D/2)` first halves to the inputs, and the i
 1. Enumerate both halves and sketch their activations (`jchain.inverse.enumerate_halves`).
 2. Match: the two halves of the right chain have equal activations, up to noise and rounding, so the
    nearest pairs of sketches are the candidates (`jchain.inverse.nearest_pairs`).
-3. Verify: apply the candidates to all examples, and keep those with the smallest residuals.
+3. Verify: apply the candidates to all examples and keep the ones with the smallest residuals.
 
-Unless it is given, the number of layers in the first half is chosen so that noise does not hide the
+If the number of layers in the first half is not given, it is chosen so that noise does not hide the
 right pair (`_HalfSearch.plan`).
 """
 
@@ -43,16 +43,15 @@ from jchain.inverse.nearest_pairs import (
 )
 from jchain.inverse.pullback import invert_layers
 
-# Examples on which halves are compared, numbers in a sketch, and numbers in a sketch without noise,
-# when a few are enough to tell halves apart.
+# The number of examples on which halves are compared, the size of a sketch, and the size of a
+# sketch if no noise is assumed, when a few numbers are enough to tell halves apart.
 _NUM_PROBES, _NUM_SKETCH, _NUM_SKETCH_EXACT = 8, 32, 8
-# Noise levels to try with `match_cells` if no tolerance is given. All pairs are compared instead if
-# that takes less than `_PATIENCE` seconds. Levels that would take more than `_MAX_SECONDS` are not
-# tried.
+# The noise levels to try with `match_cells` if no tolerance is given. All pairs are compared
+# instead if that takes less than `_PATIENCE` seconds. Levels above `_MAX_SECONDS` are not tried.
 _NOISE_LEVELS, _PATIENCE, _MAX_SECONDS = (0.0, 0.003, 0.01, 0.03, 0.1), 60.0, 1800.0
-# Error of a matching pair, in units of the spread of all sketches, above which the first half is
-# made longer; the least noise assumed if all pairs are compared without a tolerance; seconds for
-# each sequence of the longer half.
+# The error of a matching pair, in units of the spread of all sketches, above which the first half
+# is made longer; the least noise that is assumed if all pairs are compared without a tolerance; and
+# the seconds that each sequence of the longer half takes.
 _MAX_GAP, _LIKELY_NOISE, _SEQUENCE_SECONDS = 0.5, 0.05, 1e-6
 _MAX_PASSES = 2**12
 _NUM_FINALISTS = 64
@@ -63,7 +62,8 @@ class RecoveredChains(NamedTuple):
     """Chains of layers, best first."""
 
     chains: Int[np.ndarray, "K D"]  # [K, D], layer tokens
-    residuals: Float[np.ndarray, "K"]  # [K], `|chain(inputs) - outputs| / |outputs|`, all examples
+    # [K], `|chain(inputs) - outputs| / |outputs|` over all examples
+    residuals: Float[np.ndarray, "K"]
 
 
 def meet_in_the_middle(
@@ -83,38 +83,37 @@ def meet_in_the_middle(
 ) -> RecoveredChains:
     """Find the chains of `depth` layers whose outputs are nearest to the given outputs.
 
-    Residuals are computed from the chains themselves, not from sketches, so a wrong chain has a
-    large one. All chains are tried if there are at most `num_candidates` of them.
+    Residuals are computed from the chains themselves, not from sketches, so the residual of a wrong
+    chain is large. All chains are tried if there are at most `num_candidates` of them.
 
     Args:
-      bank: the layers; all must be invertible.
-      inputs: raw input, `[B, ...]`.
-      outputs: outputs of the last layer, `[B, ...F]`, exact or noisy.
-      depth: layers in a chain, D.
-      top_k: how many chains to return.
-      tolerance: standard deviation of the noise of the outputs, in units of theirs. If None, the
-        search first assumes no noise beyond rounding, then more and more, until a chain fits as
-        well as the assumed noise allows.
-      num_forward: layers in the half that is applied to the inputs. The inverses of the other
-        layers amplify noise and rounding. If None, it is half of the layers, or more if noise
-        would hide the right pair and that takes at most a minute.
-      num_probes: examples on which halves are compared, evenly spaced.
-      num_sketch: numbers in a sketch of the activations on these examples; fewer are used if no
-        noise is assumed.
-      num_candidates: nearest pairs that are verified on the probes; the best 64 of them are
-        verified on all examples.
-      match_fn: finds the nearest pairs (`jchain.inverse.nearest_pairs`); chosen by estimated time
-        if None.
-      memory_limit: bytes for the sketches of both halves; half of the memory if None. Halves that
-        do not fit are split into parts, and all pairs of parts are matched.
+      bank: the bank, whose layers must all be invertible.
+      inputs: the raw input, `[B, ...]`.
+      outputs: the outputs of the last layer, `[B, ...F]`, exact or noisy.
+      depth: the number of layers in a chain, D.
+      top_k: the number of chains to return.
+      tolerance: the standard deviation of the noise of the outputs, relative to that of the
+        outputs. If None, the search first assumes no noise beyond rounding, and then more and more
+        noise, until a chain fits as well as the assumed noise allows.
+      num_forward: the number of layers in the half that is applied to the inputs. The inverses of
+        the other layers amplify noise and rounding. None for half of the layers, or for more of
+        them if noise would hide the right pair and they take at most a minute.
+      num_probes: the number of evenly spaced examples on which halves are compared.
+      num_sketch: the size of a sketch of the activations; smaller if no noise is assumed.
+      num_candidates: the number of nearest pairs that are verified on the probes, of which the best
+        64 are verified on all examples.
+      match_fn: the function that finds the nearest pairs (`jchain.inverse.nearest_pairs`). If None,
+        it is chosen by estimated time.
+      memory_limit: the number of bytes for the sketches of both halves; None for half of the
+        memory. Halves that do not fit are split into parts, and all pairs of parts are matched.
 
     Returns:
-      Chains `[top_k, D]` of layer tokens and residuals `[top_k]`.
+      The chains `[top_k, D]`, as layer tokens, and their residuals `[top_k]`.
 
     Raises:
-      ValueError: a layer has no inverse or is singular, shapes do not fit, values are not finite, a
-        size is out of range, the sketches of one part exceed the memory limit, or fewer than
-        `top_k` chains are found.
+      ValueError: if a layer has no inverse or is singular, shapes do not fit, values are not
+        finite, a size is out of range, the sketches of one part exceed the memory limit, or fewer
+        than `top_k` chains are found.
     """
     sizes = {"depth": depth, "top_k": top_k, "num_probes": num_probes, "num_sketch": num_sketch}
     _check_sizes({**sizes, "num_candidates": num_candidates}, bank.num_layers)
@@ -166,7 +165,7 @@ def _check_sizes(sizes: dict[str, int], num_layers: int) -> None:
 
 
 class _Examples(NamedTuple):
-    """The examples that a chain of these layers should map from inputs to outputs."""
+    """Examples whose inputs a chain of these layers should map to the outputs."""
 
     layers: tuple[LayerGroup, ...]
     hidden: Float[Array, "B ..."]  # embedded inputs
@@ -178,7 +177,7 @@ class _Examples(NamedTuple):
         return sum(len(group.tokens) for group in self.layers)
 
     def take(self, rows: Int[np.ndarray, "b"]) -> "_Examples":
-        """Some of the examples."""
+        """Return some of the examples."""
         return self._replace(hidden=self.hidden[rows], outputs=self.outputs[rows])
 
 
@@ -197,11 +196,11 @@ def _embed_examples(bank: Bank, inputs: Array, outputs: Array) -> _Examples:
 
 
 class _MatchPlan(NamedTuple):
-    """How halves are compared."""
+    """The halves and how they are compared."""
 
-    halves: tuple[Half, Half]  # layers on the inputs, and inverses on the outputs
+    halves: tuple[Half, Half]  # layers that start from the inputs, inverses from the outputs
     projection: Float[Array, "F S"]
-    # root mean square difference, per number of a sketch, of halves that belong together
+    # root mean square difference, per number of a sketch, between halves that belong together
     error: float
     sample: Float[np.ndarray, "64 S"]  # sketches of random first halves
 
@@ -220,14 +219,14 @@ class _HalfSearch(NamedTuple):
     memory_limit: int
 
     def match_at_noise(self, tolerance: float) -> RecoveredChains:
-        """Match with this noise, by the method with the smaller estimated time."""
+        """Match at a given noise level, by the method with the smaller estimated time."""
         plan, seconds = self.plan_cells(tolerance)
         if self.estimate_all() < seconds:
             return self.match(match_all, self.plan(self.num_sketch, tolerance))
         return self.match(match_cells, plan)
 
     def match_at_rising_noise(self) -> RecoveredChains:
-        """Assume more and more noise, until a chain fits as well as that noise allows."""
+        """Assume more and more noise until a chain fits as well as that noise allows."""
         best = RecoveredChains(np.zeros((0, self.depth), np.int64), np.zeros(0))
         for noise in _NOISE_LEVELS:
             plan, seconds = self.plan_cells(noise)
@@ -243,19 +242,19 @@ class _HalfSearch(NamedTuple):
         return best
 
     def estimate_all(self) -> float:
-        """Estimate the seconds of `match_all`."""
+        """Estimate the time of `match_all`, in seconds."""
         return estimate_match_all(float(self.probes.num_layers) ** self.depth)
 
     def plan_cells(self, tolerance: float) -> tuple[_MatchPlan, float]:
-        """A plan for `match_cells`, and its estimated seconds."""
+        """Return a plan for `match_cells`, and its estimated time in seconds."""
         plan = self.plan(_NUM_SKETCH_EXACT if tolerance == 0 else self.num_sketch, tolerance)
         sizes = plan.halves[0].num_sequences, plan.halves[1].num_sequences
         return plan, choose_grids(plan.sample, sizes, plan.error).seconds
 
     def plan(self, num_sketch: int, tolerance: float) -> _MatchPlan:
-        """Take the first split whose sketch error is small enough.
+        """Choose the first split whose sketch error is small enough.
 
-        If there is none, take the one with the smallest error among the affordable splits.
+        If no error is small enough, choose the affordable split with the smallest error.
         """
         half = self.depth - self.depth // 2
         if self.num_forward is not None:
@@ -285,8 +284,8 @@ class _HalfSearch(NamedTuple):
     def match(self, match_fn: MatchFn, plan: _MatchPlan) -> RecoveredChains:
         """Sketch both halves, find the nearest pairs, and verify these candidates."""
         projection = plan.projection
-        # `match_all` holds copies for its products; the 64 bytes are hashes and sort orders of
-        # `match_cells`.
+        # `match_all` makes copies for its matrix products. The 64 bytes are for the hashes and sort
+        # orders of `match_cells`.
         num_copies = 1 if match_fn is match_cells else 4
         row_bytes = num_copies * projection.shape[1] * projection.dtype.itemsize + 64
         parts = _split(plan.halves, row_bytes, self.memory_limit)
@@ -315,9 +314,9 @@ def _join_halves(
     backward_half: Half,
     last: tuple[int, ...],
 ) -> Int[np.ndarray, "K D"]:
-    """The chains of these pairs.
+    """Join the halves of each pair into a chain.
 
-    A sequence of inverses runs from the chain's end to its middle, so it is reversed.
+    Sequences of inverses run from the end of a chain to its middle, so they are reversed.
     """
     num_pairs = len(pairs.first)
     ends = (
@@ -339,9 +338,9 @@ def _join_halves(
 def _split(
     halves: tuple[Half, Half], row_bytes: int, limit: int
 ) -> tuple[list[tuple[tuple[int, ...], Half]], list[tuple[tuple[int, ...], Half]]]:
-    """Split both halves by their first layers, until one part of each fits in memory.
+    """Split both halves by their first layers until one part of each fits in memory.
 
-    Each part comes with these layers.
+    Each part is returned with its first layers.
     """
     depths = [0, 0]
 
@@ -380,9 +379,9 @@ def _split(
 def _estimate_error(
     halves: tuple[Half, Half], projection: Float[Array, "F S"], tolerance: float
 ) -> float:
-    """The sketch error of halves that belong together.
+    """Estimate the sketch error of halves that belong together.
 
-    Apply random layers, add the noise, and invert the layers again.
+    To do so, apply random layers, add the noise, and apply the inverses of the layers.
     """
     forward_half, backward_half = halves
     rng = np.random.default_rng(0)
@@ -401,7 +400,7 @@ def _estimate_error(
 
 
 def _apply_random_sequences(half: Half, num: int) -> Float[Array, "n B ..."]:
-    """Activations after random sequences of a half."""
+    """Compute the activations after random sequences of a half."""
     tokens = np.random.default_rng(1).integers(0, half.num_tokens, (num, half.num_layers))
     return jax.lax.map(
         lambda row: apply_sequence(half.layers, row, half.hidden), jnp.asarray(tokens)
@@ -411,7 +410,7 @@ def _apply_random_sequences(half: Half, num: int) -> Float[Array, "n B ..."]:
 def _verify(
     examples: _Examples, probes: _Examples, chains: Int[np.ndarray, "K D"], top_k: int
 ) -> RecoveredChains:
-    """Rank candidates by their residuals on the probes, then the best of them on all examples."""
+    """Rank candidates by residuals on the probes, and then the best of them on all examples."""
     num_finalists = max(top_k, _NUM_FINALISTS)
     if len(chains) > num_finalists:
         chains = chains[np.argsort(_find_residuals(probes, chains), kind="stable")[:num_finalists]]
@@ -434,7 +433,7 @@ def _map_residuals(examples: _Examples, chains: Int[Array, "K D"]) -> Float[Arra
 
 
 def _find_residuals(examples: _Examples, chains: Int[np.ndarray, "K D"]) -> Float[np.ndarray, "K"]:
-    # Padded to few sizes, because each size compiles a program.
+    # Pad to one of a few sizes, because each size compiles another program.
     step = _NUM_FINALISTS if len(chains) <= _NUM_FINALISTS else 4096
     size = -(-len(chains) // step) * step
     padded = np.pad(chains, ((0, size - len(chains)), (0, 0)))

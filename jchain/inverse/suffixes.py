@@ -1,8 +1,9 @@
-"""Predict the loss of every prefix with every short suffix of a chain, without layer calls.
+"""Predict the loss of every prefix with every short suffix of a chain.
 
-A suffix is some layers and a head. Target outputs (`jchain.inverse.target_outputs`) are pulled back
-through it to the activations that it needs at its entry, and it is linearized there. Matrix
-products then predict its outputs for the activations of any prefix.
+A suffix is a few layers and a head. Target outputs (`jchain.inverse.target_outputs`) are pulled
+back through it to the activations at its entry that give these outputs, and the suffix is
+linearized there. Matrix products then predict its outputs for the activations of any prefix,
+without layer calls.
 """
 
 from collections.abc import Sequence
@@ -22,9 +23,9 @@ from jchain.problem import Problem
 
 
 class Suffixes(NamedTuple):
-    """Suffixes, and their outputs as affine maps of the activations at their entry."""
+    """Suffixes, with their outputs as affine maps of the activations at their entry."""
 
-    tokens: Int[Array, "M T"]  # [M, T], layers in order, then a head, then -1
+    tokens: Int[Array, "M T"]  # [M, T], layers in order, then a head, then -1 as padding
     outputs: Float[Array, "M B C"]  # [M, B, C], the outputs at zero activations
     rows: Float[Array, "M C B F"]  # [M, C, B, F], the Jacobian of each output of each example
 
@@ -33,7 +34,7 @@ class _Level(NamedTuple):
     """Suffixes of one length."""
 
     tokens: Int[Array, "m T"]
-    # [m, B, ...F], the activations at their entry that give the target outputs
+    # [m, B, ...F], the activations at the entry of each suffix that give the target outputs
     entry: Float[Array, "m B ..."]
     rows: Float[Array, "m C B ..."]  # [m, C, B, ...F], as in `Suffixes`
 
@@ -51,16 +52,16 @@ def pull_back_suffixes(
     suffixes share count once.
 
     Args:
-      problem: bank, the examples on which suffixes are pulled back, loss.
+      problem: the bank, the examples on which suffixes are pulled back, and the loss.
       inverses: the inverses of the bank's layers.
-      members: for each group of the bank's layers, the indices of the layers that suffixes are made
-        of.
-      near: activations at the head's input, `[B, ...F]`. For each head they are changed as little
+      members: for each group of the bank's layers, the indices within the group of the layers from
+        which suffixes are built.
+      near: activations at the head's input, `[B, ...F]`. For each head, they are changed as little
         as possible to give the target outputs.
-      num_layers: maximum number of layers in a suffix.
+      num_layers: the maximum number of layers in a suffix.
 
     Raises:
-      ValueError: the loss has no target outputs (`jchain.inverse.target_outputs`).
+      ValueError: if the loss has no target outputs (`jchain.inverse.target_outputs`).
     """
     bank = problem.bank
     tokens = jnp.concatenate(
@@ -80,7 +81,7 @@ def pull_back_suffixes(
 def _pull_head(
     problem: Problem, near: Array, num_slots: int, token: Array
 ) -> tuple[_Level, Float[Array, "B C"]]:
-    """The suffix of one head alone, and its outputs at its entry."""
+    """Return the suffix of one head alone, and its outputs at its entry activations."""
 
     def head(hidden: Array) -> Array:
         return flatten_rows(apply_token(problem.bank.heads, token, hidden))
@@ -112,7 +113,7 @@ def _prepend_layer(
 
 
 def _extrapolate_to_zero(level: _Level, outputs: Float[Array, "m B C"]) -> Suffixes:
-    """Extrapolate the outputs at the entry activations to those at zero activations."""
+    """Extrapolate outputs from the entry activations to zero activations."""
     rows = level.rows.reshape(*level.rows.shape[:3], -1)
     entry = level.entry.reshape(*level.entry.shape[:2], -1)
     return Suffixes(level.tokens, outputs - jnp.einsum("mcbf,mbf->mbc", rows, entry), rows)
@@ -124,9 +125,9 @@ def predict_losses(
     """Predict the loss of each prefix with each suffix, without the layer penalty.
 
     Args:
-      problem: bank, the examples on which suffixes were pulled back, loss.
+      problem: the bank, the examples on which suffixes were pulled back, and the loss.
       suffixes: the M suffixes.
-      hidden: activations after each prefix, `[P, B, ...F]`.
+      hidden: the activations after each prefix, `[P, B, ...F]`.
     """
     flat = hidden.reshape(*hidden.shape[:2], -1)
     shape = jax.eval_shape(

@@ -1,9 +1,9 @@
-"""Target propagation: the target of each slot's output, and how near each layer comes to it.
+"""Target propagation: a target for each slot's output, and how near each layer comes to it.
 
-The loss's target outputs are pulled back through the head and the layers after the slot (Lee et al.
-2015, arXiv:1412.7525; the target of a layer by the inverse of the next, Bengio 2014,
-arXiv:1407.7906): exactly if a layer is invertible, else by a damped Gauss-Newton step.
-`fit_target_layer` fits the layer that would reach the target of a slot.
+The target outputs of the loss are pulled back through the head and the layers after the slot. This
+is exact if a layer is invertible; otherwise, it takes a damped Gauss-Newton step. See Bengio 2014,
+arXiv:1407.7906, where the inverse of the next layer gives a layer's target, and Lee et al. 2015,
+arXiv:1412.7525. `fit_target_layer` fits the layer that would reach the target of a slot.
 """
 
 from collections.abc import Callable
@@ -41,27 +41,27 @@ from jchain.inverse.pullback import (
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
 
-# Steps of conjugate gradients in a Gauss-Newton step, and its damping. For scale: `J J^T` of an
-# identity layer has diagonal 1.
+# The number of steps of conjugate gradients in a Gauss-Newton step, and the damping of that step.
+# For scale, the diagonal of `J J^T` is 1 for an identity layer.
 _NUM_CG_STEPS, _DAMPING = 4, 0.1
 
 Inverses: TypeAlias = tuple[LayerGroup | None, ...]
-# Changes of loss for swaps, insertions, and the deletion at one slot.
+# The predicted changes of loss of the swaps, the insertions, and the deletion at one slot.
 _SlotScores: TypeAlias = tuple[Array, Array, Array]
 
 
 @runtime_checkable
 class MatrixModule(Protocol):
-    """A matrix, a bias, and an invertible activation, such as `InvertibleDense`."""
+    """A module that is a matrix, a bias, and an invertible activation, as `InvertibleDense` is."""
 
     is_inverse: bool
 
     def invert_activation(self, y: Array) -> Array:
-        """The inverse of the activation."""
+        """Apply the inverse of the activation."""
         ...
 
     def apply_activation(self, x: Array) -> Array:
-        """The activation."""
+        """Apply the activation."""
         ...
 
 
@@ -71,13 +71,14 @@ class TargetLayer(NamedTuple):
     kernel: Float[Array, "F F"]
     bias: Float[Array, "F"]
     residual: Float[Array, ""]  # `|outputs - targets| / |targets|` over all examples
-    # [N], Frobenius distance of weights and bias; nan for layers of other modules
+    # [N], Frobenius distance of each bank layer's matrix and bias from the fitted ones; nan if the
+    # bank's layers do not share a `MatrixModule`
     by_weights: Float[Array, "N"]
     by_outputs: Float[Array, "N"]  # [N], residual of each bank layer
 
     @property
     def nearest_by_weights(self) -> int:
-        """The token of the layer with the nearest weights; -1 if no layer is comparable."""
+        """The token of the layer with the nearest weights, or -1 if no layer is comparable."""
         return int(np.nanargmin(self.by_weights)) if np.isfinite(self.by_weights).any() else -1
 
     @property
@@ -92,20 +93,20 @@ def fit_target_layer(
     after: Float[Array, "B ..."],
     ridge: float | Float[Array, ""] = 1e-3,
 ) -> TargetLayer:
-    """Fit a layer to a slot by ridge regression, from its input to its target output.
+    """Fit a layer to a slot by ridge regression from the slot's input to its target output.
 
-    If all layers of the bank share a module that is a matrix and an invertible activation
-    (`InvertibleDense`), fit such a layer. Otherwise, fit an affine map.
+    If all layers of the bank share a module that is a matrix, a bias, and an invertible activation
+    (`InvertibleDense`), such a layer is fitted. Otherwise, an affine map is fitted.
 
     Args:
-      bank: the layers.
-      before: activations before the slot, `[B, ...F]`.
-      after: target activations after the slot, `[B, ...F]`.
-      ridge: penalty of the squared norm of the matrix, in units of the mean square of an
+      bank: the bank with the layers.
+      before: the activations before the slot, `[B, ...F]`.
+      after: the target activations after the slot, `[B, ...F]`.
+      ridge: the penalty on the squared norm of the matrix, in units of the mean square of an
         activation.
 
     Raises:
-      ValueError: shapes differ, or the ridge is negative.
+      ValueError: if the shapes differ, or the ridge is negative.
     """
     if before.shape != after.shape or before.ndim < 2:
         raise ValueError(
@@ -141,7 +142,7 @@ def fit_target_layer(
 
 
 def _find_matrix_module(bank: Bank) -> MatrixModule | None:
-    """The module that all layers share, if it is a matrix before its activation."""
+    """Return the module that all layers share, if it applies a matrix before its activation."""
     module = bank.layers[0].module if len(bank.layers) == 1 else None
     return module if isinstance(module, MatrixModule) and not module.is_inverse else None
 
@@ -149,7 +150,7 @@ def _find_matrix_module(bank: Bank) -> MatrixModule | None:
 def _fit(
     rows: Float[Array, "B F"], targets: Float[Array, "B G"], ridge: ArrayLike
 ) -> tuple[Array, Array]:
-    """Ridge regression with an unpenalized bias."""
+    """Fit a kernel and an unpenalized bias by ridge regression."""
     mean, target_mean = (jnp.mean(a, axis=0, keepdims=True) for a in (rows, targets))
     centered = rows - mean
     gram = centered.T @ centered
@@ -162,7 +163,7 @@ def _fit(
 
 
 def _total_residual(outputs: Array, targets: Array) -> Float[Array, ""]:
-    """The relative residual over all examples."""
+    """Compute the relative residual over all examples."""
     return relative_residual(outputs.reshape(1, -1), targets.reshape(1, -1))[0]
 
 
@@ -178,29 +179,30 @@ def score_edits_by_target(
     """Predict the change of loss of each edit from how much nearer it comes to the slot's target.
 
     The score of layer `b` at slot `t` is `(|f_b(h_t) - target|^2 - |f_t(h_t) - target|^2) /
-    |f_t(h_t) - target|^2`, summed over the split: the negative fraction of the squared distance to
-    the target that the edit removes. It is multiplied by how much outputs at the target would lower
-    the loss. The layer penalty is added. Scores of heads are exact.
+    |f_t(h_t) - target|^2`, where both numerator and denominator are summed over the split. This is
+    minus the fraction of the squared distance to the target that the edit removes. It is multiplied
+    by the decrease of the loss if the target were reached, and the layer penalty is added. Scores
+    of heads are exact.
 
-    A chain of `D` layers costs `D` layer calls forward. Backward, a layer with an exact inverse
-    costs 1 and any other layer 12. Each scored layer costs 1 more at each of the `D` slots and, if
-    the chain is not full, at its end.
+    For a chain of `D` layers, the forward pass costs `D` layer calls. In the backward pass, a layer
+    with an exact inverse costs 1, and any other layer costs 12. Each scored layer costs 1 more at
+    each of the `D` slots and, if the chain is not full, at its end.
 
     Args:
-      problem: bank, split, loss.
-      chain: tokens, `[L]`; checked unless traced.
-      rate: fraction of the way from the outputs to `jchain.inverse.target_outputs` at which the
-        target lies.
+      problem: the bank, the split of data, and the loss.
+      chain: the tokens of the chain, `[L]`. They are checked unless they are traced.
+      rate: the position of the target outputs, as a fraction of the way from the chain's outputs to
+        `jchain.inverse.target_outputs`.
       is_exact: whether invertible layers are inverted exactly. If False, or if a layer is not
-        invertible, the target before a layer is a damped Gauss-Newton step of its input.
+        invertible, a damped Gauss-Newton step of the layer's input gives the target before it.
       is_projected: whether outputs are compared only along each example's direction to its target.
         Other directions matter little: later layers hardly depend on them, or the target leaves
         them free.
-      members: for each group of the bank's layers, the indices of the layers to score; all if None.
-        Scores of other layers are nan.
+      members: for each group of the bank's layers, the indices within the group of the layers to
+        score; None for all layers. Scores of other layers are nan.
 
     Raises:
-      ValueError: `chain` is not a chain of this bank, or the loss has no target outputs.
+      ValueError: if `chain` is not a chain of this bank, or the loss has no target outputs.
     """
     tokens = check_chain(problem, chain)
     if members is None:
@@ -227,8 +229,8 @@ def _score(
     is_projected: bool,
     backend: str,
 ) -> EditScores:
-    # Not `cond_in_sequence`, because all of it must run in sequence: a plain vmap would turn each
-    # layer call into one with gathered weights, and each branch into all branches.
+    # `cond_in_sequence` is not enough, because the whole function must run in sequence: a plain
+    # vmap would gather the weights of each layer call and compute all sides of each branch.
     @jax.custom_batching.sequential_vmap
     def score(
         problem: Problem, chain: Array, rate: Array, members: tuple[Array, ...]
@@ -247,7 +249,7 @@ def _score_one(
     is_projected: bool,
     backend: str,
 ) -> EditScores:
-    """Scan the slots backward: pull the target back through each, and compare layers with it."""
+    """Scan the slots backward; pull the target back through each slot, and compare layers to it."""
     bank, forward = problem.bank, forward_pass(problem, chain)
     length = forward.length
     inverses = inverse_groups(bank) if is_exact else (None,) * len(bank.layers)
@@ -256,7 +258,7 @@ def _score_one(
     saving = forward.loss - env.head_loss(problem, chain[length], last)
 
     def score_slot(target: Array, slot: Slot) -> tuple[Array, _SlotScores]:
-        """From the target after a slot to the target before it, and the scores of the slot."""
+        """Compute the target before a slot from the target after it, and the slot's scores."""
         is_layer = slot.place < length
         before = jax.lax.cond(
             is_layer,
@@ -290,9 +292,9 @@ def _score_one(
 def _compare(
     saving: Array, current: Array, target: Array, is_projected: bool, outputs: Array
 ) -> Float[Array, ""]:
-    """`saving` times the relative change of the squared distance to the target.
+    """Compute `saving` times the relative change of the squared distance to the target.
 
-    If `is_projected`, only the direction to the target counts.
+    If `is_projected` is True, only the direction to the target counts.
     """
     dtype = jnp.promote_types(jnp.float32, current.dtype)
     change, gap = (flatten_rows(a - current).astype(dtype) for a in (outputs, target))
@@ -303,11 +305,11 @@ def _compare(
 
 
 def _count_backward_calls(bank: Bank, inverses: Inverses, chain: Array) -> Int[Array, ""]:
-    """Layer calls of pulling the target back through a chain."""
+    """Count the layer calls that it takes to pull the target back through a chain."""
     costs = np.zeros(bank.num_layers + bank.num_heads + 1, np.int32)
     for group, inverse in zip(bank.layers, inverses, strict=True):
-        # A Gauss-Newton step: one forward call, two products for each step and for the start, and
-        # one product at the end.
+        # A Gauss-Newton step takes one forward call, two products for the start and for each step
+        # of conjugate gradients, and one product at the end.
         costs[list(group.tokens)] = 2 * (_NUM_CG_STEPS + 1) + 2 if inverse is None else 1
     return jnp.sum(jnp.asarray(costs)[chain])
 
@@ -315,7 +317,7 @@ def _count_backward_calls(bank: Bank, inverses: Inverses, chain: Array) -> Int[A
 def _pull_target(
     groups: tuple[LayerGroup, ...], inverses: Inverses, token: Array, hidden: Array, target: Array
 ) -> Array:
-    """The target before a layer: the input that gives the target after it."""
+    """Pull a target back through a layer, to an input whose output is the target or near it."""
 
     def pull(group: LayerGroup, inverse: LayerGroup | None) -> Callable[[Array], Array]:
         if inverse is not None:

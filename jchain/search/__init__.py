@@ -1,1 +1,1 @@
-"""Searches under one contract, and the driver that runs them."""
+"""The searches, which follow one protocol, and the driver that runs them."""

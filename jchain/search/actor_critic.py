@@ -1,12 +1,13 @@
 """Actor-critic over prefixes: PPO, imitation of the best chains, and restarts from their prefixes.
 
-PPO with lambda returns: Schulman et al. 2017, arXiv:1707.06347. Imitation is priority queue
-training: Abolafia et al. 2018, arXiv:1801.03526. Restarts return to good states, then explore:
-Ecoffet et al. 2021, arXiv:2004.12919. The losses and their equations are in `jchain.agent.losses`.
+The policy is trained by PPO with lambda returns (Schulman et al. 2017, arXiv:1707.06347). It also
+imitates the best chains, as in priority queue training (Abolafia et al. 2018, arXiv:1801.03526).
+Restarts return to good states before they explore (Ecoffet et al. 2021, arXiv:2004.12919). The
+losses and their equations are in `jchain.agent.losses`.
 
 One step samples chains from the policy, scores them together, so that shared prefixes are charged
-once, and updates the network a few times on them and on the best chains so far. With replay,
-earlier chains are added to each update, and V-trace (Espeholt et al. 2018, arXiv:1802.01561)
+only once, and updates the network a few times on these chains and on the best chains so far. With
+replay, each update also uses earlier chains, and V-trace (Espeholt et al. 2018, arXiv:1802.01561)
 corrects for the older policy that sampled them. An encoding that observes what a prefix does to
 data applies the layers while chains are sampled. Its observations are kept with the chains, so that
 updates apply no layers.
@@ -53,19 +54,19 @@ from jchain.search.base import Info, Pool, empty_pool, merge
 
 
 class State(NamedTuple):
-    """What the next step needs."""
+    """The state that one step passes to the next."""
 
-    params: PyTree  # params of the policy
+    params: PyTree  # the params of the policy
     opt_state: PyTree
     inputs: NetworkInputs
     elite: Pool  # the best chains so far
     cache: ScoreCache | None  # None if the encoding observes: layers are applied while sampling
     replay_buffer: ReplayBuffer | None  # None if nothing is replayed
-    elite_features: Float[Array, "Q L F"]  # [Q, L, F], features observed when the elite was sampled
+    elite_features: Float[Array, "Q L F"]  # [Q, L, F], observed when the elite was sampled
 
 
 class Learner(NamedTuple):
-    """What an update changes."""
+    """The part of the state that an update changes."""
 
     params: PyTree
     opt_state: PyTree
@@ -77,32 +78,33 @@ class ActorCritic:
 
     Attributes:
       encoding: encoding of a prefix: `TokenEncoding()` (discrete), `WeightEncoding()` (continuous),
-        `ObservedEncoding(...)` (what it does to data), or a `JointEncoding` of them. An encoding
-        that observes pays for the distinct (prefix, layer) pairs of each step's chains, including
-        chains that were scored before, because no activations are kept.
-      num_chains: chains per step, P.
-      num_epochs: updates per step.
+        `ObservedEncoding(...)` (what the prefix does to data), or a `JointEncoding` of these. With
+        an encoding that observes, each step pays for the distinct (prefix, layer) pairs of all its
+        chains, even of chains that were scored before, because no activations are kept.
+      num_chains: number of chains per step, P.
+      num_epochs: number of updates per step.
       learning_rate: learning rate of Adam.
       entropy_weight: weight of the entropy bonus.
       critic_weight: weight of half the squared TD(lambda) error.
-      lambda_: mixing of the lambda returns.
+      lambda_: mixing parameter of the lambda returns.
       clip: how far PPO's probability ratio may move from 1.
       imitation_weight: weight of the mean negative log-likelihood of the best chains.
-      restart_rate: share of chains that start from a prefix of one of the best chains.
+      restart_rate: probability that a chain starts from a prefix of one of the best chains.
       num_elites: number of best chains that are kept for imitation and restarts, Q.
       entry_features: function that computes features of the bank's entries, `[N + K, D]`:
         `jchain.agent.encoding.entry_features`, or `jchain.chainbench.tabular.entry_features` for
         tabulated problems.
-      score_kind: kind of edit scores (`jchain.gradient.score_edits`) that the actor gets as input.
-        They are those of the best chain so far, for each entry at each slot, and their layer calls
-        are charged. None for no edit scores.
-      num_replays: earlier chains that are added to each update. If it is not 0, updates use V-trace
-        instead of PPO. If a chain started from a prefix of one of the best chains, the prefix's
-        tokens count as sampled by the policy.
-      replay_size: chains that the replay buffer holds, R.
-      reward_fn: maps the losses of an update's chains to rewards (`jchain.agent.rewards`).
-      params: initial params, such as `jchain.agent.pretrain.pretrain_agent` makes on other banks;
-        None for random ones.
+      score_kind: kind of edit scores (`jchain.gradient.score_edits`) that the actor gets as input:
+        the scores of each entry at each slot of the best chain so far. Their layer calls are
+        charged. None to give the actor no edit scores.
+      num_replays: number of earlier chains that are added to each update. If it is not 0, updates
+        use V-trace instead of PPO. If a chain started from a prefix of one of the best chains, the
+        prefix's tokens count as sampled by the policy.
+      replay_size: number of chains that the replay buffer holds, R.
+      reward_fn: function that maps the losses of an update's chains to rewards
+        (`jchain.agent.rewards`).
+      params: initial params, for example from `jchain.agent.pretrain.pretrain_agent` on other
+        banks; None for random params.
     """
 
     encoding: Encoding = static(default=TokenEncoding())
@@ -141,21 +143,21 @@ class ActorCritic:
 
     @property
     def is_deterministic(self) -> bool:
-        """Whether all keys give the same result."""
+        """False, because different keys give different results."""
         return False
 
     @property
     def needs_gradient(self) -> bool:
-        """Whether the search takes gradients through layers."""
+        """True if the actor reads edit scores, which take gradients through layers."""
         return self.score_kind is not None
 
     @property
     def needs_invertible(self) -> bool:
-        """Whether every layer must be invertible."""
+        """False, because layers are never inverted."""
         return False
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
-        """The first state: random or given params, and no chains."""
+        """Return the first state: random or given params, and no chains."""
         inputs, observe = self._init_inputs(problem), self.encoding.observe
         root = jax.eval_shape(lambda: observations.observe_root(observe, problem).features)
         root_features = jnp.zeros(root.shape, root.dtype)
@@ -179,10 +181,10 @@ class ActorCritic:
         )
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
-        """Sample chains, score them, and update the policy on them for several epochs (PPO)."""
+        """Sample chains, score them, and update the policy on them for `num_epochs` epochs."""
         inputs, edit_calls = self._update_inputs(state, problem)
         policy = Policy(ActorCriticNetwork(self.encoding), state.params, inputs)
-        # Without replay the key is not split: the rollout gets all of it.
+        # Without replay, only the rollout needs a key, so the key is not split.
         is_replaying = state.replay_buffer is not None
         rollout_key, replay_key = jax.random.split(key) if is_replaying else (key, key)
 
@@ -212,15 +214,15 @@ class ActorCritic:
     def value(
         self, state: State, chains: Int[Array, "P L"], problem: Problem
     ) -> Float[Array, "P L"]:
-        """The critic's prediction before each token of chains: the expected reward of its policy.
+        """Predict the expected reward of the policy before each token of the chains.
 
-        It is 0 after the head. The unit is that of `reward_fn`; ranks have no unit. An encoding
-        that observes applies the layers of the chains.
+        The prediction is 0 after the head. Its unit is that of `reward_fn`; ranks have no unit. An
+        encoding that observes applies the layers of the chains.
 
         Args:
           state: the state, which holds the params.
-          chains: tokens, `[P, L]`.
-          problem: bank, data, loss.
+          chains: the chains, `[P, L]`.
+          problem: the bank, the split of data, and the loss.
         """
         _, values = self._evaluate(state, chains, problem)
         length = problem.space.count_layers(chains)[:, None]
@@ -229,14 +231,14 @@ class ActorCritic:
     def policy(
         self, state: State, chains: Int[Array, "P L"], problem: Problem
     ) -> Float[Array, "P L E"]:
-        """Log-probabilities of all tokens before each token of chains.
+        """Compute the log-probabilities of all tokens before each token of the chains.
 
-        Entries after the head token are undefined.
+        Rows after the head token are undefined.
 
         Args:
           state: the state, which holds the params.
-          chains: tokens, `[P, L]`.
-          problem: bank, data, loss.
+          chains: the chains, `[P, L]`.
+          problem: the bank, the split of data, and the loss.
         """
         return jax.nn.log_softmax(self._evaluate(state, chains, problem)[0])
 
@@ -250,7 +252,7 @@ class ActorCritic:
         Args:
           state: the state before the weights of the bank changed.
           problem: the problem with the new weights.
-          chains: further chains to score and remember, `[Q, L]`; rows of -1 hold no chain.
+          chains: other good chains to score and store, `[Q, L]`; a row of -1 holds no chain.
         """
         rows = jnp.concatenate([state.elite.chains, chains.astype(jnp.int32)])
         is_chain = rows[:, 0] != PADDING
@@ -284,7 +286,7 @@ class ActorCritic:
     def _update_inputs(
         self, state: State, problem: Problem
     ) -> tuple[NetworkInputs, Int[Array, ""]]:
-        """The inputs for the best chain so far, and the layer calls of its edit scores."""
+        """Return the inputs for the best chain so far, and the layer calls of its edit scores."""
         edit_features = state.inputs.edit_features
         if edit_features is None or self.score_kind is None:
             return state.inputs, jnp.zeros((), jnp.int32)
@@ -296,7 +298,7 @@ class ActorCritic:
     def _sample_rollout(
         self, key: Key[Array, ""], policy: Policy, elite: Pool, problem: Problem
     ) -> Rollout:
-        """Chains sampled from the policy, `[P, ...]`; some start from a prefix of the elite."""
+        """Sample chains from the policy, `[P, ...]`; some start from a prefix of the elite."""
         prefix_keys, chain_keys = jax.random.split(key, (2, self.num_chains))
         num_elites, restart_rate = jnp.isfinite(elite.loss).sum(), jnp.asarray(self.restart_rate)
         prefixes = jax.vmap(
@@ -309,7 +311,7 @@ class ActorCritic:
     def _replay(
         self, key: Key[Array, ""], replay_buffer: ReplayBuffer | None, rollout: Rollout
     ) -> tuple[ReplayBuffer | None, Rollout]:
-        """The batch of the updates: the rollout and, with replay, chains from the buffer."""
+        """Make the batch of the updates: the rollout and, with replay, chains from the buffer."""
         if replay_buffer is None:
             return None, rollout
         replay_buffer = replay_buffer.add(rollout)
@@ -324,7 +326,7 @@ class ActorCritic:
         problem: Problem,
         is_replaying: bool,
     ) -> Float[Array, ""]:
-        """Actor, entropy and critic losses of a batch: PPO, or V-trace if chains are replayed."""
+        """Sum the actor, entropy, and critic losses of a batch: PPO, or V-trace with replay."""
         logits, values = jax.vmap(
             lambda chain, features: evaluate_actions(policy, chain, features, problem)
         )(batch.chains, batch.features)
@@ -343,7 +345,7 @@ class ActorCritic:
     def _imitation_loss(
         self, policy: Policy, elite: Pool, features: Float[Array, "Q L F"], problem: Problem
     ) -> Float[Array, ""]:
-        """Mean imitation loss of the best chains; rows of -1 add 0."""
+        """Compute the mean imitation loss of the best chains; rows of -1 add 0."""
         logits, _ = jax.vmap(
             lambda chain, features: evaluate_actions(policy, chain, features, problem)
         )(elite.chains, features)
@@ -353,7 +355,7 @@ class ActorCritic:
     def _evaluate(
         self, state: State, chains: Int[Array, "P L"], problem: Problem
     ) -> tuple[Float[Array, "P L E"], Float[Array, "P L"]]:
-        """Logits and values before each token of chains."""
+        """Compute logits and values before each token of the chains."""
         policy = Policy(ActorCriticNetwork(self.encoding), state.params, state.inputs)
 
         def evaluate_one(chain: Int[Array, "L"]) -> tuple[Float[Array, "L E"], Float[Array, "L"]]:
@@ -363,17 +365,17 @@ class ActorCritic:
         return jax.vmap(evaluate_one)(chains)
 
     def _optimizer(self) -> optax.GradientTransformation:
-        """Adam; the norm of a gradient is at most 1, which bounds the effect of one bad batch."""
+        """Make the optimizer: Adam, with gradients clipped to norm 1 to limit bad batches."""
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(self.learning_rate))
 
 
 def score_rollout(
     cache: ScoreCache | None, rollout: Rollout, problem: Problem
 ) -> tuple[Rollout, ScoreCache | None, Int[Array, ""]]:
-    """Score a rollout: return it with its losses, the score cache, and the layer calls.
+    """Score a rollout; return it with its losses, the score cache, and the layer calls.
 
-    Without a cache the layers were applied while sampling: the losses are known, and every chain is
-    charged.
+    Without a cache, the layers were applied while sampling, so the losses are known, and every
+    chain is charged.
     """
     if cache is None:
         return rollout, None, count_calls(rollout.chains, problem.bank.num_layers)[0]
@@ -382,7 +384,7 @@ def score_rollout(
 
 
 def update_elite(state: State, rollout: Rollout) -> tuple[Pool, Float[Array, "Q L F"]]:
-    """The best chains after a rollout, and their observed features."""
+    """Return the best chains after a rollout, and their observed features."""
     elite = merge(state.elite, rollout.chains, rollout.loss)
     chains = jnp.concatenate([state.elite.chains, rollout.chains])
     features = jnp.concatenate([state.elite_features, rollout.features])
@@ -392,6 +394,6 @@ def update_elite(state: State, rollout: Rollout) -> tuple[Pool, Float[Array, "Q 
 def gather_features(
     elite: Pool, chains: Int[Array, "P L"], features: Float[Array, "P L F"]
 ) -> Float[Array, "Q L F"]:
-    """Features of the best chains, all of which are among `chains`."""
+    """Look up the features of the best chains, all of which must be among `chains`."""
     is_same = (elite.chains[:, None] == chains[None]).all(axis=-1)
     return features[jnp.argmax(is_same, axis=1)]

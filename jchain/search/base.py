@@ -1,16 +1,16 @@
-"""The search protocol, and the one driver that runs every search.
+"""The search protocol, and the driver that runs every search.
 
-To add a search, write a frozen dataclass with `jchain.pytree.pytree_dataclass` (fields that set
-array shapes `static`, other numbers plain) and two methods:
+To add a search, write a frozen dataclass with `jchain.pytree.pytree_dataclass`. Declare the fields
+that set array shapes as `static`, and leave other numbers plain. Then define two methods:
 
 - `init(key, problem) -> state` returns the first state: a NamedTuple of what `step` needs to know.
 - `step(key, state, problem) -> (state, Info)` scores some chains. `Info` holds the chains, their
-  losses, and the layer calls that scoring them cost.
+  losses, and the cost of scoring them, in layer calls.
 
-Both must work under `jit` and `vmap`. State and losses keep their shapes and dtypes from step to
-step. The driver (`run` and `run_many`) keeps the budget, the best chains, the curve, the counts,
-and the progress line. A search may also have the optional members that `Search` lists. Add a new
-search to the list in `tests/search/test_contract.py`, which tests the contract.
+Both must work under `jit` and `vmap`. The state and the losses must keep their shapes and dtypes.
+The driver (`run` and `run_many`) keeps track of the budget, the best chains, the loss curve, the
+counts, and the progress line. A search may also define the optional members that `Search` lists.
+Add a new search to the list in `tests/search/test_contract.py`, which tests this contract.
 `jchain.search.random_search` is the shortest example.
 """
 
@@ -71,10 +71,10 @@ __all__ = [
     "run_many",
 ]
 
-# Stop after this many consecutive zero-cost steps.
+# A run stops after this many consecutive steps that cost no layer calls.
 MAX_FREE_STEPS = 100
-_MAX_BUDGET = 2**31 - 1  # counts are int32
-# Device steps per host sync: about 0.2 s worth, at most 256.
+_MAX_BUDGET = 2**31 - 1  # layer calls are counted in int32
+# The device takes about 0.2 s worth of steps, but at most 256, before the host reads the results.
 _SYNC_SECONDS, _MAX_STEPS_PER_SYNC = 0.2, 256
 
 T = TypeVar("T")
@@ -84,45 +84,45 @@ class Info(NamedTuple):
     """The chains that one step scored, their losses, and the cost of the step."""
 
     chains: Int[Array, "P L"]  # [P, L]; a row of -1 holds no chain
-    loss: Float[Array, "P"]  # [P], +inf if not finite, and for rows without a chain
+    loss: Float[Array, "P"]  # [P]; +inf if it is not finite or the row holds no chain
     layer_calls: Int[Array, ""]  # cost of this step
 
 
 @runtime_checkable
 class Search(Protocol):
-    """A frozen dataclass registered as a pytree (`jchain.pytree`): sizes static, rates data.
+    """A frozen dataclass that is registered as a pytree: sizes are static fields, rates are data.
 
-    Both methods work under `jit`, and under `vmap` over keys and states. The members below are
-    optional. The first four are flags; the functions of the same names in this module read them,
-    and return False if a search has no such flag.
+    Both methods must work under `jit`, and under `vmap` over keys and states. The members below are
+    optional. The first four are flags. The functions of the same names in this module read them,
+    and return False if a search does not define the flag.
 
-    - `is_deterministic`: the key has no influence on what the search scores.
+    - `is_deterministic`: the key does not affect which chains the search scores.
     - `needs_gradient`: the search takes gradients through layers.
     - `needs_invertible`: the layers of the bank must be invertible.
-    - `holds_chains`: the search stores chains of one bank, and is invalid once tokens change.
-    - `check(problem)`: raise ValueError for a problem that does not fit (`Checked`).
-    - `refresh(state, problem, chains)`: continue after weights have changed (`Refreshable`).
+    - `holds_chains`: the search stores chains of one bank and becomes invalid if tokens change.
+    - `check(problem)`: raises ValueError if the search cannot run on the problem (`Checked`).
+    - `refresh(state, problem, chains)`: adapts the state to changed weights (`Refreshable`).
     """
 
     def init(self, key: Key[Array, ""], problem: Problem) -> PyTree:
         """Return the first state, which holds only what `step` needs.
 
         Args:
-          key: consumed.
-          problem: what to minimize over.
+          key: the PRNG key; consumed by this call.
+          problem: the problem to search.
         """
         ...
 
     def step(self, key: Key[Array, ""], state: PyTree, problem: Problem) -> tuple[PyTree, Info]:
-        """Score some chains.
+        """Score some chains and advance the state.
 
         Args:
-          key: consumed.
-          state: from `init` or from the last step.
-          problem: what to minimize over.
+          key: the PRNG key; consumed by this call.
+          state: the state that `init` or the last step returned.
+          problem: the problem to search.
 
         Returns:
-          The next state, of the same shapes and dtypes, and what was scored.
+          The next state, with the same shapes and dtypes, and the chains that were scored.
         """
         ...
 
@@ -134,7 +134,7 @@ class Refreshable(Protocol):
     def refresh(
         self, state: PyTree, problem: Problem, chains: Int[Array, "Q L"]
     ) -> tuple[PyTree, Int[Array, ""]]:
-        """Return the state with all stored losses recomputed, and the cost in layer calls.
+        """Recompute all stored losses; return the new state and the cost in layer calls.
 
         Args:
           state: the state before the weights changed.
@@ -146,22 +146,22 @@ class Refreshable(Protocol):
 
 @runtime_checkable
 class Checked(Protocol):
-    """A search that does not accept every problem."""
+    """A search that accepts only some problems."""
 
     def check(self, problem: Problem) -> None:
-        """Check a problem on the host, before anything is computed.
+        """Check a problem on the host before anything is computed.
 
         Args:
-          problem: what to minimize over.
+          problem: the problem to search.
 
         Raises:
-          ValueError: the search does not fit the problem.
+          ValueError: if the search does not accept the problem.
         """
         ...
 
 
 def is_deterministic(search: Search) -> bool:
-    """Return True if the key has no influence on what a search scores: one run is enough.
+    """Return True if the key does not affect what a search scores, so that one run is enough.
 
     Args:
       search: the search.
@@ -188,7 +188,7 @@ def needs_invertible(search: Search) -> bool:
 
 
 def holds_chains(search: Search) -> bool:
-    """Return True if a search stores chains of one bank, and is invalid once tokens change.
+    """Return True if a search stores chains of one bank and becomes invalid if tokens change.
 
     Args:
       search: the search.
@@ -207,25 +207,25 @@ def run(
     progress: bool = False,
     mesh: Mesh | None = None,
 ) -> Result:
-    """Step a search until its budget is used.
+    """Run a search until its budget is used.
 
-    The budget is never exceeded: a step that would exceed it is not counted and its chains are
-    dropped. A search is stopped after 100 consecutive zero-cost steps.
+    The budget is never exceeded: a step that would exceed it is not counted, and its chains are
+    dropped. The run also stops after 100 consecutive steps that cost no layer calls.
 
     Args:
-      key: consumed by the search.
+      key: the PRNG key; consumed by this call.
       search: the search and its hyperparameters.
-      problem: what to minimize over.
-      budget: layer calls.
-      target_loss: stop once a chain of at most this loss is found.
-      num_finalists: distinct chains to keep for re-ranking.
-      progress: show a live line with layer calls, best loss, and time left.
-      mesh: devices over which the chains of each step are sharded (see `jchain.evaluate`). If they
-        belong to several processes, all must make this call with equal arguments, and all get the
-        result.
+      problem: the problem to search.
+      budget: the maximum number of layer calls.
+      target_loss: the loss to reach; the run stops once the loss of a chain is at most this.
+      num_finalists: the number of distinct chains to keep for re-ranking.
+      progress: whether to show a live line with the layer calls, the best loss, and the time left.
+      mesh: the devices over which the chains of each step are sharded (see `jchain.evaluate`). If
+        they belong to several processes, all processes must make this call with equal arguments,
+        and all get the result. None leaves the problem on its devices.
 
     Raises:
-      ValueError: the key is not from `jax.random.key`, the search is not a registered pytree or
+      ValueError: if the key is not from `jax.random.key`, the search is not a registered pytree or
         does not accept the problem, the target is nan, or the budget is smaller than one step.
     """
     _check_keys(key, 0, "one key of jax.random.key")
@@ -252,23 +252,23 @@ def run_many(
     progress: bool = False,
     mesh: Mesh | None = None,
 ) -> list[Result]:
-    """Run a search once for each of many keys, all at once, and return a result for each.
+    """Run a search once per key, all at the same time, and return one result per key.
 
-    Steps are vmapped, so a chain that several runs score is computed once. Each run is charged as
-    if it were alone.
+    Steps are vmapped, so a chain that several runs score is computed only once. Each run is charged
+    as if it were alone.
 
     Args:
-      keys: one per run, `[S]`.
-      search: as for `run`.
-      problem: as for `run`.
-      budget: layer calls of each run.
-      target_loss: as for `run`; a run that reaches it stops, the others continue.
-      num_finalists: distinct chains to keep in each run.
+      keys: the PRNG keys, one per run, `[S]`.
+      search: the search and its hyperparameters.
+      problem: the problem to search.
+      budget: the maximum number of layer calls of each run.
+      target_loss: as for `run`; a run that reaches it stops, and the others continue.
+      num_finalists: the number of distinct chains to keep in each run.
       progress: as for `run`; the line shows the fewest layer calls and the lowest loss of all runs.
       mesh: as for `run`.
 
     Raises:
-      ValueError: there are no keys, they are not from `jax.random.key`, or as for `run`.
+      ValueError: if there are no keys, the keys are not from `jax.random.key`, or as for `run`.
     """
     check_arguments(search, problem, budget, num_finalists)
     if math.isnan(target_loss):
@@ -293,13 +293,13 @@ def check_arguments(search: Search, problem: Problem, budget: int, num_finalists
 
     Args:
       search: the search.
-      problem: what to minimize over.
-      budget: layer calls.
-      num_finalists: distinct chains to keep.
+      problem: the problem to search.
+      budget: the maximum number of layer calls.
+      num_finalists: the number of distinct chains to keep.
 
     Raises:
-      ValueError: the search is not a registered pytree or does not accept the problem, or a number
-        is out of range.
+      ValueError: if the search is not a registered pytree or does not accept the problem, or if a
+        number is out of range.
     """
     if budget < 1 or num_finalists < 1:
         raise ValueError(
@@ -321,20 +321,20 @@ def check_arguments(search: Search, problem: Problem, budget: int, num_finalists
 def init_runs(
     keys: Key[Array, "S"], search: Search, problem: Problem, num_finalists: int
 ) -> RunState:
-    """Return runs before their first step.
+    """Initialize one run per key.
 
     Args:
-      keys: one per run, `[S]`.
+      keys: the PRNG keys, one per run, `[S]`.
       search: the search.
-      problem: what to minimize over.
-      num_finalists: rows of each run's pool.
+      problem: the problem to search.
+      num_finalists: the number of chains that the pool of each run holds.
     """
     return _init_runs(keys, search, problem.without_names(), num_finalists)
 
 
 @partial(jax.jit, static_argnames="num_finalists")
 def _init_runs(keys: Array, search: Search, problem: Problem, num_finalists: int) -> RunState:
-    # Dtypes and weak types as after a step; otherwise the first step is compiled separately.
+    # Match the dtypes and weak types after a step, so the first step is not compiled separately.
     pool, zero = empty_pool(num_finalists, problem), jnp.zeros((), jnp.int32)
     stats = RunStats(pool, zero, zero, zero, zero, zero, jnp.array(False))
 
@@ -357,16 +357,16 @@ def advance_runs(
     """Step until all runs are over.
 
     Args:
-      runs: from `init_runs` or from an earlier call.
+      runs: the runs, from `init_runs` or from an earlier call.
       search: the search.
-      problem: what to minimize over.
-      stop: when each run is over.
+      problem: the problem to search.
+      stop: the rule that ends each run.
       line: the progress line to update.
-      keeps_state: discard the state of a step that is not counted, so that a run can continue from
-        the state before that step.
+      keeps_state: whether to discard the state of a step that is not counted, so that a run can
+        continue from the state before that step.
 
     Returns:
-      The finished runs, and the trace `[T, S]` of T steps.
+      The finished runs, and the trace of all T steps, `[T, S]`.
     """
     traces: list[Trace] = []
     num_steps = 1
@@ -391,7 +391,7 @@ def _advance(
     *,
     keeps_state: bool,
 ) -> tuple[RunState, Trace]:
-    """Up to `num_steps` steps of each run, until all are over."""
+    """Take up to `num_steps` steps of each run, and stop early if all runs are over."""
 
     def is_active(carry: tuple[Array, RunState, Trace]) -> Array:
         t, runs, _ = carry
@@ -409,7 +409,7 @@ def _advance(
 
 
 def _map_runs(fn: Callable[..., T], runs: PyTree) -> T:
-    """`vmap`, except for a single run: batching would turn its branches into selects."""
+    """Vmap over the runs, unless there is only one: vmap would turn its branches into selects."""
     if jax.tree.leaves(runs)[0].shape[0] > 1:
         return jax.vmap(fn)(runs)
     return jax.tree.map(lambda leaf: leaf[None], fn(jax.tree.map(lambda leaf: leaf[0], runs)))
@@ -418,17 +418,17 @@ def _map_runs(fn: Callable[..., T], runs: PyTree) -> T:
 def _step(
     run: RunState, search: Search, problem: Problem, stop: StopRule, keeps_state: bool
 ) -> tuple[RunState, Trace]:
-    """One step of one run, and its row of the trace."""
+    """Take one step of one run; return the run and its row of the trace."""
     key, step_key = jax.random.split(run.key)
     state, info = search.step(step_key, run.state, problem)
-    # With jax_enable_x64 some counts and losses become wider than in the first state.
+    # With jax_enable_x64, some counts and losses become wider than in the first state.
     state = jax.tree.map(
         lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype), state, run.state
     )
     old = run.stats
     cost = info.layer_calls.astype(jnp.int32)
     num_free = jnp.where(cost == 0, old.num_free + 1, 0)
-    # Compare the cost with what is left: the sum of calls and cost could overflow int32.
+    # Compare the cost with the budget that is left, because calls + cost could overflow int32.
     left = stop.budget - old.layer_calls
     is_counted = ~old.is_over & (cost <= left)
     pool = merge(old.pool, info.chains, info.loss)

@@ -1,8 +1,8 @@
-"""Beam search: prefixes are ranked by the lowest loss of a head on their activations.
+"""Beam search that ranks prefixes by the lowest loss of any head on their activations.
 
-Lowerre 1976, the Harpy system. A pass keeps the best `width` prefixes of each length. The next pass
-is twice as wide, as in iterative broadening (Ginsberg and Harvey 1992, Artificial Intelligence 55).
-After the pass at `max_width`, steps do nothing.
+Beam search is from the Harpy system (Lowerre 1976). A pass keeps the best `width` prefixes of each
+length. Each pass is twice as wide as the one before it, as in iterative broadening (Ginsberg and
+Harvey 1992, Artificial Intelligence 55). After the last pass, steps do nothing.
 """
 
 from typing import NamedTuple
@@ -20,30 +20,30 @@ from jchain.search.prefixes import end_children, extend_prefix
 
 
 class State(NamedTuple):
-    """Two generations of prefixes: one is being extended, the other holds its children so far."""
+    """Two generations of prefixes: one that is being extended, and its children so far."""
 
-    chains: Int[Array, "2 W L"]  # [2, W, L], layers, then -1
+    chains: Int[Array, "2 W L"]  # [2, W, L], layer tokens, padded with -1
     hidden: Shaped[Array, "2 W B ..."]  # [2, W, B, ...F], activations
     loss: Float[Array, "2 W"]  # [2, W], loss of the best head; +inf in an empty row
-    generation: Int[Array, ""]  # 0 or 1, the generation that is being extended
-    parent: Int[Array, ""]  # row of the next prefix to extend
-    depth: Int[Array, ""]  # layers in each prefix of this generation
-    width: Int[Array, ""]  # width of this pass; above max_width after the last pass
+    generation: Int[Array, ""]  # 0 or 1, the index of the generation that is being extended
+    parent: Int[Array, ""]  # the row of the next prefix to extend
+    depth: Int[Array, ""]  # the number of layers of each prefix in this generation
+    width: Int[Array, ""]  # the width of this pass; above `max_width` after the last one
 
 
 @pytree_dataclass
 class BeamSearch:
-    """Beam search by head loss. A step extends one prefix by each of the `N` layers.
+    """Beam search by head loss.
 
-    It costs `N` layer calls. Keys are not used. The state keeps the activations of `2 * max_width`
-    prefixes.
+    A step extends one prefix by each of the `N` layers, which costs `N` layer calls. Keys are not
+    used. The state keeps the activations of `2 * max_width` prefixes.
 
     Attributes:
-      width: prefixes of each length that the first pass keeps.
-      max_width: the largest width of a pass. Passes have width, 2 width, 4 width, ... up to this.
+      width: number of prefixes of each length that the first pass keeps.
+      max_width: upper bound of the width, which doubles from pass to pass.
 
     Raises:
-      ValueError: the widths are out of range.
+      ValueError: if a width is out of range.
     """
 
     needs_gradient = False
@@ -61,7 +61,7 @@ class BeamSearch:
 
     @property
     def is_deterministic(self) -> bool:
-        """True: the keys are not used."""
+        """True, because keys are not used."""
         return True
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
@@ -105,9 +105,9 @@ class BeamSearch:
         return self._advance(state, problem), Info(chains, loss, layer_calls)
 
     def _insert(self, state: State, children: Array, hidden: Array, loss: Array) -> State:
-        """Insert children one by one; each evicts the worst child so far if it is better.
+        """Insert the children one by one; each evicts the worst child so far if it is better.
 
-        They are ranked by their best head, even if they are shorter than `min_layers`.
+        Children are ranked by their best head, even if they have fewer than `min_layers` layers.
         """
         new = 1 - state.generation
         best = jnp.where(jnp.isfinite(loss), loss, jnp.inf).min(axis=1)
@@ -150,11 +150,11 @@ class BeamSearch:
 
 
 def _start_pass(state: State, problem: Problem, width: Int[Array, ""]) -> State:
-    """The state at the start of a pass, with only the empty prefix."""
+    """Return the state at the start of a pass, with only the empty prefix."""
     return State(
         state.chains.at[0, 0].set(PADDING),
         state.hidden.at[0, 0].set(problem.bank.embed(problem.data.x)),
-        # Any finite loss marks a row as used. Its value does not matter: no other row is used.
+        # A finite loss marks a row as used. Its value does not matter: no other row is used.
         jnp.full_like(state.loss, jnp.inf).at[0, 0].set(0.0),
         jnp.array(0),
         jnp.array(0),

@@ -1,12 +1,14 @@
 """Search over the tree of prefixes with a critic that reads activations.
 
-A step extends one open prefix by every layer and observes the children. The critic predicts the
-lowest loss of the chains that start with each open prefix. The search takes turns among the
-lengths and extends the best open prefix of that length, or sometimes a random one (epsilon-greedy).
-The critic is the sum of a network pretrained on other banks (if given) and a linear correction that
-is fitted to this bank during the search. The correction's targets are those of Q-learning: the
-minimum of the loss of stopping at the prefix and the predictions for its children (least-squares
-temporal differences, Bradtke and Barto 1996; fitted Q iteration, Ernst et al. 2005).
+A step extends one open prefix by every layer and observes the children. For each open prefix, the
+critic predicts the lowest loss among the chains that start with it. The search cycles through the
+lengths of prefixes. At each length it extends the open prefix with the lowest prediction, or
+sometimes a random one (epsilon-greedy).
+
+The critic is the sum of a network that was pretrained on other banks (if one is given) and a linear
+correction that is fitted to this bank during the search. The targets of the correction are those of
+Q-learning: the minimum of the loss of stopping at the prefix and the predictions for its children
+(least-squares temporal differences, Bradtke and Barto 1996; fitted Q iteration, Ernst et al. 2005).
 """
 
 from typing import NamedTuple
@@ -25,8 +27,8 @@ from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
 from jchain.search.prefixes import end_children, extend_prefix
 
-# Layers have one-hot codes in banks of up to this many layers. In larger banks they have random
-# codes of this length.
+# In banks of up to this many layers, each layer has a one-hot code. In larger banks, each layer has
+# a random code of this length.
 _MAX_CODES = 64
 _CODE_SEED = 0
 # The constant input of the regression is large, so that the ridge penalty hardly affects its
@@ -35,9 +37,9 @@ _CONSTANT = 10.0
 
 
 class Prefixes(NamedTuple):
-    """Open prefixes by their number of layers."""
+    """The open prefixes, grouped by their number of layers."""
 
-    chains: Int[Array, "D W L"]  # [D, W, L], layers, then -1
+    chains: Int[Array, "D W L"]  # [D, W, L], layer tokens, padded with -1
     features: Float[Array, "D W F"]  # [D, W, F], observed features
     inputs: Float[Array, "D W I"]  # [D, W, I], inputs of the online correction
     stop: Float[Array, "D W"]  # [D, W], log loss of stopping with the best head
@@ -45,7 +47,7 @@ class Prefixes(NamedTuple):
 
 
 class State(NamedTuple):
-    """What the next step needs."""
+    """The state that one step passes to the next."""
 
     prefixes: Prefixes
     last: Int[Array, "L"]  # [L], the prefix that was extended last
@@ -57,32 +59,33 @@ class State(NamedTuple):
 
 
 class _Children(NamedTuple):
-    """One prefix extended by each layer."""
+    """The children of one prefix: the prefix extended by each layer."""
 
     chains: Int[Array, "N L"]
     hidden: Shaped[Array, "N B ..."]
     features: Float[Array, "N F"]
-    loss: Float[Array, "N K"]  # +inf if it was not finite
+    loss: Float[Array, "N K"]  # [N, K], +inf if not finite
 
 
 @pytree_dataclass
 class CriticSearch:
     """Tree search with a critic that reads activations.
 
-    A step extends one prefix by all `N` layers and scores the children with every head, for `N`
-    layer calls. Activations of the last children are kept. Those of an older prefix are computed
-    again, for one more layer call per layer of the prefix.
+    A step extends one prefix by each of the `N` layers and scores the children with every head. It
+    costs `N` layer calls. Only the activations of the last children are kept, so extending an older
+    prefix costs one more layer call per layer of that prefix, to recompute its activations.
 
     Attributes:
       critic: a critic from `jchain.pretrain_critic`; None to use the loss of the best head.
-      width: open prefixes of each length that are kept; the worst-predicted ones are evicted.
+      width: number of open prefixes of each length to keep; those with the highest predicted loss
+        are evicted.
       ridge: ridge penalty of the online correction; `jnp.inf` disables online learning.
       epsilon: probability of extending a random open prefix instead of the best one.
       observe: function that observes a prefix: `jchain.agent.observations.observe`, or
         `jchain.chainbench.tabular.observe` for problems with tabulated losses.
 
     Raises:
-      ValueError: the critic was trained on other features, or width is less than 1.
+      ValueError: if the critic was trained on other features, or `width` is less than 1.
     """
 
     needs_gradient = False
@@ -101,14 +104,14 @@ class CriticSearch:
 
     @property
     def is_deterministic(self) -> bool:
-        """True if no random prefix is extended."""
+        """True if `epsilon` is 0, so that no random prefix is extended."""
         return bool(self.epsilon == 0)
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the state in which only the empty prefix is open.
 
         Raises:
-          ValueError: `observe` returns another number of features.
+          ValueError: if `observe` does not return `NUM_FEATURES` features.
         """
         hidden = problem.bank.embed(problem.data.x)
         root = self.observe(problem, hidden, hidden)
@@ -125,7 +128,7 @@ class CriticSearch:
             jnp.zeros((*shape, NUM_FEATURES)).at[0, 0].set(root.features),
             jnp.zeros((*shape, size)),
             jnp.zeros(shape).at[0, 0].set(log_loss(lowest(root.loss))),
-            # Any finite prediction marks an open prefix. The value does not matter, because no
+            # Any finite prediction marks a prefix as open. Its value does not matter, because no
             # other prefix is open.
             jnp.full(shape, jnp.inf).at[0, 0].set(0.0),
         )
@@ -179,7 +182,7 @@ class CriticSearch:
         return state, Info(chains, loss, layer_calls)
 
     def _select(self, key: Key[Array, ""], state: State, length: Int[Array, ""]) -> Int[Array, ""]:
-        """The row of the prefix to extend among those of this length (epsilon-greedy)."""
+        """Select the row of the prefix of this length to extend (epsilon-greedy)."""
         coin_key, place_key = jax.random.split(key)
         base, inputs = state.prefixes.base[length], state.prefixes.inputs[length]
         best = jnp.argmin(_predict(base, inputs, state.weights[length]))
@@ -196,13 +199,13 @@ class CriticSearch:
         center: Array,
         length: Int[Array, ""],
     ) -> Prefixes:
-        """The children as open prefixes of `length` layers, `[N, ...]`."""
+        """Make open prefixes of `length` layers from the children, `[N, ...]`."""
         stop = log_loss(jax.vmap(lowest)(children.loss))
         change = children.features - parent.features[None]
         gain = jnp.zeros_like(stop)
         if self.critic is not None:
-            # Prefixes of max_layers layers are out of the critic's range. Their prediction is not
-            # used, so pass any length.
+            # Prefixes of max_layers layers are outside the critic's range. Their predictions are
+            # not used, so any valid length will do.
             critic_length = jnp.minimum(length, max(problem.max_layers - 1, 0))
             inputs = critic_lib.make_inputs(
                 children.features, change, center, critic_length, max(problem.max_layers, 1)
@@ -219,7 +222,7 @@ class CriticSearch:
         value: Float[Array, ""],
         does_extend: Bool[Array, ""],
     ) -> tuple[Float[Array, "D I"], Float[Array, "D I I"]]:
-        """Fit the correction of this length to the value that was found for the parent."""
+        """Fit the correction for this length to the value that was found for the parent."""
         target = value - parent.base
         old = (state.weights[length], state.inverse_gram[length])
         learned = _update_least_squares(*old, parent.inputs, target, self.ridge)
@@ -236,7 +239,7 @@ class CriticSearch:
 def _predict(
     base: Float[Array, "W"], inputs: Float[Array, "W I"], weights: Float[Array, "I"]
 ) -> Float[Array, "W"]:
-    """Log of the lowest loss after each prefix: the network plus the online correction."""
+    """Predict the log of the lowest loss after each prefix: the network plus the correction."""
     return base + inputs @ weights
 
 
@@ -247,9 +250,9 @@ def _update_least_squares(
     target: Array,
     ridge: ArrayLike,
 ) -> tuple[Float[Array, "I"], Float[Array, "I I"]]:
-    """One step of recursive least squares: exactly ridge regression on all steps so far.
+    """Take one step of recursive least squares.
 
-    Sherman and Morrison 1950.
+    The result equals ridge regression on all steps so far (Sherman and Morrison 1950).
     """
     gram_x = inverse_gram @ x
     factor = gram_x / (ridge + x @ gram_x)
@@ -257,7 +260,7 @@ def _update_least_squares(
 
 
 def _next_length(state: State) -> Int[Array, ""]:
-    """The first length with an open prefix, in cyclic order from the turn."""
+    """Return the first length with an open prefix, in cyclic order from `state.turn`."""
     is_open = jnp.isfinite(state.prefixes.base).any(axis=1)
     order = (state.turn + jnp.arange(is_open.size)) % is_open.size
     return order[jnp.argmax(is_open[order])]
@@ -266,7 +269,7 @@ def _next_length(state: State) -> Int[Array, ""]:
 def _recompute(
     state: State, problem: Problem, prefix: Int[Array, "L"], length: Int[Array, ""]
 ) -> tuple[Shaped[Array, "B ..."], Int[Array, ""]]:
-    """Activations of a prefix, and their layer calls: 0 if they were kept since the last step."""
+    """Compute the activations of a prefix and their cost, which is 0 if the last step kept them."""
     slots = jnp.arange(prefix.size)
     is_child = (length > 0) & jnp.all(jnp.where(slots == length - 1, PADDING, prefix) == state.last)
     num_layers = jnp.where(is_child, 0, length)
@@ -296,7 +299,7 @@ def _observe_children(
 
 
 def _codes(problem: Problem) -> Float[Array, "N C"]:
-    """The code of each layer for the regression."""
+    """Return the code of each layer for the regression."""
     num_layers = problem.bank.num_layers
     if num_layers <= _MAX_CODES:
         return jnp.eye(num_layers)
@@ -306,7 +309,7 @@ def _codes(problem: Problem) -> Float[Array, "N C"]:
 def _make_regression_inputs(
     problem: Problem, children: _Children, change: Array, center: Array, length: Int[Array, ""]
 ) -> Float[Array, "N I"]:
-    """Codes of the last two tokens and of all tokens, and features relative to parent and bank."""
+    """Make inputs: token codes (last, second to last, sum) and relative features, `[N, I]`."""
     codes = _codes(problem)
     is_layer = jnp.arange(children.chains.shape[1]) < length
     tokens = jnp.where(is_layer[None, :, None], codes[children.chains], 0.0)
@@ -321,7 +324,7 @@ def _make_regression_inputs(
 def _insert(
     state: State, candidates: Prefixes, value: Float[Array, "N"], length: Int[Array, ""]
 ) -> State:
-    """Insert the best children in empty rows, then in place of the worst-predicted prefixes.
+    """Insert the best children into empty rows, then in place of prefixes with worse predictions.
 
     Children with a value of +inf are not inserted.
     """

@@ -1,4 +1,4 @@
-"""Operators of descent searches: start chains, candidate layers, and the next move."""
+"""Building blocks of descent searches: start chains, candidate layers, and the next move."""
 
 from typing import NamedTuple
 
@@ -13,13 +13,13 @@ from jchain.problem import Problem
 
 
 class Move(NamedTuple):
-    """The result of one batch of chains."""
+    """The result of evaluating one batch of chains."""
 
-    best: Int[Array, ""]  # index of the best chain in the batch
+    best: Int[Array, ""]  # the index of the best chain in the batch
     does_move: Bool[Array, ""]  # whether it is better than the current chain
     is_stuck: Bool[Array, ""]  # whether the descent must restart
     chain: Int[Array, "L"]  # [L], the current chain after the batch
-    loss: Float[Array, ""]  # its loss
+    loss: Float[Array, ""]  # the loss of `chain`
     num_failed: Int[Array, ""]  # consecutive batches without a better chain; 0 after a restart
 
 
@@ -35,18 +35,18 @@ def choose_move(
 ) -> Move:
     """Move to the best chain of a batch if it is better than the current chain.
 
-    The descent is stuck after `patience` consecutive batches without a better chain, or if no
-    candidate is left.
+    The descent is stuck after `patience` consecutive batches without a better chain, or if such a
+    batch leaves no candidates.
 
     Args:
       chain: the current chain, `[L]`.
-      own_loss: its loss.
-      chains: the batch, `[P, L]`.
-      loss: losses of the batch, `[P]`.
-      is_move: which chains of the batch differ from the current chain, `[P]`.
-      num_failed: consecutive batches without a better chain before this one.
-      patience: failed batches before a restart.
-      has_more: whether candidates are left to evaluate.
+      own_loss: the loss of the current chain.
+      chains: the chains of the batch, `[P, L]`.
+      loss: the losses of these chains, `[P]`.
+      is_move: a mask of the chains that differ from the current chain, `[P]`.
+      num_failed: the number of consecutive batches without a better chain before this one.
+      patience: the number of consecutive failed batches after which the descent restarts.
+      has_more: whether there are candidates left to evaluate.
     """
     best = jnp.argmin(jnp.where(is_move, loss, jnp.inf))
     does_move = is_move[best] & (loss[best] < own_loss)
@@ -63,11 +63,12 @@ def choose_move(
 
 
 def allocate_candidates(problem: Problem, num_candidates: int) -> list[int]:
-    """The number of candidate layers of each group: in proportion to its size, and at least one.
+    """Allocate candidate layers to groups in proportion to their sizes, at least one to each.
 
     Args:
-      problem: its bank holds the groups of layers.
-      num_candidates: candidates of all groups together, if each group can have its proportion.
+      problem: the problem whose bank holds the groups of layers.
+      num_candidates: the approximate total number of candidates; each group gets at least one and
+        at most its size.
     """
     sizes = [len(group.tokens) for group in problem.bank.layers]
     return [min(size, max(1, num_candidates * size // sum(sizes))) for size in sizes]
@@ -76,12 +77,13 @@ def allocate_candidates(problem: Problem, num_candidates: int) -> list[int]:
 def sample_candidates(
     key: Key[Array, ""], problem: Problem, num_per_group: list[int]
 ) -> tuple[Array, ...]:
-    """Random candidate layers: for each group, places of its layers, without replacement.
+    """Sample candidate layers: for each group, positions in the group, without replacement.
 
     Args:
-      key: consumed.
-      problem: its bank holds the groups of layers.
-      num_per_group: candidates of each group. A group of this size keeps its order.
+      key: the PRNG key; consumed by this call.
+      problem: the problem whose bank holds the groups of layers.
+      num_per_group: the number of candidates for each group. If it is the size of the group, all
+        layers are returned in order.
     """
 
     def sample(key: Array, size: int, num: int) -> Array:
@@ -97,13 +99,13 @@ def sample_candidates(
 
 
 def sample_start(key: Key[Array, ""], problem: Problem) -> Int[Array, "L"]:
-    """A start chain: the best of all prefixes of one chain of random layers, with any head.
+    """Sample a start chain: the best prefix of a chain of random layers, with its best head.
 
-    Prefixes have at least `min_layers` layers. This costs `max_layers` layer calls.
+    The prefix has at least `min_layers` layers. Sampling costs `max_layers` layer calls.
 
     Args:
-      key: consumed.
-      problem: bank, split, loss.
+      key: the PRNG key; consumed by this call.
+      problem: the bank, the split of data, and the loss.
     """
     bank, slots = problem.bank, jnp.arange(problem.max_layers + 1)
     tokens = jax.random.randint(key, slots.shape, 0, bank.num_layers).at[-1].set(PADDING)

@@ -1,6 +1,6 @@
-"""Regularized evolution (Real, Aggarwal, Huang and Le 2018, arXiv:1802.01548).
+"""Regularized evolution (Real, Aggarwal, Huang, and Le 2018, arXiv:1802.01548).
 
-Tournaments choose the parents; the oldest chains leave the population.
+Parents are chosen by tournaments, and the oldest chains leave the population.
 """
 
 from typing import NamedTuple
@@ -18,22 +18,23 @@ from jchain.search.base import Info
 
 
 class State(NamedTuple):
-    """The population as a ring buffer: a new child replaces the oldest chain."""
+    """The population as a ring buffer, in which a new child replaces the oldest chain."""
 
     chains: Int[Array, "Q L"]  # [Q, L]
-    loss: Float[Array, "Q"]  # [Q], +inf in rows that are not filled yet
-    num_born: Int[Array, ""]  # chains added so far
+    loss: Float[Array, "Q"]  # [Q], +inf in rows that are not yet filled
+    num_born: Int[Array, ""]  # the number of chains added so far
     cache: ScoreCache
 
 
 @pytree_dataclass
 class Evolution:
-    """Regularized (aging) evolution; a mutation is one edit (`ChainSpace.neighbors`).
+    """Regularized (aging) evolution, whose mutations are single edits (`ChainSpace.neighbors`).
 
     Attributes:
-      population_size: chains in the population, Q; the first ones are random.
-      tournament_size: chains drawn with replacement; the best of them is the parent.
-      num_chains: children per step, added together.
+      population_size: number of chains in the population, Q; the first ones are random.
+      tournament_size: number of chains that are drawn, with replacement, for a tournament. The best
+        of them becomes the parent.
+      num_chains: number of children per step; all are added to the population at once.
     """
 
     is_deterministic = False
@@ -56,11 +57,11 @@ class Evolution:
             )
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
-        """Return the first state.
+        """Return the first state, with an empty population.
 
         Args:
-          key: consumed.
-          problem: what to minimize over.
+          key: the PRNG key; consumed by this call.
+          problem: the problem to search.
         """
         shape = (self.population_size, problem.max_layers + 1)
         chains = jnp.full(shape, PADDING, jnp.int32)
@@ -70,9 +71,9 @@ class Evolution:
         """Score children of tournament winners, or random chains until the population is full.
 
         Args:
-          key: consumed.
-          state: from `init` or from the last step.
-          problem: what to minimize over.
+          key: the PRNG key; consumed by this call.
+          state: the state that `init` or the last step returned.
+          problem: the problem to search.
         """
         random_key, draw_key, mutate_key = jax.random.split(key, 3)
         random = problem.space.sample(random_key, self.num_chains)
@@ -99,9 +100,9 @@ def mutate(key: Key[Array, ""], chain: Int[Array, "L"], problem: Problem) -> Int
     """Return a uniformly random neighbor of a chain, or the chain itself if it has none.
 
     Args:
-      key: consumed.
-      chain: tokens, `[L]`.
-      problem: the problem whose chains the neighbors are.
+      key: the PRNG key; consumed by this call.
+      chain: the chain, `[L]`.
+      problem: the problem, which determines the neighbors.
     """
     rows, is_neighbor = problem.space.neighbors(chain)
     row = jax.random.categorical(key, jnp.where(is_neighbor, 0.0, -jnp.inf))

@@ -1,10 +1,10 @@
 """Descent by linearized scores: one pass along a chain scores all its edits and joint moves.
 
-To first order, the changes that swaps make in the outputs add up, so pairs and larger moves are
-predicted without further layer calls. The most promising moves are then evaluated exactly. The
-number of slots that a greedy move may change is a trust region (Conn, Gould and Toint 2000,
-Trust-Region Methods). If no move is better, the search restarts from a random chain, cut at its
-best prefix.
+To first order, the changes of the outputs that swaps cause add up, so pairs of swaps and larger
+moves are predicted without further layer calls. The most promising moves are then evaluated
+exactly. The number of slots that a greedy move may change is a trust region (Conn, Gould, and Toint
+2000, Trust-Region Methods). If no move is better, the search restarts from a random chain that is
+cut at its best prefix.
 """
 
 from typing import NamedTuple
@@ -29,30 +29,30 @@ from jchain.search.descent import (
     sample_start,
 )
 
-# Most swaps of a greedy move after a restart.
+# The maximum number of swaps of a greedy move after a restart.
 _START_RADIUS = 4.0
 
 
 class Guide(NamedTuple):
-    """A chain, and the moves from it that a pass predicts."""
+    """A chain, and the moves that a pass along it predicts."""
 
     chain: Int[Array, "L"]  # [L]
-    loss: Float[Array, ""]  # of the chain
+    loss: Float[Array, ""]  # the loss of the chain
     score: Float[Array, "M"]  # [M], edit scores of its neighbors; +inf if invalid or tried
-    greedy: Int[Array, "L L"]  # [L, L], the chain with 1, 2, ... swaps
+    greedy: Int[Array, "L L"]  # [L, L], the chain after 1, 2, ... swaps
     is_greedy: Bool[Array, "L"]  # [L], False for greedy moves without enough swaps
-    pairs: Int[Array, "Q L"]  # [Q, L], the chain with two swaps, best first
+    pairs: Int[Array, "Q L"]  # [Q, L], the chain after two swaps, best first
     is_pair: Bool[Array, "Q"]  # [Q], False for rows without a pair
-    layer_calls: Int[Array, ""]  # cost of the pass
+    layer_calls: Int[Array, ""]  # the cost of the pass
 
 
 class State(NamedTuple):
-    """What the next step needs."""
+    """The state that one step passes to the next."""
 
     guide: Guide
-    is_new: Bool[Array, ""]  # the chain needs a pass
-    is_start: Bool[Array, ""]  # the chain must be sampled first
-    radius: Float[Array, ""]  # most swaps of a greedy move
+    is_new: Bool[Array, ""]  # whether the chain needs a pass
+    is_start: Bool[Array, ""]  # whether the chain must first be sampled
+    radius: Float[Array, ""]  # the maximum number of swaps of a greedy move
     num_failed: Int[Array, ""]  # consecutive batches without a better chain
     cache: ScoreCache
 
@@ -62,18 +62,20 @@ class LinearizedSearch:
     """Descent by linearized scores, with restarts.
 
     Attributes:
-      num_single: most promising edits that are evaluated in a step.
-      num_pairs: most promising pairs of swaps that are evaluated in a step.
-      num_joint: greedy moves that are evaluated in a step. The first has as many swaps as the trust
-        region allows, each further one half as many.
-      num_candidates: layers that a pass scores at each slot: in proportion to the sizes of the
-        bank's groups, at least one of each. If the bank has more layers, candidates are sampled
-        again for each pass, and every step makes a pass. Otherwise only a new chain needs one.
-      num_best: swaps of each slot that pairs are made of; None for a number that depends on
-        `max_layers`.
-      patience: consecutive batches without a better chain before a restart.
-      num_products: most vector-Jacobian products of a pass (`jchain.gradient.score_edits`); None
-        for 2 if the loss is a softmax over classes, else for the default of `score_edits`.
+      num_single: number of single edits to evaluate per step, most promising first.
+      num_pairs: number of pairs of swaps to evaluate per step, most promising first.
+      num_joint: number of greedy moves to evaluate per step. The first makes as many swaps as the
+        trust region allows, and each further move makes half as many as the one before.
+      num_candidates: number of layers that a pass scores at each slot. Each group of the bank gets
+        a share in proportion to its size, and at least one. If the bank has more layers than
+        candidates, every step makes a pass with newly sampled candidates. Otherwise, only a new
+        chain needs a pass.
+      num_best: number of swaps at each slot from which pairs are made; None to derive the number
+        from `max_layers`.
+      patience: number of consecutive batches without a better chain before a restart.
+      num_products: maximum number of vector-Jacobian products of a pass
+        (`jchain.gradient.score_edits`). None to use 2 if the loss is a softmax over classes, and
+        the default of `score_edits` otherwise.
     """
 
     is_deterministic = False
@@ -106,11 +108,11 @@ class LinearizedSearch:
             )
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
-        """The first state: no chain, and an empty score cache.
+        """Return the first state, with no chain and an empty score cache.
 
         Args:
-          key: unused.
-          problem: what to minimize over.
+          key: the PRNG key; not used.
+          problem: the problem to search.
         """
         num_slots = problem.max_layers + 1
         guide = Guide(
@@ -133,15 +135,15 @@ class LinearizedSearch:
         """Evaluate the most promising moves, and move to the best chain if it is better.
 
         Args:
-          key: consumed.
-          state: from `init` or the last step.
-          problem: what to minimize over.
+          key: the PRNG key; consumed by this call.
+          state: the state that `init` or the last step returned.
+          problem: the problem to search.
         """
         guide = self._find_guide(key, state, problem)
         chains, rows, is_joint = self._propose(state, guide, problem)
         cache, loss, layer_calls = score_cache.evaluate_cached(state.cache, problem, chains)
 
-        # Rows without a move hold the chain itself, whose loss may be lower here by rounding.
+        # Rows without a move hold the chain itself, whose loss here may be lower due to rounding.
         is_move = (chains != guide.chain[None]).any(axis=1)
         score = guide.score.at[rows].set(jnp.inf, mode="drop")
         has_more = jnp.isfinite(score).any()
@@ -183,7 +185,7 @@ class LinearizedSearch:
         )
 
     def _find_guide(self, key: Key[Array, ""], state: State, problem: Problem) -> Guide:
-        """A pass if the chain is new, otherwise the last guide."""
+        """Make a pass if the chain is new; otherwise, return the last guide."""
         return cond_in_sequence(
             state.is_new,
             self._pass,
@@ -194,7 +196,7 @@ class LinearizedSearch:
         )
 
     def _pass(self, key: Key[Array, ""], state: State, problem: Problem) -> Guide:
-        """Score the edits and joint moves of the chain, or of a new start chain."""
+        """Score the edits and joint moves of the current chain, or of a new start chain."""
         start_key, key = jax.random.split(key)
         chain = jax.lax.cond(
             state.is_start, lambda: sample_start(start_key, problem), lambda: state.guide.chain
@@ -212,8 +214,8 @@ class LinearizedSearch:
         start_loss = jnp.where(jnp.isfinite(scores.loss), scores.loss, jnp.inf).astype(jnp.float32)
         return Guide(
             chain,
-            # The evaluated loss, not that of the pass: with other rounding, each of two chains of
-            # equal loss could be better than the other.
+            # Keep the evaluated loss, not the loss from the pass. The two round differently, and
+            # then each of two chains with equal losses could seem better than the other.
             jnp.where(state.is_start, start_loss, state.guide.loss),
             jnp.where(is_neighbor & ~jnp.isnan(scores.flat), scores.flat, jnp.inf).astype(
                 jnp.float32
@@ -228,18 +230,19 @@ class LinearizedSearch:
         )
 
     def _propose(self, state: State, guide: Guide, problem: Problem) -> tuple[Array, Array, Array]:
-        """Chains to evaluate, the rows of neighbors that come first, and which are greedy moves.
+        """Propose chains to evaluate.
 
-        Rows without a move hold the chain itself.
+        Returns the chains, the neighbor rows of the single edits, which come first, and a mask of
+        the greedy moves. Rows without a move hold the chain itself.
         """
-        # No pair of a new pass was tried yet.
+        # No pair of a new pass has been tried yet.
         num_failed = jnp.where(state.is_new, 0, state.num_failed)
         neighbors, _ = problem.space.neighbors(guide.chain)
         gain, rows = jax.lax.top_k(-guide.score, min(self.num_single, guide.score.size))
         single = jnp.where(jnp.isfinite(gain)[:, None], neighbors[rows], guide.chain[None])
         sizes = jnp.floor(state.radius / 2.0 ** jnp.arange(self.num_joint)).astype(jnp.int32)
         place = jnp.clip(sizes - 1, 0, problem.max_layers)
-        # A greedy move of two swaps would be a pair.
+        # A greedy move of two swaps would only repeat a pair.
         is_joint = (sizes > 2) & guide.is_greedy[place] & (num_failed == 0)
         joint = jnp.where(is_joint[:, None], guide.greedy[place], guide.chain[None])
         turn = num_failed * self.num_pairs + jnp.arange(min(self.num_pairs, guide.is_pair.size))
@@ -256,7 +259,7 @@ def _update_radius(
     is_joint: Bool[Array, "P"],
     max_layers: int,
 ) -> Float[Array, ""]:
-    """Double the trust region after a move of several swaps, halve it if such moves failed."""
+    """Double the trust region after a successful greedy move, and halve it after failed ones."""
     did_try = (is_move & is_joint).any()
     factor = jnp.where(did_try, jnp.where(move.does_move & is_joint[move.best], 2.0, 0.5), 1.0)
     return jnp.where(

@@ -1,8 +1,8 @@
 """Local search: move to the first better neighbor; restart from a random chain if there is none.
 
-White, Nolen and Savani 2021, arXiv:2005.02960, find it a strong baseline of architecture search. A
-neighbor has one layer swapped, inserted, or deleted, or another head
-(`jchain.chain.ChainSpace.neighbors`).
+White, Nolen, and Savani 2021, arXiv:2005.02960, find that local search is a strong baseline for
+architecture search. A neighbor differs from the chain by one edit: a layer is swapped, inserted, or
+deleted, or the head is swapped (`jchain.chain.ChainSpace.neighbors`).
 """
 
 from typing import NamedTuple
@@ -21,11 +21,11 @@ from jchain.search.base import Info
 
 
 class State(NamedTuple):
-    """The current chain, and which of its neighbors were tried."""
+    """The current chain, and how many of its neighbors have been scored."""
 
     chain: Int[Array, "L"]  # [L]
-    loss: Float[Array, ""]  # +inf at a random start, which is not scored
-    order: Int[Array, "M"]  # [M], rows of its neighbors in random order, invalid rows last
+    loss: Float[Array, ""]  # +inf for a random start chain, which is not scored
+    order: Int[Array, "M"]  # [M], rows of the neighbors in random order, invalid rows last
     num_tried: Int[Array, ""]  # neighbors scored so far
     num_started: Int[Array, ""]  # chains of `starts` scored so far
     cache: ScoreCache
@@ -33,13 +33,14 @@ class State(NamedTuple):
 
 @pytree_dataclass
 class LocalSearch:
-    """First improvement, with random restarts.
+    """Local search that takes the first improvement, with random restarts.
 
     Attributes:
-      num_chains: neighbors scored per step; the first better one in random order is taken.
-      starts: chains to score first, `[S, L]` with `L = max_layers + 1`; the search begins at the
-        best one. For example the models of a bank (`Bank.parents`) or known recipes
-        (`jc.hub.recipes`). None: begin at a random chain.
+      num_chains: number of neighbors to score per step. The search moves to the first of them, in
+        random order, that is better than the current chain.
+      starts: chains to score first, `[S, L]` with `L = max_layers + 1`, for example the models of a
+        bank (`Bank.parents`) or known recipes (`jc.hub.recipes`). The search begins at the best
+        one. None to begin at a random chain.
     """
 
     is_deterministic = False
@@ -55,17 +56,17 @@ class LocalSearch:
 
     @property
     def holds_chains(self) -> bool:
-        """True if the search stores chains of a bank: its `starts`."""
+        """True if the search stores chains of a bank, namely its `starts`."""
         return self.starts is not None
 
     def check(self, problem: Problem) -> None:
         """Check that `starts` are chains of the problem.
 
         Args:
-          problem: what to minimize over.
+          problem: the problem to search.
 
         Raises:
-          ValueError: `starts` are not chains of the problem.
+          ValueError: if `starts` are not chains of the problem.
         """
         if self.starts is None:
             return
@@ -85,8 +86,8 @@ class LocalSearch:
         """Return the first state.
 
         Args:
-          key: consumed.
-          problem: what to minimize over.
+          key: the PRNG key; consumed by this call.
+          problem: the problem to search.
         """
         start_key, order_key = jax.random.split(key)
         start = problem.space.sample(start_key, 1)[0]
@@ -103,9 +104,9 @@ class LocalSearch:
         """Score the next starts or neighbors, and move to a better one or restart.
 
         Args:
-          key: consumed.
-          state: from `init` or from the last step.
-          problem: what to minimize over.
+          key: the PRNG key; consumed by this call.
+          state: the state that `init` or the last step returned.
+          problem: the problem to search.
         """
         start_key, order_key = jax.random.split(key)
         chains, num_neighbors, is_starting = self._choose_chains(state, problem)
@@ -135,7 +136,7 @@ class LocalSearch:
     def _choose_chains(
         self, state: State, problem: Problem
     ) -> tuple[Int[Array, "P L"], Int[Array, ""], Bool[Array, ""]]:
-        """The chains to score, the number of neighbors, and whether they are `starts`."""
+        """Return chains to score, the number of neighbors, and whether the chains are `starts`."""
         neighbors, is_neighbor = problem.space.neighbors(state.chain)
         num_neighbors = is_neighbor.sum()
         position = state.num_tried + jnp.arange(self.num_chains)
@@ -152,6 +153,6 @@ class LocalSearch:
 
 
 def _shuffle(key: Key[Array, ""], chain: Int[Array, "L"], problem: Problem) -> Int[Array, "M"]:
-    """Rows of the neighbors of a chain in random order, invalid rows last."""
+    """Return the rows of a chain's neighbors in random order, invalid rows last."""
     is_neighbor = problem.space.neighbors(chain)[1]
     return jnp.argsort(jax.random.uniform(key, is_neighbor.shape) + ~is_neighbor)

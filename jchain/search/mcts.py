@@ -1,7 +1,7 @@
-"""Monte Carlo tree search with the policy of Gumbel MuZero, by the library mctx.
+"""Monte Carlo tree search with the policy of Gumbel MuZero, as implemented by mctx.
 
-Danihelka et al. 2022, ICLR, openreview.net/forum?id=bERaNdoegnO. The model is the decision process
-itself. The value of a prefix is minus its lowest head loss.
+Gumbel MuZero is from Danihelka et al. 2022, ICLR, openreview.net/forum?id=bERaNdoegnO. Here the
+model is the decision process itself, and the value of a prefix is minus its lowest head loss.
 """
 
 from types import ModuleType
@@ -19,11 +19,11 @@ from jchain.search.prefixes import end_prefixes
 
 
 class Node(NamedTuple):
-    """A prefix in the tree."""
+    """The data of a prefix in the tree."""
 
     state: env.State
-    loss: Float[Array, "K"]  # [K], loss of ending here with each head, layer penalty included
-    is_call: Bool[Array, ""]  # True if making the node cost a layer call
+    loss: Float[Array, "K"]  # [K], loss of ending here with each head, with the layer penalty
+    is_call: Bool[Array, ""]  # whether making the node cost a layer call
 
 
 class State(NamedTuple):
@@ -34,16 +34,17 @@ class State(NamedTuple):
 
 @pytree_dataclass
 class MCTS:
-    """Tree search by simulations. A step grows one tree and takes the best action at its root.
+    """Tree search by simulations.
 
-    After a head, the next step starts from the empty prefix.
+    A step grows one tree and takes the best action at its root. After a head, the next step starts
+    again from the empty prefix.
 
     Attributes:
-      num_simulations: simulations per step; most of them cost one layer call.
+      num_simulations: number of simulations per step; most of them cost one layer call.
       gumbel_scale: scale of the noise at the root; 0 makes the search deterministic.
 
     Raises:
-      ValueError: num_simulations is less than 1.
+      ValueError: if `num_simulations` is less than 1.
     """
 
     needs_gradient = False
@@ -58,7 +59,7 @@ class MCTS:
 
     @property
     def is_deterministic(self) -> bool:
-        """True if there is no noise at the root."""
+        """True if `gumbel_scale` is 0, so that there is no noise at the root."""
         return bool(self.gumbel_scale == 0)
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
@@ -66,7 +67,7 @@ class MCTS:
         return State(env.reset(problem))
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
-        """Grow one tree and take an action."""
+        """Grow one tree and take the best action at its root."""
         mctx = _import_mctx()
         root = _make_node(problem, state.root, jnp.array(False))
         is_legal = env.legal_actions(problem, state.root.length)
@@ -107,19 +108,19 @@ def _make_node(problem: Problem, state: env.State, is_call: Bool[Array, ""]) -> 
 
 
 def _value(node: Node) -> Float[Array, ""]:
-    """Minus the lowest loss. A nonfinite loss counts as 1e6, because mctx averages values."""
+    """Return minus the lowest loss; nonfinite losses count as 1e6, because mctx averages values."""
     return -jnp.min(jnp.where(jnp.isfinite(node.loss), node.loss, 1e6))
 
 
 def _import_mctx() -> ModuleType:
-    """Import mctx, untyped: type checkers do not find the constructors of its chex dataclasses."""
+    """Import mctx untyped, because type checkers do not find its chex dataclasses' constructors."""
     import mctx
 
     return mctx
 
 
 def _recur(problem: Problem, key: Array, action: Array, embedding: Node) -> tuple[object, Node]:
-    """Take one action in one node; mctx has a batch axis of size 1 on all arrays."""
+    """Take one action in one node; all arrays of mctx have a batch axis, here of size 1."""
     mctx = _import_mctx()
     node = jax.tree.map(lambda leaf: leaf[0], embedding)
     is_call = (action[0] < problem.bank.num_layers) & ~node.state.is_done

@@ -13,15 +13,15 @@ from jchain.problem import Problem
 class Pool(NamedTuple):
     """The best distinct chains so far, best first."""
 
-    chains: Int[Array, "Q L"]  # [Q, L], all -1 in an empty row
-    loss: Float[Array, "Q"]  # [Q], +inf in an empty row
+    chains: Int[Array, "Q L"]  # [Q, L]; an empty row is all -1
+    loss: Float[Array, "Q"]  # [Q]; +inf in an empty row
 
 
 def empty_pool(size: int, problem: Problem) -> Pool:
     """Return a pool without chains.
 
     Args:
-      size: rows, Q.
+      size: the maximum number of chains, Q.
       problem: the problem whose chains the pool will hold.
     """
     return Pool(
@@ -31,14 +31,14 @@ def empty_pool(size: int, problem: Problem) -> Pool:
 
 
 def merge(pool: Pool, chains: Int[Array, "P L"], loss: Float[Array, "P"]) -> Pool:
-    """Return the best distinct chains of a pool and of other chains, together.
+    """Merge chains into a pool, which keeps the best distinct ones.
 
     Chains whose loss is not finite are left out.
 
     Args:
       pool: the best chains so far.
-      chains: tokens, `[P, L]`.
-      loss: losses of these chains, `[P]`.
+      chains: the chains to add, `[P, L]`.
+      loss: the losses of these chains, `[P]`.
 
     Returns:
       A pool of the same size.

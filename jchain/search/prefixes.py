@@ -1,4 +1,4 @@
-"""What tree searches share: the children of a prefix, and the chains that end prefixes."""
+"""Helpers of tree searches: the children of a prefix, and the chains that end prefixes."""
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,13 @@ def extend_prefix(
     length: Int[Array, ""],
     hidden: Shaped[Array, "B ..."],
 ) -> tuple[Int[Array, "N L"], Shaped[Array, "N B ..."]]:
-    """Extend a prefix by every layer, for one layer call each.
+    """Extend a prefix by every layer, at a cost of one layer call per layer.
 
     Args:
-      problem: the bank.
-      prefix: tokens of the prefix, then -1, `[L]`.
-      length: layers of the prefix.
-      hidden: activations of the prefix, `[B, ...F]`.
+      problem: the problem, which holds the bank.
+      prefix: the tokens of the prefix, padded with -1, `[L]`.
+      length: the number of layers of the prefix.
+      hidden: the activations of the prefix, `[B, ...F]`.
 
     Returns:
       The children, `[N, L]`, and their activations, `[N, B, ...F]`.
@@ -37,18 +37,18 @@ def end_prefixes(
     loss: Float[Array, "R K"],
     is_scored: Bool[Array, "R"],
 ) -> tuple[Int[Array, "Q L"], Float[Array, "Q"]]:
-    """List the chains that end prefixes with each head, in the form of `Info`.
+    """List the chains that end prefixes with each head, in the format of `Info`.
 
     Args:
-      problem: the bank.
-      prefixes: tokens of each prefix, then -1, `[R, L]`.
-      length: layers of each prefix, `[R]`.
-      loss: loss of each prefix with each head, layer penalty included, `[R, K]`.
-      is_scored: True for the prefixes to list, `[R]`.
+      problem: the problem, which holds the bank.
+      prefixes: the tokens of each prefix, padded with -1, `[R, L]`.
+      length: the number of layers of each prefix, `[R]`.
+      loss: the loss of each prefix with each head, with the layer penalty, `[R, K]`.
+      is_scored: a mask of the prefixes to list, `[R]`.
 
     Returns:
-      Chains `[R * K, L]` and losses `[R * K]`: rows of -1 and `+inf` for prefixes that are not
-      scored, and `+inf` for a loss that is not finite.
+      Chains `[R * K, L]` and losses `[R * K]`. Prefixes that are not listed have rows of -1 and
+      losses of `+inf`. A loss that is not finite is `+inf` as well.
     """
     chains = jax.vmap(lambda prefix, t: env.append_heads(problem, prefix, t))(prefixes, length)
     chains = jnp.where(is_scored[:, None, None], chains, PADDING)
@@ -66,20 +66,21 @@ def end_children(
     is_open: Bool[Array, ""],
     does_extend: Bool[Array, ""],
 ) -> tuple[Int[Array, "Q L"], Float[Array, "Q"]]:
-    """List the chains that end the children of a prefix, in the form of `Info`.
+    """List the chains that end the children of a prefix, in the format of `Info`.
 
-    The chains that end the empty prefix come first, because it is not a child of any prefix.
-    Chains of fewer than `min_layers` layers are left out.
+    The chains that end the prefix itself come first. They are listed only if it is the empty
+    prefix, which is not a child of any prefix. Chains of fewer than `min_layers` layers are left
+    out.
 
     Args:
-      problem: bank, split, loss.
-      prefix: tokens of the prefix, then -1, `[L]`.
-      length: layers of the prefix.
-      hidden: activations of the prefix, `[B, ...F]`.
-      children: tokens of its children, `[N, L]`.
-      loss: loss of each child with each head, layer penalty included, `[N, K]`.
-      is_open: False if there is no prefix to extend.
-      does_extend: True if the children were computed.
+      problem: the bank, the split of data, and the loss.
+      prefix: the tokens of the prefix, padded with -1, `[L]`.
+      length: the number of layers of the prefix.
+      hidden: the activations of the prefix, `[B, ...F]`.
+      children: the tokens of its children, `[N, L]`.
+      loss: the loss of each child with each head, with the layer penalty, `[N, K]`.
+      is_open: whether there is a prefix to extend.
+      does_extend: whether the children were computed.
 
     Returns:
       Chains `[(1 + N) * K, L]` and losses `[(1 + N) * K]`, as from `end_prefixes`.

@@ -1,4 +1,4 @@
-"""A live progress line: layer calls, best loss, time left."""
+"""A live progress line that shows the layer calls, the best loss, and the time left."""
 
 from typing import TYPE_CHECKING
 
@@ -8,11 +8,11 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """Context manager around a run; shows nothing unless `is_shown`.
+    """Context manager that shows a progress line during a run.
 
     Args:
-      budget: layer calls at which the bar is full.
-      is_shown: show the line on standard error.
+      budget: the number of layer calls at which the bar is full.
+      is_shown: whether to show the line, on standard error.
     """
 
     def __init__(self, budget: int, *, is_shown: bool) -> None:
@@ -42,10 +42,10 @@ class Progress:
             self._bar.stop()
 
     def update(self, layer_calls: int, best_loss: float) -> None:
-        """Show the current totals.
+        """Update the line with the current totals.
 
         Args:
-          layer_calls: spent so far.
+          layer_calls: the layer calls spent so far.
           best_loss: the lowest loss so far.
         """
         if self._bar is not None and self._task is not None:

@@ -1,7 +1,7 @@
 """Tabular Q-learning with experience replay, as in MetaQNN (Baker et al. 2016, arXiv:1611.02167).
 
-A state is the number of layers and the last layer, so that the size of the table does not grow with
-the number of chains.
+A state consists of the number of layers and the last layer, so the size of the table does not grow
+with the number of chains.
 """
 
 from collections.abc import Callable
@@ -24,28 +24,29 @@ from jchain.search.base import Info
 class State(NamedTuple):
     """The table of values, and the chains to replay."""
 
-    # [L, N + 1, N + K], the table, by slot, last layer (N if there is none), and token
+    # [L, N + 1, N + K], the table, indexed by slot, last layer (N if there is none), and token
     values: Float[Array, "L M E"]
-    chains: Int[Array, "R L"]  # [R, L], the last chains that were scored, as a ring buffer
-    reward: Float[Array, "R"]  # [R], reward of each of these chains
+    chains: Int[Array, "R L"]  # [R, L], the last R chains, as a ring buffer
+    reward: Float[Array, "R"]  # [R], the reward of each of these chains
     num_steps: Int[Array, ""]
     cache: ScoreCache
 
 
 @pytree_dataclass
 class QLearning:
-    """Samples epsilon-greedy chains, then updates the table on chains drawn from recent ones.
+    """Tabular Q-learning: epsilon-greedy chains, and updates of the table on recent chains.
 
     Attributes:
-      num_chains: chains per step, P.
-      replay_size: chains that are kept for replay, R.
-      num_replays: chains that are replayed in each step.
+      num_chains: number of chains per step, P.
+      replay_size: number of chains that are kept for replay, R.
+      num_replays: number of chains that are replayed in each step.
       learning_rate: learning rate of the table.
-      decay: epsilon, the probability of a random token, is `decay ** steps`, but at least
-        `min_epsilon`.
-      min_epsilon: lowest probability of a random token.
-      reward_fn: maps the losses of a step's chains to rewards (`jchain.agent.rewards`). Ranks do
-        not work, because they depend on the other chains of the step.
+      decay: factor by which epsilon, the probability of a random token, shrinks in each step:
+        epsilon is `decay ** steps`, but at least `min_epsilon`.
+      min_epsilon: lower bound of epsilon.
+      reward_fn: function that maps the losses of a step's chains to rewards
+        (`jchain.agent.rewards`). Rank rewards do not work, because they depend on the other chains
+        of the step.
     """
 
     num_chains: int = static(default=16)
@@ -66,21 +67,21 @@ class QLearning:
 
     @property
     def is_deterministic(self) -> bool:
-        """Whether all keys give the same result."""
+        """False, because different keys give different results."""
         return False
 
     @property
     def needs_gradient(self) -> bool:
-        """Whether the search takes gradients through layers."""
+        """False, because no gradient through layers is taken."""
         return False
 
     @property
     def needs_invertible(self) -> bool:
-        """Whether every layer must be invertible."""
+        """False, because layers are never inverted."""
         return False
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
-        """The first state: a table of zeros."""
+        """Return the first state, with a table of zeros."""
         num_slots, num_layers = problem.max_layers + 1, problem.bank.num_layers
         return State(
             jnp.zeros((num_slots, num_layers + 1, num_layers + problem.bank.num_heads)),
@@ -115,15 +116,15 @@ class QLearning:
     def value(
         self, state: State, chains: Int[Array, "P L"], problem: Problem
     ) -> Float[Array, "P L"]:
-        """The table's prediction before each token of chains: the best reward that can follow.
+        """Look up the best predicted reward before each token of the chains.
 
-        It is 0 for states that were never tried and after the head. The unit is that of
+        The prediction is 0 after the head and for states that were never tried. Its unit is that of
         `reward_fn`.
 
         Args:
           state: the state, which holds the table.
-          chains: tokens, `[P, L]`.
-          problem: the problem, which says which tokens are allowed.
+          chains: the chains, `[P, L]`.
+          problem: the problem, which determines which tokens are allowed.
         """
 
         def read(chain: Array) -> Array:
@@ -141,10 +142,10 @@ def sample_chain(
     """Sample one epsilon-greedy chain.
 
     Args:
-      key: consumed.
+      key: the PRNG key; consumed by this call.
       values: the table, `[L, N + 1, N + K]`.
-      epsilon: probability of a random token.
-      problem: the problem, which says which tokens are allowed.
+      epsilon: the probability of a random token.
+      problem: the problem, which determines which tokens are allowed.
     """
     num_layers = problem.bank.num_layers
 
@@ -174,9 +175,9 @@ def update(
     rate: Float[Array, ""],
     problem: Problem,
 ) -> Float[Array, "L M E"]:
-    """Update the table on one chain, whose reward comes with its head.
+    """Update the table on one chain, whose reward is given at its head.
 
-    With `alpha` the rate, for every slot `t` up to the head,
+    For every slot `t` up to the head, the update with learning rate `alpha` is
 
         q(s_t, a_t) += alpha * (r_t + discount_t * max_a q(s_{t+1}, a) - q(s_t, a_t))
 
@@ -184,10 +185,10 @@ def update(
 
     Args:
       values: the table, `[L, N + 1, N + K]`.
-      chain: tokens, `[L]`.
-      reward: reward of the chain.
-      rate: learning rate.
-      problem: the problem, which says which tokens are allowed.
+      chain: the chain, `[L]`.
+      reward: the reward of the chain.
+      rate: the learning rate.
+      problem: the problem, which determines which tokens are allowed.
     """
     import rlax
 
@@ -197,7 +198,7 @@ def update(
     action = jnp.maximum(chain, 0)
     state_values, is_legal = look_up(values, chain, problem)
     next_values = jnp.roll(jnp.where(is_legal, state_values, -jnp.inf), -1, axis=0)
-    # After the head, 0 instead of -inf: its discount is 0, and 0 * inf would be nan.
+    # Use 0 instead of -inf after the head, where the discount is 0, since 0 * inf would be nan.
     next_values = jnp.where((slots < length)[:, None], next_values, 0.0)
     rewards = jnp.where(slots == length, reward, 0.0)
     discount = (slots < length).astype(values.dtype)
@@ -208,12 +209,12 @@ def update(
 def look_up(
     values: Float[Array, "L M E"], chain: Int[Array, "L"], problem: Problem
 ) -> tuple[Float[Array, "L E"], Bool[Array, "L E"]]:
-    """The values of all tokens before each token of a chain, and which tokens are allowed.
+    """Look up the values of all tokens before each token of a chain, and which are allowed.
 
     Args:
       values: the table, `[L, N + 1, N + K]`.
-      chain: tokens, `[L]`.
-      problem: the problem, which says which tokens are allowed.
+      chain: the chain, `[L]`.
+      problem: the problem, which determines which tokens are allowed.
     """
     slots = jnp.arange(chain.shape[0])
     is_legal: Bool[Array, "L E"] = jax.vmap(lambda t: env.legal_actions(problem, t))(slots)
@@ -221,11 +222,11 @@ def look_up(
 
 
 def find_last(chain: Int[Array, "L"], problem: Problem) -> Int[Array, "L"]:
-    """The layer before each slot, N if there is none.
+    """Find the layer before each slot, or N if there is none.
 
     Args:
-      chain: tokens, `[L]`.
-      problem: the problem, which gives the number of layers.
+      chain: the chain, `[L]`.
+      problem: the problem, which gives the number of layers, N.
     """
     is_layer = jnp.arange(chain.shape[0]) < problem.space.count_layers(chain)
     return jnp.concatenate(

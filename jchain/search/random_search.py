@@ -11,17 +11,17 @@ from jchain.search.base import Info
 
 
 class State(NamedTuple):
-    """The chains scored so far."""
+    """The losses of the chains that were scored so far."""
 
     cache: ScoreCache
 
 
 @pytree_dataclass
 class RandomSearch:
-    """Uniform random search, the baseline that every search has to beat.
+    """Uniform random search, the baseline that every other search must beat.
 
     Attributes:
-      num_chains: chains per step; their shared prefixes are charged once.
+      num_chains: number of chains per step; the prefixes that they share are charged once.
     """
 
     is_deterministic = False
@@ -35,21 +35,21 @@ class RandomSearch:
             raise ValueError(f"expected num_chains of at least 1, got {self.num_chains}")
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
-        """Return the first state.
+        """Return the first state, with an empty score cache.
 
         Args:
-          key: consumed.
-          problem: what to minimize over.
+          key: the PRNG key; consumed by this call.
+          problem: the problem to search.
         """
         return State(score_cache.init(problem))
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
-        """Score chains drawn from the space.
+        """Score chains that are drawn uniformly from the space.
 
         Args:
-          key: consumed.
-          state: from `init` or from the last step.
-          problem: what to minimize over.
+          key: the PRNG key; consumed by this call.
+          state: the state that `init` or the last step returned.
+          problem: the problem to search.
         """
         chains = problem.space.sample(key, self.num_chains)
         cache, loss, layer_calls = score_cache.evaluate_cached(state.cache, problem, chains)

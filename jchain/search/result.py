@@ -1,4 +1,4 @@
-"""Data of a run: its state, when it is over, its trace, and its result."""
+"""The data of a run: its state, its stop rule, its trace, and its result."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,23 +12,23 @@ from jchain.search.pool import Pool
 
 
 class Curve(NamedTuple):
-    """Best loss against cost, after each step."""
+    """The best loss so far and the cost so far, after each step."""
 
     layer_calls: Int[np.ndarray, "T"]
     best_loss: Float[np.ndarray, "T"]
 
     def at(self, budgets: ArrayLike | Sequence[int]) -> Float[np.ndarray, "B"]:
-        """Return the best loss within each budget, `+inf` if the first step costs more.
+        """Return the best loss within each budget, or `+inf` if the first step costs more.
 
         Args:
-          budgets: numbers of layer calls, `[B]`.
+          budgets: the budgets in layer calls, `[B]`.
         """
         step = np.searchsorted(self.layer_calls, np.asarray(budgets), side="right") - 1
         return np.where(step >= 0, self.best_loss[np.maximum(step, 0)], np.inf)
 
 
 class Result(NamedTuple):
-    """What a run found on its problem."""
+    """The chains that a run found, and what finding them cost."""
 
     best_chain: Int[np.ndarray, "L"]  # all -1 if no chain had a finite loss
     best_loss: float
@@ -37,21 +37,21 @@ class Result(NamedTuple):
     finalists: Int[np.ndarray, "Q L"]
     finalist_losses: Float[np.ndarray, "Q"]
     layer_calls: int
-    num_chains: int  # scored, repeats included
-    num_nonfinite: int  # those of num_chains whose loss was not finite
+    num_chains: int  # the number of chains scored, with repeats
+    num_nonfinite: int  # the number of these chains whose loss was not finite
 
 
 class BudgetError(ValueError):
-    """The budget is smaller than the cost of one step.
+    """Raised if the budget is smaller than the cost of one step.
 
     Args:
-      cost: layer calls of one step.
-      budget: the budget of the whole run.
-      reserved: layer calls of the budget that are reserved for gradient steps.
+      cost: the layer calls of one step.
+      budget: the layer calls that the whole run may spend.
+      reserved: the part of the budget that is reserved for gradient steps.
     """
 
     def __init__(self, cost: int, budget: int, reserved: int = 0) -> None:
-        kept = f" besides {reserved:,} reserved for gradient steps" if reserved else ""
+        kept = f" in addition to {reserved:,} reserved for gradient steps" if reserved else ""
         super().__init__(
             f"expected a budget of at least one step, which costs {cost:,} layer calls here{kept}, "
             f"got {budget:,}"
@@ -60,27 +60,27 @@ class BudgetError(ValueError):
 
 
 class RunStats(NamedTuple):
-    """What one run has found and spent."""
+    """The best chains and the counts of one run."""
 
     pool: Pool
     layer_calls: Int[Array, ""]
     num_chains: Int[Array, ""]
     num_nonfinite: Int[Array, ""]
     num_free: Int[Array, ""]  # consecutive zero-cost steps
-    cost: Int[Array, ""]  # of the last step, counted or not
+    cost: Int[Array, ""]  # layer calls of the last step, counted or not
     is_over: Bool[Array, ""]
 
 
 class RunState(NamedTuple):
-    """One run between two steps; leaves have a leading axis `[S]` for many runs."""
+    """One run between two steps, or many runs, whose leaves have a leading axis `[S]`."""
 
     key: Key[Array, ""]
-    state: PyTree  # of the search
+    state: PyTree  # the state of the search
     stats: RunStats
 
 
 class StopRule(NamedTuple):
-    """When a run is over."""
+    """The rule that ends a run: its budget is spent, or its target loss is reached."""
 
     budget: Int[ArrayLike, ""]  # layer calls, int32
     target_loss: Float[ArrayLike, ""]  # float32
@@ -91,26 +91,26 @@ class Trace(NamedTuple):
 
     layer_calls: Int[Array, "T S"]
     best_loss: Float[Array, "T S"]
-    is_counted: Bool[Array, "T S"]  # False for steps after the end, and for a step over budget
+    is_counted: Bool[Array, "T S"]  # False for steps after the end and for a step over budget
 
 
 def make_results(runs: RunState, trace: Trace, budget: int) -> list[Result]:
-    """Return what each run found.
+    """Make the result of each run.
 
     Args:
       runs: the finished runs.
       trace: the trace of all steps, `[T, S]`.
-      budget: layer calls of each run, for the error message.
+      budget: the budget of each run in layer calls, for the error message.
 
     Raises:
-      BudgetError: the budget is smaller than one step.
+      BudgetError: if the budget is smaller than the cost of one step.
     """
     stats = jax.tree.map(np.asarray, runs.stats)
     return [_make_result(stats, trace, i, budget) for i in range(stats.layer_calls.shape[0])]
 
 
 def _make_result(all_stats: RunStats, trace: Trace, i: int, budget: int) -> Result:
-    """The result of run `i`."""
+    """Make the result of run `i`."""
     stats = jax.tree.map(lambda leaf: leaf[i], all_stats)
     is_counted = trace.is_counted[:, i]
     if not is_counted.any():

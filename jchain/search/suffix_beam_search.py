@@ -1,10 +1,10 @@
-"""Beam search over prefixes that looks ahead by short suffixes (`jchain.inverse.suffixes`).
+"""Beam search over prefixes that looks ahead with short suffixes (`jchain.inverse.suffixes`).
 
-A step extends the prefixes of a beam (Lowerre 1976, the Harpy system) by every layer, predicts
-their loss with every suffix that was pulled back from target outputs, and evaluates the most
-promising of these chains. A prefix is ranked by its best prediction, so the lookahead costs no
-layer calls. A pass goes from the empty prefix to full chains. Each pass draws new probe examples
-and pulls back new suffixes, starting from the activations of the best chain so far.
+A step extends each prefix of a beam (Lowerre 1976, the Harpy system) by every layer, predicts the
+loss of each new prefix with every suffix that was pulled back from target outputs, and evaluates
+the most promising of these chains. A prefix is ranked by its best prediction, so the lookahead
+costs no layer calls. A pass goes from the empty prefix to full chains. Each pass draws new probe
+examples and pulls back new suffixes, starting from the activations of the best chain so far.
 """
 
 from typing import NamedTuple
@@ -26,18 +26,18 @@ from jchain.pytree import pytree_dataclass, static
 from jchain.search.base import Info
 from jchain.search.descent import allocate_candidates, sample_candidates
 
-# Chains proposed per chain that is evaluated, so that cached chains can be skipped.
+# How many chains are proposed for each one that is evaluated, so that cached ones can be skipped.
 _MARGIN = 4
 
 
 class State(NamedTuple):
-    """What the next step needs."""
+    """The state that one step passes to the next."""
 
     prefixes: Int[Array, "W L"]  # [W, L], the beam, padded with -1
     rows: Int[Array, "B"]  # [b], the probe examples of this pass
     hidden: Shaped[Array, "W B ..."]  # [W, b, ...F], activations of each prefix on the probes
     is_valid: Bool[Array, "W"]  # which rows hold a prefix
-    depth: Int[Array, ""]  # layers in each prefix; 0 at the start of a pass
+    depth: Int[Array, ""]  # the number of layers of each prefix; 0 at the start of a pass
     suffixes: Suffixes
     inverses: tuple[LayerGroup, ...]
     best: Int[Array, "L"]  # the best chain so far
@@ -49,19 +49,19 @@ class State(NamedTuple):
 class SuffixBeamSearch:
     """Beam search over prefixes that predicts their loss with suffixes pulled back from a target.
 
-    It needs invertible layers.
+    The layers of the bank must be invertible.
 
     Attributes:
-      width: prefixes in the beam.
+      width: number of prefixes in the beam.
       max_suffix_layers: maximum number of layers in a suffix.
-      num_candidates: layers that suffixes are made of, drawn anew for each pass. Each module gets a
-        share in proportion to its layers, and at least one.
-      num_moves: chains evaluated in a step.
-      num_probes: examples on which losses are predicted, drawn anew for each pass. A call on these
-        examples counts as the corresponding fraction of a layer call.
-      temperature: scale of the Gumbel noise on the predicted losses that choose prefixes and
-        chains, in units of the difference between their mean and minimum. If all examples are
-        probes, passes without noise would repeat.
+      num_candidates: number of layers from which suffixes are made, drawn anew for each pass. Each
+        group of the bank gets a share in proportion to its size, and at least one.
+      num_moves: number of chains to evaluate per step.
+      num_probes: number of examples on which losses are predicted, drawn anew for each pass. A
+        layer call on these examples counts as the corresponding fraction of a layer call.
+      temperature: scale of the Gumbel noise that is added to the predicted losses before they rank
+        prefixes and chains, in units of the difference between their mean and their minimum. If all
+        examples are probes, passes without noise would repeat.
     """
 
     is_deterministic = False
@@ -93,7 +93,7 @@ class SuffixBeamSearch:
           problem: the problem to search.
 
         Raises:
-          ValueError: a layer's module has no inverse.
+          ValueError: if a layer cannot be inverted.
         """
         modules = [group.module for group in problem.bank.layers]
         if not all(isinstance(module, Invertible) for module in modules):
@@ -125,9 +125,9 @@ class SuffixBeamSearch:
         )
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
-        # All of it runs in sequence under vmap, not only the branches (`cond_in_sequence`): a plain
-        # vmap would pull back suffixes in every step of every run, and batched products would round
-        # differently.
+        # Under vmap, run the whole function in sequence, not only its branches
+        # (`cond_in_sequence`). A plain vmap would pull back suffixes in every step of every run,
+        # and batched products would round differently.
         @jax.custom_batching.sequential_vmap
         def look_ahead(
             problem: Problem, key: Array, state: State, temperature: Array
@@ -141,13 +141,13 @@ class SuffixBeamSearch:
         next_state, chains, num_applied = look_ahead(
             problem, key, state._replace(cache=None), jnp.asarray(self.temperature)
         )
-        # Chains that are not cached come first.
+        # Put chains that are not cached first.
         order = jnp.argsort(score_cache.is_cached(state.cache, problem, chains), stable=True)[
             : self.num_moves
         ]
         chains = chains[order]
         cache, loss, layer_calls = score_cache.evaluate_cached(state.cache, problem, chains)
-        # Rows without a chain hold the head alone, which may be shorter than `min_layers`.
+        # Rows without a chain hold a lone head, which may have too few layers (`min_layers`).
         is_chain = problem.space.count_layers(chains) >= problem.min_layers
         chains, loss = (
             jnp.where(is_chain[:, None], chains, PADDING),
@@ -168,7 +168,7 @@ class SuffixBeamSearch:
         return jax.random.choice(key, size, (min(self.num_probes, size),), replace=False)
 
     def _start(self, key: Array, state: State, problem: Problem) -> State:
-        """Start a pass with new probes: with the same ones it would repeat its errors."""
+        """Start a pass with new probes, because the same probes would repeat its errors."""
         rows = self._draw_rows(key, problem)
         root = problem.bank.embed(problem.data.x[rows])
         return state._replace(rows=rows, hidden=jnp.broadcast_to(root, state.hidden.shape))
@@ -190,9 +190,9 @@ class SuffixBeamSearch:
     def _refresh(
         self, key: Array, state: State, probe_problem: Problem
     ) -> tuple[Suffixes, Int[Array, ""]]:
-        """At the start of a pass, pull suffixes back from the best chain so far.
+        """Pull suffixes back from the best chain so far, but only at the start of a pass.
 
-        Returns the suffixes and the layer calls on the probes.
+        Returns the suffixes and the number of layer calls on the probes.
         """
 
         def pull() -> tuple[Suffixes, Array]:
@@ -214,9 +214,9 @@ class SuffixBeamSearch:
     def _extend(
         self, key: Array, state: State, probe_problem: Problem, temperature: Array
     ) -> tuple[State, Array, Array]:
-        """Extend the beam by a layer.
+        """Extend the beam by one layer.
 
-        Returns the state, the chains to evaluate, and the layer calls on the probes.
+        Returns the state, the chains to evaluate, and the number of layer calls on the probes.
         """
         pull_key, noise_key = jax.random.split(key)
         suffixes, num_pulled = self._refresh(pull_key, state, probe_problem)
@@ -236,8 +236,8 @@ class SuffixBeamSearch:
             jnp.where(is_pair, temperature * spread * jax.random.gumbel(noise_key, loss.shape), 0.0)
             - loss
         )
-        # Chains shorter than `min_layers` are not evaluated, but their predictions still rank
-        # prefixes.
+        # Chains of fewer than `min_layers` layers are not evaluated, but their predictions still
+        # rank prefixes.
         is_long = rows.depth[:, None] + suffix_length[None] > probe_problem.min_layers
         gain, pairs = jax.lax.top_k(
             jnp.where(is_long, noisy_gain, -jnp.inf).reshape(-1),
@@ -267,7 +267,7 @@ class SuffixBeamSearch:
 
 
 class _Prefixes(NamedTuple):
-    """Prefixes whose loss with each suffix is predicted."""
+    """The prefixes whose loss with each suffix is predicted."""
 
     chains: Int[Array, "R L"]
     hidden: Shaped[Array, "R B ..."]
@@ -276,9 +276,9 @@ class _Prefixes(NamedTuple):
 
 
 def _extend_prefixes(probe_problem: Problem, state: State) -> _Prefixes:
-    """The children of the beam, after a row for the empty prefix.
+    """Return the children of the beam, after a first row for the empty prefix.
 
-    That first row is valid only at the start of a pass.
+    The first row is valid only at the start of a pass.
     """
     num_layers = probe_problem.bank.num_layers
     made = jax.lax.map(lambda hidden: apply_all(probe_problem.bank.layers, hidden), state.hidden)
@@ -299,7 +299,7 @@ def _extend_prefixes(probe_problem: Problem, state: State) -> _Prefixes:
 def _attach(
     chains: Int[Array, "Q L"], depth: Int[Array, "Q"], suffixes: Int[Array, "Q T"]
 ) -> Int[Array, "Q L"]:
-    """Append each suffix, with its padding, to its prefix."""
+    """Append to each prefix its suffix, with the padding of the suffix."""
     place = jnp.arange(chains.shape[1])[None] - depth[:, None]
     appended = jnp.take_along_axis(suffixes, jnp.clip(place, 0, suffixes.shape[1] - 1), axis=1)
     return jnp.where(place < 0, chains, jnp.where(place < suffixes.shape[1], appended, PADDING))

@@ -1,8 +1,8 @@
 """Target propagation: try the layers whose outputs are nearest to the targets of their slots.
 
 The targets are pulled back from the target of the loss (Lee et al. 2015, arXiv:1412.7525;
-`jchain.inverse.target_scores`). The paper trains the layers; here they are chosen from a bank. If
-no move is better, the search restarts from a random chain, cut at its best prefix.
+`jchain.inverse.target_scores`). The paper trains the layers, whereas this search chooses them from
+a bank. If no move is better, it restarts from a random chain that is cut at its best prefix.
 """
 
 from typing import NamedTuple
@@ -28,13 +28,13 @@ from jchain.search.descent import (
 
 
 class State(NamedTuple):
-    """What the next step needs."""
+    """The state that one step passes to the next."""
 
     chain: Int[Array, "L"]  # [L], the current chain
-    loss: Float[Array, ""]  # its loss
+    loss: Float[Array, ""]  # the loss of the chain
     score: Float[Array, "M"]  # [M], edit scores of its neighbors; +inf if invalid or tried
-    is_new: Bool[Array, ""]  # the edits of the chain are not scored yet
-    is_start: Bool[Array, ""]  # the chain must be sampled first
+    is_new: Bool[Array, ""]  # whether the edits of the chain are not scored yet
+    is_start: Bool[Array, ""]  # whether the chain must first be sampled
     num_failed: Int[Array, ""]  # consecutive batches without a better chain
     cache: ScoreCache
 
@@ -44,11 +44,11 @@ class TargetPropagation:
     """Descent by the distance of layer outputs to their targets, with restarts.
 
     Attributes:
-      num_moves: edits that are evaluated in a step.
-      num_candidates: layers that are compared at each slot: in proportion to the sizes of the
-        bank's groups, at least one of each, sampled again for each chain.
-      patience: consecutive batches without a better chain before a restart.
-      rate: step size from the outputs towards the target, 1 for the target itself
+      num_moves: number of edits to evaluate per step.
+      num_candidates: number of layers that are compared at each slot, sampled again for each chain.
+        Each group of the bank gets a share in proportion to its size, and at least one.
+      patience: number of consecutive batches without a better chain before a restart.
+      rate: step size from the outputs toward the target; 1 for the target itself
         (`jchain.inverse.target_scores.score_edits_by_target`).
       is_exact: whether invertible layers are inverted exactly.
     """
@@ -69,11 +69,11 @@ class TargetPropagation:
             raise ValueError(f"expected sizes of at least 1, got {sizes}")
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
-        """The first state: no chain, and an empty score cache.
+        """Return the first state, with no chain and an empty score cache.
 
         Args:
-          key: unused.
-          problem: what to minimize over.
+          key: the PRNG key; not used.
+          problem: the problem to search.
         """
         return State(
             jnp.full(problem.max_layers + 1, PADDING, jnp.int32),
@@ -89,9 +89,9 @@ class TargetPropagation:
         """Evaluate the edits with the best scores, and move to the best chain if it is better.
 
         Args:
-          key: consumed.
-          state: from `init` or the last step.
-          problem: what to minimize over.
+          key: the PRNG key; consumed by this call.
+          state: the state that `init` or the last step returned.
+          problem: the problem to search.
         """
         here, scoring_calls = cond_in_sequence(
             state.is_new,
@@ -128,7 +128,7 @@ class TargetPropagation:
     def _score_edits(
         self, key: Key[Array, ""], here: State, problem: Problem, rate: Float[Array, ""]
     ) -> tuple[State, Int[Array, ""]]:
-        """The state with edit scores of its chain, or of a new start chain, and the layer calls."""
+        """Score the edits of the chain, or of a new start chain, and count the layer calls."""
         start_key, key = jax.random.split(key)
         chain = jax.lax.cond(
             here.is_start, lambda: sample_start(start_key, problem), lambda: here.chain
@@ -142,8 +142,8 @@ class TargetPropagation:
         start_loss = jnp.where(jnp.isfinite(scores.loss), scores.loss, jnp.inf).astype(jnp.float32)
         found = here._replace(
             chain=chain,
-            # The evaluated loss, not that of this pass: with other rounding, each of two chains of
-            # equal loss could be better than the other.
+            # Keep the evaluated loss, not the loss from this pass. The two round differently, and
+            # then each of two chains with equal losses could seem better than the other.
             loss=jnp.where(here.is_start, start_loss, here.loss),
             score=jnp.where(is_neighbor & ~jnp.isnan(scores.flat), scores.flat, jnp.inf).astype(
                 jnp.float32

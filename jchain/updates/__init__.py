@@ -1,4 +1,4 @@
-"""Policies that update bank weights during a search, and gradient steps on one chain."""
+"""Policies that update the weights of a bank during a search, and gradient steps on one chain."""
 
 from jchain.updates import tune
 from jchain.updates.clone_then_tune import CloneThenTune

@@ -33,9 +33,9 @@ from jchain.updates.policies import (
 
 
 class _Rounds(NamedTuple):
-    """The search and its bank between two rounds, and what was recorded so far."""
+    """The search and its bank between two rounds, with the records of earlier rounds."""
 
-    runs: base.RunState  # of one run
+    runs: base.RunState  # the state of a single run
     clones: CloneBank
     traces: tuple[base.Trace, ...]
     update_calls: int  # layer calls of gradient steps
@@ -43,20 +43,20 @@ class _Rounds(NamedTuple):
 
 @pytree_dataclass
 class CloneThenTune(UpdatePolicy):
-    """Alternate between searching and tuning copies of the best chain's layers.
+    """A policy that alternates between searching and tuning copies of the best chain's layers.
 
-    The tuned copies join the bank; the original layers and all heads stay unchanged, to the bit.
-    Copies take tokens that the bank has reserved (`Bank.reserve`), so all rounds share one program.
-    A reserved token that is still free holds a copy of another layer, and chains may contain it.
-    Copies may be copied again; their origin names the source. If a module has no free token left,
-    its layers are not copied. After each round a `Refreshable` search continues; any other search
-    restarts, and its best chains so far are kept.
+    The tuned copies join the bank. The weights of the original layers and of all heads stay exactly
+    the same. The copies get tokens that the bank has reserved (`Bank.reserve`), so all rounds share
+    one program. A reserved token that is still free holds a copy of another layer, and chains may
+    contain it. Copies may be copied again; their origin names the source. If a module has no free
+    token left, its layers are not copied. After each round, a `Refreshable` search continues. Any
+    other search restarts, but its best chains so far are kept.
 
     Attributes:
-      num_rounds: rounds of searching and tuning; each has an equal part of the budget.
-      num_steps: gradient steps in each round.
-      capacity: tokens to reserve for copies of each module; enough for all rounds if None.
-      optimizer: any optax transformation.
+      num_rounds: number of rounds of searching and tuning, which divide the budget equally.
+      num_steps: number of gradient steps in each round.
+      capacity: number of tokens to reserve per module for copies; enough for all rounds if None.
+      optimizer: the optax optimizer; AdamW by default.
     """
 
     num_rounds: int = static(default=4)
@@ -95,7 +95,7 @@ class CloneThenTune(UpdatePolicy):
         return Outcome(rounds.clones.bank, result, rounds.update_calls)
 
     def _start(self, key: Array, args: RunArguments) -> _Rounds:
-        """The state before the first round, with tokens reserved for copies."""
+        """Return the state before the first round, with tokens reserved for copies."""
         capacity = self.capacity
         if capacity is None:
             capacity = self.num_rounds * args.problem.max_layers
@@ -116,7 +116,7 @@ class CloneThenTune(UpdatePolicy):
         """Tune copies of the best chain's layers.
 
         Returns:
-          The state after the round, and False if the budget does not pay for another one.
+          The state after the round, and False if the budget does not suffice for another round.
         """
         tune_key, restart_key = jax.random.split(key)
         runs = rounds.runs
@@ -141,7 +141,11 @@ class CloneThenTune(UpdatePolicy):
         runs: base.RunState,
         chains: Int[np.ndarray, "Q L"],
     ) -> tuple[CloneBank, Int[np.ndarray, "L"] | None]:
-        """The bank with tuned copies of the best chain, and their chain; None if no copies."""
+        """Tune copies of the layers of the best chain.
+
+        Returns:
+          The new bank and the chain of copies, which is None if nothing was copied.
+        """
         if not np.isfinite(runs.stats.pool.loss[0, 0]):
             return clones, None
         clones, chain = clones.tune_clones(
@@ -159,7 +163,7 @@ def _search_round(rounds: _Rounds, args: RunArguments, budget: int, line: Progre
 
 
 def _check_problem(search: Search, problem: Problem) -> None:
-    """Check that the search and the problem allow tokens to be added to the bank."""
+    """Check that the search and the problem allow adding tokens to the bank."""
     if base.holds_chains(search):
         raise ValueError(
             "expected a search without starts: heads get other tokens when copies join the bank"
@@ -171,7 +175,7 @@ def _check_problem(search: Search, problem: Problem) -> None:
 
 
 def _resume_unchanged(runs: base.RunState) -> base.RunState:
-    """The run, ready for the next round without a new bank."""
+    """Return the run, ready for the next round with the same bank."""
     state, pool = jax.tree.map(lambda leaf: leaf[0], (runs.state, runs.stats.pool))
     return resume_run(runs, state, pool, 0)
 
@@ -189,7 +193,7 @@ def _continue_with(
     """Score the chain of copies, and move the search to the new bank unless `restart_key` is None.
 
     Returns:
-      The run, and False if the budget does not pay for moving the search to the new bank.
+      The run, and False if the budget does not suffice to move the search to the new bank.
     """
     spent = int(runs.stats.layer_calls[0])
     state, pool = jax.tree.map(lambda leaf: leaf[0], (runs.state, runs.stats.pool))
@@ -207,7 +211,7 @@ def _continue_with(
 def _move_search(
     key: Array, search: Search, state: PyTree, problem: Problem, chains: Array
 ) -> tuple[PyTree, int]:
-    """The state of a search under new weights, and its cost in layer calls."""
+    """Return the state of a search under new weights, and its cost in layer calls."""
     problem = problem.without_names()
     if isinstance(search, Refreshable):
         state, calls = _refresh(search, state, problem, chains)
@@ -223,6 +227,6 @@ def _refresh(
 
 
 def _record_totals(runs: base.RunState) -> base.Trace:
-    """The totals of the run, as one more step for its trace."""
+    """Return the totals of the run as one more step for its trace."""
     stats = runs.stats
     return base.Trace(stats.layer_calls[None], stats.pool.loss[None, :, 0], jnp.ones((1, 1), bool))

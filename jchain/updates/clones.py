@@ -1,4 +1,4 @@
-"""Copies of layers that join a bank, under tokens that the bank has reserved for them."""
+"""Copies of layers that join a bank under tokens that the bank has reserved for them."""
 
 import dataclasses
 from typing import NamedTuple
@@ -21,16 +21,16 @@ class CloneBank(NamedTuple):
     """
 
     bank: Bank
-    free_tokens: tuple[tuple[int, ...], ...]  # of each group of layers
-    source_tokens: np.ndarray  # [N + K], the layer that a free token copies, else the token itself
+    free_tokens: tuple[tuple[int, ...], ...]  # for each group of layers
+    source_tokens: np.ndarray  # [N + K], the layer that a free token copies, or the token
 
     @staticmethod
     def reserve(bank: Bank, capacity: int) -> "CloneBank":
-        """Return the bank with reserved tokens.
+        """Reserve tokens for copies in a bank.
 
         Args:
           bank: the bank to extend.
-          capacity: tokens to reserve for each module.
+          capacity: number of tokens to reserve per module.
         """
         grown = bank.reserve(capacity)
         sources = np.arange(grown.num_layers + grown.num_heads)
@@ -43,10 +43,10 @@ class CloneBank(NamedTuple):
         return CloneBank(grown, tuple(free), sources)
 
     def replace_free_tokens(self, chains: Int[Array, "Q L"]) -> Int[np.ndarray, "Q L"]:
-        """Return chains with each free token replaced by the layer that it copies.
+        """Replace each free token in chains by the layer that it copies.
 
         Args:
-          chains: tokens, `[Q, L]`.
+          chains: int32 `[Q, L]`; the tokens of each chain.
         """
         tokens = np.asarray(chains)
         return np.where(tokens == PADDING, PADDING, self.source_tokens[tokens]).astype(np.int32)
@@ -60,18 +60,18 @@ class CloneBank(NamedTuple):
         num_steps: int,
         optimizer: optax.GradientTransformation,
     ) -> tuple["CloneBank", Int[np.ndarray, "L"]]:
-        """Copy the layers of a chain into free tokens, and tune the copies.
+        """Copy the layers of a chain into free tokens and tune the copies.
 
         Args:
-          key: for minibatches; consumed.
-          training: the problem on the split to train on; its bank is not used.
-          chain: tokens, `[L]`.
-          num_steps: gradient steps.
-          optimizer: any optax transformation.
+          key: the PRNG key of the minibatches; consumed by this call.
+          training: a problem with the split to train on; its bank is not used.
+          chain: int32 `[L]`; the chain whose layers are copied.
+          num_steps: number of gradient steps.
+          optimizer: the optax optimizer, which is applied to each copy separately.
 
         Returns:
           The new bank and the chain of copies. Layers of a module without free tokens are not
-          copied. If nothing is copied, the bank and the chain are returned unchanged.
+          copied. If no layer is copied, the bank and the chain are returned unchanged.
         """
         bank, (clones, free_tokens) = self.bank, self._assign_tokens(chain)
         is_cloned = clones != chain
@@ -101,7 +101,7 @@ class CloneBank(NamedTuple):
     def _assign_tokens(
         self, chain: Int[np.ndarray, "L"]
     ) -> tuple[Int[np.ndarray, "L"], tuple[tuple[int, ...], ...]]:
-        """The chain with free tokens for its layers if any are left, and the tokens still free."""
+        """Return the chain with free tokens in place of its layers, and the tokens still free."""
         clones, free = chain.copy(), [list(tokens) for tokens in self.free_tokens]
         for slot, token in enumerate(chain):
             for group, unused in zip(self.bank.layers, free, strict=True):

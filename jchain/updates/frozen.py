@@ -7,7 +7,7 @@ from jchain.updates.policies import Outcome, RunArguments, UpdatePolicy
 
 @pytree_dataclass
 class Frozen(UpdatePolicy):
-    """Never update weights: the bank is returned unchanged, to the bit."""
+    """A policy that never updates weights: it returns exactly the bank that it was given."""
 
     def apply(self, args: RunArguments) -> Outcome:
         result = base.run(

@@ -1,12 +1,12 @@
-"""The interface of all update policies, and what they share.
+"""The interface of all update policies and the functions that they share.
 
-A policy says when weights of the bank are updated during a search. `Frozen` never updates them.
-`TuneFound` tunes the chain that the search found. `CloneThenTune` tunes copies of layers, which
-join the bank between rounds of the search. `SharedUpdates` trains the sampled chains during the
-search, as ENAS does (Pham et al. 2018, arXiv:1802.03268).
+A policy decides when the weights of a bank are updated during a search. `Frozen` never updates
+them. `TuneFound` tunes the chain that the search found. `CloneThenTune` tunes copies of layers,
+which join the bank between rounds of the search. `SharedUpdates` trains the sampled chains during
+the search, as ENAS does (Pham et al. 2018, arXiv:1802.03268).
 
-The search scores chains on the split of the problem; gradients are taken on `train`. Both are
-charged in layer calls on the problem's split (`jchain.updates.tune.training_cost`).
+The search scores chains on the split of the problem, and gradients are taken on `train`. Both are
+charged in layer calls on the problem's split (see `jchain.updates.tune.training_cost`).
 """
 
 import contextlib
@@ -28,11 +28,11 @@ from jchain.updates import tune
 
 
 class Outcome(NamedTuple):
-    """What a search found, and the bank that its chains belong to."""
+    """The result of a search and the bank that its chains belong to."""
 
-    bank: Bank  # with the weights that the losses of `result` belong to
-    result: Result  # its layer calls include those of gradient steps
-    update_calls: int  # layer calls of gradient steps
+    bank: Bank  # with the weights that gave the losses of `result`
+    result: Result  # its layer calls include the cost of gradient steps
+    update_calls: int  # the cost of gradient steps, in layer calls
 
 
 class RunArguments(NamedTuple):
@@ -48,7 +48,7 @@ class RunArguments(NamedTuple):
 
 
 class UpdatePolicy:
-    """Base class of the update policies: frozen dataclasses that define `apply`."""
+    """The base class of update policies, which are frozen dataclasses that define `apply`."""
 
     def run(
         self,
@@ -61,28 +61,28 @@ class UpdatePolicy:
         num_finalists: int = 16,
         progress: bool = False,
     ) -> Outcome:
-        """Search and update weights until the budget is used.
+        """Search and update weights until the budget is used up.
 
         Args:
-          key: consumed.
+          key: the PRNG key; consumed by this call.
           search: the search and its hyperparameters.
-          problem: what to minimize over.
+          problem: the problem to solve.
           train: the split that gradients are taken on.
-          budget: layer calls on the problem's split, for the search and the gradient steps
-            together; never exceeded.
-          num_finalists: as for `jchain.run`.
-          progress: as for `jchain.run`.
+          budget: number of layer calls on the problem's split that the search and the gradient
+            steps may cost together; never exceeded.
+          num_finalists: number of finalists to keep; see `jchain.run`.
+          progress: whether to show a progress line; see `jchain.run`.
 
         Raises:
-          ValueError: `train` does not fit the bank, the budget leaves nothing to search with, or as
-            for `jchain.run`.
+          ValueError: if `train` does not fit the bank, the budget leaves no layer calls for the
+            search, or another argument is invalid; see `jchain.run`.
         """
         return self.apply(
             RunArguments(key, search, problem, train, budget, num_finalists, progress)
         )
 
     def apply(self, args: RunArguments) -> Outcome:
-        """Do the work of `run`. A policy of your own defines this method.
+        """Do the work of `run`. Define this method to write your own policy.
 
         Args:
           args: the arguments of `run`.
@@ -91,14 +91,14 @@ class UpdatePolicy:
 
 
 def make_training_problem(problem: Problem, train: Batch) -> Problem:
-    """Return the same problem on the split that gradients are taken on.
+    """Make the problem on the split that gradients are taken on.
 
     Args:
       problem: the problem of the search.
       train: the split to train on.
 
     Raises:
-      ValueError: the problem lies on a mesh, or `train` does not fit the bank.
+      ValueError: if the problem is on a mesh of devices, or `train` does not fit the bank.
     """
     if problem.mesh is not None:
         raise ValueError(
@@ -110,33 +110,33 @@ def make_training_problem(problem: Problem, train: Batch) -> Problem:
 def tuning_cost(
     problem: Problem, train: Batch, num_layers: int | Int[np.ndarray, "*U"], num_steps: int = 1
 ) -> int:
-    """Return the cost of gradient steps, in layer calls on the problem's split.
+    """Compute the cost of gradient steps, in layer calls on the problem's split.
 
     Args:
       problem: the problem of the search.
       train: the split to train on.
-      num_layers: layers of the chain, or of each of several chains.
-      num_steps: gradient steps on each chain.
+      num_layers: number of layers of the chain, or of each of several chains.
+      num_steps: number of gradient steps on each chain.
     """
     return tune.training_cost(num_layers, train.y.shape[0], problem.data.y.shape[0], num_steps)
 
 
 def reserve_for_tuning(problem: Problem, train: Batch, num_steps: int) -> int:
-    """Return the most layer calls that tuning one chain and scoring it again can cost.
+    """Return the maximum cost, in layer calls, of tuning one chain and scoring it again.
 
     Args:
       problem: the problem of the search.
       train: the split to train on.
-      num_steps: gradient steps.
+      num_steps: number of gradient steps.
     """
     return tuning_cost(problem, train, problem.max_layers, num_steps) + problem.max_layers
 
 
 def count_chain_layers(chain: Int[np.ndarray, "L"]) -> int:
-    """Return the number of layers of a chain: all tokens except the head.
+    """Count the layers of a chain, which are all its tokens except the head.
 
     Args:
-      chain: tokens, `[L]`.
+      chain: the tokens of one chain, `[L]`.
     """
     return int((chain != PADDING).sum()) - 1
 
@@ -145,10 +145,10 @@ def check_sizes(**sizes: int) -> None:
     """Check that sizes are at least 1.
 
     Args:
-      **sizes: the sizes, by the names that the error message shows.
+      **sizes: the sizes to check, by the names that the error message shows.
 
     Raises:
-      ValueError: a size is below 1.
+      ValueError: if a size is below 1.
     """
     for name, size in sizes.items():
         if size < 1:
@@ -159,11 +159,11 @@ def check_budget(budget: int, reserved: int) -> None:
     """Check that a budget leaves layer calls for the search.
 
     Args:
-      budget: layer calls in total.
-      reserved: layer calls reserved for gradient steps.
+      budget: total number of layer calls.
+      reserved: number of layer calls that are reserved for gradient steps.
 
     Raises:
-      ValueError: the reserved calls use up the budget.
+      ValueError: if the reserved calls use up the budget.
     """
     if budget <= reserved:
         raise ValueError(
@@ -174,11 +174,11 @@ def check_budget(budget: int, reserved: int) -> None:
 
 @contextlib.contextmanager
 def mention_reserved_calls(reserved: int, budget: int) -> Iterator[None]:
-    """Re-raise BudgetError, mentioning the calls reserved for gradient steps.
+    """Re-raise a `BudgetError` so that it mentions the calls reserved for gradient steps.
 
     Args:
-      reserved: layer calls reserved for gradient steps.
-      budget: layer calls in total.
+      reserved: number of layer calls that are reserved for gradient steps.
+      budget: total number of layer calls.
     """
     try:
         yield
@@ -197,12 +197,12 @@ def resume_run(
     """Return a run that continues from another state and pool.
 
     Args:
-      runs: a single run; leaves have a leading axis of 1.
-      state: the state of the search.
+      runs: the state of a single run, whose leaves have a leading axis of size 1.
+      state: the new state of the search.
       pool: the best chains so far.
-      layer_calls: layer calls to add to those of the run.
-      num_chains: chains that were scored outside of the run.
-      num_nonfinite: those of `num_chains` whose loss is not finite.
+      layer_calls: number of layer calls to add to those of the run.
+      num_chains: number of chains that were scored outside of the run.
+      num_nonfinite: number of those chains whose loss is not finite.
     """
     state, pool = jax.tree.map(lambda leaf: leaf[None], (state, pool))
     old = runs.stats
@@ -219,11 +219,11 @@ def resume_run(
 
 @jax.jit
 def init_search(search: Search, key: Array, problem: Problem) -> PyTree:
-    """Return the first state of a search; compiled once for all problems of the same shapes.
+    """Return the first state of a search, compiled once for all problems of the same shapes.
 
     Args:
-      search: the search.
-      key: consumed.
-      problem: what to minimize over, without names (`Problem.without_names`).
+      search: the search to start.
+      key: the PRNG key; consumed by this call.
+      problem: the problem to solve, without names (see `Problem.without_names`).
     """
     return search.init(key, problem)

@@ -35,28 +35,28 @@ class RefreshableSearch(Search, Refreshable, Protocol):
 
 
 class _Training(NamedTuple):
-    """The search and the bank after training, and what training cost."""
+    """The search and the bank after training, and the cost of the training."""
 
-    state: PyTree  # of the search
+    state: PyTree  # the state of the search
     tuning: tune.State
     layer_calls: int
-    update_calls: int  # those of layer_calls that gradient steps cost
-    counts: Int[np.ndarray, "2"]  # chains scored, and those without a finite loss
+    update_calls: int  # the part of layer_calls that gradient steps cost
+    counts: Int[np.ndarray, "2"]  # the chains scored, and how many of them have no finite loss
 
 
 @pytree_dataclass
 class SharedUpdates(UpdatePolicy):
-    """Train some of the chains that each step of the search scored, in place.
+    """A policy that trains, in place, some of the chains that each step of the search scored.
 
-    Weights change during the search, so the search must be `Refreshable`: after each step its
-    stored losses are recomputed, which is charged. For the last part of the budget the weights are
-    fixed, and only chains scored in that part can be found.
+    Weights change during the search, so the search must be `Refreshable`: after each step, its
+    stored losses are recomputed, and the layer calls that this takes are charged. For the last part
+    of the budget, the weights are fixed, and only chains that are scored in that part can be found.
 
     Attributes:
-      num_updates: chains to train after each step of the search, with one gradient step each. They
-        are drawn from the chains that the step scored.
-      final_share: share of the budget for the last part.
-      optimizer: any optax transformation.
+      num_updates: number of chains to train after each step of the search, with one gradient step
+        each. They are drawn from the chains that the step scored.
+      final_share: fraction of the budget for the last part, in which weights are fixed.
+      optimizer: the optax optimizer; AdamW by default.
     """
 
     num_updates: int = static(default=8)
@@ -72,7 +72,7 @@ class SharedUpdates(UpdatePolicy):
         search = args.search
         if not isinstance(search, Refreshable):
             raise ValueError(
-                "expected a search with a method refresh, as ActorCritic, "
+                "expected a search with a method refresh, such as ActorCritic, "
                 f"got {type(search).__name__}"
             )
         base.check_arguments(search, args.problem, args.budget, args.num_finalists)
@@ -108,7 +108,7 @@ class SharedUpdates(UpdatePolicy):
         """Alternate steps of the search and gradient steps until the last part of the budget."""
         layer_calls = update_calls = num_free = total = step_calls = 0
         best, counts = np.inf, np.zeros(2, np.int32)
-        # Stop after consecutive zero-cost steps, as jc.run does.
+        # Stop after too many consecutive steps that cost nothing, as jc.run does.
         while num_free < base.MAX_FREE_STEPS:
             key, round_key = jax.random.split(key)
             new, lowest, calls, length, scored = _train_round(
@@ -116,7 +116,7 @@ class SharedUpdates(UpdatePolicy):
             )
             cost = tuning_cost(args.problem, args.train, np.asarray(length))
             total, step_calls = int(sum(calls)) + cost, max(step_calls, int(calls[0]))
-            # Keep enough of the budget for one step of the last part.
+            # Keep enough of the budget for one step in the last part.
             limit = min((1 - self.final_share) * args.budget, args.budget - step_calls)
             if layer_calls + total > limit:
                 break
@@ -126,16 +126,16 @@ class SharedUpdates(UpdatePolicy):
             line.update(layer_calls, best)
         if layer_calls == 0 and num_free == 0:
             raise ValueError(
-                f"expected a budget of which {1 - self.final_share:.0%} pay for a step of the "
-                f"search with its gradient steps, {total} layer calls here, and the rest for "
-                f"another, {step_calls}, got {args.budget}"
+                f"expected a budget whose first {1 - self.final_share:.0%} pay for a step of the "
+                f"search and its gradient steps ({total} layer calls) and whose rest pays for "
+                f"another step ({step_calls} layer calls), got {args.budget}"
             )
         state, tuning = carry
         return _Training(state, tuning, layer_calls, update_calls, counts)
 
 
 def _update_bank(bank: Bank, old: Bank, trained: Bank) -> Bank:
-    """The bank with trained weights, their versions, and origins that name the training."""
+    """Return the bank with the trained weights, their versions, and origins that say so."""
     versions = trained.get_versions()
     is_trained = np.asarray(versions > old.get_versions()).tolist()
     origins = tuple(
@@ -160,8 +160,8 @@ def _train_round(
 
     Returns:
       The carry, the lowest loss, the layer calls of the step and of the refresh, the number of
-      layers of each trained chain `[U]`, and two counts: chains scored, and those of them without
-      a finite loss.
+      layers of each trained chain `[U]`, and two counts: the chains that were scored, and how many
+      of them have no finite loss.
     """
     step_key, draw_key, train_key = jax.random.split(key, 3)
     state, tuning = carry

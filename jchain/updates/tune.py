@@ -1,7 +1,7 @@
 """Gradient steps on the layers and heads of single chains of a bank.
 
-Every layer and head has its own optimizer state, so a layer that no chain uses stays unchanged, to
-the bit.
+Every layer and head has its own optimizer state, so the weights of a layer that no chain uses stay
+exactly the same.
 """
 
 import dataclasses
@@ -24,35 +24,36 @@ from jchain.groups import LayerGroup
 from jchain.problem import Problem
 from jchain.train import BATCH_SIZE, OPTIMIZER, is_stepwise
 
-# For each layer: the forward pass, the gradient of its input, and the gradient of its weights.
+# A layer costs one call each for its forward pass, the gradient of its input, and the gradient of
+# its weights.
 CALLS_PER_LAYER = 3
 
 T = TypeVar("T")
 
 
 class State(NamedTuple):
-    """A bank in training, and the state of its optimizer."""
+    """A bank in training and the state of its optimizer."""
 
     bank: Bank
-    # One for each group of layers, then one for each group of heads; leaves are [n, ...].
+    # One state per group of layers, then one per group of heads; leaves are [n, ...].
     opt_states: tuple[PyTree, ...]
 
 
 def training_cost(
     num_layers: int | Int[np.ndarray, "*P"], num_train: int, num_examples: int, num_steps: int = 1
 ) -> int:
-    """Return the cost of gradient steps, in layer calls on `num_examples` examples, rounded up.
+    """Compute the cost of gradient steps, in layer calls on `num_examples` examples, rounded up.
 
-    A step applies each layer once to a minibatch of 128 examples, and takes the gradients of its
-    input and of its weights, which count as one call each. A layer that occurs twice in a chain
-    counts twice.
+    A step applies each layer once to a minibatch of 128 examples and takes the gradients of its
+    input and its weights, which count as one call each. A layer that occurs twice in a chain counts
+    twice.
 
     Args:
-      num_layers: layers of the chain, or of each of several chains.
-      num_train: examples in the split to train on; if fewer than 128, each minibatch holds them
-        all.
-      num_examples: examples in the split whose layer calls are the unit.
-      num_steps: gradient steps on each chain.
+      num_layers: number of layers of the chain, or of each of several chains.
+      num_train: number of examples in the split to train on. If there are fewer than 128, each
+        minibatch holds all of them.
+      num_examples: number of examples in the split that layer calls are counted on.
+      num_steps: number of gradient steps on each chain.
     """
     num_calls = CALLS_PER_LAYER * num_steps * int(np.sum(num_layers))
     return math.ceil(num_calls * min(BATCH_SIZE, num_train) / num_examples)
@@ -67,25 +68,26 @@ def tune_chain(
     optimizer: optax.GradientTransformation = OPTIMIZER,
     tokens: Sequence[int] | None = None,
 ) -> Bank:
-    """Return the bank after gradient steps on one chain.
+    """Take gradient steps on one chain and return the new bank.
 
     The layers and the head of the chain get new weights, versions, and origins. The rest of the
     bank stays unchanged.
 
-    Each step takes a random minibatch of 128 examples. The gradients of a layer that occurs twice
+    Each step draws a random minibatch of 128 examples. The gradients of a layer that occurs twice
     in the chain are added. A layer skips a step that would make its weights infinite or nan. Banks
-    of half precision are trained in float32 and rounded once, at the end.
+    in half precision are trained in float32 and rounded once, at the end.
 
     Args:
-      key: for minibatches; consumed.
-      problem: the bank, the split to train on, and the loss.
-      chain: tokens, `[L]`.
-      num_steps: gradient steps.
-      optimizer: any optax transformation, applied to each layer and head separately.
-      tokens: the layers and head of the chain to train; all of them if None.
+      key: the PRNG key of the minibatches; consumed by this call.
+      problem: the problem, which has the bank, the split to train on, and the loss.
+      chain: the tokens of the chain, `[L]`.
+      num_steps: number of gradient steps.
+      optimizer: the optax optimizer, which is applied to each layer and head separately; AdamW by
+        default.
+      tokens: the layers and heads of the chain to train; all of them if None.
 
     Raises:
-      ValueError: `chain` is not a chain of the bank, `tokens` are not in it, or num_steps is
+      ValueError: if `chain` is not a chain of the bank, `tokens` are not in it, or `num_steps` is
         below 0.
     """
     bank = problem.bank
@@ -99,8 +101,8 @@ def tune_chain(
         )
     if num_steps == 0 or not tuned:
         return bank
-    # Leave out the rest of the bank, whose gradient is zero. A bank must have a layer, so a chain
-    # without layers keeps the first one.
+    # Leave out the rest of the bank, whose gradient is zero. A bank must have a layer, so the first
+    # layer of the bank is kept if the chain has no layers.
     members = [*dict.fromkeys(route or [0]), head]
     small = upcast_bank(bank.take(members[:-1], members[-1:])).without_names()
     path = tuple(members.index(token) for token in (*route, head))
@@ -127,12 +129,12 @@ def tune_chain(
 
 
 def upcast_bank(bank: Bank) -> Bank:
-    """Return the bank with weights of half precision cast to float32.
+    """Cast the half-precision weights of a bank to float32.
 
-    Half precision would lose small steps.
+    In half precision, small gradient steps would be lost to rounding.
 
     Args:
-      bank: a bank of any precision.
+      bank: a bank in any precision.
     """
     wide = jax.tree.map(_upcast, (bank.layers, bank.heads, bank.stem_params))
     return dataclasses.replace(bank, layers=wide[0], heads=wide[1], stem_params=wide[2])
@@ -152,7 +154,7 @@ def start(bank: Bank, optimizer: optax.GradientTransformation) -> State:
 
     Args:
       bank: the bank to train.
-      optimizer: any optax transformation.
+      optimizer: the optax optimizer, which is applied to each layer and head separately.
     """
     groups = (*bank.layers, *bank.heads)
     return State(bank, tuple(_map_members(optimizer.init, group)(group.params) for group in groups))
@@ -167,22 +169,22 @@ def train_on(
 ) -> State:
     """Take one gradient step on each chain in turn, each on its own minibatch.
 
-    Works under `jit`. Each step raises the versions of the chain's layers and head by one. Rows of
-    -1 hold no chain and change nothing.
+    This function can be jitted. Each step increases the versions of the chain's layers and head by
+    one. A row that is all -1 holds no chain and changes nothing.
 
     Args:
-      key: for minibatches; consumed.
-      state: from `start` or from the last call.
-      problem: the split to train on, and the loss; its bank is not used.
-      chains: tokens, `[U, L]`.
-      optimizer: the one passed to `start`.
+      key: the PRNG key of the minibatches; consumed by this call.
+      state: the state that `start` or the previous call returned.
+      problem: a problem with the split to train on and the loss; its bank is not used.
+      chains: int32 `[U, L]`; the chains to train, in order.
+      optimizer: the optimizer that was passed to `start`.
     """
 
     def step(state: State, slot: tuple[Array, Array]) -> tuple[State, None]:
         key, chain = slot
         tokens = jnp.arange(state.bank.num_layers + state.bank.num_heads)
         is_trained = (tokens[:, None] == chain[None]).any(axis=1)
-        # A row without a chain needs a valid path too; no token of it is trained.
+        # A row without a chain needs a valid path too, but none of its tokens is trained.
         path = jnp.where(chain[0] == PADDING, space.head_alone, chain)
         state = _step(state, key, problem, path, is_trained, optimizer)
         versions = state.bank.get_versions() + is_trained
@@ -202,7 +204,7 @@ def _step(
     is_trained: Bool[Array, "E"],
     optimizer: optax.GradientTransformation,
 ) -> State:
-    """One gradient step on one chain; only the marked layers and heads change."""
+    """Take one gradient step on one chain; only the marked layers and heads change."""
     bank, (x, y) = state.bank, problem.data
     rows = jax.random.choice(key, x.shape[0], (min(BATCH_SIZE, x.shape[0]),), replace=False)
     groups = (*bank.layers, *bank.heads)
@@ -252,7 +254,7 @@ def _update(
     group: LayerGroup,
     optimizer: optax.GradientTransformation,
 ) -> tuple[PyTree, PyTree]:
-    """New params and optimizer state `[n, ...]` of a group.
+    """Update the params and the optimizer state of a group, both with leaves `[n, ...]`.
 
     Members that are not trained, or whose new weights are not finite, stay unchanged.
     """
@@ -274,12 +276,13 @@ def _update(
 
 
 def _map_members(fn: Callable[..., T], group: LayerGroup) -> Callable[..., T]:
-    """`vmap` over the members of a group; the explicit size is for groups without params."""
+    """Map a function over the members of a group."""
+    # The size is explicit, because a group without params has no axis to infer it from.
     return jax.vmap(fn, axis_size=len(group.tokens))
 
 
 def _with_params(bank: Bank, params: Sequence[PyTree]) -> Bank:
-    """The bank with new params: those of each group of layers, then of each group of heads."""
+    """Return the bank with new params: for each group of layers, then for each group of heads."""
     groups = [
         LayerGroup(own, group.module, group.tokens)
         for own, group in zip(params, (*bank.layers, *bank.heads), strict=True)
@@ -289,9 +292,9 @@ def _with_params(bank: Bank, params: Sequence[PyTree]) -> Bank:
 
 
 def _apply_path(bank: Bank, path: tuple[int, ...] | Array, x: Array) -> Array:
-    """Outputs of a chain.
+    """Compute the outputs of a chain.
 
-    A tuple of tokens is unrolled, without branches: they hide convolutions from XLA on CPU.
+    A tuple of tokens is unrolled, because branches hide convolutions from XLA on CPU.
     """
     if not isinstance(path, tuple):
         return apply_chain(bank, path, x)

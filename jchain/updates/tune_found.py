@@ -26,15 +26,15 @@ from jchain.updates.policies import (
 
 @pytree_dataclass
 class TuneFound(UpdatePolicy):
-    """Search, then tune the layers and the head of the chain found, in place.
+    """A policy that searches, then tunes the layers and the head of the best chain in place.
 
     If the gradient steps do not lower the chain's loss on the problem's split, the bank is returned
-    unchanged. Otherwise the chain is the only finalist, because the losses of other chains that
+    unchanged. Otherwise, the chain is the only finalist, because the losses of other chains that
     share its layers have changed too.
 
     Attributes:
-      num_steps: gradient steps.
-      optimizer: any optax transformation.
+      num_steps: number of gradient steps.
+      optimizer: the optax optimizer; AdamW by default.
     """
 
     num_steps: int = static(default=100)

@@ -34,7 +34,7 @@ def test_sequences_are_not_longer_than_the_positions_of_the_model(tmp_path):
     [
         (
             ["--checkpoint", "m0"],
-            "expected one of --text, --choices and --data with --checkpoint, got none",
+            "expected one of --text, --choices, and --data with --checkpoint, got none",
         ),
         (["--checkpoint", "m0", "--text", "text.txt", "--data", "digits"], "got text, data"),
         (

@@ -13,7 +13,7 @@ def test_layers_are_drawn(problem, two_group_problem, tmp_path):
             tmp_path / "other.png", report_layers(two_group_problem, np.array([1, 4, 2, 6]))
         )
     with pytest.raises(
-        ValueError, match="at least one, with tensors of the same names and shapes, got 0 kinds"
+        ValueError, match="at least one layer, with tensors of the same names and shapes, got 0"
     ):
         plot.plot_layers(tmp_path / "other.png", report_layers(problem, np.array([5, -1, -1, -1])))
     assert not (tmp_path / "other.png").exists()
