@@ -44,15 +44,18 @@ from jchain.inverse.recover_chain import meet_in_the_middle
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.actor_critic import ActorCritic
-from jchain.search.base import Curve, Info, Result, Search, run, run_many
 from jchain.search.beam_search import BeamSearch
+from jchain.search.checking import check_search
 from jchain.search.critic_search import CriticSearch
+from jchain.search.driver import run, run_many
 from jchain.search.evolution import Evolution
 from jchain.search.linearized import LinearizedSearch
 from jchain.search.local_search import LocalSearch
 from jchain.search.mcts import MCTS
+from jchain.search.protocol import Info, Search
 from jchain.search.q_learning import QLearning
 from jchain.search.random_search import RandomSearch
+from jchain.search.result import Curve, Result
 from jchain.search.suffix_beam_search import SuffixBeamSearch
 from jchain.search.target_propagation import TargetPropagation
 
@@ -94,6 +97,7 @@ __all__ = [
     "apply_chain",
     "chain",
     "chainbench",
+    "check_search",
     "data",
     "engine",
     "env",

@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
+    from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped, UInt
 else:
     try:
-        from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
+        from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped, UInt
     except ImportError:
 
         class _Unchecked:
@@ -14,6 +14,6 @@ else:
                 return Any
 
         Array = Any
-        Bool = Float = Int = Key = PyTree = Shaped = _Unchecked
+        Bool = Float = Int = Key = PyTree = Shaped = UInt = _Unchecked
 
-__all__ = ["Array", "Bool", "Float", "Int", "Key", "PyTree", "Shaped"]
+__all__ = ["Array", "Bool", "Float", "Int", "Key", "PyTree", "Shaped", "UInt"]

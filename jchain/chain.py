@@ -76,12 +76,14 @@ class ChainSpace:
         # P(depth) is proportional to N^depth; the number of heads cancels. Logarithms avoid the
         # overflow of N^depth.
         depths = jnp.arange(self.min_layers, self.max_layers + 1)
-        logits = depths * jnp.log(self.num_layers)
+        logits = (depths * jnp.log(self.num_layers)).astype(jnp.float32)
         length = self.min_layers + jax.random.categorical(length_key, logits, shape=(num_chains, 1))
         shape = (num_chains, self.max_layers + 1)
-        layers = jax.random.randint(layer_key, shape, 0, self.num_layers)
+        layers = jax.random.randint(layer_key, shape, 0, self.num_layers, jnp.int32)
         num_tokens = self.num_layers + self.num_heads
-        heads = jax.random.randint(head_key, (num_chains, 1), self.num_layers, num_tokens)
+        heads = jax.random.randint(
+            head_key, (num_chains, 1), self.num_layers, num_tokens, jnp.int32
+        )
         slots = jnp.arange(self.max_layers + 1)[None]
         chains = jnp.where(slots < length, layers, jnp.where(slots == length, heads, PADDING))
         return chains.astype(jnp.int32)
@@ -147,6 +149,22 @@ class ChainSpace:
 
         chains = jnp.concatenate([swaps, head_swaps, inserts, deletes]).astype(chain.dtype)
         return chains, jnp.concatenate([is_swap, is_head_swap, is_insert, is_delete])
+
+    def contains(self, chains: Int[Array, "*P L"]) -> Bool[Array, "*P"]:
+        """Return whether each row is a chain of the space. Can be jitted, unlike `validate`.
+
+        Args:
+          chains: int32 `[..., L]`; the tokens of each row.
+        """
+        is_layer = (chains >= 0) & (chains < self.num_layers)
+        is_head = (chains >= self.num_layers) & (chains < self.num_layers + self.num_heads)
+        is_leading = jnp.cumprod(is_layer, axis=-1).astype(bool)  # with only layers up to here
+        is_first = jnp.ones_like(is_leading[..., :1])
+        is_reached = jnp.concatenate([is_first, is_leading[..., :-1]], axis=-1)
+        has_head = (is_head & is_reached).any(axis=-1)
+        is_padded = ((chains == PADDING) | is_reached).all(axis=-1)
+        length = is_leading.sum(axis=-1)
+        return has_head & is_padded & (length >= self.min_layers) & (length <= self.max_layers)
 
     def index(self, chains: Int[Array, "*P L"]) -> Int[Array, "*P"]:
         """Return the index of each chain among all chains of up to `max_layers` layers.

@@ -59,3 +59,18 @@ def is_concrete(tree: object) -> bool:
       tree: any pytree.
     """
     return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def describe_type(value: object) -> str:
+    """Describe what a value is, for error messages: `the class Dense`, or `tuple of 3`.
+
+    Args:
+      value: any object.
+    """
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, tuple | list):
+        return f"{type(value).__name__} of {len(value)}"
+    module = type(value).__module__.partition(".")[0]
+    is_plain = module in ("builtins", "jchain", "numpy", "jax", "jaxlib", "__main__")
+    return type(value).__name__ if is_plain else f"{module}.{type(value).__name__}"

@@ -197,14 +197,14 @@ def _draw(key: Array, data: Batch, recipe: Recipe) -> _Draw:
     batch_key, layer_key, head_key = jax.random.split(key, 3)
     num_examples = data.y.shape[0]
     if num_examples > MAX_DISTINCT_EXAMPLES:
-        rows = jax.random.randint(batch_key, (BATCH_SIZE,), 0, num_examples)
+        rows = jax.random.randint(batch_key, (BATCH_SIZE,), 0, num_examples, jnp.int32)
     else:
         size = min(BATCH_SIZE, num_examples)
         rows = jax.random.choice(batch_key, num_examples, (size,), replace=False)
     route, head = jnp.arange(recipe.depth), jnp.array(0)
     if recipe.is_routed:
-        route = jax.random.randint(layer_key, (recipe.depth,), 0, recipe.num_layers)
-        head = jax.random.randint(head_key, (), 0, recipe.num_heads)
+        route = jax.random.randint(layer_key, (recipe.depth,), 0, recipe.num_layers, jnp.int32)
+        head = jax.random.randint(head_key, (), 0, recipe.num_heads, jnp.int32)
     return _Draw(data.x[rows], data.y[rows], route, head)
 
 

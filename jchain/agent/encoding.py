@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jchain._typing import Array, Float, Int, PyTree
 from jchain.agent.observations import Observe
 from jchain.bank import Bank
+from jchain.engine.draws import draw_signs
 from jchain.groups import LayerGroup
 
 # The seed of the hashes is constant, so that features are the same in every process and a trained
@@ -108,8 +109,8 @@ def _sketch_group(group: LayerGroup, size: int) -> Float[Array, "n D"]:
             leaf.reshape(num_members, -1).astype(jnp.float32), posinf=0, neginf=0
         )
         place_key, sign_key = jax.random.split(jax.random.fold_in(key, i))
-        place = jax.random.randint(place_key, weights.shape[1:], 0, size)
-        sign = jax.random.rademacher(sign_key, weights.shape[1:], jnp.float32)
+        place = jax.random.randint(place_key, weights.shape[1:], 0, size, jnp.int32)
+        sign = draw_signs(sign_key, weights.shape[1:], jnp.float32)
         sketch = sketch.at[:, place].add(sign[None] * weights)
         square += jnp.sum(weights**2, axis=1)
         count += weights.shape[1]
@@ -156,7 +157,9 @@ class TokenEncoding(nn.Module):
             keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(_HASH_SEED)))(
                 jnp.arange(entries.shape[0])
             )
-            codes = jax.vmap(lambda key: jax.random.normal(key, (self.code_size,)))(keys)
+            codes = jax.vmap(lambda key: jax.random.normal(key, (self.code_size,), jnp.float32))(
+                keys
+            )
         return self.cell(carry, codes[token])[0]
 
     def read(self, carry: PyTree) -> Float[Array, "H"]:
@@ -198,10 +201,10 @@ class WeightEncoding(nn.Module):
         place_key, sign_key = jax.random.split(
             jax.random.fold_in(jax.random.key(_HASH_SEED), length)
         )
-        entry = jnp.roll(entries[token], jax.random.randint(place_key, (), 0, entries.shape[1]))
-        return length + 1, sketch + jax.random.rademacher(
-            sign_key, entry.shape, entry.dtype
-        ) * entry
+        entry = jnp.roll(
+            entries[token], jax.random.randint(place_key, (), 0, entries.shape[1], jnp.int32)
+        )
+        return length + 1, sketch + draw_signs(sign_key, entry.shape, entry.dtype) * entry
 
     def read(self, carry: PyTree) -> Float[Array, "H"]:
         length, sketch = carry

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jchain._typing import Array, Float, Int, Shaped
+from jchain.engine.draws import draw_signs
 from jchain.engine.layer_calls import apply_all, apply_token
 from jchain.problem import Problem, upcast
 
@@ -223,8 +224,8 @@ def _summarize(
         labels = _subsample(labels)
         rows = labels.T @ rows / (labels.sum(axis=0)[:, None] + 1e-6)
     place_key, sign_key = jax.random.split(jax.random.key(_SKETCH_SEED))
-    place = jax.random.randint(place_key, (rows.size,), 0, NUM_SKETCHED)
-    sign = jax.random.rademacher(sign_key, (rows.size,), rows.dtype)
+    place = jax.random.randint(place_key, (rows.size,), 0, NUM_SKETCHED, jnp.int32)
+    sign = draw_signs(sign_key, (rows.size,), rows.dtype)
     sketch = jax.ops.segment_sum(rows.reshape(-1) * sign, place, NUM_SKETCHED)
     sketch /= scale * max(rows.size / NUM_SKETCHED, 1.0) ** 0.5
     return jnp.append(jnp.clip(sketch, -20.0, 20.0), jnp.clip(jnp.log(scale), -20.0, 20.0))
@@ -246,8 +247,8 @@ def _sketch(array: Float[Array, "B ..."]) -> Float[Array, "b C"]:
     if rows.shape[1] <= _MAX_COLUMNS:
         return rows
     place_key, sign_key = jax.random.split(jax.random.key(_SKETCH_SEED))
-    place = jax.random.randint(place_key, rows.shape[1:], 0, _MAX_COLUMNS)
-    sign = jax.random.rademacher(sign_key, rows.shape[1:], rows.dtype)
+    place = jax.random.randint(place_key, rows.shape[1:], 0, _MAX_COLUMNS, jnp.int32)
+    sign = draw_signs(sign_key, rows.shape[1:], rows.dtype)
     return jax.ops.segment_sum((rows * sign[None]).T, place, _MAX_COLUMNS).T
 
 

@@ -313,8 +313,8 @@ def _fit(
 
     def loss_fn(params: PyTree, key: Key[Array, ""]) -> Float[Array, ""]:
         group_key, member_key = jax.random.split(key)
-        group = jax.random.randint(group_key, _BATCH[:1], 0, sizes.size)
-        member = jax.random.randint(member_key, _BATCH, 0, sizes[group][:, None])
+        group = jax.random.randint(group_key, _BATCH[:1], 0, sizes.size, jnp.int32)
+        member = jax.random.randint(member_key, _BATCH, 0, sizes[group][:, None], jnp.int32)
         place = starts[group][:, None] + member
         gain = Critic(params, critic.mean, critic.scale, critic.width).gain(inputs[place])
         predicted = (gain - stop[place]) / _TEMPERATURE

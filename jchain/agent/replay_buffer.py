@@ -35,7 +35,7 @@ class ReplayBuffer(NamedTuple):
     def sample(self, key: Key[Array, ""], num_chains: int) -> Rollout:
         """Draw chains uniformly with replacement, `[num_chains, ...]`."""
         num_stored = jnp.minimum(self.num_added, self.loss.shape[0])
-        row = jax.random.randint(key, (num_chains,), 0, num_stored)
+        row = jax.random.randint(key, (num_chains,), 0, num_stored, jnp.int32)
         return Rollout(self.chains[row], self.log_probs[row], self.features[row], self.loss[row])
 
 

@@ -51,9 +51,10 @@ def sample_prefix(
       space: the space of the chains.
     """
     row_key, cut_key, restart_key = jax.random.split(key, 3)
-    chain = chains[jax.random.randint(row_key, (), 0, jnp.maximum(num_chains, 1))]
-    cut = jax.random.randint(cut_key, (), 0, space.count_layers(chain) + 1)
-    is_kept = (jnp.arange(chain.shape[0]) < cut) & (jax.random.uniform(restart_key) < restart_rate)
+    chain = chains[jax.random.randint(row_key, (), 0, jnp.maximum(num_chains, 1), jnp.int32)]
+    cut = jax.random.randint(cut_key, (), 0, space.count_layers(chain) + 1, jnp.int32)
+    is_restart = jax.random.uniform(restart_key, (), jnp.float32) < restart_rate
+    is_kept = (jnp.arange(chain.shape[0]) < cut) & is_restart
     return jnp.where(is_kept, chain, PADDING)
 
 
@@ -80,7 +81,8 @@ def sample_chain(
     ) -> tuple[_Carry, tuple[Array, Array, Array]]:
         t, key, given = slot
         logits, _ = policy.predict(carry.policy, t, env.legal_actions(problem, t))
-        token = jnp.where(given == PADDING, jax.random.categorical(key, logits), given)
+        drawn = jax.random.categorical(key, logits.astype(jnp.float32))
+        token = jnp.where(given == PADDING, drawn, given)
         log_prob = jnp.where(carry.is_done, 0.0, jax.nn.log_softmax(logits)[token])
         taken = jnp.where(carry.is_done, PADDING, token).astype(jnp.int32)
         after = observations.observe_next(observe, problem, carry.observed, taken)

@@ -18,8 +18,10 @@ from jchain.cli.scores import ExampleScores, score_ensemble
 from jchain.engine.evaluate import evaluate, evaluate_all
 from jchain.problem import Problem
 from jchain.search.actor_critic import ActorCritic
-from jchain.search.base import BudgetError, Search, run
+from jchain.search.driver import run
 from jchain.search.local_search import LocalSearch
+from jchain.search.protocol import Search
+from jchain.search.result import BudgetError
 from jchain.updates import tune
 
 # The plain net is tuned on `search` for each of these numbers of gradient steps, and the loss on

@@ -25,8 +25,10 @@ from jchain.cli.setup import Setup
 from jchain.data import EVALUATION_SPLITS
 from jchain.hub import recipes
 from jchain.problem import Problem
-from jchain.search.base import Result, Search, run
+from jchain.search.driver import run
 from jchain.search.local_search import LocalSearch
+from jchain.search.protocol import Search
+from jchain.search.result import Result
 from jchain.updates import UpdatePolicy
 
 

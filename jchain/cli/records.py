@@ -6,7 +6,7 @@ import numpy as np
 
 from jchain._typing import Array
 from jchain.bank import Bank
-from jchain.search.base import Result
+from jchain.search.result import Result
 
 # The row of the chain found, in tables and figures.
 FOUND = "chain found"

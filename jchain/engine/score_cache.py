@@ -1,19 +1,20 @@
 """A cache of chain losses, so that scoring a cached chain again is free.
 
 New chains cost their distinct (prefix, layer) pairs, counted as by `jchain.evaluate`. The cache has
-a fixed size and works under `jit` and `vmap`. A cached chain counts as new if the weights of one of
-its layers or of its head have changed since it was scored (`Bank.versions`). Searches that continue
-from the activations of a prefix (beam search, tree search) do not use the cache: they pay for every
-layer that they apply.
+a fixed size and works under `jit` and `vmap`. A cached chain counts as new if the data, the loss,
+the layer costs, or the weights of one of its layers or of its head have changed since it was scored
+(`jchain.engine.fingerprint`). Searches that continue from the activations of a
+prefix (beam search, tree search) do not use the cache: they pay for every layer that they apply.
 """
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from jchain._typing import Array, Bool, Float, Int
+from jchain._typing import Array, Bool, Float, Int, UInt
 from jchain.chain import PADDING
 from jchain.engine.evaluate import evaluate
+from jchain.engine.fingerprint import find_fingerprints
 from jchain.problem import Problem
 
 _SIZE, _NUM_WAYS = 2**15, 8
@@ -28,7 +29,7 @@ class ScoreCache(NamedTuple):
     chains: Int[Array, "M W L"]  # [M, W, L], all -1 in an empty entry
     loss: Float[Array, "M W"]  # [M, W]
     num_stored: Int[Array, "M"]  # [M], number of chains ever stored in each set
-    version: Int[Array, "M W"]  # [M, W], version of the chain's weights when it was scored
+    fingerprint: UInt[Array, "M W"]  # [M, W], fingerprint of the chain when it was scored
 
 
 def init(problem: Problem) -> ScoreCache:
@@ -44,7 +45,7 @@ def init(problem: Problem) -> ScoreCache:
         jnp.full((*shape, problem.max_layers + 1), PADDING, jnp.int32),
         jnp.full(shape, jnp.inf),
         jnp.zeros(shape[:1], jnp.int32),
-        jnp.zeros(shape, jnp.int32),
+        jnp.zeros(shape, jnp.uint32),
     )
 
 
@@ -62,15 +63,15 @@ def evaluate_cached(
       The cache with these chains stored, their losses `[P]`, and the layer calls that the new
       chains cost.
     """
-    version = _add_versions(problem, chains)
-    place, is_match = _find(cache, chains, version)
+    fingerprint = find_fingerprints(problem, chains)
+    place, is_match = _find(cache, chains, fingerprint)
     is_known = is_match.any(axis=1)
     # Replace cached chains with a chain of only a head, which costs no layer call.
     new = jnp.where(is_known[:, None], problem.space.head_alone[None], chains)
     out = evaluate(problem, new)
     known = jnp.where(is_match, cache.loss[place], 0.0).sum(axis=1)
     loss = jnp.where(is_known, known, out.loss)
-    return _store(cache, place, chains, version, loss, ~is_known), loss, out.layer_calls
+    return _store(cache, place, chains, fingerprint, loss, ~is_known), loss, out.layer_calls
 
 
 def is_cached(cache: ScoreCache, problem: Problem, chains: Int[Array, "P L"]) -> Bool[Array, "P"]:
@@ -78,36 +79,26 @@ def is_cached(cache: ScoreCache, problem: Problem, chains: Int[Array, "P L"]) ->
 
     Args:
       cache: the losses of the chains that were scored before.
-      problem: the problem, whose bank has the versions of the weights.
+      problem: the problem, whose bank decides which losses are out of date.
       chains: the tokens of the chains, `[P, L]`.
     """
-    return _find(cache, chains, _add_versions(problem, chains))[1].any(axis=1)
-
-
-def _add_versions(problem: Problem, chains: Int[Array, "P L"]) -> Int[Array, "P"]:
-    """Add up the versions of the tokens of each chain.
-
-    Versions never decrease, so the sum stays the same only if every version stays the same.
-    """
-    if problem.bank.versions is None:
-        return jnp.zeros(chains.shape[:1], jnp.int32)
-    return jnp.where(chains >= 0, problem.bank.versions[jnp.maximum(chains, 0)], 0).sum(axis=1)
+    return _find(cache, chains, find_fingerprints(problem, chains))[1].any(axis=1)
 
 
 def _find(
-    cache: ScoreCache, chains: Int[Array, "P L"], version: Int[Array, "P"]
+    cache: ScoreCache, chains: Int[Array, "P L"], fingerprint: UInt[Array, "P"]
 ) -> tuple[Int[Array, "P"], Bool[Array, "P W"]]:
     """Return the set of each chain, and which entry of the set holds the chain."""
     place = _hash(chains) % cache.loss.shape[0]
     is_same = (cache.chains[place] == chains[:, None]).all(axis=-1)
-    return place, is_same & (cache.version[place] == version[:, None])
+    return place, is_same & (cache.fingerprint[place] == fingerprint[:, None])
 
 
 def _store(
     cache: ScoreCache,
     place: Int[Array, "P"],
     chains: Int[Array, "P L"],
-    version: Int[Array, "P"],
+    fingerprint: UInt[Array, "P"],
     loss: Float[Array, "P"],
     is_new: Bool[Array, "P"],
 ) -> ScoreCache:
@@ -123,7 +114,7 @@ def _store(
         cache.chains.at[row, way].set(chains.astype(jnp.int32), mode="drop"),
         cache.loss.at[row, way].set(loss.astype(cache.loss.dtype), mode="drop"),
         cache.num_stored.at[row].add(1, mode="drop"),
-        cache.version.at[row, way].set(version, mode="drop"),
+        cache.fingerprint.at[row, way].set(fingerprint, mode="drop"),
     )
 
 

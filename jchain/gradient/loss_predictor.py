@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from jchain._typing import Array, Float, Int
+from jchain.engine.draws import draw_signs
 from jchain.engine.layer_calls import apply_token, count_examples_per_call, map_in_parts
 from jchain.gradient.linearize import ForwardPass
 from jchain.problem import Problem, upcast
@@ -257,7 +258,7 @@ def _predict_from_signs(
 
     def sample(i: Array) -> Array:
         sign_key = jax.random.fold_in(key, i % num_samples)
-        signs = jax.random.rademacher(sign_key, outputs.shape, outputs.dtype)
+        signs = draw_signs(sign_key, outputs.shape, outputs.dtype)
         return jax.lax.cond(
             i < num_samples, lambda: signs, lambda: jax.jvp(grad_fn, (outputs,), (signs,))[1]
         )

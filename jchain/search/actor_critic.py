@@ -50,7 +50,8 @@ from jchain.engine.score_cache import ScoreCache
 from jchain.gradient.edit_scores import KINDS
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
-from jchain.search.base import Info, Pool, empty_pool, merge
+from jchain.search.pool import Pool, empty_pool, merge
+from jchain.search.protocol import Info
 
 
 class State(NamedTuple):
@@ -247,7 +248,7 @@ class ActorCritic:
     ) -> tuple[State, Int[Array, ""]]:
         """Keep the params, score the best chains again, and empty the replay buffer.
 
-        See `jchain.search.base.Refreshable`.
+        See `jchain.search.protocol.Refreshable`.
 
         Args:
           state: the state before the weights of the bank changed.

@@ -15,8 +15,8 @@ from jchain._typing import Array, Float, Int, Key, Shaped
 from jchain.chain import PADDING
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
-from jchain.search.base import Info
 from jchain.search.prefixes import end_children, extend_prefix
+from jchain.search.protocol import Info
 
 
 class State(NamedTuple):

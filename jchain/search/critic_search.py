@@ -24,8 +24,8 @@ from jchain.chain import PADDING
 from jchain.engine.layer_calls import apply_token
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
-from jchain.search.base import Info
 from jchain.search.prefixes import end_children, extend_prefix
+from jchain.search.protocol import Info
 
 # In banks of up to this many layers, each layer has a one-hot code. In larger banks, each layer has
 # a random code of this length.
@@ -186,10 +186,10 @@ class CriticSearch:
         coin_key, place_key = jax.random.split(key)
         base, inputs = state.prefixes.base[length], state.prefixes.inputs[length]
         best = jnp.argmin(_predict(base, inputs, state.weights[length]))
-        random_place = jnp.argmax(
-            jnp.where(jnp.isfinite(base), jax.random.uniform(place_key, base.shape), -1.0)
-        )
-        return jnp.where(jax.random.uniform(coin_key) < self.epsilon, random_place, best)
+        order = jax.random.uniform(place_key, base.shape, jnp.float32)
+        random_place = jnp.argmax(jnp.where(jnp.isfinite(base), order, -1.0))
+        is_random = jax.random.uniform(coin_key, (), jnp.float32) < self.epsilon
+        return jnp.where(is_random, random_place, best)
 
     def _make_candidates(
         self,
@@ -303,7 +303,8 @@ def _codes(problem: Problem) -> Float[Array, "N C"]:
     num_layers = problem.bank.num_layers
     if num_layers <= _MAX_CODES:
         return jnp.eye(num_layers)
-    return jax.random.normal(jax.random.key(_CODE_SEED), (num_layers, _MAX_CODES)) / _MAX_CODES**0.5
+    codes = jax.random.normal(jax.random.key(_CODE_SEED), (num_layers, _MAX_CODES), jnp.float32)
+    return codes / _MAX_CODES**0.5
 
 
 def _make_regression_inputs(

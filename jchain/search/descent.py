@@ -108,7 +108,7 @@ def sample_start(key: Key[Array, ""], problem: Problem) -> Int[Array, "L"]:
       problem: the bank, the split of data, and the loss.
     """
     bank, slots = problem.bank, jnp.arange(problem.max_layers + 1)
-    tokens = jax.random.randint(key, slots.shape, 0, bank.num_layers).at[-1].set(PADDING)
+    tokens = jax.random.randint(key, slots.shape, 0, bank.num_layers, jnp.int32).at[-1].set(PADDING)
 
     def extend(hidden: Array, token: Array) -> tuple[Array, Array]:
         made = apply_token(bank.layers, token, hidden)
@@ -123,4 +123,4 @@ def sample_start(key: Key[Array, ""], problem: Problem) -> Int[Array, "L"]:
         jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf)), bank.num_heads
     )
     length = problem.min_layers + row
-    return prefixes[length].at[length].set(bank.num_layers + head).astype(jnp.int32)
+    return prefixes[length].at[length].set((bank.num_layers + head).astype(jnp.int32))

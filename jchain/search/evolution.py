@@ -14,7 +14,7 @@ from jchain.engine import score_cache
 from jchain.engine.score_cache import ScoreCache
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
-from jchain.search.base import Info
+from jchain.search.protocol import Info
 
 
 class State(NamedTuple):
@@ -77,9 +77,8 @@ class Evolution:
         """
         random_key, draw_key, mutate_key = jax.random.split(key, 3)
         random = problem.space.sample(random_key, self.num_chains)
-        drawn = jax.random.randint(
-            draw_key, (self.num_chains, self.tournament_size), 0, self.population_size
-        )
+        shape = (self.num_chains, self.tournament_size)
+        drawn = jax.random.randint(draw_key, shape, 0, self.population_size, jnp.int32)
         best = jnp.argmin(state.loss[drawn], axis=1)
         winner = jnp.take_along_axis(drawn, best[:, None], axis=1)[:, 0]
         keys = jax.random.split(mutate_key, self.num_chains)
@@ -105,5 +104,5 @@ def mutate(key: Key[Array, ""], chain: Int[Array, "L"], problem: Problem) -> Int
       problem: the problem, which determines the neighbors.
     """
     rows, is_neighbor = problem.space.neighbors(chain)
-    row = jax.random.categorical(key, jnp.where(is_neighbor, 0.0, -jnp.inf))
+    row = jax.random.categorical(key, jnp.where(is_neighbor, 0.0, -jnp.inf).astype(jnp.float32))
     return jnp.where(is_neighbor.any(), rows[row], chain)

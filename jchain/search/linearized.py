@@ -20,7 +20,6 @@ from jchain.engine.score_cache import ScoreCache
 from jchain.gradient.edit_scores import choose_products, score_moves
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
-from jchain.search.base import Info
 from jchain.search.descent import (
     Move,
     allocate_candidates,
@@ -28,6 +27,7 @@ from jchain.search.descent import (
     sample_candidates,
     sample_start,
 )
+from jchain.search.protocol import Info
 
 # The maximum number of swaps of a greedy move after a restart.
 _START_RADIUS = 4.0

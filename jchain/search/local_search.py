@@ -17,7 +17,7 @@ from jchain.engine import score_cache
 from jchain.engine.score_cache import ScoreCache
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
-from jchain.search.base import Info
+from jchain.search.protocol import Info
 
 
 class State(NamedTuple):
@@ -155,4 +155,4 @@ class LocalSearch:
 def _shuffle(key: Key[Array, ""], chain: Int[Array, "L"], problem: Problem) -> Int[Array, "M"]:
     """Return the rows of a chain's neighbors in random order, invalid rows last."""
     is_neighbor = problem.space.neighbors(chain)[1]
-    return jnp.argsort(jax.random.uniform(key, is_neighbor.shape) + ~is_neighbor)
+    return jnp.argsort(jax.random.uniform(key, is_neighbor.shape, jnp.float32) + ~is_neighbor)

@@ -14,8 +14,8 @@ from jchain import env
 from jchain._typing import Array, Bool, Float, Key
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
-from jchain.search.base import Info
 from jchain.search.prefixes import end_prefixes
+from jchain.search.protocol import Info
 
 
 class Node(NamedTuple):
@@ -75,7 +75,7 @@ class MCTS:
             params=problem,
             rng_key=key,
             root=mctx.RootFnOutput(
-                prior_logits=jnp.zeros((1, is_legal.size)),
+                prior_logits=jnp.zeros((1, is_legal.size), jnp.float32),
                 value=_value(root)[None],
                 embedding=jax.tree.map(lambda leaf: leaf[None], root),
             ),

@@ -18,7 +18,7 @@ from jchain.engine import score_cache
 from jchain.engine.score_cache import ScoreCache
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
-from jchain.search.base import Info
+from jchain.search.protocol import Info
 
 
 class State(NamedTuple):
@@ -104,7 +104,7 @@ class QLearning:
         rewards = state.reward.at[place].set(self.reward_fn(loss).astype(state.reward.dtype))
         num_steps = state.num_steps + 1
         num_stored = jnp.minimum(num_steps * self.num_chains, self.replay_size)
-        drawn = jax.random.randint(replay_key, (self.num_replays,), 0, num_stored)
+        drawn = jax.random.randint(replay_key, (self.num_replays,), 0, num_stored, jnp.int32)
         rate = jnp.asarray(self.learning_rate)
 
         def replay(values: Array, row: Array) -> tuple[Array, None]:
@@ -155,11 +155,10 @@ def sample_chain(
         last, is_done = carry
         t, key = slot
         explore_key, random_key = jax.random.split(key)
-        legal = jnp.where(env.legal_actions(problem, t), 0.0, -jnp.inf)
+        legal = jnp.where(env.legal_actions(problem, t), 0.0, -jnp.inf).astype(jnp.float32)
         random = jax.random.categorical(random_key, legal)
-        token = jnp.where(
-            jax.random.uniform(explore_key) < epsilon, random, jnp.argmax(values[t, last] + legal)
-        )
+        is_random = jax.random.uniform(explore_key, (), jnp.float32) < epsilon
+        token = jnp.where(is_random, random, jnp.argmax(values[t, last] + legal))
         is_end = is_done | (token >= num_layers)
         taken = jnp.where(is_done, PADDING, token).astype(jnp.int32)
         return (jnp.where(is_end, last, token), is_end), taken

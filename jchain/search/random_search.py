@@ -7,7 +7,7 @@ from jchain.engine import score_cache
 from jchain.engine.score_cache import ScoreCache
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
-from jchain.search.base import Info
+from jchain.search.protocol import Info
 
 
 class State(NamedTuple):

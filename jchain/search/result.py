@@ -39,6 +39,7 @@ class Result(NamedTuple):
     layer_calls: int
     num_chains: int  # the number of chains scored, with repeats
     num_nonfinite: int  # the number of these chains whose loss was not finite
+    num_invalid: int = 0  # rows that the search reported as chains but that are not in the space
 
 
 class BudgetError(ValueError):
@@ -66,6 +67,7 @@ class RunStats(NamedTuple):
     layer_calls: Int[Array, ""]
     num_chains: Int[Array, ""]
     num_nonfinite: Int[Array, ""]
+    num_invalid: Int[Array, ""]
     num_free: Int[Array, ""]  # consecutive zero-cost steps
     cost: Int[Array, ""]  # layer calls of the last step, counted or not
     is_over: Bool[Array, ""]
@@ -127,4 +129,5 @@ def _make_result(all_stats: RunStats, trace: Trace, i: int, budget: int) -> Resu
         layer_calls=int(stats.layer_calls),
         num_chains=int(stats.num_chains),
         num_nonfinite=int(stats.num_nonfinite),
+        num_invalid=int(stats.num_invalid),
     )

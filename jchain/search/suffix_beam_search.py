@@ -23,8 +23,8 @@ from jchain.inverse.pullback import Invertible, inverse_groups
 from jchain.inverse.suffixes import Suffixes, predict_losses, pull_back_suffixes
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
-from jchain.search.base import Info
 from jchain.search.descent import allocate_candidates, sample_candidates
+from jchain.search.protocol import Info
 
 # How many chains are proposed for each one that is evaluated, so that cached ones can be skipped.
 _MARGIN = 4
@@ -232,10 +232,8 @@ class SuffixBeamSearch:
 
         is_pair = jnp.isfinite(loss)
         spread = jnp.mean(loss, where=is_pair) - jnp.min(loss)
-        noisy_gain = (
-            jnp.where(is_pair, temperature * spread * jax.random.gumbel(noise_key, loss.shape), 0.0)
-            - loss
-        )
+        noise = jax.random.gumbel(noise_key, loss.shape, jnp.float32)
+        noisy_gain = jnp.where(is_pair, temperature * spread * noise, 0.0) - loss
         # Chains of fewer than `min_layers` layers are not evaluated, but their predictions still
         # rank prefixes.
         is_long = rows.depth[:, None] + suffix_length[None] > probe_problem.min_layers

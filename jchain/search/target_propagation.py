@@ -18,13 +18,13 @@ from jchain.engine.score_cache import ScoreCache
 from jchain.inverse.target_scores import score_edits_by_target
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
-from jchain.search.base import Info
 from jchain.search.descent import (
     allocate_candidates,
     choose_move,
     sample_candidates,
     sample_start,
 )
+from jchain.search.protocol import Info
 
 
 class State(NamedTuple):

@@ -11,9 +11,11 @@ from jchain._typing import Array, Int, PyTree
 from jchain.engine.evaluate import evaluate
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
-from jchain.search import base
-from jchain.search.base import Refreshable, Search
+from jchain.search.driver import advance_runs, check_arguments, init_runs
+from jchain.search.pool import empty_pool, merge
 from jchain.search.progress import Progress
+from jchain.search.protocol import Refreshable, Search, holds_chains
+from jchain.search.result import RunState, StopRule, Trace, make_results
 from jchain.train import OPTIMIZER
 from jchain.updates.clones import CloneBank
 from jchain.updates.policies import (
@@ -35,9 +37,9 @@ from jchain.updates.policies import (
 class _Rounds(NamedTuple):
     """The search and its bank between two rounds, with the records of earlier rounds."""
 
-    runs: base.RunState  # the state of a single run
+    runs: RunState  # the state of a single run
     clones: CloneBank
-    traces: tuple[base.Trace, ...]
+    traces: tuple[Trace, ...]
     update_calls: int  # layer calls of gradient steps
 
 
@@ -70,7 +72,7 @@ class CloneThenTune(UpdatePolicy):
             check_sizes(capacity=self.capacity)
 
     def apply(self, args: RunArguments) -> Outcome:
-        base.check_arguments(args.search, args.problem, args.budget, args.num_finalists)
+        check_arguments(args.search, args.problem, args.budget, args.num_finalists)
         training = make_training_problem(args.problem, args.train)
         _check_problem(args.search, args.problem)
         reserved = reserve_for_tuning(args.problem, args.train, self.num_steps)
@@ -91,7 +93,7 @@ class CloneThenTune(UpdatePolicy):
                     break
         trace = jax.tree.map(lambda *leaves: np.concatenate(leaves), *rounds.traces)
         with mention_reserved_calls(reserved, args.budget):
-            result = base.make_results(rounds.runs, trace, args.budget)[0]
+            result = make_results(rounds.runs, trace, args.budget)[0]
         return Outcome(rounds.clones.bank, result, rounds.update_calls)
 
     def _start(self, key: Array, args: RunArguments) -> _Rounds:
@@ -101,7 +103,7 @@ class CloneThenTune(UpdatePolicy):
             capacity = self.num_rounds * args.problem.max_layers
         clones = CloneBank.reserve(args.problem.bank, capacity)
         problem = args.problem.with_bank(clones.bank)
-        runs = base.init_runs(key[None], args.search, problem, args.num_finalists)
+        runs = init_runs(key[None], args.search, problem, args.num_finalists)
         return _Rounds(runs, clones, (), 0)
 
     def _tune_round(
@@ -138,7 +140,7 @@ class CloneThenTune(UpdatePolicy):
         key: Array,
         clones: CloneBank,
         training: Problem,
-        runs: base.RunState,
+        runs: RunState,
         chains: Int[np.ndarray, "Q L"],
     ) -> tuple[CloneBank, Int[np.ndarray, "L"] | None]:
         """Tune copies of the layers of the best chain.
@@ -157,14 +159,14 @@ class CloneThenTune(UpdatePolicy):
 def _search_round(rounds: _Rounds, args: RunArguments, budget: int, line: Progress) -> _Rounds:
     """Continue the search until `budget` layer calls are spent in total."""
     problem = args.problem.with_bank(rounds.clones.bank)
-    stop = base.StopRule(np.int32(budget), np.float32(-np.inf))
-    runs, trace = base.advance_runs(rounds.runs, args.search, problem, stop, line, keeps_state=True)
+    stop = StopRule(np.int32(budget), np.float32(-np.inf))
+    runs, trace = advance_runs(rounds.runs, args.search, problem, stop, line, keeps_state=True)
     return rounds._replace(runs=runs, traces=(*rounds.traces, trace))
 
 
 def _check_problem(search: Search, problem: Problem) -> None:
     """Check that the search and the problem allow adding tokens to the bank."""
-    if base.holds_chains(search):
+    if holds_chains(search):
         raise ValueError(
             "expected a search without starts: heads get other tokens when copies join the bank"
         )
@@ -174,7 +176,7 @@ def _check_problem(search: Search, problem: Problem) -> None:
         )
 
 
-def _resume_unchanged(runs: base.RunState) -> base.RunState:
+def _resume_unchanged(runs: RunState) -> RunState:
     """Return the run, ready for the next round with the same bank."""
     state, pool = jax.tree.map(lambda leaf: leaf[0], (runs.state, runs.stats.pool))
     return resume_run(runs, state, pool, 0)
@@ -185,11 +187,11 @@ def _continue_with(
     restart_key: Array | None,
     args: RunArguments,
     problem: Problem,
-    runs: base.RunState,
+    runs: RunState,
     chains: Int[np.ndarray, "Q L"],
     *,
     training_calls: int,
-) -> tuple[base.RunState, bool]:
+) -> tuple[RunState, bool]:
     """Score the chain of copies, and move the search to the new bank unless `restart_key` is None.
 
     Returns:
@@ -198,8 +200,8 @@ def _continue_with(
     spent = int(runs.stats.layer_calls[0])
     state, pool = jax.tree.map(lambda leaf: leaf[0], (runs.state, runs.stats.pool))
     loss = evaluate(problem, chain[None]).loss
-    old = base.merge(base.empty_pool(args.num_finalists, problem), jnp.asarray(chains), pool.loss)
-    pool = base.merge(old, jnp.asarray(chain)[None], loss)
+    old = merge(empty_pool(args.num_finalists, problem), jnp.asarray(chains), pool.loss)
+    pool = merge(old, jnp.asarray(chain)[None], loss)
     paid, calls = training_calls + count_chain_layers(chain), 0
     if restart_key is not None:
         state, calls = _move_search(restart_key, args.search, state, problem, pool.chains)
@@ -226,7 +228,7 @@ def _refresh(
     return search.refresh(state, problem, chains)
 
 
-def _record_totals(runs: base.RunState) -> base.Trace:
+def _record_totals(runs: RunState) -> Trace:
     """Return the totals of the run as one more step for its trace."""
     stats = runs.stats
-    return base.Trace(stats.layer_calls[None], stats.pool.loss[None, :, 0], jnp.ones((1, 1), bool))
+    return Trace(stats.layer_calls[None], stats.pool.loss[None, :, 0], jnp.ones((1, 1), bool))

@@ -1,7 +1,7 @@
 """The policy that never updates weights."""
 
 from jchain.pytree import pytree_dataclass
-from jchain.search import base
+from jchain.search import driver
 from jchain.updates.policies import Outcome, RunArguments, UpdatePolicy
 
 
@@ -10,7 +10,7 @@ class Frozen(UpdatePolicy):
     """A policy that never updates weights: it returns exactly the bank that it was given."""
 
     def apply(self, args: RunArguments) -> Outcome:
-        result = base.run(
+        result = driver.run(
             args.key,
             args.search,
             args.problem,

@@ -22,8 +22,9 @@ from jchain.bank import Bank
 from jchain.chain import PADDING
 from jchain.data import Batch
 from jchain.problem import Problem
-from jchain.search import base
-from jchain.search.base import Result, Search
+from jchain.search.pool import Pool
+from jchain.search.protocol import Search
+from jchain.search.result import BudgetError, Result, RunState
 from jchain.updates import tune
 
 
@@ -182,18 +183,18 @@ def mention_reserved_calls(reserved: int, budget: int) -> Iterator[None]:
     """
     try:
         yield
-    except base.BudgetError as error:
-        raise base.BudgetError(error.cost, budget, reserved) from None
+    except BudgetError as error:
+        raise BudgetError(error.cost, budget, reserved) from None
 
 
 def resume_run(
-    runs: base.RunState,
+    runs: RunState,
     state: PyTree,
-    pool: base.Pool,
+    pool: Pool,
     layer_calls: int,
     num_chains: int = 0,
     num_nonfinite: int = 0,
-) -> base.RunState:
+) -> RunState:
     """Return a run that continues from another state and pool.
 
     Args:

@@ -13,9 +13,10 @@ from jchain.bank import Bank
 from jchain.chain import PADDING, count_layers
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
-from jchain.search import base
-from jchain.search.base import Refreshable, Search
+from jchain.search.driver import MAX_FREE_STEPS, advance_runs, check_arguments, init_runs
 from jchain.search.progress import Progress
+from jchain.search.protocol import Refreshable, Search
+from jchain.search.result import StopRule, make_results
 from jchain.train import OPTIMIZER
 from jchain.updates import tune
 from jchain.updates.policies import (
@@ -75,7 +76,7 @@ class SharedUpdates(UpdatePolicy):
                 "expected a search with a method refresh, such as ActorCritic, "
                 f"got {type(search).__name__}"
             )
-        base.check_arguments(search, args.problem, args.budget, args.num_finalists)
+        check_arguments(search, args.problem, args.budget, args.num_finalists)
         bank = tune.upcast_bank(args.problem.bank)
         problem = args.problem.with_bank(bank).without_names()
         training = make_training_problem(args.problem, args.train).without_names()
@@ -85,14 +86,14 @@ class SharedUpdates(UpdatePolicy):
         with Progress(args.budget, is_shown=args.progress) as line:
             trained = self._train(key, carry, args, problem, training, line)
             final = problem.with_bank(trained.tuning.bank)
-            runs = base.init_runs(run_key[None], search, final, args.num_finalists)
+            runs = init_runs(run_key[None], search, final, args.num_finalists)
             pool = jax.tree.map(lambda leaf: leaf[0], runs.stats.pool)
             runs = resume_run(
                 runs, trained.state, pool, trained.layer_calls, *trained.counts.tolist()
             )
-            stop = base.StopRule(np.int32(args.budget), np.float32(-np.inf))
-            runs, trace = base.advance_runs(runs, search, final, stop, line)
-        result = base.make_results(runs, trace, args.budget)[0]
+            stop = StopRule(np.int32(args.budget), np.float32(-np.inf))
+            runs, trace = advance_runs(runs, search, final, stop, line)
+        result = make_results(runs, trace, args.budget)[0]
         bank = _update_bank(bank, args.problem.bank, trained.tuning.bank)
         return Outcome(bank, result, trained.update_calls)
 
@@ -109,7 +110,7 @@ class SharedUpdates(UpdatePolicy):
         layer_calls = update_calls = num_free = total = step_calls = 0
         best, counts = np.inf, np.zeros(2, np.int32)
         # Stop after too many consecutive steps that cost nothing, as jc.run does.
-        while num_free < base.MAX_FREE_STEPS:
+        while num_free < MAX_FREE_STEPS:
             key, round_key = jax.random.split(key)
             new, lowest, calls, length, scored = _train_round(
                 self, round_key, carry, args.search, problem, training
@@ -169,7 +170,8 @@ def _train_round(
     # A loss that is not finite has no gradient to follow.
     is_scored = info.chains[:, 0] != PADDING
     is_usable = is_scored & jnp.isfinite(info.loss)
-    order = jnp.argsort(jnp.where(is_usable, jax.random.uniform(draw_key, is_usable.shape), 2.0))
+    draws = jax.random.uniform(draw_key, is_usable.shape, jnp.float32)
+    order = jnp.argsort(jnp.where(is_usable, draws, 2.0))
     chains = jnp.where(is_usable[:, None], info.chains, PADDING)[order[: policy.num_updates]]
     tuning = tune.train_on(train_key, tuning, training, chains, policy.optimizer)
     none = jnp.full_like(info.chains[:1], PADDING)

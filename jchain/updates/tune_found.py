@@ -6,8 +6,8 @@ import optax
 
 from jchain.engine.evaluate import evaluate
 from jchain.pytree import pytree_dataclass, static
-from jchain.search import base
-from jchain.search.base import Curve
+from jchain.search import driver
+from jchain.search.result import Curve
 from jchain.train import OPTIMIZER
 from jchain.updates import tune
 from jchain.updates.policies import (
@@ -50,7 +50,7 @@ class TuneFound(UpdatePolicy):
         check_budget(args.budget, reserved)
         search_key, tune_key = jax.random.split(args.key)
         with mention_reserved_calls(reserved, args.budget):
-            result = base.run(
+            result = driver.run(
                 search_key,
                 args.search,
                 problem,

@@ -53,7 +53,7 @@ def test_small_budgets_exit_with_2_and_write_nothing(tmp_path, capsys, options, 
 def test_a_sweep_above_the_blocks_of_the_model_exits_with_2(models_folder, monkeypatch, capsys):
     options = shlex.split("--checkpoint m0 --text text.txt --sweep 2")
     err = check_bad_checkpoint_options(models_folder, monkeypatch, capsys, options)
-    assert "below the most layers of a chain, 2, got 2" in err
+    assert "below 2, the maximum number of layers, got 2" in err
 
 
 def test_recipes_take_the_better_model(models_folder, checkpoint_result):

@@ -14,7 +14,7 @@ from jchain.agent.encoding import ActorCriticNetwork
 from jchain.agent.policy import Policy, evaluate_actions
 from jchain.agent.rollout import Rollout
 from jchain.chain import PADDING
-from jchain.search import base
+from jchain.search.pool import Pool, merge
 
 NOTHING = jnp.zeros((4, 0))  # features of the prefixes of a chain, if nothing is observed
 
@@ -34,11 +34,11 @@ def test_it_can_be_sent_to_another_process():
 
 def test_the_elite_is_the_best_different_chains():
     a, b, c, d = ([0, 4, -1], [1, 4, -1], [4, -1, -1], [0, 1, 4])
-    none = base.Pool(jnp.full((3, 3), PADDING), jnp.full(3, jnp.inf))
-    first = base.merge(none, jnp.array([a, a, b, c]), jnp.array([2.0, 2.0, 1.0, jnp.inf]))
+    none = Pool(jnp.full((3, 3), PADDING), jnp.full(3, jnp.inf))
+    first = merge(none, jnp.array([a, a, b, c]), jnp.array([2.0, 2.0, 1.0, jnp.inf]))
     np.testing.assert_array_equal(first.chains, [b, a, [PADDING] * 3])
     np.testing.assert_array_equal(first.loss, [1.0, 2.0, jnp.inf])
-    second = base.merge(first, jnp.array([b, c, d]), jnp.array([1.0, 1.5, 1.7]))
+    second = merge(first, jnp.array([b, c, d]), jnp.array([1.0, 1.5, 1.7]))
     np.testing.assert_array_equal(second.chains, [b, c, d])
 
 
@@ -56,7 +56,7 @@ def test_imitation_is_the_mean_log_likelihood_of_the_elite(agent, problem):
         log_prob = np.asarray(jax.nn.log_softmax(logits))
         # Two chains, L = 4 slots.
         expected -= sum(log_prob[t, chain[t]] for t in range(num_tokens)) / 4 / 2
-    elite = base.Pool(chains, jnp.array([1.0, 2.0, jnp.inf]))
+    elite = Pool(chains, jnp.array([1.0, 2.0, jnp.inf]))
     loss = search._imitation_loss(policy, elite, jnp.zeros((3, 4, 0)), problem)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
 

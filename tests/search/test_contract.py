@@ -323,6 +323,22 @@ def test_stacked_rates_vmap_over_a_bank_of_two_groups(two_group_problem):
     assert losses.shape == (2, 6)
 
 
+@pytest.mark.parametrize("name", SHORT, indirect=True)
+def test_a_key_draws_the_same_chains_with_64_bit_numbers(name, search, problem):
+    def make_chains():
+        # A new function, as the programs of jax.jit(search.step) have only one mode.
+        step = jax.jit(lambda key, state: search.step(key, state, problem))
+        state, chains = jax.jit(search.init)(jax.random.key(0), problem), []
+        for key in jax.random.split(jax.random.key(1), 3):
+            state, info = step(key, state)
+            chains.append(np.asarray(info.chains))
+        return chains
+
+    expected = make_chains()
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(make_chains(), expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SEARCHES, indirect=True)
 def test_searches_run_with_64_bit_numbers(name, search, problem):

@@ -1,24 +1,10 @@
-"""The search protocol, and the driver that runs every search.
-
-To add a search, write a frozen dataclass with `jchain.pytree.pytree_dataclass`. Declare the fields
-that set array shapes as `static`, and leave other numbers plain. Then define two methods:
-
-- `init(key, problem) -> state` returns the first state: a NamedTuple of what `step` needs to know.
-- `step(key, state, problem) -> (state, Info)` scores some chains. `Info` holds the chains, their
-  losses, and the cost of scoring them, in layer calls.
-
-Both must work under `jit` and `vmap`. The state and the losses must keep their shapes and dtypes.
-The driver (`run` and `run_many`) keeps track of the budget, the best chains, the loss curve, the
-counts, and the progress line. A search may also define the optional members that `Search` lists.
-Add a new search to the list in `tests/search/test_contract.py`, which tests this contract.
-`jchain.search.random_search` is the shortest example.
-"""
+"""The driver that runs every search: `run` and `run_many`."""
 
 import math
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,50 +12,15 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from jchain._typing import Array, Float, Int, Key, PyTree
+from jchain._typing import Array, Int, Key, PyTree
 from jchain.chain import PADDING
 from jchain.engine.backend import jit_for_problem
 from jchain.problem import Problem
-from jchain.search.pool import Pool, empty_pool, merge
+from jchain.pytree import describe_type
+from jchain.search.pool import empty_pool, merge
 from jchain.search.progress import Progress
-from jchain.search.result import (
-    BudgetError,
-    Curve,
-    Result,
-    RunState,
-    RunStats,
-    StopRule,
-    Trace,
-    make_results,
-)
-
-__all__ = [
-    "MAX_FREE_STEPS",
-    "BudgetError",
-    "Checked",
-    "Curve",
-    "Info",
-    "Pool",
-    "Refreshable",
-    "Result",
-    "RunState",
-    "RunStats",
-    "Search",
-    "StopRule",
-    "Trace",
-    "advance_runs",
-    "check_arguments",
-    "empty_pool",
-    "holds_chains",
-    "init_runs",
-    "is_deterministic",
-    "make_results",
-    "merge",
-    "needs_gradient",
-    "needs_invertible",
-    "run",
-    "run_many",
-]
+from jchain.search.protocol import Checked, Info, Search
+from jchain.search.result import Result, RunState, RunStats, StopRule, Trace, make_results
 
 # A run stops after this many consecutive steps that cost no layer calls.
 MAX_FREE_STEPS = 100
@@ -78,122 +29,6 @@ _MAX_BUDGET = 2**31 - 1  # layer calls are counted in int32
 _SYNC_SECONDS, _MAX_STEPS_PER_SYNC = 0.2, 256
 
 T = TypeVar("T")
-
-
-class Info(NamedTuple):
-    """The chains that one step scored, their losses, and the cost of the step."""
-
-    chains: Int[Array, "P L"]  # [P, L]; a row of -1 holds no chain
-    loss: Float[Array, "P"]  # [P]; +inf if it is not finite or the row holds no chain
-    layer_calls: Int[Array, ""]  # cost of this step
-
-
-@runtime_checkable
-class Search(Protocol):
-    """A frozen dataclass that is registered as a pytree: sizes are static fields, rates are data.
-
-    Both methods must work under `jit`, and under `vmap` over keys and states. The members below are
-    optional. The first four are flags. The functions of the same names in this module read them,
-    and return False if a search does not define the flag.
-
-    - `is_deterministic`: the key does not affect which chains the search scores.
-    - `needs_gradient`: the search takes gradients through layers.
-    - `needs_invertible`: the layers of the bank must be invertible.
-    - `holds_chains`: the search stores chains of one bank and becomes invalid if tokens change.
-    - `check(problem)`: raises ValueError if the search cannot run on the problem (`Checked`).
-    - `refresh(state, problem, chains)`: adapts the state to changed weights (`Refreshable`).
-    """
-
-    def init(self, key: Key[Array, ""], problem: Problem) -> PyTree:
-        """Return the first state, which holds only what `step` needs.
-
-        Args:
-          key: the PRNG key; consumed by this call.
-          problem: the problem to search.
-        """
-        ...
-
-    def step(self, key: Key[Array, ""], state: PyTree, problem: Problem) -> tuple[PyTree, Info]:
-        """Score some chains and advance the state.
-
-        Args:
-          key: the PRNG key; consumed by this call.
-          state: the state that `init` or the last step returned.
-          problem: the problem to search.
-
-        Returns:
-          The next state, with the same shapes and dtypes, and the chains that were scored.
-        """
-        ...
-
-
-@runtime_checkable
-class Refreshable(Protocol):
-    """A search that can continue after weights of the bank have changed (`jchain.updates`)."""
-
-    def refresh(
-        self, state: PyTree, problem: Problem, chains: Int[Array, "Q L"]
-    ) -> tuple[PyTree, Int[Array, ""]]:
-        """Recompute all stored losses; return the new state and the cost in layer calls.
-
-        Args:
-          state: the state before the weights changed.
-          problem: the problem with the new weights.
-          chains: other good chains to store, `[Q, L]`; a row of -1 holds no chain.
-        """
-        ...
-
-
-@runtime_checkable
-class Checked(Protocol):
-    """A search that accepts only some problems."""
-
-    def check(self, problem: Problem) -> None:
-        """Check a problem on the host before anything is computed.
-
-        Args:
-          problem: the problem to search.
-
-        Raises:
-          ValueError: if the search does not accept the problem.
-        """
-        ...
-
-
-def is_deterministic(search: Search) -> bool:
-    """Return True if the key does not affect what a search scores, so that one run is enough.
-
-    Args:
-      search: the search.
-    """
-    return bool(getattr(search, "is_deterministic", False))
-
-
-def needs_gradient(search: Search) -> bool:
-    """Return True if a search takes gradients through layers.
-
-    Args:
-      search: the search.
-    """
-    return bool(getattr(search, "needs_gradient", False))
-
-
-def needs_invertible(search: Search) -> bool:
-    """Return True if a search needs a bank of invertible layers.
-
-    Args:
-      search: the search.
-    """
-    return bool(getattr(search, "needs_invertible", False))
-
-
-def holds_chains(search: Search) -> bool:
-    """Return True if a search stores chains of one bank and becomes invalid if tokens change.
-
-    Args:
-      search: the search.
-    """
-    return bool(getattr(search, "holds_chains", False))
 
 
 def run(
@@ -336,7 +171,7 @@ def init_runs(
 def _init_runs(keys: Array, search: Search, problem: Problem, num_finalists: int) -> RunState:
     # Match the dtypes and weak types after a step, so the first step is not compiled separately.
     pool, zero = empty_pool(num_finalists, problem), jnp.zeros((), jnp.int32)
-    stats = RunStats(pool, zero, zero, zero, zero, zero, jnp.array(False))
+    stats = RunStats(pool, zero, zero, zero, zero, zero, zero, jnp.array(False))
 
     def init_one(key: Array) -> RunState:
         key, init_key = jax.random.split(key)
@@ -420,7 +255,7 @@ def _step(
 ) -> tuple[RunState, Trace]:
     """Take one step of one run; return the run and its row of the trace."""
     key, step_key = jax.random.split(run.key)
-    state, info = search.step(step_key, run.state, problem)
+    state, info = check_step(search, search.step(step_key, run.state, problem), problem)
     # With jax_enable_x64, some counts and losses become wider than in the first state.
     state = jax.tree.map(
         lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype), state, run.state
@@ -431,13 +266,17 @@ def _step(
     # Compare the cost with the budget that is left, because calls + cost could overflow int32.
     left = stop.budget - old.layer_calls
     is_counted = ~old.is_over & (cost <= left)
-    pool = merge(old.pool, info.chains, info.loss)
-    is_chain = info.chains[:, 0] != PADDING
+    # What a search reports is checked: a row that is not a chain never becomes the best one.
+    is_chain = problem.space.contains(info.chains)
+    is_invalid = ~is_chain & (info.chains != PADDING).any(axis=1)
+    chains = jnp.where(is_chain[:, None], info.chains, PADDING)
+    pool = merge(old.pool, chains, jnp.where(is_chain, info.loss, jnp.inf))
     new = RunStats(
         pool,
         old.layer_calls + cost,
         old.num_chains + jnp.sum(is_chain, dtype=jnp.int32),
         old.num_nonfinite + jnp.sum(is_chain & ~jnp.isfinite(info.loss), dtype=jnp.int32),
+        old.num_invalid + jnp.sum(is_invalid, dtype=jnp.int32),
         num_free,
         cost,
         (cost >= left) | (num_free >= MAX_FREE_STEPS) | (pool.loss[0] <= stop.target_loss),
@@ -448,3 +287,47 @@ def _step(
     if keeps_state:
         state = jax.tree.map(partial(jnp.where, is_counted), state, run.state)
     return RunState(key, state, stats), Trace(stats.layer_calls, stats.pool.loss[0], is_counted)
+
+
+def check_step(search: Search, out: object, problem: Problem) -> tuple[PyTree, Info]:
+    """Check that a step returned a state and an `Info` of the right shapes. Works while tracing.
+
+    Args:
+      search: the search, whose class is named in errors.
+      out: what `step` returned.
+      problem: the problem that was searched.
+
+    Raises:
+      TypeError: if the output has another form.
+    """
+    name = f"{type(search).__name__}.step"
+    if not isinstance(out, tuple) or len(out) != 2:
+        raise TypeError(f"expected {name} to return (state, jc.Info), got {describe_type(out)}")
+    state, info = out
+    if not isinstance(info, Info):
+        raise TypeError(
+            f"expected {name} to return a jc.Info after the state, got {describe_type(info)}"
+        )
+    chains, loss = jnp.asarray(info.chains), jnp.asarray(info.loss)
+    num_slots = problem.max_layers + 1
+    if (
+        chains.ndim != 2
+        or chains.shape[1] != num_slots
+        or not jnp.issubdtype(chains.dtype, jnp.integer)
+    ):
+        raise TypeError(
+            f"expected {name} to return integer chains [P, {num_slots}], got "
+            f"{chains.dtype}{list(chains.shape)}"
+        )
+    if loss.shape != chains.shape[:1] or not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise TypeError(
+            f"expected {name} to return float losses [{chains.shape[0]}], one per chain, got "
+            f"{loss.dtype}{list(loss.shape)}"
+        )
+    layer_calls = jnp.asarray(info.layer_calls)
+    if layer_calls.shape or not jnp.issubdtype(layer_calls.dtype, jnp.integer):
+        raise TypeError(
+            f"expected {name} to return layer_calls as an integer scalar, got "
+            f"{layer_calls.dtype}{list(layer_calls.shape)}"
+        )
+    return state, Info(chains, loss, layer_calls)

@@ -13,7 +13,7 @@ from scripted_search import Scripted, make_scripted
 
 import jchain as jc
 from jchain.pytree import pytree_dataclass
-from jchain.search import base
+from jchain.search.protocol import holds_chains, is_deterministic, needs_gradient, needs_invertible
 
 
 class Counting(Scripted):
@@ -42,12 +42,17 @@ def test_an_unknown_argument_raises_an_error_that_names_it(problem):
 
 
 def test_flags_of_a_search_default_to_false():
-    flags = base.is_deterministic, base.needs_gradient, base.needs_invertible, base.holds_chains
+    flags = (
+        is_deterministic,
+        needs_gradient,
+        needs_invertible,
+        holds_chains,
+    )
     search = make_scripted([[(0, 3.0)]])
     for flag in flags:
         assert not flag(search)
-    assert base.holds_chains(jc.LocalSearch(starts=np.array([[0, 4, -1, -1]])))
-    assert not base.holds_chains(jc.LocalSearch())
+    assert holds_chains(jc.LocalSearch(starts=np.array([[0, 4, -1, -1]])))
+    assert not holds_chains(jc.LocalSearch())
 
 
 def test_the_budget_is_never_exceeded(problem):

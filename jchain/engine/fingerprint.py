@@ -1,0 +1,96 @@
+"""Fingerprints of what the loss of a chain depends on, to recognize losses that are out of date."""
+
+import zlib
+from functools import partial
+from types import CodeType, FunctionType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jchain._typing import Array, Int, UInt
+from jchain.bank import Bank
+from jchain.problem import Problem
+
+# How many numbers are read from each leaf of a layer's weights. To read all of them at each step
+# would take as long as many layer calls.
+_NUM_READ = 64
+# Odd constants of Murmur3's finalizer.
+_MIX = (0x85EBCA6B, 0xC2B2AE35)
+
+
+def find_fingerprints(problem: Problem, chains: Int[Array, "P L"]) -> UInt[Array, "P"]:
+    """Return a hash, for each chain, of everything that its loss depends on besides its tokens.
+
+    The examples, the labels, the layer costs, and the versions of the weights are read in full. Of
+    the weights, at most 64 evenly spaced numbers of each leaf are read: enough to tell banks apart,
+    but weights that are changed in place need new versions (`Bank.replace`). Works under `jit`,
+    where a loop computes the hash of the problem only once.
+
+    Args:
+      problem: the problem to identify.
+      chains: the tokens of the chains, `[P, L]`.
+    """
+    functions = [problem.loss_fn, problem.accuracy_fn]
+    value = jnp.uint32(zlib.crc32(repr([_describe(function) for function in functions]).encode()))
+    stem = jax.tree.map(lambda leaf: _sample(leaf[None]), problem.bank.stem_params)
+    for leaf in jax.tree.leaves(((problem.data.x, problem.data.y), problem.layer_cost, stem)):
+        value = _mix(value ^ _hash(leaf))
+    entries = _hash_entries(problem.bank)
+    own = jnp.where(chains >= 0, entries[jnp.maximum(chains, 0)], jnp.uint32(0))
+    return value ^ own.sum(axis=1, dtype=jnp.uint32)
+
+
+def _hash_entries(bank: Bank) -> UInt[Array, "E"]:
+    """Hash the version and a sample of the weights of each layer and head."""
+    values = _mix(bank.get_versions().astype(jnp.uint32) + 1)
+    for group in (*bank.layers, *bank.heads):
+        members = jnp.zeros(len(group.tokens), jnp.uint32)
+        for leaf in jax.tree.leaves(group.params):
+            members = _mix(members ^ jax.vmap(_hash)(_sample(leaf)))
+        values = values.at[np.array(group.tokens)].add(members)
+    return values
+
+
+def _describe(value: object) -> object:
+    """Describe a function by what it computes, as far as Python shows it."""
+    if isinstance(value, partial):
+        return _describe(value.func), [_describe(v) for v in value.args], sorted(value.keywords)
+    function = getattr(value, "__wrapped__", value)
+    if not isinstance(function, FunctionType):
+        return repr(value)
+    code = function.__code__
+    inner = [_describe(cell.cell_contents) for cell in function.__closure__ or ()]
+    constants = [c.co_code if isinstance(c, CodeType) else c for c in code.co_consts]
+    return function.__qualname__, code.co_code, code.co_names, constants, inner
+
+
+def _sample(leaf: Array) -> Array:
+    """Take evenly spaced numbers of each member: `[n, ...]` to `[n, m]`."""
+    rows = leaf.reshape(leaf.shape[0], -1)
+    return rows[:, :: max(1, -(-rows.shape[1] // _NUM_READ))]
+
+
+def _hash(leaf: Array) -> UInt[Array, ""]:
+    """Hash the bits and the shape of an array; the order of its numbers matters."""
+    words = _to_words(leaf)
+    place = jnp.arange(words.size, dtype=jnp.uint32)
+    total = jnp.sum(_mix(words ^ _mix(place + 1)), dtype=jnp.uint32)
+    return total + jnp.uint32(zlib.crc32(repr((leaf.shape, str(leaf.dtype))).encode()))
+
+
+def _to_words(leaf: Array) -> UInt[Array, "N"]:
+    leaf = jnp.asarray(leaf).reshape(-1)
+    if leaf.dtype == bool:
+        return leaf.astype(jnp.uint32)
+    if leaf.dtype.itemsize > 4:
+        leaf = jax.lax.bitcast_convert_type(leaf, jnp.uint32).reshape(-1)
+    kind = np.dtype(f"uint{8 * leaf.dtype.itemsize}")
+    return jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32)
+
+
+def _mix(value: UInt[Array, "*N"]) -> UInt[Array, "*N"]:
+    """Spread each bit over all bits (Murmur3's finalizer)."""
+    value = (value ^ (value >> 16)) * jnp.uint32(_MIX[0])
+    value = (value ^ (value >> 13)) * jnp.uint32(_MIX[1])
+    return value ^ (value >> 16)

@@ -1,0 +1,171 @@
+"""A check that a search keeps the contract of `jchain.search.protocol`."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jchain._typing import Array, Key, PyTree
+from jchain.engine.evaluate import evaluate
+from jchain.problem import Problem
+from jchain.search.driver import check_arguments, check_step
+from jchain.search.protocol import Info, Search
+
+# Two ways to compute the same may round differently.
+_RTOL, _ATOL = 2e-3, 1e-5
+_Step = tuple[PyTree, Info]
+_Run = list[_Step]
+
+
+class _Row(NamedTuple):
+    """A chain that a step reported as scored."""
+
+    step: int
+    tokens: tuple[int, ...]
+    loss: float
+
+
+def check_search(
+    search: Search, problem: Problem, *, key: Key[Array, ""] | None = None, num_steps: int = 3
+) -> None:
+    """Check that a search keeps its contract on a problem, for the tests of a new search.
+
+    A few steps are run jitted, without `jit`, vmapped over two keys, and again with the same key.
+    The check then compares these runs, evaluates all chains that they reported, and counts the
+    layer calls that these chains cost at least.
+
+    Args:
+      search: the search to check.
+      problem: the problem to run it on. A small one is enough.
+      key: the PRNG key; `jax.random.key(0)` if None.
+      num_steps: the number of steps per run.
+
+    Raises:
+      TypeError: if `step` does not return a state and a `jc.Info`, with arrays of the right shapes.
+      ValueError: if the search is not a registered pytree or does not accept the problem, or with a
+        line for each broken promise: the state changes its structure, shapes, or dtypes; jitted,
+        eager, vmapped, or repeated runs differ; a row is not a chain of the problem's space; a loss
+        is not that of its chain; or a step costs less than its chains do.
+    """
+    check_arguments(search, problem, 1, 1)
+    problem = problem.without_names()
+    keys = jax.random.split(jax.random.key(0) if key is None else key, 2)
+
+    def init(key: Array) -> PyTree:
+        return search.init(key, problem)
+
+    def step(key: Array, state: PyTree) -> _Step:
+        return check_step(search, search.step(key, state, problem), problem)
+
+    jitted = _take_steps(keys[0], jax.jit(init), jax.jit(step), num_steps)
+    findings = [*_check_states(jitted), *_check_rows(jitted, problem)]
+    others = {
+        "without jit": _take_steps(keys[0], init, step, num_steps),
+        "repeated with the same key": _take_steps(keys[0], jax.jit(init), jax.jit(step), num_steps),
+        "under vmap": _take_vmapped_steps(keys, init, step, num_steps),
+    }
+    for name, other in others.items():
+        findings += _compare(jitted, other, name)
+    if findings:
+        lines = "".join(f"\n- {finding}" for finding in findings)
+        raise ValueError(f"{type(search).__name__} breaks the contract of a search:{lines}")
+
+
+def _take_steps(
+    key: Array, init: Callable[[Array], PyTree], step: Callable[..., _Step], num_steps: int
+) -> _Run:
+    """Run a search; the first entry holds the first state and no chains."""
+    init_key, *step_keys = jax.random.split(key, num_steps + 1)
+    state = init(init_key)
+    run: _Run = []
+    for step_key in step_keys:
+        new, info = step(step_key, state)
+        run.append((state, jax.tree.map(np.asarray, info)))
+        state = new
+    return [*run, (state, run[-1][1])]
+
+
+def _take_vmapped_steps(
+    keys: Array, init: Callable[[Array], PyTree], step: Callable[..., _Step], num_steps: int
+) -> _Run:
+    """Run two keys at once, and return the first run."""
+
+    def first(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf[0], tree)
+
+    all_keys = jax.vmap(lambda key: jax.random.split(key, num_steps + 1))(keys)
+    state = jax.jit(jax.vmap(init))(all_keys[:, 0])
+    run: _Run = []
+    for t in range(num_steps):
+        new, info = jax.jit(jax.vmap(step))(all_keys[:, t + 1], state)
+        run.append((first(state), jax.tree.map(np.asarray, first(info))))
+        state = new
+    return [*run, (first(state), run[-1][1])]
+
+
+def _check_states(run: _Run) -> list[str]:
+    shapes = [jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), state) for state, _ in run]
+    findings = []
+    for t, shape in enumerate(shapes[1:]):
+        if jax.tree.structure(shape) != jax.tree.structure(shapes[0]):
+            findings.append(f"step {t} changes the structure of the state")
+        elif shape != shapes[0]:
+            findings.append(f"step {t} changes the shapes or dtypes of the state")
+    return findings[:1]
+
+
+def _check_rows(run: _Run, problem: Problem) -> list[str]:
+    """Check what the steps reported: chains, losses, and costs."""
+    findings, rows, seen = [], [], set()
+    for t, (_, info) in enumerate(run[:-1]):
+        is_chain = np.asarray(problem.space.contains(jnp.asarray(info.chains)))
+        is_invalid = ~is_chain & (info.chains != -1).any(axis=1)
+        if is_invalid.any():
+            findings.append(
+                f"step {t} reports {info.chains[is_invalid][0].tolist()}, which is not a chain of "
+                f"{problem.min_layers} to {problem.max_layers} layers and a head"
+            )
+        chains = [tuple(int(token) for token in row) for row in info.chains[is_chain]]
+        rows += [_Row(t, *pair) for pair in zip(chains, info.loss[is_chain], strict=True)]
+        prefixes = {
+            tokens[:length]
+            for tokens in chains
+            for length in range(1, sum(0 <= t < problem.bank.num_layers for t in tokens) + 1)
+        }
+        least = len(prefixes - seen)
+        seen |= prefixes
+        if info.layer_calls < least:
+            findings.append(
+                f"step {t} costs {int(info.layer_calls)} layer calls, but the prefixes of its "
+                f"chains that no step had scored before cost at least {least}"
+            )
+    return findings + _check_losses(rows, problem)
+
+
+def _check_losses(rows: list[_Row], problem: Problem) -> list[str]:
+    if not rows:
+        return ["no step reports a chain"]
+    true = np.asarray(evaluate(problem, np.array([row.tokens for row in rows])).loss)
+    found = np.array([row.loss for row in rows])
+    is_wrong = ~np.isclose(found, true, rtol=_RTOL, atol=_ATOL)
+    if not is_wrong.any():
+        return []
+    place = int(np.argmax(is_wrong))
+    return [
+        f"step {rows[place].step} reports a loss of {found[place]:.6g} for {[*rows[place].tokens]},"
+        f" which has {true[place]:.6g}"
+    ]
+
+
+def _compare(run: _Run, other: _Run, name: str) -> list[str]:
+    for t, ((_, info), (_, again)) in enumerate(zip(run[:-1], other[:-1], strict=True)):
+        for field in Info._fields:
+            value, expected = getattr(again, field), getattr(info, field)
+            is_same = value.shape == expected.shape and np.allclose(
+                value, expected, rtol=_RTOL, atol=_ATOL, equal_nan=True
+            )
+            if not is_same:
+                return [f"{name}, step {t} returns other {field}"]
+    return []

@@ -1,0 +1,137 @@
+"""The protocol of searches.
+
+To add a search, write a frozen dataclass with `jchain.pytree.pytree_dataclass`. Declare the fields
+that set array shapes as `static`, and leave other numbers plain. Then define two methods:
+
+- `init(key, problem) -> state` returns the first state: a NamedTuple of what `step` needs to know.
+- `step(key, state, problem) -> (state, Info)` scores some chains. `Info` holds the chains, their
+  losses, and the cost of scoring them, in layer calls.
+
+Both must work under `jit` and `vmap`. The state and the losses must keep their shapes and dtypes.
+`jchain.search.driver` keeps track of the budget, the best chains, the loss curve, the counts, and
+the progress line. A search may also define the optional members that `Search` lists.
+`jchain.check_search` tests a search against this protocol, and so does
+`tests/search/test_contract.py`, which lists all searches of jchain.
+`jchain.search.random_search` is the shortest example.
+"""
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from jchain._typing import Array, Float, Int, Key, PyTree
+from jchain.problem import Problem
+
+
+class Info(NamedTuple):
+    """The chains that one step scored, their losses, and the cost of the step."""
+
+    chains: Int[Array, "P L"]  # [P, L]; a row of -1 holds no chain
+    loss: Float[Array, "P"]  # [P]; +inf if it is not finite or the row holds no chain
+    layer_calls: Int[Array, ""]  # cost of this step
+
+
+@runtime_checkable
+class Search(Protocol):
+    """A frozen dataclass that is registered as a pytree: sizes are static fields, rates are data.
+
+    Both methods must work under `jit`, and under `vmap` over keys and states. The members below are
+    optional. The first four are flags. The functions of the same names in this module read them,
+    and return False if a search does not define the flag.
+
+    - `is_deterministic`: the key does not affect which chains the search scores.
+    - `needs_gradient`: the search takes gradients through layers.
+    - `needs_invertible`: the layers of the bank must be invertible.
+    - `holds_chains`: the search stores chains of one bank and becomes invalid if tokens change.
+    - `check(problem)`: raises ValueError if the search cannot run on the problem (`Checked`).
+    - `refresh(state, problem, chains)`: adapts the state to changed weights (`Refreshable`).
+    """
+
+    def init(self, key: Key[Array, ""], problem: Problem) -> PyTree:
+        """Return the first state, which holds only what `step` needs.
+
+        Args:
+          key: the PRNG key; consumed by this call.
+          problem: the problem to search.
+        """
+        ...
+
+    def step(self, key: Key[Array, ""], state: PyTree, problem: Problem) -> tuple[PyTree, Info]:
+        """Score some chains and advance the state.
+
+        Args:
+          key: the PRNG key; consumed by this call.
+          state: the state that `init` or the last step returned.
+          problem: the problem to search.
+
+        Returns:
+          The next state, with the same shapes and dtypes, and the chains that were scored.
+        """
+        ...
+
+
+@runtime_checkable
+class Refreshable(Protocol):
+    """A search that can continue after weights of the bank have changed (`jchain.updates`)."""
+
+    def refresh(
+        self, state: PyTree, problem: Problem, chains: Int[Array, "Q L"]
+    ) -> tuple[PyTree, Int[Array, ""]]:
+        """Recompute all stored losses; return the new state and the cost in layer calls.
+
+        Args:
+          state: the state before the weights changed.
+          problem: the problem with the new weights.
+          chains: other good chains to store, `[Q, L]`; a row of -1 holds no chain.
+        """
+        ...
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """A search that accepts only some problems."""
+
+    def check(self, problem: Problem) -> None:
+        """Check a problem on the host before anything is computed.
+
+        Args:
+          problem: the problem to search.
+
+        Raises:
+          ValueError: if the search does not accept the problem.
+        """
+        ...
+
+
+def is_deterministic(search: Search) -> bool:
+    """Return True if the key does not affect what a search scores, so that one run is enough.
+
+    Args:
+      search: the search.
+    """
+    return bool(getattr(search, "is_deterministic", False))
+
+
+def needs_gradient(search: Search) -> bool:
+    """Return True if a search takes gradients through layers.
+
+    Args:
+      search: the search.
+    """
+    return bool(getattr(search, "needs_gradient", False))
+
+
+def needs_invertible(search: Search) -> bool:
+    """Return True if a search needs a bank of invertible layers.
+
+    Args:
+      search: the search.
+    """
+    return bool(getattr(search, "needs_invertible", False))
+
+
+def holds_chains(search: Search) -> bool:
+    """Return True if a search stores chains of one bank and becomes invalid if tokens change.
+
+    Args:
+      search: the search.
+    """
+    return bool(getattr(search, "holds_chains", False))
