@@ -1,15 +1,17 @@
-"""Speed of evaluating many chains, beside PyTorch and plain JAX on the same weights and data.
+"""Measure the speed of evaluating many chains, compared with PyTorch and plain JAX.
 
+    pip install -e ".[parity]"                                        # for the PyTorch rows
     python benchmarks/evaluate.py --json benchmarks/results/cpu.json  # 50 minutes on 2 CPU cores
     python benchmarks/evaluate.py --quick                             # 2 minutes, writes nothing
 
-The PyTorch rows need `pip install -e ".[parity]"`; without it they are empty. Implementations take
-turns, so that a slow moment of the machine affects all of them. Outputs are compared before
-anything is timed. A peer that would take more than `--patience` seconds for one population is
-skipped in that row; the fastest so far is skipped only if it would take eight times as long.
+All implementations use the same weights and data. The PyTorch rows need the extra `parity`; without
+it, they are empty. The implementations take turns, so that a slow moment of the machine affects all
+of them. Their outputs are compared before anything is timed. A peer that would take more than
+`--patience` seconds for one population is skipped in that row; the fastest peer so far is skipped
+only if it would take eight times as long.
 
-Expect on 2 CPU cores: random chains 1.2 to 7.5 times as fast as the best peer (more chains share
-more), 2.5 to 4.5 times if many prefixes are shared.
+Expected result on 2 CPU cores: random chains are evaluated 1.2 to 7.5 times as fast as by the best
+peer (more chains share more), and 2.5 to 4.5 times as fast if many prefixes are shared.
 """
 
 import argparse
@@ -36,7 +38,7 @@ from matplotlib.figure import Figure
 import jchain as jc
 
 NUM_LAYERS, DEPTH, NUM_CLASSES = 8, 4, 10
-# Layer, features of an example, examples.
+# Layer, shape of an example, and number of examples.
 BANKS: dict[str, tuple[Any, tuple[int, ...], int]] = {
     "mlp 64": (jc.layers.ResidualMLP(64), (64,), 512),
     "mlp 512": (jc.layers.ResidualMLP(512), (512,), 512),
@@ -46,7 +48,7 @@ BANKS: dict[str, tuple[Any, tuple[int, ...], int]] = {
     "transformer 768": (jc.layers.TransformerBlock(768, num_heads=12), (64, 768), 4),
 }
 QUICK_BANKS = ("mlp 64", "conv 16 8x8")
-# Naive vmap takes chains in parts of this size: more would not fit for the larger layers.
+# The plain vmap takes chains in parts of this size: larger layers would not fit with more.
 VMAP_CHUNK = 64
 
 
@@ -54,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="write results here, and a figure beside them")
+    parser.add_argument("--json", type=Path, help="write results here, and a figure next to them")
     parser.add_argument("--quick", action="store_true", help="two banks, few chains, no growth")
     parser.add_argument(
         "--patience",
@@ -68,7 +70,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "device": describe_device(),
         "versions": versions(),
-        # Measured first and last; the limits use the first.
+        # This is measured first and last; the limits use the first value.
         "matmul_gflops": measure_matmul(),
         "matmul_gflops_last": None,
         "bandwidth_gbytes_per_s": measure_bandwidth(),
@@ -93,7 +95,10 @@ def main() -> None:
 
 
 def save(path: Path | None, result: dict[str, Any]) -> None:
-    """What there is so far, and its figure: an interruption loses one bank at most."""
+    """Write the results so far, and their figure.
+
+    An interruption therefore loses at most one bank.
+    """
     if path is not None:
         jc.files.write_json(path, result)
     if path is not None and result["rows"]:
@@ -108,7 +113,7 @@ def make_problem(
     depth: int,
     **kwargs: Any,
 ) -> jc.Problem:
-    """Random weights and data; small weights, so that deep chains stay finite."""
+    """Make a problem of random data and of weights so small that deep chains stay finite."""
     x_key, y_key, layer_key, head_key = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(x_key, (num_examples, *shape))
     y = jax.random.randint(y_key, (num_examples,), 0, NUM_CLASSES)
@@ -129,7 +134,7 @@ def random_chains(
 
 
 def evolution_chains(num_parents: int = 16, num_children: int = 32) -> np.ndarray:
-    """Children of a few parents, each with one layer swapped."""
+    """Make children of a few parents, each with one layer swapped."""
     rng = np.random.default_rng(0)
     chains = np.repeat(random_chains(num_parents, seed=1), num_children, axis=0)
     chains[np.arange(len(chains)), rng.integers(0, DEPTH, len(chains))] = rng.integers(
@@ -139,7 +144,7 @@ def evolution_chains(num_parents: int = 16, num_children: int = 32) -> np.ndarra
 
 
 def sweep_chains() -> np.ndarray:
-    """All chains of exactly `DEPTH` layers, so that peers can stack them."""
+    """List all chains of exactly `DEPTH` layers, so that peers can stack them."""
     grid = np.indices((NUM_LAYERS,) * DEPTH).reshape(DEPTH, -1).T
     return np.concatenate([grid, np.full((len(grid), 1), NUM_LAYERS)], axis=1).astype(np.int32)
 
@@ -205,7 +210,10 @@ def compare(name: str, result: dict[str, Any], args: argparse.Namespace) -> None
 def take_turns(
     runs: dict[str, Callable[[np.ndarray], np.ndarray]], chains: np.ndarray
 ) -> dict[str, dict[str, float]]:
-    """Median, quartiles and number of timings of each, all outputs compared with jchain's first."""
+    """Measure the median, the quartiles, and the number of timings of each implementation.
+
+    All outputs are first compared with jchain's.
+    """
     expected = runs["jchain"](chains)
     timings: dict[str, list[float]] = {name: [] for name in runs}
     for name, run in runs.items():
@@ -213,7 +221,7 @@ def take_turns(
         losses = run(chains)
         seconds = time.perf_counter() - begin
         np.testing.assert_allclose(losses, expected, rtol=2e-3, atol=2e-3, err_msg=name)
-        # One timing of the slowest is enough to know that they are slow; they were compiled for a
+        # One timing is enough to know that the slowest are slow. They were already compiled for a
         # smaller population.
         if seconds > 3 and len(chains) > 64 and name != "jchain":
             timings[name].append(seconds)
@@ -225,12 +233,12 @@ def take_turns(
         for name, run in runs.items():
             if timings[name] and timings[name][-1] > 3 and name != "jchain":
                 continue
-            # The first call after another's pays for a cold cache and for memory given back to the
-            # system.
+            # The first call after another implementation pays for a cold cache, and for memory that
+            # was given back to the system.
             if not timings[name] or timings[name][-1] < 0.5:
                 run(chains)
             timings[name].append(time_call(lambda: run(chains)))  # noqa: B023
-            # PyTorch's threads go on spinning for a while, which would slow down whoever is next.
+            # PyTorch's threads keep spinning for a while, and would slow down the next one.
             time.sleep(0.25 if name.startswith("torch") else 0)
     return {
         name: {
@@ -244,7 +252,7 @@ def take_turns(
 
 
 def make_jax_peers(problem: jc.Problem) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """One jitted chain at a time, and a plain vmap over chains."""
+    """Make a loop over jitted single chains, and a plain vmap over chains."""
 
     def one(problem: jc.Problem, chain: jax.Array) -> tuple[jax.Array, jax.Array]:
         hidden = problem.data.x
@@ -276,7 +284,7 @@ def make_torch_peers(
 
 
 def count_flops(problem: jc.Problem) -> tuple[float, float]:
-    """Of one layer call and one head call, as XLA counts them."""
+    """Count the operations of one layer call and of one head call, as XLA counts them."""
     layer, head = (
         count_call_flops(groups[0], problem.data.x)
         for groups in (problem.bank.layers, problem.bank.heads)
@@ -285,7 +293,10 @@ def count_flops(problem: jc.Problem) -> tuple[float, float]:
 
 
 def measure_compile(name: str) -> dict[str, Any]:
-    """Seconds to compile a new problem, and the traces that 100 more populations make."""
+    """Measure the seconds to compile a new problem.
+
+    Also count the traces that 100 more populations cause.
+    """
     layer, shape, num_examples = BANKS[name]
     calls = []
 
@@ -298,7 +309,7 @@ def measure_compile(name: str) -> dict[str, Any]:
         time_call(lambda: jax.block_until_ready(jc.evaluate(problem, random_chains(64))))
         for _ in range(2)
     )
-    # Small populations, as a hundred large ones would take minutes.
+    # The populations are small because a hundred large ones would take minutes.
     jc.evaluate(problem, random_chains(2))
     num_calls = len(calls)
     for seed in range(100):
@@ -307,7 +318,10 @@ def measure_compile(name: str) -> dict[str, Any]:
 
 
 def measure_growth() -> list[dict[str, Any]]:
-    """Seconds and memory against chains, layers of the bank, and length; MLP 64, 512 examples."""
+    """Measure seconds and memory against the number of chains, bank size, and chain length.
+
+    The bank is MLP 64 with 512 examples.
+    """
     cases = [("chains", num, 64, 4) for num in (16, 64, 256, 1024, 4096, 16384)]
     cases += [("layers", 512, num, 4) for num in (4, 16, 64, 256, 1024)]
     cases += [("length", 64, 8, num) for num in (2, 4, 8, 16, 32, 64)]
@@ -343,7 +357,7 @@ def measure_growth() -> list[dict[str, Any]]:
 
 
 def best(row: dict[str, Any], start: str) -> float | None:
-    """Seconds of the fastest peer whose name starts so."""
+    """Return the seconds of the fastest peer whose name starts with `start`."""
     found = [
         s
         for peer, s in row["seconds"].items()
@@ -363,7 +377,7 @@ def format_row(row: dict[str, Any]) -> str:
 
 
 def format_tables(result: dict[str, Any]) -> str:
-    """Markdown: times of peers as multiples of jchain's."""
+    """Format Markdown tables of the peers' times as multiples of jchain's."""
     head = (
         "bank",
         "chains",
@@ -405,7 +419,7 @@ def format_tables(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Times of the peers as multiples of jchain's, a line of dots for each row."""
+    """Plot the peers' times as multiples of jchain's, with a line of dots for each row."""
     rows = result["rows"][::-1]
     figure = Figure(figsize=(8, 1 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()

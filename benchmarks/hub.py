@@ -1,14 +1,16 @@
-"""Speed of chains of a transformer's blocks beside PyTorch, and the memory that an import takes.
+"""Measure the speed of chains of transformer blocks, and the memory that an import takes.
 
     python benchmarks/hub.py --json benchmarks/results/hub_cpu.json  # 6 minutes on 2 CPU cores
     python benchmarks/hub.py --quick                                 # 1 minute, writes nothing
 
-Needs `pip install -e ".[parity]"` and 3 GB of disk. A GPT-2 of 12 blocks with random weights is
-written as a checkpoint and read by both. PyTorch runs one chain at a time, with the model's list of
-blocks in that order. Losses are compared first. The limit is the arithmetic of all distinct layer
-and head calls at the speed of the best large product. *Import*: a checkpoint of the shape of Qwen2
-1.5B in bfloat16; the peak of resident memory of a separate process, minus that before the import,
-over the size of the files.
+The script needs `pip install -e ".[parity]"` and 3 GB of disk. A GPT-2 of 12 blocks with random
+weights is written as a checkpoint, and both jchain and PyTorch read it. PyTorch runs one chain at a
+time, with the model's list of blocks in the order of the chain. Losses are compared first. The
+limit is the arithmetic of all distinct layer and head calls at the speed of the fastest large
+matrix product.
+
+*Import*: the checkpoint has the shape of Qwen2 1.5B in bfloat16. The result is the peak of resident
+memory of a separate process, minus that before the import, divided by the size of the files.
 """
 
 # pyright: reportMissingImports=false
@@ -32,13 +34,13 @@ from machine import count_call_flops, describe_device, measure_matmul, time_call
 import jchain as jc
 
 DEPTH = 12
-# Width, heads, vocabulary, sequences, their length; and how many of the populations, as PyTorch
-# takes minutes for one of the wide.
+# Width, heads, vocabulary, sequences, their length, and number of populations. The wide model has
+# only one population, for which PyTorch takes minutes.
 MODELS = {
     "128 wide, 256 tokens": (128, 4, 256, 8, 128, 3),
     "768 wide, 4,096 tokens": (768, 12, 4096, 2, 128, 1),
 }
-# Timings of each, and seconds of PyTorch from which one is enough.
+# Number of timings of each; one is enough if PyTorch takes at least `LONG` seconds.
 REPEATS, LONG = 7, 15.0
 LARGE = {
     "model_type": "qwen2",
@@ -88,7 +90,7 @@ def save(path: Path | None, result: dict[str, Any]) -> None:
 
 
 def make_populations(num_layers: int, num: int) -> dict[str, np.ndarray]:
-    """Chains that share prefixes, as in a search for a shallower or rearranged model."""
+    """Make chains that share prefixes, as in a search for a shallower or rearranged model."""
     whole = jnp.arange(num_layers + 1)
     drop = {
         k: [
@@ -154,7 +156,7 @@ def compare(name: str, gflops: float, *, is_quick: bool) -> list[dict[str, Any]]
         expected = run_torch(chains)
         repeats = REPEATS if time.perf_counter() - begin < LONG else 1
         np.testing.assert_allclose(run_jchain(chains), expected, rtol=1e-4)
-        # By turns, so that a slow moment of the machine meets both.
+        # Both take turns, so that a slow moment of the machine affects both.
         timings = [
             [time_call(partial(run, chains)) for run in (run_jchain, run_torch)]
             for _ in range(repeats)
@@ -189,7 +191,7 @@ def format_row(row: dict[str, Any]) -> str:
 
 
 def run_import() -> dict[str, Any]:
-    """Peak memory of importing a large checkpoint, each time in a separate process."""
+    """Measure the peak memory of importing a large checkpoint in a separate process each time."""
     from safetensors.numpy import save_file
 
     with tempfile.TemporaryDirectory() as name:
@@ -207,7 +209,7 @@ def run_import() -> dict[str, Any]:
 
 
 def make_weights() -> dict[str, np.ndarray]:
-    """Tensors of the shape of Qwen2 1.5B by name, random."""
+    """Make random tensors of the shape of Qwen2 1.5B, by name."""
     width, hidden = LARGE["hidden_size"], LARGE["intermediate_size"]
     narrow = width * LARGE["num_key_value_heads"] // LARGE["num_attention_heads"]
     block = {"input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,)}
@@ -232,7 +234,10 @@ def make_weights() -> dict[str, np.ndarray]:
 
 
 def measure_import(folder: Path) -> dict[str, float]:
-    """Peak of resident memory less that of an empty process with JAX, and seconds."""
+    """Measure the seconds and the peak of resident memory of an import.
+
+    The peak of an empty process with JAX is subtracted.
+    """
     jax.block_until_ready(jnp.zeros(1))
     before = read_peak()
     begin = time.perf_counter()
@@ -245,9 +250,9 @@ def measure_import(folder: Path) -> dict[str, float]:
 
 
 def read_peak() -> int:
-    """Peak of resident memory, in bytes.
+    """Read the peak of resident memory, in bytes.
 
-    Not by `getrusage`, whose peak starts at that of the parent process.
+    The peak of `getrusage` is not used because it starts at that of the parent process.
     """
     (line,) = [
         line

@@ -1,11 +1,11 @@
-"""How near a sweep of chains of convolutions comes to the limit of the processor.
+"""Measure how close a sweep of chains of convolutions comes to the limit of the processor.
 
     python benchmarks/images.py --json benchmarks/results/images_cpu.json  # 10 minutes, 2 CPU cores
 
-The sweep evaluates all chains of up to four blocks of one to three convolutions, the bank that
-`jchain search --data` makes for images. The limit is the arithmetic of all distinct layer and head
-calls at the speed of the best large product. Expect 34 to 44% of it on a processor with AVX-512,
-where one convolution of 16 channels alone reaches 36 to 43%.
+The sweep evaluates all chains of up to four blocks of one to three convolutions. Its bank is like
+the one that `jchain search --data` makes for images. The limit is the arithmetic of all distinct
+layer and head calls at the speed of the fastest large matrix product. Expected result: 34 to 44% of
+the limit on a processor with AVX-512, where a single convolution of 16 channels reaches 36 to 43%.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from machine import count_call_flops, describe_device, measure_matmul, versions
 import jchain as jc
 
 DEPTH, NUM_CLASSES = 4, 10
-# Features of an example, examples.
+# Shape of an example, and number of examples.
 BANKS: dict[str, tuple[tuple[int, ...], int]] = {
     "conv 16 8x8, depths 1 to 3": ((8, 8, 16), 128),
     "conv 16 16x16, depths 1 to 3": ((16, 16, 16), 32),
@@ -52,11 +52,10 @@ def main() -> None:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Seconds of the sweep and of its limit, by the clock and of the processor.
+    """Measure the seconds of the sweep and of its limit, in both wall-clock and processor time.
 
-    The two differ if other processes use the processor too.
-
-    The limit's product is measured before and after the sweep.
+    The two kinds of time differ if other processes use the processor too. The product that sets the
+    limit is timed before and after the sweep.
     """
     shape, num_examples = BANKS[name]
     x_key, y_key, key = jax.random.split(jax.random.key(0), 3)
@@ -88,7 +87,7 @@ def measure(name: str) -> dict[str, Any]:
     begin = time.perf_counter(), time.process_time()
     jax.block_until_ready(run(problem, jnp.asarray(chains)))
     seconds, busy = time.perf_counter() - begin[0], time.process_time() - begin[1]
-    # Of more than one core the product, too, counts the time of each.
+    # If there are several cores, the processor time of the product also counts each of them.
     gflops = [
         (a + measure_matmul(clock)) / 2
         for a, clock in zip(gflops, (time.perf_counter, time.process_time), strict=True)

@@ -1,4 +1,4 @@
-"""The machine that a benchmark runs on, and its limits. Imported by the scripts here."""
+"""The machine that a benchmark runs on, and its limits. The other scripts here import this."""
 
 import platform
 import time
@@ -14,7 +14,7 @@ import numpy as np
 
 
 def measure_matmul(clock: Callable[[], float] = time.perf_counter) -> float:
-    """GFLOP/s of the best square product of 1,024 or 2,048, by this clock."""
+    """Measure the GFLOP/s of the fastest square product of size 1,024 or 2,048, by this clock."""
     best = 0.0
     for size in (1024, 2048):
         a = jax.random.normal(jax.random.key(0), (size, size))
@@ -26,7 +26,7 @@ def measure_matmul(clock: Callable[[], float] = time.perf_counter) -> float:
 
 
 def measure_bandwidth() -> float:
-    """GB/s read and written by adding to 256 MiB in place."""
+    """Measure the GB/s that are read and written by adding to 256 MiB in place."""
     add = jax.jit(lambda x: jax.lax.fori_loop(0, 8, lambda i, x: x + 1, x), donate_argnums=0)
     x = jnp.zeros(2**26)
 

@@ -1,9 +1,9 @@
-"""Errors of losses against float64, in float32 and bfloat16, on banks trained for digits.
+"""Measure the errors of losses in float32 and bfloat16, compared with float64.
 
     python benchmarks/precision.py --json benchmarks/results/precision_cpu.json  # 1 minute
 
-200 random chains of 4 layers on each bank. Expect relative errors of a loss below 1e-6 in float32
-and below 1e-2 in bfloat16.
+The script evaluates 200 random chains of 4 layers on each bank; the banks are trained on digits.
+Expected result: the relative error of a loss is below 1e-6 in float32 and below 1e-2 in bfloat16.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def losses_in_float64(problem: jc.Problem, chains: np.ndarray) -> np.ndarray:
-    """One chain at a time, by the plain definition."""
+    """Evaluate one chain at a time, by the plain definition."""
     with jax.enable_x64(True):
         exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), problem.bank)
         x: Any = np.asarray(problem.data.x, np.float64)

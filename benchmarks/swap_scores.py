@@ -1,12 +1,12 @@
-"""All single swaps of a chain: scored from one linearization, beside evaluated exactly.
+"""Compare scoring all single swaps of a chain from one linearization with evaluating them.
 
     python benchmarks/swap_scores.py --json benchmarks/results/swap_scores_cpu.json  # 3 minutes
     python benchmarks/swap_scores.py --quick                            # 30 s, writes nothing
 
-A chain of 24 layers in a bank of 96, so 2,280 swaps that change something; random weights and data.
-Both take turns, and the median of the turns is given. Expect of linearized scores on 2 CPU cores:
-an eleventh of the layer calls, an eighth of the seconds for 64-wide MLPs and a fifth for
-convolutions of 16 channels.
+The chain has 24 layers of a bank of 96, so 2,280 swaps change something. Weights and data are
+random. The two methods take turns, and the median of the turns is reported. Expected result on 2
+CPU cores: linearized scores need 1/11 of the layer calls of exact evaluation. They take 1/8 of its
+time for MLPs of width 64, and 1/5 for convolutions with 16 channels.
 """
 
 import argparse
@@ -35,9 +35,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, help="write results here")
-    parser.add_argument("--quick", action="store_true", help="64-wide MLPs alone, one turn")
+    parser.add_argument("--quick", action="store_true", help="only MLPs of width 64, one turn")
     parser.add_argument(
-        "--turns", type=int, default=5, help="of which the median is given (default: %(default)s)"
+        "--turns", type=int, default=5, help="turns; the median is reported (default: %(default)s)"
     )
     args = parser.parse_args()
     rows = []

@@ -1,6 +1,7 @@
-"""PyTorch peers on the same weights and data. Imported by `evaluate.py`.
+"""PyTorch peers on the same weights and data. `evaluate.py` imports this module.
 
-Each peer maps chains `[P, L]` to their losses `[P]`; all compute loss and accuracy as jchain does.
+Each peer maps chains `[P, L]` to their losses `[P]`. All of them compute loss and accuracy as
+jchain does.
 """
 
 # pyright: reportMissingImports=false
@@ -15,14 +16,14 @@ import torch.nn.functional as F
 
 import jchain as jc
 
-# Chains that one `torch.func.vmap` takes together: more would not fit for the larger layers.
+# `torch.func.vmap` takes this many chains at a time: larger layers would not fit with more.
 VMAP_CHUNK = 64
 
 
 def make_peers(
     problem: jc.Problem, *, with_compile: bool
 ) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """An eager loop, a loop of compiled layers, and `torch.func.vmap` over stacked weights."""
+    """Make an eager loop, a loop of compiled layers, and `torch.func.vmap` over stacked weights."""
     group, heads = problem.bank.layers[0], problem.bank.heads[0]
     layer_fn, convert, stack_x = _port(group.module)
     layers = [_params(group, i, convert) for i in range(len(group.tokens))]
@@ -81,7 +82,11 @@ def _params(group: jc.LayerGroup, index: int, convert: Callable) -> list[torch.T
 
 
 def _port(module: Any) -> tuple[Callable, Callable, Callable]:
-    """The layer as a function of its params, its params from Flax, and the input layout."""
+    """Return the layer in PyTorch.
+
+    This is the layer as a function of its params, a function that converts the params of Flax, and
+    one that changes the layout of the input.
+    """
     if isinstance(module, jc.layers.ResidualMLP):
         names = ("Dense_0", "Dense_1")
         return (

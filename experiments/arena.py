@@ -1,36 +1,41 @@
-"""The arena: every search at equal cost, on ChainBench and on large problems.
+"""The arena: compare all searches at equal cost, on ChainBench and on large problems.
 
     python experiments/chainbench.py && python experiments/arena.py
 
-Hardware and run time: 2 CPU cores, shared with two other jobs, 31 minutes.
+The run takes 31 minutes on 2 CPU cores shared with two other jobs.
 
-Result to expect, at 1,000 layer calls: a regret of 0.0042 for critic search, 0.0082 for linearized
-search, and 0.027 to 0.034 for evolution, local search and beam search.
+Expected result: at 1,000 layer calls, the regret is 0.0042 for critic search, 0.0082 for linearized
+search, and 0.027 to 0.034 for evolution, local search, and beam search.
 
-Each search spends the same number of layer calls on each of the 36 problems, 20 times with
-different keys. All searches pay for repeated chains by one rule (`jchain.engine.score_cache`). The
-losses come from ChainBench's tables (`jchain.chainbench.tabular`), which changes no charge, except
-for searches that need a gradient. A run ends when it has found the best chain of all. The time per
-layer call is that of one run that applies the layers. Sizes and rates were chosen on problems of
-even number (`--tune` compares them there); the results are those of odd number.
+Each search spends the same number of layer calls on each of the 36 problems, in 20 runs with
+different keys. One rule decides what every search pays for a chain that it scores again
+(`jchain.engine.score_cache`). Losses are looked up in ChainBench's tables
+(`jchain.chainbench.tabular`), which does not change what a search is charged; only searches that
+need a gradient apply the layers. A run ends early once it has found the best chain of all. The time
+per layer call is measured in a separate run that does apply the layers. Sizes and rates were chosen
+on the even-numbered problems (`--tune` compares them there); the reported results are those of the
+odd-numbered problems.
 
-`--tune`: 13 minutes without the variants that need a gradient. It also removes parts, with these
-regrets at 1,000 layer calls. Actor-critic: 0.065 without imitation, 0.033 without restarts, 0.031
-with both, 0.038 if it also observes edit scores and pays for them. Critic search: 0.020 without
-learning, 0.008 without features, 0.007 with them (features pay off if the critic was trained on
-other banks). Linearized search: 0.008 without pairs, 0.004 with them.
+`--tune` takes 13 minutes without the variants that need a gradient. It also runs searches with one
+part removed. Their regrets at 1,000 layer calls are as follows. Actor-critic: 0.065 without
+imitation, 0.033 without restarts, 0.031 with both, and 0.038 if it also observes edit scores and
+pays for them. Critic search: 0.020 without learning, 0.008 without features, and 0.007 with them
+(features pay off if the critic was trained on other banks). Linearized search: 0.008 without pairs
+and 0.004 with them.
 
-`--quick`: four problems of the wine data, 5 seeds, 2,000 layer calls; missing problems are built
-first.
+`--quick` runs four problems of the wine data with 5 seeds and 2,000 layer calls. It builds missing
+problems first.
 
-`--large`: 12 banks of 24, 48 and 96 layers with chains of up to 8, 12 and 24 layers, without
-tables, and with the critic that controller.py trained on small banks. The best chain is unknown, so
-regret is relative to the lowest loss that any run found, which counts as solved. 45 minutes, shared
-with two other jobs. Result to expect, at 1,000 layer calls: a regret of 0.048 for linearized search
-and for that critic, zero-shot, and of 0.19 for local search, which reaches 0.049 after 12,000.
+`--large` runs on 12 banks of 24, 48, and 96 layers with chains of up to 8, 12, and 24 layers. It
+uses no tables, and it adds the critic that controller.py trained on small banks. The best chain is
+unknown, so regret is relative to the lowest loss that any run found, and a run that reaches this
+loss counts as solved. It takes 45 minutes on a machine shared with two other jobs. Expected result:
+at 1,000 layer calls, the regret is 0.048 for linearized search and for that critic, zero-shot, and
+0.19 for local search, which reaches 0.049 after 12,000.
 
-The runs of each search are kept, so an interrupted arena continues. Writes arena.json, arena.md and
-arena.png (arena_large, arena_tune) to experiments/results.
+The finished runs of each search are kept, so an interrupted arena continues where it stopped. The
+script writes arena.json, arena.md, and arena.png (or arena_large and arena_tune) to
+experiments/results.
 """
 
 import argparse
@@ -62,7 +67,7 @@ from scipy.stats import trim_mean
 
 import jchain as jc
 
-# Slowest first, so that no core is idle at the end.
+# The slowest searches come first, so that no core is idle at the end.
 SEARCHES: dict[str, Any] = {
     "linearized": jc.LinearizedSearch(),
     "actor-critic, tokens": jc.ActorCritic(encoding=jc.TokenEncoding()),
@@ -78,12 +83,12 @@ SEARCHES: dict[str, Any] = {
 BUDGETS = (300, 1000, 4000, 16000)
 TUNED_BUDGETS = BUDGETS[1:3]
 CLOCK = ("digits-independent-1", 2000)  # problem and layer calls of the timed run
-# Digits of a regret. Losses from tables and from layers differ in later digits.
+# Number of digits of a regret. Losses from tables and from layers differ in later digits.
 EXACT = 6
 LARGE = tuple(f"{data}-{kind}-1" for data in jc.chainbench.DATA for kind in jc.chainbench.KINDS)
 LARGE_SIZES = {"digits": (48, 12), "wine": (96, 24), "breast_cancer": (24, 8)}  # layers, slots
 LARGE_BUDGETS = (1000, 4000, 12000)
-# Without the searches that are worse on ChainBench.
+# The searches that are worse on ChainBench are left out.
 LARGE_SEARCHES = (
     "linearized",
     "critic search",
@@ -95,7 +100,7 @@ LARGE_SEARCHES = (
 
 
 def see_losses_only(problem: jc.Problem, children: Any, parent: Any) -> Any:
-    """Observation without features, for a critic that learns from tokens alone.
+    """Observe no features, for a critic that learns from tokens alone.
 
     The name of this function is part of a key in arena_tune.json.
     """
@@ -103,7 +108,7 @@ def see_losses_only(problem: jc.Problem, children: Any, parent: Any) -> Any:
     return observation._replace(features=jnp.zeros_like(observation.features))
 
 
-# Variants for the problems of even number: other sizes and rates, and searches without a part.
+# Variants for the even-numbered problems: other sizes and rates, and searches with a part removed.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "actor-critic, tokens": [
         {"entropy_weight": 0.2},
@@ -146,7 +151,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 
 
 class Setup(NamedTuple):
-    """Problems and runs on which searches are compared."""
+    """The problems and runs on which searches are compared."""
 
     folder: Path
     names: tuple[str, ...]
@@ -164,7 +169,7 @@ def main() -> None:
     mode.add_argument(
         "--tune",
         action="store_true",
-        help="compare other sizes and rates on the problems of even number",
+        help="compare other sizes and rates on the even-numbered problems",
     )
     mode.add_argument(
         "--quick", action="store_true", help="four problems, 5 seeds, 2,000 layer calls"
@@ -216,7 +221,7 @@ def compare_searches(
     args: argparse.Namespace,
     reported: slice = slice(None),
 ) -> None:
-    """Run the searches, and write table, figure and JSON."""
+    """Run the searches, and write the table, the figure, and the JSON file."""
     losses = run_all(
         {name: {name: search} for name, search in searches.items()}, setup, args.workers
     )
@@ -296,14 +301,17 @@ def name_variant(name: str, change: dict[str, Any]) -> str:
 
 
 def run_all(groups: dict[str, dict[str, Any]], setup: Setup, workers: int) -> dict[str, np.ndarray]:
-    """Best loss of each search by problem, run and grid point, `[M, S, G]`."""
+    """Return the best loss of each search by problem, run, and grid point, `[M, S, G]`."""
     with make_pool(workers) as pool:
         futures = [pool.submit(run_searches, searches, setup) for searches in groups.values()]
         return {name: losses for future in futures for name, losses in future.result().items()}
 
 
 def run_searches(searches: dict[str, Any], setup: Setup) -> dict[str, np.ndarray]:
-    """Run variants of a search on all problems; variants of rates alone share programs."""
+    """Run the variants of a search on all problems.
+
+    Variants that differ only in their rates share compiled programs.
+    """
     inputs = (setup.names, setup.grid.tolist(), setup.seeds, digest_problems(setup))
     losses = {}
     for name, search in searches.items():
@@ -313,7 +321,7 @@ def run_searches(searches: dict[str, Any], setup: Setup) -> dict[str, np.ndarray
         given = (*inputs, describe_search(search), weights)
         losses[name] = keep(__file__, name.replace(" ", "-"), given, make)["loss"]
         print(f"{name:40} {time.perf_counter() - start:.0f} s", flush=True)
-    # Each program maps memory, and the number of mappings of a process is limited.
+    # Each program uses memory mappings, and a process can have only so many.
     jax.clear_caches()
     return losses
 
@@ -352,7 +360,7 @@ def run_problems(search: Any, setup: Setup, seeds: int) -> dict[str, np.ndarray]
 
 
 def needs_gradient(search: Any) -> bool:
-    """Whether the search needs the layers: losses from tables are not enough."""
+    """Return whether the search needs the layers, so that losses from tables are not enough."""
     return isinstance(search, jc.LinearizedSearch) or (
         isinstance(search, jc.ActorCritic) and search.score_kind is not None
     )
@@ -364,7 +372,10 @@ def find_large_path(folder: Path, name: str) -> Path:
 
 
 def load_large(folder: Path, name: str) -> jc.Problem:
-    """A problem larger than those of ChainBench; its bank is made if the file is missing."""
+    """Load a problem that is larger than those of ChainBench.
+
+    Its bank is trained if the file is missing.
+    """
     path = find_large_path(folder, name)
     data, _, seed = name.split("-")
     num_layers, depth = LARGE_SIZES[data]
@@ -381,10 +392,10 @@ def load_layers(setup: Setup, name: str) -> jc.Problem:
 
 
 def find_regret(losses: dict[str, np.ndarray], setup: Setup) -> dict[str, np.ndarray]:
-    """Turn losses `[M, S, G]` into regret: 0 is the best chain, 1 the median chain.
+    """Turn losses `[M, S, G]` into regrets: 0 for the best chain, 1 for the median chain.
 
-    It is also 1 before the first chain of a run. On large problems, the best chain is the best one
-    that any run found.
+    The regret is also 1 before a run has scored its first chain. On large problems, the best chain
+    is the best one that any run found.
     """
     best, middle = np.empty((2, len(setup.names), 1, 1))
     for i, name in enumerate(setup.names):
@@ -405,7 +416,7 @@ def find_regret(losses: dict[str, np.ndarray], setup: Setup) -> dict[str, np.nda
 
 
 def time_layer_call(search: Any, problem: jc.Problem) -> float:
-    """Microseconds per layer call of one run that applies the layers, without compilation."""
+    """Measure the microseconds per layer call of a compiled run that applies the layers."""
     jc.run(jax.random.key(0), search, problem, budget=CLOCK[1])
     start = time.perf_counter()
     result = jc.run(jax.random.key(0), search, problem, budget=CLOCK[1])
@@ -415,14 +426,17 @@ def time_layer_call(search: Any, problem: jc.Problem) -> float:
 
 
 def select_budgets(curves: np.ndarray, grid: np.ndarray, budgets: Any) -> np.ndarray:
-    """Regrets `[M, S, ...]` at these numbers of layer calls."""
+    """Select the regrets `[M, S, ...]` at these numbers of layer calls."""
     return curves[:, :, np.searchsorted(grid, budgets)]
 
 
 def summarize(
     runs: dict[str, np.ndarray], rows: list[int], grid: np.ndarray, budgets: tuple[int, ...]
 ) -> dict[str, Any]:
-    """IQM of the regret, and share of runs that found the best chain, by search and budget."""
+    """Compute the IQM of the regret and the share of solved runs, by search and budget.
+
+    A run is solved if it found the best chain.
+    """
     return {
         name: {
             str(budget): {
@@ -436,9 +450,10 @@ def summarize(
 
 
 def count_calls(curves: np.ndarray, local: np.ndarray, setup: Setup) -> dict[str, int | None]:
-    """Layer calls until a search reaches the final regret of local search; None if never.
+    """Count the layer calls until a search reaches the final regret of local search.
 
-    By problem; both regrets are interquartile means over runs.
+    The counts are by problem, and None if a search never gets there. Both regrets are interquartile
+    means over runs.
     """
     level, means = trim_mean(local[:, :, -1], 0.25, axis=1), trim_mean(curves, 0.25, axis=1)
     is_there = means <= level[:, None]
@@ -451,7 +466,10 @@ def count_calls(curves: np.ndarray, local: np.ndarray, setup: Setup) -> dict[str
 def compare_pairs(
     runs: dict[str, np.ndarray], rows: list[int], grid: np.ndarray, budgets: tuple[int, ...]
 ) -> dict[str, Any]:
-    """Probability that a search has a lower regret than another on the same problem, by budget."""
+    """Compute the probability of improvement for each pair of searches, by budget.
+
+    This is the probability that one search has a lower regret than the other on the same problem.
+    """
     return {
         str(budget): {
             name: {
@@ -470,13 +488,16 @@ def compare_pairs(
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """Markdown table: IQM of the regret with its 95% interval at each budget, best first."""
+    """Format a Markdown table of the IQM of the regret at each budget, best first.
+
+    Each IQM has its 95% interval.
+    """
     budgets, summary = result["config"]["budgets"], result["summary"]
     head = [
         "search",
         *(f"{budget:,} layer calls" for budget in budgets),
         "solved",
-        "us per layer call",
+        "µs per layer call",
     ]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name in sorted(

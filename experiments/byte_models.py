@@ -55,7 +55,7 @@ PARTS = {
         "ftplib.py",
     ),
 }
-# Text that is generated, or missing on some machines.
+# Text that is generated, or that some machines lack.
 LEFT_OUT = (
     "site-packages",
     "test",
@@ -68,7 +68,7 @@ LEFT_OUT = (
     "__pycache__",
     "turtledemo",
 )
-# Shares of the files for training, search, select and test.
+# Shares of the files for training, search, select, and test.
 SHARES = (0.7, 0.1, 0.1, 0.1)
 LENGTH, BATCH = 128, 16
 LEARNING_RATE, TUNE_RATE = 2e-3, 5e-4
@@ -76,7 +76,7 @@ LEARNING_RATE, TUNE_RATE = 2e-3, 5e-4
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Shape and number of training steps of the models."""
+    """The shape of the models, and their numbers of training steps."""
 
     depth: int = 8
     width: int = 128
@@ -85,7 +85,7 @@ class Model:
 
 
 def find_files() -> dict[str, list[Path]]:
-    """Files of the standard library for the base model, for A and for B."""
+    """Find the files of the standard library for the base model, for A, and for B."""
     root = Path(sysconfig.get_path("stdlib"))
     found: dict[str, list[Path]] = {"base": [], "a": [], "b": []}
     for path in sorted(root.rglob("*.py")):
@@ -97,7 +97,10 @@ def find_files() -> dict[str, list[Path]]:
 
 
 def load_text(seed: int) -> dict[str, list[np.ndarray]]:
-    """Bytes of the training, search, select and test split of each part; splits share no file."""
+    """Load the bytes of the training, search, select, and test split of each part.
+
+    No file is in two splits.
+    """
     rng, text = np.random.default_rng(seed), {}
     for part, paths in find_files().items():
         order = [paths[i] for i in rng.permutation(len(paths))]
@@ -111,7 +114,7 @@ def load_text(seed: int) -> dict[str, list[np.ndarray]]:
 
 
 def take(text: np.ndarray, num: int, rng: np.random.Generator) -> np.ndarray:
-    """Sequences of `LENGTH` bytes, each with the next byte, `[num, LENGTH + 1]`."""
+    """Take sequences of `LENGTH` bytes, each with its next byte, `[num, LENGTH + 1]`."""
     starts = rng.choice((len(text) - 1) // LENGTH, num, replace=False) * LENGTH
     return text[starts[:, None] + np.arange(LENGTH + 1)].astype(np.int32)
 
@@ -123,7 +126,10 @@ def make_batch(rows: np.ndarray) -> jc.Batch:
 def make_splits(
     text: dict[str, list[np.ndarray]], parts: tuple[str, ...], seed: int, sizes: tuple[int, ...]
 ) -> list[jc.Batch]:
-    """Search, select and test, with these numbers of sequences, in equal shares of the parts."""
+    """Make search, select, and test splits of these numbers of sequences.
+
+    Each part of the library contributes an equal share.
+    """
     rng = np.random.default_rng(1000 + seed)
     return [
         make_batch(
@@ -144,7 +150,7 @@ def write_config(folder: Path, model: Model) -> Path:
 def train_models(
     seed: int, model: Model, text: dict[str, list[np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """Weights of the base model and of its fine-tunes, by model and path."""
+    """Return the weights of the base model and of its fine-tunes, by model and path."""
     with tempfile.TemporaryDirectory() as folder:
         new = jc.hub.init(jax.random.key(seed), write_config(Path(folder) / "new", model))
     base = fit(new, text["base"][0], seed, model.num_steps, LEARNING_RATE)
@@ -159,7 +165,7 @@ def train_models(
 
 
 def run_blocks(bank: jc.Bank, x: jax.Array) -> jax.Array:
-    """Apply all blocks of the model in order, unrolled, for its gradient."""
+    """Apply all blocks of the model in order, unrolled, to differentiate through them."""
     hidden = bank.embed(x)
     for i in range(bank.num_layers):
         hidden = bank.layers[0].apply(i, hidden)
@@ -169,7 +175,7 @@ def run_blocks(bank: jc.Bank, x: jax.Array) -> jax.Array:
 def fit(
     bank: jc.Bank, text: np.ndarray, seed: int, num_steps: int, learning_rate: float
 ) -> jc.Bank:
-    """The bank after `num_steps` of AdamW."""
+    """Return the bank after `num_steps` of AdamW."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, num_steps // 10 + 1, num_steps, learning_rate / 20
     )
@@ -209,7 +215,7 @@ def fit(
 def write_checkpoints(
     folder: Path, weights: dict[str, np.ndarray], model: Model
 ) -> dict[str, Path]:
-    """Write the models, and the mean of the fine-tunes, and return their folders."""
+    """Write the models and the mean of the fine-tunes, and return their folders."""
     source = write_config(folder / "new", model)
     bank = jc.hub.init(jax.random.key(0), source)
     num = len(jax.tree.leaves(bank))

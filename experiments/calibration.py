@@ -1,4 +1,4 @@
-"""The exact values of ChainBench's prefixes, and how well a critic predicts them."""
+"""Exact values of ChainBench's prefixes, to measure how well a critic predicts them."""
 
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ DEPTHS = (1, 2, 3)  # of prefixes with room for a layer; the empty prefix has no
 
 
 class Truth(NamedTuple):
-    """Exact values of a problem."""
+    """The exact values of a problem."""
 
     chains: np.ndarray  # [12^3, L], through all prefixes with room for a layer
     best: list[np.ndarray]  # best reachable log reward of the prefixes of each depth 0..3
@@ -21,7 +21,7 @@ class Truth(NamedTuple):
 
 
 def find_truth(solved: Any) -> Truth:
-    """Best reachable reward of each prefix, from the losses of all chains."""
+    """Find the best reachable reward of each prefix, from the losses of all chains."""
     num_layers, depth = solved.bank.num_layers, jc.chainbench.MAX_LAYERS
     reward = np.asarray(jc.agent.rewards.log_rewards(jnp.asarray(solved.loss["search"]))).reshape(
         -1, solved.bank.num_heads
@@ -60,20 +60,29 @@ def evaluate_policy(policy: np.ndarray, truth: Truth) -> list[np.ndarray]:
 
 
 def list_chains(depth: int) -> np.ndarray:
-    """All chains of `depth` layers and the first head, in lexicographic order, `[C, depth + 1]`."""
+    """List all chains of `depth` layers and the first head, `[C, depth + 1]`.
+
+    They are in lexicographic order.
+    """
     num_layers = jc.chainbench.NUM_LAYERS
     chains = np.stack([*np.indices((num_layers,) * depth).reshape(depth, -1)], axis=1)
     return np.pad(chains, ((0, 0), (0, 1)), constant_values=num_layers)
 
 
 def split_by_depth(values: np.ndarray) -> list[np.ndarray]:
-    """Split values at the slots of `Truth.chains`, `[12^3, 4]`, into the prefixes of each depth."""
+    """Split values by the depth of their prefix.
+
+    The values are at the slots of `Truth.chains`, `[12^3, 4]`.
+    """
     num_layers = jc.chainbench.NUM_LAYERS
     return [values[:: num_layers ** (values.shape[1] - 1 - d), d] for d in range(values.shape[1])]
 
 
 def count_visits(chains: np.ndarray) -> list[np.ndarray]:
-    """Number of the last chains that start with each prefix with room for a layer, by depth."""
+    """Count how many of the last chains start with each prefix, by depth.
+
+    Only prefixes with room for a layer are counted.
+    """
     num_layers = jc.chainbench.NUM_LAYERS
     rows = chains.reshape(-1, chains.shape[-1])
     rows = rows[rows[:, 0] >= 0]
@@ -88,7 +97,7 @@ def count_visits(chains: np.ndarray) -> list[np.ndarray]:
 def compare_values(
     predicted: list[np.ndarray], truth: list[np.ndarray], weights: Any = None
 ) -> np.ndarray:
-    """Spearman's correlation over prefixes with a weight, weighted bias and RMSE, or nan."""
+    """Compute the weighted rank correlation, bias, and RMSE over prefixes, or nan."""
     rows = []
     for depth in DEPTHS:
         weight = np.ones(len(truth[depth])) if weights is None else weights[depth]
@@ -111,7 +120,7 @@ def compare_values(
 
 
 def correlate_open_prefixes(truth: Truth, chains: np.ndarray, predicted: np.ndarray) -> float:
-    """Mean over depths of Spearman's correlation over the open prefixes of a depth."""
+    """Average over depths the rank correlation over the open prefixes of a depth."""
     ranks = []
     for depth in DEPTHS:
         is_open = np.isfinite(predicted[depth])

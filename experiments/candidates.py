@@ -1,4 +1,4 @@
-"""Candidates for the main job: kinds of bank for which composing layers might be worth it."""
+"""Candidates for the demo: kinds of bank for which composing layers might pay off."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,20 +13,20 @@ import jchain as jc
 SIDE, DEPTH, NUM_STEPS = 8, 4, 1000
 LAYER, HEAD = jc.layers.ResidualMLP(SIDE**2), jc.layers.DenseHead(10)
 OPTIONS: dict[str, Any] = {"layer": LAYER, "head": HEAD}
-# Drift: degrees at which the net was fine-tuned, and steps each time.
+# Drift: the angles at which the net was fine-tuned, and the number of steps at each.
 ANGLES, DRIFT_STEPS, DRIFT_DEPTH = (0, 15, 30, 45, 60, 75), 300, 3
-# Spare parts: fine-tunes of one net, spoiled layers of each, and the noise in their weights.
+# Spare parts: number of fine-tunes, spoiled layers in each, steps, and noise in spoiled weights.
 NUM_COPIES, NUM_SPOILED, COPY_STEPS, NOISE = 5, 2, 200, 0.3
 DEEP = 12
-# Repair: faults at once, and copies of each digit with random combinations of them.
+# Repair: number of faults at once, and copies of each digit with random combinations of faults.
 NUM_FAULTS, COMBINED_COPIES = 4, 11
 LAYER_COST = 0.002
 
 
 class Candidate(NamedTuple):
-    """Data and a bank of one seed."""
+    """The data and the bank of one seed."""
 
-    data: jc.Dataset  # train: every labeled example that the bank was trained on
+    data: jc.Dataset  # `train` has every labeled example that the bank saw
     bank: jc.Bank
     max_layers: int
     plain_depth: int
@@ -41,7 +41,7 @@ class Candidate(NamedTuple):
 
 
 def make_repair(seed: int) -> Candidate:
-    """Four faults at once; a layer for each fault alone."""
+    """Digits with four faults at once, and a bank with a layer for each single fault."""
     task = jc.tasks.make("repair", seed)
     bank = task.make_bank(jax.random.key(seed))
     sizes = task.max_layers, task.plain_depth, 40_000
@@ -49,7 +49,10 @@ def make_repair(seed: int) -> Candidate:
 
 
 def combine_faults(seed: int) -> jc.Batch:
-    """Digits of `train`, each several times, with random combinations of as many faults."""
+    """Damage each digit of `train` several times, with random combinations of faults.
+
+    A combination has as many faults as the digits of the task.
+    """
     clean = jc.tasks.make_repair(seed, faults=[]).data.train
     rng, faults = np.random.default_rng(seed), [*jc.tasks.FAULTS]
     num = len(clean.y) // (1 + len(faults))  # the first block has no faults
@@ -63,7 +66,7 @@ def combine_faults(seed: int) -> jc.Batch:
 
 
 def make_drift(seed: int) -> Candidate:
-    """A net that was fine-tuned as digits turned, for digits at another angle."""
+    """A net that was fine-tuned as the digits turned, and digits at another angle."""
     clean = jc.data.load("digits", seed)
     angle = float(np.random.default_rng(seed).uniform(ANGLES[0], ANGLES[-1]))
     data = clean._replace(
@@ -84,7 +87,7 @@ def make_drift(seed: int) -> Candidate:
 
 
 def make_spare_parts(seed: int) -> Candidate:
-    """Fine-tunes of one net, each with two spoiled layers of four."""
+    """Fine-tunes of one net, each with two of its four layers spoiled."""
     data = jc.data.load("digits", seed)
     key, rng = jax.random.key(seed), np.random.default_rng(seed)
     net = jc.train.independent(
@@ -106,7 +109,10 @@ def make_spare_parts(seed: int) -> Candidate:
 
 
 def make_shallower(seed: int) -> Candidate:
-    """A net of 12 layers, and a penalty of each layer; chains have at most half as many."""
+    """A net of 12 layers and a layer penalty.
+
+    Chains have at most half as many layers as the net.
+    """
     data = jc.data.load("digits", seed)
     bank = jc.train.independent(
         jax.random.key(seed), data.train, num_nets=1, depth=DEEP, num_steps=NUM_STEPS, **OPTIONS
@@ -115,7 +121,7 @@ def make_shallower(seed: int) -> Candidate:
 
 
 def make_independent(seed: int) -> Candidate:
-    """Three nets trained apart."""
+    """Three nets that were trained independently."""
     data = jc.data.load("digits", seed)
     bank = jc.train.independent(
         jax.random.key(seed), data.train, num_nets=3, depth=DEPTH, num_steps=NUM_STEPS, **OPTIONS
@@ -124,7 +130,7 @@ def make_independent(seed: int) -> Candidate:
 
 
 def make_routed(seed: int) -> Candidate:
-    """One supernet of 12 layers: the main job before."""
+    """A supernet of 12 layers, which was the demo in an earlier version."""
     data = jc.data.load("digits", seed)
     bank = jc.train.routed(
         jax.random.key(seed), data.train, num_layers=12, depth=DEPTH, num_steps=NUM_STEPS, **OPTIONS
@@ -154,14 +160,14 @@ def join(batches: Sequence[jc.Batch]) -> jc.Batch:
 
 
 def tune(key: jax.Array, net: jc.Bank, batch: jc.Batch, num_steps: int) -> jc.Bank:
-    """The bank of one net after more gradient steps."""
+    """Return the bank of one net after more gradient steps."""
     chain = np.array(net.parents[0], np.int32)
     problem = jc.Problem(net, batch, len(chain) - 1)
     return jc.updates.tune.tune_chain(key, problem, chain, num_steps=num_steps)
 
 
 def name_nets(banks: Sequence[jc.Bank], names: Sequence[str]) -> jc.Bank:
-    """One bank of several nets, whose layers are named after them."""
+    """Combine several nets in one bank whose layers are named after their nets."""
     renamed = []
     for bank, name in zip(banks, names, strict=True):
         params = [bank.get_params(token) for token in range(bank.num_layers + 1)]
@@ -173,7 +179,7 @@ def name_nets(banks: Sequence[jc.Bank], names: Sequence[str]) -> jc.Bank:
 
 
 def set_steps(bank: jc.Bank, num_steps: int) -> jc.Bank:
-    """The bank, with the number of gradient steps that made all its layers."""
+    """Return the bank with the total number of gradient steps that trained its layers."""
     params = [bank.get_params(token) for token in range(bank.num_layers + bank.num_heads)]
     layers, heads = params[: bank.num_layers], params[bank.num_layers :]
     return jc.Bank.stack(

@@ -2,15 +2,15 @@
 
     python experiments/chainbench.py
 
-Hardware and run time: 2 CPU cores (AMD EPYC), 7 to 13 minutes. `--quick`: four problems of the wine
-data, one minute.
+The run takes 7 to 13 minutes on 2 CPU cores (AMD EPYC). `--quick` builds four problems of the wine
+data in one minute.
 
-Result to expect: of 10,000 chains at most 3 are within 1% of the best one, and 1 to 31 are local
-optima.
+Expected result: out of 10,000 chains, at most 3 are within 1% of the best one, and 1 to 31 are
+local optima.
 
 Banks and tables are kept in ~/.cache/jchain/chainbench (`--folder`), where `jchain.chainbench.load`
-finds them. Existing files are checked and kept, so an interrupted build continues. Writes
-chainbench.json to experiments/results.
+finds them. Existing files are checked and kept, so an interrupted build continues where it stopped.
+The script writes chainbench.json to experiments/results.
 """
 
 import time

@@ -2,21 +2,24 @@
 
     python experiments/chainbench.py && python experiments/controller.py
 
-Hardware and run time: 2 CPU cores, 14 minutes. `--quick`: only the wine data, 8 banks, 3 minutes.
+The run takes 14 minutes on 2 CPU cores. `--quick` uses only the wine data and 8 banks, and takes 3
+minutes.
 
-Result to expect, over all 36 problems: zero-shot, 1.28 times the lowest loss after 96 layer calls
-and 1.08 after 300. Beam search has 1.68 and 1.31.
+Expected result: over all 36 problems, the zero-shot critic has found 1.28 times the lowest loss
+after 96 layer calls and 1.08 times after 300. Beam search has found 1.68 and 1.31 times the lowest
+loss.
 
-Trains critics on banks of the three data sets and four kinds, made with other seeds, training
-lengths, depths, label noise and rotated inputs: one critic for all kinds, and one without each
-kind. Each critic then ranks prefixes of ChainBench's problems, zero-shot (it learns nothing there)
-and fine-tuned. For comparison: the same search without a pretrained critic, which ranks by the loss
-of the best head or learns each bank from scratch, beam search and local search. Losses come from
-ChainBench's tables. A deterministic search runs once, the others 10 times. There are two summaries:
-one of the problems of odd number, on which nothing was chosen, and one of all problems.
+The script trains critics on banks of the three data sets and four kinds, made with other seeds,
+training lengths, depths, label noise, and rotated inputs: one critic for all kinds, and one without
+each kind. Each critic then ranks prefixes of ChainBench's problems, both zero-shot (it learns
+nothing there) and fine-tuned. The baselines are the same search without a pretrained critic, which
+either ranks by the loss of the best head or learns each bank from scratch, beam search, and local
+search. Losses are looked up in ChainBench's tables. A deterministic search runs once, the others 10
+times. There are two summaries: one of the odd-numbered problems, on which nothing was chosen, and
+one of all problems.
 
-Writes controller.json and controller.md to experiments/results, and the critic of all kinds as
-critic.safetensors, for `jchain.Critic.load`.
+The script writes controller.json and controller.md to experiments/results. It also writes the
+critic of all kinds as critic.safetensors, for `jchain.Critic.load`.
 """
 
 import time
@@ -111,7 +114,7 @@ CONTESTANTS: dict[str, Any] = {
     "zero-shot, kind unseen": lambda solved, critics: make_zero_shot_search(
         critics[find_kind(solved)]
     ),
-    # Without exploration, which a pretrained critic does not need (problems of even number).
+    # A pretrained critic needs no exploration (as found on even-numbered problems).
     "fine-tuned": lambda solved, critics: jc.CriticSearch(critics[""], epsilon=0.0),
     "fine-tuned, kind unseen": lambda solved, critics: jc.CriticSearch(
         critics[find_kind(solved)], epsilon=0.0
@@ -152,7 +155,7 @@ def collect_training_set(case: Case) -> jc.agent.pretrain.TrainingSet:
 
 
 def make_problem(data_name: str, kind: str, seed: int) -> jc.Problem:
-    """A bank of 12 layers that varies with its seed in more than its weights."""
+    """Make a bank of 12 layers that varies with its seed in more than its weights."""
     rng = np.random.default_rng(seed)
     data = jc.data.load(data_name, seed)
     steps, depth, noise = ((1.0, 4, 0.0), (0.3, 4, 0.0), (1.0, 2, 0.0), (1.0, 4, 0.2))[seed % 4]
@@ -192,7 +195,10 @@ def train(training_sets: dict[Case, jc.agent.pretrain.TrainingSet], unseen: str)
 def evaluate_contestant(
     name: str, critics: dict[str, jc.Critic], folder: Path, names: list[str], seeds: int
 ) -> np.ndarray:
-    """Ratio of loss to the best loss by problem, run and grid point, `[M, S, G]`."""
+    """Compute the ratio of the lowest loss found to the best loss, `[M, S, G]`.
+
+    The axes are problems, runs, and grid points.
+    """
     start, curves = time.perf_counter(), []
     for problem_name in names:
         solved = jc.chainbench.load(folder, problem_name)
@@ -202,7 +208,10 @@ def evaluate_contestant(
 
 
 def evaluate_search(solved: jc.chainbench.SolvedProblem, search: Any, seeds: int) -> np.ndarray:
-    """Ratio of the lowest loss found to that of all chains, by run and grid point, `[S, G]`."""
+    """Compute the ratio of the lowest loss found to that of all chains, `[S, G]`.
+
+    The axes are runs and grid points.
+    """
     keys = jax.random.split(jax.random.key(0), 1 if search.is_deterministic else seeds)
     best = solved.loss["search"].min()
     results = jc.run_many(
@@ -217,7 +226,7 @@ def evaluate_search(solved: jc.chainbench.SolvedProblem, search: Any, seeds: int
 
 
 def summarize(curves: dict[str, np.ndarray], rows: list[int]) -> dict[str, Any]:
-    """IQM at each budget, and the layer calls that local search needs to be as low."""
+    """Compute the IQM at each budget, and how many layer calls local search needs for it."""
     local = np.array(
         [
             jc.chainbench.stats.iqm(curves["local search"][rows, :, i], num_resamples=2).value
@@ -236,7 +245,10 @@ def summarize(curves: dict[str, np.ndarray], rows: list[int]) -> dict[str, Any]:
 
 
 def format_table(summary: dict[str, Any], title: str) -> str:
-    """Markdown table: IQM and interval of the ratio; in brackets what local search needs."""
+    """Format a Markdown table of the IQM and interval of the ratio.
+
+    What local search needs is in brackets.
+    """
     lines = [
         f"| {title} | " + " | ".join(f"{b:,} layer calls" for b in BUDGETS) + " |",
         "|---" * (len(BUDGETS) + 1) + "|",

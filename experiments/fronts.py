@@ -12,9 +12,9 @@ import jchain as jc
 
 DEPTH = jc.chainbench.MAX_LAYERS
 LENGTHS = tuple(range(1, DEPTH + 1))
-# End a run when steps without cost outnumber the others by MAX_FREE_STEPS: little is left to score.
+# A run ends when free steps outnumber the others by MAX_FREE_STEPS: little is left to score.
 MAX_FREE_STEPS, MAX_STEPS = 100, 1000
-NUM_TRACED = 41  # first steps, for which lengths of chains are counted
+NUM_TRACED = 41  # number of first steps for which lengths of chains are counted
 
 
 class Front(NamedTuple):
@@ -25,12 +25,12 @@ class Front(NamedTuple):
 
 
 class Run(NamedTuple):
-    """State of a run."""
+    """The state of a run."""
 
     key: Any
     state: Any
     layer_calls: Any
-    num_free: Any  # steps without cost minus later ones with cost
+    num_free: Any  # free steps minus later steps with a cost
     is_over: Any  # [B], by budget
     scored: Front
     stops: Front  # includes every stop of a scored chain by every head
@@ -38,7 +38,7 @@ class Run(NamedTuple):
 
 
 class Table:
-    """Losses of all chains of a ChainBench problem."""
+    """The losses of all chains of a ChainBench problem."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.solved = jc.chainbench.load(folder, name)
@@ -53,7 +53,7 @@ class Table:
                 for n in range(DEPTH + 1)
             ]
         )
-        self.unit = float(self.loss[self.best[0]])  # of penalties
+        self.unit = float(self.loss[self.best[0]])  # the unit of penalties
 
     def problem(self, penalty: float = 0.0, length: int | None = None) -> jc.Problem:
         """Return the problem with losses from the table.
@@ -73,15 +73,15 @@ class Table:
         )
 
     def read(self, places: np.ndarray, split: str = "search") -> np.ndarray:
-        """Losses; +inf without a chain."""
+        """Look up losses; +inf without a chain."""
         return np.where(places >= 0, self.solved.loss[split][places], np.inf)
 
     def at_most(self, places: np.ndarray) -> np.ndarray:
-        """Lowest losses with at most 1, 2, ... layers `[..., D]`, from a front `[..., D + 1]`."""
+        """Return the lowest losses with at most 1, 2, ... layers, `[..., D]`, of a front."""
         return np.minimum.accumulate(self.read(places), axis=-1)[..., 1:]
 
     def regret(self, places: np.ndarray) -> np.ndarray:
-        """Regret of the best chain of at most 1, 2, ... layers, `[..., D]`."""
+        """Compute the regret of the best chain of at most 1, 2, ... layers, `[..., D]`."""
         truth = self.at_most(self.best)
         middle = np.array([np.median(self.loss[self.length <= n]) for n in LENGTHS])
         return np.minimum((self.at_most(places) - truth) / (middle - truth), 1.0)
@@ -94,7 +94,11 @@ class Table:
 def run_fronts(
     keys: Any, search: Any, table: "Table", problem: jc.Problem, budgets: np.ndarray
 ) -> list[np.ndarray]:
-    """Fronts at each budget as places, `[S, B, D + 1]`: scored, and with all stops; and lengths."""
+    """Run a search, and return its fronts at each budget and the lengths of its chains.
+
+    The fronts are places in the table, `[S, B, D + 1]`: those of the scored chains, and those with
+    every stop of the scored chains added.
+    """
     # Stops are compared without the penalty, which is the same for all chains of one length.
     loss = jnp.asarray(
         table.loss[
@@ -140,7 +144,7 @@ def run_all_fronts(
             runs
         )
 
-    # The loop is outside of the vmap, as in jc.run: inside, each step would copy the whole state.
+    # As in jc.run, the loop is outside of the vmap. Inside, each step would copy the whole state.
     carry = (jnp.array(0), jax.vmap(start)(keys))
     runs = jax.lax.while_loop(lambda carry: ~carry[1].is_over.all(), step, carry)[1]
     return runs.scored, runs.stops, runs.lengths
@@ -194,7 +198,7 @@ def step_run(
 def improve(
     front: Front, loss: jax.Array, place: jax.Array, length: jax.Array, is_counted: jax.Array
 ) -> Front:
-    """Update the front with these chains, for the budgets that count them."""
+    """Update the front with these chains, for the budgets that still count them."""
     own = jnp.where(length[None] == jnp.arange(front.loss.shape[1])[:, None], loss[None], jnp.inf)
     is_better = (own.min(axis=1)[None] < front.loss) & is_counted[:, None]
     best = own.argmin(axis=1)

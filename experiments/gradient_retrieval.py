@@ -2,24 +2,25 @@
 
     python experiments/gradient_retrieval.py
 
-Hardware and run time: 2 CPU cores, shared with three other jobs, 55 minutes. `--quick`: depth 2,
-one bank of each kind; nothing is written.
+The run takes 55 minutes on 2 CPU cores shared with three other jobs. `--quick` runs depth 2 with
+one bank of each kind and writes nothing.
 
-Result to expect of linearized scores: a correlation of 0.90 to 0.99 at 4 slots and of 0.77 to 0.95
-at 16 (0.80 to 0.95 with 4 or 2 products). Weight-space scores: 0.1 to 0.7 at 4 slots. Nearest
-layers: 0.
+Expected result: linearized scores correlate with the true change by 0.90 to 0.99 at 4 slots and by
+0.77 to 0.95 at 16 (0.80 to 0.95 with 4 or 2 products). Weight-space scores correlate by 0.1 to 0.7
+at 4 slots, and nearest layers by 0.
 
-All single swaps of chains of digits banks are scored (`jchain.gradient`) and evaluated. The banks
-are of four kinds and have 2 to 32 slots. The chains are random or nearly optimal: from the best 1%
-of all chains if all can be evaluated, else the best ones of critic search, which uses no gradient.
-Three numbers for each score: Spearman's correlation of the predicted with the true change of loss,
-the rank of the first choice (1 is the best of all swaps), and how often the first choice lowers the
-loss. Weight-space scores are also given for the same bank with its hidden units shuffled, and with
-the hidden units of all layers aligned to the layer of the slot (`jchain.align`). The last table is
-of a bank whose heads return 512 numbers, 8 levels for each of 64 pixels. There, linearized scores
-are estimated from samples: the table has their correlation with the true change, and their error.
+The script scores all single swaps of chains of digits banks (`jchain.gradient`) and also evaluates
+them. The banks are of four kinds and have 2 to 32 slots. The chains are random or nearly optimal.
+Nearly optimal chains are drawn from the best 1% of all chains if all can be evaluated; otherwise
+they are the best ones of critic search, which uses no gradient. There are three numbers for each
+score: Spearman's correlation of the predicted with the true change of loss, the rank of the first
+choice (1 is the best of all swaps), and how often the first choice lowers the loss. Weight-space
+scores are also given for the same bank with its hidden units shuffled, and with the hidden units of
+all layers aligned to the layer of the slot (`jchain.align`). The last table is for a bank whose
+heads return 512 numbers, 8 levels for each of 64 pixels. There, linearized scores are estimated
+from samples, and the table shows their correlation with the true change and their error.
 
-Writes gradient_retrieval.json, .md and .png to experiments/results.
+The script writes gradient_retrieval.json, .md, and .png to experiments/results.
 """
 
 import dataclasses
@@ -37,12 +38,12 @@ from records import correlate, describe_machine, evaluate_swaps, keep, make_pars
 import jchain as jc
 
 KINDS = jc.chainbench.KINDS
-# By number of slots: layers in the bank, banks of each kind, chains of each sort.
+# By number of slots: layers in the bank, banks of each kind, and chains of each sort.
 SIZES = {2: (12, 3, 10), 4: (12, 3, 10), 8: (24, 3, 10), 16: (32, 2, 10), 32: (64, 1, 5)}
 NUM_STEPS = 1000
 BUDGET = 4_000  # layer calls of a search for one nearly optimal chain
 LEARNING_RATES = (0.01, 0.1, 1.0)
-FEW = (4, 2)  # products with the Jacobian; 10 classes need 9 for exact scores
+FEW = (4, 2)  # products with the Jacobian; exact scores of 10 classes need 9
 # Wide outputs: 64 pixels with 8 levels each.
 NUM_LEVELS, WIDE_PRODUCTS, WIDE_CHAINS = 8, (3, 5, 9, 17, 33, 65, 129), 10
 SCORES = (
@@ -102,7 +103,7 @@ def main() -> None:
 
 
 def average(rows: np.ndarray) -> dict[str, float | None]:
-    """Means over the chains of `METRICS`, `[chains, 3]`; None if no chain has a value."""
+    """Average `METRICS` over the chains, `[chains, 3]`; None if no chain has a value."""
     known = [column[~np.isnan(column)] for column in rows.T]
     return {
         name: float(column.mean()) if column.size else None
@@ -153,8 +154,8 @@ def make_problem(kind: str, depth: int, num_layers: int, seed: int) -> jc.Proble
 def find_good_chains(problem: jc.Problem, num_chains: int, seed: int) -> np.ndarray:
     """Return nearly optimal chains, `[num_chains, L]`.
 
-    They are drawn from the best 1% of all chains if all can be evaluated, else they are the best
-    chains of `num_chains` runs of a search without gradients.
+    If all chains can be evaluated, they are drawn from the best 1% of them. Otherwise, they are the
+    best chains of `num_chains` runs of a search without gradients.
     """
     if problem.space.num_chains < 100_000:
         chains, out = jc.evaluate_all(problem)
@@ -170,7 +171,7 @@ def find_good_chains(problem: jc.Problem, num_chains: int, seed: int) -> np.ndar
 
 
 def evaluate_chain(problem: jc.Problem, chain: np.ndarray) -> np.ndarray:
-    """`METRICS` of each score, `[SCORES, 3]`; nan if no swap has a score."""
+    """Compute `METRICS` of each score, `[SCORES, 3]`; nan if no swap has a score."""
     length = int((chain >= 0).sum()) - 1
     if length == 0:
         return np.full((len(SCORES), 3), np.nan)
@@ -189,7 +190,7 @@ def compare_ranking(score: np.ndarray, change: np.ndarray) -> np.ndarray:
 
 
 def score_swaps(problem: jc.Problem, chain: np.ndarray) -> dict[str, np.ndarray]:
-    """All scores of all swaps, `[L, N]` each."""
+    """Compute all scores of all swaps, `[L, N]` each."""
 
     def score(
         bank: jc.Bank, kind: str, rate: float = 1.0, num_products: int | None = None
@@ -204,7 +205,7 @@ def score_swaps(problem: jc.Problem, chain: np.ndarray) -> dict[str, np.ndarray]
     aligned = {int(token): jc.align.align(bank, int(token)) for token in set(chain[:length])}
 
     def score_aligned(kind: str, rate: float = 1.0) -> np.ndarray:
-        """Score each slot with the bank that is aligned to its layer."""
+        """Score each slot with the bank that is aligned to the layer of that slot."""
         by_token = {token: score(other, kind, rate) for token, other in aligned.items()}
         rows = np.full((chain.size, bank.num_layers), np.nan)
         for slot in range(length):
@@ -229,7 +230,7 @@ def score_swaps(problem: jc.Problem, chain: np.ndarray) -> dict[str, np.ndarray]
 
 
 class PixelHead(nn.Module):
-    """Logits for the level of each of the 64 pixels."""
+    """A head that returns logits for the level of each of the 64 pixels."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -244,9 +245,10 @@ WIDE_LOSSES = {"cross-entropy": optax.softmax_cross_entropy_with_integer_labels,
 
 
 def evaluate_wide_outputs(loss: str, num_chains: int) -> dict[str, np.ndarray]:
-    """Correlation with the true change, and relative error, of scores estimated from samples.
+    """Compare scores that are estimated from samples with the true change.
 
-    The last row is of products with all outputs, which are exact.
+    The numbers are the correlation with the true change, and the relative error. The last row is
+    for products with all outputs, which are exact.
     """
     data = jc.data.load("digits", 0)
     edges = jnp.linspace(data.train.x.min(), data.train.x.max(), NUM_LEVELS + 1)[1:-1]
@@ -295,7 +297,10 @@ def describe_wide_outputs(loss: str, num_chains: int) -> dict[str, Any]:
 
 
 def format_wide(rows: list[dict[str, Any]]) -> str:
-    """Markdown table: correlation with the true change, and error relative to the exact scores."""
+    """Format a Markdown table of scores estimated from samples.
+
+    It has their correlation with the true change, and their error relative to the exact scores.
+    """
     lines = [
         "| loss of 64 pixels | "
         + " | ".join(f"{num} products" for num in rows[0]["products"])
@@ -309,9 +314,10 @@ def format_wide(rows: list[dict[str, Any]]) -> str:
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown table: correlation, mean rank of the first choice, and how often it lowers the loss.
+    """Format a Markdown table of correlation, mean rank of the first choice, and success rate.
 
-    The share is of chains for which some swap lowers the loss.
+    The success rate is how often the first choice lowers the loss, among chains for which some swap
+    lowers it.
     """
     lines = [
         "| bank | slots | chains | " + " | ".join(SCORES) + " |",
@@ -330,7 +336,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(path: str, rows: list[dict[str, Any]]) -> None:
-    """Plot correlation against depth, by kind of bank and sort of chains."""
+    """Plot the correlation against depth, by kind of bank and sort of chain."""
     figure = Figure(figsize=(12, 6), layout="constrained")
     axes = figure.subplots(2, len(KINDS), sharex=True, sharey=True)
     shown = (

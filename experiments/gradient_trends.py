@@ -2,32 +2,33 @@
 
     python experiments/gradient_trends.py
 
-Hardware and run time: 2 CPU cores, shared with other jobs, 8 minutes. `--quick`: one bank of each
-kind, 100 chains; nothing is written.
+The run takes 8 minutes on 2 CPU cores shared with other jobs. `--quick` uses one bank of each kind
+and 100 chains, and writes nothing.
 
-Result to expect on random chains: the weight index alone explains 2% to 12% of a gradient, the
-layer itself 9% to 32%. The mean gradient of other slots points in much the same direction as that
-of the same slot (cosines of 0.16 and 0.18, 0.33 and 0.40). Trends rank swaps with a correlation of
-0.1 to 0.4. Importance does not predict which slot to change (-0.1 to 0.2).
+Expected result on random chains: the weight index alone explains 2% to 12% of a gradient, and the
+layer itself explains 9% to 32%. The mean gradient of other slots points in much the same direction
+as that of the same slot (cosines of 0.16 and 0.18, and of 0.33 and 0.40). Trends rank swaps with a
+correlation of 0.1 to 0.4. Importance does not predict which slot to change (-0.1 to 0.2).
 
 The trends are the mean gradients of each weight index over 1,000 random chains
-(`jchain.gradient.trends`). Four tests use other chains, random ones and some of the best 1%:
+(`jchain.gradient.trends`). Four tests use other chains, some random and some of the best 1%:
 
-- *Explained*: the share of the gradient's square that the mean gradient of a context predicts,
-  1 - |g - m|^2 / |g|^2 summed over chains, with four contexts: the weight index alone, the slot,
-  the previous layer, the layer itself.
-- *Outside*: does a trend hold outside of its context? The cosine of a gradient with the mean in its
-  own context, and with the mean in all other contexts.
+- *Explained*: the share of the squared gradient that the mean gradient of a context predicts,
+  1 - |g - m|^2 / |g|^2 with both terms summed over chains. The four contexts are the weight index
+  alone, the slot, the previous layer, and the layer itself.
+- *Outside*: does a trend hold outside of its context? The test compares the cosine of a gradient
+  with the mean in its own context and with the mean in all other contexts.
 - *Retrieval*: swaps are scored by the trend instead of the chain's own gradient, without any layer
-  call. Spearman's correlation with the true change of loss; `aligned` has the hidden units of all
-  layers in the order of those of layer 0 (`jchain.align`).
-- *Which slot*: Spearman's correlation, over the slots of a chain, of a number from the gradient of
-  the layer there (its length; its importance, the sum of |w dL/dw|; the best linearized score of a
-  swap) with the gain of the best swap there.
+  call. The result is Spearman's correlation with the true change of loss. In `aligned`, the hidden
+  units of all layers are in the order of those of layer 0 (`jchain.align`).
+- *Which slot*: does the gradient of the layer in a slot predict the gain of the best swap there?
+  The result is Spearman's correlation, over the slots of a chain, of the gain with each of three
+  numbers: the length of the gradient, its importance (the sum of |w dL/dw|), and the best
+  linearized score of a swap.
 
-Digits banks of four kinds, 12 layers and 4 slots, 3 seeds. Writes gradient_trends.json, .md and
-.png to experiments/results, and layer_report.png: the gradient's report on the layers of the best
-chain of a routed bank.
+The banks are digits banks of four kinds with 12 layers and 4 slots, from 3 seeds. The script writes
+gradient_trends.json, .md, and .png to experiments/results. It also writes layer_report.png, the
+gradient's report on the layers of the best chain of a routed bank.
 """
 
 from functools import partial
@@ -137,15 +138,15 @@ def make_problem(kind: str, seed: int) -> jc.Problem:
 
 
 def draw_chains(rng: np.random.Generator, num: int, bank: jc.Bank) -> np.ndarray:
-    """Full chains of random layers, `[num, DEPTH + 1]`."""
+    """Draw full chains of random layers, `[num, DEPTH + 1]`."""
     layers = rng.integers(0, bank.num_layers, (num, DEPTH))
     heads = rng.integers(bank.num_layers, bank.num_layers + bank.num_heads, (num, 1))
     return np.concatenate([layers, heads], axis=1).astype(np.int32)
 
 
 def compute_trends(problem: jc.Problem, chains: np.ndarray) -> jc.gradient.trends.Trends:
-    """The trends over these chains."""
-    # Names of the bank are no part of a program: banks share it.
+    """Compute the trends over these chains."""
+    # Without its names, a bank can share the compiled program of another.
     problem = problem.without_names()
 
     @jax.jit
@@ -159,7 +160,7 @@ def compute_trends(problem: jc.Problem, chains: np.ndarray) -> jc.gradient.trend
 
 
 def find_gradients(problem: jc.Problem, chains: np.ndarray) -> jax.Array:
-    """Gradients with respect to the weights of each layer, `[P, D, W]`."""
+    """Compute the gradients with respect to the weights of each layer, `[P, D, W]`."""
     run = jax.jit(
         lambda problem, chains: jax.lax.map(
             lambda c: jc.gradient.weight_gradients(problem, c), chains
@@ -169,7 +170,7 @@ def find_gradients(problem: jc.Problem, chains: np.ndarray) -> jax.Array:
 
 
 def find_contexts(chains: np.ndarray, num_layers: int) -> tuple[np.ndarray, ...]:
-    """Index of each slot of each chain into the moments of each context, `[P, D]`."""
+    """Find where each slot of each chain is in the moments of each context, `[P, D]`."""
     layers = chains[:, :DEPTH]
     slots = np.broadcast_to(np.arange(DEPTH), layers.shape)
     before = np.concatenate([np.full((len(chains), 1), num_layers), layers[:, :-1]], axis=1)
@@ -179,7 +180,10 @@ def find_contexts(chains: np.ndarray, num_layers: int) -> tuple[np.ndarray, ...]
 def explain_gradients(
     trends: jc.gradient.trends.Trends, gradients: np.ndarray, chains: np.ndarray, num_layers: int
 ) -> dict[str, np.ndarray]:
-    """Shares explained, and cosines with the mean inside and outside of a context, `[contexts]`."""
+    """Compute the shares explained, and the cosines with the means, `[contexts]`.
+
+    The cosines are those with the mean inside and with the mean outside of a context.
+    """
     length = np.linalg.norm(gradients, axis=2, keepdims=True)
     is_there = np.isfinite(length) & (length > 0)
     unit = np.where(is_there, gradients / np.where(is_there, length, 1), 0)
@@ -205,9 +209,9 @@ def normalize(vectors: np.ndarray) -> np.ndarray:
 def correlate_swaps(
     trends: jc.gradient.trends.Trends, problem: jc.Problem, chain: np.ndarray, change: np.ndarray
 ) -> np.ndarray:
-    """Correlation of swap scores with the true change of loss, `[contexts + 1]`.
+    """Correlate swap scores with the true change of loss, `[contexts + 1]`.
 
-    The scores are by the trend of each context and, last, by the chain's own gradient.
+    The scores use the trend of each context and, last, the chain's own gradient.
     """
     scores = [
         jc.gradient.trends.score_swaps(trends, problem, chain, context) for context in CONTEXTS
@@ -222,9 +226,9 @@ def correlate_swaps(
 def correlate_slots(
     problem: jc.Problem, chain: np.ndarray, change: np.ndarray, gradient: np.ndarray
 ) -> np.ndarray:
-    """Correlation over slots with the gain of the best swap, `[3]`.
+    """Correlate three numbers over slots with the gain of the best swap, `[3]`.
 
-    Of the gradient's length, of the importance and of the best linearized score.
+    They are the gradient's length, the importance, and the best linearized score.
     """
     weights = np.asarray(jc.gradient.trends.stack_weights(problem))[chain[:DEPTH]]
     is_own = np.arange(change.shape[1]) == chain[:DEPTH, None]
@@ -235,7 +239,11 @@ def correlate_slots(
 
 
 def format_tables(rows: list[dict[str, Any]]) -> str:
-    """Markdown: what trends explain, whether they hold outside, and retrieval; then which slot."""
+    """Format Markdown tables of the four tests.
+
+    The first shows what trends explain, whether they hold outside of their context, and retrieval.
+    The second shows which slot to change.
+    """
     names = (
         "explained",
         "cosine inside",
@@ -263,7 +271,7 @@ def format_tables(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(path: str, rows: list[dict[str, Any]]) -> None:
-    """Cosines inside and outside of each context, and retrieval, by kind of bank."""
+    """Plot the cosines inside and outside of each context, and retrieval, by kind of bank."""
     figure = Figure(figsize=(12, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="col")
     kinds = jc.chainbench.KINDS

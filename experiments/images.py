@@ -1,28 +1,31 @@
-"""Do chains of a routed bank of convolutions beat a net trained for as many gradient steps?
+"""Do chains of a routed bank of convolutions beat a net trained for equally many steps?
 
     python experiments/images.py
 
-Hardware and run time: 2 CPU cores, shared with other jobs, 33 minutes (about two minutes of one
-core for each seed of digits). `--quick`: one seed of few steps, one minute.
+The run takes 33 minutes on 2 CPU cores shared with other jobs (about two minutes of one core for
+each seed of digits). `--quick` runs one seed with few steps in one minute.
 
-Result to expect, of 10 seeds of digits: a test loss of 0.096 for the found chain, 0.127 for the
-plain net (higher in 9 of 10) and 0.098 for the plain net stopped early (higher in 6 of 10).
+Expected result over 10 seeds of digits: the chain that was found has a test loss of 0.096. The
+plain net has 0.127 (higher in 9 of 10 seeds), and the plain net stopped early has 0.098 (higher in
+6 of 10).
 
-A bank of 12 blocks of 1, 2 and 3 convolutions in turn, 16 channels, and two heads (pooled and
-dense) is trained on random routes of 4. Local search looks for a chain on `search`, `select`
-re-ranks its finalists, `test` is opened once. Compared with, on `test`:
+A bank of 12 blocks, which have 1, 2, and 3 convolutions in turn and 16 channels, and two heads
+(pooled and dense) is trained on random routes of 4 blocks. Local search looks for a chain on
+`search`, its finalists are re-ranked on `select`, and `test` is used only once, at the end. On
+`test`, the chain is compared with:
 
-- a plain net of the same blocks and head, trained alone for as many gradient steps as the whole
-  bank, with the same batch size, stem, optimizer and decay;
+- a plain net of the same blocks and head, trained alone for the same number of gradient steps as
+  the whole bank, with the same batch size, stem, optimizer, and decay;
 - the same net, stopped at the tenth of its training at which the loss on `select` is lowest;
 - random chains of the bank;
-- the best single swap of a random chain, of a layer or the head, by the loss on `search`.
+- a random chain after its best single swap of a layer or of the head, by the loss on `search`.
 
-Data: scikit-learn's digits, 8x8x1, seeds 0 to 9; and the same enlarged to three channels, 32x32x3
-with noise, which the stem pools to 16x16, seed 0. The stem is random and fixed in all of them. The
-number of steps was chosen on single seeds from 100 on.
+There are two data sets: scikit-learn's digits, 8x8x1, with seeds 0 to 9; and the same digits
+enlarged to three noisy channels, 32x32x3, which the stem pools to 16x16, with seed 0. The stem is
+random and fixed in all of them. The number of steps was chosen on single seeds from 100 on.
 
-Finished seeds are kept. Writes images.json, images.md and images.png to experiments/results.
+Finished seeds are kept. The script writes images.json, images.md, and images.png to
+experiments/results.
 """
 
 import time
@@ -39,7 +42,7 @@ import jchain as jc
 BLOCKS = [jc.layers.ConvBlock(16, depth) for depth in (1, 2, 3)]
 HEADS = [jc.layers.PoolHead(10), jc.layers.ConvHead(10)]
 NUM_LAYERS, DEPTH, NUM_RANDOM = 12, 4, 32
-# Snapshots of the plain net, of which `select` chooses one.
+# Number of snapshots of the plain net, from which `select` chooses one.
 NUM_STOPS = 10
 ARMS = (
     "found",
@@ -48,7 +51,7 @@ ARMS = (
     "best swap of a random chain",
     "random chain",
 )
-# By data set: side of the stem's windows, seeds, gradient steps, layer calls of the search.
+# By data set: side of the stem's windows, seeds, gradient steps, and layer calls of the search.
 SETS: dict[str, tuple[int, int, int, int]] = {
     "digits_8x8": (1, 10, 1000, 600),
     "large_digits": (2, 1, 1000, 600),
@@ -109,7 +112,7 @@ def run_case(case: tuple[str, int, int, int, int]) -> dict[str, np.ndarray]:
 
 
 def load_data(name: str, seed: int) -> jc.data.Dataset:
-    """The digits unchanged, or fewer of them, four times as large, in three noisy channels."""
+    """Load the digits unchanged, or fewer of them, enlarged four times in three noisy channels."""
     if name == "digits_8x8":
         return jc.data.load(name, seed)
     digits = jc.data.LOADERS["digits_8x8"]()
@@ -122,7 +125,7 @@ def load_data(name: str, seed: int) -> jc.data.Dataset:
 def evaluate_arms(
     name: str, pool: int, seed: int, num_steps: int, budget: int
 ) -> dict[str, np.ndarray]:
-    """Loss and accuracy on `test` of each arm, and its cost."""
+    """Compute the loss and accuracy on `test` of each arm, and the cost of the arm."""
     data = load_data(name, seed)
     bank_key, net_key, search_key, sample_key, stem_key = jax.random.split(jax.random.key(seed), 5)
     stem = jc.layers.ConvStem(16, pool)
@@ -163,7 +166,7 @@ def evaluate_arms(
     swapped = find_best_swap(search, sampled[0])
     stop = int(np.argmin(jc.evaluate(jc.Problem(net, data.select, len(layers)), net.parents).loss))
     nets = jc.evaluate(jc.Problem(net, data.test, len(layers)), net.parents)
-    # `test` is opened once: all chains of the bank together.
+    # `test` is used only once: all chains of the bank are evaluated together.
     out = jc.evaluate(test, np.concatenate([chain[None], swapped[None], sampled]))
     losses, accuracies = (
         [of_bank[0], of_nets[-1], of_nets[stop], of_bank[1], of_bank[2:].mean()]
@@ -180,7 +183,7 @@ def evaluate_arms(
 
 
 def find_best_swap(problem: jc.Problem, chain: np.ndarray) -> np.ndarray:
-    """The chain with the lowest loss among this chain and its swaps of one layer or the head."""
+    """Find the best chain among this chain and its swaps of one layer or of the head."""
     num_layers = int((chain >= 0).sum()) - 1
     swaps = np.repeat(chain[None], num_layers * NUM_LAYERS + len(HEADS), axis=0)
     for i in range(num_layers * NUM_LAYERS):
@@ -190,7 +193,10 @@ def find_best_swap(problem: jc.Problem, chain: np.ndarray) -> np.ndarray:
 
 
 def summarize(runs: list[dict[str, np.ndarray]]) -> dict[str, Any]:
-    """IQM of loss and accuracy by arm, and number of seeds with a lower loss of the found chain."""
+    """Compute the IQM of loss and accuracy by arm.
+
+    Also count the seeds in which the chain that was found has a lower loss than the arm.
+    """
     loss, accuracy = (np.array([run[key] for run in runs]) for key in ("loss", "accuracy"))
     return {
         arm: {
@@ -224,7 +230,7 @@ def format_table(name: str, summary: dict[str, Any], runs: list[dict[str, np.nda
 
 
 def draw(path: str, rows: dict[str, list[dict[str, np.ndarray]]]) -> None:
-    """Plot the test loss of each arm, one dot for each seed."""
+    """Plot the test loss of each arm, with one dot for each seed."""
     figure = Figure(figsize=(4.5 * len(rows), 3.5), layout="constrained")
     for axes, (name, runs) in zip(
         figure.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True

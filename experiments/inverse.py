@@ -2,31 +2,33 @@
 
     python experiments/inverse.py
 
-Hardware and run time: 2 CPU cores, one hour. `--quick`: depth 4 at most, one kind of layers, two
-seeds, two minutes; nothing is written.
+The run takes one hour on 2 CPU cores. `--quick` runs depths of at most 4, one kind of layer, and
+two seeds in two minutes, and writes nothing.
 
-Result to expect: depth 8 is found in 20 of 20 cases at noise of 0 and of 10%, in 0.3 and 3 seconds;
-depth 12 in 23 seconds from exact outputs and in 3 minutes with noise of 1%. At slopes of 0.2 and
-condition numbers of 10,000 the secret chain is found if the halves meet nearer to the end. Meeting
-in the middle leads by interquartile mean from 1,000 layer calls on, but linearized search is better
-on routed couplings and residual layers. The ideal layer is far worse than the gradient.
+Expected result: at depth 8, the chain is found in 20 of 20 cases with noise of 0 and of 10%, in 0.3
+and 3 seconds. At depth 12, it takes 23 seconds from exact outputs and 3 minutes with noise of 1%.
+With slopes of 0.2 or condition numbers of 10,000, the secret chain is found if the halves meet
+nearer to the end. Meeting in the middle has the lowest interquartile mean regret from 1,000 layer
+calls on, but linearized search is better on routed couplings and residual layers. The ideal layer
+is far worse than the gradient.
 
-- *Recovery*: 16 orthogonal layers, 16 wide, with a leaky ReLU of slope 0.5. A secret chain of them
-  is applied to 64 normal examples, noise is added to its outputs, and `jc.meet_in_the_middle` looks
-  for the chain. How often is it found, and in how many seconds, by depth, noise (its standard
-  deviation over that of the outputs), number of probes, slope, condition of the matrices and float
-  type? Does the residual tell right from wrong: the largest one of a right chain, the smallest one
-  of a wrong chain.
-- *Growth*: seconds against depth and bank size, and the time to evaluate all chains one after
-  another at the speed of `jc.evaluate_all`.
-- *Search*: digits banks of invertible layers, 12 layers and 4 slots; regret (0 the best of all
-  chains, 1 the median one) of each search at equal layer calls.
+- *Recovery*: a bank has 16 orthogonal layers, 16 wide, with a leaky ReLU of slope 0.5. A secret
+  chain of them is applied to 64 normal examples, noise is added to its outputs, and
+  `jc.meet_in_the_middle` looks for the chain. The tables show how often it is found, and in how
+  many seconds, by depth, noise (its standard deviation relative to that of the outputs), number of
+  probes, slope, condition number of the matrices, and float type. They also show whether the
+  residual tells right from wrong: the largest residual of a right chain, and the smallest one of a
+  wrong chain.
+- *Growth*: seconds against depth and bank size, compared with the time to evaluate all chains one
+  after another at the speed of `jc.evaluate_all`.
+- *Search*: regret (0 is the best of all chains, 1 the median one) of each search at equal layer
+  calls, on digits banks of invertible layers with 12 layers and 4 slots.
 - *Ideal layer*: Spearman's correlation with the true change of loss, over all single swaps of a
   chain, of distances to the target at the slot (`jchain.inverse.target_scores`) and of gradient
   scores.
 - *Trained layers*: recovery of chains of the layers of these banks.
 
-Writes inverse.json, .md and .png to experiments/results.
+The script writes inverse.json, .md, and .png to experiments/results.
 """
 
 import time
@@ -51,7 +53,7 @@ import jchain as jc
 
 NUM_LAYERS, FEATURES, EXAMPLES, SLOPE = 16, 16, 64, 0.5
 NOISES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 2.0)
-# One row of the recovery table: depth, noise, and other values that differ from those above.
+# One row of the recovery table: depth, noise, and options that differ from the defaults.
 Case = tuple[int, float, dict[str, Any]]
 CASES: list[tuple[Case, int]] = [
     *(((depth, 0.0, {}), 20) for depth in (2, 4, 6, 8)),
@@ -86,7 +88,7 @@ CASES: list[tuple[Case, int]] = [
 QUICK: list[tuple[Case, int]] = [
     ((depth, noise, {}), 2) for depth in (2, 4) for noise in (0.0, 0.1)
 ]
-# Largest halves whose sketches fit into half of 24 GiB, at 96 bytes each.
+# The largest halves whose sketches fit into half of 24 GiB, at 96 bytes each.
 FIT = 12 * 2**30 / (2 * 96)
 COLUMNS = (
     "depth",
@@ -172,11 +174,11 @@ def main() -> None:
 def make_secret(
     seed: int, depth: int, noise: float, options: dict[str, Any]
 ) -> tuple[jc.Bank, Any, Any, np.ndarray]:
-    """A bank, inputs, outputs with noise, and the chain that made them."""
+    """Return a bank, inputs, noisy outputs, and the secret chain that made the outputs."""
     num_layers = options.get("num_layers", NUM_LAYERS)
     layer = jc.layers.InvertibleDense(FEATURES, negative_slope=options.get("slope", SLOPE))
     keys = jax.random.split(jax.random.key(seed), num_layers + 4)
-    # Singular values of equal ratios, of geometric mean 1.
+    # The singular values have equal ratios and a geometric mean of 1.
     condition = options.get("condition", 1.0)
     values = condition ** np.linspace(0.5, -0.5, FEATURES)
     params = []
@@ -199,7 +201,10 @@ def make_secret(
 
 
 def recover_secret(seed: int, case: Case) -> tuple[float, float, float]:
-    """Try to recover a secret chain: whether it is found, its residual, and seconds."""
+    """Try to recover a secret chain.
+
+    Return whether it is found, its residual, and the seconds.
+    """
     depth, noise, options = case
     recovery_options = {
         name: options[name]
@@ -225,7 +230,10 @@ def run_recovery(
 
 
 def recover_trained(bank: tuple[str, str, int], num_seeds: int) -> list[dict[str, Any]]:
-    """Recover random chains of layers trained on digits, from their outputs for 64 digits."""
+    """Recover random chains of layers that were trained on digits.
+
+    The chains are recovered from their outputs for 64 digits.
+    """
 
     def run() -> dict[str, np.ndarray]:
         problem = make_problem(*bank)
@@ -282,10 +290,10 @@ def summarize_recovery(depth: int, noise: float, runs: np.ndarray) -> dict[str, 
 
 
 def time_growth(num_layers: int, depth: int) -> tuple[float, float]:
-    """Seconds of an exact recovery, and of evaluating all chains one after another.
+    """Measure the seconds of an exact recovery, and of evaluating all chains one after another.
 
-    A short recovery is timed twice, and the second time counts, without compilation. The time of
-    all chains is extrapolated from that of shorter ones.
+    A short recovery is run twice, and the second time counts, so compilation is not included. The
+    time of all chains is extrapolated from that of shorter ones.
     """
     bank, x, y, chain = make_secret(0, depth, 0.0, {"num_layers": num_layers})
     seconds = 0.0
@@ -314,7 +322,10 @@ def make_problem(layer: str, kind: str, seed: int) -> jc.Problem:
 
 
 def search_bank(bank: tuple[str, str, int], num_seeds: int) -> dict[str, np.ndarray]:
-    """Regret of each search at each budget, `[budgets, seeds]`, and its run time in seconds."""
+    """Compute the regret of each search at each budget, `[budgets, seeds]`.
+
+    Also return the run time of each search in seconds.
+    """
 
     def run() -> dict[str, np.ndarray]:
         problem, found = make_problem(*bank), {}
@@ -325,7 +336,7 @@ def search_bank(bank: tuple[str, str, int], num_seeds: int) -> dict[str, np.ndar
             results = jc.run_many(keys, search, problem, budget=BUDGETS[-1])
             losses = np.stack([result.curve.at(BUDGETS) for result in results], axis=1)
             losses = np.broadcast_to(losses, (len(BUDGETS), num_seeds))
-            # A run without a chain yet counts as the worst chain.
+            # A run that has no chain yet counts as having the worst chain.
             losses = np.minimum(losses, loss.max())
             found[f"{name} seconds"] = np.array([time.perf_counter() - start])
             found[name] = np.maximum((losses - loss.min()) / (np.median(loss) - loss.min()), 0)
@@ -340,9 +351,9 @@ def search_bank(bank: tuple[str, str, int], num_seeds: int) -> dict[str, np.ndar
 
 
 def correlate_bank(bank: tuple[str, str, int]) -> dict[str, np.ndarray]:
-    """Correlation of each score with the true change of loss, `[chains, SCORES]`.
+    """Correlate each score with the true change of loss, `[chains, SCORES]`.
 
-    Of random chains, and of some of the best 1%.
+    The chains are random ones and some of the best 1%.
     """
 
     def run() -> dict[str, np.ndarray]:
@@ -459,7 +470,7 @@ def format_growth(rows: list[dict[str, Any]]) -> str:
 
 
 def format_search(rows: list[dict[str, Any]], banks: list[tuple[str, str, int]]) -> str:
-    """Markdown tables: regret over all banks, and the mean of each bank."""
+    """Format Markdown tables of the regret: over all banks, and the mean of each bank."""
     lines = [
         "| search | " + " | ".join(f"regret at {b:,}" for b in BUDGETS) + " | solved | seconds |",
         "|---" * (3 + len(BUDGETS)) + "|",
@@ -503,7 +514,7 @@ def draw(path: str, recovery: list[dict[str, Any]], growth: list[dict[str, Any]]
             halves, [row["seconds"] for row in selected], marker="o", label=f"{n} layers"
         )
         left.plot(halves, [row["exhaustive"] for row in selected], ls=":", color=line.get_color())
-    # A line through the largest halves.
+    # Fit a line through the largest halves.
     most, seconds = max((row["layers"] ** (row["depth"] / 2), row["seconds"]) for row in growth)
     ends = np.array([most / 1e3, most * 30])
     left.plot(ends, seconds * ends / most, color="gray", lw=1, ls="--", label=r"$\propto N^{D/2}$")

@@ -1,24 +1,25 @@
-"""For which job is it worth it to search chains of layers that exist?
+"""When does searching over existing layers pay off?
 
     python experiments/main_job.py
 
-Hardware and run time: 2 CPU cores, about 20 minutes. `--quick`: one seed, two candidates and two
-searches, one minute; nothing is written.
+The run takes about 20 minutes on 2 CPU cores. `--quick` runs one seed, two candidates, and two
+searches in one minute, and writes nothing.
 
-Result to expect: in `repair`, the chain found has a loss on test of 0.17 (interquartile mean; 94%
-right). It is lower than that of the best parent, of a plain net of as many steps, and of the median
-random chain in 30 of 30 seeds, and than that of the plain net tuned on the same labels in 29. With
-local search it is 1.5. In `drift` it is lower than that of the best parent in 23 seeds and of the
-plain net in 21. No other candidate is worth it.
+Expected result: in `repair`, the chain that was found has a test loss of 0.17 (interquartile mean;
+94% of digits are right). In 30 of 30 seeds, its loss is lower than those of the best parent, of a
+plain net trained for the same number of steps, and of the median random chain. In 29 seeds, it is
+lower than that of the plain net tuned on the same labels. With local search, the loss is 1.5. In
+`drift`, the loss is lower than that of the best parent in 23 seeds and than that of the plain net
+in 21. Searching does not pay off for any other candidate.
 
-Six candidates (candidates.py), 30 seeds of data, bank, and searches each; none of these seeds was
-used to choose sizes or rates. A search sees `search`; of its 16 finalists, the one with the lowest
-loss on `search` and `select` together is picked. Its loss on `test` is reported, with the
-difference to each control, paired by seed, and its bootstrap 95% interval. All searches have the
-same budget of layer calls, gradients charged.
+There are six candidates (candidates.py), each with 30 seeds of data, bank, and searches. None of
+these seeds was used to choose sizes or rates. A search sees `search`; from its 16 finalists, the
+script picks the one with the lowest loss on `search` and `select` together. It reports the loss of
+this chain on `test`, and the difference from each control, paired by seed, with its bootstrap 95%
+interval. All searches have the same budget of layer calls, and gradients are charged.
 
-Finished parts are kept, so an interrupted run continues. Writes main_job.json, main_job.md,
-main_job.png and candidates.png to experiments/results.
+Finished parts are kept, so an interrupted run continues where it stopped. The script writes
+main_job.json, main_job.md, main_job.png, and candidates.png to experiments/results.
 """
 
 import json
@@ -49,7 +50,7 @@ SEEDS = range(100, 130)
 NUM_RANDOM = 200
 COMBINED = "plain net, trained on random combinations"
 TUNING_STEPS = (30, 100, 300)
-# In the main job, also for longer.
+# In `repair`, the plain net is also tuned for longer.
 LONG_STEPS = (1000, 3000)
 TUNED_LONGER = "plain net, fine-tuned on search, up to 3,000 steps"
 FOUND = "critic search"
@@ -62,11 +63,11 @@ SEARCHES: dict[str, Any] = {
     "local search": jc.LocalSearch(),
     "random search": jc.RandomSearch(),
 }
-# The main job has all searches, the other candidates two.
+# `repair` runs all searches, the other candidates only these two.
 FEW_SEARCHES = (FOUND, "local search")
-# How one of the finalists can be picked, by the weights of the losses on `search` and `select`.
+# Rules to pick one of the finalists: weights of the losses on `search` and on `select`.
 RULES = {"picked on search alone": (1.0, 0.0), "picked on select alone": (0.0, 1.0)}
-# The main rule, which all searches have. `search` counts, as `select` is small.
+# The main rule, which all searches use. `search` counts too because `select` is small.
 RULE = (1.0, 1.0)
 ORDER = (
     *SEARCHES,
@@ -82,7 +83,7 @@ ORDER = (
     COMBINED,
     "random chains, median",
 )
-# Rows of the figure of the main job, and the seed of its digits.
+# Rows of the figure of `repair`. The seed and the digits that it shows are below.
 JOB_ROWS = {
     FOUND: "chain found",
     "linearized": "linearized search, same budget",
@@ -94,7 +95,7 @@ JOB_ROWS = {
     "random chains, median": "random chains, median",
 }
 SHOWN_SEED, SHOWN_DIGITS = 0, (0, 3, 4, 7)
-# Chains of up to that many layers are all scored, to know how long all chains would take.
+# All chains of at most this many layers are scored, to estimate the time of all chains.
 TIMED_LAYERS = 4
 Arrays = dict[str, np.ndarray]
 
@@ -144,7 +145,7 @@ def main() -> None:
 def run_all(
     names: tuple[str, ...], seeds: range, searches: tuple[str, ...], workers: int
 ) -> dict[str, Arrays]:
-    """Loss and accuracy on test of each row, `[seeds, 2]`, by candidate."""
+    """Return the loss and accuracy on test of each row, `[seeds, 2]`, by candidate."""
     cases = [(name, seed) for name in names for seed in seeds]
     with make_pool(workers) as pool:
         run = partial(run_case, searches=searches)
@@ -177,7 +178,10 @@ def run_case(case: tuple[str, int], searches: tuple[str, ...]) -> Arrays:
 
 
 def run_search(key: jax.Array, candidate: Candidate, name: str) -> Arrays:
-    """The finalist that is picked; of the main search, also by other rules, and the ensemble."""
+    """Run a search, and return the test results of the finalist that is picked.
+
+    For the main search, add the finalists picked by other rules, and the ensemble of the finalists.
+    """
     began = time.perf_counter()
     problem = candidate.problem("search")
     result = jc.run(key, SEARCHES[name], problem, budget=candidate.budget)
@@ -203,7 +207,7 @@ def run_search(key: jax.Array, candidate: Candidate, name: str) -> Arrays:
 def run_longer(
     key: jax.Array, candidate: Candidate, net: jc.Bank, nets: list[jc.Bank]
 ) -> np.ndarray:
-    """The plain net tuned for up to 3,000 steps, as many as `select` prefers."""
+    """Tune the plain net for up to 3,000 steps; `select` chooses the number of steps."""
     data = candidate.data
     longer = [*nets, *(tune(key, net, data.search, steps) for steps in LONG_STEPS)]
     best = min(longer, key=lambda own: score_net(own, data.select)[0])
@@ -211,7 +215,10 @@ def run_longer(
 
 
 def run_combined(key: jax.Array, candidate: Candidate, seed: int) -> np.ndarray:
-    """A plain net that knows which faults there are, and is trained on combinations of them."""
+    """Train a plain net on random combinations of faults.
+
+    Unlike the other plain nets, it knows which faults there are.
+    """
     net = jc.train.independent(
         key,
         combine_faults(seed),
@@ -263,7 +270,10 @@ def run_controls(key: jax.Array, candidate: Candidate, seed: int) -> Arrays:
 
 
 def evaluate(candidate: Candidate, split: str, chains: Any) -> jc.Evaluation:
-    """Evaluate without layer penalty; chains may be longer than a search may make them."""
+    """Evaluate chains without the layer penalty.
+
+    The chains may be longer than those that a search may make.
+    """
     problem = candidate.problem(split, np.shape(chains)[1] - 1)
     return jc.evaluate(jc.Problem(problem.bank, problem.data, problem.max_layers), chains)
 
@@ -278,7 +288,7 @@ def score_net(net: jc.Bank, batch: jc.Batch) -> np.ndarray:
 
 
 def score_ensemble(candidate: Candidate, chains: Any) -> np.ndarray:
-    """Loss and accuracy on test of the mean of the class probabilities."""
+    """Compute the loss and accuracy on test of the mean of the class probabilities."""
     x, y = candidate.data.test
     apply = jax.jit(jc.apply_chain)
     bank = candidate.bank.without_names()
@@ -290,7 +300,7 @@ def score_ensemble(candidate: Candidate, chains: Any) -> np.ndarray:
 
 
 def find_best_edit(candidate: Candidate, parent: np.ndarray) -> np.ndarray:
-    """The neighbor of a parent with the lowest loss on search."""
+    """Find the neighbor of a parent with the lowest loss on search."""
     problem = candidate.problem("search")
     tokens = [int(token) for token in parent if token >= 0]
     chain = jnp.asarray(jc.chain.pad([tokens], candidate.max_layers)[0])
@@ -301,7 +311,10 @@ def find_best_edit(candidate: Candidate, parent: np.ndarray) -> np.ndarray:
 
 
 def summarize(rows: Arrays) -> dict[str, dict[str, Any]]:
-    """IQM of the loss, mean accuracy, and the difference of the chain found, paired by seed."""
+    """Compute the IQM of the loss and the mean accuracy of each row.
+
+    Also compute the difference between the chain that was found and the row, paired by seed.
+    """
     found = rows[FOUND][:, 0]
     summary = {}
     for name in (name for name in ORDER if name in rows):
@@ -321,7 +334,7 @@ def summarize(rows: Arrays) -> dict[str, dict[str, Any]]:
 
 
 def compare(differences: np.ndarray) -> dict[str, float]:
-    """Mean of paired differences and its bootstrap 95% interval."""
+    """Compute the mean of paired differences and its bootstrap 95% interval."""
     mean = float(differences.mean())
     if np.ptp(differences) == 0 or len(differences) < 2:
         return {"value": mean, "low": mean, "high": mean}
@@ -330,7 +343,10 @@ def compare(differences: np.ndarray) -> dict[str, float]:
 
 
 def describe_space(candidate: Candidate) -> dict[str, float]:
-    """The number of chains, and how long scoring all would take, from those of few layers."""
+    """Count all chains, and estimate how long scoring all of them would take.
+
+    The estimate is extrapolated from chains of few layers.
+    """
     layers = min(candidate.max_layers, TIMED_LAYERS)
     few = candidate.problem("search", layers)
     jax.block_until_ready(jc.evaluate_all(few)[1].loss)  # compile
@@ -350,7 +366,7 @@ def describe_space(candidate: Candidate) -> dict[str, float]:
 
 
 def format_table(summary: dict[str, Any], spaces: dict[str, Any], num: int) -> str:
-    """Markdown: a table for each candidate."""
+    """Format a Markdown table for each candidate."""
     parts = []
     for name, rows in summary.items():
         space = spaces[name]
@@ -384,7 +400,7 @@ def format_time(seconds: float) -> str:
 
 
 def draw_all(out: Path) -> None:
-    """Draw both figures from main_job.json, and main_job_seeds.json of `jchain search`."""
+    """Draw both figures from main_job.json and from main_job_seeds.json of `jchain search`."""
     saved = json.loads((out / "main_job.json").read_text())["runs"]
     runs = {
         name: {row: np.array(values) for row, values in rows.items()}
@@ -398,7 +414,10 @@ def draw_all(out: Path) -> None:
 
 
 def draw_job(path: str, rows: Arrays, layers: Sequence[str]) -> None:
-    """Digits on their way through the chain that was found, and loss on test, a dot per seed."""
+    """Draw digits on their way through the chain that was found, and the loss on test.
+
+    Each seed is one dot.
+    """
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     parts: Any = figure.subfigures(1, 2, width_ratios=(1, 1.05))
     left, right = parts
@@ -425,7 +444,9 @@ def draw_job(path: str, rows: Arrays, layers: Sequence[str]) -> None:
 
 
 def apply_step_by_step(layers: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """Four digits before and after each repair of a chain, and without faults, `[C, 4, 8, 8]`.
+    """Apply each repair of a chain to four digits, `[C, 4, 8, 8]`.
+
+    The first row has the digits before any repair, and the last one the digits without faults.
 
     Args:
       layers: names along the chain that `jchain search` found with SHOWN_SEED.
@@ -449,7 +470,10 @@ def apply_step_by_step(layers: Sequence[str]) -> tuple[list[str], np.ndarray]:
 
 
 def draw_candidates(path: str, runs: dict[str, Arrays]) -> None:
-    """Plot loss on test of the chain found against that of three controls, a dot per seed."""
+    """Plot the loss on test of the chain that was found against that of three controls.
+
+    Each seed is one dot.
+    """
     controls = ("best parent", "plain net, same steps", "plain net, fine-tuned on search")
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, control in zip(figure.subplots(1, 3, sharey=True), controls, strict=True):

@@ -85,7 +85,7 @@ def write_results(
 
 
 def describe_search(search: Any) -> str:
-    """Name and fields of a search."""
+    """Return the name and the fields of a search."""
     fields = [
         f"{f.name}={describe_value(getattr(search, f.name))}" for f in dataclasses.fields(search)
     ]
@@ -93,22 +93,29 @@ def describe_search(search: Any) -> str:
 
 
 def describe_value(value: Any) -> str:
-    """A value in one line: functions by name, as addresses change, and critics without weights."""
+    """Describe a value in one line.
+
+    Functions are described by name, because their addresses change between runs, and critics
+    without their weights.
+    """
     if isinstance(value, jc.Critic):
         return "Critic()"
     return getattr(value, "__name__", None) or " ".join(repr(value).split())
 
 
 def make_zero_shot_search(critic: jc.Critic | None) -> jc.CriticSearch:
-    """Return a search that does not learn on its bank; without a critic it ranks by head loss."""
+    """Return a search that does not learn on its bank.
+
+    Without a critic, it ranks prefixes by the loss of the best head.
+    """
     return jc.CriticSearch(critic, ridge=jnp.inf, epsilon=0.0)
 
 
 def use_tables(search: Any) -> Any:
     """Return the search for problems whose losses and observations come from tables.
 
-    A field `observe` with the default of the library, and a field `entry_features`, are replaced by
-    those of `jchain.chainbench.tabular`.
+    A field `observe` that has the library's default, and any field `entry_features`, are replaced
+    by those of `jchain.chainbench.tabular`.
     """
     changes = {}
     for field in dataclasses.fields(search):
@@ -123,7 +130,8 @@ def use_tables(search: Any) -> Any:
 def evaluate_swaps(problem: jc.Problem, chain: np.ndarray) -> np.ndarray:
     """Return the true change of loss for each layer at each slot, `[D, N]`.
 
-    It is 0 for the layer that the slot already holds, and nan for slots after the end of the chain.
+    The change is 0 for the layer that the slot already holds, and nan for slots after the end of
+    the chain.
     """
     shape = problem.max_layers, problem.bank.num_layers
     slots, tokens = (indices.reshape(-1) for indices in np.indices(shape))
@@ -136,7 +144,7 @@ def evaluate_swaps(problem: jc.Problem, chain: np.ndarray) -> np.ndarray:
 
 
 def correlate(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's rank correlation; 0 if one of the arrays is constant."""
+    """Compute Spearman's rank correlation; 0 if one of the arrays is constant."""
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return 0.0
     result: Any = spearmanr(a, b)
@@ -153,7 +161,10 @@ def make_pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _pin(counter: Any) -> None:
-    """Pin this process to one core: threads of several processes would wait for each other."""
+    """Pin this process to one core.
+
+    Otherwise, the threads of several processes would wait for each other.
+    """
     with counter.get_lock():
         place, counter.value = counter.value, counter.value + 1
     if hasattr(os, "sched_setaffinity"):
@@ -167,18 +178,17 @@ def keep(
     """Return the arrays that `make` computes, from a file if an earlier run computed them.
 
     The file is stale, and the arrays are computed again, after a change of the inputs, of a
-    library's version, or of code that the script can reach: the script, the experiment modules that
-    it imports, the modules of jchain that these name as `jc.name`, and all that those import.
-    Changes of comments and docstrings do not count.
+    library's version, or of code that the script can reach. This is the script itself, the
+    experiment modules that it imports, the modules of jchain that these name as `jc.name`, and all
+    modules that those import. Changes of comments and docstrings do not count.
 
     Args:
       script: path of the script that calls this, `__file__`.
-      name: of the file.
+      name: name of the file.
       inputs: everything else that the arrays depend on, as plain data or file contents.
-      make: computes the arrays.
+      make: function that computes the arrays.
 
-    Raises:
-      ValueError: a script, a module or a name `jc.name` cannot be found.
+    Raises: ValueError: if a script, a module, or a name `jc.name` cannot be found.
     """
     path = CACHE / "experiments" / f"{name}-{_digest(script, inputs)}.safetensors"
     if not path.exists():
@@ -196,7 +206,7 @@ def _digest(script: str | Path, inputs: object) -> str:
 
 
 class _Source(NamedTuple):
-    """A file of Python, parsed."""
+    """A parsed Python file."""
 
     code: str  # without comments and docstrings
     imports: tuple[tuple[str, str], ...]  # module, and the name imported from it or ""
@@ -226,7 +236,10 @@ def _parse(source: str) -> _Source:
 
 
 def _find_chains(tree: ast.Module) -> list[tuple[str, tuple[str, ...]]]:
-    """All `name.a.b` of a file, each at its full length, as the name and the attributes."""
+    """Find all `name.a.b` of a file, each at its full length.
+
+    Each is returned as the name and its attributes.
+    """
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     inner = {id(node.value) for node in nodes}
     chains = []
@@ -243,7 +256,7 @@ def _find_chains(tree: ast.Module) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def _strip(tree: ast.Module) -> str:
-    """Code without comments and docstrings, which change no result."""
+    """Remove comments and docstrings, which change no result."""
     for node in ast.walk(tree):
         if (
             isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
@@ -254,7 +267,7 @@ def _strip(tree: ast.Module) -> str:
 
 
 def _find_files(script: Path) -> list[Path]:
-    """The script, and every file of the experiments and of jchain that it reaches."""
+    """Find the script and every file of the experiments and of jchain that it reaches."""
     todo, found = [script, Path(__file__).resolve()], set()
     while todo:
         path = todo.pop()
@@ -271,7 +284,7 @@ def _find_files(script: Path) -> list[Path]:
 
 
 def _find_reached(path: Path) -> list[Path]:
-    """The files that one file reaches directly."""
+    """Find the files that a file reaches directly."""
     source, modules, scripts = _parse(path.read_text()), [], []
     for module, name in source.imports:
         if module.partition(".")[0] != "jchain":
@@ -290,7 +303,7 @@ def _find_reached(path: Path) -> list[Path]:
 
 
 def _find_scripts(module: str, folder: Path) -> list[Path]:
-    """The file of an experiment module; empty for a module of a library."""
+    """Find the file of an experiment module; return no file for a module of a library."""
     for place in (folder, Path(__file__).resolve().parent):
         if (place / f"{module}.py").exists():
             return [place / f"{module}.py"]
@@ -300,7 +313,7 @@ def _find_scripts(module: str, folder: Path) -> list[Path]:
 
 
 def _find_module(package: str, attributes: tuple[str, ...]) -> str | None:
-    """The module that defines `package.a.b`; None for an attribute like `__version__`."""
+    """Find the module that defines `package.a.b`; None for an attribute like `__version__`."""
     found, module = import_module(package), package
     for name in attributes:
         if not hasattr(found, name):
@@ -317,7 +330,7 @@ def _find_module(package: str, attributes: tuple[str, ...]) -> str | None:
 
 
 def _find_definition(module: str, name: str) -> str | None:
-    """The module from which a package's `__init__` imports a name."""
+    """Find the module from which a package's `__init__` imports a name."""
     if not _is_package(module):
         return module
     if name.startswith("__"):
@@ -334,7 +347,10 @@ def _is_package(module: str) -> bool:
 
 
 def _find_path(module: str) -> Path:
-    """The file of a module of jchain; the `__init__` of a package has no own code."""
+    """Find the file of a module of jchain.
+
+    For a package, this is its `__init__`, which has no code of its own.
+    """
     path = _PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
     if not path.exists():
         path = path.with_suffix("") / "__init__.py"

@@ -2,14 +2,14 @@
 
     python experiments/report.py
 
-Hardware and run time: 2 CPU cores, about 8 hours. `--quick`: small sizes of each script, 10
-minutes; nothing is written.
+The run takes about 8 hours on 2 CPU cores. `--quick` runs small sizes of each script in 10 minutes
+and writes nothing.
 
-questions.md holds the answers, with [[file > key > ... | format]] for each figure, which is filled
-in from experiments/results/file.json, and [[file.md]] for each table. So no figure in README.md is
-typed by hand. `--write` does only that. Otherwise each script runs in turn. Finished parts are
-kept, so an interrupted run continues. A script that fails is named at the end, and the others still
-run.
+The answers are in questions.md. Each figure there is a placeholder [[file > key > ... | format]],
+which is filled in from experiments/results/file.json, and each table a placeholder [[file.md]]. So
+no figure in README.md is typed by hand. `--write` only fills in the placeholders. Otherwise, each
+script runs in turn. Finished parts are kept, so an interrupted run continues where it stopped. If a
+script fails, the others still run, and the failed one is named at the end.
 """
 
 import argparse
@@ -69,7 +69,8 @@ def main() -> int:
 def run_all(*, quick: bool) -> list[str]:
     """Run all scripts and return the names of those that failed.
 
-    They run in turn, as most use all cores; small sizes mostly compile, so two run at a time.
+    They run in turn because most of them use all cores. Small sizes mostly compile, so two of them
+    run at a time.
     """
     first, *others = [name for name in SCRIPTS if not (quick and name in NOT_QUICK)]
     start = time.perf_counter()
@@ -92,11 +93,10 @@ def run(name: str, start: float, *, quick: bool) -> int:
 
 
 def render(text: str, results: Path) -> str:
-    """Fill in each [[file > key > ... | format]] from file.json, each [[file.md]] with that file.
+    """Fill in each [[file > key > ... | format]] from file.json, and each [[file.md]].
 
-    Raises:
-      FileNotFoundError: the file of a table is missing.
-      ValueError: a JSON file or a value is missing.
+    Raises: FileNotFoundError: if the file of a table is missing. ValueError: if a JSON file or a
+    value is missing.
     """
     loaded: dict[str, Any] = {}
 

@@ -2,35 +2,39 @@
 
     python experiments/chainbench.py && python experiments/state.py
 
-Hardware and run time: one CPU core, shared with other jobs, about 50 minutes, most of them
-compilation. `--quick`: wine, one state, 2 runs.
+The run takes about 40 minutes on one CPU core shared with other jobs. Most of this is compilation.
+`--quick` runs the wine data with one state and 2 runs.
 
-Result to expect: a critic that is regressed on the summary ranks prefixes of unseen banks with a
-correlation of 0.76, on gradients with 0.32, and on tokens, weights and activations with -0.13 to
-0.00. As states of the actor-critic, however, they have about the same regret from scratch (0.046 to
-0.076 at 1,000 layer calls). Training on other banks does not help on an unseen one at 300 and
-1,000. Beam search has 0.061 after 300; the best state, gradients on a seen bank, has 0.100.
+Expected result: a critic that is regressed on the summary ranks prefixes of unseen banks with a
+correlation of 0.76. On gradients, the correlation is 0.32, and on tokens, weights, and activations
+it is -0.13 to 0.00. As states of the actor-critic, however, all of them have about the same regret
+from scratch (0.046 to 0.076 at 1,000 layer calls). Training on other banks does not help on an
+unseen one at 300 and 1,000 layer calls. Beam search has a regret of 0.061 after 300; the best
+state, gradients on a seen bank, has 0.100.
 
-Only the observation of a prefix differs between the runs; actor-critic, problems and cost are the
-same. The states: the tokens through a GRU (discrete); the number of layers and a sketch of their
-weights (continuous); 12 numbers that summarize what the layers did to the data
+Only the observation of a prefix differs between the runs; the actor-critic, the problems, and the
+cost are the same. The states are the tokens through a GRU (discrete); the number of layers and a
+sketch of their weights (continuous); 12 numbers that summarize what the layers did to the data
 (`jchain.agent.observations.observe`); a sketch of the activations of the data; a sketch of the
 gradient of the best head's loss with respect to them; and combinations. An encoding that observes
 activations applies layers while it samples and does not store their outputs, so it pays again for
 layers of chains that it has already scored.
 
 Each state starts from random parameters on the bank that is searched (`from scratch`), from
-parameters that were trained by searching other banks of the same data (`unseen`), or other banks
-and this one (`seen`; the same number of banks and steps; the layer calls of training are not
-counted). In addition, a critic is regressed on each state. Its rank correlation with the best
-reachable loss is measured over prefixes of three layers: a held-out fifth of the prefixes of the
-banks it was trained on (`held out`), and all prefixes of unseen banks.
+parameters that were trained by searching other banks of the same data (`unseen`), or from
+parameters that were trained on other banks and this one (`seen`). `seen` and `unseen` have the same
+number of banks and steps, and the layer calls of training are not counted. In addition, a critic is
+regressed on each state. Its rank correlation with the best reachable loss is measured over prefixes
+of three layers: a held-out fifth of the prefixes of the banks it was trained on (`held out`), and
+all prefixes of unseen banks.
 
-Two ChainBench problems of odd number each of wine and of digits, of separately trained nets and of
-a routed supernet, all with three heads; 10 runs each (split over 2 trainings, if there was any).
-Rates were not tuned for any state: they are the defaults of the actor-critic.
+The problems are four odd-numbered ChainBench problems with three heads: for both wine and digits,
+one of separately trained nets and one of a routed supernet. Each has 10 runs (split over 2
+trainings, if there was any). Rates were not tuned for any state: they are the defaults of the
+actor-critic.
 
-Finished parts are kept. Writes state.json, state.md and state.png to experiments/results.
+Finished parts are kept. The script writes state.json, state.md, and state.png to
+experiments/results.
 """
 
 import dataclasses
@@ -57,7 +61,7 @@ TESTED = ("independent-1", "routed-2")
 KINDS = ("independent", "routed")
 TRAINED = (300, 301, 303)  # seeds of banks with three heads and unrotated inputs
 
-# Banks of a training: 6 others, or the 2 tested banks and 4 others.
+# A training uses 6 other banks, or the 2 tested banks and 4 others.
 NUM_OTHERS = 6
 NUM_TRAININGS = 2
 NUM_VISITS, VISIT_STEPS = 2, 24
@@ -75,7 +79,7 @@ EVERYTHING = jc.agent.observations.Join(
 
 
 def observe_columns(first: int, last: int, problem: Any, hidden: Any, parent: Any) -> Any:
-    """Observation with some of the features from the table."""
+    """Observe only some of the features in the table."""
     observation = jc.chainbench.tabular.observe(problem, hidden, parent)
     return observation._replace(features=observation.features[first:last])
 
@@ -128,7 +132,7 @@ class Bank(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One search."""
+    """One search and what it has found."""
 
     key: Any
     state: Any
@@ -192,13 +196,13 @@ def main() -> None:
 
 
 def load_tested(folder: Path, data: str) -> dict[str, Bank]:
-    """The tested problems of one data set, by name."""
+    """Load the tested problems of one data set, by name."""
     solved = [jc.chainbench.load(folder, f"{data}-{kind}") for kind in TESTED]
     return {one.name: tabulate(one.name, one.problem) for one in solved}
 
 
 def make_others(data: str) -> list[Bank]:
-    """Banks of one data set for training."""
+    """Make the other banks of one data set, for training."""
     names = [(kind, seed) for seed in TRAINED for kind in KINDS][:NUM_OTHERS]
     return [
         tabulate(f"{data}-{kind}-{seed}", make_problem(data, kind, seed)) for kind, seed in names
@@ -248,7 +252,7 @@ def run_state(
     """Run the actor-critic from each start, and regress a critic.
 
     Returns:
-      Regret by start, `[M, S, B]`, and rank correlation by kind of bank, `[M, S]`.
+      The regret by start, `[M, S, B]`, and the rank correlation by kind of bank, `[M, S]`.
     """
     regret: dict[str, Any] = {start: [] for start in STARTS}
     ranks: dict[str, Any] = {"held out": [], "unseen": []}
@@ -274,13 +278,13 @@ def run_state(
 def search_from(
     start: str, agent: jc.ActorCritic, mine: list[Bank], banks: list[Bank], seeds: int
 ) -> dict[str, np.ndarray]:
-    """Regret on the tested banks, from one kind of params."""
+    """Compute the regret on the tested banks, starting from one kind of params."""
     keys = jax.random.split(jax.random.key(0), seeds)
     if start == "from scratch":
         params = jax.vmap(lambda key: init_params(key, agent, mine[0].problem))(keys)
     else:
         seen = banks if start == "unseen" else [*mine, *banks[: len(banks) - len(mine)]]
-        # Each training starts the same number of runs.
+        # The same number of runs starts from each training.
         params = jax.tree.map(
             lambda leaf: jnp.repeat(leaf, seeds // NUM_TRAININGS, axis=0), train(agent, seen)
         )
@@ -293,7 +297,7 @@ def init_params(key: Any, agent: jc.ActorCritic, problem: jc.Problem) -> Any:
 
 
 def train(agent: jc.ActorCritic, banks: list[Bank]) -> Any:
-    """Params after searching these banks in turn, `[trainings, ...]`."""
+    """Return the params after searching these banks in turn, `[trainings, ...]`."""
     problems = [bank.problem for bank in banks] * NUM_VISITS
     keys = jax.random.split(jax.random.key(1), NUM_TRAININGS)
     return jax.vmap(
@@ -302,7 +306,7 @@ def train(agent: jc.ActorCritic, banks: list[Bank]) -> Any:
 
 
 def search_all(agent: jc.ActorCritic, params: Any, keys: Any, banks: list[Bank]) -> np.ndarray:
-    """Regret at each budget from these params, `[M, S, B]`."""
+    """Compute the regret at each budget, starting from these params, `[M, S, B]`."""
     rows = []
     for bank in banks:
         runs, num_steps = start_runs(keys, params, agent, bank.problem), 0
@@ -322,7 +326,7 @@ def start_run(key: Any, params: Any, agent: jc.ActorCritic, problem: jc.Problem)
 
 
 def advance(run: Run, agent: jc.ActorCritic, problem: jc.Problem) -> Run:
-    """Run PART steps; a step that exceeds a budget is not counted in it."""
+    """Run PART steps; a step that exceeds a budget does not count for it."""
 
     def step(old: Run, _: Any) -> tuple[Run, None]:
         key, step_key = jax.random.split(old.key)
@@ -344,9 +348,9 @@ advance_runs = jax.jit(
 
 
 def regress(agent: jc.ActorCritic, mine: list[Bank], banks: list[Bank]) -> dict[str, np.ndarray]:
-    """Rank correlation, over prefixes of three layers, of a critic regressed on other banks.
+    """Compute the rank correlation of a critic that is regressed on other banks.
 
-    Its targets are the best reachable rewards of their prefixes.
+    It is computed over prefixes of three layers. The targets are their best reachable rewards.
     """
     chains, best_rewards = find_best_rewards(banks[0], [bank.loss for bank in (*banks, *mine)])
     is_out = np.random.default_rng(0).random(len(chains)) < 0.2
@@ -422,7 +426,8 @@ def fit(
 def find_best_rewards(bank: Bank, losses: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
     """Return a chain through each prefix of three layers, and the best reachable log rewards.
 
-    The rewards have one array per bank, `[12^3, 4]`, for the prefixes of each chain, centered.
+    The rewards are one array per bank, `[12^3, 4]`, for the prefixes of each chain, and they are
+    centered.
     """
     num_layers, num_heads = bank.problem.bank.num_layers, bank.problem.bank.num_heads
     chains = np.stack([*np.indices((num_layers,) * DEPTH).reshape(DEPTH, -1)], axis=1)
@@ -458,7 +463,10 @@ def summarize(
     ranks: dict[str, dict[str, np.ndarray]],
     controls: dict[str, np.ndarray],
 ) -> dict[str, Any]:
-    """IQM and interval of the regret by state, start and budget, and of the rank correlations."""
+    """Compute the IQM and interval of the regret by state, start, and budget.
+
+    Do the same for the rank correlations.
+    """
     by_state = {
         name: {start: estimate(rows) for start, rows in by.items()} for name, by in regret.items()
     }
@@ -482,7 +490,10 @@ def show(cell: dict[str, float], digits: int = 3) -> str:
 
 
 def format_tables(summary: dict[str, Any]) -> str:
-    """Markdown tables: regret by state, start and budget, and rank correlation, with intervals."""
+    """Format Markdown tables of regret and rank correlation, with intervals.
+
+    The regret is by state, start, and budget.
+    """
     head = ["state", "start", *(f"regret at {budget:,}" for budget in BUDGETS)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, by in summary["regret"].items():
@@ -502,7 +513,10 @@ def format_tables(summary: dict[str, Any]) -> str:
 
 
 def draw(path: str, summary: dict[str, Any], states: list[str]) -> None:
-    """Plot regret by state and start at two budgets, and rank correlation of a regressed critic."""
+    """Plot the regret by state and start at two budgets.
+
+    Also plot the rank correlation of a regressed critic.
+    """
     figure = Figure(figsize=(12, 4), layout="constrained")
     panels = figure.subplots(1, 3)
     places = np.arange(len(states))

@@ -1,34 +1,39 @@
-"""When does a chain stop? A head as an action, fixed lengths, or a layer penalty.
+"""When should a chain stop? A head as an action, fixed lengths, or a layer penalty.
 
     python experiments/chainbench.py && python experiments/stopping.py
 
-Hardware and run time: one CPU core, shared with several other jobs, 40 minutes, nearly all of it
-compilation. `--quick`: two problems of the wine data, 3 seeds, two searches, 2 minutes.
+The run takes 40 minutes on one CPU core shared with several other jobs. Nearly all of this is
+compilation. `--quick` runs two problems of the wine data with 3 seeds and two searches, and takes 2
+minutes.
 
-Result to expect of the area between the fronts at 1,000 layer calls. Head as an action: 0.001 with
-critic search, 0.011 with beam search, 0.054 with the actor-critic, and 0.34 to 0.52 with evolution,
-local and random search, which score few short chains; with all stops, 0.01 to 0.04 for these.
-Fixed lengths: 0.02 to 0.08. Layer penalties: 0.03 to 0.62.
+Expected result, as the area between the fronts at 1,000 layer calls. With a head as an action, it
+is 0.001 for critic search, 0.011 for beam search, and 0.054 for the actor-critic. It is 0.34 to
+0.52 for evolution, local search, and random search, which score few short chains; with all stops,
+it is 0.01 to 0.04 for these three. With fixed lengths, it is 0.02 to 0.08. With layer penalties, it
+is 0.03 to 0.62.
 
 Each search looks for good chains of every number of layers in three ways, with the same total of
-layer calls: one run in which a head is an action; one run for each fixed length,
-`Problem(min_layers=k, max_layers=k)`, with a fourth of the calls each; one run for each of four
-layer penalties, with a fourth each. The best chains of each length that a run found are its front.
-All fronts start with the heads alone, which cost no layer call. ChainBench's table has the best
-chains of up to 1, 2, 3 and 4 layers. Regret is that of the arena for each of these: 0 for the best
-chain of at most that many layers, 1 (the maximum) for the median one. The area between the fronts
-is the mean of the four regrets. A second way to read a run includes every stop of the scored chains
-by every head, which costs no extra layer call (`jc.evaluate_prefixes`). A third, for penalties,
-uses only the best chain of each run. Penalties are in units of the loss of the best head alone; the
-four were chosen on the problems of even number as if each run found the best chain at its penalty.
-All other results are of the problems of odd number. Losses come from tables.
+layer calls: in one run in which a head is an action; in one run for each fixed length,
+`Problem(min_layers=k, max_layers=k)`, with a fourth of the calls each; and in one run for each of
+four layer penalties, with a fourth of the calls each. The best chains of each length that a run
+found are its front. All fronts start with the heads alone, which cost no layer call.
 
-A run ends at its budget, when it has the best chain of each length, or when steps without cost
-outnumber the others by a hundred. The share of a length of one layer needs 12 layer calls; the rest
-stays unspent.
+ChainBench's table has the best chains of up to 1, 2, 3, and 4 layers. For each of these, regret is
+that of the arena: 0 for the best chain of at most that many layers, and 1 (the maximum) for the
+median one. The area between the fronts is the mean of the four regrets. A second way to read a run
+includes every stop of the scored chains by every head, which costs no extra layer call
+(`jc.evaluate_prefixes`). A third way, for penalties, uses only the best chain of each run.
 
-The runs of each search are kept, so an interrupted one continues. Writes stopping.json, stopping.md
-and stopping.png to experiments/results.
+Penalties are in units of the loss of the best head alone. The four penalties were chosen on the
+even-numbered problems, as if each run found the best chain at its penalty. All other results are
+those of the odd-numbered problems. Losses are looked up in tables.
+
+A run ends at its budget, when it has the best chain of each length, or when free steps outnumber
+the others by a hundred. The run of chains of one layer needs only 12 layer calls; the rest of its
+share stays unspent.
+
+The finished runs of each search are kept, so an interrupted run continues where it stopped. The
+script writes stopping.json, stopping.md, and stopping.png to experiments/results.
 """
 
 import hashlib
@@ -51,15 +56,16 @@ SEARCHES: dict[str, Any] = {
     "critic search": jc.CriticSearch(),
     "evolution": jc.Evolution(),
     "local search": jc.LocalSearch(),
-    # A step of more chains would not fit into the smallest share.
+    # A step with more chains would not fit into the smallest share.
     "random search": jc.RandomSearch(num_chains=16),
     "beam search": jc.BeamSearch(width=4, max_width=256),
 }
 BUDGETS = (500, 1000, 4000)
 SHOWN = 1  # the budget of the figure and of most tables
 PENALTY_GRID = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.3, 0.4, 0.6)
-NUM_PENALTIES = DEPTH  # as many as fixed lengths, so that shares are equal
+NUM_PENALTIES = DEPTH  # one per fixed length, so that shares are equal
 TRACED = (1, 5, 10, 20, 40)
+# Names of the methods in saved results, which call a layer penalty a price.
 ACTION, FIXED, PENALIZED = "head as an action", "fixed lengths", "price per layer"
 STOPS, BEST_ONLY = ", all stops", ", best chains only"
 METHODS = (
@@ -74,7 +80,7 @@ METHODS = (
 
 
 class Setup(NamedTuple):
-    """Problems, runs and penalties with which searches are compared."""
+    """The problems, runs, and penalties with which searches are compared."""
 
     folder: Path
     names: tuple[str, ...]
@@ -142,8 +148,8 @@ def main() -> None:
 
 
 def choose_penalties(tables: list[Table]) -> tuple[float, ...]:
-    """The penalties whose best chains give the mean front that is nearest to the true one."""
-    # The best length at each penalty of the grid.
+    """Choose the penalties whose best chains give the mean front nearest to the true front."""
+    # Find the best length at each penalty of the grid.
     best_lengths = [
         [
             (t.loss[t.best] + penalty * t.unit * np.arange(DEPTH + 1)).argmin()
@@ -166,11 +172,11 @@ def choose_penalties(tables: list[Table]) -> tuple[float, ...]:
 
 
 def run_search(name: str, search: Any, setup: Setup) -> dict[str, np.ndarray]:
-    """Fronts of all runs of a search.
+    """Return the fronts of all runs of a search.
 
     Returns:
       `scored` and `stops`, `[M, R, S, B, D + 1]`, for the run with a head as an action, those of
-      fixed lengths and those of penalties; and `lengths`, `[M, R, S, T, D + 1]`.
+      fixed lengths, and those of penalties; and `lengths`, `[M, R, S, T, D + 1]`.
     """
     start = time.perf_counter()
     digest = hashlib.sha256()
@@ -186,7 +192,7 @@ def run_search(name: str, search: Any, setup: Setup) -> dict[str, np.ndarray]:
     make = partial(run_all, search, setup)
     arrays = keep(__file__, f"stopping-{name.replace(' ', '-')}", inputs, make)
     print(f"{name:20} {time.perf_counter() - start:.0f} s", flush=True)
-    # Each program maps memory, and the number of mappings of a process is limited.
+    # Each program uses memory mappings, and a process can have only so many.
     jax.clear_caches()
     return arrays
 
@@ -195,7 +201,7 @@ def run_all(search: Any, setup: Setup) -> dict[str, np.ndarray]:
     keys = jax.random.split(jax.random.key(0), 1 if search.is_deterministic else setup.seeds)
     tables = [Table(setup.folder, name) for name in setup.names]
     parts = []
-    # Problems of one shape run in sequence, so that they share programs.
+    # Problems of the same shape run one after another, so that they share programs.
     for length in (None, *LENGTHS):
         penalties = (0.0, *setup.penalties) if length is None else (0.0,)
         for i, penalty in enumerate(penalties):
@@ -226,7 +232,7 @@ def run_all(search: Any, setup: Setup) -> dict[str, np.ndarray]:
 def find_fronts(
     arrays: dict[str, np.ndarray], tables: list[Table], penalties: tuple[float, ...], budget: int
 ) -> dict[str, list[np.ndarray]]:
-    """Best found chain of each length within a budget, by method and problem, `[S, D + 1]`."""
+    """Find the best chain of each length within a budget, by method and problem, `[S, D + 1]`."""
     runs = {ACTION: slice(0, 1), FIXED: slice(1, 1 + DEPTH), PENALIZED: slice(1 + DEPTH, None)}
     fronts: dict[str, list[np.ndarray]] = {method: [] for method in METHODS}
     for m, table in enumerate(tables):
@@ -241,19 +247,22 @@ def find_fronts(
 
 
 def merge_runs(places: np.ndarray, table: Table) -> np.ndarray:
-    """Merge the fronts of several runs, `[R, S, D + 1]`, and the heads alone (no layer call)."""
+    """Merge the fronts of several runs, `[R, S, D + 1]`.
+
+    The heads alone, which cost no layer call, are added.
+    """
     best = np.take_along_axis(places, table.read(places).argmin(axis=0)[None], axis=0)[0]
     best[:, 0] = table.best[0]
     return best
 
 
 def find_lengths(places: np.ndarray, table: Table, penalty: Any = 0.0) -> np.ndarray:
-    """Length of the best chain at a penalty, among a front `[..., D + 1]`."""
+    """Find the length of the best chain at a penalty, in a front `[..., D + 1]`."""
     return add_penalty(places, table, penalty).argmin(axis=-1)
 
 
 def add_penalty(places: np.ndarray, table: Table, penalty: Any) -> np.ndarray:
-    """Losses of a front with the layer penalty."""
+    """Add the layer penalty to the losses of a front."""
     return table.read(places) + np.asarray(penalty)[..., None] * table.unit * np.arange(DEPTH + 1)
 
 
@@ -262,8 +271,8 @@ def compare_fronts(
 ) -> dict[str, Any]:
     """Compare the methods' fronts at each budget.
 
-    Regrets of the best chains of at most 1, 2, ... layers, their mean, and ratios of losses to the
-    best of all.
+    The numbers are the regrets of the best chains of at most 1, 2, ... layers, their mean, and the
+    ratios of losses to the best loss of all.
     """
     result: dict[str, Any] = {method: {} for method in METHODS}
     for i, budget in enumerate(BUDGETS):
@@ -291,10 +300,11 @@ def compare_fronts(
 def compare_chains(
     arrays: dict[str, np.ndarray], tables: list[Table], penalties: tuple[float, ...]
 ) -> dict[str, Any]:
-    """Regret of the best chain of a run, and whether it is as long as the true best chain.
+    """Compute the regret of the best chain of a run, and how often its length is right.
 
-    For a head as an action: without a penalty at each budget, and at each penalty with its share of
-    that budget.
+    A length is right if the true best chain has it. For a head as an action, the chain is the best
+    one without a penalty at each budget, and the best one at each penalty with its share of that
+    budget.
     """
     result: dict[str, Any] = {}
     for r, penalty in (
@@ -327,7 +337,10 @@ def compare_chains(
 def compare_choices(
     arrays: dict[str, np.ndarray], tables: list[Table], penalties: tuple[float, ...]
 ) -> dict[str, Any]:
-    """For each split, the best chain of a front on it: its length, and its regret on test."""
+    """Choose the best chain of a front on each split.
+
+    Return its length and its regret on test.
+    """
     fronts = find_fronts(arrays, tables, penalties, SHOWN)
     return {method: choose_lengths(fronts[method], tables) for method in (ACTION, FIXED, PENALIZED)}
 
@@ -382,7 +395,7 @@ def describe_truth(tables: list[Table], penalties: tuple[float, ...]) -> dict[st
 
 
 def find_optimal_lengths(table: Table) -> np.ndarray:
-    """Which of the best chains of each length are the best of all at some penalty, `[D + 1]`."""
+    """Find which chains of the true front are the best of all at some penalty, `[D + 1]`."""
     return np.isin(
         np.arange(DEPTH + 1),
         [find_lengths(table.best, table, penalty) for penalty in np.geomspace(1e-4, 10, 2000)],
@@ -392,9 +405,9 @@ def find_optimal_lengths(table: Table) -> np.ndarray:
 def summarize_lengths(
     arrays: dict[str, np.ndarray], penalties: tuple[float, ...]
 ) -> dict[str, Any]:
-    """By penalty and step: mean number of layers of scored chains, and its entropy in nats.
+    """Compute the mean number of layers of scored chains and its entropy, by penalty and step.
 
-    Both are means over runs.
+    The entropy is in nats, and both are means over runs.
     """
     result = {}
     for r, penalty in (
@@ -517,7 +530,7 @@ def list_steps(result: dict[str, Any]) -> str:
     head = ["price", *(f"step {step}" for step in TRACED)]
     rows = []
     for penalty, steps in result["lengths_by_step"]["actor-critic"].items():
-        # Steps that less than half of the runs reached are left blank.
+        # Steps that fewer than half of the runs reached are left blank.
         most = max(c["runs"] for c in steps.values())
         cells = [steps.get(step, {"runs": 0}) for step in TRACED]
         rows.append(
@@ -547,7 +560,7 @@ def make_table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def draw(path: str, result: dict[str, Any]) -> None:
-    """Plot the fronts at one budget, and the area to the true front against budget."""
+    """Plot the fronts at one budget, and the area to the true front against the budget."""
     names, shown = list(result["fronts"]), str(result["config"]["shown"])
     figure = Figure(figsize=(2.6 * len(names), 5.6), layout="constrained")
     axes = figure.subplots(2, len(names), sharey="row")

@@ -2,35 +2,38 @@
 
     python experiments/transformer_depth.py
 
-Hardware and run time: about an hour of one CPU core for each of 5 models, a sixth of it training.
-`--quick`: one small model of few steps, two lengths, 4 minutes on 2 cores; nothing is written.
+The run takes about an hour of one CPU core for each of 5 models, a sixth of it for training.
+`--quick` runs one small model with few steps and two lengths in 4 minutes on 2 cores, and writes
+nothing.
 
-Result to expect, mean loss on test of 5 models: with 4, 5 and 6 blocks, local search from recipes
-has 2.137, 2.099 and 2.073, the best recipe 2.159, 2.121 and 2.080, higher in all models. With 8 and
-9 blocks nothing is below the model itself. Of the mixes, the mean of the fine-tunes' weights is
-best (interquartile mean 1.956); local search from recipes has 1.977.
+Expected result, as the mean loss on test of 5 models: with 4, 5, and 6 blocks, local search from
+recipes has 2.137, 2.099, and 2.073. The best recipe has 2.159, 2.121, and 2.080, which is higher
+for all models. With 8 and 9 blocks, nothing is below the model itself. Of the mixes, the mean of
+the fine-tunes' weights is best (interquartile mean 1.956); local search from recipes has 1.977.
 
 A GPT-2 of 8 blocks, 128 wide, reads bytes. It is trained on Python's standard library, and two
-fine-tunes of it on two parts of the library that it did not see: concurrency (A: asyncio,
-multiprocessing, ...) and the web (B: email, http, ...). All are written as checkpoints and read by
-`jc.hub`. Loss: nats per byte.
+fine-tunes of it are trained on two parts of the library that it did not see: concurrency (A:
+asyncio, multiprocessing, ...) and the web (B: email, http, ...). All models are written as
+checkpoints and read by `jc.hub`. Losses are in nats per byte.
 
-*Depth*: chains of at most k blocks of the base model, first and last pinned, with repeats and in
-any order. Searches spend 1,000 layer calls on `search`; the best of their finalists by `select` is
-evaluated on `test`. For comparison, recipes that people use: the last blocks dropped, the blocks of
-least influence dropped (ShortGPT), the best run of blocks dropped, and, for more blocks than the
-model has, the best run repeated (both runs by `search`). Local search starts at a random chain and,
-in a row of its own, at the recipes (the model without each run of blocks, or with it twice). A last
-row takes that chain or a recipe, whichever is lower on `select`. Up to 6 blocks all chains are
-scored: losses then come from a table, each search runs ten times (linearized search, which needs
-weights, once), and the lowest loss on `search` is known.
+*Depth*: chains of at most k blocks of the base model with the first and last block pinned, in any
+order and with repeats. Searches spend 1,000 layer calls on `search`, and the best of their
+finalists on `select` is evaluated on `test`. The baselines are recipes that people use: drop the
+last blocks; drop the blocks of least influence (ShortGPT); drop the best run of blocks; and, for
+more blocks than the model has, repeat the best run (both runs are chosen on `search`). Local search
+starts at a random chain and, in a row of its own, at the recipes (the model without each run of
+blocks, or with the run twice). A last row takes that chain or a recipe, whichever is lower on
+`select`. For up to 6 blocks, all chains are scored. Losses then come from a table, each search runs
+ten times (linearized search, which needs weights, runs once), and the lowest loss on `search` is
+known.
 
-*Mix*: chains of the blocks, embeddings and heads of both fine-tunes, on text of A and B in equal
-parts. Compared with each fine-tune, the base model, and the mean of the fine-tunes' weights (model
-soup).
+*Mix*: chains of the blocks, embeddings, and heads of both fine-tunes, on text of A and B in equal
+parts. They are compared with each fine-tune, the base model, and the mean of the fine-tunes'
+weights (model soup).
 
-Finished parts are kept, so an interrupted run continues. Writes transformer_depth.json, .md and
-.png to experiments/results; the figure shows differences from each model itself.
+Finished parts are kept, so an interrupted run continues where it stopped. The script writes
+transformer_depth.json, .md, and .png to experiments/results. The figure shows differences from each
+model itself.
 """
 
 import dataclasses
@@ -52,9 +55,9 @@ from records import describe_machine, keep, make_parser, make_pool, use_tables, 
 import jchain as jc
 
 NUM_MODELS = 5
-# Sequences of search, select and test. With 8 and 16 in `search`, searches overfitted to them.
+# Sequences of search, select, and test. Searches overfitted when `search` had 8 or 16.
 SIZES = (32, 128, 256)
-# Numbers of blocks with all chains scored, and others; layer calls and runs of a search.
+# Numbers of blocks for which all chains are scored, and others; layer calls and runs of a search.
 KEPT, MORE, BUDGET, NUM_RUNS = (4, 5, 6), (7, 8, 9), 1000, 10
 SEARCHES = {
     "random search": jc.RandomSearch(),
@@ -66,7 +69,7 @@ SEARCHES = {
 # Searches that need weights, so losses from tables are not enough. They have fewer runs.
 NEEDS_WEIGHTS, NUM_FULL_RUNS = ("linearized",), 1
 LOWEST = "lowest of all on search"
-# Losses of one chain differ by up to this between programs.
+# The losses of one chain can differ by this much between programs.
 ROUNDING = 1e-5
 RECIPES = (
     "last blocks dropped",
@@ -76,7 +79,8 @@ RECIPES = (
     "best run repeated",
 )
 FOUND = "local search"
-# Start at models and recipes, like `jchain search --checkpoint`, whose finalists include them.
+# These start at models and recipes, like `jchain search --checkpoint`, which also adds them to the
+# finalists.
 STARTED, CHOSEN = "local search from recipes", "that or a recipe, by select"
 MODELS = {"base": "base", "a": "fine-tune a", "b": "fine-tune b", "soup": "soup of both"}
 MIX_ARMS = (*MODELS.values(), "random mix", *SEARCHES, STARTED, CHOSEN)
@@ -84,7 +88,7 @@ MIX_ARMS = (*MODELS.values(), "random mix", *SEARCHES, STARTED, CHOSEN)
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Sizes of the experiment."""
+    """The sizes of the experiment."""
 
     model: Model
     kept: tuple[int, ...] = KEPT
@@ -110,7 +114,7 @@ def main() -> None:
         trained = [pool.submit(train, seed, size) for seed in range(num_models)]
         for future in trained:
             future.result()
-        parts = (*size.more, None, *size.kept[::-1])  # the longest first
+        parts = (*size.more, None, *size.kept[::-1])  # the longest parts come first
         futures = [
             [pool.submit(run_part, seed, part, size) for seed in range(num_models)]
             for part in parts
@@ -144,7 +148,10 @@ def _load_or_train(
 
 
 def run_part(seed: int, num_blocks: int | None, size: Size) -> dict[str, np.ndarray]:
-    """Losses on `test` with up to `num_blocks` blocks of a base model, or, if None, of a mix."""
+    """Compute the losses on `test` of one part of the experiment.
+
+    The part is the depth `num_blocks` of a base model or, if that is None, the mix.
+    """
     start, text = time.perf_counter(), byte_models.load_text(seed)
     trained = _load_or_train(seed, size, text)
     with tempfile.TemporaryDirectory() as folder:
@@ -169,7 +176,7 @@ def run_searches(
 ) -> Iterator[tuple[str, list[np.ndarray]]]:
     """Yield the finalists of the runs of each search.
 
-    Losses come from the table, if there is one and the search does not need weights.
+    If there is a table and the search does not need weights, losses come from the table.
     """
     for name, search in SEARCHES.items():
         if table is None or name in NEEDS_WEIGHTS:
@@ -184,7 +191,10 @@ def run_searches(
 def select_finalists(
     select: jc.Problem, finalists: list[np.ndarray]
 ) -> tuple[list[list[int]], np.ndarray]:
-    """The finalist of each run with the lowest loss on `select`, and that loss."""
+    """Select the finalist of each run with the lowest loss on `select`.
+
+    Return the finalists and their losses.
+    """
     loss = np.asarray(jc.evaluate(select, np.concatenate(finalists)).loss)
     parts = np.split(loss, np.cumsum([len(rows) for rows in finalists])[:-1])
     best = [rows[int(part.argmin())] for rows, part in zip(finalists, parts, strict=True)]
@@ -200,9 +210,9 @@ def evaluate_depth(
     paths: dict[str, Path],
     text: dict[str, list[np.ndarray]],
 ) -> dict[str, np.ndarray]:
-    """Loss on `test` of the chain of each search and of each recipe.
+    """Compute the loss on `test` of the chain of each search and of each recipe.
 
-    If all chains are scored, also how far a search is above the lowest loss on `search`.
+    If all chains are scored, also compute how far each search is above the lowest loss on `search`.
     """
     whole, bank = jc.hub.load(paths["base"]), jc.hub.load(paths["base"], pinned=(1, 1))
     splits = byte_models.make_splits(text, ("base",), seed, SIZES)
@@ -236,7 +246,7 @@ def evaluate_depth(
 
 
 def evaluate_chains(bank: jc.Bank, split: jc.Batch, chains: dict[Any, list[int]]) -> np.ndarray:
-    """Losses of chains by name, `[chains]`."""
+    """Compute the losses of named chains, `[chains]`."""
     padded = jc.chain.pad([*chains.values()], 2 * bank.num_layers)
     return np.asarray(jc.evaluate(jc.Problem(bank, split, 2 * bank.num_layers), padded).loss)
 
@@ -244,10 +254,13 @@ def evaluate_chains(bank: jc.Bank, split: jc.Batch, chains: dict[Any, list[int]]
 def evaluate_mix(
     seed: int, size: Size, paths: dict[str, Path], text: dict[str, list[np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """Loss on `test`, of text of both parts, of chains of both fine-tunes and of single models."""
+    """Compute the loss on `test` of chains of both fine-tunes and of single models.
+
+    The text is of both parts.
+    """
     bank = jc.hub.load_many([paths["a"], paths["b"]], pinned=(1, 1))
     splits = byte_models.make_splits(text, ("a", "b"), seed, SIZES)
-    max_layers = size.model.depth - 1  # one of them for embeddings
+    max_layers = size.model.depth - 1  # one of the layers chooses the embeddings
     search, select, test = (jc.Problem(bank, split, max_layers) for split in splits)
     results = {}
     for name, finalists in run_searches(search, None, size.num_runs, size.budget, seed):
@@ -291,14 +304,16 @@ def search_from_recipes(
     budget: int,
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """Loss on `test` of local search from models and recipes, and of that or a known chain.
+    """Run local search from models and recipes, and evaluate what it finds on `test`.
+
+    Return the loss of the best finalist, and the loss of either that or the best known chain.
 
     Args:
-      starts: chains to start at.
-      problems: one for each of search, select and test.
-      known: losses of models or recipes on select and test; the best one is taken if lower on
+      starts: chains at which the search starts.
+      problems: one problem for each of search, select, and test.
+      known: losses of models or recipes on select and test. The best one is taken if it is lower on
         select.
-      num_runs: runs of the search.
+      num_runs: number of runs of the search.
       budget: layer calls of a run.
       seed: seed of the runs.
     """
@@ -311,7 +326,10 @@ def search_from_recipes(
 
 
 def summarize(runs: list[dict[str, np.ndarray]], size: Size) -> dict[str, Any]:
-    """Interquartile means over models of the mean of their runs; intervals resample the models."""
+    """Compute interquartile means over models of the mean of their runs.
+
+    Intervals resample the models.
+    """
 
     def pool(name: str) -> Any:
         by_model = [float(run[name].mean()) for run in runs]
@@ -345,7 +363,10 @@ def summarize(runs: list[dict[str, np.ndarray]], size: Size) -> dict[str, Any]:
 
 
 def count_wins(depth: dict[str, dict[str, Any]], size: Size) -> dict[str, Any]:
-    """Best recipe by number of blocks, and number of models with a lower or equal found loss."""
+    """Find the best recipe by number of blocks, and count the models in which a search beats it.
+
+    Models with an equal loss are counted separately.
+    """
     wins = {}
     for k in map(str, (*size.kept, *size.more)):
         available = [name for name in RECIPES if k in depth.get(name, {})]
@@ -412,9 +433,10 @@ def format_tables(result: dict[str, Any]) -> str:
 
 
 def draw(path: str, result: dict[str, Any]) -> None:
-    """Plot loss against blocks, and losses of mixes.
+    """Plot the loss against the number of blocks, and the losses of mixes.
 
-    Losses are relative to the base model of each seed: models differ by more than the methods.
+    Losses are relative to the base model of each seed because models differ by more than methods
+    do.
     """
     depth, mix = result["depth"], result["mix"]
     own = np.array(depth["nothing dropped"][str(result["config"]["model"]["depth"])]["by_model"])
@@ -452,7 +474,10 @@ def draw(path: str, result: dict[str, Any]) -> None:
 
 
 def find_differences(by_model: list[list[float]], own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Interquartile means over models of losses minus `own`, and lengths of error bars."""
+    """Compute interquartile means over models of losses minus `own`.
+
+    Also return the lengths of the error bars.
+    """
     rows = [jc.chainbench.stats.iqm([np.subtract(losses, own)]) for losses in by_model]
     values = np.array([row.value for row in rows])
     return values, np.array(

@@ -1,25 +1,25 @@
-"""When to update bank weights: never, after the search, on copies during it, or shared ones?
+"""When should bank weights be updated: never, after the search, on clones during it, or shared?
 
     python experiments/updates.py
 
-Hardware and run time: 2 CPU cores, about 12 minutes. `--quick`: one kind of bank, two searches, one
-seed and budget, two minutes.
+The run takes about 12 minutes on 2 CPU cores. `--quick` runs one kind of bank, two searches, one
+seed, and one budget in two minutes.
 
-Result to expect at 4,000 layer calls: a loss on test of 0.26 if frozen, 0.15 to 0.17 if the found
-chain is tuned, 0.17 if clones are, 0.20 with shared updates, and 0.18 for a net trained from
-scratch; on the routed bank 0.15 even if frozen.
+Expected result: at 4,000 layer calls, the loss on test is 0.26 if weights are frozen, 0.15 to 0.17
+if the chain that was found is tuned, 0.17 if clones are tuned, 0.20 with shared updates, and 0.18
+for a net trained from scratch. On the routed bank, it is 0.15 even if weights are frozen.
 
-The four policies of `jchain.updates` on digits banks of three kinds (12 layers, chains of up to 4),
-10 seeds of bank, splits and search each, at equal cost: layer calls of the search plus those of
-gradient steps. Searches use `search`, gradients use `train`, the 16 best chains are re-ranked on
-`select`, and the loss on `test` is reported. For comparison, at the same cost if one is given:
-every chain evaluated (no gradient steps), the best parent unchanged and trained further, a random
-chain unchanged, with its best single swap, and trained further, and a net of 4 layers trained from
-scratch. Gradient steps are AdamW at 1e-3 on minibatches of 128. Half of the budget is for them if
-the policy has the choice. No size or rate was tuned.
+The four policies of `jchain.updates` run on digits banks of three kinds (12 layers, chains of up to
+4), with 10 seeds of bank, splits, and search each. The cost is equal: the layer calls of the search
+plus those of the gradient steps. Searches use `search`, gradients use `train`, the 16 best chains
+are re-ranked on `select`, and the loss on `test` is reported. The baselines, which have the same
+cost if they have one, are: every chain evaluated (no gradient steps); the best parent, unchanged
+and trained further; a random chain, unchanged, with its best single swap, and trained further; and
+a net of 4 layers trained from scratch. Gradient steps are AdamW at 1e-3 on minibatches of 128. They
+get half of the budget if the policy has the choice. No size or rate was tuned.
 
-Finished parts are kept, so an interrupted run continues. Writes updates.json, updates.md and
-updates.png to experiments/results.
+Finished parts are kept, so an interrupted run continues where it stopped. The script writes
+updates.json, updates.md, and updates.png to experiments/results.
 """
 
 import time
@@ -36,9 +36,9 @@ import jchain as jc
 KINDS = ("independent", "routed", "random")
 BUDGETS = (1000, 4000)
 DEPTH, NUM_LAYERS = 4, 12
-# Shares of the budget for gradient steps.
+# Share of the budget for gradient steps.
 SHARES = {"tune found": 0.5, "clone then tune": 0.5}
-# Rounds of cloning, and shared gradient steps after each step of a search.
+# Number of rounds of cloning, and of shared gradient steps after each step of a search.
 NUM_ROUNDS, NUM_UPDATES = 4, 8
 SEARCHES: dict[str, Any] = {
     "actor-critic": jc.ActorCritic(),
@@ -97,9 +97,9 @@ def main() -> None:
 def run_all(
     kinds: Any, seeds: Any, budgets: Any, searches: tuple[str, ...], workers: int
 ) -> dict[str, np.ndarray]:
-    """Each number of each row, `[kinds, seeds]`."""
+    """Return each number of each row, `[kinds, seeds]`."""
     with make_pool(workers) as pool:
-        # Neighbors share programs.
+        # Neighbors in the list share programs.
         cases = [(kind, seed) for kind in kinds for seed in seeds]
         found = list(
             pool.map(
@@ -130,7 +130,7 @@ def make_problem(kind: str, seed: int) -> tuple[jc.Problem, jc.Dataset]:
 
 
 def count_steps(budget: float, data: jc.Dataset) -> int:
-    """Number of gradient steps on a chain of 4 layers for a budget in layer calls."""
+    """Count the gradient steps on a chain of 4 layers that a budget in layer calls pays for."""
     cost = jc.updates.tune.training_cost(DEPTH, len(data.train.y), len(data.search.y), 1000)
     return max(1, int(budget / cost * 1000))
 
@@ -184,7 +184,10 @@ def run(
     budget: int,
     seed: int,
 ) -> dict[str, float]:
-    """Loss on test of the found chain, and the share of the budget that gradient steps used."""
+    """Run a policy, and return the loss on test of the chain that was found.
+
+    Also return the share of the budget that gradient steps used.
+    """
     outcome = policy.run(jax.random.key(1000 + seed), search, problem, data.train, budget=budget)
     row = evaluate_on_test(
         title, select_chain(outcome.bank, data, outcome.result.finalists), outcome.bank, data
@@ -198,7 +201,7 @@ def run(
 
 
 def select_chain(bank: jc.Bank, data: jc.Dataset, chains: np.ndarray) -> np.ndarray:
-    """The chain with the lowest loss on `select`."""
+    """Select the chain with the lowest loss on `select`."""
     return chains[int(np.argmin(jc.evaluate(jc.Problem(bank, data.select, DEPTH), chains).loss))]
 
 
@@ -226,8 +229,8 @@ def run_controls(problem: jc.Problem, data: jc.Dataset, budget: int, seed: int) 
     net = jc.train.independent(
         net_key,
         data.train,
-        layer=bank.layers[0].module,
-        head=bank.heads[0].module,
+        layer=jc.layers.ResidualMLP(64),
+        head=jc.layers.DenseHead(10),
         num_nets=1,
         depth=DEPTH,
         num_steps=count_steps(budget, data),
@@ -265,7 +268,7 @@ def run_controls(problem: jc.Problem, data: jc.Dataset, budget: int, seed: int) 
 
 
 def summarize(values: np.ndarray) -> list[dict[str, float] | None]:
-    """IQM over all kinds of bank that have the row, then of each kind."""
+    """Compute the IQM over all kinds of bank that have the row, then that of each kind."""
     there = values[~np.isnan(values).any(axis=1)]
     return [
         jc.chainbench.stats.iqm(there)._asdict(),
@@ -277,7 +280,10 @@ def summarize(values: np.ndarray) -> list[dict[str, float] | None]:
 
 
 def compare(rows: dict[str, np.ndarray], budget: int) -> dict[str, dict[str, Any]]:
-    """Probability that an actor-critic row has a lower loss than another row on the same bank."""
+    """Compute the probability that an actor-critic row beats another row.
+
+    It beats the other row if it has a lower loss on the same bank.
+    """
     names = [name for name in rows if name.endswith("/loss") and not np.isnan(rows[name]).any()]
     names = [name for name in names if f"/{budget}/" in name or name.count("/") == 1]
     return {
@@ -294,7 +300,10 @@ def compare(rows: dict[str, np.ndarray], budget: int) -> dict[str, dict[str, Any
 
 
 def format_table(summary: dict[str, Any], rows: dict[str, np.ndarray], kinds: Any) -> str:
-    """Markdown table: IQM and interval of the loss on test; mean accuracy and gradient share."""
+    """Format a Markdown table of the IQM and interval of the loss on test.
+
+    It also has the mean accuracy and the share of gradient steps in the cost.
+    """
     head = ["", "layer calls", "loss on test", *kinds, "accuracy", "for gradients"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name in sorted(summary, key=lambda name: summary[name][0]["value"]):
@@ -314,7 +323,7 @@ def format_table(summary: dict[str, Any], rows: dict[str, np.ndarray], kinds: An
 
 
 def draw(path: str, rows: dict[str, np.ndarray], budgets: tuple[int, ...]) -> None:
-    """Plot the loss on test of the four policies and the controls, by kind of bank."""
+    """Plot the loss on test of the four policies and the baselines, by kind of bank."""
     names = [
         *(
             f"{policy}, actor-critic/{budgets[-1]}"

@@ -1,33 +1,37 @@
-"""How to update the value of a prefix: rules of credit at equal cost, and their calibration.
+"""How should the value of a prefix be updated? Credit rules at equal cost, and their calibration.
 
     python experiments/chainbench.py && python experiments/values.py
 
-Hardware and run time: one CPU core, shared with other jobs, 30 minutes. `--quick`: one problem, 3
-runs, 2 to 4 minutes.
+The run takes 30 minutes on one CPU core shared with other jobs. `--quick` runs one problem with 3
+runs in 2 to 4 minutes.
 
-Result to expect at 4,000 layer calls: a regret of 0.006 to 0.009 for the four rules with imitation
-and restarts, which is worse than evolution, local search and beam search (0.001 to 0.003), and of
-0.075 to 0.148 without, which is no better than random search (0.076). Ranks have 0.001 and 0.037.
-Predictions are near the return of the agent's own policy (bias within 0.1) and 0.7 to 0.9 below the
-best reachable reward.
+Expected result: at 4,000 layer calls, the four rules with imitation and restarts have a regret of
+0.006 to 0.009, which is worse than evolution, local search, and beam search (0.001 to 0.003).
+Without imitation and restarts, they have 0.075 to 0.148, which is no better than random search
+(0.076). Ranks have 0.001 and 0.037. Predictions are near the return of the agent's own policy (bias
+within 0.1) and 0.7 to 0.9 below the best reachable reward.
 
-The actor-critic with TD(0), TD(0.5), Monte Carlo returns, and V-trace with replay, and tabular
-Q-learning: regret, and calibration of the critic. Its prediction for each of the 1,885 prefixes
-with room for a layer is compared with the best reachable reward after the prefix, which is known
-because every chain is scored; once over all prefixes, and once over those of the agent's own last
-chains. Spearman's correlation, bias (predicted minus true) and root mean square error are computed
-within each depth, 1 to 3, then averaged. The target of a TD critic is not the best reachable reward
-but the return of its own policy, which is known as well (`own policy`: exact, from all 22,621
-prefixes); that of Q-learning is the best. Rewards are minus the log of the loss, so an error of 0.1
-is a tenth of the loss. The default reward of the actor-critic, ranks without a unit, is included.
-Everything is measured twice: with imitation of the best chains and restarts from them, and without
-both (`pure`), where credit is the only signal. Critic search is a reference: its Spearman
-correlation is over the prefixes that it has observed and not extended yet.
+The rules are the actor-critic with TD(0), TD(0.5), Monte Carlo returns, and V-trace with replay,
+and tabular Q-learning. The script measures their regret and the calibration of the critic. The
+critic's prediction for each of the 1,885 prefixes with room for a layer is compared with the best
+reachable reward after the prefix, which is known because every chain is scored. This is done once
+over all prefixes, and once over those of the agent's own last chains. Spearman's correlation, bias
+(predicted minus true), and root mean square error are computed within each depth, 1 to 3, and then
+averaged.
 
-The 12 ChainBench problems of odd number with three heads, which share compiled programs; losses
-come from tables; 10 runs each. Rates were chosen on problems of even number (`--tune`).
+The target of a TD critic is not the best reachable reward but the return of its own policy, which
+is known as well (`own policy`: exact, from all 22,621 prefixes); that of Q-learning is the best
+reachable reward. Rewards are minus the log of the loss, so an error of 0.1 is a tenth of the loss.
+The default reward of the actor-critic, ranks without a unit, is included. Everything is measured
+twice: with imitation of the best chains and restarts from them, and without both (`pure`), where
+credit is the only signal. Critic search is a reference: its Spearman correlation is over the
+prefixes that it has observed and not extended yet.
 
-Writes values.json, values.md and values.png to experiments/results.
+The problems are the 12 odd-numbered ChainBench problems with three heads, which share compiled
+programs. Losses are looked up in tables, and each search has 10 runs. Rates were chosen on
+even-numbered problems (`--tune`).
+
+The script writes values.json, values.md, and values.png to experiments/results.
 """
 
 import time
@@ -53,7 +57,7 @@ from records import describe_machine, describe_search, keep, make_parser, use_ta
 import jchain as jc
 
 BUDGETS = (300, 1000, 4000)
-NUM_RECENT = 4  # last steps, whose chains count as visited
+NUM_RECENT = 4  # the chains of this many last steps count as visited
 PART = 16  # device steps per host sync
 MAX_FREE_STEPS = 100  # consecutive steps without cost that end a run, as in jc.run
 PURE: dict[str, Any] = {"imitation_weight": 0.0, "restart_rate": 0.0}
@@ -88,7 +92,7 @@ CONTROLS: dict[str, Any] = {
 
 
 class Track(NamedTuple):
-    """State of a run, and what is recorded at each budget."""
+    """The state of a run, and what is recorded at each budget."""
 
     key: Any
     state: Any
@@ -109,7 +113,7 @@ def main() -> None:
     parser.add_argument(
         "--tune",
         action="store_true",
-        help="compare rates on problems of even number; nothing is written",
+        help="compare rates on even-numbered problems; nothing is written",
     )
     args = parser.parse_args()
     start = time.perf_counter()
@@ -164,7 +168,7 @@ def main() -> None:
 
 
 def find_problems(folder: Path, half: slice) -> list[str]:
-    """Names of the problems with three heads."""
+    """Find the names of the problems with three heads."""
     return [
         name
         for name in jc.chainbench.NAMES[half]
@@ -175,7 +179,7 @@ def find_problems(folder: Path, half: slice) -> list[str]:
 def evaluate_problems(
     name: str, search: Any, problems: dict[str, Any], seeds: int
 ) -> dict[str, np.ndarray]:
-    """Regret and calibration of a search on all problems, `[M, S, ...]`."""
+    """Compute the regret and calibration of a search on all problems, `[M, S, ...]`."""
     start, rows = time.perf_counter(), []
     for problem_name, solved in problems.items():
         leaves = [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(search)]
@@ -200,7 +204,7 @@ def evaluate_problems(
 
 
 def evaluate_search(search: Any, solved: Any, seeds: int) -> dict[str, np.ndarray]:
-    """Regret and calibration at each budget of each run."""
+    """Compute the regret and calibration of each run at each budget."""
     problem, truth = solved.tabular_problem(), find_truth(solved)
     track = run_agent(search, problem, seeds)
     loss = np.where(np.isfinite(track.best), track.best, np.median(solved.loss["search"]))
@@ -279,7 +283,7 @@ def start(key: Any, search: Any, problem: jc.Problem) -> Track:
     recent = jnp.full((NUM_RECENT, *shapes.chains.shape), -1, jnp.int32)
     kept = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(BUDGETS)), read_critic(search, state))
     zero, visited = jnp.zeros((), jnp.int32), jnp.stack([recent] * len(BUDGETS))
-    # The dtypes are those that a step returns, so that there is one program.
+    # The dtypes are those that a step returns, so that there is only one program.
     best = jnp.full(len(BUDGETS), jnp.inf, jnp.float32)
     return Track(key, state, zero, zero, jnp.array(False), recent, best, kept, visited)
 
@@ -331,13 +335,13 @@ def find_policy(search: Any, state: Any, chains: Any, problem: jc.Problem) -> An
 
 
 def read_critic(search: Any, state: Any) -> Any:
-    """The part of a state that its critic needs to predict.
+    """Return the part of a state that its critic needs to predict.
 
-    For critic search, the open prefixes and their predicted log losses.
+    For critic search, this is the open prefixes and their predicted log losses.
     """
     if isinstance(search, jc.CriticSearch):
         prefixes = state.prefixes
-        return prefixes.chains, prefixes.base + jnp.einsum(
+        return prefixes.chains, prefixes.prior_prediction + jnp.einsum(
             "dwi,di->dw", prefixes.inputs, state.weights
         )
     if isinstance(search, jc.QLearning):
@@ -346,7 +350,7 @@ def read_critic(search: Any, state: Any) -> Any:
 
 
 def run_control(search: Any, solved: Any, seeds: int) -> np.ndarray:
-    """Regret at each budget, `[S, B]`."""
+    """Compute the regret at each budget, `[S, B]`."""
     keys = jax.random.split(jax.random.key(0), seeds)
     results = jc.run_many(keys, search, solved.tabular_problem(), budget=BUDGETS[-1])
     loss = np.array([result.curve.at(BUDGETS) for result in results])
@@ -354,7 +358,7 @@ def run_control(search: Any, solved: Any, seeds: int) -> np.ndarray:
 
 
 def summarize(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """IQM and interval of each metric, by budget."""
+    """Compute the IQM and interval of each metric, by budget."""
     out: dict[str, Any] = {"regret": estimate(arrays["regret"])}
     for key in ("everywhere", "visited"):
         if key in arrays:
@@ -382,7 +386,10 @@ def show(cell: dict[str, float], digits: int = 2) -> str:
 
 
 def format_tables(summary: dict[str, Any]) -> str:
-    """Markdown tables: regret, then calibration, IQM and interval; errors of ranks have no unit."""
+    """Format Markdown tables of the regret and of the calibration.
+
+    Each cell is an IQM with its interval. The errors of ranks have no unit.
+    """
     last = str(BUDGETS[-1])
     head = ["rule", *(f"regret at {budget:,}" for budget in BUDGETS)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -458,7 +465,7 @@ def draw(path: str, results: dict[str, dict[str, np.ndarray]], summary: dict[str
 
 
 def tune(folder: Path) -> None:
-    """Compare rates of TD(0.5) on one problem of even number of each data set."""
+    """Compare rates of TD(0.5) on one even-numbered problem of each data set."""
     names = find_problems(folder, slice(0, None, 2))
     chosen = [next(name for name in names if name.startswith(data)) for data in jc.chainbench.DATA]
     solved = [jc.chainbench.load(folder, name) for name in chosen]

@@ -55,7 +55,7 @@ from jchain.search.mcts import MCTS
 from jchain.search.protocol import Info, Search
 from jchain.search.q_learning import QLearning
 from jchain.search.random_search import RandomSearch
-from jchain.search.result import Curve, Result
+from jchain.search.result import BudgetError, Curve, Result
 from jchain.search.suffix_beam_search import SuffixBeamSearch
 from jchain.search.target_propagation import TargetPropagation
 
@@ -70,6 +70,7 @@ __all__ = [
     "Bank",
     "Batch",
     "BeamSearch",
+    "BudgetError",
     "Critic",
     "CriticSearch",
     "Curve",

@@ -2,12 +2,13 @@
 
 Permuting the hidden units of a layer does not change what it computes, so layers that compute
 similar functions may have very different weights. This module permutes the hidden units of each
-layer to maximize the inner product of its weights with those of a reference layer. This is the
+layer to maximize the inner product of its weights with a reference layer's weights. This is the
 weight matching of Git Re-Basin (Ainsworth et al. 2022, arXiv:2209.04836). For one hidden layer, it
 is a linear assignment problem, which is solved exactly.
 """
 
-import flax.linen as nn
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,13 +20,13 @@ from jchain.groups import LayerGroup
 from jchain.layers import ResidualMLP
 
 # For each known module, the axis of hidden units in each of its tensors.
-_AXES: dict[type[nn.Module], dict[str, int]] = {
+_AXES: dict[type, dict[str, int]] = {
     ResidualMLP: {"Dense_0/kernel": 1, "Dense_0/bias": 0, "Dense_1/kernel": 0}
 }
 
 
 def align(bank: Bank, token: int) -> Bank:
-    """Permute the hidden units of each layer to match those of layer `token`.
+    """Permute the hidden units of each layer to match the hidden units of layer `token`.
 
     Every chain computes the same outputs as before, up to the order of sums. Layers of other
     groups are unchanged.
@@ -40,12 +41,12 @@ def align(bank: Bank, token: int) -> Bank:
     """
     from scipy.optimize import linear_sum_assignment
 
-    group, place = _find_layer(bank, token)
+    group, index = _find_layer(bank, token)
     units = _stack_units(group)
     orders = []
     for rows in units:
         # The matrix is [hidden units of `token`, hidden units of this layer].
-        _, order = linear_sum_assignment(units[place] @ rows.T, maximize=True)
+        _, order = linear_sum_assignment(units[index] @ rows.T, maximize=True)
         orders.append(order)
     return _reorder(bank, group, jnp.asarray(np.stack(orders)))
 
@@ -70,14 +71,14 @@ def shuffle(key: Key[Array, ""], bank: Bank, token: int = 0) -> Bank:
 def _find_layer(bank: Bank, token: int) -> tuple[LayerGroup, int]:
     if not 0 <= token < bank.num_layers:
         raise ValueError(f"expected a layer token in 0..{bank.num_layers - 1}, got {token}")
-    group, place = bank.find(token)
+    group, index = bank.find(token)
     if type(group.module) not in _AXES:
         known = ", ".join(module.__name__ for module in _AXES)
         raise ValueError(
             f"expected a layer whose hidden units are known, {known}, "
             f"got {type(group.module).__name__}"
         )
-    return group, place
+    return group, index
 
 
 def _stack_units(group: LayerGroup) -> np.ndarray:
@@ -96,5 +97,5 @@ def _reorder(bank: Bank, group: LayerGroup, orders: Int[Array, "n H"]) -> Bank:
         flat[path] = jax.vmap(lambda leaf, order, axis=axis: jnp.take(leaf, order, axis=axis))(
             flat[path], orders
         )
-    new = LayerGroup(traverse_util.unflatten_dict(flat, sep="/"), group.module, group.tokens)
-    return bank.replace_group(group, new)
+    new = dataclasses.replace(group, params=traverse_util.unflatten_dict(flat, sep="/"))
+    return bank._replace_group(group, new)

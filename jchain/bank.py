@@ -4,7 +4,6 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,19 +15,18 @@ from jchain._typing import Array, Int, PyTree, Shaped
 from jchain.groups import (
     LayerGroup,
     add_copies,
-    apply_module,
     check_keeps_shape,
     check_same_stem,
     describe_groups,
-    describe_module,
-    find_input_shape,
     group_by_module,
-    merge,
-    pick,
+    merge_groups,
     put,
 )
+from jchain.modules import Module, apply_module, convert, describe_module, split_variables
+from jchain.modules.pickling import Picklable
 from jchain.pytree import pytree_dataclass, static
 from jchain.tokens import (
+    check_names,
     check_tokens,
     complete_names,
     concat_names,
@@ -40,7 +38,7 @@ from jchain.tokens import (
 
 
 @pytree_dataclass
-class Bank:
+class Bank(Picklable):
     """Frozen layers (tokens `0..N-1`), heads (tokens `N..N+K-1`), and an optional fixed stem.
 
     Build one with `Bank.stack`, `Bank.concat`, `Bank.load` or `jchain.train`.
@@ -48,7 +46,7 @@ class Bank:
     Attributes:
       layers: the layers, with one group of stacked params per module.
       heads: the heads, with one group of stacked params per module.
-      stem_params: params of the stem; None if there is no stem.
+      stem_params: params of the stem, or all its collections; None if there is no stem.
       stem: fixed module that maps raw input to the shape that layers keep; None for the identity.
       names: the unique name of each token: N layers, then K heads.
       origins: for each token, a few words about where its weights come from.
@@ -61,7 +59,7 @@ class Bank:
     layers: tuple[LayerGroup, ...]
     heads: tuple[LayerGroup, ...]
     stem_params: PyTree = None
-    stem: nn.Module | None = static(default=None)
+    stem: Module | None = static(default=None)
     names: tuple[str, ...] = static(default=())
     origins: tuple[str, ...] = static(default=())
     parents: tuple[tuple[int, ...], ...] = static(default=())
@@ -92,7 +90,9 @@ class Bank:
         Args:
           x: a batch of raw input, `[B, ...]`.
         """
-        return x if self.stem is None else apply_module(self.stem, self.stem_params, x)
+        if self.stem is None:
+            return x
+        return apply_module(self.stem, *split_variables(self.stem, self.stem_params), x)
 
     def describe(self, chain: chain_lib.ChainsLike) -> str:
         """Return the names along one chain, for example `net0/0 -> net1/2 -> net0/head`.
@@ -121,13 +121,14 @@ class Bank:
 
     @staticmethod
     def stack(
-        layer: nn.Module | Sequence[nn.Module],
-        layer_params: Sequence[PyTree],
-        head: nn.Module | Sequence[nn.Module],
-        head_params: Sequence[PyTree],
+        layer: object,
+        layer_params: Sequence[PyTree] | None = None,
+        head: object = None,
+        head_params: Sequence[PyTree] | None = None,
         *,
-        stem: nn.Module | None = None,
+        stem: object = None,
         stem_params: PyTree = None,
+        input_shape: Sequence[int] | None = None,
         names: Sequence[str] | None = None,
         origins: Sequence[str] | None = None,
         parents: Sequence[Sequence[int]] = (),
@@ -135,34 +136,41 @@ class Bank:
     ) -> "Bank":
         """Build a bank from your own weights.
 
+        A module is a Flax linen or nnx module, or a pure function `apply_fn(params, x)`.
+
         Args:
-          layer: the Flax module of all layers, or one module per layer. Its output must have the
-            shape of its input.
-          layer_params: for each layer, a dict such as `layer.init(key, x)["params"]`.
-          head: the Flax module of all heads, or one module per head.
-          head_params: for each head, a dict such as `head.init(key, x)["params"]`.
+          layer: the module of all layers, or one module per layer. A layer's output must have the
+            shape and dtype of its input.
+          layer_params: for each layer, `layer.init(key, x)["params"]`, or all of
+            `layer.init(key, x)` if it has other collections, such as `batch_stats`; any pytree for
+            a function; None for an nnx module. None if all layers are nnx modules.
+          head: the module of all heads, or one module per head.
+          head_params: for each head, as for layers.
           stem: fixed module that maps raw input to the layers' input; None for the identity.
-          stem_params: params of the stem.
+          stem_params: as for a layer.
+          input_shape: the shape of the first layer's input, without the axis of examples, to check
+            the layers at once; None leaves the check to `Problem`, which has data.
           names: names of layers, or of layers and heads; `layer0`, ..., `head0`, ... by default.
           origins: for each layer and head, a few words about where its weights come from.
           parents: the nets that the layers come from, each as a chain: layer tokens, then a head.
           num_steps: number of gradient steps that trained the weights.
 
         Raises:
-          ValueError: if there is no layer or no head, modules and params differ in number, params
-            do not stack, a layer changes the shape of its input, names repeat or are too few, or a
-            parent is not a chain. If the input's shape cannot be inferred from the params,
-            `Problem` checks the layers' shapes instead.
+          ValueError: if there is no layer or no head, a module is of another kind, modules and
+            params differ in number, params do not stack, names repeat or are too few, a parent is
+            not a chain, or, with `input_shape`, a layer changes the shape or needs collections that
+            are not given.
         """
-        num_layers, num_heads = len(layer_params), len(head_params)
-        if num_layers == 0 or num_heads == 0:
-            raise ValueError(
-                f"empty bank: expected at least one layer and one head, "
-                f"got {num_layers} and {num_heads}"
-            )
+        layers = group_by_module(layer, layer_params, "layer", 0)
+        num_layers = sum(len(group.tokens) for group in layers)
+        heads = group_by_module(head, head_params, "head", num_layers)
+        num_heads = sum(len(group.tokens) for group in heads)
+        if stem is not None:
+            stem, *trees = convert(stem, stem_params, "stem")
+            stem_params = trees[0] if trees[1] is None else {"params": trees[0], **trees[1]}
         bank = Bank(
-            layers=group_by_module(layer, layer_params, "layer", 0),
-            heads=group_by_module(head, head_params, "head", num_layers),
+            layers=layers,
+            heads=heads,
             stem_params=jax.tree.map(jnp.asarray, stem_params),
             stem=stem,
             names=complete_names(names, num_layers, num_heads),
@@ -171,13 +179,18 @@ class Bank:
             num_steps=num_steps,
         )
         bank._check()
+        if input_shape is not None:
+            # Two examples: a layer that only fits one would mix them.
+            x = jax.ShapeDtypeStruct((2, *input_shape), jnp.float32)
+            for group in bank.layers:
+                check_keeps_shape(group, x, bank.names, allow_other_dtype=True)
         return bank
 
     @staticmethod
     def concat(banks: Sequence["Bank"]) -> "Bank":
         """Join banks, in the given order, with all layers before all heads.
 
-        Layers of a module form one group. If names would repeat, all get a prefix: `bank1/net0/2`.
+        Layers of a module form one group. If any names collide, all get a prefix: `bank1/net0/2`.
 
         Args:
           banks: the banks to join, which must have the same stem.
@@ -198,8 +211,8 @@ class Bank:
                 + [bank.get_versions()[bank.num_layers :] for bank in banks]
             )
         joined = Bank(
-            layers=merge([(group, new) for bank, new in pairs for group in bank.layers]),
-            heads=merge([(group, new) for bank, new in pairs for group in bank.heads]),
+            layers=merge_groups([(group, new) for bank, new in pairs for group in bank.layers]),
+            heads=merge_groups([(group, new) for bank, new in pairs for group in bank.heads]),
             stem_params=banks[0].stem_params,
             stem=banks[0].stem,
             names=layers_then_heads(concat_names([bank.names for bank in banks]), num_layers),
@@ -230,30 +243,28 @@ class Bank:
         order = [int(token) for token in (*layers, *heads)]
         new = np.full(total, -1)
         new[order] = np.arange(len(order))
-        return Bank(
-            layers=merge([(group, new) for group in self.layers]),
-            heads=merge([(group, new) for group in self.heads]),
-            stem_params=self.stem_params,
-            stem=self.stem,
+        return dataclasses.replace(
+            self,
+            layers=merge_groups([(group, new) for group in self.layers]),
+            heads=merge_groups([(group, new) for group in self.heads]),
             names=tuple(self.names[token] for token in order) if self.names else (),
             origins=tuple(self.origins[token] for token in order) if self.names else (),
             parents=move_chains(self.parents, new),
-            num_steps=self.num_steps,
             versions=None if self.versions is None else self.versions[np.array(order)],
         )
 
     def reserve(self, num: int) -> "Bank":
         """Add `num` spare layers per module, which `replace` can fill without changing any shape.
 
-        Until then, the new layers are copies of the module's own layers, in turn. Their tokens are
-        `N..N + num * G - 1`, with `num` tokens for each of the G modules. The tokens of the heads
-        follow them.
+        Until then, the new layers are copies of the module's layers, cycling through them. Their
+        tokens are `N..N + num * G - 1`, with `num` tokens for each of the G modules. The tokens of
+        the heads follow them.
 
         Args:
           num: number of layers to add per module.
 
         Raises:
-          ValueError: if `num` is below 0, or the bank already uses a name `place{token}` that a new
+          ValueError: if `num` is below 0, or the bank already uses a name `spare{token}` that a new
             layer would get.
         """
         if num < 0:
@@ -271,7 +282,7 @@ class Bank:
         )
         names, origins = self.names, self.origins
         if names:
-            new_names = [f"place{num_layers + i}" for i in range(num_new)]
+            new_names = [f"spare{num_layers + i}" for i in range(num_new)]
             new_origins = [f"free, a copy of {names[token]}" for token in copied]
             names = (*names[:num_layers], *new_names, *names[num_layers:])
             origins = (*origins[:num_layers], *new_origins, *origins[num_layers:])
@@ -319,7 +330,7 @@ class Bank:
         bank = self
         for token, tree in zip(tokens, params, strict=True):
             group, _ = bank.find(token)
-            bank = bank.replace_group(group, put(group, token, tree))
+            bank = bank._replace_group(group, put(group, token, tree))
         bank = dataclasses.replace(
             bank,
             names=replace_words(self.names, tokens, names),
@@ -329,7 +340,7 @@ class Bank:
         bank._check()
         return bank
 
-    def replace_group(self, group: LayerGroup, new: LayerGroup) -> "Bank":
+    def _replace_group(self, group: LayerGroup, new: LayerGroup) -> "Bank":
         """Return the bank with `new` in place of its own `group`, without any checks."""
         return dataclasses.replace(
             self,
@@ -346,11 +357,11 @@ class Bank:
         Raises:
           ValueError: if the token is out of range.
         """
-        group, place = self.find(token)
-        return pick(group.params, place)
+        group, index = self.find(token)
+        return group.take(index)
 
     def find(self, token: int) -> tuple[LayerGroup, int]:
-        """Return the group that holds a layer or head, and its index in that group.
+        """Return `(group, index in the group)` of a layer or head.
 
         Args:
           token: the token of the layer or head.
@@ -382,12 +393,15 @@ class Bank:
           path: the file to write.
 
         Raises:
-          ValueError: if a module has a field that cannot be written as JSON.
+          ValueError: if a module's fields or params cannot be written, or a function has no name by
+            which it can be imported.
         """
         layers, layer_params = files.encode_groups(self.layers)
         heads, head_params = files.encode_groups(self.heads)
+        structure, stem_params = files.encode_tree(self.stem_params or {}, "the stem")
         header = {
             "stem": None if self.stem is None else files.encode_module(self.stem),
+            **({} if structure is None else {"stem_structure": structure}),
             "names": self.names,
             "origins": self.origins,
             "parents": self.parents,
@@ -395,20 +409,20 @@ class Bank:
             "layers": layers,
             "heads": heads,
         }
-        trees = {"layers": layer_params, "heads": head_params, "stem": self.stem_params or {}}
+        trees = {"layers": layer_params, "heads": head_params, "stem": stem_params}
         arrays: PyTree = traverse_util.flatten_dict(trees, sep="/")
         if self.versions is not None:
             arrays["versions"] = self.versions
         files.write_arrays(path, header, arrays)
 
     @staticmethod
-    def load(path: str | os.PathLike[str], modules: Sequence[type[nn.Module]] = ()) -> "Bank":
+    def load(path: str | os.PathLike[str], modules: Sequence[object] = ()) -> "Bank":
         """Read a bank that `save` wrote, with exactly the same bits.
 
         Args:
           path: the file to read.
-          modules: your own module classes that the bank uses. The classes of `jchain.layers` and
-            `flax.linen` need not be passed.
+          modules: your own modules that the bank uses: linen classes, functions, and instances of
+            nnx modules (with any weights). jchain's and Flax's own classes need not be passed.
 
         Raises:
           FileNotFoundError: if the file does not exist.
@@ -419,7 +433,7 @@ class Bank:
         bank = Bank(
             layers=files.decode_groups(header["layers"], trees.get("layers", {}), modules),
             heads=files.decode_groups(header["heads"], trees.get("heads", {}), modules),
-            stem_params=trees.get("stem"),
+            stem_params=files.decode_tree(header.get("stem_structure"), trees.get("stem")),
             stem=None if header["stem"] is None else files.decode_module(header["stem"], modules),
             names=tuple(header["names"]),
             origins=tuple(header["origins"]),
@@ -431,19 +445,6 @@ class Bank:
         return bank
 
     def _check(self) -> None:
-        if len(set(self.names)) != len(self.names):
-            repeated = sorted({name for name in self.names if self.names.count(name) > 1})
-            raise ValueError(
-                f"expected a different name for each layer and head, got {repeated} more than once"
-            )
-        if len(self.origins) != len(self.names):
-            raise ValueError(
-                f"expected {len(self.names)} origins, one per layer and head, "
-                f"got {len(self.origins)}"
-            )
+        check_names(self.names, self.origins)
         for parent in self.parents:
             self.validate(parent)
-        for group in self.layers:
-            if (shape := find_input_shape(group)) is not None:
-                x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-                check_keeps_shape(group, x, allow_other_dtype=True)

@@ -4,6 +4,7 @@ Weights are trained on `train`, searches see only `search`, finalists are re-ran
 `test` is kept for the final report.
 """
 
+import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from jchain import images
 from jchain._typing import Array, Shaped
+from jchain.pytree import describe_type
 
 # Fractions of the examples that go to train, search, select, and test.
 SHARES = (0.5, 0.2, 0.15, 0.15)
@@ -31,6 +33,32 @@ class Batch(NamedTuple):
 
     x: Shaped[Array, "B ..."]  # [B, ...F]
     y: Shaped[Array, "B ..."]  # [B], integer classes, or other targets if the loss takes them
+
+
+def read_batch(data: object) -> Batch:
+    """Check that data is one split, and convert it to arrays.
+
+    Args:
+      data: what a user passes as a split.
+
+    Raises:
+      ValueError: if it is not a pair of arrays.
+    """
+    if not isinstance(data, tuple | list) or len(data) != 2:
+        raise ValueError(
+            "expected one split of data, such as data.search or jc.Batch(x, y), got "
+            f"{describe_type(data)}"
+        )
+    return Batch(*(_as_array(value, name) for value, name in zip(data, ("x", "y"), strict=True)))
+
+
+def _as_array(value: object, name: str) -> Array:
+    try:
+        return jnp.asarray(value)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected {name} as an array, got {describe_type(value)}: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def check_lengths(data: Batch) -> None:
@@ -58,7 +86,7 @@ class Dataset(NamedTuple):
     select: Batch
     test: Batch
     name: str
-    num_classes: int
+    num_classes: int  # 0 if the targets are not classes
 
 
 def _load_digits() -> _Arrays:
@@ -123,7 +151,26 @@ def load(
     if name in LOADERS:
         x, y = LOADERS[name]()
         return split(np.asarray(x), np.asarray(y), seed=seed, name=name, sizes=sizes)
-    found = images.read(name, data_dir)
+    known = ", ".join(LOADERS)
+    if not isinstance(name, str):
+        raise ValueError(
+            f"expected the name of a data set ({known}, ...), got {describe_type(name)}"
+        )
+    if Path(name).suffix in (".csv", ".npy", ".npz", ".parquet"):
+        raise ValueError(
+            f"expected the name of a data set ({known}, ...), got the file {name!r}: read it, and "
+            "pass its arrays to jc.data.split(x, y)"
+        )
+    close = difflib.get_close_matches(name.lower(), LOADERS, n=1, cutoff=0.8)
+    if close:
+        raise ValueError(
+            f"expected the name of a data set ({known}, ...), got {name!r}; did you mean "
+            f"{close[0]!r}?"
+        )
+    try:
+        found = images.read(name, data_dir)
+    except (ImportError, FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{error}; {known} need no preparation") from None
     return split(*found.train, seed=seed, name=name, test=found.test, sizes=sizes)
 
 
@@ -132,6 +179,7 @@ def split(
     y: np.ndarray,
     *,
     seed: int = 0,
+    groups: npt.ArrayLike | None = None,
     name: str = "data",
     test: _Arrays | None = None,
     sizes: Sequence[int] | None = None,
@@ -139,42 +187,49 @@ def split(
 ) -> Dataset:
     """Split and standardize your own examples, as `load` does.
 
-    Each feature is standardized on its own; for images `[B, H, W, C]`, each channel is.
+    Each feature (each channel, for images `[B, H, W, C]`) is standardized independently.
 
     Args:
       x: examples, `[B, ...F]`.
-      y: integer labels `0..C-1`, `[B]`.
+      y: integer labels `0..C-1`, `[B]`, or other targets: numbers `[B]` or `[B, ...]`, such as
+        those of a regression, or several labels per example, `[B, C]` of 0 and 1. Integers `[B]`
+        are labels, and every class is in every split; other targets are split at random.
       seed: random seed that decides which examples go into which split.
+      groups: the group of each example, `[B]`, such as a patient: all examples of a group are in
+        the same split. None if examples are independent.
       name: name of the data set.
       test: examples and labels of a fixed `test` split. If given, only the other three splits are
         cut from `x`.
       sizes: number of examples in each of the four splits, drawn in proportion to the classes; if
-        None, all examples are used.
+        None, all examples are used. Not with `groups`.
       statistics: mean and standard deviation of each feature or channel, to standardize with; those
         of `train` if None.
 
     Raises:
-      ValueError: if lengths differ, labels are not integers of at least 0, values are not finite, a
-        class has too few examples to be in every split, or `sizes` asks for more examples than
-        there are.
+      ValueError: if lengths differ, labels are negative or not numbers, values are not finite, a
+        class has too few examples or there are too few groups to be in every split, or `sizes` asks
+        for more examples than there are.
     """
     sources = [_check(x, y)] if test is None else [_check(x, y), _check(*test)]
-    num_classes = max(int(labels.max()) for _, labels in sources) + 1
-    counts = [np.bincount(labels, minlength=num_classes) for _, labels in sources]
-    least = 2 * len(SHARES)
-    if min(c.min() for c in counts) < least:
-        raise ValueError(
-            f"expected at least {least} examples of each class, got {[c.tolist() for c in counts]}"
-        )
+    is_labels = sources[0][1].ndim == 1 and np.issubdtype(sources[0][1].dtype, np.integer)
+    num_classes = _count_classes([y for _, y in sources]) if is_labels else 0
     rng = np.random.default_rng(seed)
     shares = SHARES if test is None else SHARES[:3]
-    parts = [(0, part) for part in _split_stratified(sources[0][1], shares, rng)]
+    # Without classes, all examples are of one.
+    classes = [y if is_labels else np.zeros(len(y), int) for _, y in sources]
+    if groups is None:
+        cut = _split_stratified(classes[0], shares, rng)
+    else:
+        cut = _split_groups(groups, len(classes[0]), shares, rng)
+    parts = [(0, part) for part in cut]
     if test is not None:
-        parts.append((1, np.arange(len(sources[1][1]))))
+        parts.append((1, np.arange(len(classes[1]))))
     if sizes is not None:
+        if groups is not None:
+            raise ValueError("expected no sizes with groups, which would be torn apart")
         check_sizes(sizes, [len(part) for _, part in parts])
         parts = [
-            (i, take_stratified(sources[i][1], part, n, rng))
+            (i, take_stratified(classes[i], part, n, rng))
             for (i, part), n in zip(parts, sizes, strict=True)
         ]
     train = sources[0][0][parts[0][1]]
@@ -190,7 +245,8 @@ def split(
     def take(source: int, rows: np.ndarray) -> Batch:
         x, y = sources[source]
         return Batch(
-            jnp.asarray((x[rows] - mean) / std, jnp.float32), jnp.asarray(y[rows], jnp.int32)
+            jnp.asarray((x[rows] - mean) / std, jnp.float32),
+            jnp.asarray(y[rows], jnp.int32 if is_labels else jnp.float32),
         )
 
     return Dataset(*(take(*part) for part in parts), name=name, num_classes=num_classes)
@@ -198,17 +254,60 @@ def split(
 
 def _check(x: npt.ArrayLike, y: npt.ArrayLike) -> _Arrays:
     x, y = np.asarray(x), np.asarray(y)
+    if not np.issubdtype(x.dtype, np.number) and x.dtype != bool:
+        raise ValueError(f"expected examples that are numbers, got {x.dtype}")
     # Keep byte images as bytes until a split takes them, because they need a quarter of the memory.
     x = x if x.dtype == np.uint8 else x.astype(np.float32)
-    if y.shape != x.shape[:1]:
+    if y.ndim == 0 or y.shape[:1] != x.shape[:1]:
         raise ValueError(
             f"expected one label per example, got x {list(x.shape)} and y {list(y.shape)}"
         )
-    if not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
+    if y.dtype == bool:
+        y = y.astype(np.float32 if y.ndim > 1 else np.int32)
+    if not np.issubdtype(y.dtype, np.number) or np.iscomplexobj(y):
+        raise ValueError(
+            f"expected integer labels 0..C-1, or targets that are numbers, got {y.dtype}: number "
+            "the classes, for example with np.unique(y, return_inverse=True)[1]"
+        )
+    if not np.isfinite(x).all() or not np.isfinite(y).all():
+        raise ValueError("expected finite examples and targets, got nan or infinity")
+    if y.ndim == 1 and np.issubdtype(y.dtype, np.integer) and y.min() < 0:
         raise ValueError(f"expected integer labels 0..C-1, got {y.dtype} from {y.min()}")
-    if not np.isfinite(x).all():
-        raise ValueError("expected finite examples, got nan or infinity")
     return x, y
+
+
+def _count_classes(labels: Sequence[np.ndarray]) -> int:
+    num_classes = max(int(y.max()) for y in labels) + 1
+    counts = [np.bincount(y, minlength=num_classes) for y in labels]
+    least = 2 * len(SHARES)
+    if min(c.min() for c in counts) < least:
+        raise ValueError(
+            f"expected at least {least} examples of each class, got {[c.tolist() for c in counts]}"
+            "; pass targets that are no classes as floats"
+        )
+    return num_classes
+
+
+def _split_groups(
+    groups: npt.ArrayLike, num_examples: int, shares: Sequence[float], rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Return the rows of each split, with all examples of a group in the same split."""
+    groups = np.asarray(groups)
+    if groups.shape != (num_examples,):
+        raise ValueError(f"expected groups of shape [{num_examples}], got {list(groups.shape)}")
+    names, member_of, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    if len(names) < len(shares):
+        raise ValueError(f"expected at least {len(shares)} groups, got {len(names)}")
+    part_of = np.empty(len(names), int)
+    wanted = np.array(shares) / np.sum(shares) * num_examples
+    filled = np.zeros(len(shares))
+    # The largest groups first, each into the split that lacks the largest part of its examples.
+    order = rng.permutation(len(names))
+    for group in order[np.argsort(-sizes[order], kind="stable")]:
+        part = int(np.argmax((wanted - filled) / wanted))
+        part_of[group] = part
+        filled[part] += sizes[group]
+    return [rng.permutation(np.flatnonzero(part_of[member_of] == p)) for p in range(len(shares))]
 
 
 def check_sizes(sizes: Sequence[int], available: Sequence[int]) -> None:
@@ -258,8 +357,8 @@ def take_stratified(
     labels = y[order]
     # The rank of each row among the rows of its class, as a fraction. The rows with the smallest
     # ranks are a stratified sample.
-    place = np.empty(len(order))
+    rank = np.empty(len(order))
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        place[members] = (np.arange(len(members)) + rng.random()) / len(members)
-    return order[np.argsort(place, kind="stable")[:size]]
+        rank[members] = (np.arange(len(members)) + rng.random()) / len(members)
+    return order[np.argsort(rank, kind="stable")[:size]]

@@ -24,10 +24,21 @@ from jax.typing import ArrayLike
 from jchain import layers
 from jchain._typing import Array, PyTree
 from jchain.groups import LayerGroup
+from jchain.modules import FunctionModule, Module, NnxModule, describe_module
+from jchain.modules.encoding import (
+    decode_function,
+    decode_nnx,
+    decode_tree,
+    encode_function,
+    encode_nnx,
+    encode_tree,
+)
 
 FORMAT = "jchain/1"
 # The Python modules that define the blocks of pretrained transformers, one per model family.
 FAMILIES = ("jchain.hub.gpt2", "jchain.hub.llama", "jchain.hub.gpt_neox", "jchain.hub.vit")
+# Suffix of the group index, for the other collections of variables than params.
+_STATE = "-state"
 HUB = (*FAMILIES, "jchain.hub.wrapping")
 
 
@@ -47,7 +58,7 @@ def write_atomically(path: str | os.PathLike[str], write_fn: Callable[[str], obj
     os.close(handle)
     try:
         write_fn(temporary)
-        os.chmod(temporary, 0o666 & ~find_umask())
+        os.chmod(temporary, 0o666 & ~get_umask())
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
@@ -66,7 +77,7 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
     )
 
 
-def find_umask() -> int:
+def get_umask() -> int:
     """Return the umask of this process: the permission bits that new files do not get."""
     umask = os.umask(0)
     os.umask(umask)
@@ -150,48 +161,64 @@ def checksum(header: dict[str, Any], arrays: Mapping[str, ArrayLike]) -> str:
 def encode_groups(
     groups: Sequence[LayerGroup],
 ) -> tuple[list[dict[str, Any]], dict[str, PyTree]]:
-    """Encode groups as JSON (modules and tokens) and a dict of their params by group index.
+    """Encode groups as JSON (modules and tokens) and a dict of their variables by group index.
 
     Args:
       groups: the groups of layers or heads of a bank.
 
     Raises:
-      ValueError: if a module cannot be encoded; see `encode_module`.
+      ValueError: if a module or its params cannot be encoded; see `encode_module`.
     """
-    header = [encode_module(group.module) | {"tokens": group.tokens} for group in groups]
-    return header, {str(i): group.params for i, group in enumerate(groups)}
+    header, trees = [], {}
+    for i, group in enumerate(groups):
+        header.append(encode_module(group.module) | {"tokens": group.tokens})
+        for key, field in (("", "params"), (_STATE, "state")):
+            tree = getattr(group, field)
+            if field == "params" or tree is not None:
+                structure, trees[f"{i}{key}"] = encode_tree(tree, describe_module(group.module))
+                if structure is not None:
+                    header[-1][f"{field}_structure"] = structure
+    return header, trees
 
 
 def decode_groups(
-    header: Sequence[dict[str, Any]],
-    params: dict[str, PyTree],
-    modules: Sequence[type[nn.Module]] = (),
+    header: Sequence[dict[str, Any]], trees: dict[str, PyTree], modules: Sequence[object] = ()
 ) -> tuple[LayerGroup, ...]:
     """Decode groups from what `encode_groups` returned.
 
     Args:
       header: the encoded module and the tokens of each group.
-      params: the params by group index; groups without params may be missing.
-      modules: the caller's own module classes.
+      trees: the variables by group index; groups without params may be missing.
+      modules: the caller's own module classes, functions, and nnx modules.
 
     Raises:
       ValueError: if a module cannot be decoded; see `decode_module`.
     """
-    return tuple(
-        LayerGroup(params.get(str(i), {}), decode_module(group, modules), tuple(group["tokens"]))
-        for i, group in enumerate(header)
-    )
+    groups = []
+    for i, group in enumerate(header):
+        params = decode_tree(group.get("params_structure"), trees.get(str(i), {}))
+        state = None
+        if f"{i}{_STATE}" in trees:
+            state = decode_tree(group.get("state_structure"), trees[f"{i}{_STATE}"])
+        module = decode_module(group, modules)
+        groups.append(LayerGroup(params, module, tuple(group["tokens"]), state))
+    return tuple(groups)
 
 
-def encode_module(module: nn.Module) -> dict[str, Any]:
-    """Encode a module as JSON: the name of its class and the fields that differ from the defaults.
+def encode_module(module: Module) -> dict[str, Any]:
+    """Encode a module as JSON: its name, and the fields of a linen module that are not defaults.
 
     Args:
-      module: any Flax module.
+      module: any module of a bank.
 
     Raises:
-      ValueError: if a field is not plain data, a dtype, a module, or a function of `jax.nn`.
+      ValueError: if a field is not plain data, a dtype, a module, or a function of `jax.nn`, or a
+        function cannot be imported by its name.
     """
+    if isinstance(module, FunctionModule):
+        return encode_function(module)
+    if isinstance(module, NnxModule):
+        return encode_nnx(module)
     fields = {}
     for field in dataclasses.fields(module):
         value = getattr(module, field.name)
@@ -236,25 +263,29 @@ def _encode_value(value: Any, field: str) -> object:
     return {"dtype": dtype.name}
 
 
-def decode_module(encoded: dict[str, Any], modules: Sequence[type[nn.Module]] = ()) -> nn.Module:
+def decode_module(encoded: dict[str, Any], modules: Sequence[object] = ()) -> Module:
     """Decode a module from what `encode_module` returned.
 
     Args:
       encoded: the JSON value that `encode_module` returned.
-      modules: the caller's own module classes, which are found by their `__name__`.
+      modules: the caller's own linen classes, functions, and nnx modules, which are found by name.
 
     Raises:
-      ValueError: if the class is unknown, or does not have the encoded fields.
+      ValueError: if the name is unknown, or the class does not have the encoded fields.
     """
+    if "function" in encoded:
+        return decode_function(encoded["function"], modules)
+    if "nnx" in encoded:
+        return decode_nnx(encoded, modules)
     name = encoded["module"]
     package, _, class_name = name.rpartition(".")
     hub = {package: vars(import_module(package))} if package in HUB else {}
-    places = hub | {
+    namespaces = hub | {
         layers.__name__: vars(layers),
         nn.__name__: vars(nn),
-        "": {cls.__name__: cls for cls in modules},
+        "": {cls.__name__: cls for cls in modules if isinstance(cls, type)},
     }
-    cls = places.get(package, {}).get(class_name)
+    cls = namespaces.get(package, {}).get(class_name)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise ValueError(
             f"unknown module {name!r}: pass its class, as in Bank.load(path, modules=[{name}])"
@@ -267,7 +298,7 @@ def decode_module(encoded: dict[str, Any], modules: Sequence[type[nn.Module]] = 
         raise ValueError(f"{name} does not have the fields that were saved: {error}") from None
 
 
-def _decode_value(value: Any, modules: Sequence[type[nn.Module]]) -> Any:
+def _decode_value(value: Any, modules: Sequence[object]) -> Any:
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()

@@ -1,34 +1,45 @@
 """Groups: the layers or heads of a bank that share a module and stack their params."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jchain._typing import Array, Int, PyTree
-from jchain.pytree import pytree_dataclass, static
-
-# A batch, or only its shape and dtype.
-ArrayOrShape = Array | np.ndarray | jax.ShapeDtypeStruct
-_MAX_CHARACTERS = 80
+from jchain.modules import (
+    ArrayOrShape,
+    Module,
+    apply_module,
+    check_layer,
+    convert,
+    describe_module,
+    infer_output,
+    is_nnx,
+    split_variables,
+)
+from jchain.modules.pickling import Picklable
+from jchain.pytree import describe_type, pytree_dataclass, static
 
 
 @pytree_dataclass
-class LayerGroup:
+class LayerGroup(Picklable):
     """The layers (or heads) of a bank that share one module, so that their params stack.
 
     Attributes:
       params: the stacked params, with leaves `[n, ...]` for a group of n members.
-      module: the Flax module that all members share.
+      module: the module that all members share: a Flax linen module, or what `jchain.modules` made
+        of an nnx module or a function.
       tokens: the token of each member in the bank, in the order of the leading axis.
+      state: the other collections of variables by name, such as `batch_stats`, stacked in the same
+        way; None if the module has none. Nothing in jchain changes or differentiates them.
     """
 
     params: PyTree
-    module: nn.Module = static()
+    module: Module = static()
     tokens: tuple[int, ...] = static()
+    state: PyTree = None
 
     def __repr__(self) -> str:
         return (
@@ -44,33 +55,28 @@ class LayerGroup:
         """
         # After a traced index into an axis of size 1, XLA on CPU (jax 0.10.2) computes a wrong mean
         # of squares of a vmapped product, so the index is the constant 0 here.
-        place = 0 if len(self.tokens) == 1 else index
-        return apply_module(self.module, pick(self.params, place), x)
+        member = 0 if len(self.tokens) == 1 else index
+        params, state = pick((self.params, self.state), member)
+        return apply_module(self.module, params, state, x)
 
+    def apply_params(self, index: Int[Array, ""] | int, params: PyTree, x: Array) -> Array:
+        """Apply one member with other params, for example to differentiate them.
 
-def apply_module(module: nn.Module, params: PyTree, x: Array | np.ndarray) -> Array:
-    """Apply a module to a batch, with no params if `params` is None."""
-    variables = {"params": {} if params is None else params}
-    return module.apply(variables, x)  # pyright: ignore[reportReturnType]
+        Args:
+          index: index of the member in the group.
+          params: the params to apply instead of the member's own.
+          x: the activations of a batch, `[B, ...F]`.
+        """
+        return apply_module(self.module, params, pick(self.state, index), x)
 
+    def take(self, index: Int[Array, ""] | int) -> PyTree:
+        """Return the variables of one member, in the form that `Bank.stack` takes.
 
-def describe_module(module: nn.Module) -> str:
-    """Describe a module in one line, as in `ResidualMLP(64, hidden=128)`.
-
-    Fields that have their default values are left out.
-
-    Args:
-      module: any Flax module.
-    """
-    parts = []
-    for name, field in type(module).__dataclass_fields__.items():
-        value = getattr(module, name, None)
-        if name in ("parent", "name") or value is field.default:
-            continue
-        is_required = field.default is dataclasses.MISSING and not any("=" in p for p in parts)
-        parts.append(_describe_value(value) if is_required else f"{name}={_describe_value(value)}")
-    text = f"{type(module).__name__}({', '.join(parts)})"
-    return text if len(text) <= _MAX_CHARACTERS else f"{type(module).__name__}(...)"
+        Args:
+          index: index of the member in the group.
+        """
+        params, state = pick((self.params, self.state), index)
+        return params if state is None else {"params": params, **state}
 
 
 def describe_groups(groups: object, kind: str) -> str | None:
@@ -92,40 +98,52 @@ def describe_groups(groups: object, kind: str) -> str | None:
     return f"{num} {kind}s: {', '.join(counts)}"
 
 
-def _describe_value(value: object) -> str:
-    if isinstance(value, nn.Module):
-        return describe_module(value)
-    return getattr(value, "__name__", None) or repr(value)
-
-
 def group_by_module(
-    module: nn.Module | Sequence[nn.Module], params: Sequence[PyTree], kind: str, first_token: int
+    module: object, params: Sequence[PyTree] | None, kind: str, first_token: int
 ) -> tuple[LayerGroup, ...]:
     """Stack params into one group per module, in the order of the first member of each group.
 
     Args:
-      module: the module of all members, or one module per member.
-      params: the params of each member.
+      module: the module of all members, or one module per member: Flax linen or nnx modules, or
+        functions `apply_fn(params, x)`.
+      params: the params of each member, or all its collections of variables; None for an nnx
+        module, which carries its own.
       kind: "layer" or "head", for error messages.
       first_token: the token of the first member; the other members get the next tokens.
 
     Raises:
-      ValueError: if modules and params differ in number, or params do not stack.
+      ValueError: if there are no members, modules and params differ in number, a module is of
+        another kind, or params do not stack.
     """
-    modules = [module] * len(params) if isinstance(module, nn.Module) else [*module]
-    if len(modules) != len(params):
+    if params is not None and not isinstance(params, list | tuple):
         raise ValueError(
-            f"expected one {kind} module, or one per params, {len(params)}, got {len(modules)}"
+            f"expected a list with the params of each {kind}, got {describe_type(params)}"
         )
+    several = [*module] if isinstance(module, list | tuple) else None
+    given = [None] * (1 if several is None else len(several)) if params is None else [*params]
+    modules = [module] * len(given) if several is None else several
+    if len(modules) != len(given):
+        raise ValueError(
+            f"expected one {kind} module or {len(given)} (one per set of params), "
+            f"got {len(modules)}"
+        )
+    if not modules:
+        raise ValueError(f"empty bank: expected at least one {kind}, got none")
+    pairs = zip(modules, given, strict=True)
+    members = [convert(own, tree, f"{kind} {i}") for i, (own, tree) in enumerate(pairs)]
     groups = []
-    for shared in dict.fromkeys(modules):
-        places = [i for i, other in enumerate(modules) if other == shared]
-        stacked = _stack({f"{kind} {i}": params[i] for i in places})
-        groups.append(LayerGroup(stacked, shared, tuple(first_token + i for i in places)))
+    for shared in dict.fromkeys(member.module for member in members):
+        indices = [i for i, member in enumerate(members) if member.module == shared]
+        params, state = (
+            _stack({f"{kind} {i}": getattr(members[i], field) for i in indices})
+            for field in ("params", "state")
+        )
+        tokens = tuple(first_token + i for i in indices)
+        groups.append(LayerGroup(params, shared, tokens, state))
     return tuple(groups)
 
 
-def merge(members: list[tuple[LayerGroup, np.ndarray]]) -> tuple[LayerGroup, ...]:
+def merge_groups(members: list[tuple[LayerGroup, np.ndarray]]) -> tuple[LayerGroup, ...]:
     """Merge groups into one group per module, with new tokens in ascending order.
 
     Args:
@@ -144,16 +162,20 @@ def merge(members: list[tuple[LayerGroup, np.ndarray]]) -> tuple[LayerGroup, ...
             # Stack the first members only to check that the groups fit together.
             _stack(
                 {
-                    f"token {new[group.tokens[0]]} of the new bank": pick(group.params, 0)
+                    f"token {new[group.tokens[0]]} of the new bank": pick(_get_trees(group), 0)
                     for group, new in same
                 }
             )
-            params = jax.tree.map(
-                lambda *leaves: jnp.concatenate(leaves), *(group.params for group, _ in same)
+            joined = jax.tree.map(
+                lambda *leaves: jnp.concatenate(leaves), *(_get_trees(group) for group, _ in same)
             )
-            new_tokens = tuple(int(tokens[i]) for i in order)
-            merged.append(LayerGroup(pick(params, np.array(order)), module, new_tokens))
+            params, state = pick(joined, np.array(order))
+            merged.append(LayerGroup(params, module, tuple(int(tokens[i]) for i in order), state))
     return tuple(merged)
+
+
+def _get_trees(group: LayerGroup) -> tuple[PyTree, PyTree]:
+    return group.params, group.state
 
 
 def put(group: LayerGroup, token: int, params: PyTree) -> LayerGroup:
@@ -165,24 +187,36 @@ def put(group: LayerGroup, token: int, params: PyTree) -> LayerGroup:
       params: the new weights of that member.
 
     Raises:
-      ValueError: if params differ in structure, shape, or dtype from those that they replace.
+      ValueError: if params differ in structure, shape, or dtype from the weights that they replace.
     """
-    place = group.tokens.index(token)
-    old = pick(group.params, place)
-    _check_same_structure(params, old, f"params do not fit token {token}", "the bank")
-    new = jax.tree.map(lambda leaf, own: leaf.at[place].set(own), group.params, params)
-    return LayerGroup(new, group.module, group.tokens)
+    index = group.tokens.index(token)
+    new = _read_variables(group.module, params, f"token {token}")
+    old = pick(_get_trees(group), index)
+    if new[1] is None:
+        new = new[0], old[1]
+    _check_same_structure(new, old, f"params do not fit token {token}", "the bank")
+    params, state = jax.tree.map(lambda leaf, own: leaf.at[index].set(own), _get_trees(group), new)
+    return dataclasses.replace(group, params=params, state=state)
+
+
+def _read_variables(module: Module, params: PyTree, name: str) -> tuple[PyTree, PyTree]:
+    """Split the new weights of a member: an nnx module, all collections, or only the params."""
+    if is_nnx(params):
+        converted = convert(params, None, name)
+        return converted.params, converted.state
+    return split_variables(module, params)
 
 
 def add_copies(group: LayerGroup, tokens: Sequence[int]) -> LayerGroup:
-    """Return the group extended by copies of its own members, in turn, under new tokens.
+    """Return the group extended by copies of its members, cycling through them.
 
     Args:
       group: the group to extend.
-      tokens: the token of each copy.
+      tokens: the new token of each copy.
     """
-    places = np.arange(len(group.tokens) + len(tokens)) % len(group.tokens)
-    return LayerGroup(pick(group.params, places), group.module, (*group.tokens, *tokens))
+    indices = np.arange(len(group.tokens) + len(tokens)) % len(group.tokens)
+    params, state = pick(_get_trees(group), indices)
+    return LayerGroup(params, group.module, (*group.tokens, *tokens), state)
 
 
 def pick(params: PyTree, index: Array | np.ndarray | int | tuple[int, ...]) -> PyTree:
@@ -196,52 +230,65 @@ def pick(params: PyTree, index: Array | np.ndarray | int | tuple[int, ...]) -> P
 
 
 def check_keeps_shape(
-    group: LayerGroup, x: ArrayOrShape, *, allow_other_dtype: bool = False
+    group: LayerGroup,
+    x: ArrayOrShape,
+    names: Sequence[str] = (),
+    *,
+    allow_other_dtype: bool = False,
 ) -> None:
-    """Check that a layer's output has the shape and dtype of its input.
+    """Check that a group's layers have an output of the shape and dtype of their input.
 
     Args:
       group: the group of layers to check.
       x: a batch of input, or its shape and dtype.
+      names: the names of the bank's tokens, for errors; empty if there are none.
       allow_other_dtype: whether the output may have another dtype, so that only shapes must agree.
 
     Raises:
-      ValueError: if the output has another shape or dtype, or the module does not accept the input.
+      ValueError: if the output has another shape or dtype, the module does not accept the input, or
+        it needs collections of variables that the bank does not have.
     """
-    name = f"layer {type(group.module).__name__}"
-    out = _find_output(lambda x: group.apply(0, x), x, name)
-    if out.shape != x.shape or (out.dtype != x.dtype and not allow_other_dtype):
-        raise ValueError(
-            f"{name} must keep the shape of its input: expected {x.dtype}{list(x.shape)}, "
-            f"got {out.dtype}{list(out.shape)}"
-        )
+    name, (params, state) = describe_member(group, names), pick(_get_trees(group), 0)
+    check_layer(group.module, params, state, x, name, allow_other_dtype=allow_other_dtype)
 
 
-def check_stem(stem: nn.Module | None, params: PyTree, x: ArrayOrShape) -> ArrayOrShape:
-    """Check that a stem accepts an input, and return the shape and dtype of its output.
+def infer_group_output(
+    group: LayerGroup, x: ArrayOrShape, names: Sequence[str] = ()
+) -> jax.ShapeDtypeStruct:
+    """Return the shape and dtype of the output of a group's members.
 
     Args:
-      stem: the stem; None for the identity.
-      params: params of the stem.
-      x: a batch of raw input, or its shape and dtype.
+      group: the group of layers or heads.
+      x: a batch of input, or its shape and dtype.
+      names: the names of the bank's tokens, for errors; empty if there are none.
 
     Raises:
-      ValueError: if the stem does not accept this input.
+      ValueError: as for `jchain.modules.infer_output`.
     """
-    if stem is None:
-        return x
-    name = f"stem {type(stem).__name__}"
-    return _find_output(lambda x: apply_module(stem, params, x), x, name)
+    name, (params, state) = describe_member(group, names), pick(_get_trees(group), 0)
+    return infer_output(group.module, params, state, x, name)
 
 
-def check_same_stem(stems: Sequence[tuple[nn.Module | None, PyTree]]) -> None:
+def describe_member(group: LayerGroup, names: Sequence[str]) -> str:
+    """Describe the first member of a group, for errors: `net0/2 (Dense(5)), token 2,`.
+
+    Args:
+      group: the group.
+      names: the names of the bank's tokens; empty if there are none.
+    """
+    token = group.tokens[0]
+    module = describe_module(group.module)
+    return f"{names[token]} ({module}), token {token}," if names else f"token {token} ({module})"
+
+
+def check_same_stem(stems: Sequence[tuple[Module | None, PyTree]]) -> None:
     """Check that all stems are equal.
 
     Args:
       stems: the module and params of each bank's stem; the module is None if a bank has no stem.
 
     Raises:
-      ValueError: if a stem's module or params differ from those of the first stem.
+      ValueError: if a stem's module or params differ from the first stem's.
     """
     first, first_params = stems[0]
     expected = jax.tree.structure(first_params or {})
@@ -254,53 +301,29 @@ def check_same_stem(stems: Sequence[tuple[nn.Module | None, PyTree]]) -> None:
             )
 
 
-def _find_output(
-    apply_fn: Callable[[Array], Array], x: ArrayOrShape, name: str
-) -> jax.ShapeDtypeStruct:
-    """Return the shape and dtype of the output for an input like `x`."""
-    try:
-        return jax.eval_shape(apply_fn, x)
-    except Exception as error:  # whatever a user's module raises
-        raise ValueError(
-            f"{name} does not take an input of shape {list(x.shape)}: {str(error).splitlines()[0]}"
-        ) from None
-
-
-def find_input_shape(group: LayerGroup) -> tuple[int, ...] | None:
-    """Guess the input shape of a group from the sizes of its params.
-
-    The sizes in the params are tried one by one, because Flax rejects shapes that do not fit its
-    kernels. A shape that the layers keep is preferred.
-
-    Args:
-      group: the group of layers.
-
-    Returns:
-      The shape of one example, or None if the module accepts none of the shapes that were tried.
-    """
-    sizes = sorted({size for leaf in jax.tree.leaves(group.params) for size in leaf.shape[1:]})
-    accepted = []
-    for spatial in ((), (8,), (8, 8)):
-        for size in sizes:
-            shape = (*spatial, size)
-            try:
-                out = jax.eval_shape(group.apply, 0, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
-            except Exception:
-                continue
-            if out.shape == (1, *shape):
-                return shape
-            accepted.append(shape)
-    return accepted[0] if accepted else None
-
-
 def _stack(params: dict[str, PyTree]) -> PyTree:
     """Stack params on a new leading axis; the keys of the dict name them in error messages."""
-    (first, expected), *others = params.items()
+    trees = {name: _to_arrays(tree, f"params of {name}") for name, tree in params.items()}
+    (first, expected), *others = trees.items()
     for name, tree in others:
         _check_same_structure(tree, expected, f"params of {name} do not stack", first)
-    return jax.tree.map(
-        lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *params.values()
-    )
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees.values())
+
+
+def _to_arrays(tree: PyTree, name: str) -> PyTree:
+    """Convert the leaves of a tree, which may be those of NumPy or PyTorch."""
+
+    def convert_leaf(path: tuple[object, ...], leaf: object) -> Array:
+        try:
+            return jnp.asarray(leaf)  # pyright: ignore[reportArgumentType]
+        except (TypeError, ValueError, RuntimeError) as error:
+            where = jax.tree_util.keystr(path)  # pyright: ignore[reportArgumentType]
+            raise ValueError(
+                f"{name}: expected an array at {where}, got {describe_type(leaf)}: "
+                f"{str(error).splitlines()[0]}"
+            ) from None
+
+    return jax.tree_util.tree_map_with_path(convert_leaf, tree)
 
 
 def _check_same_structure(params: PyTree, other: PyTree, problem: str, name: str) -> None:

@@ -2,7 +2,7 @@
 
 A set must be prepared once (`jchain prepare cifar10`, which needs TensorFlow for most sets). After
 that, reading it needs only `tensorflow-datasets`, `array_record`, and `pillow`
-(`pip install 'jchain[data]'`). Only `prepare` downloads anything.
+(`pip install -e ".[data]"`). Only `prepare` downloads anything.
 """
 
 import difflib
@@ -47,7 +47,7 @@ def read(name: str, data_dir: str | Path | None = None) -> Images:
     """
     builder = _find_builder(name, data_dir)
     _check_is_prepared(builder, name, data_dir)
-    image, label, num_classes = _find_features(builder, name)
+    image, label, num_classes = _get_feature_names(builder, name)
     splits = builder.info.splits
     if "train" not in splits:
         raise ValueError(
@@ -90,7 +90,7 @@ def prepare(name: str, data_dir: str | Path | None = None) -> Path:
         builder.download_and_prepare()
     except ImportError as error:
         raise ImportError(
-            f"preparing {name} needs TensorFlow: pip install 'jchain[prepare]' ({error})"
+            f'preparing {name} needs TensorFlow: pip install -e ".[prepare]" ({error})'
         ) from None
     return Path(builder.data_dir)
 
@@ -100,7 +100,7 @@ def _import_tfds() -> Any:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise ImportError(
-            f"image sets need tensorflow-datasets: pip install 'jchain[data]' ({error})"
+            f'image sets need tensorflow-datasets: pip install -e ".[data]" ({error})'
         ) from None
     return tfds
 
@@ -153,7 +153,7 @@ def _check_format(builder: Any, name: str) -> None:
         )
 
 
-def _find_features(builder: Any, name: str) -> tuple[str, str, int]:
+def _get_feature_names(builder: Any, name: str) -> tuple[str, str, int]:
     """Return the names of the image feature and the label feature, and the number of classes."""
     tfds, features, keys = _import_tfds(), builder.info.features, builder.info.supervised_keys
     if (

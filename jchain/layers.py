@@ -35,7 +35,7 @@ class Dense(nn.Module):
 class ResidualMLP(nn.Module):
     """A residual block of two affine maps: `x + activation(x W1 + b1) W2 + b2`.
 
-    The residual connection is that of He et al. 2016, arXiv:1512.03385.
+    The residual connection follows He et al. 2016, arXiv:1512.03385.
 
     Attributes:
       features: size of the last axis of the input and the output.

@@ -15,9 +15,10 @@ from jax.typing import ArrayLike
 from jchain._typing import Array, Float, Int, PyTree
 from jchain.bank import Bank
 from jchain.chain import ChainSpace
-from jchain.data import Batch, check_lengths
-from jchain.groups import check_keeps_shape, check_stem
-from jchain.pytree import is_concrete, pytree_dataclass, static
+from jchain.data import Batch, check_lengths, read_batch
+from jchain.groups import check_keeps_shape, infer_group_output
+from jchain.modules import check_stem
+from jchain.pytree import describe_type, is_concrete, pytree_dataclass, static
 
 
 @pytree_dataclass
@@ -29,7 +30,7 @@ class Problem:
 
     Attributes:
       bank: the layers and heads that chains are built from.
-      data: the only split of data that this problem can reach.
+      data: the data split used by this problem.
       max_layers: maximum number of layers in a chain; chains have `L = max_layers + 1` slots.
       loss_fn: function `(outputs [B, ...], y [B, ...]) -> [B, ...]`; its values are averaged over
         all axes, and lower is better. By default softmax cross-entropy with integer labels, in
@@ -42,8 +43,9 @@ class Problem:
         same length. Searches and `evaluate_all` make no shorter chains, but functions that take
         chains accept shorter ones.
       accuracy_fn: function `(outputs [B, ...], y [B, ...]) -> [B, ...]`; its values are averaged
-        like those of `loss_fn` and reported with the loss. By default its value is 1 if the largest
-        output is the label, 0 if it is not, and nan if labels are not integers.
+        like the values of `loss_fn` and reported with the loss. By default its value is 1 if the
+        argmax of the outputs equals the label, 0 if it does not, and nan if labels are not
+        integers.
 
     Raises:
       ValueError: if `max_layers` or `min_layers` is invalid, the split is empty, examples or layer
@@ -72,15 +74,17 @@ class Problem:
         return f"Problem({self.bank!r}, {examples}, {layers})"
 
     def __post_init__(self) -> None:
-        x, y = self.data
+        if not isinstance(self.bank, Bank):
+            raise ValueError(f"expected a jc.Bank, got {describe_type(self.bank)}")
+        x, y = read_batch(self.data)
         object.__setattr__(self, "max_layers", check_max_layers(self.max_layers))
         object.__setattr__(self, "min_layers", check_min_layers(self.min_layers, self.max_layers))
-        object.__setattr__(self, "data", Batch(jnp.asarray(x), jnp.asarray(y)))
+        object.__setattr__(self, "data", Batch(x, y))
         object.__setattr__(self, "layer_cost", jnp.asarray(self.layer_cost, jnp.float32))
         check_lengths(self.data)
         if self.layer_cost.shape not in ((), (self.bank.num_layers,)):
             raise ValueError(
-                f"expected one layer_cost or {self.bank.num_layers}, "
+                f"layer_cost must be a scalar or have shape [{self.bank.num_layers}], "
                 f"got shape {list(self.layer_cost.shape)}"
             )
         outputs = self._check_shapes()
@@ -92,16 +96,9 @@ class Problem:
         x, y = self.data
         hidden = check_stem(self.bank.stem, self.bank.stem_params, x)
         for group in self.bank.layers:
-            check_keeps_shape(group, hidden)
-        outputs = []
-        for group in self.bank.heads:
-            try:
-                outputs.append(jax.eval_shape(group.apply, 0, hidden))
-            except Exception as error:  # whatever a user's module raises
-                raise ValueError(
-                    f"head {type(group.module).__name__} does not take the layers' shape "
-                    f"{list(hidden.shape)}: {str(error).splitlines()[0]}"
-                ) from None
+            check_keeps_shape(group, hidden, self.bank.names)
+        names = self.bank.names
+        outputs = [infer_group_output(group, hidden, names) for group in self.bank.heads]
         shapes = [list(output.shape) for output in outputs]
         if any(shape != shapes[0] for shape in shapes):
             raise ValueError(f"expected heads of one output shape, got {shapes}")
@@ -256,10 +253,7 @@ def check_min_layers(value: object, max_layers: int) -> int:
       ValueError: if the value is not an integer in `0..max_layers`.
     """
     if not _is_integer(value) or not 0 <= value <= max_layers:
-        raise ValueError(
-            f"expected min_layers to be an integer in 0..{max_layers}, up to max_layers, "
-            f"got {value!r}"
-        )
+        raise ValueError(f"expected min_layers to be an integer in 0..{max_layers}, got {value!r}")
     return int(value)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+import numpy as np
 from jax.core import Tracer
 
 T = TypeVar("T")
@@ -69,6 +70,8 @@ def describe_type(value: object) -> str:
     """
     if isinstance(value, type):
         return f"the class {value.__name__}"
+    if isinstance(value, np.ndarray | jax.Array):
+        return f"an array {value.dtype}{list(value.shape)}"
     if isinstance(value, tuple | list):
         return f"{type(value).__name__} of {len(value)}"
     module = type(value).__module__.partition(".")[0]

@@ -120,3 +120,24 @@ def replace_words(
         return tuple(words)
     replaced = dict(zip(tokens, new, strict=True))
     return tuple(replaced.get(token, word) for token, word in enumerate(words))
+
+
+def check_names(names: Sequence[str], origins: Sequence[str]) -> None:
+    """Check that names are unique, and that there are as many origins.
+
+    Args:
+      names: the names of layers and heads.
+      origins: where their weights come from.
+
+    Raises:
+      ValueError: if a name repeats, or the numbers differ.
+    """
+    if len(set(names)) != len(names):
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(
+            f"expected a different name for each layer and head, got {repeated} more than once"
+        )
+    if len(origins) != len(names):
+        raise ValueError(
+            f"expected {len(names)} origins, one per layer and head, got {len(origins)}"
+        )

@@ -15,11 +15,21 @@ import optax
 
 from jchain._typing import Array, Key, PyTree
 from jchain.bank import Bank
-from jchain.data import Batch, check_lengths
-from jchain.groups import apply_module, check_stem, pick
-from jchain.pytree import is_concrete
+from jchain.data import Batch, read_batch
+from jchain.groups import pick
+from jchain.modules import apply_module, check_stem, split_variables
+from jchain.pytree import describe_type
 from jchain.training_loop import BATCH_SIZE as BATCH_SIZE
-from jchain.training_loop import NUM_STEPS, OPTIMIZER, Recipe, train_weights
+from jchain.training_loop import (
+    CROSS_ENTROPY,
+    NUM_STEPS,
+    OPTIMIZER,
+    LossFn,
+    Recipe,
+    check_at_least_one,
+    check_training,
+    train_weights,
+)
 from jchain.training_loop import is_stepwise as is_stepwise
 
 # One module that all layers (or heads) share, or several that alternate.
@@ -36,6 +46,8 @@ def independent(
     depth: int = 4,
     num_steps: int = NUM_STEPS,
     optimizer: optax.GradientTransformation = OPTIMIZER,
+    loss_fn: LossFn = CROSS_ENTROPY,
+    batch_size: int = BATCH_SIZE,
     stem: nn.Module | None = None,
     stem_params: PyTree = None,
 ) -> Bank:
@@ -46,13 +58,15 @@ def independent(
 
     Args:
       key: the PRNG key; consumed by this call.
-      data: the split to train on: examples and integer labels.
+      data: the split to train on: examples and integer labels, or what `loss_fn` takes.
       layer: the Flax module of all layers, or several modules that alternate.
-      head: the Flax module of all heads, which return logits `[B, C]`, or several that alternate.
+      head: the Flax module of all heads, or several that alternate; logits `[B, C]` by default.
       num_nets: number of nets to train.
       depth: number of layers in each net.
       num_steps: number of gradient steps per net.
       optimizer: the optax optimizer; AdamW by default.
+      loss_fn: function `(outputs, y) -> losses`, as for `jc.Problem`; its mean is minimized.
+      batch_size: number of examples per gradient step; all of them if there are fewer.
       stem: a module, never trained, that maps raw input to the shape that layers keep; None for the
         identity.
       stem_params: params of the stem.
@@ -62,7 +76,17 @@ def independent(
         their number of classes, or a layer changes the shape of its input.
     """
     layers, heads = _as_tuple(layer), _as_tuple(head)
-    recipe = Recipe(layers, heads, depth, 1, depth, num_steps=num_steps, optimizer=optimizer)
+    recipe = Recipe(
+        layers,
+        heads,
+        num_layers=depth,
+        num_heads=1,
+        depth=depth,
+        num_steps=num_steps,
+        optimizer=optimizer,
+        loss_fn=loss_fn,
+        batch_size=batch_size,
+    )
     nets = [f"net{i}" for i in range(num_nets)]
     origin = "nets trained apart"
     return _train_bank(key, data, recipe, stem, stem_params, nets, origin, num_nets=num_nets)
@@ -78,6 +102,8 @@ def snapshots(
     depth: int = 4,
     num_steps: int = NUM_STEPS,
     optimizer: optax.GradientTransformation = OPTIMIZER,
+    loss_fn: LossFn = CROSS_ENTROPY,
+    batch_size: int = BATCH_SIZE,
     stem: nn.Module | None = None,
     stem_params: PyTree = None,
 ) -> Bank:
@@ -88,13 +114,15 @@ def snapshots(
 
     Args:
       key: the PRNG key; consumed by this call.
-      data: the split to train on: examples and integer labels.
+      data: the split to train on: examples and integer labels, or what `loss_fn` takes.
       layer: the Flax module of all layers, or several modules that alternate.
-      head: the Flax module of all heads, which return logits `[B, C]`, or several that alternate.
+      head: the Flax module of all heads, or several that alternate; logits `[B, C]` by default.
       num_snapshots: number of copies of the net.
       depth: number of layers in the net.
       num_steps: number of gradient steps, at least 1; rounded up to a multiple of `num_snapshots`.
       optimizer: the optax optimizer; AdamW by default.
+      loss_fn: function `(outputs, y) -> losses`, as for `jc.Problem`; its mean is minimized.
+      batch_size: number of examples per gradient step; all of them if there are fewer.
       stem: a module, never trained, that maps raw input to the shape that layers keep; None for the
         identity.
       stem_params: params of the stem.
@@ -102,7 +130,7 @@ def snapshots(
     Raises:
       ValueError: if an argument is invalid; see `independent`.
     """
-    _check_sizes(num_snapshots=num_snapshots, num_steps=num_steps)
+    check_at_least_one(num_snapshots=num_snapshots, num_steps=num_steps)
     spacing = -(-num_steps // num_snapshots)
     recipe = Recipe(
         _as_tuple(layer),
@@ -113,6 +141,8 @@ def snapshots(
         num_snapshots=num_snapshots,
         num_steps=spacing * num_snapshots,
         optimizer=optimizer,
+        loss_fn=loss_fn,
+        batch_size=batch_size,
     )
     nets = [f"step{(i + 1) * spacing}" for i in range(num_snapshots)]
     return _train_bank(key, data, recipe, stem, stem_params, nets, "one net during its training")
@@ -129,6 +159,8 @@ def routed(
     num_heads: int = 1,
     num_steps: int = NUM_STEPS,
     optimizer: optax.GradientTransformation = OPTIMIZER,
+    loss_fn: LossFn = CROSS_ENTROPY,
+    batch_size: int = BATCH_SIZE,
     stem: nn.Module | None = None,
     stem_params: PyTree = None,
 ) -> Bank:
@@ -139,14 +171,16 @@ def routed(
 
     Args:
       key: the PRNG key; consumed by this call.
-      data: the split to train on: examples and integer labels.
+      data: the split to train on: examples and integer labels, or what `loss_fn` takes.
       layer: the Flax module of all layers, or several modules that alternate.
-      head: the Flax module of all heads, which return logits `[B, C]`, or several that alternate.
+      head: the Flax module of all heads, or several that alternate; logits `[B, C]` by default.
       num_layers: number of layers in the bank.
       depth: number of layers in each route.
       num_heads: number of heads in the bank.
       num_steps: number of gradient steps.
       optimizer: the optax optimizer; AdamW by default.
+      loss_fn: function `(outputs, y) -> losses`, as for `jc.Problem`; its mean is minimized.
+      batch_size: number of examples per gradient step; all of them if there are fewer.
       stem: a module, never trained, that maps raw input to the shape that layers keep; None for the
         identity.
       stem_params: params of the stem.
@@ -163,6 +197,8 @@ def routed(
         is_routed=True,
         num_steps=num_steps,
         optimizer=optimizer,
+        loss_fn=loss_fn,
+        batch_size=batch_size,
     )
     return _train_bank(
         key, data, recipe, stem, stem_params, ["routed"], "supernet of random routes"
@@ -180,6 +216,8 @@ def random(
     num_heads: int = 1,
     num_steps: int = NUM_STEPS,
     optimizer: optax.GradientTransformation = OPTIMIZER,
+    loss_fn: LossFn = CROSS_ENTROPY,
+    batch_size: int = BATCH_SIZE,
     stem: nn.Module | None = None,
     stem_params: PyTree = None,
 ) -> Bank:
@@ -189,14 +227,16 @@ def random(
 
     Args:
       key: the PRNG key; consumed by this call.
-      data: the split to train on: examples and integer labels.
+      data: the split to train on: examples and integer labels, or what `loss_fn` takes.
       layer: the Flax module of all layers, or several modules that alternate.
-      head: the Flax module of all heads, which return logits `[B, C]`, or several that alternate.
+      head: the Flax module of all heads, or several that alternate; logits `[B, C]` by default.
       num_layers: number of layers in the bank.
       depth: number of layers in each route.
       num_heads: number of heads in the bank.
       num_steps: number of gradient steps on the heads; 0 leaves them untrained too.
       optimizer: the optax optimizer; AdamW by default.
+      loss_fn: function `(outputs, y) -> losses`, as for `jc.Problem`; its mean is minimized.
+      batch_size: number of examples per gradient step; all of them if there are fewer.
       stem: a module, never trained, that maps raw input to the shape that layers keep; None for the
         identity.
       stem_params: params of the stem.
@@ -214,6 +254,8 @@ def random(
         is_layer_trained=False,
         num_steps=num_steps,
         optimizer=optimizer,
+        loss_fn=loss_fn,
+        batch_size=batch_size,
     )
     return _train_bank(
         key, data, recipe, stem, stem_params, ["random"], "untrained layers, trained heads"
@@ -232,6 +274,8 @@ def make_bank(
     num_heads: int = 1,
     num_steps: int = NUM_STEPS,
     optimizer: optax.GradientTransformation = OPTIMIZER,
+    loss_fn: LossFn = CROSS_ENTROPY,
+    batch_size: int = BATCH_SIZE,
     stem: nn.Module | None = None,
     stem_params: PyTree = None,
 ) -> Bank:
@@ -239,10 +283,10 @@ def make_bank(
 
     Args:
       key: the PRNG key; consumed by this call.
-      data: the split to train on: examples and integer labels.
+      data: the split to train on: examples and integer labels, or what `loss_fn` takes.
       kind: name of the function to call: `"independent"`, `"routed"`, `"snapshots"`, or `"random"`.
       layer: the Flax module of all layers, or several modules that alternate.
-      head: the Flax module of all heads, which return logits `[B, C]`, or several that alternate.
+      head: the Flax module of all heads, or several that alternate; logits `[B, C]` by default.
       num_layers: number of layers in the bank. For independent nets and snapshots, it must be a
         multiple of `depth`.
       depth: number of layers in each net or route.
@@ -250,6 +294,8 @@ def make_bank(
         head per net, so it must be 1 for them.
       num_steps: number of gradient steps; for independent nets, the number per net.
       optimizer: the optax optimizer; AdamW by default.
+      loss_fn: function `(outputs, y) -> losses`, as for `jc.Problem`; its mean is minimized.
+      batch_size: number of examples per gradient step; all of them if there are fewer.
       stem: a module, never trained, that maps raw input to the shape that layers keep; None for the
         identity.
       stem_params: params of the stem.
@@ -259,22 +305,34 @@ def make_bank(
         not a multiple of `depth` or `num_heads` is not 1.
     """
     if kind in ("routed", "random"):
-        return (routed if kind == "routed" else random)(
-            key,
-            data,
-            layer=layer,
-            head=head,
-            num_layers=num_layers,
-            depth=depth,
-            num_heads=num_heads,
-            num_steps=num_steps,
-            optimizer=optimizer,
-            stem=stem,
-            stem_params=stem_params,
-        )
+        train_fn = routed if kind == "routed" else random
+        make = partial(train_fn, num_layers=num_layers, num_heads=num_heads)
+    else:
+        _check_nets(kind, num_layers, depth, num_heads)
+        num_nets = num_layers // depth
+        make = partial(independent, num_nets=num_nets)
+        if kind == "snapshots":
+            make = partial(snapshots, num_snapshots=num_nets)
+    return make(
+        key,
+        data,
+        layer=layer,
+        head=head,
+        depth=depth,
+        num_steps=num_steps,
+        optimizer=optimizer,
+        loss_fn=loss_fn,
+        batch_size=batch_size,
+        stem=stem,
+        stem_params=stem_params,
+    )
+
+
+def _check_nets(kind: str, num_layers: int, depth: int, num_heads: int) -> None:
+    """Check the sizes of a bank that is cut from whole nets."""
     if kind not in ("independent", "snapshots"):
         raise ValueError(
-            f"expected kind to be independent, routed, snapshots or random, got {kind!r}"
+            f"expected kind to be independent, routed, snapshots, or random, got {kind!r}"
         )
     if depth < 1 or num_layers < depth or num_layers % depth:
         raise ValueError(
@@ -285,31 +343,22 @@ def make_bank(
         raise ValueError(
             f"expected no num_heads for bank {kind}, which has one per net, got {num_heads}"
         )
-    num_nets = num_layers // depth
-    if kind == "independent":
-        make = partial(independent, num_nets=num_nets)
-    else:
-        make = partial(snapshots, num_snapshots=num_nets)
-    return make(
-        key,
-        data,
-        layer=layer,
-        head=head,
-        depth=depth,
-        num_steps=num_steps,
-        optimizer=optimizer,
-        stem=stem,
-        stem_params=stem_params,
-    )
 
 
-def _as_tuple(modules: Modules) -> tuple[nn.Module, ...]:
-    return (modules,) if isinstance(modules, nn.Module) else tuple(modules)
+def _as_tuple(modules: object) -> tuple[nn.Module, ...]:
+    found = tuple(modules) if isinstance(modules, list | tuple) else (modules,)
+    for module in found:
+        if not isinstance(module, nn.Module):
+            raise ValueError(
+                f"expected instances of Flax linen modules to train, got {describe_type(module)}; "
+                "train other modules yourself, and pass them to jc.Bank.stack"
+            )
+    return found  # pyright: ignore[reportReturnType]
 
 
 def _train_bank(
     key: Array,
-    data: Batch,
+    data: object,
     recipe: Recipe,
     stem: nn.Module | None,
     stem_params: PyTree,
@@ -321,14 +370,23 @@ def _train_bank(
     num_layers, num_heads = recipe.num_layers, recipe.num_heads
     # Drop modules that no layer or head uses.
     recipe = recipe._replace(layers=recipe.layers[:num_layers], heads=recipe.heads[:num_heads])
-    _check_sizes(num_nets=num_nets, num_layers=num_layers, num_heads=num_heads, depth=recipe.depth)
+    check_at_least_one(
+        num_nets=num_nets,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        depth=recipe.depth,
+        batch_size=recipe.batch_size,
+    )
     if recipe.num_steps < 0:
         raise ValueError(f"expected num_steps of at least 0, got {recipe.num_steps}")
-    check_stem(stem, stem_params, data.x)
-    x = data.x if stem is None else apply_module(stem, stem_params, data.x)
-    data = Batch(jnp.asarray(x), jnp.asarray(data.y))
-    _check_data(data, recipe)
-    weights = train_weights(jax.random.split(key, num_nets), data, recipe)
+    given = read_batch(data)
+    check_stem(stem, stem_params, given.x)
+    x = given.x
+    if stem is not None:
+        x = apply_module(stem, *split_variables(stem, stem_params), x)
+    batch = Batch(jnp.asarray(x), given.y)
+    check_training(batch, recipe)
+    weights = train_weights(jax.random.split(key, num_nets), batch, recipe)
     names, parents = _name_tokens(recipe, nets)
     return Bank.stack(
         _take_turns(recipe.layers, num_layers) * len(nets),
@@ -359,49 +417,9 @@ def _name_tokens(recipe: Recipe, nets: Sequence[str]) -> tuple[list[str], list[t
     return names, parents
 
 
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"expected {name} of at least 1, got {size}")
-
-
 def _take_turns(modules: tuple[nn.Module, ...], num: int) -> list[nn.Module]:
     """Return the module of each of `num` members."""
     return [modules[i % len(modules)] for i in range(num)]
-
-
-def _check_data(data: Batch, recipe: Recipe) -> None:
-    if not recipe.layers or not recipe.heads:
-        raise ValueError(
-            f"expected at least one layer module and one head module, "
-            f"got {len(recipe.layers)} and {len(recipe.heads)}"
-        )
-    check_lengths(data)
-    x, key = data.x, jax.random.key(0)
-    try:
-        outs = [jax.eval_shape(layer.init_with_output, key, x)[0] for layer in recipe.layers]
-        logits = [jax.eval_shape(head.init_with_output, key, x)[0] for head in recipe.heads]
-    except Exception as error:  # whatever a user's module raises
-        raise ValueError(
-            f"layer or head does not take data of shape {list(x.shape)}: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
-    for layer, out in zip(recipe.layers, outs, strict=True):
-        if out.shape != x.shape or out.dtype != x.dtype:
-            raise ValueError(
-                f"layer {type(layer).__name__} must keep the shape of its input: "
-                f"expected {x.dtype}{list(x.shape)}, got {out.dtype}{list(out.shape)}"
-            )
-    if len({out.shape for out in logits}) != 1:
-        raise ValueError(
-            f"expected heads of one output shape, got {[list(out.shape) for out in logits]}"
-        )
-    num_classes = logits[0].shape[-1]
-    if is_concrete(data) and not (int(data.y.min()) >= 0 and int(data.y.max()) < num_classes):
-        raise ValueError(
-            f"expected labels in 0..{num_classes - 1}, the head's classes, "
-            f"got {int(data.y.min())}..{int(data.y.max())}"
-        )
 
 
 def _cut(stacks: tuple[PyTree, ...], num: int) -> list[PyTree]:
@@ -410,7 +428,7 @@ def _cut(stacks: tuple[PyTree, ...], num: int) -> list[PyTree]:
     `stacks` holds one tree per module, whose leaves are `[R, num_snapshots, n, ...]`.
     """
     num_runs, num_snapshots = jax.tree.leaves(stacks)[0].shape[:2]
-    places = (
+    indices = (
         (run, snapshot, i)
         for run in range(num_runs)
         for snapshot in range(num_snapshots)
@@ -418,5 +436,5 @@ def _cut(stacks: tuple[PyTree, ...], num: int) -> list[PyTree]:
     )
     return [
         pick(stacks[i % len(stacks)], (run, snapshot, i // len(stacks)))
-        for run, snapshot, i in places
+        for run, snapshot, i in indices
     ]

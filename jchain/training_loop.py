@@ -1,8 +1,8 @@
 """The loop that trains banks on random minibatches of 128 examples.
 
-The loss is softmax cross-entropy unless the recipe has another one. The examples of a minibatch are
-distinct if the split has at most 1,024 examples. In a larger split they are drawn with replacement,
-because drawing distinct examples would take most of the time of a step.
+The loss is softmax cross-entropy unless the recipe specifies another. The examples of a minibatch
+are distinct if the split has at most 1,024 examples. In a larger split they are drawn with
+replacement, because drawing distinct examples would take most of the time of a step.
 
 Each gradient step trains a *route*: some layers and a head. An ordinary net always trains the same
 route, and a supernet trains a random one at each step (Guo et al. 2020, arXiv:1904.00420). If a
@@ -20,11 +20,15 @@ import jax.numpy as jnp
 import optax
 
 from jchain._typing import Array, Float, Int, Key, PyTree
-from jchain.data import Batch
-from jchain.groups import apply_module, pick
+from jchain.data import Batch, check_lengths
+from jchain.groups import pick
+from jchain.modules import apply_module, describe_module
+from jchain.pytree import is_concrete
 
 OPTIMIZER = optax.adamw(1e-3, weight_decay=0.1)
 BATCH_SIZE = 128
+LossFn = Callable[[Array, Array], Array]
+CROSS_ENTROPY: LossFn = optax.softmax_cross_entropy_with_integer_labels
 NUM_STEPS = 1000
 # Minibatches of larger splits are drawn with replacement.
 MAX_DISTINCT_EXAMPLES = 1024
@@ -53,7 +57,8 @@ class Recipe(NamedTuple):
     num_snapshots: int = 1
     num_steps: int = NUM_STEPS
     optimizer: optax.GradientTransformation = OPTIMIZER
-    loss_fn: Callable[[Array, Array], Array] = optax.softmax_cross_entropy_with_integer_labels
+    loss_fn: LossFn = CROSS_ENTROPY
+    batch_size: int = BATCH_SIZE
 
 
 class _Carry(NamedTuple):
@@ -197,9 +202,9 @@ def _draw(key: Array, data: Batch, recipe: Recipe) -> _Draw:
     batch_key, layer_key, head_key = jax.random.split(key, 3)
     num_examples = data.y.shape[0]
     if num_examples > MAX_DISTINCT_EXAMPLES:
-        rows = jax.random.randint(batch_key, (BATCH_SIZE,), 0, num_examples, jnp.int32)
+        rows = jax.random.randint(batch_key, (recipe.batch_size,), 0, num_examples, jnp.int32)
     else:
-        size = min(BATCH_SIZE, num_examples)
+        size = min(recipe.batch_size, num_examples)
         rows = jax.random.choice(batch_key, num_examples, (size,), replace=False)
     route, head = jnp.arange(recipe.depth), jnp.array(0)
     if recipe.is_routed:
@@ -233,13 +238,13 @@ def _apply_member(
     """Apply a member of module number `turn`, without a branch if `turn` is a Python int."""
 
     def make_branch(module: nn.Module, stack: PyTree) -> Callable[[Array, Array], Array]:
-        return lambda place, x: apply_module(module, pick(stack, place), x)
+        return lambda index, x: apply_module(module, pick(stack, index), None, x)
 
     branches = [make_branch(*pair) for pair in zip(modules, params, strict=True)]
-    place = member // len(modules)
+    index = member // len(modules)
     if isinstance(turn, int):
-        return branches[turn](place, x)
-    return branches[0](place, x) if len(branches) == 1 else jax.lax.switch(turn, branches, place, x)
+        return branches[turn](index, x)
+    return branches[0](index, x) if len(branches) == 1 else jax.lax.switch(turn, branches, index, x)
 
 
 def _step_in_parts(carry: _Carry, key: Array, data: Batch, recipe: Recipe) -> _Carry:
@@ -251,16 +256,16 @@ def _step_in_parts(carry: _Carry, key: Array, data: Batch, recipe: Recipe) -> _C
     hidden, labels, route, head = _draw_once(key, data, recipe)
     calls = []
     for member in route.tolist():
-        place, turn = divmod(member, len(recipe.layers))
-        hidden, pull_fn = _call(recipe.layers[turn], weights.layers[turn], place, hidden)
-        calls.append((turn, place, pull_fn))
-    place, turn = divmod(int(head), len(recipe.heads))
+        index, turn = divmod(member, len(recipe.layers))
+        hidden, pull_fn = _call(recipe.layers[turn], weights.layers[turn], index, hidden)
+        calls.append((turn, index, pull_fn))
+    index, turn = divmod(int(head), len(recipe.heads))
     layers, heads = map(list, _make_zeros(weights))
     heads[turn], hidden_gradient = _call_head(
-        recipe.heads[turn], recipe.loss_fn, weights.heads[turn], heads[turn], place, hidden, labels
+        recipe.heads[turn], recipe.loss_fn, weights.heads[turn], heads[turn], index, hidden, labels
     )
-    for turn, place, pull_fn in reversed(calls):
-        layers[turn], hidden_gradient = _pull(pull_fn, hidden_gradient, layers[turn], place)
+    for turn, index, pull_fn in reversed(calls):
+        layers[turn], hidden_gradient = _pull(pull_fn, hidden_gradient, layers[turn], index)
     return _update_once(carry, Weights(tuple(layers), tuple(heads)), recipe)
 
 
@@ -269,9 +274,13 @@ _PullFn = Callable[[Array], tuple[PyTree, Array]]
 
 
 @partial(jax.jit, static_argnames="module")
-def _call(module: nn.Module, params: PyTree, place: Array | int, x: Array) -> tuple[Array, _PullFn]:
+def _call(module: nn.Module, params: PyTree, index: Array | int, x: Array) -> tuple[Array, _PullFn]:
     """Return the output of one member of a stack, and the function that pulls its gradient back."""
-    return jax.vjp(partial(apply_module, module), pick(params, place), x)
+
+    def apply(params: PyTree, x: Array) -> Array:
+        return apply_module(module, params, None, x)
+
+    return jax.vjp(apply, pick(params, index), x)
 
 
 @partial(jax.jit, static_argnames=("module", "loss_fn"), donate_argnames="gradient")
@@ -280,32 +289,123 @@ def _call_head(
     loss_fn: Callable[[Array, Array], Array],
     params: PyTree,
     gradient: PyTree,
-    place: Array | int,
+    index: Array | int,
     x: Array,
     labels: Array,
 ) -> tuple[PyTree, Array]:
-    """Add the gradient of the head's weights to that of its stack, and return that of `x`."""
+    """Add the gradient of the head's weights to its stack's, and return the gradient of `x`."""
 
     def compute_loss(params: PyTree, x: Array) -> Array:
-        return jnp.mean(loss_fn(apply_module(module, params, x), labels))
+        return jnp.mean(loss_fn(apply_module(module, params, None, x), labels))
 
-    params_gradient, x_gradient = jax.grad(compute_loss, (0, 1))(pick(params, place), x)
-    return _add_at(gradient, place, params_gradient), x_gradient
+    params_gradient, x_gradient = jax.grad(compute_loss, (0, 1))(pick(params, index), x)
+    return _add_at(gradient, index, params_gradient), x_gradient
 
 
 @partial(jax.jit, donate_argnames="gradient")
 def _pull(
-    pull_fn: _PullFn, output_gradient: Array, gradient: PyTree, place: Array | int
+    pull_fn: _PullFn, output_gradient: Array, gradient: PyTree, index: Array | int
 ) -> tuple[PyTree, Array]:
-    """Add the gradient of a call's weights to that of its stack, and return that of its input."""
+    """Add the gradient of a call's weights to its stack's, and return its input's gradient."""
     params_gradient, input_gradient = pull_fn(output_gradient)
-    return _add_at(gradient, place, params_gradient), input_gradient
+    return _add_at(gradient, index, params_gradient), input_gradient
 
 
-def _add_at(stack: PyTree, place: Array | int, member: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf, added: leaf.at[place].add(added), stack, member)
+def _add_at(stack: PyTree, index: Array | int, member: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf, added: leaf.at[index].add(added), stack, member)
 
 
 @jax.jit
 def _make_zeros(tree: PyTree) -> PyTree:
     return jax.tree.map(jnp.zeros_like, tree)
+
+
+def check_at_least_one(**sizes: int) -> None:
+    """Check that sizes are positive.
+
+    Args:
+      sizes: the sizes by name.
+
+    Raises:
+      ValueError: if a size is below 1.
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"expected {name} of at least 1, got {size}")
+
+
+def check_training(data: Batch, recipe: Recipe) -> None:
+    """Check that a recipe can be trained on data.
+
+    Args:
+      data: the split to train on, after the stem.
+      recipe: the modules, and how they are trained.
+
+    Raises:
+      ValueError: if there are no modules or no examples, a module does not take the data or has
+        other collections than params, a layer changes the shape or dtype, heads differ in their
+        output shape, or the loss does not take the outputs and labels.
+    """
+    if not recipe.layers or not recipe.heads:
+        raise ValueError(
+            f"expected at least one layer module and one head module, "
+            f"got {len(recipe.layers)} and {len(recipe.heads)}"
+        )
+    check_lengths(data)
+    x, y = data
+    for layer in recipe.layers:
+        out = _init_output(layer, x, "layer")
+        if out.shape != x.shape or out.dtype != x.dtype:
+            raise ValueError(
+                f"layer {describe_module(layer)} must keep the shape of its input: "
+                f"expected {x.dtype}{list(x.shape)}, got {out.dtype}{list(out.shape)}"
+            )
+    outputs = [_init_output(head, x, "head") for head in recipe.heads]
+    if len({out.shape for out in outputs}) != 1:
+        raise ValueError(
+            f"expected heads of one output shape, got {[list(out.shape) for out in outputs]}"
+        )
+    if recipe.loss_fn is not CROSS_ENTROPY:
+        _check_loss(recipe.loss_fn, outputs[0], y)
+        return
+    num_classes = outputs[0].shape[-1]
+    if not jnp.issubdtype(y.dtype, jnp.integer):
+        raise ValueError(
+            f"expected integer labels for the default loss, got {y.dtype}: pass loss_fn= for "
+            "other targets, for example optax.squared_error"
+        )
+    if is_concrete(data) and not (int(y.min()) >= 0 and int(y.max()) < num_classes):
+        raise ValueError(
+            f"expected labels in 0..{num_classes - 1}, the head's classes, "
+            f"got {int(y.min())}..{int(y.max())}"
+        )
+
+
+def _init_output(module: nn.Module, x: Array, kind: str) -> jax.ShapeDtypeStruct:
+    """Return the shape of a new module's output."""
+    name = f"{kind} {describe_module(module)}"
+    try:
+        out, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+    except Exception as error:  # whatever a user's module raises
+        raise ValueError(
+            f"{name} does not take data of shape {list(x.shape)}: {str(error).splitlines()[0]}"
+        ) from None
+    others = sorted(set(variables) - {"params"})
+    if others:
+        raise ValueError(
+            f"{name} has the collection {others[0]!r}, but only params are trained: train it "
+            "yourself, and pass all of its variables to jc.Bank.stack"
+        )
+    return out
+
+
+def _check_loss(loss_fn: LossFn, outputs: jax.ShapeDtypeStruct, y: Array) -> None:
+    try:
+        losses = jax.eval_shape(loss_fn, outputs, y)
+    except Exception as error:  # whatever a user's function raises
+        raise ValueError(
+            f"loss_fn does not take outputs {list(outputs.shape)} and labels "
+            f"{y.dtype}{list(y.shape)}: {str(error).splitlines()[0]}"
+        ) from None
+    if not jnp.issubdtype(losses.dtype, jnp.floating):
+        raise ValueError(f"expected loss_fn to return floats, got {losses.dtype}")

@@ -1,17 +1,18 @@
-"""Fingerprints of what jchain computes, to show that a change of its code changed no bit.
+"""Fingerprint what jchain computes, to show that a change of its code changed no bit.
 
-Run it on the code before and on the code after, on the same machine, then compare:
+Run the script on the code before and after the change, on the same machine, then compare:
 
     PYTHONPATH=CODE python bits.py --out FILE.json
     python bits.py --compare BEFORE.json AFTER.json
 
-The first command takes 4 to 5 minutes on two free cores, nearly all of it compilation, and ends
-with status 1 if a part failed; `--only train,run` runs only the parts whose names begin so. The
-second command lists the entries that differ and ends with status 1 if there are any.
+The first command takes 4 to 5 minutes on two free cores, nearly all of it for compilation, and
+exits with status 1 if a part failed. `--only train,run` runs only parts whose names start with
+these prefixes. The second command lists the entries that differ and exits with status 1 if there
+are any.
 
-An entry has two hashes over all arrays of a result: "sha256" with their names and in their order,
-"values" without both, so a field that was only renamed or moved can be told from other numbers.
-"number" is for people to read: the best loss of a search, else the sum of all finite numbers.
+An entry has two hashes over all arrays of a result. "sha256" covers their names and their order,
+and "values" covers neither, so a field that was only renamed or moved can be told from a changed
+number. "number" is for people to read: the best loss of a search, or the sum of all finite numbers.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def read_bytes(path: Path) -> np.ndarray:
 
 
 def record_bank(bank: jc.Bank) -> Entries:
-    """Weights, labels and words apart, as words may be changed on purpose."""
+    """Record weights, labels, and words separately, because words may change on purpose."""
     groups = [*bank.layers, *bank.heads]
     labels = {
         "names": list(bank.names),
@@ -91,7 +92,7 @@ def record_bank(bank: jc.Bank) -> Entries:
     return {"weights": bank, "labels": labels, "origins": list(bank.origins)}
 
 
-# What the parts share
+# Helpers of the parts
 
 
 @functools.cache
@@ -100,7 +101,7 @@ def load_data(name: str) -> jc.data.Dataset:
 
 
 def load_sequences() -> jc.Batch:
-    """Digits read row by row, as sequences of 8 rows of 8 pixels."""
+    """Load digits as sequences of 8 rows of 8 pixels."""
     x, y = load_data("digits_8x8").train
     return jc.Batch(x[..., 0], y)
 
@@ -136,7 +137,7 @@ def train_wine(layer: nn.Module, seed: int, num_layers: int) -> jc.Bank:
 
 @functools.cache
 def make_two_groups() -> jc.Bank:
-    """Seven layers of two modules and two heads."""
+    """Make a bank of seven layers of two modules, and two heads."""
     first = train_wine(jc.layers.ResidualMLP(13), 2, 4)
     second = train_wine(jc.layers.Dense(13), 3, 3)
     return jc.Bank.concat([first, second])
@@ -197,7 +198,7 @@ def draw_chains(problem: jc.Problem, num: int, min_layers: int = 0) -> np.ndarra
 
 
 def apply_layers(bank: jc.Bank, tokens: Sequence[int], hidden: jax.Array) -> jax.Array:
-    """Layers alone, as apply_chain needs a head."""
+    """Apply layers without a head, which `apply_chain` would need."""
     for token in tokens:
         (group,) = (group for group in bank.layers if token in group.tokens)
         made = group.module.apply({"params": bank.get_params(token)}, hidden)
@@ -222,7 +223,7 @@ def hash_independent() -> Entries:
 
 @add_part("train/routed")
 def hash_routed() -> Entries:
-    """Layers of two modules and heads that take turns."""
+    """Hash a routed bank of layers of two modules that take turns, and two heads."""
     bank = jc.train.routed(
         jax.random.key(7),
         load_data("wine").train,
@@ -294,7 +295,7 @@ def hash_invertible() -> Entries:
 
 @add_part("bank/build")
 def hash_built_banks() -> Entries:
-    """`stack`, `concat` and `take`."""
+    """Hash the results of `stack`, `concat`, and `take`."""
     x = load_data("wine").train.x
     layers = [jc.layers.Dense(13, activation=nn.tanh), jc.layers.ResidualMLP(13)]
     head = jc.layers.DenseHead(3)
@@ -437,7 +438,7 @@ def run_many_searches() -> Entries:
 
 
 def train_agent(name: str) -> Entries:
-    """Its numbers after three steps: what a search finds would hide a change of the last bits."""
+    """Record the agent's numbers after three steps; a best chain would hide changed last bits."""
     agent, problem = AGENTS[name](), make_problem()
     state, step = agent.init(jax.random.key(25), problem), jax.jit(agent.step)
     infos: list[object] = []
@@ -541,7 +542,7 @@ for policy_name in POLICIES:
 
 @add_part("updates/TuneFound_conv")
 def tune_conv() -> Entries:
-    """Convolutions are tuned by another program."""
+    """Tune convolutions, for which there is a separate program."""
     data = load_data("digits_8x8")
     problem = jc.Problem(train_conv(), data.search, max_layers=2)
     policy, search = jc.updates.TuneFound(num_steps=2), jc.LocalSearch()
@@ -575,7 +576,7 @@ def make_inputs(family: str) -> jax.Array:
 
 
 def hash_family(family: str) -> Entries:
-    """A model of random weights, its export, and what is read back of it."""
+    """Hash a model of random weights, its export, and the model read back from the export."""
     with tempfile.TemporaryDirectory() as name:
         folder, out = write_config(Path(name) / "new", family), Path(name) / "out"
         bank = jc.hub.init(jax.random.key(40), folder)
@@ -619,7 +620,7 @@ def evaluate_transformer() -> Entries:
 
 
 def compute(prefixes: Sequence[str]) -> dict[str, Entry | str]:
-    """The entries of all parts whose names begin with one of the prefixes; of all without any."""
+    """Compute the entries of the parts whose names start with a prefix; of all if none is given."""
     entries: dict[str, Entry | str] = {}
     for name, part in PARTS.items():
         if prefixes and not name.startswith(tuple(prefixes)):
@@ -627,7 +628,7 @@ def compute(prefixes: Sequence[str]) -> dict[str, Entry | str]:
         began = time.perf_counter()
         try:
             found = {f"{name}/{key}": fingerprint(tree) for key, tree in part().items()}
-        except Exception as error:  # One failure must not hide what the other parts give.
+        except Exception as error:  # One failure must not hide the results of the other parts.
             traceback.print_exc()
             entries[name] = f"error: {type(error).__name__}: {error}"
         else:
@@ -637,7 +638,7 @@ def compute(prefixes: Sequence[str]) -> dict[str, Entry | str]:
 
 
 def find_difference(before: Entry | str | None, after: Entry | str | None) -> str | None:
-    """How two entries differ, in words; None if they are equal."""
+    """Describe how two entries differ; None if they are equal."""
     if isinstance(before, str) or isinstance(after, str):
         return " | ".join(entry for entry in (before, after) if isinstance(entry, str))
     if before is None or after is None:

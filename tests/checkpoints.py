@@ -1,4 +1,4 @@
-"""Tiny checkpoints of GPT-2 without torch, a tokenizer of bytes, texts and questions."""
+"""Tiny GPT-2 checkpoints without torch, a tokenizer of bytes, texts, and questions."""
 
 import json
 from pathlib import Path
@@ -31,14 +31,14 @@ VIT = {
 
 
 def write_config(folder, options):
-    """A checkpoint folder without weights."""
+    """Write a checkpoint folder without weights."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(options))
     return folder
 
 
 def write(folder, *, tensors=None, config=None, name="model.safetensors"):
-    """A tiny GPT-2. `config` changes options."""
+    """Write a tiny GPT-2, with changed options in `config`."""
     from safetensors.numpy import save_file
 
     write_config(folder, GPT2 | (config or {}))
@@ -49,7 +49,7 @@ def write(folder, *, tensors=None, config=None, name="model.safetensors"):
 
 
 def make_tensors(depth=2, seed=0, vocabulary=11, positions=8):
-    """Random tensors of a tiny GPT-2 by name."""
+    """Make random tensors of a tiny GPT-2, by name."""
     rng = np.random.default_rng(seed)
     block = {
         "ln_1.weight": 6,
@@ -74,7 +74,7 @@ def make_tensors(depth=2, seed=0, vocabulary=11, positions=8):
 
 
 def make_checkpoint(folder, vocabulary=256, alphabet=256):
-    """A tiny GPT-2 of bytes, with a tokenizer."""
+    """Make a tiny GPT-2 of bytes, with a tokenizer."""
     import tokenizers
 
     folder = write(
@@ -98,7 +98,7 @@ def write_file(folder, content, name="text.txt"):
 
 
 def make_model_and_text(folder):
-    """What the README's second example reads: a tiny model of bytes in `model`, and `my.txt`."""
+    """Make a tiny model of bytes in `model`, and the text `my.txt`."""
     options = {"vocab_size": 256, "n_embd": 8, "n_layer": 6, "n_positions": 128}
     model = write_config(make_checkpoint(folder / "new"), GPT2 | options)
     bank = jc.hub.init(jax.random.key(0), model)

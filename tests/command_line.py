@@ -1,4 +1,4 @@
-"""Run the command line in this process, on small sizes."""
+"""Helpers that run the command line in this process, with small sizes."""
 
 import shlex
 
@@ -13,10 +13,10 @@ def search(folder, *options):
 
 
 def fail(argv, capsys):
-    """Run a command that exits with 2 and without a traceback. Returns what it printed."""
+    """Run a command that exits with 2 and without a traceback, and return its output."""
     try:
         code = main(argv)
-    except SystemExit as error:  # argparse exits by itself
+    except SystemExit as error:  # argparse itself exits
         code = error.code
     err = capsys.readouterr().err
     assert code == 2
@@ -25,13 +25,13 @@ def fail(argv, capsys):
 
 
 def check_bad_options(tmp_path, capsys, options, message):
-    """A search with these options exits with 2, prints the message, and writes nothing."""
+    """Check that a search exits with 2, prints the message, and writes nothing."""
     assert message in fail(["search", *SMALL, "--out", str(tmp_path / "out"), *options], capsys)
     assert list(tmp_path.iterdir()) == []
 
 
 def check_bad_checkpoint_options(models_folder, monkeypatch, capsys, options):
-    """A search in that folder exits with 2 and writes nothing. Returns what it printed."""
+    """Check that a search in that folder exits with 2 and writes nothing; return its output."""
     monkeypatch.chdir(models_folder)
     err = fail(["search", *options, "--out", "refused"], capsys)
     assert [line for line in err.splitlines() if line.startswith("jchain: error")]

@@ -1,4 +1,4 @@
-"""Signatures are checked at run time by jaxtyping and beartype; rank promotion is an error."""
+"""Shared setup: jaxtyping and beartype check signatures, and rank promotion is an error."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Most of the time of these tests is compilation: few optimizations, and a cache of programs that
-# all workers and runs share.
+# These tests spend most of their time on compilation. Few optimizations, and a cache of programs
+# that all workers and runs share, make it shorter.
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update(
     "jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "jax")
@@ -23,7 +23,7 @@ LAYER, HEAD = jc.layers.ResidualMLP(5, hidden=7), jc.layers.DenseHead(3)
 
 
 def init_params(module, key, num, shape):
-    """Random params; biases too, as an initializer's zeros would hide a bias that is left out."""
+    """Make random params. Biases are random too, or zeros would hide a bias that is left out."""
     params = [
         module.init(k, jax.numpy.ones((1, *shape)))["params"] for k in jax.random.split(key, num)
     ]
@@ -36,7 +36,7 @@ def init_params(module, key, num, shape):
 
 
 def make_bank(num_layers=4, num_heads=2, seed=0, layer=LAYER, **kwargs):
-    """A small bank of random weights on 5 features and 3 classes."""
+    """Make a small bank of random weights for 5 features and 3 classes."""
     layer_key, head_key = jax.random.split(jax.random.key(seed))
     return jc.Bank.stack(
         layer,
@@ -57,7 +57,7 @@ def make_batch(num_examples=9, seed=1):
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
-    """Each compiled program maps memory, of which a process may have only so many pieces."""
+    """Clear caches: programs use memory mappings, and a process can have only so many."""
     yield
     jax.clear_caches()
 
@@ -69,7 +69,7 @@ def bank():
 
 @pytest.fixture(scope="session")
 def two_group_bank():
-    """Five layers of two modules, two heads."""
+    """A bank of five layers of two modules, and two heads."""
     return jc.Bank.concat([make_bank(3, 1), make_bank(2, 1, seed=5, layer=jc.layers.Dense(5))])
 
 
@@ -91,8 +91,8 @@ def digits():
 def assert_trees_close(a, b, rtol, atol):
     """Compare two trees, except for one bias.
 
-    A bias that all keys share changes no choice: its gradient is rounding error only, which Adam
-    turns into whole steps.
+    A bias that all keys share changes no choice. Its gradient is only rounding error, which Adam
+    turns into full-sized steps.
     """
 
     def check(path, x, y):
@@ -103,7 +103,7 @@ def assert_trees_close(a, b, rtol, atol):
 
 
 def assert_same_bits(a, b):
-    """Of trees: the same dtypes and bytes."""
+    """Check that two trees have the same dtypes and bytes."""
     leaves, other = jax.tree.leaves(a), jax.tree.leaves(b)
     assert len(leaves) == len(other) > 0
     for x, y in zip(leaves, other, strict=True):

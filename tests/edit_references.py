@@ -15,7 +15,7 @@ CHAIN = np.array([2, 0, 3, 5])  # three layers, the second head
 
 
 def to_float64(problem):
-    """The same problem with weights and data in float64."""
+    """Convert the weights and data of a problem to float64."""
 
     def cast(leaf):
         return leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
@@ -25,13 +25,13 @@ def to_float64(problem):
 
 
 def use_float64():
-    """A fixture in the modules that need it."""
+    """Enable float64; modules that need it make this a fixture."""
     with jax.enable_x64(True):
         yield
 
 
 def exact_changes(problem, chain):
-    """Change of loss of each neighbor; nan for rows that are not neighbors."""
+    """Compute the change of loss of each neighbor; nan for rows that are not neighbors."""
     rows, is_neighbor = (np.array(a) for a in problem.space.neighbors(jnp.asarray(chain)))
     change = np.full(len(rows), np.nan)
     loss = jc.evaluate(problem, np.concatenate([chain[None], rows[is_neighbor]])).loss
@@ -40,7 +40,7 @@ def exact_changes(problem, chain):
 
 
 def walk(problem, chain):
-    """The input of each slot, and a function from a slot and its input to the outputs."""
+    """Return the input of each slot, and a function from a slot and its input to the outputs."""
     bank = problem.bank
     tokens = [int(token) for token in chain if token >= 0]
     hidden = [bank.embed(problem.data.x)]
@@ -56,14 +56,14 @@ def walk(problem, chain):
 
 
 def find_moved_outputs(problem, chain, slot, token):
-    """Outputs of a chain, and their first-order change by a swap."""
+    """Compute the outputs of a chain, and their first-order change by a swap."""
     hidden, apply_rest = walk(problem, chain)
     change = problem.bank.layers[0].apply(token, hidden[slot]) - hidden[slot + 1]
     return jax.jvp(partial(apply_rest, slot + 1), (hidden[slot + 1],), (change,))
 
 
 class TokensHead(nn.Module):
-    """Four labels of 25 classes for each example, as in a language model."""
+    """A head for four labels of 25 classes per example, as in a language model."""
 
     @nn.compact
     def __call__(self, x):
@@ -83,7 +83,7 @@ def wide_problem(loss_fn, y, head=jc.layers.DenseHead(100)):  # noqa: B008
 
 
 class Rounded(nn.Module):
-    """Has a derivative of 0 almost everywhere."""
+    """A layer whose derivative is 0 almost everywhere."""
 
     @nn.compact
     def __call__(self, x):
@@ -91,7 +91,7 @@ class Rounded(nn.Module):
 
 
 class Looped(nn.Module):
-    """Has no reverse-mode derivative."""
+    """A layer without a reverse-mode derivative."""
 
     @nn.compact
     def __call__(self, x):

@@ -1,4 +1,4 @@
-"""The slow, obvious way: one chain, one layer, one NumPy operation at a time, in float64."""
+"""Slow, obvious references: one chain, layer, and NumPy operation at a time, in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def _transformer_block(module, params, x):
 
 
 def apply(module, params, x):
-    """One layer or head of this library, in its own words."""
+    """Apply one layer or head, written out in NumPy."""
     kind = type(module).__name__
     if kind == "ResidualMLP":
         return x + _dense(params["Dense_1"], np.maximum(_dense(params["Dense_0"], x), 0))
@@ -82,7 +82,7 @@ def _find(groups, token):
 
 
 def chain_logits(bank, chain, x):
-    """Logits of one chain."""
+    """Compute the logits of one chain."""
     hidden = np.asarray(x, np.float64)
     if bank.stem is not None:
         hidden = apply(bank.stem, bank.stem_params, hidden)
@@ -95,7 +95,7 @@ def chain_logits(bank, chain, x):
 
 
 def chain_loss(problem, chain):
-    """Mean cross-entropy and accuracy of one chain."""
+    """Compute the mean cross-entropy and accuracy of one chain."""
     chain = [int(token) for token in chain if token >= 0]
     logits = chain_logits(problem.bank, chain, problem.data.x)
     y = np.asarray(problem.data.y)
@@ -106,14 +106,14 @@ def chain_loss(problem, chain):
 
 
 def count_calls(chains, num_layers):
-    """Distinct (prefix, layer) and distinct chains of a population."""
+    """Count the distinct (prefix, layer) pairs and the distinct chains of a population."""
     rows = [tuple(int(token) for token in chain if token >= 0) for chain in chains]
     prefixes = {row[: i + 1] for row in rows for i, token in enumerate(row) if token < num_layers}
     return len(prefixes), len(set(rows))
 
 
 def make_invertible_bank(num_layers=3, seed=0, layers=None, features=4):
-    """Well-conditioned layers of one or more modules."""
+    """Make a bank of well-conditioned layers of one or more modules."""
     head = jc.layers.DenseHead(2)
     banks = []
     for i, layer in enumerate(layers or [jc.layers.InvertibleDense(features)]):
@@ -126,7 +126,7 @@ def make_invertible_bank(num_layers=3, seed=0, layers=None, features=4):
 
 
 def apply_layers(bank, chain, x):
-    """The plain definition, in float64."""
+    """Apply layers by the plain definition, and return float64 outputs."""
     for token in chain:
         (group,) = [group for group in bank.layers if token in group.tokens]
         x = group.apply(group.tokens.index(token), x)
@@ -134,7 +134,7 @@ def apply_layers(bank, chain, x):
 
 
 def assert_plan_matches_apply_chain(problem, plan, seed, num):
-    """Random chains of a bank of 4 layers and 2 heads have the losses of `apply_chain`."""
+    """Compare random chains of a bank of 4 layers and 2 heads with `apply_chain`."""
     rng = np.random.default_rng(seed)
     tokens = [
         [*rng.integers(0, 4, rng.integers(0, 4)).tolist(), int(rng.integers(4, 6))]

@@ -10,8 +10,8 @@ def weights(bank):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(bank.layers[0].params)]
 
 
-def test_another_order_computes_the_same_and_is_inverted(problem):
-    """Copies of one layer, each in its own order, are equal after alignment."""
+def test_align_inverts_a_shuffle_and_keeps_the_outputs(problem):
+    """Copies of one layer, each with its units in another order, are equal after alignment."""
     bank = problem.bank
     same = jc.Bank.stack(
         bank.layers[0].module,
@@ -45,7 +45,7 @@ def test_aligned_layers_are_as_close_as_any_order_makes_them(problem):
         assert least <= distance(align.shuffle(jax.random.key(seed), bank), bank)
 
 
-def test_bad_input_is_refused(problem, two_group_bank):
+def test_align_rejects_bad_input(problem, two_group_bank):
     with pytest.raises(ValueError, match=r"expected a layer token in 0..3, got 4"):
         align.align(problem.bank, 4)
     with pytest.raises(

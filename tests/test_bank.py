@@ -45,7 +45,7 @@ class Widen(nn.Module):
             HEAD,
             HEADS,
             {},
-            "empty bank: expected at least one layer and one head, got 0 and 2",
+            "empty bank: expected at least one layer, got none",
         ),
         (
             LAYER,
@@ -53,7 +53,7 @@ class Widen(nn.Module):
             HEAD,
             [],
             {},
-            "empty bank: expected at least one layer and one head, got 3 and 0",
+            "empty bank: expected at least one head, got none",
         ),
         (
             LAYER,
@@ -92,17 +92,17 @@ class Widen(nn.Module):
             init_params(Widen(), jax.random.key(0), 2, (5,)),
             HEAD,
             HEADS,
-            {},
-            r"Widen must keep the shape of its input: expected float32\[1, 5\], "
-            r"got float32\[1, 10\]",
+            {"input_shape": (5,)},
+            r"layer0 \(Widen\(\)\), token 0, must keep the shape of its input: "
+            r"expected float32\[2, 5\], got float32\[2, 10\]",
         ),
         (
             nn.Conv(4, (3, 3)),
             init_params(nn.Conv(4, (3, 3)), jax.random.key(0), 2, (8, 8, 2)),
             HEAD,
             HEADS,
-            {},
-            "Conv must keep the shape",
+            {"input_shape": (8, 8, 2)},
+            r"layer0 \(Conv\(.*\), token 0, must keep the shape",
         ),
         (
             LAYER,
@@ -124,7 +124,7 @@ class Widen(nn.Module):
         (LAYER, LAYERS, HEAD, HEADS, {"origins": ["x"]}, "expected 5 origins"),
     ],
 )
-def test_stack_refuses(layer, layers, head, heads, kwargs, message):
+def test_stack_rejects_bad_input(layer, layers, head, heads, kwargs, message):
     with pytest.raises(ValueError, match=message):
         jc.Bank.stack(layer, layers, head, heads, **kwargs)
 
@@ -195,12 +195,12 @@ def test_take(two_group_bank):
             two_group_bank.take(layers, heads)
 
 
-def test_reserved_places_hold_copies_after_the_layers(two_group_bank):
+def test_reserved_layers_hold_copies_after_the_layers(two_group_bank):
     bank = two_group_bank.reserve(4)
     assert (bank.num_layers, bank.num_heads) == (5 + 2 * 4, 2)
-    for place, source in zip(range(5, 13), [0, 1, 2, 0, 3, 4, 3, 4], strict=True):
-        assert_same_bits(bank.get_params(place), two_group_bank.get_params(source))
-        assert bank.origins[place] == f"free, a copy of {two_group_bank.names[source]}"
+    for spare, source in zip(range(5, 13), [0, 1, 2, 0, 3, 4, 3, 4], strict=True):
+        assert_same_bits(bank.get_params(spare), two_group_bank.get_params(source))
+        assert bank.origins[spare] == f"free, a copy of {two_group_bank.names[source]}"
     assert bank.names[:5] + bank.names[13:] == two_group_bank.names
     x = jnp.ones((2, 5))
     np.testing.assert_array_equal(
@@ -228,7 +228,7 @@ def test_replaced_weights_have_a_new_version_and_the_others_stay(two_group_bank)
 
 
 class Flatten(nn.Module):
-    """No params."""
+    """A module without params."""
 
     @nn.compact
     def __call__(self, x):
@@ -236,7 +236,7 @@ class Flatten(nn.Module):
 
 
 class Shift(nn.Module):
-    """Without a kernel, so that it takes other sizes too."""
+    """A module without a kernel, which also accepts other sizes."""
 
     @nn.compact
     def __call__(self, x):

@@ -13,7 +13,7 @@ def run_script(*args):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_equal_fingerprints_and_changed_ones_are_told_apart(tmp_path):
+def test_compare_detects_changed_fingerprints(tmp_path):
     before, after = tmp_path / "before.json", tmp_path / "after.json"
     for path in (before, after):
         done = run_script("--only", "data", "--out", path)

@@ -14,7 +14,7 @@ SPACE = chain.ChainSpace(N, K, D)
 
 
 def all_chains(num_layers, num_heads, max_layers):
-    """Every chain as a tuple, by itertools."""
+    """List every chain as a tuple, with itertools."""
     return [
         (*layers, head)
         for depth in range(max_layers + 1)
@@ -61,7 +61,7 @@ def test_sample_is_uniform_over_all_chains():
     SPACE.validate(rows)
     found, counts = np.unique(rows, axis=0, return_counts=True)
     assert len(found) == SPACE.num_chains == 26
-    # Poisson counts of mean 1000: five standard deviations.
+    # The counts are Poisson with mean 1000, and the tolerance is five standard deviations.
     assert np.abs(counts - 1000).max() < 5 * np.sqrt(1000)
 
 

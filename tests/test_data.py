@@ -17,7 +17,7 @@ def test_splits_are_complete_disjoint_stratified_and_standardized(name, size, fe
     assert all(
         split.x.shape[1:] == (features,) and split.x.dtype == jnp.float32 for split in splits
     )
-    # Every row of the file is in some split, with the same multiplicity.
+    # Every row of the file is in some split, equally often.
     from sklearn import datasets
 
     raw = getattr(datasets, f"load_{name}")()
@@ -36,7 +36,7 @@ def test_splits_are_complete_disjoint_stratified_and_standardized(name, size, fe
 
 
 def _unstandardize(x, y, data):
-    """Mean and deviation of the rows that went into train, found by inverting the affine map."""
+    """Find the mean and deviation of the rows of train by inverting the affine map."""
     for_seed = jc.data._split_stratified(y, jc.data.SHARES, np.random.default_rng(3))[0]
     x = x.astype(np.float32)[for_seed]
     return x.mean(axis=0), np.where(x.std(axis=0) > 0, x.std(axis=0), 1)
@@ -90,7 +90,7 @@ def test_split_takes_your_own_examples_of_any_shape():
     ("x", "y", "message"),
     [
         (np.zeros((40, 2)), np.zeros(39, int), "one label per example"),
-        (np.zeros((40, 2)), np.zeros(40), "integer labels"),
+        (np.zeros((40, 2)), np.full(40, "a"), "integer labels"),
         (np.zeros((40, 2)), np.full(40, -1), "integer labels"),
         (np.full((40, 2), np.nan), np.zeros(40, int), "finite examples"),
         (np.zeros((40, 2)), np.arange(40) // 39, "at least 8 examples of each class"),

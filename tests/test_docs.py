@@ -29,7 +29,7 @@ def test_examples_run(name, capsys):
 
 
 def test_the_example_of_transformers_runs(tmp_path, monkeypatch):
-    """Without the lines that need transformers: tests/hub/test_parity.py runs the whole."""
+    """Leave out the lines that need transformers; tests/hub/test_parity.py runs them all."""
     monkeypatch.chdir(tmp_path)
     make_model_and_text(tmp_path)
     (example,) = EXAMPLES["transformers"]

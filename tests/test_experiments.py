@@ -1,4 +1,4 @@
-"""experiments/README.md says what the results say."""
+"""experiments/README.md agrees with the results."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ def report():
     return module
 
 
-def test_every_figure_of_the_report_is_that_of_a_result(report):
+def test_report_figures_match_the_results(report):
     text = report.render((FOLDER / "questions.md").read_text(), FOLDER / "results")
     assert text == (FOLDER / "README.md").read_text(), "run python experiments/report.py --write"
 
@@ -53,7 +53,7 @@ def test_the_report_runs_every_script_of_an_experiment(report):
     assert scripts == set(report.SCRIPTS)
 
 
-def test_a_value_that_is_not_there_is_named(report, tmp_path):
+def test_render_names_a_missing_value(report, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"b": {"c, d": [0.125, 2]}, "seconds": 130}))
     assert (
         report.render("x [[a > b > c, d > 0 | .2f]] [[a > seconds | minutes]]", tmp_path)

@@ -1,4 +1,4 @@
-"""Files of arrays, shown by those of banks."""
+"""Files of arrays, tested with those of banks."""
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def test_save_keeps_stem_fields_dtypes_and_metadata(tmp_path):
 
 
 class Scale(nn.Module):
-    """A user's own module, unknown to jchain."""
+    """A user's module, unknown to jchain."""
 
     factor: float = 2.0
 
@@ -149,6 +149,6 @@ def test_a_bank_saved_by_an_older_version_loads(tmp_path):
     loss = jc.evaluate(jc.Problem(bank, data, 2), chains).loss
     expected = [1.0307689905166626, 1.6417211294174194, 1.6614266633987427]
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
-    # Saved again, it is the same file.
+    # Saving it again gives the same file.
     bank.save(tmp_path / "bank")
     assert (tmp_path / "bank").read_bytes() == SAVED.read_bytes()

@@ -5,7 +5,7 @@ import pytest
 from conftest import init_params
 
 import jchain as jc
-from jchain.groups import describe_module
+from jchain.modules import describe_module
 
 
 def test_layers_of_several_modules_are_groups():
@@ -26,11 +26,11 @@ def test_layers_of_several_modules_are_groups():
         hidden = modules[i].apply({"params": params[i]}, hidden)
     wanted = head.apply({"params": heads[1]}, hidden)
     np.testing.assert_allclose(jc.apply_chain(bank, np.array([2, 1, 0, 4]), x), wanted, rtol=1e-5)
-    with pytest.raises(ValueError, match="one layer module, or one per params, 3, got 2"):
+    with pytest.raises(ValueError, match=r"one layer module or 3 \(one per set of params\), got 2"):
         jc.Bank.stack(modules[:2], params, head, heads)
 
 
-def test_weights_that_do_not_fit_are_refused(bank):
+def test_bank_replace_rejects_bad_tokens_and_weights(bank):
     params = bank.get_params(0)
     with pytest.raises(ValueError, match=r"different tokens in 0..5, got \[1, 1\]"):
         bank.replace([1, 1], [params, params])

@@ -28,7 +28,7 @@ def encode(pixels):
 
 
 class _Digits(tfds.core.GeneratorBasedBuilder):
-    """Eight by eight, in one channel."""
+    """Images of eight by eight pixels in one channel."""
 
     VERSION = tfds.core.Version("1.0.0")
     SHAPE, CHANNELS, KEYS, SPLITS = (8, 8), 1, ("image", "label"), ("train", "test")
@@ -72,7 +72,7 @@ class UnlabeledDigits(_Digits):
 
 
 class MixedDigits(_Digits):
-    """One image is wider than the others."""
+    """A data set in which one image is wider than the others."""
 
     SHAPE = (None, None)
 
@@ -81,7 +81,7 @@ class MixedDigits(_Digits):
 
 
 class ColoredDigits(_Digits):
-    """The shape of cifar10."""
+    """Images with the shape of cifar10."""
 
     SHAPE, CHANNELS = (32, 32), 3
 
@@ -120,13 +120,13 @@ def test_a_set_is_read_as_it_was_written(folder):
     assert images.read("unsplit_digits", folder).test is None
 
 
-def test_its_own_test_split_is_kept_and_channels_are_standardized(folder):
+def test_image_sets_keep_their_test_split_and_standardize_channels(folder):
     data = jc.data.load("colored_digits", data_dir=folder)
     assert [len(getattr(data, name).x) for name in jc.data.SPLITS] == [706, 282, 212, 300]
     assert data.train.x.shape[1:] == (32, 32, 3)
     np.testing.assert_allclose(data.train.x.mean(axis=(0, 1, 2)), 0, atol=1e-5)
     np.testing.assert_allclose(data.train.x.std(axis=(0, 1, 2)), 1, atol=1e-5)
-    # All of the test split, in its order, and as the others are standardized.
+    # The whole test split, in its order, and standardized like the others.
     found = images.read("colored_digits", folder)
     np.testing.assert_array_equal(data.test.y, found.test[1])
     scale = np.asarray(data.test.x)[:, :, :, 0].std() / found.test[0][..., 0].std()
@@ -136,7 +136,7 @@ def test_its_own_test_split_is_kept_and_channels_are_standardized(folder):
     assert [len(getattr(whole, name).x) for name in jc.data.SPLITS] == [600, 240, 180, 180]
 
 
-def test_few_of_each_split_are_an_even_sample(folder):
+def test_image_splits_of_given_sizes_are_even_samples(folder):
     sizes = (100, 40, 30, 50)
     data = jc.data.load("tiny_digits", data_dir=folder, sizes=sizes)
     for name, size in zip(jc.data.SPLITS, sizes, strict=True):
@@ -195,9 +195,9 @@ def test_a_folder_without_permission_is_refused(folder, monkeypatch):
         images.read("tiny_digits", folder)
 
 
-def test_without_the_library_it_says_what_to_install(monkeypatch):
+def test_missing_library_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(ImportError, match=r"pip install 'jchain\[data\]'"):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[data\]"'):
         images.read("cifar10")
 
 
@@ -239,7 +239,7 @@ def test_the_command_line_searches_a_prepared_set(folder, tmp_path, capsys):
     ]
     assert [type(group.module).__name__ for group in bank.heads] == ["PoolHead", "ConvHead"]
     assert bank.embed(jnp.zeros((1, 32, 32, 3))).shape == (1, 16, 16, 4)
-    # Where the set lies is read off the result.
+    # The location of the set is read from the result.
     capsys.readouterr()
     assert main(["evaluate", str(tmp_path / "out"), "--split", "test"]) == 0
     assert capsys.readouterr().out.startswith("loss ")
@@ -250,11 +250,11 @@ def test_the_command_line_searches_a_prepared_set(folder, tmp_path, capsys):
     [
         (
             ["search", "--data", "tiny_digits", "--layer", "dense"],
-            "--layer conv for images and for nothing else, got dense",
+            "--layer conv for images and only for images, got dense",
         ),
         (
             ["search", "--data", "wine", "--layer", "conv"],
-            "--layer conv for images and for nothing else, got conv for [13]",
+            "--layer conv for images and only for images, got conv for data of shape [13]",
         ),
         (["search", "--data", "cifar10"], "run jchain prepare cifar10 --data-dir"),
         (
@@ -264,7 +264,7 @@ def test_the_command_line_searches_a_prepared_set(folder, tmp_path, capsys):
         (["prepare", "cifar11"], "did you mean"),
     ],
 )
-def test_the_command_line_refuses(folder, tmp_path, capsys, options, message):
+def test_command_line_rejects_unsuitable_image_sets(folder, tmp_path, capsys, options, message):
     more = [] if options[0] == "prepare" else ["--out", str(tmp_path / "out"), *SMALL]
     assert main([*options, "--data-dir", str(folder), *more]) == 2
     assert message in capsys.readouterr().err

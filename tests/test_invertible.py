@@ -29,7 +29,7 @@ def make_params(layer, seed, shape, dtype=jnp.float32):
 @pytest.mark.parametrize("is_x64", [False, True])
 @settings(max_examples=5, deadline=None)
 @given(size=st.sampled_from((2, 5, 16)), seed=st.integers(0, 1000), is_sequence=st.booleans())
-def test_round_trips(make, is_x64, size, seed, is_sequence):
+def test_invertible_layers_round_trip(make, is_x64, size, seed, is_sequence):
     layer = make(size)
     with jax.enable_x64(is_x64):
         dtype, bound = (jnp.float64, 1e-10) if is_x64 else (jnp.float32, 1e-5)
@@ -160,7 +160,7 @@ def test_training_keeps_layers_invertible(layer):
         assert np.linalg.cond(end.layers[0].params["kernel"]).max() < 3.001
 
 
-def test_banks_of_them_are_saved_and_loaded(tmp_path):
+def test_invertible_banks_are_saved_and_loaded(tmp_path):
     layer = jc.layers.InvertibleDense(5, negative_slope=0.25)
     head = jc.layers.DenseHead(3)
     params = (

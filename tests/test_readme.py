@@ -1,4 +1,4 @@
-"""What README.md shows is true."""
+"""README.md shows only what is true."""
 
 import json
 import re
@@ -17,15 +17,15 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 MAX_BYTES = 9 * 1024
 
 
-def test_it_is_one_page():
+def test_readme_fits_on_one_page():
     assert len(README.encode()) <= MAX_BYTES
 
 
-def test_the_example_is_short():
+def test_readme_example_is_short():
     assert len([line for line in EXAMPLES[0].splitlines() if line.strip()]) <= 15
 
 
-def test_the_examples_run(capsys):
+def test_readme_examples_run(capsys):
     scope = {}
     exec(compile(EXAMPLES[0], "README.md", "exec"), scope)
     chain, loss, accuracy = capsys.readouterr().out.rsplit(maxsplit=2)
@@ -42,7 +42,7 @@ def test_the_examples_run(capsys):
     assert result.best_loss < 10.0
 
 
-def test_the_output_that_it_shows_is_that_of_a_run(capsys):
+def test_readme_output_is_that_of_a_run(capsys):
     summary = json.loads((RESULTS / "main_job_seeds.json").read_text())
     assert (summary["config"]["task"], summary["seeds"]) == ("repair", [0, 1, 2, 3, 4])
     assert summary["config"]["command"] == "jchain search"
@@ -55,7 +55,7 @@ def test_the_output_that_it_shows_is_that_of_a_run(capsys):
     assert summary["seconds"] < 120
 
 
-def test_the_figures_of_the_main_job_are_those_of_the_experiment():
+def test_readme_demo_figures_match_the_experiment():
     result = json.loads((RESULTS / "main_job.json").read_text())
     job = result["candidates"]["repair"]
     rows, num = job["rows"], len(result["config"]["seeds"])
@@ -65,8 +65,8 @@ def test_the_figures_of_the_main_job_are_those_of_the_experiment():
     tuned = rows["plain net, fine-tuned on search"]["lower"]
     mean = job["rows"]["critic search"]["mean"]
     assert (
-        f"on {num} others, the chain found has a mean loss of {mean:.3f} and beats the best parent "
-        f"and the plain net on {lower}, and the fine-tuned plain net on {tuned}"
+        f"on {num} others, the best chain found has a mean loss of {mean:.3f}. It beats the best "
+        f"parent and the plain net on {lower}, and the fine-tuned plain net on {tuned}"
     ) in text
     assert f"There are {job['num_chains']:,} possible chains" in text
     assert not set(result["config"]["seeds"]) & {0, 1, 2, 3, 4}
@@ -75,7 +75,7 @@ def test_the_figures_of_the_main_job_are_those_of_the_experiment():
         assert rows[row]["difference"]["high"] < 0
 
 
-def test_files_and_scripts_it_names_exist():
+def test_files_that_pages_name_exist():
     for name in ("README", "CONTRIBUTING", "experiments/README", "benchmarks/README"):
         path = ROOT / f"{name}.md"
         text = path.read_text()
@@ -87,7 +87,7 @@ def test_files_and_scripts_it_names_exist():
             assert (ROOT / link).exists(), f"{path}: {link}"
 
 
-def test_ci_runs_the_test_command_that_it_shows():
+def test_ci_runs_the_test_command_of_the_readme():
     commands = [line for line in README.splitlines() if line.startswith("python3")]
     (command,) = [line for line in commands if "pytest" in line]
     script = (ROOT / ".ci" / "run").read_text()

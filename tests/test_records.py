@@ -65,8 +65,8 @@ def digest(folder):
         "jchain/search/driver.py",
         "jchain/search/local_search.py",
         "jchain/engine/evaluate.py",
-        "jchain/chainbench/problems.py",  # reached by the imported module
-        "jchain/chainbench/tabular.py",  # reached by `records`
+        "jchain/chainbench/problems.py",  # the imported module reaches this
+        "jchain/chainbench/tabular.py",  # `records` reaches this
     ],
 )
 def test_a_changed_line_of_reached_code_changes_the_digest(digest, name):

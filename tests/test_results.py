@@ -1,4 +1,4 @@
-"""Figures in the pages of results are those of the JSON that the scripts wrote."""
+"""Figures on result pages match the JSON files that the scripts wrote."""
 
 import importlib.util
 import json

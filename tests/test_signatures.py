@@ -1,4 +1,4 @@
-"""Exported functions name their arguments, refuse unknown ones, and document each of them."""
+"""Exported functions name their arguments, reject unknown ones, and document each of them."""
 
 import importlib
 import inspect
@@ -32,7 +32,7 @@ MODULES = (
 
 
 def list_exported():
-    """Public functions and classes by their dotted names."""
+    """List public functions and classes by their dotted names."""
     found = {f"jc.{name}": getattr(jc, name) for name in jc.__all__}
     for package in PACKAGES:
         module = getattr(jc, package)
@@ -53,12 +53,12 @@ def list_exported():
 
 EXPORTED = list_exported()
 FUNCTIONS = {name: value for name, value in EXPORTED.items() if not inspect.isclass(value)}
-# Their first argument is a pytree dataclass's fields or any keyword of dataclasses.field.
+# These accept a pytree dataclass's fields or any keyword of dataclasses.field.
 OPEN = {"jc.static"}
 
 
 def list_methods():
-    """Public methods of exported classes, and the classes' own constructors."""
+    """List public methods of exported classes, and the constructors of these classes."""
     for name, cls in EXPORTED.items():
         if not inspect.isclass(cls) or not cls.__module__.startswith("jchain"):
             continue

@@ -86,7 +86,7 @@ def test_snapshots_share_one_run():
 
 
 def test_one_step_of_a_net_by_hand():
-    """The loop against a gradient step written out, on the whole split as the minibatch."""
+    """Compare the loop with a written-out gradient step on the whole split as minibatch."""
     rate, data = 0.1, make_batch(7)
     settings = {
         "layer": LAYER,
@@ -161,7 +161,7 @@ def test_a_fixed_stem_comes_first():
         (
             "routed",
             {"layer": nn.Dense(6)},
-            r"Dense must keep the shape .* expected float32\[60, 5\], got float32\[60, 6\]",
+            r"Dense\(6\) must keep the shape .* expected float32\[60, 5\], got float32\[60, 6\]",
         ),
         (
             "random",
@@ -170,7 +170,7 @@ def test_a_fixed_stem_comes_first():
         ),
     ],
 )
-def test_bad_settings_are_refused(kind, kwargs, message):
+def test_training_rejects_bad_settings(kind, kwargs, message):
     with pytest.raises(ValueError, match=message):
         make(kind, **kwargs)
 
@@ -196,7 +196,7 @@ def test_several_modules_take_turns():
     assert [group.tokens for group in nets.layers] == [(0, 2, 3, 5), (1, 4)]
     for parent in nets.parents:
         assert loss_of(nets, parent) < 0.7 * loss_of(start, parent)
-    # All of them are trained.
+    # All modules are trained.
     moved = jax.tree.map(
         lambda a, b: bool(jnp.any(a != b, axis=tuple(range(1, a.ndim))).all()),
         nets.layers,
@@ -207,7 +207,7 @@ def test_several_modules_take_turns():
 
 def test_modules_that_disagree_are_refused():
     with pytest.raises(
-        ValueError, match=r"layer Dense must keep the shape .* got float32\[60, 4\]"
+        ValueError, match=r"layer Dense\(4\) must keep the shape .* got float32\[60, 4\]"
     ):
         make("routed", layer=(LAYER, jc.layers.Dense(4)))
     with pytest.raises(
@@ -243,7 +243,7 @@ def test_examples_and_labels_of_different_lengths_are_refused():
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "make_bank"])
-@pytest.mark.parametrize("name", ["is_routed", "batch_size", "num_step"])
+@pytest.mark.parametrize("name", ["is_routed", "batchsize", "num_step"])
 def test_unknown_arguments_are_named(kind, name):
     required = {"layer": LAYER, "head": HEAD} | ({"kind": "routed"} if kind == "make_bank" else {})
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):

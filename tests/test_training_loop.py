@@ -18,7 +18,7 @@ DATA = make_batch(60)
     ("layers", "heads", "options"),
     [
         ((jc.layers.ConvBlock(2),), (HEAD,), {}),
-        # One program for each call, chosen by the route; layers and heads that it has twice.
+        # The route chooses the program of each call, and a layer can occur twice on it.
         (
             (jc.layers.ConvBlock(2), jc.layers.ConvBlock(2, 2)),
             (HEAD, jc.layers.PoolHead(3)),
@@ -58,7 +58,7 @@ def test_steps_of_convolutions_one_by_one_are_those_of_the_loop(layers, heads, o
 
 def test_one_program_for_each_module_whatever_the_routes():
     images = jc.data.Batch(jax.random.normal(jax.random.key(1), (30, 3, 3, 2)), DATA.y[:30])
-    # Modules of no other test.
+    # No other test uses these modules.
     layers = (
         jc.layers.ConvBlock(2, activation=jnp.tanh),
         jc.layers.ConvBlock(2, 2, activation=jnp.tanh),
@@ -81,7 +81,7 @@ def test_one_program_for_each_module_whatever_the_routes():
     assert np.subtract(after, before).tolist() == [2, 2, 2]
 
 
-def test_one_compilation_per_recipe():
+def test_training_loop_compiles_once_per_recipe():
     before = training_loop.train_in_one_program._cache_size()
     for seed in range(3):
         jc.train.routed(
@@ -104,7 +104,7 @@ def test_minibatches_have_distinct_examples_unless_the_split_is_large(num_exampl
 
 @pytest.mark.parametrize("layer", [LAYER, jc.layers.ConvBlock(2)])
 def test_the_loss_function_is_used_in_the_loop_and_step_by_step(layer):
-    """With a loss that pulls all outputs to 3, layers and heads learn to give 3."""
+    """With a loss that pulls all outputs to 3, layers and heads learn to return 3."""
     x = DATA.x if layer is LAYER else jax.random.normal(jax.random.key(1), (60, 3, 3, 2))
     recipe = training_loop.Recipe(
         (layer,),

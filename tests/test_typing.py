@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "jchain"
-# Each line that is marked misuses jchain once.
+# Each marked line misuses jchain once.
 USES = """
 import jax
 import jchain as jc
@@ -29,7 +29,7 @@ MISUSES = {i for i, line in enumerate(USES.splitlines(), 1) if line.endswith("# 
 
 
 def find_lines(output):
-    """Numbers of the lines of uses.py that a checker complains about."""
+    """Find the line numbers of uses.py that a checker complains about."""
     rows = [line for line in output.splitlines() if "uses.py:" in line and "error" in line]
     return {int(row.split("uses.py:")[1].split(":")[0]) for row in rows}
 
@@ -39,7 +39,7 @@ def test_the_package_says_that_it_is_typed():
 
 
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])
-def test_misuses_are_found_and_nothing_else(checker, tmp_path, monkeypatch):
+def test_type_checker_reports_exactly_the_misuses(checker, tmp_path, monkeypatch):
     program = shutil.which(checker, path=str(Path(sys.executable).parent))
     if program is None:
         pytest.skip(f"{checker} is not installed")

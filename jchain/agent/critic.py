@@ -113,7 +113,7 @@ class Critic:
 def make_inputs(
     features: Float[Array, "*P F"],
     change: Float[Array, "*P F"],
-    center: Float[Array, "F"],
+    mean_features: Float[Array, "F"],
     length: ArrayLike,
     max_layers: int,
 ) -> Float[Array, "*P I"]:
@@ -121,14 +121,14 @@ def make_inputs(
 
     Args:
       features: the features from `jchain.agent.observations.observe`, `[...P, F]`.
-      change: the features minus those of the prefix without its last layer, `[...P, F]`.
-      center: the mean features of the prefixes of one layer, `[F]`.
+      change: the features minus the features of the prefix without its last layer, `[...P, F]`.
+      mean_features: the mean features of the prefixes of one layer, `[F]`.
       length: the number of layers of each prefix, less than `max_layers`; one number or `[...P]`.
       max_layers: the maximum number of layers of a chain.
     """
     length = jnp.broadcast_to(jnp.asarray(length), features.shape[:-1])
     place = jnp.stack([length / max_layers, jnp.log(max_layers - length)], axis=-1)
-    centered = features - jnp.broadcast_to(center, features.shape)
+    centered = features - jnp.broadcast_to(mean_features, features.shape)
     return jnp.concatenate([features, change, centered, place.astype(features.dtype)], axis=-1)
 
 

@@ -170,7 +170,7 @@ class WeightEncoding(nn.Module):
     """A continuous encoding: the number of layers and their weights.
 
     It knows the weights of the layers, but not their tokens. The concatenated weights of all layers
-    are reduced to one sketch of the same length as that of one entry: each slot rotates the sketch
+    are reduced to one sketch, which is as long as one entry's sketch: each slot rotates the sketch
     of its layer, multiplies it by random signs, and adds it to the total. The result is a count
     sketch of the concatenation.
 

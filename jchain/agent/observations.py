@@ -1,4 +1,4 @@
-"""Observations of prefixes: what their layers did to the data, comparable across banks.
+"""Observations of prefixes: bank-independent features of what the layers did to the data.
 
 Observations are computed from the activations of the prefix and its best head, so they cost head
 calls but no layer calls. `observe` returns a few summary numbers, `observe_activations` and
@@ -57,8 +57,8 @@ def observe(
     """Observe `NUM_FEATURES` summary numbers of a prefix, and the losses of its heads.
 
     The features of the best head are the logs of three means of the examples' losses (arithmetic
-    mean, quadratic mean, and squared mean of roots), the accuracy, and the log size of the gradient
-    of the loss with respect to outputs and to activations.
+    mean, root mean square, and the square of the mean square root), the accuracy, and the log size
+    of the gradient of the loss with respect to outputs and to activations.
 
     The features of the activations are the log share of the labels, and of the gradient with
     respect to outputs, that ridge regression on the activations leaves unexplained; their log
@@ -156,7 +156,7 @@ class Join:
     def __call__(
         self, problem: Problem, hidden: Float[Array, "B ..."], parent: Float[Array, "B ..."]
     ) -> Observation:
-        """Observe a prefix with all parts; the losses are those of the first part.
+        """Observe a prefix with all parts; the losses come from the first part.
 
         Args:
           problem: the heads, the labels, and the loss.
@@ -171,7 +171,7 @@ class Join:
 def log_loss(loss: Float[Array, "*P"]) -> Float[Array, "*P"]:
     """Map losses to the scale on which they are compared.
 
-    The scale is about the log for losses above 0.001, up to a constant, and finite at 0 and below.
+    Well above 0.001, this is close to `log(loss)` plus a constant; it stays finite at 0 and below.
 
     Args:
       loss: the losses, `[...P]`.

@@ -132,12 +132,19 @@ def cast_params(given: PyTree, like: PyTree) -> PyTree:
     Raises:
       ValueError: if structures or shapes differ, which means that the networks differ.
     """
-    shapes = [
-        [jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]]
-        for tree in (given, like)
-    ]
-    if shapes[0] != shapes[1]:
+    got, expected = (
+        {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
+        for leaves in (jax.tree_util.tree_leaves_with_path(tree) for tree in (given, like))
+    )
+    wrong = sorted(name for name in got | expected if got.get(name) != expected.get(name))
+    if wrong:
         raise ValueError(
-            f"expected params of the network of this encoding, {shapes[1]}, got {shapes[0]}"
+            f"expected params of this encoding's network, with {wrong[0]} of shape "
+            f"{expected.get(wrong[0])}, got {got.get(wrong[0])}"
+        )
+    if jax.tree.structure(given) != jax.tree.structure(like):
+        raise ValueError(
+            f"expected params of the structure {jax.tree.structure(like)}, "
+            f"got {jax.tree.structure(given)}"
         )
     return jax.tree.map(lambda leaf, fresh: jnp.asarray(leaf, fresh.dtype), given, like)

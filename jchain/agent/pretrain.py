@@ -19,7 +19,7 @@ from jchain._typing import Array, Float, Int, Key, PyTree, Shaped
 from jchain.agent.critic import Critic, Network, make_inputs
 from jchain.agent.observations import log_loss, lowest, observe
 from jchain.chain import ChainSpace
-from jchain.engine.backend import compiler_options, find_backend, jit_for_problem
+from jchain.engine.backend import compiler_options, get_backend, jit_for_problem
 from jchain.engine.layer_calls import apply_all
 from jchain.problem import Problem
 
@@ -42,7 +42,7 @@ class PrefixLevel(NamedTuple):
     """All prefixes with the same number of layers, in the order of their tokens."""
 
     features: Float[Array, "V F"]  # [V, F], from `jchain.agent.observations.observe`
-    change: Float[Array, "V F"]  # [V, F], features minus those of the prefix without its last layer
+    change: Float[Array, "V F"]  # [V, F], features minus the parent's features
     stop: Float[Array, "V"]  # [V], log loss of stopping with the best head
     best: Float[Array, "V"]  # [V], log of the lowest loss of all chains with this prefix
 
@@ -87,7 +87,7 @@ def observe_prefixes(problem: Problem) -> list[PrefixLevel]:
     """
     num_layers, max_layers = problem.bank.num_layers, problem.max_layers
     if max_layers < 1:
-        raise ValueError(f"expected a problem of max_layers of at least 1, got {max_layers}")
+        raise ValueError(f"expected a problem with max_layers of at least 1, got {max_layers}")
     num_prefixes = ChainSpace(num_layers, 1, max_layers).num_chains
     if num_prefixes > _MAX_PREFIXES:
         raise ValueError(
@@ -107,11 +107,11 @@ def make_training_set(problem: Problem) -> TrainingSet:
     """
     max_layers = problem.max_layers
     if max_layers < 2:
-        raise ValueError(f"expected a problem of max_layers of at least 2, got {max_layers}")
+        raise ValueError(f"expected a problem with max_layers of at least 2, got {max_layers}")
     levels = observe_prefixes(problem)
-    center = levels[1].features.mean(axis=0)
+    mean_features = levels[1].features.mean(axis=0)
     inputs = [
-        np.asarray(make_inputs(level.features, level.change, center, length, max_layers))
+        np.asarray(make_inputs(level.features, level.change, mean_features, length, max_layers))
         for length, level in enumerate(levels)
         if length > 0
     ]
@@ -140,7 +140,7 @@ def pretrain_critic(
 
     Args:
       key: the PRNG key; consumed by this call.
-      problems: small problems, all of whose prefixes are observed, or their training sets from
+      problems: small problems whose prefixes are all observed, or their training sets from
         `make_training_set`.
       num_steps: the number of steps of AdamW, each on 64 prefixes from each of 64 groups. A group
         is the prefixes of one length in one problem.
@@ -212,7 +212,7 @@ def pretrain_agent(
     init_key, *keys = jax.random.split(key, 1 + len(problems))
     learner = _init_learner(init_key, agent, problems[0].without_names())
     for run_key, problem in zip(keys, problems, strict=True):
-        train = _compile_train_agent(find_backend(problem))
+        train = _compile_train_agent(get_backend(problem))
         learner = train(run_key, agent, learner, problem.without_names(), num_steps=num_steps)
     return learner.params
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jchain._typing import Array, Float, Int, Key
-from jchain.agent.rollout import Rollout
+from jchain.agent.rollout import Rollout, drop_empty, restore_empty
 from jchain.chain import PADDING
 from jchain.problem import Problem
 
@@ -18,7 +18,8 @@ class ReplayBuffer(NamedTuple):
     log_probs: Float[Array, "R L"]  # [R, L], log-probabilities of the tokens when they were sampled
     loss: Float[Array, "R"]  # [R]
     num_added: Int[Array, ""]  # the number of chains ever added, including evicted ones
-    features: Float[Array, "R L F"]  # [R, L, F], features of the prefix before each token
+    # [R, L, F], features of the prefix before each token; None if F = 0
+    features: Float[Array, "R L F"] | None
 
     def add(self, rollout: Rollout) -> "ReplayBuffer":
         """Add chains, `[P, ...]`, in place of the oldest ones."""
@@ -29,14 +30,20 @@ class ReplayBuffer(NamedTuple):
             self.log_probs.at[place].set(rollout.log_probs),
             self.loss.at[place].set(rollout.loss.astype(self.loss.dtype)),
             self.num_added + num_chains,
-            self.features.at[place].set(rollout.features),
+            None if self.features is None else self.features.at[place].set(rollout.features),
         )
 
     def sample(self, key: Key[Array, ""], num_chains: int) -> Rollout:
         """Draw chains uniformly with replacement, `[num_chains, ...]`."""
         num_stored = jnp.minimum(self.num_added, self.loss.shape[0])
         row = jax.random.randint(key, (num_chains,), 0, num_stored, jnp.int32)
-        return Rollout(self.chains[row], self.log_probs[row], self.features[row], self.loss[row])
+        features = None if self.features is None else self.features[row]
+        return Rollout(
+            self.chains[row],
+            self.log_probs[row],
+            restore_empty(features, self.chains[row]),
+            self.loss[row],
+        )
 
 
 def empty_replay_buffer(
@@ -55,5 +62,5 @@ def empty_replay_buffer(
         jnp.zeros(shape),
         jnp.full(size, jnp.inf),
         jnp.zeros((), jnp.int32),
-        jnp.zeros((*shape, *prefix_features.shape), prefix_features.dtype),
+        drop_empty(jnp.zeros((*shape, *prefix_features.shape), prefix_features.dtype)),
     )

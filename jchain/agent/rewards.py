@@ -1,4 +1,4 @@
-"""Rewards of chains, computed from their losses. The predictions of a critic have their unit."""
+"""Rewards of chains, computed from their losses. A critic's predictions are in the same units."""
 
 import jax.numpy as jnp
 
@@ -12,7 +12,7 @@ def rank_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
     Equal losses get equal rewards. The losses of a bank span orders of magnitude but differ little
     near the optimum. Ranks resolve both (rank-based shaping, Wierstra et al. 2014, JMLR 15). They
     depend on the other chains of the step, so the predictions of a critic that is trained on them
-    have no unit.
+    are unitless.
 
     Args:
       loss: the losses of at least two chains, `[P]`; +inf ranks last.
@@ -25,7 +25,7 @@ def rank_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
 def log_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
     """Reward each chain with minus the log of its loss, on a scale that is the same in all steps.
 
-    The log is that of `jchain.agent.observations.log_loss`.
+    The log is `jchain.agent.observations.log_loss`.
 
     Args:
       loss: the losses, `[P]`; one that is not finite counts as the worst finite one.

@@ -25,6 +25,27 @@ class Rollout(NamedTuple):
     loss: Float[Array, "*P"]  # [P], +inf if not finite; if F = 0, undefined before scoring
 
 
+def drop_empty(features: Float[Array, "*P F"]) -> Float[Array, "*P F"] | None:
+    """Return None in place of features without numbers, which checkpoints cannot hold.
+
+    Args:
+      features: features, `[..., F]`.
+    """
+    return features if features.shape[-1] else None
+
+
+def restore_empty(
+    features: Float[Array, "*P F"] | None, chains: Int[Array, "*P"]
+) -> Float[Array, "*P F"]:
+    """Return what `drop_empty` was given.
+
+    Args:
+      features: what `drop_empty` returned.
+      chains: the chains that the features belong to, `[..., L]`.
+    """
+    return jnp.zeros((*chains.shape, 0)) if features is None else features
+
+
 class _Carry(NamedTuple):
     policy: PolicyCarry
     is_done: Bool[Array, ""]  # whether the head was sampled

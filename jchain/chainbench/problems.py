@@ -197,7 +197,7 @@ def load(folder: str | os.PathLike[str], name: str) -> SolvedProblem:
         )
     if (header.get("name"), header.get("solves")) != (name, _digest(bank, data)):
         raise ValueError(
-            f"{path} was solved for another bank or data, not those of {name}: delete it "
+            f"{path} was solved for another bank or data than {name}'s: delete it "
             "and build it again"
         )
     loss, accuracy = (
@@ -255,8 +255,8 @@ def find_local_optima(solved: SolvedProblem) -> np.ndarray:
     def is_optimum(chains: Array, own: Array) -> Array:
         def one(chain: Array, own: Array) -> Array:
             rows, is_neighbor = space.neighbors(chain)
-            place = space.index(jnp.where(is_neighbor[:, None], rows, chain[None]))
-            return jnp.all(loss[place] >= own)
+            index = space.index(jnp.where(is_neighbor[:, None], rows, chain[None]))
+            return jnp.all(loss[index] >= own)
 
         return jax.lax.map(lambda pair: one(*pair), (chains, own), batch_size=1024)
 
@@ -297,7 +297,7 @@ def _bank_path(folder: str | os.PathLike[str], name: str) -> Path:
 
 
 def _digest(bank: Bank, data: Dataset) -> str:
-    """Compute a digest of the weights and of the splits on which chains are scored."""
+    """Compute a digest of the weights and of the splits that chains are scored on."""
     batches: list[Batch] = [getattr(data, split) for split in EVALUATION_SPLITS]
     leaves = jax.tree.leaves((bank.layers, bank.heads, bank.stem_params, batches))
     return checksum({}, {str(i): leaf for i, leaf in enumerate(leaves)})

@@ -1,6 +1,6 @@
 """Statistics of runs: interquartile means and bootstrap intervals, stratified by problem.
 
-The statistics are those of Agarwal, Schwarzer, Castro, Courville, and Bellemare 2021,
+The statistics follow Agarwal, Schwarzer, Castro, Courville, and Bellemare 2021,
 arXiv:2108.13264. Scores have shape `[M, S]` for M problems and S seeds; lower scores are better.
 """
 

@@ -29,7 +29,7 @@ _MAX_PREFIXES = 2**24  # heads output the numbers as float32, which is exact up 
 
 
 class TabularLayer(nn.Module):
-    """A layer that maps the number of a prefix to that of the prefix with one more layer.
+    """A layer that maps the number of a prefix to the number of its child, with one more layer.
 
     Prefixes are numbered in the order of `ChainSpace.enumerate`, so the children of `i` are
     `N i + 1 .. N i + N`.
@@ -95,13 +95,13 @@ def observe(
 def entry_features(bank: Bank) -> Float[Array, "E D"]:
     """Look up the entry features of the original bank, for `ActorCritic(entry_features=...)`.
 
-    They are those of `jchain.agent.encoding.entry_features`.
+    `jchain.agent.encoding.entry_features` computed them from the original bank.
 
     Args:
       bank: the bank of a problem from `make_problem`.
 
     Raises:
-      ValueError: if the bank is not that of a problem from `make_problem`.
+      ValueError: if the bank does not come from `make_problem`.
     """
     groups = (*bank.layers, *bank.heads)
     if any(not isinstance(group.module, TabularLayer | TabularHead) for group in groups):
@@ -234,7 +234,7 @@ def _observe_all(problem: Problem, *, observe: Observe) -> Observation:
 def _map_in_sequence(
     fn: Callable[[Array, Array], list[Observation]],
 ) -> Callable[[Array, Array], list[Observation]]:
-    """Return a function like that of `jax.vmap`, which applies `fn` in sequence instead."""
+    """Return a function like `jax.vmap(fn)`, which applies `fn` in sequence instead."""
     return lambda *rows: jax.lax.map(lambda row: fn(*row), rows)
 
 

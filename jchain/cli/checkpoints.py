@@ -10,7 +10,7 @@ import optax
 
 from jchain._typing import Array
 from jchain.bank import Bank
-from jchain.cli.config import SearchConfig, resolved
+from jchain.cli.config import SearchConfig, require
 from jchain.data import SPLITS, Batch, Dataset
 from jchain.hub.checkpoint import CONFIG, read_json
 from jchain.hub.datasets import choice_accuracy, choice_loss, load_choices, load_images, load_text
@@ -26,15 +26,15 @@ LENGTH = 128
 LossFn = Callable[[Array, Array], Array]
 
 
-class JudgedData(NamedTuple):
-    """The splits, and the loss and accuracy with which chains are scored on them."""
+class EvalData(NamedTuple):
+    """The splits, and the functions that compute the loss and accuracy of chains on them."""
 
     data: Dataset
     loss_fn: LossFn = optax.softmax_cross_entropy_with_integer_labels
     accuracy_fn: LossFn | None = None
 
 
-def load_data(config: SearchConfig) -> JudgedData:
+def load_data(config: SearchConfig) -> EvalData:
     """Load the splits and the loss, in the format that the first checkpoint needs.
 
     Args:
@@ -60,22 +60,22 @@ def load_data(config: SearchConfig) -> JudgedData:
         most = None if config.sizes is not None else SIZES
         data_dir = config.data_dir
         images = load_images(
-            checkpoint, config.data, seed, sizes=config.sizes, most=most, data_dir=data_dir
+            checkpoint, config.data, seed=seed, sizes=config.sizes, most=most, data_dir=data_dir
         )
-        return JudgedData(images)
+        return EvalData(images)
     if config.choices:
         file, length = config.choices, config.length
         questions = _load_at_most(
             lambda sizes: load_choices(checkpoint, file, length=length, seed=seed, sizes=sizes),
             config.sizes,
         )
-        return JudgedData(questions, choice_loss, choice_accuracy)
-    files, length = resolved(config.text), config.length or _choose_length(Path(checkpoint))
+        return EvalData(questions, choice_loss, choice_accuracy)
+    files, length = require(config.text), config.length or _choose_length(Path(checkpoint))
     text = _load_at_most(
         lambda sizes: load_text(checkpoint, files, length=length, seed=seed, sizes=sizes),
         config.sizes,
     )
-    return JudgedData(text)
+    return EvalData(text)
 
 
 def _choose_length(checkpoint: Path) -> int:
@@ -107,8 +107,8 @@ def load_bank(config: SearchConfig) -> Bank:
     Raises:
       ValueError, OSError: if `jchain.hub.load_many` raises it.
     """
-    paths = list(resolved(config.checkpoint))
-    first, last = resolved(config.pinned)
+    paths = list(require(config.checkpoint))
+    first, last = require(config.pinned)
     return load_many(
         paths,
         dtype=None if config.dtype is None else jnp.dtype(config.dtype),
@@ -120,7 +120,7 @@ def load_bank(config: SearchConfig) -> Bank:
 def name_models(paths: Sequence[str]) -> list[str]:
     """Name each model by the last parts of its path.
 
-    The names have the smallest number of parts with which they all differ.
+    The names use the fewest parts that make them all different.
 
     Args:
       paths: the checkpoint folders.

@@ -17,8 +17,8 @@ from jchain import data as data_lib
 from jchain import images, tasks
 from jchain.bank import Bank
 from jchain.cli import checkpoints, result_folder
-from jchain.cli.checkpoints import JudgedData
-from jchain.cli.config import DEFAULT_DATA, SearchConfig, check_search, resolve, resolved
+from jchain.cli.checkpoints import EvalData
+from jchain.cli.config import DEFAULT_DATA, SearchConfig, check_search, require, resolve
 from jchain.cli.parser import LAYERS, UPDATES, make_search, parse_chain
 from jchain.cli.pipeline import run_pipeline
 from jchain.cli.progress import print_progress
@@ -47,7 +47,7 @@ class _ChainRow(TypedDict):
 def run_search(args: argparse.Namespace) -> None:
     """Run `jchain search`: make a bank, or read one from checkpoints, and search it."""
     config = resolve(SearchConfig.load(vars(args)))
-    out, num_seeds = resolved(config.out), resolved(config.num_seeds)
+    out, num_seeds = require(config.out), require(config.num_seeds)
     result_folder.check_out(out, replace=config.replace)
     check_search(config, [name for name, layer in LAYERS.items() if hasattr(layer, "invert")])
     if num_seeds > 1:
@@ -90,7 +90,7 @@ def _run_seed(config: SearchConfig) -> SearchOutput:
         config, setup = set_up_task(config)
     else:
         data = data_lib.load(
-            resolved(config.data), config.seed, sizes=config.sizes, data_dir=config.data_dir
+            require(config.data), config.seed, sizes=config.sizes, data_dir=config.data_dir
         )
         config, modules = choose_modules(config, data)
         setup = set_up_trained(config, data, modules)
@@ -110,11 +110,11 @@ def run_evaluate(args: argparse.Namespace) -> None:
     """Run `jchain evaluate`: score chains of a saved bank."""
     mesh = _join_processes(args)
     config, found = result_folder.read_config(args.bank)
-    bank, judged = _load_result(args, config)
-    batch = getattr(judged.data, args.split)
+    bank, eval_data = _load_result(args, config)
+    batch = getattr(eval_data.data, args.split)
 
     def make_problem(max_layers: int) -> Problem:
-        loss_fn, accuracy_fn = judged.loss_fn, judged.accuracy_fn
+        loss_fn, accuracy_fn = eval_data.loss_fn, eval_data.accuracy_fn
         return Problem(bank, batch, max_layers, loss_fn=loss_fn, accuracy_fn=accuracy_fn)
 
     if args.all is not None:
@@ -148,7 +148,7 @@ def run_export(args: argparse.Namespace) -> None:
     if config is None or not config.checkpoint:
         raise ValueError(f"expected the result of jchain search --checkpoint, got {args.result}")
     if args.out.exists():
-        raise FileExistsError(f"expected no folder at {args.out}, found one")
+        raise FileExistsError(f"{args.out} already exists; choose another output folder")
     path = args.result / result_folder.BANK_FILE
     bank = Bank.load(path) if path.exists() else checkpoints.load_bank(config)
     tokens = parse_chain(args.chain) if args.chain else found[0]
@@ -169,8 +169,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
 }
 
 
-def _load_result(args: argparse.Namespace, config: SearchConfig | None) -> tuple[Bank, JudgedData]:
-    """Load a bank, and the data and loss with which its chains are scored."""
+def _load_result(args: argparse.Namespace, config: SearchConfig | None) -> tuple[Bank, EvalData]:
+    """Load a bank, and the data and the loss that score its chains."""
     path = args.bank / result_folder.BANK_FILE if args.bank.is_dir() else args.bank
     given = {"seed": args.seed, "sizes": args.sizes, "data_dir": args.data_dir}
     given = {name: value for name, value in given.items() if value is not None}
@@ -179,31 +179,31 @@ def _load_result(args: argparse.Namespace, config: SearchConfig | None) -> tuple
             raise ValueError(
                 "expected no --data: chains of checkpoints are scored on the data of their search"
             )
-        judged = checkpoints.load_data(replace(config, **given))
+        eval_data = checkpoints.load_data(replace(config, **given))
         bank = Bank.load(path) if path.exists() else checkpoints.load_bank(config)
-        return bank, judged
+        return bank, eval_data
     config = config or SearchConfig()
     # If another data set is requested, only the seed of the search's options still applies.
     if args.data not in (None, config.data):
         config = SearchConfig(data=args.data, seed=config.seed)
     config = replace(config, **given)
     if config.task:
-        return Bank.load(path), JudgedData(
+        return Bank.load(path), EvalData(
             tasks.make(config.task, config.seed, sizes=config.sizes).data
         )
     data = data_lib.load(
         config.data or DEFAULT_DATA, config.seed, sizes=config.sizes, data_dir=config.data_dir
     )
-    return Bank.load(path), JudgedData(data)
+    return Bank.load(path), EvalData(data)
 
 
 def _join_processes(args: argparse.Namespace) -> Mesh | None:
     """Join the other processes and return the mesh of all devices, or None without others."""
-    place = (args.coordinator, args.num_processes, args.process_id)
+    cluster_args = (args.coordinator, args.num_processes, args.process_id)
     if args.distributed:
-        distributed.initialize(*place, timeout=args.timeout)
+        distributed.initialize(*cluster_args, timeout=args.timeout)
         return distributed.make_mesh()
-    if place != (None, None, None):
+    if cluster_args != (None, None, None):
         raise ValueError(
             "expected --distributed with --coordinator, --num-processes, and --process-id"
         )

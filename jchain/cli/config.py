@@ -57,7 +57,7 @@ class SearchConfig:
       search: name of the search.
       encoding: name of the encoding that the actor-critic uses for prefixes.
       update: name of the policy that decides when weights are trained.
-      budget: number of layer calls, including those of gradient steps.
+      budget: number of layer calls, including the cost of gradient steps.
       seed: seed of the splits, the bank, and the search; the first one if there are several.
       num_seeds: number of seeds.
       quick: whether to run one seed, unless more are requested, and to score fewer controls.
@@ -130,7 +130,7 @@ class SearchConfig:
         return self.update == "never"
 
 
-def resolved(value: T | None) -> T:
+def require(value: T | None) -> T:
     """Return the value of an option that `resolve` has filled in, which is never None.
 
     Args:
@@ -177,7 +177,7 @@ def _choose_out(config: SearchConfig) -> Path:
     """Choose the result folder if none was given."""
     names = [Path(path).resolve().name for path in config.checkpoint or ()]
     name = config.task or "+".join(names) or f"{config.data}-{config.bank}"
-    last = config.seed + resolved(config.num_seeds) - 1
+    last = config.seed + require(config.num_seeds) - 1
     seeds = f"{config.seed}" if last == config.seed else f"{config.seed}-{last}"
     return Path("results") / f"{name}-{config.search}-{seeds}"
 
@@ -193,9 +193,7 @@ def _resolve_task(config: SearchConfig, given: Sequence[str]) -> SearchConfig:
             "never updated"
         )
     if config.search == "suffix-beam":
-        raise ValueError(
-            "expected another search for a task, whose layers cannot be inverted, got suffix-beam"
-        )
+        raise ValueError("suffix-beam needs invertible layers, which this task does not have")
     if config.max_layers is not None:
         check_max_layers(config.max_layers)
     return replace(
@@ -241,8 +239,7 @@ def _resolve_checkpoint(config: SearchConfig) -> SearchConfig:
             )
     if config.search == "suffix-beam":
         raise ValueError(
-            "expected another search with --checkpoint, whose blocks cannot be inverted, got "
-            "suffix-beam"
+            "suffix-beam needs invertible layers, but the blocks of a checkpoint cannot be inverted"
         )
     if config.max_layers is not None:
         check_max_layers(config.max_layers)
@@ -258,7 +255,7 @@ def _resolve_checkpoint(config: SearchConfig) -> SearchConfig:
         search=config.search or "local",
         budget=1000 if config.budget is None else config.budget,
         pinned=config.pinned or (1, 1),
-        checkpoint=tuple(str(Path(path).resolve()) for path in resolved(config.checkpoint)),
+        checkpoint=tuple(str(Path(path).resolve()) for path in require(config.checkpoint)),
         data_dir=config.data_dir and config.data_dir.resolve(),
         text=config.text and tuple(str(Path(path).resolve()) for path in config.text),
         choices=config.choices and str(Path(config.choices).resolve()),
@@ -277,10 +274,10 @@ def check_search(config: SearchConfig, invertible_layers: Sequence[str]) -> None
     """
     if config.search == "suffix-beam" and config.layer not in invertible_layers:
         raise ValueError(
-            f"expected --layer of {', '.join(invertible_layers)}, which are invertible, got "
-            f"{config.layer or 'the default'}"
+            "suffix-beam needs invertible layers: expected --layer of "
+            f"{', '.join(invertible_layers)}, got {config.layer or 'the default'}"
         )
-    if resolved(config.budget) < 1:
+    if require(config.budget) < 1:
         raise ValueError(f"expected a budget of at least 1, got {config.budget}")
     if config.max_layers is not None:
         check_min_layers(config.min_layers, config.max_layers)

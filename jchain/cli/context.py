@@ -23,12 +23,12 @@ class Context(NamedTuple):
 
     config: SearchConfig
     setup: Setup
-    made: Bank  # the bank before any update
+    original_bank: Bank  # the bank before any update
     problem: Problem  # the problem on `search`, with layer penalties
     max_layers: int
-    # Maximum number of layers in any chain that is scored. One width lets all of them share
-    # compiled programs.
-    width: int
+    # Maximum number of layers in any chain that is scored. All chains are padded to this number of
+    # layers, so that they share compiled programs.
+    padded_layers: int
 
     def score(self, bank: Bank, tokens: Sequence[int]) -> ExampleScores:
         """Score one chain on each example of each split.
@@ -37,7 +37,7 @@ class Context(NamedTuple):
           bank: the layers and heads.
           tokens: tokens of the chain's layers, then of its head.
         """
-        return score_chain(self.setup, bank, tokens, self.width)
+        return score_chain(self.setup, bank, tokens, self.padded_layers)
 
     def pick(self, bank: Bank, chains: Int[np.ndarray, "P L"]) -> list[int]:
         """Pick the chain with the lowest loss on the splits in `Setup.deciding_splits`.
@@ -53,7 +53,7 @@ class Context(NamedTuple):
         """
         # All calls evaluate arrays of one shape, so that finalists and parents share compiled
         # programs. Copies of the first chain fill the remaining rows.
-        shape = max(len(chains), _NUM_FINALISTS), max(chains.shape[1], self.width + 1)
+        shape = max(len(chains), _NUM_FINALISTS), max(chains.shape[1], self.padded_layers + 1)
         rows = np.full(shape, PADDING, np.int32)
         rows[:, : chains.shape[1]] = chains[0]
         rows[: len(chains), : chains.shape[1]] = chains

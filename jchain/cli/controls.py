@@ -1,4 +1,4 @@
-"""Controls: the nets, edits, ensembles, and searches that the chain found is compared with."""
+"""Controls: the nets, edits, ensembles, and searches to compare with the chain that was found."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
@@ -10,7 +10,7 @@ import numpy as np
 from jchain import chain as chain_lib
 from jchain._typing import Array, Key
 from jchain.bank import Bank
-from jchain.cli.config import resolved
+from jchain.cli.config import require
 from jchain.cli.context import Context, strip
 from jchain.cli.progress import print_progress, show_phase
 from jchain.cli.records import Controls, RandomChains, ScoredChain, Scores, finite_or_none
@@ -40,7 +40,7 @@ class Net(NamedTuple):
     tokens: list[int]
 
 
-class Level(NamedTuple):
+class ReferenceLoss(NamedTuple):
     """A loss on `search` without layer penalty, and the layer penalty to add to it."""
 
     loss: float | None
@@ -48,11 +48,11 @@ class Level(NamedTuple):
 
 
 class ControlScores(NamedTuple):
-    """Scores of the controls, and the loss levels that are drawn next to the search's curve."""
+    """Scores of the controls, and the losses that are drawn next to the search's curve."""
 
     controls: Controls
-    optimum: Level
-    levels: dict[str, Level]
+    optimum: ReferenceLoss
+    reference_losses: dict[str, ReferenceLoss]
     is_interrupted: bool = False
 
 
@@ -76,13 +76,15 @@ def score_controls(
       finalists: the bank after updates, and the finalists of the search.
       search: the search whose result is compared with the controls.
     """
-    scored = ControlScores({"recipes": {}}, Level(None, 0.0), {})
+    scored = ControlScores({"recipes": {}}, ReferenceLoss(None, 0.0), {})
     try:
         optimum = _score_all(scored, key, context, found, finalists, search)
     except KeyboardInterrupt:
         print_progress("Interrupted: the remaining controls are not scored")
         return scored._replace(is_interrupted=True)
-    return scored._replace(optimum=optimum, levels=scored.levels | {"optimum": optimum})
+    return scored._replace(
+        optimum=optimum, reference_losses=scored.reference_losses | {"optimum": optimum}
+    )
 
 
 def _score_all(
@@ -92,30 +94,33 @@ def _score_all(
     found: ExampleScores,
     finalists: tuple[Bank, Sequence[Sequence[int]]],
     search: Search,
-) -> Level:
+) -> ReferenceLoss:
     """Add the controls to `scored` one by one, and return the optimum."""
     net_key, tune_key, chain_key, search_key = jax.random.split(key, 4)
-    controls, levels = scored.controls, scored.levels
+    controls, reference_losses = scored.controls, scored.reference_losses
     if reference := context.setup.reference:
-        scores = _compare(context, found, Net(context.made, [*reference]))
+        scores = _compare(context, found, Net(context.original_bank, [*reference]))
         controls["reference"] = {"chain": [*reference], **scores}
-    if context.made.parents:
-        parent = Net(context.made, context.pick(context.made, chain_lib.pad(context.made.parents)))
+    if context.original_bank.parents:
+        parent = Net(
+            context.original_bank,
+            context.pick(context.original_bank, chain_lib.pad(context.original_bank.parents)),
+        )
         scores = _compare(context, found, parent)
         controls["best_parent"] = scores
-        levels["best parent"] = _find_level(context, parent, scores)
+        reference_losses["best parent"] = _find_reference_loss(context, parent, scores)
         if context.setup.has_slow_controls:
             _score_parents(controls, context, found, parent)
     if context.setup.make_plain_net is not None:
-        num_steps = context.made.num_steps * context.setup.num_nets
+        num_steps = context.original_bank.num_steps * context.setup.num_nets
         net = _train_plain_net(net_key, context.setup.make_plain_net, num_steps)
         controls["plain_net"] = _compare(context, found, net)
         if context.setup.has_slow_controls:
             controls["tuned_plain_net"] = _compare(context, found, _tune(tune_key, context, net))
-        levels["plain net"] = _find_level(context, net, controls["plain_net"])
+        reference_losses["plain net"] = _find_reference_loss(context, net, controls["plain_net"])
     controls["random_chains"] = _score_random_chains(chain_key, context)
     if context.setup.has_slow_controls:
-        ensemble = score_ensemble(context.setup, *finalists, context.width)
+        ensemble = score_ensemble(context.setup, *finalists, context.padded_layers)
         if ensemble is not None:
             controls["finalist_ensemble"] = _add_difference(ensemble.summarize(), found, ensemble)
         for name, rival in RIVALS.items():
@@ -130,10 +135,12 @@ def _score_parents(controls: Controls, context: Context, found: ExampleScores, p
     """Score the best edit of the best parent, and the ensemble of all parents."""
     edit = _find_best_edit(context, parent.tokens)
     if edit is not None:
-        scores = _compare(context, found, Net(context.made, edit))
+        scores = _compare(context, found, Net(context.original_bank, edit))
         controls["best_edit"] = {"chain": edit, **scores}
-    ensemble = score_ensemble(context.setup, context.made, context.made.parents, context.width)
-    if ensemble is not None and len(context.made.parents) > 1:
+    ensemble = score_ensemble(
+        context.setup, context.original_bank, context.original_bank.parents, context.padded_layers
+    )
+    if ensemble is not None and len(context.original_bank.parents) > 1:
         controls["parent_ensemble"] = _add_difference(ensemble.summarize(), found, ensemble)
 
 
@@ -147,17 +154,17 @@ def _add_difference(scores: _Scored, found: ExampleScores, own: ExampleScores) -
     return scores
 
 
-def _find_level(context: Context, net: Net, scores: Scores) -> Level:
-    problem = context.setup.make_problem(net.bank, "search", context.width)
-    padded = jnp.asarray(chain_lib.pad([net.tokens], context.width))
-    return Level(scores["loss"]["search"], float(problem.layer_penalty(padded)[0]))
+def _find_reference_loss(context: Context, net: Net, scores: Scores) -> ReferenceLoss:
+    problem = context.setup.make_problem(net.bank, "search", context.padded_layers)
+    padded = jnp.asarray(chain_lib.pad([net.tokens], context.padded_layers))
+    return ReferenceLoss(scores["loss"]["search"], float(problem.layer_penalty(padded)[0]))
 
 
 def _find_best_edit(context: Context, tokens: list[int]) -> list[int] | None:
     """Find the edit of a chain that has the lowest loss on `search`.
 
-    The edits are those of `ChainSpace.neighbors`: a swap, insertion, or deletion of one layer, or a
-    swap of the head. The result is None if the chain is too long or too short for the problem.
+    An edit is a swap, insertion, or deletion of one layer, or a swap of the head, as in
+    `ChainSpace.neighbors`. The result is None if the chain is too long or short for the problem.
     """
     problem = context.problem
     if not problem.min_layers < len(tokens) <= problem.max_layers + 1:
@@ -182,16 +189,18 @@ def _train_plain_net(
 def _tune(key: Key[Array, ""], context: Context, net: Net) -> Net:
     """Train the plain net further on `search`; the loss on `select` decides how many steps."""
     problem = Problem(
-        net.bank, context.setup.data.search, context.width, loss_fn=context.setup.loss_fn
+        net.bank, context.setup.data.search, context.padded_layers, loss_fn=context.setup.loss_fn
     )
-    chain = chain_lib.pad([net.tokens], context.width)
+    chain = chain_lib.pad([net.tokens], context.padded_layers)
     banks = [net.bank]
     with show_phase(f"Training it further on the {len(problem.data.y):,} examples of search"):
         for num_steps in TUNING_STEPS:
             banks.append(tune.tune_chain(key, problem, chain[0], num_steps=num_steps))
     losses = []
     for bank in banks:
-        on_select = context.setup.make_problem(bank, "select", context.width, is_penalized=False)
+        on_select = context.setup.make_problem(
+            bank, "select", context.padded_layers, is_penalized=False
+        )
         losses.append(float(evaluate(on_select, chain).loss[0]))
     return Net(banks[int(np.argmin(losses))], net.tokens)
 
@@ -200,7 +209,7 @@ def _score_random_chains(key: Key[Array, ""], context: Context) -> RandomChains:
     """Compute the median and the quartiles on `test` of chains that are drawn uniformly."""
     chains = context.problem.space.sample(key, context.setup.num_random_chains)
     problem = context.setup.make_problem(
-        context.made, "test", context.max_layers, is_penalized=False
+        context.original_bank, "test", context.max_layers, is_penalized=False
     )
     out = evaluate(problem, chains)
     return {
@@ -220,7 +229,7 @@ def _run_rival(
     """
     title = name.replace("_", " ")
     print_progress(f"Searching with {title} ...")
-    budget = resolved(context.config.budget)
+    budget = require(context.config.budget)
     try:
         result = run(key, search, context.problem, budget=budget, progress=True)
     except BudgetError as error:
@@ -229,17 +238,17 @@ def _run_rival(
     if len(result.finalists) == 0:
         print_progress(f"No {title} to compare with: none of its chains has a finite loss")
         return None
-    tokens = context.pick(context.made, result.finalists)
-    return {"chain": tokens, **_compare(context, found, Net(context.made, tokens))}
+    tokens = context.pick(context.original_bank, result.finalists)
+    return {"chain": tokens, **_compare(context, found, Net(context.original_bank, tokens))}
 
 
-def _find_optimum(context: Context) -> Level:
+def _find_optimum(context: Context) -> ReferenceLoss:
     """Find the lowest loss of all chains on `search`; it is None if there are too many chains."""
     num_chains = context.problem.space.num_chains
     if num_chains > context.setup.max_optimum_chains:
-        return Level(None, 0.0)
+        return ReferenceLoss(None, 0.0)
     with show_phase(f"Evaluating all {num_chains:,} chains for the optimum"):
         chains, out = evaluate_all(context.problem)
     best = int(out.loss.argmin())
     penalty = float(context.problem.layer_penalty(jnp.asarray(chains[best])))
-    return Level(finite_or_none(out.loss[best] - penalty), penalty)
+    return ReferenceLoss(finite_or_none(out.loss[best] - penalty), penalty)

@@ -7,7 +7,7 @@ from pathlib import Path
 import jchain as jc
 from jchain.cli import config as config_lib
 from jchain.cli.checkpoints import SIZES
-from jchain.cli.config import SearchConfig, resolved
+from jchain.cli.config import SearchConfig, require
 from jchain.data import LOADERS, SPLITS
 from jchain.tasks import TASKS
 
@@ -47,7 +47,7 @@ on a cluster:
   Start the same command once on every host. Each host must be able to read the bank file.
   If JAX knows the cluster (Slurm, Open MPI, Kubernetes, Cloud TPU):
     srun --ntasks-per-node=1 jchain evaluate RESULT --all 4 --distributed
-  Otherwise give the address of one host, the number of hosts, and the number of each:
+  Otherwise give the address of one host, the number of hosts, and the index of each host:
     jchain evaluate RESULT --all 4 --distributed \\
       --coordinator host0:1234 --num-processes 2 --process-id 0
     jchain evaluate RESULT --all 4 --distributed \\
@@ -64,7 +64,7 @@ def make_search(config: SearchConfig) -> jc.Search:
     """
     if config.search == "actor-critic":
         return jc.ActorCritic(encoding=ENCODINGS[config.encoding or "tokens"]())
-    return SEARCHES[resolved(config.search)]()
+    return SEARCHES[require(config.search)]()
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -126,7 +126,9 @@ def _add_bank(search: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--bank",
         choices=BANKS,
-        help=f"how the bank is made (default: {config_lib.DEFAULT_BANK})",
+        help="how the bank is made. independent: nets trained separately; routed: a supernet "
+        "trained along random routes; snapshots: copies of one net during its training; random: "
+        f"untrained layers (default: {config_lib.DEFAULT_BANK})",
     )
     group.add_argument(
         "--layer",
@@ -145,8 +147,8 @@ def _add_bank(search: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--num-heads",
         type=int,
-        help="number of heads in a routed or random bank (default: 1; for conv 2, one pooled and "
-        "one dense)",
+        help="number of heads in a routed or random bank (default: 1; with --layer conv 2, one "
+        "pooled and one dense)",
     )
     group.add_argument(
         "--depth",
@@ -202,10 +204,9 @@ def _add_run(search: argparse.ArgumentParser) -> None:
         "--update",
         choices=UPDATES,
         default=_DEFAULT.update,
-        help="when weights are trained. never; found: fine-tune the chain found; clones: fine-tune "
-        "copies of layers and add them to the bank; shared: train the chains that the actor-critic "
-        "samples "
-        "(default: %(default)s)",
+        help="when weights are trained. never: keep all weights; found: fine-tune the best chain "
+        "after the search; clones: fine-tune copies of layers and add them to the bank; shared: "
+        "train the chains that the actor-critic samples (default: %(default)s)",
     )
     group.add_argument(
         "--budget",
@@ -314,7 +315,7 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         help="tokens of the layers and the head, as in 3,0,7,12; can be repeated (default: the "
         "chain that the search found)",
     )
-    _add_data(evaluate, "default: the one of the search, or digits")
+    _add_data(evaluate, "default: the data of the search, or digits")
     evaluate.add_argument(
         "--seed", type=int, help="seed of the splits (default: the seed of the search, or 0)"
     )
@@ -347,7 +348,7 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     export = commands.add_parser(
-        "export", help="write a chain found in checkpoints as a new checkpoint"
+        "export", help="write a chain of pretrained blocks as a new checkpoint"
     )
     export.add_argument("result", type=Path, help="result folder of jchain search --checkpoint")
     export.add_argument(

@@ -15,7 +15,7 @@ import jchain
 from jchain import chain as chain_lib
 from jchain._typing import Array, Key
 from jchain.bank import Bank
-from jchain.cli.config import SearchConfig, check_sweep, resolved
+from jchain.cli.config import SearchConfig, check_sweep, require
 from jchain.cli.context import Context, strip
 from jchain.cli.controls import ControlScores, score_controls
 from jchain.cli.progress import print_progress, show_phase
@@ -75,22 +75,22 @@ def run_pipeline(
     if config.is_frozen and config.checkpoint:
         search = start_at_models(search, context.problem)
     found = search_chains(search_key, context, search, policy)
-    by_recipe = _score_recipes(context, context.problem) if config.checkpoint else {}
-    picked = rerank(context, context.problem, found, by_recipe)
+    recipe_scores = _score_recipes(context, context.problem) if config.checkpoint else {}
+    picked = rerank(context, context.problem, found, recipe_scores)
     finalists = found.bank, [strip(row) for row in found.result.finalists]
     scored = score_controls(control_key, context, picked.scores, finalists, search)
-    scored.controls["recipes"] = by_recipe
+    scored.controls["recipes"] = recipe_scores
     record = _make_record(context, found, picked, scored)
     if config.sweep is not None:
         record["sweep"] = [
             *(_search_at(num, search_key, context, search) for num in _sweep_sizes(context)),
-            _make_sweep_row(context.max_layers, picked, by_recipe),
+            _make_sweep_row(context.max_layers, picked, recipe_scores),
         ]
     record["seconds"] = round(time.perf_counter() - start, 1)
     levels = {
-        name: level.loss + level.penalty
-        for name, level in scored.levels.items()
-        if level.loss is not None
+        name: reference.loss + reference.penalty
+        for name, reference in scored.reference_losses.items()
+        if reference.loss is not None
     }
     return SearchOutput(record, found.bank, found.result, levels, scored.is_interrupted)
 
@@ -99,21 +99,21 @@ def make(key: Key[Array, ""], config: SearchConfig, setup: Setup) -> Context:
     """Make the bank and the problem on `search`.
 
     Args:
-      key: the PRNG key with which the bank is made.
+      key: the PRNG key for making the bank.
       config: the resolved options of `jchain search`.
       setup: the data, the loss, and the function that makes the bank.
 
     Raises:
       ValueError: if sizes do not match.
     """
-    with show_phase(setup.making):
-        made = jax.block_until_ready(setup.make_bank(key))
-    longest = max((len(parent) - 1 for parent in made.parents), default=0)
+    with show_phase(setup.progress_label):
+        original_bank = jax.block_until_ready(setup.make_bank(key))
+    longest = max((len(parent) - 1 for parent in original_bank.parents), default=0)
     max_layers = longest if config.max_layers is None else config.max_layers
     check_sweep(config.sweep, max_layers)
-    problem = setup.make_problem(made, "search", max_layers, min_layers=config.min_layers)
-    width = max(max_layers, longest, setup.plain_depth, len(setup.reference) - 1)
-    return Context(config, setup, made, problem, max_layers, width)
+    problem = setup.make_problem(original_bank, "search", max_layers, min_layers=config.min_layers)
+    padded_layers = max(max_layers, longest, setup.plain_depth, len(setup.reference) - 1)
+    return Context(config, setup, original_bank, problem, max_layers, padded_layers)
 
 
 def search_chains(
@@ -136,21 +136,21 @@ def search_chains(
         search,
         context.problem,
         context.setup.data.train,
-        budget=resolved(context.config.budget),
+        budget=require(context.config.budget),
         progress=True,
     )
     found = Found(outcome.bank, outcome.result, outcome.update_calls)
     if len(found.result.finalists) == 0:
-        raise ValueError(f"no chain has a finite loss: {found.result.num_chains} were scored")
+        raise ValueError(f"no chain has a finite loss: {found.result.num_scored} were scored")
     return found
 
 
 def rerank(
-    context: Context, problem: Problem, found: Found, by_recipe: Mapping[str, ScoredChain]
+    context: Context, problem: Problem, found: Found, recipe_scores: Mapping[str, ScoredChain]
 ) -> Picked:
     """Pick the chain with the lowest loss among the finalists and the recipes.
 
-    The loss is that on `Setup.deciding_splits`, by default on `select`. If weights may have been
+    The loss is on `Setup.deciding_splits`, by default on `select`. If weights may have been
     updated, recipes do not take part, because they are scored with the original weights.
 
     Args:
@@ -158,11 +158,11 @@ def rerank(
       problem: the problem that was searched; recipes with fewer than its `min_layers` layers do
         not take part.
       found: the outcome of the search.
-      by_recipe: the chain and scores of each recipe, by name.
+      recipe_scores: the chain and scores of each recipe, by name.
     """
     chains = {}
     if context.config.is_frozen:
-        chains = {name: tuple(row["chain"]) for name, row in by_recipe.items()}
+        chains = {name: tuple(row["chain"]) for name, row in recipe_scores.items()}
     named = {tokens: name for name, tokens in chains.items() if len(tokens) > problem.min_layers}
     named |= {tuple(strip(row)): "search" for row in found.result.finalists}
     tokens = context.pick(found.bank, chain_lib.pad([*named]))
@@ -201,21 +201,25 @@ def _search_at(max_layers: int, key: Key[Array, ""], context: Context, search: S
     """Search for a chain of at most `max_layers` layers, and score the recipes for that number."""
     print_progress(f"Searching chains of at most {max_layers} layers ...")
     min_layers = min(context.config.min_layers, max_layers)
-    problem = context.setup.make_problem(context.made, "search", max_layers, min_layers=min_layers)
-    budget = resolved(context.config.budget)
+    problem = context.setup.make_problem(
+        context.original_bank, "search", max_layers, min_layers=min_layers
+    )
+    budget = require(context.config.budget)
     result = run(key, start_at_models(search, problem), problem, budget=budget, progress=True)
-    by_recipe = _score_recipes(context, problem)
-    picked = rerank(context, problem, Found(context.made, result, 0), by_recipe)
-    return _make_sweep_row(max_layers, picked, by_recipe)
+    recipe_scores = _score_recipes(context, problem)
+    picked = rerank(context, problem, Found(context.original_bank, result, 0), recipe_scores)
+    return _make_sweep_row(max_layers, picked, recipe_scores)
 
 
-def _make_sweep_row(max_layers: int, picked: Picked, by_recipe: dict[str, ScoredChain]) -> SweepRow:
+def _make_sweep_row(
+    max_layers: int, picked: Picked, recipe_scores: dict[str, ScoredChain]
+) -> SweepRow:
     return {
         "max_layers": max_layers,
         "chain": picked.tokens,
         "chosen": picked.chosen,
         **picked.scores.summarize(),
-        "recipes": by_recipe,
+        "recipes": recipe_scores,
     }
 
 

@@ -63,7 +63,7 @@ def plot_sweep(path: str | os.PathLike[str], rows: Sequence[SweepRow]) -> None:
         ]
         axes.plot(*zip(*points, strict=True), marker="s", linestyle="--", label=name)
     points = [(row["max_layers"], row["loss"]["test"]) for row in rows]
-    axes.plot(*zip(*points, strict=True), marker="o", color="black", label="chain found")
+    axes.plot(*zip(*points, strict=True), marker="o", color="black", label="best chain found")
     axes.set(
         xlabel="maximum number of layers, not counting pinned blocks",
         ylabel="loss on test",
@@ -75,7 +75,7 @@ def plot_sweep(path: str | os.PathLike[str], rows: Sequence[SweepRow]) -> None:
 
 
 def plot_seeds(path: str | os.PathLike[str], summary: Summary) -> None:
-    """Plot the losses on `test` of the chain found and of the controls, and write a PNG.
+    """Plot the losses of the best chain found and the controls on `test`, and write a PNG.
 
     Each seed is a dot.
 
@@ -88,11 +88,11 @@ def plot_seeds(path: str | os.PathLike[str], summary: Summary) -> None:
     rows = {name: row for name, row in summary["rows"].items() if row["mean"] is not None}
     figure = Figure(figsize=(8, 1 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    for place, (name, row) in enumerate(rows.items()):
+    for position, (name, row) in enumerate(rows.items()):
         color = "C3" if name == FOUND else "C0"
         losses = [loss for loss in row["loss"] if loss is not None]
-        axes.plot(losses, [place] * len(losses), "o", color=color, alpha=0.5)
-        axes.plot(np.mean(losses), place, "|", color=color, markersize=16)
+        axes.plot(losses, [position] * len(losses), "o", color=color, alpha=0.5)
+        axes.plot(np.mean(losses), position, "|", color=color, markersize=16)
     labels = [f"{name}, {row['mean_accuracy']:.1%}" for name, row in rows.items()]
     axes.set(xlabel="loss on test, one dot per seed; labels give the mean accuracy", xscale="log")
     axes.set_yticks(range(len(rows)), labels)

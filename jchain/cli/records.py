@@ -8,12 +8,12 @@ from jchain._typing import Array
 from jchain.bank import Bank
 from jchain.search.result import Result
 
-# The row of the chain found, in tables and figures.
-FOUND = "chain found"
+# The row of the chain that the search found, in tables and figures.
+FOUND = "best chain found"
 
 
 class Difference(TypedDict):
-    """The loss of the chain found minus that of a control on `test`, paired by example."""
+    """Loss of the best chain found minus loss of a control on `test`, paired by example."""
 
     mean: float | None
     standard_error: float | None
@@ -50,7 +50,7 @@ class SweepRow(ScoredChain):
 
 
 class Controls(TypedDict):
-    """The scores that the chain found is compared with. Controls that do not apply are missing."""
+    """The scores of the baselines. Controls that do not apply are missing."""
 
     recipes: dict[str, ScoredChain]
     reference: NotRequired[ScoredChain]  # built by hand, knowing how the data was made
@@ -96,17 +96,17 @@ class SearchOutput(NamedTuple):
 
 
 class SeedRow(TypedDict):
-    """One row of the table over seeds: the chain found, or a control."""
+    """One row of the table over seeds: the best chain found, or a control."""
 
     loss: list[float | None]  # on `test`, by seed
     accuracy: list[float]
     mean: float | None
     standard_error: float | None  # of the mean, over seeds
     mean_accuracy: float
-    # The loss of the chain found minus that of this row, paired by seed.
+    # Loss of the best chain found minus loss of this row, paired by seed.
     difference: float | None
     interval: list[float] | None  # 95%, Student's t
-    num_lower: int  # number of seeds in which the chain found has the lower loss
+    num_lower: int  # number of seeds in which the best chain found has the lower loss
 
 
 class Summary(TypedDict):

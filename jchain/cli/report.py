@@ -33,11 +33,14 @@ def print_table(output: SearchOutput) -> None:
       output: the output of one search.
     """
     record, console = output.record, _make_console()
-    table = _make_table("loss ± standard error (accuracy) by split and number of examples")
+    table = _make_table(
+        "loss ± standard error (accuracy) by split and number of examples; difference: best chain "
+        "found minus row"
+    )
     table.add_column("", no_wrap=True)
     for name in EVALUATION_SPLITS:
         table.add_column(f"{name}, {record['num_examples'][name]:,}", justify="right")
-    table.add_column("found minus row, test", justify="right")
+    table.add_column("difference, test", justify="right")
     table.add_row(FOUND, *(_format_cell(record, split) for split in EVALUATION_SPLITS), "")
     for name, row in list_rows(record).items():
         cells = [_format_cell(row, split) for split in EVALUATION_SPLITS]
@@ -63,10 +66,11 @@ def print_summary(summary: Summary) -> None:
         console.print(f"seed {seed}, {about}:\n  {chain}", highlight=False, markup=False)
     num = summary["num_examples"]["test"]
     table = _make_table(
-        f"test, {num:,} examples: mean ± standard error over {len(seeds)} seeds, paired differences"
+        f"test, {num:,} examples: mean ± standard error over {len(seeds)} seeds; difference: best "
+        "chain found minus row, paired by seed"
     )
     table.add_column("", no_wrap=True)
-    for title in ("loss", "accuracy", "found minus row [95% interval]", "found lower in"):
+    for title in ("loss", "accuracy", "difference [95% interval]", "wins"):
         table.add_column(title, justify="right")
     for name, row in summary["rows"].items():
         table.add_row(name, *_format_seed_row(row, len(seeds), is_found=name == FOUND))
@@ -121,7 +125,7 @@ def _make_remarks(output: SearchOutput) -> list[str]:
         updates = f", {record['update_calls']:,} of them gradient steps"
     chain = " -> ".join(record["layers"])
     lines = [
-        f"chain found, in {record['layer_calls']:,} layer calls{updates}, among "
+        f"Best chain found, in {record['layer_calls']:,} layer calls{updates}, among "
         f"{record['num_chains']:,} chains: {chain}"
     ]
     if record["chosen"] != "search":
@@ -130,7 +134,7 @@ def _make_remarks(output: SearchOutput) -> list[str]:
         )
     if record["nonfinite_chains"]:
         lines.append(
-            f"{record['nonfinite_chains']} of {output.result.num_chains} scored chains had a "
+            f"{record['nonfinite_chains']} of {output.result.num_scored} scored chains had a "
             "non-finite loss"
         )
     return [*lines, *_say_what_is_noise(record)]

@@ -19,7 +19,7 @@ from jchain.cli.plot import plot_curve, plot_seeds, plot_sweep
 from jchain.cli.progress import print_progress
 from jchain.cli.records import ResultRecord, SearchOutput, Summary, format_loss
 from jchain.data import EVALUATION_SPLITS
-from jchain.files import find_umask
+from jchain.files import get_umask
 
 RESULT_FILE = "result.json"
 BANK_FILE = "bank.safetensors"
@@ -42,7 +42,7 @@ def check_out(path: Path, *, replace: bool) -> None:
       ValueError: if the folder cannot be written or holds something that must not be replaced.
     """
     path = path.absolute()
-    above = next(place for place in (path, *path.parents) if place.exists())
+    above = next(folder for folder in (path, *path.parents) if folder.exists())
     if not above.is_dir():
         raise ValueError(f"expected a folder for results, got the file {above}")
     if not os.access(above, os.W_OK | os.X_OK):
@@ -73,8 +73,8 @@ def write(path: Path, output: SearchOutput, *, replace: bool = False) -> Path:
     """Write the result folder, either completely or not at all.
 
     The result is written to a temporary folder next to `path`, which is then renamed. If `path` is
-    an empty folder, the files are moved into it instead, with `result.json` last. Weights that are
-    still those of the checkpoints are not written again.
+    an empty folder, the files are moved into it instead, with `result.json` last. Weights that
+    are unchanged from the checkpoints are not written again.
 
     Args:
       path: the result folder.
@@ -89,9 +89,9 @@ def write(path: Path, output: SearchOutput, *, replace: bool = False) -> Path:
       OSError: if the folder cannot be written or cannot be renamed; in the latter case the error
         names the temporary folder, which holds the result.
     """
-    with _write_beside(path, replace=replace) as place:
-        _write_files(place.temporary, output)
-    return place.written
+    with _write_beside(path, replace=replace) as temp_folder:
+        _write_files(temp_folder.path, output)
+    return temp_folder.written
 
 
 class SeedWriter:
@@ -101,9 +101,9 @@ class SeedWriter:
       temporary: the folder that holds the results until all seeds are finished.
     """
 
-    def __init__(self, place: "_Place") -> None:
-        self._place = place
-        self.temporary = place.temporary
+    def __init__(self, temp_folder: "_TempFolder") -> None:
+        self._temp_folder = temp_folder
+        self.temporary = temp_folder.path
 
     @property
     def has_seeds(self) -> bool:
@@ -113,7 +113,7 @@ class SeedWriter:
     @property
     def written(self) -> Path:
         """The folder that was written; valid after the `with` block."""
-        return self._place.written
+        return self._temp_folder.written
 
     def add(self, output: SearchOutput) -> None:
         """Write the result of one seed.
@@ -135,7 +135,7 @@ class SeedWriter:
         """
         (self.temporary / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n")
         plot_seeds(self.temporary / SEEDS_FILE, summary)
-        self.temporary.chmod(0o777 & ~find_umask())
+        self.temporary.chmod(0o777 & ~get_umask())
 
 
 @contextlib.contextmanager
@@ -152,46 +152,46 @@ def write_seeds(path: Path, *, replace: bool = False) -> Iterator[SeedWriter]:
     Raises:
       OSError: if the folder cannot be written or cannot be renamed, as in `write`.
     """
-    with _write_beside(path, replace=replace) as place:
-        writer = SeedWriter(place)
+    with _write_beside(path, replace=replace) as temp_folder:
+        writer = SeedWriter(temp_folder)
         try:
             yield writer
         except BaseException:
-            place.is_kept = writer.has_seeds
-            if place.is_kept:
-                print_progress(f"The finished seeds are kept in {place.temporary}")
+            temp_folder.is_kept = writer.has_seeds
+            if temp_folder.is_kept:
+                print_progress(f"The finished seeds are kept in {temp_folder.path}")
             raise
 
 
-class _Place:
+class _TempFolder:
     """A temporary folder for a result, and the folder that it finally becomes."""
 
-    def __init__(self, temporary: Path) -> None:
-        self.temporary = temporary
-        self.written = temporary
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.written = path
         self.is_kept = False  # whether to keep the temporary folder if the `with` block fails
 
 
 @contextlib.contextmanager
-def _write_beside(path: Path, *, replace: bool) -> Iterator[_Place]:
+def _write_beside(path: Path, *, replace: bool) -> Iterator[_TempFolder]:
     """Make a temporary folder, and rename it to `path` or to a path next to it on success."""
     path = path.resolve()
     is_filled = path.is_dir() and not any(path.iterdir())
     above = path if is_filled else path.parent
     above.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=above, prefix=f".{path.name}."))
-    place = _Place(temporary)
+    temp_folder = _TempFolder(temporary)
     try:
-        yield place
+        yield temp_folder
     except BaseException:
-        if not place.is_kept:
+        if not temp_folder.is_kept:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     try:
         moved = _fill(path, temporary) if is_filled else _put(path, temporary, replace=replace)
     except OSError as error:
         raise OSError(f"{error}; the result is kept in {temporary}") from error
-    place.written = moved
+    temp_folder.written = moved
 
 
 def _write_files(folder: Path, output: SearchOutput) -> None:
@@ -201,7 +201,7 @@ def _write_files(folder: Path, output: SearchOutput) -> None:
     plot_curve(folder / CURVE_FILE, output.result.curve, output.levels)
     if "sweep" in output.record:
         plot_sweep(folder / SWEEP_FILE, output.record["sweep"])
-    folder.chmod(0o777 & ~find_umask())
+    folder.chmod(0o777 & ~get_umask())
 
 
 def _fill(path: Path, temporary: Path) -> Path:
@@ -218,7 +218,7 @@ def _fill(path: Path, temporary: Path) -> Path:
 
 def _put(path: Path, temporary: Path, *, replace: bool) -> Path:
     """Rename the temporary folder to `path`, or to another path next to it."""
-    path = _find_place(path, replace=replace)
+    path = _find_free_path(path, replace=replace)
     if not path.exists():
         os.rename(temporary, path)
         return path
@@ -238,7 +238,7 @@ def _put(path: Path, temporary: Path, *, replace: bool) -> Path:
     return path
 
 
-def _find_place(path: Path, *, replace: bool) -> Path:
+def _find_free_path(path: Path, *, replace: bool) -> Path:
     """Return `path` if it may be written, or else the first unused `path-2`, `path-3`, ..."""
     try:
         check_out(path, replace=replace)
@@ -260,8 +260,8 @@ def describe(path: Path) -> dict[str, str]:
     record: ResultRecord = json.loads((path / RESULT_FILE).read_text())
     config = SearchConfig.load(record["config"])
     parent = record["controls"].get("best_parent", record)["loss"]
-    judged_on = config.text or config.choices or config.data or ""
-    facts = {"data": judged_on if isinstance(judged_on, str) else ", ".join(judged_on)}
+    scored_on = config.text or config.choices or config.data or ""
+    facts = {"data": scored_on if isinstance(scored_on, str) else ", ".join(scored_on)}
     for split in EVALUATION_SPLITS:
         loss, unchanged = (format_loss(own[split], 4) for own in (record["loss"], parent))
         facts[f"loss on {split}"] = f"{loss}, the unchanged model {unchanged}"
@@ -273,7 +273,7 @@ def describe(path: Path) -> dict[str, str]:
 
 
 def read_config(path: Path) -> tuple[SearchConfig | None, list[list[int]]]:
-    """Read the options and the chain found from a result folder.
+    """Read the options and the best chain from a result folder.
 
     Args:
       path: a result folder or a bank file.

@@ -63,21 +63,21 @@ def find_standard_error(rows: Float[np.ndarray, "B"]) -> float:
     return float(rows.std(ddof=1) / np.sqrt(len(rows)))
 
 
-def score_chain(setup: Setup, bank: Bank, tokens: Sequence[int], width: int) -> ExampleScores:
+def score_chain(setup: Setup, bank: Bank, tokens: Sequence[int], max_layers: int) -> ExampleScores:
     """Score one chain on each example of `search`, `select`, and `test`, without layer penalty.
 
     Args:
       setup: the data and the loss.
       bank: the layers and heads.
       tokens: tokens of the chain's layers, then of its head.
-      width: number of layers to pad the chain to. Chains that are padded to the same width share
-        compiled programs.
+      max_layers: number of layers to pad the chain to. Chains that are padded to the same number
+        share compiled programs.
     """
-    chain = jnp.asarray(chain_lib.pad([tokens], width)[0])
+    chain = jnp.asarray(chain_lib.pad([tokens], max_layers)[0])
     loss, accuracy = {}, {}
     for name in EVALUATION_SPLITS:
-        problem = setup.make_problem(bank, name, width, is_penalized=False).without_names()
-        parts = [_judge(part, _apply(part, chain)) for part in _cut(problem)]
+        problem = setup.make_problem(bank, name, max_layers, is_penalized=False).without_names()
+        parts = [_score_examples(part, _apply(part, chain)) for part in _cut(problem)]
         num = problem.data.x.shape[0]
         loss[name], accuracy[name] = (
             np.concatenate(rows)[:num] for rows in zip(*parts, strict=True)
@@ -86,7 +86,7 @@ def score_chain(setup: Setup, bank: Bank, tokens: Sequence[int], width: int) -> 
 
 
 def score_ensemble(
-    setup: Setup, bank: Bank, chains: Sequence[Sequence[int]], width: int
+    setup: Setup, bank: Bank, chains: Sequence[Sequence[int]], max_layers: int
 ) -> ExampleScores | None:
     """Score the ensemble of several chains: the mean of their class probabilities.
 
@@ -94,7 +94,7 @@ def score_ensemble(
       setup: the data and the loss.
       bank: the layers and heads.
       chains: the tokens of each chain.
-      width: number of layers to pad the chains to, as in `score_chain`.
+      max_layers: number of layers to pad the chains to, as in `score_chain`.
 
     Returns:
       The scores, or None if the loss is not cross-entropy or an example has more than one label.
@@ -102,10 +102,10 @@ def score_ensemble(
     is_classes = setup.loss_fn is optax.softmax_cross_entropy_with_integer_labels
     if not is_classes or setup.data.test.y.ndim != 1:
         return None
-    rows = [jnp.asarray(row) for row in chain_lib.pad(chains, width)]
+    rows = [jnp.asarray(row) for row in chain_lib.pad(chains, max_layers)]
     loss, accuracy = {}, {}
     for name in EVALUATION_SPLITS:
-        problem = setup.make_problem(bank, name, width).without_names()
+        problem = setup.make_problem(bank, name, max_layers).without_names()
         num, labels = problem.data.x.shape[0], np.asarray(problem.data.y)
         parts = _cut(problem)
         outputs = [
@@ -147,7 +147,7 @@ def _apply(problem: Problem, chain: Int[Array, "L"]) -> Float[Array, "B ..."]:
     return upcast(apply_token(bank.heads, chain[num_layers], hidden))
 
 
-def _judge(
+def _score_examples(
     problem: Problem, outputs: Float[Array, "B ..."]
 ) -> tuple[Float[np.ndarray, "B"], Float[np.ndarray, "B"]]:
     """Compute the loss and the accuracy of each example."""

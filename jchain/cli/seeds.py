@@ -1,4 +1,4 @@
-"""Statistics over several seeds of one search: each control compared with the chain found."""
+"""Statistics over several seeds of one search: the best chain found against each control."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -136,12 +136,12 @@ def _make_sentence(rows: dict[str, SeedRow], num_seeds: int) -> str:
         row = rows.get(TITLES[name])
         if row is not None and row["difference"] is not None:
             parts.append(f"the {short} in {row['num_lower']} of {num_seeds} seeds ({_say(row)})")
-    said = f"On test, the chain found has a mean loss of {format_loss(found['mean'])}"
+    said = f"On test, the best chain found has a mean loss of {format_loss(found['mean'])}"
     if np.isfinite(found["mean_accuracy"]):
         said += f" and an accuracy of {found['mean_accuracy']:.1%}"
     if not parts:
         return f"{said}."
-    return f"{said}. Its loss is lower than that of {', and than that of '.join(parts)}."
+    return f"{said}. It beats {' and '.join(parts)}."
 
 
 def _say(row: SeedRow) -> str:

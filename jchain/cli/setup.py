@@ -14,7 +14,7 @@ from jchain._typing import Array, Float, Key, PyTree
 from jchain.bank import Bank
 from jchain.cli import checkpoints
 from jchain.cli.checkpoints import LossFn
-from jchain.cli.config import SearchConfig, resolved
+from jchain.cli.config import SearchConfig, require
 from jchain.cli.parser import CHANNELS, LAYERS
 from jchain.data import Dataset
 from jchain.hub.wrapping import Restart
@@ -25,8 +25,8 @@ from jchain.problem import Problem, check_max_layers, check_min_layers
 CONV_DEPTHS = (1, 2, 3)
 # The stem pools images whose longer side is at least twice this number of pixels.
 CONV_SIDE = 16
-# The optimum is computed only if there are at most this many chains. Evaluating that many takes
-# half a minute on two cores.
+# The optimum is computed only if there are at most this many chains, because it takes the losses
+# of all of them.
 MAX_OPTIMUM_CHAINS = 200_000
 # Number of random chains to compare with; smaller for checkpoints, whose layers are expensive.
 NUM_RANDOM_CHAINS, NUM_RANDOM_CHECKPOINT_CHAINS = 200, 8
@@ -46,13 +46,13 @@ class Setup(NamedTuple):
 
     data: Dataset
     make_bank: Callable[[Key[Array, ""]], Bank]
-    making: str  # describes what `make_bank` does, for the progress line
+    progress_label: str  # describes what `make_bank` does, for the progress line
     # Trains a plain net, given a key and a number of gradient steps; None for checkpoints.
     make_plain_net: Callable[[Key[Array, ""], int], Bank] | None
     plain_depth: int = 0  # number of layers of the plain net
     num_nets: int = 1  # number of nets trained separately, each for `Bank.num_steps` steps
     about: str = ""  # describes the data of this seed
-    # The chain that someone who knows how the data was made would build; empty if there is none.
+    # The hand-built chain, given knowledge of how the data was generated; empty if there is none.
     reference: tuple[int, ...] = ()
     loss_fn: LossFn = optax.softmax_cross_entropy_with_integer_labels
     accuracy_fn: LossFn | None = None
@@ -123,7 +123,8 @@ def choose_modules(config: SearchConfig, data: Dataset) -> tuple[SearchConfig, M
     layer = config.layer or ("conv" if is_image else "residual")
     if is_image != (layer == "conv"):
         raise ValueError(
-            f"expected --layer conv for images and for nothing else, got {layer} for {list(shape)}"
+            "expected --layer conv for images and only for images, got "
+            f"{layer} for data of shape {list(shape)}"
         )
     has_nets = config.bank in ("independent", "snapshots")
     num_heads = config.num_heads
@@ -131,7 +132,9 @@ def choose_modules(config: SearchConfig, data: Dataset) -> tuple[SearchConfig, M
         num_heads = 2 if is_image and not has_nets else 1
     if not is_image:
         if config.channels is not None:
-            raise ValueError(f"expected --channels only for images, got it for {list(shape)}")
+            raise ValueError(
+                f"expected --channels only for images, got data of shape {list(shape)}"
+            )
         modules = Modules(LAYERS[layer](shape[-1]), layers.DenseHead(data.num_classes))
         return replace(config, layer=layer, num_heads=num_heads), modules
     channels = CHANNELS if config.channels is None else config.channels
@@ -157,7 +160,7 @@ def set_up_task(config: SearchConfig) -> tuple[SearchConfig, Setup]:
     Raises:
       ValueError: if the name is unknown or there are fewer examples than `sizes` asks for.
     """
-    task = tasks.make(resolved(config.task), config.seed, sizes=config.sizes)
+    task = tasks.make(require(config.task), config.seed, sizes=config.sizes)
     setup = Setup(
         task.data,
         task.make_bank,
@@ -184,7 +187,7 @@ def set_up_trained(config: SearchConfig, data: Dataset, modules: Modules) -> Set
       data: the splits.
       modules: the modules that `choose_modules` returned.
     """
-    num_layers, depth = resolved(config.num_layers), resolved(config.depth)
+    num_layers, depth = require(config.num_layers), require(config.depth)
 
     def make_plain_net(key: Key[Array, ""], num_steps: int) -> Bank:
         return train.independent(
@@ -200,19 +203,19 @@ def set_up_trained(config: SearchConfig, data: Dataset, modules: Modules) -> Set
         return train.make_bank(
             key,
             data.train,
-            resolved(config.bank),
+            require(config.bank),
             num_layers=num_layers,
             depth=depth,
-            num_heads=resolved(config.num_heads),
-            num_steps=resolved(config.num_steps),
+            num_heads=require(config.num_heads),
+            num_steps=require(config.num_steps),
             **modules._asdict(),
         )
 
-    making = f"Making a bank of {num_layers} layers ({config.bank}) on {data.name}"
+    progress_label = f"Making a bank of {num_layers} layers ({config.bank}) on {data.name}"
     return Setup(
         data,
         make_bank,
-        making,
+        progress_label,
         make_plain_net,
         plain_depth=depth,
         num_nets=num_layers // depth if config.bank == "independent" else 1,
@@ -231,22 +234,22 @@ def set_up_checkpoints(config: SearchConfig) -> Setup:
     Raises:
       ValueError, OSError, ImportError: if `jchain.cli.checkpoints.load_data` raises it.
     """
-    judged = checkpoints.load_data(config)
+    eval_data = checkpoints.load_data(config)
 
     def make_bank(key: Key[Array, ""]) -> Bank:
         return checkpoints.load_bank(config)
 
     return Setup(
-        judged.data,
+        eval_data.data,
         make_bank,
-        f"Reading {', '.join(resolved(config.checkpoint))}",
+        f"Reading {', '.join(require(config.checkpoint))}",
         None,
-        about=judged.data.name,
-        loss_fn=judged.loss_fn,
-        accuracy_fn=judged.accuracy_fn,
+        about=eval_data.data.name,
+        loss_fn=eval_data.loss_fn,
+        accuracy_fn=eval_data.accuracy_fn,
         layer_cost=config.layer_cost,
         # Computing the optimum must not cost more than the search, so it is limited by the budget.
-        max_optimum_chains=resolved(config.budget),
+        max_optimum_chains=require(config.budget),
         num_random_chains=NUM_RANDOM_CHECKPOINT_CHAINS,
         has_slow_controls=False,
     )

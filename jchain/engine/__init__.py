@@ -1,4 +1,11 @@
-"""Evaluation of chains: plans, compiler options, devices, and the score cache."""
+"""Evaluation of chains: plans, compiler options, devices, and the score cache.
+
+A loss takes this path: `evaluate` (`evaluate.py`) checks the chains and calls `population.py`,
+which sorts them, runs a plan (`plans.py` chooses `blocks.py` or `depth_first.py`), and adds the
+layer penalty. The plan applies layers and heads through `layer_calls.py`, and
+`Problem.loss_and_accuracy` turns the outputs into losses. `apply_chain` is the simple reference
+implementation.
+"""
 
 from jchain.engine import distributed, score_cache
 from jchain.engine.backend import compiler_options

@@ -54,7 +54,7 @@ def compiler_options(backend: str) -> dict[str, str]:
     return options
 
 
-def find_backend(problem: Problem, *arrays: PyTree) -> str:
+def get_backend(problem: Problem, *arrays: PyTree) -> str:
     """Return the platform of the devices that hold a problem and other arrays.
 
     If no array is committed to a device, this is JAX's default platform.
@@ -72,9 +72,9 @@ def find_backend(problem: Problem, *arrays: PyTree) -> str:
         if isinstance(leaf, jax.Array) and is_concrete(leaf) and leaf.committed
     }
     if len(devices) > 1:
-        places = " and ".join(sorted(str(sorted(map(str, place))) for place in devices))
+        names = " and ".join(sorted(str(sorted(map(str, group))) for group in devices))
         raise ValueError(
-            f"expected bank, data and chains on the same devices, got them on {places}"
+            f"expected bank, data, and chains on the same devices, got them on {names}"
         )
     used = problem.mesh.devices.flat if problem.mesh is not None else next(iter(devices), ())
     return next((device.platform for device in used), jax.default_backend())
@@ -86,15 +86,15 @@ def default_memory_limit() -> int:
     On CPU, this is a quarter of the machine's memory or, if it is lower, of the container's limit.
     """
     stats = jax.local_devices()[0].memory_stats()
-    total = stats["bytes_limit"] if stats else min([_find_host_memory(), *_read_cgroup_limits()])
+    total = stats["bytes_limit"] if stats else min([_get_host_memory(), *_read_cgroup_limits()])
     return int(total * _MEMORY_SHARE)
 
 
-def _find_host_memory() -> int:
+def _get_host_memory() -> int:
     """Return the machine's memory in bytes."""
     try:
         import psutil
-    except ImportError:  # psutil is optional
+    except ImportError:  # psutil is a dependency, but `pip install --no-deps` omits it
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return psutil.virtual_memory().total
 
@@ -134,7 +134,7 @@ def jit_for_problem(
             bare = tuple(arg.without_names() if isinstance(arg, Problem) else arg for arg in args)
             problem = next(arg for arg in bare if isinstance(arg, Problem))
             others = [arg for arg in bare if arg is not problem]
-            backend = find_backend(problem, others) if is_concrete(bare) else None
+            backend = get_backend(problem, others) if is_concrete(bare) else None
             return compile_for(backend)(*bare, **kwargs)  # pyright: ignore[reportCallIssue]
 
         return call

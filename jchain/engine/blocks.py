@@ -14,10 +14,10 @@ from jchain._typing import Array, Bool, Int, Shaped
 from jchain.engine.layer_calls import (
     ArrayShape,
     empty_results,
+    estimate_call_bytes,
+    estimate_head_bytes,
     evaluate_heads,
-    find_call_bytes,
-    find_head_bytes,
-    find_member_bytes,
+    get_member_bytes,
     locate,
     nbytes,
 )
@@ -82,11 +82,11 @@ class Blocks:
         """Estimate the size of activations and temporaries in bytes."""
         bank, size = problem.bank, nbytes(hidden)
         kept = 2 * (self.block_size + 1) + problem.max_layers + 2
-        weights = 0 if self.share is Share.LAYER else max(map(find_member_bytes, bank.layers))
+        weights = 0 if self.share is Share.LAYER else max(map(get_member_bytes, bank.layers))
         # A call copies its input, and a batch of heads may be wider than a batch of layers.
-        layers = self.widths[-1] * (find_call_bytes(bank.layers, hidden) + weights)
+        layers = self.widths[-1] * (estimate_call_bytes(bank.layers, hidden) + weights)
         width = self.head_widths[-1]
-        heads = find_head_bytes(problem, hidden, width) + width * size
+        heads = estimate_head_bytes(problem, hidden, width) + width * size
         return kept * size + max(layers, heads)
 
     def evaluate(

@@ -13,9 +13,9 @@ from jchain.engine.layer_calls import (
     ArrayShape,
     apply_token,
     empty_results,
+    estimate_call_bytes,
+    estimate_head_bytes,
     evaluate_heads,
-    find_call_bytes,
-    find_head_bytes,
     nbytes,
 )
 from jchain.engine.prefix_sharing import SortedChains
@@ -31,7 +31,8 @@ class DepthFirst:
     def count_bytes(self, problem: Problem, hidden: ArrayShape) -> int:
         """Estimate the size of activations and temporaries in bytes."""
         call = max(
-            find_call_bytes(problem.bank.layers, hidden), find_head_bytes(problem, hidden, 1)
+            estimate_call_bytes(problem.bank.layers, hidden),
+            estimate_head_bytes(problem, hidden, 1),
         )
         return (problem.max_layers + 2) * nbytes(hidden) + call
 
@@ -39,7 +40,7 @@ class DepthFirst:
         self, problem: Problem, hidden: Array, population: SortedChains
     ) -> tuple[Array, Array]:
         """Compute loss, without the layer penalty, and accuracy of sorted chains, `[P]` each."""
-        order = _find_order(population)
+        order = _compute_order(population)
         chains, length, _ = population
 
         # The loop that calls heads does not carry the path. In each of its iterations, XLA would
@@ -84,7 +85,7 @@ class _Carry(NamedTuple):
     results: tuple[Float[Array, "P"], Float[Array, "P"]]  # loss and accuracy, [P] each
 
 
-def _find_order(population: SortedChains) -> _Order:
+def _compute_order(population: SortedChains) -> _Order:
     chains, length, first_new = population
     num_chains, num_slots = chains.shape
     slots = jnp.arange(num_slots)[None]

@@ -43,7 +43,7 @@ def initialize(
     given = (coordinator, num_processes, process_id)
     if any(value is None for value in given) and any(value is not None for value in given):
         raise ValueError(
-            "expected coordinator, num_processes and process_id together, or none of them, got "
+            "expected coordinator, num_processes, and process_id together, or none of them, got "
             f"{given}"
         )
     if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:

@@ -18,13 +18,13 @@ from jchain import chain as chain_lib
 from jchain._typing import Array, Float, Int, Shaped
 from jchain.bank import Bank
 from jchain.chain import ChainsLike
-from jchain.engine.backend import default_memory_limit, find_backend
+from jchain.engine.backend import default_memory_limit, get_backend
 from jchain.engine.layer_calls import apply_token
 from jchain.engine.plans import Plan
 from jchain.engine.population import Evaluation, Options, cast, evaluate_population
 from jchain.engine.prefix_sharing import count_calls
 from jchain.problem import Problem
-from jchain.pytree import is_concrete
+from jchain.pytree import describe_type, is_concrete
 
 _MAX_CHAINS = 2**22
 _DTYPES = (jnp.bfloat16, jnp.float32)
@@ -266,6 +266,10 @@ def _prepare(
 
 def _check_chains(problem: Problem, chains: ChainsLike) -> Array | np.ndarray:
     """Return the chains as an array, after a check of their shape and, unless traced, values."""
+    if not isinstance(problem, Problem):
+        raise ValueError(f"expected a jc.Problem, got {describe_type(problem)}")
+    if isinstance(chains, list | tuple) and all(isinstance(row, list | tuple) for row in chains):
+        chains = chain_lib.pad(chains, problem.max_layers)  # pyright: ignore[reportArgumentType]
     tokens = problem.space.validate(chains) if is_concrete(chains) else jnp.asarray(chains)
     shape = tokens.shape
     if len(shape) != 2 or shape[0] == 0 or shape[1] != problem.max_layers + 1:
@@ -274,6 +278,13 @@ def _check_chains(problem: Problem, chains: ChainsLike) -> Array | np.ndarray:
             f"{list(shape)}"
         )
     return tokens
+
+
+def _is_supported(dtype: DTypeLike) -> bool:
+    try:
+        return jnp.dtype(dtype) in map(jnp.dtype, _DTYPES)
+    except (TypeError, ValueError):  # not a dtype, such as torch.float32
+        return False
 
 
 def _place(
@@ -285,8 +296,8 @@ def _place(
     plan: Plan | None,
 ) -> tuple[Problem, Array, Options]:
     """Check all arguments except the chains, and move the inputs to the devices."""
-    if dtype is not None and jnp.dtype(dtype) not in map(jnp.dtype, _DTYPES):
-        raise ValueError(f"expected a dtype of bfloat16 or float32, got {jnp.dtype(dtype).name}")
+    if dtype is not None and not _is_supported(dtype):
+        raise ValueError(f"expected a dtype of jnp.bfloat16 or jnp.float32, got {dtype!r}")
     if memory_limit is not None and memory_limit < 1:
         raise ValueError(f"expected a memory_limit of at least 1 byte, got {memory_limit}")
     if mesh is not None:
@@ -296,6 +307,6 @@ def _place(
         None if dtype is None else jnp.dtype(dtype),
         memory_limit,
         plan,
-        find_backend(problem, tokens),
+        get_backend(problem, tokens),
     )
     return problem, tokens, options

@@ -19,12 +19,12 @@ _NUM_READ = 64
 _MIX = (0x85EBCA6B, 0xC2B2AE35)
 
 
-def find_fingerprints(problem: Problem, chains: Int[Array, "P L"]) -> UInt[Array, "P"]:
+def compute_fingerprints(problem: Problem, chains: Int[Array, "P L"]) -> UInt[Array, "P"]:
     """Return a hash, for each chain, of everything that its loss depends on besides its tokens.
 
     The examples, the labels, the layer costs, and the versions of the weights are read in full. Of
     the weights, at most 64 evenly spaced numbers of each leaf are read: enough to tell banks apart,
-    but weights that are changed in place need new versions (`Bank.replace`). Works under `jit`,
+    but weights that are changed in position need new versions (`Bank.replace`). Works under `jit`,
     where a loop computes the hash of the problem only once.
 
     Args:
@@ -46,7 +46,7 @@ def _hash_entries(bank: Bank) -> UInt[Array, "E"]:
     values = _mix(bank.get_versions().astype(jnp.uint32) + 1)
     for group in (*bank.layers, *bank.heads):
         members = jnp.zeros(len(group.tokens), jnp.uint32)
-        for leaf in jax.tree.leaves(group.params):
+        for leaf in jax.tree.leaves((group.params, group.state)):
             members = _mix(members ^ jax.vmap(_hash)(_sample(leaf)))
         values = values.at[np.array(group.tokens)].add(members)
     return values
@@ -74,8 +74,8 @@ def _sample(leaf: Array) -> Array:
 def _hash(leaf: Array) -> UInt[Array, ""]:
     """Hash the bits and the shape of an array; the order of its numbers matters."""
     words = _to_words(leaf)
-    place = jnp.arange(words.size, dtype=jnp.uint32)
-    total = jnp.sum(_mix(words ^ _mix(place + 1)), dtype=jnp.uint32)
+    position = jnp.arange(words.size, dtype=jnp.uint32)
+    total = jnp.sum(_mix(words ^ _mix(position + 1)), dtype=jnp.uint32)
     return total + jnp.uint32(zlib.crc32(repr((leaf.shape, str(leaf.dtype))).encode()))
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jchain._typing import Array
 from jchain.engine.layer_calls import ArrayShape
 from jchain.engine.prefix_sharing import SortedChains, pad_to_multiple
+from jchain.modules import apply_module
 from jchain.problem import Problem
 
 
@@ -69,8 +70,8 @@ class Fused:
         chains, length, _ = pad_to_multiple(population, size)
         head = jnp.take_along_axis(chains, length[:, None], axis=1)[:, 0] - problem.bank.num_layers
         # With one group, the indices in the group are a permutation of the tokens.
-        place_of = jnp.argsort(jnp.asarray(head_group.tokens))
-        blocks = [a.reshape(-1, size, *a.shape[1:]) for a in (chains, length, place_of[head])]
+        member_of = jnp.argsort(jnp.asarray(head_group.tokens))
+        blocks = [a.reshape(-1, size, *a.shape[1:]) for a in (chains, length, member_of[head])]
 
         def evaluate_block(block: list[Array]) -> tuple[Array, Array]:
             chains, length, head = block
@@ -89,8 +90,8 @@ def _run_chains(tile: int, problem: Problem, hidden: Array, chains: Array, lengt
     from jax.experimental import pallas as pl
 
     group = problem.bank.layers[0]
-    place_of = jnp.argsort(jnp.asarray(group.tokens)).astype(jnp.int32)
-    leaves, structure = jax.tree.flatten(group.params)
+    member_of = jnp.argsort(jnp.asarray(group.tokens)).astype(jnp.int32)
+    leaves, structure = jax.tree.flatten((group.params, group.state))
     num_examples, num_features = hidden.shape
     tile = min(tile, num_examples)
     num_chains, num_slots = chains.shape
@@ -100,8 +101,9 @@ def _run_chains(tile: int, problem: Problem, hidden: Array, chains: Array, lengt
         chain_ref, length_ref, x_ref, *weight_refs, out_ref = refs
 
         def call(t: Array, h: Array) -> Array:
-            member = jax.tree.unflatten(structure, [ref[chain_ref[0, t]] for ref in weight_refs])
-            return group.module.apply({"params": member}, h)  # pyright: ignore[reportReturnType]
+            read = [ref[chain_ref[0, t]] for ref in weight_refs]
+            params, state = jax.tree.unflatten(structure, read)
+            return apply_module(group.module, params, state, h)
 
         out_ref[0] = jax.lax.fori_loop(0, length_ref[0], call, x_ref[...])
 
@@ -121,7 +123,7 @@ def _run_chains(tile: int, problem: Problem, hidden: Array, chains: Array, lengt
         out_shape=jax.ShapeDtypeStruct((num_chains, *padded.shape), hidden.dtype),
         interpret=jax.default_backend() == "cpu",
     )(
-        place_of[jnp.where(chains < problem.bank.num_layers, chains, 0)],
+        member_of[jnp.where(chains < problem.bank.num_layers, chains, 0)],
         length.astype(jnp.int32),
         padded,
         *leaves,

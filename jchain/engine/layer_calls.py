@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Protocol, TypeVar, runtime_checkable
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from jchain._typing import Array, Int, PyTree
 from jchain.groups import LayerGroup
+from jchain.modules import Module, apply_module
 from jchain.problem import Problem
 
 T = TypeVar("T")
@@ -60,19 +60,21 @@ def apply_all(groups: tuple[LayerGroup, ...], hidden: Array) -> Array:
     outputs: list[Array] = []
     for group in groups:
 
-        def call(params: PyTree, module: nn.Module = group.module) -> Array:
-            return module.apply({"params": params}, hidden)  # pyright: ignore[reportReturnType]
+        def call(trees: tuple[PyTree, PyTree], module: Module = group.module) -> Array:
+            return apply_module(module, *trees, hidden)
+
+        stacked = group.params, group.state
 
         if count_convolutions(group, hidden) > 1:
             # Under vmap, all convolutions except the first become grouped convolutions, which take
             # up to twice as long on CPU as applying one layer at a time.
             one_by_one = partial(jax.lax.map, call)
             outputs.append(
-                jax.lax.platform_dependent(group.params, cpu=one_by_one, default=jax.vmap(call))
+                jax.lax.platform_dependent(stacked, cpu=one_by_one, default=jax.vmap(call))
             )
         else:
             # A module without params has no leaf from which vmap could read the axis size.
-            outputs.append(jax.vmap(call, axis_size=len(group.tokens))(group.params))
+            outputs.append(jax.vmap(call, axis_size=len(group.tokens))(stacked))
     order = np.argsort([token for group in groups for token in group.tokens])
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)[order]
 
@@ -146,11 +148,11 @@ def count_examples_per_call(problem: Problem, hidden: ArrayShape, width: int) ->
       hidden: the activations of one chain, `[B, ...F]`. Only their shape and dtype are read.
       width: the number of chains in the call.
     """
-    parts = -(-width * nbytes(find_outputs(problem, hidden)) // _OUTPUT_LIMIT)
+    parts = -(-width * nbytes(get_output_shape(problem, hidden)) // _OUTPUT_LIMIT)
     return max(1, hidden.shape[0] // max(1, parts))
 
 
-def find_outputs(problem: Problem, hidden: ArrayShape) -> jax.ShapeDtypeStruct:
+def get_output_shape(problem: Problem, hidden: ArrayShape) -> jax.ShapeDtypeStruct:
     """Return the shape and dtype of a head's outputs."""
     return jax.eval_shape(
         lambda problem, hidden: problem.bank.heads[0].apply(0, hidden), problem, hidden
@@ -165,7 +167,7 @@ def empty_results(problem: Problem, hidden: ArrayShape, size: int) -> tuple[Arra
     return jax.tree.map(lambda a: jnp.zeros(size, a.dtype), results)
 
 
-def find_call_bytes(groups: tuple[LayerGroup, ...], hidden: ArrayShape) -> int:
+def estimate_call_bytes(groups: tuple[LayerGroup, ...], hidden: ArrayShape) -> int:
     """Estimate the temporaries of one call, in bytes, as twice the largest array in a layer."""
     avals = [
         var.aval
@@ -177,17 +179,19 @@ def find_call_bytes(groups: tuple[LayerGroup, ...], hidden: ArrayShape) -> int:
     return 2 * max(sizes, default=0)
 
 
-def find_head_bytes(problem: Problem, hidden: ArrayShape, width: int) -> int:
+def estimate_head_bytes(problem: Problem, hidden: ArrayShape, width: int) -> int:
     """Estimate the temporaries of a call of heads for `width` chains, in bytes."""
     rows = count_examples_per_call(problem, hidden, width)
-    return width * find_call_bytes(
+    return width * estimate_call_bytes(
         problem.bank.heads, jax.ShapeDtypeStruct((rows, *hidden.shape[1:]), hidden.dtype)
     )
 
 
-def find_member_bytes(group: LayerGroup) -> int:
+def get_member_bytes(group: LayerGroup) -> int:
     """Return the size of the weights of one layer of a group, in bytes."""
-    return sum(nbytes(leaf) for leaf in jax.tree.leaves(group.params)) // len(group.tokens)
+    return sum(nbytes(leaf) for leaf in jax.tree.leaves((group.params, group.state))) // len(
+        group.tokens
+    )
 
 
 def count_convolutions(group: LayerGroup, hidden: ArrayShape) -> int:

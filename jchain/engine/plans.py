@@ -13,8 +13,8 @@ from jchain.engine.depth_first import DepthFirst
 from jchain.engine.layer_calls import (
     ArrayShape,
     count_convolutions,
-    find_member_bytes,
-    find_outputs,
+    get_member_bytes,
+    get_output_shape,
     nbytes,
 )
 from jchain.engine.prefix_sharing import SortedChains
@@ -91,9 +91,8 @@ def choose_plan(
     smallest = DepthFirst().count_bytes(problem, hidden)
     if limit < smallest:
         raise ValueError(
-            f"memory_limit is too small: expected at least {smallest:,} bytes, which one node at a "
-            f"time needs with activations of {size:,} bytes along {problem.max_layers} layers, got "
-            f"{limit:,}"
+            f"memory_limit must be at least {smallest:,} bytes to evaluate one chain at a time "
+            f"(activations of {size:,} bytes along {problem.max_layers} layers); got {limit:,}"
         )
     choose = _choose_on_cpu if backend == "cpu" else _choose_on_accelerator
     largest, least = choose(problem, hidden, num_chains)
@@ -122,7 +121,7 @@ def _choose_on_cpu(problem: Problem, hidden: ArrayShape, num_chains: int) -> tup
         # Siblings share the input of only their first convolution. The other convolutions would
         # become grouped, which takes two to five times as long.
         widths = (1,)
-    head_size = max(size, nbytes(find_outputs(problem, hidden)))
+    head_size = max(size, nbytes(get_output_shape(problem, hidden)))
     plan = Blocks(
         max(1, min(_MAX_CPU_BLOCK, _BLOCK_CACHE // (2 * size))),
         widths,
@@ -138,7 +137,7 @@ def _choose_on_accelerator(
 ) -> tuple[Blocks, int]:
     """Return the plan without a memory limit, and the smallest block worth its overhead."""
     has_convolution = any(count_convolutions(group, hidden) for group in problem.bank.layers)
-    weights = 0 if has_convolution else max(map(find_member_bytes, problem.bank.layers))
+    weights = 0 if has_convolution else max(map(get_member_bytes, problem.bank.layers))
     widths = _ladder(min(_MAX_WIDTH, _CALL_FILL // max(nbytes(hidden), weights)))
     share = Share.LAYER if has_convolution else Share.NOTHING
     return Blocks(num_chains, widths, share, widths), 1

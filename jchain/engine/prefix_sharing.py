@@ -1,7 +1,7 @@
 """Find the calls that a population needs, given that chains share the nodes of their prefixes.
 
 A *node* is a distinct (prefix, layer) pair of the population and takes one layer call. In sorted
-chains, shared prefixes are adjacent: the new nodes of chain `i` start at the first slot in which it
+chains, shared prefixes are adjacent: the new nodes of chain `i` start at the first slot where it
 differs from chain `i - 1`.
 """
 
@@ -76,7 +76,7 @@ def pad_to_multiple(population: SortedChains, number: int) -> SortedChains:
 
 
 def find_first_new(chains: Int[Array, "P L"]) -> Int[Array, "P"]:
-    """Return the first slot in which each sorted chain differs from the chain before it.
+    """Return the first slot where each sorted chain differs from the chain before it.
 
     This is 0 for the first chain, and L if the two chains are equal.
     """
@@ -121,21 +121,23 @@ def batch_rows(
       widths: the sizes of batches, ascending from 1, each a multiple of the previous one.
     """
     size = is_call.shape[0]
-    places = jnp.arange(size)
-    *keys, order = jax.lax.sort([~is_call, group, member, places], num_keys=3, is_stable=True)
+    positions = jnp.arange(size)
+    *keys, order = jax.lax.sort([~is_call, group, member, positions], num_keys=3, is_stable=True)
     is_same = jnp.stack([key[1:] == key[:-1] for key in keys]).all(axis=0)
-    first = jax.lax.cummax(jnp.where(jnp.append(True, ~is_same), places, 0))
-    last = jax.lax.cummin(jnp.where(jnp.append(~is_same, True), places, size - 1), reverse=True)
+    first = jax.lax.cummax(jnp.where(jnp.append(True, ~is_same), positions, 0))
+    last = jax.lax.cummin(jnp.where(jnp.append(~is_same, True), positions, size - 1), reverse=True)
     run_length, is_call, group = last - first + 1, ~keys[0], keys[1]
     starts, counts = [[] for _ in range(num_groups)], [[] for _ in range(num_groups)]
     for width, wider in zip(widths, (*widths[1:], None), strict=True):
         # Wider batches cover the start of a run, so the rest is at its end.
         rest = run_length if wider is None else run_length % wider
-        place = places - first - (run_length - rest)
-        is_start = is_call & (place >= 0) & (place < rest // width * width) & (place % width == 0)
+        offset = positions - first - (run_length - rest)
+        is_start = (
+            is_call & (offset >= 0) & (offset < rest // width * width) & (offset % width == 0)
+        )
         for g in range(num_groups):
             is_of_group = is_start & (group == g)
-            starts[g].append(jnp.sort(jnp.where(is_of_group, places, size)))
+            starts[g].append(jnp.sort(jnp.where(is_of_group, positions, size)))
             counts[g].append(jnp.sum(is_of_group))
-    position = jnp.zeros_like(order).at[order].set(places)
+    position = jnp.zeros_like(order).at[order].set(positions)
     return Batches(order, position, tuple(map(tuple, starts)), tuple(map(tuple, counts)))

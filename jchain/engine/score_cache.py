@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jchain._typing import Array, Bool, Float, Int, UInt
 from jchain.chain import PADDING
 from jchain.engine.evaluate import evaluate
-from jchain.engine.fingerprint import find_fingerprints
+from jchain.engine.fingerprint import compute_fingerprints
 from jchain.problem import Problem
 
 _SIZE, _NUM_WAYS = 2**15, 8
@@ -23,7 +23,7 @@ _SIZE, _NUM_WAYS = 2**15, 8
 class ScoreCache(NamedTuple):
     """A set-associative cache of losses.
 
-    The hash of a chain selects its set, from which the oldest chain is evicted.
+    The hash of a chain selects its set, whose oldest chain is evicted.
     """
 
     chains: Int[Array, "M W L"]  # [M, W, L], all -1 in an empty entry
@@ -63,15 +63,15 @@ def evaluate_cached(
       The cache with these chains stored, their losses `[P]`, and the layer calls that the new
       chains cost.
     """
-    fingerprint = find_fingerprints(problem, chains)
-    place, is_match = _find(cache, chains, fingerprint)
+    fingerprint = compute_fingerprints(problem, chains)
+    set_index, is_match = _find(cache, chains, fingerprint)
     is_known = is_match.any(axis=1)
     # Replace cached chains with a chain of only a head, which costs no layer call.
     new = jnp.where(is_known[:, None], problem.space.head_alone[None], chains)
     out = evaluate(problem, new)
-    known = jnp.where(is_match, cache.loss[place], 0.0).sum(axis=1)
+    known = jnp.where(is_match, cache.loss[set_index], 0.0).sum(axis=1)
     loss = jnp.where(is_known, known, out.loss)
-    return _store(cache, place, chains, fingerprint, loss, ~is_known), loss, out.layer_calls
+    return _store(cache, set_index, chains, fingerprint, loss, ~is_known), loss, out.layer_calls
 
 
 def is_cached(cache: ScoreCache, problem: Problem, chains: Int[Array, "P L"]) -> Bool[Array, "P"]:
@@ -82,21 +82,21 @@ def is_cached(cache: ScoreCache, problem: Problem, chains: Int[Array, "P L"]) ->
       problem: the problem, whose bank decides which losses are out of date.
       chains: the tokens of the chains, `[P, L]`.
     """
-    return _find(cache, chains, find_fingerprints(problem, chains))[1].any(axis=1)
+    return _find(cache, chains, compute_fingerprints(problem, chains))[1].any(axis=1)
 
 
 def _find(
     cache: ScoreCache, chains: Int[Array, "P L"], fingerprint: UInt[Array, "P"]
 ) -> tuple[Int[Array, "P"], Bool[Array, "P W"]]:
     """Return the set of each chain, and which entry of the set holds the chain."""
-    place = _hash(chains) % cache.loss.shape[0]
-    is_same = (cache.chains[place] == chains[:, None]).all(axis=-1)
-    return place, is_same & (cache.fingerprint[place] == fingerprint[:, None])
+    set_index = _hash(chains) % cache.loss.shape[0]
+    is_same = (cache.chains[set_index] == chains[:, None]).all(axis=-1)
+    return set_index, is_same & (cache.fingerprint[set_index] == fingerprint[:, None])
 
 
 def _store(
     cache: ScoreCache,
-    place: Int[Array, "P"],
+    set_index: Int[Array, "P"],
     chains: Int[Array, "P L"],
     fingerprint: UInt[Array, "P"],
     loss: Float[Array, "P"],
@@ -107,9 +107,9 @@ def _store(
     is_earlier = jnp.tri(chains.shape[0], k=-1, dtype=bool)
     is_new &= ~((chains[:, None] == chains[None]).all(axis=-1) & is_earlier).any(axis=1)
     # New chains of the same set take consecutive entries; chains that do not fit are not stored.
-    rank = ((place[:, None] == place[None]) & is_earlier & is_new[None]).sum(axis=1)
-    row = jnp.where(is_new & (rank < num_ways), place, num_sets)
-    way = (cache.num_stored[place] + rank) % num_ways
+    rank = ((set_index[:, None] == set_index[None]) & is_earlier & is_new[None]).sum(axis=1)
+    row = jnp.where(is_new & (rank < num_ways), set_index, num_sets)
+    way = (cache.num_stored[set_index] + rank) % num_ways
     return ScoreCache(
         cache.chains.at[row, way].set(chains.astype(jnp.int32), mode="drop"),
         cache.loss.at[row, way].set(loss.astype(cache.loss.dtype), mode="drop"),

@@ -16,7 +16,7 @@ import numpy as np
 
 from jchain._typing import Array, Float, Int
 from jchain.chain import ChainsLike
-from jchain.engine.backend import find_backend, jit_for_problem
+from jchain.engine.backend import get_backend, jit_for_problem
 from jchain.engine.layer_calls import apply_token
 from jchain.gradient import weight_space
 from jchain.gradient.joint_moves import JointMoves, join
@@ -110,12 +110,15 @@ def score_edits(
 
     - `"linearized"` evaluates the loss at the outputs plus their first-order change. `R` is
       `num_products`; by default it is the number of outputs of an example if that is at most 64,
-      else 17. With fewer products than outputs, the method depends on the loss. For a softmax with
-      one class label per example, each of the likeliest other classes has a product for its margin
-      over the label, and the remaining classes share one (for `C` classes, `C - 1` products cover
-      all). Any other loss is expanded to second order in the outputs (Gauss-Newton). Its Hessian is
-      an expectation over samples: labels drawn from the softmax for cross-entropy (Fisher),
-      otherwise random signs (Hutchinson), which take two products each.
+      else 17. With fewer products than outputs, the method depends on the loss:
+
+        - For a softmax with one class label per example, the most likely wrong classes each get one
+          product (their margin over the label); all remaining classes share one. For `C` classes,
+          `C - 1` products cover all.
+        - Any other loss is expanded to second order in the outputs (Gauss-Newton). Its Hessian is
+          an expectation over samples: labels drawn from the softmax for cross-entropy (Fisher),
+          otherwise random signs (Hutchinson), which take two products each.
+
     - `"activations"` expands the loss to first order in the activations:
       `<dL/dh_{t+1}, f_b(h_t) - f_t(h_t)>`, with `R = 1`.
     - `"weights"` expands the loss to first order in the weights: `<dL/dW_t, W_b - W_t>`. It scores
@@ -154,7 +157,7 @@ def score_edits(
         all_members(problem.bank),
         kind=kind,
         num_products=num_products,
-        backend=find_backend(problem, chain),
+        backend=get_backend(problem, chain),
     )[0]
 
 
@@ -177,11 +180,11 @@ def weight_gradients(problem: Problem, chain: ChainsLike) -> Float[Array, "L W"]
     """
     chain = _check(problem, chain, "weights")
     weight_space.only_group(problem.bank)
-    return _find_weight_gradients(problem.without_names(), chain)
+    return _compute_weight_gradients(problem.without_names(), chain)
 
 
 @jax.jit
-def _find_weight_gradients(problem: Problem, chain: Array) -> Array:
+def _compute_weight_gradients(problem: Problem, chain: Array) -> Array:
     _check_gradients(problem, "weights")
     return weight_space.flatten_gradients(problem, chain, forward_pass(problem, chain))
 
@@ -202,7 +205,7 @@ def score_moves(
     Args:
       problem: the bank, the split of data, and the loss.
       chain: the tokens of the chain, `[L]`. They are checked unless they are traced.
-      num_best: the number of swaps of each slot from which joint moves are built, at most N.
+      num_best: the number of swaps per slot that joint moves combine, at most N.
       num_pairs: the number of pairs of swaps to return, at most `(L num_best)^2`.
       members: for each group of the bank's layers, the indices within the group of the layers to
         score; None for all layers. Scores of other layers are nan.
@@ -234,7 +237,7 @@ def score_moves(
         num_products=num_products,
         num_best=num_best,
         num_pairs=num_pairs,
-        backend=find_backend(problem, chain),
+        backend=get_backend(problem, chain),
     )
     assert joint is not None  # num_best is at least 1
     return scores, joint
@@ -244,13 +247,13 @@ def _check_members(problem: Problem, members: tuple[Array, ...]) -> None:
     sizes = [len(group.tokens) for group in problem.bank.layers]
     if len(members) != len(sizes) or any(jnp.ndim(rows) != 1 for rows in members):
         raise ValueError(
-            f"expected places [n] for each of {len(sizes)} groups of layers, "
-            f"got {len(members)} arrays"
+            f"members: expected one 1-D index array per layer group ({len(sizes)}), "
+            f"got {len(members)}"
         )
     for size, rows in zip(sizes, members, strict=True):
         if is_concrete(rows) and np.size(rows) and not (np.min(rows) >= 0 and np.max(rows) < size):
             raise ValueError(
-                f"expected places in 0..{size - 1}, got {np.min(rows)}..{np.max(rows)}"
+                f"members: expected indices in 0..{size - 1}, got {np.min(rows)}..{np.max(rows)}"
             )
 
 
@@ -347,7 +350,7 @@ def _score_by_weights(
     problem: Problem, chain: Int[Array, "L"], learning_rate: Float[Array, ""] | None
 ) -> EditScores:
     forward = forward_pass(problem, chain)
-    swap = weight_space.score_swaps(problem, chain, forward, learning_rate)
+    swap = weight_space.score_swaps_by_weights(problem, chain, forward, learning_rate)
     unknown = jnp.full_like(swap, jnp.nan)
     parts = (swap, unknown, unknown[:, 0])
     return add_layer_penalty(problem, chain, forward, parts, 4 * forward.length)
@@ -368,7 +371,7 @@ def _score_by_outputs(
     num_slots = jnp.minimum(forward.length + 1, problem.max_layers)
     last = Carry(vjps, jnp.array(True))
     swap, insert, delete, best = scan_backward(step_fn, last, chain, forward, num_slots)
-    num_scored = sum(places.shape[0] for places in members)
+    num_scored = sum(indices.shape[0] for indices in members)
     calls = num_scored * num_slots + (2 + predictor.num_products) * forward.length
     joint = None
     if best is not None:

@@ -76,7 +76,7 @@ def join(
     Args:
       problem: the problem, whose `layer_cost` gives the layer penalty.
       chain: the chain before the moves, `[L]`.
-      token: the tokens of the swaps from which moves are built, `[L, m]`.
+      token: the tokens of the swaps that moves combine, `[L, m]`.
       change: the change that each swap makes in the products of the outputs, `[L, m, b, R]`; nan if
         there is no such swap.
       predict_fn: a function from a change of the products, `[b, R]`, to the change of loss, without
@@ -116,8 +116,8 @@ def join(
     _, (greedy, greedy_score) = jax.lax.scan(add, start, length=num_slots)
     loss = jax.lax.map(lambda i: predict(flat[i], penalty[i]), jnp.arange(slot.size))
     is_pair = is_swap[:, None] & is_swap[None] & (slot[:, None] < slot[None])
-    gain, place = jax.lax.top_k(-jnp.where(is_pair, loss, jnp.inf).reshape(-1), num_pairs)
-    pairs = jax.vmap(lambda i: swap(swap(chain, i // slot.size), i % slot.size))(place)
+    gain, index = jax.lax.top_k(-jnp.where(is_pair, loss, jnp.inf).reshape(-1), num_pairs)
+    pairs = jax.vmap(lambda i: swap(swap(chain, i // slot.size), i % slot.size))(index)
     is_known = jnp.isfinite(gain)
     pairs = jnp.where(is_known[:, None], pairs, chain[None])
     return JointMoves(

@@ -112,8 +112,8 @@ def _name_tensors(weights: PyTree, gradient: PyTree, fisher: PyTree) -> dict[str
 
 
 def _take_params(bank: Bank, token: int) -> PyTree:
-    group, place = bank.find(token)
-    return jax.tree.map(lambda leaf: leaf[place], group.params)
+    group, index = bank.find(token)
+    return jax.tree.map(lambda leaf: leaf[index], group.params)
 
 
 @partial(jax.jit, static_argnames="route")
@@ -122,17 +122,18 @@ def _differentiate(
 ) -> tuple[Array, list[PyTree], list[PyTree]]:
     """Compute the loss, and each layer's weight gradient and empirical Fisher information."""
     bank = problem.bank
-    head, head_params = bank.find(route[-1])[0], _take_params(bank, route[-1])
+    head, head_index = bank.find(route[-1])
 
-    def find_loss(owns: list[PyTree], x: Shaped[Array, "..."], y: Shaped[Array, "..."]) -> Array:
+    def compute_loss(owns: list[PyTree], x: Shaped[Array, "..."], y: Shaped[Array, "..."]) -> Array:
         hidden: Any = bank.embed(x[None])
         for token, params in zip(route[:-1], owns, strict=True):
-            hidden = bank.find(token)[0].module.apply({"params": params}, hidden)
-        outputs: Any = head.module.apply({"params": head_params}, hidden)
+            group, index = bank.find(token)
+            hidden = group.apply_params(index, params, hidden)
+        outputs: Any = head.apply(head_index, hidden)
         return jnp.mean(problem.loss_fn(outputs, y[None]))
 
     def differentiate(example: Batch) -> tuple[Array, list[PyTree], list[PyTree]]:
-        loss, gradients = jax.value_and_grad(find_loss)(owns, *example)
+        loss, gradients = jax.value_and_grad(compute_loss)(owns, *example)
         gradients = jax.tree.map(upcast, gradients)
         return loss, gradients, jax.tree.map(jnp.square, gradients)
 

@@ -32,7 +32,7 @@ class ForwardPass(NamedTuple):
 class Slot(NamedTuple):
     """One slot of a chain in a backward scan."""
 
-    place: Int[Array, ""]
+    position: Int[Array, ""]
     token: Int[Array, ""]
     before: Shaped[Array, "B ..."]  # [B, ...F], the input of the slot
     after: Shaped[Array, "B ..."]  # [B, ...F], its output
@@ -95,7 +95,7 @@ def scan_backward(
     Args:
       step_fn: a function `(carry, slot) -> (carry, output)`. The carry must keep its structure,
         shapes, and dtypes.
-      init: the carry with which the scan starts, at the last of these slots.
+      init: the carry at the start of the scan, which is at the last of these slots.
       chain: the tokens of the chain, `[L]`.
       forward: the forward pass of the chain.
       num_slots: the number of slots to visit. The other slots leave the carry unchanged, and their
@@ -106,7 +106,7 @@ def scan_backward(
     """
 
     def visit(carry: C, slot: Slot) -> tuple[C, T]:
-        return jax.lax.cond(slot.place < num_slots, step_fn, skip, carry, slot)
+        return jax.lax.cond(slot.position < num_slots, step_fn, skip, carry, slot)
 
     def skip(carry: C, slot: Slot) -> tuple[C, T]:
         return carry, jax.tree.map(full_nan, jax.eval_shape(step_fn, carry, slot)[1])
@@ -147,16 +147,16 @@ def map_layers(
       `members`.
     """
 
-    def score_group(group: LayerGroup, places: Array) -> tuple[Array, T]:
+    def score_group(group: LayerGroup, indices: Array) -> tuple[Array, T]:
         scores = jax.lax.map(
-            lambda place: score(group.apply(place, hidden)), places, batch_size=chunk
+            lambda index: score(group.apply(index, hidden)), indices, batch_size=chunk
         )
-        return jnp.asarray(group.tokens)[places], scores
+        return jnp.asarray(group.tokens)[indices], scores
 
     parts = [
-        score_group(group, places)
-        for group, places in zip(bank.layers, members, strict=True)
-        if places.shape[0]
+        score_group(group, indices)
+        for group, indices in zip(bank.layers, members, strict=True)
+        if indices.shape[0]
     ]
     tokens = jnp.concatenate([part[0] for part in parts])
     return jax.tree.map(

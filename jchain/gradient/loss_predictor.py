@@ -60,14 +60,14 @@ def compute_head_vjps(
       num_products: the number of vjps; see `make_loss_predictor`.
 
     Raises:
-      ValueError: if there are too few products, or activations are float16, in which the gradient
-        of a mean over many labels underflows.
+      ValueError: if there are too few products, or activations are float16: the gradient of a mean
+        over many labels would underflow.
     """
     hidden = forward.hidden[forward.length]
     if hidden.dtype == jnp.float16:
         raise ValueError(
             "expected activations of bfloat16 or wider for gradients, got float16: "
-            "load weights with dtype="
+            "reload the weights, e.g. with dtype=jnp.float32"
         )
     head = partial(apply_token, problem.bank.heads, chain[forward.length])
 
@@ -197,11 +197,13 @@ def _predict_from_classes(problem: Problem, logits: Array, num_products: int) ->
             label[:, 0], num_classes, dtype=logits.dtype
         )
 
-    def find_loss(margins: Array) -> Array:
+    def compute_loss(margins: Array) -> Array:
         return jax.nn.logsumexp(jnp.pad(margins, ((0, 0), (1, 0))), axis=1).mean()
 
     return LossPredictor(
-        margins.shape[1], cotangent_fn, lambda dots: find_loss(margins + dots) - find_loss(margins)
+        margins.shape[1],
+        cotangent_fn,
+        lambda dots: compute_loss(margins + dots) - compute_loss(margins),
     )
 
 

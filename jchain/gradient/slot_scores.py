@@ -70,7 +70,7 @@ def score_slot(
     """
     bank, predict_fn = problem.bank, predictor.predict_fn
     vjps, is_known = carry
-    is_layer = slot.place < length
+    is_layer = slot.position < length
     before = jax.lax.cond(
         is_layer, partial(_pull_back, bank.layers, slot.token, slot.before), lambda v: v, vjps
     )

@@ -143,18 +143,18 @@ def score_swaps(
     slots, num_layers = jnp.arange(chain.size), problem.bank.num_layers
     length = problem.space.count_layers(chain)
     moments: Moments = getattr(trends, context)
-    places = {
+    contexts = {
         "everywhere": jnp.zeros_like(slots),
         "slot": jnp.minimum(slots, problem.max_layers - 1),
         "before": jnp.where(slots == 0, num_layers, jnp.roll(chain, 1)),
         "layer": jnp.minimum(chain, num_layers - 1),
     }
-    place = jnp.maximum(places[context], 0)
+    index = jnp.maximum(contexts[context], 0)
     weights = stack_weights(problem)
     penalty = jnp.broadcast_to(problem.layer_cost, (num_layers,))
-    scores = moments.mean[place] @ weights.T + penalty[None]
+    scores = moments.mean[index] @ weights.T + penalty[None]
     own = jnp.take_along_axis(scores, jnp.clip(chain, 0, num_layers - 1)[:, None], axis=1)
-    is_known = (slots < length) & (moments.num_seen[place] > 0)
+    is_known = (slots < length) & (moments.num_seen[index] > 0)
     return jnp.where(is_known[:, None], scores - own, jnp.nan)
 
 

@@ -41,7 +41,7 @@ def only_group(bank: Bank) -> LayerGroup:
         indices in common.
     """
     if len(bank.layers) != 1:
-        raise ValueError(f"expected layers of one module, got {len(bank.layers)}")
+        raise ValueError(f"expected layers of one module, got {len(bank.layers)} modules")
     return bank.layers[0]
 
 
@@ -66,13 +66,15 @@ def flatten_gradients(
     return _scan_gradients(problem, chain, forward, flatten)
 
 
-def score_swaps(
+def score_swaps_by_weights(
     problem: Problem,
     chain: Int[Array, "L"],
     forward: ForwardPass,
     learning_rate: Float[Array, ""] | None = None,
 ) -> Float[Array, "L N"]:
-    """Score swaps by `<dL/dW_t, W_b - W_t>`; nan if unknown.
+    """Predict the change of loss when layer `b` replaces the layer at slot `t`.
+
+    The score is `<dL/dW_t, W_b - W_t>`, without the layer penalty; nan if unknown.
 
     Args:
       problem: the bank, the split of data, and the loss.
@@ -121,7 +123,7 @@ def _scan_gradients(
         own = jax.tree.map(lambda leaf: leaf[member_of[token]], group.params)
 
         def apply(params: PyTree, hidden: Array) -> Any:
-            return group.module.apply({"params": params}, hidden)
+            return group.apply_params(member_of[token], params, hidden)
 
         gradient, before = jax.vjp(apply, own, hidden)[1](after)
         return before, read_fn(group, own, gradient)

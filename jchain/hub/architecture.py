@@ -9,8 +9,8 @@ To add a model family, write a module like `jchain.hub.gpt2`. It must define:
   `Architecture`.
 
 Then add the module's name to `FAMILIES` in `jchain/files.py`, so that checkpoints and saved banks
-find it. Also add a case to `tests/hub/test_parity.py`, which compares the outputs of the family
-with those of transformers.
+find it. Also add a case to `tests/hub/test_parity.py`, which compares the family's outputs with
+transformers' outputs.
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ class Architecture(NamedTuple):
       stem: the embeddings.
       blocks: the blocks, in the order of the model.
       head: the last norm and the output layer.
-      prefix: start of all tensor names except those of the output layer. Files that were saved
+      prefix: start of all tensor names except the output layer's. Files that were saved
         without an output layer may omit this prefix.
       block_prefix: start of the tensor names of a block, after `prefix`; `{}` stands for the
         block's index.

@@ -15,7 +15,7 @@ from jchain._typing import PyTree
 from jchain.bank import Bank
 from jchain.groups import LayerGroup
 from jchain.hub.architecture import Architecture
-from jchain.hub.tensor_names import ModelNames, TensorNames, find_shapes
+from jchain.hub.tensor_names import ModelNames, TensorNames, get_shapes
 from jchain.hub.weights import WeightReader, Weights, choose_dtype
 from jchain.hub.wrapping import Entries, Entry, Exit, Restart, Within
 
@@ -48,7 +48,7 @@ def assemble_bank(sources: list[Source], dtype: DTypeLike | None, pinned: tuple[
             f"expected fewer pinned blocks than the {depth} of the model, at least 0, got {pinned}"
         )
     free = range(first, depth - last)  # indices of the blocks that are not pinned
-    features = find_shapes(architecture).features
+    features = get_shapes(architecture).features
     reader = WeightReader(_choose_dtype(sources, dtype))
 
     # Heads are read first, so that tied embeddings share the memory of the stacked heads.
@@ -69,7 +69,7 @@ def assemble_bank(sources: list[Source], dtype: DTypeLike | None, pinned: tuple[
         stem=stem,
         names=names,
         origins=origins,
-        parents=_find_parents(len(sources), len(free), has_restarts=has_restarts),
+        parents=_list_parents(len(sources), len(free), has_restarts=has_restarts),
     )
 
 
@@ -147,7 +147,7 @@ def _stack_layers(
 
 
 def _make_restarts(layers: list[LayerGroup], num_sources: int, features: int) -> LayerGroup:
-    """Make one restart for each model except the first; their tokens follow those of all blocks."""
+    """Make one restart for each model except the first; their tokens follow the blocks' tokens."""
     num_blocks = sum(len(group.tokens) for group in layers)
     dtype = jax.tree.leaves(layers[0].params)[0].dtype
     shares = jnp.eye(num_sources - 1, dtype=dtype)
@@ -178,7 +178,7 @@ def _name_tokens(
     return names, origins
 
 
-def _find_parents(
+def _list_parents(
     num_sources: int, num_free: int, *, has_restarts: bool
 ) -> tuple[tuple[int, ...], ...]:
     """List the original models as chains: a restart if one is needed, the blocks, and the head."""

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -72,7 +72,8 @@ def _unfold_layers(bank: Bank, tokens: Sequence[int]) -> tuple[int, list[ModelBl
             continue
         if isinstance(module, Within):
             module, params = module.block, params["block"]
-        blocks.append(ModelBlock(*parse_block_name(bank.names[token]), module, params))
+        block = cast(nn.Module, module)  # checkpoints have linen modules only
+        blocks.append(ModelBlock(*parse_block_name(bank.names[token]), block, params))
     return entry, blocks
 
 

@@ -1,4 +1,4 @@
-"""The options of a checkpoint's config.json, each of which is used, irrelevant, or rejected."""
+"""Tracks config options: each must be used, known to be irrelevant, or rejected."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ IRRELEVANT = (
 
 
 class Config:
-    """The options of a config, with a record of which of them were read.
+    """The options of a config, and a record of the options that were read.
 
     Attributes:
       options: the options by name.

@@ -170,8 +170,8 @@ def _make_labels(
 def load_images(
     checkpoint: PathLike,
     name: str,
-    seed: int = 0,
     *,
+    seed: int = 0,
     sizes: Sequence[int] | None = None,
     most: Sequence[int | None] | None = None,
     data_dir: str | Path | None = None,
@@ -185,7 +185,7 @@ def load_images(
       sizes: number of examples in each split; if None, all examples are used.
       most: maximum number of examples to keep in each split, because resized images need much
         memory; None for no maximum.
-      data_dir: folder that holds prepared data sets; if None, the one of tensorflow-datasets.
+      data_dir: folder that holds prepared data sets; if None, tensorflow-datasets' default folder.
 
     Raises:
       FileNotFoundError: if preprocessor_config.json is missing, or the data set is not prepared.
@@ -253,7 +253,7 @@ def token_loss(outputs: Float[Array, "*B T V"], y: Int[Array, "*B T"]) -> Float[
       y: the next tokens; negative labels are ignored.
 
     Returns:
-      The loss of each sequence; 0 for a sequence in which all labels are ignored.
+      The loss of each sequence; 0 if all labels of a sequence are ignored.
     """
     is_counted = y >= 0
     losses = optax.softmax_cross_entropy_with_integer_labels(outputs, jnp.maximum(y, 0))
@@ -270,7 +270,7 @@ def token_accuracy(outputs: Float[Array, "*B T V"], y: Int[Array, "*B T"]) -> Fl
       y: the next tokens; negative labels are ignored.
 
     Returns:
-      The accuracy of each sequence; 0 for a sequence in which all labels are ignored.
+      The accuracy of each sequence; 0 if all labels of a sequence are ignored.
     """
     is_counted = y >= 0
     is_correct = is_counted & (jnp.argmax(outputs, axis=-1) == y)
@@ -318,7 +318,7 @@ def _open_tokenizer(checkpoint: PathLike) -> tuple[int, Encoder]:
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
-        raise ImportError(f"text needs tokenizers: pip install 'jchain[text]' ({error})") from None
+        raise ImportError(f'text needs tokenizers: pip install -e ".[text]" ({error})') from None
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers does not raise a more specific class
@@ -384,7 +384,7 @@ def _split(
     given = np.array([len(x) - others.sum(), *others] if sizes is None else sizes)
     if given.shape != (len(SPLITS),) or given.min() < 1 or given.sum() > len(x):
         raise ValueError(
-            f"expected sizes of {', '.join(SPLITS)} of at least 1 and {len(x)} in all, got "
+            f"expected sizes of {', '.join(SPLITS)} of at least 1 and at most {len(x)} in all, got "
             f"{[*map(int, given)]}"
         )
     parts = np.split(order, np.cumsum(given))[: len(SPLITS)]

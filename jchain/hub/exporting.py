@@ -14,13 +14,13 @@ from flax import traverse_util
 from jchain import chain as chain_lib
 from jchain._typing import Array, Int, PyTree
 from jchain.bank import Bank
-from jchain.files import find_umask
+from jchain.files import get_umask
 from jchain.hub.architecture import Architecture
 from jchain.hub.chain_model import ChainModel, unfold_chain
 from jchain.hub.checkpoint import CONFIG, INDEX, WEIGHTS, JsonObject, read_json
 from jchain.hub.families import make_architecture
 from jchain.hub.model_card import make_card, make_mergekit_recipe
-from jchain.hub.tensor_names import find_names
+from jchain.hub.tensor_names import get_names
 from jchain.hub.wrapping import find_restarts
 
 CARD, RECIPE = "README.md", "mergekit.yaml"
@@ -75,7 +75,7 @@ def export(
     """
     out = Path(out)
     if out.exists():
-        raise FileExistsError(f"expected no folder at {out}, found one")
+        raise FileExistsError(f"{out} already exists; choose another output folder")
     if not isinstance(source, str | os.PathLike | Mapping):
         raise ValueError(f"expected a folder, or the folder of each model by name, got {source!r}")
     valid = chain_lib.validate(np.asarray(chain), bank.num_layers, bank.num_heads)
@@ -88,8 +88,8 @@ def export(
         raise ValueError("expected a chain of at least one block, got a head alone")
     config = make_config(model, architecture, options, first)
     tensors = collect_tensors(model, config, str(first / CONFIG))
-    paths = _find_paths(model, source)
-    changed = _find_changed(bank, tokens)
+    paths = _get_paths(model, source)
+    changed = _list_changed(bank, tokens)
     texts = {
         CONFIG: json.dumps(config, indent=2) + "\n",
         RECIPE: make_mergekit_recipe(model, paths, changed),
@@ -99,8 +99,8 @@ def export(
     return out
 
 
-def _find_paths(model: ChainModel, source: Source) -> dict[str, str]:
-    """Find the folder of each model that is part of the chain, by name."""
+def _get_paths(model: ChainModel, source: Source) -> dict[str, str]:
+    """Return the folder of each model that is part of the chain, by name."""
     used = {block.source for block in model.blocks} | {model.stem_source, model.head_source}
     names = sorted(used)
     known = source if isinstance(source, Mapping) else {names[0]: source}
@@ -112,7 +112,7 @@ def _find_paths(model: ChainModel, source: Source) -> dict[str, str]:
     return {name: str(known[name]) for name in names}
 
 
-def _find_changed(bank: Bank, tokens: Sequence[int]) -> list[str]:
+def _list_changed(bank: Bank, tokens: Sequence[int]) -> list[str]:
     """List the names of the chain's layers and head that were trained after loading."""
     versions = np.asarray(bank.get_versions())
     trained = {token for token in tokens if versions[token] > 0}
@@ -130,7 +130,7 @@ def _write_folder(
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        os.chmod(folder, 0o777 & ~find_umask())
+        os.chmod(folder, 0o777 & ~get_umask())
         _copy_small_files(source, folder)
         write_shards(folder, tensors, max_shard_size)
         for name, text in texts.items():
@@ -163,7 +163,7 @@ def make_config(
       source: folder of the source, for error messages.
 
     Raises:
-      ValueError: if the blocks are not those of the source or no config can describe their order.
+      ValueError: if the blocks are not the source's, or no config can describe their order.
     """
     for block in model.blocks:
         known = architecture.blocks
@@ -203,7 +203,7 @@ def has_tied_embeddings(model: ChainModel, architecture: Architecture) -> bool:
       architecture: the architecture of its source.
     """
     stem, head = _flatten(model.stem), _flatten(model.head)
-    names = find_names(architecture)
+    names = get_names(architecture)
     embeddings = {name: stem[path] for path, name in names.stem.items()}
     return all(
         np.array_equal(embeddings[name], head[path])
@@ -220,7 +220,7 @@ def collect_tensors(model: ChainModel, config: JsonObject, location: str) -> dic
       config: the config of the chain, which `make_config` returned.
       location: path of the source's config, for error messages.
     """
-    names = find_names(make_architecture(config, location))
+    names = get_names(make_architecture(config, location))
     parts = [model.stem, *(block.params for block in model.blocks), model.head]
     tensors: dict[str, np.ndarray] = {}
     for params, part_names in zip(parts, names.flatten(), strict=True):

@@ -9,7 +9,7 @@ from jchain.files import FAMILIES
 from jchain.hub.architecture import Architecture
 from jchain.hub.checkpoint import CONFIG, JsonObject, read_json
 from jchain.hub.config import Config
-from jchain.hub.tensor_names import find_shapes
+from jchain.hub.tensor_names import get_shapes
 
 
 def make_architecture(options: JsonObject, location: str) -> Architecture:
@@ -32,7 +32,7 @@ def make_architecture(options: JsonObject, location: str) -> Architecture:
     try:
         architecture = families[kind].make_architecture(config)
         config.finish()
-        find_shapes(architecture)
+        get_shapes(architecture)
     except (TypeError, ZeroDivisionError, AttributeError) as error:
         # These errors arise if the value of an option has a type that the family does not expect.
         reason = str(error).splitlines()[0]

@@ -18,8 +18,8 @@ from jchain.hub.modules import (
     Linear,
     attend,
     check_activation,
-    find_frequencies,
-    find_rope_options,
+    compute_frequencies,
+    read_rope_options,
     rotate,
     split_heads,
 )
@@ -137,12 +137,14 @@ def make_architecture(config: Config) -> Architecture:
     """
     features, vocabulary = config.require("hidden_size"), config.require("vocab_size")
     num_heads, epsilon = config.require("num_attention_heads"), config.get("layer_norm_eps", 1e-5)
-    rope = find_rope_options(config, "rotary_emb_base")
+    rope = read_rope_options(config, "rotary_emb_base")
     share = rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
     # Some versions of transformers also wrote these options under the names of other families.
     config.expect("partial_rotary_factor", share)
     config.expect("rope_theta", rope.get("rope_theta", 10000.0))
-    frequencies, rotary_scale = find_frequencies(config, rope, int(features // num_heads * share))
+    frequencies, rotary_scale = compute_frequencies(
+        config, rope, int(features // num_heads * share)
+    )
     config.get("max_position_embeddings", None)
     block = Block(
         num_heads=num_heads,

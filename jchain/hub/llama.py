@@ -16,8 +16,8 @@ from jchain.hub.modules import (
     RMSNorm,
     attend,
     check_activation,
-    find_frequencies,
-    find_rope_options,
+    compute_frequencies,
+    read_rope_options,
     rotate,
     split_heads,
 )
@@ -193,9 +193,9 @@ def make_architecture(config: Config) -> Architecture:
     head_size = config.get("head_dim", None) or (128 if kind == "qwen3" else features // num_heads)
     epsilon = config.get("rms_norm_eps", 1e-6)
     has_bias = kind != "mistral" and bool(config.get("attention_bias", False))
-    rope = find_rope_options(config)
+    rope = read_rope_options(config)
     rope.expect("partial_rotary_factor", None, 1.0)
-    frequencies, rotary_scale = find_frequencies(config, rope, head_size)
+    frequencies, rotary_scale = compute_frequencies(config, rope, head_size)
     config.get("max_position_embeddings", None)
     blocks = tuple(
         Block(
@@ -213,7 +213,7 @@ def make_architecture(config: Config) -> Architecture:
             use_mlp_bias=kind == "llama" and bool(config.get("mlp_bias", False)),
             use_qk_norm=kind == "qwen3",
         )
-        for window in find_windows(config, kind, depth)
+        for window in read_windows(config, kind, depth)
     )
     is_tied = config.get("tie_word_embeddings", False)
     return Architecture(
@@ -234,8 +234,8 @@ def make_architecture(config: Config) -> Architecture:
     )
 
 
-def find_windows(config: Config, kind: str, depth: int) -> list[int | None]:
-    """Find the attention window of each block.
+def read_windows(config: Config, kind: str, depth: int) -> list[int | None]:
+    """Read the attention window of each block.
 
     Args:
       config: the options of the model.

@@ -13,7 +13,7 @@ from jchain.hub.architecture import Architecture
 from jchain.hub.assembling import Source, assemble_bank
 from jchain.hub.checkpoint import CONFIG, Checkpoint
 from jchain.hub.families import make_architecture, read_architecture
-from jchain.hub.tensor_names import check_tensors, find_names, find_prefix
+from jchain.hub.tensor_names import check_tensors, find_prefix, get_names
 from jchain.hub.weights import RandomWeights
 
 
@@ -66,8 +66,8 @@ def load_many(
     models. Each model has a head. The parents of the bank are the original models.
 
     If the models differ in their embeddings, or in the blocks that are pinned after them, every
-    chain begins with those of the first model. In this case, each other model has an additional
-    layer, `b/embeddings`, whose token follows those of all blocks. It replaces the result so far
+    chain begins with the first model's. In this case, each other model has an additional layer,
+    `b/embeddings`, whose token follows the tokens of all blocks. It replaces the result so far
     with the embeddings of its model, so it belongs at the beginning of a chain, as in the parents.
     Activations then contain the embeddings of all models.
 
@@ -92,7 +92,7 @@ def load_many(
     found = [source.name for source in sources]
     if len(set(found)) < len(found):
         raise ValueError(
-            f"expected checkpoints with different names, got {', '.join(found)}: pass names="
+            f"expected checkpoints with different names, got {', '.join(found)}; set names=[...]"
         )
     for source in sources[1:]:
         _check_same_architecture(sources[0], source)
@@ -122,7 +122,7 @@ def init(
         pinned.
     """
     architecture = read_architecture(path)
-    names = find_names(architecture)
+    names = get_names(architecture)
     weights = RandomWeights(key, architecture, names)
     return assemble_bank([Source(name, weights, architecture, names)], None, pinned)
 
@@ -133,7 +133,7 @@ def _open(path: str | os.PathLike[str], name: str | None) -> Source:
     architecture = make_architecture(checkpoint.config, str(checkpoint.path / CONFIG))
     prefix = find_prefix(architecture, checkpoint)
     check_tensors(architecture, checkpoint, prefix)
-    names = find_names(architecture, prefix)
+    names = get_names(architecture, prefix)
     return Source(name or checkpoint.path.resolve().name, checkpoint, architecture, names)
 
 

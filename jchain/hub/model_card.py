@@ -46,12 +46,12 @@ def _list_differences(
     lines = []
     if model.head_source != last:
         lines.append(
-            f"{start} the checkpoint's output layer is that of {model.head_source}, "
+            f"{start} the checkpoint's output layer comes from {model.head_source}, "
             f"but mergekit uses {last}'s."
         )
     if model.stem_source != first:
         lines.append(
-            f"{start} the checkpoint's embeddings are those of {model.stem_source}, "
+            f"{start} the checkpoint's embeddings come from {model.stem_source}, "
             f"but mergekit uses {first}'s."
         )
     if changed:

@@ -226,8 +226,8 @@ def rotate(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
-def find_rope_options(config: Config, base_key: str = "rope_theta") -> Config:
-    """Find the options of rotary positions, which older files store in another place.
+def read_rope_options(config: Config, base_key: str = "rope_theta") -> Config:
+    """Read the options of rotary positions, which older files store under other names.
 
     Args:
       config: the options of the model.
@@ -246,7 +246,7 @@ def find_rope_options(config: Config, base_key: str = "rope_theta") -> Config:
     return config.inner(key, given)
 
 
-def find_frequencies(config: Config, rope: Config, size: int) -> tuple[tuple[float, ...], float]:
+def compute_frequencies(config: Config, rope: Config, size: int) -> tuple[tuple[float, ...], float]:
     """Compute the frequencies of rotary positions, as transformers does.
 
     The supported kinds of scaling are `linear`, `llama3`, and `yarn` (Peng et al. 2023,
@@ -254,7 +254,7 @@ def find_frequencies(config: Config, rope: Config, size: int) -> tuple[tuple[flo
 
     Args:
       config: the options of the model.
-      rope: the options of rotary positions, which `find_rope_options` returned.
+      rope: the options of rotary positions, which `read_rope_options` returned.
       size: number of features of each head that are rotated.
 
     Returns:
@@ -301,10 +301,10 @@ def _scale_by_yarn(
     factor = rope.get("factor", None) or config.require("max_position_embeddings") / length
     fast, slow = rope.get("beta_fast", None) or 32, rope.get("beta_slow", None) or 1
 
-    def find_pair(num_turns: float) -> float:
+    def compute_pair(num_turns: float) -> float:
         return size * math.log(length / (num_turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low, high = find_pair(fast), find_pair(slow)
+    low, high = compute_pair(fast), compute_pair(slow)
     if rope.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, size - 1)
@@ -313,12 +313,14 @@ def _scale_by_yarn(
         rope.get(key, None) for key in ("attention_factor", "mscale", "mscale_all_dim")
     )
 
-    def find_scale(weight: float) -> float:
+    def compute_scale(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     if scale is None:
         scale = (
-            find_scale(mscale) / find_scale(over_all) if mscale and over_all else find_scale(1.0)
+            compute_scale(mscale) / compute_scale(over_all)
+            if mscale and over_all
+            else compute_scale(1.0)
         )
     return unscaled * (share + (1 - share) / factor), scale
 

@@ -44,7 +44,7 @@ def find_chains(problem: Problem, parent: Sequence[int], num_layers: int) -> dic
     if 0 < -num < len(body):
         options["best run repeated"] = repeat_contiguous(body, -num)
     if 0 < num < len(body):
-        influence = find_influence(problem.bank, parent, problem.data.x)[len(start) :]
+        influence = compute_influence(problem.bank, parent, problem.data.x)[len(start) :]
         least = drop_least_influential(body, influence, num)
         options["last blocks dropped"] = drop_last(body, num)[None]
         options["blocks of least influence dropped"] = least[None]
@@ -92,7 +92,7 @@ def _split_start(bank: Bank, parent: Sequence[int]) -> tuple[list[int], list[int
     return start, [token for token in parent if token not in restarts]
 
 
-def find_influence(
+def compute_influence(
     bank: Bank, chain: Sequence[int] | Int[np.ndarray, "L"], x: Shaped[Array, "B ..."]
 ) -> Float[np.ndarray, "D"]:
     """Measure how much each layer of a chain changes the direction of its input.
@@ -148,7 +148,7 @@ def drop_least_influential(
 
     Args:
       chain: tokens of the blocks, then of the head.
-      influence: influence of each block, which `find_influence` returned.
+      influence: influence of each block, which `compute_influence` returned.
       num: number of blocks to drop.
 
     Raises:

@@ -46,17 +46,17 @@ class ModelShapes(NamedTuple):
         return (self.stem, *self.blocks, self.head)
 
 
-def find_names(architecture: Architecture, prefix: str | None = None) -> ModelNames:
-    """Find the name of the tensor of each param of a model.
+def get_names(architecture: Architecture, prefix: str | None = None) -> ModelNames:
+    """Return the name of the tensor of each param of a model.
 
     Args:
       architecture: the architecture of the model.
       prefix: start of all names; if None, the prefix of the architecture.
     """
     prefix = architecture.prefix if prefix is None else prefix
-    shapes = find_shapes(architecture)
+    shapes = get_shapes(architecture)
     return ModelNames(
-        _find_part_names(shapes.stem, architecture.stem_names, prefix),
+        _get_part_names(shapes.stem, architecture.stem_names, prefix),
         [
             {
                 path: prefix + architecture.block_prefix.format(i) + path.replace("/", ".")
@@ -64,12 +64,12 @@ def find_names(architecture: Architecture, prefix: str | None = None) -> ModelNa
             }
             for i, block in enumerate(shapes.blocks)
         ],
-        _find_part_names(shapes.head, architecture.head_names, prefix),
+        _get_part_names(shapes.head, architecture.head_names, prefix),
     )
 
 
-def _find_part_names(params: Iterable[str], names: dict[str, str], prefix: str) -> TensorNames:
-    """Find the tensors of the stem or the head, given the names of its children in the file."""
+def _get_part_names(params: Iterable[str], names: dict[str, str], prefix: str) -> TensorNames:
+    """Return the tensors of the stem or the head, given the names of its children in the file."""
     found = {}
     for path in params:
         child, *rest = path.split("/")
@@ -78,8 +78,8 @@ def _find_part_names(params: Iterable[str], names: dict[str, str], prefix: str) 
     return found
 
 
-def find_shapes(architecture: Architecture) -> ModelShapes:
-    """Find the shape of each param of a model, without computing anything.
+def get_shapes(architecture: Architecture) -> ModelShapes:
+    """Return the shape of each param of a model, without computing anything.
 
     Args:
       architecture: the architecture of the model.
@@ -92,7 +92,7 @@ def find_shapes(architecture: Architecture) -> ModelShapes:
 
 @cache
 def _trace(module: nn.Module, x: jax.ShapeDtypeStruct) -> tuple[Shapes, jax.ShapeDtypeStruct]:
-    """Find the shapes of a module's params, and the shape and dtype of its output for `x`."""
+    """Return the shapes of a module's params, and the shape and dtype of its output for `x`."""
     out, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
     params: dict[str, jax.ShapeDtypeStruct] = traverse_util.flatten_dict(
         variables["params"], sep="/"
@@ -126,7 +126,7 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint, prefix: st
         unsupported dtype, or if the checkpoint contains an output layer that differs from the
         embeddings although they are tied.
     """
-    names, shapes = find_names(architecture, prefix), find_shapes(architecture)
+    names, shapes = get_names(architecture, prefix), get_shapes(architecture)
     expected = {
         name: part_shapes[path]
         for part_names, part_shapes in zip(names.flatten(), shapes.flatten(), strict=True)

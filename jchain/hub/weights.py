@@ -150,8 +150,8 @@ def choose_dtype(found: set[str], dtype: DTypeLike | None, location: str) -> np.
     """
     if dtype is None and len(found) > 1:
         raise ValueError(
-            f"{location}: expected weights of one dtype, got {', '.join(sorted(found))}: "
-            "pass dtype="
+            f"{location}: expected weights of one dtype, got {', '.join(sorted(found))}; "
+            "set dtype to choose one"
         )
     chosen = jnp.dtype(min(found) if dtype is None else dtype)
     if chosen.name not in DTYPES.values():

@@ -19,7 +19,7 @@ from jchain.bank import Bank
 
 
 class Entry(nn.Module):
-    """The embeddings of a model, followed by the blocks with which every chain begins.
+    """The embeddings of a model, followed by the pinned blocks that start every chain.
 
     Attributes:
       stem: the embeddings.
@@ -105,7 +105,7 @@ class Restart(nn.Module):
 
 
 class Exit(nn.Module):
-    """The blocks with which every chain ends, followed by the output layer of a model.
+    """The pinned blocks that end every chain, followed by the output layer of a model.
 
     Attributes:
       head: the last norm and the output layer.

@@ -116,7 +116,7 @@ def apply_sequence(
     """Apply layers one after another.
 
     Args:
-      layers: the groups of layers to which tokens refer.
+      layers: the groups of layers that tokens refer to.
       tokens: the tokens of the layers in the order in which they are applied, `[D]`.
       hidden: the activations before the first layer, `[B, ...F]`.
     """

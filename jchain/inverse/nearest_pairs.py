@@ -99,7 +99,9 @@ def match_all(
     # Center at the median, because a single distant row would move the mean.
     center = jnp.median(first[:: max(1, len(first) // 4096)], axis=0, keepdims=True)
     first, second = first - center, second - center
-    by_row, by_column = (np.asarray(nearest) for nearest in _find_nearest(first, second))
+    by_row, by_column = (
+        np.asarray(nearest) for nearest in _compute_nearest_distances(first, second)
+    )
     # The nearest `num_pairs` pairs are in at most `num_pairs` rows and columns: the rows and the
     # columns with the smallest nearest distances.
     rows, columns = (_take_smallest(nearest, num_pairs) for nearest in (by_row, by_column))
@@ -109,7 +111,7 @@ def match_all(
     best = _no_pairs(by_row.dtype)
     for start in range(0, len(rows), _ROWS):
         block = rows[start : start + _ROWS]
-        distances = np.asarray(_find_distances(first[block], candidates))
+        distances = np.asarray(_compute_distances(first[block], candidates))
         # The limit comes from the same products, but summed in another order, so it is rounded
         # differently.
         row, column = np.nonzero(distances <= limit + _ROUNDING * np.abs(limit))
@@ -127,7 +129,9 @@ def _take_smallest(values: np.ndarray, number: int) -> np.ndarray:
 
 
 @jax.jit
-def _find_distances(first: Float[Array, "m S"], second: Float[Array, "q S"]) -> Float[Array, "m q"]:
+def _compute_distances(
+    first: Float[Array, "m S"], second: Float[Array, "q S"]
+) -> Float[Array, "m q"]:
     """Compute the squared distances of all pairs."""
     rows, columns = _augment(first, second)
     return rows @ columns.T
@@ -150,7 +154,7 @@ def _augment(
 
 
 @jax.jit
-def _find_nearest(
+def _compute_nearest_distances(
     first: Float[Array, "M S"], second: Float[Array, "Q S"]
 ) -> tuple[Float[Array, "M"], Float[Array, "Q"]]:
     """Compute the squared distance of each row to the nearest row of the other table."""
@@ -186,7 +190,7 @@ def _split_rows(table: Float[Array, "M S"], size: int) -> Float[Array, "n m S"]:
 
 
 class Grids(NamedTuple):
-    """Random grids, in which rows that belong together are likely to share a cell."""
+    """Random grids whose cells are likely to hold both rows of a matching pair."""
 
     width: float  # width of a cell along each projection
     num_projections: int  # number of random projections of each grid
@@ -206,7 +210,7 @@ def choose_grids(table: Float[np.ndarray, "m S"], sizes: tuple[int, int], error:
     locality-sensitive hashing, see Datar et al. 2004, Symposium on Computational Geometry.
 
     Args:
-      table: some rows of a table, from which the spread of sketches is estimated, `[m, S]`.
+      table: some rows of a table, used to estimate the spread of sketches, `[m, S]`.
       sizes: the number of rows of each table.
       error: the error, as defined in the docstring of this module.
     """
@@ -279,8 +283,10 @@ def _hash_cells(
     """Compute a 64-bit hash of each row's cell (Knuth's multiplicative hashing)."""
     key = np.zeros(len(table), np.uint64)
     for direction, offset in zip(directions.T, shift, strict=True):
-        place = table @ direction.astype(table.dtype)
-        cell = np.floor(place.astype(np.float64) / width + offset).astype(np.int64).view(np.uint64)
+        projected = table @ direction.astype(table.dtype)
+        cell = (
+            np.floor(projected.astype(np.float64) / width + offset).astype(np.int64).view(np.uint64)
+        )
         key = (key ^ cell) * np.uint64(0x9E3779B97F4A7C15)
         key ^= key >> np.uint64(29)
     return key
@@ -298,9 +304,9 @@ def _find_collisions(
     ends = np.cumsum(end - start)
     total = int(ends[-1]) if len(ends) else 0
     for low in range(0, total, _BATCH):
-        place = np.arange(low, min(low + _BATCH, total))
-        owner = np.searchsorted(ends, place, side="right")
-        yield orders[0][has_any[owner]], orders[1][end[owner] - (ends[owner] - place)]
+        pair = np.arange(low, min(low + _BATCH, total))
+        owner = np.searchsorted(ends, pair, side="right")
+        yield orders[0][has_any[owner]], orders[1][end[owner] - (ends[owner] - pair)]
 
 
 def _no_pairs(dtype: DTypeLike) -> Pairs:

@@ -1,4 +1,4 @@
-"""Pull outputs back through a suffix of a chain to activations at its entry that give them.
+"""Find the activations that a suffix of a chain maps to given outputs.
 
 Layers are inverted exactly if their module has a method `invert` (`jchain.invertible`). A head
 usually has fewer outputs than inputs, so many inputs give the same outputs: the pseudo-inverse
@@ -20,7 +20,7 @@ from jchain._typing import Array, Float, Int, PyTree
 from jchain.bank import Bank
 from jchain.engine.layer_calls import apply_token
 from jchain.gradient.linearize import flatten_rows
-from jchain.groups import LayerGroup, find_input_shape
+from jchain.groups import LayerGroup
 from jchain.problem import Problem
 
 # The maximum number of steps of conjugate gradients for a head, and their damping. They take one
@@ -42,7 +42,7 @@ class PullBack(NamedTuple):
 
     activations: Float[Array, "B ..."]  # [B, ...F], at the entry of the suffix
     residual: Float[Array, "B"]  # [B], `|suffix(activations) - outputs| / |outputs|`
-    # [F, D], orthonormal directions in which the head's input may move; D = 0 without a head
+    # [F, D], orthonormal directions along which the head's input may move; D = 0 without a head
     null_space: Float[Array, "F D"]
 
 
@@ -62,22 +62,22 @@ def invert_layers(bank: Bank) -> tuple[LayerGroup, ...]:
 
 def _invert_group(group: LayerGroup, names: Sequence[str]) -> LayerGroup:
     made: list[tuple[nn.Module, PyTree]] = []
-    for place, token in enumerate(group.tokens):
+    for index, token in enumerate(group.tokens):
         try:
-            made.append(_invert_member(group, place))
+            made.append(_invert_member(group, index))
         except ValueError as error:
             raise ValueError(f"layer {names[token] if names else token}: {error}") from None
     params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params for _, params in made))
     return LayerGroup(params, made[0][0], group.tokens)
 
 
-def _invert_member(group: LayerGroup, place: int) -> tuple[nn.Module, PyTree]:
+def _invert_member(group: LayerGroup, index: int) -> tuple[nn.Module, PyTree]:
     module = group.module
     if not isinstance(module, Invertible):
         raise ValueError(
             f"{type(module).__name__} has no inverse: expected a module with invert(params)"
         )
-    return module.invert(jax.tree.map(lambda leaf: leaf[place], group.params))
+    return module.invert(jax.tree.map(lambda leaf: leaf[index], group.params))
 
 
 def inverse_groups(bank: Bank) -> tuple[LayerGroup | None, ...]:
@@ -144,11 +144,11 @@ def pull_back(
     if not jnp.issubdtype(outputs.dtype, jnp.floating):
         raise ValueError(f"expected floating-point outputs, got {outputs.dtype}")
     inverses = invert_layers(bank.take(sorted(set(layers)))) if layers else ()
-    renamed = {token: place for place, token in enumerate(sorted(set(layers)))}
+    renamed = {token: index for index, token in enumerate(sorted(set(layers)))}
     null_space = jnp.zeros((0, 0), outputs.dtype)
     hidden = outputs
     if has_head:
-        shape = _find_shape(bank) if near is None else near.shape[1:]
+        shape = _guess_shape(bank) if near is None else near.shape[1:]
         near = jnp.zeros((outputs.shape[0], *shape), outputs.dtype) if near is None else near
         hidden, null_space = _pull_head(bank, tokens[-1], outputs, near)
     _check_outputs(bank, layers, hidden)
@@ -306,7 +306,7 @@ def condition_numbers(
         size = hidden[0].size
         product = np.broadcast_to(np.eye(size), (len(hidden), size, size))
         for token in tokens:
-            product = np.asarray(_find_jacobians(layers, jnp.asarray(token), hidden)) @ product
+            product = np.asarray(_compute_jacobians(layers, jnp.asarray(token), hidden)) @ product
             hidden = apply_token(layers, jnp.asarray(token), hidden)
     return np.linalg.cond(product)
 
@@ -318,7 +318,7 @@ def _to_float64(leaf: ArrayLike) -> Array:
 
 
 @jax.jit
-def _find_jacobians(
+def _compute_jacobians(
     layers: tuple[LayerGroup, ...], token: Array, hidden: Array
 ) -> Float[Array, "B F F"]:
     """Compute the Jacobian of one layer at each example, outputs by inputs."""
@@ -347,12 +347,32 @@ def _check_suffix(bank: Bank, suffix: ArrayLike | Sequence[object]) -> list[int]
     return found
 
 
-def _find_shape(bank: Bank) -> tuple[int, ...]:
-    shape = find_input_shape(bank.layers[0])
+def _guess_input_shape(group: LayerGroup) -> tuple[int, ...] | None:
+    """Guess the input shape of a group from the sizes of its params, or None if none fits.
+
+    The sizes are tried one by one, because Flax rejects shapes that do not fit its kernels.
+    """
+    sizes = sorted({size for leaf in jax.tree.leaves(group.params) for size in leaf.shape[1:]})
+    accepted = []
+    for spatial in ((), (8,), (8, 8)):
+        for size in sizes:
+            shape = (*spatial, size)
+            try:
+                out = jax.eval_shape(group.apply, 0, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
+            except Exception:
+                continue
+            if out.shape == (1, *shape):
+                return shape
+            accepted.append(shape)
+    return accepted[0] if accepted else None
+
+
+def _guess_shape(bank: Bank) -> tuple[int, ...]:
+    shape = _guess_input_shape(bank.layers[0])
     if shape is None:
         raise ValueError(
-            "expected near=, the activations at the head's input, "
-            "because the layers' weights do not determine their shape"
+            "near must be given, the activations at the head's input: "
+            "the layers' weights do not determine their shape"
         )
     return shape
 

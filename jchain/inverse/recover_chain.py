@@ -92,16 +92,16 @@ def meet_in_the_middle(
       outputs: the outputs of the last layer, `[B, ...F]`, exact or noisy.
       depth: the number of layers in a chain, D.
       top_k: the number of chains to return.
-      tolerance: the standard deviation of the noise of the outputs, relative to that of the
-        outputs. If None, the search first assumes no noise beyond rounding, and then more and more
-        noise, until a chain fits as well as the assumed noise allows.
+      tolerance: the ratio of the standard deviations of the outputs' noise and of the outputs. If
+        None, the search first assumes no noise beyond rounding, and then more and more noise, until
+        a chain fits as well as the assumed noise allows.
       num_forward: the number of layers in the half that is applied to the inputs. The inverses of
         the other layers amplify noise and rounding. None for half of the layers, or for more of
         them if noise would hide the right pair and they take at most a minute.
       num_probes: the number of evenly spaced examples on which halves are compared.
       num_sketch: the size of a sketch of the activations; smaller if no noise is assumed.
-      num_candidates: the number of nearest pairs that are verified on the probes, of which the best
-        64 are verified on all examples.
+      num_candidates: the number of nearest pairs that are verified on the probes. The best 64 of
+        them are then verified on all examples.
       match_fn: the function that finds the nearest pairs (`jchain.inverse.nearest_pairs`). If None,
         it is chosen by estimated time.
       memory_limit: the number of bytes for the sketches of both halves; None for half of the
@@ -150,7 +150,7 @@ def meet_in_the_middle(
         raise ValueError(
             f"found {len(found.chains)} of {top_k} chains whose halves meet: no chain gives these "
             "outputs, or the noise of the outputs or the condition numbers of the layers are too "
-            "high; expected a larger tolerance, more probes, or fewer layers"
+            "high; try a larger tolerance, more probes, or fewer layers"
         )
     return found
 
@@ -413,8 +413,9 @@ def _verify(
     """Rank candidates by residuals on the probes, and then the best of them on all examples."""
     num_finalists = max(top_k, _NUM_FINALISTS)
     if len(chains) > num_finalists:
-        chains = chains[np.argsort(_find_residuals(probes, chains), kind="stable")[:num_finalists]]
-    residuals = _find_residuals(examples, chains)
+        rough = _compute_residuals(probes, chains)
+        chains = chains[np.argsort(rough, kind="stable")[:num_finalists]]
+    residuals = _compute_residuals(examples, chains)
     best = np.argsort(residuals, kind="stable")[:top_k]
     return RecoveredChains(chains[best], residuals[best])
 
@@ -423,21 +424,21 @@ def _verify(
 def _map_residuals(examples: _Examples, chains: Int[Array, "K D"]) -> Float[Array, "K"]:
     size = jnp.linalg.norm(examples.outputs)
 
-    def find_residual(chain: Array) -> Array:
+    def compute_residual(chain: Array) -> Array:
         gap = jnp.linalg.norm(
             apply_sequence(examples.layers, chain, examples.hidden) - examples.outputs
         )
         return jnp.where(jnp.isfinite(gap), gap, jnp.inf) / jnp.where(size > 0, size, 1.0)
 
-    return jax.lax.map(find_residual, chains)
+    return jax.lax.map(compute_residual, chains)
 
 
-def _find_residuals(examples: _Examples, chains: Int[np.ndarray, "K D"]) -> Float[np.ndarray, "K"]:
+def _compute_residuals(data: _Examples, chains: Int[np.ndarray, "K D"]) -> Float[np.ndarray, "K"]:
     # Pad to one of a few sizes, because each size compiles another program.
     step = _NUM_FINALISTS if len(chains) <= _NUM_FINALISTS else 4096
     size = -(-len(chains) // step) * step
     padded = np.pad(chains, ((0, size - len(chains)), (0, 0)))
-    return np.asarray(_map_residuals(examples, jnp.asarray(padded)))[: len(chains)]
+    return np.asarray(_map_residuals(data, jnp.asarray(padded)))[: len(chains)]
 
 
 def _merge(first: RecoveredChains, second: RecoveredChains, top_k: int) -> RecoveredChains:

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 from jchain import env
 from jchain._typing import Array, Float, Int
 from jchain.bank import Bank
-from jchain.engine.backend import find_backend, jit_for_problem
+from jchain.engine.backend import get_backend, jit_for_problem
 from jchain.engine.layer_calls import apply_token, locate
 from jchain.engine.plans import choose_chunk
 from jchain.gradient.edit_scores import EditScores, add_layer_penalty
@@ -115,7 +115,7 @@ def fit_target_layer(
         )
     if is_concrete(ridge) and not ridge >= 0:
         raise ValueError(f"expected a ridge of at least 0, got {ridge}")
-    module = _find_matrix_module(bank)
+    module = _get_matrix_module(bank)
     # A matrix module acts on the last axis; an affine map may mix all axes.
     rows, targets = (
         flatten_rows(a) if module is None else a.reshape(-1, a.shape[-1]) for a in (before, after)
@@ -141,7 +141,7 @@ def fit_target_layer(
     return TargetLayer(kernel, bias, residual, by_weights, by_outputs)
 
 
-def _find_matrix_module(bank: Bank) -> MatrixModule | None:
+def _get_matrix_module(bank: Bank) -> MatrixModule | None:
     """Return the module that all layers share, if it applies a matrix before its activation."""
     module = bank.layers[0].module if len(bank.layers) == 1 else None
     return module if isinstance(module, MatrixModule) and not module.is_inverse else None
@@ -214,7 +214,7 @@ def score_edits_by_target(
         members,
         is_exact=is_exact,
         is_projected=is_projected,
-        backend=find_backend(problem, tokens),
+        backend=get_backend(problem, tokens),
     )
 
 
@@ -259,7 +259,7 @@ def _score_one(
 
     def score_slot(target: Array, slot: Slot) -> tuple[Array, _SlotScores]:
         """Compute the target before a slot from the target after it, and the slot's scores."""
-        is_layer = slot.place < length
+        is_layer = slot.position < length
         before = jax.lax.cond(
             is_layer,
             partial(_pull_target, bank.layers, inverses, slot.token),

@@ -40,7 +40,7 @@ from jchain.agent.policy import (
 )
 from jchain.agent.replay_buffer import ReplayBuffer, empty_replay_buffer
 from jchain.agent.rewards import rank_rewards
-from jchain.agent.rollout import Rollout, sample_chain, sample_prefix
+from jchain.agent.rollout import Rollout, drop_empty, restore_empty, sample_chain, sample_prefix
 from jchain.bank import Bank
 from jchain.chain import PADDING
 from jchain.engine import score_cache
@@ -63,7 +63,8 @@ class State(NamedTuple):
     elite: Pool  # the best chains so far
     cache: ScoreCache | None  # None if the encoding observes: layers are applied while sampling
     replay_buffer: ReplayBuffer | None  # None if nothing is replayed
-    elite_features: Float[Array, "Q L F"]  # [Q, L, F], observed when the elite was sampled
+    # [Q, L, F], observed when the elite was sampled; None if F = 0
+    elite_features: Float[Array, "Q L F"] | None
 
 
 class Learner(NamedTuple):
@@ -108,6 +109,9 @@ class ActorCritic:
         banks; None for random params.
     """
 
+    is_deterministic = False
+    needs_invertible = False
+
     encoding: Encoding = static(default=TokenEncoding())
     num_chains: int = static(default=32)
     num_epochs: int = static(default=4)
@@ -143,19 +147,9 @@ class ActorCritic:
             )
 
     @property
-    def is_deterministic(self) -> bool:
-        """False, because different keys give different results."""
-        return False
-
-    @property
     def needs_gradient(self) -> bool:
         """True if the actor reads edit scores, which take gradients through layers."""
         return self.score_kind is not None
-
-    @property
-    def needs_invertible(self) -> bool:
-        """False, because layers are never inverted."""
-        return False
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the first state: random or given params, and no chains."""
@@ -178,7 +172,7 @@ class ActorCritic:
             elite,
             score_cache.init(problem) if observe is None else None,
             replay_buffer,
-            jnp.zeros((*elite.chains.shape, *root.shape), root.dtype),
+            drop_empty(jnp.zeros((*elite.chains.shape, *root.shape), root.dtype)),
         )
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
@@ -210,15 +204,16 @@ class ActorCritic:
         learner = Learner(state.params, state.opt_state)
         learner, _ = jax.lax.scan(update, learner, length=self.num_epochs)
         info = Info(rollout.chains, rollout.loss, layer_calls + edit_calls)
-        return State(*learner, inputs, elite, cache, replay_buffer, elite_features), info
+        features = drop_empty(elite_features)
+        return State(*learner, inputs, elite, cache, replay_buffer, features), info
 
     def value(
         self, state: State, chains: Int[Array, "P L"], problem: Problem
     ) -> Float[Array, "P L"]:
         """Predict the expected reward of the policy before each token of the chains.
 
-        The prediction is 0 after the head. Its unit is that of `reward_fn`; ranks have no unit. An
-        encoding that observes applies the layers of the chains.
+        The prediction is 0 after the head. It is in the units of `reward_fn` (ranks are unitless).
+        An encoding that observes applies the layers of the chains.
 
         Args:
           state: the state, which holds the params.
@@ -276,7 +271,7 @@ class ActorCritic:
             elite=elite,
             cache=cache,
             replay_buffer=replay_buffer,
-            elite_features=gather_features(elite, rows, features),
+            elite_features=drop_empty(gather_features(elite, rows, features)),
         )
         return refreshed, layer_calls
 
@@ -388,7 +383,8 @@ def update_elite(state: State, rollout: Rollout) -> tuple[Pool, Float[Array, "Q 
     """Return the best chains after a rollout, and their observed features."""
     elite = merge(state.elite, rollout.chains, rollout.loss)
     chains = jnp.concatenate([state.elite.chains, rollout.chains])
-    features = jnp.concatenate([state.elite_features, rollout.features])
+    before = restore_empty(state.elite_features, state.elite.chains)
+    features = jnp.concatenate([before, rollout.features])
     return elite, gather_features(elite, chains, features)
 
 

@@ -46,6 +46,7 @@ class BeamSearch:
       ValueError: if a width is out of range.
     """
 
+    is_deterministic = True
     needs_gradient = False
     needs_invertible = False
 
@@ -58,11 +59,6 @@ class BeamSearch:
                 "expected a width of at least 1 and at most max_width, got "
                 f"{self.width} and {self.max_width}"
             )
-
-    @property
-    def is_deterministic(self) -> bool:
-        """True, because keys are not used."""
-        return True
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the state before the first pass."""
@@ -84,7 +80,7 @@ class BeamSearch:
         old, depth = state.generation, state.depth
         prefix, hidden = state.chains[old, state.parent], state.hidden[old, state.parent]
         is_open = (state.width <= self.max_width) & jnp.isfinite(state.loss[old, state.parent])
-        does_extend = is_open & (depth < problem.max_layers)
+        should_extend = is_open & (depth < problem.max_layers)
 
         def extend(state: State) -> tuple[State, Array]:
             children, outputs = extend_prefix(problem, prefix, depth, hidden)
@@ -96,12 +92,12 @@ class BeamSearch:
         def skip(state: State) -> tuple[State, Array]:
             return state, jnp.full((num_layers, num_heads), jnp.inf, jnp.float32)
 
-        state, loss = jax.lax.cond(does_extend, extend, skip, state)
+        state, loss = jax.lax.cond(should_extend, extend, skip, state)
         children = env.append_layers(problem, prefix, depth)
         chains, loss = end_children(
-            problem, prefix, depth, hidden, children, loss, is_open, does_extend
+            problem, prefix, depth, hidden, children, loss, is_open, should_extend
         )
-        layer_calls = jnp.where(does_extend, num_layers, 0)
+        layer_calls = jnp.where(should_extend, num_layers, 0)
         return self._advance(state, problem), Info(chains, loss, layer_calls)
 
     def _insert(self, state: State, children: Array, hidden: Array, loss: Array) -> State:

@@ -47,7 +47,7 @@ def check_search(
       ValueError: if the search is not a registered pytree or does not accept the problem, or with a
         line for each broken promise: the state changes its structure, shapes, or dtypes; jitted,
         eager, vmapped, or repeated runs differ; a row is not a chain of the problem's space; a loss
-        is not that of its chain; or a step costs less than its chains do.
+        is not its chain's loss; or a step costs less than its chains do.
     """
     check_arguments(search, problem, 1, 1)
     problem = problem.without_names()

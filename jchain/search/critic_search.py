@@ -6,8 +6,8 @@ lengths of prefixes. At each length it extends the open prefix with the lowest p
 sometimes a random one (epsilon-greedy).
 
 The critic is the sum of a network that was pretrained on other banks (if one is given) and a linear
-correction that is fitted to this bank during the search. The targets of the correction are those of
-Q-learning: the minimum of the loss of stopping at the prefix and the predictions for its children
+correction that is fitted to this bank during the search. As in Q-learning, the correction's target
+is the minimum of the loss of stopping at the prefix and the predictions for its children
 (least-squares temporal differences, Bradtke and Barto 1996; fitted Q iteration, Ernst et al. 2005).
 """
 
@@ -42,8 +42,9 @@ class Prefixes(NamedTuple):
     chains: Int[Array, "D W L"]  # [D, W, L], layer tokens, padded with -1
     features: Float[Array, "D W F"]  # [D, W, F], observed features
     inputs: Float[Array, "D W I"]  # [D, W, I], inputs of the online correction
-    stop: Float[Array, "D W"]  # [D, W], log loss of stopping with the best head
-    base: Float[Array, "D W"]  # [D, W], prediction before online learning; +inf in an empty row
+    stop_loss: Float[Array, "D W"]  # [D, W], log loss of stopping with the best head
+    # [D, W], the critic's prediction before online learning; +inf in an empty row
+    prior_prediction: Float[Array, "D W"]
 
 
 class State(NamedTuple):
@@ -52,10 +53,10 @@ class State(NamedTuple):
     prefixes: Prefixes
     last: Int[Array, "L"]  # [L], the prefix that was extended last
     children: Shaped[Array, "N B ..."]  # [N, B, ...F], activations of the children of `last`
-    center: Float[Array, "F"]  # [F], mean features of the prefixes of one layer
+    mean_features: Float[Array, "F"]  # [F], mean features of the prefixes of one layer
     weights: Float[Array, "D I"]  # [D, I], weights of the online correction
     inverse_gram: Float[Array, "D I I"]  # [D, I, I], ridge * inverse of (ridge * I + X^T X)
-    turn: Int[Array, ""]  # the length to try first in the next step
+    next_length: Int[Array, ""]  # the length to try first in the next step
 
 
 class _Children(NamedTuple):
@@ -122,7 +123,7 @@ class CriticSearch:
             )
         lengths = max(problem.max_layers, 1)
         shape = (lengths, self.width)
-        size = 3 * _codes(problem).shape[1] + 2 * NUM_FEATURES + 1
+        size = 3 * _layer_codes(problem).shape[1] + 2 * NUM_FEATURES + 1
         prefixes = Prefixes(
             jnp.full((*shape, problem.max_layers + 1), PADDING, jnp.int32),
             jnp.zeros((*shape, NUM_FEATURES)).at[0, 0].set(root.features),
@@ -145,49 +146,51 @@ class CriticSearch:
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         """Extend one open prefix by every layer."""
         prefixes = state.prefixes
-        length = _next_length(state)
+        length = _choose_length(state)
         place = self._select(key, state, length)
         parent = jax.tree.map(lambda leaf: leaf[length, place], prefixes)
-        is_open = jnp.isfinite(parent.base)
-        does_extend = is_open & (length < problem.max_layers)
+        is_open = jnp.isfinite(parent.prior_prediction)
+        should_extend = is_open & (length < problem.max_layers)
         hidden, num_recomputed = _recompute(state, problem, parent.chains, length)
         children = _observe_children(self.observe, problem, parent.chains, hidden, length)
-        center = jnp.where(length == 0, children.features.mean(axis=0), state.center)
-        candidates = self._make_candidates(problem, parent, children, center, length + 1)
+        mean_features = jnp.where(length == 0, children.features.mean(axis=0), state.mean_features)
+        candidates = self._make_candidates(problem, parent, children, mean_features, length + 1)
 
         is_last = length + 1 >= problem.max_layers
         next_weights = state.weights[jnp.minimum(length + 1, len(state.weights) - 1)]
-        predicted = _predict(candidates.base, candidates.inputs, next_weights)
-        value = jnp.where(is_last, candidates.stop, predicted)
-        stop = jnp.where(length >= problem.min_layers, parent.stop, jnp.inf)
-        best = jnp.minimum(stop, jnp.min(jnp.where(jnp.isnan(value), jnp.inf, value)))
-        weights, inverse_gram = self._learn(state, length, parent, best, does_extend)
-        prefixes = prefixes._replace(base=prefixes.base.at[length, place].set(jnp.inf))
+        predicted = _predict(candidates.prior_prediction, candidates.inputs, next_weights)
+        value = jnp.where(is_last, candidates.stop_loss, predicted)
+        stop_loss = jnp.where(length >= problem.min_layers, parent.stop_loss, jnp.inf)
+        best = jnp.minimum(stop_loss, jnp.min(jnp.where(jnp.isnan(value), jnp.inf, value)))
+        weights, inverse_gram = self._learn(state, length, parent, best, should_extend)
+        closed = prefixes.prior_prediction.at[length, place].set(jnp.inf)
+        prefixes = prefixes._replace(prior_prediction=closed)
         state = State(
             prefixes,
             parent.chains,
             children.hidden,
-            jnp.where(does_extend, center, state.center),
+            jnp.where(should_extend, mean_features, state.mean_features),
             weights,
             inverse_gram,
             (length + 1) % len(state.weights),
         )
-        value = jnp.where(does_extend & ~is_last, predicted, jnp.inf)
+        value = jnp.where(should_extend & ~is_last, predicted, jnp.inf)
         state = _insert(state, candidates, value, length + 1)
-        layer_calls = jnp.where(does_extend, problem.bank.num_layers + num_recomputed, 0)
+        layer_calls = jnp.where(should_extend, problem.bank.num_layers + num_recomputed, 0)
         empty = jnp.full_like(parent.chains, PADDING)
         chains, loss = end_children(
-            problem, empty, length, hidden, children.chains, children.loss, is_open, does_extend
+            problem, empty, length, hidden, children.chains, children.loss, is_open, should_extend
         )
         return state, Info(chains, loss, layer_calls)
 
     def _select(self, key: Key[Array, ""], state: State, length: Int[Array, ""]) -> Int[Array, ""]:
         """Select the row of the prefix of this length to extend (epsilon-greedy)."""
         coin_key, place_key = jax.random.split(key)
-        base, inputs = state.prefixes.base[length], state.prefixes.inputs[length]
-        best = jnp.argmin(_predict(base, inputs, state.weights[length]))
-        order = jax.random.uniform(place_key, base.shape, jnp.float32)
-        random_place = jnp.argmax(jnp.where(jnp.isfinite(base), order, -1.0))
+        prefixes = state.prefixes
+        prior_prediction, inputs = prefixes.prior_prediction[length], prefixes.inputs[length]
+        best = jnp.argmin(_predict(prior_prediction, inputs, state.weights[length]))
+        order = jax.random.uniform(place_key, prior_prediction.shape, jnp.float32)
+        random_place = jnp.argmax(jnp.where(jnp.isfinite(prior_prediction), order, -1.0))
         is_random = jax.random.uniform(coin_key, (), jnp.float32) < self.epsilon
         return jnp.where(is_random, random_place, best)
 
@@ -196,23 +199,23 @@ class CriticSearch:
         problem: Problem,
         parent: Prefixes,
         children: _Children,
-        center: Array,
+        mean_features: Array,
         length: Int[Array, ""],
     ) -> Prefixes:
         """Make open prefixes of `length` layers from the children, `[N, ...]`."""
-        stop = log_loss(jax.vmap(lowest)(children.loss))
+        stop_loss = log_loss(jax.vmap(lowest)(children.loss))
         change = children.features - parent.features[None]
-        gain = jnp.zeros_like(stop)
+        gain = jnp.zeros_like(stop_loss)
         if self.critic is not None:
             # Prefixes of max_layers layers are outside the critic's range. Their predictions are
             # not used, so any valid length will do.
             critic_length = jnp.minimum(length, max(problem.max_layers - 1, 0))
             inputs = critic_lib.make_inputs(
-                children.features, change, center, critic_length, max(problem.max_layers, 1)
+                children.features, change, mean_features, critic_length, max(problem.max_layers, 1)
             )
             gain = self.critic.gain(inputs)
-        inputs = _make_regression_inputs(problem, children, change, center, length)
-        return Prefixes(children.chains, children.features, inputs, stop, stop - gain)
+        inputs = _make_regression_inputs(problem, children, change, mean_features, length)
+        return Prefixes(children.chains, children.features, inputs, stop_loss, stop_loss - gain)
 
     def _learn(
         self,
@@ -220,15 +223,15 @@ class CriticSearch:
         length: Int[Array, ""],
         parent: Prefixes,
         value: Float[Array, ""],
-        does_extend: Bool[Array, ""],
+        should_extend: Bool[Array, ""],
     ) -> tuple[Float[Array, "D I"], Float[Array, "D I I"]]:
         """Fit the correction for this length to the value that was found for the parent."""
-        target = value - parent.base
+        target = value - parent.prior_prediction
         old = (state.weights[length], state.inverse_gram[length])
         learned = _update_least_squares(*old, parent.inputs, target, self.ridge)
-        does_learn = does_extend & jnp.isfinite(target)
+        should_learn = should_extend & jnp.isfinite(target)
         weights, inverse_gram = jax.tree.map(
-            lambda new, old: jnp.where(does_learn, new, old), learned, old
+            lambda new, old: jnp.where(should_learn, new, old), learned, old
         )
         return (
             state.weights.at[length].set(weights),
@@ -237,10 +240,10 @@ class CriticSearch:
 
 
 def _predict(
-    base: Float[Array, "W"], inputs: Float[Array, "W I"], weights: Float[Array, "I"]
+    prior_prediction: Float[Array, "W"], inputs: Float[Array, "W I"], weights: Float[Array, "I"]
 ) -> Float[Array, "W"]:
     """Predict the log of the lowest loss after each prefix: the network plus the correction."""
-    return base + inputs @ weights
+    return prior_prediction + inputs @ weights
 
 
 def _update_least_squares(
@@ -259,10 +262,10 @@ def _update_least_squares(
     return weights + factor * (target - x @ weights), inverse_gram - factor[:, None] * gram_x[None]
 
 
-def _next_length(state: State) -> Int[Array, ""]:
-    """Return the first length with an open prefix, in cyclic order from `state.turn`."""
-    is_open = jnp.isfinite(state.prefixes.base).any(axis=1)
-    order = (state.turn + jnp.arange(is_open.size)) % is_open.size
+def _choose_length(state: State) -> Int[Array, ""]:
+    """Return the first length with an open prefix, in cyclic order from `state.next_length`."""
+    is_open = jnp.isfinite(state.prefixes.prior_prediction).any(axis=1)
+    order = (state.next_length + jnp.arange(is_open.size)) % is_open.size
     return order[jnp.argmax(is_open[order])]
 
 
@@ -298,7 +301,7 @@ def _observe_children(
     return _Children(chains, outputs, observed.features, loss)
 
 
-def _codes(problem: Problem) -> Float[Array, "N C"]:
+def _layer_codes(problem: Problem) -> Float[Array, "N C"]:
     """Return the code of each layer for the regression."""
     num_layers = problem.bank.num_layers
     if num_layers <= _MAX_CODES:
@@ -308,15 +311,19 @@ def _codes(problem: Problem) -> Float[Array, "N C"]:
 
 
 def _make_regression_inputs(
-    problem: Problem, children: _Children, change: Array, center: Array, length: Int[Array, ""]
+    problem: Problem,
+    children: _Children,
+    change: Array,
+    mean_features: Array,
+    length: Int[Array, ""],
 ) -> Float[Array, "N I"]:
     """Make inputs: token codes (last, second to last, sum) and relative features, `[N, I]`."""
-    codes = _codes(problem)
+    codes = _layer_codes(problem)
     is_layer = jnp.arange(children.chains.shape[1]) < length
     tokens = jnp.where(is_layer[None, :, None], codes[children.chains], 0.0)
     before = tokens[:, jnp.maximum(length - 2, 0)] * (length > 1)
     relative = jnp.clip(
-        jnp.concatenate([change, children.features - center[None]], axis=1), -4.0, 4.0
+        jnp.concatenate([change, children.features - mean_features[None]], axis=1), -4.0, 4.0
     )
     constant = jnp.full((codes.shape[0], 1), _CONSTANT)
     return jnp.concatenate([codes, before, tokens.sum(axis=1), relative, constant], axis=1)
@@ -330,8 +337,8 @@ def _insert(
     Children with a value of +inf are not inserted.
     """
     prefixes = state.prefixes
-    row = jnp.minimum(length, prefixes.base.shape[0] - 1)
-    kept = _predict(prefixes.base[row], prefixes.inputs[row], state.weights[row])
+    row = jnp.minimum(length, prefixes.prior_prediction.shape[0] - 1)
+    kept = _predict(prefixes.prior_prediction[row], prefixes.inputs[row], state.weights[row])
     size = min(value.size, kept.size)
     worst, places = jax.lax.top_k(kept, size)
     best = jnp.argsort(value)[:size]

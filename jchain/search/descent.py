@@ -16,7 +16,7 @@ class Move(NamedTuple):
     """The result of evaluating one batch of chains."""
 
     best: Int[Array, ""]  # the index of the best chain in the batch
-    does_move: Bool[Array, ""]  # whether it is better than the current chain
+    is_better: Bool[Array, ""]  # whether it is better than the current chain
     is_stuck: Bool[Array, ""]  # whether the descent must restart
     chain: Int[Array, "L"]  # [L], the current chain after the batch
     loss: Float[Array, ""]  # the loss of `chain`
@@ -49,15 +49,15 @@ def choose_move(
       has_more: whether there are candidates left to evaluate.
     """
     best = jnp.argmin(jnp.where(is_move, loss, jnp.inf))
-    does_move = is_move[best] & (loss[best] < own_loss)
-    num_failed = jnp.where(does_move, 0, num_failed + 1)
-    is_stuck = ~does_move & ((num_failed >= patience) | ~has_more)
+    is_better = is_move[best] & (loss[best] < own_loss)
+    num_failed = jnp.where(is_better, 0, num_failed + 1)
+    is_stuck = ~is_better & ((num_failed >= patience) | ~has_more)
     return Move(
         best,
-        does_move,
+        is_better,
         is_stuck,
-        jnp.where(does_move, chains[best], chain),
-        jnp.where(does_move, loss[best], own_loss),
+        jnp.where(is_better, chains[best], chain),
+        jnp.where(is_better, loss[best], own_loss),
         jnp.where(is_stuck, 0, num_failed).astype(jnp.int32),
     )
 

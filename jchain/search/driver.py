@@ -60,8 +60,9 @@ def run(
         and all get the result. None leaves the problem on its devices.
 
     Raises:
+      BudgetError: if the budget is smaller than the cost of one step.
       ValueError: if the key is not from `jax.random.key`, the search is not a registered pytree or
-        does not accept the problem, the target is nan, or the budget is smaller than one step.
+        does not accept the problem, or the target is nan.
     """
     _check_keys(key, 0, "one key of jax.random.key")
     return run_many(
@@ -103,6 +104,7 @@ def run_many(
       mesh: as for `run`.
 
     Raises:
+      BudgetError: if the budget is smaller than the cost of one step of a run.
       ValueError: if there are no keys, the keys are not from `jax.random.key`, or as for `run`.
     """
     check_arguments(search, problem, budget, num_finalists)
@@ -136,6 +138,11 @@ def check_arguments(search: Search, problem: Problem, budget: int, num_finalists
       ValueError: if the search is not a registered pytree or does not accept the problem, or if a
         number is out of range.
     """
+    if not isinstance(problem, Problem):
+        raise ValueError(f"expected a jc.Problem, got {describe_type(problem)}")
+    for name, value in (("budget", budget), ("num_finalists", num_finalists)):
+        if not isinstance(value, int | np.integer):
+            raise ValueError(f"expected {name} to be an integer, got {value!r}")
     if budget < 1 or num_finalists < 1:
         raise ValueError(
             f"expected a budget and num_finalists of at least 1, got {budget} and {num_finalists}"
@@ -147,7 +154,7 @@ def check_arguments(search: Search, problem: Problem, budget: int, num_finalists
     if jax.tree_util.all_leaves([search]):
         raise ValueError(
             "expected an instance of a class decorated with @jc.pytree_dataclass, got "
-            f"{type(search).__name__}"
+            f"{describe_type(search)}"
         )
     if isinstance(search, Checked):
         search.check(problem)
@@ -187,7 +194,7 @@ def advance_runs(
     stop: StopRule,
     line: Progress,
     *,
-    keeps_state: bool = False,
+    should_roll_back: bool = False,
 ) -> tuple[RunState, Trace]:
     """Step until all runs are over.
 
@@ -197,8 +204,8 @@ def advance_runs(
       problem: the problem to search.
       stop: the rule that ends each run.
       line: the progress line to update.
-      keeps_state: whether to discard the state of a step that is not counted, so that a run can
-        continue from the state before that step.
+      should_roll_back: whether to return to the state before a step that is not counted, so that a
+        run can continue from there.
 
     Returns:
       The finished runs, and the trace of all T steps, `[T, S]`.
@@ -207,7 +214,9 @@ def advance_runs(
     num_steps = 1
     while not np.all(runs.stats.is_over):
         began = time.perf_counter()
-        runs, trace = _advance(runs, search, problem, stop, num_steps, keeps_state=keeps_state)
+        runs, trace = _advance(
+            runs, search, problem, stop, num_steps, should_roll_back=should_roll_back
+        )
         traces.append(jax.tree.map(lambda leaf, n=num_steps: np.asarray(leaf)[:n], trace))
         line.update(int(np.min(runs.stats.layer_calls)), float(np.min(runs.stats.pool.loss)))
         # Processes that share a mesh must take the same number of steps, but their clocks differ.
@@ -216,7 +225,7 @@ def advance_runs(
     return runs, jax.tree.map(lambda *leaves: np.concatenate(leaves), *traces)
 
 
-@jit_for_problem(static_argnames=("keeps_state",))
+@jit_for_problem(static_argnames=("should_roll_back",))
 def _advance(
     runs: RunState,
     search: Search,
@@ -224,7 +233,7 @@ def _advance(
     stop: StopRule,
     num_steps: Int[ArrayLike, ""],
     *,
-    keeps_state: bool,
+    should_roll_back: bool,
 ) -> tuple[RunState, Trace]:
     """Take up to `num_steps` steps of each run, and stop early if all runs are over."""
 
@@ -234,7 +243,7 @@ def _advance(
 
     def step(carry: tuple[Array, RunState, Trace]) -> tuple[Array, RunState, Trace]:
         t, runs, trace = carry
-        runs, row = _map_runs(lambda run: _step(run, search, problem, stop, keeps_state), runs)
+        runs, row = _map_runs(lambda run: _step(run, search, problem, stop, should_roll_back), runs)
         return t + 1, runs, jax.tree.map(lambda leaf, new: leaf.at[t].set(new), trace, row)
 
     shape = (_MAX_STEPS_PER_SYNC, runs.key.shape[0])
@@ -251,7 +260,7 @@ def _map_runs(fn: Callable[..., T], runs: PyTree) -> T:
 
 
 def _step(
-    run: RunState, search: Search, problem: Problem, stop: StopRule, keeps_state: bool
+    run: RunState, search: Search, problem: Problem, stop: StopRule, should_roll_back: bool
 ) -> tuple[RunState, Trace]:
     """Take one step of one run; return the run and its row of the trace."""
     key, step_key = jax.random.split(run.key)
@@ -274,7 +283,7 @@ def _step(
     new = RunStats(
         pool,
         old.layer_calls + cost,
-        old.num_chains + jnp.sum(is_chain, dtype=jnp.int32),
+        old.num_scored + jnp.sum(is_chain, dtype=jnp.int32),
         old.num_nonfinite + jnp.sum(is_chain & ~jnp.isfinite(info.loss), dtype=jnp.int32),
         old.num_invalid + jnp.sum(is_invalid, dtype=jnp.int32),
         num_free,
@@ -284,7 +293,7 @@ def _step(
     stats = jax.tree.map(
         partial(jnp.where, is_counted), new, old._replace(cost=cost, is_over=jnp.array(True))
     )
-    if keeps_state:
+    if should_roll_back:
         state = jax.tree.map(partial(jnp.where, is_counted), state, run.state)
     return RunState(key, state, stats), Trace(stats.layer_calls, stats.pool.loss[0], is_counted)
 

@@ -1,10 +1,10 @@
 """Descent by linearized scores: one pass along a chain scores all its edits and joint moves.
 
-To first order, the changes of the outputs that swaps cause add up, so pairs of swaps and larger
-moves are predicted without further layer calls. The most promising moves are then evaluated
-exactly. The number of slots that a greedy move may change is a trust region (Conn, Gould, and Toint
-2000, Trust-Region Methods). If no move is better, the search restarts from a random chain that is
-cut at its best prefix.
+To first order, swaps change the outputs additively, so pairs of swaps and larger moves are
+predicted without further layer calls. The most promising moves are then evaluated exactly. The
+number of slots that a greedy move may change is a trust region (Conn, Gould, and Toint 2000,
+Trust-Region Methods). If no move is better, the search restarts from a random chain that is cut at
+its best prefix.
 """
 
 from typing import NamedTuple
@@ -33,7 +33,7 @@ from jchain.search.protocol import Info
 _START_RADIUS = 4.0
 
 
-class Guide(NamedTuple):
+class LinearizedChain(NamedTuple):
     """A chain, and the moves that a pass along it predicts."""
 
     chain: Int[Array, "L"]  # [L]
@@ -49,7 +49,7 @@ class Guide(NamedTuple):
 class State(NamedTuple):
     """The state that one step passes to the next."""
 
-    guide: Guide
+    linearized: LinearizedChain
     is_new: Bool[Array, ""]  # whether the chain needs a pass
     is_start: Bool[Array, ""]  # whether the chain must first be sampled
     radius: Float[Array, ""]  # the maximum number of swaps of a greedy move
@@ -91,21 +91,20 @@ class LinearizedSearch:
     num_products: int | None = static(default=None)
 
     def __post_init__(self) -> None:
-        least = {
+        smallest = {
             "num_single": 1,
             "num_pairs": 0,
             "num_joint": 0,
             "num_candidates": 1,
             "patience": 1,
         }
-        sizes = {name: getattr(self, name) for name in least}
-        optional = {"num_best": self.num_best, "num_products": self.num_products}
-        if any(sizes[name] < size for name, size in least.items()) or any(
-            size is not None and size < 1 for size in optional.values()
-        ):
-            raise ValueError(
-                f"expected sizes of at least {least}, and of 1 or None, got {sizes} and {optional}"
-            )
+        for name, size in smallest.items():
+            if getattr(self, name) < size:
+                raise ValueError(f"expected {name} of at least {size}, got {getattr(self, name)}")
+        for name in ("num_best", "num_products"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"expected {name} of at least 1 or None, got {size}")
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the first state, with no chain and an empty score cache.
@@ -115,7 +114,7 @@ class LinearizedSearch:
           problem: the problem to search.
         """
         num_slots = problem.max_layers + 1
-        guide = Guide(
+        linearized = LinearizedChain(
             jnp.full(num_slots, PADDING, jnp.int32),
             jnp.full((), jnp.inf, jnp.float32),
             jnp.full(problem.space.num_neighbors, jnp.inf, jnp.float32),
@@ -128,7 +127,7 @@ class LinearizedSearch:
         zero = jnp.zeros((), jnp.int32)
         radius = jnp.full((), _START_RADIUS, jnp.float32)
         return State(
-            guide, jnp.array(True), jnp.array(True), radius, zero, score_cache.init(problem)
+            linearized, jnp.array(True), jnp.array(True), radius, zero, score_cache.init(problem)
         )
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
@@ -139,17 +138,17 @@ class LinearizedSearch:
           state: the state that `init` or the last step returned.
           problem: the problem to search.
         """
-        guide = self._find_guide(key, state, problem)
-        chains, rows, is_joint = self._propose(state, guide, problem)
+        linearized = self._update_linearized(key, state, problem)
+        chains, rows, is_joint = self._propose(state, linearized, problem)
         cache, loss, layer_calls = score_cache.evaluate_cached(state.cache, problem, chains)
 
         # Rows without a move hold the chain itself, whose loss here may be lower due to rounding.
-        is_move = (chains != guide.chain[None]).any(axis=1)
-        score = guide.score.at[rows].set(jnp.inf, mode="drop")
+        is_move = (chains != linearized.chain[None]).any(axis=1)
+        score = linearized.score.at[rows].set(jnp.inf, mode="drop")
         has_more = jnp.isfinite(score).any()
         move = choose_move(
-            guide.chain,
-            guide.loss,
+            linearized.chain,
+            linearized.loss,
             chains,
             loss,
             is_move,
@@ -157,20 +156,20 @@ class LinearizedSearch:
             self.patience,
             has_more,
         )
-        num_scored = sum(allocate_candidates(problem, self.num_candidates))
+        num_candidates = sum(allocate_candidates(problem, self.num_candidates))
         next_state = State(
-            guide._replace(chain=move.chain, loss=move.loss, score=score),
-            move.does_move | move.is_stuck | (num_scored < problem.bank.num_layers),
+            linearized._replace(chain=move.chain, loss=move.loss, score=score),
+            move.is_better | move.is_stuck | (num_candidates < problem.bank.num_layers),
             move.is_stuck,
             _update_radius(state.radius, move, is_move, is_joint, problem.max_layers),
             move.num_failed,
             cache,
         )
-        own = jnp.where(state.is_new, guide.chain, PADDING)
+        own = jnp.where(state.is_new, linearized.chain, PADDING)
         info = Info(
             jnp.concatenate([own[None], chains]),
-            jnp.concatenate([jnp.where(state.is_new, guide.loss, jnp.inf)[None], loss]),
-            layer_calls + jnp.where(state.is_new, guide.layer_calls, 0),
+            jnp.concatenate([jnp.where(state.is_new, linearized.loss, jnp.inf)[None], loss]),
+            layer_calls + jnp.where(state.is_new, linearized.layer_calls, 0),
         )
         return next_state, info
 
@@ -184,22 +183,24 @@ class LinearizedSearch:
             ((problem.max_layers + 1) * self._count_best(problem)) ** 2,
         )
 
-    def _find_guide(self, key: Key[Array, ""], state: State, problem: Problem) -> Guide:
-        """Make a pass if the chain is new; otherwise, return the last guide."""
+    def _update_linearized(
+        self, key: Key[Array, ""], state: State, problem: Problem
+    ) -> LinearizedChain:
+        """Make a pass along a new chain; otherwise, return the result of the last pass."""
         return cond_in_sequence(
             state.is_new,
             self._pass,
-            lambda _, state, __: state.guide,
+            lambda _, state, __: state.linearized,
             key,
             state._replace(cache=None),
             problem,
         )
 
-    def _pass(self, key: Key[Array, ""], state: State, problem: Problem) -> Guide:
+    def _pass(self, key: Key[Array, ""], state: State, problem: Problem) -> LinearizedChain:
         """Score the edits and joint moves of the current chain, or of a new start chain."""
         start_key, key = jax.random.split(key)
         chain = jax.lax.cond(
-            state.is_start, lambda: sample_start(start_key, problem), lambda: state.guide.chain
+            state.is_start, lambda: sample_start(start_key, problem), lambda: state.linearized.chain
         )
         num_per_group = allocate_candidates(problem, self.num_candidates)
         scores, joint = score_moves(
@@ -212,11 +213,11 @@ class LinearizedSearch:
         )
         is_neighbor = problem.space.neighbors(chain)[1]
         start_loss = jnp.where(jnp.isfinite(scores.loss), scores.loss, jnp.inf).astype(jnp.float32)
-        return Guide(
+        return LinearizedChain(
             chain,
             # Keep the evaluated loss, not the loss from the pass. The two round differently, and
             # then each of two chains with equal losses could seem better than the other.
-            jnp.where(state.is_start, start_loss, state.guide.loss),
+            jnp.where(state.is_start, start_loss, state.linearized.loss),
             jnp.where(is_neighbor & ~jnp.isnan(scores.flat), scores.flat, jnp.inf).astype(
                 jnp.float32
             ),
@@ -229,7 +230,9 @@ class LinearizedSearch:
             ),
         )
 
-    def _propose(self, state: State, guide: Guide, problem: Problem) -> tuple[Array, Array, Array]:
+    def _propose(
+        self, state: State, linearized: LinearizedChain, problem: Problem
+    ) -> tuple[Array, Array, Array]:
         """Propose chains to evaluate.
 
         Returns the chains, the neighbor rows of the single edits, which come first, and a mask of
@@ -237,17 +240,19 @@ class LinearizedSearch:
         """
         # No pair of a new pass has been tried yet.
         num_failed = jnp.where(state.is_new, 0, state.num_failed)
-        neighbors, _ = problem.space.neighbors(guide.chain)
-        gain, rows = jax.lax.top_k(-guide.score, min(self.num_single, guide.score.size))
-        single = jnp.where(jnp.isfinite(gain)[:, None], neighbors[rows], guide.chain[None])
+        neighbors, _ = problem.space.neighbors(linearized.chain)
+        gain, rows = jax.lax.top_k(-linearized.score, min(self.num_single, linearized.score.size))
+        single = jnp.where(jnp.isfinite(gain)[:, None], neighbors[rows], linearized.chain[None])
         sizes = jnp.floor(state.radius / 2.0 ** jnp.arange(self.num_joint)).astype(jnp.int32)
         place = jnp.clip(sizes - 1, 0, problem.max_layers)
         # A greedy move of two swaps would only repeat a pair.
-        is_joint = (sizes > 2) & guide.is_greedy[place] & (num_failed == 0)
-        joint = jnp.where(is_joint[:, None], guide.greedy[place], guide.chain[None])
-        turn = num_failed * self.num_pairs + jnp.arange(min(self.num_pairs, guide.is_pair.size))
-        turn = jnp.minimum(turn, guide.is_pair.size - 1)
-        pairs = jnp.where(guide.is_pair[turn][:, None], guide.pairs[turn], guide.chain[None])
+        is_joint = (sizes > 2) & linearized.is_greedy[place] & (num_failed == 0)
+        joint = jnp.where(is_joint[:, None], linearized.greedy[place], linearized.chain[None])
+        num_pairs = linearized.is_pair.size
+        row = num_failed * self.num_pairs + jnp.arange(min(self.num_pairs, num_pairs))
+        row = jnp.minimum(row, num_pairs - 1)
+        is_pair = linearized.is_pair[row][:, None]
+        pairs = jnp.where(is_pair, linearized.pairs[row], linearized.chain[None])
         is_greedy = jnp.concatenate([jnp.zeros(single.shape[0] + pairs.shape[0], bool), is_joint])
         return jnp.concatenate([single, pairs, joint]).astype(jnp.int32), rows, is_greedy
 
@@ -260,8 +265,9 @@ def _update_radius(
     max_layers: int,
 ) -> Float[Array, ""]:
     """Double the trust region after a successful greedy move, and halve it after failed ones."""
-    did_try = (is_move & is_joint).any()
-    factor = jnp.where(did_try, jnp.where(move.does_move & is_joint[move.best], 2.0, 0.5), 1.0)
+    has_greedy_move = (is_move & is_joint).any()
+    is_success = move.is_better & is_joint[move.best]
+    factor = jnp.where(has_greedy_move, jnp.where(is_success, 2.0, 0.5), 1.0)
     return jnp.where(
         move.is_stuck, _START_RADIUS, jnp.clip(factor * radius, 2.0, max(max_layers, 2))
     )

@@ -116,18 +116,18 @@ class LocalSearch:
         first = jnp.where(
             is_starting, jnp.argmin(jnp.where(is_better, loss, jnp.inf)), jnp.argmax(is_better)
         )
-        does_move = is_better.any()
+        should_move = is_better.any()
         num_tried = state.num_tried + jnp.where(is_starting, 0, self.num_chains)
-        does_restart = ~does_move & ~is_starting & (num_tried >= num_neighbors)
-        kept = jnp.where(does_restart, problem.space.sample(start_key, 1)[0], state.chain)
-        chain = jnp.where(does_move, chains[first], kept)
-        kept_loss = jnp.where(does_restart, jnp.inf, state.loss)
-        does_change = does_move | does_restart
+        should_restart = ~should_move & ~is_starting & (num_tried >= num_neighbors)
+        kept = jnp.where(should_restart, problem.space.sample(start_key, 1)[0], state.chain)
+        chain = jnp.where(should_move, chains[first], kept)
+        kept_loss = jnp.where(should_restart, jnp.inf, state.loss)
+        has_new_chain = should_move | should_restart
         next_state = State(
             chain,
-            jnp.where(does_move, loss[first], kept_loss),
-            jnp.where(does_change, _shuffle(order_key, chain, problem), state.order),
-            jnp.where(does_change, 0, num_tried),
+            jnp.where(should_move, loss[first], kept_loss),
+            jnp.where(has_new_chain, _shuffle(order_key, chain, problem), state.order),
+            jnp.where(has_new_chain, 0, num_tried),
             state.num_started + jnp.where(is_starting, self.num_chains, 0),
             cache,
         )

@@ -64,7 +64,7 @@ def end_children(
     children: Int[Array, "N L"],
     loss: Float[Array, "N K"],
     is_open: Bool[Array, ""],
-    does_extend: Bool[Array, ""],
+    is_extended: Bool[Array, ""],
 ) -> tuple[Int[Array, "Q L"], Float[Array, "Q"]]:
     """List the chains that end the children of a prefix, in the format of `Info`.
 
@@ -80,13 +80,13 @@ def end_children(
       children: the tokens of its children, `[N, L]`.
       loss: the loss of each child with each head, with the layer penalty, `[N, K]`.
       is_open: whether there is a prefix to extend.
-      does_extend: whether the children were computed.
+      is_extended: whether the prefix was extended, so that its children were scored.
 
     Returns:
       Chains `[(1 + N) * K, L]` and losses `[(1 + N) * K]`, as from `end_prefixes`.
     """
     is_root = is_open & (length == 0) & (problem.min_layers == 0)
-    is_end = does_extend & (length + 1 >= problem.min_layers)
+    is_end = is_extended & (length + 1 >= problem.min_layers)
     num_children = children.shape[0]
     return end_prefixes(
         problem,

@@ -49,6 +49,10 @@ class QLearning:
         of the step.
     """
 
+    is_deterministic = False
+    needs_gradient = False
+    needs_invertible = False
+
     num_chains: int = static(default=16)
     replay_size: int = static(default=1024)
     num_replays: int = static(default=64)
@@ -64,21 +68,6 @@ class QLearning:
                 "expected num_chains of at least 1, num_replays of at least 1, and a replay_size "
                 f"of at least num_chains, got {sizes[0]}, {sizes[1]} and {self.replay_size}"
             )
-
-    @property
-    def is_deterministic(self) -> bool:
-        """False, because different keys give different results."""
-        return False
-
-    @property
-    def needs_gradient(self) -> bool:
-        """False, because no gradient through layers is taken."""
-        return False
-
-    @property
-    def needs_invertible(self) -> bool:
-        """False, because layers are never inverted."""
-        return False
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the first state, with a table of zeros."""
@@ -118,8 +107,8 @@ class QLearning:
     ) -> Float[Array, "P L"]:
         """Look up the best predicted reward before each token of the chains.
 
-        The prediction is 0 after the head and for states that were never tried. Its unit is that of
-        `reward_fn`.
+        The prediction is 0 after the head and for states that were never tried. It is in the
+        units of `reward_fn`.
 
         Args:
           state: the state, which holds the table.

@@ -28,7 +28,7 @@ class Curve(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The chains that a run found, and what finding them cost."""
+    """The best chains that a run found, and the cost of finding them."""
 
     best_chain: Int[np.ndarray, "L"]  # all -1 if no chain had a finite loss
     best_loss: float
@@ -37,13 +37,13 @@ class Result(NamedTuple):
     finalists: Int[np.ndarray, "Q L"]
     finalist_losses: Float[np.ndarray, "Q"]
     layer_calls: int
-    num_chains: int  # the number of chains scored, with repeats
+    num_scored: int  # the number of chains that were scored, with repeats
     num_nonfinite: int  # the number of these chains whose loss was not finite
     num_invalid: int = 0  # rows that the search reported as chains but that are not in the space
 
 
 class BudgetError(ValueError):
-    """Raised if the budget is smaller than the cost of one step.
+    """The `ValueError` of a budget that is smaller than the cost of one step.
 
     Args:
       cost: the layer calls of one step.
@@ -65,7 +65,7 @@ class RunStats(NamedTuple):
 
     pool: Pool
     layer_calls: Int[Array, ""]
-    num_chains: Int[Array, ""]
+    num_scored: Int[Array, ""]
     num_nonfinite: Int[Array, ""]
     num_invalid: Int[Array, ""]
     num_free: Int[Array, ""]  # consecutive zero-cost steps
@@ -127,7 +127,7 @@ def _make_result(all_stats: RunStats, trace: Trace, i: int, budget: int) -> Resu
         finalists=stats.pool.chains[is_found],
         finalist_losses=stats.pool.loss[is_found],
         layer_calls=int(stats.layer_calls),
-        num_chains=int(stats.num_chains),
+        num_scored=int(stats.num_scored),
         num_nonfinite=int(stats.num_nonfinite),
         num_invalid=int(stats.num_invalid),
     )

@@ -54,11 +54,11 @@ class SuffixBeamSearch:
     Attributes:
       width: number of prefixes in the beam.
       max_suffix_layers: maximum number of layers in a suffix.
-      num_candidates: number of layers from which suffixes are made, drawn anew for each pass. Each
+      num_candidates: number of layers that suffixes are made of, drawn anew for each pass. Each
         group of the bank gets a share in proportion to its size, and at least one.
       num_moves: number of chains to evaluate per step.
-      num_probes: number of examples on which losses are predicted, drawn anew for each pass. A
-        layer call on these examples counts as the corresponding fraction of a layer call.
+      num_probes: number of examples that losses are predicted on, drawn anew for each pass. A layer
+        call on 1/n of all examples counts as 1/n of a layer call.
       temperature: scale of the Gumbel noise that is added to the predicted losses before they rank
         prefixes and chains, in units of the difference between their mean and their minimum. If all
         examples are probes, passes without noise would repeat.
@@ -76,14 +76,12 @@ class SuffixBeamSearch:
     temperature: float = 0.01
 
     def __post_init__(self) -> None:
-        sizes = {
-            name: getattr(self, name)
-            for name in ("width", "num_candidates", "num_moves", "num_probes")
-        }
-        if min(sizes.values()) < 1 or self.max_suffix_layers < 0:
+        for name in ("width", "num_candidates", "num_moves", "num_probes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        if self.max_suffix_layers < 0:
             raise ValueError(
-                "expected sizes of at least 1 and max_suffix_layers of at least 0, "
-                f"got {sizes} and {self.max_suffix_layers}"
+                f"expected max_suffix_layers of at least 0, got {self.max_suffix_layers}"
             )
 
     def check(self, problem: Problem) -> None:
@@ -103,6 +101,17 @@ class SuffixBeamSearch:
             )
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
+        """Return the state before the first pass: probe examples, and a beam of the empty prefix.
+
+        See `Search.init`.
+
+        Args:
+          key: the PRNG key; consumed by this call.
+          problem: the problem to search.
+
+        Raises:
+          ValueError: if a layer cannot be inverted.
+        """
         self.check(problem)
         inverses = tuple(inverse for inverse in inverse_groups(problem.bank) if inverse is not None)
         rows = self._draw_rows(key, problem)
@@ -125,6 +134,14 @@ class SuffixBeamSearch:
         )
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
+        """Extend the beam by one layer, and evaluate the most promising chains; see `Search.step`.
+
+        Args:
+          key: the PRNG key; consumed by this call.
+          state: the state that `init` or the last step returned.
+          problem: the problem to search.
+        """
+
         # Under vmap, run the whole function in sequence, not only its branches
         # (`cond_in_sequence`). A plain vmap would pull back suffixes in every step of every run,
         # and batched products would round differently.
@@ -227,8 +244,10 @@ class SuffixBeamSearch:
             + probe_problem.layer_penalty(rows.chains)[:, None]
             + probe_problem.layer_penalty(suffixes.tokens)[None]
         )
-        does_fit = rows.depth[:, None] + suffix_length[None] <= probe_problem.max_layers + 1
-        loss = jnp.where(rows.is_valid[:, None] & does_fit & jnp.isfinite(loss), loss, jnp.inf)
+        is_short_enough = rows.depth[:, None] + suffix_length[None] <= probe_problem.max_layers + 1
+        loss = jnp.where(
+            rows.is_valid[:, None] & is_short_enough & jnp.isfinite(loss), loss, jnp.inf
+        )
 
         is_pair = jnp.isfinite(loss)
         spread = jnp.mean(loss, where=is_pair) - jnp.min(loss)
@@ -236,9 +255,9 @@ class SuffixBeamSearch:
         noisy_gain = jnp.where(is_pair, temperature * spread * noise, 0.0) - loss
         # Chains of fewer than `min_layers` layers are not evaluated, but their predictions still
         # rank prefixes.
-        is_long = rows.depth[:, None] + suffix_length[None] > probe_problem.min_layers
+        is_long_enough = rows.depth[:, None] + suffix_length[None] > probe_problem.min_layers
         gain, pairs = jax.lax.top_k(
-            jnp.where(is_long, noisy_gain, -jnp.inf).reshape(-1),
+            jnp.where(is_long_enough, noisy_gain, -jnp.inf).reshape(-1),
             min(_MARGIN * self.num_moves, loss.size),
         )
         row, suffix = jnp.divmod(pairs, loss.shape[1])
@@ -285,11 +304,13 @@ def _extend_prefixes(probe_problem: Problem, state: State) -> _Prefixes:
     chains = jnp.where(
         jnp.arange(probe_problem.max_layers + 1)[None] == state.depth, tokens[:, None], chains
     )
-    does_extend = jnp.repeat(state.is_valid & (state.depth < probe_problem.max_layers), num_layers)
+    is_valid_child = jnp.repeat(
+        state.is_valid & (state.depth < probe_problem.max_layers), num_layers
+    )
     return _Prefixes(
         jnp.concatenate([state.prefixes[:1], chains]),
         jnp.concatenate([state.hidden[:1], made.reshape(-1, *made.shape[2:])]),
-        jnp.append(state.depth == 0, does_extend),
+        jnp.append(state.depth == 0, is_valid_child),
         jnp.where(jnp.arange(1 + len(chains)) == 0, state.depth, state.depth + 1),
     )
 

@@ -64,9 +64,9 @@ class TargetPropagation:
     is_exact: bool = static(default=False)
 
     def __post_init__(self) -> None:
-        sizes = {name: getattr(self, name) for name in ("num_moves", "num_candidates", "patience")}
-        if min(sizes.values()) < 1:
-            raise ValueError(f"expected sizes of at least 1, got {sizes}")
+        for name in ("num_moves", "num_candidates", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the first state, with no chain and an empty score cache.
@@ -113,7 +113,7 @@ class TargetPropagation:
         move = choose_move(
             here.chain, here.loss, chains, loss, is_move, here.num_failed, self.patience, has_more
         )
-        is_new = move.does_move | move.is_stuck
+        is_new = move.is_better | move.is_stuck
         next_state = State(
             move.chain, move.loss, score, is_new, move.is_stuck, move.num_failed, cache
         )

@@ -1,4 +1,4 @@
-"""Tasks: problems that chains solve and single trained nets do not, each made from one seed.
+"""Tasks: data sets on which composing layers should beat a single net, each made from one seed.
 
 A task brings its own data and the function that trains its bank. `jchain search` runs one.
 """

@@ -160,7 +160,7 @@ def _search_round(rounds: _Rounds, args: RunArguments, budget: int, line: Progre
     """Continue the search until `budget` layer calls are spent in total."""
     problem = args.problem.with_bank(rounds.clones.bank)
     stop = StopRule(np.int32(budget), np.float32(-np.inf))
-    runs, trace = advance_runs(rounds.runs, args.search, problem, stop, line, keeps_state=True)
+    runs, trace = advance_runs(rounds.runs, args.search, problem, stop, line, should_roll_back=True)
     return rounds._replace(runs=runs, traces=(*rounds.traces, trace))
 
 

@@ -37,7 +37,7 @@ class Outcome(NamedTuple):
 
 
 class RunArguments(NamedTuple):
-    """The arguments of `UpdatePolicy.run`."""
+    """The arguments of `UpdatePolicy.run`, packed for `UpdatePolicy.apply`."""
 
     key: Key[Array, ""]
     search: Search
@@ -74,7 +74,11 @@ class UpdatePolicy:
           num_finalists: number of finalists to keep; see `jchain.run`.
           progress: whether to show a progress line; see `jchain.run`.
 
+        Returns:
+          The result, the bank with its final weights, and the cost of the gradient steps.
+
         Raises:
+          BudgetError: if the budget is smaller than the cost of one step of the search.
           ValueError: if `train` does not fit the bank, the budget leaves no layer calls for the
             search, or another argument is invalid; see `jchain.run`.
         """
@@ -83,10 +87,10 @@ class UpdatePolicy:
         )
 
     def apply(self, args: RunArguments) -> Outcome:
-        """Do the work of `run`. Define this method to write your own policy.
+        """Search and update weights; `run` calls this method, which each policy defines.
 
         Args:
-          args: the arguments of `run`.
+          args: the arguments of `run`, under the same names.
         """
         raise NotImplementedError
 
@@ -192,7 +196,7 @@ def resume_run(
     state: PyTree,
     pool: Pool,
     layer_calls: int,
-    num_chains: int = 0,
+    num_scored: int = 0,
     num_nonfinite: int = 0,
 ) -> RunState:
     """Return a run that continues from another state and pool.
@@ -201,8 +205,8 @@ def resume_run(
       runs: the state of a single run, whose leaves have a leading axis of size 1.
       state: the new state of the search.
       pool: the best chains so far.
-      layer_calls: number of layer calls to add to those of the run.
-      num_chains: number of chains that were scored outside of the run.
+      layer_calls: number of layer calls to add to the run's total.
+      num_scored: number of chains that were scored outside of the run.
       num_nonfinite: number of those chains whose loss is not finite.
     """
     state, pool = jax.tree.map(lambda leaf: leaf[None], (state, pool))
@@ -210,7 +214,7 @@ def resume_run(
     stats = old._replace(
         pool=pool,
         layer_calls=old.layer_calls + jnp.int32(layer_calls),
-        num_chains=old.num_chains + jnp.int32(num_chains),
+        num_scored=old.num_scored + jnp.int32(num_scored),
         num_nonfinite=old.num_nonfinite + jnp.int32(num_nonfinite),
         num_free=jnp.zeros_like(old.num_free),
         is_over=jnp.zeros_like(old.is_over),

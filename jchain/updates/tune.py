@@ -284,7 +284,7 @@ def _map_members(fn: Callable[..., T], group: LayerGroup) -> Callable[..., T]:
 def _with_params(bank: Bank, params: Sequence[PyTree]) -> Bank:
     """Return the bank with new params: for each group of layers, then for each group of heads."""
     groups = [
-        LayerGroup(own, group.module, group.tokens)
+        dataclasses.replace(group, params=own)
         for own, group in zip(params, (*bank.layers, *bank.heads), strict=True)
     ]
     num = len(bank.layers)

@@ -1,4 +1,4 @@
-"""The policy that tunes the chain that the search found."""
+"""The policy that tunes the best chain that the search found."""
 
 import jax
 import numpy as np
@@ -73,7 +73,7 @@ class TuneFound(UpdatePolicy):
             np.append(result.curve.best_loss, min(loss, result.best_loss)),
         )
         result = result._replace(
-            layer_calls=layer_calls, curve=curve, num_chains=result.num_chains + 1
+            layer_calls=layer_calls, curve=curve, num_scored=result.num_scored + 1
         )
         if loss >= result.best_loss:
             return Outcome(problem.bank, result, update_calls)

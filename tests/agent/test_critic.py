@@ -63,7 +63,7 @@ def test_inputs_are_features_changes_and_remaining_layers():
     )
 
 
-def test_bad_files_and_critics_are_refused(tmp_path, bank):
+def test_critic_rejects_bad_files_and_arguments(tmp_path, bank):
     path = tmp_path / "critic.safetensors"
     with pytest.raises(FileNotFoundError):
         jc.Critic.load(path)

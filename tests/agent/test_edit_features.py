@@ -35,7 +35,7 @@ def test_features_are_gains_in_units_of_the_median(problem):
     np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_chain_is_scored_once_and_none_never(problem):
+def test_edit_features_score_each_chain_once_and_skip_empty_chains(problem):
     nothing = empty_edit_features(problem)
     same, layer_calls = update_edit_features(nothing, problem, jnp.full(4, -1), "linearized")
     assert layer_calls == 0
@@ -47,7 +47,7 @@ def test_a_chain_is_scored_once_and_none_never(problem):
     jax.tree.map(np.testing.assert_array_equal, again, known)
 
 
-def test_they_count_twice_if_the_prefix_is_the_same(problem):
+def test_edit_features_count_twice_on_the_same_prefix(problem):
     known, _ = update_edit_features(
         empty_edit_features(problem), problem, jnp.asarray(CHAIN), "linearized"
     )
@@ -102,7 +102,7 @@ def test_each_new_best_chain_is_charged_once(problem):
     assert 1 <= num_passes < 7
 
 
-def test_no_gradient_is_refused(problem):
+def test_edit_features_reject_unknown_kinds_and_missing_gradients(problem):
     with pytest.raises(
         ValueError, match="expected a score_kind of linearized, .* or None, got 'hessian'"
     ):

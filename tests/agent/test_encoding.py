@@ -11,7 +11,7 @@ from jchain.agent.encoding import ActorCriticNetwork, entry_features
 
 OBSERVED = jc.ObservedEncoding(jc.agent.observations.observe, features=8)
 JOINT = jc.JointEncoding((jc.TokenEncoding(features=8), OBSERVED))
-# The first two observe nothing.
+# The first two encodings observe nothing.
 ENCODINGS = [jc.TokenEncoding(features=8), jc.WeightEncoding(features=8), OBSERVED, JOINT]
 EMPTY = jnp.arange(3.0)  # features of the empty prefix
 
@@ -21,7 +21,7 @@ def encode(encoding, params, entries, tokens):
     features = EMPTY
     carry = encoding.apply(params, entries, features, method="initial_carry")
     for token in tokens:
-        # Like data: each layer changes it in its own way, which depends on the layers before.
+        # This behaves like data: each layer changes it in a way that depends on the layers before.
         features = 0.5 * features + entries[token, :3]
         carry = encoding.apply(params, carry, jnp.array(token), entries, features, method="advance")
     return encoding.apply(params, carry, method="read")
@@ -33,7 +33,7 @@ def init(encoding, entries):
     return network, params, {"params": params["params"]["encoding"]}
 
 
-def test_features_follow_the_entry_not_its_place(two_group_bank):
+def test_entry_features_follow_the_entry_not_its_token(two_group_bank):
     features = entry_features(two_group_bank)
     assert features.shape == (7, 66)
     assert features[:, -1].tolist() == [0] * 5 + [1] * 2
@@ -50,7 +50,7 @@ def test_sketch_keeps_inner_products_of_weights():
     )
     weights = weights - weights.mean(axis=0)
     exact, sketched = weights @ weights.T, sketch @ sketch.T
-    # The sketch is scaled by one number; up to that, its Gram matrix is that of the weights.
+    # Up to a scale of the sketch, its Gram matrix is that of the weights.
     scale = np.sum(exact * sketched) / np.sum(exact**2)
     assert np.abs(sketched / scale - exact).max() < 0.1 * np.abs(exact).max()
 
@@ -81,7 +81,7 @@ def test_discrete_encodes_tokens_and_continuous_encodes_weights():
     for encoding, follows in zip(ENCODINGS[:2], ((0, 2), (1, 2)), strict=True):
         entries, moved = entry_features(bank), entry_features(swapped)
         _, _, params = init(encoding, entries)
-        # The same tokens give the same discrete code, the same weights the same continuous one.
+        # Equal tokens have equal discrete codes, and equal weights have equal continuous codes.
         code = encode(encoding, params, entries, (0, 2))
         np.testing.assert_allclose(encode(encoding, params, moved, follows), code, atol=1e-5)
         other = (1, 2) if follows == (0, 2) else (0, 2)
@@ -99,7 +99,7 @@ def test_one_network_reads_banks_of_any_size(encoding):
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_the_actor_points_at_entries_by_their_features(encoding):
+def test_actor_selects_entries_by_their_features(encoding):
     bank = make_bank(4, 2)
     network, params, _ = init(encoding, entry_features(bank))
     entries = entry_features(bank)
@@ -114,8 +114,8 @@ def test_the_actor_points_at_entries_by_their_features(encoding):
     assert np.ptp(logits) > 0
 
 
-def test_observed_by_hand_and_joined():
-    """Features, change from the empty prefix, number of layers: through two layers and a norm."""
+def test_observed_encodings_by_hand_and_joined():
+    """Features, change, and number of layers pass through two layers and a norm."""
     entries = entry_features(make_bank(4, 1))
     _, _, params = init(OBSERVED, entries)
     last = np.array([0.3, -1.0, 2.0])
@@ -141,7 +141,7 @@ def test_observed_by_hand_and_joined():
     assert (JOINT.features, JOINT.observe) == (16, jc.agent.observations.observe)
 
 
-def test_parts_that_observe_different_things_are_refused():
+def test_joined_encodings_reject_different_observations():
     other = jc.ObservedEncoding(jc.agent.observations.observe_gradients)
     for parts in ((), (OBSERVED, other)):
         with pytest.raises(

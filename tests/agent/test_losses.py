@@ -9,7 +9,7 @@ from jchain.agent import losses
 
 CHAIN = np.array([2, 0, 5, -1])  # two layers and a head, of 4 layers and 2 heads
 REWARD, LAMBDA, CLIP = 0.7, 0.95, 0.2
-MOVED = np.array([0.5, 0.0, -0.5])  # log of the ratio of the policy now to the old one
+MOVED = np.array([0.5, 0.0, -0.5])  # log of the ratio of the new to the old policy
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_ppo_by_hand(logits, values, old_log_probs, episode):
         returns[t] = (1 - LAMBDA) * v[t + 1] + LAMBDA * returns[t + 1]
     advantage = returns - v
     surrogate = np.minimum(ratio * advantage, np.clip(ratio, 0.8, 1.2) * advantage)
-    # Means run over the L = 4 slots.
+    # Means are over the L = 4 slots.
     np.testing.assert_allclose(actor, -surrogate.sum() / 4, rtol=1e-4)
     np.testing.assert_allclose(critic, 0.5 * np.sum(advantage**2) / 4, rtol=1e-4)
 
@@ -109,7 +109,7 @@ def test_slots_after_the_head_change_no_loss(logits, values, old_log_probs, epis
 
 
 def test_no_gradient_flows_through_targets(logits, values, old_log_probs, episode):
-    """The gradient by the values is minus the error over L for the critic, 0 for the actor."""
+    """The gradient of the values is -error / L for the critic, and 0 for the actor."""
     for loss_fn in (
         lambda v: losses.ppo_loss(logits, v, old_log_probs, episode, LAMBDA, CLIP),
         lambda v: losses.vtrace_loss(logits, v, old_log_probs, episode, LAMBDA),

@@ -59,8 +59,8 @@ def test_features_match_plain_formulas_in_float64(problem):
 
 
 @pytest.mark.parametrize("num_heads", [1, 2])
-def test_jitted_features_are_those_of_each_prefix_alone(num_heads):
-    """XLA on CPU got the gradient's size wrong for banks of one head, jitted and vmapped."""
+def test_jitted_features_equal_those_of_single_prefixes(num_heads):
+    """XLA on CPU once got the gradient's size wrong for jitted, vmapped banks of one head."""
     data = jc.data.load("wine", seed=0)
     modules = {"layer": jc.layers.ResidualMLP(13), "head": jc.layers.DenseHead(3)}
     bank = jc.train.random(
@@ -100,7 +100,7 @@ def test_the_scale_of_losses_is_monotone_and_a_log_above_its_unit():
 
 
 def test_sketches_in_plain_numpy(problem):
-    """Class means over the root mean square, added up by place and sign; then the log scale."""
+    """Class means over the root mean square are added up by place and sign, then log-scaled."""
     hidden = jax.random.normal(jax.random.key(0), (9, 5))
     heads = problem.bank.heads[0].params["Dense_0"]
     y = np.asarray(problem.data.y)
@@ -142,7 +142,7 @@ def test_sketches_of_examples_without_a_class(problem):
     out = jc.agent.observations.observe_activations(regression, hidden, hidden)
     assert out.features.shape == (65,)
     assert np.count_nonzero(out.features) > 30
-    # An example that changes changes it.
+    # If an example changes, the sketch changes.
     other = jc.agent.observations.observe_activations(regression, hidden.at[3].set(0.0), hidden)
     assert np.abs(out.features - other.features).max() > 0.01
     broken = jc.agent.observations.observe_gradients(problem, jnp.full((9, 5), jnp.inf), hidden)
@@ -151,7 +151,7 @@ def test_sketches_of_examples_without_a_class(problem):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_features_of_half_precision_are_those_of_float32(problem, dtype):
-    """Squares neither vanish nor overflow, and losses are of float32."""
+    """Squares neither vanish nor overflow, and losses are float32."""
     half, whole = (
         jc.Problem(
             jax.tree.map(lambda leaf, to=to: leaf.astype(dtype).astype(to), problem.bank),

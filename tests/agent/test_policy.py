@@ -15,7 +15,7 @@ NOTHING = jnp.zeros((4, 0))  # features of the prefixes of a chain, if nothing i
 @pytest.fixture(scope="module", params=[jc.TokenEncoding(8), jc.WeightEncoding(8)])
 def policy(request, problem):
     state = jc.ActorCritic(encoding=request.param).init(jax.random.key(0), problem)
-    # Larger weights than at the start, so that the policy is far from uniform.
+    # With larger weights than initially, the policy is far from uniform.
     params = jax.tree.map(lambda leaf: 3 * leaf, state.params)
     return Policy(ActorCriticNetwork(request.param), params, state.inputs)
 

@@ -47,15 +47,15 @@ def test_a_critic_learns_and_steers_the_search(small, training_set):
     search = jc.CriticSearch(critic, width=8, ridge=jnp.inf, epsilon=0.0)
     state = jax.jit(search.init)(jax.random.key(0), small)
     state, _ = jax.jit(search.step)(jax.random.key(0), state, small)
-    # The search's predictions for the first prefixes are those of the critic.
+    # The search predicts the first prefixes as the critic does.
     place = np.argsort(state.prefixes.chains[1, :3, 0])
     expected = training_set.stop[:3] - critic.gain(jnp.asarray(training_set.inputs[:3]))
     np.testing.assert_allclose(
-        np.asarray(state.prefixes.base[1, :3])[place], expected, rtol=1e-3, atol=1e-3
+        np.asarray(state.prefixes.prior_prediction[1, :3])[place], expected, rtol=1e-3, atol=1e-3
     )
 
 
-def test_bad_input_is_refused(small):
+def test_pretrain_rejects_bad_input(small):
     with pytest.raises(ValueError, match="max_layers of at least 2, got 1"):
         jc.agent.pretrain.make_training_set(jc.Problem(small.bank, small.data, 1))
     with pytest.raises(ValueError, match="at most 1,048,576 prefixes, got"):

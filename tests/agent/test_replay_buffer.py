@@ -6,7 +6,7 @@ from jchain.agent.replay_buffer import empty_replay_buffer
 from jchain.agent.rollout import Rollout
 
 
-def test_the_oldest_chains_are_evicted(problem):
+def test_replay_buffer_evicts_the_oldest_chains(problem):
     def make(losses):
         chains = jnp.array([[4, -1, -1, -1], [5, -1, -1, -1]], jnp.int32)
         log_probs = jnp.zeros((2, 4)).at[:, 0].set(-losses)

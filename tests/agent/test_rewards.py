@@ -12,7 +12,7 @@ def test_rank_rewards_by_hand():
 def test_rewards_of_a_fixed_scale_by_hand():
     loss = jnp.array([2.0, 0.5, jnp.inf])
     np.testing.assert_allclose(rewards.plain_rewards(loss), [-2.0, -0.5, -2.0])
-    # The log of the loss over 0.001, where it is far above that.
+    # The reward is the log of loss / 0.001 if the loss is far above 0.001.
     np.testing.assert_allclose(
         rewards.log_rewards(loss), -np.log([2000.0, 500.0, 2000.0]), rtol=1e-4
     )

@@ -10,7 +10,7 @@ from jchain.agent.rollout import sample_chain, sample_prefix
 from jchain.chain import PADDING
 
 
-def test_prefixes_are_those_of_the_elite(problem):
+def test_sample_prefix_draws_prefixes_of_the_elite(problem):
     elite = jnp.array([[2, 0, 5, -1], [1, 4, -1, -1], [-1, -1, -1, -1]])
     keys = jax.random.split(jax.random.key(0), 2000)
 
@@ -27,7 +27,7 @@ def test_prefixes_are_those_of_the_elite(problem):
             tuple(row[row >= 0].tolist()): n / len(keys) for row, n in zip(rows, count, strict=True)
         }
 
-    # 1/2 for each chain; then 1/3 for each prefix of the first, 1/2 for each of the second.
+    # Each chain has 1/2. Then each prefix of the first chain has 1/3, and of the second 1/2.
     expected = {(2, 0): 1 / 6, (2,): 1 / 6, (1,): 1 / 4, (): 5 / 12}
     found = share(1.0)
     assert found.keys() == expected.keys()
@@ -37,9 +37,9 @@ def test_prefixes_are_those_of_the_elite(problem):
 
 
 @pytest.mark.parametrize("encoding", [jc.TokenEncoding(8), jc.WeightEncoding(8)])
-def test_chains_go_on_from_their_prefix(encoding, problem):
+def test_sample_chain_continues_from_a_prefix(encoding, problem):
     state = jc.ActorCritic(encoding=encoding).init(jax.random.key(0), problem)
-    # Larger weights than at the start, so that the policy is far from uniform.
+    # With larger weights than initially, the policy is far from uniform.
     params = jax.tree.map(lambda leaf: 3 * leaf, state.params)
     policy = Policy(ActorCriticNetwork(encoding), params, state.inputs)
     prefix, keys = jnp.array([3, 1, -1, -1]), jax.random.split(jax.random.key(0), 32)

@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 
 def make_solved(loss):
-    """Two layers and one head: 31 chains."""
+    """Make a solved problem of two layers and one head, which has 31 chains."""
     data = jc.Dataset(*[make_batch()] * 4, name="data", num_classes=3)
     losses = {split: np.asarray(loss, np.float32) for split in EVALUATION_SPLITS}
     return chainbench.SolvedProblem(

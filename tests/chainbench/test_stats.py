@@ -6,7 +6,7 @@ from jchain.chainbench import stats
 
 
 def test_iqm_by_hand():
-    # Of 1..8, the middle half is 3, 4, 5, 6.
+    # The middle half of 1..8 is 3, 4, 5, 6.
     scores = np.array([[8.0, 1, 3, 6], [2, 5, 100, 4]])
     scores[scores == 100] = 7
     assert stats.iqm(scores).value == 4.5

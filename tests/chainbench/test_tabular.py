@@ -96,7 +96,7 @@ def test_the_table_has_all_chains_even_with_min_layers(pair):
     loss = np.asarray(out.loss)
     tabular_problem = tabular.make_problem(problem.bank, loss, problem.max_layers, min_layers=2)
     long, found = jc.evaluate_all(tabular_problem)
-    is_long = chains[:, 2] >= 0  # a third token, so two layers
+    is_long = chains[:, 2] >= 0  # a third token means two layers
     np.testing.assert_array_equal(long, chains[is_long])
     np.testing.assert_array_equal(found.loss, loss[is_long])
     with pytest.raises(
@@ -170,7 +170,7 @@ def test_an_observing_agent_samples_the_same_chains(problem):
 
 
 def test_every_prefix_is_tabulated(bank, problem):
-    """Also prefixes of the most layers, with layer penalties."""
+    """This includes prefixes with the maximum number of layers, and layer penalties."""
     penalized = jc.Problem(bank, problem.data, 2, layer_cost=[0.1, 0.0, 0.3, 0.02])
     tabular_problem = tabular.tabulate(penalized, observe)
     np.testing.assert_allclose(

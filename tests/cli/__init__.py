@@ -1,1 +1,1 @@
-"""A package, so that pytest imports its conftest beside `tests/conftest.py`, not instead of it."""
+"""A package, so that pytest imports its conftest in addition to `tests/conftest.py`."""

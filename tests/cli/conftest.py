@@ -1,4 +1,4 @@
-"""Results of searches that several modules of tests read. Copy one before changing it."""
+"""Search results that several test modules read. Copy a result before changing it."""
 
 import json
 import shlex
@@ -20,7 +20,7 @@ def result_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def models_folder(tmp_path_factory):
-    """Two fine-tunes of a model of bytes, a text, and questions."""
+    """A folder with two fine-tunes of a model of bytes, a text, and questions."""
     folder = tmp_path_factory.mktemp("models")
     for i in range(2):
         made = make_checkpoint(folder / f"m{i}")

@@ -133,7 +133,7 @@ def test_a_search_leaves_a_result_without_the_weights(models_folder, checkpoint_
     assert set(found["layers"][:-1]) <= {"m0/1", "m0/2", "m1/1", "m1/2", "m1/embeddings"}
     assert 2 <= len(found["layers"]) <= 4
     assert found["controls"]["best_parent"]["loss"]["test"] > 0
-    # Their model has as many blocks as a chain may have, or one more layer with other embeddings.
+    # A whole model fits into a chain: its blocks, and one more layer for other embeddings.
     assert "nothing dropped" in found["controls"]["recipes"]
     on_select = [row["loss"]["select"] for row in found["controls"]["recipes"].values()]
     assert found["loss"]["select"] <= min(on_select) * (1 + 1e-5)
@@ -157,7 +157,7 @@ def test_a_result_is_exported_as_a_checkpoint(models_folder, checkpoint_result, 
     assert f"| loss on test | {found['loss']['test']:.4f}, the unchanged model " in card
     assert "--search random --budget 80" in card
     assert main(["export", str(checkpoint_result), "--out", str(tmp_path / "out")]) == 2
-    assert "expected no folder at" in capsys.readouterr().err
+    assert "already exists; choose another output folder" in capsys.readouterr().err
     assert (
         main(["export", str(checkpoint_result), "--out", str(tmp_path / "own"), "--chain", "1,0,6"])
         == 0

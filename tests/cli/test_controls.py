@@ -24,7 +24,7 @@ def context():
 
 
 def test_the_best_edit_is_the_best_neighbor_on_search(context):
-    parent = list(context.made.parents[0])
+    parent = list(context.original_bank.parents[0])
     edit = controls._find_best_edit(context, parent)
     chain = jnp.asarray(jc.chain.pad([parent], 3)[0])
     rows, is_neighbor = context.problem.space.neighbors(chain)
@@ -42,8 +42,8 @@ def test_a_plain_net_gets_the_steps_of_all_nets(context):
         return jc.train.independent(
             key,
             context.setup.data.train,
-            layer=context.made.layers[0].module,
-            head=context.made.heads[0].module,
+            layer=context.original_bank.layers[0].module,
+            head=context.original_bank.heads[0].module,
             num_nets=1,
             depth=2,
             num_steps=2,
@@ -51,13 +51,13 @@ def test_a_plain_net_gets_the_steps_of_all_nets(context):
 
     quick = context.setup._replace(make_plain_net=make, has_slow_controls=False)
     own = context._replace(setup=quick)
-    found = own.score(own.made, [0, 4])
+    found = own.score(own.original_bank, [0, 4])
     scored = controls.score_controls(
-        jax.random.key(1), own, found, (own.made, [[0, 4]]), jc.RandomSearch()
+        jax.random.key(1), own, found, (own.original_bank, [[0, 4]]), jc.RandomSearch()
     )
     assert seen == [60]
     assert set(scored.controls) == {"recipes", "best_parent", "plain_net", "random_chains"}
-    assert set(scored.levels) == {"best parent", "plain net", "optimum"}
+    assert set(scored.reference_losses) == {"best parent", "plain net", "optimum"}
     out = jc.evaluate_all(own.problem)[1]
     assert scored.optimum.loss == pytest.approx(float(out.loss.min()), rel=1e-6)
     random = scored.controls["random_chains"]
@@ -66,7 +66,7 @@ def test_a_plain_net_gets_the_steps_of_all_nets(context):
 
 
 def test_tuning_keeps_the_net_unless_select_prefers_another(context):
-    net = controls.Net(context.made, list(context.made.parents[0]))
+    net = controls.Net(context.original_bank, list(context.original_bank.parents[0]))
     tuned = controls._tune(jax.random.key(0), context, net)
     before, after = (context.score(own.bank, own.tokens) for own in (net, tuned))
     assert after.loss["select"].mean() <= before.loss["select"].mean()
@@ -81,7 +81,7 @@ def test_a_search_that_finds_nothing_is_no_control(context, capsys, monkeypatch,
         own, run = context, controls.run
         empty = np.zeros((0, 4), np.int32)
         monkeypatch.setattr(controls, "run", lambda *a, **k: run(*a, **k)._replace(finalists=empty))
-    found = context.score(context.made, [0, 4])
+    found = context.score(context.original_bank, [0, 4])
     search = jc.LocalSearch()
     key = jax.random.key(0)
     assert controls._run_rival(key, own, found, "local_search", search) is None

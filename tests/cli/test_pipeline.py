@@ -23,7 +23,7 @@ def test_the_bank_that_is_kept_has_the_updated_weights(tmp_path, capsys):
     out = jc.evaluate(jc.Problem(bank, data.test, 2), chain)
     assert result["loss"]["test"] == pytest.approx(float(out.loss[0]), rel=1e-5)
     assert bank.num_layers == 4 + 8
-    # The optimum is that of the bank as it was made.
+    # The optimum is that of the bank before any update.
     optimum = float(jc.evaluate_all(jc.Problem(bank.take(range(4)), data.search, 2))[1].loss.min())
     assert result["optimum"] == pytest.approx(optimum, rel=1e-5)
 
@@ -46,7 +46,7 @@ def test_a_search_without_a_finite_loss_fails(tmp_path, capsys, monkeypatch):
         (["--budget", "3", "--search", "random"], "budget of at least one step"),
     ],
 )
-def test_small_budgets_exit_with_2_and_write_nothing(tmp_path, capsys, options, message):
+def test_search_rejects_small_budgets(tmp_path, capsys, options, message):
     check_bad_options(tmp_path, capsys, options, message)
 
 
@@ -57,7 +57,7 @@ def test_a_sweep_above_the_blocks_of_the_model_exits_with_2(models_folder, monke
 
 
 def test_recipes_take_the_better_model(models_folder, checkpoint_result):
-    """m0 has two blocks that are not pinned, m1 has its embeddings too."""
+    """m0 has two blocks that are not pinned, and m1 also has its embeddings."""
     found = json.loads((checkpoint_result / "result.json").read_text())
     assert found["config"]["max_layers"] is None
     rows = found["controls"]["recipes"]
@@ -90,7 +90,7 @@ def test_questions_are_searched_too(models_folder, tmp_path):
         == 0
     )
     found = json.loads((tmp_path / "out" / "result.json").read_text())
-    # The layer penalty is high, so no layer is worth it.
+    # The layer penalty is so high that no layer pays off.
     assert found["layers"] == ["m0/head"]
     assert 0 <= found["accuracy"]["test"] <= 1
     few, all_ = found["sweep"]

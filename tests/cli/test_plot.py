@@ -5,7 +5,7 @@ from jchain.cli import plot
 from jchain.gradient.layer_report import report_layers
 
 
-def test_layers_are_drawn(problem, two_group_problem, tmp_path):
+def test_plot_layers_writes_a_png_and_rejects_mixed_layers(problem, two_group_problem, tmp_path):
     plot.plot_layers(tmp_path / "layers.png", report_layers(problem, np.array([2, 0, 3, 5])))
     assert (tmp_path / "layers.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="tensors of the same names and shapes, got 2 kinds"):

@@ -7,7 +7,7 @@ from jchain.search.result import Curve, Result
 
 
 def make_output():
-    """A search whose recipe was better, with an infinite loss and a sweep."""
+    """Make the output of a search with a better recipe, an infinite loss, and a sweep."""
     scores = {
         "loss": {"search": 0.5, "select": 0.25, "test": None},
         "accuracy": {"search": 0.75, "select": 0.5, "test": 0.125},
@@ -44,12 +44,12 @@ def make_output():
     return SearchOutput(record, make_bank(), result, {})
 
 
-def test_the_table_has_all_rows_and_remarks(capsys):
+def test_print_table_has_all_rows_and_remarks(capsys):
     print_table(make_output())
     shown = " ".join(capsys.readouterr().out.split())
     assert "search, 360 select, 305 test, 1,270" in shown
     cells = "0.500 ± 0.125 (75.0%) 0.250 ± 0.062 (50.0%) not finite"
-    assert f"chain found {cells}" in shown
+    assert f"best chain found {cells}" in shown
     assert f"best parent {cells} +0.500 ± 0.300 (noise)" in shown
     assert f"plain net, same steps {cells} -0.500 ± 0.125" in shown
     assert "random chains, median 4.000 (10.0%) quartiles 3.500 to not finite" in shown
@@ -61,7 +61,7 @@ def test_the_table_has_all_rows_and_remarks(capsys):
     assert "2 of 7 scored chains had a non-finite loss" in shown
 
 
-def test_a_chain_is_drawn_by_where_its_layers_come_from():
+def test_draw_chain_groups_layers_by_origin():
     layers = ["undo it", "net/10", "other/0", "net/2", "net/head"]
     assert draw_chain(layers, "seed 3") == [
         "seed 3   1  2 3 4",

@@ -44,7 +44,7 @@ def test_a_result_may_be_written_to_the_working_directory(tmp_path, monkeypatch)
         "curve.png",
         "result.json",
     }
-    # Without layer penalty, as in all rows of the table.
+    # There is no layer penalty, as in all rows of the table.
     result = json.loads(Path("result.json").read_text())
     assert result["optimum"] == pytest.approx(result["loss"]["search"], rel=1e-5)
 

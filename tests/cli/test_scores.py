@@ -26,7 +26,7 @@ def bank():
 @pytest.mark.parametrize("tokens", CHAINS)
 def test_chains_are_scored_by_example(bank, tokens):
     setup = make_setup()
-    scores = score_chain(setup, bank, tokens, width=4)
+    scores = score_chain(setup, bank, tokens, max_layers=4)
     summary = scores.summarize()
     for split in ("search", "select", "test"):
         x, y = getattr(setup.data, split)
@@ -41,7 +41,7 @@ def test_chains_are_scored_by_example(bank, tokens):
 
 def test_an_ensemble_averages_probabilities(bank):
     setup = make_setup()
-    scores = score_ensemble(setup, bank, CHAINS, width=4)
+    scores = score_ensemble(setup, bank, CHAINS, max_layers=4)
     x, y = setup.data.test
     each = [jc.apply_chain(bank, jc.chain.pad([tokens])[0], x) for tokens in CHAINS]
     mean = np.mean(
@@ -52,8 +52,8 @@ def test_an_ensemble_averages_probabilities(bank):
         axis=0,
     )
     np.testing.assert_allclose(scores.loss["test"], -np.log(mean), rtol=1e-4, atol=1e-6)
-    one = score_ensemble(setup, bank, CHAINS[:1], width=4)
-    alone = score_chain(setup, bank, CHAINS[0], width=4)
+    one = score_ensemble(setup, bank, CHAINS[:1], max_layers=4)
+    alone = score_chain(setup, bank, CHAINS[0], max_layers=4)
     np.testing.assert_allclose(one.loss["test"], alone.loss["test"], rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(one.accuracy["test"], alone.accuracy["test"])
 
@@ -63,8 +63,8 @@ def test_other_losses_have_no_ensemble_but_their_own_mean(bank):
         return jnp.abs(outputs - y[:, None])
 
     setup = make_setup(loss_fn=loss_fn, accuracy_fn=lambda outputs, y: outputs * 0 + 0.25)
-    assert score_ensemble(setup, bank, CHAINS, width=4) is None
-    scores = score_chain(setup, bank, CHAINS[0], width=4)
+    assert score_ensemble(setup, bank, CHAINS, max_layers=4) is None
+    scores = score_chain(setup, bank, CHAINS[0], max_layers=4)
     x, y = setup.data.test
     expected = loss_fn(jc.apply_chain(bank, jc.chain.pad([CHAINS[0]])[0], x), y).mean(axis=1)
     np.testing.assert_allclose(scores.loss["test"], expected, rtol=1e-4)

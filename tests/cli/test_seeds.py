@@ -20,7 +20,7 @@ def make_records(found=FOUND):
     for seed, losses in enumerate(zip(found, PARENT, PLAIN, strict=True)):
         own, parent, plain = map(make_scores, losses)
         controls = {"recipes": {}, "best_parent": parent, "plain_net": plain}
-        if seed > 0:  # a control that one seed lacks is in no row
+        if seed > 0:  # a control that one seed lacks has no row
             controls["local_search"] = plain
         record = {
             **own,
@@ -47,7 +47,7 @@ def test_seeds_are_compared_pair_by_pair():
     summary = summarize(SearchConfig(), make_records(), 3.14)
     assert summary["seeds"] == [10, 11, 12]
     rows = summary["rows"]
-    assert list(rows) == ["chain found", "best parent", "plain net, same steps"]
+    assert list(rows) == ["best chain found", "best parent", "plain net, same steps"]
     parent, plain = rows["best parent"], rows["plain net, same steps"]
     assert parent["difference"] == pytest.approx(-2.0)
     assert parent["interval"] == pytest.approx(compare_pairs([-2.0, -3.0, -1.0]).bounds)
@@ -55,7 +55,7 @@ def test_seeds_are_compared_pair_by_pair():
     assert plain["interval"][0] < 0 < plain["interval"][1]
     noise = "(on average no difference beyond noise)"
     assert f"the best parent in 3 of 3 seeds {noise}" in summary["sentence"]
-    assert f"than that of the plain net in 2 of 3 seeds {noise}" in summary["sentence"]
+    assert f"and the plain net in 2 of 3 seeds {noise}" in summary["sentence"]
 
 
 @pytest.mark.parametrize(
@@ -74,14 +74,14 @@ def test_seeds_are_compared_pair_by_pair():
 )
 def test_the_sentence_says_how_sure_a_difference_is(found, said):
     summary = summarize(SearchConfig(), make_records(found=found), 0.0)
-    assert f"lower than that of the best parent {said}" in summary["sentence"]
+    assert f"It beats the best parent {said}" in summary["sentence"]
 
 
 def test_a_loss_that_is_not_finite_has_no_difference():
     summary = summarize(SearchConfig(), make_records(found=(0.25, None, 0.125)), 0.0)
     row = summary["rows"]["best parent"]
     assert (row["difference"], row["interval"], row["num_lower"]) == (None, None, 2)
-    assert summary["rows"]["chain found"]["mean"] is None
+    assert summary["rows"]["best chain found"]["mean"] is None
 
 
 def test_the_summary_is_printed_with_every_chain(capsys):
@@ -91,7 +91,7 @@ def test_the_summary_is_printed_with_every_chain(capsys):
     assert "seed 11, digits 1: undo it -> net/0 -> net/head" in shown
     assert "test, 749 examples: mean ± standard error over 3 seeds" in shown
     error = np.std(FOUND, ddof=1) / np.sqrt(3)
-    assert f"chain found 0.292 ± {error:.3f} 50.0%" in shown
+    assert f"best chain found 0.292 ± {error:.3f} 50.0%" in shown
     low, high = summary["rows"]["plain net, same steps"]["interval"]
     cells = f"0.300 ± 0.058 50.0% -0.008 [{low:+.3f}, {high:+.3f}] (noise) 2 of 3"
     assert f"plain net, same steps {cells}" in shown

@@ -13,8 +13,10 @@ from command_line import check_bad_options
         (["--num-heads", "0"], "expected num_heads of at least 1, got 0"),
         (["--num-layers", "0"], "expected num_layers of at least 1, got 0"),
         (["--num-heads", "2", "--bank", "snapshots"], "expected no num_heads for bank snapshots"),
-        (["--channels", "8"], "expected --channels only for images, got it for [13]"),
+        (["--channels", "8"], "expected --channels only for images, got data of shape [13]"),
     ],
 )
-def test_options_that_do_not_fit_the_data_or_bank_write_nothing(tmp_path, capsys, options, message):
+def test_search_rejects_options_that_do_not_fit_the_data_or_bank(
+    tmp_path, capsys, options, message
+):
     check_bad_options(tmp_path, capsys, options, message)

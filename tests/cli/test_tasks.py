@@ -59,7 +59,7 @@ def test_seeds_are_searched_compared_and_written(tmp_path, capsys):
         assert reference["loss"]["test"] == pytest.approx(loss[1], rel=1e-4)
         difference = reference["difference"]["mean"]
         assert difference == pytest.approx(loss[0] - loss[1], rel=1e-3, abs=1e-4)
-        row = summary["rows"]["chain found"]
+        row = summary["rows"]["best chain found"]
         assert row["loss"][i] == record["loss"]["test"]
     # A seed's folder is a result that can be evaluated.
     assert main(["evaluate", str(out / "seed-4"), "--split", "test", "--json"]) == 0

@@ -14,10 +14,10 @@ GIB = 2**30
 
 @pytest.fixture
 def cgroup_files(monkeypatch, tmp_path):
-    """Files in place of the limits of a container, versions 2 and 1; neither exists yet."""
+    """Paths that replace a container's limit files, versions 2 and 1; neither file exists yet."""
     paths = (tmp_path / "memory.max", tmp_path / "memory.limit_in_bytes")
     monkeypatch.setattr(backend, "_CGROUP_LIMITS", paths)
-    monkeypatch.setattr(backend, "_find_host_memory", lambda: 16 * GIB)
+    monkeypatch.setattr(backend, "_get_host_memory", lambda: 16 * GIB)
     return paths
 
 
@@ -38,9 +38,9 @@ def test_the_limit_of_a_container_counts_if_it_is_lower(cgroup_files, version, t
 
 
 def test_the_memory_of_the_machine_is_known_without_psutil(monkeypatch):
-    with_psutil = backend._find_host_memory()
+    with_psutil = backend._get_host_memory()
     monkeypatch.setitem(sys.modules, "psutil", None)
-    assert backend._find_host_memory() == with_psutil > 0
+    assert backend._get_host_memory() == with_psutil > 0
 
 
 def test_one_program_for_problems_that_differ_only_in_names():
@@ -58,7 +58,7 @@ def test_one_program_for_problems_that_differ_only_in_names():
     chains = jnp.array([[0, 2]])
     assert [float(penalty(problem, chains, factor=3)[0]) for problem in problems] == [1.5, 1.5]
     assert len(traces) == 1
-    # Inside another jit it has no compiler options of its own, which JAX would refuse.
+    # JAX rejects compiler options inside of another jit, so there must be none.
     inside = jax.jit(lambda problem, chains: penalty(problem, chains, factor=2))
     assert inside(problems[0], chains)[0] == 1.0
 

@@ -1,4 +1,4 @@
-"""A branch that is rarely taken runs only for the elements that take it, also under `vmap`."""
+"""A rarely taken branch runs only for the elements that take it, even under `vmap`."""
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,13 @@ def count_true_branches():
     return run, taken
 
 
-def test_it_is_a_cond_for_one_element(count_true_branches):
+def test_cond_in_sequence_equals_cond_for_one_element(count_true_branches):
     run, _ = count_true_branches
     assert jax.jit(run)(jnp.array(True), jnp.array(3.0)) == 7.0
     assert run(jnp.array(False), jnp.array(3.0)) == -3.0
 
 
-def test_under_vmap_each_element_runs_its_own_branch_alone(count_true_branches):
+def test_cond_in_sequence_under_vmap_runs_only_the_branch_taken(count_true_branches):
     run, taken = count_true_branches
     is_true, x = jnp.array([False, True, False, True]), jnp.arange(4.0)
     out = jax.jit(jax.vmap(run))(is_true, x)
@@ -38,7 +38,7 @@ def test_under_vmap_each_element_runs_its_own_branch_alone(count_true_branches):
     assert sorted(taken) == [1.0, 3.0]
 
 
-def test_a_batched_predicate_with_one_operand_for_all(count_true_branches):
+def test_cond_in_sequence_batched_predicate_with_shared_operand(count_true_branches):
     run, taken = count_true_branches
     out = jax.vmap(run, in_axes=(0, None))(jnp.array([True, False]), jnp.array(5.0))
     jax.effects_barrier()

@@ -10,5 +10,5 @@ import jchain as jc
     seed=st.integers(0, 2**31 - 1),
     num=st.sampled_from([1, 13]),
 )
-def test_any_population_matches_apply_chain(problem, seed, num):
+def test_depth_first_matches_apply_chain(problem, seed, num):
     reference.assert_plan_matches_apply_chain(problem, jc.engine.DepthFirst(), seed, num)

@@ -1,4 +1,4 @@
-"""Several devices and processes. Each test starts its own processes, which fix their devices."""
+"""Several devices and processes. Each test starts processes with a fixed number of devices."""
 
 import json
 import os
@@ -48,7 +48,7 @@ apart = jc.Problem(jax.device_put(problem.bank, first), jax.device_put(problem.d
 try:
     jc.evaluate(apart, chains)
 except ValueError as error:
-    assert "expected bank, data and chains on the same devices, got them on" in str(error), error
+    assert "expected bank, data, and chains on the same devices, got them on" in str(error), error
 else:
     raise AssertionError("devices that differ were accepted")
 print("passed")
@@ -147,7 +147,7 @@ def test_evaluate_distributed_prints_once(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("process_id", [pytest.param("0", marks=pytest.mark.slow), "1"])
-def test_a_process_that_never_joins_is_waited_for_only_so_long(process_id):
+def test_distributed_times_out_if_a_process_never_joins(process_id):
     place = [
         "--coordinator",
         free_address(),
@@ -172,7 +172,7 @@ def test_a_process_that_never_joins_is_waited_for_only_so_long(process_id):
         (["--coordinator", "host:1"], "expected --distributed with --coordinator"),
         (
             ["--distributed", "--process-id", "0"],
-            "expected coordinator, num_processes and process_id together",
+            "expected coordinator, num_processes, and process_id together",
         ),
         (
             [
@@ -188,7 +188,7 @@ def test_a_process_that_never_joins_is_waited_for_only_so_long(process_id):
         ),
     ],
 )
-def test_bad_places_are_refused(capsys, options, message):
+def test_distributed_rejects_bad_options(capsys, options, message):
     assert main(["evaluate", "nowhere", *options]) == 2
     assert message in capsys.readouterr().err
 

@@ -24,7 +24,7 @@ PLANS = [
 
 
 def sample(problem, num, seed=0):
-    """Random chains, plus some of every length, a head at once, and repeats."""
+    """Sample random chains, and add some of every length, a head alone, and repeats."""
     bank = problem.bank
     rows = jc.chain.ChainSpace(bank.num_layers, bank.num_heads, problem.max_layers).sample(
         jax.random.key(seed), num
@@ -81,7 +81,7 @@ def test_evaluate_matches_a_float64_loop_on_digits(digits, kind):
 
 
 def test_layer_calls_by_hand(problem):
-    # Prefixes: 0, 0-1, 0-1-2, 2, 2-0. The head is no layer call, repeats cost nothing.
+    # The prefixes are 0, 0-1, 0-1-2, 2, and 2-0. Heads are no layer calls, and repeats are free.
     chains = jc.chain.pad([[0, 1, 4], [0, 1, 2, 4], [0, 1, 2, 5], [2, 0, 4], [4], [0, 1, 4]], 3)
     out = jc.evaluate(problem, chains)
     assert (out.layer_calls, out.head_calls) == (5, 5)
@@ -116,7 +116,7 @@ STEM = jc.layers.DenseHead(5)
 
 
 def draw_problem(draw):
-    """One or two groups of layers, one to three heads of one or two modules, maybe a stem."""
+    """Draw one or two groups of layers, one to three heads of one or two modules, maybe a stem."""
     seed = draw(st.integers(0, 2**16))
     banks = [make_bank(draw(st.integers(1, 3)), draw(st.integers(1, 2)), seed=seed)]
     if draw(st.booleans()):
@@ -135,7 +135,7 @@ def draw_problem(draw):
 
 
 def draw_chains(draw, problem):
-    """One chain or several: of any length, repeated, only a head."""
+    """Draw one or more chains of any length, with repeats and heads alone."""
     num_layers, num_heads = problem.bank.num_layers, problem.bank.num_heads
     layers = st.lists(st.integers(0, num_layers - 1), max_size=problem.max_layers)
     head = st.integers(num_layers, num_layers + num_heads - 1)
@@ -151,11 +151,11 @@ def draw_chains(draw, problem):
 )
 @settings(max_examples=2, deadline=None)
 @given(data=st.data())
-def test_every_plan_and_dtype_on_random_problems(plan, data):
+def test_evaluate_with_every_plan_and_dtype_on_random_problems(plan, data):
     problem = draw_problem(data.draw)
     chains = draw_chains(data.draw, problem)
     assert_matches_reference(problem, chains, jc.evaluate(problem, chains, plan=plan))
-    # bfloat16 keeps 8 bits: a loss is right to a few percent of it, or of the logits behind it.
+    # bfloat16 keeps 8 bits: the error is a few percent of the loss, or of the logits.
     out = jc.evaluate(problem, chains, plan=plan, dtype=jnp.bfloat16)
     expected = np.array([reference.chain_loss(problem, chain)[0] for chain in chains])
     assert out.loss.dtype == jnp.float32
@@ -173,7 +173,7 @@ def test_every_plan_and_dtype_on_random_problems(plan, data):
     ],
     ids=["images", "sequences"],
 )
-def test_images_and_sequences(layer, shape, shares):
+def test_evaluate_on_images_and_sequences(layer, shape, shares):
     data = jc.Batch(jax.random.normal(jax.random.key(0), (6, *shape)), jnp.arange(6) % 3)
     layers, heads = (
         init_params(layer, jax.random.key(1), 4, shape),
@@ -187,7 +187,7 @@ def test_images_and_sequences(layer, shape, shares):
         np.testing.assert_allclose(forced.loss, out.loss, rtol=1e-5)
 
 
-def test_prefixes_are_scored_by_every_head_for_no_additional_layer_call(two_group_problem):
+def test_evaluate_prefixes_scores_every_head_for_free(two_group_problem):
     chains = sample(two_group_problem, 12)
     out = jc.evaluate_prefixes(two_group_problem, chains)
     assert out.loss.shape == out.accuracy.shape == (*chains.shape, 2)
@@ -250,12 +250,12 @@ def test_nonfinite_layers_become_inf_and_touch_no_other_chain(plan, bad):
         ([[0, 1, 999, -1]], "token 999"),
         ([[0, 1, 2, 3]], "no head"),
         ([[0, 4, 1, -1]], "tokens after its head"),
-        ([[0, 4]], r"shape \[P, 4\]"),
+        (np.array([[0, 4]]), r"shape \[P, 4\]"),
         ([0, 4, -1, -1], r"shape \[P, 4\]"),
         (np.zeros((0, 4), int), "at least one"),
     ],
 )
-def test_bad_chains_are_refused_before_anything_is_computed(problem, chains, message):
+def test_evaluate_rejects_bad_chains_before_computing(problem, chains, message):
     with pytest.raises(ValueError, match=message):
         jc.evaluate(problem, chains)
 
@@ -303,7 +303,7 @@ def test_a_memory_limit_makes_blocks_smaller_until_one_node_is_left(problem):
         rtol=1e-6,
     )
     with pytest.raises(
-        ValueError, match=f"expected at least {least:,} bytes, which one node .* got {least - 1:,}"
+        ValueError, match=f"must be at least {least:,} bytes to evaluate .* got {least - 1:,}"
     ):
         jc.evaluate(problem, chains, memory_limit=least - 1)
 
@@ -311,10 +311,10 @@ def test_a_memory_limit_makes_blocks_smaller_until_one_node_is_left(problem):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": jnp.int8}, "expected a dtype of bfloat16 or float32, got int8"),
-        ({"dtype": jnp.float16}, "expected a dtype of bfloat16 or float32, got float16"),
+        ({"dtype": jnp.int8}, "expected a dtype of jnp.bfloat16 or jnp.float32, got .*int8"),
+        ({"dtype": jnp.float16}, "expected a dtype of jnp.bfloat16 or jnp.float32, got .*float16"),
         ({"memory_limit": 0}, "expected a memory_limit of at least 1 byte, got 0"),
-        ({"memory_limit": 100}, "memory_limit is too small: expected at least .* got 100"),
+        ({"memory_limit": 100}, "memory_limit must be at least .* one chain at a time .* got 100"),
         (
             {"memory_limit": 100, "plan": jc.engine.DepthFirst()},
             r"expected a plan of at most 100 bytes, but DepthFirst\(\) needs",
@@ -322,7 +322,7 @@ def test_a_memory_limit_makes_blocks_smaller_until_one_node_is_left(problem):
     ],
 )
 @pytest.mark.parametrize("function", [jc.evaluate, jc.evaluate_prefixes, jc.explain])
-def test_bad_options_are_refused(problem, function, options, message):
+def test_evaluate_rejects_bad_options(problem, function, options, message):
     with pytest.raises(ValueError, match=message):
         function(problem, [[0, 4, -1, -1]], **options)
 
@@ -330,13 +330,13 @@ def test_bad_options_are_refused(problem, function, options, message):
 @pytest.mark.parametrize(
     "function", [jc.evaluate, jc.evaluate_all, jc.evaluate_prefixes, jc.explain]
 )
-def test_a_misspelt_argument_is_refused_by_name(problem, function):
+def test_evaluate_names_a_misspelled_argument(problem, function):
     inputs = [problem] if function is jc.evaluate_all else [problem, [[0, 4, -1, -1]]]
     with pytest.raises(TypeError, match="unexpected keyword argument 'memory_limt'"):
         function(*inputs, memory_limt=1)
 
 
-def test_shapes_are_checked_when_traced(problem):
+def test_evaluate_checks_shapes_when_traced(problem):
     with pytest.raises(
         ValueError, match=r"expected chains of shape \[P, 4\], at least one, got \[2, 3\]"
     ):
@@ -353,3 +353,10 @@ def test_apply_chain_is_the_plain_definition(two_group_problem):
         )
     with pytest.raises(ValueError, match="token 7 at slot 0 is out of range"):
         jc.apply_chain(bank, [7, 5], x)
+
+
+def test_evaluate_pads_lists_of_chains_of_different_lengths(problem):
+    chains = [[0, 1, 4], [5], [2, 4]]
+    found = jc.evaluate(problem, chains)
+    expected = jc.evaluate(problem, jc.chain.pad(chains, 3))
+    np.testing.assert_array_equal(found.loss, expected.loss)

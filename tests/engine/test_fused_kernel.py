@@ -33,7 +33,7 @@ def test_the_fused_kernel_matches_a_float64_loop(layer, seed, tile, block_size, 
     assert (out.layer_calls, out.head_calls) == reference.count_calls(chains, 4)
 
 
-def test_tokens_out_of_order_find_their_weights():
+def test_fused_kernel_handles_tokens_out_of_order():
     bank = make_bank(4, 2).take([3, 0, 2, 1], [5, 4])
     problem = jc.Problem(bank, make_batch(), 2)
     chains, out = jc.evaluate_all(problem)
@@ -41,14 +41,14 @@ def test_tokens_out_of_order_find_their_weights():
     np.testing.assert_allclose(fused.loss, out.loss, rtol=1e-5)
 
 
-def test_no_default_chooses_the_kernel(problem):
+def test_fused_kernel_is_never_the_default(problem):
     for num in (1, 64):
         chains = jc.chain.ChainSpace(4, 2, 3).sample(jax.random.key(0), num)
         assert not isinstance(jc.explain(problem, chains).plan, jc.engine.Fused)
     assert jc.explain(problem, chains, plan=jc.engine.Fused()).num_bytes == 2 * 64 * 9 * 5 * 4
 
 
-def test_banks_it_cannot_run_are_refused(two_group_problem):
+def test_fused_kernel_rejects_unsupported_banks(two_group_problem):
     with pytest.raises(
         ValueError, match=r"expected one group of layers .* got 2 and 1 on \[9, 5\]"
     ):

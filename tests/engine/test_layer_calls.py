@@ -8,8 +8,8 @@ import jchain as jc
 from jchain.engine.layer_calls import apply_all, apply_token
 
 
-def test_all_members_of_one_input_are_those_of_single_calls():
-    """Also where blocks of several convolutions are called one by one, and under `jax.vmap`."""
+def test_all_member_outputs_equal_single_layer_calls():
+    """This holds for blocks of several convolutions, called one by one, and under `jax.vmap`."""
     shape = (4, 4, 3)
     modules = [jc.layers.ConvBlock(3, depth) for depth in (2, 1, 2, 2)]
     params = [

@@ -29,7 +29,7 @@ def test_plans_by_backend_and_shape(problem):
     assert choose(problem, images.x, backend="gpu") == jc.engine.Blocks(
         512, wide_ladder, jc.engine.Share.LAYER, wide_ladder
     )
-    # Siblings share what their first convolution reads, and no more.
+    # Siblings share only the input of their first convolution.
     assert choose(problem, images.x, backend="cpu") == jc.engine.DepthFirst()
     problem = jc.Problem(make_image_bank(jc.layers.ConvBlock(2)), images, 3)
     assert choose(problem, images.x, backend="cpu") == jc.engine.Blocks(

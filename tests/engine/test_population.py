@@ -10,7 +10,7 @@ import jchain as jc
 
 
 def sample(problem, num, seed=0):
-    """Random chains, plus some of every length, a head at once, and repeats."""
+    """Sample random chains, and add some of every length, a head alone, and repeats."""
     bank = problem.bank
     rows = problem.space.sample(jax.random.key(seed), num)
     short = [[*range(depth), bank.num_layers] for depth in range(problem.max_layers + 1)]
@@ -79,10 +79,10 @@ def test_one_trace_inside_jit(problem):
     assert traces == [(6, 4)]
 
 
-def test_a_layer_that_does_not_follow_the_dtype_is_refused():
+def test_population_rejects_layers_that_ignore_the_dtype():
     layer = Float32Only()
     bank = make_bank(2, 1, layer=layer)
     with pytest.raises(
-        ValueError, match=r"Float32Only must keep .* expected bfloat16\[9, 5\], got float32\[9, 5\]"
+        ValueError, match=r"Float32Only.* must keep the dtype .* expected bfloat16, got float32"
     ):
         jc.evaluate(jc.Problem(bank, make_batch(), 1), [[0, 2]], dtype=jnp.bfloat16)

@@ -28,7 +28,7 @@ def test_batches_by_hand():
     np.testing.assert_array_equal(out.position, [1, 2, 6, 0, 3, 4, 5])
     assert [[int(count) for count in counts] for counts in out.counts] == [[2, 0, 1]]
     ones, _, fours = out.starts[0]
-    # Alone: member 3, and what the batch of four leaves of member 7.
+    # Single calls are left for member 3, and for the fifth call of member 7.
     assert (ones[:2].tolist(), fours[:1].tolist()) == ([0, 5], [1])
 
 

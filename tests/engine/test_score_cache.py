@@ -8,7 +8,7 @@ import jchain as jc
 from jchain.engine import score_cache
 
 
-def test_a_repeat_costs_nothing(problem):
+def test_score_cache_repeats_are_free(problem):
     cache = score_cache.init(problem)
     chains = jnp.array([[0, 1, 4, -1], [0, 2, 5, -1], [0, 1, 4, -1], [5, -1, -1, -1]])
     cache, loss, layer_calls = score_cache.evaluate_cached(cache, problem, chains)
@@ -21,7 +21,7 @@ def test_a_repeat_costs_nothing(problem):
 
 
 @pytest.mark.parametrize("size", [2**15, 16])
-def test_losses_and_costs_are_those_of_a_dictionary(problem, monkeypatch, size):
+def test_score_cache_equals_a_dictionary(problem, monkeypatch, size):
     monkeypatch.setattr(score_cache, "_SIZE", size)
     score = jax.jit(score_cache.evaluate_cached)
     cache, known, spent, expected = score_cache.init(problem), set(), 0, 0
@@ -35,7 +35,7 @@ def test_losses_and_costs_are_those_of_a_dictionary(problem, monkeypatch, size):
         known.update(rows)
         spent += int(layer_calls)
     if size == 16:
-        # It forgets, and pays again, but less than without a table.
+        # The cache evicts chains and pays for them again, but less than without a cache.
         assert expected < spent
         assert int(cache.num_stored.max()) > 8
     else:
@@ -43,7 +43,7 @@ def test_losses_and_costs_are_those_of_a_dictionary(problem, monkeypatch, size):
         assert int(cache.num_stored.sum()) == len(known)
 
 
-def test_a_full_set_forgets_its_oldest_chain(problem, monkeypatch):
+def test_score_cache_evicts_the_oldest_chain_of_a_full_set(problem, monkeypatch):
     monkeypatch.setattr(score_cache, "_SIZE", 8)
     cache = score_cache.init(problem)
     chains = jc.chain.ChainSpace(4, 2, 3).enumerate()[:9]
@@ -53,7 +53,7 @@ def test_a_full_set_forgets_its_oldest_chain(problem, monkeypatch):
     assert is_known == [False] + [True] * 8
 
 
-def test_more_new_chains_than_a_set_holds(problem, monkeypatch):
+def test_score_cache_accepts_more_new_chains_than_a_set_holds(problem, monkeypatch):
     monkeypatch.setattr(score_cache, "_SIZE", 8)
     chains = jnp.asarray(jc.chain.ChainSpace(4, 2, 3).enumerate()[:20])
     cache, loss, _ = score_cache.evaluate_cached(score_cache.init(problem), problem, chains)
@@ -61,7 +61,7 @@ def test_more_new_chains_than_a_set_holds(problem, monkeypatch):
     np.testing.assert_array_equal(cache.loss[0], loss[:8])
 
 
-def test_losses_that_are_not_finite_are_known_too(problem):
+def test_score_cache_keeps_nonfinite_losses(problem):
     x = jnp.full_like(problem.data.x, 1e38)
     bad = jc.Problem(problem.bank, jc.Batch(x, problem.data.y), 3)
     chains = jnp.array([[0, 1, 2, 4], [1, 1, 1, 5]])
@@ -73,7 +73,7 @@ def test_losses_that_are_not_finite_are_known_too(problem):
 
 
 @pytest.mark.slow
-def test_vmapped_equals_looped(problem):
+def test_score_cache_vmapped_equals_looped(problem):
     chains = jnp.stack(
         [jc.chain.ChainSpace(4, 2, 3).sample(jax.random.key(s), 6) for s in range(3)]
     )
@@ -85,7 +85,7 @@ def test_vmapped_equals_looped(problem):
         jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-6), many, one)
 
 
-def test_a_loss_of_older_weights_is_never_returned(problem):
+def test_score_cache_never_returns_losses_of_older_weights(problem):
     score = jax.jit(score_cache.evaluate_cached)
     chains = jnp.array([[0, 1, 4, -1], [2, 1, 4, -1], [2, 3, 5, -1], [4, -1, -1, -1]])
     cache, old, _ = score(score_cache.init(problem), problem, chains)
@@ -103,7 +103,7 @@ def test_a_loss_of_older_weights_is_never_returned(problem):
             if changed
         ]
         assert layer_calls == reference.count_calls(stale, 4)[0]
-        # Cached now. Restoring the weights makes a third version, whose loss is not reused.
+        # The loss is cached now. Restored weights are a third version, which does not reuse it.
         assert score(again, now, chains)[2] == 0
         back = problem.with_bank(now.bank.replace([changed], [bank.get_params(changed)]))
         _, loss, layer_calls = score(again, back, chains)

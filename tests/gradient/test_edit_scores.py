@@ -81,7 +81,7 @@ def test_chains_of_64_affine_layers_are_scored_exactly(deep, x64):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_of_bfloat16_activations_are_float32(problem, kind):
-    """Activations are rounded to bfloat16, scores are not. Joint moves work too."""
+    """Activations are rounded to bfloat16, but scores are not. Joint moves work too."""
     low = jax.tree.map(
         lambda leaf: (
             leaf.astype(jnp.bfloat16) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
@@ -105,7 +105,7 @@ def test_scores_of_bfloat16_activations_are_float32(problem, kind):
 def test_cost_of_scores(problem):
     """Two forward passes, products for 2 of 3 classes, and 4 candidates at each of 3 slots.
 
-    A chain that is not full has one slot more for insertions.
+    A chain that is not full has an additional slot for insertions.
     """
     assert jc.gradient.score_edits(problem, CHAIN).layer_calls == (2 + 2) * 3 + 4 * 3
     assert jc.gradient.score_edits(problem, CHAIN, "activations").layer_calls == (2 + 1) * 3 + 4 * 3
@@ -134,7 +134,7 @@ def test_own_layers_score_zero_and_jit_of_vmap_equals_a_loop(kind, two_group_pro
     )
 
 
-def test_bad_input_is_refused(problem):
+def test_score_edits_rejects_bad_input(problem):
     with pytest.raises(
         ValueError,
         match="expected a kind of linearized, activations, weights, nearest, got 'hessian'",
@@ -146,9 +146,9 @@ def test_bad_input_is_refused(problem):
         jc.swap_scores(problem, np.stack([CHAIN, CHAIN]))
     with pytest.raises(ValueError, match="expected a positive learning_rate, got 0.0"):
         jc.gradient.score_edits(problem, CHAIN, learning_rate=0.0)
-    with pytest.raises(ValueError, match="expected places in 0..3, got 1..4"):
+    with pytest.raises(ValueError, match="expected indices in 0..3, got 1..4"):
         jc.gradient.score_moves(problem, CHAIN, members=(jnp.array([1, 4]),), num_best=1)
-    with pytest.raises(ValueError, match="for each of 1 groups of layers, got 2 arrays"):
+    with pytest.raises(ValueError, match=r"index array per layer group \(1\), got 2"):
         jc.gradient.score_moves(
             problem, CHAIN, members=(jnp.array([1]), jnp.array([1])), num_best=1
         )

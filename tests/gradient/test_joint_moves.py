@@ -29,7 +29,7 @@ def test_changes_of_joint_moves_sum_to_a_joint_jvp(problem, x64):
         return problem.bank.heads[0].apply(1, activation)
 
     plain, expected = jax.jvp(outputs, ([jnp.zeros_like(step) for step in steps],), (steps,))
-    # A softmax depends on the margins of other classes over the label. The likeliest come first.
+    # A softmax depends on the margins between the label and the other classes, likeliest first.
     rivals = [
         [c for c in np.argsort(-z) if c != y] for z, y in zip(plain, problem.data.y, strict=True)
     ]
@@ -39,7 +39,7 @@ def test_changes_of_joint_moves_sum_to_a_joint_jvp(problem, x64):
     ]
     np.testing.assert_allclose(joint.change[:3, 0].sum(axis=0), margins, atol=1e-6)
     predicted = problem.loss_and_accuracy(plain + expected)[0] - problem.loss_and_accuracy(plain)[0]
-    # Each slot has its best swaps, without its own layer. The first greedy move is the best swap.
+    # Each slot has its best swaps except its own layer. The first greedy move is the best swap.
     others = np.where(np.arange(4) == CHAIN[:3, None], np.inf, scores.swap[:3])
     np.testing.assert_array_equal(joint.token[:3], np.argsort(others, axis=1)[:, :2])
     np.testing.assert_allclose(joint.greedy_score[0], others.min(), atol=1e-6)
@@ -47,7 +47,7 @@ def test_changes_of_joint_moves_sum_to_a_joint_jvp(problem, x64):
         joint.greedy[0] != CHAIN, np.arange(4) == others.min(axis=1).argmin()
     )
     assert np.isnan(joint.greedy_score[3])
-    # All pairs, by hand: the lowest losses of the sum of both changes.
+    # All pairs by hand: those with the lowest loss of the sum of both changes.
     changes = np.asarray(joint.change)
     padded = np.zeros((*changes.shape[:3], 3))
     np.put_along_axis(padded, np.broadcast_to(rivals, changes.shape), changes, axis=3)
@@ -78,7 +78,7 @@ def test_changes_of_joint_moves_sum_to_a_joint_jvp(problem, x64):
 
 
 def test_joint_moves_use_at_most_128_examples(problem):
-    """Of 300 examples, every third."""
+    """From 300 examples, every third is used."""
     x = jax.random.normal(jax.random.key(4), (300, 5))
     y = jax.random.randint(jax.random.key(5), (300,), 0, 3)
     whole, some = (

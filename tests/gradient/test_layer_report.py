@@ -8,7 +8,7 @@ from jchain.gradient.layer_report import report_layers
 
 
 def test_reports_equal_a_loop_over_examples(two_group_problem):
-    """With layers of two modules, and 9 examples: a chunk of 8 and a rest of 1."""
+    """Layers have two modules, and the 9 examples are a chunk of 8 and a remainder of 1."""
     problem, chain = two_group_problem, np.array([1, 4, 2, 6])
     reports = report_layers(problem, chain)
     assert [report.name for report in reports] == [problem.bank.names[token] for token in chain[:3]]
@@ -51,7 +51,7 @@ def test_reports_equal_a_loop_over_examples(two_group_problem):
     )
 
 
-def test_bad_input_is_refused(problem):
+def test_report_layers_rejects_bad_input(problem):
     with pytest.raises(ValueError, match=r"expected one chain of shape \[4\], got \[1, 4\]"):
         report_layers(problem, np.array([[2, 0, 3, 5]]))
     with pytest.raises(ValueError, match="has no head token"):

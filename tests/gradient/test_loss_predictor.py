@@ -39,7 +39,7 @@ def test_the_likeliest_classes_have_products_of_their_own(num_products):
 
 
 def make_sampled(is_softmax):
-    """A problem with outputs that are sampled, none of which has its own product."""
+    """Make a problem whose outputs are sampled, so that none has its own product."""
     key = jax.random.key(3)
     if is_softmax:
         labels = jax.random.randint(key, (400, 4), 0, 25)
@@ -49,7 +49,7 @@ def make_sampled(is_softmax):
 
 @pytest.fixture(params=[400, 150], ids=["whole", "in parts"])
 def part_size(request, monkeypatch):
-    """Largest number of examples in one call of a head. 150 gives parts of 133, and a rest of 1."""
+    """Set the maximum number of examples per head call. 150 gives parts of 133, and 1 left over."""
     jax.clear_caches()
     parts = -(-400 // request.param)
     monkeypatch.setattr(layer_calls, "_OUTPUT_LIMIT", -(-400 * 400 // parts))
@@ -90,7 +90,7 @@ def test_gradients_of_wide_outputs_do_not_depend_on_parts(kind, monkeypatch):
         np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-7)
 
 
-def test_gradients_of_float16_are_refused(problem):
+def test_score_edits_rejects_float16_gradients(problem):
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), (problem.bank, problem.data.x))
     posed = jc.Problem(half[0], jc.Batch(half[1], problem.data.y), problem.max_layers)
     with pytest.raises(

@@ -69,7 +69,7 @@ def test_a_chain_with_a_gradient_that_is_not_finite_is_left_out(problem, seen):
     jax.tree.map(np.testing.assert_array_equal, after, seen)
 
 
-def test_bad_input_is_refused(problem, two_group_problem, seen):
+def test_trends_reject_bad_input(problem, two_group_problem, seen):
     with pytest.raises(ValueError, match="expected layers of one module, got 2"):
         trends.init(two_group_problem)
     with pytest.raises(ValueError, match="expected layers of one module, got 2"):

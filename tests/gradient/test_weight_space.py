@@ -16,7 +16,7 @@ x64 = pytest.fixture(use_float64)
 
 @pytest.mark.parametrize("kind", ["weights", "nearest"])
 def test_weight_scores_equal_the_directional_derivative(kind, two_group_problem, x64):
-    """Also, scores are nan for layers of another module."""
+    """Scores are nan for layers of another module."""
     problem = to_float64(two_group_problem)
     chain = np.array([1, 4, 2, 6])
     scores = jc.gradient.score_edits(problem, chain, kind, learning_rate=0.5)
@@ -29,9 +29,9 @@ def test_weight_scores_equal_the_directional_derivative(kind, two_group_problem,
 
 
 def push_weights(problem, chain, slot, token, learning_rate):
-    """Weight score by central differences, from the weights of a slot towards those of a layer.
+    """Compute a weight score by central differences, from a slot's weights to a layer's.
 
-    nan for layers of another module.
+    It is nan for layers of another module.
     """
     group, other = (
         next(g for g in problem.bank.layers if t in g.tokens) for t in (chain[slot], token)

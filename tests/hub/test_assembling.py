@@ -76,7 +76,8 @@ def test_fine_tunes_of_one_model_are_one_bank(tmp_path, pinned, is_stem_shared):
         np.testing.assert_allclose(
             jc.apply_chain(bank, np.array(parent), ids), expected, rtol=1e-5, atol=1e-5
         )
-    # Embeddings of the last model, blocks and head of the second one. Layer 0 has no effect.
+    # The embeddings are those of the last model, and the blocks and head those of the second one.
+    # Layer 0 has no effect.
     start = [] if is_stem_shared else [0, 3 * middle + 1]
     chain = [*start, middle, middle + 1, bank.num_layers + 1]
     paths = dict(zip(("m0", "m1", "m2"), map(str, folders), strict=True))

@@ -1,4 +1,4 @@
-"""Text, questions and images for pretrained transformers, and heads with many outputs."""
+"""Text, questions, and images for pretrained transformers, and heads with many outputs."""
 
 import contextlib
 import json
@@ -62,7 +62,7 @@ def test_text_is_cut_into_sequences_and_the_tokens_that_follow(checkpoint, tmp_p
         (
             TEXT,
             {"length": 10, "sizes": (100, 100, 3, 3)},
-            "at least 1 and 203 in all, got .100, 100, 3, 3.",
+            "at least 1 and at most 203 in all, got .100, 100, 3, 3.",
         ),
         (TEXT, {"length": 10, "sizes": (1, 2)}, "expected sizes of train, search, select, test"),
     ],
@@ -121,7 +121,7 @@ def test_choices_are_ranked_by_their_mean_likelihood(checkpoint, tmp_path):
     tokenizer = tokenizers.Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
 
     def find_mean(x, y):
-        """The mean log-likelihood of one choice, computed without padding."""
+        """Compute the mean log-likelihood of one choice without padding."""
         num = int((y >= 0).sum())
         end = int(np.flatnonzero(y >= 0)[-1]) + 1
         logits = log_softmax(

@@ -16,7 +16,7 @@ def test_no_folder_is_overwritten_or_left_incomplete(tmp_path, monkeypatch):
     bank = jc.hub.load(folder)
     with pytest.raises(ValueError, match="at least one block, got a head alone"):
         jc.hub.export(bank, [2], folder, tmp_path / "out")
-    with pytest.raises(FileExistsError, match="expected no folder"):
+    with pytest.raises(FileExistsError, match="already exists; choose another output folder"):
         jc.hub.export(bank, [0, 2], folder, folder)
     other = write(tmp_path / "other", config={"layer_norm_epsilon": 0.1})
     with pytest.raises(ValueError, match="expected a bank of the blocks of"):

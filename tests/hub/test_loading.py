@@ -39,7 +39,7 @@ def test_the_default_loss_of_chains_of_blocks_is_that_of_the_next_token(tmp_path
     [
         ({"n_layer": 3}, None, "the same blocks, got 3 blocks in .*m1 and 2 blocks in .*m0"),
         ({"n_head": 3}, None, "the same blocks, got num_heads=3 in .*m1 and num_heads=2 in .*m0"),
-        ({}, ["a", "a"], "expected checkpoints with different names, got a, a: pass names="),
+        ({}, ["a", "a"], "expected checkpoints with different names, got a, a; set names="),
         ({}, ["a"], "expected a name for each of 2 checkpoints, got 1"),
     ],
 )

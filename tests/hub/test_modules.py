@@ -1,4 +1,4 @@
-"""What the families share, against loops in float64."""
+"""Modules that the families share, compared with loops in float64."""
 
 import jax
 import jax.numpy as jnp

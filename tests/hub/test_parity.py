@@ -34,7 +34,7 @@ ROPE = {"rope_theta": 5000.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 GROUPED = SIZES | {"num_key_value_heads": 2}
-# From the name of a case to its config: class and options.
+# Maps the name of a case to the class and the options of its config.
 CASES = {
     "gpt2": ("GPT2", GPT2),
     "gpt2 untied": (
@@ -80,7 +80,7 @@ def make_model(case, seed=0):
     config._attn_implementation = "eager"
     model = getattr(transformers, kind + suffix)(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # also biases, which start at zero
+        for parameter in model.parameters():  # this includes biases, which start at zero
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
@@ -91,7 +91,7 @@ def find_blocks(model):
 
 
 def rearrange(model, blocks):
-    """The same model with its blocks in another order. A repeated block is copied."""
+    """Return the model with its blocks in another order. Repeated blocks are copied."""
     model = copy.deepcopy(model)
     base, name = find_blocks(model)
     old = list(getattr(base, name))

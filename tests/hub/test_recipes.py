@@ -12,7 +12,7 @@ def test_recipes_change_the_chain_of_the_model(tmp_path):
     bank = jc.hub.load(write(tmp_path / "model", config={"n_layer": 4}, tensors=make_tensors(4)))
     (parent,), recipes = bank.parents, jc.hub.recipes
     ids = jnp.array([[1, 2, 3], [4, 5, 6]])
-    influence = recipes.find_influence(bank, parent, ids)
+    influence = recipes.compute_influence(bank, parent, ids)
     hidden, expected = np.asarray(bank.embed(ids), np.float64), []
     for token in range(4):
         output = np.asarray(
@@ -29,7 +29,7 @@ def test_recipes_change_the_chain_of_the_model(tmp_path):
         ]
     )
     np.testing.assert_allclose(
-        recipes.find_influence(many, many.parents[0], ids), expected, rtol=1e-4
+        recipes.compute_influence(many, many.parents[0], ids), expected, rtol=1e-4
     )
     assert recipes.drop_last(parent, 2).tolist() == [0, 1, 4]
     assert recipes.drop_least_influential(parent, np.array([0.3, 0.1, 0.4, 0.2]), 2).tolist() == [

@@ -1,4 +1,4 @@
-"""Classifiers of images."""
+"""Image classifiers."""
 
 import jax
 import numpy as np

@@ -13,7 +13,7 @@ def test_several_dtypes_in_one_file_are_rejected(tmp_path):
     changed = {"transformer.h.1.mlp.c_fc.bias": np.zeros(24, np.float16)}
     folder = write(tmp_path / "model", tensors=make_tensors() | changed)
     with pytest.raises(
-        ValueError, match="expected weights of one dtype, got float16, float32: pass dtype="
+        ValueError, match="expected weights of one dtype, got float16, float32; set dtype to choose"
     ):
         jc.hub.load(folder)
 

@@ -18,7 +18,7 @@ def test_a_half_holds_every_sequence_in_the_order_of_decode_sequences(
     bank = make_invertible_bank(num_layers=3)
     hidden = jax.random.normal(jax.random.key(3), (2, FEATURES))
     half = halves.Half(bank.layers, hidden, num_layers)
-    # Not jitted: a compiled program would not see another size.
+    # This is not jitted because a compiled program would not see another size.
     table = halves._sketch.__wrapped__(half.layers, half.hidden, jnp.eye(8), num_layers)
     sequences = halves.decode_sequences(half, np.arange(half.num_sequences))
     assert len({tuple(row) for row in sequences}) == half.num_sequences == 3**num_layers

@@ -6,7 +6,7 @@ from jchain.inverse import nearest_pairs as match
 
 
 def make_tables(num_rows, num_columns, error, seed=0, size=6):
-    """Tables of which the first rows belong together but for the error."""
+    """Make tables whose first rows match each other up to the error."""
     rng = np.random.default_rng(seed)
     first = rng.standard_normal((num_rows, size))
     second = rng.standard_normal((num_columns, size))
@@ -27,7 +27,7 @@ def brute_force(first, second, num_pairs):
 
 @pytest.mark.parametrize(("num_rows", "num_columns"), [(60, 90), (1100, 30), (1, 2100), (2100, 2)])
 @pytest.mark.parametrize("num_pairs", [1, 20, 2000])
-def test_all_pairs_hold_the_nearest(num_rows, num_columns, num_pairs):
+def test_match_all_finds_the_nearest_pairs(num_rows, num_columns, num_pairs):
     first, second, _ = make_tables(num_rows, num_columns, 0.1)
     pairs = match.match_all(first, second, num_pairs, 0.1)
     wanted, distance = brute_force(first, second, num_pairs)
@@ -41,7 +41,7 @@ def test_long_rows_whose_distances_round_away_hide_no_short_ones():
     rng = np.random.default_rng(0)
     first, second = (rng.standard_normal((300, 6)) for _ in range(2))
     second[:5] = first[:5] + 1e-4
-    # In the last third of both tables differences are lost in the squares of lengths.
+    # In the last third of both tables, differences are lost in the squared lengths.
     first[200:] += 1e6
     second[200:] += 1e6
     pairs = match.match_all(
@@ -53,7 +53,7 @@ def test_long_rows_whose_distances_round_away_hide_no_short_ones():
 
 
 @pytest.mark.parametrize("error", [1e-6, 1e-3, 0.05])
-def test_cells_hold_nearly_every_pair_that_belongs_together_once(error):
+def test_cells_find_nearly_every_matching_pair_once(error):
     first, second, both = make_tables(4000, 3000, error)
     pairs = match.match_cells(first, second, 3 * both, error)
     found = [*zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)]
@@ -115,7 +115,7 @@ def test_grids_are_chosen_by_what_they_miss_and_cost():
     assert exact.num_projections < noisy.num_projections
     assert exact.num_grids < noisy.num_grids
     assert exact.seconds < noisy.seconds < match.estimate_match_all(2.0**40)
-    # By hand: cells far wider than the error, so that one grid misses nothing, of distant numbers.
+    # Distant numbers, with cells so much wider than the error that one grid misses nothing.
     assert match.choose_grids(np.array([[0.0], [1e12]]), (10, 10), 1.0)[1:3] == (1, 1)
     for cells in (exact, noisy):
         share = 1 - np.sqrt(2 / np.pi) * (1e-7 if cells is exact else 0.05) / cells.width

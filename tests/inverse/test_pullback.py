@@ -18,7 +18,7 @@ LAYERS = (
 
 
 def make_bank(layers=LAYERS, num_classes=3, head=None):
-    """Two layers of each module."""
+    """Make a bank of two layers of each module."""
     head = head or jc.layers.DenseHead(num_classes)
     banks = []
     for i, layer in enumerate(layers):
@@ -44,7 +44,7 @@ def run(bank, suffix, hidden):
 @pytest.mark.parametrize(
     "suffix", [[], [0], [2, 4, 0], [5, 5, 1, 3, -1, -1], [0, 6], [1, 4, 3, 8], [7]]
 )
-def test_what_is_pulled_back_gives_the_outputs(bank, suffix):
+def test_pull_back_reproduces_the_outputs(bank, suffix):
     tokens = [token for token in suffix if token >= 0]
     x = jax.random.normal(jax.random.key(3), (5, FEATURES))
     outputs = run(bank, tokens, x)
@@ -71,12 +71,12 @@ def test_the_head_gets_the_least_norm_and_its_null_space_is_free(bank):
     np.testing.assert_allclose(found.null_space.T @ found.null_space, np.eye(3), atol=1e-5)
     moved = found.activations + jax.random.normal(jax.random.key(2), (4, 3)) @ found.null_space.T
     np.testing.assert_allclose(run(bank, [6], moved), outputs, atol=1e-5)
-    # The nearest to what is near is itself, where it gives the outputs already.
+    # If `near` already gives the outputs, it is its own nearest preimage.
     again = jc.pull_back(bank, [6], outputs, near=moved)
     np.testing.assert_allclose(again.activations, moved, atol=1e-5)
 
 
-def test_what_cannot_be_reached_has_a_residual():
+def test_pull_back_unreachable_outputs_have_a_residual():
     wide = make_bank(LAYERS[:1], num_classes=9)
     outputs = jax.random.normal(jax.random.key(1), (4, 9))
     found = jc.pull_back(wide, [0, 2], outputs)
@@ -84,12 +84,12 @@ def test_what_cannot_be_reached_has_a_residual():
     wanted = np.linalg.norm(made - outputs, axis=1) / np.linalg.norm(outputs, axis=1)
     np.testing.assert_allclose(found.residual, wanted, rtol=1e-4)
     assert wanted.min() > 0.1
-    # Least squares: what is left is not seen by the head's transpose.
+    # In least squares, the head's transpose maps the residual to 0.
     kernel = np.asarray(wide.heads[0].params["Dense_0"]["kernel"][0])
     np.testing.assert_allclose((made - outputs) @ kernel.T, 0.0, atol=1e-4)
 
 
-def test_a_fixed_point_that_is_not_reached_shows_in_the_residual(monkeypatch):
+def test_pull_back_residual_shows_missed_fixed_points(monkeypatch):
     from jchain import invertible
 
     bank = make_bank(LAYERS[2:])
@@ -125,7 +125,7 @@ def test_condition_numbers_by_hand():
     bank = jc.Bank.stack(layer, scale, head, init_params(head, jax.random.key(0), 1, (2,)))
     x = jnp.array([[1.0, 1.0], [1.0, -1.0]])
     np.testing.assert_allclose(inverse.condition_numbers(bank, [0], x), [2.0, 4.0], rtol=1e-6)
-    # diag(2, 3), and with two leaky slopes on the second diag(2, 3 / 4)
+    # diag(2, 3), or diag(2, 3 / 4) with two leaky slopes on the second
     np.testing.assert_allclose(
         inverse.condition_numbers(bank, [0, 1, 3], x), [1.5, 2 / 0.75], rtol=1e-6
     )
@@ -133,7 +133,7 @@ def test_condition_numbers_by_hand():
     assert inverse.condition_numbers(bank, [0], x).dtype == np.float64
 
 
-def test_bad_input_is_refused(bank):
+def test_pull_back_rejects_bad_input(bank):
     outputs = jnp.ones((4, 3))
     plain = jc.Bank.stack(
         jc.layers.ResidualMLP(FEATURES),

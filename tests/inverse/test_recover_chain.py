@@ -30,7 +30,7 @@ def make_task(bank, depth, noise=0.0, seed=1, num_examples=12):
 
 
 def brute_force(bank, x, y, depth):
-    """All chains with their residuals, best first."""
+    """List all chains with their residuals, best first."""
     chains = np.array([*product(range(bank.num_layers), repeat=depth)])
     y = np.asarray(y, np.float64)
     residuals = np.array(
@@ -42,7 +42,7 @@ def brute_force(bank, x, y, depth):
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("depth", range(1, 6))
-def test_the_answer_is_that_of_brute_force(depth, seed):
+def test_meet_in_the_middle_equals_brute_force(depth, seed):
     bank = make_invertible_bank(seed=seed)
     x, y, chain = make_task(bank, depth, noise=0.05 * seed, seed=seed)
     found = jc.meet_in_the_middle(bank, x, y, depth, top_k=3)
@@ -89,7 +89,7 @@ def test_noise_is_answered_with_the_nearest_chain():
         np.testing.assert_allclose(found.residuals, residuals[:1], rtol=1e-4)
 
 
-def test_what_cannot_be_reached_has_a_large_residual():
+def test_unreachable_outputs_have_a_large_residual():
     bank = make_invertible_bank(num_layers=4)
     x, _, _ = make_task(bank, 4)
     y = jax.random.normal(jax.random.key(9), x.shape)
@@ -116,7 +116,7 @@ def test_a_layer_that_overflows_hides_no_chain():
     np.testing.assert_array_equal(found.chains, chain[None])
 
 
-def test_halves_that_do_not_meet_are_an_error():
+def test_halves_that_do_not_meet_raise():
     bank = make_invertible_bank(num_layers=4)
     x, _, _ = make_task(bank, 4)
     y = jax.random.normal(jax.random.key(9), x.shape)
@@ -133,7 +133,7 @@ def test_one_layer_is_found_by_its_outputs():
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.01])
-def test_more_and_more_noise_is_tried_where_all_pairs_are_too_many(monkeypatch, noise):
+def test_noise_levels_are_raised_if_there_are_too_many_pairs(monkeypatch, noise):
     monkeypatch.setattr(recover_chain, "estimate_match_all", lambda num_pairs: 1e9)
     bank = make_invertible_bank(num_layers=4)
     x, y, _ = make_task(bank, 4, noise=noise, num_examples=40)
@@ -144,7 +144,7 @@ def test_more_and_more_noise_is_tried_where_all_pairs_are_too_many(monkeypatch, 
         np.testing.assert_allclose(found.residuals, residuals[:1], rtol=1e-4, atol=1e-6)
 
 
-def test_halves_meet_nearer_to_the_end_where_noise_grows_on_its_way_back():
+def test_halves_meet_nearer_to_the_end_if_inverses_amplify_noise():
     bank = make_invertible_bank(
         num_layers=4, layers=[jc.layers.InvertibleDense(FEATURES, negative_slope=0.03)]
     )
@@ -178,7 +178,7 @@ def test_an_ill_conditioned_layer_is_never_taken_for_an_exact_answer():
     )
 
 
-def test_halves_that_do_not_fit_are_gone_through_in_parts():
+def test_meet_in_the_middle_searches_large_halves_in_parts():
     bank = make_invertible_bank(num_layers=4)
     x, y, chain = make_task(bank, 6)
     row_bytes = 4 * 32 * 4 + 64
@@ -207,7 +207,7 @@ def test_float64_weights_are_searched_in_float64():
         assert found.residuals < 1e-13
 
 
-def test_bad_input_is_refused_before_work():
+def test_meet_in_the_middle_rejects_bad_input_before_work():
     bank = make_invertible_bank()
     x, y, _ = make_task(bank, 2)
     plain = jc.Bank.concat([bank, make_invertible_bank(layers=[jc.layers.ResidualMLP(FEATURES)])])

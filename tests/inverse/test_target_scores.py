@@ -20,7 +20,7 @@ def make_problem(slope=0.5, max_layers=4, num_layers=4, layer=None, **options):
     return jc.Problem(bank, make_batch(), max_layers, **options)
 
 
-def test_the_ideal_layer_of_a_bank_layers_outputs_is_that_layer():
+def test_ideal_layer_of_a_layers_outputs_is_that_layer():
     bank = make_problem().bank
     before = jax.random.normal(jax.random.key(0), (40, 5))
     found = jc.inverse.target_scores.fit_target_layer(
@@ -45,7 +45,7 @@ def test_the_ideal_layer_of_a_bank_layers_outputs_is_that_layer():
     np.testing.assert_allclose(found.by_weights, distances, atol=1e-3)
 
 
-def test_other_layers_are_fitted_by_an_affine_map():
+def test_fit_target_layer_fits_an_affine_map_to_other_layers():
     bank = make_problem(layer=jc.layers.ResidualMLP(5)).bank
     before, after = (jax.random.normal(jax.random.key(i), (30, 5)) for i in (0, 1))
     found = jc.inverse.target_scores.fit_target_layer(bank, before, after, ridge=0.0)
@@ -62,7 +62,7 @@ def test_other_layers_are_fitted_by_an_affine_map():
     )
     assert np.isnan(found.by_weights).all()
     assert found.nearest_by_weights == -1
-    # A ridge shrinks.
+    # A ridge shrinks the fit.
     assert np.linalg.norm(
         jc.inverse.target_scores.fit_target_layer(bank, before, after, ridge=1.0).kernel
     ) < np.linalg.norm(found.kernel)
@@ -70,7 +70,7 @@ def test_other_layers_are_fitted_by_an_affine_map():
 
 @pytest.mark.parametrize("is_projected", [False, True])
 def test_scores_are_distances_to_the_targets_of_inverse_layers(is_projected):
-    """Where the layers are undone exactly, the targets can be computed by hand."""
+    """If the layers are inverted exactly, the targets can be computed by hand."""
     plain = make_problem()
     cost = np.array([0.3, 0.0, 0.1, 0.2])
     problem = jc.Problem(plain.bank, plain.data, 4, layer_cost=cost)
@@ -96,7 +96,7 @@ def test_scores_are_distances_to_the_targets_of_inverse_layers(is_projected):
             jc.pull_back(bank, [chain[t]], jnp.asarray(wanted[t + 1], jnp.float32)).activations
         )
 
-    # What outputs as wanted would save.
+    # This is what the targeted outputs would save.
     log_odds = [out - np.log(np.exp(out).sum(axis=1, keepdims=True)) for out in (outputs, goal)]
     losses = [-np.mean(rows[np.arange(len(x)), problem.data.y]) for rows in log_odds]
     saving = losses[0] - losses[1]
@@ -132,12 +132,12 @@ def test_scores_are_distances_to_the_targets_of_inverse_layers(is_projected):
     losses = [reference.chain_loss(plain, [1, 3, 0, head])[0] for head in (4, 5)]
     np.testing.assert_allclose(scores.head, [0.0, losses[1] - losses[0]], rtol=1e-4)
     assert scores.loss == pytest.approx(reference.chain_loss(plain, chain)[0] + own.sum(), rel=1e-5)
-    # Forward and back along three layers, and four layers at four places.
+    # Forward and backward through three layers, and four layers at four slots.
     assert scores.layer_calls == 3 + 3 + 16
 
 
 def test_local_least_squares_stand_in_for_an_inverse():
-    """With as many steps as there are dimensions and no damping they undo a linear layer."""
+    """With one step per dimension and no damping, they invert a linear layer."""
     problem = make_problem(slope=1.0)
     chain = np.array([1, 3, 4, -1, -1], np.int32)
     exact = jc.inverse.target_scores.score_edits_by_target(problem, chain, rate=0.1, is_exact=True)
@@ -145,7 +145,7 @@ def test_local_least_squares_stand_in_for_an_inverse():
     with patched.context() as patch:
         patch.setattr(target, "_NUM_CG_STEPS", 30)
         patch.setattr(target, "_DAMPING", 1e-9)
-        # Not jitted: a compiled program would not see other constants.
+        # This is not jitted because a compiled program would not see other constants.
         patch.setattr(target, "_score", target._score.__wrapped__)
         local = jc.inverse.target_scores.score_edits_by_target(problem, chain, rate=0.1)
     np.testing.assert_allclose(
@@ -224,7 +224,7 @@ def test_rates_can_be_vmapped(cls, name):
     )
 
 
-def test_bad_input_of_an_ideal_layer_is_refused():
+def test_ideal_layer_rejects_bad_input():
     bank, x = make_problem().bank, jnp.ones((4, 5))
     with pytest.raises(ValueError, match=r"one shape .*, got \[4, 5\] and \[4, 3\]"):
         jc.inverse.target_scores.fit_target_layer(bank, x, x[:, :3])

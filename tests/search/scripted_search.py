@@ -30,7 +30,7 @@ class Scripted:
 
 
 def make_scripted(rows, cost=5):
-    """A search that plays rows of (token, loss) pairs; each chain is that token and the head 4."""
+    """Make a search that plays rows of (token, loss); a chain is that token and the head 4."""
     chains = [[[token, 4, -1, -1] for token, _ in row] for row in rows]
     return Scripted(
         jnp.array(chains, jnp.int32), jnp.array([[loss for _, loss in row] for row in rows]), cost

@@ -23,11 +23,11 @@ NOTHING = jnp.zeros((4, 0))  # features of the prefixes of a chain, if nothing i
 def agent(request, problem):
     search = jc.ActorCritic(encoding=request.param, num_chains=16)
     state = search.init(jax.random.key(0), problem)
-    # Larger weights than at the start, so that the policy is far from uniform.
+    # With larger weights than initially, the policy is far from uniform.
     return search, state._replace(params=jax.tree.map(lambda leaf: 3 * leaf, state.params))
 
 
-def test_it_can_be_sent_to_another_process():
+def test_actor_critic_can_be_pickled():
     search = jc.ActorCritic(encoding=jc.WeightEncoding(8))
     assert jax.tree.structure(pickle.loads(pickle.dumps(search))) == jax.tree.structure(search)
 
@@ -87,7 +87,7 @@ def test_the_loss_is_the_weighted_mean_over_chains(agent, problem, is_replaying)
     np.testing.assert_allclose(found, np.mean(terms), rtol=1e-5)
 
 
-def test_value_by_hand(agent, problem):
+def test_critic_value_by_hand(agent, problem):
     """The critic's two layers on top of the encoding, computed by hand."""
     search, state = agent
     chains = np.array([[2, 0, 5, -1], [4, -1, -1, -1], [3, 3, 1, 4]])
@@ -122,7 +122,7 @@ def test_value_by_hand(agent, problem):
 
 @pytest.mark.slow
 def test_the_critic_learns_the_value_of_its_policy(problem):
-    """If the policy hardly changes, the value is the mean reward of its chains (a fixed scale)."""
+    """If the policy hardly changes, the value is the mean reward of its chains (fixed scale)."""
     search = jc.ActorCritic(
         num_chains=64,
         learning_rate=1e-2,
@@ -153,7 +153,7 @@ def test_the_policy_improves(problem):
     assert np.mean(losses[-1]) < np.quantile(losses[0], 0.1)
 
 
-def test_what_it_needs_of_a_problem():
+def test_actor_critic_flags():
     plain, scored = jc.ActorCritic(), jc.ActorCritic(score_kind="linearized")
     assert (plain.needs_gradient, scored.needs_gradient) == (False, True)
     assert not plain.is_deterministic
@@ -209,7 +209,7 @@ OBSERVING = jc.JointEncoding(
 
 @pytest.mark.slow
 def test_observed_features_are_kept_with_chains(problem):
-    """They equal new observations of the sampled, replayed and best chains."""
+    """They equal new observations of the sampled, replayed, and best chains."""
     search = jc.ActorCritic(
         encoding=OBSERVING, num_chains=6, num_replays=4, replay_size=8, restart_rate=0.5
     )
@@ -251,7 +251,7 @@ def test_observed_features_are_kept_with_chains(problem):
 
 
 @pytest.mark.slow
-def test_it_starts_from_params_of_other_banks(problem):
+def test_actor_critic_starts_from_params_of_other_banks(problem):
     search = jc.ActorCritic(encoding=OBSERVING, num_chains=6)
     other = jc.Problem(make_bank(3, 1, seed=8), problem.data, max_layers=2)
     params = jc.agent.pretrain.pretrain_agent(
@@ -266,6 +266,6 @@ def test_it_starts_from_params_of_other_banks(problem):
     )
     jc.run(jax.random.key(0), warm, problem, budget=40)
     with pytest.raises(
-        ValueError, match="expected params of the network of this encoding, .*, got"
+        ValueError, match="expected params of this encoding's network, with .* of shape .*, got"
     ):
         dataclasses.replace(warm, encoding=jc.TokenEncoding(8)).init(jax.random.key(0), problem)

@@ -7,7 +7,7 @@ import jchain as jc
 
 
 def plain_beam(problem, width):
-    """Best loss and layer calls of one pass, in lists."""
+    """Compute the best loss and the layer calls of one pass with plain lists."""
     num_layers, heads = problem.bank.num_layers, range(4, 6)
 
     def stop(prefix):
@@ -44,7 +44,7 @@ def test_each_pass_is_a_plain_beam_search_twice_as_wide(problem):
     assert (np.asarray(info.chains) == -1).all()
 
 
-def test_the_layer_penalty_counts(problem):
+def test_beam_search_includes_the_layer_penalty(problem):
     penalized = jc.Problem(problem.bank, problem.data, 3, layer_cost=100.0)
     result = jc.run(jax.random.key(0), jc.BeamSearch(max_width=1), penalized, budget=100)
     assert (result.best_chain >= 0).sum() == 1

@@ -15,7 +15,7 @@ COUNTER = itertools.count(1)
 
 @pytree_dataclass
 class Sampling:
-    """A correct search, and ways to break it."""
+    """A correct search that can be broken in several ways."""
 
     fault: str = static(default="none")
 
@@ -39,14 +39,14 @@ class Sampling:
         if self.fault == "state":
             state = state.astype(jnp.float32)
         if self.fault == "memory":
-            # Each trace adds another number.
+            # Each trace adds a different number.
             loss = loss + next(COUNTER)
         return state, jc.Info(chains, loss, calls)
 
 
 @pytree_dataclass
 class Returning:
-    """A search whose step returns something else."""
+    """A search whose step returns a wrong type."""
 
     form: str = static(default="tuple")
 
@@ -67,7 +67,7 @@ class Returning:
         }[self.form]
 
 
-def test_a_correct_search_passes(problem):
+def test_check_search_accepts_a_correct_search(problem):
     jc.check_search(Sampling(), problem)
     jc.check_search(jc.LocalSearch(num_chains=3), problem, key=jax.random.key(3))
 
@@ -84,7 +84,7 @@ def test_a_correct_search_passes(problem):
         ("memory", "without jit, step 0 returns other loss"),
     ],
 )
-def test_each_fault_is_found(problem, fault, finding):
+def test_check_search_finds_each_fault(problem, fault, finding):
     with pytest.raises(ValueError, match=f"Sampling breaks the contract.*\n(.*\n)*- {finding}"):
         jc.check_search(Sampling(fault), problem)
 
@@ -102,7 +102,7 @@ def test_each_fault_is_found(problem, fault, finding):
         ("calls per chain", r"to return layer_calls as an integer scalar, got float32\[4\]"),
     ],
 )
-def test_a_step_that_returns_something_else_is_named(problem, form, message, run):
+def test_step_with_a_wrong_return_type_is_named(problem, form, message, run):
     run = run or (lambda *args: jc.run(jax.random.key(0), *args, budget=100))
     with pytest.raises(TypeError, match=f"expected Returning.step {message}"):
         run(Returning(form), problem)
@@ -117,7 +117,7 @@ def test_rows_that_are_not_chains_never_become_the_best_chain(problem, num_runs)
     keys = jax.random.split(jax.random.key(0), num_runs)
     for result in jc.run_many(keys, search, problem, budget=5):
         np.testing.assert_array_equal(result.best_chain, [1, 5, -1, -1])
-        assert (result.best_loss, result.num_chains, result.num_invalid) == (3.0, 1, 5)
+        assert (result.best_loss, result.num_scored, result.num_invalid) == (3.0, 1, 5)
         assert result.finalists.tolist() == [[1, 5, -1, -1]]
 
 
@@ -153,7 +153,7 @@ def test_cached_losses_of_another_problem_are_not_used(problem, what):
     cache, loss, layer_calls = score_cache.evaluate_cached(cache, other, chains)
     assert layer_calls == 3
     np.testing.assert_allclose(loss, jc.evaluate(other, chains).loss, rtol=1e-6)
-    # Both problems' losses stay in the cache.
+    # The losses of both problems stay in the cache.
     assert score_cache.evaluate_cached(cache, problem, chains)[2] == 0
     assert score_cache.evaluate_cached(cache, other, chains)[2] == 0
 

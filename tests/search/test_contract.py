@@ -63,7 +63,7 @@ PASSING = ("LinearizedSearch", "ActorCritic-scores", "TargetPropagation", "Suffi
 INVERTIBLE = ("SuffixBeamSearch",)
 
 
-# A few run by default, the rest with `-m slow`.
+# A few run by default, and the rest with `-m slow`.
 VMAPPED = [
     pytest.param(name, marks=() if name in ("RandomSearch", "CriticSearch") else pytest.mark.slow)
     for name in SEARCHES

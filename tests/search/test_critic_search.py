@@ -19,7 +19,7 @@ def test_without_critic_or_learning_it_extends_the_best_child_by_head_loss(probl
         }
         chains = np.asarray(info.chains)[2:]
         assert {tuple(chain[: length + 1]) for chain in chains} == {(*prefix, n) for n in range(4)}
-        # The next prefix is one of the last children, so nothing is computed again.
+        # The next prefix is one of the last children, so nothing is recomputed.
         assert info.layer_calls == 4
         prefix.append(min(stops, key=stops.get))
     assert not np.any(state.weights)
@@ -31,7 +31,7 @@ def test_an_older_prefix_is_computed_again_and_charged(problem):
     step = jax.jit(search.step)
     costs, lengths = [], []
     for _ in range(6):
-        lengths.append(int(critic_search._next_length(state)))
+        lengths.append(int(critic_search._choose_length(state)))
         state, info = step(jax.random.key(0), state, problem)
         costs.append(int(info.layer_calls))
     assert lengths == [0, 1, 2, 1, 2, 1]
@@ -63,13 +63,19 @@ def test_the_worst_predicted_prefixes_are_evicted(problem):
         candidates = jax.tree.map(
             lambda leaf: jnp.zeros((len(values), *leaf.shape[2:]), leaf.dtype), state.prefixes
         )
-        return candidates._replace(base=jnp.array(values), chains=candidates.chains + token)
+        return candidates._replace(
+            prior_prediction=jnp.array(values), chains=candidates.chains + token
+        )
 
     for values, token in (([5.0, 1.0], 1), ([3.0, jnp.inf], 2), ([4.0, 2.0], 3)):
         candidates = prefixes(values, token)
-        state = critic_search._insert(state, candidates, candidates.base, jnp.array(1))
+        state = critic_search._insert(state, candidates, candidates.prior_prediction, jnp.array(1))
     kept = sorted(
-        zip(state.prefixes.base[1].tolist(), state.prefixes.chains[1, :, 0].tolist(), strict=True)
+        zip(
+            state.prefixes.prior_prediction[1].tolist(),
+            state.prefixes.chains[1, :, 0].tolist(),
+            strict=True,
+        )
     )
     assert kept == [(1.0, 1), (2.0, 3), (3.0, 2)]
 

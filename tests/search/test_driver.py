@@ -58,7 +58,7 @@ def test_flags_of_a_search_default_to_false():
 def test_the_budget_is_never_exceeded(problem):
     search = make_scripted([[(0, 3.0)], [(1, 2.0)], [(2, 1.0)]])
     result = jc.run(jax.random.key(0), search, problem, budget=14)
-    assert (result.layer_calls, result.best_loss, result.num_chains) == (10, 2, 2)
+    assert (result.layer_calls, result.best_loss, result.num_scored) == (10, 2, 2)
 
 
 def test_a_run_stops_at_its_target_loss(problem):
@@ -122,7 +122,7 @@ def test_a_search_that_is_not_a_pytree_raises(problem):
         def init(self, key, problem): ...
         def step(self, key, state, problem): ...
 
-    with pytest.raises(ValueError, match=r"class decorated with @jc.pytree_dataclass, got Plain"):
+    with pytest.raises(ValueError, match=r"class decorated with @jc.pytree_dataclass, got .*Plain"):
         jc.run(jax.random.key(0), Plain(), problem, budget=5)
 
 
@@ -135,7 +135,7 @@ def test_run_many_equals_runs_of_single_keys(problem):
         np.testing.assert_array_equal(result.curve.layer_calls, alone.curve.layer_calls)
         np.testing.assert_allclose(result.curve.best_loss, alone.curve.best_loss, rtol=1e-5)
         np.testing.assert_array_equal(result.finalists, alone.finalists)
-        assert (result.layer_calls, result.num_chains) == (alone.layer_calls, alone.num_chains)
+        assert (result.layer_calls, result.num_scored) == (alone.layer_calls, alone.num_scored)
     with pytest.raises(
         ValueError, match=r"keys of jax.random.key of shape \[S\], at least one, got key<fry>\[0\]"
     ):
@@ -145,7 +145,7 @@ def test_run_many_equals_runs_of_single_keys(problem):
 def test_the_largest_int32_is_a_valid_budget(problem):
     search = make_scripted([[(0, 3.0)]] * 4, cost=2**30)  # half of the largest int32 budget
     result = jc.run(jax.random.key(0), search, problem, budget=2**31 - 1)
-    assert (result.layer_calls, result.num_chains) == (2**30, 1)
+    assert (result.layer_calls, result.num_scored) == (2**30, 1)
 
 
 def test_keys_of_another_kind_raise(problem):
@@ -166,7 +166,7 @@ def test_rows_without_a_chain_are_not_counted(problem):
     empty = search.chains.at[0, 1].set(-1)
     search = Scripted(empty, search.loss.at[0, 1].set(jnp.inf), search.cost)
     result = jc.run(jax.random.key(0), search, problem, budget=10)
-    assert (result.num_chains, result.num_nonfinite, len(result.finalists)) == (2, 0, 1)
+    assert (result.num_scored, result.num_nonfinite, len(result.finalists)) == (2, 0, 1)
 
 
 def test_banks_that_differ_only_in_names_share_one_program(bank, problem):

@@ -11,7 +11,7 @@ import jchain as jc
 
 @pytest.fixture(scope="module")
 def roomy():
-    """Chains of up to 5 layers, so that greedy moves of more than two swaps exist."""
+    """A problem with chains of up to 5 layers, so that greedy moves can exceed two swaps."""
     return jc.Problem(make_bank(6, 2), make_batch(), max_layers=5)
 
 
@@ -38,7 +38,7 @@ def test_cost_is_the_start_the_pass_and_new_chains(roomy, num_candidates):
             )
         else:
             own, rows, expected = (
-                tuple(int(token) for token in before.guide.chain if token >= 0),
+                tuple(int(token) for token in before.linearized.chain if token >= 0),
                 rows[1:],
                 0,
             )
@@ -63,25 +63,25 @@ def test_moves_have_the_best_predictions(roomy):
     np.testing.assert_array_equal(info.chains[1:4], np.asarray(rows)[np.argsort(flat)[:3]])
     np.testing.assert_array_equal(info.chains[4:], joint.pairs[:2])
     best = int(np.argmin(info.loss))
-    np.testing.assert_array_equal(state.guide.chain, info.chains[best])
+    np.testing.assert_array_equal(state.linearized.chain, info.chains[best])
     assert bool(state.is_new) == (best > 0)
 
 
 def test_the_current_chain_is_not_a_move(roomy):
-    """Even if rounding makes its loss lower than before. The search would never restart."""
+    """This holds even if rounding lowers its loss, or the search would never restart."""
     search = jc.LinearizedSearch(patience=1)
     state, _ = search.step(jax.random.key(1), search.init(jax.random.key(0), roomy), roomy)
-    guide = state.guide._replace(
-        loss=state.guide.loss + 1.0,
-        score=jnp.full_like(state.guide.score, jnp.inf),
-        is_pair=jnp.zeros_like(state.guide.is_pair),
-        is_greedy=jnp.zeros_like(state.guide.is_greedy),
+    linearized = state.linearized._replace(
+        loss=state.linearized.loss + 1.0,
+        score=jnp.full_like(state.linearized.score, jnp.inf),
+        is_pair=jnp.zeros_like(state.linearized.is_pair),
+        is_greedy=jnp.zeros_like(state.linearized.is_greedy),
     )
     after, info = search.step(
-        jax.random.key(2), state._replace(guide=guide, is_new=jnp.array(False)), roomy
+        jax.random.key(2), state._replace(linearized=linearized, is_new=jnp.array(False)), roomy
     )
     np.testing.assert_array_equal(
-        info.chains[1:], np.broadcast_to(guide.chain, info.chains[1:].shape)
+        info.chains[1:], np.broadcast_to(linearized.chain, info.chains[1:].shape)
     )
     assert after.is_start
 
@@ -96,7 +96,7 @@ def test_single_edits_alone_find_the_optimum(problem):
 
 @pytest.mark.slow
 def test_moves_of_wide_outputs_are_ranked_by_samples():
-    """80 squared errors have 17 products."""
+    """80 squared errors need 17 products."""
     head = jc.layers.DenseHead(80)
     x = jax.random.normal(jax.random.key(0), (30, 5))
     bank = make_bank(5, 1)
@@ -122,7 +122,7 @@ def test_moves_of_wide_outputs_are_ranked_by_samples():
     np.testing.assert_array_equal(info.chains[1:], np.asarray(rows)[np.argsort(flat)[:3]])
     moves = [tuple(int(token) for token in chain if token >= 0) for chain in info.chains[1:]]
     assert info.layer_calls == 3 + scores.layer_calls + reference.count_calls(moves, 5)[0]
-    assert state.guide.layer_calls == 3 + scores.layer_calls
+    assert state.linearized.layer_calls == 3 + scores.layer_calls
 
 
 def test_a_new_pass_after_a_failure_tries_its_best_pairs(roomy):
@@ -138,9 +138,11 @@ def test_a_new_pass_after_a_failure_tries_its_best_pairs(roomy):
             assert before.is_new
             for place in range(2):
                 expected = (
-                    state.guide.pairs[place] if state.guide.is_pair[place] else info.chains[0]
+                    state.linearized.pairs[place]
+                    if state.linearized.is_pair[place]
+                    else info.chains[0]
                 )
-                if not state.is_new or np.array_equal(state.guide.chain, info.chains[0]):
+                if not state.is_new or np.array_equal(state.linearized.chain, info.chains[0]):
                     np.testing.assert_array_equal(info.chains[2 + place], expected)
             num_seen += 1
     assert num_seen > 3
@@ -152,10 +154,10 @@ def test_layers_of_each_module_are_scored(two_group_problem):
         jax.random.key(0), search.init(jax.random.key(1), two_group_problem), two_group_problem
     )
     length = int((info.chains[0] >= 0).sum()) - 1
-    assert state.guide.layer_calls == 3 + (2 + 2) * length + 2 * min(length + 1, 3)
+    assert state.linearized.layer_calls == 3 + (2 + 2) * length + 2 * min(length + 1, 3)
 
 
-def test_bad_sizes_are_refused():
+def test_linearized_search_rejects_bad_sizes():
     for sizes in (
         {"num_single": 0},
         {"num_pairs": -1},

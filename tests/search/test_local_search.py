@@ -6,7 +6,7 @@ import pytest
 import jchain as jc
 
 
-def test_it_moves_to_better_neighbors_and_restarts_only_at_local_optima(problem):
+def test_local_search_restarts_only_at_local_optima(problem):
     chains, out = jc.evaluate_all(problem)
     losses = dict(zip(map(tuple, chains.tolist()), np.asarray(out.loss).tolist(), strict=True))
 

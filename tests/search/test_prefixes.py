@@ -36,7 +36,7 @@ def test_the_empty_prefix_ends_with_its_children(problem):
     expected = [reference.chain_loss(problem, [head])[0] for head in (4, 5)]
     np.testing.assert_allclose(losses[:2], expected, rtol=1e-5)
     np.testing.assert_array_equal(losses[2:], np.arange(8))
-    # Without children, and where chains need a layer.
+    # Cases without children, and with chains that need a layer.
     assert np.isinf(end_children(problem, *args, jnp.array(False))[1][2:]).all()
     longer = jc.Problem(problem.bank, problem.data, 3, min_layers=1)
     assert (end_children(longer, *args, yes)[0][:2] == -1).all()

@@ -6,12 +6,12 @@ import jchain as jc
 from jchain.search.q_learning import sample_chain, update
 
 
-def test_one_update_by_hand(problem):
+def test_q_update_by_hand(problem):
     # Slots 0..3, last layer 0..3 or none (4), layer tokens 0..3 and heads 4, 5.
     values = jnp.zeros((4, 5, 6)).at[1, 2].set(jnp.array([0.0, 3, 0, 0, 1, 0]))
     chain = jnp.array([2, 4, -1, -1], jnp.int32)
     new = update(values, chain, jnp.array(-2.0), jnp.array(0.5), problem)
-    # The first token moves half way to the best value of the next state, 3; the head half way to
+    # The first token moves halfway to the best value of the next state, 3, and the head halfway to
     # the reward: 1 + (-2 - 1) / 2.
     expected = values.at[0, 4, 2].set(1.5).at[1, 2, 4].set(-0.5)
     np.testing.assert_allclose(new, expected)
@@ -39,7 +39,7 @@ def test_replayed_values_approach_the_best_loss(problem):
     state, step = search.init(jax.random.key(0), problem), jax.jit(search.step)
     for key in jax.random.split(jax.random.key(1), 80):
         state, _ = step(key, state, problem)
-    # A chain of one head alone: its value is exact, as nothing follows.
+    # The value of a head alone is exact because nothing follows.
     bare = jc.evaluate(problem, [[4, -1, -1, -1], [5, -1, -1, -1]]).loss
     np.testing.assert_allclose(state.values[0, 4, 4:], -bare, rtol=1e-3)
 
@@ -57,13 +57,13 @@ def test_value_is_the_best_token_by_hand(problem):
         .set(-jnp.arange(6.0))
     )
     chains = jnp.array([[2, 4, -1, -1], [2, 0, 1, 5]])
-    # In the last slot only the heads count, of which the first has -4.
+    # In the last slot, only heads count, and the first one has -4.
     expected = [[-1.0, -2.0, 0.0, 0.0], [-1.0, -2.0, -9.0, -4.0]]
     np.testing.assert_array_equal(
         search.value(state._replace(values=table), chains, problem), expected
     )
 
 
-def test_what_it_needs_of_a_problem():
+def test_q_learning_flags():
     search = jc.QLearning()
     assert (search.is_deterministic, search.needs_gradient, search.needs_invertible) == (False,) * 3

@@ -4,7 +4,7 @@ import numpy as np
 import jchain as jc
 
 
-def test_repeated_chains_cost_nothing(problem):
+def test_random_search_repeated_chains_are_free(problem):
     search = jc.RandomSearch(num_chains=6)
     state = search.init(jax.random.key(0), problem)
     state, first = search.step(jax.random.key(1), state, problem)

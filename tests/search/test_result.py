@@ -16,7 +16,7 @@ def test_a_result_holds_curve_best_chain_finalists_and_counts(problem):
     assert result.best_loss == 2
     assert result.finalists[:, 0].tolist() == [2, 0, 1]
     assert result.finalist_losses.tolist() == [2, 3, 4]
-    assert (result.layer_calls, result.num_chains, result.num_nonfinite) == (15, 6, 0)
+    assert (result.layer_calls, result.num_scored, result.num_nonfinite) == (15, 6, 0)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -25,8 +25,8 @@ def test_the_beam_pays_for_probes_by_their_share():
         length = int((state.best < 4).sum() - (state.best < 0).sum())
         state, info = step(jax.random.key(depth), state, problem)
         rows = [tuple(int(token) for token in chain if token >= 0) for chain in info.chains]
-        # 3 of 9 examples: the best chain to its head, and two heads with two layers before each,
-        # with one product for each of the three outputs.
+        # On 3 of 9 examples: the best chain up to its head, and two heads with two layers before
+        # each, with one product for each of the three outputs.
         applied = 4 * width[depth] + (length + 2 * 2 * (2 + 3) if depth == 0 else 0)
         expected = reference.count_calls([row for row in rows if row not in seen], 4)[0] + -(
             -applied // 3
@@ -44,7 +44,7 @@ def test_a_beam_needs_invertible_layers(problem):
 
 
 def test_a_copy_is_found_from_its_outputs():
-    """A teacher's outputs as targets: predictions of prefixes with suffixes identify the chain."""
+    """With a chain's outputs as targets, predictions of prefixes with suffixes identify it."""
     layer, head = jc.layers.InvertibleDense(5), jc.layers.DenseHead(5)
     keys = jax.random.split(jax.random.key(3), 7)
     params = [layer.init(key, jnp.ones((1, 5)))["params"] for key in keys[:6]]

@@ -32,19 +32,19 @@ def test_faults_are_undone_exactly(name):
     np.testing.assert_allclose(UNDO[name](damage(IMAGES, [name])), IMAGES, atol=1e-6)
 
 
-def test_all_faults_but_blurred_have_an_inverse_here():
+def test_all_faults_except_blurred_have_an_inverse():
     assert set(FAULTS) - set(UNDO) == {"blurred"}
     blurred = damage(IMAGES, ["blurred"])
     assert blurred[0, 4, 4] == pytest.approx(IMAGES[0, 3:6, 3:6].mean(), rel=1e-5)
 
 
-def test_the_first_fault_comes_first():
+def test_damage_applies_faults_in_order():
     expected = damage(damage(IMAGES, ["scrolled"]), ["sideways"])
     np.testing.assert_array_equal(damage(IMAGES, ["scrolled", "sideways"]), expected)
     assert not np.allclose(expected, damage(IMAGES, ["sideways", "scrolled"]))
 
 
-def test_what_is_no_fault_or_no_square_image_is_refused():
+def test_damage_rejects_unknown_faults_and_images_that_are_not_square():
     with pytest.raises(ValueError, match="expected names of faults .upside down, .*, got rotten"):
         damage(IMAGES, ["scrolled", "rotten"])
     with pytest.raises(ValueError, match=r"square images \[B, H, H\], got \[3, 8, 7\]"):

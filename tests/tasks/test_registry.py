@@ -5,7 +5,7 @@ import jchain as jc
 
 
 @pytest.mark.parametrize("name", jc.tasks.TASKS)
-def test_tasks_depend_on_the_seed_alone(name):
+def test_tasks_depend_only_on_the_seed(name):
     first, again, other = (jc.tasks.make(name, seed) for seed in (0, 0, 1))
     assert first.name == name
     np.testing.assert_array_equal(first.data.search.x, again.data.search.x)

@@ -7,7 +7,7 @@ import jchain as jc
 from jchain.tasks import FAULTS, damage, make_repair, repair
 
 
-def test_splits_are_disjoint_and_have_the_faults():
+def test_repair_splits_are_disjoint_and_have_the_faults():
     task = make_repair(3)
     whole = jc.data.load("digits", 3)
     sizes = [len(getattr(task.data, name).y) for name in jc.data.SPLITS]
@@ -16,7 +16,7 @@ def test_splits_are_disjoint_and_have_the_faults():
     digits = [np.asarray(getattr(known.data, name).x) for name in jc.data.SPLITS]
     rows = np.concatenate([digits[0][:898], *digits[1:]])
     assert len(rows) == 1797
-    # Each digit is in one split; some digits of the data set are equal.
+    # Each digit is in exactly one split. Some digits of the data set are equal.
     raw = np.asarray(jc.data.LOADERS["digits"]()[0], np.float32) / 16
     assert sorted(map(bytes, rows)) == sorted(map(bytes, raw))
     assert len(whole.train.y) == 898
@@ -26,20 +26,20 @@ def test_splits_are_disjoint_and_have_the_faults():
     np.testing.assert_array_equal(
         np.asarray(task.data.test.x).reshape(-1, 8, 8), damage(images, faults)
     )
-    # Labeled examples that layers may be trained on: each fault alone.
+    # Layers may be trained on labeled examples of each single fault.
     first = np.asarray(task.data.train.x).reshape(1 + len(FAULTS), 898, 8, 8)
     for name, block in zip(FAULTS, first[1:], strict=True):
         np.testing.assert_array_equal(block, damage(first[0], [name]))
 
 
-def test_search_and_select_have_all_classes_in_proportion():
+def test_repair_search_and_select_are_stratified():
     for seed in range(3):
         data = make_repair(seed).data
         assert np.bincount(data.search.y).min() >= 9
         assert np.bincount(data.select.y).min() >= 4
 
 
-def test_the_bank_has_a_layer_for_each_fault_and_the_net():
+def test_repair_bank_has_a_layer_for_each_fault_and_the_net():
     task = make_repair(0, faults=["mirrored", "scrolled"])
     bank = task.make_bank(jax.random.key(0))
     assert bank.names == (*(f"undo {name}" for name in FAULTS), "net/0", "net/1", "net/head")
@@ -51,12 +51,12 @@ def test_the_bank_has_a_layer_for_each_fault_and_the_net():
     )
     problem = jc.Problem(bank, task.data.test, task.max_layers)
     out = jc.evaluate(problem, jc.chain.pad([bank.parents[0], task.reference], task.max_layers))
-    # The net alone guesses; the two repairs make it read.
+    # Without repairs, the net guesses; with the two repairs, it reads the digits.
     assert out.accuracy[0] < 0.3
     assert out.accuracy[1] > 0.9
 
 
-def test_each_repair_undoes_its_fault_on_digits_it_has_not_seen():
+def test_repair_layers_undo_their_fault_on_unseen_digits():
     task = make_repair(1, faults=[])
     bank = task.make_bank(jax.random.key(1))
     clean = np.asarray(task.data.test.x)
@@ -68,7 +68,7 @@ def test_each_repair_undoes_its_fault_on_digits_it_has_not_seen():
         assert left < 0.1 * np.mean((inputs - clean) ** 2), name
 
 
-def test_a_plain_net_has_the_depth_and_the_data_of_the_task():
+def test_plain_net_has_the_depth_and_data_of_the_task():
     task = make_repair(0, sizes=(40, 20, 10, 10))
     net = task.train_plain_net(jax.random.key(0), 3)
     assert (net.num_layers, net.num_heads, net.num_steps) == (task.plain_depth, 1, 3)
@@ -84,6 +84,6 @@ def test_a_plain_net_has_the_depth_and_the_data_of_the_task():
         ({"sizes": (1, 1, 1)}, "expected sizes of train, search, select, test"),
     ],
 )
-def test_what_does_not_fit_is_refused(options, message):
+def test_make_repair_rejects_unknown_faults_and_bad_sizes(options, message):
     with pytest.raises(ValueError, match=message):
         make_repair(0, **options)

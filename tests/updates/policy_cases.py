@@ -30,7 +30,7 @@ def run(policy, problem, search=None, seed=0, budget=BUDGET, **kwargs):
 
 
 def is_equal(a, b):
-    """True if all leaves of two trees are equal."""
+    """Return whether all leaves of two trees are equal."""
     return all(
         np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )

@@ -17,7 +17,7 @@ def test_clones_join_the_bank_and_their_sources_stay_unchanged(two_group_problem
         assert bank.names[token] == before.names[token]
     for head in range(2):
         assert is_equal(bank.get_params(bank.num_layers + head), before.get_params(5 + head))
-    # 9 tokens for each of two modules: three rounds, up to three layers each.
+    # Each of two modules has 9 tokens: three rounds of up to three layers.
     assert bank.num_layers == 5 + 2 * 9
     is_clone = np.asarray(bank.get_versions()) > 0
     assert 1 <= is_clone.sum() <= 9
@@ -27,7 +27,7 @@ def test_clones_join_the_bank_and_their_sources_stay_unchanged(two_group_problem
         source = bank.names.index(parent)
         assert not is_equal(bank.get_params(int(token)), bank.get_params(source))
     for token in np.flatnonzero(~is_clone[: bank.num_layers]):
-        assert (token < 5) == (not bank.names[token].startswith("place"))
+        assert (token < 5) == (not bank.names[token].startswith("spare"))
 
 
 @pytest.mark.slow
@@ -78,7 +78,7 @@ def test_a_search_without_refresh_restarts(problem):
 
 @pytree_dataclass
 class InOrder:
-    """Score all chains in order, at a given cost per chain and per refresh."""
+    """A search that scores all chains in order, at a given cost per chain and per refresh."""
 
     cost: int = 7
     refresh_cost: int = 11

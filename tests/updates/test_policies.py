@@ -40,10 +40,10 @@ def test_the_budget_covers_search_and_gradient_steps(policy, outcome):
     assert result.curve.layer_calls[-1] == result.layer_calls
     assert (np.diff(result.curve.layer_calls) >= 0).all()
     assert (outcome.update_calls > 0) == (not isinstance(policy, updates.Frozen))
-    if isinstance(policy, updates.SharedUpdates):  # chains of all steps, not only of the last part
-        assert result.num_chains > AGENT.num_chains * len(result.curve.layer_calls)
+    if isinstance(policy, updates.SharedUpdates):  # chains of all steps, not just of the last part
+        assert result.num_scored > AGENT.num_chains * len(result.curve.layer_calls)
     if isinstance(policy, updates.CloneThenTune):  # plus one chain of copies per round
-        assert result.num_chains % AGENT.num_chains == policy.num_rounds
+        assert result.num_scored % AGENT.num_chains == policy.num_rounds
 
 
 def test_the_same_key_gives_the_same_outcome(policy, outcome, two_group_problem):
@@ -109,7 +109,7 @@ def test_arguments_out_of_range_raise(problem, name):
 
 
 def break_layer(problem, token):
-    """The problem with one layer or head whose weights are so large that outputs overflow."""
+    """Make the weights of one layer or head so large that its outputs overflow."""
     params = jax.tree.map(lambda leaf: leaf + 1e30, problem.bank.get_params(token))
     return problem.with_bank(problem.bank.replace([token], [params]))
 
@@ -118,7 +118,7 @@ def break_layer(problem, token):
 def test_a_layer_that_overflows_leaves_other_layers_finite(policy, two_group_problem):
     if isinstance(policy, updates.Frozen):
         return
-    # The shapes are those of the tests above, so the compiled program is reused.
+    # The shapes are the same as in the tests above, so the compiled program is reused.
     outcome = run(policy, break_layer(two_group_problem, 1))
     assert np.isfinite(outcome.result.best_loss)
     for token in (0, 2, 3, 4):

@@ -14,7 +14,7 @@ SGD = optax.sgd(0.3)
 
 
 def tune_by_hand(key, problem, tokens, num_steps, rate, tuned):
-    """Gradient descent on a dict of params per layer, so a layer that occurs twice has one dict."""
+    """Run gradient descent on a dict of params per layer; a repeated layer has only one dict."""
     bank, (x, y) = problem.bank, problem.data
     module = {t: group.module for group in (*bank.layers, *bank.heads) for t in group.tokens}
     params = {t: bank.get_params(t) for t in set(tokens)}
@@ -184,7 +184,7 @@ def test_steps_to_nonfinite_weights_are_skipped(problem):
 
 @pytest.mark.parametrize("dtype", [jnp.float16, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_half_precision_banks_are_trained_in_float32_and_rounded_once(problem, dtype):
-    """In half precision Adam would fail: its epsilon is 0 in float16, its decay 1 in bfloat16."""
+    """Adam fails in half precision: its epsilon is 0 in float16, its decay is 1 in bfloat16."""
     half = jax.tree.map(lambda leaf: leaf.astype(dtype), problem.bank)
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
     chain, key = np.array([2, 1, 4, -1]), jax.random.key(0)

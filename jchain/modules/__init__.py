@@ -1,0 +1,35 @@
+"""Modules of every kind: Flax linen and nnx modules, and pure functions.
+
+Banks apply every module in one way, `module.apply(variables, x)`, where `variables` is a dict of
+collections, as in linen. `convert` wraps modules that are not linen modules.
+"""
+
+from jchain.modules.checks import ArrayOrShape, check_layer, check_stem, infer_output
+from jchain.modules.convert import (
+    Converted,
+    Module,
+    apply_module,
+    convert,
+    describe_module,
+    name_function,
+    split_variables,
+)
+from jchain.modules.functions import FunctionModule
+from jchain.modules.nnx import NnxModule, is_nnx
+
+__all__ = [
+    "ArrayOrShape",
+    "Converted",
+    "FunctionModule",
+    "Module",
+    "NnxModule",
+    "apply_module",
+    "check_layer",
+    "check_stem",
+    "convert",
+    "describe_module",
+    "infer_output",
+    "is_nnx",
+    "name_function",
+    "split_variables",
+]

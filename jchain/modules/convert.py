@@ -1,0 +1,130 @@
+"""Modules of every kind in one form."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import flax.linen as nn
+import numpy as np
+
+from jchain._typing import Array, PyTree
+from jchain.modules import nnx
+from jchain.modules.functions import FunctionModule
+from jchain.pytree import describe_type
+
+_MAX_CHARACTERS = 80
+_EXPECTED = "an instance of a Flax linen or nnx module, or a function apply_fn(params, x)"
+
+
+# What a bank applies. Modules are hashable, and equal modules share a group of a bank.
+Module: TypeAlias = nn.Module | FunctionModule | nnx.NnxModule
+
+
+class Converted(NamedTuple):
+    """A module in the form that banks hold, and its variables."""
+
+    module: Module
+    params: PyTree
+    state: PyTree  # the other collections by name, or None if there are none
+
+
+def convert(module: object, params: PyTree, kind: str) -> Converted:
+    """Convert what a user passes for one layer, head, or stem.
+
+    Args:
+      module: a linen or nnx module, or a pure function `apply_fn(params, x)`.
+      params: of a linen module, its params or all its collections, as in `{"params": ...,
+        "batch_stats": ...}`; of a function, any pytree; None for an nnx module, which carries its
+        own.
+      kind: "layer 3", "head 0", or "stem", for errors.
+
+    Raises:
+      ValueError: if the module is of another kind, or an nnx module is given with params.
+    """
+    if nnx.is_nnx(module):
+        if params is not None:
+            raise ValueError(
+                f"expected no params for {kind}, an nnx module, which carries its own, got "
+                f"{describe_type(params)}"
+            )
+        structure, variables = nnx.split(module)  # pyright: ignore[reportArgumentType]
+        return Converted(structure, variables.pop("params"), variables or None)
+    if isinstance(module, FunctionModule | nnx.NnxModule):
+        return Converted(module, *split_variables(module, params))
+    if isinstance(module, nn.Module):
+        return Converted(module, *split_variables(module, params))
+    is_torch = type(module).__module__.partition(".")[0] == "torch"
+    if isinstance(module, type) or not callable(module) or is_torch:
+        raise ValueError(f"expected {_EXPECTED} for {kind}, got {describe_type(module)}")
+    return Converted(FunctionModule(module), params, None)  # pyright: ignore[reportArgumentType]
+
+
+def split_variables(module: Module, variables: PyTree) -> tuple[PyTree, PyTree]:
+    """Split the variables of a module into its params and its other collections.
+
+    Args:
+      module: the module.
+      variables: its params, or all its collections, as in `{"params": ..., "batch_stats": ...}`.
+
+    Returns:
+      The params, and a dict of the other collections or None.
+    """
+    if isinstance(module, FunctionModule):
+        return variables, None
+    if not isinstance(variables, Mapping) or not isinstance(variables.get("params"), Mapping):
+        return variables, None
+    others = {name: tree for name, tree in variables.items() if name != "params"}
+    return variables["params"], others or None
+
+
+def apply_module(module: Module, params: PyTree, state: PyTree, x: Array | np.ndarray) -> Any:
+    """Apply a module to a batch.
+
+    Args:
+      module: the module.
+      params: its params; None for a linen module without params.
+      state: its other collections of variables by name, or None.
+      x: the activations of a batch, `[B, ...F]`.
+    """
+    if params is None and not isinstance(module, FunctionModule):
+        params = {}
+    variables = {"params": params} if state is None else {"params": params, **state}
+    return module.apply(variables, x)  # pyright: ignore[reportArgumentType]
+
+
+def describe_module(module: Module) -> str:
+    """Describe a module in one line, as in `ResidualMLP(64, hidden=128)`.
+
+    Fields that have their default values are left out.
+
+    Args:
+      module: any module of a bank.
+    """
+    if isinstance(module, nnx.NnxModule):
+        return module.cls.__name__
+    if isinstance(module, FunctionModule):
+        return name_function(module.apply_fn)
+    parts = []
+    for name, field in type(module).__dataclass_fields__.items():
+        value = getattr(module, name, None)
+        if name in ("parent", "name") or value is field.default:
+            continue
+        is_required = field.default is dataclasses.MISSING and not any("=" in p for p in parts)
+        parts.append(_describe_value(value) if is_required else f"{name}={_describe_value(value)}")
+    text = f"{type(module).__name__}({', '.join(parts)})"
+    return text if len(text) <= _MAX_CHARACTERS else f"{type(module).__name__}(...)"
+
+
+def name_function(function: Callable[..., object]) -> str:
+    """Return the name of a function, or the type of a callable object.
+
+    Args:
+      function: the function.
+    """
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _describe_value(value: object) -> str:
+    if isinstance(value, nn.Module):
+        return describe_module(value)
+    return getattr(value, "__name__", None) or repr(value)

@@ -1,0 +1,83 @@
+"""What is passed in place of something else is named in one line: what was expected, what came.
+
+The calls run in another process, as users make them: here, the tests check types first.
+"""
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import flax.linen as nn, jax, jax.numpy as jnp, numpy as np, jchain as jc
+data = jc.data.load("wine")
+layer, head, key = jc.layers.ResidualMLP(13), jc.layers.DenseHead(3), jax.random.key(0)
+bank = jc.train.random(key, data.train, layer=layer, head=head, num_layers=2, num_steps=0)
+problem = jc.Problem(bank, data.search, 2)
+params, head_params = bank.get_params(0), bank.get_params(2)
+search, chains = jc.LocalSearch(), np.array([[0, 2, -1]])
+class Pair(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(13)(x), 0.0
+pair = Pair().init(key, data.train.x)["params"]
+class Tensor:
+    dtype, shape = "torch.bfloat16", (3,)
+Tensor.__module__ = "torch"
+class Linear:
+    def __call__(self, x):
+        return x
+Linear.__module__ = "torch.nn.modules.linear"
+class Pairs:
+    pass
+def attempt(call):
+    try:
+        call()
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}".splitlines()[0])
+    else:
+        print("accepted")
+"""
+CASES = {
+    "jc.Problem(bank, data, 2)": "expected one split of data, such as data.search or "
+    "jc.Batch(x, y), got Dataset of 6",
+    "jc.Problem(bank, data.search.x, 2)": "got an array float32[35, 13]",
+    "jc.Problem(bank, (data.search.x, ['a'] * 35), 2)": "expected y as an array",
+    "jc.Problem(bank, (Tensor(), data.search.y), 2)": "expected x as an array, got torch.Tensor",
+    "jc.Problem(data, data.search, 2)": "expected a jc.Bank, got Dataset of 6",
+    "jc.run(key, jc.LocalSearch, problem, budget=100)": "got the class LocalSearch",
+    "jc.run(key, 'local', problem, budget=100)": "decorated with @jc.pytree_dataclass, got str",
+    "jc.run(key, search, bank, budget=100)": "expected a jc.Problem, got Bank",
+    "jc.run(0, search, problem, budget=100)": "expected one key of jax.random.key",
+    "jc.run(key, search, problem, budget=100.5)": "expected budget to be an integer, got 100.5",
+    "jc.run(key, search, problem, budget='9')": "expected budget to be an integer, got '9'",
+    "jc.evaluate(bank, chains)": "expected a jc.Problem, got Bank",
+    "jc.evaluate(problem, chains * 1.0)": "expected chains of integer tokens, got dtype float64",
+    "jc.evaluate(problem, chains, dtype='float8')": "jnp.bfloat16 or jnp.float32, got 'float8'",
+    "jc.evaluate(problem, chains, dtype=Tensor)": "expected a dtype of jnp.bfloat16 or",
+    "jc.Bank.stack(jc.layers.Dense, [params], head, [head_params])": "got the class Dense",
+    "jc.Bank.stack(Linear(), [params], head, [head_params])": "for layer 0, got torch.Linear",
+    "jc.Bank.stack(layer, params, head, [head_params])": "expected a list with the params of each "
+    "layer, got dict",
+    "jc.Bank.stack(layer, [{'a': Tensor()}], head, [head_params])": "params of layer 0: expected "
+    "an array at ['a'], got torch.Tensor",
+    "jc.Problem(jc.Bank.stack(Pair(), [pair], head, [head_params]), data.search, 1)": "layer0 "
+    "(Pair()), token 0, must return an array, got tuple of 2",
+    "jc.Problem(jc.Bank.stack(layer, [params], Pair(), [pair]), data.search, 1)": "head0 (Pair()),"
+    " token 1, must return an array, got tuple of 2",
+}
+
+
+@pytest.fixture(scope="module")
+def answers():
+    calls = "".join(f"attempt(lambda: {case})\n" for case in CASES)
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT + calls], capture_output=True, text=True, check=True
+    )
+    return dict(zip(CASES, run.stdout.splitlines(), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_wrong_argument_is_named(answers, case):
+    assert answers[case].startswith("ValueError: ")
+    assert CASES[case] in answers[case]
