@@ -126,7 +126,7 @@ def make_independent(seed: int) -> Candidate:
     bank = jc.train.independent(
         jax.random.key(seed), data.train, num_nets=3, depth=DEPTH, num_steps=NUM_STEPS, **OPTIONS
     )
-    return Candidate(data, set_steps(bank, 3 * NUM_STEPS), DEPTH, DEPTH, 20_000)
+    return Candidate(data, bank, DEPTH, DEPTH, 20_000)
 
 
 def make_routed(seed: int) -> Candidate:

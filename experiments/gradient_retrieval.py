@@ -13,7 +13,7 @@ The script scores all single swaps of chains of digits banks (`jchain.gradient`)
 them. The banks are of four kinds and have 2 to 32 slots. The chains are random or nearly optimal.
 Nearly optimal chains are drawn from the best 1% of all chains if all can be evaluated; otherwise
 they are the best ones of critic search, which uses no gradient. There are three numbers for each
-score: Spearman's correlation of the predicted with the true change of loss, the rank of the first
+score: Spearman's correlation of the predicted with the true change in loss, the rank of the first
 choice (1 is the best of all swaps), and how often the first choice lowers the loss. Weight-space
 scores are also given for the same bank with its hidden units shuffled, and with the hidden units of
 all layers aligned to the layer of the slot (`jchain.align`). The last table is for a bank whose

@@ -19,7 +19,7 @@ The trends are the mean gradients of each weight index over 1,000 random chains
 - *Outside*: does a trend hold outside of its context? The test compares the cosine of a gradient
   with the mean in its own context and with the mean in all other contexts.
 - *Retrieval*: swaps are scored by the trend instead of the chain's own gradient, without any layer
-  call. The result is Spearman's correlation with the true change of loss. In `aligned`, the hidden
+  call. The result is Spearman's correlation with the true change in loss. In `aligned`, the hidden
   units of all layers are in the order of those of layer 0 (`jchain.align`).
 - *Which slot*: does the gradient of the layer in a slot predict the gain of the best swap there?
   The result is Spearman's correlation, over the slots of a chain, of the gain with each of three
@@ -209,7 +209,7 @@ def normalize(vectors: np.ndarray) -> np.ndarray:
 def correlate_swaps(
     trends: jc.gradient.trends.Trends, problem: jc.Problem, chain: np.ndarray, change: np.ndarray
 ) -> np.ndarray:
-    """Correlate swap scores with the true change of loss, `[contexts + 1]`.
+    """Correlate swap scores with the true change in loss, `[contexts + 1]`.
 
     The scores use the trend of each context and, last, the chain's own gradient.
     """

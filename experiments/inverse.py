@@ -23,7 +23,7 @@ is far worse than the gradient.
   after another at the speed of `jc.evaluate_all`.
 - *Search*: regret (0 is the best of all chains, 1 the median one) of each search at equal layer
   calls, on digits banks of invertible layers with 12 layers and 4 slots.
-- *Ideal layer*: Spearman's correlation with the true change of loss, over all single swaps of a
+- *Ideal layer*: Spearman's correlation with the true change in loss, over all single swaps of a
   chain, of distances to the target at the slot (`jchain.inverse.target_scores`) and of gradient
   scores.
 - *Trained layers*: recovery of chains of the layers of these banks.
@@ -351,7 +351,7 @@ def search_bank(bank: tuple[str, str, int], num_seeds: int) -> dict[str, np.ndar
 
 
 def correlate_bank(bank: tuple[str, str, int]) -> dict[str, np.ndarray]:
-    """Correlate each score with the true change of loss, `[chains, SCORES]`.
+    """Correlate each score with the true change in loss, `[chains, SCORES]`.
 
     The chains are random ones and some of the best 1%.
     """

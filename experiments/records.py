@@ -128,7 +128,7 @@ def use_tables(search: Any) -> Any:
 
 
 def evaluate_swaps(problem: jc.Problem, chain: np.ndarray) -> np.ndarray:
-    """Return the true change of loss for each layer at each slot, `[D, N]`.
+    """Return the true change in loss for each layer at each slot, `[D, N]`.
 
     The change is 0 for the layer that the slot already holds, and nan for slots after the end of
     the chain.

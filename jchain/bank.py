@@ -51,7 +51,7 @@ class Bank(Picklable):
       names: the unique name of each token: N layers, then K heads.
       origins: for each token, a few words about where its weights come from.
       parents: the nets that the bank was cut from, each as a chain: layer tokens, then a head.
-      num_steps: number of gradient steps that trained the bank.
+      num_steps: total number of gradient steps that trained the bank, over all its nets.
       versions: int32 `[N + K]`; the number of times that the weights of each token have been
         replaced. None if no weights have been replaced.
     """
@@ -148,7 +148,7 @@ class Bank(Picklable):
           head_params: for each head, as for layers.
           stem: fixed module that maps raw input to the layers' input; None for the identity.
           stem_params: as for a layer.
-          input_shape: the shape of the first layer's input, without the axis of examples, to check
+          input_shape: the shape of the first layer's input, without the batch dimension, to check
             the layers at once; None leaves the check to `Problem`, which has data.
           names: names of layers, or of layers and heads; `layer0`, ..., `head0`, ... by default.
           origins: for each layer and head, a few words about where its weights come from.
@@ -157,9 +157,9 @@ class Bank(Picklable):
 
         Raises:
           ValueError: if there is no layer or no head, a module is of another kind, modules and
-            params differ in number, params do not stack, names repeat or are too few, a parent is
-            not a chain, or, with `input_shape`, a layer changes the shape or needs collections that
-            are not given.
+            params differ in number, params do not stack, names are duplicated or missing, a parent
+            is not a chain, or, with `input_shape`, a layer changes the shape or needs collections
+            that are not given.
         """
         layers = group_by_module(layer, layer_params, "layer", 0)
         num_layers = sum(len(group.tokens) for group in layers)
@@ -264,11 +264,11 @@ class Bank(Picklable):
           num: number of layers to add per module.
 
         Raises:
-          ValueError: if `num` is below 0, or the bank already uses a name `spare{token}` that a new
-            layer would get.
+          ValueError: if `num` is negative, or the bank already uses a name `spare{token}` that a
+            new layer would get.
         """
         if num < 0:
-            raise ValueError(f"expected num of at least 0, got {num}")
+            raise ValueError(f"expected num to be at least 0, got {num}")
         num_layers, num_new = self.num_layers, num * len(self.layers)
         copied = [group.tokens[i % len(group.tokens)] for group in self.layers for i in range(num)]
         order = [*range(num_layers), *copied, *range(num_layers, num_layers + self.num_heads)]

@@ -215,7 +215,7 @@ def split(
     num_classes = _count_classes([y for _, y in sources]) if is_labels else 0
     rng = np.random.default_rng(seed)
     shares = SHARES if test is None else SHARES[:3]
-    # Without classes, all examples are of one.
+    # Without classes, treat all examples as one class.
     classes = [y if is_labels else np.zeros(len(y), int) for _, y in sources]
     if groups is None:
         cut = _split_stratified(classes[0], shares, rng)
@@ -226,7 +226,7 @@ def split(
         parts.append((1, np.arange(len(classes[1]))))
     if sizes is not None:
         if groups is not None:
-            raise ValueError("expected no sizes with groups, which would be torn apart")
+            raise ValueError("sizes cannot be combined with groups, because it would split groups")
         check_sizes(sizes, [len(part) for _, part in parts])
         parts = [
             (i, take_stratified(classes[i], part, n, rng))
@@ -283,7 +283,7 @@ def _count_classes(labels: Sequence[np.ndarray]) -> int:
     if min(c.min() for c in counts) < least:
         raise ValueError(
             f"expected at least {least} examples of each class, got {[c.tolist() for c in counts]}"
-            "; pass targets that are no classes as floats"
+            "; if y is not a class label, pass it as float"
         )
     return num_classes
 

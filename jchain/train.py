@@ -378,7 +378,7 @@ def _train_bank(
         batch_size=recipe.batch_size,
     )
     if recipe.num_steps < 0:
-        raise ValueError(f"expected num_steps of at least 0, got {recipe.num_steps}")
+        raise ValueError(f"expected num_steps to be at least 0, got {recipe.num_steps}")
     given = read_batch(data)
     check_stem(stem, stem_params, given.x)
     x = given.x
@@ -398,7 +398,7 @@ def _train_bank(
         names=names,
         origins=[f"{origin}: {name}" for name in names],
         parents=parents,
-        num_steps=recipe.num_steps,
+        num_steps=num_nets * recipe.num_steps,
     )
 
 

@@ -31,7 +31,7 @@ def use_float64():
 
 
 def exact_changes(problem, chain):
-    """Compute the change of loss of each neighbor; nan for rows that are not neighbors."""
+    """Compute the change in loss of each neighbor; nan for rows that are not neighbors."""
     rows, is_neighbor = (np.array(a) for a in problem.space.neighbors(jnp.asarray(chain)))
     change = np.full(len(rows), np.nan)
     loss = jc.evaluate(problem, np.concatenate([chain[None], rows[is_neighbor]])).loss

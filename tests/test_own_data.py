@@ -127,11 +127,11 @@ ARRAYS = np.asarray(DATA.train.x), np.asarray(DATA.train.y)
         ),
         (
             lambda: split(*ARRAYS, groups=np.arange(90), sizes=(9, 9, 9, 9)),
-            "expected no sizes with groups",
+            "sizes cannot be combined with groups",
         ),
         (
             lambda: split(ARRAYS[0], np.arange(90)),
-            "at least 8 examples of each class.*pass targets that are no classes as floats",
+            "at least 8 examples of each class.*if y is not a class label, pass it as float",
         ),
         (
             lambda: routed(
@@ -158,7 +158,7 @@ ARRAYS = np.asarray(DATA.train.x), np.asarray(DATA.train.y)
             lambda: routed(
                 jax.random.key(0), DATA.train, layer=jc.layers.Dense(13), head=HEAD, batch_size=0
             ),
-            "expected batch_size of at least 1, got 0",
+            "expected batch_size to be at least 1, got 0",
         ),
     ],
 )

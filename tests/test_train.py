@@ -30,7 +30,9 @@ def make(kind, seed=0, **kwargs):
 @pytest.mark.parametrize("kind", KINDS)
 def test_banks_have_the_asked_sizes_and_are_seeded(kind):
     bank, same, other = make(kind), make.__wrapped__(kind), make(kind, seed=1)
-    assert (bank.num_layers, bank.num_heads, bank.num_steps) == (6, 2, 20)
+    assert (bank.num_layers, bank.num_heads) == (6, 2)
+    # Independent nets train for 20 steps each.
+    assert bank.num_steps == (40 if kind == "independent" else 20)
     jax.tree.map(np.testing.assert_array_equal, bank, same)
     assert not np.allclose(jax.tree.leaves(bank.layers)[1], jax.tree.leaves(other.layers)[1])
     assert len(bank.parents) == (2 if kind in ("independent", "snapshots") else 0)
@@ -153,11 +155,11 @@ def test_a_fixed_stem_comes_first():
 @pytest.mark.parametrize(
     ("kind", "kwargs", "message"),
     [
-        ("independent", {"num_nets": 0}, "expected num_nets of at least 1, got 0"),
-        ("independent", {"depth": 0}, "expected num_layers of at least 1, got 0"),
-        ("snapshots", {"num_snapshots": 0}, "expected num_snapshots of at least 1, got 0"),
-        ("routed", {"num_heads": 0}, "expected num_heads of at least 1, got 0"),
-        ("routed", {"num_steps": -1}, "expected num_steps of at least 0, got -1"),
+        ("independent", {"num_nets": 0}, "expected num_nets to be at least 1, got 0"),
+        ("independent", {"depth": 0}, "expected num_layers to be at least 1, got 0"),
+        ("snapshots", {"num_snapshots": 0}, "expected num_snapshots to be at least 1, got 0"),
+        ("routed", {"num_heads": 0}, "expected num_heads to be at least 1, got 0"),
+        ("routed", {"num_steps": -1}, "expected num_steps to be at least 0, got -1"),
         (
             "routed",
             {"layer": nn.Dense(6)},
@@ -238,7 +240,7 @@ def test_examples_and_labels_of_different_lengths_are_refused():
         jc.train.independent(
             jax.random.key(0), jc.Batch(data.train.x[:9], data.train.y), num_nets=1, **modules
         )
-    with pytest.raises(ValueError, match="expected num_steps of at least 1, got 0"):
+    with pytest.raises(ValueError, match="expected num_steps to be at least 1, got 0"):
         jc.train.snapshots(jax.random.key(0), data.train, **(modules | {"num_steps": 0}))
 
 

@@ -53,7 +53,7 @@ def load_data(config: SearchConfig) -> EvalData:
         )
     if config.length is not None and (config.length < 1 or config.data):
         raise ValueError(
-            f"expected --length of at least 1, and none with --data, got {config.length}"
+            f"expected --length to be at least 1, and none with --data, got {config.length}"
         )
     checkpoint, seed = config.checkpoint[0], config.seed
     if config.data:

@@ -2,30 +2,38 @@
 
 import argparse
 import json
+import shlex
+import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict
+from typing import TextIO, TypedDict
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jchain import chain as chain_lib
-from jchain import data as data_lib
 from jchain import images, tasks
 from jchain.bank import Bank
-from jchain.cli import checkpoints, result_folder
+from jchain.cli import checkpoints, own_files, result_folder
 from jchain.cli.checkpoints import EvalData
-from jchain.cli.config import DEFAULT_DATA, SearchConfig, check_search, require, resolve
-from jchain.cli.parser import LAYERS, UPDATES, make_search, parse_chain
+from jchain.cli.config import SearchConfig, check_search, require, resolve
+from jchain.cli.parser import LAYERS, UPDATES, find_given, make_search, parse_chain
 from jchain.cli.pipeline import run_pipeline
 from jchain.cli.progress import print_progress
 from jchain.cli.records import ResultRecord, SearchOutput, Summary, finite_or_none, format_loss
 from jchain.cli.report import print_summary, print_table
 from jchain.cli.seeds import summarize
-from jchain.cli.setup import choose_modules, set_up_checkpoints, set_up_task, set_up_trained
+from jchain.cli.setup import (
+    choose_modules,
+    set_up_bank_file,
+    set_up_checkpoints,
+    set_up_task,
+    set_up_trained,
+)
 from jchain.engine import distributed
 from jchain.engine.evaluate import evaluate, evaluate_all
 from jchain.hub.exporting import export
@@ -46,22 +54,40 @@ class _ChainRow(TypedDict):
 
 def run_search(args: argparse.Namespace) -> None:
     """Run `jchain search`: make a bank, or read one from checkpoints, and search it."""
-    config = resolve(SearchConfig.load(vars(args)))
+    config = resolve(SearchConfig.load(_merge_config(args)))
+    with _print_to(sys.stderr if config.json else sys.stdout):
+        report = _run_config(config)
+    if config.json:
+        print(json.dumps(report))
+
+
+def _merge_config(args: argparse.Namespace) -> dict[str, object]:
+    """Return the options: those of an earlier result, if one is given, under the given ones."""
+    given = vars(args)
+    if args.config is None:
+        return given
+    names = find_given(shlex.split(args.command)[1:])
+    return result_folder.read_options(args.config) | {name: given[name] for name in names}
+
+
+def _run_config(config: SearchConfig) -> ResultRecord | Summary:
     out, num_seeds = require(config.out), require(config.num_seeds)
     result_folder.check_out(out, replace=config.replace)
     check_search(config, [name for name, layer in LAYERS.items() if hasattr(layer, "invert")])
     if num_seeds > 1:
-        report: ResultRecord | Summary = _run_seeds(config, out, num_seeds)
-    else:
-        output = _run_seed(config)
-        out = result_folder.write(out, output, replace=config.replace)
-        print_table(output)
-        _print_files(out)
-        if output.is_interrupted:
-            raise KeyboardInterrupt
-        report = output.record
-    if config.json:
-        print(json.dumps(report))
+        return _run_seeds(config, out, num_seeds)
+    output = _run_seed(config)
+    out = result_folder.write(out, output, replace=config.replace)
+    print_table(output)
+    _print_files(out)
+    if output.is_interrupted:
+        raise KeyboardInterrupt
+    return output.record
+
+
+def _print_to(stream: TextIO) -> AbstractContextManager[TextIO]:
+    """Print to a stream: with `--json`, standard output has nothing but the JSON."""
+    return redirect_stdout(stream)
 
 
 def _run_seeds(config: SearchConfig, out: Path, num_seeds: int) -> Summary:
@@ -88,10 +114,10 @@ def _run_seed(config: SearchConfig) -> SearchOutput:
         setup = set_up_checkpoints(config)
     elif config.task:
         config, setup = set_up_task(config)
+    elif config.bank_file:
+        config, setup = set_up_bank_file(config)
     else:
-        data = data_lib.load(
-            require(config.data), config.seed, sizes=config.sizes, data_dir=config.data_dir
-        )
+        data = own_files.load_data(config)
         config, modules = choose_modules(config, data)
         setup = set_up_trained(config, data, modules)
     return run_pipeline(config, setup, make_search(config), UPDATES[config.update]())
@@ -136,7 +162,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
         return
     for row in rows:
         loss, names = format_loss(row["loss"], 4), " -> ".join(row["layers"])
-        print(f"loss {loss}  accuracy {row['accuracy']:.3f}  {names}")
+        line = f"loss {loss}  accuracy {row['accuracy']:.3f}  {names}"
+        print(line, file=sys.stderr if args.json else sys.stdout)
     if args.json:
         report = {"split": args.split, "layer_calls": int(out.layer_calls), "chains": rows}
         print(json.dumps(report))
@@ -172,7 +199,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
 def _load_result(args: argparse.Namespace, config: SearchConfig | None) -> tuple[Bank, EvalData]:
     """Load a bank, and the data and the loss that score its chains."""
     path = args.bank / result_folder.BANK_FILE if args.bank.is_dir() else args.bank
-    given = {"seed": args.seed, "sizes": args.sizes, "data_dir": args.data_dir}
+    given = {name: getattr(args, name) for name in ("seed", "sizes", "data_dir", "target")}
     given = {name: value for name, value in given.items() if value is not None}
     if config is not None and config.checkpoint:
         if args.data:
@@ -185,16 +212,14 @@ def _load_result(args: argparse.Namespace, config: SearchConfig | None) -> tuple
     config = config or SearchConfig()
     # If another data set is requested, only the seed of the search's options still applies.
     if args.data not in (None, config.data):
-        config = SearchConfig(data=args.data, seed=config.seed)
+        config = SearchConfig(data=args.data, seed=config.seed, modules=config.modules)
     config = replace(config, **given)
     if config.task:
         return Bank.load(path), EvalData(
             tasks.make(config.task, config.seed, sizes=config.sizes).data
         )
-    data = data_lib.load(
-        config.data or DEFAULT_DATA, config.seed, sizes=config.sizes, data_dir=config.data_dir
-    )
-    return Bank.load(path), EvalData(data)
+    modules = own_files.load_modules(args.modules or config.modules)
+    return Bank.load(path, modules), EvalData(own_files.load_data(config))
 
 
 def _join_processes(args: argparse.Namespace) -> Mesh | None:

@@ -19,7 +19,7 @@ _TRAINED_ONLY = ("bank", "layer", "channels", "num_layers", "num_heads", "depth"
 _CHECKPOINT_ONLY = ("text", "choices", "length", "pinned", "dtype", "sweep")
 # Options that change how a search runs but not what it computes; result.json does not record them.
 _NOT_RECORDED = ("json", "replace", "quick")
-_PATHS = ("data_dir", "out")
+_PATHS = ("data_dir", "bank_file", "modules", "out")
 
 T = TypeVar("T")
 
@@ -33,7 +33,8 @@ class SearchConfig:
 
     Attributes:
       task: name of the task, which provides its own data and bank.
-      data: name of the data set.
+      data: name of the data set, or a file of data.
+      target: column of a file of data that holds the labels.
       data_dir: folder that holds prepared data sets.
       sizes: number of examples in train, search, select, and test.
       checkpoint: Hugging Face checkpoint folders whose blocks form the bank.
@@ -44,6 +45,8 @@ class SearchConfig:
       sweep: smallest `max_layers` of a sweep, which also searches with every larger value up to
         `max_layers`; None for no sweep.
       dtype: dtype of the weights of checkpoints.
+      bank_file: file of the bank, instead of a bank that is trained.
+      modules: Python file that defines the modules of the bank.
       bank: name of the method that makes the bank.
       layer: name of the module of the layers.
       channels: number of channels of the convolutions.
@@ -69,6 +72,7 @@ class SearchConfig:
 
     task: str | None = None
     data: str | None = None
+    target: str | None = None
     data_dir: Path | None = None
     sizes: Sequence[int] | None = None
     checkpoint: Sequence[str] | None = None
@@ -78,6 +82,8 @@ class SearchConfig:
     pinned: Sequence[int] | None = None
     sweep: int | None = None
     dtype: str | None = None
+    bank_file: Path | None = None
+    modules: Path | None = None
     bank: str | None = None
     layer: str | None = None
     channels: int | None = None
@@ -155,14 +161,19 @@ def resolve(config: SearchConfig) -> SearchConfig:
       ValueError: if two options exclude each other or a value is out of range.
     """
     if config.num_seeds is not None and config.num_seeds < 1:
-        raise ValueError(f"expected --seeds of at least 1, got {config.num_seeds}")
+        raise ValueError(f"expected --seeds to be at least 1, got {config.num_seeds}")
     if config.quick:
         config = replace(config, num_seeds=config.num_seeds or QUICK_SEEDS)
-    given = [name for name in ("data", "data_dir", *_TRAINED_ONLY) if _is_given(config, name)]
+    if config.modules is not None and config.bank_file is None:
+        raise ValueError("expected --bank-file with --modules")
+    own = ("data", "data_dir", "target", "bank_file", *_TRAINED_ONLY)
+    given = [name for name in own if _is_given(config, name)]
     if config.checkpoint:
         config = _resolve_checkpoint(config)
     elif config.task is not None or not given:
         config = _resolve_task(config, given)
+    elif config.bank_file is not None:
+        config = _resolve_bank_file(config)
     else:
         config = _resolve_trained(config)
     config = replace(config, num_seeds=config.num_seeds or 1)
@@ -176,7 +187,8 @@ def _is_given(config: SearchConfig, name: str) -> bool:
 def _choose_out(config: SearchConfig) -> Path:
     """Choose the result folder if none was given."""
     names = [Path(path).resolve().name for path in config.checkpoint or ()]
-    name = config.task or "+".join(names) or f"{config.data}-{config.bank}"
+    made = config.bank if config.bank_file is None else config.bank_file.stem
+    name = config.task or "+".join(names) or f"{Path(config.data or '').stem}-{made}"
     last = config.seed + require(config.num_seeds) - 1
     seeds = f"{config.seed}" if last == config.seed else f"{config.seed}-{last}"
     return Path("results") / f"{name}-{config.search}-{seeds}"
@@ -228,10 +240,28 @@ def _resolve_trained(config: SearchConfig) -> SearchConfig:
     )
 
 
+def _resolve_bank_file(config: SearchConfig) -> SearchConfig:
+    _check_no_checkpoint_options(config)
+    for name in _TRAINED_ONLY:
+        if _is_given(config, name):
+            option = name.replace("_", "-")
+            raise ValueError(f"expected no --{option} with --bank-file, which has its layers")
+    if config.max_layers is not None:
+        check_max_layers(config.max_layers)
+    return replace(
+        config,
+        data=config.data or DEFAULT_DATA,
+        bank_file=require(config.bank_file).resolve(),
+        modules=config.modules and config.modules.resolve(),
+        search=config.search or ("actor-critic" if config.encoding else "critic"),
+        budget=20_000 if config.budget is None else config.budget,
+    )
+
+
 def _resolve_checkpoint(config: SearchConfig) -> SearchConfig:
     if config.task is not None:
         raise ValueError(f"expected --task or --checkpoint, got both: {config.task}")
-    for name in _TRAINED_ONLY:
+    for name in ("target", "bank_file", *_TRAINED_ONLY):
         if _is_given(config, name):
             option = name.replace("_", "-")
             raise ValueError(
@@ -245,7 +275,7 @@ def _resolve_checkpoint(config: SearchConfig) -> SearchConfig:
         check_max_layers(config.max_layers)
     if config.sweep is not None:
         if config.sweep < 0:
-            raise ValueError(f"expected --sweep of at least 0, got {config.sweep}")
+            raise ValueError(f"expected --sweep to be at least 0, got {config.sweep}")
         if config.max_layers is not None:
             check_sweep(config.sweep, config.max_layers)
         if not config.is_frozen:
@@ -272,7 +302,8 @@ def check_search(config: SearchConfig, invertible_layers: Sequence[str]) -> None
     Raises:
       ValueError: if a value is out of range or does not fit the search.
     """
-    if config.search == "suffix-beam" and config.layer not in invertible_layers:
+    is_unknown = config.bank_file is not None  # the search itself checks the layers
+    if config.search == "suffix-beam" and not is_unknown and config.layer not in invertible_layers:
         raise ValueError(
             "suffix-beam needs invertible layers: expected --layer of "
             f"{', '.join(invertible_layers)}, got {config.layer or 'the default'}"

@@ -112,7 +112,7 @@ def _score_all(
         if context.setup.has_slow_controls:
             _score_parents(controls, context, found, parent)
     if context.setup.make_plain_net is not None:
-        num_steps = context.original_bank.num_steps * context.setup.num_nets
+        num_steps = context.original_bank.num_steps
         net = _train_plain_net(net_key, context.setup.make_plain_net, num_steps)
         controls["plain_net"] = _compare(context, found, net)
         if context.setup.has_slow_controls:

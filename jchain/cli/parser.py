@@ -1,7 +1,7 @@
 """The command line's options, and the tables that map their values to classes."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jchain as jc
@@ -80,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
     search.add_argument(
         "--task",
         help=f"task to run, with its own data and bank: {', '.join(TASKS)} (default: "
-        f"{config_lib.DEFAULT_TASK}, unless --data, --bank, or --checkpoint is given)",
+        f"{config_lib.DEFAULT_TASK}, unless --data, --bank, --bank-file, or --checkpoint is given)",
     )
     _add_data(search, "default: digits if a bank is trained")
     _add_pretrained(search)
@@ -102,7 +102,16 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_data(command: argparse.ArgumentParser, note: str) -> None:
     known, sizes = ", ".join(sorted(LOADERS)), ", ".join(map(str, SIZES))
-    command.add_argument("--data", help=f"data set: {known}, or a prepared image data set ({note})")
+    command.add_argument(
+        "--data",
+        help=f"data set: {known}, a prepared image data set, or a file .npz with x and y, or .csv "
+        f"with a header ({note})",
+    )
+    command.add_argument(
+        "--target",
+        metavar="COLUMN",
+        help="column of a .csv file with the labels (default: the last)",
+    )
     _add_data_dir(command)
     command.add_argument(
         "--sizes",
@@ -122,6 +131,11 @@ def _add_data_dir(command: argparse.ArgumentParser) -> None:
 
 
 def _add_bank(search: argparse.ArgumentParser) -> None:
+    group = search.add_argument_group("bank from a file")
+    group.add_argument(
+        "--bank-file", type=Path, metavar="FILE", help="bank that jc.Bank.save wrote, to search"
+    )
+    _add_modules(group)
     group = search.add_argument_group("bank to train")
     group.add_argument(
         "--bank",
@@ -161,6 +175,15 @@ def _add_bank(search: argparse.ArgumentParser) -> None:
         type=int,
         help="number of gradient steps to train the bank (default: "
         f"{config_lib.DEFAULT_NUM_STEPS})",
+    )
+
+
+def _add_modules(command: argparse._ActionsContainer) -> None:
+    command.add_argument(
+        "--modules",
+        type=Path,
+        metavar="FILE.py",
+        help="Python file that defines the modules of the bank file; it is run",
     )
 
 
@@ -244,12 +267,33 @@ def _add_run(search: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--replace", action="store_true", help="replace an existing result in the folder"
     )
+    group.add_argument(
+        "--config",
+        type=Path,
+        metavar="RESULT",
+        help="begin with the options of an earlier result (its folder, result.json, or "
+        "summary.json); other options override them",
+    )
     _add_json(group)
+
+
+def find_given(argv: Sequence[str]) -> set[str]:
+    """Return the names of the options of `jchain search` that a command line sets.
+
+    Args:
+      argv: the arguments after the program's name.
+    """
+    parser = make_parser()
+    for action in parser._subparsers._group_actions[0].choices["search"]._actions:  # pyright: ignore
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv))) - {"action", "config"} | {"command"}
 
 
 def _add_json(command: argparse._ActionsContainer) -> None:
     command.add_argument(
-        "--json", action="store_true", help="print the result as one JSON object, on the last line"
+        "--json",
+        action="store_true",
+        help="print the result as one JSON object, and everything else to standard error",
     )
 
 
@@ -316,6 +360,7 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "chain that the search found)",
     )
     _add_data(evaluate, "default: the data of the search, or digits")
+    _add_modules(evaluate)
     evaluate.add_argument(
         "--seed", type=int, help="seed of the splits (default: the seed of the search, or 0)"
     )

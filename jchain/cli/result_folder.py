@@ -272,6 +272,28 @@ def describe(path: Path) -> dict[str, str]:
     return facts | {"command": f"`{config.command}`"}
 
 
+def read_options(path: Path) -> dict[str, object]:
+    """Read the options of an earlier result, to run a search with them again.
+
+    The result folder, the command, and how it was run are left out.
+
+    Args:
+      path: a result folder, or its `result.json` or `summary.json`.
+
+    Raises:
+      ValueError: if there is no result.
+    """
+    files = [path / name for name in (SUMMARY_FILE, RESULT_FILE)] if path.is_dir() else [path]
+    found = [file for file in files if file.is_file()]
+    try:
+        config = json.loads(found[0].read_text())["config"]
+        return {name: value for name, value in config.items() if name not in ("out", "command")}
+    except (IndexError, OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"expected a result folder, or its {RESULT_FILE} or {SUMMARY_FILE}, got {path}"
+        ) from None
+
+
 def read_config(path: Path) -> tuple[SearchConfig | None, list[list[int]]]:
     """Read the options and the best chain from a result folder.
 

@@ -12,9 +12,9 @@ import optax
 from jchain import layers, tasks, train
 from jchain._typing import Array, Float, Key, PyTree
 from jchain.bank import Bank
-from jchain.cli import checkpoints
+from jchain.cli import checkpoints, own_files
 from jchain.cli.checkpoints import LossFn
-from jchain.cli.config import SearchConfig, require
+from jchain.cli.config import DEFAULT_DEPTH, SearchConfig, require
 from jchain.cli.parser import CHANNELS, LAYERS
 from jchain.data import Dataset
 from jchain.hub.wrapping import Restart
@@ -47,10 +47,9 @@ class Setup(NamedTuple):
     data: Dataset
     make_bank: Callable[[Key[Array, ""]], Bank]
     progress_label: str  # describes what `make_bank` does, for the progress line
-    # Trains a plain net, given a key and a number of gradient steps; None for checkpoints.
+    # Trains a plain net, given a key and a number of gradient steps; None for a bank that is read.
     make_plain_net: Callable[[Key[Array, ""], int], Bank] | None
     plain_depth: int = 0  # number of layers of the plain net
-    num_nets: int = 1  # number of nets trained separately, each for `Bank.num_steps` steps
     about: str = ""  # describes the data of this seed
     # The hand-built chain, given knowledge of how the data was generated; empty if there is none.
     reference: tuple[int, ...] = ()
@@ -218,11 +217,44 @@ def set_up_trained(config: SearchConfig, data: Dataset, modules: Modules) -> Set
         progress_label,
         make_plain_net,
         plain_depth=depth,
-        num_nets=num_layers // depth if config.bank == "independent" else 1,
         about=data.name,
         layer_cost=config.layer_cost,
         has_slow_controls=not config.quick,
     )
+
+
+def set_up_bank_file(config: SearchConfig) -> tuple[SearchConfig, Setup]:
+    """Set up the search of a bank that is read from a file.
+
+    Args:
+      config: the resolved options.
+
+    Returns:
+      The options with `max_layers` filled in, by default the length of the longest parent, and the
+      setup.
+
+    Raises:
+      ValueError, OSError, ImportError: if the bank or the data cannot be read.
+    """
+    bank = own_files.load_bank(config)
+    data = own_files.load_data(config)
+    longest = max((len(parent) - 1 for parent in bank.parents), default=DEFAULT_DEPTH)
+    max_layers = longest if config.max_layers is None else config.max_layers
+    check_min_layers(config.min_layers, max_layers)
+
+    def make_bank(key: Key[Array, ""]) -> Bank:
+        return bank
+
+    setup = Setup(
+        data,
+        make_bank,
+        f"Reading {require(config.bank_file).name}",
+        make_plain_net=None,
+        about=data.name,
+        layer_cost=config.layer_cost,
+        has_slow_controls=not config.quick,
+    )
+    return replace(config, max_layers=max_layers), setup
 
 
 def set_up_checkpoints(config: SearchConfig) -> Setup:

@@ -1,4 +1,4 @@
-"""Predict the change of loss of each edit of a chain from the chain's gradient.
+"""Predict the change in loss of each edit of a chain from the chain's gradient.
 
 This takes one forward pass of the chain, one backward pass of a few vector-Jacobian products, and
 one call of each candidate layer at each slot. The layers after a candidate are not applied again.
@@ -43,7 +43,7 @@ _MAX_ROWS = 128
 
 
 class EditScores(NamedTuple):
-    """The predicted change of loss of each edit of a chain.
+    """The predicted change in loss of each edit of a chain.
 
     Scores include the layer penalty. They are nan if they are unknown.
     """
@@ -77,7 +77,7 @@ class EditScores(NamedTuple):
 def swap_scores(
     problem: Problem, chain: ChainsLike, kind: str = "linearized"
 ) -> Float[Array, "L N"]:
-    """Predict the change of loss when layer `b` replaces the layer at slot `t`.
+    """Predict the change in loss when layer `b` replaces the layer at slot `t`.
 
     This is short for `score_edits(problem, chain, kind).swap`.
 
@@ -103,7 +103,7 @@ def score_edits(
     learning_rate: float = 1e-2,
     num_products: int | None = None,
 ) -> EditScores:
-    """Predict the change of loss of every edit of a chain.
+    """Predict the change in loss of every edit of a chain.
 
     There are four kinds of scores, where `R` is the number of vector-Jacobian products that are
     pulled back along the chain:
@@ -131,8 +131,8 @@ def score_edits(
     calls. The function works under `jit` and `vmap`; a `vmap` runs one chain after another.
 
     Scores are nan in three cases: for a layer whose outputs are not finite, for edits before a
-    layer whose gradient is exactly 0 (such as one that rounds), and for all edits if the loss of
-    the chain itself is not finite.
+    layer whose gradient is exactly 0 (for example a layer that rounds its input), and for all edits
+    if the loss of the chain itself is not finite.
 
     Args:
       problem: the bank, the split of data, and the loss.
@@ -277,7 +277,7 @@ def _check(
     problem: Problem, chain: ChainsLike, kind: str, num_products: int | None = None
 ) -> Array:
     if num_products is not None and num_products < 1:
-        raise ValueError(f"expected num_products of at least 1, got {num_products}")
+        raise ValueError(f"expected num_products to be at least 1, got {num_products}")
     if kind not in KINDS:
         raise ValueError(f"expected a kind of {', '.join(KINDS)}, got {kind!r}")
     return check_chain(problem, chain)

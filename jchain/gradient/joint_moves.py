@@ -23,11 +23,11 @@ class JointMoves(NamedTuple):
     change: Float[Array, "L m b R"]
     # [L, L], the chain with 1, 2, ... swaps; each swap is the best one given the swaps before it
     greedy: Int[Array, "L L"]
-    # [L], predicted change of loss, with the layer penalty; nan if no slot is left
+    # [L], predicted change in loss, with the layer penalty; nan if no slot is left
     greedy_score: Float[Array, "L"]
     # [Q, L], the chain with each of the best pairs of these swaps at different slots, best first
     pairs: Int[Array, "Q L"]
-    # [Q], predicted change of loss, with the layer penalty; nan if there is no such pair
+    # [Q], predicted change in loss, with the layer penalty; nan if there is no such pair
     pair_score: Float[Array, "Q"]
 
 
@@ -47,7 +47,7 @@ def keep_best(
 
     Args:
       problem: the problem, whose `layer_cost` gives the layer penalty.
-      swap: the predicted change of loss of each swap, `[N]`, without the layer penalty; nan if
+      swap: the predicted change in loss of each swap, `[N]`, without the layer penalty; nan if
         unknown.
       change: the change that each swap makes in the products of the outputs, `[N, b, R]`.
       num_best: the number of swaps to keep, m.
@@ -79,7 +79,7 @@ def join(
       token: the tokens of the swaps that moves combine, `[L, m]`.
       change: the change that each swap makes in the products of the outputs, `[L, m, b, R]`; nan if
         there is no such swap.
-      predict_fn: a function from a change of the products, `[b, R]`, to the change of loss, without
+      predict_fn: a function from a change of the products, `[b, R]`, to the change in loss, without
         the layer penalty.
       num_pairs: the number of pairs to return, Q.
     """
@@ -93,7 +93,7 @@ def join(
     flat = jnp.where(is_swap[:, None, None], flat, 0.0)
 
     def predict(made: Array, made_penalty: Array) -> Float[Array, "S"]:
-        """Predict the change of loss of each swap on top of a change that is already made."""
+        """Predict the change in loss of each swap on top of a change that is already made."""
         loss = jax.vmap(lambda one: predict_fn(made + one))(flat) + made_penalty + penalty
         return jnp.where(jnp.isfinite(loss), loss, jnp.inf)
 

@@ -1,6 +1,6 @@
 """Weights, gradients, importance, and empirical Fisher information of each layer of a chain.
 
-Importance is `|w dL/dw|`, the first-order change of loss when a weight is set to 0 (Mozer and
+Importance is `|w dL/dw|`, the first-order change in loss when a weight is set to 0 (Mozer and
 Smolensky 1989; Molchanov et al. 2017, arXiv:1611.06440). The empirical Fisher information is the
 mean over examples of the squared gradient of an example's loss.
 """
@@ -35,7 +35,7 @@ class TensorReport(NamedTuple):
 
     @property
     def importance(self) -> Float[np.ndarray, "..."]:
-        """The absolute first-order change of loss when a weight is set to 0."""
+        """The absolute first-order change in loss when a weight is set to 0."""
         return np.abs(self.weights * self.gradient)
 
 

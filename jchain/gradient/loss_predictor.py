@@ -2,7 +2,7 @@
 
 A `LossPredictor` chooses cotangents of the outputs. The dot products of their vjps with a change of
 activations are coordinates of the first-order change of the outputs. The predictor turns these
-coordinates into a change of the loss.
+coordinates into a change in the loss.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ _SAMPLE_SEED = 0
 
 
 class LossPredictor(NamedTuple):
-    """A way to predict the change of the loss from a change of the outputs."""
+    """A way to predict the change in the loss from a change of the outputs."""
 
     num_products: int  # the number of vector-Jacobian products, R
     # maps the index of a product to its cotangent, which has the shape of the outputs and is at
@@ -135,7 +135,8 @@ def make_loss_predictor(
     least = 2 if is_softmax else 3
     if num_products < least:
         raise ValueError(
-            f"expected num_products of at least {least} for outputs like these, got {num_products}"
+            f"expected num_products to be at least {least} for outputs like these, "
+            f"got {num_products}"
         )
     if is_softmax:
         return _predict_from_labels(

@@ -119,7 +119,7 @@ def _add(moments: Moments, context: Array, gradient: Array, is_seen: Array) -> M
 def score_swaps(
     trends: Trends, problem: Problem, chain: ChainsLike, context: str = "slot"
 ) -> Float[Array, "L N"]:
-    """Predict the change of loss when layer `b` replaces the layer at slot `t`.
+    """Predict the change in loss when layer `b` replaces the layer at slot `t`.
 
     The score is `<mean, W_b - W_t>`, plus the change of the layer penalty. This is like
     `jchain.swap_scores` with `kind="weights"`, except that it uses the mean gradient of a context

@@ -72,7 +72,7 @@ def score_swaps_by_weights(
     forward: ForwardPass,
     learning_rate: Float[Array, ""] | None = None,
 ) -> Float[Array, "L N"]:
-    """Predict the change of loss when layer `b` replaces the layer at slot `t`.
+    """Predict the change in loss when layer `b` replaces the layer at slot `t`.
 
     The score is `<dL/dW_t, W_b - W_t>`, without the layer penalty; nan if unknown.
 

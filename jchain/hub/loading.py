@@ -41,7 +41,7 @@ def load(
         model.safetensors.index.json.
       dtype: dtype of the weights; if None, the dtype of the file.
       name: name of the model; if None, the name of the folder.
-      pinned: numbers of blocks to pin at the beginning and at the end.
+      pinned: how many blocks to pin at the start and at the end.
 
     Raises:
       FileNotFoundError: if the folder or one of its files is missing.
@@ -114,7 +114,7 @@ def init(
       key: the PRNG key for the initializers.
       path: folder with config.json; weights in the folder are not read.
       name: name of the model.
-      pinned: numbers of blocks to pin at the beginning and at the end, as in `load`.
+      pinned: how many blocks to pin at the start and at the end, as in `load`.
 
     Raises:
       FileNotFoundError: if config.json is missing.

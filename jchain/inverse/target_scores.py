@@ -46,7 +46,7 @@ from jchain.pytree import is_concrete
 _NUM_CG_STEPS, _DAMPING = 4, 0.1
 
 Inverses: TypeAlias = tuple[LayerGroup | None, ...]
-# The predicted changes of loss of the swaps, the insertions, and the deletion at one slot.
+# The predicted changes in loss of the swaps, the insertions, and the deletion at one slot.
 _SlotScores: TypeAlias = tuple[Array, Array, Array]
 
 
@@ -176,7 +176,7 @@ def score_edits_by_target(
     is_projected: bool = True,
     members: tuple[Int[Array, "_"], ...] | None = None,
 ) -> EditScores:
-    """Predict the change of loss of each edit from how much nearer it comes to the slot's target.
+    """Predict the change in loss of each edit from how much nearer it comes to the slot's target.
 
     The score of layer `b` at slot `t` is `(|f_b(h_t) - target|^2 - |f_t(h_t) - target|^2) /
     |f_t(h_t) - target|^2`, where both numerator and denominator are summed over the split. This is

@@ -1,4 +1,4 @@
-"""Modules of every kind in one form."""
+"""Conversion of linen modules, nnx modules, and functions to one common interface."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

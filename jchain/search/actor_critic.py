@@ -137,12 +137,12 @@ class ActorCritic:
             )
         if self.num_chains < 2 or min(self.num_epochs, self.num_elites) < 1:
             raise ValueError(
-                "expected num_chains of at least 2, num_epochs and num_elites of at least 1, got "
+                "expected num_chains >= 2, num_epochs >= 1, and num_elites >= 1, got "
                 f"{self.num_chains}, {self.num_epochs} and {self.num_elites}"
             )
         if self.num_replays < 0 or self.replay_size < self.num_chains:
             raise ValueError(
-                "expected num_replays of at least 0 and a replay_size of at least num_chains, got "
+                "expected num_replays >= 0 and replay_size >= num_chains, got "
                 f"{self.num_replays} and {self.replay_size}"
             )
 

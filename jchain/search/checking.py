@@ -13,7 +13,7 @@ from jchain.problem import Problem
 from jchain.search.driver import check_arguments, check_step
 from jchain.search.protocol import Info, Search
 
-# Two ways to compute the same may round differently.
+# Two ways of computing the same value may round differently.
 _RTOL, _ATOL = 2e-3, 1e-5
 _Step = tuple[PyTree, Info]
 _Run = list[_Step]
@@ -33,8 +33,8 @@ def check_search(
     """Check that a search keeps its contract on a problem, for the tests of a new search.
 
     A few steps are run jitted, without `jit`, vmapped over two keys, and again with the same key.
-    The check then compares these runs, evaluates all chains that they reported, and counts the
-    layer calls that these chains cost at least.
+    The check then compares these runs, evaluates all chains that they reported, and computes a
+    lower bound on their cost.
 
     Args:
       search: the search to check.
@@ -155,7 +155,7 @@ def _check_losses(rows: list[_Row], problem: Problem) -> list[str]:
     place = int(np.argmax(is_wrong))
     return [
         f"step {rows[place].step} reports a loss of {found[place]:.6g} for {[*rows[place].tokens]},"
-        f" which has {true[place]:.6g}"
+        f" but its loss is {true[place]:.6g}"
     ]
 
 
@@ -167,5 +167,5 @@ def _compare(run: _Run, other: _Run, name: str) -> list[str]:
                 value, expected, rtol=_RTOL, atol=_ATOL, equal_nan=True
             )
             if not is_same:
-                return [f"{name}, step {t} returns other {field}"]
+                return [f"{name}, step {t} returns a different {field}"]
     return []

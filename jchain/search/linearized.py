@@ -104,7 +104,7 @@ class LinearizedSearch:
         for name in ("num_best", "num_products"):
             size = getattr(self, name)
             if size is not None and size < 1:
-                raise ValueError(f"expected {name} of at least 1 or None, got {size}")
+                raise ValueError(f"expected {name} to be at least 1 or None, got {size}")
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the first state, with no chain and an empty score cache.

@@ -39,8 +39,8 @@ class LocalSearch:
       num_chains: number of neighbors to score per step. The search moves to the first of them, in
         random order, that is better than the current chain.
       starts: chains to score first, `[S, L]` with `L = max_layers + 1`, for example the models of a
-        bank (`Bank.parents`) or known recipes (`jc.hub.recipes`). The search begins at the best
-        one. None to begin at a random chain.
+        bank, `jc.chain.pad(bank.parents, max_layers)`, or known recipes (`jc.hub.recipes`). The
+        search begins at the best one. None to begin at a random chain.
     """
 
     is_deterministic = False
@@ -52,7 +52,7 @@ class LocalSearch:
 
     def __post_init__(self) -> None:
         if self.num_chains < 1:
-            raise ValueError(f"expected num_chains of at least 1, got {self.num_chains}")
+            raise ValueError(f"expected num_chains to be at least 1, got {self.num_chains}")
 
     @property
     def holds_chains(self) -> bool:

@@ -55,7 +55,7 @@ class MCTS:
 
     def __post_init__(self) -> None:
         if self.num_simulations < 1:
-            raise ValueError(f"expected num_simulations of at least 1, got {self.num_simulations}")
+            raise ValueError(f"expected num_simulations >= 1, got {self.num_simulations}")
 
     @property
     def is_deterministic(self) -> bool:

@@ -31,7 +31,9 @@ class Info(NamedTuple):
 
 @runtime_checkable
 class Search(Protocol):
-    """A frozen dataclass that is registered as a pytree: sizes are static fields, rates are data.
+    """A frozen dataclass that is registered as a pytree.
+
+    Fields that determine array shapes are static; all other hyperparameters are pytree leaves.
 
     Both methods must work under `jit`, and under `vmap` over keys and states. The members below are
     optional. The first four are flags. The functions of the same names in this module read them,

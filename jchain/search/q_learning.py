@@ -65,8 +65,8 @@ class QLearning:
         sizes = (self.num_chains, self.num_replays)
         if min(sizes) < 1 or self.replay_size < self.num_chains:
             raise ValueError(
-                "expected num_chains of at least 1, num_replays of at least 1, and a replay_size "
-                f"of at least num_chains, got {sizes[0]}, {sizes[1]} and {self.replay_size}"
+                "expected num_chains >= 1, num_replays >= 1, and replay_size >= num_chains, "
+                f"got {sizes[0]}, {sizes[1]} and {self.replay_size}"
             )
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:

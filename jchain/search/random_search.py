@@ -32,7 +32,7 @@ class RandomSearch:
 
     def __post_init__(self) -> None:
         if self.num_chains < 1:
-            raise ValueError(f"expected num_chains of at least 1, got {self.num_chains}")
+            raise ValueError(f"expected num_chains to be at least 1, got {self.num_chains}")
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the first state, with an empty score cache.

@@ -78,10 +78,10 @@ class SuffixBeamSearch:
     def __post_init__(self) -> None:
         for name in ("width", "num_candidates", "num_moves", "num_probes"):
             if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+                raise ValueError(f"expected {name} to be at least 1, got {getattr(self, name)}")
         if self.max_suffix_layers < 0:
             raise ValueError(
-                f"expected max_suffix_layers of at least 0, got {self.max_suffix_layers}"
+                f"expected max_suffix_layers to be at least 0, got {self.max_suffix_layers}"
             )
 
     def check(self, problem: Problem) -> None:

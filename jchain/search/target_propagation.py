@@ -66,7 +66,7 @@ class TargetPropagation:
     def __post_init__(self) -> None:
         for name in ("num_moves", "num_candidates", "patience"):
             if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+                raise ValueError(f"expected {name} to be at least 1, got {getattr(self, name)}")
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the first state, with no chain and an empty score cache.

@@ -34,8 +34,8 @@ NET_DEPTH, PLAIN_DEPTH = 2, 4
 NET_STEPS, REPAIR_STEPS = 1000, 2000
 # Numbers of labeled digits with the new faults. `test` gets all others.
 NUM_SEARCH, NUM_SELECT = 100, 50
-# Test cards (images of random dots) per digit that repair layers are trained on.
-CARDS_PER_DIGIT = 2
+# Number of images of random dots per digit that repair layers are trained on.
+DOT_IMAGES_PER_DIGIT = 2
 _SIDE, _CLASSES, _MAX_VALUE = 8, 10, 16.0
 _LAYER, _HEAD = ResidualMLP(_SIDE**2), DenseHead(_CLASSES)
 # Adam without weight decay: decay would bias the layers that repair brightness. The learning rate
@@ -136,8 +136,8 @@ def _damage(batch: Batch, faults: Sequence[str]) -> Batch:
     return Batch(jnp.asarray(damage(images, faults).reshape(batch.x.shape)), batch.y)
 
 
-def _make_cards(num: int, rng: np.random.Generator) -> Float[np.ndarray, "B F"]:
-    """Draw test cards: images of random dots, with densities from sparse to full."""
+def _draw_dot_images(num: int, rng: np.random.Generator) -> Float[np.ndarray, "B F"]:
+    """Draw images of random dots, with densities from sparse to full."""
     shape = (num, _SIDE**2)
     is_dot = rng.uniform(size=shape) < rng.uniform(size=(num, 1))
     return (rng.uniform(size=shape) * is_dot).astype(np.float32)
@@ -149,8 +149,8 @@ def _make_bank(key: Key[Array, ""], clean: Batch, seed: int) -> Bank:
         net_key, clean, layer=_LAYER, head=_HEAD, num_nets=1, depth=NET_DEPTH, num_steps=NET_STEPS
     )
     # Digits have blank borders, but other faults move ink there. Random dots cover these inputs.
-    cards = _make_cards(CARDS_PER_DIGIT * len(clean.y), np.random.default_rng(seed))
-    targets = jnp.concatenate([clean.x, jnp.asarray(cards)])
+    dots = _draw_dot_images(DOT_IMAGES_PER_DIGIT * len(clean.y), np.random.default_rng(seed))
+    targets = jnp.concatenate([clean.x, jnp.asarray(dots)])
     repairs = [
         _train_repair(key, targets, name)
         for key, name in zip(jax.random.split(repair_key, len(FAULTS)), FAULTS, strict=True)

@@ -157,7 +157,7 @@ def check_sizes(**sizes: int) -> None:
     """
     for name, size in sizes.items():
         if size < 1:
-            raise ValueError(f"expected {name} of at least 1, got {size}")
+            raise ValueError(f"expected {name} to be at least 1, got {size}")
 
 
 def check_budget(budget: int, reserved: int) -> None:

@@ -39,7 +39,7 @@ def test_sequences_are_not_longer_than_the_positions_of_the_model(tmp_path):
         (["--checkpoint", "m0", "--text", "text.txt", "--data", "digits"], "got text, data"),
         (
             ["--checkpoint", "m0", "--text", "text.txt", "--length", "0"],
-            "expected --length of at least 1",
+            "expected --length to be at least 1",
         ),
         (["--checkpoint", "m0", "m0", "--text", "text.txt"], "expected different checkpoints"),
         (

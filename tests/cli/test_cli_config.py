@@ -39,7 +39,7 @@ def test_bad_options_exit_with_2_and_write_nothing(tmp_path, capsys, options, me
         (["--text", "text.txt"], "expected --checkpoint with --text"),
         (
             ["--checkpoint", "m0", "--text", "text.txt", "--sweep", "-1"],
-            "expected --sweep of at least 0, got -1",
+            "expected --sweep to be at least 0, got -1",
         ),
         (
             ["--checkpoint", "m0", "--text", "text.txt", "--search", "suffix-beam"],
@@ -94,7 +94,7 @@ def test_options_decide_whether_a_task_is_searched(given, task, bank, search, nu
         (["--task", "repair", "--data", "wine"], "expected no --data with --task"),
         (["--task", "repair", "--sweep", "2"], "expected --checkpoint with --sweep"),
         (["--update", "found"], "expected --data or --bank with --update found"),
-        (["--seeds", "0"], "expected --seeds of at least 1, got 0"),
+        (["--seeds", "0"], "expected --seeds to be at least 1, got 0"),
         (["--sizes", "898,361,50,40"], "at most [898, 360, 270, 489], got [898, 361, 50, 40]"),
         (["--sizes", "898,100,50,750"], "at most [898, 360, 270, 749], got [898, 100, 50, 750]"),
         (["--sizes", "898,100"], "expected sizes of train, search, select, test"),

@@ -152,11 +152,11 @@ def test_score_edits_rejects_bad_input(problem):
         jc.gradient.score_moves(
             problem, CHAIN, members=(jnp.array([1]), jnp.array([1])), num_best=1
         )
-    with pytest.raises(ValueError, match="expected num_products of at least 1, got 0"):
+    with pytest.raises(ValueError, match="expected num_products to be at least 1, got 0"):
         jc.gradient.score_edits(problem, CHAIN, num_products=0)
     squares = wide_problem(optax.squared_error, jnp.zeros((40, 100)))
     with pytest.raises(
-        ValueError, match="expected num_products of at least 3 for outputs like these, got 2"
+        ValueError, match="expected num_products to be at least 3 for outputs like these, got 2"
     ):
         jc.gradient.score_edits(squares, np.array([2, 0, 3, 4]), num_products=2)
     with pytest.raises(ValueError, match="Looped cannot be differentiated: Reverse-mode"):

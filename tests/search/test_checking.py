@@ -78,10 +78,10 @@ def test_check_search_accepts_a_correct_search(problem):
         ("headless", r"step 0 reports \[0, 1, 2, 3\], which is not a chain of 0 to 3 layers"),
         ("out of range", r"step 0 reports \[99, 99, 99, 99\], which is not a chain"),
         ("head in front", r"step 0 reports \[4, 0, 5, -1\], which is not a chain"),
-        ("loss", "step 0 reports a loss of .* which has "),
+        ("loss", "step 0 reports a loss of .* but its loss is "),
         ("cost", "step 0 costs 0 layer calls, but .* at least [1-9]"),
         ("state", "step 0 changes the shapes or dtypes of the state"),
-        ("memory", "without jit, step 0 returns other loss"),
+        ("memory", "without jit, step 0 returns a different loss"),
     ],
 )
 def test_check_search_finds_each_fault(problem, fault, finding):
