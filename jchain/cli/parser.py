@@ -258,6 +258,10 @@ def _add_run(search: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run one seed, unless --seeds is given, and only the fast controls",
     )
+    _add_output(group)
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--out",
         type=Path,

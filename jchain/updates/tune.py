@@ -96,7 +96,7 @@ def tune_chain(
     tuned = list(dict.fromkeys([*route, head] if tokens is None else tokens))
     if num_steps < 0 or not set(tuned) <= {*route, head}:
         raise ValueError(
-            f"expected num_steps to be at least 0 and tokens of the chain {[*route, head]}, "
+            f"expected num_steps of at least 0 and tokens of the chain {[*route, head]}, "
             f"got {num_steps} and {tuned}"
         )
     if num_steps == 0 or not tuned:

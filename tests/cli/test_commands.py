@@ -20,9 +20,9 @@ SAVED = Path(__file__).parent.parent / "saved"
 def test_search_writes_and_prints_a_report_that_can_be_checked(tmp_path, capsys, options):
     search(tmp_path / "out", *options)
     shown = capsys.readouterr()
-    assert "chain found" in shown.out
+    assert "chain found" in shown.err
     assert "layer calls" in shown.err
-    result = json.loads(shown.out.splitlines()[-1])
+    result = json.loads(shown.out)
     assert result == json.loads((tmp_path / "out" / "result.json").read_text())
     assert set(result) == {
         "about",

@@ -82,10 +82,10 @@ def test_a_training_split_that_does_not_fit_raises(policy, problem):
 @pytest.mark.parametrize(
     ("make_policy", "message"),
     [
-        (lambda: updates.TuneFound(num_steps=0), "num_steps of at least 1"),
-        (lambda: updates.CloneThenTune(num_rounds=0), "num_rounds of at least 1"),
-        (lambda: updates.CloneThenTune(capacity=0), "capacity of at least 1"),
-        (lambda: updates.SharedUpdates(num_updates=0), "num_updates of at least 1"),
+        (lambda: updates.TuneFound(num_steps=0), "num_steps to be at least 1"),
+        (lambda: updates.CloneThenTune(num_rounds=0), "num_rounds to be at least 1"),
+        (lambda: updates.CloneThenTune(capacity=0), "capacity to be at least 1"),
+        (lambda: updates.SharedUpdates(num_updates=0), "num_updates to be at least 1"),
         (lambda: updates.SharedUpdates(final_share=1.0), "final_share above 0 and below 1"),
     ],
 )
