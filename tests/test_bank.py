@@ -210,7 +210,7 @@ def test_reserved_layers_hold_copies_after_the_layers(two_group_bank):
     twice = bank.reserve(1)
     assert len(set(twice.names)) == twice.num_layers + 2
     assert bank.without_names().reserve(1).without_names().take([0, 14]).num_layers == 2
-    with pytest.raises(ValueError, match="num of at least 0, got -1"):
+    with pytest.raises(ValueError, match="num to be at least 0, got -1"):
         two_group_bank.reserve(-1)
 
 
