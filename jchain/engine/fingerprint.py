@@ -11,6 +11,7 @@ import numpy as np
 from jchain._typing import Array, Int, UInt
 from jchain.bank import Bank
 from jchain.problem import Problem
+from jchain.pytree import is_concrete
 
 # How many numbers are read from each leaf of a layer's weights. To read all of them at each step
 # would take as long as many layer calls.
@@ -24,7 +25,7 @@ def compute_fingerprints(problem: Problem, chains: Int[Array, "P L"]) -> UInt[Ar
 
     The examples, the labels, the layer costs, and the versions of the weights are read in full. Of
     the weights, at most 64 evenly spaced numbers of each leaf are read: enough to tell banks apart,
-    but weights that are changed in position need new versions (`Bank.replace`). Works under `jit`,
+    but weights that are changed in place need new versions (`Bank.replace`). Works under `jit`,
     where a loop computes the hash of the problem only once.
 
     Args:
@@ -52,17 +53,34 @@ def _hash_entries(bank: Bank) -> UInt[Array, "E"]:
     return values
 
 
-def _describe(value: object) -> object:
-    """Describe a function by what it computes, as far as Python shows it."""
+def _describe(value: object, outer: tuple[object, ...] = ()) -> object:
+    """Describe a function by what it computes, as far as Python shows it.
+
+    `outer` holds the values that are being described, because a function may refer to itself.
+    """
+    if any(value is other for other in outer):
+        return "itself"
+    describe = partial(_describe, outer=(*outer, value))
     if isinstance(value, partial):
-        return _describe(value.func), [_describe(v) for v in value.args], sorted(value.keywords)
-    function = getattr(value, "__wrapped__", value)
-    if not isinstance(function, FunctionType):
-        return repr(value)
-    code = function.__code__
-    inner = [_describe(cell.cell_contents) for cell in function.__closure__ or ()]
-    constants = [c.co_code if isinstance(c, CodeType) else c for c in code.co_consts]
-    return function.__qualname__, code.co_code, code.co_names, constants, inner
+        keywords = [(name, describe(own)) for name, own in sorted(value.keywords.items())]
+        return describe(value.func), [describe(own) for own in value.args], keywords
+    if isinstance(value, np.ndarray | jax.Array) and is_concrete(value):
+        array = np.asarray(value)
+        return array.shape, array.dtype.name, zlib.crc32(array.tobytes())
+    if not isinstance(value, FunctionType):
+        # Of a jitted function, the function that was jitted.
+        wrapped = getattr(value, "__wrapped__", None)
+        return repr(value) if wrapped is None else describe(wrapped)
+    defaults = (*(value.__defaults__ or ()), *sorted((value.__kwdefaults__ or {}).items()))
+    inner = [cell.cell_contents for cell in value.__closure__ or ()]
+    given = [describe(own) for own in (*defaults, *inner)]
+    return value.__qualname__, _describe_code(value.__code__), given
+
+
+def _describe_code(code: CodeType) -> object:
+    """Describe the instructions of a function, and those of the functions inside it."""
+    constants = [_describe_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+    return code.co_code, code.co_names, constants
 
 
 def _sample(leaf: Array) -> Array:
