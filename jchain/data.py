@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from jchain import images
 from jchain._typing import Array, Shaped
-from jchain.pytree import describe_type
+from jchain.pytree import describe_type, get_first_line
 
 # Fractions of the examples that go to train, search, select, and test.
 SHARES = (0.5, 0.2, 0.15, 0.15)
@@ -57,7 +57,7 @@ def _as_array(value: object, name: str) -> Array:
         return jnp.asarray(value)  # pyright: ignore[reportArgumentType]
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"expected {name} as an array, got {describe_type(value)}: {str(error).splitlines()[0]}"
+            f"expected {name} as an array, got {describe_type(value)}: {get_first_line(error)}"
         ) from None
 
 

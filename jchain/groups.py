@@ -20,7 +20,7 @@ from jchain.modules import (
     split_variables,
 )
 from jchain.modules.pickling import Picklable
-from jchain.pytree import describe_type, pytree_dataclass, static
+from jchain.pytree import describe_type, get_first_line, pytree_dataclass, static
 
 
 @pytree_dataclass
@@ -53,10 +53,7 @@ class LayerGroup(Picklable):
           index: index of the member in the group, which is not its token.
           x: the activations of a batch, `[B, ...F]`.
         """
-        # After a traced index into an axis of size 1, XLA on CPU (jax 0.10.2) computes a wrong mean
-        # of squares of a vmapped product, so the index is the constant 0 here.
-        member = 0 if len(self.tokens) == 1 else index
-        params, state = pick((self.params, self.state), member)
+        params, state = pick((self.params, self.state), self._locate(index))
         return apply_module(self.module, params, state, x)
 
     def apply_params(self, index: Int[Array, ""] | int, params: PyTree, x: Array) -> Array:
@@ -67,7 +64,12 @@ class LayerGroup(Picklable):
           params: the params to apply instead of the member's own.
           x: the activations of a batch, `[B, ...F]`.
         """
-        return apply_module(self.module, params, pick(self.state, index), x)
+        return apply_module(self.module, params, pick(self.state, self._locate(index)), x)
+
+    def _locate(self, index: Int[Array, ""] | int) -> Int[Array, ""] | int:
+        # After a traced index into an axis of size 1, XLA on CPU (jax 0.10.2) computes a wrong mean
+        # of squares of a vmapped product, so the index is the constant 0 here.
+        return 0 if len(self.tokens) == 1 else index
 
     def take(self, index: Int[Array, ""] | int) -> PyTree:
         """Return the variables of one member, in the form that `Bank.stack` takes.
@@ -320,7 +322,7 @@ def _to_arrays(tree: PyTree, name: str) -> PyTree:
             where = jax.tree_util.keystr(path)  # pyright: ignore[reportArgumentType]
             raise ValueError(
                 f"{name}: expected an array at {where}, got {describe_type(leaf)}: "
-                f"{str(error).splitlines()[0]}"
+                f"{get_first_line(error)}"
             ) from None
 
     return jax.tree_util.tree_map_with_path(convert_leaf, tree)

@@ -17,7 +17,7 @@ from jchain.bank import Bank
 from jchain.chain import ChainSpace
 from jchain.data import Batch, check_lengths, read_batch
 from jchain.groups import check_keeps_shape, infer_group_output
-from jchain.modules import check_stem
+from jchain.modules import check_output_function, check_stem
 from jchain.pytree import describe_type, is_concrete, pytree_dataclass, static
 
 
@@ -104,7 +104,7 @@ class Problem:
             raise ValueError(f"expected heads of one output shape, got {shapes}")
         for name in ("loss_fn", "accuracy_fn"):
             if (function := getattr(self, name)) is not None:
-                _check_function(name, function, outputs[0], y)
+                check_output_function(name, function, outputs[0], y)
         return outputs[0]
 
     def _check_values(self, outputs: jax.ShapeDtypeStruct) -> None:
@@ -255,21 +255,6 @@ def check_min_layers(value: object, max_layers: int) -> int:
     if not _is_integer(value) or not 0 <= value <= max_layers:
         raise ValueError(f"expected min_layers to be an integer in 0..{max_layers}, got {value!r}")
     return int(value)
-
-
-def _check_function(
-    name: str, function: Callable[[Array, Array], Array], outputs: jax.ShapeDtypeStruct, y: Array
-) -> None:
-    """Check that a function accepts these outputs and labels and returns floats."""
-    try:
-        found = jax.eval_shape(function, outputs, y)
-    except Exception as error:  # whatever a user's function raises
-        raise ValueError(
-            f"{name} does not take outputs {list(outputs.shape)} "
-            f"and labels {y.dtype}{list(y.shape)}: {error}"
-        ) from None
-    if not jnp.issubdtype(found.dtype, jnp.floating):
-        raise ValueError(f"expected {name} to return floats, got {found.dtype}")
 
 
 def _is_integer(value: object) -> TypeGuard[int | np.integer]:

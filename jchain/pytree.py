@@ -62,6 +62,15 @@ def is_concrete(tree: object) -> bool:
     return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
+def get_first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or its type if it has no text.
+
+    Args:
+      error: what a user's code raised.
+    """
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def describe_type(value: object) -> str:
     """Describe what a value is, for error messages: `the class Dense`, or `tuple of 3`.
 

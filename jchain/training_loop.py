@@ -22,8 +22,8 @@ import optax
 from jchain._typing import Array, Float, Int, Key, PyTree
 from jchain.data import Batch, check_lengths
 from jchain.groups import pick
-from jchain.modules import apply_module, describe_module
-from jchain.pytree import is_concrete
+from jchain.modules import apply_module, check_output_function, describe_module
+from jchain.pytree import get_first_line, is_concrete
 
 OPTIMIZER = optax.adamw(1e-3, weight_decay=0.1)
 BATCH_SIZE = 128
@@ -366,7 +366,7 @@ def check_training(data: Batch, recipe: Recipe) -> None:
             f"expected heads of one output shape, got {[list(out.shape) for out in outputs]}"
         )
     if recipe.loss_fn is not CROSS_ENTROPY:
-        _check_loss(recipe.loss_fn, outputs[0], y)
+        check_output_function("loss_fn", recipe.loss_fn, outputs[0], y)
         return
     num_classes = outputs[0].shape[-1]
     if not jnp.issubdtype(y.dtype, jnp.integer):
@@ -388,7 +388,7 @@ def _init_output(module: nn.Module, x: Array, kind: str) -> jax.ShapeDtypeStruct
         out, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
     except Exception as error:  # whatever a user's module raises
         raise ValueError(
-            f"{name} does not take data of shape {list(x.shape)}: {str(error).splitlines()[0]}"
+            f"{name} does not take data of shape {list(x.shape)}: {get_first_line(error)}"
         ) from None
     others = sorted(set(variables) - {"params"})
     if others:
@@ -397,15 +397,3 @@ def _init_output(module: nn.Module, x: Array, kind: str) -> jax.ShapeDtypeStruct
             "yourself, and pass all of its variables to jc.Bank.stack"
         )
     return out
-
-
-def _check_loss(loss_fn: LossFn, outputs: jax.ShapeDtypeStruct, y: Array) -> None:
-    try:
-        losses = jax.eval_shape(loss_fn, outputs, y)
-    except Exception as error:  # whatever a user's function raises
-        raise ValueError(
-            f"loss_fn does not take outputs {list(outputs.shape)} and labels "
-            f"{y.dtype}{list(y.shape)}: {str(error).splitlines()[0]}"
-        ) from None
-    if not jnp.issubdtype(losses.dtype, jnp.floating):
-        raise ValueError(f"expected loss_fn to return floats, got {losses.dtype}")

@@ -6,10 +6,10 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO, TypedDict
+from typing import TypedDict
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from jchain.bank import Bank
 from jchain.cli import checkpoints, own_files, result_folder
 from jchain.cli.checkpoints import EvalData
 from jchain.cli.config import SearchConfig, check_search, require, resolve
-from jchain.cli.parser import LAYERS, UPDATES, find_given, make_search, parse_chain
+from jchain.cli.parser import LAYERS, UPDATES, find_given, make_search
 from jchain.cli.pipeline import run_pipeline
 from jchain.cli.progress import print_progress
 from jchain.cli.records import ResultRecord, SearchOutput, Summary, finite_or_none, format_loss
@@ -34,6 +34,7 @@ from jchain.cli.setup import (
     set_up_task,
     set_up_trained,
 )
+from jchain.cli.values import parse_chain
 from jchain.engine import distributed
 from jchain.engine.evaluate import evaluate, evaluate_all
 from jchain.hub.exporting import export
@@ -55,7 +56,8 @@ class _ChainRow(TypedDict):
 def run_search(args: argparse.Namespace) -> None:
     """Run `jchain search`: make a bank, or read one from checkpoints, and search it."""
     config = resolve(SearchConfig.load(_merge_config(args)))
-    with _print_to(sys.stderr if config.json else sys.stdout):
+    # With --json, standard output has nothing but the JSON.
+    with redirect_stdout(sys.stderr if config.json else sys.stdout):
         report = _run_config(config)
     if config.json:
         print(json.dumps(report))
@@ -83,11 +85,6 @@ def _run_config(config: SearchConfig) -> ResultRecord | Summary:
     if output.is_interrupted:
         raise KeyboardInterrupt
     return output.record
-
-
-def _print_to(stream: TextIO) -> AbstractContextManager[TextIO]:
-    """Print to a stream: with `--json`, standard output has nothing but the JSON."""
-    return redirect_stdout(stream)
 
 
 def _run_seeds(config: SearchConfig, out: Path, num_seeds: int) -> Summary:

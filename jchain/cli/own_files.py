@@ -10,7 +10,7 @@ import numpy as np
 
 from jchain import data as data_lib
 from jchain.bank import Bank
-from jchain.cli.config import DEFAULT_DATA, SearchConfig
+from jchain.cli.config import DEFAULT_DATA, SearchConfig, require
 from jchain.data import Dataset
 from jchain.modules import is_nnx
 from jchain.pytree import describe_type
@@ -29,12 +29,10 @@ def load_data(config: SearchConfig) -> Dataset:
     """
     name = config.data or DEFAULT_DATA
     path = Path(name)
-    if path.suffix not in _DATA_FILES:
-        if config.target is not None:
-            raise ValueError(f"expected --target only with --data FILE.csv, got --data {name}")
-        return data_lib.load(name, config.seed, sizes=config.sizes, data_dir=config.data_dir)
-    if path.suffix == ".npz" and config.target is not None:
+    if config.target is not None and path.suffix != ".csv":
         raise ValueError(f"expected --target only with --data FILE.csv, got --data {name}")
+    if path.suffix not in _DATA_FILES:
+        return data_lib.load(name, config.seed, sizes=config.sizes, data_dir=config.data_dir)
     x, y = _read_npz(path) if path.suffix == ".npz" else _read_csv(path, config.target)
     return data_lib.split(x, y, seed=config.seed, name=path.stem, sizes=config.sizes)
 
@@ -108,9 +106,7 @@ def load_bank(config: SearchConfig) -> Bank:
     Raises:
       ValueError, OSError: if the bank or the modules cannot be read.
     """
-    if config.bank_file is None:
-        raise ValueError("expected --bank-file")
-    return Bank.load(config.bank_file, modules=load_modules(config.modules))
+    return Bank.load(require(config.bank_file), modules=load_modules(config.modules))
 
 
 def load_modules(path: Path | None) -> list[object]:

@@ -3,11 +3,13 @@
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import jchain as jc
 from jchain.cli import config as config_lib
 from jchain.cli.checkpoints import SIZES
 from jchain.cli.config import SearchConfig, require
+from jchain.cli.values import parse_pinned, parse_sizes
 from jchain.data import LOADERS, SPLITS
 from jchain.tasks import TASKS
 
@@ -42,6 +44,7 @@ UPDATES: dict[str, Callable[[], jc.updates.UpdatePolicy]] = {
     "shared": jc.updates.SharedUpdates,
 }
 _DEFAULT = SearchConfig()
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 _CLUSTER = """\
 on a cluster:
   Start the same command once on every host. Each host must be able to read the bank file.
@@ -74,6 +77,33 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=jc.__version__)
     commands = parser.add_subparsers(dest="action", required=True, metavar="COMMAND")
+    _add_search(commands)
+    _add_evaluate(commands)
+    _add_export(commands)
+    prepare = commands.add_parser(
+        "prepare",
+        help="download an image data set from tensorflow-datasets and prepare it for jchain",
+    )
+    prepare.add_argument(
+        "name", help="name of the data set in tensorflow-datasets: mnist, cifar10, ..."
+    )
+    _add_data_dir(prepare)
+    return parser
+
+
+def find_given(argv: Sequence[str]) -> set[str]:
+    """Return the names of the options of `jchain search` that a command line sets.
+
+    Args:
+      argv: the arguments after the program's name.
+    """
+    parser = argparse.ArgumentParser()
+    for action in _add_search(parser.add_subparsers())._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv))) - {"config"} | {"command"}
+
+
+def _add_search(commands: _Commands) -> argparse.ArgumentParser:
     search = commands.add_parser(
         "search", help="make a bank, or load one from checkpoints, and search for its best chain"
     )
@@ -87,17 +117,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_bank(search)
     _add_chains(search)
     _add_run(search)
-    _add_evaluate(commands)
-    _add_export(commands)
-    prepare = commands.add_parser(
-        "prepare",
-        help="download an image data set from tensorflow-datasets and prepare it for jchain",
-    )
-    prepare.add_argument(
-        "name", help="name of the data set in tensorflow-datasets: mnist, cifar10, ..."
-    )
-    _add_data_dir(prepare)
-    return parser
+    return search
 
 
 def _add_data(command: argparse.ArgumentParser, note: str) -> None:
@@ -115,7 +135,7 @@ def _add_data(command: argparse.ArgumentParser, note: str) -> None:
     _add_data_dir(command)
     command.add_argument(
         "--sizes",
-        type=_parse_sizes,
+        type=parse_sizes,
         metavar="N,N,N,N",
         help=f"number of examples in {', '.join(SPLITS)} (default: all; at most {sizes} with "
         "checkpoints)",
@@ -281,18 +301,6 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     _add_json(group)
 
 
-def find_given(argv: Sequence[str]) -> set[str]:
-    """Return the names of the options of `jchain search` that a command line sets.
-
-    Args:
-      argv: the arguments after the program's name.
-    """
-    parser = make_parser()
-    for action in parser._subparsers._group_actions[0].choices["search"]._actions:  # pyright: ignore
-        action.default = argparse.SUPPRESS
-    return set(vars(parser.parse_args(argv))) - {"action", "config"} | {"command"}
-
-
 def _add_json(command: argparse._ActionsContainer) -> None:
     command.add_argument(
         "--json",
@@ -330,7 +338,7 @@ def _add_pretrained(search: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--pinned",
-        type=_parse_pinned,
+        type=parse_pinned,
         metavar="FIRST,LAST",
         help="number of first and last blocks that every chain keeps (default: 1,1)",
     )
@@ -348,7 +356,7 @@ def _add_pretrained(search: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_evaluate(commands: _Commands) -> None:
     evaluate = commands.add_parser(
         "evaluate",
         help="score chains of a saved bank",
@@ -395,7 +403,7 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     )
 
 
-def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_export(commands: _Commands) -> None:
     export = commands.add_parser(
         "export", help="write a chain of pretrained blocks as a new checkpoint"
     )
@@ -414,37 +422,3 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         default=5 * 10**9,
         help="maximum size of a file of weights, in bytes (default: %(default)s)",
     )
-
-
-def _parse_sizes(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(size) for size in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected four sizes, as in 5000,1000,1000,1000, got {text!r}"
-        ) from None
-
-
-def _parse_pinned(text: str) -> tuple[int, int]:
-    try:
-        first, last = (int(number) for number in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected two numbers, as in 1,1, got {text!r}") from None
-    return first, last
-
-
-def parse_chain(text: str) -> list[int]:
-    """Parse the tokens of a chain.
-
-    Args:
-      text: tokens separated by commas.
-
-    Raises:
-      ValueError: if the text has another form.
-    """
-    try:
-        return [int(token) for token in text.split(",")]
-    except ValueError:
-        raise ValueError(
-            f"expected a chain as comma-separated tokens, as in 3,0,7,12, got {text!r}"
-        ) from None

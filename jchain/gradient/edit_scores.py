@@ -35,7 +35,7 @@ from jchain.gradient.loss_predictor import (
 from jchain.gradient.slot_scores import Carry, StaticArgs, score_slot
 from jchain.groups import LayerGroup
 from jchain.problem import Problem
-from jchain.pytree import is_concrete
+from jchain.pytree import get_first_line, is_concrete
 
 KINDS = ("linearized", "activations", "weights", "nearest")
 # The largest number of examples that predictions of joint moves use.
@@ -314,7 +314,7 @@ def _check_gradient(group: LayerGroup, hidden: jax.ShapeDtypeStruct, is_by_weigh
     try:
         jax.eval_shape(lambda h: jax.vjp(partial(group.apply, 0), h)[1](group.apply(0, h)), hidden)
     except Exception as error:  # whatever a user's module raises
-        raise ValueError(f"{name} cannot be differentiated: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{name} cannot be differentiated: {get_first_line(error)}") from None
 
 
 @jit_for_problem(static_argnames=("kind", "num_products", "num_best", "num_pairs", "backend"))

@@ -10,6 +10,7 @@ from jchain.hub.architecture import Architecture
 from jchain.hub.checkpoint import CONFIG, JsonObject, read_json
 from jchain.hub.config import Config
 from jchain.hub.tensor_names import get_shapes
+from jchain.pytree import get_first_line
 
 
 def make_architecture(options: JsonObject, location: str) -> Architecture:
@@ -35,7 +36,7 @@ def make_architecture(options: JsonObject, location: str) -> Architecture:
         get_shapes(architecture)
     except (TypeError, ZeroDivisionError, AttributeError) as error:
         # These errors arise if the value of an option has a type that the family does not expect.
-        reason = str(error).splitlines()[0]
+        reason = get_first_line(error)
         raise ValueError(f"{location}: an option has an invalid value: {reason}") from None
     return architecture
 

@@ -22,6 +22,7 @@ from jchain.engine.layer_calls import apply_token
 from jchain.gradient.linearize import flatten_rows
 from jchain.groups import LayerGroup
 from jchain.problem import Problem
+from jchain.pytree import get_first_line
 
 # The maximum number of steps of conjugate gradients for a head, and their damping. They take one
 # step per output, so heads with at most this number of outputs are solved exactly.
@@ -387,7 +388,7 @@ def _check_outputs(bank: Bank, layers: list[int], hidden: Array) -> None:
     except Exception as error:  # whatever a user's module raises
         raise ValueError(
             f"expected outputs of the layers' shape, got {list(hidden.shape)}: "
-            f"{str(error).splitlines()[0]}"
+            f"{get_first_line(error)}"
         ) from None
     if made.shape != hidden.shape:
         raise ValueError(f"expected outputs of shape {list(made.shape)}, got {list(hidden.shape)}")
@@ -399,7 +400,7 @@ def _pull_head(bank: Bank, token: int, outputs: Array, near: Array) -> tuple[Arr
     except Exception as error:  # whatever a user's module raises
         raise ValueError(
             f"expected near of the shape of the head's input, got {list(near.shape)}: "
-            f"{str(error).splitlines()[0]}"
+            f"{get_first_line(error)}"
         ) from None
     kernel, bias = as_affine(bank, token, near[:1])
     if outputs.shape[1:] != bias.shape or near.shape[0] != outputs.shape[0]:

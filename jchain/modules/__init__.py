@@ -4,7 +4,13 @@ Banks apply every module in one way, `module.apply(variables, x)`, where `variab
 collections, as in linen. `convert` wraps modules that are not linen modules.
 """
 
-from jchain.modules.checks import ArrayOrShape, check_layer, check_stem, infer_output
+from jchain.modules.checks import (
+    ArrayOrShape,
+    check_layer,
+    check_output_function,
+    check_stem,
+    infer_output,
+)
 from jchain.modules.convert import (
     Converted,
     Module,
@@ -25,6 +31,7 @@ __all__ = [
     "NnxModule",
     "apply_module",
     "check_layer",
+    "check_output_function",
     "check_stem",
     "convert",
     "describe_module",

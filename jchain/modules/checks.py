@@ -1,12 +1,15 @@
-"""Checks of modules on the host, before anything is computed."""
+"""Checks of modules and functions on the host, before anything is computed."""
+
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jchain._typing import Array, PyTree
 from jchain.modules.convert import Module, apply_module, describe_module, split_variables
-from jchain.pytree import describe_type
+from jchain.pytree import describe_type, get_first_line
 
 # A batch, or only its shape and dtype.
 ArrayOrShape = Array | np.ndarray | jax.ShapeDtypeStruct
@@ -81,47 +84,75 @@ def infer_output(
       ValueError: if the module does not accept the input, returns something that is not one array,
         or needs collections of variables that are not given.
     """
-    missing = _find_missing(module, params, state, x)
+    given = {"params": {} if params is None else params, **(state or {})}
+    made, out = _make_collections(module, given, x)
+    missing = [key for key, tree in made.items() if not given.get(key) and not _is_sown(tree)]
     if missing:
         listed = ", ".join(repr(collection) for collection in missing)
         raise ValueError(
             f"{name} needs the collection{'s' if len(missing) > 1 else ''} {listed}: pass all of "
             "module.init(key, x), not only a part of it"
         )
-    try:
-        out = jax.eval_shape(lambda x: apply_module(module, params, state, x), x)
-    except Exception as error:  # whatever a user's module raises
-        raise ValueError(
-            f"{name} does not take an input of shape {list(x.shape)}: {str(error).splitlines()[0]}"
-        ) from None
+    # A module that only has params computes the same if its collections are mutable.
+    if out is None or set(made) - {"params"}:
+        try:
+            out = jax.eval_shape(lambda x: apply_module(module, params, state, x), x)
+        except Exception as error:  # whatever a user's module raises
+            raise ValueError(
+                f"{name} does not take an input of shape {list(x.shape)}: {get_first_line(error)}"
+            ) from None
     if not isinstance(out, jax.ShapeDtypeStruct):
         raise ValueError(f"{name} must return an array, got {describe_type(out)}")
     return out
 
 
-def _find_missing(module: Module, params: PyTree, state: PyTree, x: ArrayOrShape) -> list[str]:
-    """Name the collections that a linen module would make anew, because they are not given.
+def check_output_function(
+    name: str, function: Callable[[Array, Array], Array], outputs: jax.ShapeDtypeStruct, y: Array
+) -> None:
+    """Check that a function of outputs and labels, such as a loss, takes them and returns floats.
 
-    Some modules fail without them, others, such as `nnx.bridge.ToLinen`, silently use new values.
+    Args:
+      name: what to call the function in errors.
+      function: the function.
+      outputs: the shape and dtype of a head's outputs.
+      y: the labels.
+
+    Raises:
+      ValueError: if the function fails, or does not return floats.
+    """
+    try:
+        found = jax.eval_shape(function, outputs, y)
+    except Exception as error:  # whatever a user's function raises
+        raise ValueError(
+            f"{name} does not take outputs {list(outputs.shape)} "
+            f"and labels {y.dtype}{list(y.shape)}: {error}"
+        ) from None
+    if not jnp.issubdtype(found.dtype, jnp.floating):
+        raise ValueError(f"expected {name} to return floats, got {found.dtype}")
+
+
+def _make_collections(
+    module: Module, given: dict[str, PyTree], x: ArrayOrShape
+) -> tuple[dict[str, PyTree], PyTree]:
+    """Return the collections of a linen module that may make what is missing, and its output.
+
+    Without collections, some modules fail, but others, such as `nnx.bridge.ToLinen`, silently make
+    new ones. If the module is not linen or fails, the result is no collections and no output.
     """
     if not isinstance(module, nn.Module):
-        return []
-    given = {"params": {} if params is None else params, **(state or {})}
+        return {}, None
 
     def run(x: Array) -> PyTree:
-        return module.apply(given, x, mutable=True)[1]
+        return module.apply(given, x, mutable=True)
 
     try:
-        made = jax.eval_shape(run, x)
+        out, made = jax.eval_shape(run, x)
     except Exception:  # infer_output reports it
-        return []
-    # Values that are sown for whoever watches the module are tuples.
-    return [
-        name
-        for name, tree in made.items()
-        if (name not in given or not given[name])
-        and not all(
-            isinstance(leaf, tuple)
-            for leaf in jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, tuple))
-        )
-    ]
+        return {}, None
+    return dict(made), out
+
+
+def _is_sown(tree: PyTree) -> bool:
+    """Return whether a collection was only sown, for whoever watches: its values are tuples."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    return all(isinstance(leaf, tuple) for leaf in leaves)

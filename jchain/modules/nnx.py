@@ -60,7 +60,8 @@ class NnxModule:
         }
         for tree in variables.values():
             flat |= traverse_util.flatten_dict(tree)
-        return nnx.merge(self.graphdef, traverse_util.unflatten_dict(flat))(x)  # pyright: ignore[reportCallIssue]
+        module = nnx.merge(self.graphdef, traverse_util.unflatten_dict(flat))
+        return module(x)  # pyright: ignore[reportCallIssue]
 
 
 def is_nnx(value: object) -> bool:

@@ -15,8 +15,13 @@ from jchain.search.protocol import Info, Search
 
 # Two ways of computing the same value may round differently.
 _RTOL, _ATOL = 2e-3, 1e-5
-_Step = tuple[PyTree, Info]
-_Run = list[_Step]
+
+
+class _Run(NamedTuple):
+    """One run of a search."""
+
+    states: list[PyTree]  # before each step, and after the last one
+    infos: list[Info]  # of each step
 
 
 class _Row(NamedTuple):
@@ -56,70 +61,61 @@ def check_search(
     def init(key: Array) -> PyTree:
         return search.init(key, problem)
 
-    def step(key: Array, state: PyTree) -> _Step:
+    def step(key: Array, state: PyTree) -> tuple[PyTree, Info]:
         return check_step(search, search.step(key, state, problem), problem)
 
-    jitted = _take_steps(keys[0], jax.jit(init), jax.jit(step), num_steps)
-    findings = [*_check_states(jitted), *_check_rows(jitted, problem)]
+    # [T + 1, 2]: for each of two runs, the key of the first state and of each step.
+    all_keys = jax.vmap(lambda key: jax.random.split(key, num_steps + 1), out_axes=1)(keys)
+    own_keys, jitted_init, jitted_step = all_keys[:, 0], jax.jit(init), jax.jit(step)
+    jitted = _take_steps(own_keys, jitted_init, jitted_step)
+    findings = [*_check_states(jitted.states), *_check_rows(jitted.infos, problem)]
     others = {
-        "without jit": _take_steps(keys[0], init, step, num_steps),
-        "repeated with the same key": _take_steps(keys[0], jax.jit(init), jax.jit(step), num_steps),
-        "under vmap": _take_vmapped_steps(keys, init, step, num_steps),
+        "without jit": _take_steps(own_keys, init, step),
+        "repeated with the same key": _take_steps(own_keys, jitted_init, jitted_step),
+        "under vmap": _take_steps(
+            all_keys,
+            jax.jit(jax.vmap(init)),
+            jax.jit(jax.vmap(step)),
+            lambda tree: jax.tree.map(lambda leaf: leaf[0], tree),
+        ),
     }
     for name, other in others.items():
-        findings += _compare(jitted, other, name)
+        findings += _compare(jitted.infos, other.infos, name)
     if findings:
         lines = "".join(f"\n- {finding}" for finding in findings)
         raise ValueError(f"{type(search).__name__} breaks the contract of a search:{lines}")
 
 
 def _take_steps(
-    key: Array, init: Callable[[Array], PyTree], step: Callable[..., _Step], num_steps: int
+    keys: Array,
+    init: Callable[[Array], PyTree],
+    step: Callable[[Array, PyTree], tuple[PyTree, Info]],
+    read_fn: Callable[[PyTree], PyTree] = lambda tree: tree,
 ) -> _Run:
-    """Run a search; the first entry holds the first state and no chains."""
-    init_key, *step_keys = jax.random.split(key, num_steps + 1)
-    state = init(init_key)
-    run: _Run = []
-    for step_key in step_keys:
-        new, info = step(step_key, state)
-        run.append((state, jax.tree.map(np.asarray, info)))
-        state = new
-    return [*run, (state, run[-1][1])]
+    """Run a search; `read_fn` picks one run out of states and infos."""
+    state = init(keys[0])
+    run = _Run([read_fn(state)], [])
+    for key in keys[1:]:
+        state, info = step(key, state)
+        run.states.append(read_fn(state))
+        run.infos.append(jax.tree.map(np.asarray, read_fn(info)))
+    return run
 
 
-def _take_vmapped_steps(
-    keys: Array, init: Callable[[Array], PyTree], step: Callable[..., _Step], num_steps: int
-) -> _Run:
-    """Run two keys at once, and return the first run."""
-
-    def first(tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda leaf: leaf[0], tree)
-
-    all_keys = jax.vmap(lambda key: jax.random.split(key, num_steps + 1))(keys)
-    state = jax.jit(jax.vmap(init))(all_keys[:, 0])
-    run: _Run = []
-    for t in range(num_steps):
-        new, info = jax.jit(jax.vmap(step))(all_keys[:, t + 1], state)
-        run.append((first(state), jax.tree.map(np.asarray, first(info))))
-        state = new
-    return [*run, (first(state), run[-1][1])]
-
-
-def _check_states(run: _Run) -> list[str]:
-    shapes = [jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), state) for state, _ in run]
-    findings = []
+def _check_states(states: list[PyTree]) -> list[str]:
+    shapes = [jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), state) for state in states]
     for t, shape in enumerate(shapes[1:]):
         if jax.tree.structure(shape) != jax.tree.structure(shapes[0]):
-            findings.append(f"step {t} changes the structure of the state")
-        elif shape != shapes[0]:
-            findings.append(f"step {t} changes the shapes or dtypes of the state")
-    return findings[:1]
+            return [f"step {t} changes the structure of the state"]
+        if shape != shapes[0]:
+            return [f"step {t} changes the shapes or dtypes of the state"]
+    return []
 
 
-def _check_rows(run: _Run, problem: Problem) -> list[str]:
+def _check_rows(infos: list[Info], problem: Problem) -> list[str]:
     """Check what the steps reported: chains, losses, and costs."""
     findings, rows, seen = [], [], set()
-    for t, (_, info) in enumerate(run[:-1]):
+    for t, info in enumerate(infos):
         is_chain = np.asarray(problem.space.contains(jnp.asarray(info.chains)))
         is_invalid = ~is_chain & (info.chains != -1).any(axis=1)
         if is_invalid.any():
@@ -159,8 +155,8 @@ def _check_losses(rows: list[_Row], problem: Problem) -> list[str]:
     ]
 
 
-def _compare(run: _Run, other: _Run, name: str) -> list[str]:
-    for t, ((_, info), (_, again)) in enumerate(zip(run[:-1], other[:-1], strict=True)):
+def _compare(infos: list[Info], others: list[Info], name: str) -> list[str]:
+    for t, (info, again) in enumerate(zip(infos, others, strict=True)):
         for field in Info._fields:
             value, expected = getattr(again, field), getattr(info, field)
             is_same = value.shape == expected.shape and np.allclose(

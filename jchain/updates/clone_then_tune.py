@@ -17,13 +17,13 @@ from jchain.search.progress import Progress
 from jchain.search.protocol import Refreshable, Search, holds_chains
 from jchain.search.result import RunState, StopRule, Trace, make_results
 from jchain.train import OPTIMIZER
+from jchain.training_loop import check_at_least_one
 from jchain.updates.clones import CloneBank
 from jchain.updates.policies import (
     Outcome,
     RunArguments,
     UpdatePolicy,
     check_budget,
-    check_sizes,
     count_chain_layers,
     init_search,
     make_training_problem,
@@ -67,9 +67,9 @@ class CloneThenTune(UpdatePolicy):
     optimizer: optax.GradientTransformation = static(default=OPTIMIZER)
 
     def __post_init__(self) -> None:
-        check_sizes(num_rounds=self.num_rounds, num_steps=self.num_steps)
+        check_at_least_one(num_rounds=self.num_rounds, num_steps=self.num_steps)
         if self.capacity is not None:
-            check_sizes(capacity=self.capacity)
+            check_at_least_one(capacity=self.capacity)
 
     def apply(self, args: RunArguments) -> Outcome:
         check_arguments(args.search, args.problem, args.budget, args.num_finalists)

@@ -146,20 +146,6 @@ def count_chain_layers(chain: Int[np.ndarray, "L"]) -> int:
     return int((chain != PADDING).sum()) - 1
 
 
-def check_sizes(**sizes: int) -> None:
-    """Check that sizes are at least 1.
-
-    Args:
-      **sizes: the sizes to check, by the names that the error message shows.
-
-    Raises:
-      ValueError: if a size is below 1.
-    """
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"expected {name} to be at least 1, got {size}")
-
-
 def check_budget(budget: int, reserved: int) -> None:
     """Check that a budget leaves layer calls for the search.
 

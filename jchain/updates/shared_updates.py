@@ -18,12 +18,12 @@ from jchain.search.progress import Progress
 from jchain.search.protocol import Refreshable, Search
 from jchain.search.result import StopRule, make_results
 from jchain.train import OPTIMIZER
+from jchain.training_loop import check_at_least_one
 from jchain.updates import tune
 from jchain.updates.policies import (
     Outcome,
     RunArguments,
     UpdatePolicy,
-    check_sizes,
     init_search,
     make_training_problem,
     resume_run,
@@ -65,7 +65,7 @@ class SharedUpdates(UpdatePolicy):
     optimizer: optax.GradientTransformation = static(default=OPTIMIZER)
 
     def __post_init__(self) -> None:
-        check_sizes(num_updates=self.num_updates)
+        check_at_least_one(num_updates=self.num_updates)
         if not 0 < self.final_share < 1:
             raise ValueError(f"expected a final_share above 0 and below 1, got {self.final_share}")
 

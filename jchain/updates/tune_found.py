@@ -9,13 +9,13 @@ from jchain.pytree import pytree_dataclass, static
 from jchain.search import driver
 from jchain.search.result import Curve
 from jchain.train import OPTIMIZER
+from jchain.training_loop import check_at_least_one
 from jchain.updates import tune
 from jchain.updates.policies import (
     Outcome,
     RunArguments,
     UpdatePolicy,
     check_budget,
-    check_sizes,
     count_chain_layers,
     make_training_problem,
     mention_reserved_calls,
@@ -41,7 +41,7 @@ class TuneFound(UpdatePolicy):
     optimizer: optax.GradientTransformation = static(default=OPTIMIZER)
 
     def __post_init__(self) -> None:
-        check_sizes(num_steps=self.num_steps)
+        check_at_least_one(num_steps=self.num_steps)
 
     def apply(self, args: RunArguments) -> Outcome:
         problem, train = args.problem, args.train

@@ -259,3 +259,35 @@ def test_what_a_saved_bank_needs_is_named(tmp_path, modules, message):
     with pytest.raises(ValueError, match=r"unknown function 'keep': pass it.*modules=\[keep\]"):
         jc.Bank.load(tmp_path / "function", modules=given)
     assert jc.Bank.load(tmp_path / "function", modules=[keep]).num_layers == 1
+
+
+class Sowing(nn.Module):
+    """It needs only its params; what it sows is for whoever watches it."""
+
+    @nn.compact
+    def __call__(self, x):
+        self.sow("intermediates", "mean", x.mean())
+        self.sow("losses", "square", (x**2).mean())
+        return nn.Dense(D)(x)
+
+
+def test_collections_that_are_only_sown_need_not_be_given():
+    head, head_params = make_head()
+    params = Sowing().init(jax.random.key(0), X)["params"]
+    bank = jc.Bank.stack(Sowing(), [params], head, [head_params])
+    expected = head.apply({"params": head_params}, Sowing().apply({"params": params}, X))
+    jc.Problem(bank, jc.Batch(X, Y), 1)
+    np.testing.assert_allclose(jc.apply_chain(bank, [0, 1], X), expected, rtol=1e-6)
+
+
+class Failing(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        raise AssertionError
+
+
+def test_a_module_that_fails_without_a_text_is_named():
+    head, head_params = make_head()
+    bank = jc.Bank.stack(Failing(), [{}], head, [head_params])
+    with pytest.raises(ValueError, match=r"layer0 \(Failing\(\)\), .*: AssertionError"):
+        jc.Problem(bank, jc.Batch(X, Y), 1)
