@@ -1,6 +1,7 @@
 """Banks, problems, results, and the states of all searches survive being copied and sent."""
 
 import copy
+import functools
 import pickle
 
 import cloudpickle
@@ -39,7 +40,9 @@ def make_problem(name="", **options):
     return jc.Problem(make_bank(4, 2, **layer), make_batch(), 3, **options)
 
 
-def take_a_step(search, problem):
+@functools.cache
+def take_a_step(name):
+    search, problem = SEARCHES[name], make_problem(name)
     state = jax.jit(search.init)(jax.random.key(0), problem)
     return jax.jit(search.step)(jax.random.key(1), state, problem)[0]
 
@@ -93,8 +96,7 @@ def apply_scale(params, x):
 @pytest.mark.parametrize("how", [*COPIES, "orbax"])
 @pytest.mark.parametrize("name", SEARCHES)
 def test_states_of_searches_are_copied(name, how, tmp_path):
-    search, problem = SEARCHES[name], make_problem(name)
-    state = take_a_step(search, problem)
+    search, state = SEARCHES[name], take_a_step(name)
     if how == "orbax":
         with orbax.checkpoint.StandardCheckpointer() as checkpointer:
             checkpointer.save(tmp_path / "state", state)

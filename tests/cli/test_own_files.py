@@ -93,7 +93,7 @@ def test_a_bank_file_with_modules_is_searched(folder, tmp_path):
 
 
 def test_standard_output_is_only_json(tmp_path, capsys):
-    search(tmp_path / "out")
+    search(tmp_path / "out", "--search", "local", "--quick")
     captured = capsys.readouterr()
     assert json.loads(captured.out)["layers"]
     assert "best chain found" in captured.err
@@ -104,8 +104,8 @@ def test_standard_output_is_only_json(tmp_path, capsys):
 
 
 def test_the_options_of_an_earlier_result_are_overridden(tmp_path):
-    search(tmp_path / "a", "--search", "local", "--seed", "3")
-    again = ["search", "--config", str(tmp_path / "a"), "--out"]
+    search(tmp_path / "a", "--search", "local", "--seed", "3", "--quick")
+    again = ["search", "--quick", "--config", str(tmp_path / "a"), "--out"]
     assert main([*again, str(tmp_path / "b")]) == 0
     records = [json.loads((tmp_path / n / "result.json").read_text()) for n in "ab"]
     assert records[0]["best_chain"] == records[1]["best_chain"]
@@ -119,7 +119,7 @@ def test_the_options_of_an_earlier_result_are_overridden(tmp_path):
             assert config[name] == value
     # The file itself is accepted, too.
     file, out = tmp_path / "a" / "result.json", tmp_path / "d"
-    assert main(["search", "--config", str(file), "--out", str(out)]) == 0
+    assert main(["search", "--quick", "--config", str(file), "--out", str(out)]) == 0
 
 
 @pytest.mark.parametrize(
