@@ -354,7 +354,8 @@ def run_problems(search: Any, setup: Setup, seeds: int) -> dict[str, np.ndarray]
                 else (use_tables(search), solved.tabular_problem())
             )
             run = partial(jc.run_many, keys, *given, target_loss=target_loss)
-        results = run(budget=int(setup.grid[-1]))
+        # Searches begin with nothing, so that results show what they find themselves.
+        results = run(budget=int(setup.grid[-1]), starts=None)
         losses.append([result.curve.at(setup.grid) for result in results])
     return {"loss": np.array(losses)}
 
@@ -417,9 +418,9 @@ def find_regret(losses: dict[str, np.ndarray], setup: Setup) -> dict[str, np.nda
 
 def time_layer_call(search: Any, problem: jc.Problem) -> float:
     """Measure the microseconds per layer call of a compiled run that applies the layers."""
-    jc.run(jax.random.key(0), search, problem, budget=CLOCK[1])
+    jc.run(jax.random.key(0), search, problem, budget=CLOCK[1], starts=None)
     start = time.perf_counter()
-    result = jc.run(jax.random.key(0), search, problem, budget=CLOCK[1])
+    result = jc.run(jax.random.key(0), search, problem, budget=CLOCK[1], starts=None)
     seconds = time.perf_counter() - start
     jax.clear_caches()
     return seconds / result.layer_calls * 1e6

@@ -220,6 +220,7 @@ def evaluate_search(solved: jc.chainbench.SolvedProblem, search: Any, seeds: int
         solved.tabular_problem(),
         budget=int(GRID[-1]),
         target_loss=float(best),
+        starts=None,  # to show what the search finds itself
     )
     loss = np.array([result.curve.at(GRID) for result in results])
     return np.where(np.isfinite(loss), loss, np.median(solved.loss["search"])) / best

@@ -166,6 +166,7 @@ def find_good_chains(problem: jc.Problem, num_chains: int, seed: int) -> np.ndar
         jc.CriticSearch(),
         problem,
         budget=BUDGET,
+        starts=None,  # to show what the search finds itself
     )
     return np.stack([result.best_chain for result in results])
 

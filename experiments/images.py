@@ -146,7 +146,7 @@ def evaluate_arms(
     search, select, test = (
         jc.Problem(bank, getattr(data, split), DEPTH) for split in ("search", "select", "test")
     )
-    result = jc.run(search_key, jc.LocalSearch(), search, budget=budget)
+    result = jc.run(search_key, jc.LocalSearch(), search, budget=budget, starts=None)
     chain = np.asarray(result.finalists)[int(np.argmin(jc.evaluate(select, result.finalists).loss))]
     seconds.append(time.perf_counter())
     layers, head = [int(t) for t in chain if 0 <= t < NUM_LAYERS], int(chain.max()) - NUM_LAYERS

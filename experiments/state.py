@@ -453,7 +453,8 @@ def run_control(search: Any, tested: dict[str, Bank], seeds: int) -> np.ndarray:
     keys = jax.random.split(jax.random.key(0), seeds)
     rows = []
     for bank in tested.values():
-        results = jc.run_many(keys, search, bank.problem, budget=BUDGETS[-1])
+        # Searches begin with nothing, so that results show what they find themselves.
+        results = jc.run_many(keys, search, bank.problem, budget=BUDGETS[-1], starts=None)
         rows.append(bank.regret(np.array([result.curve.at(BUDGETS) for result in results])))
     return np.array(rows)
 

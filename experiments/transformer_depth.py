@@ -184,7 +184,7 @@ def run_searches(
         else:
             search, posed, num = use_tables(search), table, num_runs
         keys = jax.random.split(jax.random.key(seed), 1 if search.is_deterministic else num)
-        runs = jc.run_many(keys, search, posed, budget=budget)
+        runs = jc.run_many(keys, search, posed, budget=budget, starts=None)
         yield name, [np.asarray(run.finalists) for run in runs]
 
 
@@ -318,7 +318,7 @@ def search_from_recipes(
       seed: seed of the runs.
     """
     (search, select, test), keys = problems, jax.random.split(jax.random.key(seed), num_runs)
-    runs = jc.run_many(keys, jc.LocalSearch(starts=starts), search, budget=budget)
+    runs = jc.run_many(keys, jc.LocalSearch(), search, budget=budget, starts=starts)
     tokens, on_select = select_finalists(select, [np.asarray(run.finalists) for run in runs])
     loss = np.asarray(jc.evaluate(test, jc.chain.pad(tokens, test.max_layers)).loss)
     best = int(known[0].argmin())

@@ -188,7 +188,8 @@ def run(
 
     Also return the share of the budget that gradient steps used.
     """
-    outcome = policy.run(jax.random.key(1000 + seed), search, problem, data.train, budget=budget)
+    key = jax.random.key(1000 + seed)
+    outcome = policy.run(key, search, problem, data.train, budget=budget, starts=None)
     row = evaluate_on_test(
         title, select_chain(outcome.bank, data, outcome.result.finalists), outcome.bank, data
     )

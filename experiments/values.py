@@ -352,7 +352,9 @@ def read_critic(search: Any, state: Any) -> Any:
 def run_control(search: Any, solved: Any, seeds: int) -> np.ndarray:
     """Compute the regret at each budget, `[S, B]`."""
     keys = jax.random.split(jax.random.key(0), seeds)
-    results = jc.run_many(keys, search, solved.tabular_problem(), budget=BUDGETS[-1])
+    # Searches begin with nothing, so that results show what they find themselves.
+    problem = solved.tabular_problem()
+    results = jc.run_many(keys, search, problem, budget=BUDGETS[-1], starts=None)
     loss = np.array([result.curve.at(BUDGETS) for result in results])
     return solved.regret(np.where(np.isfinite(loss), loss, np.median(solved.loss["search"])))
 

@@ -426,8 +426,15 @@ def run_suffix_search() -> Entries:
 def run_with_prices() -> Entries:
     bank, data = make_two_groups(), load_data("wine").search
     problem = jc.Problem(bank, data, max_layers=3, min_layers=1, layer_cost=0.02)
-    search = jc.LocalSearch(num_chains=4, starts=draw_chains(problem, 2, min_layers=1))
-    return {"result": jc.run(jax.random.key(23), search, problem, budget=BUDGET)}
+    return {
+        "result": jc.run(
+            jax.random.key(23),
+            jc.LocalSearch(num_chains=4),
+            problem,
+            budget=BUDGET,
+            starts=draw_chains(problem, 2, min_layers=1),
+        )
+    }
 
 
 @add_part("run_many/LocalSearch")

@@ -29,6 +29,9 @@ class Context(NamedTuple):
     # Maximum number of layers in any chain that is scored. All chains are padded to this number of
     # layers, so that they share compiled programs.
     padded_layers: int
+    # The chains that searches begin at: the parents that are chains of the problem and, for
+    # checkpoints, recipes applied to them.
+    starts: Int[np.ndarray, "S L"]
 
     def score(self, bank: Bank, tokens: Sequence[int]) -> ExampleScores:
         """Score one chain on each example of each split.

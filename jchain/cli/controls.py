@@ -231,7 +231,9 @@ def _run_rival(
     print_progress(f"Searching with {title} ...")
     budget = require(context.config.budget)
     try:
-        result = run(key, search, context.problem, budget=budget, progress=True)
+        result = run(
+            key, search, context.problem, budget=budget, progress=True, starts=context.starts
+        )
     except BudgetError as error:
         print_progress(f"No {title} to compare with: {error}")
         return None

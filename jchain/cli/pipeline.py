@@ -1,7 +1,6 @@
 """The steps of `jchain search` for one seed: make the bank, search, re-rank, score, and report."""
 
 import contextlib
-import dataclasses
 import math
 import platform
 import time
@@ -26,9 +25,9 @@ from jchain.data import EVALUATION_SPLITS
 from jchain.hub import recipes
 from jchain.problem import Problem
 from jchain.search.driver import run
-from jchain.search.local_search import LocalSearch
 from jchain.search.protocol import Search
 from jchain.search.result import Result
+from jchain.search.starts import list_starts
 from jchain.updates import UpdatePolicy
 
 
@@ -72,8 +71,6 @@ def run_pipeline(
     keys = jax.random.split(jax.random.key(config.seed), 4)
     bank_key, control_key, search_key = keys[:3]
     context = make(bank_key, config, setup)
-    if config.is_frozen and config.checkpoint:
-        search = start_at_models(search, context.problem)
     found = search_chains(search_key, context, search, policy)
     recipe_scores = _score_recipes(context, context.problem) if config.checkpoint else {}
     picked = rerank(context, context.problem, found, recipe_scores)
@@ -113,7 +110,11 @@ def make(key: Key[Array, ""], config: SearchConfig, setup: Setup) -> Context:
     check_sweep(config.sweep, max_layers)
     problem = setup.make_problem(original_bank, "search", max_layers, min_layers=config.min_layers)
     padded_layers = max(max_layers, longest, setup.plain_depth, len(setup.reference) - 1)
-    return Context(config, setup, original_bank, problem, max_layers, padded_layers)
+    if config.checkpoint:
+        starts = recipes.find_starts(original_bank, max_layers, min_layers=problem.min_layers)
+    else:
+        starts = list_starts(problem, "parents")
+    return Context(config, setup, original_bank, problem, max_layers, padded_layers, starts)
 
 
 def search_chains(
@@ -138,6 +139,7 @@ def search_chains(
         context.setup.data.train,
         budget=require(context.config.budget),
         progress=True,
+        starts=context.starts,
     )
     found = Found(outcome.bank, outcome.result, outcome.update_calls)
     if len(found.result.finalists) == 0:
@@ -205,7 +207,8 @@ def _search_at(max_layers: int, key: Key[Array, ""], context: Context, search: S
         context.original_bank, "search", max_layers, min_layers=min_layers
     )
     budget = require(context.config.budget)
-    result = run(key, start_at_models(search, problem), problem, budget=budget, progress=True)
+    starts = recipes.find_starts(problem.bank, max_layers, min_layers=min_layers)
+    result = run(key, search, problem, budget=budget, progress=True, starts=starts)
     recipe_scores = _score_recipes(context, problem)
     picked = rerank(context, problem, Found(context.original_bank, result, 0), recipe_scores)
     return _make_sweep_row(max_layers, picked, recipe_scores)
@@ -221,22 +224,6 @@ def _make_sweep_row(
         **picked.scores.summarize(),
         "recipes": recipe_scores,
     }
-
-
-def start_at_models(search: Search, problem: Problem) -> Search:
-    """Let a local search start from the original models, or from recipes applied to them.
-
-    Other searches are returned unchanged.
-
-    Args:
-      search: the search and its hyperparameters.
-      problem: the problem to search; the parents of its bank are the original models.
-    """
-    if not isinstance(search, LocalSearch):
-        return search
-    bank, max_layers = problem.bank, problem.max_layers
-    starts = recipes.find_starts(bank, max_layers, min_layers=problem.min_layers)
-    return dataclasses.replace(search, starts=starts if len(starts) else None)
 
 
 def _score_recipes(context: Context, problem: Problem) -> dict[str, ScoredChain]:

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import jax
 
-from jchain._typing import Array, Bool
+from jchain._typing import Array, Bool, PyTree
 
 T = TypeVar("T")
 
@@ -38,3 +38,17 @@ def cond_in_sequence(
         return jax.lax.cond(predicate, true_fn, false_fn, *operands)
 
     return branch(predicate, *operands)
+
+
+def vmap_unless_one(fn: Callable[..., T], rows: PyTree) -> T:
+    """Vmap over the leading axis, unless it has a single row.
+
+    A plain `vmap` over one row would turn its branches into selects, too.
+
+    Args:
+      fn: the function to apply to each row.
+      rows: a pytree of arrays with the same leading axis.
+    """
+    if jax.tree.leaves(rows)[0].shape[0] > 1:
+        return jax.vmap(fn)(rows)
+    return jax.tree.map(lambda leaf: leaf[None], fn(jax.tree.map(lambda leaf: leaf[0], rows)))

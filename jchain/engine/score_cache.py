@@ -74,6 +74,22 @@ def evaluate_cached(
     return _store(cache, set_index, chains, fingerprint, loss, ~is_known), loss, out.layer_calls
 
 
+def add(
+    cache: ScoreCache, problem: Problem, chains: Int[Array, "P L"], loss: Float[Array, "P"]
+) -> ScoreCache:
+    """Store losses that were computed elsewhere, so that these chains are free.
+
+    Args:
+      cache: the losses of the chains that were scored before.
+      problem: the problem that the losses belong to.
+      chains: the tokens of the chains, `[P, L]`.
+      loss: their losses, `[P]`.
+    """
+    fingerprint = compute_fingerprints(problem, chains)
+    set_index, is_match = _find(cache, chains, fingerprint)
+    return _store(cache, set_index, chains, fingerprint, loss, ~is_match.any(axis=1))
+
+
 def is_cached(cache: ScoreCache, problem: Problem, chains: Int[Array, "P L"]) -> Bool[Array, "P"]:
     """Return whether each chain is in the cache with its current weights, `[P]`.
 

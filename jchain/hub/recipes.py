@@ -58,7 +58,7 @@ def find_chains(problem: Problem, parent: Sequence[int], num_layers: int) -> dic
 
 
 def find_starts(bank: Bank, max_layers: int, *, min_layers: int = 0) -> Int[np.ndarray, "S L"]:
-    """Find chains for a search to start from (`jc.LocalSearch(starts=)`), without using data.
+    """Find chains for a search to begin at (`jc.run(starts=)`), without using data.
 
     An original model that has at most `max_layers` layers is a start. If it has fewer, the starts
     also include each chain that repeats a run of its blocks once to reach `max_layers`. If it has

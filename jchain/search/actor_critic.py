@@ -175,6 +175,31 @@ class ActorCritic:
             drop_empty(jnp.zeros((*elite.chains.shape, *root.shape), root.dtype)),
         )
 
+    def start(
+        self,
+        key: Key[Array, ""],
+        state: State,
+        problem: Problem,
+        chains: Int[Array, "S L"],
+        loss: Float[Array, "S"],
+    ) -> State:
+        """Imitate the starts first; see `jchain.search.protocol.Startable`.
+
+        Args:
+          key: the PRNG key; not used.
+          state: the state that `init` returned.
+          problem: the problem to search.
+          chains: the starts, `[S, L]`.
+          loss: their losses, `[S]`.
+        """
+        observe_one = partial(observations.observe_chain, self.encoding.observe, problem)
+        elite = merge(state.elite, chains, loss)
+        features = gather_features(elite, chains, jax.vmap(observe_one)(chains))
+        cache = state.cache
+        if cache is not None:
+            cache = score_cache.add(cache, problem, chains, loss)
+        return state._replace(elite=elite, cache=cache, elite_features=drop_empty(features))
+
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         """Sample chains, score them, and update the policy on them for `num_epochs` epochs."""
         inputs, edit_calls = self._update_inputs(state, problem)

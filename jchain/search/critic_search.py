@@ -57,6 +57,7 @@ class State(NamedTuple):
     weights: Float[Array, "D I"]  # [D, I], weights of the online correction
     inverse_gram: Float[Array, "D I I"]  # [D, I, I], ridge * inverse of (ridge * I + X^T X)
     next_length: Int[Array, ""]  # the length to try first in the next step
+    guide: Int[Array, "L"]  # [L], the start whose prefixes are extended first; -1 if there is none
 
 
 class _Children(NamedTuple):
@@ -141,7 +142,27 @@ class CriticSearch:
             jnp.zeros((lengths, size)),
             jnp.tile(jnp.eye(size)[None], (lengths, 1, 1)),
             jnp.zeros((), jnp.int32),
+            jnp.full(problem.max_layers + 1, PADDING, jnp.int32),
         )
+
+    def start(
+        self,
+        key: Key[Array, ""],
+        state: State,
+        problem: Problem,
+        chains: Int[Array, "S L"],
+        loss: Float[Array, "S"],
+    ) -> State:
+        """Extend the prefixes of the best start first; see `jchain.search.protocol.Startable`.
+
+        Args:
+          key: the PRNG key; not used.
+          state: the state that `init` returned.
+          problem: the problem to search.
+          chains: the starts, `[S, L]`.
+          loss: their losses, `[S]`.
+        """
+        return state._replace(guide=chains[jnp.argmin(loss)])
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         """Extend one open prefix by every layer."""
@@ -173,6 +194,7 @@ class CriticSearch:
             weights,
             inverse_gram,
             (length + 1) % len(state.weights),
+            state.guide,
         )
         value = jnp.where(should_extend & ~is_last, predicted, jnp.inf)
         state = _insert(state, candidates, value, length + 1)
@@ -184,7 +206,7 @@ class CriticSearch:
         return state, Info(chains, loss, layer_calls)
 
     def _select(self, key: Key[Array, ""], state: State, length: Int[Array, ""]) -> Int[Array, ""]:
-        """Select the row of the prefix of this length to extend (epsilon-greedy)."""
+        """Select the row of the prefix of this length to extend: the guide's, or epsilon-greedy."""
         coin_key, place_key = jax.random.split(key)
         prefixes = state.prefixes
         prior_prediction, inputs = prefixes.prior_prediction[length], prefixes.inputs[length]
@@ -192,7 +214,13 @@ class CriticSearch:
         order = jax.random.uniform(place_key, prior_prediction.shape, jnp.float32)
         random_place = jnp.argmax(jnp.where(jnp.isfinite(prior_prediction), order, -1.0))
         is_random = jax.random.uniform(coin_key, (), jnp.float32) < self.epsilon
-        return jnp.where(is_random, random_place, best)
+        place = jnp.where(is_random, random_place, best)
+        # The prefixes of the guide come first.
+        guide = jnp.where(jnp.arange(state.guide.size) < length, state.guide, PADDING)
+        is_guide = (prefixes.chains[length] == guide[None]).all(axis=1) & jnp.isfinite(
+            prior_prediction
+        )
+        return jnp.where(is_guide.any(), jnp.argmax(is_guide), place)
 
     def _make_candidates(
         self,

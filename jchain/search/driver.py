@@ -2,9 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +12,22 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from jchain._typing import Array, Int, Key, PyTree
-from jchain.chain import PADDING
+from jchain.chain import PADDING, ChainsLike
 from jchain.engine.backend import jit_for_problem
+from jchain.engine.control_flow import vmap_unless_one
 from jchain.problem import Problem
 from jchain.pytree import describe_type
 from jchain.search.pool import empty_pool, merge
 from jchain.search.progress import Progress
 from jchain.search.protocol import Checked, Info, Search
 from jchain.search.result import Result, RunState, RunStats, StopRule, Trace, make_results
+from jchain.search.starts import begin_at, list_starts
 
 # A run stops after this many consecutive steps that cost no layer calls.
 MAX_FREE_STEPS = 100
 _MAX_BUDGET = 2**31 - 1  # layer calls are counted in int32
 # The device takes about 0.2 s worth of steps, but at most 256, before the host reads the results.
 _SYNC_SECONDS, _MAX_STEPS_PER_SYNC = 0.2, 256
-
-T = TypeVar("T")
 
 
 def run(
@@ -41,6 +40,7 @@ def run(
     num_finalists: int = 16,
     progress: bool = False,
     mesh: Mesh | None = None,
+    starts: ChainsLike | Literal["parents"] | None = "parents",
 ) -> Result:
     """Run a search until its budget is used.
 
@@ -58,11 +58,15 @@ def run(
       mesh: the devices over which the chains of each step are sharded (see `jchain.evaluate`). If
         they belong to several processes, all processes must make this call with equal arguments,
         and all get the result. None leaves the problem on its devices.
+      starts: chains to score before the first step, `[S, L]` or lists of tokens, so that the result
+        is at least as good as the best of them. They are charged, and a search that can, such as
+        local search, begins at the best one (`jchain.search.protocol.Startable`). "parents" for the
+        parents of the bank that the problem allows; None to begin with nothing.
 
     Raises:
-      BudgetError: if the budget is smaller than the cost of one step.
+      BudgetError: if the budget is smaller than the cost of the starts and one step.
       ValueError: if the key is not from `jax.random.key`, the search is not a registered pytree or
-        does not accept the problem, or the target is nan.
+        does not accept the problem, the starts are not chains of the problem, or the target is nan.
     """
     _check_keys(key, 0, "one key of jax.random.key")
     return run_many(
@@ -74,6 +78,7 @@ def run(
         num_finalists=num_finalists,
         progress=progress,
         mesh=mesh,
+        starts=starts,
     )[0]
 
 
@@ -87,6 +92,7 @@ def run_many(
     num_finalists: int = 16,
     progress: bool = False,
     mesh: Mesh | None = None,
+    starts: ChainsLike | Literal["parents"] | None = "parents",
 ) -> list[Result]:
     """Run a search once per key, all at the same time, and return one result per key.
 
@@ -102,21 +108,26 @@ def run_many(
       num_finalists: the number of distinct chains to keep in each run.
       progress: as for `run`; the line shows the fewest layer calls and the lowest loss of all runs.
       mesh: as for `run`.
+      starts: as for `run`; the same for all runs.
 
     Raises:
-      BudgetError: if the budget is smaller than the cost of one step of a run.
+      BudgetError: if the budget is smaller than the cost of the starts and one step of a run.
       ValueError: if there are no keys, the keys are not from `jax.random.key`, or as for `run`.
     """
     check_arguments(search, problem, budget, num_finalists)
     if math.isnan(target_loss):
         raise ValueError("expected a target_loss that is a number, got nan")
     _check_keys(keys, 1, "keys of jax.random.key of shape [S], at least one")
+    chains = list_starts(problem, starts)
     problem = problem if mesh is None else problem.on(mesh)
-    runs = init_runs(problem.put(keys), search, problem, num_finalists)
     stop = StopRule(np.int32(budget), np.float32(target_loss))
     with Progress(budget, is_shown=progress) as line:
+        runs = init_runs(problem.put(keys), search, problem, num_finalists)
+        start = None
+        if len(chains) > 0:
+            runs, start = begin_at(runs, search, problem, chains, stop)
         runs, trace = advance_runs(runs, search, problem, stop, line)
-    return make_results(runs, trace, budget)
+    return make_results(runs, trace, budget, start)
 
 
 def _check_keys(keys: object, num_axes: int, expected: str) -> None:
@@ -184,7 +195,7 @@ def _init_runs(keys: Array, search: Search, problem: Problem, num_finalists: int
         key, init_key = jax.random.split(key)
         return RunState(key, search.init(init_key, problem), stats)
 
-    return _map_runs(init_one, keys)
+    return vmap_unless_one(init_one, keys)
 
 
 def advance_runs(
@@ -210,8 +221,8 @@ def advance_runs(
     Returns:
       The finished runs, and the trace of all T steps, `[T, S]`.
     """
-    traces: list[Trace] = []
-    num_steps = 1
+    num_steps, shape = 1, (0, runs.key.shape[0])
+    traces = [Trace(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool))]
     while not np.all(runs.stats.is_over):
         began = time.perf_counter()
         runs, trace = _advance(
@@ -243,20 +254,15 @@ def _advance(
 
     def step(carry: tuple[Array, RunState, Trace]) -> tuple[Array, RunState, Trace]:
         t, runs, trace = carry
-        runs, row = _map_runs(lambda run: _step(run, search, problem, stop, should_roll_back), runs)
+        runs, row = vmap_unless_one(
+            lambda run: _step(run, search, problem, stop, should_roll_back), runs
+        )
         return t + 1, runs, jax.tree.map(lambda leaf, new: leaf.at[t].set(new), trace, row)
 
     shape = (_MAX_STEPS_PER_SYNC, runs.key.shape[0])
     empty = Trace(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool))
     _, runs, trace = jax.lax.while_loop(is_active, step, (jnp.array(0), runs, empty))
     return runs, trace
-
-
-def _map_runs(fn: Callable[..., T], runs: PyTree) -> T:
-    """Vmap over the runs, unless there is only one: vmap would turn its branches into selects."""
-    if jax.tree.leaves(runs)[0].shape[0] > 1:
-        return jax.vmap(fn)(runs)
-    return jax.tree.map(lambda leaf: leaf[None], fn(jax.tree.map(lambda leaf: leaf[0], runs)))
 
 
 def _step(

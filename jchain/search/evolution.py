@@ -67,6 +67,32 @@ class Evolution:
         chains = jnp.full(shape, PADDING, jnp.int32)
         return State(chains, jnp.full(shape[0], jnp.inf), jnp.array(0), score_cache.init(problem))
 
+    def start(
+        self,
+        key: Key[Array, ""],
+        state: State,
+        problem: Problem,
+        chains: Int[Array, "S L"],
+        loss: Float[Array, "S"],
+    ) -> State:
+        """Put the best starts into the population; see `jchain.search.protocol.Startable`.
+
+        Args:
+          key: the PRNG key; not used.
+          state: the state that `init` returned.
+          problem: the problem to search.
+          chains: the starts, `[S, L]`.
+          loss: their losses, `[S]`.
+        """
+        size = min(len(chains), self.population_size)
+        best = jnp.argsort(loss)[:size]
+        return State(
+            state.chains.at[:size].set(chains[best]),
+            state.loss.at[:size].set(loss[best].astype(state.loss.dtype)),
+            jnp.full_like(state.num_born, size),
+            score_cache.add(state.cache, problem, chains, loss),
+        )
+
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         """Score children of tournament winners, or random chains until the population is full.
 

@@ -130,6 +130,33 @@ class LinearizedSearch:
             linearized, jnp.array(True), jnp.array(True), radius, zero, score_cache.init(problem)
         )
 
+    def start(
+        self,
+        key: Key[Array, ""],
+        state: State,
+        problem: Problem,
+        chains: Int[Array, "S L"],
+        loss: Float[Array, "S"],
+    ) -> State:
+        """Begin at the best start; see `jchain.search.protocol.Startable`.
+
+        Args:
+          key: the PRNG key; not used.
+          state: the state that `init` returned.
+          problem: the problem to search.
+          chains: the starts, `[S, L]`.
+          loss: their losses, `[S]`.
+        """
+        best = jnp.argmin(loss)
+        linearized = state.linearized._replace(
+            chain=chains[best], loss=loss[best].astype(jnp.float32)
+        )
+        return state._replace(
+            linearized=linearized,
+            is_start=jnp.array(False),
+            cache=score_cache.add(state.cache, problem, chains, loss),
+        )
+
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         """Evaluate the most promising moves, and move to the best chain if it is better.
 

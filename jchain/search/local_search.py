@@ -9,10 +9,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.typing import ArrayLike
 
-from jchain._typing import Array, Bool, Float, Int, Key
+from jchain._typing import Array, Float, Int, Key
 from jchain.engine import score_cache
 from jchain.engine.score_cache import ScoreCache
 from jchain.problem import Problem
@@ -27,7 +25,6 @@ class State(NamedTuple):
     loss: Float[Array, ""]  # +inf for a random start chain, which is not scored
     order: Int[Array, "M"]  # [M], rows of the neighbors in random order, invalid rows last
     num_tried: Int[Array, ""]  # neighbors scored so far
-    num_started: Int[Array, ""]  # chains of `starts` scored so far
     cache: ScoreCache
 
 
@@ -38,9 +35,6 @@ class LocalSearch:
     Attributes:
       num_chains: number of neighbors to score per step. The search moves to the first of them, in
         random order, that is better than the current chain.
-      starts: chains to score first, `[S, L]` with `L = max_layers + 1`, for example the models of a
-        bank, `jc.chain.pad(bank.parents, max_layers)`, or known recipes (`jc.hub.recipes`). The
-        search begins at the best one. None to begin at a random chain.
     """
 
     is_deterministic = False
@@ -48,39 +42,10 @@ class LocalSearch:
     needs_invertible = False
 
     num_chains: int = static(default=8)
-    starts: ArrayLike | None = None
 
     def __post_init__(self) -> None:
         if self.num_chains < 1:
             raise ValueError(f"expected num_chains to be at least 1, got {self.num_chains}")
-
-    @property
-    def holds_chains(self) -> bool:
-        """True if the search stores chains of a bank, namely its `starts`."""
-        return self.starts is not None
-
-    def check(self, problem: Problem) -> None:
-        """Check that `starts` are chains of the problem.
-
-        Args:
-          problem: the problem to search.
-
-        Raises:
-          ValueError: if `starts` are not chains of the problem.
-        """
-        if self.starts is None:
-            return
-        rows = problem.space.validate(np.asarray(self.starts))
-        if rows.ndim != 2 or len(rows) == 0:
-            raise ValueError(
-                f"expected starts of shape [S, {problem.max_layers + 1}], got {list(rows.shape)}"
-            )
-        lengths = (rows >= 0).sum(axis=1) - 1
-        if (lengths < problem.min_layers).any():
-            raise ValueError(
-                f"expected starts of at least {problem.min_layers} layers, "
-                f"got one of {lengths.min()}"
-            )
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the first state.
@@ -96,12 +61,36 @@ class LocalSearch:
             jnp.full((), jnp.inf, jnp.float32),
             _shuffle(order_key, start, problem),
             jnp.array(0),
-            jnp.array(0),
             score_cache.init(problem),
         )
 
+    def start(
+        self,
+        key: Key[Array, ""],
+        state: State,
+        problem: Problem,
+        chains: Int[Array, "S L"],
+        loss: Float[Array, "S"],
+    ) -> State:
+        """Begin at the best start; see `jchain.search.protocol.Startable`.
+
+        Args:
+          key: the PRNG key; consumed by this call.
+          state: the state that `init` returned.
+          problem: the problem to search.
+          chains: the starts, `[S, L]`.
+          loss: their losses, `[S]`.
+        """
+        best = jnp.argmin(loss)
+        return state._replace(
+            chain=chains[best],
+            loss=loss[best].astype(state.loss.dtype),
+            order=_shuffle(key, chains[best], problem),
+            cache=score_cache.add(state.cache, problem, chains, loss),
+        )
+
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
-        """Score the next starts or neighbors, and move to a better one or restart.
+        """Score the next neighbors, and move to a better one or restart.
 
         Args:
           key: the PRNG key; consumed by this call.
@@ -109,16 +98,14 @@ class LocalSearch:
           problem: the problem to search.
         """
         start_key, order_key = jax.random.split(key)
-        chains, num_neighbors, is_starting = self._choose_chains(state, problem)
+        chains, num_neighbors = self._choose_chains(state, problem)
         cache, loss, layer_calls = score_cache.evaluate_cached(state.cache, problem, chains)
 
         is_better = loss < state.loss
-        first = jnp.where(
-            is_starting, jnp.argmin(jnp.where(is_better, loss, jnp.inf)), jnp.argmax(is_better)
-        )
+        first = jnp.argmax(is_better)
         should_move = is_better.any()
-        num_tried = state.num_tried + jnp.where(is_starting, 0, self.num_chains)
-        should_restart = ~should_move & ~is_starting & (num_tried >= num_neighbors)
+        num_tried = state.num_tried + self.num_chains
+        should_restart = ~should_move & (num_tried >= num_neighbors)
         kept = jnp.where(should_restart, problem.space.sample(start_key, 1)[0], state.chain)
         chain = jnp.where(should_move, chains[first], kept)
         kept_loss = jnp.where(should_restart, jnp.inf, state.loss)
@@ -128,28 +115,20 @@ class LocalSearch:
             jnp.where(should_move, loss[first], kept_loss),
             jnp.where(has_new_chain, _shuffle(order_key, chain, problem), state.order),
             jnp.where(has_new_chain, 0, num_tried),
-            state.num_started + jnp.where(is_starting, self.num_chains, 0),
             cache,
         )
         return next_state, Info(chains, loss, layer_calls)
 
     def _choose_chains(
         self, state: State, problem: Problem
-    ) -> tuple[Int[Array, "P L"], Int[Array, ""], Bool[Array, ""]]:
-        """Return chains to score, the number of neighbors, and whether the chains are `starts`."""
+    ) -> tuple[Int[Array, "P L"], Int[Array, ""]]:
+        """Return the neighbors to score, and the number of all neighbors."""
         neighbors, is_neighbor = problem.space.neighbors(state.chain)
         num_neighbors = is_neighbor.sum()
         position = state.num_tried + jnp.arange(self.num_chains)
         row = state.order[jnp.minimum(position, state.order.shape[0] - 1)]
         is_valid = position < num_neighbors
-        chains = jnp.where(is_valid[:, None], neighbors[row], state.chain[None])
-        if self.starts is None:
-            return chains, num_neighbors, jnp.array(False)
-        starts = jnp.asarray(self.starts, jnp.int32)
-        is_starting = state.num_started < starts.shape[0]
-        position = state.num_started + jnp.arange(self.num_chains)
-        row = jnp.minimum(position, starts.shape[0] - 1)
-        return jnp.where(is_starting, starts[row], chains), num_neighbors, is_starting
+        return jnp.where(is_valid[:, None], neighbors[row], state.chain[None]), num_neighbors
 
 
 def _shuffle(key: Key[Array, ""], chain: Int[Array, "L"], problem: Problem) -> Int[Array, "M"]:

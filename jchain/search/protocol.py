@@ -36,14 +36,14 @@ class Search(Protocol):
     Fields that determine array shapes are static; all other hyperparameters are pytree leaves.
 
     Both methods must work under `jit`, and under `vmap` over keys and states. The members below are
-    optional. The first four are flags. The functions of the same names in this module read them,
+    optional. The first three are flags. The functions of the same names in this module read them,
     and return False if a search does not define the flag.
 
     - `is_deterministic`: the key does not affect which chains the search scores.
     - `needs_gradient`: the search takes gradients through layers.
     - `needs_invertible`: the layers of the bank must be invertible.
-    - `holds_chains`: the search stores chains of one bank and becomes invalid if tokens change.
     - `check(problem)`: raises ValueError if the search cannot run on the problem (`Checked`).
+    - `start(key, state, problem, chains, loss)`: begins at given chains (`Startable`).
     - `refresh(state, problem, chains)`: adapts the state to changed weights (`Refreshable`).
     """
 
@@ -66,6 +66,34 @@ class Search(Protocol):
 
         Returns:
           The next state, with the same shapes and dtypes, and the chains that were scored.
+        """
+        ...
+
+
+@runtime_checkable
+class Startable(Protocol):
+    """A search that can begin at chains that were scored before its first step.
+
+    Other searches can be given such chains too: the driver scores them and keeps the best ones, but
+    the search does not know them.
+    """
+
+    def start(
+        self,
+        key: Key[Array, ""],
+        state: PyTree,
+        problem: Problem,
+        chains: Int[Array, "S L"],
+        loss: Float[Array, "S"],
+    ) -> PyTree:
+        """Return a first state that uses the starts. Must work under `jit` and `vmap`.
+
+        Args:
+          key: the PRNG key; consumed by this call.
+          state: the state that `init` returned.
+          problem: the problem to search.
+          chains: the starts, chains of the problem's space, `[S, L]`.
+          loss: their losses, `[S]`.
         """
         ...
 
@@ -128,12 +156,3 @@ def needs_invertible(search: Search) -> bool:
       search: the search.
     """
     return bool(getattr(search, "needs_invertible", False))
-
-
-def holds_chains(search: Search) -> bool:
-    """Return True if a search stores chains of one bank and becomes invalid if tokens change.
-
-    Args:
-      search: the search.
-    """
-    return bool(getattr(search, "holds_chains", False))

@@ -80,6 +80,33 @@ class QLearning:
             score_cache.init(problem),
         )
 
+    def start(
+        self,
+        key: Key[Array, ""],
+        state: State,
+        problem: Problem,
+        chains: Int[Array, "S L"],
+        loss: Float[Array, "S"],
+    ) -> State:
+        """Update the table once on each start; see `jchain.search.protocol.Startable`.
+
+        Args:
+          key: the PRNG key; not used.
+          state: the state that `init` returned.
+          problem: the problem to search.
+          chains: the starts, `[S, L]`.
+          loss: their losses, `[S]`.
+        """
+        rewards = self.reward_fn(loss).astype(state.reward.dtype)
+        rate = jnp.asarray(self.learning_rate)
+
+        def learn(values: Array, row: Array) -> tuple[Array, None]:
+            return update(values, chains[row], rewards[row], rate, problem), None
+
+        values, _ = jax.lax.scan(learn, state.values, jnp.arange(len(chains)))
+        cache = score_cache.add(state.cache, problem, chains, loss)
+        return state._replace(values=values, cache=cache)
+
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         """Sample and score chains, then update the table on replayed chains."""
         act_key, replay_key = jax.random.split(key)

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from jchain._typing import Array, Key
+from jchain._typing import Array, Float, Int, Key
 from jchain.engine import score_cache
 from jchain.engine.score_cache import ScoreCache
 from jchain.problem import Problem
@@ -42,6 +42,25 @@ class RandomSearch:
           problem: the problem to search.
         """
         return State(score_cache.init(problem))
+
+    def start(
+        self,
+        key: Key[Array, ""],
+        state: State,
+        problem: Problem,
+        chains: Int[Array, "S L"],
+        loss: Float[Array, "S"],
+    ) -> State:
+        """Store the losses of the starts; see `jchain.search.protocol.Startable`.
+
+        Args:
+          key: the PRNG key; not used.
+          state: the state that `init` returned.
+          problem: the problem to search.
+          chains: the starts, `[S, L]`.
+          loss: their losses, `[S]`.
+        """
+        return State(score_cache.add(state.cache, problem, chains, loss))
 
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         """Score chains that are drawn uniformly from the space.

@@ -48,11 +48,14 @@ class BudgetError(ValueError):
     Args:
       cost: the layer calls of one step.
       budget: the layer calls that the whole run may spend.
-      reserved: the part of the budget that is reserved for gradient steps.
+      reserved: the part of the budget that is not for steps of the search.
+      purpose: what this part is for.
     """
 
-    def __init__(self, cost: int, budget: int, reserved: int = 0) -> None:
-        kept = f" in addition to {reserved:,} reserved for gradient steps" if reserved else ""
+    def __init__(
+        self, cost: int, budget: int, reserved: int = 0, purpose: str = "gradient steps"
+    ) -> None:
+        kept = f" in addition to {reserved:,} for {purpose}" if reserved else ""
         super().__init__(
             f"expected a budget of at least one step, which costs {cost:,} layer calls here{kept}, "
             f"got {budget:,}"
@@ -88,6 +91,13 @@ class StopRule(NamedTuple):
     target_loss: Float[ArrayLike, ""]  # float32
 
 
+class Start(NamedTuple):
+    """The chains that were scored before the first step of a run."""
+
+    layer_calls: int
+    best_loss: float
+
+
 class Trace(NamedTuple):
     """Totals after each step of each run."""
 
@@ -96,34 +106,42 @@ class Trace(NamedTuple):
     is_counted: Bool[Array, "T S"]  # False for steps after the end and for a step over budget
 
 
-def make_results(runs: RunState, trace: Trace, budget: int) -> list[Result]:
+def make_results(
+    runs: RunState, trace: Trace, budget: int, start: Start | None = None
+) -> list[Result]:
     """Make the result of each run.
 
     Args:
       runs: the finished runs.
       trace: the trace of all steps, `[T, S]`.
       budget: the budget of each run in layer calls, for the error message.
+      start: what the chains before the first step cost and reached; None if there were none.
 
     Raises:
-      BudgetError: if the budget is smaller than the cost of one step.
+      BudgetError: if the budget is smaller than the cost of the starts and one step.
     """
     stats = jax.tree.map(np.asarray, runs.stats)
-    return [_make_result(stats, trace, i, budget) for i in range(stats.layer_calls.shape[0])]
+    return [_make_result(stats, trace, i, budget, start) for i in range(stats.layer_calls.shape[0])]
 
 
-def _make_result(all_stats: RunStats, trace: Trace, i: int, budget: int) -> Result:
+def _make_result(
+    all_stats: RunStats, trace: Trace, i: int, budget: int, start: Start | None
+) -> Result:
     """Make the result of run `i`."""
     stats = jax.tree.map(lambda leaf: leaf[i], all_stats)
     is_counted = trace.is_counted[:, i]
-    if not is_counted.any():
-        raise BudgetError(int(stats.cost), budget)
+    if stats.cost > 0 and not is_counted.any():
+        raise BudgetError(int(stats.cost), budget, start.layer_calls if start else 0, "the starts")
+    layer_calls = np.asarray(trace.layer_calls)[is_counted, i]
+    best_loss = np.asarray(trace.best_loss)[is_counted, i]
+    if start is not None:
+        layer_calls = np.append(layer_calls.dtype.type(start.layer_calls), layer_calls)
+        best_loss = np.append(best_loss.dtype.type(start.best_loss), best_loss)
     is_found = np.isfinite(stats.pool.loss)
     return Result(
         best_chain=stats.pool.chains[0],
         best_loss=float(stats.pool.loss[0]),
-        curve=Curve(
-            np.asarray(trace.layer_calls)[is_counted, i], np.asarray(trace.best_loss)[is_counted, i]
-        ),
+        curve=Curve(layer_calls, best_loss),
         finalists=stats.pool.chains[is_found],
         finalist_losses=stats.pool.loss[is_found],
         layer_calls=int(stats.layer_calls),

@@ -85,6 +85,31 @@ class TargetPropagation:
             score_cache.init(problem),
         )
 
+    def start(
+        self,
+        key: Key[Array, ""],
+        state: State,
+        problem: Problem,
+        chains: Int[Array, "S L"],
+        loss: Float[Array, "S"],
+    ) -> State:
+        """Begin at the best start; see `jchain.search.protocol.Startable`.
+
+        Args:
+          key: the PRNG key; not used.
+          state: the state that `init` returned.
+          problem: the problem to search.
+          chains: the starts, `[S, L]`.
+          loss: their losses, `[S]`.
+        """
+        best = jnp.argmin(loss)
+        return state._replace(
+            chain=chains[best],
+            loss=loss[best].astype(jnp.float32),
+            is_start=jnp.array(False),
+            cache=score_cache.add(state.cache, problem, chains, loss),
+        )
+
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         """Evaluate the edits with the best scores, and move to the best chain if it is better.
 

@@ -14,8 +14,9 @@ from jchain.pytree import pytree_dataclass, static
 from jchain.search.driver import advance_runs, check_arguments, init_runs
 from jchain.search.pool import empty_pool, merge
 from jchain.search.progress import Progress
-from jchain.search.protocol import Refreshable, Search, holds_chains
-from jchain.search.result import RunState, StopRule, Trace, make_results
+from jchain.search.protocol import Refreshable, Search
+from jchain.search.result import RunState, Start, StopRule, Trace, make_results
+from jchain.search.starts import begin_at
 from jchain.train import OPTIMIZER
 from jchain.training_loop import check_at_least_one
 from jchain.updates.clones import CloneBank
@@ -41,6 +42,7 @@ class _Rounds(NamedTuple):
     clones: CloneBank
     traces: tuple[Trace, ...]
     update_calls: int  # layer calls of gradient steps
+    start: Start | None  # the chains that were scored before the first round
 
 
 @pytree_dataclass
@@ -74,7 +76,7 @@ class CloneThenTune(UpdatePolicy):
     def apply(self, args: RunArguments) -> Outcome:
         check_arguments(args.search, args.problem, args.budget, args.num_finalists)
         training = make_training_problem(args.problem, args.train)
-        _check_problem(args.search, args.problem)
+        _check_problem(args.problem)
         reserved = reserve_for_tuning(args.problem, args.train, self.num_steps)
         check_budget(args.budget, self.num_rounds * reserved)
         start_key, *round_keys = jax.random.split(args.key, self.num_rounds + 1)
@@ -93,7 +95,7 @@ class CloneThenTune(UpdatePolicy):
                     break
         trace = jax.tree.map(lambda *leaves: np.concatenate(leaves), *rounds.traces)
         with mention_reserved_calls(reserved, args.budget):
-            result = make_results(rounds.runs, trace, args.budget)[0]
+            result = make_results(rounds.runs, trace, args.budget, rounds.start)[0]
         return Outcome(rounds.clones.bank, result, rounds.update_calls)
 
     def _start(self, key: Array, args: RunArguments) -> _Rounds:
@@ -104,7 +106,15 @@ class CloneThenTune(UpdatePolicy):
         clones = CloneBank.reserve(args.problem.bank, capacity)
         problem = args.problem.with_bank(clones.bank)
         runs = init_runs(key[None], args.search, problem, args.num_finalists)
-        return _Rounds(runs, clones, (), 0)
+        if len(args.starts) == 0:
+            return _Rounds(runs, clones, (), 0, None)
+        # The heads follow the reserved tokens.
+        num_new = clones.bank.num_layers - args.problem.bank.num_layers
+        is_head = args.starts >= args.problem.bank.num_layers
+        starts = np.where(is_head, args.starts + num_new, args.starts).astype(np.int32)
+        stop = StopRule(np.int32(args.budget), np.float32(-np.inf))
+        runs, start = begin_at(runs, args.search, problem, starts, stop)
+        return _Rounds(runs, clones, (), 0, start)
 
     def _tune_round(
         self,
@@ -133,7 +143,8 @@ class CloneThenTune(UpdatePolicy):
             chain, next_key, args, problem, runs, best, training_calls=cost
         )
         traces = (*rounds.traces, _record_totals(runs))
-        return _Rounds(runs, clones, traces, rounds.update_calls + cost), is_affordable
+        update_calls = rounds.update_calls + cost
+        return _Rounds(runs, clones, traces, update_calls, rounds.start), is_affordable
 
     def _tune_best(
         self,
@@ -164,12 +175,8 @@ def _search_round(rounds: _Rounds, args: RunArguments, budget: int, line: Progre
     return rounds._replace(runs=runs, traces=(*rounds.traces, trace))
 
 
-def _check_problem(search: Search, problem: Problem) -> None:
-    """Check that the search and the problem allow adding tokens to the bank."""
-    if holds_chains(search):
-        raise ValueError(
-            "expected a search without starts: heads get other tokens when copies join the bank"
-        )
+def _check_problem(problem: Problem) -> None:
+    """Check that the problem allows adding tokens to the bank."""
     if problem.layer_cost.ndim > 0:
         raise ValueError(
             f"expected one layer_cost for all layers, got {problem.layer_cost.shape[0]}"

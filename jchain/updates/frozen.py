@@ -17,5 +17,6 @@ class Frozen(UpdatePolicy):
             budget=args.budget,
             num_finalists=args.num_finalists,
             progress=args.progress,
+            starts=args.starts,
         )
         return Outcome(args.problem.bank, result, 0)

@@ -11,7 +11,7 @@ charged in layer calls on the problem's split (see `jchain.updates.tune.training
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,13 @@ import numpy as np
 
 from jchain._typing import Array, Int, Key, PyTree
 from jchain.bank import Bank
-from jchain.chain import PADDING
+from jchain.chain import PADDING, ChainsLike
 from jchain.data import Batch
 from jchain.problem import Problem
 from jchain.search.pool import Pool
 from jchain.search.protocol import Search
 from jchain.search.result import BudgetError, Result, RunState
+from jchain.search.starts import list_starts
 from jchain.updates import tune
 
 
@@ -46,6 +47,7 @@ class RunArguments(NamedTuple):
     budget: int
     num_finalists: int
     progress: bool
+    starts: Int[np.ndarray, "S L"]
 
 
 class UpdatePolicy:
@@ -61,6 +63,7 @@ class UpdatePolicy:
         budget: int,
         num_finalists: int = 16,
         progress: bool = False,
+        starts: ChainsLike | Literal["parents"] | None = "parents",
     ) -> Outcome:
         """Search and update weights until the budget is used up.
 
@@ -73,6 +76,8 @@ class UpdatePolicy:
             steps may cost together; never exceeded.
           num_finalists: number of finalists to keep; see `jchain.run`.
           progress: whether to show a progress line; see `jchain.run`.
+          starts: chains to score before the first step; see `jchain.run`. Where weights change
+            during the search, a start may not stay as good as it was.
 
         Returns:
           The result, the bank with its final weights, and the cost of the gradient steps.
@@ -82,8 +87,9 @@ class UpdatePolicy:
           ValueError: if `train` does not fit the bank, the budget leaves no layer calls for the
             search, or another argument is invalid; see `jchain.run`.
         """
+        rows = list_starts(problem, starts)
         return self.apply(
-            RunArguments(key, search, problem, train, budget, num_finalists, progress)
+            RunArguments(key, search, problem, train, budget, num_finalists, progress, rows)
         )
 
     def apply(self, args: RunArguments) -> Outcome:

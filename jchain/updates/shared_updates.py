@@ -82,9 +82,13 @@ class SharedUpdates(UpdatePolicy):
         training = make_training_problem(args.problem, args.train).without_names()
         key, init_key, run_key = jax.random.split(args.key, 3)
         start = dataclasses.replace(problem.bank, versions=problem.bank.get_versions())
-        carry = (init_search(search, init_key, problem), tune.start(start, self.optimizer))
+        state, start_calls = init_search(search, init_key, problem), 0
+        if len(args.starts) > 0:
+            state, calls = _refresh(search, state, problem, jnp.asarray(args.starts))
+            start_calls = int(calls)
+        carry = (state, tune.start(start, self.optimizer))
         with Progress(args.budget, is_shown=args.progress) as line:
-            trained = self._train(key, carry, args, problem, training, line)
+            trained = self._train(key, carry, start_calls, args, problem, training, line)
             final = problem.with_bank(trained.tuning.bank)
             runs = init_runs(run_key[None], search, final, args.num_finalists)
             pool = jax.tree.map(lambda leaf: leaf[0], runs.stats.pool)
@@ -101,13 +105,15 @@ class SharedUpdates(UpdatePolicy):
         self,
         key: Array,
         carry: tuple[PyTree, tune.State],
+        start_calls: int,
         args: RunArguments,
         problem: Problem,
         training: Problem,
         line: Progress,
     ) -> _Training:
         """Alternate steps of the search and gradient steps until the last part of the budget."""
-        layer_calls = update_calls = num_free = total = step_calls = 0
+        layer_calls = start_calls
+        update_calls = num_free = total = step_calls = 0
         best, counts = np.inf, np.zeros(2, np.int32)
         # Stop after too many consecutive steps that cost nothing, as jc.run does.
         while num_free < MAX_FREE_STEPS:
@@ -125,7 +131,7 @@ class SharedUpdates(UpdatePolicy):
             layer_calls, update_calls = layer_calls + total, update_calls + cost
             num_free = 0 if total else num_free + 1
             line.update(layer_calls, best)
-        if layer_calls == 0 and num_free == 0:
+        if layer_calls == start_calls and num_free == 0:
             raise ValueError(
                 f"expected a budget whose first {1 - self.final_share:.0%} pay for a step of the "
                 f"search and its gradient steps ({total} layer calls) and whose rest pays for "
@@ -146,6 +152,13 @@ def _update_bank(bank: Bank, old: Bank, trained: Bank) -> Bank:
     return dataclasses.replace(
         bank, layers=trained.layers, heads=trained.heads, versions=versions, origins=origins
     )
+
+
+@jax.jit
+def _refresh(
+    search: RefreshableSearch, state: PyTree, problem: Problem, chains: Int[Array, "S L"]
+) -> tuple[PyTree, Int[Array, ""]]:
+    return search.refresh(state, problem, chains)
 
 
 @jax.jit

@@ -57,6 +57,7 @@ class TuneFound(UpdatePolicy):
                 budget=args.budget - reserved,
                 num_finalists=args.num_finalists,
                 progress=args.progress,
+                starts=args.starts,
             )
         if not np.isfinite(result.best_loss):
             return Outcome(problem.bank, result, 0)

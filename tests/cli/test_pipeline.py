@@ -8,7 +8,6 @@ from command_line import SMALL, check_bad_checkpoint_options, check_bad_options,
 
 import jchain as jc
 from jchain.__main__ import main
-from jchain.cli import pipeline
 
 
 @pytest.mark.slow
@@ -127,13 +126,11 @@ def test_recipes_bring_the_model_to_the_number_of_blocks(models_folder):
 
 
 @pytest.mark.parametrize("max_layers", [3, 4, 5])
-def test_local_search_starts_at_the_models_and_recipes(models_folder, max_layers):
+def test_searches_begin_at_the_models_and_recipes(models_folder, max_layers):
     bank = jc.hub.load_many([models_folder / "m0", models_folder / "m1"])
     data = jc.hub.load_text(models_folder / "m0", models_folder / "text.txt", length=8)
     problem = jc.Problem(bank, data.search, max_layers)
-    other = jc.RandomSearch()
-    assert pipeline.start_at_models(other, problem) is other
-    rows = pipeline.start_at_models(jc.LocalSearch(), problem).starts.tolist()
+    rows = jc.hub.recipes.find_starts(bank, max_layers).tolist()
     starts = [tuple(token for token in row if token >= 0) for row in rows]
     assert len(set(starts)) == len(starts) == {3: 4 + 3, 4: 1 + 4, 5: 1 + 4 + 1}[max_layers]
     for parent in bank.parents:

@@ -13,7 +13,7 @@ from scripted_search import Scripted, make_scripted
 
 import jchain as jc
 from jchain.pytree import pytree_dataclass
-from jchain.search.protocol import holds_chains, is_deterministic, needs_gradient, needs_invertible
+from jchain.search.protocol import is_deterministic, needs_gradient, needs_invertible
 
 
 class Counting(Scripted):
@@ -46,13 +46,10 @@ def test_flags_of_a_search_default_to_false():
         is_deterministic,
         needs_gradient,
         needs_invertible,
-        holds_chains,
     )
     search = make_scripted([[(0, 3.0)]])
     for flag in flags:
         assert not flag(search)
-    assert holds_chains(jc.LocalSearch(starts=np.array([[0, 4, -1, -1]])))
-    assert not holds_chains(jc.LocalSearch())
 
 
 def test_the_budget_is_never_exceeded(problem):

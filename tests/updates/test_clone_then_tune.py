@@ -39,12 +39,6 @@ def test_capacity_limits_the_number_of_clones(problem):
     assert is_equal(bank.get_params(0), problem.bank.get_params(0))
 
 
-def test_a_search_with_starts_raises(problem):
-    search = jc.LocalSearch(starts=np.array([[0, 4, -1, -1]]))
-    with pytest.raises(ValueError, match="expected a search without starts"):
-        run(POLICIES["CloneThenTune"], problem, search=search)
-
-
 class Counting(jc.ActorCritic):
     num_traces = 0
 

@@ -1,5 +1,7 @@
 """One contract for all update policies. A policy that jchain exports must be listed in POLICIES."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -125,3 +127,15 @@ def test_a_layer_that_overflows_leaves_other_layers_finite(policy, two_group_pro
         assert all(
             np.isfinite(leaf).all() for leaf in jax.tree.leaves(outcome.bank.get_params(token))
         )
+
+
+@pytest.mark.parametrize("name", ["Frozen", "TuneFound", "CloneThenTune"])
+def test_policies_begin_at_the_parents_of_the_bank(name, two_group_problem):
+    bank = two_group_problem.bank
+    parent = (0, 3, bank.num_layers + 1)
+    problem = two_group_problem.with_bank(dataclasses.replace(bank, parents=(parent,)))
+    result = run(POLICIES[name], problem).result
+    chain = jc.chain.pad([parent], problem.max_layers)
+    loss = jc.evaluate(problem, chain).loss[0]
+    assert (result.curve.layer_calls[0], result.curve.best_loss[0]) == (2, pytest.approx(loss))
+    assert result.best_loss <= loss

@@ -36,7 +36,7 @@ def test_tuning_that_raises_the_loss_is_discarded(two_group_problem):
 def test_budget_errors_mention_the_calls_reserved_for_gradient_steps(problem):
     reserved = jc.updates.tune.training_cost(3, 20, 9, 5) + 3
     message = (
-        rf"costs [0-9]+ layer calls here in addition to {reserved} reserved for gradient steps, "
+        rf"costs [0-9]+ layer calls here in addition to {reserved} for gradient steps, "
         rf"got {reserved + 1}"
     )
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,101 @@
+"""Chains that are scored before the first step of a run, at which the search can begin."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jchain import chain as chain_lib
+from jchain._typing import Array, Int
+from jchain.chain import ChainsLike
+from jchain.engine.control_flow import vmap_unless_one
+from jchain.engine.evaluate import Evaluation, evaluate
+from jchain.problem import Problem
+from jchain.search.pool import merge
+from jchain.search.protocol import Search, Startable
+from jchain.search.result import RunState, Start, StopRule
+
+
+def list_starts(
+    problem: Problem, starts: ChainsLike | Literal["parents"] | None
+) -> Int[np.ndarray, "S L"]:
+    """List the chains to score before the first step of a run.
+
+    Args:
+      problem: the problem to search.
+      starts: as for `run`.
+
+    Raises:
+      ValueError: if a start is not a chain of the problem.
+    """
+    space, num_slots = problem.space, problem.max_layers + 1
+    if isinstance(starts, str):
+        if starts != "parents":
+            raise ValueError(f'expected starts to be chains, "parents", or None, got {starts!r}')
+        lengths = range(space.min_layers + 1, num_slots + 1)
+        starts = [parent for parent in problem.bank.parents if len(parent) in lengths]
+    if starts is None or (isinstance(starts, list | tuple) and len(starts) == 0):
+        return np.zeros((0, num_slots), np.int32)
+    if isinstance(starts, list | tuple) and all(isinstance(row, list | tuple) for row in starts):
+        starts = chain_lib.pad(starts, space.max_layers)  # pyright: ignore[reportArgumentType]
+    rows = space.validate(starts)
+    if len(rows) == 0:
+        return rows
+    if rows.ndim != 2:
+        raise ValueError(f"expected starts of shape [S, {num_slots}], got {list(rows.shape)}")
+    if (shortest := int((rows >= 0).sum(axis=1).min()) - 1) < space.min_layers:
+        raise ValueError(
+            f"expected starts of at least {space.min_layers} layers, got one of {shortest}"
+        )
+    return rows
+
+
+def begin_at(
+    runs: RunState,
+    search: Search,
+    problem: Problem,
+    chains: Int[np.ndarray, "S L"],
+    stop: StopRule,
+) -> tuple[RunState, Start]:
+    """Score chains once, charge them to every run, and let the search begin at them.
+
+    Args:
+      runs: the runs, from `init_runs`.
+      search: the search.
+      problem: the problem to search.
+      chains: the starts, `[S, L]`.
+      stop: the rule that ends each run.
+    """
+    problem = problem.without_names()
+    out = evaluate(problem, chains)
+    runs = _begin_at(runs, search, problem, problem.put(chains), out, stop)
+    return runs, Start(int(out.layer_calls), float(jnp.min(out.loss)))
+
+
+@jax.jit
+def _begin_at(
+    runs: RunState,
+    search: Search,
+    problem: Problem,
+    chains: Int[Array, "S L"],
+    out: Evaluation,
+    stop: StopRule,
+) -> RunState:
+    def begin_one(run: RunState) -> RunState:
+        key, state, stats = run
+        if isinstance(search, Startable):
+            key, start_key = jax.random.split(key)
+            made = search.start(start_key, state, problem, chains, out.loss)
+            state = jax.tree.map(lambda new, old: new.astype(old.dtype), made, state)
+        pool = merge(stats.pool, chains, out.loss)
+        stats = stats._replace(
+            pool=pool,
+            layer_calls=stats.layer_calls + out.layer_calls.astype(jnp.int32),
+            num_scored=stats.num_scored + len(chains),
+            num_nonfinite=stats.num_nonfinite + out.num_nonfinite.astype(jnp.int32),
+            is_over=pool.loss[0] <= stop.target_loss,
+        )
+        return RunState(key, state, stats)
+
+    return vmap_unless_one(begin_one, runs)
