@@ -16,4 +16,8 @@ else:
         Array = Any
         Bool = Float = Int = Key = PyTree = Shaped = UInt = _Unchecked
 
-__all__ = ["Array", "Bool", "Float", "Int", "Key", "PyTree", "Shaped", "UInt"]
+# Examples or activations of a batch: one array, or a pytree of arrays (several inputs, a stream
+# beside a mask), each with the examples on its leading axis.
+Activations = PyTree[Shaped[Array, "B ..."]]
+
+__all__ = ["Activations", "Array", "Bool", "Float", "Int", "Key", "PyTree", "Shaped", "UInt"]

@@ -11,11 +11,11 @@ from flax import traverse_util
 
 from jchain import chain as chain_lib
 from jchain import files
-from jchain._typing import Array, Int, PyTree, Shaped
+from jchain._typing import Activations, Array, Int, PyTree
 from jchain.groups import (
     LayerGroup,
     add_copies,
-    check_keeps_shape,
+    check_input_shape,
     check_same_stem,
     describe_groups,
     group_by_module,
@@ -84,11 +84,11 @@ class Bank(Picklable):
         """The number of head tokens, K."""
         return sum(len(group.tokens) for group in self.heads)
 
-    def embed(self, x: Shaped[Array, "B ..."]) -> Array:
+    def embed(self, x: Activations) -> PyTree:
         """Apply the stem to raw input, which gives the input of the first layer of a chain.
 
         Args:
-          x: a batch of raw input, `[B, ...]`.
+          x: a batch of raw input, `[B, ...]`, or a pytree of such arrays.
         """
         if self.stem is None:
             return x
@@ -128,7 +128,7 @@ class Bank(Picklable):
         *,
         stem: object = None,
         stem_params: PyTree = None,
-        input_shape: Sequence[int] | None = None,
+        input_shape: PyTree = None,
         names: Sequence[str] | None = None,
         origins: Sequence[str] | None = None,
         parents: Sequence[Sequence[int]] = (),
@@ -140,7 +140,7 @@ class Bank(Picklable):
 
         Args:
           layer: the module of all layers, or one module per layer. A layer's output must have the
-            shape and dtype of its input.
+            shape and dtype of its input, which may be a pytree of arrays.
           layer_params: for each layer, `layer.init(key, x)["params"]`, or all of
             `layer.init(key, x)` if it has other collections, such as `batch_stats`; any pytree for
             a function; None for an nnx module. None if all layers are nnx modules.
@@ -149,7 +149,9 @@ class Bank(Picklable):
           stem: fixed module that maps raw input to the layers' input; None for the identity.
           stem_params: as for a layer.
           input_shape: the shape of the first layer's input, without the batch dimension, to check
-            the layers at once; None leaves the check to `Problem`, which has data.
+            the layers at once. If layers map a pytree of arrays, a pytree of shapes, or of
+            `jax.ShapeDtypeStruct` for arrays that are not float32, also without the batch
+            dimension. None leaves the check to `Problem`, which has data.
           names: names of layers, or of layers and heads; `layer0`, ..., `head0`, ... by default.
           origins: for each layer and head, a few words about where its weights come from.
           parents: the nets that the layers come from, each as a chain: layer tokens, then a head.
@@ -180,10 +182,7 @@ class Bank(Picklable):
         )
         bank._check()
         if input_shape is not None:
-            # Two examples: a layer that only fits one would mix them.
-            x = jax.ShapeDtypeStruct((2, *input_shape), jnp.float32)
-            for group in bank.layers:
-                check_keeps_shape(group, x, bank.names, allow_other_dtype=True)
+            check_input_shape(bank.layers, input_shape, bank.names)
         return bank
 
     @staticmethod

@@ -7,15 +7,17 @@ Weights are trained on `train`, searches see only `search`, finalists are re-ran
 import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
 from jchain import images
-from jchain._typing import Array, Shaped
-from jchain.pytree import describe_type, get_first_line
+from jchain._typing import Activations, Array, PyTree, Shaped
+from jchain.modules.activations import is_floating, is_one_array
+from jchain.pytree import describe_type, get_first_line, pick
 
 # Fractions of the examples that go to train, search, select, and test.
 SHARES = (0.5, 0.2, 0.15, 0.15)
@@ -24,14 +26,17 @@ SPLITS = ("train", "search", "select", "test")
 EVALUATION_SPLITS = SPLITS[1:]
 
 
-# Examples [B, ...F] and integer labels [B].
-_Arrays = tuple[np.ndarray, np.ndarray]
+# Examples [B, ...F], or a pytree of such arrays, and integer labels [B].
+_Arrays = tuple[PyTree, np.ndarray]
+# The mean and the standard deviation of each feature.
+_Scale = tuple[np.ndarray | np.floating | float, np.ndarray | np.floating | float]
+T = TypeVar("T")
 
 
 class Batch(NamedTuple):
     """Examples and their labels."""
 
-    x: Shaped[Array, "B ..."]  # [B, ...F]
+    x: Activations  # [B, ...F], or a pytree of such arrays, if an example has several inputs
     y: Shaped[Array, "B ..."]  # [B], integer classes, or other targets if the loss takes them
 
 
@@ -42,14 +47,39 @@ def read_batch(data: object) -> Batch:
       data: what a user passes as a split.
 
     Raises:
-      ValueError: if it is not a pair of arrays.
+      ValueError: if it is not a pair of an array, or a pytree of arrays, and an array.
     """
     if not isinstance(data, tuple | list) or len(data) != 2:
         raise ValueError(
             "expected one split of data, such as data.search or jc.Batch(x, y), got "
             f"{describe_type(data)}"
         )
-    return Batch(*(_as_array(value, name) for value, name in zip(data, ("x", "y"), strict=True)))
+    x, y = data[0], _as_array(data[1], "y")
+    return Batch(_map_inputs(_as_array, x, y.shape[:1]), y)
+
+
+def _map_inputs(convert_fn: Callable[[object, str], T], x: object, size: tuple[int, ...]) -> T:
+    """Convert each input of the examples, with its name, such as `x['mask']`.
+
+    A container of arrays holds one input per array if each has the given number of examples. Lists
+    and tuples of anything else are the rows of a single array.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(x, is_leaf=_has_only_numbers)
+    if not leaves or jax.tree_util.treedef_is_leaf(structure):
+        return convert_fn(x, "x")
+    if isinstance(x, tuple | list) and any(np.shape(leaf)[:1] != size for _, leaf in leaves):
+        try:
+            return convert_fn(x, "x")
+        except ValueError:  # inputs of different sizes: `check_lengths` names the wrong one
+            pass
+    converted = [convert_fn(leaf, f"x{jax.tree_util.keystr(path)}") for path, leaf in leaves]
+    return structure.unflatten(converted)
+
+
+def _has_only_numbers(node: object) -> bool:
+    """Return whether a node is a list or tuple of numbers, perhaps nested, but of no array."""
+    is_sequence = isinstance(node, tuple | list) and len(node) > 0
+    return is_sequence and not any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(node))
 
 
 def _as_array(value: object, name: str) -> Array:
@@ -71,11 +101,12 @@ def check_lengths(data: Batch) -> None:
       ValueError: if there are no examples, or the numbers of examples and labels differ.
     """
     x, y = data
-    if x.ndim == 0 or x.shape[0] == 0 or y.shape[:1] != x.shape[:1]:
-        raise ValueError(
-            "expected at least one example and one label per example, "
-            f"got x {list(x.shape)} and y {list(y.shape)}"
-        )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(x):
+        if leaf.ndim == 0 or leaf.shape[0] == 0 or y.shape[:1] != leaf.shape[:1]:
+            raise ValueError(
+                "expected at least one example and one label per example, got "
+                f"x{jax.tree_util.keystr(path)} {list(leaf.shape)} and y {list(y.shape)}"
+            )
 
 
 class Dataset(NamedTuple):
@@ -175,7 +206,7 @@ def load(
 
 
 def split(
-    x: np.ndarray,
+    x: PyTree,
     y: np.ndarray,
     *,
     seed: int = 0,
@@ -183,14 +214,16 @@ def split(
     name: str = "data",
     test: _Arrays | None = None,
     sizes: Sequence[int] | None = None,
-    statistics: tuple[np.ndarray | float, np.ndarray | float] | None = None,
+    statistics: tuple[PyTree, PyTree] | None = None,
 ) -> Dataset:
     """Split and standardize your own examples, as `load` does.
 
-    Each feature (each channel, for images `[B, H, W, C]`) is standardized independently.
+    Each feature (each channel, for images `[B, H, W, C]`) is standardized independently. If an
+    example has several inputs, those of integers and booleans, such as positions and masks, stay as
+    they are.
 
     Args:
-      x: examples, `[B, ...F]`.
+      x: examples, `[B, ...F]`, or a pytree of such arrays, such as a dict of the inputs.
       y: integer labels `0..C-1`, `[B]`, or other targets: numbers `[B]` or `[B, ...]`, such as
         those of a regression, or several labels per example, `[B, C]` of 0 and 1. Integers `[B]`
         are labels, and every class is in every split; other targets are split at random.
@@ -203,12 +236,12 @@ def split(
       sizes: number of examples in each of the four splits, drawn in proportion to the classes; if
         None, all examples are used. Not with `groups`.
       statistics: mean and standard deviation of each feature or channel, to standardize with; those
-        of `train` if None.
+        of `train` if None. For several inputs, both are pytrees like `x`, or one number for all.
 
     Raises:
-      ValueError: if lengths differ, labels are negative or not numbers, values are not finite, a
-        class has too few examples or there are too few groups to be in every split, or `sizes` asks
-        for more examples than there are.
+      ValueError: if lengths differ, `test` has other inputs than `x`, labels are negative or not
+        numbers, values are not finite, a class has too few examples or there are too few groups to
+        be in every split, or `sizes` asks for more examples than there are.
     """
     sources = [_check(x, y)] if test is None else [_check(x, y), _check(*test)]
     is_labels = sources[0][1].ndim == 1 and np.issubdtype(sources[0][1].dtype, np.integer)
@@ -232,36 +265,70 @@ def split(
             (i, take_stratified(classes[i], part, n, rng))
             for (i, part), n in zip(parts, sizes, strict=True)
         ]
-    train = sources[0][0][parts[0][1]]
-    # All positions of an image share the statistics of their channel.
-    axes, dtype = ((0, 1, 2), np.float64) if train.ndim == 4 else (0, np.float32)
-    own = (fn(train, axis=axes, dtype=dtype).astype(np.float32) for fn in (np.mean, np.std))
-    mean, std = own if statistics is None else statistics
-    # The standard deviation of a constant feature is only rounding error. Dividing by it would
-    # give huge values in other splits.
-    is_constant = np.equal(train.max(axis=axes), train.min(axis=axes)) & (statistics is None)
-    std = np.where((std > 0) & ~is_constant, std, 1)
+    train, structure = pick(sources[0][0], parts[0][1]), jax.tree.structure(sources[0][0])
+    if (found := jax.tree.structure(sources[-1][0])) != structure:
+        raise ValueError(f"expected test with the inputs of x, {structure}, got {found}")
+    scales = _choose_scales(train, statistics)
 
     def take(source: int, rows: np.ndarray) -> Batch:
         x, y = sources[source]
+        inputs = zip(jax.tree.leaves(x), scales, strict=True)
         return Batch(
-            jnp.asarray((x[rows] - mean) / std, jnp.float32),
+            structure.unflatten([_standardize(leaf[rows], scale) for leaf, scale in inputs]),
             jnp.asarray(y[rows], jnp.int32 if is_labels else jnp.float32),
         )
 
     return Dataset(*(take(*part) for part in parts), name=name, num_classes=num_classes)
 
 
-def _check(x: npt.ArrayLike, y: npt.ArrayLike) -> _Arrays:
-    x, y = np.asarray(x), np.asarray(y)
-    if not np.issubdtype(x.dtype, np.number) and x.dtype != bool:
-        raise ValueError(f"expected examples that are numbers, got {x.dtype}")
-    # Keep byte images as bytes until a split takes them, because they need a quarter of the memory.
-    x = x if x.dtype == np.uint8 else x.astype(np.float32)
-    if y.ndim == 0 or y.shape[:1] != x.shape[:1]:
-        raise ValueError(
-            f"expected one label per example, got x {list(x.shape)} and y {list(y.shape)}"
-        )
+def _choose_scales(train: PyTree, statistics: tuple[PyTree, PyTree] | None) -> list[_Scale | None]:
+    """Return the scale of each input, and None for inputs that stay as they are."""
+    inputs = jax.tree.leaves(train)
+    given = [statistics] * len(inputs)
+    if statistics is not None and not is_one_array(train):
+        parts = (jax.tree.leaves(jax.tree.broadcast(part, train)) for part in statistics)
+        given = [*zip(*parts, strict=True)]
+    return [
+        _choose_scale(leaf, own) if is_one_array(train) or is_floating(leaf) else None
+        for leaf, own in zip(inputs, given, strict=True)
+    ]
+
+
+def _choose_scale(train: np.ndarray, statistics: _Scale | None) -> _Scale:
+    """Return the mean and standard deviation of each feature, which is 1 where it would be 0."""
+    if statistics is not None:
+        mean, std = statistics
+        return mean, np.where(std > 0, std, 1)
+    # All positions of an image share the statistics of their channel.
+    axes, dtype = ((0, 1, 2), np.float64) if train.ndim == 4 else (0, np.float32)
+    mean, std = (fn(train, axis=axes, dtype=dtype).astype(np.float32) for fn in (np.mean, np.std))
+    # The standard deviation of a constant feature is only rounding error. Dividing by it would
+    # give huge values in other splits.
+    is_constant = np.equal(train.max(axis=axes), train.min(axis=axes))
+    return mean, np.where((std > 0) & ~is_constant, std, 1)
+
+
+def _standardize(x: np.ndarray, scale: _Scale | None) -> Array:
+    if scale is None:
+        return jnp.asarray(x)
+    mean, std = scale
+    return jnp.asarray((x - mean) / std, jnp.float32)
+
+
+def _check(x: object, y: npt.ArrayLike) -> _Arrays:
+    y = np.asarray(y)
+    x = _map_inputs(_check_numbers, x, y.shape[:1])
+    if is_one_array(x):
+        # Keep byte images as bytes until a split takes them: they need a quarter of the memory.
+        x = x if x.dtype == np.uint8 else x.astype(np.float32)
+    else:
+        x = jax.tree.map(lambda leaf: leaf.astype(np.float32) if is_floating(leaf) else leaf, x)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(x):
+        if y.ndim == 0 or y.shape[:1] != leaf.shape[:1]:
+            raise ValueError(
+                f"expected one label per example, got x{jax.tree_util.keystr(path)} "
+                f"{list(leaf.shape)} and y {list(y.shape)}"
+            )
     if y.dtype == bool:
         y = y.astype(np.float32 if y.ndim > 1 else np.int32)
     if not np.issubdtype(y.dtype, np.number) or np.iscomplexobj(y):
@@ -269,11 +336,19 @@ def _check(x: npt.ArrayLike, y: npt.ArrayLike) -> _Arrays:
             f"expected integer labels 0..C-1, or targets that are numbers, got {y.dtype}: number "
             "the classes, for example with np.unique(y, return_inverse=True)[1]"
         )
-    if not np.isfinite(x).all() or not np.isfinite(y).all():
+    if not all(np.isfinite(leaf).all() for leaf in (*jax.tree.leaves(x), y)):
         raise ValueError("expected finite examples and targets, got nan or infinity")
     if y.ndim == 1 and np.issubdtype(y.dtype, np.integer) and y.min() < 0:
         raise ValueError(f"expected integer labels 0..C-1, got {y.dtype} from {y.min()}")
     return x, y
+
+
+def _check_numbers(value: object, name: str) -> np.ndarray:
+    x = np.asarray(value)
+    if not np.issubdtype(x.dtype, np.number) and x.dtype != bool:
+        where = "" if name == "x" else f" at {name}"
+        raise ValueError(f"expected examples that are numbers, got {x.dtype}{where}")
+    return x
 
 
 def _count_classes(labels: Sequence[np.ndarray]) -> int:

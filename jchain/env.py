@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jchain._typing import Array, Bool, Float, Int, Shaped
+from jchain._typing import Activations, Array, Bool, Float, Int, PyTree
 from jchain.chain import PADDING
 from jchain.engine.layer_calls import apply_all, apply_token, evaluate_heads
 from jchain.problem import Problem
-from jchain.pytree import is_concrete
+from jchain.pytree import is_concrete, pick
 
 
 class State(NamedTuple):
@@ -25,7 +25,8 @@ class State(NamedTuple):
     chain: Int[Array, "L"]  # [L], the tokens taken so far, then -1
     length: Int[Array, ""]  # number of layers taken so far
     is_done: Bool[Array, ""]  # True after a head was taken
-    hidden: Shaped[Array, "B ..."]  # [B, ...F], activations of the prefix on the whole split
+    # [B, ...F], activations of the prefix on the whole split, or a pytree of such arrays
+    hidden: Activations
 
 
 def reset(problem: Problem) -> State:
@@ -84,11 +85,11 @@ def step(problem: Problem, state: State, action: Int[Array, ""]) -> tuple[State,
     )
     chain = jnp.where(is_layer | is_head, state.chain.at[state.length].set(action), state.chain)
 
-    def end_reward(token: Array, hidden: Array) -> Array:
+    def end_reward(token: Array, hidden: PyTree) -> Array:
         loss = head_loss(problem, token, hidden) + problem.layer_penalty(chain)
         return jnp.where(jnp.isfinite(loss), -loss, -jnp.inf)
 
-    def no_reward(token: Array, hidden: Array) -> Array:
+    def no_reward(token: Array, hidden: PyTree) -> Array:
         return jnp.zeros_like(jax.eval_shape(end_reward, token, hidden))
 
     reward = jax.lax.cond(is_head, end_reward, no_reward, action, hidden)
@@ -123,30 +124,32 @@ def append_heads(
     return jnp.where((jnp.arange(chain.size) == length)[None], heads[:, None], chain[None])
 
 
-def head_loss(
-    problem: Problem, head: Int[Array, ""], hidden: Shaped[Array, "B ..."]
-) -> Float[Array, ""]:
+def head_loss(problem: Problem, head: Int[Array, ""], hidden: Activations) -> Float[Array, ""]:
     """Compute the loss of one head, without the layer penalty.
 
     Args:
       problem: the problem whose heads, labels, and loss are used.
       head: the token of the head.
-      hidden: the activations of the prefix on the whole split, `[B, ...F]`.
+      hidden: the activations of the prefix on the whole split, `[B, ...F]`, or a pytree of such
+        arrays.
     """
     call = jax.vmap(partial(apply_token, problem.bank.heads, head))
-    return evaluate_heads(problem, call, hidden[None])[0][0]
+    return evaluate_heads(problem, call, pick(hidden, None))[0][0]
 
 
-def head_losses(problem: Problem, hidden: Shaped[Array, "B ..."]) -> Float[Array, "K"]:
+def head_losses(problem: Problem, hidden: Activations) -> Float[Array, "K"]:
     """Compute the loss of each head, `[K]`, without the layer penalty.
 
     Args:
       problem: the problem whose heads, labels, and loss are used.
-      hidden: the activations of the prefix on the whole split, `[B, ...F]`.
+      hidden: the activations of the prefix on the whole split, `[B, ...F]`, or a pytree of such
+        arrays.
     """
-    return evaluate_heads(
-        problem, lambda hidden: apply_all(problem.bank.heads, hidden[0]), hidden[None]
-    )[0]
+
+    def call(hidden: PyTree) -> Array:
+        return apply_all(problem.bank.heads, pick(hidden, 0))
+
+    return evaluate_heads(problem, call, pick(hidden, None))[0]
 
 
 def _check_legal(problem: Problem, state: State, action: int) -> None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 from collections.abc import Sequence
+from numbers import Integral
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,9 @@ import numpy as np
 
 from jchain._typing import Array, Int, PyTree
 from jchain.modules import (
-    ArrayOrShape,
     Module,
     apply_module,
+    check_is_array,
     check_layer,
     convert,
     describe_module,
@@ -20,7 +22,7 @@ from jchain.modules import (
     split_variables,
 )
 from jchain.modules.pickling import Picklable
-from jchain.pytree import describe_type, get_first_line, pytree_dataclass, static
+from jchain.pytree import describe_type, get_first_line, pick, pytree_dataclass, static
 
 
 @pytree_dataclass
@@ -46,23 +48,23 @@ class LayerGroup(Picklable):
             f"LayerGroup({len(self.tokens)} {describe_module(self.module)}, tokens {self.tokens})"
         )
 
-    def apply(self, index: Int[Array, ""] | int, x: Array) -> Array:
+    def apply(self, index: Int[Array, ""] | int, x: PyTree) -> PyTree:
         """Apply one member to a batch.
 
         Args:
           index: index of the member in the group, which is not its token.
-          x: the activations of a batch, `[B, ...F]`.
+          x: the activations of a batch, `[B, ...F]`, or a pytree of such arrays.
         """
         params, state = pick((self.params, self.state), self._locate(index))
         return apply_module(self.module, params, state, x)
 
-    def apply_params(self, index: Int[Array, ""] | int, params: PyTree, x: Array) -> Array:
+    def apply_params(self, index: Int[Array, ""] | int, params: PyTree, x: PyTree) -> PyTree:
         """Apply one member with other params, for example to differentiate them.
 
         Args:
           index: index of the member in the group.
           params: the params to apply instead of the member's own.
-          x: the activations of a batch, `[B, ...F]`.
+          x: the activations of a batch, `[B, ...F]`, or a pytree of such arrays.
         """
         return apply_module(self.module, params, pick(self.state, self._locate(index)), x)
 
@@ -221,54 +223,83 @@ def add_copies(group: LayerGroup, tokens: Sequence[int]) -> LayerGroup:
     return LayerGroup(params, group.module, (*group.tokens, *tokens), state)
 
 
-def pick(params: PyTree, index: Array | np.ndarray | int | tuple[int, ...]) -> PyTree:
-    """Pick the params of one or several members from a stack.
-
-    Args:
-      params: the stacked params, with leaves `[n, ...]`.
-      index: the index of a member, or an array of indices.
-    """
-    return jax.tree.map(lambda leaf: leaf[index], params)
-
-
 def check_keeps_shape(
     group: LayerGroup,
-    x: ArrayOrShape,
+    x: PyTree,
     names: Sequence[str] = (),
     *,
     allow_other_dtype: bool = False,
 ) -> None:
-    """Check that a group's layers have an output of the shape and dtype of their input.
+    """Check that a group's layers have an output of the structure and shapes of their input.
 
     Args:
       group: the group of layers to check.
-      x: a batch of input, or its shape and dtype.
+      x: a batch of input, one array or a pytree of arrays, or their shapes and dtypes.
       names: the names of the bank's tokens, for errors; empty if there are none.
-      allow_other_dtype: whether the output may have another dtype, so that only shapes must agree.
+      allow_other_dtype: whether the output may have other dtypes, so that only shapes must agree.
 
     Raises:
-      ValueError: if the output has another shape or dtype, the module does not accept the input, or
-        it needs collections of variables that the bank does not have.
+      ValueError: if the output has another structure, shape, or dtype, the module does not accept
+        the input, or it needs collections of variables that the bank does not have.
     """
     name, (params, state) = describe_member(group, names), pick(_get_trees(group), 0)
     check_layer(group.module, params, state, x, name, allow_other_dtype=allow_other_dtype)
 
 
-def infer_group_output(
-    group: LayerGroup, x: ArrayOrShape, names: Sequence[str] = ()
-) -> jax.ShapeDtypeStruct:
-    """Return the shape and dtype of the output of a group's members.
+def check_input_shape(
+    groups: Sequence[LayerGroup], input_shape: PyTree, names: Sequence[str] = ()
+) -> None:
+    """Check that layers keep the shapes of their input, before there is data.
 
     Args:
-      group: the group of layers or heads.
-      x: a batch of input, or its shape and dtype.
+      groups: the groups of layers to check.
+      input_shape: the shape of the input without the batch dimension, or a pytree with a shape or a
+        `jax.ShapeDtypeStruct` for each array. A tuple or list of integers is a shape, of float32.
       names: the names of the bank's tokens, for errors; empty if there are none.
 
     Raises:
-      ValueError: as for `jchain.modules.infer_output`.
+      ValueError: if `input_shape` has other leaves, or as for `check_keeps_shape`.
+    """
+
+    def make_batch(shape: object) -> jax.ShapeDtypeStruct:
+        dtype = jnp.float32
+        if isinstance(shape, jax.ShapeDtypeStruct):
+            shape, dtype = shape.shape, shape.dtype
+        if not _is_shape(shape):
+            raise ValueError(
+                "expected input_shape as a tuple of integers, or a pytree of such tuples and of "
+                f"jax.ShapeDtypeStruct, got {describe_type(shape)}"
+            )
+        # Two examples: a layer that only fits one would mix them.
+        return jax.ShapeDtypeStruct((2, *shape), dtype)
+
+    x = jax.tree.map(make_batch, input_shape, is_leaf=_is_shape)
+    for group in groups:
+        check_keeps_shape(group, x, names, allow_other_dtype=True)
+
+
+def _is_shape(value: object) -> TypeGuard[tuple[int, ...] | list[int]]:
+    """Return whether a value is one shape, and not a container of shapes."""
+    return isinstance(value, tuple | list) and all(isinstance(size, Integral) for size in value)
+
+
+def infer_head_output(
+    group: LayerGroup, x: PyTree, names: Sequence[str] = ()
+) -> jax.ShapeDtypeStruct:
+    """Return the shape and dtype of the output of a group's heads.
+
+    Args:
+      group: the group of heads.
+      x: a batch of input, one array or a pytree of arrays, or their shapes and dtypes.
+      names: the names of the bank's tokens, for errors; empty if there are none.
+
+    Raises:
+      ValueError: if the output is not one array, or as for `jchain.modules.infer_output`.
     """
     name, (params, state) = describe_member(group, names), pick(_get_trees(group), 0)
-    return infer_output(group.module, params, state, x, name)
+    out = infer_output(group.module, params, state, x, name)
+    check_is_array(out, name)
+    return out
 
 
 def describe_member(group: LayerGroup, names: Sequence[str]) -> str:

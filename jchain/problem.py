@@ -16,9 +16,10 @@ from jchain._typing import Array, Float, Int, PyTree
 from jchain.bank import Bank
 from jchain.chain import ChainSpace
 from jchain.data import Batch, check_lengths, read_batch
-from jchain.groups import check_keeps_shape, infer_group_output
+from jchain.groups import check_keeps_shape, infer_head_output
 from jchain.modules import check_output_function, check_stem
-from jchain.pytree import describe_type, is_concrete, pytree_dataclass, static
+from jchain.modules.activations import count_examples, describe_shapes
+from jchain.pytree import describe_type, is_concrete, pick, pytree_dataclass, static
 
 
 @pytree_dataclass
@@ -30,7 +31,8 @@ class Problem:
 
     Attributes:
       bank: the layers and heads that chains are built from.
-      data: the data split used by this problem.
+      data: the data split used by this problem. If its examples have several inputs, they are a
+        pytree of arrays, such as a dict.
       max_layers: maximum number of layers in a chain; chains have `L = max_layers + 1` slots.
       loss_fn: function `(outputs [B, ...], y [B, ...]) -> [B, ...]`; its values are averaged over
         all axes, and lower is better. By default softmax cross-entropy with integer labels, in
@@ -49,9 +51,9 @@ class Problem:
 
     Raises:
       ValueError: if `max_layers` or `min_layers` is invalid, the split is empty, examples or layer
-        costs are not finite, the stem does not accept the data, a layer changes the shape of its
-        input, heads differ in the shape of their output, labels are outside the heads' classes, or
-        the loss function fails.
+        costs are not finite, the stem does not accept the data, a layer changes the structure or
+        shape of its input, heads differ in the shape of their output, labels are outside the heads'
+        classes, or the loss function fails.
     """
 
     bank: Bank
@@ -66,10 +68,12 @@ class Problem:
     accuracy_fn: Callable[[Array, Array], Array] | None = static(default=None)
 
     def __repr__(self) -> str:
-        x = self.data.x if isinstance(self.data, Batch) else None
+        leaves = jax.tree.leaves(self.data.x) if isinstance(self.data, Batch) else []
         examples = "..."  # JAX may put placeholders into leaves
-        if isinstance(x, jax.Array) and x.ndim > 0:
-            examples = f"{x.shape[0]} examples {x.dtype}{list(x.shape[1:])}"
+        if leaves and all(isinstance(leaf, jax.Array) and leaf.ndim > 0 for leaf in leaves):
+            x = self.data.x
+            one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), x)
+            examples = f"{count_examples(x)} examples {describe_shapes(one)}"
         layers = f"max_layers={self.max_layers}, min_layers={self.min_layers}"
         return f"Problem({self.bank!r}, {examples}, {layers})"
 
@@ -98,7 +102,7 @@ class Problem:
         for group in self.bank.layers:
             check_keeps_shape(group, hidden, self.bank.names)
         names = self.bank.names
-        outputs = [infer_group_output(group, hidden, names) for group in self.bank.heads]
+        outputs = [infer_head_output(group, hidden, names) for group in self.bank.heads]
         shapes = [list(output.shape) for output in outputs]
         if any(shape != shapes[0] for shape in shapes):
             raise ValueError(f"expected heads of one output shape, got {shapes}")
@@ -111,8 +115,9 @@ class Problem:
         x, y = self.data
         if is_concrete(self.layer_cost) and not bool(jnp.isfinite(self.layer_cost).all()):
             raise ValueError("expected a finite layer_cost, got nan or infinity")
-        if jnp.issubdtype(x.dtype, jnp.floating) and not bool(jnp.isfinite(x).all()):
-            raise ValueError("expected finite examples, got nan or infinity")
+        for leaf in jax.tree.leaves(x):
+            if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
+                raise ValueError("expected finite examples, got nan or infinity")
         is_classes = self.loss_fn is optax.softmax_cross_entropy_with_integer_labels
         num_classes = outputs.shape[-1]
         if is_classes and (int(y.min()) < 0 or int(y.max()) >= num_classes):
@@ -169,7 +174,7 @@ class Problem:
         Args:
           rows: the examples to keep, as indices or a slice.
         """
-        return self._replace("data", Batch(self.data.x[rows], self.data.y[rows]))
+        return self._replace("data", Batch(*pick((self.data.x, self.data.y), rows)))
 
     def with_bank(self, bank: Bank) -> "Problem":
         """Return the problem with another bank and the same `layer_cost`.

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from jchain._typing import PyTree
+
 T = TypeVar("T")
 
 
@@ -60,6 +62,16 @@ def is_concrete(tree: object) -> bool:
       tree: any pytree.
     """
     return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def pick(tree: PyTree, index: object) -> PyTree:
+    """Index the leading axis of every leaf, for example to take some rows of each.
+
+    Args:
+      tree: a pytree of arrays, or a single array.
+      index: what to index the arrays with: a number, a slice, an array of indices, or a tuple.
+    """
+    return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
 def get_first_line(error: Exception) -> str:

@@ -16,9 +16,8 @@ import optax
 from jchain._typing import Array, Key, PyTree
 from jchain.bank import Bank
 from jchain.data import Batch, read_batch
-from jchain.groups import pick
 from jchain.modules import apply_module, check_stem, split_variables
-from jchain.pytree import describe_type
+from jchain.pytree import describe_type, pick
 from jchain.training_loop import BATCH_SIZE as BATCH_SIZE
 from jchain.training_loop import (
     CROSS_ENTROPY,
@@ -384,7 +383,7 @@ def _train_bank(
     x = given.x
     if stem is not None:
         x = apply_module(stem, *split_variables(stem, stem_params), x)
-    batch = Batch(jnp.asarray(x), given.y)
+    batch = Batch(jax.tree.map(jnp.asarray, x), given.y)
     check_training(batch, recipe)
     weights = train_weights(jax.random.split(key, num_nets), batch, recipe)
     names, parents = _name_tokens(recipe, nets)

@@ -19,11 +19,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jchain._typing import Array, Float, Int, Key, PyTree
+from jchain._typing import Activations, Array, Float, Int, Key, PyTree
 from jchain.data import Batch, check_lengths
-from jchain.groups import pick
-from jchain.modules import apply_module, check_output_function, describe_module
-from jchain.pytree import get_first_line, is_concrete
+from jchain.modules import (
+    apply_module,
+    check_is_array,
+    check_output_function,
+    check_same_shapes,
+    describe_input,
+    describe_module,
+)
+from jchain.modules.activations import put_floating, take_floating
+from jchain.pytree import get_first_line, is_concrete, pick
 
 OPTIMIZER = optax.adamw(1e-3, weight_decay=0.1)
 BATCH_SIZE = 128
@@ -71,7 +78,7 @@ class _Carry(NamedTuple):
 class _Draw(NamedTuple):
     """The random choices of one step."""
 
-    x: Array  # [b, ...F], the minibatch
+    x: Activations  # [b, ...F], the minibatch, or a pytree of such arrays
     labels: Array  # [b]
     route: Int[Array, "D"]  # [D], the layers in order
     head: Int[Array, ""]
@@ -153,9 +160,10 @@ def _train_step_by_step(key: Array, data: Batch, recipe: Recipe) -> Weights:
 def _init(key: Array, data: Batch, recipe: Recipe) -> tuple[_Carry, Key[Array, "S T"]]:
     """Return the initial carry, and the keys of the steps that lead to each snapshot."""
     layer_key, head_key, step_key = jax.random.split(key, 3)
+    example = pick(data.x, slice(1))
     layers, heads = (
         tuple(
-            jax.vmap(lambda k, module=module: module.init(k, data.x[:1]).get("params", {}))(
+            jax.vmap(lambda k, module=module: module.init(k, example).get("params", {}))(
                 keys[i :: len(modules)]
             )
             for i, module in enumerate(modules)
@@ -210,7 +218,8 @@ def _draw(key: Array, data: Batch, recipe: Recipe) -> _Draw:
     if recipe.is_routed:
         route = jax.random.randint(layer_key, (recipe.depth,), 0, recipe.num_layers, jnp.int32)
         head = jax.random.randint(head_key, (), 0, recipe.num_heads, jnp.int32)
-    return _Draw(data.x[rows], data.y[rows], route, head)
+    x, labels = pick((data.x, data.y), rows)
+    return _Draw(x, labels, route, head)
 
 
 _draw_once = jax.jit(_draw, static_argnames="recipe")
@@ -233,11 +242,11 @@ def _apply_member(
     params: tuple[PyTree, ...],
     turn: Array | int,
     member: Array,
-    x: Array,
-) -> Array:
+    x: Activations,
+) -> PyTree:
     """Apply a member of module number `turn`, without a branch if `turn` is a Python int."""
 
-    def make_branch(module: nn.Module, stack: PyTree) -> Callable[[Array, Array], Array]:
+    def make_branch(module: nn.Module, stack: PyTree) -> Callable[[Array, PyTree], PyTree]:
         return lambda index, x: apply_module(module, pick(stack, index), None, x)
 
     branches = [make_branch(*pair) for pair in zip(modules, params, strict=True)]
@@ -270,17 +279,24 @@ def _step_in_parts(carry: _Carry, key: Array, data: Batch, recipe: Recipe) -> _C
 
 
 # A function from the gradient of a call's output to the gradients of its weights and input.
-_PullFn = Callable[[Array], tuple[PyTree, Array]]
+_PullFn = Callable[[PyTree], tuple[PyTree, PyTree]]
 
 
 @partial(jax.jit, static_argnames="module")
-def _call(module: nn.Module, params: PyTree, index: Array | int, x: Array) -> tuple[Array, _PullFn]:
-    """Return the output of one member of a stack, and the function that pulls its gradient back."""
+def _call(
+    module: nn.Module, params: PyTree, index: Array | int, x: Activations
+) -> tuple[PyTree, _PullFn]:
+    """Return the output of one member of a stack, and the function that pulls its gradient back.
 
-    def apply(params: PyTree, x: Array) -> Array:
-        return apply_module(module, params, None, x)
+    The gradients of activations are those of their floating-point leaves.
+    """
 
-    return jax.vjp(apply, pick(params, index), x)
+    def apply(params: PyTree, floating: PyTree) -> tuple[PyTree, PyTree]:
+        out = apply_module(module, params, None, put_floating(x, floating))
+        return take_floating(out), out
+
+    floating, pull_fn, out = jax.vjp(apply, pick(params, index), take_floating(x), has_aux=True)
+    return put_floating(out, floating), pull_fn
 
 
 @partial(jax.jit, static_argnames=("module", "loss_fn"), donate_argnames="gradient")
@@ -290,22 +306,24 @@ def _call_head(
     params: PyTree,
     gradient: PyTree,
     index: Array | int,
-    x: Array,
+    x: Activations,
     labels: Array,
-) -> tuple[PyTree, Array]:
+) -> tuple[PyTree, PyTree]:
     """Add the gradient of the head's weights to its stack's, and return the gradient of `x`."""
 
-    def compute_loss(params: PyTree, x: Array) -> Array:
-        return jnp.mean(loss_fn(apply_module(module, params, None, x), labels))
+    def compute_loss(params: PyTree, floating: PyTree) -> Array:
+        outputs = apply_module(module, params, None, put_floating(x, floating))
+        return jnp.mean(loss_fn(outputs, labels))
 
-    params_gradient, x_gradient = jax.grad(compute_loss, (0, 1))(pick(params, index), x)
+    own = pick(params, index), take_floating(x)
+    params_gradient, x_gradient = jax.grad(compute_loss, (0, 1))(*own)
     return _add_at(gradient, index, params_gradient), x_gradient
 
 
 @partial(jax.jit, donate_argnames="gradient")
 def _pull(
-    pull_fn: _PullFn, output_gradient: Array, gradient: PyTree, index: Array | int
-) -> tuple[PyTree, Array]:
+    pull_fn: _PullFn, output_gradient: PyTree, gradient: PyTree, index: Array | int
+) -> tuple[PyTree, PyTree]:
     """Add the gradient of a call's weights to its stack's, and return its input's gradient."""
     params_gradient, input_gradient = pull_fn(output_gradient)
     return _add_at(gradient, index, params_gradient), input_gradient
@@ -354,13 +372,10 @@ def check_training(data: Batch, recipe: Recipe) -> None:
     check_lengths(data)
     x, y = data
     for layer in recipe.layers:
-        out = _init_output(layer, x, "layer")
-        if out.shape != x.shape or out.dtype != x.dtype:
-            raise ValueError(
-                f"layer {describe_module(layer)} must keep the shape of its input: "
-                f"expected {x.dtype}{list(x.shape)}, got {out.dtype}{list(out.shape)}"
-            )
+        check_same_shapes(_init_output(layer, x, "layer"), x, f"layer {describe_module(layer)}")
     outputs = [_init_output(head, x, "head") for head in recipe.heads]
+    for head, out in zip(recipe.heads, outputs, strict=True):
+        check_is_array(out, f"head {describe_module(head)}")
     if len({out.shape for out in outputs}) != 1:
         raise ValueError(
             f"expected heads of one output shape, got {[list(out.shape) for out in outputs]}"
@@ -381,14 +396,14 @@ def check_training(data: Batch, recipe: Recipe) -> None:
         )
 
 
-def _init_output(module: nn.Module, x: Array, kind: str) -> jax.ShapeDtypeStruct:
-    """Return the shape of a new module's output."""
+def _init_output(module: nn.Module, x: Activations, kind: str) -> PyTree:
+    """Return the shapes and dtypes of a new module's output."""
     name = f"{kind} {describe_module(module)}"
     try:
         out, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
     except Exception as error:  # whatever a user's module raises
         raise ValueError(
-            f"{name} does not take data of shape {list(x.shape)}: {get_first_line(error)}"
+            f"{name} does not take {describe_input(x)}: {get_first_line(error)}"
         ) from None
     others = sorted(set(variables) - {"params"})
     if others:

@@ -1,5 +1,7 @@
 import functools
+from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +56,59 @@ def test_steps_of_convolutions_one_by_one_are_those_of_the_loop(layers, heads, o
     )
     first, last = (np.asarray(alone.heads[0]["Dense_0"]["kernel"][0, i]) for i in range(2))
     assert not np.allclose(first, last)
+
+
+class Counting(nn.Module):
+    """A layer of a convolution, beside a count that has no gradient."""
+
+    scale: float
+
+    @nn.compact
+    def __call__(self, x):
+        made = nn.Conv(2, (3, 3))(x["image"]) * jnp.cos(x["count"])[:, None, None, None]
+        return {"image": x["image"] + self.scale * jnp.tanh(made), "count": x["count"] + 1}
+
+
+class ReadCount(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(x["image"].reshape(-1, 8)) * jnp.sin(x["count"])[:, None]
+
+
+def test_steps_on_several_inputs_one_by_one_are_those_of_the_loop():
+    x = {"image": jax.random.normal(jax.random.key(1), (20, 2, 2, 2)), "count": jnp.arange(20)}
+    layers = (Counting(0.5), Counting(1.0))
+    recipe = training_loop.Recipe(
+        layers, (ReadCount(),), num_layers=3, num_heads=1, depth=2, is_routed=True, num_steps=3
+    )
+    keys, data = jax.random.split(jax.random.key(0), 1), jc.data.Batch(x, DATA.y[:20])
+    alone = training_loop.train_weights(keys, data, recipe)
+    together = training_loop.train_in_one_program(keys, data, recipe, 1)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), alone, together
+    )
+
+
+@pytest.mark.parametrize(
+    ("layer", "head", "words"),
+    [
+        (lambda x: (x["image"],), lambda x: x["image"][:, 0, 0], "must keep the structure"),
+        (lambda x: x, lambda x: (x["image"], x["count"]), "must return an array, got tuple of 2"),
+    ],
+)
+def test_modules_that_do_not_fit_several_inputs_are_named(layer, head, words):
+    x = {"image": jnp.zeros((20, 2, 2, 2)), "count": jnp.arange(20)}
+    modules = {"layer": Apply(layer), "head": Apply(head)}
+    with pytest.raises(ValueError, match=rf"Apply\(.*\) {words}"):
+        jc.train.random(jax.random.key(0), jc.Batch(x, DATA.y[:20]), num_steps=0, **modules)
+
+
+class Apply(nn.Module):
+    fn: Callable
+
+    @nn.compact
+    def __call__(self, x):
+        return self.fn(x)
 
 
 def test_one_program_for_each_module_whatever_the_routes():

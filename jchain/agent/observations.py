@@ -11,9 +11,10 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from jchain._typing import Array, Float, Int, Shaped
+from jchain._typing import Activations, Array, Float, Int
 from jchain.engine.draws import draw_signs
 from jchain.engine.layer_calls import apply_all, apply_token
+from jchain.modules.activations import check_floating, join_floating, pull_back_floating
 from jchain.problem import Problem, upcast
 
 NUM_FEATURES = 12
@@ -40,20 +41,18 @@ class Observation(NamedTuple):
 class Observe(Protocol):
     """A function that observes a prefix."""
 
-    def __call__(self, problem: Problem, hidden: Array, parent: Array) -> Observation:
+    def __call__(self, problem: Problem, hidden: Activations, parent: Activations) -> Observation:
         """Observe a prefix.
 
         Args:
           problem: the heads, the labels, and the loss.
-          hidden: the activations of the prefix, `[B, ...F]`.
-          parent: the activations of the prefix without its last layer, `[B, ...F]`.
+          hidden: the activations of the prefix, `[B, ...F]`, or a pytree of such arrays.
+          parent: the activations of the prefix without its last layer, like `hidden`.
         """
         ...
 
 
-def observe(
-    problem: Problem, hidden: Float[Array, "B ..."], parent: Float[Array, "B ..."]
-) -> Observation:
+def observe(problem: Problem, hidden: Activations, parent: Activations) -> Observation:
     """Observe `NUM_FEATURES` summary numbers of a prefix, and the losses of its heads.
 
     The features of the best head are the logs of three means of the examples' losses (arithmetic
@@ -63,19 +62,20 @@ def observe(
     The features of the activations are the log share of the labels, and of the gradient with
     respect to outputs, that ridge regression on the activations leaves unexplained; their log
     scale; the log participation ratio of their covariance; the log share of their variance within
-    classes; and their log relative change from the parent.
+    classes; and their log relative change from the parent. If activations are a pytree, they are
+    the concatenated floating-point numbers of each example.
 
     The losses, the accuracy, the relative change, and the gradient with respect to activations use
     all examples. The other features use at most 128.
 
     Args:
       problem: the heads, the labels, and the loss.
-      hidden: the activations of the prefix, `[B, ...F]`.
-      parent: the activations of the prefix without its last layer, `[B, ...F]`.
+      hidden: the activations of the prefix, `[B, ...F]`, or a pytree of such arrays.
+      parent: the activations of the prefix without its last layer, like `hidden`.
     """
     outputs, loss, accuracy = _apply_heads(problem, hidden)
     best, each, by_outputs, by_hidden = _differentiate(problem, hidden, outputs, loss)
-    hidden, parent = upcast(hidden), upcast(parent)
+    hidden, parent = upcast(join_floating(hidden)), upcast(join_floating(parent))
     size = jnp.abs(each).astype(jnp.float32)
 
     rows, residual = _sketch(hidden), _sketch(by_outputs)
@@ -107,9 +107,7 @@ def observe(
     return Observation(jnp.clip(jnp.nan_to_num(stacked), -20.0, 20.0), loss)
 
 
-def observe_activations(
-    problem: Problem, hidden: Float[Array, "B ..."], parent: Float[Array, "B ..."]
-) -> Observation:
+def observe_activations(problem: Problem, hidden: Activations, parent: Activations) -> Observation:
     """Observe the activations of a prefix as a sketch, `[NUM_SKETCHED + 1]`.
 
     The features are a count sketch (Charikar et al. 2002) of at most 128 examples, divided by their
@@ -119,24 +117,22 @@ def observe_activations(
 
     Args:
       problem: the heads, the labels, and the loss.
-      hidden: the activations of the prefix, `[B, ...F]`.
-      parent: the activations of the prefix without its last layer, `[B, ...F]`; not used.
+      hidden: the activations of the prefix, `[B, ...F]`, or a pytree of such arrays.
+      parent: the activations of the prefix without its last layer, like `hidden`; not used.
     """
     outputs, loss, _ = _apply_heads(problem, hidden)
-    return Observation(_summarize(hidden, _one_hot(problem, outputs)), loss)
+    return Observation(_summarize(join_floating(hidden), _one_hot(problem, outputs)), loss)
 
 
-def observe_gradients(
-    problem: Problem, hidden: Float[Array, "B ..."], parent: Float[Array, "B ..."]
-) -> Observation:
+def observe_gradients(problem: Problem, hidden: Activations, parent: Activations) -> Observation:
     """Observe the gradient of the best head's loss with respect to activations, as a sketch.
 
     The gradient is sketched in the same way as the activations in `observe_activations`.
 
     Args:
       problem: the heads, the labels, and the loss.
-      hidden: the activations of the prefix, `[B, ...F]`.
-      parent: the activations of the prefix without its last layer, `[B, ...F]`; not used.
+      hidden: the activations of the prefix, `[B, ...F]`, or a pytree of such arrays.
+      parent: the activations of the prefix without its last layer, like `hidden`; not used.
     """
     outputs, loss, _ = _apply_heads(problem, hidden)
     by_hidden = _differentiate(problem, hidden, outputs, loss)[-1]
@@ -153,15 +149,13 @@ class Join:
 
     parts: tuple[Observe, ...]
 
-    def __call__(
-        self, problem: Problem, hidden: Float[Array, "B ..."], parent: Float[Array, "B ..."]
-    ) -> Observation:
+    def __call__(self, problem: Problem, hidden: Activations, parent: Activations) -> Observation:
         """Observe a prefix with all parts; the losses come from the first part.
 
         Args:
           problem: the heads, the labels, and the loss.
-          hidden: the activations of the prefix, `[B, ...F]`.
-          parent: the activations of the prefix without its last layer, `[B, ...F]`.
+          hidden: the activations of the prefix, `[B, ...F]`, or a pytree of such arrays.
+          parent: the activations of the prefix without its last layer, like `hidden`.
         """
         observed = [part(problem, hidden, parent) for part in self.parts]
         features = jnp.concatenate([part.features for part in observed])
@@ -188,19 +182,21 @@ def lowest(loss: Float[Array, "K"]) -> Float[Array, ""]:
     return jnp.min(jnp.where(jnp.isfinite(loss), loss, jnp.inf))
 
 
-def _apply_heads(problem: Problem, hidden: Array) -> tuple[Array, Array, Array]:
+def _apply_heads(problem: Problem, hidden: Activations) -> tuple[Array, Array, Array]:
     """Compute the outputs of the heads, their losses, and their accuracies."""
     outputs = apply_all(problem.bank.heads, hidden)
     return outputs, *jax.vmap(problem.loss_and_accuracy)(outputs)
 
 
 def _differentiate(
-    problem: Problem, hidden: Array, outputs: Array, loss: Array
+    problem: Problem, hidden: Activations, outputs: Array, loss: Array
 ) -> tuple[Array, Array, Array, Array]:
     """Return the best head, its losses per example, and two gradients of their sum.
 
-    The gradients are with respect to the outputs of the head and with respect to the activations.
+    The gradients are with respect to the outputs of the head and with respect to the activations,
+    joined like these.
     """
+    check_floating(hidden)
     heads, num_layers = problem.bank.heads, problem.bank.num_layers
     best = jnp.argmin(jnp.where(jnp.isfinite(loss), loss, jnp.inf))
 
@@ -209,8 +205,9 @@ def _differentiate(
         return each.sum(), each
 
     by_outputs, each = jax.grad(sum_losses, has_aux=True)(upcast(outputs[best]))
-    pull = jax.vjp(lambda h: apply_token(heads, num_layers + best, h), hidden)[1]
-    return best, each, by_outputs, upcast(pull(by_outputs.astype(outputs.dtype))[0])
+    pull = pull_back_floating(lambda h: apply_token(heads, num_layers + best, h), hidden)
+    by_hidden = join_floating(pull(by_outputs.astype(outputs.dtype)))
+    return best, each, by_outputs, upcast(by_hidden)
 
 
 def _summarize(
@@ -293,7 +290,8 @@ def _between_classes(rows: Float[Array, "B C"], labels: Float[Array, "B K"]) -> 
 class ObservedPrefix(NamedTuple):
     """A prefix with its activations and its observation."""
 
-    hidden: Shaped[Array, "B ..."] | None  # [B, ...F], activations; None if nothing is observed
+    # [B, ...F], activations, or a pytree of such arrays; None if nothing is observed
+    hidden: Activations | None
     features: Float[Array, "F"]  # [F]; F is 0 if nothing is observed
     loss: Float[Array, "K"]  # [K], loss of stopping with each head, without the layer penalty
 

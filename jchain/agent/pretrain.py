@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from jchain import env
-from jchain._typing import Array, Float, Int, Key, PyTree, Shaped
+from jchain._typing import Activations, Array, Float, Int, Key, PyTree
 from jchain.agent.critic import Critic, Network, make_inputs
 from jchain.agent.observations import log_loss, lowest, observe
 from jchain.chain import ChainSpace
@@ -254,7 +254,7 @@ def _train_agent(
 class _Prefix(NamedTuple):
     """A prefix to observe, with its activations."""
 
-    hidden: Shaped[Array, "B ..."]
+    hidden: Activations
     penalty: Float[Array, ""]  # the layer penalty of the prefix
 
 
@@ -265,7 +265,7 @@ def _observe_levels(problem: Problem) -> list[PrefixLevel]:
     layer_penalty = jnp.broadcast_to(problem.layer_cost, (bank.num_layers,))
 
     def observe_below(
-        prefix: _Prefix, parent: Array, parent_features: Array | None, length: int
+        prefix: _Prefix, parent: Activations, parent_features: Array | None, length: int
     ) -> list[PrefixLevel]:
         """Observe a prefix and all prefixes that extend it, by their number of layers."""
         observed = observe(problem, prefix.hidden, parent)

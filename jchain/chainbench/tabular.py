@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jchain._typing import Array, Float, Int, Shaped
+from jchain._typing import Array, Float, Int, PyTree, Shaped
 from jchain.agent.encoding import entry_features as sketch_entries
 from jchain.agent.observations import Observation, Observe
 from jchain.bank import Bank
@@ -210,7 +210,7 @@ def _observe_all(problem: Problem, *, observe: Observe) -> Observation:
     """Observe every prefix, `[V, ...]`, in the order of `ChainSpace.enumerate`."""
     penalty = jnp.broadcast_to(problem.layer_cost, (problem.bank.num_layers,))
 
-    def observe_tree(hidden: Array, parent: Array, paid: Array, length: int) -> list[Observation]:
+    def observe_tree(hidden: PyTree, parent: PyTree, paid: Array, length: int) -> list[Observation]:
         root = observe(problem, hidden, parent)
         levels = [root._replace(loss=root.loss + paid)]
         if length < problem.max_layers:

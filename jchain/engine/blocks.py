@@ -10,9 +10,8 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jchain._typing import Array, Bool, Int, Shaped
+from jchain._typing import Activations, Array, Bool, Int, PyTree
 from jchain.engine.layer_calls import (
-    ArrayShape,
     empty_results,
     estimate_call_bytes,
     estimate_head_bytes,
@@ -23,11 +22,13 @@ from jchain.engine.layer_calls import (
 )
 from jchain.engine.prefix_sharing import SortedChains, batch_rows, pad_to_multiple
 from jchain.groups import LayerGroup
+from jchain.modules.activations import make_buffer, put_row
 from jchain.problem import Problem
+from jchain.pytree import pick
 
 T = TypeVar("T")
 _Results = tuple[Array, Array]
-_CallFn = Callable[[Array], Array]
+_CallFn = Callable[[PyTree], PyTree]
 
 
 class Share(enum.Enum):
@@ -78,7 +79,7 @@ class Blocks:
                     f"{widths}"
                 )
 
-    def count_bytes(self, problem: Problem, hidden: ArrayShape) -> int:
+    def count_bytes(self, problem: Problem, hidden: PyTree) -> int:
         """Estimate the size of activations and temporaries in bytes."""
         bank, size = problem.bank, nbytes(hidden)
         kept = 2 * (self.block_size + 1) + problem.max_layers + 2
@@ -90,7 +91,7 @@ class Blocks:
         return kept * size + max(layers, heads)
 
     def evaluate(
-        self, problem: Problem, hidden: Array, population: SortedChains
+        self, problem: Problem, hidden: Activations, population: SortedChains
     ) -> tuple[Array, Array]:
         """Compute loss, without the layer penalty, and accuracy of sorted chains, `[P]` each."""
         num_chains, num_slots = population.chains.shape
@@ -99,8 +100,8 @@ class Blocks:
             lambda a: a.reshape(-1, size, *a.shape[1:]), pad_to_multiple(population, size)
         )
         carry = _Activations(
-            jnp.zeros((num_slots, *hidden.shape), hidden.dtype),
-            jnp.zeros((2 * (size + 1), *hidden.shape), hidden.dtype).at[0].set(hidden),
+            make_buffer((num_slots,), hidden),
+            put_row(make_buffer((2 * (size + 1),), hidden), 0, hidden),
         )
         _, results = jax.lax.scan(partial(_evaluate_block, self, problem, hidden), carry, blocks)
         return jax.tree.map(lambda a: a.reshape(-1)[:num_chains], results)
@@ -113,9 +114,9 @@ class _Activations(NamedTuple):
     outputs. Row 0 of each generation belongs to the last chain of the previous block.
     """
 
-    # [L, B, ...F], activations after each slot of the last chain of the previous block
-    path: Shaped[Array, "L B ..."]
-    store: Shaped[Array, "R B ..."]  # [2 * (C + 1), B, ...F]
+    # leaves [L, B, ...F], activations after each slot of the last chain of the previous block
+    path: PyTree
+    store: PyTree  # leaves [2 * (C + 1), B, ...F]
 
 
 class _Slot(NamedTuple):
@@ -128,14 +129,14 @@ class _Slot(NamedTuple):
 
 
 def _evaluate_block(
-    plan: Blocks, problem: Problem, hidden: Array, carry: _Activations, block: SortedChains
+    plan: Blocks, problem: Problem, hidden: PyTree, carry: _Activations, block: SortedChains
 ) -> tuple[_Activations, _Results]:
     """Compute loss and accuracy, `[C]`, of a block whose chains start from `hidden`."""
     chains, length, first_new = block
     size, num_slots = chains.shape
     rows = jnp.arange(size)
     state = (
-        carry._replace(store=carry.store.at[0].set(hidden)),
+        carry._replace(store=put_row(carry.store, 0, hidden)),
         jnp.zeros_like(rows),
         empty_results(problem, hidden, size),
     )
@@ -158,8 +159,8 @@ def _evaluate_block(
         # A chain without a new node shares its prefix with the chain before it.
         latest = jax.lax.cummax(jnp.where(is_node, rows, -1))
         child_of = jnp.where(latest >= 0, position[latest] + 1, 0)
-        store = store.at[slot.children].set(path[t])
-        path = path.at[t].set(store[slot.children + child_of[-1]])
+        store = put_row(store, slot.children, pick(path, t))
+        path = put_row(path, t, pick(store, slot.children + child_of[-1]))
         return (_Activations(path, store), child_of, results), None
 
     (carry, _, results), _ = jax.lax.scan(advance, state, (jnp.arange(num_slots), chains.T))
@@ -171,23 +172,21 @@ def _call_heads(
     problem: Problem,
     slot: _Slot,
     is_end: Bool[Array, "C"],
-    carry: tuple[Array, _Results],
-) -> tuple[Int[Array, "C"], tuple[Array, _Results]]:
+    carry: tuple[PyTree, _Results],
+) -> tuple[Int[Array, "C"], tuple[PyTree, _Results]]:
     """Call the heads of the chains that end at this slot; see `_call_batches` for the result."""
 
     def call_head(
-        carry: tuple[Array, _Results], call: _CallFn, start: Array, parent: Array
-    ) -> tuple[Array, _Results]:
+        carry: tuple[PyTree, _Results], call: _CallFn, start: Array, parent: Array
+    ) -> tuple[PyTree, _Results]:
         store, values = carry
-        metrics = evaluate_heads(problem, call, store[slot.parents + parent])
+        metrics = evaluate_heads(problem, call, pick(store, slot.parents + parent))
         values = jax.tree.map(
             lambda a, b: jax.lax.dynamic_update_slice(a, b, (start,)), values, metrics
         )
         # XLA would copy an array that a loop reads but never writes, here all activations. To avoid
         # this, write one number after the read, in a row that is overwritten later.
-        origin = (0,) * (store.ndim - 1)
-        mark = jnp.reshape(metrics[0][0].astype(store.dtype), (1, *(1 for _ in origin)))
-        return jax.lax.dynamic_update_slice(store, mark, (slot.children, *origin)), values
+        return jax.tree.map(partial(_mark, slot.children, metrics[0][0]), store), values
 
     # A prefix is rarely followed by several heads, but many chains call the same head.
     share = Share.LAYER if plan.share is Share.PARENT else plan.share
@@ -196,15 +195,22 @@ def _call_heads(
     )
 
 
+def _mark(row: Int[Array, ""], number: Array, leaf: Array) -> Array:
+    return _write_rows(leaf, jnp.reshape(number.astype(leaf.dtype), (1,) * leaf.ndim), row)
+
+
+def _write_rows(leaf: Array, rows: Array, start: Array) -> Array:
+    return jax.lax.dynamic_update_slice(leaf, rows, (start, *(0,) * (leaf.ndim - 1)))
+
+
 def _call_layers(
-    plan: Blocks, problem: Problem, slot: _Slot, is_node: Bool[Array, "C"], store: Array
-) -> tuple[Int[Array, "C"], Array]:
+    plan: Blocks, problem: Problem, slot: _Slot, is_node: Bool[Array, "C"], store: PyTree
+) -> tuple[Int[Array, "C"], PyTree]:
     """Call the layers of this slot's nodes; see `_call_batches` for the result."""
 
-    def call_layer(store: Array, call: _CallFn, start: Array, parent: Array) -> Array:
-        outputs = call(store[slot.parents + parent])
-        origin = (0,) * (store.ndim - 1)
-        return jax.lax.dynamic_update_slice(store, outputs, (slot.children + 1 + start, *origin))
+    def call_layer(store: PyTree, call: _CallFn, start: Array, parent: Array) -> PyTree:
+        outputs, first = call(pick(store, slot.parents + parent)), slot.children + 1 + start
+        return jax.tree.map(lambda leaf, rows: _write_rows(leaf, rows, first), store, outputs)
 
     return _call_batches(
         plan.widths, plan.share, problem.bank.layers, slot, is_node, call_layer, store
@@ -223,8 +229,8 @@ def _call_batches(
     """Update the carry with `carry = update_fn(carry, call, start, parent)` for each batch.
 
     `call` maps the activations of `parent` to the outputs of the batch. The activations are
-    `[W, B, ...F]`, or `[B, ...F]` if all calls of the batch share one parent. `start` is the index
-    of the batch's first call among all calls.
+    `[W, B, ...F]`, or `[B, ...F]` if all calls of the batch share one parent, or pytrees of such
+    arrays. `start` is the index of the batch's first call among all calls.
 
     Returns:
       The index of each row among all calls, and the last carry.

@@ -8,9 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jchain._typing import Array, Float, Int, Shaped
+from jchain._typing import Activations, Array, Float, Int, PyTree
 from jchain.engine.layer_calls import (
-    ArrayShape,
     apply_token,
     empty_results,
     estimate_call_bytes,
@@ -19,7 +18,9 @@ from jchain.engine.layer_calls import (
     nbytes,
 )
 from jchain.engine.prefix_sharing import SortedChains
+from jchain.modules.activations import make_buffer, put_row
 from jchain.problem import Problem
+from jchain.pytree import pick
 
 _Results = tuple[Array, Array]
 
@@ -28,7 +29,7 @@ _Results = tuple[Array, Array]
 class DepthFirst:
     """A plan that makes one layer call at a time, depth first in the tree of prefixes."""
 
-    def count_bytes(self, problem: Problem, hidden: ArrayShape) -> int:
+    def count_bytes(self, problem: Problem, hidden: PyTree) -> int:
         """Estimate the size of activations and temporaries in bytes."""
         call = max(
             estimate_call_bytes(problem.bank.layers, hidden),
@@ -37,7 +38,7 @@ class DepthFirst:
         return (problem.max_layers + 2) * nbytes(hidden) + call
 
     def evaluate(
-        self, problem: Problem, hidden: Array, population: SortedChains
+        self, problem: Problem, hidden: Activations, population: SortedChains
     ) -> tuple[Array, Array]:
         """Compute loss, without the layer penalty, and accuracy of sorted chains, `[P]` each."""
         order = _compute_order(population)
@@ -45,20 +46,21 @@ class DepthFirst:
 
         # The loop that calls heads does not carry the path. In each of its iterations, XLA would
         # copy an array that the loop carries without writing to it.
-        def call_head(end: Array, path: Array, results: _Results) -> _Results:
+        def call_head(end: Array, path: PyTree, results: _Results) -> _Results:
             i = order.ends[end]
             call = jax.vmap(partial(apply_token, problem.bank.heads, chains[i, length[i]]))
-            metrics = evaluate_heads(problem, call, path[length[i]][None])
+            hidden = jax.tree.map(lambda leaf: leaf[length[i]][None], path)
+            metrics = evaluate_heads(problem, call, hidden)
             return jax.tree.map(lambda a, b: a.at[i].set(b[0]), results, metrics)
 
         def call_layer(n: Array, carry: _Carry) -> _Carry:
             i, t = jnp.divmod(order.nodes[n], chains.shape[1])
-            hidden = apply_token(problem.bank.layers, chains[i, t], carry.path[t])
-            path = carry.path.at[t + 1].set(hidden)
+            hidden = apply_token(problem.bank.layers, chains[i, t], pick(carry.path, t))
+            path = put_row(carry.path, t + 1, hidden)
             return _call_ready_heads(order, n + 1, carry._replace(path=path), call_head)
 
         carry = _Carry(
-            jnp.zeros((chains.shape[1], *hidden.shape), hidden.dtype).at[0].set(hidden),
+            put_row(make_buffer((chains.shape[1],), hidden), 0, hidden),
             jnp.array(0),
             empty_results(problem, hidden, chains.shape[0]),
         )
@@ -80,7 +82,7 @@ class _Order(NamedTuple):
 class _Carry(NamedTuple):
     """The state after some layer calls."""
 
-    path: Shaped[Array, "L B ..."]  # [L, B, ...F], the inputs of each slot of one chain
+    path: PyTree  # leaves [L, B, ...F], the inputs of each slot of one chain
     end: Int[Array, ""]  # number of head calls so far
     results: tuple[Float[Array, "P"], Float[Array, "P"]]  # loss and accuracy, [P] each
 

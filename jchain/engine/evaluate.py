@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jchain import chain as chain_lib
-from jchain._typing import Array, Float, Int, Shaped
+from jchain._typing import Activations, Array, Float, Int
 from jchain.bank import Bank
 from jchain.chain import ChainsLike
 from jchain.engine.backend import default_memory_limit, get_backend
@@ -51,7 +51,7 @@ class Explanation(NamedTuple):
         )
 
 
-def apply_chain(bank: Bank, chain: ChainsLike, x: Shaped[Array, "B ..."]) -> Float[Array, "B ..."]:
+def apply_chain(bank: Bank, chain: ChainsLike, x: Activations) -> Float[Array, "B ..."]:
     """Apply one chain to one batch of raw input.
 
     The stem, the layers in order, and the head are applied one after another, with one branch per
@@ -60,7 +60,7 @@ def apply_chain(bank: Bank, chain: ChainsLike, x: Shaped[Array, "B ..."]) -> Flo
     Args:
       bank: the bank with the layers and heads.
       chain: the tokens of the chain, `[L]`. They are checked unless they are traced.
-      x: the raw input, `[B, ...]`.
+      x: the raw input, `[B, ...]`, or a pytree of such arrays.
 
     Returns:
       The outputs of the head, `[B, ...]`.
@@ -104,9 +104,9 @@ def evaluate(
       chains: the tokens of the chains, `[P, L]` with `L = max_layers + 1`. They are checked unless
         they are traced.
       dtype: the dtype of weights and activations, `jnp.float32` or `jnp.bfloat16`; None keeps their
-        dtypes. Losses are computed in float32. On digits banks and chains of 4 layers, the largest
-        relative error of a loss compared with float64 is 7e-7 in float32 and 8e-3 in bfloat16
-        (`benchmarks/precision.py`).
+        dtypes. Integers and booleans keep theirs. Losses are computed in float32. On digits banks
+        and chains of 4 layers, the largest relative error of a loss compared with float64 is 7e-7
+        in float32 and 8e-3 in bfloat16 (`benchmarks/precision.py`).
       memory_limit: the number of bytes that activations and temporaries may take on each device;
         None for a quarter of the device's memory.
       mesh: a mesh, with any axes, over whose devices the chains are spread; None for the mesh of

@@ -7,9 +7,11 @@ from types import CodeType, FunctionType
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import keystr, tree_leaves_with_path
 
 from jchain._typing import Array, Int, UInt
 from jchain.bank import Bank
+from jchain.modules.activations import is_one_array
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
 
@@ -33,7 +35,10 @@ def compute_fingerprints(problem: Problem, chains: Int[Array, "P L"]) -> UInt[Ar
       chains: the tokens of the chains, `[P, L]`.
     """
     functions = [problem.loss_fn, problem.accuracy_fn]
-    value = jnp.uint32(zlib.crc32(repr([_describe(function) for function in functions]).encode()))
+    described = [_describe(function) for function in functions]
+    if not is_one_array(problem.data.x):
+        described += [keystr(path) for path, _ in tree_leaves_with_path(problem.data.x)]
+    value = jnp.uint32(zlib.crc32(repr(described).encode()))
     stem = jax.tree.map(lambda leaf: _sample(leaf[None]), problem.bank.stem_params)
     for leaf in jax.tree.leaves(((problem.data.x, problem.data.y), problem.layer_cost, stem)):
         value = _mix(value ^ _hash(leaf))

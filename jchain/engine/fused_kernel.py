@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jchain._typing import Array
-from jchain.engine.layer_calls import ArrayShape
+from jchain._typing import Activations, Array, PyTree
+from jchain.engine.layer_calls import nbytes
 from jchain.engine.prefix_sharing import SortedChains, pad_to_multiple
 from jchain.modules import apply_module
+from jchain.modules.activations import check_one_array
 from jchain.problem import Problem
 
 
@@ -44,20 +45,21 @@ class Fused:
                 f"expected tile and block_size of at least 1, got {self.tile} and {self.block_size}"
             )
 
-    def count_bytes(self, problem: Problem, hidden: ArrayShape) -> int:
+    def count_bytes(self, problem: Problem, hidden: PyTree) -> int:
         """Estimate the size of activations in bytes."""
         del problem
-        return 2 * self.block_size * hidden.size * hidden.dtype.itemsize
+        return 2 * self.block_size * nbytes(hidden)
 
     def evaluate(
-        self, problem: Problem, hidden: Array, population: SortedChains
+        self, problem: Problem, hidden: Activations, population: SortedChains
     ) -> tuple[Array, Array]:
         """Compute loss, without the layer penalty, and accuracy of sorted chains, `[P]` each.
 
         Raises:
           ValueError: if the bank has more than one group of layers or heads, or features are not
-            `[B, F]`.
+            one array `[B, F]`.
         """
+        check_one_array(activations=hidden)
         groups = (len(problem.bank.layers), len(problem.bank.heads))
         if groups != (1, 1) or hidden.ndim != 2:
             raise ValueError(

@@ -2,65 +2,59 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-from jchain._typing import Array, Int, PyTree
+from jchain._typing import Activations, Array, Int, PyTree
 from jchain.groups import LayerGroup
 from jchain.modules import Module, apply_module
+from jchain.modules.activations import count_examples
 from jchain.problem import Problem
+from jchain.pytree import pick
 
 T = TypeVar("T")
-# Activations, or only their shape and dtype.
-ArrayShape = jax.Array | jax.ShapeDtypeStruct
 
 # The largest number of bytes that one call of a head may return. If the outputs would be larger,
 # such as the logits of a large vocabulary, the examples are split into parts.
 _OUTPUT_LIMIT = 2**26
 
 
-@runtime_checkable
-class HasShape(Protocol):
-    """An array, a `jax.ShapeDtypeStruct`, or an abstract value of a jaxpr."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> np.dtype: ...
-
-
-def apply_token(groups: tuple[LayerGroup, ...], token: Int[Array, ""], hidden: Array) -> Array:
+def apply_token(
+    groups: tuple[LayerGroup, ...], token: Int[Array, ""], hidden: Activations
+) -> PyTree:
     """Apply one layer (or head) to a batch, which is one layer call (or head call).
 
     Args:
       groups: the groups of a bank's layers, or of its heads.
       token: the token of the layer or head.
-      hidden: the input of the layer or head, `[B, ...F]`.
+      hidden: the input of the layer or head, `[B, ...F]`, or a pytree of such arrays.
+
+    Returns:
+      Activations like `hidden`, or the output of a head, which is one array.
     """
     group_of, member_of = locate(groups)
     branches = [partial(group.apply, member_of[token]) for group in groups]
     return jax.lax.switch(group_of[token], branches, hidden)
 
 
-def apply_all(groups: tuple[LayerGroup, ...], hidden: Array) -> Array:
+def apply_all(groups: tuple[LayerGroup, ...], hidden: Activations) -> PyTree:
     """Apply every layer (or head) to the same batch, with one layer call (or head call) each.
 
     Args:
       groups: the groups of a bank's layers, or of its heads.
-      hidden: the input that they share, `[B, ...F]`.
+      hidden: the input that they share, `[B, ...F]`, or a pytree of such arrays.
 
     Returns:
-      The outputs, `[E, B, ...G]`, in the order of the tokens.
+      The outputs, `[E, B, ...G]`, or a pytree of such arrays, in the order of the tokens.
     """
-    outputs: list[Array] = []
+    outputs: list[PyTree] = []
     for group in groups:
 
-        def call(trees: tuple[PyTree, PyTree], module: Module = group.module) -> Array:
+        def call(trees: tuple[PyTree, PyTree], module: Module = group.module) -> PyTree:
             return apply_module(module, *trees, hidden)
 
         stacked = group.params, group.state
@@ -76,7 +70,9 @@ def apply_all(groups: tuple[LayerGroup, ...], hidden: Array) -> Array:
             # A module without params has no leaf from which vmap could read the axis size.
             outputs.append(jax.vmap(call, axis_size=len(group.tokens))(stacked))
     order = np.argsort([token for group in groups for token in group.tokens])
-    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)[order]
+    if len(outputs) == 1:
+        return outputs[0]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[order], *outputs)
 
 
 def locate(groups: tuple[LayerGroup, ...]) -> tuple[Int[Array, "E"], Int[Array, "E"]]:
@@ -96,7 +92,7 @@ def locate(groups: tuple[LayerGroup, ...]) -> tuple[Int[Array, "E"], Int[Array, 
 
 
 def evaluate_heads(
-    problem: Problem, call: Callable[[Array], Array], hidden: Array
+    problem: Problem, call: Callable[[PyTree], Array], hidden: PyTree
 ) -> tuple[Array, Array]:
     """Compute the loss, without the layer penalty, and accuracy of head calls, `[W]` each.
 
@@ -106,13 +102,14 @@ def evaluate_heads(
     Args:
       problem: the problem with the labels and the loss.
       call: a function that maps activations `[W, B, ...F]` to outputs `[W, B, ...]`.
-      hidden: the inputs of the heads, `[W, B, ...F]`.
+      hidden: the inputs of the heads, `[W, B, ...F]`, or a pytree of such arrays.
     """
-    width, num_examples = hidden.shape[:2]
-    size = count_examples_per_call(problem, hidden[0], width)
+    width, num_examples = jax.tree.leaves(hidden)[0].shape[:2]
+    size = count_examples_per_call(problem, pick(hidden, 0), width)
 
     def evaluate_part(rows: Array) -> tuple[Array, Array]:
-        return jax.vmap(problem.take(rows).loss_and_accuracy)(call(hidden[:, rows]))
+        part = call(pick(hidden, (slice(None), rows)))
+        return jax.vmap(problem.take(rows).loss_and_accuracy)(part)
 
     if size == num_examples:
         return jax.vmap(problem.loss_and_accuracy)(call(hidden))
@@ -140,26 +137,31 @@ def map_in_parts(run: Callable[[Int[Array, "_"]], T], num: int, size: int) -> tu
     return whole, run(num - rest + jnp.arange(rest)) if rest else None
 
 
-def count_examples_per_call(problem: Problem, hidden: ArrayShape, width: int) -> int:
+def count_examples_per_call(problem: Problem, hidden: PyTree, width: int) -> int:
     """Return the number of examples whose outputs fit in one call of heads.
 
     Args:
       problem: the problem, whose bank has the heads.
-      hidden: the activations of one chain, `[B, ...F]`. Only their shape and dtype are read.
+      hidden: the activations of one chain. Only their shapes and dtypes are read.
       width: the number of chains in the call.
     """
     parts = -(-width * nbytes(get_output_shape(problem, hidden)) // _OUTPUT_LIMIT)
-    return max(1, hidden.shape[0] // max(1, parts))
+    return max(1, count_examples(hidden) // max(1, parts))
 
 
-def get_output_shape(problem: Problem, hidden: ArrayShape) -> jax.ShapeDtypeStruct:
+def infer_hidden(problem: Problem) -> PyTree:
+    """Return the shapes and dtypes of the activations that layers map."""
+    return jax.eval_shape(problem.bank.embed, problem.data.x)
+
+
+def get_output_shape(problem: Problem, hidden: PyTree) -> jax.ShapeDtypeStruct:
     """Return the shape and dtype of a head's outputs."""
     return jax.eval_shape(
         lambda problem, hidden: problem.bank.heads[0].apply(0, hidden), problem, hidden
     )
 
 
-def empty_results(problem: Problem, hidden: ArrayShape, size: int) -> tuple[Array, Array]:
+def empty_results(problem: Problem, hidden: PyTree, size: int) -> tuple[Array, Array]:
     """Return zeros for loss and accuracy, `[size]` each, with the dtypes of the problem."""
     results = jax.eval_shape(
         lambda h: problem.loss_and_accuracy(problem.bank.heads[0].apply(0, h)), hidden
@@ -167,7 +169,7 @@ def empty_results(problem: Problem, hidden: ArrayShape, size: int) -> tuple[Arra
     return jax.tree.map(lambda a: jnp.zeros(size, a.dtype), results)
 
 
-def estimate_call_bytes(groups: tuple[LayerGroup, ...], hidden: ArrayShape) -> int:
+def estimate_call_bytes(groups: tuple[LayerGroup, ...], hidden: PyTree) -> int:
     """Estimate the temporaries of one call, in bytes, as twice the largest array in a layer."""
     avals = [
         var.aval
@@ -175,33 +177,31 @@ def estimate_call_bytes(groups: tuple[LayerGroup, ...], hidden: ArrayShape) -> i
         for equation in _trace(group, hidden)
         for var in equation.outvars
     ]
-    sizes = (nbytes(aval) for aval in avals)  # pyright: ignore[reportArgumentType]
-    return 2 * max(sizes, default=0)
+    return 2 * max(map(nbytes, avals), default=0)
 
 
-def estimate_head_bytes(problem: Problem, hidden: ArrayShape, width: int) -> int:
+def estimate_head_bytes(problem: Problem, hidden: PyTree, width: int) -> int:
     """Estimate the temporaries of a call of heads for `width` chains, in bytes."""
     rows = count_examples_per_call(problem, hidden, width)
-    return width * estimate_call_bytes(
-        problem.bank.heads, jax.ShapeDtypeStruct((rows, *hidden.shape[1:]), hidden.dtype)
+    part = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), hidden
     )
+    return width * estimate_call_bytes(problem.bank.heads, part)
 
 
 def get_member_bytes(group: LayerGroup) -> int:
     """Return the size of the weights of one layer of a group, in bytes."""
-    return sum(nbytes(leaf) for leaf in jax.tree.leaves((group.params, group.state))) // len(
-        group.tokens
-    )
+    return nbytes((group.params, group.state)) // len(group.tokens)
 
 
-def count_convolutions(group: LayerGroup, hidden: ArrayShape) -> int:
+def count_convolutions(group: LayerGroup, hidden: PyTree) -> int:
     """Return the number of convolutions in one layer of a group."""
     return sum(
         equation.primitive.name == "conv_general_dilated" for equation in _trace(group, hidden)
     )
 
 
-def _trace(group: LayerGroup, hidden: ArrayShape) -> list[JaxprEqn]:
+def _trace(group: LayerGroup, hidden: PyTree) -> list[JaxprEqn]:
     """Return the equations of one call, including the equations of inner jaxprs."""
     member = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), group)
     return [*_equations(jax.make_jaxpr(lambda group, x: group.apply(0, x))(member, hidden).jaxpr)]
@@ -215,6 +215,6 @@ def _equations(jaxpr: Jaxpr | ClosedJaxpr) -> Iterator[JaxprEqn]:
                 yield from _equations(inner)
 
 
-def nbytes(x: HasShape) -> int:
-    """Return the size of an array in bytes."""
-    return int(np.prod(x.shape)) * x.dtype.itemsize
+def nbytes(x: PyTree) -> int:
+    """Return the size in bytes of an array, or of a pytree of arrays or of abstract values."""
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(x))

@@ -6,12 +6,11 @@ of chains. All plans give the same losses, except for the order of sums.
 
 from typing import Protocol, runtime_checkable
 
-from jchain._typing import Array
+from jchain._typing import Activations, Array, PyTree
 from jchain.engine.backend import default_memory_limit
 from jchain.engine.blocks import Blocks, Share
 from jchain.engine.depth_first import DepthFirst
 from jchain.engine.layer_calls import (
-    ArrayShape,
     count_convolutions,
     get_member_bytes,
     get_output_shape,
@@ -38,17 +37,17 @@ class Plan(Protocol):
     Plans are hashable, because a plan is a static argument of the compiled program.
     """
 
-    def count_bytes(self, problem: Problem, hidden: ArrayShape) -> int:
+    def count_bytes(self, problem: Problem, hidden: PyTree) -> int:
         """Estimate the size of activations and temporaries in bytes.
 
         Args:
           problem: the bank, the split of data, and the loss.
-          hidden: the input of the first layer, `[B, ...F]`. Only its shape and dtype are read.
+          hidden: the input of the first layer. Only its shapes and dtypes are read.
         """
         ...
 
     def evaluate(
-        self, problem: Problem, hidden: Array, population: SortedChains
+        self, problem: Problem, hidden: Activations, population: SortedChains
     ) -> tuple[Array, Array]:
         """Compute loss, without the layer penalty, and accuracy of sorted chains, `[P]` each.
 
@@ -56,14 +55,14 @@ class Plan(Protocol):
 
         Args:
           problem: the bank, the split of data, and the loss.
-          hidden: the input of the first layer, `[B, ...F]`.
+          hidden: the input of the first layer, `[B, ...F]`, or a pytree of such arrays.
           population: the sorted chains.
         """
         ...
 
 
 def choose_plan(
-    problem: Problem, hidden: ArrayShape, num_chains: int, memory_limit: int | None, backend: str
+    problem: Problem, hidden: PyTree, num_chains: int, memory_limit: int | None, backend: str
 ) -> Plan:
     """Choose the plan that should be fastest for these shapes within the memory limit.
 
@@ -77,7 +76,7 @@ def choose_plan(
 
     Args:
       problem: the bank, the split of data, and the loss.
-      hidden: the input of the first layer, `[B, ...F]`. Only its shape and dtype are read.
+      hidden: the input of the first layer. Only its shapes and dtypes are read.
       num_chains: the number of chains, P.
       memory_limit: the number of bytes that activations and temporaries may take; None for a
         quarter of the device's memory.
@@ -109,7 +108,7 @@ def choose_plan(
     return DepthFirst()
 
 
-def _choose_on_cpu(problem: Problem, hidden: ArrayShape, num_chains: int) -> tuple[Blocks, int]:
+def _choose_on_cpu(problem: Problem, hidden: PyTree, num_chains: int) -> tuple[Blocks, int]:
     """Return the plan without a memory limit, and the smallest block worth its overhead."""
     del num_chains
     size = nbytes(hidden)
@@ -132,9 +131,7 @@ def _choose_on_cpu(problem: Problem, hidden: ArrayShape, num_chains: int) -> tup
     return plan, _SIBLINGS[-1] if has_convolution else 2 * problem.bank.num_layers
 
 
-def _choose_on_accelerator(
-    problem: Problem, hidden: ArrayShape, num_chains: int
-) -> tuple[Blocks, int]:
+def _choose_on_accelerator(problem: Problem, hidden: PyTree, num_chains: int) -> tuple[Blocks, int]:
     """Return the plan without a memory limit, and the smallest block worth its overhead."""
     has_convolution = any(count_convolutions(group, hidden) for group in problem.bank.layers)
     weights = 0 if has_convolution else max(map(get_member_bytes, problem.bank.layers))
@@ -143,12 +140,12 @@ def _choose_on_accelerator(
     return Blocks(num_chains, widths, share, widths), 1
 
 
-def choose_chunk(num_layers: int, hidden: ArrayShape, backend: str) -> int:
+def choose_chunk(num_layers: int, hidden: PyTree, backend: str) -> int:
     """Return the number of layers to call together on a shared input.
 
     Args:
       num_layers: the number of layers to call in total.
-      hidden: the shared input. Only its shape and dtype are read.
+      hidden: the shared input. Only its shapes and dtypes are read.
       backend: the name of the platform, as returned by `jax.default_backend()`.
     """
     widest = _SIBLINGS[-1] if backend == "cpu" else min(_MAX_WIDTH, _CALL_FILL // nbytes(hidden))

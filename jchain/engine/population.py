@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jchain._typing import Array, Float, Int, PyTree
+from jchain._typing import Activations, Array, Float, Int, PyTree
 from jchain.engine.backend import jit_for_problem
-from jchain.engine.layer_calls import ArrayShape
 from jchain.engine.plans import Plan, choose_plan
 from jchain.engine.prefix_sharing import (
     SortedChains,
@@ -49,7 +48,7 @@ class Options(NamedTuple):
     plan: Plan | None
     backend: str
 
-    def choose(self, problem: Problem, hidden: ArrayShape, num_chains: int) -> Plan:
+    def choose(self, problem: Problem, hidden: PyTree, num_chains: int) -> Plan:
         """Return the given plan, or choose one if no plan was given.
 
         Raises:
@@ -91,7 +90,7 @@ def evaluate_population(
 def cast(problem: Problem, dtype: np.dtype | None) -> Problem:
     """Convert the floating-point weights and input of a problem to a dtype.
 
-    Labels and layer costs are unchanged.
+    Labels, layer costs, and inputs of integers and booleans are unchanged.
 
     Args:
       problem: the problem to convert.
@@ -110,7 +109,7 @@ def cast(problem: Problem, dtype: np.dtype | None) -> Problem:
     return dataclasses.replace(
         problem,
         bank=jax.tree.map(cast_leaf, problem.bank),
-        data=problem.data._replace(x=cast_leaf(problem.data.x)),
+        data=problem.data._replace(x=jax.tree.map(cast_leaf, problem.data.x)),
     )
 
 
@@ -159,21 +158,21 @@ def _evaluate_sorted(problem: Problem, chains: Int[Array, "P L"], options: Optio
 
 
 def _evaluate_part(
-    problem: Problem, hidden: Array, population: SortedChains, options: Options
+    problem: Problem, hidden: Activations, population: SortedChains, options: Options
 ) -> _Results:
     plan = options.choose(problem, hidden, population.chains.shape[0])
     return plan.evaluate(problem, hidden, population)
 
 
 def _evaluate_on_mesh(
-    problem: Problem, hidden: Array, population: SortedChains, options: Options
+    problem: Problem, hidden: Activations, population: SortedChains, options: Options
 ) -> _Results:
     """Evaluate an equal part of the chains on each device, and gather the results everywhere."""
     mesh, num_chains = problem.mesh, population.chains.shape[0]
     assert mesh is not None
     axis = mesh.axis_names[0]
 
-    def evaluate(problem: Problem, hidden: Array, chains: Array, length: Array) -> _Results:
+    def evaluate(problem: Problem, hidden: PyTree, chains: Array, length: Array) -> _Results:
         part = SortedChains(chains, length, find_first_new(chains))
         results = _evaluate_part(problem, hidden, part, options)
         return jax.tree.map(lambda a: jax.lax.all_gather(a, axis, tiled=True), results)

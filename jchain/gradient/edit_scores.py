@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jchain._typing import Array, Float, Int
+from jchain._typing import Array, Float, Int, PyTree
 from jchain.chain import ChainsLike
 from jchain.engine.backend import get_backend, jit_for_problem
-from jchain.engine.layer_calls import apply_token
+from jchain.engine.layer_calls import apply_token, infer_hidden
 from jchain.gradient import weight_space
 from jchain.gradient.joint_moves import JointMoves, join
 from jchain.gradient.linearize import (
@@ -34,8 +34,9 @@ from jchain.gradient.loss_predictor import (
 )
 from jchain.gradient.slot_scores import Carry, StaticArgs, score_slot
 from jchain.groups import LayerGroup
+from jchain.modules.activations import check_floating, pull_back_floating, take_floating
 from jchain.problem import Problem
-from jchain.pytree import get_first_line, is_concrete
+from jchain.pytree import get_first_line, is_concrete, pick
 
 KINDS = ("linearized", "activations", "weights", "nearest")
 # The largest number of examples that predictions of joint moves use.
@@ -130,6 +131,7 @@ def score_edits(
     of the `D` slots, plus `N` more if the chain is not full. The last two kinds cost `4 D` layer
     calls. The function works under `jit` and `vmap`; a `vmap` runs one chain after another.
 
+    If activations are a pytree, only the changes of its floating-point leaves are predicted.
     Scores are nan in three cases: for a layer whose outputs are not finite, for edits before a
     layer whose gradient is exactly 0 (for example a layer that rounds its input), and for all edits
     if the loss of the chain itself is not finite.
@@ -289,11 +291,8 @@ def _check_gradients(problem: Problem, kind: str) -> None:
     This check is slow, so it is called only while the scores are traced.
     """
     bank = problem.bank
-    hidden = jax.eval_shape(bank.embed, problem.data.x)
-    if not jnp.issubdtype(hidden.dtype, jnp.floating):
-        raise ValueError(
-            f"expected floating-point activations, which have a gradient, got {hidden.dtype}"
-        )
+    hidden = infer_hidden(problem)
+    check_floating(hidden)
     for groups, is_by_weights in (
         (bank.layers, kind in ("weights", "nearest")),
         (bank.heads, False),
@@ -302,7 +301,7 @@ def _check_gradients(problem: Problem, kind: str) -> None:
             _check_gradient(group, hidden, is_by_weights)
 
 
-def _check_gradient(group: LayerGroup, hidden: jax.ShapeDtypeStruct, is_by_weights: bool) -> None:
+def _check_gradient(group: LayerGroup, hidden: PyTree, is_by_weights: bool) -> None:
     name = type(group.module).__name__
     if is_by_weights:
         for leaf in jax.tree.leaves(group.params):
@@ -311,8 +310,15 @@ def _check_gradient(group: LayerGroup, hidden: jax.ShapeDtypeStruct, is_by_weigh
                     f"layer {name}: expected floating-point weights, which have a gradient, "
                     f"got {leaf.dtype}"
                 )
+
+    def pull_back(hidden: PyTree) -> PyTree:
+        made = take_floating(group.apply(0, hidden))
+        if not jax.tree.leaves(made):
+            raise TypeError("its output is not floating-point")
+        return pull_back_floating(partial(group.apply, 0), hidden)(made)
+
     try:
-        jax.eval_shape(lambda h: jax.vjp(partial(group.apply, 0), h)[1](group.apply(0, h)), hidden)
+        jax.eval_shape(pull_back, hidden)
     except Exception as error:  # whatever a user's module raises
         raise ValueError(f"{name} cannot be differentiated: {get_first_line(error)}") from None
 
@@ -365,7 +371,7 @@ def _score_by_outputs(
     forward = forward_pass(problem, chain)
     predictor, vjps = compute_head_vjps(problem, chain, forward, static.kind, static.num_products)
     # Samples represent a mean over all examples, so no example may be left out.
-    stride = 1 if predictor.is_sampled else -(-problem.data.x.shape[0] // _MAX_ROWS)
+    stride = 1 if predictor.is_sampled else -(-problem.data.y.shape[0] // _MAX_ROWS)
     rows = slice(None, None, stride)
     step_fn = partial(score_slot, problem, forward.length, members, predictor, rows, static)
     num_slots = jnp.minimum(forward.length + 1, problem.max_layers)
@@ -377,9 +383,8 @@ def _score_by_outputs(
     if best is not None:
         predict_fn = predictor.predict_fn
         if not predictor.is_sampled:
-            outputs = apply_token(
-                problem.bank.heads, chain[forward.length], forward.hidden[forward.length][rows]
-            )
+            hidden = pick(pick(forward.hidden, forward.length), rows)
+            outputs = apply_token(problem.bank.heads, chain[forward.length], hidden)
             predict_fn = make_loss_predictor(
                 problem.take(rows), outputs, static.kind, static.num_products
             ).predict_fn

@@ -7,7 +7,7 @@ mean over examples of the squared gradient of an example's loss.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jchain.bank import Bank
 from jchain.chain import ChainsLike
 from jchain.data import Batch
 from jchain.problem import Problem, upcast
+from jchain.pytree import pick
 
 # The number of examples whose gradients are in memory at the same time.
 _CHUNK = 8
@@ -124,12 +125,12 @@ def _differentiate(
     bank = problem.bank
     head, head_index = bank.find(route[-1])
 
-    def compute_loss(owns: list[PyTree], x: Shaped[Array, "..."], y: Shaped[Array, "..."]) -> Array:
-        hidden: Any = bank.embed(x[None])
+    def compute_loss(owns: list[PyTree], x: PyTree, y: Shaped[Array, "..."]) -> Array:
+        hidden = bank.embed(pick(x, None))
         for token, params in zip(route[:-1], owns, strict=True):
             group, index = bank.find(token)
             hidden = group.apply_params(index, params, hidden)
-        outputs: Any = head.apply(head_index, hidden)
+        outputs = head.apply(head_index, hidden)
         return jnp.mean(problem.loss_fn(outputs, y[None]))
 
     def differentiate(example: Batch) -> tuple[Array, list[PyTree], list[PyTree]]:
@@ -149,7 +150,7 @@ def _mean_over_examples(fn: Callable[[Batch], T], data: Batch) -> T:
     def add_chunk(total: T, chunk: Batch) -> tuple[T, None]:
         return jax.tree.map(lambda a, b: a + b.sum(axis=0), total, jax.vmap(fn)(chunk)), None
 
-    num_examples = data.x.shape[0]
+    num_examples = data.y.shape[0]
     num_whole = num_examples - num_examples % _CHUNK
     chunks = jax.tree.map(lambda a: a[:num_whole].reshape(-1, _CHUNK, *a.shape[1:]), data)
     rest = jax.tree.map(lambda a: a[num_whole:], data)

@@ -1,5 +1,6 @@
 """The forward pass of a chain, a backward scan over its slots, and scores of layers at a slot."""
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jchain import env
-from jchain._typing import Array, Bool, Float, Int, Shaped
+from jchain._typing import Activations, Array, Bool, Float, Int, PyTree, Shaped
 from jchain.bank import Bank
 from jchain.chain import ChainsLike, validate
 from jchain.engine.layer_calls import apply_token
@@ -24,7 +25,7 @@ class ForwardPass(NamedTuple):
     """The activations and losses of one chain."""
 
     length: Int[Array, ""]  # number of layers
-    hidden: Shaped[Array, "L B ..."]  # [L, B, ...F], the input of each slot
+    hidden: PyTree  # leaves [L, B, ...F], the input of each slot
     loss: Float[Array, ""]  # the loss of the chain, without the layer penalty
     heads: Float[Array, "K"]  # [K], the loss with each head, without the layer penalty
 
@@ -34,8 +35,8 @@ class Slot(NamedTuple):
 
     position: Int[Array, ""]
     token: Int[Array, ""]
-    before: Shaped[Array, "B ..."]  # [B, ...F], the input of the slot
-    after: Shaped[Array, "B ..."]  # [B, ...F], its output
+    before: Activations  # [B, ...F], the input of the slot, or a pytree of such arrays
+    after: Activations  # its output
 
 
 def check_chain(problem: Problem, chain: ChainsLike) -> Int[Array, "L"]:
@@ -71,7 +72,7 @@ def forward_pass(problem: Problem, chain: Int[Array, "L"]) -> ForwardPass:
     bank = problem.bank
     length = problem.space.count_layers(chain)
 
-    def apply(hidden: Array, slot: tuple[Array, Array]) -> tuple[Array, Array]:
+    def apply(hidden: PyTree, slot: tuple[Array, Array]) -> tuple[PyTree, PyTree]:
         index, token = slot
         made = jax.lax.cond(
             index < length, partial(apply_token, bank.layers), lambda _, h: h, token, hidden
@@ -111,7 +112,7 @@ def scan_backward(
     def skip(carry: C, slot: Slot) -> tuple[C, T]:
         return carry, jax.tree.map(full_nan, jax.eval_shape(step_fn, carry, slot)[1])
 
-    after = jnp.concatenate([forward.hidden[1:], forward.hidden[-1:]])
+    after = jax.tree.map(lambda leaf: jnp.concatenate([leaf[1:], leaf[-1:]]), forward.hidden)
     slots = Slot(jnp.arange(chain.size), chain, forward.hidden, after)
     return jax.lax.scan(visit, init, slots, reverse=True)[1]
 
@@ -126,20 +127,20 @@ def all_members(bank: Bank) -> tuple[Int[Array, "_"], ...]:
 
 
 def map_layers(
-    score: Callable[[Array], T],
+    score: Callable[[PyTree], T],
     bank: Bank,
     members: tuple[Int[Array, "_"], ...],
-    hidden: Array,
+    hidden: Activations,
     chunk: int,
 ) -> T:
     """Score the output of each layer for one input.
 
     Args:
-      score: a function from the output of one layer, `[B, ...F]`, to a pytree of floats.
+      score: a function from the output of one layer, which is like `hidden`, to a pytree of floats.
       bank: the bank with the layers.
       members: for each group of the bank's layers, the indices within the group of the layers to
         score.
-      hidden: the input of the layers, `[B, ...F]`.
+      hidden: the input of the layers, `[B, ...F]`, or a pytree of such arrays.
       chunk: the number of layers that are applied at the same time.
 
     Returns:
@@ -176,17 +177,22 @@ def full_nan(shape: jax.ShapeDtypeStruct) -> Array:
     )
 
 
-def keeps_gradient(before: Array, after: Array) -> Bool[Array, ""]:
+def keeps_gradient(before: PyTree, after: PyTree) -> Bool[Array, ""]:
     """Return whether a layer passes its gradient on to its input.
 
     It does not if the vector-Jacobian products at its input are all 0, but the cotangents at its
     output are not. Scores before such a layer would be 0, which is wrong.
 
     Args:
-      before: the vector-Jacobian products at the layer's input.
-      after: the cotangents at the layer's output.
+      before: the vector-Jacobian products at the layer's input, for its floating-point leaves.
+      after: the cotangents at the layer's output, for its floating-point leaves.
     """
-    return jnp.any(before != 0) | ~jnp.any(after != 0)
+    return _any_nonzero(before) | ~_any_nonzero(after)
+
+
+def _any_nonzero(tree: PyTree) -> Bool[Array, ""]:
+    parts = [jnp.any(leaf != 0) for leaf in jax.tree.leaves(tree)]
+    return functools.reduce(jnp.logical_or, parts)
 
 
 def flatten_rows(array: Shaped[Array, "B ..."]) -> Shaped[Array, "B R"]:

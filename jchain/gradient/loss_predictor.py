@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jchain._typing import Array, Float, Int
+from jchain._typing import Array, Float, Int, PyTree
 from jchain.engine.draws import draw_signs
 from jchain.engine.layer_calls import apply_token, count_examples_per_call, map_in_parts
 from jchain.gradient.linearize import ForwardPass
+from jchain.modules.activations import count_examples, put_floating, take_floating
 from jchain.problem import Problem, upcast
+from jchain.pytree import pick
 
 # With up to `_MAX_OUTPUTS` outputs per example, the default number of vjps is the number of
 # outputs. With more outputs, it is `_NUM_WIDE`.
@@ -46,8 +48,11 @@ def compute_head_vjps(
     forward: ForwardPass,
     kind: str,
     num_products: int | None,
-) -> tuple[LossPredictor, Float[Array, "R B ..."]]:
+) -> tuple[LossPredictor, PyTree]:
     """Compute the loss predictor of a chain, and its vjps at the head's input, `[R, B, ...F]`.
+
+    If activations are a pytree, so are the vjps. Only floating-point leaves have them; the others
+    are None.
 
     If the outputs would be large, examples go through the head in parts, unless each output or
     class has its own vjp.
@@ -63,8 +68,8 @@ def compute_head_vjps(
       ValueError: if there are too few products, or activations are float16: the gradient of a mean
         over many labels would underflow.
     """
-    hidden = forward.hidden[forward.length]
-    if hidden.dtype == jnp.float16:
+    hidden = pick(forward.hidden, forward.length)
+    if any(leaf.dtype == jnp.float16 for leaf in jax.tree.leaves(hidden)):
         raise ValueError(
             "expected activations of bfloat16 or wider for gradients, got float16: "
             "reload the weights, e.g. with dtype=jnp.float32"
@@ -72,9 +77,12 @@ def compute_head_vjps(
     head = partial(apply_token, problem.bank.heads, chain[forward.length])
 
     def pull_back(
-        part: Problem, hidden: Array, share: float, key: Array
-    ) -> tuple[LossPredictor, Array]:
-        outputs, vjp_fn = jax.vjp(head, hidden)
+        part: Problem, hidden: PyTree, share: float, key: Array
+    ) -> tuple[LossPredictor, PyTree]:
+        def apply(floating: PyTree) -> Array:
+            return head(put_floating(hidden, floating))
+
+        outputs, vjp_fn = jax.vjp(apply, take_floating(hidden))
         predictor = make_loss_predictor(part, outputs, kind, num_products, share, key)
         # Compute one vjp at a time: cotangents of wide outputs are the largest arrays here.
         return predictor, jax.lax.map(
@@ -82,20 +90,25 @@ def compute_head_vjps(
             jnp.arange(predictor.num_products),
         )
 
-    key, num = jax.random.key(_SAMPLE_SEED), hidden.shape[0]
+    key, num = jax.random.key(_SAMPLE_SEED), count_examples(hidden)
     size, outputs = count_examples_per_call(problem, hidden, 1), jax.eval_shape(head, hidden)
     if size == num or not (kind == "activations" or _is_sampled(problem, outputs, num_products)):
         return pull_back(problem, hidden, 1.0, key)
 
-    def pull_back_part(rows: Array) -> Array:
+    def pull_back_part(rows: Array) -> PyTree:
         part_key = jax.random.fold_in(key, rows[0])
-        return pull_back(problem.take(rows), hidden[rows], rows.size / num, part_key)[1]
+        return pull_back(problem.take(rows), pick(hidden, rows), rows.size / num, part_key)[1]
 
     vjps, rest = map_in_parts(pull_back_part, num, size)
-    vjps = jnp.moveaxis(vjps, 0, 1).reshape(vjps.shape[1], -1, *hidden.shape[1:])
+    vjps = jax.tree.map(_join_parts, vjps)
     if rest is not None:
-        vjps = jnp.concatenate([vjps, rest], axis=1)
+        vjps = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), vjps, rest)
     return make_loss_predictor(problem, outputs, kind, num_products), vjps
+
+
+def _join_parts(vjps: Float[Array, "P R b ..."]) -> Float[Array, "R B ..."]:
+    """Join the examples of parts."""
+    return jnp.moveaxis(vjps, 0, 1).reshape(vjps.shape[1], -1, *vjps.shape[3:])
 
 
 def make_loss_predictor(

@@ -1,18 +1,20 @@
 """Scores of the edits of one slot, and the backward-scan step that computes them."""
 
+import functools
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jchain._typing import Array, Bool, Float, Int, Shaped
+from jchain._typing import Activations, Array, Bool, Float, Int, PyTree
 from jchain.engine.layer_calls import apply_token
 from jchain.engine.plans import choose_chunk
 from jchain.gradient.joint_moves import keep_best
 from jchain.gradient.linearize import Slot, flatten_rows, keeps_gradient, map_layers
 from jchain.gradient.loss_predictor import LossPredictor
 from jchain.groups import LayerGroup
+from jchain.modules.activations import pull_back_floating, take_floating
 from jchain.problem import Problem
 
 
@@ -29,7 +31,8 @@ class StaticArgs(NamedTuple):
 class Carry(NamedTuple):
     """The state of the backward pass at the output of a slot."""
 
-    vjps: Float[Array, "R B ..."]  # [R, B, ...F], the vjps at the output of the slot
+    # leaves [R, B, ...F], the vjps at the output of the slot; None for leaves without a gradient
+    vjps: PyTree
     is_known: Bool[Array, ""]  # False if the gradient was lost in a later layer
 
 
@@ -76,10 +79,10 @@ def score_slot(
     )
     is_known_before = is_known & keeps_gradient(before, vjps)
 
-    def score(made: Array) -> tuple[Array, Array, Array | None]:
-        change = _dot(vjps, made - slot.after)
+    def score(made: PyTree) -> tuple[Array, Array, Array | None]:
+        change = _dot(vjps, _subtract(made, slot.after))
         kept = change[rows] if static.num_best else None
-        return predict_fn(change), predict_fn(_dot(before, made - slot.before)), kept
+        return predict_fn(change), predict_fn(_dot(before, _subtract(made, slot.before))), kept
 
     chunk = choose_chunk(bank.num_layers, slot.before, static.backend)
     swap, insert, change = map_layers(score, bank, members, slot.before, chunk)
@@ -89,21 +92,31 @@ def score_slot(
     if change is not None:
         best = keep_best(problem, swap.at[own].set(jnp.nan), change, static.num_best)
     insert = jnp.where((length < problem.max_layers) & is_known_before, insert, jnp.nan)
-    delete = predict_fn(_dot(vjps, slot.before - slot.after))
+    delete = predict_fn(_dot(vjps, _subtract(slot.before, slot.after)))
     delete = jnp.where(is_layer & is_known, delete, jnp.nan)
     scores = SlotScores(swap.at[own].set(0.0), insert, delete, best)
     return Carry(before, is_known_before), scores
 
 
 def _pull_back(
-    groups: tuple[LayerGroup, ...], token: Array, hidden: Array, rows: Float[Array, "R B ..."]
-) -> Float[Array, "R B ..."]:
+    groups: tuple[LayerGroup, ...], token: Array, hidden: Activations, rows: PyTree
+) -> PyTree:
     """Compute the vjps at the input of a layer from the vjps at its output."""
-    vjp_fn = jax.vjp(partial(apply_token, groups, token), hidden)[1]
-    return jax.vmap(lambda row: vjp_fn(row)[0])(rows)
+    return jax.vmap(pull_back_floating(partial(apply_token, groups, token), hidden))(rows)
 
 
-def _dot(rows: Float[Array, "R B ..."], change: Shaped[Array, "B ..."]) -> Float[Array, "B R"]:
+def _subtract(hidden: Activations, other: Activations) -> PyTree:
+    """Compute the difference of the floating-point leaves."""
+    return jax.tree.map(jnp.subtract, take_floating(hidden), take_floating(other))
+
+
+def _dot(rows: PyTree, change: PyTree) -> Float[Array, "B R"]:
+    """Compute the dot product of each example with each row, summed over the leaves."""
+    parts = jax.tree.leaves(jax.tree.map(_dot_leaf, rows, change))
+    return functools.reduce(jnp.add, parts)
+
+
+def _dot_leaf(rows: Float[Array, "R B ..."], change: Float[Array, "B ..."]) -> Float[Array, "B R"]:
     num_rows, num_examples = rows.shape[:2]
     return jnp.einsum(
         "rbf,bf->br",

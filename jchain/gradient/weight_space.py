@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jchain._typing import Array, Bool, Float, Int, PyTree, Shaped
+from jchain._typing import Activations, Array, Bool, Float, Int, PyTree
 from jchain.bank import Bank
 from jchain.engine.layer_calls import locate
 from jchain.gradient.linearize import (
@@ -19,14 +19,17 @@ from jchain.gradient.linearize import (
 )
 from jchain.gradient.loss_predictor import compute_head_vjps
 from jchain.groups import LayerGroup
+from jchain.modules.activations import put_floating, take_floating
 from jchain.problem import Problem
+from jchain.pytree import pick
 
 
 class _Carry(NamedTuple):
     """The state of the backward pass at the output of a slot."""
 
-    # [B, ...F], the gradient of the loss with respect to the output of the slot
-    cotangent: Shaped[Array, "B ..."]
+    # leaves [B, ...F], the gradient of the loss with respect to the output of the slot; None for
+    # leaves without a gradient
+    cotangent: PyTree
     is_known: Bool[Array, ""]  # False if the gradient was lost in a later layer
 
 
@@ -83,7 +86,8 @@ def score_swaps_by_weights(
       learning_rate: the step size in the additional term `|W_b - W_t|^2 / (2 learning_rate)`; None
         to leave this term out.
     """
-    dtype = jnp.promote_types(jnp.float32, forward.hidden.dtype)
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(take_floating(forward.hidden))]
+    dtype = jnp.result_type(jnp.float32, *dtypes)
 
     def multiply(changes: Array, gradient: Array) -> Float[Array, "n"]:
         return jnp.matmul(flatten_rows(changes), gradient.reshape(-1), preferred_element_type=dtype)
@@ -114,18 +118,19 @@ def _scan_gradients(
 ) -> Float[Array, "L ..."]:
     """Return `read_fn(group, weights, gradient)` at each slot, or nan if it is unknown."""
     bank = problem.bank
-    (cotangent,) = compute_head_vjps(problem, chain, forward, "activations", None)[1]
+    cotangent = pick(compute_head_vjps(problem, chain, forward, "activations", None)[1], 0)
     group_of, member_of = locate(bank.layers)
 
     def visit_group(
-        group: LayerGroup, token: Array, hidden: Array, after: Array
-    ) -> tuple[Array, Array]:
-        own = jax.tree.map(lambda leaf: leaf[member_of[token]], group.params)
+        group: LayerGroup, token: Array, hidden: Activations, after: PyTree
+    ) -> tuple[PyTree, Array]:
+        own = pick(group.params, member_of[token])
 
-        def apply(params: PyTree, hidden: Array) -> Any:
-            return group.apply_params(member_of[token], params, hidden)
+        def apply(params: PyTree, floating: PyTree) -> PyTree:
+            made = group.apply_params(member_of[token], params, put_floating(hidden, floating))
+            return take_floating(made)
 
-        gradient, before = jax.vjp(apply, own, hidden)[1](after)
+        gradient, before = jax.vjp(apply, own, take_floating(hidden))[1](after)
         return before, read_fn(group, own, gradient)
 
     def step(carry: _Carry, slot: Slot) -> tuple[_Carry, Array]:

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain import chain as chain_lib
-from jchain._typing import Array, Float, Int, Shaped
+from jchain._typing import Activations, Array, Float, Int
 from jchain.bank import Bank
 from jchain.engine.evaluate import evaluate
 from jchain.engine.layer_calls import apply_token
 from jchain.hub.wrapping import Within, find_restarts
+from jchain.modules.activations import check_one_array
 from jchain.problem import Problem
 
 
@@ -93,7 +94,7 @@ def _split_start(bank: Bank, parent: Sequence[int]) -> tuple[list[int], list[int
 
 
 def compute_influence(
-    bank: Bank, chain: Sequence[int] | Int[np.ndarray, "L"], x: Shaped[Array, "B ..."]
+    bank: Bank, chain: Sequence[int] | Int[np.ndarray, "L"], x: Activations
 ) -> Float[np.ndarray, "D"]:
     """Measure how much each layer of a chain changes the direction of its input.
 
@@ -107,8 +108,12 @@ def compute_influence(
 
     Returns:
       float32[D]; the influence of each layer, in the order of the chain.
+
+    Raises:
+      ValueError: if activations are not one array.
     """
     hidden, found = bank.embed(x), []
+    check_one_array(activations=hidden)
     # Any features after these are the embeddings of other models.
     features = next(
         (group.module.features for group in bank.layers if isinstance(group.module, Within)), None

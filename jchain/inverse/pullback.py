@@ -16,11 +16,12 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from jchain._typing import Array, Float, Int, PyTree
+from jchain._typing import Activations, Array, Float, Int, PyTree
 from jchain.bank import Bank
 from jchain.engine.layer_calls import apply_token
 from jchain.gradient.linearize import flatten_rows
 from jchain.groups import LayerGroup
+from jchain.modules.activations import check_one_array, to_one_array
 from jchain.problem import Problem
 from jchain.pytree import get_first_line
 
@@ -141,7 +142,7 @@ def pull_back(
     tokens = _check_suffix(bank, suffix)
     has_head = bool(tokens) and tokens[-1] >= bank.num_layers
     layers = tokens[:-1] if has_head else tokens
-    outputs = jnp.asarray(outputs)
+    outputs = to_one_array(outputs, "outputs")
     if not jnp.issubdtype(outputs.dtype, jnp.floating):
         raise ValueError(f"expected floating-point outputs, got {outputs.dtype}")
     inverses = invert_layers(bank.take(sorted(set(layers)))) if layers else ()
@@ -149,8 +150,9 @@ def pull_back(
     null_space = jnp.zeros((0, 0), outputs.dtype)
     hidden = outputs
     if has_head:
-        shape = _guess_shape(bank) if near is None else near.shape[1:]
-        near = jnp.zeros((outputs.shape[0], *shape), outputs.dtype) if near is None else near
+        if near is None:
+            near = jnp.zeros((outputs.shape[0], *_guess_shape(bank)), outputs.dtype)
+        check_one_array(near=near)
         hidden, null_space = _pull_head(bank, tokens[-1], outputs, near)
     _check_outputs(bank, layers, hidden)
     for token in reversed(layers):
@@ -258,7 +260,7 @@ def target_outputs(
 def reach_target(
     problem: Problem,
     token: Int[Array, ""],
-    hidden: Float[Array, "B ..."],
+    hidden: Activations,
     rate: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, "B ..."]:
     """Find the smallest change of a head's input that moves its outputs toward `target_outputs`.
@@ -273,8 +275,9 @@ def reach_target(
       The changed input, `[B, ...F]`.
 
     Raises:
-      ValueError: if the loss has no target outputs (see `target_outputs`).
+      ValueError: if activations are not one array, or the loss has no `target_outputs`.
     """
+    check_one_array(activations=hidden)
     head = partial(apply_token, problem.bank.heads, token)
     outputs = head(hidden)
     target = target_outputs(outputs, problem.data.y, problem.loss_fn)
@@ -284,7 +287,7 @@ def reach_target(
 
 
 def condition_numbers(
-    bank: Bank, chain: ArrayLike | Sequence[object], x: Float[Array, "B ..."]
+    bank: Bank, chain: ArrayLike | Sequence[object], x: Activations
 ) -> Float[np.ndarray, "B"]:
     """Compute the condition number of the Jacobian of a chain's layers at each example.
 
@@ -299,8 +302,9 @@ def condition_numbers(
       x: the raw input, `[B, ...]`.
 
     Raises:
-      ValueError: if a token is out of range.
+      ValueError: if a token is out of range, or activations are not one array.
     """
+    check_one_array(activations=jax.eval_shape(bank.embed, x))
     tokens = [token for token in _check_suffix(bank, chain) if token < bank.num_layers]
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         layers, hidden = jax.tree.map(_to_float64, (bank.layers, np.asarray(bank.embed(x))))
@@ -409,9 +413,8 @@ def _pull_head(bank: Bank, token: int, outputs: Array, near: Array) -> tuple[Arr
             f"got {list(outputs.shape)} and {list(near.shape)}"
         )
     left, values, right = np.linalg.svd(kernel)
-    rank = int(
-        np.sum(values > values.max() * max(kernel.shape) * float(jnp.finfo(outputs.dtype).eps))
-    )
+    tolerance = values.max() * max(kernel.shape) * float(jnp.finfo(outputs.dtype).eps)
+    rank = int(np.sum(values > tolerance))
     inverse = (right[:rank].T / values[:rank]) @ left[:, :rank].T
     gap = flatten_rows(outputs - apply_token(bank.heads, jnp.asarray(token), near))
     change = gap @ jnp.asarray(inverse, gap.dtype)

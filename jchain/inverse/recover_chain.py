@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jchain._typing import Array, Float, Int
+from jchain._typing import Activations, Array, Float, Int
 from jchain.bank import Bank
+from jchain.data import read_batch
 from jchain.engine.backend import default_memory_limit
 from jchain.groups import LayerGroup, check_keeps_shape
 from jchain.inverse.enumerate_halves import (
@@ -42,6 +43,7 @@ from jchain.inverse.nearest_pairs import (
     match_finite,
 )
 from jchain.inverse.pullback import invert_layers
+from jchain.modules.activations import check_one_array, to_one_array
 
 # The number of examples on which halves are compared, the size of a sketch, and the size of a
 # sketch if no noise is assumed, when a few numbers are enough to tell halves apart.
@@ -68,7 +70,7 @@ class RecoveredChains(NamedTuple):
 
 def meet_in_the_middle(
     bank: Bank,
-    inputs: Float[Array, "B ..."],
+    inputs: Activations,
     outputs: Float[Array, "B ..."],
     depth: int,
     top_k: int = 1,
@@ -111,9 +113,9 @@ def meet_in_the_middle(
       The chains `[top_k, D]`, as layer tokens, and their residuals `[top_k]`.
 
     Raises:
-      ValueError: if a layer has no inverse or is singular, shapes do not fit, values are not
-        finite, a size is out of range, the sketches of one part exceed the memory limit, or fewer
-        than `top_k` chains are found.
+      ValueError: if a layer has no inverse or is singular, activations are not one array, shapes do
+        not fit, values are not finite, a size is out of range, the sketches of one part exceed the
+        memory limit, or fewer than `top_k` chains are found.
     """
     sizes = {"depth": depth, "top_k": top_k, "num_probes": num_probes, "num_sketch": num_sketch}
     _check_sizes({**sizes, "num_candidates": num_candidates}, bank.num_layers)
@@ -181,8 +183,10 @@ class _Examples(NamedTuple):
         return self._replace(hidden=self.hidden[rows], outputs=self.outputs[rows])
 
 
-def _embed_examples(bank: Bank, inputs: Array, outputs: Array) -> _Examples:
-    hidden, outputs = bank.embed(jnp.asarray(inputs)), jnp.asarray(outputs)
+def _embed_examples(bank: Bank, inputs: Activations, outputs: Array) -> _Examples:
+    x, outputs = read_batch((inputs, to_one_array(outputs, "outputs")))
+    hidden = bank.embed(x)
+    check_one_array(activations=hidden)
     if outputs.shape != hidden.shape:
         raise ValueError(
             f"expected outputs of the layers' shape {list(hidden.shape)}, got {list(outputs.shape)}"
@@ -289,7 +293,6 @@ class _HalfSearch(NamedTuple):
         num_copies = 1 if match_fn is match_cells else 4
         row_bytes = num_copies * projection.shape[1] * projection.dtype.itemsize + 64
         parts = _split(plan.halves, row_bytes, self.memory_limit)
-        num_candidates = self.num_candidates
         chains, distances = [], []
         for last, backward_half in parts[1]:
             table = sketch_half(backward_half, projection)
@@ -298,12 +301,12 @@ class _HalfSearch(NamedTuple):
                     match_fn,
                     sketch_half(forward_half, projection),
                     table,
-                    num_candidates,
+                    self.num_candidates,
                     plan.error,
                 )
                 chains.append(_join_halves(pairs, first, forward_half, backward_half, last))
                 distances.append(pairs.distance)
-        nearest = np.argsort(np.concatenate(distances), kind="stable")[:num_candidates]
+        nearest = np.argsort(np.concatenate(distances), kind="stable")[: self.num_candidates]
         return _verify(self.examples, self.probes, np.concatenate(chains)[nearest], self.top_k)
 
 
@@ -319,11 +322,10 @@ def _join_halves(
     Sequences of inverses run from the end of a chain to its middle, so they are reversed.
     """
     num_pairs = len(pairs.first)
-    ends = (
+    start, end = (
         np.broadcast_to(np.array(part, np.int64), (num_pairs, len(part)))
         for part in (first, last[::-1])
     )
-    start, end = ends
     return np.concatenate(
         [
             start,
@@ -384,8 +386,7 @@ def _estimate_error(
     To do so, apply random layers, add the noise, and apply the inverses of the layers.
     """
     forward_half, backward_half = halves
-    rng = np.random.default_rng(0)
-    worst = 0.0
+    rng, worst = np.random.default_rng(0), 0.0
     for middle in _apply_random_sequences(forward_half, _NUM_TRIALS):
         tokens = rng.integers(0, backward_half.num_tokens, backward_half.num_layers)
         outputs = apply_sequence(forward_half.layers, jnp.asarray(tokens[::-1].copy()), middle)

@@ -16,10 +16,10 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jchain import env
-from jchain._typing import Array, Float, Int
+from jchain._typing import Activations, Array, Float, Int
 from jchain.bank import Bank
 from jchain.engine.backend import get_backend, jit_for_problem
-from jchain.engine.layer_calls import apply_token, locate
+from jchain.engine.layer_calls import apply_token, infer_hidden, locate
 from jchain.engine.plans import choose_chunk
 from jchain.gradient.edit_scores import EditScores, add_layer_penalty
 from jchain.gradient.linearize import (
@@ -38,6 +38,7 @@ from jchain.inverse.pullback import (
     reach_target,
     relative_residual,
 )
+from jchain.modules.activations import check_one_array
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
 
@@ -89,8 +90,8 @@ class TargetLayer(NamedTuple):
 
 def fit_target_layer(
     bank: Bank,
-    before: Float[Array, "B ..."],
-    after: Float[Array, "B ..."],
+    before: Activations,
+    after: Activations,
     ridge: float | Float[Array, ""] = 1e-3,
 ) -> TargetLayer:
     """Fit a layer to a slot by ridge regression from the slot's input to its target output.
@@ -106,8 +107,10 @@ def fit_target_layer(
         activation.
 
     Raises:
-      ValueError: if the shapes differ, or the ridge is negative.
+      ValueError: if activations or targets are not one array, the shapes differ, or the ridge is
+        negative.
     """
+    check_one_array(activations=before, targets=after)
     if before.shape != after.shape or before.ndim < 2:
         raise ValueError(
             "expected activations and targets of one shape [B, ...F], got "
@@ -202,7 +205,8 @@ def score_edits_by_target(
         score; None for all layers. Scores of other layers are nan.
 
     Raises:
-      ValueError: if `chain` is not a chain of this bank, or the loss has no target outputs.
+      ValueError: if `chain` is not a chain of this bank, activations are not one array, or the loss
+        has no target outputs.
     """
     tokens = check_chain(problem, chain)
     if members is None:
@@ -229,6 +233,8 @@ def _score(
     is_projected: bool,
     backend: str,
 ) -> EditScores:
+    check_one_array(activations=infer_hidden(problem))
+
     # `cond_in_sequence` is not enough, because the whole function must run in sequence: a plain
     # vmap would gather the weights of each layer call and compute all sides of each branch.
     @jax.custom_batching.sequential_vmap

@@ -5,10 +5,12 @@ collections, as in linen. `convert` wraps modules that are not linen modules.
 """
 
 from jchain.modules.checks import (
-    ArrayOrShape,
+    check_is_array,
     check_layer,
     check_output_function,
+    check_same_shapes,
     check_stem,
+    describe_input,
     infer_output,
 )
 from jchain.modules.convert import (
@@ -24,16 +26,18 @@ from jchain.modules.functions import FunctionModule
 from jchain.modules.nnx import NnxModule, is_nnx
 
 __all__ = [
-    "ArrayOrShape",
     "Converted",
     "FunctionModule",
     "Module",
     "NnxModule",
     "apply_module",
+    "check_is_array",
     "check_layer",
     "check_output_function",
+    "check_same_shapes",
     "check_stem",
     "convert",
+    "describe_input",
     "describe_module",
     "infer_output",
     "is_nnx",

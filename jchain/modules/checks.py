@@ -5,14 +5,12 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jchain._typing import Array, PyTree
+from jchain.modules.activations import count_examples, describe_shapes, is_one_array
 from jchain.modules.convert import Module, apply_module, describe_module, split_variables
 from jchain.pytree import describe_type, get_first_line
 
-# A batch, or only its shape and dtype.
-ArrayOrShape = Array | np.ndarray | jax.ShapeDtypeStruct
 _HOW = "a layer must keep the shape of the data: change it in a stem or in a head"
 
 
@@ -20,69 +18,119 @@ def check_layer(
     module: Module,
     params: PyTree,
     state: PyTree,
-    x: ArrayOrShape,
+    x: PyTree,
     name: str,
     *,
     allow_other_dtype: bool = False,
 ) -> None:
-    """Check that a layer's output has the shape and dtype of its input.
+    """Check that a layer's output has the structure, shapes, and dtypes of its input.
 
     Args:
       module: the module of the layer.
       params: its params.
       state: its other collections of variables, or None.
-      x: a batch of input, or its shape and dtype.
+      x: a batch of input, one array or a pytree of arrays, or their shapes and dtypes.
       name: what to call the layer in errors.
-      allow_other_dtype: whether the output may have another dtype, so that only shapes must agree.
+      allow_other_dtype: whether the output may have other dtypes, so that only shapes must agree.
 
     Raises:
-      ValueError: if the output has another shape or dtype, the module does not accept the input, or
-        it needs collections of variables that are not given.
+      ValueError: if the output has another structure, shape, or dtype, the module does not accept
+        the input, or it needs collections of variables that are not given.
     """
     out = infer_output(module, params, state, x, name)
-    if out.shape != x.shape:
-        raise ValueError(
-            f"{name} must keep the shape of its input: expected {x.dtype}{list(x.shape)}, got "
-            f"{out.dtype}{list(out.shape)}; {_HOW}"
-        )
-    if out.dtype != x.dtype and not allow_other_dtype:
-        raise ValueError(
-            f"{name} must keep the dtype of its input: expected {x.dtype}, got {out.dtype}; cast "
-            "the data, the params, or the output"
-        )
+    check_same_shapes(out, x, name, allow_other_dtype=allow_other_dtype)
 
 
-def check_stem(stem: Module | None, params: PyTree, x: ArrayOrShape) -> ArrayOrShape:
-    """Check that a stem accepts an input, and return the shape and dtype of its output.
+def check_same_shapes(
+    out: PyTree, x: PyTree, name: str, *, allow_other_dtype: bool = False
+) -> None:
+    """Check that the output of a layer has the structure, shapes, and dtypes of its input.
+
+    Args:
+      out: the output, or its shapes and dtypes.
+      x: the input, or its shapes and dtypes.
+      name: what to call the layer in errors.
+      allow_other_dtype: whether the output may have other dtypes, so that only shapes must agree.
+
+    Raises:
+      ValueError: if the output differs from the input.
+    """
+    if is_one_array(x):
+        check_is_array(out, name)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(x)
+    if jax.tree.structure(out) != structure:
+        raise ValueError(
+            f"{name} must keep the structure of its input: expected {describe_shapes(x)}, got "
+            f"{describe_shapes(out)}"
+        )
+    for (path, expected), found in zip(leaves, jax.tree.leaves(out), strict=True):
+        where = f" at {jax.tree_util.keystr(path)}" if path else ""
+        if found.shape != expected.shape:
+            raise ValueError(
+                f"{name} must keep the shape of its input: expected {describe_shapes(expected)}"
+                f"{where}, got {describe_shapes(found)}; {_HOW}"
+            )
+        if found.dtype != expected.dtype and not allow_other_dtype:
+            raise ValueError(
+                f"{name} must keep the dtype of its input: expected {expected.dtype}{where}, got "
+                f"{found.dtype}; cast the data, the params, or the output"
+            )
+
+
+def check_is_array(out: PyTree, name: str) -> None:
+    """Check that the output of a module is a single array.
+
+    Args:
+      out: the output, or its shape and dtype.
+      name: what to call the module in errors.
+
+    Raises:
+      ValueError: if the output is anything else.
+    """
+    if not is_one_array(out):
+        raise ValueError(f"{name} must return an array, got {describe_type(out)}")
+
+
+def check_stem(stem: Module | None, params: PyTree, x: PyTree) -> PyTree:
+    """Check that a stem accepts an input, and return the shapes and dtypes of its output.
 
     Args:
       stem: the stem; None for the identity.
       params: the variables of the stem (see `jchain.modules.split_variables`).
-      x: a batch of raw input, or its shape and dtype.
+      x: a batch of raw input, one array or a pytree of arrays, or their shapes and dtypes.
 
     Raises:
-      ValueError: if the stem does not accept this input.
+      ValueError: if the stem does not accept this input, or an array of a pytree that it returns
+        does not have the examples on its leading axis.
     """
     if stem is None:
         return x
-    return infer_output(stem, *split_variables(stem, params), x, f"stem {describe_module(stem)}")
+    name = f"stem {describe_module(stem)}"
+    out = infer_output(stem, *split_variables(stem, params), x, name)
+    if not is_one_array(out):
+        num = count_examples(x)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(out):
+            if leaf.shape[:1] != (num,):
+                raise ValueError(
+                    f"{name} must keep the examples on the leading axis of each array: expected "
+                    f"[{num}, ...] at {jax.tree_util.keystr(path)}, got {describe_shapes(leaf)}"
+                )
+    return out
 
 
-def infer_output(
-    module: Module, params: PyTree, state: PyTree, x: ArrayOrShape, name: str
-) -> jax.ShapeDtypeStruct:
-    """Return the shape and dtype of a module's output.
+def infer_output(module: Module, params: PyTree, state: PyTree, x: PyTree, name: str) -> PyTree:
+    """Return the shapes and dtypes of a module's output, a pytree of at least one array.
 
     Args:
       module: the module.
       params: its params.
       state: its other collections of variables, or None.
-      x: a batch of input, or its shape and dtype.
+      x: a batch of input, one array or a pytree of arrays, or their shapes and dtypes.
       name: what to call the module in errors.
 
     Raises:
-      ValueError: if the module does not accept the input, returns something that is not one array,
-        or needs collections of variables that are not given.
+      ValueError: if the module does not accept the input, returns no array, or needs collections of
+        variables that are not given.
     """
     given = {"params": {} if params is None else params, **(state or {})}
     made, out = _make_collections(module, given, x)
@@ -99,11 +147,22 @@ def infer_output(
             out = jax.eval_shape(lambda x: apply_module(module, params, state, x), x)
         except Exception as error:  # whatever a user's module raises
             raise ValueError(
-                f"{name} does not take an input of shape {list(x.shape)}: {get_first_line(error)}"
+                f"{name} does not take {describe_input(x)}: {get_first_line(error)}"
             ) from None
-    if not isinstance(out, jax.ShapeDtypeStruct):
+    if not jax.tree.leaves(out):
         raise ValueError(f"{name} must return an array, got {describe_type(out)}")
     return out
+
+
+def describe_input(x: PyTree) -> str:
+    """Describe the input that a module does not take, for errors.
+
+    Args:
+      x: a batch of input, or its shapes and dtypes.
+    """
+    if is_one_array(x):
+        return f"an input of shape {list(x.shape)}"
+    return f"the input {describe_shapes(x)}"
 
 
 def check_output_function(
@@ -132,7 +191,7 @@ def check_output_function(
 
 
 def _make_collections(
-    module: Module, given: dict[str, PyTree], x: ArrayOrShape
+    module: Module, given: dict[str, PyTree], x: PyTree
 ) -> tuple[dict[str, PyTree], PyTree]:
     """Return the collections of a linen module that may make what is missing, and its output.
 
@@ -142,7 +201,7 @@ def _make_collections(
     if not isinstance(module, nn.Module):
         return {}, None
 
-    def run(x: Array) -> PyTree:
+    def run(x: PyTree) -> PyTree:
         return module.apply(given, x, mutable=True)
 
     try:

@@ -5,9 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
-import numpy as np
 
-from jchain._typing import Array, PyTree
+from jchain._typing import PyTree
 from jchain.modules import nnx
 from jchain.modules.functions import FunctionModule
 from jchain.pytree import describe_type
@@ -77,14 +76,14 @@ def split_variables(module: Module, variables: PyTree) -> tuple[PyTree, PyTree]:
     return variables["params"], others or None
 
 
-def apply_module(module: Module, params: PyTree, state: PyTree, x: Array | np.ndarray) -> Any:
+def apply_module(module: Module, params: PyTree, state: PyTree, x: PyTree) -> Any:
     """Apply a module to a batch.
 
     Args:
       module: the module.
       params: its params; None for a linen module without params.
       state: its other collections of variables by name, or None.
-      x: the activations of a batch, `[B, ...F]`.
+      x: the activations of a batch, `[B, ...F]`, or a pytree of such arrays.
     """
     if params is None and not isinstance(module, FunctionModule):
         params = {}

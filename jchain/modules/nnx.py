@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from jchain._typing import Array, PyTree
+from jchain._typing import PyTree
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -45,12 +45,12 @@ class NnxModule:
         """The class of the module."""
         return self.graphdef.nodes[0].type  # pyright: ignore[reportAttributeAccessIssue]
 
-    def apply(self, variables: Mapping[str, PyTree], x: Array) -> PyTree:
+    def apply(self, variables: Mapping[str, PyTree], x: PyTree) -> PyTree:
         """Rebuild the module and apply it.
 
         Args:
           variables: the collections `params` and, if the module has other variables, `state`.
-          x: the activations of a batch, `[B, ...F]`.
+          x: the activations of a batch, `[B, ...F]`, or a pytree of such arrays.
         """
         from flax import nnx
 

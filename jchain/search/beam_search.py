@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from jchain import env
-from jchain._typing import Array, Float, Int, Key, Shaped
+from jchain._typing import Array, Float, Int, Key, PyTree
 from jchain.chain import PADDING
+from jchain.modules.activations import make_buffer, put_row
 from jchain.problem import Problem
-from jchain.pytree import pytree_dataclass, static
+from jchain.pytree import pick, pytree_dataclass, static
 from jchain.search.prefixes import end_children, extend_prefix
 from jchain.search.protocol import Info
 
@@ -23,7 +24,7 @@ class State(NamedTuple):
     """Two generations of prefixes: one that is being extended, and its children so far."""
 
     chains: Int[Array, "2 W L"]  # [2, W, L], layer tokens, padded with -1
-    hidden: Shaped[Array, "2 W B ..."]  # [2, W, B, ...F], activations
+    hidden: PyTree  # leaves [2, W, B, ...F], activations
     loss: Float[Array, "2 W"]  # [2, W], loss of the best head; +inf in an empty row
     generation: Int[Array, ""]  # 0 or 1, the index of the generation that is being extended
     parent: Int[Array, ""]  # the row of the next prefix to extend
@@ -65,7 +66,7 @@ class BeamSearch:
         hidden = problem.bank.embed(problem.data.x)
         empty = State(
             jnp.full((2, self.max_width, problem.max_layers + 1), PADDING, jnp.int32),
-            jnp.zeros((2, self.max_width, *hidden.shape), hidden.dtype),
+            make_buffer((2, self.max_width), hidden),
             jnp.full((2, self.max_width), jnp.inf, jnp.float32),
             jnp.array(0),
             jnp.array(0),
@@ -78,7 +79,7 @@ class BeamSearch:
         """Extend one prefix by every layer."""
         num_layers, num_heads = problem.bank.num_layers, problem.bank.num_heads
         old, depth = state.generation, state.depth
-        prefix, hidden = state.chains[old, state.parent], state.hidden[old, state.parent]
+        prefix, hidden = pick((state.chains, state.hidden), (old, state.parent))
         is_open = (state.width <= self.max_width) & jnp.isfinite(state.loss[old, state.parent])
         should_extend = is_open & (depth < problem.max_layers)
 
@@ -100,7 +101,7 @@ class BeamSearch:
         layer_calls = jnp.where(should_extend, num_layers, 0)
         return self._advance(state, problem), Info(chains, loss, layer_calls)
 
-    def _insert(self, state: State, children: Array, hidden: Array, loss: Array) -> State:
+    def _insert(self, state: State, children: Array, hidden: PyTree, loss: Array) -> State:
         """Insert the children one by one; each evicts the worst child so far if it is better.
 
         Children are ranked by their best head, even if they have fewer than `min_layers` layers.
@@ -108,15 +109,15 @@ class BeamSearch:
         new = 1 - state.generation
         best = jnp.where(jnp.isfinite(loss), loss, jnp.inf).min(axis=1)
 
-        def insert(i: Array, kept: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            kept_chains, kept_hidden, kept_loss = kept
+        def insert(i: Array, kept: tuple[Array, PyTree, Array]) -> tuple[Array, PyTree, Array]:
+            kept_loss = kept[-1]
             is_in_beam = jnp.arange(self.max_width) < state.width
             worst = jnp.argmax(jnp.where(is_in_beam, kept_loss[new], -jnp.inf))
             row = jnp.where(best[i] < kept_loss[new, worst], worst, self.max_width)
-            return (
-                kept_chains.at[new, row].set(children[i], mode="drop"),
-                kept_hidden.at[new, row].set(hidden[i], mode="drop"),
-                kept_loss.at[new, row].set(best[i], mode="drop"),
+            return jax.tree.map(
+                lambda leaf, rows: leaf.at[new, row].set(rows[i], mode="drop"),
+                kept,
+                (children, hidden, best),
             )
 
         kept = (state.chains, state.hidden, state.loss)
@@ -149,7 +150,7 @@ def _start_pass(state: State, problem: Problem, width: Int[Array, ""]) -> State:
     """Return the state at the start of a pass, with only the empty prefix."""
     return State(
         state.chains.at[0, 0].set(PADDING),
-        state.hidden.at[0, 0].set(problem.bank.embed(problem.data.x)),
+        put_row(state.hidden, (0, 0), problem.bank.embed(problem.data.x)),
         # A finite loss marks a row as used. Its value does not matter: no other row is used.
         jnp.full_like(state.loss, jnp.inf).at[0, 0].set(0.0),
         jnp.array(0),

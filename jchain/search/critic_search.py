@@ -11,19 +11,21 @@ is the minimum of the loss of stopping at the prefix and the predictions for its
 (least-squares temporal differences, Bradtke and Barto 1996; fitted Q iteration, Ernst et al. 2005).
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jchain._typing import Array, Bool, Float, Int, Key, Shaped
+from jchain._typing import Activations, Array, Bool, Float, Int, Key, PyTree
 from jchain.agent import critic as critic_lib
 from jchain.agent.observations import NUM_FEATURES, Observe, log_loss, lowest, observe
 from jchain.chain import PADDING
 from jchain.engine.layer_calls import apply_token
+from jchain.modules.activations import make_buffer
 from jchain.problem import Problem
-from jchain.pytree import pytree_dataclass, static
+from jchain.pytree import pick, pytree_dataclass, static
 from jchain.search.prefixes import end_children, extend_prefix
 from jchain.search.protocol import Info
 
@@ -52,7 +54,7 @@ class State(NamedTuple):
 
     prefixes: Prefixes
     last: Int[Array, "L"]  # [L], the prefix that was extended last
-    children: Shaped[Array, "N B ..."]  # [N, B, ...F], activations of the children of `last`
+    children: PyTree  # leaves [N, B, ...F], activations of the children of `last`
     mean_features: Float[Array, "F"]  # [F], mean features of the prefixes of one layer
     weights: Float[Array, "D I"]  # [D, I], weights of the online correction
     inverse_gram: Float[Array, "D I I"]  # [D, I, I], ridge * inverse of (ridge * I + X^T X)
@@ -64,7 +66,7 @@ class _Children(NamedTuple):
     """The children of one prefix: the prefix extended by each layer."""
 
     chains: Int[Array, "N L"]
-    hidden: Shaped[Array, "N B ..."]
+    hidden: PyTree
     features: Float[Array, "N F"]
     loss: Float[Array, "N K"]  # [N, K], +inf if not finite
 
@@ -137,7 +139,7 @@ class CriticSearch:
         return State(
             prefixes,
             jnp.full(problem.max_layers + 1, PADDING, jnp.int32),
-            jnp.zeros((problem.bank.num_layers, *hidden.shape), hidden.dtype),
+            make_buffer((problem.bank.num_layers,), hidden),
             jnp.zeros(NUM_FEATURES),
             jnp.zeros((lengths, size)),
             jnp.tile(jnp.eye(size)[None], (lengths, 1, 1)),
@@ -299,18 +301,20 @@ def _choose_length(state: State) -> Int[Array, ""]:
 
 def _recompute(
     state: State, problem: Problem, prefix: Int[Array, "L"], length: Int[Array, ""]
-) -> tuple[Shaped[Array, "B ..."], Int[Array, ""]]:
+) -> tuple[Activations, Int[Array, ""]]:
     """Compute the activations of a prefix and their cost, which is 0 if the last step kept them."""
     slots = jnp.arange(prefix.size)
     is_child = (length > 0) & jnp.all(jnp.where(slots == length - 1, PADDING, prefix) == state.last)
     num_layers = jnp.where(is_child, 0, length)
 
-    def apply(slot: Array, hidden: Array) -> Array:
+    def apply(slot: Array, hidden: PyTree) -> PyTree:
         outputs = apply_token(problem.bank.layers, jnp.maximum(prefix[slot], 0), hidden)
-        return jnp.where(slot < num_layers, outputs, hidden)
+        return jax.tree.map(partial(jnp.where, slot < num_layers), outputs, hidden)
 
-    start = jnp.where(
-        is_child, state.children[prefix[length - 1]], problem.bank.embed(problem.data.x)
+    start = jax.tree.map(
+        partial(jnp.where, is_child),
+        pick(state.children, prefix[length - 1]),
+        problem.bank.embed(problem.data.x),
     )
     return jax.lax.fori_loop(0, problem.max_layers - 1, apply, start), num_layers
 
@@ -319,7 +323,7 @@ def _observe_children(
     observe: Observe,
     problem: Problem,
     prefix: Int[Array, "L"],
-    hidden: Array,
+    hidden: Activations,
     length: Int[Array, ""],
 ) -> _Children:
     chains, outputs = extend_prefix(problem, prefix, length, hidden)

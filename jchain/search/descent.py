@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jchain import env
-from jchain._typing import Array, Bool, Float, Int, Key
+from jchain._typing import Array, Bool, Float, Int, Key, PyTree
 from jchain.chain import PADDING
 from jchain.engine.layer_calls import apply_token
 from jchain.problem import Problem
@@ -110,7 +110,7 @@ def sample_start(key: Key[Array, ""], problem: Problem) -> Int[Array, "L"]:
     bank, slots = problem.bank, jnp.arange(problem.max_layers + 1)
     tokens = jax.random.randint(key, slots.shape, 0, bank.num_layers, jnp.int32).at[-1].set(PADDING)
 
-    def extend(hidden: Array, token: Array) -> tuple[Array, Array]:
+    def extend(hidden: PyTree, token: Array) -> tuple[PyTree, Array]:
         made = apply_token(bank.layers, token, hidden)
         return made, env.head_losses(problem, made)
 

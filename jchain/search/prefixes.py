@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jchain import env
-from jchain._typing import Array, Bool, Float, Int, Shaped
+from jchain._typing import Activations, Array, Bool, Float, Int, PyTree
 from jchain.chain import PADDING
 from jchain.engine.layer_calls import apply_all
 from jchain.problem import Problem
@@ -14,18 +14,18 @@ def extend_prefix(
     problem: Problem,
     prefix: Int[Array, "L"],
     length: Int[Array, ""],
-    hidden: Shaped[Array, "B ..."],
-) -> tuple[Int[Array, "N L"], Shaped[Array, "N B ..."]]:
+    hidden: Activations,
+) -> tuple[Int[Array, "N L"], PyTree]:
     """Extend a prefix by every layer, at a cost of one layer call per layer.
 
     Args:
       problem: the problem, which holds the bank.
       prefix: the tokens of the prefix, padded with -1, `[L]`.
       length: the number of layers of the prefix.
-      hidden: the activations of the prefix, `[B, ...F]`.
+      hidden: the activations of the prefix, `[B, ...F]`, or a pytree of such arrays.
 
     Returns:
-      The children, `[N, L]`, and their activations, `[N, B, ...F]`.
+      The children, `[N, L]`, and their activations, with leaves `[N, B, ...F]`.
     """
     return env.append_layers(problem, prefix, length), apply_all(problem.bank.layers, hidden)
 
@@ -60,7 +60,7 @@ def end_children(
     problem: Problem,
     prefix: Int[Array, "L"],
     length: Int[Array, ""],
-    hidden: Shaped[Array, "B ..."],
+    hidden: Activations,
     children: Int[Array, "N L"],
     loss: Float[Array, "N K"],
     is_open: Bool[Array, ""],
@@ -76,7 +76,7 @@ def end_children(
       problem: the bank, the split of data, and the loss.
       prefix: the tokens of the prefix, padded with -1, `[L]`.
       length: the number of layers of the prefix.
-      hidden: the activations of the prefix, `[B, ...F]`.
+      hidden: the activations of the prefix, `[B, ...F]`, or a pytree of such arrays.
       children: the tokens of its children, `[N, L]`.
       loss: the loss of each child with each head, with the layer penalty, `[N, K]`.
       is_open: whether there is a prefix to extend.

@@ -15,14 +15,15 @@ import jax.numpy as jnp
 from jchain._typing import Array, Bool, Float, Int, Key, Shaped
 from jchain.chain import PADDING
 from jchain.engine import score_cache
-from jchain.engine.layer_calls import apply_all
+from jchain.engine.layer_calls import apply_all, infer_hidden
 from jchain.engine.score_cache import ScoreCache
 from jchain.gradient.linearize import forward_pass
 from jchain.groups import LayerGroup
 from jchain.inverse.pullback import Invertible, inverse_groups
 from jchain.inverse.suffixes import Suffixes, predict_losses, pull_back_suffixes
+from jchain.modules.activations import check_one_array
 from jchain.problem import Problem
-from jchain.pytree import pytree_dataclass, static
+from jchain.pytree import pick, pytree_dataclass, static
 from jchain.search.descent import allocate_candidates, sample_candidates
 from jchain.search.protocol import Info
 
@@ -85,14 +86,15 @@ class SuffixBeamSearch:
             )
 
     def check(self, problem: Problem) -> None:
-        """Check that the bank has only invertible layers.
+        """Check that the bank has only invertible layers, and that activations are one array.
 
         Args:
           problem: the problem to search.
 
         Raises:
-          ValueError: if a layer cannot be inverted.
+          ValueError: if activations are not one array, or a layer cannot be inverted.
         """
+        check_one_array(activations=infer_hidden(problem))
         modules = [group.module for group in problem.bank.layers]
         if not all(isinstance(module, Invertible) for module in modules):
             names = [type(module).__name__ for module in modules]
@@ -110,7 +112,7 @@ class SuffixBeamSearch:
           problem: the problem to search.
 
         Raises:
-          ValueError: if a layer cannot be inverted.
+          ValueError: if activations are not one array, or a layer cannot be inverted.
         """
         self.check(problem)
         inverses = tuple(inverse for inverse in inverse_groups(problem.bank) if inverse is not None)
@@ -177,17 +179,17 @@ class SuffixBeamSearch:
             best=jnp.where(is_better, chains[best], state.best),
             best_loss=jnp.where(is_better, loss[best], state.best_loss),
         )
-        probe_calls = -(-num_applied * len(state.rows) // len(problem.data.x))
+        probe_calls = -(-num_applied * len(state.rows) // problem.data.y.shape[0])
         return next_state, Info(chains, loss, (layer_calls + probe_calls).astype(jnp.int32))
 
     def _draw_rows(self, key: Array, problem: Problem) -> Int[Array, "b"]:
-        size = len(problem.data.x)
+        size = problem.data.y.shape[0]
         return jax.random.choice(key, size, (min(self.num_probes, size),), replace=False)
 
     def _start(self, key: Array, state: State, problem: Problem) -> State:
         """Start a pass with new probes, because the same probes would repeat its errors."""
         rows = self._draw_rows(key, problem)
-        root = problem.bank.embed(problem.data.x[rows])
+        root = problem.bank.embed(pick(problem.data.x, rows))
         return state._replace(rows=rows, hidden=jnp.broadcast_to(root, state.hidden.shape))
 
     def _pull(

@@ -14,8 +14,10 @@ from jchain._typing import Array, Bool, Float, Int, Key
 from jchain.chain import PADDING
 from jchain.engine import score_cache
 from jchain.engine.control_flow import cond_in_sequence
+from jchain.engine.layer_calls import infer_hidden
 from jchain.engine.score_cache import ScoreCache
 from jchain.inverse.target_scores import score_edits_by_target
+from jchain.modules.activations import check_one_array
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.descent import (
@@ -67,6 +69,17 @@ class TargetPropagation:
         for name in ("num_moves", "num_candidates", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} to be at least 1, got {getattr(self, name)}")
+
+    def check(self, problem: Problem) -> None:
+        """Check that activations are one array.
+
+        Args:
+          problem: the problem to search.
+
+        Raises:
+          ValueError: if they are a pytree of several arrays.
+        """
+        check_one_array(activations=infer_hidden(problem))
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the first state, with no chain and an empty score cache.

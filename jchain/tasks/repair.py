@@ -22,8 +22,8 @@ from jchain import train
 from jchain._typing import Array, Float, Key, PyTree
 from jchain.bank import Bank
 from jchain.data import Batch, Dataset
-from jchain.groups import pick
 from jchain.layers import DenseHead, ResidualMLP
+from jchain.pytree import pick
 from jchain.tasks.base import Task
 from jchain.tasks.faults import FAULTS, check_faults, damage
 from jchain.training_loop import Recipe, train_weights

@@ -16,12 +16,13 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from jchain._typing import Array, Bool, Float, Int, Key, PyTree
+from jchain._typing import Activations, Array, Bool, Float, Int, Key, PyTree
 from jchain.bank import Bank
 from jchain.chain import PADDING, ChainSpace
 from jchain.engine.evaluate import apply_chain
 from jchain.groups import LayerGroup
 from jchain.problem import Problem
+from jchain.pytree import pick
 from jchain.train import BATCH_SIZE, OPTIMIZER, is_stepwise
 
 # A layer costs one call each for its forward pass, the gradient of its input, and the gradient of
@@ -206,11 +207,11 @@ def _step(
 ) -> State:
     """Take one gradient step on one chain; only the marked layers and heads change."""
     bank, (x, y) = state.bank, problem.data
-    rows = jax.random.choice(key, x.shape[0], (min(BATCH_SIZE, x.shape[0]),), replace=False)
+    rows = jax.random.choice(key, y.shape[0], (min(BATCH_SIZE, y.shape[0]),), replace=False)
     groups = (*bank.layers, *bank.heads)
 
     def loss(params: tuple[PyTree, ...]) -> Float[Array, ""]:
-        outputs = _apply_path(_with_params(bank, params), path, x[rows])
+        outputs = _apply_path(_with_params(bank, params), path, pick(x, rows))
         return jnp.mean(problem.loss_fn(outputs, y[rows]))
 
     params = tuple(group.params for group in groups)
@@ -291,7 +292,7 @@ def _with_params(bank: Bank, params: Sequence[PyTree]) -> Bank:
     return dataclasses.replace(bank, layers=tuple(groups[:num]), heads=tuple(groups[num:]))
 
 
-def _apply_path(bank: Bank, path: tuple[int, ...] | Array, x: Array) -> Array:
+def _apply_path(bank: Bank, path: tuple[int, ...] | Array, x: Activations) -> Array:
     """Compute the outputs of a chain.
 
     A tuple of tokens is unrolled, because branches hide convolutions from XLA on CPU.

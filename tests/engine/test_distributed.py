@@ -17,6 +17,7 @@ TESTS = Path(__file__).parent
 START = (
     "import os, sys; import jax, jax.numpy as jnp, numpy as np; import jchain as jc\n"
     "from conftest import *\n"
+    "from several_inputs import make_dict_problem\n"
 )
 MESH = """
 problem = jc.Problem(make_bank(), make_batch(), 3)
@@ -43,6 +44,9 @@ key, search = jax.random.key(0), jc.RandomSearch(16)
 results = [jc.run(key, search, problem, budget=150, mesh=m) for m in (None, mesh)]
 np.testing.assert_array_equal(results[0].best_chain, results[1].best_chain)
 np.testing.assert_allclose(results[0].curve.best_loss, results[1].curve.best_loss, rtol=1e-6)
+several = make_dict_problem(num_layers=4)
+one, many = (jc.evaluate(several, chains[:9], mesh=m) for m in (None, mesh))
+np.testing.assert_allclose(one.loss, many.loss, rtol=1e-6)
 first, second = jax.devices()[:2]
 apart = jc.Problem(jax.device_put(problem.bank, first), jax.device_put(problem.data, second), 3)
 try:

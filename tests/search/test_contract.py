@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+import several_inputs
 from conftest import assert_trees_close, make_bank, make_batch
 
 import jchain as jc
@@ -61,6 +62,8 @@ OBSERVING = ("ActorCritic-observing",)
 PASSING = ("LinearizedSearch", "ActorCritic-scores", "TargetPropagation", "SuffixBeamSearch")
 # These need a bank of invertible layers.
 INVERTIBLE = ("SuffixBeamSearch",)
+# These need activations that are one array.
+ONE_ARRAY = ("SuffixBeamSearch", "TargetPropagation")
 
 
 # A few run by default, and the rest with `-m slow`.
@@ -86,6 +89,16 @@ SHORT = [
         name,
         marks=()
         if name in ("RandomSearch", "LocalSearch", "BeamSearch", "QLearning")
+        else pytest.mark.slow,
+    )
+    for name in SEARCHES
+]
+# By default, those that hold activations, and those that refuse several arrays.
+HOLDING = [
+    pytest.param(
+        name,
+        marks=()
+        if name in (*STEPPING, *ONE_ARRAY, "CriticSearch", "LinearizedSearch")
         else pytest.mark.slow,
     )
     for name in SEARCHES
@@ -182,6 +195,26 @@ def test_losses_indices_and_cost_are_exact(name, search, problem):
                 == reference.count_calls([row for row in rows if row not in scored], 4)[0]
             )
         scored.update(rows)
+
+
+@pytest.mark.parametrize("name", HOLDING, indirect=True)
+def test_searches_run_on_several_inputs(name, search):
+    """Those that need activations of one array refuse; tests/inverse/test_one_array.py tests it."""
+    problem = several_inputs.make_dict_problem(num_layers=2, num_heads=1, max_layers=2)
+    if name in ONE_ARRAY:
+        with pytest.raises(ValueError, match="expected activations of one array"):
+            search.check(problem)
+        return
+    _, infos = steps(search, problem, num=3, step=jax.jit(search.step))
+    chains, loss = (
+        np.concatenate(rows) for rows in zip(*(info[:2] for info in infos), strict=True)
+    )
+    is_chain = chains[:, 0] >= 0
+    rows, inverse = np.unique(chains[is_chain], axis=0, return_inverse=True)
+    made = (several_inputs.find_outputs(problem, row) for row in rows)
+    expected = np.array([several_inputs.find_loss(outputs) for outputs in made])
+    assert len(rows) > 1
+    np.testing.assert_allclose(loss[is_chain], expected[inverse], rtol=2e-5)
 
 
 @pytest.mark.parametrize("name", EAGER, indirect=True)

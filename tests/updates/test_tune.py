@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import several_inputs
 from conftest import HEAD, LAYER, init_params, make_bank, make_batch
 from policy_cases import is_equal
 
@@ -20,16 +21,17 @@ def tune_by_hand(key, problem, tokens, num_steps, rate, tuned):
     params = {t: bank.get_params(t) for t in set(tokens)}
 
     def loss(params, rows):
-        hidden = x[rows]
+        hidden = jax.tree.map(lambda leaf: leaf[rows], x)
         for token in tokens:
             hidden = module[token].apply({"params": params[token]}, hidden)
         return optax.softmax_cross_entropy_with_integer_labels(hidden, y[rows]).mean()
 
+    differentiate = jax.jit(jax.grad(loss))
     for t in range(num_steps):
         rows = jax.random.choice(
             jax.random.fold_in(key, t), len(y), (min(128, len(y)),), replace=False
         )
-        gradient = jax.grad(loss)(params, rows)
+        gradient = differentiate(params, rows)
         params = {
             t: jax.tree.map(lambda p, g: p - rate * g, params[t], gradient[t])
             if t in tuned
@@ -60,6 +62,18 @@ def test_steps_equal_a_plain_loop(two_group_problem, tokens, tuned):
         assert is_equal(bank.get_params(token), problem.bank.get_params(token)) == (not is_tuned)
         assert (
             bank.origins[token] == "4 gradient steps from " * is_tuned + problem.bank.origins[token]
+        )
+
+
+def test_steps_on_several_inputs_equal_a_plain_loop():
+    problem, tokens = several_inputs.make_dict_problem(max_layers=1), [2, 3]
+    key = jax.random.key(3)
+    bank = tune.tune_chain(key, problem, np.array(tokens), num_steps=1, optimizer=SGD)
+    for token, params in tune_by_hand(key, problem, tokens, 1, 0.3, tokens).items():
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+            bank.get_params(token),
+            params,
         )
 
 
