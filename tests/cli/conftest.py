@@ -40,6 +40,6 @@ def checkpoint_result(models_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("checkpoints") / "result"
     paths = [str(models_folder / name) for name in ("m0", "m1")]
     text = ["--text", str(models_folder / "text.txt")]
-    options = shlex.split("--length 8 --search random --budget 80 --sizes 4,6,5,4 --min-layers 1")
+    options = shlex.split("--length 8 --search random --budget 100 --sizes 4,6,5,4 --min-layers 1")
     assert main(["search", "--checkpoint", *paths, *text, *options, "--out", str(out)]) == 0
     return out
