@@ -36,6 +36,7 @@ from jchain.engine.evaluate import (
     evaluate_all,
     evaluate_prefixes,
     explain,
+    predict,
 )
 from jchain.gradient.edit_scores import swap_scores
 from jchain.groups import LayerGroup
@@ -112,6 +113,7 @@ __all__ = [
     "inverse",
     "layers",
     "meet_in_the_middle",
+    "predict",
     "pretrain_agent",
     "pretrain_critic",
     "pull_back",

@@ -91,7 +91,7 @@ def _as_array(value: object, name: str) -> Array:
         ) from None
 
 
-def check_lengths(data: Batch) -> None:
+def check_lengths(data: Batch | tuple[PyTree, np.ndarray]) -> None:
     """Check that there is at least one example, and one label per example.
 
     Args:

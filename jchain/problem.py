@@ -17,8 +17,9 @@ from jchain.bank import Bank
 from jchain.chain import ChainSpace
 from jchain.data import Batch, check_lengths, read_batch
 from jchain.groups import check_keeps_shape, infer_head_output
-from jchain.modules import check_output_function, check_stem
+from jchain.modules import check_mean_over_examples, check_output_function, check_stem
 from jchain.modules.activations import count_examples, describe_shapes
+from jchain.modules.host_batch import HostBatch, read_host_batch
 from jchain.pytree import describe_type, is_concrete, pick, pytree_dataclass, static
 
 
@@ -48,16 +49,21 @@ class Problem:
         like the values of `loss_fn` and reported with the loss. By default its value is 1 if the
         argmax of the outputs equals the label, 0 if it does not, and nan if labels are not
         integers.
+      batch_size: the number of examples to load at a time, for data that is larger than memory.
+        Examples then stay in host memory as NumPy arrays, which may be memory-mapped files, and
+        losses are exact means over all parts. Layers must treat examples one by one. None to keep
+        all examples on the device.
 
     Raises:
-      ValueError: if `max_layers` or `min_layers` is invalid, the split is empty, examples or layer
-        costs are not finite, the stem does not accept the data, a layer changes the structure or
-        shape of its input, heads differ in the shape of their output, labels are outside the heads'
-        classes, or the loss function fails.
+      ValueError: if `max_layers`, `min_layers`, or `batch_size` is invalid, the split is empty,
+        examples or layer costs are not finite, the stem does not accept the data, a layer changes
+        the structure or shape of its input, heads differ in the shape of their output, labels are
+        outside the heads' classes, the loss function fails, or, with `batch_size`, its mean over
+        examples is not the mean of its means over parts.
     """
 
     bank: Bank
-    data: Batch
+    data: Batch | HostBatch
     max_layers: int = static()
     loss_fn: Callable[[Array, Array], Array] = static(
         default=optax.softmax_cross_entropy_with_integer_labels
@@ -66,6 +72,7 @@ class Problem:
     mesh: Mesh | None = static(default=None)
     min_layers: int = static(default=0)
     accuracy_fn: Callable[[Array, Array], Array] | None = static(default=None)
+    batch_size: int | None = static(default=None)
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves(self.data.x) if isinstance(self.data, Batch) else []
@@ -80,12 +87,10 @@ class Problem:
     def __post_init__(self) -> None:
         if not isinstance(self.bank, Bank):
             raise ValueError(f"expected a jc.Bank, got {describe_type(self.bank)}")
-        x, y = read_batch(self.data)
         object.__setattr__(self, "max_layers", check_max_layers(self.max_layers))
         object.__setattr__(self, "min_layers", check_min_layers(self.min_layers, self.max_layers))
-        object.__setattr__(self, "data", Batch(x, y))
+        object.__setattr__(self, "data", self._read_data())
         object.__setattr__(self, "layer_cost", jnp.asarray(self.layer_cost, jnp.float32))
-        check_lengths(self.data)
         if self.layer_cost.shape not in ((), (self.bank.num_layers,)):
             raise ValueError(
                 f"layer_cost must be a scalar or have shape [{self.bank.num_layers}], "
@@ -95,9 +100,31 @@ class Problem:
         if is_concrete(self.data):
             self._check_values(outputs)
 
+    def _read_data(self) -> Batch | HostBatch:
+        """Check the split, and keep it in host memory if there is a `batch_size`."""
+        size, data = self.batch_size, self.data
+        if isinstance(data, HostBatch):
+            if data.size == size and self.mesh is None:
+                return data
+            data = data.source.take(slice(None))
+        if size is None:
+            batch = read_batch(data)
+            check_lengths(batch)
+            return batch
+        if not _is_integer(size) or size < 1:
+            raise ValueError(f"expected batch_size to be an integer of at least 1, got {size!r}")
+        if self.mesh is not None:
+            raise ValueError("expected a problem without a mesh, or without batch_size, got both")
+        if not is_concrete(data):
+            raise ValueError("expected examples in host memory with batch_size, got traced arrays")
+        batch = read_host_batch(data)
+        check_lengths(batch)
+        return HostBatch.make(*batch, int(size))
+
     def _check_shapes(self) -> jax.ShapeDtypeStruct:
         """Check all shapes, and return the shape and dtype of the heads' outputs."""
-        x, y = self.data
+        data = self.data
+        x, y = data.first if isinstance(data, HostBatch) else data
         hidden = check_stem(self.bank.stem, self.bank.stem_params, x)
         for group in self.bank.layers:
             check_keeps_shape(group, hidden, self.bank.names)
@@ -112,19 +139,56 @@ class Problem:
         return outputs[0]
 
     def _check_values(self, outputs: jax.ShapeDtypeStruct) -> None:
-        x, y = self.data
         if is_concrete(self.layer_cost) and not bool(jnp.isfinite(self.layer_cost).all()):
             raise ValueError("expected a finite layer_cost, got nan or infinity")
-        for leaf in jax.tree.leaves(x):
-            if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
-                raise ValueError("expected finite examples, got nan or infinity")
-        is_classes = self.loss_fn is optax.softmax_cross_entropy_with_integer_labels
-        num_classes = outputs.shape[-1]
-        if is_classes and (int(y.min()) < 0 or int(y.max()) >= num_classes):
-            raise ValueError(
-                f"expected labels in 0..{num_classes - 1}, the head's classes, "
-                f"got {int(y.min())}..{int(y.max())}"
+        parts = [self.data] if isinstance(self.data, Batch) else self.data.iterate()
+        for x, y in parts:
+            for leaf in jax.tree.leaves(x):
+                if jnp.issubdtype(leaf.dtype, jnp.floating) and not jnp.isfinite(leaf).all():
+                    raise ValueError("expected finite examples, got nan or infinity")
+            is_classes = self.loss_fn is optax.softmax_cross_entropy_with_integer_labels
+            num_classes = outputs.shape[-1]
+            if is_classes and (int(y.min()) < 0 or int(y.max()) >= num_classes):
+                raise ValueError(
+                    f"expected labels in 0..{num_classes - 1}, the head's classes, "
+                    f"got {int(y.min())}..{int(y.max())}"
+                )
+        if isinstance(self.data, HostBatch):
+            y = self.data.first[1]
+            check_mean_over_examples("loss_fn", self.loss_fn, outputs, y)
+            if self.accuracy_fn is not None:
+                check_mean_over_examples("accuracy_fn", self.accuracy_fn, outputs, y)
+
+    @property
+    def num_examples(self) -> int:
+        """The number of examples in the split, B."""
+        if isinstance(self.data, HostBatch):
+            return self.data.num_examples
+        return count_examples(self.data.x)
+
+    def first_part(self) -> "Problem":
+        """Return the problem on its first `batch_size` examples, held on the device.
+
+        Without `batch_size`, this is the problem itself.
+        """
+        if not isinstance(self.data, HostBatch):
+            return self
+        return self._replace("data", Batch(*self.data.first))._replace("batch_size", None)
+
+    def read_part(self, start: Int[Array, ""] | int, size: int) -> "Problem":
+        """Return the problem on some consecutive examples. Works while tracing.
+
+        Args:
+          start: the index of the first example.
+          size: the number of examples.
+        """
+        if isinstance(self.data, HostBatch):
+            data = Batch(*self.data.read(start, size))
+        else:
+            data = jax.tree.map(
+                lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size), self.data
             )
+        return self._replace("data", data)._replace("batch_size", None)
 
     @property
     def space(self) -> ChainSpace:
@@ -174,6 +238,12 @@ class Problem:
         Args:
           rows: the examples to keep, as indices or a slice.
         """
+        if isinstance(self.data, HostBatch):
+            data = HostBatch.make(
+                *self.data.source.take(rows if isinstance(rows, slice) else np.asarray(rows)),
+                self.data.size,
+            )
+            return self._replace("data", data)
         return self._replace("data", Batch(*pick((self.data.x, self.data.y), rows)))
 
     def with_bank(self, bank: Bank) -> "Problem":

@@ -19,6 +19,7 @@ from jchain.engine.evaluate import (
     evaluate_all,
     evaluate_prefixes,
     explain,
+    predict,
 )
 from jchain.engine.fused_kernel import Fused
 from jchain.engine.plans import choose_plan
@@ -38,5 +39,6 @@ __all__ = [
     "evaluate_all",
     "evaluate_prefixes",
     "explain",
+    "predict",
     "score_cache",
 ]

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jchain import chain as chain_lib
-from jchain._typing import Activations, Array, Float, Int
+from jchain._typing import Activations, Array, Float, Int, PyTree
 from jchain.bank import Bank
 from jchain.chain import ChainsLike
 from jchain.engine.backend import default_memory_limit, get_backend
@@ -23,6 +23,7 @@ from jchain.engine.layer_calls import apply_token
 from jchain.engine.plans import Plan
 from jchain.engine.population import Evaluation, Options, cast, evaluate_population
 from jchain.engine.prefix_sharing import count_calls
+from jchain.modules.host_batch import HostBatch
 from jchain.problem import Problem
 from jchain.pytree import describe_type, is_concrete
 
@@ -81,6 +82,39 @@ def apply_chain(bank: Bank, chain: ChainsLike, x: Activations) -> Float[Array, "
             is_layer, partial(apply_token, bank.layers), lambda _, h: h, token, hidden
         )
     return apply_token(bank.heads, tokens[chain_lib.count_layers(tokens, bank.num_layers)], hidden)
+
+
+def predict(problem: Problem, chain: ChainsLike) -> Float[np.ndarray, "B ..."]:
+    """Compute the outputs of one chain for all examples of the problem, in host memory.
+
+    Use it for metrics that are no means over examples, such as the macro F1 score. If the problem
+    has a `batch_size`, that many examples are on the device at a time.
+
+    Args:
+      problem: the bank, and the split of data.
+      chain: the tokens of the chain, `[L]`.
+
+    Returns:
+      The outputs of the head, `[B, ...]`, in the order of the examples.
+
+    Raises:
+      ValueError: if `chain` is not a chain of this bank.
+    """
+    bank, tokens = problem.bank.without_names(), problem.bank.validate(chain)
+    if tokens.ndim != 1:
+        raise ValueError(f"expected one chain of shape [L], got {list(tokens.shape)}")
+    if not isinstance(problem.data, HostBatch):
+        return np.asarray(_apply_jitted(bank, jnp.asarray(tokens), problem.data.x))
+    outputs = [
+        np.asarray(_apply_jitted(bank, jnp.asarray(tokens), jax.tree.map(jnp.asarray, x)))
+        for x, _ in problem.data.iterate()
+    ]
+    return np.concatenate(outputs)
+
+
+@jax.jit
+def _apply_jitted(bank: Bank, tokens: Int[Array, "L"], x: PyTree) -> Array:
+    return apply_chain(bank, tokens, x)
 
 
 def evaluate(
@@ -235,7 +269,8 @@ def explain(
     problem, tokens, options = _prepare(problem, chains, dtype, memory_limit, mesh, plan)
     num_devices = 1 if problem.mesh is None else problem.mesh.size
     chains_per_device = -(-tokens.shape[0] // num_devices)
-    shapes = jax.eval_shape(lambda problem: cast(problem, options.dtype), problem)
+    part = problem.first_part()
+    shapes = jax.eval_shape(lambda problem: cast(problem, options.dtype), part)
     hidden = jax.eval_shape(lambda problem: problem.bank.embed(problem.data.x), shapes)
     chosen = options.choose(shapes, hidden, chains_per_device)
     layer_calls, head_calls = count_calls(tokens, problem.bank.num_layers)

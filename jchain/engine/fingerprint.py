@@ -12,6 +12,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from jchain._typing import Array, Int, UInt
 from jchain.bank import Bank
 from jchain.modules.activations import is_one_array
+from jchain.modules.host_batch import HostBatch
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
 
@@ -36,11 +37,17 @@ def compute_fingerprints(problem: Problem, chains: Int[Array, "P L"]) -> UInt[Ar
     """
     functions = [problem.loss_fn, problem.accuracy_fn]
     described = [_describe(function) for function in functions]
-    if not is_one_array(problem.data.x):
-        described += [keystr(path) for path, _ in tree_leaves_with_path(problem.data.x)]
+    data = problem.data
+    if isinstance(data, HostBatch):
+        described.append(data.source.fingerprint)
+        x, y = data.first
+    else:
+        x, y = data
+    if not is_one_array(x):
+        described += [keystr(path) for path, _ in tree_leaves_with_path(x)]
     value = jnp.uint32(zlib.crc32(repr(described).encode()))
     stem = jax.tree.map(lambda leaf: _sample(leaf[None]), problem.bank.stem_params)
-    for leaf in jax.tree.leaves(((problem.data.x, problem.data.y), problem.layer_cost, stem)):
+    for leaf in jax.tree.leaves(((x, y), problem.layer_cost, stem)):
         value = _mix(value ^ _hash(leaf))
     entries = _hash_entries(problem.bank)
     own = jnp.where(chains >= 0, entries[jnp.maximum(chains, 0)], jnp.uint32(0))

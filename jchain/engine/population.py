@@ -12,7 +12,9 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jchain._typing import Activations, Array, Float, Int, PyTree
+from jchain.data import Batch
 from jchain.engine.backend import jit_for_problem
+from jchain.engine.parts import average_over_parts
 from jchain.engine.plans import Plan, choose_plan
 from jchain.engine.prefix_sharing import (
     SortedChains,
@@ -109,7 +111,7 @@ def cast(problem: Problem, dtype: np.dtype | None) -> Problem:
     return dataclasses.replace(
         problem,
         bank=jax.tree.map(cast_leaf, problem.bank),
-        data=problem.data._replace(x=jax.tree.map(cast_leaf, problem.data.x)),
+        data=Batch(jax.tree.map(cast_leaf, problem.data.x), problem.data.y),
     )
 
 
@@ -149,12 +151,15 @@ def _evaluate_together(problem: Problem, chains: Int[Array, "P L"], options: Opt
 
 def _evaluate_sorted(problem: Problem, chains: Int[Array, "P L"], options: Options) -> _Results:
     """Sort the chains, evaluate each distinct chain, and copy its results to equal chains."""
-    problem = cast(problem, options.dtype)
-    hidden = problem.bank.embed(problem.data.x)
     population, source = sort_chains(chains, problem.bank.num_layers)
-    evaluate_fn = _evaluate_part if problem.mesh is None else _evaluate_on_mesh
-    results = evaluate_fn(problem, hidden, population, options)
-    return jax.tree.map(lambda a: a[source], results)
+
+    def evaluate(problem: Problem) -> _Results:
+        problem = cast(problem, options.dtype)
+        hidden = problem.bank.embed(problem.data.x)
+        evaluate_fn = _evaluate_part if problem.mesh is None else _evaluate_on_mesh
+        return evaluate_fn(problem, hidden, population, options)
+
+    return jax.tree.map(lambda a: a[source], average_over_parts(problem, evaluate))
 
 
 def _evaluate_part(

@@ -18,6 +18,7 @@ from jchain._typing import Array, Float, Int, PyTree
 from jchain.chain import ChainsLike
 from jchain.engine.backend import get_backend, jit_for_problem
 from jchain.engine.layer_calls import apply_token, infer_hidden
+from jchain.engine.parts import average_over_parts
 from jchain.gradient import weight_space
 from jchain.gradient.joint_moves import JointMoves, join
 from jchain.gradient.linearize import (
@@ -152,15 +153,15 @@ def score_edits(
     chain = _check(problem, chain, kind, num_products)
     if is_concrete(learning_rate) and not learning_rate > 0:
         raise ValueError(f"expected a positive learning_rate, got {learning_rate}")
-    return _score(
-        problem,
-        chain,
-        jnp.asarray(learning_rate, jnp.float32),
-        all_members(problem.bank),
-        kind=kind,
-        num_products=num_products,
-        backend=get_backend(problem, chain),
-    )[0]
+    rate, backend = jnp.asarray(learning_rate, jnp.float32), get_backend(problem, chain)
+
+    def score(part: Problem) -> EditScores:
+        members = all_members(part.bank)
+        return _score(
+            part, chain, rate, members, kind=kind, num_products=num_products, backend=backend
+        )[0]
+
+    return average_over_parts(problem, score)
 
 
 def weight_gradients(problem: Problem, chain: ChainsLike) -> Float[Array, "L W"]:

@@ -138,7 +138,7 @@ def _differentiate(
         gradients = jax.tree.map(upcast, gradients)
         return loss, gradients, jax.tree.map(jnp.square, gradients)
 
-    return _mean_over_examples(differentiate, problem.data)
+    return _mean_over_examples(differentiate, Batch(*problem.data))
 
 
 def _mean_over_examples(fn: Callable[[Batch], T], data: Batch) -> T:

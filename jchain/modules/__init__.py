@@ -7,6 +7,7 @@ collections, as in linen. `convert` wraps modules that are not linen modules.
 from jchain.modules.checks import (
     check_is_array,
     check_layer,
+    check_mean_over_examples,
     check_output_function,
     check_same_shapes,
     check_stem,
@@ -33,6 +34,7 @@ __all__ = [
     "apply_module",
     "check_is_array",
     "check_layer",
+    "check_mean_over_examples",
     "check_output_function",
     "check_same_shapes",
     "check_stem",

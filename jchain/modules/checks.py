@@ -5,6 +5,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jchain._typing import Array, PyTree
 from jchain.modules.activations import count_examples, describe_shapes, is_one_array
@@ -188,6 +189,33 @@ def check_output_function(
         ) from None
     if not jnp.issubdtype(found.dtype, jnp.floating):
         raise ValueError(f"expected {name} to return floats, got {found.dtype}")
+
+
+def check_mean_over_examples(
+    name: str, function: Callable[[Array, Array], Array], outputs: jax.ShapeDtypeStruct, y: Array
+) -> None:
+    """Check that a function treats examples one by one, so that means over parts are exact.
+
+    Args:
+      name: what to call the function in errors.
+      function: the function.
+      outputs: the shape and dtype of a head's outputs.
+      y: the labels of at least as many examples as are checked.
+
+    Raises:
+      ValueError: if the mean of the function over four examples is not the mean over its parts.
+    """
+    num = min(4, outputs.shape[0])
+    drawn = np.random.default_rng(0).normal(size=(num, *outputs.shape[1:]))
+    sample, y = jnp.asarray(drawn, outputs.dtype), y[:num]
+    whole = float(jnp.mean(function(sample, y)))
+    single = [function(sample[i : i + 1], y[i : i + 1]) for i in range(num)]
+    parts = float(jnp.mean(jnp.stack([jnp.mean(value) for value in single])))
+    if not np.isclose(whole, parts, rtol=1e-3, atol=1e-5, equal_nan=True):
+        raise ValueError(
+            f"expected {name} to treat examples one by one, as batch_size needs, but for {num} "
+            f"examples it is {whole:.6g} and its mean over single examples is {parts:.6g}"
+        )
 
 
 def _make_collections(

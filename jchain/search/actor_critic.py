@@ -151,6 +151,11 @@ class ActorCritic:
         """True if the actor reads edit scores, which take gradients through layers."""
         return self.score_kind is not None
 
+    @property
+    def reads_activations(self) -> bool:
+        """True if the encoding observes activations, or the actor reads edit scores."""
+        return self.encoding.observe is not None or self.needs_gradient
+
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the first state: random or given params, and no chains."""
         inputs, observe = self._init_inputs(problem), self.encoding.observe

@@ -50,6 +50,7 @@ class BeamSearch:
     is_deterministic = True
     needs_gradient = False
     needs_invertible = False
+    reads_activations = True
 
     width: int = static(default=1)
     max_width: int = static(default=64)

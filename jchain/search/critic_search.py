@@ -94,6 +94,7 @@ class CriticSearch:
 
     needs_gradient = False
     needs_invertible = False
+    reads_activations = True
 
     critic: critic_lib.Critic | None = None
     width: int = static(default=2048)

@@ -20,6 +20,7 @@ from jchain.pytree import describe_type
 from jchain.search.pool import empty_pool, merge
 from jchain.search.progress import Progress
 from jchain.search.protocol import Checked, Info, Search
+from jchain.search.rescoring import get_seen_problem, rescore
 from jchain.search.result import Result, RunState, RunStats, StopRule, Trace, make_results
 from jchain.search.starts import begin_at, list_starts
 
@@ -191,9 +192,11 @@ def _init_runs(keys: Array, search: Search, problem: Problem, num_finalists: int
     pool, zero = empty_pool(num_finalists, problem), jnp.zeros((), jnp.int32)
     stats = RunStats(pool, zero, zero, zero, zero, zero, zero, jnp.array(False))
 
+    seen = get_seen_problem(search, problem)
+
     def init_one(key: Array) -> RunState:
         key, init_key = jax.random.split(key)
-        return RunState(key, search.init(init_key, problem), stats)
+        return RunState(key, search.init(init_key, seen), stats)
 
     return vmap_unless_one(init_one, keys)
 
@@ -270,7 +273,10 @@ def _step(
 ) -> tuple[RunState, Trace]:
     """Take one step of one run; return the run and its row of the trace."""
     key, step_key = jax.random.split(run.key)
-    state, info = check_step(search, search.step(step_key, run.state, problem), problem)
+    seen = get_seen_problem(search, problem)
+    state, info = check_step(search, search.step(step_key, run.state, seen), seen)
+    if seen is not problem:
+        info = rescore(info, problem)
     # With jax_enable_x64, some counts and losses become wider than in the first state.
     state = jax.tree.map(
         lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype), state, run.state

@@ -40,6 +40,7 @@ class Evolution:
     is_deterministic = False
     needs_gradient = False
     needs_invertible = False
+    reads_activations = False
 
     population_size: int = static(default=64)
     tournament_size: int = static(default=16)

@@ -81,6 +81,7 @@ class LinearizedSearch:
     is_deterministic = False
     needs_gradient = True
     needs_invertible = False
+    reads_activations = True
 
     num_single: int = static(default=4)
     num_pairs: int = static(default=4)

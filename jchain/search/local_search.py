@@ -40,6 +40,7 @@ class LocalSearch:
     is_deterministic = False
     needs_gradient = False
     needs_invertible = False
+    reads_activations = False
 
     num_chains: int = static(default=8)
 

@@ -49,6 +49,7 @@ class MCTS:
 
     needs_gradient = False
     needs_invertible = False
+    reads_activations = True
 
     num_simulations: int = static(default=32)
     gumbel_scale: float = 1.0

@@ -36,12 +36,14 @@ class Search(Protocol):
     Fields that determine array shapes are static; all other hyperparameters are pytree leaves.
 
     Both methods must work under `jit`, and under `vmap` over keys and states. The members below are
-    optional. The first three are flags. The functions of the same names in this module read them,
+    optional. The first four are flags. The functions of the same names in this module read them,
     and return False if a search does not define the flag.
 
     - `is_deterministic`: the key does not affect which chains the search scores.
     - `needs_gradient`: the search takes gradients through layers.
     - `needs_invertible`: the layers of the bank must be invertible.
+    - `reads_activations`: the search reads activations or gradients, not only losses. If the
+      examples are read in parts, it is given the first part alone (`jchain.search.rescoring`).
     - `check(problem)`: raises ValueError if the search cannot run on the problem (`Checked`).
     - `start(key, state, problem, chains, loss)`: begins at given chains (`Startable`).
     - `refresh(state, problem, chains)`: adapts the state to changed weights (`Refreshable`).
@@ -156,3 +158,12 @@ def needs_invertible(search: Search) -> bool:
       search: the search.
     """
     return bool(getattr(search, "needs_invertible", False))
+
+
+def reads_activations(search: Search) -> bool:
+    """Return True if a search reads activations or gradients, not only losses.
+
+    Args:
+      search: the search.
+    """
+    return bool(getattr(search, "reads_activations", False))

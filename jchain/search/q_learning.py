@@ -52,6 +52,7 @@ class QLearning:
     is_deterministic = False
     needs_gradient = False
     needs_invertible = False
+    reads_activations = False
 
     num_chains: int = static(default=16)
     replay_size: int = static(default=1024)

@@ -27,6 +27,7 @@ class RandomSearch:
     is_deterministic = False
     needs_gradient = False
     needs_invertible = False
+    reads_activations = False
 
     num_chains: int = static(default=64)
 

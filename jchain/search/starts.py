@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain import chain as chain_lib
-from jchain._typing import Array, Int
+from jchain._typing import Array, Float, Int
 from jchain.chain import ChainsLike
 from jchain.engine.control_flow import vmap_unless_one
 from jchain.engine.evaluate import Evaluation, evaluate
 from jchain.problem import Problem
 from jchain.search.pool import merge
 from jchain.search.protocol import Search, Startable
+from jchain.search.rescoring import get_seen_problem
 from jchain.search.result import RunState, Start, StopRule
 
 
@@ -69,7 +70,9 @@ def begin_at(
     """
     problem = problem.without_names()
     out = evaluate(problem, chains)
-    runs = _begin_at(runs, search, problem, problem.put(chains), out, stop)
+    seen = get_seen_problem(search, problem)
+    seen_loss = out.loss if seen is problem else evaluate(seen, chains).loss
+    runs = _begin_at(runs, search, seen, problem.put(chains), out, seen_loss, stop)
     return runs, Start(int(out.layer_calls), float(jnp.min(out.loss)))
 
 
@@ -80,13 +83,14 @@ def _begin_at(
     problem: Problem,
     chains: Int[Array, "S L"],
     out: Evaluation,
+    seen_loss: Float[Array, "S"],
     stop: StopRule,
 ) -> RunState:
     def begin_one(run: RunState) -> RunState:
         key, state, stats = run
         if isinstance(search, Startable):
             key, start_key = jax.random.split(key)
-            made = search.start(start_key, state, problem, chains, out.loss)
+            made = search.start(start_key, state, problem, chains, seen_loss)
             state = jax.tree.map(lambda new, old: new.astype(old.dtype), made, state)
         pool = merge(stats.pool, chains, out.loss)
         stats = stats._replace(

@@ -68,6 +68,7 @@ class SuffixBeamSearch:
     is_deterministic = False
     needs_gradient = False
     needs_invertible = True
+    reads_activations = True
 
     width: int = static(default=16)
     max_suffix_layers: int = static(default=1)

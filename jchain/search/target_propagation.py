@@ -58,6 +58,7 @@ class TargetPropagation:
     is_deterministic = False
     needs_gradient = True
     needs_invertible = False
+    reads_activations = True
 
     num_moves: int = static(default=8)
     num_candidates: int = static(default=16)
