@@ -28,6 +28,7 @@ from jchain.agent.encoding import JointEncoding, ObservedEncoding, TokenEncoding
 from jchain.agent.pretrain import pretrain_agent, pretrain_critic
 from jchain.bank import Bank
 from jchain.data import Batch, Dataset
+from jchain.engine.costs import Cost, cost, token_costs
 from jchain.engine.evaluate import (
     Evaluation,
     Explanation,
@@ -49,6 +50,7 @@ from jchain.search.checking import check_search
 from jchain.search.critic_search import CriticSearch
 from jchain.search.driver import run, run_many
 from jchain.search.evolution import Evolution
+from jchain.search.front import Front, front
 from jchain.search.linearized import LinearizedSearch
 from jchain.search.local_search import LocalSearch
 from jchain.search.mcts import MCTS
@@ -71,6 +73,7 @@ __all__ = [
     "Batch",
     "BeamSearch",
     "BudgetError",
+    "Cost",
     "Critic",
     "CriticSearch",
     "Curve",
@@ -78,6 +81,7 @@ __all__ = [
     "Evaluation",
     "Evolution",
     "Explanation",
+    "Front",
     "Info",
     "JointEncoding",
     "LayerGroup",
@@ -99,6 +103,7 @@ __all__ = [
     "chain",
     "chainbench",
     "check_search",
+    "cost",
     "data",
     "engine",
     "env",
@@ -107,6 +112,7 @@ __all__ = [
     "evaluate_prefixes",
     "explain",
     "files",
+    "front",
     "gradient",
     "hub",
     "inverse",
@@ -121,6 +127,7 @@ __all__ = [
     "static",
     "swap_scores",
     "tasks",
+    "token_costs",
     "train",
     "updates",
 ]

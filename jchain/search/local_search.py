@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jchain import env
 from jchain._typing import Array, Bool, Float, Int, Key
 from jchain.engine import score_cache
 from jchain.engine.score_cache import ScoreCache
@@ -90,7 +91,7 @@ class LocalSearch:
           problem: the problem to search.
         """
         start_key, order_key = jax.random.split(key)
-        start = problem.space.sample(start_key, 1)[0]
+        start = env.sample_chains(start_key, problem, 1)[0]
         return State(
             start,
             jnp.full((), jnp.inf, jnp.float32),
@@ -119,7 +120,7 @@ class LocalSearch:
         should_move = is_better.any()
         num_tried = state.num_tried + jnp.where(is_starting, 0, self.num_chains)
         should_restart = ~should_move & ~is_starting & (num_tried >= num_neighbors)
-        kept = jnp.where(should_restart, problem.space.sample(start_key, 1)[0], state.chain)
+        kept = jnp.where(should_restart, env.sample_chains(start_key, problem, 1)[0], state.chain)
         chain = jnp.where(should_move, chains[first], kept)
         kept_loss = jnp.where(should_restart, jnp.inf, state.loss)
         has_new_chain = should_move | should_restart
@@ -137,7 +138,7 @@ class LocalSearch:
         self, state: State, problem: Problem
     ) -> tuple[Int[Array, "P L"], Int[Array, ""], Bool[Array, ""]]:
         """Return chains to score, the number of neighbors, and whether the chains are `starts`."""
-        neighbors, is_neighbor = problem.space.neighbors(state.chain)
+        neighbors, is_neighbor = env.neighbors(problem, state.chain)
         num_neighbors = is_neighbor.sum()
         position = state.num_tried + jnp.arange(self.num_chains)
         row = state.order[jnp.minimum(position, state.order.shape[0] - 1)]
@@ -154,5 +155,5 @@ class LocalSearch:
 
 def _shuffle(key: Key[Array, ""], chain: Int[Array, "L"], problem: Problem) -> Int[Array, "M"]:
     """Return the rows of a chain's neighbors in random order, invalid rows last."""
-    is_neighbor = problem.space.neighbors(chain)[1]
+    is_neighbor = env.neighbors(problem, chain)[1]
     return jnp.argsort(jax.random.uniform(key, is_neighbor.shape, jnp.float32) + ~is_neighbor)

@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
 from jchain._typing import Array, Bool, Float, Int, Key, PyTree
+from jchain.problem import Problem
+from jchain.search.front import Front, find_front
 from jchain.search.pool import Pool
 
 
@@ -40,6 +43,10 @@ class Result(NamedTuple):
     num_scored: int  # the number of chains that were scored, with repeats
     num_nonfinite: int  # the number of these chains whose loss was not finite
     num_invalid: int = 0  # rows that the search reported as chains but that are not in the space
+    # Costs are in the unit of `Problem.token_cost`, or numbers of layers if the problem has none.
+    best_cost: float = float("nan")  # nan if no chain had a finite loss
+    finalist_costs: Float[np.ndarray, "Q"] | None = None
+    front: Front | None = None  # what `jchain.front` reads
 
 
 class BudgetError(ValueError):
@@ -71,6 +78,7 @@ class RunStats(NamedTuple):
     num_free: Int[Array, ""]  # consecutive zero-cost steps
     cost: Int[Array, ""]  # layer calls of the last step, counted or not
     is_over: Bool[Array, ""]
+    front: Front
 
 
 class RunState(NamedTuple):
@@ -96,22 +104,28 @@ class Trace(NamedTuple):
     is_counted: Bool[Array, "T S"]  # False for steps after the end and for a step over budget
 
 
-def make_results(runs: RunState, trace: Trace, budget: int) -> list[Result]:
+def make_results(runs: RunState, trace: Trace, budget: int, problem: Problem) -> list[Result]:
     """Make the result of each run.
 
     Args:
       runs: the finished runs.
       trace: the trace of all steps, `[T, S]`.
       budget: the budget of each run in layer calls, for the error message.
+      problem: the problem that was searched, which defines what chains cost.
 
     Raises:
       BudgetError: if the budget is smaller than the cost of one step.
     """
     stats = jax.tree.map(np.asarray, runs.stats)
-    return [_make_result(stats, trace, i, budget) for i in range(stats.layer_calls.shape[0])]
+    costs = np.asarray(problem.chain_cost(jnp.asarray(stats.pool.chains)))
+    return [
+        _make_result(stats, trace, i, budget, costs[i]) for i in range(stats.layer_calls.shape[0])
+    ]
 
 
-def _make_result(all_stats: RunStats, trace: Trace, i: int, budget: int) -> Result:
+def _make_result(
+    all_stats: RunStats, trace: Trace, i: int, budget: int, costs: Float[np.ndarray, "Q"]
+) -> Result:
     """Make the result of run `i`."""
     stats = jax.tree.map(lambda leaf: leaf[i], all_stats)
     is_counted = trace.is_counted[:, i]
@@ -130,4 +144,7 @@ def _make_result(all_stats: RunStats, trace: Trace, i: int, budget: int) -> Resu
         num_scored=int(stats.num_scored),
         num_nonfinite=int(stats.num_nonfinite),
         num_invalid=int(stats.num_invalid),
+        best_cost=float(costs[0]) if is_found[0] else float("nan"),
+        finalist_costs=costs[is_found],
+        front=find_front(*stats.front),
     )
