@@ -56,7 +56,7 @@ def cost(bank: Bank, chains: ChainsLike, *, x: ArrayOrShape | None = None) -> Co
 
     def add_up(unit: str) -> Float[np.ndarray, "*P"]:
         costs = token_costs(bank, unit, x=x)
-        return np.where(tokens >= 0, costs[tokens], 0.0).sum(axis=-1)
+        return np.asarray(np.where(tokens >= 0, costs[tokens], 0.0).sum(axis=-1))
 
     return Cost(
         add_up("params").astype(np.int64),
@@ -108,7 +108,7 @@ def token_costs(bank: Bank, unit: str, *, x: ArrayOrShape | None = None) -> Floa
         batch = _make_batch(x)
         hidden = _check_batch(bank, batch)
 
-    def measure(module: Module, trees: tuple[PyTree, PyTree], given: Array | None) -> float:
+    def measure(module: Module, trees: tuple[PyTree, PyTree], given: Array | None) -> float | int:
         if unit == "params":
             return sum(leaf.size for leaf in jax.tree.leaves(trees[0]))
         if unit == "bytes":
@@ -126,10 +126,10 @@ def token_costs(bank: Bank, unit: str, *, x: ArrayOrShape | None = None) -> Floa
     return costs
 
 
-def _make_batch(x: ArrayOrShape) -> Array:
+def _make_batch(x: object) -> Array:
     """Return a batch as an array: zeros if only its shape is given."""
-    is_batch = hasattr(x, "shape") and hasattr(x, "dtype")
-    if not is_batch or not x.shape or x.shape[0] < 1:
+    is_array = isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+    if not is_array or not x.shape or x.shape[0] < 1:
         raise ValueError(
             "expected x to be a batch of raw input [B, ...] or a jax.ShapeDtypeStruct of one, with "
             f"at least one example, got {describe_type(x)}"

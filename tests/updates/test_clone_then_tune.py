@@ -11,7 +11,12 @@ from jchain.pytree import pytree_dataclass
 
 def test_clones_join_the_bank_and_their_sources_stay_unchanged(two_group_problem):
     before = two_group_problem.bank
-    bank = run(POLICIES["CloneThenTune"], two_group_problem).bank
+    outcome = run(POLICIES["CloneThenTune"], two_group_problem)
+    bank, front = outcome.bank, jc.front(outcome.result)
+    assert front.loss[-1] == outcome.result.best_loss
+    assert front.cost[-1] == outcome.result.best_cost
+    losses = jc.evaluate(two_group_problem.with_bank(bank), front.chains).loss
+    np.testing.assert_allclose(losses, front.loss, rtol=1e-5)
     for token in range(5):
         assert is_equal(bank.get_params(token), before.get_params(token))
         assert bank.names[token] == before.names[token]
@@ -138,3 +143,9 @@ def test_the_bank_of_an_outcome_can_be_searched_again(two_group_problem):
     again = run(policy, two_group_problem.with_bank(outcome.bank), budget=BUDGET)
     assert again.bank.num_layers == outcome.bank.num_layers + 2 * 9
     assert len(set(again.bank.names)) == len(again.bank.names)
+
+
+def test_a_problem_with_costs_raises(problem):
+    problem = jc.Problem(problem.bank, problem.data, 3, token_cost=np.ones(6))
+    with pytest.raises(ValueError, match="expected a problem without token_cost"):
+        run(POLICIES["CloneThenTune"], problem)
