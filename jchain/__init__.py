@@ -50,14 +50,14 @@ from jchain.search.checking import check_search
 from jchain.search.critic_search import CriticSearch
 from jchain.search.driver import run, run_many
 from jchain.search.evolution import Evolution
-from jchain.search.front import Front, front
+from jchain.search.front import Front
 from jchain.search.linearized import LinearizedSearch
 from jchain.search.local_search import LocalSearch
 from jchain.search.mcts import MCTS
 from jchain.search.protocol import Info, Search
 from jchain.search.q_learning import QLearning
 from jchain.search.random_search import RandomSearch
-from jchain.search.result import BudgetError, Curve, Result
+from jchain.search.result import BudgetError, Curve, Result, front
 from jchain.search.suffix_beam_search import SuffixBeamSearch
 from jchain.search.target_propagation import TargetPropagation
 

@@ -6,8 +6,7 @@ are dropped whose loss is the least below that of the next cheaper chain; the ch
 one with the lowest loss are always kept.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +15,6 @@ import numpy as np
 from jchain._typing import Array, Float, Int
 from jchain.chain import PADDING
 from jchain.problem import Problem
-from jchain.pytree import describe_type
-
-if TYPE_CHECKING:
-    from jchain.search.result import Result
 
 _NUM_ROWS = 64
 
@@ -35,31 +30,6 @@ class Front(NamedTuple):
     # In the unit of `Problem.token_cost`, or the number of layers
     cost: Float[np.ndarray, "F"] | Float[Array, "F"]
     loss: Float[np.ndarray, "F"] | Float[Array, "F"]
-
-
-def front(results: "Result | Sequence[Result]") -> Front:
-    """Return the chains that no other scored chain beats in both cost and loss, cheapest first.
-
-    All chains that a run scored are considered, not only its finalists. Costs are in the unit of
-    `Problem.token_cost`, or numbers of layers if the problem has none. A run keeps at most 64
-    chains (with numbers of layers, one for each number). If there are more, those are dropped whose
-    loss is the least below that of the next cheaper chain.
-
-    Args:
-      results: the result of a run, or several results whose costs have the same unit, for example
-        from `jchain.run_many`. Their chains are compared with each other.
-
-    Raises:
-      ValueError: if there is no result, or its front is unknown.
-    """
-    # A Result is a tuple itself.
-    runs = [results] if hasattr(results, "best_chain") else [*results]
-    fronts = [getattr(run, "front", None) for run in runs]
-    if not fronts or not all(isinstance(one, Front) for one in fronts):
-        raise ValueError(
-            f"expected a jc.Result or several, each with a front, got {describe_type(results)}"
-        )
-    return find_front(*(np.concatenate(parts) for parts in zip(*fronts, strict=True)))
 
 
 def find_front(

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from jchain._typing import Array, Bool, Float, Int, Key, PyTree
 from jchain.problem import Problem
+from jchain.pytree import describe_type
 from jchain.search.front import Front, find_front
 from jchain.search.pool import Pool
 
@@ -102,6 +103,32 @@ class Trace(NamedTuple):
     layer_calls: Int[Array, "T S"]
     best_loss: Float[Array, "T S"]
     is_counted: Bool[Array, "T S"]  # False for steps after the end and for a step over budget
+
+
+def front(results: Result | Sequence[Result]) -> Front:
+    """Return the chains that no other scored chain beats in both cost and loss, cheapest first.
+
+    All chains that a run scored are considered, not only its finalists. Costs are in the unit of
+    `Problem.token_cost`, or numbers of layers if the problem has none. A run keeps at most 64
+    chains (with numbers of layers, one for each number). If there are more, those are dropped whose
+    loss is the least below that of the next cheaper chain.
+
+    Args:
+      results: the result of a run, or several results whose costs have the same unit, for example
+        from `jchain.run_many`. Their chains are compared with each other.
+
+    Raises:
+      ValueError: if there is no result, or its front is unknown.
+    """
+    # A Result is a tuple itself.
+    is_one = isinstance(results, Result) or not isinstance(results, list | tuple)
+    runs = [results] if is_one else [*results]
+    fronts = [run.front if isinstance(run, Result) else None for run in runs]
+    if not fronts or not all(isinstance(one, Front) for one in fronts):
+        raise ValueError(
+            f"expected a jc.Result or several, each with a front, got {describe_type(results)}"
+        )
+    return find_front(*(np.concatenate(parts) for parts in zip(*fronts, strict=True)))
 
 
 def make_results(runs: RunState, trace: Trace, budget: int, problem: Problem) -> list[Result]:

@@ -11,12 +11,7 @@ from jchain.pytree import pytree_dataclass
 
 def test_clones_join_the_bank_and_their_sources_stay_unchanged(two_group_problem):
     before = two_group_problem.bank
-    outcome = run(POLICIES["CloneThenTune"], two_group_problem)
-    bank, front = outcome.bank, jc.front(outcome.result)
-    assert front.loss[-1] == outcome.result.best_loss
-    assert front.cost[-1] == outcome.result.best_cost
-    losses = jc.evaluate(two_group_problem.with_bank(bank), front.chains).loss
-    np.testing.assert_allclose(losses, front.loss, rtol=1e-5)
+    bank = run(POLICIES["CloneThenTune"], two_group_problem).bank
     for token in range(5):
         assert is_equal(bank.get_params(token), before.get_params(token))
         assert bank.names[token] == before.names[token]
