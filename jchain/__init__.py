@@ -28,6 +28,7 @@ from jchain.agent.encoding import JointEncoding, ObservedEncoding, TokenEncoding
 from jchain.agent.pretrain import pretrain_agent, pretrain_critic
 from jchain.bank import Bank
 from jchain.data import Batch, Dataset
+from jchain.engine.costs import Cost, cost, token_costs
 from jchain.engine.evaluate import (
     Evaluation,
     Explanation,
@@ -50,13 +51,14 @@ from jchain.search.checking import check_search
 from jchain.search.critic_search import CriticSearch
 from jchain.search.driver import run, run_many
 from jchain.search.evolution import Evolution
+from jchain.search.front import Front
 from jchain.search.linearized import LinearizedSearch
 from jchain.search.local_search import LocalSearch
 from jchain.search.mcts import MCTS
 from jchain.search.protocol import Info, Search
 from jchain.search.q_learning import QLearning
 from jchain.search.random_search import RandomSearch
-from jchain.search.result import BudgetError, Curve, Result
+from jchain.search.result import BudgetError, Curve, Result, front
 from jchain.search.suffix_beam_search import SuffixBeamSearch
 from jchain.search.target_propagation import TargetPropagation
 
@@ -72,6 +74,7 @@ __all__ = [
     "Batch",
     "BeamSearch",
     "BudgetError",
+    "Cost",
     "Critic",
     "CriticSearch",
     "Curve",
@@ -79,6 +82,7 @@ __all__ = [
     "Evaluation",
     "Evolution",
     "Explanation",
+    "Front",
     "Info",
     "JointEncoding",
     "LayerGroup",
@@ -100,6 +104,7 @@ __all__ = [
     "chain",
     "chainbench",
     "check_search",
+    "cost",
     "data",
     "engine",
     "env",
@@ -108,6 +113,7 @@ __all__ = [
     "evaluate_prefixes",
     "explain",
     "files",
+    "front",
     "gradient",
     "hub",
     "inverse",
@@ -123,6 +129,7 @@ __all__ = [
     "static",
     "swap_scores",
     "tasks",
+    "token_costs",
     "train",
     "updates",
 ]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jchain._typing import Activations, Array, Bool, Float, Int, PyTree
+from jchain._typing import Activations, Array, Bool, Float, Int, Key, PyTree
 from jchain.chain import PADDING
 from jchain.engine.layer_calls import apply_all, apply_token, evaluate_heads
 from jchain.problem import Problem
@@ -41,20 +41,124 @@ def reset(problem: Problem) -> State:
     )
 
 
-def legal_actions(problem: Problem, length: Int[Array, ""]) -> Bool[Array, "E"]:
+def legal_actions(
+    problem: Problem, length: Int[Array, ""], cost: Float[Array, ""] | None = None
+) -> Bool[Array, "E"]:
     """Return the mask `[N + K]` of tokens that may follow a prefix; True means allowed.
 
     Layers are allowed if the prefix has fewer than `max_layers` layers, and heads are allowed if it
-    has at least `min_layers`.
+    has at least `min_layers`. If the cost of the prefix is given, and the problem has a `max_cost`,
+    a token is allowed only if the prefix can then be completed within the limit. At least one token
+    is always allowed.
 
     Args:
       problem: the problem, which defines the tokens and the allowed number of layers.
       length: number of layers in the prefix.
+      cost: cost of the prefix, in the unit of `token_cost`; None to ignore the limit.
     """
-    tokens = jnp.arange(problem.bank.num_layers + problem.bank.num_heads)
-    return jnp.where(
-        tokens < problem.bank.num_layers, length < problem.max_layers, length >= problem.min_layers
+    num_layers = problem.bank.num_layers
+    tokens = jnp.arange(num_layers + problem.bank.num_heads)
+    is_legal = jnp.where(
+        tokens < num_layers, length < problem.max_layers, length >= problem.min_layers
     )
+    if problem.max_cost is None or cost is None:
+        return is_legal
+    layers, heads = problem.token_cost[:num_layers], problem.token_cost[num_layers:]
+    num_missing = jnp.maximum(problem.min_layers - length - 1, 0)
+    rest = jnp.where(tokens < num_layers, num_missing * layers.min() + heads.min(), 0.0)
+    total = jnp.where(is_legal, cost + problem.token_cost + rest, jnp.inf)
+    return is_legal & (~problem.exceeds_limit(total) | (total == total.min()))
+
+
+def prefix_costs(problem: Problem, chain: Int[Array, "L"]) -> Float[Array, "L"]:
+    """Compute the cost of the prefix before each token of a chain, in the unit of `token_cost`.
+
+    Costs are added one by one, so that a sampler that adds costs gets the same bits.
+
+    Args:
+      problem: the problem, which gives the costs; all costs are 0 if it has no `max_cost`.
+      chain: int32 `[L]`; the tokens of the chain.
+    """
+    if problem.max_cost is None:
+        return jnp.zeros(chain.shape[0], jnp.float32)
+
+    def add(cost: Array, token: Array) -> tuple[Array, Array]:
+        return add_cost(problem, cost, token), cost
+
+    return jax.lax.scan(add, jnp.zeros((), jnp.float32), chain)[1]
+
+
+def add_cost(problem: Problem, cost: Float[Array, ""], token: Int[Array, ""]) -> Float[Array, ""]:
+    """Add the cost of a token to that of a prefix. Without a `max_cost`, the cost stays 0.
+
+    Args:
+      problem: the problem, which gives the costs.
+      cost: the cost of the prefix.
+      token: the token that extends the prefix; -1 costs nothing.
+    """
+    if problem.max_cost is None:
+        return cost
+    return cost + jnp.where(token >= 0, problem.token_cost[jnp.maximum(token, 0)], 0.0)
+
+
+def sample_chains(key: Key[Array, ""], problem: Problem, num_chains: int) -> Int[Array, "P L"]:
+    """Draw chains uniformly from the space of a problem, with replacement.
+
+    If the problem has a `max_cost`, a chain that exceeds it is drawn again token by token: each
+    layer uniformly from those that still fit, until the drawn number of layers is reached or no
+    layer fits, and then a head that fits.
+
+    Args:
+      key: the PRNG key; consumed by this call.
+      problem: the problem, which defines the space and the limit.
+      num_chains: number of chains to draw, P.
+    """
+    chains = problem.space.sample(key, num_chains)
+    if problem.max_cost is None:
+        return chains
+    redraw = partial(_redraw, problem=problem)
+    # Any other key than those that `sample` has split off.
+    keys = jax.random.split(jax.random.fold_in(key, num_chains), num_chains)
+    is_over = problem.exceeds_limit(problem.chain_cost(chains))
+    return jnp.where(is_over[:, None], jax.vmap(redraw)(keys, chains), chains)
+
+
+def neighbors(
+    problem: Problem, chain: Int[Array, "L"]
+) -> tuple[Int[Array, "M L"], Bool[Array, "M"]]:
+    """List every chain that is one edit away from a chain, as `ChainSpace.neighbors` does.
+
+    Args:
+      problem: the problem, which defines the space and the limit of the cost.
+      chain: int32 `[L]`; the tokens of the chain to edit.
+
+    Returns:
+      The chains, `[M, L]`, and a mask, `[M]`, which is also False for chains over `max_cost`.
+    """
+    chains, is_neighbor = problem.space.neighbors(chain)
+    return chains, is_neighbor & ~problem.exceeds_limit(problem.chain_cost(chains))
+
+
+def _redraw(key: Key[Array, ""], chain: Int[Array, "L"], problem: Problem) -> Int[Array, "L"]:
+    """Draw a chain within the limit that has at most as many layers as a given one."""
+    num_layers, slots = problem.bank.num_layers, jnp.arange(chain.shape[0])
+    wanted = problem.space.count_layers(chain)
+    is_layer = jnp.arange(num_layers + problem.bank.num_heads) < num_layers
+
+    def draw(
+        carry: tuple[Array, Array], slot: tuple[Array, Array]
+    ) -> tuple[tuple[Array, Array], Array]:
+        cost, is_done = carry
+        t, key = slot
+        is_legal = legal_actions(problem, t, cost)
+        is_wanted = is_legal & jnp.where(t < wanted, is_layer, ~is_layer)
+        logits = jnp.where(jnp.where(is_wanted.any(), is_wanted, is_legal), 0.0, -jnp.inf)
+        token = jax.random.categorical(key, logits.astype(jnp.float32))
+        token = jnp.where(is_done, PADDING, token).astype(jnp.int32)
+        return (add_cost(problem, cost, token), is_done | (token >= num_layers)), token
+
+    start = (jnp.zeros((), jnp.float32), jnp.array(False))
+    return jax.lax.scan(draw, start, (slots, jax.random.split(key, slots.size)))[1]
 
 
 def step(problem: Problem, state: State, action: Int[Array, ""]) -> tuple[State, Float[Array, ""]]:
@@ -154,11 +258,12 @@ def head_losses(problem: Problem, hidden: Activations) -> Float[Array, "K"]:
 
 def _check_legal(problem: Problem, state: State, action: int) -> None:
     """Raise ValueError if the action is illegal."""
-    is_legal = np.asarray(legal_actions(problem, state.length))
+    is_legal = np.asarray(legal_actions(problem, state.length, problem.chain_cost(state.chain)))
     if not 0 <= action < is_legal.size or not is_legal[action]:
         legal = np.flatnonzero(is_legal)
         least = f"at least {problem.min_layers} and " if problem.min_layers > 0 else ""
         raise ValueError(
             f"illegal action {action} after {int(state.length)} of {least}at most "
             f"{problem.max_layers} layers: expected a token in {legal[0]}..{legal[-1]}"
+            + ("" if problem.max_cost is None else " that keeps the chain within max_cost")
         )

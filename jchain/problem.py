@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from jchain._typing import Array, Float, Int, PyTree
+from jchain._typing import Array, Bool, Float, Int, PyTree
 from jchain.bank import Bank
 from jchain.chain import ChainSpace
 from jchain.data import Batch, check_lengths, read_batch
@@ -39,7 +39,7 @@ class Problem:
         all axes, and lower is better. By default softmax cross-entropy with integer labels, in
         nats.
       layer_cost: penalty per layer, in units of the loss: one number for all layers, or one number
-        per layer, `[N]`.
+        per layer, `[N]`. To limit a cost in another unit, use `token_cost` and `max_cost`.
       mesh: the devices that hold the problem and divide its chains among them (see `on`); None for
         a single device.
       min_layers: minimum number of layers in a chain. If it equals max_layers, all chains have the
@@ -53,13 +53,21 @@ class Problem:
         Examples then stay in host memory as NumPy arrays, which may be memory-mapped files, and
         losses are exact means over all parts. Layers must treat examples one by one. None to keep
         all examples on the device.
+      token_cost: cost of each layer and head, `[N + K]`, in any unit, for example from
+        `jchain.token_costs`. The cost of a chain is the sum over its tokens. It does not change the
+        loss; results report it, and `max_cost` limits it. If None, the cost of a chain is its
+        number of layers.
+      max_cost: the maximum cost of a chain, in the unit of `token_cost`. A chain that costs more
+        has a loss of `+inf`, so no search returns it. Costs are float32, and a chain that exceeds
+        the limit by no more than their rounding error is within the limit. None for no limit.
 
     Raises:
       ValueError: if `max_layers`, `min_layers`, or `batch_size` is invalid, the split is empty,
-        examples or layer costs are not finite, the stem does not accept the data, a layer changes
-        the structure or shape of its input, heads differ in the shape of their output, labels are
-        outside the heads' classes, the loss function fails, or, with `batch_size`, its mean over
-        examples is not the mean of its means over parts.
+        examples or layer costs are not finite, token costs are negative or not finite, no chain is
+        within `max_cost`, the stem does not accept the data, a layer changes the structure or shape
+        of its input, heads differ in the shape of their output, labels are outside the heads'
+        classes, the loss function fails, or, with `batch_size`, its mean over examples is not the
+        mean of its means over parts.
     """
 
     bank: Bank
@@ -73,6 +81,8 @@ class Problem:
     min_layers: int = static(default=0)
     accuracy_fn: Callable[[Array, Array], Array] | None = static(default=None)
     batch_size: int | None = static(default=None)
+    token_cost: Any = None
+    max_cost: Any = None
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves(self.data.x) if isinstance(self.data, Batch) else []
@@ -96,6 +106,7 @@ class Problem:
                 f"layer_cost must be a scalar or have shape [{self.bank.num_layers}], "
                 f"got shape {list(self.layer_cost.shape)}"
             )
+        self._check_costs()
         outputs = self._check_shapes()
         if is_concrete(self.data):
             self._check_values(outputs)
@@ -137,6 +148,40 @@ class Problem:
             if (function := getattr(self, name)) is not None:
                 check_output_function(name, function, outputs[0], y)
         return outputs[0]
+
+    def _check_costs(self) -> None:
+        """Convert `token_cost` and `max_cost` to arrays, and check them."""
+        if self.token_cost is None:
+            if self.max_cost is not None:
+                raise ValueError(
+                    f"expected token_cost with max_cost, got only max_cost={self.max_cost}; to "
+                    "limit the number of layers, use max_layers"
+                )
+            return
+        costs = jnp.asarray(self.token_cost, jnp.float32)
+        object.__setattr__(self, "token_cost", costs)
+        num_layers, num_tokens = self.bank.num_layers, self.bank.num_layers + self.bank.num_heads
+        if costs.shape != (num_tokens,):
+            raise ValueError(
+                f"token_cost must have shape [{num_tokens}], one number for each of {num_layers} "
+                f"layers and {self.bank.num_heads} heads, got shape {list(costs.shape)}"
+            )
+        if is_concrete(costs) and not bool((jnp.isfinite(costs) & (costs >= 0)).all()):
+            raise ValueError("expected a token_cost of finite numbers of at least 0")
+        if self.max_cost is None:
+            return
+        limit = jnp.asarray(self.max_cost, jnp.float32)
+        object.__setattr__(self, "max_cost", limit)
+        if limit.shape != ():
+            raise ValueError(f"max_cost must be a scalar, got shape {list(limit.shape)}")
+        if not is_concrete((costs, limit)):
+            return
+        cheapest = self.min_layers * costs[:num_layers].min() + costs[num_layers:].min()
+        if bool(jnp.isnan(limit)) or bool(self.exceeds_limit(cheapest)):
+            raise ValueError(
+                f"expected a max_cost of at least {float(cheapest):g}, the cost of the cheapest "
+                f"chain of at least {self.min_layers} layers and a head, got {float(limit):g}"
+            )
 
     def _check_values(self, outputs: jax.ShapeDtypeStruct) -> None:
         if is_concrete(self.layer_cost) and not bool(jnp.isfinite(self.layer_cost).all()):
@@ -247,10 +292,11 @@ class Problem:
         return self._replace("data", Batch(*pick((self.data.x, self.data.y), rows)))
 
     def with_bank(self, bank: Bank) -> "Problem":
-        """Return the problem with another bank and the same `layer_cost`.
+        """Return the problem with another bank and the same `layer_cost` and `token_cost`.
 
         Args:
-          bank: the new bank. Its layers must keep the same shape, which is not checked.
+          bank: the new bank. Its layers must keep the same shape, and its tokens must have the same
+            costs, which is not checked.
         """
         return self._replace("bank", bank)
 
@@ -263,13 +309,56 @@ class Problem:
     def layer_penalty(self, chains: Int[Array, "*P L"]) -> Float[Array, "*P"]:
         """Compute the layer penalty of each chain, which is added to its loss.
 
+        The penalty is `+inf` if the chain, or the prefix, costs more than `max_cost`.
+
         Args:
-          chains: int32 `[..., L]`; the tokens of each chain.
+          chains: int32 `[..., L]`; the tokens of each chain, or of each prefix, which has no head.
         """
         num_layers = self.bank.num_layers
         cost = jnp.broadcast_to(self.layer_cost, (num_layers,))
         is_layer = (chains >= 0) & (chains < num_layers)
-        return jnp.sum(jnp.where(is_layer, cost[jnp.where(is_layer, chains, 0)], 0.0), axis=-1)
+        penalty = jnp.sum(jnp.where(is_layer, cost[jnp.where(is_layer, chains, 0)], 0.0), axis=-1)
+        if self.max_cost is None:
+            return penalty
+        return jnp.where(self.exceeds_limit(self.chain_cost(chains)), jnp.inf, penalty)
+
+    def head_penalties(self, prefixes: Int[Array, "*P L"]) -> Float[Array, "*P K"]:
+        """Compute the layer penalty of each prefix if it is ended with each head.
+
+        Args:
+          prefixes: int32 `[..., L]`; the layers of each prefix, padded with -1.
+        """
+        shape = (*prefixes.shape[:-1], self.bank.num_heads)
+        penalty = jnp.broadcast_to(self.layer_penalty(prefixes)[..., None], shape)
+        if self.max_cost is None:
+            return penalty
+        heads = jnp.broadcast_to(self.token_cost[self.bank.num_layers :], shape)
+        cost = self.chain_cost(prefixes)[..., None] + heads
+        return jnp.where(self.exceeds_limit(cost), jnp.inf, penalty)
+
+    def chain_cost(self, chains: Int[Array, "*P L"]) -> Float[Array, "*P"]:
+        """Compute the cost of each chain: the sum of `token_cost`, or the number of layers.
+
+        Args:
+          chains: int32 `[..., L]`; the tokens of each chain, or of each prefix.
+        """
+        if self.token_cost is None:
+            return self.space.count_layers(chains).astype(jnp.float32)
+        is_token = chains >= 0
+        costs = self.token_cost[jnp.where(is_token, chains, 0)]
+        return jnp.sum(jnp.where(is_token, costs, 0.0), axis=-1)
+
+    def exceeds_limit(self, cost: Float[Array, "*P"]) -> Bool[Array, "*P"]:
+        """Return whether each cost is above `max_cost`; always False if there is no limit.
+
+        Args:
+          cost: the costs, in the unit of `token_cost`.
+        """
+        if self.max_cost is None:
+            return jnp.zeros(cost.shape, bool)
+        # The rounding error of a sum of L numbers that are not negative.
+        error = (self.max_layers + 1) * float(jnp.finfo(jnp.float32).eps)
+        return cost > self.max_cost * (1 + error)
 
     def loss_and_accuracy(
         self, outputs: Float[Array, "B ..."]

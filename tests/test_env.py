@@ -106,3 +106,77 @@ def test_a_loss_that_is_not_finite_has_a_reward_of_minus_infinity():
     bank = jc.Bank.stack(layer, params, head, init_params(head, jax.random.key(1), 1, (5,)))
     _, rewards = play(jc.Problem(bank, make_batch(), 1), [0, 1])
     assert rewards == [0, -np.inf]
+
+
+COSTS = np.array([1.0, 2.0, 4.0, 8.0, 0.5, 0.25], np.float32)
+
+
+def limit(problem, max_cost, min_layers=0):
+    return jc.Problem(
+        problem.bank, problem.data, 3, min_layers=min_layers, token_cost=COSTS, max_cost=max_cost
+    )
+
+
+@pytest.mark.parametrize("min_layers", [0, 2])
+def test_a_token_is_legal_if_a_chain_within_the_limit_begins_with_it(problem, min_layers):
+    limited = limit(problem, 4.6, min_layers)
+    chains = [
+        tuple(chain[chain >= 0].tolist())
+        for chain in limited.space.enumerate()
+        if COSTS[chain[chain >= 0]].sum() <= 4.6
+    ]
+    prefixes = {chain[:t] for chain in chains for t in range(len(chain))}
+    assert len(prefixes) > 6
+    for prefix in prefixes:
+        expected = {chain[len(prefix)] for chain in chains if chain[: len(prefix)] == prefix}
+        cost = jnp.asarray(COSTS[list(prefix)].sum())
+        found = env.legal_actions(limited, jnp.array(len(prefix)), cost)
+        assert set(np.flatnonzero(found).tolist()) == expected
+    # Beyond the limit, the cheapest token remains.
+    assert env.legal_actions(limited, jnp.array(3), jnp.array(9.0)).tolist() == [False] * 5 + [True]
+
+
+def test_costs_before_each_token(problem):
+    chain = jnp.array([2, 0, 4, -1])
+    assert env.prefix_costs(limit(problem, 9.0), chain).tolist() == [0, 4, 5, 5.5]
+    assert env.prefix_costs(problem, chain).tolist() == [0, 0, 0, 0]
+
+
+def test_a_token_over_the_limit_is_refused(problem):
+    limited = limit(problem, 4.6)
+    state, _ = play(limited, [2])
+    with pytest.raises(
+        ValueError, match="illegal action 0 .* that keeps the chain within max_cost"
+    ):
+        env.step(limited, state, jnp.array(0))
+    assert np.isfinite(env.step(limited, state, jnp.array(4))[1])
+
+
+@pytest.mark.parametrize("min_layers", [0, 2])
+def test_sampled_chains_are_within_the_limit(problem, min_layers):
+    limited = limit(problem, 4.6, min_layers)
+    key = jax.random.key(0)
+    chains = np.asarray(env.sample_chains(key, limited, 500))
+    assert limited.space.contains(jnp.asarray(chains)).all()
+    assert not limited.exceeds_limit(limited.chain_cost(jnp.asarray(chains))).any()
+    # Every chain within the limit can be drawn, and chains that fit are kept as they are.
+    every = limited.space.enumerate()
+    is_within = np.where(every >= 0, COSTS[every], 0).sum(axis=1) <= 4.6
+    if min_layers:
+        assert {tuple(row) for row in chains} == {tuple(row) for row in every[is_within]}
+    free = np.asarray(limited.space.sample(key, 500))
+    fits = np.where(free >= 0, COSTS[free], 0).sum(axis=1) <= 4.6
+    assert 10 < fits.sum() < 490
+    np.testing.assert_array_equal(chains[fits], free[fits])
+    np.testing.assert_array_equal(env.sample_chains(key, problem, 9), problem.space.sample(key, 9))
+
+
+def test_neighbors_are_within_the_limit(problem):
+    chain = jnp.array([1, 0, 4, -1])
+    limited = limit(problem, 4.6)
+    rows, is_neighbor = env.neighbors(limited, chain)
+    free, is_free = limited.space.neighbors(chain)
+    np.testing.assert_array_equal(rows, free)
+    fits = np.where(free >= 0, COSTS[free], 0).sum(axis=1) <= 4.6
+    np.testing.assert_array_equal(is_neighbor, is_free & fits)
+    assert 3 < np.sum(is_neighbor) < np.sum(is_free)

@@ -115,14 +115,14 @@ def evaluate_actions(
     """
 
     def act(
-        carry: PolicyCarry, slot: tuple[Array, Array, Array]
+        carry: PolicyCarry, slot: tuple[Array, Array, Array, Array]
     ) -> tuple[PolicyCarry, tuple[Array, Array]]:
-        t, token, after = slot
-        out = policy.predict(carry, t, env.legal_actions(problem, t))
+        t, token, after, cost = slot
+        out = policy.predict(carry, t, env.legal_actions(problem, t, cost))
         return policy.advance(carry, t, jnp.maximum(token, 0), after), out
 
     after = jnp.concatenate([features[1:], features[-1:]])
-    slots = (jnp.arange(chain.shape[0]), chain, after)
+    slots = (jnp.arange(chain.shape[0]), chain, after, env.prefix_costs(problem, chain))
     return jax.lax.scan(act, policy.init_carry(features[0]), slots)[1]
 
 

@@ -83,11 +83,14 @@ def observe_prefixes(problem: Problem) -> list[PrefixLevel]:
       The prefixes of 0, 1, ..., `max_layers - 1` layers.
 
     Raises:
-      ValueError: if `max_layers` is 0, or there are more than 1,048,576 prefixes.
+      ValueError: if `max_layers` is 0, there are more than 1,048,576 prefixes, or the problem has a
+        `max_cost`, which critics do not know.
     """
     num_layers, max_layers = problem.bank.num_layers, problem.max_layers
     if max_layers < 1:
         raise ValueError(f"expected a problem with max_layers of at least 1, got {max_layers}")
+    if problem.max_cost is not None:
+        raise ValueError(f"expected a problem without max_cost, got max_cost={problem.max_cost}")
     num_prefixes = ChainSpace(num_layers, 1, max_layers).num_chains
     if num_prefixes > _MAX_PREFIXES:
         raise ValueError(

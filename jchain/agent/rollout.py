@@ -50,6 +50,7 @@ class _Carry(NamedTuple):
     policy: PolicyCarry
     is_done: Bool[Array, ""]  # whether the head was sampled
     observed: ObservedPrefix
+    cost: Float[Array, ""]  # of the prefix; 0 without a limit
 
 
 def sample_prefix(
@@ -101,7 +102,7 @@ def sample_chain(
         carry: _Carry, slot: tuple[Array, Array, Array]
     ) -> tuple[_Carry, tuple[Array, Array, Array]]:
         t, key, given = slot
-        logits, _ = policy.predict(carry.policy, t, env.legal_actions(problem, t))
+        logits, _ = policy.predict(carry.policy, t, env.legal_actions(problem, t, carry.cost))
         drawn = jax.random.categorical(key, logits.astype(jnp.float32))
         token = jnp.where(given == PADDING, drawn, given)
         log_prob = jnp.where(carry.is_done, 0.0, jax.nn.log_softmax(logits)[token])
@@ -109,11 +110,13 @@ def sample_chain(
         after = observations.observe_next(observe, problem, carry.observed, taken)
         advanced = policy.advance(carry.policy, t, token, after.features)
         is_done = carry.is_done | (token >= space.num_layers)
-        return _Carry(advanced, is_done, after), (taken, log_prob, carry.observed.features)
+        cost = env.add_cost(problem, carry.cost, taken)
+        return _Carry(advanced, is_done, after, cost), (taken, log_prob, carry.observed.features)
 
     num_slots = space.max_layers + 1
     slots = (jnp.arange(num_slots), jax.random.split(key, num_slots), prefix)
-    start = _Carry(policy.init_carry(root.features), jnp.array(False), root)
+    zero = jnp.zeros((), jnp.float32)
+    start = _Carry(policy.init_carry(root.features), jnp.array(False), root, zero)
     last, (chain, log_probs, features) = jax.lax.scan(act, start, slots)
     head = chain[space.count_layers(chain)] - space.num_layers
     loss = last.observed.loss[head] + problem.layer_penalty(chain)

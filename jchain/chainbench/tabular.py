@@ -6,6 +6,7 @@ up to the rounding of sums, the same results. Prefixes are numbered, and the act
 is its number. A layer maps the number of a prefix to the number of its child.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -192,10 +193,15 @@ def tabulate(problem: Problem, observe: Observe) -> Problem:
     """
     _check_size(problem.bank, problem.max_layers)
     seen = _observe_all(problem, observe=observe)
-    loss = np.where(np.isfinite(seen.loss), seen.loss, np.inf)
+    loss = np.where(np.isfinite(seen.loss), seen.loss, np.inf).reshape(-1)
+    if problem.max_cost is not None:
+        chains = dataclasses.replace(problem.space, min_layers=0).enumerate()
+        loss = np.where(
+            problem.exceeds_limit(problem.chain_cost(jnp.asarray(chains))), np.inf, loss
+        )
     features = np.asarray(seen.features)
     return make_problem(
-        problem.bank, loss.reshape(-1), problem.max_layers, features, min_layers=problem.min_layers
+        problem.bank, loss, problem.max_layers, features, min_layers=problem.min_layers
     )
 
 

@@ -26,7 +26,7 @@ _MIX = (0x85EBCA6B, 0xC2B2AE35)
 def compute_fingerprints(problem: Problem, chains: Int[Array, "P L"]) -> UInt[Array, "P"]:
     """Return a hash, for each chain, of everything that its loss depends on besides its tokens.
 
-    The examples, the labels, the layer costs, and the versions of the weights are read in full. Of
+    The examples, the labels, the costs, and the versions of the weights are read in full. Of
     the weights, at most 64 evenly spaced numbers of each leaf are read: enough to tell banks apart,
     but weights that are changed in place need new versions (`Bank.replace`). Works under `jit`,
     where a loop computes the hash of the problem only once.
@@ -47,7 +47,8 @@ def compute_fingerprints(problem: Problem, chains: Int[Array, "P L"]) -> UInt[Ar
         described += [keystr(path) for path, _ in tree_leaves_with_path(x)]
     value = jnp.uint32(zlib.crc32(repr(described).encode()))
     stem = jax.tree.map(lambda leaf: _sample(leaf[None]), problem.bank.stem_params)
-    for leaf in jax.tree.leaves(((x, y), problem.layer_cost, stem)):
+    costs = problem.layer_cost, problem.token_cost, problem.max_cost
+    for leaf in jax.tree.leaves(((x, y), costs, stem)):
         value = _mix(value ^ _hash(leaf))
     entries = _hash_entries(problem.bank)
     own = jnp.where(chains >= 0, entries[jnp.maximum(chains, 0)], jnp.uint32(0))

@@ -86,7 +86,7 @@ class BeamSearch:
 
         def extend(state: State) -> tuple[State, Array]:
             children, outputs = extend_prefix(problem, prefix, depth, hidden)
-            penalty = problem.layer_penalty(children)[:, None]
+            penalty = problem.head_penalties(children)
             loss = jax.vmap(lambda h: env.head_losses(problem, h))(outputs) + penalty
             loss = loss.astype(jnp.float32)
             return self._insert(state, children, outputs, loss), loss

@@ -329,7 +329,7 @@ def _observe_children(
 ) -> _Children:
     chains, outputs = extend_prefix(problem, prefix, length, hidden)
     observed = jax.vmap(lambda child: observe(problem, child, hidden))(outputs)
-    loss = observed.loss + problem.layer_penalty(chains)[:, None]
+    loss = observed.loss + problem.head_penalties(chains)
     loss = jnp.where(jnp.isfinite(loss), loss, jnp.inf)
     return _Children(chains, outputs, observed.features, loss)
 

@@ -109,6 +109,10 @@ def sample_start(key: Key[Array, ""], problem: Problem) -> Int[Array, "L"]:
     """
     bank, slots = problem.bank, jnp.arange(problem.max_layers + 1)
     tokens = jax.random.randint(key, slots.shape, 0, bank.num_layers, jnp.int32).at[-1].set(PADDING)
+    if problem.max_cost is not None:
+        # Of a chain within the limit, the prefixes that have another layer after them are as well.
+        chain = env.sample_chains(key, problem, 1)[0]
+        tokens = jnp.where(slots < problem.space.count_layers(chain), chain, tokens)
 
     def extend(hidden: PyTree, token: Array) -> tuple[PyTree, Array]:
         made = apply_token(bank.layers, token, hidden)
@@ -118,7 +122,7 @@ def sample_start(key: Key[Array, ""], problem: Problem) -> Int[Array, "L"]:
     losses = jax.lax.scan(extend, hidden, tokens[:-1])[1]
     losses = jnp.concatenate([env.head_losses(problem, hidden)[None], losses])
     prefixes = jnp.where(slots[None] < slots[:, None], tokens[None], PADDING)
-    losses = (losses + problem.layer_penalty(prefixes)[:, None])[problem.min_layers :]
+    losses = (losses + problem.head_penalties(prefixes))[problem.min_layers :]
     row, head = jnp.divmod(
         jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf)), bank.num_heads
     )

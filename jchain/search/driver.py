@@ -17,6 +17,7 @@ from jchain.engine.backend import jit_for_problem
 from jchain.engine.control_flow import vmap_unless_one
 from jchain.problem import Problem
 from jchain.pytree import describe_type
+from jchain.search.front import empty_front, merge_front
 from jchain.search.pool import empty_pool, merge
 from jchain.search.progress import Progress
 from jchain.search.protocol import Checked, Info, Search
@@ -128,7 +129,7 @@ def run_many(
         if len(chains) > 0:
             runs, start = begin_at(runs, search, problem, chains, stop)
         runs, trace = advance_runs(runs, search, problem, stop, line)
-    return make_results(runs, trace, budget, start)
+    return make_results(runs, trace, budget, problem, start)
 
 
 def _check_keys(keys: object, num_axes: int, expected: str) -> None:
@@ -190,7 +191,8 @@ def init_runs(
 def _init_runs(keys: Array, search: Search, problem: Problem, num_finalists: int) -> RunState:
     # Match the dtypes and weak types after a step, so the first step is not compiled separately.
     pool, zero = empty_pool(num_finalists, problem), jnp.zeros((), jnp.int32)
-    stats = RunStats(pool, zero, zero, zero, zero, zero, zero, jnp.array(False))
+    front = empty_front(problem)
+    stats = RunStats(pool, zero, zero, zero, zero, zero, zero, jnp.array(False), front)
 
     seen = get_seen_problem(search, problem)
 
@@ -291,7 +293,8 @@ def _step(
     is_chain = problem.space.contains(info.chains)
     is_invalid = ~is_chain & (info.chains != PADDING).any(axis=1)
     chains = jnp.where(is_chain[:, None], info.chains, PADDING)
-    pool = merge(old.pool, chains, jnp.where(is_chain, info.loss, jnp.inf))
+    loss = jnp.where(is_chain, info.loss, jnp.inf)
+    pool = merge(old.pool, chains, loss)
     new = RunStats(
         pool,
         old.layer_calls + cost,
@@ -301,6 +304,7 @@ def _step(
         num_free,
         cost,
         (cost >= left) | (num_free >= MAX_FREE_STEPS) | (pool.loss[0] <= stop.target_loss),
+        merge_front(old.front, problem, chains, loss),
     )
     stats = jax.tree.map(
         partial(jnp.where, is_counted), new, old._replace(cost=cost, is_over=jnp.array(True))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jchain import env
 from jchain._typing import Array, Float, Int, Key
 from jchain.chain import PADDING
 from jchain.engine import score_cache
@@ -103,7 +104,7 @@ class Evolution:
           problem: the problem to search.
         """
         random_key, draw_key, mutate_key = jax.random.split(key, 3)
-        random = problem.space.sample(random_key, self.num_chains)
+        random = env.sample_chains(random_key, problem, self.num_chains)
         shape = (self.num_chains, self.tournament_size)
         drawn = jax.random.randint(draw_key, shape, 0, self.population_size, jnp.int32)
         best = jnp.argmin(state.loss[drawn], axis=1)
@@ -130,6 +131,6 @@ def mutate(key: Key[Array, ""], chain: Int[Array, "L"], problem: Problem) -> Int
       chain: the chain, `[L]`.
       problem: the problem, which determines the neighbors.
     """
-    rows, is_neighbor = problem.space.neighbors(chain)
+    rows, is_neighbor = env.neighbors(problem, chain)
     row = jax.random.categorical(key, jnp.where(is_neighbor, 0.0, -jnp.inf).astype(jnp.float32))
     return jnp.where(is_neighbor.any(), rows[row], chain)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jchain import env
 from jchain._typing import Array, Bool, Float, Int, Key
 from jchain.chain import PADDING
 from jchain.engine import score_cache
@@ -239,8 +240,9 @@ class LinearizedSearch:
             num_products=self.num_products or choose_products(problem),
             members=sample_candidates(key, problem, num_per_group),
         )
-        is_neighbor = problem.space.neighbors(chain)[1]
+        is_neighbor = env.neighbors(problem, chain)[1]
         start_loss = jnp.where(jnp.isfinite(scores.loss), scores.loss, jnp.inf).astype(jnp.float32)
+        greedy_cost, pair_cost = problem.chain_cost(joint.greedy), problem.chain_cost(joint.pairs)
         return LinearizedChain(
             chain,
             # Keep the evaluated loss, not the loss from the pass. The two round differently, and
@@ -250,9 +252,11 @@ class LinearizedSearch:
                 jnp.float32
             ),
             joint.greedy.astype(jnp.int32),
-            ~jnp.isnan(joint.greedy_score),
+            ~jnp.isnan(joint.greedy_score) & ~problem.exceeds_limit(greedy_cost),
             joint.pairs[: self._count_pairs(problem)].astype(jnp.int32),
-            ~jnp.isnan(joint.pair_score)[: self._count_pairs(problem)],
+            (~jnp.isnan(joint.pair_score) & ~problem.exceeds_limit(pair_cost))[
+                : self._count_pairs(problem)
+            ],
             (scores.layer_calls + jnp.where(state.is_start, problem.max_layers, 0)).astype(
                 jnp.int32
             ),
@@ -268,7 +272,7 @@ class LinearizedSearch:
         """
         # No pair of a new pass has been tried yet.
         num_failed = jnp.where(state.is_new, 0, state.num_failed)
-        neighbors, _ = problem.space.neighbors(linearized.chain)
+        neighbors, _ = env.neighbors(problem, linearized.chain)
         gain, rows = jax.lax.top_k(-linearized.score, min(self.num_single, linearized.score.size))
         single = jnp.where(jnp.isfinite(gain)[:, None], neighbors[rows], linearized.chain[None])
         sizes = jnp.floor(state.radius / 2.0 ** jnp.arange(self.num_joint)).astype(jnp.int32)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jchain import env
 from jchain._typing import Array, Float, Int, Key
 from jchain.engine import score_cache
 from jchain.engine.score_cache import ScoreCache
@@ -56,7 +57,7 @@ class LocalSearch:
           problem: the problem to search.
         """
         start_key, order_key = jax.random.split(key)
-        start = problem.space.sample(start_key, 1)[0]
+        start = env.sample_chains(start_key, problem, 1)[0]
         return State(
             start,
             jnp.full((), jnp.inf, jnp.float32),
@@ -107,7 +108,7 @@ class LocalSearch:
         should_move = is_better.any()
         num_tried = state.num_tried + self.num_chains
         should_restart = ~should_move & (num_tried >= num_neighbors)
-        kept = jnp.where(should_restart, problem.space.sample(start_key, 1)[0], state.chain)
+        kept = jnp.where(should_restart, env.sample_chains(start_key, problem, 1)[0], state.chain)
         chain = jnp.where(should_move, chains[first], kept)
         kept_loss = jnp.where(should_restart, jnp.inf, state.loss)
         has_new_chain = should_move | should_restart
@@ -124,7 +125,7 @@ class LocalSearch:
         self, state: State, problem: Problem
     ) -> tuple[Int[Array, "P L"], Int[Array, ""]]:
         """Return the neighbors to score, and the number of all neighbors."""
-        neighbors, is_neighbor = problem.space.neighbors(state.chain)
+        neighbors, is_neighbor = env.neighbors(problem, state.chain)
         num_neighbors = is_neighbor.sum()
         position = state.num_tried + jnp.arange(self.num_chains)
         row = state.order[jnp.minimum(position, state.order.shape[0] - 1)]
@@ -134,5 +135,5 @@ class LocalSearch:
 
 def _shuffle(key: Key[Array, ""], chain: Int[Array, "L"], problem: Problem) -> Int[Array, "M"]:
     """Return the rows of a chain's neighbors in random order, invalid rows last."""
-    is_neighbor = problem.space.neighbors(chain)[1]
+    is_neighbor = env.neighbors(problem, chain)[1]
     return jnp.argsort(jax.random.uniform(key, is_neighbor.shape, jnp.float32) + ~is_neighbor)

@@ -71,7 +71,7 @@ class MCTS:
         """Grow one tree and take the best action at its root."""
         mctx = _import_mctx()
         root = _make_node(problem, state.root, jnp.array(False))
-        is_legal = env.legal_actions(problem, state.root.length)
+        is_legal = _legal_actions(problem, state.root)
         output = mctx.gumbel_muzero_policy(
             params=problem,
             rng_key=key,
@@ -104,8 +104,12 @@ class MCTS:
 
 
 def _make_node(problem: Problem, state: env.State, is_call: Bool[Array, ""]) -> Node:
-    loss = env.head_losses(problem, state.hidden) + problem.layer_penalty(state.chain)
+    loss = env.head_losses(problem, state.hidden) + problem.head_penalties(state.chain)
     return Node(state, loss, is_call)
+
+
+def _legal_actions(problem: Problem, state: env.State) -> Bool[Array, "E"]:
+    return env.legal_actions(problem, state.length, problem.chain_cost(state.chain))
 
 
 def _value(node: Node) -> Float[Array, ""]:
@@ -127,7 +131,7 @@ def _recur(problem: Problem, key: Array, action: Array, embedding: Node) -> tupl
     is_call = (action[0] < problem.bank.num_layers) & ~node.state.is_done
     state, reward = env.step(problem, node.state, action[0])
     child = _make_node(problem, state, is_call)
-    legal = jnp.where(env.legal_actions(problem, state.length), 0.0, -1e9)
+    legal = jnp.where(_legal_actions(problem, state), 0.0, -1e9)
     output = mctx.RecurrentFnOutput(
         reward=jnp.maximum(reward, -1e6)[None],
         discount=jnp.where(state.is_done, 0.0, 1.0)[None],

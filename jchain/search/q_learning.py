@@ -5,6 +5,7 @@ with the number of chains.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -167,21 +168,23 @@ def sample_chain(
     num_layers = problem.bank.num_layers
 
     def act(
-        carry: tuple[Array, Array], slot: tuple[Array, Array]
-    ) -> tuple[tuple[Array, Array], Array]:
-        last, is_done = carry
+        carry: tuple[Array, Array, Array], slot: tuple[Array, Array]
+    ) -> tuple[tuple[Array, Array, Array], Array]:
+        last, is_done, cost = carry
         t, key = slot
         explore_key, random_key = jax.random.split(key)
-        legal = jnp.where(env.legal_actions(problem, t), 0.0, -jnp.inf).astype(jnp.float32)
+        legal = jnp.where(env.legal_actions(problem, t, cost), 0.0, -jnp.inf).astype(jnp.float32)
         random = jax.random.categorical(random_key, legal)
         is_random = jax.random.uniform(explore_key, (), jnp.float32) < epsilon
         token = jnp.where(is_random, random, jnp.argmax(values[t, last] + legal))
         is_end = is_done | (token >= num_layers)
         taken = jnp.where(is_done, PADDING, token).astype(jnp.int32)
-        return (jnp.where(is_end, last, token), is_end), taken
+        cost = env.add_cost(problem, cost, taken)
+        return (jnp.where(is_end, last, token), is_end, cost), taken
 
     slots = (jnp.arange(problem.max_layers + 1), jax.random.split(key, problem.max_layers + 1))
-    return jax.lax.scan(act, (jnp.array(num_layers), jnp.array(False)), slots)[1]
+    start = (jnp.array(num_layers), jnp.array(False), jnp.zeros((), jnp.float32))
+    return jax.lax.scan(act, start, slots)[1]
 
 
 def update(
@@ -233,7 +236,9 @@ def look_up(
       problem: the problem, which determines which tokens are allowed.
     """
     slots = jnp.arange(chain.shape[0])
-    is_legal: Bool[Array, "L E"] = jax.vmap(lambda t: env.legal_actions(problem, t))(slots)
+    is_legal: Bool[Array, "L E"] = jax.vmap(partial(env.legal_actions, problem))(
+        slots, env.prefix_costs(problem, chain)
+    )
     return values[slots, find_last(chain, problem)], is_legal
 
 

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from jchain import env
 from jchain._typing import Array, Float, Int, Key
 from jchain.engine import score_cache
 from jchain.engine.score_cache import ScoreCache
@@ -71,6 +72,6 @@ class RandomSearch:
           state: the state that `init` or the last step returned.
           problem: the problem to search.
         """
-        chains = problem.space.sample(key, self.num_chains)
+        chains = env.sample_chains(key, problem, self.num_chains)
         cache, loss, layer_calls = score_cache.evaluate_cached(state.cache, problem, chains)
         return State(cache), Info(chains, loss, layer_calls)

@@ -4,10 +4,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
 from jchain._typing import Array, Bool, Float, Int, Key, PyTree
+from jchain.problem import Problem
+from jchain.pytree import describe_type
+from jchain.search.front import Front, find_front
 from jchain.search.pool import Pool
 
 
@@ -40,6 +44,10 @@ class Result(NamedTuple):
     num_scored: int  # the number of chains that were scored, with repeats
     num_nonfinite: int  # the number of these chains whose loss was not finite
     num_invalid: int = 0  # rows that the search reported as chains but that are not in the space
+    # Costs are in the unit of `Problem.token_cost`, or numbers of layers if the problem has none.
+    best_cost: float = float("nan")  # nan if no chain had a finite loss
+    finalist_costs: Float[np.ndarray, "Q"] | None = None
+    front: Front | None = None  # what `jchain.front` reads
 
 
 class BudgetError(ValueError):
@@ -74,6 +82,7 @@ class RunStats(NamedTuple):
     num_free: Int[Array, ""]  # consecutive zero-cost steps
     cost: Int[Array, ""]  # layer calls of the last step, counted or not
     is_over: Bool[Array, ""]
+    front: Front
 
 
 class RunState(NamedTuple):
@@ -106,8 +115,34 @@ class Trace(NamedTuple):
     is_counted: Bool[Array, "T S"]  # False for steps after the end and for a step over budget
 
 
+def front(results: Result | Sequence[Result]) -> Front:
+    """Return the chains that no other scored chain beats in both cost and loss, cheapest first.
+
+    All chains that a run scored are considered, not only its finalists. Costs are in the unit of
+    `Problem.token_cost`, or numbers of layers if the problem has none. A run keeps at most 64
+    chains (with numbers of layers, one for each number). If there are more, those are dropped whose
+    loss is the least below that of the next cheaper chain.
+
+    Args:
+      results: the result of a run, or several results whose costs have the same unit, for example
+        from `jchain.run_many`. Their chains are compared with each other.
+
+    Raises:
+      ValueError: if there is no result, or its front is unknown.
+    """
+    # A Result is a tuple itself.
+    is_one = isinstance(results, Result) or not isinstance(results, list | tuple)
+    runs = [results] if is_one else [*results]
+    fronts = [run.front if isinstance(run, Result) else None for run in runs]
+    if not fronts or not all(isinstance(one, Front) for one in fronts):
+        raise ValueError(
+            f"expected a jc.Result or several, each with a front, got {describe_type(results)}"
+        )
+    return find_front(*(np.concatenate(parts) for parts in zip(*fronts, strict=True)))
+
+
 def make_results(
-    runs: RunState, trace: Trace, budget: int, start: Start | None = None
+    runs: RunState, trace: Trace, budget: int, problem: Problem, start: Start | None = None
 ) -> list[Result]:
     """Make the result of each run.
 
@@ -115,17 +150,27 @@ def make_results(
       runs: the finished runs.
       trace: the trace of all steps, `[T, S]`.
       budget: the budget of each run in layer calls, for the error message.
+      problem: the problem that was searched, which defines what chains cost.
       start: what the chains before the first step cost and reached; None if there were none.
 
     Raises:
       BudgetError: if the budget is smaller than the cost of the starts and one step.
     """
     stats = jax.tree.map(np.asarray, runs.stats)
-    return [_make_result(stats, trace, i, budget, start) for i in range(stats.layer_calls.shape[0])]
+    costs = np.asarray(problem.chain_cost(jnp.asarray(stats.pool.chains)))
+    return [
+        _make_result(stats, trace, i, budget, costs[i], start)
+        for i in range(stats.layer_calls.shape[0])
+    ]
 
 
 def _make_result(
-    all_stats: RunStats, trace: Trace, i: int, budget: int, start: Start | None
+    all_stats: RunStats,
+    trace: Trace,
+    i: int,
+    budget: int,
+    costs: Float[np.ndarray, "Q"],
+    start: Start | None,
 ) -> Result:
     """Make the result of run `i`."""
     stats = jax.tree.map(lambda leaf: leaf[i], all_stats)
@@ -148,4 +193,7 @@ def _make_result(
         num_scored=int(stats.num_scored),
         num_nonfinite=int(stats.num_nonfinite),
         num_invalid=int(stats.num_invalid),
+        best_cost=float(costs[0]) if is_found[0] else float("nan"),
+        finalist_costs=costs[is_found],
+        front=find_front(*stats.front),
     )

@@ -12,6 +12,7 @@ from jchain.chain import ChainsLike
 from jchain.engine.control_flow import vmap_unless_one
 from jchain.engine.evaluate import Evaluation, evaluate
 from jchain.problem import Problem
+from jchain.search.front import merge_front
 from jchain.search.pool import merge
 from jchain.search.protocol import Search, Startable
 from jchain.search.rescoring import get_seen_problem
@@ -36,6 +37,10 @@ def list_starts(
             raise ValueError(f'expected starts to be chains, "parents", or None, got {starts!r}')
         lengths = range(space.min_layers + 1, num_slots + 1)
         starts = [parent for parent in problem.bank.parents if len(parent) in lengths]
+        if starts and problem.max_cost is not None:
+            rows = chain_lib.pad(starts, space.max_layers)
+            is_over = problem.exceeds_limit(problem.chain_cost(jnp.asarray(rows)))
+            starts = [parent for parent, over in zip(starts, is_over, strict=True) if not over]
     if starts is None or (isinstance(starts, list | tuple) and len(starts) == 0):
         return np.zeros((0, num_slots), np.int32)
     if isinstance(starts, list | tuple) and all(isinstance(row, list | tuple) for row in starts):
@@ -99,6 +104,7 @@ def _begin_at(
             num_scored=stats.num_scored + len(chains),
             num_nonfinite=stats.num_nonfinite + out.num_nonfinite.astype(jnp.int32),
             is_over=pool.loss[0] <= stop.target_loss,
+            front=merge_front(stats.front, problem, chains, out.loss),
         )
         return RunState(key, state, stats)
 

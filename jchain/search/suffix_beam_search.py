@@ -247,6 +247,11 @@ class SuffixBeamSearch:
             + probe_problem.layer_penalty(rows.chains)[:, None]
             + probe_problem.layer_penalty(suffixes.tokens)[None]
         )
+        cost = (
+            probe_problem.chain_cost(rows.chains)[:, None]
+            + probe_problem.chain_cost(suffixes.tokens)[None]
+        )
+        loss = jnp.where(probe_problem.exceeds_limit(cost), jnp.inf, loss)
         is_short_enough = rows.depth[:, None] + suffix_length[None] <= probe_problem.max_layers + 1
         loss = jnp.where(
             rows.is_valid[:, None] & is_short_enough & jnp.isfinite(loss), loss, jnp.inf

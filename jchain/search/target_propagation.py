@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jchain import env
 from jchain._typing import Array, Bool, Float, Int, Key
 from jchain.chain import PADDING
 from jchain.engine import score_cache
@@ -141,7 +142,7 @@ class TargetPropagation:
             problem,
             jnp.asarray(self.rate),
         )
-        neighbors, _ = problem.space.neighbors(here.chain)
+        neighbors, _ = env.neighbors(problem, here.chain)
         gain, rows = jax.lax.top_k(-here.score, min(self.num_moves, here.score.size))
         is_move = jnp.isfinite(gain)
         chains = jnp.where(is_move[:, None], neighbors[rows], here.chain[None]).astype(jnp.int32)
@@ -177,7 +178,7 @@ class TargetPropagation:
         scores = score_edits_by_target(
             problem, chain, rate=rate, is_exact=self.is_exact, members=members
         )
-        is_neighbor = problem.space.neighbors(chain)[1]
+        is_neighbor = env.neighbors(problem, chain)[1]
         start_loss = jnp.where(jnp.isfinite(scores.loss), scores.loss, jnp.inf).astype(jnp.float32)
         found = here._replace(
             chain=chain,

@@ -12,6 +12,7 @@ from jchain.engine.evaluate import evaluate
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.driver import advance_runs, check_arguments, init_runs
+from jchain.search.front import merge_front
 from jchain.search.pool import empty_pool, merge
 from jchain.search.progress import Progress
 from jchain.search.protocol import Refreshable, Search
@@ -95,7 +96,8 @@ class CloneThenTune(UpdatePolicy):
                     break
         trace = jax.tree.map(lambda *leaves: np.concatenate(leaves), *rounds.traces)
         with mention_reserved_calls(reserved, args.budget):
-            result = make_results(rounds.runs, trace, args.budget, rounds.start)[0]
+            problem = args.problem.with_bank(rounds.clones.bank)
+            result = make_results(rounds.runs, trace, args.budget, problem, rounds.start)[0]
         return Outcome(rounds.clones.bank, result, rounds.update_calls)
 
     def _start(self, key: Array, args: RunArguments) -> _Rounds:
@@ -133,6 +135,7 @@ class CloneThenTune(UpdatePolicy):
         tune_key, restart_key = jax.random.split(key)
         runs = rounds.runs
         best = rounds.clones.replace_free_tokens(runs.stats.pool.chains[0])
+        on_front = rounds.clones.replace_free_tokens(runs.stats.front.chains[0])
         clones, chain = self._tune_best(tune_key, rounds.clones, training, runs, best)
         if chain is None:
             return rounds._replace(runs=_resume_unchanged(runs)), True
@@ -140,7 +143,7 @@ class CloneThenTune(UpdatePolicy):
         cost = tuning_cost(problem, args.train, count_chain_layers(chain), self.num_steps)
         next_key = None if is_last else restart_key
         runs, is_affordable = _continue_with(
-            chain, next_key, args, problem, runs, best, training_calls=cost
+            chain, next_key, args, problem, runs, best, on_front, training_calls=cost
         )
         traces = (*rounds.traces, _record_totals(runs))
         update_calls = rounds.update_calls + cost
@@ -181,6 +184,10 @@ def _check_problem(problem: Problem) -> None:
         raise ValueError(
             f"expected one layer_cost for all layers, got {problem.layer_cost.shape[0]}"
         )
+    if problem.token_cost is not None:
+        raise ValueError(
+            "expected a problem without token_cost: copies that join the bank have no cost"
+        )
 
 
 def _resume_unchanged(runs: RunState) -> RunState:
@@ -196,6 +203,7 @@ def _continue_with(
     problem: Problem,
     runs: RunState,
     chains: Int[np.ndarray, "Q L"],
+    front_chains: Int[np.ndarray, "F L"],
     *,
     training_calls: int,
 ) -> tuple[RunState, bool]:
@@ -205,10 +213,17 @@ def _continue_with(
       The run, and False if the budget does not suffice to move the search to the new bank.
     """
     spent = int(runs.stats.layer_calls[0])
-    state, pool = jax.tree.map(lambda leaf: leaf[0], (runs.state, runs.stats.pool))
+    state, pool, front = jax.tree.map(
+        lambda leaf: leaf[0], (runs.state, runs.stats.pool, runs.stats.front)
+    )
     loss = evaluate(problem, chain[None]).loss
     old = merge(empty_pool(args.num_finalists, problem), jnp.asarray(chains), pool.loss)
     pool = merge(old, jnp.asarray(chain)[None], loss)
+    front = merge_front(
+        front._replace(chains=front_chains), problem, jnp.asarray(chain)[None], loss
+    )
+    front = jax.tree.map(lambda leaf: leaf[None], front)
+    runs = runs._replace(stats=runs.stats._replace(front=front))
     paid, calls = training_calls + count_chain_layers(chain), 0
     if restart_key is not None:
         state, calls = _move_search(restart_key, args.search, state, problem, pool.chains)

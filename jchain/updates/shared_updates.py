@@ -97,7 +97,7 @@ class SharedUpdates(UpdatePolicy):
             )
             stop = StopRule(np.int32(args.budget), np.float32(-np.inf))
             runs, trace = advance_runs(runs, search, final, stop, line)
-        result = make_results(runs, trace, args.budget)[0]
+        result = make_results(runs, trace, args.budget, final)[0]
         bank = _update_bank(bank, args.problem.bank, trained.tuning.bank)
         return Outcome(bank, result, trained.update_calls)
 

@@ -7,6 +7,7 @@ import optax
 from jchain.engine.evaluate import evaluate
 from jchain.pytree import pytree_dataclass, static
 from jchain.search import driver
+from jchain.search.front import Front
 from jchain.search.result import Curve
 from jchain.train import OPTIMIZER
 from jchain.training_loop import check_at_least_one
@@ -78,7 +79,13 @@ class TuneFound(UpdatePolicy):
         )
         if loss >= result.best_loss:
             return Outcome(problem.bank, result, update_calls)
+        # The losses of other chains are those of the old weights.
+        losses, costs = (np.array([own], np.float32) for own in (loss, result.best_cost))
         result = result._replace(
-            best_loss=loss, finalists=chain[None], finalist_losses=np.array([loss], np.float32)
+            best_loss=loss,
+            finalists=chain[None],
+            finalist_losses=losses,
+            finalist_costs=costs,
+            front=Front(chain[None], costs, losses),
         )
         return Outcome(bank, result, update_calls)

@@ -186,3 +186,12 @@ def test_every_prefix_is_tabulated(bank, problem):
     np.testing.assert_allclose(found.features, expected.features, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="expected at most 16,777,216 prefixes, got"):
         tabular.tabulate(jc.Problem(bank, problem.data, 13), observe)
+
+
+def test_a_limit_of_the_cost_is_tabulated(problem):
+    cost = [1.0, 2.0, 3.0, 4.0, 0.5, 0.2]
+    limited = jc.Problem(problem.bank, problem.data, 2, min_layers=1, token_cost=cost, max_cost=4.0)
+    chains, out = jc.evaluate_all(limited)
+    tabular = jc.chainbench.tabular.tabulate(limited, jc.agent.observations.observe)
+    assert 0 < np.isinf(out.loss).sum() < len(chains)
+    np.testing.assert_allclose(jc.evaluate(tabular, chains).loss, out.loss, rtol=1e-5)

@@ -82,3 +82,19 @@ def test_losses_that_differ_have_other_fingerprints(bank, how):
 def test_fingerprints_are_the_same_under_jit(problem):
     found = jax.jit(compute_fingerprints)(problem, CHAINS)
     np.testing.assert_array_equal(found, compute_fingerprints(problem, CHAINS))
+
+
+def test_costs_and_their_limit_are_part_of_the_fingerprint(problem):
+    def find(**kwargs):
+        return compute_fingerprints(jc.Problem(problem.bank, problem.data, 3, **kwargs), CHAINS)
+
+    cost = np.arange(6.0)
+    found = [
+        find(),
+        find(token_cost=cost),
+        find(token_cost=cost, max_cost=5.0),
+        find(token_cost=cost, max_cost=6.0),
+        find(token_cost=cost[::-1].copy(), max_cost=6.0),
+    ]
+    assert len({int(row[0]) for row in found}) == len(found)
+    np.testing.assert_array_equal(find(), compute_fingerprints(problem, CHAINS))

@@ -381,3 +381,54 @@ def test_searches_run_with_64_bit_numbers(name, search, problem):
         np.testing.assert_allclose(
             jc.evaluate(problem, result.best_chain[None]).loss, result.best_loss, rtol=1e-5
         )
+
+
+def limit_cost(name, min_layers=0):
+    """Make a problem in which 3 of 10 chains are within the limit, and find its optimum."""
+    problem = make_problem(name, 4, 3, seed=3, min_layers=min_layers)
+    cost = np.array([0.7, 1.9, 1.2, 0.5, 0.6, 1.1], np.float32)
+    chains, out = jc.evaluate_all(problem)
+    chain_cost = np.where(chains >= 0, cost[chains], 0).sum(axis=1)
+    limit = np.quantile(chain_cost, 0.3)
+    limited = jc.Problem(
+        problem.bank, problem.data, 3, min_layers=min_layers, token_cost=cost, max_cost=limit
+    )
+    return limited, float(np.min(np.asarray(out.loss)[chain_cost <= limit * (1 + 1e-6)]))
+
+
+# These score all children of a prefix, also those over a limit of the cost.
+WASTEFUL = ("BeamSearch", "CriticSearch", "MCTS")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=() if name in ("LocalSearch", "QLearning", "MCTS") else pytest.mark.slow,
+        )
+        for name in SEARCHES
+    ],
+    indirect=True,
+)
+@pytest.mark.parametrize("min_layers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_searches_find_the_best_chain_within_a_limit_of_the_cost(name, search, min_layers):
+    problem, optimum = limit_cost(name, min_layers)
+    result = jc.run(jax.random.key(0), search, problem, budget=400)
+    assert result.best_loss == pytest.approx(optimum, rel=1e-5)
+    costs = np.append(result.finalist_costs, jc.front(result).cost)
+    assert (costs <= float(problem.max_cost) * (1 + 1e-6)).all()
+    assert (result.num_nonfinite > 0) == (name in WASTEFUL)
+    assert len(result.finalists) <= result.num_scored - result.num_nonfinite
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEARCHES, indirect=True)
+def test_searches_keep_the_contract_within_a_limit_of_the_cost(name, search):
+    problem, _ = limit_cost(name)
+    jc.check_search(search, problem)
+    step = jax.jit(search.step)
+    state, infos = steps(search, problem, num=20, step=step)
+    for leaf in jax.tree.leaves((state, infos)):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            assert not np.isnan(np.asarray(leaf)).any()

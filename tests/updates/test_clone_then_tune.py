@@ -132,3 +132,9 @@ def test_the_bank_of_an_outcome_can_be_searched_again(two_group_problem):
     again = run(policy, two_group_problem.with_bank(outcome.bank), budget=BUDGET)
     assert again.bank.num_layers == outcome.bank.num_layers + 2 * 9
     assert len(set(again.bank.names)) == len(again.bank.names)
+
+
+def test_a_problem_with_costs_raises(problem):
+    problem = jc.Problem(problem.bank, problem.data, 3, token_cost=np.ones(6))
+    with pytest.raises(ValueError, match="expected a problem without token_cost"):
+        run(POLICIES["CloneThenTune"], problem)

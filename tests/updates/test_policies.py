@@ -31,6 +31,11 @@ def test_losses_belong_to_the_returned_bank(policy, outcome, two_group_problem):
     result = outcome.result
     again = jc.evaluate(two_group_problem.with_bank(outcome.bank), result.finalists).loss
     np.testing.assert_allclose(result.finalist_losses, again, rtol=1e-5)
+    front = jc.front(result)
+    again = jc.evaluate(two_group_problem.with_bank(outcome.bank), front.chains).loss
+    np.testing.assert_allclose(front.loss, again, rtol=1e-5)
+    assert (front.loss[-1], front.cost[-1]) == (result.best_loss, result.best_cost)
+    assert result.finalist_costs[0] == result.best_cost
     assert result.best_loss == result.finalist_losses[0] == min(result.finalist_losses)
     np.testing.assert_array_equal(result.best_chain, result.finalists[0])
     assert result.curve.best_loss[-1] == pytest.approx(result.best_loss)
