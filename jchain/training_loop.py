@@ -160,12 +160,9 @@ def _train_step_by_step(key: Array, data: Batch, recipe: Recipe) -> Weights:
 def _init(key: Array, data: Batch, recipe: Recipe) -> tuple[_Carry, Key[Array, "S T"]]:
     """Return the initial carry, and the keys of the steps that lead to each snapshot."""
     layer_key, head_key, step_key = jax.random.split(key, 3)
-    example = pick(data.x, slice(1))
     layers, heads = (
         tuple(
-            jax.vmap(lambda k, module=module: module.init(k, example).get("params", {}))(
-                keys[i :: len(modules)]
-            )
+            jax.vmap(partial(_init_params, module, data.x))(keys[i :: len(modules)])
             for i, module in enumerate(modules)
         )
         for modules, keys in (
@@ -176,6 +173,10 @@ def _init(key: Array, data: Batch, recipe: Recipe) -> tuple[_Carry, Key[Array, "
     weights = Weights(layers, heads)
     keys = jax.random.split(step_key, recipe.num_steps).reshape(recipe.num_snapshots, -1)
     return _Carry(weights, recipe.optimizer.init(weights)), keys
+
+
+def _init_params(module: nn.Module, x: Activations, key: Array) -> PyTree:
+    return module.init(key, pick(x, slice(1))).get("params", {})
 
 
 def _step(carry: _Carry, key: Array, data: Batch, recipe: Recipe) -> _Carry:

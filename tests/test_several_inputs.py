@@ -148,6 +148,24 @@ def test_fingerprints_tell_inputs_apart():
     assert len({compute(x), *map(compute, others)}) == 5
 
 
+def test_layers_may_write_into_their_input():
+    """As a function that changes a dict and returns it; other layers still get the dict before."""
+
+    def write(params, x):
+        x["a"] = x["a"] * params
+        x["b"] += 1
+        return x
+
+    x = {"a": jnp.arange(6.0), "b": jnp.arange(6)}
+    layers = [write, lambda params, x: write(params, x), write]
+    weights = [jnp.float32(weight) for weight in (2, 3, 5)]
+    bank = jc.Bank.stack(layers, weights, lambda params, x: x["a"], [jnp.ones(1)])
+    made = layer_calls.apply_all(bank.layers, x)
+    np.testing.assert_array_equal(made["a"], np.outer([2, 3, 5], np.arange(6)))
+    np.testing.assert_array_equal(made["b"], np.tile(np.arange(6) + 1, (3, 1)))
+    assert x["b"].tolist() == list(range(6))
+
+
 # Data
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
+import jax
 
 from jchain._typing import PyTree
 from jchain.modules import nnx
@@ -88,7 +89,9 @@ def apply_module(module: Module, params: PyTree, state: PyTree, x: PyTree) -> An
     if params is None and not isinstance(module, FunctionModule):
         params = {}
     variables = {"params": params} if state is None else {"params": params, **state}
-    return module.apply(variables, x)  # pyright: ignore[reportArgumentType]
+    # Pass other containers with the same arrays, because modules may write into a dict or list.
+    own = jax.tree.map(lambda leaf: leaf, x)
+    return module.apply(variables, own)  # pyright: ignore[reportArgumentType]
 
 
 def describe_module(module: Module) -> str:
