@@ -184,7 +184,8 @@ def run_search(key: jax.Array, candidate: Candidate, name: str) -> Arrays:
     """
     began = time.perf_counter()
     problem = candidate.problem("search")
-    result = jc.run(key, SEARCHES[name], problem, budget=candidate.budget)
+    # Searches begin with nothing, so that results show what they find themselves.
+    result = jc.run(key, SEARCHES[name], problem, budget=candidate.budget, starts=None)
     seconds = time.perf_counter() - began
     chains = result.finalists
     losses = [np.asarray(evaluate(candidate, s, chains).loss) for s in ("search", "select")]

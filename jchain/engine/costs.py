@@ -12,6 +12,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 from jchain._typing import Activations, Array, Float, Int, PyTree
 from jchain.bank import Bank
 from jchain.chain import ChainsLike, pad
+from jchain.data import Batch
 from jchain.engine.backend import compiler_options
 from jchain.engine.layer_calls import nbytes
 from jchain.groups import check_keeps_shape, infer_head_output
@@ -132,7 +133,7 @@ def _make_batch(x: PyTree) -> Activations:
     """Return a batch as arrays: zeros if only their shapes are given."""
     leaves, kinds = jax.tree.leaves(x), jax.Array | np.ndarray | jax.ShapeDtypeStruct
     is_batch = all(isinstance(leaf, kinds) and leaf.shape and leaf.shape[0] > 0 for leaf in leaves)
-    if not leaves or not is_batch:
+    if isinstance(x, Batch) or not leaves or not is_batch:
         raise ValueError(
             "expected x to be a batch of raw input [B, ...] or a jax.ShapeDtypeStruct of one, with "
             f"at least one example, got {describe_type(x)}"
