@@ -155,7 +155,7 @@ def test_a_result_is_exported_as_a_checkpoint(models_folder, checkpoint_result, 
     assert float(out.loss[0]) == pytest.approx(found["loss"]["test"], rel=1e-5)
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| loss on test | {found['loss']['test']:.4f}, the unchanged model " in card
-    assert "--search random --budget 80" in card
+    assert "--search random --budget 100" in card
     assert main(["export", str(checkpoint_result), "--out", str(tmp_path / "out")]) == 2
     assert "already exists; choose another output folder" in capsys.readouterr().err
     assert (

@@ -10,6 +10,7 @@ from jchain.cli import controls
 from jchain.cli.config import SearchConfig, resolve
 from jchain.cli.context import Context
 from jchain.cli.setup import choose_modules, set_up_trained
+from jchain.search.starts import list_starts
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,8 @@ def context():
     config, modules = choose_modules(config, data)
     setup = set_up_trained(config, data, modules)
     bank = setup.make_bank(jax.random.key(0))
-    return Context(config, setup, bank, setup.make_problem(bank, "search", 3), 3, 3)
+    problem = setup.make_problem(bank, "search", 3)
+    return Context(config, setup, bank, problem, 3, 3, list_starts(problem, "parents"))
 
 
 def test_the_best_edit_is_the_best_neighbor_on_search(context):
