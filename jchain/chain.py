@@ -287,6 +287,21 @@ def pad(tokens: Sequence[Sequence[int]], max_layers: int | None = None) -> Int[n
     return chains
 
 
+def to_rows(chains: ChainsLike, max_layers: int) -> ChainsLike:
+    """Pad lists of tokens to rows of one length; return anything else unchanged.
+
+    Args:
+      chains: an array of chains, or lists of tokens.
+      max_layers: maximum number of layers in a chain.
+
+    Raises:
+      ValueError: if lists hold no chain, or a chain has more than `max_layers` layers.
+    """
+    if isinstance(chains, list | tuple) and all(isinstance(row, list | tuple) for row in chains):
+        return pad(chains, max_layers)  # pyright: ignore[reportArgumentType]
+    return chains
+
+
 def count_layers(chains: Int[Array, "*P L"], num_layers: int) -> Int[Array, "*P"]:
     """Count the layers of each chain. The count is also the slot of the chain's head.
 

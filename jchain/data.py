@@ -6,8 +6,9 @@ Weights are trained on `train`, searches see only `search`, finalists are re-ran
 
 import difflib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -40,11 +41,13 @@ class Batch(NamedTuple):
     y: Shaped[Array, "B ..."]  # [B], integer classes, or other targets if the loss takes them
 
 
-def read_batch(data: object) -> Batch:
+def read_batch(data: object, array_fn: Callable[..., Any] = jnp.asarray) -> Batch:
     """Check that data is one split, and convert it to arrays.
 
     Args:
       data: what a user passes as a split.
+      array_fn: the function that makes an array: `jnp.asarray`, or `np.asarray` to keep the split
+        in host memory without copying it.
 
     Raises:
       ValueError: if it is not a pair of an array, or a pytree of arrays, and an array.
@@ -54,8 +57,9 @@ def read_batch(data: object) -> Batch:
             "expected one split of data, such as data.search or jc.Batch(x, y), got "
             f"{describe_type(data)}"
         )
-    x, y = data[0], _as_array(data[1], "y")
-    return Batch(_map_inputs(_as_array, x, y.shape[:1]), y)
+    convert_fn = partial(_as_array, array_fn=array_fn)
+    x, y = data[0], convert_fn(data[1], "y")
+    return Batch(_map_inputs(convert_fn, x, y.shape[:1]), y)
 
 
 def _map_inputs(convert_fn: Callable[[object, str], T], x: object, size: tuple[int, ...]) -> T:
@@ -82,16 +86,16 @@ def _has_only_numbers(node: object) -> bool:
     return is_sequence and not any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(node))
 
 
-def _as_array(value: object, name: str) -> Array:
+def _as_array(value: object, name: str, array_fn: Callable[..., Any]) -> Any:
     try:
-        return jnp.asarray(value)  # pyright: ignore[reportArgumentType]
+        return array_fn(value)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"expected {name} as an array, got {describe_type(value)}: {get_first_line(error)}"
         ) from None
 
 
-def check_lengths(data: Batch | tuple[PyTree, np.ndarray]) -> None:
+def check_lengths(data: Batch) -> None:
     """Check that there is at least one example, and one label per example.
 
     Args:

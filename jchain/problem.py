@@ -19,7 +19,7 @@ from jchain.data import Batch, check_lengths, read_batch
 from jchain.groups import check_keeps_shape, infer_head_output
 from jchain.modules import check_mean_over_examples, check_output_function, check_stem
 from jchain.modules.activations import count_examples, describe_shapes
-from jchain.modules.host_batch import HostBatch, read_host_batch
+from jchain.modules.host_batch import HostArrays, HostBatch
 from jchain.pytree import describe_type, is_concrete, pick, pytree_dataclass, static
 
 
@@ -114,11 +114,9 @@ class Problem:
     def _read_data(self) -> Batch | HostBatch:
         """Check the split, and keep it in host memory if there is a `batch_size`."""
         size, data = self.batch_size, self.data
-        if isinstance(data, HostBatch):
-            if data.size == size and self.mesh is None:
-                return data
-            data = data.source.take(slice(None))
         if size is None:
+            if isinstance(data, HostBatch):
+                data = data.source.take(slice(None))
             batch = read_batch(data)
             check_lengths(batch)
             return batch
@@ -126,11 +124,13 @@ class Problem:
             raise ValueError(f"expected batch_size to be an integer of at least 1, got {size!r}")
         if self.mesh is not None:
             raise ValueError("expected a problem without a mesh, or without batch_size, got both")
+        if isinstance(data, HostBatch):
+            return data if data.size == size else HostBatch.make(data.source, int(size))
         if not is_concrete(data):
             raise ValueError("expected examples in host memory with batch_size, got traced arrays")
-        batch = read_host_batch(data)
+        batch = read_batch(data, np.asarray)
         check_lengths(batch)
-        return HostBatch.make(*batch, int(size))
+        return HostBatch.make(HostArrays(*batch), int(size))
 
     def _check_shapes(self) -> jax.ShapeDtypeStruct:
         """Check all shapes, and return the shape and dtype of the heads' outputs."""
@@ -186,13 +186,13 @@ class Problem:
     def _check_values(self, outputs: jax.ShapeDtypeStruct) -> None:
         if is_concrete(self.layer_cost) and not bool(jnp.isfinite(self.layer_cost).all()):
             raise ValueError("expected a finite layer_cost, got nan or infinity")
+        is_classes = self.loss_fn is optax.softmax_cross_entropy_with_integer_labels
+        num_classes = outputs.shape[-1]
         parts = [self.data] if isinstance(self.data, Batch) else self.data.iterate()
         for x, y in parts:
             for leaf in jax.tree.leaves(x):
                 if jnp.issubdtype(leaf.dtype, jnp.floating) and not jnp.isfinite(leaf).all():
                     raise ValueError("expected finite examples, got nan or infinity")
-            is_classes = self.loss_fn is optax.softmax_cross_entropy_with_integer_labels
-            num_classes = outputs.shape[-1]
             if is_classes and (int(y.min()) < 0 or int(y.max()) >= num_classes):
                 raise ValueError(
                     f"expected labels in 0..{num_classes - 1}, the head's classes, "
@@ -284,10 +284,8 @@ class Problem:
           rows: the examples to keep, as indices or a slice.
         """
         if isinstance(self.data, HostBatch):
-            data = HostBatch.make(
-                *self.data.source.take(rows if isinstance(rows, slice) else np.asarray(rows)),
-                self.data.size,
-            )
+            index = rows if isinstance(rows, slice) else np.asarray(rows)
+            data = HostBatch.make(HostArrays(*self.data.source.take(index)), self.data.size)
             return self._replace("data", data)
         return self._replace("data", Batch(*pick((self.data.x, self.data.y), rows)))
 

@@ -87,7 +87,7 @@ def apply_chain(bank: Bank, chain: ChainsLike, x: Activations) -> Float[Array, "
 def predict(problem: Problem, chain: ChainsLike) -> Float[np.ndarray, "B ..."]:
     """Compute the outputs of one chain for all examples of the problem, in host memory.
 
-    Use it for metrics that are no means over examples, such as the macro F1 score. If the problem
+    Use it for metrics that are not means over examples, such as the macro F1 score. If the problem
     has a `batch_size`, that many examples are on the device at a time.
 
     Args:
@@ -303,8 +303,7 @@ def _check_chains(problem: Problem, chains: ChainsLike) -> Array | np.ndarray:
     """Return the chains as an array, after a check of their shape and, unless traced, values."""
     if not isinstance(problem, Problem):
         raise ValueError(f"expected a jc.Problem, got {describe_type(problem)}")
-    if isinstance(chains, list | tuple) and all(isinstance(row, list | tuple) for row in chains):
-        chains = chain_lib.pad(chains, problem.max_layers)  # pyright: ignore[reportArgumentType]
+    chains = chain_lib.to_rows(chains, problem.max_layers)
     tokens = problem.space.validate(chains) if is_concrete(chains) else jnp.asarray(chains)
     shape = tokens.shape
     if len(shape) != 2 or shape[0] == 0 or shape[1] != problem.max_layers + 1:

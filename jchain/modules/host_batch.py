@@ -13,29 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain._typing import Array, Int, PyTree
-from jchain.pytree import describe_type
-
-
-def read_host_batch(data: object) -> tuple[PyTree, np.ndarray]:
-    """Check that data is one split, as `read_batch` does, and convert it to NumPy arrays.
-
-    Arrays of NumPy, and memory-mapped files, are not copied.
-
-    Args:
-      data: what a user passes as a split.
-
-    Raises:
-      ValueError: if it is not a pair of an array, or a pytree of arrays, and an array.
-    """
-    if not isinstance(data, tuple | list) or len(data) != 2:
-        raise ValueError(f"expected one split (x, y) of NumPy arrays, got {describe_type(data)}")
-    return jax.tree.map(np.asarray, tuple(data))
 
 
 class HostArrays:
     """Arrays in host memory with the examples first, compared by identity."""
 
-    def __init__(self, x: PyTree, y: np.ndarray) -> None:
+    def __init__(self, x: PyTree, y: PyTree) -> None:
         self.leaves, self.structure = jax.tree.flatten((x, y))
 
     def __eq__(self, other: object) -> bool:
@@ -81,18 +64,16 @@ class HostBatch:
         self.first, self.source, self.size = first, source, size
 
     @staticmethod
-    def make(x: PyTree, y: np.ndarray, size: int) -> "HostBatch":
-        """Make a split from NumPy arrays.
+    def make(source: HostArrays, size: int) -> "HostBatch":
+        """Make a split that is read in parts.
 
         Args:
-          x: the examples, `[B, ...F]`, or a pytree of such arrays.
-          y: the labels, `[B, ...]`.
+          source: the arrays of the whole split.
           size: the number of examples in a part.
         """
-        source = HostArrays(x, y)
         # Arrays get the dtypes that JAX would give them, such as float32 for float64.
         first = jax.tree.map(jnp.asarray, source.take(slice(size)))
-        return HostBatch(first, source, min(size, len(y)))
+        return HostBatch(first, source, size)
 
     def tree_flatten(self) -> tuple[tuple[PyTree], tuple[HostArrays, int]]:
         return (self.first,), (self.source, self.size)

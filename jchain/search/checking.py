@@ -103,12 +103,14 @@ def _take_steps(
 
 
 def _check_states(states: list[PyTree]) -> list[str]:
-    shapes = [jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), state) for state in states]
-    for t, shape in enumerate(shapes[1:]):
-        if jax.tree.structure(shape) != jax.tree.structure(shapes[0]):
-            return [f"step {t} changes the structure of the state"]
-        if shape != shapes[0]:
-            return [f"step {t} changes the shapes or dtypes of the state"]
+    # Leaves are compared, because some nodes, such as groups of layers, equal only themselves.
+    structures = [jax.tree.structure(state) for state in states]
+    shapes = [[(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)] for state in states]
+    for t in range(1, len(states)):
+        if structures[t] != structures[0]:
+            return [f"step {t - 1} changes the structure of the state"]
+        if shapes[t] != shapes[0]:
+            return [f"step {t - 1} changes the shapes or dtypes of the state"]
     return []
 
 

@@ -170,7 +170,7 @@ def check_arguments(search: Search, problem: Problem, budget: int, num_finalists
             f"{describe_type(search)}"
         )
     if isinstance(search, Checked):
-        search.check(problem)
+        search.check(get_seen_problem(search, problem))
 
 
 def init_runs(

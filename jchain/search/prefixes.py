@@ -88,10 +88,11 @@ def end_children(
     is_root = is_open & (length == 0) & (problem.min_layers == 0)
     is_end = is_extended & (length + 1 >= problem.min_layers)
     num_children = children.shape[0]
+    root_loss = env.head_losses(problem, hidden) + problem.head_penalties(prefix)
     return end_prefixes(
         problem,
         jnp.concatenate([prefix[None], children]),
         length + (jnp.arange(1 + num_children) > 0),
-        jnp.concatenate([env.head_losses(problem, hidden)[None], loss]),
+        jnp.concatenate([root_loss[None], loss]),
         jnp.append(is_root, jnp.full(num_children, is_end)),
     )

@@ -125,7 +125,7 @@ class Checked(Protocol):
         """Check a problem on the host before anything is computed.
 
         Args:
-          problem: the problem to search.
+          problem: the problem that `init` and `step` will be given.
 
         Raises:
           ValueError: if the search does not accept the problem.

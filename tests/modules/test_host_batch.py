@@ -12,7 +12,7 @@ import pytest
 from conftest import make_bank, make_batch
 
 import jchain as jc
-from jchain.modules.host_batch import HostBatch
+from jchain.modules.host_batch import HostArrays, HostBatch
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,14 @@ def test_doubles_become_what_jax_makes_of_them(problem):
     np.testing.assert_array_equal(jc.evaluate(wide, chains).loss, jc.evaluate(problem, chains).loss)
 
 
+def test_rows_may_be_lists_of_numbers(problem):
+    x, y = problem.data.source.take(slice(None))
+    rows = jc.Problem(problem.bank, jc.Batch(x.tolist(), y.tolist()), 2, batch_size=4)
+    chains = rows.space.sample(jax.random.key(0), 3)
+    expected = jc.evaluate(problem, chains).loss
+    np.testing.assert_allclose(jc.evaluate(rows, chains).loss, expected, rtol=1e-6)
+
+
 def test_copies_and_pickles_hold_all_examples(problem):
     chains = problem.space.sample(jax.random.key(0), 3)
     expected = jc.evaluate(problem, chains).loss
@@ -66,10 +74,14 @@ def test_copies_and_pickles_hold_all_examples(problem):
 
 
 def test_problems_on_the_same_arrays_share_programs(problem):
-    same = HostBatch.make(*problem.data.source.take(slice(None)), 4)
+    same = HostBatch.make(HostArrays(*problem.data.source.take(slice(None))), 4)
     again = jc.Problem(problem.bank, problem.data, 2, batch_size=4)
     assert jax.tree.structure(again.data) == jax.tree.structure(problem.data)
     assert jax.tree.structure(same) != jax.tree.structure(problem.data)
+    large = dataclasses.replace(problem, batch_size=100)
+    longer = dataclasses.replace(large, max_layers=3)
+    assert longer.data is large.data
+    assert large.data.source is problem.data.source
 
 
 def test_functions_that_need_all_examples_refuse(problem):

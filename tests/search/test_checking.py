@@ -20,12 +20,13 @@ class Sampling:
     fault: str = static(default="none")
 
     def init(self, key, problem):
-        return jnp.zeros((), jnp.int32)
+        # A group of layers equals only itself, not its copy in the next state.
+        return jnp.zeros((), jnp.int32), problem.bank.layers
 
     def step(self, key, state, problem):
         chains = problem.space.sample(key, 4)
         out = jc.evaluate(problem, chains)
-        loss, calls, state = out.loss, out.layer_calls, state + 1
+        loss, calls, count = out.loss, out.layer_calls, state[0] + 1
         if self.fault == "headless":
             chains = chains.at[0].set(jnp.array([0, 1, 2, 3]))
         if self.fault == "out of range":
@@ -37,11 +38,11 @@ class Sampling:
         if self.fault == "cost":
             calls = jnp.zeros((), jnp.int32)
         if self.fault == "state":
-            state = state.astype(jnp.float32)
+            count = count.astype(jnp.float32)
         if self.fault == "memory":
             # Each trace adds a different number.
             loss = loss + next(COUNTER)
-        return state, jc.Info(chains, loss, calls)
+        return (count, state[1]), jc.Info(chains, loss, calls)
 
 
 @pytree_dataclass

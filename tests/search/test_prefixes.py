@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import reference
@@ -40,3 +42,13 @@ def test_the_empty_prefix_ends_with_its_children(problem):
     assert np.isinf(end_children(problem, *args, jnp.array(False))[1][2:]).all()
     longer = jc.Problem(problem.bank, problem.data, 3, min_layers=1)
     assert (end_children(longer, *args, yes)[0][:2] == -1).all()
+
+
+def test_a_head_alone_over_the_limit_of_the_cost_has_no_finite_loss(problem):
+    cost = np.array([1.0, 1.0, 1.0, 1.0, 2.0, 5.0], np.float32)
+    limited = dataclasses.replace(problem, token_cost=cost, max_cost=4.0)
+    state, loss, yes = env.reset(limited), jnp.arange(8.0).reshape(4, 2), jnp.array(True)
+    children = env.append_layers(limited, state.chain, state.length)
+    args = (state.chain, state.length, state.hidden, children, loss, yes)
+    found = end_children(limited, *args, yes)[1][:2]
+    assert (np.isfinite(found[0]), np.isinf(found[1])) == (True, True)
