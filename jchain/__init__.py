@@ -38,6 +38,7 @@ from jchain.engine.evaluate import (
     evaluate_prefixes,
     explain,
     predict,
+    select,
 )
 from jchain.gradient.edit_scores import swap_scores
 from jchain.groups import LayerGroup
@@ -126,6 +127,7 @@ __all__ = [
     "pytree_dataclass",
     "run",
     "run_many",
+    "select",
     "static",
     "swap_scores",
     "tasks",

@@ -17,20 +17,24 @@ import numpy.typing as npt
 
 from jchain import images
 from jchain._typing import Activations, Array, PyTree, Shaped
-from jchain.modules.activations import is_floating, is_one_array
+from jchain.datasets.splitting import (
+    SHARES,
+    SPLITS,
+    check_sizes,
+    split_groups,
+    split_stratified,
+    take_stratified,
+)
+from jchain.datasets.standardization import Statistics, choose_statistics, standardize
+from jchain.modules.activations import describe_shapes, is_floating, is_one_array
 from jchain.pytree import describe_type, get_first_line, pick
 
-# Fractions of the examples that go to train, search, select, and test.
-SHARES = (0.5, 0.2, 0.15, 0.15)
-SPLITS = ("train", "search", "select", "test")
 # The splits that chains are scored on.
 EVALUATION_SPLITS = SPLITS[1:]
 
 
 # Examples [B, ...F], or a pytree of such arrays, and integer labels [B].
 _Arrays = tuple[PyTree, np.ndarray]
-# The mean and the standard deviation of each feature.
-_Scale = tuple[np.ndarray | np.floating | float, np.ndarray | np.floating | float]
 T = TypeVar("T")
 
 
@@ -113,6 +117,25 @@ def check_lengths(data: Batch) -> None:
             )
 
 
+def concat(batches: Sequence[Batch]) -> Batch:
+    """Concatenate the examples of several splits.
+
+    Args:
+      batches: splits with the same inputs, such as `[data.search, data.select]`.
+
+    Raises:
+      ValueError: if there are none, or their inputs, shapes, or targets differ.
+    """
+    read = [read_batch(batch) for batch in batches]
+    kinds = [str(jax.tree.map(lambda leaf: (*leaf.shape[1:], leaf.dtype), one)) for one in read]
+    if len(set(kinds)) != 1:
+        raise ValueError(
+            f"expected splits with the same inputs, got "
+            f"{[describe_shapes(tuple(one)) for one in read]}"
+        )
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *read)
+
+
 class Dataset(NamedTuple):
     """A data set in four disjoint, stratified splits, standardized with statistics of `train`."""
 
@@ -122,6 +145,40 @@ class Dataset(NamedTuple):
     test: Batch
     name: str
     num_classes: int  # 0 if the targets are not classes
+    statistics: Statistics | None = None  # None if examples are not standardized, such as tokens
+
+    def standardize(self, x: PyTree) -> Activations:
+        """Standardize new examples, with the statistics of this data set.
+
+        Args:
+          x: new examples as they were before `split`, `[B, ...F]`, or a pytree of such arrays.
+
+        Returns:
+          What layers of a bank for this data set take.
+
+        Raises:
+          ValueError: if examples have other inputs or shapes than those of this data set, or are
+            not finite numbers.
+        """
+        known = self.train.x
+        if is_one_array(known):
+            arrays = _check_numbers(x, "x")
+        elif (found := jax.tree.structure(x)) != (structure := jax.tree.structure(known)):
+            raise ValueError(f"expected examples with the inputs {structure}, got {found}")
+        else:
+            arrays = jax.tree.map(lambda leaf: _check_numbers(leaf, "x"), x)
+        leaves = jax.tree_util.tree_leaves_with_path(arrays)
+        for (path, leaf), example in zip(leaves, jax.tree.leaves(known), strict=True):
+            if leaf.ndim == 0 or leaf.shape[1:] != example.shape[1:]:
+                sizes = ", ".join(("B", *map(str, example.shape[1:])))
+                raise ValueError(
+                    f"expected x{jax.tree_util.keystr(path)} of shape [{sizes}], got "
+                    f"{list(leaf.shape)}"
+                )
+            _check_finite(leaf)
+        if self.statistics is None:
+            return jax.tree.map(jnp.asarray, arrays)
+        return standardize(_to_float32(arrays), self.statistics)
 
 
 def _load_digits() -> _Arrays:
@@ -255,9 +312,9 @@ def split(
     # Without classes, treat all examples as one class.
     classes = [y if is_labels else np.zeros(len(y), int) for _, y in sources]
     if groups is None:
-        cut = _split_stratified(classes[0], shares, rng)
+        cut = split_stratified(classes[0], shares, rng)
     else:
-        cut = _split_groups(groups, len(classes[0]), shares, rng)
+        cut = split_groups(groups, len(classes[0]), shares, rng)
     parts = [(0, part) for part in cut]
     if test is not None:
         parts.append((1, np.arange(len(classes[1]))))
@@ -272,61 +329,23 @@ def split(
     train, structure = pick(sources[0][0], parts[0][1]), jax.tree.structure(sources[0][0])
     if (found := jax.tree.structure(sources[-1][0])) != structure:
         raise ValueError(f"expected test with the inputs of x, {structure}, got {found}")
-    scales = _choose_scales(train, statistics)
+    kept = choose_statistics(train, statistics)
 
     def take(source: int, rows: np.ndarray) -> Batch:
         x, y = sources[source]
-        inputs = zip(jax.tree.leaves(x), scales, strict=True)
         return Batch(
-            structure.unflatten([_standardize(leaf[rows], scale) for leaf, scale in inputs]),
+            standardize(pick(x, rows), kept),
             jnp.asarray(y[rows], jnp.int32 if is_labels else jnp.float32),
         )
 
-    return Dataset(*(take(*part) for part in parts), name=name, num_classes=num_classes)
-
-
-def _choose_scales(train: PyTree, statistics: tuple[PyTree, PyTree] | None) -> list[_Scale | None]:
-    """Return the scale of each input, and None for inputs that stay as they are."""
-    inputs = jax.tree.leaves(train)
-    given = [statistics] * len(inputs)
-    if statistics is not None and not is_one_array(train):
-        parts = (jax.tree.leaves(jax.tree.broadcast(part, train)) for part in statistics)
-        given = [*zip(*parts, strict=True)]
-    return [
-        _choose_scale(leaf, own) if is_one_array(train) or is_floating(leaf) else None
-        for leaf, own in zip(inputs, given, strict=True)
-    ]
-
-
-def _choose_scale(train: np.ndarray, statistics: _Scale | None) -> _Scale:
-    """Return the mean and standard deviation of each feature, which is 1 where it would be 0."""
-    if statistics is not None:
-        mean, std = statistics
-        return mean, np.where(std > 0, std, 1)
-    # All positions of an image share the statistics of their channel.
-    axes, dtype = ((0, 1, 2), np.float64) if train.ndim == 4 else (0, np.float32)
-    mean, std = (fn(train, axis=axes, dtype=dtype).astype(np.float32) for fn in (np.mean, np.std))
-    # The standard deviation of a constant feature is only rounding error. Dividing by it would
-    # give huge values in other splits.
-    is_constant = np.equal(train.max(axis=axes), train.min(axis=axes))
-    return mean, np.where((std > 0) & ~is_constant, std, 1)
-
-
-def _standardize(x: np.ndarray, scale: _Scale | None) -> Array:
-    if scale is None:
-        return jnp.asarray(x)
-    mean, std = scale
-    return jnp.asarray((x - mean) / std, jnp.float32)
+    return Dataset(
+        *(take(*part) for part in parts), name=name, num_classes=num_classes, statistics=kept
+    )
 
 
 def _check(x: object, y: npt.ArrayLike) -> _Arrays:
     y = np.asarray(y)
-    x = _map_inputs(_check_numbers, x, y.shape[:1])
-    if is_one_array(x):
-        # Keep byte images as bytes until a split takes them: they need a quarter of the memory.
-        x = x if x.dtype == np.uint8 else x.astype(np.float32)
-    else:
-        x = jax.tree.map(lambda leaf: leaf.astype(np.float32) if is_floating(leaf) else leaf, x)
+    x = _to_float32(_map_inputs(_check_numbers, x, y.shape[:1]))
     for path, leaf in jax.tree_util.tree_leaves_with_path(x):
         if y.ndim == 0 or y.shape[:1] != leaf.shape[:1]:
             raise ValueError(
@@ -340,11 +359,22 @@ def _check(x: object, y: npt.ArrayLike) -> _Arrays:
             f"expected integer labels 0..C-1, or targets that are numbers, got {y.dtype}: number "
             "the classes, for example with np.unique(y, return_inverse=True)[1]"
         )
-    if not all(np.isfinite(leaf).all() for leaf in (*jax.tree.leaves(x), y)):
-        raise ValueError("expected finite examples and targets, got nan or infinity")
+    _check_finite(*jax.tree.leaves(x), y)
     if y.ndim == 1 and np.issubdtype(y.dtype, np.integer) and y.min() < 0:
         raise ValueError(f"expected integer labels 0..C-1, got {y.dtype} from {y.min()}")
     return x, y
+
+
+def _to_float32(x: PyTree) -> PyTree:
+    if is_one_array(x):
+        # Keep byte images as bytes until a split takes them: they need a quarter of the memory.
+        return x if x.dtype == np.uint8 else x.astype(np.float32)
+    return jax.tree.map(lambda leaf: leaf.astype(np.float32) if is_floating(leaf) else leaf, x)
+
+
+def _check_finite(*arrays: np.ndarray) -> None:
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise ValueError("expected finite examples and targets, got nan or infinity")
 
 
 def _check_numbers(value: object, name: str) -> np.ndarray:
@@ -365,79 +395,3 @@ def _count_classes(labels: Sequence[np.ndarray]) -> int:
             "; if y is not a class label, pass it as float"
         )
     return num_classes
-
-
-def _split_groups(
-    groups: npt.ArrayLike, num_examples: int, shares: Sequence[float], rng: np.random.Generator
-) -> list[np.ndarray]:
-    """Return the rows of each split, with all examples of a group in the same split."""
-    groups = np.asarray(groups)
-    if groups.shape != (num_examples,):
-        raise ValueError(f"expected groups of shape [{num_examples}], got {list(groups.shape)}")
-    names, member_of, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    if len(names) < len(shares):
-        raise ValueError(f"expected at least {len(shares)} groups, got {len(names)}")
-    part_of = np.empty(len(names), int)
-    wanted = np.array(shares) / np.sum(shares) * num_examples
-    filled = np.zeros(len(shares))
-    # The largest groups first, each into the split that lacks the largest part of its examples.
-    order = rng.permutation(len(names))
-    for group in order[np.argsort(-sizes[order], kind="stable")]:
-        part = int(np.argmax((wanted - filled) / wanted))
-        part_of[group] = part
-        filled[part] += sizes[group]
-    return [rng.permutation(np.flatnonzero(part_of[member_of] == p)) for p in range(len(shares))]
-
-
-def check_sizes(sizes: Sequence[int], available: Sequence[int]) -> None:
-    """Check the sizes of the four splits.
-
-    Args:
-      sizes: number of examples in train, search, select, and test.
-      available: number of examples that each split can have at most.
-
-    Raises:
-      ValueError: if there are not four sizes, or a size is below 1 or above the available number.
-    """
-    if len(sizes) != len(SPLITS) or any(
-        not 1 <= size <= most for size, most in zip(sizes, available, strict=False)
-    ):
-        raise ValueError(
-            f"expected sizes of {', '.join(SPLITS)} of at least 1 and at most {list(available)}, "
-            f"got {list(sizes)}"
-        )
-
-
-def _split_stratified(
-    y: np.ndarray, shares: Sequence[float], rng: np.random.Generator
-) -> list[np.ndarray]:
-    """Return the rows of each split, with every class cut in the same proportions."""
-    parts: list[list[np.ndarray]] = [[] for _ in shares]
-    for label in np.unique(y):
-        members = rng.permutation(np.flatnonzero(y == label))
-        cuts = np.round(np.cumsum(shares)[:-1] / np.sum(shares) * len(members)).astype(int)
-        for part, piece in zip(parts, np.split(members, cuts), strict=True):
-            part.append(piece)
-    return [rng.permutation(np.concatenate(part)) for part in parts]
-
-
-def take_stratified(
-    y: np.ndarray, rows: np.ndarray, size: int, rng: np.random.Generator
-) -> np.ndarray:
-    """Draw `size` of the given rows, with nearly the same class proportions.
-
-    Args:
-      y: labels of all rows, `[B]`.
-      rows: indices of the rows to draw from.
-      size: number of rows to draw.
-      rng: the random generator that decides which rows are drawn.
-    """
-    order = rng.permutation(rows)
-    labels = y[order]
-    # The rank of each row among the rows of its class, as a fraction. The rows with the smallest
-    # ranks are a stratified sample.
-    rank = np.empty(len(order))
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        rank[members] = (np.arange(len(members)) + rng.random()) / len(members)
-    return order[np.argsort(rank, kind="stable")[:size]]

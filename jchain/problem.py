@@ -289,6 +289,17 @@ class Problem:
             return self._replace("data", data)
         return self._replace("data", Batch(*pick((self.data.x, self.data.y), rows)))
 
+    def with_data(self, data: Batch) -> "Problem":
+        """Return the same problem on another split, such as `data.select`.
+
+        Args:
+          data: the examples and labels of the other split.
+
+        Raises:
+          ValueError: if the bank or the loss does not accept the examples or labels.
+        """
+        return dataclasses.replace(self, data=data)
+
     def with_bank(self, bank: Bank) -> "Problem":
         """Return the problem with another bank and the same `layer_cost` and `token_cost`.
 

@@ -24,7 +24,7 @@ from jchain.training_loop import (
     NUM_STEPS,
     OPTIMIZER,
     LossFn,
-    Recipe,
+    TrainingConfig,
     check_at_least_one,
     check_training,
     train_weights,
@@ -75,7 +75,7 @@ def independent(
         their number of classes, or a layer changes the shape of its input.
     """
     layers, heads = _as_tuple(layer), _as_tuple(head)
-    recipe = Recipe(
+    config = TrainingConfig(
         layers,
         heads,
         num_layers=depth,
@@ -88,7 +88,7 @@ def independent(
     )
     nets = [f"net{i}" for i in range(num_nets)]
     origin = "nets trained apart"
-    return _train_bank(key, data, recipe, stem, stem_params, nets, origin, num_nets=num_nets)
+    return _train_bank(key, data, config, stem, stem_params, nets, origin, num_nets=num_nets)
 
 
 def snapshots(
@@ -131,7 +131,7 @@ def snapshots(
     """
     check_at_least_one(num_snapshots=num_snapshots, num_steps=num_steps)
     spacing = -(-num_steps // num_snapshots)
-    recipe = Recipe(
+    config = TrainingConfig(
         _as_tuple(layer),
         _as_tuple(head),
         num_layers=depth,
@@ -144,7 +144,7 @@ def snapshots(
         batch_size=batch_size,
     )
     nets = [f"step{(i + 1) * spacing}" for i in range(num_snapshots)]
-    return _train_bank(key, data, recipe, stem, stem_params, nets, "one net during its training")
+    return _train_bank(key, data, config, stem, stem_params, nets, "one net during its training")
 
 
 def routed(
@@ -187,7 +187,7 @@ def routed(
     Raises:
       ValueError: if an argument is invalid; see `independent`.
     """
-    recipe = Recipe(
+    config = TrainingConfig(
         _as_tuple(layer),
         _as_tuple(head),
         num_layers,
@@ -200,7 +200,7 @@ def routed(
         batch_size=batch_size,
     )
     return _train_bank(
-        key, data, recipe, stem, stem_params, ["routed"], "supernet of random routes"
+        key, data, config, stem, stem_params, ["routed"], "supernet of random routes"
     )
 
 
@@ -243,7 +243,7 @@ def random(
     Raises:
       ValueError: if an argument is invalid; see `independent`.
     """
-    recipe = Recipe(
+    config = TrainingConfig(
         _as_tuple(layer),
         _as_tuple(head),
         num_layers,
@@ -257,7 +257,7 @@ def random(
         batch_size=batch_size,
     )
     return _train_bank(
-        key, data, recipe, stem, stem_params, ["random"], "untrained layers, trained heads"
+        key, data, config, stem, stem_params, ["random"], "untrained layers, trained heads"
     )
 
 
@@ -358,7 +358,7 @@ def _as_tuple(modules: object) -> tuple[nn.Module, ...]:
 def _train_bank(
     key: Array,
     data: object,
-    recipe: Recipe,
+    config: TrainingConfig,
     stem: nn.Module | None,
     stem_params: PyTree,
     nets: Sequence[str],
@@ -366,48 +366,50 @@ def _train_bank(
     num_nets: int = 1,
 ) -> Bank:
     """Train the weights of a bank and build it; `nets` holds the name of each net or snapshot."""
-    num_layers, num_heads = recipe.num_layers, recipe.num_heads
+    num_layers, num_heads = config.num_layers, config.num_heads
     # Drop modules that no layer or head uses.
-    recipe = recipe._replace(layers=recipe.layers[:num_layers], heads=recipe.heads[:num_heads])
+    config = config._replace(layers=config.layers[:num_layers], heads=config.heads[:num_heads])
     check_at_least_one(
         num_nets=num_nets,
         num_layers=num_layers,
         num_heads=num_heads,
-        depth=recipe.depth,
-        batch_size=recipe.batch_size,
+        depth=config.depth,
+        batch_size=config.batch_size,
     )
-    if recipe.num_steps < 0:
-        raise ValueError(f"expected num_steps to be at least 0, got {recipe.num_steps}")
+    if config.num_steps < 0:
+        raise ValueError(f"expected num_steps to be at least 0, got {config.num_steps}")
     given = read_batch(data)
     check_stem(stem, stem_params, given.x)
     x = given.x
     if stem is not None:
         x = apply_module(stem, *split_variables(stem, stem_params), x)
     batch = Batch(jax.tree.map(jnp.asarray, x), given.y)
-    check_training(batch, recipe)
-    weights = train_weights(jax.random.split(key, num_nets), batch, recipe)
-    names, parents = _name_tokens(recipe, nets)
+    check_training(batch, config)
+    weights = train_weights(jax.random.split(key, num_nets), batch, config)
+    names, parents = _name_tokens(config, nets)
     return Bank.stack(
-        _take_turns(recipe.layers, num_layers) * len(nets),
+        _take_turns(config.layers, num_layers) * len(nets),
         _cut(weights.layers, num_layers),
-        _take_turns(recipe.heads, num_heads) * len(nets),
+        _take_turns(config.heads, num_heads) * len(nets),
         _cut(weights.heads, num_heads),
         stem=stem,
         stem_params=stem_params,
         names=names,
         origins=[f"{origin}: {name}" for name in names],
         parents=parents,
-        num_steps=num_nets * recipe.num_steps,
+        num_steps=num_nets * config.num_steps,
     )
 
 
-def _name_tokens(recipe: Recipe, nets: Sequence[str]) -> tuple[list[str], list[tuple[int, ...]]]:
+def _name_tokens(
+    config: TrainingConfig, nets: Sequence[str]
+) -> tuple[list[str], list[tuple[int, ...]]]:
     """Return the name of each token and the chain of each net."""
-    num_layers, num_heads = recipe.num_layers, recipe.num_heads
+    num_layers, num_heads = config.num_layers, config.num_heads
     heads = ["head"] if num_heads == 1 else [f"head{i}" for i in range(num_heads)]
     names = [f"{net}/{j}" for net in nets for j in range(num_layers)]
     names += [f"{net}/{head}" for net in nets for head in heads]
-    if recipe.is_routed:
+    if config.is_routed:
         return names, []
     first_head = len(nets) * num_layers
     parents = [

@@ -1,6 +1,6 @@
 """The loop that trains banks on random minibatches of 128 examples.
 
-The loss is softmax cross-entropy unless the recipe specifies another. The examples of a minibatch
+The loss is softmax cross-entropy unless the config specifies another. The examples of a minibatch
 are distinct if the split has at most 1,024 examples. In a larger split they are drawn with
 replacement, because drawing distinct examples would take most of the time of a step.
 
@@ -51,7 +51,7 @@ class Weights(NamedTuple):
     heads: tuple[PyTree, ...]
 
 
-class Recipe(NamedTuple):
+class TrainingConfig(NamedTuple):
     """What one run trains, as a hashable static argument of the jitted loop."""
 
     layers: tuple[nn.Module, ...]  # layer i has module i % len(layers)
@@ -98,29 +98,29 @@ def is_stepwise(params: PyTree) -> bool:
     )
 
 
-def train_weights(keys: Key[Array, "R"], data: Batch, recipe: Recipe) -> Weights:
+def train_weights(keys: Key[Array, "R"], data: Batch, config: TrainingConfig) -> Weights:
     """Train one run per key.
 
     Args:
       keys: one PRNG key per run, `[R]`; consumed by this call.
       data: the split to train on, with the stem already applied.
-      recipe: what each run trains.
+      config: what each run trains.
 
     Returns:
       The weights of each run at each of its snapshots, with leaves `[R, num_snapshots, n, ...]`.
     """
     if jax.default_backend() != "cpu":
-        return train_in_one_program(keys, data, recipe, keys.shape[0])
-    start = jax.eval_shape(partial(_init, recipe=recipe), keys[0], data)[0]
+        return train_in_one_program(keys, data, config, keys.shape[0])
+    start = jax.eval_shape(partial(_init, config=config), keys[0], data)[0]
     if not is_stepwise(start):
-        return train_in_one_program(keys, data, recipe, 1)
-    runs = [_train_step_by_step(key, data, recipe) for key in keys]
+        return train_in_one_program(keys, data, config, 1)
+    runs = [_train_step_by_step(key, data, config) for key in keys]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *runs)
 
 
-@partial(jax.jit, static_argnames=("recipe", "batch_size"))
+@partial(jax.jit, static_argnames=("config", "batch_size"))
 def train_in_one_program(
-    keys: Key[Array, "R"], data: Batch, recipe: Recipe, batch_size: int
+    keys: Key[Array, "R"], data: Batch, config: TrainingConfig, batch_size: int
 ) -> Weights:
     """Train `batch_size` runs at a time, all in one program.
 
@@ -128,11 +128,11 @@ def train_in_one_program(
     """
 
     def train_one(key: Array) -> Weights:
-        carry, step_keys = _init(key, data, recipe)
+        carry, step_keys = _init(key, data, config)
 
         def train_until_snapshot(carry: _Carry, keys: Array) -> tuple[_Carry, Weights]:
             carry, _ = jax.lax.scan(
-                lambda carry, key: (_step(carry, key, data, recipe), None), carry, keys
+                lambda carry, key: (_step(carry, key, data, config), None), carry, keys
             )
             return carry, carry.weights
 
@@ -141,12 +141,12 @@ def train_in_one_program(
     return jax.lax.map(train_one, keys, batch_size=batch_size)
 
 
-def _train_step_by_step(key: Array, data: Batch, recipe: Recipe) -> Weights:
+def _train_step_by_step(key: Array, data: Batch, config: TrainingConfig) -> Weights:
     """Train one run with one or more programs per step (see `is_stepwise`)."""
-    carry, step_keys = jax.jit(_init, static_argnames="recipe")(key, data, recipe)
+    carry, step_keys = jax.jit(_init, static_argnames="config")(key, data, config)
     # Runs that differ only in their number of steps share a program.
-    step_recipe = recipe._replace(num_steps=0, num_snapshots=1)
-    has_branches = recipe.is_routed and max(len(recipe.layers), len(recipe.heads)) > 1
+    step_recipe = config._replace(num_steps=0, num_snapshots=1)
+    has_branches = config.is_routed and max(len(config.layers), len(config.heads)) > 1
     step = _step_in_parts if has_branches else _step_once
     snapshots = []
     for keys in step_keys:
@@ -157,7 +157,7 @@ def _train_step_by_step(key: Array, data: Batch, recipe: Recipe) -> Weights:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *snapshots)
 
 
-def _init(key: Array, data: Batch, recipe: Recipe) -> tuple[_Carry, Key[Array, "S T"]]:
+def _init(key: Array, data: Batch, config: TrainingConfig) -> tuple[_Carry, Key[Array, "S T"]]:
     """Return the initial carry, and the keys of the steps that lead to each snapshot."""
     layer_key, head_key, step_key = jax.random.split(key, 3)
     layers, heads = (
@@ -166,38 +166,38 @@ def _init(key: Array, data: Batch, recipe: Recipe) -> tuple[_Carry, Key[Array, "
             for i, module in enumerate(modules)
         )
         for modules, keys in (
-            (recipe.layers, jax.random.split(layer_key, recipe.num_layers)),
-            (recipe.heads, jax.random.split(head_key, recipe.num_heads)),
+            (config.layers, jax.random.split(layer_key, config.num_layers)),
+            (config.heads, jax.random.split(head_key, config.num_heads)),
         )
     )
     weights = Weights(layers, heads)
-    keys = jax.random.split(step_key, recipe.num_steps).reshape(recipe.num_snapshots, -1)
-    return _Carry(weights, recipe.optimizer.init(weights)), keys
+    keys = jax.random.split(step_key, config.num_steps).reshape(config.num_snapshots, -1)
+    return _Carry(weights, config.optimizer.init(weights)), keys
 
 
 def _init_params(module: nn.Module, x: Activations, key: Array) -> PyTree:
     return module.init(key, pick(x, slice(1))).get("params", {})
 
 
-def _step(carry: _Carry, key: Array, data: Batch, recipe: Recipe) -> _Carry:
+def _step(carry: _Carry, key: Array, data: Batch, config: TrainingConfig) -> _Carry:
     """Take one gradient step."""
-    return _update(carry, jax.grad(_compute_loss)(carry.weights, key, data, recipe), recipe)
+    return _update(carry, jax.grad(_compute_loss)(carry.weights, key, data, config), config)
 
 
-def _update(carry: _Carry, gradient: Weights, recipe: Recipe) -> _Carry:
+def _update(carry: _Carry, gradient: Weights, config: TrainingConfig) -> _Carry:
     weights, opt_state = carry
-    updates, opt_state = recipe.optimizer.update(gradient, opt_state, weights)
+    updates, opt_state = config.optimizer.update(gradient, opt_state, weights)
     new: PyTree = optax.apply_updates(weights, updates)
     layers = weights.layers
-    if recipe.is_layer_trained:
+    if config.is_layer_trained:
         layers = tuple(
-            _project(layer, own) for layer, own in zip(recipe.layers, new.layers, strict=True)
+            _project(layer, own) for layer, own in zip(config.layers, new.layers, strict=True)
         )
     return _Carry(Weights(layers, new.heads), opt_state)
 
 
-_step_once = jax.jit(_step, static_argnames="recipe", donate_argnums=0)
-_update_once = jax.jit(_update, static_argnames="recipe", donate_argnums=0)
+_step_once = jax.jit(_step, static_argnames="config", donate_argnums=0)
+_update_once = jax.jit(_update, static_argnames="config", donate_argnums=0)
 
 
 def _project(layer: nn.Module, params: PyTree) -> PyTree:
@@ -206,36 +206,38 @@ def _project(layer: nn.Module, params: PyTree) -> PyTree:
     return params if project is None else jax.vmap(project)(params)
 
 
-def _draw(key: Array, data: Batch, recipe: Recipe) -> _Draw:
+def _draw(key: Array, data: Batch, config: TrainingConfig) -> _Draw:
     """Draw the minibatch, the layers, and the head of one step."""
     batch_key, layer_key, head_key = jax.random.split(key, 3)
     num_examples = data.y.shape[0]
     if num_examples > MAX_DISTINCT_EXAMPLES:
-        rows = jax.random.randint(batch_key, (recipe.batch_size,), 0, num_examples, jnp.int32)
+        rows = jax.random.randint(batch_key, (config.batch_size,), 0, num_examples, jnp.int32)
     else:
-        size = min(recipe.batch_size, num_examples)
+        size = min(config.batch_size, num_examples)
         rows = jax.random.choice(batch_key, num_examples, (size,), replace=False)
-    route, head = jnp.arange(recipe.depth), jnp.array(0)
-    if recipe.is_routed:
-        route = jax.random.randint(layer_key, (recipe.depth,), 0, recipe.num_layers, jnp.int32)
-        head = jax.random.randint(head_key, (), 0, recipe.num_heads, jnp.int32)
+    route, head = jnp.arange(config.depth), jnp.array(0)
+    if config.is_routed:
+        route = jax.random.randint(layer_key, (config.depth,), 0, config.num_layers, jnp.int32)
+        head = jax.random.randint(head_key, (), 0, config.num_heads, jnp.int32)
     x, labels = pick((data.x, data.y), rows)
     return _Draw(x, labels, route, head)
 
 
-_draw_once = jax.jit(_draw, static_argnames="recipe")
+_draw_once = jax.jit(_draw, static_argnames="config")
 
 
-def _compute_loss(weights: Weights, key: Array, data: Batch, recipe: Recipe) -> Float[Array, ""]:
+def _compute_loss(
+    weights: Weights, key: Array, data: Batch, config: TrainingConfig
+) -> Float[Array, ""]:
     """Compute the mean loss of one minibatch along one route."""
-    hidden, labels, route, head = _draw(key, data, recipe)
+    hidden, labels, route, head = _draw(key, data, config)
     # This loop is unrolled, because the gradient of a convolution in a loop is far slower on CPU.
     for slot, member in enumerate(route):
-        turn = (member if recipe.is_routed else slot) % len(recipe.layers)
-        hidden = _apply_member(recipe.layers, weights.layers, turn, member, hidden)
-    turn = head % len(recipe.heads) if recipe.is_routed else 0
-    outputs = _apply_member(recipe.heads, weights.heads, turn, head, hidden)
-    return jnp.mean(recipe.loss_fn(outputs, labels))
+        turn = (member if config.is_routed else slot) % len(config.layers)
+        hidden = _apply_member(config.layers, weights.layers, turn, member, hidden)
+    turn = head % len(config.heads) if config.is_routed else 0
+    outputs = _apply_member(config.heads, weights.heads, turn, head, hidden)
+    return jnp.mean(config.loss_fn(outputs, labels))
 
 
 def _apply_member(
@@ -257,26 +259,26 @@ def _apply_member(
     return branches[0](index, x) if len(branches) == 1 else jax.lax.switch(turn, branches, index, x)
 
 
-def _step_in_parts(carry: _Carry, key: Array, data: Batch, recipe: Recipe) -> _Carry:
+def _step_in_parts(carry: _Carry, key: Array, data: Batch, config: TrainingConfig) -> _Carry:
     """Take one gradient step with one program per layer call, which the host chooses.
 
     This compiles one program per module instead of one per route.
     """
     weights = carry.weights
-    hidden, labels, route, head = _draw_once(key, data, recipe)
+    hidden, labels, route, head = _draw_once(key, data, config)
     calls = []
     for member in route.tolist():
-        index, turn = divmod(member, len(recipe.layers))
-        hidden, pull_fn = _call(recipe.layers[turn], weights.layers[turn], index, hidden)
+        index, turn = divmod(member, len(config.layers))
+        hidden, pull_fn = _call(config.layers[turn], weights.layers[turn], index, hidden)
         calls.append((turn, index, pull_fn))
-    index, turn = divmod(int(head), len(recipe.heads))
+    index, turn = divmod(int(head), len(config.heads))
     layers, heads = map(list, _make_zeros(weights))
     heads[turn], hidden_gradient = _call_head(
-        recipe.heads[turn], recipe.loss_fn, weights.heads[turn], heads[turn], index, hidden, labels
+        config.heads[turn], config.loss_fn, weights.heads[turn], heads[turn], index, hidden, labels
     )
     for turn, index, pull_fn in reversed(calls):
         layers[turn], hidden_gradient = _pull(pull_fn, hidden_gradient, layers[turn], index)
-    return _update_once(carry, Weights(tuple(layers), tuple(heads)), recipe)
+    return _update_once(carry, Weights(tuple(layers), tuple(heads)), config)
 
 
 # A function from the gradient of a call's output to the gradients of its weights and input.
@@ -353,36 +355,36 @@ def check_at_least_one(**sizes: int) -> None:
             raise ValueError(f"expected {name} to be at least 1, got {size}")
 
 
-def check_training(data: Batch, recipe: Recipe) -> None:
-    """Check that a recipe can be trained on data.
+def check_training(data: Batch, config: TrainingConfig) -> None:
+    """Check that a config can be trained on data.
 
     Args:
       data: the split to train on, after the stem.
-      recipe: the modules, and how they are trained.
+      config: the modules, and how they are trained.
 
     Raises:
       ValueError: if there are no modules or no examples, a module does not take the data or has
         other collections than params, a layer changes the shape or dtype, heads differ in their
         output shape, or the loss does not take the outputs and labels.
     """
-    if not recipe.layers or not recipe.heads:
+    if not config.layers or not config.heads:
         raise ValueError(
             f"expected at least one layer module and one head module, "
-            f"got {len(recipe.layers)} and {len(recipe.heads)}"
+            f"got {len(config.layers)} and {len(config.heads)}"
         )
     check_lengths(data)
     x, y = data
-    for layer in recipe.layers:
+    for layer in config.layers:
         check_same_shapes(_init_output(layer, x, "layer"), x, f"layer {describe_module(layer)}")
-    outputs = [_init_output(head, x, "head") for head in recipe.heads]
-    for head, out in zip(recipe.heads, outputs, strict=True):
+    outputs = [_init_output(head, x, "head") for head in config.heads]
+    for head, out in zip(config.heads, outputs, strict=True):
         check_is_array(out, f"head {describe_module(head)}")
     if len({out.shape for out in outputs}) != 1:
         raise ValueError(
             f"expected heads of one output shape, got {[list(out.shape) for out in outputs]}"
         )
-    if recipe.loss_fn is not CROSS_ENTROPY:
-        check_output_function("loss_fn", recipe.loss_fn, outputs[0], y)
+    if config.loss_fn is not CROSS_ENTROPY:
+        check_output_function("loss_fn", config.loss_fn, outputs[0], y)
         return
     num_classes = outputs[0].shape[-1]
     if not jnp.issubdtype(y.dtype, jnp.integer):

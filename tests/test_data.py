@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 import jchain as jc
+from jchain.datasets.splitting import split_stratified
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ def test_splits_are_complete_disjoint_stratified_and_standardized(name, size, fe
 
 def _unstandardize(x, y, data):
     """Find the mean and deviation of the rows of train by inverting the affine map."""
-    for_seed = jc.data._split_stratified(y, jc.data.SHARES, np.random.default_rng(3))[0]
+    for_seed = split_stratified(y, jc.data.SHARES, np.random.default_rng(3))[0]
     x = x.astype(np.float32)[for_seed]
     return x.mean(axis=0), np.where(x.std(axis=0) > 0, x.std(axis=0), 1)
 
@@ -106,3 +107,14 @@ def test_constants_of_the_training_split_are_not_divided_by_rounding():
     x[:, 1] = 0.1
     data = jc.data.split(x, np.arange(900) % 2, name="own")
     assert np.abs(data.test.x[:, 1]).max() < 1e-6
+
+
+def test_concat_joins_splits_in_order():
+    data = jc.data.load("wine")
+    both = jc.data.concat([data.search, data.select])
+    np.testing.assert_array_equal(both.x[-len(data.select.y) :], data.select.x)
+    np.testing.assert_array_equal(both.y[: len(data.search.y)], data.search.y)
+    with pytest.raises(ValueError, match=r"same inputs, got .*float32\[35, 13\].*float32\[35, 2\]"):
+        jc.data.concat([data.search, jc.Batch(data.search.x[:, :2], data.search.y)])
+    with pytest.raises(ValueError, match=r"same inputs, got \[\]"):
+        jc.data.concat([])

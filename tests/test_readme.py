@@ -32,10 +32,10 @@ def test_readme_examples_run(capsys):
     assert chain.endswith("net/0 -> net/1 -> net/head")
     assert (float(loss) < 0.5, float(accuracy) > 0.9) == (True, True)
     bank, data = scope["bank"], scope["data"]
-    scope |= {"another_bank": bank, "head_params": bank.get_params(12)}
     scope |= {"params_a": bank.get_params(0), "params_b": bank.get_params(1)}
+    scope |= {"head_params": bank.get_params(12)}
     exec(compile(EXAMPLES[1], "README.md", "exec"), scope)
-    assert (scope["bank"].num_layers, scope["both"].num_layers) == (2, 14)
+    assert (scope["bank"].num_layers, scope["bank"].num_heads) == (2, 1)
     exec(compile(EXAMPLES[2], "README.md", "exec"), scope)
     problem = jc.Problem(bank, data.search, max_layers=2)
     result = jc.run(jax.random.key(0), scope["Sampling"](), problem, budget=200)

@@ -45,7 +45,7 @@ def find_losses(problem, chains, rows=slice(None)):
         ("dict", None),
         ("dict", jc.engine.DepthFirst()),
         ("dict", jc.engine.Blocks(4, (1, 2), Share.LAYER, (1, 2))),
-        ("pair", jc.engine.Blocks(16, (1, 2), Share.PARENT)),
+        ("pair", jc.engine.Blocks(16, (1, 2), Share.INPUT)),
         ("pair", jc.engine.Blocks(8, (1, 4), Share.NOTHING, (1, 2))),
     ],
     ids=str,

@@ -21,6 +21,7 @@ FAMILIES = [
     ("invertible", "layers"),
     ("files", "chain", "groups", "tokens"),
     ("bank",),
+    ("datasets",),
     ("align", "images", "data"),
     ("training_loop",),
     ("train", "problem"),

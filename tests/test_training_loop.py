@@ -45,11 +45,11 @@ def test_steps_of_convolutions_one_by_one_are_those_of_the_loop(layers, heads, o
         "num_steps": 4,
         "num_snapshots": 2,
     }
-    recipe = training_loop.Recipe(layers, heads, **sizes | options)
+    config = training_loop.TrainingConfig(layers, heads, **sizes | options)
     keys = jax.random.split(jax.random.key(0), 1)
     alone, together = (
-        training_loop.train_weights(keys, images, recipe),
-        training_loop.train_in_one_program(keys, images, recipe, 1),
+        training_loop.train_weights(keys, images, config),
+        training_loop.train_in_one_program(keys, images, config, 1),
     )
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), alone, together
@@ -78,12 +78,12 @@ class ReadCount(nn.Module):
 def test_steps_on_several_inputs_one_by_one_are_those_of_the_loop():
     x = {"image": jax.random.normal(jax.random.key(1), (20, 2, 2, 2)), "count": jnp.arange(20)}
     layers = (Counting(0.5), Counting(1.0))
-    recipe = training_loop.Recipe(
+    config = training_loop.TrainingConfig(
         layers, (ReadCount(),), num_layers=3, num_heads=1, depth=2, is_routed=True, num_steps=3
     )
     keys, data = jax.random.split(jax.random.key(0), 1), jc.data.Batch(x, DATA.y[:20])
-    alone = training_loop.train_weights(keys, data, recipe)
-    together = training_loop.train_in_one_program(keys, data, recipe, 1)
+    alone = training_loop.train_weights(keys, data, config)
+    together = training_loop.train_in_one_program(keys, data, config, 1)
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), alone, together
     )
@@ -148,9 +148,9 @@ def test_training_loop_compiles_once_per_recipe():
 @pytest.mark.parametrize("num_examples", [100, 1024, 1025])
 def test_minibatches_have_distinct_examples_unless_the_split_is_large(num_examples):
     data = jc.data.Batch(jnp.arange(num_examples)[:, None], jnp.zeros(num_examples, jnp.int32))
-    recipe = training_loop.Recipe((LAYER,), (HEAD,), 1, 1, 1)
+    config = training_loop.TrainingConfig((LAYER,), (HEAD,), 1, 1, 1)
     draws = [
-        np.asarray(training_loop._draw(jax.random.key(seed), data, recipe).x) for seed in range(20)
+        np.asarray(training_loop._draw(jax.random.key(seed), data, config).x) for seed in range(20)
     ]
     assert {draw.shape[0] for draw in draws} == {min(128, num_examples)}
     distinct = [len(np.unique(draw)) == len(draw) for draw in draws]
@@ -161,7 +161,7 @@ def test_minibatches_have_distinct_examples_unless_the_split_is_large(num_exampl
 def test_the_loss_function_is_used_in_the_loop_and_step_by_step(layer):
     """With a loss that pulls all outputs to 3, layers and heads learn to return 3."""
     x = DATA.x if layer is LAYER else jax.random.normal(jax.random.key(1), (60, 3, 3, 2))
-    recipe = training_loop.Recipe(
+    config = training_loop.TrainingConfig(
         (layer,),
         (HEAD,),
         1,
@@ -172,7 +172,7 @@ def test_the_loss_function_is_used_in_the_loop_and_step_by_step(layer):
         loss_fn=lambda outputs, y: jnp.sum((outputs - 3.0) ** 2, axis=-1),
     )
     data = jc.data.Batch(x, DATA.y)
-    weights = training_loop.train_weights(jax.random.key(0)[None], data, recipe)
+    weights = training_loop.train_weights(jax.random.key(0)[None], data, config)
     params = [jax.tree.map(lambda leaf: leaf[0, 0, 0], own[0]) for own in weights]
     outputs = HEAD.apply({"params": params[1]}, layer.apply({"params": params[0]}, x))
     assert np.abs(outputs - 3.0).mean() < 0.3

@@ -40,11 +40,11 @@ def attempt(call):
 """
 CASES = {
     "jc.Problem(bank, data, 2)": "expected one split of data, such as data.search or "
-    "jc.Batch(x, y), got Dataset of 6",
+    "jc.Batch(x, y), got Dataset of 7",
     "jc.Problem(bank, data.search.x, 2)": "got an array float32[35, 13]",
     "jc.Problem(bank, (data.search.x, ['a'] * 35), 2)": "expected y as an array",
     "jc.Problem(bank, (Tensor(), data.search.y), 2)": "expected x as an array, got torch.Tensor",
-    "jc.Problem(data, data.search, 2)": "expected a jc.Bank, got Dataset of 6",
+    "jc.Problem(data, data.search, 2)": "expected a jc.Bank, got Dataset of 7",
     "jc.run(key, jc.LocalSearch, problem, budget=100)": "got the class LocalSearch",
     "jc.run(key, 'local', problem, budget=100)": "decorated with @jc.pytree_dataclass, got str",
     "jc.run(key, search, bank, budget=100)": "expected a jc.Problem, got Bank",

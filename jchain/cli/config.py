@@ -184,6 +184,12 @@ def _is_given(config: SearchConfig, name: str) -> bool:
     return getattr(config, name) is not None
 
 
+def _choose_search(config: SearchConfig) -> str:
+    """Choose the search if none was given."""
+    needs_agent = config.encoding is not None or config.update == "shared"
+    return "actor-critic" if needs_agent else "critic"
+
+
 def _choose_out(config: SearchConfig) -> Path:
     """Choose the result folder if none was given."""
     names = [Path(path).resolve().name for path in config.checkpoint or ()]
@@ -211,7 +217,7 @@ def _resolve_task(config: SearchConfig, given: Sequence[str]) -> SearchConfig:
     return replace(
         config,
         task=config.task or DEFAULT_TASK,
-        search=config.search or ("actor-critic" if config.encoding else "critic"),
+        search=config.search or _choose_search(config),
         budget=TASK_BUDGET if config.budget is None else config.budget,
         num_seeds=config.num_seeds or TASK_SEEDS,
     )
@@ -235,7 +241,7 @@ def _resolve_trained(config: SearchConfig) -> SearchConfig:
         depth=depth,
         num_steps=DEFAULT_NUM_STEPS if config.num_steps is None else config.num_steps,
         max_layers=check_max_layers(max_layers),
-        search=config.search or "actor-critic",
+        search=config.search or _choose_search(config),
         budget=20_000 if config.budget is None else config.budget,
     )
 
@@ -253,7 +259,7 @@ def _resolve_bank_file(config: SearchConfig) -> SearchConfig:
         data=config.data or DEFAULT_DATA,
         bank_file=require(config.bank_file).resolve(),
         modules=config.modules and config.modules.resolve(),
-        search=config.search or ("actor-critic" if config.encoding else "critic"),
+        search=config.search or _choose_search(config),
         budget=20_000 if config.budget is None else config.budget,
     )
 

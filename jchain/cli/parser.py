@@ -235,8 +235,8 @@ def _add_run(search: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--search",
         choices=sorted(SEARCHES),
-        help="search algorithm (default: critic for a task, actor-critic for a bank to train, "
-        "local for checkpoints)",
+        help="search algorithm (default: local for checkpoints, actor-critic with --encoding or "
+        "--update shared, critic otherwise)",
     )
     group.add_argument(
         "--encoding",

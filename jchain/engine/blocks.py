@@ -39,7 +39,7 @@ class Share(enum.Enum):
     LAYER = "layer"
     # Several layers have the same input. The batch is a convolution of more channels, or a wider
     # matrix product.
-    PARENT = "parent"
+    INPUT = "input"
     # Several layers have one input each. Matrix products are batched, but convolutions become
     # grouped convolutions, which are slow.
     NOTHING = "nothing"
@@ -123,9 +123,9 @@ class _Slot(NamedTuple):
     """One slot of all chains in a block."""
 
     tokens: Int[Array, "C"]
-    parent_of: Int[Array, "C"]  # row of each chain's input in its generation of the store
-    parents: Int[Array, ""]  # first row of the generation of inputs
-    children: Int[Array, ""]  # first row of the generation of outputs
+    input_of: Int[Array, "C"]  # row of each chain's input in its generation of the store
+    first_input: Int[Array, ""]  # first row of the generation of inputs
+    first_output: Int[Array, ""]  # first row of the generation of outputs
 
 
 def _evaluate_block(
@@ -144,10 +144,10 @@ def _evaluate_block(
     def advance(
         state: tuple[_Activations, Array, _Results], xs: tuple[Array, Array]
     ) -> tuple[tuple[_Activations, Array, _Results], None]:
-        (path, store), parent_of, results = state
+        (path, store), input_of, results = state
         t, tokens = xs
-        parents = (t % 2) * (size + 1)
-        slot = _Slot(tokens, parent_of, parents, size + 1 - parents)
+        first_input = (t % 2) * (size + 1)
+        slot = _Slot(tokens, input_of, first_input, size + 1 - first_input)
 
         is_end = (length == t) & (first_new <= t)
         carry = (store, empty_results(problem, hidden, size))
@@ -158,10 +158,10 @@ def _evaluate_block(
         position, store = _call_layers(plan, problem, slot, is_node, store)
         # A chain without a new node shares its prefix with the chain before it.
         latest = jax.lax.cummax(jnp.where(is_node, rows, -1))
-        child_of = jnp.where(latest >= 0, position[latest] + 1, 0)
-        store = put_row(store, slot.children, pick(path, t))
-        path = put_row(path, t, pick(store, slot.children + child_of[-1]))
-        return (_Activations(path, store), child_of, results), None
+        output_of = jnp.where(latest >= 0, position[latest] + 1, 0)
+        store = put_row(store, slot.first_output, pick(path, t))
+        path = put_row(path, t, pick(store, slot.first_output + output_of[-1]))
+        return (_Activations(path, store), output_of, results), None
 
     (carry, _, results), _ = jax.lax.scan(advance, state, (jnp.arange(num_slots), chains.T))
     return carry, results
@@ -177,19 +177,19 @@ def _call_heads(
     """Call the heads of the chains that end at this slot; see `_call_batches` for the result."""
 
     def call_head(
-        carry: tuple[PyTree, _Results], call: _CallFn, start: Array, parent: Array
+        carry: tuple[PyTree, _Results], call: _CallFn, start: Array, source: Array
     ) -> tuple[PyTree, _Results]:
         store, values = carry
-        metrics = evaluate_heads(problem, call, pick(store, slot.parents + parent))
+        metrics = evaluate_heads(problem, call, pick(store, slot.first_input + source))
         values = jax.tree.map(
             lambda a, b: jax.lax.dynamic_update_slice(a, b, (start,)), values, metrics
         )
         # XLA would copy an array that a loop reads but never writes, here all activations. To avoid
         # this, write one number after the read, in a row that is overwritten later.
-        return jax.tree.map(partial(_mark, slot.children, metrics[0][0]), store), values
+        return jax.tree.map(partial(_mark, slot.first_output, metrics[0][0]), store), values
 
     # A prefix is rarely followed by several heads, but many chains call the same head.
-    share = Share.LAYER if plan.share is Share.PARENT else plan.share
+    share = Share.LAYER if plan.share is Share.INPUT else plan.share
     return _call_batches(
         plan.head_widths, share, problem.bank.heads, slot, is_end, call_head, carry
     )
@@ -208,8 +208,8 @@ def _call_layers(
 ) -> tuple[Int[Array, "C"], PyTree]:
     """Call the layers of this slot's nodes; see `_call_batches` for the result."""
 
-    def call_layer(store: PyTree, call: _CallFn, start: Array, parent: Array) -> PyTree:
-        outputs, first = call(pick(store, slot.parents + parent)), slot.children + 1 + start
+    def call_layer(store: PyTree, call: _CallFn, start: Array, source: Array) -> PyTree:
+        outputs, first = call(pick(store, slot.first_input + source)), slot.first_output + 1 + start
         return jax.tree.map(lambda leaf, rows: _write_rows(leaf, rows, first), store, outputs)
 
     return _call_batches(
@@ -226,19 +226,19 @@ def _call_batches(
     update_fn: Callable[[T, _CallFn, Array, Array], T],
     carry: T,
 ) -> tuple[Int[Array, "C"], T]:
-    """Update the carry with `carry = update_fn(carry, call, start, parent)` for each batch.
+    """Update the carry with `carry = update_fn(carry, call, start, source)` for each batch.
 
-    `call` maps the activations of `parent` to the outputs of the batch. The activations are
-    `[W, B, ...F]`, or `[B, ...F]` if all calls of the batch share one parent, or pytrees of such
+    `call` maps the activations of `source` to the outputs of the batch. The activations are
+    `[W, B, ...F]`, or `[B, ...F]` if all calls of the batch share one input, or pytrees of such
     arrays. `start` is the index of the batch's first call among all calls.
 
     Returns:
       The index of each row among all calls, and the last carry.
     """
-    tokens, parent_of = slot.tokens, slot.parent_of
+    tokens, input_of = slot.tokens, slot.input_of
     group_of, member_of = locate(groups)
     group, member = group_of[tokens], member_of[tokens]
-    keys = {Share.LAYER: member, Share.PARENT: parent_of, Share.NOTHING: jnp.zeros_like(member)}
+    keys = {Share.LAYER: member, Share.INPUT: input_of, Share.NOTHING: jnp.zeros_like(member)}
     widths = tuple(width for width in widths if width <= tokens.shape[0])
     batches = batch_rows(is_call, group, keys[share], len(groups), widths)
     for i, layers in enumerate(groups):
@@ -254,15 +254,15 @@ def _call_batches(
             ) -> T:
                 start = batches.starts[i][j][n]
                 batch = jax.lax.dynamic_slice(batches.order, (start,), (width,))
-                members, parent = member[batch], parent_of[batch]
+                members, source = member[batch], input_of[batch]
                 if share is Share.LAYER:
                     return update_fn(
-                        carry, jax.vmap(partial(layers.apply, members[0])), start, parent
+                        carry, jax.vmap(partial(layers.apply, members[0])), start, source
                     )
-                if share is Share.PARENT:
+                if share is Share.INPUT:
                     call = jax.vmap(layers.apply, in_axes=(0, None))
-                    return update_fn(carry, partial(call, members), start, parent[0])
-                return update_fn(carry, partial(jax.vmap(layers.apply), members), start, parent)
+                    return update_fn(carry, partial(call, members), start, source[0])
+                return update_fn(carry, partial(jax.vmap(layers.apply), members), start, source)
 
             carry = jax.lax.fori_loop(0, batches.counts[i][j], run, carry)
     return batches.position, carry

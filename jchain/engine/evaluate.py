@@ -161,6 +161,26 @@ def evaluate(
     return evaluate_population(problem, tokens, options=options)
 
 
+def select(problem: Problem, chains: ChainsLike) -> Int[np.ndarray, "L"]:
+    """Return the chain with the lowest loss, for example of the finalists of a search.
+
+    Args:
+      problem: the bank, the loss, and the split that decides: usually `select`, which the search
+        has not seen.
+      chains: the tokens of the chains, `[P, L]`, such as `result.finalists`.
+
+    Returns:
+      The tokens of the best chain, `[L]`; the first one of several that are equally good.
+
+    Raises:
+      ValueError: if a row is not a chain of this bank, there are no rows, or no loss is finite.
+    """
+    loss = np.asarray(evaluate(problem, chains).loss)
+    if not np.isfinite(loss).any():
+        raise ValueError(f"expected a chain of finite loss, got {len(loss)} that have none")
+    return np.asarray(chain_lib.to_rows(chains, problem.max_layers))[loss.argmin()]
+
+
 def evaluate_all(
     problem: Problem,
     *,

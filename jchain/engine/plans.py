@@ -125,7 +125,7 @@ def _choose_on_cpu(problem: Problem, hidden: PyTree, num_chains: int) -> tuple[B
         max(1, min(_MAX_CPU_BLOCK, _BLOCK_CACHE // (2 * size))),
         widths,
         # Siblings form one convolution of more channels, whatever the number of layers in the bank.
-        Share.PARENT if has_convolution else Share.LAYER,
+        Share.INPUT if has_convolution else Share.LAYER,
         _ladder(min(16, _HEAD_CACHE // head_size)),
     )
     return plan, _SIBLINGS[-1] if has_convolution else 2 * problem.bank.num_layers

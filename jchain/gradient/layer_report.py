@@ -77,15 +77,15 @@ def report_layers(problem: Problem, chain: ChainsLike) -> list[LayerReport]:
         raise ValueError(
             f"expected one chain of shape [{problem.max_layers + 1}], got {list(tokens.shape)}"
         )
-    route = tuple(int(token) for token in tokens if token >= 0)
-    owns = [_take_params(bank, token) for token in route[:-1]]
-    loss, gradients, fisher = _differentiate(problem.without_names(), owns, route)
+    path = tuple(int(token) for token in tokens if token >= 0)
+    params = [_take_params(bank, token) for token in path[:-1]]
+    loss, gradients, fisher = _differentiate(problem.without_names(), params, path)
     if not np.isfinite(loss):
         raise ValueError(f"expected a chain of finite loss, got {float(loss)}")
     return [
         LayerReport(slot, bank.names[token] if bank.names else str(token), _name_tensors(*trees))
         for slot, (token, *trees) in enumerate(
-            zip(route[:-1], owns, gradients, fisher, strict=True)
+            zip(path[:-1], params, gradients, fisher, strict=True)
         )
     ]
 
@@ -117,24 +117,24 @@ def _take_params(bank: Bank, token: int) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[index], group.params)
 
 
-@partial(jax.jit, static_argnames="route")
+@partial(jax.jit, static_argnames="path")
 def _differentiate(
-    problem: Problem, owns: list[PyTree], route: tuple[int, ...]
+    problem: Problem, params: list[PyTree], path: tuple[int, ...]
 ) -> tuple[Array, list[PyTree], list[PyTree]]:
     """Compute the loss, and each layer's weight gradient and empirical Fisher information."""
     bank = problem.bank
-    head, head_index = bank.find(route[-1])
+    head, head_index = bank.find(path[-1])
 
-    def compute_loss(owns: list[PyTree], x: PyTree, y: Shaped[Array, "..."]) -> Array:
+    def compute_loss(params: list[PyTree], x: PyTree, y: Shaped[Array, "..."]) -> Array:
         hidden = bank.embed(pick(x, None))
-        for token, params in zip(route[:-1], owns, strict=True):
+        for token, own in zip(path[:-1], params, strict=True):
             group, index = bank.find(token)
-            hidden = group.apply_params(index, params, hidden)
+            hidden = group.apply_params(index, own, hidden)
         outputs = head.apply(head_index, hidden)
         return jnp.mean(problem.loss_fn(outputs, y[None]))
 
     def differentiate(example: Batch) -> tuple[Array, list[PyTree], list[PyTree]]:
-        loss, gradients = jax.value_and_grad(compute_loss)(owns, *example)
+        loss, gradients = jax.value_and_grad(compute_loss)(params, *example)
         gradients = jax.tree.map(upcast, gradients)
         return loss, gradients, jax.tree.map(jnp.square, gradients)
 

@@ -119,13 +119,13 @@ def front(results: Result | Sequence[Result]) -> Front:
     """Return the chains that no other scored chain beats in both cost and loss, cheapest first.
 
     All chains that a run scored are considered, not only its finalists. Costs are in the unit of
-    `Problem.token_cost`, or numbers of layers if the problem has none. A run keeps at most 64
-    chains (with numbers of layers, one for each number). If there are more, those are dropped whose
-    loss is the least below that of the next cheaper chain.
+    `Problem.token_cost`. If the problem has none, the cost is the number of layers. A run keeps at
+    most 64 chains. When the front has more, it drops the chains that improve the loss least over
+    the next cheaper chain.
 
     Args:
       results: the result of a run, or several results whose costs have the same unit, for example
-        from `jchain.run_many`. Their chains are compared with each other.
+        from `jchain.run_many`, which are merged into one front.
 
     Raises:
       ValueError: if there is no result, or its front is unknown.

@@ -22,11 +22,12 @@ from jchain import train
 from jchain._typing import Array, Float, Key, PyTree
 from jchain.bank import Bank
 from jchain.data import Batch, Dataset
+from jchain.datasets.splitting import check_sizes, take_stratified
 from jchain.layers import DenseHead, ResidualMLP
 from jchain.pytree import pick
 from jchain.tasks.base import Task
 from jchain.tasks.faults import FAULTS, check_faults, damage
-from jchain.training_loop import Recipe, train_weights
+from jchain.training_loop import TrainingConfig, train_weights
 
 NUM_FAULTS = 4
 # Number of layers of the net for undamaged digits, and of the plain net.
@@ -115,13 +116,13 @@ def _split(seed: int, sizes: Sequence[int] | None) -> Dataset:
         sizes = (train, NUM_SEARCH, NUM_SELECT, sum(held_out) - NUM_SEARCH - NUM_SELECT)
     rest = sum(held_out) - sum(min(pair) for pair in zip(sizes[1:3], held_out, strict=False))
     most = (train, held_out[0], held_out[1], rest)
-    data_lib.check_sizes(sizes, most)
+    check_sizes(sizes, most)
     rng = np.random.default_rng(seed)
     taken, left = {}, []
     for name, size in zip(data_lib.SPLITS[:3], sizes, strict=False):
         batch = getattr(whole, name)
         rows = np.arange(len(batch.y))
-        chosen = data_lib.take_stratified(np.asarray(batch.y), rows, size, rng)
+        chosen = take_stratified(np.asarray(batch.y), rows, size, rng)
         taken[name] = Batch(batch.x[chosen], batch.y[chosen])
         if name != "train":
             others = np.setdiff1d(rows, chosen)
@@ -180,7 +181,7 @@ def _make_bank(key: Key[Array, ""], clean: Batch, seed: int) -> Bank:
 def _train_repair(key: Array, targets: Array, fault: str) -> PyTree:
     """Train a layer that maps images with one fault to the same images without it."""
     inputs = _damage(Batch(targets, targets), [fault]).x
-    recipe = Recipe(
+    config = TrainingConfig(
         (_LAYER,),
         (_Identity(),),
         num_layers=1,
@@ -190,5 +191,5 @@ def _train_repair(key: Array, targets: Array, fault: str) -> PyTree:
         optimizer=_OPTIMIZER,
         loss_fn=optax.squared_error,
     )
-    weights = train_weights(key[None], Batch(inputs, targets), recipe)
+    weights = train_weights(key[None], Batch(inputs, targets), config)
     return pick(weights.layers[0], (0, 0, 0))

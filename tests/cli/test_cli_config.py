@@ -58,7 +58,7 @@ def test_options_that_exclude_each_other_exit_with_2(
 def test_a_configuration_cannot_be_changed():
     given = SearchConfig(data="wine")
     resolved = resolve(given)
-    assert (given.search, resolved.search) == (None, "actor-critic")
+    assert (given.search, resolved.search) == (None, "critic")
     with pytest.raises(dataclasses.FrozenInstanceError):
         resolved.seed = 1
     assert SearchConfig.load(resolved.dump()) == resolved
@@ -72,9 +72,9 @@ def test_a_configuration_cannot_be_changed():
         ({"quick": True, "num_seeds": 2}, "repair", None, "critic", 2, "repair-critic-0-1"),
         ({"search": "local", "task": "repair"}, "repair", None, "local", 5, "repair-local-0-4"),
         ({"encoding": "weights"}, "repair", None, "actor-critic", 5, "repair-actor-critic-0-4"),
-        ({"bank": "routed"}, None, "routed", "actor-critic", 1, "digits-routed-actor-critic-0"),
-        ({"data": "wine"}, None, "routed", "actor-critic", 1, "wine-routed-actor-critic-0"),
-        ({"depth": 4}, None, "routed", "actor-critic", 1, "digits-routed-actor-critic-0"),
+        ({"bank": "routed"}, None, "routed", "critic", 1, "digits-routed-critic-0"),
+        ({"data": "wine"}, None, "routed", "critic", 1, "wine-routed-critic-0"),
+        ({"depth": 4}, None, "routed", "critic", 1, "digits-routed-critic-0"),
     ],
 )
 def test_options_decide_whether_a_task_is_searched(given, task, bank, search, num_seeds, out):

@@ -18,8 +18,8 @@ PLANS = [
     jc.engine.Blocks(1000, (1, 2, 8), head_widths=(1, 4, 16)),
     jc.engine.Blocks(5, (1, 3), share=jc.engine.Share.NOTHING),
     jc.engine.Blocks(1000, (1, 4), share=jc.engine.Share.NOTHING, head_widths=(1, 8)),
-    jc.engine.Blocks(5, (1, 2), share=jc.engine.Share.PARENT),
-    jc.engine.Blocks(1000, (1, 3), share=jc.engine.Share.PARENT, head_widths=(1, 2)),
+    jc.engine.Blocks(5, (1, 2), share=jc.engine.Share.INPUT),
+    jc.engine.Blocks(1000, (1, 3), share=jc.engine.Share.INPUT, head_widths=(1, 2)),
 ]
 
 
@@ -360,3 +360,24 @@ def test_evaluate_pads_lists_of_chains_of_different_lengths(problem):
     found = jc.evaluate(problem, chains)
     expected = jc.evaluate(problem, jc.chain.pad(chains, 3))
     np.testing.assert_array_equal(found.loss, expected.loss)
+
+
+def test_select_returns_the_chain_with_the_lowest_loss(problem):
+    other = problem.with_data(make_batch(seed=5))
+    assert (other.max_layers, other.bank) == (problem.max_layers, problem.bank)
+    chains = problem.space.sample(jax.random.key(0), 20)
+    loss = jc.evaluate(other, chains).loss
+    assert loss.argmin() != jc.evaluate(problem, chains).loss.argmin()
+    np.testing.assert_array_equal(jc.select(other, chains), chains[loss.argmin()])
+    rows = [[int(token) for token in row if token >= 0] for row in np.asarray(chains)]
+    np.testing.assert_array_equal(jc.select(other, rows), chains[loss.argmin()])
+    costly = dataclasses.replace(problem, token_cost=np.ones(6, np.float32), max_cost=1.0)
+    with pytest.raises(ValueError, match="expected a chain of finite loss, got 1 that have none"):
+        jc.select(costly, [[0, 4]])
+
+
+def test_a_split_of_another_form_is_refused(problem):
+    with pytest.raises(ValueError, match="expected one split of data"):
+        problem.with_data(problem.data.x)
+    with pytest.raises(ValueError, match="labels in 0..2"):
+        problem.with_data(jc.Batch(problem.data.x, problem.data.y + 9))

@@ -33,7 +33,7 @@ def test_plans_by_backend_and_shape(problem):
     assert choose(problem, images.x, backend="cpu") == jc.engine.DepthFirst()
     problem = jc.Problem(make_image_bank(jc.layers.ConvBlock(2)), images, 3)
     assert choose(problem, images.x, backend="cpu") == jc.engine.Blocks(
-        64, (1, 2, 8), jc.engine.Share.PARENT, (1, 4, 16)
+        64, (1, 2, 8), jc.engine.Share.INPUT, (1, 4, 16)
     )
     large = jax.ShapeDtypeStruct((8192, 6, 6, 2), jnp.float32)
     assert choose(problem, large, backend="cpu") == jc.engine.DepthFirst()

@@ -1,0 +1,1 @@
+"""What `jchain.data` cuts data sets into splits and standardizes them with."""
