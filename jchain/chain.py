@@ -7,6 +7,7 @@ chains that they allow.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -210,7 +211,7 @@ def validate(
     """Check chains on the host and return them as an int32 array.
 
     Args:
-      chains: one chain `[L]` or several `[P, L]`.
+      chains: one chain `[L]` or several `[P, L]`. Lists of tokens may be shorter and are padded.
       num_layers: number of layers in the bank, N.
       num_heads: number of heads in the bank, K.
       max_layers: maximum number of layers, so that `L` must be `max_layers + 1`; any `L` if None.
@@ -219,12 +220,12 @@ def validate(
       ValueError: if the tokens are not integers, have the wrong shape, are out of range, or are not
         in this order: layers, one head, -1. The message names the first invalid chain.
     """
-    array = np.asarray(chains)
+    array = np.asarray(_pad_lists(chains, max_layers))
     expected = "[P, L]" if max_layers is None else f"[P, {max_layers + 1}]"
     if array.ndim not in (1, 2) or (max_layers is not None and array.shape[-1] != max_layers + 1):
         raise ValueError(
             f"expected chains of shape {expected} (L = max_layers + 1), got {list(array.shape)}: "
-            "jc.chain.pad pads shorter chains; longer chains need a larger max_layers"
+            "jc.chain.pad pads shorter arrays; longer chains need a larger max_layers"
         )
     if not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"expected chains of integer tokens, got dtype {array.dtype}")
@@ -271,10 +272,14 @@ def pad(tokens: Sequence[Sequence[int]], max_layers: int | None = None) -> Int[n
       max_layers: maximum number of layers, `L - 1`; by default, the layers of the longest chain.
 
     Raises:
-      ValueError: if no chain is given, or a chain has more than `max_layers` layers.
+      ValueError: if no chain is given, a chain is not a list of integers, or a chain has more than
+        `max_layers` layers.
     """
     if len(tokens) == 0:
         raise ValueError("expected at least one chain, got none")
+    for chain in tokens:
+        if np.ndim(chain) != 1 or not np.issubdtype(np.asarray(chain).dtype, np.integer):
+            raise ValueError(f"expected chains of integer tokens, got {chain!r} among {tokens!r}")
     longest = max(len(chain) for chain in tokens)
     slots = longest if max_layers is None else max_layers + 1
     if longest > slots:
@@ -287,18 +292,14 @@ def pad(tokens: Sequence[Sequence[int]], max_layers: int | None = None) -> Int[n
     return chains
 
 
-def to_rows(chains: ChainsLike, max_layers: int) -> ChainsLike:
-    """Pad lists of tokens to rows of one length; return anything else unchanged.
-
-    Args:
-      chains: an array of chains, or lists of tokens.
-      max_layers: maximum number of layers in a chain.
-
-    Raises:
-      ValueError: if lists hold no chain, or a chain has more than `max_layers` layers.
-    """
-    if isinstance(chains, list | tuple) and all(isinstance(row, list | tuple) for row in chains):
+def _pad_lists(chains: ChainsLike, max_layers: int | None) -> ChainsLike:
+    """Pad one list of tokens, or a list of such lists or arrays; return arrays unchanged."""
+    if not isinstance(chains, list | tuple) or len(chains) == 0:
+        return chains
+    if all(np.ndim(row) == 1 for row in chains):
         return pad(chains, max_layers)  # pyright: ignore[reportArgumentType]
+    if all(isinstance(token, Integral) for token in chains):
+        return pad([chains], max_layers)[0]  # pyright: ignore[reportArgumentType]
     return chains
 
 

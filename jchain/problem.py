@@ -38,21 +38,15 @@ class Problem:
       loss_fn: function `(outputs [B, ...], y [B, ...]) -> [B, ...]`; its values are averaged over
         all axes, and lower is better. By default softmax cross-entropy with integer labels, in
         nats.
-      layer_cost: penalty per layer, in units of the loss: one number for all layers, or one number
-        per layer, `[N]`. To limit a cost in another unit, use `token_cost` and `max_cost`.
-      mesh: the devices that hold the problem and divide its chains among them (see `on`); None for
-        a single device.
-      min_layers: minimum number of layers in a chain. If it equals max_layers, all chains have the
-        same length. Searches and `evaluate_all` make no shorter chains, but functions that take
-        chains accept shorter ones.
       accuracy_fn: function `(outputs [B, ...], y [B, ...]) -> [B, ...]`; its values are averaged
         like the values of `loss_fn` and reported with the loss. By default its value is 1 if the
         argmax of the outputs equals the label, 0 if it does not, and nan if labels are not
         integers.
-      batch_size: the number of examples to load at a time, for data that is larger than memory.
-        Examples then stay in host memory as NumPy arrays, which may be memory-mapped files, and
-        losses are exact means over all parts. Layers must treat examples one by one. None to keep
-        all examples on the device.
+      min_layers: minimum number of layers in a chain. If it equals max_layers, all chains have the
+        same length. Searches and `evaluate_all` make no shorter chains, but functions that take
+        chains accept shorter ones.
+      layer_cost: penalty per layer, in units of the loss: one number for all layers, or one number
+        per layer, `[N]`. To limit a cost in another unit, use `token_cost` and `max_cost`.
       token_cost: cost of each layer and head, `[N + K]`, in any unit, for example from
         `jchain.token_costs`. The cost of a chain is the sum over its tokens. It does not change the
         loss; results report it, and `max_cost` limits it. If None, the cost of a chain is its
@@ -60,6 +54,12 @@ class Problem:
       max_cost: the maximum cost of a chain, in the unit of `token_cost`. A chain that costs more
         has a loss of `+inf`, so no search returns it. Costs are float32, and a chain that exceeds
         the limit by no more than their rounding error is within the limit. None for no limit.
+      batch_size: the number of examples to load at a time, for data that is larger than memory.
+        Examples then stay in host memory as NumPy arrays, which may be memory-mapped files, and
+        losses are exact means over all parts. Layers must treat examples one by one. None to keep
+        all examples on the device.
+      mesh: the devices that hold the problem and divide its chains among them (see `on`); None for
+        a single device.
 
     Raises:
       ValueError: if `max_layers`, `min_layers`, or `batch_size` is invalid, the split is empty,
@@ -73,16 +73,17 @@ class Problem:
     bank: Bank
     data: Batch | HostBatch
     max_layers: int = static()
+    _: dataclasses.KW_ONLY
     loss_fn: Callable[[Array, Array], Array] = static(
         default=optax.softmax_cross_entropy_with_integer_labels
     )
-    layer_cost: Any = 0.0
-    mesh: Mesh | None = static(default=None)
-    min_layers: int = static(default=0)
     accuracy_fn: Callable[[Array, Array], Array] | None = static(default=None)
-    batch_size: int | None = static(default=None)
+    min_layers: int = static(default=0)
+    layer_cost: Any = 0.0
     token_cost: Any = None
     max_cost: Any = None
+    batch_size: int | None = static(default=None)
+    mesh: Mesh | None = static(default=None)
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves(self.data.x) if isinstance(self.data, Batch) else []

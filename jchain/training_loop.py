@@ -1,4 +1,4 @@
-"""The loop that trains banks on random minibatches of 128 examples.
+"""The loop that trains banks on random minibatches.
 
 The loss is softmax cross-entropy unless the config specifies another. The examples of a minibatch
 are distinct if the split has at most 1,024 examples. In a larger split they are drawn with

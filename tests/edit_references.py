@@ -21,7 +21,9 @@ def to_float64(problem):
         return leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     bank, data = jax.tree.map(cast, (problem.bank, problem.data))
-    return jc.Problem(bank, data, problem.max_layers, problem.loss_fn, problem.layer_cost)
+    return jc.Problem(
+        bank, data, problem.max_layers, loss_fn=problem.loss_fn, layer_cost=problem.layer_cost
+    )
 
 
 def use_float64():

@@ -126,6 +126,9 @@ def test_pad():
         chain.pad([[0, 1, 4]], 1)
     with pytest.raises(ValueError, match="at least one chain"):
         chain.pad([])
+    for tokens in ([0, 4], [[0.0, 4.0]], [["a"]], [[[0]]]):
+        with pytest.raises(ValueError, match="expected chains of integer tokens, got"):
+            chain.pad(tokens)
 
 
 @settings(max_examples=50, deadline=None)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from api_tables import update
 from checkpoints import make_model_and_text
 
 import jchain as jc
@@ -36,6 +37,23 @@ def test_the_example_of_transformers_runs(tmp_path, monkeypatch):
     lines = [line for line in example.splitlines() if "transformers" not in line]
     exec(compile("\n".join(lines), "transformers.md", "exec"), {})
     assert jc.hub.load("shallower").num_layers <= 4 + 2
+
+
+def test_tables_of_results_are_those_of_the_experiments():
+    results = DOCS.parent / "experiments" / "results"
+    for page, name in [
+        ("choose-a-search", "arena"),
+        ("results", "arena"),
+        ("results", "arena_large"),
+        ("results", "transformer_depth"),
+    ]:
+        assert (results / f"{name}.md").read_text().rstrip() in PAGES[page]
+
+
+def test_tables_of_the_api_are_up_to_date():
+    for name, page in PAGES.items():
+        if name.startswith("api/"):
+            assert update(page) == page, f"{name}: run python tests/api_tables.py"
 
 
 def test_every_page_is_in_the_navigation():

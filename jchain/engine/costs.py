@@ -11,7 +11,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from jchain._typing import Activations, Array, Float, Int, PyTree
 from jchain.bank import Bank
-from jchain.chain import ChainsLike, pad
+from jchain.chain import ChainsLike
 from jchain.data import Batch
 from jchain.engine.backend import compiler_options
 from jchain.engine.layer_calls import nbytes
@@ -51,8 +51,6 @@ def cost(bank: Bank, chains: ChainsLike, *, x: PyTree | None = None) -> Cost:
     Raises:
       ValueError: if a chain is invalid, or a module does not accept the batch.
     """
-    if isinstance(chains, list | tuple) and all(isinstance(row, list | tuple) for row in chains):
-        chains = pad(chains)  # pyright: ignore[reportArgumentType]
     tokens = bank.validate(chains)
 
     def add_up(unit: str) -> Float[np.ndarray, "*P"]:

@@ -178,7 +178,7 @@ def select(problem: Problem, chains: ChainsLike) -> Int[np.ndarray, "L"]:
     loss = np.asarray(evaluate(problem, chains).loss)
     if not np.isfinite(loss).any():
         raise ValueError(f"expected a chain of finite loss, got {len(loss)} that have none")
-    return np.asarray(chain_lib.to_rows(chains, problem.max_layers))[loss.argmin()]
+    return problem.space.validate(chains)[loss.argmin()]
 
 
 def evaluate_all(
@@ -323,7 +323,6 @@ def _check_chains(problem: Problem, chains: ChainsLike) -> Array | np.ndarray:
     """Return the chains as an array, after a check of their shape and, unless traced, values."""
     if not isinstance(problem, Problem):
         raise ValueError(f"expected a jc.Problem, got {describe_type(problem)}")
-    chains = chain_lib.to_rows(chains, problem.max_layers)
     tokens = problem.space.validate(chains) if is_concrete(chains) else jnp.asarray(chains)
     shape = tokens.shape
     if len(shape) != 2 or shape[0] == 0 or shape[1] != problem.max_layers + 1:

@@ -43,7 +43,7 @@ def list_starts(
             starts = [parent for parent, over in zip(starts, is_over, strict=True) if not over]
     if starts is None or (isinstance(starts, list | tuple) and len(starts) == 0):
         return np.zeros((0, num_slots), np.int32)
-    rows = space.validate(chain_lib.to_rows(starts, space.max_layers))
+    rows = space.validate(starts)
     if len(rows) == 0:
         return rows
     if rows.ndim != 2:

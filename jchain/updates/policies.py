@@ -115,7 +115,7 @@ def make_training_problem(problem: Problem, train: Batch) -> Problem:
         raise ValueError(
             f"expected a problem on one device, got one on a mesh of {problem.mesh.size}"
         )
-    return Problem(problem.bank, train, problem.max_layers, problem.loss_fn)
+    return Problem(problem.bank, train, problem.max_layers, loss_fn=problem.loss_fn)
 
 
 def tuning_cost(

@@ -362,6 +362,22 @@ def test_evaluate_pads_lists_of_chains_of_different_lengths(problem):
     np.testing.assert_array_equal(found.loss, expected.loss)
 
 
+def test_lists_of_tokens_are_padded_wherever_chains_are_taken(problem):
+    row, x = jc.chain.pad([[0, 4]], 3)[0], problem.data.x
+    np.testing.assert_array_equal(problem.space.validate([0, 4]), row)
+    np.testing.assert_array_equal(problem.space.validate([[0, 4]]), row[None])
+    np.testing.assert_array_equal(problem.space.validate([row, np.array([5])])[0], row)
+    np.testing.assert_array_equal(jc.predict(problem, [0, 4]), jc.predict(problem, row))
+    expected = jc.apply_chain(problem.bank, row, x)
+    np.testing.assert_array_equal(jc.apply_chain(problem.bank, [0, 4], x), expected)
+    np.testing.assert_array_equal(jc.swap_scores(problem, [0, 4]), jc.swap_scores(problem, row))
+    reports = [jc.gradient.report_layers(problem, chain) for chain in ([0, 4], row)]
+    assert [len(one) for one in reports] == [1, 1]
+    assert jc.cost(problem.bank, [0, 4]).params == jc.cost(problem.bank, row).params
+    with pytest.raises(ValueError, match="at most 3 layers and a head, got one of 5 tokens"):
+        jc.swap_scores(problem, [0, 1, 2, 3, 4])
+
+
 def test_select_returns_the_chain_with_the_lowest_loss(problem):
     other = problem.with_data(make_batch(seed=5))
     assert (other.max_layers, other.bank) == (problem.max_layers, problem.bank)

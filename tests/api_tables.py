@@ -1,0 +1,46 @@
+"""Write the tables of `docs/api/*.md`, so that the pages can be read without building the site.
+
+`python tests/api_tables.py` writes them; `tests/test_docs.py` checks that they are up to date.
+"""
+
+import inspect
+import re
+from importlib import import_module
+from pathlib import Path
+
+API = Path(__file__).parent.parent / "docs" / "api"
+
+
+def find(name):
+    """Return what a directive `::: name` documents."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError:
+        parent, _, attribute = name.rpartition(".")
+        return getattr(find(parent), attribute)
+
+
+def make_table(page):
+    """Make the table of a page: what it documents, in one sentence each, and where it is defined."""
+    rows = ["| name | what it is | defined in |", "|---|---|---|"]
+    for name in re.findall(r"(?m)^::: (\S+)$", page):
+        value = find(name)
+        sentence = re.split(r"(?<=\.)\s|\n\n", inspect.getdoc(value) or "")[0]
+        is_package = inspect.ismodule(value) and hasattr(value, "__path__")
+        module = value.__name__ if inspect.ismodule(value) else value.__module__
+        path = module.replace(".", "/") + ("/" if is_package else ".py")
+        short = name.replace("jchain.", "jc.", 1)
+        rows.append(f"| `{short}` | {' '.join(sentence.split())} | `{path}` |")
+    return "\n".join(rows) + "\n"
+
+
+def update(page):
+    """Return the page with its table, which stands before the first directive."""
+    text, directives = page.split("\n::: ", 1)
+    text = text.split("\n| name |")[0].rstrip("\n") + "\n"
+    return f"{text}\n{make_table(page)}\n::: {directives}"
+
+
+if __name__ == "__main__":
+    for path in sorted(API.glob("*.md")):
+        path.write_text(update(path.read_text()))
