@@ -21,7 +21,7 @@ def find(name):
 
 
 def make_table(page):
-    """Make the table of a page: what it documents, in one sentence each, and where it is defined."""
+    """Make the table of a page: what it documents, in a sentence each, and where it is."""
     rows = ["| name | what it is | defined in |", "|---|---|---|"]
     for name in re.findall(r"(?m)^::: (\S+)$", page):
         value = find(name)

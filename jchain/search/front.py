@@ -1,9 +1,9 @@
 """The front of a run: the chains that no other scored chain beats in both cost and loss.
 
 If the problem has no `token_cost`, the cost of a chain is its number of layers, and the front has
-one row for each number. Otherwise it has 64 rows. When more chains are on the front, the chains that
-improve the loss least over the next cheaper chain are dropped, but the cheapest chain and the one
-with the lowest loss are always kept.
+one row for each number. Otherwise it has 64 rows. When more chains are on the front, the chains
+that improve the loss least over the next cheaper chain are dropped, but the cheapest chain and the
+one with the lowest loss are always kept.
 """
 
 from typing import NamedTuple
