@@ -198,9 +198,21 @@ def _init_runs(keys: Array, search: Search, problem: Problem, num_finalists: int
 
     def init_one(key: Array) -> RunState:
         key, init_key = jax.random.split(key)
-        return RunState(key, search.init(init_key, seen), stats)
+        state = search.init(init_key, seen)
+        return RunState(key, jax.tree.map(_cast, state, state), stats)
 
     return vmap_unless_one(init_one, keys)
+
+
+def _cast(new: ArrayLike, old: ArrayLike) -> Array:
+    """Give a leaf the dtype of an earlier one, without a weak type.
+
+    Otherwise, a run that begins at chains, or that is read from a file, would compile its steps
+    again.
+    """
+    new, dtype = jnp.asarray(new), jnp.asarray(old).dtype
+    is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    return new if is_key else jax.lax.convert_element_type(new, dtype)
 
 
 def advance_runs(
@@ -280,9 +292,7 @@ def _step(
     if seen is not problem:
         info = rescore(info, problem)
     # With jax_enable_x64, some counts and losses become wider than in the first state.
-    state = jax.tree.map(
-        lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype), state, run.state
-    )
+    state = jax.tree.map(_cast, state, run.state)
     old = run.stats
     cost = info.layer_calls.astype(jnp.int32)
     num_free = jnp.where(cost == 0, old.num_free + 1, 0)
