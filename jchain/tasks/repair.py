@@ -150,7 +150,7 @@ def _make_bank(key: Key[Array, ""], clean: Batch, seed: int) -> Bank:
     )
     # Digits have blank borders, but other faults move ink there. Random dots cover these inputs.
     dots = _draw_dot_images(DOT_IMAGES_PER_DIGIT * len(clean.y), np.random.default_rng(seed))
-    targets = jnp.concatenate([clean.x, jnp.asarray(dots)])
+    targets = np.concatenate([np.asarray(clean.x), dots])
     repairs = [
         _train_repair(key, targets, name)
         for key, name in zip(jax.random.split(repair_key, len(FAULTS)), FAULTS, strict=True)
@@ -177,7 +177,7 @@ def _make_bank(key: Key[Array, ""], clean: Batch, seed: int) -> Bank:
     )
 
 
-def _train_repair(key: Array, targets: Array, fault: str) -> PyTree:
+def _train_repair(key: Array, targets: np.ndarray, fault: str) -> PyTree:
     """Train a layer that maps images with one fault to the same images without it."""
     inputs = _damage(Batch(targets, targets), [fault]).x
     recipe = Recipe(
@@ -190,5 +190,5 @@ def _train_repair(key: Array, targets: Array, fault: str) -> PyTree:
         optimizer=_OPTIMIZER,
         loss_fn=optax.squared_error,
     )
-    weights = train_weights(key[None], Batch(inputs, targets), recipe)
+    weights = train_weights(key[None], Batch(inputs, jnp.asarray(targets)), recipe)
     return pick(weights.layers[0], (0, 0, 0))
