@@ -89,7 +89,7 @@ def _has_only_numbers(node: object) -> bool:
 def _as_array(value: object, name: str, array_fn: Callable[..., Any]) -> Any:
     try:
         return array_fn(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # torch raises RuntimeError
         raise ValueError(
             f"expected {name} as an array, got {describe_type(value)}: {get_first_line(error)}"
         ) from None
@@ -319,8 +319,8 @@ def _standardize(x: np.ndarray, scale: _Scale | None) -> Array:
     return jnp.asarray((x - mean) / std, jnp.float32)
 
 
-def _check(x: object, y: npt.ArrayLike) -> _Arrays:
-    y = np.asarray(y)
+def _check(x: object, targets: npt.ArrayLike) -> _Arrays:
+    y: np.ndarray = _as_array(targets, "y", np.asarray)
     x = _map_inputs(_check_numbers, x, y.shape[:1])
     if is_one_array(x):
         # Keep byte images as bytes until a split takes them: they need a quarter of the memory.
@@ -348,7 +348,7 @@ def _check(x: object, y: npt.ArrayLike) -> _Arrays:
 
 
 def _check_numbers(value: object, name: str) -> np.ndarray:
-    x = np.asarray(value)
+    x = _as_array(value, name, np.asarray)
     if not np.issubdtype(x.dtype, np.number) and x.dtype != bool:
         where = "" if name == "x" else f" at {name}"
         raise ValueError(f"expected examples that are numbers, got {x.dtype}{where}")
