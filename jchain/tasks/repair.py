@@ -179,7 +179,8 @@ def _make_bank(key: Key[Array, ""], clean: Batch, seed: int) -> Bank:
 
 def _train_repair(key: Array, targets: np.ndarray, fault: str) -> PyTree:
     """Train a layer that maps images with one fault to the same images without it."""
-    inputs = _damage(Batch(targets, targets), [fault]).x
+    labels = jnp.asarray(targets)
+    inputs = _damage(Batch(targets, labels), [fault]).x
     recipe = Recipe(
         (_LAYER,),
         (_Identity(),),
@@ -190,5 +191,5 @@ def _train_repair(key: Array, targets: np.ndarray, fault: str) -> PyTree:
         optimizer=_OPTIMIZER,
         loss_fn=optax.squared_error,
     )
-    weights = train_weights(key[None], Batch(inputs, jnp.asarray(targets)), recipe)
+    weights = train_weights(key[None], Batch(inputs, labels), recipe)
     return pick(weights.layers[0], (0, 0, 0))
