@@ -2,7 +2,9 @@
 
     python benchmarks/evaluate.py --parts --json benchmarks/results/parts_cpu.json
 
-The run takes RUN_TIME on 2 CPU cores.
+The run took 8 minutes on 2 CPU cores that other jobs also used. Expected result: parts are not
+slower than the whole, and the peak memory is below 300 MB for parts of 1,000 and above 1 GB for the
+whole.
 
 A split of 50,000 examples with 784 features is evaluated as a whole and in parts. For the time,
 both take turns. For the memory, each runs in a process of its own, which first makes the data and
@@ -36,7 +38,8 @@ def make_data() -> jc.Batch:
     """Make the data in host memory, without temporary copies, which would raise the peak."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((NUM_EXAMPLES, NUM_FEATURES), np.float32)
-    return jc.Batch(x, rng.integers(0, NUM_CLASSES, NUM_EXAMPLES).astype(np.int32))
+    y: Any = rng.integers(0, NUM_CLASSES, NUM_EXAMPLES).astype(np.int32)
+    return jc.Batch(x, y)
 
 
 def make_bank() -> jc.Bank:
