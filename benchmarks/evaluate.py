@@ -2,7 +2,8 @@
 
     pip install -e ".[parity]"                                        # for the PyTorch rows
     python benchmarks/evaluate.py --json benchmarks/results/cpu.json  # 50 minutes on 2 CPU cores
-    python benchmarks/evaluate.py --quick                             # 2 minutes, writes nothing
+    python benchmarks/evaluate.py --parts --json benchmarks/results/parts_cpu.json  # see parts.py
+    python benchmarks/evaluate.py --quick                             # 3 minutes, writes nothing
 
 All implementations use the same weights and data. The PyTorch rows need the extra `parity`; without
 it, they are empty. The implementations take turns, so that a slow moment of the machine affects all
@@ -25,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import parts
 from machine import (
     count_call_flops,
     describe_device,
@@ -64,9 +66,14 @@ def main() -> None:
         default=12.0,
         help="seconds for one population (default: %(default)s)",
     )
+    parser.add_argument("--parts", action="store_true", help="only splits that are read in parts")
     args = parser.parse_args()
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
+    if args.parts or args.quick:
+        measure_parts(args)
+    if args.parts:
+        return
     result: dict[str, Any] = {
         "device": describe_device(),
         "versions": versions(),
@@ -92,6 +99,15 @@ def main() -> None:
     result["matmul_gflops_last"] = measure_matmul()
     print(format_tables(result))
     save(args.json, result)
+
+
+def measure_parts(args: argparse.Namespace) -> None:
+    """Measure what reading a split in parts costs; with `--parts`, write the results."""
+    result = parts.measure(quick=args.quick)
+    print(parts.format_table(result), flush=True)
+    if args.parts and args.json:
+        machine = {"device": describe_device(), "versions": versions()}
+        jc.files.write_json(args.json, machine | result)
 
 
 def save(path: Path | None, result: dict[str, Any]) -> None:

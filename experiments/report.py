@@ -40,11 +40,12 @@ SCRIPTS = (
     "images",
     "values",
     "arena",
+    "own_net",
     "controller",
     "transformer_depth",
 )
 # Scripts of later questions, left out of `--quick` here; each has a `--quick` of its own.
-NOT_QUICK = ("arena", "controller", "transformer_depth")
+NOT_QUICK = ("arena", "own_net", "controller", "transformer_depth")
 
 
 def main() -> int:

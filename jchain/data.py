@@ -93,7 +93,7 @@ def _has_only_numbers(node: object) -> bool:
 def _as_array(value: object, name: str, array_fn: Callable[..., Any]) -> Any:
     try:
         return array_fn(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # torch raises RuntimeError
         raise ValueError(
             f"expected {name} as an array, got {describe_type(value)}: {get_first_line(error)}"
         ) from None
@@ -343,8 +343,8 @@ def split(
     )
 
 
-def _check(x: object, y: npt.ArrayLike) -> _Arrays:
-    y = np.asarray(y)
+def _check(x: object, targets: npt.ArrayLike) -> _Arrays:
+    y: np.ndarray = _as_array(targets, "y", np.asarray)
     x = _to_float32(_map_inputs(_check_numbers, x, y.shape[:1]))
     for path, leaf in jax.tree_util.tree_leaves_with_path(x):
         if y.ndim == 0 or y.shape[:1] != leaf.shape[:1]:
@@ -378,7 +378,7 @@ def _check_finite(*arrays: np.ndarray) -> None:
 
 
 def _check_numbers(value: object, name: str) -> np.ndarray:
-    x = np.asarray(value)
+    x = _as_array(value, name, np.asarray)
     if not np.issubdtype(x.dtype, np.number) and x.dtype != bool:
         where = "" if name == "x" else f" at {name}"
         raise ValueError(f"expected examples that are numbers, got {x.dtype}{where}")

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jchain._typing import Activations, Array, Float, Int, Key, PyTree
@@ -392,10 +393,13 @@ def check_training(data: Batch, config: TrainingConfig) -> None:
             f"expected integer labels for the default loss, got {y.dtype}: pass loss_fn= for "
             "other targets, for example optax.squared_error"
         )
-    if is_concrete(data) and not (int(y.min()) >= 0 and int(y.max()) < num_classes):
+    if not is_concrete(data):
+        return
+    labels = np.asarray(y)  # NumPy computes the range also while something else is traced
+    if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(
             f"expected labels in 0..{num_classes - 1}, the head's classes, "
-            f"got {int(y.min())}..{int(y.max())}"
+            f"got {labels.min()}..{labels.max()}"
         )
 
 

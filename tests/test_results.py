@@ -1,5 +1,6 @@
 """Figures on result pages match the JSON files that the scripts wrote."""
 
+import importlib
 import importlib.util
 import json
 import re
@@ -35,6 +36,17 @@ def test_the_speed_of_transformers_is_that_of_the_results():
         assert f"{row['torch_seconds'] / row['seconds']:.2f}" in text
     low, *_, high = sorted(row["of_limit"] for row in result["rows"])
     assert f"{100 * low:.0f} to {high:.0%} of the limit" in text
+
+
+def test_the_table_of_parts_shows_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    parts = importlib.import_module("parts")
+    result = read_json("benchmarks/results/parts_cpu.json")
+    assert parts.format_table(result) in BENCHMARKS
+    assert all(row["relative_error"] <= 1e-6 for row in result["rows"])
+    peak = result["peak_bytes_above_data"]
+    assert peak["1000"] < 300e6
+    assert peak["None"] > result["data_bytes"]
 
 
 def test_the_table_of_searches_shows_the_results():

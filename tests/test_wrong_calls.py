@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from checkpoints import write
 
 SCRIPT = """
+import sys
 import flax.linen as nn, jax, jax.numpy as jnp, numpy as np, jchain as jc
 data = jc.data.load("wine")
 layer, head, key = jc.layers.ResidualMLP(13), jc.layers.DenseHead(3), jax.random.key(0)
@@ -28,8 +30,11 @@ class Linear:
     def __call__(self, x):
         return x
 Linear.__module__ = "torch.nn.modules.linear"
-class Pairs:
-    pass
+class NeedsGradient:
+    def __array__(self, *args, **kwargs):
+        raise RuntimeError("Can't call numpy() on Tensor that requires grad.")
+NeedsGradient.__module__ = "torch"
+model = sys.argv[1]
 def attempt(call):
     try:
         call()
@@ -44,6 +49,10 @@ CASES = {
     "jc.Problem(bank, data.search.x, 2)": "got an array float32[35, 13]",
     "jc.Problem(bank, (data.search.x, ['a'] * 35), 2)": "expected y as an array",
     "jc.Problem(bank, (Tensor(), data.search.y), 2)": "expected x as an array, got torch.Tensor",
+    "jc.Problem(bank, (NeedsGradient(), data.search.y), 2)": "expected x as an array, got "
+    "torch.NeedsGradient: Can't call numpy()",
+    "jc.data.split(NeedsGradient(), data.train.y)": "expected x as an array",
+    "jc.data.split(data.train.x, NeedsGradient())": "expected y as an array",
     "jc.Problem(data, data.search, 2)": "expected a jc.Bank, got Dataset of 7",
     "jc.run(key, jc.LocalSearch, problem, budget=100)": "got the class LocalSearch",
     "jc.run(key, 'local', problem, budget=100)": "decorated with @jc.pytree_dataclass, got str",
@@ -65,14 +74,30 @@ CASES = {
     "(Pair()), token 0, must return an array, got tuple of 2",
     "jc.Problem(jc.Bank.stack(layer, [params], Pair(), [pair]), data.search, 1)": "head0 (Pair()),"
     " token 1, must return an array, got tuple of 2",
+    "jc.hub.load(model, pinned=1)": "expected pinned=(first, last), the numbers of blocks to pin "
+    "at the start and at the end, got 1",
+    "jc.hub.load(model, pinned=(1,))": "at the end, got (1,)",
+    "jc.hub.load_many([model], pinned=(0, 0.5))": "at the end, got (0, 0.5)",
+    "jc.hub.init(key, model, pinned='10')": "at the end, got '10'",
+    "jc.hub.load(model, dtype=Tensor)": "expected dtype to be None, for that of the file, or one "
+    "of float32, bfloat16, float16, got <class",
+    "jc.hub.load_many([model], dtype='auto')": "bfloat16, float16, got 'auto'",
+    "jc.hub.load_many(model)": "expected a list of paths, got '/",
+    "jc.hub.load_many([model], names='m')": "expected a list of names, got 'm'",
+    "jc.hub.load([model])": "expected the path of one checkpoint, got list of 1; jc.hub.load_many "
+    "takes several",
 }
 
 
 @pytest.fixture(scope="module")
-def answers():
+def answers(tmp_path_factory):
+    model = write(tmp_path_factory.mktemp("hub") / "model")
     calls = "".join(f"attempt(lambda: {case})\n" for case in CASES)
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT + calls], capture_output=True, text=True, check=True
+        [sys.executable, "-c", SCRIPT + calls, str(model)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return dict(zip(CASES, run.stdout.splitlines(), strict=True))
 

@@ -1,6 +1,7 @@
 """The commands: `jchain search`, `evaluate`, `export`, and `prepare`."""
 
 import argparse
+import contextlib
 import json
 import shlex
 import sys
@@ -22,12 +23,13 @@ from jchain.cli import checkpoints, own_files, result_folder
 from jchain.cli.checkpoints import EvalData
 from jchain.cli.config import SearchConfig, check_search, require, resolve
 from jchain.cli.parser import LAYERS, UPDATES, find_given, make_search
-from jchain.cli.pipeline import run_pipeline
+from jchain.cli.pipeline import check_budget, run_pipeline
 from jchain.cli.progress import print_progress
 from jchain.cli.records import ResultRecord, SearchOutput, Summary, finite_or_none, format_loss
 from jchain.cli.report import print_summary, print_table
 from jchain.cli.seeds import summarize
 from jchain.cli.setup import (
+    Setup,
     choose_modules,
     set_up_bank_file,
     set_up_checkpoints,
@@ -76,9 +78,11 @@ def _run_config(config: SearchConfig) -> ResultRecord | Summary:
     out, num_seeds = require(config.out), require(config.num_seeds)
     result_folder.check_out(out, replace=config.replace)
     check_search(config, [name for name, layer in LAYERS.items() if hasattr(layer, "invert")])
+    first = _set_up(config)
+    _check_budget(config, first, num_seeds)
     if num_seeds > 1:
-        return _run_seeds(config, out, num_seeds)
-    output = _run_seed(config)
+        return _run_seeds(config, first, out, num_seeds)
+    output = _run_seed(*first)
     out = result_folder.write(out, output, replace=config.replace)
     print_table(output)
     _print_files(out)
@@ -87,13 +91,35 @@ def _run_config(config: SearchConfig) -> ResultRecord | Summary:
     return output.record
 
 
-def _run_seeds(config: SearchConfig, out: Path, num_seeds: int) -> Summary:
+def _check_budget(config: SearchConfig, first: tuple[SearchConfig, Setup], num_seeds: int) -> None:
+    """Check that the budget pays for the first step with each seed, before anything is trained.
+
+    The cost of a step differs little between seeds, so one seed is enough for a larger budget.
+    """
+    budget, policy = require(config.budget), UPDATES[config.update]()
+    if num_seeds > 1:
+        with contextlib.suppress(ValueError):
+            check_budget(*first, make_search(first[0]), policy, budget // 2)
+            return
+    for i in range(num_seeds):
+        own, setup = _set_up(_pick_seed(config, i)) if i > 0 else first
+        check_budget(own, setup, make_search(own), policy, budget)
+
+
+def _pick_seed(config: SearchConfig, i: int) -> SearchConfig:
+    return replace(config, seed=config.seed + i, num_seeds=1)
+
+
+def _run_seeds(
+    config: SearchConfig, first: tuple[SearchConfig, Setup], out: Path, num_seeds: int
+) -> Summary:
     start = time.perf_counter()
     records = []
     with result_folder.write_seeds(out, replace=config.replace) as writer:
         for i in range(num_seeds):
             print_progress(f"Seed {config.seed + i}, {i + 1} of {num_seeds}")
-            output = _run_seed(replace(config, seed=config.seed + i, num_seeds=1))
+            own, setup = _set_up(_pick_seed(config, i)) if i > 0 else first
+            output = _run_seed(replace(own, num_seeds=1), setup)
             writer.add(output)
             if output.is_interrupted:
                 raise KeyboardInterrupt
@@ -105,18 +131,20 @@ def _run_seeds(config: SearchConfig, out: Path, num_seeds: int) -> Summary:
     return summary
 
 
-def _run_seed(config: SearchConfig) -> SearchOutput:
-    """Set up and run the search with one seed."""
+def _set_up(config: SearchConfig) -> tuple[SearchConfig, Setup]:
+    """Set up the search with one seed, and fill in the options that depend on its data."""
     if config.checkpoint:
-        setup = set_up_checkpoints(config)
-    elif config.task:
-        config, setup = set_up_task(config)
-    elif config.bank_file:
-        config, setup = set_up_bank_file(config)
-    else:
-        data = own_files.load_data(config)
-        config, modules = choose_modules(config, data)
-        setup = set_up_trained(config, data, modules)
+        return config, set_up_checkpoints(config)
+    if config.task:
+        return set_up_task(config)
+    if config.bank_file:
+        return set_up_bank_file(config)
+    data = own_files.load_data(config)
+    config, modules = choose_modules(config, data)
+    return config, set_up_trained(config, data, modules)
+
+
+def _run_seed(config: SearchConfig, setup: Setup) -> SearchOutput:
     return run_pipeline(config, setup, make_search(config), UPDATES[config.update]())
 
 

@@ -9,6 +9,8 @@ from importlib import metadata
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 import jchain
 from jchain import chain as chain_lib
@@ -105,6 +107,10 @@ def make(key: Key[Array, ""], config: SearchConfig, setup: Setup) -> Context:
     """
     with show_phase(setup.progress_label):
         original_bank = jax.block_until_ready(setup.make_bank(key))
+    return _make_context(config, setup, original_bank)
+
+
+def _make_context(config: SearchConfig, setup: Setup, original_bank: Bank) -> Context:
     longest = max((len(parent) - 1 for parent in original_bank.parents), default=0)
     max_layers = longest if config.max_layers is None else config.max_layers
     check_sweep(config.sweep, max_layers)
@@ -115,6 +121,58 @@ def make(key: Key[Array, ""], config: SearchConfig, setup: Setup) -> Context:
     else:
         starts = list_starts(problem, "parents")
     return Context(config, setup, original_bank, problem, max_layers, padded_layers, starts)
+
+
+def check_budget(
+    config: SearchConfig, setup: Setup, search: Search, policy: UpdatePolicy, budget: int
+) -> None:
+    """Check that a budget pays for the first step of the search, before the bank is trained.
+
+    The step is taken on a bank of the same shapes with random weights, and its programs are those
+    of the search. A bank of checkpoints is not checked, because it is searched right after it has
+    been read, and a step may be expensive.
+
+    Args:
+      config: the resolved options of `jchain search`.
+      setup: the data, the loss, and the function that makes the bank.
+      search: the search and its hyperparameters.
+      policy: the policy that decides when weights are updated.
+      budget: the layer calls that the search and the updates may cost.
+
+    Raises:
+      ValueError: if the budget is smaller than one step, or another argument is invalid.
+    """
+    if config.checkpoint:
+        return
+    bank_key, _, search_key = jax.random.split(jax.random.key(config.seed), 4)[:3]
+
+    def check(bank: Bank) -> None:
+        context = _make_context(config, setup, bank)
+        train, starts = setup.data.train, context.starts
+        policy.check_budget(
+            search_key, search, context.problem, train, budget=budget, starts=starts
+        )
+
+    if setup.make_plain_net is None:  # the bank is read, not trained
+        return check(setup.make_bank(bank_key))
+    shapes = jax.eval_shape(setup.make_bank, bank_key)
+    try:
+        check(_draw_weights(0, shapes))
+    except ValueError:
+        # Some searches choose what to score by losses, so other weights may cost less.
+        check(_draw_weights(1, shapes))
+
+
+def _draw_weights(seed: int, shapes: Bank) -> Bank:
+    """Draw small random weights for a bank of which only the shapes are known."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> Array:
+        is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+        values = rng.normal(0.0, 0.1, leaf.shape) if is_float else np.zeros(leaf.shape)
+        return jnp.asarray(values, leaf.dtype)
+
+    return jax.tree.map(draw, shapes)
 
 
 def search_chains(

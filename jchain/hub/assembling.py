@@ -42,6 +42,12 @@ def assemble_bank(sources: list[Source], dtype: DTypeLike | None, pinned: tuple[
     """
     architecture = sources[0].architecture
     depth = len(architecture.blocks)
+    is_pair = isinstance(pinned, tuple | list) and len(pinned) == 2
+    if not is_pair or not all(isinstance(number, int | np.integer) for number in pinned):
+        raise ValueError(
+            "expected pinned=(first, last), the numbers of blocks to pin at the start and at the "
+            f"end, got {pinned!r}"
+        )
     first, last = pinned
     if first < 0 or last < 0 or first + last >= depth:
         raise ValueError(

@@ -15,6 +15,7 @@ from jchain.hub.checkpoint import CONFIG, Checkpoint
 from jchain.hub.families import make_architecture, read_architecture
 from jchain.hub.tensor_names import check_tensors, find_prefix, get_names
 from jchain.hub.weights import RandomWeights
+from jchain.pytree import describe_type
 
 
 def load(
@@ -78,10 +79,13 @@ def load_many(
       pinned: numbers of blocks of each model to pin at the beginning and at the end, as in `load`.
 
     Raises:
-      ValueError: if `paths` is empty, `names` does not have one name for each path, two models have
-        the same name, architectures differ, or `load` would raise it.
+      ValueError: if `paths` is not a list or is empty, `names` does not have one name for each
+        path, two models have the same name, architectures differ, or `load` would raise it.
       FileNotFoundError: if a folder or one of its files is missing.
     """
+    for name, given in (("paths", paths), ("names", names)):
+        if isinstance(given, str | os.PathLike):
+            raise ValueError(f"expected a list of {name}, got {os.fspath(given)!r}")
     if len(paths) == 0:
         raise ValueError("expected at least one checkpoint, got none")
     if names is not None and len(names) != len(paths):
@@ -129,6 +133,11 @@ def init(
 
 def _open(path: str | os.PathLike[str], name: str | None) -> Source:
     """Open and check a checkpoint, which is named after its folder if no name is given."""
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(
+            f"expected the path of one checkpoint, got {describe_type(path)}; "
+            "jc.hub.load_many takes several"
+        )
     checkpoint = Checkpoint(path)
     architecture = make_architecture(checkpoint.config, str(checkpoint.path / CONFIG))
     prefix = find_prefix(architecture, checkpoint)

@@ -153,7 +153,14 @@ def choose_dtype(found: set[str], dtype: DTypeLike | None, location: str) -> np.
             f"{location}: expected weights of one dtype, got {', '.join(sorted(found))}; "
             "set dtype to choose one"
         )
-    chosen = jnp.dtype(min(found) if dtype is None else dtype)
-    if chosen.name not in DTYPES.values():
-        raise ValueError(f"expected a dtype of {', '.join(DTYPES.values())}, got {chosen.name}")
+    try:
+        chosen = jnp.dtype(min(found) if dtype is None else dtype)
+    except (TypeError, ValueError):  # not a dtype, such as torch.bfloat16 or "auto"
+        chosen = None
+    if chosen is None or chosen.name not in DTYPES.values():
+        got = repr(dtype) if chosen is None else chosen.name
+        raise ValueError(
+            f"expected dtype to be None, for that of the file, or one of "
+            f"{', '.join(DTYPES.values())}, got {got}"
+        )
     return chosen

@@ -22,7 +22,15 @@ from jchain.search.pool import empty_pool, merge
 from jchain.search.progress import Progress
 from jchain.search.protocol import Checked, Info, Search
 from jchain.search.rescoring import get_seen_problem, rescore
-from jchain.search.result import Result, RunState, RunStats, StopRule, Trace, make_results
+from jchain.search.result import (
+    Result,
+    RunState,
+    RunStats,
+    Start,
+    StopRule,
+    Trace,
+    make_results,
+)
 from jchain.search.starts import begin_at, list_starts
 
 # A run stops after this many consecutive steps that cost no layer calls.
@@ -124,12 +132,77 @@ def run_many(
     problem = problem if mesh is None else problem.on(mesh)
     stop = StopRule(np.int32(budget), np.float32(target_loss))
     with Progress(budget, is_shown=progress) as line:
-        runs = init_runs(problem.put(keys), search, problem, num_finalists)
-        start = None
-        if len(chains) > 0:
-            runs, start = begin_at(runs, search, problem, chains, stop)
+        runs, start = _begin(keys, search, problem, chains, num_finalists, stop)
         runs, trace = advance_runs(runs, search, problem, stop, line)
     return make_results(runs, trace, budget, problem, start)
+
+
+def check_budget(
+    key: Key[Array, ""],
+    search: Search,
+    problem: Problem,
+    *,
+    budget: int,
+    num_finalists: int = 16,
+    starts: ChainsLike | Literal["parents"] | None = "parents",
+) -> None:
+    """Check that a budget pays for the starts and the first step of a run.
+
+    The bank may have any weights. The programs are those of `run`, which does not compile them
+    again for a bank of the same shapes.
+
+    Args:
+      key: the PRNG key that `run` will be given.
+      search: the search and its hyperparameters.
+      problem: the problem to search.
+      budget: the maximum number of layer calls.
+      num_finalists: as for `run`.
+      starts: as for `run`.
+
+    Raises:
+      BudgetError: if the budget is smaller than the cost of the starts and one step.
+      ValueError: if an argument is invalid; see `run`.
+    """
+    check_arguments(search, problem, budget, num_finalists)
+    chains = list_starts(problem, starts)
+    stop = StopRule(np.int32(budget), np.float32(-np.inf))
+    runs, start = _begin(key[None], search, problem, chains, num_finalists, stop)
+    check_first_step(runs, search, problem, stop, start)
+
+
+def check_first_step(
+    runs: RunState, search: Search, problem: Problem, stop: StopRule, start: Start | None
+) -> None:
+    """Take one step of each run, and check that the budget pays for it.
+
+    Args:
+      runs: the runs, from `init_runs` or `begin_at`.
+      search: the search.
+      problem: the problem to search.
+      stop: the rule that ends each run.
+      start: what the chains before the first step cost and reached; None if there were none.
+
+    Raises:
+      BudgetError: if the budget is smaller than the cost of the starts and one step.
+    """
+    runs, trace = _advance(runs, search, problem, stop, 1, should_roll_back=False)
+    trace = jax.tree.map(lambda leaf: np.asarray(leaf)[:1], trace)
+    make_results(runs, trace, int(np.asarray(stop.budget)), problem, start)
+
+
+def _begin(
+    keys: Key[Array, "S"],
+    search: Search,
+    problem: Problem,
+    chains: Int[np.ndarray, "C L"],
+    num_finalists: int,
+    stop: StopRule,
+) -> tuple[RunState, Start | None]:
+    """Initialize one run per key, and let it begin at the starts, if there are any."""
+    runs = init_runs(problem.put(keys), search, problem, num_finalists)
+    if len(chains) == 0:
+        return runs, None
+    return begin_at(runs, search, problem, chains, stop)
 
 
 def _check_keys(keys: object, num_axes: int, expected: str) -> None:
@@ -198,9 +271,21 @@ def _init_runs(keys: Array, search: Search, problem: Problem, num_finalists: int
 
     def init_one(key: Array) -> RunState:
         key, init_key = jax.random.split(key)
-        return RunState(key, search.init(init_key, seen), stats)
+        state = search.init(init_key, seen)
+        return RunState(key, jax.tree.map(_cast, state, state), stats)
 
     return vmap_unless_one(init_one, keys)
+
+
+def _cast(new: ArrayLike, old: ArrayLike) -> Array:
+    """Give a leaf the dtype of an earlier one, without a weak type.
+
+    Otherwise, a run that begins at chains, or that is read from a file, would compile its steps
+    again.
+    """
+    new, dtype = jnp.asarray(new), jnp.asarray(old).dtype
+    is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    return new if is_key else jax.lax.convert_element_type(new, dtype)
 
 
 def advance_runs(
@@ -280,9 +365,7 @@ def _step(
     if seen is not problem:
         info = rescore(info, problem)
     # With jax_enable_x64, some counts and losses become wider than in the first state.
-    state = jax.tree.map(
-        lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype), state, run.state
-    )
+    state = jax.tree.map(_cast, state, run.state)
     old = run.stats
     cost = info.layer_calls.astype(jnp.int32)
     num_free = jnp.where(cost == 0, old.num_free + 1, 0)

@@ -63,12 +63,13 @@ class BudgetError(ValueError):
     def __init__(
         self, cost: int, budget: int, reserved: int = 0, purpose: str = "gradient steps"
     ) -> None:
-        kept = f" in addition to {reserved:,} for {purpose}" if reserved else ""
+        kept = f" in addition to {reserved:,} for {purpose}, {cost + reserved:,} in all"
         super().__init__(
-            f"expected a budget of at least one step, which costs {cost:,} layer calls here{kept}, "
-            f"got {budget:,}"
+            f"expected a budget of at least one step, which costs {cost:,} layer calls here"
+            f"{kept if reserved else ''}, got {budget:,}"
         )
         self.cost = cost
+        self.reserved = reserved
 
 
 class RunStats(NamedTuple):

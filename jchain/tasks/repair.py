@@ -151,7 +151,7 @@ def _make_bank(key: Key[Array, ""], clean: Batch, seed: int) -> Bank:
     )
     # Digits have blank borders, but other faults move ink there. Random dots cover these inputs.
     dots = _draw_dot_images(DOT_IMAGES_PER_DIGIT * len(clean.y), np.random.default_rng(seed))
-    targets = jnp.concatenate([clean.x, jnp.asarray(dots)])
+    targets = np.concatenate([np.asarray(clean.x), dots])
     repairs = [
         _train_repair(key, targets, name)
         for key, name in zip(jax.random.split(repair_key, len(FAULTS)), FAULTS, strict=True)
@@ -178,9 +178,10 @@ def _make_bank(key: Key[Array, ""], clean: Batch, seed: int) -> Bank:
     )
 
 
-def _train_repair(key: Array, targets: Array, fault: str) -> PyTree:
+def _train_repair(key: Array, targets: np.ndarray, fault: str) -> PyTree:
     """Train a layer that maps images with one fault to the same images without it."""
-    inputs = _damage(Batch(targets, targets), [fault]).x
+    labels = jnp.asarray(targets)
+    inputs = _damage(Batch(targets, labels), [fault]).x
     config = TrainingConfig(
         (_LAYER,),
         (_Identity(),),
@@ -191,5 +192,5 @@ def _train_repair(key: Array, targets: Array, fault: str) -> PyTree:
         optimizer=_OPTIMIZER,
         loss_fn=optax.squared_error,
     )
-    weights = train_weights(key[None], Batch(inputs, targets), config)
+    weights = train_weights(key[None], Batch(inputs, labels), config)
     return pick(weights.layers[0], (0, 0, 0))

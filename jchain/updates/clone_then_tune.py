@@ -11,7 +11,7 @@ from jchain._typing import Array, Int, PyTree
 from jchain.engine.evaluate import evaluate
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
-from jchain.search.driver import advance_runs, check_arguments, init_runs
+from jchain.search.driver import advance_runs, check_arguments, check_first_step, init_runs
 from jchain.search.front import merge_front
 from jchain.search.pool import empty_pool, merge
 from jchain.search.progress import Progress
@@ -74,12 +74,26 @@ class CloneThenTune(UpdatePolicy):
         if self.capacity is not None:
             check_at_least_one(capacity=self.capacity)
 
+    def check(self, args: RunArguments) -> None:
+        check_arguments(args.search, args.problem, args.budget, args.num_finalists)
+        reserved = self._reserve(args)
+        rounds = self._start(jax.random.split(args.key, self.num_rounds + 1)[0], args)
+        problem = args.problem.with_bank(rounds.clones.bank)
+        stop = StopRule(np.int32(args.budget - reserved), np.float32(-np.inf))
+        with mention_reserved_calls(reserved, args.budget):
+            check_first_step(rounds.runs, args.search, problem, stop, rounds.start)
+
+    def _reserve(self, args: RunArguments) -> int:
+        """Return the layer calls that each round keeps for gradient steps."""
+        reserved = reserve_for_tuning(args.problem, args.train, self.num_steps)
+        check_budget(args.budget, self.num_rounds * reserved)
+        return reserved
+
     def apply(self, args: RunArguments) -> Outcome:
         check_arguments(args.search, args.problem, args.budget, args.num_finalists)
         training = make_training_problem(args.problem, args.train)
         _check_problem(args.problem)
-        reserved = reserve_for_tuning(args.problem, args.train, self.num_steps)
-        check_budget(args.budget, self.num_rounds * reserved)
+        reserved = self._reserve(args)
         start_key, *round_keys = jax.random.split(args.key, self.num_rounds + 1)
         rounds = self._start(start_key, args)
         with Progress(args.budget, is_shown=args.progress) as line:

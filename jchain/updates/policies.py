@@ -22,6 +22,7 @@ from jchain.bank import Bank
 from jchain.chain import PADDING, ChainsLike
 from jchain.data import Batch
 from jchain.problem import Problem
+from jchain.search import driver
 from jchain.search.pool import Pool
 from jchain.search.protocol import Search
 from jchain.search.result import BudgetError, Result, RunState
@@ -92,6 +93,44 @@ class UpdatePolicy:
             RunArguments(key, search, problem, train, budget, num_finalists, progress, rows)
         )
 
+    def check_budget(
+        self,
+        key: Key[Array, ""],
+        search: Search,
+        problem: Problem,
+        train: Batch,
+        *,
+        budget: int,
+        num_finalists: int = 16,
+        starts: ChainsLike | Literal["parents"] | None = "parents",
+    ) -> None:
+        """Check that a budget pays for the first step of `run`.
+
+        The bank may have any weights, so this can be checked before it is trained.
+
+        Args:
+          key: the PRNG key that `run` will be given.
+          search: the search and its hyperparameters.
+          problem: the problem to solve.
+          train: the split that gradients are taken on.
+          budget: as for `run`.
+          num_finalists: as for `run`.
+          starts: as for `run`.
+
+        Raises:
+          ValueError: as for `run`.
+        """
+        rows = list_starts(problem, starts)
+        self.check(RunArguments(key, search, problem, train, budget, num_finalists, False, rows))
+
+    def check(self, args: RunArguments) -> None:
+        """Check the budget; `check_budget` calls this method.
+
+        Args:
+          args: the arguments of `check_budget`, under the same names.
+        """
+        check_search_budget(args, args.key, args.budget)
+
     def apply(self, args: RunArguments) -> Outcome:
         """Search and update weights; `run` calls this method, which each policy defines.
 
@@ -99,6 +138,24 @@ class UpdatePolicy:
           args: the arguments of `run`, under the same names.
         """
         raise NotImplementedError
+
+
+def check_search_budget(args: RunArguments, key: Key[Array, ""], budget: int) -> None:
+    """Check that a budget pays for the first step of a search without updates.
+
+    Args:
+      args: the arguments of the policy.
+      key: the PRNG key of the search.
+      budget: number of layer calls that the search may cost.
+    """
+    driver.check_budget(
+        key,
+        args.search,
+        args.problem,
+        budget=budget,
+        num_finalists=args.num_finalists,
+        starts=args.starts,
+    )
 
 
 def make_training_problem(problem: Problem, train: Batch) -> Problem:
@@ -180,7 +237,8 @@ def mention_reserved_calls(reserved: int, budget: int) -> Iterator[None]:
     try:
         yield
     except BudgetError as error:
-        raise BudgetError(error.cost, budget, reserved) from None
+        purpose = "gradient steps and the starts" if error.reserved else "gradient steps"
+        raise BudgetError(error.cost, budget, reserved + error.reserved, purpose) from None
 
 
 def resume_run(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jchain._typing import Array, Int, PyTree
+from jchain._typing import Array, Int, Key, PyTree
 from jchain.bank import Bank
 from jchain.chain import PADDING, count_layers
 from jchain.problem import Problem
@@ -33,6 +33,19 @@ from jchain.updates.policies import (
 
 class RefreshableSearch(Search, Refreshable, Protocol):
     """A search that can continue under changed weights."""
+
+
+class _Begun(NamedTuple):
+    """What the first round needs."""
+
+    key: Key[Array, ""]
+    run_key: Key[Array, ""]  # of the last part
+    search: RefreshableSearch
+    bank: Bank  # the bank before any update, in float32
+    problem: Problem
+    training: Problem
+    carry: tuple[PyTree, tune.State]  # the states of the search and of the training
+    start_calls: int  # the cost of the starts
 
 
 class _Training(NamedTuple):
@@ -69,7 +82,40 @@ class SharedUpdates(UpdatePolicy):
         if not 0 < self.final_share < 1:
             raise ValueError(f"expected a final_share above 0 and below 1, got {self.final_share}")
 
+    def check(self, args: RunArguments) -> None:
+        begun = self._begin(args)
+        _, _, calls, length, _ = _train_round(
+            self,
+            jax.random.split(begun.key)[1],
+            begun.carry,
+            begun.search,
+            begun.problem,
+            begun.training,
+        )
+        cost = tuning_cost(args.problem, args.train, np.asarray(length))
+        total, step_calls = int(sum(calls)) + cost, int(calls[0])
+        if total > 0 and begun.start_calls + total > self._limit(args.budget, step_calls):
+            raise self._make_error(args.budget, total, step_calls)
+
     def apply(self, args: RunArguments) -> Outcome:
+        begun = self._begin(args)
+        search, problem = begun.search, begun.problem
+        with Progress(args.budget, is_shown=args.progress) as line:
+            trained = self._train(begun, args, line)
+            final = problem.with_bank(trained.tuning.bank)
+            runs = init_runs(begun.run_key[None], search, final, args.num_finalists)
+            pool = jax.tree.map(lambda leaf: leaf[0], runs.stats.pool)
+            runs = resume_run(
+                runs, trained.state, pool, trained.layer_calls, *trained.counts.tolist()
+            )
+            stop = StopRule(np.int32(args.budget), np.float32(-np.inf))
+            runs, trace = advance_runs(runs, search, final, stop, line)
+        result = make_results(runs, trace, args.budget, final)[0]
+        bank = _update_bank(begun.bank, args.problem.bank, trained.tuning.bank)
+        return Outcome(bank, result, trained.update_calls)
+
+    def _begin(self, args: RunArguments) -> _Begun:
+        """Check the arguments, and return what the first round needs."""
         search = args.search
         if not isinstance(search, Refreshable):
             raise ValueError(
@@ -87,31 +133,11 @@ class SharedUpdates(UpdatePolicy):
             state, calls = _refresh(search, state, problem, jnp.asarray(args.starts))
             start_calls = int(calls)
         carry = (state, tune.start(start, self.optimizer))
-        with Progress(args.budget, is_shown=args.progress) as line:
-            trained = self._train(key, carry, start_calls, args, problem, training, line)
-            final = problem.with_bank(trained.tuning.bank)
-            runs = init_runs(run_key[None], search, final, args.num_finalists)
-            pool = jax.tree.map(lambda leaf: leaf[0], runs.stats.pool)
-            runs = resume_run(
-                runs, trained.state, pool, trained.layer_calls, *trained.counts.tolist()
-            )
-            stop = StopRule(np.int32(args.budget), np.float32(-np.inf))
-            runs, trace = advance_runs(runs, search, final, stop, line)
-        result = make_results(runs, trace, args.budget, final)[0]
-        bank = _update_bank(bank, args.problem.bank, trained.tuning.bank)
-        return Outcome(bank, result, trained.update_calls)
+        return _Begun(key, run_key, search, bank, problem, training, carry, start_calls)
 
-    def _train(
-        self,
-        key: Array,
-        carry: tuple[PyTree, tune.State],
-        start_calls: int,
-        args: RunArguments,
-        problem: Problem,
-        training: Problem,
-        line: Progress,
-    ) -> _Training:
+    def _train(self, begun: _Begun, args: RunArguments, line: Progress) -> _Training:
         """Alternate steps of the search and gradient steps until the last part of the budget."""
+        key, carry, start_calls = begun.key, begun.carry, begun.start_calls
         layer_calls = start_calls
         update_calls = num_free = total = step_calls = 0
         best, counts = np.inf, np.zeros(2, np.int32)
@@ -119,26 +145,31 @@ class SharedUpdates(UpdatePolicy):
         while num_free < MAX_FREE_STEPS:
             key, round_key = jax.random.split(key)
             new, lowest, calls, length, scored = _train_round(
-                self, round_key, carry, args.search, problem, training
+                self, round_key, carry, begun.search, begun.problem, begun.training
             )
             cost = tuning_cost(args.problem, args.train, np.asarray(length))
             total, step_calls = int(sum(calls)) + cost, max(step_calls, int(calls[0]))
-            # Keep enough of the budget for one step in the last part.
-            limit = min((1 - self.final_share) * args.budget, args.budget - step_calls)
-            if layer_calls + total > limit:
+            if layer_calls + total > self._limit(args.budget, step_calls):
                 break
             carry, best, counts = new, min(best, float(lowest)), counts + np.asarray(scored)
             layer_calls, update_calls = layer_calls + total, update_calls + cost
             num_free = 0 if total else num_free + 1
             line.update(layer_calls, best)
         if layer_calls == start_calls and num_free == 0:
-            raise ValueError(
-                f"expected a budget whose first {1 - self.final_share:.0%} pay for a step of the "
-                f"search and its gradient steps ({total} layer calls) and whose rest pays for "
-                f"another step ({step_calls} layer calls), got {args.budget}"
-            )
+            raise self._make_error(args.budget, total, step_calls)
         state, tuning = carry
         return _Training(state, tuning, layer_calls, update_calls, counts)
+
+    def _limit(self, budget: int, step_calls: int) -> float:
+        """Return the layer calls before the last part, which must pay for one step."""
+        return float(min((1 - self.final_share) * budget, budget - step_calls))
+
+    def _make_error(self, budget: int, total: int, step_calls: int) -> ValueError:
+        return ValueError(
+            f"expected a budget whose first {1 - self.final_share:.0%} pay for a step of the "
+            f"search and its gradient steps ({total} layer calls) and whose rest pays for "
+            f"another step ({step_calls} layer calls), got {budget}"
+        )
 
 
 def _update_bank(bank: Bank, old: Bank, trained: Bank) -> Bank:

@@ -17,6 +17,7 @@ from jchain.updates.policies import (
     RunArguments,
     UpdatePolicy,
     check_budget,
+    check_search_budget,
     count_chain_layers,
     make_training_problem,
     mention_reserved_calls,
@@ -44,11 +45,21 @@ class TuneFound(UpdatePolicy):
     def __post_init__(self) -> None:
         check_at_least_one(num_steps=self.num_steps)
 
+    def check(self, args: RunArguments) -> None:
+        reserved = self._reserve(args)
+        with mention_reserved_calls(reserved, args.budget):
+            check_search_budget(args, jax.random.split(args.key)[0], args.budget - reserved)
+
+    def _reserve(self, args: RunArguments) -> int:
+        """Return the layer calls that are kept for gradient steps."""
+        reserved = reserve_for_tuning(args.problem, args.train, self.num_steps)
+        check_budget(args.budget, reserved)
+        return reserved
+
     def apply(self, args: RunArguments) -> Outcome:
         problem, train = args.problem, args.train
         training = make_training_problem(problem, train)
-        reserved = reserve_for_tuning(problem, train, self.num_steps)
-        check_budget(args.budget, reserved)
+        reserved = self._reserve(args)
         search_key, tune_key = jax.random.split(args.key)
         with mention_reserved_calls(reserved, args.budget):
             result = driver.run(

@@ -170,3 +170,15 @@ def test_bad_files_are_named_and_nothing_is_written(folder, tmp_path, capsys, op
     out = tmp_path / "out"
     assert message in fail(["search", *filled, "--out", str(out)], capsys)
     assert not out.exists()
+
+
+def test_a_small_budget_for_a_bank_file_leaves_no_folder(folder, tmp_path, capsys):
+    options = ["--bank-file", str(folder / "bank.safetensors"), "--data", str(folder / "iris.npz")]
+    options += ["--modules", str(folder / "mine.py"), "--search", "beam", "--seeds", "2"]
+    out = tmp_path / "new" / "out"
+    assert main(["search", *options, "--out", str(out), "--budget", "3"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(
+        "costs 2 layer calls here in addition to 2 for the starts, 4 in all, got 3"
+    )
+    assert list(tmp_path.iterdir()) == []

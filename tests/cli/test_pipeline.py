@@ -1,4 +1,5 @@
 import json
+import re
 import shlex
 
 import jax
@@ -42,11 +43,35 @@ def test_a_search_without_a_finite_loss_fails(tmp_path, capsys, monkeypatch):
     ("options", "message"),
     [
         (["--update", "found"], "more than the 1,545 layer calls of gradient steps, got 300"),
-        (["--budget", "3", "--search", "random"], "budget of at least one step"),
+        (["--budget", "3", "--search", "random"], "layer calls here, got 3"),
+        (
+            ["--budget", "3", "--search", "beam", "--seeds", "2", "--bank", "independent"],
+            "which costs 4 layer calls here in addition to 4 for the starts, 8 in all, got 3",
+        ),
     ],
 )
-def test_search_rejects_small_budgets(tmp_path, capsys, options, message):
+def test_small_budgets_are_rejected_before_anything_is_trained(
+    tmp_path, capsys, monkeypatch, options, message
+):
+    train = jc.train.train_weights
+
+    def only_trace(keys, *args):
+        assert isinstance(keys, jax.core.Tracer)
+        return train(keys, *args)
+
+    monkeypatch.setattr(jc.train, "train_weights", only_trace)
     check_bad_options(tmp_path, capsys, options, message)
+
+
+@pytest.mark.slow
+def test_the_budget_that_the_error_names_is_enough(tmp_path, capsys):
+    options = [*SMALL, "--search", "random", "--bank", "random", "--out", str(tmp_path / "out")]
+    assert main(["search", *options, "--budget", "3"]) == 2
+    least = int(re.findall(r"costs ([0-9]+) layer calls", capsys.readouterr().err)[0])
+    assert main(["search", *options, "--quick", "--budget", str(least - 1)]) == 2
+    assert main(["search", *options, "--quick", "--budget", str(least)]) == 0
+    record = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert record["layer_calls"] == least
 
 
 def test_a_sweep_above_the_blocks_of_the_model_exits_with_2(models_folder, monkeypatch, capsys):

@@ -1,6 +1,10 @@
 """Evaluation of splits that are read in parts equals evaluation of the whole."""
 
 import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -123,3 +127,15 @@ def test_explain_plans_for_one_part(whole, problem):
     chains = whole.space.sample(jax.random.key(0), 8)
     assert jc.explain(problem, chains).num_bytes < jc.explain(whole, chains).num_bytes
     assert jc.explain(problem, chains).layer_calls == jc.explain(whole, chains).layer_calls
+
+
+@pytest.mark.slow
+def test_the_memory_is_bounded_by_the_part():
+    """50,000 examples with 784 features take 157 MB, and their activations as much again."""
+    script = str(Path(__file__).parents[2] / "benchmarks" / "parts.py")
+    peak = {}
+    for size in (0, 1000):  # 0 for the whole split
+        command = [sys.executable, script, str(size), "4"]
+        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        peak[size] = json.loads(out.splitlines()[-1])["peak"]
+    assert peak[1000] < 300e6 < peak[0]

@@ -10,8 +10,10 @@ from conftest import make_bank, make_batch
 from test_contract import SEARCHES
 
 import jchain as jc
+from jchain.search.driver import init_runs
 from jchain.search.protocol import Startable
-from jchain.search.starts import list_starts
+from jchain.search.result import StopRule
+from jchain.search.starts import begin_at, list_starts
 
 # These continue along the activations of prefixes of their own; starts are scored beside them.
 APART = ("BeamSearch", "MCTS", "SuffixBeamSearch")
@@ -163,3 +165,16 @@ def test_learners_learn_from_the_starts(problem, starts):
     agent = SEARCHES["ActorCritic"]
     state = agent.start(key, agent.init(key, problem), problem, starts, losses)
     np.testing.assert_array_equal(state.elite.chains[:3], starts[jnp.argsort(losses)])
+
+
+def test_a_run_from_starts_shares_the_compiled_steps_of_a_run_from_nothing(problem, starts):
+    search = SEARCHES["LocalSearch"]
+    runs = init_runs(jax.random.key(0)[None], search, problem, 4)
+    stop = StopRule(np.int32(100), np.float32(-np.inf))
+    began, _ = begin_at(runs, search, problem, starts, stop)
+    types = [
+        [(leaf.aval.str_short(), leaf.aval.weak_type) for leaf in jax.tree.leaves(each)]
+        for each in (runs, began)
+    ]
+    assert types[0] == types[1]
+    assert not any(is_weak for _, is_weak in types[0])

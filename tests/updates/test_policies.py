@@ -1,11 +1,12 @@
 """One contract for all update policies. A policy that jchain exports must be listed in POLICIES."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
-from policy_cases import AGENT, BUDGET, POLICIES, TRAIN, is_equal, run
+from policy_cases import AGENT, BUDGET, POLICIES, SEARCH, TRAIN, is_equal, run
 
 import jchain as jc
 from jchain import updates
@@ -144,3 +145,31 @@ def test_policies_begin_at_the_parents_of_the_bank(name, two_group_problem):
     loss = jc.evaluate(problem, chain).loss[0]
     assert (result.curve.layer_calls[0], result.curve.best_loss[0]) == (2, pytest.approx(loss))
     assert result.best_loss <= loss
+
+
+def test_a_budget_is_checked_on_a_bank_of_any_weights(policy, two_group_problem):
+    other = jax.tree.map(lambda leaf: leaf * 0.5, two_group_problem.bank)
+    problem = two_group_problem.with_bank(other)
+    search = AGENT if isinstance(policy, updates.SharedUpdates | updates.CloneThenTune) else SEARCH
+    check = partial(policy.check_budget, jax.random.key(0), search, problem, TRAIN)
+    check(budget=BUDGET)
+    reserved = {"TuneFound": 60, "CloneThenTune": 180}.get(type(policy).__name__, 0)
+    for budget in (3, reserved + 3):
+        with pytest.raises(ValueError, match=f"got {budget}$") as checked:
+            check(budget=budget)
+        with pytest.raises(ValueError, match=f"got {budget}$") as ran:
+            run(policy, two_group_problem, budget=budget)
+        assert str(checked.value) == str(ran.value)
+
+
+def test_the_least_budget_is_named_exactly(two_group_problem):
+    policy = POLICIES["Frozen"]
+    check = partial(policy.check_budget, jax.random.key(0), SEARCH, two_group_problem, TRAIN)
+    starts = [[0, 1, 5], [2, 5]]
+    with pytest.raises(jc.BudgetError, match="in addition to 3 for the starts") as error:
+        check(budget=3, starts=starts)
+    least = error.value.cost + error.value.reserved
+    assert f"{least} in all, got 3" in str(error.value)
+    check(budget=least, starts=starts)
+    with pytest.raises(jc.BudgetError):
+        check(budget=least - 1, starts=starts)
