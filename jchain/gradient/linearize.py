@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jchain import env
 from jchain._typing import Activations, Array, Bool, Float, Int, PyTree, Shaped
 from jchain.bank import Bank
-from jchain.chain import ChainsLike, validate
+from jchain.chain import ChainsLike
 from jchain.engine.layer_calls import apply_token
 from jchain.groups import LayerGroup
 from jchain.problem import Problem
@@ -51,7 +51,7 @@ def check_chain(problem: Problem, chain: ChainsLike) -> Int[Array, "L"]:
         `max_layers + 1`.
     """
     if is_concrete(chain):
-        chain = validate(chain, problem.bank.num_layers, problem.bank.num_heads)
+        chain = problem.bank.validate(chain)
     tokens = jnp.asarray(chain)
     if tokens.shape != (problem.max_layers + 1,):
         raise ValueError(
