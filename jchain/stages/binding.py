@@ -8,7 +8,7 @@ whose layers keep one shape works on this one.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import jax
 
@@ -26,6 +26,7 @@ from jchain.pytree import pick
 from jchain.stages.table import StageTable
 
 
+@runtime_checkable
 class _Bank(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 

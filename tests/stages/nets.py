@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import jchain as jc
@@ -91,5 +92,5 @@ def make_bank(seed=0, **kwargs):
 def make_batch(num_examples=6, seed=1):
     """Make images and labels."""
     rng = np.random.default_rng(seed)
-    x = rng.normal(size=(num_examples, 8, 8, 1)).astype(np.float32)
-    return jc.Batch(x, rng.integers(0, 3, num_examples))
+    x = jnp.asarray(rng.normal(size=(num_examples, 8, 8, 1)), jnp.float32)
+    return jc.Batch(x, jnp.asarray(rng.integers(0, 3, num_examples)))
