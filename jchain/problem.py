@@ -353,8 +353,7 @@ class Problem:
         shape = (*prefixes.shape[:-1], self.bank.num_heads)
         penalty = jnp.broadcast_to(self.layer_penalty(prefixes)[..., None], shape)
         if (stages := self.bank.stages) is not None:
-            is_read = stages.reached(prefixes)[..., None] == jnp.asarray(stages.heads)
-            penalty = jnp.where(is_read, penalty, jnp.inf)
+            penalty = jnp.where(stages.get_fitting_heads(prefixes), penalty, jnp.inf)
         if self.max_cost is None:
             return penalty
         heads = jnp.broadcast_to(self.token_cost[self.bank.num_layers :], shape)

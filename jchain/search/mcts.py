@@ -121,7 +121,7 @@ def _value(problem: Problem, node: Node) -> Float[Array, ""]:
     value = -jnp.min(jnp.where(jnp.isfinite(node.loss), node.loss, 1e6))
     if (stages := problem.bank.stages) is None:
         return value
-    has_head = (jnp.asarray(stages.heads) == stages.reached(node.state.chain)).any()
+    has_head = stages.get_fitting_heads(node.state.chain).any()
     return jnp.where(has_head, value, 0.0)
 
 

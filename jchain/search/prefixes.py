@@ -46,7 +46,7 @@ def rank_prefixes(
     """
     if (stages := problem.bank.stages) is None:
         return loss
-    has_head = (stages.reached(prefixes)[:, None] == jnp.asarray(stages.heads)).any(axis=1)
+    has_head = stages.get_fitting_heads(prefixes).any(axis=1)
     scores = jnp.where(has_head, loss, unknown)
     return jnp.where(env.can_continue(problem, prefixes), scores, jnp.inf)
 

@@ -211,6 +211,7 @@ def index_chains(
             earlier[num_left, token] = min(so_far[read], 2**31 - 1)
             if (num_left == 0) == (write < 0):
                 so_far[read] += counts[num_left - 1][write] if num_left else 1
-    num_left = length[..., None] - jnp.arange(max_layers + 1)
+    slots = jnp.arange(max_layers + 1).reshape(*(1 for _ in length.shape), -1)
+    num_left = length[..., None] - slots
     at_slot = jnp.asarray(earlier)[jnp.maximum(num_left, 0), jnp.maximum(chains, 0)]
     return jnp.asarray(shorter)[length] + jnp.where(num_left >= 0, at_slot, 0).sum(axis=-1)

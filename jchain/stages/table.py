@@ -89,11 +89,17 @@ class StageTable:
         Args:
           token: the token of the layer, or of several, `[...]`.
         """
-        num_layers = len(self.layers)
-        reads, writes, token = *map(jnp.asarray, (self.reads, self.writes)), jnp.maximum(token, 0)
-        return (reads[:num_layers] == reads[token][..., None]) & (
-            writes[:num_layers] == writes[token][..., None]
-        )
+        read, write = jnp.asarray(self.reads)[token], jnp.asarray(self.writes)[token]
+        return jnp.stack([(read == own[0]) & (write == own[1]) for own in self.layers], axis=-1)
+
+    def get_fitting_heads(self, prefixes: Int[Array, "*P L"]) -> Bool[Array, "*P K"]:
+        """Return which heads read the stage that each prefix has reached.
+
+        Args:
+          prefixes: int32 `[..., L]`; the tokens of each prefix, padded with -1.
+        """
+        stage = self.reached(prefixes)
+        return jnp.stack([stage == head for head in self.heads], axis=-1)
 
     def get_legal_edits(self, chain: Int[Array, "L"]) -> LegalEdits:
         """Return which edits of a legal chain give a legal chain.
@@ -101,14 +107,12 @@ class StageTable:
         Args:
           chain: int32 `[L]`; the tokens of the chain. Entries after the head are undefined.
         """
-        num_layers, stage = len(self.layers), self.follow(chain)[:, None]
-        reads, writes = jnp.asarray(self.reads), jnp.asarray(self.writes)
-        token = jnp.maximum(chain, 0)
+        token, stage = jnp.maximum(chain, 0), self.follow(chain)
         return LegalEdits(
-            self.can_swap(chain),
-            (reads[None, :num_layers] == stage) & (writes[None, :num_layers] == stage),
-            reads[token] == writes[token],
-            reads[num_layers:] == self.reached(chain),
+            self.can_swap(token),
+            jnp.stack([(stage == read) & (stage == write) for read, write in self.layers], axis=-1),
+            jnp.asarray(self.reads)[token] == jnp.asarray(self.writes)[token],
+            self.get_fitting_heads(chain),
         )
 
     def check(self, rows: Int[np.ndarray, "P L"]) -> None:

@@ -186,7 +186,11 @@ WRONG = [
         {"head_stages": 2},
         r"from stage 0 to stage 3, which layer5 \(Block\(\)\), token 5, reads, got none",
     ),
-    (nets.STAGES, {"parents": [[0, 4, 7]]}, "layer 4 'layer4' reads stage 1, got stage 0 at slot 1"),
+    (
+        nets.STAGES,
+        {"parents": [[0, 4, 7]]},
+        "layer 4 'layer4' reads stage 1, got stage 0 at slot 1",
+    ),
 ]
 
 
