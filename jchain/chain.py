@@ -166,7 +166,9 @@ class ChainSpace:
 
         chains = jnp.concatenate([swaps, head_swaps, inserts, deletes]).astype(chain.dtype)
         is_neighbor = jnp.concatenate([is_swap, is_head_swap, is_insert, is_delete])
-        return chains, is_neighbor & self.follows_stages(chains)
+        if self.stages is not None:
+            is_neighbor &= self.stages.is_legal(chains)
+        return chains, is_neighbor
 
     def contains(self, chains: Int[Array, "*P L"]) -> Bool[Array, "*P"]:
         """Return whether each row is a chain of the space. Can be jitted, unlike `validate`.
@@ -182,18 +184,8 @@ class ChainSpace:
         has_head = (is_head & is_reached).any(axis=-1)
         is_padded = ((chains == PADDING) | is_reached).all(axis=-1)
         length = is_leading.sum(axis=-1)
-        is_allowed = (length >= self.min_layers) & (length <= self.max_layers)
-        return has_head & is_padded & is_allowed & self.follows_stages(chains)
-
-    def follows_stages(self, chains: Int[Array, "*P L"]) -> Bool[Array, "*P"]:
-        """Return whether each token reads the stage before it; True without stages.
-
-        Args:
-          chains: int32 `[..., L]`; the tokens of each chain, or of each prefix, padded with -1.
-        """
-        if self.stages is None:
-            return jnp.ones(chains.shape[:-1], bool)
-        return self.stages.is_legal(chains)
+        is_chain = has_head & is_padded & (length >= self.min_layers) & (length <= self.max_layers)
+        return is_chain if self.stages is None else is_chain & self.stages.is_legal(chains)
 
     def index(self, chains: Int[Array, "*P L"]) -> Int[Array, "*P"]:
         """Return the index of each chain among all chains of up to `max_layers` layers.

@@ -122,8 +122,13 @@ def evaluate_actions(
         return policy.advance(carry, t, jnp.maximum(token, 0), after), out
 
     after = jnp.concatenate([features[1:], features[-1:]])
-    costs, stages = env.prefix_costs(problem, chain), env.prefix_stages(problem, chain)
-    slots = (jnp.arange(chain.shape[0]), chain, after, costs, stages)
+    slots = (
+        jnp.arange(chain.shape[0]),
+        chain,
+        after,
+        env.prefix_costs(problem, chain),
+        env.prefix_stages(problem, chain),
+    )
     return jax.lax.scan(act, policy.init_carry(features[0]), slots)[1]
 
 

@@ -99,9 +99,7 @@ class BeamSearch:
             penalty = problem.head_penalties(children)
             loss = jax.vmap(lambda h: env.head_losses(problem, h))(outputs) + penalty
             loss = loss.astype(jnp.float32)
-            best = jnp.where(jnp.isfinite(loss), loss, jnp.inf).min(axis=1)
-            score = rank_prefixes(problem, children, best, _UNKNOWN)
-            return self._insert(state, children, outputs, score), loss
+            return self._insert(state, problem, children, outputs, loss), loss
 
         def skip(state: State) -> tuple[State, Array]:
             return state, jnp.full((num_layers, num_heads), jnp.inf, jnp.float32)
@@ -114,13 +112,17 @@ class BeamSearch:
         layer_calls = jnp.where(should_extend, count_extensions(problem, prefix), 0)
         return self._advance(state, problem), Info(chains, loss, layer_calls)
 
-    def _insert(self, state: State, children: Array, hidden: PyTree, best: Array) -> State:
+    def _insert(
+        self, state: State, problem: Problem, children: Array, hidden: PyTree, loss: Array
+    ) -> State:
         """Insert the children one by one; each evicts the worst child so far if it is better.
 
         Children are ranked by their best head, even if they have fewer than `min_layers` layers.
         With stages, those that no head fits come after the others, and first come, first kept.
         """
         new = 1 - state.generation
+        best = jnp.where(jnp.isfinite(loss), loss, jnp.inf).min(axis=1)
+        best = rank_prefixes(problem, children, best, _UNKNOWN)
 
         def insert(i: Array, kept: tuple[Array, PyTree, Array]) -> tuple[Array, PyTree, Array]:
             kept_loss = kept[-1]

@@ -190,8 +190,9 @@ class CriticSearch:
         should_extend = is_open & (length < problem.max_layers)
         hidden, num_recomputed = _recompute(state, problem, parent.chains, length)
         children = _observe_children(self.observe, problem, parent.chains, hidden, length)
-        features = _average_features(problem, children)
-        mean_features = jnp.where(length == 0, features, state.mean_features)
+        mean_features = jnp.where(
+            length == 0, _average_features(problem, children), state.mean_features
+        )
         candidates = self._make_candidates(problem, parent, children, mean_features, length + 1)
 
         is_last = length + 1 >= problem.max_layers
@@ -352,9 +353,9 @@ def _observe_children(
 
 def _average_features(problem: Problem, children: _Children) -> Float[Array, "F"]:
     """Average the features of the children, without those that do not follow the stages."""
-    if problem.bank.stages is None:
+    if (stages := problem.bank.stages) is None:
         return children.features.mean(axis=0)
-    is_legal = problem.space.follows_stages(children.chains)[:, None]
+    is_legal = stages.is_legal(children.chains)[:, None]
     total = jnp.where(is_legal, children.features, 0.0).sum(axis=0)
     return total / jnp.maximum(is_legal.sum(), 1)
 

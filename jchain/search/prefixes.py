@@ -87,9 +87,8 @@ def end_prefixes(
     """
     chains = jax.vmap(lambda prefix, t: env.append_heads(problem, prefix, t))(prefixes, length)
     chains = jnp.where(is_scored[:, None, None], chains, PADDING)
-    if problem.bank.stages is not None:
-        is_legal = problem.space.follows_stages(chains)
-        chains = jnp.where(is_legal[..., None], chains, PADDING)
+    if (stages := problem.bank.stages) is not None:
+        chains = jnp.where(stages.is_legal(chains)[..., None], chains, PADDING)
     loss = jnp.where(is_scored[:, None] & jnp.isfinite(loss), loss, jnp.inf)
     return chains.reshape(-1, prefixes.shape[1]), loss.reshape(-1)
 
