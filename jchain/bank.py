@@ -15,18 +15,21 @@ from jchain._typing import Activations, Array, Int, PyTree
 from jchain.groups import (
     LayerGroup,
     add_copies,
-    check_input_shape,
     check_same_stem,
     describe_groups,
     group_by_module,
     merge_groups,
+    move_tokens,
     put,
 )
 from jchain.modules import Module, apply_module, convert, describe_module, split_variables
 from jchain.modules.pickling import Picklable
 from jchain.pytree import pytree_dataclass, static
+from jchain.stages.binding import check_input_shape, get_last_stage, make_table, unbind
+from jchain.stages.table import StageTable
 from jchain.tokens import (
     check_names,
+    check_replacement,
     check_tokens,
     complete_names,
     concat_names,
@@ -34,6 +37,7 @@ from jchain.tokens import (
     move_chains,
     renumber,
     replace_words,
+    spare_words,
 )
 
 
@@ -84,6 +88,11 @@ class Bank(Picklable):
         """The number of head tokens, K."""
         return sum(len(group.tokens) for group in self.heads)
 
+    @property
+    def stages(self) -> StageTable | None:
+        """The stage that each layer and head reads and writes; None for a bank without stages."""
+        return make_table(self.layers, self.heads, self.names)
+
     def embed(self, x: Activations) -> PyTree:
         """Apply the stem to raw input, which gives the input of the first layer of a chain.
 
@@ -117,7 +126,7 @@ class Bank(Picklable):
         Raises:
           ValueError: if a chain is invalid; see `jchain.chain.validate`.
         """
-        return chain_lib.validate(chains, self.num_layers, self.num_heads)
+        return chain_lib.validate(chains, self.num_layers, self.num_heads, stages=self.stages)
 
     @staticmethod
     def stack(
@@ -133,6 +142,8 @@ class Bank(Picklable):
         origins: Sequence[str] | None = None,
         parents: Sequence[Sequence[int]] = (),
         num_steps: int = 0,
+        stages: object = None,
+        head_stages: object = None,
     ) -> "Bank":
         """Build a bank from your own weights.
 
@@ -148,24 +159,28 @@ class Bank(Picklable):
           head_params: for each head, as for layers.
           stem: fixed module that maps raw input to the layers' input; None for the identity.
           stem_params: as for a layer.
-          input_shape: the shape of the first layer's input, without the batch dimension, to check
+          input_shape: the shape of the first layer's input without the batch dimension, to check
             the layers at once. If layers map a pytree of arrays, a pytree of shapes, or of
-            `jax.ShapeDtypeStruct` for arrays that are not float32, also without the batch
-            dimension. None leaves the check to `Problem`, which has data.
+            `jax.ShapeDtypeStruct` for arrays that are not float32. None leaves the check to
+            `Problem`, which has data.
           names: names of layers, or of layers and heads; `layer0`, ..., `head0`, ... by default.
           origins: for each layer and head, a few words about where its weights come from.
           parents: the nets that the layers come from, each as a chain: layer tokens, then a head.
           num_steps: number of gradient steps that trained the weights.
+          stages: for layers of different shapes, the stage that a layer reads and the stage that it
+            writes: one pair for all layers, or a list of one pair per layer. The stem writes 0.
+          head_stages: the stage that heads read: one number for all heads, or a list of one number
+            per head; the last stage by default.
 
         Raises:
           ValueError: if there is no layer or no head, a module is of another kind, modules and
-            params differ in number, params do not stack, names are duplicated or missing, a parent
-            is not a chain, or, with `input_shape`, a layer changes the shape or needs collections
-            that are not given.
+            params differ in number, params do not stack, names are duplicated or missing, stages
+            are invalid, a parent is not a chain, or `input_shape` does not fit the layers.
         """
-        layers = group_by_module(layer, layer_params, "layer", 0)
+        layers = group_by_module(layer, layer_params, "layer", 0, stages)
         num_layers = sum(len(group.tokens) for group in layers)
-        heads = group_by_module(head, head_params, "head", num_layers)
+        head_stages = get_last_stage(layers) if head_stages is None else head_stages
+        heads = group_by_module(head, head_params, "head", num_layers, head_stages)
         num_heads = sum(len(group.tokens) for group in heads)
         if stem is not None:
             stem, *trees = convert(stem, stem_params, "stem")
@@ -182,7 +197,7 @@ class Bank(Picklable):
         )
         bank._check()
         if input_shape is not None:
-            check_input_shape(bank.layers, input_shape, bank.names)
+            check_input_shape(bank.layers, bank.heads, input_shape, bank.names)
         return bank
 
     @staticmethod
@@ -199,16 +214,15 @@ class Bank(Picklable):
         """
         if len(banks) == 0:
             raise ValueError("empty bank: expected at least one bank to concatenate, got none")
+        banks = [unbind(bank) for bank in banks]
         check_same_stem([(bank.stem, bank.stem_params) for bank in banks])
         num_layers = [bank.num_layers for bank in banks]
         new_tokens = renumber(num_layers, [bank.num_heads for bank in banks])
         pairs = list(zip(banks, new_tokens, strict=True))
         versions = None
         if any(bank.versions is not None for bank in banks):
-            versions = jnp.concatenate(
-                [bank.get_versions()[: bank.num_layers] for bank in banks]
-                + [bank.get_versions()[bank.num_layers :] for bank in banks]
-            )
+            given = [(bank.get_versions(), bank.num_layers) for bank in banks]
+            versions = jnp.concatenate([v[:n] for v, n in given] + [v[n:] for v, n in given])
         joined = Bank(
             layers=merge_groups([(group, new) for bank, new in pairs for group in bank.layers]),
             heads=merge_groups([(group, new) for bank, new in pairs for group in bank.heads]),
@@ -275,20 +289,11 @@ class Bank(Picklable):
             add_copies(group, range(num_layers + i * num, num_layers + (i + 1) * num))
             for i, group in enumerate(self.layers)
         )
-        heads = tuple(
-            dataclasses.replace(group, tokens=tuple(token + num_new for token in group.tokens))
-            for group in self.heads
-        )
-        names, origins = self.names, self.origins
-        if names:
-            new_names = [f"spare{num_layers + i}" for i in range(num_new)]
-            new_origins = [f"free, a copy of {names[token]}" for token in copied]
-            names = (*names[:num_layers], *new_names, *names[num_layers:])
-            origins = (*origins[:num_layers], *new_origins, *origins[num_layers:])
+        names, origins = spare_words(self.names, self.origins, num_layers, copied)
         bank = dataclasses.replace(
             self,
             layers=layers,
-            heads=heads,
+            heads=move_tokens(self.heads, num_new),
             names=names,
             origins=origins,
             parents=tuple((*parent[:-1], parent[-1] + num_new) for parent in self.parents),
@@ -320,12 +325,7 @@ class Bank(Picklable):
             number from the tokens; a name is already in use; or params differ in structure, shape,
             or dtype from those that they replace.
         """
-        total = self.num_layers + self.num_heads
-        if len(set(tokens)) != len(tokens) or not all(0 <= token < total for token in tokens):
-            raise ValueError(f"expected different tokens in 0..{total - 1}, got {[*tokens]}")
-        for given, kind in ((params, "params"), (names, "names"), (origins, "origins")):
-            if given is not None and len(given) != len(tokens):
-                raise ValueError(f"expected {kind} for {len(tokens)} tokens, got {len(given)}")
+        check_replacement(tokens, self.num_layers + self.num_heads, params, names, origins)
         bank = self
         for token, tree in zip(tokens, params, strict=True):
             group, _ = bank.find(token)
@@ -395,11 +395,12 @@ class Bank(Picklable):
           ValueError: if a module's fields or params cannot be written, or a function has no name by
             which it can be imported.
         """
-        layers, layer_params = files.encode_groups(self.layers)
-        heads, head_params = files.encode_groups(self.heads)
+        bare = unbind(self)
+        layers, layer_params = files.encode_groups(bare.layers)
+        heads, head_params = files.encode_groups(bare.heads)
         structure, stem_params = files.encode_tree(self.stem_params or {}, "the stem")
         header = {
-            "stem": None if self.stem is None else files.encode_module(self.stem),
+            "stem": None if bare.stem is None else files.encode_module(bare.stem),
             **({} if structure is None else {"stem_structure": structure}),
             "names": self.names,
             "origins": self.origins,

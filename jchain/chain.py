@@ -6,7 +6,7 @@ chains that they allow.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 
 import jax
@@ -15,6 +15,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jchain._typing import Array, Bool, Int, Key
+from jchain.stages import legal_chains
+from jchain.stages.table import StageTable
 
 PADDING = -1
 
@@ -33,17 +35,23 @@ class ChainSpace:
       num_heads: number of heads in the bank, K.
       max_layers: maximum number of layers in a chain; chains have `L = max_layers + 1` slots.
       min_layers: minimum number of layers in a chain.
+      stages: the stages that layers and heads read and write, which chains must follow; None for a
+        bank without stages.
     """
 
     num_layers: int
     num_heads: int
     max_layers: int
     min_layers: int = 0
+    stages: StageTable | None = None
 
     @property
     def num_chains(self) -> int:
         """The number of chains in the space."""
         depths = range(self.min_layers, self.max_layers + 1)
+        if self.stages is not None:
+            counts = legal_chains.count_completions(self.stages, self.max_layers)
+            return sum(counts[depth][0] for depth in depths)
         return self.num_heads * sum(self.num_layers**depth for depth in depths)
 
     @property
@@ -53,7 +61,10 @@ class ChainSpace:
 
     @property
     def head_alone(self) -> Int[Array, "L"]:
-        """The chain that has no layers, only the first head, and so costs no layer call."""
+        """The chain that has no layers, only the first head, and so costs no layer call.
+
+        It fills rows whose loss is not used. It is illegal if this head reads a later stage.
+        """
         return jnp.full(self.max_layers + 1, PADDING, jnp.int32).at[0].set(self.num_layers)
 
     def count_layers(self, chains: Int[Array, "*P L"]) -> Int[Array, "*P"]:
@@ -73,6 +84,10 @@ class ChainSpace:
           key: the PRNG key; consumed by this call.
           num_chains: number of chains to draw, P.
         """
+        if self.stages is not None:
+            return legal_chains.sample_chains(
+                key, self.stages, self.min_layers, self.max_layers, num_chains
+            )
         length_key, layer_key, head_key = jax.random.split(key, 3)
         # P(depth) is proportional to N^depth; the number of heads cancels. Logarithms avoid the
         # overflow of N^depth.
@@ -95,6 +110,8 @@ class ChainSpace:
         Chains of the same length are in token order. A large space may not fit in memory, so check
         `num_chains` first.
         """
+        if self.stages is not None:
+            return legal_chains.enumerate_chains(self.stages, self.min_layers, self.max_layers)
         blocks = []
         for depth in range(self.min_layers, self.max_layers + 1):
             number = np.arange(self.num_layers**depth * self.num_heads)
@@ -149,7 +166,10 @@ class ChainSpace:
         is_delete = (gap < length) & (length > self.min_layers) & ~is_repeat
 
         chains = jnp.concatenate([swaps, head_swaps, inserts, deletes]).astype(chain.dtype)
-        return chains, jnp.concatenate([is_swap, is_head_swap, is_insert, is_delete])
+        is_neighbor = jnp.concatenate([is_swap, is_head_swap, is_insert, is_delete])
+        if self.stages is not None:
+            is_neighbor &= self.stages.is_legal(chains)
+        return chains, is_neighbor
 
     def contains(self, chains: Int[Array, "*P L"]) -> Bool[Array, "*P"]:
         """Return whether each row is a chain of the space. Can be jitted, unlike `validate`.
@@ -165,13 +185,14 @@ class ChainSpace:
         has_head = (is_head & is_reached).any(axis=-1)
         is_padded = ((chains == PADDING) | is_reached).all(axis=-1)
         length = is_leading.sum(axis=-1)
-        return has_head & is_padded & (length >= self.min_layers) & (length <= self.max_layers)
+        is_chain = has_head & is_padded & (length >= self.min_layers) & (length <= self.max_layers)
+        return is_chain if self.stages is None else is_chain & self.stages.is_legal(chains)
 
     def index(self, chains: Int[Array, "*P L"]) -> Int[Array, "*P"]:
         """Return the index of each chain among all chains of up to `max_layers` layers.
 
         This is the chain's row in `enumerate` of a space whose `min_layers` is 0. The `min_layers`
-        of this space is ignored.
+        of this space is ignored. The index of a chain that is not legal is undefined.
 
         Args:
           chains: int32 `[..., L]`; the tokens of each chain.
@@ -180,8 +201,11 @@ class ChainSpace:
           ValueError: if there are 2^31 chains or more, too many for a 32-bit index.
         """
         num_layers, num_heads, max_layers = self.num_layers, self.num_heads, self.max_layers
-        if (total := ChainSpace(num_layers, num_heads, max_layers).num_chains) >= 2**31:
+        if (total := replace(self, min_layers=0).num_chains) >= 2**31:
             raise ValueError(f"expected fewer than 2^31 chains, got {total:,}")
+        if self.stages is not None:
+            length = count_layers(chains, num_layers)
+            return legal_chains.index_chains(self.stages, max_layers, chains, length)
         spaces = [ChainSpace(num_layers, num_heads, depth) for depth in range(max_layers)]
         shorter = jnp.array([0, *(space.num_chains for space in spaces)])
         length = count_layers(chains, num_layers)
@@ -202,11 +226,15 @@ class ChainSpace:
         Raises:
           ValueError: if a chain is invalid; see `jchain.chain.validate`.
         """
-        return validate(chains, self.num_layers, self.num_heads, self.max_layers)
+        return validate(chains, self.num_layers, self.num_heads, self.max_layers, self.stages)
 
 
 def validate(
-    chains: ChainsLike, num_layers: int, num_heads: int, max_layers: int | None = None
+    chains: ChainsLike,
+    num_layers: int,
+    num_heads: int,
+    max_layers: int | None = None,
+    stages: StageTable | None = None,
 ) -> Int[np.ndarray, "*P L"]:
     """Check chains on the host and return them as an int32 array.
 
@@ -215,10 +243,12 @@ def validate(
       num_layers: number of layers in the bank, N.
       num_heads: number of heads in the bank, K.
       max_layers: maximum number of layers, so that `L` must be `max_layers + 1`; any `L` if None.
+      stages: the stages that chains must follow, if the bank has stages.
 
     Raises:
-      ValueError: if the tokens are not integers, have the wrong shape, are out of range, or are not
-        in this order: layers, one head, -1. The message names the first invalid chain.
+      ValueError: if the tokens are not integers, have the wrong shape, are out of range, are not in
+        this order: layers, one head, -1, or do not follow the stages. The message names the first
+        invalid chain.
     """
     array = np.asarray(_pad_lists(chains, max_layers))
     expected = "[P, L]" if max_layers is None else f"[P, {max_layers + 1}]"
@@ -232,6 +262,8 @@ def validate(
     rows = np.atleast_2d(array)
     _check_range(rows, num_layers, num_heads)
     _check_order(rows, num_layers)
+    if stages is not None:
+        stages.check(rows)
     return array.astype(np.int32)
 
 

@@ -17,6 +17,8 @@ from jchain.chain import PADDING
 from jchain.engine.layer_calls import apply_all, apply_token, evaluate_heads
 from jchain.problem import Problem
 from jchain.pytree import is_concrete, pick
+from jchain.stages.legal_chains import cheapest_rest, find_extensible, find_open
+from jchain.stages.table import StageTable
 
 
 class State(NamedTuple):
@@ -42,20 +44,32 @@ def reset(problem: Problem) -> State:
 
 
 def legal_actions(
-    problem: Problem, length: Int[Array, ""], cost: Float[Array, ""] | None = None
+    problem: Problem,
+    length: Int[Array, ""],
+    cost: Float[Array, ""] | None = None,
+    stage: Int[Array, ""] | None = None,
 ) -> Bool[Array, "E"]:
     """Return the mask `[N + K]` of tokens that may follow a prefix; True means allowed.
 
     Layers are allowed if the prefix has fewer than `max_layers` layers, and heads are allowed if it
     has at least `min_layers`. If the cost of the prefix is given, and the problem has a `max_cost`,
-    a token is allowed only if the prefix can then be completed within the limit. At least one token
-    is always allowed.
+    a token is allowed only if the prefix can then be completed within the limit. In a bank with
+    stages, a token is allowed only if it reads the stage that the prefix has reached, and if a head
+    can then be reached within `max_layers`. At least one token is always allowed.
 
     Args:
       problem: the problem, which defines the tokens and the allowed number of layers.
       length: number of layers in the prefix.
       cost: cost of the prefix, in the unit of `token_cost`; None to ignore the limit.
+      stage: the stage that the prefix has reached (see `next_stage`); None without stages.
+
+    Raises:
+      ValueError: if the bank has stages and `stage` is None.
     """
+    if (stages := problem.bank.stages) is not None:
+        if stage is None:
+            raise ValueError("expected the stage of the prefix for a bank with stages, got None")
+        return _legal_actions_in_stages(problem, stages, length, cost, stage)
     num_layers = problem.bank.num_layers
     tokens = jnp.arange(num_layers + problem.bank.num_heads)
     is_legal = jnp.where(
@@ -68,6 +82,89 @@ def legal_actions(
     rest = jnp.where(tokens < num_layers, num_missing * layers.min() + heads.min(), 0.0)
     total = jnp.where(is_legal, cost + problem.token_cost + rest, jnp.inf)
     return is_legal & (~problem.exceeds_limit(total) | (total == total.min()))
+
+
+def _legal_actions_in_stages(
+    problem: Problem, stages: StageTable, length: Array, cost: Array | None, stage: Array
+) -> Bool[Array, "E"]:
+    num_layers = problem.bank.num_layers
+    reads, writes = jnp.asarray(stages.reads), jnp.asarray(stages.writes)
+    is_layer = jnp.arange(reads.size) < num_layers
+    is_read = (reads == stage) & (is_layer | (length >= problem.min_layers))
+    after = jnp.minimum(length + 1, problem.max_layers + 1)
+    is_open = jnp.asarray(find_open(stages, problem.min_layers, problem.max_layers))
+    is_legal = is_read & (~is_layer | is_open[after, writes])
+    if problem.max_cost is not None and cost is not None:
+        costs = cheapest_rest(stages, problem.min_layers, problem.max_layers, problem.token_cost)
+        rest = jnp.where(is_layer, costs[after, writes], 0.0)
+        total = jnp.where(is_legal, cost + problem.token_cost + rest, jnp.inf)
+        is_legal &= ~problem.exceeds_limit(total) | (total == total.min())
+    # No token may follow a prefix that is not one of a chain of the space. Any will do there.
+    return is_legal | ~is_legal.any()
+
+
+def first_stage(problem: Problem) -> Int[Array, ""] | None:
+    """Return the stage of the empty prefix, which is 0; None for a bank without stages.
+
+    Args:
+      problem: the problem, whose bank may have stages.
+    """
+    return None if problem.bank.stages is None else jnp.zeros((), jnp.int32)
+
+
+def next_stage(
+    problem: Problem, stage: Int[Array, ""] | None, token: Int[Array, ""]
+) -> Int[Array, ""] | None:
+    """Return the stage that a prefix has reached after one more token.
+
+    Args:
+      problem: the problem, whose bank may have stages.
+      stage: the stage before the token; None for a bank without stages.
+      token: the token. A head or padding leaves the stage unchanged.
+    """
+    if (stages := problem.bank.stages) is None or stage is None:
+        return None
+    is_layer = (token >= 0) & (token < problem.bank.num_layers)
+    written = jnp.asarray(stages.writes, jnp.int32)[jnp.maximum(token, 0)]
+    return jnp.where(is_layer, written, stage)
+
+
+def prefix_stages(problem: Problem, chain: Int[Array, "L"]) -> Int[Array, "L"] | None:
+    """Return the stage before each token of a chain; None for a bank without stages.
+
+    Args:
+      problem: the problem, whose bank may have stages.
+      chain: int32 `[L]`; the tokens of the chain. Entries after the head are undefined.
+    """
+    stages = problem.bank.stages
+    return None if stages is None else stages.follow(chain)
+
+
+def reached_stage(problem: Problem, prefix: Int[Array, "L"]) -> Int[Array, ""] | None:
+    """Return the stage that a prefix has reached; None for a bank without stages.
+
+    Args:
+      problem: the problem, whose bank may have stages.
+      prefix: int32 `[L]`; the tokens of the prefix, padded with -1.
+    """
+    stages = problem.bank.stages
+    return None if stages is None else stages.reached(prefix)
+
+
+def can_continue(problem: Problem, prefixes: Int[Array, "*P L"]) -> Bool[Array, "*P"]:
+    """Return whether a layer may follow each prefix in some chain of the space.
+
+    Costs are ignored.
+
+    Args:
+      problem: the problem, which defines the space.
+      prefixes: int32 `[..., L]`; the tokens of each prefix, padded with -1.
+    """
+    length, stages = problem.space.count_layers(prefixes), problem.bank.stages
+    if stages is None:
+        return length < problem.max_layers
+    is_open = find_extensible(stages, problem.min_layers, problem.max_layers)
+    return jnp.asarray(is_open)[length, stages.reached(prefixes)] & stages.is_legal(prefixes)
 
 
 def prefix_costs(problem: Problem, chain: Int[Array, "L"]) -> Float[Array, "L"]:
@@ -146,18 +243,19 @@ def _redraw(key: Key[Array, ""], chain: Int[Array, "L"], problem: Problem) -> In
     is_layer = jnp.arange(num_layers + problem.bank.num_heads) < num_layers
 
     def draw(
-        carry: tuple[Array, Array], slot: tuple[Array, Array]
-    ) -> tuple[tuple[Array, Array], Array]:
-        cost, is_done = carry
+        carry: tuple[Array, Array | None, Array], slot: tuple[Array, Array]
+    ) -> tuple[tuple[Array, Array | None, Array], Array]:
+        cost, stage, is_done = carry
         t, key = slot
-        is_legal = legal_actions(problem, t, cost)
+        is_legal = legal_actions(problem, t, cost, stage)
         is_wanted = is_legal & jnp.where(t < wanted, is_layer, ~is_layer)
         logits = jnp.where(jnp.where(is_wanted.any(), is_wanted, is_legal), 0.0, -jnp.inf)
         token = jax.random.categorical(key, logits.astype(jnp.float32))
         token = jnp.where(is_done, PADDING, token).astype(jnp.int32)
-        return (add_cost(problem, cost, token), is_done | (token >= num_layers)), token
+        cost, stage = add_cost(problem, cost, token), next_stage(problem, stage, token)
+        return (cost, stage, is_done | (token >= num_layers)), token
 
-    start = (jnp.zeros((), jnp.float32), jnp.array(False))
+    start = (jnp.zeros((), jnp.float32), first_stage(problem), jnp.array(False))
     return jax.lax.scan(draw, start, (slots, jax.random.split(key, slots.size)))[1]
 
 
@@ -258,12 +356,16 @@ def head_losses(problem: Problem, hidden: Activations) -> Float[Array, "K"]:
 
 def _check_legal(problem: Problem, state: State, action: int) -> None:
     """Raise ValueError if the action is illegal."""
-    is_legal = np.asarray(legal_actions(problem, state.length, problem.chain_cost(state.chain)))
+    cost, stage = problem.chain_cost(state.chain), reached_stage(problem, state.chain)
+    is_legal = np.asarray(legal_actions(problem, state.length, cost, stage))
     if not 0 <= action < is_legal.size or not is_legal[action]:
         legal = np.flatnonzero(is_legal)
         least = f"at least {problem.min_layers} and " if problem.min_layers > 0 else ""
+        allowed = f"{legal[0]}..{legal[-1]}"
+        if stage is not None:
+            allowed = f"{legal.tolist()}, which follow stage {int(stage)}"
         raise ValueError(
             f"illegal action {action} after {int(state.length)} of {least}at most "
-            f"{problem.max_layers} layers: expected a token in {legal[0]}..{legal[-1]}"
+            f"{problem.max_layers} layers: expected a token in {allowed}"
             + ("" if problem.max_cost is None else " that keeps the chain within max_cost")
         )

@@ -172,6 +172,8 @@ def encode_groups(
     header, trees = [], {}
     for i, group in enumerate(groups):
         header.append(encode_module(group.module) | {"tokens": group.tokens})
+        if group.stages != (0, 0):
+            header[-1]["stages"] = group.stages
         for key, field in (("", "params"), (_STATE, "state")):
             tree = getattr(group, field)
             if field == "params" or tree is not None:
@@ -201,7 +203,8 @@ def decode_groups(
         if f"{i}{_STATE}" in trees:
             state = decode_tree(group.get("state_structure"), trees[f"{i}{_STATE}"])
         module = decode_module(group, modules)
-        groups.append(LayerGroup(params, module, tuple(group["tokens"]), state))
+        read, write = group.get("stages", (0, 0))
+        groups.append(LayerGroup(params, module, tuple(group["tokens"]), state, (read, write)))
     return tuple(groups)
 
 

@@ -23,6 +23,7 @@ from jchain.modules import (
 )
 from jchain.modules.pickling import Picklable
 from jchain.pytree import describe_type, get_first_line, pick, pytree_dataclass, static
+from jchain.stages.arguments import read_stages
 
 
 @pytree_dataclass
@@ -36,17 +37,20 @@ class LayerGroup(Picklable):
       tokens: the token of each member in the bank, in the order of the leading axis.
       state: the other collections of variables by name, such as `batch_stats`, stacked in the same
         way; None if the module has none. Nothing in jchain changes or differentiates them.
+      stages: the stage that the members read, and the stage that they write; heads write the stage
+        that they read. Both are 0 in a bank without stages.
     """
 
     params: PyTree
     module: Module = static()
     tokens: tuple[int, ...] = static()
     state: PyTree = None
+    stages: tuple[int, int] = static(default=(0, 0))
 
     def __repr__(self) -> str:
-        return (
-            f"LayerGroup({len(self.tokens)} {describe_module(self.module)}, tokens {self.tokens})"
-        )
+        name = describe_module(self.module)
+        stages = f", stages {self.stages}" if self.stages != (0, 0) else ""
+        return f"LayerGroup({len(self.tokens)} {name}, tokens {self.tokens}{stages})"
 
     def apply(self, index: Int[Array, ""] | int, x: PyTree) -> PyTree:
         """Apply one member to a batch.
@@ -96,16 +100,28 @@ def describe_groups(groups: object, kind: str) -> str | None:
     if not isinstance(groups, tuple) or not all(isinstance(g, LayerGroup) for g in groups):
         return None
     num = sum(len(group.tokens) for group in groups)
+    names = [describe_module(group.module) for group in groups]
+    if any(group.stages != (0, 0) for group in groups):
+        names = [
+            f"{name} (stage {' to '.join(str(stage) for stage in dict.fromkeys(group.stages))})"
+            for name, group in zip(names, groups, strict=True)
+        ]
     if num == 1:
-        return f"1 {kind}: {describe_module(groups[0].module)}"
-    counts = (f"{len(group.tokens)} {describe_module(group.module)}" for group in groups)
+        return f"1 {kind}: {names[0]}"
+    counts = (f"{len(group.tokens)} {name}" for group, name in zip(groups, names, strict=True))
     return f"{num} {kind}s: {', '.join(counts)}"
 
 
 def group_by_module(
-    module: object, params: Sequence[PyTree] | None, kind: str, first_token: int
+    module: object,
+    params: Sequence[PyTree] | None,
+    kind: str,
+    first_token: int,
+    stages: object = None,
 ) -> tuple[LayerGroup, ...]:
     """Stack params into one group per module, in the order of the first member of each group.
+
+    Members that share a module but differ in their stages are in different groups.
 
     Args:
       module: the module of all members, or one module per member: Flax linen or nnx modules, or
@@ -114,10 +130,11 @@ def group_by_module(
         module, which carries its own.
       kind: "layer" or "head", for error messages.
       first_token: the token of the first member; the other members get the next tokens.
+      stages: the stages of the members (see `jchain.stages.arguments.read_stages`); None for 0.
 
     Raises:
       ValueError: if there are no members, modules and params differ in number, a module is of
-        another kind, or params do not stack.
+        another kind, stages are invalid, or params do not stack.
     """
     if params is not None and not isinstance(params, list | tuple):
         raise ValueError(
@@ -135,15 +152,17 @@ def group_by_module(
         raise ValueError(f"empty bank: expected at least one {kind}, got none")
     pairs = zip(modules, given, strict=True)
     members = [convert(own, tree, f"{kind} {i}") for i, (own, tree) in enumerate(pairs)]
+    pairs_of_stages = read_stages(stages, len(members), kind)
+    keys = [(member.module, own) for member, own in zip(members, pairs_of_stages, strict=True)]
     groups = []
-    for shared in dict.fromkeys(member.module for member in members):
-        indices = [i for i, member in enumerate(members) if member.module == shared]
+    for key in dict.fromkeys(keys):
+        indices = [i for i, other in enumerate(keys) if other == key]
         params, state = (
             _stack({f"{kind} {i}": getattr(members[i], field) for i in indices})
             for field in ("params", "state")
         )
         tokens = tuple(first_token + i for i in indices)
-        groups.append(LayerGroup(params, shared, tokens, state))
+        groups.append(LayerGroup(params, key[0], tokens, state, key[1]))
     return tuple(groups)
 
 
@@ -158,8 +177,12 @@ def merge_groups(members: list[tuple[LayerGroup, np.ndarray]]) -> tuple[LayerGro
       ValueError: if the params of one module do not stack.
     """
     merged = []
-    for module in dict.fromkeys(group.module for group, _ in members):
-        same = [(group, new) for group, new in members if group.module == module]
+    for module, stages in dict.fromkeys((group.module, group.stages) for group, _ in members):
+        same = [
+            (group, new)
+            for group, new in members
+            if group.module == module and group.stages == stages
+        ]
         tokens = np.concatenate([new[list(group.tokens)] for group, new in same])
         order = [i for i in np.argsort(tokens, kind="stable") if tokens[i] >= 0]
         if order:
@@ -174,7 +197,8 @@ def merge_groups(members: list[tuple[LayerGroup, np.ndarray]]) -> tuple[LayerGro
                 lambda *leaves: jnp.concatenate(leaves), *(_get_trees(group) for group, _ in same)
             )
             params, state = pick(joined, np.array(order))
-            merged.append(LayerGroup(params, module, tuple(int(tokens[i]) for i in order), state))
+            kept = tuple(int(tokens[i]) for i in order)
+            merged.append(LayerGroup(params, module, kept, state, stages))
     return tuple(merged)
 
 
@@ -220,7 +244,8 @@ def add_copies(group: LayerGroup, tokens: Sequence[int]) -> LayerGroup:
     """
     indices = np.arange(len(group.tokens) + len(tokens)) % len(group.tokens)
     params, state = pick(_get_trees(group), indices)
-    return LayerGroup(params, group.module, (*group.tokens, *tokens), state)
+    tokens = (*group.tokens, *tokens)
+    return dataclasses.replace(group, params=params, tokens=tokens, state=state)
 
 
 def check_keeps_shape(
@@ -246,19 +271,15 @@ def check_keeps_shape(
     check_layer(group.module, params, state, x, name, allow_other_dtype=allow_other_dtype)
 
 
-def check_input_shape(
-    groups: Sequence[LayerGroup], input_shape: PyTree, names: Sequence[str] = ()
-) -> None:
-    """Check that layers keep the shapes of their input, before there is data.
+def make_sample(input_shape: PyTree) -> PyTree:
+    """Return the shapes and dtypes of two examples, before there is data.
 
     Args:
-      groups: the groups of layers to check.
       input_shape: the shape of the input without the batch dimension, or a pytree with a shape or a
         `jax.ShapeDtypeStruct` for each array. A tuple or list of integers is a shape, of float32.
-      names: the names of the bank's tokens, for errors; empty if there are none.
 
     Raises:
-      ValueError: if `input_shape` has other leaves, or as for `check_keeps_shape`.
+      ValueError: if `input_shape` has other leaves.
     """
 
     def make_batch(shape: object) -> jax.ShapeDtypeStruct:
@@ -273,9 +294,7 @@ def check_input_shape(
         # Two examples: a layer that only fits one would mix them.
         return jax.ShapeDtypeStruct((2, *shape), dtype)
 
-    x = jax.tree.map(make_batch, input_shape, is_leaf=_is_shape)
-    for group in groups:
-        check_keeps_shape(group, x, names, allow_other_dtype=True)
+    return jax.tree.map(make_batch, input_shape, is_leaf=_is_shape)
 
 
 def _is_shape(value: object) -> TypeGuard[tuple[int, ...] | list[int]]:
@@ -373,3 +392,16 @@ def _check_same_structure(params: PyTree, other: PyTree, problem: str, name: str
                 f"at {jax.tree_util.keystr(path)} as in {name}, "
                 f"got {leaf.dtype}{list(leaf.shape)}"
             )
+
+
+def move_tokens(groups: Sequence[LayerGroup], distance: int) -> tuple[LayerGroup, ...]:
+    """Return groups whose tokens are larger by `distance`.
+
+    Args:
+      groups: the groups to renumber.
+      distance: the number to add to each token.
+    """
+    return tuple(
+        dataclasses.replace(group, tokens=tuple(token + distance for token in group.tokens))
+        for group in groups
+    )

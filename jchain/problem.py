@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.typing import ArrayLike
 
 from jchain._typing import Array, Bool, Float, Int, PyTree
 from jchain.bank import Bank
@@ -20,7 +19,9 @@ from jchain.groups import check_keeps_shape, infer_head_output
 from jchain.modules import check_mean_over_examples, check_output_function, check_stem
 from jchain.modules.activations import count_examples, describe_shapes
 from jchain.modules.host_batch import HostArrays, HostBatch
-from jchain.pytree import describe_type, is_concrete, pick, pytree_dataclass, static
+from jchain.pytree import describe_type, is_concrete, pick, pytree_dataclass, replicate, static
+from jchain.stages import binding
+from jchain.stages.legal_chains import cheapest_rest
 
 
 @pytree_dataclass
@@ -31,7 +32,8 @@ class Problem:
     the sum of `layer_cost` over the layers of the chain.
 
     Attributes:
-      bank: the layers and heads that chains are built from.
+      bank: the layers and heads that chains are built from. If the bank has stages, it is bound to
+        the data: its stem, layers, and heads then map flat arrays (see `docs/stages.md`).
       data: the data split used by this problem. If its examples have several inputs, they are a
         pytree of arrays, such as a dict.
       max_layers: maximum number of layers in a chain; chains have `L = max_layers + 1` slots.
@@ -65,9 +67,9 @@ class Problem:
       ValueError: if `max_layers`, `min_layers`, or `batch_size` is invalid, the split is empty,
         examples or layer costs are not finite, token costs are negative or not finite, no chain is
         within `max_cost`, the stem does not accept the data, a layer changes the structure or shape
-        of its input, heads differ in the shape of their output, labels are outside the heads'
-        classes, the loss function fails, or, with `batch_size`, its mean over examples is not the
-        mean of its means over parts.
+        of its input, no chain follows the stages, heads differ in the shape of their output, labels
+        are outside the heads' classes, the loss function fails, or, with `batch_size`, its mean
+        over examples is not the mean of its means over parts.
     """
 
     bank: Bank
@@ -107,6 +109,7 @@ class Problem:
                 f"layer_cost must be a scalar or have shape [{self.bank.num_layers}], "
                 f"got shape {list(self.layer_cost.shape)}"
             )
+        object.__setattr__(self, "bank", self._bind(self.bank))
         self._check_costs()
         outputs = self._check_shapes()
         if is_concrete(self.data):
@@ -132,6 +135,19 @@ class Problem:
         batch = read_batch(data, np.asarray)
         check_lengths(batch)
         return HostBatch.make(HostArrays(*batch), int(size))
+
+    def _bind(self, bank: Bank) -> Bank:
+        """Bind a bank with stages to the data, and check that there is a chain."""
+        if bank.stages is None:
+            return bank
+        x = self.data.first[0] if isinstance(self.data, HostBatch) else self.data.x
+        bank = binding.bind(bank, x)
+        if self.space.num_chains == 0:
+            raise ValueError(
+                f"expected a chain of {self.min_layers} to {self.max_layers} layers from stage 0 "
+                "to the stage of a head, got none: max_layers may be too small"
+            )
+        return bank
 
     def _check_shapes(self) -> jax.ShapeDtypeStruct:
         """Check all shapes, and return the shape and dtype of the heads' outputs."""
@@ -177,7 +193,10 @@ class Problem:
             raise ValueError(f"max_cost must be a scalar, got shape {list(limit.shape)}")
         if not is_concrete((costs, limit)):
             return
-        cheapest = self.min_layers * costs[:num_layers].min() + costs[num_layers:].min()
+        if (stages := self.bank.stages) is None:
+            cheapest = self.min_layers * costs[:num_layers].min() + costs[num_layers:].min()
+        else:
+            cheapest = cheapest_rest(stages, self.min_layers, self.max_layers, costs)[0, 0]
         if bool(jnp.isnan(limit)) or bool(self.exceeds_limit(cheapest)):
             raise ValueError(
                 f"expected a max_cost of at least {float(cheapest):g}, the cost of the cheapest "
@@ -239,8 +258,9 @@ class Problem:
     @property
     def space(self) -> ChainSpace:
         """The space of chains that a search may make."""
+        bank = self.bank
         return ChainSpace(
-            self.bank.num_layers, self.bank.num_heads, self.max_layers, self.min_layers
+            bank.num_layers, bank.num_heads, self.max_layers, self.min_layers, bank.stages
         )
 
     def on(self, mesh: Mesh) -> "Problem":
@@ -271,7 +291,7 @@ class Problem:
             return jax.tree.map(jnp.asarray, tree)
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         return jax.tree.map(
-            lambda leaf: _replicate(leaf, everywhere) if is_concrete(leaf) else leaf, tree
+            lambda leaf: replicate(leaf, everywhere) if is_concrete(leaf) else leaf, tree
         )
 
     def without_names(self) -> "Problem":
@@ -308,7 +328,8 @@ class Problem:
           bank: the new bank. Its layers must keep the same shape, and its tokens must have the same
             costs, which is not checked.
         """
-        return self._replace("bank", bank)
+        needs_binding = bank.stages is not None and not binding.is_bound(bank)
+        return self._replace("bank", self._bind(bank) if needs_binding else bank)
 
     def _replace(self, field: str, value: object) -> "Problem":
         """Replace a field as `dataclasses.replace` does, but without the checks."""
@@ -319,7 +340,8 @@ class Problem:
     def layer_penalty(self, chains: Int[Array, "*P L"]) -> Float[Array, "*P"]:
         """Compute the layer penalty of each chain, which is added to its loss.
 
-        The penalty is `+inf` if the chain, or the prefix, costs more than `max_cost`.
+        The penalty is `+inf` if the chain, or the prefix, costs more than `max_cost` or does not
+        follow the stages of the bank.
 
         Args:
           chains: int32 `[..., L]`; the tokens of each chain, or of each prefix, which has no head.
@@ -328,6 +350,8 @@ class Problem:
         cost = jnp.broadcast_to(self.layer_cost, (num_layers,))
         is_layer = (chains >= 0) & (chains < num_layers)
         penalty = jnp.sum(jnp.where(is_layer, cost[jnp.where(is_layer, chains, 0)], 0.0), axis=-1)
+        if (stages := self.bank.stages) is not None:
+            penalty = jnp.where(stages.is_legal(chains), penalty, jnp.inf)
         if self.max_cost is None:
             return penalty
         return jnp.where(self.exceeds_limit(self.chain_cost(chains)), jnp.inf, penalty)
@@ -340,6 +364,8 @@ class Problem:
         """
         shape = (*prefixes.shape[:-1], self.bank.num_heads)
         penalty = jnp.broadcast_to(self.layer_penalty(prefixes)[..., None], shape)
+        if (stages := self.bank.stages) is not None:
+            penalty = jnp.where(stages.get_fitting_heads(prefixes), penalty, jnp.inf)
         if self.max_cost is None:
             return penalty
         heads = jnp.broadcast_to(self.token_cost[self.bank.num_layers :], shape)
@@ -433,18 +459,3 @@ def check_min_layers(value: object, max_layers: int) -> int:
 
 def _is_integer(value: object) -> TypeGuard[int | np.integer]:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _replicate(leaf: ArrayLike, everywhere: NamedSharding) -> Array:
-    """Put a copy of the leaf on each device of a replicated sharding."""
-    if isinstance(leaf, jax.Array) and leaf.sharding == everywhere:
-        return leaf
-    if everywhere.is_fully_addressable:
-        return jax.device_put(leaf, everywhere)
-    # Other processes hold the same values and put them on their own devices.
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(
-            _replicate(jax.random.key_data(leaf), everywhere), impl=jax.random.key_impl(leaf)
-        )
-    value = np.asarray(leaf)
-    return jax.make_array_from_callback(value.shape, everywhere, lambda index: value[index])

@@ -5,10 +5,13 @@ from collections.abc import Iterable
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding
+from jax.typing import ArrayLike
 
-from jchain._typing import PyTree
+from jchain._typing import Array, PyTree
 
 T = TypeVar("T")
 
@@ -98,3 +101,23 @@ def describe_type(value: object) -> str:
     module = type(value).__module__.partition(".")[0]
     is_plain = module in ("builtins", "jchain", "numpy", "jax", "jaxlib", "__main__")
     return type(value).__name__ if is_plain else f"{module}.{type(value).__name__}"
+
+
+def replicate(leaf: ArrayLike, everywhere: NamedSharding) -> Array:
+    """Put a copy of a leaf on each device of a replicated sharding.
+
+    Args:
+      leaf: an array or a number.
+      everywhere: the sharding.
+    """
+    if isinstance(leaf, jax.Array) and leaf.sharding == everywhere:
+        return leaf
+    if everywhere.is_fully_addressable:
+        return jax.device_put(leaf, everywhere)
+    # Other processes hold the same values and put them on their own devices.
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(
+            replicate(jax.random.key_data(leaf), everywhere), impl=jax.random.key_impl(leaf)
+        )
+    value = np.asarray(leaf)
+    return jax.make_array_from_callback(value.shape, everywhere, lambda index: value[index])

@@ -141,3 +141,50 @@ def check_names(names: Sequence[str], origins: Sequence[str]) -> None:
         raise ValueError(
             f"expected {len(names)} origins, one per layer and head, got {len(origins)}"
         )
+
+
+def spare_words(
+    names: tuple[str, ...], origins: tuple[str, ...], num_layers: int, copied: Sequence[int]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names and origins of a bank that gets spare layers, which are copies of others.
+
+    Args:
+      names: the names of all tokens; empty if there are none.
+      origins: the origins of all tokens.
+      num_layers: the number of layers before the spare ones.
+      copied: for each spare layer, the token of the layer that it is a copy of.
+    """
+    if not names:
+        return names, origins
+    new_names = [f"spare{num_layers + i}" for i in range(len(copied))]
+    new_origins = [f"free, a copy of {names[token]}" for token in copied]
+    return (
+        (*names[:num_layers], *new_names, *names[num_layers:]),
+        (*origins[:num_layers], *new_origins, *origins[num_layers:]),
+    )
+
+
+def check_replacement(
+    tokens: Sequence[int],
+    num_tokens: int,
+    params: Sequence[object],
+    names: Sequence[str] | None,
+    origins: Sequence[str] | None,
+) -> None:
+    """Check which tokens get new weights, and that there are as many weights, names, and origins.
+
+    Args:
+      tokens: the tokens to replace.
+      num_tokens: the number of tokens of the bank, N + K.
+      params: the new weights of each token.
+      names: their new names; None to keep them.
+      origins: their new origins; None to keep them.
+
+    Raises:
+      ValueError: if a token is out of range or repeats, or numbers differ.
+    """
+    if len(set(tokens)) != len(tokens) or not all(0 <= token < num_tokens for token in tokens):
+        raise ValueError(f"expected different tokens in 0..{num_tokens - 1}, got {[*tokens]}")
+    for given, kind in ((params, "params"), (names, "names"), (origins, "origins")):
+        if given is not None and len(given) != len(tokens):
+            raise ValueError(f"expected {kind} for {len(tokens)} tokens, got {len(given)}")

@@ -19,7 +19,7 @@ FAMILIES = [
     ("_typing", "pytree"),
     ("modules",),
     ("invertible", "layers"),
-    ("files", "chain", "groups", "tokens"),
+    ("files", "chain", "groups", "tokens", "stages"),
     ("bank",),
     ("datasets",),
     ("align", "images", "data"),

@@ -115,14 +115,20 @@ def evaluate_actions(
     """
 
     def act(
-        carry: PolicyCarry, slot: tuple[Array, Array, Array, Array]
+        carry: PolicyCarry, slot: tuple[Array, Array, Array, Array, Array | None]
     ) -> tuple[PolicyCarry, tuple[Array, Array]]:
-        t, token, after, cost = slot
-        out = policy.predict(carry, t, env.legal_actions(problem, t, cost))
+        t, token, after, cost, stage = slot
+        out = policy.predict(carry, t, env.legal_actions(problem, t, cost, stage))
         return policy.advance(carry, t, jnp.maximum(token, 0), after), out
 
     after = jnp.concatenate([features[1:], features[-1:]])
-    slots = (jnp.arange(chain.shape[0]), chain, after, env.prefix_costs(problem, chain))
+    slots = (
+        jnp.arange(chain.shape[0]),
+        chain,
+        after,
+        env.prefix_costs(problem, chain),
+        env.prefix_stages(problem, chain),
+    )
     return jax.lax.scan(act, policy.init_carry(features[0]), slots)[1]
 
 

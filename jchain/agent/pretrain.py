@@ -22,6 +22,7 @@ from jchain.chain import ChainSpace
 from jchain.engine.backend import compiler_options, get_backend, jit_for_problem
 from jchain.engine.layer_calls import apply_all
 from jchain.problem import Problem
+from jchain.stages.binding import check_no_stages
 
 _MAX_PREFIXES = 2**20
 _BATCH = (64, 64)  # the number of groups in a batch, and of prefixes from each group
@@ -84,11 +85,12 @@ def observe_prefixes(problem: Problem) -> list[PrefixLevel]:
 
     Raises:
       ValueError: if `max_layers` is 0, there are more than 1,048,576 prefixes, or the problem has a
-        `max_cost`, which critics do not know.
+        `max_cost`, which critics do not know, or the bank has stages.
     """
     num_layers, max_layers = problem.bank.num_layers, problem.max_layers
     if max_layers < 1:
         raise ValueError(f"expected a problem with max_layers of at least 1, got {max_layers}")
+    check_no_stages(problem.bank.layers, "training examples of a critic")
     if problem.max_cost is not None:
         raise ValueError(f"expected a problem without max_cost, got max_cost={problem.max_cost}")
     num_prefixes = ChainSpace(num_layers, 1, max_layers).num_chains

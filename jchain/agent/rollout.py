@@ -51,6 +51,7 @@ class _Carry(NamedTuple):
     is_done: Bool[Array, ""]  # whether the head was sampled
     observed: ObservedPrefix
     cost: Float[Array, ""]  # of the prefix; 0 without a limit
+    stage: Int[Array, ""] | None  # that the prefix has reached; None without stages
 
 
 def sample_prefix(
@@ -102,7 +103,8 @@ def sample_chain(
         carry: _Carry, slot: tuple[Array, Array, Array]
     ) -> tuple[_Carry, tuple[Array, Array, Array]]:
         t, key, given = slot
-        logits, _ = policy.predict(carry.policy, t, env.legal_actions(problem, t, carry.cost))
+        is_legal = env.legal_actions(problem, t, carry.cost, carry.stage)
+        logits, _ = policy.predict(carry.policy, t, is_legal)
         drawn = jax.random.categorical(key, logits.astype(jnp.float32))
         token = jnp.where(given == PADDING, drawn, given)
         log_prob = jnp.where(carry.is_done, 0.0, jax.nn.log_softmax(logits)[token])
@@ -111,12 +113,14 @@ def sample_chain(
         advanced = policy.advance(carry.policy, t, token, after.features)
         is_done = carry.is_done | (token >= space.num_layers)
         cost = env.add_cost(problem, carry.cost, taken)
-        return _Carry(advanced, is_done, after, cost), (taken, log_prob, carry.observed.features)
+        stage = env.next_stage(problem, carry.stage, taken)
+        made = (taken, log_prob, carry.observed.features)
+        return _Carry(advanced, is_done, after, cost, stage), made
 
     num_slots = space.max_layers + 1
     slots = (jnp.arange(num_slots), jax.random.split(key, num_slots), prefix)
-    zero = jnp.zeros((), jnp.float32)
-    start = _Carry(policy.init_carry(root.features), jnp.array(False), root, zero)
+    zero, stage = jnp.zeros((), jnp.float32), env.first_stage(problem)
+    start = _Carry(policy.init_carry(root.features), jnp.array(False), root, zero, stage)
     last, (chain, log_probs, features) = jax.lax.scan(act, start, slots)
     head = chain[space.count_layers(chain)] - space.num_layers
     loss = last.observed.loss[head] + problem.layer_penalty(chain)

@@ -23,6 +23,7 @@ from jchain.data import Batch
 from jchain.engine.backend import jit_for_problem
 from jchain.engine.layer_calls import apply_all
 from jchain.groups import LayerGroup
+from jchain.modules import unwrap
 from jchain.problem import Problem
 
 _TOKEN, _ENTRY = "token", "entry"
@@ -105,7 +106,7 @@ def entry_features(bank: Bank) -> Float[Array, "E D"]:
       ValueError: if the bank does not come from `make_problem`.
     """
     groups = (*bank.layers, *bank.heads)
-    if any(not isinstance(group.module, TabularLayer | TabularHead) for group in groups):
+    if any(not isinstance(unwrap(group.module), TabularLayer | TabularHead) for group in groups):
         raise ValueError(
             "expected the bank of a problem that jchain.chainbench.tabular.make_problem made"
         )
@@ -134,23 +135,28 @@ def make_problem(
     Args:
       bank: the layers and heads.
       loss: the loss of every chain of 0 to `max_layers` layers, with the layer penalty, in the
-        order of `ChainSpace.enumerate`, `[C]`; `+inf` if not finite.
+        order of `ChainSpace.enumerate`, `[C]`; `+inf` if not finite. If the bank has stages, only
+        legal chains are listed.
       max_layers: the maximum number of layers of a chain.
       features: the features of the first V prefixes in that order, for `observe`, `[V, F]` with any
-        F; None if no search reads them.
+        F; None if no search reads them. If the bank has stages, prefixes that are not legal have
+        rows, too.
       min_layers: the minimum number of layers of a chain that a search makes.
 
     Raises:
       ValueError: if the numbers of losses and chains differ, there are more than 16,777,216
         prefixes, or there are features for more prefixes than exist.
     """
-    num_chains = ChainSpace(bank.num_layers, bank.num_heads, max_layers).num_chains
+    space = ChainSpace(bank.num_layers, bank.num_heads, max_layers, stages=bank.stages)
+    num_chains = space.num_chains
     if np.shape(loss) != (num_chains,):
         raise ValueError(
             f"expected the losses of all {num_chains:,} chains, got shape {list(np.shape(loss))}"
         )
     _check_size(bank, max_layers)
-    table = np.asarray(loss, np.float32).reshape(-1, bank.num_heads)
+    table = np.full(dataclasses.replace(space, stages=None).num_chains, np.inf, np.float32)
+    table[_locate_chains(space)] = loss
+    table = table.reshape(-1, bank.num_heads)
     if features is not None:
         if features.ndim != 2 or not features.shape[1] or len(features) > len(table):
             raise ValueError(
@@ -194,8 +200,10 @@ def tabulate(problem: Problem, observe: Observe) -> Problem:
     _check_size(problem.bank, problem.max_layers)
     seen = _observe_all(problem, observe=observe)
     loss = np.where(np.isfinite(seen.loss), seen.loss, np.inf).reshape(-1)
+    space = dataclasses.replace(problem.space, min_layers=0)
+    loss = loss[_locate_chains(space)]
     if problem.max_cost is not None:
-        chains = dataclasses.replace(problem.space, min_layers=0).enumerate()
+        chains = space.enumerate()
         loss = np.where(
             problem.exceeds_limit(problem.chain_cost(jnp.asarray(chains))), np.inf, loss
         )
@@ -203,6 +211,13 @@ def tabulate(problem: Problem, observe: Observe) -> Problem:
     return make_problem(
         problem.bank, loss, problem.max_layers, features, min_layers=problem.min_layers
     )
+
+
+def _locate_chains(space: ChainSpace) -> Int[np.ndarray, "C"] | slice:
+    """Return the row of each chain among all chains, also those that do not follow the stages."""
+    if space.stages is None:
+        return slice(None)
+    return np.asarray(dataclasses.replace(space, stages=None).index(jnp.asarray(space.enumerate())))
 
 
 def _check_size(bank: Bank, max_layers: int) -> None:
@@ -249,4 +264,5 @@ def _make_tabular(
 ) -> LayerGroup:
     """Make a tabular group, whose params hold tokens counted from `offset` and entry features."""
     tokens = jnp.asarray(group.tokens, jnp.int32)
-    return LayerGroup({_TOKEN: tokens - offset, _ENTRY: entries[tokens]}, module, group.tokens)
+    params = {_TOKEN: tokens - offset, _ENTRY: entries[tokens]}
+    return LayerGroup(params, module, group.tokens, stages=group.stages)

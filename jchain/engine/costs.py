@@ -18,6 +18,7 @@ from jchain.engine.layer_calls import nbytes
 from jchain.groups import check_keeps_shape, infer_head_output
 from jchain.modules import Module, apply_module, check_stem, split_variables
 from jchain.pytree import describe_type, pick
+from jchain.stages.binding import infer_stage_shapes, unbind
 
 UNITS = ("params", "bytes", "flops", "milliseconds")
 # The units that need a batch.
@@ -102,7 +103,7 @@ def token_costs(bank: Bank, unit: str, *, x: PyTree | None = None) -> Float[np.n
         raise ValueError(f"expected a unit of {', '.join(UNITS)}, got {unit!r}")
     if unit in _MEASURED and x is None:
         raise ValueError(f"expected x, a batch of raw input, for the unit {unit!r}, got None")
-    batch = hidden = None
+    bank, batch, hidden = unbind(bank), None, {}
     if unit in _MEASURED and x is not None:
         batch = _make_batch(x)
         hidden = _check_batch(bank, batch)
@@ -120,7 +121,7 @@ def token_costs(bank: Bank, unit: str, *, x: PyTree | None = None) -> Float[np.n
     costs = np.zeros(bank.num_layers + bank.num_heads)
     for group in (*bank.layers, *bank.heads):
         member = pick((group.params, group.state), 0)
-        costs[list(group.tokens)] = measure(group.module, member, hidden)
+        costs[list(group.tokens)] = measure(group.module, member, hidden.get(group.stages[0]))
     if bank.stem is not None:
         stem = split_variables(bank.stem, bank.stem_params)
         costs[bank.num_layers :] += measure(bank.stem, stem, batch)
@@ -145,14 +146,21 @@ def _make_batch(x: PyTree) -> Activations:
     return jax.tree.map(make, x)
 
 
-def _check_batch(bank: Bank, x: Activations) -> Activations:
-    """Check that all modules accept a batch, and return the input of the layers."""
+def _check_batch(bank: Bank, x: Activations) -> dict[int, Activations]:
+    """Check that all modules accept a batch, and return the input of the layers of each stage.
+
+    The inputs of later stages are zeros.
+    """
     hidden = check_stem(bank.stem, bank.stem_params, x)
+    if bank.stages is not None:
+        shapes = infer_stage_shapes(bank.layers, bank.heads, hidden, bank.names)
+        zeros = {stage: jnp.zeros(own.shape, own.dtype) for stage, own in shapes.items()}
+        return zeros | {0: bank.embed(x)}
     for group in bank.layers:
         check_keeps_shape(group, hidden, bank.names)
     for group in bank.heads:
         infer_head_output(group, hidden, bank.names)
-    return bank.embed(x)
+    return {0: bank.embed(x)}
 
 
 def _count_flops(fn: Callable[..., object], *args: PyTree) -> float:

@@ -26,6 +26,7 @@ from jchain.engine.prefix_sharing import count_calls
 from jchain.modules.host_batch import HostBatch
 from jchain.problem import Problem
 from jchain.pytree import describe_type, is_concrete
+from jchain.stages import binding
 
 _MAX_CHAINS = 2**22
 _DTYPES = (jnp.bfloat16, jnp.float32)
@@ -69,12 +70,11 @@ def apply_chain(bank: Bank, chain: ChainsLike, x: Activations) -> Float[Array, "
     Raises:
       ValueError: if `chain` is not a chain of this bank.
     """
-    if is_concrete(chain):
-        tokens = jnp.asarray(chain_lib.validate(chain, bank.num_layers, bank.num_heads))
-    else:
-        tokens = jnp.asarray(chain)
+    tokens = jnp.asarray(bank.validate(chain) if is_concrete(chain) else chain)
     if tokens.ndim != 1:
         raise ValueError(f"expected one chain of shape [L], got {list(tokens.shape)}")
+    if bank.stages is not None:
+        bank = binding.bind(bank, x)
     hidden = bank.embed(x)
     for token in tokens[:-1]:
         is_layer = (token >= 0) & (token < bank.num_layers)

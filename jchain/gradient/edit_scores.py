@@ -35,6 +35,7 @@ from jchain.gradient.loss_predictor import (
 )
 from jchain.gradient.slot_scores import Carry, StaticArgs, score_slot
 from jchain.groups import LayerGroup
+from jchain.modules import unwrap
 from jchain.modules.activations import check_floating, pull_back_floating, take_floating
 from jchain.problem import Problem
 from jchain.pytree import get_first_line, is_concrete, pick
@@ -47,7 +48,8 @@ _MAX_ROWS = 128
 class EditScores(NamedTuple):
     """The predicted change in loss of each edit of a chain.
 
-    Scores include the layer penalty. They are nan if they are unknown.
+    Scores include the layer penalty. They are nan if they are unknown, or if the chain would not
+    follow the stages of the bank.
     """
 
     # [L, N], layer b replaces the layer at slot t; 0 if they are the same layer, nan if the slot
@@ -303,7 +305,7 @@ def _check_gradients(problem: Problem, kind: str) -> None:
 
 
 def _check_gradient(group: LayerGroup, hidden: PyTree, is_by_weights: bool) -> None:
-    name = type(group.module).__name__
+    name = type(unwrap(group.module)).__name__
     if is_by_weights:
         for leaf in jax.tree.leaves(group.params):
             if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -416,6 +418,11 @@ def add_layer_penalty(
     own = cost[jnp.clip(chain, 0, num_layers - 1)]
     head = (forward.heads - forward.loss).at[chain[forward.length] - num_layers].set(0.0)
     delete = jnp.where(forward.length > problem.min_layers, delete, jnp.nan)
+    if (stages := problem.bank.stages) is not None:
+        given, masks = (swap, insert, delete, head), stages.get_legal_edits(chain)
+        swap, insert, delete, head = (
+            jnp.where(mask, part, jnp.nan) for mask, part in zip(masks, given, strict=True)
+        )
     parts = swap + cost[None] - own[:, None], insert + cost[None], delete - own, head
     is_known = jnp.isfinite(forward.loss)
     parts = (jnp.where(jnp.isfinite(part) & is_known, part, jnp.nan) for part in parts)

@@ -88,6 +88,8 @@ def score_slot(
     swap, insert, change = map_layers(score, bank, members, slot.before, chunk)
     own = jnp.where(is_layer, slot.token, bank.num_layers)
     swap = jnp.where(is_layer & is_known, swap, jnp.nan)
+    if bank.stages is not None:
+        swap = jnp.where(bank.stages.can_swap(slot.token), swap, jnp.nan)
     best = None
     if change is not None:
         best = keep_best(problem, swap.at[own].set(jnp.nan), change, static.num_best)

@@ -24,6 +24,7 @@ from jchain.groups import LayerGroup
 from jchain.modules.activations import check_one_array, to_one_array
 from jchain.problem import Problem
 from jchain.pytree import get_first_line
+from jchain.stages.binding import check_no_stages
 
 # The maximum number of steps of conjugate gradients for a head, and their damping. They take one
 # step per output, so heads with at most this number of outputs are solved exactly.
@@ -49,16 +50,15 @@ class PullBack(NamedTuple):
 
 
 def invert_layers(bank: Bank) -> tuple[LayerGroup, ...]:
-    """Invert a bank's layers on the host, and check that each has an inverse.
-
-    Each inverse has the token of its layer.
+    """Invert a bank's layers on the host. Each inverse has the token of its layer.
 
     Args:
       bank: the bank, whose layers must all be invertible.
 
     Raises:
-      ValueError: if a layer has no inverse, or its weights are singular.
+      ValueError: if a layer has no inverse, its weights are singular, or the bank has stages.
     """
+    check_no_stages(bank.layers, "inverses of layers")
     return tuple(_invert_group(group, bank.names) for group in bank.layers)
 
 
@@ -116,9 +116,7 @@ def pull_back(
     *,
     near: Float[Array, "B ..."] | None = None,
 ) -> PullBack:
-    """Find activations at the entry of a suffix that give the desired outputs.
-
-    This function runs on the host and cannot be traced.
+    """Find activations at the entry of a suffix that give the desired outputs, on the host.
 
     If the suffix has a head, the head must be affine. Its input is the smallest change of `near`
     that gives the outputs, or the least-squares solution if no input gives them:
@@ -336,6 +334,7 @@ def _compute_jacobians(
 
 
 def _check_suffix(bank: Bank, suffix: ArrayLike | Sequence[object]) -> list[int]:
+    check_no_stages(bank.layers, "inverses of layers")
     tokens = np.asarray(suffix)
     if tokens.ndim != 1 or not (np.issubdtype(tokens.dtype, np.integer) or tokens.size == 0):
         raise ValueError(

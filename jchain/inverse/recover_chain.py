@@ -123,8 +123,8 @@ def meet_in_the_middle(
         raise ValueError(f"expected a tolerance of at least 0, got {tolerance}")
     if num_forward is not None and not 0 <= num_forward <= depth:
         raise ValueError(f"expected num_forward in 0..{depth}, got {num_forward}")
-    examples = _embed_examples(bank, inputs, outputs)
     inverses = invert_layers(bank)
+    examples = _embed_examples(bank, inputs, outputs)
     num_candidates = max(num_candidates, top_k)
     if bank.num_layers**depth <= num_candidates:
         chains = np.array([*product(range(bank.num_layers), repeat=depth)])

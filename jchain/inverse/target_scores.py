@@ -41,6 +41,7 @@ from jchain.inverse.pullback import (
 from jchain.modules.activations import check_one_array
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
+from jchain.stages.binding import check_no_stages
 
 # The number of steps of conjugate gradients in a Gauss-Newton step, and the damping of that step.
 # For scale, the diagonal of `J J^T` is 1 for an identity layer.
@@ -107,9 +108,10 @@ def fit_target_layer(
         activation.
 
     Raises:
-      ValueError: if activations or targets are not one array, the shapes differ, or the ridge is
-        negative.
+      ValueError: if activations or targets are not one array, the shapes differ, the ridge is
+        negative, or the bank has stages.
     """
+    check_no_stages(bank.layers, "a target layer")
     check_one_array(activations=before, targets=after)
     if before.shape != after.shape or before.ndim < 2:
         raise ValueError(

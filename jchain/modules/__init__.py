@@ -25,12 +25,14 @@ from jchain.modules.convert import (
 )
 from jchain.modules.functions import FunctionModule
 from jchain.modules.nnx import NnxModule, is_nnx
+from jchain.modules.staged import StagedModule, unwrap
 
 __all__ = [
     "Converted",
     "FunctionModule",
     "Module",
     "NnxModule",
+    "StagedModule",
     "apply_module",
     "check_is_array",
     "check_layer",
@@ -45,4 +47,5 @@ __all__ = [
     "is_nnx",
     "name_function",
     "split_variables",
+    "unwrap",
 ]

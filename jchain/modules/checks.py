@@ -12,7 +12,7 @@ from jchain.modules.activations import count_examples, describe_shapes, is_one_a
 from jchain.modules.convert import Module, apply_module, describe_module, split_variables
 from jchain.pytree import describe_type, get_first_line
 
-_HOW = "a layer must keep the shape of the data: change it in a stem or in a head"
+_HOW = "change it in a stem or in a head, or pass stages= to Bank.stack for layers that change it"
 
 
 def check_layer(

@@ -10,6 +10,7 @@ import jax
 from jchain._typing import PyTree
 from jchain.modules import nnx
 from jchain.modules.functions import FunctionModule
+from jchain.modules.staged import StagedModule, unwrap
 from jchain.pytree import describe_type
 
 _MAX_CHARACTERS = 80
@@ -17,7 +18,7 @@ _EXPECTED = "an instance of a Flax linen or nnx module, or a function apply_fn(p
 
 
 # What a bank applies. Modules are hashable, and equal modules share a group of a bank.
-Module: TypeAlias = nn.Module | FunctionModule | nnx.NnxModule
+Module: TypeAlias = nn.Module | FunctionModule | nnx.NnxModule | StagedModule
 
 
 class Converted(NamedTuple):
@@ -69,7 +70,7 @@ def split_variables(module: Module, variables: PyTree) -> tuple[PyTree, PyTree]:
     Returns:
       The params, and a dict of the other collections or None.
     """
-    if isinstance(module, FunctionModule):
+    if isinstance(unwrap(module), FunctionModule):
         return variables, None
     if not isinstance(variables, Mapping) or not isinstance(variables.get("params"), Mapping):
         return variables, None
@@ -86,6 +87,9 @@ def apply_module(module: Module, params: PyTree, state: PyTree, x: PyTree) -> An
       state: its other collections of variables by name, or None.
       x: the activations of a batch, `[B, ...F]`, or a pytree of such arrays.
     """
+    if isinstance(module, StagedModule):
+        x, inner = module.read(x), module.module
+        return module.write(x if inner is None else apply_module(inner, params, state, x))
     if params is None and not isinstance(module, FunctionModule):
         params = {}
     variables = {"params": params} if state is None else {"params": params, **state}
@@ -102,6 +106,8 @@ def describe_module(module: Module) -> str:
     Args:
       module: any module of a bank.
     """
+    if isinstance(module, StagedModule):
+        return "identity" if module.module is None else describe_module(module.module)
     if isinstance(module, nnx.NnxModule):
         return module.cls.__name__
     if isinstance(module, FunctionModule):

@@ -42,7 +42,8 @@ def pack(value: Any) -> Any:
         fields = {
             name: pack(getattr(value, name))
             for name, field in type(value).__dataclass_fields__.items()
-            if field.init and name != "parent"
+            # Defaults are left out, because Flax's initializers are local functions.
+            if field.init and name != "parent" and getattr(value, name) is not field.default
         }
         return _Linen(type(value), fields)
     if type(value) in (tuple, list):

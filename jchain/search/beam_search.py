@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jchain import env
 from jchain._typing import Array, Float, Int, Key, PyTree
@@ -16,8 +17,16 @@ from jchain.chain import PADDING
 from jchain.modules.activations import make_buffer, put_row
 from jchain.problem import Problem
 from jchain.pytree import pick, pytree_dataclass, static
-from jchain.search.prefixes import end_children, extend_prefix
+from jchain.search.prefixes import (
+    count_extensions,
+    end_children,
+    extend_prefix,
+    rank_prefixes,
+)
 from jchain.search.protocol import Info
+
+# The score of a prefix that no head fits: worse than any loss, but finite, so that it is extended.
+_UNKNOWN = float(np.finfo(np.float32).max)
 
 
 class State(NamedTuple):
@@ -36,8 +45,9 @@ class State(NamedTuple):
 class BeamSearch:
     """Beam search by head loss.
 
-    A step extends one prefix by each of the `N` layers, which costs `N` layer calls. Keys are not
-    used. The state keeps the activations of `2 * max_width` prefixes.
+    A step extends one prefix by each of the `N` layers, which costs `N` layer calls, or in a bank
+    with stages by each that reads its stage. Keys are not used. The state keeps the activations of
+    `2 * max_width` prefixes.
 
     Attributes:
       width: number of prefixes of each length that the first pass keeps.
@@ -89,7 +99,7 @@ class BeamSearch:
             penalty = problem.head_penalties(children)
             loss = jax.vmap(lambda h: env.head_losses(problem, h))(outputs) + penalty
             loss = loss.astype(jnp.float32)
-            return self._insert(state, children, outputs, loss), loss
+            return self._insert(state, problem, children, outputs, loss), loss
 
         def skip(state: State) -> tuple[State, Array]:
             return state, jnp.full((num_layers, num_heads), jnp.inf, jnp.float32)
@@ -99,16 +109,20 @@ class BeamSearch:
         chains, loss = end_children(
             problem, prefix, depth, hidden, children, loss, is_open, should_extend
         )
-        layer_calls = jnp.where(should_extend, num_layers, 0)
+        layer_calls = jnp.where(should_extend, count_extensions(problem, prefix), 0)
         return self._advance(state, problem), Info(chains, loss, layer_calls)
 
-    def _insert(self, state: State, children: Array, hidden: PyTree, loss: Array) -> State:
+    def _insert(
+        self, state: State, problem: Problem, children: Array, hidden: PyTree, loss: Array
+    ) -> State:
         """Insert the children one by one; each evicts the worst child so far if it is better.
 
         Children are ranked by their best head, even if they have fewer than `min_layers` layers.
+        With stages, those that no head fits come after the others, and first come, first kept.
         """
         new = 1 - state.generation
         best = jnp.where(jnp.isfinite(loss), loss, jnp.inf).min(axis=1)
+        best = rank_prefixes(problem, children, best, _UNKNOWN)
 
         def insert(i: Array, kept: tuple[Array, PyTree, Array]) -> tuple[Array, PyTree, Array]:
             kept_loss = kept[-1]

@@ -11,6 +11,7 @@ is the minimum of the loss of stopping at the prefix and the predictions for its
 (least-squares temporal differences, Bradtke and Barto 1996; fitted Q iteration, Ernst et al. 2005).
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -26,7 +27,12 @@ from jchain.engine.layer_calls import apply_token
 from jchain.modules.activations import make_buffer
 from jchain.problem import Problem
 from jchain.pytree import pick, pytree_dataclass, static
-from jchain.search.prefixes import end_children, extend_prefix
+from jchain.search.prefixes import (
+    count_extensions,
+    end_children,
+    extend_prefix,
+    rank_prefixes,
+)
 from jchain.search.protocol import Info
 
 # In banks of up to this many layers, each layer has a one-hot code. In larger banks, each layer has
@@ -36,6 +42,8 @@ _CODE_SEED = 0
 # The constant input of the regression is large, so that the ridge penalty hardly affects its
 # weight.
 _CONSTANT = 10.0
+# The prediction before online learning for a prefix that no head fits: that of a loss of 1.
+_UNKNOWN = math.asinh(1 / (2e-3))
 
 
 class Prefixes(NamedTuple):
@@ -76,8 +84,9 @@ class CriticSearch:
     """Tree search with a critic that reads activations.
 
     A step extends one prefix by each of the `N` layers and scores the children with every head. It
-    costs `N` layer calls. Only the activations of the last children are kept, so extending an older
-    prefix costs one more layer call per layer of that prefix, to recompute its activations.
+    costs `N` layer calls, or in a bank with stages as many as there are layers that read its stage.
+    Only the activations of the last children are kept, so extending an older prefix costs one more
+    layer call per layer of that prefix, to recompute its activations.
 
     Attributes:
       critic: a critic from `jchain.pretrain_critic`; None to use the loss of the best head.
@@ -125,6 +134,10 @@ class CriticSearch:
                 f"expected {NUM_FEATURES} features of a prefix, got shape "
                 f"{list(root.features.shape)}"
             )
+        root_loss = root.loss
+        if problem.bank.stages is not None:
+            empty = jnp.full(problem.max_layers + 1, PADDING, jnp.int32)
+            root_loss = root_loss + problem.head_penalties(empty)
         lengths = max(problem.max_layers, 1)
         shape = (lengths, self.width)
         size = 3 * _layer_codes(problem).shape[1] + 2 * NUM_FEATURES + 1
@@ -132,7 +145,7 @@ class CriticSearch:
             jnp.full((*shape, problem.max_layers + 1), PADDING, jnp.int32),
             jnp.zeros((*shape, NUM_FEATURES)).at[0, 0].set(root.features),
             jnp.zeros((*shape, size)),
-            jnp.zeros(shape).at[0, 0].set(log_loss(lowest(root.loss))),
+            jnp.zeros(shape).at[0, 0].set(log_loss(lowest(root_loss))),
             # Any finite prediction marks a prefix as open. Its value does not matter, because no
             # other prefix is open.
             jnp.full(shape, jnp.inf).at[0, 0].set(0.0),
@@ -177,7 +190,9 @@ class CriticSearch:
         should_extend = is_open & (length < problem.max_layers)
         hidden, num_recomputed = _recompute(state, problem, parent.chains, length)
         children = _observe_children(self.observe, problem, parent.chains, hidden, length)
-        mean_features = jnp.where(length == 0, children.features.mean(axis=0), state.mean_features)
+        mean_features = jnp.where(
+            length == 0, _average_features(problem, children), state.mean_features
+        )
         candidates = self._make_candidates(problem, parent, children, mean_features, length + 1)
 
         is_last = length + 1 >= problem.max_layers
@@ -201,7 +216,8 @@ class CriticSearch:
         )
         value = jnp.where(should_extend & ~is_last, predicted, jnp.inf)
         state = _insert(state, candidates, value, length + 1)
-        layer_calls = jnp.where(should_extend, problem.bank.num_layers + num_recomputed, 0)
+        num_extensions = count_extensions(problem, parent.chains)
+        layer_calls = jnp.where(should_extend, num_extensions + num_recomputed, 0)
         empty = jnp.full_like(parent.chains, PADDING)
         chains, loss = end_children(
             problem, empty, length, hidden, children.chains, children.loss, is_open, should_extend
@@ -246,7 +262,8 @@ class CriticSearch:
             )
             gain = self.critic.gain(inputs)
         inputs = _make_regression_inputs(problem, children, change, mean_features, length)
-        return Prefixes(children.chains, children.features, inputs, stop_loss, stop_loss - gain)
+        prior = rank_prefixes(problem, children.chains, stop_loss - gain, _UNKNOWN)
+        return Prefixes(children.chains, children.features, inputs, stop_loss, prior)
 
     def _learn(
         self,
@@ -332,6 +349,15 @@ def _observe_children(
     loss = observed.loss + problem.head_penalties(chains)
     loss = jnp.where(jnp.isfinite(loss), loss, jnp.inf)
     return _Children(chains, outputs, observed.features, loss)
+
+
+def _average_features(problem: Problem, children: _Children) -> Float[Array, "F"]:
+    """Average the features of the children, without those that do not follow the stages."""
+    if (stages := problem.bank.stages) is None:
+        return children.features.mean(axis=0)
+    is_legal = stages.is_legal(children.chains)[:, None]
+    total = jnp.where(is_legal, children.features, 0.0).sum(axis=0)
+    return total / jnp.maximum(is_legal.sum(), 1)
 
 
 def _layer_codes(problem: Problem) -> Float[Array, "N C"]:

@@ -77,7 +77,7 @@ class MCTS:
             rng_key=key,
             root=mctx.RootFnOutput(
                 prior_logits=jnp.zeros((1, is_legal.size), jnp.float32),
-                value=_value(root)[None],
+                value=_value(problem, root)[None],
                 embedding=jax.tree.map(lambda leaf: leaf[None], root),
             ),
             recurrent_fn=_recur,
@@ -109,12 +109,20 @@ def _make_node(problem: Problem, state: env.State, is_call: Bool[Array, ""]) -> 
 
 
 def _legal_actions(problem: Problem, state: env.State) -> Bool[Array, "E"]:
-    return env.legal_actions(problem, state.length, problem.chain_cost(state.chain))
+    cost, stage = problem.chain_cost(state.chain), env.reached_stage(problem, state.chain)
+    return env.legal_actions(problem, state.length, cost, stage)
 
 
-def _value(node: Node) -> Float[Array, ""]:
-    """Return minus the lowest loss; nonfinite losses count as 1e6, because mctx averages values."""
-    return -jnp.min(jnp.where(jnp.isfinite(node.loss), node.loss, 1e6))
+def _value(problem: Problem, node: Node) -> Float[Array, ""]:
+    """Return minus the lowest loss; nonfinite losses count as 1e6, because mctx averages values.
+
+    The value is 0 if no head reads the stage of the prefix, so that nothing is known about it.
+    """
+    value = -jnp.min(jnp.where(jnp.isfinite(node.loss), node.loss, 1e6))
+    if (stages := problem.bank.stages) is None:
+        return value
+    has_head = stages.get_fitting_heads(node.state.chain).any()
+    return jnp.where(has_head, value, 0.0)
 
 
 def _import_mctx() -> ModuleType:
@@ -136,6 +144,6 @@ def _recur(problem: Problem, key: Array, action: Array, embedding: Node) -> tupl
         reward=jnp.maximum(reward, -1e6)[None],
         discount=jnp.where(state.is_done, 0.0, 1.0)[None],
         prior_logits=legal[None],
-        value=jnp.where(state.is_done, 0.0, _value(child))[None],
+        value=jnp.where(state.is_done, 0.0, _value(problem, child))[None],
     )
     return output, jax.tree.map(lambda leaf: leaf[None], child)

@@ -30,6 +30,40 @@ def extend_prefix(
     return env.append_layers(problem, prefix, length), apply_all(problem.bank.layers, hidden)
 
 
+def rank_prefixes(
+    problem: Problem, prefixes: Int[Array, "R L"], loss: Float[Array, "R"], unknown: float
+) -> Float[Array, "R"]:
+    """Return the scores by which a search ranks prefixes, given the loss of their best head.
+
+    Without stages, these are the losses. Otherwise, prefixes that no layer may follow get `+inf`,
+    and those with a stage that no head reads get one value for all.
+
+    Args:
+      problem: the problem, whose bank may have stages.
+      prefixes: the tokens of each prefix, padded with -1, `[R, L]`.
+      loss: the loss of each prefix with its best head, `[R]`; not finite if there is none.
+      unknown: the finite score of a prefix that no head fits.
+    """
+    if (stages := problem.bank.stages) is None:
+        return loss
+    has_head = stages.get_fitting_heads(prefixes).any(axis=1)
+    scores = jnp.where(has_head, loss, unknown)
+    return jnp.where(env.can_continue(problem, prefixes), scores, jnp.inf)
+
+
+def count_extensions(problem: Problem, prefix: Int[Array, "L"]) -> Int[Array, ""] | int:
+    """Count the layers that may follow a prefix: the cost of extending it by each, in layer calls.
+
+    Args:
+      problem: the problem, whose bank may have stages.
+      prefix: the tokens of the prefix, padded with -1, `[L]`.
+    """
+    if (stages := problem.bank.stages) is None:
+        return problem.bank.num_layers
+    reads = jnp.asarray(stages.reads[: problem.bank.num_layers])
+    return jnp.sum(reads == stages.reached(prefix), dtype=jnp.int32)
+
+
 def end_prefixes(
     problem: Problem,
     prefixes: Int[Array, "R L"],
@@ -47,11 +81,14 @@ def end_prefixes(
       is_scored: a mask of the prefixes to list, `[R]`.
 
     Returns:
-      Chains `[R * K, L]` and losses `[R * K]`. Prefixes that are not listed have rows of -1 and
-      losses of `+inf`. A loss that is not finite is `+inf` as well.
+      Chains `[R * K, L]` and losses `[R * K]`. Prefixes that are not listed, and chains that do not
+      follow the stages of the bank, have rows of -1 and losses of `+inf`. A loss that is not finite
+      is `+inf` as well.
     """
     chains = jax.vmap(lambda prefix, t: env.append_heads(problem, prefix, t))(prefixes, length)
     chains = jnp.where(is_scored[:, None, None], chains, PADDING)
+    if (stages := problem.bank.stages) is not None:
+        chains = jnp.where(stages.is_legal(chains)[..., None], chains, PADDING)
     loss = jnp.where(is_scored[:, None] & jnp.isfinite(loss), loss, jnp.inf)
     return chains.reshape(-1, prefixes.shape[1]), loss.reshape(-1)
 

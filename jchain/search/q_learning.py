@@ -168,22 +168,24 @@ def sample_chain(
     num_layers = problem.bank.num_layers
 
     def act(
-        carry: tuple[Array, Array, Array], slot: tuple[Array, Array]
-    ) -> tuple[tuple[Array, Array, Array], Array]:
-        last, is_done, cost = carry
+        carry: tuple[Array, Array, Array, Array | None], slot: tuple[Array, Array]
+    ) -> tuple[tuple[Array, Array, Array, Array | None], Array]:
+        last, is_done, cost, stage = carry
         t, key = slot
         explore_key, random_key = jax.random.split(key)
-        legal = jnp.where(env.legal_actions(problem, t, cost), 0.0, -jnp.inf).astype(jnp.float32)
+        is_legal = env.legal_actions(problem, t, cost, stage)
+        legal = jnp.where(is_legal, 0.0, -jnp.inf).astype(jnp.float32)
         random = jax.random.categorical(random_key, legal)
         is_random = jax.random.uniform(explore_key, (), jnp.float32) < epsilon
         token = jnp.where(is_random, random, jnp.argmax(values[t, last] + legal))
         is_end = is_done | (token >= num_layers)
         taken = jnp.where(is_done, PADDING, token).astype(jnp.int32)
-        cost = env.add_cost(problem, cost, taken)
-        return (jnp.where(is_end, last, token), is_end, cost), taken
+        cost, stage = env.add_cost(problem, cost, taken), env.next_stage(problem, stage, taken)
+        return (jnp.where(is_end, last, token), is_end, cost, stage), taken
 
     slots = (jnp.arange(problem.max_layers + 1), jax.random.split(key, problem.max_layers + 1))
-    start = (jnp.array(num_layers), jnp.array(False), jnp.zeros((), jnp.float32))
+    zero, stage = jnp.zeros((), jnp.float32), env.first_stage(problem)
+    start = (jnp.array(num_layers), jnp.array(False), zero, stage)
     return jax.lax.scan(act, start, slots)[1]
 
 
@@ -237,7 +239,7 @@ def look_up(
     """
     slots = jnp.arange(chain.shape[0])
     is_legal: Bool[Array, "L E"] = jax.vmap(partial(env.legal_actions, problem))(
-        slots, env.prefix_costs(problem, chain)
+        slots, env.prefix_costs(problem, chain), env.prefix_stages(problem, chain)
     )
     return values[slots, find_last(chain, problem)], is_legal
 

@@ -26,6 +26,7 @@ from jchain.problem import Problem
 from jchain.pytree import pick, pytree_dataclass, static
 from jchain.search.descent import allocate_candidates, sample_candidates
 from jchain.search.protocol import Info
+from jchain.stages.binding import check_no_stages
 
 # How many chains are proposed for each one that is evaluated, so that cached ones can be skipped.
 _MARGIN = 4
@@ -93,8 +94,10 @@ class SuffixBeamSearch:
           problem: the problem to search.
 
         Raises:
-          ValueError: if activations are not one array, or a layer cannot be inverted.
+          ValueError: if activations are not one array, a layer cannot be inverted, or the bank has
+            stages.
         """
+        check_no_stages(problem.bank.layers, "SuffixBeamSearch, which inverts layers")
         check_one_array(activations=infer_hidden(problem))
         modules = [group.module for group in problem.bank.layers]
         if not all(isinstance(module, Invertible) for module in modules):
@@ -113,7 +116,8 @@ class SuffixBeamSearch:
           problem: the problem to search.
 
         Raises:
-          ValueError: if activations are not one array, or a layer cannot be inverted.
+          ValueError: if activations are not one array, a layer cannot be inverted, or the bank has
+            stages.
         """
         self.check(problem)
         inverses = tuple(inverse for inverse in inverse_groups(problem.bank) if inverse is not None)

@@ -21,6 +21,7 @@ from jchain.bank import Bank
 from jchain.chain import PADDING, ChainSpace
 from jchain.engine.evaluate import apply_chain
 from jchain.groups import LayerGroup
+from jchain.modules import unwrap
 from jchain.problem import Problem
 from jchain.pytree import pick
 from jchain.train import BATCH_SIZE, OPTIMIZER, is_stepwise
@@ -259,7 +260,7 @@ def _update(
 
     Members that are not trained, or whose new weights are not finite, stay unchanged.
     """
-    project = getattr(group.module, "project", None)
+    project = getattr(unwrap(group.module), "project", None)
 
     def update(params: PyTree, gradient: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree]:
         updates, opt_state = optimizer.update(gradient, opt_state, params)

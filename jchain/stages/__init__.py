@@ -1,0 +1,1 @@
+"""Stages: banks whose layers map activations of different shapes, such as those of a ResNet."""
