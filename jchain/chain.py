@@ -8,6 +8,7 @@ chains that they allow.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -353,3 +354,36 @@ def describe(tokens: ChainsLike, names: Sequence[str]) -> str:
       names: the name of each token of the bank.
     """
     return " -> ".join(names[int(token)] for token in np.asarray(tokens) if token != PADDING)
+
+
+def check_max_layers(value: object) -> int:
+    """Check `max_layers` and return it as an int.
+
+    Args:
+      value: maximum number of layers in a chain.
+
+    Raises:
+      ValueError: if the value is not an integer of at least 0.
+    """
+    if not _is_integer(value) or value < 0:
+        raise ValueError(f"expected max_layers to be an integer of at least 0, got {value!r}")
+    return int(value)
+
+
+def check_min_layers(value: object, max_layers: int) -> int:
+    """Check `min_layers` and return it as an int.
+
+    Args:
+      value: minimum number of layers in a chain.
+      max_layers: maximum number of layers in a chain.
+
+    Raises:
+      ValueError: if the value is not an integer in `0..max_layers`.
+    """
+    if not _is_integer(value) or not 0 <= value <= max_layers:
+        raise ValueError(f"expected min_layers to be an integer in 0..{max_layers}, got {value!r}")
+    return int(value)
+
+
+def _is_integer(value: object) -> TypeGuard[int | np.integer]:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

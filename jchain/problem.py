@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jchain._typing import Array, Bool, Float, Int, PyTree
 from jchain.bank import Bank
-from jchain.chain import ChainSpace
+from jchain.chain import ChainSpace, check_max_layers, check_min_layers
 from jchain.data import Batch, check_lengths, read_batch
 from jchain.groups import check_keeps_shape, infer_head_output
 from jchain.modules import check_mean_over_examples, check_output_function, check_stem
@@ -426,36 +426,3 @@ def upcast(array: Array) -> Array:
       array: an array of any dtype; float32 and wider dtypes are unchanged.
     """
     return array.astype(jnp.promote_types(jnp.float32, array.dtype))
-
-
-def check_max_layers(value: object) -> int:
-    """Check `max_layers` and return it as an int.
-
-    Args:
-      value: maximum number of layers in a chain.
-
-    Raises:
-      ValueError: if the value is not an integer of at least 0.
-    """
-    if not _is_integer(value) or value < 0:
-        raise ValueError(f"expected max_layers to be an integer of at least 0, got {value!r}")
-    return int(value)
-
-
-def check_min_layers(value: object, max_layers: int) -> int:
-    """Check `min_layers` and return it as an int.
-
-    Args:
-      value: minimum number of layers in a chain.
-      max_layers: maximum number of layers in a chain.
-
-    Raises:
-      ValueError: if the value is not an integer in `0..max_layers`.
-    """
-    if not _is_integer(value) or not 0 <= value <= max_layers:
-        raise ValueError(f"expected min_layers to be an integer in 0..{max_layers}, got {value!r}")
-    return int(value)
-
-
-def _is_integer(value: object) -> TypeGuard[int | np.integer]:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)

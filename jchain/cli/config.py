@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
-from jchain.problem import check_max_layers, check_min_layers
+from jchain.chain import check_max_layers, check_min_layers
 
 DEFAULT_DATA = "digits"
 DEFAULT_TASK = "repair"

@@ -12,13 +12,14 @@ import optax
 from jchain import layers, tasks, train
 from jchain._typing import Array, Float, Key, PyTree
 from jchain.bank import Bank
+from jchain.chain import check_max_layers, check_min_layers
 from jchain.cli import checkpoints, own_files
 from jchain.cli.checkpoints import LossFn
 from jchain.cli.config import DEFAULT_DEPTH, SearchConfig, require
 from jchain.cli.parser import CHANNELS, LAYERS
 from jchain.data import Dataset
 from jchain.hub.wrapping import Restart
-from jchain.problem import Problem, check_max_layers, check_min_layers
+from jchain.problem import Problem
 
 # Numbers of convolutions in a block, which layers cycle through: the first layer has 1, the second
 # 2, the third 3, and the fourth 1 again.
