@@ -1,6 +1,11 @@
 """Shared setup: jaxtyping and beartype check signatures, and rank promotion is an error."""
 
+import os
 from pathlib import Path
+
+# XLA's older emitters compile these small programs in two thirds of the time. To test with the
+# default ones, set XLA_FLAGS to an empty string. JAX reads the variable when it starts.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 import jax
 import numpy as np

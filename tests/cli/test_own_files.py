@@ -64,6 +64,8 @@ def test_files_of_data_give_the_splits_of_their_arrays(folder, tmp_path, capsys)
                 str(folder / options[0]),
                 *options[1:],
                 *SMALL[2:],
+                "--search",
+                "random",
                 "--out",
                 str(out),
             ]

@@ -76,7 +76,12 @@ print("passed")
 
 def start(code, *args, num_devices=1):
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+        "XLA_FLAGS": " ".join(
+            [
+                os.environ["XLA_FLAGS"],
+                f"--xla_force_host_platform_device_count={num_devices}",
+            ]
+        ),
         "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
         "PYTHONWARNINGS": "ignore",
         "JAX_PLATFORMS": "cpu",
