@@ -297,7 +297,9 @@ def _check_order(rows: np.ndarray, num_layers: int) -> None:
             )
 
 
-def pad(tokens: Sequence[Sequence[int]], max_layers: int | None = None) -> Int[np.ndarray, "P L"]:
+def pad(
+    tokens: Sequence[Sequence[int] | np.ndarray], max_layers: int | None = None
+) -> Int[np.ndarray, "P L"]:
     """Put chains of different lengths into one array, padded with -1.
 
     Args:

@@ -105,7 +105,7 @@ def test_neighbors_are_all_chains_one_edit_away(max_layers):
         ([3, 4, -1], "chain 0 has tokens after its head"),
         ([-1, 3, -1], "chain 0 has padding before its head"),
         ([0.0, 1.0, 3.0], "expected chains of integer tokens, got dtype float64"),
-        ([0, 3], r"expected chains of shape \[P, 3\].*got \[2\]"),
+        (np.array([0, 3]), r"expected chains of shape \[P, 3\].*got \[2\]"),
         ([[[3, -1, -1]]], "expected chains of shape"),
     ],
 )
@@ -126,9 +126,6 @@ def test_pad():
         chain.pad([[0, 1, 4]], 1)
     with pytest.raises(ValueError, match="at least one chain"):
         chain.pad([])
-    for tokens in ([0, 4], [[0.0, 4.0]], [["a"]], [[[0]]]):
-        with pytest.raises(ValueError, match="expected chains of integer tokens, got"):
-            chain.pad(tokens)
 
 
 @settings(max_examples=50, deadline=None)
