@@ -2,10 +2,12 @@
 
     python experiments/own_net.py
 
-RUN_TIME. `--quick` runs one small net and two
-searches in less than a minute, and writes nothing.
+The run took 65 minutes on 2 CPU cores that several other jobs also used. `--quick` runs one small
+net and two searches in less than a minute, and writes nothing.
 
-EXPECTED
+Expected result: on `search`, the best snapshot has a loss of 0.108, and linearized search reaches
+0.097 from nothing as well as from the net. On `test`, no search has a lower interquartile mean than
+the best snapshot (0.128).
 
 Each of 10 nets has 6 pre-norm blocks (layer normalization, an MLP, and a residual connection) and
 is trained on digits. A bank holds 3 snapshots of one net, so it has 18 layers, 3 heads, and

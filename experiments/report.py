@@ -2,7 +2,7 @@
 
     python experiments/report.py
 
-The run takes about 8 hours on 2 CPU cores. `--quick` runs small sizes of each script in 10 minutes
+The run takes about 9 hours on 2 CPU cores. `--quick` runs small sizes of each script in 10 minutes
 and writes nothing.
 
 The answers are in questions.md. Each figure there is a placeholder [[file > key > ... | format]],

@@ -425,6 +425,8 @@ def test_searches_find_the_best_chain_within_a_limit_of_the_cost(name, search, m
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SEARCHES, indirect=True)
 def test_searches_keep_the_contract_within_a_limit_of_the_cost(name, search):
+    # This module compiles many programs, and a process can hold only so many (see conftest.py).
+    jax.clear_caches()
     problem, _ = limit_cost(name)
     jc.check_search(search, problem)
     step = jax.jit(search.step)
