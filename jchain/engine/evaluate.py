@@ -181,6 +181,24 @@ def select(problem: Problem, chains: ChainsLike) -> Int[np.ndarray, "L"]:
     return problem.space.validate(chains)[loss.argmin()]
 
 
+def evaluate_filled(problem: Problem, chains: Int[Array, "P L"]) -> Evaluation:
+    """Evaluate chains of which some are `ChainSpace.head_alone`, whose loss is not used.
+
+    `evaluate` would refuse these on the host if that head reads a later stage.
+
+    Args:
+      problem: the bank, the split of data, and the loss.
+      chains: the tokens of the chains, `[P, L]`.
+
+    Returns:
+      The same as from `evaluate`; the loss of a chain that does not follow the stages is `+inf`.
+    """
+    if problem.bank.stages is None:
+        return evaluate(problem, chains)
+    placed, tokens, options = _place(problem, chains, None, None, None, None)
+    return evaluate_population(placed, tokens, options=options)
+
+
 def evaluate_all(
     problem: Problem,
     *,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jchain._typing import Array, Bool, Float, Int, UInt
 from jchain.chain import PADDING
-from jchain.engine.evaluate import evaluate
+from jchain.engine.evaluate import evaluate_filled
 from jchain.engine.fingerprint import compute_fingerprints
 from jchain.problem import Problem
 
@@ -68,7 +68,7 @@ def evaluate_cached(
     is_known = is_match.any(axis=1)
     # Replace cached chains with a chain of only a head, which costs no layer call.
     new = jnp.where(is_known[:, None], problem.space.head_alone[None], chains)
-    out = evaluate(problem, new)
+    out = evaluate_filled(problem, new)
     known = jnp.where(is_match, cache.loss[set_index], 0.0).sum(axis=1)
     loss = jnp.where(is_known, known, out.loss)
     return _store(cache, set_index, chains, fingerprint, loss, ~is_known), loss, out.layer_calls

@@ -44,7 +44,7 @@ from jchain.agent.rollout import Rollout, drop_empty, restore_empty, sample_chai
 from jchain.bank import Bank
 from jchain.chain import PADDING
 from jchain.engine import score_cache
-from jchain.engine.evaluate import evaluate
+from jchain.engine.evaluate import evaluate_filled
 from jchain.engine.prefix_sharing import count_calls
 from jchain.engine.score_cache import ScoreCache
 from jchain.gradient.edit_scores import KINDS
@@ -285,7 +285,7 @@ class ActorCritic:
         scored = jnp.where(is_chain[:, None], rows, problem.space.head_alone[None])
         cache = state.cache
         if cache is None:
-            out = evaluate(problem, scored)
+            out = evaluate_filled(problem, scored)
             loss, layer_calls = out.loss, out.layer_calls
         else:
             cache, loss, layer_calls = score_cache.evaluate_cached(cache, problem, scored)

@@ -131,6 +131,7 @@ def _check_rows(infos: list[Info], problem: Problem) -> list[str]:
             tokens[:length]
             for tokens in chains
             for length in range(1, sum(0 <= t < problem.bank.num_layers for t in tokens) + 1)
+            if _ends_with_a_head(tokens[:length], problem)
         }
         least = len(prefixes - seen)
         seen |= prefixes
@@ -140,6 +141,17 @@ def _check_rows(infos: list[Info], problem: Problem) -> list[str]:
                 f"chains that no step had scored before cost at least {least}"
             )
     return findings + _check_losses(rows, problem)
+
+
+def _ends_with_a_head(prefix: tuple[int, ...], problem: Problem) -> bool:
+    """Return whether a head may follow a prefix.
+
+    The layers of any other prefix may have been paid for by a step that could not report it.
+    """
+    if len(prefix) < problem.min_layers:
+        return False
+    stages = problem.bank.stages
+    return stages is None or stages.layers[prefix[-1]][1] in stages.heads
 
 
 def _check_losses(rows: list[_Row], problem: Problem) -> list[str]:

@@ -7,7 +7,7 @@ are exact.
 
 import jax.numpy as jnp
 
-from jchain.engine.evaluate import evaluate
+from jchain.engine.evaluate import evaluate_filled
 from jchain.problem import Problem
 from jchain.search.protocol import Info, Search, reads_activations
 
@@ -35,7 +35,7 @@ def rescore(info: Info, problem: Problem) -> Info:
     """
     is_chain = problem.space.contains(info.chains)
     chains = jnp.where(is_chain[:, None], info.chains, problem.space.head_alone[None])
-    out = evaluate(problem, chains.astype(jnp.int32))
+    out = evaluate_filled(problem, chains.astype(jnp.int32))
     loss = jnp.where(is_chain, out.loss, jnp.inf)
     size = min(problem.batch_size or problem.num_examples, problem.num_examples)
     on_part = jnp.ceil(info.layer_calls * (size / problem.num_examples)).astype(jnp.int32)
