@@ -331,7 +331,7 @@ def _pad_lists(chains: ChainsLike, max_layers: int | None) -> ChainsLike:
     """Pad one list of tokens, or a list of such lists or arrays; return arrays unchanged."""
     if not isinstance(chains, list | tuple) or len(chains) == 0:
         return chains
-    if all(np.ndim(row) == 1 for row in chains):
+    if all(np.ndim(row) == 1 for row in chains):  # pyright: ignore[reportArgumentType]
         return pad(chains, max_layers)  # pyright: ignore[reportArgumentType]
     if all(isinstance(token, Integral) for token in chains):
         return pad([chains], max_layers)[0]  # pyright: ignore[reportArgumentType]
@@ -367,7 +367,7 @@ def check_max_layers(value: object) -> int:
     Raises:
       ValueError: if the value is not an integer of at least 0.
     """
-    if not _is_integer(value) or value < 0:
+    if not is_integer(value) or value < 0:
         raise ValueError(f"expected max_layers to be an integer of at least 0, got {value!r}")
     return int(value)
 
@@ -382,10 +382,15 @@ def check_min_layers(value: object, max_layers: int) -> int:
     Raises:
       ValueError: if the value is not an integer in `0..max_layers`.
     """
-    if not _is_integer(value) or not 0 <= value <= max_layers:
+    if not is_integer(value) or not 0 <= value <= max_layers:
         raise ValueError(f"expected min_layers to be an integer in 0..{max_layers}, got {value!r}")
     return int(value)
 
 
-def _is_integer(value: object) -> TypeGuard[int | np.integer]:
+def is_integer(value: object) -> TypeGuard[int | np.integer]:
+    """Return whether a value is an integer, of Python or NumPy, and not a boolean.
+
+    Args:
+      value: any value.
+    """
     return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jchain._typing import Array, Bool, Float, Int, PyTree
 from jchain.bank import Bank
-from jchain.chain import ChainSpace, check_max_layers, check_min_layers
+from jchain.chain import ChainSpace, check_max_layers, check_min_layers, is_integer
 from jchain.data import Batch, check_lengths, read_batch
 from jchain.groups import check_keeps_shape, infer_head_output
 from jchain.modules import check_mean_over_examples, check_output_function, check_stem
@@ -124,7 +124,7 @@ class Problem:
             batch = read_batch(data)
             check_lengths(batch)
             return batch
-        if not _is_integer(size) or size < 1:
+        if not is_integer(size) or size < 1:
             raise ValueError(f"expected batch_size to be an integer of at least 1, got {size!r}")
         if self.mesh is not None:
             raise ValueError("expected a problem without a mesh, or without batch_size, got both")
