@@ -92,10 +92,10 @@ def test_the_finalist_is_picked_on_search_and_select(tmp_path):
 def test_finished_seeds_are_kept_when_a_run_is_interrupted(tmp_path, capsys, monkeypatch):
     run_seed = commands._run_seed
 
-    def interrupt_second(config):
+    def interrupt_second(config, setup):
         if config.seed == 1:
             raise KeyboardInterrupt
-        return run_seed(config)
+        return run_seed(config, setup)
 
     monkeypatch.setattr(commands, "_run_seed", interrupt_second)
     out = tmp_path / "out"
@@ -106,7 +106,7 @@ def test_finished_seeds_are_kept_when_a_run_is_interrupted(tmp_path, capsys, mon
     assert "nothing was written" not in err
     assert [path.name for path in kept.iterdir()] == ["seed-0"]
     assert json.loads((kept / "seed-0" / "result.json").read_text())["config"]["seed"] == 0
-    monkeypatch.setattr(commands, "_run_seed", lambda config: (_ for _ in ()).throw(OSError("no")))
+    monkeypatch.setattr(commands, "_run_seed", lambda *_: (_ for _ in ()).throw(OSError("no")))
     assert main(["search", *SMALL, "--seeds", "2", "--out", str(out)]) == 2
     assert [*tmp_path.iterdir()] == [kept]
 
