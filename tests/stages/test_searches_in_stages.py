@@ -1,11 +1,15 @@
 """Searches, and what they are made of, on a bank with stages: no chain is ever illegal."""
 
+import itertools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import HEAD, init_params, make_batch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 import jchain as jc
 
@@ -92,6 +96,43 @@ def test_no_search_returns_an_illegal_chain(name, bank, problems):
     loss = jc.evaluate(problem, result.finalists).loss
     np.testing.assert_allclose(result.finalist_losses, loss, rtol=1e-4, atol=1e-5)
     assert np.isfinite(loss).all()
+
+
+def scale(params, x):
+    return jnp.tanh(x * params)
+
+
+def read(params, x):
+    return x[:, :3] * params
+
+
+STAGE = st.integers(0, 2)
+
+
+@pytest.mark.slow
+@settings(max_examples=8, deadline=None)
+@given(
+    more=st.tuples(*[st.tuples(STAGE, STAGE)] * 3),
+    heads=st.tuples(STAGE, STAGE),
+    min_layers=st.integers(0, 2),
+    name=st.sampled_from(["LocalSearch", "Evolution", "BeamSearch", "CriticSearch", "QLearning"]),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_no_search_returns_an_illegal_chain_for_any_stages(more, heads, min_layers, name, seed):
+    stages = [(0, 1), (1, 2), *more]
+    params = [np.float32(0.5 + 0.1 * i) for i in range(5)]
+    bank = jc.Bank.stack(scale, params, read, params[:2], stages=stages, head_stages=heads)
+    batch = jc.Batch(jax.random.normal(jax.random.key(0), (4, 5)), jnp.array([0, 1, 2, 0]))
+    assume(jc.chain.ChainSpace(5, 2, 3, min_layers, bank.stages).num_chains > 0)
+    problem = jc.Problem(bank, batch, max_layers=3, min_layers=min_layers)
+    result = jc.run(jax.random.key(seed), SEARCHES[name], problem, budget=60)
+    assert result.num_invalid == 0
+    assert problem.space.contains(jnp.asarray(result.finalists)).all()
+    for chain in result.finalists.tolist():
+        stage = 0
+        for token in itertools.takewhile(lambda token: token < len(stages), chain):
+            assert stages[token][0] == stage
+            stage = stages[token][1]
 
 
 def test_beam_search_finds_the_best_chain_when_it_is_wide(problems):
