@@ -81,7 +81,7 @@ RECIPES = (
 FOUND = "local search"
 # These start at models and recipes, like `jchain search --checkpoint`, which also adds them to the
 # finalists.
-STARTED, CHOSEN = "local search from recipes", "that or a recipe, by select"
+STARTED, CHOSEN = "local search from recipes", "best of local search and recipes on select"
 MODELS = {"base": "base", "a": "fine-tune a", "b": "fine-tune b", "soup": "soup of both"}
 MIX_ARMS = (*MODELS.values(), "random mix", *SEARCHES, STARTED, CHOSEN)
 

@@ -20,11 +20,23 @@ def find(name):
         return getattr(find(parent), attribute)
 
 
+def list_members(name, value):
+    """Yield what a module defines, or the value itself, each with its name."""
+    yield name, value
+    if inspect.ismodule(value):
+        for key, member in vars(value).items():
+            is_own = getattr(member, "__module__", None) == value.__name__
+            is_code = inspect.isfunction(member) or inspect.isclass(member)
+            if is_own and is_code and not key.startswith("_"):
+                yield f"{name}.{key}", member
+
+
 def make_table(page):
     """Make the table of a page: what it documents, in a sentence each, and where it is."""
     rows = ["| name | what it is | defined in |", "|---|---|---|"]
-    for name in re.findall(r"(?m)^::: (\S+)$", page):
-        value = find(name)
+    directives = re.findall(r"(?m)^::: (\S+)$", page)
+    pairs = [pair for name in directives for pair in list_members(name, find(name))]
+    for name, value in pairs:
         sentence = re.split(r"(?<=\.)\s|\n\n", inspect.getdoc(value) or "")[0]
         is_package = inspect.ismodule(value) and hasattr(value, "__path__")
         module = value.__name__ if inspect.ismodule(value) else value.__module__
