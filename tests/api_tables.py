@@ -37,12 +37,12 @@ def make_table(page):
     directives = re.findall(r"(?m)^::: (\S+)$", page)
     pairs = [pair for name in directives for pair in list_members(name, find(name))]
     for name, value in pairs:
-        sentence = re.split(r"(?<=\.)\s|\n\n", inspect.getdoc(value) or "")[0]
+        sentence = re.split(r"(?<=\.)(?<!al\.)\s|\n\n", inspect.getdoc(value) or "")[0]
         is_package = inspect.ismodule(value) and hasattr(value, "__path__")
         module = value.__name__ if inspect.ismodule(value) else value.__module__
         path = module.replace(".", "/") + ("/" if is_package else ".py")
         short = name.replace("jchain.", "jc.", 1)
-        rows.append(f"| `{short}` | {' '.join(sentence.split())} | `{path}` |")
+        rows.append(f"| `{short}` | {' '.join(sentence.split()).replace('|', '&#124;')} | `{path}` |")
     return "\n".join(rows) + "\n"
 
 
