@@ -42,7 +42,8 @@ def make_table(page):
         module = value.__name__ if inspect.ismodule(value) else value.__module__
         path = module.replace(".", "/") + ("/" if is_package else ".py")
         short = name.replace("jchain.", "jc.", 1)
-        rows.append(f"| `{short}` | {' '.join(sentence.split()).replace('|', '&#124;')} | `{path}` |")
+        words = " ".join(sentence.split()).replace("|", "\\|")
+        rows.append(f"| `{short}` | {words} | `{path}` |")
     return "\n".join(rows) + "\n"
 
 
