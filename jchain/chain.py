@@ -298,7 +298,7 @@ def _check_order(rows: np.ndarray, num_layers: int) -> None:
 
 
 def pad(
-    tokens: Sequence[Sequence[int] | np.ndarray], max_layers: int | None = None
+    tokens: Sequence[Sequence[int] | np.ndarray | Array], max_layers: int | None = None
 ) -> Int[np.ndarray, "P L"]:
     """Put chains of different lengths into one array, padded with -1.
 

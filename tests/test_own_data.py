@@ -148,7 +148,7 @@ ARRAYS = np.asarray(DATA.train.x), np.asarray(DATA.train.y)
         ),
         (
             lambda: routed(jax.random.key(0), DATA, layer=jc.layers.Dense(13), head=HEAD),
-            "expected one split of data, such as data.search or jc.Batch.* got Dataset of 6",
+            "expected one split of data, such as data.search or jc.Batch.* got Dataset of 7",
         ),
         (
             lambda: routed(jax.random.key(0), DATA.train, layer=jc.layers.Dense, head=HEAD),

@@ -42,7 +42,7 @@ from jchain.inverse.nearest_pairs import (
     match_cells,
     match_finite,
 )
-from jchain.inverse.pullback import invert_layers
+from jchain.inverse.pullback import check_no_stages, invert_layers
 from jchain.modules.activations import check_one_array, to_one_array
 
 # The number of examples on which halves are compared, the size of a sketch, and the size of a
@@ -123,8 +123,9 @@ def meet_in_the_middle(
         raise ValueError(f"expected a tolerance of at least 0, got {tolerance}")
     if num_forward is not None and not 0 <= num_forward <= depth:
         raise ValueError(f"expected num_forward in 0..{depth}, got {num_forward}")
-    inverses = invert_layers(bank)
+    check_no_stages(bank.layers, "jc.meet_in_the_middle")
     examples = _embed_examples(bank, inputs, outputs)
+    inverses = invert_layers(bank)
     num_candidates = max(num_candidates, top_k)
     if bank.num_layers**depth <= num_candidates:
         chains = np.array([*product(range(bank.num_layers), repeat=depth)])
@@ -188,9 +189,8 @@ def _embed_examples(bank: Bank, inputs: Activations, outputs: Array) -> _Example
     hidden = bank.embed(x)
     check_one_array(activations=hidden)
     if outputs.shape != hidden.shape:
-        raise ValueError(
-            f"expected outputs of the layers' shape {list(hidden.shape)}, got {list(outputs.shape)}"
-        )
+        shapes = f"{list(hidden.shape)}, like the inputs, got {list(outputs.shape)}"
+        raise ValueError(f"expected outputs of shape {shapes}")
     for group in bank.layers:
         check_keeps_shape(group, hidden)
     for name, values in (("inputs", hidden), ("outputs", outputs)):

@@ -66,7 +66,7 @@ def test_search_writes_and_prints_a_report_that_can_be_checked(tmp_path, capsys,
     assert result["config"]["budget"] == 300
     assert result["versions"]["jax"] == jax.__version__
     expected = {"plain_net", "tuned_plain_net", "random_chains", "finalist_ensemble", "recipes"}
-    expected |= {"local_search"} | ({"actor_critic"} if "random" in options else set())
+    expected |= {"local_search", "actor_critic"}
     if bank.parents:
         expected |= {"best_parent", "best_edit", "parent_ensemble"}
     assert set(result["controls"]) == expected

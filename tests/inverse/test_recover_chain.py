@@ -215,7 +215,7 @@ def test_meet_in_the_middle_rejects_bad_input_before_work():
     for args, options, expected in (
         ((plain, x, y, 2), {}, "layer bank1/layer0: ResidualMLP has no inverse"),
         ((singular, x, y, 2), {}, "layer layer0: singular layer"),
-        ((bank, x, y[:, :2], 2), {}, r"outputs of the layers' shape \[12, 4\], got \[12, 2\]"),
+        ((bank, x, y[:, :2], 2), {}, r"outputs of shape \[12, 4\], like the inputs, got \[12, 2\]"),
         ((bank, x, y.at[0, 0].set(jnp.nan), 2), {}, "finite outputs"),
         ((bank, x, y, 0), {}, "sizes of at least 1"),
         ((bank, x, y, 2, 10), {}, "top_k of at most 9 chains, got 10"),
