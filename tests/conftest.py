@@ -1,6 +1,7 @@
 """Shared setup: jaxtyping and beartype check signatures, and rank promotion is an error."""
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 # XLA's older emitters compile these small programs in two thirds of the time. To test with the
@@ -25,6 +26,16 @@ with install_import_hook("jchain", "beartype.beartype"):
     import jchain as jc
 
 LAYER, HEAD = jc.layers.ResidualMLP(5, hidden=7), jc.layers.DenseHead(3)
+
+
+@contextmanager
+def optimizations(is_on=True):
+    """Compile with optimizations, for tests that compute more than they compile."""
+    jax.config.update("jax_disable_most_optimizations", not is_on)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 def init_params(module, key, num, shape):

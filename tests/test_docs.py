@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from api_tables import update
 from checkpoints import make_model_and_text
+from conftest import optimizations
 
 import jchain as jc
 
@@ -21,11 +22,24 @@ EXAMPLES = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(set(EXAMPLES) - {"transformers"}))
+# These compute more than they compile.
+COSTLY = {"start", "api/tasks"}
+# These take the longest, and other tests cover what they use.
+SLOW = {"api/tasks", "stages", "write-a-search"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
+        for name in sorted(set(EXAMPLES) - {"transformers"})
+    ],
+)
 def test_examples_run(name, capsys):
     scope = {}
-    for example in EXAMPLES[name]:
-        exec(compile(example, f"{name}.md", "exec"), scope)
+    with optimizations(name in COSTLY):
+        for example in EXAMPLES[name]:
+            exec(compile(example, f"{name}.md", "exec"), scope)
     assert capsys.readouterr().out
 
 

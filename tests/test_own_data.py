@@ -35,7 +35,14 @@ def make_bank(kind, data, head, loss_fn, **options):
     )
 
 
-@pytest.mark.parametrize("kind", ["independent", "routed", "snapshots", "random"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "routed",
+        "random",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("independent", "snapshots")),
+    ],
+)
 def test_regression_is_trained_and_searched(kind):
     x, y = load_diabetes(return_X_y=True)
     y = (y - y.mean()) / y.std()

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import jax
+from conftest import optimizations
 
 import jchain as jc
 from jchain.cli.report import print_summary
@@ -27,7 +28,8 @@ def test_readme_example_is_short():
 
 def test_readme_examples_run(capsys):
     scope = {}
-    exec(compile(EXAMPLES[0], "README.md", "exec"), scope)
+    with optimizations():
+        exec(compile(EXAMPLES[0], "README.md", "exec"), scope)
     chain, loss, accuracy = capsys.readouterr().out.rsplit(maxsplit=2)
     assert chain.endswith("net/0 -> net/1 -> net/head")
     assert (float(loss) < 0.5, float(accuracy) > 0.9) == (True, True)

@@ -75,6 +75,7 @@ class ReadCount(nn.Module):
         return nn.Dense(3)(x["image"].reshape(-1, 8)) * jnp.sin(x["count"])[:, None]
 
 
+@pytest.mark.slow
 def test_steps_on_several_inputs_one_by_one_are_those_of_the_loop():
     x = {"image": jax.random.normal(jax.random.key(1), (20, 2, 2, 2)), "count": jnp.arange(20)}
     layers = (Counting(0.5), Counting(1.0))

@@ -58,7 +58,7 @@ def test_features_match_plain_formulas_in_float64(problem):
     np.testing.assert_allclose(out.features, expected, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("num_heads", [1, 2])
+@pytest.mark.parametrize("num_heads", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_jitted_features_equal_those_of_single_prefixes(num_heads):
     """XLA on CPU once got the gradient's size wrong for jitted, vmapped banks of one head."""
     data = jc.data.load("wine", seed=0)

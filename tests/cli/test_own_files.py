@@ -66,6 +66,7 @@ def test_files_of_data_give_the_splits_of_their_arrays(folder, tmp_path, capsys)
                 *SMALL[2:],
                 "--search",
                 "random",
+                "--quick",
                 "--out",
                 str(out),
             ]

@@ -37,7 +37,7 @@ def test_a_result_is_replaced_only_with_replace(result_folder, tmp_path, capsys,
 def test_a_result_may_be_written_to_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    options = shlex.split("--search random --layer-cost 0.5 --max-layers 1 --min-layers 1")
+    options = shlex.split("--quick --search random --layer-cost 0.5 --max-layers 1 --min-layers 1")
     assert main(["search", *SMALL, *options, "--out", "."]) == 0
     assert {path.name for path in Path().iterdir()} == {
         "bank.safetensors",

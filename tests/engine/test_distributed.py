@@ -57,6 +57,15 @@ else:
     raise AssertionError("devices that differ were accepted")
 print("passed")
 """
+TWO_DEVICES = """
+problem = jc.Problem(make_bank(), make_batch(), 3)
+mesh = jax.make_mesh((2,), ("a",))
+chains = problem.space.sample(jax.random.key(0), 45)
+one, many = (jc.evaluate(problem, chains, mesh=m) for m in (None, mesh))
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, many)
+assert len(many.loss.devices()) == 2
+print("passed")
+"""
 TWO_PROCESSES = """
 jc.engine.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
 problem = jc.Problem(make_bank(), make_batch(), 3)
@@ -103,6 +112,12 @@ def free_address():
         return f"127.0.0.1:{listener.getsockname()[1]}"
 
 
+def test_two_devices_give_the_losses_of_one():
+    code, out, err = finish(start(TWO_DEVICES, num_devices=2))
+    assert (code, out.split()[-1:]) == (0, ["passed"]), err
+
+
+@pytest.mark.slow
 def test_eight_devices_give_the_losses_of_one():
     code, out, err = finish(start(MESH, num_devices=8))
     assert (code, out.split()[-1:]) == (0, ["passed"]), err

@@ -77,6 +77,7 @@ def test_changes_of_joint_moves_sum_to_a_joint_jvp(problem, x64):
     )
 
 
+@pytest.mark.slow
 def test_joint_moves_use_at_most_128_examples(problem):
     """From 300 examples, every third is used."""
     x = jax.random.normal(jax.random.key(4), (300, 5))

@@ -189,6 +189,7 @@ def test_meet_in_the_middle_searches_large_halves_in_parts():
         jc.meet_in_the_middle(bank, x, y, 6, num_candidates=8, memory_limit=100)
 
 
+@pytest.mark.slow
 def test_float64_weights_are_searched_in_float64():
     with jax.enable_x64(True):
         bank = make_invertible_bank(num_layers=5)

@@ -98,7 +98,15 @@ SEARCHES = {
 }
 
 
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LocalSearch",
+        "CriticSearch",
+        pytest.param("LinearizedSearch", marks=pytest.mark.slow),
+        pytest.param("ActorCritic", marks=pytest.mark.slow),
+    ],
+)
 def test_searches_run_on_modules_of_all_kinds(name):
     problem = jc.Problem(make_bank(make_mixed()), jc.Batch(X, Y), 2)
     result = jc.run(jax.random.key(0), SEARCHES[name], problem, budget=150)

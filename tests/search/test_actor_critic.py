@@ -142,6 +142,7 @@ def test_the_critic_learns_the_value_of_its_policy(problem):
     assert abs(float(root) - np.mean(rewards[50:])) < 0.1
 
 
+@pytest.mark.slow
 def test_the_policy_improves(problem):
     """The mean loss after 60 steps is below that of 90% of the chains of the first step."""
     search = jc.ActorCritic(num_chains=32, entropy_weight=0.05)

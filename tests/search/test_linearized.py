@@ -148,6 +148,7 @@ def test_a_new_pass_after_a_failure_tries_its_best_pairs(roomy):
     assert num_seen > 3
 
 
+@pytest.mark.slow
 def test_layers_of_each_module_are_scored(two_group_problem):
     search = jc.LinearizedSearch(num_candidates=2)
     state, info = search.step(

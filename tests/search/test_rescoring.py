@@ -11,7 +11,7 @@ from test_contract import INVERTIBLE, SEARCHES
 import jchain as jc
 from jchain.search.rescoring import get_seen_problem
 
-FAST = ("LocalSearch", "CriticSearch", "LinearizedSearch")
+FAST = ("LocalSearch", "CriticSearch")
 
 
 @pytest.fixture(scope="module")

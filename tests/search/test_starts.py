@@ -119,6 +119,7 @@ def test_a_start_that_reaches_the_target_ends_the_run(problem, starts):
     assert (result.layer_calls, result.num_scored, len(result.curve.layer_calls)) == (6, 3, 1)
 
 
+@pytest.mark.slow
 def test_runs_share_their_starts(problem, starts):
     keys, search = jax.random.split(jax.random.key(2), 2), jc.LocalSearch(num_chains=3)
     results = jc.run_many(keys, search, problem, budget=60, starts=starts)
@@ -142,6 +143,7 @@ def test_critic_search_first_walks_along_the_best_start(problem, starts):
     assert int(info.layer_calls) == 4  # activations of the walk are kept, not computed again
 
 
+@pytest.mark.slow
 def test_descents_begin_at_the_best_start(problem, starts):
     losses = jc.evaluate(problem, starts).loss
     best = starts[losses.argmin()]
