@@ -7,7 +7,6 @@ chains that they allow.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import TypeGuard
 
 import jax
@@ -333,7 +332,7 @@ def _pad_lists(chains: ChainsLike, max_layers: int | None) -> ChainsLike:
         return chains
     if all(np.ndim(row) == 1 for row in chains):  # pyright: ignore[reportArgumentType]
         return pad(chains, max_layers)  # pyright: ignore[reportArgumentType]
-    if all(isinstance(token, Integral) for token in chains):
+    if all(map(is_integer, chains)):
         return pad([chains], max_layers)[0]  # pyright: ignore[reportArgumentType]
     return chains
 

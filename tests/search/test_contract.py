@@ -10,38 +10,10 @@ import pytest
 import reference
 import several_inputs
 from conftest import assert_trees_close, make_bank, make_batch
+from small_searches import SEARCHES
 
 import jchain as jc
 
-SEARCHES = {
-    "RandomSearch": jc.RandomSearch(num_chains=6),
-    "LocalSearch": jc.LocalSearch(num_chains=3),
-    "Evolution": jc.Evolution(population_size=12, tournament_size=4, num_chains=6),
-    "BeamSearch": jc.BeamSearch(max_width=16),
-    "CriticSearch": jc.CriticSearch(width=8, epsilon=0.5),
-    "LinearizedSearch": jc.LinearizedSearch(),
-    "TargetPropagation": jc.TargetPropagation(num_moves=4),
-    "SuffixBeamSearch": jc.SuffixBeamSearch(width=4, num_candidates=3, num_probes=5),
-    "QLearning": jc.QLearning(num_chains=6, num_replays=8),
-    "MCTS": jc.MCTS(num_simulations=6),
-    "ActorCritic": jc.ActorCritic(encoding=jc.TokenEncoding(features=8), num_chains=6),
-    "ActorCritic-scores": jc.ActorCritic(
-        encoding=jc.TokenEncoding(features=8), num_chains=6, score_kind="linearized"
-    ),
-    "ActorCritic-replay": jc.ActorCritic(
-        encoding=jc.TokenEncoding(features=8), num_chains=6, num_replays=4, replay_size=10
-    ),
-    "ActorCritic-observing": jc.ActorCritic(
-        encoding=jc.JointEncoding(
-            (
-                jc.WeightEncoding(8),
-                jc.ObservedEncoding(jc.agent.observations.observe_activations, 8),
-            )
-        ),
-        num_chains=6,
-    ),
-    "ActorCritic-weights": jc.ActorCritic(encoding=jc.WeightEncoding(features=8), num_chains=6),
-}
 RATES = {
     "ActorCritic": {"learning_rate": 0.1, "restart_rate": 0.9},
     "ActorCritic-weights": {"entropy_weight": 1.0},
