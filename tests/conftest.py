@@ -78,6 +78,16 @@ def _forget_programs():
     jax.clear_caches()
 
 
+@pytest.fixture(autouse=True)
+def _forget_many_programs(request):
+    """Clear caches between slow tests of one module, which can exceed that number together."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if request.node.get_closest_marker("slow") and mappings.exists():
+        if mappings.read_bytes().count(b"\n") > 30_000:
+            jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def bank():
     return make_bank()
