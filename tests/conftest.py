@@ -83,9 +83,9 @@ def _forget_many_programs(request):
     """Clear caches between slow tests of one module, which can exceed that number together."""
     yield
     mappings = Path("/proc/self/maps")
-    if request.node.get_closest_marker("slow") and mappings.exists():
-        if mappings.read_bytes().count(b"\n") > 30_000:
-            jax.clear_caches()
+    is_slow = request.node.get_closest_marker("slow") and mappings.exists()
+    if is_slow and mappings.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
