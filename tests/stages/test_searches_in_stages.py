@@ -209,6 +209,7 @@ def test_methods_that_invert_layers_refuse_stages(two_heads):
         lambda: jc.pull_back(bank, [6, 8], outputs),
         lambda: jc.meet_in_the_middle(bank, x, outputs, depth=2),
         lambda: jc.inverse.condition_numbers(bank, [0, 2], x),
+        lambda: jc.inverse.target_scores.fit_target_layer(bank, x, x),
         lambda: jc.run(jax.random.key(0), jc.SuffixBeamSearch(), two_heads, budget=99),
         lambda: jc.pretrain_critic(jax.random.key(0), [two_heads]),
     ]
