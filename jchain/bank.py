@@ -22,9 +22,10 @@ from jchain.groups import (
     move_tokens,
     put,
 )
-from jchain.modules import Module, apply_module, convert, describe_module, split_variables
+from jchain.modules import Module, ModuleLike, apply_stem, convert_stem, describe_module
 from jchain.modules.pickling import Picklable
 from jchain.pytree import pytree_dataclass, static
+from jchain.stages.arguments import HeadStages, Stages
 from jchain.stages.binding import check_input_shape, get_last_stage, make_table, unbind
 from jchain.stages.table import StageTable
 from jchain.tokens import (
@@ -99,9 +100,7 @@ class Bank(Picklable):
         Args:
           x: a batch of raw input, `[B, ...]`, or a pytree of such arrays.
         """
-        if self.stem is None:
-            return x
-        return apply_module(self.stem, *split_variables(self.stem, self.stem_params), x)
+        return apply_stem(self.stem, self.stem_params, x)
 
     def describe(self, chain: chain_lib.ChainsLike) -> str:
         """Return the names along one chain, for example `net0/0 -> net1/2 -> net0/head`.
@@ -130,20 +129,20 @@ class Bank(Picklable):
 
     @staticmethod
     def stack(
-        layer: object,
+        layer: ModuleLike | Sequence[ModuleLike],
         layer_params: Sequence[PyTree] | None = None,
-        head: object = None,
+        head: ModuleLike | Sequence[ModuleLike] | None = None,
         head_params: Sequence[PyTree] | None = None,
         *,
-        stem: object = None,
+        stem: ModuleLike | None = None,
         stem_params: PyTree = None,
         input_shape: PyTree = None,
         names: Sequence[str] | None = None,
         origins: Sequence[str] | None = None,
         parents: Sequence[Sequence[int]] = (),
         num_steps: int = 0,
-        stages: object = None,
-        head_stages: object = None,
+        stages: Stages | None = None,
+        head_stages: HeadStages | None = None,
     ) -> "Bank":
         """Build a bank from your own weights.
 
@@ -182,14 +181,12 @@ class Bank(Picklable):
         head_stages = get_last_stage(layers) if head_stages is None else head_stages
         heads = group_by_module(head, head_params, "head", num_layers, head_stages)
         num_heads = sum(len(group.tokens) for group in heads)
-        if stem is not None:
-            stem, *trees = convert(stem, stem_params, "stem")
-            stem_params = trees[0] if trees[1] is None else {"params": trees[0], **trees[1]}
+        stem_module, stem_params = convert_stem(stem, stem_params)
         bank = Bank(
             layers=layers,
             heads=heads,
             stem_params=jax.tree.map(jnp.asarray, stem_params),
-            stem=stem,
+            stem=stem_module,
             names=complete_names(names, num_layers, num_heads),
             origins=tuple(origins or ("given",) * (num_layers + num_heads)),
             parents=tuple(tuple(int(token) for token in parent) for parent in parents),

@@ -16,7 +16,7 @@ import optax
 from jchain._typing import Array, Key, PyTree
 from jchain.bank import Bank
 from jchain.data import Batch, read_batch
-from jchain.modules import apply_module, check_stem, split_variables
+from jchain.modules import apply_stem, check_stem
 from jchain.pytree import describe_type, pick
 from jchain.training_loop import BATCH_SIZE as BATCH_SIZE
 from jchain.training_loop import (
@@ -380,9 +380,7 @@ def _train_bank(
         raise ValueError(f"expected num_steps to be at least 0, got {config.num_steps}")
     given = read_batch(data)
     check_stem(stem, stem_params, given.x)
-    x = given.x
-    if stem is not None:
-        x = apply_module(stem, *split_variables(stem, stem_params), x)
+    x = apply_stem(stem, stem_params, given.x)
     batch = Batch(jax.tree.map(jnp.asarray, x), given.y)
     check_training(batch, config)
     weights = train_weights(jax.random.split(key, num_nets), batch, config)

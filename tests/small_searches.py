@@ -9,7 +9,7 @@ SEARCHES = {
     "BeamSearch": jc.BeamSearch(max_width=16),
     "CriticSearch": jc.CriticSearch(width=8, epsilon=0.5),
     "LinearizedSearch": jc.LinearizedSearch(),
-    "TargetPropagation": jc.TargetPropagation(num_moves=4),
+    "TargetPropagation": jc.TargetPropagation(num_chains=4),
     "SuffixBeamSearch": jc.SuffixBeamSearch(width=4, num_candidates=3, num_probes=5),
     "QLearning": jc.QLearning(num_chains=6, num_replays=8),
     "MCTS": jc.MCTS(num_simulations=6),

@@ -339,7 +339,7 @@ def test_a_stem_maps_several_inputs_to_one_array(stem_problem):
     "search",
     [
         jc.SuffixBeamSearch(width=2, num_candidates=2, num_probes=4),
-        jc.TargetPropagation(num_moves=2),
+        jc.TargetPropagation(num_chains=2),
     ],
 )
 def test_searches_that_need_one_array_get_it_from_a_stem(search, stem_problem):

@@ -259,7 +259,7 @@ def reach_target(
     problem: Problem,
     token: Int[Array, ""],
     hidden: Activations,
-    rate: float | Float[Array, ""] = 1.0,
+    step_size: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, "B ..."]:
     """Find the smallest change of a head's input that moves its outputs toward `target_outputs`.
 
@@ -267,7 +267,7 @@ def reach_target(
       problem: the bank, the examples, and the loss.
       token: the token of the head.
       hidden: the head's current input, `[B, ...F]`.
-      rate: the fraction of the way from the current outputs to their target.
+      step_size: the fraction of the way from the current outputs to their target.
 
     Returns:
       The changed input, `[B, ...F]`.
@@ -279,7 +279,7 @@ def reach_target(
     head = partial(apply_token, problem.bank.heads, token)
     outputs = head(hidden)
     target = target_outputs(outputs, problem.data.y, problem.loss_fn)
-    goal = outputs + jnp.asarray(rate, outputs.dtype) * (target - outputs)
+    goal = outputs + jnp.asarray(step_size, outputs.dtype) * (target - outputs)
     num_steps = min(_MAX_HEAD_STEPS, outputs.size // outputs.shape[0])
     return hidden + gauss_newton_step(head, hidden, goal, num_steps, _HEAD_DAMPING)
 

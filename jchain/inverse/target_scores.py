@@ -176,7 +176,7 @@ def score_edits_by_target(
     problem: Problem,
     chain: ArrayLike,
     *,
-    rate: float | Float[Array, ""] = 1.0,
+    step_size: float | Float[Array, ""] = 1.0,
     is_exact: bool = False,
     is_projected: bool = True,
     members: tuple[Int[Array, "_"], ...] | None = None,
@@ -196,8 +196,8 @@ def score_edits_by_target(
     Args:
       problem: the bank, the split of data, and the loss.
       chain: the tokens of the chain, `[L]`. They are checked unless they are traced.
-      rate: the position of the target outputs, as a fraction of the way from the chain's outputs to
-        `jchain.inverse.target_outputs`.
+      step_size: the position of the target outputs, as a fraction of the way from the chain's
+        outputs to `jchain.inverse.target_outputs`.
       is_exact: whether invertible layers are inverted exactly. If False, or if a layer is not
         invertible, a damped Gauss-Newton step of the layer's input gives the target before it.
       is_projected: whether outputs are compared only along each example's direction to its target.
@@ -216,7 +216,7 @@ def score_edits_by_target(
     return _score(
         problem,
         tokens,
-        jnp.asarray(rate, jnp.float32),
+        jnp.asarray(step_size, jnp.float32),
         members,
         is_exact=is_exact,
         is_projected=is_projected,
@@ -228,7 +228,7 @@ def score_edits_by_target(
 def _score(
     problem: Problem,
     chain: Array,
-    rate: Array,
+    step_size: Array,
     members: tuple[Array, ...],
     *,
     is_exact: bool,
@@ -241,17 +241,17 @@ def _score(
     # vmap would gather the weights of each layer call and compute all sides of each branch.
     @jax.custom_batching.sequential_vmap
     def score(
-        problem: Problem, chain: Array, rate: Array, members: tuple[Array, ...]
+        problem: Problem, chain: Array, step_size: Array, members: tuple[Array, ...]
     ) -> EditScores:
-        return _score_one(problem, chain, rate, members, is_exact, is_projected, backend)
+        return _score_one(problem, chain, step_size, members, is_exact, is_projected, backend)
 
-    return score(problem, chain, rate, members)
+    return score(problem, chain, step_size, members)
 
 
 def _score_one(
     problem: Problem,
     chain: Array,
-    rate: Array,
+    step_size: Array,
     members: tuple[Array, ...],
     is_exact: bool,
     is_projected: bool,
@@ -262,7 +262,7 @@ def _score_one(
     length = forward.length
     inverses = inverse_groups(bank) if is_exact else (None,) * len(bank.layers)
     chunk = choose_chunk(bank.num_layers, forward.hidden[0], backend)
-    last = reach_target(problem, chain[length], forward.hidden[length], rate)
+    last = reach_target(problem, chain[length], forward.hidden[length], step_size)
     saving = forward.loss - env.head_loss(problem, chain[length], last)
 
     def score_slot(target: Array, slot: Slot) -> tuple[Array, _SlotScores]:

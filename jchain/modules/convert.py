@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -19,6 +19,15 @@ _EXPECTED = "an instance of a Flax linen or nnx module, or a function apply_fn(p
 
 # What a bank applies. Modules are hashable, and equal modules share a group of a bank.
 Module: TypeAlias = nn.Module | FunctionModule | nnx.NnxModule | StagedModule
+
+# What a user may pass as a layer, head, or stem. Other types are refused by `convert`, whose error
+# says more than that of a type checker at run time.
+if TYPE_CHECKING:
+    from flax import nnx as flax_nnx
+
+    ModuleLike: TypeAlias = Module | flax_nnx.Module | Callable[[Any, Any], Any]
+else:
+    ModuleLike: TypeAlias = object
 
 
 class Converted(NamedTuple):
@@ -58,6 +67,36 @@ def convert(module: object, params: PyTree, kind: str) -> Converted:
     if isinstance(module, type) or not callable(module) or is_torch:
         raise ValueError(f"expected {_EXPECTED} for {kind}, got {describe_type(module)}")
     return Converted(FunctionModule(module), params, None)  # pyright: ignore[reportArgumentType]
+
+
+def convert_stem(stem: ModuleLike | None, params: PyTree) -> tuple[Module | None, PyTree]:
+    """Convert what a user passes as the stem of a bank.
+
+    Args:
+      stem: as for `convert`; None for the identity.
+      params: as for `convert`.
+
+    Returns:
+      The module, and its params, or all its collections if it has others; None for no stem.
+
+    Raises:
+      ValueError: as for `convert`.
+    """
+    if stem is None:
+        return None, params
+    module, params, state = convert(stem, params, "stem")
+    return module, params if state is None else {"params": params, **state}
+
+
+def apply_stem(stem: Module | None, params: PyTree, x: PyTree) -> PyTree:
+    """Apply the stem of a bank to raw input.
+
+    Args:
+      stem: the module that `convert_stem` returned; None for the identity.
+      params: its params, or all its collections.
+      x: the raw input.
+    """
+    return x if stem is None else apply_module(stem, *split_variables(stem, params), x)
 
 
 def split_variables(module: Module, variables: PyTree) -> tuple[PyTree, PyTree]:

@@ -10,8 +10,8 @@ import numpy as np
 from jchain._typing import Array, Key, PyTree
 from jchain.engine.evaluate import evaluate
 from jchain.problem import Problem
-from jchain.search.driver import check_arguments, check_step
-from jchain.search.protocol import Info, Search
+from jchain.search.driver import check_arguments
+from jchain.search.protocol import Info, Search, check_step
 
 # Two ways of computing the same value may round differently.
 _RTOL, _ATOL = 2e-3, 1e-5

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from jchain._typing import Array, Int, Key, PyTree
+from jchain._typing import Array, Int, Key
 from jchain.chain import PADDING, ChainsLike
 from jchain.engine.backend import jit_for_problem
 from jchain.engine.control_flow import vmap_unless_one
@@ -20,7 +20,7 @@ from jchain.pytree import describe_type
 from jchain.search.front import empty_front, merge_front
 from jchain.search.pool import empty_pool, merge
 from jchain.search.progress import Progress
-from jchain.search.protocol import Checked, Info, Search
+from jchain.search.protocol import Checked, Search, check_step
 from jchain.search.rescoring import get_seen_problem, rescore
 from jchain.search.result import (
     Result,
@@ -263,9 +263,19 @@ def init_runs(
 @partial(jax.jit, static_argnames="num_finalists")
 def _init_runs(keys: Array, search: Search, problem: Problem, num_finalists: int) -> RunState:
     # Match the dtypes and weak types after a step, so the first step is not compiled separately.
-    pool, zero = empty_pool(num_finalists, problem), jnp.zeros((), jnp.int32)
-    front = empty_front(problem)
-    stats = RunStats(pool, zero, zero, zero, zero, zero, zero, jnp.array(False), front)
+    pool, front = empty_pool(num_finalists, problem), empty_front(problem)
+    zero = jnp.zeros((), jnp.int32)
+    stats = RunStats(
+        pool=pool,
+        layer_calls=zero,
+        num_scored=zero,
+        num_nonfinite=zero,
+        num_invalid=zero,
+        num_free=zero,
+        last_calls=zero,
+        is_over=jnp.array(False),
+        front=front,
+    )
 
     seen = get_seen_problem(search, problem)
 
@@ -367,11 +377,11 @@ def _step(
     # With jax_enable_x64, some counts and losses become wider than in the first state.
     state = jax.tree.map(_cast, state, run.state)
     old = run.stats
-    cost = info.layer_calls.astype(jnp.int32)
-    num_free = jnp.where(cost == 0, old.num_free + 1, 0)
-    # Compare the cost with the budget that is left, because calls + cost could overflow int32.
+    calls = info.layer_calls.astype(jnp.int32)
+    num_free = jnp.where(calls == 0, old.num_free + 1, 0)
+    # Compare with the budget that is left, because the sum of the calls could overflow int32.
     left = stop.budget - old.layer_calls
-    is_counted = ~old.is_over & (cost <= left)
+    is_counted = ~old.is_over & (calls <= left)
     # What a search reports is checked: a row that is not a chain never becomes the best one.
     is_chain = problem.space.contains(info.chains)
     is_invalid = ~is_chain & (info.chains != PADDING).any(axis=1)
@@ -379,63 +389,19 @@ def _step(
     loss = jnp.where(is_chain, info.loss, jnp.inf)
     pool = merge(old.pool, chains, loss)
     new = RunStats(
-        pool,
-        old.layer_calls + cost,
-        old.num_scored + jnp.sum(is_chain, dtype=jnp.int32),
-        old.num_nonfinite + jnp.sum(is_chain & ~jnp.isfinite(info.loss), dtype=jnp.int32),
-        old.num_invalid + jnp.sum(is_invalid, dtype=jnp.int32),
-        num_free,
-        cost,
-        (cost >= left) | (num_free >= MAX_FREE_STEPS) | (pool.loss[0] <= stop.target_loss),
-        merge_front(old.front, problem, chains, loss),
+        pool=pool,
+        layer_calls=old.layer_calls + calls,
+        num_scored=old.num_scored + jnp.sum(is_chain, dtype=jnp.int32),
+        num_nonfinite=old.num_nonfinite
+        + jnp.sum(is_chain & ~jnp.isfinite(info.loss), dtype=jnp.int32),
+        num_invalid=old.num_invalid + jnp.sum(is_invalid, dtype=jnp.int32),
+        num_free=num_free,
+        last_calls=calls,
+        is_over=(calls >= left) | (num_free >= MAX_FREE_STEPS) | (pool.loss[0] <= stop.target_loss),
+        front=merge_front(old.front, problem, chains, loss),
     )
-    stats = jax.tree.map(
-        partial(jnp.where, is_counted), new, old._replace(cost=cost, is_over=jnp.array(True))
-    )
+    unchanged = old._replace(last_calls=calls, is_over=jnp.array(True))
+    stats = jax.tree.map(partial(jnp.where, is_counted), new, unchanged)
     if should_roll_back:
         state = jax.tree.map(partial(jnp.where, is_counted), state, run.state)
     return RunState(key, state, stats), Trace(stats.layer_calls, stats.pool.loss[0], is_counted)
-
-
-def check_step(search: Search, out: object, problem: Problem) -> tuple[PyTree, Info]:
-    """Check that a step returned a state and an `Info` of the right shapes. Works while tracing.
-
-    Args:
-      search: the search, whose class is named in errors.
-      out: what `step` returned.
-      problem: the problem that was searched.
-
-    Raises:
-      TypeError: if the output has another form.
-    """
-    name = f"{type(search).__name__}.step"
-    if not isinstance(out, tuple) or len(out) != 2:
-        raise TypeError(f"expected {name} to return (state, jc.Info), got {describe_type(out)}")
-    state, info = out
-    if not isinstance(info, Info):
-        raise TypeError(
-            f"expected {name} to return a jc.Info after the state, got {describe_type(info)}"
-        )
-    chains, loss = jnp.asarray(info.chains), jnp.asarray(info.loss)
-    num_slots = problem.max_layers + 1
-    if (
-        chains.ndim != 2
-        or chains.shape[1] != num_slots
-        or not jnp.issubdtype(chains.dtype, jnp.integer)
-    ):
-        raise TypeError(
-            f"expected {name} to return integer chains [P, {num_slots}], got "
-            f"{chains.dtype}{list(chains.shape)}"
-        )
-    if loss.shape != chains.shape[:1] or not jnp.issubdtype(loss.dtype, jnp.floating):
-        raise TypeError(
-            f"expected {name} to return float losses [{chains.shape[0]}], one per chain, got "
-            f"{loss.dtype}{list(loss.shape)}"
-        )
-    layer_calls = jnp.asarray(info.layer_calls)
-    if layer_calls.shape or not jnp.issubdtype(layer_calls.dtype, jnp.integer):
-        raise TypeError(
-            f"expected {name} to return layer_calls as an integer scalar, got "
-            f"{layer_calls.dtype}{list(layer_calls.shape)}"
-        )
-    return state, Info(chains, loss, layer_calls)

@@ -17,8 +17,11 @@ the progress line. A search may also define the optional members that `Search` l
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import jax.numpy as jnp
+
 from jchain._typing import Array, Float, Int, Key, PyTree
 from jchain.problem import Problem
+from jchain.pytree import describe_type
 
 
 class Info(NamedTuple):
@@ -167,3 +170,47 @@ def reads_activations(search: Search) -> bool:
       search: the search.
     """
     return bool(getattr(search, "reads_activations", False))
+
+
+def check_step(search: Search, out: object, problem: Problem) -> tuple[PyTree, Info]:
+    """Check that a step returned a state and an `Info` of the right shapes. Works while tracing.
+
+    Args:
+      search: the search, whose class is named in errors.
+      out: what `step` returned.
+      problem: the problem that was searched.
+
+    Raises:
+      TypeError: if the output has another form.
+    """
+    name = f"{type(search).__name__}.step"
+    if not isinstance(out, tuple) or len(out) != 2:
+        raise TypeError(f"expected {name} to return (state, jc.Info), got {describe_type(out)}")
+    state, info = out
+    if not isinstance(info, Info):
+        raise TypeError(
+            f"expected {name} to return a jc.Info after the state, got {describe_type(info)}"
+        )
+    chains, loss = jnp.asarray(info.chains), jnp.asarray(info.loss)
+    num_slots = problem.max_layers + 1
+    if (
+        chains.ndim != 2
+        or chains.shape[1] != num_slots
+        or not jnp.issubdtype(chains.dtype, jnp.integer)
+    ):
+        raise TypeError(
+            f"expected {name} to return integer chains [P, {num_slots}], got "
+            f"{chains.dtype}{list(chains.shape)}"
+        )
+    if loss.shape != chains.shape[:1] or not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise TypeError(
+            f"expected {name} to return float losses [{chains.shape[0]}], one per chain, got "
+            f"{loss.dtype}{list(loss.shape)}"
+        )
+    layer_calls = jnp.asarray(info.layer_calls)
+    if layer_calls.shape or not jnp.issubdtype(layer_calls.dtype, jnp.integer):
+        raise TypeError(
+            f"expected {name} to return layer_calls as an integer scalar, got "
+            f"{layer_calls.dtype}{list(layer_calls.shape)}"
+        )
+    return state, Info(chains, loss, layer_calls)

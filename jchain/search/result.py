@@ -81,7 +81,7 @@ class RunStats(NamedTuple):
     num_nonfinite: Int[Array, ""]
     num_invalid: Int[Array, ""]
     num_free: Int[Array, ""]  # consecutive zero-cost steps
-    cost: Int[Array, ""]  # layer calls of the last step, counted or not
+    last_calls: Int[Array, ""]  # layer calls of the last step, counted or not
     is_over: Bool[Array, ""]
     front: Front
 
@@ -176,8 +176,10 @@ def _make_result(
     """Make the result of run `i`."""
     stats = jax.tree.map(lambda leaf: leaf[i], all_stats)
     is_counted = trace.is_counted[:, i]
-    if stats.cost > 0 and not is_counted.any():
-        raise BudgetError(int(stats.cost), budget, start.layer_calls if start else 0, "the starts")
+    if stats.last_calls > 0 and not is_counted.any():
+        raise BudgetError(
+            int(stats.last_calls), budget, start.layer_calls if start else 0, "the starts"
+        )
     layer_calls = np.asarray(trace.layer_calls)[is_counted, i]
     best_loss = np.asarray(trace.best_loss)[is_counted, i]
     if start is not None:

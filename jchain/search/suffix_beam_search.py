@@ -58,7 +58,7 @@ class SuffixBeamSearch:
       max_suffix_layers: maximum number of layers in a suffix.
       num_candidates: number of layers that suffixes are made of, drawn anew for each pass. Each
         group of the bank gets a share in proportion to its size, and at least one.
-      num_moves: number of chains to evaluate per step.
+      num_chains: number of chains to evaluate per step.
       num_probes: number of examples that losses are predicted on, drawn anew for each pass. A layer
         call on 1/n of all examples counts as 1/n of a layer call.
       temperature: scale of the Gumbel noise that is added to the predicted losses before they rank
@@ -74,12 +74,12 @@ class SuffixBeamSearch:
     width: int = static(default=16)
     max_suffix_layers: int = static(default=1)
     num_candidates: int = static(default=12)
-    num_moves: int = static(default=8)
+    num_chains: int = static(default=8)
     num_probes: int = static(default=64)
     temperature: float = 0.01
 
     def __post_init__(self) -> None:
-        for name in ("width", "num_candidates", "num_moves", "num_probes"):
+        for name in ("width", "num_candidates", "num_chains", "num_probes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} to be at least 1, got {getattr(self, name)}")
         if self.max_suffix_layers < 0:
@@ -167,7 +167,7 @@ class SuffixBeamSearch:
         )
         # Put chains that are not cached first.
         order = jnp.argsort(score_cache.is_cached(state.cache, problem, chains), stable=True)[
-            : self.num_moves
+            : self.num_chains
         ]
         chains = chains[order]
         cache, loss, layer_calls = score_cache.evaluate_cached(state.cache, problem, chains)
@@ -270,7 +270,7 @@ class SuffixBeamSearch:
         is_long_enough = rows.depth[:, None] + suffix_length[None] > probe_problem.min_layers
         gain, pairs = jax.lax.top_k(
             jnp.where(is_long_enough, noisy_gain, -jnp.inf).reshape(-1),
-            min(_MARGIN * self.num_moves, loss.size),
+            min(_MARGIN * self.num_chains, loss.size),
         )
         row, suffix = jnp.divmod(pairs, loss.shape[1])
         chains = _attach(rows.chains[row], rows.depth[row], suffixes.tokens[suffix])

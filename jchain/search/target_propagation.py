@@ -47,11 +47,11 @@ class TargetPropagation:
     """Descent by the distance of layer outputs to their targets, with restarts.
 
     Attributes:
-      num_moves: number of edits to evaluate per step.
+      num_chains: number of edits to evaluate per step.
       num_candidates: number of layers that are compared at each slot, sampled again for each chain.
         Each group of the bank gets a share in proportion to its size, and at least one.
       patience: number of consecutive batches without a better chain before a restart.
-      rate: step size from the outputs toward the target; 1 for the target itself
+      step_size: step from the outputs toward the target; 1 for the target itself
         (`jchain.inverse.target_scores.score_edits_by_target`).
       is_exact: whether invertible layers are inverted exactly.
     """
@@ -61,14 +61,14 @@ class TargetPropagation:
     needs_invertible = False
     reads_activations = True
 
-    num_moves: int = static(default=8)
+    num_chains: int = static(default=8)
     num_candidates: int = static(default=16)
     patience: int = static(default=3)
-    rate: float = 1.0
+    step_size: float = 1.0
     is_exact: bool = static(default=False)
 
     def __post_init__(self) -> None:
-        for name in ("num_moves", "num_candidates", "patience"):
+        for name in ("num_chains", "num_candidates", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} to be at least 1, got {getattr(self, name)}")
 
@@ -140,10 +140,10 @@ class TargetPropagation:
             key,
             state._replace(cache=None),
             problem,
-            jnp.asarray(self.rate),
+            jnp.asarray(self.step_size),
         )
         neighbors, _ = env.neighbors(problem, here.chain)
-        gain, rows = jax.lax.top_k(-here.score, min(self.num_moves, here.score.size))
+        gain, rows = jax.lax.top_k(-here.score, min(self.num_chains, here.score.size))
         is_move = jnp.isfinite(gain)
         chains = jnp.where(is_move[:, None], neighbors[rows], here.chain[None]).astype(jnp.int32)
         cache, loss, layer_calls = score_cache.evaluate_cached(state.cache, problem, chains)
@@ -166,7 +166,7 @@ class TargetPropagation:
         return next_state, info
 
     def _score_edits(
-        self, key: Key[Array, ""], here: State, problem: Problem, rate: Float[Array, ""]
+        self, key: Key[Array, ""], here: State, problem: Problem, step_size: Float[Array, ""]
     ) -> tuple[State, Int[Array, ""]]:
         """Score the edits of the chain, or of a new start chain, and count the layer calls."""
         start_key, key = jax.random.split(key)
@@ -176,7 +176,7 @@ class TargetPropagation:
         num_per_group = allocate_candidates(problem, self.num_candidates)
         members = sample_candidates(key, problem, num_per_group)
         scores = score_edits_by_target(
-            problem, chain, rate=rate, is_exact=self.is_exact, members=members
+            problem, chain, step_size=step_size, is_exact=self.is_exact, members=members
         )
         is_neighbor = env.neighbors(problem, chain)[1]
         start_loss = jnp.where(jnp.isfinite(scores.loss), scores.loss, jnp.inf).astype(jnp.float32)

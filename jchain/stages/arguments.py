@@ -2,7 +2,16 @@
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard
+
+# Other types are refused by `read_stages`, whose error says more than that of a type checker at run
+# time.
+if TYPE_CHECKING:
+    Stages: TypeAlias = tuple[int, int] | Sequence[tuple[int, int]]
+    HeadStages: TypeAlias = int | Sequence[int]
+else:
+    Stages: TypeAlias = object
+    HeadStages: TypeAlias = object
 
 _PAIRS = "one pair (stage read, stage written) for all layers, or a list of one pair per layer"
 _NUMBERS = "the number of the stage of all heads, or a list of one number per head"

@@ -76,7 +76,7 @@ def test_scores_are_distances_to_the_targets_of_inverse_layers(is_projected):
     problem = jc.Problem(plain.bank, plain.data, 4, layer_cost=cost)
     chain = np.array([1, 3, 0, 4, -1], np.int32)
     scores = jc.inverse.target_scores.score_edits_by_target(
-        problem, chain, rate=0.3, is_exact=True, is_projected=is_projected
+        problem, chain, step_size=0.3, is_exact=True, is_projected=is_projected
     )
     x, bank = np.asarray(problem.data.x, np.float64), problem.bank
     hidden = [x]
@@ -140,14 +140,16 @@ def test_local_least_squares_stand_in_for_an_inverse():
     """With one step per dimension and no damping, they invert a linear layer."""
     problem = make_problem(slope=1.0)
     chain = np.array([1, 3, 4, -1, -1], np.int32)
-    exact = jc.inverse.target_scores.score_edits_by_target(problem, chain, rate=0.1, is_exact=True)
+    exact = jc.inverse.target_scores.score_edits_by_target(
+        problem, chain, step_size=0.1, is_exact=True
+    )
     patched = pytest.MonkeyPatch()
     with patched.context() as patch:
         patch.setattr(target, "_NUM_CG_STEPS", 30)
         patch.setattr(target, "_DAMPING", 1e-9)
         # This is not jitted because a compiled program would not see other constants.
         patch.setattr(target, "_score", target._score.__wrapped__)
-        local = jc.inverse.target_scores.score_edits_by_target(problem, chain, rate=0.1)
+        local = jc.inverse.target_scores.score_edits_by_target(problem, chain, step_size=0.1)
     np.testing.assert_allclose(
         local.swap[:2], exact.swap[:2], rtol=0.05, atol=0.02 * np.abs(exact.swap[:2]).max()
     )
@@ -208,7 +210,7 @@ def test_bfloat16_weights_are_scored_and_searched():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("cls", "name"), [(jc.TargetPropagation, "rate"), (jc.SuffixBeamSearch, "temperature")]
+    ("cls", "name"), [(jc.TargetPropagation, "step_size"), (jc.SuffixBeamSearch, "temperature")]
 )
 def test_rates_can_be_vmapped(cls, name):
     problem = make_problem()

@@ -21,7 +21,7 @@ RATES = {
     "ActorCritic-observing": {"restart_rate": 0.9},
     "QLearning": {"learning_rate": 0.5, "min_epsilon": 0.2},
     "MCTS": {"gumbel_scale": 0.5},
-    "TargetPropagation": {"rate": 0.5},
+    "TargetPropagation": {"step_size": 0.5},
     "SuffixBeamSearch": {"temperature": 0.5},
     "CriticSearch": {"ridge": 5.0, "epsilon": 0.2},
 }
@@ -302,7 +302,7 @@ def test_searches_run_over_heads_alone(name, search):
         (jc.QLearning, {"replay_size": 8, "num_chains": 16}),
         (jc.MCTS, {"num_simulations": 0}),
         (jc.CriticSearch, {"width": 0}),
-        (jc.TargetPropagation, {"num_moves": 0}),
+        (jc.TargetPropagation, {"num_chains": 0}),
         (jc.SuffixBeamSearch, {"width": 0}),
         (jc.SuffixBeamSearch, {"max_suffix_layers": -1}),
     ],

@@ -147,7 +147,7 @@ def test_critic_search_first_walks_along_the_best_start(problem, starts):
 def test_descents_begin_at_the_best_start(problem, starts):
     losses = jc.evaluate(problem, starts).loss
     best = starts[losses.argmin()]
-    for search in (jc.LinearizedSearch(num_single=2), jc.TargetPropagation(num_moves=2)):
+    for search in (jc.LinearizedSearch(num_single=2), jc.TargetPropagation(num_chains=2)):
         state = search.init(jax.random.key(0), problem)
         state = search.start(jax.random.key(1), state, problem, jnp.asarray(starts), losses)
         _, info = search.step(jax.random.key(2), state, problem)

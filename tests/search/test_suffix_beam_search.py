@@ -18,7 +18,7 @@ def make_problem(slope=0.5, max_layers=4, num_layers=4, layer=None, **options):
 
 def test_the_beam_pays_for_probes_by_their_share():
     problem = make_problem()
-    search = jc.SuffixBeamSearch(width=3, num_probes=3, num_candidates=2, num_moves=4)
+    search = jc.SuffixBeamSearch(width=3, num_probes=3, num_candidates=2, num_chains=4)
     state, step = search.init(jax.random.key(0), problem), jax.jit(search.step)
     seen, width = set(), [1, 3, 3, 3]
     for depth in range(4):

@@ -8,7 +8,7 @@ import jchain as jc
 def test_cost_is_the_start_the_backward_pass_and_new_chains():
     bank = make_bank(4, 2, layer=jc.layers.ResidualMLP(5))
     problem = jc.Problem(bank, make_batch(), max_layers=4)
-    search = jc.TargetPropagation(num_moves=3, num_candidates=2)
+    search = jc.TargetPropagation(num_chains=3, num_candidates=2)
     state, step = search.init(jax.random.key(0), problem), jax.jit(search.step)
     seen = set()
     for seed in range(12):
