@@ -57,10 +57,12 @@ from jchain.search.front import Front
 from jchain.search.linearized import LinearizedSearch
 from jchain.search.local_search import LocalSearch
 from jchain.search.mcts import MCTS
+from jchain.search.progress import Progress
 from jchain.search.protocol import Info, Search
 from jchain.search.q_learning import QLearning
 from jchain.search.random_search import RandomSearch
 from jchain.search.result import BudgetError, Curve, Result, front
+from jchain.search.scored_chains import ScoredChains
 from jchain.search.suffix_beam_search import SuffixBeamSearch
 from jchain.search.target_propagation import TargetPropagation
 
@@ -92,9 +94,11 @@ __all__ = [
     "LocalSearch",
     "ObservedEncoding",
     "Problem",
+    "Progress",
     "QLearning",
     "RandomSearch",
     "Result",
+    "ScoredChains",
     "Search",
     "SuffixBeamSearch",
     "TargetPropagation",

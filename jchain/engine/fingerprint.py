@@ -36,7 +36,7 @@ def compute_fingerprints(problem: Problem, chains: Int[Array, "P L"]) -> UInt[Ar
       chains: the tokens of the chains, `[P, L]`.
     """
     functions = [problem.loss_fn, problem.accuracy_fn]
-    described = [_describe(function) for function in functions]
+    described = [describe_function(function) for function in functions]
     data = problem.data
     if isinstance(data, HostBatch):
         described.append(data.source.fingerprint)
@@ -66,14 +66,16 @@ def _hash_entries(bank: Bank) -> UInt[Array, "E"]:
     return values
 
 
-def _describe(value: object, outer: tuple[object, ...] = ()) -> object:
+def describe_function(value: object, outer: tuple[object, ...] = ()) -> object:
     """Describe a function by what it computes, as far as Python shows it.
 
-    `outer` holds the values that are being described, because a function may refer to itself.
+    Args:
+      value: the function, or a value that it holds.
+      outer: the values that are being described, because a function may refer to itself.
     """
     if any(value is other for other in outer):
         return "itself"
-    describe = partial(_describe, outer=(*outer, value))
+    describe = partial(describe_function, outer=(*outer, value))
     if isinstance(value, partial):
         keywords = [(name, describe(own)) for name, own in sorted(value.keywords.items())]
         return describe(value.func), [describe(own) for own in value.args], keywords
@@ -92,8 +94,15 @@ def _describe(value: object, outer: tuple[object, ...] = ()) -> object:
 
 def _describe_code(code: CodeType) -> object:
     """Describe the instructions of a function, and those of the functions inside it."""
-    constants = [_describe_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+    constants = [_describe_constant(constant) for constant in code.co_consts]
     return code.co_code, code.co_names, constants
+
+
+def _describe_constant(value: object) -> object:
+    if isinstance(value, CodeType):
+        return _describe_code(value)
+    # The order of a set is another one in each process.
+    return sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)
 
 
 def _sample(leaf: Array) -> Array:

@@ -1,43 +1,44 @@
 """The driver that runs every search: `run` and `run_many`."""
 
+import contextlib
 import math
+import os
 import time
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.typing import ArrayLike
 
-from jchain._typing import Array, Int, Key
-from jchain.chain import PADDING, ChainsLike
-from jchain.engine.backend import jit_for_problem
-from jchain.engine.control_flow import vmap_unless_one
+from jchain._typing import Array, Key, PyTree
+from jchain.chain import ChainsLike
 from jchain.problem import Problem
 from jchain.pytree import describe_type
-from jchain.search.front import empty_front, merge_front
-from jchain.search.pool import empty_pool, merge
-from jchain.search.progress import Progress
-from jchain.search.protocol import Checked, Search, check_step
-from jchain.search.rescoring import get_seen_problem, rescore
-from jchain.search.result import (
-    Result,
-    RunState,
-    RunStats,
-    Start,
-    StopRule,
-    Trace,
-    make_results,
+from jchain.search.beginning import begin_anew, begin_run
+from jchain.search.history import History, Part
+from jchain.search.identity import describe_run
+from jchain.search.interruption import Interruption
+from jchain.search.monitor import Monitor
+from jchain.search.progress import Progress, ProgressLine
+from jchain.search.protocol import Checked, Info, Search
+from jchain.search.rescoring import get_seen_problem
+from jchain.search.result import Result, RunState, Start, StopRule, Trace, make_results
+from jchain.search.run_folder import RunFolder
+from jchain.search.starts import list_starts
+from jchain.search.stepping import (
+    NOTHING,
+    Recording,
+    RunSpec,
+    advance_part,
+    infer_records,
+    make_empty,
 )
-from jchain.search.starts import begin_at, list_starts
 
-# A run stops after this many consecutive steps that cost no layer calls.
-MAX_FREE_STEPS = 100
 _MAX_BUDGET = 2**31 - 1  # layer calls are counted in int32
-# The device takes about 0.2 s worth of steps, but at most 256, before the host reads the results.
-_SYNC_SECONDS, _MAX_STEPS_PER_SYNC = 0.2, 256
+# The device takes about 0.2 s worth of steps before the host reads the results.
+_SYNC_SECONDS = 0.2
 
 
 def run(
@@ -51,32 +52,58 @@ def run(
     progress: bool = False,
     mesh: Mesh | None = None,
     starts: ChainsLike | Literal["parents"] | None = "parents",
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    save_every: float = 30.0,
+    max_seconds: float | None = None,
+    callback: Callable[[Progress], object] | None = None,
+    record_fn: Callable[[PyTree, Info], PyTree] | None = None,
+    record: Literal["chains"] | None = None,
 ) -> Result:
     """Run a search until its budget is used.
 
     The budget is never exceeded: a step that would exceed it is not counted, and its chains are
     dropped. The run also stops after 100 consecutive steps that cost no layer calls.
 
+    Ctrl-C and SIGTERM stop the run after the steps that the device is taking, and the result of the
+    steps so far is returned (`Result.stopped_by`). A second signal has its usual effect at once.
+
+    With `checkpoint_dir`, the run is saved there. The same call again continues from the last
+    checkpoint and gives the same result, to the bit, as a run that was never stopped, on the same
+    kind of device. A larger budget, or another target, extends a run that was over.
+
     Args:
       key: the PRNG key; consumed by this call.
       search: the search and its hyperparameters.
       problem: the problem to search.
-      budget: the maximum number of layer calls.
+      budget: the maximum number of layer calls, with those of earlier calls that the run continues.
       target_loss: the loss to reach; the run stops once the loss of a chain is at most this.
       num_finalists: the number of distinct chains to keep for re-ranking.
       progress: whether to show a live line with the layer calls, the best loss, and the time left.
       mesh: the devices over which the chains of each step are sharded (see `jchain.evaluate`). If
         they belong to several processes, all processes must make this call with equal arguments,
         and all get the result. None leaves the problem on its devices.
-      starts: chains to score before the first step, `[S, L]` or lists of tokens, so that the result
+      starts: chains to score before the first step, `[C, L]` or lists of tokens, so that the result
         is at least as good as the best of them. They are charged, and a search that can, such as
         local search, begins at the best one (`jchain.search.protocol.Startable`). "parents" for the
         parents of the bank that the problem allows; None to begin with nothing.
+      checkpoint_dir: the folder to save the run to, with a log of all scored chains,
+        `chains.jsonl`; made if it does not exist. Other processes cannot use it at the same time.
+        None to save nothing.
+      save_every: the seconds between two checkpoints.
+      max_seconds: the seconds of this call after which the run stops, up to a few steps; None for
+        no limit.
+      callback: a function that is called on the host after every few steps, about five times a
+        second, with the progress. If it returns a true value, the run stops. If it raises an error,
+        the run is saved first.
+      record_fn: a jittable function of the state and the `Info` of a step, whose outputs are
+        stacked over the counted steps in `Result.records`.
+      record: "chains" to keep all scored chains in `Result.scored`.
 
     Raises:
       BudgetError: if the budget is smaller than the cost of the starts and one step.
       ValueError: if the key is not from `jax.random.key`, the search is not a registered pytree or
-        does not accept the problem, the starts are not chains of the problem, or the target is nan.
+        does not accept the problem, the starts are not chains of the problem, a number is out of
+        range, or the folder holds another run, something else, or is in use.
     """
     _check_keys(key, 0, "one key of jax.random.key")
     return run_many(
@@ -89,6 +116,12 @@ def run(
         progress=progress,
         mesh=mesh,
         starts=starts,
+        checkpoint_dir=checkpoint_dir,
+        save_every=save_every,
+        max_seconds=max_seconds,
+        callback=None if callback is None else lambda runs: callback(runs[0]),
+        record_fn=record_fn,
+        record=record,
     )[0]
 
 
@@ -103,6 +136,12 @@ def run_many(
     progress: bool = False,
     mesh: Mesh | None = None,
     starts: ChainsLike | Literal["parents"] | None = "parents",
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    save_every: float = 30.0,
+    max_seconds: float | None = None,
+    callback: Callable[[Sequence[Progress]], object] | None = None,
+    record_fn: Callable[[PyTree, Info], PyTree] | None = None,
+    record: Literal["chains"] | None = None,
 ) -> list[Result]:
     """Run a search once per key, all at the same time, and return one result per key.
 
@@ -119,22 +158,117 @@ def run_many(
       progress: as for `run`; the line shows the fewest layer calls and the lowest loss of all runs.
       mesh: as for `run`.
       starts: as for `run`; the same for all runs.
+      checkpoint_dir: as for `run`; one folder for all runs.
+      save_every: as for `run`.
+      max_seconds: as for `run`.
+      callback: as for `run`, but with a list of the progress of each run.
+      record_fn: as for `run`; it gets the state and the `Info` of one run.
+      record: as for `run`.
 
     Raises:
       BudgetError: if the budget is smaller than the cost of the starts and one step of a run.
       ValueError: if there are no keys, the keys are not from `jax.random.key`, or as for `run`.
     """
     check_arguments(search, problem, budget, num_finalists)
-    if math.isnan(target_loss):
-        raise ValueError("expected a target_loss that is a number, got nan")
+    _check_limits(target_loss, save_every, max_seconds, record)
     _check_keys(keys, 1, "keys of jax.random.key of shape [S], at least one")
-    chains = list_starts(problem, starts)
-    problem = problem if mesh is None else problem.on(mesh)
-    stop = StopRule(np.int32(budget), np.float32(target_loss))
-    with Progress(budget, is_shown=progress) as line:
-        runs, start = _begin(keys, search, problem, chains, num_finalists, stop)
-        runs, trace = advance_runs(runs, search, problem, stop, line)
-    return make_results(runs, trace, budget, problem, start)
+    keep_scored = record is not None
+    spec = RunSpec(
+        keys,
+        search,
+        problem if mesh is None else problem.on(mesh),
+        list_starts(problem, starts),
+        num_finalists,
+        StopRule(np.int32(budget), np.float32(target_loss)),
+        Recording(keep_scored or callback is not None or checkpoint_dir is not None, record_fn),
+    )
+    with contextlib.ExitStack() as stack:
+        interruption = stack.enter_context(Interruption())
+        folder = None
+        if checkpoint_dir is not None:
+            folder = stack.enter_context(RunFolder(checkpoint_dir, describe_run(spec)))
+        history = begin_run(spec, folder, keep_scored=keep_scored)
+        monitor = Monitor(
+            history,
+            spec.stop,
+            stack.enter_context(ProgressLine(budget, is_shown=progress)),
+            interruption,
+            folder=folder,
+            save_every=save_every,
+            max_seconds=max_seconds,
+            callback=callback,
+            keep_scored=keep_scored,
+        )
+        stopped_by = None
+        for part in iterate_parts(
+            history.runs, search, spec.problem, spec.stop, recording=spec.recording
+        ):
+            stopped_by = monitor.after_part(part)
+            if stopped_by is not None:
+                break
+        monitor.finish()
+    results = make_results(history.runs, history.trace, budget, spec.problem, history.start)
+    return [
+        history.complete(result, i, stopped_by, keep_scored=keep_scored)
+        for i, result in enumerate(results)
+    ]
+
+
+def iterate_parts(
+    runs: RunState,
+    search: Search,
+    problem: Problem,
+    stop: StopRule,
+    *,
+    recording: Recording = NOTHING,
+) -> Iterator[Part]:
+    """Step until all runs are over, and yield after every few steps.
+
+    Args:
+      runs: the runs, from `init_runs` or from an earlier part.
+      search: the search.
+      problem: the problem to search.
+      stop: the rule that ends each run.
+      recording: what to record at each step.
+    """
+    num_steps = 1
+    max_steps, empty = make_empty(infer_records(runs, search, problem, recording))
+    while not np.all(runs.stats.is_over):
+        began = time.perf_counter()
+        runs, trace, records = advance_part(
+            runs, search, problem, stop, num_steps, empty, recording=recording
+        )
+        trace, records = jax.tree.map(
+            lambda leaf, n=num_steps: np.asarray(leaf)[:n], (trace, records)
+        )
+        seconds = time.perf_counter() - began
+        yield Part(runs, trace, records, seconds)
+        # Processes that share a mesh must take the same number of steps, but their clocks differ.
+        if problem.mesh is None and seconds < _SYNC_SECONDS:
+            num_steps = min(2 * num_steps, max_steps)
+
+
+def advance_runs(
+    runs: RunState, search: Search, problem: Problem, stop: StopRule, line: ProgressLine
+) -> tuple[RunState, Trace]:
+    """Step until all runs are over.
+
+    Args:
+      runs: the runs, from `init_runs` or from an earlier call.
+      search: the search.
+      problem: the problem to search.
+      stop: the rule that ends each run.
+      line: the progress line to update.
+
+    Returns:
+      The finished runs, and the trace of all T steps, `[T, S]`.
+    """
+    history = History(runs)
+    for part in iterate_parts(runs, search, problem, stop):
+        history.add(part)
+        stats = part.runs.stats
+        line.update(int(np.min(stats.layer_calls)), float(np.min(stats.pool.loss)))
+    return history.runs, history.trace
 
 
 def check_budget(
@@ -164,9 +298,10 @@ def check_budget(
       ValueError: if an argument is invalid; see `run`.
     """
     check_arguments(search, problem, budget, num_finalists)
-    chains = list_starts(problem, starts)
     stop = StopRule(np.int32(budget), np.float32(-np.inf))
-    runs, start = _begin(key[None], search, problem, chains, num_finalists, stop)
+    chains = list_starts(problem, starts)
+    spec = RunSpec(key[None], search, problem, chains, num_finalists, stop)
+    runs, start = begin_anew(spec)
     check_first_step(runs, search, problem, stop, start)
 
 
@@ -185,24 +320,21 @@ def check_first_step(
     Raises:
       BudgetError: if the budget is smaller than the cost of the starts and one step.
     """
-    runs, trace = _advance(runs, search, problem, stop, 1, should_roll_back=False)
+    runs, trace, _ = advance_part(runs, search, problem, stop, 1)
     trace = jax.tree.map(lambda leaf: np.asarray(leaf)[:1], trace)
     make_results(runs, trace, int(np.asarray(stop.budget)), problem, start)
 
 
-def _begin(
-    keys: Key[Array, "S"],
-    search: Search,
-    problem: Problem,
-    chains: Int[np.ndarray, "C L"],
-    num_finalists: int,
-    stop: StopRule,
-) -> tuple[RunState, Start | None]:
-    """Initialize one run per key, and let it begin at the starts, if there are any."""
-    runs = init_runs(problem.put(keys), search, problem, num_finalists)
-    if len(chains) == 0:
-        return runs, None
-    return begin_at(runs, search, problem, chains, stop)
+def _check_limits(
+    target_loss: float, save_every: float, max_seconds: float | None, record: str | None
+) -> None:
+    if math.isnan(target_loss):
+        raise ValueError("expected a target_loss that is a number, got nan")
+    for name, value in (("save_every", save_every), ("max_seconds", max_seconds)):
+        if value is not None and not value > 0:
+            raise ValueError(f"expected {name} in seconds, above 0, got {value}")
+    if record not in (None, "chains"):
+        raise ValueError(f'expected record to be "chains" or None, got {record!r}')
 
 
 def _check_keys(keys: object, num_axes: int, expected: str) -> None:
@@ -244,164 +376,3 @@ def check_arguments(search: Search, problem: Problem, budget: int, num_finalists
         )
     if isinstance(search, Checked):
         search.check(get_seen_problem(search, problem))
-
-
-def init_runs(
-    keys: Key[Array, "S"], search: Search, problem: Problem, num_finalists: int
-) -> RunState:
-    """Initialize one run per key.
-
-    Args:
-      keys: the PRNG keys, one per run, `[S]`.
-      search: the search.
-      problem: the problem to search.
-      num_finalists: the number of chains that the pool of each run holds.
-    """
-    return _init_runs(keys, search, problem.without_names(), num_finalists)
-
-
-@partial(jax.jit, static_argnames="num_finalists")
-def _init_runs(keys: Array, search: Search, problem: Problem, num_finalists: int) -> RunState:
-    # Match the dtypes and weak types after a step, so the first step is not compiled separately.
-    pool, front = empty_pool(num_finalists, problem), empty_front(problem)
-    zero = jnp.zeros((), jnp.int32)
-    stats = RunStats(
-        pool=pool,
-        layer_calls=zero,
-        num_scored=zero,
-        num_nonfinite=zero,
-        num_invalid=zero,
-        num_free=zero,
-        last_calls=zero,
-        is_over=jnp.array(False),
-        front=front,
-    )
-
-    seen = get_seen_problem(search, problem)
-
-    def init_one(key: Array) -> RunState:
-        key, init_key = jax.random.split(key)
-        state = search.init(init_key, seen)
-        return RunState(key, jax.tree.map(_cast, state, state), stats)
-
-    return vmap_unless_one(init_one, keys)
-
-
-def _cast(new: ArrayLike, old: ArrayLike) -> Array:
-    """Give a leaf the dtype of an earlier one, without a weak type.
-
-    Otherwise, a run that begins at chains, or that is read from a file, would compile its steps
-    again.
-    """
-    new, dtype = jnp.asarray(new), jnp.asarray(old).dtype
-    is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    return new if is_key else jax.lax.convert_element_type(new, dtype)
-
-
-def advance_runs(
-    runs: RunState,
-    search: Search,
-    problem: Problem,
-    stop: StopRule,
-    line: Progress,
-    *,
-    should_roll_back: bool = False,
-) -> tuple[RunState, Trace]:
-    """Step until all runs are over.
-
-    Args:
-      runs: the runs, from `init_runs` or from an earlier call.
-      search: the search.
-      problem: the problem to search.
-      stop: the rule that ends each run.
-      line: the progress line to update.
-      should_roll_back: whether to return to the state before a step that is not counted, so that a
-        run can continue from there.
-
-    Returns:
-      The finished runs, and the trace of all T steps, `[T, S]`.
-    """
-    num_steps, shape = 1, (0, runs.key.shape[0])
-    traces = [Trace(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool))]
-    while not np.all(runs.stats.is_over):
-        began = time.perf_counter()
-        runs, trace = _advance(
-            runs, search, problem, stop, num_steps, should_roll_back=should_roll_back
-        )
-        traces.append(jax.tree.map(lambda leaf, n=num_steps: np.asarray(leaf)[:n], trace))
-        line.update(int(np.min(runs.stats.layer_calls)), float(np.min(runs.stats.pool.loss)))
-        # Processes that share a mesh must take the same number of steps, but their clocks differ.
-        if problem.mesh is None and time.perf_counter() - began < _SYNC_SECONDS:
-            num_steps = min(2 * num_steps, _MAX_STEPS_PER_SYNC)
-    return runs, jax.tree.map(lambda *leaves: np.concatenate(leaves), *traces)
-
-
-@jit_for_problem(static_argnames=("should_roll_back",))
-def _advance(
-    runs: RunState,
-    search: Search,
-    problem: Problem,
-    stop: StopRule,
-    num_steps: Int[ArrayLike, ""],
-    *,
-    should_roll_back: bool,
-) -> tuple[RunState, Trace]:
-    """Take up to `num_steps` steps of each run, and stop early if all runs are over."""
-
-    def is_active(carry: tuple[Array, RunState, Trace]) -> Array:
-        t, runs, _ = carry
-        return (t < num_steps) & ~runs.stats.is_over.all()
-
-    def step(carry: tuple[Array, RunState, Trace]) -> tuple[Array, RunState, Trace]:
-        t, runs, trace = carry
-        runs, row = vmap_unless_one(
-            lambda run: _step(run, search, problem, stop, should_roll_back), runs
-        )
-        return t + 1, runs, jax.tree.map(lambda leaf, new: leaf.at[t].set(new), trace, row)
-
-    shape = (_MAX_STEPS_PER_SYNC, runs.key.shape[0])
-    empty = Trace(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool))
-    _, runs, trace = jax.lax.while_loop(is_active, step, (jnp.array(0), runs, empty))
-    return runs, trace
-
-
-def _step(
-    run: RunState, search: Search, problem: Problem, stop: StopRule, should_roll_back: bool
-) -> tuple[RunState, Trace]:
-    """Take one step of one run; return the run and its row of the trace."""
-    key, step_key = jax.random.split(run.key)
-    seen = get_seen_problem(search, problem)
-    state, info = check_step(search, search.step(step_key, run.state, seen), seen)
-    if seen is not problem:
-        info = rescore(info, problem)
-    # With jax_enable_x64, some counts and losses become wider than in the first state.
-    state = jax.tree.map(_cast, state, run.state)
-    old = run.stats
-    calls = info.layer_calls.astype(jnp.int32)
-    num_free = jnp.where(calls == 0, old.num_free + 1, 0)
-    # Compare with the budget that is left, because the sum of the calls could overflow int32.
-    left = stop.budget - old.layer_calls
-    is_counted = ~old.is_over & (calls <= left)
-    # What a search reports is checked: a row that is not a chain never becomes the best one.
-    is_chain = problem.space.contains(info.chains)
-    is_invalid = ~is_chain & (info.chains != PADDING).any(axis=1)
-    chains = jnp.where(is_chain[:, None], info.chains, PADDING)
-    loss = jnp.where(is_chain, info.loss, jnp.inf)
-    pool = merge(old.pool, chains, loss)
-    new = RunStats(
-        pool=pool,
-        layer_calls=old.layer_calls + calls,
-        num_scored=old.num_scored + jnp.sum(is_chain, dtype=jnp.int32),
-        num_nonfinite=old.num_nonfinite
-        + jnp.sum(is_chain & ~jnp.isfinite(info.loss), dtype=jnp.int32),
-        num_invalid=old.num_invalid + jnp.sum(is_invalid, dtype=jnp.int32),
-        num_free=num_free,
-        last_calls=calls,
-        is_over=(calls >= left) | (num_free >= MAX_FREE_STEPS) | (pool.loss[0] <= stop.target_loss),
-        front=merge_front(old.front, problem, chains, loss),
-    )
-    unchanged = old._replace(last_calls=calls, is_over=jnp.array(True))
-    stats = jax.tree.map(partial(jnp.where, is_counted), new, unchanged)
-    if should_roll_back:
-        state = jax.tree.map(partial(jnp.where, is_counted), state, run.state)
-    return RunState(key, state, stats), Trace(stats.layer_calls, stats.pool.loss[0], is_counted)

@@ -1,13 +1,37 @@
-"""A live progress line that shows the layer calls, the best loss, and the time left."""
+"""What a run says of itself while it goes on: to a callback, and on a live line."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from jchain._typing import Float, Int
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
 
-class Progress:
+class Progress(NamedTuple):
+    """How far a run is, for a callback.
+
+    Attributes:
+      layer_calls: the layer calls spent so far.
+      seconds: the time spent so far, with that of earlier calls that the run continues.
+      best_chain: the best chain so far, `[L]`; all -1 if no chain had a finite loss.
+      best_loss: its loss.
+      chains: the chains that were scored since the last call of the callback, `[C, L]`.
+      loss: their losses, `[C]`.
+    """
+
+    layer_calls: int
+    seconds: float
+    best_chain: Int[np.ndarray, "L"]
+    best_loss: float
+    chains: Int[np.ndarray, "C L"]
+    loss: Float[np.ndarray, "C"]
+
+
+class ProgressLine:
     """Context manager that shows a progress line during a run.
 
     Args:
@@ -21,7 +45,7 @@ class Progress:
         self._budget = budget
         self._is_shown = is_shown
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressLine":
         if self._is_shown:
             from rich import progress
             from rich.console import Console

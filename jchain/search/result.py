@@ -11,8 +11,10 @@ from jax.typing import ArrayLike
 from jchain._typing import Array, Bool, Float, Int, Key, PyTree
 from jchain.problem import Problem
 from jchain.pytree import describe_type
+from jchain.search import result_json
 from jchain.search.front import Front, find_front
 from jchain.search.pool import Pool
+from jchain.search.scored_chains import ScoredChains
 
 
 class Curve(NamedTuple):
@@ -48,6 +50,39 @@ class Result(NamedTuple):
     best_cost: float = float("nan")  # nan if no chain had a finite loss
     finalist_costs: Float[np.ndarray, "Q"] | None = None
     front: Front | None = None  # what `jchain.front` reads
+    is_complete: bool = True  # False if the run was stopped before its end
+    # "callback", "max_seconds", "SIGINT", or "SIGTERM" if one of them stopped the run.
+    stopped_by: str | None = None
+    state: PyTree = None  # the state of the search after its last counted step
+    records: PyTree = None  # what `record_fn` returned, stacked over the counted steps, [T, ...]
+    scored: ScoredChains | None = None  # with `record="chains"`
+
+    def to_json(self) -> str:
+        """Return the result as JSON text, without `state`.
+
+        Raises:
+          ValueError: if `records` are not arrays in dicts, lists, and tuples.
+        """
+        fields = self._replace(state=None, curve=tuple(self.curve))._asdict()  # pyright: ignore
+        return result_json.dump(fields)
+
+    @staticmethod
+    def from_json(text: str) -> "Result":
+        """Return the result that `to_json` wrote. Its `state` is None; arrays are NumPy arrays.
+
+        Args:
+          text: the JSON text.
+
+        Raises:
+          ValueError: if the text is not from `to_json`.
+        """
+        fields = result_json.load(text)
+        if set(fields) != set(Result._fields):
+            raise ValueError(
+                f"expected the JSON of a jc.Result with {', '.join(Result._fields)}, got "
+                f"{', '.join(fields)}"
+            )
+        return Result(curve=Curve(*fields.pop("curve")), **fields)
 
 
 class BudgetError(ValueError):
@@ -106,14 +141,18 @@ class Start(NamedTuple):
 
     layer_calls: int
     best_loss: float
+    loss: list[float]  # of each chain
 
 
 class Trace(NamedTuple):
-    """Totals after each step of each run."""
+    """Totals after each step of each run.
 
-    layer_calls: Int[Array, "T S"]
-    best_loss: Float[Array, "T S"]
-    is_counted: Bool[Array, "T S"]  # False for steps after the end and for a step over budget
+    A step after the end of its run, or over the budget, is not counted.
+    """
+
+    layer_calls: Int[np.ndarray, "T S"] | Int[Array, "T S"]
+    best_loss: Float[np.ndarray, "T S"] | Float[Array, "T S"]
+    is_counted: Bool[np.ndarray, "T S"] | Bool[Array, "T S"]
 
 
 def front(results: Result | Sequence[Result]) -> Front:

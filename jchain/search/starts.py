@@ -76,7 +76,8 @@ def begin_at(
     seen = get_seen_problem(search, problem)
     seen_loss = out.loss if seen is problem else evaluate(seen, chains).loss
     runs = _begin_at(runs, search, seen, problem.put(chains), out, seen_loss, stop)
-    return runs, Start(int(out.layer_calls), float(jnp.min(out.loss)))
+    loss = np.asarray(out.loss)
+    return runs, Start(int(out.layer_calls), float(loss.min()), loss.tolist())
 
 
 @jax.jit

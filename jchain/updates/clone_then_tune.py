@@ -11,13 +11,14 @@ from jchain._typing import Array, Int, PyTree
 from jchain.engine.evaluate import evaluate
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
-from jchain.search.driver import advance_runs, check_arguments, check_first_step, init_runs
+from jchain.search.driver import advance_runs, check_arguments, check_first_step
 from jchain.search.front import merge_front
 from jchain.search.pool import empty_pool, merge
-from jchain.search.progress import Progress
+from jchain.search.progress import ProgressLine
 from jchain.search.protocol import Refreshable, Search
 from jchain.search.result import RunState, Start, StopRule, Trace, make_results
 from jchain.search.starts import begin_at
+from jchain.search.stepping import MAX_FREE_STEPS, init_runs
 from jchain.train import OPTIMIZER
 from jchain.training_loop import check_at_least_one
 from jchain.updates.clones import CloneBank
@@ -96,7 +97,7 @@ class CloneThenTune(UpdatePolicy):
         reserved = self._reserve(args)
         start_key, *round_keys = jax.random.split(args.key, self.num_rounds + 1)
         rounds = self._start(start_key, args)
-        with Progress(args.budget, is_shown=args.progress) as line:
+        with ProgressLine(args.budget, is_shown=args.progress) as line:
             for i, round_key in enumerate(round_keys):
                 round_budget = args.budget * (i + 1) // self.num_rounds - reserved
                 rounds = _search_round(rounds, args, round_budget, line)
@@ -184,12 +185,16 @@ class CloneThenTune(UpdatePolicy):
         return clones, None if (chain == chains[0]).all() else chain
 
 
-def _search_round(rounds: _Rounds, args: RunArguments, budget: int, line: Progress) -> _Rounds:
+def _search_round(rounds: _Rounds, args: RunArguments, budget: int, line: ProgressLine) -> _Rounds:
     """Continue the search until `budget` layer calls are spent in total."""
     problem = args.problem.with_bank(rounds.clones.bank)
     stop = StopRule(np.int32(budget), np.float32(-np.inf))
-    runs, trace = advance_runs(rounds.runs, args.search, problem, stop, line, should_roll_back=True)
-    return rounds._replace(runs=runs, traces=(*rounds.traces, trace))
+    runs, trace = advance_runs(rounds.runs, args.search, problem, stop, line)
+    # The next round repeats a step that the budget did not pay for, but with another key.
+    spent = rounds.runs.stats.layer_calls[0], runs.stats.layer_calls[0]
+    is_paid = spent[0] < budget and (spent[1] >= budget or runs.stats.num_free[0] >= MAX_FREE_STEPS)
+    key = runs.key if is_paid else jax.random.split(runs.key[0])[:1]
+    return rounds._replace(runs=runs._replace(key=key), traces=(*rounds.traces, trace))
 
 
 def _check_problem(problem: Problem) -> None:

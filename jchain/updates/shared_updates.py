@@ -13,10 +13,11 @@ from jchain.bank import Bank
 from jchain.chain import PADDING, count_layers
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
-from jchain.search.driver import MAX_FREE_STEPS, advance_runs, check_arguments, init_runs
-from jchain.search.progress import Progress
+from jchain.search.driver import advance_runs, check_arguments
+from jchain.search.progress import ProgressLine
 from jchain.search.protocol import Refreshable, Search
 from jchain.search.result import StopRule, make_results
+from jchain.search.stepping import MAX_FREE_STEPS, init_runs
 from jchain.train import OPTIMIZER
 from jchain.training_loop import check_at_least_one
 from jchain.updates import tune
@@ -100,7 +101,7 @@ class SharedUpdates(UpdatePolicy):
     def apply(self, args: RunArguments) -> Outcome:
         begun = self._begin(args)
         search, problem = begun.search, begun.problem
-        with Progress(args.budget, is_shown=args.progress) as line:
+        with ProgressLine(args.budget, is_shown=args.progress) as line:
             trained = self._train(begun, args, line)
             final = problem.with_bank(trained.tuning.bank)
             runs = init_runs(begun.run_key[None], search, final, args.num_finalists)
@@ -135,7 +136,7 @@ class SharedUpdates(UpdatePolicy):
         carry = (state, tune.start(start, self.optimizer))
         return _Begun(key, run_key, search, bank, problem, training, carry, start_calls)
 
-    def _train(self, begun: _Begun, args: RunArguments, line: Progress) -> _Training:
+    def _train(self, begun: _Begun, args: RunArguments, line: ProgressLine) -> _Training:
         """Alternate steps of the search and gradient steps until the last part of the budget."""
         key, carry, start_calls = begun.key, begun.carry, begun.start_calls
         layer_calls = start_calls

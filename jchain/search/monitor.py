@@ -1,0 +1,134 @@
+"""What happens on the host between two parts of a run: logs, callbacks, limits, checkpoints."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from jchain.search.history import History, Part
+from jchain.search.interruption import Interruption
+from jchain.search.progress import Progress, ProgressLine
+from jchain.search.result import StopRule
+from jchain.search.run_folder import RunFolder
+from jchain.search.scored_chains import ScoredChains
+
+Callback = Callable[[Sequence[Progress]], object]
+
+
+class Monitor:
+    """Watches a run, saves it, and says when to stop it.
+
+    Args:
+      history: what the run has done so far.
+      stop: the rule that ends the runs.
+      line: the progress line.
+      interruption: the signals that ask the run to stop.
+      folder: where to save the run; None to save nothing.
+      save_every: the seconds between two checkpoints.
+      max_seconds: the seconds after which the run stops; None for no limit.
+      callback: the function that is given the progress of all runs; None for none.
+      keep_scored: whether to keep the scored chains for the results.
+    """
+
+    def __init__(
+        self,
+        history: History,
+        stop: StopRule,
+        line: ProgressLine,
+        interruption: Interruption,
+        *,
+        folder: RunFolder | None,
+        save_every: float,
+        max_seconds: float | None,
+        callback: Callback | None,
+        keep_scored: bool,
+    ) -> None:
+        self._history, self._stop, self._line = history, stop, line
+        self._interruption, self._folder, self._callback = interruption, folder, callback
+        self._save_every, self._keep_scored = save_every, keep_scored
+        now = time.monotonic()
+        self._saved_at = now
+        self._deadline = None if max_seconds is None else now + max_seconds
+        self._is_saved = True
+
+    def after_part(self, part: Part) -> str | None:
+        """Take note of a part.
+
+        Args:
+          part: the steps that were taken.
+
+        Returns:
+          Why the run must stop: "callback", "max_seconds", or the name of a signal; None to go on.
+        """
+        scored = self._history.add(part)
+        self._is_saved = False
+        if self._folder is not None:
+            self._folder.log.append(scored)
+        if self._keep_scored:
+            self._history.scored.append(scored)
+        stats = part.runs.stats
+        self._line.update(int(np.min(stats.layer_calls)), float(np.min(stats.pool.loss)))
+        reason = self._interruption.name
+        if self._callback is not None and self._call(self._callback, scored):
+            reason = reason or "callback"
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            reason = reason or "max_seconds"
+        reason = _agree(reason)
+        is_due = time.monotonic() - self._saved_at >= self._save_every
+        if self._folder is not None and _agree_on(is_due and not self._folder.is_saving):
+            self._save(self._folder)
+        return reason
+
+    def finish(self) -> None:
+        """Save the run, and wait until it is written."""
+        if self._folder is not None:
+            if not self._is_saved:
+                self._folder.wait()
+                self._save(self._folder)
+            self._folder.wait()
+
+    def _save(self, folder: RunFolder) -> None:
+        folder.save(self._history.to_snapshot(self._stop))
+        self._saved_at, self._is_saved = time.monotonic(), True
+
+    def _call(self, callback: Callback, scored: Sequence[ScoredChains]) -> bool:
+        """Call the callback; if it raises an error, save the run first."""
+        stats = jax.tree.map(np.asarray, self._history.runs.stats)
+        progress = [
+            Progress(
+                layer_calls=int(stats.layer_calls[i]),
+                seconds=self._history.seconds,
+                best_chain=stats.pool.chains[i, 0],
+                best_loss=float(stats.pool.loss[i, 0]),
+                chains=own.chains,
+                loss=own.loss,
+            )
+            for i, own in enumerate(scored)
+        ]
+        try:
+            return bool(callback(progress))
+        except BaseException:
+            self.finish()
+            raise
+
+
+def _agree(reason: str | None) -> str | None:
+    """Return the reason of any process, so that all processes of a run stop together."""
+    if jax.process_count() == 1:
+        return reason
+    from jax.experimental.multihost_utils import process_allgather
+
+    names = ["callback", "max_seconds", "SIGINT", "SIGTERM"]
+    mine = 0 if reason is None else names.index(reason) + 1
+    found = int(np.max(process_allgather(np.int32(mine))))
+    return names[found - 1] if found else None
+
+
+def _agree_on(flag: bool) -> bool:
+    """Return the flag of the first process."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    return bool(broadcast_one_to_all(np.bool_(flag)))

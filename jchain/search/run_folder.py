@@ -1,0 +1,273 @@
+"""The folder of a run: what the run is, its last two checkpoints, and the log of scored chains.
+
+The layout is
+
+    run.json          what the run is (`jchain.search.identity`)
+    chains.jsonl      one scored chain per line
+    checkpoints/      numbered checkpoints, written by orbax; the last two are kept
+    lock, holder.json which process uses the folder
+"""
+
+import json
+import logging
+import os
+import shutil
+import socket
+import warnings
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jchain import files
+from jchain._typing import PyTree
+from jchain.search.identity import find_differences
+from jchain.search.scored_chains import ChainLog
+
+FORMAT = "jchain run 1"
+_MAX_SHOWN = 5
+
+
+class Snapshot(NamedTuple):
+    """A run as it is written to a checkpoint."""
+
+    arrays: PyTree  # the state of the runs, their trace, and their records
+    info: dict[str, Any]  # numbers and text, as JSON
+
+
+class RunFolder:
+    """The folder of one run, which this process holds until `close`.
+
+    Args:
+      path: the folder, which is made if it does not exist.
+      identity: what the run is, from `jchain.search.identity.describe_run`.
+
+    Raises:
+      ValueError: if the folder holds another run, or something else, or another process holds it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, object]) -> None:
+        self.path = Path(path).absolute()
+        self.log = ChainLog(self.path / "chains.jsonl")
+        self._manager: Any = None
+        self._check_content()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _acquire(self.path)
+        try:
+            self._check_identity(identity)
+        except BaseException:
+            self._release()
+            raise
+
+    def restore(self, template: PyTree, key_impl: Any) -> Snapshot | None:
+        """Read the last checkpoint that is whole, and cut the log there.
+
+        Args:
+          template: a pytree of the shapes and dtypes of the arrays. A leading size of -1 stands for
+            any size.
+          key_impl: the implementation of PRNG keys, from `jax.random.key_impl`.
+
+        Returns:
+          The checkpoint, or None if there is none.
+
+        Raises:
+          ValueError: if the log up to the checkpoint was changed.
+        """
+        manager = self._get_manager()
+        for number in sorted(manager.all_steps(), reverse=True):
+            try:
+                snapshot = self._read(number, template, key_impl)
+            except Exception as error:
+                warnings.warn(
+                    f"checkpoint {number} of {self.path} is damaged, so an earlier one is used: "
+                    f"{str(error).splitlines()[0] if str(error) else type(error).__name__}",
+                    stacklevel=2,
+                )
+                shutil.rmtree(self.path / "checkpoints" / str(number))
+                manager.reload()
+                continue
+            self.log.cut(snapshot.info["log"])
+            return snapshot
+        self.log.cut({"size": 0, "crc32": 0})
+        return None
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Start to write a checkpoint in the background.
+
+        Args:
+          snapshot: the run.
+        """
+        import orbax.checkpoint as ocp
+
+        self.log.sync()
+        arrays = _flatten(snapshot.arrays)
+        info = {**snapshot.info, "log": self.log.position, "crc32": _checksum(arrays)}
+        manager = self._get_manager()
+        number = (manager.latest_step() or 0) + 1
+        manager.save(
+            number,
+            args=ocp.args.Composite(
+                arrays=ocp.args.StandardSave(arrays), info=ocp.args.JsonSave(info)
+            ),
+        )
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._manager is not None and self._manager.is_saving_in_progress()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint is written."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait until the checkpoint is written, and give the folder back."""
+        try:
+            if self._manager is not None:
+                self._manager.close()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        (self.path / "holder.json").unlink(missing_ok=True)
+        self._lock.release()
+
+    def _check_content(self) -> None:
+        """Refuse a folder that is not the folder of a run."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"expected a folder for the run, got the file {self.path}")
+        if not self.path.exists() or (self.path / "run.json").exists():
+            return
+        ours = ("lock", "holder.json")
+        names = sorted(
+            p.name for p in self.path.iterdir() if p.name not in ours and ".run.json." not in p.name
+        )
+        if names:
+            more = ", ..." if len(names) > _MAX_SHOWN else ""
+            raise ValueError(
+                f"expected an empty folder, or one of a run, got {self.path}, which holds "
+                f"{', '.join(names[:_MAX_SHOWN])}{more}"
+            )
+
+    def _check_identity(self, identity: Mapping[str, object]) -> None:
+        """Write what the run is, or compare it with what the folder says."""
+        path = self.path / "run.json"
+        for left in self.path.glob(".run.json.*"):
+            left.unlink()
+        mine = json.loads(json.dumps(identity))
+        if not path.exists():
+            files.write_json(path, {"format": FORMAT, "identity": mine})
+            return
+        try:
+            header = json.loads(path.read_text())
+            if header["format"] != FORMAT:
+                raise ValueError(f"expected the format {FORMAT!r}, got {header['format']!r}")
+            old = header["identity"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"cannot read {path}, which says what the run is: {error!r}") from None
+        if differences := find_differences(old, mine):
+            more = f"; {len(differences) - _MAX_SHOWN} more" * (len(differences) > _MAX_SHOWN)
+            raise ValueError(
+                f"expected the run that {self.path} belongs to, got another one: "
+                f"{'; '.join(differences[:_MAX_SHOWN])}{more}"
+            )
+
+    def _get_manager(self) -> Any:
+        import orbax.checkpoint as ocp
+
+        if self._manager is None:
+            logging.getLogger("absl").setLevel(logging.ERROR)
+            options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+            self._manager = ocp.CheckpointManager(self.path / "checkpoints", options=options)
+        return self._manager
+
+    def _read(self, number: int, template: PyTree, key_impl: Any) -> Snapshot:
+        import orbax.checkpoint as ocp
+
+        out = self._get_manager().restore(
+            number,
+            args=ocp.args.Composite(arrays=ocp.args.StandardRestore(), info=ocp.args.JsonRestore()),
+        )
+        if _checksum(out.arrays) != out.info["crc32"]:
+            raise ValueError("its checksum does not match")
+        return Snapshot(_unflatten(out.arrays, template, key_impl), out.info)
+
+
+def _acquire(path: Path) -> Any:
+    """Lock a folder. The operating system frees the lock of a process that dies."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path / "lock", timeout=0)
+    holder = path / "holder.json"
+    try:
+        lock.acquire()
+    except Timeout:
+        try:
+            held = json.loads(holder.read_text())
+            who = f"process {held['process']} on {held['host']}"
+        except (OSError, ValueError, TypeError, KeyError):
+            who = "another process"
+        raise ValueError(f"expected a folder that is free, got {path}, which {who} uses") from None
+    files.write_json(holder, {"process": os.getpid(), "host": socket.gethostname()})
+    return lock
+
+
+def _flatten(tree: PyTree) -> dict[str, np.ndarray]:
+    """Name the leaves of a tree by their paths; keys become numbers, empty leaves are dropped."""
+    named = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        array = np.asarray(leaf)
+        if array.size:
+            named[jax.tree_util.keystr(path)] = array
+    return named
+
+
+def _unflatten(arrays: Mapping[str, np.ndarray], template: PyTree, key_impl: Any) -> PyTree:
+    """Restore a tree from `_flatten`, in which only leading sizes of -1 may differ."""
+    left = dict(arrays)
+
+    def take(path: Any, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path)
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        if name not in left:
+            shape = tuple(max(0, size) for size in leaf.shape)
+            if 0 not in shape:
+                raise ValueError(f"it has no {name}")
+            return jnp.zeros(shape, leaf.dtype)
+        array = left.pop(name)
+        if is_key:
+            return jax.random.wrap_key_data(jnp.asarray(array), impl=key_impl)
+        is_free = leaf.shape[:1] == (-1,)
+        if array.dtype != leaf.dtype or array.shape[is_free:] != leaf.shape[is_free:]:
+            raise ValueError(
+                f"its {name} is {array.dtype}{list(array.shape)}, "
+                f"not {leaf.dtype}{list(leaf.shape)}"
+            )
+        return array
+
+    tree = jax.tree_util.tree_map_with_path(take, template)
+    if left:
+        raise ValueError(f"it has an unknown {next(iter(left))}")
+    return tree
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> int:
+    total = 0
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        total = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), total)
+        total = zlib.crc32(array.reshape(-1).view(np.uint8).data, total)
+    return total

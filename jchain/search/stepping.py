@@ -1,0 +1,291 @@
+"""The part of a run that happens on the device: the first state, and many steps in one program."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jchain._typing import Array, Bool, Float, Int, Key, PyTree
+from jchain.chain import PADDING
+from jchain.engine.backend import jit_for_problem
+from jchain.engine.control_flow import vmap_unless_one
+from jchain.problem import Problem
+from jchain.search.front import empty_front, merge_front
+from jchain.search.pool import empty_pool, merge
+from jchain.search.protocol import Info, Search, check_step
+from jchain.search.rescoring import get_seen_problem, rescore
+from jchain.search.result import RunState, RunStats, StopRule, Trace
+
+# A run stops after this many consecutive steps that cost no layer calls.
+MAX_FREE_STEPS = 100
+# One program takes at most this many steps, or fewer if what they record needs more memory.
+MAX_STEPS = 256
+_MAX_RECORD_BYTES = 2**26
+
+RecordFn = Callable[[PyTree, Info], PyTree]
+
+
+class Records(NamedTuple):
+    """What the steps of a part recorded. Either may be None."""
+
+    scored: Info | None  # the chains that each step scored, [T, S, P, L]
+    custom: PyTree  # what `record_fn` returned, with leading axes [T, S]
+
+
+class Recording(NamedTuple):
+    """What to record at each step."""
+
+    is_scored: bool = False  # whether to record the chains and their losses
+    record_fn: RecordFn | None = None
+
+
+NOTHING, NO_RECORDS = Recording(), Records(None, None)
+
+
+class RunSpec(NamedTuple):
+    """What one or several runs are, one per key."""
+
+    keys: Key[Array, "S"]
+    search: Search
+    problem: Problem
+    starts: Int[np.ndarray, "C L"]
+    num_finalists: int
+    stop: StopRule
+    recording: Recording = NOTHING
+
+
+def init_runs(
+    keys: Key[Array, "S"], search: Search, problem: Problem, num_finalists: int
+) -> RunState:
+    """Initialize one run per key.
+
+    Args:
+      keys: the PRNG keys, one per run, `[S]`.
+      search: the search.
+      problem: the problem to search.
+      num_finalists: the number of chains that the pool of each run holds.
+    """
+    return _init_runs(keys, search, problem.without_names(), num_finalists)
+
+
+def infer_runs(
+    keys: Key[Array, "S"], search: Search, problem: Problem, num_finalists: int
+) -> RunState:
+    """Return the shapes and dtypes of `init_runs`, without computing it.
+
+    Args:
+      keys: as for `init_runs`.
+      search: as for `init_runs`.
+      problem: as for `init_runs`.
+      num_finalists: as for `init_runs`.
+    """
+    problem = problem.without_names()
+    return _init_runs.eval_shape(keys, search, problem, num_finalists=num_finalists)
+
+
+@partial(jax.jit, static_argnames="num_finalists")
+def _init_runs(keys: Array, search: Search, problem: Problem, num_finalists: int) -> RunState:
+    # Match the dtypes and weak types after a step, so the first step is not compiled separately.
+    pool, front = empty_pool(num_finalists, problem), empty_front(problem)
+    zero = jnp.zeros((), jnp.int32)
+    stats = RunStats(
+        pool=pool,
+        layer_calls=zero,
+        num_scored=zero,
+        num_nonfinite=zero,
+        num_invalid=zero,
+        num_free=zero,
+        last_calls=zero,
+        is_over=jnp.array(False),
+        front=front,
+    )
+    seen = get_seen_problem(search, problem)
+
+    def init_one(key: Array) -> RunState:
+        key, init_key = jax.random.split(key)
+        state = search.init(init_key, seen)
+        return RunState(key, jax.tree.map(_cast, state, state), stats)
+
+    return vmap_unless_one(init_one, keys)
+
+
+def infer_records(
+    runs: RunState, search: Search, problem: Problem, recording: Recording
+) -> Records:
+    """Return the shapes and dtypes of what one step of all runs records, without computing it.
+
+    Args:
+      runs: the runs, or their shapes.
+      search: the search.
+      problem: the problem to search.
+      recording: what to record.
+    """
+    if recording == NOTHING:
+        return NO_RECORDS
+    # A jitted function is traced only once for a search and a problem.
+    return _record_step.eval_shape(runs, search, problem.without_names(), recording=recording)
+
+
+@partial(jax.jit, static_argnames="recording")
+def _record_step(runs: RunState, search: Search, problem: Problem, recording: Recording) -> Records:
+    stop = StopRule(np.int32(1), np.float32(0))
+    return vmap_unless_one(lambda run: _take_step(run, search, problem, stop, recording)[2], runs)
+
+
+def make_empty(records: Records) -> tuple[int, Records]:
+    """Make room for the records of a part, at most 64 MB.
+
+    Args:
+      records: the shapes and dtypes of what one step records, from `infer_records`.
+
+    Returns:
+      The number of steps that fit, and the empty records.
+    """
+    num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(records))
+    num_steps = max(1, min(MAX_STEPS, _MAX_RECORD_BYTES // max(1, num_bytes)))
+    empty = jax.tree.map(lambda leaf: jnp.zeros((num_steps, *leaf.shape), leaf.dtype), records)
+    return num_steps, empty
+
+
+@jit_for_problem(static_argnames=("recording",))
+def advance_part(
+    runs: RunState,
+    search: Search,
+    problem: Problem,
+    stop: StopRule,
+    num_steps: Int[ArrayLike, ""],
+    empty: Records = NO_RECORDS,
+    *,
+    recording: Recording = NOTHING,
+) -> tuple[RunState, Trace, Records]:
+    """Take some steps of each run, and stop early if all runs are over.
+
+    A step that exceeds the budget is not counted: the run keeps its key and its state from before.
+
+    Args:
+      runs: the runs.
+      search: the search.
+      problem: the problem to search.
+      stop: the rule that ends each run.
+      num_steps: the number of steps, at most `MAX_STEPS` and what `empty` has room for.
+      empty: the room for the records, from `make_empty`.
+      recording: what to record at each step.
+
+    Returns:
+      The runs, their trace, and their records. Rows from `num_steps` on are undefined.
+    """
+
+    def is_active(carry: tuple[Array, RunState, tuple[Trace, Records]]) -> Array:
+        t, runs, _ = carry
+        return (t < num_steps) & ~runs.stats.is_over.all()
+
+    def take_step(
+        carry: tuple[Array, RunState, tuple[Trace, Records]],
+    ) -> tuple[Array, RunState, tuple[Trace, Records]]:
+        t, runs, rows = carry
+        runs, *new = vmap_unless_one(
+            lambda run: _take_step(run, search, problem, stop, recording), runs
+        )
+        return t + 1, runs, jax.tree.map(lambda leaf, row: leaf.at[t].set(row), rows, tuple(new))
+
+    shape = (MAX_STEPS, runs.key.shape[0])
+    trace = Trace(
+        jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool)
+    )
+    start = (jnp.array(0), runs, (trace, empty))
+    _, runs, (trace, records) = jax.lax.while_loop(is_active, take_step, start)
+    return runs, trace, records
+
+
+def reopen(runs: RunState, stop: StopRule) -> RunState:
+    """Let runs that are over continue under another rule, if it allows them to.
+
+    Args:
+      runs: the runs.
+      stop: the new rule.
+    """
+    stats = runs.stats
+    is_over = _is_over(stats.layer_calls, stats.num_free, stats.pool.loss[:, 0], stop)
+    return runs._replace(stats=stats._replace(is_over=is_over))
+
+
+def _take_step(
+    run: RunState, search: Search, problem: Problem, stop: StopRule, recording: Recording
+) -> tuple[RunState, Trace, Records]:
+    """Take one step of one run; return the run, its row of the trace, and what it recorded."""
+    key, step_key = jax.random.split(run.key)
+    seen = get_seen_problem(search, problem)
+    state, info = check_step(search, search.step(step_key, run.state, seen), seen)
+    if seen is not problem:
+        info = rescore(info, problem)
+    # With jax_enable_x64, some counts and losses become wider than in the first state.
+    state = jax.tree.map(_cast, state, run.state)
+    old = run.stats
+    calls = info.layer_calls.astype(jnp.int32)
+    # Compare with the budget that is left, because the sum of the calls could overflow int32.
+    is_counted = ~old.is_over & (calls <= stop.budget - old.layer_calls)
+    # What a search reports is checked: a row that is not a chain never becomes the best one.
+    is_chain = problem.space.contains(info.chains)
+    num_invalid = jnp.sum(~is_chain & (info.chains != PADDING).any(axis=1), dtype=jnp.int32)
+    info = Info(
+        jnp.where(is_chain[:, None], info.chains, PADDING),
+        jnp.where(is_chain, info.loss, jnp.inf),
+        calls,
+    )
+    # A chain over the limit of the cost, or of stages that do not fit, is no solution.
+    loss = jnp.where(jnp.isinf(problem.layer_penalty(info.chains)), jnp.inf, info.loss)
+    new = RunState(key, state, _count(old, info._replace(loss=loss), num_invalid, problem, stop))
+    unchanged = run._replace(stats=old._replace(last_calls=calls, is_over=jnp.array(True)))
+    run = jax.tree.map(partial(jnp.where, is_counted), new, unchanged)
+    row = Trace(run.stats.layer_calls, run.stats.pool.loss[0], is_counted)
+    custom = None
+    if recording.record_fn is not None:
+        custom = jax.tree.map(jnp.asarray, recording.record_fn(state, info))
+    return run, row, Records(info if recording.is_scored else None, custom)
+
+
+def _count(
+    old: RunStats, info: Info, num_invalid: Int[Array, ""], problem: Problem, stop: StopRule
+) -> RunStats:
+    """Add a step to the counts and the best chains of a run."""
+    is_chain = info.chains[:, 0] != PADDING
+    pool = merge(old.pool, info.chains, info.loss)
+    layer_calls = old.layer_calls + info.layer_calls
+    num_free = jnp.where(info.layer_calls == 0, old.num_free + 1, 0)
+    return RunStats(
+        pool=pool,
+        layer_calls=layer_calls,
+        num_scored=old.num_scored + jnp.sum(is_chain, dtype=jnp.int32),
+        num_nonfinite=old.num_nonfinite
+        + jnp.sum(is_chain & ~jnp.isfinite(info.loss), dtype=jnp.int32),
+        num_invalid=old.num_invalid + num_invalid,
+        num_free=num_free,
+        last_calls=info.layer_calls,
+        is_over=_is_over(layer_calls, num_free, pool.loss[0], stop),
+        front=merge_front(old.front, problem, info.chains, info.loss),
+    )
+
+
+def _is_over(
+    layer_calls: Int[Array, "*S"],
+    num_free: Int[Array, "*S"],
+    loss: Float[Array, "*S"],
+    stop: StopRule,
+) -> Bool[Array, "*S"]:
+    is_stuck = num_free >= MAX_FREE_STEPS
+    return (layer_calls >= stop.budget) | is_stuck | (loss <= stop.target_loss)
+
+
+def _cast(new: ArrayLike, old: ArrayLike) -> Array:
+    """Give a leaf the dtype of an earlier one, without a weak type.
+
+    Otherwise, a run that begins at chains, or that is read from a file, would compile its steps
+    again.
+    """
+    new, dtype = jnp.asarray(new), jnp.asarray(old).dtype
+    is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    return new if is_key else jax.lax.convert_element_type(new, dtype)
