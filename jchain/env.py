@@ -14,11 +14,11 @@ import numpy as np
 
 from jchain._typing import Activations, Array, Bool, Float, Int, Key, PyTree
 from jchain.chain import PADDING
+from jchain.engine import prefix_rules
 from jchain.engine.layer_calls import apply_all, apply_token, evaluate_heads
 from jchain.problem import Problem
 from jchain.pytree import is_concrete, pick
-from jchain.stages.legal_chains import cheapest_rest, find_extensible, find_open
-from jchain.stages.table import StageTable
+from jchain.stages.legal_chains import find_extensible
 
 
 class State(NamedTuple):
@@ -43,112 +43,23 @@ def reset(problem: Problem) -> State:
     )
 
 
-def legal_actions(
-    problem: Problem,
-    length: Int[Array, ""],
-    cost: Float[Array, ""] | None = None,
-    stage: Int[Array, ""] | None = None,
-) -> Bool[Array, "E"]:
+def legal_actions(problem: Problem, prefix: Int[Array, "L"]) -> Bool[Array, "E"]:
     """Return the mask `[N + K]` of tokens that may follow a prefix; True means allowed.
 
     Layers are allowed if the prefix has fewer than `max_layers` layers, and heads are allowed if it
-    has at least `min_layers`. If the cost of the prefix is given, and the problem has a `max_cost`,
-    a token is allowed only if the prefix can then be completed within the limit. In a bank with
-    stages, a token is allowed only if it reads the stage that the prefix has reached, and if a head
-    can then be reached within `max_layers`. At least one token is always allowed.
+    has at least `min_layers`. If the problem has a `max_cost`, a token is allowed only if the
+    prefix can then be completed within the limit. In a bank with stages, a token is allowed only if
+    it reads the stage that the prefix has reached, and if a head can then be reached within
+    `max_layers`. At least one token is always allowed.
 
     Args:
-      problem: the problem, which defines the tokens and the allowed number of layers.
-      length: number of layers in the prefix.
-      cost: cost of the prefix, in the unit of `token_cost`; None to ignore the limit.
-      stage: the stage that the prefix has reached (see `next_stage`); None without stages.
-
-    Raises:
-      ValueError: if the bank has stages and `stage` is None.
+      problem: the problem, which defines the tokens and the allowed chains.
+      prefix: int32 `[L]`; the layers of the prefix, padded with -1.
     """
-    if (stages := problem.bank.stages) is not None:
-        if stage is None:
-            raise ValueError("expected the stage of the prefix for a bank with stages, got None")
-        return _legal_actions_in_stages(problem, stages, length, cost, stage)
-    num_layers = problem.bank.num_layers
-    tokens = jnp.arange(num_layers + problem.bank.num_heads)
-    is_legal = jnp.where(
-        tokens < num_layers, length < problem.max_layers, length >= problem.min_layers
-    )
-    if problem.max_cost is None or cost is None:
-        return is_legal
-    layers, heads = problem.token_cost[:num_layers], problem.token_cost[num_layers:]
-    num_missing = jnp.maximum(problem.min_layers - length - 1, 0)
-    rest = jnp.where(tokens < num_layers, num_missing * layers.min() + heads.min(), 0.0)
-    total = jnp.where(is_legal, cost + problem.token_cost + rest, jnp.inf)
-    return is_legal & (~problem.exceeds_limit(total) | (total == total.min()))
-
-
-def _legal_actions_in_stages(
-    problem: Problem, stages: StageTable, length: Array, cost: Array | None, stage: Array
-) -> Bool[Array, "E"]:
-    num_layers = problem.bank.num_layers
-    reads, writes = jnp.asarray(stages.reads), jnp.asarray(stages.writes)
-    is_layer = jnp.arange(reads.size) < num_layers
-    is_read = (reads == stage) & (is_layer | (length >= problem.min_layers))
-    after = jnp.minimum(length + 1, problem.max_layers + 1)
-    is_open = jnp.asarray(find_open(stages, problem.min_layers, problem.max_layers))
-    is_legal = is_read & (~is_layer | is_open[after, writes])
-    if problem.max_cost is not None and cost is not None:
-        costs = cheapest_rest(stages, problem.min_layers, problem.max_layers, problem.token_cost)
-        rest = jnp.where(is_layer, costs[after, writes], 0.0)
-        total = jnp.where(is_legal, cost + problem.token_cost + rest, jnp.inf)
-        is_legal &= ~problem.exceeds_limit(total) | (total == total.min())
-    # No token may follow a prefix that is not one of a chain of the space. Any will do there.
-    return is_legal | ~is_legal.any()
-
-
-def first_stage(problem: Problem) -> Int[Array, ""] | None:
-    """Return the stage of the empty prefix, which is 0; None for a bank without stages.
-
-    Args:
-      problem: the problem, whose bank may have stages.
-    """
-    return None if problem.bank.stages is None else jnp.zeros((), jnp.int32)
-
-
-def next_stage(
-    problem: Problem, stage: Int[Array, ""] | None, token: Int[Array, ""]
-) -> Int[Array, ""] | None:
-    """Return the stage that a prefix has reached after one more token.
-
-    Args:
-      problem: the problem, whose bank may have stages.
-      stage: the stage before the token; None for a bank without stages.
-      token: the token. A head or padding leaves the stage unchanged.
-    """
-    if (stages := problem.bank.stages) is None or stage is None:
-        return None
-    is_layer = (token >= 0) & (token < problem.bank.num_layers)
-    written = jnp.asarray(stages.writes, jnp.int32)[jnp.maximum(token, 0)]
-    return jnp.where(is_layer, written, stage)
-
-
-def prefix_stages(problem: Problem, chain: Int[Array, "L"]) -> Int[Array, "L"] | None:
-    """Return the stage before each token of a chain; None for a bank without stages.
-
-    Args:
-      problem: the problem, whose bank may have stages.
-      chain: int32 `[L]`; the tokens of the chain. Entries after the head are undefined.
-    """
+    length, cost = problem.space.count_layers(prefix), problem.chain_cost(prefix)
     stages = problem.bank.stages
-    return None if stages is None else stages.follow(chain)
-
-
-def reached_stage(problem: Problem, prefix: Int[Array, "L"]) -> Int[Array, ""] | None:
-    """Return the stage that a prefix has reached; None for a bank without stages.
-
-    Args:
-      problem: the problem, whose bank may have stages.
-      prefix: int32 `[L]`; the tokens of the prefix, padded with -1.
-    """
-    stages = problem.bank.stages
-    return None if stages is None else stages.reached(prefix)
+    stage = None if stages is None else stages.reached(prefix)
+    return prefix_rules.legal_actions(problem, length, cost, stage)
 
 
 def can_continue(problem: Problem, prefixes: Int[Array, "*P L"]) -> Bool[Array, "*P"]:
@@ -165,37 +76,6 @@ def can_continue(problem: Problem, prefixes: Int[Array, "*P L"]) -> Bool[Array, 
         return length < problem.max_layers
     is_open = find_extensible(stages, problem.min_layers, problem.max_layers)
     return jnp.asarray(is_open)[length, stages.reached(prefixes)] & stages.is_legal(prefixes)
-
-
-def prefix_costs(problem: Problem, chain: Int[Array, "L"]) -> Float[Array, "L"]:
-    """Compute the cost of the prefix before each token of a chain, in the unit of `token_cost`.
-
-    Costs are added one by one, so that a sampler that adds costs gets the same bits.
-
-    Args:
-      problem: the problem, which gives the costs; all costs are 0 if it has no `max_cost`.
-      chain: int32 `[L]`; the tokens of the chain.
-    """
-    if problem.max_cost is None:
-        return jnp.zeros(chain.shape[0], jnp.float32)
-
-    def add(cost: Array, token: Array) -> tuple[Array, Array]:
-        return add_cost(problem, cost, token), cost
-
-    return jax.lax.scan(add, jnp.zeros((), jnp.float32), chain)[1]
-
-
-def add_cost(problem: Problem, cost: Float[Array, ""], token: Int[Array, ""]) -> Float[Array, ""]:
-    """Add the cost of a token to that of a prefix. Without a `max_cost`, the cost stays 0.
-
-    Args:
-      problem: the problem, which gives the costs.
-      cost: the cost of the prefix.
-      token: the token that extends the prefix; -1 costs nothing.
-    """
-    if problem.max_cost is None:
-        return cost
-    return cost + jnp.where(token >= 0, problem.token_cost[jnp.maximum(token, 0)], 0.0)
 
 
 def sample_chains(key: Key[Array, ""], problem: Problem, num_chains: int) -> Int[Array, "P L"]:
@@ -247,15 +127,16 @@ def _redraw(key: Key[Array, ""], chain: Int[Array, "L"], problem: Problem) -> In
     ) -> tuple[tuple[Array, Array | None, Array], Array]:
         cost, stage, is_done = carry
         t, key = slot
-        is_legal = legal_actions(problem, t, cost, stage)
+        is_legal = prefix_rules.legal_actions(problem, t, cost, stage)
         is_wanted = is_legal & jnp.where(t < wanted, is_layer, ~is_layer)
         logits = jnp.where(jnp.where(is_wanted.any(), is_wanted, is_legal), 0.0, -jnp.inf)
         token = jax.random.categorical(key, logits.astype(jnp.float32))
         token = jnp.where(is_done, PADDING, token).astype(jnp.int32)
-        cost, stage = add_cost(problem, cost, token), next_stage(problem, stage, token)
+        cost = prefix_rules.add_cost(problem, cost, token)
+        stage = prefix_rules.next_stage(problem, stage, token)
         return (cost, stage, is_done | (token >= num_layers)), token
 
-    start = (jnp.zeros((), jnp.float32), first_stage(problem), jnp.array(False))
+    start = (jnp.zeros((), jnp.float32), prefix_rules.first_stage(problem), jnp.array(False))
     return jax.lax.scan(draw, start, (slots, jax.random.split(key, slots.size)))[1]
 
 
@@ -329,6 +210,9 @@ def append_heads(
 def head_loss(problem: Problem, head: Int[Array, ""], hidden: Activations) -> Float[Array, ""]:
     """Compute the loss of one head, without the layer penalty.
 
+    `max_cost` is ignored. To respect it, add `problem.layer_penalty(chain)`, which is `+inf` for a
+    chain over the limit.
+
     Args:
       problem: the problem whose heads, labels, and loss are used.
       head: the token of the head.
@@ -341,6 +225,9 @@ def head_loss(problem: Problem, head: Int[Array, ""], hidden: Activations) -> Fl
 
 def head_losses(problem: Problem, hidden: Activations) -> Float[Array, "K"]:
     """Compute the loss of each head, `[K]`, without the layer penalty.
+
+    `max_cost` and stages are ignored. To respect them, add `problem.head_penalties(prefix)`, which
+    is `+inf` for heads that make an illegal chain or one over the limit.
 
     Args:
       problem: the problem whose heads, labels, and loss are used.
@@ -356,14 +243,14 @@ def head_losses(problem: Problem, hidden: Activations) -> Float[Array, "K"]:
 
 def _check_legal(problem: Problem, state: State, action: int) -> None:
     """Raise ValueError if the action is illegal."""
-    cost, stage = problem.chain_cost(state.chain), reached_stage(problem, state.chain)
-    is_legal = np.asarray(legal_actions(problem, state.length, cost, stage))
+    is_legal = np.asarray(legal_actions(problem, state.chain))
     if not 0 <= action < is_legal.size or not is_legal[action]:
         legal = np.flatnonzero(is_legal)
         least = f"at least {problem.min_layers} and " if problem.min_layers > 0 else ""
         allowed = f"{legal[0]}..{legal[-1]}"
-        if stage is not None:
-            allowed = f"{legal.tolist()}, which follow stage {int(stage)}"
+        if (stages := problem.bank.stages) is not None:
+            stage = int(stages.reached(state.chain))
+            allowed = f"{legal.tolist()}, which follow stage {stage}"
         raise ValueError(
             f"illegal action {action} after {int(state.length)} of {least}at most "
             f"{problem.max_layers} layers: expected a token in {allowed}"

@@ -16,6 +16,10 @@ def play(problem, tokens):
     return state, rewards
 
 
+def make_prefix(tokens):
+    return jnp.array([*tokens, *[-1] * (4 - len(tokens))])
+
+
 def test_return_is_minus_the_loss(two_group_problem):
     problem = jc.Problem(two_group_problem.bank, two_group_problem.data, 3, layer_cost=0.25)
     for tokens in ([5], [3, 6], [0, 4, 2, 5]):
@@ -44,8 +48,9 @@ def test_layers_and_heads_are_appended_at_the_end_of_a_prefix(problem):
 
 
 def test_legal_actions(problem):
-    assert env.legal_actions(problem, jnp.array(2)).tolist() == [True] * 6
-    assert env.legal_actions(problem, jnp.array(3)).tolist() == [False] * 4 + [True] * 2
+    assert env.legal_actions(problem, jnp.array([2, 0, -1, -1])).tolist() == [True] * 6
+    full = jnp.array([2, 0, 1, -1])
+    assert env.legal_actions(problem, full).tolist() == [False] * 4 + [True] * 2
 
 
 def test_heads_are_legal_from_min_layers_on(problem):
@@ -55,7 +60,7 @@ def test_heads_are_legal_from_min_layers_on(problem):
         [True] * 6,
         [False] * 4 + [True] * 2,
     )
-    legal = [env.legal_actions(problem, jnp.array(length)).tolist() for length in range(4)]
+    legal = [env.legal_actions(problem, make_prefix([0] * n)).tolist() for n in range(4)]
     assert legal == [layers_only, layers_only, all_of_them, heads_only]
     with pytest.raises(
         ValueError, match=r"action 4 after 1 of at least 2 and at most 3 layers: .* a token in 0..3"
@@ -129,17 +134,11 @@ def test_a_token_is_legal_if_a_chain_within_the_limit_begins_with_it(problem, mi
     assert len(prefixes) > 6
     for prefix in prefixes:
         expected = {chain[len(prefix)] for chain in chains if chain[: len(prefix)] == prefix}
-        cost = jnp.asarray(COSTS[list(prefix)].sum())
-        found = env.legal_actions(limited, jnp.array(len(prefix)), cost)
+        found = env.legal_actions(limited, make_prefix(prefix))
         assert set(np.flatnonzero(found).tolist()) == expected
     # Beyond the limit, the cheapest token remains.
-    assert env.legal_actions(limited, jnp.array(3), jnp.array(9.0)).tolist() == [False] * 5 + [True]
-
-
-def test_costs_before_each_token(problem):
-    chain = jnp.array([2, 0, 4, -1])
-    assert env.prefix_costs(limit(problem, 9.0), chain).tolist() == [0, 4, 5, 5.5]
-    assert env.prefix_costs(problem, chain).tolist() == [0, 0, 0, 0]
+    expensive = make_prefix([2, 2, 0])
+    assert env.legal_actions(limited, expensive).tolist() == [False] * 5 + [True]
 
 
 def test_a_token_over_the_limit_is_refused(problem):

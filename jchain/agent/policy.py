@@ -6,10 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jchain import env
 from jchain._typing import Array, Bool, Float, Int, PyTree
 from jchain.agent.edit_features import EditFeatures, read_edit_features
 from jchain.agent.encoding import ActorCriticNetwork
+from jchain.engine import prefix_rules
 from jchain.problem import Problem
 
 # The keys in the params of a policy. They cannot change, because saved params use them.
@@ -118,7 +118,7 @@ def evaluate_actions(
         carry: PolicyCarry, slot: tuple[Array, Array, Array, Array, Array | None]
     ) -> tuple[PolicyCarry, tuple[Array, Array]]:
         t, token, after, cost, stage = slot
-        out = policy.predict(carry, t, env.legal_actions(problem, t, cost, stage))
+        out = policy.predict(carry, t, prefix_rules.legal_actions(problem, t, cost, stage))
         return policy.advance(carry, t, jnp.maximum(token, 0), after), out
 
     after = jnp.concatenate([features[1:], features[-1:]])
@@ -126,8 +126,8 @@ def evaluate_actions(
         jnp.arange(chain.shape[0]),
         chain,
         after,
-        env.prefix_costs(problem, chain),
-        env.prefix_stages(problem, chain),
+        prefix_rules.prefix_costs(problem, chain),
+        prefix_rules.prefix_stages(problem, chain),
     )
     return jax.lax.scan(act, policy.init_carry(features[0]), slots)[1]
 

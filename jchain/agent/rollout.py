@@ -5,12 +5,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jchain import env
 from jchain._typing import Array, Bool, Float, Int, Key
 from jchain.agent import observations
 from jchain.agent.observations import ObservedPrefix
 from jchain.agent.policy import Policy, PolicyCarry
 from jchain.chain import PADDING, ChainSpace
+from jchain.engine import prefix_rules
 from jchain.problem import Problem
 
 
@@ -103,7 +103,7 @@ def sample_chain(
         carry: _Carry, slot: tuple[Array, Array, Array]
     ) -> tuple[_Carry, tuple[Array, Array, Array]]:
         t, key, given = slot
-        is_legal = env.legal_actions(problem, t, carry.cost, carry.stage)
+        is_legal = prefix_rules.legal_actions(problem, t, carry.cost, carry.stage)
         logits, _ = policy.predict(carry.policy, t, is_legal)
         drawn = jax.random.categorical(key, logits.astype(jnp.float32))
         token = jnp.where(given == PADDING, drawn, given)
@@ -112,14 +112,14 @@ def sample_chain(
         after = observations.observe_next(observe, problem, carry.observed, taken)
         advanced = policy.advance(carry.policy, t, token, after.features)
         is_done = carry.is_done | (token >= space.num_layers)
-        cost = env.add_cost(problem, carry.cost, taken)
-        stage = env.next_stage(problem, carry.stage, taken)
+        cost = prefix_rules.add_cost(problem, carry.cost, taken)
+        stage = prefix_rules.next_stage(problem, carry.stage, taken)
         made = (taken, log_prob, carry.observed.features)
         return _Carry(advanced, is_done, after, cost, stage), made
 
     num_slots = space.max_layers + 1
     slots = (jnp.arange(num_slots), jax.random.split(key, num_slots), prefix)
-    zero, stage = jnp.zeros((), jnp.float32), env.first_stage(problem)
+    zero, stage = jnp.zeros((), jnp.float32), prefix_rules.first_stage(problem)
     start = _Carry(policy.init_carry(root.features), jnp.array(False), root, zero, stage)
     last, (chain, log_probs, features) = jax.lax.scan(act, start, slots)
     head = chain[space.count_layers(chain)] - space.num_layers

@@ -49,7 +49,8 @@ class EditScores(NamedTuple):
     """The predicted change in loss of each edit of a chain.
 
     Scores include the layer penalty. They are nan if they are unknown, or if the chain would not
-    follow the stages of the bank.
+    follow the stages of the bank. They ignore `max_cost`: the mask of `jchain.env.neighbors` is
+    False for edits over the limit.
     """
 
     # [L, N], layer b replaces the layer at slot t; 0 if they are the same layer, nan if the slot

@@ -71,7 +71,7 @@ class MCTS:
         """Grow one tree and take the best action at its root."""
         mctx = _import_mctx()
         root = _make_node(problem, state.root, jnp.array(False))
-        is_legal = _legal_actions(problem, state.root)
+        is_legal = env.legal_actions(problem, state.root.chain)
         output = mctx.gumbel_muzero_policy(
             params=problem,
             rng_key=key,
@@ -108,11 +108,6 @@ def _make_node(problem: Problem, state: env.State, is_call: Bool[Array, ""]) -> 
     return Node(state, loss, is_call)
 
 
-def _legal_actions(problem: Problem, state: env.State) -> Bool[Array, "E"]:
-    cost, stage = problem.chain_cost(state.chain), env.reached_stage(problem, state.chain)
-    return env.legal_actions(problem, state.length, cost, stage)
-
-
 def _value(problem: Problem, node: Node) -> Float[Array, ""]:
     """Return minus the lowest loss; nonfinite losses count as 1e6, because mctx averages values.
 
@@ -139,7 +134,7 @@ def _recur(problem: Problem, key: Array, action: Array, embedding: Node) -> tupl
     is_call = (action[0] < problem.bank.num_layers) & ~node.state.is_done
     state, reward = env.step(problem, node.state, action[0])
     child = _make_node(problem, state, is_call)
-    legal = jnp.where(_legal_actions(problem, state), 0.0, -1e9)
+    legal = jnp.where(env.legal_actions(problem, state.chain), 0.0, -1e9)
     output = mctx.RecurrentFnOutput(
         reward=jnp.maximum(reward, -1e6)[None],
         discount=jnp.where(state.is_done, 0.0, 1.0)[None],

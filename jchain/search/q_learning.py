@@ -11,11 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jchain import env
 from jchain._typing import Array, Bool, Float, Int, Key
 from jchain.agent.rewards import plain_rewards
 from jchain.chain import PADDING
-from jchain.engine import score_cache
+from jchain.engine import prefix_rules, score_cache
 from jchain.engine.score_cache import ScoreCache
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
@@ -173,18 +172,19 @@ def sample_chain(
         last, is_done, cost, stage = carry
         t, key = slot
         explore_key, random_key = jax.random.split(key)
-        is_legal = env.legal_actions(problem, t, cost, stage)
+        is_legal = prefix_rules.legal_actions(problem, t, cost, stage)
         legal = jnp.where(is_legal, 0.0, -jnp.inf).astype(jnp.float32)
         random = jax.random.categorical(random_key, legal)
         is_random = jax.random.uniform(explore_key, (), jnp.float32) < epsilon
         token = jnp.where(is_random, random, jnp.argmax(values[t, last] + legal))
         is_end = is_done | (token >= num_layers)
         taken = jnp.where(is_done, PADDING, token).astype(jnp.int32)
-        cost, stage = env.add_cost(problem, cost, taken), env.next_stage(problem, stage, taken)
+        cost = prefix_rules.add_cost(problem, cost, taken)
+        stage = prefix_rules.next_stage(problem, stage, taken)
         return (jnp.where(is_end, last, token), is_end, cost, stage), taken
 
     slots = (jnp.arange(problem.max_layers + 1), jax.random.split(key, problem.max_layers + 1))
-    zero, stage = jnp.zeros((), jnp.float32), env.first_stage(problem)
+    zero, stage = jnp.zeros((), jnp.float32), prefix_rules.first_stage(problem)
     start = (jnp.array(num_layers), jnp.array(False), zero, stage)
     return jax.lax.scan(act, start, slots)[1]
 
@@ -238,8 +238,8 @@ def look_up(
       problem: the problem, which determines which tokens are allowed.
     """
     slots = jnp.arange(chain.shape[0])
-    is_legal: Bool[Array, "L E"] = jax.vmap(partial(env.legal_actions, problem))(
-        slots, env.prefix_costs(problem, chain), env.prefix_stages(problem, chain)
+    is_legal: Bool[Array, "L E"] = jax.vmap(partial(prefix_rules.legal_actions, problem))(
+        slots, prefix_rules.prefix_costs(problem, chain), prefix_rules.prefix_stages(problem, chain)
     )
     return values[slots, find_last(chain, problem)], is_legal
 

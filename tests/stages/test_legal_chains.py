@@ -1,6 +1,7 @@
 """Legal chains: counted, listed, numbered, drawn, and edited as brute force does."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 import jchain as jc
 from jchain.chain import ChainSpace
 from jchain.chainbench import tabular
+from jchain.engine import prefix_rules
 from jchain.stages.legal_chains import count_completions
 from jchain.stages.table import StageTable
 
@@ -145,12 +147,8 @@ def test_legal_actions_are_the_next_tokens_of_chains(bank, min_layers, max_cost)
     assert followers
     prefixes = np.array([[*prefix, *[-1] * (5 - len(prefix))] for prefix in followers])
 
-    def list_actions(prefix):
-        stage = jc.env.reached_stage(problem, prefix)
-        length, cost = problem.space.count_layers(prefix), problem.chain_cost(prefix)
-        return jc.env.legal_actions(problem, length, cost, stage)
-
-    found = np.asarray(jax.vmap(list_actions)(jnp.asarray(prefixes)))
+    list_actions = jax.vmap(partial(jc.env.legal_actions, problem))
+    found = np.asarray(list_actions(jnp.asarray(prefixes)))
     for row, expected in zip(found, followers.values(), strict=True):
         assert set(np.flatnonzero(row)) == expected
     can_continue = np.asarray(jc.env.can_continue(problem, jnp.asarray(prefixes)))
@@ -163,18 +161,16 @@ def test_legal_actions_are_the_next_tokens_of_chains(bank, min_layers, max_cost)
     assert (problem.chain_cost(jnp.asarray(drawn)) <= max_cost).all()
 
 
-def test_the_stage_of_a_prefix_is_needed_and_followed(bank):
+def test_the_stage_of_a_prefix_is_followed(bank):
     problem = make_problem(bank)
-    with pytest.raises(ValueError, match="expected the stage of the prefix"):
-        jc.env.legal_actions(problem, jnp.array(0))
     chain = jnp.array([0, 1, 3, 6, -1])
-    assert np.asarray(jc.env.prefix_stages(problem, chain))[:4].tolist() == [0, 0, 1, 2]
+    assert np.asarray(prefix_rules.prefix_stages(problem, chain))[:4].tolist() == [0, 0, 1, 2]
     state = jc.env.reset(problem)
-    stage = jc.env.first_stage(problem)
+    stage = prefix_rules.first_stage(problem)
     for token in (0, 1, 3):
         state, _ = jc.env.step(problem, state, jnp.array(token))
-        stage = jc.env.next_stage(problem, stage, jnp.array(token))
-    assert int(stage) == int(jc.env.reached_stage(problem, state.chain)) == 2
+        stage = prefix_rules.next_stage(problem, stage, jnp.array(token))
+    assert int(stage) == int(bank.stages.reached(state.chain)) == 2
     with pytest.raises(ValueError, match=r"illegal action 0 .* in \[4, 6\], which follow stage 2"):
         jc.env.step(problem, state, jnp.array(0))
     _, reward = jc.env.step(problem, state, jnp.array(6))
