@@ -28,7 +28,8 @@ ChainsLike = ArrayLike | Sequence[object]
 class ChainSpace:
     """The set of chains that a problem allows: `min_layers` to `max_layers` layers, then one head.
 
-    A `ChainSpace` is hashable. `Problem.space` is the space of a problem.
+    A `ChainSpace` is hashable. `Problem.space` is the space of a problem. The `max_cost` of a problem
+    is not part of its space; `jchain.env.sample_chains` and `jchain.env.neighbors` respect it.
 
     Attributes:
       num_layers: number of layers in the bank, N.
@@ -78,7 +79,8 @@ class ChainSpace:
     def sample(self, key: Key[Array, ""], num_chains: int) -> Int[Array, "P L"]:
         """Draw chains uniformly from the space, with replacement.
 
-        Most of the drawn chains are long, because most chains of the space are long.
+        Most of the drawn chains are long, because most chains of the space are long. To draw chains
+        within the `max_cost` of a problem, use `jchain.env.sample_chains`.
 
         Args:
           key: the PRNG key; consumed by this call.
@@ -128,7 +130,8 @@ class ChainSpace:
 
         The number of rows is fixed, so this method can be jitted and vmapped. With
         `D = max_layers`, the rows are `D * N` swaps of a layer, `K` swaps of the head, `D * N`
-        insertions, and `D` deletions.
+        insertions, and `D` deletions. `jchain.env.neighbors` also respects the `max_cost` of a
+        problem.
 
         Args:
           chain: int32 `[L]`; the tokens of the chain to edit.

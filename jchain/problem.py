@@ -257,7 +257,10 @@ class Problem:
 
     @property
     def space(self) -> ChainSpace:
-        """The space of chains that a search may make."""
+        """The space of chains that a search may make, without regard to `max_cost`.
+
+        `jchain.env.sample_chains` and `jchain.env.neighbors` respect `max_cost`.
+        """
         bank = self.bank
         return ChainSpace(
             bank.num_layers, bank.num_heads, self.max_layers, self.min_layers, bank.stages
