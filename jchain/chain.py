@@ -28,8 +28,9 @@ ChainsLike = ArrayLike | Sequence[object]
 class ChainSpace:
     """The set of chains that a problem allows: `min_layers` to `max_layers` layers, then one head.
 
-    A `ChainSpace` is hashable. `Problem.space` is the space of a problem. The `max_cost` of a problem
-    is not part of its space; `jchain.env.sample_chains` and `jchain.env.neighbors` respect it.
+    A `ChainSpace` is hashable. `Problem.space` is the space of a problem. The `max_cost` of a
+    problem is not part of its space: `jchain.env.sample_chains` and `jchain.env.neighbors` respect
+    it.
 
     Attributes:
       num_layers: number of layers in the bank, N.

@@ -169,7 +169,7 @@ def step(problem: Problem, state: State, action: Int[Array, ""]) -> tuple[State,
     chain = jnp.where(is_layer | is_head, state.chain.at[state.length].set(action), state.chain)
 
     def end_reward(token: Array, hidden: PyTree) -> Array:
-        loss = head_loss(problem, token, hidden) + problem.layer_penalty(chain)
+        loss = head_loss(problem, token, hidden) + problem.penalty(chain)
         return jnp.where(jnp.isfinite(loss), -loss, -jnp.inf)
 
     def no_reward(token: Array, hidden: PyTree) -> Array:
@@ -210,7 +210,7 @@ def append_heads(
 def head_loss(problem: Problem, head: Int[Array, ""], hidden: Activations) -> Float[Array, ""]:
     """Compute the loss of one head, without the layer penalty.
 
-    `max_cost` is ignored. To respect it, add `problem.layer_penalty(chain)`, which is `+inf` for a
+    `max_cost` is ignored. To respect it, add `problem.penalty(chain)`, which is `+inf` for a
     chain over the limit.
 
     Args:

@@ -48,12 +48,12 @@ class Problem:
         same length. Searches and `evaluate_all` make no shorter chains, but functions that take
         chains accept shorter ones.
       layer_cost: penalty per layer, in units of the loss: one number for all layers, or one number
-        per layer, `[N]`. To limit a cost in another unit, use `token_cost` and `max_cost`.
-      token_cost: cost of each layer and head, `[N + K]`, in any unit, for example from
+        per layer, `[N]`. To limit a cost in another unit, use `token_costs` and `max_cost`.
+      token_costs: cost of each layer and head, `[N + K]`, in any unit, for example from
         `jchain.token_costs`. The cost of a chain is the sum over its tokens. It does not change the
         loss; results report it, and `max_cost` limits it. If None, the cost of a chain is its
         number of layers.
-      max_cost: the maximum cost of a chain, in the unit of `token_cost`. A chain that costs more
+      max_cost: the maximum cost of a chain, in the unit of `token_costs`. A chain that costs more
         has a loss of `+inf`, so no search returns it. Costs are float32, and a chain that exceeds
         the limit by no more than their rounding error is within the limit. None for no limit.
       batch_size: the number of examples to load at a time, for data that is larger than memory.
@@ -82,7 +82,7 @@ class Problem:
     accuracy_fn: Callable[[Array, Array], Array] | None = static(default=None)
     min_layers: int = static(default=0)
     layer_cost: Any = 0.0
-    token_cost: Any = None
+    token_costs: Any = None
     max_cost: Any = None
     batch_size: int | None = static(default=None)
     mesh: Mesh | None = static(default=None)
@@ -167,24 +167,24 @@ class Problem:
         return outputs[0]
 
     def _check_costs(self) -> None:
-        """Convert `token_cost` and `max_cost` to arrays, and check them."""
-        if self.token_cost is None:
+        """Convert `token_costs` and `max_cost` to arrays, and check them."""
+        if self.token_costs is None:
             if self.max_cost is not None:
                 raise ValueError(
-                    f"expected token_cost with max_cost, got only max_cost={self.max_cost}; to "
+                    f"expected token_costs with max_cost, got only max_cost={self.max_cost}; to "
                     "limit the number of layers, use max_layers"
                 )
             return
-        costs = jnp.asarray(self.token_cost, jnp.float32)
-        object.__setattr__(self, "token_cost", costs)
+        costs = jnp.asarray(self.token_costs, jnp.float32)
+        object.__setattr__(self, "token_costs", costs)
         num_layers, num_tokens = self.bank.num_layers, self.bank.num_layers + self.bank.num_heads
         if costs.shape != (num_tokens,):
             raise ValueError(
-                f"token_cost must have shape [{num_tokens}], one number for each of {num_layers} "
+                f"token_costs must have shape [{num_tokens}], one number for each of {num_layers} "
                 f"layers and {self.bank.num_heads} heads, got shape {list(costs.shape)}"
             )
         if is_concrete(costs) and not bool((jnp.isfinite(costs) & (costs >= 0)).all()):
-            raise ValueError("expected a token_cost of finite numbers of at least 0")
+            raise ValueError("expected token_costs that are finite and at least 0")
         if self.max_cost is None:
             return
         limit = jnp.asarray(self.max_cost, jnp.float32)
@@ -325,7 +325,7 @@ class Problem:
         return dataclasses.replace(self, data=data)
 
     def with_bank(self, bank: Bank) -> "Problem":
-        """Return the problem with another bank and the same `layer_cost` and `token_cost`.
+        """Return the problem with another bank and the same `layer_cost` and `token_costs`.
 
         Args:
           bank: the new bank. Its layers must keep the same shape, and its tokens must have the same
@@ -340,7 +340,7 @@ class Problem:
         object.__setattr__(problem, field, value)
         return problem
 
-    def layer_penalty(self, chains: Int[Array, "*P L"]) -> Float[Array, "*P"]:
+    def penalty(self, chains: Int[Array, "*P L"]) -> Float[Array, "*P"]:
         """Compute the layer penalty of each chain, which is added to its loss.
 
         The penalty is `+inf` if the chain, or the prefix, costs more than `max_cost` or does not
@@ -366,32 +366,32 @@ class Problem:
           prefixes: int32 `[..., L]`; the layers of each prefix, padded with -1.
         """
         shape = (*prefixes.shape[:-1], self.bank.num_heads)
-        penalty = jnp.broadcast_to(self.layer_penalty(prefixes)[..., None], shape)
+        penalty = jnp.broadcast_to(self.penalty(prefixes)[..., None], shape)
         if (stages := self.bank.stages) is not None:
             penalty = jnp.where(stages.get_fitting_heads(prefixes), penalty, jnp.inf)
         if self.max_cost is None:
             return penalty
-        heads = jnp.broadcast_to(self.token_cost[self.bank.num_layers :], shape)
+        heads = jnp.broadcast_to(self.token_costs[self.bank.num_layers :], shape)
         cost = self.chain_cost(prefixes)[..., None] + heads
         return jnp.where(self.exceeds_limit(cost), jnp.inf, penalty)
 
     def chain_cost(self, chains: Int[Array, "*P L"]) -> Float[Array, "*P"]:
-        """Compute the cost of each chain: the sum of `token_cost`, or the number of layers.
+        """Compute the cost of each chain: the sum of `token_costs`, or the number of layers.
 
         Args:
           chains: int32 `[..., L]`; the tokens of each chain, or of each prefix.
         """
-        if self.token_cost is None:
+        if self.token_costs is None:
             return self.space.count_layers(chains).astype(jnp.float32)
         is_token = chains >= 0
-        costs = self.token_cost[jnp.where(is_token, chains, 0)]
+        costs = self.token_costs[jnp.where(is_token, chains, 0)]
         return jnp.sum(jnp.where(is_token, costs, 0.0), axis=-1)
 
     def exceeds_limit(self, cost: Float[Array, "*P"]) -> Bool[Array, "*P"]:
         """Return whether each cost is above `max_cost`; always False if there is no limit.
 
         Args:
-          cost: the costs, in the unit of `token_cost`.
+          cost: the costs, in the unit of `token_costs`.
         """
         if self.max_cost is None:
             return jnp.zeros(cost.shape, bool)

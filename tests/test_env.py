@@ -118,7 +118,7 @@ COSTS = np.array([1.0, 2.0, 4.0, 8.0, 0.5, 0.25], np.float32)
 
 def limit(problem, max_cost, min_layers=0):
     return jc.Problem(
-        problem.bank, problem.data, 3, min_layers=min_layers, token_cost=COSTS, max_cost=max_cost
+        problem.bank, problem.data, 3, min_layers=min_layers, token_costs=COSTS, max_cost=max_cost
     )
 
 

@@ -157,20 +157,20 @@ TOKEN_COST = [1.0, 2.0, 4.0, 8.0, 0.5, 0.25]
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"max_cost": 3.0}, "expected token_cost with max_cost, got only max_cost=3.0"),
-        ({"token_cost": [1.0] * 4}, r"token_cost must have shape \[6\], .* got shape \[4\]"),
-        ({"token_cost": 1.0}, r"token_cost must have shape \[6\], .* got shape \[\]"),
-        ({"token_cost": [-1.0] * 6}, "a token_cost of finite numbers of at least 0"),
-        ({"token_cost": [np.nan] * 6}, "a token_cost of finite numbers of at least 0"),
+        ({"max_cost": 3.0}, "expected token_costs with max_cost, got only max_cost=3.0"),
+        ({"token_costs": [1.0] * 4}, r"token_costs must have shape \[6\], .* got shape \[4\]"),
+        ({"token_costs": 1.0}, r"token_costs must have shape \[6\], .* got shape \[\]"),
+        ({"token_costs": [-1.0] * 6}, "token_costs that are finite and at least 0"),
+        ({"token_costs": [np.nan] * 6}, "token_costs that are finite and at least 0"),
         (
-            {"token_cost": TOKEN_COST, "max_cost": 2.2, "min_layers": 2},
+            {"token_costs": TOKEN_COST, "max_cost": 2.2, "min_layers": 2},
             "max_cost of at least 2.25, the cost of the cheapest chain of at least 2 layers and a "
             "head, got 2.2",
         ),
-        ({"token_cost": TOKEN_COST, "max_cost": 0.2}, "max_cost of at least 0.25, .* got 0.2"),
-        ({"token_cost": TOKEN_COST, "max_cost": np.nan}, "max_cost of at least 0.25, .* got nan"),
+        ({"token_costs": TOKEN_COST, "max_cost": 0.2}, "max_cost of at least 0.25, .* got 0.2"),
+        ({"token_costs": TOKEN_COST, "max_cost": np.nan}, "max_cost of at least 0.25, .* got nan"),
         (
-            {"token_cost": TOKEN_COST, "max_cost": [1.0, 2.0]},
+            {"token_costs": TOKEN_COST, "max_cost": [1.0, 2.0]},
             r"max_cost must be a scalar, got shape \[2\]",
         ),
     ],
@@ -178,13 +178,13 @@ TOKEN_COST = [1.0, 2.0, 4.0, 8.0, 0.5, 0.25]
 def test_problem_rejects_bad_costs(bank, kwargs, message):
     with pytest.raises(ValueError, match=message):
         jc.Problem(bank, jc.Batch(X, Y), 2, **kwargs)
-    assert jc.Problem(bank, jc.Batch(X, Y), 2, token_cost=TOKEN_COST, max_cost=0.25)
+    assert jc.Problem(bank, jc.Batch(X, Y), 2, token_costs=TOKEN_COST, max_cost=0.25)
 
 
 def test_a_chain_over_the_limit_has_an_infinite_loss_and_no_other_loss_changes(bank):
     free = jc.Problem(bank, jc.Batch(X, Y), 2, layer_cost=0.1)
     limited = jc.Problem(
-        bank, jc.Batch(X, Y), 2, layer_cost=0.1, token_cost=TOKEN_COST, max_cost=4.5
+        bank, jc.Batch(X, Y), 2, layer_cost=0.1, token_costs=TOKEN_COST, max_cost=4.5
     )
     chains, out = jc.evaluate_all(free)
     cost = np.array([sum(TOKEN_COST[token] for token in chain if token >= 0) for chain in chains])
@@ -199,7 +199,7 @@ def test_a_chain_over_the_limit_has_an_infinite_loss_and_no_other_loss_changes(b
     np.testing.assert_array_equal(np.isinf(by_prefix[0]), [[False] * 2, [False] * 2, [True] * 2])
     np.testing.assert_array_equal(np.isinf(by_prefix[1]), [[False] * 2, [False] * 2, [True] * 2])
     prefixes = jnp.array([[-1, -1, -1], [2, -1, -1], [3, -1, -1]])
-    tight = jc.Problem(bank, jc.Batch(X, Y), 2, token_cost=TOKEN_COST, max_cost=4.25)
+    tight = jc.Problem(bank, jc.Batch(X, Y), 2, token_costs=TOKEN_COST, max_cost=4.25)
     expected = [[0, 0], [np.inf, 0], [np.inf, np.inf]]
     np.testing.assert_array_equal(tight.head_penalties(prefixes), expected)
 
@@ -214,7 +214,7 @@ def test_without_costs_a_chain_costs_its_number_of_layers(bank):
 def test_rounding_does_not_exclude_a_chain_at_the_limit(bank):
     cost = np.full(6, 0.1) + np.arange(6) * 1e-3
     problem = jc.Problem(
-        bank, jc.Batch(X, Y), 10, token_cost=1e9 * cost, max_cost=1e9 * (cost[:4].sum() + cost[4])
+        bank, jc.Batch(X, Y), 10, token_costs=1e9 * cost, max_cost=1e9 * (cost[:4].sum() + cost[4])
     )
     chains = [list(order) for order in itertools.permutations(range(4))]
     chains = jnp.asarray(jc.chain.pad([[*order, 4] for order in chains], 10))
@@ -231,7 +231,7 @@ def test_limits_share_one_program(bank):
 
     for limit in (2.0, 5.0):
         problem = jc.Problem(
-            bank, jc.Batch(X, Y), 2, loss_fn=loss_fn, token_cost=TOKEN_COST, max_cost=limit
+            bank, jc.Batch(X, Y), 2, loss_fn=loss_fn, token_costs=TOKEN_COST, max_cost=limit
         )
         num_checks = len(traces)
         jc.evaluate(problem, [[0, 2, 4]])

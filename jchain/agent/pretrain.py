@@ -267,7 +267,7 @@ class _Prefix(NamedTuple):
 def _observe_levels(problem: Problem) -> list[PrefixLevel]:
     """Observe all prefixes with room for one more layer, by number of layers: `[N^length, ...]`."""
     bank = problem.bank
-    layer_penalty = jnp.broadcast_to(problem.layer_cost, (bank.num_layers,))
+    penalty = jnp.broadcast_to(problem.layer_cost, (bank.num_layers,))
 
     def observe_below(
         prefix: _Prefix, parent: Activations, parent_features: Array | None, length: int
@@ -275,7 +275,7 @@ def _observe_levels(problem: Problem) -> list[PrefixLevel]:
         """Observe a prefix and all prefixes that extend it, by their number of layers."""
         observed = observe(problem, prefix.hidden, parent)
         stop = lowest(observed.loss) + prefix.penalty
-        children = _Prefix(apply_all(bank.layers, prefix.hidden), prefix.penalty + layer_penalty)
+        children = _Prefix(apply_all(bank.layers, prefix.hidden), prefix.penalty + penalty)
         if length + 1 == problem.max_layers:
             deeper: list[PrefixLevel] = []
             reached = log_loss(

@@ -123,5 +123,5 @@ def sample_chain(
     start = _Carry(policy.init_carry(root.features), jnp.array(False), root, zero, stage)
     last, (chain, log_probs, features) = jax.lax.scan(act, start, slots)
     head = chain[space.count_layers(chain)] - space.num_layers
-    loss = last.observed.loss[head] + problem.layer_penalty(chain)
+    loss = last.observed.loss[head] + problem.penalty(chain)
     return Rollout(chain, log_probs, features, jnp.where(jnp.isfinite(loss), loss, jnp.inf))

@@ -157,7 +157,7 @@ def _add_difference(scores: _Scored, found: ExampleScores, own: ExampleScores) -
 def _find_reference_loss(context: Context, net: Net, scores: Scores) -> ReferenceLoss:
     problem = context.setup.make_problem(net.bank, "search", context.padded_layers)
     padded = jnp.asarray(chain_lib.pad([net.tokens], context.padded_layers))
-    return ReferenceLoss(scores["loss"]["search"], float(problem.layer_penalty(padded)[0]))
+    return ReferenceLoss(scores["loss"]["search"], float(problem.penalty(padded)[0]))
 
 
 def _find_best_edit(context: Context, tokens: list[int]) -> list[int] | None:
@@ -252,5 +252,5 @@ def _find_optimum(context: Context) -> ReferenceLoss:
     with show_phase(f"Evaluating all {num_chains:,} chains for the optimum"):
         chains, out = evaluate_all(context.problem)
     best = int(out.loss.argmin())
-    penalty = float(context.problem.layer_penalty(jnp.asarray(chains[best])))
+    penalty = float(context.problem.penalty(jnp.asarray(chains[best])))
     return ReferenceLoss(finite_or_none(out.loss[best] - penalty), penalty)

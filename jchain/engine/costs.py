@@ -67,7 +67,7 @@ def cost(bank: Bank, chains: ChainsLike, *, x: PyTree | None = None) -> Cost:
 
 
 def token_costs(bank: Bank, unit: str, *, x: PyTree | None = None) -> Float[np.ndarray, "E"]:
-    """Compute what each layer and head of a bank costs, for `jchain.Problem(token_cost=...)`.
+    """Compute what each layer and head of a bank costs, for `jchain.Problem(token_costs=...)`.
 
     Every chain has the stem and one head, so the cost of a head includes that of the stem. The
     costs of a chain's tokens then add up to the cost of the whole model. Weights that a stem and a

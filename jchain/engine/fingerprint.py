@@ -47,7 +47,7 @@ def compute_fingerprints(problem: Problem, chains: Int[Array, "P L"]) -> UInt[Ar
         described += [keystr(path) for path, _ in tree_leaves_with_path(x)]
     value = jnp.uint32(zlib.crc32(repr(described).encode()))
     stem = jax.tree.map(lambda leaf: _sample(leaf[None]), problem.bank.stem_params)
-    costs = problem.layer_cost, problem.token_cost, problem.max_cost
+    costs = problem.layer_cost, problem.token_costs, problem.max_cost
     for leaf in jax.tree.leaves(((x, y), costs, stem)):
         value = _mix(value ^ _hash(leaf))
     entries = _hash_entries(problem.bank)

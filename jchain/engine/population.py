@@ -80,7 +80,7 @@ def evaluate_population(
       options: the static options; see `jchain.evaluate`.
     """
     loss, accuracy = _evaluate_together(problem, chains, options)
-    loss += problem.layer_penalty(chains)
+    loss += problem.penalty(chains)
     is_finite = jnp.isfinite(loss)
     return Evaluation(
         jnp.where(is_finite, loss, jnp.inf),

@@ -37,10 +37,10 @@ def legal_actions(
     )
     if problem.max_cost is None:
         return is_legal
-    layers, heads = problem.token_cost[:num_layers], problem.token_cost[num_layers:]
+    layers, heads = problem.token_costs[:num_layers], problem.token_costs[num_layers:]
     num_missing = jnp.maximum(problem.min_layers - length - 1, 0)
     rest = jnp.where(tokens < num_layers, num_missing * layers.min() + heads.min(), 0.0)
-    total = jnp.where(is_legal, cost + problem.token_cost + rest, jnp.inf)
+    total = jnp.where(is_legal, cost + problem.token_costs + rest, jnp.inf)
     return is_legal & (~problem.exceeds_limit(total) | (total == total.min()))
 
 
@@ -55,9 +55,9 @@ def _legal_actions_in_stages(
     is_open = jnp.asarray(find_open(stages, problem.min_layers, problem.max_layers))
     is_legal = is_read & (~is_layer | is_open[after, writes])
     if problem.max_cost is not None:
-        costs = cheapest_rest(stages, problem.min_layers, problem.max_layers, problem.token_cost)
+        costs = cheapest_rest(stages, problem.min_layers, problem.max_layers, problem.token_costs)
         rest = jnp.where(is_layer, costs[after, writes], 0.0)
-        total = jnp.where(is_legal, cost + problem.token_cost + rest, jnp.inf)
+        total = jnp.where(is_legal, cost + problem.token_costs + rest, jnp.inf)
         is_legal &= ~problem.exceeds_limit(total) | (total == total.min())
     # No token may follow a prefix that is not one of a chain of the space. Any will do there.
     return is_legal | ~is_legal.any()
@@ -101,7 +101,7 @@ def prefix_stages(problem: Problem, chain: Int[Array, "L"]) -> Int[Array, "L"] |
 
 
 def prefix_costs(problem: Problem, chain: Int[Array, "L"]) -> Float[Array, "L"]:
-    """Compute the cost of the prefix before each token of a chain, in the unit of `token_cost`.
+    """Compute the cost of the prefix before each token of a chain, in the unit of `token_costs`.
 
     Costs are added one by one, so that a sampler that adds costs gets the same bits.
 
@@ -128,4 +128,4 @@ def add_cost(problem: Problem, cost: Float[Array, ""], token: Int[Array, ""]) ->
     """
     if problem.max_cost is None:
         return cost
-    return cost + jnp.where(token >= 0, problem.token_cost[jnp.maximum(token, 0)], 0.0)
+    return cost + jnp.where(token >= 0, problem.token_costs[jnp.maximum(token, 0)], 0.0)

@@ -427,4 +427,4 @@ def add_layer_penalty(
     parts = swap + cost[None] - own[:, None], insert + cost[None], delete - own, head
     is_known = jnp.isfinite(forward.loss)
     parts = (jnp.where(jnp.isfinite(part) & is_known, part, jnp.nan) for part in parts)
-    return EditScores(*parts, forward.loss + problem.layer_penalty(chain), layer_calls)
+    return EditScores(*parts, forward.loss + problem.penalty(chain), layer_calls)

@@ -1,6 +1,6 @@
 """The front of a run: the chains that no other scored chain beats in both cost and loss.
 
-If the problem has no `token_cost`, the cost of a chain is its number of layers, and the front has
+If the problem has no `token_costs`, the cost of a chain is its number of layers, and the front has
 one row for each number. Otherwise it has 64 rows. When more chains are on the front, the chains
 that improve the loss least over the next cheaper chain are dropped, but the cheapest chain and the
 one with the lowest loss are always kept.
@@ -27,7 +27,7 @@ class Front(NamedTuple):
     """
 
     chains: Int[np.ndarray, "F L"] | Int[Array, "F L"]
-    # In the unit of `Problem.token_cost`, or the number of layers
+    # In the unit of `Problem.token_costs`, or the number of layers
     cost: Float[np.ndarray, "F"] | Float[Array, "F"]
     loss: Float[np.ndarray, "F"] | Float[Array, "F"]
 
@@ -55,11 +55,11 @@ def empty_front(problem: Problem) -> Front:
       problem: the problem, which defines what chains cost.
     """
     num_slots = problem.max_layers + 1
-    num_rows = num_slots if problem.token_cost is None else _NUM_ROWS
+    num_rows = num_slots if problem.token_costs is None else _NUM_ROWS
     cost = jnp.arange(num_rows, dtype=jnp.float32)
     return Front(
         jnp.full((num_rows, num_slots), PADDING, jnp.int32),
-        cost if problem.token_cost is None else jnp.full(num_rows, jnp.inf, jnp.float32),
+        cost if problem.token_costs is None else jnp.full(num_rows, jnp.inf, jnp.float32),
         jnp.full(num_rows, jnp.inf, jnp.float32),
     )
 
@@ -77,7 +77,7 @@ def merge_front(
     """
     loss = jnp.where(jnp.isfinite(loss), loss, jnp.inf).astype(jnp.float32)
     chains = chains.astype(jnp.int32)
-    if problem.token_cost is None:
+    if problem.token_costs is None:
         return _merge_by_length(old, problem, chains, loss)
     rows = jnp.concatenate([jnp.asarray(old.chains), chains])
     losses = jnp.concatenate([jnp.asarray(old.loss), loss])

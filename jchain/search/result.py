@@ -46,7 +46,7 @@ class Result(NamedTuple):
     num_scored: int  # the number of chains that were scored, with repeats
     num_nonfinite: int  # the number of these chains whose loss was not finite
     num_invalid: int = 0  # rows that the search reported as chains but that are not in the space
-    # Costs are in the unit of `Problem.token_cost`, or numbers of layers if the problem has none.
+    # Costs are in the unit of `Problem.token_costs`, or numbers of layers if the problem has none.
     best_cost: float = float("nan")  # nan if no chain had a finite loss
     finalist_costs: Float[np.ndarray, "Q"] | None = None
     front: Front | None = None  # what `jchain.front` reads
@@ -159,7 +159,7 @@ def front(results: Result | Sequence[Result]) -> Front:
     """Return the chains that no other scored chain beats in both cost and loss, cheapest first.
 
     All chains that a run scored are considered, not only its finalists. Costs are in the unit of
-    `Problem.token_cost`. If the problem has none, the cost is the number of layers. A run keeps at
+    `Problem.token_costs`. If the problem has none, the cost is the number of layers. A run keeps at
     most 64 chains. When the front has more, it drops the chains that improve the loss least over
     the next cheaper chain.
 

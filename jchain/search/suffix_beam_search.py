@@ -248,8 +248,8 @@ class SuffixBeamSearch:
         suffix_length = (suffixes.tokens >= 0).sum(axis=1)
         loss = (
             predict_losses(probe_problem, suffixes, rows.hidden)
-            + probe_problem.layer_penalty(rows.chains)[:, None]
-            + probe_problem.layer_penalty(suffixes.tokens)[None]
+            + probe_problem.penalty(rows.chains)[:, None]
+            + probe_problem.penalty(suffixes.tokens)[None]
         )
         cost = (
             probe_problem.chain_cost(rows.chains)[:, None]

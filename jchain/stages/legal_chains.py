@@ -82,7 +82,7 @@ def find_extensible(
 
 
 def cheapest_rest(
-    stages: StageTable, min_layers: int, max_layers: int, token_cost: Float[Array, "E"]
+    stages: StageTable, min_layers: int, max_layers: int, token_costs: Float[Array, "E"]
 ) -> Float[Array, "D S"]:
     """Compute the lowest cost of completing a prefix to a chain of the space.
 
@@ -90,7 +90,7 @@ def cheapest_rest(
       stages: the stages of the bank.
       min_layers: minimum number of layers in a chain.
       max_layers: maximum number of layers in a chain.
-      token_cost: the cost of each layer and head, `[N + K]`.
+      token_costs: the cost of each layer and head, `[N + K]`.
 
     Returns:
       The costs, by the number of layers of the prefix, 0 to `max_layers + 1`, and by its stage,
@@ -98,10 +98,10 @@ def cheapest_rest(
     """
     num_layers = len(stages.layers)
     reads, writes = stages.reads, stages.writes[:num_layers]
-    none = jnp.full(stages.num_stages, jnp.inf, token_cost.dtype)
-    by_number = [none.at[reads[num_layers:]].min(token_cost[num_layers:])]
+    none = jnp.full(stages.num_stages, jnp.inf, token_costs.dtype)
+    by_number = [none.at[reads[num_layers:]].min(token_costs[num_layers:])]
     for _ in range(max_layers):
-        rest = token_cost[:num_layers] + by_number[-1][writes]
+        rest = token_costs[:num_layers] + by_number[-1][writes]
         by_number.append(none.at[reads[:num_layers]].min(rest))
     costs = jnp.stack(by_number)
     rows = [

@@ -203,9 +203,9 @@ def _check_problem(problem: Problem) -> None:
         raise ValueError(
             f"expected one layer_cost for all layers, got {problem.layer_cost.shape[0]}"
         )
-    if problem.token_cost is not None:
+    if problem.token_costs is not None:
         raise ValueError(
-            "expected a problem without token_cost: copies that join the bank have no cost"
+            "expected a problem without token_costs: copies that join the bank have no cost"
         )
 
 

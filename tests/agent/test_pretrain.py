@@ -104,6 +104,6 @@ def test_prefixes_without_a_finite_loss_are_not_examples(small, training_set):
 
 
 def test_a_problem_with_a_limit_of_the_cost_is_refused():
-    problem = jc.Problem(make_bank(3, 2), make_batch(), 3, token_cost=[1.0] * 5, max_cost=2.0)
+    problem = jc.Problem(make_bank(3, 2), make_batch(), 3, token_costs=[1.0] * 5, max_cost=2.0)
     with pytest.raises(ValueError, match="expected a problem without max_cost, got max_cost=2.0"):
         jc.pretrain_critic(jax.random.key(0), [problem])

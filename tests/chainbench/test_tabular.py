@@ -190,7 +190,9 @@ def test_every_prefix_is_tabulated(bank, problem):
 
 def test_a_limit_of_the_cost_is_tabulated(problem):
     cost = [1.0, 2.0, 3.0, 4.0, 0.5, 0.2]
-    limited = jc.Problem(problem.bank, problem.data, 2, min_layers=1, token_cost=cost, max_cost=4.0)
+    limited = jc.Problem(
+        problem.bank, problem.data, 2, min_layers=1, token_costs=cost, max_cost=4.0
+    )
     chains, out = jc.evaluate_all(limited)
     tabular = jc.chainbench.tabular.tabulate(limited, jc.agent.observations.observe)
     assert 0 < np.isinf(out.loss).sum() < len(chains)

@@ -49,7 +49,7 @@ def test_one_program_for_problems_that_differ_only_in_names():
     @jit_for_problem(static_argnames=("factor",))
     def penalty(problem, chains, *, factor):
         traces.append(problem.bank.names)
-        return factor * problem.layer_penalty(chains)
+        return factor * problem.penalty(chains)
 
     problems = [
         jc.Problem(make_bank(2, 1, names=names), make_batch(), 1, layer_cost=0.5)

@@ -156,8 +156,8 @@ def test_each_iteration_of_a_loop_counts():
     products = 12 * 2 * 3 * 5 * 5
     assert products <= flops[0] < products + 50  # counters of the loops
     assert np.isnan(flops[1])
-    with pytest.raises(ValueError, match="expected a token_cost of finite numbers of at least 0"):
-        jc.Problem(bank, jc.Batch(jnp.ones((3, 5)), jnp.zeros(3, int)), 2, token_cost=flops)
+    with pytest.raises(ValueError, match="expected token_costs that are finite and at least 0"):
+        jc.Problem(bank, jc.Batch(jnp.ones((3, 5)), jnp.zeros(3, int)), 2, token_costs=flops)
 
 
 def test_costs_of_a_chain_add_up_and_grow_with_the_batch():

@@ -387,7 +387,7 @@ def test_select_returns_the_chain_with_the_lowest_loss(problem):
     np.testing.assert_array_equal(jc.select(other, chains), chains[loss.argmin()])
     rows = [[int(token) for token in row if token >= 0] for row in np.asarray(chains)]
     np.testing.assert_array_equal(jc.select(other, rows), chains[loss.argmin()])
-    costly = dataclasses.replace(problem, token_cost=np.ones(6, np.float32), max_cost=1.0)
+    costly = dataclasses.replace(problem, token_costs=np.ones(6, np.float32), max_cost=1.0)
     with pytest.raises(ValueError, match="expected a chain of finite loss, got 1 that have none"):
         jc.select(costly, [[0, 4]])
 

@@ -91,10 +91,10 @@ def test_costs_and_their_limit_are_part_of_the_fingerprint(problem):
     cost = np.arange(6.0)
     found = [
         find(),
-        find(token_cost=cost),
-        find(token_cost=cost, max_cost=5.0),
-        find(token_cost=cost, max_cost=6.0),
-        find(token_cost=cost[::-1].copy(), max_cost=6.0),
+        find(token_costs=cost),
+        find(token_costs=cost, max_cost=5.0),
+        find(token_costs=cost, max_cost=6.0),
+        find(token_costs=cost[::-1].copy(), max_cost=6.0),
     ]
     assert len({int(row[0]) for row in found}) == len(found)
     np.testing.assert_array_equal(find(), compute_fingerprints(problem, CHAINS))

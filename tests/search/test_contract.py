@@ -363,7 +363,7 @@ def limit_cost(name, min_layers=0):
     chain_cost = np.where(chains >= 0, cost[chains], 0).sum(axis=1)
     limit = np.quantile(chain_cost, 0.3)
     limited = jc.Problem(
-        problem.bank, problem.data, 3, min_layers=min_layers, token_cost=cost, max_cost=limit
+        problem.bank, problem.data, 3, min_layers=min_layers, token_costs=cost, max_cost=limit
     )
     return limited, float(np.min(np.asarray(out.loss)[chain_cost <= limit * (1 + 1e-6)]))
 

@@ -29,7 +29,7 @@ def find_slowly(chains, cost, loss):
 
 @pytest.fixture(scope="module")
 def costly(problem):
-    return jc.Problem(problem.bank, problem.data, 3, token_cost=COSTS)
+    return jc.Problem(problem.bank, problem.data, 3, token_costs=COSTS)
 
 
 @pytest.mark.parametrize("has_costs", [False, True])
@@ -56,7 +56,7 @@ def test_the_front_is_that_of_all_scored_chains(problem, costly, has_costs):
 
 def test_a_front_that_overflows_keeps_its_ends_and_the_largest_gains():
     bank = make_bank(100, 1)
-    problem = jc.Problem(bank, make_batch(), 1, token_cost=np.arange(101.0))
+    problem = jc.Problem(bank, make_batch(), 1, token_costs=np.arange(101.0))
     chains = jnp.array([[i, 100] for i in range(100)])
     gain = np.random.default_rng(0).permutation(np.arange(1.0, 100.0)).astype(np.float32)
     gain[-1] = 0.5  # the smallest gain, at the chain with the lowest loss

@@ -46,7 +46,7 @@ def test_the_empty_prefix_ends_with_its_children(problem):
 
 def test_a_head_alone_over_the_limit_of_the_cost_has_no_finite_loss(problem):
     cost = np.array([1.0, 1.0, 1.0, 1.0, 2.0, 5.0], np.float32)
-    limited = dataclasses.replace(problem, token_cost=cost, max_cost=4.0)
+    limited = dataclasses.replace(problem, token_costs=cost, max_cost=4.0)
     state, loss, yes = env.reset(limited), jnp.arange(8.0).reshape(4, 2), jnp.array(True)
     children = env.append_layers(limited, state.chain, state.length)
     args = (state.chain, state.length, state.hidden, children, loss, yes)

@@ -274,7 +274,7 @@ def test_costs_of_a_layer_are_those_of_its_stage(bank):
 
 def test_a_limit_of_flops_is_kept_across_stages(bank):
     flops = jc.token_costs(bank, "flops", x=nets.make_batch().x[:1])
-    whole = jc.Problem(bank, nets.make_batch(), 4, token_cost=flops)
+    whole = jc.Problem(bank, nets.make_batch(), 4, token_costs=flops)
     chains = whole.space.enumerate()
     costs = np.asarray(whole.chain_cost(jnp.asarray(chains)))
     limit = float(np.median(costs))

@@ -136,7 +136,7 @@ CASES = [(0, None), (3, None), (2, 9.0)]
 
 @pytest.mark.parametrize(("min_layers", "max_cost"), CASES)
 def test_legal_actions_are_the_next_tokens_of_chains(bank, min_layers, max_cost):
-    limits = {} if max_cost is None else {"token_cost": COSTS, "max_cost": max_cost}
+    limits = {} if max_cost is None else {"token_costs": COSTS, "max_cost": max_cost}
     problem = make_problem(bank, min_layers=min_layers, **limits)
     followers = {}
     for chain in problem.space.enumerate().tolist():

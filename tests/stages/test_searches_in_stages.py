@@ -157,7 +157,7 @@ def test_searches_keep_their_contract(name, two_heads):
 def test_limits_of_cost_and_of_layers_are_kept(name):
     costs = np.arange(1.0, 11.0, dtype=np.float32)
     problem = jc.Problem(
-        make_bank(HEADS), make_batch(), 4, min_layers=2, token_cost=costs, max_cost=22.0
+        make_bank(HEADS), make_batch(), 4, min_layers=2, token_costs=costs, max_cost=22.0
     )
     result = jc.run(jax.random.key(3), SEARCHES[name], problem, budget=300)
     assert result.num_invalid == 0

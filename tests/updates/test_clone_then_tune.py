@@ -135,6 +135,6 @@ def test_the_bank_of_an_outcome_can_be_searched_again(two_group_problem):
 
 
 def test_a_problem_with_costs_raises(problem):
-    problem = jc.Problem(problem.bank, problem.data, 3, token_cost=np.ones(6))
-    with pytest.raises(ValueError, match="expected a problem without token_cost"):
+    problem = jc.Problem(problem.bank, problem.data, 3, token_costs=np.ones(6))
+    with pytest.raises(ValueError, match="expected a problem without token_costs"):
         run(POLICIES["CloneThenTune"], problem)
