@@ -180,7 +180,7 @@ def compare(name: str, result: dict[str, Any], args: argparse.Namespace) -> None
         }
     per_chain: dict[str, float] = {}
     for population, chains in populations.items():
-        said = jc.explain(problem, chains)
+        said = jc.explain_plan(problem, chains)
         nodes, heads = said.layer_calls, said.head_calls
         layer_flops, head_flops = count_flops(problem)
         limit = (nodes * layer_flops + heads * head_flops) / gflops / 1e9
@@ -346,7 +346,7 @@ def measure_growth() -> list[dict[str, Any]]:
     for axis, num_chains, num_layers, depth in cases:
         problem = make_problem(layer, shape, num_examples, num_layers, depth)
         chains = random_chains(num_chains, num_layers, depth)
-        said = jc.explain(problem, chains)
+        said = jc.explain_plan(problem, chains)
         run = partial(
             lambda problem, chains: np.asarray(jc.evaluate(problem, chains).loss), problem
         )

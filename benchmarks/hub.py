@@ -151,7 +151,7 @@ def compare(name: str, gflops: float, *, is_quick: bool) -> list[dict[str, Any]]
     flops = [count_call_flops(groups[0], hidden) for groups in (bank.layers, bank.heads)]
     rows = []
     for population, chains in make_populations(DEPTH, 1 if is_quick else num_populations).items():
-        said = jc.explain(problem, chains)
+        said = jc.explain_plan(problem, chains)
         begin = time.perf_counter()
         expected = run_torch(chains)
         repeats = REPEATS if time.perf_counter() - begin < LONG else 1

@@ -72,7 +72,7 @@ def measure(name: str) -> dict[str, Any]:
     bank = jc.Bank.stack(layers, params[: len(layers)], heads, params[len(layers) :])
     problem = jc.Problem(bank, jc.Batch(x, y), DEPTH)
     chains = jc.chain.ChainSpace(bank.num_layers, bank.num_heads, DEPTH).enumerate()
-    said = jc.explain(problem, chains)
+    said = jc.explain_plan(problem, chains)
     # All layers, and all heads, are called equally often.
     flops = sum(
         calls * np.mean([count_call_flops(group, x) for group in groups for _ in group.tokens])

@@ -74,7 +74,7 @@ def measure(*, quick: bool) -> dict[str, Any]:
             "chains": num_chains,
             "pairs": num_pairs,
         },
-        "layer_calls": jc.explain(whole, chains).layer_calls,
+        "layer_calls": jc.explain_plan(whole, chains).layer_calls,
         "data_bytes": data.x.nbytes + data.y.nbytes,
         "rows": rows,
         "peak_bytes_above_data": memory,

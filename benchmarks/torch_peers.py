@@ -1,4 +1,4 @@
-"""PyTorch peers on the same weights and data. `evaluate.py` imports this module.
+"""PyTorch peers on the same weights and data. `evaluation.py` imports this module.
 
 Each peer maps chains `[P, L]` to their losses `[P]`. All of them compute loss and accuracy as
 jchain does.

@@ -30,16 +30,16 @@ from jchain.agent.pretrain import pretrain_agent, pretrain_critic
 from jchain.bank import Bank
 from jchain.data import Batch, Dataset
 from jchain.engine.costs import Cost, cost, token_costs
-from jchain.engine.evaluate import (
+from jchain.engine.evaluation import (
     Evaluation,
     Explanation,
     apply_chain,
     evaluate,
     evaluate_all,
     evaluate_prefixes,
-    explain,
+    explain_plan,
+    pick_best,
     predict,
-    select,
 )
 from jchain.gradient.edit_scores import swap_scores
 from jchain.groups import LayerGroup
@@ -117,7 +117,7 @@ __all__ = [
     "evaluate",
     "evaluate_all",
     "evaluate_prefixes",
-    "explain",
+    "explain_plan",
     "files",
     "front",
     "gradient",
@@ -126,6 +126,7 @@ __all__ = [
     "invertible",
     "layers",
     "meet_in_the_middle",
+    "pick_best",
     "predict",
     "pretrain_agent",
     "pretrain_critic",
@@ -133,7 +134,6 @@ __all__ = [
     "pytree_dataclass",
     "run",
     "run_many",
-    "select",
     "static",
     "swap_scores",
     "tasks",

@@ -64,7 +64,7 @@ def digest(folder):
         "helper.py",
         "jchain/search/driver.py",
         "jchain/search/local_search.py",
-        "jchain/engine/evaluate.py",
+        "jchain/engine/evaluation.py",
         "jchain/chainbench/problems.py",  # the imported module reaches this
         "jchain/chainbench/tabular.py",  # `records` reaches this
     ],

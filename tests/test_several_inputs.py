@@ -55,7 +55,7 @@ def test_every_plan_computes_what_a_loop_computes(kind, plan, dict_problem, pair
     chains, out = jc.evaluate_all(problem, plan=plan)
     np.testing.assert_array_equal(chains, problem.space.enumerate())
     np.testing.assert_allclose(out.loss, find_losses(problem, chains), rtol=2e-5)
-    explanation = jc.explain(problem, chains, plan=plan)
+    explanation = jc.explain_plan(problem, chains, plan=plan)
     assert (explanation.layer_calls, explanation.head_calls) == (out.layer_calls, len(chains))
 
 

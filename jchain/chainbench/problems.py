@@ -26,7 +26,7 @@ from jchain.chain import ChainSpace
 from jchain.chainbench import tabular
 from jchain.data import EVALUATION_SPLITS, Batch, Dataset
 from jchain.data import load as load_data
-from jchain.engine.evaluate import evaluate_all
+from jchain.engine.evaluation import evaluate_all
 from jchain.files import checksum, read_arrays, write_arrays
 from jchain.layers import DenseHead, ResidualMLP
 from jchain.problem import Problem

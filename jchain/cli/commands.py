@@ -38,7 +38,7 @@ from jchain.cli.setup import (
 )
 from jchain.cli.values import parse_chain
 from jchain.engine import distributed
-from jchain.engine.evaluate import evaluate, evaluate_all
+from jchain.engine.evaluation import evaluate, evaluate_all
 from jchain.hub.exporting import export
 from jchain.problem import Problem
 

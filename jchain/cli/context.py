@@ -11,7 +11,7 @@ from jchain.chain import PADDING
 from jchain.cli.config import SearchConfig
 from jchain.cli.scores import ExampleScores, score_chain
 from jchain.cli.setup import Setup
-from jchain.engine.evaluate import evaluate
+from jchain.engine.evaluation import evaluate
 from jchain.problem import Problem
 
 # The number of chains that a search keeps, which is the default of `num_finalists`.

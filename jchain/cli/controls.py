@@ -15,7 +15,7 @@ from jchain.cli.context import Context, strip
 from jchain.cli.progress import print_progress, show_phase
 from jchain.cli.records import Controls, RandomChains, ScoredChain, Scores, finite_or_none
 from jchain.cli.scores import ExampleScores, score_ensemble
-from jchain.engine.evaluate import evaluate, evaluate_all
+from jchain.engine.evaluation import evaluate, evaluate_all
 from jchain.problem import Problem
 from jchain.search.actor_critic import ActorCritic
 from jchain.search.driver import run

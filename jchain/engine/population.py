@@ -29,12 +29,21 @@ _Results = tuple[Array, Array]
 
 
 class Evaluation(NamedTuple):
-    """The losses and accuracies of a population, and their cost."""
+    """The losses and accuracies of a population, or of one chain, and their cost.
 
-    loss: Float[Array, "*P"]  # [P], with the layer penalty; +inf if it was not finite
-    accuracy: Float[Array, "*P"]  # [P], mean over examples; 0 if the loss was not finite
-    layer_calls: Int[Array, ""]  # number of distinct (prefix, layer) pairs of the population
-    head_calls: Int[Array, ""]  # number of distinct chains
+    Attributes:
+      loss: the loss of each chain, `[P]`, with the layer penalty; `+inf` if it was not finite. A
+        scalar for one chain.
+      accuracy: the accuracy of each chain, `[P]`, the mean over examples; 0 if the loss was not
+        finite. A scalar for one chain.
+      layer_calls: the number of distinct (prefix, layer) pairs of the population.
+      head_calls: the number of distinct chains.
+    """
+
+    loss: Float[Array, "*P"]
+    accuracy: Float[Array, "*P"]
+    layer_calls: Int[Array, ""]
+    head_calls: Int[Array, ""]
 
     @property
     def num_nonfinite(self) -> Int[Array, ""]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jchain._typing import Array, Bool, Float, Int, UInt
 from jchain.chain import PADDING
-from jchain.engine.evaluate import evaluate_filled
+from jchain.engine.evaluation import evaluate_filled
 from jchain.engine.fingerprint import compute_fingerprints
 from jchain.problem import Problem
 

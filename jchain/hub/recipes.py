@@ -14,7 +14,7 @@ import numpy as np
 from jchain import chain as chain_lib
 from jchain._typing import Activations, Array, Float, Int
 from jchain.bank import Bank
-from jchain.engine.evaluate import evaluate
+from jchain.engine.evaluation import evaluate
 from jchain.engine.layer_calls import apply_token
 from jchain.hub.wrapping import Within, find_restarts
 from jchain.modules.activations import check_one_array

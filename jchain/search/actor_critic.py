@@ -44,7 +44,7 @@ from jchain.agent.rollout import Rollout, drop_empty, restore_empty, sample_chai
 from jchain.bank import Bank
 from jchain.chain import PADDING
 from jchain.engine import score_cache
-from jchain.engine.evaluate import evaluate_filled
+from jchain.engine.evaluation import evaluate_filled
 from jchain.engine.prefix_sharing import count_calls
 from jchain.engine.score_cache import ScoreCache
 from jchain.gradient.edit_scores import KINDS

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain._typing import Array, Key, PyTree
-from jchain.engine.evaluate import evaluate
+from jchain.engine.evaluation import evaluate
 from jchain.problem import Problem
 from jchain.search.driver import check_arguments
 from jchain.search.protocol import Info, Search, check_step

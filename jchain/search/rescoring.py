@@ -7,7 +7,7 @@ are exact.
 
 import jax.numpy as jnp
 
-from jchain.engine.evaluate import evaluate_filled
+from jchain.engine.evaluation import evaluate_filled
 from jchain.problem import Problem
 from jchain.search.protocol import Info, Search, reads_activations
 

@@ -10,7 +10,7 @@ from jchain import chain as chain_lib
 from jchain._typing import Array, Float, Int
 from jchain.chain import ChainsLike
 from jchain.engine.control_flow import vmap_unless_one
-from jchain.engine.evaluate import Evaluation, evaluate
+from jchain.engine.evaluation import Evaluation, evaluate
 from jchain.problem import Problem
 from jchain.search.front import merge_front
 from jchain.search.pool import merge

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from jchain._typing import Array, Int, PyTree
-from jchain.engine.evaluate import evaluate
+from jchain.engine.evaluation import evaluate
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.driver import advance_runs, check_arguments, check_first_step

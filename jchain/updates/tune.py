@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from jchain._typing import Activations, Array, Bool, Float, Int, Key, PyTree
 from jchain.bank import Bank
 from jchain.chain import PADDING, ChainSpace
-from jchain.engine.evaluate import apply_chain
+from jchain.engine.evaluation import apply_chain
 from jchain.groups import LayerGroup
 from jchain.modules import unwrap
 from jchain.problem import Problem

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import optax
 
-from jchain.engine.evaluate import evaluate
+from jchain.engine.evaluation import evaluate
 from jchain.pytree import pytree_dataclass, static
 from jchain.search import driver
 from jchain.search.front import Front

@@ -30,7 +30,7 @@ for num in (1, 45):
         one, many = (jc.evaluate(problem, chains, plan=plan, mesh=m) for m in (None, mesh))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance), one, many)
         assert len(many.loss.devices()) == 8
-assert jc.explain(problem, chains, mesh=mesh).num_devices == 8
+assert jc.explain_plan(problem, chains, mesh=mesh).num_devices == 8
 one, many = jc.evaluate_prefixes(problem, chains), jc.evaluate_prefixes(problem, chains, mesh=mesh)
 np.testing.assert_allclose(one.loss, many.loss, rtol=1e-6)
 one, many = jc.evaluate_all(problem)[1], jc.evaluate_all(problem, mesh=mesh)[1]

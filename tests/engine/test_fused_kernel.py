@@ -44,8 +44,8 @@ def test_fused_kernel_handles_tokens_out_of_order():
 def test_fused_kernel_is_never_the_default(problem):
     for num in (1, 64):
         chains = jc.chain.ChainSpace(4, 2, 3).sample(jax.random.key(0), num)
-        assert not isinstance(jc.explain(problem, chains).plan, jc.engine.Fused)
-    assert jc.explain(problem, chains, plan=jc.engine.Fused()).num_bytes == 2 * 64 * 9 * 5 * 4
+        assert not isinstance(jc.explain_plan(problem, chains).plan, jc.engine.Fused)
+    assert jc.explain_plan(problem, chains, plan=jc.engine.Fused()).num_bytes == 2 * 64 * 9 * 5 * 4
 
 
 def test_fused_kernel_rejects_unsupported_banks(two_group_problem):

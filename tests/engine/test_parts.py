@@ -125,8 +125,10 @@ def test_other_data_has_another_fingerprint(whole, problem):
 
 def test_explain_plans_for_one_part(whole, problem):
     chains = whole.space.sample(jax.random.key(0), 8)
-    assert jc.explain(problem, chains).num_bytes < jc.explain(whole, chains).num_bytes
-    assert jc.explain(problem, chains).layer_calls == jc.explain(whole, chains).layer_calls
+    assert jc.explain_plan(problem, chains).num_bytes < jc.explain_plan(whole, chains).num_bytes
+    assert (
+        jc.explain_plan(problem, chains).layer_calls == jc.explain_plan(whole, chains).layer_calls
+    )
 
 
 @pytest.mark.slow

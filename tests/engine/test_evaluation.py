@@ -251,7 +251,6 @@ def test_nonfinite_layers_become_inf_and_touch_no_other_chain(plan, bad):
         ([[0, 1, 2, 3]], "no head"),
         ([[0, 4, 1, -1]], "tokens after its head"),
         (np.array([[0, 4]]), r"shape \[P, 4\]"),
-        ([0, 4, -1, -1], r"shape \[P, 4\]"),
         (np.zeros((0, 4), int), "at least one"),
     ],
 )
@@ -262,7 +261,7 @@ def test_evaluate_rejects_bad_chains_before_computing(problem, chains, message):
 
 def test_explain_describes_what_evaluate_does(two_group_problem):
     chains = sample(two_group_problem, 40)
-    said = jc.explain(two_group_problem, chains)
+    said = jc.explain_plan(two_group_problem, chains)
     out = jc.evaluate(two_group_problem, chains)
     assert (said.num_chains, said.layer_calls, said.head_calls) == (
         len(chains),
@@ -278,22 +277,24 @@ def test_explain_describes_what_evaluate_does(two_group_problem):
     assert "47 chains" in str(said)
     assert "layer calls" in str(said)
     assert (
-        jc.explain(two_group_problem, chains, plan=jc.engine.DepthFirst()).plan
+        jc.explain_plan(two_group_problem, chains, plan=jc.engine.DepthFirst()).plan
         == jc.engine.DepthFirst()
     )
-    half = jc.explain(two_group_problem, chains, plan=jc.engine.DepthFirst(), dtype=jnp.bfloat16)
+    half = jc.explain_plan(
+        two_group_problem, chains, plan=jc.engine.DepthFirst(), dtype=jnp.bfloat16
+    )
     assert (
         half.num_bytes
-        < jc.explain(two_group_problem, chains, plan=jc.engine.DepthFirst()).num_bytes
+        < jc.explain_plan(two_group_problem, chains, plan=jc.engine.DepthFirst()).num_bytes
     )
 
 
 def test_a_memory_limit_makes_blocks_smaller_until_one_node_is_left(problem):
     chains = sample(problem, 100)
-    free = jc.explain(problem, chains)
-    least = jc.explain(problem, chains, plan=jc.engine.DepthFirst()).num_bytes
+    free = jc.explain_plan(problem, chains)
+    least = jc.explain_plan(problem, chains, plan=jc.engine.DepthFirst()).num_bytes
     limits = np.linspace(least, free.num_bytes, 6).astype(int).tolist()
-    plans = [jc.explain(problem, chains, memory_limit=limit) for limit in limits]
+    plans = [jc.explain_plan(problem, chains, memory_limit=limit) for limit in limits]
     assert all(said.num_bytes <= limit for said, limit in zip(plans, limits, strict=True))
     assert plans[0].plan == jc.engine.DepthFirst()
     assert {said.plan for said in plans[:-1]} > {jc.engine.DepthFirst()}
@@ -321,14 +322,14 @@ def test_a_memory_limit_makes_blocks_smaller_until_one_node_is_left(problem):
         ),
     ],
 )
-@pytest.mark.parametrize("function", [jc.evaluate, jc.evaluate_prefixes, jc.explain])
+@pytest.mark.parametrize("function", [jc.evaluate, jc.evaluate_prefixes, jc.explain_plan])
 def test_evaluate_rejects_bad_options(problem, function, options, message):
     with pytest.raises(ValueError, match=message):
         function(problem, [[0, 4, -1, -1]], **options)
 
 
 @pytest.mark.parametrize(
-    "function", [jc.evaluate, jc.evaluate_all, jc.evaluate_prefixes, jc.explain]
+    "function", [jc.evaluate, jc.evaluate_all, jc.evaluate_prefixes, jc.explain_plan]
 )
 def test_evaluate_names_a_misspelled_argument(problem, function):
     inputs = [problem] if function is jc.evaluate_all else [problem, [[0, 4, -1, -1]]]
@@ -378,18 +379,40 @@ def test_lists_of_tokens_are_padded_wherever_chains_are_taken(problem):
         jc.swap_scores(problem, [0, 1, 2, 3, 4])
 
 
-def test_select_returns_the_chain_with_the_lowest_loss(problem):
-    other = problem.with_data(make_batch(seed=5))
+def test_one_chain_has_a_scalar_loss_and_accuracy(two_group_problem):
+    chains = sample(two_group_problem, 3)
+    expected = jc.evaluate(two_group_problem, chains)
+    tokens = [int(token) for token in chains[0] if token >= 0]
+    evaluate = jax.jit(jc.evaluate)
+    for out in (
+        jc.evaluate(two_group_problem, chains[0]),
+        jc.evaluate(two_group_problem, tokens),
+        evaluate(two_group_problem, jnp.asarray(chains[0])),
+    ):
+        assert out.loss.shape == out.accuracy.shape == ()
+        np.testing.assert_allclose(out.loss, expected.loss[0], rtol=1e-6)
+        np.testing.assert_allclose(out.accuracy, expected.accuracy[0])
+        assert (out.layer_calls, out.head_calls) == (len(tokens) - 1, 1)
+    found = jax.vmap(jc.evaluate, (None, 0))(two_group_problem, jnp.asarray(chains))
+    np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-6)
+    for function in (jc.evaluate_prefixes, jc.explain_plan):
+        with pytest.raises(ValueError, match=r"expected chains of shape \[P, .\], at least one"):
+            function(two_group_problem, chains[0])
+
+
+def test_pick_best_returns_the_chain_with_the_lowest_loss_on_a_split(problem):
+    data = make_batch(seed=5)
+    other = problem.with_data(data)
     assert (other.max_layers, other.bank) == (problem.max_layers, problem.bank)
     chains = problem.space.sample(jax.random.key(0), 20)
     loss = jc.evaluate(other, chains).loss
     assert loss.argmin() != jc.evaluate(problem, chains).loss.argmin()
-    np.testing.assert_array_equal(jc.select(other, chains), chains[loss.argmin()])
+    np.testing.assert_array_equal(jc.pick_best(problem, chains, data), chains[loss.argmin()])
     rows = [[int(token) for token in row if token >= 0] for row in np.asarray(chains)]
-    np.testing.assert_array_equal(jc.select(other, rows), chains[loss.argmin()])
+    np.testing.assert_array_equal(jc.pick_best(problem, rows, data), chains[loss.argmin()])
     costly = dataclasses.replace(problem, token_costs=np.ones(6, np.float32), max_cost=1.0)
     with pytest.raises(ValueError, match="expected a chain of finite loss, got 1 that have none"):
-        jc.select(costly, [[0, 4]])
+        jc.pick_best(costly, [[0, 4]], data)
 
 
 def test_a_split_of_another_form_is_refused(problem):

@@ -18,6 +18,7 @@ from jchain import chain as chain_lib
 from jchain._typing import Activations, Array, Float, Int, PyTree
 from jchain.bank import Bank
 from jchain.chain import ChainsLike
+from jchain.data import Batch
 from jchain.engine.backend import default_memory_limit, get_backend
 from jchain.engine.layer_calls import apply_token
 from jchain.engine.plans import Plan
@@ -33,16 +34,27 @@ _DTYPES = (jnp.bfloat16, jnp.float32)
 
 
 class Explanation(NamedTuple):
-    """The plan that `evaluate` would use for a population, with the calls and memory it takes."""
+    """The plan that `evaluate` would use for a population, with the calls and memory it takes.
+
+    Attributes:
+      plan: how the calls are made.
+      num_chains: the number of chains, with repetitions.
+      layer_calls: the number of distinct (prefix, layer) pairs: the nodes of the prefix tree.
+      unshared_layer_calls: the number of layer calls that a loop over the chains would make.
+      head_calls: the number of distinct chains.
+      num_devices: the number of devices that the chains are divided among.
+      num_bytes: the estimated size of activations and temporaries on each device, in bytes.
+      memory_limit: the upper limit of `num_bytes`.
+    """
 
     plan: Plan
     num_chains: int
-    layer_calls: int  # number of distinct (prefix, layer) pairs: the nodes of the prefix tree
-    unshared_layer_calls: int  # layer calls that a loop over the chains would make
-    head_calls: int  # number of distinct chains
+    layer_calls: int
+    unshared_layer_calls: int
+    head_calls: int
     num_devices: int
-    num_bytes: int  # estimated size of activations and temporaries on each device
-    memory_limit: int  # the upper limit of num_bytes
+    num_bytes: int
+    memory_limit: int
 
     def __str__(self) -> str:
         return (
@@ -126,7 +138,7 @@ def evaluate(
     mesh: Mesh | None = None,
     plan: Plan | None = None,
 ) -> Evaluation:
-    """Compute the loss and accuracy of many chains.
+    """Compute the loss and accuracy of many chains, or of one.
 
     Each distinct (prefix, layer) pair is computed once, so chains that share a prefix share its
     cost. The function works under `jit` and `vmap`: a `vmap` over populations of one problem
@@ -135,8 +147,8 @@ def evaluate(
 
     Args:
       problem: the bank, the split of data, and the loss.
-      chains: the tokens of the chains, `[P, L]` with `L = max_layers + 1`. They are checked unless
-        they are traced.
+      chains: the tokens of the chains, `[P, L]` with `L = max_layers + 1`, or of one chain, `[L]`.
+        They are checked unless they are traced.
       dtype: the dtype of weights and activations, `jnp.float32` or `jnp.bfloat16`; None keeps their
         dtypes. Integers and booleans keep theirs. Losses are computed in float32. On digits banks
         and chains of 4 layers, the largest relative error of a loss compared with float64 is 7e-7
@@ -150,35 +162,42 @@ def evaluate(
         `jchain.engine.choose_plan` chooses it.
 
     Returns:
-      The loss and accuracy of each chain, `[P]`, and the layer calls and head calls that they cost.
+      The loss and accuracy of each chain, `[P]`, or of the one chain, as scalars, and the layer
+      calls and head calls that they cost.
 
     Raises:
       ValueError: if a row is not a chain of this bank, there are no rows, jchain or a layer does
         not support the dtype, memory_limit is too small for one node or for the given plan, or the
         inputs are on different devices.
     """
-    problem, tokens, options = _prepare(problem, chains, dtype, memory_limit, mesh, plan)
-    return evaluate_population(problem, tokens, options=options)
+    tokens = _check_chains(problem, chains, num_axes=(1, 2))
+    rows = tokens.reshape(-1, tokens.shape[-1])
+    placed, rows, options = _place(problem, rows, dtype, memory_limit, mesh, plan)
+    out = evaluate_population(placed, rows, options=options)
+    is_one = tokens.ndim == 1
+    return out._replace(loss=out.loss[0], accuracy=out.accuracy[0]) if is_one else out
 
 
-def select(problem: Problem, chains: ChainsLike) -> Int[np.ndarray, "L"]:
-    """Return the chain with the lowest loss, for example of the finalists of a search.
+def pick_best(problem: Problem, chains: ChainsLike, data: Batch) -> Int[np.ndarray, "L"]:
+    """Score chains on another split, and return the one with the lowest loss there.
 
     Args:
-      problem: the bank, the loss, and the split that decides: usually `select`, which the search
-        has not seen.
+      problem: the bank and the loss. Its own split is not used.
       chains: the tokens of the chains, `[P, L]`, such as `result.finalists`.
+      data: the split that decides: usually `data.select`, which the search has not seen.
 
     Returns:
       The tokens of the best chain, `[L]`; the first one of several that are equally good.
 
     Raises:
-      ValueError: if a row is not a chain of this bank, there are no rows, or no loss is finite.
+      ValueError: if a row is not a chain of this bank, there are no rows, no loss is finite, or the
+        bank or the loss does not accept the split.
     """
-    loss = np.asarray(evaluate(problem, chains).loss)
+    rows = _check_chains(problem, chains)
+    loss = np.asarray(evaluate(problem.with_data(data), rows).loss)
     if not np.isfinite(loss).any():
         raise ValueError(f"expected a chain of finite loss, got {len(loss)} that have none")
-    return problem.space.validate(chains)[loss.argmin()]
+    return np.asarray(rows)[loss.argmin()]
 
 
 def evaluate_filled(problem: Problem, chains: Int[Array, "P L"]) -> Evaluation:
@@ -280,7 +299,7 @@ def evaluate_prefixes(
     )
 
 
-def explain(
+def explain_plan(
     problem: Problem,
     chains: ChainsLike,
     *,
@@ -304,7 +323,8 @@ def explain(
     Raises:
       ValueError: for the same reasons as `evaluate`.
     """
-    problem, tokens, options = _prepare(problem, chains, dtype, memory_limit, mesh, plan)
+    tokens = _check_chains(problem, chains)
+    problem, tokens, options = _place(problem, tokens, dtype, memory_limit, mesh, plan)
     num_devices = 1 if problem.mesh is None else problem.mesh.size
     chains_per_device = -(-tokens.shape[0] // num_devices)
     part = problem.first_part()
@@ -324,26 +344,15 @@ def explain(
     )
 
 
-def _prepare(
-    problem: Problem,
-    chains: ChainsLike,
-    dtype: DTypeLike | None,
-    memory_limit: int | None,
-    mesh: Mesh | None,
-    plan: Plan | None,
-) -> tuple[Problem, Array, Options]:
-    """Check all arguments and move the inputs to the devices that evaluate them."""
-    tokens = _check_chains(problem, chains)
-    return _place(problem, tokens, dtype, memory_limit, mesh, plan)
-
-
-def _check_chains(problem: Problem, chains: ChainsLike) -> Array | np.ndarray:
+def _check_chains(
+    problem: Problem, chains: ChainsLike, num_axes: tuple[int, ...] = (2,)
+) -> Array | np.ndarray:
     """Return the chains as an array, after a check of their shape and, unless traced, values."""
     if not isinstance(problem, Problem):
         raise ValueError(f"expected a jc.Problem, got {describe_type(problem)}")
     tokens = problem.space.validate(chains) if is_concrete(chains) else jnp.asarray(chains)
     shape = tokens.shape
-    if len(shape) != 2 or shape[0] == 0 or shape[1] != problem.max_layers + 1:
+    if len(shape) not in num_axes or 0 in shape or shape[-1] != problem.max_layers + 1:
         raise ValueError(
             f"expected chains of shape [P, {problem.max_layers + 1}], at least one, got "
             f"{list(shape)}"
