@@ -152,7 +152,7 @@ def train_models(
 ) -> dict[str, np.ndarray]:
     """Return the weights of the base model and of its fine-tunes, by model and path."""
     with tempfile.TemporaryDirectory() as folder:
-        new = jc.hub.init(jax.random.key(seed), write_config(Path(folder) / "new", model))
+        new = jc.hub.random_bank(jax.random.key(seed), write_config(Path(folder) / "new", model))
     base = fit(new, text["base"][0], seed, model.num_steps, LEARNING_RATE)
     tuned = {
         part: fit(base, text[part][0], seed, model.num_tune_steps, TUNE_RATE) for part in PARTS
@@ -217,7 +217,7 @@ def write_checkpoints(
 ) -> dict[str, Path]:
     """Write the models and the mean of the fine-tunes, and return their folders."""
     source = write_config(folder / "new", model)
-    bank = jc.hub.init(jax.random.key(0), source)
+    bank = jc.hub.random_bank(jax.random.key(0), source)
     num = len(jax.tree.leaves(bank))
     models = {name: [weights[f"{name}/{i}"] for i in range(num)] for name in ("base", *PARTS)}
     models["soup"] = [

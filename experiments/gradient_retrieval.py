@@ -203,7 +203,7 @@ def score_swaps(problem: jc.Problem, chain: np.ndarray) -> dict[str, np.ndarray]
         return np.asarray(scores.swap)
 
     bank, length = problem.bank, int((chain >= 0).sum()) - 1
-    aligned = {int(token): jc.align.align(bank, int(token)) for token in set(chain[:length])}
+    aligned = {int(token): jc.align.match_units(bank, int(token)) for token in set(chain[:length])}
 
     def score_aligned(kind: str, rate: float = 1.0) -> np.ndarray:
         """Score each slot with the bank that is aligned to the layer of that slot."""

@@ -96,7 +96,7 @@ def evaluate_kind(kind: str, banks: int, seen: int, tested: int) -> dict[str, np
     results: dict[str, list[Any]] = {}
     for seed in range(banks):
         problem = make_problem(kind, seed)
-        aligned = jc.Problem(jc.align.align(problem.bank, 0), problem.data, DEPTH)
+        aligned = jc.Problem(jc.align.match_units(problem.bank, 0), problem.data, DEPTH)
         bank = problem.bank
         rng = np.random.default_rng(seed)
         drawn = draw_chains(rng, seen + 2 * tested, bank)

@@ -337,7 +337,7 @@ def find_policy(search: Any, state: Any, chains: Any, problem: jc.Problem) -> An
 def read_critic(search: Any, state: Any) -> Any:
     """Return the part of a state that its critic needs to predict.
 
-    For critic search, this is the open prefixes and their predicted log losses.
+    For critic search, this is the open prefixes and their predicted compressed losses.
     """
     if isinstance(search, jc.CriticSearch):
         prefixes = state.prefixes

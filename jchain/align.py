@@ -25,7 +25,7 @@ _AXES: dict[type, dict[str, int]] = {
 }
 
 
-def align(bank: Bank, token: int) -> Bank:
+def match_units(bank: Bank, token: int) -> Bank:
     """Permute the hidden units of each layer to match the hidden units of layer `token`.
 
     Every chain computes the same outputs as before, up to the order of sums. Layers of other

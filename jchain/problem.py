@@ -214,9 +214,11 @@ class Problem:
                 if jnp.issubdtype(leaf.dtype, jnp.floating) and not jnp.isfinite(leaf).all():
                     raise ValueError("expected finite examples, got nan or infinity")
             if is_classes and (int(y.min()) < 0 or int(y.max()) >= num_classes):
+                hint = "; jc.hub.load_choices needs loss_fn=jc.hub.choice_loss"
+                hint = hint if int(y.min()) < 0 else ""
                 raise ValueError(
                     f"expected labels in 0..{num_classes - 1}, the head's classes, "
-                    f"got {int(y.min())}..{int(y.max())}"
+                    f"got {int(y.min())}..{int(y.max())}{hint}"
                 )
         if isinstance(self.data, HostBatch):
             y = self.data.first[1]

@@ -586,7 +586,7 @@ def hash_family(family: str) -> Entries:
     """Hash a model of random weights, its export, and the model read back from the export."""
     with tempfile.TemporaryDirectory() as name:
         folder, out = write_config(Path(name) / "new", family), Path(name) / "out"
-        bank = jc.hub.init(jax.random.key(40), folder)
+        bank = jc.hub.random_bank(jax.random.key(40), folder)
         first, *_, head = bank.parents[0]
         chain, x = np.array([first, first + 2, first + 1, first + 1, head]), make_inputs(family)
         jc.hub.export(bank, chain, folder, out)
@@ -609,7 +609,7 @@ def evaluate_transformer() -> Entries:
     tokens = make_inputs("gpt2")
     with tempfile.TemporaryDirectory() as name:
         folder = write_config(Path(name) / "new", "gpt2")
-        bank = jc.hub.init(jax.random.key(41), folder)
+        bank = jc.hub.random_bank(jax.random.key(41), folder)
         jc.hub.export(bank, bank.parents[0], folder, Path(name) / "out")
         pinned = jc.hub.load(Path(name) / "out", name="pinned", pinned=(1, 1))
     data = jc.Batch(tokens[:, :-1], tokens[:, 1:])

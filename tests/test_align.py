@@ -27,12 +27,14 @@ def test_align_inverts_a_shuffle_and_keeps_the_outputs(problem):
     )
     assert not np.allclose(weights(shuffled)[1][0], weights(shuffled)[1][1])
     for token in range(3):
-        for leaf, own in zip(weights(align.align(shuffled, token)), weights(shuffled), strict=True):
+        for leaf, own in zip(
+            weights(align.match_units(shuffled, token)), weights(shuffled), strict=True
+        ):
             np.testing.assert_array_equal(leaf, np.broadcast_to(own[token], leaf.shape))
 
 
 def test_aligned_layers_are_as_close_as_any_order_makes_them(problem):
-    aligned, bank = align.align(problem.bank, 1), problem.bank
+    aligned, bank = align.match_units(problem.bank, 1), problem.bank
     chains = jc.chain.ChainSpace(4, 2, 2).enumerate()
     small = [jc.evaluate(jc.Problem(b, problem.data, 2), chains).loss for b in (bank, aligned)]
     np.testing.assert_allclose(*small, rtol=1e-5)
@@ -47,9 +49,9 @@ def test_aligned_layers_are_as_close_as_any_order_makes_them(problem):
 
 def test_align_rejects_bad_input(problem, two_group_bank):
     with pytest.raises(ValueError, match=r"expected a layer token in 0..3, got 4"):
-        align.align(problem.bank, 4)
+        align.match_units(problem.bank, 4)
     with pytest.raises(
         ValueError, match="expected a layer whose hidden units are known, ResidualMLP, got Dense"
     ):
-        align.align(two_group_bank, 3)
-    assert align.align(two_group_bank, 0).layers[1] is two_group_bank.layers[1]
+        align.match_units(two_group_bank, 3)
+    assert align.match_units(two_group_bank, 0).layers[1] is two_group_bank.layers[1]

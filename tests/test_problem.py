@@ -20,7 +20,7 @@ X, Y = make_batch()
         (
             jc.Batch(X, Y.at[3].set(-1)),
             {},
-            r"expected labels in 0..2, the head's classes, got -1..2",
+            "the head's classes, got -1..2; jc.hub.load_choices needs loss_fn=jc.hub.choice_loss",
         ),
         (jc.Batch(X, Y[:-1]), {}, r"one label per example, got x \[9, 5\] and y \[8\]"),
         (jc.Batch(X[:0], Y[:0]), {}, "one label per example, got x"),

@@ -87,7 +87,7 @@ CASES = {
     "at the start and at the end, got 1",
     "jc.hub.load(model, pinned=(1,))": "at the end, got (1,)",
     "jc.hub.load_many([model], pinned=(0, 0.5))": "at the end, got (0, 0.5)",
-    "jc.hub.init(key, model, pinned='10')": "at the end, got '10'",
+    "jc.hub.random_bank(key, model, pinned='10')": "at the end, got '10'",
     "jc.hub.load(model, dtype=Tensor)": "expected dtype to be None, for that of the file, or one "
     "of float32, bfloat16, float16, got <class",
     "jc.hub.load_many([model], dtype='auto')": "bfloat16, float16, got 'auto'",

@@ -36,11 +36,11 @@ class Network(nn.Module):
 
 @pytree_dataclass
 class Critic:
-    """A predictor of how far the log loss can fall if a prefix is extended rather than ended.
+    """A predictor of how far the loss can fall if a prefix is extended rather than ended.
 
-    Losses are on the scale of `jchain.agent.observations.log_loss`. Predicting the difference from
-    the loss of stopping now amounts to reward shaping with that loss as the potential (Ng, Harada,
-    and Russell 1999).
+    Losses are compressed by `jchain.agent.observations.compress_loss`. Predicting the difference
+    from the loss of stopping now amounts to reward shaping with that loss as the potential (Ng,
+    Harada, and Russell 1999).
 
     Attributes:
       params: params of the network.
@@ -55,7 +55,7 @@ class Critic:
     width: int = static()
 
     def gain(self, inputs: Float[Array, "*P I"]) -> Float[Array, "*P"]:
-        """Predict by how much the log loss can fall, `[...P]`.
+        """Predict by how much the compressed loss can fall, `[...P]`.
 
         Args:
           inputs: the inputs from `make_inputs`, `[...P, I]`.

@@ -88,9 +88,9 @@ def observe(problem: Problem, hidden: Activations, parent: Activations) -> Obser
     unexplained = _unexplained(rows, covariance, targets)
     num_labels = targets.shape[1] - residual.shape[1]
     features = [
-        log_loss(loss[best]),
-        log_loss(jnp.mean(size**2) ** 0.5),
-        log_loss(jnp.mean(size**0.5) ** 2),
+        compress_loss(loss[best]),
+        compress_loss(jnp.mean(size**2) ** 0.5),
+        compress_loss(jnp.mean(size**0.5) ** 2),
         accuracy[best],
         0.5 * jnp.log(jnp.mean(residual**2) + 1e-9),
         jnp.log(scale * jnp.sqrt(jnp.mean(by_hidden**2)) + 1e-6),
@@ -162,10 +162,10 @@ class Join:
         return Observation(features, observed[0].loss)
 
 
-def log_loss(loss: Float[Array, "*P"]) -> Float[Array, "*P"]:
-    """Map losses to the scale on which they are compared.
+def compress_loss(loss: Float[Array, "*P"]) -> Float[Array, "*P"]:
+    """Map losses to a nearly logarithmic scale that stays finite at 0 and below.
 
-    Well above 0.001, this is close to `log(loss)` plus a constant; it stays finite at 0 and below.
+    This is `arcsinh(loss / 0.002)`, which is close to `log(loss)` plus a constant well above 0.001.
 
     Args:
       loss: the losses, `[...P]`.

@@ -17,7 +17,7 @@ import optax
 from jchain import env
 from jchain._typing import Activations, Array, Float, Int, Key, PyTree
 from jchain.agent.critic import Critic, Network, make_inputs
-from jchain.agent.observations import log_loss, lowest, observe
+from jchain.agent.observations import compress_loss, lowest, observe
 from jchain.chain import ChainSpace
 from jchain.engine.backend import compiler_options, get_backend, jit_for_problem
 from jchain.engine.layer_calls import apply_all
@@ -34,7 +34,7 @@ class TrainingSet(NamedTuple):
     """Examples to train a critic: prefixes of 1 to `max_layers - 1` layers, shorter ones first."""
 
     inputs: Float[np.ndarray, "C I"]  # [C, I], inputs of a critic
-    stop: Float[np.ndarray, "C"]  # [C], log loss of stopping with the best head
+    stop: Float[np.ndarray, "C"]  # [C], compressed loss of stopping with the best head
     best: Float[np.ndarray, "C"]  # [C], log of the lowest loss of all chains with this prefix
     sizes: tuple[int, ...]  # numbers of prefixes with 1, 2, ... layers
 
@@ -44,7 +44,7 @@ class PrefixLevel(NamedTuple):
 
     features: Float[Array, "V F"]  # [V, F], from `jchain.agent.observations.observe`
     change: Float[Array, "V F"]  # [V, F], features minus the parent's features
-    stop: Float[Array, "V"]  # [V], log loss of stopping with the best head
+    stop: Float[Array, "V"]  # [V], compressed loss of stopping with the best head
     best: Float[Array, "V"]  # [V], log of the lowest loss of all chains with this prefix
 
 
@@ -140,8 +140,8 @@ def pretrain_critic(
     """Train one critic across problems, for `CriticSearch(critic=...)` on any bank.
 
     The training loss is the sum of two terms. One is the Huber loss of the predicted fall of the
-    log loss. The other is a cross-entropy of ranking the prefixes of one length in one problem,
-    which gives the best prefixes the largest weight (ListNet, Cao et al. 2007).
+    compressed loss. The other is a cross-entropy of ranking the prefixes of one length in one
+    problem, which gives the best prefixes the largest weight (ListNet, Cao et al. 2007).
 
     Args:
       key: the PRNG key; consumed by this call.
@@ -278,7 +278,7 @@ def _observe_levels(problem: Problem) -> list[PrefixLevel]:
         children = _Prefix(apply_all(bank.layers, prefix.hidden), prefix.penalty + penalty)
         if length + 1 == problem.max_layers:
             deeper: list[PrefixLevel] = []
-            reached = log_loss(
+            reached = compress_loss(
                 jax.vmap(lambda c: lowest(env.head_losses(problem, c.hidden)) + c.penalty)(children)
             )
         else:
@@ -290,9 +290,9 @@ def _observe_levels(problem: Problem) -> list[PrefixLevel]:
         if parent_features is not None:
             change = observed.features - parent_features
         # A prefix of fewer than `min_layers` layers may not stop.
-        own = log_loss(stop) if length >= problem.min_layers else jnp.inf
+        own = compress_loss(stop) if length >= problem.min_layers else jnp.inf
         best = jnp.minimum(own, jnp.min(reached))
-        return [PrefixLevel(observed.features, change, log_loss(stop), best), *deeper]
+        return [PrefixLevel(observed.features, change, compress_loss(stop), best), *deeper]
 
     hidden = bank.embed(problem.data.x)
     levels = observe_below(_Prefix(hidden, jnp.zeros(())), hidden, None, 0)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from jchain._typing import Array, Float
-from jchain.agent.observations import log_loss
+from jchain.agent.observations import compress_loss
 
 
 def rank_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
@@ -23,14 +23,14 @@ def rank_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
 
 
 def log_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
-    """Reward each chain with minus the log of its loss, on a scale that is the same in all steps.
+    """Reward each chain with minus its compressed loss, on a scale that is the same in all steps.
 
-    The log is `jchain.agent.observations.log_loss`.
+    The loss is compressed by `jchain.agent.observations.compress_loss`, which is nearly a log.
 
     Args:
       loss: the losses, `[P]`; one that is not finite counts as the worst finite one.
     """
-    return -log_loss(_bound(loss))
+    return -compress_loss(_bound(loss))
 
 
 def plain_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:

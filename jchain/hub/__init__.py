@@ -13,20 +13,20 @@ from jchain.hub.datasets import load_text as load_text
 from jchain.hub.datasets import token_accuracy as token_accuracy
 from jchain.hub.datasets import token_loss as token_loss
 from jchain.hub.exporting import export as export
-from jchain.hub.loading import init as init
 from jchain.hub.loading import load as load
 from jchain.hub.loading import load_many as load_many
+from jchain.hub.loading import random_bank as random_bank
 
 __all__ = [
     "choice_accuracy",
     "choice_loss",
     "export",
-    "init",
     "load",
     "load_choices",
     "load_images",
     "load_many",
     "load_text",
+    "random_bank",
     "recipes",
     "token_accuracy",
     "token_loss",

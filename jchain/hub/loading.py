@@ -103,7 +103,7 @@ def load_many(
     return assemble_bank(sources, dtype, pinned)
 
 
-def init(
+def random_bank(
     key: Key[Array, ""],
     path: str | os.PathLike[str],
     *,

@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 
 from jchain._typing import Activations, Array, Bool, Float, Int, Key, PyTree
 from jchain.agent import critic as critic_lib
-from jchain.agent.observations import NUM_FEATURES, Observe, log_loss, lowest, observe
+from jchain.agent.observations import NUM_FEATURES, Observe, compress_loss, lowest, observe
 from jchain.chain import PADDING
 from jchain.engine.layer_calls import apply_token
 from jchain.modules.activations import make_buffer
@@ -52,7 +52,7 @@ class Prefixes(NamedTuple):
     chains: Int[Array, "D W L"]  # [D, W, L], layer tokens, padded with -1
     features: Float[Array, "D W F"]  # [D, W, F], observed features
     inputs: Float[Array, "D W I"]  # [D, W, I], inputs of the online correction
-    stop_loss: Float[Array, "D W"]  # [D, W], log loss of stopping with the best head
+    stop_loss: Float[Array, "D W"]  # [D, W], compressed loss of stopping with the best head
     # [D, W], the critic's prediction before online learning; +inf in an empty row
     prior_prediction: Float[Array, "D W"]
 
@@ -145,7 +145,7 @@ class CriticSearch:
             jnp.full((*shape, problem.max_layers + 1), PADDING, jnp.int32),
             jnp.zeros((*shape, NUM_FEATURES)).at[0, 0].set(root.features),
             jnp.zeros((*shape, size)),
-            jnp.zeros(shape).at[0, 0].set(log_loss(lowest(root_loss))),
+            jnp.zeros(shape).at[0, 0].set(compress_loss(lowest(root_loss))),
             # Any finite prediction marks a prefix as open. Its value does not matter, because no
             # other prefix is open.
             jnp.full(shape, jnp.inf).at[0, 0].set(0.0),
@@ -250,7 +250,7 @@ class CriticSearch:
         length: Int[Array, ""],
     ) -> Prefixes:
         """Make open prefixes of `length` layers from the children, `[N, ...]`."""
-        stop_loss = log_loss(jax.vmap(lowest)(children.loss))
+        stop_loss = compress_loss(jax.vmap(lowest)(children.loss))
         change = children.features - parent.features[None]
         gain = jnp.zeros_like(stop_loss)
         if self.critic is not None:

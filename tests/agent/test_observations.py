@@ -7,7 +7,7 @@ import reference
 
 import jchain as jc
 from jchain.agent import observations
-from jchain.agent.observations import NUM_FEATURES, log_loss, observe
+from jchain.agent.observations import NUM_FEATURES, compress_loss, observe
 from jchain.engine.layer_calls import apply_all
 
 
@@ -93,9 +93,9 @@ def test_wide_activations_and_labels_that_are_not_classes(shape):
 
 def test_the_scale_of_losses_is_monotone_and_a_log_above_its_unit():
     loss = jnp.array([-1.0, 0.0, 1e-3, 0.1, 1.0, 100.0])
-    assert (jnp.diff(log_loss(loss)) > 0).all()
+    assert (jnp.diff(compress_loss(loss)) > 0).all()
     np.testing.assert_allclose(
-        log_loss(loss[4:])[1] - log_loss(loss[4:])[0], np.log(100), rtol=1e-4
+        compress_loss(loss[4:])[1] - compress_loss(loss[4:])[0], np.log(100), rtol=1e-4
     )
 
 

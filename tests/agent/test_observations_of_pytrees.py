@@ -52,7 +52,7 @@ def test_all_prefixes_are_observed():
             min(states.find_loss(states.find_outputs(pairs, [*prefix, head])) for head in (3, 4))
             for prefix in prefixes
         ]
-        expected = observations.log_loss(jnp.asarray(losses))
+        expected = observations.compress_loss(jnp.asarray(losses))
         np.testing.assert_allclose(level.stop, expected, rtol=1e-5)
 
 

@@ -5,7 +5,7 @@ import pytest
 from conftest import assert_trees_close, make_bank, make_batch
 
 import jchain as jc
-from jchain.agent.observations import log_loss
+from jchain.agent.observations import compress_loss
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +28,14 @@ def test_targets_are_the_best_losses_of_chains_with_each_prefix(small, training_
 
 def check_training_set(small, training_set):
     chains, out = jc.evaluate_all(small)
-    loss = log_loss(out.loss)
+    loss = compress_loss(out.loss)
     prefixes = [(a,) for a in range(3)] + [(a, b) for a in range(3) for b in range(3)]
     assert training_set.sizes == (3, 9)
     for i, prefix in enumerate(prefixes):
         has_prefix = (chains[:, : len(prefix)] == prefix).all(axis=1)
         np.testing.assert_allclose(training_set.best[i], loss[has_prefix].min(), rtol=1e-4)
         stops = jc.evaluate(small, jc.chain.pad([(*prefix, 3), (*prefix, 4)], 3)).loss
-        np.testing.assert_allclose(training_set.stop[i], log_loss(stops.min()), rtol=1e-4)
+        np.testing.assert_allclose(training_set.stop[i], compress_loss(stops.min()), rtol=1e-4)
 
 
 def test_a_critic_learns_and_steers_the_search(small, training_set):

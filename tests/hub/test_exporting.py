@@ -54,7 +54,7 @@ def test_blocks_keep_their_windows_when_a_config_selects_windows_by_index(tmp_pa
         "max_window_layers": 2,
     }
     folder = write_config(tmp_path / "new", options)
-    bank = jc.hub.init(jax.random.key(0), folder)
+    bank = jc.hub.random_bank(jax.random.key(0), folder)
     chain, ids = np.array([0, 1, 0, 1, 2]), jnp.arange(8)[None]
     again = jc.hub.load(jc.hub.export(bank, chain, folder, tmp_path / "out"))
     expected = jc.apply_chain(bank, chain, ids)

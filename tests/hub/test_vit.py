@@ -11,7 +11,7 @@ from jchain.hub.families import make_architecture
 
 def test_several_classifiers_of_images_are_one_bank(tmp_path):
     folder = write_config(tmp_path / "new", VIT)
-    singles = [jc.hub.init(jax.random.key(i), folder, name=f"m{i}") for i in range(2)]
+    singles = [jc.hub.random_bank(jax.random.key(i), folder, name=f"m{i}") for i in range(2)]
     paths = [
         jc.hub.export(bank, bank.parents[0], folder, tmp_path / f"m{i}")
         for i, bank in enumerate(singles)

@@ -20,7 +20,7 @@ def test_several_dtypes_in_one_file_are_rejected(tmp_path):
 
 def test_an_untrained_model_has_all_its_weights(tmp_path):
     folder = write_config(tmp_path / "new", GPT2 | {"n_layer": 3})
-    bank = jc.hub.init(jax.random.key(0), folder, name="new")
+    bank = jc.hub.random_bank(jax.random.key(0), folder, name="new")
     assert bank.names == ("new/0", "new/1", "new/2", "new/head")
     out = jc.hub.export(bank, bank.parents[0], folder, tmp_path / "out")
     assert "lm_head.weight" not in out.joinpath("model.safetensors").read_bytes()[:4096].decode(
@@ -32,5 +32,5 @@ def test_an_untrained_model_has_all_its_weights(tmp_path):
     )
     kernel = bank.layers[0].params["mlp"]["c_fc"]["weight"]
     assert not np.array_equal(kernel[0], kernel[1])
-    other = jc.hub.init(jax.random.key(1), folder, pinned=(1, 1))
+    other = jc.hub.random_bank(jax.random.key(1), folder, pinned=(1, 1))
     assert other.num_layers == 1
