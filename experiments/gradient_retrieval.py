@@ -36,6 +36,7 @@ from matplotlib.figure import Figure
 from records import correlate, describe_machine, evaluate_swaps, keep, make_parser, write_results
 
 import jchain as jc
+from jchain.gradient.slot_scores import ScoreKind
 
 KINDS = jc.chainbench.KINDS
 # By number of slots: layers in the bank, banks of each kind, and chains of each sort.
@@ -194,7 +195,7 @@ def score_swaps(problem: jc.Problem, chain: np.ndarray) -> dict[str, np.ndarray]
     """Compute all scores of all swaps, `[L, N]` each."""
 
     def score(
-        bank: jc.Bank, kind: str, rate: float = 1.0, num_products: int | None = None
+        bank: jc.Bank, kind: ScoreKind, rate: float = 1.0, num_products: int | None = None
     ) -> np.ndarray:
         other = dataclasses.replace(problem, bank=bank)
         scores = jc.gradient.score_edits(
@@ -205,7 +206,7 @@ def score_swaps(problem: jc.Problem, chain: np.ndarray) -> dict[str, np.ndarray]
     bank, length = problem.bank, int((chain >= 0).sum()) - 1
     aligned = {int(token): jc.align.match_units(bank, int(token)) for token in set(chain[:length])}
 
-    def score_aligned(kind: str, rate: float = 1.0) -> np.ndarray:
+    def score_aligned(kind: ScoreKind, rate: float = 1.0) -> np.ndarray:
         """Score each slot with the bank that is aligned to the layer of that slot."""
         by_token = {token: score(other, kind, rate) for token, other in aligned.items()}
         rows = np.full((chain.size, bank.num_layers), np.nan)

@@ -22,12 +22,19 @@ from jchain.stages.legal_chains import find_extensible
 
 
 class State(NamedTuple):
-    """The state of an episode."""
+    """The state of an episode.
 
-    chain: Int[Array, "L"]  # [L], the tokens taken so far, then -1
-    length: Int[Array, ""]  # number of layers taken so far
-    is_done: Bool[Array, ""]  # True after a head was taken
-    # [B, ...F], activations of the prefix on the whole split, or a pytree of such arrays
+    Attributes:
+      chain: the tokens taken so far, then -1, `[L]`.
+      length: the number of layers taken so far.
+      is_done: True after a head was taken.
+      hidden: the activations of the prefix on the whole split, `[B, ...F]`, or a pytree of such
+        arrays.
+    """
+
+    chain: Int[Array, "L"]
+    length: Int[Array, ""]
+    is_done: Bool[Array, ""]
     hidden: Activations
 
 

@@ -39,7 +39,7 @@ class InvertibleDense(nn.Module):
     is_inverse: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B *F"]) -> Float[Array, "B *G"]:
+    def __call__(self, x: Float[Array, "B *F"]) -> Float[Array, "B *F"]:
         if not self.negative_slope > 0:
             raise ValueError(
                 f"expected a positive negative_slope, to be invertible, got {self.negative_slope}"
@@ -119,7 +119,7 @@ class AdditiveCoupling(nn.Module):
         self.f = [nn.Dense(hidden), nn.Dense(half)]
         self.g = [nn.Dense(hidden), nn.Dense(self.features - half)]
 
-    def __call__(self, x: Float[Array, "B *F"]) -> Float[Array, "B *G"]:
+    def __call__(self, x: Float[Array, "B *F"]) -> Float[Array, "B *F"]:
         first, second = jnp.split(x, [self.features // 2], axis=-1)
         if self.is_inverse:
             second = second - self._apply(self.g, first)
@@ -164,7 +164,7 @@ class InvertibleResidual(nn.Module):
     is_inverse: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B *F"]) -> Float[Array, "B *G"]:
+    def __call__(self, x: Float[Array, "B *F"]) -> Float[Array, "B *F"]:
         if not 0 < self.bound < 1:
             raise ValueError(f"expected a bound between 0 and 1, got {self.bound}")
         kernel_init = nn.initializers.orthogonal(self.bound**0.5)

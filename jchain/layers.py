@@ -17,10 +17,10 @@ from jchain.invertible import InvertibleResidual as InvertibleResidual
 
 
 class Dense(nn.Module):
-    """A square affine map, then an activation: `activation(x W + b)`.
+    """An affine map, then an activation: `activation(x W + b)`. As a layer, it must be square.
 
     Attributes:
-      features: size of the last axis of the input and the output.
+      features: size of the last axis of the output, and of the input of a layer.
       activation: elementwise function; ReLU by default.
     """
 
@@ -48,7 +48,7 @@ class ResidualMLP(nn.Module):
     activation: Callable[[Array], Array] = nn.relu
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B *F"]) -> Float[Array, "B *G"]:
+    def __call__(self, x: Float[Array, "B *F"]) -> Float[Array, "B *F"]:
         hidden = self.activation(nn.Dense(self.hidden or self.features)(x))
         return x + nn.Dense(self.features)(hidden)
 
@@ -57,7 +57,7 @@ class ConvBlock(nn.Module):
     """A pre-activation residual block of 3x3 convolutions: `x + conv(activation(...))`.
 
     This is the block of He et al. 2016, arXiv:1603.05027, without normalization, for images
-    `[B, H, W, C]`. Borders are padded with zeros.
+    `[B, H, W, F]`. Borders are padded with zeros.
 
     Attributes:
       channels: number of channels of the input and the output.
@@ -70,7 +70,7 @@ class ConvBlock(nn.Module):
     activation: Callable[[Array], Array] = nn.relu
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Float[Array, "B H W F"]) -> Float[Array, "B H W F"]:
         if self.depth < 1:
             raise ValueError(f"expected a depth of at least 1, got {self.depth}")
         hidden = x
@@ -93,7 +93,7 @@ class ConvStem(nn.Module):
     pool: int = 1
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w c"]:
+    def __call__(self, x: Float[Array, "B H W F"]) -> Float[Array, "B h w G"]:
         x = nn.Conv(self.channels, (3, 3), kernel_init=nn.initializers.orthogonal())(x)
         return (
             x if self.pool == 1 else nn.max_pool(x, (self.pool, self.pool), (self.pool, self.pool))
@@ -158,7 +158,7 @@ class ConvHead(nn.Module):
     pool: int = 1
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B K"]:
+    def __call__(self, x: Float[Array, "B H W F"]) -> Float[Array, "B C"]:
         x = x if self.pool == 1 else nn.avg_pool(x, (self.pool, self.pool), (self.pool, self.pool))
         x = jnp.reshape(x, (x.shape[0], -1))
         for features in (120, 84):
@@ -178,5 +178,5 @@ class PoolHead(nn.Module):
     activation: Callable[[Array], Array] = nn.relu
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B K"]:
+    def __call__(self, x: Float[Array, "B H W F"]) -> Float[Array, "B C"]:
         return nn.Dense(self.num_classes)(jnp.mean(self.activation(x), axis=(1, 2)))

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jchain._typing import Array, Bool, Float, Int, PyTree
+from jchain._typing import Array, Bool, Float, Int, Numbers, OptionalNumbers, PyTree
 from jchain.bank import Bank
 from jchain.chain import ChainSpace, check_max_layers, check_min_layers, is_integer
 from jchain.data import Batch, check_lengths, read_batch
@@ -81,9 +80,9 @@ class Problem:
     )
     accuracy_fn: Callable[[Array, Array], Array] | None = static(default=None)
     min_layers: int = static(default=0)
-    layer_cost: Any = 0.0
-    token_costs: Any = None
-    max_cost: Any = None
+    layer_cost: Numbers = 0.0  # pyright: ignore[reportAssignmentType]
+    token_costs: OptionalNumbers = None  # pyright: ignore[reportAssignmentType]
+    max_cost: OptionalNumbers = None  # pyright: ignore[reportAssignmentType]
     batch_size: int | None = static(default=None)
     mesh: Mesh | None = static(default=None)
 

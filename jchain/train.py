@@ -7,6 +7,7 @@ one group per module. All functions share the training loop in `jchain.training_
 
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -33,6 +34,11 @@ from jchain.training_loop import is_stepwise as is_stepwise
 
 # One module that all layers (or heads) share, or several that alternate.
 Modules = nn.Module | Sequence[nn.Module]
+# `make_bank` checks the kind itself.
+if TYPE_CHECKING:
+    BankKind: TypeAlias = Literal["independent", "routed", "snapshots", "random"]
+else:
+    BankKind: TypeAlias = str
 
 
 def independent(
@@ -264,7 +270,7 @@ def random(
 def make_bank(
     key: Key[Array, ""],
     data: Batch,
-    kind: str,
+    kind: BankKind,
     *,
     layer: Modules,
     head: Modules,
@@ -340,7 +346,8 @@ def _check_nets(kind: str, num_layers: int, depth: int, num_heads: int) -> None:
         )
     if num_heads != 1:
         raise ValueError(
-            f"expected no num_heads for bank {kind}, which has one per net, got {num_heads}"
+            f"expected num_heads=1 for kind {kind!r}, whose nets have one head each, "
+            f"got {num_heads}"
         )
 
 

@@ -21,6 +21,9 @@ result = jc.run(jax.random.key(1), jc.LocalSearch(), problem, budget=1_000)
 loss: float = result.best_loss
 jc.evaluate(problem, result.finalists, memory_limt=1)  # misuse
 jc.Problem(bank, data.search, max_layers="four")  # misuse
+costs = jc.token_costs(bank, "params")
+limited = jc.Problem(bank, data.search, 4, layer_cost=0.1, token_costs=costs, max_cost=9)
+jc.Problem(bank, data.search, 4, layer_cost="free")  # misuse
 jc.run(jax.random.key(1), jc.LocalSearch(num_chain=4), problem, budget=1_000)  # misuse
 jc.train.random(jax.random.key(0), data.train, layer=layer, head=head, is_routed=1)  # misuse
 name: str = result.curve.best_loss  # misuse

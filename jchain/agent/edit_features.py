@@ -8,6 +8,7 @@ from jchain._typing import Array, Bool, Float, Int
 from jchain.chain import PADDING
 from jchain.engine.control_flow import cond_in_sequence
 from jchain.gradient.edit_scores import EditScores, choose_products, score_edits
+from jchain.gradient.slot_scores import ScoreKind
 from jchain.problem import Problem
 
 # Gains are in units of the median size of an edit score and are clipped to this many units.
@@ -37,7 +38,7 @@ def empty_edit_features(problem: Problem) -> EditFeatures:
 
 
 def update_edit_features(
-    edit_features: EditFeatures, problem: Problem, chain: Int[Array, "L"], kind: str
+    edit_features: EditFeatures, problem: Problem, chain: Int[Array, "L"], kind: ScoreKind
 ) -> tuple[EditFeatures, Int[Array, ""]]:
     """Score the edits of a chain, unless `edit_features` already belong to it.
 

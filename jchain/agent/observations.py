@@ -281,7 +281,7 @@ def _log_share(unexplained: Float[Array, "2 D"]) -> Float[Array, ""]:
     return jnp.log(left / (whole + 1e-12) + 1e-4)
 
 
-def _between_classes(rows: Float[Array, "B C"], labels: Float[Array, "B K"]) -> Float[Array, ""]:
+def _between_classes(rows: Float[Array, "B F"], labels: Float[Array, "B C"]) -> Float[Array, ""]:
     """Compute the share of the variance of centered rows that lies between class means."""
     means = labels.T @ rows / (labels.sum(axis=0)[:, None] + 1e-6)
     return jnp.sum((labels @ means) ** 2) / (jnp.sum(rows**2) + 1e-12)

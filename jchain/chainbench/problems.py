@@ -269,7 +269,7 @@ def _spearman(a: np.ndarray, b: np.ndarray) -> float:
     return float(spearmanr(a, b).statistic)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _parse(name: str) -> tuple[str, str, int]:
+def _parse(name: str) -> tuple[str, train.BankKind, int]:
     data, kind, seed = (*name.split("-"), "", "")[:3]
     if (
         data not in DATA

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from jchain.chain import check_max_layers, check_min_layers
+from jchain.train import BankKind
 
 DEFAULT_DATA = "digits"
 DEFAULT_TASK = "repair"
 # Defaults for a bank that is trained.
-DEFAULT_BANK, DEFAULT_NUM_LAYERS, DEFAULT_DEPTH, DEFAULT_NUM_STEPS = "routed", 12, 4, 1000
+DEFAULT_BANK: BankKind = "routed"
+DEFAULT_NUM_LAYERS, DEFAULT_DEPTH, DEFAULT_NUM_STEPS = 12, 4, 1000
 # Default number of seeds and default budget, in layer calls, of a task.
 TASK_SEEDS, TASK_BUDGET = 5, 40_000
 QUICK_SEEDS = 1
@@ -84,7 +86,7 @@ class SearchConfig:
     dtype: str | None = None
     bank_file: Path | None = None
     modules: Path | None = None
-    bank: str | None = None
+    bank: BankKind | None = None
     layer: str | None = None
     channels: int | None = None
     num_layers: int | None = None

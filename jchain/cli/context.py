@@ -31,7 +31,7 @@ class Context(NamedTuple):
     padded_layers: int
     # The chains that searches begin at: the parents that are chains of the problem and, for
     # checkpoints, recipes applied to them.
-    starts: Int[np.ndarray, "S L"]
+    starts: Int[np.ndarray, "C L"]
 
     def score(self, bank: Bank, tokens: Sequence[int]) -> ExampleScores:
         """Score one chain on each example of each split.

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,11 @@ from jchain.pytree import describe_type, pick
 from jchain.stages.binding import infer_stage_shapes, unbind
 
 UNITS = ("params", "bytes", "flops", "milliseconds")
+# `token_costs` checks the unit itself.
+if TYPE_CHECKING:
+    Unit: TypeAlias = Literal["params", "bytes", "flops", "milliseconds"]
+else:
+    Unit: TypeAlias = str
 # The units that need a batch.
 _MEASURED = ("flops", "milliseconds")
 # A time is the median of at least 5 calls, and of up to 100 calls within about 0.1 s.
@@ -28,12 +33,19 @@ _MIN_CALLS, _MAX_CALLS, _SECONDS = 5, 100, 0.1
 
 
 class Cost(NamedTuple):
-    """What each chain costs as a model of its own: the stem, its layers in order, and its head."""
+    """What each chain costs as a model of its own: the stem, its layers in order, and its head.
 
-    params: Int[np.ndarray, "*P"]  # number of trainable numbers
-    bytes: Int[np.ndarray, "*P"]  # size of all weights, with other collections such as statistics
-    flops: Float[np.ndarray, "*P"] | None  # of one forward pass of the batch; None without one
-    milliseconds: Float[np.ndarray, "*P"] | None  # of one forward pass; None without a batch
+    Attributes:
+      params: the number of trainable numbers, `[P]`; a scalar for one chain, as for all fields.
+      bytes: the size of all weights, `[P]`, with other collections such as statistics.
+      flops: the FLOPs of one forward pass of the batch, `[P]`; None without a batch.
+      milliseconds: the time of one forward pass of the batch, `[P]`; None without a batch.
+    """
+
+    params: Int[np.ndarray, "*P"]
+    bytes: Int[np.ndarray, "*P"]
+    flops: Float[np.ndarray, "*P"] | None
+    milliseconds: Float[np.ndarray, "*P"] | None
 
 
 def cost(bank: Bank, chains: ChainsLike, *, x: PyTree | None = None) -> Cost:
@@ -54,7 +66,7 @@ def cost(bank: Bank, chains: ChainsLike, *, x: PyTree | None = None) -> Cost:
     """
     tokens = bank.validate(chains)
 
-    def add_up(unit: str) -> Float[np.ndarray, "*P"]:
+    def add_up(unit: Unit) -> Float[np.ndarray, "*P"]:
         costs = token_costs(bank, unit, x=x)
         return np.asarray(np.where(tokens >= 0, costs[tokens], 0.0).sum(axis=-1))
 
@@ -66,7 +78,7 @@ def cost(bank: Bank, chains: ChainsLike, *, x: PyTree | None = None) -> Cost:
     )
 
 
-def token_costs(bank: Bank, unit: str, *, x: PyTree | None = None) -> Float[np.ndarray, "E"]:
+def token_costs(bank: Bank, unit: Unit, *, x: PyTree | None = None) -> Float[np.ndarray, "E"]:
     """Compute what each layer and head of a bank costs, for `jchain.Problem(token_costs=...)`.
 
     Every chain has the stem and one head, so the cost of a head includes that of the stem. The

@@ -7,12 +7,12 @@ next slot by `f_b(h_t) - f_t(h_t)`. To first order, the outputs change by the Ja
 layers times this difference.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jchain._typing import Array, Float, Int, PyTree
 from jchain.chain import ChainsLike
@@ -25,6 +25,7 @@ from jchain.gradient.linearize import (
     ForwardPass,
     all_members,
     check_chain,
+    find_members,
     forward_pass,
     scan_backward,
 )
@@ -33,14 +34,13 @@ from jchain.gradient.loss_predictor import (
     has_classes,
     make_loss_predictor,
 )
-from jchain.gradient.slot_scores import Carry, StaticArgs, score_slot
+from jchain.gradient.slot_scores import KINDS, Carry, ScoreKind, StaticArgs, score_slot
 from jchain.groups import LayerGroup
 from jchain.modules import unwrap
 from jchain.modules.activations import check_floating, pull_back_floating, take_floating
 from jchain.problem import Problem
 from jchain.pytree import get_first_line, is_concrete, pick
 
-KINDS = ("linearized", "activations", "weights", "nearest")
 # The largest number of examples that predictions of joint moves use.
 _MAX_ROWS = 128
 
@@ -51,19 +51,25 @@ class EditScores(NamedTuple):
     Scores include the layer penalty. They are nan if they are unknown, or if the chain would not
     follow the stages of the bank. They ignore `max_cost`: the mask of `jchain.env.neighbors` is
     False for edits over the limit.
+
+    Attributes:
+      swap: `[L, N]`; layer `b` replaces the layer at slot `t`. 0 if they are the same layer, nan if
+        the slot has no layer.
+      insert: `[L, N]`; layer `b` is inserted before slot `t`. nan after the head, and if the chain
+        is full.
+      delete: `[L]`; the layer at slot `t` is deleted. nan if the slot has no layer, or the chain
+        has only `Problem.min_layers` layers.
+      head: `[K]`; head `k` replaces the chain's head. Exact.
+      loss: the loss of the chain itself, with the layer penalty.
+      layer_calls: the cost of the scores in layer calls.
     """
 
-    # [L, N], layer b replaces the layer at slot t; 0 if they are the same layer, nan if the slot
-    # has no layer
     swap: Float[Array, "L N"]
-    # [L, N], layer b is inserted before slot t; nan after the head and if the chain is full
     insert: Float[Array, "L N"]
-    # [L], the layer at slot t is deleted; nan if the slot has no layer or the chain has only
-    # `Problem.min_layers` layers
     delete: Float[Array, "L"]
-    head: Float[Array, "K"]  # [K], head k replaces the chain's head; exact
-    loss: Float[Array, ""]  # the loss of the chain itself, with the layer penalty
-    layer_calls: Int[Array, ""]  # the cost of the scores
+    head: Float[Array, "K"]
+    loss: Float[Array, ""]
+    layer_calls: Int[Array, ""]
 
     @property
     def flat(self) -> Float[Array, "M"]:
@@ -80,7 +86,7 @@ class EditScores(NamedTuple):
 
 
 def swap_scores(
-    problem: Problem, chain: ChainsLike, kind: str = "linearized"
+    problem: Problem, chain: ChainsLike, kind: ScoreKind = "linearized"
 ) -> Float[Array, "L N"]:
     """Predict the change in loss when layer `b` replaces the layer at slot `t`.
 
@@ -103,7 +109,7 @@ def swap_scores(
 def score_edits(
     problem: Problem,
     chain: ChainsLike,
-    kind: str = "linearized",
+    kind: ScoreKind = "linearized",
     *,
     learning_rate: float = 1e-2,
     num_products: int | None = None,
@@ -201,7 +207,7 @@ def score_moves(
     *,
     num_best: int = 4,
     num_pairs: int = 16,
-    members: tuple[Int[Array, "_"], ...] | None = None,
+    tokens: Sequence[int] | None = None,
     num_products: int | None = None,
 ) -> tuple[EditScores, JointMoves]:
     """Compute linearized edit scores, and joint moves that combine the best swaps of each slot.
@@ -213,16 +219,37 @@ def score_moves(
       chain: the tokens of the chain, `[L]`. They are checked unless they are traced.
       num_best: the number of swaps per slot that joint moves combine, at most N.
       num_pairs: the number of pairs of swaps to return, at most `(L num_best)^2`.
-      members: for each group of the bank's layers, the indices within the group of the layers to
-        score; None for all layers. Scores of other layers are nan.
+      tokens: the layer tokens to score; None for all layers. Scores of other layers are nan.
       num_products: the number of vector-Jacobian products; see `score_edits`.
 
     Returns:
       The edit scores and the joint moves.
 
     Raises:
-      ValueError: if a number is not positive or is too large, indices in `members` are out of
-        range, and for the same reasons as `score_edits`.
+      ValueError: if a number is not positive or is too large, a token is not a layer or repeats,
+        and for the same reasons as `score_edits`.
+    """
+    members = find_members(problem.bank, tokens)
+    return score_candidates(problem, chain, members, num_best, num_pairs, num_products)
+
+
+def score_candidates(
+    problem: Problem,
+    chain: ChainsLike,
+    members: tuple[Int[Array, "_"], ...],
+    num_best: int,
+    num_pairs: int,
+    num_products: int | None,
+) -> tuple[EditScores, JointMoves]:
+    """Do the same as `score_moves` for layers that may be traced.
+
+    Args:
+      problem: as for `score_moves`.
+      chain: as for `score_moves`.
+      members: for each group of the bank's layers, the indices within the group to score.
+      num_best: as for `score_moves`.
+      num_pairs: as for `score_moves`.
+      num_products: as for `score_moves`.
     """
     chain = _check(problem, chain, "linearized", num_products)
     num_layers, most_pairs = problem.bank.num_layers, (chain.size * num_best) ** 2
@@ -231,9 +258,6 @@ def score_moves(
             f"expected num_best in 1..{num_layers} and num_pairs in 1..{most_pairs}, "
             f"got {num_best} and {num_pairs}"
         )
-    if members is None:
-        members = all_members(problem.bank)
-    _check_members(problem, members)
     scores, joint = _score(
         problem,
         chain,
@@ -247,20 +271,6 @@ def score_moves(
     )
     assert joint is not None  # num_best is at least 1
     return scores, joint
-
-
-def _check_members(problem: Problem, members: tuple[Array, ...]) -> None:
-    sizes = [len(group.tokens) for group in problem.bank.layers]
-    if len(members) != len(sizes) or any(jnp.ndim(rows) != 1 for rows in members):
-        raise ValueError(
-            f"members: expected one 1-D index array per layer group ({len(sizes)}), "
-            f"got {len(members)}"
-        )
-    for size, rows in zip(sizes, members, strict=True):
-        if is_concrete(rows) and np.size(rows) and not (np.min(rows) >= 0 and np.max(rows) < size):
-            raise ValueError(
-                f"members: expected indices in 0..{size - 1}, got {np.min(rows)}..{np.max(rows)}"
-            )
 
 
 def choose_products(problem: Problem) -> int | None:
@@ -334,7 +344,7 @@ def _score(
     learning_rate: Float[Array, ""],
     members: tuple[Int[Array, "_"], ...],
     *,
-    kind: str,
+    kind: ScoreKind,
     num_products: int | None,
     num_best: int = 0,
     num_pairs: int = 0,

@@ -1,7 +1,7 @@
 """The forward pass of a chain, a backward scan over its slots, and scores of layers at a slot."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -16,6 +16,7 @@ from jchain.engine.layer_calls import apply_token
 from jchain.groups import LayerGroup
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
+from jchain.tokens import check_tokens
 
 C = TypeVar("C")
 T = TypeVar("T")
@@ -124,6 +125,25 @@ def all_members(bank: Bank) -> tuple[Int[Array, "_"], ...]:
       bank: the bank with the layers.
     """
     return tuple(jnp.arange(len(group.tokens)) for group in bank.layers)
+
+
+def find_members(bank: Bank, tokens: Sequence[int] | None) -> tuple[Int[Array, "_"], ...]:
+    """Return the indices of some layers within each group of a bank's layers.
+
+    Args:
+      bank: the bank with the layers.
+      tokens: the tokens of the layers; None for all layers.
+
+    Raises:
+      ValueError: if there is no token, or a token is not a layer or repeats.
+    """
+    if tokens is None:
+        return all_members(bank)
+    check_tokens(tokens, range(bank.num_layers), "layer")
+    return tuple(
+        jnp.array([group.tokens.index(t) for t in tokens if t in group.tokens], jnp.int32)
+        for group in bank.layers
+    )
 
 
 def map_layers(

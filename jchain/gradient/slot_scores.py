@@ -2,7 +2,7 @@
 
 import functools
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,18 @@ from jchain.groups import LayerGroup
 from jchain.modules.activations import pull_back_floating, take_floating
 from jchain.problem import Problem
 
+KINDS = ("linearized", "activations", "weights", "nearest")
+# `score_edits` checks the kind itself.
+if TYPE_CHECKING:
+    ScoreKind: TypeAlias = Literal["linearized", "activations", "weights", "nearest"]
+else:
+    ScoreKind: TypeAlias = str
+
 
 class StaticArgs(NamedTuple):
     """The static arguments of a scan over slots."""
 
-    kind: str
+    kind: ScoreKind
     num_products: int | None
     num_best: int  # 0 to predict no joint moves
     num_pairs: int

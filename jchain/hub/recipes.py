@@ -58,7 +58,7 @@ def find_chains(problem: Problem, parent: Sequence[int], num_layers: int) -> dic
     return found
 
 
-def find_starts(bank: Bank, max_layers: int, *, min_layers: int = 0) -> Int[np.ndarray, "S L"]:
+def find_starts(bank: Bank, max_layers: int, *, min_layers: int = 0) -> Int[np.ndarray, "C L"]:
     """Find chains for a search to begin at (`jc.run(starts=)`), without using data.
 
     An original model that has at most `max_layers` layers is a start. If it has fewer, the starts

@@ -6,7 +6,7 @@ arXiv:1407.7906, where the inverse of the next layer gives a layer's target, and
 arXiv:1412.7525. `fit_target_layer` fits the layer that would reach the target of a slot.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -24,8 +24,8 @@ from jchain.engine.plans import choose_chunk
 from jchain.gradient.edit_scores import EditScores, add_layer_penalty
 from jchain.gradient.linearize import (
     Slot,
-    all_members,
     check_chain,
+    find_members,
     flatten_rows,
     forward_pass,
     map_layers,
@@ -179,7 +179,7 @@ def score_edits_by_target(
     step_size: float | Float[Array, ""] = 1.0,
     is_exact: bool = False,
     is_projected: bool = True,
-    members: tuple[Int[Array, "_"], ...] | None = None,
+    tokens: Sequence[int] | None = None,
 ) -> EditScores:
     """Predict the change in loss of each edit from how much nearer it comes to the slot's target.
 
@@ -203,24 +203,46 @@ def score_edits_by_target(
       is_projected: whether outputs are compared only along each example's direction to its target.
         Other directions matter little: later layers hardly depend on them, or the target leaves
         them free.
-      members: for each group of the bank's layers, the indices within the group of the layers to
-        score; None for all layers. Scores of other layers are nan.
+      tokens: the layer tokens to score; None for all layers. Scores of other layers are nan.
 
     Raises:
-      ValueError: if `chain` is not a chain of this bank, activations are not one array, or the loss
-        has no target outputs.
+      ValueError: if `chain` is not a chain of this bank, a token is not a layer or repeats,
+        activations are not one array, or the loss has no target outputs.
     """
-    tokens = check_chain(problem, chain)
-    if members is None:
-        members = all_members(problem.bank)
+    members = find_members(problem.bank, tokens)
+    return score_candidates_by_target(
+        problem, chain, members, step_size=step_size, is_exact=is_exact, is_projected=is_projected
+    )
+
+
+def score_candidates_by_target(
+    problem: Problem,
+    chain: ArrayLike,
+    members: tuple[Int[Array, "_"], ...],
+    *,
+    step_size: float | Float[Array, ""] = 1.0,
+    is_exact: bool = False,
+    is_projected: bool = True,
+) -> EditScores:
+    """Do the same as `score_edits_by_target` for layers that may be traced.
+
+    Args:
+      problem: as for `score_edits_by_target`.
+      chain: as for `score_edits_by_target`.
+      members: for each group of the bank's layers, the indices within the group to score.
+      step_size: as for `score_edits_by_target`.
+      is_exact: as for `score_edits_by_target`.
+      is_projected: as for `score_edits_by_target`.
+    """
+    chain = check_chain(problem, chain)
     return _score(
         problem,
-        tokens,
+        chain,
         jnp.asarray(step_size, jnp.float32),
         members,
         is_exact=is_exact,
         is_projected=is_projected,
-        backend=get_backend(problem, tokens),
+        backend=get_backend(problem, chain),
     )
 
 

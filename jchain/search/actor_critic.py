@@ -47,7 +47,7 @@ from jchain.engine import score_cache
 from jchain.engine.evaluation import evaluate_filled
 from jchain.engine.prefix_sharing import count_calls
 from jchain.engine.score_cache import ScoreCache
-from jchain.gradient.edit_scores import KINDS
+from jchain.gradient.slot_scores import KINDS, ScoreKind
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.pool import Pool, empty_pool, merge
@@ -124,7 +124,7 @@ class ActorCritic:
     restart_rate: float = 0.2
     num_elites: int = static(default=16)
     entry_features: Callable[[Bank], Float[Array, "E D"]] = static(default=entry_features)
-    score_kind: str | None = static(default=None)
+    score_kind: ScoreKind | None = static(default=None)
     num_replays: int = static(default=0)
     replay_size: int = static(default=1024)
     reward_fn: Callable[[Float[Array, "P"]], Float[Array, "P"]] = static(default=rank_rewards)
@@ -185,8 +185,8 @@ class ActorCritic:
         key: Key[Array, ""],
         state: State,
         problem: Problem,
-        chains: Int[Array, "S L"],
-        loss: Float[Array, "S"],
+        chains: Int[Array, "C L"],
+        loss: Float[Array, "C"],
     ) -> State:
         """Imitate the starts first; see `jchain.search.protocol.Startable`.
 
@@ -194,8 +194,8 @@ class ActorCritic:
           key: the PRNG key; not used.
           state: the state that `init` returned.
           problem: the problem to search.
-          chains: the starts, `[S, L]`.
-          loss: their losses, `[S]`.
+          chains: the starts, `[C, L]`.
+          loss: their losses, `[C]`.
         """
         observe_one = partial(observations.observe_chain, self.encoding.observe, problem)
         elite = merge(state.elite, chains, loss)

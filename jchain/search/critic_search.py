@@ -166,8 +166,8 @@ class CriticSearch:
         key: Key[Array, ""],
         state: State,
         problem: Problem,
-        chains: Int[Array, "S L"],
-        loss: Float[Array, "S"],
+        chains: Int[Array, "C L"],
+        loss: Float[Array, "C"],
     ) -> State:
         """Extend the prefixes of the best start first; see `jchain.search.protocol.Startable`.
 
@@ -175,8 +175,8 @@ class CriticSearch:
           key: the PRNG key; not used.
           state: the state that `init` returned.
           problem: the problem to search.
-          chains: the starts, `[S, L]`.
-          loss: their losses, `[S]`.
+          chains: the starts, `[C, L]`.
+          loss: their losses, `[C]`.
         """
         return state._replace(guide=chains[jnp.argmin(loss)])
 

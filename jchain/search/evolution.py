@@ -74,8 +74,8 @@ class Evolution:
         key: Key[Array, ""],
         state: State,
         problem: Problem,
-        chains: Int[Array, "S L"],
-        loss: Float[Array, "S"],
+        chains: Int[Array, "C L"],
+        loss: Float[Array, "C"],
     ) -> State:
         """Put the best starts into the population; see `jchain.search.protocol.Startable`.
 
@@ -83,8 +83,8 @@ class Evolution:
           key: the PRNG key; not used.
           state: the state that `init` returned.
           problem: the problem to search.
-          chains: the starts, `[S, L]`.
-          loss: their losses, `[S]`.
+          chains: the starts, `[C, L]`.
+          loss: their losses, `[C]`.
         """
         size = min(len(chains), self.population_size)
         best = jnp.argsort(loss)[:size]

@@ -24,10 +24,15 @@ class Front(NamedTuple):
 
     While a run keeps it, the losses of rows without a chain are +inf, and if costs are numbers of
     layers, a row may have a higher loss than the row before it.
+
+    Attributes:
+      chains: the tokens of the chains, `[F, L]`, cheapest first.
+      cost: the cost of each chain, `[F]`, in the unit of `Problem.token_costs`, or its number of
+        layers.
+      loss: the loss of each chain, `[F]`, with the layer penalty.
     """
 
     chains: Int[np.ndarray, "F L"] | Int[Array, "F L"]
-    # In the unit of `Problem.token_costs`, or the number of layers
     cost: Float[np.ndarray, "F"] | Float[Array, "F"]
     loss: Float[np.ndarray, "F"] | Float[Array, "F"]
 

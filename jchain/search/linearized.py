@@ -18,7 +18,7 @@ from jchain.chain import PADDING
 from jchain.engine import score_cache
 from jchain.engine.control_flow import cond_in_sequence
 from jchain.engine.score_cache import ScoreCache
-from jchain.gradient.edit_scores import choose_products, score_moves
+from jchain.gradient.edit_scores import choose_products, score_candidates
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.descent import (
@@ -137,8 +137,8 @@ class LinearizedSearch:
         key: Key[Array, ""],
         state: State,
         problem: Problem,
-        chains: Int[Array, "S L"],
-        loss: Float[Array, "S"],
+        chains: Int[Array, "C L"],
+        loss: Float[Array, "C"],
     ) -> State:
         """Begin at the best start; see `jchain.search.protocol.Startable`.
 
@@ -146,8 +146,8 @@ class LinearizedSearch:
           key: the PRNG key; not used.
           state: the state that `init` returned.
           problem: the problem to search.
-          chains: the starts, `[S, L]`.
-          loss: their losses, `[S]`.
+          chains: the starts, `[C, L]`.
+          loss: their losses, `[C]`.
         """
         best = jnp.argmin(loss)
         linearized = state.linearized._replace(
@@ -232,13 +232,13 @@ class LinearizedSearch:
             state.is_start, lambda: sample_start(start_key, problem), lambda: state.linearized.chain
         )
         num_per_group = allocate_candidates(problem, self.num_candidates)
-        scores, joint = score_moves(
+        scores, joint = score_candidates(
             problem,
             chain,
+            sample_candidates(key, problem, num_per_group),
             num_best=self._count_best(problem),
             num_pairs=max(self._count_pairs(problem), 1),
             num_products=self.num_products or choose_products(problem),
-            members=sample_candidates(key, problem, num_per_group),
         )
         is_neighbor = env.neighbors(problem, chain)[1]
         start_loss = jnp.where(jnp.isfinite(scores.loss), scores.loss, jnp.inf).astype(jnp.float32)

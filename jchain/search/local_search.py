@@ -71,8 +71,8 @@ class LocalSearch:
         key: Key[Array, ""],
         state: State,
         problem: Problem,
-        chains: Int[Array, "S L"],
-        loss: Float[Array, "S"],
+        chains: Int[Array, "C L"],
+        loss: Float[Array, "C"],
     ) -> State:
         """Begin at the best start; see `jchain.search.protocol.Startable`.
 
@@ -80,8 +80,8 @@ class LocalSearch:
           key: the PRNG key; consumed by this call.
           state: the state that `init` returned.
           problem: the problem to search.
-          chains: the starts, `[S, L]`.
-          loss: their losses, `[S]`.
+          chains: the starts, `[C, L]`.
+          loss: their losses, `[C]`.
         """
         best = jnp.argmin(loss)
         return state._replace(

@@ -25,11 +25,18 @@ from jchain.pytree import describe_type
 
 
 class Info(NamedTuple):
-    """The chains that one step scored, their losses, and the cost of the step."""
+    """The chains that one step scored, their losses, and the cost of the step.
 
-    chains: Int[Array, "P L"]  # [P, L]; a row of -1 holds no chain
-    loss: Float[Array, "P"]  # [P]; +inf if it is not finite or the row holds no chain
-    layer_calls: Int[Array, ""]  # cost of this step
+    Attributes:
+      chains: the tokens of the chains, `[P, L]`; a row of -1 holds no chain.
+      loss: the loss of each chain, `[P]`, with the layer penalty; `+inf` if it is not finite or the
+        row holds no chain.
+      layer_calls: the cost of this step in layer calls.
+    """
+
+    chains: Int[Array, "P L"]
+    loss: Float[Array, "P"]
+    layer_calls: Int[Array, ""]
 
 
 @runtime_checkable
@@ -88,8 +95,8 @@ class Startable(Protocol):
         key: Key[Array, ""],
         state: PyTree,
         problem: Problem,
-        chains: Int[Array, "S L"],
-        loss: Float[Array, "S"],
+        chains: Int[Array, "C L"],
+        loss: Float[Array, "C"],
     ) -> PyTree:
         """Return a first state that uses the starts. Must work under `jit` and `vmap`.
 
@@ -97,8 +104,8 @@ class Startable(Protocol):
           key: the PRNG key; consumed by this call.
           state: the state that `init` returned.
           problem: the problem to search.
-          chains: the starts, chains of the problem's space, `[S, L]`.
-          loss: their losses, `[S]`.
+          chains: the starts, chains of the problem's space, `[C, L]`.
+          loss: their losses, `[C]`.
         """
         ...
 

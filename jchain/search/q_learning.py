@@ -86,8 +86,8 @@ class QLearning:
         key: Key[Array, ""],
         state: State,
         problem: Problem,
-        chains: Int[Array, "S L"],
-        loss: Float[Array, "S"],
+        chains: Int[Array, "C L"],
+        loss: Float[Array, "C"],
     ) -> State:
         """Update the table once on each start; see `jchain.search.protocol.Startable`.
 
@@ -95,8 +95,8 @@ class QLearning:
           key: the PRNG key; not used.
           state: the state that `init` returned.
           problem: the problem to search.
-          chains: the starts, `[S, L]`.
-          loss: their losses, `[S]`.
+          chains: the starts, `[C, L]`.
+          loss: their losses, `[C]`.
         """
         rewards = self.reward_fn(loss).astype(state.reward.dtype)
         rate = jnp.asarray(self.learning_rate)

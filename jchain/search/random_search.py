@@ -50,8 +50,8 @@ class RandomSearch:
         key: Key[Array, ""],
         state: State,
         problem: Problem,
-        chains: Int[Array, "S L"],
-        loss: Float[Array, "S"],
+        chains: Int[Array, "C L"],
+        loss: Float[Array, "C"],
     ) -> State:
         """Store the losses of the starts; see `jchain.search.protocol.Startable`.
 
@@ -59,8 +59,8 @@ class RandomSearch:
           key: the PRNG key; not used.
           state: the state that `init` returned.
           problem: the problem to search.
-          chains: the starts, `[S, L]`.
-          loss: their losses, `[S]`.
+          chains: the starts, `[C, L]`.
+          loss: their losses, `[C]`.
         """
         return State(score_cache.add(state.cache, problem, chains, loss))
 

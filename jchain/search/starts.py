@@ -21,7 +21,7 @@ from jchain.search.result import RunState, Start, StopRule
 
 def list_starts(
     problem: Problem, starts: ChainsLike | Literal["parents"] | None
-) -> Int[np.ndarray, "S L"]:
+) -> Int[np.ndarray, "C L"]:
     """List the chains to score before the first step of a run.
 
     Args:
@@ -47,7 +47,7 @@ def list_starts(
     if len(rows) == 0:
         return rows
     if rows.ndim != 2:
-        raise ValueError(f"expected starts of shape [S, {num_slots}], got {list(rows.shape)}")
+        raise ValueError(f"expected starts of shape [C, {num_slots}], got {list(rows.shape)}")
     if (shortest := int((rows >= 0).sum(axis=1).min()) - 1) < space.min_layers:
         raise ValueError(
             f"expected starts of at least {space.min_layers} layers, got one of {shortest}"
@@ -59,7 +59,7 @@ def begin_at(
     runs: RunState,
     search: Search,
     problem: Problem,
-    chains: Int[np.ndarray, "S L"],
+    chains: Int[np.ndarray, "C L"],
     stop: StopRule,
 ) -> tuple[RunState, Start]:
     """Score chains once, charge them to every run, and let the search begin at them.
@@ -68,7 +68,7 @@ def begin_at(
       runs: the runs, from `init_runs`.
       search: the search.
       problem: the problem to search.
-      chains: the starts, `[S, L]`.
+      chains: the starts, `[C, L]`.
       stop: the rule that ends each run.
     """
     problem = problem.without_names()
@@ -85,9 +85,9 @@ def _begin_at(
     runs: RunState,
     search: Search,
     problem: Problem,
-    chains: Int[Array, "S L"],
+    chains: Int[Array, "C L"],
     out: Evaluation,
-    seen_loss: Float[Array, "S"],
+    seen_loss: Float[Array, "C"],
     stop: StopRule,
 ) -> RunState:
     def begin_one(run: RunState) -> RunState:

@@ -17,7 +17,7 @@ from jchain.engine import score_cache
 from jchain.engine.control_flow import cond_in_sequence
 from jchain.engine.layer_calls import infer_hidden
 from jchain.engine.score_cache import ScoreCache
-from jchain.inverse.target_scores import score_edits_by_target
+from jchain.inverse.target_scores import score_candidates_by_target
 from jchain.modules.activations import check_one_array
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
@@ -105,8 +105,8 @@ class TargetPropagation:
         key: Key[Array, ""],
         state: State,
         problem: Problem,
-        chains: Int[Array, "S L"],
-        loss: Float[Array, "S"],
+        chains: Int[Array, "C L"],
+        loss: Float[Array, "C"],
     ) -> State:
         """Begin at the best start; see `jchain.search.protocol.Startable`.
 
@@ -114,8 +114,8 @@ class TargetPropagation:
           key: the PRNG key; not used.
           state: the state that `init` returned.
           problem: the problem to search.
-          chains: the starts, `[S, L]`.
-          loss: their losses, `[S]`.
+          chains: the starts, `[C, L]`.
+          loss: their losses, `[C]`.
         """
         best = jnp.argmin(loss)
         return state._replace(
@@ -175,8 +175,8 @@ class TargetPropagation:
         )
         num_per_group = allocate_candidates(problem, self.num_candidates)
         members = sample_candidates(key, problem, num_per_group)
-        scores = score_edits_by_target(
-            problem, chain, step_size=step_size, is_exact=self.is_exact, members=members
+        scores = score_candidates_by_target(
+            problem, chain, members, step_size=step_size, is_exact=self.is_exact
         )
         is_neighbor = env.neighbors(problem, chain)[1]
         start_loss = jnp.where(jnp.isfinite(scores.loss), scores.loss, jnp.inf).astype(jnp.float32)

@@ -12,7 +12,7 @@ from command_line import check_bad_options
         ),
         (["--num-heads", "0"], "expected num_heads to be at least 1, got 0"),
         (["--num-layers", "0"], "expected num_layers to be at least 1, got 0"),
-        (["--num-heads", "2", "--bank", "snapshots"], "expected no num_heads for bank snapshots"),
+        (["--num-heads", "2", "--bank", "snapshots"], "expected num_heads=1 for kind 'snapshots'"),
         (["--channels", "8"], "expected --channels only for images, got data of shape [13]"),
     ],
 )

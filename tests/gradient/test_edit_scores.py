@@ -20,7 +20,7 @@ from edit_references import (
 )
 
 import jchain as jc
-from jchain.gradient.edit_scores import KINDS
+from jchain.gradient.slot_scores import KINDS
 
 x64 = pytest.fixture(use_float64)
 
@@ -146,12 +146,9 @@ def test_score_edits_rejects_bad_input(problem):
         jc.swap_scores(problem, np.stack([CHAIN, CHAIN]))
     with pytest.raises(ValueError, match="expected a positive learning_rate, got 0.0"):
         jc.gradient.score_edits(problem, CHAIN, learning_rate=0.0)
-    with pytest.raises(ValueError, match="expected indices in 0..3, got 1..4"):
-        jc.gradient.score_moves(problem, CHAIN, members=(jnp.array([1, 4]),), num_best=1)
-    with pytest.raises(ValueError, match=r"index array per layer group \(1\), got 2"):
-        jc.gradient.score_moves(
-            problem, CHAIN, members=(jnp.array([1]), jnp.array([1])), num_best=1
-        )
+    message = r"expected different layer tokens in 0..3, at least one, got \[1, 4\]"
+    with pytest.raises(ValueError, match=message):
+        jc.gradient.score_moves(problem, CHAIN, tokens=[1, 4], num_best=1)
     with pytest.raises(ValueError, match="expected num_products to be at least 1, got 0"):
         jc.gradient.score_edits(problem, CHAIN, num_products=0)
     squares = wide_problem(optax.squared_error, jnp.zeros((40, 100)))

@@ -159,9 +159,7 @@ def test_local_least_squares_stand_in_for_an_inverse():
 def test_some_layers_alone_are_scored_and_losses_need_a_target():
     problem = make_problem()
     chain = np.array([1, 4, -1, -1, -1], np.int32)
-    few = jc.inverse.target_scores.score_edits_by_target(
-        problem, chain, members=(jnp.array([0, 2]),)
-    )
+    few = jc.inverse.target_scores.score_edits_by_target(problem, chain, tokens=[0, 2])
     whole = jc.inverse.target_scores.score_edits_by_target(problem, chain)
     np.testing.assert_allclose(few.swap[0, [0, 2]], whole.swap[0, [0, 2]], rtol=1e-5)
     assert np.isnan(few.swap[0, 3])

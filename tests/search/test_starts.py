@@ -93,7 +93,7 @@ def test_starts_may_be_lists_of_tokens_or_none_at_all(problem):
     ("starts", "message"),
     [
         (np.array([[0, 4]]), "expected chains of shape"),
-        (np.array([0, 1, 2, 4]), r"expected starts of shape \[S, 4\], got \[4\]"),
+        (np.array([0, 1, 2, 4]), r"expected starts of shape \[C, 4\], got \[4\]"),
         ([[0, 1, 99]], "token 99 at slot 2 is out of range"),
         ("models", "expected starts to be chains, \"parents\", or None, got 'models'"),
         ([[0, 4]], "expected starts of at least 2 layers, got one of 1"),
