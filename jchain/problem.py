@@ -59,8 +59,8 @@ class Problem:
         Examples then stay in host memory as NumPy arrays, which may be memory-mapped files, and
         losses are exact means over all parts. Layers must treat examples one by one. None to keep
         all examples on the device.
-      mesh: the devices that hold the problem and divide its chains among them (see `on`); None for
-        a single device.
+      mesh: the devices that hold copies of the problem and divide its chains among them, a mesh
+        with any axes (see `on`); None for a single device.
 
     Raises:
       ValueError: if `max_layers`, `min_layers`, or `batch_size` is invalid, the split is empty,
@@ -113,6 +113,8 @@ class Problem:
         outputs = self._check_shapes()
         if is_concrete(self.data):
             self._check_values(outputs)
+        if self.mesh is not None:
+            self._spread(self.mesh)
 
     def _read_data(self) -> Batch | HostBatch:
         """Check the split, and keep it in host memory if there is a `batch_size`."""
@@ -276,12 +278,13 @@ class Problem:
         Args:
           mesh: the mesh of devices, with any axes.
         """
-        # Flatten the mesh to one axis, whose type lets the compiler shard automatically.
-        flat = Mesh(mesh.devices.reshape(-1), ("chains",))
-        if self.mesh == flat:
-            return self
-        problem = dataclasses.replace(self, mesh=flat)
-        return problem.put(problem)
+        return self if self.mesh == _flatten(mesh) else dataclasses.replace(self, mesh=mesh)
+
+    def _spread(self, mesh: Mesh) -> None:
+        """Flatten the mesh, and copy all leaves to each of its devices."""
+        object.__setattr__(self, "mesh", _flatten(mesh))
+        for name in ("bank", "data", "layer_cost", "token_costs", "max_cost"):
+            object.__setattr__(self, name, self.put(getattr(self, name)))
 
     def put(self, tree: PyTree) -> PyTree:
         """Copy a tree of arrays to each device of this problem's mesh.
@@ -419,6 +422,11 @@ class Problem:
         if not jnp.issubdtype(y.dtype, jnp.integer) or y.shape != outputs.shape[:-1]:
             return loss, jnp.full_like(loss, jnp.nan)
         return loss, jnp.mean(jnp.argmax(outputs, axis=-1) == y, dtype=loss.dtype)
+
+
+def _flatten(mesh: Mesh) -> Mesh:
+    """Return a mesh with one axis, whose type lets the compiler shard automatically."""
+    return Mesh(mesh.devices.reshape(-1), ("chains",))
 
 
 def upcast(array: Array) -> Array:

@@ -37,6 +37,12 @@ one, many = jc.evaluate_all(problem)[1], jc.evaluate_all(problem, mesh=mesh)[1]
 np.testing.assert_allclose(one.loss, many.loss, rtol=1e-6)
 spread = problem.on(mesh)
 assert spread.on(mesh) is spread
+made = jc.Problem(make_bank(), make_batch(), 3, mesh=mesh)
+assert made.mesh == spread.mesh and made.on(mesh) is made
+for other in (made, made.with_data(make_batch())):
+    assert all(len(leaf.devices()) == 8 for leaf in jax.tree.leaves(other))
+one, many = jc.evaluate(problem, chains), jc.evaluate(made, chains)
+np.testing.assert_allclose(one.loss, many.loss, rtol=1e-6)
 populations = jnp.stack([chains, chains[::-1]])
 losses = jax.jit(jax.vmap(lambda chains: jc.evaluate(spread, chains).loss))(populations)
 np.testing.assert_allclose(losses[1], jc.evaluate(problem, chains[::-1]).loss, rtol=1e-6)
