@@ -38,6 +38,7 @@ from machine import (
 from matplotlib.figure import Figure
 
 import jchain as jc
+from jchain import files
 
 NUM_LAYERS, DEPTH, NUM_CLASSES = 8, 4, 10
 # Layer, shape of an example, and number of examples.
@@ -107,7 +108,7 @@ def measure_parts(args: argparse.Namespace) -> None:
     print(parts.format_table(result), flush=True)
     if args.parts and args.json:
         machine = {"device": describe_device(), "versions": versions()}
-        jc.files.write_json(args.json, machine | result)
+        files.write_json(args.json, machine | result)
 
 
 def save(path: Path | None, result: dict[str, Any]) -> None:
@@ -116,7 +117,7 @@ def save(path: Path | None, result: dict[str, Any]) -> None:
     An interruption therefore loses at most one bank.
     """
     if path is not None:
-        jc.files.write_json(path, result)
+        files.write_json(path, result)
     if path is not None and result["rows"]:
         draw(result, path.with_suffix(".png"))
 

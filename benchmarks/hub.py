@@ -32,6 +32,7 @@ import numpy as np
 from machine import count_call_flops, describe_device, measure_matmul, time_call, versions
 
 import jchain as jc
+from jchain import files
 
 DEPTH = 12
 # Width, heads, vocabulary, sequences, their length, and number of populations. The wide model has
@@ -86,7 +87,7 @@ def main() -> None:
 def save(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        jc.files.write_json(path, result)
+        files.write_json(path, result)
 
 
 def make_populations(num_layers: int, num: int) -> dict[str, np.ndarray]:

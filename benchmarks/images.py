@@ -19,6 +19,7 @@ import numpy as np
 from machine import count_call_flops, describe_device, measure_matmul, versions
 
 import jchain as jc
+from jchain import files
 
 DEPTH, NUM_CLASSES = 4, 10
 # Shape of an example, and number of examples.
@@ -46,7 +47,7 @@ def main() -> None:
         )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        jc.files.write_json(
+        files.write_json(
             args.json, {"device": describe_device(), "versions": versions(), "images": rows}
         )
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jchain as jc
+from jchain import files
 
 BANKS = ("independent", "routed", "snapshots", "random")
 
@@ -59,7 +60,7 @@ def main() -> None:
             "jax": jax.__version__,
             "relative_error": rows,
         }
-        jc.files.write_json(args.json, result)
+        files.write_json(args.json, result)
 
 
 def losses_in_float64(problem: jc.Problem, chains: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from evaluate import make_problem, random_chains
 from machine import describe_device, versions
 
 import jchain as jc
+from jchain import files
 
 NUM_LAYERS, DEPTH = 96, 24
 BANKS: dict[str, tuple[Any, tuple[int, ...], int]] = {
@@ -47,7 +48,7 @@ def main() -> None:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         config = {"num_layers": NUM_LAYERS, "depth": DEPTH, "turns": args.turns}
-        jc.files.write_json(
+        files.write_json(
             args.json,
             {"device": describe_device(), "versions": versions(), "config": config, "rows": rows},
         )

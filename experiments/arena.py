@@ -66,6 +66,7 @@ from records import (
 from scipy.stats import trim_mean
 
 import jchain as jc
+from jchain import files
 
 # The slowest searches come first, so that no core is idle at the end.
 SEARCHES: dict[str, Any] = {
@@ -287,7 +288,7 @@ def tune(searches: dict[str, Any], args: argparse.Namespace) -> None:
         "config": {"problems": setup.names, "seeds": setup.seeds},
         "summary": summary,
     }
-    jc.files.write_json(path, result)
+    files.write_json(path, result)
 
 
 def make_grid(budgets: tuple[int, ...]) -> np.ndarray:

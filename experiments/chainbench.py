@@ -19,6 +19,7 @@ from typing import Any
 from records import describe_machine, make_parser
 
 import jchain as jc
+from jchain import files
 
 COLUMNS = {
     "chains": "{:,}",
@@ -57,7 +58,7 @@ def main() -> None:
         "problems": rows,
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    jc.files.write_json(args.out / "chainbench.json", result)
+    files.write_json(args.out / "chainbench.json", result)
 
 
 def format_row(row: dict[str, Any]) -> str:

@@ -45,6 +45,7 @@ from records import (
 from scipy.stats import bootstrap
 
 import jchain as jc
+from jchain import files
 
 SEEDS = range(100, 130)
 NUM_RANDOM = 200
@@ -410,8 +411,8 @@ def draw_all(out: Path) -> None:
     summary = json.loads((out / "main_job_seeds.json").read_text())
     layers = summary["layers"][summary["seeds"].index(SHOWN_SEED)]
     job = partial(draw_job, rows=runs["repair"], layers=layers)
-    jc.files.write_atomically(out / "main_job.png", job)
-    jc.files.write_atomically(out / "candidates.png", partial(draw_candidates, runs=runs))
+    files.write_atomically(out / "main_job.png", job)
+    files.write_atomically(out / "candidates.png", partial(draw_candidates, runs=runs))
 
 
 def draw_job(path: str, rows: Arrays, layers: Sequence[str]) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 import jchain as jc
+from jchain import files
 
 CACHE = Path.home() / ".cache" / "jchain"
 CHAINBENCH = CACHE / "chainbench"
@@ -29,7 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 _PACKAGE = Path(jc.__file__).resolve().parent
 _LIBRARIES = ("jax", "flax", "optax", "rlax", "mctx", "numpy", "scipy", "scikit-learn")
 # Modules that a module imports by name at run time, which no import statement shows.
-_IMPORTED_BY_NAME = {"jchain.hub.families": jc.files.FAMILIES}
+_IMPORTED_BY_NAME = {"jchain.hub.families": files.FAMILIES}
 
 
 def make_parser(
@@ -78,10 +79,10 @@ def write_results(
 ) -> None:
     """Write `name`.json, the table as `name`.md and, if there is a figure, `name`.png."""
     out.mkdir(parents=True, exist_ok=True)
-    jc.files.write_json(out / f"{name}.json", result)
-    jc.files.write_atomically(out / f"{name}.md", lambda path: Path(path).write_text(table + "\n"))
+    files.write_json(out / f"{name}.json", result)
+    files.write_atomically(out / f"{name}.md", lambda path: Path(path).write_text(table + "\n"))
     if draw is not None:
-        jc.files.write_atomically(out / f"{name}.png", draw)
+        files.write_atomically(out / f"{name}.png", draw)
 
 
 def describe_search(search: Any) -> str:
@@ -193,8 +194,8 @@ def keep(
     path = CACHE / "experiments" / f"{name}-{_digest(script, inputs)}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        jc.files.write_arrays(path, {}, make())
-    return {key: np.asarray(array) for key, array in jc.files.read_arrays(path)[1].items()}
+        files.write_arrays(path, {}, make())
+    return {key: np.asarray(array) for key, array in files.read_arrays(path)[1].items()}
 
 
 def _digest(script: str | Path, inputs: object) -> str:

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jchain as jc
+from jchain import files
 
 FOLDER = Path(__file__).parent
 # The first one makes the tables that others read. Then the longest small sizes first, as two run
@@ -63,7 +63,7 @@ def main() -> int:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     if not args.quick:
         text = render((FOLDER / "questions.md").read_text(), FOLDER / "results")
-        jc.files.write_atomically(FOLDER / "README.md", lambda path: Path(path).write_text(text))
+        files.write_atomically(FOLDER / "README.md", lambda path: Path(path).write_text(text))
     return 1 if failed else 0
 
 

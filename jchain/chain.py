@@ -18,6 +18,8 @@ from jchain._typing import Array, Bool, Int, Key
 from jchain.stages import legal_chains
 from jchain.stages.table import StageTable
 
+__all__ = ["PADDING", "ChainSpace", "ChainsLike", "count_layers", "describe", "pad", "validate"]
+
 PADDING = -1
 
 # Chains as a user may pass them: an array of integers, or lists of integers.

@@ -29,6 +29,18 @@ from jchain.datasets.standardization import Statistics, choose_statistics, stand
 from jchain.modules.activations import describe_shapes, is_floating, is_one_array
 from jchain.pytree import describe_type, get_first_line, pick
 
+__all__ = [
+    "EVALUATION_SPLITS",
+    "LOADERS",
+    "SPLITS",
+    "Batch",
+    "Dataset",
+    "Statistics",
+    "concat",
+    "load",
+    "split",
+]
+
 # The splits that chains are scored on.
 EVALUATION_SPLITS = SPLITS[1:]
 

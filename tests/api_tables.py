@@ -21,14 +21,19 @@ def find(name):
 
 
 def list_members(name, value):
-    """Yield what a module defines, or the value itself, each with its name."""
+    """Yield the value itself and, if it is a module, the code that it exports, each with its name.
+
+    This is what `__all__` lists, or else what the module defines.
+    """
     yield name, value
-    if inspect.ismodule(value):
-        for key, member in vars(value).items():
-            is_own = getattr(member, "__module__", None) == value.__name__
-            is_code = inspect.isfunction(member) or inspect.isclass(member)
-            if is_own and is_code and not key.startswith("_"):
-                yield f"{name}.{key}", member
+    if not inspect.ismodule(value):
+        return
+    exported = getattr(value, "__all__", None)
+    for key, member in vars(value).items():
+        is_own = getattr(member, "__module__", None) == value.__name__
+        is_public = is_own and not key.startswith("_") if exported is None else key in exported
+        if is_public and (inspect.isfunction(member) or inspect.isclass(member)):
+            yield f"{name}.{key}", member
 
 
 def make_table(page):
