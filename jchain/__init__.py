@@ -68,7 +68,7 @@ from jchain.search.target_propagation import TargetPropagation
 if TYPE_CHECKING:
     from jchain import hub
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "MCTS",
