@@ -22,6 +22,13 @@ _CHECKPOINT_ONLY = ("text", "choices", "length", "pinned", "dtype", "sweep")
 # Options that change how a search runs but not what it computes; result.json does not record them.
 _NOT_RECORDED = ("json", "replace", "quick")
 _PATHS = ("data_dir", "bank_file", "modules", "out")
+# The values of `update` in results of jchain 0.1.0.
+_OLD_UPDATES = {
+    "never": "frozen",
+    "found": "tune-found",
+    "clones": "clone-then-tune",
+    "shared": "shared-updates",
+}
 
 T = TypeVar("T")
 
@@ -98,7 +105,7 @@ class SearchConfig:
     layer_cost: float = 0.0
     search: str | None = None
     encoding: str | None = None
-    update: str = "never"
+    update: str = "frozen"
     budget: int | None = None
     seed: int = 0
     num_seeds: int | None = None
@@ -121,6 +128,8 @@ class SearchConfig:
             for name, value in values.items()
             if name in names
         }
+        update = known.get("update", "frozen")
+        known["update"] = _OLD_UPDATES.get(str(update), update)
         paths = {name: Path(str(known[name])) for name in _PATHS if known.get(name) is not None}
         return SearchConfig(**{**known, **paths})  # pyright: ignore[reportArgumentType]
 
@@ -135,7 +144,7 @@ class SearchConfig:
     @property
     def is_frozen(self) -> bool:
         """Whether the weights of the bank are never updated."""
-        return self.update == "never"
+        return self.update == "frozen"
 
 
 def require(value: T | None) -> T:
@@ -188,7 +197,7 @@ def _is_given(config: SearchConfig, name: str) -> bool:
 
 def _choose_search(config: SearchConfig) -> str:
     """Choose the search if none was given."""
-    needs_agent = config.encoding is not None or config.update == "shared"
+    needs_agent = config.encoding is not None or config.update == "shared-updates"
     return "actor-critic" if needs_agent else "critic"
 
 
@@ -287,7 +296,7 @@ def _resolve_checkpoint(config: SearchConfig) -> SearchConfig:
         if config.max_layers is not None:
             check_sweep(config.sweep, config.max_layers)
         if not config.is_frozen:
-            raise ValueError(f"expected --update never with --sweep, got {config.update}")
+            raise ValueError(f"expected --update frozen with --sweep, got {config.update}")
     return replace(
         config,
         search=config.search or "local",
@@ -323,7 +332,8 @@ def check_search(config: SearchConfig, invertible_layers: Sequence[str]) -> None
     if not 0 <= config.layer_cost < float("inf"):
         raise ValueError(f"expected a finite --layer-cost of at least 0, got {config.layer_cost}")
     if config.search != "actor-critic":
-        needs_agent = {"--encoding": config.encoding, "--update shared": config.update == "shared"}
+        is_shared = config.update == "shared-updates"
+        needs_agent = {"--encoding": config.encoding, "--update shared-updates": is_shared}
         for option, is_given in needs_agent.items():
             if is_given:
                 raise ValueError(

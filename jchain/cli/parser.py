@@ -38,10 +38,10 @@ SEARCHES: dict[str, Callable[[], jc.Search]] = {
     "target-propagation": jc.TargetPropagation,
 }
 UPDATES: dict[str, Callable[[], jc.updates.UpdatePolicy]] = {
-    "never": jc.updates.Frozen,
-    "found": jc.updates.TuneFound,
-    "clones": jc.updates.CloneThenTune,
-    "shared": jc.updates.SharedUpdates,
+    "frozen": jc.updates.Frozen,
+    "tune-found": jc.updates.TuneFound,
+    "clone-then-tune": jc.updates.CloneThenTune,
+    "shared-updates": jc.updates.SharedUpdates,
 }
 _DEFAULT = SearchConfig()
 _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -236,7 +236,7 @@ def _add_run(search: argparse.ArgumentParser) -> None:
         "--search",
         choices=sorted(SEARCHES),
         help="search algorithm (default: local for checkpoints, actor-critic with --encoding or "
-        "--update shared, critic otherwise)",
+        "--update shared-updates, critic otherwise)",
     )
     group.add_argument(
         "--encoding",
@@ -247,9 +247,9 @@ def _add_run(search: argparse.ArgumentParser) -> None:
         "--update",
         choices=UPDATES,
         default=_DEFAULT.update,
-        help="when weights are trained. never: keep all weights; found: fine-tune the best chain "
-        "after the search; clones: fine-tune copies of layers and add them to the bank; shared: "
-        "train the chains that the actor-critic samples (default: %(default)s)",
+        help="when weights are trained. frozen: never; tune-found: fine-tune the best chain after "
+        "the search; clone-then-tune: fine-tune copies of layers and add them to the bank; "
+        "shared-updates: train the chains that the actor-critic samples (default: %(default)s)",
     )
     group.add_argument(
         "--budget",

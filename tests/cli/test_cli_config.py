@@ -5,6 +5,7 @@ import pytest
 from command_line import check_bad_checkpoint_options, check_bad_options, fail
 
 from jchain.cli.config import SearchConfig, resolve
+from jchain.cli.parser import UPDATES
 
 
 @pytest.mark.parametrize(
@@ -12,8 +13,8 @@ from jchain.cli.config import SearchConfig, resolve
     [
         (["--search", "suffix-beam"], "expected --layer of invertible-dense, invertible-coupling"),
         (
-            ["--search", "local", "--update", "shared"],
-            "expected --search actor-critic with --update shared, got local",
+            ["--search", "local", "--update", "shared-updates"],
+            "expected --search actor-critic with --update shared-updates, got local",
         ),
         (
             ["--search", "local", "--encoding", "weights"],
@@ -55,6 +56,20 @@ def test_options_that_exclude_each_other_exit_with_2(
     assert re.search(message, err), err
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("never", "frozen"),
+        ("found", "tune-found"),
+        ("clones", "clone-then-tune"),
+        ("shared", "shared-updates"),
+    ],
+)
+def test_old_results_name_their_update_policies_as_before(old, new):
+    assert SearchConfig.load({"update": old}) == SearchConfig.load({"update": new})
+    assert set(UPDATES) >= {SearchConfig.load({"update": old}).update}
+
+
 def test_a_configuration_cannot_be_changed():
     given = SearchConfig(data="wine")
     resolved = resolve(given)
@@ -93,7 +108,7 @@ def test_options_decide_whether_a_task_is_searched(given, task, bank, search, nu
         (["--task", "repair", "--depth", "3"], "expected no --depth with --task"),
         (["--task", "repair", "--data", "wine"], "expected no --data with --task"),
         (["--task", "repair", "--sweep", "2"], "expected --checkpoint with --sweep"),
-        (["--update", "found"], "expected --data or --bank with --update found"),
+        (["--update", "tune-found"], "expected --data or --bank with --update tune-found"),
         (["--seeds", "0"], "expected --seeds to be at least 1, got 0"),
         (["--sizes", "898,361,50,40"], "at most [898, 360, 270, 489], got [898, 361, 50, 40]"),
         (["--sizes", "898,100,50,750"], "at most [898, 360, 270, 749], got [898, 100, 50, 750]"),

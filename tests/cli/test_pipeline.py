@@ -13,11 +13,11 @@ from jchain.__main__ import main
 
 @pytest.mark.slow
 def test_the_bank_that_is_kept_has_the_updated_weights(tmp_path, capsys):
-    search(tmp_path / "out", "--update", "clones", "--search", "local", "--budget", "7000")
+    search(tmp_path / "out", "--update", "clone-then-tune", "--search", "local", "--budget", "7000")
     shown = capsys.readouterr().out
     result = json.loads(shown.splitlines()[-1])
     assert f"{result['update_calls']:,} of them gradient steps" in shown
-    assert result["config"]["update"] == "clones"
+    assert result["config"]["update"] == "clone-then-tune"
     bank, data = jc.Bank.load(tmp_path / "out" / "bank.safetensors"), jc.data.load("wine", 0)
     chain = jc.chain.pad([result["best_chain"]], 2)
     out = jc.evaluate(jc.Problem(bank, data.test, 2), chain)
@@ -42,7 +42,7 @@ def test_a_search_without_a_finite_loss_fails(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--update", "found"], "more than the 1,545 layer calls of gradient steps, got 300"),
+        (["--update", "tune-found"], "more than the 1,545 layer calls of gradient steps, got 300"),
         (["--budget", "3", "--search", "random"], "layer calls here, got 3"),
         (
             ["--budget", "3", "--search", "beam", "--seeds", "2", "--bank", "independent"],
