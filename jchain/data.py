@@ -149,7 +149,11 @@ def concat(batches: Sequence[Batch]) -> Batch:
 
 
 class Dataset(NamedTuple):
-    """A data set in four disjoint, stratified splits, standardized with statistics of `train`."""
+    """A data set in four disjoint splits.
+
+    Classes are stratified unless examples are grouped. Floating-point inputs are standardized with
+    `statistics`, by default those of `train`.
+    """
 
     train: Batch
     search: Batch

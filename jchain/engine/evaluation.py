@@ -243,7 +243,10 @@ def evaluate_all(
     """
     num_chains = problem.space.num_chains
     if num_chains > _MAX_CHAINS:
-        raise ValueError(f"expected at most {_MAX_CHAINS:,} chains to evaluate, got {num_chains:,}")
+        raise ValueError(
+            f"expected at most {_MAX_CHAINS:,} chains to evaluate, got {num_chains:,}; search them "
+            "with jc.run, or lower max_layers"
+        )
     chains = problem.space.enumerate()
     placed, tokens, options = _place(problem, chains, dtype, memory_limit, mesh, plan)
     return chains, evaluate_population(placed, tokens, options=options)

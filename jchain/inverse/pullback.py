@@ -261,7 +261,9 @@ def reach_target(
     hidden: Activations,
     step_size: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, "B ..."]:
-    """Find the smallest change of a head's input that moves its outputs toward `target_outputs`.
+    """Return the head's input after the smallest change that moves its outputs to their target.
+
+    The target is that of `target_outputs`.
 
     Args:
       problem: the bank, the examples, and the loss.
