@@ -46,22 +46,22 @@ from jchain.inverse.pullback import pull_back
 from jchain.inverse.recover_chain import meet_in_the_middle
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
+from jchain.runs.checking import check_search
+from jchain.runs.driver import run, run_many
+from jchain.runs.front import Front
+from jchain.runs.progress import Progress
+from jchain.runs.result import BudgetError, Curve, Result, front
+from jchain.runs.scored_chains import ScoredChains
 from jchain.search.actor_critic import ActorCritic
 from jchain.search.beam_search import BeamSearch
-from jchain.search.checking import check_search
 from jchain.search.critic_search import CriticSearch
-from jchain.search.driver import run, run_many
 from jchain.search.evolution import Evolution
-from jchain.search.front import Front
 from jchain.search.linearized import LinearizedSearch
 from jchain.search.local_search import LocalSearch
 from jchain.search.mcts import MCTS
-from jchain.search.progress import Progress
 from jchain.search.protocol import Info, Search
 from jchain.search.q_learning import QLearning
 from jchain.search.random_search import RandomSearch
-from jchain.search.result import BudgetError, Curve, Result, front
-from jchain.search.scored_chains import ScoredChains
 from jchain.search.suffix_beam_search import SuffixBeamSearch
 from jchain.search.target_propagation import TargetPropagation
 

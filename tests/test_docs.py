@@ -80,6 +80,6 @@ def test_every_page_is_in_the_navigation():
 def test_every_search_is_on_the_page_that_compares_them():
     for name in jc.__all__:
         value = getattr(jc, name)
-        if isinstance(value, type) and hasattr(value, "step") and name != "Search":
+        if isinstance(value, type) and hasattr(value, "init") and name != "Search":
             assert f"`jc.{name}`" in PAGES["choose-a-search"]
             assert f"jchain.{name}\n" in (DOCS / "api" / "searches.md").read_text()

@@ -62,7 +62,7 @@ def digest(folder):
     [
         "script.py",
         "helper.py",
-        "jchain/search/driver.py",
+        "jchain/runs/driver.py",
         "jchain/search/local_search.py",
         "jchain/engine/evaluation.py",
         "jchain/chainbench/problems.py",  # the imported module reaches this
@@ -77,7 +77,7 @@ def test_a_changed_line_of_reached_code_changes_the_digest(digest, name):
     ("name", "line"),
     [
         ("script.py", "# A comment."),
-        ("jchain/search/driver.py", "# A comment."),
+        ("jchain/runs/driver.py", "# A comment."),
         ("jchain/search/linearized.py", "CHANGED = True"),
         ("jchain/hub/gpt2.py", "CHANGED = True"),
         ("jchain/__init__.py", "CHANGED = True"),

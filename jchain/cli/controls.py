@@ -17,11 +17,11 @@ from jchain.cli.records import Controls, RandomChains, ScoredChain, Scores, fini
 from jchain.cli.scores import ExampleScores, score_ensemble
 from jchain.engine.evaluation import evaluate, evaluate_all
 from jchain.problem import Problem
+from jchain.runs.driver import run
+from jchain.runs.result import BudgetError
 from jchain.search.actor_critic import ActorCritic
-from jchain.search.driver import run
 from jchain.search.local_search import LocalSearch
 from jchain.search.protocol import Search
-from jchain.search.result import BudgetError
 from jchain.updates import tune
 
 # The plain net is tuned on `search` for each of these numbers of gradient steps, and the loss on

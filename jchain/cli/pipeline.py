@@ -26,10 +26,10 @@ from jchain.cli.setup import Setup
 from jchain.data import EVALUATION_SPLITS
 from jchain.hub import recipes
 from jchain.problem import Problem
-from jchain.search.driver import run
+from jchain.runs.driver import run
+from jchain.runs.result import Result
+from jchain.runs.starts import list_starts
 from jchain.search.protocol import Search
-from jchain.search.result import Result
-from jchain.search.starts import list_starts
 from jchain.updates import UpdatePolicy
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jchain.cli.records import FOUND, Summary, SweepRow
 from jchain.files import write_atomically
 from jchain.gradient.layer_report import LayerReport
-from jchain.search.result import Curve
+from jchain.runs.result import Curve
 
 
 def plot_curve(path: str | os.PathLike[str], curve: Curve, levels: Mapping[str, float]) -> None:

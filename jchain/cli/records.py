@@ -6,7 +6,7 @@ import numpy as np
 
 from jchain._typing import Array
 from jchain.bank import Bank
-from jchain.search.result import Result
+from jchain.runs.result import Result
 
 # The row of the chain that the search found, in tables and figures.
 FOUND = "best chain found"

@@ -261,9 +261,7 @@ def reach_target(
     hidden: Activations,
     step_size: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, "B ..."]:
-    """Return the head's input after the smallest change that moves its outputs to their target.
-
-    The target is that of `target_outputs`.
+    """Return the head's input after the smallest change that gives the `target_outputs`.
 
     Args:
       problem: the bank, the examples, and the loss.

@@ -1,1 +1,1 @@
-"""The searches, which follow one protocol, and the driver that runs them."""
+"""Searches, one per file, which follow the protocol in `jchain.search.protocol`."""

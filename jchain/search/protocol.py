@@ -8,7 +8,7 @@ that set array shapes as `static`, and leave other numbers plain. Then define tw
   losses, and the cost of scoring them, in layer calls.
 
 Both must work under `jit` and `vmap`. The state and the losses must keep their shapes and dtypes.
-`jchain.search.driver` keeps track of the budget, the best chains, the loss curve, the counts, and
+`jchain.runs.driver` keeps track of the budget, the best chains, the loss curve, the counts, and
 the progress line. A search may also define the optional members that `Search` lists.
 `jchain.check_search` tests a search against this protocol, and so does
 `tests/search/test_contract.py`, which lists all searches of jchain.
@@ -53,7 +53,7 @@ class Search(Protocol):
     - `needs_gradient`: the search takes gradients through layers.
     - `needs_invertible`: the layers of the bank must be invertible.
     - `reads_activations`: the search reads activations or gradients, not only losses. If the
-      examples are read in parts, it is given the first part alone (`jchain.search.rescoring`).
+      examples are read in parts, it is given the first part alone (`jchain.runs.rescoring`).
     - `check(problem)`: raises ValueError if the search cannot run on the problem (`Checked`).
     - `start(key, state, problem, chains, loss)`: begins at given chains (`Startable`).
     - `refresh(state, problem, chains)`: adapts the state to changed weights (`Refreshable`).

@@ -11,14 +11,14 @@ from jchain._typing import Array, Int, PyTree
 from jchain.engine.evaluation import evaluate
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
-from jchain.search.driver import advance_runs, check_arguments, check_first_step
-from jchain.search.front import merge_front
+from jchain.runs.driver import advance_runs, check_arguments, check_first_step
+from jchain.runs.front import merge_front
+from jchain.runs.progress import ProgressLine
+from jchain.runs.result import RunState, Start, StopRule, Trace, make_results
+from jchain.runs.starts import begin_at
+from jchain.runs.stepping import MAX_FREE_STEPS, init_runs
 from jchain.search.pool import empty_pool, merge
-from jchain.search.progress import ProgressLine
 from jchain.search.protocol import Refreshable, Search
-from jchain.search.result import RunState, Start, StopRule, Trace, make_results
-from jchain.search.starts import begin_at
-from jchain.search.stepping import MAX_FREE_STEPS, init_runs
 from jchain.train import OPTIMIZER
 from jchain.training_loop import check_at_least_one
 from jchain.updates.clones import CloneBank

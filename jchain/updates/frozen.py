@@ -1,7 +1,7 @@
 """The policy that never updates weights."""
 
 from jchain.pytree import pytree_dataclass
-from jchain.search import driver
+from jchain.runs import driver
 from jchain.updates.policies import Outcome, RunArguments, UpdatePolicy
 
 

@@ -22,11 +22,11 @@ from jchain.bank import Bank
 from jchain.chain import PADDING, ChainsLike
 from jchain.data import Batch
 from jchain.problem import Problem
-from jchain.search import driver
+from jchain.runs import driver
+from jchain.runs.result import BudgetError, Result, RunState
+from jchain.runs.starts import list_starts
 from jchain.search.pool import Pool
 from jchain.search.protocol import Search
-from jchain.search.result import BudgetError, Result, RunState
-from jchain.search.starts import list_starts
 from jchain.updates import tune
 
 

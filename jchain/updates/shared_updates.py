@@ -13,11 +13,11 @@ from jchain.bank import Bank
 from jchain.chain import PADDING, count_layers
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
-from jchain.search.driver import advance_runs, check_arguments
-from jchain.search.progress import ProgressLine
+from jchain.runs.driver import advance_runs, check_arguments
+from jchain.runs.progress import ProgressLine
+from jchain.runs.result import StopRule, make_results
+from jchain.runs.stepping import MAX_FREE_STEPS, init_runs
 from jchain.search.protocol import Refreshable, Search
-from jchain.search.result import StopRule, make_results
-from jchain.search.stepping import MAX_FREE_STEPS, init_runs
 from jchain.train import OPTIMIZER
 from jchain.training_loop import check_at_least_one
 from jchain.updates import tune

@@ -6,9 +6,9 @@ import optax
 
 from jchain.engine.evaluation import evaluate
 from jchain.pytree import pytree_dataclass, static
-from jchain.search import driver
-from jchain.search.front import Front
-from jchain.search.result import Curve
+from jchain.runs import driver
+from jchain.runs.front import Front
+from jchain.runs.result import Curve
 from jchain.train import OPTIMIZER
 from jchain.training_loop import check_at_least_one
 from jchain.updates import tune

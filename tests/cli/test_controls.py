@@ -10,7 +10,7 @@ from jchain.cli import controls
 from jchain.cli.config import SearchConfig, resolve
 from jchain.cli.context import Context
 from jchain.cli.setup import choose_modules, set_up_trained
-from jchain.search.starts import list_starts
+from jchain.runs.starts import list_starts
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ from conftest import make_bank
 
 from jchain.cli.records import SearchOutput, format_loss
 from jchain.cli.report import draw_chain, print_table
-from jchain.search.result import Curve, Result
+from jchain.runs.result import Curve, Result
 
 
 def make_output():

@@ -7,10 +7,10 @@ import numpy as np
 
 from jchain._typing import PyTree
 from jchain.problem import Problem
-from jchain.search.result import Result, RunState, Start, StopRule, Trace
-from jchain.search.run_folder import Snapshot
-from jchain.search.scored_chains import ScoredChains, concat_scored, empty_scored, select_scored
-from jchain.search.stepping import Records, reopen
+from jchain.runs.result import Result, RunState, Start, StopRule, Trace
+from jchain.runs.run_folder import Snapshot
+from jchain.runs.scored_chains import ScoredChains, concat_scored, empty_scored, select_scored
+from jchain.runs.stepping import Records, reopen
 
 
 class Part(NamedTuple):

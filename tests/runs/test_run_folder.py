@@ -181,7 +181,7 @@ def test_a_folder_in_use_is_refused(problem, folder):
 
 CHILD = """if True:
     import sys
-    sys.path[:0] = ["tests", "tests/search"]
+    sys.path[:0] = ["tests", "tests/runs"]
     import jax
     from conftest import make_bank, make_batch
     import jchain as jc

@@ -11,10 +11,10 @@ from jax.typing import ArrayLike
 from jchain._typing import Array, Bool, Float, Int, Key, PyTree
 from jchain.problem import Problem
 from jchain.pytree import describe_type
-from jchain.search import result_json
-from jchain.search.front import Front, find_front
+from jchain.runs import result_json
+from jchain.runs.front import Front, find_front
+from jchain.runs.scored_chains import ScoredChains
 from jchain.search.pool import Pool
-from jchain.search.scored_chains import ScoredChains
 
 
 class Curve(NamedTuple):

@@ -10,7 +10,7 @@ import numpy as np
 from jchain._typing import Array, Key, PyTree
 from jchain.engine.evaluation import evaluate
 from jchain.problem import Problem
-from jchain.search.driver import check_arguments
+from jchain.runs.driver import check_arguments
 from jchain.search.protocol import Info, Search, check_step
 
 # Two ways of computing the same value may round differently.

@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 
-from jchain.search.history import History
-from jchain.search.result import RunState, Start
-from jchain.search.run_folder import RunFolder
-from jchain.search.scored_chains import ScoredChains, read_log
-from jchain.search.starts import begin_at
-from jchain.search.stepping import RunSpec, infer_records, infer_runs, init_runs
+from jchain.runs.history import History
+from jchain.runs.result import RunState, Start
+from jchain.runs.run_folder import RunFolder
+from jchain.runs.scored_chains import ScoredChains, read_log
+from jchain.runs.starts import begin_at
+from jchain.runs.stepping import RunSpec, infer_records, infer_runs, init_runs
 
 
 def begin_run(spec: RunSpec, folder: RunFolder | None, *, keep_scored: bool) -> History:

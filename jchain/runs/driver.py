@@ -16,18 +16,17 @@ from jchain._typing import Array, Key, PyTree
 from jchain.chain import ChainsLike
 from jchain.problem import Problem
 from jchain.pytree import describe_type
-from jchain.search.beginning import begin_anew, begin_run
-from jchain.search.history import History, Part
-from jchain.search.identity import describe_run
-from jchain.search.interruption import Interruption
-from jchain.search.monitor import Monitor
-from jchain.search.progress import Progress, ProgressLine
-from jchain.search.protocol import Checked, Info, Search
-from jchain.search.rescoring import get_seen_problem
-from jchain.search.result import Result, RunState, Start, StopRule, Trace, make_results
-from jchain.search.run_folder import RunFolder
-from jchain.search.starts import list_starts
-from jchain.search.stepping import (
+from jchain.runs.beginning import begin_anew, begin_run
+from jchain.runs.history import History, Part
+from jchain.runs.identity import describe_run
+from jchain.runs.interruption import Interruption
+from jchain.runs.monitor import Monitor
+from jchain.runs.progress import Progress, ProgressLine
+from jchain.runs.rescoring import get_seen_problem
+from jchain.runs.result import Result, RunState, Start, StopRule, Trace, make_results
+from jchain.runs.run_folder import RunFolder
+from jchain.runs.starts import list_starts
+from jchain.runs.stepping import (
     NOTHING,
     Recording,
     RunSpec,
@@ -35,6 +34,7 @@ from jchain.search.stepping import (
     infer_records,
     make_empty,
 )
+from jchain.search.protocol import Checked, Info, Search
 
 _MAX_BUDGET = 2**31 - 1  # layer calls are counted in int32
 # The device takes about 0.2 s worth of steps before the host reads the results.
@@ -199,13 +199,8 @@ def run_many(
             callback=callback,
             keep_scored=keep_scored,
         )
-        stopped_by = None
-        for part in iterate_parts(
-            history.runs, search, spec.problem, spec.stop, recording=spec.recording
-        ):
-            stopped_by = monitor.after_part(part)
-            if stopped_by is not None:
-                break
+        parts = iterate_parts(history.runs, search, spec.problem, spec.stop, spec.recording)
+        stopped_by = next(filter(None, map(monitor.after_part, parts)), None)
         monitor.finish()
     results = make_results(history.runs, history.trace, budget, spec.problem, history.start)
     return [
@@ -219,7 +214,6 @@ def iterate_parts(
     search: Search,
     problem: Problem,
     stop: StopRule,
-    *,
     recording: Recording = NOTHING,
 ) -> Iterator[Part]:
     """Step until all runs are over, and yield after every few steps.

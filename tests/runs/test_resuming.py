@@ -12,7 +12,7 @@ import small_searches
 from conftest import make_bank, make_batch
 
 import jchain as jc
-from jchain.search.result import Result
+from jchain.runs.result import Result
 
 BUDGET = 150
 FAST = ("LocalSearch", "ActorCritic-replay", "CriticSearch")
@@ -229,7 +229,7 @@ def test_a_run_stops_after_its_seconds(problem):
 def test_a_run_of_64_bits_continues_in_64_bits_only(problem, tmp_path):
     code = """if True:
         import sys
-        sys.path[:0] = ["tests", "tests/search"]
+        sys.path[:0] = ["tests", "tests/runs"]
         import jax
         jax.config.update("jax_enable_x64", True)
         import jchain as jc

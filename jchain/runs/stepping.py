@@ -14,11 +14,11 @@ from jchain.chain import PADDING
 from jchain.engine.backend import jit_for_problem
 from jchain.engine.control_flow import vmap_unless_one
 from jchain.problem import Problem
-from jchain.search.front import empty_front, merge_front
+from jchain.runs.front import empty_front, merge_front
+from jchain.runs.rescoring import get_seen_problem, rescore
+from jchain.runs.result import RunState, RunStats, StopRule, Trace
 from jchain.search.pool import empty_pool, merge
 from jchain.search.protocol import Info, Search, check_step
-from jchain.search.rescoring import get_seen_problem, rescore
-from jchain.search.result import RunState, RunStats, StopRule, Trace
 
 # A run stops after this many consecutive steps that cost no layer calls.
 MAX_FREE_STEPS = 100
@@ -237,7 +237,7 @@ def _take_step(
         calls,
     )
     # A chain over the limit of the cost, or of stages that do not fit, is no solution.
-    loss = jnp.where(jnp.isinf(problem.layer_penalty(info.chains)), jnp.inf, info.loss)
+    loss = jnp.where(jnp.isinf(problem.penalty(info.chains)), jnp.inf, info.loss)
     new = RunState(key, state, _count(old, info._replace(loss=loss), num_invalid, problem, stop))
     unchanged = run._replace(stats=old._replace(last_calls=calls, is_over=jnp.array(True)))
     run = jax.tree.map(partial(jnp.where, is_counted), new, unchanged)

@@ -10,10 +10,10 @@ from conftest import make_bank, make_batch
 from test_contract import SEARCHES
 
 import jchain as jc
+from jchain.runs.result import StopRule
+from jchain.runs.starts import begin_at, list_starts
+from jchain.runs.stepping import init_runs
 from jchain.search.protocol import Startable
-from jchain.search.result import StopRule
-from jchain.search.starts import begin_at, list_starts
-from jchain.search.stepping import init_runs
 
 # These continue along the activations of prefixes of their own; starts are scored beside them.
 APART = ("BeamSearch", "MCTS", "SuffixBeamSearch")

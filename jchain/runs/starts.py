@@ -12,11 +12,11 @@ from jchain.chain import ChainsLike
 from jchain.engine.control_flow import vmap_unless_one
 from jchain.engine.evaluation import Evaluation, evaluate
 from jchain.problem import Problem
-from jchain.search.front import merge_front
+from jchain.runs.front import merge_front
+from jchain.runs.rescoring import get_seen_problem
+from jchain.runs.result import RunState, Start, StopRule
 from jchain.search.pool import merge
 from jchain.search.protocol import Search, Startable
-from jchain.search.rescoring import get_seen_problem
-from jchain.search.result import RunState, Start, StopRule
 
 
 def list_starts(

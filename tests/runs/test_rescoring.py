@@ -9,7 +9,7 @@ from conftest import make_bank, make_batch
 from test_contract import INVERTIBLE, SEARCHES
 
 import jchain as jc
-from jchain.search.rescoring import get_seen_problem
+from jchain.runs.rescoring import get_seen_problem
 
 FAST = ("LocalSearch", "CriticSearch")
 

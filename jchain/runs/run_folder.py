@@ -2,7 +2,7 @@
 
 The layout is
 
-    run.json          what the run is (`jchain.search.identity`)
+    run.json          what the run is (`jchain.runs.identity`)
     chains.jsonl      one scored chain per line
     checkpoints/      numbered checkpoints, written by orbax; the last two are kept
     lock, holder.json which process uses the folder
@@ -25,8 +25,8 @@ import numpy as np
 
 from jchain import files
 from jchain._typing import PyTree
-from jchain.search.identity import find_differences
-from jchain.search.scored_chains import ChainLog
+from jchain.runs.identity import find_differences
+from jchain.runs.scored_chains import ChainLog
 
 FORMAT = "jchain run 1"
 _MAX_SHOWN = 5
@@ -44,7 +44,7 @@ class RunFolder:
 
     Args:
       path: the folder, which is made if it does not exist.
-      identity: what the run is, from `jchain.search.identity.describe_run`.
+      identity: what the run is, from `jchain.runs.identity.describe_run`.
 
     Raises:
       ValueError: if the folder holds another run, or something else, or another process holds it.

@@ -17,7 +17,7 @@ import numpy as np
 
 from jchain.engine.fingerprint import describe_function
 from jchain.modules.host_batch import HostBatch
-from jchain.search.stepping import RunSpec
+from jchain.runs.stepping import RunSpec
 
 # Arrays of at most this many numbers are written out.
 _MAX_SHOWN = 8
@@ -68,7 +68,7 @@ def describe_run(spec: RunSpec) -> dict[str, object]:
                 "loss_fn",
                 "accuracy_fn",
                 "layer_cost",
-                "token_cost",
+                "token_costs",
                 "max_cost",
             )
         },

@@ -10,7 +10,7 @@ from conftest import make_bank, make_batch
 from scripted_search import Scripted, make_scripted
 
 import jchain as jc
-from jchain.search.front import empty_front, find_front, merge_front
+from jchain.runs.front import empty_front, find_front, merge_front
 
 COSTS = np.array([1.0, 2.0, 3.5, 7.0, 0.5, 0.0], np.float32)
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from jchain.search.history import History, Part
-from jchain.search.interruption import Interruption
-from jchain.search.progress import Progress, ProgressLine
-from jchain.search.result import StopRule
-from jchain.search.run_folder import RunFolder
-from jchain.search.scored_chains import ScoredChains
+from jchain.runs.history import History, Part
+from jchain.runs.interruption import Interruption
+from jchain.runs.progress import Progress, ProgressLine
+from jchain.runs.result import StopRule
+from jchain.runs.run_folder import RunFolder
+from jchain.runs.scored_chains import ScoredChains
 
 Callback = Callable[[Sequence[Progress]], object]
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain.pytree import describe_type
-from jchain.search.front import Front
-from jchain.search.scored_chains import ScoredChains
+from jchain.runs.front import Front
+from jchain.runs.scored_chains import ScoredChains
 
 
 def encode(value: object) -> Any:
