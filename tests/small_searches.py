@@ -2,6 +2,9 @@
 
 import jchain as jc
 
+# These need a bank of invertible layers.
+INVERTIBLE = ("SuffixBeamSearch",)
+
 SEARCHES = {
     "RandomSearch": jc.RandomSearch(num_chains=6),
     "LocalSearch": jc.LocalSearch(num_chains=3),

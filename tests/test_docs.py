@@ -25,7 +25,7 @@ EXAMPLES = {
 # These compute more than they compile.
 COSTLY = {"start", "api/tasks"}
 # These take the longest, and other tests cover what they use.
-SLOW = {"api/tasks", "stages", "write-a-search"}
+SLOW = {"api/chainbench", "api/tasks", "stages", "write-a-search"}
 
 
 @pytest.mark.parametrize(

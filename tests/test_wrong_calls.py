@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from checkpoints import write
+from stopping import ENVIRONMENT
 
 SCRIPT = """
 import sys
@@ -107,6 +108,7 @@ def answers(tmp_path_factory):
         capture_output=True,
         text=True,
         check=True,
+        env=ENVIRONMENT,
     )
     return dict(zip(CASES, run.stdout.splitlines(), strict=True))
 

@@ -14,7 +14,7 @@ from jchain.__main__ import main
 def result_folder(tmp_path_factory):
     """The result of a random search on wine."""
     folder = tmp_path_factory.mktemp("wine") / "out"
-    search(folder, "--search", "random")
+    search(folder, "--search", "random", "--quick")
     return folder
 
 

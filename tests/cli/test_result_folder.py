@@ -13,7 +13,8 @@ from jchain.cli import commands
 def test_a_result_is_replaced_only_with_replace(result_folder, tmp_path, capsys, monkeypatch):
     folder = shutil.copytree(result_folder, tmp_path / "out")
     before = (folder / "result.json").read_bytes()
-    argv = ["search", *SMALL, "--search", "random", "--out", str(folder), "--seed", "1"]
+    options = ["--search", "random", "--quick", "--seed", "1"]
+    argv = ["search", *SMALL, *options, "--out", str(folder)]
     assert main(argv) == 2
     assert "already holds a result: pass --replace" in capsys.readouterr().err
     assert (folder / "result.json").read_bytes() == before
@@ -54,7 +55,8 @@ def test_a_result_that_cannot_be_renamed_is_kept(tmp_path, capsys, monkeypatch):
         raise OSError("Device or resource busy")
 
     monkeypatch.setattr("os.rename", refuse)
-    assert main(["search", *SMALL, "--search", "random", "--out", str(tmp_path / "out")]) == 2
+    options = ["--search", "random", "--quick"]
+    assert main(["search", *SMALL, *options, "--out", str(tmp_path / "out")]) == 2
     err = capsys.readouterr().err
     (folder,) = tmp_path.iterdir()
     assert f"Device or resource busy; the result is kept in {folder}" in err

@@ -50,6 +50,12 @@ key, search = jax.random.key(0), jc.RandomSearch(16)
 results = [jc.run(key, search, problem, budget=150, mesh=m) for m in (None, mesh)]
 np.testing.assert_array_equal(results[0].best_chain, results[1].best_chain)
 np.testing.assert_allclose(results[0].curve.best_loss, results[1].curve.best_loss, rtol=1e-6)
+import stopping, tempfile
+options = {"mesh": mesh, "record": "chains"}
+whole = jc.run(key, search, problem, budget=150, **options)
+found, calls = stopping.run_in_parts(tempfile.mkdtemp(), key, search, problem, 150, **options)
+assert calls > 1
+stopping.assert_equal(found, whole)
 several = make_dict_problem(num_layers=4)
 one, many = (jc.evaluate(several, chains[:9], mesh=m) for m in (None, mesh))
 np.testing.assert_allclose(one.loss, many.loss, rtol=1e-6)

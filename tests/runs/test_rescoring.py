@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import make_bank, make_batch
-from test_contract import INVERTIBLE, SEARCHES
+from small_searches import INVERTIBLE, SEARCHES
 
 import jchain as jc
 from jchain.runs.rescoring import get_seen_problem

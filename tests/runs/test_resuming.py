@@ -10,42 +10,16 @@ import numpy as np
 import pytest
 import small_searches
 from conftest import make_bank, make_batch
+from stopping import BUDGET, ENVIRONMENT, assert_equal, run_in_parts
 
 import jchain as jc
 from jchain.runs.result import Result
 
-BUDGET = 150
-FAST = ("LocalSearch", "ActorCritic-replay", "CriticSearch")
-
-
-def assert_equal(found: Result, expected: Result):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    leaves = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True)
-    for (path, one), other in leaves:
-        assert np.asarray(one).dtype == np.asarray(other).dtype, path
-        np.testing.assert_array_equal(one, other, err_msg=jax.tree_util.keystr(path))
+FAST = ("LocalSearch", "QLearning", "CriticSearch")
 
 
 def lowest_loss(state, info):
     return {"lowest": info.loss.min()}
-
-
-def run_in_parts(folder, key, search, problem, budget=BUDGET, **kwargs):
-    """Run a search that is stopped after each of its first parts, and count the calls."""
-    for num_calls in range(1, 20):
-        result = jc.run(
-            key,
-            search,
-            problem,
-            budget=budget,
-            checkpoint_dir=folder,
-            callback=lambda progress, n=num_calls: n < 6,
-            **kwargs,
-        )
-        if result.is_complete:
-            return result, num_calls
-        assert result.stopped_by == "callback"
-    raise AssertionError("expected the run to end")
 
 
 @pytest.mark.parametrize(
@@ -181,10 +155,10 @@ def test_the_state_is_that_after_the_last_counted_step(problem):
     search, key = jc.LocalSearch(num_chains=3), jax.random.key(1)
     result = jc.run(key, search, problem, budget=BUDGET)
     key, init_key = jax.random.split(key)
-    state = jax.jit(search.init)(init_key, problem)
+    state, step = jax.jit(search.init)(init_key, problem), jax.jit(search.step)
     for _ in result.curve.layer_calls:
         key, step_key = jax.random.split(key)
-        state, _ = jax.jit(search.step)(step_key, state, problem)
+        state, _ = step(step_key, state, problem)
     for one, other in zip(jax.tree.leaves(result.state), jax.tree.leaves(state), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5)
 
@@ -226,28 +200,37 @@ def test_a_run_stops_after_its_seconds(problem):
     assert len(result.curve.layer_calls) == 1
 
 
-def test_a_run_of_64_bits_continues_in_64_bits_only(problem, tmp_path):
+def test_a_run_of_64_bits_continues_in_64_bits_only(tmp_path):
     code = """if True:
         import sys
-        sys.path[:0] = ["tests", "tests/runs"]
+        sys.path.append("tests")
         import jax
-        jax.config.update("jax_enable_x64", True)
         import jchain as jc
-        import test_resuming
-        from conftest import make_bank, make_batch
-        problem = jc.Problem(make_bank(), make_batch(), max_layers=3)
-        search, key = jc.LocalSearch(num_chains=3), jax.random.key(1)
+        import stopping
+        jax.config.update("jax_enable_x64", True)
+        key, data = jax.random.key(1), jc.data.load("wine", seed=0)
+        layer, head = jc.layers.ResidualMLP(13), jc.layers.DenseHead(3)
+        bank = jc.train.random(key, data.train, layer=layer, head=head, num_layers=4, num_steps=0)
+        problem, search = jc.Problem(bank, data.search, 3), jc.LocalSearch(num_chains=3)
         whole = jc.run(key, search, problem, budget=60, record="chains")
-        found, calls = test_resuming.run_in_parts(
-            sys.argv[1], key, search, problem, budget=60, record="chains"
-        )
+        args = (sys.argv[1], key, search, problem, 60)
+        found, calls = stopping.run_in_parts(*args, record="chains")
         assert calls > 1
-        test_resuming.assert_equal(found, whole)
+        stopping.assert_equal(found, whole)
+        jax.config.update("jax_enable_x64", False)
+        try:
+            stopping.run_in_parts(*args)
+        except ValueError as error:
+            print(error)
     """
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
-    words = "jax_enable_x64: True there, False here"
-    with pytest.raises(ValueError, match=words):
-        run_in_parts(tmp_path, jax.random.key(1), jc.LocalSearch(num_chains=3), problem, 60)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert "jax_enable_x64: True there, False here" in done.stdout
 
 
 def test_a_result_is_written_as_json_and_read(problem):

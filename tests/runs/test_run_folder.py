@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import make_bank, make_batch
-from test_resuming import assert_equal
+from stopping import ENVIRONMENT, assert_equal
 
 import jchain as jc
 
@@ -181,13 +181,13 @@ def test_a_folder_in_use_is_refused(problem, folder):
 
 CHILD = """if True:
     import sys
-    sys.path[:0] = ["tests", "tests/runs"]
     import jax
-    from conftest import make_bank, make_batch
     import jchain as jc
-    problem = jc.Problem(make_bank(), make_batch(), max_layers=3)
+    key, data = jax.random.key(1), jc.data.load("wine", seed=0)
+    layer, head = jc.layers.ResidualMLP(13), jc.layers.DenseHead(3)
+    bank = jc.train.random(key, data.train, layer=layer, head=head, num_layers=4, num_steps=0)
     result = jc.run(
-        jax.random.key(1), jc.LocalSearch(num_chains=3), problem, budget=10**9,
+        key, jc.RandomSearch(), jc.Problem(bank, data.search, 3), budget=10**9,
         checkpoint_dir=sys.argv[1], callback=lambda progress: print("part", flush=True),
     )
     print(result.is_complete, result.stopped_by, result.layer_calls > 0, flush=True)
@@ -200,6 +200,7 @@ def test_a_signal_ends_a_run_and_saves_it(tmp_path, name):
         [sys.executable, "-W", "ignore", "-c", CHILD, str(tmp_path)],
         stdout=subprocess.PIPE,
         text=True,
+        env=ENVIRONMENT,
     )
     assert process.stdout.readline() == "part\n"
     process.send_signal(getattr(signal, name))

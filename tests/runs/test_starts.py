@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_bank, make_batch
-from test_contract import SEARCHES
+from small_searches import SEARCHES
 
 import jchain as jc
 from jchain.runs.result import StopRule

@@ -10,7 +10,7 @@ import pytest
 import reference
 import several_inputs
 from conftest import assert_trees_close, make_bank, make_batch
-from small_searches import SEARCHES
+from small_searches import INVERTIBLE, SEARCHES
 
 import jchain as jc
 
@@ -32,8 +32,6 @@ DETERMINISTIC = ("BeamSearch",)
 OBSERVING = ("ActorCritic-observing",)
 # These also pay for other passes, which their own tests recount.
 PASSING = ("LinearizedSearch", "ActorCritic-scores", "TargetPropagation", "SuffixBeamSearch")
-# These need a bank of invertible layers.
-INVERTIBLE = ("SuffixBeamSearch",)
 # These need activations that are one array.
 ONE_ARRAY = ("SuffixBeamSearch", "TargetPropagation")
 
