@@ -1,4 +1,4 @@
-"""The command line: `jchain search`, `jchain evaluate`, `jchain export`, `jchain prepare`."""
+"""The command line: `jchain search`, `evaluate`, `compare`, `export`, and `prepare`."""
 
 import argparse
 import shlex
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from jchain.cli.commands import COMMANDS
+from jchain.cli.interruption import get_exit_code
 from jchain.cli.parser import make_parser
 
 
@@ -16,8 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments after the program's name; `sys.argv[1:]` if None.
 
     Returns:
-      The exit status: 0 on success, 2 if the input is invalid, 130 if the user interrupts. For
-      invalid input, the error is printed in one line.
+      The exit status: 0 on success, 2 if the input is invalid, 130 after Ctrl-C, and 143 after
+      SIGTERM during a search. For invalid input, the error is printed in one line.
     """
     command = shlex.join(["jchain", *(sys.argv[1:] if argv is None else argv)])
     args = make_parser().parse_args(argv, argparse.Namespace(command=command))
@@ -26,9 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"jchain: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("jchain: interrupted", file=sys.stderr)
-        return 130
+        return get_exit_code(error)
     return 0
 
 

@@ -25,7 +25,7 @@ EXAMPLES = {
 # These compute more than they compile.
 COSTLY = {"start", "api/tasks"}
 # These take the longest, and other tests cover what they use.
-SLOW = {"api/chainbench", "api/tasks", "stages", "write-a-search"}
+SLOW = {"api/agent", "api/chainbench", "api/tasks", "own-layers", "stages", "write-a-search"}
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,7 @@ def test_examples_run(name, capsys):
     assert capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_example_of_transformers_runs(tmp_path, monkeypatch):
     """Leave out the block that needs transformers; tests/hub/test_parity.py runs them all."""
     monkeypatch.chdir(tmp_path)
@@ -80,6 +81,6 @@ def test_every_page_is_in_the_navigation():
 def test_every_search_is_on_the_page_that_compares_them():
     for name in jc.__all__:
         value = getattr(jc, name)
-        if isinstance(value, type) and hasattr(value, "init") and name != "Search":
+        if hasattr(value, "init") and hasattr(value, "step") and name not in ("Search", "env"):
             assert f"`jc.{name}`" in PAGES["choose-a-search"]
             assert f"jchain.{name}\n" in (DOCS / "api" / "searches.md").read_text()

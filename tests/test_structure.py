@@ -32,6 +32,7 @@ FAMILIES = [
     ("agent",),
     ("search",),
     ("runs",),
+    ("plot",),
     ("updates",),
     ("tasks",),
     ("chainbench",),

@@ -59,6 +59,7 @@ CASES = {
     "jc.run(key, search, problem, budget=9, max_seconds=0)": "expected max_seconds in seconds",
     "jc.run(key, search, problem, budget=9, max_seconds=np.nan)": "expected max_seconds in seconds",
     "jc.run(key, search, problem, budget=9, record='loss')": 'expected record to be "chains"',
+    "jc.plot.curve([1])": "expected a jc.Result or several, got list of 1",
     "problem.with_data(data)": "expected one split of data, such as data.search or",
     "problem.with_data(data.search.x)": "got an array float32[35, 13]",
     "data.standardize(data.search.x[0])": "expected x of shape [B, 13], got [13]",

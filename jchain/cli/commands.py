@@ -1,4 +1,4 @@
-"""The commands: `jchain search`, `evaluate`, `export`, and `prepare`."""
+"""The commands: `jchain search`, `evaluate`, `compare`, `export`, and `prepare`."""
 
 import argparse
 import contextlib
@@ -19,9 +19,10 @@ from jax.sharding import Mesh
 from jchain import chain as chain_lib
 from jchain import images, tasks
 from jchain.bank import Bank
-from jchain.cli import checkpoints, own_files, result_folder
+from jchain.cli import checkpoints, compare, own_files, result_folder
 from jchain.cli.checkpoints import EvalData
 from jchain.cli.config import SearchConfig, check_search, require, resolve
+from jchain.cli.interruption import Stopped
 from jchain.cli.parser import LAYERS, UPDATES, find_given, make_search
 from jchain.cli.pipeline import check_budget, run_pipeline
 from jchain.cli.progress import print_progress
@@ -86,8 +87,8 @@ def _run_config(config: SearchConfig) -> ResultRecord | Summary:
     out = result_folder.write(out, output, replace=config.replace)
     print_table(output)
     _print_files(out)
-    if output.is_interrupted:
-        raise KeyboardInterrupt
+    if output.stopped_by is not None:
+        raise Stopped(output.stopped_by)
     return output.record
 
 
@@ -121,8 +122,8 @@ def _run_seeds(
             own, setup = _set_up(_pick_seed(config, i)) if i > 0 else first
             output = _run_seed(replace(own, num_seeds=1), setup)
             writer.add(output)
-            if output.is_interrupted:
-                raise KeyboardInterrupt
+            if output.stopped_by is not None:
+                raise Stopped(output.stopped_by)
             records.append(output.record)
         summary = summarize(config, records, time.perf_counter() - start)
         writer.finish(summary)
@@ -150,6 +151,15 @@ def _run_seed(config: SearchConfig, setup: Setup) -> SearchOutput:
 
 def _print_files(out: Path) -> None:
     print(f"Wrote {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+
+
+def run_compare(args: argparse.Namespace) -> None:
+    """Run `jchain compare`: print one table of several results."""
+    rows = compare.compare(args.results)
+    if args.json:
+        print(json.dumps(compare.to_json(rows)))
+    else:
+        compare.print_comparison(rows)
 
 
 def run_prepare(args: argparse.Namespace) -> None:
@@ -216,6 +226,7 @@ def run_export(args: argparse.Namespace) -> None:
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "search": run_search,
     "evaluate": run_evaluate,
+    "compare": run_compare,
     "export": run_export,
     "prepare": run_prepare,
 }

@@ -12,6 +12,7 @@ from jchain._typing import Array, Key
 from jchain.bank import Bank
 from jchain.cli.config import require
 from jchain.cli.context import Context, strip
+from jchain.cli.interruption import get_name, raise_if_stopped
 from jchain.cli.progress import print_progress, show_phase
 from jchain.cli.records import Controls, RandomChains, ScoredChain, Scores, finite_or_none
 from jchain.cli.scores import ExampleScores, score_ensemble
@@ -53,7 +54,7 @@ class ControlScores(NamedTuple):
     controls: Controls
     optimum: ReferenceLoss
     reference_losses: dict[str, ReferenceLoss]
-    is_interrupted: bool = False
+    stopped_by: str | None = None  # the signal that stopped the scoring; later ones are missing
 
 
 def score_controls(
@@ -79,9 +80,9 @@ def score_controls(
     scored = ControlScores({"recipes": {}}, ReferenceLoss(None, 0.0), {})
     try:
         optimum = _score_all(scored, key, context, found, finalists, search)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print_progress("Interrupted: the remaining controls are not scored")
-        return scored._replace(is_interrupted=True)
+        return scored._replace(stopped_by=get_name(error))
     return scored._replace(
         optimum=optimum, reference_losses=scored.reference_losses | {"optimum": optimum}
     )
@@ -237,6 +238,7 @@ def _run_rival(
     except BudgetError as error:
         print_progress(f"No {title} to compare with: {error}")
         return None
+    raise_if_stopped(result)
     if len(result.finalists) == 0:
         print_progress(f"No {title} to compare with: none of its chains has a finite loss")
         return None

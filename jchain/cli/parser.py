@@ -79,6 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="action", required=True, metavar="COMMAND")
     _add_search(commands)
     _add_evaluate(commands)
+    _add_compare(commands)
     _add_export(commands)
     prepare = commands.add_parser(
         "prepare",
@@ -89,6 +90,18 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_data_dir(prepare)
     return parser
+
+
+def _add_compare(commands: _Commands) -> None:
+    command = commands.add_parser(
+        "compare",
+        help="print one table of several results, with intervals over seeds",
+        description="Results that differ only in their seeds share a row.",
+    )
+    command.add_argument(
+        "results", nargs="+", type=Path, metavar="RESULT", help="result folders of jchain search"
+    )
+    _add_json(command)
 
 
 def find_given(argv: Sequence[str]) -> set[str]:

@@ -18,7 +18,8 @@ from jchain._typing import Array, Key
 from jchain.bank import Bank
 from jchain.cli.config import SearchConfig, check_sweep, require
 from jchain.cli.context import Context, strip
-from jchain.cli.controls import ControlScores, score_controls
+from jchain.cli.controls import ControlScores, ReferenceLoss, score_controls
+from jchain.cli.interruption import raise_if_stopped
 from jchain.cli.progress import print_progress, show_phase
 from jchain.cli.records import ResultRecord, ScoredChain, SearchOutput, SweepRow
 from jchain.cli.scores import ExampleScores
@@ -77,10 +78,15 @@ def run_pipeline(
     recipe_scores = _score_recipes(context, context.problem) if config.checkpoint else {}
     picked = rerank(context, context.problem, found, recipe_scores)
     finalists = found.bank, [strip(row) for row in found.result.finalists]
-    scored = score_controls(control_key, context, picked.scores, finalists, search)
+    stopped_by = found.result.stopped_by
+    if stopped_by is None:
+        scored = score_controls(control_key, context, picked.scores, finalists, search)
+    else:
+        print_progress("Interrupted: the best chain so far is kept, and controls are not scored")
+        scored = ControlScores({"recipes": {}}, ReferenceLoss(None, 0.0), {}, stopped_by)
     scored.controls["recipes"] = recipe_scores
     record = _make_record(context, found, picked, scored)
-    if config.sweep is not None:
+    if config.sweep is not None and stopped_by is None:
         record["sweep"] = [
             *(_search_at(num, search_key, context, search) for num in _sweep_sizes(context)),
             _make_sweep_row(context.max_layers, picked, recipe_scores),
@@ -91,7 +97,7 @@ def run_pipeline(
         for name, reference in scored.reference_losses.items()
         if reference.loss is not None
     }
-    return SearchOutput(record, found.bank, found.result, levels, scored.is_interrupted)
+    return SearchOutput(record, found.bank, found.result, levels, scored.stopped_by)
 
 
 def make(key: Key[Array, ""], config: SearchConfig, setup: Setup) -> Context:
@@ -201,6 +207,7 @@ def search_chains(
     )
     found = Found(outcome.bank, outcome.result, outcome.update_calls)
     if len(found.result.finalists) == 0:
+        raise_if_stopped(found.result)
         raise ValueError(f"no chain has a finite loss: {found.result.num_scored} were scored")
     return found
 
@@ -267,6 +274,7 @@ def _search_at(max_layers: int, key: Key[Array, ""], context: Context, search: S
     budget = require(context.config.budget)
     starts = recipes.find_starts(problem.bank, max_layers, min_layers=min_layers)
     result = run(key, search, problem, budget=budget, progress=True, starts=starts)
+    raise_if_stopped(result)
     recipe_scores = _score_recipes(context, problem)
     picked = rerank(context, problem, Found(context.original_bank, result, 0), recipe_scores)
     return _make_sweep_row(max_layers, picked, recipe_scores)

@@ -92,7 +92,7 @@ class SearchOutput(NamedTuple):
     bank: Bank
     result: Result
     levels: dict[str, float]  # losses on `search`, with penalties: lines in the plot of the curve
-    is_interrupted: bool = False  # interrupted while scoring controls: later ones are missing
+    stopped_by: str | None = None  # the signal that stopped it; later controls are missing
 
 
 class SeedRow(TypedDict):

@@ -32,8 +32,8 @@ def print_table(output: SearchOutput) -> None:
     Args:
       output: the output of one search.
     """
-    record, console = output.record, _make_console()
-    table = _make_table(
+    record, console = output.record, make_console()
+    table = make_table(
         "loss ± standard error (accuracy) by split and number of examples; difference: best chain "
         "found minus row"
     )
@@ -60,12 +60,12 @@ def print_summary(summary: Summary) -> None:
     Args:
       summary: the summary of the seeds.
     """
-    console, seeds = _make_console(), summary["seeds"]
+    console, seeds = make_console(), summary["seeds"]
     for seed, about, layers in zip(seeds, summary["about"], summary["layers"], strict=True):
         chain = " -> ".join(layers)
         console.print(f"seed {seed}, {about}:\n  {chain}", highlight=False, markup=False)
     num = summary["num_examples"]["test"]
-    table = _make_table(
+    table = make_table(
         f"test, {num:,} examples: mean ± standard error over {len(seeds)} seeds; difference: best "
         "chain found minus row, paired by seed"
     )
@@ -105,14 +105,20 @@ def draw_chain(layers: Sequence[str], title: str = "") -> list[str]:
     return lines
 
 
-def _make_console() -> "Console":
+def make_console() -> "Console":
+    """Make the console for tables, which is wide enough if it is not a terminal."""
     from rich.console import Console
 
     console = Console()
     return console if console.is_terminal else Console(width=_WIDTH)
 
 
-def _make_table(title: str) -> "Table":
+def make_table(title: str) -> "Table":
+    """Make an empty table.
+
+    Args:
+      title: the text above the table.
+    """
     from rich import box
     from rich.table import Table
 
@@ -184,7 +190,7 @@ def _format_seed_row(row: SeedRow, num_seeds: int, *, is_found: bool) -> list[st
 def _make_sweep_table(rows: Sequence[SweepRow]) -> "Table":
     """Tabulate the loss on `test` by number of layers: the chains found, and the recipes."""
     names = list(dict.fromkeys(name for row in rows for name in row["recipes"]))
-    table = _make_table("loss (accuracy) on test by number of layers, pinned ones not counted")
+    table = make_table("loss (accuracy) on test by number of layers, pinned ones not counted")
     for name in ("at most", FOUND, *names):
         table.add_column(name, justify="right")
     for row in rows:

@@ -87,8 +87,8 @@ def run(
         local search, begins at the best one (`jchain.search.protocol.Startable`). "parents" for the
         parents of the bank that the problem allows; None to begin with nothing.
       checkpoint_dir: the folder to save the run to, with a log of all scored chains,
-        `chains.jsonl`; made if it does not exist. Other processes cannot use it at the same time.
-        None to save nothing.
+        `chains.jsonl`; made if it does not exist. Other processes cannot use it at the same time,
+        and it cannot be used with `jax.distributed`. None to save nothing.
       save_every: the seconds between two checkpoints.
       max_seconds: the seconds of this call after which the run stops, up to a few steps; None for
         no limit.
@@ -171,6 +171,8 @@ def run_many(
     """
     check_arguments(search, problem, budget, num_finalists)
     _check_limits(target_loss, save_every, max_seconds, record)
+    if checkpoint_dir is not None and (num := jax.process_count()) > 1:
+        raise ValueError(f"expected one process with checkpoint_dir, got {num} of jax.distributed")
     _check_keys(keys, 1, "keys of jax.random.key of shape [S], at least one")
     keep_scored = record is not None
     spec = RunSpec(
@@ -198,6 +200,7 @@ def run_many(
             max_seconds=max_seconds,
             callback=callback,
             keep_scored=keep_scored,
+            is_shared=_is_shared(spec.problem),
         )
         parts = iterate_parts(history.runs, search, spec.problem, spec.stop, spec.recording)
         stopped_by = next(filter(None, map(monitor.after_part, parts)), None)
@@ -329,6 +332,12 @@ def _check_limits(
             raise ValueError(f"expected {name} in seconds, above 0, got {value}")
     if record not in (None, "chains"):
         raise ValueError(f'expected record to be "chains" or None, got {record!r}')
+
+
+def _is_shared(problem: Problem) -> bool:
+    """Return whether the mesh of a problem has devices of other processes."""
+    devices = () if problem.mesh is None else problem.mesh.devices.flat
+    return any(device.process_index != jax.process_index() for device in devices)
 
 
 def _check_keys(keys: object, num_axes: int, expected: str) -> None:

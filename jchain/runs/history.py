@@ -62,9 +62,10 @@ class History:
         """
         self.runs = part.runs
         self.seconds += part.seconds
-        self._traces.append(part.trace)
+        # Copies, because the rows are views of buffers with room for more steps.
+        self._traces.append(jax.tree.map(np.copy, part.trace))
         if part.records.custom is not None:
-            self._custom.append(part.records.custom)
+            self._custom.append(jax.tree.map(np.copy, part.records.custom))
         scored = []
         if part.records.scored is not None:
             is_counted, layer_calls = np.asarray(part.trace.is_counted), part.trace.layer_calls

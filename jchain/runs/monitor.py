@@ -29,6 +29,7 @@ class Monitor:
       max_seconds: the seconds after which the run stops; None for no limit.
       callback: the function that is given the progress of all runs; None for none.
       keep_scored: whether to keep the scored chains for the results.
+      is_shared: whether other processes take part in the run, which must stop at the same step.
     """
 
     def __init__(
@@ -43,10 +44,12 @@ class Monitor:
         max_seconds: float | None,
         callback: Callback | None,
         keep_scored: bool,
+        is_shared: bool,
     ) -> None:
         self._history, self._stop, self._line = history, stop, line
         self._interruption, self._folder, self._callback = interruption, folder, callback
         self._save_every, self._keep_scored = save_every, keep_scored
+        self._is_shared = is_shared
         now = time.monotonic()
         self._saved_at = now
         self._deadline = None if max_seconds is None else now + max_seconds
@@ -74,11 +77,10 @@ class Monitor:
             reason = reason or "callback"
         if self._deadline is not None and time.monotonic() >= self._deadline:
             reason = reason or "max_seconds"
-        reason = _agree(reason)
         is_due = time.monotonic() - self._saved_at >= self._save_every
-        if self._folder is not None and _agree_on(is_due and not self._folder.is_saving):
+        if self._folder is not None and is_due and not self._folder.is_saving:
             self._save(self._folder)
-        return reason
+        return _agree(reason) if self._is_shared else reason
 
     def finish(self) -> None:
         """Save the run, and wait until it is written."""
@@ -115,20 +117,9 @@ class Monitor:
 
 def _agree(reason: str | None) -> str | None:
     """Return the reason of any process, so that all processes of a run stop together."""
-    if jax.process_count() == 1:
-        return reason
     from jax.experimental.multihost_utils import process_allgather
 
     names = ["callback", "max_seconds", "SIGINT", "SIGTERM"]
     mine = 0 if reason is None else names.index(reason) + 1
     found = int(np.max(process_allgather(np.int32(mine))))
     return names[found - 1] if found else None
-
-
-def _agree_on(flag: bool) -> bool:
-    """Return the flag of the first process."""
-    if jax.process_count() == 1:
-        return flag
-    from jax.experimental.multihost_utils import broadcast_one_to_all
-
-    return bool(broadcast_one_to_all(np.bool_(flag)))

@@ -34,28 +34,47 @@ class Curve(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The best chains that a run found, and the cost of finding them."""
+    """The best chains that a run found, and the cost of finding them.
 
-    best_chain: Int[np.ndarray, "L"]  # all -1 if no chain had a finite loss
+    Attributes:
+      best_chain: the chain with the lowest loss, `[L]`; all -1 if no chain had a finite loss.
+      best_loss: its loss; `inf` if there is none.
+      curve: the best loss so far, after each step.
+      finalists: the best distinct chains, best first, `[Q, L]`, to choose from on another split.
+      finalist_losses: their losses, `[Q]`.
+      layer_calls: what the run cost.
+      num_scored: the number of chains that were scored, with repeats.
+      num_nonfinite: the number of these chains whose loss was not finite, or that cost more than
+        the problem's `max_cost`.
+      num_invalid: the number of rows that the search reported but that are not chains.
+      best_cost: the cost of the best chain, in the unit of `Problem.token_costs`, or its number of
+        layers if the problem has none; nan if there is no best chain.
+      finalist_costs: the costs of the finalists, `[Q]`.
+      front: the scored chains that no other one beats in both cost and loss.
+      is_complete: False if the run was stopped before its end.
+      stopped_by: what stopped it: "callback", "max_seconds", "SIGINT", or "SIGTERM".
+      state: the state of the search after its last counted step.
+      records: what `record_fn` returned, stacked over the counted steps, `[T, ...]`.
+      scored: all scored chains, with `record="chains"`.
+    """
+
+    best_chain: Int[np.ndarray, "L"]
     best_loss: float
     curve: Curve
-    # The best distinct chains, best first, to be re-ranked on `select`.
     finalists: Int[np.ndarray, "Q L"]
     finalist_losses: Float[np.ndarray, "Q"]
     layer_calls: int
-    num_scored: int  # the number of chains that were scored, with repeats
-    num_nonfinite: int  # the number of these chains whose loss was not finite
-    num_invalid: int = 0  # rows that the search reported as chains but that are not in the space
-    # Costs are in the unit of `Problem.token_costs`, or numbers of layers if the problem has none.
-    best_cost: float = float("nan")  # nan if no chain had a finite loss
+    num_scored: int
+    num_nonfinite: int
+    num_invalid: int = 0
+    best_cost: float = float("nan")
     finalist_costs: Float[np.ndarray, "Q"] | None = None
-    front: Front | None = None  # what `jchain.front` reads
-    is_complete: bool = True  # False if the run was stopped before its end
-    # "callback", "max_seconds", "SIGINT", or "SIGTERM" if one of them stopped the run.
+    front: Front | None = None
+    is_complete: bool = True
     stopped_by: str | None = None
-    state: PyTree = None  # the state of the search after its last counted step
-    records: PyTree = None  # what `record_fn` returned, stacked over the counted steps, [T, ...]
-    scored: ScoredChains | None = None  # with `record="chains"`
+    state: PyTree = None
+    records: PyTree = None
+    scored: ScoredChains | None = None
 
     def to_json(self) -> str:
         """Return the result as JSON text, without `state`.

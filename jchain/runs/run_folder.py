@@ -9,7 +9,6 @@ The layout is
 """
 
 import json
-import logging
 import os
 import shutil
 import socket
@@ -187,7 +186,6 @@ class RunFolder:
         import orbax.checkpoint as ocp
 
         if self._manager is None:
-            logging.getLogger("absl").setLevel(logging.ERROR)
             options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
             self._manager = ocp.CheckpointManager(self.path / "checkpoints", options=options)
         return self._manager

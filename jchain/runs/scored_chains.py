@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+_BLOCK_BYTES = 2**20
+
+
 class ScoredChains(NamedTuple):
     """The chains that a run scored, in order, with repeats."""
 
@@ -123,12 +126,12 @@ class ChainLog:
         Raises:
           ValueError: if the file up to there is not what was written.
         """
-        size = position["size"]
-        content = b""
+        size, found, checksum = position["size"], 0, 0
         if self.path.exists():
             with self.path.open("rb") as file:
-                content = file.read(size)
-        if len(content) < size or zlib.crc32(content) != position["crc32"]:
+                while block := file.read(min(_BLOCK_BYTES, size - found)):
+                    found, checksum = found + len(block), zlib.crc32(block, checksum)
+        if found < size or checksum != position["crc32"]:
             raise ValueError(
                 f"expected the first {size:,} bytes of {self.path} as this run wrote them, got "
                 "a file that was changed"

@@ -48,7 +48,7 @@ class RunArguments(NamedTuple):
     budget: int
     num_finalists: int
     progress: bool
-    starts: Int[np.ndarray, "S L"]
+    starts: Int[np.ndarray, "C L"]
 
 
 class UpdatePolicy:

@@ -188,7 +188,7 @@ def _update_bank(bank: Bank, old: Bank, trained: Bank) -> Bank:
 
 @jax.jit
 def _refresh(
-    search: RefreshableSearch, state: PyTree, problem: Problem, chains: Int[Array, "S L"]
+    search: RefreshableSearch, state: PyTree, problem: Problem, chains: Int[Array, "C L"]
 ) -> tuple[PyTree, Int[Array, ""]]:
     return search.refresh(state, problem, chains)
 

@@ -30,9 +30,9 @@ from jchain.updates.policies import (
 class TuneFound(UpdatePolicy):
     """A policy that searches, then tunes the layers and the head of the best chain in place.
 
-    If the gradient steps do not lower the chain's loss on the problem's split, the bank is returned
-    unchanged. Otherwise, the chain is the only finalist, because the losses of other chains that
-    share its layers have changed too.
+    If the gradient steps do not lower the chain's loss on the problem's split, or a signal stopped
+    the search, the bank is returned unchanged. Otherwise, the chain is the only finalist, because
+    the losses of other chains that share its layers have changed too.
 
     Attributes:
       num_steps: number of gradient steps.
@@ -71,7 +71,7 @@ class TuneFound(UpdatePolicy):
                 progress=args.progress,
                 starts=args.starts,
             )
-        if not np.isfinite(result.best_loss):
+        if not np.isfinite(result.best_loss) or result.stopped_by is not None:
             return Outcome(problem.bank, result, 0)
         chain = result.best_chain
         bank = tune.tune_chain(

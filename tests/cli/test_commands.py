@@ -16,7 +16,7 @@ SAVED = Path(__file__).parent.parent / "saved"
 @pytest.mark.parametrize(
     "options",
     [
-        ("--bank", "routed", "--num-heads", "2"),
+        pytest.param(("--bank", "routed", "--num-heads", "2"), marks=pytest.mark.slow),
         ("--bank", "independent", "--search", "random", "--quick"),
     ],
 )

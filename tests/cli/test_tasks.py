@@ -1,6 +1,8 @@
 """`jchain search` on a task, with few gradient steps and layer calls."""
 
 import json
+import os
+import signal
 
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ from command_line import fail
 import jchain as jc
 from jchain.__main__ import main
 from jchain.cli import commands
+from jchain.runs import monitor
 from jchain.tasks import repair
 
 SMALL = ["--sizes", "60,40,20,50", "--budget", "400", "--search", "random", "--max-layers", "3"]
@@ -111,6 +114,7 @@ def test_finished_seeds_are_kept_when_a_run_is_interrupted(tmp_path, capsys, mon
     assert [*tmp_path.iterdir()] == [kept]
 
 
+@pytest.mark.slow
 def test_several_seeds_of_a_trained_bank_are_compared_too(tmp_path, capsys):
     options = "--data wine --num-layers 4 --depth 2 --num-steps 30 --budget 300 --search random"
     out = str(tmp_path / "out")
@@ -118,6 +122,30 @@ def test_several_seeds_of_a_trained_bank_are_compared_too(tmp_path, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "seed 1, wine: " in shown
     assert "plain net, same steps" in shown
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_search_that_a_signal_stops_writes_its_best_chain(
+    tmp_path, capsys, monkeypatch, name, code
+):
+    after_part = monitor.Monitor.after_part
+
+    def interrupt(self, part):
+        os.kill(os.getpid(), getattr(signal, name))
+        return after_part(self, part)
+
+    monkeypatch.setattr(monitor.Monitor, "after_part", interrupt)
+    out = tmp_path / "out"
+    options = [*SMALL[:2], "--budget", "9000", *SMALL[4:]]
+    assert main(["search", *options, "--quick", "--out", str(out)]) == code
+    assert "Interrupted: the best chain so far is kept" in capsys.readouterr().err
+    record = json.loads((out / "result.json").read_text())
+    assert record["controls"] == {"recipes": {}}
+    assert 0 < record["layer_calls"] < 9000
+    bank = jc.Bank.load(out / "bank.safetensors")
+    problem = jc.Problem(bank, jc.tasks.make("repair", 0, sizes=(60, 40, 20, 50)).data.test, 3)
+    loss = jc.evaluate(problem, jc.chain.pad([record["best_chain"]], 3)).loss[0]
+    assert record["loss"]["test"] == pytest.approx(float(loss), rel=1e-4)
 
 
 @pytest.mark.parametrize("seeds", ["1", "2"])

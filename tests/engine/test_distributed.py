@@ -91,6 +91,16 @@ key, search = jax.random.key(0), jc.RandomSearch(16)
 results = [jc.run(key, search, problem, budget=150, mesh=m) for m in (None, mesh)]
 np.testing.assert_array_equal(results[0].best_chain, results[1].best_chain)
 np.testing.assert_allclose(results[0].best_loss, results[1].best_loss, rtol=1e-6)
+# If one process stops, all do.
+ask = lambda progress: jax.process_index() == 1
+stopped = jc.run(key, search, problem, budget=150, mesh=mesh, callback=ask)
+assert (stopped.is_complete, stopped.stopped_by) == (False, "callback")
+try:
+    jc.run(key, search, problem, budget=150, mesh=mesh, checkpoint_dir="run")
+except ValueError as error:
+    assert "expected one process with checkpoint_dir, got 2" in str(error), error
+else:
+    raise AssertionError("several processes were accepted")
 print("passed")
 """
 

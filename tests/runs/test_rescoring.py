@@ -11,7 +11,7 @@ from small_searches import INVERTIBLE, SEARCHES
 import jchain as jc
 from jchain.runs.rescoring import get_seen_problem
 
-FAST = ("LocalSearch", "CriticSearch")
+FAST = ("LocalSearch",)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,7 @@ def test_searches_that_read_activations_see_the_first_part(problem):
     assert {own.num_examples for name, own in seen.items() if name not in whole} == {5}
 
 
+@pytest.mark.slow
 def test_local_search_takes_the_same_path_as_on_the_whole(whole, problem):
     search = SEARCHES["LocalSearch"]
     results = [jc.run(jax.random.key(1), search, one, budget=120) for one in (whole, problem)]

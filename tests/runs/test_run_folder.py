@@ -187,7 +187,7 @@ CHILD = """if True:
     layer, head = jc.layers.ResidualMLP(13), jc.layers.DenseHead(3)
     bank = jc.train.random(key, data.train, layer=layer, head=head, num_layers=4, num_steps=0)
     result = jc.run(
-        key, jc.RandomSearch(), jc.Problem(bank, data.search, 3), budget=10**9,
+        key, jc.RandomSearch(), jc.Problem(bank, data.search, 12), budget=10**9,
         checkpoint_dir=sys.argv[1], callback=lambda progress: print("part", flush=True),
     )
     print(result.is_complete, result.stopped_by, result.layer_calls > 0, flush=True)

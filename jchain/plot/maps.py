@@ -1,0 +1,89 @@
+"""Heat maps over the slots of a chain and the entries of a bank."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jchain._typing import Array, Float
+from jchain.bank import Bank
+from jchain.chain import ChainsLike
+from jchain.plot.axes import get_axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def swap_scores(
+    bank: Bank,
+    chain: ChainsLike,
+    scores: Float[Array, "L N"] | Float[np.ndarray, "L N"],
+    *,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Draw the predicted change of the loss if the layer at a slot is swapped for another one.
+
+    Blue lowers the loss. The layers of the chain are marked.
+
+    Args:
+      bank: the bank, which names the layers.
+      chain: the tokens of the chain, `[L]`.
+      scores: what `jchain.swap_scores` returned for the chain, `[L, N]`. Rows without a layer are
+        left out.
+      ax: the axes to draw on; None for a new figure.
+
+    Raises:
+      ValueError: if the scores have another shape.
+    """
+    tokens = bank.validate(np.asarray(chain))
+    values, num_layers = np.asarray(scores, np.float64), bank.num_layers
+    if values.shape != (len(tokens), num_layers):
+        raise ValueError(
+            f"expected scores of shape [{len(tokens)}, {num_layers}], got {list(values.shape)}"
+        )
+    layers = tokens[(tokens >= 0) & (tokens < num_layers)]
+    values = np.where(np.isfinite(values), values, np.nan)[: len(layers)]
+    ax = get_axes(ax, (2.0 + 0.3 * num_layers, 1.5 + 0.35 * len(layers)))
+    limit = np.nanmax(np.abs(values), initial=1e-12)
+    image = ax.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+    ax.scatter(layers, np.arange(len(layers)), marker="s", facecolors="none", edgecolors="black")
+    _set_layers(ax, bank, len(layers))
+    ax.figure.colorbar(image, ax=ax, label="predicted change of the loss")
+    return ax
+
+
+def policy(
+    bank: Bank,
+    probabilities: Float[Array, "L E"] | Float[np.ndarray, "L E"],
+    *,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Draw the probability of each layer and head at each slot.
+
+    Args:
+      bank: the bank, which names the layers and heads.
+      probabilities: a row per slot, `[L, N + K]`; for the actor-critic, `jnp.exp` of
+        `search.policy(result.state, chain[None], problem)[0]`.
+      ax: the axes to draw on; None for a new figure.
+
+    Raises:
+      ValueError: if the probabilities have another shape.
+    """
+    values = np.asarray(probabilities, np.float64)
+    num_entries = bank.num_layers + bank.num_heads
+    if values.ndim != 2 or values.shape[1] != num_entries:
+        raise ValueError(
+            f"expected probabilities of shape [L, {num_entries}], got {list(values.shape)}"
+        )
+    ax = get_axes(ax, (2.0 + 0.3 * num_entries, 1.5 + 0.35 * len(values)))
+    image = ax.imshow(values, cmap="viridis", vmin=0.0, vmax=1.0, aspect="auto")
+    _set_layers(ax, bank, len(values), num_entries)
+    ax.figure.colorbar(image, ax=ax, label="probability")
+    return ax
+
+
+def _set_layers(ax: "Axes", bank: Bank, num_slots: int, num_entries: int | None = None) -> None:
+    """Name the columns after layers, and number the slots from 1."""
+    names = bank.names[: bank.num_layers if num_entries is None else num_entries]
+    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+    ax.set_yticks(range(num_slots), [str(slot) for slot in range(1, num_slots + 1)])
+    ax.set_ylabel("slot")
