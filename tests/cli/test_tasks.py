@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from functools import partial
 
 import jax
 import numpy as np
@@ -126,7 +127,7 @@ def test_several_seeds_of_a_trained_bank_are_compared_too(tmp_path, capsys):
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_search_that_a_signal_stops_writes_its_best_chain(
-    tmp_path, capsys, monkeypatch, name, code
+    tmp_path, capsys, monkeypatch, request, name, code
 ):
     after_part = monitor.Monitor.after_part
 
@@ -135,6 +136,9 @@ def test_a_search_that_a_signal_stops_writes_its_best_chain(
         return after_part(self, part)
 
     monkeypatch.setattr(monitor.Monitor, "after_part", interrupt)
+    # A process that starts in the background may ignore SIGINT.
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     out = tmp_path / "out"
     options = [*SMALL[:2], "--budget", "9000", *SMALL[4:]]
     assert main(["search", *options, "--quick", "--out", str(out)]) == code

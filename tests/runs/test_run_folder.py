@@ -180,7 +180,10 @@ def test_a_folder_in_use_is_refused(problem, folder):
 
 
 CHILD = """if True:
+    import signal
     import sys
+    # A process that starts in the background may ignore SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     import jax
     import jchain as jc
     key, data = jax.random.key(1), jc.data.load("wine", seed=0)
@@ -202,9 +205,13 @@ def test_a_signal_ends_a_run_and_saves_it(tmp_path, name):
         text=True,
         env=ENVIRONMENT,
     )
-    assert process.stdout.readline() == "part\n"
-    process.send_signal(getattr(signal, name))
-    out, _ = process.communicate(timeout=60)
+    with process:
+        assert process.stdout.readline() == "part\n"
+        process.send_signal(getattr(signal, name))
+        try:
+            out, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 0
     assert out.splitlines()[-1] == f"False {name} True"
     assert any((tmp_path / "checkpoints").iterdir())
