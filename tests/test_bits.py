@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parent / "bits.py"
 
 
@@ -13,6 +15,7 @@ def run_script(*args):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_compare_detects_changed_fingerprints(tmp_path):
     before, after = tmp_path / "before.json", tmp_path / "after.json"
     for path in (before, after):

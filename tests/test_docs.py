@@ -25,7 +25,15 @@ EXAMPLES = {
 # These compute more than they compile.
 COSTLY = {"start", "api/tasks"}
 # These take the longest, and other tests cover what they use.
-SLOW = {"api/agent", "api/chainbench", "api/tasks", "own-layers", "stages", "write-a-search"}
+SLOW = {
+    "api/agent",
+    "api/chainbench",
+    "api/tasks",
+    "own-data",
+    "own-layers",
+    "stages",
+    "write-a-search",
+}
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ def check_training_set(small, training_set):
         np.testing.assert_allclose(training_set.stop[i], compress_loss(stops.min()), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_critic_learns_and_steers_the_search(small, training_set):
     critic = jc.pretrain_critic(jax.random.key(0), [training_set], num_steps=1000, width=8)
     error = np.abs(

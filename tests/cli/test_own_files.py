@@ -53,6 +53,7 @@ def run(folder, out, *options):
     return main(["search", *options, "--out", str(out), "--budget", "40", "--quick"])
 
 
+@pytest.mark.slow
 def test_files_of_data_give_the_splits_of_their_arrays(folder, tmp_path, capsys):
     losses = []
     for options in (["iris.npz"], ["iris.csv", "--target", "kind"]):

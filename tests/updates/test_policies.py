@@ -18,7 +18,14 @@ def test_every_policy_is_in_the_contract():
     assert all(isinstance(policy, updates.UpdatePolicy) for policy in POLICIES.values())
 
 
-@pytest.fixture(params=POLICIES, scope="module")
+# Shared updates take long to compile; tests/updates/test_shared_updates.py tests them by default.
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.slow if name == "SharedUpdates" else ())
+        for name in POLICIES
+    ],
+    scope="module",
+)
 def policy(request):
     return POLICIES[request.param]
 
