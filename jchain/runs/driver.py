@@ -182,7 +182,11 @@ def run_many(
         list_starts(problem, starts),
         num_finalists,
         StopRule(np.int32(budget), np.float32(target_loss)),
-        Recording(keep_scored or callback is not None or checkpoint_dir is not None, record_fn),
+        Recording(
+            is_scored=keep_scored or callback is not None or checkpoint_dir is not None,
+            record_fn=record_fn,
+            keeps_state=checkpoint_dir is not None,
+        ),
     )
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
@@ -207,7 +211,7 @@ def run_many(
         monitor.finish()
     results = make_results(history.runs, history.trace, budget, spec.problem, history.start)
     return [
-        history.complete(result, i, stopped_by, keep_scored=keep_scored)
+        history.complete(result, i, stopped_by, spec.recording, keep_scored=keep_scored)
         for i, result in enumerate(results)
     ]
 
@@ -261,7 +265,7 @@ def advance_runs(
       The finished runs, and the trace of all T steps, `[T, S]`.
     """
     history = History(runs)
-    for part in iterate_parts(runs, search, problem, stop):
+    for part in iterate_parts(runs, search, problem, stop, Recording(keeps_state=True)):
         history.add(part)
         stats = part.runs.stats
         line.update(int(np.min(stats.layer_calls)), float(np.min(stats.pool.loss)))

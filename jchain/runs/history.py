@@ -10,7 +10,7 @@ from jchain.problem import Problem
 from jchain.runs.result import Result, RunState, Start, StopRule, Trace
 from jchain.runs.run_folder import Snapshot
 from jchain.runs.scored_chains import ScoredChains, concat_scored, empty_scored, select_scored
-from jchain.runs.stepping import Records, reopen
+from jchain.runs.stepping import Recording, Records, reopen
 
 
 class Part(NamedTuple):
@@ -76,7 +76,13 @@ class History:
         return scored
 
     def complete(
-        self, result: Result, run: int, stopped_by: str | None, *, keep_scored: bool
+        self,
+        result: Result,
+        run: int,
+        stopped_by: str | None,
+        recording: Recording,
+        *,
+        keep_scored: bool,
     ) -> Result:
         """Add to a result what only the history knows.
 
@@ -84,6 +90,7 @@ class History:
           result: the result of one run.
           run: the index of the run.
           stopped_by: why the runs were stopped; None if they were not.
+          recording: what the steps recorded.
           keep_scored: whether to add the scored chains.
         """
         is_over = bool(np.asarray(self.runs.stats.is_over)[run])
@@ -95,7 +102,9 @@ class History:
         return result._replace(
             is_complete=is_over,
             stopped_by=None if is_over else stopped_by,
-            state=jax.tree.map(lambda leaf: leaf[run], self.runs.state),
+            state=jax.tree.map(lambda leaf: leaf[run], self.runs.state)
+            if recording.keeps_state
+            else None,
             records=jax.tree.map(lambda leaf: leaf[rows, run], self.custom),
             scored=scored,
         )

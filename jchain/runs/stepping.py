@@ -41,6 +41,9 @@ class Recording(NamedTuple):
 
     is_scored: bool = False  # whether to record the chains and their losses
     record_fn: RecordFn | None = None
+    # Whether a step that is not counted leaves the state and the key as they were, so that the run
+    # can continue. This copies the state at each step.
+    keeps_state: bool = False
 
 
 NOTHING, NO_RECORDS = Recording(), Records(None, None)
@@ -124,7 +127,7 @@ def infer_records(
       problem: the problem to search.
       recording: what to record.
     """
-    if recording == NOTHING:
+    if not recording.is_scored and recording.record_fn is None:
         return NO_RECORDS
     # A jitted function is traced only once for a search and a problem.
     return _record_step.eval_shape(runs, search, problem.without_names(), recording=recording)
@@ -164,7 +167,8 @@ def advance_part(
 ) -> tuple[RunState, Trace, Records]:
     """Take some steps of each run, and stop early if all runs are over.
 
-    A step that exceeds the budget is not counted: the run keeps its key and its state from before.
+    A step that exceeds the budget is not counted. With `recording.keeps_state`, the run keeps its
+    key and its state from before.
 
     Args:
       runs: the runs.
@@ -240,7 +244,11 @@ def _take_step(
     loss = jnp.where(jnp.isinf(problem.penalty(info.chains)), jnp.inf, info.loss)
     new = RunState(key, state, _count(old, info._replace(loss=loss), num_invalid, problem, stop))
     unchanged = run._replace(stats=old._replace(last_calls=calls, is_over=jnp.array(True)))
-    run = jax.tree.map(partial(jnp.where, is_counted), new, unchanged)
+    if not recording.keeps_state:
+        stats = jax.tree.map(partial(jnp.where, is_counted), new.stats, unchanged.stats)
+        run = new._replace(stats=stats)
+    else:
+        run = jax.tree.map(partial(jnp.where, is_counted), new, unchanged)
     row = Trace(run.stats.layer_calls, run.stats.pool.loss[0], is_counted)
     custom = None
     if recording.record_fn is not None:

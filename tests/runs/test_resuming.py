@@ -150,10 +150,10 @@ def test_records_have_a_row_for_each_counted_step(problem):
     np.testing.assert_array_equal(lowest, result.curve.best_loss)
 
 
-def test_the_state_is_that_after_the_last_counted_step(problem):
+def test_the_state_is_that_after_the_last_counted_step(problem, tmp_path):
     """A step that costs more than the budget leaves is undone."""
     search, key = jc.LocalSearch(num_chains=3), jax.random.key(1)
-    result = jc.run(key, search, problem, budget=BUDGET)
+    result = jc.run(key, search, problem, budget=BUDGET, checkpoint_dir=tmp_path)
     key, init_key = jax.random.split(key)
     state, step = jax.jit(search.init)(init_key, problem), jax.jit(search.step)
     for _ in result.curve.layer_calls:
