@@ -174,7 +174,7 @@ def run_many(
     if checkpoint_dir is not None and (num := jax.process_count()) > 1:
         raise ValueError(f"expected one process with checkpoint_dir, got {num} of jax.distributed")
     _check_keys(keys, 1, "keys of jax.random.key of shape [S], at least one")
-    keep_scored = record is not None
+    keep_scored, is_saved = record is not None, checkpoint_dir is not None
     spec = RunSpec(
         keys,
         search,
@@ -182,11 +182,7 @@ def run_many(
         list_starts(problem, starts),
         num_finalists,
         StopRule(np.int32(budget), np.float32(target_loss)),
-        Recording(
-            is_scored=keep_scored or callback is not None or checkpoint_dir is not None,
-            record_fn=record_fn,
-            keeps_state=checkpoint_dir is not None,
-        ),
+        Recording(keep_scored or callback is not None or is_saved, record_fn, is_saved),
     )
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
