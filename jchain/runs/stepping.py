@@ -235,14 +235,12 @@ def _take_step(
     # What a search reports is checked: a row that is not a chain never becomes the best one.
     is_chain = problem.space.contains(info.chains)
     num_invalid = jnp.sum(~is_chain & (info.chains != PADDING).any(axis=1), dtype=jnp.int32)
-    info = Info(
-        jnp.where(is_chain[:, None], info.chains, PADDING),
-        jnp.where(is_chain, info.loss, jnp.inf),
-        calls,
-    )
-    # A chain over the limit of the cost, or of stages that do not fit, is no solution.
-    loss = jnp.where(jnp.isinf(problem.penalty(info.chains)), jnp.inf, info.loss)
-    new = RunState(key, state, _count(old, info._replace(loss=loss), num_invalid, problem, stop))
+    chains = jnp.where(is_chain[:, None], info.chains, PADDING)
+    loss = jnp.where(is_chain, info.loss, jnp.inf)
+    if problem.max_cost is not None:
+        loss = jnp.where(problem.exceeds_limit(problem.chain_cost(chains)), jnp.inf, loss)
+    info = Info(chains, loss, calls)
+    new = RunState(key, state, _count(old, info, num_invalid, problem, stop))
     unchanged = run._replace(stats=old._replace(last_calls=calls, is_over=jnp.array(True)))
     if not recording.keeps_state:
         stats = jax.tree.map(partial(jnp.where, is_counted), new.stats, unchanged.stats)

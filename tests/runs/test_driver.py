@@ -1,5 +1,6 @@
 """The driver: budget, best so far, finalists, counts, programs, and invalid arguments."""
 
+import dataclasses
 import inspect
 
 import jax
@@ -183,3 +184,14 @@ def test_banks_that_differ_only_in_names_share_one_program(bank, problem):
         num_traces = len(traces)
         call(theirs)
         assert len(traces) == num_traces
+
+
+def test_a_chain_over_the_limit_never_becomes_the_best(problem):
+    """Also if a search reports a finite loss for it."""
+    costs = np.array([5, 1, 1, 1, 1, 1], np.float32)
+    limited = dataclasses.replace(problem, token_costs=costs, max_cost=2.0)
+    search = make_scripted([[(0, 1.0), (2, 3.0)]])
+    result = jc.run(jax.random.key(0), search, limited, budget=5, record="chains")
+    np.testing.assert_array_equal(result.best_chain, [2, 4, -1, -1])
+    assert (result.best_loss, result.num_nonfinite) == (3.0, 1)
+    np.testing.assert_array_equal(result.scored.loss, [np.inf, 3.0])
