@@ -124,7 +124,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "linearized": [
         {"num_products": 9},
         {"num_pairs": 0, "num_single": 8},
-        {"num_joint": 0},
+        {"num_greedy": 0},
     ],
     "q-learning": [{"learning_rate": 0.1}, {"decay": 0.9}],
     "evolution": [

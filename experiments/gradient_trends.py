@@ -214,7 +214,7 @@ def correlate_swaps(
     The scores use the trend of each context and, last, the chain's own gradient.
     """
     scores = [
-        jc.gradient.trends.score_swaps(trends, problem, chain, context) for context in CONTEXTS
+        jc.gradient.trends.predict_swaps(trends, problem, chain, context) for context in CONTEXTS
     ]
     scores.append(jc.swap_scores(problem, chain, "weights"))
     is_swap = np.arange(change.shape[1]) != chain[:DEPTH, None]

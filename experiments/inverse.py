@@ -226,7 +226,7 @@ def run_recovery(
             raise
         return 0.0, np.inf, time.perf_counter() - start
     seconds = time.perf_counter() - start
-    return float(np.array_equal(found.chains[0], chain)), float(found.residuals[0]), seconds
+    return float(np.array_equal(found.layers[0], chain)), float(found.residuals[0]), seconds
 
 
 def recover_trained(bank: tuple[str, str, int], num_seeds: int) -> list[dict[str, Any]]:

@@ -389,7 +389,7 @@ def init_state(key: Any, agent: jc.ActorCritic, problem: jc.Problem) -> Any:
 
 @jax.jit
 def find_value(state: Any, agent: jc.ActorCritic, problem: jc.Problem, chains: Any) -> Any:
-    return agent.value(state, chains, problem)
+    return agent.value(state, problem, chains)
 
 
 @jax.jit
@@ -410,7 +410,7 @@ def fit(
         rows = jax.random.randint(key, (BATCH,), 0, chains.shape[0])
 
         def loss_fn(params: Any) -> Any:
-            found = agent.value(state._replace(params=params), chains[rows], problem)
+            found = agent.value(state._replace(params=params), problem, chains[rows])
             return jnp.mean((found[:, : DEPTH + 1] - best_rewards[rows]) ** 2)
 
         updates, optimizer_state = optax.adam(RATE).update(

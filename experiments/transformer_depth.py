@@ -411,7 +411,11 @@ def format_tables(result: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"| blocks | best recipe | its loss | {STARTED} | lower, equal in "
+        "These losses are plain means over the models, so they differ from those of the first "
+        'table. "Lower, equal in" counts the models in which the search is lower than the recipe, '
+        "and equal:",
+        "",
+        f"| blocks | best recipe | its mean loss | {STARTED} | lower, equal in "
         f"| {CHOSEN} | lower, equal in |",
     ]
     lines.append("|---" * 7 + "|")
@@ -423,7 +427,13 @@ def format_tables(result: dict[str, Any]) -> str:
                 f"{found['lower']}, {found['equal']} of {row['models']} models",
             ]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| text of A and B | loss on test | share of A |", "|---" * 3 + "|"]
+    lines += [
+        "",
+        "Chains that mix the blocks of two fine-tunes, A and B. The soup averages their weights:",
+        "",
+        "| text of A and B | loss on test | blocks from A |",
+        "|---" * 3 + "|",
+    ]
     for arm, row in result["mix"].items():
         share = f"{result['share_of_a'][arm]['value']:.0%}" if arm in result["share_of_a"] else ""
         lines.append(

@@ -326,12 +326,12 @@ advance_all = jax.jit(
 
 @jax.jit
 def find_values(search: Any, state: Any, chains: Any, problem: jc.Problem) -> Any:
-    return search.value(state, chains, problem)[:, :-1]
+    return search.value(state, problem, chains)[:, :-1]
 
 
 @jax.jit
 def find_policy(search: Any, state: Any, chains: Any, problem: jc.Problem) -> Any:
-    return jnp.exp(search.policy(state, chains, problem))
+    return jnp.exp(search.policy(state, problem, chains))
 
 
 def read_critic(search: Any, state: Any) -> Any:

@@ -97,12 +97,12 @@ def sample_chains(key: Key[Array, ""], problem: Problem, num_chains: int) -> Int
       problem: the problem, which defines the space and the limit.
       num_chains: number of chains to draw, P.
     """
-    chains = problem.space.sample(key, num_chains)
     if problem.max_cost is None:
-        return chains
+        return problem.space.sample(key, num_chains)
+    sample_key, redraw_key = jax.random.split(key)
+    chains = problem.space.sample(sample_key, num_chains)
     redraw = partial(_redraw, problem=problem)
-    # Any other key than those that `sample` has split off.
-    keys = jax.random.split(jax.random.fold_in(key, num_chains), num_chains)
+    keys = jax.random.split(redraw_key, num_chains)
     is_over = problem.exceeds_limit(problem.chain_cost(chains))
     return jnp.where(is_over[:, None], jax.vmap(redraw)(keys, chains), chains)
 

@@ -269,7 +269,7 @@ class Problem:
             bank.num_layers, bank.num_heads, self.max_layers, self.min_layers, bank.stages
         )
 
-    def on(self, mesh: Mesh) -> "Problem":
+    def with_mesh(self, mesh: Mesh) -> "Problem":
         """Replicate the problem on the devices of a mesh, so that evaluation splits the chains.
 
         Devices of the mesh may belong to other processes (`jax.distributed`), which must make the

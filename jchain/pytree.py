@@ -121,3 +121,17 @@ def replicate(leaf: ArrayLike, everywhere: NamedSharding) -> Array:
         )
     value = np.asarray(leaf)
     return jax.make_array_from_callback(value.shape, everywhere, lambda index: value[index])
+
+
+def check_at_least_one(**sizes: int) -> None:
+    """Check that sizes are positive.
+
+    Args:
+      sizes: the sizes by name.
+
+    Raises:
+      ValueError: if a size is below 1.
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"expected {name} to be at least 1, got {size}")

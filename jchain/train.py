@@ -18,7 +18,7 @@ from jchain._typing import Array, Key, PyTree
 from jchain.bank import Bank
 from jchain.data import Batch, read_batch
 from jchain.modules import apply_stem, check_stem
-from jchain.pytree import describe_type, pick
+from jchain.pytree import check_at_least_one, describe_type, pick
 from jchain.training_loop import BATCH_SIZE as BATCH_SIZE
 from jchain.training_loop import (
     CROSS_ENTROPY,
@@ -26,7 +26,6 @@ from jchain.training_loop import (
     OPTIMIZER,
     LossFn,
     TrainingConfig,
-    check_at_least_one,
     check_training,
     train_weights,
 )
@@ -341,7 +340,7 @@ def _check_nets(kind: str, num_layers: int, depth: int, num_heads: int) -> None:
         )
     if depth < 1 or num_layers < depth or num_layers % depth:
         raise ValueError(
-            f"expected num_layers to be a multiple of depth for bank {kind}, "
+            f"expected num_layers to be a multiple of depth for kind {kind!r}, "
             f"got {num_layers} and {depth}"
         )
     if num_heads != 1:

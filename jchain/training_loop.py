@@ -342,20 +342,6 @@ def _make_zeros(tree: PyTree) -> PyTree:
     return jax.tree.map(jnp.zeros_like, tree)
 
 
-def check_at_least_one(**sizes: int) -> None:
-    """Check that sizes are positive.
-
-    Args:
-      sizes: the sizes by name.
-
-    Raises:
-      ValueError: if a size is below 1.
-    """
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"expected {name} to be at least 1, got {size}")
-
-
 def check_training(data: Batch, config: TrainingConfig) -> None:
     """Check that a config can be trained on data.
 

@@ -455,8 +455,8 @@ def train_agent(name: str) -> Entries:
     chains = jnp.asarray(draw_chains(problem, 10))
     return {
         "infos": infos,
-        "policy": agent.policy(state, chains, problem),
-        "value": agent.value(state, chains, problem),
+        "policy": agent.policy(state, problem, chains),
+        "value": agent.value(state, problem, chains),
     }
 
 

@@ -163,7 +163,7 @@ def test_sampled_chains_are_within_the_limit(problem, min_layers):
     is_within = np.where(every >= 0, COSTS[every], 0).sum(axis=1) <= 4.6
     if min_layers:
         assert {tuple(row) for row in chains} == {tuple(row) for row in every[is_within]}
-    free = np.asarray(limited.space.sample(key, 500))
+    free = np.asarray(limited.space.sample(jax.random.split(key)[0], 500))
     fits = np.where(free >= 0, COSTS[free], 0).sum(axis=1) <= 4.6
     assert 10 < fits.sum() < 490
     np.testing.assert_array_equal(chains[fits], free[fits])

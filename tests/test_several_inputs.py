@@ -330,7 +330,7 @@ def test_a_stem_maps_several_inputs_to_one_array(stem_problem):
     made = bank.embed(x)
     for token in (1, 0):
         made = bank.layers[0].apply(token, made)
-    assert jc.meet_in_the_middle(bank, x, made, 2).chains.tolist() == [[1, 0]]
+    assert jc.meet_in_the_middle(bank, x, made, 2).layers.tolist() == [[1, 0]]
     assert jc.inverse.condition_numbers(bank, [1, 0], x).shape == (6,)
 
 

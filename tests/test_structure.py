@@ -15,7 +15,7 @@ MAX_FUNCTION_LINES = 60
 MAX_ANY = 150
 # Each family may import the families before it. `env` and `align` are top-level modules that use
 # the engine.
-FAMILIES = [
+IMPORT_ORDER = [
     ("_typing", "pytree"),
     ("modules",),
     ("invertible", "layers"),
@@ -40,7 +40,7 @@ FAMILIES = [
     ("cli",),
     ("__main__",),
 ]
-LEVEL = {name: level for level, names in enumerate(FAMILIES) for name in names}
+LEVEL = {name: level for level, names in enumerate(IMPORT_ORDER) for name in names}
 HEAVY = ("rlax", "mctx", "tensorflow_datasets", "matplotlib", "transformers")
 LATE = ("jchain.cli.pipeline", "jchain.cli.parser", "jchain.hub.loading")
 EVALUATE = """

@@ -2,7 +2,7 @@
 
 A prefix can be encoded by its tokens (discrete), by its number of layers and their weights
 (continuous), by what it does to data, or by a combination of these. An encoding is a recurrence
-over tokens with three methods: `initial_carry(entries, prefix_features)`, `advance(carry, token,
+over tokens with three methods: `init_carry(entries, prefix_features)`, `advance(carry, token,
 entries, prefix_features)`, and `read(carry)`. The shapes of its params do not depend on the number
 of layers or heads, so one network works for banks of any size.
 """
@@ -42,7 +42,7 @@ class Encoding(Protocol):
     @property
     def observe(self) -> Observe | None: ...
 
-    def initial_carry(
+    def init_carry(
         self, entries: Float[Array, "E D"], prefix_features: Float[Array, "F"]
     ) -> PyTree:
         """Return the carry of the empty prefix, whose features are `prefix_features`, `[F]`."""
@@ -139,7 +139,7 @@ class TokenEncoding(nn.Module):
         # (jaxlib's ParallelBatchMap blocks the thread that it waits for).
         self.cell = nn.GRUCell(self.features, recurrent_kernel_init=nn.initializers.lecun_normal())
 
-    def initial_carry(
+    def init_carry(
         self, entries: Float[Array, "E D"], prefix_features: Float[Array, "F"]
     ) -> PyTree:
         return jnp.zeros(self.features)
@@ -185,7 +185,7 @@ class WeightEncoding(nn.Module):
         self.hidden = nn.Dense(self.features)
         self.out = nn.Dense(self.features)
 
-    def initial_carry(
+    def init_carry(
         self, entries: Float[Array, "E D"], prefix_features: Float[Array, "F"]
     ) -> PyTree:
         return jnp.array(0), jnp.zeros(entries.shape[1])
@@ -233,7 +233,7 @@ class ObservedEncoding(nn.Module):
         self.norm = nn.LayerNorm()
         self.out = nn.Dense(self.features)
 
-    def initial_carry(
+    def init_carry(
         self, entries: Float[Array, "E D"], prefix_features: Float[Array, "F"]
     ) -> PyTree:
         return jnp.array(0), prefix_features, prefix_features
@@ -279,10 +279,10 @@ class JointEncoding(nn.Module):
     def observe(self) -> Observe | None:
         return next((part.observe for part in self.parts if part.observe is not None), None)
 
-    def initial_carry(
+    def init_carry(
         self, entries: Float[Array, "E D"], prefix_features: Float[Array, "F"]
     ) -> PyTree:
-        return tuple(part.initial_carry(entries, prefix_features) for part in self.parts)
+        return tuple(part.init_carry(entries, prefix_features) for part in self.parts)
 
     def advance(
         self,
@@ -339,11 +339,11 @@ class ActorCriticNetwork(nn.Module):
         value = self.value_out(nn.relu(self.value_hidden(encoded)))[0]
         return keys @ query / jnp.sqrt(self.encoding.features), value
 
-    def initial_carry(
+    def init_carry(
         self, entries: Float[Array, "E D"], prefix_features: Float[Array, "F"]
     ) -> PyTree:
-        """Return the carry of the empty prefix; see `Encoding.initial_carry`."""
-        return self.encoding.initial_carry(entries, prefix_features)
+        """Return the carry of the empty prefix; see `Encoding.init_carry`."""
+        return self.encoding.init_carry(entries, prefix_features)
 
     def advance(
         self,
@@ -363,6 +363,6 @@ class ActorCriticNetwork(nn.Module):
         self, entries: Float[Array, "E D"], prefix_features: Float[Array, "F"]
     ) -> tuple[Float[Array, "E"], Float[Array, ""]]:
         """Compute logits and value after the first entry; `init` calls this to make all params."""
-        carry = self.initial_carry(entries, prefix_features)
+        carry = self.init_carry(entries, prefix_features)
         carry = self.advance(carry, jnp.array(0), entries, prefix_features)
         return self.act(self.read(carry), self.embed(entries))

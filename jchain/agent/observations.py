@@ -165,7 +165,8 @@ class Join:
 def compress_loss(loss: Float[Array, "*P"]) -> Float[Array, "*P"]:
     """Map losses to a nearly logarithmic scale that stays finite at 0 and below.
 
-    This is `arcsinh(loss / 0.002)`, which is close to `log(loss)` plus a constant well above 0.001.
+    This is `arcsinh(loss / 0.002)`. For losses well above 0.001, it is close to `log(loss)` plus a
+    constant.
 
     Args:
       loss: the losses, `[...P]`.

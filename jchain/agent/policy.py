@@ -51,7 +51,7 @@ class Policy:
     def init_carry(self, prefix_features: Float[Array, "F"]) -> PolicyCarry:
         """Return the carry of the empty prefix, given its features."""
         params, entries = self.params[NETWORK], self.inputs.entries
-        encoding = self.network.apply(params, entries, prefix_features, method="initial_carry")
+        encoding = self.network.apply(params, entries, prefix_features, method="init_carry")
         keys: PyTree = self.network.apply(params, entries, method="embed")
         return PolicyCarry(encoding, keys, jnp.array(True))
 

@@ -114,8 +114,8 @@ def sample_chain(
         is_done = carry.is_done | (token >= space.num_layers)
         cost = prefix_rules.add_cost(problem, carry.cost, taken)
         stage = prefix_rules.next_stage(problem, carry.stage, taken)
-        made = (taken, log_prob, carry.observed.features)
-        return _Carry(advanced, is_done, after, cost, stage), made
+        step = (taken, log_prob, carry.observed.features)
+        return _Carry(advanced, is_done, after, cost, stage), step
 
     num_slots = space.max_layers + 1
     slots = (jnp.arange(num_slots), jax.random.split(key, num_slots), prefix)

@@ -138,7 +138,7 @@ def build(folder: str | os.PathLike[str], names: Sequence[str] = NAMES) -> list[
         _parse(name)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    made = []
+    solved = []
     for name in names:
         if _table_path(folder, name).exists():
             load(folder, name)
@@ -162,8 +162,8 @@ def build(folder: str | os.PathLike[str], names: Sequence[str] = NAMES) -> list[
         write_arrays(
             _table_path(folder, name), {"name": name, "solves": _digest(bank, data)}, arrays
         )
-        made.append(name)
-    return made
+        solved.append(name)
+    return solved
 
 
 def load(folder: str | os.PathLike[str], name: str) -> SolvedProblem:

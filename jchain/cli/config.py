@@ -204,8 +204,8 @@ def _choose_search(config: SearchConfig) -> str:
 def _choose_out(config: SearchConfig) -> Path:
     """Choose the result folder if none was given."""
     names = [Path(path).resolve().name for path in config.checkpoint or ()]
-    made = config.bank if config.bank_file is None else config.bank_file.stem
-    name = config.task or "+".join(names) or f"{Path(config.data or '').stem}-{made}"
+    source = config.bank if config.bank_file is None else config.bank_file.stem
+    name = config.task or "+".join(names) or f"{Path(config.data or '').stem}-{source}"
     last = config.seed + require(config.num_seeds) - 1
     seeds = f"{config.seed}" if last == config.seed else f"{config.seed}-{last}"
     return Path("results") / f"{name}-{config.search}-{seeds}"

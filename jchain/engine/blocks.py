@@ -32,16 +32,19 @@ _CallFn = Callable[[PyTree], PyTree]
 
 
 class Share(enum.Enum):
-    """What the nodes of one batched call have in common."""
+    """What the nodes of one batched call have in common.
 
-    # One layer has several inputs. Its weights are read once, and the batch is a single call on
-    # more examples.
+    Attributes:
+      LAYER: one layer has several inputs. Its weights are read once, and the batch is a single call
+        on more examples.
+      INPUT: several layers have the same input. The batch is a convolution of more channels, or a
+        wider matrix product.
+      NOTHING: several layers have one input each. Matrix products are batched, but convolutions
+        become grouped convolutions, which are slow.
+    """
+
     LAYER = "layer"
-    # Several layers have the same input. The batch is a convolution of more channels, or a wider
-    # matrix product.
     INPUT = "input"
-    # Several layers have one input each. Matrix products are batched, but convolutions become
-    # grouped convolutions, which are slow.
     NOTHING = "nothing"
 
 

@@ -36,7 +36,7 @@ class Cost(NamedTuple):
     """What each chain costs as a model of its own: the stem, its layers in order, and its head.
 
     Attributes:
-      params: the number of trainable numbers, `[P]`; a scalar for one chain, as for all fields.
+      params: the number of parameters, `[P]`; a scalar for one chain, as for all fields.
       bytes: the size of all weights, `[P]`, with other collections such as statistics.
       flops: the FLOPs of one forward pass of the batch, `[P]`; None without a batch.
       milliseconds: the time of one forward pass of the batch, `[P]`; None without a batch.

@@ -317,7 +317,7 @@ def explain_plan(
 
     Args:
       problem: the bank, the split of data, and the loss.
-      chains: the tokens of the chains, `[P, L]` with `L = max_layers + 1`.
+      chains: the tokens of the chains, `[P, L]` with `L = max_layers + 1`, or of one chain, `[L]`.
       dtype: the dtype of weights and activations; see `evaluate`.
       memory_limit: the memory limit of each device in bytes; see `evaluate`.
       mesh: the devices over which the chains are spread; see `evaluate`.
@@ -326,7 +326,8 @@ def explain_plan(
     Raises:
       ValueError: for the same reasons as `evaluate`.
     """
-    tokens = _check_chains(problem, chains)
+    tokens = _check_chains(problem, chains, num_axes=(1, 2))
+    tokens = tokens.reshape(-1, tokens.shape[-1])
     problem, tokens, options = _place(problem, tokens, dtype, memory_limit, mesh, plan)
     num_devices = 1 if problem.mesh is None else problem.mesh.size
     chains_per_device = -(-tokens.shape[0] // num_devices)
@@ -384,7 +385,7 @@ def _place(
     if memory_limit is not None and memory_limit < 1:
         raise ValueError(f"expected a memory_limit of at least 1 byte, got {memory_limit}")
     if mesh is not None:
-        problem = problem.on(mesh)
+        problem = problem.with_mesh(mesh)
     problem, tokens = problem.without_names(), problem.put(chains)
     options = Options(
         None if dtype is None else jnp.dtype(dtype),

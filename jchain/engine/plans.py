@@ -90,8 +90,8 @@ def choose_plan(
     smallest = DepthFirst().count_bytes(problem, hidden)
     if limit < smallest:
         raise ValueError(
-            f"memory_limit must be at least {smallest:,} bytes to evaluate one chain at a time "
-            f"(activations of {size:,} bytes along {problem.max_layers} layers); got {limit:,}"
+            f"expected a memory_limit of at least {smallest:,} bytes, to evaluate one chain at a "
+            f"time (activations of {size:,} bytes along {problem.max_layers} layers), got {limit:,}"
         )
     choose = _choose_on_cpu if backend == "cpu" else _choose_on_accelerator
     largest, least = choose(problem, hidden, num_chains)

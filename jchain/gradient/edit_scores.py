@@ -88,7 +88,7 @@ class EditScores(NamedTuple):
 def swap_scores(
     problem: Problem, chain: ChainsLike, kind: ScoreKind = "linearized"
 ) -> Float[Array, "L N"]:
-    """Predict the change in loss when layer `b` replaces the layer at slot `t`.
+    """Predict the change in loss when each layer of the bank replaces the one at each slot.
 
     This is short for `score_edits(problem, chain, kind).swap`.
 
@@ -241,7 +241,7 @@ def score_candidates(
     num_pairs: int,
     num_products: int | None,
 ) -> tuple[EditScores, JointMoves]:
-    """Do the same as `score_moves` for layers that may be traced.
+    """Score edits and joint moves as `score_moves` does, with layers that may be traced.
 
     Args:
       problem: as for `score_moves`.
@@ -326,10 +326,10 @@ def _check_gradient(group: LayerGroup, hidden: PyTree, is_by_weights: bool) -> N
                 )
 
     def pull_back(hidden: PyTree) -> PyTree:
-        made = take_floating(group.apply(0, hidden))
-        if not jax.tree.leaves(made):
-            raise TypeError("its output is not floating-point")
-        return pull_back_floating(partial(group.apply, 0), hidden)(made)
+        outputs = take_floating(group.apply(0, hidden))
+        if not jax.tree.leaves(outputs):
+            raise ValueError("its output is not floating-point")
+        return pull_back_floating(partial(group.apply, 0), hidden)(outputs)
 
     try:
         jax.eval_shape(pull_back, hidden)

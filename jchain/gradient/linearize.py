@@ -75,10 +75,10 @@ def forward_pass(problem: Problem, chain: Int[Array, "L"]) -> ForwardPass:
 
     def apply(hidden: PyTree, slot: tuple[Array, Array]) -> tuple[PyTree, PyTree]:
         index, token = slot
-        made = jax.lax.cond(
+        outputs = jax.lax.cond(
             index < length, partial(apply_token, bank.layers), lambda _, h: h, token, hidden
         )
-        return made, hidden
+        return outputs, hidden
 
     last, hidden = jax.lax.scan(apply, bank.embed(problem.data.x), (jnp.arange(chain.size), chain))
     losses = env.head_losses(problem, last)

@@ -86,10 +86,10 @@ def score_slot(
     )
     is_known_before = is_known & keeps_gradient(before, vjps)
 
-    def score(made: PyTree) -> tuple[Array, Array, Array | None]:
-        change = _dot(vjps, _subtract(made, slot.after))
+    def score(outputs: PyTree) -> tuple[Array, Array, Array | None]:
+        change = _dot(vjps, _subtract(outputs, slot.after))
         kept = change[rows] if static.num_best else None
-        return predict_fn(change), predict_fn(_dot(before, _subtract(made, slot.before))), kept
+        return predict_fn(change), predict_fn(_dot(before, _subtract(outputs, slot.before))), kept
 
     chunk = choose_chunk(bank.num_layers, slot.before, static.backend)
     swap, insert, change = map_layers(score, bank, members, slot.before, chunk)

@@ -116,14 +116,14 @@ def _add(moments: Moments, context: Array, gradient: Array, is_seen: Array) -> M
     )
 
 
-def score_swaps(
+def predict_swaps(
     trends: Trends, problem: Problem, chain: ChainsLike, context: str = "slot"
 ) -> Float[Array, "L N"]:
-    """Predict the change in loss when layer `b` replaces the layer at slot `t`.
+    """Predict the change in loss of each swap from mean gradients, without one of this chain.
 
-    The score is `<mean, W_b - W_t>`, plus the change of the layer penalty. This is like
-    `jchain.swap_scores` with `kind="weights"`, except that it uses the mean gradient of a context
-    instead of the gradient of this chain, and so costs no layer calls.
+    The score of layer `b` at slot `t` is `<mean, W_b - W_t>`, plus the change of the layer penalty.
+    This is like `jchain.swap_scores` with `kind="weights"`, except that it uses the mean gradient
+    of a context instead of the gradient of this chain, and so costs no layer calls.
 
     Args:
       trends: the trends of the problem's bank.

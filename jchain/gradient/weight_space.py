@@ -127,19 +127,19 @@ def _scan_gradients(
         own = pick(group.params, member_of[token])
 
         def apply(params: PyTree, floating: PyTree) -> PyTree:
-            made = group.apply_params(member_of[token], params, put_floating(hidden, floating))
-            return take_floating(made)
+            outputs = group.apply_params(member_of[token], params, put_floating(hidden, floating))
+            return take_floating(outputs)
 
         gradient, before = jax.vjp(apply, own, take_floating(hidden))[1](after)
         return before, read_fn(group, own, gradient)
 
     def step(carry: _Carry, slot: Slot) -> tuple[_Carry, Array]:
         branches = [partial(visit_group, group) for group in bank.layers]
-        before, made = jax.lax.switch(
+        before, scores = jax.lax.switch(
             group_of[slot.token], branches, slot.token, slot.before, carry.cotangent
         )
         is_known_before = carry.is_known & keeps_gradient(before, carry.cotangent)
-        return _Carry(before, is_known_before), jnp.where(carry.is_known, made, jnp.nan)
+        return _Carry(before, is_known_before), jnp.where(carry.is_known, scores, jnp.nan)
 
     last = _Carry(cotangent, jnp.array(True))
     return scan_backward(step, last, chain, forward, forward.length)

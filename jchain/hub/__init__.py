@@ -10,8 +10,8 @@ from jchain.hub.datasets import choice_loss as choice_loss
 from jchain.hub.datasets import load_choices as load_choices
 from jchain.hub.datasets import load_images as load_images
 from jchain.hub.datasets import load_text as load_text
-from jchain.hub.datasets import token_accuracy as token_accuracy
-from jchain.hub.datasets import token_loss as token_loss
+from jchain.hub.datasets import next_token_accuracy as next_token_accuracy
+from jchain.hub.datasets import next_token_loss as next_token_loss
 from jchain.hub.exporting import export as export
 from jchain.hub.loading import load as load
 from jchain.hub.loading import load_many as load_many
@@ -26,8 +26,8 @@ __all__ = [
     "load_images",
     "load_many",
     "load_text",
+    "next_token_accuracy",
+    "next_token_loss",
     "random_bank",
     "recipes",
-    "token_accuracy",
-    "token_loss",
 ]

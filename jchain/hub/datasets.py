@@ -245,7 +245,7 @@ def _read_preprocessor(
     return mean, std, _FILTERS[resample]
 
 
-def token_loss(outputs: Float[Array, "*B T V"], y: Int[Array, "*B T"]) -> Float[Array, "*B"]:
+def next_token_loss(outputs: Float[Array, "*B T V"], y: Int[Array, "*B T"]) -> Float[Array, "*B"]:
     """Compute the cross-entropy of the next token in nats, averaged over the tokens of a sequence.
 
     Args:
@@ -262,7 +262,9 @@ def token_loss(outputs: Float[Array, "*B T V"], y: Int[Array, "*B T"]) -> Float[
     )
 
 
-def token_accuracy(outputs: Float[Array, "*B T V"], y: Int[Array, "*B T"]) -> Float[Array, "*B"]:
+def next_token_accuracy(
+    outputs: Float[Array, "*B T V"], y: Int[Array, "*B T"]
+) -> Float[Array, "*B"]:
     """Compute the share of next tokens in each sequence that have the largest logit.
 
     Args:
@@ -290,7 +292,7 @@ def choice_loss(outputs: Float[Array, "B C T V"], y: Int[Array, "B C T"]) -> Flo
       The loss of each question.
     """
     first = jnp.zeros(y.shape[:1], jnp.int32)
-    return optax.softmax_cross_entropy_with_integer_labels(-token_loss(outputs, y), first)
+    return optax.softmax_cross_entropy_with_integer_labels(-next_token_loss(outputs, y), first)
 
 
 def choice_accuracy(outputs: Float[Array, "B C T V"], y: Int[Array, "B C T"]) -> Float[Array, "B"]:
@@ -303,7 +305,7 @@ def choice_accuracy(outputs: Float[Array, "B C T V"], y: Int[Array, "B C T"]) ->
     Returns:
       1 or 0 for each question; 0 if another choice has the same mean log-likelihood.
     """
-    losses = token_loss(outputs, y)
+    losses = next_token_loss(outputs, y)
     return (losses[:, 0] < jnp.min(losses[:, 1:], axis=1)).astype(jnp.float32)
 
 

@@ -71,7 +71,7 @@ def find_starts(bank: Bank, max_layers: int, *, min_layers: int = 0) -> Int[np.n
       min_layers: minimum number of layers in a chain; shorter chains are omitted.
 
     Returns:
-      int32[S, max_layers + 1]; distinct chains. S is 0 if no chain has a suitable length.
+      Distinct chains, `[C, max_layers + 1]`. C is 0 if no chain has a suitable length.
     """
     rows: list[tuple[int, ...]] = []
     for parent in bank.parents:

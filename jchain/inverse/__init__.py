@@ -2,6 +2,7 @@
 
 from jchain.inverse import target_scores
 from jchain.inverse.pullback import (
+    PullBack,
     condition_numbers,
     invert_layers,
     pull_back,
@@ -9,9 +10,11 @@ from jchain.inverse.pullback import (
     target_logits,
     target_outputs,
 )
-from jchain.inverse.recover_chain import meet_in_the_middle
+from jchain.inverse.recover_chain import RecoveredChains, meet_in_the_middle
 
 __all__ = [
+    "PullBack",
+    "RecoveredChains",
     "condition_numbers",
     "invert_layers",
     "meet_in_the_middle",

@@ -21,6 +21,7 @@ from jchain.bank import Bank
 from jchain.engine.layer_calls import apply_token
 from jchain.gradient.linearize import flatten_rows
 from jchain.groups import LayerGroup
+from jchain.inverse.pullback_head import pull_back_head
 from jchain.modules.activations import check_one_array, to_one_array
 from jchain.problem import Problem
 from jchain.pytree import get_first_line
@@ -41,11 +42,17 @@ class Invertible(Protocol):
 
 
 class PullBack(NamedTuple):
-    """The result of pulling outputs back through a suffix."""
+    """The result of pulling outputs back through a suffix.
 
-    activations: Float[Array, "B ..."]  # [B, ...F], at the entry of the suffix
-    residual: Float[Array, "B"]  # [B], `|suffix(activations) - outputs| / |outputs|`
-    # [F, D], orthonormal directions along which the head's input may move; D = 0 without a head
+    Attributes:
+      activations: the activations at the entry of the suffix, `[B, ...F]`.
+      residual: `|suffix(activations) - outputs| / |outputs|` of each example, `[B]`.
+      null_space: orthonormal directions along which the head's input may move, `[F, D]`; D is 0
+        without a head.
+    """
+
+    activations: Float[Array, "B ..."]
+    residual: Float[Array, "B"]
     null_space: Float[Array, "F D"]
 
 
@@ -63,14 +70,14 @@ def invert_layers(bank: Bank) -> tuple[LayerGroup, ...]:
 
 
 def _invert_group(group: LayerGroup, names: Sequence[str]) -> LayerGroup:
-    made: list[tuple[nn.Module, PyTree]] = []
+    inverses: list[tuple[nn.Module, PyTree]] = []
     for index, token in enumerate(group.tokens):
         try:
-            made.append(_invert_member(group, index))
+            inverses.append(_invert_member(group, index))
         except ValueError as error:
             raise ValueError(f"layer {names[token] if names else token}: {error}") from None
-    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params for _, params in made))
-    return LayerGroup(params, made[0][0], group.tokens)
+    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params for _, params in inverses))
+    return LayerGroup(params, inverses[0][0], group.tokens)
 
 
 def _invert_member(group: LayerGroup, index: int) -> tuple[nn.Module, PyTree]:
@@ -151,16 +158,16 @@ def pull_back(
         if near is None:
             near = jnp.zeros((outputs.shape[0], *_guess_shape(bank)), outputs.dtype)
         check_one_array(near=near)
-        hidden, null_space = _pull_head(bank, tokens[-1], outputs, near)
+        hidden, null_space = pull_back_head(bank, tokens[-1], outputs, near)
     _check_outputs(bank, layers, hidden)
     for token in reversed(layers):
         hidden = apply_token(inverses, jnp.asarray(renamed[token]), hidden)
-    made = hidden
+    reached = hidden
     for token in layers:
-        made = apply_token(bank.layers, jnp.asarray(token), made)
+        reached = apply_token(bank.layers, jnp.asarray(token), reached)
     if has_head:
-        made = apply_token(bank.heads, jnp.asarray(tokens[-1]), made)
-    return PullBack(hidden, relative_residual(made, outputs), null_space)
+        reached = apply_token(bank.heads, jnp.asarray(tokens[-1]), reached)
+    return PullBack(hidden, relative_residual(reached, outputs), null_space)
 
 
 def gauss_newton_step(
@@ -183,10 +190,10 @@ def gauss_newton_step(
         def apply(h: Array) -> Array:
             return layer_fn(h[None])[0]
 
-        made, forward = jax.linearize(apply, h)
+        outputs, forward = jax.linearize(apply, h)
         back = jax.linear_transpose(forward, h)
         product = lambda v: forward(back(v)[0]) + damping * v  # noqa: E731
-        return back(jax.scipy.sparse.linalg.cg(product, target - made, maxiter=num_steps)[0])[0]
+        return back(jax.scipy.sparse.linalg.cg(product, target - outputs, maxiter=num_steps)[0])[0]
 
     return jax.vmap(solve)(hidden, target)
 
@@ -385,7 +392,7 @@ def _check_outputs(bank: Bank, layers: list[int], hidden: Array) -> None:
     if not layers:
         return
     try:
-        made = jax.eval_shape(
+        expected = jax.eval_shape(
             lambda h: apply_token(bank.layers, jnp.asarray(layers[-1]), h), hidden
         )
     except Exception as error:  # whatever a user's module raises
@@ -393,57 +400,7 @@ def _check_outputs(bank: Bank, layers: list[int], hidden: Array) -> None:
             f"expected outputs of the layers' shape, got {list(hidden.shape)}: "
             f"{get_first_line(error)}"
         ) from None
-    if made.shape != hidden.shape:
-        raise ValueError(f"expected outputs of shape {list(made.shape)}, got {list(hidden.shape)}")
-
-
-def _pull_head(bank: Bank, token: int, outputs: Array, near: Array) -> tuple[Array, Array]:
-    try:
-        jax.eval_shape(lambda h: apply_token(bank.heads, jnp.asarray(token), h), near)
-    except Exception as error:  # whatever a user's module raises
+    if expected.shape != hidden.shape:
         raise ValueError(
-            f"expected near of the shape of the head's input, got {list(near.shape)}: "
-            f"{get_first_line(error)}"
-        ) from None
-    kernel, bias = as_affine(bank, token, near[:1])
-    if outputs.shape[1:] != bias.shape or near.shape[0] != outputs.shape[0]:
-        raise ValueError(
-            f"expected outputs [B, {', '.join(map(str, bias.shape))}] and near with the same B, "
-            f"got {list(outputs.shape)} and {list(near.shape)}"
+            f"expected outputs of shape {list(expected.shape)}, got {list(hidden.shape)}"
         )
-    left, values, right = np.linalg.svd(kernel)
-    tolerance = values.max() * max(kernel.shape) * float(jnp.finfo(outputs.dtype).eps)
-    rank = int(np.sum(values > tolerance))
-    inverse = (right[:rank].T / values[:rank]) @ left[:, :rank].T
-    gap = flatten_rows(outputs - apply_token(bank.heads, jnp.asarray(token), near))
-    change = gap @ jnp.asarray(inverse, gap.dtype)
-    return near + change.reshape(near.shape), jnp.asarray(left[:, rank:], outputs.dtype)
-
-
-def as_affine(
-    bank: Bank, token: int, x: Float[Array, "1 ..."]
-) -> tuple[Float[np.ndarray, "F C"], Float[np.ndarray, "..."]]:
-    """Find the kernel and bias of an affine head from its outputs for zero and unit vectors.
-
-    Args:
-      bank: the bank with the heads.
-      token: the token of the head.
-      x: one example of the head's input, `[1, ...F]`. Only its shape and dtype are used.
-
-    Raises:
-      ValueError: if the head is not affine.
-    """
-
-    def head(rows: Array) -> Array:
-        return apply_token(bank.heads, jnp.asarray(token), rows.reshape(-1, *x.shape[1:]))
-
-    size = x[0].size
-    probe = jax.random.normal(jax.random.key(0), (4, size), x.dtype)
-    bias = head(jnp.zeros((1, size), x.dtype))
-    kernel = flatten_rows(head(jnp.eye(size, dtype=x.dtype)) - bias)
-    outputs, affine = flatten_rows(head(probe)), probe @ kernel + flatten_rows(bias)
-    if not np.allclose(outputs, affine, rtol=1e-3, atol=1e-3 * float(jnp.abs(affine).max())):
-        raise ValueError(
-            f"expected an affine head, such as DenseHead, got one that is not: token {token}"
-        )
-    return np.asarray(kernel, np.float64), np.asarray(bias[0])

@@ -55,17 +55,19 @@ _NOISE_LEVELS, _PATIENCE, _MAX_SECONDS = (0.0, 0.003, 0.01, 0.03, 0.1), 60.0, 18
 # is made longer; the least noise that is assumed if all pairs are compared without a tolerance; and
 # the seconds that each sequence of the longer half takes.
 _MAX_GAP, _LIKELY_NOISE, _SEQUENCE_SECONDS = 0.5, 0.05, 1e-6
-_MAX_PASSES = 2**12
-_NUM_FINALISTS = 64
-_NUM_TRIALS = 8
+_MAX_PASSES, _NUM_FINALISTS, _NUM_TRIALS = 2**12, 64, 8
 
 
 class RecoveredChains(NamedTuple):
-    """Chains of layers, best first."""
+    """Sequences of layers whose outputs are nearest to the given outputs, best first.
 
-    chains: Int[np.ndarray, "K D"]  # [K, D], layer tokens
-    # [K], `|chain(inputs) - outputs| / |outputs|` over all examples
-    residuals: Float[np.ndarray, "K"]
+    Attributes:
+      layers: the tokens of each sequence, `[Q, D]`, without a head.
+      residuals: `|sequence(inputs) - outputs| / |outputs|` over all examples, `[Q]`.
+    """
+
+    layers: Int[np.ndarray, "Q D"]
+    residuals: Float[np.ndarray, "Q"]
 
 
 def meet_in_the_middle(
@@ -149,9 +151,9 @@ def meet_in_the_middle(
         found = search.match_at_noise(tolerance)
     else:
         found = search.match_at_rising_noise()
-    if len(found.chains) < top_k:
+    if len(found.layers) < top_k:
         raise ValueError(
-            f"found {len(found.chains)} of {top_k} chains whose halves meet: no chain gives these "
+            f"found {len(found.layers)} of {top_k} chains whose halves meet: no chain gives these "
             "outputs, or the noise of the outputs or the condition numbers of the layers are too "
             "high; try a larger tolerance, more probes, or fewer layers"
         )
@@ -241,7 +243,7 @@ class _HalfSearch(NamedTuple):
                 break
             best = _merge(best, self.match(match_cells, plan), self.top_k)
             limit = max(2 * noise, float(jnp.finfo(plan.projection.dtype).eps) ** 0.5)
-            if len(best.chains) == self.top_k and best.residuals[0] <= limit:
+            if len(best.layers) == self.top_k and best.residuals[0] <= limit:
                 break
         return best
 
@@ -414,8 +416,8 @@ def _verify(
     """Rank candidates by residuals on the probes, and then the best of them on all examples."""
     num_finalists = max(top_k, _NUM_FINALISTS)
     if len(chains) > num_finalists:
-        rough = _compute_residuals(probes, chains)
-        chains = chains[np.argsort(rough, kind="stable")[:num_finalists]]
+        order = np.argsort(_compute_residuals(probes, chains), kind="stable")
+        chains = chains[order[:num_finalists]]
     residuals = _compute_residuals(examples, chains)
     best = np.argsort(residuals, kind="stable")[:top_k]
     return RecoveredChains(chains[best], residuals[best])
@@ -426,9 +428,8 @@ def _map_residuals(examples: _Examples, chains: Int[Array, "K D"]) -> Float[Arra
     size = jnp.linalg.norm(examples.outputs)
 
     def compute_residual(chain: Array) -> Array:
-        gap = jnp.linalg.norm(
-            apply_sequence(examples.layers, chain, examples.hidden) - examples.outputs
-        )
+        outputs = apply_sequence(examples.layers, chain, examples.hidden)
+        gap = jnp.linalg.norm(outputs - examples.outputs)
         return jnp.where(jnp.isfinite(gap), gap, jnp.inf) / jnp.where(size > 0, size, 1.0)
 
     return jax.lax.map(compute_residual, chains)
@@ -437,13 +438,12 @@ def _map_residuals(examples: _Examples, chains: Int[Array, "K D"]) -> Float[Arra
 def _compute_residuals(data: _Examples, chains: Int[np.ndarray, "K D"]) -> Float[np.ndarray, "K"]:
     # Pad to one of a few sizes, because each size compiles another program.
     step = _NUM_FINALISTS if len(chains) <= _NUM_FINALISTS else 4096
-    size = -(-len(chains) // step) * step
-    padded = np.pad(chains, ((0, size - len(chains)), (0, 0)))
+    padded = np.pad(chains, ((0, -len(chains) % step), (0, 0)))
     return np.asarray(_map_residuals(data, jnp.asarray(padded)))[: len(chains)]
 
 
 def _merge(first: RecoveredChains, second: RecoveredChains, top_k: int) -> RecoveredChains:
-    chains = np.concatenate([first.chains, second.chains])
+    chains = np.concatenate([first.layers, second.layers])
     residuals = np.concatenate([first.residuals, second.residuals])
     _, once = np.unique(chains, axis=0, return_index=True)
     best = once[np.argsort(residuals[once], kind="stable")][:top_k]

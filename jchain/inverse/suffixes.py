@@ -87,13 +87,13 @@ def _pull_head(
         return flatten_rows(apply_token(problem.bank.heads, token, hidden))
 
     entry = reach_target(problem, token, near)
-    made, back = jax.vjp(head, entry)
+    outputs, back = jax.vjp(head, entry)
     units = jnp.broadcast_to(
-        jnp.eye(made.shape[1], dtype=made.dtype)[:, None], (made.shape[1], *made.shape)
+        jnp.eye(outputs.shape[1], dtype=outputs.dtype)[:, None], (outputs.shape[1], *outputs.shape)
     )
     rows = jax.vmap(lambda unit: back(unit)[0])(units)
     tokens = jnp.full(num_slots, PADDING, jnp.int32).at[0].set(token.astype(jnp.int32))
-    return _Level(tokens, entry, rows), made
+    return _Level(tokens, entry, rows), outputs
 
 
 def _prepend_layer(

@@ -224,7 +224,7 @@ def score_candidates_by_target(
     is_exact: bool = False,
     is_projected: bool = True,
 ) -> EditScores:
-    """Do the same as `score_edits_by_target` for layers that may be traced.
+    """Score edits as `score_edits_by_target` does, with layers that may be traced.
 
     Args:
       problem: as for `score_edits_by_target`.

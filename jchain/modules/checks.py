@@ -134,8 +134,10 @@ def infer_output(module: Module, params: PyTree, state: PyTree, x: PyTree, name:
         variables that are not given.
     """
     given = {"params": {} if params is None else params, **(state or {})}
-    made, out = _make_collections(module, given, x)
-    missing = [key for key, tree in made.items() if not given.get(key) and not _is_sown(tree)]
+    collections, out = _make_collections(module, given, x)
+    missing = [
+        key for key, tree in collections.items() if not given.get(key) and not _is_sown(tree)
+    ]
     if missing:
         listed = ", ".join(repr(collection) for collection in missing)
         raise ValueError(
@@ -143,7 +145,7 @@ def infer_output(module: Module, params: PyTree, state: PyTree, x: PyTree, name:
             "module.init(key, x), not only a part of it"
         )
     # A module that only has params computes the same if its collections are mutable.
-    if out is None or set(made) - {"params"}:
+    if out is None or set(collections) - {"params"}:
         try:
             out = jax.eval_shape(lambda x: apply_module(module, params, state, x), x)
         except Exception as error:  # whatever a user's module raises
@@ -233,10 +235,10 @@ def _make_collections(
         return module.apply(given, x, mutable=True)
 
     try:
-        out, made = jax.eval_shape(run, x)
+        out, collections = jax.eval_shape(run, x)
     except Exception:  # infer_output reports it
         return {}, None
-    return dict(made), out
+    return dict(collections), out
 
 
 def _is_sown(tree: PyTree) -> bool:

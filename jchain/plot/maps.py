@@ -62,7 +62,7 @@ def policy(
     Args:
       bank: the bank, which names the layers and heads.
       probabilities: a row per slot, `[L, N + K]`; for the actor-critic, `jnp.exp` of
-        `search.policy(result.state, chain[None], problem)[0]`.
+        `search.policy(result.state, problem, chain[None])[0]`.
       ax: the axes to draw on; None for a new figure.
 
     Raises:

@@ -151,7 +151,7 @@ def _ends_with_a_head(prefix: tuple[int, ...], problem: Problem) -> bool:
     if len(prefix) < problem.min_layers:
         return False
     stages = problem.bank.stages
-    return stages is None or stages.layers[prefix[-1]][1] in stages.heads
+    return stages is None or stages.layer_stages[prefix[-1]][1] in stages.head_stages
 
 
 def _check_losses(rows: list[_Row], problem: Problem) -> list[str]:

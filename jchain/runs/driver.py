@@ -178,7 +178,7 @@ def run_many(
     spec = RunSpec(
         keys,
         search,
-        problem if mesh is None else problem.on(mesh),
+        problem if mesh is None else problem.with_mesh(mesh),
         list_starts(problem, starts),
         num_finalists,
         StopRule(np.int32(budget), np.float32(target_loss)),

@@ -1,4 +1,4 @@
-"""What a run says of itself while it goes on: to a callback, and on a live line."""
+"""Progress reports of a run: to a callback, and on a live line."""
 
 from typing import TYPE_CHECKING, NamedTuple
 

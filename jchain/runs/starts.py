@@ -94,8 +94,8 @@ def _begin_at(
         key, state, stats = run
         if isinstance(search, Startable):
             key, start_key = jax.random.split(key)
-            made = search.start(start_key, state, problem, chains, seen_loss)
-            state = jax.tree.map(lambda new, old: new.astype(old.dtype), made, state)
+            started = search.start(start_key, state, problem, chains, seen_loss)
+            state = jax.tree.map(lambda new, old: new.astype(old.dtype), started, state)
         pool = merge(stats.pool, chains, out.loss)
         stats = stats._replace(
             pool=pool,

@@ -49,7 +49,7 @@ from jchain.engine.prefix_sharing import count_calls
 from jchain.engine.score_cache import ScoreCache
 from jchain.gradient.slot_scores import KINDS, ScoreKind
 from jchain.problem import Problem
-from jchain.pytree import pytree_dataclass, static
+from jchain.pytree import check_at_least_one, pytree_dataclass, static
 from jchain.search.pool import Pool, empty_pool, merge
 from jchain.search.protocol import Info
 
@@ -107,6 +107,10 @@ class ActorCritic:
         (`jchain.agent.rewards`).
       params: initial params, for example from `jchain.agent.pretrain.pretrain_agent` on other
         banks; None for random params.
+
+    Raises:
+      ValueError: if `score_kind` is unknown, `num_chains` is below 2, `num_epochs` or `num_elites`
+        is below 1, `num_replays` is negative, or `replay_size` is below `num_chains`.
     """
 
     is_deterministic = False
@@ -135,14 +139,12 @@ class ActorCritic:
             raise ValueError(
                 f"expected a score_kind of {', '.join(KINDS)} or None, got {self.score_kind!r}"
             )
-        if self.num_chains < 2 or min(self.num_epochs, self.num_elites) < 1:
-            raise ValueError(
-                "expected num_chains >= 2, num_epochs >= 1, and num_elites >= 1, got "
-                f"{self.num_chains}, {self.num_epochs} and {self.num_elites}"
-            )
+        check_at_least_one(num_epochs=self.num_epochs, num_elites=self.num_elites)
+        if self.num_chains < 2:
+            raise ValueError(f"expected num_chains to be at least 2, got {self.num_chains}")
         if self.num_replays < 0 or self.replay_size < self.num_chains:
             raise ValueError(
-                "expected num_replays >= 0 and replay_size >= num_chains, got "
+                "expected num_replays to be at least 0 and replay_size at least num_chains, got "
                 f"{self.num_replays} and {self.replay_size}"
             )
 
@@ -238,7 +240,7 @@ class ActorCritic:
         return State(*learner, inputs, elite, cache, replay_buffer, features), info
 
     def value(
-        self, state: State, chains: Int[Array, "P L"], problem: Problem
+        self, state: State, problem: Problem, chains: Int[Array, "P L"]
     ) -> Float[Array, "P L"]:
         """Predict the expected reward of the policy before each token of the chains.
 
@@ -247,15 +249,15 @@ class ActorCritic:
 
         Args:
           state: the state, which holds the params.
-          chains: the chains, `[P, L]`.
           problem: the bank, the split of data, and the loss.
+          chains: the chains, `[P, L]`.
         """
         _, values = self._evaluate(state, chains, problem)
         length = problem.space.count_layers(chains)[:, None]
         return jnp.where(jnp.arange(chains.shape[1])[None] <= length, values, 0.0)
 
     def policy(
-        self, state: State, chains: Int[Array, "P L"], problem: Problem
+        self, state: State, problem: Problem, chains: Int[Array, "P L"]
     ) -> Float[Array, "P L E"]:
         """Compute the log-probabilities of all tokens before each token of the chains.
 
@@ -263,8 +265,8 @@ class ActorCritic:
 
         Args:
           state: the state, which holds the params.
-          chains: the chains, `[P, L]`.
           problem: the bank, the split of data, and the loss.
+          chains: the chains, `[P, L]`.
         """
         return jax.nn.log_softmax(self._evaluate(state, chains, problem)[0])
 

@@ -37,7 +37,7 @@ class State(NamedTuple):
     loss: Float[Array, "2 W"]  # [2, W], loss of the best head; +inf in an empty row
     generation: Int[Array, ""]  # 0 or 1, the index of the generation that is being extended
     parent: Int[Array, ""]  # the row of the next prefix to extend
-    depth: Int[Array, ""]  # the number of layers of each prefix in this generation
+    length: Int[Array, ""]  # the number of layers of each prefix in this generation
     width: Int[Array, ""]  # the width of this pass; above `max_width` after the last one
 
 
@@ -68,7 +68,7 @@ class BeamSearch:
     def __post_init__(self) -> None:
         if not 1 <= self.width <= self.max_width:
             raise ValueError(
-                "expected a width of at least 1 and at most max_width, got "
+                "expected width to be at least 1 and at most max_width, got "
                 f"{self.width} and {self.max_width}"
             )
 
@@ -89,13 +89,13 @@ class BeamSearch:
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         """Extend one prefix by every layer."""
         num_layers, num_heads = problem.bank.num_layers, problem.bank.num_heads
-        old, depth = state.generation, state.depth
+        old, length = state.generation, state.length
         prefix, hidden = pick((state.chains, state.hidden), (old, state.parent))
         is_open = (state.width <= self.max_width) & jnp.isfinite(state.loss[old, state.parent])
-        should_extend = is_open & (depth < problem.max_layers)
+        should_extend = is_open & (length < problem.max_layers)
 
         def extend(state: State) -> tuple[State, Array]:
-            children, outputs = extend_prefix(problem, prefix, depth, hidden)
+            children, outputs = extend_prefix(problem, prefix, length, hidden)
             penalty = problem.head_penalties(children)
             loss = jax.vmap(lambda h: env.head_losses(problem, h))(outputs) + penalty
             loss = loss.astype(jnp.float32)
@@ -105,9 +105,9 @@ class BeamSearch:
             return state, jnp.full((num_layers, num_heads), jnp.inf, jnp.float32)
 
         state, loss = jax.lax.cond(should_extend, extend, skip, state)
-        children = env.append_layers(problem, prefix, depth)
+        children = env.append_layers(problem, prefix, length)
         chains, loss = end_children(
-            problem, prefix, depth, hidden, children, loss, is_open, should_extend
+            problem, prefix, length, hidden, children, loss, is_open, should_extend
         )
         layer_calls = jnp.where(should_extend, count_extensions(problem, prefix), 0)
         return self._advance(state, problem), Info(chains, loss, layer_calls)
@@ -150,10 +150,10 @@ class BeamSearch:
             loss=jnp.where(is_last, state.loss.at[old].set(jnp.inf), state.loss),
             generation=jnp.where(is_last, new, old),
             parent=jnp.where(is_last, 0, parent),
-            depth=state.depth + is_last,
+            length=state.length + is_last,
         )
         is_over = is_last & (
-            (next_state.depth >= problem.max_layers) | ~jnp.isfinite(state.loss[new]).any()
+            (next_state.length >= problem.max_layers) | ~jnp.isfinite(state.loss[new]).any()
         )
         width = jnp.where(state.width <= self.max_width, 2 * state.width, state.width)
         return jax.lax.cond(

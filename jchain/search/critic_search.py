@@ -26,7 +26,7 @@ from jchain.chain import PADDING
 from jchain.engine.layer_calls import apply_token
 from jchain.modules.activations import make_buffer
 from jchain.problem import Problem
-from jchain.pytree import pick, pytree_dataclass, static
+from jchain.pytree import check_at_least_one, pick, pytree_dataclass, static
 from jchain.search.prefixes import (
     count_extensions,
     end_children,
@@ -113,8 +113,7 @@ class CriticSearch:
 
     def __post_init__(self) -> None:
         critic_lib.check(self.critic)
-        if self.width < 1:
-            raise ValueError(f"expected a width of at least 1, got {self.width}")
+        check_at_least_one(width=self.width)
 
     @property
     def is_deterministic(self) -> bool:
@@ -184,8 +183,8 @@ class CriticSearch:
         """Extend one open prefix by every layer."""
         prefixes = state.prefixes
         length = _choose_length(state)
-        place = self._select(key, state, length)
-        parent = jax.tree.map(lambda leaf: leaf[length, place], prefixes)
+        row = self._select(key, state, length)
+        parent = jax.tree.map(lambda leaf: leaf[length, row], prefixes)
         is_open = jnp.isfinite(parent.prior_prediction)
         should_extend = is_open & (length < problem.max_layers)
         hidden, num_recomputed = _recompute(state, problem, parent.chains, length)
@@ -202,7 +201,7 @@ class CriticSearch:
         stop_loss = jnp.where(length >= problem.min_layers, parent.stop_loss, jnp.inf)
         best = jnp.minimum(stop_loss, jnp.min(jnp.where(jnp.isnan(value), jnp.inf, value)))
         weights, inverse_gram = self._learn(state, length, parent, best, should_extend)
-        closed = prefixes.prior_prediction.at[length, place].set(jnp.inf)
+        closed = prefixes.prior_prediction.at[length, row].set(jnp.inf)
         prefixes = prefixes._replace(prior_prediction=closed)
         state = State(
             prefixes,
@@ -226,20 +225,20 @@ class CriticSearch:
 
     def _select(self, key: Key[Array, ""], state: State, length: Int[Array, ""]) -> Int[Array, ""]:
         """Select the row of the prefix of this length to extend: the guide's, or epsilon-greedy."""
-        coin_key, place_key = jax.random.split(key)
+        coin_key, row_key = jax.random.split(key)
         prefixes = state.prefixes
         prior_prediction, inputs = prefixes.prior_prediction[length], prefixes.inputs[length]
         best = jnp.argmin(_predict(prior_prediction, inputs, state.weights[length]))
-        order = jax.random.uniform(place_key, prior_prediction.shape, jnp.float32)
-        random_place = jnp.argmax(jnp.where(jnp.isfinite(prior_prediction), order, -1.0))
+        order = jax.random.uniform(row_key, prior_prediction.shape, jnp.float32)
+        random_row = jnp.argmax(jnp.where(jnp.isfinite(prior_prediction), order, -1.0))
         is_random = jax.random.uniform(coin_key, (), jnp.float32) < self.epsilon
-        place = jnp.where(is_random, random_place, best)
+        row = jnp.where(is_random, random_row, best)
         # The prefixes of the guide come first.
         guide = jnp.where(jnp.arange(state.guide.size) < length, state.guide, PADDING)
         is_guide = (prefixes.chains[length] == guide[None]).all(axis=1) & jnp.isfinite(
             prior_prediction
         )
-        return jnp.where(is_guide.any(), jnp.argmax(is_guide), place)
+        return jnp.where(is_guide.any(), jnp.argmax(is_guide), row)
 
     def _make_candidates(
         self,
@@ -396,15 +395,17 @@ def _insert(
     Children with a value of +inf are not inserted.
     """
     prefixes = state.prefixes
-    row = jnp.minimum(length, prefixes.prior_prediction.shape[0] - 1)
-    kept = _predict(prefixes.prior_prediction[row], prefixes.inputs[row], state.weights[row])
-    size = min(value.size, kept.size)
-    worst, places = jax.lax.top_k(kept, size)
+    level = jnp.minimum(length, prefixes.prior_prediction.shape[0] - 1)
+    predicted = _predict(
+        prefixes.prior_prediction[level], prefixes.inputs[level], state.weights[level]
+    )
+    size = min(value.size, predicted.size)
+    worst, worst_rows = jax.lax.top_k(predicted, size)
     best = jnp.argsort(value)[:size]
-    place = jnp.where(value[best] < worst, places, kept.size)
+    row = jnp.where(value[best] < worst, worst_rows, predicted.size)
     return state._replace(
         prefixes=jax.tree.map(
-            lambda old, new: old.at[row, place].set(new[best].astype(old.dtype), mode="drop"),
+            lambda old, new: old.at[level, row].set(new[best].astype(old.dtype), mode="drop"),
             prefixes,
             candidates,
         )

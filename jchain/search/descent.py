@@ -116,8 +116,8 @@ def sample_start(key: Key[Array, ""], problem: Problem) -> Int[Array, "L"]:
         tokens = jnp.where(slots < problem.space.count_layers(chain), chain, tokens)
 
     def extend(hidden: PyTree, token: Array) -> tuple[PyTree, Array]:
-        made = apply_token(bank.layers, token, hidden)
-        return made, env.head_losses(problem, made)
+        outputs = apply_token(bank.layers, token, hidden)
+        return outputs, env.head_losses(problem, outputs)
 
     hidden = bank.embed(problem.data.x)
     losses = jax.lax.scan(extend, hidden, tokens[:-1])[1]

@@ -14,7 +14,7 @@ from jchain.chain import PADDING
 from jchain.engine import score_cache
 from jchain.engine.score_cache import ScoreCache
 from jchain.problem import Problem
-from jchain.pytree import pytree_dataclass, static
+from jchain.pytree import check_at_least_one, pytree_dataclass, static
 from jchain.search.protocol import Info
 
 
@@ -36,6 +36,9 @@ class Evolution:
       tournament_size: number of chains that are drawn, with replacement, for a tournament. The best
         of them becomes the parent.
       num_chains: number of children per step; all are added to the population at once.
+
+    Raises:
+      ValueError: if a size is below 1, or `num_chains` exceeds `population_size`.
     """
 
     is_deterministic = False
@@ -48,14 +51,15 @@ class Evolution:
     num_chains: int = static(default=8)
 
     def __post_init__(self) -> None:
-        if (
-            min(self.population_size, self.tournament_size) < 1
-            or not 1 <= self.num_chains <= self.population_size
-        ):
+        check_at_least_one(
+            population_size=self.population_size,
+            tournament_size=self.tournament_size,
+            num_chains=self.num_chains,
+        )
+        if self.num_chains > self.population_size:
             raise ValueError(
-                "expected population_size, tournament_size and num_chains of at least 1, and "
-                f"num_chains of at most population_size, got {self.population_size}, "
-                f"{self.tournament_size} and {self.num_chains}"
+                "expected num_chains to be at most population_size, got "
+                f"{self.num_chains} and {self.population_size}"
             )
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:

@@ -65,7 +65,7 @@ class LinearizedSearch:
     Attributes:
       num_single: number of single edits to evaluate per step, most promising first.
       num_pairs: number of pairs of swaps to evaluate per step, most promising first.
-      num_joint: number of greedy moves to evaluate per step. The first makes as many swaps as the
+      num_greedy: number of greedy moves to evaluate per step. The first makes as many swaps as the
         trust region allows, and each further move makes half as many as the one before.
       num_candidates: number of layers that a pass scores at each slot. Each group of the bank gets
         a share in proportion to its size, and at least one. If the bank has more layers than
@@ -77,6 +77,9 @@ class LinearizedSearch:
       num_products: maximum number of vector-Jacobian products of a pass
         (`jchain.gradient.score_edits`). None to use 2 if the loss is a softmax over classes, and
         the default of `score_edits` otherwise.
+
+    Raises:
+      ValueError: if a size is too small; only `num_pairs` and `num_greedy` may be 0.
     """
 
     is_deterministic = False
@@ -86,7 +89,7 @@ class LinearizedSearch:
 
     num_single: int = static(default=4)
     num_pairs: int = static(default=4)
-    num_joint: int = static(default=2)
+    num_greedy: int = static(default=2)
     num_candidates: int = static(default=16)
     num_best: int | None = static(default=None)
     patience: int = static(default=2)
@@ -96,13 +99,15 @@ class LinearizedSearch:
         smallest = {
             "num_single": 1,
             "num_pairs": 0,
-            "num_joint": 0,
+            "num_greedy": 0,
             "num_candidates": 1,
             "patience": 1,
         }
         for name, size in smallest.items():
             if getattr(self, name) < size:
-                raise ValueError(f"expected {name} of at least {size}, got {getattr(self, name)}")
+                raise ValueError(
+                    f"expected {name} to be at least {size}, got {getattr(self, name)}"
+                )
         for name in ("num_best", "num_products"):
             size = getattr(self, name)
             if size is not None and size < 1:
@@ -275,7 +280,7 @@ class LinearizedSearch:
         neighbors, _ = env.neighbors(problem, linearized.chain)
         gain, rows = jax.lax.top_k(-linearized.score, min(self.num_single, linearized.score.size))
         single = jnp.where(jnp.isfinite(gain)[:, None], neighbors[rows], linearized.chain[None])
-        sizes = jnp.floor(state.radius / 2.0 ** jnp.arange(self.num_joint)).astype(jnp.int32)
+        sizes = jnp.floor(state.radius / 2.0 ** jnp.arange(self.num_greedy)).astype(jnp.int32)
         place = jnp.clip(sizes - 1, 0, problem.max_layers)
         # A greedy move of two swaps would only repeat a pair.
         is_joint = (sizes > 2) & linearized.is_greedy[place] & (num_failed == 0)

@@ -15,7 +15,7 @@ from jchain._typing import Array, Float, Int, Key
 from jchain.engine import score_cache
 from jchain.engine.score_cache import ScoreCache
 from jchain.problem import Problem
-from jchain.pytree import pytree_dataclass, static
+from jchain.pytree import check_at_least_one, pytree_dataclass, static
 from jchain.search.protocol import Info
 
 
@@ -36,6 +36,9 @@ class LocalSearch:
     Attributes:
       num_chains: number of neighbors to score per step. The search moves to the first of them, in
         random order, that is better than the current chain.
+
+    Raises:
+      ValueError: if `num_chains` is below 1.
     """
 
     is_deterministic = False
@@ -46,8 +49,7 @@ class LocalSearch:
     num_chains: int = static(default=8)
 
     def __post_init__(self) -> None:
-        if self.num_chains < 1:
-            raise ValueError(f"expected num_chains to be at least 1, got {self.num_chains}")
+        check_at_least_one(num_chains=self.num_chains)
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the first state.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jchain import env
 from jchain._typing import Array, Bool, Float, Key
 from jchain.problem import Problem
-from jchain.pytree import pytree_dataclass, static
+from jchain.pytree import check_at_least_one, pytree_dataclass, static
 from jchain.search.prefixes import end_prefixes
 from jchain.search.protocol import Info
 
@@ -55,8 +55,7 @@ class MCTS:
     gumbel_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.num_simulations < 1:
-            raise ValueError(f"expected num_simulations >= 1, got {self.num_simulations}")
+        check_at_least_one(num_simulations=self.num_simulations)
 
     @property
     def is_deterministic(self) -> bool:

@@ -11,7 +11,7 @@ Both must work under `jit` and `vmap`. The state and the losses must keep their 
 `jchain.runs.driver` keeps track of the budget, the best chains, the loss curve, the counts, and
 the progress line. A search may also define the optional members that `Search` lists.
 `jchain.check_search` tests a search against this protocol, and so does
-`tests/search/test_contract.py`, which lists all searches of jchain.
+`tests/small_searches.py`, which lists all searches of jchain for the tests of this contract.
 `jchain.search.random_search` is the shortest example.
 """
 
@@ -41,9 +41,10 @@ class Info(NamedTuple):
 
 @runtime_checkable
 class Search(Protocol):
-    """A frozen dataclass that is registered as a pytree.
+    """The interface of a search: a frozen dataclass with `init` and `step`.
 
-    Fields that determine array shapes are static; all other hyperparameters are pytree leaves.
+    It is registered as a pytree (`jchain.pytree_dataclass`). Fields that determine array shapes are
+    static; all other hyperparameters are leaves.
 
     Both methods must work under `jit`, and under `vmap` over keys and states. The members below are
     optional. The first four are flags. The functions of the same names in this module read them,
@@ -188,14 +189,14 @@ def check_step(search: Search, out: object, problem: Problem) -> tuple[PyTree, I
       problem: the problem that was searched.
 
     Raises:
-      TypeError: if the output has another form.
+      ValueError: if the output has another form.
     """
     name = f"{type(search).__name__}.step"
     if not isinstance(out, tuple) or len(out) != 2:
-        raise TypeError(f"expected {name} to return (state, jc.Info), got {describe_type(out)}")
+        raise ValueError(f"expected {name} to return (state, jc.Info), got {describe_type(out)}")
     state, info = out
     if not isinstance(info, Info):
-        raise TypeError(
+        raise ValueError(
             f"expected {name} to return a jc.Info after the state, got {describe_type(info)}"
         )
     chains, loss = jnp.asarray(info.chains), jnp.asarray(info.loss)
@@ -205,18 +206,18 @@ def check_step(search: Search, out: object, problem: Problem) -> tuple[PyTree, I
         or chains.shape[1] != num_slots
         or not jnp.issubdtype(chains.dtype, jnp.integer)
     ):
-        raise TypeError(
+        raise ValueError(
             f"expected {name} to return integer chains [P, {num_slots}], got "
             f"{chains.dtype}{list(chains.shape)}"
         )
     if loss.shape != chains.shape[:1] or not jnp.issubdtype(loss.dtype, jnp.floating):
-        raise TypeError(
+        raise ValueError(
             f"expected {name} to return float losses [{chains.shape[0]}], one per chain, got "
             f"{loss.dtype}{list(loss.shape)}"
         )
     layer_calls = jnp.asarray(info.layer_calls)
     if layer_calls.shape or not jnp.issubdtype(layer_calls.dtype, jnp.integer):
-        raise TypeError(
+        raise ValueError(
             f"expected {name} to return layer_calls as an integer scalar, got "
             f"{layer_calls.dtype}{list(layer_calls.shape)}"
         )

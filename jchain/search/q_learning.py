@@ -17,7 +17,7 @@ from jchain.chain import PADDING
 from jchain.engine import prefix_rules, score_cache
 from jchain.engine.score_cache import ScoreCache
 from jchain.problem import Problem
-from jchain.pytree import pytree_dataclass, static
+from jchain.pytree import check_at_least_one, pytree_dataclass, static
 from jchain.search.protocol import Info
 
 
@@ -47,6 +47,10 @@ class QLearning:
       reward_fn: function that maps the losses of a step's chains to rewards
         (`jchain.agent.rewards`). Rank rewards do not work, because they depend on the other chains
         of the step.
+
+    Raises:
+      ValueError: if `num_chains` or `num_replays` is below 1, or `replay_size` is below
+        `num_chains`.
     """
 
     is_deterministic = False
@@ -63,11 +67,11 @@ class QLearning:
     reward_fn: Callable[[Float[Array, "P"]], Float[Array, "P"]] = static(default=plain_rewards)
 
     def __post_init__(self) -> None:
-        sizes = (self.num_chains, self.num_replays)
-        if min(sizes) < 1 or self.replay_size < self.num_chains:
+        check_at_least_one(num_chains=self.num_chains, num_replays=self.num_replays)
+        if self.replay_size < self.num_chains:
             raise ValueError(
-                "expected num_chains >= 1, num_replays >= 1, and replay_size >= num_chains, "
-                f"got {sizes[0]}, {sizes[1]} and {self.replay_size}"
+                "expected replay_size to be at least num_chains, got "
+                f"{self.replay_size} and {self.num_chains}"
             )
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
@@ -131,7 +135,7 @@ class QLearning:
         return State(values, replayable, rewards, num_steps, cache), Info(chains, loss, layer_calls)
 
     def value(
-        self, state: State, chains: Int[Array, "P L"], problem: Problem
+        self, state: State, problem: Problem, chains: Int[Array, "P L"]
     ) -> Float[Array, "P L"]:
         """Look up the best predicted reward before each token of the chains.
 
@@ -140,8 +144,8 @@ class QLearning:
 
         Args:
           state: the state, which holds the table.
-          chains: the chains, `[P, L]`.
           problem: the problem, which determines which tokens are allowed.
+          chains: the chains, `[P, L]`.
         """
 
         def read(chain: Array) -> Array:

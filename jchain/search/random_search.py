@@ -7,7 +7,7 @@ from jchain._typing import Array, Float, Int, Key
 from jchain.engine import score_cache
 from jchain.engine.score_cache import ScoreCache
 from jchain.problem import Problem
-from jchain.pytree import pytree_dataclass, static
+from jchain.pytree import check_at_least_one, pytree_dataclass, static
 from jchain.search.protocol import Info
 
 
@@ -23,6 +23,9 @@ class RandomSearch:
 
     Attributes:
       num_chains: number of chains per step; the prefixes that they share are charged once.
+
+    Raises:
+      ValueError: if `num_chains` is below 1.
     """
 
     is_deterministic = False
@@ -33,8 +36,7 @@ class RandomSearch:
     num_chains: int = static(default=64)
 
     def __post_init__(self) -> None:
-        if self.num_chains < 1:
-            raise ValueError(f"expected num_chains to be at least 1, got {self.num_chains}")
+        check_at_least_one(num_chains=self.num_chains)
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the first state, with an empty score cache.

@@ -23,7 +23,7 @@ from jchain.inverse.pullback import Invertible, inverse_groups
 from jchain.inverse.suffixes import Suffixes, predict_losses, pull_back_suffixes
 from jchain.modules.activations import check_one_array
 from jchain.problem import Problem
-from jchain.pytree import pick, pytree_dataclass, static
+from jchain.pytree import check_at_least_one, pick, pytree_dataclass, static
 from jchain.search.descent import allocate_candidates, sample_candidates
 from jchain.search.protocol import Info
 from jchain.stages.binding import check_no_stages
@@ -39,7 +39,7 @@ class State(NamedTuple):
     rows: Int[Array, "B"]  # [b], the probe examples of this pass
     hidden: Shaped[Array, "W B ..."]  # [W, b, ...F], activations of each prefix on the probes
     is_valid: Bool[Array, "W"]  # which rows hold a prefix
-    depth: Int[Array, ""]  # the number of layers of each prefix; 0 at the start of a pass
+    length: Int[Array, ""]  # the number of layers of each prefix; 0 at the start of a pass
     suffixes: Suffixes
     inverses: tuple[LayerGroup, ...]
     best: Int[Array, "L"]  # the best chain so far
@@ -64,6 +64,9 @@ class SuffixBeamSearch:
       temperature: scale of the Gumbel noise that is added to the predicted losses before they rank
         prefixes and chains, in units of the difference between their mean and their minimum. If all
         examples are probes, passes without noise would repeat.
+
+    Raises:
+      ValueError: if a size is below 1; only `max_suffix_layers` may be 0.
     """
 
     is_deterministic = False
@@ -79,9 +82,12 @@ class SuffixBeamSearch:
     temperature: float = 0.01
 
     def __post_init__(self) -> None:
-        for name in ("width", "num_candidates", "num_chains", "num_probes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} to be at least 1, got {getattr(self, name)}")
+        check_at_least_one(
+            width=self.width,
+            num_candidates=self.num_candidates,
+            num_chains=self.num_chains,
+            num_probes=self.num_probes,
+        )
         if self.max_suffix_layers < 0:
             raise ValueError(
                 f"expected max_suffix_layers to be at least 0, got {self.max_suffix_layers}"
@@ -158,7 +164,7 @@ class SuffixBeamSearch:
         ) -> tuple[State, Array, Array]:
             start_key, key = jax.random.split(key)
             state = jax.lax.cond(
-                state.depth == 0, self._start, lambda *args: args[1], start_key, state, problem
+                state.length == 0, self._start, lambda *args: args[1], start_key, state, problem
             )
             return self._extend(key, state, problem.take(state.rows), temperature)
 
@@ -233,7 +239,7 @@ class SuffixBeamSearch:
                 forward.length + num_grown * (2 + suffixes.outputs.shape[-1]), jnp.int32
             )
 
-        return jax.lax.cond(state.depth == 0, pull, lambda: (state.suffixes, jnp.int32(0)))
+        return jax.lax.cond(state.length == 0, pull, lambda: (state.suffixes, jnp.int32(0)))
 
     def _extend(
         self, key: Array, state: State, probe_problem: Problem, temperature: Array
@@ -256,7 +262,7 @@ class SuffixBeamSearch:
             + probe_problem.chain_cost(suffixes.tokens)[None]
         )
         loss = jnp.where(probe_problem.exceeds_limit(cost), jnp.inf, loss)
-        is_short_enough = rows.depth[:, None] + suffix_length[None] <= probe_problem.max_layers + 1
+        is_short_enough = rows.length[:, None] + suffix_length[None] <= probe_problem.max_layers + 1
         loss = jnp.where(
             rows.is_valid[:, None] & is_short_enough & jnp.isfinite(loss), loss, jnp.inf
         )
@@ -267,20 +273,20 @@ class SuffixBeamSearch:
         noisy_gain = jnp.where(is_pair, temperature * spread * noise, 0.0) - loss
         # Chains of fewer than `min_layers` layers are not evaluated, but their predictions still
         # rank prefixes.
-        is_long_enough = rows.depth[:, None] + suffix_length[None] > probe_problem.min_layers
+        is_long_enough = rows.length[:, None] + suffix_length[None] > probe_problem.min_layers
         gain, pairs = jax.lax.top_k(
             jnp.where(is_long_enough, noisy_gain, -jnp.inf).reshape(-1),
             min(_MARGIN * self.num_chains, loss.size),
         )
         row, suffix = jnp.divmod(pairs, loss.shape[1])
-        chains = _attach(rows.chains[row], rows.depth[row], suffixes.tokens[suffix])
+        chains = _attach(rows.chains[row], rows.length[row], suffixes.tokens[suffix])
         chains = jnp.where(
             jnp.isfinite(gain)[:, None], chains, probe_problem.space.head_alone[None]
         ).astype(jnp.int32)
 
         prefix_gain, kept = jax.lax.top_k(noisy_gain[1:].max(axis=1), self.width)
         kept = 1 + kept
-        is_over = state.depth + 1 >= probe_problem.max_layers
+        is_over = state.length + 1 >= probe_problem.max_layers
         next_state = state._replace(
             prefixes=jnp.where(is_over, PADDING, rows.chains[kept]),
             hidden=rows.hidden[kept],
@@ -289,7 +295,7 @@ class SuffixBeamSearch:
                 jnp.arange(self.width) == 0,
                 rows.is_valid[kept] & jnp.isfinite(prefix_gain),
             ),
-            depth=jnp.where(is_over, 0, state.depth + 1),
+            length=jnp.where(is_over, 0, state.length + 1),
             suffixes=suffixes,
         )
         return next_state, chains, num_pulled + rows.is_valid[1:].sum()
@@ -301,7 +307,7 @@ class _Prefixes(NamedTuple):
     chains: Int[Array, "R L"]
     hidden: Shaped[Array, "R B ..."]
     is_valid: Bool[Array, "R"]
-    depth: Int[Array, "R"]
+    length: Int[Array, "R"]
 
 
 def _extend_prefixes(probe_problem: Problem, state: State) -> _Prefixes:
@@ -310,27 +316,27 @@ def _extend_prefixes(probe_problem: Problem, state: State) -> _Prefixes:
     The first row is valid only at the start of a pass.
     """
     num_layers = probe_problem.bank.num_layers
-    made = jax.lax.map(lambda hidden: apply_all(probe_problem.bank.layers, hidden), state.hidden)
+    outputs = jax.lax.map(lambda hidden: apply_all(probe_problem.bank.layers, hidden), state.hidden)
     tokens = jnp.tile(jnp.arange(num_layers, dtype=jnp.int32), len(state.prefixes))
     chains = jnp.repeat(state.prefixes, num_layers, axis=0)
     chains = jnp.where(
-        jnp.arange(probe_problem.max_layers + 1)[None] == state.depth, tokens[:, None], chains
+        jnp.arange(probe_problem.max_layers + 1)[None] == state.length, tokens[:, None], chains
     )
     is_valid_child = jnp.repeat(
-        state.is_valid & (state.depth < probe_problem.max_layers), num_layers
+        state.is_valid & (state.length < probe_problem.max_layers), num_layers
     )
     return _Prefixes(
         jnp.concatenate([state.prefixes[:1], chains]),
-        jnp.concatenate([state.hidden[:1], made.reshape(-1, *made.shape[2:])]),
-        jnp.append(state.depth == 0, is_valid_child),
-        jnp.where(jnp.arange(1 + len(chains)) == 0, state.depth, state.depth + 1),
+        jnp.concatenate([state.hidden[:1], outputs.reshape(-1, *outputs.shape[2:])]),
+        jnp.append(state.length == 0, is_valid_child),
+        jnp.where(jnp.arange(1 + len(chains)) == 0, state.length, state.length + 1),
     )
 
 
 def _attach(
-    chains: Int[Array, "Q L"], depth: Int[Array, "Q"], suffixes: Int[Array, "Q T"]
+    chains: Int[Array, "Q L"], length: Int[Array, "Q"], suffixes: Int[Array, "Q T"]
 ) -> Int[Array, "Q L"]:
     """Append to each prefix its suffix, with the padding of the suffix."""
-    place = jnp.arange(chains.shape[1])[None] - depth[:, None]
+    place = jnp.arange(chains.shape[1])[None] - length[:, None]
     appended = jnp.take_along_axis(suffixes, jnp.clip(place, 0, suffixes.shape[1] - 1), axis=1)
     return jnp.where(place < 0, chains, jnp.where(place < suffixes.shape[1], appended, PADDING))

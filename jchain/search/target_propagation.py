@@ -20,7 +20,7 @@ from jchain.engine.score_cache import ScoreCache
 from jchain.inverse.target_scores import score_candidates_by_target
 from jchain.modules.activations import check_one_array
 from jchain.problem import Problem
-from jchain.pytree import pytree_dataclass, static
+from jchain.pytree import check_at_least_one, pytree_dataclass, static
 from jchain.search.descent import (
     allocate_candidates,
     choose_move,
@@ -54,6 +54,9 @@ class TargetPropagation:
       step_size: step from the outputs toward the target; 1 for the target itself
         (`jchain.inverse.target_scores.score_edits_by_target`).
       is_exact: whether invertible layers are inverted exactly.
+
+    Raises:
+      ValueError: if `num_chains`, `num_candidates`, or `patience` is below 1.
     """
 
     is_deterministic = False
@@ -68,9 +71,9 @@ class TargetPropagation:
     is_exact: bool = static(default=False)
 
     def __post_init__(self) -> None:
-        for name in ("num_chains", "num_candidates", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} to be at least 1, got {getattr(self, name)}")
+        check_at_least_one(
+            num_chains=self.num_chains, num_candidates=self.num_candidates, patience=self.patience
+        )
 
     def check(self, problem: Problem) -> None:
         """Check that activations are one array.

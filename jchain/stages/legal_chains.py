@@ -29,12 +29,12 @@ def count_completions(stages: StageTable, max_layers: int) -> tuple[tuple[int, .
       The counts, by `d` and by the stage that the prefix has reached.
     """
     range_of_stages = range(stages.num_stages)
-    counts = [tuple(stages.heads.count(stage) for stage in range_of_stages)]
+    counts = [tuple(stages.head_stages.count(stage) for stage in range_of_stages)]
     for _ in range(max_layers):
         after = counts[-1]
         counts.append(
             tuple(
-                sum(after[write] for read, write in stages.layers if read == stage)
+                sum(after[write] for read, write in stages.layer_stages if read == stage)
                 for stage in range_of_stages
             )
         )
@@ -76,7 +76,7 @@ def find_extensible(
     """
     is_open = find_open(stages, min_layers, max_layers)
     can_extend = np.zeros((max_layers + 1, stages.num_stages), bool)
-    for read, write in stages.layers:
+    for read, write in stages.layer_stages:
         can_extend[:, read] |= is_open[1:, write]
     return can_extend
 
@@ -96,7 +96,7 @@ def cheapest_rest(
       The costs, by the number of layers of the prefix, 0 to `max_layers + 1`, and by its stage,
       `[max_layers + 2, S]`; `+inf` if the prefix cannot be completed.
     """
-    num_layers = len(stages.layers)
+    num_layers = len(stages.layer_stages)
     reads, writes = stages.reads, stages.writes[:num_layers]
     none = jnp.full(stages.num_stages, jnp.inf, token_costs.dtype)
     by_number = [none.at[reads[num_layers:]].min(token_costs[num_layers:])]
@@ -124,7 +124,7 @@ def sample_chains(
       num_chains: number of chains to draw, P.
     """
     logits = jnp.asarray(_make_logits(stages, max_layers))
-    num_layers, writes = len(stages.layers), jnp.asarray(stages.writes)
+    num_layers, writes = len(stages.layer_stages), jnp.asarray(stages.writes)
     lengths = np.arange(min_layers, max_layers + 1)
     counts = count_completions(stages, max_layers)
     by_length = jnp.asarray(_log([counts[length][0] for length in lengths]))
@@ -148,11 +148,11 @@ def sample_chains(
 def _make_logits(stages: StageTable, max_layers: int) -> Float[np.ndarray, "D S E"]:
     """Return the log number of chains with each next token, by layers left and by stage."""
     counts, num_stages = count_completions(stages, max_layers), stages.num_stages
-    num_layers, num_heads = len(stages.layers), len(stages.heads)
+    num_layers, num_heads = len(stages.layer_stages), len(stages.head_stages)
     logits = np.full((max_layers + 1, num_stages, num_layers + num_heads), -np.inf, np.float32)
-    for token, (read, write) in enumerate(stages.layers):
+    for token, (read, write) in enumerate(stages.layer_stages):
         logits[1:, read, token] = _log([row[write] for row in counts[:-1]])
-    for head, stage in enumerate(stages.heads):
+    for head, stage in enumerate(stages.head_stages):
         logits[0, stage, num_layers + head] = 0.0
     return logits
 
@@ -173,7 +173,7 @@ def enumerate_chains(
       min_layers: minimum number of layers in a chain.
       max_layers: maximum number of layers in a chain.
     """
-    num_layers, reads, writes = len(stages.layers), stages.reads, stages.writes
+    num_layers, reads, writes = len(stages.layer_stages), stages.reads, stages.writes
     is_open = find_open(stages, min_layers, max_layers)
     blocks, prefixes, stage = [], np.zeros((1, 0), np.int32), np.zeros(1, int)
     for length in range(max_layers + 1):

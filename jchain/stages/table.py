@@ -31,29 +31,31 @@ class StageTable:
     """The stages of each layer and head of a bank. Hashable, so it can be a static value.
 
     Attributes:
-      layers: for each layer, the stage that it reads and the stage that it writes.
-      heads: for each head, the stage that it reads.
+      layer_stages: for each layer, the stage that it reads and the stage that it writes.
+      head_stages: for each head, the stage that it reads.
       names: the names of the tokens, for errors; empty if there are none.
     """
 
-    layers: tuple[tuple[int, int], ...]
-    heads: tuple[int, ...]
+    layer_stages: tuple[tuple[int, int], ...]
+    head_stages: tuple[int, ...]
     names: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def num_stages(self) -> int:
         """The number of stages, with stage 0."""
-        return 1 + max(*(stage for pair in self.layers for stage in pair), *self.heads)
+        return 1 + max(*(stage for pair in self.layer_stages for stage in pair), *self.head_stages)
 
     @property
     def reads(self) -> Int[np.ndarray, "E"]:
         """The stage that each layer and head reads, `[N + K]`."""
-        return np.array([*(read for read, _ in self.layers), *self.heads], np.int32)
+        return np.array([*(read for read, _ in self.layer_stages), *self.head_stages], np.int32)
 
     @property
     def writes(self) -> Int[np.ndarray, "E"]:
         """The stage that each layer writes, `[N + K]`; -1 for heads."""
-        return np.array([*(write for _, write in self.layers), *(_END for _ in self.heads)])
+        return np.array(
+            [*(write for _, write in self.layer_stages), *(_END for _ in self.head_stages)]
+        )
 
     def follow(self, chains: Int[Array, "*P L"]) -> Int[Array, "*P L"]:
         """Return the stage before each slot of chains or prefixes; -1 after the head.
@@ -69,7 +71,7 @@ class StageTable:
         Args:
           prefixes: int32 `[..., L]`; the tokens of each prefix, padded with -1.
         """
-        is_layer = (prefixes >= 0) & (prefixes < len(self.layers))
+        is_layer = (prefixes >= 0) & (prefixes < len(self.layer_stages))
         length = is_layer.sum(axis=-1, keepdims=True)
         last = jnp.take_along_axis(prefixes, jnp.maximum(length - 1, 0), axis=-1)
         written = jnp.asarray(self.writes)[jnp.maximum(last, 0)]
@@ -90,7 +92,9 @@ class StageTable:
           token: the token of the layer, or of several, `[...]`.
         """
         read, write = jnp.asarray(self.reads)[token], jnp.asarray(self.writes)[token]
-        return jnp.stack([(read == own[0]) & (write == own[1]) for own in self.layers], axis=-1)
+        return jnp.stack(
+            [(read == own[0]) & (write == own[1]) for own in self.layer_stages], axis=-1
+        )
 
     def get_fitting_heads(self, prefixes: Int[Array, "*P L"]) -> Bool[Array, "*P K"]:
         """Return which heads read the stage that each prefix has reached.
@@ -99,7 +103,7 @@ class StageTable:
           prefixes: int32 `[..., L]`; the tokens of each prefix, padded with -1.
         """
         stage = self.reached(prefixes)
-        return jnp.stack([stage == head for head in self.heads], axis=-1)
+        return jnp.stack([stage == head for head in self.head_stages], axis=-1)
 
     def get_legal_edits(self, chain: Int[Array, "L"]) -> LegalEdits:
         """Return which edits of a legal chain give a legal chain.
@@ -110,7 +114,9 @@ class StageTable:
         token, stage = jnp.maximum(chain, 0), self.follow(chain)
         return LegalEdits(
             self.can_swap(token),
-            jnp.stack([(stage == read) & (stage == write) for read, write in self.layers], axis=-1),
+            jnp.stack(
+                [(stage == read) & (stage == write) for read, write in self.layer_stages], axis=-1
+            ),
             jnp.asarray(self.reads)[token] == jnp.asarray(self.writes)[token],
             self.get_fitting_heads(chain),
         )
@@ -127,7 +133,7 @@ class StageTable:
         is_bad = ~self._fits(rows, np)
         if is_bad.any():
             row, slot = np.argwhere(is_bad)[0]
-            token, num_layers = int(rows[row, slot]), len(self.layers)
+            token, num_layers = int(rows[row, slot]), len(self.layer_stages)
             kind = f"layer {token}" if token < num_layers else f"head {token - num_layers}"
             name = f" {self.names[token]!r}" if self.names else ""
             raise ValueError(

@@ -10,7 +10,7 @@ import optax
 from jchain._typing import Array, Int, PyTree
 from jchain.engine.evaluation import evaluate
 from jchain.problem import Problem
-from jchain.pytree import pytree_dataclass, static
+from jchain.pytree import check_at_least_one, pytree_dataclass, static
 from jchain.runs.driver import advance_runs, check_arguments, check_first_step
 from jchain.runs.front import merge_front
 from jchain.runs.progress import ProgressLine
@@ -20,7 +20,6 @@ from jchain.runs.stepping import MAX_FREE_STEPS, init_runs
 from jchain.search.pool import empty_pool, merge
 from jchain.search.protocol import Refreshable, Search
 from jchain.train import OPTIMIZER
-from jchain.training_loop import check_at_least_one
 from jchain.updates.clones import CloneBank
 from jchain.updates.policies import (
     Outcome,

@@ -12,14 +12,13 @@ from jchain._typing import Array, Int, Key, PyTree
 from jchain.bank import Bank
 from jchain.chain import PADDING, count_layers
 from jchain.problem import Problem
-from jchain.pytree import pytree_dataclass, static
+from jchain.pytree import check_at_least_one, pytree_dataclass, static
 from jchain.runs.driver import advance_runs, check_arguments
 from jchain.runs.progress import ProgressLine
 from jchain.runs.result import StopRule, make_results
 from jchain.runs.stepping import MAX_FREE_STEPS, init_runs
 from jchain.search.protocol import Refreshable, Search
 from jchain.train import OPTIMIZER
-from jchain.training_loop import check_at_least_one
 from jchain.updates import tune
 from jchain.updates.policies import (
     Outcome,
@@ -133,7 +132,7 @@ class SharedUpdates(UpdatePolicy):
         if len(args.starts) > 0:
             state, calls = _refresh(search, state, problem, jnp.asarray(args.starts))
             start_calls = int(calls)
-        carry = (state, tune.start(start, self.optimizer))
+        carry = (state, tune.init(start, self.optimizer))
         return _Begun(key, run_key, search, bank, problem, training, carry, start_calls)
 
     def _train(self, begun: _Begun, args: RunArguments, line: ProgressLine) -> _Training:

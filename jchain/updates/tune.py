@@ -109,7 +109,7 @@ def tune_chain(
     small = upcast_bank(bank.take(members[:-1], members[-1:])).without_names()
     path = tuple(members.index(token) for token in (*route, head))
     is_tuned = jnp.array([member in tuned for member in members])
-    state = start(small, optimizer)
+    state = init(small, optimizer)
     if is_stepwise((small.layers, small.heads)):
         for t in range(num_steps):
             step_key = jax.random.fold_in(key, t)
@@ -151,7 +151,7 @@ def _round_as(params: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(lambda new, old: new.astype(old.dtype), params, like)
 
 
-def start(bank: Bank, optimizer: optax.GradientTransformation) -> State:
+def init(bank: Bank, optimizer: optax.GradientTransformation) -> State:
     """Return the state of training before the first step.
 
     Args:

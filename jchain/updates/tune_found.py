@@ -5,12 +5,11 @@ import numpy as np
 import optax
 
 from jchain.engine.evaluation import evaluate
-from jchain.pytree import pytree_dataclass, static
+from jchain.pytree import check_at_least_one, pytree_dataclass, static
 from jchain.runs import driver
 from jchain.runs.front import Front
 from jchain.runs.result import Curve
 from jchain.train import OPTIMIZER
-from jchain.training_loop import check_at_least_one
 from jchain.updates import tune
 from jchain.updates.policies import (
     Outcome,

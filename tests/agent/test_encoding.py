@@ -19,7 +19,7 @@ EMPTY = jnp.arange(3.0)  # features of the empty prefix
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def encode(encoding, params, entries, tokens):
     features = EMPTY
-    carry = encoding.apply(params, entries, features, method="initial_carry")
+    carry = encoding.apply(params, entries, features, method="init_carry")
     for token in tokens:
         # This behaves like data: each layer changes it in a way that depends on the layers before.
         features = 0.5 * features + entries[token, :3]
@@ -105,7 +105,7 @@ def test_actor_selects_entries_by_their_features(encoding):
     entries = entry_features(bank)
     keys = network.apply(params, entries, method="embed")
     state = network.apply(
-        params, network.apply(params, entries, EMPTY, method="initial_carry"), method="read"
+        params, network.apply(params, entries, EMPTY, method="init_carry"), method="read"
     )
     logits, _ = network.apply(params, state + 1.0, keys, method="act")
     order = jnp.array([3, 1, 0, 2, 5, 4])
@@ -119,7 +119,7 @@ def test_observed_encodings_by_hand_and_joined():
     entries = entry_features(make_bank(4, 1))
     _, _, params = init(OBSERVED, entries)
     last = np.array([0.3, -1.0, 2.0])
-    carry = OBSERVED.apply(params, entries, EMPTY, method="initial_carry")
+    carry = OBSERVED.apply(params, entries, EMPTY, method="init_carry")
     for now in (EMPTY + 5.0, jnp.asarray(last)):
         carry = OBSERVED.apply(params, carry, jnp.array(1), entries, now, method="advance")
     weights = jax.tree.map(np.asarray, params["params"])

@@ -35,10 +35,10 @@ one, many = jc.evaluate_prefixes(problem, chains), jc.evaluate_prefixes(problem,
 np.testing.assert_allclose(one.loss, many.loss, rtol=1e-6)
 one, many = jc.evaluate_all(problem)[1], jc.evaluate_all(problem, mesh=mesh)[1]
 np.testing.assert_allclose(one.loss, many.loss, rtol=1e-6)
-spread = problem.on(mesh)
-assert spread.on(mesh) is spread
+spread = problem.with_mesh(mesh)
+assert spread.with_mesh(mesh) is spread
 made = jc.Problem(make_bank(), make_batch(), 3, mesh=mesh)
-assert made.mesh == spread.mesh and made.on(mesh) is made
+assert made.mesh == spread.mesh and made.with_mesh(mesh) is made
 for other in (made, made.with_data(make_batch())):
     assert all(len(leaf.devices()) == 8 for leaf in jax.tree.leaves(other))
 one, many = jc.evaluate(problem, chains), jc.evaluate(made, chains)

@@ -115,7 +115,7 @@ def test_scores_by_weights_are_differences_of_losses(problem):
         tensors = [np.ravel(tensor.gradient) for tensor in report.tensors.values()]
         np.testing.assert_allclose(gradients[slot], np.concatenate(tensors), rtol=1e-3, atol=1e-6)
     trends = jc.gradient.trends.update(jc.gradient.trends.init(problem), problem, CHAIN)
-    found = jc.gradient.trends.score_swaps(trends, problem, CHAIN)[:3]
+    found = jc.gradient.trends.predict_swaps(trends, problem, CHAIN)[:3]
     np.testing.assert_allclose(found, swap, rtol=1e-3, atol=1e-5)
 
 

@@ -45,13 +45,13 @@ def test_a_trend_of_one_chain_scores_as_its_gradient(problem):
     problem = jc.Problem(problem.bank, problem.data, 3, layer_cost=jnp.array([0.1, 0.5, 0.9, 1.3]))
     state = trends.update(trends.init(problem), problem, jnp.asarray(CHAINS[0]))
     expected = jc.swap_scores(problem, CHAINS[0], "weights")
-    found = trends.score_swaps(state, problem, CHAINS[0])
+    found = trends.predict_swaps(state, problem, CHAINS[0])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     for context in ("before", "layer"):
-        by_layer = trends.score_swaps(state, problem, CHAINS[0], context)
+        by_layer = trends.predict_swaps(state, problem, CHAINS[0], context)
         np.testing.assert_allclose(by_layer, expected, rtol=1e-4, atol=1e-6)
     # That chain has no layer after layer 1, so scores there are unknown.
-    other = trends.score_swaps(state, problem, np.array([1, 0, 4, -1]), "before")
+    other = trends.predict_swaps(state, problem, np.array([1, 0, 4, -1]), "before")
     assert np.isnan(other[1]).all()
     assert np.isfinite(other[0]).all()
 
@@ -77,8 +77,8 @@ def test_trends_reject_bad_input(problem, two_group_problem, seen):
     with pytest.raises(
         ValueError, match="expected a context of everywhere, slot, before, layer, got 'after'"
     ):
-        trends.score_swaps(seen, problem, CHAINS[0], "after")
+        trends.predict_swaps(seen, problem, CHAINS[0], "after")
     with pytest.raises(ValueError, match="token 9 at slot 1 is out of range"):
-        trends.score_swaps(seen, problem, np.array([2, 9, 3, 5]))
+        trends.predict_swaps(seen, problem, np.array([2, 9, 3, 5]))
     with pytest.raises(ValueError, match=r"expected one chain of shape \[4\], got \[5, 4\]"):
-        trends.score_swaps(seen, problem, CHAINS)
+        trends.predict_swaps(seen, problem, CHAINS)

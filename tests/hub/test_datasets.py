@@ -188,12 +188,12 @@ def test_labels_below_zero_do_not_count():
         for i in range(3)
     ]
     outputs, y = jnp.asarray(outputs, jnp.float32), jnp.asarray(y)
-    np.testing.assert_allclose(jc.hub.token_loss(outputs, y), expected, rtol=1e-5)
+    np.testing.assert_allclose(jc.hub.next_token_loss(outputs, y), expected, rtol=1e-5)
     hits = [
         np.mean([outputs[i, t].argmax() == y[i, t] for t in range(4) if y[i, t] >= 0] or [0.0])
         for i in range(3)
     ]
-    np.testing.assert_allclose(jc.hub.token_accuracy(outputs, y), hits)
+    np.testing.assert_allclose(jc.hub.next_token_accuracy(outputs, y), hits)
 
 
 def test_images_are_resized_and_standardized_as_in_training(tmp_path, monkeypatch):

@@ -47,10 +47,10 @@ def test_meet_in_the_middle_equals_brute_force(depth, seed):
     x, y, chain = make_task(bank, depth, noise=0.05 * seed, seed=seed)
     found = jc.meet_in_the_middle(bank, x, y, depth, top_k=3)
     chains, residuals = brute_force(bank, x, y, depth)
-    np.testing.assert_array_equal(found.chains[0], chains[0])
+    np.testing.assert_array_equal(found.layers[0], chains[0])
     np.testing.assert_allclose(found.residuals, residuals[:3], rtol=1e-4, atol=1e-6)
     if seed == 0:
-        np.testing.assert_array_equal(found.chains[0], chain)
+        np.testing.assert_array_equal(found.layers[0], chain)
 
 
 @pytest.mark.parametrize("match_fn", [match.match_all, match.match_cells])
@@ -63,7 +63,7 @@ def test_few_candidates_hold_an_exact_chain_wherever_halves_meet(num_forward, ma
     x, y, chain = make_task(bank, 5)
     options = {"num_candidates": 2, "match_fn": match_fn, "num_forward": num_forward}
     found = jc.meet_in_the_middle(bank, x, y, 5, **options)
-    np.testing.assert_array_equal(found.chains, chain[None])
+    np.testing.assert_array_equal(found.layers, chain[None])
     assert found.residuals < 1e-5
 
 
@@ -76,7 +76,7 @@ def test_fixed_point_inverses_and_stems_meet_too():
     x, _, chain = make_task(bank, 4)
     y = jnp.asarray(apply_layers(bank, chain, bank.embed(x)), jnp.float32)
     found = jc.meet_in_the_middle(bank, x, y, 4, num_candidates=2)
-    np.testing.assert_array_equal(found.chains, chain[None])
+    np.testing.assert_array_equal(found.layers, chain[None])
 
 
 def test_noise_is_answered_with_the_nearest_chain():
@@ -85,7 +85,7 @@ def test_noise_is_answered_with_the_nearest_chain():
     chains, residuals = brute_force(bank, x, y, 4)
     for tolerance in (None, 0.1):
         found = jc.meet_in_the_middle(bank, x, y, 4, num_candidates=50, tolerance=tolerance)
-        np.testing.assert_array_equal(found.chains, chains[:1])
+        np.testing.assert_array_equal(found.layers, chains[:1])
         np.testing.assert_allclose(found.residuals, residuals[:1], rtol=1e-4)
 
 
@@ -95,7 +95,7 @@ def test_unreachable_outputs_have_a_large_residual():
     y = jax.random.normal(jax.random.key(9), x.shape)
     found = jc.meet_in_the_middle(bank, x, y, 4, num_candidates=50)
     wanted = np.linalg.norm(
-        apply_layers(bank, found.chains[0], x) - np.asarray(y)
+        apply_layers(bank, found.layers[0], x) - np.asarray(y)
     ) / np.linalg.norm(np.asarray(y))
     np.testing.assert_allclose(found.residuals, [wanted], rtol=1e-4)
     assert wanted > 0.5
@@ -113,7 +113,7 @@ def test_a_layer_that_overflows_hides_no_chain():
     found = jc.meet_in_the_middle(
         bank, x, jnp.asarray(apply_layers(bank, chain, x), jnp.float32), 4, num_candidates=4
     )
-    np.testing.assert_array_equal(found.chains, chain[None])
+    np.testing.assert_array_equal(found.layers, chain[None])
 
 
 def test_halves_that_do_not_meet_raise():
@@ -128,7 +128,7 @@ def test_one_layer_is_found_by_its_outputs():
     bank = make_invertible_bank(num_layers=4)
     x, y, chain = make_task(bank, 1)
     np.testing.assert_array_equal(
-        jc.meet_in_the_middle(bank, x, y, 1, num_candidates=2).chains, chain[None]
+        jc.meet_in_the_middle(bank, x, y, 1, num_candidates=2).layers, chain[None]
     )
 
 
@@ -140,7 +140,7 @@ def test_noise_levels_are_raised_if_there_are_too_many_pairs(monkeypatch, noise)
     chains, residuals = brute_force(bank, x, y, 4)
     for tolerance in (None, noise):
         found = jc.meet_in_the_middle(bank, x, y, 4, num_candidates=50, tolerance=tolerance)
-        np.testing.assert_array_equal(found.chains, chains[:1])
+        np.testing.assert_array_equal(found.layers, chains[:1])
         np.testing.assert_allclose(found.residuals, residuals[:1], rtol=1e-4, atol=1e-6)
 
 
@@ -153,7 +153,7 @@ def test_halves_meet_nearer_to_the_end_if_inverses_amplify_noise():
     for seed in range(3):
         x, y, chain = make_task(bank, 6, noise=0.03, seed=seed, num_examples=40)
         found = [
-            jc.meet_in_the_middle(bank, x, y, 6, num_forward=n, **options).chains[0]
+            jc.meet_in_the_middle(bank, x, y, 6, num_forward=n, **options).layers[0]
             for n in (None, 3)
         ]
         is_found.append([np.array_equal(best, chain) for best in found])
@@ -169,7 +169,7 @@ def test_an_ill_conditioned_layer_is_never_taken_for_an_exact_answer():
     bank = jc.Bank.stack(layer, params, head, init_params(head, jax.random.key(1), 1, (FEATURES,)))
     x, y, _ = make_task(bank, 4)
     found = jc.meet_in_the_middle(bank, x, y, 4, num_candidates=3)
-    made = apply_layers(bank, found.chains[0], x)
+    made = apply_layers(bank, found.layers[0], x)
     np.testing.assert_allclose(
         found.residuals,
         [np.linalg.norm(made - np.asarray(y)) / np.linalg.norm(np.asarray(y))],
@@ -184,7 +184,7 @@ def test_meet_in_the_middle_searches_large_halves_in_parts():
     row_bytes = 4 * 32 * 4 + 64
     for limit in (2 * 64 * row_bytes, 2 * 16 * row_bytes):
         found = jc.meet_in_the_middle(bank, x, y, 6, num_candidates=8, memory_limit=limit)
-        np.testing.assert_array_equal(found.chains, chain[None])
+        np.testing.assert_array_equal(found.layers, chain[None])
     with pytest.raises(ValueError, match=r"need 73,728 bytes, and 100 are allowed"):
         jc.meet_in_the_middle(bank, x, y, 6, num_candidates=8, memory_limit=100)
 
@@ -204,7 +204,7 @@ def test_float64_weights_are_searched_in_float64():
         found = jc.meet_in_the_middle(
             bank, x, jnp.asarray(apply_layers(bank, chain, x)), 4, num_candidates=3
         )
-        np.testing.assert_array_equal(found.chains, chain[None])
+        np.testing.assert_array_equal(found.layers, chain[None])
         assert found.residuals < 1e-13
 
 

@@ -66,7 +66,7 @@ def test_maps_show_the_scores(problem, bank):
         jc.plot.swap_scores(bank, chain, scores[:2])
     search = jc.ActorCritic(encoding=jc.TokenEncoding(8), num_chains=4)
     state = search.init(jax.random.key(0), problem)
-    probabilities = jnp.exp(search.policy(state, jnp.asarray(chain)[None], problem))[0]
+    probabilities = jnp.exp(search.policy(state, problem, jnp.asarray(chain)[None]))[0]
     ax = jc.plot.policy(bank, probabilities)
     np.testing.assert_allclose(ax.images[0].get_array(), probabilities, rtol=1e-6)
     with pytest.raises(ValueError, match=r"expected probabilities of shape \[L, 6\]"):

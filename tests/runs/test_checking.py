@@ -105,7 +105,7 @@ def test_check_search_finds_each_fault(problem, fault, finding):
 )
 def test_step_with_a_wrong_return_type_is_named(problem, form, message, run):
     run = run or (lambda *args: jc.run(jax.random.key(0), *args, budget=100))
-    with pytest.raises(TypeError, match=f"expected Returning.step {message}"):
+    with pytest.raises(ValueError, match=f"expected Returning.step {message}"):
         run(Returning(form), problem)
 
 

@@ -91,12 +91,12 @@ def test_critic_value_by_hand(agent, problem):
     """The critic's two layers on top of the encoding, computed by hand."""
     search, state = agent
     chains = np.array([[2, 0, 5, -1], [4, -1, -1, -1], [3, 3, 1, 4]])
-    found = search.value(state, jnp.asarray(chains), problem)
-    log_prob = search.policy(state, jnp.asarray(chains), problem)
+    found = search.value(state, problem, jnp.asarray(chains))
+    log_prob = search.policy(state, problem, jnp.asarray(chains))
     params, encoding = state.params["controller"]["params"], search.encoding
     bound = {"params": params["encoding"]}
     for row, chain in enumerate(chains):
-        carry = encoding.apply(bound, state.inputs.entries, NOTHING[0], method="initial_carry")
+        carry = encoding.apply(bound, state.inputs.entries, NOTHING[0], method="init_carry")
         is_over = False
         for slot, token in enumerate(chain):
             encoded = encoding.apply(bound, carry, method="read")
@@ -138,7 +138,7 @@ def test_the_critic_learns_the_value_of_its_policy(problem):
     for key in jax.random.split(jax.random.key(1), 100):
         state, info = step(key, state, problem)
         rewards.append(np.asarray(jc.agent.rewards.log_rewards(info.loss)).mean())
-    root = search.value(state, info.chains[:1], problem)[0, 0]
+    root = search.value(state, problem, info.chains[:1])[0, 0]
     assert abs(float(root) - np.mean(rewards[50:])) < 0.1
 
 

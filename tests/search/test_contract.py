@@ -1,4 +1,4 @@
-"""One contract for all searches. A search that jchain exports must be listed here."""
+"""One contract for all searches. `small_searches.py` must list each search that jchain exports."""
 
 import inspect
 from functools import partial

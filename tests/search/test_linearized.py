@@ -54,7 +54,7 @@ def test_cost_is_the_start_the_pass_and_new_chains(roomy, num_candidates):
 
 
 def test_moves_have_the_best_predictions(roomy):
-    search = jc.LinearizedSearch(num_single=3, num_pairs=2, num_joint=0)
+    search = jc.LinearizedSearch(num_single=3, num_pairs=2, num_greedy=0)
     state, info = search.step(jax.random.key(1), search.init(jax.random.key(0), roomy), roomy)
     own = np.asarray(info.chains[0])
     scores, joint = jc.gradient.score_moves(roomy, own, num_best=6, num_pairs=4)
@@ -87,7 +87,7 @@ def test_the_current_chain_is_not_a_move(roomy):
 
 
 def test_single_edits_alone_find_the_optimum(problem):
-    search = jc.LinearizedSearch(num_pairs=0, num_joint=0)
+    search = jc.LinearizedSearch(num_pairs=0, num_greedy=0)
     result = jc.run(jax.random.key(0), search, problem, budget=2_000)
     assert result.best_loss == pytest.approx(
         float(jc.evaluate_all(problem)[1].loss.min()), rel=1e-5
@@ -107,7 +107,7 @@ def test_moves_of_wide_outputs_are_ranked_by_samples():
     problem = jc.Problem(
         wide, jc.Batch(x, jnp.zeros((30, 80))), max_layers=3, loss_fn=optax.squared_error
     )
-    search = jc.LinearizedSearch(num_single=3, num_pairs=0, num_joint=0)
+    search = jc.LinearizedSearch(num_single=3, num_pairs=0, num_greedy=0)
     for seed in range(20):
         state, info = search.step(
             jax.random.key(seed), search.init(jax.random.key(0), problem), problem
@@ -127,7 +127,7 @@ def test_moves_of_wide_outputs_are_ranked_by_samples():
 
 def test_a_new_pass_after_a_failure_tries_its_best_pairs(roomy):
     search = jc.LinearizedSearch(
-        num_candidates=3, num_single=1, num_pairs=2, num_joint=0, patience=3
+        num_candidates=3, num_single=1, num_pairs=2, num_greedy=0, patience=3
     )
     state, step = search.init(jax.random.key(0), roomy), jax.jit(search.step)
     num_seen = 0

@@ -60,7 +60,7 @@ def test_value_is_the_best_token_by_hand(problem):
     # In the last slot, only heads count, and the first one has -4.
     expected = [[-1.0, -2.0, 0.0, 0.0], [-1.0, -2.0, -9.0, -4.0]]
     np.testing.assert_array_equal(
-        search.value(state._replace(values=table), chains, problem), expected
+        search.value(state._replace(values=table), problem, chains), expected
     )
 
 

@@ -33,7 +33,7 @@ def test_the_beam_pays_for_probes_by_their_share():
         )
         seen.update(rows)
         assert info.layer_calls == expected
-    assert int(state.depth) == 0
+    assert int(state.length) == 0
 
 
 def test_a_beam_needs_invertible_layers(problem):

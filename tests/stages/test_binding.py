@@ -123,10 +123,10 @@ def test_saved_pickled_joined_and_taken_banks_keep_their_stages(bank, problem, t
     assert jax.tree.structure(again.bank.heads[0].params) is not None
     assert again.bank.layers[0].module == problem.bank.layers[0].module
     both = jc.Bank.concat([problem.bank, bank])
-    assert both.stages.layers == bank.stages.layers * 2
-    assert both.stages.heads == (2, 2, 2, 2)
+    assert both.stages.layer_stages == bank.stages.layer_stages * 2
+    assert both.stages.head_stages == (2, 2, 2, 2)
     taken = bank.take([2, 6, 5], [8])
-    assert taken.stages.layers == ((0, 1), (1, 2), (2, 2))
+    assert taken.stages.layer_stages == ((0, 1), (1, 2), (2, 2))
     x = nets.make_batch().x
     np.testing.assert_allclose(
         jc.apply_chain(taken, [0, 1, 3], x), jc.apply_chain(bank, [2, 6, 8], x), rtol=1e-4
@@ -134,7 +134,7 @@ def test_saved_pickled_joined_and_taken_banks_keep_their_stages(bank, problem, t
     assert [name for name in bank.reserve(1).names if "spare" in name] == [
         f"spare{NUM_LAYERS + i}" for i in range(len(bank.layers))
     ]
-    assert bank.reserve(1).stages.layers[NUM_LAYERS:] == tuple(g.stages for g in bank.layers)
+    assert bank.reserve(1).stages.layer_stages[NUM_LAYERS:] == tuple(g.stages for g in bank.layers)
 
 
 def test_binding_again_fits_other_images_and_unbinding_restores_the_bank(bank):

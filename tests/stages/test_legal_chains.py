@@ -32,10 +32,10 @@ def list_chains(table, min_layers=0):
         for tokens in itertools.product(range(N), repeat=length):
             stage = 0
             for token in tokens:
-                read, write = table.layers[token]
+                read, write = table.layer_stages[token]
                 stage = write if read == stage else None
             for head in range(K):
-                if table.heads[head] == stage:
+                if table.head_stages[head] == stage:
                     chains.append((*tokens, N + head, *[-1] * (D - length)))
     return chains
 

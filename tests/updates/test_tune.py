@@ -117,7 +117,7 @@ def test_invertible_layers_stay_invertible():
 def test_training_on_chains_changes_only_their_layers_and_heads(two_group_problem):
     problem = two_group_problem
     chains = jnp.array([[0, 3, 5, -1], [-1, -1, -1, -1], [0, 0, 4, 5]])
-    before = tune.start(problem.bank, optax.adam(0.1))
+    before = tune.init(problem.bank, optax.adam(0.1))
     train_on = jax.jit(tune.train_on, static_argnames="optimizer")
     after = train_on(jax.random.key(0), before, problem, chains, optimizer=optax.adam(0.1))
     np.testing.assert_array_equal(after.bank.versions, [2, 0, 0, 1, 1, 2, 0])
@@ -131,7 +131,7 @@ def test_training_on_chains_changes_only_their_layers_and_heads(two_group_proble
 
 def test_training_on_one_chain_equals_tuning_it(problem):
     chain, key = jnp.array([2, 0, 5, -1]), jax.random.key(4)
-    state = tune.train_on(key, tune.start(problem.bank, SGD), problem, chain[None], SGD)
+    state = tune.train_on(key, tune.init(problem.bank, SGD), problem, chain[None], SGD)
     tuned = tune.tune_chain(key, problem, chain, num_steps=1, optimizer=SGD)
     banks = state.bank.without_names(), tuned.without_names()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *banks)
@@ -179,7 +179,7 @@ def test_modules_without_params_can_be_in_a_tuned_chain():
     tuned = tune.tune_chain(jax.random.key(0), problem, np.array([0, 1, 3, -1]), num_steps=2)
     assert not is_equal(tuned.get_params(1), bank.get_params(1))
     state = tune.train_on(
-        jax.random.key(0), tune.start(bank, SGD), problem, jnp.array([[0, 2, 3, -1]]), SGD
+        jax.random.key(0), tune.init(bank, SGD), problem, jnp.array([[0, 2, 3, -1]]), SGD
     )
     np.testing.assert_array_equal(state.bank.versions, [1, 0, 1, 1])
     nameless = tune.tune_chain(
@@ -190,7 +190,7 @@ def test_modules_without_params_can_be_in_a_tuned_chain():
 
 def test_steps_to_nonfinite_weights_are_skipped(problem):
     chain = jnp.array([[2, 0, 5, -1]])
-    state = tune.start(problem.bank, optax.sgd(1e38))
+    state = tune.init(problem.bank, optax.sgd(1e38))
     for seed in range(3):
         state = tune.train_on(jax.random.key(seed), state, problem, chain, optax.sgd(1e38))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.bank))
