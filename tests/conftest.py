@@ -1,5 +1,6 @@
 """Shared setup: jaxtyping and beartype check signatures, and rank promotion is an error."""
 
+import gc
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 with install_import_hook("jchain", "beartype.beartype"):
     import jchain as jc
+
+# Programs and their traces are millions of objects that stay, so look for garbage less often.
+gc.freeze()
+gc.set_threshold(50_000, 20, 20)
 
 LAYER, HEAD = jc.layers.ResidualMLP(5, hidden=7), jc.layers.DenseHead(3)
 
@@ -73,18 +78,21 @@ def make_batch(num_examples=9, seed=1):
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
-    """Clear caches: programs use memory mappings, and a process can have only so many."""
     yield
-    jax.clear_caches()
+    _forget_many_programs()
 
 
 @pytest.fixture(autouse=True)
-def _forget_many_programs(request):
-    """Clear caches between slow tests of one module, which can exceed that number together."""
+def _forget_programs_of_slow_tests(request):
     yield
+    if request.node.get_closest_marker("slow"):
+        _forget_many_programs()
+
+
+def _forget_many_programs():
+    """Clear caches: programs use memory mappings, and a process can have only so many."""
     mappings = Path("/proc/self/maps")
-    is_slow = request.node.get_closest_marker("slow") and mappings.exists()
-    if is_slow and mappings.read_bytes().count(b"\n") > 30_000:
+    if not mappings.exists() or mappings.read_bytes().count(b"\n") > 25_000:
         jax.clear_caches()
 
 

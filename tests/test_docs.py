@@ -28,10 +28,15 @@ COSTLY = {"start", "api/tasks"}
 SLOW = {
     "api/agent",
     "api/chainbench",
+    "api/plot",
     "api/tasks",
+    "choose-a-search",
+    "cost",
+    "large-data",
     "own-data",
     "own-layers",
     "stages",
+    "start",
     "write-a-search",
 }
 

@@ -32,6 +32,7 @@ def test_no_figure_in_the_answers_is_typed_by_hand():
 def test_every_question_has_its_figure_and_its_command():
     sections = (FOLDER / "README.md").read_text().split("\n## ")[1:]
     assert len(sections) >= 8
+    assert sections.pop().startswith("Other scripts\n")
     for section in sections:
         title = section.splitlines()[0]
         (figure,) = re.findall(r"!\[.*\]\((results/.*\.png)\)", section)

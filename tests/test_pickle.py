@@ -93,8 +93,15 @@ def apply_scale(params, x):
     return x * params
 
 
+# By default, a search with a score cache, one that holds activations, and one that learns.
+FAST = ("LocalSearch", "CriticSearch", "ActorCritic-replay")
+
+
 @pytest.mark.parametrize("how", [*COPIES, "orbax"])
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in SEARCHES],
+)
 def test_states_of_searches_are_copied(name, how, tmp_path):
     search, state = SEARCHES[name], take_a_step(name)
     if how == "orbax":

@@ -177,6 +177,7 @@ def test_training_rejects_bad_settings(kind, kwargs, message):
         make(kind, **kwargs)
 
 
+@pytest.mark.slow
 def test_several_modules_take_turns():
     layers, heads = (
         [jc.layers.ResidualMLP(5), jc.layers.Dense(5)],

@@ -41,7 +41,7 @@ def test_the_package_says_that_it_is_typed():
     assert (PACKAGE / "py.typed").exists()
 
 
-@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+@pytest.mark.parametrize("checker", [pytest.param("mypy", marks=pytest.mark.slow), "pyright"])
 def test_type_checker_reports_exactly_the_misuses(checker, tmp_path, monkeypatch):
     program = shutil.which(checker, path=str(Path(sys.executable).parent))
     if program is None:

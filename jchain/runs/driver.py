@@ -30,9 +30,11 @@ from jchain.runs.stepping import (
     NOTHING,
     Recording,
     RunSpec,
+    Steps,
     advance_part,
     infer_records,
     make_empty,
+    settle,
 )
 from jchain.search.protocol import Checked, Info, Search
 
@@ -182,7 +184,7 @@ def run_many(
         list_starts(problem, starts),
         num_finalists,
         StopRule(np.int32(budget), np.float32(target_loss)),
-        Recording(keep_scored or callback is not None or is_saved, record_fn, is_saved),
+        Recording(keep_scored or callback is not None or is_saved, record_fn),
     )
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
@@ -202,14 +204,13 @@ def run_many(
             keep_scored=keep_scored,
             is_shared=_is_shared(spec.problem),
         )
-        parts = iterate_parts(history.runs, search, spec.problem, spec.stop, spec.recording)
+        parts = iterate_parts(
+            history.runs, search, spec.problem, spec.stop, spec.recording, keep_state=is_saved
+        )
         stopped_by = next(filter(None, map(monitor.after_part, parts)), None)
         monitor.finish()
     results = make_results(history.runs, history.trace, budget, spec.problem, history.start)
-    return [
-        history.complete(result, i, stopped_by, spec.recording, keep_scored=keep_scored)
-        for i, result in enumerate(results)
-    ]
+    return history.complete(results, stopped_by, keep_state=is_saved, keep_scored=keep_scored)
 
 
 def iterate_parts(
@@ -218,6 +219,8 @@ def iterate_parts(
     problem: Problem,
     stop: StopRule,
     recording: Recording = NOTHING,
+    *,
+    keep_state: bool = False,
 ) -> Iterator[Part]:
     """Step until all runs are over, and yield after every few steps.
 
@@ -227,17 +230,22 @@ def iterate_parts(
       problem: the problem to search.
       stop: the rule that ends each run.
       recording: what to record at each step.
+      keep_state: whether runs that are over have the state of after their last counted step, so
+        that they can be continued (`settle`).
     """
     num_steps = 1
     max_steps, empty = make_empty(infer_records(runs, search, problem, recording))
+
+    def advance(runs: RunState, num_steps: int) -> Steps:
+        return advance_part(runs, search, problem, stop, num_steps, empty, recording=recording)
+
     while not np.all(runs.stats.is_over):
         began = time.perf_counter()
-        runs, trace, records = advance_part(
-            runs, search, problem, stop, num_steps, empty, recording=recording
-        )
+        steps = advance(runs, num_steps)
         trace, records = jax.tree.map(
-            lambda leaf, n=num_steps: np.asarray(leaf)[:n], (trace, records)
+            lambda leaf, n=int(steps.num_taken): np.asarray(leaf)[:n], (steps.trace, steps.records)
         )
+        runs = settle(runs, steps, advance) if keep_state else steps.runs
         seconds = time.perf_counter() - began
         yield Part(runs, trace, records, seconds)
         # Processes that share a mesh must take the same number of steps, but their clocks differ.
@@ -246,7 +254,13 @@ def iterate_parts(
 
 
 def advance_runs(
-    runs: RunState, search: Search, problem: Problem, stop: StopRule, line: ProgressLine
+    runs: RunState,
+    search: Search,
+    problem: Problem,
+    stop: StopRule,
+    line: ProgressLine,
+    *,
+    keep_state: bool = False,
 ) -> tuple[RunState, Trace]:
     """Step until all runs are over.
 
@@ -256,12 +270,13 @@ def advance_runs(
       problem: the problem to search.
       stop: the rule that ends each run.
       line: the progress line to update.
+      keep_state: as for `iterate_parts`.
 
     Returns:
       The finished runs, and the trace of all T steps, `[T, S]`.
     """
     history = History(runs)
-    for part in iterate_parts(runs, search, problem, stop, Recording(keeps_state=True)):
+    for part in iterate_parts(runs, search, problem, stop, keep_state=keep_state):
         history.add(part)
         stats = part.runs.stats
         line.update(int(np.min(stats.layer_calls)), float(np.min(stats.pool.loss)))
@@ -317,9 +332,9 @@ def check_first_step(
     Raises:
       BudgetError: if the budget is smaller than the cost of the starts and one step.
     """
-    runs, trace, _ = advance_part(runs, search, problem, stop, 1)
-    trace = jax.tree.map(lambda leaf: np.asarray(leaf)[:1], trace)
-    make_results(runs, trace, int(np.asarray(stop.budget)), problem, start)
+    steps = advance_part(runs, search, problem, stop, 1)
+    trace = jax.tree.map(lambda leaf: np.asarray(leaf)[:1], steps.trace)
+    make_results(steps.runs, trace, int(np.asarray(stop.budget)), problem, start)
 
 
 def _check_limits(

@@ -1,5 +1,6 @@
 """What a run has done so far, and how it is written to a checkpoint and read from one."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from jchain.problem import Problem
 from jchain.runs.result import Result, RunState, Start, StopRule, Trace
 from jchain.runs.run_folder import Snapshot
 from jchain.runs.scored_chains import ScoredChains, concat_scored, empty_scored, select_scored
-from jchain.runs.stepping import Recording, Records, reopen
+from jchain.runs.stepping import Records, reopen
 
 
 class Part(NamedTuple):
@@ -77,37 +78,37 @@ class History:
 
     def complete(
         self,
-        result: Result,
-        run: int,
+        results: Sequence[Result],
         stopped_by: str | None,
-        recording: Recording,
         *,
+        keep_state: bool,
         keep_scored: bool,
-    ) -> Result:
-        """Add to a result what only the history knows.
+    ) -> list[Result]:
+        """Add to the results what only the history knows.
 
         Args:
-          result: the result of one run.
-          run: the index of the run.
+          results: the results of all runs.
           stopped_by: why the runs were stopped; None if they were not.
-          recording: what the steps recorded.
+          keep_state: whether to add the states.
           keep_scored: whether to add the scored chains.
         """
-        is_over = bool(np.asarray(self.runs.stats.is_over)[run])
-        rows = np.flatnonzero(np.asarray(self.trace.is_counted)[:, run])
-        scored = None
-        if keep_scored:
-            empty = empty_scored(self.runs.stats.pool.chains.shape[-1])
-            scored = concat_scored([empty, *(part[run] for part in self.scored if part)])
-        return result._replace(
-            is_complete=is_over,
-            stopped_by=None if is_over else stopped_by,
-            state=jax.tree.map(lambda leaf: leaf[run], self.runs.state)
-            if recording.keeps_state
-            else None,
-            records=jax.tree.map(lambda leaf: leaf[rows, run], self.custom),
-            scored=scored,
-        )
+
+        def complete_one(result: Result, run: int) -> Result:
+            is_over = bool(np.asarray(self.runs.stats.is_over)[run])
+            rows = np.flatnonzero(np.asarray(self.trace.is_counted)[:, run])
+            scored = None
+            if keep_scored:
+                empty = empty_scored(self.runs.stats.pool.chains.shape[-1])
+                scored = concat_scored([empty, *(part[run] for part in self.scored if part)])
+            return result._replace(
+                is_complete=is_over,
+                stopped_by=None if is_over else stopped_by,
+                state=jax.tree.map(lambda leaf: leaf[run], self.runs.state) if keep_state else None,
+                records=jax.tree.map(lambda leaf: leaf[rows, run], self.custom),
+                scored=scored,
+            )
+
+        return [complete_one(result, run) for run, result in enumerate(results)]
 
     def to_snapshot(self, stop: StopRule) -> Snapshot:
         """Return what a checkpoint holds.

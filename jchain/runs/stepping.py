@@ -41,9 +41,6 @@ class Recording(NamedTuple):
 
     is_scored: bool = False  # whether to record the chains and their losses
     record_fn: RecordFn | None = None
-    # Whether a step that is not counted leaves the state and the key as they were, so that the run
-    # can continue. This copies the state at each step.
-    keeps_state: bool = False
 
 
 NOTHING, NO_RECORDS = Recording(), Records(None, None)
@@ -59,6 +56,15 @@ class RunSpec(NamedTuple):
     num_finalists: int
     stop: StopRule
     recording: Recording = NOTHING
+
+
+class Steps(NamedTuple):
+    """What `advance_part` returns."""
+
+    runs: RunState
+    trace: Trace  # [T, S]
+    records: Records
+    num_taken: Int[Array, ""]  # the rows after it are undefined
 
 
 def init_runs(
@@ -129,14 +135,16 @@ def infer_records(
     """
     if not recording.is_scored and recording.record_fn is None:
         return NO_RECORDS
-    # A jitted function is traced only once for a search and a problem.
-    return _record_step.eval_shape(runs, search, problem.without_names(), recording=recording)
-
-
-@partial(jax.jit, static_argnames="recording")
-def _record_step(runs: RunState, search: Search, problem: Problem, recording: Recording) -> Records:
     stop = StopRule(np.int32(1), np.float32(0))
-    return vmap_unless_one(lambda run: _take_step(run, search, problem, stop, recording)[2], runs)
+    return _take_step_of_each.eval_shape(runs, search, problem.without_names(), stop, recording)[2]
+
+
+# It is jitted so that `infer_records` and `advance_part` trace the step only once.
+@partial(jax.jit, static_argnums=4)
+def _take_step_of_each(
+    runs: RunState, search: Search, problem: Problem, stop: StopRule, recording: Recording
+) -> tuple[RunState, Trace, Records]:
+    return vmap_unless_one(lambda run: _take_step(run, search, problem, stop, recording), runs)
 
 
 def make_empty(records: Records) -> tuple[int, Records]:
@@ -164,11 +172,11 @@ def advance_part(
     empty: Records = NO_RECORDS,
     *,
     recording: Recording = NOTHING,
-) -> tuple[RunState, Trace, Records]:
+) -> Steps:
     """Take some steps of each run, and stop early if all runs are over.
 
-    A step that exceeds the budget is not counted. With `recording.keeps_state`, the run keeps its
-    key and its state from before.
+    A step that exceeds the budget is not counted, but the run gets the key and the state of after
+    the step; see `settle`.
 
     Args:
       runs: the runs.
@@ -178,9 +186,6 @@ def advance_part(
       num_steps: the number of steps, at most `MAX_STEPS` and what `empty` has room for.
       empty: the room for the records, from `make_empty`.
       recording: what to record at each step.
-
-    Returns:
-      The runs, their trace, and their records. Rows from `num_steps` on are undefined.
     """
 
     def is_active(carry: tuple[Array, RunState, tuple[Trace, Records]]) -> Array:
@@ -191,9 +196,7 @@ def advance_part(
         carry: tuple[Array, RunState, tuple[Trace, Records]],
     ) -> tuple[Array, RunState, tuple[Trace, Records]]:
         t, runs, rows = carry
-        runs, *new = vmap_unless_one(
-            lambda run: _take_step(run, search, problem, stop, recording), runs
-        )
+        runs, *new = _take_step_of_each(runs, search, problem, stop, recording)
         return t + 1, runs, jax.tree.map(lambda leaf, row: leaf.at[t].set(row), rows, tuple(new))
 
     shape = (MAX_STEPS, runs.key.shape[0])
@@ -201,8 +204,43 @@ def advance_part(
         jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool)
     )
     start = (jnp.array(0), runs, (trace, empty))
-    _, runs, (trace, records) = jax.lax.while_loop(is_active, take_step, start)
-    return runs, trace, records
+    num_taken, runs, (trace, records) = jax.lax.while_loop(is_active, take_step, start)
+    return Steps(runs, trace, records, num_taken)
+
+
+def settle(before: RunState, steps: Steps, advance: Callable[[RunState, int], Steps]) -> RunState:
+    """Give each run that is over the key and the state of after its last counted step.
+
+    To keep them at each step would copy the whole state each time. Instead, the counted steps of
+    the runs that ended in a part are taken again.
+
+    Args:
+      before: the runs before the part.
+      steps: the part.
+      advance: takes a number of steps of the runs.
+    """
+    was_over, is_over = (np.asarray(runs.stats.is_over) for runs in (before, steps.runs))
+    runs = _select(was_over, before, steps.runs) if was_over.any() else steps.runs
+    num_counted = np.asarray(steps.trace.is_counted)[: int(steps.num_taken)].sum(axis=0)
+    has_ended = is_over & ~was_over & (num_counted < int(steps.num_taken))
+    again, num_taken = before, 0
+    for num in np.unique(num_counted[has_ended]):
+        if num > num_taken:
+            again, num_taken = advance(again, int(num - num_taken)).runs, num
+        runs = _select(has_ended & (num_counted == num), again, runs)
+    return runs
+
+
+@jax.jit
+def _select(is_first: Bool[Array, "S"], first: RunState, second: RunState) -> RunState:
+    """Take the keys and the states of some runs from the first, and all else from the second."""
+
+    def choose(a: Array, b: Array) -> Array:
+        return jnp.where(jnp.expand_dims(is_first, tuple(range(1, b.ndim))), a, b)
+
+    return second._replace(
+        key=choose(first.key, second.key), state=jax.tree.map(choose, first.state, second.state)
+    )
 
 
 def reopen(runs: RunState, stop: StopRule) -> RunState:
@@ -240,18 +278,17 @@ def _take_step(
     if problem.max_cost is not None:
         loss = jnp.where(problem.exceeds_limit(problem.chain_cost(chains)), jnp.inf, loss)
     info = Info(chains, loss, calls)
-    new = RunState(key, state, _count(old, info, num_invalid, problem, stop))
-    unchanged = run._replace(stats=old._replace(last_calls=calls, is_over=jnp.array(True)))
-    if not recording.keeps_state:
-        stats = jax.tree.map(partial(jnp.where, is_counted), new.stats, unchanged.stats)
-        run = new._replace(stats=stats)
-    else:
-        run = jax.tree.map(partial(jnp.where, is_counted), new, unchanged)
-    row = Trace(run.stats.layer_calls, run.stats.pool.loss[0], is_counted)
+    stats = jax.tree.map(
+        partial(jnp.where, is_counted),
+        _count(old, info, num_invalid, problem, stop),
+        old._replace(last_calls=calls, is_over=jnp.array(True)),
+    )
+    row = Trace(stats.layer_calls, stats.pool.loss[0], is_counted)
     custom = None
     if recording.record_fn is not None:
         custom = jax.tree.map(jnp.asarray, recording.record_fn(state, info))
-    return run, row, Records(info if recording.is_scored else None, custom)
+    records = Records(info if recording.is_scored else None, custom)
+    return RunState(key, state, stats), row, records
 
 
 def _count(

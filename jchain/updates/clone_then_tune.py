@@ -188,7 +188,7 @@ def _search_round(rounds: _Rounds, args: RunArguments, budget: int, line: Progre
     """Continue the search until `budget` layer calls are spent in total."""
     problem = args.problem.with_bank(rounds.clones.bank)
     stop = StopRule(np.int32(budget), np.float32(-np.inf))
-    runs, trace = advance_runs(rounds.runs, args.search, problem, stop, line)
+    runs, trace = advance_runs(rounds.runs, args.search, problem, stop, line, keep_state=True)
     # The next round repeats a step that the budget did not pay for, but with another key.
     spent = rounds.runs.stats.layer_calls[0], runs.stats.layer_calls[0]
     is_paid = spent[0] < budget and (spent[1] >= budget or runs.stats.num_free[0] >= MAX_FREE_STEPS)

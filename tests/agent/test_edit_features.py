@@ -83,6 +83,7 @@ def test_an_actor_adds_gains_only_along_the_edited_chain(problem):
             np.testing.assert_allclose(extra[slot], gains * is_on_chain[slot], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_each_new_best_chain_is_charged_once(problem):
     search = jc.ActorCritic(num_chains=6, score_kind="linearized")
     state, step = search.init(jax.random.key(0), problem), jax.jit(search.step)

@@ -20,6 +20,7 @@ def training_set(small):
     return jc.agent.pretrain.make_training_set(small)
 
 
+@pytest.mark.slow
 def test_targets_are_the_best_losses_of_chains_with_each_prefix(small, training_set):
     check_training_set(small, training_set)
     fixed = jc.Problem(small.bank, small.data, 3, layer_cost=small.layer_cost, min_layers=3)

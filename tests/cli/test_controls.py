@@ -36,6 +36,7 @@ def test_the_best_edit_is_the_best_neighbor_on_search(context):
     assert controls._find_best_edit(context, [0, 1, 2, 3, 4]) is None
 
 
+@pytest.mark.slow
 def test_a_plain_net_gets_the_steps_of_all_nets(context):
     seen = []
 
@@ -67,6 +68,7 @@ def test_a_plain_net_gets_the_steps_of_all_nets(context):
     assert low <= random["loss"]["test"] <= high
 
 
+@pytest.mark.slow
 def test_tuning_keeps_the_net_unless_select_prefers_another(context):
     net = controls.Net(context.original_bank, list(context.original_bank.parents[0]))
     tuned = controls._tune(jax.random.key(0), context, net)

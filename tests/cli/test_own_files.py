@@ -96,6 +96,7 @@ def test_a_bank_file_with_modules_is_searched(folder, tmp_path):
     assert main(["evaluate", str(out), "--all", "1"]) == 0
 
 
+@pytest.mark.slow
 def test_standard_output_is_only_json(tmp_path, capsys):
     search(tmp_path / "out", "--search", "local", "--quick")
     captured = capsys.readouterr()

@@ -128,6 +128,7 @@ def test_questions_are_searched_too(models_folder, tmp_path):
     assert (tmp_path / "out" / "sweep.png").exists()
 
 
+@pytest.mark.slow
 def test_recipes_bring_the_model_to_the_number_of_blocks(models_folder):
     bank = jc.hub.load_many([models_folder / "m0", models_folder / "m1"])
     data = jc.hub.load_text(models_folder / "m0", models_folder / "text.txt", length=8)

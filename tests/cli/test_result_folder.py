@@ -35,6 +35,7 @@ def test_a_result_is_replaced_only_with_replace(result_folder, tmp_path, capsys,
     assert "holds files that are not a result of jchain (notes.txt)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_result_may_be_written_to_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

@@ -8,7 +8,7 @@ from command_line import check_bad_options
         (["--data", "mnits"], "unknown data set 'mnits': did you mean mnist"),
         (
             ["--num-layers", "5", "--bank", "independent"],
-            "a multiple of depth for bank independent, got 5 and 2",
+            "a multiple of depth for kind 'independent', got 5 and 2",
         ),
         (["--num-heads", "0"], "expected num_heads to be at least 1, got 0"),
         (["--num-layers", "0"], "expected num_layers to be at least 1, got 0"),

@@ -25,6 +25,7 @@ def few_steps(monkeypatch):
     monkeypatch.setattr(repair, "REPAIR_STEPS", 4)
 
 
+@pytest.mark.slow
 def test_seeds_are_searched_compared_and_written(tmp_path, capsys):
     out = tmp_path / "out"
     argv = ["search", *SMALL, "--quick", "--seeds", "2", "--seed", "3", "--out", str(out)]

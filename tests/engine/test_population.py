@@ -23,6 +23,7 @@ class Float32Only(nn.Module):
         return nn.Dense(5, dtype=jnp.float32)(x)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_used_from_the_stem_on(problem):
     chains = sample(problem, 10)
     exact, rounded = jc.evaluate(problem, chains), jc.evaluate(problem, chains, dtype=jnp.bfloat16)

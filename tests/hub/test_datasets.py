@@ -111,6 +111,7 @@ def test_damaged_tokenizers_raise_only_clear_errors(tmp_path):
         jc.hub.load_text(path.parent, text, length=10)
 
 
+@pytest.mark.slow
 def test_choices_are_ranked_by_their_mean_likelihood(checkpoint, tmp_path):
     lines = [QUESTION, {**QUESTION, "answer": 0}, {**QUESTION, "question": "xyz", "answer": 2}] * 4
     path = write_file(tmp_path, "\n".join(map(json.dumps, lines)), "questions.jsonl")

@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from checkpoints import make_tensors, write
 
 import jchain as jc
 
 
+@pytest.mark.slow
 def test_trained_chains_keep_their_choice_of_embeddings(tmp_path):
     """Weight decay changes the choice although its gradient is zero."""
     folders = {f"m{i}": write(tmp_path / f"m{i}", tensors=make_tensors(seed=i)) for i in range(2)}

@@ -200,6 +200,7 @@ def test_a_run_stops_after_its_seconds(problem):
     assert len(result.curve.layer_calls) == 1
 
 
+@pytest.mark.slow
 def test_a_run_of_64_bits_continues_in_64_bits_only(tmp_path):
     code = """if True:
         import sys

@@ -155,6 +155,7 @@ def test_descents_begin_at_the_best_start(problem, starts):
         assert float(info.loss[0]) == pytest.approx(float(losses.min()), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_learners_learn_from_the_starts(problem, starts):
     losses, key = jc.evaluate(problem, starts).loss, jax.random.key(0)
     starts = jnp.asarray(starts)

@@ -161,6 +161,7 @@ def test_actor_critic_flags():
     assert not plain.needs_invertible
 
 
+@pytest.mark.slow
 def test_refreshed_elites_have_the_losses_of_the_new_weights(problem):
     search = jc.ActorCritic(encoding=jc.TokenEncoding(features=8), num_chains=6, num_elites=4)
     state, _ = search.step(jax.random.key(1), search.init(jax.random.key(0), problem), problem)

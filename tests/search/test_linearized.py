@@ -53,6 +53,7 @@ def test_cost_is_the_start_the_pass_and_new_chains(roomy, num_candidates):
     assert did_joint
 
 
+@pytest.mark.slow
 def test_moves_have_the_best_predictions(roomy):
     search = jc.LinearizedSearch(num_single=3, num_pairs=2, num_greedy=0)
     state, info = search.step(jax.random.key(1), search.init(jax.random.key(0), roomy), roomy)

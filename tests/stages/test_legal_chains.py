@@ -177,6 +177,7 @@ def test_the_stage_of_a_prefix_is_followed(bank):
     np.testing.assert_allclose(-reward, jc.evaluate(problem, [chain]).loss[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_tabular_problems_keep_the_stages(bank):
     problem = make_problem(bank, max_layers=2)
     made = tabular.tabulate(problem, jc.agent.observations.observe)

@@ -25,12 +25,7 @@ SEARCHES = {
     ),
 }
 # By default, a few searches on one of the two banks; the rest with `-m slow`.
-FAST = [
-    ("RandomSearch", "heads-2"),
-    ("LocalSearch", "heads-2"),
-    ("Evolution", "heads-1-2"),
-    ("BeamSearch", "heads-1-2"),
-]
+FAST = [("LocalSearch", "heads-2"), ("BeamSearch", "heads-1-2")]
 STAGES = [(0, 0), (0, 0), (0, 1), (1, 1), (1, 1), (1, 2), (2, 2), (0, 2)]
 SIZES = (5, 4, 3)
 # The first head reads the last stage; the second one reads stage 1.
@@ -177,6 +172,7 @@ def test_a_search_that_reports_illegal_chains_is_counted(two_heads):
     assert two_heads.space.contains(jnp.asarray(result.finalists)).all()
 
 
+@pytest.mark.slow
 def test_edit_scores_predict_legal_edits_only(two_heads):
     chain = jnp.array([0, 2, 3, 9, -1])
     scores = jc.gradient.score_edits(two_heads, chain)

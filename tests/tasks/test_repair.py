@@ -56,6 +56,7 @@ def test_repair_bank_has_a_layer_for_each_fault_and_the_net():
     assert out.accuracy[1] > 0.9
 
 
+@pytest.mark.slow
 def test_repair_layers_undo_their_fault_on_unseen_digits():
     task = make_repair(1, faults=[])
     bank = task.make_bank(jax.random.key(1))

@@ -9,6 +9,7 @@ import jchain as jc
 from jchain.pytree import pytree_dataclass
 
 
+@pytest.mark.slow
 def test_clones_join_the_bank_and_their_sources_stay_unchanged(two_group_problem):
     before = two_group_problem.bank
     bank = run(POLICIES["CloneThenTune"], two_group_problem).bank

@@ -18,10 +18,12 @@ def test_every_policy_is_in_the_contract():
     assert all(isinstance(policy, updates.UpdatePolicy) for policy in POLICIES.values())
 
 
-# Shared updates take long to compile; tests/updates/test_shared_updates.py tests them by default.
+# Two policies take long to compile; by default, only their own modules test them.
 @pytest.fixture(
     params=[
-        pytest.param(name, marks=pytest.mark.slow if name == "SharedUpdates" else ())
+        pytest.param(
+            name, marks=pytest.mark.slow if name in ("SharedUpdates", "CloneThenTune") else ()
+        )
         for name in POLICIES
     ],
     scope="module",

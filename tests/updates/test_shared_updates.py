@@ -12,6 +12,7 @@ def test_a_search_without_refresh_raises(problem):
         run(POLICIES["SharedUpdates"], problem, jc.LocalSearch(num_chains=3))
 
 
+@pytest.mark.slow
 def test_only_sampled_layers_are_trained(two_group_problem):
     outcome = run(POLICIES["SharedUpdates"], two_group_problem)
     versions = np.asarray(outcome.bank.get_versions())
