@@ -45,7 +45,7 @@ import jchain as jc
 DEPTH, NUM_LAYERS = 4, 12
 SIZES = {"banks": 3, "seen": 1000, "tested": 100}
 QUICK = {"banks": 1, "seen": 100, "tested": 10}
-CONTEXTS = jc.gradient.trends.Trends._fields
+CONTEXTS = jc.gradient.trends.CONTEXTS
 LABELS = dict(zip(CONTEXTS, ("index alone", "slot", "layer before", "layer itself"), strict=True))
 SORTS = ("random", "good")
 

@@ -60,7 +60,7 @@ def shuffle(key: Key[Array, ""], bank: Bank, token: int = 0) -> Bank:
       token: the token of any layer of the group to shuffle. Other groups are unchanged.
 
     Raises:
-      ValueError: if `token` is invalid; see `align`.
+      ValueError: if `token` is invalid; see `match_units`.
     """
     group, _ = _find_layer(bank, token)
     num_units = _stack_units(group).shape[1]

@@ -345,7 +345,7 @@ class Bank(Picklable):
         )
 
     def get_params(self, token: int) -> PyTree:
-        """Return the params of one layer or head.
+        """Return the params of one layer or head, or all its collections if it has others.
 
         Args:
           token: the token of the layer or head.

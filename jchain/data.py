@@ -336,7 +336,7 @@ def split(
         parts.append((1, np.arange(len(classes[1]))))
     if sizes is not None:
         if groups is not None:
-            raise ValueError("sizes cannot be combined with groups, because it would split groups")
+            raise ValueError("expected sizes or groups, got both: a size would split groups")
         check_sizes(sizes, [len(part) for _, part in parts])
         parts = [
             (i, take_stratified(classes[i], part, n, rng))

@@ -60,7 +60,7 @@ class Problem:
         losses are exact means over all parts. Layers must treat examples one by one. None to keep
         all examples on the device.
       mesh: the devices that hold copies of the problem and divide its chains among them, a mesh
-        with any axes (see `on`); None for a single device.
+        with any axes (see `with_mesh`); None for a single device.
 
     Raises:
       ValueError: if `max_layers`, `min_layers`, or `batch_size` is invalid, the split is empty,
@@ -105,8 +105,8 @@ class Problem:
         object.__setattr__(self, "layer_cost", jnp.asarray(self.layer_cost, jnp.float32))
         if self.layer_cost.shape not in ((), (self.bank.num_layers,)):
             raise ValueError(
-                f"layer_cost must be a scalar or have shape [{self.bank.num_layers}], "
-                f"got shape {list(self.layer_cost.shape)}"
+                f"expected layer_cost to be a scalar or of shape [{self.bank.num_layers}], got "
+                f"shape {list(self.layer_cost.shape)}"
             )
         object.__setattr__(self, "bank", self._bind(self.bank))
         self._check_costs()
@@ -181,17 +181,21 @@ class Problem:
         num_layers, num_tokens = self.bank.num_layers, self.bank.num_layers + self.bank.num_heads
         if costs.shape != (num_tokens,):
             raise ValueError(
-                f"token_costs must have shape [{num_tokens}], one number for each of {num_layers} "
-                f"layers and {self.bank.num_heads} heads, got shape {list(costs.shape)}"
+                f"expected token_costs of shape [{num_tokens}], one number for each of "
+                f"{num_layers} layers and {self.bank.num_heads} heads, got shape "
+                f"{list(costs.shape)}"
             )
         if is_concrete(costs) and not bool((jnp.isfinite(costs) & (costs >= 0)).all()):
-            raise ValueError("expected token_costs that are finite and at least 0")
+            raise ValueError(
+                f"expected token_costs that are finite and at least 0, got {float(costs.min())} to "
+                f"{float(costs.max())}"
+            )
         if self.max_cost is None:
             return
         limit = jnp.asarray(self.max_cost, jnp.float32)
         object.__setattr__(self, "max_cost", limit)
         if limit.shape != ():
-            raise ValueError(f"max_cost must be a scalar, got shape {list(limit.shape)}")
+            raise ValueError(f"expected max_cost to be a scalar, got shape {list(limit.shape)}")
         if not is_concrete((costs, limit)):
             return
         if (stages := self.bank.stages) is None:

@@ -146,13 +146,13 @@ def _train_step_by_step(key: Array, data: Batch, config: TrainingConfig) -> Weig
     """Train one run with one or more programs per step (see `is_stepwise`)."""
     carry, step_keys = jax.jit(_init, static_argnames="config")(key, data, config)
     # Runs that differ only in their number of steps share a program.
-    step_recipe = config._replace(num_steps=0, num_snapshots=1)
+    step_config = config._replace(num_steps=0, num_snapshots=1)
     has_branches = config.is_routed and max(len(config.layers), len(config.heads)) > 1
     step = _step_in_parts if has_branches else _step_once
     snapshots = []
     for keys in step_keys:
         for step_key in keys:
-            carry = step(carry, step_key, data, step_recipe)
+            carry = step(carry, step_key, data, step_config)
         # Copy the weights, because the next step donates its carry.
         snapshots.append(jax.tree.map(jnp.copy, carry.weights))
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *snapshots)

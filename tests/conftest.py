@@ -11,16 +11,14 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 import jax
 import numpy as np
+import psutil
 import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# These tests spend most of their time on compilation. Few optimizations, and a cache of programs
-# that all workers and runs share, make it shorter.
+# These tests spend most of their time on compilation. Few optimizations make it shorter, and so
+# does a cache of programs from an earlier run, if JAX_COMPILATION_CACHE_DIR is set.
 jax.config.update("jax_disable_most_optimizations", True)
-jax.config.update(
-    "jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "jax")
-)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 with install_import_hook("jchain", "beartype.beartype"):
@@ -90,9 +88,9 @@ def _forget_programs_of_slow_tests(request):
 
 
 def _forget_many_programs():
-    """Clear caches: programs use memory mappings, and a process can have only so many."""
-    mappings = Path("/proc/self/maps")
-    if not mappings.exists() or mappings.read_bytes().count(b"\n") > 25_000:
+    """Clear caches: programs use memory, and mappings, of which a process can have only so many."""
+    mappings, is_large = Path("/proc/self/maps"), psutil.Process().memory_info().rss > 2**31
+    if is_large or not mappings.exists() or mappings.read_bytes().count(b"\n") > 25_000:
         jax.clear_caches()
 
 

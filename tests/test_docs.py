@@ -35,6 +35,7 @@ SLOW = {
     "large-data",
     "own-data",
     "own-layers",
+    "runs",
     "stages",
     "start",
     "write-a-search",

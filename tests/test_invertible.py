@@ -26,7 +26,7 @@ def make_params(layer, seed, shape, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("make", LAYERS)
-@pytest.mark.parametrize("is_x64", [False, True])
+@pytest.mark.parametrize("is_x64", [False, pytest.param(True, marks=pytest.mark.slow)])
 @settings(max_examples=5, deadline=None)
 @given(size=st.sampled_from((2, 5, 16)), seed=st.integers(0, 1000), is_sequence=st.booleans())
 def test_invertible_layers_round_trip(make, is_x64, size, seed, is_sequence):

@@ -134,7 +134,7 @@ ARRAYS = np.asarray(DATA.train.x), np.asarray(DATA.train.y)
         ),
         (
             lambda: split(*ARRAYS, groups=np.arange(90), sizes=(9, 9, 9, 9)),
-            "sizes cannot be combined with groups",
+            "expected sizes or groups, got both",
         ),
         (
             lambda: split(ARRAYS[0], np.arange(90)),

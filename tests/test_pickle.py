@@ -94,7 +94,7 @@ def apply_scale(params, x):
 
 
 # By default, a search with a score cache, one that holds activations, and one that learns.
-FAST = ("LocalSearch", "CriticSearch", "ActorCritic-replay")
+FAST = ("LocalSearch", "CriticSearch", "QLearning")
 
 
 @pytest.mark.parametrize("how", [*COPIES, "orbax"])

@@ -50,7 +50,7 @@ X, Y = make_batch()
         (
             jc.Batch(X, Y),
             {"layer_cost": jnp.zeros(3)},
-            r"layer_cost must be a scalar or have shape \[4\], got shape \[3\]",
+            r"expected layer_cost to be a scalar or of shape \[4\], got shape \[3\]",
         ),
         (
             jc.Batch(X, Y),
@@ -158,9 +158,9 @@ TOKEN_COST = [1.0, 2.0, 4.0, 8.0, 0.5, 0.25]
     ("kwargs", "message"),
     [
         ({"max_cost": 3.0}, "expected token_costs with max_cost, got only max_cost=3.0"),
-        ({"token_costs": [1.0] * 4}, r"token_costs must have shape \[6\], .* got shape \[4\]"),
-        ({"token_costs": 1.0}, r"token_costs must have shape \[6\], .* got shape \[\]"),
-        ({"token_costs": [-1.0] * 6}, "token_costs that are finite and at least 0"),
+        ({"token_costs": [1.0] * 4}, r"expected token_costs of shape \[6\], .* got shape \[4\]"),
+        ({"token_costs": 1.0}, r"expected token_costs of shape \[6\], .* got shape \[\]"),
+        ({"token_costs": [-1.0] * 6}, "finite and at least 0, got -1.0 to -1.0"),
         ({"token_costs": [np.nan] * 6}, "token_costs that are finite and at least 0"),
         (
             {"token_costs": TOKEN_COST, "max_cost": 2.2, "min_layers": 2},
@@ -171,7 +171,7 @@ TOKEN_COST = [1.0, 2.0, 4.0, 8.0, 0.5, 0.25]
         ({"token_costs": TOKEN_COST, "max_cost": np.nan}, "max_cost of at least 0.25, .* got nan"),
         (
             {"token_costs": TOKEN_COST, "max_cost": [1.0, 2.0]},
-            r"max_cost must be a scalar, got shape \[2\]",
+            r"expected max_cost to be a scalar, got shape \[2\]",
         ),
     ],
 )

@@ -359,6 +359,7 @@ def test_a_problem_shows_its_inputs(dict_problem):
 # Training
 
 
+@pytest.mark.slow
 def test_training_steps_are_those_of_the_gradient():
     x = states.make_inputs(3)
     data = jc.Batch(x, jnp.asarray(states.Y))

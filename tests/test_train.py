@@ -74,6 +74,7 @@ def test_parents_are_trained_nets():
         assert loss_of(trained, parent) < 0.7 * loss_of(start, parent)
 
 
+@pytest.mark.slow
 def test_snapshots_share_one_run():
     bank = make("snapshots", num_snapshots=3, num_steps=300)
     losses = [loss_of(bank, parent) for parent in bank.parents]

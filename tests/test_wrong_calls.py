@@ -45,6 +45,8 @@ def attempt(call):
         print("accepted")
 """
 CASES = {
+    "jc.gradient.trends.predict_swaps(None, problem, [0, 0, -1], 'after')": "expected a context of "
+    "everywhere, slot, before, layer, got 'after'",
     "jc.Problem(bank, data, 2)": "expected one split of data, such as data.search or "
     "jc.Batch(x, y), got Dataset of 7",
     "jc.Problem(bank, data.search.x, 2)": "got an array float32[35, 13]",

@@ -27,7 +27,7 @@ _NUM_CG_STEPS = 8
 # The seed of the sketch is constant, so that features are the same in every process and a trained
 # critic can be saved.
 _SKETCH_SEED = 0
-_LOSS_UNIT = 1e-3
+LOSS_UNIT = 1e-3
 
 
 class Observation(NamedTuple):
@@ -171,7 +171,7 @@ def compress_loss(loss: Float[Array, "*P"]) -> Float[Array, "*P"]:
     Args:
       loss: the losses, `[...P]`.
     """
-    return jnp.arcsinh(loss / (2 * _LOSS_UNIT))
+    return jnp.arcsinh(loss / (2 * LOSS_UNIT))
 
 
 def lowest(loss: Float[Array, "K"]) -> Float[Array, ""]:

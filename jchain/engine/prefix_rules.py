@@ -59,7 +59,7 @@ def _legal_actions_in_stages(
         rest = jnp.where(is_layer, costs[after, writes], 0.0)
         total = jnp.where(is_legal, cost + problem.token_costs + rest, jnp.inf)
         is_legal &= ~problem.exceeds_limit(total) | (total == total.min())
-    # No token may follow a prefix that is not one of a chain of the space. Any will do there.
+    # A prefix that cannot be completed has no legal token, so allow every token there.
     return is_legal | ~is_legal.any()
 
 

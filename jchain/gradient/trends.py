@@ -6,7 +6,7 @@ interface is functional, as in optax: `init` makes a state, and `update` adds on
 score swaps without the gradient of the chain that is edited, and so without layer calls.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,9 @@ from jchain.gradient.edit_scores import weight_gradients
 from jchain.gradient.linearize import check_chain, flatten_rows
 from jchain.gradient.weight_space import only_group
 from jchain.problem import Problem
+
+Context = Literal["everywhere", "slot", "before", "layer"]
+CONTEXTS: tuple[Context, ...] = get_args(Context)
 
 
 class Moments(NamedTuple):
@@ -117,7 +120,7 @@ def _add(moments: Moments, context: Array, gradient: Array, is_seen: Array) -> M
 
 
 def predict_swaps(
-    trends: Trends, problem: Problem, chain: ChainsLike, context: str = "slot"
+    trends: Trends, problem: Problem, chain: ChainsLike, context: Context = "slot"
 ) -> Float[Array, "L N"]:
     """Predict the change in loss of each swap from mean gradients, without one of this chain.
 
@@ -137,8 +140,8 @@ def predict_swaps(
     Raises:
       ValueError: if the context is unknown, or `chain` is invalid for this bank.
     """
-    if context not in Trends._fields:
-        raise ValueError(f"expected a context of {', '.join(Trends._fields)}, got {context!r}")
+    if context not in CONTEXTS:
+        raise ValueError(f"expected a context of {', '.join(CONTEXTS)}, got {context!r}")
     chain = check_chain(problem, chain)
     slots, num_layers = jnp.arange(chain.size), problem.bank.num_layers
     length = problem.space.count_layers(chain)

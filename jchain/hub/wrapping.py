@@ -21,6 +21,8 @@ from jchain.bank import Bank
 class Entry(nn.Module):
     """The embeddings of a model, followed by the pinned blocks that start every chain.
 
+    Elsewhere, an entry is any layer or head of a bank.
+
     Attributes:
       stem: the embeddings.
       blocks: pinned blocks, applied in order.

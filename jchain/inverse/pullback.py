@@ -382,8 +382,8 @@ def _guess_shape(bank: Bank) -> tuple[int, ...]:
     shape = _guess_input_shape(bank.layers[0])
     if shape is None:
         raise ValueError(
-            "near must be given, the activations at the head's input: "
-            "the layers' weights do not determine their shape"
+            "expected near, the activations at the head's input, got None: the layers' weights do "
+            "not determine their shape"
         )
     return shape
 

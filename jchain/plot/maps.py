@@ -62,7 +62,8 @@ def policy(
     Args:
       bank: the bank, which names the layers and heads.
       probabilities: a row per slot, `[L, N + K]`; for the actor-critic, `jnp.exp` of
-        `search.policy(result.state, problem, chain[None])[0]`.
+        `search.policy(result.state, problem, chain[None])[0]`, of a result of
+        `jc.run(..., keep_state=True)`.
       ax: the axes to draw on; None for a new figure.
 
     Raises:

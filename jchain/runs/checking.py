@@ -48,9 +48,9 @@ def check_search(
       num_steps: the number of steps per run.
 
     Raises:
-      TypeError: if `step` does not return a state and a `jc.Info`, with arrays of the right shapes.
-      ValueError: if the search is not a registered pytree or does not accept the problem, or with a
-        line for each broken promise: the state changes its structure, shapes, or dtypes; jitted,
+      ValueError: if the search is not a registered pytree or does not accept the problem, if `step`
+        does not return a state and a `jc.Info` with arrays of the right shapes, or with a line for
+        each broken promise: the state changes its structure, shapes, or dtypes; jitted,
         eager, vmapped, or repeated runs differ; a row is not a chain of the problem's space; a loss
         is not its chain's loss; or a step costs less than its chains do.
     """

@@ -60,6 +60,7 @@ def run(
     callback: Callable[[Progress], object] | None = None,
     record_fn: Callable[[PyTree, Info], PyTree] | None = None,
     record: Literal["chains"] | None = None,
+    keep_state: bool = False,
 ) -> Result:
     """Run a search until its budget is used.
 
@@ -77,7 +78,8 @@ def run(
       key: the PRNG key; consumed by this call.
       search: the search and its hyperparameters.
       problem: the problem to search.
-      budget: the maximum number of layer calls, with those of earlier calls that the run continues.
+      budget: the maximum number of layer calls, including those of the calls that
+        this one continues.
       target_loss: the loss to reach; the run stops once the loss of a chain is at most this.
       num_finalists: the number of distinct chains to keep for re-ranking.
       progress: whether to show a live line with the layer calls, the best loss, and the time left.
@@ -100,6 +102,8 @@ def run(
       record_fn: a jittable function of the state and the `Info` of a step, whose outputs are
         stacked over the counted steps in `Result.records`.
       record: "chains" to keep all scored chains in `Result.scored`.
+      keep_state: whether to return the state after the last counted step as `Result.state`. It is
+        always returned with `checkpoint_dir`.
 
     Raises:
       BudgetError: if the budget is smaller than the cost of the starts and one step.
@@ -124,6 +128,7 @@ def run(
         callback=None if callback is None else lambda runs: callback(runs[0]),
         record_fn=record_fn,
         record=record,
+        keep_state=keep_state,
     )[0]
 
 
@@ -144,6 +149,7 @@ def run_many(
     callback: Callable[[Sequence[Progress]], object] | None = None,
     record_fn: Callable[[PyTree, Info], PyTree] | None = None,
     record: Literal["chains"] | None = None,
+    keep_state: bool = False,
 ) -> list[Result]:
     """Run a search once per key, all at the same time, and return one result per key.
 
@@ -166,17 +172,17 @@ def run_many(
       callback: as for `run`, but with a list of the progress of each run.
       record_fn: as for `run`; it gets the state and the `Info` of one run.
       record: as for `run`.
+      keep_state: as for `run`.
 
     Raises:
       BudgetError: if the budget is smaller than the cost of the starts and one step of a run.
       ValueError: if there are no keys, the keys are not from `jax.random.key`, or as for `run`.
     """
     check_arguments(search, problem, budget, num_finalists)
-    _check_limits(target_loss, save_every, max_seconds, record)
-    if checkpoint_dir is not None and (num := jax.process_count()) > 1:
-        raise ValueError(f"expected one process with checkpoint_dir, got {num} of jax.distributed")
+    _check_limits(target_loss, save_every, max_seconds, record, checkpoint_dir)
     _check_keys(keys, 1, "keys of jax.random.key of shape [S], at least one")
     keep_scored, is_saved = record is not None, checkpoint_dir is not None
+    keep_state |= is_saved
     spec = RunSpec(
         keys,
         search,
@@ -205,12 +211,12 @@ def run_many(
             is_shared=_is_shared(spec.problem),
         )
         parts = iterate_parts(
-            history.runs, search, spec.problem, spec.stop, spec.recording, keep_state=is_saved
+            history.runs, search, spec.problem, spec.stop, spec.recording, keep_state=keep_state
         )
         stopped_by = next(filter(None, map(monitor.after_part, parts)), None)
         monitor.finish()
     results = make_results(history.runs, history.trace, budget, spec.problem, history.start)
-    return history.complete(results, stopped_by, keep_state=is_saved, keep_scored=keep_scored)
+    return history.complete(results, stopped_by, keep_state=keep_state, keep_scored=keep_scored)
 
 
 def iterate_parts(
@@ -230,8 +236,8 @@ def iterate_parts(
       problem: the problem to search.
       stop: the rule that ends each run.
       recording: what to record at each step.
-      keep_state: whether runs that are over have the state of after their last counted step, so
-        that they can be continued (`settle`).
+      keep_state: whether runs that are over have the state that follows their last counted step,
+        so that they can be continued (`settle`).
     """
     num_steps = 1
     max_steps, empty = make_empty(infer_records(runs, search, problem, recording))
@@ -338,7 +344,11 @@ def check_first_step(
 
 
 def _check_limits(
-    target_loss: float, save_every: float, max_seconds: float | None, record: str | None
+    target_loss: float,
+    save_every: float,
+    max_seconds: float | None,
+    record: str | None,
+    checkpoint_dir: str | os.PathLike[str] | None,
 ) -> None:
     if math.isnan(target_loss):
         raise ValueError("expected a target_loss that is a number, got nan")
@@ -347,6 +357,8 @@ def _check_limits(
             raise ValueError(f"expected {name} in seconds, above 0, got {value}")
     if record not in (None, "chains"):
         raise ValueError(f'expected record to be "chains" or None, got {record!r}')
+    if checkpoint_dir is not None and (num := jax.process_count()) > 1:
+        raise ValueError(f"expected one process with checkpoint_dir, got {num} of jax.distributed")
 
 
 def _is_shared(problem: Problem) -> bool:

@@ -15,7 +15,7 @@ from jchain.runs.stepping import Records, reopen
 
 
 class Part(NamedTuple):
-    """The steps that the device took between two looks of the host."""
+    """The steps that the device took between two reads by the host."""
 
     runs: RunState
     trace: Trace  # [T, S]

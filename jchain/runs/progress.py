@@ -16,7 +16,7 @@ class Progress(NamedTuple):
 
     Attributes:
       layer_calls: the layer calls spent so far.
-      seconds: the time spent so far, with that of earlier calls that the run continues.
+      seconds: the time spent so far, including that of earlier calls.
       best_chain: the best chain so far, `[L]`; all -1 if no chain had a finite loss.
       best_loss: its loss.
       chains: the chains that were scored since the last call of the callback, `[C, L]`.

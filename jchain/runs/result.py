@@ -53,7 +53,8 @@ class Result(NamedTuple):
       front: the scored chains that no other one beats in both cost and loss.
       is_complete: False if the run was stopped before its end.
       stopped_by: what stopped it: "callback", "max_seconds", "SIGINT", or "SIGTERM".
-      state: the state of the search after its last counted step, with `checkpoint_dir`.
+      state: the state of the search after its last counted step, with `keep_state` or
+        `checkpoint_dir`.
       records: what `record_fn` returned, stacked over the counted steps, `[T, ...]`.
       scored: all scored chains, with `record="chains"`.
     """

@@ -175,8 +175,8 @@ def advance_part(
 ) -> Steps:
     """Take some steps of each run, and stop early if all runs are over.
 
-    A step that exceeds the budget is not counted, but the run gets the key and the state of after
-    the step; see `settle`.
+    A step that exceeds the budget is not counted, but the run gets the key and the state that
+    follow it; see `settle`.
 
     Args:
       runs: the runs.
@@ -209,7 +209,7 @@ def advance_part(
 
 
 def settle(before: RunState, steps: Steps, advance: Callable[[RunState, int], Steps]) -> RunState:
-    """Give each run that is over the key and the state of after its last counted step.
+    """Give each run that is over the key and the state that follow its last counted step.
 
     To keep them at each step would copy the whole state each time. Instead, the counted steps of
     the runs that ended in a part are taken again.

@@ -118,7 +118,7 @@ class BeamSearch:
         """Insert the children one by one; each evicts the worst child so far if it is better.
 
         Children are ranked by their best head, even if they have fewer than `min_layers` layers.
-        With stages, those that no head fits come after the others, and first come, first kept.
+        With stages, those that no head fits come after the others, in order of arrival.
         """
         new = 1 - state.generation
         best = jnp.where(jnp.isfinite(loss), loss, jnp.inf).min(axis=1)

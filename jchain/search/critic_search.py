@@ -21,7 +21,14 @@ from jax.typing import ArrayLike
 
 from jchain._typing import Activations, Array, Bool, Float, Int, Key, PyTree
 from jchain.agent import critic as critic_lib
-from jchain.agent.observations import NUM_FEATURES, Observe, compress_loss, lowest, observe
+from jchain.agent.observations import (
+    LOSS_UNIT,
+    NUM_FEATURES,
+    Observe,
+    compress_loss,
+    lowest,
+    observe,
+)
 from jchain.chain import PADDING
 from jchain.engine.layer_calls import apply_token
 from jchain.modules.activations import make_buffer
@@ -43,7 +50,7 @@ _CODE_SEED = 0
 # weight.
 _CONSTANT = 10.0
 # The prediction before online learning for a prefix that no head fits: that of a loss of 1.
-_UNKNOWN = math.asinh(1 / (2e-3))
+_UNKNOWN = math.asinh(1 / (2 * LOSS_UNIT))
 
 
 class Prefixes(NamedTuple):

@@ -11,7 +11,7 @@ Both must work under `jit` and `vmap`. The state and the losses must keep their 
 `jchain.runs.driver` keeps track of the budget, the best chains, the loss curve, the counts, and
 the progress line. A search may also define the optional members that `Search` lists.
 `jchain.check_search` tests a search against this protocol, and so does
-`tests/small_searches.py`, which lists all searches of jchain for the tests of this contract.
+`tests/search/test_contract.py`, for the searches of jchain.
 `jchain.search.random_search` is the shortest example.
 """
 

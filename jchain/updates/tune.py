@@ -176,10 +176,10 @@ def train_on(
 
     Args:
       key: the PRNG key of the minibatches; consumed by this call.
-      state: the state that `start` or the previous call returned.
+      state: the state that `init` or the previous call returned.
       problem: a problem with the split to train on and the loss; its bank is not used.
       chains: int32 `[U, L]`; the chains to train, in order.
-      optimizer: the optimizer that was passed to `start`.
+      optimizer: the optimizer that was passed to `init`.
     """
 
     def step(state: State, slot: tuple[Array, Array]) -> tuple[State, None]:

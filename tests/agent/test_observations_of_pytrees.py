@@ -21,6 +21,7 @@ ALL = observations.Join(
 CHAIN = jnp.array([2, 1, 0, 4])
 
 
+@pytest.mark.slow
 def test_features_of_a_pair_are_those_of_one_array():
     pairs = states.make_pair_problem()
     observe = jax.jit(partial(observations.observe_chain, ALL))

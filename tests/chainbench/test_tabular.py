@@ -188,6 +188,7 @@ def test_every_prefix_is_tabulated(bank, problem):
         tabular.tabulate(jc.Problem(bank, problem.data, 13), observe)
 
 
+@pytest.mark.slow
 def test_a_limit_of_the_cost_is_tabulated(problem):
     cost = [1.0, 2.0, 3.0, 4.0, 0.5, 0.2]
     limited = jc.Problem(

@@ -77,6 +77,7 @@ def test_tuning_keeps_the_net_unless_select_prefers_another(context):
     assert after.loss["search"].mean() <= before.loss["search"].mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", ["budget", "no finite loss"])
 def test_a_search_that_finds_nothing_is_no_control(context, capsys, monkeypatch, failure):
     if failure == "budget":

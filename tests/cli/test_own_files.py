@@ -84,6 +84,7 @@ def test_files_of_data_give_the_splits_of_their_arrays(folder, tmp_path, capsys)
     assert report["chains"][0]["loss"] == pytest.approx(losses[0]["test"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_bank_file_with_modules_is_searched(folder, tmp_path):
     options = ["--bank-file", str(folder / "bank.safetensors"), "--data", str(folder / "iris.npz")]
     out = tmp_path / "out"

@@ -81,6 +81,7 @@ def test_seeds_are_searched_compared_and_written(tmp_path, capsys):
     assert {path.name for path in out.iterdir()} == {"bank.safetensors", "curve.png", "result.json"}
 
 
+@pytest.mark.slow
 def test_the_finalist_is_picked_on_search_and_select(tmp_path):
     assert main(["search", *SMALL, "--quick", "--out", str(tmp_path / "out")]) == 0
     record = json.loads((tmp_path / "out" / "result.json").read_text())

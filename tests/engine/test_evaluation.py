@@ -169,7 +169,12 @@ def test_evaluate_with_every_plan_and_dtype_on_random_problems(plan, data):
     ("layer", "shape", "shares"),
     [
         (jc.layers.ConvBlock(3, depth=2), (4, 4, 3), tuple(jc.engine.Share)),
-        (jc.layers.TransformerBlock(4, 2), (3, 4), (jc.engine.Share.LAYER,)),
+        pytest.param(
+            jc.layers.TransformerBlock(4, 2),
+            (3, 4),
+            (jc.engine.Share.LAYER,),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["images", "sequences"],
 )
@@ -208,6 +213,7 @@ def test_evaluate_prefixes_scores_every_head_for_free(two_group_problem):
                     assert (loss[t, k], accuracy[t, k]) == (np.inf, 0)
 
 
+@pytest.mark.slow
 @settings(max_examples=3, deadline=None)
 @given(st.permutations(range(4)), st.permutations([4, 5]), st.integers(0, 2**31 - 1))
 def test_permuting_the_bank_and_relabelling_the_chain_leaves_the_loss(problem, layers, heads, seed):

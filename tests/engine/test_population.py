@@ -32,7 +32,9 @@ def test_bfloat16_is_used_from_the_stem_on(problem):
     np.testing.assert_array_equal(same.loss, exact.loss)
 
 
-@pytest.mark.parametrize("plan", [None, jc.engine.Blocks(3, (1, 2))], ids=str)
+@pytest.mark.parametrize(
+    "plan", [pytest.param(None, marks=pytest.mark.slow), jc.engine.Blocks(3, (1, 2))], ids=str
+)
 def test_vmap_over_populations_and_over_problems(problem, plan):
     populations = jnp.stack([jnp.asarray(sample(problem, 6, seed)) for seed in range(3)])
     looped = [jc.evaluate(problem, chains, plan=plan) for chains in populations]

@@ -89,6 +89,7 @@ def replace_params(problem, slot, params):
     return states.walk_reference(problem, CHAIN[slot + 1 :], made)[-1]
 
 
+@pytest.mark.slow
 def test_scores_by_weights_are_differences_of_losses(problem):
     owns = [
         jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), problem.bank.get_params(token))

@@ -47,7 +47,7 @@ def make_sampled(is_softmax):
     return wide_problem(optax.squared_error, jax.random.normal(key, (400, 100)))
 
 
-@pytest.fixture(params=[400, 150], ids=["whole", "in parts"])
+@pytest.fixture(params=[pytest.param(400, marks=pytest.mark.slow), 150], ids=["whole", "in parts"])
 def part_size(request, monkeypatch):
     """Set the maximum number of examples per head call. 150 gives parts of 133, and 1 left over."""
     jax.clear_caches()

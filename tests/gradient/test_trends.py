@@ -74,10 +74,6 @@ def test_trends_reject_bad_input(problem, two_group_problem, seen):
         trends.init(two_group_problem)
     with pytest.raises(ValueError, match="expected layers of one module, got 2"):
         jc.gradient.weight_gradients(two_group_problem, np.array([1, 4, 2, 6]))
-    with pytest.raises(
-        ValueError, match="expected a context of everywhere, slot, before, layer, got 'after'"
-    ):
-        trends.predict_swaps(seen, problem, CHAINS[0], "after")
     with pytest.raises(ValueError, match="token 9 at slot 1 is out of range"):
         trends.predict_swaps(seen, problem, np.array([2, 9, 3, 5]))
     with pytest.raises(ValueError, match=r"expected one chain of shape \[4\], got \[5, 4\]"):

@@ -45,7 +45,7 @@ def test_at_least_one_block_is_not_pinned(tmp_path):
     ("pinned", "is_stem_shared"),
     [
         ((1, 1), False),
-        ((0, 0), True),
+        pytest.param((0, 0), True, marks=pytest.mark.slow),
         pytest.param((0, 0), False, marks=pytest.mark.slow),
         pytest.param((1, 1), True, marks=pytest.mark.slow),
     ],

@@ -21,6 +21,7 @@ def test_a_bank_is_saved_and_loaded_without_naming_its_modules(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_default_loss_of_chains_of_blocks_is_that_of_the_next_token(tmp_path):
     bank = jc.hub.load(write(tmp_path / "model"))
     ids = jax.random.randint(jax.random.key(0), (5, 8), 0, 11)

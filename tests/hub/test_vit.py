@@ -9,6 +9,7 @@ import jchain as jc
 from jchain.hub.families import make_architecture
 
 
+@pytest.mark.slow
 def test_several_classifiers_of_images_are_one_bank(tmp_path):
     folder = write_config(tmp_path / "new", VIT)
     singles = [jc.hub.random_bank(jax.random.key(i), folder, name=f"m{i}") for i in range(2)]

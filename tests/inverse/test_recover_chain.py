@@ -79,6 +79,7 @@ def test_fixed_point_inverses_and_stems_meet_too():
     np.testing.assert_array_equal(found.layers, chain[None])
 
 
+@pytest.mark.slow
 def test_noise_is_answered_with_the_nearest_chain():
     bank = make_invertible_bank(num_layers=4)
     x, y, _ = make_task(bank, 4, noise=0.1, num_examples=40)
@@ -144,6 +145,7 @@ def test_noise_levels_are_raised_if_there_are_too_many_pairs(monkeypatch, noise)
         np.testing.assert_allclose(found.residuals, residuals[:1], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_halves_meet_nearer_to_the_end_if_inverses_amplify_noise():
     bank = make_invertible_bank(
         num_layers=4, layers=[jc.layers.InvertibleDense(FEATURES, negative_slope=0.03)]

@@ -136,6 +136,7 @@ def test_scores_are_distances_to_the_targets_of_inverse_layers(is_projected):
     assert scores.layer_calls == 3 + 3 + 16
 
 
+@pytest.mark.slow
 def test_local_least_squares_stand_in_for_an_inverse():
     """With one step per dimension and no damping, they invert a linear layer."""
     problem = make_problem(slope=1.0)
@@ -156,6 +157,7 @@ def test_local_least_squares_stand_in_for_an_inverse():
     assert local.layer_calls == 2 + 2 * (2 * 31 + 2) + 4 * 3
 
 
+@pytest.mark.slow
 def test_some_layers_alone_are_scored_and_losses_need_a_target():
     problem = make_problem()
     chain = np.array([1, 4, -1, -1, -1], np.int32)

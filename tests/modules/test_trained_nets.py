@@ -56,6 +56,7 @@ def test_training_and_its_statistics_matter(nets, name):
     assert all(np.abs(other - expected).max() > 0.01 for other in others)
 
 
+@pytest.mark.slow
 def test_trained_nets_are_loaded_in_another_process(nets, tmp_path):
     for name, (_, bank) in nets.items():
         bank.save(tmp_path / f"{name}.bank")

@@ -54,6 +54,7 @@ def test_the_front_is_that_of_all_scored_chains(problem, costly, has_costs):
         np.testing.assert_array_equal(own, other)
 
 
+@pytest.mark.slow
 def test_a_front_that_overflows_keeps_its_ends_and_the_largest_gains():
     bank = make_bank(100, 1)
     problem = jc.Problem(bank, make_batch(), 1, token_costs=np.arange(101.0))

@@ -72,6 +72,7 @@ def test_a_target_that_is_out_of_reach_extends_a_run(problem, tmp_path):
     assert_equal(jc.run(key, search, problem, budget=BUDGET, checkpoint_dir=tmp_path), whole)
 
 
+@pytest.mark.slow
 def test_several_runs_are_continued_together(problem, tmp_path):
     search, keys = (
         jc.Evolution(population_size=12, num_chains=6),
@@ -150,17 +151,27 @@ def test_records_have_a_row_for_each_counted_step(problem):
     np.testing.assert_array_equal(lowest, result.curve.best_loss)
 
 
-def test_the_state_is_that_after_the_last_counted_step(problem, tmp_path):
-    """A step that costs more than the budget leaves is undone."""
-    search, key = jc.LocalSearch(num_chains=3), jax.random.key(1)
-    result = jc.run(key, search, problem, budget=BUDGET, checkpoint_dir=tmp_path)
-    key, init_key = jax.random.split(key)
-    state, step = jax.jit(search.init)(init_key, problem), jax.jit(search.step)
-    for _ in result.curve.layer_calls:
-        key, step_key = jax.random.split(key)
-        state, _ = step(step_key, state, problem)
-    for one, other in zip(jax.tree.leaves(result.state), jax.tree.leaves(state), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5)
+@pytest.mark.parametrize("is_saved", [True, False])
+def test_the_state_is_that_after_the_last_counted_step(problem, tmp_path, is_saved):
+    """A step that costs more than the budget leaves is undone, also if other runs go on."""
+    search, keys = jc.LocalSearch(num_chains=3), jax.random.split(jax.random.key(1), 4)
+    one, many = (
+        {"checkpoint_dir": tmp_path / name} if is_saved else {"keep_state": True}
+        for name in ("one", "many")
+    )
+    results = jc.run_many(keys, search, problem, budget=BUDGET, **many)
+    assert len({len(result.curve.layer_calls) for result in results}) > 1
+    results.append(jc.run(keys[0], search, problem, budget=BUDGET, **one))
+    init, step = jax.jit(search.init), jax.jit(search.step)
+    for key, result in zip([*keys, keys[0]], results, strict=True):
+        key, init_key = jax.random.split(key)
+        state = init(init_key, problem)
+        for _ in result.curve.layer_calls:
+            key, step_key = jax.random.split(key)
+            state, _ = step(step_key, state, problem)
+        for a, b in zip(jax.tree.leaves(result.state), jax.tree.leaves(state), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5)
+    assert jc.run(keys[0], search, problem, budget=BUDGET).state is None
 
 
 def test_a_callback_sees_how_far_the_run_is(problem):

@@ -197,7 +197,7 @@ CHILD = """if True:
 """
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_a_signal_ends_a_run_and_saves_it(tmp_path, name):
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", CHILD, str(tmp_path)],

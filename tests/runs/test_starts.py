@@ -49,7 +49,9 @@ def test_searches_without_a_start_method_are_those_that_say_so():
     )
 
 
-@pytest.mark.parametrize("name", ["RandomSearch", "BeamSearch", "ActorCritic"])
+@pytest.mark.parametrize(
+    "name", ["RandomSearch", "BeamSearch", pytest.param("ActorCritic", marks=pytest.mark.slow)]
+)
 def test_starts_are_scored_charged_and_never_lost(name, problem, starts):
     out = jc.evaluate(problem, starts)
     result = jc.run(jax.random.key(0), SEARCHES[name], problem, budget=100, starts=starts)

@@ -43,14 +43,14 @@ def choose(*names):
     ]
 
 
-VMAPPED = choose("RandomSearch", "CriticSearch")
+VMAPPED = choose("LocalSearch")
 RUN = choose("LocalSearch", "QLearning", "BeamSearch", "CriticSearch")
 TRACED = choose("LocalSearch", "Evolution", "CriticSearch", "ActorCritic")
 # By default, one search for each way of making chains.
-SHORT = choose("RandomSearch", "LocalSearch", "BeamSearch", "QLearning")
+SHORT = choose("LocalSearch", "BeamSearch", "QLearning")
 # By default, those that hold activations, and those that refuse several arrays.
 HOLDING = choose(*STEPPING, *ONE_ARRAY, "CriticSearch")
-EAGER = choose("RandomSearch", "LocalSearch", "Evolution", "BeamSearch", "QLearning")
+EAGER = choose("LocalSearch", "BeamSearch", "QLearning")
 
 
 def test_every_exported_search_is_in_the_contract():

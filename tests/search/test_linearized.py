@@ -15,7 +15,7 @@ def roomy():
     return jc.Problem(make_bank(6, 2), make_batch(), max_layers=5)
 
 
-@pytest.mark.parametrize("num_candidates", [16, 3])
+@pytest.mark.parametrize("num_candidates", [pytest.param(16, marks=pytest.mark.slow), 3])
 def test_cost_is_the_start_the_pass_and_new_chains(roomy, num_candidates):
     search = jc.LinearizedSearch(num_candidates=num_candidates, num_single=1, num_pairs=1)
     state = search.init(jax.random.key(0), roomy)
@@ -68,6 +68,7 @@ def test_moves_have_the_best_predictions(roomy):
     assert bool(state.is_new) == (best > 0)
 
 
+@pytest.mark.slow
 def test_the_current_chain_is_not_a_move(roomy):
     """This holds even if rounding lowers its loss, or the search would never restart."""
     search = jc.LinearizedSearch(patience=1)
@@ -126,6 +127,7 @@ def test_moves_of_wide_outputs_are_ranked_by_samples():
     assert state.linearized.layer_calls == 3 + scores.layer_calls
 
 
+@pytest.mark.slow
 def test_a_new_pass_after_a_failure_tries_its_best_pairs(roomy):
     search = jc.LinearizedSearch(
         num_candidates=3, num_single=1, num_pairs=2, num_greedy=0, patience=3

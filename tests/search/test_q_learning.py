@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jchain as jc
 from jchain.search.q_learning import sample_chain, update
@@ -34,6 +35,7 @@ def test_greedy_chains_follow_the_table(problem):
     assert len(np.unique(random[:, 0])) == 6
 
 
+@pytest.mark.slow
 def test_replayed_values_approach_the_best_loss(problem):
     search = jc.QLearning(num_chains=16, num_replays=64, learning_rate=0.5, decay=1.0)
     state, step = search.init(jax.random.key(0), problem), jax.jit(search.step)

@@ -215,6 +215,7 @@ def test_methods_that_invert_layers_refuse_stages(two_heads):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_chain_of_stages_is_tuned(two_heads):
     chain = jnp.array([0, 2, 5, 8, -1])
     before = float(jc.evaluate(two_heads, chain[None]).loss[0])

@@ -39,6 +39,7 @@ def test_repair_search_and_select_are_stratified():
         assert np.bincount(data.select.y).min() >= 4
 
 
+@pytest.mark.slow
 def test_repair_bank_has_a_layer_for_each_fault_and_the_net():
     task = make_repair(0, faults=["mirrored", "scrolled"])
     bank = task.make_bank(jax.random.key(0))

@@ -144,7 +144,9 @@ def test_a_layer_that_overflows_leaves_other_layers_finite(policy, two_group_pro
         )
 
 
-@pytest.mark.parametrize("name", ["Frozen", "TuneFound", "CloneThenTune"])
+@pytest.mark.parametrize(
+    "name", ["Frozen", "TuneFound", pytest.param("CloneThenTune", marks=pytest.mark.slow)]
+)
 def test_policies_begin_at_the_parents_of_the_bank(name, two_group_problem):
     bank = two_group_problem.bank
     parent = (0, 3, bank.num_layers + 1)
@@ -171,6 +173,7 @@ def test_a_budget_is_checked_on_a_bank_of_any_weights(policy, two_group_problem)
         assert str(checked.value) == str(ran.value)
 
 
+@pytest.mark.slow
 def test_the_least_budget_is_named_exactly(two_group_problem):
     policy = POLICIES["Frozen"]
     check = partial(policy.check_budget, jax.random.key(0), SEARCH, two_group_problem, TRAIN)

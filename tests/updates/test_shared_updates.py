@@ -38,6 +38,7 @@ def test_a_budget_below_one_round_raises(two_group_problem):
         run(POLICIES["SharedUpdates"], two_group_problem, budget=10)
 
 
+@pytest.mark.slow
 def test_the_search_begins_at_the_starts(two_group_problem):
     """Starts are charged, elites from the first step on, and thus trained and found."""
     problem = two_group_problem

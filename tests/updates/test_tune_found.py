@@ -9,6 +9,7 @@ from policy_cases import POLICIES, SEARCH, run
 import jchain as jc
 
 
+@pytest.mark.slow
 def test_tuning_lowers_the_loss_of_the_chain_found(two_group_problem):
     policy = dataclasses.replace(POLICIES["TuneFound"], num_steps=30)
     # Gradients are taken on the problem's own split, so they must lower its loss.
