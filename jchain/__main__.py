@@ -28,8 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"jchain: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print("jchain: interrupted", file=sys.stderr)
-        return get_exit_code(error)
+        code = get_exit_code(error)
+        print("jchain: interrupted" if code else "jchain: out of time", file=sys.stderr)
+        return code
     return 0
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import jax
 import numpy as np
@@ -38,6 +38,7 @@ from jchain.cli.setup import (
     set_up_trained,
 )
 from jchain.cli.values import parse_chain
+from jchain.cli.work_folder import WorkFolder, open_work
 from jchain.engine import distributed
 from jchain.engine.evaluation import evaluate, evaluate_all
 from jchain.hub.exporting import export
@@ -76,20 +77,35 @@ def _merge_config(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _run_config(config: SearchConfig) -> ResultRecord | Summary:
-    out, num_seeds = require(config.out), require(config.num_seeds)
-    result_folder.check_out(out, replace=config.replace)
+    out = require(config.out)
     check_search(config, [name for name, layer in LAYERS.items() if hasattr(layer, "invert")])
-    first = _set_up(config)
-    _check_budget(config, first, num_seeds)
-    if num_seeds > 1:
-        return _run_seeds(config, first, out, num_seeds)
-    output = _run_seed(*first)
-    out = result_folder.write(out, output, replace=config.replace)
-    print_table(output)
-    _print_files(out)
-    if output.stopped_by is not None:
-        raise Stopped(output.stopped_by)
-    return output.record
+    deadline = None if config.max_seconds is None else time.monotonic() + config.max_seconds
+    with open_work(config) as work:
+        try:
+            record = result_folder.read_record(out) if work.is_finished else None
+            record = record or _run_seeds(config, work, deadline)
+            _print_result(out, record, is_new=not work.is_finished)
+            if stopped_by := record.get("stopped_by"):
+                raise Stopped(str(stopped_by))
+        except KeyboardInterrupt:
+            if work.is_worth_keeping:
+                print_progress(f"The same command continues this search, from {work.path}")
+            raise
+    return record
+
+
+def _print_result(out: Path, record: ResultRecord | Summary, *, is_new: bool) -> None:
+    if "seeds" in record:
+        print_summary(cast(Summary, record))
+    else:
+        print_table(cast(ResultRecord, record))
+    files = f"{out}: {', '.join(result_folder.list_files(out))}"
+    if is_new:
+        print(f"Wrote {files}")
+    else:
+        print(
+            f"Read {files}. To extend the search, pass a larger --budget; to repeat it, --replace"
+        )
 
 
 def _check_budget(config: SearchConfig, first: tuple[SearchConfig, Setup], num_seeds: int) -> None:
@@ -112,23 +128,35 @@ def _pick_seed(config: SearchConfig, i: int) -> SearchConfig:
 
 
 def _run_seeds(
-    config: SearchConfig, first: tuple[SearchConfig, Setup], out: Path, num_seeds: int
-) -> Summary:
-    start = time.perf_counter()
+    config: SearchConfig, work: WorkFolder, deadline: float | None
+) -> ResultRecord | Summary:
+    """Search with each seed that is not finished yet, and write the result."""
+    start, num_seeds = time.perf_counter(), require(config.num_seeds)
+    first = _set_up(config)
+    _check_budget(config, first, num_seeds)
+    if num_seeds == 1:
+        output = _run_seed(*first, work, deadline)
+        result_folder.write(work.result, output)
+        work.publish(is_finished=output.stopped_by is None)
+        return output.record
     records = []
-    with result_folder.write_seeds(out, replace=config.replace) as writer:
-        for i in range(num_seeds):
-            print_progress(f"Seed {config.seed + i}, {i + 1} of {num_seeds}")
-            own, setup = _set_up(_pick_seed(config, i)) if i > 0 else first
-            output = _run_seed(replace(own, num_seeds=1), setup)
-            writer.add(output)
-            if output.stopped_by is not None:
-                raise Stopped(output.stopped_by)
-            records.append(output.record)
-        summary = summarize(config, records, time.perf_counter() - start)
-        writer.finish(summary)
-    print_summary(summary)
-    _print_files(writer.written)
+    for i in range(num_seeds):
+        seed = config.seed + i
+        folder = work.result / f"seed-{seed}"
+        if result_folder.has_result(folder):
+            print_progress(f"Seed {seed}, {i + 1} of {num_seeds}, is finished")
+            records.append(cast(ResultRecord, result_folder.read_record(folder)))
+            continue
+        print_progress(f"Seed {seed}, {i + 1} of {num_seeds}")
+        own, setup = _set_up(_pick_seed(config, i)) if i > 0 else first
+        output = _run_seed(replace(own, num_seeds=1), setup, work, deadline)
+        if output.stopped_by is not None:
+            raise Stopped(output.stopped_by)
+        result_folder.write(folder, output)
+        records.append(output.record)
+    summary = summarize(config, records, time.perf_counter() - start)
+    result_folder.write_summary(work.result, summary)
+    work.publish()
     return summary
 
 
@@ -145,12 +173,18 @@ def _set_up(config: SearchConfig) -> tuple[SearchConfig, Setup]:
     return config, set_up_trained(config, data, modules)
 
 
-def _run_seed(config: SearchConfig, setup: Setup) -> SearchOutput:
-    return run_pipeline(config, setup, make_search(config), UPDATES[config.update]())
-
-
-def _print_files(out: Path) -> None:
-    print(f"Wrote {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+def _run_seed(
+    config: SearchConfig, setup: Setup, work: WorkFolder, deadline: float | None
+) -> SearchOutput:
+    left = None if deadline is None else max(1e-3, deadline - time.monotonic())
+    return run_pipeline(
+        config,
+        setup,
+        make_search(config),
+        UPDATES[config.update](),
+        work.seed_folder(config.seed),
+        left,
+    )
 
 
 def run_compare(args: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ QUICK_SEEDS = 1
 _TRAINED_ONLY = ("bank", "layer", "channels", "num_layers", "num_heads", "depth", "num_steps")
 _CHECKPOINT_ONLY = ("text", "choices", "length", "pinned", "dtype", "sweep")
 # Options that change how a search runs but not what it computes; result.json does not record them.
-_NOT_RECORDED = ("json", "replace", "quick")
+_NOT_RECORDED = ("json", "replace", "quick", "max_seconds")
 _PATHS = ("data_dir", "bank_file", "modules", "out")
 # The values of `update` in results of jchain 0.1.0.
 _OLD_UPDATES = {
@@ -70,6 +70,7 @@ class SearchConfig:
       encoding: name of the encoding that the actor-critic uses for prefixes.
       update: name of the policy that decides when weights are trained.
       budget: number of layer calls, including the cost of gradient steps.
+      max_seconds: seconds after which the search stops; None for no limit.
       seed: seed of the splits, the bank, and the search; the first one if there are several.
       num_seeds: number of seeds.
       quick: whether to run one seed, unless more are requested, and to score fewer controls.
@@ -107,6 +108,7 @@ class SearchConfig:
     encoding: str | None = None
     update: str = "frozen"
     budget: int | None = None
+    max_seconds: float | None = None
     seed: int = 0
     num_seeds: int | None = None
     quick: bool = False
@@ -325,6 +327,10 @@ def check_search(config: SearchConfig, invertible_layers: Sequence[str]) -> None
             "suffix-beam needs invertible layers: expected --layer of "
             f"{', '.join(invertible_layers)}, got {config.layer or 'the default'}"
         )
+    if config.max_seconds is not None and not config.max_seconds > 0:
+        raise ValueError(f"expected --max-seconds above 0, got {config.max_seconds}")
+    if config.max_seconds is not None and not config.is_frozen:
+        raise ValueError(f"expected --update frozen with --max-seconds, got {config.update}")
     if require(config.budget) < 1:
         raise ValueError(f"expected a budget of at least 1, got {config.budget}")
     if config.max_layers is not None:

@@ -1,6 +1,7 @@
 """The state that all steps of `jchain search` share, and the choice of one chain among many."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ class Context(NamedTuple):
     # The chains that searches begin at: the parents that are chains of the problem and, for
     # checkpoints, recipes applied to them.
     starts: Int[np.ndarray, "C L"]
+    folder: Path | None = None  # where the bank and the run are saved
 
     def score(self, bank: Bank, tokens: Sequence[int]) -> ExampleScores:
         """Score one chain on each example of each split.

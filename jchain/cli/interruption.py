@@ -6,10 +6,10 @@ from jchain.runs.result import Result
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that a search noted, so that it could end with a result.
+    """What stopped a search that ended with a result: a signal, or its time limit.
 
     Args:
-      name: the name of the signal, such as "SIGTERM".
+      name: the name of the signal, such as "SIGTERM", or "max_seconds".
     """
 
     def __init__(self, name: str) -> None:
@@ -18,7 +18,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def raise_if_stopped(result: Result) -> None:
-    """Raise `Stopped` if a signal stopped a run.
+    """Raise `Stopped` if a run was stopped.
 
     Args:
       result: the result of the run.
@@ -37,9 +37,10 @@ def get_name(error: KeyboardInterrupt) -> str:
 
 
 def get_exit_code(error: KeyboardInterrupt) -> int:
-    """Return the exit code for a signal: 130 for SIGINT, 143 for SIGTERM.
+    """Return the exit code: 130 for SIGINT, 143 for SIGTERM, and 0 for a time limit.
 
     Args:
       error: the interruption.
     """
-    return 128 + signal.Signals[get_name(error)]
+    name = get_name(error)
+    return 0 if name == "max_seconds" else 128 + signal.Signals[name]

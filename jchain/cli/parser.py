@@ -272,6 +272,12 @@ def _add_run(search: argparse.ArgumentParser) -> None:
         "checkpoints)",
     )
     group.add_argument(
+        "--max-seconds",
+        type=float,
+        metavar="SECONDS",
+        help="stop after this time, with the best chain so far; the same command continues",
+    )
+    group.add_argument(
         "--seed",
         type=int,
         default=_DEFAULT.seed,
@@ -302,7 +308,11 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "results/A+B-SEARCH-SEED for checkpoints A and B)",
     )
     group.add_argument(
-        "--replace", action="store_true", help="replace an existing result in the folder"
+        "--replace",
+        action="store_true",
+        help="begin anew, and replace the result in the folder. Without it, the same command "
+        "continues a search that was stopped, or shows the result of one that is finished, and a "
+        "larger --budget extends it",
     )
     group.add_argument(
         "--config",

@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from jchain.cli.controls import ControlScores, ReferenceLoss, score_controls
 from jchain.cli.interruption import raise_if_stopped
 from jchain.cli.progress import print_progress, show_phase
 from jchain.cli.records import ResultRecord, ScoredChain, SearchOutput, SweepRow
+from jchain.cli.result_folder import BANK_FILE
 from jchain.cli.scores import ExampleScores
 from jchain.cli.setup import Setup
 from jchain.data import EVALUATION_SPLITS
@@ -51,7 +53,12 @@ class Picked(NamedTuple):
 
 
 def run_pipeline(
-    config: SearchConfig, setup: Setup, search: Search, policy: UpdatePolicy
+    config: SearchConfig,
+    setup: Setup,
+    search: Search,
+    policy: UpdatePolicy,
+    folder: Path | None = None,
+    max_seconds: float | None = None,
 ) -> SearchOutput:
     """Make the bank, search it, re-rank the finalists, and score the chain that was picked.
 
@@ -65,6 +72,9 @@ def run_pipeline(
       search: the search and its hyperparameters.
       policy: the policy that decides when weights of the bank are updated. The output holds the
         bank with its final weights, whereas controls use the bank before any update.
+      folder: the folder in which the bank and the run are saved, and from which they continue; None
+        to save nothing.
+      max_seconds: the seconds after which the search stops; None for no limit.
 
     Raises:
       ValueError: if sizes do not match, the budget is smaller than one step, or no chain has a
@@ -73,8 +83,8 @@ def run_pipeline(
     start = time.perf_counter()
     keys = jax.random.split(jax.random.key(config.seed), 4)
     bank_key, control_key, search_key = keys[:3]
-    context = make(bank_key, config, setup)
-    found = search_chains(search_key, context, search, policy)
+    context = make(bank_key, config, setup, folder)
+    found = search_chains(search_key, context, search, policy, max_seconds)
     recipe_scores = _score_recipes(context, context.problem) if config.checkpoint else {}
     picked = rerank(context, context.problem, found, recipe_scores)
     finalists = found.bank, [strip(row) for row in found.result.finalists]
@@ -82,7 +92,8 @@ def run_pipeline(
     if stopped_by is None:
         scored = score_controls(control_key, context, picked.scores, finalists, search)
     else:
-        print_progress("Interrupted: the best chain so far is kept, and controls are not scored")
+        why = "Out of time" if stopped_by == "max_seconds" else "Interrupted"
+        print_progress(f"{why}: the best chain so far is kept, and controls are not scored")
         scored = ControlScores({"recipes": {}}, ReferenceLoss(None, 0.0), {}, stopped_by)
     scored.controls["recipes"] = recipe_scores
     record = _make_record(context, found, picked, scored)
@@ -91,6 +102,8 @@ def run_pipeline(
             *(_search_at(num, search_key, context, search) for num in _sweep_sizes(context)),
             _make_sweep_row(context.max_layers, picked, recipe_scores),
         ]
+    if scored.stopped_by is not None:
+        record["stopped_by"] = scored.stopped_by
     record["seconds"] = round(time.perf_counter() - start, 1)
     levels = {
         name: reference.loss + reference.penalty
@@ -100,23 +113,38 @@ def run_pipeline(
     return SearchOutput(record, found.bank, found.result, levels, scored.stopped_by)
 
 
-def make(key: Key[Array, ""], config: SearchConfig, setup: Setup) -> Context:
+def make(
+    key: Key[Array, ""], config: SearchConfig, setup: Setup, folder: Path | None = None
+) -> Context:
     """Make the bank and the problem on `search`.
+
+    A bank that is trained is saved as soon as it is made, and read if it was saved before.
 
     Args:
       key: the PRNG key for making the bank.
       config: the resolved options of `jchain search`.
       setup: the data, the loss, and the function that makes the bank.
+      folder: the folder of the bank; None to save nothing.
 
     Raises:
       ValueError: if sizes do not match.
     """
+    is_trained = setup.make_plain_net is not None
+    path = folder / BANK_FILE if folder is not None and is_trained else None
+    if path is not None and path.exists():
+        print_progress(f"The bank is read from {path}")
+        return _make_context(config, setup, Bank.load(path), folder)
     with show_phase(setup.progress_label):
         original_bank = jax.block_until_ready(setup.make_bank(key))
-    return _make_context(config, setup, original_bank)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        original_bank.save(path)
+    return _make_context(config, setup, original_bank, folder)
 
 
-def _make_context(config: SearchConfig, setup: Setup, original_bank: Bank) -> Context:
+def _make_context(
+    config: SearchConfig, setup: Setup, original_bank: Bank, folder: Path | None = None
+) -> Context:
     longest = max((len(parent) - 1 for parent in original_bank.parents), default=0)
     max_layers = longest if config.max_layers is None else config.max_layers
     check_sweep(config.sweep, max_layers)
@@ -126,7 +154,7 @@ def _make_context(config: SearchConfig, setup: Setup, original_bank: Bank) -> Co
         starts = recipes.find_starts(original_bank, max_layers, min_layers=problem.min_layers)
     else:
         starts = list_starts(problem, "parents")
-    return Context(config, setup, original_bank, problem, max_layers, padded_layers, starts)
+    return Context(config, setup, original_bank, problem, max_layers, padded_layers, starts, folder)
 
 
 def check_budget(
@@ -182,30 +210,47 @@ def _draw_weights(seed: int, shapes: Bank) -> Bank:
 
 
 def search_chains(
-    key: Key[Array, ""], context: Context, search: Search, policy: UpdatePolicy
+    key: Key[Array, ""],
+    context: Context,
+    search: Search,
+    policy: UpdatePolicy,
+    max_seconds: float | None = None,
 ) -> Found:
     """Search, and update weights as the policy decides, until the budget is used.
+
+    If weights are never updated, the run is saved in the folder of the context.
 
     Args:
       key: the PRNG key for the search and the updates.
       context: the state that all steps share.
       search: the search and its hyperparameters.
       policy: the policy that decides when weights are updated.
+      max_seconds: the seconds after which the search stops; None for no limit.
 
     Raises:
       ValueError: if the budget is smaller than one step or no chain has a finite loss.
     """
     print_progress(f"Searching {context.problem.space.num_chains:,} chains ...")
-    outcome = policy.run(
-        key,
-        search,
-        context.problem,
-        context.setup.data.train,
-        budget=require(context.config.budget),
-        progress=True,
-        starts=context.starts,
-    )
-    found = Found(outcome.bank, outcome.result, outcome.update_calls)
+    budget, problem, starts = require(context.config.budget), context.problem, context.starts
+    if context.config.is_frozen:
+        folder = None if context.folder is None else context.folder / "search"
+        result = run(
+            key,
+            search,
+            problem,
+            budget=budget,
+            progress=True,
+            starts=starts,
+            checkpoint_dir=folder,
+            max_seconds=max_seconds,
+        )
+        found = Found(problem.bank, result, 0)
+    else:
+        train = context.setup.data.train
+        outcome = policy.run(
+            key, search, problem, train, budget=budget, progress=True, starts=starts
+        )
+        found = Found(outcome.bank, outcome.result, outcome.update_calls)
     if len(found.result.finalists) == 0:
         raise_if_stopped(found.result)
         raise ValueError(f"no chain has a finite loss: {found.result.num_scored} were scored")
@@ -253,6 +298,7 @@ def _make_record(
         "seconds": 0.0,
         "optimum": scored.optimum.loss,
         "controls": scored.controls,
+        "num_scored": found.result.num_scored,
         "nonfinite_chains": found.result.num_nonfinite,
         "config": context.config.dump(),
         "versions": find_versions(),
@@ -273,7 +319,10 @@ def _search_at(max_layers: int, key: Key[Array, ""], context: Context, search: S
     )
     budget = require(context.config.budget)
     starts = recipes.find_starts(problem.bank, max_layers, min_layers=min_layers)
-    result = run(key, search, problem, budget=budget, progress=True, starts=starts)
+    folder = None if context.folder is None else context.folder / f"sweep-{max_layers}"
+    result = run(
+        key, search, problem, budget=budget, progress=True, starts=starts, checkpoint_dir=folder
+    )
     raise_if_stopped(result)
     recipe_scores = _score_recipes(context, problem)
     picked = rerank(context, problem, Found(context.original_bank, result, 0), recipe_scores)

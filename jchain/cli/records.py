@@ -79,7 +79,9 @@ class ResultRecord(Scores):
     num_examples: dict[str, int]
     about: str
     controls: Controls
+    num_scored: NotRequired[int]  # not in results of jchain 0.1.0
     nonfinite_chains: int
+    stopped_by: NotRequired[str]  # what stopped the search before its end
     config: dict[str, object]
     versions: dict[str, str]
     sweep: NotRequired[list[SweepRow]]
@@ -92,7 +94,7 @@ class SearchOutput(NamedTuple):
     bank: Bank
     result: Result
     levels: dict[str, float]  # losses on `search`, with penalties: lines in the plot of the curve
-    stopped_by: str | None = None  # the signal that stopped it; later controls are missing
+    stopped_by: str | None = None  # what stopped it; later controls are missing
 
 
 class SeedRow(TypedDict):

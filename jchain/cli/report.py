@@ -7,7 +7,6 @@ from jchain.cli.records import (
     FOUND,
     ResultRecord,
     Scores,
-    SearchOutput,
     SeedRow,
     Summary,
     SweepRow,
@@ -26,13 +25,13 @@ _WIDTH = 120
 _NUM_ERRORS = 1.96
 
 
-def print_table(output: SearchOutput) -> None:
+def print_table(record: ResultRecord) -> None:
     """Print the scores of the chain found and of its controls.
 
     Args:
-      output: the output of one search.
+      record: the result of one search.
     """
-    record, console = output.record, make_console()
+    console = make_console()
     table = make_table(
         "loss ± standard error (accuracy) by split and number of examples; difference: best chain "
         "found minus row"
@@ -50,7 +49,7 @@ def print_table(output: SearchOutput) -> None:
     console.print(table)
     if "sweep" in record:
         console.print(_make_sweep_table(record["sweep"]))
-    for line in [*_make_remarks(output), *draw_chain(record["layers"])]:
+    for line in [*_make_remarks(record), *draw_chain(record["layers"])]:
         console.print(line, highlight=False, markup=False)
 
 
@@ -125,8 +124,8 @@ def make_table(title: str) -> "Table":
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
 
 
-def _make_remarks(output: SearchOutput) -> list[str]:
-    record, updates = output.record, ""
+def _make_remarks(record: ResultRecord) -> list[str]:
+    updates = ""
     if record["update_calls"]:
         updates = f", {record['update_calls']:,} of them gradient steps"
     chain = " -> ".join(record["layers"])
@@ -140,8 +139,8 @@ def _make_remarks(output: SearchOutput) -> list[str]:
         )
     if record["nonfinite_chains"]:
         lines.append(
-            f"{record['nonfinite_chains']} of {output.result.num_scored} scored chains had a "
-            "non-finite loss"
+            f"{record['nonfinite_chains']} of {record.get('num_scored', 'all')} scored chains had "
+            "a non-finite loss"
         )
     return [*lines, *_say_what_is_noise(record)]
 

@@ -65,7 +65,7 @@ class Monitor:
           Why the run must stop: "callback", "max_seconds", or the name of a signal; None to go on.
         """
         scored = self._history.add(part)
-        self._is_saved = False
+        self._is_saved &= not np.asarray(part.trace.is_counted).any()
         if self._folder is not None:
             self._folder.log.append(scored)
         if self._keep_scored:

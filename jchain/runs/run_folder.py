@@ -55,7 +55,7 @@ class RunFolder:
         self._manager: Any = None
         self._check_content()
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _acquire(self.path)
+        self._lock = acquire_lock(self.path)
         try:
             self._check_identity(identity)
         except BaseException:
@@ -202,8 +202,18 @@ class RunFolder:
         return Snapshot(_unflatten(out.arrays, template, key_impl), out.info)
 
 
-def _acquire(path: Path) -> Any:
-    """Lock a folder. The operating system frees the lock of a process that dies."""
+def acquire_lock(path: Path) -> Any:
+    """Lock a folder. The operating system frees the lock of a process that dies.
+
+    Args:
+      path: the folder.
+
+    Returns:
+      The lock, whose method `release` gives the folder back.
+
+    Raises:
+      ValueError: if another process holds the folder.
+    """
     from filelock import FileLock, Timeout
 
     lock = FileLock(path / "lock", timeout=0)

@@ -43,6 +43,7 @@ def test_search_writes_and_prints_a_report_that_can_be_checked(tmp_path, capsys,
         "optimum",
         "controls",
         "nonfinite_chains",
+        "num_scored",
         "config",
         "versions",
     }
@@ -132,7 +133,8 @@ def test_evaluate_refuses_damaged_and_missing_files(result_folder, tmp_path, cap
 
 
 def test_a_search_leaves_a_result_without_the_weights(models_folder, checkpoint_result, capsys):
-    assert sorted(path.name for path in checkpoint_result.iterdir()) == ["curve.png", "result.json"]
+    names = ["curve.png", "result.json", "run"]
+    assert sorted(path.name for path in checkpoint_result.iterdir()) == names
     found = json.loads((checkpoint_result / "result.json").read_text())
     assert found["layers"][-1] in ("m0/head", "m1/head")
     assert set(found["layers"][:-1]) <= {"m0/1", "m0/2", "m1/1", "m1/2", "m1/embeddings"}

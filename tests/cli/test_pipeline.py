@@ -36,7 +36,7 @@ def test_a_search_without_a_finite_loss_fails(tmp_path, capsys, monkeypatch):
     )
     assert main(["search", *SMALL, "--search", "random", "--out", str(tmp_path / "out")]) == 2
     assert "no chain has a finite loss" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run"]  # it keeps the bank
 
 
 @pytest.mark.parametrize(

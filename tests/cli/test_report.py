@@ -1,12 +1,8 @@
-import numpy as np
-from conftest import make_bank
-
-from jchain.cli.records import SearchOutput, format_loss
+from jchain.cli.records import format_loss
 from jchain.cli.report import draw_chain, print_table
-from jchain.runs.result import Curve, Result
 
 
-def make_output():
+def make_record():
     """Make the output of a search with a better recipe, an infinite loss, and a sweep."""
     scores = {
         "loss": {"search": 0.5, "select": 0.25, "test": None},
@@ -33,19 +29,17 @@ def make_output():
             "random_chains": random,
             "recipes": {"last blocks dropped": recipe},
         },
+        "num_scored": 7,
         "nonfinite_chains": 2,
         "sweep": [
             {"max_layers": 1, "chosen": "search", "recipes": {}, **recipe},
         ],
     }
-    curve = Curve(np.array([1]), np.array([0.5]))
-    chain = np.array([0, 4])
-    result = Result(chain, 0.5, curve, chain[None], np.array([0.5]), 1234, 7, 2)
-    return SearchOutput(record, make_bank(), result, {})
+    return record
 
 
 def test_print_table_has_all_rows_and_remarks(capsys):
-    print_table(make_output())
+    print_table(make_record())
     shown = " ".join(capsys.readouterr().out.split())
     assert "search, 360 select, 305 test, 1,270" in shown
     cells = "0.500 ± 0.125 (75.0%) 0.250 ± 0.062 (50.0%) not finite"

@@ -7,30 +7,32 @@ import pytest
 from command_line import SMALL
 
 from jchain.__main__ import main
-from jchain.cli import commands
 
 
-def test_a_result_is_replaced_only_with_replace(result_folder, tmp_path, capsys, monkeypatch):
+def test_a_result_is_replaced_only_with_replace(result_folder, tmp_path, capsys):
     folder = shutil.copytree(result_folder, tmp_path / "out")
     before = (folder / "result.json").read_bytes()
-    options = ["--search", "random", "--quick", "--seed", "1"]
-    argv = ["search", *SMALL, *options, "--out", str(folder)]
+    (folder / "sweep.png").touch()
+    argv = [
+        "search",
+        *SMALL,
+        *shlex.split("--search random --quick --seed 1"),
+        "--out",
+        str(folder),
+    ]
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert "belongs to a search with other options: seed: 0 there, 1 here: pass --replace" in err
+    assert (folder / "result.json").read_bytes() == before
+    shutil.rmtree(folder / "run")  # as in a result of jchain 0.1.0
     assert main(argv) == 2
     assert "already holds a result: pass --replace" in capsys.readouterr().err
-    assert (folder / "result.json").read_bytes() == before
     assert main([*argv, "--replace"]) == 0
     assert json.loads((folder / "result.json").read_text())["config"]["seed"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    run_pipeline, notes = commands.run_pipeline, folder / "notes.txt"
-
-    def search_while_notes_are_taken(*args):
-        notes.write_text("mine")
-        return run_pipeline(*args)
-
-    monkeypatch.setattr(commands, "run_pipeline", search_while_notes_are_taken)
-    assert main([*argv, "--replace"]) == 0
-    assert "out-2: bank.safetensors, curve.png, result.json" in capsys.readouterr().out
-    assert notes.read_text() == "mine"
+    assert "out: bank.safetensors, curve.png, result.json" in capsys.readouterr().out
+    assert not (folder / "sweep.png").exists()
+    (folder / "notes.txt").write_text("mine")
     assert main([*argv, "--replace"]) == 2
     assert "holds files that are not a result of jchain (notes.txt)" in capsys.readouterr().err
 
@@ -45,23 +47,11 @@ def test_a_result_may_be_written_to_the_working_directory(tmp_path, monkeypatch)
         "bank.safetensors",
         "curve.png",
         "result.json",
+        "run",
     }
     # There is no layer penalty, as in all rows of the table.
     result = json.loads(Path("result.json").read_text())
     assert result["optimum"] == pytest.approx(result["loss"]["search"], rel=1e-5)
-
-
-def test_a_result_that_cannot_be_renamed_is_kept(tmp_path, capsys, monkeypatch):
-    def refuse(*args):
-        raise OSError("Device or resource busy")
-
-    monkeypatch.setattr("os.rename", refuse)
-    options = ["--search", "random", "--quick"]
-    assert main(["search", *SMALL, *options, "--out", str(tmp_path / "out")]) == 2
-    err = capsys.readouterr().err
-    (folder,) = tmp_path.iterdir()
-    assert f"Device or resource busy; the result is kept in {folder}" in err
-    assert (folder / "result.json").exists()
 
 
 def test_folders_with_other_files_are_never_replaced(tmp_path, capsys):

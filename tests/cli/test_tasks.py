@@ -96,25 +96,29 @@ def test_the_finalist_is_picked_on_search_and_select(tmp_path):
 
 
 def test_finished_seeds_are_kept_when_a_run_is_interrupted(tmp_path, capsys, monkeypatch):
-    run_seed = commands._run_seed
+    run_seed, seeds = commands._run_seed, []
 
-    def interrupt_second(config, setup):
-        if config.seed == 1:
+    def interrupt_second(config, *args):
+        seeds.append(config.seed)
+        if len(seeds) == 2:
             raise KeyboardInterrupt
-        return run_seed(config, setup)
+        return run_seed(config, *args)
 
     monkeypatch.setattr(commands, "_run_seed", interrupt_second)
     out = tmp_path / "out"
-    assert main(["search", *SMALL, "--quick", "--seeds", "2", "--out", str(out)]) == 130
-    (kept,) = tmp_path.iterdir()
-    err = capsys.readouterr().err
-    assert f"The finished seeds are kept in {kept}" in err
-    assert "nothing was written" not in err
-    assert [path.name for path in kept.iterdir()] == ["seed-0"]
-    assert json.loads((kept / "seed-0" / "result.json").read_text())["config"]["seed"] == 0
-    monkeypatch.setattr(commands, "_run_seed", lambda *_: (_ for _ in ()).throw(OSError("no")))
-    assert main(["search", *SMALL, "--seeds", "2", "--out", str(out)]) == 2
-    assert [*tmp_path.iterdir()] == [kept]
+    command = ["search", *SMALL, "--quick", "--seeds", "2", "--out", str(out)]
+    assert main(command) == 130
+    assert f"The same command continues this search, from {out / 'run'}" in capsys.readouterr().err
+    assert main(["compare", str(out)]) == 2  # there is no result yet
+    assert main(command) == 0
+    assert seeds == [0, 1, 1]
+    assert {path.name for path in out.iterdir()} == {
+        "run",
+        "seed-0",
+        "seed-1",
+        "seeds.png",
+        "summary.json",
+    }
 
 
 @pytest.mark.slow
@@ -164,8 +168,11 @@ def test_controls_that_are_interrupted_do_not_lose_the_search(tmp_path, capsys, 
     assert main(["search", *SMALL, "--quick", "--seeds", seeds, "--out", str(out)]) == 130
     err = capsys.readouterr().err
     assert "Interrupted: the remaining controls are not scored" in err
-    (kept,) = tmp_path.iterdir()
-    folder = out if seeds == "1" else kept / "seed-0"
-    record = json.loads((folder / "result.json").read_text())
+    assert [*tmp_path.iterdir()] == [out]
+    assert jc.Bank.load(out / "run" / "seed-0" / "bank.safetensors").num_layers == 12
+    if seeds == "2":  # a seed is written only when it is finished
+        assert [path.name for path in out.iterdir()] == ["run"]
+        return
+    record = json.loads((out / "result.json").read_text())
     assert set(record["controls"]) == {"recipes", "reference", "best_parent"}
-    assert jc.Bank.load(folder / "bank.safetensors").num_layers == 12
+    assert record["stopped_by"] == "SIGINT"
