@@ -113,7 +113,8 @@ def train_weights(keys: Key[Array, "R"], data: Batch, config: TrainingConfig) ->
     if jax.default_backend() != "cpu":
         return train_in_one_program(keys, data, config, keys.shape[0])
     start = jax.eval_shape(partial(_init, config=config), keys[0], data)[0]
-    if not is_stepwise(start):
+    # If keys are traced, for example to infer the shapes of a bank, the host cannot take the steps.
+    if not is_stepwise(start) or not is_concrete(keys):
         return train_in_one_program(keys, data, config, 1)
     runs = [_train_step_by_step(key, data, config) for key in keys]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *runs)

@@ -76,7 +76,10 @@ def make_batch(num_examples=9, seed=1):
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
+    """Clear caches between modules that use much memory."""
     yield
+    if psutil.Process().memory_info().rss > 2**31:
+        jax.clear_caches()
     _forget_many_programs()
 
 
@@ -88,9 +91,9 @@ def _forget_programs_of_slow_tests(request):
 
 
 def _forget_many_programs():
-    """Clear caches: programs use memory, and mappings, of which a process can have only so many."""
-    mappings, is_large = Path("/proc/self/maps"), psutil.Process().memory_info().rss > 2**31
-    if is_large or not mappings.exists() or mappings.read_bytes().count(b"\n") > 25_000:
+    """Clear caches: programs use mappings, and a process can have only so many."""
+    mappings = Path("/proc/self/maps")
+    if not mappings.exists() or mappings.read_bytes().count(b"\n") > 25_000:
         jax.clear_caches()
 
 

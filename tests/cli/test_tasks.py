@@ -34,6 +34,7 @@ def test_seeds_are_searched_compared_and_written(tmp_path, capsys):
     summary = json.loads(shown.out.splitlines()[-1])
     assert summary == json.loads((out / "summary.json").read_text())
     assert {path.name for path in out.iterdir()} == {
+        "run",
         "seed-3",
         "seed-4",
         "seeds.png",
@@ -71,14 +72,16 @@ def test_seeds_are_searched_compared_and_written(tmp_path, capsys):
     scored = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert scored["chains"][0]["loss"] == pytest.approx(record["loss"]["test"], rel=1e-4)
     assert "it holds several seeds: pass one of them" in fail(["evaluate", str(out)], capsys)
-    assert "already holds a result" in fail(argv, capsys)
+    assert main(argv) == 0
+    assert f"Read {out}: seed-3, seed-4, seeds.png, summary.json" in capsys.readouterr().out
     notes = out / "seed-3" / "notes.txt"
     notes.write_text("mine")
     message = "holds files that are not a result of jchain (seed-3/notes.txt)"
     assert message in fail([*argv, "--replace"], capsys)
     notes.unlink()
     assert main([*argv, "--replace", "--seeds", "1"]) == 0
-    assert {path.name for path in out.iterdir()} == {"bank.safetensors", "curve.png", "result.json"}
+    names = {"bank.safetensors", "curve.png", "result.json", "run"}
+    assert {path.name for path in out.iterdir()} == names
 
 
 @pytest.mark.slow
