@@ -243,7 +243,7 @@ def test_observed_features_are_kept_with_chains(problem):
         return evaluate_actions(policy, chain, features, problem)
 
     _, values = evaluate(state.elite.chains, state.elite_features)
-    found = jax.jit(search.value)(state, state.elite.chains, problem)
+    found = jax.jit(search.value)(state, problem, state.elite.chains)
     is_before_end = (
         np.arange(4) <= np.asarray(jc.chain.count_layers(state.elite.chains, 4))[:, None]
     )
