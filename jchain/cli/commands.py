@@ -144,9 +144,11 @@ def _run_seeds(
         seed = config.seed + i
         folder = work.result / f"seed-{seed}"
         if result_folder.has_result(folder):
-            print_progress(f"Seed {seed}, {i + 1} of {num_seeds}, is finished")
-            records.append(cast(ResultRecord, result_folder.read_record(folder)))
-            continue
+            record = cast(ResultRecord, result_folder.read_record(folder))
+            if record["config"]["budget"] == config.budget:
+                print_progress(f"Seed {seed}, {i + 1} of {num_seeds}, is finished")
+                records.append(record)
+                continue
         print_progress(f"Seed {seed}, {i + 1} of {num_seeds}")
         own, setup = _set_up(_pick_seed(config, i)) if i > 0 else first
         output = _run_seed(replace(own, num_seeds=1), setup, work, deadline)

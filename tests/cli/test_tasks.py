@@ -115,6 +115,17 @@ def test_finished_seeds_are_kept_when_a_run_is_interrupted(tmp_path, capsys, mon
     assert main(["compare", str(out)]) == 2  # there is no result yet
     assert main(command) == 0
     assert seeds == [0, 1, 1]
+    # A seed that was finished with another budget is extended like the others.
+    seeds.clear()
+    larger = [*command, "--budget", "600"]
+    assert main(larger) == 130
+    assert main([*command, "--budget", "700"]) == 0
+    assert seeds == [0, 1, 0, 1]
+    budgets = [
+        json.loads((out / name / "result.json").read_text())["config"]["budget"]
+        for name in ("seed-0", "seed-1")
+    ]
+    assert budgets == [700, 700]
     assert {path.name for path in out.iterdir()} == {
         "run",
         "seed-0",
