@@ -1,7 +1,7 @@
 """Fronts: the best chain of each length, of a ChainBench problem or of a search."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,29 +12,7 @@ import jchain as jc
 
 DEPTH = jc.chainbench.MAX_LAYERS
 LENGTHS = tuple(range(1, DEPTH + 1))
-# A run ends when free steps outnumber the others by MAX_FREE_STEPS: little is left to score.
-MAX_FREE_STEPS, MAX_STEPS = 100, 1000
 NUM_TRACED = 41  # number of first steps for which lengths of chains are counted
-
-
-class Front(NamedTuple):
-    """The best chain of each number of layers."""
-
-    loss: jax.Array  # [B, D + 1], +inf without a chain
-    place: jax.Array  # [B, D + 1], index into the table, -1 without a chain
-
-
-class Run(NamedTuple):
-    """The state of a run."""
-
-    key: Any
-    state: Any
-    layer_calls: Any
-    num_free: Any  # free steps minus later steps with a cost
-    is_over: Any  # [B], by budget
-    scored: Front
-    stops: Front  # includes every stop of a scored chain by every head
-    lengths: Any  # [T, D + 1], number of chains of each length that a step scored
 
 
 class Table:
@@ -97,115 +75,68 @@ def run_fronts(
     """Run a search, and return its fronts at each budget and the lengths of its chains.
 
     The fronts are places in the table, `[S, B, D + 1]`: those of the scored chains, and those with
-    every stop of the scored chains added.
+    every stop of the scored chains added. The lengths are `[S, T, D + 1]`.
     """
-    # Stops are compared without the penalty, which is the same for all chains of one length.
-    loss = jnp.asarray(
-        table.loss[
-            : jc.chain.ChainSpace(
-                problem.bank.num_layers, problem.bank.num_heads, problem.max_layers
-            ).num_chains
-        ]
+    results = jc.run_many(
+        keys, use_tables(search), problem, budget=int(budgets[-1]), starts=None, record="chains"
     )
-    truth = jnp.asarray(table.loss[table.best[: problem.max_layers + 1]])
-    scored, stops, lengths = run_all_fronts(
-        keys, use_tables(search), problem.without_names(), loss, truth, jnp.asarray(budgets)
-    )
+    found = [read_fronts(result, table, problem, budgets) for result in results]
     pad = [(0, 0), (0, 0), (0, DEPTH - problem.max_layers)]
-    fronts = [np.pad(np.asarray(front.place), pad, constant_values=-1) for front in (scored, stops)]
-    return [*fronts, np.pad(np.asarray(lengths), pad)]
+    scored, stops, lengths = (np.stack(rows) for rows in zip(*found, strict=True))
+    return [
+        *(np.pad(front, pad, constant_values=-1) for front in (scored, stops)),
+        np.pad(lengths, pad),
+    ]
 
 
-@jax.jit
-def run_all_fronts(
-    keys: Any,
-    search: Any,
-    problem: jc.Problem,
-    loss: jax.Array,
-    truth: jax.Array,
-    budgets: jax.Array,
-) -> tuple[Any, Any, Any]:
-    """Run all seeds as `jc.run` does, up to the largest budget, and record what they score."""
-    num_lengths = problem.max_layers + 1
-    empty = Front(
-        jnp.full((budgets.size, num_lengths), jnp.inf),
-        jnp.full((budgets.size, num_lengths), -1, dtype=jnp.int32),
-    )
-
-    def start(key: Any) -> Run:
-        key, init_key = jax.random.split(key)
-        zero, is_over = jnp.zeros((), jnp.int32), jnp.zeros(budgets.size, bool)
-        lengths = jnp.zeros((NUM_TRACED, num_lengths), jnp.int32)
-        return Run(key, search.init(init_key, problem), zero, zero, is_over, empty, empty, lengths)
-
-    def step(carry: tuple[Any, Run]) -> tuple[Any, Run]:
-        t, runs = carry
-        return t + 1, jax.vmap(lambda run: step_run(t, run, search, problem, loss, truth, budgets))(
-            runs
-        )
-
-    # As in jc.run, the loop is outside of the vmap. Inside, each step would copy the whole state.
-    carry = (jnp.array(0), jax.vmap(start)(keys))
-    runs = jax.lax.while_loop(lambda carry: ~carry[1].is_over.all(), step, carry)[1]
-    return runs.scored, runs.stops, runs.lengths
-
-
-def step_run(
-    t: Any,
-    run: Run,
-    search: Any,
-    problem: jc.Problem,
-    loss: jax.Array,
-    truth: jax.Array,
-    budgets: jax.Array,
-) -> Run:
+def read_fronts(
+    result: jc.Result, table: "Table", problem: jc.Problem, budgets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Read the fronts at each budget, and the lengths of the chains, from the scored chains."""
+    scored, truth = result.scored, table.loss[table.best[: problem.max_layers + 1]]
+    assert scored is not None
     num_layers, num_heads = problem.bank.num_layers, problem.bank.num_heads
-    key, step_key = jax.random.split(run.key)
-    state, info = search.step(step_key, run.state, problem)
-    layer_calls = run.layer_calls + info.layer_calls.astype(jnp.int32)
-    num_free = jnp.where(info.layer_calls == 0, run.num_free + 1, jnp.maximum(run.num_free - 1, 0))
-    is_counted = ~run.is_over & (layer_calls <= budgets)
-    is_over = (
-        ~is_counted | (layer_calls >= budgets) | (num_free >= MAX_FREE_STEPS) | (t + 1 >= MAX_STEPS)
-    )
-    is_chain = info.chains[:, 0] >= 0
-    chains = jnp.where(
-        is_chain[:, None],
-        info.chains,
-        jnp.full_like(info.chains[0], -1).at[0].set(num_layers)[None],
-    )
-    length = jc.chain.count_layers(chains, num_layers)
-    place = jc.chain.ChainSpace(num_layers, num_heads, chains.shape[-1] - 1).index(chains)
-    scored = improve(run.scored, jnp.where(is_chain, info.loss, jnp.inf), place, length, is_counted)
-    ends, end_length = find_stops(problem, chains)
-    end_place = jc.chain.ChainSpace(num_layers, num_heads, ends.shape[-1] - 1).index(ends)
-    end_loss = jnp.where(
-        jnp.repeat(is_chain, end_length.size // is_chain.size), loss[end_place], jnp.inf
-    )
-    stops = improve(run.stops, end_loss, end_place, end_length, is_counted)
-    counts = jnp.sum(
-        (length[:, None] == jnp.arange(problem.max_layers + 1)) & is_chain[:, None], axis=0
-    )
-    lengths = run.lengths.at[t].set(jnp.where(is_counted[-1], counts, 0), mode="drop")
-    # A run with the best chain of each length is complete.
-    is_scored = (loss[scored.place] <= truth) & (scored.place >= 0) | (
-        jnp.arange(truth.size) < problem.min_layers
-    )
-    is_over |= (is_scored & (stops.loss <= truth)).all(axis=1)
-    return Run(key, state, layer_calls, num_free, is_over, scored, stops, lengths)
+    space = jc.chain.ChainSpace(num_layers, num_heads, problem.max_layers)
+    length = np.asarray(jc.chain.count_layers(jnp.asarray(scored.chains), num_layers))
+    place = np.asarray(space.index(jnp.asarray(scored.chains)))
+    ends, end_length = find_stops(problem, jnp.asarray(scored.chains))
+    end_place, end_length = np.asarray(space.index(ends)), np.asarray(end_length)
+    # Stops are compared without the penalty, which is the same for all chains of one length.
+    end_loss = table.loss[end_place]
+    per_chain = len(end_place) // max(len(place), 1)
+    fronts = np.full((2, len(budgets), len(truth)), -1)
+    for i, budget in enumerate(budgets):
+        num = int(np.searchsorted(scored.layer_calls, budget, side="right"))
+        fronts[0, i] = find_front(scored.loss[:num], place[:num], length[:num], len(truth))
+        ends = slice(0, num * per_chain)
+        fronts[1, i] = find_front(end_loss[ends], end_place[ends], end_length[ends], len(truth))
+    step = scored.step - 1
+    # A run with the best chain of each length is complete, so what follows is not counted.
+    missing = [
+        np.flatnonzero((length == n) & (table.loss[place] <= truth[n]))[:1]
+        for n in range(problem.min_layers, len(truth))
+    ]
+    missing += [
+        np.flatnonzero((end_length == n) & (end_loss <= truth[n]))[:1] // per_chain
+        for n in range(len(truth))
+    ]
+    last = step[max(rows[0] for rows in missing)] if all(map(len, missing)) else NUM_TRACED
+    lengths = np.zeros((NUM_TRACED, len(truth)), int)
+    is_traced = (step < NUM_TRACED) & (step <= last)
+    np.add.at(lengths, (step[is_traced], length[is_traced]), 1)
+    return fronts[0], fronts[1], lengths
 
 
-def improve(
-    front: Front, loss: jax.Array, place: jax.Array, length: jax.Array, is_counted: jax.Array
-) -> Front:
-    """Update the front with these chains, for the budgets that still count them."""
-    own = jnp.where(length[None] == jnp.arange(front.loss.shape[1])[:, None], loss[None], jnp.inf)
-    is_better = (own.min(axis=1)[None] < front.loss) & is_counted[:, None]
-    best = own.argmin(axis=1)
-    return Front(
-        jnp.where(is_better, own.min(axis=1)[None], front.loss),
-        jnp.where(is_better, place[best][None], front.place),
-    )
+def find_front(
+    loss: np.ndarray, place: np.ndarray, length: np.ndarray, num_lengths: int
+) -> np.ndarray:
+    """Return the place of the best chain of each length, or -1 if there is none."""
+    front = np.full(num_lengths, -1)
+    for n in range(num_lengths):
+        rows = np.flatnonzero((length == n) & np.isfinite(loss))
+        if len(rows):
+            front[n] = place[rows[loss[rows].argmin()]]
+    return front
 
 
 def find_stops(problem: jc.Problem, chains: jax.Array) -> tuple[jax.Array, jax.Array]:

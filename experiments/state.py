@@ -55,7 +55,6 @@ from records import correlate, describe_machine, describe_search, keep, make_par
 import jchain as jc
 
 BUDGETS = (300, 1000, 4000)
-PART, MAX_FREE_STEPS, MAX_STEPS = 16, 100, 480
 DATA = ("wine", "digits")
 TESTED = ("independent-1", "routed-2")
 KINDS = ("independent", "routed")
@@ -129,17 +128,6 @@ class Bank(NamedTuple):
     def regret(self, loss: Any) -> np.ndarray:
         best, middle = self.loss.min(), np.median(self.loss)
         return (np.where(np.isfinite(loss), loss, middle) - best) / (middle - best)
-
-
-class Run(NamedTuple):
-    """One search and what it has found."""
-
-    key: Any
-    state: Any
-    spent: Any
-    num_free: Any
-    is_over: Any
-    best: Any  # lowest loss within each budget, [B]
 
 
 def main() -> None:
@@ -309,42 +297,19 @@ def search_all(agent: jc.ActorCritic, params: Any, keys: Any, banks: list[Bank])
     """Compute the regret at each budget, starting from these params, `[M, S, B]`."""
     rows = []
     for bank in banks:
-        runs, num_steps = start_runs(keys, params, agent, bank.problem), 0
-        while not np.all(runs.is_over) and num_steps < MAX_STEPS:
-            runs, num_steps = advance_runs(runs, agent, bank.problem), num_steps + PART
-        rows.append(bank.regret(np.asarray(runs.best)))
+        # Searches begin with nothing, so that results show what they find themselves.
+        results = [
+            jc.run(
+                key,
+                dataclasses.replace(agent, params=jax.tree.map(lambda leaf, i=i: leaf[i], params)),
+                bank.problem,
+                budget=BUDGETS[-1],
+                starts=None,
+            )
+            for i, key in enumerate(keys)
+        ]
+        rows.append(bank.regret(np.array([result.curve.at(BUDGETS) for result in results])))
     return np.array(rows)
-
-
-def start_run(key: Any, params: Any, agent: jc.ActorCritic, problem: jc.Problem) -> Run:
-    key, init_key = jax.random.split(key)
-    state = dataclasses.replace(agent, params=params).init(init_key, problem)
-    zero = jnp.zeros((), jnp.int32)
-    return Run(
-        key, state, zero, zero, jnp.array(False), jnp.full(len(BUDGETS), jnp.inf, jnp.float32)
-    )
-
-
-def advance(run: Run, agent: jc.ActorCritic, problem: jc.Problem) -> Run:
-    """Run PART steps; a step that exceeds a budget does not count for it."""
-
-    def step(old: Run, _: Any) -> tuple[Run, None]:
-        key, step_key = jax.random.split(old.key)
-        state, info = agent.step(step_key, old.state, problem)
-        spent = old.spent + info.layer_calls.astype(jnp.int32)
-        num_free = jnp.where(info.layer_calls == 0, old.num_free + 1, 0)
-        is_counted = (spent <= jnp.array(BUDGETS)) & ~old.is_over
-        best = jnp.where(is_counted, jnp.minimum(old.best, jnp.min(info.loss)), old.best)
-        is_over = old.is_over | (spent > BUDGETS[-1]) | (num_free >= MAX_FREE_STEPS)
-        return Run(key, state, spent, num_free, is_over, best), None
-
-    return jax.lax.scan(step, run, length=PART)[0]
-
-
-start_runs = jax.jit(jax.vmap(start_run, in_axes=(0, 0, None, None)))
-advance_runs = jax.jit(
-    jax.vmap(advance, in_axes=(0, None, None)), compiler_options=jc.engine.compiler_options("cpu")
-)
 
 
 def regress(agent: jc.ActorCritic, mine: list[Bank], banks: list[Bank]) -> dict[str, np.ndarray]:

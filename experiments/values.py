@@ -58,8 +58,6 @@ import jchain as jc
 
 BUDGETS = (300, 1000, 4000)
 NUM_RECENT = 4  # the chains of this many last steps count as visited
-PART = 16  # device steps per host sync
-MAX_FREE_STEPS = 100  # consecutive steps without cost that end a run, as in jc.run
 PURE: dict[str, Any] = {"imitation_weight": 0.0, "restart_rate": 0.0}
 RATES: dict[str, Any] = {"learning_rate": 3e-2, "entropy_weight": 0.5}
 
@@ -92,17 +90,11 @@ CONTROLS: dict[str, Any] = {
 
 
 class Track(NamedTuple):
-    """The state of a run, and what is recorded at each budget."""
+    """What is known of all runs at each budget."""
 
-    key: Any
-    state: Any
-    spent: Any  # layer calls
-    num_free: Any
-    is_over: Any
-    recent: Any  # chains of the last steps, [R, P, L]
-    best: Any  # lowest loss, [B]
-    kept: Any  # state of the critic, [B, ...]
-    visited: Any  # [B, R, P, L]
+    best: np.ndarray  # lowest loss, [S, B]
+    kept: list[list[Any]]  # state of the critic, by seed and budget
+    visited: list[list[np.ndarray]]  # the chains of the last steps, by seed and budget, [C, L]
 
 
 def main() -> None:
@@ -212,7 +204,7 @@ def evaluate_search(search: Any, solved: Any, seeds: int) -> dict[str, np.ndarra
     if isinstance(search, jc.CriticSearch):
         out["rank_open"] = np.array(
             [
-                [correlate_open_prefixes(truth, *read_at(track.kept, s, b)) for b in range(3)]
+                [correlate_open_prefixes(truth, *track.kept[s][b]) for b in range(3)]
                 for s in range(seeds)
             ]
         )
@@ -224,7 +216,7 @@ def evaluate_search(search: Any, solved: Any, seeds: int) -> dict[str, np.ndarra
             np.asarray(
                 find_values(
                     use_tables(search),
-                    read_at(track.kept, s, b),
+                    track.kept[s][b],
                     jnp.asarray(truth.chains),
                     problem,
                 )
@@ -237,14 +229,13 @@ def evaluate_search(search: Any, solved: Any, seeds: int) -> dict[str, np.ndarra
             predicted = predict(s, b)
             out["everywhere"][s, b] = compare_values(predicted, truth.best)
             out["visited"][s, b] = compare_values(
-                predicted, truth.best, count_visits(track.visited[s, b])
+                predicted, truth.best, count_visits(track.visited[s][b])
             )
     if isinstance(search, jc.ActorCritic):
         sampled = [predict(s, -1) for s in range(seeds)]
         full = jnp.asarray(list_chains(problem.max_layers))
         policies = (
-            find_policy(use_tables(search), read_at(track.kept, s, -1), full, problem)
-            for s in range(seeds)
+            find_policy(use_tables(search), track.kept[s][-1], full, problem) for s in range(seeds)
         )
         own = [evaluate_policy(np.asarray(policy), truth) for policy in policies]
         out["own"] = np.array(
@@ -262,66 +253,28 @@ def evaluate_search(search: Any, solved: Any, seeds: int) -> dict[str, np.ndarra
     return out
 
 
-def read_at(tree: Any, seed: int, budget: int) -> Any:
-    return jax.tree.map(lambda leaf: leaf[seed, budget], tree)
-
-
 def run_agent(search: Any, problem: jc.Problem, seeds: int) -> Track:
-    """Run all seeds up to the largest budget; a step that exceeds a budget does not count."""
+    """Run all seeds up to each budget."""
     search, keys = use_tables(search), jax.random.split(jax.random.key(0), seeds)
-    problem = problem.without_names()
-    track = start_all(keys, search, problem)
-    while not np.all(track.is_over):
-        track = advance_all(track, search, problem)
-    return jax.tree.map(np.asarray, track._replace(key=None, state=None))
+    by_budget = [
+        jc.run_many(
+            keys, search, problem, budget=budget, starts=None, keep_state=True, record="chains"
+        )
+        for budget in BUDGETS
+    ]
+    by_seed = [*zip(*by_budget, strict=True)]
+    return Track(
+        np.array([[result.best_loss for result in results] for results in by_seed]),
+        [[read_critic(search, result.state) for result in results] for results in by_seed],
+        [[list_recent(result) for result in results] for results in by_seed],
+    )
 
 
-def start(key: Any, search: Any, problem: jc.Problem) -> Track:
-    key, init_key = jax.random.split(key)
-    state = search.init(init_key, problem)
-    shapes = jax.eval_shape(search.step, key, state, problem)[1]
-    recent = jnp.full((NUM_RECENT, *shapes.chains.shape), -1, jnp.int32)
-    kept = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(BUDGETS)), read_critic(search, state))
-    zero, visited = jnp.zeros((), jnp.int32), jnp.stack([recent] * len(BUDGETS))
-    # The dtypes are those that a step returns, so that there is only one program.
-    best = jnp.full(len(BUDGETS), jnp.inf, jnp.float32)
-    return Track(key, state, zero, zero, jnp.array(False), recent, best, kept, visited)
-
-
-def advance(track: Track, search: Any, problem: jc.Problem) -> Track:
-    """Run PART steps."""
-
-    def step(old: Track, _: Any) -> tuple[Track, None]:
-        key, step_key = jax.random.split(old.key)
-        state, info = search.step(step_key, old.state, problem)
-        spent = old.spent + info.layer_calls.astype(jnp.int32)
-        num_free = jnp.where(info.layer_calls == 0, old.num_free + 1, 0)
-        # `spent` never falls, so a run that exceeded a budget stays out of it.
-        is_counted = (spent <= jnp.array(BUDGETS)) & ~old.is_over
-        recent = jnp.concatenate([old.recent[1:], info.chains[None].astype(jnp.int32)])
-
-        def update(new: Any, before: Any) -> Any:
-            return jnp.where(is_counted.reshape(-1, *[1] * new.ndim), new[None], before)
-
-        return Track(
-            key,
-            state,
-            spent,
-            num_free,
-            old.is_over | (spent > BUDGETS[-1]) | (num_free >= MAX_FREE_STEPS),
-            recent,
-            jnp.where(is_counted, jnp.minimum(old.best, jnp.min(info.loss)), old.best),
-            jax.tree.map(update, read_critic(search, state), old.kept),
-            update(recent, old.visited),
-        ), None
-
-    return jax.lax.scan(step, track, length=PART)[0]
-
-
-start_all = jax.jit(jax.vmap(start, in_axes=(0, None, None)))
-advance_all = jax.jit(
-    jax.vmap(advance, in_axes=(0, None, None)), compiler_options=jc.engine.compiler_options("cpu")
-)
+def list_recent(result: jc.Result) -> np.ndarray:
+    """List the chains of the last steps of a run."""
+    scored = result.scored
+    assert scored is not None
+    return scored.chains[scored.step > scored.step.max(initial=0) - NUM_RECENT]
 
 
 @jax.jit

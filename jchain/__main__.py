@@ -1,4 +1,4 @@
-"""The command line: `jchain search`, `evaluate`, `compare`, `export`, and `prepare`."""
+"""The command line: `jchain search`, `evaluate`, `compare`, `report`, `export`, and `prepare`."""
 
 import argparse
 import shlex
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from jchain.cli.commands import COMMANDS
-from jchain.cli.interruption import get_exit_code
+from jchain.cli.interruption import SignalHandlers, get_exit_code
 from jchain.cli.parser import make_parser
 
 
@@ -18,12 +18,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit status: 0 on success, 2 if the input is invalid, 130 after Ctrl-C, and 143 after
-      SIGTERM during a search. For invalid input, the error is printed in one line.
+      SIGTERM. For invalid input, the error is printed in one line.
     """
     command = shlex.join(["jchain", *(sys.argv[1:] if argv is None else argv)])
     args = make_parser().parse_args(argv, argparse.Namespace(command=command))
     try:
-        COMMANDS[args.action](args)
+        with SignalHandlers():
+            COMMANDS[args.action](args)
     except (ValueError, OSError, ImportError) as error:
         print(f"jchain: error: {error}", file=sys.stderr)
         return 2

@@ -9,7 +9,7 @@ import jax
 from conftest import optimizations
 
 import jchain as jc
-from jchain.cli.report import print_summary
+from jchain.cli.tables import print_summary
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"

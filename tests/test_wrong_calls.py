@@ -47,6 +47,7 @@ def attempt(call):
 CASES = {
     "jc.gradient.trends.predict_swaps(None, problem, [0, 0, -1], 'after')": "expected a context of "
     "everywhere, slot, before, layer, got 'after'",
+    "jc.plot.block_runs(np.zeros((2, 3)))": "expected changes of shape [D, D], got [2, 3]",
     "jc.Problem(bank, data, 2)": "expected one split of data, such as data.search or "
     "jc.Batch(x, y), got Dataset of 7",
     "jc.Problem(bank, data.search.x, 2)": "got an array float32[35, 13]",

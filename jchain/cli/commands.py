@@ -1,14 +1,12 @@
-"""The commands: `jchain search`, `evaluate`, `compare`, `export`, and `prepare`."""
+"""The commands: `jchain search`, `evaluate`, `compare`, `report`, `export`, and `prepare`."""
 
 import argparse
-import contextlib
 import json
 import shlex
 import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict, cast
 
@@ -17,28 +15,22 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jchain import chain as chain_lib
-from jchain import images, tasks
+from jchain import images
 from jchain.bank import Bank
-from jchain.cli import checkpoints, compare, own_files, result_folder
+from jchain.cli import checkpoints, compare, result_folder
 from jchain.cli.checkpoints import EvalData
+from jchain.cli.choices import LAYERS
 from jchain.cli.config import SearchConfig, check_search, require, resolve
 from jchain.cli.interruption import Stopped
-from jchain.cli.parser import LAYERS, UPDATES, find_given, make_search
-from jchain.cli.pipeline import check_budget, run_pipeline
+from jchain.cli.loading import load_bank_and_data
 from jchain.cli.progress import print_progress
-from jchain.cli.records import ResultRecord, SearchOutput, Summary, finite_or_none, format_loss
-from jchain.cli.report import print_summary, print_table
-from jchain.cli.seeds import summarize
-from jchain.cli.setup import (
-    Setup,
-    choose_modules,
-    set_up_bank_file,
-    set_up_checkpoints,
-    set_up_task,
-    set_up_trained,
-)
+from jchain.cli.records import ResultRecord, Summary, finite_or_none, format_loss
+from jchain.cli.report import write_report
+from jchain.cli.search_options import find_given
+from jchain.cli.seed_runs import run_seeds
+from jchain.cli.tables import print_summary, print_table, print_text_table
 from jchain.cli.values import parse_chain
-from jchain.cli.work_folder import WorkFolder, open_work
+from jchain.cli.work_folder import open_work
 from jchain.engine import distributed
 from jchain.engine.evaluation import evaluate, evaluate_all
 from jchain.hub.exporting import export
@@ -83,10 +75,13 @@ def _run_config(config: SearchConfig) -> ResultRecord | Summary:
     with open_work(config) as work:
         try:
             record = result_folder.read_record(out) if work.is_finished else None
-            record = record or _run_seeds(config, work, deadline)
+            record = record or run_seeds(config, work, deadline)
             _print_result(out, record, is_new=not work.is_finished)
             if stopped_by := record.get("stopped_by"):
                 raise Stopped(str(stopped_by))
+        except result_folder.UnwrittenError as error:
+            _print_tables(error.record)
+            raise
         except KeyboardInterrupt:
             if work.is_worth_keeping:
                 print_progress(f"The same command continues this search, from {work.path}")
@@ -94,11 +89,15 @@ def _run_config(config: SearchConfig) -> ResultRecord | Summary:
     return record
 
 
-def _print_result(out: Path, record: ResultRecord | Summary, *, is_new: bool) -> None:
+def _print_tables(record: ResultRecord | Summary) -> None:
     if "seeds" in record:
         print_summary(cast(Summary, record))
     else:
         print_table(cast(ResultRecord, record))
+
+
+def _print_result(out: Path, record: ResultRecord | Summary, *, is_new: bool) -> None:
+    _print_tables(record)
     files = f"{out}: {', '.join(result_folder.list_files(out))}"
     if is_new:
         print(f"Wrote {files}")
@@ -108,94 +107,19 @@ def _print_result(out: Path, record: ResultRecord | Summary, *, is_new: bool) ->
         )
 
 
-def _check_budget(config: SearchConfig, first: tuple[SearchConfig, Setup], num_seeds: int) -> None:
-    """Check that the budget pays for the first step with each seed, before anything is trained.
-
-    The cost of a step differs little between seeds, so one seed is enough for a larger budget.
-    """
-    budget, policy = require(config.budget), UPDATES[config.update]()
-    if num_seeds > 1:
-        with contextlib.suppress(ValueError):
-            check_budget(*first, make_search(first[0]), policy, budget // 2)
-            return
-    for i in range(num_seeds):
-        own, setup = _set_up(_pick_seed(config, i)) if i > 0 else first
-        check_budget(own, setup, make_search(own), policy, budget)
-
-
-def _pick_seed(config: SearchConfig, i: int) -> SearchConfig:
-    return replace(config, seed=config.seed + i, num_seeds=1)
-
-
-def _run_seeds(
-    config: SearchConfig, work: WorkFolder, deadline: float | None
-) -> ResultRecord | Summary:
-    """Search with each seed that is not finished yet, and write the result."""
-    start, num_seeds = time.perf_counter(), require(config.num_seeds)
-    first = _set_up(config)
-    _check_budget(config, first, num_seeds)
-    if num_seeds == 1:
-        output = _run_seed(*first, work, deadline)
-        result_folder.write(work.result, output)
-        work.publish(is_finished=output.stopped_by is None)
-        return output.record
-    records = []
-    for i in range(num_seeds):
-        seed = config.seed + i
-        folder = work.result / f"seed-{seed}"
-        if result_folder.has_result(folder):
-            record = cast(ResultRecord, result_folder.read_record(folder))
-            if record["config"]["budget"] == config.budget:
-                print_progress(f"Seed {seed}, {i + 1} of {num_seeds}, is finished")
-                records.append(record)
-                continue
-        print_progress(f"Seed {seed}, {i + 1} of {num_seeds}")
-        own, setup = _set_up(_pick_seed(config, i)) if i > 0 else first
-        output = _run_seed(replace(own, num_seeds=1), setup, work, deadline)
-        if output.stopped_by is not None:
-            raise Stopped(output.stopped_by)
-        result_folder.write(folder, output)
-        records.append(output.record)
-    summary = summarize(config, records, time.perf_counter() - start)
-    result_folder.write_summary(work.result, summary)
-    work.publish()
-    return summary
-
-
-def _set_up(config: SearchConfig) -> tuple[SearchConfig, Setup]:
-    """Set up the search with one seed, and fill in the options that depend on its data."""
-    if config.checkpoint:
-        return config, set_up_checkpoints(config)
-    if config.task:
-        return set_up_task(config)
-    if config.bank_file:
-        return set_up_bank_file(config)
-    data = own_files.load_data(config)
-    config, modules = choose_modules(config, data)
-    return config, set_up_trained(config, data, modules)
-
-
-def _run_seed(
-    config: SearchConfig, setup: Setup, work: WorkFolder, deadline: float | None
-) -> SearchOutput:
-    left = None if deadline is None else max(1e-3, deadline - time.monotonic())
-    return run_pipeline(
-        config,
-        setup,
-        make_search(config),
-        UPDATES[config.update](),
-        work.seed_folder(config.seed),
-        left,
-    )
-
-
 def run_compare(args: argparse.Namespace) -> None:
     """Run `jchain compare`: print one table of several results."""
-    rows = compare.compare(args.results)
+    rows = [compare.summarize(group) for group in compare.group_results(args.results)]
     if args.json:
         print(json.dumps(compare.to_json(rows)))
     else:
-        compare.print_comparison(rows)
+        print_text_table(compare.tabulate(rows))
+
+
+def run_report(args: argparse.Namespace) -> None:
+    """Run `jchain report`: write an HTML page about results."""
+    write_report(args.out, args.results, with_maps=not args.no_maps)
+    print(f"Wrote {args.out}")
 
 
 def run_prepare(args: argparse.Namespace) -> None:
@@ -263,6 +187,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "search": run_search,
     "evaluate": run_evaluate,
     "compare": run_compare,
+    "report": run_report,
     "export": run_export,
     "prepare": run_prepare,
 }
@@ -270,28 +195,9 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
 
 def _load_result(args: argparse.Namespace, config: SearchConfig | None) -> tuple[Bank, EvalData]:
     """Load a bank, and the data and the loss that score its chains."""
-    path = args.bank / result_folder.BANK_FILE if args.bank.is_dir() else args.bank
     given = {name: getattr(args, name) for name in ("seed", "sizes", "data_dir", "target")}
     given = {name: value for name, value in given.items() if value is not None}
-    if config is not None and config.checkpoint:
-        if args.data:
-            raise ValueError(
-                "expected no --data: chains of checkpoints are scored on the data of their search"
-            )
-        eval_data = checkpoints.load_data(replace(config, **given))
-        bank = Bank.load(path) if path.exists() else checkpoints.load_bank(config)
-        return bank, eval_data
-    config = config or SearchConfig()
-    # If another data set is requested, only the seed of the search's options still applies.
-    if args.data not in (None, config.data):
-        config = SearchConfig(data=args.data, seed=config.seed, modules=config.modules)
-    config = replace(config, **given)
-    if config.task:
-        return Bank.load(path), EvalData(
-            tasks.make(config.task, config.seed, sizes=config.sizes).data
-        )
-    modules = own_files.load_modules(args.modules or config.modules)
-    return Bank.load(path, modules), EvalData(own_files.load_data(config))
+    return load_bank_and_data(args.bank, config, data=args.data, modules=args.modules, given=given)
 
 
 def _join_processes(args: argparse.Namespace) -> Mesh | None:

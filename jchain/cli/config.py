@@ -20,7 +20,7 @@ QUICK_SEEDS = 1
 _TRAINED_ONLY = ("bank", "layer", "channels", "num_layers", "num_heads", "depth", "num_steps")
 _CHECKPOINT_ONLY = ("text", "choices", "length", "pinned", "dtype", "sweep")
 # Options that change how a search runs but not what it computes; result.json does not record them.
-_NOT_RECORDED = ("json", "replace", "quick", "max_seconds")
+_NOT_RECORDED = ("json", "replace", "quick", "max_seconds", "num_workers")
 _PATHS = ("data_dir", "bank_file", "modules", "out")
 # The values of `update` in results of jchain 0.1.0.
 _OLD_UPDATES = {
@@ -73,6 +73,7 @@ class SearchConfig:
       max_seconds: seconds after which the search stops; None for no limit.
       seed: seed of the splits, the bank, and the search; the first one if there are several.
       num_seeds: number of seeds.
+      num_workers: number of seeds that run at the same time.
       quick: whether to run one seed, unless more are requested, and to score fewer controls.
       out: folder to write the result to.
       command: the command line, as text.
@@ -111,6 +112,7 @@ class SearchConfig:
     max_seconds: float | None = None
     seed: int = 0
     num_seeds: int | None = None
+    num_workers: int = 1
     quick: bool = False
     out: Path | None = None
     command: str = ""
@@ -175,6 +177,8 @@ def resolve(config: SearchConfig) -> SearchConfig:
     """
     if config.num_seeds is not None and config.num_seeds < 1:
         raise ValueError(f"expected --seeds to be at least 1, got {config.num_seeds}")
+    if config.num_workers < 1:
+        raise ValueError(f"expected --workers to be at least 1, got {config.num_workers}")
     if config.quick:
         config = replace(config, num_seeds=config.num_seeds or QUICK_SEEDS)
     if config.modules is not None and config.bank_file is None:

@@ -6,17 +6,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jchain._typing import Int
+from jchain._typing import Float, Int
 from jchain.bank import Bank
 from jchain.chain import PADDING
 from jchain.cli.config import SearchConfig
+from jchain.cli.progress import evaluate_in_parts
 from jchain.cli.scores import ExampleScores, score_chain
 from jchain.cli.setup import Setup
-from jchain.engine.evaluation import evaluate
 from jchain.problem import Problem
 
 # The number of chains that a search keeps, which is the default of `num_finalists`.
 _NUM_FINALISTS = 16
+# The number of chains of pretrained blocks that are evaluated between two updates of the progress.
+_PART_SIZE = 8
 
 
 class Context(NamedTuple):
@@ -44,10 +46,16 @@ class Context(NamedTuple):
         """
         return score_chain(self.setup, bank, tokens, self.padded_layers)
 
+    @property
+    def part_size(self) -> int | None:
+        """The number of chains that are evaluated at a time, so that progress can be shown.
+
+        It is None if all of them take seconds.
+        """
+        return _PART_SIZE if self.config.checkpoint else None
+
     def pick(self, bank: Bank, chains: Int[np.ndarray, "P L"]) -> list[int]:
         """Pick the chain with the lowest loss on the splits in `Setup.deciding_splits`.
-
-        The loss includes layer penalties. Each split is weighted by its number of examples.
 
         Args:
           bank: the layers and heads.
@@ -56,17 +64,31 @@ class Context(NamedTuple):
         Returns:
           The tokens of the chain, without padding.
         """
+        return strip(chains[int(np.argmin(self.rank(bank, chains)))])
+
+    def rank(self, bank: Bank, chains: Int[np.ndarray, "P L"]) -> Float[np.ndarray, "P"]:
+        """Compute the losses of chains on the splits in `Setup.deciding_splits`.
+
+        The losses include layer penalties. Each split is weighted by its number of examples.
+
+        Args:
+          bank: the layers and heads.
+          chains: int32[P, L]; the padded chains.
+        """
         # All calls evaluate arrays of one shape, so that finalists and parents share compiled
         # programs. Copies of the first chain fill the remaining rows.
         shape = max(len(chains), _NUM_FINALISTS), max(chains.shape[1], self.padded_layers + 1)
         rows = np.full(shape, PADDING, np.int32)
         rows[:, : chains.shape[1]] = chains[0]
         rows[: len(chains), : chains.shape[1]] = chains
-        total = np.zeros(len(rows))
+        total, num_examples = np.zeros(len(rows)), 0
         for name in self.setup.deciding_splits:
             problem = self.setup.make_problem(bank, name, rows.shape[1] - 1)
-            total += len(problem.data.y) * np.asarray(evaluate(problem, rows).loss, np.float64)
-        return strip(rows[int(np.argmin(total))])
+            title = f"Scoring {len(chains)} chains on {name}"
+            scores = evaluate_in_parts(problem, rows, title, self.part_size)
+            total += problem.num_examples * scores.loss.astype(np.float64)
+            num_examples += problem.num_examples
+        return total[: len(chains)] / num_examples
 
 
 def strip(row: Int[np.ndarray, "L"]) -> list[int]:

@@ -13,7 +13,7 @@ from jchain.bank import Bank
 from jchain.cli.config import require
 from jchain.cli.context import Context, strip
 from jchain.cli.interruption import get_name, raise_if_stopped
-from jchain.cli.progress import print_progress, show_phase
+from jchain.cli.progress import evaluate_in_parts, print_progress, show_phase
 from jchain.cli.records import Controls, RandomChains, ScoredChain, Scores, finite_or_none
 from jchain.cli.scores import ExampleScores, score_ensemble
 from jchain.engine.evaluation import evaluate, evaluate_all
@@ -174,8 +174,10 @@ def _find_best_edit(context: Context, tokens: list[int]) -> list[int] | None:
     rows, is_neighbor = problem.space.neighbors(chain)
     # Rows that are not neighbors hold the chain itself, so that the number of rows never changes.
     rows = jnp.where(is_neighbor[:, None], rows, chain)
-    loss = jnp.where(is_neighbor, evaluate(problem, rows).loss, jnp.inf)
-    return strip(np.asarray(rows[jnp.argmin(loss)]))
+    edits, mask = np.asarray(rows), np.asarray(is_neighbor)
+    title = f"Scoring the {mask.sum():,} edits of the best parent"
+    losses = evaluate_in_parts(problem, edits, title, context.part_size).loss
+    return strip(edits[int(np.argmin(np.where(mask, losses, np.inf)))])
 
 
 def _train_plain_net(
@@ -208,16 +210,17 @@ def _tune(key: Key[Array, ""], context: Context, net: Net) -> Net:
 
 def _score_random_chains(key: Key[Array, ""], context: Context) -> RandomChains:
     """Compute the median and the quartiles on `test` of chains that are drawn uniformly."""
-    chains = context.problem.space.sample(key, context.setup.num_random_chains)
+    chains = np.asarray(context.problem.space.sample(key, context.setup.num_random_chains))
     problem = context.setup.make_problem(
         context.original_bank, "test", context.max_layers, is_penalized=False
     )
-    out = evaluate(problem, chains)
+    title = f"Scoring {len(chains)} random chains"
+    loss, accuracy = evaluate_in_parts(problem, chains, title, context.part_size)
     return {
         "num_chains": len(chains),
-        "loss": {"test": finite_or_none(np.median(out.loss))},
-        "accuracy": {"test": float(np.median(out.accuracy))},
-        "quartiles": [finite_or_none(q) for q in np.quantile(out.loss, (0.25, 0.75))],
+        "loss": {"test": finite_or_none(np.median(loss))},
+        "accuracy": {"test": float(np.median(accuracy))},
+        "quartiles": [finite_or_none(q) for q in np.quantile(loss, (0.25, 0.75))],
     }
 
 

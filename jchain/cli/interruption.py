@@ -1,8 +1,16 @@
 """What the command line does if a signal stops it."""
 
+import _thread
 import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
 
 from jchain.runs.result import Result
+
+# The exit codes of a worker that was stopped (`jchain.cli.workers`).
+EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143, "max_seconds": 75}
 
 
 class Stopped(KeyboardInterrupt):
@@ -15,6 +23,42 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.name = name
+
+
+class SignalHandlers:
+    """Context manager in which SIGINT and SIGTERM raise `Stopped`, which is not lost.
+
+    Python drops an exception that a signal raises in a callback or in a destructor, and prints its
+    traceback. Here, the signal comes again a moment later. Outside of the main thread, and for
+    signals that are ignored, nothing changes.
+    """
+
+    def __enter__(self) -> "SignalHandlers":
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._hook = sys.unraisablehook
+        if threading.current_thread() is threading.main_thread():
+            sys.unraisablehook = self._repeat
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handler = signal.getsignal(number)
+                # None means that the handler was not installed by Python, and cannot be restored.
+                if handler not in (None, signal.SIG_IGN):
+                    self._handlers[number] = signal.signal(number, self._raise)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.unraisablehook = self._hook
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _raise(self, number: int, _: FrameType | None) -> None:
+        raise Stopped(signal.Signals(number).name)
+
+    def _repeat(self, unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not isinstance(error, Stopped):
+            return self._hook(unraisable)
+        number = signal.Signals[error.name]
+        threading.Timer(0.05, _thread.interrupt_main, (number,)).start()
 
 
 def raise_if_stopped(result: Result) -> None:

@@ -5,6 +5,7 @@ import math
 import platform
 import time
 from collections.abc import Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -15,14 +16,21 @@ import numpy as np
 
 import jchain
 from jchain import chain as chain_lib
-from jchain._typing import Array, Key
+from jchain._typing import Array, Float, Int, Key
 from jchain.bank import Bank
 from jchain.cli.config import SearchConfig, check_sweep, require
 from jchain.cli.context import Context, strip
 from jchain.cli.controls import ControlScores, ReferenceLoss, score_controls
 from jchain.cli.interruption import raise_if_stopped
-from jchain.cli.progress import print_progress, show_phase
-from jchain.cli.records import ResultRecord, ScoredChain, SearchOutput, SweepRow
+from jchain.cli.progress import evaluate_in_parts, print_progress, show_phase
+from jchain.cli.records import (
+    FinalistRow,
+    ResultRecord,
+    ScoredChain,
+    SearchOutput,
+    SweepRow,
+    finite_or_none,
+)
 from jchain.cli.result_folder import BANK_FILE
 from jchain.cli.scores import ExampleScores
 from jchain.cli.setup import Setup
@@ -50,6 +58,7 @@ class Picked(NamedTuple):
     tokens: list[int]
     chosen: str  # "search", or the name of a recipe
     scores: ExampleScores
+    finalist_losses: Float[np.ndarray, "Q"]  # on `Setup.deciding_splits`, with layer penalties
 
 
 def run_pipeline(
@@ -276,9 +285,13 @@ def rerank(
     if context.config.is_frozen:
         chains = {name: tuple(row["chain"]) for name, row in recipe_scores.items()}
     named = {tokens: name for name, tokens in chains.items() if len(tokens) > problem.min_layers}
-    named |= {tuple(strip(row)): "search" for row in found.result.finalists}
-    tokens = context.pick(found.bank, chain_lib.pad([*named]))
-    return Picked(tokens, named[tuple(tokens)], context.score(found.bank, tokens))
+    finalists = [tuple(strip(row)) for row in found.result.finalists]
+    named |= dict.fromkeys(finalists, "search")
+    losses = dict(zip(named, context.rank(found.bank, chain_lib.pad([*named])), strict=True))
+    tokens = min(named, key=lambda tokens: losses[tokens])
+    scores = context.score(found.bank, tokens)
+    of_finalists = np.array([losses[tokens] for tokens in finalists])
+    return Picked([*tokens], named[tokens], scores, of_finalists)
 
 
 def _make_record(
@@ -298,11 +311,28 @@ def _make_record(
         "seconds": 0.0,
         "optimum": scored.optimum.loss,
         "controls": scored.controls,
+        "finalists": _describe_finalists(found, picked),
         "num_scored": found.result.num_scored,
         "nonfinite_chains": found.result.num_nonfinite,
         "config": context.config.dump(),
         "versions": find_versions(),
     }
+
+
+def _describe_finalists(found: Found, picked: Picked) -> list[FinalistRow]:
+    result, costs = found.result, found.result.finalist_costs
+    rows: list[FinalistRow] = []
+    for i, tokens in enumerate(map(strip, result.finalists)):
+        rows.append(
+            {
+                "chain": tokens,
+                "layers": [found.bank.names[token] for token in tokens],
+                "search_loss": float(result.finalist_losses[i]),
+                "deciding_loss": finite_or_none(picked.finalist_losses[i]),
+                "cost": len(tokens) - 1.0 if costs is None else float(costs[i]),
+            }
+        )
+    return rows
 
 
 def _sweep_sizes(context: Context) -> range:
@@ -349,10 +379,20 @@ def _score_recipes(context: Context, problem: Problem) -> dict[str, ScoredChain]
     """
     scored: dict[str, list[ScoredChain]] = {}
     for parent in problem.bank.parents:
-        for name, tokens in recipes.find_chains(problem, parent, problem.max_layers).items():
+        found = recipes.find_chains(
+            problem, parent, problem.max_layers, evaluate_fn=partial(_score_recipe, context)
+        )
+        for name, tokens in found.items():
             scores = context.score(problem.bank, tokens).summarize()
             scored.setdefault(name, []).append({"chain": tokens, **scores})
     return {name: min(rows, key=_get_select_loss) for name, rows in scored.items()}
+
+
+def _score_recipe(
+    context: Context, problem: Problem, chains: Int[np.ndarray, "P L"]
+) -> Float[np.ndarray, "P"]:
+    title = f"Scoring {len(chains)} chains of a recipe"
+    return evaluate_in_parts(problem, chains, title, context.part_size).loss
 
 
 def _get_select_loss(row: ScoredChain) -> float:

@@ -49,6 +49,16 @@ class SweepRow(ScoredChain):
     recipes: dict[str, ScoredChain]
 
 
+class FinalistRow(TypedDict):
+    """One of the best chains of the search. Losses include layer penalties."""
+
+    chain: list[int]
+    layers: list[str]
+    search_loss: float
+    deciding_loss: float | None  # on the splits that decide among finalists, by default `select`
+    cost: float  # number of layers, as the command line sets no other costs
+
+
 class Controls(TypedDict):
     """The scores of the baselines. Controls that do not apply are missing."""
 
@@ -79,7 +89,8 @@ class ResultRecord(Scores):
     num_examples: dict[str, int]
     about: str
     controls: Controls
-    num_scored: NotRequired[int]  # not in results of jchain 0.1.0
+    finalists: NotRequired[list[FinalistRow]]  # neither this nor the next in results of 0.1.0
+    num_scored: NotRequired[int]
     nonfinite_chains: int
     stopped_by: NotRequired[str]  # what stopped the search before its end
     config: dict[str, object]

@@ -1,212 +1,305 @@
-"""The tables that `jchain search` prints, and a drawing of the chain found."""
+"""`jchain report`: one HTML page about results, which opens without a network."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import base64
+import io
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-from jchain.cli.records import (
-    FOUND,
-    ResultRecord,
-    Scores,
-    SeedRow,
-    Summary,
-    SweepRow,
-    format_loss,
+import numpy as np
+
+import jchain as jc
+from jchain.bank import Bank
+from jchain.cli.checkpoints import EvalData
+from jchain.cli.compare import BY_SEED, SeedResult, find_best, group_results, summarize, tabulate
+from jchain.cli.config import SearchConfig
+from jchain.cli.loading import load_bank_and_data
+from jchain.cli.progress import ChainScores, evaluate_in_parts, print_progress, show_phase
+from jchain.cli.records import ResultRecord, format_loss
+from jchain.cli.result_folder import SEARCH_FILE
+from jchain.cli.seeds import summarize as summarize_seeds
+from jchain.cli.tables import (
+    TextTable,
+    make_remarks,
+    tabulate_result,
+    tabulate_summary,
+    tabulate_sweep,
 )
-from jchain.cli.seeds import list_rows
-from jchain.data import EVALUATION_SPLITS
+from jchain.files import write_atomically
+from jchain.hub import recipes
+from jchain.plot.drawing import draw_chains
+from jchain.problem import Problem
+from jchain.runs.result import Result
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+    from matplotlib.axes import Axes
 
-# The width of tables if standard output is not a terminal.
-_WIDTH = 120
-# Differences of at most this many standard errors are marked as noise.
-_NUM_ERRORS = 1.96
+# Options that the page does not list: where a result is, and the command, which has its own line.
+_HIDDEN = ("out", "command")
+_PART_SIZE = 8
 
 
-def print_table(record: ResultRecord) -> None:
-    """Print the scores of the chain found and of its controls.
+class Figure(NamedTuple):
+    """A figure of the page."""
 
-    Args:
-      record: the result of one search.
-    """
-    console = make_console()
-    table = make_table(
-        "loss ± standard error (accuracy) by split and number of examples; difference: best chain "
-        "found minus row"
-    )
-    table.add_column("", no_wrap=True)
-    for name in EVALUATION_SPLITS:
-        table.add_column(f"{name}, {record['num_examples'][name]:,}", justify="right")
-    table.add_column("difference, test", justify="right")
-    table.add_row(FOUND, *(_format_cell(record, split) for split in EVALUATION_SPLITS), "")
-    for name, row in list_rows(record).items():
-        cells = [_format_cell(row, split) for split in EVALUATION_SPLITS]
-        table.add_row(name, *cells, _format_difference(row))
-    if record["optimum"] is not None:
-        table.add_row("optimum of all chains", f"{record['optimum']:.3f}")
-    console.print(table)
-    if "sweep" in record:
-        console.print(_make_sweep_table(record["sweep"]))
-    for line in [*_make_remarks(record), *draw_chain(record["layers"])]:
-        console.print(line, highlight=False, markup=False)
+    title: str
+    source: str  # a data URI
+    note: str = ""
 
 
-def print_summary(summary: Summary) -> None:
-    """Print the chains found and the comparison with the controls over several seeds.
+class Section(NamedTuple):
+    """What the page says about one search."""
+
+    name: str
+    remarks: list[str]
+    tables: list[TextTable]
+    figures: list[Figure]
+    commands: list[str]
+
+
+class Drawn(NamedTuple):
+    """The results of one search, and the runs behind them, which older results do not have."""
+
+    name: str
+    group: list[SeedResult]
+    runs: list[Result]
+
+
+def write_report(path: Path, results: Sequence[Path], *, with_maps: bool = True) -> None:
+    """Write a page about results: tables, curves, chains, and heat maps.
 
     Args:
-      summary: the summary of the seeds.
+      path: the file to write.
+      results: result folders of `jchain search`. Those that differ only in their seeds are shown as
+        one search.
+      with_maps: whether to draw heat maps, for which the bank and the data are loaded and chains
+        are scored.
+
+    Raises:
+      ValueError: if a folder holds no result.
     """
-    console, seeds = make_console(), summary["seeds"]
-    for seed, about, layers in zip(seeds, summary["about"], summary["layers"], strict=True):
-        chain = " -> ".join(layers)
-        console.print(f"seed {seed}, {about}:\n  {chain}", highlight=False, markup=False)
-    num = summary["num_examples"]["test"]
-    table = make_table(
-        f"test, {num:,} examples: mean ± standard error over {len(seeds)} seeds; difference: best "
-        "chain found minus row, paired by seed"
-    )
-    table.add_column("", no_wrap=True)
-    for title in ("loss", "accuracy", "difference [95% interval]", "wins"):
-        table.add_column(title, justify="right")
-    for name, row in summary["rows"].items():
-        table.add_row(name, *_format_seed_row(row, len(seeds), is_found=name == FOUND))
-    console.print(table)
-    for line in [*draw_chain(summary["layers"][0], f"seed {seeds[0]}"), summary["sentence"]]:
-        console.print(line, highlight=False, markup=False)
+    import jinja2
 
-
-def draw_chain(layers: Sequence[str], title: str = "") -> list[str]:
-    """Draw a chain as text, with one column per slot and one row per origin of layers.
-
-    The origin of `net/0` is `net`, and its cell shows `0`. A layer whose name has no slash is its
-    own origin, and its cell shows a bullet.
-
-    Args:
-      layers: the names of the layers and the head, in order.
-      title: text to show to the left of the slot numbers.
-    """
-    origins = [name.rpartition("/")[0] or name for name in layers]
-    own = [name.rpartition("/")[2] if "/" in name else "●" for name in layers]
-    widths = [max(len(cell), len(str(slot))) for slot, cell in enumerate(own, 1)]
-    indent = max(len(name) for name in (*origins, title))
-    # The last column is the head, which has no slot.
-    slots = [str(slot).rjust(width) for slot, width in enumerate(widths[:-1], 1)]
-    lines = [f"{title.ljust(indent)}  {' '.join(slots)}"]
-    for origin in dict.fromkeys(origins):
-        cells = [
-            (cell if other == origin else "·").rjust(width)
-            for cell, other, width in zip(own, origins, widths, strict=True)
-        ]
-        lines.append(f"{origin.ljust(indent)}  {' '.join(cells)}")
-    return lines
-
-
-def make_console() -> "Console":
-    """Make the console for tables, which is wide enough if it is not a terminal."""
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDTH)
-
-
-def make_table(title: str) -> "Table":
-    """Make an empty table.
-
-    Args:
-      title: the text above the table.
-    """
-    from rich import box
-    from rich.table import Table
-
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-
-
-def _make_remarks(record: ResultRecord) -> list[str]:
-    updates = ""
-    if record["update_calls"]:
-        updates = f", {record['update_calls']:,} of them gradient steps"
-    chain = " -> ".join(record["layers"])
-    lines = [
-        f"Best chain found, in {record['layer_calls']:,} layer calls{updates}, among "
-        f"{record['num_chains']:,} chains: {chain}"
+    groups = group_results(results)
+    compared = [summarize(group) for group in groups]
+    names = _shorten([row.name for row in compared])
+    drawn = [
+        Drawn(name, group, _read_runs(group)) for name, group in zip(names, groups, strict=True)
     ]
-    if record["chosen"] != "search":
-        lines.append(
-            f"This chain is a recipe ({record['chosen']}): no chain found was better on select"
-        )
-    if record["nonfinite_chains"]:
-        lines.append(
-            f"{record['nonfinite_chains']} of {record.get('num_scored', 'all')} scored chains had "
-            "a non-finite loss"
-        )
-    return [*lines, *_say_what_is_noise(record)]
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    template = environment.from_string((files("jchain.cli") / "report.html").read_text())
+    page = template.render(
+        title=", ".join(names),
+        comparison=tabulate(
+            [row._replace(name=name) for row, name in zip(compared, names, strict=True)]
+        ),
+        figures=_draw_comparison(drawn),
+        sections=[_make_section(one, with_maps=with_maps) for one in drawn],
+        options=_tabulate_options(drawn),
+        version=jc.__version__,
+    )
+    write_atomically(path, lambda temporary: Path(temporary).write_text(page, encoding="utf-8"))
 
 
-def _say_what_is_noise(record: ResultRecord) -> list[str]:
-    names = [name for name, row in list_rows(record).items() if _is_noise(row)]
-    if not names:
+def _shorten(names: Sequence[str]) -> list[str]:
+    """Name folders by their last parts, unless two of them are the same."""
+    short = [Path(name).resolve().name for name in names]
+    return short if len(set(short)) == len(short) else list(names)
+
+
+def _read_runs(group: Sequence[SeedResult]) -> list[Result]:
+    paths = [result.folder / SEARCH_FILE for result in group]
+    if not all(path.is_file() for path in paths):
         return []
-    return [f"No clear difference on test (95%): {'; '.join(names)}"]
+    return [Result.from_json(path.read_text()) for path in paths]
 
 
-def _is_noise(row: Scores) -> bool:
-    difference = row.get("difference")
-    if difference is None or difference["mean"] is None or difference["standard_error"] is None:
-        return False
-    return abs(difference["mean"]) <= _NUM_ERRORS * difference["standard_error"]
+def _draw(title: str, draw: Callable[..., "Axes"], note: str = "") -> Figure:
+    """Draw a figure as SVG, which the page embeds."""
+    import matplotlib as mpl
+
+    figure = draw().get_figure(root=True)
+    assert figure is not None
+    buffer = io.BytesIO()
+    # The same figure gives the same bytes.
+    with mpl.rc_context({"svg.hashsalt": title}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return Figure(title, f"data:image/svg+xml;base64,{encoded}", note)
 
 
-def _format_difference(row: Scores) -> str:
-    if "quartiles" in row:
-        return f"quartiles {' to '.join(format_loss(loss) for loss in row['quartiles'])}"
-    difference = row.get("difference")
-    if difference is None or difference["mean"] is None:
-        return ""
-    shown = f"{difference['mean']:+.3f}"
-    if difference["standard_error"] is not None:
-        shown += f" ± {difference['standard_error']:.3f}"
-    return f"{shown} (noise)" if _is_noise(row) else shown
+def _draw_comparison(drawn: Sequence[Drawn]) -> list[Figure]:
+    with_runs = [one for one in drawn if one.runs]
+    if not with_runs:
+        return []
+
+    def draw_curves() -> "Axes":
+        ax = None
+        for one in with_runs:
+            runs = one.runs[0] if len(one.runs) == 1 else one.runs
+            ax = jc.plot.curve(runs, label=one.name, ax=ax)
+        assert ax is not None
+        if all((run.curve.best_loss > 0).all() for one in with_runs for run in one.runs):
+            ax.set_yscale("log")
+        return ax
+
+    def draw_fronts() -> "Axes":
+        ax = None
+        for one in with_runs:
+            ax = jc.plot.front(one.runs, label=one.name, ax=ax)
+        assert ax is not None
+        ax.set(xlabel="number of layers", ylabel="loss on search")
+        ax.locator_params(axis="x", integer=True)
+        return ax
+
+    return [
+        _draw(
+            "Best loss on search over the cost",
+            draw_curves,
+            "Several seeds: mean and 95% interval. Losses include layer penalties.",
+        ),
+        _draw(
+            "Lowest loss by number of layers",
+            draw_fronts,
+            "All chains that were scored, on search.",
+        ),
+    ]
 
 
-def _format_seed_row(row: SeedRow, num_seeds: int, *, is_found: bool) -> list[str]:
-    loss, error = format_loss(row["mean"]), row["standard_error"]
-    cells = [loss if error is None else f"{loss} ± {error:.3f}", f"{row['mean_accuracy']:.1%}"]
-    if is_found:
-        return [*cells, "", ""]
-    difference, bounds = row["difference"], row["interval"]
-    if difference is None:
-        return [*cells, "", f"{row['num_lower']} of {num_seeds}"]
-    shown = f"{difference:+.3f}"
-    if bounds is not None:
-        noise = " (noise)" if bounds[0] <= 0 <= bounds[1] else ""
-        shown += f" [{bounds[0]:+.3f}, {bounds[1]:+.3f}]{noise}"
-    return [*cells, shown, f"{row['num_lower']} of {num_seeds}"]
+def _make_section(drawn: Drawn, *, with_maps: bool) -> Section:
+    best, records = find_best(drawn.group), [result.record for result in drawn.group]
+    tables, remarks = [], []
+    if len(records) > 1:
+        config = SearchConfig.load(records[0]["config"])
+        summary = summarize_seeds(config, records, sum(record["seconds"] for record in records))
+        tables.append(tabulate_summary(summary))
+        remarks.append(summary["sentence"])
+        remarks.append(
+            f"What follows is the result of seed {best.record['config']['seed']}, which has the "
+            "lowest loss on select."
+        )
+    tables.append(tabulate_result(best.record))
+    if "sweep" in best.record:
+        tables.append(tabulate_sweep(best.record["sweep"]))
+    tables += _tabulate_finalists(best.record)
+    remarks += make_remarks(best.record)
+    if not drawn.runs:
+        remarks.append(
+            "The run was not saved with this result, so its curve and its front are missing."
+        )
+    figures = [_draw_chains(drawn.name, records, best.record)]
+    if with_maps:
+        try:
+            figures += _draw_maps(drawn.name, best)
+        except (ValueError, OSError, ImportError) as error:
+            print_progress(f"No heat maps of {drawn.name}: {error}")
+            remarks.append(f"Heat maps are missing: {error}")
+    commands = list(dict.fromkeys(str(record["config"]["command"]) for record in records))
+    return Section(drawn.name, remarks, tables, figures, commands)
 
 
-def _make_sweep_table(rows: Sequence[SweepRow]) -> "Table":
-    """Tabulate the loss on `test` by number of layers: the chains found, and the recipes."""
-    names = list(dict.fromkeys(name for row in rows for name in row["recipes"]))
-    table = make_table("loss (accuracy) on test by number of layers, pinned ones not counted")
-    for name in ("at most", FOUND, *names):
-        table.add_column(name, justify="right")
-    for row in rows:
-        cells = [row, *(row["recipes"].get(name) for name in names)]
-        shown = ["" if cell is None else _format_cell(cell, "test") for cell in cells]
-        table.add_row(str(row["max_layers"]), *shown)
-    return table
+def _tabulate_finalists(record: ResultRecord) -> list[TextTable]:
+    rows = [
+        [
+            " -> ".join(row["layers"]),
+            str(len(row["layers"]) - 1),
+            format_loss(row["search_loss"], 4),
+            format_loss(row["deciding_loss"], 4),
+        ]
+        for row in record.get("finalists", [])
+    ]
+    if not rows:
+        return []
+    columns = ["finalist", "layers", "loss on search", "loss for re-ranking"]
+    return [TextTable("The best chains of the search, with layer penalties", columns, rows)]
 
 
-def _format_cell(scores: Scores, split: str) -> str:
-    if split not in scores["loss"]:
-        return ""
-    loss = scores["loss"][split]
-    error = scores.get("standard_error", {}).get(split)
-    shown = format_loss(loss)
-    if loss is None:
-        return shown
-    if error is not None:
-        shown += f" ± {error:.3f}"
-    return f"{shown} ({scores['accuracy'][split]:.1%})"
+def _draw_chains(name: str, records: Sequence[ResultRecord], best: ResultRecord) -> Figure:
+    """Draw the chain of each seed, then the finalists of the best seed."""
+    rows = {f"seed {record['config']['seed']}": record["layers"] for record in records}
+    rows |= {f"finalist {i + 1}": row["layers"] for i, row in enumerate(best.get("finalists", []))}
+    return _draw(
+        f"Chains of {name}",
+        partial(draw_chains, list(rows.values()), list(rows)),
+        "Each cell is a layer, by slot. Its color says where the layer comes from.",
+    )
+
+
+def _draw_maps(name: str, best: SeedResult) -> list[Figure]:
+    """Draw what swaps of the best chain would change and, for checkpoints, runs of blocks."""
+    config = SearchConfig.load(best.record["config"])
+    with show_phase(f"Loading the bank of {name}"):
+        bank, eval_data = load_bank_and_data(best.folder, config)
+    chain = jc.chain.pad([best.record["best_chain"]])[0]
+    problem = _make_problem(bank, eval_data, max_layers=len(chain) - 1)
+    with show_phase(f"Predicting the swaps of the best chain of {name}"):
+        scores = np.asarray(jc.swap_scores(problem, chain))
+    figures = [
+        _draw(
+            f"Swaps in the best chain of {name}",
+            partial(jc.plot.swap_scores, bank, chain, scores),
+            "Predicted from the gradient of the loss on search. Blue lowers the loss.",
+        )
+    ]
+    for parent in bank.parents if config.checkpoint else ():
+        figures += _draw_runs_of_blocks(problem, parent)
+    return figures
+
+
+def _make_problem(bank: Bank, eval_data: EvalData, max_layers: int) -> Problem:
+    return Problem(
+        bank,
+        eval_data.data.search,
+        max_layers,
+        loss_fn=eval_data.loss_fn,
+        accuracy_fn=eval_data.accuracy_fn,
+    )
+
+
+def _draw_runs_of_blocks(problem: Problem, parent: Sequence[int]) -> list[Figure]:
+    origin = problem.bank.names[parent[0]].rpartition("/")[0]
+
+    def score(problem: Problem, chains: np.ndarray) -> np.ndarray:
+        scored: ChainScores = evaluate_in_parts(
+            problem, chains, f"Scoring the runs of blocks of {origin}", _PART_SIZE
+        )
+        return scored.loss
+
+    losses = recipes.score_runs(problem, parent, evaluate_fn=score)
+    names = [problem.bank.names[token] for token in parent[:-1]][-len(losses.repeated) :]
+    labels = [name.rpartition("/")[2] for name in names]
+    note = f"Loss on search minus that of the unchanged model, {losses.loss:.4f}."
+    return [
+        _draw(
+            f"Blocks i to j of {origin}, {what}",
+            partial(jc.plot.block_runs, changed - losses.loss, labels=labels),
+            note,
+        )
+        for what, changed in (("repeated", losses.repeated), ("dropped", losses.dropped))
+    ]
+
+
+def _tabulate_options(drawn: Sequence[Drawn]) -> TextTable:
+    """Tabulate the options that any search set, with those that differ first."""
+    configs = [one.group[0].record["config"] for one in drawn]
+    names = list(dict.fromkeys(name for config in configs for name in config))
+    rows = []
+    for name in names:
+        if name in _HIDDEN or (name in BY_SEED and len(drawn[0].group) > 1):
+            continue
+        values = [_format_option(config.get(name)) for config in configs]
+        if any(values):
+            rows.append([name.replace("_", " "), *values])
+    rows.sort(key=lambda row: len(set(row[1:])) == 1)
+    columns = ["option", *(one.name for one in drawn)]
+    return TextTable("Options, those that differ first", columns, rows, tuple(range(len(columns))))
+
+
+def _format_option(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)

@@ -15,10 +15,12 @@ from jchain.cli.config import SearchConfig
 from jchain.cli.plot import plot_curve, plot_seeds, plot_sweep
 from jchain.cli.records import ResultRecord, SearchOutput, Summary, format_loss
 from jchain.data import EVALUATION_SPLITS
-from jchain.files import write_json
+from jchain.files import write_atomically, write_json
 
 RESULT_FILE = "result.json"
 BANK_FILE = "bank.safetensors"
+# The result of the run, without its state (`jchain.Result.to_json`).
+SEARCH_FILE = "search.json"
 CURVE_FILE = "curve.png"
 SWEEP_FILE = "sweep.png"
 # Files for several seeds, next to one folder per seed.
@@ -26,8 +28,24 @@ SUMMARY_FILE, SEEDS_FILE = "summary.json", "seeds.png"
 # The folder of what is needed to continue the search.
 WORK_FOLDER = "run"
 _LAST = (RESULT_FILE, SUMMARY_FILE)
-_FILES = {RESULT_FILE, BANK_FILE, CURVE_FILE, SWEEP_FILE, SUMMARY_FILE, SEEDS_FILE}
+_FILES = {RESULT_FILE, BANK_FILE, SEARCH_FILE, CURVE_FILE, SWEEP_FILE, SUMMARY_FILE, SEEDS_FILE}
 _SEED_FOLDER = re.compile(r"seed-\d+")
+
+
+class UnwrittenError(OSError):
+    """The error of a result that cannot be written, for example to a full disk.
+
+    Args:
+      record: the result.
+      reason: the error of the operating system.
+    """
+
+    def __init__(self, record: ResultRecord | Summary, reason: OSError) -> None:
+        super().__init__(
+            f"the result above is not written: {reason}. The same command writes it, from what "
+            "was saved of the search"
+        )
+        self.record = record
 
 
 def check_out(path: Path) -> None:
@@ -90,6 +108,10 @@ def write(folder: Path, output: SearchOutput) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not output.record["config"].get("checkpoint") or output.bank.versions is not None:
         output.bank.save(folder / BANK_FILE)
+    found = output.result.to_json()
+    write_atomically(
+        folder / SEARCH_FILE, lambda temporary: Path(temporary).write_text(f"{found}\n")
+    )
     plot_curve(folder / CURVE_FILE, output.result.curve, output.levels)
     if "sweep" in output.record:
         plot_sweep(folder / SWEEP_FILE, output.record["sweep"])

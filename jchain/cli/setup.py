@@ -15,8 +15,8 @@ from jchain.bank import Bank
 from jchain.chain import check_max_layers, check_min_layers
 from jchain.cli import checkpoints, own_files
 from jchain.cli.checkpoints import LossFn
+from jchain.cli.choices import CHANNELS, LAYERS
 from jchain.cli.config import DEFAULT_DEPTH, SearchConfig, require
-from jchain.cli.parser import CHANNELS, LAYERS
 from jchain.data import Dataset
 from jchain.hub.wrapping import Restart
 from jchain.problem import Problem

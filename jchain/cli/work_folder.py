@@ -6,6 +6,7 @@ It is the folder `run` within the result folder:
     seed-0/        for each seed, the bank that was trained, and the run (`jchain.runs.run_folder`)
     result/        the files of the result, until they are complete
     ready          there while complete files are moved from `result` to the result folder
+    programs/      compiled programs, which workers share
     lock           held by the process that works here
 """
 
@@ -25,7 +26,7 @@ from jchain.runs.run_folder import acquire_lock
 _FORMAT = "jchain search 1"
 _OPTIONS_FILE, _READY_FILE = "options.json", "ready"
 # Options that do not change what is computed, or that may change when a search continues.
-_FREE = ("budget", "max_seconds", "out", "command", "replace", "json")
+_FREE = ("budget", "max_seconds", "num_workers", "out", "command", "replace", "json")
 
 
 class WorkFolder:
@@ -37,6 +38,7 @@ class WorkFolder:
     Attributes:
       path: the folder.
       result: the folder in which the result is put together.
+      programs: the folder of the compiled programs that workers share.
       is_finished: whether the result folder holds the result for these options and this budget.
     """
 
@@ -45,6 +47,7 @@ class WorkFolder:
         self._out = require(config.out)
         self.path = self._out / WORK_FOLDER
         self.result = self.path / "result"
+        self.programs = self.path / "programs"
         self.is_finished = False
 
     def seed_folder(self, seed: int) -> Path:
@@ -90,6 +93,7 @@ class WorkFolder:
         ready = {"budget": budget, "names": list_files(self.result)}
         files.write_json(self.path / _READY_FILE, ready)
         self._move()
+        shutil.rmtree(self.programs, ignore_errors=True)
 
     @property
     def is_worth_keeping(self) -> bool:

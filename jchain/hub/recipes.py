@@ -5,7 +5,8 @@ original model, which is one of `Bank.parents`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,41 @@ from jchain.hub.wrapping import Within, find_restarts
 from jchain.modules.activations import check_one_array
 from jchain.problem import Problem
 
+EvaluateFn = Callable[[Problem, Int[np.ndarray, "P L"]], Float[np.ndarray, "P"]]
 
-def find_chains(problem: Problem, parent: Sequence[int], num_layers: int) -> dict[str, list[int]]:
+
+class RunLosses(NamedTuple):
+    """The losses of a model in which one run of consecutive blocks is repeated or dropped.
+
+    Attributes:
+      loss: the loss of the unchanged model.
+      repeated: `[D, D]`; blocks `i` to `j` are repeated once, right after they were applied. nan
+        where `j < i`.
+      dropped: `[D, D]`; blocks `i` to `j` are dropped. nan where `j < i`.
+    """
+
+    loss: float
+    repeated: Float[np.ndarray, "D D"]
+    dropped: Float[np.ndarray, "D D"]
+
+
+def compute_losses(problem: Problem, chains: Int[np.ndarray, "P L"]) -> Float[np.ndarray, "P"]:
+    """Compute the losses of chains, with layer penalties.
+
+    Args:
+      problem: the problem that defines the losses.
+      chains: the chains.
+    """
+    return np.asarray(evaluate(problem, chains).loss)
+
+
+def find_chains(
+    problem: Problem,
+    parent: Sequence[int],
+    num_layers: int,
+    *,
+    evaluate_fn: EvaluateFn = compute_losses,
+) -> dict[str, list[int]]:
     """Find the best chain of each recipe for a given number of layers.
 
     If the model has more layers than that, the recipes drop its last blocks, its blocks of least
@@ -34,6 +68,7 @@ def find_chains(problem: Problem, parent: Sequence[int], num_layers: int) -> dic
         of layers are ignored.
       parent: chain of the original model, one of `Bank.parents`.
       num_layers: number of layers of the chains, including a layer of embeddings.
+      evaluate_fn: computes the losses; a caller may show its progress.
 
     Returns:
       A map from the name of each recipe to its chain, without padding. It is empty if no recipe
@@ -54,8 +89,36 @@ def find_chains(problem: Problem, parent: Sequence[int], num_layers: int) -> dic
     found = {}
     for name, chains in options.items():
         rows = [[*start, *map(int, row)] for row in chains]
-        found[name] = rows[int(np.argmin(evaluate(sized, chain_lib.pad(rows, num_layers)).loss))]
+        found[name] = rows[int(np.argmin(evaluate_fn(sized, chain_lib.pad(rows, num_layers))))]
     return found
+
+
+def score_runs(
+    problem: Problem, parent: Sequence[int], *, evaluate_fn: EvaluateFn = compute_losses
+) -> RunLosses:
+    """Score each chain that repeats or drops one run of consecutive blocks of a model.
+
+    There are `D (D + 1)` such chains for `D` blocks. A layer of embeddings at the start of the
+    chain is kept.
+
+    Args:
+      problem: the problem whose split and loss score the chains; its limits on the number of layers
+        are ignored.
+      parent: chain of the original model, one of `Bank.parents`.
+      evaluate_fn: as for `find_chains`.
+    """
+    start, body = _split_start(problem.bank, parent)
+    blocks, head = body[:-1], body[-1:]
+    rows, cols = np.triu_indices(len(blocks))
+    runs = [*zip(rows.tolist(), cols.tolist(), strict=True)]
+    repeated = [[*start, *blocks[: j + 1], *blocks[i:], *head] for i, j in runs]
+    dropped = [[*start, *blocks[:i], *blocks[j + 1 :], *head] for i, j in runs]
+    max_layers = len(start) + 2 * len(blocks)
+    sized = dataclasses.replace(problem, max_layers=max_layers, min_layers=0)
+    losses = evaluate_fn(sized, chain_lib.pad([[*parent], *repeated, *dropped], max_layers))
+    maps = np.full((2, len(blocks), len(blocks)), np.nan, np.float32)
+    maps[:, rows, cols] = losses[1:].reshape(2, -1)
+    return RunLosses(float(losses[0]), *maps)
 
 
 def find_starts(bank: Bank, max_layers: int, *, min_layers: int = 0) -> Int[np.ndarray, "C L"]:

@@ -5,7 +5,7 @@ Without `ax`, a function makes a figure of its own, which is not shown: `jc.plot
 """
 
 from jchain.plot.drawing import chains
-from jchain.plot.maps import policy, swap_scores
+from jchain.plot.maps import block_runs, policy, swap_scores
 from jchain.plot.runs import curve, front
 
-__all__ = ["chains", "curve", "front", "policy", "swap_scores"]
+__all__ = ["block_runs", "chains", "curve", "front", "policy", "swap_scores"]

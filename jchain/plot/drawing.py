@@ -41,19 +41,41 @@ def chains(
     if len(labels) != len(rows):
         raise ValueError(f"expected one label for each of {len(rows)} chains, got {len(labels)}")
     names = [[bank.names[token] for token in row if token >= 0] for row in rows]
+    return draw_chains(names, labels, num_slots=rows.shape[1], ax=ax)
+
+
+def draw_chains(
+    names: Sequence[Sequence[str]],
+    labels: Sequence[str],
+    *,
+    num_slots: int | None = None,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Draw chains, given by the names of their layers, as `chains` does.
+
+    Args:
+      names: for each chain, the names of its layers and its head.
+      labels: the name of each row.
+      num_slots: number of columns; None for that of the longest chain.
+      ax: the axes to draw on; None for a new figure.
+    """
     origins = list(dict.fromkeys(_get_origin(name) for row in names for name in row))
-    ax = get_axes(ax, (1.5 + 0.7 * rows.shape[1], 1.0 + 0.4 * len(rows)))
+    num_slots = max(map(len, names)) if num_slots is None else num_slots
+    ax = get_axes(ax, (1.5 + 0.7 * num_slots, 1.0 + 0.4 * len(names)))
     for i, row in enumerate(names):
         for slot, name in enumerate(row):
             color = f"C{origins.index(_get_origin(name)) % 10}"
             ax.barh(i, 0.9, left=slot + 0.55, height=0.8, color=color, alpha=0.5)
-            ax.text(slot + 1, i, name.rpartition("/")[2], ha="center", va="center", fontsize=8)
+            cell = name.rpartition("/")[2]
+            # A cell holds about eight letters of the usual size.
+            size = 8 * min(1.0, 8 / len(cell))
+            ax.text(slot + 1, i, cell, ha="center", va="center", fontsize=size)
     for i, origin in enumerate(origins):
         ax.bar(0, 0, color=f"C{i % 10}", alpha=0.5, label=origin)
     ax.set(
-        xlim=(0.5, rows.shape[1] + 0.5),
-        xticks=range(1, rows.shape[1] + 1),
-        yticks=range(len(rows)),
+        xlim=(0.5, num_slots + 0.5),
+        xticks=range(1, num_slots + 1),
+        yticks=range(len(names)),
         yticklabels=labels,
         xlabel="slot",
     )

@@ -1,5 +1,6 @@
 """Heat maps over the slots of a chain and the entries of a bank."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -79,6 +80,43 @@ def policy(
     image = ax.imshow(values, cmap="viridis", vmin=0.0, vmax=1.0, aspect="auto")
     _set_layers(ax, bank, len(values), num_entries)
     ax.figure.colorbar(image, ax=ax, label="probability")
+    return ax
+
+
+def block_runs(
+    changes: Float[Array, "D D"] | Float[np.ndarray, "D D"],
+    *,
+    labels: Sequence[str] | None = None,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Draw the change of the loss if one run of consecutive blocks of a model is changed.
+
+    Blue lowers the loss.
+
+    Args:
+      changes: the change of the loss if blocks `i` to `j` are changed, `[D, D]`; nan where `j < i`.
+        For example, `losses.repeated - losses.loss` of `jchain.hub.recipes.score_runs`.
+      labels: the name of each block; their numbers from 0 by default.
+      ax: the axes to draw on; None for a new figure.
+
+    Raises:
+      ValueError: if the changes are not a square matrix, or there is not one label per block.
+    """
+    values = np.asarray(changes, np.float64)
+    if values.ndim != 2 or values.shape[0] != values.shape[1]:
+        raise ValueError(f"expected changes of shape [D, D], got {list(values.shape)}")
+    labels = [str(i) for i in range(len(values))] if labels is None else labels
+    if len(labels) != len(values):
+        raise ValueError(f"expected one label for each of {len(values)} blocks, got {len(labels)}")
+    values = np.where(np.isfinite(values), values, np.nan)
+    size = 2.5 + 0.25 * len(values)
+    ax = get_axes(ax, (size + 1.5, size))
+    limit = np.nanmax(np.abs(values), initial=1e-12)
+    image = ax.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    ax.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8)
+    ax.set_yticks(range(len(labels)), labels, fontsize=8)
+    ax.set(xlabel="last block", ylabel="first block")
+    ax.figure.colorbar(image, ax=ax, label="change of the loss")
     return ax
 
 

@@ -8,13 +8,14 @@ The layout is
     lock, holder.json which process uses the folder
 """
 
+import contextlib
 import json
 import os
 import shutil
 import socket
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,20 +100,25 @@ class RunFolder:
 
         Args:
           snapshot: the run.
+
+        Raises:
+          Exception: if this or the last checkpoint cannot be written, whatever orbax raises.
         """
         import orbax.checkpoint as ocp
 
+        self.log.append([])
         self.log.sync()
         arrays = _flatten(snapshot.arrays)
         info = {**snapshot.info, "log": self.log.position, "crc32": _checksum(arrays)}
-        manager = self._get_manager()
-        number = (manager.latest_step() or 0) + 1
-        manager.save(
-            number,
-            args=ocp.args.Composite(
-                arrays=ocp.args.StandardSave(arrays), info=ocp.args.JsonSave(info)
-            ),
-        )
+        with self._begin_anew_after_errors():
+            manager = self._get_manager()
+            number = (manager.latest_step() or 0) + 1
+            manager.save(
+                number,
+                args=ocp.args.Composite(
+                    arrays=ocp.args.StandardSave(arrays), info=ocp.args.JsonSave(info)
+                ),
+            )
 
     @property
     def is_saving(self) -> bool:
@@ -120,9 +126,25 @@ class RunFolder:
         return self._manager is not None and self._manager.is_saving_in_progress()
 
     def wait(self) -> None:
-        """Wait until the checkpoint is written."""
-        if self._manager is not None:
-            self._manager.wait_until_finished()
+        """Wait until the checkpoint is written.
+
+        Raises:
+          Exception: if it could not be written, whatever orbax raises.
+        """
+        with self._begin_anew_after_errors():
+            if self._manager is not None:
+                self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _begin_anew_after_errors(self) -> Iterator[None]:
+        """After an error, forget orbax's manager, which may not be used any more."""
+        try:
+            yield
+        except Exception:
+            manager, self._manager = self._manager, None
+            with contextlib.suppress(Exception):
+                manager.close()
+            raise
 
     def __enter__(self) -> "RunFolder":
         return self

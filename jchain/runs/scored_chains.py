@@ -111,6 +111,7 @@ class ChainLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._size, self._checksum = 0, 0
+        self._waiting = b""
 
     @property
     def position(self) -> dict[str, int]:
@@ -145,15 +146,23 @@ class ChainLog:
 
         Args:
           runs: the chains of each run.
+
+        Raises:
+          OSError: if the file cannot be written. The next call writes these chains, too.
         """
         lines = [line for i, scored in enumerate(runs) for line in _format_lines(i, scored)]
         if lines:
             steps = np.concatenate([scored.step for scored in runs])
-            data = "".join(lines[i] for i in np.argsort(steps, kind="stable")).encode()
-            with self.path.open("ab") as file:
-                file.write(data)
-            self._size += len(data)
-            self._checksum = zlib.crc32(data, self._checksum)
+            self._waiting += "".join(lines[i] for i in np.argsort(steps, kind="stable")).encode()
+        if self._waiting:
+            # Lines of which only a part was written, to a disk that was full, are written again.
+            with self.path.open("r+b" if self._size else "wb") as file:
+                file.truncate(self._size)
+                file.seek(self._size)
+                file.write(self._waiting)
+            self._size += len(self._waiting)
+            self._checksum = zlib.crc32(self._waiting, self._checksum)
+            self._waiting = b""
 
     def sync(self) -> None:
         """Wait until the file is on the disk."""

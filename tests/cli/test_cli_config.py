@@ -4,8 +4,8 @@ import re
 import pytest
 from command_line import check_bad_checkpoint_options, check_bad_options, fail
 
+from jchain.cli.choices import UPDATES
 from jchain.cli.config import SearchConfig, resolve
-from jchain.cli.parser import UPDATES
 
 
 @pytest.mark.parametrize(

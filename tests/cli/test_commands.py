@@ -28,6 +28,7 @@ def test_search_writes_and_prints_a_report_that_can_be_checked(tmp_path, capsys,
     result = json.loads(shown.out)
     assert result == json.loads((tmp_path / "out" / "result.json").read_text())
     assert set(result) == {
+        "finalists",
         "about",
         "num_chains",
         "num_examples",
@@ -133,7 +134,7 @@ def test_evaluate_refuses_damaged_and_missing_files(result_folder, tmp_path, cap
 
 
 def test_a_search_leaves_a_result_without_the_weights(models_folder, checkpoint_result, capsys):
-    names = ["curve.png", "result.json", "run"]
+    names = ["curve.png", "result.json", "run", "search.json"]
     assert sorted(path.name for path in checkpoint_result.iterdir()) == names
     found = json.loads((checkpoint_result / "result.json").read_text())
     assert found["layers"][-1] in ("m0/head", "m1/head")

@@ -1,71 +1,113 @@
-from jchain.cli.records import format_loss
-from jchain.cli.report import draw_chain, print_table
+"""`jchain report` writes one page that holds the figures of the results."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from command_line import fail
+
+from jchain.__main__ import main
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
-def make_record():
-    """Make the output of a search with a better recipe, an infinite loss, and a sweep."""
-    scores = {
-        "loss": {"search": 0.5, "select": 0.25, "test": None},
-        "accuracy": {"search": 0.75, "select": 0.5, "test": 0.125},
-        "standard_error": {"search": 0.125, "select": 0.0625, "test": None},
-    }
-    noise = {**scores, "difference": {"mean": 0.5, "standard_error": 0.3}}
-    worse = {**scores, "difference": {"mean": -0.5, "standard_error": 0.125}}
-    random = {"loss": {"test": 4.0}, "accuracy": {"test": 0.1}, "quartiles": [3.5, None]}
-    recipe = {"chain": [0, 4], **scores}
-    record = {
-        "best_chain": [0, 4],
-        "chosen": "last blocks dropped",
-        "layers": ["a", "head"],
-        **scores,
-        "num_examples": {"search": 360, "select": 305, "test": 1_270},
-        "num_chains": 12_345,
-        "layer_calls": 1234,
-        "update_calls": 34,
-        "optimum": 0.125,
-        "controls": {
-            "best_parent": noise,
-            "plain_net": worse,
-            "random_chains": random,
-            "recipes": {"last blocks dropped": recipe},
-        },
-        "num_scored": 7,
-        "nonfinite_chains": 2,
-        "sweep": [
-            {"max_layers": 1, "chosen": "search", "recipes": {}, **recipe},
-        ],
-    }
-    return record
+def read_page(path):
+    text = path.read_text()
+    assert "http" not in re.sub(r'src="data:[^"]*"', "", text)  # nothing is loaded
+    return text
 
 
-def test_print_table_has_all_rows_and_remarks(capsys):
-    print_table(make_record())
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "search, 360 select, 305 test, 1,270" in shown
-    cells = "0.500 ± 0.125 (75.0%) 0.250 ± 0.062 (50.0%) not finite"
-    assert f"best chain found {cells}" in shown
-    assert f"best parent {cells} +0.500 ± 0.300 (noise)" in shown
-    assert f"plain net, same steps {cells} -0.500 ± 0.125" in shown
-    assert "random chains, median 4.000 (10.0%) quartiles 3.500 to not finite" in shown
-    assert "No clear difference on test (95%): best parent" in shown
-    assert "optimum of all chains 0.125" in shown
-    found = "in 1,234 layer calls, 34 of them gradient steps, among 12,345 chains: a -> head"
-    assert found in shown
-    assert "This chain is a recipe (last blocks dropped)" in shown
-    assert "2 of 7 scored chains had a non-finite loss" in shown
+def list_figures(page):
+    return re.findall(r'<img src="data:image/svg\+xml;base64,[^"]+" alt="([^"]*)">', page)
 
 
-def test_draw_chain_groups_layers_by_origin():
-    layers = ["undo it", "net/10", "other/0", "net/2", "net/head"]
-    assert draw_chain(layers, "seed 3") == [
-        "seed 3   1  2 3 4",
-        "undo it  ●  · · ·    ·",
-        "net      · 10 · 2 head",
-        "other    ·  · 0 ·    ·",
+@pytest.fixture(scope="module")
+def page_of_checkpoints(checkpoint_result, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report") / "report.html"
+    assert main(["report", str(checkpoint_result), "--out", str(out)]) == 0
+    return out
+
+
+def test_a_page_of_several_results_holds_their_figures(result_folder, tmp_path, capsys):
+    for i in range(3):
+        folder = shutil.copytree(result_folder, tmp_path / f"r{i}")
+        record = json.loads((folder / "result.json").read_text())
+        record["loss"] = {"search": 0.5 + i, "select": 2.5 - i, "test": 1.0 + 0.5 * i}
+        record["config"] |= {"seed": i}
+        if i == 2:
+            record["config"] |= {"search": "local", "bank": "<b>"}
+        (folder / "result.json").write_text(json.dumps(record))
+    out = tmp_path / "report.html"
+    folders = [str(tmp_path / f"r{i}") for i in range(3)]
+    assert main(["report", *folders, "--out", str(out)]) == 0
+    assert f"Wrote {out}" in capsys.readouterr().out
+    page = read_page(out)
+    # The comparison: the mean of seeds 0 and 1 on test, and the only loss of the other search.
+    assert re.search(r"<td[^>]*>r0</td><td>2</td>.*<td>1\.250 \[[^<]*\]</td>", page)
+    assert re.search(r"<td[^>]*>r2</td><td>1</td>.*<td>2\.000</td>", page)
+    finalist = json.loads((tmp_path / "r2" / "result.json").read_text())["finalists"][0]
+    assert f"<td>{finalist['search_loss']:.4f}</td><td>{finalist['deciding_loss']:.4f}</td>" in page
+    assert "On test, the best chain found has a mean loss of 1.250" in page
+    assert "What follows is the result of seed 1" in page  # the lowest loss on select
+    # Options that differ come first, and text is escaped.
+    options = page[page.index("Options, those that differ first") :]
+    differing = [options.index(f">{name}</td>") for name in ("search", "bank")]
+    assert max(differing) < options.index(">data</td>")
+    assert "&lt;b&gt;" in page
+    assert "<b>" not in page
+    assert list_figures(page) == [
+        "Best loss on search over the cost",
+        "Lowest loss by number of layers",
+        "Chains of r0",
+        "Swaps in the best chain of r0",
+        "Chains of r2",
+        "Swaps in the best chain of r2",
     ]
 
 
-def test_losses_have_few_decimals():
-    assert format_loss(0.12351) == "0.124"
-    assert format_loss(0.12351, 4) == "0.1235"
-    assert format_loss(None) == "not finite"
+def test_a_page_of_checkpoints_has_maps_of_runs_of_blocks(page_of_checkpoints):
+    page = read_page(page_of_checkpoints)
+    figures = list_figures(page)
+    for model in ("m0", "m1"):
+        for what in ("repeated", "dropped"):
+            assert f"Blocks i to j of {model}, {what}" in figures
+    assert page.count("Loss on search minus that of the unchanged model") == 4
+
+
+def test_older_results_and_missing_files_are_said(result_folder, tmp_path, capsys):
+    folder = shutil.copytree(result_folder, tmp_path / "old")
+    (folder / "search.json").unlink()
+    (folder / "bank.safetensors").unlink()
+    out = tmp_path / "report.html"
+    assert main(["report", str(folder), "--out", str(out)]) == 0
+    assert "No heat maps of old: " in capsys.readouterr().err
+    page = read_page(out)
+    assert "its curve and its front are missing" in page
+    assert "Heat maps are missing: " in page
+    assert main(["report", str(folder), "--out", str(out), "--no-maps"]) == 0
+    assert "Heat maps are missing" not in read_page(out)
+    (tmp_path / "empty").mkdir()
+    before = out.read_bytes()
+    err = fail(["report", str(tmp_path / "empty"), "--out", str(out)], capsys)
+    assert "expected a result folder, got" in err
+    assert out.read_bytes() == before
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_a_browser_shows_the_tables_without_errors(
+    page_of_checkpoints, checkpoint_result, tmp_path
+):
+    assert BROWSER is not None
+    options = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --dump-dom"
+    options += f" --enable-logging=stderr --virtual-time-budget=2000 --user-data-dir={tmp_path}"
+    command = [BROWSER, *options.split(), page_of_checkpoints.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", done.stdout)
+    record = json.loads((checkpoint_result / "result.json").read_text())
+    assert any(cell.startswith(f"{record['loss']['test']:.3f}") for cell in cells)
+    for row in record["finalists"]:
+        assert f"{row['search_loss']:.4f}" in cells
+        assert " -&gt; ".join(row["layers"]) in cells

@@ -30,7 +30,7 @@ def test_a_result_is_replaced_only_with_replace(result_folder, tmp_path, capsys)
     assert main([*argv, "--replace"]) == 0
     assert json.loads((folder / "result.json").read_text())["config"]["seed"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert "out: bank.safetensors, curve.png, result.json" in capsys.readouterr().out
+    assert "out: bank.safetensors, curve.png, result.json, search.json" in capsys.readouterr().out
     assert not (folder / "sweep.png").exists()
     (folder / "notes.txt").write_text("mine")
     assert main([*argv, "--replace"]) == 2

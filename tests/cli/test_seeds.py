@@ -3,8 +3,8 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from jchain.cli.config import SearchConfig
-from jchain.cli.report import print_summary
 from jchain.cli.seeds import compare_pairs, summarize
+from jchain.cli.tables import print_summary
 
 FOUND = (0.25, 0.5, 0.125)
 PARENT = (2.25, 3.5, 1.125)

@@ -12,7 +12,7 @@ from command_line import fail
 
 import jchain as jc
 from jchain.__main__ import main
-from jchain.cli import commands
+from jchain.cli import seed_runs
 from jchain.runs import monitor
 from jchain.tasks import repair
 
@@ -99,7 +99,7 @@ def test_the_finalist_is_picked_on_search_and_select(tmp_path):
 
 
 def test_finished_seeds_are_kept_when_a_run_is_interrupted(tmp_path, capsys, monkeypatch):
-    run_seed, seeds = commands._run_seed, []
+    run_seed, seeds = seed_runs._run_seed, []
 
     def interrupt_second(config, *args):
         seeds.append(config.seed)
@@ -107,7 +107,7 @@ def test_finished_seeds_are_kept_when_a_run_is_interrupted(tmp_path, capsys, mon
             raise KeyboardInterrupt
         return run_seed(config, *args)
 
-    monkeypatch.setattr(commands, "_run_seed", interrupt_second)
+    monkeypatch.setattr(seed_runs, "_run_seed", interrupt_second)
     out = tmp_path / "out"
     command = ["search", *SMALL, "--quick", "--seeds", "2", "--out", str(out)]
     assert main(command) == 130

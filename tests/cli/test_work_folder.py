@@ -50,7 +50,7 @@ def test_a_finished_search_is_shown_and_not_repeated(out, monkeypatch, capsys):
     assert search(out) == 0
     shown = capsys.readouterr().out
     assert "best chain found" in shown
-    assert f"Read {out}: bank.safetensors, curve.png, result.json. To extend" in shown
+    assert f"Read {out}: bank.safetensors, curve.png, result.json, search.json. To extend" in shown
     assert search(out, "--json") == 0
     assert json.loads(capsys.readouterr().out) == json.loads((out / "result.json").read_text())
 
@@ -172,3 +172,26 @@ def test_a_search_over_several_seeds_is_extended(tmp_path):
         for folder in ("parts", "whole")
     ]
     assert rows[0] == rows[1]
+
+
+def test_a_result_that_is_not_written_is_shown_and_written_later(
+    finished, tmp_path, monkeypatch, capsys
+):
+    out, write_json = tmp_path / "out", result_folder.write_json
+
+    def fill(path, value):
+        if path.name == "result.json":
+            raise OSError(28, "No space left on device")
+        write_json(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(result_folder, "write_json", fill)
+        assert search(out) == 2
+    done = capsys.readouterr()
+    assert "best chain found" in done.out
+    assert "Wrote" not in done.out
+    assert "jchain: error: the result above is not written: [Errno 28] No space left" in done.err
+    assert not result_folder.has_result(out)
+    assert "its search is not finished" in fail(["evaluate", str(out)], capsys)
+    assert search(out) == 0
+    assert read(out) == read(finished)

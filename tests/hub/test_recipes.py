@@ -45,3 +45,23 @@ def test_recipes_change_the_chain_of_the_model(tmp_path):
     assert recipes.drop_last(parent, 4).tolist() == [4]
     with pytest.raises(ValueError, match="expected 0 to 4 blocks of this chain, got 5"):
         recipes.drop_last(parent, 5)
+
+
+def test_runs_of_blocks_have_the_losses_of_their_chains(tmp_path):
+    path = write(tmp_path / "model", config={"n_layer": 4}, tensors=make_tensors(4))
+    bank = jc.hub.load(path)
+    ids = np.array([[1, 2, 3], [4, 5, 6]])
+    problem = jc.Problem(bank, jc.Batch(ids, ids), max_layers=2, min_layers=1)
+    losses = jc.hub.recipes.score_runs(problem, bank.parents[0])
+    wide = jc.Problem(bank, jc.Batch(ids, ids), max_layers=8)
+
+    def score(*tokens):
+        return jc.evaluate(wide, jc.chain.pad([[*tokens, 4]], 8)).loss[0]
+
+    assert losses.loss == pytest.approx(score(0, 1, 2, 3), rel=1e-5)
+    assert losses.repeated[1, 2] == pytest.approx(score(0, 1, 2, 1, 2, 3), rel=1e-5)
+    assert losses.dropped[1, 2] == pytest.approx(score(0, 3), rel=1e-5)
+    assert losses.repeated[0, 3] == pytest.approx(score(0, 1, 2, 3, 0, 1, 2, 3), rel=1e-5)
+    assert losses.dropped[0, 3] == pytest.approx(score(), rel=1e-5)
+    for values in (losses.repeated, losses.dropped):
+        np.testing.assert_array_equal(np.isnan(values), np.tri(4, k=-1, dtype=bool))

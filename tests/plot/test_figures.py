@@ -73,6 +73,15 @@ def test_maps_show_the_scores(problem, bank):
         jc.plot.policy(bank, probabilities[:, :2])
 
 
+def test_a_map_of_runs_of_blocks_has_their_names():
+    changes = np.where(np.tri(3, k=-1, dtype=bool), np.nan, np.arange(9).reshape(3, 3) - 4.0)
+    ax = jc.plot.block_runs(changes, labels=["1", "2", "3"])
+    np.testing.assert_array_equal(np.ma.filled(ax.images[0].get_array(), np.nan), changes)
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "2", "3"]
+    with pytest.raises(ValueError, match="expected one label for each of 3 blocks, got 1"):
+        jc.plot.block_runs(changes, labels=["1"])
+
+
 def test_what_is_no_result_is_refused(results):
     with pytest.raises(ValueError, match="expected a jc.Result or several, got list of 0"):
         jc.plot.curve([])

@@ -215,3 +215,46 @@ def test_a_signal_ends_a_run_and_saves_it(tmp_path, name):
     assert process.returncode == 0
     assert out.splitlines()[-1] == f"False {name} True"
     assert any((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.fixture
+def limit_files():
+    """A function that limits the size of files, as a disk that is full does."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# orbax leaves an event loop behind if its write fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_does_not_lose_the_run(problem, whole, tmp_path, limit_files):
+    num_parts = []
+
+    def fill(progress):
+        num_parts.append(1)
+        limit_files(200)
+
+    folder = tmp_path / "run"
+    with pytest.warns(UserWarning, match=r"run cannot be written: .*\. The run goes on, but"):
+        result = run(problem, folder, callback=fill, save_every=1e-3)
+    assert len(num_parts) > 1
+    assert result.is_complete
+    assert_equal(result._replace(state=None), whole)
+    limit_files(2**40)
+    # With room again, the same call takes the steps that were not saved.
+    assert_equal(run(problem, folder)._replace(state=None), whole)
+    assert len((folder / "chains.jsonl").read_text().splitlines()) == whole.num_scored
+
+
+def test_lines_that_were_half_written_are_written_again(problem, whole, tmp_path, limit_files):
+    sizes = iter([200, 2**40, 300, 2**40])
+
+    def change_limit(progress):
+        limit_files(next(sizes, 2**40))
+
+    with pytest.warns(UserWarning, match="cannot be written"):
+        run(problem, tmp_path / "run", callback=change_limit)
+    run(problem, tmp_path / "other")
+    log, expected = ((tmp_path / name / "chains.jsonl").read_text() for name in ("run", "other"))
+    assert log == expected

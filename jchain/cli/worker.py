@@ -1,0 +1,48 @@
+"""The process of one seed, which `jchain.cli.workers` starts."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+
+from jchain.cli.config import SearchConfig
+from jchain.cli.interruption import EXIT_CODES, SignalHandlers, get_name
+from jchain.cli.seed_runs import run_one_of_several
+from jchain.cli.work_folder import WorkFolder
+
+
+def main(text: str) -> int:
+    """Search with one seed.
+
+    Args:
+      text: JSON with the options of the seed and the seconds that are left.
+
+    Returns:
+      The exit status: 0 on success, 2 for an error, and otherwise the code of `EXIT_CODES`.
+    """
+    threading.Thread(target=_watch_parent, daemon=True).start()
+    options = json.loads(text)
+    config = SearchConfig.load(options["config"])
+    seconds = options["seconds"]
+    deadline = None if seconds is None else time.monotonic() + seconds
+    try:
+        with SignalHandlers():
+            run_one_of_several(config, WorkFolder(config), deadline)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"jchain: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        return EXIT_CODES[get_name(error)]
+    return 0
+
+
+def _watch_parent() -> None:
+    """Stop this process if its parent is gone, which closes standard input."""
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
