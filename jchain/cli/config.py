@@ -333,8 +333,6 @@ def check_search(config: SearchConfig, invertible_layers: Sequence[str]) -> None
         )
     if config.max_seconds is not None and not config.max_seconds > 0:
         raise ValueError(f"expected --max-seconds above 0, got {config.max_seconds}")
-    if config.max_seconds is not None and not config.is_frozen:
-        raise ValueError(f"expected --update frozen with --max-seconds, got {config.update}")
     if require(config.budget) < 1:
         raise ValueError(f"expected a budget of at least 1, got {config.budget}")
     if config.max_layers is not None:

@@ -227,7 +227,7 @@ def search_chains(
 ) -> Found:
     """Search, and update weights as the policy decides, until the budget is used.
 
-    If weights are never updated, the run is saved in the folder of the context.
+    The run is saved in the folder of the context.
 
     Args:
       key: the PRNG key for the search and the updates.
@@ -256,8 +256,18 @@ def search_chains(
         found = Found(problem.bank, result, 0)
     else:
         train = context.setup.data.train
+        # A policy divides its budget, so a run with another budget is another run.
+        folder = None if context.folder is None else context.folder / f"search-{budget}"
         outcome = policy.run(
-            key, search, problem, train, budget=budget, progress=True, starts=starts
+            key,
+            search,
+            problem,
+            train,
+            budget=budget,
+            progress=True,
+            starts=starts,
+            checkpoint_dir=folder,
+            max_seconds=max_seconds,
         )
         found = Found(outcome.bank, outcome.result, outcome.update_calls)
     if len(found.result.finalists) == 0:

@@ -27,7 +27,7 @@ def begin_run(spec: RunSpec, folder: RunFolder | None, *, keep_scored: bool) -> 
         runs = infer_runs(spec.keys, spec.search, spec.problem, spec.num_finalists)
         records = infer_records(runs, spec.search, spec.problem, spec.recording)
         template = History.make_template(runs, records)
-        snapshot = folder.restore(template, jax.random.key_impl(spec.keys))
+        snapshot = folder.restore(lambda info: template, jax.random.key_impl(spec.keys))
     if folder is None or snapshot is None:
         history = History(*begin_anew(spec))
         scored = _list_starts(spec, history.start)

@@ -179,7 +179,8 @@ def run_many(
       ValueError: if there are no keys, the keys are not from `jax.random.key`, or as for `run`.
     """
     check_arguments(search, problem, budget, num_finalists)
-    _check_limits(target_loss, save_every, max_seconds, record, checkpoint_dir)
+    _check_limits(target_loss, record)
+    check_saving(save_every, max_seconds, checkpoint_dir)
     _check_keys(keys, 1, "keys of jax.random.key of shape [S], at least one")
     keep_scored, is_saved = record is not None, checkpoint_dir is not None
     keep_state |= is_saved
@@ -267,8 +268,9 @@ def advance_runs(
     line: ProgressLine,
     *,
     keep_state: bool = False,
-) -> tuple[RunState, Trace]:
-    """Step until all runs are over.
+    after_part: Callable[[RunState, Trace], str | None] = lambda runs, trace: None,
+) -> tuple[RunState, Trace, str | None]:
+    """Step until all runs are over, or until they are stopped.
 
     Args:
       runs: the runs, from `init_runs` or from an earlier call.
@@ -277,16 +279,20 @@ def advance_runs(
       stop: the rule that ends each run.
       line: the progress line to update.
       keep_state: as for `iterate_parts`.
+      after_part: a function that is called after every few steps with the runs and the trace of
+        this call, `[T, S]`. If it returns a text, the runs stop.
 
     Returns:
-      The finished runs, and the trace of all T steps, `[T, S]`.
+      The runs, the trace of all T steps, `[T, S]`, and why the runs stopped; None at their end.
     """
     history = History(runs)
     for part in iterate_parts(runs, search, problem, stop, keep_state=keep_state):
         history.add(part)
         stats = part.runs.stats
         line.update(int(np.min(stats.layer_calls)), float(np.min(stats.pool.loss)))
-    return history.runs, history.trace
+        if reason := after_part(history.runs, history.trace):
+            return history.runs, history.trace, reason
+    return history.runs, history.trace, None
 
 
 def check_budget(
@@ -343,20 +349,31 @@ def check_first_step(
     make_results(steps.runs, trace, int(np.asarray(stop.budget)), problem, start)
 
 
-def _check_limits(
-    target_loss: float,
-    save_every: float,
-    max_seconds: float | None,
-    record: str | None,
-    checkpoint_dir: str | os.PathLike[str] | None,
-) -> None:
+def _check_limits(target_loss: float, record: str | None) -> None:
     if math.isnan(target_loss):
         raise ValueError("expected a target_loss that is a number, got nan")
+    if record not in (None, "chains"):
+        raise ValueError(f'expected record to be "chains" or None, got {record!r}')
+
+
+def check_saving(
+    save_every: float,
+    max_seconds: float | None,
+    checkpoint_dir: str | os.PathLike[str] | None,
+) -> None:
+    """Check when a run is saved and stops.
+
+    Args:
+      save_every: as for `run`.
+      max_seconds: as for `run`.
+      checkpoint_dir: as for `run`.
+
+    Raises:
+      ValueError: if a number of seconds is not above 0, or there are several processes.
+    """
     for name, value in (("save_every", save_every), ("max_seconds", max_seconds)):
         if value is not None and not value > 0:
             raise ValueError(f"expected {name} in seconds, above 0, got {value}")
-    if record not in (None, "chains"):
-        raise ValueError(f'expected record to be "chains" or None, got {record!r}')
     if checkpoint_dir is not None and (num := jax.process_count()) > 1:
         raise ValueError(f"expected one process with checkpoint_dir, got {num} of jax.distributed")
 

@@ -1,24 +1,17 @@
 """What happens on the host between two parts of a run: logs, callbacks, limits, checkpoints."""
 
-import contextlib
-import textwrap
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
-from jchain.pytree import get_first_line
 from jchain.runs.history import History, Part
 from jchain.runs.interruption import Interruption
 from jchain.runs.progress import Progress, ProgressLine
 from jchain.runs.result import StopRule
-from jchain.runs.run_folder import RunFolder
+from jchain.runs.run_folder import RunFolder, warn_of_errors
 from jchain.runs.scored_chains import ScoredChains
-
-# The number of letters of an error of orbax or of the operating system that a warning shows.
-_MAX_REASON = 300
 
 Callback = Callable[[Sequence[Progress]], object]
 
@@ -74,7 +67,7 @@ class Monitor:
         scored = self._history.add(part)
         self._is_saved &= not np.asarray(part.trace.is_counted).any()
         if self._folder is not None:
-            with self._warn_of_errors(self._folder):
+            with warn_of_errors(self._folder.path):
                 self._folder.log.append(scored)
         if self._keep_scored:
             self._history.scored.append(scored)
@@ -97,32 +90,24 @@ class Monitor:
         """
         if self._folder is None:
             return
-        if not self._is_saved:
-            with self._warn_of_errors(self._folder):
-                self._folder.wait()
+        is_written = self._wait(self._folder)
+        if not (self._is_saved and is_written):
             self._save(self._folder)
-        with self._warn_of_errors(self._folder):
-            self._folder.wait()
+            self._wait(self._folder)
+
+    def _wait(self, folder: RunFolder) -> bool:
+        """Wait for the checkpoint, and return whether it was written."""
+        is_written = False
+        with warn_of_errors(folder.path):
+            folder.wait()
+            is_written = True
+        return is_written
 
     def _save(self, folder: RunFolder) -> None:
         self._saved_at = time.monotonic()
-        with self._warn_of_errors(folder):
+        with warn_of_errors(folder.path):
             folder.save(self._history.to_snapshot(self._stop))
             self._is_saved = True
-
-    @contextlib.contextmanager
-    def _warn_of_errors(self, folder: RunFolder) -> Iterator[None]:
-        """Turn an error of saving, for example of a full disk, into a warning."""
-        try:
-            yield
-        except Exception as error:
-            self._is_saved = False
-            reason = textwrap.shorten(get_first_line(error), _MAX_REASON)
-            warnings.warn(
-                f"{folder.path} cannot be written: {reason}. The run goes on, but what it did "
-                "since the last checkpoint is lost if it stops now",
-                stacklevel=2,
-            )
 
     def _call(self, callback: Callback, scored: Sequence[ScoredChains]) -> bool:
         """Call the callback; if it raises an error, save the run first."""

@@ -13,9 +13,10 @@ import json
 import os
 import shutil
 import socket
+import textwrap
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +26,14 @@ import numpy as np
 
 from jchain import files
 from jchain._typing import PyTree
+from jchain.pytree import get_first_line
 from jchain.runs.identity import find_differences
 from jchain.runs.scored_chains import ChainLog
 
 FORMAT = "jchain run 1"
 _MAX_SHOWN = 5
+# The number of letters of an error of orbax or of the operating system that a warning shows.
+_MAX_REASON = 300
 
 
 class Snapshot(NamedTuple):
@@ -63,12 +67,14 @@ class RunFolder:
             self._release()
             raise
 
-    def restore(self, template: PyTree, key_impl: Any) -> Snapshot | None:
+    def restore(
+        self, make_template: Callable[[dict[str, Any]], PyTree], key_impl: Any
+    ) -> Snapshot | None:
         """Read the last checkpoint that is whole, and cut the log there.
 
         Args:
-          template: a pytree of the shapes and dtypes of the arrays. A leading size of -1 stands for
-            any size.
+          make_template: a function of the checkpoint's `info` that returns a pytree of the shapes
+            and dtypes of the arrays. A leading size of -1 stands for any size.
           key_impl: the implementation of PRNG keys, from `jax.random.key_impl`.
 
         Returns:
@@ -80,7 +86,7 @@ class RunFolder:
         manager = self._get_manager()
         for number in sorted(manager.all_steps(), reverse=True):
             try:
-                snapshot = self._read(number, template, key_impl)
+                snapshot = self._read(number, make_template, key_impl)
             except Exception as error:
                 warnings.warn(
                     f"checkpoint {number} of {self.path} is damaged, so an earlier one is used: "
@@ -212,7 +218,9 @@ class RunFolder:
             self._manager = ocp.CheckpointManager(self.path / "checkpoints", options=options)
         return self._manager
 
-    def _read(self, number: int, template: PyTree, key_impl: Any) -> Snapshot:
+    def _read(
+        self, number: int, make_template: Callable[[dict[str, Any]], PyTree], key_impl: Any
+    ) -> Snapshot:
         import orbax.checkpoint as ocp
 
         out = self._get_manager().restore(
@@ -221,7 +229,26 @@ class RunFolder:
         )
         if _checksum(out.arrays) != out.info["crc32"]:
             raise ValueError("its checksum does not match")
+        template = make_template(out.info)
         return Snapshot(_unflatten(out.arrays, template, key_impl), out.info)
+
+
+@contextlib.contextmanager
+def warn_of_errors(path: Path) -> Iterator[None]:
+    """Turn an error of saving, for example of a full disk, into a warning.
+
+    Args:
+      path: the folder that is written.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = textwrap.shorten(get_first_line(error), _MAX_REASON)
+        warnings.warn(
+            f"{path} cannot be written: {reason}. The run goes on, but what it did since the last "
+            "checkpoint is lost if it stops now",
+            stacklevel=4,
+        )
 
 
 def acquire_lock(path: Path) -> Any:

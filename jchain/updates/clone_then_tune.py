@@ -1,5 +1,6 @@
 """The policy that tunes copies of layers between rounds of the search."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from jchain.runs.driver import advance_runs, check_arguments, check_first_step
 from jchain.runs.front import merge_front
 from jchain.runs.progress import ProgressLine
 from jchain.runs.result import RunState, Start, StopRule, Trace, make_results
+from jchain.runs.run_folder import Snapshot
 from jchain.runs.starts import begin_at
 from jchain.runs.stepping import MAX_FREE_STEPS, init_runs
 from jchain.search.pool import empty_pool, merge
@@ -30,10 +32,14 @@ from jchain.updates.policies import (
     init_search,
     make_training_problem,
     mention_reserved_calls,
+    open_checkpoints,
     reserve_for_tuning,
     resume_run,
     tuning_cost,
 )
+from jchain.updates.saving import Checkpoints
+
+_NO_STEPS = Trace(np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32), np.zeros((0, 1), bool))
 
 
 class _Rounds(NamedTuple):
@@ -41,9 +47,12 @@ class _Rounds(NamedTuple):
 
     runs: RunState  # the state of a single run
     clones: CloneBank
-    traces: tuple[Trace, ...]
-    update_calls: int  # layer calls of gradient steps
     start: Start | None  # the chains that were scored before the first round
+    trace: Trace = _NO_STEPS
+    update_calls: int = 0  # layer calls of gradient steps
+    round_index: int = 0
+    # Layer calls at the beginning of the present round; None between two rounds.
+    spent: int | None = None
 
 
 @pytree_dataclass
@@ -96,22 +105,33 @@ class CloneThenTune(UpdatePolicy):
         reserved = self._reserve(args)
         start_key, *round_keys = jax.random.split(args.key, self.num_rounds + 1)
         rounds = self._start(start_key, args)
-        with ProgressLine(args.budget, is_shown=args.progress) as line:
-            for i, round_key in enumerate(round_keys):
-                round_budget = args.budget * (i + 1) // self.num_rounds - reserved
-                rounds = _search_round(rounds, args, round_budget, line)
+        with (
+            open_checkpoints(self, args) as checkpoints,
+            ProgressLine(args.budget, is_shown=args.progress) as line,
+        ):
+            rounds = _restore(rounds, checkpoints)
+            stopped_by = None
+            for i in range(rounds.round_index, self.num_rounds):
+                budget = args.budget * (i + 1) // self.num_rounds - reserved
+                rounds, stopped_by = _search_round(rounds, args, budget, checkpoints, line)
+                if stopped_by is not None:
+                    break
                 if int(rounds.runs.stats.layer_calls[0]) + reserved > args.budget:
                     break
                 is_last = i == self.num_rounds - 1
                 rounds, is_affordable = self._tune_round(
-                    round_key, rounds, args, training, is_last=is_last
+                    round_keys[i], rounds, args, training, is_last=is_last
                 )
                 if not is_affordable:
                     break
-        trace = jax.tree.map(lambda *leaves: np.concatenate(leaves), *rounds.traces)
+            is_over = stopped_by is None
+            if is_over:
+                rounds = rounds._replace(round_index=self.num_rounds)
+            checkpoints.finish(lambda: _make_snapshot(rounds))
         with mention_reserved_calls(reserved, args.budget):
             problem = args.problem.with_bank(rounds.clones.bank)
-            result = make_results(rounds.runs, trace, args.budget, problem, rounds.start)[0]
+            (result,) = make_results(rounds.runs, rounds.trace, args.budget, problem, rounds.start)
+        result = result._replace(is_complete=is_over, stopped_by=stopped_by)
         return Outcome(rounds.clones.bank, result, rounds.update_calls)
 
     def _start(self, key: Array, args: RunArguments) -> _Rounds:
@@ -123,14 +143,14 @@ class CloneThenTune(UpdatePolicy):
         problem = args.problem.with_bank(clones.bank)
         runs = init_runs(key[None], args.search, problem, args.num_finalists)
         if len(args.starts) == 0:
-            return _Rounds(runs, clones, (), 0, None)
+            return _Rounds(runs, clones, None)
         # The heads follow the reserved tokens.
         num_new = clones.bank.num_layers - args.problem.bank.num_layers
         is_head = args.starts >= args.problem.bank.num_layers
         starts = np.where(is_head, args.starts + num_new, args.starts).astype(np.int32)
         stop = StopRule(np.int32(args.budget), np.float32(-np.inf))
         runs, start = begin_at(runs, args.search, problem, starts, stop)
-        return _Rounds(runs, clones, (), 0, start)
+        return _Rounds(runs, clones, start)
 
     def _tune_round(
         self,
@@ -152,16 +172,23 @@ class CloneThenTune(UpdatePolicy):
         on_front = rounds.clones.replace_free_tokens(runs.stats.front.chains[0])
         clones, chain = self._tune_best(tune_key, rounds.clones, training, runs, best)
         if chain is None:
-            return rounds._replace(runs=_resume_unchanged(runs)), True
+            return rounds._replace(
+                runs=_resume_unchanged(runs), round_index=rounds.round_index + 1
+            ), True
         problem = args.problem.with_bank(clones.bank)
         cost = tuning_cost(problem, args.train, count_chain_layers(chain), self.num_steps)
         next_key = None if is_last else restart_key
         runs, is_affordable = _continue_with(
             chain, next_key, args, problem, runs, best, on_front, training_calls=cost
         )
-        traces = (*rounds.traces, _record_totals(runs))
-        update_calls = rounds.update_calls + cost
-        return _Rounds(runs, clones, traces, update_calls, rounds.start), is_affordable
+        rounds = rounds._replace(
+            runs=runs,
+            clones=clones,
+            trace=_concat(rounds.trace, _record_totals(runs)),
+            update_calls=rounds.update_calls + cost,
+            round_index=rounds.round_index + 1,
+        )
+        return rounds, is_affordable
 
     def _tune_best(
         self,
@@ -184,16 +211,94 @@ class CloneThenTune(UpdatePolicy):
         return clones, None if (chain == chains[0]).all() else chain
 
 
-def _search_round(rounds: _Rounds, args: RunArguments, budget: int, line: ProgressLine) -> _Rounds:
-    """Continue the search until `budget` layer calls are spent in total."""
+def _search_round(
+    rounds: _Rounds, args: RunArguments, budget: int, checkpoints: Checkpoints, line: ProgressLine
+) -> tuple[_Rounds, str | None]:
+    """Continue the search until `budget` layer calls are spent in total.
+
+    Returns:
+      The state after the search, and why it was stopped; None at its end.
+    """
     problem = args.problem.with_bank(rounds.clones.bank)
     stop = StopRule(np.int32(budget), np.float32(-np.inf))
-    runs, trace = advance_runs(rounds.runs, args.search, problem, stop, line, keep_state=True)
+    before = int(rounds.runs.stats.layer_calls[0]) if rounds.spent is None else rounds.spent
+
+    def extend(runs: RunState, trace: Trace) -> _Rounds:
+        return rounds._replace(runs=runs, trace=_concat(rounds.trace, trace), spent=before)
+
+    runs, trace, stopped_by = advance_runs(
+        rounds.runs,
+        args.search,
+        problem,
+        stop,
+        line,
+        keep_state=True,
+        after_part=lambda runs, trace: checkpoints.after_part(
+            lambda: _make_snapshot(extend(runs, trace))
+        ),
+    )
+    rounds = extend(runs, trace)
+    if stopped_by is not None:
+        return rounds, stopped_by
     # The next round repeats a step that the budget did not pay for, but with another key.
-    spent = rounds.runs.stats.layer_calls[0], runs.stats.layer_calls[0]
-    is_paid = spent[0] < budget and (spent[1] >= budget or runs.stats.num_free[0] >= MAX_FREE_STEPS)
+    after = runs.stats.layer_calls[0]
+    is_paid = before < budget and (after >= budget or runs.stats.num_free[0] >= MAX_FREE_STEPS)
     key = runs.key if is_paid else jax.random.split(runs.key[0])[:1]
-    return rounds._replace(runs=runs._replace(key=key), traces=(*rounds.traces, trace))
+    return rounds._replace(runs=runs._replace(key=key), spent=None), None
+
+
+def _concat(first: Trace, second: Trace) -> Trace:
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), first, second)
+
+
+def _restore(first: _Rounds, checkpoints: Checkpoints) -> _Rounds:
+    """Return how far an earlier call came, or the beginning."""
+    clones, bank = first.clones, first.clones.bank
+    template = {
+        "runs": first.runs,
+        "bank": bank.without_names(),
+        "sources": clones.source_tokens,
+        "trace": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((-1, 1), leaf.dtype), _NO_STEPS),
+    }
+    snapshot = checkpoints.restore(lambda info: template)
+    if snapshot is None:
+        return first
+    arrays, info = snapshot
+    bank = dataclasses.replace(
+        jax.device_put(arrays["bank"]),
+        names=tuple(info["names"]),
+        origins=tuple(info["origins"]),
+        parents=bank.parents,
+        num_steps=bank.num_steps,
+    )
+    free_tokens = tuple(map(tuple, info["free_tokens"]))
+    return first._replace(
+        runs=jax.device_put(arrays["runs"]),
+        clones=CloneBank(bank, free_tokens, arrays["sources"]),
+        trace=arrays["trace"],
+        update_calls=info["update_calls"],
+        round_index=info["round_index"],
+        spent=info["spent"],
+    )
+
+
+def _make_snapshot(rounds: _Rounds) -> Snapshot:
+    clones, bank = rounds.clones, rounds.clones.bank
+    arrays = {
+        "runs": rounds.runs,
+        "bank": bank.without_names(),
+        "sources": clones.source_tokens,
+        "trace": rounds.trace,
+    }
+    info = {
+        "names": list(bank.names),
+        "origins": list(bank.origins),
+        "free_tokens": [list(tokens) for tokens in clones.free_tokens],
+        "update_calls": rounds.update_calls,
+        "round_index": rounds.round_index,
+        "spent": rounds.spent,
+    }
+    return Snapshot(arrays, info)
 
 
 def _check_problem(problem: Problem) -> None:

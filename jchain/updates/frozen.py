@@ -18,5 +18,8 @@ class Frozen(UpdatePolicy):
             num_finalists=args.num_finalists,
             progress=args.progress,
             starts=args.starts,
+            checkpoint_dir=args.saving.checkpoint_dir,
+            save_every=args.saving.save_every,
+            max_seconds=args.saving.max_seconds,
         )
         return Outcome(args.problem.bank, result, 0)

@@ -10,6 +10,7 @@ charged in layer calls on the problem's split (see `jchain.updates.tune.training
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -23,11 +24,13 @@ from jchain.chain import PADDING, ChainsLike
 from jchain.data import Batch
 from jchain.problem import Problem
 from jchain.runs import driver
-from jchain.runs.result import BudgetError, Result, RunState
+from jchain.runs.result import BudgetError, Result, RunState, StopRule
 from jchain.runs.starts import list_starts
+from jchain.runs.stepping import RunSpec
 from jchain.search.pool import Pool
 from jchain.search.protocol import Search
 from jchain.updates import tune
+from jchain.updates.saving import Checkpoints, Saving
 
 
 class Outcome(NamedTuple):
@@ -49,6 +52,7 @@ class RunArguments(NamedTuple):
     num_finalists: int
     progress: bool
     starts: Int[np.ndarray, "C L"]
+    saving: Saving = Saving()
 
 
 class UpdatePolicy:
@@ -65,8 +69,14 @@ class UpdatePolicy:
         num_finalists: int = 16,
         progress: bool = False,
         starts: ChainsLike | Literal["parents"] | None = "parents",
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        save_every: float = 30.0,
+        max_seconds: float | None = None,
     ) -> Outcome:
         """Search and update weights until the budget is used up.
+
+        Ctrl-C and SIGTERM stop the run after the steps that the device is taking, and the outcome
+        so far is returned (`Result.stopped_by`).
 
         Args:
           key: the PRNG key; consumed by this call.
@@ -79,6 +89,12 @@ class UpdatePolicy:
           progress: whether to show a progress line; see `jchain.run`.
           starts: chains to score before the first step; see `jchain.run`. Where weights change
             during the search, a start may not stay as good as it was.
+          checkpoint_dir: the folder to save the run to, from which the same call continues to the
+            same bits; see `jchain.run`. A run with another budget is another run, except for
+            `Frozen`. None to save nothing.
+          save_every: the seconds between two checkpoints.
+          max_seconds: the seconds of this call after which the run stops, up to a few steps or the
+            gradient steps of a round; None for no limit.
 
         Returns:
           The result, the bank with its final weights, and the cost of the gradient steps.
@@ -86,11 +102,14 @@ class UpdatePolicy:
         Raises:
           BudgetError: if the budget is smaller than the cost of one step of the search.
           ValueError: if `train` does not fit the bank, the budget leaves no layer calls for the
-            search, or another argument is invalid; see `jchain.run`.
+            search, the folder holds something else, or another argument is invalid; see
+            `jchain.run`.
         """
+        driver.check_saving(save_every, max_seconds, checkpoint_dir)
         rows = list_starts(problem, starts)
+        saving = Saving(checkpoint_dir, save_every, max_seconds)
         return self.apply(
-            RunArguments(key, search, problem, train, budget, num_finalists, progress, rows)
+            RunArguments(key, search, problem, train, budget, num_finalists, progress, rows, saving)
         )
 
     def check_budget(
@@ -138,6 +157,20 @@ class UpdatePolicy:
           args: the arguments of `run`, under the same names.
         """
         raise NotImplementedError
+
+
+def open_checkpoints(policy: UpdatePolicy, args: RunArguments) -> Checkpoints:
+    """Make the context manager that saves the run of a policy.
+
+    Args:
+      policy: the policy.
+      args: the arguments of its run.
+    """
+    stop = StopRule(np.int32(args.budget), np.float32(-np.inf))
+    spec = RunSpec(args.key[None], args.search, args.problem, args.starts, args.num_finalists, stop)
+    train = {f"{i}": leaf for i, leaf in enumerate(jax.tree.leaves(args.train))}
+    details = {"policy": policy, "budget": int(args.budget), "train": train}
+    return Checkpoints(args.saving, spec, details)
 
 
 def check_search_budget(args: RunArguments, key: Key[Array, ""], budget: int) -> None:

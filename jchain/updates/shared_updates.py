@@ -1,22 +1,23 @@
 """The policy that trains sampled chains during the search."""
 
 import dataclasses
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jchain._typing import Array, Int, Key, PyTree
+from jchain._typing import Array, Float, Int, Key, PyTree
 from jchain.bank import Bank
 from jchain.chain import PADDING, count_layers
 from jchain.problem import Problem
 from jchain.pytree import check_at_least_one, pytree_dataclass, static
 from jchain.runs.driver import advance_runs, check_arguments
 from jchain.runs.progress import ProgressLine
-from jchain.runs.result import StopRule, make_results
-from jchain.runs.stepping import MAX_FREE_STEPS, init_runs
+from jchain.runs.result import RunState, StopRule, Trace, make_results
+from jchain.runs.run_folder import Snapshot
+from jchain.runs.stepping import MAX_FREE_STEPS, infer_runs, init_runs
 from jchain.search.protocol import Refreshable, Search
 from jchain.train import OPTIMIZER
 from jchain.updates import tune
@@ -26,9 +27,13 @@ from jchain.updates.policies import (
     UpdatePolicy,
     init_search,
     make_training_problem,
+    open_checkpoints,
     resume_run,
     tuning_cost,
 )
+from jchain.updates.saving import Checkpoints
+
+_NO_STEPS = Trace(np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32), np.zeros((0, 1), bool))
 
 
 class RefreshableSearch(Search, Refreshable, Protocol):
@@ -49,13 +54,22 @@ class _Begun(NamedTuple):
 
 
 class _Training(NamedTuple):
-    """The search and the bank after training, and the cost of the training."""
+    """How far the training is, and what it cost."""
 
-    state: PyTree  # the state of the search
-    tuning: tune.State
-    layer_calls: int
-    update_calls: int  # the part of layer_calls that gradient steps cost
+    key: Key[Array, ""]
+    carry: tuple[PyTree, tune.State]  # the states of the search and of the training
+    best: Float[np.ndarray, ""]  # the lowest loss so far
     counts: Int[np.ndarray, "2"]  # the chains scored, and how many of them have no finite loss
+    layer_calls: int
+    update_calls: int = 0  # the part of layer_calls that gradient steps cost
+    num_free: int = 0  # consecutive rounds that cost nothing
+
+
+class _Final(NamedTuple):
+    """How far the last part is, in which weights are fixed."""
+
+    runs: RunState
+    trace: Trace
 
 
 @pytree_dataclass
@@ -99,20 +113,28 @@ class SharedUpdates(UpdatePolicy):
 
     def apply(self, args: RunArguments) -> Outcome:
         begun = self._begin(args)
-        search, problem = begun.search, begun.problem
-        with ProgressLine(args.budget, is_shown=args.progress) as line:
-            trained = self._train(begun, args, line)
-            final = problem.with_bank(trained.tuning.bank)
-            runs = init_runs(begun.run_key[None], search, final, args.num_finalists)
-            pool = jax.tree.map(lambda leaf: leaf[0], runs.stats.pool)
-            runs = resume_run(
-                runs, trained.state, pool, trained.layer_calls, *trained.counts.tolist()
-            )
-            stop = StopRule(np.int32(args.budget), np.float32(-np.inf))
-            runs, trace = advance_runs(runs, search, final, stop, line)
-        result = make_results(runs, trace, args.budget, final)[0]
-        bank = _update_bank(begun.bank, args.problem.bank, trained.tuning.bank)
-        return Outcome(bank, result, trained.update_calls)
+        with (
+            open_checkpoints(self, args) as checkpoints,
+            ProgressLine(args.budget, is_shown=args.progress) as line,
+        ):
+            training, final = _restore(begun, args, checkpoints)
+            stopped_by = None
+            if final is None:
+                training, stopped_by = self._train(training, begun, args, checkpoints, line)
+            problem = begun.problem.with_bank(training.carry[1].bank)
+            if final is None:
+                final = _Final(_start_last_part(training, begun, problem, args), _NO_STEPS)
+            if stopped_by is None:
+                final, stopped_by = _run_last_part(
+                    training, final, begun.search, problem, args, checkpoints, line
+                )
+                checkpoints.finish(lambda: _make_snapshot(training, final))
+            else:
+                checkpoints.finish(lambda: _make_snapshot(training, None))
+        result = make_results(final.runs, final.trace, args.budget, problem)[0]
+        result = result._replace(is_complete=stopped_by is None, stopped_by=stopped_by)
+        bank = _update_bank(begun.bank, args.problem.bank, problem.bank)
+        return Outcome(bank, result, training.update_calls)
 
     def _begin(self, args: RunArguments) -> _Begun:
         """Check the arguments, and return what the first round needs."""
@@ -135,30 +157,45 @@ class SharedUpdates(UpdatePolicy):
         carry = (state, tune.init(start, self.optimizer))
         return _Begun(key, run_key, search, bank, problem, training, carry, start_calls)
 
-    def _train(self, begun: _Begun, args: RunArguments, line: ProgressLine) -> _Training:
-        """Alternate steps of the search and gradient steps until the last part of the budget."""
-        key, carry, start_calls = begun.key, begun.carry, begun.start_calls
-        layer_calls = start_calls
-        update_calls = num_free = total = step_calls = 0
-        best, counts = np.inf, np.zeros(2, np.int32)
+    def _train(
+        self,
+        training: _Training,
+        begun: _Begun,
+        args: RunArguments,
+        checkpoints: Checkpoints,
+        line: ProgressLine,
+    ) -> tuple[_Training, str | None]:
+        """Alternate steps of the search and gradient steps until the last part of the budget.
+
+        Returns:
+          How far the training is, and why it was stopped; None at its end.
+        """
+        total = step_calls = 0
         # Stop after too many consecutive steps that cost nothing, as jc.run does.
-        while num_free < MAX_FREE_STEPS:
-            key, round_key = jax.random.split(key)
-            new, lowest, calls, length, scored = _train_round(
-                self, round_key, carry, begun.search, begun.problem, begun.training
+        while training.num_free < MAX_FREE_STEPS:
+            key, round_key = jax.random.split(training.key)
+            carry, lowest, calls, length, scored = _train_round(
+                self, round_key, training.carry, begun.search, begun.problem, begun.training
             )
             cost = tuning_cost(args.problem, args.train, np.asarray(length))
             total, step_calls = int(sum(calls)) + cost, max(step_calls, int(calls[0]))
-            if layer_calls + total > self._limit(args.budget, step_calls):
+            if training.layer_calls + total > self._limit(args.budget, step_calls):
                 break
-            carry, best, counts = new, min(best, float(lowest)), counts + np.asarray(scored)
-            layer_calls, update_calls = layer_calls + total, update_calls + cost
-            num_free = 0 if total else num_free + 1
-            line.update(layer_calls, best)
-        if layer_calls == start_calls and num_free == 0:
+            training = _Training(
+                key,
+                carry,
+                np.asarray(np.minimum(training.best, np.float32(lowest))),
+                training.counts + np.asarray(scored),
+                training.layer_calls + total,
+                training.update_calls + cost,
+                0 if total else training.num_free + 1,
+            )
+            line.update(training.layer_calls, float(training.best))
+            if reason := checkpoints.after_part(lambda now=training: _make_snapshot(now, None)):
+                return training, reason
+        if training.layer_calls == begun.start_calls and training.num_free == 0:
             raise self._make_error(args.budget, total, step_calls)
-        state, tuning = carry
-        return _Training(state, tuning, layer_calls, update_calls, counts)
+        return training, None
 
     def _limit(self, budget: int, step_calls: int) -> float:
         """Return the layer calls before the last part, which must pay for one step."""
@@ -170,6 +207,87 @@ class SharedUpdates(UpdatePolicy):
             f"search and its gradient steps ({total} layer calls) and whose rest pays for "
             f"another step ({step_calls} layer calls), got {budget}"
         )
+
+
+def _restore(
+    begun: _Begun, args: RunArguments, checkpoints: Checkpoints
+) -> tuple[_Training, _Final | None]:
+    """Return how far an earlier call came, or the beginning."""
+    first = _Training(
+        begun.key,
+        begun.carry,
+        np.array(np.inf, np.float32),
+        np.zeros(2, np.int32),
+        begun.start_calls,
+    )
+
+    def make_template(info: dict[str, Any]) -> PyTree:
+        arrays = {"key": first.key, "carry": first.carry, "best": first.best}
+        arrays["counts"] = first.counts
+        if info["is_trained"]:
+            keys = begun.run_key[None]
+            runs = infer_runs(keys, begun.search, begun.problem, args.num_finalists)
+            trace = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((-1, 1), leaf.dtype), _NO_STEPS)
+            arrays |= {"runs": runs, "trace": trace}
+        return arrays
+
+    snapshot = checkpoints.restore(make_template)
+    if snapshot is None:
+        return first, None
+    arrays, info = snapshot
+    numbers = (info["layer_calls"], info["update_calls"], info["num_free"])
+    carry = jax.device_put(arrays["carry"])
+    training = _Training(arrays["key"], carry, arrays["best"], arrays["counts"], *numbers)
+    if not info["is_trained"]:
+        return training, None
+    return training, _Final(jax.device_put(arrays["runs"]), arrays["trace"])
+
+
+def _make_snapshot(training: _Training, final: _Final | None) -> Snapshot:
+    arrays, numbers = training._asdict(), {}
+    for name in ("layer_calls", "update_calls", "num_free"):
+        numbers[name] = arrays.pop(name)
+    return Snapshot(
+        arrays | ({} if final is None else final._asdict()),
+        numbers | {"is_trained": final is not None},
+    )
+
+
+def _start_last_part(
+    training: _Training, begun: _Begun, problem: Problem, args: RunArguments
+) -> RunState:
+    runs = init_runs(begun.run_key[None], begun.search, problem, args.num_finalists)
+    pool = jax.tree.map(lambda leaf: leaf[0], runs.stats.pool)
+    state = training.carry[0]
+    return resume_run(runs, state, pool, training.layer_calls, *training.counts.tolist())
+
+
+def _run_last_part(
+    training: _Training,
+    final: _Final,
+    search: RefreshableSearch,
+    problem: Problem,
+    args: RunArguments,
+    checkpoints: Checkpoints,
+    line: ProgressLine,
+) -> tuple[_Final, str | None]:
+    """Search with fixed weights until the budget is spent, or until the run is stopped."""
+
+    def extend(runs: RunState, trace: Trace) -> _Final:
+        both = jax.tree.map(lambda *leaves: np.concatenate(leaves), final.trace, trace)
+        return _Final(runs, both)
+
+    runs, trace, stopped_by = advance_runs(
+        final.runs,
+        search,
+        problem,
+        StopRule(np.int32(args.budget), np.float32(-np.inf)),
+        line,
+        after_part=lambda runs, trace: checkpoints.after_part(
+            lambda: _make_snapshot(training, extend(runs, trace))
+        ),
+    )
+    return extend(runs, trace), stopped_by
 
 
 def _update_bank(bank: Bank, old: Bank, trained: Bank) -> Bank:

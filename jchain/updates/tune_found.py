@@ -29,8 +29,8 @@ from jchain.updates.policies import (
 class TuneFound(UpdatePolicy):
     """A policy that searches, then tunes the layers and the head of the best chain in place.
 
-    If the gradient steps do not lower the chain's loss on the problem's split, or a signal stopped
-    the search, the bank is returned unchanged. Otherwise, the chain is the only finalist, because
+    If the gradient steps do not lower the chain's loss on the problem's split, or the search was
+    stopped, the bank is returned unchanged. Otherwise, the chain is the only finalist, because
     the losses of other chains that share its layers have changed too.
 
     Attributes:
@@ -69,6 +69,9 @@ class TuneFound(UpdatePolicy):
                 num_finalists=args.num_finalists,
                 progress=args.progress,
                 starts=args.starts,
+                checkpoint_dir=args.saving.checkpoint_dir,
+                save_every=args.saving.save_every,
+                max_seconds=args.saving.max_seconds,
             )
         if not np.isfinite(result.best_loss) or result.stopped_by is not None:
             return Outcome(problem.bank, result, 0)

@@ -157,8 +157,6 @@ def test_a_search_stops_after_its_time(tmp_path, capsys):
     for value in ("0", "nan"):
         err = fail(["search", *OPTIONS, "--out", str(out), "--max-seconds", value], capsys)
         assert f"expected --max-seconds above 0, got {float(value)}" in err
-    err = fail(["search", *SMALL, "--update", "tune-found", "--max-seconds", "1"], capsys)
-    assert "expected --update frozen with --max-seconds" in err
 
 
 @pytest.mark.slow
@@ -195,3 +193,16 @@ def test_a_result_that_is_not_written_is_shown_and_written_later(
     assert "its search is not finished" in fail(["evaluate", str(out)], capsys)
     assert search(out) == 0
     assert read(out) == read(finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("update", ["tune-found", "clone-then-tune", "shared-updates"])
+def test_a_search_with_updates_continues(tmp_path, update, monkeypatch):
+    options = ["--update", update, "--search", "actor-critic", "--budget", "8000", "--quick"]
+    command = ["search", *SMALL, *options]
+    assert main([*command, "--out", str(tmp_path / "whole")]) == 0
+    for _ in range(2):
+        stopped = [*command, "--out", str(tmp_path / "out"), "--max-seconds", "0.001"]
+        assert main(stopped) == 0
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert read(tmp_path / "out") == read(tmp_path / "whole")
