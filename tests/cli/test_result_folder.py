@@ -48,6 +48,7 @@ def test_a_result_may_be_written_to_the_working_directory(tmp_path, monkeypatch)
         "curve.png",
         "result.json",
         "run",
+        "search.json",
     }
     # There is no layer penalty, as in all rows of the table.
     result = json.loads(Path("result.json").read_text())

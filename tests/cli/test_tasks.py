@@ -80,7 +80,7 @@ def test_seeds_are_searched_compared_and_written(tmp_path, capsys):
     assert message in fail([*argv, "--replace"], capsys)
     notes.unlink()
     assert main([*argv, "--replace", "--seeds", "1"]) == 0
-    names = {"bank.safetensors", "curve.png", "result.json", "run"}
+    names = {"bank.safetensors", "curve.png", "result.json", "run", "search.json"}
     assert {path.name for path in out.iterdir()} == names
 
 
