@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import time
@@ -71,6 +72,9 @@ def _merge_config(args: argparse.Namespace) -> dict[str, object]:
 def _run_config(config: SearchConfig) -> ResultRecord | Summary:
     out = require(config.out)
     check_search(config, [name for name, layer in LAYERS.items() if hasattr(layer, "invert")])
+    if config.num_workers > 1:
+        # On a GPU, processes share its memory, so none of them takes most of it in advance.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     deadline = None if config.max_seconds is None else time.monotonic() + config.max_seconds
     with open_work(config) as work:
         try:

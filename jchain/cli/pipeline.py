@@ -21,7 +21,7 @@ from jchain.bank import Bank
 from jchain.cli.config import SearchConfig, check_sweep, require
 from jchain.cli.context import Context, strip
 from jchain.cli.controls import ControlScores, ReferenceLoss, score_controls
-from jchain.cli.interruption import raise_if_stopped
+from jchain.cli.interruption import get_name, raise_if_stopped
 from jchain.cli.progress import evaluate_in_parts, print_progress, show_phase
 from jchain.cli.records import (
     FinalistRow,
@@ -67,7 +67,7 @@ def run_pipeline(
     search: Search,
     policy: UpdatePolicy,
     folder: Path | None = None,
-    max_seconds: float | None = None,
+    deadline: float | None = None,
 ) -> SearchOutput:
     """Make the bank, search it, re-rank the finalists, and score the chain that was picked.
 
@@ -83,7 +83,7 @@ def run_pipeline(
         bank with its final weights, whereas controls use the bank before any update.
       folder: the folder in which the bank and the run are saved, and from which they continue; None
         to save nothing.
-      max_seconds: the seconds after which the search stops; None for no limit.
+      deadline: the `time.monotonic()` at which searches stop; None for no limit.
 
     Raises:
       ValueError: if sizes do not match, the budget is smaller than one step, or no chain has a
@@ -93,7 +93,7 @@ def run_pipeline(
     keys = jax.random.split(jax.random.key(config.seed), 4)
     bank_key, control_key, search_key = keys[:3]
     context = make(bank_key, config, setup, folder)
-    found = search_chains(search_key, context, search, policy, max_seconds)
+    found = search_chains(search_key, context, search, policy, deadline)
     recipe_scores = _score_recipes(context, context.problem) if config.checkpoint else {}
     picked = rerank(context, context.problem, found, recipe_scores)
     finalists = found.bank, [strip(row) for row in found.result.finalists]
@@ -106,11 +106,18 @@ def run_pipeline(
         scored = ControlScores({"recipes": {}}, ReferenceLoss(None, 0.0), {}, stopped_by)
     scored.controls["recipes"] = recipe_scores
     record = _make_record(context, found, picked, scored)
-    if config.sweep is not None and stopped_by is None:
-        record["sweep"] = [
-            *(_search_at(num, search_key, context, search) for num in _sweep_sizes(context)),
-            _make_sweep_row(context.max_layers, picked, recipe_scores),
-        ]
+    if config.sweep is not None and scored.stopped_by is None:
+        try:
+            record["sweep"] = [
+                *(
+                    _search_at(num, search_key, context, search, deadline)
+                    for num in _sweep_sizes(context)
+                ),
+                _make_sweep_row(context.max_layers, picked, recipe_scores),
+            ]
+        except KeyboardInterrupt as error:
+            print_progress("Interrupted: the sweep is not finished, and left out")
+            scored = scored._replace(stopped_by=get_name(error))
     if scored.stopped_by is not None:
         record["stopped_by"] = scored.stopped_by
     record["seconds"] = round(time.perf_counter() - start, 1)
@@ -223,7 +230,7 @@ def search_chains(
     context: Context,
     search: Search,
     policy: UpdatePolicy,
-    max_seconds: float | None = None,
+    deadline: float | None = None,
 ) -> Found:
     """Search, and update weights as the policy decides, until the budget is used.
 
@@ -234,7 +241,7 @@ def search_chains(
       context: the state that all steps share.
       search: the search and its hyperparameters.
       policy: the policy that decides when weights are updated.
-      max_seconds: the seconds after which the search stops; None for no limit.
+      deadline: the `time.monotonic()` at which searches stop; None for no limit.
 
     Raises:
       ValueError: if the budget is smaller than one step or no chain has a finite loss.
@@ -251,7 +258,7 @@ def search_chains(
             progress=True,
             starts=starts,
             checkpoint_dir=folder,
-            max_seconds=max_seconds,
+            max_seconds=_count_seconds(deadline),
         )
         found = Found(problem.bank, result, 0)
     else:
@@ -267,7 +274,7 @@ def search_chains(
             progress=True,
             starts=starts,
             checkpoint_dir=folder,
-            max_seconds=max_seconds,
+            max_seconds=_count_seconds(deadline),
         )
         found = Found(outcome.bank, outcome.result, outcome.update_calls)
     if len(found.result.finalists) == 0:
@@ -329,6 +336,11 @@ def _make_record(
     }
 
 
+def _count_seconds(deadline: float | None) -> float | None:
+    """Return the seconds that are left, at least a moment."""
+    return None if deadline is None else max(1e-3, deadline - time.monotonic())
+
+
 def _describe_finalists(found: Found, picked: Picked) -> list[FinalistRow]:
     result, costs = found.result, found.result.finalist_costs
     rows: list[FinalistRow] = []
@@ -350,7 +362,9 @@ def _sweep_sizes(context: Context) -> range:
     return range(0) if first is None else range(first, context.max_layers)
 
 
-def _search_at(max_layers: int, key: Key[Array, ""], context: Context, search: Search) -> SweepRow:
+def _search_at(
+    max_layers: int, key: Key[Array, ""], context: Context, search: Search, deadline: float | None
+) -> SweepRow:
     """Search for a chain of at most `max_layers` layers, and score the recipes for that number."""
     print_progress(f"Searching chains of at most {max_layers} layers ...")
     min_layers = min(context.config.min_layers, max_layers)
@@ -361,7 +375,14 @@ def _search_at(max_layers: int, key: Key[Array, ""], context: Context, search: S
     starts = recipes.find_starts(problem.bank, max_layers, min_layers=min_layers)
     folder = None if context.folder is None else context.folder / f"sweep-{max_layers}"
     result = run(
-        key, search, problem, budget=budget, progress=True, starts=starts, checkpoint_dir=folder
+        key,
+        search,
+        problem,
+        budget=budget,
+        progress=True,
+        starts=starts,
+        checkpoint_dir=folder,
+        max_seconds=_count_seconds(deadline),
     )
     raise_if_stopped(result)
     recipe_scores = _score_recipes(context, problem)

@@ -78,10 +78,12 @@ def write_report(path: Path, results: Sequence[Path], *, with_maps: bool = True)
         are scored.
 
     Raises:
-      ValueError: if a folder holds no result.
+      ValueError: if a folder holds no result, or the page cannot be written there.
     """
     import jinja2
 
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"expected a file in a folder that exists, got {path}")
     groups = group_results(results)
     compared = [summarize(group) for group in groups]
     names = _shorten([row.name for row in compared])
@@ -165,7 +167,7 @@ def _draw_comparison(drawn: Sequence[Drawn]) -> list[Figure]:
         _draw(
             "Lowest loss by number of layers",
             draw_fronts,
-            "All chains that were scored, on search.",
+            "Of the chains that were scored on search with the final weights.",
         ),
     ]
 
@@ -187,6 +189,10 @@ def _make_section(drawn: Drawn, *, with_maps: bool) -> Section:
         tables.append(tabulate_sweep(best.record["sweep"]))
     tables += _tabulate_finalists(best.record)
     remarks += make_remarks(best.record)
+    if "stopped_by" in best.record:
+        remarks.append(
+            f"This search was stopped ({best.record['stopped_by']}), so controls are missing."
+        )
     if not drawn.runs:
         remarks.append(
             "The run was not saved with this result, so its curve and its front are missing."
@@ -195,7 +201,7 @@ def _make_section(drawn: Drawn, *, with_maps: bool) -> Section:
     if with_maps:
         try:
             figures += _draw_maps(drawn.name, best)
-        except (ValueError, OSError, ImportError) as error:
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
             print_progress(f"No heat maps of {drawn.name}: {error}")
             remarks.append(f"Heat maps are missing: {error}")
     commands = list(dict.fromkeys(str(record["config"]["command"]) for record in records))
@@ -289,7 +295,7 @@ def _tabulate_options(drawn: Sequence[Drawn]) -> TextTable:
     names = list(dict.fromkeys(name for config in configs for name in config))
     rows = []
     for name in names:
-        if name in _HIDDEN or (name in BY_SEED and len(drawn[0].group) > 1):
+        if name in _HIDDEN or (name in BY_SEED and any(len(one.group) > 1 for one in drawn)):
             continue
         values = [_format_option(config.get(name)) for config in configs]
         if any(values):

@@ -81,7 +81,8 @@ def run_one_of_several(config: SearchConfig, work: WorkFolder, deadline: float |
     output = _run_seed(*_set_up(config), work, deadline)
     if output.stopped_by is not None:
         raise Stopped(output.stopped_by)
-    result_folder.write(work.result / f"seed-{config.seed}", output)
+    with _report_unwritten(output.record):
+        result_folder.write(work.result / f"seed-{config.seed}", output)
 
 
 @contextlib.contextmanager
@@ -141,12 +142,11 @@ def _set_up(config: SearchConfig) -> tuple[SearchConfig, Setup]:
 def _run_seed(
     config: SearchConfig, setup: Setup, work: WorkFolder, deadline: float | None
 ) -> SearchOutput:
-    left = None if deadline is None else max(1e-3, deadline - time.monotonic())
     return run_pipeline(
         config,
         setup,
         make_search(config),
         UPDATES[config.update](),
         work.seed_folder(config.seed),
-        left,
+        deadline,
     )

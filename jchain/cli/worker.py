@@ -6,10 +6,16 @@ import signal
 import sys
 import threading
 import time
+import warnings
+from contextlib import redirect_stdout
+from typing import cast
 
 from jchain.cli.config import SearchConfig
 from jchain.cli.interruption import EXIT_CODES, SignalHandlers, get_name
+from jchain.cli.records import ResultRecord
+from jchain.cli.result_folder import UnwrittenError
 from jchain.cli.seed_runs import run_one_of_several
+from jchain.cli.tables import print_table
 from jchain.cli.work_folder import WorkFolder
 
 
@@ -23,6 +29,8 @@ def main(text: str) -> int:
       The exit status: 0 on success, 2 for an error, and otherwise the code of `EXIT_CODES`.
     """
     threading.Thread(target=_watch_parent, daemon=True).start()
+    # Workers share a cache of programs. One that another worker is still writing is compiled again.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
     options = json.loads(text)
     config = SearchConfig.load(options["config"])
     seconds = options["seconds"]
@@ -31,6 +39,9 @@ def main(text: str) -> int:
         with SignalHandlers():
             run_one_of_several(config, WorkFolder(config), deadline)
     except (ValueError, OSError, ImportError) as error:
+        if isinstance(error, UnwrittenError):
+            with redirect_stdout(sys.stderr):
+                print_table(cast(ResultRecord, error.record))
         print(f"jchain: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:

@@ -6,6 +6,7 @@ whose parent is gone saves its search and ends.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from types import FrameType
+from typing import Any
 
 from jchain.cli.config import SearchConfig
 from jchain.cli.interruption import EXIT_CODES, Stopped
@@ -30,18 +32,17 @@ class _Worker:
 
     def __init__(self, config: SearchConfig, work: WorkFolder, deadline: float | None) -> None:
         self.seed = config.seed
+        self.num_signals = 0  # how many of the signals it was sent
         seconds = None if deadline is None else max(1e-3, deadline - time.monotonic())
         options = {"config": asdict(config), "seconds": seconds}
-        # The workers compile the same programs, so they share a cache of them. On a GPU, they share
-        # its memory, so none of them takes all of it.
+        # The workers compile the same programs, so they share a cache of them.
         cache = {"JAX_COMPILATION_CACHE_DIR": str(work.programs)}
-        memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", _MODULE, json.dumps(options, default=str)],
             stdin=subprocess.PIPE,
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            env=cache | memory | os.environ,
+            env=cache | os.environ,
             text=True,
             errors="replace",
             # The parent hands on the signals, so that Ctrl-C does not come twice.
@@ -89,18 +90,22 @@ def run_workers(
       Stopped: if a signal or the deadline stopped a seed.
       ValueError: if a seed failed or was killed.
     """
-    waiting, running, done = list(configs), [], []
+    shutil.rmtree(work.programs, ignore_errors=True)  # a killed worker leaves a part of a program
+    waiting, done = list(configs), []
     with _SignalRelay() as relay:
-        while running or (waiting and relay.name is None):
-            while waiting and len(running) < num_workers and relay.name is None:
+        running = relay.workers
+        while True:
+            is_late = deadline is not None and time.monotonic() >= deadline
+            while waiting and len(running) < num_workers and relay.name is None and not is_late:
                 running.append(_Worker(waiting.pop(0), work, deadline))
-            relay.workers = running
+            if not running:
+                break
             time.sleep(_POLL_SECONDS)
-            ended = [worker for worker in running if worker.process.poll() is not None]
-            for worker in ended:
+            relay.send()
+            for worker in [one for one in running if one.process.poll() is not None]:
+                running.remove(worker)
                 worker.close()
-            done += ended
-            running = [worker for worker in running if worker not in ended]
+                done.append(worker)
     if relay.name is not None:
         raise Stopped(relay.name)
     stops = {code: name for name, code in EXIT_CODES.items()}
@@ -111,35 +116,46 @@ def run_workers(
             "command continues"
         )
     stopped = [stops[worker.process.returncode] for worker in done if worker.process.returncode]
-    if stopped:
-        raise Stopped(stopped[0])
+    if stopped or waiting:
+        raise Stopped(stopped[0] if stopped else "max_seconds")
 
 
 class _SignalRelay:
-    """Context manager that hands Ctrl-C and SIGTERM on to the workers, and notes the first one."""
+    """Context manager that hands Ctrl-C and SIGTERM on to the workers, and notes the first one.
+
+    Signals that are ignored stay so.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self.workers: Sequence[_Worker] = ()
-        self._handlers = {}
+        self._num_signals = 0
+        self.workers: list[_Worker] = []
+        self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "_SignalRelay":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._relay)
+                handler = signal.getsignal(number)
+                # None means that the handler was not installed by Python, and cannot be restored.
+                if handler not in (None, signal.SIG_IGN):
+                    self._handlers[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        if kind is not None:
-            for worker in self.workers:
-                worker.process.kill()
-                worker.process.wait()
-                worker.close()
+        for worker in self.workers:  # there are some only after an error
+            worker.process.kill()
+            worker.process.wait()
+            worker.close()
 
-    def _relay(self, number: int, _: FrameType | None) -> None:
-        self.name = self.name or signal.Signals(number).name
+    def send(self) -> None:
+        """Send the signals that came to the workers that did not get them yet."""
         for worker in self.workers:
-            if worker.process.poll() is None:
-                worker.process.send_signal(number)
+            if worker.num_signals < self._num_signals:
+                worker.num_signals = self._num_signals
+                worker.process.send_signal(signal.Signals[self.name or "SIGTERM"])
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.name = self.name or signal.Signals(number).name
+        self._num_signals += 1

@@ -216,6 +216,8 @@ def run_many(
         )
         stopped_by = next(filter(None, map(monitor.after_part, parts)), None)
         monitor.finish()
+        # A signal that came at the very end is not lost.
+        stopped_by = stopped_by or interruption.name
     results = make_results(history.runs, history.trace, budget, spec.problem, history.start)
     return history.complete(results, stopped_by, keep_state=keep_state, keep_scored=keep_scored)
 
@@ -267,8 +269,8 @@ def advance_runs(
     stop: StopRule,
     line: ProgressLine,
     *,
+    after_part: Callable[[History], str | None],
     keep_state: bool = False,
-    after_part: Callable[[RunState, Trace], str | None] = lambda runs, trace: None,
 ) -> tuple[RunState, Trace, str | None]:
     """Step until all runs are over, or until they are stopped.
 
@@ -278,9 +280,9 @@ def advance_runs(
       problem: the problem to search.
       stop: the rule that ends each run.
       line: the progress line to update.
+      after_part: a function that is called after every few steps with what this call has done so
+        far. If it returns a text, the runs stop.
       keep_state: as for `iterate_parts`.
-      after_part: a function that is called after every few steps with the runs and the trace of
-        this call, `[T, S]`. If it returns a text, the runs stop.
 
     Returns:
       The runs, the trace of all T steps, `[T, S]`, and why the runs stopped; None at their end.
@@ -290,7 +292,7 @@ def advance_runs(
         history.add(part)
         stats = part.runs.stats
         line.update(int(np.min(stats.layer_calls)), float(np.min(stats.pool.loss)))
-        if reason := after_part(history.runs, history.trace):
+        if reason := after_part(history):
             return history.runs, history.trace, reason
     return history.runs, history.trace, None
 

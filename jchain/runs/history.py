@@ -8,7 +8,8 @@ import numpy as np
 
 from jchain._typing import PyTree
 from jchain.problem import Problem
-from jchain.runs.result import Result, RunState, Start, StopRule, Trace
+from jchain.runs.interruption import SIGNAL_NAMES
+from jchain.runs.result import Result, RunState, Start, StopRule, Trace, empty_trace
 from jchain.runs.run_folder import Snapshot
 from jchain.runs.scored_chains import ScoredChains, concat_scored, empty_scored, select_scored
 from jchain.runs.stepping import Records, reopen
@@ -37,9 +38,7 @@ class History:
         self.seconds = 0.0
         self.scored: list[list[ScoredChains]] = []  # one list per part, with an item per run
         num_runs = runs.key.shape[0]
-        shape = (0, num_runs)
-        empty = Trace(np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, bool))
-        self._traces = [empty]
+        self._traces = [empty_trace(num_runs)]
         self._custom: list[PyTree] = []
         self._num_steps = np.zeros(num_runs, np.int64)
 
@@ -102,7 +101,7 @@ class History:
                 scored = concat_scored([empty, *(part[run] for part in self.scored if part)])
             return result._replace(
                 is_complete=is_over,
-                stopped_by=None if is_over else stopped_by,
+                stopped_by=stopped_by if not is_over or stopped_by in SIGNAL_NAMES else None,
                 state=jax.tree.map(lambda leaf: leaf[run], self.runs.state) if keep_state else None,
                 records=jax.tree.map(lambda leaf: leaf[rows, run], self.custom),
                 scored=scored,
@@ -138,8 +137,7 @@ class History:
         def stack(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((-1, *shape), dtype)
 
-        dtypes = Trace(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, bool))
-        trace = jax.tree.map(lambda leaf: stack((num_runs,), leaf.dtype), dtypes)
+        trace = jax.tree.map(lambda leaf: stack((num_runs,), leaf.dtype), empty_trace(num_runs))
         custom = jax.tree.map(lambda leaf: stack(leaf.shape, leaf.dtype), records.custom)
         return {"runs": runs, "trace": trace, "custom": custom}
 

@@ -6,6 +6,7 @@ from types import FrameType
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNAL_NAMES = tuple(number.name for number in _SIGNALS)
 
 
 class Interruption:

@@ -52,7 +52,8 @@ class Result(NamedTuple):
       finalist_costs: the costs of the finalists, `[Q]`.
       front: the scored chains that no other one beats in both cost and loss.
       is_complete: False if the run was stopped before its end.
-      stopped_by: what stopped it: "callback", "max_seconds", "SIGINT", or "SIGTERM".
+      stopped_by: what stopped it: "callback", "max_seconds", "SIGINT", or "SIGTERM". A signal that
+        came when the run was just over is named, too.
       state: the state of the search after its last counted step, with `keep_state` or
         `checkpoint_dir`.
       records: what `record_fn` returned, stacked over the counted steps, `[T, ...]`.
@@ -173,6 +174,16 @@ class Trace(NamedTuple):
     layer_calls: Int[np.ndarray, "T S"] | Int[Array, "T S"]
     best_loss: Float[np.ndarray, "T S"] | Float[Array, "T S"]
     is_counted: Bool[np.ndarray, "T S"] | Bool[Array, "T S"]
+
+
+def empty_trace(num_runs: int) -> Trace:
+    """Return the trace of no steps.
+
+    Args:
+      num_runs: the number of runs, S.
+    """
+    shape = (0, num_runs)
+    return Trace(np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, bool))
 
 
 def front(results: Result | Sequence[Result]) -> Front:

@@ -15,7 +15,7 @@ from jchain.pytree import check_at_least_one, pytree_dataclass, static
 from jchain.runs.driver import advance_runs, check_arguments, check_first_step
 from jchain.runs.front import merge_front
 from jchain.runs.progress import ProgressLine
-from jchain.runs.result import RunState, Start, StopRule, Trace, make_results
+from jchain.runs.result import RunState, Start, StopRule, Trace, empty_trace, make_results
 from jchain.runs.run_folder import Snapshot
 from jchain.runs.starts import begin_at
 from jchain.runs.stepping import MAX_FREE_STEPS, init_runs
@@ -39,8 +39,6 @@ from jchain.updates.policies import (
 )
 from jchain.updates.saving import Checkpoints
 
-_NO_STEPS = Trace(np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32), np.zeros((0, 1), bool))
-
 
 class _Rounds(NamedTuple):
     """The search and its bank between two rounds, with the records of earlier rounds."""
@@ -48,7 +46,7 @@ class _Rounds(NamedTuple):
     runs: RunState  # the state of a single run
     clones: CloneBank
     start: Start | None  # the chains that were scored before the first round
-    trace: Trace = _NO_STEPS
+    trace: Trace = empty_trace(1)
     update_calls: int = 0  # layer calls of gradient steps
     round_index: int = 0
     # Layer calls at the beginning of the present round; None between two rounds.
@@ -128,6 +126,7 @@ class CloneThenTune(UpdatePolicy):
             if is_over:
                 rounds = rounds._replace(round_index=self.num_rounds)
             checkpoints.finish(lambda: _make_snapshot(rounds))
+            stopped_by = stopped_by or checkpoints.signal_name
         with mention_reserved_calls(reserved, args.budget):
             problem = args.problem.with_bank(rounds.clones.bank)
             (result,) = make_results(rounds.runs, rounds.trace, args.budget, problem, rounds.start)
@@ -233,8 +232,8 @@ def _search_round(
         stop,
         line,
         keep_state=True,
-        after_part=lambda runs, trace: checkpoints.after_part(
-            lambda: _make_snapshot(extend(runs, trace))
+        after_part=lambda history: checkpoints.after_part(
+            lambda: _make_snapshot(extend(history.runs, history.trace))
         ),
     )
     rounds = extend(runs, trace)
@@ -258,7 +257,9 @@ def _restore(first: _Rounds, checkpoints: Checkpoints) -> _Rounds:
         "runs": first.runs,
         "bank": bank.without_names(),
         "sources": clones.source_tokens,
-        "trace": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((-1, 1), leaf.dtype), _NO_STEPS),
+        "trace": jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((-1, 1), leaf.dtype), empty_trace(1)
+        ),
     }
     snapshot = checkpoints.restore(lambda info: template)
     if snapshot is None:

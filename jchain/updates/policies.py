@@ -75,8 +75,9 @@ class UpdatePolicy:
     ) -> Outcome:
         """Search and update weights until the budget is used up.
 
-        Ctrl-C and SIGTERM stop the run after the steps that the device is taking, and the outcome
-        so far is returned (`Result.stopped_by`).
+        Ctrl-C and SIGTERM stop the run after the steps that the device is taking, or after the
+        gradient steps of a round, and the outcome so far is returned (`Result.stopped_by`). That of
+        `SharedUpdates` has no chain before the last part of its budget.
 
         Args:
           key: the PRNG key; consumed by this call.

@@ -44,17 +44,18 @@ class Checkpoints:
     def __init__(self, saving: Saving, spec: RunSpec, details: dict[str, object]) -> None:
         self._saving, self._keys = saving, spec.keys
         self._folder: RunFolder | None = None
-        self._stack = contextlib.ExitStack()
         self._identity: Callable[[], dict[str, object]] = lambda: {
             **describe_run(spec),
             **{name: describe(value) for name, value in details.items()},
         }
 
     def __enter__(self) -> "Checkpoints":
-        self._interruption = self._stack.enter_context(Interruption())
-        if self._saving.checkpoint_dir is not None:
-            folder = RunFolder(self._saving.checkpoint_dir, self._identity())
-            self._folder = self._stack.enter_context(folder)
+        with contextlib.ExitStack() as stack:
+            self._interruption = stack.enter_context(Interruption())
+            if self._saving.checkpoint_dir is not None:
+                folder = RunFolder(self._saving.checkpoint_dir, self._identity())
+                self._folder = stack.enter_context(folder)
+            self._stack = stack.pop_all()
         self._saved_at = self._began = time.monotonic()
         return self
 
@@ -86,6 +87,11 @@ class Checkpoints:
             self._save(self._folder, make_snapshot)
         if self._interruption.name is None and limit is not None and now - self._began >= limit:
             return "max_seconds"
+        return self._interruption.name
+
+    @property
+    def signal_name(self) -> str | None:
+        """The name of the signal that came; None if there was none."""
         return self._interruption.name
 
     def finish(self, make_snapshot: Callable[[], Snapshot]) -> None:

@@ -15,7 +15,7 @@ from jchain.problem import Problem
 from jchain.pytree import check_at_least_one, pytree_dataclass, static
 from jchain.runs.driver import advance_runs, check_arguments
 from jchain.runs.progress import ProgressLine
-from jchain.runs.result import RunState, StopRule, Trace, make_results
+from jchain.runs.result import RunState, StopRule, Trace, empty_trace, make_results
 from jchain.runs.run_folder import Snapshot
 from jchain.runs.stepping import MAX_FREE_STEPS, infer_runs, init_runs
 from jchain.search.protocol import Refreshable, Search
@@ -32,8 +32,6 @@ from jchain.updates.policies import (
     tuning_cost,
 )
 from jchain.updates.saving import Checkpoints
-
-_NO_STEPS = Trace(np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32), np.zeros((0, 1), bool))
 
 
 class RefreshableSearch(Search, Refreshable, Protocol):
@@ -63,6 +61,10 @@ class _Training(NamedTuple):
     layer_calls: int
     update_calls: int = 0  # the part of layer_calls that gradient steps cost
     num_free: int = 0  # consecutive rounds that cost nothing
+    step_calls: int = 0  # the most that a step of the search cost
+
+
+_NUMBERS = ("layer_calls", "update_calls", "num_free", "step_calls")
 
 
 class _Final(NamedTuple):
@@ -123,7 +125,7 @@ class SharedUpdates(UpdatePolicy):
                 training, stopped_by = self._train(training, begun, args, checkpoints, line)
             problem = begun.problem.with_bank(training.carry[1].bank)
             if final is None:
-                final = _Final(_start_last_part(training, begun, problem, args), _NO_STEPS)
+                final = _Final(_start_last_part(training, begun, problem, args), empty_trace(1))
             if stopped_by is None:
                 final, stopped_by = _run_last_part(
                     training, final, begun.search, problem, args, checkpoints, line
@@ -131,8 +133,9 @@ class SharedUpdates(UpdatePolicy):
                 checkpoints.finish(lambda: _make_snapshot(training, final))
             else:
                 checkpoints.finish(lambda: _make_snapshot(training, None))
+            is_over, stopped_by = stopped_by is None, stopped_by or checkpoints.signal_name
         result = make_results(final.runs, final.trace, args.budget, problem)[0]
-        result = result._replace(is_complete=stopped_by is None, stopped_by=stopped_by)
+        result = result._replace(is_complete=is_over, stopped_by=stopped_by)
         bank = _update_bank(begun.bank, args.problem.bank, problem.bank)
         return Outcome(bank, result, training.update_calls)
 
@@ -170,7 +173,7 @@ class SharedUpdates(UpdatePolicy):
         Returns:
           How far the training is, and why it was stopped; None at its end.
         """
-        total = step_calls = 0
+        total, step_calls = 0, training.step_calls
         # Stop after too many consecutive steps that cost nothing, as jc.run does.
         while training.num_free < MAX_FREE_STEPS:
             key, round_key = jax.random.split(training.key)
@@ -189,6 +192,7 @@ class SharedUpdates(UpdatePolicy):
                 training.layer_calls + total,
                 training.update_calls + cost,
                 0 if total else training.num_free + 1,
+                step_calls,
             )
             line.update(training.layer_calls, float(training.best))
             if reason := checkpoints.after_part(lambda now=training: _make_snapshot(now, None)):
@@ -227,7 +231,9 @@ def _restore(
         if info["is_trained"]:
             keys = begun.run_key[None]
             runs = infer_runs(keys, begun.search, begun.problem, args.num_finalists)
-            trace = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((-1, 1), leaf.dtype), _NO_STEPS)
+            trace = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct((-1, 1), leaf.dtype), empty_trace(1)
+            )
             arrays |= {"runs": runs, "trace": trace}
         return arrays
 
@@ -235,7 +241,7 @@ def _restore(
     if snapshot is None:
         return first, None
     arrays, info = snapshot
-    numbers = (info["layer_calls"], info["update_calls"], info["num_free"])
+    numbers = [info[name] for name in _NUMBERS]
     carry = jax.device_put(arrays["carry"])
     training = _Training(arrays["key"], carry, arrays["best"], arrays["counts"], *numbers)
     if not info["is_trained"]:
@@ -245,7 +251,7 @@ def _restore(
 
 def _make_snapshot(training: _Training, final: _Final | None) -> Snapshot:
     arrays, numbers = training._asdict(), {}
-    for name in ("layer_calls", "update_calls", "num_free"):
+    for name in _NUMBERS:
         numbers[name] = arrays.pop(name)
     return Snapshot(
         arrays | ({} if final is None else final._asdict()),
@@ -283,8 +289,8 @@ def _run_last_part(
         problem,
         StopRule(np.int32(args.budget), np.float32(-np.inf)),
         line,
-        after_part=lambda runs, trace: checkpoints.after_part(
-            lambda: _make_snapshot(training, extend(runs, trace))
+        after_part=lambda history: checkpoints.after_part(
+            lambda: _make_snapshot(training, extend(history.runs, history.trace))
         ),
     )
     return extend(runs, trace), stopped_by

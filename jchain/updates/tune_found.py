@@ -8,6 +8,7 @@ from jchain.engine.evaluation import evaluate
 from jchain.pytree import check_at_least_one, pytree_dataclass, static
 from jchain.runs import driver
 from jchain.runs.front import Front
+from jchain.runs.interruption import Interruption
 from jchain.runs.result import Curve
 from jchain.train import OPTIMIZER
 from jchain.updates import tune
@@ -76,10 +77,11 @@ class TuneFound(UpdatePolicy):
         if not np.isfinite(result.best_loss) or result.stopped_by is not None:
             return Outcome(problem.bank, result, 0)
         chain = result.best_chain
-        bank = tune.tune_chain(
-            tune_key, training, chain, num_steps=self.num_steps, optimizer=self.optimizer
-        )
-        loss = float(evaluate(problem.with_bank(bank), chain[None]).loss[0])
+        with Interruption() as interruption:
+            bank = tune.tune_chain(
+                tune_key, training, chain, num_steps=self.num_steps, optimizer=self.optimizer
+            )
+            loss = float(evaluate(problem.with_bank(bank), chain[None]).loss[0])
         length = count_chain_layers(chain)
         update_calls = tuning_cost(problem, train, length, self.num_steps)
         layer_calls = result.layer_calls + update_calls + length
@@ -88,7 +90,10 @@ class TuneFound(UpdatePolicy):
             np.append(result.curve.best_loss, min(loss, result.best_loss)),
         )
         result = result._replace(
-            layer_calls=layer_calls, curve=curve, num_scored=result.num_scored + 1
+            layer_calls=layer_calls,
+            curve=curve,
+            num_scored=result.num_scored + 1,
+            stopped_by=interruption.name,
         )
         if loss >= result.best_loss:
             return Outcome(problem.bank, result, update_calls)

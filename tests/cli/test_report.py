@@ -88,6 +88,8 @@ def test_older_results_and_missing_files_are_said(result_folder, tmp_path, capsy
     assert "Heat maps are missing: " in page
     assert main(["report", str(folder), "--out", str(out), "--no-maps"]) == 0
     assert "Heat maps are missing" not in read_page(out)
+    err = fail(["report", str(folder), "--out", str(tmp_path / "none" / "r.html")], capsys)
+    assert "expected a file in a folder that exists, got" in err
     (tmp_path / "empty").mkdir()
     before = out.read_bytes()
     err = fail(["report", str(tmp_path / "empty"), "--out", str(out)], capsys)

@@ -197,12 +197,13 @@ def test_a_result_that_is_not_written_is_shown_and_written_later(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("update", ["tune-found", "clone-then-tune", "shared-updates"])
-def test_a_search_with_updates_continues(tmp_path, update, monkeypatch):
+def test_a_search_with_updates_continues(tmp_path, update, capsys):
     options = ["--update", update, "--search", "actor-critic", "--budget", "8000", "--quick"]
     command = ["search", *SMALL, *options]
     assert main([*command, "--out", str(tmp_path / "whole")]) == 0
     for _ in range(2):
         stopped = [*command, "--out", str(tmp_path / "out"), "--max-seconds", "0.001"]
         assert main(stopped) == 0
+        assert "jchain: out of time" in capsys.readouterr().err
     assert main([*command, "--out", str(tmp_path / "out")]) == 0
     assert read(tmp_path / "out") == read(tmp_path / "whole")

@@ -94,6 +94,15 @@ def test_a_time_limit_is_not_a_failure(run):
     assert stopped.value.name == "max_seconds"
 
 
+def test_seeds_that_have_no_time_left_are_not_started(tmp_path, monkeypatch):
+    Scripted(monkeypatch, ["raise AssertionError"])
+    config = workers.SearchConfig(out=tmp_path, num_seeds=1)
+    work = workers.WorkFolder(config)
+    with pytest.raises(Stopped) as stopped:
+        workers.run_workers([seed_runs.pick_seed(config, 0)], 2, work, time.monotonic())
+    assert stopped.value.name == "max_seconds"
+
+
 def test_signals_are_handed_on(run, tmp_path):
     wait = (
         "import signal, sys, time\n"
@@ -142,6 +151,7 @@ def test_workers_end_if_their_parent_is_killed(tmp_path):
     holders = [out / "run" / f"seed-{i}" / "search" / "holder.json" for i in range(2)]
     while not all(path.exists() for path in holders):
         time.sleep(0.01)
+        assert process.poll() is None
     process.kill()
     process.wait()
     end = time.monotonic() + 60
