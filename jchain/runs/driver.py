@@ -179,8 +179,7 @@ def run_many(
       ValueError: if there are no keys, the keys are not from `jax.random.key`, or as for `run`.
     """
     check_arguments(search, problem, budget, num_finalists)
-    _check_limits(target_loss, record)
-    check_saving(save_every, max_seconds, checkpoint_dir)
+    _check_limits(target_loss, record, save_every, max_seconds, checkpoint_dir)
     _check_keys(keys, 1, "keys of jax.random.key of shape [S], at least one")
     keep_scored, is_saved = record is not None, checkpoint_dir is not None
     keep_state |= is_saved
@@ -216,8 +215,7 @@ def run_many(
         )
         stopped_by = next(filter(None, map(monitor.after_part, parts)), None)
         monitor.finish()
-        # A signal that came at the very end is not lost.
-        stopped_by = stopped_by or interruption.name
+        stopped_by = stopped_by or interruption.name  # a signal may come at the very end
     results = make_results(history.runs, history.trace, budget, spec.problem, history.start)
     return history.complete(results, stopped_by, keep_state=keep_state, keep_scored=keep_scored)
 
@@ -351,7 +349,14 @@ def check_first_step(
     make_results(steps.runs, trace, int(np.asarray(stop.budget)), problem, start)
 
 
-def _check_limits(target_loss: float, record: str | None) -> None:
+def _check_limits(
+    target_loss: float,
+    record: str | None,
+    save_every: float,
+    max_seconds: float | None,
+    checkpoint_dir: str | os.PathLike[str] | None,
+) -> None:
+    check_saving(save_every, max_seconds, checkpoint_dir)
     if math.isnan(target_loss):
         raise ValueError("expected a target_loss that is a number, got nan")
     if record not in (None, "chains"):
