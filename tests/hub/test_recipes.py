@@ -56,7 +56,7 @@ def test_runs_of_blocks_have_the_losses_of_their_chains(tmp_path):
     wide = jc.Problem(bank, jc.Batch(ids, ids), max_layers=8)
 
     def score(*tokens):
-        return jc.evaluate(wide, jc.chain.pad([[*tokens, 4]], 8)).loss[0]
+        return float(jc.evaluate(wide, jc.chain.pad([[*tokens, 4]], 8)).loss[0])
 
     assert losses.loss == pytest.approx(score(0, 1, 2, 3), rel=1e-5)
     assert losses.repeated[1, 2] == pytest.approx(score(0, 1, 2, 1, 2, 3), rel=1e-5)
