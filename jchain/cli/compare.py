@@ -27,6 +27,7 @@ class Compared(NamedTuple):
     layer_calls: list[int]
     seconds: list[float]
     layers: list[str]  # of the seed with the lowest loss on `select`
+    stopped_by: str | None  # what stopped the search before its end, if it was stopped
 
 
 class SeedResult(NamedTuple):
@@ -84,6 +85,7 @@ def summarize(group: Sequence[SeedResult]) -> Compared:
             layer_calls=[record["layer_calls"] for record in records],
             seconds=[record["seconds"] for record in records],
             layers=find_best(group).record["layers"],
+            stopped_by=next(filter(None, (record.get("stopped_by") for record in records)), None),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"expected the result of a search in {group[0].name}: {error!r}") from None
@@ -97,7 +99,7 @@ def tabulate(rows: Sequence[Compared]) -> TextTable:
     """
     shown = [
         [
-            row.name,
+            row.name if row.stopped_by is None else f"{row.name} (stopped)",
             str(len(row.seeds)),
             *(_format_losses(row.loss[split]) for split in EVALUATION_SPLITS),
             f"{np.mean(row.layer_calls):,.0f}",

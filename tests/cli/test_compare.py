@@ -8,6 +8,7 @@ import pytest
 from command_line import fail
 
 from jchain.__main__ import main
+from jchain.cli import compare
 
 
 @pytest.fixture
@@ -21,6 +22,7 @@ def results(result_folder, tmp_path):
         record["layers"] = [f"layer{i}", "head"]
         if i == 3:
             record["config"]["search"] = "local"
+            record["stopped_by"] = "SIGINT"
         (folder / "result.json").write_text(json.dumps(record))
     return [str(tmp_path / f"r{i}") for i in range(4)]
 
@@ -37,6 +39,9 @@ def test_seeds_of_one_search_share_a_row(results, capsys):
     half = 4.3027 * np.std([1.0, 1.5, 2.0], ddof=1) / 3**0.5
     assert f"1.500 [{1.5 - half:.3f}, {1.5 + half:.3f}]" in " ".join(shown.split())
     assert "2.500" in shown
+    assert (first["stopped_by"], second["stopped_by"]) == (None, "SIGINT")
+    rows = compare.tabulate([compare.Compared(**row) for row in (first, second)]).rows
+    assert [row[0].endswith(" (stopped)") for row in rows] == [False, True]
 
 
 def test_what_is_no_result_is_refused(results, tmp_path, capsys):
