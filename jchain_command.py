@@ -22,6 +22,11 @@ def main() -> int:
     code = run()
     # Everything is written, and a traceback from the interpreter's last steps would say otherwise.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if code in (130, 143):
+        # A computation that was interrupted may still use the interpreter, which must not end then.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return code
 
 
