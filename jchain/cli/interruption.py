@@ -7,6 +7,7 @@ import threading
 from types import FrameType
 from typing import Any
 
+from jchain.runs.interruption import replace_handlers, restore_handlers
 from jchain.runs.result import Result
 
 # The exit codes of a worker that was stopped (`jchain.cli.workers`).
@@ -34,21 +35,15 @@ class SignalHandlers:
     """
 
     def __enter__(self) -> "SignalHandlers":
-        self._handlers: dict[signal.Signals, Any] = {}
         self._hook = sys.unraisablehook
-        if threading.current_thread() is threading.main_thread():
+        self._handlers = replace_handlers(self._raise)
+        if self._handlers:
             sys.unraisablehook = self._repeat
-            for number in (signal.SIGINT, signal.SIGTERM):
-                handler = signal.getsignal(number)
-                # None means that the handler was not installed by Python, and cannot be restored.
-                if handler not in (None, signal.SIG_IGN):
-                    self._handlers[number] = signal.signal(number, self._raise)
         return self
 
     def __exit__(self, *_: object) -> None:
         sys.unraisablehook = self._hook
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        restore_handlers(self._handlers)
 
     def _raise(self, number: int, _: FrameType | None) -> None:
         raise Stopped(signal.Signals(number).name)

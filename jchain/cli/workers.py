@@ -21,6 +21,7 @@ from jchain.cli.config import SearchConfig
 from jchain.cli.interruption import EXIT_CODES, Stopped
 from jchain.cli.progress import print_progress
 from jchain.cli.work_folder import WorkFolder
+from jchain.runs.interruption import replace_handlers, restore_handlers
 
 _POLL_SECONDS = 0.1
 # The worker's argument says what to run (`jchain.cli.worker`).
@@ -133,17 +134,11 @@ class _SignalRelay:
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "_SignalRelay":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                handler = signal.getsignal(number)
-                # None means that the handler was not installed by Python, and cannot be restored.
-                if handler not in (None, signal.SIG_IGN):
-                    self._handlers[number] = signal.signal(number, self._note)
+        self._handlers = replace_handlers(self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        restore_handlers(self._handlers)
         for worker in self.workers:  # there are some only after an error
             worker.process.kill()
             worker.process.wait()

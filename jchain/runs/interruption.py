@@ -2,11 +2,45 @@
 
 import signal
 import threading
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SIGNAL_NAMES = tuple(number.name for number in _SIGNALS)
+
+
+def replace_handlers(
+    handle: Callable[[int, FrameType | None], object],
+) -> dict[signal.Signals, Any]:
+    """Let a function handle SIGINT and SIGTERM.
+
+    Outside of the main thread, and for signals that are ignored, nothing changes.
+
+    Args:
+      handle: the function, which is given the number of the signal.
+
+    Returns:
+      The handlers that were replaced, for `restore_handlers`.
+    """
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in _SIGNALS:
+            handler = signal.getsignal(number)
+            # None means that the handler was not installed by Python, and cannot be restored.
+            if handler not in (None, signal.SIG_IGN):
+                handlers[number] = signal.signal(number, handle)
+    return handlers
+
+
+def restore_handlers(handlers: Mapping[signal.Signals, Any]) -> None:
+    """Install the handlers that `replace_handlers` returned.
+
+    Args:
+      handlers: the handlers by signal.
+    """
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 class Interruption:
@@ -21,12 +55,7 @@ class Interruption:
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Interruption":
-        if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
-                handler = signal.getsignal(number)
-                # None means that the handler was not installed by Python, and cannot be restored.
-                if handler not in (None, signal.SIG_IGN):
-                    self._handlers[number] = signal.signal(number, self._note)
+        self._handlers = replace_handlers(self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -37,6 +66,5 @@ class Interruption:
         self._restore()
 
     def _restore(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        restore_handlers(self._handlers)
         self._handlers = {}
