@@ -2,32 +2,24 @@
 
 import os
 import signal
-import sys
+from typing import NoReturn
 
 
-def main() -> int:
-    """Import jchain, and run its command line.
-
-    Returns:
-      The exit status; see `jchain.__main__.main`.
-    """
+def main() -> NoReturn:
+    """Import jchain, run its command line, and end the process; see `jchain.__main__.main`."""
     # A signal is ignored from the start in some background jobs, and stays so.
     is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_ours:
         signal.signal(signal.SIGINT, _quit)
     from jchain.__main__ import main as run
+    from jchain.cli.interruption import exit_process
 
     if is_ours:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     code = run()
     # Everything is written, and a traceback from the interpreter's last steps would say otherwise.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if code in (130, 143):
-        # A computation that was interrupted may still use the interpreter, which must not end then.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    exit_process(code)
 
 
 def _quit(*_: object) -> None:
@@ -37,4 +29,4 @@ def _quit(*_: object) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

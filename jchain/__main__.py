@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from jchain.cli.commands import COMMANDS
-from jchain.cli.interruption import SignalHandlers, get_exit_code
+from jchain.cli.interruption import SignalHandlers, exit_process, get_exit_code
 from jchain.cli.parser import make_parser
 
 
@@ -36,4 +36,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

@@ -1,11 +1,12 @@
 """What the command line does if a signal stops it."""
 
 import _thread
+import os
 import signal
 import sys
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from jchain.runs.interruption import replace_handlers, restore_handlers
 from jchain.runs.result import Result
@@ -83,3 +84,19 @@ def get_exit_code(error: KeyboardInterrupt) -> int:
     """
     name = get_name(error)
     return 0 if name == "max_seconds" else 128 + signal.Signals[name]
+
+
+def exit_process(code: int) -> NoReturn:
+    """End the process: at once if a signal stopped it, and otherwise as usual.
+
+    An interrupted call can leave a compilation behind, which goes on in a thread of jaxlib's and
+    crashes when the interpreter's end destroys the devices that it compiles for.
+
+    Args:
+      code: the exit code.
+    """
+    if code in (EXIT_CODES["SIGINT"], EXIT_CODES["SIGTERM"]):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -11,7 +11,7 @@ from contextlib import redirect_stdout
 from typing import cast
 
 from jchain.cli.config import SearchConfig
-from jchain.cli.interruption import EXIT_CODES, SignalHandlers, get_name
+from jchain.cli.interruption import EXIT_CODES, SignalHandlers, exit_process, get_name
 from jchain.cli.records import ResultRecord
 from jchain.cli.result_folder import UnwrittenError
 from jchain.cli.seed_runs import run_one_of_several
@@ -56,4 +56,4 @@ def _watch_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    exit_process(main(sys.argv[1]))

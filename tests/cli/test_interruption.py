@@ -47,7 +47,7 @@ def test_ctrl_c_while_jchain_is_imported_has_no_traceback(tmp_path):
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"sys.path.insert(0, {str(tmp_path)!r})\n"
         "import jchain_command\n"
-        "sys.exit(jchain_command.main())\n"
+        "jchain_command.main()\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -60,3 +60,23 @@ def test_ctrl_c_while_jchain_is_imported_has_no_traceback(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "jchain: interrupted\n")
+
+
+def test_an_interrupted_compilation_does_not_crash_the_end():
+    # The usual end of the interpreter crashes here.
+    code = (
+        "import threading, jax, jax.numpy as jnp\n"
+        "from jchain.cli.interruption import exit_process\n"
+        "x = jnp.ones((8, 8))\n"
+        "def layers(x):\n"
+        "    for i in range(300):\n"
+        "        x = jnp.sort(jnp.tanh(x @ x + i))\n"
+        "    return x\n"
+        "lowered = jax.jit(layers).lower(x)\n"
+        "print('compiling')\n"
+        "threading.Thread(target=lowered.compile, daemon=True).start()\n"
+        "threading.Event().wait(0.2)\n"
+        "exit_process(130)\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (process.returncode, process.stdout, process.stderr) == (130, "compiling\n", "")
