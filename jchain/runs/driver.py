@@ -21,10 +21,11 @@ from jchain.runs.history import History, Part
 from jchain.runs.identity import describe_run
 from jchain.runs.interruption import Interruption
 from jchain.runs.monitor import Monitor
+from jchain.runs.processes import is_shared
 from jchain.runs.progress import Progress, ProgressLine
 from jchain.runs.rescoring import get_seen_problem
 from jchain.runs.result import Result, RunState, Start, StopRule, Trace, make_results
-from jchain.runs.run_folder import RunFolder
+from jchain.runs.run_folder import open_folder
 from jchain.runs.starts import list_starts
 from jchain.runs.stepping import (
     NOTHING,
@@ -91,8 +92,8 @@ def run(
         local search, begins at the best one (`jchain.search.protocol.Startable`). "parents" for the
         parents of the bank that the problem allows; None to begin with nothing.
       checkpoint_dir: the folder to save the run to, with a log of all scored chains,
-        `chains.jsonl`; made if it does not exist. Other processes cannot use it at the same time,
-        and it cannot be used with `jax.distributed`. None to save nothing.
+        `chains.jsonl`; made if it does not exist. Another run cannot use it at the same time. Of
+        several processes that share a mesh, the first reads and writes it. None to save nothing.
       save_every: the seconds between two checkpoints.
       max_seconds: the seconds of this call after which the run stops, up to a few steps; None for
         no limit.
@@ -179,7 +180,7 @@ def run_many(
       ValueError: if there are no keys, the keys are not from `jax.random.key`, or as for `run`.
     """
     check_arguments(search, problem, budget, num_finalists)
-    _check_limits(target_loss, record, save_every, max_seconds, checkpoint_dir)
+    _check_limits(target_loss, record, save_every, max_seconds)
     _check_keys(keys, 1, "keys of jax.random.key of shape [S], at least one")
     keep_scored, is_saved = record is not None, checkpoint_dir is not None
     keep_state |= is_saved
@@ -192,12 +193,12 @@ def run_many(
         StopRule(np.int32(budget), np.float32(target_loss)),
         Recording(keep_scored or callback is not None or is_saved, record_fn),
     )
+    shared = is_shared(spec.problem)
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
-        folder = None
-        if checkpoint_dir is not None:
-            folder = stack.enter_context(RunFolder(checkpoint_dir, describe_run(spec)))
-        history = begin_run(spec, folder, keep_scored=keep_scored)
+        identity = describe_run(spec) if is_saved else {}
+        folder = stack.enter_context(open_folder(checkpoint_dir, identity, is_shared=shared))
+        history = begin_run(spec, folder, is_saved=is_saved, keep_scored=keep_scored)
         monitor = Monitor(
             history,
             spec.stop,
@@ -208,7 +209,7 @@ def run_many(
             max_seconds=max_seconds,
             callback=callback,
             keep_scored=keep_scored,
-            is_shared=_is_shared(spec.problem),
+            is_shared=shared,
         )
         parts = iterate_parts(
             history.runs, search, spec.problem, spec.stop, spec.recording, keep_state=keep_state
@@ -350,45 +351,28 @@ def check_first_step(
 
 
 def _check_limits(
-    target_loss: float,
-    record: str | None,
-    save_every: float,
-    max_seconds: float | None,
-    checkpoint_dir: str | os.PathLike[str] | None,
+    target_loss: float, record: str | None, save_every: float, max_seconds: float | None
 ) -> None:
-    check_saving(save_every, max_seconds, checkpoint_dir)
+    check_saving(save_every, max_seconds)
     if math.isnan(target_loss):
         raise ValueError("expected a target_loss that is a number, got nan")
     if record not in (None, "chains"):
         raise ValueError(f'expected record to be "chains" or None, got {record!r}')
 
 
-def check_saving(
-    save_every: float,
-    max_seconds: float | None,
-    checkpoint_dir: str | os.PathLike[str] | None,
-) -> None:
+def check_saving(save_every: float, max_seconds: float | None) -> None:
     """Check when a run is saved and stops.
 
     Args:
       save_every: as for `run`.
       max_seconds: as for `run`.
-      checkpoint_dir: as for `run`.
 
     Raises:
-      ValueError: if a number of seconds is not above 0, or there are several processes.
+      ValueError: if a number of seconds is not above 0.
     """
     for name, value in (("save_every", save_every), ("max_seconds", max_seconds)):
         if value is not None and not value > 0:
             raise ValueError(f"expected {name} in seconds, above 0, got {value}")
-    if checkpoint_dir is not None and (num := jax.process_count()) > 1:
-        raise ValueError(f"expected one process with checkpoint_dir, got {num} of jax.distributed")
-
-
-def _is_shared(problem: Problem) -> bool:
-    """Return whether the mesh of a problem has devices of other processes."""
-    devices = () if problem.mesh is None else problem.mesh.devices.flat
-    return any(device.process_index != jax.process_index() for device in devices)
 
 
 def _check_keys(keys: object, num_axes: int, expected: str) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from jchain.runs.history import History, Part
 from jchain.runs.interruption import Interruption
+from jchain.runs.processes import agree
 from jchain.runs.progress import Progress, ProgressLine
 from jchain.runs.result import StopRule
 from jchain.runs.run_folder import RunFolder, warn_of_errors
@@ -81,7 +82,7 @@ class Monitor:
         is_due = time.monotonic() - self._saved_at >= self._save_every
         if self._folder is not None and is_due and not self._folder.is_saving:
             self._save(self._folder)
-        return _agree(reason) if self._is_shared else reason
+        return agree(reason) if self._is_shared else reason
 
     def finish(self) -> None:
         """Save the run, and wait until it is written.
@@ -128,13 +129,3 @@ class Monitor:
         except BaseException:
             self.finish()
             raise
-
-
-def _agree(reason: str | None) -> str | None:
-    """Return the reason of any process, so that all processes of a run stop together."""
-    from jax.experimental.multihost_utils import process_allgather
-
-    names = ["callback", "max_seconds", "SIGINT", "SIGTERM"]
-    mine = 0 if reason is None else names.index(reason) + 1
-    found = int(np.max(process_allgather(np.int32(mine))))
-    return names[found - 1] if found else None

@@ -28,6 +28,7 @@ from jchain import files
 from jchain._typing import PyTree
 from jchain.pytree import get_first_line
 from jchain.runs.identity import find_differences
+from jchain.runs.processes import call_on_first
 from jchain.runs.scored_chains import ChainLog
 
 FORMAT = "jchain run 1"
@@ -114,7 +115,7 @@ class RunFolder:
 
         self.log.append([])
         self.log.sync()
-        arrays = _flatten(snapshot.arrays)
+        arrays = flatten(snapshot.arrays)
         info = {**snapshot.info, "log": self.log.position, "crc32": _checksum(arrays)}
         with self._begin_anew_after_errors():
             manager = self._get_manager()
@@ -214,8 +215,20 @@ class RunFolder:
         import orbax.checkpoint as ocp
 
         if self._manager is None:
-            options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
-            self._manager = ocp.CheckpointManager(self.path / "checkpoints", options=options)
+            path = self.path / "checkpoints"
+            path.mkdir(exist_ok=True)
+            # Of several processes, this one writes without waiting for the others.
+            process = jax.process_index()
+            alone = ocp.options.MultiprocessingOptions(
+                primary_host=process, active_processes={process}, barrier_sync_key_prefix="jchain"
+            )
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=2,
+                cleanup_tmp_directories=True,
+                create=False,
+                multiprocessing_options=alone,
+            )
+            self._manager = ocp.CheckpointManager(path, options=options)
         return self._manager
 
     def _read(
@@ -230,7 +243,29 @@ class RunFolder:
         if _checksum(out.arrays) != out.info["crc32"]:
             raise ValueError("its checksum does not match")
         template = make_template(out.info)
-        return Snapshot(_unflatten(out.arrays, template, key_impl), out.info)
+        return Snapshot(unflatten(out.arrays, template, key_impl), out.info)
+
+
+def open_folder(
+    path: str | os.PathLike[str] | None, identity: Mapping[str, object], *, is_shared: bool
+) -> contextlib.AbstractContextManager[RunFolder | None]:
+    """Hold the folder of a run; None on all but the first of the processes that share the run.
+
+    Args:
+      path: the folder, which is made if it does not exist; None for a run that is not saved.
+      identity: what the run is, from `jchain.runs.identity.describe_run`.
+      is_shared: whether several processes make the run together, and this call.
+
+    Raises:
+      ValueError: if the folder holds another run, or something else, or another process holds it.
+    """
+    if path is None:
+        return contextlib.nullcontext()
+    if not is_shared:
+        return RunFolder(path, identity)
+    opened: list[RunFolder] = []
+    call_on_first(lambda: opened.append(RunFolder(path, identity)))
+    return opened[0] if opened else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -280,10 +315,16 @@ def acquire_lock(path: Path) -> Any:
     return lock
 
 
-def _flatten(tree: PyTree) -> dict[str, np.ndarray]:
-    """Name the leaves of a tree by their paths; keys become numbers, empty leaves are dropped."""
+def flatten(tree: PyTree) -> dict[str, np.ndarray]:
+    """Name the leaves of a tree by their paths; keys become numbers, empty leaves are dropped.
+
+    Args:
+      tree: arrays. If devices of other processes have a part in them, each device has all numbers.
+    """
     named = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            leaf = leaf.addressable_data(0)
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         array = np.asarray(leaf)
@@ -292,8 +333,17 @@ def _flatten(tree: PyTree) -> dict[str, np.ndarray]:
     return named
 
 
-def _unflatten(arrays: Mapping[str, np.ndarray], template: PyTree, key_impl: Any) -> PyTree:
-    """Restore a tree from `_flatten`, in which only leading sizes of -1 may differ."""
+def unflatten(arrays: Mapping[str, np.ndarray], template: PyTree, key_impl: Any) -> PyTree:
+    """Restore a tree from `flatten`.
+
+    Args:
+      arrays: the arrays by name.
+      template: the shapes and dtypes of the tree; a leading size of -1 stands for any size.
+      key_impl: the implementation of PRNG keys, from `jax.random.key_impl`.
+
+    Raises:
+      ValueError: if an array is missing, unknown, or of another shape or dtype.
+    """
     left = dict(arrays)
 
     def take(path: Any, leaf: Any) -> Any:

@@ -24,6 +24,7 @@ from jchain.chain import PADDING, ChainsLike
 from jchain.data import Batch
 from jchain.problem import Problem
 from jchain.runs import driver
+from jchain.runs.processes import is_shared
 from jchain.runs.result import BudgetError, Result, RunState, StopRule
 from jchain.runs.starts import list_starts
 from jchain.runs.stepping import RunSpec
@@ -106,7 +107,9 @@ class UpdatePolicy:
             search, the folder holds something else, or another argument is invalid; see
             `jchain.run`.
         """
-        driver.check_saving(save_every, max_seconds, checkpoint_dir)
+        driver.check_saving(save_every, max_seconds)
+        if checkpoint_dir is not None and is_shared(problem):
+            raise ValueError("expected checkpoint_dir=None with a mesh of several processes")
         rows = list_starts(problem, starts)
         saving = Saving(checkpoint_dir, save_every, max_seconds)
         return self.apply(

@@ -95,12 +95,31 @@ np.testing.assert_allclose(results[0].best_loss, results[1].best_loss, rtol=1e-6
 ask = lambda progress: jax.process_index() == 1
 stopped = jc.run(key, search, problem, budget=150, mesh=mesh, callback=ask)
 assert (stopped.is_complete, stopped.stopped_by) == (False, "callback")
+# The first process saves, and all continue.
+import stopping
+options = {"mesh": mesh, "record": "chains"}
+whole = jc.run(key, search, problem, budget=150, keep_state=True, **options)
+found, calls = stopping.run_in_parts(sys.argv[3], key, search, problem, 150, **options)
+assert calls > 1
+stopping.assert_equal(found, whole)
+assert found.state is not None
 try:
-    jc.run(key, search, problem, budget=150, mesh=mesh, checkpoint_dir="run")
+    jc.run(jax.random.key(7), search, problem, budget=150, mesh=mesh, checkpoint_dir=sys.argv[3])
 except ValueError as error:
-    assert "expected one process with checkpoint_dir, got 2" in str(error), error
+    assert "got another one: keys" in str(error), error
 else:
-    raise AssertionError("several processes were accepted")
+    raise AssertionError("another run was accepted")
+try:
+    policy = jc.updates.Frozen()
+    policy.run(key, search, problem.with_mesh(mesh), make_batch(), budget=150, checkpoint_dir="run")
+except ValueError as error:
+    assert "expected checkpoint_dir=None with a mesh of several processes" in str(error), error
+else:
+    raise AssertionError("an update policy accepted several processes")
+# Without a mesh, each process saves a run of its own.
+own = os.path.join(sys.argv[3], "..", f"own{jax.process_index()}")
+saved = jc.run(key, search, problem, budget=150, checkpoint_dir=own)
+np.testing.assert_array_equal(saved.best_chain, results[0].best_chain)
 print("passed")
 """
 
@@ -146,9 +165,9 @@ def test_eight_devices_give_the_losses_of_one():
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one():
+def test_two_processes_give_the_losses_of_one(tmp_path):
     address = free_address()
-    processes = [start(TWO_PROCESSES, address, str(i)) for i in range(2)]
+    processes = [start(TWO_PROCESSES, address, str(i), str(tmp_path / "run")) for i in range(2)]
     for code, out, err in map(finish, processes):
         assert (code, out.split()[-1:]) == (0, ["passed"]), err
 
