@@ -74,3 +74,12 @@ def test_the_table_of_transformers_shows_the_results():
     ]
     for figure in words:
         assert figure in EXPERIMENTS
+
+
+def test_the_cost_of_saving_is_that_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    saving = importlib.import_module("saving")
+    result = read_json("benchmarks/results/saving_cpu.json")
+    assert saving.format_table(result) in BENCHMARKS
+    assert all(row["saving"]["ratio"] < 1.03 for row in result["rows"])
+    assert max(result["big_state_stops"]) < 0.5
