@@ -10,7 +10,7 @@ from jchain.runs.history import History, Part
 from jchain.runs.interruption import Interruption
 from jchain.runs.processes import agree
 from jchain.runs.progress import Progress, ProgressLine
-from jchain.runs.result import StopRule
+from jchain.runs.result import RunState, StopRule
 from jchain.runs.run_folder import RunFolder, warn_of_errors
 from jchain.runs.scored_chains import ScoredChains
 
@@ -55,6 +55,7 @@ class Monitor:
         self._saved_at = now
         self._deadline = None if max_seconds is None else now + max_seconds
         self._is_saved = True
+        self._update_line(history.runs)
 
     def after_part(self, part: Part) -> str | None:
         """Take note of a part.
@@ -72,8 +73,7 @@ class Monitor:
                 self._folder.log.append(scored)
         if self._keep_scored:
             self._history.scored.append(scored)
-        stats = part.runs.stats
-        self._line.update(int(np.min(stats.layer_calls)), float(np.min(stats.pool.loss)))
+        self._update_line(part.runs)
         reason = self._interruption.name
         if self._callback is not None and self._call(self._callback, scored):
             reason = reason or "callback"
@@ -83,6 +83,10 @@ class Monitor:
         if self._folder is not None and is_due and not self._folder.is_saving:
             self._save(self._folder)
         return agree(reason) if self._is_shared else reason
+
+    def _update_line(self, runs: RunState) -> None:
+        stats = runs.stats
+        self._line.update(int(np.min(stats.layer_calls)), float(np.min(stats.pool.loss)))
 
     def finish(self) -> None:
         """Save the run, and wait until it is written.
