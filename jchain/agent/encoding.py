@@ -23,6 +23,7 @@ from jchain.groups import LayerGroup
 # The seed of the hashes is constant, so that features are the same in every process and a trained
 # network can be saved.
 _HASH_SEED = 0
+_MAX_WEIGHT = 1e12
 
 
 @runtime_checkable
@@ -108,6 +109,8 @@ def _sketch_group(group: LayerGroup, size: int) -> Float[Array, "n D"]:
         weights = jnp.nan_to_num(
             leaf.reshape(num_members, -1).astype(jnp.float32), posinf=0, neginf=0
         )
+        # Squares of larger weights, and their sums, would overflow.
+        weights = jnp.clip(weights, -_MAX_WEIGHT, _MAX_WEIGHT)
         place_key, sign_key = jax.random.split(jax.random.fold_in(key, i))
         place = jax.random.randint(place_key, weights.shape[1:], 0, size, jnp.int32)
         sign = draw_signs(sign_key, weights.shape[1:], jnp.float32)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 
@@ -25,6 +25,35 @@ _CGROUP_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
+
+# On CPU, a program maps some hundred regions of memory. Linux kills a process that maps more than
+# 65,530.
+_MAX_PROGRAMS = 64
+
+
+class _Programs:
+    """The functions that `jit_for_problem` compiled, and the number of their programs."""
+
+    def __init__(self) -> None:
+        self.functions: list[Any] = []
+        self.number = 0
+
+    def clear(self) -> None:
+        self.number = 0
+        for function in self.functions:
+            function.clear_cache()
+
+
+_programs = _Programs()
+
+
+def clear_caches() -> None:
+    """Drop the compiled programs of evaluations and of the steps of searches, to free memory.
+
+    They are compiled again when they are next needed. jchain does this itself after every 64
+    programs. `jax.clear_caches()` drops all programs of the process.
+    """
+    _programs.clear()
 
 
 @cache
@@ -127,7 +156,16 @@ def jit_for_problem(
         @cache
         def compile_for(backend: str | None) -> Callable[P, T]:
             options = None if backend is None else compiler_options(backend)
-            return jax.jit(fn, static_argnames=tuple(static_argnames), compiler_options=options)
+
+            @wraps(fn)
+            def trace(*args: P.args, **kwargs: P.kwargs) -> T:
+                _programs.number += backend is not None  # each program is traced once
+                return fn(*args, **kwargs)
+
+            names = tuple(static_argnames)
+            compiled = jax.jit(trace, static_argnames=names, compiler_options=options)
+            _programs.functions.append(compiled)
+            return compiled
 
         @wraps(fn)
         def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -135,6 +173,8 @@ def jit_for_problem(
             problem = next(arg for arg in bare if isinstance(arg, Problem))
             others = [arg for arg in bare if arg is not problem]
             backend = get_backend(problem, others) if is_concrete(bare) else None
+            if backend is not None and _programs.number >= _MAX_PROGRAMS:
+                _programs.clear()
             return compile_for(backend)(*bare, **kwargs)  # pyright: ignore[reportCallIssue]
 
         return call

@@ -106,7 +106,19 @@ class Blocks:
             make_buffer((num_slots,), hidden),
             put_row(make_buffer((2 * (size + 1),), hidden), 0, hidden),
         )
-        _, results = jax.lax.scan(partial(_evaluate_block, self, problem, hidden), carry, blocks)
+        results = empty_results(problem, hidden, blocks.length.size)
+        results = jax.tree.map(lambda a: a.reshape(-1, size), results)
+
+        def run(i: Array, state: tuple[_Activations, _Results]) -> tuple[_Activations, _Results]:
+            carry, results = state
+            block = jax.tree.map(lambda a: a[i], blocks)
+            carry, new = _evaluate_block(self, problem, hidden, carry, block)
+            return carry, jax.tree.map(lambda a, b: a.at[i].set(b), results, new)
+
+        # Blocks after the last new chain only repeat it.
+        has_new = (blocks.first_new < num_slots).any(axis=1)
+        num_blocks = jnp.max(jnp.where(has_new, jnp.arange(1, len(has_new) + 1), 0))
+        _, results = jax.lax.fori_loop(0, num_blocks, run, (carry, results))
         return jax.tree.map(lambda a: a.reshape(-1)[:num_chains], results)
 
 

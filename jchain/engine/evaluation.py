@@ -16,13 +16,21 @@ from jax.typing import DTypeLike
 
 from jchain import chain as chain_lib
 from jchain._typing import Activations, Array, Float, Int, PyTree
+from jchain.arguments import check_at_least_one
 from jchain.bank import Bank
 from jchain.chain import ChainsLike
 from jchain.data import Batch
 from jchain.engine.backend import default_memory_limit, get_backend
 from jchain.engine.layer_calls import apply_token
 from jchain.engine.plans import Plan
-from jchain.engine.population import Evaluation, Options, cast, evaluate_population
+from jchain.engine.population import (
+    Evaluation,
+    Options,
+    cast,
+    evaluate_population,
+    pad_population,
+    take_first,
+)
 from jchain.engine.prefix_sharing import count_calls
 from jchain.modules.host_batch import HostBatch
 from jchain.problem import Problem
@@ -172,8 +180,7 @@ def evaluate(
     """
     tokens = _check_chains(problem, chains, num_axes=(1, 2))
     rows = tokens.reshape(-1, tokens.shape[-1])
-    placed, rows, options = _place(problem, rows, dtype, memory_limit, mesh, plan)
-    out = evaluate_population(placed, rows, options=options)
+    out = _evaluate_any_size(problem, rows, dtype, memory_limit, mesh, plan)
     is_one = tokens.ndim == 1
     return out._replace(loss=out.loss[0], accuracy=out.accuracy[0]) if is_one else out
 
@@ -281,20 +288,21 @@ def evaluate_prefixes(
     Raises:
       ValueError: for the same reasons as `evaluate`.
     """
-    tokens = jnp.asarray(_check_chains(problem, chains))
+    tokens = _check_chains(problem, chains)
+    xp = np if isinstance(tokens, np.ndarray) else jnp
     num_chains, num_slots = tokens.shape
     num_heads = problem.bank.num_heads
-    length = problem.space.count_layers(tokens)[:, None]
-    stop = jnp.arange(num_slots)[None]
+    length = xp.sum((tokens >= 0) & (tokens < problem.bank.num_layers), axis=-1)[:, None]
+    stop = xp.arange(num_slots)[None]
     # Entries after the last layer repeat the whole chain, which costs nothing.
-    end = jnp.minimum(stop, length)[:, :, None, None]
-    slots = jnp.arange(num_slots)[None, None, None]
-    head = problem.bank.num_layers + jnp.arange(num_heads)[None, None, :, None]
-    stopped = jnp.where(
-        slots < end, tokens[:, None, None], jnp.where(slots == end, head, chain_lib.PADDING)
-    ).reshape(-1, num_slots)
-    placed, stopped, options = _place(problem, stopped, dtype, memory_limit, mesh, plan)
-    out = evaluate_population(placed, stopped, options=options)
+    end = xp.minimum(stop, length)[:, :, None, None]
+    slots = xp.arange(num_slots)[None, None, None]
+    head = problem.bank.num_layers + xp.arange(num_heads)[None, None, :, None]
+    stopped = xp.where(
+        slots < end, tokens[:, None, None], xp.where(slots == end, head, chain_lib.PADDING)
+    )
+    rows = stopped.reshape(-1, num_slots).astype(np.int32)
+    out = _evaluate_any_size(problem, rows, dtype, memory_limit, mesh, plan)
     is_prefix = (stop <= length)[..., None]
     loss, accuracy = (a.reshape(num_chains, num_slots, num_heads) for a in (out.loss, out.accuracy))
     return out._replace(
@@ -364,6 +372,26 @@ def _check_chains(
     return tokens
 
 
+def _evaluate_any_size(
+    problem: Problem,
+    chains: Array | np.ndarray,
+    dtype: DTypeLike | None,
+    memory_limit: int | None,
+    mesh: Mesh | None,
+    plan: Plan | None,
+) -> Evaluation:
+    """Evaluate a population by the program of the next larger size, unless it is traced.
+
+    Each new size would compile a new program, and a process has room for some hundred of them.
+    """
+    num_chains = len(chains)
+    if isinstance(chains, np.ndarray):
+        chains = pad_population(chains)
+    placed, rows, options = _place(problem, chains, dtype, memory_limit, mesh, plan)
+    out = evaluate_population(placed, rows, options=options)
+    return out if len(rows) == num_chains else take_first(out, num_chains)
+
+
 def _is_supported(dtype: DTypeLike) -> bool:
     try:
         return jnp.dtype(dtype) in map(jnp.dtype, _DTYPES)
@@ -382,8 +410,8 @@ def _place(
     """Check all arguments except the chains, and move the inputs to the devices."""
     if dtype is not None and not _is_supported(dtype):
         raise ValueError(f"expected a dtype of jnp.bfloat16 or jnp.float32, got {dtype!r}")
-    if memory_limit is not None and memory_limit < 1:
-        raise ValueError(f"expected a memory_limit of at least 1 byte, got {memory_limit}")
+    if memory_limit is not None:
+        check_at_least_one(memory_limit=memory_limit)
     if mesh is not None:
         problem = problem.with_mesh(mesh)
     problem, tokens = problem.without_names(), problem.put(chains)

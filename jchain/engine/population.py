@@ -4,6 +4,7 @@ It casts the problem, sorts the chains, spreads them over devices, and runs a pl
 """
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ from jchain.engine.prefix_sharing import (
 from jchain.problem import Problem
 
 _Results = tuple[Array, Array]
+_MAX_KEPT_SIZES = 32
 
 
 class Evaluation(NamedTuple):
@@ -81,21 +83,64 @@ class Options(NamedTuple):
 def evaluate_population(
     problem: Problem, chains: Int[Array, "P L"], *, options: Options
 ) -> Evaluation:
-    """Evaluate chains that have already been checked.
+    """Evaluate chains whose shape has already been checked.
 
     Args:
       problem: the bank, the split of data, and the loss.
-      chains: the tokens of the chains, `[P, L]`.
+      chains: the tokens of the chains, `[P, L]`. The loss of a row that is not a chain of the bank
+        is `+inf`.
       options: the static options; see `jchain.evaluate`.
     """
     loss, accuracy = _evaluate_together(problem, chains, options)
     loss += problem.penalty(chains)
-    is_finite = jnp.isfinite(loss)
+    is_chain = dataclasses.replace(problem.space, min_layers=0).contains(chains)
+    is_finite = is_chain & jnp.isfinite(loss)
     return Evaluation(
         jnp.where(is_finite, loss, jnp.inf),
         jnp.where(is_finite, accuracy, 0.0),
         *count_calls(chains, problem.bank.num_layers),
     )
+
+
+def pad_population(chains: Int[np.ndarray, "P L"]) -> Int[np.ndarray, "Q L"]:
+    """Pad chains to a size of 1, 3, 7, 15, ..., so that few sizes are compiled.
+
+    The last chain in sorted order is repeated, which costs no call. Sizes below a power of two have
+    the plan of the sizes that they replace, and so the same bits.
+
+    Args:
+      chains: the tokens of the chains.
+    """
+    rows = chains
+    for slot in range(chains.shape[1]):
+        rows = rows[rows[:, slot] == rows[:, slot].max()]
+    num_padding = 2 ** len(chains).bit_length() - 1 - len(chains)
+    return np.concatenate([chains, np.repeat(rows[:1], num_padding, axis=0)])
+
+
+def take_first(evaluation: Evaluation, num_chains: int) -> Evaluation:
+    """Return the evaluation of the first chains of a population.
+
+    Args:
+      evaluation: the evaluation of the population.
+      num_chains: how many chains to keep.
+    """
+    if num_chains not in _kept_sizes:
+        if len(_kept_sizes) == _MAX_KEPT_SIZES:
+            _slice.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
+            _kept_sizes.clear()
+        _kept_sizes.add(num_chains)
+    loss, accuracy = _slice((evaluation.loss, evaluation.accuracy), num_chains)
+    return evaluation._replace(loss=loss, accuracy=accuracy)
+
+
+# The sizes whose programs `_slice` keeps.
+_kept_sizes: set[int] = set()
+
+
+@partial(jax.jit, static_argnums=1)
+def _slice(arrays: _Results, num_rows: int) -> _Results:
+    return jax.tree.map(lambda a: a[:num_rows], arrays)
 
 
 def cast(problem: Problem, dtype: np.dtype | None) -> Problem:

@@ -1,10 +1,11 @@
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_bank
+from conftest import make_bank, make_batch
 
 import jchain as jc
 from jchain.agent.encoding import ActorCriticNetwork, entry_features
@@ -148,3 +149,31 @@ def test_joined_encodings_reject_different_observations():
             ValueError, match="expected at least one encoding, and those that observe"
         ):
             jc.JointEncoding(parts)
+
+
+@pytest.mark.parametrize("scale", [1e20, 3e38, 1e-30])
+def test_features_of_entries_are_finite_for_finite_weights(bank, scale):
+    groups = [
+        dataclasses.replace(group, params=jax.tree.map(lambda leaf: scale * leaf, group.params))
+        for group in bank.layers
+    ]
+    scaled = dataclasses.replace(bank, layers=tuple(groups))
+    assert np.isfinite(entry_features(scaled)).all()
+    some = dataclasses.replace(
+        bank,
+        layers=(
+            dataclasses.replace(
+                bank.layers[0],
+                params=jax.tree.map(lambda leaf: leaf.at[1].mul(scale), bank.layers[0].params),
+            ),
+        ),
+    )
+    assert np.isfinite(entry_features(some)).all()
+
+
+def test_a_search_with_huge_weights_spends_its_budget(bank):
+    params = jax.tree.map(lambda leaf: leaf.at[1].mul(1e20), bank.layers[0].params)
+    huge = dataclasses.replace(bank, layers=(dataclasses.replace(bank.layers[0], params=params),))
+    problem = jc.Problem(huge, make_batch(), 3)
+    result = jc.run(jax.random.key(0), jc.ActorCritic(num_chains=8), problem, budget=300)
+    assert result.ended_by == "budget"

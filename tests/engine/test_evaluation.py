@@ -320,7 +320,7 @@ def test_a_memory_limit_makes_blocks_smaller_until_one_node_is_left(problem):
     [
         ({"dtype": jnp.int8}, "expected a dtype of jnp.bfloat16 or jnp.float32, got .*int8"),
         ({"dtype": jnp.float16}, "expected a dtype of jnp.bfloat16 or jnp.float32, got .*float16"),
-        ({"memory_limit": 0}, "expected a memory_limit of at least 1 byte, got 0"),
+        ({"memory_limit": 0}, "expected memory_limit to be at least 1, got 0"),
         (
             {"memory_limit": 100},
             "expected a memory_limit of .* one chain at a time .* got 100",

@@ -7,6 +7,8 @@ import pytest
 from conftest import make_bank, make_batch
 
 import jchain as jc
+from jchain.engine.backend import _programs
+from jchain.engine.population import Options, evaluate_population
 
 
 def sample(problem, num, seed=0):
@@ -89,3 +91,55 @@ def test_population_rejects_layers_that_ignore_the_dtype():
         ValueError, match=r"Float32Only.* must keep the dtype .* expected bfloat16, got float32"
     ):
         jc.evaluate(jc.Problem(bank, make_batch(), 1), [[0, 2]], dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "plan", [jc.engine.DepthFirst(), jc.engine.Blocks(4, (1, 2)), jc.engine.Blocks(64)], ids=str
+)
+@pytest.mark.parametrize("num", [1, 2, 5, 12, 40])
+def test_a_padded_population_has_the_same_bits(problem, plan, num):
+    chains = np.asarray(sample(problem, num))[:num]
+    found = jc.evaluate(problem, chains, plan=plan)
+    options = Options(None, None, plan, "cpu")
+    exact = evaluate_population(problem.without_names(), jnp.asarray(chains), options=options)
+    jax.tree.map(np.testing.assert_array_equal, found, exact)
+    assert found.loss.shape == (num,)
+
+
+def test_many_sizes_share_few_programs(problem):
+    chains = np.asarray(problem.space.sample(jax.random.key(0), 70))
+    jc.clear_caches()
+    losses = [jc.evaluate(problem, chains[:num]).loss for num in range(1, 71)]
+    assert _programs.number == 7  # of 1, 3, 7, 15, 31, 63, and 127 chains
+    for num, loss in enumerate(losses, 1):
+        np.testing.assert_allclose(loss, losses[-1][:num], rtol=1e-6)
+    jc.clear_caches()
+    assert _programs.number == 0
+
+
+def test_programs_are_dropped_before_there_are_too_many(problem, monkeypatch):
+    monkeypatch.setattr("jchain.engine.backend._MAX_PROGRAMS", 3)
+    jc.clear_caches()
+    chains = np.asarray(problem.space.sample(jax.random.key(0), 20))
+    for num in (1, 3, 7, 15):
+        jc.evaluate(problem, chains[:num])
+    assert _programs.number == 1
+
+
+def test_rows_that_are_no_chains_have_an_infinite_loss_under_jit(problem):
+    rows = jnp.array(
+        [
+            [0, 1, 4, -1],
+            [4, -1, -1, -1],
+            [0, 1, 2, 3],  # no head
+            [-1, 0, 4, -1],  # padding first
+            [0, 99, 4, -1],  # out of range
+            [0, -2, 4, -1],
+            [0, 4, 5, -1],  # two heads
+            [0, 4, 1, -1],  # a layer after the head
+        ]
+    )
+    loss = jax.jit(lambda rows: jc.evaluate(problem, rows).loss)(rows)
+    assert np.isfinite(loss).tolist() == [True, True] + 6 * [False]
+    assert np.isposinf(loss[2:]).all()
+    np.testing.assert_allclose(loss[:2], jc.evaluate(problem, rows[:2]).loss, rtol=1e-6)
