@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from jchain import chain as chain_lib
 from jchain import files
@@ -30,6 +29,7 @@ from jchain.stages.binding import check_input_shape, get_last_stage, make_table,
 from jchain.stages.table import StageTable
 from jchain.tokens import (
     check_names,
+    check_numbering,
     check_replacement,
     check_tokens,
     complete_names,
@@ -59,6 +59,10 @@ class Bank(Picklable):
       num_steps: total number of gradient steps that trained the bank, over all its nets.
       versions: int32 `[N + K]`; the number of times that the weights of each token have been
         replaced. None if no weights have been replaced.
+
+    Raises:
+      ValueError: if the tokens of the layers are not 0..N-1, those of the heads not N..N+K-1, or
+        there is not one name per token.
     """
 
     layers: tuple[LayerGroup, ...]
@@ -70,6 +74,13 @@ class Bank(Picklable):
     parents: tuple[tuple[int, ...], ...] = static(default=())
     num_steps: int = static(default=0)
     versions: Int[Array, "E"] | None = None
+
+    def __post_init__(self) -> None:
+        layers, heads = (
+            [token for group in groups for token in group.tokens]
+            for groups in (self.layers, self.heads)
+        )
+        check_numbering(layers, heads, self.names)
 
     def __repr__(self) -> str:
         parts = [describe_groups(self.layers, "layer"), describe_groups(self.heads, "head")]
@@ -393,24 +404,8 @@ class Bank(Picklable):
             which it can be imported.
         """
         bare = unbind(self)
-        layers, layer_params = files.encode_groups(bare.layers)
-        heads, head_params = files.encode_groups(bare.heads)
-        structure, stem_params = files.encode_tree(self.stem_params or {}, "the stem")
-        header = {
-            "stem": None if bare.stem is None else files.encode_module(bare.stem),
-            **({} if structure is None else {"stem_structure": structure}),
-            "names": self.names,
-            "origins": self.origins,
-            "parents": self.parents,
-            "num_steps": self.num_steps,
-            "layers": layers,
-            "heads": heads,
-        }
-        trees = {"layers": layer_params, "heads": head_params, "stem": stem_params}
-        arrays: PyTree = traverse_util.flatten_dict(trees, sep="/")
-        if self.versions is not None:
-            arrays["versions"] = self.versions
-        files.write_arrays(path, header, arrays)
+        names = [field.name for field in dataclasses.fields(bare)]
+        files.write_bank(path, {name: getattr(bare, name) for name in names})
 
     @staticmethod
     def load(path: str | os.PathLike[str], modules: Sequence[object] = ()) -> "Bank":
@@ -425,20 +420,12 @@ class Bank(Picklable):
           FileNotFoundError: if the file does not exist.
           ValueError: if the file is damaged or truncated, or names an unknown module.
         """
-        header, arrays = files.read_arrays(path)
-        trees = traverse_util.unflatten_dict(arrays, sep="/")
-        bank = Bank(
-            layers=files.decode_groups(header["layers"], trees.get("layers", {}), modules),
-            heads=files.decode_groups(header["heads"], trees.get("heads", {}), modules),
-            stem_params=files.decode_tree(header.get("stem_structure"), trees.get("stem")),
-            stem=None if header["stem"] is None else files.decode_module(header["stem"], modules),
-            names=tuple(header["names"]),
-            origins=tuple(header["origins"]),
-            parents=tuple(tuple(parent) for parent in header["parents"]),
-            num_steps=header["num_steps"],
-            versions=trees.get("versions"),
-        )
-        bank._check()
+        fields = files.read_bank(path, modules)
+        try:
+            bank = Bank(**fields)
+            bank._check()
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         return bank
 
     def _check(self) -> None:

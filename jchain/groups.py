@@ -15,6 +15,7 @@ from jchain.modules import (
     apply_module,
     check_is_array,
     check_layer,
+    check_rows,
     convert,
     describe_module,
     infer_output,
@@ -24,6 +25,7 @@ from jchain.modules import (
 from jchain.modules.pickling import Picklable
 from jchain.pytree import describe_type, get_first_line, pick, pytree_dataclass, static
 from jchain.stages.arguments import read_stages
+from jchain.tokens import check_is_tokens
 
 
 @pytree_dataclass
@@ -39,6 +41,10 @@ class LayerGroup(Picklable):
         way; None if the module has none. Nothing in jchain changes or differentiates them.
       stages: the stage that the members read, and the stage that they write; heads write the stage
         that they read. Both are 0 in a bank without stages.
+
+    Raises:
+      ValueError: if the tokens are not different integers of at least 0, or a leaf does not have
+        one row per token.
     """
 
     params: PyTree
@@ -46,6 +52,10 @@ class LayerGroup(Picklable):
     tokens: tuple[int, ...] = static()
     state: PyTree = None
     stages: tuple[int, int] = static(default=(0, 0))
+
+    def __post_init__(self) -> None:
+        check_is_tokens(self.tokens)
+        check_rows((self.params, self.state), len(self.tokens))
 
     def __repr__(self) -> str:
         name = describe_module(self.module)

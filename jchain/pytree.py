@@ -86,6 +86,17 @@ def get_first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+def shorten(value: object, num_characters: int = 60) -> str:
+    """Return the text of a value, for error messages, cut at some length.
+
+    Args:
+      value: any object.
+      num_characters: the length.
+    """
+    text = repr(value)
+    return text if len(text) <= num_characters else f"{text[:num_characters]}..."
+
+
 def describe_type(value: object) -> str:
     """Describe what a value is, for error messages: `the class Dense`, or `tuple of 3`.
 
@@ -121,17 +132,3 @@ def replicate(leaf: ArrayLike, everywhere: NamedSharding) -> Array:
         )
     value = np.asarray(leaf)
     return jax.make_array_from_callback(value.shape, everywhere, lambda index: value[index])
-
-
-def check_at_least_one(**sizes: int) -> None:
-    """Check that sizes are positive.
-
-    Args:
-      sizes: the sizes by name.
-
-    Raises:
-      ValueError: if a size is below 1.
-    """
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"expected {name} to be at least 1, got {size}")

@@ -1,10 +1,53 @@
 """Functions that check and renumber the tokens of a bank and their names and origins."""
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import numpy as np
 
 from jchain._typing import Int
+from jchain.pytree import shorten
+
+
+def check_is_tokens(tokens: Sequence[int]) -> None:
+    """Check the tokens of a group.
+
+    Args:
+      tokens: the tokens.
+
+    Raises:
+      ValueError: if there is no token, or they are not different integers of at least 0.
+    """
+    is_token = [isinstance(token, Integral) and token >= 0 for token in tokens]
+    if not is_token or not all(is_token) or len(set(tokens)) < len(tokens):
+        raise ValueError(
+            f"expected different tokens of at least 0, one or more, got {shorten(tokens)}"
+        )
+
+
+def check_numbering(layers: Sequence[int], heads: Sequence[int], names: Sequence[str]) -> None:
+    """Check that the layers of a bank are its first tokens, and its heads the next ones.
+
+    Args:
+      layers: the tokens of the layers, in any order.
+      heads: the tokens of the heads, in any order.
+      names: the name of each token; empty if they have no names.
+
+    Raises:
+      ValueError: if a token is missing, repeats, or is that of the other kind, or there are names
+        for another number of tokens.
+    """
+    first = 0
+    for kind, tokens in (("layers", layers), ("heads", heads)):
+        last = first + len(tokens) - 1
+        if not tokens or sorted(tokens) != list(range(first, last + 1)):
+            raise ValueError(
+                f"expected {kind} with the tokens {first}, {first + 1}, ..., at least one, got "
+                f"{shorten([*tokens])}"
+            )
+        first = last + 1
+    if names and len(names) != first:
+        raise ValueError(f"expected {first} names, one per layer and head, got {len(names)}")
 
 
 def check_tokens(tokens: Sequence[int], allowed: range, kind: str) -> None:

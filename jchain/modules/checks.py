@@ -42,6 +42,25 @@ def check_layer(
     check_same_shapes(out, x, name, allow_other_dtype=allow_other_dtype)
 
 
+def check_rows(variables: PyTree, num_members: int) -> None:
+    """Check that stacked variables have one row per member.
+
+    Args:
+      variables: the variables; leaves without a shape are not checked.
+      num_members: the number of members.
+
+    Raises:
+      ValueError: if an array has another leading size.
+    """
+    for leaf in jax.tree.leaves(variables):
+        shape = getattr(leaf, "shape", None)
+        if shape is not None and tuple(shape[:1]) != (num_members,):
+            raise ValueError(
+                f"expected params with {num_members} rows in each array, one per token, got an "
+                f"array of shape {list(shape)}"
+            )
+
+
 def check_same_shapes(
     out: PyTree, x: PyTree, name: str, *, allow_other_dtype: bool = False
 ) -> None:

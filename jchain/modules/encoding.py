@@ -10,7 +10,7 @@ from jchain._typing import PyTree
 from jchain.modules import nnx
 from jchain.modules.convert import name_function
 from jchain.modules.functions import FunctionModule
-from jchain.pytree import describe_type
+from jchain.pytree import describe_type, shorten
 
 
 def encode_function(module: FunctionModule) -> dict[str, Any]:
@@ -113,18 +113,47 @@ def decode_tree(structure: Any, arrays: Any) -> PyTree:
     Args:
       structure: the structure as JSON, or None.
       arrays: the arrays.
+
+    Raises:
+      ValueError: if the structure is not from `encode_tree`, or an array is missing.
     """
     if structure is None:
         return arrays
-    ((kind, content),) = structure.items()
-    if kind == "leaf":
+    kind, content = get_only_item(structure, "the structure of params")
+    if kind == "leaf" and isinstance(content, str):
+        if not isinstance(arrays, dict) or not hasattr(arrays.get(content), "dtype"):
+            raise ValueError(f"expected an array {shorten(content)} of params, got none")
         return arrays[content]
     if kind == "none":
         return None
-    if kind == "dict":
+    if kind == "dict" and isinstance(content, list) and all(map(_is_pair, content)):
         return {key: decode_tree(value, arrays) for key, value in content}
-    items = [decode_tree(value, arrays) for value in content]
-    return items if kind == "list" else tuple(items)
+    if kind in ("list", "tuple") and isinstance(content, list):
+        items = [decode_tree(value, arrays) for value in content]
+        return items if kind == "list" else tuple(items)
+    raise ValueError(
+        f"expected leaf, none, dict, list, or tuple in the structure of params, got {shorten(kind)}"
+    )
+
+
+def get_only_item(value: object, name: str) -> tuple[str, Any]:
+    """Return the kind and the content of an encoded value, a dict of one item.
+
+    Args:
+      value: the encoded value.
+      name: what to call it in errors.
+
+    Raises:
+      ValueError: if it is something else.
+    """
+    if not isinstance(value, dict) or len(value) != 1:
+        raise ValueError(f"expected one kind of value in {name}, got {shorten(value)}")
+    ((kind, content),) = value.items()
+    return kind, content
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str | int)
 
 
 def _is_plain(tree: PyTree) -> bool:

@@ -1,28 +1,21 @@
-"""Files of arrays: safetensors with a JSON header and a checksum, written atomically.
+"""Groups and modules as JSON. A module is the name of its class and its fields.
 
-Nothing is pickled. A module is stored as the name of its class and its fields. A file cannot import
-arbitrary code, because loading looks the name up among the classes of `jchain.layers`,
-`flax.linen`, the model families of `jchain.hub`, and the classes that the caller passes.
+A file cannot import code: the name is looked up among the classes of `jchain.layers`, `flax.linen`,
+the model families of `jchain.hub`, and the classes that the caller passes.
 """
 
 import dataclasses
-import hashlib
-import json
-import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from jchain import layers
-from jchain._typing import Array, PyTree
+from jchain._typing import PyTree
 from jchain.groups import LayerGroup
 from jchain.modules import FunctionModule, Module, NnxModule, describe_module
 from jchain.modules.encoding import (
@@ -32,130 +25,21 @@ from jchain.modules.encoding import (
     encode_function,
     encode_nnx,
     encode_tree,
+    get_only_item,
 )
+from jchain.pytree import get_first_line, shorten
 
-FORMAT = "jchain/1"
 # The Python modules that define the blocks of pretrained transformers, one per model family.
 FAMILIES = ("jchain.hub.gpt2", "jchain.hub.llama", "jchain.hub.gpt_neox", "jchain.hub.vit")
+# The dtypes that a field may name.
+_DTYPES = (
+    "bool", "int4", "int8", "int16", "int32", "int64", "uint4", "uint8", "uint16", "uint32",
+    "uint64", "bfloat16", "float16", "float32", "float64", "complex64", "complex128",
+    "float8_e4m3fn", "float8_e5m2",
+)  # fmt: skip
 # Suffix of the group index, for the other collections of variables than params.
 _STATE = "-state"
 HUB = (*FAMILIES, "jchain.hub.wrapping")
-
-
-def write_atomically(path: str | os.PathLike[str], write_fn: Callable[[str], object]) -> None:
-    """Write a temporary file next to `path`, then rename it.
-
-    A reader sees either the old file or the complete new one.
-
-    Args:
-      path: the file to write.
-      write_fn: function that takes the path of the temporary file and writes that file.
-    """
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix
-    )
-    os.close(handle)
-    try:
-        write_fn(temporary)
-        os.chmod(temporary, 0o666 & ~get_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def write_json(path: str | os.PathLike[str], value: object) -> None:
-    """Write a value as indented JSON.
-
-    Args:
-      path: the file to write, atomically.
-      value: the value, which must be JSON-serializable.
-    """
-    write_atomically(
-        path, lambda temporary: Path(temporary).write_text(json.dumps(value, indent=1) + "\n")
-    )
-
-
-def get_umask() -> int:
-    """Return the umask of this process: the permission bits that new files do not get."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
-def write_arrays(
-    path: str | os.PathLike[str], header: dict[str, Any], arrays: Mapping[str, ArrayLike]
-) -> None:
-    """Write named arrays and a JSON header to one file.
-
-    Args:
-      path: the file to write, atomically.
-      header: the header, which must be JSON-serializable.
-      arrays: the arrays by name.
-    """
-    import safetensors.flax
-
-    arrays = {name: jnp.asarray(array) for name, array in arrays.items()}
-    header = json.loads(json.dumps(header | {"format": FORMAT}))
-    header["sha256"] = checksum(header, arrays)
-    blob = safetensors.flax.save(arrays, metadata={"jchain": json.dumps(header)})
-    write_atomically(path, lambda temporary: Path(temporary).write_bytes(blob))
-
-
-def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Read the JSON header and the arrays of a file written by `write_arrays`.
-
-    Args:
-      path: the file to read.
-
-    Raises:
-      FileNotFoundError: if the file does not exist.
-      ValueError: if the file is damaged or truncated, has another format, or holds dtypes that need
-        `jax_enable_x64`.
-    """
-    import safetensors
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"expected a jchain file at {path}, found none")
-    try:
-        with safetensors.safe_open(path, framework="flax") as file:
-            header = json.loads((file.metadata() or {})["jchain"])
-            sizes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-            arrays = {name: file.get_tensor(name) for name in sizes}
-    except (
-        safetensors.SafetensorError,
-        KeyError,
-        json.JSONDecodeError,
-        UnicodeDecodeError,
-        ValueError,
-    ) as error:
-        raise ValueError(f"{path} is damaged, truncated, or not a jchain file: {error}") from None
-    if header.get("format") != FORMAT:
-        raise ValueError(f"{path}: expected format {FORMAT!r}, got {header.get('format')!r}")
-    is_x64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
-    if not is_x64 and any(dtype in ("F64", "I64", "U64") for dtype in sizes.values()):
-        raise ValueError(
-            f"{path} holds 64-bit weights: set jax_enable_x64 to load them to the same bits"
-        )
-    if header.pop("sha256", None) != checksum(header, arrays):
-        raise ValueError(f"{path} is damaged: it does not have the checksum it was saved with")
-    return header, arrays
-
-
-def checksum(header: dict[str, Any], arrays: Mapping[str, ArrayLike]) -> str:
-    """Compute the SHA-256 of the header and of the arrays' names, dtypes, shapes, and contents.
-
-    Args:
-      header: the header, which must be JSON-serializable.
-      arrays: the arrays by name.
-    """
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(arrays):
-        array = np.asarray(arrays[name])
-        digest.update(f"{name} {array.dtype} {array.shape};".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
 
 
 def encode_groups(
@@ -276,11 +160,13 @@ def decode_module(encoded: dict[str, Any], modules: Sequence[object] = ()) -> Mo
     Raises:
       ValueError: if the name is unknown, or the class does not have the encoded fields.
     """
-    if "function" in encoded:
+    if isinstance(encoded.get("function"), str):
         return decode_function(encoded["function"], modules)
-    if "nnx" in encoded:
+    if isinstance(encoded.get("nnx"), str):
         return decode_nnx(encoded, modules)
-    name = encoded["module"]
+    name, fields = encoded.get("module"), encoded.get("fields")
+    if not isinstance(name, str) or not isinstance(fields, dict):
+        raise ValueError(f"expected a module and its fields, got {shorten(encoded)}")
     package, _, class_name = name.rpartition(".")
     hub = {package: vars(import_module(package))} if package in HUB else {}
     namespaces = hub | {
@@ -293,20 +179,35 @@ def decode_module(encoded: dict[str, Any], modules: Sequence[object] = ()) -> Mo
         raise ValueError(
             f"unknown module {name!r}: pass its class, as in Bank.load(path, modules=[{name}])"
         )
+    values = {field: _decode_value(value, modules) for field, value in fields.items()}
     try:
-        return cls(
-            **{field: _decode_value(value, modules) for field, value in encoded["fields"].items()}
-        )
-    except TypeError as error:
-        raise ValueError(f"{name} does not have the fields that were saved: {error}") from None
+        return cls(**values)
+    except (TypeError, ValueError, AttributeError) as error:
+        reason = get_first_line(error)
+        raise ValueError(f"{name} does not have the fields that were saved: {reason}") from None
 
 
-def _decode_value(value: Any, modules: Sequence[object]) -> Any:
-    if not isinstance(value, dict):
+def _decode_value(value: object, modules: Sequence[object]) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
         return value
-    ((kind, content),) = value.items()
-    if kind == "tuple":
+    kind, content = get_only_item(value, "the field of a module")
+    if kind == "tuple" and isinstance(content, list):
         return tuple(_decode_value(item, modules) for item in content)
-    if kind == "flax":
+    if kind == "flax" and isinstance(content, dict):
         return decode_module(content, modules)
-    return getattr(jax.nn, content) if kind == "jax.nn" else jnp.dtype(content)
+    if kind == "jax.nn" and content in _list_activations():
+        return getattr(jax.nn, content)
+    if kind == "dtype" and content in _DTYPES:
+        return jnp.dtype(content)
+    raise ValueError(
+        f"expected a tuple, a module, a dtype, or a function of jax.nn, got {shorten(value)}"
+    )
+
+
+def _list_activations() -> list[str]:
+    """List the functions of `jax.nn` that a field may name."""
+    return [
+        name
+        for name, value in vars(jax.nn).items()
+        if callable(value) and not isinstance(value, type) and not name.startswith("_")
+    ]

@@ -1,4 +1,4 @@
-"""Files of arrays, tested with those of banks."""
+"""Files of banks, and of arrays."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from conftest import HEAD, LAYER, assert_same_bits, init_params, make_bank
 
 import jchain as jc
 
-SAVED = Path(__file__).parent / "saved" / "two_modules_and_stem.safetensors"
+SAVED = Path(__file__).parent.parent / "saved" / "two_modules_and_stem.safetensors"
 LAYERS = init_params(LAYER, jax.random.key(0), 3, (5,))
 HEADS = init_params(HEAD, jax.random.key(1), 2, (5,))
 
