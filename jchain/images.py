@@ -5,19 +5,28 @@ that, reading it needs only `tensorflow-datasets`, `array_record`, and `pillow`
 (`pip install -e ".[data]"`). Only `prepare` downloads anything.
 """
 
+import contextlib
 import difflib
+import json
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jchain._typing import Shaped
+from jchain.pytree import get_first_line
 
 # Number of examples to decode at a time.
 _CHUNK = 4096
 _FORMAT = "array_record"
 _EXAMPLES = "mnist, fashion_mnist, cifar10"
+# Community sets, `namespace:name`, would use the network.
+_NAME = re.compile(r"([A-Za-z0-9_]+)(/[A-Za-z0-9_.+-]+)?(:\d+\.\d+\.\d+)?")
+_FEATURES = "features.json"
+_CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
 
 
 class Images(NamedTuple):
@@ -108,9 +117,15 @@ def _import_tfds() -> Any:
 def _find_builder(name: str, data_dir: str | Path | None) -> Any:
     """Find the builder of a set without using the network."""
     tfds = _import_tfds()
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"expected the name of a data set, such as {_EXAMPLES}, name/config, or name:1.0.0, "
+            f"got {name!r}"
+        )
     folder = None if data_dir is None else Path(data_dir).expanduser()
     if folder is not None and folder.exists() and not os.access(folder, os.R_OK | os.X_OK):
         raise PermissionError(f"cannot read the data folder {folder}")
+    _check_feature_classes(tfds, name, folder)
     try:
         return tfds.builder(name, data_dir=folder, try_gcs=False, **_choose_format(tfds, name))
     except tfds.core.DatasetNotFoundError:
@@ -121,6 +136,54 @@ def _find_builder(name: str, data_dir: str | Path | None) -> Any:
             else f"expected a set of tensorflow-datasets, such as {_EXAMPLES}"
         )
         raise ValueError(f"unknown data set {name!r}: {hint}") from None
+    except AssertionError as error:  # of a version that does not exist
+        raise ValueError(f"cannot read {name}: {get_first_line(error)}") from None
+
+
+def _check_feature_classes(tfds: Any, name: str, folder: Path | None) -> None:
+    """Refuse prepared sets of features that tensorflow-datasets does not define.
+
+    It would import any module that such a file names.
+    """
+    base = _NAME.fullmatch(name)[1]  # pyright: ignore[reportOptionalSubscript]
+    if folder is None:
+        folders = [Path(path) for path in tfds.core.utils.file_utils.list_data_dirs()]
+    else:
+        folders = [folder]
+    features = [getattr(tfds.features, feature) for feature in tfds.features.__all__]
+    known = {f"{feature.__module__}.{feature.__qualname__}" for feature in features}
+    for place in folders:
+        # name/version/features.json or name/config/version/features.json
+        for pattern in ("*", "*/*"):
+            for path in sorted((place / base).glob(f"{pattern}/{_FEATURES}")):
+                _check_feature_file(path, known)
+
+
+def _check_feature_file(path: Path, known: set[str]) -> None:
+    try:
+        named = set(_find_class_names(json.loads(path.read_text())))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"cannot read {path}: {get_first_line(error)}") from None
+    if unknown := sorted(named - known):
+        raise ValueError(
+            f"expected features that tensorflow-datasets defines in {path}, got {unknown[0]}"
+        )
+
+
+def _find_class_names(value: object) -> Iterator[str]:
+    """List the classes that a features.json names, in its present and in its old format."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            content = json.loads(value)  # the content of a feature, as text
+            yield from () if isinstance(content, str) else _find_class_names(content)
+    if isinstance(value, list):
+        for item in value:
+            yield from _find_class_names(item)
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key in _CLASS_KEYS and isinstance(item, str):
+                yield item
+            yield from _find_class_names(item)
 
 
 def _choose_format(tfds: Any, name: str) -> dict[str, str]:

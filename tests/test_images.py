@@ -1,6 +1,7 @@
 """Real array_record sets, made here from scikit-learn's digits without TensorFlow or network."""
 
 import io
+import json
 import shutil
 import socket
 import sys
@@ -187,6 +188,62 @@ def test_damaged_files_raise_a_clear_error(folder, tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(OSError, match=r"split train of tiny_digits"):
             images.read("tiny_digits", tmp_path / "sets")
+
+
+def rename_set(folder, place, change):
+    """Copy a prepared set under a name that has no code, with another features.json."""
+    shutil.copytree(folder / "tiny_digits", place / "foreign_digits")
+    (version,) = (place / "foreign_digits").iterdir()
+    info = json.loads((version / "dataset_info.json").read_text())
+    (version / "dataset_info.json").write_text(json.dumps(info | {"name": "foreign_digits"}))
+    for path in version.glob("tiny_digits-*"):
+        path.rename(version / path.name.replace("tiny", "foreign"))
+    features = version / "features.json"
+    features.write_text(change(features.read_text()))
+
+
+def name_class(text):
+    return text.replace("tensorflow_datasets.core.features.image_feature.Image", "hostile.Image")
+
+
+def name_class_in_the_old_format(text):
+    old = {"type": "hostile.Image", "content": {}}
+    return json.dumps({"jsonFeature": {"json": json.dumps({"image": old})}})
+
+
+@pytest.mark.parametrize("change", [name_class, name_class_in_the_old_format])
+def test_a_prepared_set_imports_no_module(folder, tmp_path, monkeypatch, change):
+    (tmp_path / "hostile.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    rename_set(folder, tmp_path / "sets", change)
+    with pytest.raises(ValueError, match=r"features that tensorflow-datasets defines in .*hostile"):
+        images.read("foreign_digits", tmp_path / "sets")
+    assert "hostile" not in sys.modules
+
+
+def test_a_prepared_set_without_code_is_read(folder, tmp_path):
+    rename_set(folder, tmp_path, lambda text: text)
+    found, expected = images.read("foreign_digits", tmp_path), images.read("tiny_digits", folder)
+    np.testing.assert_array_equal(found.train[0], expected.train[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("huggingface:mnist", "expected the name of a data set, such as mnist"),
+        ("../mnist", "expected the name of a data set"),
+        ("mnist/data_dir=x", "expected the name of a data set"),
+        ("mnist:9.9.9", "cannot read mnist:9.9.9|not prepared"),
+    ],
+)
+def test_other_names_reach_no_network(tmp_path, monkeypatch, name, message):
+    def refuse(*args, **kwargs):
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    with pytest.raises(ValueError, match=message):
+        images.read(name, tmp_path)
 
 
 def test_a_folder_without_permission_is_refused(folder, monkeypatch):

@@ -8,9 +8,9 @@ To add a model family, write a module like `jchain.hub.gpt2`. It must define:
 - `make_architecture(config)`, which reads every option that changes an output and returns an
   `Architecture`.
 
-Then add the module's name to `FAMILIES` in `jchain/files.py`, so that checkpoints and saved banks
-find it. Also add a case to `tests/hub/test_parity.py`, which compares the family's outputs with
-transformers' outputs.
+Then add the module's name to `FAMILIES` in `jchain/files/modules.py`, so that checkpoints and saved
+banks find it. Also add a case to `tests/hub/test_parity.py`, which compares the family's outputs
+with transformers' outputs.
 """
 
 from collections.abc import Mapping

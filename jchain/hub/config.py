@@ -2,7 +2,9 @@
 
 from typing import Any
 
+from jchain.arguments import is_integer
 from jchain.hub.checkpoint import JsonObject
+from jchain.pytree import shorten
 
 # Options that concern training, generation, or how the file was written. They do not change the
 # outputs of a model that is applied to whole sequences without dropout. A name that ends in * is a
@@ -27,6 +29,10 @@ IRRELEVANT = (
 )  # fmt: skip
 
 
+# Numbers are below this limit in all models. An error is better than arrays of such a size.
+_MOST = 2**31
+
+
 class Config:
     """The options of a config, and a record of the options that were read.
 
@@ -35,14 +41,15 @@ class Config:
       location: path of the file, for error messages.
     """
 
-    def __init__(self, options: JsonObject, location: str) -> None:
+    def __init__(self, options: JsonObject, location: str, most_blocks: int = 10_000) -> None:
         """Wrap the options of a config.
 
         Args:
           options: the options by name.
           location: path of the file, for error messages.
+          most_blocks: the number of blocks that the model has at most.
         """
-        self.options, self.location = options, location
+        self.options, self.location, self._most_blocks = options, location, most_blocks
         self._read: set[str] = set()
 
     def get(self, key: str, default: object) -> Any:
@@ -51,9 +58,15 @@ class Config:
         Args:
           key: name of the option.
           default: value to return if the config does not have the option.
+
+        Raises:
+          ValueError: if it is a number that no model has.
         """
         self._read.add(key)
-        return self.options.get(key, default)
+        value = self.options.get(key, default)
+        if isinstance(value, int | float) and not abs(value) < _MOST:
+            raise self.reject(key, value, f"a number below {_MOST:,}")
+        return value
 
     def require(self, key: str) -> Any:
         """Read an option that must be present.
@@ -68,6 +81,20 @@ class Config:
         if value is None:
             raise ValueError(f"{self.location}: expected {key}, got none")
         return value
+
+    def require_depth(self, key: str) -> int:
+        """Read the number of blocks, which must be present.
+
+        Args:
+          key: name of the option.
+
+        Raises:
+          ValueError: if the option is not an integer, or larger than the number of tensors.
+        """
+        depth = self.require(key)
+        if not is_integer(depth) or not 1 <= depth <= self._most_blocks:
+            raise self.reject(key, depth, f"1 to {self._most_blocks:,} blocks")
+        return int(depth)
 
     def expect(self, key: str, *allowed: object) -> None:
         """Check that an option has one of the supported values.
@@ -93,7 +120,7 @@ class Config:
           expected: description of the supported values.
         """
         return ValueError(
-            f"{self.location}: {key} = {value!r} is not supported, expected {expected}"
+            f"{self.location}: {key} = {shorten(value)} is not supported, expected {expected}"
         )
 
     def inner(self, key: str, options: JsonObject) -> "Config":
@@ -117,4 +144,6 @@ class Config:
                 for name in IRRELEVANT
             )
             if not is_known and value not in (None, False, 0, "", [], {}):
-                raise ValueError(f"{self.location}: option {key} = {value!r} is not supported")
+                raise ValueError(
+                    f"{self.location}: option {key} = {shorten(value)} is not supported"
+                )

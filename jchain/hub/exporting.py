@@ -2,8 +2,8 @@
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from flax import traverse_util
 from jchain import chain as chain_lib
 from jchain._typing import Array, Int, PyTree
 from jchain.bank import Bank
-from jchain.files import get_umask
 from jchain.hub.architecture import Architecture
 from jchain.hub.chain_model import ChainModel, unfold_chain
 from jchain.hub.checkpoint import CONFIG, INDEX, WEIGHTS, JsonObject, read_json
@@ -71,7 +70,8 @@ def export(
     Raises:
       FileExistsError: if `out` exists.
       ValueError: if `chain` is not a chain of the bank or has no block, the blocks of the bank do
-        not match the config in `source`, or `source` has no folder for one of the models.
+        not match the config in `source`, `source` has no folder for one of the models, or a small
+        file is a link that leads out of its folder.
     """
     out = Path(out)
     if out.exists():
@@ -82,6 +82,7 @@ def export(
     tokens = [int(token) for token in valid if token != chain_lib.PADDING]
     first = Path(next(iter(source.values())) if isinstance(source, Mapping) else source)
     options = read_json(first / CONFIG)
+    small_files = _list_small_files(first)
     architecture = make_architecture(options, str(first / CONFIG))
     model = unfold_chain(bank, tokens, len(architecture.blocks))
     if not model.blocks:
@@ -95,7 +96,7 @@ def export(
         RECIPE: make_mergekit_recipe(model, paths, changed),
         CARD: make_card(model, facts or {}, changed),
     }
-    _write_folder(out, first, texts, tensors, max_shard_size)
+    _write_folder(out, first, small_files, texts, tensors, max_shard_size)
     return out
 
 
@@ -122,16 +123,17 @@ def _list_changed(bank: Bank, tokens: Sequence[int]) -> list[str]:
 def _write_folder(
     out: Path,
     source: Path,
+    small_files: Sequence[Path],
     texts: Mapping[str, str],
     tensors: dict[str, np.ndarray],
     max_shard_size: int,
 ) -> None:
     """Write the folder under a temporary name, then rename it, so that `out` is never partial."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    folder = out.parent / f".{out.name}.{secrets.token_hex(4)}"
+    folder.mkdir()
     try:
-        os.chmod(folder, 0o777 & ~get_umask())
-        _copy_small_files(source, folder)
+        _copy_files(small_files, source, folder)
         write_shards(folder, tensors, max_shard_size)
         for name, text in texts.items():
             (folder / name).write_text(text)
@@ -141,14 +143,39 @@ def _write_folder(
         raise
 
 
-def _copy_small_files(source: Path, folder: Path) -> None:
-    """Copy the tokenizer and all other files that do not contain weights."""
-    for path in sorted(source.iterdir()):
-        is_skipped = path.name in _OWN_FILES or path.name.endswith(_WEIGHT_SUFFIXES)
-        if path.is_file() and not is_skipped:
-            shutil.copy(path, folder / path.name)
-        elif path.is_dir() and path.name == _TEMPLATES:
-            shutil.copytree(path, folder / path.name)
+def _list_small_files(source: Path) -> list[Path]:
+    """List the tokenizer and all other files that do not contain weights.
+
+    A link may lead to a file of the folder, or of the blobs of a Hugging Face cache that the folder
+    is a snapshot of.
+
+    Raises:
+      ValueError: if a link leads elsewhere, for example to a private file.
+    """
+    paths = [
+        path
+        for path in [*source.iterdir(), *(source / _TEMPLATES).glob("*")]
+        if path.is_file() and path.name not in _OWN_FILES
+        if not path.name.endswith(_WEIGHT_SUFFIXES)
+    ]
+    root = source.resolve()
+    places = [root]
+    if root.parent.name == "snapshots":
+        places.append(root.parent.parent / "blobs")
+    for path in paths:
+        if not any(path.resolve().is_relative_to(place) for place in places):
+            raise ValueError(
+                f"expected only files of {source} to copy, got {path.relative_to(source)}, a link "
+                f"to {path.resolve()}: replace it by a copy if the file belongs to the model"
+            )
+    return sorted(paths)
+
+
+def _copy_files(paths: Sequence[Path], source: Path, folder: Path) -> None:
+    for path in paths:
+        copy = folder / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
 
 
 def make_config(

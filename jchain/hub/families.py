@@ -13,30 +13,36 @@ from jchain.hub.tensor_names import get_shapes
 from jchain.pytree import get_first_line
 
 
-def make_architecture(options: JsonObject, location: str) -> Architecture:
+def make_architecture(
+    options: JsonObject, location: str, num_tensors: int | None = None
+) -> Architecture:
     """Make the architecture that a config describes.
 
     Args:
       options: content of config.json.
       location: path of the file, for error messages.
+      num_tensors: the number of tensors of the checkpoint, which has at most as many blocks; None
+        if it is not known.
 
     Raises:
       ValueError: if the family or an option is not supported.
     """
-    config = Config(options, location)
+    config = Config(options, location, *([] if num_tensors is None else [num_tensors]))
     kind = config.require("model_type")
     families: dict[str, ModuleType] = {
         known: family for family in map(import_module, FAMILIES) for known in family.MODEL_TYPES
     }
-    if kind not in families:
+    if not isinstance(kind, str) or kind not in families:
         raise config.reject("model_type", kind, ", ".join(families))
     try:
         architecture = families[kind].make_architecture(config)
         config.finish()
         get_shapes(architecture)
-    except (TypeError, ZeroDivisionError, AttributeError) as error:
-        # These errors arise if the value of an option has a type that the family does not expect.
+    except Exception as error:
+        # Other errors arise if an option has a type or a size that the family does not expect.
         reason = get_first_line(error)
+        if isinstance(error, ValueError) and reason.startswith(location):
+            raise
         raise ValueError(f"{location}: an option has an invalid value: {reason}") from None
     return architecture
 

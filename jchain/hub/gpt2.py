@@ -138,7 +138,7 @@ def make_architecture(config: Config) -> Architecture:
     is_tied = config.get("tie_word_embeddings", True)
     return Architecture(
         stem=Stem(vocabulary, config.require("n_positions"), features),
-        blocks=(block,) * config.require("n_layer"),
+        blocks=(block,) * config.require_depth("n_layer"),
         head=Head(vocabulary, epsilon),
         prefix="transformer.",
         block_prefix="h.{}.",

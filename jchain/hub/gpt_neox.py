@@ -159,7 +159,7 @@ def make_architecture(config: Config) -> Architecture:
     is_tied = config.get("tie_word_embeddings", False)
     return Architecture(
         stem=Stem(vocabulary, features),
-        blocks=(block,) * config.require("num_hidden_layers"),
+        blocks=(block,) * config.require_depth("num_hidden_layers"),
         head=Head(vocabulary, epsilon),
         prefix="gpt_neox.",
         block_prefix="layers.{}.",

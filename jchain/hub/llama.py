@@ -189,7 +189,8 @@ def make_architecture(config: Config) -> Architecture:
     """
     kind = config.require("model_type")
     features, vocabulary = config.require("hidden_size"), config.require("vocab_size")
-    num_heads, depth = config.require("num_attention_heads"), config.require("num_hidden_layers")
+    depth = config.require_depth("num_hidden_layers")
+    num_heads = config.require("num_attention_heads")
     head_size = config.get("head_dim", None) or (128 if kind == "qwen3" else features // num_heads)
     epsilon = config.get("rms_norm_eps", 1e-6)
     has_bias = kind != "mistral" and bool(config.get("attention_bias", False))

@@ -139,7 +139,8 @@ def _open(path: str | os.PathLike[str], name: str | None) -> Source:
             "jc.hub.load_many takes several"
         )
     checkpoint = Checkpoint(path)
-    architecture = make_architecture(checkpoint.config, str(checkpoint.path / CONFIG))
+    location, num_tensors = str(checkpoint.path / CONFIG), len(checkpoint.shapes)
+    architecture = make_architecture(checkpoint.config, location, num_tensors)
     prefix = find_prefix(architecture, checkpoint)
     check_tensors(architecture, checkpoint, prefix)
     names = get_names(architecture, prefix)

@@ -14,6 +14,8 @@ import numpy as np
 from jchain._typing import Array, Float, Int
 from jchain.hub.config import Config
 
+_MAX_HEAD_SIZE = 2**16
+
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_new": jax.nn.gelu,
@@ -264,6 +266,8 @@ def compute_frequencies(config: Config, rope: Config, size: int) -> tuple[tuple[
     Raises:
       ValueError: if the kind of scaling or one of its options is not supported.
     """
+    if not isinstance(size, int) or not 1 <= size <= _MAX_HEAD_SIZE:
+        raise config.reject("head_dim", size, f"1 to {_MAX_HEAD_SIZE:,} features of each head")
     kind = rope.get("rope_type", rope.get("type", "default"))
     base = float(rope.get("rope_theta", 10000.0))
     pairs = np.arange(0, size, 2, dtype=np.float64)

@@ -217,7 +217,7 @@ def make_architecture(config: Config) -> Architecture:
     )
     return Architecture(
         stem=Stem(size, channels, patch, features),
-        blocks=(block,) * config.require("num_hidden_layers"),
+        blocks=(block,) * config.require_depth("num_hidden_layers"),
         head=Head(len(labels) if labels else config.get("num_labels", 2), epsilon),
         prefix="vit.",
         block_prefix="encoder.layer.{}.",

@@ -1,8 +1,11 @@
 """Options of a config that are missing, unknown or not supported."""
 
-import pytest
-from checkpoints import GPT2
+import json
 
+import pytest
+from checkpoints import GPT2, write
+
+import jchain as jc
 from jchain.hub.families import make_architecture
 
 
@@ -19,6 +22,10 @@ from jchain.hub.families import make_architecture
             "scale_attn_by_inverse_layer_idx = True is not supported",
         ),
         ({"new_option": 3}, "option new_option = 3 is not supported"),
+        ({"n_layer": 10**6}, "n_layer = 1000000 is not supported, expected 1 to 10,000 blocks"),
+        ({"n_layer": 2.5}, "n_layer = 2.5 is not supported"),
+        ({"n_positions": 10**18}, "n_positions = 1000000000000000000 is not supported"),
+        ({"n_embd": float("nan")}, "n_embd = nan is not supported"),
     ],
 )
 def test_unsupported_options_are_rejected(change, message):
@@ -31,3 +38,25 @@ def test_unsupported_options_are_rejected(change, message):
 )
 def test_irrelevant_options_change_nothing(change):
     assert make_architecture(GPT2 | change, "config") == make_architecture(GPT2, "config")
+
+
+def test_a_checkpoint_has_at_most_as_many_blocks_as_tensors(tmp_path):
+    folder = write(tmp_path / "model")
+    options = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(options | {"n_layer": 5000}))
+    with pytest.raises(ValueError, match=r"model/config.json: n_layer = 5000 is not supported"):
+        jc.hub.load(folder)
+
+
+def test_a_head_has_no_more_features_than_any_model(tmp_path):
+    options = {
+        "model_type": "llama",
+        "vocab_size": 11,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "head_dim": 10**9,
+    }
+    with pytest.raises(ValueError, match="head_dim = 1000000000 is not supported"):
+        make_architecture(options, "config")

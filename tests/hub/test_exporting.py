@@ -61,3 +61,34 @@ def test_blocks_keep_their_windows_when_a_config_selects_windows_by_index(tmp_pa
     np.testing.assert_allclose(
         jc.apply_chain(again, np.array(again.parents[0]), ids), expected, rtol=1e-5, atol=1e-6
     )
+
+
+def test_links_out_of_the_folder_are_refused_before_anything_is_written(tmp_path):
+    folder = write(tmp_path / "model")
+    bank = jc.hub.load(folder)
+    private = tmp_path / "id_rsa"
+    private.write_text("private")
+    (folder / "vocab.json").symlink_to(private)
+    with pytest.raises(ValueError, match=r"got vocab.json, a link to .*id_rsa: replace it by a"):
+        jc.hub.export(bank, [0, 2], folder, tmp_path / "out")
+    (folder / "vocab.json").unlink()
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool.jinja").symlink_to(private)
+    with pytest.raises(ValueError, match=r"got additional_chat_templates/tool.jinja, a link to"):
+        jc.hub.export(bank, [0, 2], folder, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["id_rsa", "model"]
+
+
+def test_links_within_the_folder_and_to_the_blobs_of_a_cache_are_copied(tmp_path):
+    snapshots = tmp_path / "models--a" / "snapshots"
+    snapshots.mkdir(parents=True)
+    folder = write(snapshots / "revision")
+    blobs = tmp_path / "models--a" / "blobs"
+    blobs.mkdir()
+    (blobs / "1234").write_text("{}")
+    (folder / "tokenizer.json").symlink_to("../../blobs/1234")
+    (folder / "vocab.json").symlink_to("tokenizer.json")
+    out = jc.hub.export(jc.hub.load(folder), [0, 2], folder, tmp_path / "out")
+    for name in ("tokenizer.json", "vocab.json"):
+        assert (out / name).read_text() == "{}"
+        assert not (out / name).is_symlink()
