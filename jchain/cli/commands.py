@@ -66,7 +66,9 @@ def _merge_config(args: argparse.Namespace) -> dict[str, object]:
     if args.config is None:
         return given
     names = find_given(shlex.split(args.command)[1:])
-    return result_folder.read_options(args.config) | {name: given[name] for name in names}
+    return result_folder.read_options(args.config, is_trusted=args.trust) | {
+        name: given[name] for name in names
+    }
 
 
 def _run_config(config: SearchConfig) -> ResultRecord | Summary:
@@ -122,7 +124,7 @@ def run_compare(args: argparse.Namespace) -> None:
 
 def run_report(args: argparse.Namespace) -> None:
     """Run `jchain report`: write an HTML page about results."""
-    write_report(args.out, args.results, with_maps=not args.no_maps)
+    write_report(args.out, args.results, with_maps=not args.no_maps, is_trusted=args.trust)
     print(f"Wrote {args.out}")
 
 
@@ -134,7 +136,7 @@ def run_prepare(args: argparse.Namespace) -> None:
 def run_evaluate(args: argparse.Namespace) -> None:
     """Run `jchain evaluate`: score chains of a saved bank."""
     mesh = _join_processes(args)
-    config, found = result_folder.read_config(args.bank)
+    config, found = result_folder.read_config(args.bank, is_trusted=args.trust)
     bank, eval_data = _load_result(args, config)
     batch = getattr(eval_data.data, args.split)
 
@@ -170,7 +172,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 def run_export(args: argparse.Namespace) -> None:
     """Run `jchain export`: write a chain of pretrained blocks as a checkpoint folder."""
-    config, found = result_folder.read_config(args.result)
+    config, found = result_folder.read_config(args.result, is_trusted=args.trust)
     if config is None or not config.checkpoint:
         raise ValueError(f"expected the result of jchain search --checkpoint, got {args.result}")
     if args.out.exists():

@@ -11,6 +11,7 @@ from jchain.cli.search_options import (
     add_json,
     add_modules,
     add_search,
+    add_trust,
 )
 
 _CLUSTER = """\
@@ -85,6 +86,7 @@ def _add_report(commands: Commands) -> None:
         help="leave out the heat maps, for which the banks and the data are loaded; for "
         "checkpoints, each chain that repeats or drops a run of blocks is scored",
     )
+    add_trust(command)
 
 
 def _add_evaluate(commands: Commands) -> None:
@@ -119,6 +121,7 @@ def _add_evaluate(commands: Commands) -> None:
         metavar="LAYERS",
         help="score every chain of up to LAYERS layers and print the 10 best",
     )
+    add_trust(evaluate)
     add_json(evaluate)
     evaluate.add_argument(
         "--distributed", action="store_true", help="share the work with other processes (see below)"
@@ -147,6 +150,7 @@ def _add_export(commands: Commands) -> None:
         metavar="TOKENS",
         help="tokens, as in 3,0,7,12 (default: the chain that the search found)",
     )
+    add_trust(export)
     export.add_argument(
         "--max-shard-size",
         type=int,

@@ -34,6 +34,7 @@ from jchain.cli.records import (
 from jchain.cli.result_folder import BANK_FILE
 from jchain.cli.scores import ExampleScores
 from jchain.cli.setup import Setup
+from jchain.cli.trust import sign
 from jchain.data import EVALUATION_SPLITS
 from jchain.hub import recipes
 from jchain.problem import Problem
@@ -332,6 +333,7 @@ def _make_record(
         "num_scored": found.result.num_scored,
         "nonfinite_chains": found.result.num_nonfinite,
         "config": context.config.dump(),
+        "signature": sign(context.config.dump()),
         "versions": find_versions(),
     }
 

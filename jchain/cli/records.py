@@ -94,6 +94,7 @@ class ResultRecord(Scores):
     nonfinite_chains: int
     stopped_by: NotRequired[str]  # what stopped the search before its end
     config: dict[str, object]
+    signature: NotRequired[str | None]  # of the config (`jchain.cli.trust`)
     versions: dict[str, str]
     sweep: NotRequired[list[SweepRow]]
 
@@ -133,6 +134,7 @@ class Summary(TypedDict):
     sentence: str
     seconds: float
     config: dict[str, object]
+    signature: NotRequired[str | None]  # of the config (`jchain.cli.trust`)
     versions: dict[str, str]
 
 

@@ -18,7 +18,7 @@ from jchain.cli.config import SearchConfig
 from jchain.cli.loading import load_bank_and_data
 from jchain.cli.progress import ChainScores, evaluate_in_parts, print_progress, show_phase
 from jchain.cli.records import ResultRecord, format_loss
-from jchain.cli.result_folder import SEARCH_FILE
+from jchain.cli.result_folder import SEARCH_FILE, read_config
 from jchain.cli.seeds import summarize as summarize_seeds
 from jchain.cli.tables import (
     TextTable,
@@ -67,7 +67,9 @@ class Drawn(NamedTuple):
     runs: list[Result]
 
 
-def write_report(path: Path, results: Sequence[Path], *, with_maps: bool = True) -> None:
+def write_report(
+    path: Path, results: Sequence[Path], *, with_maps: bool = True, is_trusted: bool = False
+) -> None:
     """Write a page about results: tables, curves, chains, and heat maps.
 
     Args:
@@ -76,6 +78,8 @@ def write_report(path: Path, results: Sequence[Path], *, with_maps: bool = True)
         one search.
       with_maps: whether to draw heat maps, for which the bank and the data are loaded and chains
         are scored.
+      is_trusted: whether the files that the results name may be read for the heat maps (see
+        `jchain.cli.trust`).
 
     Raises:
       ValueError: if a folder holds no result, or the page cannot be written there.
@@ -100,7 +104,7 @@ def write_report(path: Path, results: Sequence[Path], *, with_maps: bool = True)
             [row._replace(name=name) for row, name in zip(compared, names, strict=True)]
         ),
         figures=_draw_comparison(drawn),
-        sections=[_make_section(one, with_maps=with_maps) for one in drawn],
+        sections=[_make_section(one, with_maps=with_maps, is_trusted=is_trusted) for one in drawn],
         options=_tabulate_options(drawn),
         version=jc.__version__,
     )
@@ -172,7 +176,7 @@ def _draw_comparison(drawn: Sequence[Drawn]) -> list[Figure]:
     ]
 
 
-def _make_section(drawn: Drawn, *, with_maps: bool) -> Section:
+def _make_section(drawn: Drawn, *, with_maps: bool, is_trusted: bool) -> Section:
     best, records = find_best(drawn.group), [result.record for result in drawn.group]
     tables, remarks = [], []
     if len(records) > 1:
@@ -200,7 +204,7 @@ def _make_section(drawn: Drawn, *, with_maps: bool) -> Section:
     figures = [_draw_chains(drawn.name, records, best.record)]
     if with_maps:
         try:
-            figures += _draw_maps(drawn.name, best)
+            figures += _draw_maps(drawn.name, best, is_trusted=is_trusted)
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             print_progress(f"No heat maps of {drawn.name}: {error}")
             remarks.append(f"Heat maps are missing: {error}")
@@ -235,9 +239,11 @@ def _draw_chains(name: str, records: Sequence[ResultRecord], best: ResultRecord)
     )
 
 
-def _draw_maps(name: str, best: SeedResult) -> list[Figure]:
+def _draw_maps(name: str, best: SeedResult, *, is_trusted: bool) -> list[Figure]:
     """Draw what swaps of the best chain would change and, for checkpoints, runs of blocks."""
-    config = SearchConfig.load(best.record["config"])
+    config, _ = read_config(best.folder, is_trusted=is_trusted)
+    if config is None:
+        raise ValueError(f"expected a result folder, got {best.folder}")
     with show_phase(f"Loading the bank of {name}"):
         bank, eval_data = load_bank_and_data(best.folder, config)
     chain = jc.chain.pad([best.record["best_chain"]])[0]

@@ -11,9 +11,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from jchain import chain as chain_lib
 from jchain.cli.config import SearchConfig
 from jchain.cli.plot import plot_curve, plot_seeds, plot_sweep
 from jchain.cli.records import ResultRecord, SearchOutput, Summary, format_loss
+from jchain.cli.trust import check_trust
 from jchain.data import EVALUATION_SPLITS
 from jchain.files import write_atomically, write_json
 
@@ -191,47 +193,62 @@ def describe(path: Path) -> dict[str, str]:
     return facts | {"command": f"`{config.command}`"}
 
 
-def read_options(path: Path) -> dict[str, object]:
+def read_options(path: Path, *, is_trusted: bool = False) -> dict[str, object]:
     """Read the options of an earlier result, to run a search with them again.
 
     The result folder, the command, and how it was run are left out.
 
     Args:
       path: a result folder, or its `result.json` or `summary.json`.
+      is_trusted: whether the files that it names may be read (see `jchain.cli.trust`).
 
     Raises:
-      ValueError: if there is no result.
+      ValueError: if there is no result, or it names files that may not be read.
     """
     files = [path / name for name in (SUMMARY_FILE, RESULT_FILE)] if path.is_dir() else [path]
     found = [file for file in files if file.is_file()]
     try:
-        config = json.loads(found[0].read_text())["config"]
-        return {name: value for name, value in config.items() if name not in ("out", "command")}
+        record = json.loads(found[0].read_text())
+        config: dict[str, object] = {**record["config"]}
     except (IndexError, OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
         raise ValueError(
             f"expected a result folder, or its {RESULT_FILE} or {SUMMARY_FILE}, got {path}"
         ) from None
+    check_trust(config, record.get("signature"), path, is_trusted=is_trusted)
+    return {name: value for name, value in config.items() if name not in ("out", "command")}
 
 
-def read_config(path: Path) -> tuple[SearchConfig | None, list[list[int]]]:
+def read_config(
+    path: Path, *, is_trusted: bool = False
+) -> tuple[SearchConfig | None, list[list[int]]]:
     """Read the options and the best chain from a result folder.
 
     Args:
       path: a result folder or a bank file.
+      is_trusted: whether the files that it names may be read (see `jchain.cli.trust`).
 
     Returns:
       The options, and a list with the tokens of the chain. For a bank file, they are None and an
       empty list.
 
     Raises:
-      ValueError: if the folder holds no result or a damaged one.
+      ValueError: if the folder holds no result or a damaged one, or it names files that may not be
+        read.
     """
     if not path.is_dir():
         return None, []
     try:
         record: ResultRecord = json.loads((path / RESULT_FILE).read_text())
-        return SearchConfig.load(record["config"]), [record["best_chain"]]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        config, chain = SearchConfig.load(record["config"]), record["best_chain"]
+        chain = chain_lib.pad([chain])[0].tolist()  # pyright: ignore[reportArgumentType]
+    except (
+        OSError,
+        RecursionError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
         hint = ""
         if (path / "config.json").exists():
             hint = "; to use a checkpoint, pass the result of jchain search --checkpoint"
@@ -242,3 +259,5 @@ def read_config(path: Path) -> tuple[SearchConfig | None, list[list[int]]]:
         raise ValueError(
             f"expected a bank file or a result folder, got {path}: {error}{hint}"
         ) from None
+    check_trust(record["config"], record.get("signature"), path, is_trusted=is_trusted)
+    return config, [chain]

@@ -79,6 +79,20 @@ def add_data(command: argparse.ArgumentParser, note: str) -> None:
     )
 
 
+def add_trust(command: argparse._ActionsContainer) -> None:
+    """Add the option that lets a result of somebody else name files.
+
+    Args:
+      command: the parser of the command.
+    """
+    command.add_argument(
+        "--trust",
+        action="store_true",
+        help="read the files that the result names, also if it was made elsewhere, and run those "
+        "that define modules",
+    )
+
+
 def add_data_dir(command: argparse.ArgumentParser) -> None:
     """Add `--data-dir`.
 
@@ -268,6 +282,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         help="begin with the options of an earlier result (its folder, result.json, or "
         "summary.json); other options override them",
     )
+    add_trust(group)
     add_json(group)
 
 

@@ -19,6 +19,7 @@ from jchain.cli.records import (
     format_loss,
 )
 from jchain.cli.scores import find_standard_error
+from jchain.cli.trust import sign
 
 # Controls and the titles of their rows, in the order of the tables.
 TITLES = {
@@ -104,6 +105,7 @@ def summarize(config: SearchConfig, records: Sequence[ResultRecord], seconds: fl
         "sentence": _make_sentence(rows, len(records)),
         "seconds": round(seconds, 1),
         "config": config.dump(),
+        "signature": sign(config.dump()),
         "versions": find_versions(),
     }
 

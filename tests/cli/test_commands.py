@@ -46,6 +46,7 @@ def test_search_writes_and_prints_a_report_that_can_be_checked(tmp_path, capsys,
         "nonfinite_chains",
         "num_scored",
         "config",
+        "signature",
         "versions",
     }
     assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -195,11 +196,11 @@ def test_results_of_the_old_code_are_exported(models_folder, tmp_path, monkeypat
     monkeypatch.chdir(models_folder)
     folder = str(SAVED / "checkpoint_result")
     saved = json.loads((SAVED / "checkpoint_result" / "result.json").read_text())
-    assert main(["evaluate", folder, "--split", "test", "--json"]) == 0
+    assert main(["evaluate", folder, "--trust", "--split", "test", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["chains"]
     assert (row["chain"], row["layers"]) == (saved["best_chain"], saved["layers"])
     assert row["loss"] == pytest.approx(saved["loss"]["test"], rel=1e-5)
-    assert main(["export", folder, "--out", str(tmp_path / "out")]) == 0
+    assert main(["export", folder, "--trust", "--out", str(tmp_path / "out")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| loss on test | {saved['loss']['test']:.4f}, the unchanged model " in card
     assert saved["config"]["command"] in card
