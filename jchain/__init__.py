@@ -30,6 +30,7 @@ from jchain.agent.encoding import JointEncoding, ObservedEncoding, TokenEncoding
 from jchain.agent.pretrain import pretrain_agent, pretrain_critic
 from jchain.bank import Bank
 from jchain.data import Batch, Dataset
+from jchain.engine.backend import clear_caches
 from jchain.engine.costs import Cost, cost, token_costs
 from jchain.engine.evaluation import (
     Evaluation,
@@ -111,6 +112,7 @@ __all__ = [
     "chain",
     "chainbench",
     "check_search",
+    "clear_caches",
     "cost",
     "data",
     "engine",

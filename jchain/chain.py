@@ -7,7 +7,6 @@ chains that they allow.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jchain._typing import Array, Bool, Int, Key
+from jchain.arguments import is_integer
 from jchain.stages import legal_chains
 from jchain.stages.table import StageTable
 
@@ -390,12 +390,3 @@ def check_min_layers(value: object, max_layers: int) -> int:
     if not is_integer(value) or not 0 <= value <= max_layers:
         raise ValueError(f"expected min_layers to be an integer in 0..{max_layers}, got {value!r}")
     return int(value)
-
-
-def is_integer(value: object) -> TypeGuard[int | np.integer]:
-    """Return whether a value is an integer, of Python or NumPy, and not a boolean.
-
-    Args:
-      value: any value.
-    """
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -11,8 +11,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jchain._typing import Array, Bool, Float, Int, Numbers, OptionalNumbers, PyTree
+from jchain.arguments import is_integer
 from jchain.bank import Bank
-from jchain.chain import ChainSpace, check_max_layers, check_min_layers, is_integer
+from jchain.chain import ChainSpace, check_max_layers, check_min_layers
 from jchain.data import Batch, check_lengths, read_batch
 from jchain.groups import check_keeps_shape, infer_head_output
 from jchain.modules import check_mean_over_examples, check_output_function, check_stem

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import optax
 
 from jchain._typing import Array, Key, PyTree
+from jchain.arguments import check_at_least_one, check_integers, check_key
 from jchain.bank import Bank
 from jchain.data import Batch, read_batch
 from jchain.modules import apply_stem, check_stem
-from jchain.pytree import check_at_least_one, describe_type, pick
+from jchain.pytree import describe_type, pick
 from jchain.training_loop import BATCH_SIZE as BATCH_SIZE
 from jchain.training_loop import (
     CROSS_ENTROPY,
@@ -28,6 +29,7 @@ from jchain.training_loop import (
     TrainingConfig,
     check_training,
     train_weights,
+    warn_of_divergence,
 )
 from jchain.training_loop import is_stepwise as is_stepwise
 
@@ -338,7 +340,8 @@ def _check_nets(kind: str, num_layers: int, depth: int, num_heads: int) -> None:
         raise ValueError(
             f"expected kind to be independent, routed, snapshots, or random, got {kind!r}"
         )
-    if depth < 1 or num_layers < depth or num_layers % depth:
+    check_at_least_one(depth=depth, num_layers=num_layers)
+    if num_layers % depth:
         raise ValueError(
             f"expected num_layers to be a multiple of depth for kind {kind!r}, "
             f"got {num_layers} and {depth}"
@@ -373,8 +376,6 @@ def _train_bank(
 ) -> Bank:
     """Train the weights of a bank and build it; `nets` holds the name of each net or snapshot."""
     num_layers, num_heads = config.num_layers, config.num_heads
-    # Drop modules that no layer or head uses.
-    config = config._replace(layers=config.layers[:num_layers], heads=config.heads[:num_heads])
     check_at_least_one(
         num_nets=num_nets,
         num_layers=num_layers,
@@ -382,8 +383,10 @@ def _train_bank(
         depth=config.depth,
         batch_size=config.batch_size,
     )
-    if config.num_steps < 0:
-        raise ValueError(f"expected num_steps to be at least 0, got {config.num_steps}")
+    # Drop modules that no layer or head uses.
+    config = config._replace(layers=config.layers[:num_layers], heads=config.heads[:num_heads])
+    check_integers(at_least=0, num_steps=config.num_steps)
+    check_key(key)
     given = read_batch(data)
     check_stem(stem, stem_params, given.x)
     x = apply_stem(stem, stem_params, given.x)
@@ -391,6 +394,7 @@ def _train_bank(
     check_training(batch, config)
     weights = train_weights(jax.random.split(key, num_nets), batch, config)
     names, parents = _name_tokens(config, nets)
+    warn_of_divergence(weights)
     return Bank.stack(
         _take_turns(config.layers, num_layers) * len(nets),
         _cut(weights.layers, num_layers),

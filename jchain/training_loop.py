@@ -10,6 +10,7 @@ module has a method `project`, each step ends by replacing the weights of its la
 method returns (see `jchain.invertible`).
 """
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -30,7 +31,7 @@ from jchain.modules import (
     describe_input,
     describe_module,
 )
-from jchain.modules.activations import put_floating, take_floating
+from jchain.modules.activations import is_floating, put_floating, take_floating
 from jchain.pytree import get_first_line, is_concrete, pick
 
 OPTIMIZER = optax.adamw(1e-3, weight_decay=0.1)
@@ -362,6 +363,9 @@ def check_training(data: Batch, config: TrainingConfig) -> None:
         )
     check_lengths(data)
     x, y = data
+    floating = [leaf for leaf in jax.tree.leaves(data) if is_floating(leaf)]
+    if is_concrete(floating) and not all(np.isfinite(leaf).all() for leaf in floating):
+        raise ValueError("expected finite examples and targets to train on, got nan or infinity")
     for layer in config.layers:
         check_same_shapes(_init_output(layer, x, "layer"), x, f"layer {describe_module(layer)}")
     outputs = [_init_output(head, x, "head") for head in config.heads]
@@ -387,6 +391,21 @@ def check_training(data: Batch, config: TrainingConfig) -> None:
         raise ValueError(
             f"expected labels in 0..{num_classes - 1}, the head's classes, "
             f"got {labels.min()}..{labels.max()}"
+        )
+
+
+def warn_of_divergence(weights: Weights) -> None:
+    """Warn if trained weights are not finite.
+
+    Args:
+      weights: the weights.
+    """
+    leaves = jax.tree.leaves(weights)
+    if is_concrete(leaves) and not all(np.isfinite(leaf).all() for leaf in leaves):
+        warnings.warn(
+            "training diverged: some weights of the bank are nan or infinite, so chains of these "
+            "layers have a loss of +inf. Try a lower learning rate",
+            stacklevel=4,
         )
 
 

@@ -16,7 +16,7 @@ MAX_ANY = 150
 # Each family may import the families before it. `env` and `align` are top-level modules that use
 # the engine.
 IMPORT_ORDER = [
-    ("_typing", "pytree"),
+    ("_typing", "pytree", "arguments"),
     ("modules",),
     ("invertible", "layers"),
     ("files", "chain", "groups", "tokens", "stages"),

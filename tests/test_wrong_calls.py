@@ -45,6 +45,47 @@ def attempt(call):
         print("accepted")
 """
 CASES = {
+    "jc.evaluate(problem, chains, memory_limit=float('nan'))": "expected memory_limit to be an "
+    "integer of at least 1, got nan",
+    "jc.evaluate(problem, chains, memory_limit=1e9)": "an integer of at least 1, got 1000000000.0",
+    "jc.LocalSearch(num_chains=2.5)": "expected num_chains to be an integer of at least 1, got 2.5",
+    "jc.LocalSearch(num_chains=True)": "expected num_chains to be an i"
+    "nteger of at least 1, got True",
+    "jc.LocalSearch(num_chains='8')": "expected num_chains to be an integer of at least 1, got '8'",
+    "jc.BeamSearch(width=4, max_width=2)": "expected max_width to be at least 4, got 2",
+    "jc.ActorCritic(learning_rate=float('nan'))": "expected learning_rate to be a finite number of "
+    "at least 0, got nan",
+    "jc.ActorCritic(learning_rate=-1e-3)": "learning_rate to be a finite number of at least 0",
+    "jc.ActorCritic(lambda_=1.5)": "a finite number of at least 0 and of at most 1, got 1.5",
+    "jc.ActorCritic(clip=None)": "expected clip to be a finite number of at least 0, got None",
+    "jc.CriticSearch(ridge=-1.0)": "expected ridge to be a number of at least 0, got -1.0",
+    "jc.CriticSearch(ridge=float('nan'))": "expected ridge to be a number of at least 0, got nan",
+    "jc.CriticSearch(epsilon=2)": "expected epsilon to be a finite number of at least 0 and of at",
+    "jc.QLearning(decay=float('inf'))": "expected decay to be a finite number",
+    "jc.MCTS(gumbel_scale='1')": "expected gumbel_scale to be a "
+    "finite number of at least 0, got '1'",
+    "jc.TargetPropagation(step_size=0)": "expected step_size to be a finite number above 0, got 0",
+    "jc.SuffixBeamSearch(temperature=-1)": "expected temperature to be a finite number of at least",
+    "jc.LinearizedSearch(num_best=0)": "expected num_best to be at least 1, got 0",
+    "jc.updates.SharedUpdates(final_share=float('nan'))": "final_share to be a finite number above",
+    "jc.train.random(0, data.train, layer=layer, head=head)": "one key of jax.random.key, got int",
+    "jc.train.random(None, data.train, layer=layer, head=head)": "jax.random.key, got NoneType",
+    "jc.train.random(key, data.train, layer=layer, head=head, num_layers=2.0)": "expected "
+    "num_layers to be an integer of at least 1, got 2.0",
+    "jc.train.random(key, (data.train.x + np.nan, data.train.y), layer=layer, head=head)": "got "
+    "nan or infinity",
+    "jc.train.random(key, data.train, layer=layer, head=head, depth=0)": "expected depth to be at",
+    "jc.LayerGroup(bank.layers[0].params, layer, (0, 1, 2))": "expected params with 3 rows in each "
+    "array, one per token, got an array of shape [2, ",
+    "jc.LayerGroup(bank.layers[0].params, layer, (0, 0))": "expected different tokens of a"
+    "t least 0",
+    "jc.Bank(bank.layers, bank.layers)": "expected heads with the tokens 2, 3, ..., at least one, "
+    "got [0, 1]",
+    "jc.Bank(bank.heads, bank.heads)": "expected layers with the token"
+    "s 0, 1, ..., at least one, got "
+    "[2]",
+    "jc.Bank(bank.layers, bank.heads, names=('a',))": "expected 3 names, one per laye"
+    "r and head, got 1",
     "jc.gradient.trends.predict_swaps(None, problem, [0, 0, -1], 'after')": "expected a context of "
     "everywhere, slot, before, layer, got 'after'",
     "jc.plot.block_runs(np.zeros((2, 3)))": "expected changes of shape [D, D], got [2, 3]",

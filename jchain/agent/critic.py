@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jchain._typing import Array, Float, PyTree
 from jchain.agent.observations import NUM_FEATURES
 from jchain.files import read_arrays, write_arrays
-from jchain.pytree import pytree_dataclass, static
+from jchain.pytree import is_concrete, pytree_dataclass, static
 
 NUM_INPUTS = 3 * NUM_FEATURES + 2
 _KIND = "critic of prefixes"
@@ -87,6 +87,8 @@ class Critic:
           ValueError: if the file is damaged, does not hold a critic, or holds a critic that was
             trained on other features.
         """
+        from jchain.files.headers import CriticHeader, check_header
+
         header, arrays = read_arrays(path)
         if header.get("kind") != _KIND:
             raise ValueError(
@@ -97,14 +99,17 @@ class Critic:
                 f"{path}: expected a critic of {NUM_INPUTS} inputs, {NUM_FEATURES} features of a "
                 f"prefix, got one of {header.get('num_inputs')}"
             )
-        width = int(header["width"])
+        check_header(CriticHeader, header, path)
+        width = header["width"]
         vector = jax.ShapeDtypeStruct((NUM_INPUTS,), jnp.float32)
         params = jax.eval_shape(Network(width).init, jax.random.key(0), vector)["params"]
         expected, structure = jax.tree.flatten((params, vector, vector))
         leaves = [arrays[name] for name in sorted(arrays)]
-        if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in expected]:
+        found, wanted = ([(a.shape, a.dtype) for a in given] for given in (leaves, expected))
+        if found != wanted:
             raise ValueError(
-                f"{path}: expected the arrays of a network of width {width}, got other shapes"
+                f"{path}: expected the arrays of a network of width {width}, got other shapes or "
+                "dtypes"
             )
         params, mean, scale = jax.tree.unflatten(structure, leaves)
         return cls(params, mean, scale, width)
@@ -139,7 +144,8 @@ def check(critic: object) -> None:
       critic: the value to check, which must be a `Critic` or None.
 
     Raises:
-      ValueError: if the value is neither, or the critic was trained on other features.
+      ValueError: if the value is neither, or the critic was trained on other features or has
+        numbers that are not finite.
     """
     if critic is not None and not (
         isinstance(critic, Critic) and np.shape(critic.mean)[-1:] == (NUM_INPUTS,)
@@ -150,3 +156,10 @@ def check(critic: object) -> None:
             else type(critic).__name__
         )
         raise ValueError(f"expected a critic of {NUM_INPUTS} inputs or None, got {got}")
+    if isinstance(critic, Critic) and is_concrete(critic):
+        numbers = [np.asarray(leaf) for leaf in jax.tree.leaves(critic)]
+        if not all(np.isfinite(leaf).all() for leaf in numbers) or np.min(critic.scale) <= 0:
+            raise ValueError(
+                "expected a critic of finite numbers and a scale above 0, got others: it was "
+                "trained on losses that are not finite, or changed"
+            )

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from jchain._typing import Array, Key, PyTree
+from jchain.arguments import check_key, check_keys
 from jchain.chain import ChainsLike
 from jchain.problem import Problem
 from jchain.pytree import describe_type
@@ -112,7 +112,7 @@ def run(
         does not accept the problem, the starts are not chains of the problem, a number is out of
         range, or the folder holds another run, something else, or is in use.
     """
-    _check_keys(key, 0, "one key of jax.random.key")
+    check_key(key)
     return run_many(
         key[None],
         search,
@@ -181,7 +181,7 @@ def run_many(
     """
     check_arguments(search, problem, budget, num_finalists)
     _check_limits(target_loss, record, save_every, max_seconds)
-    _check_keys(keys, 1, "keys of jax.random.key of shape [S], at least one")
+    check_keys(keys)
     keep_scored, is_saved = record is not None, checkpoint_dir is not None
     keep_state |= is_saved
     spec = RunSpec(
@@ -217,7 +217,7 @@ def run_many(
         stopped_by = next(filter(None, map(monitor.after_part, parts)), None)
         monitor.finish()
         stopped_by = stopped_by or interruption.name  # a signal may come at the very end
-    results = make_results(history.runs, history.trace, budget, spec.problem, history.start)
+    results = make_results(history.runs, history.trace, spec.stop, spec.problem, history.start)
     return history.complete(results, stopped_by, keep_state=keep_state, keep_scored=keep_scored)
 
 
@@ -347,7 +347,7 @@ def check_first_step(
     """
     steps = advance_part(runs, search, problem, stop, 1)
     trace = jax.tree.map(lambda leaf: np.asarray(leaf)[:1], steps.trace)
-    make_results(steps.runs, trace, int(np.asarray(stop.budget)), problem, start)
+    make_results(steps.runs, trace, stop, problem, start)
 
 
 def _check_limits(
@@ -373,12 +373,6 @@ def check_saving(save_every: float, max_seconds: float | None) -> None:
     for name, value in (("save_every", save_every), ("max_seconds", max_seconds)):
         if value is not None and not value > 0:
             raise ValueError(f"expected {name} in seconds, above 0, got {value}")
-
-
-def _check_keys(keys: object, num_axes: int, expected: str) -> None:
-    dtype, shape = getattr(keys, "dtype", type(keys)), getattr(keys, "shape", ())
-    if not jnp.issubdtype(dtype, jax.dtypes.prng_key) or len(shape) != num_axes or 0 in shape:
-        raise ValueError(f"expected {expected}, got {dtype}{list(shape)}")
 
 
 def check_arguments(search: Search, problem: Problem, budget: int, num_finalists: int) -> None:

@@ -52,6 +52,10 @@ class Result(NamedTuple):
       finalist_costs: the costs of the finalists, `[Q]`.
       front: the scored chains that no other one beats in both cost and loss.
       is_complete: False if the run was stopped before its end.
+      ended_by: what ended a complete run: "budget", if it was spent or the next step would have
+        exceeded it; "target_loss"; or "free_steps", after 100 consecutive steps that cost nothing,
+        for example because the search scored only chains that it had scored before. None for a run
+        that was stopped.
       stopped_by: what stopped it: "callback", "max_seconds", "SIGINT", or "SIGTERM". A signal that
         came when the run was just over is named, too.
       state: the state of the search after its last counted step, with `keep_state` or
@@ -73,6 +77,7 @@ class Result(NamedTuple):
     finalist_costs: Float[np.ndarray, "Q"] | None = None
     front: Front | None = None
     is_complete: bool = True
+    ended_by: str | None = None
     stopped_by: str | None = None
     state: PyTree = None
     records: PyTree = None
@@ -150,6 +155,10 @@ class RunState(NamedTuple):
     stats: RunStats
 
 
+# A run ends after so many consecutive steps that cost no layer calls.
+MAX_FREE_STEPS = 100
+
+
 class StopRule(NamedTuple):
     """The rule that ends a run: its budget is spent, or its target loss is reached."""
 
@@ -213,14 +222,14 @@ def front(results: Result | Sequence[Result]) -> Front:
 
 
 def make_results(
-    runs: RunState, trace: Trace, budget: int, problem: Problem, start: Start | None = None
+    runs: RunState, trace: Trace, stop: StopRule, problem: Problem, start: Start | None = None
 ) -> list[Result]:
     """Make the result of each run.
 
     Args:
       runs: the finished runs.
       trace: the trace of all steps, `[T, S]`.
-      budget: the budget of each run in layer calls, for the error message.
+      stop: the rule that ended each run.
       problem: the problem that was searched, which defines what chains cost.
       start: what the chains before the first step cost and reached; None if there were none.
 
@@ -230,7 +239,7 @@ def make_results(
     stats = jax.tree.map(np.asarray, runs.stats)
     costs = np.asarray(problem.chain_cost(jnp.asarray(stats.pool.chains)))
     return [
-        _make_result(stats, trace, i, budget, costs[i], start)
+        _make_result(stats, trace, i, stop, costs[i], start)
         for i in range(stats.layer_calls.shape[0])
     ]
 
@@ -239,16 +248,20 @@ def _make_result(
     all_stats: RunStats,
     trace: Trace,
     i: int,
-    budget: int,
+    stop: StopRule,
     costs: Float[np.ndarray, "Q"],
     start: Start | None,
 ) -> Result:
     """Make the result of run `i`."""
+    budget = int(np.asarray(stop.budget))
     stats = jax.tree.map(lambda leaf: leaf[i], all_stats)
     is_counted = trace.is_counted[:, i]
     if stats.last_calls > 0 and not is_counted.any():
         raise BudgetError(
-            int(stats.last_calls), budget, start.layer_calls if start else 0, "the starts"
+            int(stats.last_calls),
+            budget,
+            start.layer_calls if start else 0,
+            "the starts",
         )
     layer_calls = np.asarray(trace.layer_calls)[is_counted, i]
     best_loss = np.asarray(trace.best_loss)[is_counted, i]
@@ -269,4 +282,14 @@ def _make_result(
         best_cost=float(costs[0]) if is_found[0] else float("nan"),
         finalist_costs=costs[is_found],
         front=find_front(*stats.front),
+        ended_by=_find_end(stats, stop),
     )
+
+
+def _find_end(stats: RunStats, stop: StopRule) -> str | None:
+    """Return what ended a run; None if it is not over."""
+    if not stats.is_over:
+        return None
+    if stats.pool.loss[0] <= stop.target_loss:
+        return "target_loss"
+    return "free_steps" if stats.num_free >= MAX_FREE_STEPS else "budget"

@@ -16,12 +16,10 @@ from jchain.engine.control_flow import vmap_unless_one
 from jchain.problem import Problem
 from jchain.runs.front import empty_front, merge_front
 from jchain.runs.rescoring import get_seen_problem, rescore
-from jchain.runs.result import RunState, RunStats, StopRule, Trace
+from jchain.runs.result import MAX_FREE_STEPS, RunState, RunStats, StopRule, Trace
 from jchain.search.pool import empty_pool, merge
 from jchain.search.protocol import Info, Search, check_step
 
-# A run stops after this many consecutive steps that cost no layer calls.
-MAX_FREE_STEPS = 100
 # One program takes at most this many steps, or fewer if what they record needs more memory.
 MAX_STEPS = 256
 _MAX_RECORD_BYTES = 2**26

@@ -41,6 +41,7 @@ from jchain.agent.policy import (
 from jchain.agent.replay_buffer import ReplayBuffer, empty_replay_buffer
 from jchain.agent.rewards import rank_rewards
 from jchain.agent.rollout import Rollout, drop_empty, restore_empty, sample_chain, sample_prefix
+from jchain.arguments import check_at_least_one, check_integers, check_numbers
 from jchain.bank import Bank
 from jchain.chain import PADDING
 from jchain.engine import score_cache
@@ -49,7 +50,7 @@ from jchain.engine.prefix_sharing import count_calls
 from jchain.engine.score_cache import ScoreCache
 from jchain.gradient.slot_scores import KINDS, ScoreKind
 from jchain.problem import Problem
-from jchain.pytree import check_at_least_one, pytree_dataclass, static
+from jchain.pytree import pytree_dataclass, static
 from jchain.search.pool import Pool, empty_pool, merge
 from jchain.search.protocol import Info
 
@@ -140,13 +141,18 @@ class ActorCritic:
                 f"expected a score_kind of {', '.join(KINDS)} or None, got {self.score_kind!r}"
             )
         check_at_least_one(num_epochs=self.num_epochs, num_elites=self.num_elites)
-        if self.num_chains < 2:
-            raise ValueError(f"expected num_chains to be at least 2, got {self.num_chains}")
-        if self.num_replays < 0 or self.replay_size < self.num_chains:
-            raise ValueError(
-                "expected num_replays to be at least 0 and replay_size at least num_chains, got "
-                f"{self.num_replays} and {self.replay_size}"
-            )
+        check_integers(at_least=2, num_chains=self.num_chains)
+        check_integers(at_least=0, num_replays=self.num_replays)
+        check_integers(at_least=self.num_chains, replay_size=self.replay_size)
+        check_numbers(
+            at_least=0,
+            learning_rate=self.learning_rate,
+            entropy_weight=self.entropy_weight,
+            critic_weight=self.critic_weight,
+            clip=self.clip,
+            imitation_weight=self.imitation_weight,
+        )
+        check_numbers(at_least=0, at_most=1, lambda_=self.lambda_, restart_rate=self.restart_rate)
 
     @property
     def needs_gradient(self) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 
 from jchain import env
 from jchain._typing import Array, Float, Int, Key, PyTree
+from jchain.arguments import check_at_least_one, check_integers
 from jchain.chain import PADDING
 from jchain.modules.activations import make_buffer, put_row
 from jchain.problem import Problem
@@ -66,11 +67,8 @@ class BeamSearch:
     max_width: int = static(default=64)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.width <= self.max_width:
-            raise ValueError(
-                "expected width to be at least 1 and at most max_width, got "
-                f"{self.width} and {self.max_width}"
-            )
+        check_at_least_one(width=self.width)
+        check_integers(at_least=self.width, max_width=self.max_width)
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the state before the first pass."""

@@ -29,11 +29,12 @@ from jchain.agent.observations import (
     lowest,
     observe,
 )
+from jchain.arguments import check_at_least_one, check_numbers
 from jchain.chain import PADDING
 from jchain.engine.layer_calls import apply_token
 from jchain.modules.activations import make_buffer
 from jchain.problem import Problem
-from jchain.pytree import check_at_least_one, pick, pytree_dataclass, static
+from jchain.pytree import pick, pytree_dataclass, static
 from jchain.search.prefixes import (
     count_extensions,
     end_children,
@@ -121,6 +122,8 @@ class CriticSearch:
     def __post_init__(self) -> None:
         critic_lib.check(self.critic)
         check_at_least_one(width=self.width)
+        check_numbers(at_least=0, is_finite=False, ridge=self.ridge)
+        check_numbers(at_least=0, at_most=1, epsilon=self.epsilon)
 
     @property
     def is_deterministic(self) -> bool:

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 
 from jchain import env
 from jchain._typing import Array, Float, Int, Key
+from jchain.arguments import check_at_least_one
 from jchain.chain import PADDING
 from jchain.engine import score_cache
 from jchain.engine.score_cache import ScoreCache
 from jchain.problem import Problem
-from jchain.pytree import check_at_least_one, pytree_dataclass, static
+from jchain.pytree import pytree_dataclass, static
 from jchain.search.protocol import Info
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jchain import env
 from jchain._typing import Array, Bool, Float, Int, Key
+from jchain.arguments import check_at_least_one, check_integers
 from jchain.chain import PADDING
 from jchain.engine import score_cache
 from jchain.engine.control_flow import cond_in_sequence
@@ -96,22 +97,12 @@ class LinearizedSearch:
     num_products: int | None = static(default=None)
 
     def __post_init__(self) -> None:
-        smallest = {
-            "num_single": 1,
-            "num_pairs": 0,
-            "num_greedy": 0,
-            "num_candidates": 1,
-            "patience": 1,
-        }
-        for name, size in smallest.items():
-            if getattr(self, name) < size:
-                raise ValueError(
-                    f"expected {name} to be at least {size}, got {getattr(self, name)}"
-                )
-        for name in ("num_best", "num_products"):
-            size = getattr(self, name)
-            if size is not None and size < 1:
-                raise ValueError(f"expected {name} to be at least 1 or None, got {size}")
+        check_at_least_one(
+            num_single=self.num_single, num_candidates=self.num_candidates, patience=self.patience
+        )
+        check_integers(at_least=0, num_pairs=self.num_pairs, num_greedy=self.num_greedy)
+        optional = {"num_best": self.num_best, "num_products": self.num_products}
+        check_at_least_one(**{name: size for name, size in optional.items() if size is not None})
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the first state, with no chain and an empty score cache.

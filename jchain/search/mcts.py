@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from jchain import env
 from jchain._typing import Array, Bool, Float, Key
+from jchain.arguments import check_at_least_one, check_numbers
 from jchain.problem import Problem
-from jchain.pytree import check_at_least_one, pytree_dataclass, static
+from jchain.pytree import pytree_dataclass, static
 from jchain.search.prefixes import end_prefixes
 from jchain.search.protocol import Info
 
@@ -56,6 +57,7 @@ class MCTS:
 
     def __post_init__(self) -> None:
         check_at_least_one(num_simulations=self.num_simulations)
+        check_numbers(at_least=0, gumbel_scale=self.gumbel_scale)
 
     @property
     def is_deterministic(self) -> bool:

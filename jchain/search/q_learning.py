@@ -13,11 +13,12 @@ import jax.numpy as jnp
 
 from jchain._typing import Array, Bool, Float, Int, Key
 from jchain.agent.rewards import plain_rewards
+from jchain.arguments import check_at_least_one, check_integers, check_numbers
 from jchain.chain import PADDING
 from jchain.engine import prefix_rules, score_cache
 from jchain.engine.score_cache import ScoreCache
 from jchain.problem import Problem
-from jchain.pytree import check_at_least_one, pytree_dataclass, static
+from jchain.pytree import pytree_dataclass, static
 from jchain.search.protocol import Info
 
 
@@ -68,11 +69,9 @@ class QLearning:
 
     def __post_init__(self) -> None:
         check_at_least_one(num_chains=self.num_chains, num_replays=self.num_replays)
-        if self.replay_size < self.num_chains:
-            raise ValueError(
-                "expected replay_size to be at least num_chains, got "
-                f"{self.replay_size} and {self.num_chains}"
-            )
+        check_integers(at_least=self.num_chains, replay_size=self.replay_size)
+        check_numbers(at_least=0, learning_rate=self.learning_rate)
+        check_numbers(at_least=0, at_most=1, decay=self.decay, min_epsilon=self.min_epsilon)
 
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the first state, with a table of zeros."""

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jchain._typing import Array, Bool, Float, Int, Key, Shaped
+from jchain.arguments import check_at_least_one, check_integers, check_numbers
 from jchain.chain import PADDING
 from jchain.engine import score_cache
 from jchain.engine.layer_calls import apply_all, infer_hidden
@@ -23,7 +24,7 @@ from jchain.inverse.pullback import Invertible, inverse_groups
 from jchain.inverse.suffixes import Suffixes, predict_losses, pull_back_suffixes
 from jchain.modules.activations import check_one_array
 from jchain.problem import Problem
-from jchain.pytree import check_at_least_one, pick, pytree_dataclass, static
+from jchain.pytree import pick, pytree_dataclass, static
 from jchain.search.descent import allocate_candidates, sample_candidates
 from jchain.search.protocol import Info
 from jchain.stages.binding import check_no_stages
@@ -88,10 +89,8 @@ class SuffixBeamSearch:
             num_chains=self.num_chains,
             num_probes=self.num_probes,
         )
-        if self.max_suffix_layers < 0:
-            raise ValueError(
-                f"expected max_suffix_layers to be at least 0, got {self.max_suffix_layers}"
-            )
+        check_integers(at_least=0, max_suffix_layers=self.max_suffix_layers)
+        check_numbers(at_least=0, temperature=self.temperature)
 
     def check(self, problem: Problem) -> None:
         """Check that the bank has only invertible layers, and that activations are one array.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jchain import env
 from jchain._typing import Array, Bool, Float, Int, Key
+from jchain.arguments import check_at_least_one, check_numbers
 from jchain.chain import PADDING
 from jchain.engine import score_cache
 from jchain.engine.control_flow import cond_in_sequence
@@ -20,7 +21,7 @@ from jchain.engine.score_cache import ScoreCache
 from jchain.inverse.target_scores import score_candidates_by_target
 from jchain.modules.activations import check_one_array
 from jchain.problem import Problem
-from jchain.pytree import check_at_least_one, pytree_dataclass, static
+from jchain.pytree import pytree_dataclass, static
 from jchain.search.descent import (
     allocate_candidates,
     choose_move,
@@ -74,6 +75,7 @@ class TargetPropagation:
         check_at_least_one(
             num_chains=self.num_chains, num_candidates=self.num_candidates, patience=self.patience
         )
+        check_numbers(above=0, step_size=self.step_size)
 
     def check(self, problem: Problem) -> None:
         """Check that activations are one array.

@@ -9,16 +9,25 @@ import numpy as np
 import optax
 
 from jchain._typing import Array, Int, PyTree
+from jchain.arguments import check_at_least_one
 from jchain.engine.evaluation import evaluate
 from jchain.problem import Problem
-from jchain.pytree import check_at_least_one, pytree_dataclass, static
+from jchain.pytree import pytree_dataclass, static
 from jchain.runs.driver import advance_runs, check_arguments, check_first_step
 from jchain.runs.front import merge_front
 from jchain.runs.progress import ProgressLine
-from jchain.runs.result import RunState, Start, StopRule, Trace, empty_trace, make_results
+from jchain.runs.result import (
+    MAX_FREE_STEPS,
+    RunState,
+    Start,
+    StopRule,
+    Trace,
+    empty_trace,
+    make_results,
+)
 from jchain.runs.run_folder import Snapshot
 from jchain.runs.starts import begin_at
-from jchain.runs.stepping import MAX_FREE_STEPS, init_runs
+from jchain.runs.stepping import init_runs
 from jchain.search.pool import empty_pool, merge
 from jchain.search.protocol import Refreshable, Search
 from jchain.train import OPTIMIZER
@@ -129,8 +138,11 @@ class CloneThenTune(UpdatePolicy):
             stopped_by = stopped_by or checkpoints.signal_name
         with mention_reserved_calls(reserved, args.budget):
             problem = args.problem.with_bank(rounds.clones.bank)
-            (result,) = make_results(rounds.runs, rounds.trace, args.budget, problem, rounds.start)
-        result = result._replace(is_complete=is_over, stopped_by=stopped_by)
+            stop = StopRule(np.int32(args.budget), np.float32(-np.inf))
+            (result,) = make_results(rounds.runs, rounds.trace, stop, problem, rounds.start)
+        result = result._replace(
+            is_complete=is_over, ended_by="budget" if is_over else None, stopped_by=stopped_by
+        )
         return Outcome(rounds.clones.bank, result, rounds.update_calls)
 
     def _start(self, key: Array, args: RunArguments) -> _Rounds:

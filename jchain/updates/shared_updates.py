@@ -9,15 +9,23 @@ import numpy as np
 import optax
 
 from jchain._typing import Array, Float, Int, Key, PyTree
+from jchain.arguments import check_at_least_one, check_numbers
 from jchain.bank import Bank
 from jchain.chain import PADDING, count_layers
 from jchain.problem import Problem
-from jchain.pytree import check_at_least_one, pytree_dataclass, static
+from jchain.pytree import pytree_dataclass, static
 from jchain.runs.driver import advance_runs, check_arguments
 from jchain.runs.progress import ProgressLine
-from jchain.runs.result import RunState, StopRule, Trace, empty_trace, make_results
+from jchain.runs.result import (
+    MAX_FREE_STEPS,
+    RunState,
+    StopRule,
+    Trace,
+    empty_trace,
+    make_results,
+)
 from jchain.runs.run_folder import Snapshot
-from jchain.runs.stepping import MAX_FREE_STEPS, infer_runs, init_runs
+from jchain.runs.stepping import infer_runs, init_runs
 from jchain.search.protocol import Refreshable, Search
 from jchain.train import OPTIMIZER
 from jchain.updates import tune
@@ -95,7 +103,8 @@ class SharedUpdates(UpdatePolicy):
 
     def __post_init__(self) -> None:
         check_at_least_one(num_updates=self.num_updates)
-        if not 0 < self.final_share < 1:
+        check_numbers(above=0, at_most=1, final_share=self.final_share)
+        if self.final_share == 1:
             raise ValueError(f"expected a final_share above 0 and below 1, got {self.final_share}")
 
     def check(self, args: RunArguments) -> None:
@@ -134,8 +143,11 @@ class SharedUpdates(UpdatePolicy):
             else:
                 checkpoints.finish(lambda: _make_snapshot(training, None))
             is_over, stopped_by = stopped_by is None, stopped_by or checkpoints.signal_name
-        result = make_results(final.runs, final.trace, args.budget, problem)[0]
-        result = result._replace(is_complete=is_over, stopped_by=stopped_by)
+        stop = StopRule(np.int32(args.budget), np.float32(-np.inf))
+        (result,) = make_results(final.runs, final.trace, stop, problem)
+        result = result._replace(
+            is_complete=is_over, ended_by="budget" if is_over else None, stopped_by=stopped_by
+        )
         bank = _update_bank(begun.bank, args.problem.bank, problem.bank)
         return Outcome(bank, result, training.update_calls)
 

@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import optax
 
+from jchain.arguments import check_at_least_one
 from jchain.engine.evaluation import evaluate
-from jchain.pytree import check_at_least_one, pytree_dataclass, static
+from jchain.pytree import pytree_dataclass, static
 from jchain.runs import driver
 from jchain.runs.front import Front
 from jchain.runs.interruption import Interruption

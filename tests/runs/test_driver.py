@@ -195,3 +195,16 @@ def test_a_chain_over_the_limit_never_becomes_the_best(problem):
     np.testing.assert_array_equal(result.best_chain, [2, 4, -1, -1])
     assert (result.best_loss, result.num_nonfinite) == (3.0, 1)
     np.testing.assert_array_equal(result.scored.loss, [np.inf, 3.0])
+
+
+def test_a_result_says_what_ended_the_run(problem):
+    search = make_scripted([[(0, 3.0)], [(1, 2.0)]])
+    key = jax.random.key(0)
+    assert jc.run(key, search, problem, budget=14).ended_by == "budget"
+    assert jc.run(key, search, problem, budget=10).ended_by == "budget"
+    assert jc.run(key, search, problem, budget=1000, target_loss=2.5).ended_by == "target_loss"
+    free = make_scripted([[(0, 3.0)]], cost=0)
+    assert jc.run(key, free, problem, budget=1000).ended_by == "free_steps"
+    stopped = jc.run(key, search, problem, budget=1000, callback=lambda progress: True)
+    assert (stopped.ended_by, stopped.is_complete) == (None, False)
+    assert jc.Result.from_json(stopped.to_json()).ended_by is None

@@ -1,0 +1,132 @@
+"""Checks of arguments. Their errors name the argument, what was expected, and what came."""
+
+import math
+from typing import Any, TypeGuard
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jchain.pytree import describe_type, shorten
+
+
+def is_integer(value: object) -> TypeGuard[int | np.integer]:
+    """Return whether a value is an integer, of Python or NumPy, and not a boolean.
+
+    Args:
+      value: any value.
+    """
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def check_integers(*, at_least: int, **values: object) -> None:
+    """Check that values are integers.
+
+    Args:
+      at_least: the smallest value that is allowed.
+      **values: the values by name.
+
+    Raises:
+      ValueError: if a value is not an integer, or below `at_least`.
+    """
+    for name, value in values.items():
+        kind = "" if is_integer(value) else "an integer of "
+        if kind or value < at_least:  # pyright: ignore[reportOperatorIssue]
+            raise ValueError(
+                f"expected {name} to be {kind}at least {at_least}, got {shorten(value)}"
+            )
+
+
+def check_at_least_one(**sizes: object) -> None:
+    """Check that sizes are integers of at least 1.
+
+    Args:
+      **sizes: the sizes by name.
+
+    Raises:
+      ValueError: if a size is not an integer, or below 1.
+    """
+    check_integers(at_least=1, **sizes)
+
+
+def check_numbers(
+    *,
+    above: float | int | None = None,
+    at_least: float | int | None = None,
+    at_most: float | int | None = None,
+    is_finite: bool = True,
+    **values: object,
+) -> None:
+    """Check that values are numbers in a range. Traced values are not checked.
+
+    Args:
+      above: a number that the values must be above; None for no such limit.
+      at_least: the smallest value that is allowed; None for no such limit.
+      at_most: the largest value that is allowed; None for no such limit.
+      is_finite: whether infinity is refused; nan always is.
+      **values: the values by name: numbers of Python, NumPy, or JAX.
+
+    Raises:
+      ValueError: if a value is not a number, or out of the range.
+    """
+    for name, value in values.items():
+        if isinstance(value, Tracer):
+            continue
+        number = _read_number(value)
+        is_valid = (
+            (math.isfinite(number) or (not is_finite and math.isinf(number)))
+            and (above is None or number > above)
+            and (at_least is None or number >= at_least)
+            and (at_most is None or number <= at_most)
+        )
+        if not is_valid:
+            kind = "finite number" if is_finite else "number"
+            limits = (("above", above), ("of at least", at_least), ("of at most", at_most))
+            words = " and ".join(f"{word} {end:g}" for word, end in limits if end is not None)
+            raise ValueError(
+                f"expected {name} to be a {kind}{words and f' {words}'}, got {shorten(value)}"
+            )
+
+
+def check_key(key: object) -> None:
+    """Check that a value is one typed PRNG key.
+
+    Args:
+      key: the value.
+
+    Raises:
+      ValueError: if it is something else, for example a number or a key of `jax.random.PRNGKey`.
+    """
+    _check_keys(key, 0, "one key of jax.random.key")
+
+
+def check_keys(keys: object) -> None:
+    """Check that a value is an array of typed PRNG keys, `[S]`.
+
+    Args:
+      keys: the value.
+
+    Raises:
+      ValueError: if it is something else, or has no keys.
+    """
+    _check_keys(keys, 1, "keys of jax.random.key of shape [S], at least one")
+
+
+def _check_keys(keys: object, num_axes: int, expected: str) -> None:
+    dtype, shape = getattr(keys, "dtype", None), getattr(keys, "shape", ())
+    is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not is_key or len(shape) != num_axes or 0 in shape:
+        got = describe_type(keys) if dtype is None else f"{dtype}{list(shape)}"
+        raise ValueError(f"expected {expected}, got {got}")
+
+
+def _read_number(value: Any) -> float:
+    """Return a number as a float, and nan for anything else."""
+    is_array = hasattr(value, "dtype") and getattr(value, "shape", None) == ()
+    if isinstance(value, bool) or not (is_array or isinstance(value, int | float)):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
