@@ -89,6 +89,50 @@ def check_numbers(
             )
 
 
+def check_functions(**values: object) -> None:
+    """Check that values can be called. A class is refused: it is not a function of its instances.
+
+    Args:
+      **values: the values by name.
+
+    Raises:
+      ValueError: if a value is not callable, or a class.
+    """
+    for name, value in values.items():
+        if not callable(value) or isinstance(value, type):
+            raise ValueError(f"expected {name} to be a function, got {describe_type(value)}")
+
+
+def check_flags(**values: object) -> None:
+    """Check that values are True or False.
+
+    Args:
+      **values: the values by name.
+
+    Raises:
+      ValueError: if a value is something else.
+    """
+    for name, value in values.items():
+        if not isinstance(value, bool | np.bool_):
+            raise ValueError(f"expected {name} to be True or False, got {shorten(value)}")
+
+
+def check_instances(kind: type, example: str, **values: object) -> None:
+    """Check that values are instances of a class.
+
+    Args:
+      kind: the class.
+      example: code that makes an instance, for the error.
+      **values: the values by name.
+
+    Raises:
+      ValueError: if a value is something else, for example the class itself or its name.
+    """
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            raise ValueError(f"expected {name} such as {example}, got {describe_type(value)}")
+
+
 def check_key(key: object) -> None:
     """Check that a value is one typed PRNG key.
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jchain.cli.records import ResultRecord, finite_or_none, format_loss
+from jchain.cli.records import ResultRecord, finite_or_none, format_loss, read
 from jchain.cli.result_folder import RESULT_FILE, SUMMARY_FILE
 from jchain.cli.seeds import compare_pairs
 from jchain.cli.tables import TextTable
@@ -16,6 +16,7 @@ from jchain.data import EVALUATION_SPLITS
 
 # Options in which the seeds of one search may differ.
 BY_SEED = ("seed", "num_seeds", "out", "command")
+_NEEDED = ("loss", "layers", "layer_calls", "seconds", "config")
 
 
 class Compared(NamedTuple):
@@ -129,10 +130,10 @@ def _read(path: Path) -> list[SeedResult]:
         folders = sorted(path.glob("seed-*"), key=lambda seed: int(seed.name.partition("-")[2]))
     try:
         return [
-            SeedResult(str(path), folder, json.loads((folder / RESULT_FILE).read_text()))
+            SeedResult(str(path), folder, read(folder / RESULT_FILE, ResultRecord, _NEEDED))
             for folder in folders
         ]
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"expected a result folder, got {path}: {error}") from None
 
 

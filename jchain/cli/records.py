@@ -1,12 +1,19 @@
 """Types of what `jchain search` writes: the fields of `result.json` and `summary.json`."""
 
-from typing import NamedTuple, NotRequired, TypedDict
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple, NotRequired, TypeVar, get_type_hints
 
 import numpy as np
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from jchain._typing import Array
 from jchain.bank import Bank
+from jchain.pytree import get_first_line, shorten
 from jchain.runs.result import Result
+
+T = TypeVar("T")
 
 # The row of the chain that the search found, in tables and figures.
 FOUND = "best chain found"
@@ -99,6 +106,13 @@ class ResultRecord(Scores):
     sweep: NotRequired[list[SweepRow]]
 
 
+class Configured(TypedDict):
+    """What both records say about how they were made."""
+
+    config: dict[str, object]
+    signature: NotRequired[str | None]
+
+
 class SearchOutput(NamedTuple):
     """Everything that `jchain search` writes and prints."""
 
@@ -136,6 +150,58 @@ class Summary(TypedDict):
     config: dict[str, object]
     signature: NotRequired[str | None]  # of the config (`jchain.cli.trust`)
     versions: dict[str, str]
+
+
+def read(path: Path, kind: type[T], required: Collection[str]) -> T:
+    """Read a record, and check the types of its fields. Older results have fewer fields.
+
+    Args:
+      path: the file.
+      kind: the type of the record.
+      required: the fields that the caller needs.
+
+    Raises:
+      OSError: if the file cannot be read.
+      ValueError: with the name of the file and of the first field that is missing or has another
+        type.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"cannot read {path}: {get_first_line(error)}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"cannot read {path}: expected fields, got {shorten(value)}")
+    if missing := [name for name in required if name not in value]:
+        raise ValueError(f"cannot read {path}: expected the field {missing[0]}, got none")
+    for name, hint in get_type_hints(kind).items():
+        if name in value:
+            check_type(value[name], hint, path, name)
+    return value  # pyright: ignore[reportReturnType]
+
+
+def check_type(value: object, kind: Any, path: Path, field: str) -> None:
+    """Check that a value of a file has a type.
+
+    Args:
+      value: the value.
+      kind: the type, as in an annotation.
+      path: the file, for errors.
+      field: the name of the value in the file.
+
+    Raises:
+      ValueError: with the name of the file and of the first field that is missing or has another
+        type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(map(str, (field, *first["loc"])))
+        raise ValueError(
+            f"cannot read the {name} of {path}: {first['msg']}, got {shorten(first['input'])}"
+        ) from None
 
 
 def finite_or_none(loss: float | Array | np.ndarray | np.floating) -> float | None:

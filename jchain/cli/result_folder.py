@@ -4,20 +4,28 @@ The path is checked before the search starts. The files are written to `jchain.c
 moved when they are complete.
 """
 
-import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_type_hints
 
-from jchain import chain as chain_lib
 from jchain.cli.config import SearchConfig
 from jchain.cli.plot import plot_curve, plot_seeds, plot_sweep
-from jchain.cli.records import ResultRecord, SearchOutput, Summary, format_loss
+from jchain.cli.records import (
+    Configured,
+    ResultRecord,
+    SearchOutput,
+    Summary,
+    check_type,
+    format_loss,
+    read,
+)
 from jchain.cli.trust import check_trust
 from jchain.data import EVALUATION_SPLITS
 from jchain.files import write_atomically, write_json
+from jchain.pytree import get_first_line
 
 RESULT_FILE = "result.json"
 BANK_FILE = "bank.safetensors"
@@ -162,7 +170,8 @@ def read_record(path: Path) -> ResultRecord | Summary:
       path: a folder that holds the result of one seed or of several.
     """
     (name,) = (name for name in _LAST if (path / name).is_file())
-    return json.loads((path / name).read_text())
+    kind = ResultRecord if name == RESULT_FILE else Summary
+    return read(path / name, kind, kind.__required_keys__)
 
 
 def _remove(path: Path) -> None:
@@ -178,7 +187,8 @@ def describe(path: Path) -> dict[str, str]:
     Args:
       path: the result folder.
     """
-    record: ResultRecord = json.loads((path / RESULT_FILE).read_text())
+    needed = ("loss", "controls", "chosen", "layer_calls", "config")
+    record = read(path / RESULT_FILE, ResultRecord, needed)
     config = SearchConfig.load(record["config"])
     parent = record["controls"].get("best_parent", record)["loss"]
     scored_on = config.text or config.choices or config.data or ""
@@ -208,14 +218,23 @@ def read_options(path: Path, *, is_trusted: bool = False) -> dict[str, object]:
     files = [path / name for name in (SUMMARY_FILE, RESULT_FILE)] if path.is_dir() else [path]
     found = [file for file in files if file.is_file()]
     try:
-        record = json.loads(found[0].read_text())
-        config: dict[str, object] = {**record["config"]}
-    except (IndexError, OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        record = read(found[0], Configured, ("config",))
+    except (IndexError, OSError, ValueError) as error:
+        reason = f": {get_first_line(error)}" if isinstance(error, ValueError) else ""
         raise ValueError(
-            f"expected a result folder, or its {RESULT_FILE} or {SUMMARY_FILE}, got {path}"
+            f"expected a result folder, or its {RESULT_FILE} or {SUMMARY_FILE}, got {path}{reason}"
         ) from None
+    config = record["config"]
     check_trust(config, record.get("signature"), path, is_trusted=is_trusted)
     return {name: value for name, value in config.items() if name not in ("out", "command")}
+
+
+def _load_config(values: Mapping[str, object], path: Path) -> SearchConfig:
+    """Make the options of a result, and check their types."""
+    config = SearchConfig.load(values)
+    for name, kind in get_type_hints(SearchConfig).items():
+        check_type(getattr(config, name), kind, path, f"config.{name}")
+    return config
 
 
 def read_config(
@@ -238,17 +257,9 @@ def read_config(
     if not path.is_dir():
         return None, []
     try:
-        record: ResultRecord = json.loads((path / RESULT_FILE).read_text())
-        config, chain = SearchConfig.load(record["config"]), record["best_chain"]
-        chain = chain_lib.pad([chain])[0].tolist()  # pyright: ignore[reportArgumentType]
-    except (
-        OSError,
-        RecursionError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:
+        record = read(path / RESULT_FILE, ResultRecord, ("best_chain", "config"))
+        config = _load_config(record["config"], path / RESULT_FILE)
+    except (OSError, ValueError) as error:
         hint = ""
         if (path / "config.json").exists():
             hint = "; to use a checkpoint, pass the result of jchain search --checkpoint"
@@ -260,4 +271,4 @@ def read_config(
             f"expected a bank file or a result folder, got {path}: {error}{hint}"
         ) from None
     check_trust(record["config"], record.get("signature"), path, is_trusted=is_trusted)
-    return config, [chain]
+    return config, [record["best_chain"]]

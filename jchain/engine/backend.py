@@ -37,6 +37,8 @@ class _Programs:
     def __init__(self) -> None:
         self.functions: list[Any] = []
         self.number = 0
+        self.was_used = False
+        self.is_forked = False
 
     def clear(self) -> None:
         self.number = 0
@@ -45,6 +47,29 @@ class _Programs:
 
 
 _programs = _Programs()
+
+
+def _note_fork() -> None:
+    _programs.is_forked = _programs.was_used
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def check_not_forked() -> None:
+    """Check that this process is not a fork of one that has computed something.
+
+    Raises:
+      RuntimeError: if it is. JAX's threads do not exist in a fork, which would wait for them.
+    """
+    if _programs.is_forked:
+        raise RuntimeError(
+            "expected a process that was started anew, got a fork of one in which JAX has "
+            "computed: use multiprocessing.get_context('spawn'), or fork before the first "
+            "computation"
+        )
+    _programs.was_used = True
 
 
 def clear_caches() -> None:
@@ -169,6 +194,7 @@ def jit_for_problem(
 
         @wraps(fn)
         def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            check_not_forked()
             bare = tuple(arg.without_names() if isinstance(arg, Problem) else arg for arg in args)
             problem = next(arg for arg in bare if isinstance(arg, Problem))
             others = [arg for arg in bare if arg is not problem]

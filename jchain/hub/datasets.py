@@ -3,9 +3,10 @@
 The data are text, multiple-choice questions, or images, in four splits.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -321,18 +322,14 @@ def _open_tokenizer(checkpoint: PathLike) -> tuple[int, Encoder]:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise ImportError(f'text needs tokenizers: pip install -e ".[text]" ({error})') from None
-    try:
+    with _raise_value_errors(f"{path} is damaged or not a tokenizer"):
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers does not raise a more specific class
-        raise ValueError(f"{path} is damaged or not a tokenizer: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
 
     def encode(text: str, location: str) -> Int[np.ndarray, "T"]:
-        try:
+        with _raise_value_errors(f"{path} cannot encode {location}"):
             ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
-        except Exception as error:  # tokenizers does not raise a more specific class
-            raise ValueError(f"{path} cannot encode {location}: {error}") from None
         if ids.size and ids.max() >= vocab_size:
             raise ValueError(
                 f"expected tokens in 0..{vocab_size - 1}, the model's, got {ids.max()} from {path} "
@@ -341,6 +338,18 @@ def _open_tokenizer(checkpoint: PathLike) -> tuple[int, Encoder]:
         return ids
 
     return vocab_size, encode
+
+
+@contextlib.contextmanager
+def _raise_value_errors(text: str) -> Iterator[None]:
+    """Turn what tokenizers raises into ValueErrors. A panic of its Rust code is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(f"{text}: {reason}") from None
+        raise
 
 
 def _read_text(path: Path) -> str:

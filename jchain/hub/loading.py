@@ -1,10 +1,13 @@
 """Banks from checkpoint folders: of one model, several models, or a model with random weights."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import flax.linen as nn
+import psutil
 from jax.typing import DTypeLike
 
 from jchain._typing import Array, Key
@@ -13,7 +16,7 @@ from jchain.hub.architecture import Architecture
 from jchain.hub.assembling import Source, assemble_bank
 from jchain.hub.checkpoint import CONFIG, Checkpoint
 from jchain.hub.families import make_architecture, read_architecture
-from jchain.hub.tensor_names import check_tensors, find_prefix, get_names
+from jchain.hub.tensor_names import check_tensors, find_prefix, get_names, get_shapes
 from jchain.hub.weights import RandomWeights
 from jchain.pytree import describe_type
 
@@ -122,13 +125,27 @@ def random_bank(
 
     Raises:
       FileNotFoundError: if config.json is missing.
-      ValueError: if the family or an option of the config is not supported, or if all blocks are
-        pinned.
+      ValueError: if the family or an option of the config is not supported, all blocks are pinned,
+        or the model does not fit into memory.
     """
     architecture = read_architecture(path)
+    _check_size(architecture, str(Path(path) / CONFIG))
     names = get_names(architecture)
     weights = RandomWeights(key, architecture, names)
     return assemble_bank([Source(name, weights, architecture, names)], None, pinned)
+
+
+def _check_size(architecture: Architecture, location: str) -> None:
+    """Refuse new weights that do not fit into memory."""
+    found = get_shapes(architecture)
+    parts = (found.stem, *found.blocks, found.head)
+    num_bytes = 4 * sum(math.prod(shape) for part in parts for shape in part.values())
+    memory = psutil.virtual_memory().total
+    if num_bytes > memory:
+        raise ValueError(
+            f"{location}: expected a model that fits into memory, {memory / 2**30:.1f} GiB, got "
+            f"one with {num_bytes / 2**30:.1f} GiB of weights"
+        )
 
 
 def _open(path: str | os.PathLike[str], name: str | None) -> Source:

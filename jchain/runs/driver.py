@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jchain._typing import Array, Key, PyTree
 from jchain.arguments import check_key, check_keys
 from jchain.chain import ChainsLike
+from jchain.engine.backend import check_not_forked
 from jchain.problem import Problem
 from jchain.pytree import describe_type
 from jchain.runs.beginning import begin_anew, begin_run
@@ -112,6 +113,7 @@ def run(
         does not accept the problem, the starts are not chains of the problem, a number is out of
         range, or the folder holds another run, something else, or is in use.
     """
+    check_not_forked()
     check_key(key)
     return run_many(
         key[None],
@@ -388,6 +390,7 @@ def check_arguments(search: Search, problem: Problem, budget: int, num_finalists
       ValueError: if the search is not a registered pytree or does not accept the problem, or if a
         number is out of range.
     """
+    check_not_forked()
     if not isinstance(problem, Problem):
         raise ValueError(f"expected a jc.Problem, got {describe_type(problem)}")
     for name, value in (("budget", budget), ("num_finalists", num_finalists)):

@@ -89,7 +89,7 @@ def load(text: str) -> dict[str, Any]:
     """
     try:
         return {name: decode(value) for name, value in json.loads(text).items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"expected the JSON text of a jc.Result, got {text[:40]!r}") from error
 
 

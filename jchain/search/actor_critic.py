@@ -18,6 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -41,7 +42,13 @@ from jchain.agent.policy import (
 from jchain.agent.replay_buffer import ReplayBuffer, empty_replay_buffer
 from jchain.agent.rewards import rank_rewards
 from jchain.agent.rollout import Rollout, drop_empty, restore_empty, sample_chain, sample_prefix
-from jchain.arguments import check_at_least_one, check_integers, check_numbers
+from jchain.arguments import (
+    check_at_least_one,
+    check_functions,
+    check_instances,
+    check_integers,
+    check_numbers,
+)
 from jchain.bank import Bank
 from jchain.chain import PADDING
 from jchain.engine import score_cache
@@ -140,6 +147,8 @@ class ActorCritic:
             raise ValueError(
                 f"expected a score_kind of {', '.join(KINDS)} or None, got {self.score_kind!r}"
             )
+        check_instances(nn.Module, "jc.TokenEncoding()", encoding=self.encoding)
+        check_functions(entry_features=self.entry_features, reward_fn=self.reward_fn)
         check_at_least_one(num_epochs=self.num_epochs, num_elites=self.num_elites)
         check_integers(at_least=2, num_chains=self.num_chains)
         check_integers(at_least=0, num_replays=self.num_replays)

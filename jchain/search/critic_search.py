@@ -29,7 +29,7 @@ from jchain.agent.observations import (
     lowest,
     observe,
 )
-from jchain.arguments import check_at_least_one, check_numbers
+from jchain.arguments import check_at_least_one, check_functions, check_numbers
 from jchain.chain import PADDING
 from jchain.engine.layer_calls import apply_token
 from jchain.modules.activations import make_buffer
@@ -122,6 +122,7 @@ class CriticSearch:
     def __post_init__(self) -> None:
         critic_lib.check(self.critic)
         check_at_least_one(width=self.width)
+        check_functions(observe=self.observe)
         check_numbers(at_least=0, is_finite=False, ridge=self.ridge)
         check_numbers(at_least=0, at_most=1, epsilon=self.epsilon)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jchain._typing import Array, Bool, Float, Int, Key
 from jchain.agent.rewards import plain_rewards
-from jchain.arguments import check_at_least_one, check_integers, check_numbers
+from jchain.arguments import check_at_least_one, check_functions, check_integers, check_numbers
 from jchain.chain import PADDING
 from jchain.engine import prefix_rules, score_cache
 from jchain.engine.score_cache import ScoreCache
@@ -69,6 +69,7 @@ class QLearning:
 
     def __post_init__(self) -> None:
         check_at_least_one(num_chains=self.num_chains, num_replays=self.num_replays)
+        check_functions(reward_fn=self.reward_fn)
         check_integers(at_least=self.num_chains, replay_size=self.replay_size)
         check_numbers(at_least=0, learning_rate=self.learning_rate)
         check_numbers(at_least=0, at_most=1, decay=self.decay, min_epsilon=self.min_epsilon)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jchain import env
 from jchain._typing import Array, Bool, Float, Int, Key
-from jchain.arguments import check_at_least_one, check_numbers
+from jchain.arguments import check_at_least_one, check_flags, check_numbers
 from jchain.chain import PADDING
 from jchain.engine import score_cache
 from jchain.engine.control_flow import cond_in_sequence
@@ -75,6 +75,7 @@ class TargetPropagation:
         check_at_least_one(
             num_chains=self.num_chains, num_candidates=self.num_candidates, patience=self.patience
         )
+        check_flags(is_exact=self.is_exact)
         check_numbers(above=0, step_size=self.step_size)
 
     def check(self, problem: Problem) -> None:

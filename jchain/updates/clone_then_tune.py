@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from jchain._typing import Array, Int, PyTree
-from jchain.arguments import check_at_least_one
+from jchain.arguments import check_at_least_one, check_instances
 from jchain.engine.evaluation import evaluate
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
@@ -86,6 +86,7 @@ class CloneThenTune(UpdatePolicy):
     optimizer: optax.GradientTransformation = static(default=OPTIMIZER)
 
     def __post_init__(self) -> None:
+        check_instances(optax.GradientTransformation, "optax.adam(1e-3)", optimizer=self.optimizer)
         check_at_least_one(num_rounds=self.num_rounds, num_steps=self.num_steps)
         if self.capacity is not None:
             check_at_least_one(capacity=self.capacity)

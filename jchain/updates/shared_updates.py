@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from jchain._typing import Array, Float, Int, Key, PyTree
-from jchain.arguments import check_at_least_one, check_numbers
+from jchain.arguments import check_at_least_one, check_instances, check_numbers
 from jchain.bank import Bank
 from jchain.chain import PADDING, count_layers
 from jchain.problem import Problem
@@ -102,6 +102,7 @@ class SharedUpdates(UpdatePolicy):
     optimizer: optax.GradientTransformation = static(default=OPTIMIZER)
 
     def __post_init__(self) -> None:
+        check_instances(optax.GradientTransformation, "optax.adam(1e-3)", optimizer=self.optimizer)
         check_at_least_one(num_updates=self.num_updates)
         check_numbers(above=0, at_most=1, final_share=self.final_share)
         if self.final_share == 1:

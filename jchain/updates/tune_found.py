@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import optax
 
-from jchain.arguments import check_at_least_one
+from jchain.arguments import check_at_least_one, check_instances
 from jchain.engine.evaluation import evaluate
 from jchain.pytree import pytree_dataclass, static
 from jchain.runs import driver
@@ -44,6 +44,7 @@ class TuneFound(UpdatePolicy):
     optimizer: optax.GradientTransformation = static(default=OPTIMIZER)
 
     def __post_init__(self) -> None:
+        check_instances(optax.GradientTransformation, "optax.adam(1e-3)", optimizer=self.optimizer)
         check_at_least_one(num_steps=self.num_steps)
 
     def check(self, args: RunArguments) -> None:

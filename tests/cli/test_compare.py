@@ -49,4 +49,4 @@ def test_what_is_no_result_is_refused(results, tmp_path, capsys):
     assert "expected a result folder, got" in fail(["compare", str(tmp_path / "empty")], capsys)
     path = tmp_path / "r0" / "result.json"
     path.write_text('{"config": {}}')
-    assert "expected the result of a search in" in fail(["compare", str(tmp_path / "r0")], capsys)
+    assert "expected the field loss, got none" in fail(["compare", str(tmp_path / "r0")], capsys)

@@ -1,0 +1,177 @@
+"""Files that jchain reads, how each is damaged, and what reads it."""
+
+import contextlib
+import io
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from checkpoints import GPT2, VIT, make_checkpoint, write_config, write_file
+from fuzz.mutations import damage_bytes, damage_json, damage_text
+
+import jchain as jc
+from jchain.__main__ import main
+from jchain.agent.critic import NUM_INPUTS, Network
+from jchain.files import read_arrays, write_arrays
+
+ROTARY = {
+    "vocab_size": 11,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+CONFIGS = {
+    "gpt2": GPT2,
+    "llama": ROTARY | {"model_type": "llama", "rope_theta": 1e4},
+    "qwen3": ROTARY | {"model_type": "qwen3", "head_dim": 4, "layer_types": 2 * ["full_attention"]},
+    "gpt_neox": ROTARY | {"model_type": "gpt_neox", "rotary_pct": 0.5},
+    "vit": VIT,
+}
+
+
+class Target(NamedTuple):
+    """A kind of file.
+
+    Attributes:
+      make: writes the files into a folder, and returns the one to damage.
+      damage: damages it.
+      read: reads it.
+    """
+
+    make: Callable[[Path], Path]
+    damage: Callable[[random.Random, Path], None]
+    read: Callable[[Path], object]
+
+
+class Refused(Exception):
+    """The command line refused a file, with its line as the message."""
+
+
+def make_bank(folder: Path) -> Path:
+    x = np.zeros((1, 5), np.float32)
+    layers = [jc.layers.ResidualMLP(5, hidden=7), jc.layers.InvertibleDense(5)]
+    head = jc.layers.DenseHead(3)
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = [module.init(key, x)["params"] for module, key in zip(layers * 2, keys, strict=True)]
+    heads = [head.init(jax.random.key(1), x)["params"]]
+    bank = jc.Bank.stack(layers * 2, params, head, heads, parents=[[0, 1, 4]])
+    bank.save(folder / "bank.safetensors")
+    return folder / "bank.safetensors"
+
+
+def make_critic(folder: Path) -> Path:
+    size = jnp.zeros(NUM_INPUTS)
+    params = Network(4).init(jax.random.key(0), size)["params"]
+    jc.Critic(params, size, size + 1, 4).save(folder / "critic.safetensors")
+    return folder / "critic.safetensors"
+
+
+def make_model(family: str, name: str, folder: Path) -> Path:
+    source = write_config(folder / "source", CONFIGS[family])
+    bank = jc.hub.random_bank(jax.random.key(0), source)
+    jc.hub.export(bank, bank.parents[0], source, folder / "model")
+    shutil.rmtree(source)
+    return folder / "model" / name
+
+
+def make_tokenizer(folder: Path) -> Path:
+    model = make_checkpoint(folder / "model")
+    write_file(folder, "The blocks of a pretrained transformer are layers.\n" * 40)
+    return model / "tokenizer.json"
+
+
+def make_result(folder: Path) -> Path:
+    options = "--data wine --num-layers 3 --depth 1 --num-steps 3 --budget 60 --search random"
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        assert main(["search", *options.split(), "--quick", "--out", str(folder / "out")]) == 0
+    return folder / "out" / "result.json"
+
+
+def damage_file(rng: random.Random, path: Path) -> None:
+    path.write_bytes(damage_bytes(rng, path.read_bytes()))
+
+
+def damage_json_file(rng: random.Random, path: Path) -> None:
+    path.write_text(damage_text(rng, path.read_text()))
+
+
+def damage_header(rng: random.Random, path: Path) -> None:
+    """Change the header of a file of arrays, which keeps a right checksum."""
+    header, arrays = read_arrays(path)
+    changed = damage_json(rng, header)
+    write_arrays(path, changed if isinstance(changed, dict) else {"layers": changed}, arrays)
+
+
+def damage_tensor_header(rng: random.Random, path: Path) -> None:
+    """Change the header of a file of safetensors."""
+    blob = path.read_bytes()
+    size = int.from_bytes(blob[:8], "little")
+    text = json.dumps(damage_json(rng, json.loads(blob[8 : 8 + size]))).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + blob[8 + size :])
+
+
+def run_command(*arguments: str) -> None:
+    err = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
+        code = main([*arguments])
+    if code:
+        raise Refused(err.getvalue())
+
+
+def load_model(path: Path) -> object:
+    return jc.hub.load(path.parent)
+
+
+def load_text(path: Path) -> object:
+    return jc.hub.load_text(path.parent, path.parent.parent / "text.txt", length=8)
+
+
+def evaluate_result(path: Path) -> None:
+    run_command("evaluate", str(path.parent))
+
+
+def compare_result(path: Path) -> None:
+    run_command("compare", str(path.parent))
+
+
+def read_result(path: Path) -> object:
+    return jc.Result.from_json(path.read_text())
+
+
+def make_search(folder: Path) -> Path:
+    return make_result(folder).with_name("search.json")
+
+
+TARGETS = {
+    "bank": Target(make_bank, damage_file, jc.Bank.load),
+    "bank header": Target(make_bank, damage_header, jc.Bank.load),
+    "critic": Target(make_critic, damage_file, jc.Critic.load),
+    "critic header": Target(make_critic, damage_header, jc.Critic.load),
+    "tokenizer": Target(make_tokenizer, damage_json_file, load_text),
+    "result, evaluate": Target(make_result, damage_json_file, evaluate_result),
+    "result, compare": Target(make_result, damage_json_file, compare_result),
+    "search.json": Target(make_search, damage_json_file, read_result),
+    "weights": Target(
+        lambda folder: make_model("gpt2", "model.safetensors", folder), damage_file, load_model
+    ),
+    "weights header": Target(
+        lambda folder: make_model("gpt2", "model.safetensors", folder),
+        damage_tensor_header,
+        load_model,
+    ),
+    **{
+        f"config of {family}": Target(
+            lambda folder, family=family: make_model(family, "config.json", folder),
+            damage_json_file,
+            load_model,
+        )
+        for family in CONFIGS
+    },
+}
