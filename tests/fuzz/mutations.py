@@ -1,5 +1,6 @@
 """Random damage to bytes and to JSON."""
 
+import copy
 import json
 import random
 
@@ -53,7 +54,7 @@ def _damage_once(rng: random.Random, value: object) -> object:
     places: list[tuple[dict | list, str | int]] = []
     _list_places(value, places)
     if not places:
-        return rng.choice(STRANGE)
+        return copy.deepcopy(rng.choice(STRANGE))
     parent, key = rng.choice(places)
     old = parent[key]
     match rng.randrange(8):
@@ -62,7 +63,7 @@ def _damage_once(rng: random.Random, value: object) -> object:
         case 1 if isinstance(parent, dict):
             parent[f"{key}2"] = parent.pop(key)
         case 1 | 2 if isinstance(parent, list):
-            parent.insert(key, old)
+            parent.insert(key, copy.deepcopy(old))
         case 3:
             other, place = rng.choice(places)
             parent[key] = json.loads(json.dumps(other[place]))
@@ -71,7 +72,7 @@ def _damage_once(rng: random.Random, value: object) -> object:
         case 5 if rng.random() < 0.1:
             parent[key] = _DEEP
         case _:
-            parent[key] = rng.choice(STRANGE)
+            parent[key] = copy.deepcopy(rng.choice(STRANGE))
     return value
 
 
