@@ -1,12 +1,13 @@
 """The commands: `jchain search`, `evaluate`, `compare`, `report`, `export`, and `prepare`."""
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TypedDict, cast
@@ -137,7 +138,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
     """Run `jchain evaluate`: score chains of a saved bank."""
     mesh = _join_processes(args)
     config, found = result_folder.read_config(args.bank, is_trusted=args.trust)
-    bank, eval_data = _load_result(args, config)
+    with _name_result(args.bank):
+        bank, eval_data = _load_result(args, config)
     batch = getattr(eval_data.data, args.split)
 
     def make_problem(max_layers: int) -> Problem:
@@ -153,8 +155,9 @@ def run_evaluate(args: argparse.Namespace) -> None:
         tokens = [parse_chain(text) for text in args.chain] if args.chain else found
         if not tokens:
             raise ValueError("expected --all, or at least one --chain, as in --chain 3,0,7,12")
-        chains = chain_lib.pad(tokens)
-        out = evaluate(make_problem(chains.shape[1] - 1), chains, mesh=mesh)
+        with _name_result(args.bank):
+            chains = bank.validate(tokens)
+            out = evaluate(make_problem(chains.shape[1] - 1), chains, mesh=mesh)
         shown = np.arange(len(chains))
     rows = [
         _describe_chain(bank, chains[i], float(out.loss[i]), float(out.accuracy[i])) for i in shown
@@ -168,6 +171,15 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if args.json:
         report = {"split": args.split, "layer_calls": int(out.layer_calls), "chains": rows}
         print(json.dumps(report))
+
+
+@contextlib.contextmanager
+def _name_result(path: Path) -> Iterator[None]:
+    """Name a result in an error, which may come from what the result says."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(error if str(path) in str(error) else f"{path}: {error}") from None
 
 
 def run_export(args: argparse.Namespace) -> None:

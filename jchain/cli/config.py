@@ -21,7 +21,7 @@ _TRAINED_ONLY = ("bank", "layer", "channels", "num_layers", "num_heads", "depth"
 _CHECKPOINT_ONLY = ("text", "choices", "length", "pinned", "dtype", "sweep")
 # Options that change how a search runs but not what it computes; result.json does not record them.
 _NOT_RECORDED = ("json", "replace", "quick", "max_seconds", "num_workers")
-_PATHS = ("data_dir", "bank_file", "modules", "out")
+PATH_OPTIONS = ("data_dir", "bank_file", "modules", "out")
 # The values of `update` in results of jchain 0.1.0.
 _OLD_UPDATES = {
     "never": "frozen",
@@ -134,7 +134,9 @@ class SearchConfig:
         }
         update = known.get("update", "frozen")
         known["update"] = _OLD_UPDATES.get(str(update), update)
-        paths = {name: Path(str(known[name])) for name in _PATHS if known.get(name) is not None}
+        paths = {
+            name: Path(str(known[name])) for name in PATH_OPTIONS if known.get(name) is not None
+        }
         return SearchConfig(**{**known, **paths})  # pyright: ignore[reportArgumentType]
 
     def dump(self) -> dict[str, object]:

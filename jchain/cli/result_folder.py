@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_type_hints
 
-from jchain.cli.config import SearchConfig
+from jchain.cli.config import PATH_OPTIONS, SearchConfig
 from jchain.cli.plot import plot_curve, plot_seeds, plot_sweep
 from jchain.cli.records import (
     Configured,
@@ -231,6 +231,8 @@ def read_options(path: Path, *, is_trusted: bool = False) -> dict[str, object]:
 
 def _load_config(values: Mapping[str, object], path: Path) -> SearchConfig:
     """Make the options of a result, and check their types."""
+    for name in PATH_OPTIONS:
+        check_type(values.get(name), str | None, path, f"config.{name}")
     config = SearchConfig.load(values)
     for name, kind in get_type_hints(SearchConfig).items():
         check_type(getattr(config, name), kind, path, f"config.{name}")

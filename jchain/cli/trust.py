@@ -71,7 +71,7 @@ def _list_files(config: Mapping[str, object]) -> dict[str, list[str]]:
     return {
         name: [str(file) for file in (value if isinstance(value, list | tuple) else [value])]
         for name, value in given.items()
-        if value
+        if value is not None and value != []
     }
 
 

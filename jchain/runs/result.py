@@ -108,7 +108,39 @@ class Result(NamedTuple):
                 f"expected the JSON of a jc.Result with {', '.join(Result._fields)}, got "
                 f"{', '.join(fields)}"
             )
-        return Result(curve=Curve(*fields.pop("curve")), **fields)
+        for name, kinds in _JSON_TYPES.items():
+            if not isinstance(fields[name], kinds):
+                raise ValueError(
+                    f"expected the JSON of a jc.Result, got {describe_type(fields[name])} for its "
+                    f"{name}"
+                )
+        curve = fields.pop("curve")
+        if len(curve) != len(Curve._fields) or not all(isinstance(a, np.ndarray) for a in curve):
+            raise ValueError(
+                f"expected the JSON of a jc.Result, got {describe_type(curve)} for its curve"
+            )
+        return Result(curve=Curve(*curve), **fields)
+
+
+# The types of the fields that `Result.from_json` reads; `records` may be anything.
+_JSON_TYPES = {
+    "best_chain": np.ndarray,
+    "best_loss": float,
+    "curve": tuple,
+    "finalists": np.ndarray,
+    "finalist_losses": np.ndarray,
+    "layer_calls": int,
+    "num_scored": int,
+    "num_nonfinite": int,
+    "num_invalid": int,
+    "best_cost": float,
+    "finalist_costs": np.ndarray | None,
+    "front": Front | None,
+    "is_complete": bool,
+    "ended_by": str | None,
+    "stopped_by": str | None,
+    "scored": ScoredChains | None,
+}
 
 
 class BudgetError(ValueError):

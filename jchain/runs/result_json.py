@@ -55,7 +55,10 @@ def decode(value: Any) -> Any:
         return value
     if "dtype" in value:
         flat = [float(one) if isinstance(one, str) else one for one in value["data"]]
-        return np.array(flat).astype(jnp.dtype(value["dtype"])).reshape(value["shape"])
+        dtype = jnp.dtype(value["dtype"])
+        if not (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)):
+            raise ValueError(f"expected an array of numbers, got {dtype}")
+        return np.array(flat).astype(dtype).reshape(value["shape"])
     ((kind, content),) = value.items()
     if kind == "float":
         return float(content)
@@ -89,7 +92,14 @@ def load(text: str) -> dict[str, Any]:
     """
     try:
         return {name: decode(value) for name, value in json.loads(text).items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ValueError(f"expected the JSON text of a jc.Result, got {text[:40]!r}") from error
 
 

@@ -57,6 +57,18 @@ def test_data_that_a_foreign_result_names_is_not_read(made, tmp_path, capsys, ch
     assert "Pass --trust" in fail(["evaluate", str(tmp_path / "out")], capsys)
 
 
+@pytest.mark.parametrize("value", [False, 0, "", [], {}])
+def test_a_file_must_be_named_by_text(made, tmp_path, capsys, monkeypatch, value):
+    monkeypatch.chdir(tmp_path)
+    if value != "":
+        (tmp_path / str(value)).write_text("import sys\nsys.modules['was_run'] = sys\n")
+    shutil.copytree(made, tmp_path / "out")
+    edit(tmp_path / "out", modules=value)
+    err = fail(["evaluate", str(tmp_path / "out")], capsys)
+    assert "config.modules" in err or "Pass --trust" in err
+    assert "was_run" not in sys.modules
+
+
 def test_a_result_that_names_no_file_has_no_signature(made):
     assert json.loads((made / "result.json").read_text())["signature"] is None
 
