@@ -320,7 +320,8 @@ def pad(
     for chain in tokens:
         if np.ndim(chain) != 1 or not np.issubdtype(np.asarray(chain).dtype, np.integer):
             raise ValueError(f"expected chains of integer tokens, got {chain!r} among {tokens!r}")
-        if len(chain) > 0 and not -(2**31) <= min(chain) <= max(chain) < 2**31:
+        array = np.asarray(chain)
+        if array.size > 0 and not -(2**31) <= int(array.min()) <= int(array.max()) < 2**31:
             raise ValueError(f"expected tokens below 2^31, got {chain!r}")
     longest = max(len(chain) for chain in tokens)
     slots = longest if max_layers is None else max_layers + 1

@@ -153,3 +153,9 @@ def test_index_is_the_place_in_the_enumeration():
     with pytest.raises(ValueError, match=r"fewer than 2\^31 chains, got"):
         chain.ChainSpace(48, 1, 12).index(jnp.zeros(13, int))
     np.testing.assert_array_equal(SPACE.head_alone, [N, -1, -1])
+
+
+def test_tokens_that_do_not_fit_into_32_bits_are_refused():
+    with pytest.raises(ValueError, match=r"expected tokens below 2\^31, got \[0, 2147483648\]"):
+        chain.pad([[0, 2**31]])
+    np.testing.assert_array_equal(chain.pad([jnp.array([0, 3])]), [[0, 3]])
