@@ -1,6 +1,7 @@
 """Compiler options and memory limits of the backend that runs the programs."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from pathlib import Path
@@ -29,6 +30,8 @@ _CGROUP_LIMITS = (
 # On CPU, a program maps some hundred regions of memory. Linux kills a process that maps more than
 # 65,530.
 _MAX_PROGRAMS = 64
+# The first sizes of populations have programs of their own, and later ones that are used often.
+_FIRST_SIZES, _MOST_SIZES, _OFTEN = 2, 4, 16
 
 
 class _Programs:
@@ -39,9 +42,21 @@ class _Programs:
         self.number = 0
         self.was_used = False
         self.is_forked = False
+        self._sizes: set[int] = set()
+        self._uses: Counter[int] = Counter()
+
+    def has_own(self, size: int) -> bool:
+        """Return whether a size of populations has its own program, which the caller then uses."""
+        self._uses[size] += 1
+        most = _MOST_SIZES if self._uses[size] >= _OFTEN else _FIRST_SIZES
+        if len(self._sizes) < most:
+            self._sizes.add(size)
+        return size in self._sizes
 
     def clear(self) -> None:
         self.number = 0
+        self._sizes.clear()
+        self._uses.clear()
         for function in self.functions:
             function.clear_cache()
 
@@ -70,6 +85,17 @@ def check_not_forked() -> None:
             "computation"
         )
     _programs.was_used = True
+
+
+def has_own_program(size: int) -> bool:
+    """Return whether populations of this size have their own program; others are padded.
+
+    Padding takes longer than the evaluation of small layers, but each program takes memory.
+
+    Args:
+      size: the number of chains.
+    """
+    return _programs.has_own(size)
 
 
 def clear_caches() -> None:

@@ -20,7 +20,7 @@ from jchain.arguments import check_at_least_one
 from jchain.bank import Bank
 from jchain.chain import ChainsLike
 from jchain.data import Batch
-from jchain.engine.backend import default_memory_limit, get_backend
+from jchain.engine.backend import default_memory_limit, get_backend, has_own_program
 from jchain.engine.layer_calls import apply_token
 from jchain.engine.plans import Plan
 from jchain.engine.population import (
@@ -380,12 +380,13 @@ def _evaluate_any_size(
     mesh: Mesh | None,
     plan: Plan | None,
 ) -> Evaluation:
-    """Evaluate a population by the program of the next larger size, unless it is traced.
+    """Evaluate a population by the program of its size, or of a larger size.
 
     Each new size would compile a new program, and a process has room for some hundred of them.
+    Traced chains are not padded.
     """
     num_chains = len(chains)
-    if isinstance(chains, np.ndarray):
+    if isinstance(chains, np.ndarray) and not has_own_program(num_chains):
         chains = pad_population(chains)
     placed, rows, options = _place(problem, chains, dtype, memory_limit, mesh, plan)
     out = evaluate_population(placed, rows, options=options)

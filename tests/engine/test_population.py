@@ -97,8 +97,9 @@ def test_population_rejects_layers_that_ignore_the_dtype():
     "plan", [jc.engine.DepthFirst(), jc.engine.Blocks(4, (1, 2)), jc.engine.Blocks(64)], ids=str
 )
 @pytest.mark.parametrize("num", [1, 2, 5, 12, 40])
-def test_a_padded_population_has_the_same_bits(problem, plan, num):
+def test_a_padded_population_has_the_same_bits(problem, monkeypatch, plan, num):
     chains = np.asarray(sample(problem, num))[:num]
+    monkeypatch.setattr("jchain.engine.evaluation.has_own_program", lambda size: False)
     found = jc.evaluate(problem, chains, plan=plan)
     options = Options(None, None, plan, "cpu")
     exact = evaluate_population(problem.without_names(), jnp.asarray(chains), options=options)
@@ -110,11 +111,24 @@ def test_many_sizes_share_few_programs(problem):
     chains = np.asarray(problem.space.sample(jax.random.key(0), 70))
     jc.clear_caches()
     losses = [jc.evaluate(problem, chains[:num]).loss for num in range(1, 71)]
-    assert _programs.number == 7  # of 1, 3, 7, 15, 31, 63, and 127 chains
+    assert _programs.number == 8  # of 1, 2, 3, 7, 15, 31, 63, and 127 chains
     for num, loss in enumerate(losses, 1):
         np.testing.assert_allclose(loss, losses[-1][:num], rtol=1e-6)
     jc.clear_caches()
     assert _programs.number == 0
+
+
+def test_a_size_that_is_used_often_gets_its_own_program(problem):
+    jc.clear_caches()
+    chains = np.asarray(problem.space.sample(jax.random.key(0), 12))
+    jc.evaluate(problem, chains[:1])
+    jc.evaluate(problem, chains[:2])
+    for _ in range(15):
+        jc.evaluate(problem, chains)
+    assert _programs.number == 3  # of 1, 2, and 15 chains
+    for _ in range(5):
+        jc.evaluate(problem, chains)
+    assert _programs.number == 4
 
 
 def test_programs_are_dropped_before_there_are_too_many(problem, monkeypatch):
