@@ -53,6 +53,7 @@ def test_vmap_over_populations_and_over_problems(problem, plan):
 
 
 def test_one_trace_for_a_hundred_populations_of_one_size(problem):
+    jc.clear_caches()  # the first size has a program of its own
     calls = []
 
     def counted(outputs, labels):
