@@ -77,7 +77,7 @@ def pick(tree: PyTree, index: object) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
-def get_first_line(error: Exception) -> str:
+def get_first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or its type if it has no text.
 
     Args:

@@ -108,6 +108,15 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
 def test_a_set_is_read_as_it_was_written(folder):
     digits = load_digits()
     found = images.read("tiny_digits", folder)
@@ -168,14 +177,8 @@ def test_image_splits_of_given_sizes_are_even_samples(folder):
         ),
     ],
 )
-def test_unreadable_sets_are_refused_without_the_network(
-    folder, monkeypatch, name, error, expected
-):
-    def refuse(*args, **kwargs):
-        raise AssertionError("asked the network")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+@pytest.mark.usefixtures("no_network")
+def test_unreadable_sets_are_refused_without_the_network(folder, name, error, expected):
     with pytest.raises(error, match=expected):
         images.read(name, folder)
 
@@ -236,12 +239,8 @@ def test_a_prepared_set_without_code_is_read(folder, tmp_path):
         ("mnist:9.9.9", "cannot read mnist:9.9.9|not prepared"),
     ],
 )
-def test_other_names_reach_no_network(tmp_path, monkeypatch, name, message):
-    def refuse(*args, **kwargs):
-        raise AssertionError("asked the network")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+@pytest.mark.usefixtures("no_network")
+def test_other_names_reach_no_network(tmp_path, name, message):
     with pytest.raises(ValueError, match=message):
         images.read(name, tmp_path)
 

@@ -21,6 +21,8 @@ _TRAINED_ONLY = ("bank", "layer", "channels", "num_layers", "num_heads", "depth"
 _CHECKPOINT_ONLY = ("text", "choices", "length", "pinned", "dtype", "sweep")
 # Options that change how a search runs but not what it computes; result.json does not record them.
 _NOT_RECORDED = ("json", "replace", "quick", "max_seconds", "num_workers")
+# The endings of files of data, which `data` may name in place of a data set.
+DATA_FILES = (".npz", ".csv")
 PATH_OPTIONS = ("data_dir", "bank_file", "modules", "out")
 # The values of `update` in results of jchain 0.1.0.
 _OLD_UPDATES = {

@@ -10,12 +10,10 @@ import numpy as np
 
 from jchain import data as data_lib
 from jchain.bank import Bank
-from jchain.cli.config import DEFAULT_DATA, SearchConfig, require
+from jchain.cli.config import DATA_FILES, DEFAULT_DATA, SearchConfig, require
 from jchain.data import Dataset
 from jchain.modules import is_nnx
 from jchain.pytree import describe_type
-
-_DATA_FILES = (".npz", ".csv")
 
 
 def load_data(config: SearchConfig) -> Dataset:
@@ -31,7 +29,7 @@ def load_data(config: SearchConfig) -> Dataset:
     path = Path(name)
     if config.target is not None and path.suffix != ".csv":
         raise ValueError(f"expected --target only with --data FILE.csv, got --data {name}")
-    if path.suffix not in _DATA_FILES:
+    if path.suffix not in DATA_FILES:
         return data_lib.load(name, config.seed, sizes=config.sizes, data_dir=config.data_dir)
     x, y = _read_npz(path) if path.suffix == ".npz" else _read_csv(path, config.target)
     return data_lib.split(x, y, seed=config.seed, name=path.stem, sizes=config.sizes)

@@ -13,9 +13,10 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
-# Options that name files, and the endings of files of data.
+from jchain.cli.config import DATA_FILES
+
+# Options that name files.
 _PATHS = ("checkpoint", "text", "choices", "data_dir", "bank_file", "modules")
-_DATA_FILES = (".npz", ".csv")
 _KEY_BYTES = 32
 
 
@@ -65,7 +66,7 @@ def check_trust(
 def _list_files(config: Mapping[str, object]) -> dict[str, list[str]]:
     """List the files that each option names."""
     names: list[str] = [*_PATHS]
-    if str(config.get("data")).endswith(_DATA_FILES):
+    if str(config.get("data")).endswith(DATA_FILES):
         names.append("data")
     given = {name: config.get(name) for name in names}
     return {

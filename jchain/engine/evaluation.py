@@ -383,10 +383,11 @@ def _evaluate_any_size(
     """Evaluate a population by the program of its size, or of a larger size.
 
     Each new size would compile a new program, and a process has room for some hundred of them.
-    Traced chains are not padded.
+    Traced chains are not padded. With a mesh, all are: its processes must run the same program, but
+    may have used other sizes before.
     """
-    num_chains = len(chains)
-    if isinstance(chains, np.ndarray) and not has_own_program(num_chains):
+    num_chains, is_alone = len(chains), mesh is None and problem.mesh is None
+    if isinstance(chains, np.ndarray) and not (is_alone and has_own_program(num_chains)):
         chains = pad_population(chains)
     placed, rows, options = _place(problem, chains, dtype, memory_limit, mesh, plan)
     out = evaluate_population(placed, rows, options=options)

@@ -20,6 +20,7 @@ from jchain._typing import Array, Float, Int
 from jchain.data import SHARES, SPLITS, Batch, Dataset, split
 from jchain.hub.checkpoint import read_json
 from jchain.hub.families import read_architecture
+from jchain.pytree import get_first_line
 
 TOKENIZER, PREPROCESSOR = "tokenizer.json", "preprocessor_config.json"
 PathLike = str | os.PathLike[str]
@@ -347,8 +348,7 @@ def _raise_value_errors(text: str) -> Iterator[None]:
         yield
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ValueError(f"{text}: {reason}") from None
+            raise ValueError(f"{text}: {get_first_line(error)}") from None
         raise
 
 
