@@ -26,12 +26,20 @@ else:
         from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped, UInt
     except ImportError:
 
-        class _Unchecked:
+        class _Hint:
+            """A placeholder that keeps what `jchain.arguments.checked` reads."""
+
+            def __class_getitem__(cls, hint: tuple[object, str]) -> type:
+                return type(f"{cls.__name__}[...]", (), {"dim_str": hint[1]})
+
+        class PyTree:
             def __class_getitem__(cls, _: object) -> object:
                 return Any
 
         Array = Any
-        Bool = Float = Int = Key = PyTree = Shaped = UInt = _Unchecked
+        Bool, Float, Int, Key, Shaped, UInt = (
+            type(name, (_Hint,), {}) for name in ("Bool", "Float", "Int", "Key", "Shaped", "UInt")
+        )
 
 # Examples or activations of a batch: one array, or a pytree of arrays (several inputs, a stream
 # beside a mask), each with the examples on its leading axis.

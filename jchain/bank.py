@@ -11,6 +11,7 @@ import numpy as np
 from jchain import chain as chain_lib
 from jchain import files
 from jchain._typing import Activations, Array, Int, PyTree
+from jchain.arguments import checked
 from jchain.groups import (
     LayerGroup,
     add_copies,
@@ -105,6 +106,7 @@ class Bank(Picklable):
         """The stage that each layer and head reads and writes; None for a bank without stages."""
         return make_table(self.layers, self.heads, self.names)
 
+    @checked
     def embed(self, x: Activations) -> PyTree:
         """Apply the stem to raw input, which gives the input of the first layer of a chain.
 
@@ -113,6 +115,7 @@ class Bank(Picklable):
         """
         return apply_stem(self.stem, self.stem_params, x)
 
+    @checked
     def describe(self, chain: chain_lib.ChainsLike) -> str:
         """Return the names along one chain, for example `net0/0 -> net1/2 -> net0/head`.
 
@@ -127,6 +130,7 @@ class Bank(Picklable):
             raise ValueError(f"expected one chain of shape [L], got {list(tokens.shape)}")
         return chain_lib.describe(self.validate(tokens), self.names)
 
+    @checked
     def validate(self, chains: chain_lib.ChainsLike) -> Int[np.ndarray, "*P L"]:
         """Check chains on the host and return them as an int32 array.
 
@@ -139,6 +143,7 @@ class Bank(Picklable):
         return chain_lib.validate(chains, self.num_layers, self.num_heads, stages=self.stages)
 
     @staticmethod
+    @checked
     def stack(
         layer: ModuleLike | Sequence[ModuleLike],
         layer_params: Sequence[PyTree] | None = None,
@@ -209,6 +214,7 @@ class Bank(Picklable):
         return bank
 
     @staticmethod
+    @checked
     def concat(banks: Sequence["Bank"]) -> "Bank":
         """Join banks, in the given order, with all layers before all heads.
 
@@ -245,6 +251,7 @@ class Bank(Picklable):
         joined._check()
         return joined
 
+    @checked
     def take(self, layers: Sequence[int], heads: Sequence[int] | None = None) -> "Bank":
         """Make a smaller bank from the given tokens, in the given order.
 
@@ -274,6 +281,7 @@ class Bank(Picklable):
             versions=None if self.versions is None else self.versions[np.array(order)],
         )
 
+    @checked
     def reserve(self, num: int) -> "Bank":
         """Add `num` spare layers per module, which `replace` can fill without changing any shape.
 
@@ -310,6 +318,7 @@ class Bank(Picklable):
         bank._check()
         return bank
 
+    @checked
     def replace(
         self,
         tokens: Sequence[int],
@@ -355,6 +364,7 @@ class Bank(Picklable):
             heads=tuple(new if other is group else other for other in self.heads),
         )
 
+    @checked
     def get_params(self, token: int) -> PyTree:
         """Return the params of one layer or head, or all its collections if it has others.
 
@@ -367,6 +377,7 @@ class Bank(Picklable):
         group, index = self.find(token)
         return group.take(index)
 
+    @checked
     def find(self, token: int) -> tuple[LayerGroup, int]:
         """Return `(group, index in the group)` of a layer or head.
 
@@ -393,6 +404,7 @@ class Bank(Picklable):
         """Drop the names, origins, parents, and step count, which compiled programs never read."""
         return dataclasses.replace(self, names=(), origins=(), parents=(), num_steps=0)
 
+    @checked
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the bank atomically to one file: safetensors with a JSON header.
 
@@ -408,6 +420,7 @@ class Bank(Picklable):
         files.write_bank(path, {name: getattr(bare, name) for name in names})
 
     @staticmethod
+    @checked
     def load(path: str | os.PathLike[str], modules: Sequence[object] = ()) -> "Bank":
         """Read a bank that `save` wrote, with exactly the same bits.
 

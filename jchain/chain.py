@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jchain._typing import Array, Bool, Int, Key
-from jchain.arguments import is_integer
+from jchain.arguments import checked, is_integer
 from jchain.stages import legal_chains
 from jchain.stages.table import StageTable
 
@@ -71,6 +71,7 @@ class ChainSpace:
         """
         return jnp.full(self.max_layers + 1, PADDING, jnp.int32).at[0].set(self.num_layers)
 
+    @checked
     def count_layers(self, chains: Int[Array, "*P L"]) -> Int[Array, "*P"]:
         """Count the layers of each chain. The count is also the slot of the chain's head.
 
@@ -79,6 +80,7 @@ class ChainSpace:
         """
         return count_layers(chains, self.num_layers)
 
+    @checked
     def sample(self, key: Key[Array, ""], num_chains: int) -> Int[Array, "P L"]:
         """Draw chains uniformly from the space, with replacement.
 
@@ -128,6 +130,7 @@ class ChainSpace:
             blocks.append(block)
         return np.concatenate(blocks)
 
+    @checked
     def neighbors(self, chain: Int[Array, "L"]) -> tuple[Int[Array, "M L"], Bool[Array, "M"]]:
         """List every chain of the space that is one edit away from a chain.
 
@@ -177,6 +180,7 @@ class ChainSpace:
             is_neighbor &= self.stages.is_legal(chains)
         return chains, is_neighbor
 
+    @checked
     def contains(self, chains: Int[Array, "*P L"]) -> Bool[Array, "*P"]:
         """Return whether each row is a chain of the space. Can be jitted, unlike `validate`.
 
@@ -194,6 +198,7 @@ class ChainSpace:
         is_chain = has_head & is_padded & (length >= self.min_layers) & (length <= self.max_layers)
         return is_chain if self.stages is None else is_chain & self.stages.is_legal(chains)
 
+    @checked
     def index(self, chains: Int[Array, "*P L"]) -> Int[Array, "*P"]:
         """Return the index of each chain among all chains of up to `max_layers` layers.
 
@@ -221,6 +226,7 @@ class ChainSpace:
         head = jnp.take_along_axis(chains, length[..., None], axis=-1)[..., 0] - num_layers
         return shorter[length] + layers * num_heads + head
 
+    @checked
     def validate(self, chains: ChainsLike) -> Int[np.ndarray, "*P L"]:
         """Check chains on the host and return them as an int32 array.
 
@@ -235,6 +241,7 @@ class ChainSpace:
         return validate(chains, self.num_layers, self.num_heads, self.max_layers, self.stages)
 
 
+@checked
 def validate(
     chains: ChainsLike,
     num_layers: int,
@@ -302,6 +309,7 @@ def _check_order(rows: np.ndarray, num_layers: int) -> None:
             )
 
 
+@checked
 def pad(
     tokens: Sequence[Sequence[int] | np.ndarray | Array], max_layers: int | None = None
 ) -> Int[np.ndarray, "P L"]:
@@ -346,6 +354,7 @@ def _pad_lists(chains: ChainsLike, max_layers: int | None) -> ChainsLike:
     return chains
 
 
+@checked
 def count_layers(chains: Int[Array, "*P L"], num_layers: int) -> Int[Array, "*P"]:
     """Count the layers of each chain. The count is also the slot of the chain's head.
 
@@ -356,6 +365,7 @@ def count_layers(chains: Int[Array, "*P L"], num_layers: int) -> Int[Array, "*P"
     return jnp.sum((chains >= 0) & (chains < num_layers), axis=-1)
 
 
+@checked
 def describe(tokens: ChainsLike, names: Sequence[str]) -> str:
     """Return the names along one chain, for example `net0/0 -> net1/2 -> net0/head`.
 
@@ -366,6 +376,7 @@ def describe(tokens: ChainsLike, names: Sequence[str]) -> str:
     return " -> ".join(names[int(token)] for token in np.asarray(tokens) if token != PADDING)
 
 
+@checked
 def check_max_layers(value: object) -> int:
     """Check `max_layers` and return it as an int.
 
@@ -380,6 +391,7 @@ def check_max_layers(value: object) -> int:
     return int(value)
 
 
+@checked
 def check_min_layers(value: object, max_layers: int) -> int:
     """Check `min_layers` and return it as an int.
 

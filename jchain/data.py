@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from jchain import images
 from jchain._typing import Activations, Array, PyTree, Shaped
+from jchain.arguments import checked
 from jchain.datasets.splitting import (
     SHARES,
     SPLITS,
@@ -57,6 +58,7 @@ class Batch(NamedTuple):
     y: Shaped[Array, "B ..."]  # [B], integer classes, or other targets if the loss takes them
 
 
+@checked
 def read_batch(data: object, array_fn: Callable[..., Any] = jnp.asarray) -> Batch:
     """Check that data is one split, and convert it to arrays.
 
@@ -111,6 +113,7 @@ def _as_array(value: object, name: str, array_fn: Callable[..., Any]) -> Any:
         ) from None
 
 
+@checked
 def check_lengths(data: Batch) -> None:
     """Check that there is at least one example, and one label per example.
 
@@ -129,6 +132,7 @@ def check_lengths(data: Batch) -> None:
             )
 
 
+@checked
 def concat(batches: Sequence[Batch]) -> Batch:
     """Concatenate the examples of several splits.
 
@@ -163,6 +167,7 @@ class Dataset(NamedTuple):
     num_classes: int  # 0 if the targets are not classes
     statistics: Statistics | None = None  # None if examples are not standardized, such as tokens
 
+    @checked
     def standardize(self, x: PyTree) -> Activations:
         """Standardize new examples, with the statistics of this data set.
 
@@ -229,6 +234,7 @@ LOADERS: dict[str, Callable[[], _Arrays]] = {
 }
 
 
+@checked
 def load(
     name: str,
     seed: int = 0,
@@ -282,6 +288,7 @@ def load(
     return split(*found.train, seed=seed, name=name, test=found.test, sizes=sizes)
 
 
+@checked
 def split(
     x: PyTree,
     y: np.ndarray,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain._typing import Activations, Array, Bool, Float, Int, Key, PyTree
+from jchain.arguments import checked
 from jchain.chain import PADDING
 from jchain.engine import prefix_rules
 from jchain.engine.layer_calls import apply_all, apply_token, evaluate_heads
@@ -38,6 +39,7 @@ class State(NamedTuple):
     hidden: Activations
 
 
+@checked
 def reset(problem: Problem) -> State:
     """Return the state of the empty prefix.
 
@@ -50,6 +52,7 @@ def reset(problem: Problem) -> State:
     )
 
 
+@checked
 def legal_actions(problem: Problem, prefix: Int[Array, "L"]) -> Bool[Array, "E"]:
     """Return the mask `[N + K]` of tokens that may follow a prefix; True means allowed.
 
@@ -69,6 +72,7 @@ def legal_actions(problem: Problem, prefix: Int[Array, "L"]) -> Bool[Array, "E"]
     return prefix_rules.legal_actions(problem, length, cost, stage)
 
 
+@checked
 def can_continue(problem: Problem, prefixes: Int[Array, "*P L"]) -> Bool[Array, "*P"]:
     """Return whether a layer may follow each prefix in some chain of the space.
 
@@ -85,6 +89,7 @@ def can_continue(problem: Problem, prefixes: Int[Array, "*P L"]) -> Bool[Array, 
     return jnp.asarray(is_open)[length, stages.reached(prefixes)] & stages.is_legal(prefixes)
 
 
+@checked
 def sample_chains(key: Key[Array, ""], problem: Problem, num_chains: int) -> Int[Array, "P L"]:
     """Draw chains uniformly from the space of a problem, with replacement.
 
@@ -107,6 +112,7 @@ def sample_chains(key: Key[Array, ""], problem: Problem, num_chains: int) -> Int
     return jnp.where(is_over[:, None], jax.vmap(redraw)(keys, chains), chains)
 
 
+@checked
 def neighbors(
     problem: Problem, chain: Int[Array, "L"]
 ) -> tuple[Int[Array, "M L"], Bool[Array, "M"]]:
@@ -147,6 +153,7 @@ def _redraw(key: Key[Array, ""], chain: Int[Array, "L"], problem: Problem) -> In
     return jax.lax.scan(draw, start, (slots, jax.random.split(key, slots.size)))[1]
 
 
+@checked
 def step(problem: Problem, state: State, action: Int[Array, ""]) -> tuple[State, Float[Array, ""]]:
     """Take an action.
 
@@ -186,6 +193,7 @@ def step(problem: Problem, state: State, action: Int[Array, ""]) -> tuple[State,
     return State(chain, state.length + is_layer, state.is_done | is_head, hidden), reward
 
 
+@checked
 def append_layers(
     problem: Problem, chain: Int[Array, "L"], length: Int[Array, ""]
 ) -> Int[Array, "N L"]:
@@ -200,6 +208,7 @@ def append_layers(
     return jnp.where((jnp.arange(chain.size) == length)[None], layers[:, None], chain[None])
 
 
+@checked
 def append_heads(
     problem: Problem, chain: Int[Array, "L"], length: Int[Array, ""]
 ) -> Int[Array, "K L"]:
@@ -214,6 +223,7 @@ def append_heads(
     return jnp.where((jnp.arange(chain.size) == length)[None], heads[:, None], chain[None])
 
 
+@checked
 def head_loss(problem: Problem, head: Int[Array, ""], hidden: Activations) -> Float[Array, ""]:
     """Compute the loss of one head, without the layer penalty.
 
@@ -230,6 +240,7 @@ def head_loss(problem: Problem, head: Int[Array, ""], hidden: Activations) -> Fl
     return evaluate_heads(problem, call, pick(hidden, None))[0][0]
 
 
+@checked
 def head_losses(problem: Problem, hidden: Activations) -> Float[Array, "K"]:
     """Compute the loss of each head, `[K]`, without the layer penalty.
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain._typing import Array, Int, PyTree
+from jchain.arguments import checked
 from jchain.modules import (
     Module,
     apply_module,
@@ -62,6 +63,7 @@ class LayerGroup(Picklable):
         stages = f", stages {self.stages}" if self.stages != (0, 0) else ""
         return f"LayerGroup({len(self.tokens)} {name}, tokens {self.tokens}{stages})"
 
+    @checked
     def apply(self, index: Int[Array, ""] | int, x: PyTree) -> PyTree:
         """Apply one member to a batch.
 
@@ -72,6 +74,7 @@ class LayerGroup(Picklable):
         params, state = pick((self.params, self.state), self._locate(index))
         return apply_module(self.module, params, state, x)
 
+    @checked
     def apply_params(self, index: Int[Array, ""] | int, params: PyTree, x: PyTree) -> PyTree:
         """Apply one member with other params, for example to differentiate them.
 
@@ -87,6 +90,7 @@ class LayerGroup(Picklable):
         # of squares of a vmapped product, so the index is the constant 0 here.
         return 0 if len(self.tokens) == 1 else index
 
+    @checked
     def take(self, index: Int[Array, ""] | int) -> PyTree:
         """Return the variables of one member, in the form that `Bank.stack` takes.
 

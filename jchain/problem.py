@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jchain._typing import Array, Bool, Float, Int, Numbers, OptionalNumbers, PyTree
-from jchain.arguments import is_integer
+from jchain.arguments import check_at_least_one, check_fields, checked
 from jchain.bank import Bank
 from jchain.chain import ChainSpace, check_max_layers, check_min_layers
 from jchain.data import Batch, check_lengths, read_batch
@@ -19,7 +19,7 @@ from jchain.groups import check_keeps_shape, infer_head_output
 from jchain.modules import check_mean_over_examples, check_output_function, check_stem
 from jchain.modules.activations import count_examples, describe_shapes
 from jchain.modules.host_batch import HostArrays, HostBatch
-from jchain.pytree import describe_type, is_concrete, pick, pytree_dataclass, replicate, static
+from jchain.pytree import is_concrete, pick, pytree_dataclass, replicate, static
 from jchain.stages import binding
 from jchain.stages.legal_chains import cheapest_rest
 
@@ -98,8 +98,7 @@ class Problem:
         return f"Problem({self.bank!r}, {examples}, {layers})"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bank, Bank):
-            raise ValueError(f"expected a jc.Bank, got {describe_type(self.bank)}")
+        check_fields(self)
         object.__setattr__(self, "max_layers", check_max_layers(self.max_layers))
         object.__setattr__(self, "min_layers", check_min_layers(self.min_layers, self.max_layers))
         object.__setattr__(self, "data", self._read_data())
@@ -126,8 +125,7 @@ class Problem:
             batch = read_batch(data)
             check_lengths(batch)
             return batch
-        if not is_integer(size) or size < 1:
-            raise ValueError(f"expected batch_size to be an integer of at least 1, got {size!r}")
+        check_at_least_one(batch_size=size)
         if self.mesh is not None:
             raise ValueError("expected a problem without a mesh, or without batch_size, got both")
         if isinstance(data, HostBatch):
@@ -248,6 +246,7 @@ class Problem:
             return self
         return self._replace("data", Batch(*self.data.first))._replace("batch_size", None)
 
+    @checked
     def read_part(self, start: Int[Array, ""] | int, size: int) -> "Problem":
         """Return the problem on some consecutive examples. Works while tracing.
 
@@ -274,6 +273,7 @@ class Problem:
             bank.num_layers, bank.num_heads, self.max_layers, self.min_layers, bank.stages
         )
 
+    @checked
     def with_mesh(self, mesh: Mesh) -> "Problem":
         """Replicate the problem on the devices of a mesh, so that evaluation splits the chains.
 
@@ -291,6 +291,7 @@ class Problem:
         for name in ("bank", "data", "layer_cost", "token_costs", "max_cost"):
             object.__setattr__(self, name, self.put(getattr(self, name)))
 
+    @checked
     def put(self, tree: PyTree) -> PyTree:
         """Copy a tree of arrays to each device of this problem's mesh.
 
@@ -310,6 +311,7 @@ class Problem:
         """Return the problem with the names of its bank dropped (see `Bank.without_names`)."""
         return self.with_bank(self.bank.without_names())
 
+    @checked
     def take(self, rows: slice | Int[np.ndarray, "b"] | Int[Array, "b"]) -> "Problem":
         """Return the problem with only some of its examples.
 
@@ -322,6 +324,7 @@ class Problem:
             return self._replace("data", data)
         return self._replace("data", Batch(*pick((self.data.x, self.data.y), rows)))
 
+    @checked
     def with_data(self, data: Batch) -> "Problem":
         """Return the same problem on another split, such as `data.select`.
 
@@ -333,6 +336,7 @@ class Problem:
         """
         return dataclasses.replace(self, data=data)
 
+    @checked
     def with_bank(self, bank: Bank) -> "Problem":
         """Return the problem with another bank and the same `layer_cost` and `token_costs`.
 
@@ -349,6 +353,7 @@ class Problem:
         object.__setattr__(problem, field, value)
         return problem
 
+    @checked
     def penalty(self, chains: Int[Array, "*P L"]) -> Float[Array, "*P"]:
         """Compute the layer penalty of each chain, which is added to its loss.
 
@@ -368,6 +373,7 @@ class Problem:
             return penalty
         return jnp.where(self.exceeds_limit(self.chain_cost(chains)), jnp.inf, penalty)
 
+    @checked
     def head_penalties(self, prefixes: Int[Array, "*P L"]) -> Float[Array, "*P K"]:
         """Compute the layer penalty of each prefix if it is ended with each head.
 
@@ -384,6 +390,7 @@ class Problem:
         cost = self.chain_cost(prefixes)[..., None] + heads
         return jnp.where(self.exceeds_limit(cost), jnp.inf, penalty)
 
+    @checked
     def chain_cost(self, chains: Int[Array, "*P L"]) -> Float[Array, "*P"]:
         """Compute the cost of each chain: the sum of `token_costs`, or the number of layers.
 
@@ -396,6 +403,7 @@ class Problem:
         costs = self.token_costs[jnp.where(is_token, chains, 0)]
         return jnp.sum(jnp.where(is_token, costs, 0.0), axis=-1)
 
+    @checked
     def exceeds_limit(self, cost: Float[Array, "*P"]) -> Bool[Array, "*P"]:
         """Return whether each cost is above `max_cost`; always False if there is no limit.
 
@@ -408,6 +416,7 @@ class Problem:
         error = (self.max_layers + 1) * float(jnp.finfo(jnp.float32).eps)
         return cost > self.max_cost * (1 + error)
 
+    @checked
     def loss_and_accuracy(
         self, outputs: Float[Array, "B ..."]
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -432,14 +441,3 @@ class Problem:
 def _flatten(mesh: Mesh) -> Mesh:
     """Return a mesh with one axis, whose type lets the compiler shard automatically."""
     return Mesh(mesh.devices.reshape(-1), ("chains",))
-
-
-def upcast(array: Array) -> Array:
-    """Cast a half-precision array to float32.
-
-    In half precision, squares overflow and small differences vanish.
-
-    Args:
-      array: an array of any dtype; float32 and wider dtypes are unchanged.
-    """
-    return array.astype(jnp.promote_types(jnp.float32, array.dtype))

@@ -132,3 +132,14 @@ def replicate(leaf: ArrayLike, everywhere: NamedSharding) -> Array:
         )
     value = np.asarray(leaf)
     return jax.make_array_from_callback(value.shape, everywhere, lambda index: value[index])
+
+
+def upcast(array: Array) -> Array:
+    """Cast a half-precision array to float32.
+
+    In half precision, squares overflow and small differences vanish.
+
+    Args:
+      array: an array of any dtype; float32 and wider dtypes are unchanged.
+    """
+    return array.astype(jnp.promote_types(jnp.float32, array.dtype))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from jchain._typing import Array, Key, PyTree
-from jchain.arguments import check_at_least_one, check_integers, check_key
+from jchain.arguments import check_at_least_one, check_integers, checked
 from jchain.bank import Bank
 from jchain.data import Batch, read_batch
 from jchain.modules import apply_stem, check_stem
@@ -42,6 +42,7 @@ else:
     BankKind: TypeAlias = str
 
 
+@checked
 def independent(
     key: Key[Array, ""],
     data: Batch,
@@ -98,6 +99,7 @@ def independent(
     return _train_bank(key, data, config, stem, stem_params, nets, origin, num_nets=num_nets)
 
 
+@checked
 def snapshots(
     key: Key[Array, ""],
     data: Batch,
@@ -154,6 +156,7 @@ def snapshots(
     return _train_bank(key, data, config, stem, stem_params, nets, "one net during its training")
 
 
+@checked
 def routed(
     key: Key[Array, ""],
     data: Batch,
@@ -211,6 +214,7 @@ def routed(
     )
 
 
+@checked
 def random(
     key: Key[Array, ""],
     data: Batch,
@@ -268,6 +272,7 @@ def random(
     )
 
 
+@checked
 def make_bank(
     key: Key[Array, ""],
     data: Batch,
@@ -376,17 +381,11 @@ def _train_bank(
 ) -> Bank:
     """Train the weights of a bank and build it; `nets` holds the name of each net or snapshot."""
     num_layers, num_heads = config.num_layers, config.num_heads
-    check_at_least_one(
-        num_nets=num_nets,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        depth=config.depth,
-        batch_size=config.batch_size,
-    )
+    sizes = {"num_nets": num_nets, "num_layers": num_layers, "num_heads": num_heads}
+    check_at_least_one(**sizes, depth=config.depth, batch_size=config.batch_size)
     # Drop modules that no layer or head uses.
     config = config._replace(layers=config.layers[:num_layers], heads=config.heads[:num_heads])
     check_integers(at_least=0, num_steps=config.num_steps)
-    check_key(key)
     given = read_batch(data)
     check_stem(stem, stem_params, given.x)
     x = apply_stem(stem, stem_params, given.x)

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from jchain._typing import Array, Float, PyTree
 from jchain.agent.observations import NUM_FEATURES
+from jchain.arguments import checked
 from jchain.files import read_arrays, write_arrays
 from jchain.pytree import is_concrete, pytree_dataclass, static
 
@@ -54,6 +55,7 @@ class Critic:
     scale: Float[Array, "I"]
     width: int = static()
 
+    @checked
     def gain(self, inputs: Float[Array, "*P I"]) -> Float[Array, "*P"]:
         """Predict by how much the compressed loss can fall, `[...P]`.
 
@@ -65,6 +67,7 @@ class Critic:
         out: PyTree = Network(self.width).apply({"params": self.params}, scaled)
         return out
 
+    @checked
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the critic to a safetensors file.
 
@@ -76,6 +79,7 @@ class Critic:
         write_arrays(path, header, {f"{i:03}": leaf for i, leaf in enumerate(leaves)})
 
     @classmethod
+    @checked
     def load(cls, path: str | os.PathLike[str]) -> "Critic":
         """Read a critic from a file that `save` wrote.
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jchain._typing import Array, Float, Int, PyTree
 from jchain.agent.observations import Observe
+from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.engine.draws import draw_signs
 from jchain.groups import LayerGroup
@@ -64,6 +65,7 @@ class Encoding(Protocol):
         ...
 
 
+@checked
 def entry_features(bank: Bank, size: int = 64) -> Float[Array, "E D"]:
     """Compute features of each entry of a bank from its weights: `[N + K, size + 2]`.
 

@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from jchain._typing import Activations, Array, Float, Int
+from jchain.arguments import checked
 from jchain.engine.draws import draw_signs
 from jchain.engine.layer_calls import apply_all, apply_token
 from jchain.modules.activations import check_floating, join_floating, pull_back_floating
-from jchain.problem import Problem, upcast
+from jchain.problem import Problem
+from jchain.pytree import upcast
 
 NUM_FEATURES = 12
 # The length of a sketch of activations or gradients, not counting the number for its scale.
@@ -52,6 +54,7 @@ class Observe(Protocol):
         ...
 
 
+@checked
 def observe(problem: Problem, hidden: Activations, parent: Activations) -> Observation:
     """Observe `NUM_FEATURES` summary numbers of a prefix, and the losses of its heads.
 
@@ -107,6 +110,7 @@ def observe(problem: Problem, hidden: Activations, parent: Activations) -> Obser
     return Observation(jnp.clip(jnp.nan_to_num(stacked), -20.0, 20.0), loss)
 
 
+@checked
 def observe_activations(problem: Problem, hidden: Activations, parent: Activations) -> Observation:
     """Observe the activations of a prefix as a sketch, `[NUM_SKETCHED + 1]`.
 
@@ -124,6 +128,7 @@ def observe_activations(problem: Problem, hidden: Activations, parent: Activatio
     return Observation(_summarize(join_floating(hidden), _one_hot(problem, outputs)), loss)
 
 
+@checked
 def observe_gradients(problem: Problem, hidden: Activations, parent: Activations) -> Observation:
     """Observe the gradient of the best head's loss with respect to activations, as a sketch.
 
@@ -162,6 +167,7 @@ class Join:
         return Observation(features, observed[0].loss)
 
 
+@checked
 def compress_loss(loss: Float[Array, "*P"]) -> Float[Array, "*P"]:
     """Map losses to a nearly logarithmic scale that stays finite at 0 and below.
 
@@ -174,6 +180,7 @@ def compress_loss(loss: Float[Array, "*P"]) -> Float[Array, "*P"]:
     return jnp.arcsinh(loss / (2 * LOSS_UNIT))
 
 
+@checked
 def lowest(loss: Float[Array, "K"]) -> Float[Array, ""]:
     """Return the lowest finite loss, or `+inf` if there is none.
 
@@ -297,6 +304,7 @@ class ObservedPrefix(NamedTuple):
     loss: Float[Array, "K"]  # [K], loss of stopping with each head, without the layer penalty
 
 
+@checked
 def observe_root(observe: Observe | None, problem: Problem) -> ObservedPrefix:
     """Observe the empty prefix.
 
@@ -310,6 +318,7 @@ def observe_root(observe: Observe | None, problem: Problem) -> ObservedPrefix:
     return ObservedPrefix(hidden, *observe(problem, hidden, hidden))
 
 
+@checked
 def observe_next(
     observe: Observe | None, problem: Problem, observed: ObservedPrefix, token: Int[Array, ""]
 ) -> ObservedPrefix:
@@ -331,6 +340,7 @@ def observe_next(
     )
 
 
+@checked
 def observe_chain(
     observe: Observe | None, problem: Problem, chain: Int[Array, "L"]
 ) -> Float[Array, "L F"]:

@@ -18,6 +18,7 @@ from jchain import env
 from jchain._typing import Activations, Array, Float, Int, Key, PyTree
 from jchain.agent.critic import Critic, Network, make_inputs
 from jchain.agent.observations import compress_loss, lowest, observe
+from jchain.arguments import checked
 from jchain.chain import ChainSpace
 from jchain.engine.backend import compiler_options, get_backend, jit_for_problem
 from jchain.engine.layer_calls import apply_all
@@ -72,6 +73,7 @@ class Agent(Protocol):
     ) -> tuple[PyTree, object]: ...
 
 
+@checked
 def observe_prefixes(problem: Problem) -> list[PrefixLevel]:
     """Observe every prefix with room for one more layer.
 
@@ -101,6 +103,7 @@ def observe_prefixes(problem: Problem) -> list[PrefixLevel]:
     return _observe_levels(problem)
 
 
+@checked
 def make_training_set(problem: Problem) -> TrainingSet:
     """Make training examples for a critic from all prefixes of a problem.
 
@@ -128,6 +131,7 @@ def make_training_set(problem: Problem) -> TrainingSet:
     )
 
 
+@checked
 def pretrain_critic(
     key: Key[Array, ""],
     problems: Sequence[Problem | TrainingSet],
@@ -188,6 +192,7 @@ def pretrain_critic(
     return Critic(params, critic.mean, critic.scale, width)
 
 
+@checked
 def pretrain_agent(
     key: Key[Array, ""], agent: Agent, problems: Sequence[Problem], *, num_steps: int
 ) -> PyTree:

@@ -4,8 +4,10 @@ import jax.numpy as jnp
 
 from jchain._typing import Array, Float
 from jchain.agent.observations import compress_loss
+from jchain.arguments import checked
 
 
+@checked
 def rank_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
     """Reward the chains of a step by rank: 1 for the lowest loss, -1 for the highest.
 
@@ -22,6 +24,7 @@ def rank_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
     return (is_better - is_worse) / (loss.shape[0] - 1)
 
 
+@checked
 def log_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
     """Reward each chain with minus its compressed loss, on a scale that is the same in all steps.
 
@@ -33,6 +36,7 @@ def log_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
     return -compress_loss(_bound(loss))
 
 
+@checked
 def plain_rewards(loss: Float[Array, "P"]) -> Float[Array, "P"]:
     """Reward each chain with minus its loss.
 

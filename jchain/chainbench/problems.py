@@ -21,6 +21,7 @@ from jchain import train
 from jchain._typing import Array, Float, Int
 from jchain.agent import pretrain
 from jchain.agent.observations import NUM_FEATURES
+from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.chain import ChainSpace
 from jchain.chainbench import tabular
@@ -67,6 +68,7 @@ class SolvedProblem(NamedTuple):
         """Return `problem` in tabular form, with losses and features looked up (`tabular`)."""
         return tabular.make_problem(self.bank, self.loss["search"], MAX_LAYERS, self.features)
 
+    @checked
     def problem_on(self, split: str) -> Problem:
         """Return the problem on a split.
 
@@ -75,6 +77,7 @@ class SolvedProblem(NamedTuple):
         """
         return Problem(self.bank, getattr(self.data, split), MAX_LAYERS)
 
+    @checked
     def regret(self, loss: ArrayLike | Sequence[float]) -> np.ndarray | np.floating:
         """Compute the regret of losses: `(loss - best) / (median - best)` over all chains.
 
@@ -87,6 +90,7 @@ class SolvedProblem(NamedTuple):
         return (np.asarray(loss) - best) / (middle - best)
 
 
+@checked
 def make_bank(
     name: str, *, num_layers: int = NUM_LAYERS, depth: int = MAX_LAYERS
 ) -> tuple[Bank, Dataset]:
@@ -120,6 +124,7 @@ def make_bank(
     return bank, data
 
 
+@checked
 def build(folder: str | os.PathLike[str], names: Sequence[str] = NAMES) -> list[str]:
     """Make and solve the problems that are not in the folder yet, and check those that are.
 
@@ -166,6 +171,7 @@ def build(folder: str | os.PathLike[str], names: Sequence[str] = NAMES) -> list[
     return solved
 
 
+@checked
 def load(folder: str | os.PathLike[str], name: str) -> SolvedProblem:
     """Read a solved problem.
 
@@ -207,6 +213,7 @@ def load(folder: str | os.PathLike[str], name: str) -> SolvedProblem:
     return SolvedProblem(name, bank, data, loss, accuracy, np.asarray(arrays["features"]))
 
 
+@checked
 def describe(solved: SolvedProblem) -> dict[str, str | int | float]:
     """Compute statistics that describe how hard a problem is.
 
@@ -242,6 +249,7 @@ def describe(solved: SolvedProblem) -> dict[str, str | int | float]:
     }
 
 
+@checked
 def find_local_optima(solved: SolvedProblem) -> np.ndarray:
     """Find the chains without a better neighbor on `search`, as a mask, `[C]`.
 

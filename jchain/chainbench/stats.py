@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jchain._typing import Float
+from jchain.arguments import checked
 
 
 class Estimate(NamedTuple):
@@ -20,6 +21,7 @@ class Estimate(NamedTuple):
     high: float
 
 
+@checked
 def iqm(
     scores: np.ndarray | Sequence[object], *, seed: int = 0, num_resamples: int = 2000
 ) -> Estimate:
@@ -45,6 +47,7 @@ def iqm(
     return _bootstrap(tuple(scores), statistic, seed, num_resamples)
 
 
+@checked
 def probability_of_improvement(
     scores: np.ndarray | Sequence[object],
     others: np.ndarray | Sequence[object],

@@ -17,6 +17,7 @@ import numpy as np
 from jchain._typing import Array, Float, Int, PyTree, Shaped
 from jchain.agent.encoding import entry_features as sketch_entries
 from jchain.agent.observations import Observation, Observe
+from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.chain import ChainSpace
 from jchain.data import Batch
@@ -58,6 +59,7 @@ class TabularHead(nn.Module):
         return numbers.astype(jnp.float32)
 
 
+@checked
 def look_up_loss(outputs: Float[Array, "B 2"], y: Float[Array, "B C R"]) -> Float[Array, "B"]:
     """Look up the loss of a prefix that a head ends; it is infinite for an invalid prefix.
 
@@ -69,6 +71,7 @@ def look_up_loss(outputs: Float[Array, "B 2"], y: Float[Array, "B C R"]) -> Floa
     return y.at[jnp.arange(len(y)), prefix, head].get(mode="fill", fill_value=jnp.inf)
 
 
+@checked
 def observe(
     problem: Problem, hidden: Shaped[Array, "B ..."], parent: Shaped[Array, "B ..."]
 ) -> Observation:
@@ -94,6 +97,7 @@ def observe(
     return Observation(jnp.where(jnp.isfinite(features), features, 0.0), row[:num_heads])
 
 
+@checked
 def entry_features(bank: Bank) -> Float[Array, "E D"]:
     """Look up the entry features of the original bank, for `ActorCritic(entry_features=...)`.
 
@@ -118,6 +122,7 @@ def entry_features(bank: Bank) -> Float[Array, "E D"]:
     )
 
 
+@checked
 def make_problem(
     bank: Bank,
     loss: Float[np.ndarray, "C"],
@@ -185,6 +190,7 @@ def make_problem(
     return Problem(numbers, data, max_layers, loss_fn=look_up_loss, min_layers=min_layers)
 
 
+@checked
 def tabulate(problem: Problem, observe: Observe) -> Problem:
     """Make the tabular form of a problem, with an observation of every prefix.
 

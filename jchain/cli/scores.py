@@ -16,7 +16,8 @@ from jchain.cli.setup import Setup
 from jchain.data import EVALUATION_SPLITS
 from jchain.engine.backend import jit_for_problem
 from jchain.engine.layer_calls import apply_token
-from jchain.problem import Problem, upcast
+from jchain.problem import Problem
+from jchain.pytree import upcast
 
 # The number of examples that a chain is applied to at a time, the number for large splits, and the
 # size above which a split is large.

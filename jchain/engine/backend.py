@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 
 from jchain._typing import PyTree
+from jchain.arguments import checked
 from jchain.problem import Problem
 from jchain.pytree import is_concrete
 
@@ -107,6 +108,7 @@ def clear_caches() -> None:
     _programs.clear()
 
 
+@checked
 @cache
 def compiler_options(backend: str) -> dict[str, str]:
     """Return compiler options for a `jax.jit` around an evaluation.

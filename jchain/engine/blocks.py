@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jchain._typing import Activations, Array, Bool, Int, PyTree
+from jchain.arguments import checked
 from jchain.engine.layer_calls import (
     empty_results,
     estimate_call_bytes,
@@ -82,6 +83,7 @@ class Blocks:
                     f"{widths}"
                 )
 
+    @checked
     def count_bytes(self, problem: Problem, hidden: PyTree) -> int:
         """Estimate the size of activations and temporaries in bytes."""
         bank, size = problem.bank, nbytes(hidden)
@@ -93,6 +95,7 @@ class Blocks:
         heads = estimate_head_bytes(problem, hidden, width) + width * size
         return kept * size + max(layers, heads)
 
+    @checked
     def evaluate(
         self, problem: Problem, hidden: Activations, population: SortedChains
     ) -> tuple[Array, Array]:

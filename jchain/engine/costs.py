@@ -10,6 +10,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from jchain._typing import Activations, Array, Float, Int, PyTree
+from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.chain import ChainsLike
 from jchain.data import Batch
@@ -48,6 +49,7 @@ class Cost(NamedTuple):
     milliseconds: Float[np.ndarray, "*P"] | None
 
 
+@checked
 def cost(bank: Bank, chains: ChainsLike, *, x: PyTree | None = None) -> Cost:
     """Compute what chains cost: parameters, bytes of weights, FLOPs, and milliseconds.
 
@@ -78,6 +80,7 @@ def cost(bank: Bank, chains: ChainsLike, *, x: PyTree | None = None) -> Cost:
     )
 
 
+@checked
 def token_costs(bank: Bank, unit: Unit, *, x: PyTree | None = None) -> Float[np.ndarray, "E"]:
     """Compute what each layer and head of a bank costs, for `jchain.Problem(token_costs=...)`.
 

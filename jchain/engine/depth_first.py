@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jchain._typing import Activations, Array, Float, Int, PyTree
+from jchain.arguments import checked
 from jchain.engine.layer_calls import (
     apply_token,
     empty_results,
@@ -29,6 +30,7 @@ _Results = tuple[Array, Array]
 class DepthFirst:
     """A plan that makes one layer call at a time, depth first in the tree of prefixes."""
 
+    @checked
     def count_bytes(self, problem: Problem, hidden: PyTree) -> int:
         """Estimate the size of activations and temporaries in bytes."""
         call = max(
@@ -37,6 +39,7 @@ class DepthFirst:
         )
         return (problem.max_layers + 2) * nbytes(hidden) + call
 
+    @checked
     def evaluate(
         self, problem: Problem, hidden: Activations, population: SortedChains
     ) -> tuple[Array, Array]:

@@ -10,11 +10,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jchain.arguments import checked
+
 # The timeout that is passed to JAX, in seconds. It is too long to be reached, because JAX would end
 # the process without an exception.
 _NEVER = 10**6
 
 
+@checked
 def initialize(
     coordinator: str | None = None,
     num_processes: int | None = None,

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from jchain import chain as chain_lib
 from jchain._typing import Activations, Array, Float, Int, PyTree
-from jchain.arguments import check_at_least_one
+from jchain.arguments import check_at_least_one, checked
 from jchain.bank import Bank
 from jchain.chain import ChainsLike
 from jchain.data import Batch
@@ -73,6 +73,7 @@ class Explanation(NamedTuple):
         )
 
 
+@checked
 def apply_chain(bank: Bank, chain: ChainsLike, x: Activations) -> Float[Array, "B ..."]:
     """Apply one chain to one batch of raw input.
 
@@ -104,6 +105,7 @@ def apply_chain(bank: Bank, chain: ChainsLike, x: Activations) -> Float[Array, "
     return apply_token(bank.heads, tokens[chain_lib.count_layers(tokens, bank.num_layers)], hidden)
 
 
+@checked
 def predict(problem: Problem, chain: ChainsLike) -> Float[np.ndarray, "B ..."]:
     """Compute the outputs of one chain for all examples of the problem, in host memory.
 
@@ -137,6 +139,7 @@ def _apply_jitted(bank: Bank, tokens: Int[Array, "L"], x: PyTree) -> Array:
     return apply_chain(bank, tokens, x)
 
 
+@checked
 def evaluate(
     problem: Problem,
     chains: ChainsLike,
@@ -185,6 +188,7 @@ def evaluate(
     return out._replace(loss=out.loss[0], accuracy=out.accuracy[0]) if is_one else out
 
 
+@checked
 def pick_best(problem: Problem, chains: ChainsLike, data: Batch) -> Int[np.ndarray, "L"]:
     """Score chains on another split, and return the one with the lowest loss there.
 
@@ -225,6 +229,7 @@ def evaluate_filled(problem: Problem, chains: Int[Array, "P L"]) -> Evaluation:
     return evaluate_population(placed, tokens, options=options)
 
 
+@checked
 def evaluate_all(
     problem: Problem,
     *,
@@ -259,6 +264,7 @@ def evaluate_all(
     return chains, evaluate_population(placed, tokens, options=options)
 
 
+@checked
 def evaluate_prefixes(
     problem: Problem,
     chains: ChainsLike,
@@ -310,6 +316,7 @@ def evaluate_prefixes(
     )
 
 
+@checked
 def explain_plan(
     problem: Problem,
     chains: ChainsLike,

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jchain._typing import Activations, Array, PyTree
+from jchain.arguments import checked
 from jchain.engine.layer_calls import nbytes
 from jchain.engine.prefix_sharing import SortedChains, pad_to_multiple
 from jchain.modules import apply_module
@@ -45,11 +46,13 @@ class Fused:
                 f"expected tile and block_size of at least 1, got {self.tile} and {self.block_size}"
             )
 
+    @checked
     def count_bytes(self, problem: Problem, hidden: PyTree) -> int:
         """Estimate the size of activations in bytes."""
         del problem
         return 2 * self.block_size * nbytes(hidden)
 
+    @checked
     def evaluate(
         self, problem: Problem, hidden: Activations, population: SortedChains
     ) -> tuple[Array, Array]:

@@ -7,6 +7,7 @@ of chains. All plans give the same losses, except for the order of sums.
 from typing import Protocol, runtime_checkable
 
 from jchain._typing import Activations, Array, PyTree
+from jchain.arguments import checked
 from jchain.engine.backend import default_memory_limit
 from jchain.engine.blocks import Blocks, Share
 from jchain.engine.depth_first import DepthFirst
@@ -61,6 +62,7 @@ class Plan(Protocol):
         ...
 
 
+@checked
 def choose_plan(
     problem: Problem, hidden: PyTree, num_chains: int, memory_limit: int | None, backend: str
 ) -> Plan:

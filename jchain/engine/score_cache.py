@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from jchain._typing import Array, Bool, Float, Int, UInt
+from jchain.arguments import checked
 from jchain.chain import PADDING
 from jchain.engine.evaluation import evaluate_filled
 from jchain.engine.fingerprint import compute_fingerprints
@@ -32,6 +33,7 @@ class ScoreCache(NamedTuple):
     fingerprint: UInt[Array, "M W"]  # [M, W], fingerprint of the chain when it was scored
 
 
+@checked
 def init(problem: Problem) -> ScoreCache:
     """Create an empty cache for 32,768 chains.
 
@@ -49,6 +51,7 @@ def init(problem: Problem) -> ScoreCache:
     )
 
 
+@checked
 def evaluate_cached(
     cache: ScoreCache, problem: Problem, chains: Int[Array, "P L"]
 ) -> tuple[ScoreCache, Float[Array, "P"], Int[Array, ""]]:
@@ -74,6 +77,7 @@ def evaluate_cached(
     return _store(cache, set_index, chains, fingerprint, loss, ~is_known), loss, out.layer_calls
 
 
+@checked
 def add(
     cache: ScoreCache, problem: Problem, chains: Int[Array, "P L"], loss: Float[Array, "P"]
 ) -> ScoreCache:
@@ -90,6 +94,7 @@ def add(
     return _store(cache, set_index, chains, fingerprint, loss, ~is_match.any(axis=1))
 
 
+@checked
 def is_cached(cache: ScoreCache, problem: Problem, chains: Int[Array, "P L"]) -> Bool[Array, "P"]:
     """Return whether each chain is in the cache with its current weights, `[P]`.
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jchain._typing import Array, Float, Int, PyTree
+from jchain.arguments import checked
 from jchain.chain import ChainsLike
 from jchain.engine.backend import get_backend, jit_for_problem
 from jchain.engine.layer_calls import apply_token, infer_hidden
@@ -85,6 +86,7 @@ class EditScores(NamedTuple):
         )
 
 
+@checked
 def swap_scores(
     problem: Problem, chain: ChainsLike, kind: ScoreKind = "linearized"
 ) -> Float[Array, "L N"]:
@@ -106,6 +108,7 @@ def swap_scores(
     return score_edits(problem, chain, kind).swap
 
 
+@checked
 def score_edits(
     problem: Problem,
     chain: ChainsLike,
@@ -173,6 +176,7 @@ def score_edits(
     return average_over_parts(problem, score)
 
 
+@checked
 def weight_gradients(problem: Problem, chain: ChainsLike) -> Float[Array, "L W"]:
     """Compute the gradient of the loss with respect to the weights of the layer at each slot.
 
@@ -201,6 +205,7 @@ def _compute_weight_gradients(problem: Problem, chain: Array) -> Array:
     return weight_space.flatten_gradients(problem, chain, forward_pass(problem, chain))
 
 
+@checked
 def score_moves(
     problem: Problem,
     chain: ChainsLike,

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain._typing import Array, Float, PyTree, Shaped
+from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.chain import ChainsLike
 from jchain.data import Batch
-from jchain.problem import Problem, upcast
-from jchain.pytree import pick
+from jchain.problem import Problem
+from jchain.pytree import pick, upcast
 
 # The number of examples whose gradients are in memory at the same time.
 _CHUNK = 8
@@ -58,6 +59,7 @@ class LayerReport(NamedTuple):
         return {path: _reduce(tensors) for path, tensors in parts.items()}
 
 
+@checked
 def report_layers(problem: Problem, chain: ChainsLike) -> list[LayerReport]:
     """Report on each layer of a chain, from first to last.
 

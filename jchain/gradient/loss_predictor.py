@@ -18,8 +18,8 @@ from jchain.engine.draws import draw_signs
 from jchain.engine.layer_calls import apply_token, count_examples_per_call, map_in_parts
 from jchain.gradient.linearize import ForwardPass
 from jchain.modules.activations import count_examples, put_floating, take_floating
-from jchain.problem import Problem, upcast
-from jchain.pytree import pick
+from jchain.problem import Problem
+from jchain.pytree import pick, upcast
 
 # With up to `_MAX_OUTPUTS` outputs per example, the default number of vjps is the number of
 # outputs. With more outputs, it is `_NUM_WIDE`.

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jchain._typing import Array, Bool, Float, Int
+from jchain.arguments import checked
 from jchain.chain import ChainsLike
 from jchain.gradient.edit_scores import weight_gradients
 from jchain.gradient.linearize import check_chain, flatten_rows
@@ -55,6 +56,7 @@ class _Row(NamedTuple):
     contexts: tuple[Int[Array, "*D"], ...]  # in the order of the fields of `Trends`
 
 
+@checked
 def init(problem: Problem) -> Trends:
     """Create the state before the first chain.
 
@@ -75,6 +77,7 @@ def init(problem: Problem) -> Trends:
     return Trends(empty(1), empty(problem.max_layers), empty(num_layers + 1), empty(num_layers))
 
 
+@checked
 def update(trends: Trends, problem: Problem, chain: ChainsLike) -> Trends:
     """Add the gradients of one chain.
 
@@ -119,6 +122,7 @@ def _add(moments: Moments, context: Array, gradient: Array, is_seen: Array) -> M
     )
 
 
+@checked
 def predict_swaps(
     trends: Trends, problem: Problem, chain: ChainsLike, context: Context = "slot"
 ) -> Float[Array, "L N"]:
@@ -161,6 +165,7 @@ def predict_swaps(
     return jnp.where(is_known[:, None], scores - own, jnp.nan)
 
 
+@checked
 def stack_weights(problem: Problem) -> Float[Array, "N W"]:
     """Stack the weights of all layers, one row per layer, in the order of tokens.
 

@@ -17,6 +17,7 @@ import optax
 
 from jchain import images
 from jchain._typing import Array, Float, Int
+from jchain.arguments import checked
 from jchain.data import SHARES, SPLITS, Batch, Dataset, split
 from jchain.hub.checkpoint import read_json
 from jchain.hub.families import read_architecture
@@ -32,6 +33,7 @@ _FILTERS = {2: "bilinear", 3: "bicubic"}
 Encoder = Callable[[str, str], Int[np.ndarray, "T"]]
 
 
+@checked
 def load_text(
     checkpoint: PathLike,
     files: PathLike | Sequence[PathLike],
@@ -78,6 +80,7 @@ def load_text(
     return _split(x, y, seed, sizes, "+".join(Path(file).stem for file in files), vocab_size)
 
 
+@checked
 def load_choices(
     checkpoint: PathLike,
     file: PathLike,
@@ -169,6 +172,7 @@ def _make_labels(
     return x, y
 
 
+@checked
 def load_images(
     checkpoint: PathLike,
     name: str,
@@ -247,6 +251,7 @@ def _read_preprocessor(
     return mean, std, _FILTERS[resample]
 
 
+@checked
 def next_token_loss(outputs: Float[Array, "*B T V"], y: Int[Array, "*B T"]) -> Float[Array, "*B"]:
     """Compute the cross-entropy of the next token in nats, averaged over the tokens of a sequence.
 
@@ -264,6 +269,7 @@ def next_token_loss(outputs: Float[Array, "*B T V"], y: Int[Array, "*B T"]) -> F
     )
 
 
+@checked
 def next_token_accuracy(
     outputs: Float[Array, "*B T V"], y: Int[Array, "*B T"]
 ) -> Float[Array, "*B"]:
@@ -281,6 +287,7 @@ def next_token_accuracy(
     return jnp.sum(is_correct, axis=-1) / jnp.maximum(jnp.sum(is_counted, axis=-1), 1)
 
 
+@checked
 def choice_loss(outputs: Float[Array, "B C T V"], y: Int[Array, "B C T"]) -> Float[Array, "B"]:
     """Compute the cross-entropy of the correct choice, in nats.
 
@@ -297,6 +304,7 @@ def choice_loss(outputs: Float[Array, "B C T V"], y: Int[Array, "B C T"]) -> Flo
     return optax.softmax_cross_entropy_with_integer_labels(-next_token_loss(outputs, y), first)
 
 
+@checked
 def choice_accuracy(outputs: Float[Array, "B C T V"], y: Int[Array, "B C T"]) -> Float[Array, "B"]:
     """Compute whether the correct choice has the highest mean log-likelihood of its tokens.
 

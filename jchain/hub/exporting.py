@@ -13,6 +13,7 @@ from flax import traverse_util
 
 from jchain import chain as chain_lib
 from jchain._typing import Array, Int, PyTree
+from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.hub.architecture import Architecture
 from jchain.hub.chain_model import ChainModel, unfold_chain
@@ -36,6 +37,7 @@ _WEIGHT_SUFFIXES = (
 Source = str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]
 
 
+@checked
 def export(
     bank: Bank,
     chain: Int[Array, "L"] | Int[np.ndarray, "L"] | Sequence[int],

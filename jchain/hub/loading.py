@@ -11,6 +11,7 @@ import psutil
 from jax.typing import DTypeLike
 
 from jchain._typing import Array, Key
+from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.hub.architecture import Architecture
 from jchain.hub.assembling import Source, assemble_bank
@@ -21,6 +22,7 @@ from jchain.hub.weights import RandomWeights
 from jchain.pytree import describe_type
 
 
+@checked
 def load(
     path: str | os.PathLike[str],
     *,
@@ -56,6 +58,7 @@ def load(
     return assemble_bank([_open(path, name)], dtype, pinned)
 
 
+@checked
 def load_many(
     paths: Sequence[str | os.PathLike[str]],
     *,
@@ -106,6 +109,7 @@ def load_many(
     return assemble_bank(sources, dtype, pinned)
 
 
+@checked
 def random_bank(
     key: Key[Array, ""],
     path: str | os.PathLike[str],

@@ -14,6 +14,7 @@ import numpy as np
 
 from jchain import chain as chain_lib
 from jchain._typing import Activations, Array, Float, Int
+from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.engine.evaluation import evaluate
 from jchain.engine.layer_calls import apply_token
@@ -39,6 +40,7 @@ class RunLosses(NamedTuple):
     dropped: Float[np.ndarray, "D D"]
 
 
+@checked
 def compute_losses(problem: Problem, chains: Int[np.ndarray, "P L"]) -> Float[np.ndarray, "P"]:
     """Compute the losses of chains, with layer penalties.
 
@@ -49,6 +51,7 @@ def compute_losses(problem: Problem, chains: Int[np.ndarray, "P L"]) -> Float[np
     return np.asarray(evaluate(problem, chains).loss)
 
 
+@checked
 def find_chains(
     problem: Problem,
     parent: Sequence[int],
@@ -93,6 +96,7 @@ def find_chains(
     return found
 
 
+@checked
 def score_runs(
     problem: Problem, parent: Sequence[int], *, evaluate_fn: EvaluateFn = compute_losses
 ) -> RunLosses:
@@ -121,6 +125,7 @@ def score_runs(
     return RunLosses(float(losses[0]), *maps)
 
 
+@checked
 def find_starts(bank: Bank, max_layers: int, *, min_layers: int = 0) -> Int[np.ndarray, "C L"]:
     """Find chains for a search to begin at (`jc.run(starts=)`), without using data.
 
@@ -156,6 +161,7 @@ def _split_start(bank: Bank, parent: Sequence[int]) -> tuple[list[int], list[int
     return start, [token for token in parent if token not in restarts]
 
 
+@checked
 def compute_influence(
     bank: Bank, chain: Sequence[int] | Int[np.ndarray, "L"], x: Activations
 ) -> Float[np.ndarray, "D"]:
@@ -195,6 +201,7 @@ def _apply(bank: Bank, token: Int[Array, ""], hidden: Array) -> Array:
     return apply_token(bank.layers, token, hidden)
 
 
+@checked
 def drop_last(chain: Sequence[int] | Int[np.ndarray, "L"], num: int) -> Int[np.ndarray, "M"]:
     """Drop the last blocks of a chain.
 
@@ -209,6 +216,7 @@ def drop_last(chain: Sequence[int] | Int[np.ndarray, "L"], num: int) -> Int[np.n
     return np.append(blocks[: len(blocks) - num], head)
 
 
+@checked
 def drop_least_influential(
     chain: Sequence[int] | Int[np.ndarray, "L"], influence: Float[np.ndarray, "D"], num: int
 ) -> Int[np.ndarray, "M"]:
@@ -226,6 +234,7 @@ def drop_least_influential(
     return np.append(np.delete(blocks, np.argsort(influence, kind="stable")[:num]), head)
 
 
+@checked
 def drop_contiguous(
     chain: Sequence[int] | Int[np.ndarray, "L"], num: int
 ) -> Int[np.ndarray, "S M"]:
@@ -246,6 +255,7 @@ def drop_contiguous(
     return np.stack([np.append(np.delete(blocks, slice(i, i + num)), head) for i in starts])
 
 
+@checked
 def repeat_contiguous(
     chain: Sequence[int] | Int[np.ndarray, "L"], num: int
 ) -> Int[np.ndarray, "S M"]:

@@ -17,6 +17,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jchain._typing import Activations, Array, Float, Int, PyTree
+from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.engine.layer_calls import apply_token
 from jchain.gradient.linearize import flatten_rows
@@ -56,6 +57,7 @@ class PullBack(NamedTuple):
     null_space: Float[Array, "F D"]
 
 
+@checked
 def invert_layers(bank: Bank) -> tuple[LayerGroup, ...]:
     """Invert a bank's layers on the host. Each inverse has the token of its layer.
 
@@ -116,6 +118,7 @@ def inverse_groups(bank: Bank) -> tuple[LayerGroup | None, ...]:
     return tuple(invert_group(group) for group in bank.layers)
 
 
+@checked
 def pull_back(
     bank: Bank,
     suffix: ArrayLike | Sequence[object],
@@ -213,6 +216,7 @@ def relative_residual(
     return error / jnp.where(size > 0, size, 1.0)
 
 
+@checked
 def target_logits(
     labels: Int[Array, "B"], num_classes: int, confidence: float = 0.99
 ) -> Float[Array, "B C"]:
@@ -234,6 +238,7 @@ def target_logits(
     return odds * (jax.nn.one_hot(labels, num_classes) - 1 / num_classes)
 
 
+@checked
 def target_outputs(
     outputs: Array, y: Array, loss_fn: Callable[..., Array], confidence: float = 0.99
 ) -> Array:
@@ -262,6 +267,7 @@ def target_outputs(
     return y.astype(outputs.dtype)
 
 
+@checked
 def reach_target(
     problem: Problem,
     token: Int[Array, ""],
@@ -291,6 +297,7 @@ def reach_target(
     return hidden + gauss_newton_step(head, hidden, goal, num_steps, _HEAD_DAMPING)
 
 
+@checked
 def condition_numbers(
     bank: Bank, chain: ArrayLike | Sequence[object], x: Activations
 ) -> Float[np.ndarray, "B"]:

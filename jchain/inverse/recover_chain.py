@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain._typing import Activations, Array, Float, Int
+from jchain.arguments import check_at_least_one, checked
 from jchain.bank import Bank
 from jchain.data import read_batch
 from jchain.engine.backend import default_memory_limit
@@ -70,6 +71,7 @@ class RecoveredChains(NamedTuple):
     residuals: Float[np.ndarray, "Q"]
 
 
+@checked
 def meet_in_the_middle(
     bank: Bank,
     inputs: Activations,
@@ -161,8 +163,7 @@ def meet_in_the_middle(
 
 
 def _check_sizes(sizes: dict[str, int], num_layers: int) -> None:
-    if min(sizes.values()) < 1:
-        raise ValueError(f"expected sizes of at least 1, got {sizes}")
+    check_at_least_one(**sizes)
     if sizes["top_k"] > num_layers ** sizes["depth"]:
         raise ValueError(
             f"expected top_k of at most {num_layers ** sizes['depth']} chains, got {sizes['top_k']}"
@@ -405,9 +406,8 @@ def _estimate_error(
 def _apply_random_sequences(half: Half, num: int) -> Float[Array, "n B ..."]:
     """Compute the activations after random sequences of a half."""
     tokens = np.random.default_rng(1).integers(0, half.num_tokens, (num, half.num_layers))
-    return jax.lax.map(
-        lambda row: apply_sequence(half.layers, row, half.hidden), jnp.asarray(tokens)
-    )
+    layers, hidden = half.layers, half.hidden
+    return jax.lax.map(lambda row: apply_sequence(layers, row, hidden), jnp.asarray(tokens))
 
 
 def _verify(

@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 
 from jchain import env
 from jchain._typing import Activations, Array, Float, Int
+from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.engine.backend import get_backend, jit_for_problem
 from jchain.engine.layer_calls import apply_token, infer_hidden, locate
@@ -89,6 +90,7 @@ class TargetLayer(NamedTuple):
         return int(np.argmin(self.by_outputs))
 
 
+@checked
 def fit_target_layer(
     bank: Bank,
     before: Activations,
@@ -172,6 +174,7 @@ def _total_residual(outputs: Array, targets: Array) -> Float[Array, ""]:
     return relative_residual(outputs.reshape(1, -1), targets.reshape(1, -1))[0]
 
 
+@checked
 def score_edits_by_target(
     problem: Problem,
     chain: ArrayLike,
@@ -215,6 +218,7 @@ def score_edits_by_target(
     )
 
 
+@checked
 def score_candidates_by_target(
     problem: Problem,
     chain: ArrayLike,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain._typing import Array, Key, PyTree
+from jchain.arguments import checked
 from jchain.engine.evaluation import evaluate
 from jchain.problem import Problem
 from jchain.runs.driver import check_arguments
@@ -32,6 +33,7 @@ class _Row(NamedTuple):
     loss: float
 
 
+@checked
 def check_search(
     search: Search, problem: Problem, *, key: Key[Array, ""] | None = None, num_steps: int = 3
 ) -> None:

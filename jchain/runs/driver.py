@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jchain._typing import Array, Key, PyTree
-from jchain.arguments import check_key, check_keys
+from jchain.arguments import checked
 from jchain.chain import ChainsLike
 from jchain.engine.backend import check_not_forked
 from jchain.problem import Problem
@@ -45,6 +45,7 @@ _MAX_BUDGET = 2**31 - 1  # layer calls are counted in int32
 _SYNC_SECONDS = 0.2
 
 
+@checked
 def run(
     key: Key[Array, ""],
     search: Search,
@@ -114,7 +115,6 @@ def run(
         range, or the folder holds another run, something else, or is in use.
     """
     check_not_forked()
-    check_key(key)
     return run_many(
         key[None],
         search,
@@ -135,6 +135,7 @@ def run(
     )[0]
 
 
+@checked
 def run_many(
     keys: Key[Array, "S"],
     search: Search,
@@ -183,7 +184,6 @@ def run_many(
     """
     check_arguments(search, problem, budget, num_finalists)
     _check_limits(target_loss, record, save_every, max_seconds)
-    check_keys(keys)
     keep_scored, is_saved = record is not None, checkpoint_dir is not None
     keep_state |= is_saved
     spec = RunSpec(

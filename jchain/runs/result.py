@@ -9,6 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jchain._typing import Array, Bool, Float, Int, Key, PyTree
+from jchain.arguments import checked
 from jchain.problem import Problem
 from jchain.pytree import describe_type
 from jchain.runs import result_json
@@ -23,6 +24,7 @@ class Curve(NamedTuple):
     layer_calls: Int[np.ndarray, "T"]
     best_loss: Float[np.ndarray, "T"]
 
+    @checked
     def at(self, budgets: ArrayLike | Sequence[int]) -> Float[np.ndarray, "B"]:
         """Return the best loss within each budget, or `+inf` if the first step costs more.
 
@@ -93,6 +95,7 @@ class Result(NamedTuple):
         return result_json.dump(fields)
 
     @staticmethod
+    @checked
     def from_json(text: str) -> "Result":
         """Return the result that `to_json` wrote. Its `state` is None; arrays are NumPy arrays.
 
@@ -227,6 +230,7 @@ def empty_trace(num_runs: int) -> Trace:
     return Trace(np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, bool))
 
 
+@checked
 def front(results: Result | Sequence[Result]) -> Front:
     """Return the chains that no other scored chain beats in both cost and loss, cheapest first.
 

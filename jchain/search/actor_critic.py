@@ -48,6 +48,7 @@ from jchain.arguments import (
     check_instances,
     check_integers,
     check_numbers,
+    checked,
 )
 from jchain.bank import Bank
 from jchain.chain import PADDING
@@ -173,6 +174,7 @@ class ActorCritic:
         """True if the encoding observes activations, or the actor reads edit scores."""
         return self.encoding.observe is not None or self.needs_gradient
 
+    @checked
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the first state: random or given params, and no chains."""
         inputs, observe = self._init_inputs(problem), self.encoding.observe
@@ -197,6 +199,7 @@ class ActorCritic:
             drop_empty(jnp.zeros((*elite.chains.shape, *root.shape), root.dtype)),
         )
 
+    @checked
     def start(
         self,
         key: Key[Array, ""],
@@ -222,6 +225,7 @@ class ActorCritic:
             cache = score_cache.add(cache, problem, chains, loss)
         return state._replace(elite=elite, cache=cache, elite_features=drop_empty(features))
 
+    @checked
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         """Sample chains, score them, and update the policy on them for `num_epochs` epochs."""
         inputs, edit_calls = self._update_inputs(state, problem)
@@ -254,6 +258,7 @@ class ActorCritic:
         features = drop_empty(elite_features)
         return State(*learner, inputs, elite, cache, replay_buffer, features), info
 
+    @checked
     def value(
         self, state: State, problem: Problem, chains: Int[Array, "P L"]
     ) -> Float[Array, "P L"]:
@@ -271,6 +276,7 @@ class ActorCritic:
         length = problem.space.count_layers(chains)[:, None]
         return jnp.where(jnp.arange(chains.shape[1])[None] <= length, values, 0.0)
 
+    @checked
     def policy(
         self, state: State, problem: Problem, chains: Int[Array, "P L"]
     ) -> Float[Array, "P L E"]:
@@ -285,6 +291,7 @@ class ActorCritic:
         """
         return jax.nn.log_softmax(self._evaluate(state, chains, problem)[0])
 
+    @checked
     def refresh(
         self, state: State, problem: Problem, chains: Int[Array, "Q L"]
     ) -> tuple[State, Int[Array, ""]]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from jchain import env
 from jchain._typing import Array, Float, Int, Key, PyTree
-from jchain.arguments import check_at_least_one, check_integers
+from jchain.arguments import check_at_least_one, check_integers, checked
 from jchain.chain import PADDING
 from jchain.modules.activations import make_buffer, put_row
 from jchain.problem import Problem
@@ -70,6 +70,7 @@ class BeamSearch:
         check_at_least_one(width=self.width)
         check_integers(at_least=self.width, max_width=self.max_width)
 
+    @checked
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the state before the first pass."""
         hidden = problem.bank.embed(problem.data.x)
@@ -84,6 +85,7 @@ class BeamSearch:
         )
         return _start_pass(empty, problem, jnp.array(self.width))
 
+    @checked
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         """Extend one prefix by every layer."""
         num_layers, num_heads = problem.bank.num_layers, problem.bank.num_heads

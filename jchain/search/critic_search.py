@@ -29,7 +29,7 @@ from jchain.agent.observations import (
     lowest,
     observe,
 )
-from jchain.arguments import check_at_least_one, check_functions, check_numbers
+from jchain.arguments import check_at_least_one, check_functions, check_numbers, checked
 from jchain.chain import PADDING
 from jchain.engine.layer_calls import apply_token
 from jchain.modules.activations import make_buffer
@@ -131,6 +131,7 @@ class CriticSearch:
         """True if `epsilon` is 0, so that no random prefix is extended."""
         return bool(self.epsilon == 0)
 
+    @checked
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the state in which only the empty prefix is open.
 
@@ -171,6 +172,7 @@ class CriticSearch:
             jnp.full(problem.max_layers + 1, PADDING, jnp.int32),
         )
 
+    @checked
     def start(
         self,
         key: Key[Array, ""],
@@ -190,6 +192,7 @@ class CriticSearch:
         """
         return state._replace(guide=chains[jnp.argmin(loss)])
 
+    @checked
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         """Extend one open prefix by every layer."""
         prefixes = state.prefixes

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jchain import env
 from jchain._typing import Array, Float, Int, Key
-from jchain.arguments import check_at_least_one
+from jchain.arguments import check_at_least_one, checked
 from jchain.chain import PADDING
 from jchain.engine import score_cache
 from jchain.engine.score_cache import ScoreCache
@@ -63,6 +63,7 @@ class Evolution:
                 f"{self.num_chains} and {self.population_size}"
             )
 
+    @checked
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the first state, with an empty population.
 
@@ -74,6 +75,7 @@ class Evolution:
         chains = jnp.full(shape, PADDING, jnp.int32)
         return State(chains, jnp.full(shape[0], jnp.inf), jnp.array(0), score_cache.init(problem))
 
+    @checked
     def start(
         self,
         key: Key[Array, ""],
@@ -100,6 +102,7 @@ class Evolution:
             score_cache.add(state.cache, problem, chains, loss),
         )
 
+    @checked
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         """Score children of tournament winners, or random chains until the population is full.
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jchain import env
 from jchain._typing import Array, Bool, Float, Int, Key
-from jchain.arguments import check_at_least_one, check_integers
+from jchain.arguments import check_at_least_one, check_integers, checked
 from jchain.chain import PADDING
 from jchain.engine import score_cache
 from jchain.engine.control_flow import cond_in_sequence
@@ -104,6 +104,7 @@ class LinearizedSearch:
         optional = {"num_best": self.num_best, "num_products": self.num_products}
         check_at_least_one(**{name: size for name, size in optional.items() if size is not None})
 
+    @checked
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the first state, with no chain and an empty score cache.
 
@@ -128,6 +129,7 @@ class LinearizedSearch:
             linearized, jnp.array(True), jnp.array(True), radius, zero, score_cache.init(problem)
         )
 
+    @checked
     def start(
         self,
         key: Key[Array, ""],
@@ -155,6 +157,7 @@ class LinearizedSearch:
             cache=score_cache.add(state.cache, problem, chains, loss),
         )
 
+    @checked
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         """Evaluate the most promising moves, and move to the best chain if it is better.
 

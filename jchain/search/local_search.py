@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jchain import env
 from jchain._typing import Array, Float, Int, Key
-from jchain.arguments import check_at_least_one
+from jchain.arguments import check_at_least_one, checked
 from jchain.engine import score_cache
 from jchain.engine.score_cache import ScoreCache
 from jchain.problem import Problem
@@ -52,6 +52,7 @@ class LocalSearch:
     def __post_init__(self) -> None:
         check_at_least_one(num_chains=self.num_chains)
 
+    @checked
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the first state.
 
@@ -69,6 +70,7 @@ class LocalSearch:
             score_cache.init(problem),
         )
 
+    @checked
     def start(
         self,
         key: Key[Array, ""],
@@ -94,6 +96,7 @@ class LocalSearch:
             cache=score_cache.add(state.cache, problem, chains, loss),
         )
 
+    @checked
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         """Score the next neighbors, and move to a better one or restart.
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jchain import env
 from jchain._typing import Array, Bool, Float, Key
-from jchain.arguments import check_at_least_one, check_numbers
+from jchain.arguments import check_at_least_one, check_numbers, checked
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.prefixes import end_prefixes
@@ -64,10 +64,12 @@ class MCTS:
         """True if `gumbel_scale` is 0, so that there is no noise at the root."""
         return bool(self.gumbel_scale == 0)
 
+    @checked
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the state whose root is the empty prefix."""
         return State(env.reset(problem))
 
+    @checked
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         """Grow one tree and take the best action at its root."""
         mctx = _import_mctx()

@@ -13,7 +13,13 @@ import jax.numpy as jnp
 
 from jchain._typing import Array, Bool, Float, Int, Key
 from jchain.agent.rewards import plain_rewards
-from jchain.arguments import check_at_least_one, check_functions, check_integers, check_numbers
+from jchain.arguments import (
+    check_at_least_one,
+    check_functions,
+    check_integers,
+    check_numbers,
+    checked,
+)
 from jchain.chain import PADDING
 from jchain.engine import prefix_rules, score_cache
 from jchain.engine.score_cache import ScoreCache
@@ -74,6 +80,7 @@ class QLearning:
         check_numbers(at_least=0, learning_rate=self.learning_rate)
         check_numbers(at_least=0, at_most=1, decay=self.decay, min_epsilon=self.min_epsilon)
 
+    @checked
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the first state, with a table of zeros."""
         num_slots, num_layers = problem.max_layers + 1, problem.bank.num_layers
@@ -85,6 +92,7 @@ class QLearning:
             score_cache.init(problem),
         )
 
+    @checked
     def start(
         self,
         key: Key[Array, ""],
@@ -112,6 +120,7 @@ class QLearning:
         cache = score_cache.add(state.cache, problem, chains, loss)
         return state._replace(values=values, cache=cache)
 
+    @checked
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         """Sample and score chains, then update the table on replayed chains."""
         act_key, replay_key = jax.random.split(key)
@@ -134,6 +143,7 @@ class QLearning:
         values, _ = jax.lax.scan(replay, state.values, drawn)
         return State(values, replayable, rewards, num_steps, cache), Info(chains, loss, layer_calls)
 
+    @checked
     def value(
         self, state: State, problem: Problem, chains: Int[Array, "P L"]
     ) -> Float[Array, "P L"]:

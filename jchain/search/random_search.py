@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from jchain import env
 from jchain._typing import Array, Float, Int, Key
-from jchain.arguments import check_at_least_one
+from jchain.arguments import check_at_least_one, checked
 from jchain.engine import score_cache
 from jchain.engine.score_cache import ScoreCache
 from jchain.problem import Problem
@@ -39,6 +39,7 @@ class RandomSearch:
     def __post_init__(self) -> None:
         check_at_least_one(num_chains=self.num_chains)
 
+    @checked
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the first state, with an empty score cache.
 
@@ -48,6 +49,7 @@ class RandomSearch:
         """
         return State(score_cache.init(problem))
 
+    @checked
     def start(
         self,
         key: Key[Array, ""],
@@ -67,6 +69,7 @@ class RandomSearch:
         """
         return State(score_cache.add(state.cache, problem, chains, loss))
 
+    @checked
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         """Score chains that are drawn uniformly from the space.
 

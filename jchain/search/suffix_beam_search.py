@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jchain._typing import Array, Bool, Float, Int, Key, Shaped
-from jchain.arguments import check_at_least_one, check_integers, check_numbers
+from jchain.arguments import check_at_least_one, check_integers, check_numbers, checked
 from jchain.chain import PADDING
 from jchain.engine import score_cache
 from jchain.engine.layer_calls import apply_all, infer_hidden
@@ -92,6 +92,7 @@ class SuffixBeamSearch:
         check_integers(at_least=0, max_suffix_layers=self.max_suffix_layers)
         check_numbers(at_least=0, temperature=self.temperature)
 
+    @checked
     def check(self, problem: Problem) -> None:
         """Check that the bank has only invertible layers, and that activations are one array.
 
@@ -111,6 +112,7 @@ class SuffixBeamSearch:
                 f"expected invertible layers, each module with invert(params), got {names}"
             )
 
+    @checked
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the state before the first pass: probe examples, and a beam of the empty prefix.
 
@@ -145,6 +147,7 @@ class SuffixBeamSearch:
             score_cache.init(problem),
         )
 
+    @checked
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         """Extend the beam by one layer, and evaluate the most promising chains; see `Search.step`.
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jchain import env
 from jchain._typing import Array, Bool, Float, Int, Key
-from jchain.arguments import check_at_least_one, check_flags, check_numbers
+from jchain.arguments import check_at_least_one, check_flags, check_numbers, checked
 from jchain.chain import PADDING
 from jchain.engine import score_cache
 from jchain.engine.control_flow import cond_in_sequence
@@ -78,6 +78,7 @@ class TargetPropagation:
         check_flags(is_exact=self.is_exact)
         check_numbers(above=0, step_size=self.step_size)
 
+    @checked
     def check(self, problem: Problem) -> None:
         """Check that activations are one array.
 
@@ -89,6 +90,7 @@ class TargetPropagation:
         """
         check_one_array(activations=infer_hidden(problem))
 
+    @checked
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
         """Return the first state, with no chain and an empty score cache.
 
@@ -106,6 +108,7 @@ class TargetPropagation:
             score_cache.init(problem),
         )
 
+    @checked
     def start(
         self,
         key: Key[Array, ""],
@@ -131,6 +134,7 @@ class TargetPropagation:
             cache=score_cache.add(state.cache, problem, chains, loss),
         )
 
+    @checked
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         """Evaluate the edits with the best scores, and move to the best chain if it is better.
 

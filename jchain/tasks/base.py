@@ -7,6 +7,7 @@ import flax.linen as nn
 
 from jchain import train
 from jchain._typing import Array, Key
+from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.data import Dataset
 
@@ -38,6 +39,7 @@ class Task(NamedTuple):
     plain_depth: int
     reference: tuple[int, ...]
 
+    @checked
     def train_plain_net(self, key: Key[Array, ""], num_steps: int) -> Bank:
         """Train the plain net: one net, trained end to end on `train`, as a baseline for chains.
 

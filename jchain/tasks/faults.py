@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jchain._typing import Float
+from jchain.arguments import checked
 
 Images = Float[np.ndarray, "B H W"]
 # The number of columns or rows by which images are shifted.
@@ -45,6 +46,7 @@ FAULTS: dict[str, Callable[[Images], Images]] = {
 }
 
 
+@checked
 def damage(images: ArrayLike, faults: Sequence[str]) -> Float[np.ndarray, "B H W"]:
     """Apply faults to square images, in the given order.
 

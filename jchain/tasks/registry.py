@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Callable, Sequence
 
+from jchain.arguments import checked
 from jchain.tasks.base import Task
 from jchain.tasks.repair import make_repair
 
@@ -12,6 +13,7 @@ TASKS: dict[str, Callable[[int, Sequence[int] | None], Task]] = {
 }
 
 
+@checked
 def make(name: str, seed: int = 0, *, sizes: Sequence[int] | None = None) -> Task:
     """Make a task by name: its data, and the function that trains its bank.
 

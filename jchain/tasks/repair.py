@@ -20,6 +20,7 @@ import optax
 from jchain import data as data_lib
 from jchain import train
 from jchain._typing import Array, Float, Key, PyTree
+from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.data import Batch, Dataset
 from jchain.datasets.splitting import check_sizes, take_stratified
@@ -52,6 +53,7 @@ class _Identity(nn.Module):
         return x
 
 
+@checked
 def make_repair(
     seed: int = 0,
     *,

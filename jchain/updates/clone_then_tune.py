@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from jchain._typing import Array, Int, PyTree
-from jchain.arguments import check_at_least_one, check_instances
+from jchain.arguments import check_at_least_one, check_instances, checked
 from jchain.engine.evaluation import evaluate
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
@@ -91,6 +91,7 @@ class CloneThenTune(UpdatePolicy):
         if self.capacity is not None:
             check_at_least_one(capacity=self.capacity)
 
+    @checked
     def check(self, args: RunArguments) -> None:
         check_arguments(args.search, args.problem, args.budget, args.num_finalists)
         reserved = self._reserve(args)
@@ -106,6 +107,7 @@ class CloneThenTune(UpdatePolicy):
         check_budget(args.budget, self.num_rounds * reserved)
         return reserved
 
+    @checked
     def apply(self, args: RunArguments) -> Outcome:
         check_arguments(args.search, args.problem, args.budget, args.num_finalists)
         training = make_training_problem(args.problem, args.train)

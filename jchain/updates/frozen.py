@@ -1,5 +1,6 @@
 """The policy that never updates weights."""
 
+from jchain.arguments import checked
 from jchain.pytree import pytree_dataclass
 from jchain.runs import driver
 from jchain.updates.policies import Outcome, RunArguments, UpdatePolicy
@@ -9,6 +10,7 @@ from jchain.updates.policies import Outcome, RunArguments, UpdatePolicy
 class Frozen(UpdatePolicy):
     """A policy that never updates weights: it returns exactly the bank that it was given."""
 
+    @checked
     def apply(self, args: RunArguments) -> Outcome:
         result = driver.run(
             args.key,

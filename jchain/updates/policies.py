@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain._typing import Array, Int, Key, PyTree
+from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.chain import PADDING, ChainsLike
 from jchain.data import Batch
@@ -59,6 +60,7 @@ class RunArguments(NamedTuple):
 class UpdatePolicy:
     """The base class of update policies, which are frozen dataclasses that define `apply`."""
 
+    @checked
     def run(
         self,
         key: Key[Array, ""],
@@ -116,6 +118,7 @@ class UpdatePolicy:
             RunArguments(key, search, problem, train, budget, num_finalists, progress, rows, saving)
         )
 
+    @checked
     def check_budget(
         self,
         key: Key[Array, ""],
@@ -146,6 +149,7 @@ class UpdatePolicy:
         rows = list_starts(problem, starts)
         self.check(RunArguments(key, search, problem, train, budget, num_finalists, False, rows))
 
+    @checked
     def check(self, args: RunArguments) -> None:
         """Check the budget; `check_budget` calls this method.
 
@@ -154,6 +158,7 @@ class UpdatePolicy:
         """
         check_search_budget(args, args.key, args.budget)
 
+    @checked
     def apply(self, args: RunArguments) -> Outcome:
         """Search and update weights; `run` calls this method, which each policy defines.
 

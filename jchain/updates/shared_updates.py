@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from jchain._typing import Array, Float, Int, Key, PyTree
-from jchain.arguments import check_at_least_one, check_instances, check_numbers
+from jchain.arguments import check_at_least_one, check_instances, check_numbers, checked
 from jchain.bank import Bank
 from jchain.chain import PADDING, count_layers
 from jchain.problem import Problem
@@ -108,6 +108,7 @@ class SharedUpdates(UpdatePolicy):
         if self.final_share == 1:
             raise ValueError(f"expected a final_share above 0 and below 1, got {self.final_share}")
 
+    @checked
     def check(self, args: RunArguments) -> None:
         begun = self._begin(args)
         _, _, calls, length, _ = _train_round(
@@ -123,6 +124,7 @@ class SharedUpdates(UpdatePolicy):
         if total > 0 and begun.start_calls + total > self._limit(args.budget, step_calls):
             raise self._make_error(args.budget, total, step_calls)
 
+    @checked
     def apply(self, args: RunArguments) -> Outcome:
         begun = self._begin(args)
         with (

@@ -17,6 +17,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jchain._typing import Activations, Array, Bool, Float, Int, Key, PyTree
+from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.chain import PADDING, ChainSpace
 from jchain.engine.evaluation import apply_chain
@@ -41,6 +42,7 @@ class State(NamedTuple):
     opt_states: tuple[PyTree, ...]
 
 
+@checked
 def training_cost(
     num_layers: int | Int[np.ndarray, "*P"], num_train: int, num_examples: int, num_steps: int = 1
 ) -> int:
@@ -61,6 +63,7 @@ def training_cost(
     return math.ceil(num_calls * min(BATCH_SIZE, num_train) / num_examples)
 
 
+@checked
 def tune_chain(
     key: Key[Array, ""],
     problem: Problem,
@@ -130,6 +133,7 @@ def tune_chain(
     )
 
 
+@checked
 def upcast_bank(bank: Bank) -> Bank:
     """Cast the half-precision weights of a bank to float32.
 
@@ -151,6 +155,7 @@ def _round_as(params: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(lambda new, old: new.astype(old.dtype), params, like)
 
 
+@checked
 def init(bank: Bank, optimizer: optax.GradientTransformation) -> State:
     """Return the state of training before the first step.
 
@@ -162,6 +167,7 @@ def init(bank: Bank, optimizer: optax.GradientTransformation) -> State:
     return State(bank, tuple(_map_members(optimizer.init, group)(group.params) for group in groups))
 
 
+@checked
 def train_on(
     key: Key[Array, ""],
     state: State,

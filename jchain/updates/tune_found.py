@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import optax
 
-from jchain.arguments import check_at_least_one, check_instances
+from jchain.arguments import check_at_least_one, check_instances, checked
 from jchain.engine.evaluation import evaluate
 from jchain.pytree import pytree_dataclass, static
 from jchain.runs import driver
@@ -47,6 +47,7 @@ class TuneFound(UpdatePolicy):
         check_instances(optax.GradientTransformation, "optax.adam(1e-3)", optimizer=self.optimizer)
         check_at_least_one(num_steps=self.num_steps)
 
+    @checked
     def check(self, args: RunArguments) -> None:
         reserved = self._reserve(args)
         with mention_reserved_calls(reserved, args.budget):
@@ -58,6 +59,7 @@ class TuneFound(UpdatePolicy):
         check_budget(args.budget, reserved)
         return reserved
 
+    @checked
     def apply(self, args: RunArguments) -> Outcome:
         problem, train = args.problem, args.train
         training = make_training_problem(problem, train)

@@ -1,4 +1,4 @@
-"""Checks of arguments. Their errors name the argument, what was expected, and what came."""
+"""Checks of values: of their kind and of their limits."""
 
 import math
 from typing import Any, TypeGuard
@@ -73,7 +73,7 @@ def check_numbers(
     for name, value in values.items():
         if isinstance(value, Tracer):
             continue
-        number = _read_number(value)
+        number = read_number(value)
         is_valid = (
             (math.isfinite(number) or (not is_finite and math.isinf(number)))
             and (above is None or number > above)
@@ -157,16 +157,36 @@ def check_keys(keys: object) -> None:
     _check_keys(keys, 1, "keys of jax.random.key of shape [S], at least one")
 
 
+def is_key(keys: object, num_axes: int) -> bool:
+    """Return whether a value is an array of typed PRNG keys, at least one.
+
+    Args:
+      keys: any value.
+      num_axes: the number of axes that the array must have; 0 for one key.
+    """
+    dtype, shape = getattr(keys, "dtype", None), getattr(keys, "shape", None)
+    if dtype is None or not isinstance(shape, tuple) or isinstance(keys, type):
+        return False
+    try:
+        is_key_type = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    except TypeError:
+        return False
+    return is_key_type and len(shape) == num_axes and 0 not in shape
+
+
 def _check_keys(keys: object, num_axes: int, expected: str) -> None:
-    dtype, shape = getattr(keys, "dtype", None), getattr(keys, "shape", ())
-    is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not is_key or len(shape) != num_axes or 0 in shape:
-        got = describe_type(keys) if dtype is None else f"{dtype}{list(shape)}"
+    if not is_key(keys, num_axes):
+        dtype = getattr(keys, "dtype", None)
+        got = describe_type(keys) if dtype is None else f"{dtype}{list(np.shape(keys))}"
         raise ValueError(f"expected {expected}, got {got}")
 
 
-def _read_number(value: Any) -> float:
-    """Return a number as a float, and nan for anything else."""
+def read_number(value: Any) -> float:
+    """Return a number as a float, and nan for anything else.
+
+    Args:
+      value: any value.
+    """
     is_array = hasattr(value, "dtype") and getattr(value, "shape", None) == ()
     if isinstance(value, bool) or not (is_array or isinstance(value, int | float)):
         return math.nan

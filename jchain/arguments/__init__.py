@@ -1,0 +1,28 @@
+"""Checks of arguments at the door. Errors name the argument, what was expected, and what came."""
+
+from jchain.arguments.hints import check_fields, checked
+from jchain.arguments.values import (
+    check_at_least_one,
+    check_flags,
+    check_functions,
+    check_instances,
+    check_integers,
+    check_key,
+    check_keys,
+    check_numbers,
+    is_integer,
+)
+
+__all__ = [
+    "check_at_least_one",
+    "check_fields",
+    "check_flags",
+    "check_functions",
+    "check_instances",
+    "check_integers",
+    "check_key",
+    "check_keys",
+    "check_numbers",
+    "checked",
+    "is_integer",
+]

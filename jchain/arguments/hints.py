@@ -1,0 +1,273 @@
+"""A decorator that checks the arguments of a function against its annotations.
+
+Each public function has it, so that a wrong argument ends in one line that names it, and not in an
+error from inside JAX. A check looks at the kind of a value, at the dtype and rank of an array, and
+at the items of a sequence; limits of values are checked by the function itself.
+"""
+
+import functools
+import inspect
+import math
+import os
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, Union
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jchain.arguments.values import is_integer, is_key, read_number
+from jchain.pytree import describe_type, shorten
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# What the classes of a hint are called in errors, if not `a jc.Name`.
+_WORDS = {
+    "Batch": "one split of data, such as data.search or jc.Batch(x, y)",
+    "HostBatch": "one split of data, such as data.search or jc.Batch(x, y)",
+    "Dataset": "a data set of four splits, such as jc.data.load('digits')",
+    "Module": "a linen module, such as jc.layers.Dense(64)",
+    "GradientTransformation": "an optimizer, such as optax.adam(1e-3)",
+    "Mesh": "a jax.sharding.Mesh",
+    "Search": "a search, such as jc.LocalSearch(), decorated with @jc.pytree_dataclass",
+    "Plan": "a plan, such as jc.engine.DepthFirst()",
+    "Encoding": "an encoding, such as jc.TokenEncoding()",
+}
+_ARRAYS = {
+    "Int": ("an array of integers", jnp.integer),
+    "UInt": ("an array of unsigned integers", jnp.unsignedinteger),
+    "Float": ("an array of floats", jnp.floating),
+    "Bool": ("an array of booleans", jnp.bool_),
+    "Shaped": ("an array", None),
+}
+_NUMBERS = (bool, int, float, complex, np.bool_, np.number)
+
+
+class _Expectation(NamedTuple):
+    """What a hint allows.
+
+    Attributes:
+      words: a description for errors.
+      accepts: returns whether a value is allowed.
+    """
+
+    words: str
+    accepts: Callable[[object], bool]
+
+
+def checked(function: Callable[P, T]) -> Callable[P, T]:
+    """Check the arguments of a function against its annotations before it is called.
+
+    Traced values are checked as far as their dtype and rank.
+
+    Args:
+      function: a function whose arguments are annotated. What is annotated as `object`, `Any`, or
+        a pytree is not checked.
+
+    Returns:
+      The function with the checks. It raises a `ValueError` that names the argument, what was
+      expected, and what came.
+    """
+    names = list(inspect.signature(function).parameters)
+
+    @functools.cache
+    def read_hints() -> dict[str, _Expectation]:
+        hints = typing.get_type_hints(inspect.unwrap(function))
+        found = {name: _read(hints[name]) for name in names if name in hints}
+        return {name: expectation for name, expectation in found.items() if expectation}
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        expected = read_hints()
+        for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+            if name in expected and not expected[name].accepts(value):
+                raise ValueError(
+                    f"expected {name} to be {expected[name].words}, got {_describe(value)}"
+                )
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def check_fields(instance: object) -> None:
+    """Check the fields of a dataclass against their annotations.
+
+    Args:
+      instance: an instance whose fields are set.
+
+    Raises:
+      ValueError: if a field holds something else, with its name, what was expected, and what came.
+    """
+    for name, expectation in _read_fields(type(instance)).items():
+        if not expectation.accepts(value := getattr(instance, name)):
+            raise ValueError(f"expected {name} to be {expectation.words}, got {_describe(value)}")
+
+
+@functools.cache
+def _read_fields(cls: type) -> dict[str, _Expectation]:
+    found = {name: _read(hint) for name, hint in typing.get_type_hints(cls).items()}
+    return {name: expectation for name, expectation in found.items() if expectation}
+
+
+def _describe(value: object) -> str:
+    """Describe a value: the value if it is short, else its type."""
+    is_plain = value is None or isinstance(value, int | float | str | bytes | np.generic)
+    return shorten(value) if is_plain else describe_type(value)
+
+
+def _read(hint: Any) -> _Expectation | None:
+    """Return what a hint allows; None if it allows everything."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is None or hint is type(None):
+        return _Expectation("None", lambda value: value is None)
+    if origin in (Union, types.UnionType):
+        return _read_union(args)
+    if origin is Literal:
+        return _Expectation(
+            f"one of {', '.join(map(repr, args))}",
+            lambda value: isinstance(value, str) and value in args,
+        )
+    if origin is Callable or hint is Callable:
+        return _Expectation("a function", _is_function)
+    if origin is tuple:
+        return _read_tuple(args)
+    if origin in (Sequence, Iterable, list):
+        return _read_sequence(args[0])
+    if origin in (Mapping, dict):
+        return _Expectation("a dict", lambda value: isinstance(value, Mapping))
+    if hasattr(hint, "dim_str"):
+        return _read_array(hint.__name__.partition("[")[0], hint.dim_str)
+    return _read_class(hint) if origin is None and isinstance(hint, type) else None
+
+
+def _read_union(hints: Sequence[Any]) -> _Expectation | None:
+    if jax.Array in hints:  # numbers beside arrays are arrays to JAX
+        hints = [hint for hint in hints if hint not in _NUMBERS and hint is not np.ndarray]
+        hints = [typing.cast(Any, np.ndarray) if hint is jax.Array else hint for hint in hints]
+    members = [_read(hint) for hint in hints]
+    if any(member is None for member in members):
+        return None
+    found = [member for member in members if member]
+    words = list(dict.fromkeys(member.words for member in found))
+    return _Expectation(
+        " or ".join(words), lambda value: any(member.accepts(value) for member in found)
+    )
+
+
+def _read_tuple(hints: Sequence[Any]) -> _Expectation:
+    if len(hints) == 2 and hints[1] is Ellipsis:
+        item = _read_sequence(hints[0])
+        return _Expectation(
+            item.words.replace("a sequence", "a tuple"),
+            lambda value: isinstance(value, tuple) and item.accepts(value),
+        )
+    items = [_read(hint) for hint in hints]
+    words = ", ".join(item.words if item else "any value" for item in items)
+    return _Expectation(
+        f"a tuple of {words}",
+        lambda value: (
+            isinstance(value, tuple)
+            and len(value) == len(items)
+            and all(
+                item is None or item.accepts(part) for item, part in zip(items, value, strict=True)
+            )
+        ),
+    )
+
+
+def _read_sequence(hint: Any) -> _Expectation:
+    item = _read(hint)
+
+    def accepts(value: object) -> bool:
+        if isinstance(value, Tracer):
+            return value.ndim > 0
+        if isinstance(value, jax.Array | np.ndarray):
+            value = np.asarray(value)
+            return value.ndim > 0 and (item is None or all(map(item.accepts, value)))
+        is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        return is_sequence and (item is None or all(map(item.accepts, value)))
+
+    return _Expectation(f"a sequence{f', each item {item.words}' if item else ''}", accepts)
+
+
+def _read_array(kind: str, axes: str) -> _Expectation | None:
+    """Return what the hint of an array allows, from its kind, such as `Int`, and its axes."""
+    names = axes.split()
+    num_axes = sum(name != "..." and not name.startswith("*") for name in names)
+    is_exact = num_axes == len(names)
+    if kind == "Key":
+        shape = f" of shape [{', '.join(names)}]" if names else ""
+        words = f"keys of jax.random.key{shape}" if names else "one key of jax.random.key"
+        return _Expectation(words, lambda value: is_key(value, num_axes))
+    if kind not in _ARRAYS:
+        return None
+    words, parent = _ARRAYS[kind]
+
+    def accepts(value: object) -> bool:
+        dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+        if dtype is None or not isinstance(shape, tuple) or isinstance(value, type):
+            return False
+        try:
+            is_kind = parent is None or jnp.issubdtype(dtype, parent)
+        except TypeError:
+            return False
+        return is_kind and (len(shape) == num_axes if is_exact else len(shape) >= num_axes)
+
+    if not names:
+        return _Expectation(f"{words} with no axes", accepts)
+    return _Expectation(f"{words} of shape [{', '.join(names)}]", accepts)
+
+
+def _read_class(cls: Any) -> _Expectation | None:
+    if cls is object or cls.__name__.startswith("PyTree"):
+        return None
+    plain: dict[type, _Expectation] = {
+        bool: _Expectation("True or False", lambda value: isinstance(value, bool | np.bool_)),
+        int: _Expectation("an integer", is_integer),
+        float: _Expectation("a number", _is_number),
+        str: _Expectation("a string", lambda value: isinstance(value, str)),
+        slice: _Expectation("a slice", lambda value: isinstance(value, slice)),
+        np.ndarray: _Expectation("an array", _is_array),
+        jax.Array: _Expectation("an array", _is_array),
+    }
+    if cls in plain:
+        return plain[cls]
+    if issubclass(cls, os.PathLike):
+        return _Expectation("a path", lambda value: isinstance(value, os.PathLike))
+    words = _WORDS.get(cls.__name__, f"a jc.{cls.__name__}")
+    if getattr(cls, "_is_protocol", False):
+        members = [name for name in vars(cls) if not name.startswith("_") or name == "__call__"]
+        return _Expectation(
+            words,
+            lambda value: (
+                not isinstance(value, type)
+                and all(callable(getattr(value, name, None)) for name in members)
+            ),
+        )
+    if cls.__name__ == "Batch":  # also an (x, y) tuple, which is read by `jchain.data.read_batch`
+        return _Expectation(
+            words,
+            lambda value: isinstance(value, cls) or (type(value) is tuple and len(value) == 2),
+        )
+    return _Expectation(words, lambda value: isinstance(value, cls))
+
+
+def _is_function(value: object) -> bool:
+    return callable(value) and not isinstance(value, type)
+
+
+def _is_array(value: object) -> bool:
+    """Return whether a value is an array or a number."""
+    if isinstance(value, type):
+        return False
+    return isinstance(value, _NUMBERS) or (hasattr(value, "dtype") and hasattr(value, "shape"))
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, Tracer):
+        return value.ndim == 0
+    return not math.isnan(read_number(value))
