@@ -33,8 +33,8 @@ else:
                 return type(f"{cls.__name__}[...]", (), {"dim_str": hint[1]})
 
         class PyTree:
-            def __class_getitem__(cls, _: object) -> object:
-                return Any
+            def __class_getitem__(cls, _: object) -> type:
+                return type("PyTree[...]", (), {})
 
         Array = Any
         Bool, Float, Int, Key, Shaped, UInt = (

@@ -15,6 +15,7 @@ import numpy as np
 from flax import traverse_util
 
 from jchain._typing import Array, Int, Key
+from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.groups import LayerGroup
 from jchain.layers import ResidualMLP
@@ -25,6 +26,7 @@ _AXES: dict[type, dict[str, int]] = {
 }
 
 
+@checked
 def match_units(bank: Bank, token: int) -> Bank:
     """Permute the hidden units of each layer to match the hidden units of layer `token`.
 
@@ -51,6 +53,7 @@ def match_units(bank: Bank, token: int) -> Bank:
     return _reorder(bank, group, jnp.asarray(np.stack(orders)))
 
 
+@checked
 def shuffle(key: Key[Array, ""], bank: Bank, token: int = 0) -> Bank:
     """Put the hidden units of each layer of a group in a random order.
 

@@ -144,6 +144,7 @@ class Bank(Picklable):
 
     @staticmethod
     @checked
+    @checked
     def stack(
         layer: ModuleLike | Sequence[ModuleLike],
         layer_params: Sequence[PyTree] | None = None,
@@ -204,7 +205,7 @@ class Bank(Picklable):
             stem_params=jax.tree.map(jnp.asarray, stem_params),
             stem=stem_module,
             names=complete_names(names, num_layers, num_heads),
-            origins=tuple(origins or ("given",) * (num_layers + num_heads)),
+            origins=tuple(("given",) * (num_layers + num_heads) if origins is None else origins),
             parents=tuple(tuple(int(token) for token in parent) for parent in parents),
             num_steps=num_steps,
         )
@@ -214,6 +215,7 @@ class Bank(Picklable):
         return bank
 
     @staticmethod
+    @checked
     @checked
     def concat(banks: Sequence["Bank"]) -> "Bank":
         """Join banks, in the given order, with all layers before all heads.
@@ -420,6 +422,7 @@ class Bank(Picklable):
         files.write_bank(path, {name: getattr(bare, name) for name in names})
 
     @staticmethod
+    @checked
     @checked
     def load(path: str | os.PathLike[str], modules: Sequence[object] = ()) -> "Bank":
         """Read a bank that `save` wrote, with exactly the same bits.

@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jchain._typing import Array, Bool, Int, Key
-from jchain.arguments import checked, is_integer
+from jchain.arguments import checked, is_integer, read_array
 from jchain.stages import legal_chains
 from jchain.stages.table import StageTable
 
@@ -48,6 +48,11 @@ class ChainSpace:
     max_layers: int
     min_layers: int = 0
     stages: StageTable | None = None
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """The sizes of the axes that the annotations of arrays name."""
+        return {"L": self.max_layers + 1}
 
     @property
     def num_chains(self) -> int:
@@ -372,8 +377,16 @@ def describe(tokens: ChainsLike, names: Sequence[str]) -> str:
     Args:
       tokens: the tokens of one chain, `[L]`.
       names: the name of each token of the bank.
+
+    Raises:
+      ValueError: if the tokens are not one row of integers, or a token has no name.
     """
-    return " -> ".join(names[int(token)] for token in np.asarray(tokens) if token != PADDING)
+    row = read_array("tokens", tokens)
+    if row.ndim != 1 or (row.size and row.dtype.kind not in "iu"):
+        raise ValueError(f"expected tokens of one chain, [L], got {row.dtype}{list(row.shape)}")
+    if row.size and not -1 <= row.min() <= row.max() < len(names):
+        raise ValueError(f"expected tokens in 0..{len(names) - 1}, or -1, got {row.tolist()}")
+    return " -> ".join(names[int(token)] for token in row if token != PADDING)
 
 
 @checked

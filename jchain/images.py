@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jchain._typing import Shaped
+from jchain.arguments import checked
 from jchain.pytree import get_first_line
 
 # Number of examples to decode at a time.
@@ -37,6 +38,7 @@ class Images(NamedTuple):
     num_classes: int
 
 
+@checked
 def read(name: str, data_dir: str | Path | None = None) -> Images:
     """Read a prepared set of images and integer labels.
 
@@ -75,6 +77,7 @@ def read(name: str, data_dir: str | Path | None = None) -> Images:
     return Images(parts[0], parts[1] if len(parts) > 1 else None, num_classes)
 
 
+@checked
 def prepare(name: str, data_dir: str | Path | None = None) -> Path:
     """Download a set and write it as array_record files, unless it is already prepared.
 

@@ -19,7 +19,7 @@ from jchain.groups import check_keeps_shape, infer_head_output
 from jchain.modules import check_mean_over_examples, check_output_function, check_stem
 from jchain.modules.activations import count_examples, describe_shapes
 from jchain.modules.host_batch import HostArrays, HostBatch
-from jchain.pytree import is_concrete, pick, pytree_dataclass, replicate, static
+from jchain.pytree import is_concrete, pick, pytree_dataclass, replicate, static, upcast
 from jchain.stages import binding
 from jchain.stages.legal_chains import cheapest_rest
 
@@ -261,6 +261,11 @@ class Problem:
                 lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size), self.data
             )
         return self._replace("data", data)._replace("batch_size", None)
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """The sizes of the axes that the annotations of arrays name."""
+        return {"L": self.max_layers + 1}
 
     @property
     def space(self) -> ChainSpace:

@@ -9,12 +9,24 @@ import pytest
 
 import jchain as jc
 
-PACKAGES = ("agent", "chainbench", "engine", "gradient", "hub", "inverse", "tasks", "updates")
+PACKAGES = (
+    "agent",
+    "chainbench",
+    "engine",
+    "gradient",
+    "hub",
+    "inverse",
+    "plot",
+    "tasks",
+    "updates",
+)
 MODULES = (
+    "jchain.align",
     "jchain.chain",
     "jchain.data",
     "jchain.env",
     "jchain.files",
+    "jchain.images",
     "jchain.train",
     "jchain.agent.observations",
     "jchain.agent.pretrain",

@@ -7,10 +7,9 @@ from jchain.arguments.values import (
     check_functions,
     check_instances,
     check_integers,
-    check_key,
-    check_keys,
     check_numbers,
     is_integer,
+    read_array,
 )
 
 __all__ = [
@@ -20,9 +19,8 @@ __all__ = [
     "check_functions",
     "check_instances",
     "check_integers",
-    "check_key",
-    "check_keys",
     "check_numbers",
     "checked",
     "is_integer",
+    "read_array",
 ]

@@ -9,9 +9,11 @@ import functools
 import inspect
 import math
 import os
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, Union
 
 import jax
@@ -19,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jchain._typing import Activations
 from jchain.arguments.values import is_integer, is_key, read_number
 from jchain.pytree import describe_type, shorten
 
@@ -53,10 +56,12 @@ class _Expectation(NamedTuple):
     Attributes:
       words: a description for errors.
       accepts: returns whether a value is allowed.
+      axes: the names of the axes of an array. Axes of one name must have one size in all arguments.
     """
 
     words: str
     accepts: Callable[[object], bool]
+    axes: tuple[str, ...] = ()
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
@@ -70,24 +75,28 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
 
     Returns:
       The function with the checks. It raises a `ValueError` that names the argument, what was
-      expected, and what came.
+      expected, and what came. Axes of one name must have one size in all arguments, and in what has
+      `axis_sizes`, such as a problem.
     """
     names = list(inspect.signature(function).parameters)
 
     @functools.cache
     def read_hints() -> dict[str, _Expectation]:
-        hints = typing.get_type_hints(inspect.unwrap(function))
-        found = {name: _read(hints[name]) for name in names if name in hints}
-        return {name: expectation for name, expectation in found.items() if expectation}
+        return _read_annotations(inspect.unwrap(function), names)
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
-        expected = read_hints()
+        if not kwargs.keys() <= set(names):
+            return function(*args, **kwargs)  # which names the unknown argument
+        expected, sizes = read_hints(), {}
         for name, value in (*zip(names, args, strict=False), *kwargs.items()):
-            if name in expected and not expected[name].accepts(value):
-                raise ValueError(
-                    f"expected {name} to be {expected[name].words}, got {_describe(value)}"
-                )
+            if hasattr(type(value), "axis_sizes"):
+                sizes = _get_own_sizes(name, value) | sizes
+            if name not in expected:
+                continue
+            _check(name, value, expected[name])
+            if expected[name].axes and value is not None:
+                _check_sizes(name, value, expected[name].axes, sizes)
         return function(*args, **kwargs)
 
     return wrapper
@@ -103,14 +112,58 @@ def check_fields(instance: object) -> None:
       ValueError: if a field holds something else, with its name, what was expected, and what came.
     """
     for name, expectation in _read_fields(type(instance)).items():
-        if not expectation.accepts(value := getattr(instance, name)):
-            raise ValueError(f"expected {name} to be {expectation.words}, got {_describe(value)}")
+        _check(name, getattr(instance, name), expectation)
 
 
 @functools.cache
 def _read_fields(cls: type) -> dict[str, _Expectation]:
-    found = {name: _read(hint) for name, hint in typing.get_type_hints(cls).items()}
-    return {name: expectation for name, expectation in found.items() if expectation}
+    return _read_annotations(cls, [*inspect.get_annotations(cls)])
+
+
+def _read_annotations(source: Any, names: Sequence[str]) -> dict[str, _Expectation]:
+    """Return what the annotations of a function or class allow, without those that allow all."""
+    scope, found = vars(sys.modules[source.__module__]), {}
+    for name in names:
+        one = types.SimpleNamespace(__annotations__={name: source.__annotations__.get(name, Any)})
+        try:
+            expectation = _read(typing.get_type_hints(one, scope)[name])
+        except NameError:  # a type that is imported only for type checkers
+            continue
+        if expectation:
+            found[name] = expectation
+    return found
+
+
+def _check(name: str, value: object, expectation: _Expectation) -> None:
+    if not expectation.accepts(value):
+        raise ValueError(f"expected {name} to be {expectation.words}, got {_describe(value)}")
+
+
+def _get_own_sizes(name: str, value: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {axis: (name, (size,)) for axis, size in value.axis_sizes.items()}
+
+
+def _check_sizes(
+    name: str, value: object, axes: tuple[str, ...], sizes: dict[str, tuple[str, tuple[int, ...]]]
+) -> None:
+    """Check that named axes have the sizes that earlier arguments gave them, and note new ones."""
+    shape = np.shape(value)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    variadic = next((i for i, axis in enumerate(axes) if axis.startswith(("*", "..."))), None)
+    num_last = 0 if variadic is None else len(axes) - variadic - 1
+    for i, axis in enumerate(axes):
+        if i == variadic:
+            found = shape[i : len(shape) - num_last]
+        else:
+            place = i if variadic is None or i < variadic else i - len(axes)
+            found = shape[place : place + 1 or None]
+        if axis in ("...", "_"):
+            continue
+        other, known = sizes.setdefault(axis, (name, found))
+        if found != known:
+            raise ValueError(
+                f"expected {name} of shape [{', '.join(axes)}] with {axis.lstrip('*')} = "
+                f"{', '.join(map(str, known)) or 'no axes'}, as in {other}, got {list(shape)}"
+            )
 
 
 def _describe(value: object) -> str:
@@ -138,7 +191,18 @@ def _read(hint: Any) -> _Expectation | None:
     if origin in (Sequence, Iterable, list):
         return _read_sequence(args[0])
     if origin in (Mapping, dict):
-        return _Expectation("a dict", lambda value: isinstance(value, Mapping))
+        item = _read(args[1])
+        return _Expectation(
+            f"a dict{f', each value {item.words}' if item else ''}",
+            lambda value: (
+                isinstance(value, Mapping)
+                and (item is None or all(map(item.accepts, value.values())))
+            ),
+        )
+    if hint == Activations:
+        return _Expectation("an array or a pytree of arrays, with examples on axis 0", _is_batch)
+    if os.PathLike in (hint, origin) or hint is Path:
+        return _Expectation("a path", lambda value: isinstance(value, os.PathLike))
     if hasattr(hint, "dim_str"):
         return _read_array(hint.__name__.partition("[")[0], hint.dim_str)
     return _read_class(hint) if origin is None and isinstance(hint, type) else None
@@ -153,8 +217,12 @@ def _read_union(hints: Sequence[Any]) -> _Expectation | None:
         return None
     found = [member for member in members if member]
     words = list(dict.fromkeys(member.words for member in found))
+    axes = next((member.axes for member in found if member.axes), ())
+    is_one_kind = all(member.axes == axes for member in found if member.words != "None")
     return _Expectation(
-        " or ".join(words), lambda value: any(member.accepts(value) for member in found)
+        " or ".join(words),
+        lambda value: any(member.accepts(value) for member in found),
+        axes if is_one_kind else (),
     )
 
 
@@ -183,13 +251,11 @@ def _read_sequence(hint: Any) -> _Expectation:
     item = _read(hint)
 
     def accepts(value: object) -> bool:
-        if isinstance(value, Tracer):
-            return value.ndim > 0
-        if isinstance(value, jax.Array | np.ndarray):
-            value = np.asarray(value)
+        if isinstance(value, np.ndarray):
             return value.ndim > 0 and (item is None or all(map(item.accepts, value)))
-        is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-        return is_sequence and (item is None or all(map(item.accepts, value)))
+        if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+            return False
+        return item is None or all(map(item.accepts, value))
 
     return _Expectation(f"a sequence{f', each item {item.words}' if item else ''}", accepts)
 
@@ -217,13 +283,15 @@ def _read_array(kind: str, axes: str) -> _Expectation | None:
             return False
         return is_kind and (len(shape) == num_axes if is_exact else len(shape) >= num_axes)
 
-    if not names:
-        return _Expectation(f"{words} with no axes", accepts)
-    return _Expectation(f"{words} of shape [{', '.join(names)}]", accepts)
+    if not names:  # one number
+        return _Expectation(
+            f"{words} with no axes", lambda value: accepts(value) and _is_number(value)
+        )
+    return _Expectation(f"{words} of shape [{', '.join(names)}]", accepts, tuple(names))
 
 
 def _read_class(cls: Any) -> _Expectation | None:
-    if cls is object or cls.__name__.startswith("PyTree"):
+    if cls in (object, Any) or cls.__name__.startswith("PyTree"):
         return None
     plain: dict[type, _Expectation] = {
         bool: _Expectation("True or False", lambda value: isinstance(value, bool | np.bool_)),
@@ -236,8 +304,6 @@ def _read_class(cls: Any) -> _Expectation | None:
     }
     if cls in plain:
         return plain[cls]
-    if issubclass(cls, os.PathLike):
-        return _Expectation("a path", lambda value: isinstance(value, os.PathLike))
     words = _WORDS.get(cls.__name__, f"a jc.{cls.__name__}")
     if getattr(cls, "_is_protocol", False):
         members = [name for name in vars(cls) if not name.startswith("_") or name == "__call__"]
@@ -265,6 +331,18 @@ def _is_array(value: object) -> bool:
     if isinstance(value, type):
         return False
     return isinstance(value, _NUMBERS) or (hasattr(value, "dtype") and hasattr(value, "shape"))
+
+
+def _is_batch(value: object) -> bool:
+    """Return whether a value is a pytree of arrays of numbers with at least one example."""
+    leaves = jax.tree.leaves(value)
+    shapes = [getattr(leaf, "shape", None) for leaf in leaves]
+    if not all(isinstance(shape, tuple) and shape and shape[0] > 0 for shape in shapes):
+        return False
+    kinds = (np.number, np.bool_)
+    return bool(leaves) and all(
+        any(jnp.issubdtype(leaf.dtype, kind) for kind in kinds) for leaf in leaves
+    )
 
 
 def _is_number(value: object) -> bool:

@@ -133,28 +133,27 @@ def check_instances(kind: type, example: str, **values: object) -> None:
             raise ValueError(f"expected {name} such as {example}, got {describe_type(value)}")
 
 
-def check_key(key: object) -> None:
-    """Check that a value is one typed PRNG key.
+def read_array(
+    name: str, value: Any, dtype: type[np.float64] | type[np.float32] | None = None
+) -> np.ndarray:
+    """Return a value as an array in host memory.
 
     Args:
-      key: the value.
+      name: the name of the argument, for the error.
+      value: an array, a number, or nested sequences of numbers or strings.
+      dtype: the dtype of the array; None for that of the values.
 
     Raises:
-      ValueError: if it is something else, for example a number or a key of `jax.random.PRNGKey`.
+      ValueError: if the value is something else.
     """
-    _check_keys(key, 0, "one key of jax.random.key")
-
-
-def check_keys(keys: object) -> None:
-    """Check that a value is an array of typed PRNG keys, `[S]`.
-
-    Args:
-      keys: the value.
-
-    Raises:
-      ValueError: if it is something else, or has no keys.
-    """
-    _check_keys(keys, 1, "keys of jax.random.key of shape [S], at least one")
+    try:
+        array = np.asarray(value, dtype)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        array = None
+    if array is None or array.dtype.kind not in "biufSU":
+        kind = "numbers or strings" if dtype is None else "numbers"
+        raise ValueError(f"expected {name} to be an array of {kind}, got {describe_type(value)}")
+    return array
 
 
 def is_key(keys: object, num_axes: int) -> bool:
@@ -172,13 +171,6 @@ def is_key(keys: object, num_axes: int) -> bool:
     except TypeError:
         return False
     return is_key_type and len(shape) == num_axes and 0 not in shape
-
-
-def _check_keys(keys: object, num_axes: int, expected: str) -> None:
-    if not is_key(keys, num_axes):
-        dtype = getattr(keys, "dtype", None)
-        got = describe_type(keys) if dtype is None else f"{dtype}{list(np.shape(keys))}"
-        raise ValueError(f"expected {expected}, got {got}")
 
 
 def read_number(value: Any) -> float:

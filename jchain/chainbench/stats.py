@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jchain._typing import Float
-from jchain.arguments import checked
+from jchain.arguments import check_at_least_one, checked, read_array
 
 
 class Estimate(NamedTuple):
@@ -38,6 +38,7 @@ def iqm(
       ValueError: if the scores do not have shape `[M, S]` or are not finite.
     """
     scores = _check(scores)
+    check_at_least_one(num_resamples=num_resamples)
 
     def statistic(*rows: np.ndarray, axis: int = -1) -> np.ndarray | np.floating:
         from scipy.stats import trim_mean
@@ -74,6 +75,8 @@ def probability_of_improvement(
             f"expected scores of the same problems, got {len(scores)} and {len(others)}"
         )
 
+    check_at_least_one(num_resamples=num_resamples)
+
     def statistic(*rows: np.ndarray, axis: int = -1) -> np.ndarray | np.floating:
         del axis  # scipy moves the resampled axis last
         half = len(rows) // 2
@@ -90,7 +93,7 @@ def probability_of_improvement(
 
 
 def _check(scores: np.ndarray | Sequence[object]) -> Float[np.ndarray, "M S"]:
-    scores = np.asarray(scores, np.float64)
+    scores = read_array("scores", scores, np.float64)
     if scores.ndim != 2 or scores.size == 0:
         raise ValueError(f"expected scores of shape [M, S], at least one, got {list(scores.shape)}")
     if not np.isfinite(scores).all():

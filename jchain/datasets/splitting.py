@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from jchain.arguments import read_array
+
 # Fractions of the examples that go to train, search, select, and test.
 SHARES = (0.5, 0.2, 0.15, 0.15)
 SPLITS = ("train", "search", "select", "test")
@@ -24,7 +26,7 @@ def split_groups(
     Raises:
       ValueError: if there is not one group per example, or there are fewer groups than splits.
     """
-    groups = np.asarray(groups)
+    groups = read_array("groups", groups)
     if groups.shape != (num_examples,):
         raise ValueError(f"expected groups of shape [{num_examples}], got {list(groups.shape)}")
     names, member_of, sizes = np.unique(groups, return_inverse=True, return_counts=True)

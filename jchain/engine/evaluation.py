@@ -21,7 +21,7 @@ from jchain.bank import Bank
 from jchain.chain import ChainsLike
 from jchain.data import Batch
 from jchain.engine.backend import default_memory_limit, get_backend, has_own_program
-from jchain.engine.layer_calls import apply_token
+from jchain.engine.layer_calls import apply_token, explain_wrong_input
 from jchain.engine.plans import Plan
 from jchain.engine.population import (
     Evaluation,
@@ -89,20 +89,22 @@ def apply_chain(bank: Bank, chain: ChainsLike, x: Activations) -> Float[Array, "
       The outputs of the head, `[B, ...]`.
 
     Raises:
-      ValueError: if `chain` is not a chain of this bank.
+      ValueError: if `chain` is not a chain of this bank, or the bank does not accept `x`.
     """
     tokens = jnp.asarray(bank.validate(chain) if is_concrete(chain) else chain)
     if tokens.ndim != 1:
         raise ValueError(f"expected one chain of shape [L], got {list(tokens.shape)}")
     if bank.stages is not None:
         bank = binding.bind(bank, x)
-    hidden = bank.embed(x)
-    for token in tokens[:-1]:
-        is_layer = (token >= 0) & (token < bank.num_layers)
-        hidden = jax.lax.cond(
-            is_layer, partial(apply_token, bank.layers), lambda _, h: h, token, hidden
-        )
-    return apply_token(bank.heads, tokens[chain_lib.count_layers(tokens, bank.num_layers)], hidden)
+    with explain_wrong_input(bank, x):
+        hidden = bank.embed(x)
+        for token in tokens[:-1]:
+            is_layer = (token >= 0) & (token < bank.num_layers)
+            hidden = jax.lax.cond(
+                is_layer, partial(apply_token, bank.layers), lambda _, h: h, token, hidden
+            )
+        length = chain_lib.count_layers(tokens, bank.num_layers)
+        return apply_token(bank.heads, tokens[length], hidden)
 
 
 @checked
@@ -403,7 +405,9 @@ def _evaluate_any_size(
 
 def _is_supported(dtype: DTypeLike) -> bool:
     try:
-        return jnp.dtype(dtype) in map(jnp.dtype, _DTYPES)
+        # NumPy reads a tuple as a structured dtype.
+        is_one = not isinstance(dtype, tuple | list | dict)
+        return is_one and jnp.dtype(dtype) in map(jnp.dtype, _DTYPES)
     except (TypeError, ValueError):  # not a dtype, such as torch.float32
         return False
 

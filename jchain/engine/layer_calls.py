@@ -1,5 +1,6 @@
 """Calls of layers and heads, and estimates of the memory that they take."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TypeVar
@@ -10,8 +11,9 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from jchain._typing import Activations, Array, Int, PyTree
-from jchain.groups import LayerGroup
-from jchain.modules import Module, apply_module
+from jchain.bank import Bank
+from jchain.groups import LayerGroup, check_keeps_shape, infer_head_output
+from jchain.modules import Module, apply_module, check_stem
 from jchain.modules.activations import count_examples
 from jchain.problem import Problem
 from jchain.pytree import pick
@@ -21,6 +23,28 @@ T = TypeVar("T")
 # The largest number of bytes that one call of a head may return. If the outputs would be larger,
 # such as the logits of a large vocabulary, the examples are split into parts.
 _OUTPUT_LIMIT = 2**26
+
+
+@contextlib.contextmanager
+def explain_wrong_input(bank: Bank, x: PyTree) -> Iterator[None]:
+    """Raise a clear error if a computation fails because the bank does not accept its input.
+
+    Args:
+      bank: the bank.
+      x: a batch of raw input, or what stands in its place.
+
+    Raises:
+      ValueError: if the stem, a layer, or a head does not accept its input.
+    """
+    try:
+        yield
+    except Exception:
+        hidden = check_stem(bank.stem, bank.stem_params, x)
+        for group in bank.layers:
+            check_keeps_shape(group, hidden, bank.names)
+        for group in bank.heads:
+            infer_head_output(group, hidden, bank.names)
+        raise
 
 
 def apply_token(

@@ -6,6 +6,7 @@ original model, which is one of `Bank.parents`.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from jchain._typing import Activations, Array, Float, Int
 from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.engine.evaluation import evaluate
-from jchain.engine.layer_calls import apply_token
+from jchain.engine.layer_calls import apply_token, explain_wrong_input
 from jchain.hub.wrapping import Within, find_restarts
 from jchain.modules.activations import check_one_array
 from jchain.problem import Problem
@@ -179,15 +180,19 @@ def compute_influence(
       float32[D]; the influence of each layer, in the order of the chain.
 
     Raises:
-      ValueError: if activations are not one array.
+      ValueError: if `chain` is not a chain of this bank, activations are not one array, or the bank
+        does not accept `x`.
     """
-    hidden, found = bank.embed(x), []
+    tokens, found = bank.validate(chain), []
+    with explain_wrong_input(bank, x):
+        hidden = bank.embed(x)
+        jax.eval_shape(partial(apply_token, bank.layers), tokens[0], hidden)
     check_one_array(activations=hidden)
     # Any features after these are the embeddings of other models.
     features = next(
         (group.module.features for group in bank.layers if isinstance(group.module, Within)), None
     )
-    for token in chain[:-1]:
+    for token in tokens[tokens < bank.num_layers]:
         output = _apply(bank.without_names(), jnp.asarray(token), hidden)
         a, b = (part[..., :features].astype(jnp.float32) for part in (hidden, output))
         lengths = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)

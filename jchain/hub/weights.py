@@ -154,7 +154,10 @@ def choose_dtype(found: set[str], dtype: DTypeLike | None, location: str) -> np.
             "set dtype to choose one"
         )
     try:
-        chosen = jnp.dtype(min(found) if dtype is None else dtype)
+        # NumPy reads a tuple as a structured dtype.
+        chosen = None
+        if not isinstance(dtype, tuple | list | dict):
+            chosen = jnp.dtype(min(found) if dtype is None else dtype)
     except (TypeError, ValueError):  # not a dtype, such as torch.bfloat16 or "auto"
         chosen = None
     if chosen is None or chosen.name not in DTYPES.values():

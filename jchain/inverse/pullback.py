@@ -16,16 +16,16 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from jchain._typing import Activations, Array, Float, Int, PyTree
-from jchain.arguments import checked
+from jchain._typing import Activations, Array, Float, Int, PyTree, Shaped
+from jchain.arguments import check_integers, checked
 from jchain.bank import Bank
-from jchain.engine.layer_calls import apply_token
+from jchain.engine.layer_calls import apply_token, explain_wrong_input
 from jchain.gradient.linearize import flatten_rows
 from jchain.groups import LayerGroup
 from jchain.inverse.pullback_head import pull_back_head
 from jchain.modules.activations import check_one_array, to_one_array
 from jchain.problem import Problem
-from jchain.pytree import get_first_line
+from jchain.pytree import get_first_line, is_concrete, shorten
 from jchain.stages.binding import check_no_stages
 
 # The maximum number of steps of conjugate gradients for a head, and their damping. They take one
@@ -230,8 +230,16 @@ def target_logits(
       confidence: the probability of the label.
 
     Raises:
-      ValueError: if the confidence is not between `1 / num_classes` and 1.
+      ValueError: if there are fewer than 2 classes, a label is not one of them, or the confidence
+        is not between `1 / num_classes` and 1.
     """
+    check_integers(at_least=2, num_classes=num_classes)
+    if (
+        is_concrete(labels)
+        and labels.size
+        and not bool(((labels >= 0) & (labels < num_classes)).all())
+    ):
+        raise ValueError(f"expected labels in 0..{num_classes - 1}, got {shorten(labels)}")
     if not 1 / num_classes < confidence < 1:
         raise ValueError(f"expected a confidence between 1/{num_classes} and 1, got {confidence}")
     odds = jnp.log(confidence * (num_classes - 1) / (1 - confidence))
@@ -240,8 +248,11 @@ def target_logits(
 
 @checked
 def target_outputs(
-    outputs: Array, y: Array, loss_fn: Callable[..., Array], confidence: float = 0.99
-) -> Array:
+    outputs: Float[Array, "B ..."],
+    y: Shaped[Array, "B ..."],
+    loss_fn: Callable[..., Array],
+    confidence: float = 0.99,
+) -> Float[Array, "B ..."]:
     """Return outputs with a low loss.
 
     They are `target_logits` for the default loss, and `y` itself for any other loss.
@@ -314,9 +325,14 @@ def condition_numbers(
       x: the raw input, `[B, ...]`.
 
     Raises:
-      ValueError: if a token is out of range, or activations are not one array.
+      ValueError: if a token is out of range, activations are not one array, or the bank does not
+        accept `x`.
     """
-    check_one_array(activations=jax.eval_shape(bank.embed, x))
+    with explain_wrong_input(bank, x):
+        check_one_array(activations=jax.eval_shape(bank.embed, x))
+        jax.eval_shape(
+            partial(apply_token, bank.layers, jnp.array(0)), jax.eval_shape(bank.embed, x)
+        )
     tokens = [token for token in _check_suffix(bank, chain) if token < bank.num_layers]
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         layers, hidden = jax.tree.map(_to_float64, (bank.layers, np.asarray(bank.embed(x))))

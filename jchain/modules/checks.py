@@ -120,10 +120,12 @@ def check_stem(stem: Module | None, params: PyTree, x: PyTree) -> PyTree:
       x: a batch of raw input, one array or a pytree of arrays, or their shapes and dtypes.
 
     Raises:
-      ValueError: if the stem does not accept this input, or an array of a pytree that it returns
-        does not have the examples on its leading axis.
+      ValueError: if there are params but no stem, the stem does not accept this input, or an array
+        of a pytree that it returns does not have the examples on its leading axis.
     """
     if stem is None:
+        if params is not None:
+            raise ValueError("expected a stem with stem_params, got only stem_params")
         return x
     name = f"stem {describe_module(stem)}"
     out = infer_output(stem, *split_variables(stem, params), x, name)

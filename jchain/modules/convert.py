@@ -83,7 +83,9 @@ def convert_stem(stem: ModuleLike | None, params: PyTree) -> tuple[Module | None
       ValueError: as for `convert`.
     """
     if stem is None:
-        return None, params
+        if params is not None:
+            raise ValueError("expected a stem with stem_params, got only stem_params")
+        return None, None
     module, params, state = convert(stem, params, "stem")
     return module, params if state is None else {"params": params, **state}
 

@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
+from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.chain import ChainsLike, pad
 from jchain.plot.axes import get_axes
+from jchain.pytree import shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+@checked
 def chains(
     bank: Bank,
     chains: ChainsLike,
@@ -86,6 +89,8 @@ def draw_chains(
 
 def _pad(chains: ChainsLike) -> np.ndarray:
     """Pad one list of tokens, or several."""
+    if not isinstance(chains, Sequence) and np.ndim(chains) == 0:
+        raise ValueError(f"expected chains as lists of tokens, got {shorten(chains)}")
     is_one = all(np.ndim(item) == 0 for item in chains)  # pyright: ignore
     return pad([chains] if is_one else chains)  # pyright: ignore
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jchain._typing import Array, Float
+from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.chain import ChainsLike
 from jchain.plot.axes import get_axes
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+@checked
 def swap_scores(
     bank: Bank,
     chain: ChainsLike,
@@ -52,6 +54,7 @@ def swap_scores(
     return ax
 
 
+@checked
 def policy(
     bank: Bank,
     probabilities: Float[Array, "L E"] | Float[np.ndarray, "L E"],
@@ -83,6 +86,7 @@ def policy(
     return ax
 
 
+@checked
 def block_runs(
     changes: Float[Array, "D D"] | Float[np.ndarray, "D D"],
     *,

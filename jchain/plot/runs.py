@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jchain.arguments import checked
 from jchain.plot.axes import get_axes
 from jchain.pytree import describe_type
 from jchain.runs.front import Front
@@ -19,6 +20,7 @@ _NUM_POINTS = 200
 _QUANTILE = 0.975
 
 
+@checked
 def curve(
     results: Result | Sequence[Result], *, label: str | None = None, ax: "Axes | None" = None
 ) -> "Axes":
@@ -63,6 +65,7 @@ def curve(
     return ax
 
 
+@checked
 def front(
     results: Result | Sequence[Result] | Front,
     *,

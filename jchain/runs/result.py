@@ -9,9 +9,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jchain._typing import Array, Bool, Float, Int, Key, PyTree
-from jchain.arguments import checked
+from jchain.arguments import checked, read_array
 from jchain.problem import Problem
-from jchain.pytree import describe_type
+from jchain.pytree import describe_type, shorten
 from jchain.runs import result_json
 from jchain.runs.front import Front, find_front
 from jchain.runs.scored_chains import ScoredChains
@@ -30,8 +30,14 @@ class Curve(NamedTuple):
 
         Args:
           budgets: the budgets in layer calls, `[B]`.
+
+        Raises:
+          ValueError: if a budget is not a number.
         """
-        step = np.searchsorted(self.layer_calls, np.asarray(budgets), side="right") - 1
+        limits = read_array("budgets", budgets, np.float64)
+        if np.isnan(limits).any():
+            raise ValueError(f"expected budgets to be numbers, got {shorten(budgets)}")
+        step = np.searchsorted(self.layer_calls, limits, side="right") - 1
         return np.where(step >= 0, self.best_loss[np.maximum(step, 0)], np.inf)
 
 
@@ -95,6 +101,7 @@ class Result(NamedTuple):
         return result_json.dump(fields)
 
     @staticmethod
+    @checked
     @checked
     def from_json(text: str) -> "Result":
         """Return the result that `to_json` wrote. Its `state` is None; arrays are NumPy arrays.

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jchain._typing import Float
-from jchain.arguments import checked
+from jchain.arguments import checked, read_array
 
 Images = Float[np.ndarray, "B H W"]
 # The number of columns or rows by which images are shifted.
@@ -57,7 +57,7 @@ def damage(images: ArrayLike, faults: Sequence[str]) -> Float[np.ndarray, "B H W
     Raises:
       ValueError: if a fault is unknown, or the images are not square.
     """
-    images = np.asarray(images, np.float32)
+    images = read_array("images", images, np.float32)
     if images.ndim != 3 or images.shape[1] != images.shape[2]:
         raise ValueError(f"expected square images [B, H, H], got {list(images.shape)}")
     check_faults(faults)
