@@ -14,10 +14,23 @@ import jax.numpy as jnp
 from jchain._typing import Activations, Array, Float, Int
 from jchain.arguments import checked
 from jchain.engine.draws import draw_signs
-from jchain.engine.layer_calls import apply_all, apply_token
-from jchain.modules.activations import check_floating, join_floating, pull_back_floating
+from jchain.engine.layer_calls import (
+    apply_all,
+    apply_token,
+    count_examples_per_call,
+    evaluate_heads,
+    get_output_shape,
+    has_large_outputs,
+    map_in_parts,
+)
+from jchain.modules.activations import (
+    check_floating,
+    count_examples,
+    join_floating,
+    pull_back_floating,
+)
 from jchain.problem import Problem
-from jchain.pytree import upcast
+from jchain.pytree import pick, upcast
 
 NUM_FEATURES = 12
 # The length of a sketch of activations or gradients, not counting the number for its scale.
@@ -76,13 +89,13 @@ def observe(problem: Problem, hidden: Activations, parent: Activations) -> Obser
       hidden: the activations of the prefix, `[B, ...F]`, or a pytree of such arrays.
       parent: the activations of the prefix without its last layer, like `hidden`.
     """
-    outputs, loss, accuracy = _apply_heads(problem, hidden)
-    best, each, by_outputs, by_hidden = _differentiate(problem, hidden, outputs, loss)
+    heads = _observe_heads(problem, hidden)
+    loss, best = heads.loss, heads.best
     hidden, parent = upcast(join_floating(hidden)), upcast(join_floating(parent))
-    size = jnp.abs(each).astype(jnp.float32)
+    size = jnp.abs(heads.each).astype(jnp.float32)
 
-    rows, residual = _sketch(hidden), _sketch(by_outputs)
-    labels = _one_hot(problem, outputs)
+    rows, residual = _sketch(hidden), heads.residual
+    labels = _one_hot(problem, hidden)
     targets = residual if labels is None else jnp.concatenate([_sketch(labels), residual], axis=1)
     rows -= rows.mean(axis=0, keepdims=True)
     scale = jnp.sqrt(jnp.mean(rows**2) + 1e-12)
@@ -94,9 +107,9 @@ def observe(problem: Problem, hidden: Activations, parent: Activations) -> Obser
         compress_loss(loss[best]),
         compress_loss(jnp.mean(size**2) ** 0.5),
         compress_loss(jnp.mean(size**0.5) ** 2),
-        accuracy[best],
+        heads.accuracy[best],
         0.5 * jnp.log(jnp.mean(residual**2) + 1e-9),
-        jnp.log(scale * jnp.sqrt(jnp.mean(by_hidden**2)) + 1e-6),
+        jnp.log(scale * jnp.sqrt(jnp.mean(heads.by_hidden**2)) + 1e-6),
         _log_share(unexplained[:, :num_labels] if num_labels else unexplained),
         _log_share(unexplained[:, num_labels:]),
         jnp.log(scale),
@@ -124,8 +137,8 @@ def observe_activations(problem: Problem, hidden: Activations, parent: Activatio
       hidden: the activations of the prefix, `[B, ...F]`, or a pytree of such arrays.
       parent: the activations of the prefix without its last layer, like `hidden`; not used.
     """
-    outputs, loss, _ = _apply_heads(problem, hidden)
-    return Observation(_summarize(join_floating(hidden), _one_hot(problem, outputs)), loss)
+    loss, _ = _score_heads(problem, hidden)
+    return Observation(_summarize(join_floating(hidden), _one_hot(problem, hidden)), loss)
 
 
 @checked
@@ -139,9 +152,8 @@ def observe_gradients(problem: Problem, hidden: Activations, parent: Activations
       hidden: the activations of the prefix, `[B, ...F]`, or a pytree of such arrays.
       parent: the activations of the prefix without its last layer, like `hidden`; not used.
     """
-    outputs, loss, _ = _apply_heads(problem, hidden)
-    by_hidden = _differentiate(problem, hidden, outputs, loss)[-1]
-    return Observation(_summarize(by_hidden, _one_hot(problem, outputs)), loss)
+    heads = _observe_heads(problem, hidden)
+    return Observation(_summarize(heads.by_hidden, _one_hot(problem, hidden)), heads.loss)
 
 
 @dataclass(frozen=True)
@@ -190,32 +202,76 @@ def lowest(loss: Float[Array, "K"]) -> Float[Array, ""]:
     return jnp.min(jnp.where(jnp.isfinite(loss), loss, jnp.inf))
 
 
-def _apply_heads(problem: Problem, hidden: Activations) -> tuple[Array, Array, Array]:
-    """Compute the outputs of the heads, their losses, and their accuracies."""
-    outputs = apply_all(problem.bank.heads, hidden)
-    return outputs, *jax.vmap(problem.loss_and_accuracy)(outputs)
+class _Heads(NamedTuple):
+    """What an observation reads from the heads."""
+
+    loss: Float[Array, "K"]
+    accuracy: Float[Array, "K"]
+    best: Int[Array, ""]  # the head with the lowest loss
+    each: Float[Array, "B"]  # the losses of its examples
+    # gradients of the sum of these losses with respect to the outputs of the head, as a sketch of
+    # at most 128 examples, and with respect to the activations, joined like these
+    residual: Float[Array, "b C"]
+    by_hidden: Float[Array, "B ..."]
+
+
+def _score_heads(problem: Problem, hidden: Activations) -> tuple[Array, Array]:
+    """Compute the losses of the heads, and their accuracies."""
+    heads = problem.bank.heads
+    return evaluate_heads(problem, lambda h: apply_all(heads, pick(h, 0)), pick(hidden, None))
+
+
+def _observe_heads(problem: Problem, hidden: Activations) -> _Heads:
+    """Apply all heads, and differentiate the loss of the best one.
+
+    If the outputs are large, examples are processed in parts.
+    """
+    check_floating(hidden)
+    heads, num_layers = problem.bank.heads, problem.bank.num_layers
+    if not has_large_outputs(problem, hidden, problem.bank.num_heads):
+        outputs = apply_all(heads, hidden)
+        loss, accuracy = jax.vmap(problem.loss_and_accuracy)(outputs)
+        best = jnp.argmin(jnp.where(jnp.isfinite(loss), loss, jnp.inf))
+        each, by_outputs, by_hidden = _differentiate(problem, best, hidden, outputs[best])
+        return _Heads(loss, accuracy, best, each, _sketch(by_outputs), by_hidden)
+    loss, accuracy = _score_heads(problem, hidden)
+    best = jnp.argmin(jnp.where(jnp.isfinite(loss), loss, jnp.inf))
+
+    def observe_part(rows: Array) -> tuple[Array, Array, Array]:
+        part = pick(hidden, rows)
+        outputs = apply_token(heads, num_layers + best, part)
+        each, by_outputs, by_hidden = _differentiate(problem.take(rows), best, part, outputs)
+        return each, _sketch_columns(_rows(by_outputs)), by_hidden
+
+    num_examples = count_examples(hidden)
+    size = count_examples_per_call(problem, hidden, 1)
+    parts, rest = map_in_parts(observe_part, num_examples, size)
+    each, residual, by_hidden = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), parts)
+    if rest is not None:
+        each, residual, by_hidden = (
+            jnp.concatenate(pair) for pair in zip((each, residual, by_hidden), rest, strict=True)
+        )
+    return _Heads(loss, accuracy, best, each, _subsample(residual), by_hidden)
 
 
 def _differentiate(
-    problem: Problem, hidden: Activations, outputs: Array, loss: Array
-) -> tuple[Array, Array, Array, Array]:
-    """Return the best head, its losses per example, and two gradients of their sum.
+    problem: Problem, best: Array, hidden: Activations, outputs: Array
+) -> tuple[Array, Array, Array]:
+    """Return the losses of a head's examples, and two gradients of their sum.
 
     The gradients are with respect to the outputs of the head and with respect to the activations,
     joined like these.
     """
-    check_floating(hidden)
     heads, num_layers = problem.bank.heads, problem.bank.num_layers
-    best = jnp.argmin(jnp.where(jnp.isfinite(loss), loss, jnp.inf))
 
     def sum_losses(out: Array) -> tuple[Array, Array]:
         each = _rows(problem.loss_fn(out, problem.data.y)).mean(axis=1)
         return each.sum(), each
 
-    by_outputs, each = jax.grad(sum_losses, has_aux=True)(upcast(outputs[best]))
+    by_outputs, each = jax.grad(sum_losses, has_aux=True)(upcast(outputs))
     pull = pull_back_floating(lambda h: apply_token(heads, num_layers + best, h), hidden)
     by_hidden = join_floating(pull(by_outputs.astype(outputs.dtype)))
-    return best, each, by_outputs, upcast(by_hidden)
+    return each, by_outputs, upcast(by_hidden)
 
 
 def _summarize(
@@ -248,7 +304,11 @@ def _subsample(array: Float[Array, "B ..."]) -> Float[Array, "b ..."]:
 
 def _sketch(array: Float[Array, "B ..."]) -> Float[Array, "b C"]:
     """Reduce to at most 128 rows and 64 columns, preserving inner products in expectation."""
-    rows = _rows(_subsample(array)).astype(jnp.float32)
+    return _sketch_columns(_rows(_subsample(array)))
+
+
+def _sketch_columns(rows: Float[Array, "b R"]) -> Float[Array, "b C"]:
+    rows = rows.astype(jnp.float32)
     if rows.shape[1] <= _MAX_COLUMNS:
         return rows
     place_key, sign_key = jax.random.split(jax.random.key(_SKETCH_SEED))
@@ -257,10 +317,10 @@ def _sketch(array: Float[Array, "B ..."]) -> Float[Array, "b C"]:
     return jax.ops.segment_sum((rows * sign[None]).T, place, _MAX_COLUMNS).T
 
 
-def _one_hot(problem: Problem, outputs: Float[Array, "K B ..."]) -> Float[Array, "B C"] | None:
+def _one_hot(problem: Problem, hidden: Activations) -> Float[Array, "B C"] | None:
     """Return one-hot labels, `[B, C]`, if each example has one class, and None otherwise."""
-    y = problem.data.y
-    if not jnp.issubdtype(y.dtype, jnp.integer) or y.ndim != 1 or outputs.ndim != 3:
+    y, outputs = problem.data.y, get_output_shape(problem, hidden)
+    if not jnp.issubdtype(y.dtype, jnp.integer) or y.ndim != 1 or outputs.ndim != 2:
         return None
     return jax.nn.one_hot(y, outputs.shape[-1], dtype=jnp.float32)
 

@@ -1,6 +1,6 @@
 """The tables that `jchain search` prints, and a drawing of the chain found."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from jchain.cli.records import (
@@ -35,7 +35,7 @@ class TextTable(NamedTuple):
 
 
 def print_text_table(table: TextTable) -> None:
-    """Print a table.
+    """Print a table, or, if the terminal is too narrow for it, a list with a line per cell.
 
     Args:
       table: the table.
@@ -55,7 +55,25 @@ def print_text_table(table: TextTable) -> None:
         )
     for row in table.rows:
         shown.add_row(*map(escape, row))
-    make_console().print(shown)
+    console = make_console()
+    drawn = "".join(part.text for line in console.render_lines(shown) for part in line)
+    cells = [cell for row in table.rows for i, cell in enumerate(row) if i not in table.names]
+    if all(word in drawn for word in " ".join(cells).split()):
+        console.print(shown)
+        return
+    for line in _list_cells(table):
+        console.print(line, highlight=False, markup=False)
+    console.print()
+
+
+def _list_cells(table: TextTable) -> Iterator[str]:
+    """List the cells of a table: the name of each row, and its other cells below it."""
+    yield table.title
+    for row in table.rows:
+        yield " ".join(row[i] for i in table.names) or row[0]
+        for i, (title, cell) in enumerate(zip(table.columns, row, strict=True)):
+            if i not in table.names and cell:
+                yield f"  {title}: {cell}"
 
 
 def print_table(record: ResultRecord) -> None:

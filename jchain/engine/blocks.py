@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jchain._typing import Activations, Array, Bool, Int, PyTree
 from jchain.arguments import checked
+from jchain.engine.control_flow import vary_like
 from jchain.engine.layer_calls import (
     empty_results,
     estimate_call_bytes,
@@ -111,6 +112,7 @@ class Blocks:
         )
         results = empty_results(problem, hidden, blocks.length.size)
         results = jax.tree.map(lambda a: a.reshape(-1, size), results)
+        carry, results = vary_like((carry, results), problem, hidden, population)
 
         def run(i: Array, state: tuple[_Activations, _Results]) -> tuple[_Activations, _Results]:
             carry, results = state
@@ -158,6 +160,7 @@ def _evaluate_block(
         jnp.zeros_like(rows),
         empty_results(problem, hidden, size),
     )
+    state = vary_like(state, carry)
 
     def advance(
         state: tuple[_Activations, Array, _Results], xs: tuple[Array, Array]
@@ -168,7 +171,7 @@ def _evaluate_block(
         slot = _Slot(tokens, input_of, first_input, size + 1 - first_input)
 
         is_end = (length == t) & (first_new <= t)
-        carry = (store, empty_results(problem, hidden, size))
+        carry = vary_like((store, empty_results(problem, hidden, size)), store)
         position, (store, values) = _call_heads(plan, problem, slot, is_end, carry)
         results = jax.tree.map(lambda a, b: jnp.where(is_end, b[position], a), results, values)
 

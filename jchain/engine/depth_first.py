@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jchain._typing import Activations, Array, Float, Int, PyTree
 from jchain.arguments import checked
+from jchain.engine.control_flow import vary_like
 from jchain.engine.layer_calls import (
     apply_token,
     empty_results,
@@ -67,6 +68,7 @@ class DepthFirst:
             jnp.array(0),
             empty_results(problem, hidden, chains.shape[0]),
         )
+        carry = vary_like(carry, problem, hidden, population)
         carry = _call_ready_heads(order, jnp.array(0), carry, call_head)
         return jax.lax.fori_loop(0, order.num_nodes, call_layer, carry).results
 

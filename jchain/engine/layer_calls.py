@@ -144,6 +144,33 @@ def evaluate_heads(
     return jax.tree.map(lambda a: a / num_examples, results)
 
 
+def map_prefixes(problem: Problem, fn: Callable[[PyTree], T], hidden: PyTree) -> T:
+    """Apply a function that calls every head to the activations of several prefixes.
+
+    Prefixes are processed together, or one at a time if the outputs of their heads are large.
+
+    Args:
+      problem: the problem with the heads.
+      fn: a function of the activations of one prefix, `[B, ...F]`.
+      hidden: the activations of each prefix, `[N, B, ...F]`, or a pytree of such arrays.
+    """
+    num_prefixes = jax.tree.leaves(hidden)[0].shape[0]
+    if has_large_outputs(problem, pick(hidden, 0), num_prefixes * problem.bank.num_heads):
+        return jax.lax.map(fn, hidden)
+    return jax.vmap(fn)(hidden)
+
+
+def has_large_outputs(problem: Problem, hidden: PyTree, width: int) -> bool:
+    """Return whether the outputs of several head calls are too large to be made at once.
+
+    Args:
+      problem: the problem with the heads.
+      hidden: the activations of one chain. Only their shapes and dtypes are read.
+      width: the number of head calls.
+    """
+    return width * nbytes(get_output_shape(problem, hidden)) > _OUTPUT_LIMIT
+
+
 def map_in_parts(run: Callable[[Int[Array, "_"]], T], num: int, size: int) -> tuple[T, T | None]:
     """Apply a function to the indices of `num` examples, `size` at a time.
 

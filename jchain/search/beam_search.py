@@ -15,6 +15,7 @@ from jchain import env
 from jchain._typing import Array, Float, Int, Key, PyTree
 from jchain.arguments import check_at_least_one, check_integers, checked
 from jchain.chain import PADDING
+from jchain.engine.layer_calls import map_prefixes
 from jchain.modules.activations import make_buffer, put_row
 from jchain.problem import Problem
 from jchain.pytree import pick, pytree_dataclass, static
@@ -26,7 +27,8 @@ from jchain.search.prefixes import (
 )
 from jchain.search.protocol import Info
 
-# The score of a prefix that no head fits: worse than any loss, but finite, so that it is extended.
+# The score of a prefix without a finite loss: worse than any loss, but finite, so that it is
+# extended.
 _UNKNOWN = float(np.finfo(np.float32).max)
 
 
@@ -97,7 +99,7 @@ class BeamSearch:
         def extend(state: State) -> tuple[State, Array]:
             children, outputs = extend_prefix(problem, prefix, length, hidden)
             penalty = problem.head_penalties(children)
-            loss = jax.vmap(lambda h: env.head_losses(problem, h))(outputs) + penalty
+            loss = map_prefixes(problem, lambda h: env.head_losses(problem, h), outputs) + penalty
             loss = loss.astype(jnp.float32)
             return self._insert(state, problem, children, outputs, loss), loss
 
@@ -118,11 +120,11 @@ class BeamSearch:
         """Insert the children one by one; each evicts the worst child so far if it is better.
 
         Children are ranked by their best head, even if they have fewer than `min_layers` layers.
-        With stages, those that no head fits come after the others, in order of arrival.
+        Those without a finite loss come after the others, in order of arrival (`rank_prefixes`).
         """
         new = 1 - state.generation
         best = jnp.where(jnp.isfinite(loss), loss, jnp.inf).min(axis=1)
-        best = rank_prefixes(problem, children, best, _UNKNOWN)
+        best = rank_prefixes(problem, children, best, hidden, _UNKNOWN)
 
         def insert(i: Array, kept: tuple[Array, PyTree, Array]) -> tuple[Array, PyTree, Array]:
             kept_loss = kept[-1]

@@ -31,7 +31,7 @@ from jchain.agent.observations import (
 )
 from jchain.arguments import check_at_least_one, check_functions, check_numbers, checked
 from jchain.chain import PADDING
-from jchain.engine.layer_calls import apply_token
+from jchain.engine.layer_calls import apply_token, map_prefixes
 from jchain.modules.activations import make_buffer
 from jchain.problem import Problem
 from jchain.pytree import pick, pytree_dataclass, static
@@ -275,7 +275,7 @@ class CriticSearch:
             )
             gain = self.critic.gain(inputs)
         inputs = _make_regression_inputs(problem, children, change, mean_features, length)
-        prior = rank_prefixes(problem, children.chains, stop_loss - gain, _UNKNOWN)
+        prior = rank_prefixes(problem, children.chains, stop_loss - gain, children.hidden, _UNKNOWN)
         return Prefixes(children.chains, children.features, inputs, stop_loss, prior)
 
     def _learn(
@@ -358,7 +358,7 @@ def _observe_children(
     length: Int[Array, ""],
 ) -> _Children:
     chains, outputs = extend_prefix(problem, prefix, length, hidden)
-    observed = jax.vmap(lambda child: observe(problem, child, hidden))(outputs)
+    observed = map_prefixes(problem, lambda child: observe(problem, child, hidden), outputs)
     loss = observed.loss + problem.head_penalties(chains)
     loss = jnp.where(jnp.isfinite(loss), loss, jnp.inf)
     return _Children(chains, outputs, observed.features, loss)

@@ -31,24 +31,39 @@ def extend_prefix(
 
 
 def rank_prefixes(
-    problem: Problem, prefixes: Int[Array, "R L"], loss: Float[Array, "R"], unknown: float
+    problem: Problem,
+    prefixes: Int[Array, "R L"],
+    loss: Float[Array, "R"],
+    hidden: PyTree,
+    unknown: float,
 ) -> Float[Array, "R"]:
     """Return the scores by which a search ranks prefixes, given the loss of their best head.
 
-    Without stages, these are the losses. Otherwise, prefixes that no layer may follow get `+inf`,
-    and those with a stage that no head reads get one value for all.
+    A prefix whose loss is finite is ranked by it. Other prefixes that a layer may follow get one
+    value for all: those of a stage that no head reads, and those whose heads all overflow, unless
+    the activations are nan, which no layer would mend. The rest get `+inf`.
 
     Args:
       problem: the problem, whose bank may have stages.
       prefixes: the tokens of each prefix, padded with -1, `[R, L]`.
       loss: the loss of each prefix with its best head, `[R]`; not finite if there is none.
-      unknown: the finite score of a prefix that no head fits.
+      hidden: the activations of each prefix, `[R, B, ...F]`, or a pytree of such arrays.
+      unknown: the finite score of a prefix without a finite loss that may be extended.
     """
-    if (stages := problem.bank.stages) is None:
-        return loss
-    has_head = stages.get_fitting_heads(prefixes).any(axis=1)
-    scores = jnp.where(has_head, loss, unknown)
-    return jnp.where(env.can_continue(problem, prefixes), scores, jnp.inf)
+
+    def find_nan(hidden: PyTree) -> Bool[Array, "R"]:
+        leaves = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(hidden)]
+        return jnp.stack([jnp.isnan(leaf).any(axis=1) for leaf in leaves]).any(axis=0)
+
+    is_finite = jnp.isfinite(loss)
+    has_nan = jax.lax.cond(is_finite.all(), lambda _: jnp.zeros(loss.shape, bool), find_nan, hidden)
+    may_fit = jnp.isfinite(problem.head_penalties(prefixes)).any(axis=1)
+    can_continue = env.can_continue(problem, prefixes)
+    if (stages := problem.bank.stages) is not None:
+        may_fit |= ~stages.get_fitting_heads(prefixes).any(axis=1)
+        loss = jnp.where(can_continue, loss, jnp.inf)
+    is_unknown = ~is_finite & may_fit & can_continue & ~has_nan
+    return jnp.where(is_unknown, unknown, loss)
 
 
 def count_extensions(problem: Problem, prefix: Int[Array, "L"]) -> Int[Array, ""] | int:

@@ -8,7 +8,21 @@ import reference
 import jchain as jc
 from jchain.agent import observations
 from jchain.agent.observations import NUM_FEATURES, compress_loss, observe
+from jchain.engine import layer_calls
 from jchain.engine.layer_calls import apply_all
+
+
+@pytest.mark.parametrize("fn", [observe, observations.observe_gradients])
+@pytest.mark.parametrize("limit", [110, 250])  # 3 and 6 of 9 examples at a time, for one head
+def test_large_outputs_are_observed_in_parts(problem, monkeypatch, fn, limit):
+    hidden, parent = (jax.random.normal(jax.random.key(k), (9, 5)) for k in (0, 1))
+    expected = fn(problem, hidden, parent)
+    monkeypatch.setattr(layer_calls, "_OUTPUT_LIMIT", limit // 3)
+    jaxpr = str(jax.make_jaxpr(lambda h: fn(problem, h, parent))(hidden))
+    assert "scan" in jaxpr
+    out = fn(problem, hidden, parent)
+    np.testing.assert_allclose(out.loss, expected.loss, rtol=1e-6)
+    np.testing.assert_allclose(out.features, expected.features, rtol=1e-4, atol=1e-5)
 
 
 def test_features_match_plain_formulas_in_float64(problem):

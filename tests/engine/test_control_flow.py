@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jchain as jc
 from jchain.engine.control_flow import cond_in_sequence
 
 
@@ -44,3 +45,33 @@ def test_cond_in_sequence_batched_predicate_with_shared_operand(count_true_branc
     jax.effects_barrier()
     np.testing.assert_array_equal(out, [11.0, -5.0])
     assert taken == [5.0]
+
+
+PLANS = [
+    None,
+    jc.engine.DepthFirst(),
+    jc.engine.Blocks(8),
+    jc.engine.Blocks(8, (1, 4), jc.engine.Share.INPUT, (1, 4)),
+    jc.engine.Blocks(8, (1, 4), jc.engine.Share.NOTHING, (1, 4)),
+]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_a_users_shard_map_may_check_its_types(two_group_problem, plan, is_shared):
+    """Chains vary over the mesh, and the problem too or not."""
+    problem = two_group_problem
+    chains = problem.space.sample(jax.random.key(0), 20)
+    mesh = jax.make_mesh((1,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("a")
+
+    def evaluate(chains, data):
+        given = problem if is_shared else problem.with_data(data)
+        return jc.evaluate(given, chains, plan=plan).loss
+
+    spread = jax.shard_map(evaluate, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
+    np.testing.assert_allclose(
+        jax.jit(spread)(chains, problem.data),
+        jc.evaluate(problem, chains, plan=plan).loss,
+        rtol=1e-6,
+    )

@@ -53,7 +53,7 @@ def test_beam_search_includes_the_layer_penalty(problem):
     )
 
 
-def test_prefixes_with_a_loss_that_is_not_finite_are_not_extended(problem):
+def test_chains_with_a_loss_that_is_not_finite_are_no_finalists(problem):
     x = problem.data.x * 1e37
     bad = jc.Problem(problem.bank, jc.Batch(x, problem.data.y), 3)
     result = jc.run(jax.random.key(0), jc.BeamSearch(max_width=2), bad, budget=1000)

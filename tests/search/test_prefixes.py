@@ -1,11 +1,15 @@
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import reference
+from conftest import make_batch
 
 import jchain as jc
 from jchain import env
+from jchain.engine import layer_calls
 from jchain.search.prefixes import end_children, end_prefixes, extend_prefix
 
 
@@ -15,7 +19,7 @@ def test_a_prefix_is_extended_by_every_layer(problem):
     np.testing.assert_array_equal(chains, [[2, n, -1, -1] for n in range(4)])
     for token in range(4):
         np.testing.assert_allclose(
-            outputs[token], problem.bank.layers[0].apply(token, hidden), rtol=1e-6
+            outputs[token], problem.bank.layers[0].apply(token, hidden), rtol=1e-5, atol=1e-6
         )
 
 
@@ -52,3 +56,50 @@ def test_a_head_alone_over_the_limit_of_the_cost_has_no_finite_loss(problem):
     args = (state.chain, state.length, state.hidden, children, loss, yes)
     found = end_children(limited, *args, yes)[1][:2]
     assert (np.isfinite(found[0]), np.isinf(found[1])) == (True, True)
+
+
+def scale(params, x):
+    return x * params
+
+
+@pytest.mark.parametrize(
+    "search", [jc.BeamSearch(max_width=2), jc.CriticSearch(width=4), jc.MCTS(num_simulations=8)]
+)
+def test_a_finite_chain_after_a_prefix_whose_heads_overflow_is_found(search):
+    """Layer 0 makes numbers that only layer 1 brings back; of 7 chains, [0, 1] is the best."""
+    x = jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+    bank = jc.Bank.stack(
+        scale, [jnp.float32(1e30), jnp.float32(-1e-30)], scale, [jnp.float32(1e10)]
+    )
+    problem = jc.Problem(bank, jc.Batch(x, jnp.array([1, 0])), 2)
+    loss = jc.evaluate(problem, jc.chain.pad([[0, 2], [2], [1, 2], [0, 1, 2]], 2)).loss
+    assert not np.isfinite(loss[0])
+    assert loss[3] < loss[2] < loss[1]
+    result = jc.run(jax.random.key(0), search, problem, budget=40)
+    assert result.best_chain.tolist() in ([0, 1, 2], [1, 0, 2])
+    assert result.best_loss == loss[3]
+
+
+def test_a_prefix_of_nan_is_not_extended():
+    bank = jc.Bank.stack(scale, [jnp.float32(np.nan), jnp.float32(0.5)], scale, [jnp.float32(1)])
+    problem = jc.Problem(bank, jc.Batch(jnp.eye(2), jnp.array([0, 1])), 3)
+    search = jc.BeamSearch(width=4, max_width=4)
+    result = jc.run(jax.random.key(0), search, problem, budget=100)
+    # The empty prefix, [1], and [1, 1] are extended by both layers.
+    assert result.layer_calls == 6
+    assert result.num_nonfinite == 3
+
+
+@pytest.mark.parametrize("name", ["BeamSearch", "CriticSearch"])
+def test_heads_with_large_outputs_are_called_for_one_prefix_at_a_time(problem, monkeypatch, name):
+    search = {"BeamSearch": jc.BeamSearch(max_width=4), "CriticSearch": jc.CriticSearch(width=8)}
+    expected = jc.run(jax.random.key(0), search[name], problem, budget=100)
+    jax.clear_caches()
+    jc.clear_caches()
+    monkeypatch.setattr(layer_calls, "_OUTPUT_LIMIT", 100)  # 2 of 9 examples at a time
+    other = jc.Problem(problem.bank, make_batch(), 3)
+    result = jc.run(jax.random.key(0), search[name], other, budget=100)
+    np.testing.assert_array_equal(result.best_chain, expected.best_chain)
+    np.testing.assert_allclose(result.finalist_losses, expected.finalist_losses, rtol=1e-5)
+    jax.clear_caches()
+    jc.clear_caches()
