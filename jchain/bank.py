@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -143,8 +144,7 @@ class Bank(Picklable):
         return chain_lib.validate(chains, self.num_layers, self.num_heads, stages=self.stages)
 
     @staticmethod
-    @checked
-    @checked
+    @partial(checked, but=("layer_params", "head_params"))
     def stack(
         layer: ModuleLike | Sequence[ModuleLike],
         layer_params: Sequence[PyTree] | None = None,

@@ -7,6 +7,7 @@ chains that they allow.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.typing import ArrayLike
 
 from jchain._typing import Array, Bool, Int, Key
 from jchain.arguments import checked, is_integer, read_array
+from jchain.pytree import shorten
 from jchain.stages import legal_chains
 from jchain.stages.table import StageTable
 
@@ -50,7 +52,7 @@ class ChainSpace:
     stages: StageTable | None = None
 
     @property
-    def axis_sizes(self) -> dict[str, int]:
+    def named_sizes(self) -> dict[str, int]:
         """The sizes of the axes that the annotations of arrays name."""
         return {"L": self.max_layers + 1}
 
@@ -77,7 +79,7 @@ class ChainSpace:
         return jnp.full(self.max_layers + 1, PADDING, jnp.int32).at[0].set(self.num_layers)
 
     @checked
-    def count_layers(self, chains: Int[Array, "*P L"]) -> Int[Array, "*P"]:
+    def count_layers(self, chains: Int[Array, "*P T"]) -> Int[Array, "*P"]:
         """Count the layers of each chain. The count is also the slot of the chain's head.
 
         Args:
@@ -186,7 +188,7 @@ class ChainSpace:
         return chains, is_neighbor
 
     @checked
-    def contains(self, chains: Int[Array, "*P L"]) -> Bool[Array, "*P"]:
+    def contains(self, chains: Int[Array, "*P T"]) -> Bool[Array, "*P"]:
         """Return whether each row is a chain of the space. Can be jitted, unlike `validate`.
 
         Args:
@@ -314,7 +316,7 @@ def _check_order(rows: np.ndarray, num_layers: int) -> None:
             )
 
 
-@checked
+@partial(checked, but=("tokens",))
 def pad(
     tokens: Sequence[Sequence[int] | np.ndarray | Array], max_layers: int | None = None
 ) -> Int[np.ndarray, "P L"]:
@@ -328,6 +330,9 @@ def pad(
       ValueError: if no chain is given, a chain is not a list of integers, or a chain has more than
         `max_layers` layers.
     """
+    is_list = isinstance(tokens, Sequence) and not isinstance(tokens, str | bytes)
+    if not is_list and not getattr(tokens, "ndim", 0):
+        raise ValueError(f"expected chains as lists of tokens, got {shorten(tokens)}")
     if len(tokens) == 0:
         raise ValueError("expected at least one chain, got none")
     for chain in tokens:
@@ -360,7 +365,7 @@ def _pad_lists(chains: ChainsLike, max_layers: int | None) -> ChainsLike:
 
 
 @checked
-def count_layers(chains: Int[Array, "*P L"], num_layers: int) -> Int[Array, "*P"]:
+def count_layers(chains: Int[Array, "*P T"], num_layers: int) -> Int[Array, "*P"]:
     """Count the layers of each chain. The count is also the slot of the chain's head.
 
     Args:

@@ -148,7 +148,7 @@ def group_by_module(
 
     Raises:
       ValueError: if there are no members, modules and params differ in number, a module is of
-        another kind, stages are invalid, or params do not stack.
+        another kind or has no params, stages are invalid, or params do not stack.
     """
     if params is not None and not isinstance(params, list | tuple):
         raise ValueError(
@@ -157,6 +157,11 @@ def group_by_module(
     several = [*module] if isinstance(module, list | tuple) else None
     given = [None] * (1 if several is None else len(several)) if params is None else [*params]
     modules = [module] * len(given) if several is None else several
+    if params is None and not all(map(is_nnx, modules)):
+        raise ValueError(
+            f"expected the params of each {kind}, such as [{kind}.init(key, x)['params']], got "
+            "None: only nnx modules carry their own"
+        )
     if len(modules) != len(given):
         raise ValueError(
             f"expected one {kind} module or {len(given)} (one per set of params), "

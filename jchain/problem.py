@@ -263,7 +263,7 @@ class Problem:
         return self._replace("data", data)._replace("batch_size", None)
 
     @property
-    def axis_sizes(self) -> dict[str, int]:
+    def named_sizes(self) -> dict[str, int]:
         """The sizes of the axes that the annotations of arrays name."""
         return {"L": self.max_layers + 1}
 
@@ -359,14 +359,15 @@ class Problem:
         return problem
 
     @checked
-    def penalty(self, chains: Int[Array, "*P L"]) -> Float[Array, "*P"]:
+    def penalty(self, chains: Int[Array, "*P T"]) -> Float[Array, "*P"]:
         """Compute the layer penalty of each chain, which is added to its loss.
 
         The penalty is `+inf` if the chain, or the prefix, costs more than `max_cost` or does not
         follow the stages of the bank.
 
         Args:
-          chains: int32 `[..., L]`; the tokens of each chain, or of each prefix, which has no head.
+          chains: int32 `[..., T]`; the tokens of each chain, or of each prefix, which has no head,
+            with any number of slots T.
         """
         num_layers = self.bank.num_layers
         cost = jnp.broadcast_to(self.layer_cost, (num_layers,))
@@ -379,11 +380,11 @@ class Problem:
         return jnp.where(self.exceeds_limit(self.chain_cost(chains)), jnp.inf, penalty)
 
     @checked
-    def head_penalties(self, prefixes: Int[Array, "*P L"]) -> Float[Array, "*P K"]:
+    def head_penalties(self, prefixes: Int[Array, "*P T"]) -> Float[Array, "*P K"]:
         """Compute the layer penalty of each prefix if it is ended with each head.
 
         Args:
-          prefixes: int32 `[..., L]`; the layers of each prefix, padded with -1.
+          prefixes: int32 `[..., T]`; the layers of each prefix, padded with -1.
         """
         shape = (*prefixes.shape[:-1], self.bank.num_heads)
         penalty = jnp.broadcast_to(self.penalty(prefixes)[..., None], shape)
@@ -396,11 +397,11 @@ class Problem:
         return jnp.where(self.exceeds_limit(cost), jnp.inf, penalty)
 
     @checked
-    def chain_cost(self, chains: Int[Array, "*P L"]) -> Float[Array, "*P"]:
+    def chain_cost(self, chains: Int[Array, "*P T"]) -> Float[Array, "*P"]:
         """Compute the cost of each chain: the sum of `token_costs`, or the number of layers.
 
         Args:
-          chains: int32 `[..., L]`; the tokens of each chain, or of each prefix.
+          chains: int32 `[..., T]`; the tokens of each chain, or of each prefix.
         """
         if self.token_costs is None:
             return self.space.count_layers(chains).astype(jnp.float32)

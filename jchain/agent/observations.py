@@ -89,13 +89,12 @@ def observe(problem: Problem, hidden: Activations, parent: Activations) -> Obser
       hidden: the activations of the prefix, `[B, ...F]`, or a pytree of such arrays.
       parent: the activations of the prefix without its last layer, like `hidden`.
     """
-    heads = _observe_heads(problem, hidden)
+    heads, labels = _observe_heads(problem, hidden), _one_hot(problem, hidden)
     loss, best = heads.loss, heads.best
     hidden, parent = upcast(join_floating(hidden)), upcast(join_floating(parent))
     size = jnp.abs(heads.each).astype(jnp.float32)
 
     rows, residual = _sketch(hidden), heads.residual
-    labels = _one_hot(problem, hidden)
     targets = residual if labels is None else jnp.concatenate([_sketch(labels), residual], axis=1)
     rows -= rows.mean(axis=0, keepdims=True)
     scale = jnp.sqrt(jnp.mean(rows**2) + 1e-12)

@@ -64,7 +64,7 @@ class _Expectation(NamedTuple):
     axes: tuple[str, ...] = ()
 
 
-def checked(function: Callable[P, T]) -> Callable[P, T]:
+def checked(function: Callable[P, T], but: Sequence[str] = ()) -> Callable[P, T]:
     """Check the arguments of a function against its annotations before it is called.
 
     Traced values are checked as far as their dtype and rank.
@@ -72,25 +72,27 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     Args:
       function: a function whose arguments are annotated. What is annotated as `object`, `Any`, or
         a pytree is not checked.
+      but: the names of arguments that the function checks itself, in words of its own.
 
     Returns:
       The function with the checks. It raises a `ValueError` that names the argument, what was
       expected, and what came. Axes of one name must have one size in all arguments, and in what has
-      `axis_sizes`, such as a problem.
+      `named_sizes`, such as a problem.
     """
-    names = list(inspect.signature(function).parameters)
+    parameters = list(inspect.signature(function).parameters)
 
     @functools.cache
     def read_hints() -> dict[str, _Expectation]:
+        names = [name for name in parameters if name not in but]
         return _read_annotations(inspect.unwrap(function), names)
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
-        if not kwargs.keys() <= set(names):
+        if not kwargs.keys() <= set(parameters):
             return function(*args, **kwargs)  # which names the unknown argument
         expected, sizes = read_hints(), {}
-        for name, value in (*zip(names, args, strict=False), *kwargs.items()):
-            if hasattr(type(value), "axis_sizes"):
+        for name, value in (*zip(parameters, args, strict=False), *kwargs.items()):
+            if hasattr(type(value), "named_sizes"):
                 sizes = _get_own_sizes(name, value) | sizes
             if name not in expected:
                 continue
@@ -140,7 +142,7 @@ def _check(name: str, value: object, expectation: _Expectation) -> None:
 
 
 def _get_own_sizes(name: str, value: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
-    return {axis: (name, (size,)) for axis, size in value.axis_sizes.items()}
+    return {axis: (name, (size,)) for axis, size in value.named_sizes.items()}
 
 
 def _check_sizes(
@@ -160,9 +162,10 @@ def _check_sizes(
             continue
         other, known = sizes.setdefault(axis, (name, found))
         if found != known:
+            size = f"{axis.lstrip('*')} = {', '.join(map(str, known)) or 'no axes'}"
+            why = "" if other == name else f" with {size}, as in {other}"
             raise ValueError(
-                f"expected {name} of shape [{', '.join(axes)}] with {axis.lstrip('*')} = "
-                f"{', '.join(map(str, known)) or 'no axes'}, as in {other}, got {list(shape)}"
+                f"expected {name} of shape [{', '.join(axes)}]{why}, got {list(shape)}"
             )
 
 
@@ -267,7 +270,9 @@ def _read_array(kind: str, axes: str) -> _Expectation | None:
     is_exact = num_axes == len(names)
     if kind == "Key":
         shape = f" of shape [{', '.join(names)}]" if names else ""
-        words = f"keys of jax.random.key{shape}" if names else "one key of jax.random.key"
+        words = (
+            f"keys of jax.random.key{shape}, at least one" if names else "one key of jax.random.key"
+        )
         return _Expectation(words, lambda value: is_key(value, num_axes))
     if kind not in _ARRAYS:
         return None

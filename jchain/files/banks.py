@@ -55,6 +55,8 @@ def read_bank(path: str | os.PathLike[str], modules: Sequence[object]) -> dict[s
     from jchain.files.headers import BankHeader, check_header
 
     header, arrays = read_arrays(path)
+    if isinstance(kind := header.get("kind"), str):
+        raise ValueError(f"{path}: expected a bank, got a {kind}")
     check_header(BankHeader, header, path)
     try:
         trees: PyTree = traverse_util.unflatten_dict(arrays, sep="/")

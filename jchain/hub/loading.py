@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
@@ -22,7 +23,7 @@ from jchain.hub.weights import RandomWeights
 from jchain.pytree import describe_type
 
 
-@checked
+@partial(checked, but=("path", "pinned"))
 def load(
     path: str | os.PathLike[str],
     *,
@@ -58,7 +59,7 @@ def load(
     return assemble_bank([_open(path, name)], dtype, pinned)
 
 
-@checked
+@partial(checked, but=("pinned",))
 def load_many(
     paths: Sequence[str | os.PathLike[str]],
     *,
@@ -109,7 +110,7 @@ def load_many(
     return assemble_bank(sources, dtype, pinned)
 
 
-@checked
+@partial(checked, but=("pinned",))
 def random_bank(
     key: Key[Array, ""],
     path: str | os.PathLike[str],

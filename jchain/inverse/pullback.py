@@ -234,12 +234,10 @@ def target_logits(
         is not between `1 / num_classes` and 1.
     """
     check_integers(at_least=2, num_classes=num_classes)
-    if (
-        is_concrete(labels)
-        and labels.size
-        and not bool(((labels >= 0) & (labels < num_classes)).all())
-    ):
-        raise ValueError(f"expected labels in 0..{num_classes - 1}, got {shorten(labels)}")
+    if is_concrete(labels) and labels.size:
+        rows = np.asarray(labels)
+        if not 0 <= rows.min() <= rows.max() < num_classes:
+            raise ValueError(f"expected labels in 0..{num_classes - 1}, got {shorten(rows)}")
     if not 1 / num_classes < confidence < 1:
         raise ValueError(f"expected a confidence between 1/{num_classes} and 1, got {confidence}")
     odds = jnp.log(confidence * (num_classes - 1) / (1 - confidence))

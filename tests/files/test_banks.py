@@ -41,7 +41,7 @@ def test_save_keeps_stem_fields_dtypes_and_metadata(tmp_path):
         stem_params=stem_params,
         parents=[[0, 1, 2]],
         num_steps=9,
-        origins="abcd",
+        origins=[*"abcd"],
     )
     bank.save(tmp_path / "bank")
     loaded = jc.Bank.load(tmp_path / "bank")

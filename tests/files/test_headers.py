@@ -29,7 +29,7 @@ def change(value, path, new):
 @pytest.mark.parametrize(
     ("path", "new", "message"),
     [
-        (["layers"], None, "cannot read the layers in its header: Field required"),
+        (["layers"], None, "expected a bank, got a critic of prefixes"),
         (["layers"], {}, "cannot read the layers in its header: Input should be a valid list"),
         (["layers", 0], 7, "cannot read the layers.0 in its header"),
         (["layers", 0, "tokens"], [0, 7, 1, 2], "expected layers with the tokens 0, 1, ..."),
@@ -102,7 +102,7 @@ def test_a_header_that_is_not_of_a_critic_is_named(tmp_path, name, value, messag
 def test_files_of_another_kind_are_named(tmp_path):
     make_critic().save(tmp_path / "critic")
     make_bank().save(tmp_path / "bank")
-    with pytest.raises(ValueError, match="cannot read the layers in its header: Field required"):
+    with pytest.raises(ValueError, match="expected a bank, got a critic of prefixes"):
         jc.Bank.load(tmp_path / "critic")
     with pytest.raises(ValueError, match="expected a .*critic"):
         jc.Critic.load(tmp_path / "bank")

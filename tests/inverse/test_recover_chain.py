@@ -56,15 +56,22 @@ def test_meet_in_the_middle_equals_brute_force(depth, seed):
 @pytest.mark.parametrize("match_fn", [match.match_all, match.match_cells])
 @pytest.mark.parametrize("num_forward", [None, 0, 4])
 def test_few_candidates_hold_an_exact_chain_wherever_halves_meet(num_forward, match_fn):
-    bank = make_invertible_bank(
-        num_layers=2,
-        layers=[jc.layers.InvertibleDense(FEATURES), jc.layers.AdditiveCoupling(FEATURES)],
-    )
-    x, y, chain = make_task(bank, 5)
+    """`match_cells` may miss one of 50 (`choose_grids`)."""
+    layers = [jc.layers.InvertibleDense(FEATURES), jc.layers.AdditiveCoupling(FEATURES)]
     options = {"num_candidates": 2, "match_fn": match_fn, "num_forward": num_forward}
-    found = jc.meet_in_the_middle(bank, x, y, 5, **options)
-    np.testing.assert_array_equal(found.layers, chain[None])
-    assert found.residuals < 1e-5
+    num_missed = 0
+    for seed in range(3):
+        bank = make_invertible_bank(num_layers=2, layers=layers, seed=seed)
+        x, y, chain = make_task(bank, 5)
+        try:
+            found = jc.meet_in_the_middle(bank, x, y, 5, **options)
+        except ValueError as error:
+            assert "found 0 of 1 chains" in str(error)  # noqa: PT017
+            num_missed += 1
+            continue
+        np.testing.assert_array_equal(found.layers, chain[None])
+        assert found.residuals < 1e-5
+    assert num_missed <= (match_fn is match.match_cells)
 
 
 def test_fixed_point_inverses_and_stems_meet_too():
@@ -220,7 +227,7 @@ def test_meet_in_the_middle_rejects_bad_input_before_work():
         ((singular, x, y, 2), {}, "layer layer0: singular layer"),
         ((bank, x, y[:, :2], 2), {}, r"outputs of shape \[12, 4\], like the inputs, got \[12, 2\]"),
         ((bank, x, y.at[0, 0].set(jnp.nan), 2), {}, "finite outputs"),
-        ((bank, x, y, 0), {}, "sizes of at least 1"),
+        ((bank, x, y, 0), {}, "expected depth to be at least 1"),
         ((bank, x, y, 2, 10), {}, "top_k of at most 9 chains, got 10"),
         ((bank, x, y, 2), {"num_forward": 3}, r"num_forward in 0\.\.2, got 3"),
         ((bank, x, y, 2), {"tolerance": -0.1}, "a tolerance of at least 0, got -0.1"),

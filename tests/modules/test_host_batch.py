@@ -105,7 +105,7 @@ def contrast(outputs, y):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 0}, "expected batch_size to be an integer of at least 1, got 0"),
+        ({"batch_size": 0}, "expected batch_size to be at least 1, got 0"),
         ({"batch_size": 4, "loss_fn": contrast}, "expected loss_fn to treat examples one by one"),
         ({"batch_size": 4, "accuracy_fn": contrast}, "expected accuracy_fn to treat examples"),
         ({"batch_size": 4, "mesh": True}, "without a mesh, or without batch_size, got both"),

@@ -69,7 +69,7 @@ def test_a_run_stops_at_its_target_loss(problem):
     ):
         result = jc.run(jax.random.key(0), search, problem, budget=25, target_loss=target)
         assert result.curve.layer_calls.tolist() == expected
-    with pytest.raises(ValueError, match="expected a target_loss that is a number, got nan"):
+    with pytest.raises(ValueError, match="expected target_loss to be a number, got nan"):
         jc.run(jax.random.key(0), search, problem, budget=25, target_loss=float("nan"))
 
 
@@ -135,7 +135,7 @@ def test_run_many_equals_runs_of_single_keys(problem):
         np.testing.assert_array_equal(result.finalists, alone.finalists)
         assert (result.layer_calls, result.num_scored) == (alone.layer_calls, alone.num_scored)
     with pytest.raises(
-        ValueError, match=r"keys of jax.random.key of shape \[S\], at least one, got key<fry>\[0\]"
+        ValueError, match=r"of shape \[S\], at least one, got an array key<fry>\[0\]"
     ):
         jc.run_many(keys[:0], jc.RandomSearch(), problem, budget=150)
 
@@ -147,10 +147,9 @@ def test_the_largest_int32_is_a_valid_budget(problem):
 
 
 def test_keys_of_another_kind_raise(problem):
-    run = inspect.unwrap(jc.run)  # without the run-time type checks of these tests
     for key in (jax.random.PRNGKey(0), jax.random.split(jax.random.key(0))):
-        with pytest.raises(ValueError, match="expected one key of jax.random.key, got"):
-            run(key, jc.RandomSearch(), problem, budget=150)
+        with pytest.raises(ValueError, match="expected key to be one key of jax.random.key, got"):
+            jc.run(key, jc.RandomSearch(), problem, budget=150)
 
 
 def test_a_nonfinite_layer_cost_raises(problem):

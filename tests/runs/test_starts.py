@@ -97,7 +97,10 @@ def test_starts_may_be_lists_of_tokens_or_none_at_all(problem):
         (np.array([[0, 4]]), "expected chains of shape"),
         (np.array([0, 1, 2, 4]), r"expected starts of shape \[C, 4\], got \[4\]"),
         ([[0, 1, 99]], "token 99 at slot 2 is out of range"),
-        ("models", "expected starts to be chains, \"parents\", or None, got 'models'"),
+        (
+            "models",
+            "expected starts to be an array or a sequence or one of 'parents' or None, got 'm",
+        ),
         ([[0, 4]], "expected starts of at least 2 layers, got one of 1"),
     ],
 )
