@@ -10,6 +10,9 @@ from jax.core import Tracer
 
 from jchain.pytree import describe_type, shorten
 
+# JAX counts with 32 bits.
+_MAX_SIZE = 2**31 - 1
+
 
 def is_integer(value: object) -> TypeGuard[int | np.integer]:
     """Return whether a value is an integer, of Python or NumPy, and not a boolean.
@@ -20,15 +23,16 @@ def is_integer(value: object) -> TypeGuard[int | np.integer]:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def check_integers(*, at_least: int, **values: object) -> None:
+def check_integers(*, at_least: int, at_most: int = _MAX_SIZE, **values: object) -> None:
     """Check that values are integers.
 
     Args:
       at_least: the smallest value that is allowed.
+      at_most: the largest value that is allowed.
       **values: the values by name.
 
     Raises:
-      ValueError: if a value is not an integer, or below `at_least`.
+      ValueError: if a value is not an integer, below `at_least`, or above `at_most`.
     """
     for name, value in values.items():
         kind = "" if is_integer(value) else "an integer of "
@@ -36,6 +40,8 @@ def check_integers(*, at_least: int, **values: object) -> None:
             raise ValueError(
                 f"expected {name} to be {kind}at least {at_least}, got {shorten(value)}"
             )
+        if value > at_most:  # pyright: ignore[reportOperatorIssue]
+            raise ValueError(f"expected {name} to be at most {at_most}, got {shorten(value)}")
 
 
 def check_at_least_one(**sizes: object) -> None:
@@ -45,9 +51,9 @@ def check_at_least_one(**sizes: object) -> None:
       **sizes: the sizes by name.
 
     Raises:
-      ValueError: if a size is not an integer, or below 1.
+      ValueError: if a size is not an integer, below 1, or above 2^31 - 1.
     """
-    check_integers(at_least=1, **sizes)
+    check_integers(at_least=1, at_most=_MAX_SIZE, **sizes)
 
 
 def check_numbers(

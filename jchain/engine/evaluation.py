@@ -5,6 +5,7 @@ Each function checks its arguments and then calls `jchain.engine.population`. Th
 `jchain.engine.plans` chooses how the calls are made.
 """
 
+import sys
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from jax.typing import DTypeLike
 
 from jchain import chain as chain_lib
 from jchain._typing import Activations, Array, Float, Int, PyTree
-from jchain.arguments import check_at_least_one, checked
+from jchain.arguments import check_integers, checked
 from jchain.bank import Bank
 from jchain.chain import ChainsLike
 from jchain.data import Batch
@@ -424,7 +425,7 @@ def _place(
     if dtype is not None and not _is_supported(dtype):
         raise ValueError(f"expected a dtype of jnp.bfloat16 or jnp.float32, got {dtype!r}")
     if memory_limit is not None:
-        check_at_least_one(memory_limit=memory_limit)
+        check_integers(at_least=1, at_most=sys.maxsize, memory_limit=memory_limit)
     if mesh is not None:
         problem = problem.with_mesh(mesh)
     problem, tokens = problem.without_names(), problem.put(chains)

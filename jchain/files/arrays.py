@@ -29,13 +29,14 @@ def write_arrays(
       header: the header, which must be JSON-serializable.
       arrays: the arrays by name.
     """
-    import safetensors.flax
+    from safetensors.numpy import save_file
 
-    arrays = {name: jnp.asarray(array) for name, array in arrays.items()}
+    # As JAX keeps them, so that 64-bit numbers become 32-bit ones unless they are enabled.
+    rows = {name: np.asarray(jnp.asarray(array), order="C") for name, array in arrays.items()}
     header = json.loads(json.dumps(header | {"format": FORMAT}))
-    header["sha256"] = checksum(header, arrays)
-    blob = safetensors.flax.save(arrays, metadata={"jchain": json.dumps(header)})
-    write_atomically(path, lambda temporary: Path(temporary).write_bytes(blob))
+    header["sha256"] = checksum(header, rows)
+    metadata = {"jchain": json.dumps(header)}
+    write_atomically(path, lambda temporary: save_file(rows, temporary, metadata))
 
 
 def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Array]]:
@@ -59,7 +60,8 @@ def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str,
             if not isinstance(header, dict):
                 raise ValueError(f"expected a header with fields, got {shorten(header)}")
             sizes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-            arrays = {name: file.get_tensor(name) for name in sizes}
+            # JAX keeps what it copies from until the copy is done.
+            arrays = {name: file.get_tensor(name).block_until_ready() for name in sizes}
     except (
         safetensors.SafetensorError,
         KeyError,
@@ -93,5 +95,5 @@ def checksum(header: dict[str, Any], arrays: Mapping[str, ArrayLike]) -> str:
     for name in sorted(arrays):
         array = np.asarray(arrays[name])
         digest.update(f"{name} {array.dtype} {array.shape};".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain._typing import Activations, Array, Float, Int
-from jchain.arguments import check_at_least_one, checked
+from jchain.arguments import check_at_least_one, check_integers, checked
 from jchain.bank import Bank
 from jchain.data import read_batch
 from jchain.engine.backend import default_memory_limit
@@ -56,7 +56,7 @@ _NOISE_LEVELS, _PATIENCE, _MAX_SECONDS = (0.0, 0.003, 0.01, 0.03, 0.1), 60.0, 18
 # is made longer; the least noise that is assumed if all pairs are compared without a tolerance; and
 # the seconds that each sequence of the longer half takes.
 _MAX_GAP, _LIKELY_NOISE, _SEQUENCE_SECONDS = 0.5, 0.05, 1e-6
-_MAX_PASSES, _NUM_FINALISTS, _NUM_TRIALS = 2**12, 64, 8
+_MAX_PASSES, _NUM_FINALISTS, _NUM_TRIALS, _MAX_DEPTH = 2**12, 64, 8, 1000
 
 
 class RecoveredChains(NamedTuple):
@@ -164,10 +164,9 @@ def meet_in_the_middle(
 
 def _check_sizes(sizes: dict[str, int], num_layers: int) -> None:
     check_at_least_one(**sizes)
-    if sizes["top_k"] > num_layers ** sizes["depth"]:
-        raise ValueError(
-            f"expected top_k of at most {num_layers ** sizes['depth']} chains, got {sizes['top_k']}"
-        )
+    check_integers(at_least=1, at_most=_MAX_DEPTH, depth=sizes["depth"])
+    if sizes["top_k"] > (num := num_layers ** sizes["depth"]):
+        raise ValueError(f"expected top_k of at most {num} chains, got {sizes['top_k']}")
 
 
 class _Examples(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jchain._typing import Array, Key, PyTree
-from jchain.arguments import checked
+from jchain.arguments import check_at_least_one, check_integers, checked
 from jchain.chain import ChainsLike
 from jchain.engine.backend import check_not_forked
 from jchain.problem import Problem
@@ -41,6 +41,7 @@ from jchain.runs.stepping import (
 from jchain.search.protocol import Checked, Info, Search
 
 _MAX_BUDGET = 2**31 - 1  # layer calls are counted in int32
+_MAX_FINALISTS = 2**20
 # The device takes about 0.2 s worth of steps before the host reads the results.
 _SYNC_SECONDS = 0.2
 
@@ -391,15 +392,8 @@ def check_arguments(search: Search, problem: Problem, budget: int, num_finalists
         number is out of range.
     """
     check_not_forked()
-    if not isinstance(problem, Problem):
-        raise ValueError(f"expected a jc.Problem, got {describe_type(problem)}")
-    for name, value in (("budget", budget), ("num_finalists", num_finalists)):
-        if not isinstance(value, int | np.integer):
-            raise ValueError(f"expected {name} to be an integer, got {value!r}")
-    if budget < 1 or num_finalists < 1:
-        raise ValueError(
-            f"expected a budget and num_finalists of at least 1, got {budget} and {num_finalists}"
-        )
+    check_at_least_one(budget=budget)
+    check_integers(at_least=1, at_most=_MAX_FINALISTS, num_finalists=num_finalists)
     if budget > _MAX_BUDGET:
         raise ValueError(
             f"expected a budget of at most {_MAX_BUDGET:,} layer calls, got {budget:,}"

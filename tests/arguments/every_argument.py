@@ -451,6 +451,7 @@ def try_all(is_thorough):
         world = make_world(Path(folder))
         values = make_wrong_values(world)
         for name, arguments in make_calls(world).items():
+            began = time.perf_counter()
             function = find_function(name)
             is_valid = not name.endswith(INVALID)
             hints = typing.get_type_hints(inspect.unwrap(function), None, vars(matplotlib.axes))
@@ -469,6 +470,7 @@ def try_all(is_thorough):
                         seconds = time.perf_counter() - start
                         short = repr(value)[:40].replace(folder, "")
                         rows.append([name, argument, short, outcome, allowed, seconds])
+            print(f"{name}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
     return rows
 
 

@@ -29,7 +29,7 @@ def change(value, path, new):
 @pytest.mark.parametrize(
     ("path", "new", "message"),
     [
-        (["layers"], None, "expected a bank, got a critic of prefixes"),
+        (["layers"], None, "cannot read the layers in its header: Field required"),
         (["layers"], {}, "cannot read the layers in its header: Input should be a valid list"),
         (["layers", 0], 7, "cannot read the layers.0 in its header"),
         (["layers", 0, "tokens"], [0, 7, 1, 2], "expected layers with the tokens 0, 1, ..."),
