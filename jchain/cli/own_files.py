@@ -2,7 +2,11 @@
 
 import csv
 import importlib.util
+import math
+import tokenize
 import types
+import zipfile
+import zlib
 from pathlib import Path
 
 import flax.linen as nn
@@ -13,7 +17,25 @@ from jchain.bank import Bank
 from jchain.cli.config import DATA_FILES, DEFAULT_DATA, SearchConfig, require
 from jchain.data import Dataset
 from jchain.modules import is_nnx
-from jchain.pytree import describe_type
+from jchain.pytree import describe_type, get_first_line
+
+# What the readers of NumPy, zip files, and tables raise for files that are damaged.
+_DAMAGED = (
+    ValueError,
+    EOFError,
+    KeyError,
+    MemoryError,
+    NotImplementedError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    csv.Error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def load_data(config: SearchConfig) -> Dataset:
@@ -31,16 +53,38 @@ def load_data(config: SearchConfig) -> Dataset:
         raise ValueError(f"expected --target only with --data FILE.csv, got --data {name}")
     if path.suffix not in DATA_FILES:
         return data_lib.load(name, config.seed, sizes=config.sizes, data_dir=config.data_dir)
-    x, y = _read_npz(path) if path.suffix == ".npz" else _read_csv(path, config.target)
-    return data_lib.split(x, y, seed=config.seed, name=path.stem, sizes=config.sizes)
+    try:
+        x, y = _read_npz(path) if path.suffix == ".npz" else _read_csv(path, config.target)
+        return data_lib.split(x, y, seed=config.seed, name=path.stem, sizes=config.sizes)
+    except _DAMAGED as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        reason = get_first_line(error)
+        named = reason if str(path) in reason else f"{path}: {reason}"
+        raise ValueError(named) from None
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            _check_array_size(archive, info)
     with np.load(path, allow_pickle=False) as arrays:
         if not {"x", "y"} <= set(arrays.files):
             raise ValueError(f"expected arrays x and y in {path}, got {', '.join(arrays.files)}")
         x, y = arrays["x"], arrays["y"]
     return x, _number_classes(y, path)
+
+
+def _check_array_size(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
+    """Check that an array is not larger than its file, before memory is taken for it."""
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"expected an array of NumPy in {info.filename}, got format {version}")
+        read = np.lib.format.read_array_header_1_0
+        shape, _, dtype = (read if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
+    if math.prod(shape) * dtype.itemsize > info.file_size:
+        raise ValueError(f"expected {info.filename} to hold the array {list(shape)} of its header")
 
 
 def _read_csv(path: Path, target: str | None) -> tuple[np.ndarray, np.ndarray]:

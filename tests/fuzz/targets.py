@@ -12,12 +12,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from checkpoints import GPT2, VIT, make_checkpoint, write_config, write_file
+from checkpoints import GPT2, QUESTION, VIT, make_checkpoint, write_config, write_file
 from fuzz.mutations import damage_bytes, damage_json, damage_text
 
 import jchain as jc
 from jchain.__main__ import main
 from jchain.agent.critic import NUM_INPUTS, Network
+from jchain.cli.config import SearchConfig
+from jchain.cli.own_files import load_data
 from jchain.files import read_arrays, write_arrays
 
 ROTARY = {
@@ -145,6 +147,31 @@ def read_result(path: Path) -> object:
     return jc.Result.from_json(path.read_text())
 
 
+def make_npz(folder: Path) -> Path:
+    rng = np.random.default_rng(0)
+    np.savez(folder / "mine.npz", x=rng.normal(size=(40, 3)), y=rng.integers(0, 2, 40))
+    return folder / "mine.npz"
+
+
+def make_csv(folder: Path) -> Path:
+    numbers = np.random.default_rng(0).normal(size=(40, 2))
+    rows = [f"{a:.3f},{b:.3f},{'ab'[i % 2]}" for i, (a, b) in enumerate(numbers)]
+    return write_file(folder, "\n".join(["a,b,class", *rows]), "mine.csv")
+
+
+def make_questions(folder: Path) -> Path:
+    make_checkpoint(folder / "model")
+    return write_file(folder, f"{json.dumps(QUESTION)}\n" * 8, "questions.jsonl")
+
+
+def read_own_data(path: Path) -> object:
+    return load_data(SearchConfig(data=str(path)))
+
+
+def read_questions(path: Path) -> object:
+    return jc.hub.load_choices(path.parent / "model", path, length=8)
+
+
 def make_search(folder: Path) -> Path:
     return make_result(folder).with_name("search.json")
 
@@ -158,6 +185,9 @@ TARGETS = {
     "result, evaluate": Target(make_result, damage_json_file, evaluate_result),
     "result, compare": Target(make_result, damage_json_file, compare_result),
     "search.json": Target(make_search, damage_json_file, read_result),
+    "npz": Target(make_npz, damage_file, read_own_data),
+    "csv": Target(make_csv, damage_file, read_own_data),
+    "questions": Target(make_questions, damage_file, read_questions),
     "weights": Target(
         lambda folder: make_model("gpt2", "model.safetensors", folder), damage_file, load_model
     ),

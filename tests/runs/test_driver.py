@@ -74,9 +74,7 @@ def test_a_run_stops_at_its_target_loss(problem):
 
 
 def test_a_budget_below_one_layer_call_raises(problem):
-    with pytest.raises(
-        ValueError, match="expected budget to be at least 1, got 0"
-    ):
+    with pytest.raises(ValueError, match="expected budget to be at least 1, got 0"):
         jc.run(jax.random.key(0), make_scripted([[(0, 3.0)]]), problem, budget=0)
 
 
