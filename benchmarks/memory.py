@@ -163,6 +163,28 @@ def run_in_process(case: Case) -> dict[str, Any]:
     return {**case._asdict(), **json.loads(done.stdout.splitlines()[-1])}
 
 
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """Format the rows as two tables: evaluations, with what they promise, and searches."""
+    lines = ["| bank | plan | limit | promised | taken |", "|---|---|---|---|---|"]
+    for row in rows:
+        if row["call"] == "evaluate":
+            name = row["plan"].replace("block_size=", "").replace("widths=(1,), ", "")
+            name = name.split(", share")[0] + ")" * (", share" in name)
+            limit = "" if row["limit"] is None else f"{row['limit']} MiB"
+            lines.append(
+                f"| {row['layers']} | `{name}` | {limit} | {row['promised'] / MIB:.0f} MiB | "
+                f"{row['taken'] / MIB:.0f} MiB |"
+            )
+    lines += ["", "| bank | search | layers | state | taken |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {row['layers']} | {row['call']} | {row['num_layers']} | {row['state'] / MIB:.0f} MiB | "
+        f"{row['taken'] / MIB:.0f} MiB |"
+        for row in rows
+        if row["call"] != "evaluate"
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure all cases."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -187,6 +209,7 @@ def main() -> None:
     if args.json:
         result = {"device": describe_device(), "versions": versions(), "rows": rows}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(format_table(rows))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import numpy as np
 from jchain import chain as chain_lib
 from jchain import files
 from jchain._typing import Activations, Array, Int, PyTree
-from jchain.arguments import checked
+from jchain.arguments import check_fields, check_integers, checked
 from jchain.groups import (
     LayerGroup,
     add_copies,
@@ -63,8 +63,9 @@ class Bank(Picklable):
         replaced. None if no weights have been replaced.
 
     Raises:
-      ValueError: if the tokens of the layers are not 0..N-1, those of the heads not N..N+K-1, or
-        there is not one name per token.
+      ValueError: if the tokens of the layers are not 0..N-1, those of the heads not N..N+K-1,
+        there is not one name per token, names repeat, a parent is not a chain, or a field is of
+        another kind.
     """
 
     layers: tuple[LayerGroup, ...]
@@ -78,11 +79,13 @@ class Bank(Picklable):
     versions: Int[Array, "E"] | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         layers, heads = (
             [token for group in groups for token in group.tokens]
             for groups in (self.layers, self.heads)
         )
         check_numbering(layers, heads, self.names)
+        self._check()
 
     def __repr__(self) -> str:
         parts = [describe_groups(self.layers, "layer"), describe_groups(self.heads, "head")]
@@ -209,7 +212,6 @@ class Bank(Picklable):
             parents=tuple(tuple(int(token) for token in parent) for parent in parents),
             num_steps=num_steps,
         )
-        bank._check()
         if input_shape is not None:
             check_input_shape(bank.layers, bank.heads, input_shape, bank.names)
         return bank
@@ -250,7 +252,6 @@ class Bank(Picklable):
             num_steps=sum(bank.num_steps for bank in banks),
             versions=versions,
         )
-        joined._check()
         return joined
 
     @checked
@@ -317,7 +318,6 @@ class Bank(Picklable):
             parents=tuple((*parent[:-1], parent[-1] + num_new) for parent in self.parents),
             versions=None if self.versions is None else self.versions[np.array(order)],
         )
-        bank._check()
         return bank
 
     @checked
@@ -355,7 +355,6 @@ class Bank(Picklable):
             origins=replace_words(self.origins, tokens, origins),
             versions=self.get_versions().at[np.array(tokens, int)].add(1),
         )
-        bank._check()
         return bank
 
     def _replace_group(self, group: LayerGroup, new: LayerGroup) -> "Bank":
@@ -436,15 +435,16 @@ class Bank(Picklable):
           FileNotFoundError: if the file does not exist.
           ValueError: if the file is damaged or truncated, or names an unknown module.
         """
-        fields = files.read_bank(path, modules)
         try:
-            bank = Bank(**fields)
-            bank._check()
+            return Bank(**files.read_bank(path, modules))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        return bank
+            raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
     def _check(self) -> None:
+        check_integers(at_least=0, num_steps=self.num_steps)
         check_names(self.names, self.origins)
+        num = self.num_layers + self.num_heads
+        if (versions := self.versions) is not None and versions.shape != (num,):
+            raise ValueError(f"expected {num} versions, got {list(versions.shape)}")
         for parent in self.parents:
             self.validate(parent)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jchain._typing import Array, Bool, Int, Key
-from jchain.arguments import checked, is_integer, read_array
+from jchain.arguments import check_at_least_one, check_integers, checked, is_integer, read_array
 from jchain.pytree import shorten
 from jchain.stages import legal_chains
 from jchain.stages.table import StageTable
@@ -23,6 +23,8 @@ from jchain.stages.table import StageTable
 __all__ = ["PADDING", "ChainSpace", "ChainsLike", "count_layers", "describe", "pad", "validate"]
 
 PADDING = -1
+# The numbers of chains of longer chains take seconds to compute.
+_MAX_LAYERS = 4096
 
 # Chains as a user may pass them: an array of integers, or lists of integers.
 ChainsLike = ArrayLike | Sequence[object]
@@ -43,6 +45,9 @@ class ChainSpace:
       min_layers: minimum number of layers in a chain.
       stages: the stages that layers and heads read and write, which chains must follow; None for a
         bank without stages.
+
+    Raises:
+      ValueError: if a number is not an integer, or out of range.
     """
 
     num_layers: int
@@ -50,6 +55,11 @@ class ChainSpace:
     max_layers: int
     min_layers: int = 0
     stages: StageTable | None = None
+
+    def __post_init__(self) -> None:
+        check_integers(at_least=0, num_layers=self.num_layers)
+        check_integers(at_least=1, num_heads=self.num_heads)
+        check_min_layers(self.min_layers, check_max_layers(self.max_layers))
 
     @property
     def named_sizes(self) -> dict[str, int]:
@@ -98,6 +108,7 @@ class ChainSpace:
           key: the PRNG key; consumed by this call.
           num_chains: number of chains to draw, P.
         """
+        check_at_least_one(num_chains=num_chains)
         if self.stages is not None:
             return legal_chains.sample_chains(
                 key, self.stages, self.min_layers, self.max_layers, num_chains
@@ -342,7 +353,7 @@ def pad(
         if array.size > 0 and not -(2**31) <= int(array.min()) <= int(array.max()) < 2**31:
             raise ValueError(f"expected tokens below 2^31, got {chain!r}")
     longest = max(len(chain) for chain in tokens)
-    slots = longest if max_layers is None else max_layers + 1
+    slots = longest if max_layers is None else check_max_layers(max_layers) + 1
     if longest > slots:
         raise ValueError(
             f"expected chains of at most {slots - 1} layers and a head, got one of {longest} tokens"
@@ -402,10 +413,11 @@ def check_max_layers(value: object) -> int:
       value: maximum number of layers in a chain.
 
     Raises:
-      ValueError: if the value is not an integer of at least 0.
+      ValueError: if the value is not an integer in 0..4096.
     """
-    if not is_integer(value) or value < 0:
-        raise ValueError(f"expected max_layers to be an integer of at least 0, got {value!r}")
+    if not is_integer(value) or not 0 <= value <= _MAX_LAYERS:
+        kind = f"an integer in 0..{_MAX_LAYERS}"
+        raise ValueError(f"expected max_layers to be {kind}, got {shorten(value)}")
     return int(value)
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from jchain import images
 from jchain._typing import Activations, Array, PyTree, Shaped
-from jchain.arguments import checked
+from jchain.arguments import check_integers, checked
 from jchain.datasets.splitting import (
     SHARES,
     SPLITS,
@@ -327,6 +327,7 @@ def split(
         numbers, values are not finite, a class has too few examples or there are too few groups to
         be in every split, or `sizes` asks for more examples than there are.
     """
+    check_integers(at_least=0, at_most=2**32 - 1, seed=seed)
     sources = [_check(x, y)] if test is None else [_check(x, y), _check(*test)]
     is_labels = sources[0][1].ndim == 1 and np.issubdtype(sources[0][1].dtype, np.integer)
     num_classes = _count_classes([y for _, y in sources]) if is_labels else 0

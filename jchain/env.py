@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain._typing import Activations, Array, Bool, Float, Int, Key, PyTree
-from jchain.arguments import checked
+from jchain.arguments import check_at_least_one, check_integers, checked
 from jchain.chain import PADDING
 from jchain.engine import prefix_rules
 from jchain.engine.layer_calls import apply_all, apply_token, evaluate_heads
@@ -66,6 +66,7 @@ def legal_actions(problem: Problem, prefix: Int[Array, "L"]) -> Bool[Array, "E"]
       problem: the problem, which defines the tokens and the allowed chains.
       prefix: int32 `[L]`; the layers of the prefix, padded with -1.
     """
+    _check_tokens(problem, prefix)
     length, cost = problem.space.count_layers(prefix), problem.chain_cost(prefix)
     stages = problem.bank.stages
     stage = None if stages is None else stages.reached(prefix)
@@ -102,6 +103,7 @@ def sample_chains(key: Key[Array, ""], problem: Problem, num_chains: int) -> Int
       problem: the problem, which defines the space and the limit.
       num_chains: number of chains to draw, P.
     """
+    check_at_least_one(num_chains=num_chains)
     if problem.max_cost is None:
         return problem.space.sample(key, num_chains)
     sample_key, redraw_key = jax.random.split(key)
@@ -125,6 +127,8 @@ def neighbors(
     Returns:
       The chains, `[M, L]`, and a mask, `[M]`, which is also False for chains over `max_cost`.
     """
+    if is_concrete(chain):
+        problem.bank.validate(chain)
     chains, is_neighbor = problem.space.neighbors(chain)
     return chains, is_neighbor & ~problem.exceeds_limit(problem.chain_cost(chains))
 
@@ -204,6 +208,7 @@ def append_layers(
       chain: int32 `[L]`; the tokens of the prefix, padded with -1.
       length: number of layers in the prefix.
     """
+    _check_slot(problem, length)
     layers = jnp.arange(problem.bank.num_layers, dtype=jnp.int32)
     return jnp.where((jnp.arange(chain.size) == length)[None], layers[:, None], chain[None])
 
@@ -219,6 +224,7 @@ def append_heads(
       chain: int32 `[L]`; the tokens of the prefix, padded with -1.
       length: number of layers in the prefix.
     """
+    _check_slot(problem, length)
     heads = problem.bank.num_layers + jnp.arange(problem.bank.num_heads, dtype=jnp.int32)
     return jnp.where((jnp.arange(chain.size) == length)[None], heads[:, None], chain[None])
 
@@ -236,6 +242,9 @@ def head_loss(problem: Problem, head: Int[Array, ""], hidden: Activations) -> Fl
       hidden: the activations of the prefix on the whole split, `[B, ...F]`, or a pytree of such
         arrays.
     """
+    if is_concrete(head):
+        first, end = problem.bank.num_layers, problem.bank.num_layers + problem.bank.num_heads
+        check_integers(at_least=first, at_most=end - 1, head=int(head))
     call = jax.vmap(partial(apply_token, problem.bank.heads, head))
     return evaluate_heads(problem, call, pick(hidden, None))[0][0]
 
@@ -257,6 +266,20 @@ def head_losses(problem: Problem, hidden: Activations) -> Float[Array, "K"]:
         return apply_all(problem.bank.heads, pick(hidden, 0))
 
     return evaluate_heads(problem, call, pick(hidden, None))[0]
+
+
+def _check_slot(problem: Problem, length: Array) -> None:
+    if is_concrete(length):
+        check_integers(at_least=0, at_most=problem.max_layers, length=int(length))
+
+
+def _check_tokens(problem: Problem, tokens: Array) -> None:
+    """Check that tokens are those of the bank, or padding."""
+    if not is_concrete(tokens):
+        return
+    row, end = np.asarray(tokens), problem.bank.num_layers + problem.bank.num_heads
+    if ((row < -1) | (row >= end)).any():
+        raise ValueError(f"expected tokens in 0..{end - 1}, or -1, got {row.tolist()}")
 
 
 def _check_legal(problem: Problem, state: State, action: int) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain._typing import Array, Int, PyTree
-from jchain.arguments import checked
+from jchain.arguments import check_fields, check_integers, checked
 from jchain.modules import (
     Module,
     apply_module,
@@ -23,6 +23,7 @@ from jchain.modules import (
     is_nnx,
     split_variables,
 )
+from jchain.modules.activations import count_examples
 from jchain.modules.pickling import Picklable
 from jchain.pytree import describe_type, get_first_line, pick, pytree_dataclass, static
 from jchain.stages.arguments import read_stages
@@ -55,7 +56,10 @@ class LayerGroup(Picklable):
     stages: tuple[int, int] = static(default=(0, 0))
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_is_tokens(self.tokens)
+        check_integers(at_least=0, **{"the stage read": self.stages[0]})
+        check_integers(at_least=0, **{"the stage written": self.stages[1]})
         check_rows((self.params, self.state), len(self.tokens))
 
     def __repr__(self) -> str:
@@ -337,6 +341,11 @@ def infer_head_output(
     name, (params, state) = describe_member(group, names), pick(_get_trees(group), 0)
     out = infer_output(group.module, params, state, x, name)
     check_is_array(out, name)
+    if out.shape[:1] != (count_examples(x),):
+        raise ValueError(
+            f"{name} must return one row per example, [{count_examples(x)}, ...], got shape "
+            f"{list(out.shape)}"
+        )
     return out
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jchain._typing import Array, Float
+from jchain.arguments import check_at_least_one, check_functions
 from jchain.invertible import AdditiveCoupling as AdditiveCoupling
 from jchain.invertible import InvertibleDense as InvertibleDense
 from jchain.invertible import InvertibleResidual as InvertibleResidual
@@ -29,6 +30,8 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B *F"]) -> Float[Array, "B *G"]:
+        check_at_least_one(features=self.features)
+        check_functions(activation=self.activation)
         return self.activation(nn.Dense(self.features)(x))
 
 
@@ -49,7 +52,11 @@ class ResidualMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B *F"]) -> Float[Array, "B *F"]:
-        hidden = self.activation(nn.Dense(self.hidden or self.features)(x))
+        units = self.features if self.hidden is None else self.hidden
+        check_at_least_one(features=self.features, hidden=units)
+        check_functions(activation=self.activation)
+        _check_shape(x, "[B, ..., features]", x.ndim >= 2 and x.shape[-1] == self.features)
+        hidden = self.activation(nn.Dense(units)(x))
         return x + nn.Dense(self.features)(hidden)
 
 
@@ -71,8 +78,9 @@ class ConvBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W F"]) -> Float[Array, "B H W F"]:
-        if self.depth < 1:
-            raise ValueError(f"expected a depth of at least 1, got {self.depth}")
+        check_at_least_one(channels=self.channels, depth=self.depth)
+        check_functions(activation=self.activation)
+        _check_shape(x, "[B, H, W, channels]", x.ndim == 4 and x.shape[-1] == self.channels)
         hidden = x
         for _ in range(self.depth):
             hidden = nn.Conv(self.channels, (3, 3))(self.activation(hidden))
@@ -94,6 +102,9 @@ class ConvStem(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W F"]) -> Float[Array, "B h w G"]:
+        check_at_least_one(channels=self.channels, pool=self.pool)
+        _check_shape(x, "[B, H, W, C]", x.ndim == 4)
+        _check_pool(x, self.pool)
         x = nn.Conv(self.channels, (3, 3), kernel_init=nn.initializers.orthogonal())(x)
         return (
             x if self.pool == 1 else nn.max_pool(x, (self.pool, self.pool), (self.pool, self.pool))
@@ -120,13 +131,21 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+        units = 4 * self.features if self.hidden is None else self.hidden
+        check_at_least_one(features=self.features, num_heads=self.num_heads, hidden=units)
+        if self.features % self.num_heads:
+            raise ValueError(
+                f"expected features to be a multiple of num_heads, got {self.features} and "
+                f"{self.num_heads}"
+            )
+        _check_shape(x, "[B, T, features]", x.ndim >= 3 and x.shape[-1] == self.features)
         sizes = (3, self.num_heads, self.features // self.num_heads)
         # One product computes the queries, keys, and values.
         qkv = nn.DenseGeneral(sizes, name="qkv")(nn.LayerNorm(epsilon=1e-5)(x))
         query, key, value = (qkv[..., i, :, :] for i in range(3))
         mixed = jax.nn.dot_product_attention(query, key, value, is_causal=self.is_causal)
         x = x + nn.DenseGeneral(self.features, axis=(-2, -1), name="out")(mixed)
-        hidden = nn.gelu(nn.Dense(self.hidden or 4 * self.features)(nn.LayerNorm(epsilon=1e-5)(x)))
+        hidden = nn.gelu(nn.Dense(units)(nn.LayerNorm(epsilon=1e-5)(x)))
         return x + nn.Dense(self.features)(hidden)
 
 
@@ -141,6 +160,7 @@ class DenseHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B *F"]) -> Float[Array, "B C"]:
+        check_at_least_one(num_classes=self.num_classes)
         return nn.Dense(self.num_classes)(jnp.reshape(x, (x.shape[0], -1)))
 
 
@@ -159,6 +179,9 @@ class ConvHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W F"]) -> Float[Array, "B C"]:
+        check_at_least_one(num_classes=self.num_classes, pool=self.pool)
+        _check_shape(x, "[B, H, W, C]", x.ndim == 4)
+        _check_pool(x, self.pool)
         x = x if self.pool == 1 else nn.avg_pool(x, (self.pool, self.pool), (self.pool, self.pool))
         x = jnp.reshape(x, (x.shape[0], -1))
         for features in (120, 84):
@@ -179,4 +202,17 @@ class PoolHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W F"]) -> Float[Array, "B C"]:
+        check_at_least_one(num_classes=self.num_classes)
+        check_functions(activation=self.activation)
+        _check_shape(x, "[B, H, W, C]", x.ndim == 4)
         return nn.Dense(self.num_classes)(jnp.mean(self.activation(x), axis=(1, 2)))
+
+
+def _check_shape(x: Array, expected: str, is_right: bool) -> None:
+    if not is_right:
+        raise ValueError(f"expected x of shape {expected}, got {list(x.shape)}")
+
+
+def _check_pool(x: Array, pool: int) -> None:
+    if pool > min(x.shape[1:3]):
+        raise ValueError(f"expected pool to be at most the side of the images, got {pool}")

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jchain._typing import Array, Bool, Float, Int, Numbers, OptionalNumbers, PyTree
-from jchain.arguments import check_at_least_one, check_fields, checked
+from jchain.arguments import check_at_least_one, check_fields, checked, read_numbers
 from jchain.bank import Bank
 from jchain.chain import ChainSpace, check_max_layers, check_min_layers
 from jchain.data import Batch, check_lengths, read_batch
@@ -102,7 +102,7 @@ class Problem:
         object.__setattr__(self, "max_layers", check_max_layers(self.max_layers))
         object.__setattr__(self, "min_layers", check_min_layers(self.min_layers, self.max_layers))
         object.__setattr__(self, "data", self._read_data())
-        object.__setattr__(self, "layer_cost", jnp.asarray(self.layer_cost, jnp.float32))
+        object.__setattr__(self, "layer_cost", read_numbers("layer_cost", self.layer_cost))
         if self.layer_cost.shape not in ((), (self.bank.num_layers,)):
             raise ValueError(
                 f"expected layer_cost to be a scalar or of shape [{self.bank.num_layers}], got "
@@ -175,7 +175,7 @@ class Problem:
                     "limit the number of layers, use max_layers"
                 )
             return
-        costs = jnp.asarray(self.token_costs, jnp.float32)
+        costs = read_numbers("token_costs", self.token_costs)
         object.__setattr__(self, "token_costs", costs)
         num_layers, num_tokens = self.bank.num_layers, self.bank.num_layers + self.bank.num_heads
         if costs.shape != (num_tokens,):
@@ -191,7 +191,7 @@ class Problem:
             )
         if self.max_cost is None:
             return
-        limit = jnp.asarray(self.max_cost, jnp.float32)
+        limit = read_numbers("max_cost", self.max_cost)
         object.__setattr__(self, "max_cost", limit)
         if limit.shape != ():
             raise ValueError(f"expected max_cost to be a scalar, got shape {list(limit.shape)}")

@@ -26,7 +26,7 @@ X, Y = make_batch()
         (jc.Batch(X[:0], Y[:0]), {}, "one label per example, got x"),
         (jc.Batch(X[:, :4], Y), {}, r"ResidualMLP.* does not take an input of shape \[9, 4\]"),
         (jc.Batch(X.at[0, 0].set(jnp.nan), Y), {}, "expected finite examples"),
-        (jc.Batch(X, Y), {"max_layers": -1}, "max_layers to be an integer of at least 0, got -1"),
+        (jc.Batch(X, Y), {"max_layers": -1}, "max_layers to be an integer in 0..4096, got -1"),
         (
             jc.Batch(X, Y),
             {"max_layers": True},

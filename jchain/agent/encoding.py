@@ -7,6 +7,7 @@ entries, prefix_features)`, and `read(carry)`. The shapes of its params do not d
 of layers or heads, so one network works for banks of any size.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -16,10 +17,11 @@ import jax.numpy as jnp
 
 from jchain._typing import Array, Float, Int, PyTree
 from jchain.agent.observations import Observe
-from jchain.arguments import checked
+from jchain.arguments import check_at_least_one, checked
 from jchain.bank import Bank
 from jchain.engine.draws import draw_signs
 from jchain.groups import LayerGroup
+from jchain.pytree import describe_type
 
 # The seed of the hashes is constant, so that features are the same in every process and a trained
 # network can be saved.
@@ -65,6 +67,29 @@ class Encoding(Protocol):
         ...
 
 
+EntryFeatures = Callable[[Bank], Float[Array, "E D"]]
+
+
+def get_entries(entry_features: EntryFeatures, bank: Bank) -> Float[Array, "E D"]:
+    """Compute the features of the entries of a bank with a user's function.
+
+    Args:
+      entry_features: the function, such as `entry_features`.
+      bank: the bank.
+
+    Raises:
+      ValueError: if the function does not return one row per layer and head.
+    """
+    features, num_entries = entry_features(bank), bank.num_layers + bank.num_heads
+    shape = getattr(features, "shape", None)
+    if shape is None or len(shape) != 2 or shape[0] != num_entries:
+        raise ValueError(
+            f"expected entry_features to return shape [{num_entries}, D], got "
+            f"{describe_type(features)}"
+        )
+    return features
+
+
 @checked
 def entry_features(bank: Bank, size: int = 64) -> Float[Array, "E D"]:
     """Compute features of each entry of a bank from its weights: `[N + K, size + 2]`.
@@ -79,6 +104,7 @@ def entry_features(bank: Bank, size: int = 64) -> Float[Array, "E D"]:
       bank: the bank.
       size: the length of the sketch.
     """
+    check_at_least_one(size=size)
     return _sketch_entries(bank.without_names(), size)
 
 
@@ -139,6 +165,7 @@ class TokenEncoding(nn.Module):
     observe = None
 
     def setup(self) -> None:
+        check_at_least_one(features=self.features, code_size=self.code_size)
         # The default initializer, orthogonal, can deadlock. It factorizes matrices, and vmapped
         # factorizations that run concurrently wait for each other if they occupy all threads of XLA
         # (jaxlib's ParallelBatchMap blocks the thread that it waits for).
@@ -187,6 +214,7 @@ class WeightEncoding(nn.Module):
     observe = None
 
     def setup(self) -> None:
+        check_at_least_one(features=self.features)
         self.hidden = nn.Dense(self.features)
         self.out = nn.Dense(self.features)
 
@@ -233,6 +261,7 @@ class ObservedEncoding(nn.Module):
     features: int = 32
 
     def setup(self) -> None:
+        check_at_least_one(features=self.features)
         self.hidden = nn.Dense(self.features)
         # Normalize, because the features of a prefix differ widely in scale.
         self.norm = nn.LayerNorm()

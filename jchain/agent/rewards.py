@@ -1,10 +1,14 @@
 """Rewards of chains, computed from their losses. A critic's predictions are in the same units."""
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 
 from jchain._typing import Array, Float
 from jchain.agent.observations import compress_loss
 from jchain.arguments import checked
+from jchain.pytree import describe_type
 
 
 @checked
@@ -50,3 +54,24 @@ def _bound(loss: Float[Array, "P"]) -> Float[Array, "P"]:
     """Replace losses that are not finite by the worst finite one, or by 0 if there is none."""
     worst = jnp.max(jnp.where(jnp.isfinite(loss), loss, -jnp.inf))
     return jnp.where(jnp.isfinite(loss), loss, jnp.where(jnp.isfinite(worst), worst, 0.0))
+
+
+def compute_rewards(
+    reward_fn: Callable[[Float[Array, "P"]], Float[Array, "P"]], loss: Float[Array, "P"]
+) -> Float[Array, "P"]:
+    """Compute the rewards of chains with a user's function, and check their shape.
+
+    Args:
+      reward_fn: the function, such as `plain_rewards`.
+      loss: the losses of the chains, `[P]`.
+
+    Raises:
+      ValueError: if the function does not return one reward per chain.
+    """
+    rewards = reward_fn(loss)
+    if not isinstance(rewards, jax.Array) or rewards.shape != loss.shape:
+        raise ValueError(
+            f"expected reward_fn to return rewards of shape {list(loss.shape)}, one per chain, got "
+            f"{describe_type(rewards)}"
+        )
+    return rewards

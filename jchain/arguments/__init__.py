@@ -10,6 +10,7 @@ from jchain.arguments.values import (
     check_numbers,
     is_integer,
     read_array,
+    read_numbers,
 )
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "checked",
     "is_integer",
     "read_array",
+    "read_numbers",
 ]

@@ -188,7 +188,7 @@ def _read(hint: Any) -> _Expectation | None:
             lambda value: isinstance(value, str) and value in args,
         )
     if origin is Callable or hint is Callable:
-        return _Expectation("a function", _is_function)
+        return _read_function(args)
     if origin is tuple:
         return _read_tuple(args)
     if origin in (Sequence, Iterable, list):
@@ -227,6 +227,26 @@ def _read_union(hints: Sequence[Any]) -> _Expectation | None:
         lambda value: any(member.accepts(value) for member in found),
         axes if is_one_kind else (),
     )
+
+
+def _read_function(hints: Sequence[Any]) -> _Expectation:
+    """Return what the hint of a function allows, from those of its arguments and of its value."""
+    if not hints or not isinstance(hints[0], list):
+        return _Expectation("a function", _is_function)
+    number = len(hints[0])
+    words = f"a function of {number} {'argument' if number == 1 else 'arguments'}"
+    return _Expectation(words, lambda value: _is_function(value) and _takes(value, number))
+
+
+def _takes(function: Any, num_arguments: int) -> bool:
+    """Return whether a function can be called with some positional arguments, if that is known."""
+    try:
+        inspect.signature(function).bind(*[None] * num_arguments)
+    except TypeError:
+        return False
+    except ValueError:  # a function of C has no signature
+        return True
+    return True
 
 
 def _read_tuple(hints: Sequence[Any]) -> _Expectation:
@@ -311,12 +331,17 @@ def _read_class(cls: Any) -> _Expectation | None:
         return plain[cls]
     words = _WORDS.get(cls.__name__, f"a jc.{cls.__name__}")
     if getattr(cls, "_is_protocol", False):
-        members = [name for name in vars(cls) if not name.startswith("_") or name == "__call__"]
+        shown = {n: v for n, v in vars(cls).items() if not n.startswith("_") or n == "__call__"}
+        members = [name for name, value in shown.items() if inspect.isfunction(value)]
+        num_arguments = None
+        if "__call__" in members:
+            num_arguments = len(inspect.signature(cls.__call__).parameters) - 1
         return _Expectation(
             words,
             lambda value: (
                 not isinstance(value, type)
                 and all(callable(getattr(value, name, None)) for name in members)
+                and (num_arguments is None or _takes(value, num_arguments))
             ),
         )
     if cls.__name__ == "Batch":  # also an (x, y) tuple, which is read by `jchain.data.read_batch`

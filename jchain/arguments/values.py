@@ -12,6 +12,8 @@ from jchain.pytree import describe_type, shorten
 
 # JAX counts with 32 bits.
 _MAX_SIZE = 2**31 - 1
+# Larger arrays of chains overflow what XLA computes from their sizes, which ends the process.
+_MAX_ARRAY = 2**24
 
 
 def is_integer(value: object) -> TypeGuard[int | np.integer]:
@@ -51,9 +53,9 @@ def check_at_least_one(**sizes: object) -> None:
       **sizes: the sizes by name.
 
     Raises:
-      ValueError: if a size is not an integer, below 1, or above 2^31 - 1.
+      ValueError: if a size is not an integer, below 1, or above 2^24.
     """
-    check_integers(at_least=1, at_most=_MAX_SIZE, **sizes)
+    check_integers(at_least=1, at_most=_MAX_ARRAY, **sizes)
 
 
 def check_numbers(
@@ -160,6 +162,22 @@ def read_array(
         kind = "numbers or strings" if dtype is None else "numbers"
         raise ValueError(f"expected {name} to be an array of {kind}, got {describe_type(value)}")
     return array
+
+
+def read_numbers(name: str, value: Any) -> jax.Array:
+    """Return real numbers as a float32 array.
+
+    Args:
+      name: the name of the argument, for the error.
+      value: an array, a number, or nested sequences of numbers. Traced ones are not checked.
+
+    Raises:
+      ValueError: if the value is something else.
+    """
+    is_traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
+    if not is_traced and read_array(name, value).dtype.kind not in "iuf":
+        raise ValueError(f"expected {name} to be numbers, got {shorten(value)}")
+    return jnp.asarray(value, jnp.float32)
 
 
 def is_key(keys: object, num_axes: int) -> bool:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jchain._typing import Activations, Array, Bool, Int, PyTree
-from jchain.arguments import checked
+from jchain.arguments import check_at_least_one, check_fields, checked
 from jchain.engine.control_flow import vary_like
 from jchain.engine.layer_calls import (
     empty_results,
@@ -74,8 +74,8 @@ class Blocks:
     head_widths: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise ValueError(f"expected a block_size of at least 1, got {self.block_size}")
+        check_fields(self)
+        check_at_least_one(block_size=self.block_size)
         for widths in (self.widths, self.head_widths):
             steps = pairwise(widths)
             if widths[:1] != (1,) or any(b <= a or b % a for a, b in steps):

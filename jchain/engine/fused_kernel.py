@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jchain._typing import Activations, Array, PyTree
-from jchain.arguments import checked
+from jchain.arguments import check_at_least_one, checked
 from jchain.engine.layer_calls import nbytes
 from jchain.engine.prefix_sharing import SortedChains, pad_to_multiple
 from jchain.modules import apply_module
@@ -41,10 +41,7 @@ class Fused:
     block_size: int = 64
 
     def __post_init__(self) -> None:
-        if self.tile < 1 or self.block_size < 1:
-            raise ValueError(
-                f"expected tile and block_size of at least 1, got {self.tile} and {self.block_size}"
-            )
+        check_at_least_one(tile=self.tile, block_size=self.block_size)
 
     @checked
     def count_bytes(self, problem: Problem, hidden: PyTree) -> int:

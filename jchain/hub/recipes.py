@@ -142,6 +142,7 @@ def find_starts(bank: Bank, max_layers: int, *, min_layers: int = 0) -> Int[np.n
     Returns:
       Distinct chains, `[C, max_layers + 1]`. C is 0 if no chain has a suitable length.
     """
+    chain_lib.check_min_layers(min_layers, chain_lib.check_max_layers(max_layers))
     rows: list[tuple[int, ...]] = []
     for parent in bank.parents:
         start, body = _split_start(bank, parent)

@@ -201,7 +201,7 @@ def check_output_function(
       y: the labels.
 
     Raises:
-      ValueError: if the function fails, or does not return floats.
+      ValueError: if the function fails, or does not return floats, at least one per example.
     """
     try:
         found = jax.eval_shape(function, outputs, y)
@@ -210,8 +210,15 @@ def check_output_function(
             f"{name} does not take outputs {list(outputs.shape)} "
             f"and labels {y.dtype}{list(y.shape)}: {error}"
         ) from None
+    if not isinstance(found, jax.ShapeDtypeStruct):
+        raise ValueError(f"expected {name} to return an array, got {describe_type(found)}")
     if not jnp.issubdtype(found.dtype, jnp.floating):
         raise ValueError(f"expected {name} to return floats, got {found.dtype}")
+    if found.shape[:1] != outputs.shape[:1]:
+        raise ValueError(
+            f"expected {name} to return one number per example, [{outputs.shape[0]}, ...], got "
+            f"shape {list(found.shape)}"
+        )
 
 
 def check_mean_over_examples(

@@ -18,19 +18,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
 from jchain._typing import Array, Float, Int, Key, PyTree
+from jchain.agent import encoding as encodings
 from jchain.agent import losses, observations
 from jchain.agent.edit_features import (
     empty_edit_features,
     init_edit_weights,
     update_edit_features,
 )
-from jchain.agent.encoding import ActorCriticNetwork, Encoding, TokenEncoding, entry_features
 from jchain.agent.policy import (
     EDIT_WEIGHTS,
     NETWORK,
@@ -40,12 +39,11 @@ from jchain.agent.policy import (
     evaluate_actions,
 )
 from jchain.agent.replay_buffer import ReplayBuffer, empty_replay_buffer
-from jchain.agent.rewards import rank_rewards
+from jchain.agent.rewards import compute_rewards, rank_rewards
 from jchain.agent.rollout import Rollout, drop_empty, restore_empty, sample_chain, sample_prefix
 from jchain.arguments import (
     check_at_least_one,
-    check_functions,
-    check_instances,
+    check_fields,
     check_integers,
     check_numbers,
     checked,
@@ -56,7 +54,7 @@ from jchain.engine import score_cache
 from jchain.engine.evaluation import evaluate_filled
 from jchain.engine.prefix_sharing import count_calls
 from jchain.engine.score_cache import ScoreCache
-from jchain.gradient.slot_scores import KINDS, ScoreKind
+from jchain.gradient.slot_scores import ScoreKind
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.pool import Pool, empty_pool, merge
@@ -125,7 +123,7 @@ class ActorCritic:
     is_deterministic = False
     needs_invertible = False
 
-    encoding: Encoding = static(default=TokenEncoding())
+    encoding: encodings.Encoding = static(default=encodings.TokenEncoding())
     num_chains: int = static(default=32)
     num_epochs: int = static(default=4)
     learning_rate: float = 3e-3
@@ -136,7 +134,7 @@ class ActorCritic:
     imitation_weight: float = 0.5
     restart_rate: float = 0.2
     num_elites: int = static(default=16)
-    entry_features: Callable[[Bank], Float[Array, "E D"]] = static(default=entry_features)
+    entry_features: Callable[[Bank], Float[Array, "E D"]] = static(default=encodings.entry_features)
     score_kind: ScoreKind | None = static(default=None)
     num_replays: int = static(default=0)
     replay_size: int = static(default=1024)
@@ -144,12 +142,7 @@ class ActorCritic:
     params: PyTree = None
 
     def __post_init__(self) -> None:
-        if self.score_kind is not None and self.score_kind not in KINDS:
-            raise ValueError(
-                f"expected a score_kind of {', '.join(KINDS)} or None, got {self.score_kind!r}"
-            )
-        check_instances(nn.Module, "jc.TokenEncoding()", encoding=self.encoding)
-        check_functions(entry_features=self.entry_features, reward_fn=self.reward_fn)
+        check_fields(self)
         check_at_least_one(num_epochs=self.num_epochs, num_elites=self.num_elites)
         check_integers(at_least=2, num_chains=self.num_chains)
         check_integers(at_least=0, num_replays=self.num_replays)
@@ -180,7 +173,7 @@ class ActorCritic:
         inputs, observe = self._init_inputs(problem), self.encoding.observe
         root = jax.eval_shape(lambda: observations.observe_root(observe, problem).features)
         root_features = jnp.zeros(root.shape, root.dtype)
-        network = ActorCriticNetwork(self.encoding)
+        network = encodings.ActorCriticNetwork(self.encoding)
         params: dict[str, PyTree] = {NETWORK: network.init(key, inputs.entries, root_features)}
         if inputs.edit_features is not None:
             params[EDIT_WEIGHTS] = init_edit_weights()
@@ -229,7 +222,7 @@ class ActorCritic:
     def step(self, key: Key[Array, ""], state: State, problem: Problem) -> tuple[State, Info]:
         """Sample chains, score them, and update the policy on them for `num_epochs` epochs."""
         inputs, edit_calls = self._update_inputs(state, problem)
-        policy = Policy(ActorCriticNetwork(self.encoding), state.params, inputs)
+        policy = Policy(encodings.ActorCriticNetwork(self.encoding), state.params, inputs)
         # Without replay, only the rollout needs a key, so the key is not split.
         is_replaying = state.replay_buffer is not None
         rollout_key, replay_key = jax.random.split(key) if is_replaying else (key, key)
@@ -238,7 +231,7 @@ class ActorCritic:
         rollout, cache, layer_calls = score_rollout(state.cache, rollout, problem)
         elite, elite_features = update_elite(state, rollout)
         replay_buffer, batch = self._replay(replay_key, state.replay_buffer, rollout)
-        rewards = self.reward_fn(batch.loss)
+        rewards = compute_rewards(self.reward_fn, batch.loss)
 
         # The batch, its old log-probabilities, and the elite are the same in all epochs.
         def loss_fn(params: PyTree) -> Float[Array, ""]:
@@ -331,7 +324,9 @@ class ActorCritic:
 
     def _init_inputs(self, problem: Problem) -> NetworkInputs:
         edit_features = None if self.score_kind is None else empty_edit_features(problem)
-        return NetworkInputs(self.entry_features(problem.bank), edit_features)
+        return NetworkInputs(
+            encodings.get_entries(self.entry_features, problem.bank), edit_features
+        )
 
     def _update_inputs(
         self, state: State, problem: Problem
@@ -406,7 +401,7 @@ class ActorCritic:
         self, state: State, chains: Int[Array, "P L"], problem: Problem
     ) -> tuple[Float[Array, "P L E"], Float[Array, "P L"]]:
         """Compute logits and values before each token of the chains."""
-        policy = Policy(ActorCriticNetwork(self.encoding), state.params, state.inputs)
+        policy = Policy(encodings.ActorCriticNetwork(self.encoding), state.params, state.inputs)
 
         def evaluate_one(chain: Int[Array, "L"]) -> tuple[Float[Array, "L E"], Float[Array, "L"]]:
             features = observations.observe_chain(self.encoding.observe, problem, chain)

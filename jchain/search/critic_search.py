@@ -24,6 +24,7 @@ from jchain.agent import critic as critic_lib
 from jchain.agent.observations import (
     LOSS_UNIT,
     NUM_FEATURES,
+    Observation,
     Observe,
     compress_loss,
     lowest,
@@ -34,7 +35,7 @@ from jchain.chain import PADDING
 from jchain.engine.layer_calls import apply_token, map_prefixes
 from jchain.modules.activations import make_buffer
 from jchain.problem import Problem
-from jchain.pytree import pick, pytree_dataclass, static
+from jchain.pytree import describe_type, pick, pytree_dataclass, static
 from jchain.search.prefixes import (
     count_extensions,
     end_children,
@@ -140,6 +141,10 @@ class CriticSearch:
         """
         hidden = problem.bank.embed(problem.data.x)
         root = self.observe(problem, hidden, hidden)
+        if not isinstance(root, Observation):
+            raise ValueError(
+                f"expected observe to return an Observation, got {describe_type(root)}"
+            )
         if root.features.shape != (NUM_FEATURES,):
             raise ValueError(
                 f"expected {NUM_FEATURES} features of a prefix, got shape "

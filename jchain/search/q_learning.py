@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jchain._typing import Array, Bool, Float, Int, Key
-from jchain.agent.rewards import plain_rewards
+from jchain.agent.rewards import compute_rewards, plain_rewards
 from jchain.arguments import (
     check_at_least_one,
     check_functions,
@@ -110,7 +110,7 @@ class QLearning:
           chains: the starts, `[C, L]`.
           loss: their losses, `[C]`.
         """
-        rewards = self.reward_fn(loss).astype(state.reward.dtype)
+        rewards = compute_rewards(self.reward_fn, loss).astype(state.reward.dtype)
         rate = jnp.asarray(self.learning_rate)
 
         def learn(values: Array, row: Array) -> tuple[Array, None]:
@@ -131,7 +131,9 @@ class QLearning:
 
         place = (state.num_steps * self.num_chains + jnp.arange(self.num_chains)) % self.replay_size
         replayable = state.chains.at[place].set(chains)
-        rewards = state.reward.at[place].set(self.reward_fn(loss).astype(state.reward.dtype))
+        rewards = state.reward.at[place].set(
+            compute_rewards(self.reward_fn, loss).astype(state.reward.dtype)
+        )
         num_steps = state.num_steps + 1
         num_stored = jnp.minimum(num_steps * self.num_chains, self.replay_size)
         drawn = jax.random.randint(replay_key, (self.num_replays,), 0, num_stored, jnp.int32)

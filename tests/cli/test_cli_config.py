@@ -20,7 +20,7 @@ from jchain.cli.config import SearchConfig, resolve
             ["--search", "local", "--encoding", "weights"],
             "expected --search actor-critic with --encoding, got local",
         ),
-        (["--max-layers", "-1"], "max_layers to be an integer of at least 0, got -1"),
+        (["--max-layers", "-1"], "max_layers to be an integer in 0..4096, got -1"),
         (["--budget", "0"], "expected a budget of at least 1, got 0"),
         (["--min-layers", "9"], "expected min_layers to be an integer in 0..2"),
         (["--layer-cost", "nan"], "expected a finite --layer-cost of at least 0, got nan"),
@@ -113,7 +113,7 @@ def test_options_decide_whether_a_task_is_searched(given, task, bank, search, nu
         (["--sizes", "898,361,50,40"], "at most [898, 360, 270, 489], got [898, 361, 50, 40]"),
         (["--sizes", "898,100,50,750"], "at most [898, 360, 270, 749], got [898, 100, 50, 750]"),
         (["--sizes", "898,100"], "expected sizes of train, search, select, test"),
-        (["--max-layers", "-1"], "max_layers to be an integer of at least 0, got -1"),
+        (["--max-layers", "-1"], "max_layers to be an integer in 0..4096, got -1"),
         (["--min-layers", "9"], "expected min_layers to be an integer in 0..7"),
         (
             ["--search", "suffix-beam"],
