@@ -347,9 +347,13 @@ def pad(
     if len(tokens) == 0:
         raise ValueError("expected at least one chain, got none")
     for chain in tokens:
-        if np.ndim(chain) != 1 or not np.issubdtype(np.asarray(chain).dtype, np.integer):
-            raise ValueError(f"expected chains of integer tokens, got {chain!r} among {tokens!r}")
-        array = np.asarray(chain)
+        try:
+            array = np.asarray(chain)
+        except (TypeError, ValueError):  # lists of different lengths, or no numbers
+            array = np.empty(0)
+        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+            got = f"{shorten(chain)} among {shorten(tokens)}"
+            raise ValueError(f"expected chains of integer tokens, got {got}")
         if array.size > 0 and not -(2**31) <= int(array.min()) <= int(array.max()) < 2**31:
             raise ValueError(f"expected tokens below 2^31, got {chain!r}")
     longest = max(len(chain) for chain in tokens)

@@ -97,5 +97,5 @@ def test_stem_and_heads_of_images():
     mean = np.maximum(np.asarray(x, np.float64), 0).mean(axis=(1, 2))
     wanted = mean @ np.asarray(params["Dense_0"]["kernel"]) + np.asarray(params["Dense_0"]["bias"])
     np.testing.assert_allclose(head.apply({"params": params}, x), wanted, atol=1e-5)
-    with pytest.raises(ValueError, match="depth of at least 1, got 0"):
+    with pytest.raises(ValueError, match="depth to be at least 1, got 0"):
         jc.layers.ConvBlock(3, depth=0).init(jax.random.key(0), x)

@@ -56,6 +56,7 @@ def _bound(loss: Float[Array, "P"]) -> Float[Array, "P"]:
     return jnp.where(jnp.isfinite(loss), loss, jnp.where(jnp.isfinite(worst), worst, 0.0))
 
 
+@checked
 def compute_rewards(
     reward_fn: Callable[[Float[Array, "P"]], Float[Array, "P"]], loss: Float[Array, "P"]
 ) -> Float[Array, "P"]:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jchain._typing import Array, Key, PyTree
-from jchain.arguments import check_at_least_one, check_integers, checked
+from jchain.arguments import check_integers, checked
 from jchain.chain import ChainsLike
 from jchain.engine.backend import check_not_forked
 from jchain.problem import Problem
@@ -392,12 +392,8 @@ def check_arguments(search: Search, problem: Problem, budget: int, num_finalists
         number is out of range.
     """
     check_not_forked()
-    check_at_least_one(budget=budget)
+    check_integers(at_least=1, at_most=_MAX_BUDGET, budget=budget)
     check_integers(at_least=1, at_most=_MAX_FINALISTS, num_finalists=num_finalists)
-    if budget > _MAX_BUDGET:
-        raise ValueError(
-            f"expected a budget of at most {_MAX_BUDGET:,} layer calls, got {budget:,}"
-        )
     if jax.tree_util.all_leaves([search]):
         raise ValueError(
             "expected an instance of a class decorated with @jc.pytree_dataclass, got "

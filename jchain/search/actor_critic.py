@@ -54,7 +54,7 @@ from jchain.engine import score_cache
 from jchain.engine.evaluation import evaluate_filled
 from jchain.engine.prefix_sharing import count_calls
 from jchain.engine.score_cache import ScoreCache
-from jchain.gradient.slot_scores import ScoreKind
+from jchain.gradient.slot_scores import KINDS, ScoreKind
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
 from jchain.search.pool import Pool, empty_pool, merge
@@ -143,6 +143,9 @@ class ActorCritic:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.score_kind is not None and self.score_kind not in KINDS:
+            kinds = ", ".join(KINDS)
+            raise ValueError(f"expected a score_kind of {kinds} or None, got {self.score_kind!r}")
         check_at_least_one(num_epochs=self.num_epochs, num_elites=self.num_elites)
         check_integers(at_least=2, num_chains=self.num_chains)
         check_integers(at_least=0, num_replays=self.num_replays)

@@ -57,12 +57,11 @@ class Evolution:
             tournament_size=self.tournament_size,
             num_chains=self.num_chains,
         )
-        for name in ("num_chains", "tournament_size"):
-            if (size := getattr(self, name)) > self.population_size:
-                raise ValueError(
-                    f"expected {name} to be at most population_size, got {size} and "
-                    f"{self.population_size}"
-                )
+        if self.num_chains > self.population_size:
+            raise ValueError(
+                "expected num_chains to be at most population_size, got "
+                f"{self.num_chains} and {self.population_size}"
+            )
 
     @checked
     def init(self, key: Key[Array, ""], problem: Problem) -> State:

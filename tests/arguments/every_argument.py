@@ -28,6 +28,7 @@ from test_signatures import CALLABLES
 import jchain as jc
 from jchain.agent import observations
 from jchain.agent.pretrain import make_training_set
+from jchain.agent.rewards import plain_rewards
 from jchain.engine import score_cache
 from jchain.engine.prefix_sharing import sort_chains
 from jchain.gradient import trends
@@ -214,6 +215,7 @@ def make_calls(w):
         "observations.observe_root": {"observe": observations.observe, "problem": problem},
         "pretrain.make_training_set": {"problem": problem},
         "pretrain.observe_prefixes": {"problem": problem},
+        "rewards.compute_rewards": {"reward_fn": plain_rewards, "loss": loss},
         "rewards.log_rewards": {"loss": loss},
         "rewards.plain_rewards": {"loss": loss},
         "rewards.rank_rewards": {"loss": loss},

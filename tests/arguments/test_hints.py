@@ -70,7 +70,7 @@ def sample(
         ("many", (1.0, "a"), "expected many to be a tuple, each item a number"),
         ("table", {"a": "b"}, "expected table to be a dict, each value an integer or None"),
         ("path", 3, "expected path to be a string or a path, got 3"),
-        ("fn", dict, "expected fn to be a function or None, got the class dict"),
+        ("fn", dict, "expected fn to be a function of 1 argument or None, got the class dict"),
         ("key", jax.random.PRNGKey(0), "expected key to be one key of jax.random.key"),
         ("key", jax.random.split(jax.random.key(0)), "one key of jax.random.key"),
         ("keys", jax.random.key(0), "keys of jax.random.key of shape [S]"),
@@ -104,6 +104,14 @@ def test_what_an_annotation_does_not_allow_is_named(name, value, words):
 )
 def test_what_an_annotation_allows_is_passed_on(arguments):
     assert sample(**arguments) == "called"
+
+
+def test_functions_that_take_other_numbers_of_arguments_are_refused():
+    for function in (lambda: 0, lambda a, b: 0, lambda *, a: 0):
+        with pytest.raises(ValueError, match="expected fn to be a function of 1 argument or None"):
+            sample(fn=function)
+    for function in (lambda a: a, lambda *rest: 0, lambda a, b=1: 0, max):
+        assert sample(fn=function) == "called"
 
 
 def test_axes_of_one_name_have_one_size():

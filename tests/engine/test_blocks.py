@@ -17,7 +17,7 @@ def test_blocks_match_apply_chain(problem, seed, num):
 
 @pytest.mark.parametrize("widths", [(), (2, 4), (1, 4, 2), (1, 2, 5)])
 def test_blocks_rejects_bad_sizes(widths):
-    with pytest.raises(ValueError, match="expected a block_size of at least 1, got 0"):
+    with pytest.raises(ValueError, match="expected block_size to be at least 1, got 0"):
         jc.engine.Blocks(0)
     for name in ("widths", "head_widths"):
         with pytest.raises(ValueError, match="expected widths that ascend from 1"):

@@ -121,7 +121,7 @@ def test_a_budget_used_up_by_gradient_steps_raises(problem, name):
 def test_arguments_out_of_range_raise(problem, name):
     with pytest.raises(ValueError, match="expected num_finalists to be at least 1, got 0"):
         run(POLICIES[name], problem, num_finalists=0)
-    with pytest.raises(ValueError, match="budget of at most"):
+    with pytest.raises(ValueError, match="budget to be at most"):
         run(POLICIES[name], problem, budget=2**31)
 
 
