@@ -83,3 +83,14 @@ def test_the_cost_of_saving_is_that_of_the_results(monkeypatch):
     assert saving.format_table(result) in BENCHMARKS
     assert all(row["saving"]["ratio"] < 1.03 for row in result["rows"])
     assert max(result["big_state_stops"]) < 0.5
+
+
+def test_memory_is_that_of_the_results_and_keeps_its_promise(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    memory = importlib.import_module("memory")
+    rows = read_json("benchmarks/results/memory_cpu.json")["rows"]
+    assert memory.format_table(rows) in BENCHMARKS
+    for row in rows:
+        if row["call"] == "evaluate":
+            assert row["taken"] <= 1.13 * row["promised"]
+            assert row["limit"] is None or row["taken"] <= row["limit"] * 2**20
