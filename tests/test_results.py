@@ -92,5 +92,5 @@ def test_memory_is_that_of_the_results_and_keeps_its_promise(monkeypatch):
     assert memory.format_table(rows) in BENCHMARKS
     for row in rows:
         if row["call"] == "evaluate":
-            assert row["taken"] <= 1.13 * row["promised"]
+            assert row["taken"] <= 1.14 * row["promised"]
             assert row["limit"] is None or row["taken"] <= row["limit"] * 2**20
