@@ -281,7 +281,12 @@ def validate(
         this order: layers, one head, -1, or do not follow the stages. The message names the first
         invalid chain.
     """
-    array = np.asarray(_pad_lists(chains, max_layers))
+    try:
+        array = np.asarray(_pad_lists(chains, max_layers))
+    except (TypeError, ValueError, OverflowError) as error:
+        if str(error).startswith("expected "):
+            raise
+        raise ValueError(f"expected chains of integer tokens, got {shorten(chains)}") from None
     expected = "[P, L]" if max_layers is None else f"[P, {max_layers + 1}]"
     if array.ndim not in (1, 2) or (max_layers is not None and array.shape[-1] != max_layers + 1):
         raise ValueError(

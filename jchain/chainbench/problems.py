@@ -75,6 +75,9 @@ class SolvedProblem(NamedTuple):
         Args:
           split: `search`, `select`, or `test`.
         """
+        if split not in EVALUATION_SPLITS:
+            names = ", ".join(EVALUATION_SPLITS)
+            raise ValueError(f"expected split to be one of {names}, got {split!r}")
         return Problem(self.bank, getattr(self.data, split), MAX_LAYERS)
 
     @checked

@@ -219,13 +219,6 @@ def test_no_wrong_value_of_any_argument_is_accepted_or_ends_in_a_raw_error():
     check_outcomes(rows)
 
 
-@pytest.mark.slow
-def test_values_that_annotations_allow_are_accepted_or_refused_in_words():
-    rows = run_script("--thorough")
-    assert {row[0] for row in rows if row[3] == "accepted"} > {"jc.evaluate", "jc.run"}
-    check_outcomes(rows)
-
-
 def test_valid_calls_are_valid(tmp_path):
     calls = make_calls(make_world(tmp_path))
     for name in ("jc.evaluate", "jc.apply_chain", "Bank.take", "Problem.penalty", "chain.pad"):
