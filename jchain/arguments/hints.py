@@ -80,6 +80,7 @@ def checked(function: Callable[P, T], but: Sequence[str] = ()) -> Callable[P, T]
       `named_sizes`, such as a problem.
     """
     parameters = list(inspect.signature(function).parameters)
+    known = set(parameters)
 
     @functools.cache
     def read_hints() -> dict[str, _Expectation]:
@@ -88,7 +89,7 @@ def checked(function: Callable[P, T], but: Sequence[str] = ()) -> Callable[P, T]
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
-        if not kwargs.keys() <= set(parameters):
+        if not kwargs.keys() <= known:
             return function(*args, **kwargs)  # which names the unknown argument
         expected, sizes = read_hints(), {}
         for name, value in (*zip(parameters, args, strict=False), *kwargs.items()):

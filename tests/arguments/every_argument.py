@@ -4,6 +4,7 @@ Run as a script, it tries them all and prints, as JSON, the outcome of each. The
 another process: here, they check types first.
 """
 
+import contextlib
 import inspect
 import json
 import math
@@ -449,7 +450,8 @@ def try_all(is_thorough):
         which may take long, because some of them are right.
     """
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    # Some values are names of files to write.
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         world = make_world(Path(folder))
         values = make_wrong_values(world)
         for name, arguments in make_calls(world).items():
