@@ -48,6 +48,8 @@ class Architecture(NamedTuple):
         this model.
       is_tied_by_default: whether embeddings are tied if the config does not set
         `tie_word_embeddings`.
+      has_transposed_maps: whether the weights of the affine maps of blocks are stored as
+        `[inputs, outputs]`.
       vocab_size: number of tokens in the vocabulary; None for models of images.
       example_shape: shape of an input that the stem accepts.
       example_dtype: dtype of an input that the stem accepts.
@@ -64,6 +66,7 @@ class Architecture(NamedTuple):
     depth_option: str = "num_hidden_layers"
     options_per_block: Mapping[str, tuple[object, ...]] = MappingProxyType({})
     is_tied_by_default: bool = False
+    has_transposed_maps: bool = False
     vocab_size: int | None = None
     example_shape: tuple[int, ...] = (1, 1)
     example_dtype: DTypeLike = jnp.int32

@@ -27,13 +27,14 @@ class Source(NamedTuple):
     weights: Weights
     architecture: Architecture
     names: ModelNames  # maps each param to the name of its tensor
+    has_ends: bool = True  # whether its embeddings and its head are part of the bank
 
 
 def assemble_bank(sources: list[Source], dtype: DTypeLike | None, pinned: tuple[int, int]) -> Bank:
     """Assemble one bank from all models, which must have the same architecture.
 
     Args:
-      sources: the models, at least one.
+      sources: the models, at least one. The first one has its embeddings and its head.
       dtype: dtype of the weights; if None, the dtype of the files.
       pinned: numbers of blocks to pin at the beginning and at the end.
 
@@ -58,15 +59,16 @@ def assemble_bank(sources: list[Source], dtype: DTypeLike | None, pinned: tuple[
     reader = WeightReader(_choose_dtype(sources, dtype))
 
     # Heads are read first, so that tied embeddings share the memory of the stacked heads.
-    head, head_params = _read_heads(reader, sources, free.stop, features)
-    stem, stem_params = _read_stem(reader, sources, free.start)
+    ends = [source for source in sources if source.has_ends]
+    head, head_params = _read_heads(reader, ends, free.stop, features)
+    stem, stem_params = _read_stem(reader, ends, free.start)
     has_restarts = isinstance(stem, Entries)
     layers = _stack_layers(reader, sources, free, features, is_within=has_restarts)
     if has_restarts:
-        layers.append(_make_restarts(layers, len(sources), features))
+        layers.append(_make_restarts(layers, len(ends), features))
 
     num_layers = sum(len(group.tokens) for group in layers)
-    head_tokens = tuple(range(num_layers, num_layers + len(sources)))
+    head_tokens = tuple(range(num_layers, num_layers + len(ends)))
     names, origins = _name_tokens(sources, free, has_restarts=has_restarts)
     return Bank(
         layers=tuple(layers),
@@ -75,7 +77,7 @@ def assemble_bank(sources: list[Source], dtype: DTypeLike | None, pinned: tuple[
         stem=stem,
         names=names,
         origins=origins,
-        parents=_list_parents(len(sources), len(free), has_restarts=has_restarts),
+        parents=_list_parents(sources, len(free), has_restarts=has_restarts),
     )
 
 
@@ -165,7 +167,7 @@ def _name_tokens(
     sources: list[Source], free: range, *, has_restarts: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """List the names and the origins of all tokens."""
-    architecture = sources[0].architecture
+    architecture, ends = sources[0].architecture, [source for source in sources if source.has_ends]
     depth, family = len(architecture.blocks), architecture.stem.__module__.rpartition(".")[2]
     tokens = [
         (f"{source.name}/{i}", f"block {i} of {depth}, {family} checkpoint {source.name}")
@@ -175,28 +177,29 @@ def _name_tokens(
     if has_restarts:
         tokens += [
             (f"{source.name}/embeddings", f"embeddings of {family} checkpoint {source.name}")
-            for source in sources[1:]
+            for source in ends[1:]
         ]
     tokens += [
-        (f"{source.name}/head", f"head of {family} checkpoint {source.name}") for source in sources
+        (f"{source.name}/head", f"head of {family} checkpoint {source.name}") for source in ends
     ]
     names, origins = zip(*tokens, strict=True)
     return names, origins
 
 
 def _list_parents(
-    num_sources: int, num_free: int, *, has_restarts: bool
+    sources: list[Source], num_free: int, *, has_restarts: bool
 ) -> tuple[tuple[int, ...], ...]:
     """List the original models as chains: a restart if one is needed, the blocks, and the head."""
-    num_blocks = num_sources * num_free
-    num_layers = num_blocks + (num_sources - 1 if has_restarts else 0)
+    num_blocks = len(sources) * num_free
+    ends = [m for m, source in enumerate(sources) if source.has_ends]
+    num_layers = num_blocks + (len(ends) - 1 if has_restarts else 0)
     return tuple(
         (
-            *((num_blocks + m - 1,) if has_restarts and m > 0 else ()),
+            *((num_blocks + k - 1,) if has_restarts and k > 0 else ()),
             *range(m * num_free, (m + 1) * num_free),
-            num_layers + m,
+            num_layers + k,
         )
-        for m in range(num_sources)
+        for k, m in enumerate(ends)
     )
 
 

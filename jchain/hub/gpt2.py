@@ -147,5 +147,6 @@ def make_architecture(config: Config) -> Architecture:
         unused_tensors=("h.{}.attn.bias", "h.{}.attn.masked_bias"),
         depth_option="n_layer",
         is_tied_by_default=True,
+        has_transposed_maps=True,
         vocab_size=vocabulary,
     )

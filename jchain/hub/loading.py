@@ -14,19 +14,25 @@ from jax.typing import DTypeLike
 from jchain._typing import Array, Key
 from jchain.arguments import checked
 from jchain.bank import Bank
+from jchain.hub.adapter import locate_base, open_adapter
 from jchain.hub.architecture import Architecture
 from jchain.hub.assembling import Source, assemble_bank
 from jchain.hub.checkpoint import CONFIG, Checkpoint
 from jchain.hub.families import make_architecture, read_architecture
-from jchain.hub.tensor_names import check_tensors, find_prefix, get_names, get_shapes
-from jchain.hub.weights import RandomWeights
+from jchain.hub.locating import ADAPTER_CONFIG, Location, choose_names, locate
+from jchain.hub.tensor_names import check_tensors, find_names, find_tied, get_names, get_shapes
+from jchain.hub.weights import RandomWeights, Weights
 from jchain.pytree import describe_type
+
+# A model whose vocabulary differs from the first model's by more rows is refused.
+_MOST_ROWS = 1024
 
 
 @partial(checked, but=("path", "pinned"))
 def load(
     path: str | os.PathLike[str],
     *,
+    adapter: str | os.PathLike[str] | None = None,
     dtype: DTypeLike | None = None,
     name: str | None = None,
     pinned: tuple[int, int] = (0, 0),
@@ -36,27 +42,39 @@ def load(
     The layers are the blocks in order, named `name/0`, `name/1`, and so on. The stem is the
     embeddings, and the head is the last norm and the output layer. The chain of the tokens `0..n`,
     which are all blocks and the head, is the original model; it is also the parent of the bank.
-    Weights keep the layout of the file. Supported families are GPT-2, Llama (also Mistral, Qwen2,
-    and Qwen3), GPT-NeoX, and ViT.
+    Weights keep the layout of the file. `docs/transformers.md` lists the supported families.
 
     The first and the last block of a trained transformer can seldom be replaced by other blocks, so
     they can be pinned. Pinned blocks are in every chain. They have no token, belong to the stem and
     to the head, and cost no layer calls.
 
     Args:
-      path: folder with config.json and model.safetensors, or with shards and
-        model.safetensors.index.json.
+      path: a folder with config.json and model.safetensors, or with shards and
+        model.safetensors.index.json; a GGUF file; the name of a model of the Hugging Face hub,
+        `owner/name` or `owner/name@revision`, which is downloaded once; or a LoRA adapter, which
+        names its model.
+      adapter: a LoRA adapter to merge into the weights, as a folder or a name of the hub; None for
+        none.
       dtype: dtype of the weights; if None, the dtype of the file.
-      name: name of the model; if None, the name of the folder.
+      name: name of the model; if None, the name of the folder, the file, or the model of the hub.
       pinned: how many blocks to pin at the start and at the end.
 
     Raises:
-      FileNotFoundError: if the folder or one of its files is missing.
+      FileNotFoundError: if the checkpoint or one of its files is missing.
+      ImportError: if a package is needed that is not installed: huggingface_hub for names of the
+        hub, gguf for GGUF files.
       ValueError: if a file is damaged, the family or an option of the config is not supported, a
         tensor is missing, is not part of the model, has a wrong shape, or has a dtype other than
-        float32, bfloat16, or float16, or if all blocks are pinned.
+        float32, bfloat16, or float16, the folder has a model and an adapter, the adapter is not a
+        plain LoRA of the model, or all blocks are pinned.
     """
-    return assemble_bank([_open(path, name)], dtype, pinned)
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(
+            f"expected the path of one checkpoint, got {describe_type(path)}; "
+            "jc.hub.load_many takes several"
+        )
+    location = locate(path)
+    return assemble_bank([_open(location, name or location.name, adapter)], dtype, pinned)
 
 
 @partial(checked, but=("pinned",))
@@ -69,9 +87,10 @@ def load_many(
 ) -> Bank:
     """Load several checkpoints of one architecture as one bank.
 
-    The checkpoints can be fine-tunes of one model, or snapshots of its training. The layers are the
-    blocks of the first model, named `a/0`, `a/1`, and so on, followed by the blocks of the other
-    models. Each model has a head. The parents of the bank are the original models.
+    The checkpoints can be fine-tunes of one model, LoRA adapters of it, or snapshots of its
+    training. The layers are the blocks of the first model, named `a/0`, `a/1`, and so on, followed
+    by the blocks of the other models. Each model has a head. The parents of the bank are the
+    original models.
 
     If the models differ in their embeddings, or in the blocks that are pinned after them, every
     chain begins with the first model's. In this case, each other model has an additional layer,
@@ -79,16 +98,21 @@ def load_many(
     with the embeddings of its model, so it belongs at the beginning of a chain, as in the parents.
     Activations then contain the embeddings of all models.
 
+    A model whose vocabulary has another size than the first model's, by a few tokens, contributes
+    only its blocks: it has no embeddings, no head, and no parent.
+
     Args:
-      paths: the checkpoint folders.
+      paths: the checkpoints, each as in `load`.
       dtype: dtype of the weights; if None, the dtype of the files.
-      names: names of the models; if None, the names of the folders.
+      names: names of the models; if None, the names as in `load`, preceded by what is needed to
+        distinguish them.
       pinned: numbers of blocks of each model to pin at the beginning and at the end, as in `load`.
 
     Raises:
       ValueError: if `paths` is not a list or is empty, `names` does not have one name for each
-        path, two models have the same name, architectures differ, or `load` would raise it.
-      FileNotFoundError: if a folder or one of its files is missing.
+        path, two models have the same name, architectures or tokenizers differ, or `load` would
+        raise it.
+      FileNotFoundError, ImportError: if `load` would raise it.
     """
     for name, given in (("paths", paths), ("names", names)):
         if isinstance(given, str | os.PathLike):
@@ -97,17 +121,14 @@ def load_many(
         raise ValueError("expected at least one checkpoint, got none")
     if names is not None and len(names) != len(paths):
         raise ValueError(f"expected a name for each of {len(paths)} checkpoints, got {len(names)}")
-    sources = [
-        _open(path, name) for path, name in zip(paths, names or [None] * len(paths), strict=True)
-    ]
-    found = [source.name for source in sources]
-    if len(set(found)) < len(found):
-        raise ValueError(
-            f"expected checkpoints with different names, got {', '.join(found)}; set names=[...]"
-        )
-    for source in sources[1:]:
-        _check_same_architecture(sources[0], source)
-    return assemble_bank(sources, dtype, pinned)
+    locations = [locate(path) for path in paths]
+    names = choose_names(locations) if names is None else names
+    if len(set(names)) < len(names):
+        raise ValueError(f"expected different names, got {', '.join(names)}")
+    sources = [_open(location, name) for location, name in zip(locations, names, strict=True)]
+    return assemble_bank(
+        [sources[0], *(_compare(sources[0], source) for source in sources[1:])], dtype, pinned
+    )
 
 
 @partial(checked, but=("pinned",))
@@ -153,20 +174,60 @@ def _check_size(architecture: Architecture, location: str) -> None:
         )
 
 
-def _open(path: str | os.PathLike[str], name: str | None) -> Source:
-    """Open and check a checkpoint, which is named after its folder if no name is given."""
-    if not isinstance(path, str | os.PathLike):
-        raise ValueError(
-            f"expected the path of one checkpoint, got {describe_type(path)}; "
-            "jc.hub.load_many takes several"
+def _open(location: Location, name: str, adapter: str | os.PathLike[str] | None = None) -> Source:
+    """Open and check a checkpoint, and merge an adapter if one is given or the checkpoint is one.
+
+    Args:
+      location: where the checkpoint is.
+      name: name of the model.
+      adapter: the adapter to merge, if the checkpoint is not one.
+    """
+    merged = None if adapter is None else open_adapter(locate(adapter))
+    found = open_adapter(location, is_optional=True)
+    if found is not None and (location.path / CONFIG).exists():
+        if merged is None:
+            raise ValueError(
+                f"expected a model or an adapter in {location.path}, got both {CONFIG} and "
+                f"{ADAPTER_CONFIG}: to merge the adapter, pass adapter={str(location.path)!r}; to "
+                "leave it out, move it to another folder"
+            )
+    elif found is not None:
+        if merged is not None:
+            raise ValueError(f"expected a model to merge {merged.path} into, got {found.path}")
+        merged, location = found, locate_base(found)
+    checkpoint = Checkpoint(location.path)
+    config, num_tensors = str(checkpoint.path / CONFIG), len(checkpoint.shapes)
+    architecture = make_architecture(checkpoint.config, config, num_tensors)
+    names = find_names(architecture, checkpoint)
+    check_tensors(architecture, checkpoint, names)
+    weights: Weights = checkpoint
+    if merged is not None:
+        blocks = {tensor for block in names.blocks for tensor in block.values()}
+        transposed = frozenset(blocks) if architecture.has_transposed_maps else frozenset()
+        weights = merged.merge(checkpoint, transposed, find_tied(names))
+    return Source(name, weights, architecture, names)
+
+
+def _compare(first: Source, other: Source) -> Source:
+    """Check that two models have the same modules.
+
+    Returns:
+      The other model, without embeddings and head if its vocabulary has another size.
+    """
+    sizes = [source.architecture.vocab_size for source in (first, other)]
+    if sizes[0] is not None and sizes[1] is not None and 0 < abs(sizes[0] - sizes[1]) <= _MOST_ROWS:
+        own, theirs = first.architecture, other.architecture
+        first, other = (
+            source._replace(architecture=source.architecture._replace(stem=stem, head=head))
+            for source, stem, head in (
+                (first, own.stem.copy(vocabulary=0), own.head.copy(vocabulary=0)),
+                (other, theirs.stem.copy(vocabulary=0), theirs.head.copy(vocabulary=0)),
+            )
         )
-    checkpoint = Checkpoint(path)
-    location, num_tensors = str(checkpoint.path / CONFIG), len(checkpoint.shapes)
-    architecture = make_architecture(checkpoint.config, location, num_tensors)
-    prefix = find_prefix(architecture, checkpoint)
-    check_tensors(architecture, checkpoint, prefix)
-    names = get_names(architecture, prefix)
-    return Source(name or checkpoint.path.resolve().name, checkpoint, architecture, names)
+        _check_same_architecture(first, other)
+        return other._replace(architecture=theirs, has_ends=False)
+    _check_same_architecture(first, other)
+    return other
 
 
 def _check_same_architecture(first: Source, other: Source) -> None:

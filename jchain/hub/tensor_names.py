@@ -9,7 +9,8 @@ import jax
 from flax import traverse_util
 
 from jchain.hub.architecture import Architecture
-from jchain.hub.checkpoint import DTYPES, Checkpoint, list_names
+from jchain.hub.checkpoint import Checkpoint, list_names
+from jchain.hub.tensor_files import DTYPES
 
 # Output layers that some files contain even if they are the same as the embeddings.
 _OUTPUT_LAYERS = ("lm_head.weight", "embed_out.weight")
@@ -100,46 +101,63 @@ def _trace(module: nn.Module, x: jax.ShapeDtypeStruct) -> tuple[Shapes, jax.Shap
     return {path: leaf.shape for path, leaf in params.items()}, out
 
 
-def find_prefix(architecture: Architecture, checkpoint: Checkpoint) -> str:
-    """Find the start of all tensor names in a file.
+def find_names(architecture: Architecture, checkpoint: Checkpoint) -> ModelNames:
+    """Find the name of the tensor of each param of a model in a file.
 
-    The result is empty if the file was saved from a model without its output layer.
+    Files that were saved from a model without its output layer may lack the prefix of all names.
+    Embeddings that are tied to the output layer may have the name of either.
 
     Args:
       architecture: the architecture of the model.
       checkpoint: the checkpoint that holds the tensors.
     """
     has_prefix = any(name.startswith(architecture.prefix) for name in checkpoint.shapes)
-    return architecture.prefix if has_prefix else ""
+    names = get_names(architecture, architecture.prefix if has_prefix else "")
+    missing = find_tied(names) - checkpoint.shapes.keys()
+    outputs = [name for name in _OUTPUT_LAYERS if name in checkpoint.shapes]
+    if not missing or not outputs:
+        return names
+    stem, head = (
+        {path: outputs[0] if name in missing else name for path, name in part.items()}
+        for part in (names.stem, names.head)
+    )
+    return names._replace(stem=stem, head=head)
 
 
-def check_tensors(architecture: Architecture, checkpoint: Checkpoint, prefix: str) -> None:
+def find_tied(names: ModelNames) -> frozenset[str]:
+    """Find the tensors that are both embeddings and output layer.
+
+    Args:
+      names: the name of the tensor of each param.
+    """
+    return frozenset(names.stem.values()) & frozenset(names.head.values())
+
+
+def check_tensors(architecture: Architecture, checkpoint: Checkpoint, names: ModelNames) -> None:
     """Check that a checkpoint contains the tensors of a model and no others.
 
     Args:
       architecture: the architecture of the model.
       checkpoint: the checkpoint to check.
-      prefix: start of all tensor names, which `find_prefix` returned.
+      names: the names of the tensors, which `find_names` returned.
 
     Raises:
       ValueError: if a tensor is missing, is not part of the model, or has a wrong shape or an
         unsupported dtype, or if the checkpoint contains an output layer that differs from the
         embeddings although they are tied.
     """
-    names, shapes = get_names(architecture, prefix), get_shapes(architecture)
+    shapes = get_shapes(architecture)
     expected = {
         name: part_shapes[path]
         for part_names, part_shapes in zip(names.flatten(), shapes.flatten(), strict=True)
         for path, name in part_names.items()
     }
-    _check_no_surplus(architecture, checkpoint, prefix, expected)
+    _check_no_surplus(architecture, checkpoint, expected)
     _check_shapes(checkpoint, expected)
     _check_tied(checkpoint, names)
 
 
-def _check_no_surplus(
-    architecture: Architecture, checkpoint: Checkpoint, prefix: str, expected: Shapes
-) -> None:
+def _check_no_surplus(architecture: Architecture, checkpoint: Checkpoint, expected: Shapes) -> None:
     """Check that no tensor of the model is missing and that there are no other tensors."""
     found = checkpoint.shapes.keys()
     if missing := expected.keys() - found:
@@ -148,6 +166,7 @@ def _check_no_surplus(
         )
     ignored = {
         prefix + name.format(i)
+        for prefix in ("", architecture.prefix)
         for name in architecture.unused_tensors
         for i in range(len(architecture.blocks))
     }
@@ -176,10 +195,9 @@ def _check_shapes(checkpoint: Checkpoint, expected: Shapes) -> None:
 
 def _check_tied(checkpoint: Checkpoint, names: ModelNames) -> None:
     """Check that an output layer in the file equals the embeddings if they are tied."""
-    tied = set(names.stem.values()) & set(names.head.values())
     outputs = checkpoint.shapes.keys() & set(_OUTPUT_LAYERS)
-    for embeddings in tied:
-        for name in outputs:
+    for embeddings in find_tied(names):
+        for name in outputs - {embeddings}:
             if not checkpoint.are_equal(name, embeddings):
                 raise ValueError(
                     f"{checkpoint.path}: expected {name} to equal {embeddings}, as in a model with "

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.typing import DTypeLike
 
 from jchain._typing import Array, Key, PyTree
 from jchain.hub.architecture import Architecture
-from jchain.hub.checkpoint import DTYPES, Checkpoint
+from jchain.hub.tensor_files import DTYPES
 from jchain.hub.tensor_names import ModelNames, TensorNames
 
 # Alignment in bytes. XLA on CPU uses the memory of arrays with this alignment without copying it.
@@ -65,7 +66,27 @@ class RandomWeights:
         row[...] = self._arrays[name]
 
 
-Weights = Checkpoint | RandomWeights
+class Weights(Protocol):
+    """The tensors of a model by name: a checkpoint, one with an adapter, or random weights.
+
+    Attributes:
+      path: folder or file of the model, for error messages.
+      shapes: map from the name of each tensor to its shape.
+      dtypes: map from the name of each tensor to the name of its dtype.
+    """
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+
+    def read(self, name: str, row: np.ndarray) -> None:
+        """Read a tensor into an array.
+
+        Args:
+          name: name of the tensor.
+          row: contiguous array of the tensor's shape, which is overwritten.
+        """
+        ...
 
 
 class WeightReader:

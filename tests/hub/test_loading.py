@@ -40,7 +40,7 @@ def test_the_default_loss_of_chains_of_blocks_is_that_of_the_next_token(tmp_path
     [
         ({"n_layer": 3}, None, "the same blocks, got 3 blocks in .*m1 and 2 blocks in .*m0"),
         ({"n_head": 3}, None, "the same blocks, got num_heads=3 in .*m1 and num_heads=2 in .*m0"),
-        ({}, ["a", "a"], "expected checkpoints with different names, got a, a; set names="),
+        ({}, ["a", "a"], "expected different names, got a, a"),
         ({}, ["a"], "expected a name for each of 2 checkpoints, got 1"),
     ],
 )
@@ -53,3 +53,35 @@ def test_checkpoints_of_different_architectures_are_rejected(tmp_path, config, n
         jc.hub.load_many(folders, names=names)
     with pytest.raises(ValueError, match="expected at least one checkpoint, got none"):
         jc.hub.load_many([])
+
+
+def test_a_model_with_a_few_tokens_more_contributes_its_blocks(tmp_path):
+    folders = [
+        write(
+            tmp_path / name,
+            config={"vocab_size": size},
+            tensors=make_tensors(seed=seed, vocabulary=size),
+        )
+        for seed, (name, size) in enumerate([("a", 11), ("b", 13), ("c", 11)])
+    ]
+    bank = jc.hub.load_many(folders)
+    assert bank.names == (
+        *("a/0", "a/1", "b/0", "b/1", "c/0", "c/1"),
+        *("c/embeddings", "a/head", "c/head"),
+    )
+    assert bank.parents == ((0, 1, 7), (6, 4, 5, 8))
+    ids = np.array([[1, 2, 3]])
+    logits = jc.apply_chain(bank, np.array([2, 1, 7]), ids)
+    assert logits.shape == (1, 3, 11)
+    out = jc.hub.export(bank, [2, 1, 7], dict(zip("abc", folders, strict=True)), tmp_path / "out")
+    again = jc.hub.load(out)
+    np.testing.assert_allclose(
+        jc.apply_chain(again, np.array([0, 1, 2]), ids), logits, rtol=1e-5, atol=1e-6
+    )
+    large = write(
+        tmp_path / "d",
+        config={"vocab_size": 2000},
+        tensors=make_tensors(vocabulary=2000),
+    )
+    with pytest.raises(ValueError, match="the same stem, got vocabulary=2000 in"):
+        jc.hub.load_many([folders[0], large])
