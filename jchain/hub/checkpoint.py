@@ -27,6 +27,8 @@ class Checkpoint:
 
     Attributes:
       path: the checkpoint folder.
+      location: path of config.json, for error messages.
+      name: name of the model, which is that of the folder.
       config: content of the folder's config.json.
       shapes: map from the name of each tensor to its shape.
       dtypes: map from the name of each tensor to the name of its dtype: the name in NumPy if the
@@ -44,6 +46,7 @@ class Checkpoint:
           ValueError: if a file is damaged, or the index does not match the shards.
         """
         self.path = Path(path)
+        self.location, self.name = str(self.path / CONFIG), self.path.resolve().name
         self.config = read_json(self.path / CONFIG)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}

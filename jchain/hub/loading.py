@@ -16,8 +16,9 @@ from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.hub.architecture import Architecture
 from jchain.hub.assembling import Source, assemble_bank
-from jchain.hub.checkpoint import CONFIG, Checkpoint
+from jchain.hub.checkpoint import CONFIG
 from jchain.hub.families import make_architecture, read_architecture
+from jchain.hub.opening import open_checkpoint
 from jchain.hub.tensor_names import check_tensors, find_prefix, get_names, get_shapes
 from jchain.hub.weights import RandomWeights
 from jchain.pytree import describe_type
@@ -160,13 +161,13 @@ def _open(path: str | os.PathLike[str], name: str | None) -> Source:
             f"expected the path of one checkpoint, got {describe_type(path)}; "
             "jc.hub.load_many takes several"
         )
-    checkpoint = Checkpoint(path)
-    location, num_tensors = str(checkpoint.path / CONFIG), len(checkpoint.shapes)
+    checkpoint = open_checkpoint(path)
+    location, num_tensors = checkpoint.location, len(checkpoint.shapes)
     architecture = make_architecture(checkpoint.config, location, num_tensors)
     prefix = find_prefix(architecture, checkpoint)
     check_tensors(architecture, checkpoint, prefix)
     names = get_names(architecture, prefix)
-    return Source(name or checkpoint.path.resolve().name, checkpoint, architecture, names)
+    return Source(name or checkpoint.name, checkpoint, architecture, names)
 
 
 def _check_same_architecture(first: Source, other: Source) -> None:
