@@ -56,7 +56,7 @@ def read_config(header: Header) -> JsonObject:
         token = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
         if type(token) is int:
             config[f"{name}_token_id"] = token
-    return config
+    return {key: value for key, value in config.items() if value is not None}
 
 
 def _get_shape(header: Header, name: str) -> tuple[int, ...]:
