@@ -127,8 +127,10 @@ class _Cursor:
     def read_number(self, code: str, what: str) -> int | float | bool:
         return struct.unpack("<" + code, self.read(struct.calcsize(code), what))[0]
 
-    def read_count(self, most: int, what: str) -> int:
+    def read_count(self, what: str, item_size: int, most: int | None = None) -> int:
+        """Read how many items of at least `item_size` bytes follow, which must fit in the file."""
         found = int(self.read_number("Q", what))
+        most = (self.size - self.position) // item_size if most is None else most
         if found > most:
             raise ValueError(
                 f"{self.path} is damaged or truncated: expected at most {most:,} {what}, got "
@@ -137,7 +139,7 @@ class _Cursor:
         return found
 
     def read_string(self, what: str) -> str:
-        length = self.read_count(self.size - self.position, f"bytes of {what}")
+        length = self.read_count(f"bytes of {what}", 1)
         try:
             return self.read(length, what).decode("utf-8")
         except UnicodeDecodeError as error:
@@ -189,8 +191,8 @@ def _read_counts(cursor: _Cursor) -> tuple[int, int]:
             f"{cursor.path} is a GGUF file of version {version}, expected 2 or 3: convert the "
             "model again"
         )
-    num_tensors = cursor.read_count(_MOST_ENTRIES, "tensors")
-    return num_tensors, cursor.read_count(_MOST_ENTRIES, "metadata values")
+    num_tensors = cursor.read_count("tensors", 1, _MOST_ENTRIES)
+    return num_tensors, cursor.read_count("metadata values", 1, _MOST_ENTRIES)
 
 
 def _read_metadata(cursor: _Cursor, num_values: int) -> dict[str, Value]:
@@ -218,11 +220,11 @@ def _read_array(cursor: _Cursor, what: str) -> np.ndarray | StringArray:
     kind = int(cursor.read_number("I", what))
     if kind in _NUMBERS:
         dtype = np.dtype(_NUMBERS[kind]).newbyteorder("<")
-        count = cursor.read_count((cursor.size - cursor.position) // dtype.itemsize, what)
+        count = cursor.read_count(f"values of {what}", dtype.itemsize)
         return np.frombuffer(cursor.read(count * dtype.itemsize, what), dtype)
     if kind == _STRING:
         # Each string begins with its length, in 8 bytes.
-        count = cursor.read_count((cursor.size - cursor.position) // 8, what)
+        count = cursor.read_count(f"values of {what}", 8)
         array = StringArray(cursor.position, count)
         for _ in range(count):
             cursor.skip_string(what)
