@@ -12,9 +12,9 @@ from jchain._typing import Array
 from jchain.bank import Bank
 from jchain.cli.config import SearchConfig, require
 from jchain.data import SPLITS, Batch, Dataset
-from jchain.hub.checkpoint import CONFIG, read_json
 from jchain.hub.datasets import choice_accuracy, choice_loss, load_choices, load_images, load_text
 from jchain.hub.loading import load_many
+from jchain.hub.opening import read_config
 
 # The largest sizes of train, search, select, and test if no sizes are given. They are small because
 # a layer call processes all sequences of a split.
@@ -79,7 +79,7 @@ def load_data(config: SearchConfig) -> EvalData:
 
 
 def _choose_length(checkpoint: Path) -> int:
-    options = read_json(checkpoint / CONFIG)
+    options, _ = read_config(checkpoint)
     positions = options.get("n_positions") or options.get("max_position_embeddings")
     # If the number of positions is not an integer, `load_text` rejects the model.
     return min(LENGTH, positions) if isinstance(positions, int) and positions > 0 else LENGTH

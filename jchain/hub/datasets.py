@@ -21,6 +21,9 @@ from jchain.arguments import checked
 from jchain.data import SHARES, SPLITS, Batch, Dataset, split
 from jchain.hub.checkpoint import read_json
 from jchain.hub.families import read_architecture
+from jchain.hub.gguf_header import Header
+from jchain.hub.gguf_tokenizer import make_tokenizer
+from jchain.hub.opening import find_gguf
 from jchain.pytree import get_first_line
 
 TOKENIZER, PREPROCESSOR = "tokenizer.json", "preprocessor_config.json"
@@ -325,14 +328,16 @@ def _open_tokenizer(checkpoint: PathLike) -> tuple[int, Encoder]:
     if vocab_size is None:
         raise ValueError(f"expected a model of text at {checkpoint}, got one of images")
     path = Path(checkpoint) / TOKENIZER
-    if not path.is_file():
+    file = None if path.is_file() else find_gguf(checkpoint)
+    if file is None and not path.is_file():
         raise FileNotFoundError(f"expected {TOKENIZER} in {checkpoint}, found none")
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise ImportError(f'text needs tokenizers: pip install -e ".[text]" ({error})') from None
+    path = file or path
     with _raise_value_errors(f"{path} is damaged or not a tokenizer"):
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = make_tokenizer(Header(file)) if file else Tokenizer.from_file(str(path))
     tokenizer.no_truncation()
     tokenizer.no_padding()
 

@@ -17,9 +17,12 @@ from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.hub.architecture import Architecture
 from jchain.hub.chain_model import ChainModel, unfold_chain
-from jchain.hub.checkpoint import CONFIG, INDEX, WEIGHTS, JsonObject, read_json
+from jchain.hub.checkpoint import CONFIG, INDEX, WEIGHTS, JsonObject
 from jchain.hub.families import make_architecture
+from jchain.hub.gguf_header import Header
+from jchain.hub.gguf_tokenizer import TOKENIZER, make_tokenizer_files
 from jchain.hub.model_card import make_card, make_mergekit_recipe
+from jchain.hub.opening import find_gguf, read_config
 from jchain.hub.tensor_names import get_names
 from jchain.hub.wrapping import find_restarts
 
@@ -57,9 +60,9 @@ def export(
       bank: a bank that `jchain.hub.load` or `load_many` returned; its weights may have been updated
         since.
       chain: tokens of at least one block, then of a head; padding is allowed.
-      source: the checkpoint folder that the bank was loaded from or, for a bank of several models,
-        a map from the name of each model to its folder. The config and small files are read from
-        the first folder. No weights are read.
+      source: the checkpoint folder or GGUF file that the bank was loaded from or, for a bank of
+        several models, a map from the name of each model to its folder or file. The config, the
+        tokenizer, and small files are read from the first one. No weights are read.
       out: the folder to write, which must not exist.
       facts: rows of the model card, as a map from label to value, such as losses, data, or the
         command; None for no rows.
@@ -83,14 +86,14 @@ def export(
     valid = chain_lib.validate(np.asarray(chain), bank.num_layers, bank.num_heads)
     tokens = [int(token) for token in valid if token != chain_lib.PADDING]
     first = Path(next(iter(source.values())) if isinstance(source, Mapping) else source)
-    options = read_json(first / CONFIG)
-    small_files = _list_small_files(first)
-    architecture = make_architecture(options, str(first / CONFIG))
+    options, location = read_config(first)
+    small_files = _list_small_files(first) if first.is_dir() else []
+    architecture = make_architecture(options, location)
     model = unfold_chain(bank, tokens, len(architecture.blocks))
     if not model.blocks:
         raise ValueError("expected a chain of at least one block, got a head alone")
     config = make_config(model, architecture, options, first)
-    tensors = collect_tensors(model, config, str(first / CONFIG))
+    tensors = collect_tensors(model, config, location)
     paths = _get_paths(model, source)
     changed = _list_changed(bank, tokens)
     texts = {
@@ -98,6 +101,7 @@ def export(
         RECIPE: make_mergekit_recipe(model, paths, changed),
         CARD: make_card(model, facts or {}, changed),
     }
+    texts |= _make_tokenizer_files(first, small_files)
     _write_folder(out, first, small_files, texts, tensors, max_shard_size)
     return out
 
@@ -138,7 +142,7 @@ def _write_folder(
         _copy_files(small_files, source, folder)
         write_shards(folder, tensors, max_shard_size)
         for name, text in texts.items():
-            (folder / name).write_text(text)
+            (folder / name).write_text(text, encoding="utf-8")
         os.rename(folder, out)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -178,6 +182,14 @@ def _copy_files(paths: Sequence[Path], source: Path, folder: Path) -> None:
         copy = folder / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copy(path, copy)
+
+
+def _make_tokenizer_files(source: Path, small_files: Sequence[Path]) -> dict[str, str]:
+    """Make the tokenizer's files of a GGUF file that does not have them beside it."""
+    file = find_gguf(source)
+    if file is None or any(path.name == TOKENIZER for path in small_files):
+        return {}
+    return make_tokenizer_files(Header(file))
 
 
 def make_config(

@@ -2,13 +2,13 @@
 
 import os
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 
 from jchain.files import FAMILIES
 from jchain.hub.architecture import Architecture
-from jchain.hub.checkpoint import CONFIG, JsonObject, read_json
+from jchain.hub.checkpoint import JsonObject
 from jchain.hub.config import Config
+from jchain.hub.opening import read_config
 from jchain.hub.tensor_names import get_shapes
 from jchain.pytree import get_first_line
 
@@ -48,14 +48,14 @@ def make_architecture(
 
 
 def read_architecture(folder: str | os.PathLike[str]) -> Architecture:
-    """Make the architecture of a checkpoint folder from its config.json.
+    """Make the architecture of a checkpoint from its config.
 
     Args:
-      folder: the checkpoint folder.
+      folder: the checkpoint folder, or a GGUF file.
 
     Raises:
-      FileNotFoundError: if config.json is missing.
-      ValueError: if config.json is not valid JSON, or the family or an option is not supported.
+      FileNotFoundError: if config.json or the file is missing.
+      ImportError: if gguf is needed and not installed.
+      ValueError: if the config is damaged, or the family or an option is not supported.
     """
-    path = Path(folder) / CONFIG
-    return make_architecture(read_json(path), str(path))
+    return make_architecture(*read_config(folder))

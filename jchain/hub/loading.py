@@ -17,9 +17,10 @@ from jchain.bank import Bank
 from jchain.hub.adapter import locate_base, open_adapter
 from jchain.hub.architecture import Architecture
 from jchain.hub.assembling import Source, assemble_bank
-from jchain.hub.checkpoint import CONFIG, Checkpoint
+from jchain.hub.checkpoint import CONFIG
 from jchain.hub.families import make_architecture, read_architecture
 from jchain.hub.locating import ADAPTER_CONFIG, Location, choose_names, locate
+from jchain.hub.opening import open_checkpoint
 from jchain.hub.tensor_names import check_tensors, find_names, find_tied, get_names, get_shapes
 from jchain.hub.weights import RandomWeights, Weights
 from jchain.pytree import describe_type
@@ -195,9 +196,8 @@ def _open(location: Location, name: str, adapter: str | os.PathLike[str] | None 
         if merged is not None:
             raise ValueError(f"expected a model to merge {merged.path} into, got {found.path}")
         merged, location = found, locate_base(found)
-    checkpoint = Checkpoint(location.path)
-    config, num_tensors = str(checkpoint.path / CONFIG), len(checkpoint.shapes)
-    architecture = make_architecture(checkpoint.config, config, num_tensors)
+    checkpoint = open_checkpoint(location.path)
+    architecture = make_architecture(checkpoint.config, checkpoint.location, len(checkpoint.shapes))
     names = find_names(architecture, checkpoint)
     check_tensors(architecture, checkpoint, names)
     weights: Weights = checkpoint

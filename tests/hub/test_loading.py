@@ -70,7 +70,7 @@ def test_a_model_with_a_few_tokens_more_contributes_its_blocks(tmp_path):
         *("c/embeddings", "a/head", "c/head"),
     )
     assert bank.parents == ((0, 1, 7), (6, 4, 5, 8))
-    ids = np.array([[1, 2, 3]])
+    ids = jnp.array([[1, 2, 3]])
     logits = jc.apply_chain(bank, np.array([2, 1, 7]), ids)
     assert logits.shape == (1, 3, 11)
     out = jc.hub.export(bank, [2, 1, 7], dict(zip("abc", folders, strict=True)), tmp_path / "out")
