@@ -18,6 +18,7 @@ from jchain.hub.architecture import Architecture
 from jchain.hub.assembling import Source, assemble_bank
 from jchain.hub.checkpoint import CONFIG, Checkpoint
 from jchain.hub.families import make_architecture, read_architecture
+from jchain.hub.folding import fold_scales
 from jchain.hub.tensor_names import check_tensors, find_prefix, get_names, get_shapes
 from jchain.hub.weights import RandomWeights
 from jchain.pytree import describe_type
@@ -136,7 +137,7 @@ def random_bank(
     architecture = read_architecture(path)
     _check_size(architecture, str(Path(path) / CONFIG))
     names = get_names(architecture)
-    weights = RandomWeights(key, architecture, names)
+    weights = fold_scales(RandomWeights(key, architecture, names), architecture, names)
     return assemble_bank([Source(name, weights, architecture, names)], None, pinned)
 
 
@@ -166,7 +167,8 @@ def _open(path: str | os.PathLike[str], name: str | None) -> Source:
     prefix = find_prefix(architecture, checkpoint)
     check_tensors(architecture, checkpoint, prefix)
     names = get_names(architecture, prefix)
-    return Source(name or checkpoint.path.resolve().name, checkpoint, architecture, names)
+    weights = fold_scales(checkpoint, architecture, names)
+    return Source(name or checkpoint.path.resolve().name, weights, architecture, names)
 
 
 def _check_same_architecture(first: Source, other: Source) -> None:

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jchain._typing import Array, Key, PyTree
 from jchain.hub.architecture import Architecture
 from jchain.hub.checkpoint import DTYPES, Checkpoint
+from jchain.hub.folding import FoldedWeights
 from jchain.hub.tensor_names import ModelNames, TensorNames
 
 # Alignment in bytes. XLA on CPU uses the memory of arrays with this alignment without copying it.
@@ -65,7 +66,7 @@ class RandomWeights:
         row[...] = self._arrays[name]
 
 
-Weights = Checkpoint | RandomWeights
+Weights = Checkpoint | RandomWeights | FoldedWeights
 
 
 class WeightReader:
