@@ -5,12 +5,18 @@ To add a model family, write a module like `jchain.hub.gpt2`. It must define:
 - Flax modules `Stem`, `Block`, and `Head`, whose params have the names and shapes of the tensors in
   the file;
 - `MODEL_TYPES`, the values of `model_type` that the module supports;
-- `make_architecture(config)`, which reads every option that changes an output and returns an
-  `Architecture`.
+- `make_architecture(config)`, which reads every option that changes an output, rejects the values
+  that it does not support with `config.expect`, and returns an `Architecture`. Options that it does
+  not read are ignored, so read the source of transformers for options that the family shares with
+  no other.
+
+`jchain.hub.decoder` has the parts of families that are built like Llama, and a new one of these
+needs little more than its attention and its MLP. A block computes `x + attention_branch(x)`, then
+the same with `mlp_branch`.
 
 Then add the module's name to `FAMILIES` in `jchain/files/modules.py`, so that checkpoints and saved
-banks find it. Also add a case to `tests/hub/test_parity.py`, which compares the family's outputs
-with transformers' outputs.
+banks find it. Also add cases to `tests/hub/test_parity.py`, which compares the family's outputs with
+transformers' outputs, and to `tests/hub/test_options.py`, which changes every option of its config.
 """
 
 from collections.abc import Mapping
@@ -20,6 +26,20 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+
+
+class FoldedScale(NamedTuple):
+    """Factors of the first features of some params, which differ from block to block.
+
+    Attributes:
+      params: paths of the params in a block.
+      size: number of features to multiply, along the last axis.
+      scales: the factor of each block.
+    """
+
+    params: tuple[str, ...]
+    size: int
+    scales: tuple[float, ...]
 
 
 class Architecture(NamedTuple):
@@ -46,6 +66,11 @@ class Architecture(NamedTuple):
       depth_option: name of the config option that holds the number of blocks.
       options_per_block: config options that list one entry for each block, with the entries of
         this model.
+      indices_per_option: config options that list the indices of some blocks; for each block of
+        this model, whether it is listed.
+      fixed_options: config options of exported chains that differ from this model's, because their
+        effect is part of the weights or of the options above.
+      folded_scale: factors by which some weights are multiplied when they are read.
       is_tied_by_default: whether embeddings are tied if the config does not set
         `tie_word_embeddings`.
       has_transposed_maps: whether the weights of the affine maps of blocks are stored as
@@ -65,6 +90,9 @@ class Architecture(NamedTuple):
     unused_tensors: tuple[str, ...] = ()
     depth_option: str = "num_hidden_layers"
     options_per_block: Mapping[str, tuple[object, ...]] = MappingProxyType({})
+    indices_per_option: Mapping[str, tuple[bool, ...]] = MappingProxyType({})
+    fixed_options: Mapping[str, object] = MappingProxyType({})
+    folded_scale: FoldedScale | None = None
     is_tied_by_default: bool = False
     has_transposed_maps: bool = False
     vocab_size: int | None = None

@@ -1,4 +1,10 @@
-"""Tracks config options: each must be used, known to be irrelevant, or rejected."""
+"""The options of a model's config.json.
+
+As in transformers, an option that the model's family does not read changes nothing, whether it is
+misspelt, belongs to a newer version, or matters in other families only. So each family reads all
+options that can change its outputs, and checks with `Config.expect` those that it does not support.
+The options that transformers reads for every family are checked here.
+"""
 
 from typing import Any
 
@@ -6,35 +12,14 @@ from jchain.arguments import is_integer
 from jchain.hub.checkpoint import JsonObject
 from jchain.pytree import shorten
 
-# Options that concern training, generation, or how the file was written. They do not change the
-# outputs of a model that is applied to whole sequences without dropout. A name that ends in * is a
-# prefix.
-IRRELEVANT = (
-    "_attn_implementation*", "_commit_hash", "_name_or_path", "_num_labels", "architectures",
-    "attn_pdrop", "attention_dropout", "attention_probs_dropout_prob", "auto_map", "bad_words_ids",
-    "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "classifier_dropout",
-    "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample",
-    "dtype", "early_stopping", "embd_pdrop", "encoder_no_repeat_ngram_size", "encoder_stride",
-    "eos_token_id", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
-    "forced_eos_token_id", "hidden_dropout", "hidden_dropout_prob", "id2label",
-    "initializer_factor", "initializer_range", "is_decoder", "is_encoder_decoder",
-    "is_llama_config", "label2id", "length_penalty", "max_length", "min_length", "model_type",
-    "n_ctx", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
-    "output_attentions", "output_hidden_states", "output_scores", "pad_token_id", "prefix",
-    "pretraining_tp", "problem_type", "remove_invalid_values", "repetition_penalty", "resid_pdrop",
-    "return_dict", "return_dict_in_generate", "sep_token_id", "summary_*", "suppress_tokens",
-    "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
-    "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers.js_config",
-    "transformers_version", "typical_p", "unsloth_*", "use_bfloat16", "use_cache",
-)  # fmt: skip
-
-
+# Options whose presence means that the file holds no plain weights.
+_QUANTIZATION = ("quantization_config", "compression_config")
 # Numbers are below this limit in all models. An error is better than arrays of such a size.
 _MOST = 2**31
 
 
 class Config:
-    """The options of a config, and a record of the options that were read.
+    """The options of a config.
 
     Attributes:
       options: the options by name.
@@ -50,7 +35,6 @@ class Config:
           most_blocks: the number of blocks that the model has at most.
         """
         self.options, self.location, self._most_blocks = options, location, most_blocks
-        self._read: set[str] = set()
 
     def get(self, key: str, default: object) -> Any:
         """Read an option.
@@ -62,11 +46,40 @@ class Config:
         Raises:
           ValueError: if it is a number that no model has.
         """
-        self._read.add(key)
         value = self.options.get(key, default)
         if isinstance(value, int | float) and not abs(value) < _MOST:
             raise self.reject(key, value, f"a number below {_MOST:,}")
         return value
+
+    def get_flag(self, key: str, default: bool) -> bool:
+        """Read an option that is true or false; null means false.
+
+        Args:
+          key: name of the option.
+          default: value to return if the config does not have the option.
+
+        Raises:
+          ValueError: if the option has another type.
+        """
+        value = self.get(key, default)
+        if value not in (True, False, None):
+            raise self.reject(key, value, "true or false")
+        return bool(value)
+
+    def get_number(self, key: str, default: float) -> float:
+        """Read an option that is a number.
+
+        Args:
+          key: name of the option.
+          default: value to return if the config does not have the option.
+
+        Raises:
+          ValueError: if the option has another type, or is a number that no model has.
+        """
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.reject(key, value, "a number")
+        return float(value)
 
     def require(self, key: str) -> Any:
         """Read an option that must be present.
@@ -132,18 +145,39 @@ class Config:
         """
         return Config(options, f"{self.location}, {key}")
 
-    def finish(self) -> None:
-        """Check that every option that could change the model was read.
+    def rename(self, names: dict[str, str]) -> "Config":
+        """Return a config whose options have the family's own names.
+
+        Args:
+          names: map from the other names that transformers reads, which take precedence, to the
+            family's own.
+        """
+        found = {own: self.options[name] for name, own in names.items() if name in self.options}
+        return Config(self.options | found, self.location, self._most_blocks)
+
+    def check_common(self) -> None:
+        """Check the options that transformers reads for every family.
 
         Raises:
-          ValueError: if an option is set that was never read and is not known to be irrelevant.
+          ValueError: if the weights are quantized, pruned, or in a file of another name, or if
+            blocks have options of their own.
         """
-        for key, value in self.options.items():
-            is_known = key in self._read or any(
-                key == name or (name.endswith("*") and key.startswith(name[:-1]))
-                for name in IRRELEVANT
-            )
-            if not is_known and value not in (None, False, 0, "", [], {}):
+        for key in _QUANTIZATION:
+            if self.options.get(key) not in (None, False, {}):
                 raise ValueError(
-                    f"{self.location}: option {key} = {shorten(value)} is not supported"
+                    f"{self.location}: {key} = {shorten(self.options[key])} is not supported, "
+                    "because the weights are quantized: expected a checkpoint of float weights, "
+                    "such as the model before it was quantized, or this one after "
+                    "model.dequantize() and save_pretrained in transformers"
                 )
+        self.expect("per_layer_config", None, {})
+        self.expect("pruned_heads", None, {})
+        self.expect("transformers_weights", None)
+
+    def check_causal(self) -> None:
+        """Check that each position attends to itself and to earlier positions only.
+
+        Raises:
+          ValueError: if the config sets `is_causal` to false or null.
+        """
+        self.expect("is_causal", True)

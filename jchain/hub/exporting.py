@@ -212,7 +212,9 @@ def make_config(
             raise ValueError(
                 f"expected a bank of the blocks of {source}, got {block.source}/{block.position}"
             )
-    config = options | {architecture.depth_option: len(model.blocks)}
+    config = options | {architecture.depth_option: len(model.blocks)} | architecture.fixed_options
+    for key, has_option in architecture.indices_per_option.items():
+        config[key] = [i for i, block in enumerate(model.blocks) if has_option[block.position]]
     per_block = {
         key: [values[block.position] for block in model.blocks]
         for key, values in architecture.options_per_block.items()

@@ -13,6 +13,10 @@ from jchain.hub.tensor_names import get_shapes
 from jchain.pytree import get_first_line
 
 
+# Lists with an entry for each block whose length transformers checks in every family.
+_LISTS = ("layer_types", "mlp_layer_types")
+
+
 def make_architecture(
     options: JsonObject, location: str, num_tensors: int | None = None
 ) -> Architecture:
@@ -35,8 +39,8 @@ def make_architecture(
     if not isinstance(kind, str) or kind not in families:
         raise config.reject("model_type", kind, ", ".join(families))
     try:
-        architecture = families[kind].make_architecture(config)
-        config.finish()
+        config.check_common()
+        architecture = _keep_lists(config, families[kind].make_architecture(config))
         get_shapes(architecture)
     except Exception as error:
         # Other errors arise if an option has a type or a size that the family does not expect.
@@ -45,6 +49,19 @@ def make_architecture(
             raise
         raise ValueError(f"{location}: an option has an invalid value: {reason}") from None
     return architecture
+
+
+def _keep_lists(config: Config, architecture: Architecture) -> Architecture:
+    """Let exports adapt lists that the family ignores; transformers checks their length anyway."""
+    depth = len(architecture.blocks)
+    lists = {key: config.get(key, None) for key in _LISTS}
+    ignored = {
+        key: tuple(entries)
+        for key, entries in lists.items()
+        if isinstance(entries, list) and len(entries) == depth
+    }
+    options = ignored | dict(architecture.options_per_block)
+    return architecture._replace(options_per_block=options)
 
 
 def read_architecture(folder: str | os.PathLike[str]) -> Architecture:

@@ -9,19 +9,26 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from jchain._typing import Array, Float, Int
-from jchain.hub.architecture import Architecture
+from jchain.hub.architecture import Architecture, FoldedScale
+from jchain.hub.attention import attend, split_heads
 from jchain.hub.config import Config
 from jchain.hub.modules import (
     Embedding,
     FeedForward,
     LayerNorm,
     Linear,
-    attend,
     check_activation,
-    split_heads,
 )
 
 MODEL_TYPES = ("gpt2",)
+_SCALE_OPTION = "scale_attn_by_inverse_layer_idx"
+# Other names of options, which take precedence.
+_OTHER_NAMES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
 
 
 class Stem(nn.Module):
@@ -53,9 +60,11 @@ class Attention(nn.Module):
 
     Attributes:
       num_heads: number of attention heads.
+      scale: factor of the products of queries and keys; None for 1 over the root of the head size.
     """
 
     num_heads: int
+    scale: float | None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
@@ -65,7 +74,7 @@ class Attention(nn.Module):
             split_heads(part, self.num_heads) for part in jnp.split(qkv, 3, axis=-1)
         )
         return Linear(features, is_transposed=True, name="c_proj")(
-            attend(query, key, value, is_causal=True)
+            attend(query, key, value, is_causal=True, scale=self.scale)
         )
 
 
@@ -77,20 +86,39 @@ class Block(nn.Module):
       hidden: width of the MLP.
       activation: name of the MLP's activation.
       epsilon: constant added to the variance in the layer norms.
+      scale: factor of the products of queries and keys; None for 1 over the root of the head size.
     """
 
     num_heads: int
     hidden: int
     activation: str
     epsilon: float
+    scale: float | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
-        x = x + Attention(self.num_heads, name="attn")(LayerNorm(self.epsilon, name="ln_1")(x))
+        x = x + self.attention_branch(x)
+        return x + self.mlp_branch(x)
+
+    def attention_branch(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
+        """Compute what attention adds to the activations.
+
+        Args:
+          x: the activations.
+        """
+        attention = Attention(self.num_heads, self.scale, name="attn")
+        return attention(LayerNorm(self.epsilon, name="ln_1")(x))
+
+    def mlp_branch(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
+        """Compute what the MLP adds to the activations.
+
+        Args:
+          x: the activations.
+        """
         mlp = FeedForward(
             self.hidden, self.activation, ("c_fc", "c_proj"), is_transposed=True, name="mlp"
         )
-        return x + mlp(LayerNorm(self.epsilon, name="ln_2")(x))
+        return mlp(LayerNorm(self.epsilon, name="ln_2")(x))
 
 
 class Head(nn.Module):
@@ -120,33 +148,40 @@ def make_architecture(config: Config) -> Architecture:
     Raises:
       ValueError: if an option is missing or has a value that is not supported.
     """
-    config.expect("scale_attn_weights", True)
-    for key in (
-        "scale_attn_by_inverse_layer_idx",
-        "reorder_and_upcast_attn",
-        "add_cross_attention",
-    ):
-        config.expect(key, False)
+    depth_option = "num_hidden_layers" if "num_hidden_layers" in config.options else "n_layer"
+    config = config.rename(_OTHER_NAMES)
+    config.check_causal()
+    config.expect("add_cross_attention", False, None)
     features, vocabulary = config.require("n_embd"), config.require("vocab_size")
-    epsilon = config.get("layer_norm_epsilon", 1e-5)
+    epsilon, hidden = config.get("layer_norm_epsilon", 1e-5), config.get("n_inner", None)
     block = Block(
         num_heads=config.require("n_head"),
-        hidden=config.get("n_inner", None) or 4 * features,
+        hidden=4 * features if hidden is None else hidden,
         activation=check_activation(config, "activation_function", "gelu_new"),
         epsilon=epsilon,
+        scale=None if config.get_flag("scale_attn_weights", True) else 1.0,
     )
-    is_tied = config.get("tie_word_embeddings", True)
+    depth, is_tied = config.require_depth("n_layer"), config.get_flag("tie_word_embeddings", True)
+    is_scaled = config.get_flag(_SCALE_OPTION, False)
     return Architecture(
         stem=Stem(vocabulary, config.require("n_positions"), features),
-        blocks=(block,) * config.require_depth("n_layer"),
+        blocks=(block,) * depth,
         head=Head(vocabulary, epsilon),
         prefix="transformer.",
         block_prefix="h.{}.",
         stem_names={"wte": "wte", "wpe": "wpe"},
         head_names={"ln_f": "ln_f", "lm_head": "wte" if is_tied else "/lm_head"},
         unused_tensors=("h.{}.attn.bias", "h.{}.attn.masked_bias"),
-        depth_option="n_layer",
+        depth_option=depth_option,
+        fixed_options={_SCALE_OPTION: False} if is_scaled else {},
+        folded_scale=_fold_scales(features, depth) if is_scaled else None,
         is_tied_by_default=True,
         has_transposed_maps=True,
         vocab_size=vocabulary,
     )
+
+
+def _fold_scales(features: int, depth: int) -> FoldedScale:
+    """Divide the queries of block i by i + 1, so that all blocks share one module."""
+    names = ("attn/c_attn/weight", "attn/c_attn/bias")
+    return FoldedScale(names, features, tuple(1 / (i + 1) for i in range(depth)))

@@ -10,19 +10,16 @@ import jax.numpy as jnp
 
 from jchain._typing import Array, Float, Int
 from jchain.hub.architecture import Architecture
+from jchain.hub.attention import attend, split_heads
 from jchain.hub.config import Config
 from jchain.hub.modules import (
     Embedding,
     FeedForward,
     LayerNorm,
     Linear,
-    attend,
     check_activation,
-    compute_frequencies,
-    read_rope_options,
-    rotate,
-    split_heads,
 )
+from jchain.hub.rotary import LongRotary, compute_rotary, read_rope_options, rotate, select_frequencies
 
 MODEL_TYPES = ("gpt_neox",)
 
@@ -51,12 +48,14 @@ class Attention(nn.Module):
       frequencies: rotation frequency of each pair of rotated features, in radians per position.
       rotary_scale: factor that multiplies the sines and cosines.
       use_bias: whether the affine maps have biases.
+      long_rotary: how the frequencies change in long sequences; None if they do not.
     """
 
     num_heads: int
     frequencies: tuple[float, ...]
     rotary_scale: float
     use_bias: bool
+    long_rotary: LongRotary | None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
@@ -66,7 +65,8 @@ class Attention(nn.Module):
             Linear(3 * features, self.use_bias, name="query_key_value")(x), self.num_heads
         )
         query, key, value = jnp.split(qkv, 3, axis=-1)
-        query, key = (rotate(part, self.frequencies, self.rotary_scale) for part in (query, key))
+        frequencies = select_frequencies(self.frequencies, self.long_rotary, x.shape[-2])
+        query, key = (rotate(part, frequencies, self.rotary_scale) for part in (query, key))
         return Linear(features, self.use_bias, name="dense")(
             attend(query, key, value, is_causal=True)
         )
@@ -84,6 +84,7 @@ class Block(nn.Module):
       rotary_scale: factor that multiplies the sines and cosines.
       is_parallel: whether the MLP reads the input of the block instead of the output of attention.
       use_bias: whether the affine maps of attention have biases.
+      long_rotary: how the frequencies change in long sequences; None if they do not.
     """
 
     num_heads: int
@@ -94,18 +95,39 @@ class Block(nn.Module):
     rotary_scale: float = 1.0
     is_parallel: bool = True
     use_bias: bool = True
+    long_rotary: LongRotary | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
+        attended = x + self.attention_branch(x)
+        return attended + self.mlp_branch(x if self.is_parallel else attended)
+
+    def attention_branch(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
+        """Compute what attention adds to the activations.
+
+        Args:
+          x: the activations.
+        """
         attention = Attention(
-            self.num_heads, self.frequencies, self.rotary_scale, self.use_bias, name="attention"
+            self.num_heads,
+            self.frequencies,
+            self.rotary_scale,
+            self.use_bias,
+            self.long_rotary,
+            name="attention",
         )
-        attended = x + attention(LayerNorm(self.epsilon, name="input_layernorm")(x))
+        return attention(LayerNorm(self.epsilon, name="input_layernorm")(x))
+
+    def mlp_branch(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
+        """Compute what the MLP adds to the activations.
+
+        Args:
+          x: the activations, before attention if the two are parallel.
+        """
         mlp = FeedForward(
             self.hidden, self.activation, ("dense_h_to_4h", "dense_4h_to_h"), name="mlp"
         )
-        norm = LayerNorm(self.epsilon, name="post_attention_layernorm")
-        return attended + mlp(norm(x if self.is_parallel else attended))
+        return mlp(LayerNorm(self.epsilon, name="post_attention_layernorm")(x))
 
 
 class Head(nn.Module):
@@ -135,28 +157,22 @@ def make_architecture(config: Config) -> Architecture:
     Raises:
       ValueError: if an option is missing or has a value that is not supported.
     """
+    config.check_causal()
     features, vocabulary = config.require("hidden_size"), config.require("vocab_size")
     num_heads, epsilon = config.require("num_attention_heads"), config.get("layer_norm_eps", 1e-5)
-    rope = read_rope_options(config, "rotary_emb_base")
-    share = rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
-    # Some versions of transformers also wrote these options under the names of other families.
-    config.expect("partial_rotary_factor", share)
-    config.expect("rope_theta", rope.get("rope_theta", 10000.0))
-    frequencies, rotary_scale = compute_frequencies(
-        config, rope, int(features // num_heads * share)
-    )
-    config.get("max_position_embeddings", None)
+    rotary = compute_rotary(config, _read_rope(config), features // num_heads, is_partial=True)
     block = Block(
         num_heads=num_heads,
         hidden=config.require("intermediate_size"),
         activation=check_activation(config, "hidden_act", "gelu"),
         epsilon=epsilon,
-        frequencies=frequencies,
-        rotary_scale=rotary_scale,
-        is_parallel=config.get("use_parallel_residual", True),
-        use_bias=config.get("attention_bias", True),
+        frequencies=rotary.frequencies,
+        rotary_scale=rotary.scale,
+        long_rotary=rotary.long,
+        is_parallel=config.get_flag("use_parallel_residual", True),
+        use_bias=config.get_flag("attention_bias", True),
     )
-    is_tied = config.get("tie_word_embeddings", False)
+    is_tied = config.get_flag("tie_word_embeddings", False)
     return Architecture(
         stem=Stem(vocabulary, features),
         blocks=(block,) * config.require_depth("num_hidden_layers"),
@@ -174,4 +190,13 @@ def make_architecture(config: Config) -> Architecture:
             "layers.{}.attention.rotary_emb.inv_freq",
         ),
         vocab_size=vocabulary,
+    )
+
+
+def _read_rope(config: Config) -> Config:
+    """Read the options of rotary positions; a head size that only these use is not supported."""
+    size = config.require("hidden_size") // config.require("num_attention_heads")
+    config.expect("head_dim", None, size)
+    return read_rope_options(
+        config, base_key="rotary_emb_base", share_key="rotary_pct", default_share=0.25
     )

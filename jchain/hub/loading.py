@@ -19,6 +19,7 @@ from jchain.hub.architecture import Architecture
 from jchain.hub.assembling import Source, assemble_bank
 from jchain.hub.checkpoint import CONFIG
 from jchain.hub.families import make_architecture, read_architecture
+from jchain.hub.folding import fold_scales
 from jchain.hub.locating import ADAPTER_CONFIG, Location, choose_names, locate
 from jchain.hub.opening import open_checkpoint
 from jchain.hub.tensor_names import check_tensors, find_names, find_tied, get_names, get_shapes
@@ -158,7 +159,7 @@ def random_bank(
     architecture = read_architecture(path)
     _check_size(architecture, str(Path(path) / CONFIG))
     names = get_names(architecture)
-    weights = RandomWeights(key, architecture, names)
+    weights = fold_scales(RandomWeights(key, architecture, names), architecture, names)
     return assemble_bank([Source(name, weights, architecture, names)], None, pinned)
 
 
@@ -205,7 +206,7 @@ def _open(location: Location, name: str, adapter: str | os.PathLike[str] | None 
         blocks = {tensor for block in names.blocks for tensor in block.values()}
         transposed = frozenset(blocks) if architecture.has_transposed_maps else frozenset()
         weights = merged.merge(checkpoint, transposed, find_tied(names))
-    return Source(name, weights, architecture, names)
+    return Source(name, fold_scales(weights, architecture, names), architecture, names)
 
 
 def _compare(first: Source, other: Source) -> Source:

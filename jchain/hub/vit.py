@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from jchain._typing import Array, Float
 from jchain.hub.architecture import Architecture
+from jchain.hub.attention import attend, split_heads
 from jchain.hub.config import Config
-from jchain.hub.modules import ACTIVATIONS, LayerNorm, Linear, attend, check_activation, split_heads
+from jchain.hub.modules import ACTIVATIONS, LayerNorm, Linear, check_activation
 
 MODEL_TYPES = ("vit",)
 
@@ -108,15 +109,18 @@ class SelfAttention(nn.Module):
     Attributes:
       num_heads: number of attention heads.
       use_bias: whether the maps to queries, keys, and values have biases.
+      head_size: number of features of each head; None to divide the width of the block.
     """
 
     num_heads: int
     use_bias: bool
+    head_size: int | None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+        width = x.shape[-1] if self.head_size is None else self.num_heads * self.head_size
         query, key, value = (
-            split_heads(Linear(x.shape[-1], self.use_bias, name=name)(x), self.num_heads)
+            split_heads(Linear(width, self.use_bias, name=name)(x), self.num_heads)
             for name in ("query", "key", "value")
         )
         return attend(query, key, value, is_causal=False)
@@ -128,15 +132,17 @@ class Attention(nn.Module):
     Attributes:
       num_heads: number of attention heads.
       use_bias: whether the maps to queries, keys, and values have biases.
+      head_size: number of features of each head; None to divide the width of the block.
     """
 
     num_heads: int
     use_bias: bool
+    head_size: int | None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
-        mixed = SelfAttention(self.num_heads, self.use_bias, name="attention")(x)
-        return Within(x.shape[-1], name="output")(mixed)
+        attention = SelfAttention(self.num_heads, self.use_bias, self.head_size, name="attention")
+        return Within(x.shape[-1], name="output")(attention(x))
 
 
 class Block(nn.Module):
@@ -148,6 +154,7 @@ class Block(nn.Module):
       activation: name of the MLP's activation.
       epsilon: constant added to the variance in the layer norms.
       use_bias: whether the maps to queries, keys, and values have biases.
+      head_size: number of features of each head; None to divide the width of the block.
     """
 
     num_heads: int
@@ -155,15 +162,32 @@ class Block(nn.Module):
     activation: str
     epsilon: float
     use_bias: bool = True
+    head_size: int | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
-        attention = Attention(self.num_heads, self.use_bias, name="attention")
-        x = x + attention(LayerNorm(self.epsilon, name="layernorm_before")(x))
+        x = x + self.attention_branch(x)
+        return x + self.mlp_branch(x)
+
+    def attention_branch(self, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+        """Compute what attention adds to the activations.
+
+        Args:
+          x: the activations.
+        """
+        attention = Attention(self.num_heads, self.use_bias, self.head_size, name="attention")
+        return attention(LayerNorm(self.epsilon, name="layernorm_before")(x))
+
+    def mlp_branch(self, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+        """Compute what the MLP adds to the activations.
+
+        Args:
+          x: the activations.
+        """
         hidden = Within(self.hidden, name="intermediate")(
             LayerNorm(self.epsilon, name="layernorm_after")(x)
         )
-        return x + Within(x.shape[-1], name="output")(ACTIVATIONS[self.activation](hidden))
+        return Within(x.shape[-1], name="output")(ACTIVATIONS[self.activation](hidden))
 
 
 class Head(nn.Module):
@@ -203,17 +227,14 @@ def make_architecture(config: Config) -> Architecture:
         if len(set(patch)) != 1:
             raise config.reject("patch_size", patch, "square patches")
         patch = patch[0]
-    # These options are irrelevant: the classifier reads the class token without a pooler, and the
-    # number of labels is read below.
-    for key in ("pooler_act", "pooler_output_size", "num_labels"):
-        config.get(key, None)
     labels = config.get("id2label", None)
     block = Block(
         num_heads=config.require("num_attention_heads"),
         hidden=config.require("intermediate_size"),
         activation=check_activation(config, "hidden_act", "gelu"),
         epsilon=epsilon,
-        use_bias=config.get("qkv_bias", True),
+        use_bias=config.get_flag("qkv_bias", True),
+        head_size=config.get("head_dim", None),
     )
     return Architecture(
         stem=Stem(size, channels, patch, features),

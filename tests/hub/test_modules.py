@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from jchain.hub.modules import attend
+from jchain.hub.attention import attend
 
 
 @pytest.mark.parametrize(
