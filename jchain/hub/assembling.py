@@ -15,6 +15,7 @@ from jchain._typing import PyTree
 from jchain.bank import Bank
 from jchain.groups import LayerGroup
 from jchain.hub.architecture import Architecture
+from jchain.hub.sublayers import Part, list_parts, select_names
 from jchain.hub.tensor_names import ModelNames, TensorNames, get_shapes
 from jchain.hub.weights import WeightReader, Weights, choose_dtype
 from jchain.hub.wrapping import Entries, Entry, Exit, Restart, Within
@@ -30,19 +31,67 @@ class Source(NamedTuple):
     has_ends: bool = True  # whether its embeddings and its head are part of the bank
 
 
-def assemble_bank(sources: list[Source], dtype: DTypeLike | None, pinned: tuple[int, int]) -> Bank:
+class Split(NamedTuple):
+    """How the blocks of a model become layers.
+
+    Attributes:
+      pinned: numbers of blocks to pin at the beginning and at the end.
+      has_sublayers: whether attention and MLP of each block are layers of their own.
+      alternates: whether attention and MLP must alternate in a chain.
+    """
+
+    pinned: tuple[int, int] = (0, 0)
+    has_sublayers: bool = False
+    alternates: bool = False
+
+
+def assemble_bank(sources: list[Source], dtype: DTypeLike | None, split: Split) -> Bank:
     """Assemble one bank from all models, which must have the same architecture.
 
     Args:
       sources: the models, at least one. The first one has its embeddings and its head.
       dtype: dtype of the weights; if None, the dtype of the files.
-      pinned: numbers of blocks to pin at the beginning and at the end.
+      split: how the blocks become layers.
 
     Raises:
-      ValueError: if all blocks are pinned, or if weights have several dtypes or an unsupported one.
+      ValueError: if all blocks are pinned, blocks cannot be split, or weights have several dtypes
+        or an unsupported one.
     """
     architecture = sources[0].architecture
-    depth = len(architecture.blocks)
+    if split.alternates and not split.has_sublayers:
+        raise ValueError("expected alternate=True only with sublayers=True")
+    free = _get_free_blocks(split.pinned, len(architecture.blocks))
+    parts = list_parts(architecture.blocks, free, is_split=split.has_sublayers)
+    features = get_shapes(architecture).features
+    reader = WeightReader(_choose_dtype(sources, dtype))
+
+    # Heads are read first, so that tied embeddings share the memory of the stacked heads.
+    ends = [source for source in sources if source.has_ends]
+    head, head_params = _read_heads(reader, ends, free.stop, features)
+    stem, stem_params = _read_stem(reader, ends, free.start)
+    has_restarts = isinstance(stem, Entries)
+    layers = _stack_layers(
+        reader, sources, parts, features, is_within=has_restarts, alternates=split.alternates
+    )
+    if has_restarts:
+        layers.append(_make_restarts(layers, len(ends), features))
+
+    num_layers = sum(len(group.tokens) for group in layers)
+    head_tokens = tuple(range(num_layers, num_layers + len(ends)))
+    names, origins = _name_tokens(sources, parts, has_restarts=has_restarts)
+    return Bank(
+        layers=tuple(layers),
+        heads=(LayerGroup(head_params, head, head_tokens),),
+        stem_params=stem_params,
+        stem=stem,
+        names=names,
+        origins=origins,
+        parents=_list_parents(sources, len(parts), has_restarts=has_restarts),
+    )
+
+
+def _get_free_blocks(pinned: tuple[int, int], depth: int) -> range:
+    """Return the indices of the blocks that are not pinned."""
     is_pair = isinstance(pinned, tuple | list) and len(pinned) == 2
     if not is_pair or not all(isinstance(number, int | np.integer) for number in pinned):
         raise ValueError(
@@ -54,31 +103,7 @@ def assemble_bank(sources: list[Source], dtype: DTypeLike | None, pinned: tuple[
         raise ValueError(
             f"expected fewer pinned blocks than the {depth} of the model, at least 0, got {pinned}"
         )
-    free = range(first, depth - last)  # indices of the blocks that are not pinned
-    features = get_shapes(architecture).features
-    reader = WeightReader(_choose_dtype(sources, dtype))
-
-    # Heads are read first, so that tied embeddings share the memory of the stacked heads.
-    ends = [source for source in sources if source.has_ends]
-    head, head_params = _read_heads(reader, ends, free.stop, features)
-    stem, stem_params = _read_stem(reader, ends, free.start)
-    has_restarts = isinstance(stem, Entries)
-    layers = _stack_layers(reader, sources, free, features, is_within=has_restarts)
-    if has_restarts:
-        layers.append(_make_restarts(layers, len(ends), features))
-
-    num_layers = sum(len(group.tokens) for group in layers)
-    head_tokens = tuple(range(num_layers, num_layers + len(ends)))
-    names, origins = _name_tokens(sources, free, has_restarts=has_restarts)
-    return Bank(
-        layers=tuple(layers),
-        heads=(LayerGroup(head_params, head, head_tokens),),
-        stem_params=stem_params,
-        stem=stem,
-        names=names,
-        origins=origins,
-        parents=_list_parents(sources, len(free), has_restarts=has_restarts),
-    )
+    return range(first, depth - last)
 
 
 def _choose_dtype(sources: list[Source], dtype: DTypeLike | None) -> np.dtype:
@@ -138,19 +163,33 @@ def _make_entry(architecture: Architecture, num_pinned: int, source: str) -> Ent
 
 
 def _stack_layers(
-    reader: WeightReader, sources: list[Source], free: range, features: int, *, is_within: bool
+    reader: WeightReader,
+    sources: list[Source],
+    parts: list[Part],
+    features: int,
+    *,
+    is_within: bool,
+    alternates: bool,
 ) -> list[LayerGroup]:
-    """Stack the blocks of all models that are not pinned, in one group for each module."""
-    blocks = sources[0].architecture.blocks
+    """Stack the layers of all models, in one group for each module."""
     layers = []
-    for module in dict.fromkeys(blocks[i] for i in free):
-        members = [(m, i) for m in range(len(sources)) for i in free if blocks[i] == module]
+    for module in dict.fromkeys(part.module for part in parts):
+        members = [
+            (m, i) for m in range(len(sources)) for i, p in enumerate(parts) if p.module == module
+        ]
         params = reader.read_stack(
-            [(sources[m].weights, sources[m].names.blocks[i]) for m, i in members]
+            [
+                (
+                    sources[m].weights,
+                    select_names(parts[i], sources[m].names.blocks[parts[i].position], features),
+                )
+                for m, i in members
+            ]
         )
-        tokens = tuple(m * len(free) + i - free.start for m, i in members)
+        tokens = tuple(m * len(parts) + i for m, i in members)
+        stages = parts[members[0][1]].stages if alternates else (0, 0)
         wrapped = ({"block": params}, Within(module, features)) if is_within else (params, module)
-        layers.append(LayerGroup(*wrapped, tokens))
+        layers.append(LayerGroup(*wrapped, tokens, stages=stages))
     return layers
 
 
@@ -164,15 +203,18 @@ def _make_restarts(layers: list[LayerGroup], num_sources: int, features: int) ->
 
 
 def _name_tokens(
-    sources: list[Source], free: range, *, has_restarts: bool
+    sources: list[Source], parts: list[Part], *, has_restarts: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """List the names and the origins of all tokens."""
     architecture, ends = sources[0].architecture, [source for source in sources if source.has_ends]
     depth, family = len(architecture.blocks), architecture.stem.__module__.rpartition(".")[2]
     tokens = [
-        (f"{source.name}/{i}", f"block {i} of {depth}, {family} checkpoint {source.name}")
+        (
+            f"{source.name}/{part.label}",
+            f"{part.description} of {depth}, {family} checkpoint {source.name}",
+        )
         for source in sources
-        for i in free
+        for part in parts
     ]
     if has_restarts:
         tokens += [
@@ -187,16 +229,16 @@ def _name_tokens(
 
 
 def _list_parents(
-    sources: list[Source], num_free: int, *, has_restarts: bool
+    sources: list[Source], num_parts: int, *, has_restarts: bool
 ) -> tuple[tuple[int, ...], ...]:
-    """List the original models as chains: a restart if one is needed, the blocks, and the head."""
-    num_blocks = len(sources) * num_free
+    """List the original models as chains: a restart if one is needed, the layers, and the head."""
+    num_blocks = len(sources) * num_parts
     ends = [m for m, source in enumerate(sources) if source.has_ends]
     num_layers = num_blocks + (len(ends) - 1 if has_restarts else 0)
     return tuple(
         (
             *((num_blocks + k - 1,) if has_restarts and k > 0 else ()),
-            *range(m * num_free, (m + 1) * num_free),
+            *range(m * num_parts, (m + 1) * num_parts),
             num_layers + k,
         )
         for k, m in enumerate(ends)

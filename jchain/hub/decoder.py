@@ -62,6 +62,8 @@ class Block(nn.Module):
       norm: the norm, which is cloned for each place.
       norms: the names of the norms before and after attention, then before and after the MLP.
       residual_scale: factor of what attention and MLP add to the activations.
+      has_attention: whether the block has attention; without it, it is the MLP as a layer.
+      has_mlp: whether the block has the MLP.
     """
 
     self_attn: nn.Module
@@ -69,11 +71,13 @@ class Block(nn.Module):
     norm: nn.Module
     norms: Norms = PRE_NORMS
     residual_scale: float = 1.0
+    has_attention: bool = True
+    has_mlp: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
-        x = x + self.attention_branch(x)
-        return x + self.mlp_branch(x)
+        x = x + self.attention_branch(x) if self.has_attention else x
+        return x + self.mlp_branch(x) if self.has_mlp else x
 
     def attention_branch(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
         """Compute what attention adds to the activations.
@@ -234,7 +238,9 @@ def make_decoder(
     )
 
 
-def make_norm(config: Config, default_epsilon: float = 1e-6, offset: float | None = None) -> RMSNorm:
+def make_norm(
+    config: Config, default_epsilon: float = 1e-6, offset: float | None = None
+) -> RMSNorm:
     """Make the norm of a model from its config.
 
     Args:

@@ -12,7 +12,6 @@ from jchain.hub.opening import read_config
 from jchain.hub.tensor_names import get_shapes
 from jchain.pytree import get_first_line
 
-
 # Lists with an entry for each block whose length transformers checks in every family.
 _LISTS = ("layer_types", "mlp_layer_types")
 

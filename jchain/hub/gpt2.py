@@ -87,6 +87,8 @@ class Block(nn.Module):
       activation: name of the MLP's activation.
       epsilon: constant added to the variance in the layer norms.
       scale: factor of the products of queries and keys; None for 1 over the root of the head size.
+      has_attention: whether the block has attention; without it, it is the MLP as a layer.
+      has_mlp: whether the block has the MLP.
     """
 
     num_heads: int
@@ -94,11 +96,13 @@ class Block(nn.Module):
     activation: str
     epsilon: float
     scale: float | None = None
+    has_attention: bool = True
+    has_mlp: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
-        x = x + self.attention_branch(x)
-        return x + self.mlp_branch(x)
+        x = x + self.attention_branch(x) if self.has_attention else x
+        return x + self.mlp_branch(x) if self.has_mlp else x
 
     def attention_branch(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
         """Compute what attention adds to the activations.

@@ -19,7 +19,13 @@ from jchain.hub.modules import (
     Linear,
     check_activation,
 )
-from jchain.hub.rotary import LongRotary, compute_rotary, read_rope_options, rotate, select_frequencies
+from jchain.hub.rotary import (
+    LongRotary,
+    compute_rotary,
+    read_rope_options,
+    rotate,
+    select_frequencies,
+)
 
 MODEL_TYPES = ("gpt_neox",)
 
@@ -85,6 +91,8 @@ class Block(nn.Module):
       is_parallel: whether the MLP reads the input of the block instead of the output of attention.
       use_bias: whether the affine maps of attention have biases.
       long_rotary: how the frequencies change in long sequences; None if they do not.
+      has_attention: whether the block has attention; without it, it is the MLP as a layer.
+      has_mlp: whether the block has the MLP.
     """
 
     num_heads: int
@@ -96,10 +104,14 @@ class Block(nn.Module):
     is_parallel: bool = True
     use_bias: bool = True
     long_rotary: LongRotary | None = None
+    has_attention: bool = True
+    has_mlp: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
-        attended = x + self.attention_branch(x)
+        attended = x + self.attention_branch(x) if self.has_attention else x
+        if not self.has_mlp:
+            return attended
         return attended + self.mlp_branch(x if self.is_parallel else attended)
 
     def attention_branch(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import flax.linen as nn
 
 from jchain._typing import Array, Float, Int
-from jchain.hub.attention import RotaryAttention
 from jchain.hub.architecture import Architecture
+from jchain.hub.attention import RotaryAttention
 from jchain.hub.config import Config
 from jchain.hub.decoder import (
     FULL,
@@ -76,6 +76,8 @@ class Block(nn.Module):
       use_mlp_bias: whether the MLP has biases.
       use_qk_norm: whether queries and keys are normalized, as in Qwen3.
       long_rotary: how the frequencies change in long sequences; None if they do not.
+      has_attention: whether the block has attention; without it, it is the MLP as a layer.
+      has_mlp: whether the block has the MLP.
     """
 
     num_heads: int
@@ -92,11 +94,13 @@ class Block(nn.Module):
     use_mlp_bias: bool = False
     use_qk_norm: bool = False
     long_rotary: LongRotary | None = None
+    has_attention: bool = True
+    has_mlp: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
-        x = x + self.attention_branch(x)
-        return x + self.mlp_branch(x)
+        x = x + self.attention_branch(x) if self.has_attention else x
+        return x + self.mlp_branch(x) if self.has_mlp else x
 
     def attention_branch(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T F"]:
         """Compute what attention adds to the activations.

@@ -16,7 +16,7 @@ from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.hub.adapter import locate_base, open_adapter
 from jchain.hub.architecture import Architecture
-from jchain.hub.assembling import Source, assemble_bank
+from jchain.hub.assembling import Source, Split, assemble_bank
 from jchain.hub.checkpoint import CONFIG
 from jchain.hub.families import make_architecture, read_architecture
 from jchain.hub.folding import fold_scales
@@ -38,6 +38,8 @@ def load(
     dtype: DTypeLike | None = None,
     name: str | None = None,
     pinned: tuple[int, int] = (0, 0),
+    sublayers: bool = False,
+    alternate: bool = False,
 ) -> Bank:
     """Load a pretrained transformer as a bank of its blocks.
 
@@ -60,6 +62,11 @@ def load(
       dtype: dtype of the weights; if None, the dtype of the file.
       name: name of the model; if None, the name of the folder, the file, or the model of the hub.
       pinned: how many blocks to pin at the start and at the end.
+      sublayers: whether the attention and the MLP of each block are layers of their own, named
+        `name/0/attention`, `name/0/mlp`, and so on. They have separate residual branches, so a
+        chain may drop, repeat, or reorder them apart.
+      alternate: whether attention and MLP must alternate in a chain, beginning with attention, as
+        in the model; only with `sublayers`.
 
     Raises:
       FileNotFoundError: if the checkpoint or one of its files is missing.
@@ -68,7 +75,8 @@ def load(
       ValueError: if a file is damaged, the family or an option of the config is not supported, a
         tensor is missing, is not part of the model, has a wrong shape, or has a dtype other than
         float32, bfloat16, or float16, the folder has a model and an adapter, the adapter is not a
-        plain LoRA of the model, or all blocks are pinned.
+        plain LoRA of the model, all blocks are pinned, or `sublayers` is set for a model that
+        applies attention and MLP in parallel.
     """
     if not isinstance(path, str | os.PathLike):
         raise ValueError(
@@ -76,7 +84,8 @@ def load(
             "jc.hub.load_many takes several"
         )
     location = locate(path)
-    return assemble_bank([_open(location, name or location.name, adapter)], dtype, pinned)
+    source = _open(location, name or location.name, adapter)
+    return assemble_bank([source], dtype, Split(pinned, sublayers, alternate))
 
 
 @partial(checked, but=("pinned",))
@@ -86,6 +95,8 @@ def load_many(
     dtype: DTypeLike | None = None,
     names: Sequence[str] | None = None,
     pinned: tuple[int, int] = (0, 0),
+    sublayers: bool = False,
+    alternate: bool = False,
 ) -> Bank:
     """Load several checkpoints of one architecture as one bank.
 
@@ -109,6 +120,8 @@ def load_many(
       names: names of the models; if None, the names as in `load`, preceded by what is needed to
         distinguish them.
       pinned: numbers of blocks of each model to pin at the beginning and at the end, as in `load`.
+      sublayers: as in `load`.
+      alternate: as in `load`.
 
     Raises:
       ValueError: if `paths` is not a list or is empty, `names` does not have one name for each
@@ -128,9 +141,8 @@ def load_many(
     if len(set(names)) < len(names):
         raise ValueError(f"expected different names, got {', '.join(names)}")
     sources = [_open(location, name) for location, name in zip(locations, names, strict=True)]
-    return assemble_bank(
-        [sources[0], *(_compare(sources[0], source) for source in sources[1:])], dtype, pinned
-    )
+    sources[1:] = [_compare(sources[0], source) for source in sources[1:]]
+    return assemble_bank(sources, dtype, Split(pinned, sublayers, alternate))
 
 
 @partial(checked, but=("pinned",))
@@ -140,6 +152,8 @@ def random_bank(
     *,
     name: str = "model",
     pinned: tuple[int, int] = (0, 0),
+    sublayers: bool = False,
+    alternate: bool = False,
 ) -> Bank:
     """Make the bank of an untrained transformer, with random weights in float32.
 
@@ -150,6 +164,8 @@ def random_bank(
       path: folder with config.json; weights in the folder are not read.
       name: name of the model.
       pinned: how many blocks to pin at the start and at the end, as in `load`.
+      sublayers: as in `load`.
+      alternate: as in `load`.
 
     Raises:
       FileNotFoundError: if config.json is missing.
@@ -160,7 +176,8 @@ def random_bank(
     _check_size(architecture, str(Path(path) / CONFIG))
     names = get_names(architecture)
     weights = fold_scales(RandomWeights(key, architecture, names), architecture, names)
-    return assemble_bank([Source(name, weights, architecture, names)], None, pinned)
+    source, split = Source(name, weights, architecture, names), Split(pinned, sublayers, alternate)
+    return assemble_bank([source], None, split)
 
 
 def _check_size(architecture: Architecture, location: str) -> None:

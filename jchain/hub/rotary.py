@@ -243,7 +243,6 @@ def _scale_by_longrope(
     return unscaled / short, scale, (int(length), _to_floats(unscaled / long))
 
 
-
 def _read_factors(rope: Config, key: str, num: int) -> np.ndarray:
     factors = rope.require(key)
     if not isinstance(factors, list) or len(factors) != num:

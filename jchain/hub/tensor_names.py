@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax import traverse_util
 
 from jchain.hub.architecture import Architecture
@@ -89,6 +90,17 @@ def get_shapes(architecture: Architecture) -> ModelShapes:
     stem, hidden = _trace(architecture.stem, x)
     blocks = [_trace(block, hidden)[0] for block in architecture.blocks]
     return ModelShapes(stem, blocks, _trace(architecture.head, hidden)[0], hidden.shape[-1])
+
+
+def get_param_paths(module: nn.Module, features: int) -> tuple[str, ...]:
+    """Return the paths of the params of a block, or of a part of one.
+
+    Args:
+      module: the block.
+      features: width of the activations between blocks.
+    """
+    x = jax.ShapeDtypeStruct((1, 1, features), jnp.float32)
+    return tuple(_trace(module, x)[0])
 
 
 @cache

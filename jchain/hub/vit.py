@@ -155,6 +155,8 @@ class Block(nn.Module):
       epsilon: constant added to the variance in the layer norms.
       use_bias: whether the maps to queries, keys, and values have biases.
       head_size: number of features of each head; None to divide the width of the block.
+      has_attention: whether the block has attention; without it, it is the MLP as a layer.
+      has_mlp: whether the block has the MLP.
     """
 
     num_heads: int
@@ -163,11 +165,13 @@ class Block(nn.Module):
     epsilon: float
     use_bias: bool = True
     head_size: int | None = None
+    has_attention: bool = True
+    has_mlp: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
-        x = x + self.attention_branch(x)
-        return x + self.mlp_branch(x)
+        x = x + self.attention_branch(x) if self.has_attention else x
+        return x + self.mlp_branch(x) if self.has_mlp else x
 
     def attention_branch(self, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
         """Compute what attention adds to the activations.

@@ -383,7 +383,10 @@ def test_a_file_that_became_shorter_is_refused(tmp_path):
 def test_a_link_without_its_file_is_described(tmp_path):
     link = tmp_path / "model.gguf"
     link.symlink_to(tmp_path / "blob")
-    with pytest.raises(FileNotFoundError, match="expected a checkpoint at .*model.gguf, got a link to .*blob, which is missing"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="got a link to .*blob, which is missing",
+    ):
         jc.hub.load(link)
-    with pytest.raises(FileNotFoundError, match=r"expected a GGUF file at .*, found none"):
+    with pytest.raises(FileNotFoundError, match="a GGUF file, or a model of the .*, found none"):
         jc.hub.load(Path(tmp_path, "other.gguf"))

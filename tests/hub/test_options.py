@@ -109,9 +109,7 @@ VALUES = {
         FACTORS | {"original_max_position_embeddings": 16},
     ],
 }
-VALUES["rope_parameters"] = [
-    {"rope_theta": 500.0} | value for value in VALUES["rope_scaling"]
-] + [
+VALUES["rope_parameters"] = [{"rope_theta": 500.0} | value for value in VALUES["rope_scaling"]] + [
     {"full_attention": {"rope_theta": 700.0}, "sliding_attention": {"rope_theta": 300.0}},
     {"full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 700.0}},
 ]
@@ -156,7 +154,9 @@ def make_model(family, folder):
     config = get_class(family)(**FAMILIES[family])
     is_vit = family == "ViT"
     auto = (
-        transformers.AutoModelForImageClassification if is_vit else transformers.AutoModelForCausalLM
+        transformers.AutoModelForImageClassification
+        if is_vit
+        else transformers.AutoModelForCausalLM
     )
     model = auto.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
