@@ -87,8 +87,10 @@ def _describe_blocks(model: ChainModel, source: str, depth: int) -> str:
         return f"{_code(source)}: none of its {depth} blocks."
     dropped = sorted(set(range(depth)) - set(kept))
     repeated = [f"{i} ({counts[i]} times)" for i in kept if counts[i] > 1]
-    text = f"{_code(source)}: {_count(len(kept), depth)} stay ({_join_runs(kept)})"
-    text += f", {len(dropped)} dropped ({_join_runs(dropped)})" if dropped else ", none is dropped"
+    text = f"{_code(source)}: all {depth} blocks stay"
+    if dropped:
+        text = f"{_code(source)}: {len(kept)} of {depth} blocks stay ({_join_runs(kept)})"
+        text += f", {len(dropped)} dropped ({_join_runs(dropped)})"
     text += f"; repeated: {', '.join(repeated)}" if repeated else ""
     if any(later < earlier for earlier, later in pairwise(positions)):
         text += "; not in the order of the model"
@@ -155,10 +157,6 @@ def _join_runs(numbers: Sequence[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def _count(number: int, depth: int) -> str:
-    return f"all {depth} blocks" if number == depth else f"{number} of {depth} blocks"
-
-
 def _join(texts: Iterable[str]) -> str:
     *first, last = texts
     return f"{', '.join(first)} and {last}" if first else last
@@ -167,7 +165,7 @@ def _join(texts: Iterable[str]) -> str:
 def _link(name: str, origin: Origin) -> str:
     if origin.hub_name is None:
         return _code(name)
-    return f"[{_escape(origin.hub_name)}](https://huggingface.co/{origin.hub_name})"
+    return f"{_code(name)} ([{origin.hub_name}](https://huggingface.co/{origin.hub_name}))"
 
 
 def _code(text: str) -> str:

@@ -10,6 +10,7 @@ _CARD = "README.md"
 # The sizes of files of which more is not read.
 _MOST = 1 << 16
 _REVISION = re.compile(r"[0-9a-f]{40}")
+_CACHED = re.compile(r"models(--[\w.-]+){1,2}")
 _LICENSE_ID = re.compile(r"[\w.+-]{1,64}")
 # How the texts of common licenses begin, and their identifiers on the Hub.
 _TEXTS = {
@@ -49,7 +50,7 @@ def find_origin(given: str, folder: Path) -> Origin:
     folder = folder.resolve()
     name = revision = None
     cache = folder.parent.parent.name
-    if folder.parent.name == "snapshots" and cache.startswith("models--"):
+    if folder.parent.name == "snapshots" and _CACHED.fullmatch(cache):
         name = "/".join(cache.split("--")[1:])
         revision = folder.name if _REVISION.fullmatch(folder.name) else None
     return Origin(given, name, revision, find_license(folder))
