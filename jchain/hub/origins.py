@@ -9,6 +9,8 @@ from jchain.hub.small_files import is_license
 _CARD = "README.md"
 # The sizes of files of which more is not read.
 _MOST = 1 << 16
+# The number of characters of a license in the metadata of which more is not parsed.
+_MOST_ENTRY = 400
 _REVISION = re.compile(r"[0-9a-f]{40}")
 _CACHED = re.compile(r"models(--[\w.-]+){1,2}")
 _LICENSE_ID = re.compile(r"[\w.+-]{1,64}")
@@ -87,8 +89,10 @@ def _read_metadata(path: Path) -> dict[Any, Any]:
     found = re.match(r"\ufeff?---\s*\n(.*?\n)---\s*(\n|$)", start, re.DOTALL)
     if found is None:
         return {}
+    # Only these keys are parsed, because YAML takes long for what is nested deeply.
+    entries = re.findall(r"^license(?:_name|_link)?:.*\n(?:[ -].*\n)*", found[1], re.MULTILINE)
     try:
-        metadata = yaml.safe_load(found[1])
+        metadata = yaml.safe_load("".join(entry[:_MOST_ENTRY] for entry in entries))
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return metadata if isinstance(metadata, dict) else {}

@@ -42,8 +42,8 @@ def read_recipe(out):
 
 NAMES = (
     "a+b", "a@b", "a+b+c@d@e", "a: b #c", "quo\"te'\\n", "ünï 模型 😀", "tab\tline\nend",
-    "nb\xa0sp", "\x85\u2028\ufeffz", "{a}", "- a", "!tag", "&x *x", "%a", "~", "no", "1.0", "\x7f\x01",
-    b"latin-\xe9".decode("utf-8", "surrogateescape"),
+    "nb\xa0sp", "\x85\u2028\ufeffz", "{a}", "- a", "!tag", "&x *x", "%a", "~", "no", "1.0",
+    "\x7f\x01", b"latin-\xe9".decode("utf-8", "surrogateescape"),
 )  # fmt: skip
 
 
