@@ -1,6 +1,8 @@
 """Tiny GPT-2 checkpoints without torch, a tokenizer of bytes, texts, and questions."""
 
+import contextlib
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -28,6 +30,16 @@ VIT = {
     "patch_size": 4,
     "num_channels": 1,
 }
+
+
+@contextlib.contextmanager
+def set_umask(umask):
+    """Set the umask of the process in a `with` block."""
+    old = os.umask(umask)
+    try:
+        yield
+    finally:
+        os.umask(old)
 
 
 def write_config(folder, options):

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jchain import chain as chain_lib
 from jchain import images
 from jchain.bank import Bank
-from jchain.cli import checkpoints, compare, result_folder
+from jchain.cli import card_facts, checkpoints, compare, result_folder
 from jchain.cli.checkpoints import EvalData
 from jchain.cli.choices import LAYERS
 from jchain.cli.config import SearchConfig, check_search, require, resolve
@@ -35,6 +35,7 @@ from jchain.cli.values import parse_chain
 from jchain.cli.work_folder import open_work
 from jchain.engine import distributed
 from jchain.engine.evaluation import evaluate, evaluate_all
+from jchain.hub.export_folder import check_out
 from jchain.hub.exporting import export
 from jchain.problem import Problem
 
@@ -187,17 +188,16 @@ def run_export(args: argparse.Namespace) -> None:
     config, found = result_folder.read_config(args.result, is_trusted=args.trust)
     if config is None or not config.checkpoint:
         raise ValueError(f"expected the result of jchain search --checkpoint, got {args.result}")
-    if args.out.exists():
-        raise FileExistsError(f"{args.out} already exists; choose another output folder")
+    check_out(args.out)
     path = args.result / result_folder.BANK_FILE
     bank = Bank.load(path) if path.exists() else checkpoints.load_bank(config)
     tokens = parse_chain(args.chain) if args.chain else found[0]
-    facts = {"checkpoints": ", ".join(config.checkpoint)}
-    if not args.chain:
-        facts |= result_folder.describe(args.result)
+    # Nothing is known about the loss of another chain.
+    facts, scores = ({}, {}) if args.chain else card_facts.describe(args.result)
     names = checkpoints.name_models(config.checkpoint)
     sources = dict(zip(names, config.checkpoint, strict=True))
-    out = export(bank, tokens, sources, args.out, facts=facts, max_shard_size=args.max_shard_size)
+    size = args.max_shard_size
+    out = export(bank, tokens, sources, args.out, facts=facts, scores=scores, max_shard_size=size)
     print(f"Wrote {out}")
 
 

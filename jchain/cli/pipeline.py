@@ -107,6 +107,9 @@ def run_pipeline(
         scored = ControlScores({"recipes": {}}, ReferenceLoss(None, 0.0), {}, stopped_by)
     scored.controls["recipes"] = recipe_scores
     record = _make_record(context, found, picked, scored)
+    if config.text:
+        splits = {name: getattr(setup.data, name) for name in EVALUATION_SPLITS}
+        record["num_tokens"] = {name: int(batch.y.size) for name, batch in splits.items()}
     if config.sweep is not None and scored.stopped_by is None:
         try:
             record["sweep"] = [

@@ -94,6 +94,7 @@ class ResultRecord(Scores):
     optimum: float | None
     num_chains: int
     num_examples: dict[str, int]
+    num_tokens: NotRequired[dict[str, int]]  # only of text
     about: str
     controls: Controls
     finalists: NotRequired[list[FinalistRow]]  # neither this nor the next in results of 0.1.0

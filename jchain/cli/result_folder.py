@@ -19,11 +19,9 @@ from jchain.cli.records import (
     SearchOutput,
     Summary,
     check_type,
-    format_loss,
     read,
 )
 from jchain.cli.trust import check_trust
-from jchain.data import EVALUATION_SPLITS
 from jchain.files import write_atomically, write_json
 from jchain.pytree import get_first_line
 
@@ -179,28 +177,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-def describe(path: Path) -> dict[str, str]:
-    """Collect facts about the chain of a result folder, for a model card.
-
-    Args:
-      path: the result folder.
-    """
-    needed = ("loss", "controls", "chosen", "layer_calls", "config")
-    record = read(path / RESULT_FILE, ResultRecord, needed)
-    config = SearchConfig.load(record["config"])
-    parent = record["controls"].get("best_parent", record)["loss"]
-    scored_on = config.text or config.choices or config.data or ""
-    facts = {"data": scored_on if isinstance(scored_on, str) else ", ".join(scored_on)}
-    for split in EVALUATION_SPLITS:
-        loss, unchanged = (format_loss(own[split], 4) for own in (record["loss"], parent))
-        facts[f"loss on {split}"] = f"{loss}, the unchanged model {unchanged}"
-    if record["chosen"] != "search":
-        facts["recipe"] = f"{record['chosen']}: no chain that the search found was better on select"
-    calls = f"{record['layer_calls']:,} layer calls"
-    facts["search"] = f"{config.search}, seed {config.seed}, {calls}"
-    return facts | {"command": f"`{config.command}`"}
 
 
 def read_options(path: Path, *, is_trusted: bool = False) -> dict[str, object]:

@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,14 +15,22 @@ def write_atomically(path: str | os.PathLike[str], write_fn: Callable[[str], obj
 
     Args:
       path: the file to write.
-      write_fn: function that takes the path of the temporary file and writes that file.
+      write_fn: function that takes the path of the temporary file, which exists, and writes that
+        file or replaces it.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
     # The process's umask applies to the file. Reading it would change it for all threads.
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        mode = stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
     try:
         write_fn(str(temporary))
+        # safetensors replaces the file by one that only its owner can read.
+        if stat.S_IMODE(os.stat(temporary).st_mode) != mode:
+            os.chmod(temporary, mode)
         sync(temporary)
         os.replace(temporary, path)
     except BaseException:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jchain.hub.checkpoint import JsonObject, list_names, read_json
+from jchain.hub.checkpoint import CONFIG, JsonObject, list_names, read_json
 from jchain.hub.file_kinds import WEIGHT_SUFFIXES, list_files
 from jchain.hub.locating import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Location, locate
 from jchain.hub.tensor_files import DTYPES, TensorFiles
@@ -196,20 +196,15 @@ class Adapter:
         )
 
 
-def open_adapter(location: Location, *, is_optional: bool = False) -> Adapter | None:
-    """Open a LoRA adapter.
+def has_adapter(folder: Path) -> bool:
+    """Check whether a folder has an adapter; one that also has a model needs the adapter's weights.
 
     Args:
-      location: where the adapter is.
-      is_optional: whether to return None if there is no adapter.
-
-    Raises:
-      FileNotFoundError: if there is no adapter, or one of its files is missing.
-      ValueError: if it is damaged, or not a plain LoRA.
+      folder: the folder.
     """
-    if not (location.path / ADAPTER_CONFIG).exists() and is_optional:
-        return None
-    return Adapter(location.path)
+    if not (folder / ADAPTER_CONFIG).exists():
+        return False
+    return not (folder / CONFIG).exists() or any(folder.glob("adapter_model*"))
 
 
 def locate_base(adapter: Adapter) -> Location:

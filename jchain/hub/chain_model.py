@@ -120,7 +120,7 @@ def parse_block_name(name: str) -> tuple[str, int]:
     Raises:
       ValueError: if `name` is not the name of a block.
     """
-    found = re.fullmatch(r"(.+)/(\d+)(\+\d+)*", name)
+    found = re.fullmatch(r"(.+)/(\d+)(\+\d+)*", name, re.DOTALL)
     if found is None:
         raise ValueError(f"expected the name of a block, such as model/3, got {name!r}")
     return found[1], int(found[2])

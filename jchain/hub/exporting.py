@@ -2,10 +2,10 @@
 
 import json
 import os
-import secrets
-import shutil
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,31 +13,36 @@ from flax import traverse_util
 
 from jchain import chain as chain_lib
 from jchain._typing import Array, Int, PyTree
-from jchain.arguments import checked
+from jchain.arguments import check_integers, checked
 from jchain.bank import Bank
+from jchain.hub.adapter import Adapter, has_adapter, locate_base
 from jchain.hub.architecture import Architecture
 from jchain.hub.chain_model import ChainModel, unfold_chain
-from jchain.hub.checkpoint import CONFIG, INDEX, WEIGHTS, JsonObject
+from jchain.hub.checkpoint import CONFIG, JsonObject
+from jchain.hub.export_folder import check_out, write_folder
 from jchain.hub.families import make_architecture
 from jchain.hub.gguf_header import Header
 from jchain.hub.gguf_tokenizer import TOKENIZER, make_tokenizer_files
-from jchain.hub.model_card import make_card, make_mergekit_recipe
+from jchain.hub.locating import locate
+from jchain.hub.merge_recipe import make_mergekit_recipe
+from jchain.hub.model_card import make_card
 from jchain.hub.opening import find_gguf, read_config
+from jchain.hub.origins import find_origin
+from jchain.hub.small_files import clean_options, is_license, read_small_files
 from jchain.hub.tensor_names import get_names
 from jchain.hub.wrapping import find_restarts
 
 CARD, RECIPE = "README.md", "mergekit.yaml"
-# Files that are not copied from the source, because they are generated.
-_OWN_FILES = (CONFIG, CARD, RECIPE)
-# The only folder that can belong to a tokenizer; it holds chat templates by name.
-_TEMPLATES = "additional_chat_templates"
-# Endings of files that are not copied from the source, because they contain its weights.
-_WEIGHT_SUFFIXES = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf",
-    ".ot", ".tflite", ".npz", ".index.json",
-)  # fmt: skip
 
 Source = str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]
+
+
+class _Base(NamedTuple):
+    """What an export takes from its first source."""
+
+    options: JsonObject  # of config.json
+    location: str  # of the options, for error messages
+    small_files: dict[str, bytes]  # content by name
 
 
 @checked
@@ -48,24 +53,32 @@ def export(
     out: str | os.PathLike[str],
     *,
     facts: Mapping[str, object] | None = None,
+    scores: Mapping[str, Mapping[str, object]] | None = None,
     max_shard_size: int = 5 * 10**9,
 ) -> Path:
     """Write a chain as a checkpoint folder that `transformers` loads with `from_pretrained`.
 
     The blocks are numbered in the order of the chain, and the config options that count or list
-    blocks are adapted. The tokenizer and other small files are copied. The folder also contains a
-    model card and `mergekit.yaml`, which describes the chain as a passthrough merge.
+    blocks are adapted. The files of the tokenizer and of the license, and the settings of
+    generation and of images are copied, and nothing else. The folder also contains a model card and
+    `mergekit.yaml`, which describes the chain as a passthrough merge.
+
+    The files have the permissions of the umask. Paths of this machine are only in `mergekit.yaml`,
+    for models that are not from the Hugging Face Hub's cache.
 
     Args:
       bank: a bank that `jchain.hub.load` or `load_many` returned; its weights may have been updated
         since.
       chain: tokens of at least one block, then of a head; padding is allowed.
-      source: the checkpoint folder or GGUF file that the bank was loaded from or, for a bank of
-        several models, a map from the name of each model to its folder or file. The config, the
-        tokenizer, and small files are read from the first one. No weights are read.
+      source: what the bank was loaded from, as in `load`: a checkpoint folder, a GGUF file, a name
+        on the Hugging Face hub, or an adapter. For a bank of several models, a map from the name of
+        each model to its source. The config, the tokenizer, and small files are read from the first
+        one, and licenses from all. No weights are read.
       out: the folder to write, which must not exist.
-      facts: rows of the model card, as a map from label to value, such as losses, data, or the
-        command; None for no rows.
+      facts: rows of a table of the model card, as a map from label to value, such as the data or
+        the command; None for no table.
+      scores: rows of another table: a map from label to a map from column to value, as in
+        `{"this chain": {"loss": 3.2}, "original": {"loss": 2.9}}`; None for no table.
       max_shard_size: maximum number of bytes in one file of weights; a file with a single tensor
         may be larger.
 
@@ -75,48 +88,111 @@ def export(
     Raises:
       FileExistsError: if `out` exists.
       ValueError: if `chain` is not a chain of the bank or has no block, the blocks of the bank do
-        not match the config in `source`, `source` has no folder for one of the models, or a small
-        file is a link that leads out of its folder.
+        not match the config in `source`, `source` has no folder for one of the models, a small
+        file is damaged or a link that leads out of its folder, or `out` cannot be made.
+      OSError: if there is not enough space, or a file cannot be written. Nothing is left then.
     """
     out = Path(out)
-    if out.exists():
-        raise FileExistsError(f"{out} already exists; choose another output folder")
-    if not isinstance(source, str | os.PathLike | Mapping):
-        raise ValueError(f"expected a folder, or the folder of each model by name, got {source!r}")
+    check_out(out)
+    check_integers(at_least=1, at_most=2**62, max_shard_size=max_shard_size)
     valid = chain_lib.validate(np.asarray(chain), bank.num_layers, bank.num_heads)
     tokens = [int(token) for token in valid if token != chain_lib.PADDING]
-    first = Path(next(iter(source.values())) if isinstance(source, Mapping) else source)
-    options, location = read_config(first)
-    small_files = _list_small_files(first) if first.is_dir() else []
-    architecture = make_architecture(options, location)
+    first = _read_base(next(iter(_list_given(source).values())))
+    architecture = make_architecture(first.options, first.location)
     model = unfold_chain(bank, tokens, len(architecture.blocks))
     if not model.blocks:
         raise ValueError("expected a chain of at least one block, got a head alone")
-    config = make_config(model, architecture, options, first)
-    tensors = collect_tensors(model, config, location)
-    paths = _get_paths(model, source)
-    changed = _list_changed(bank, tokens)
+    config = make_config(model, architecture, first.options, first.location)
+    tensors = collect_tensors(model, config, first.location)
+    folders = _find_folders(model, source)
+    small_files = first.small_files | _read_other_licenses(folders, first.small_files)
+    origins = {name: find_origin(*found) for name, found in folders.items()}
+    changed, depth = _list_changed(bank, tokens), len(architecture.blocks)
     texts = {
         CONFIG: json.dumps(config, indent=2) + "\n",
-        RECIPE: make_mergekit_recipe(model, paths, changed),
-        CARD: make_card(model, facts or {}, changed),
+        RECIPE: make_mergekit_recipe(
+            model, origins, changed, _list_changed_options(config, architecture)
+        ),
+        CARD: make_card(
+            model,
+            origins,
+            depth,
+            name=out.name,
+            facts=facts or {},
+            scores=scores or {},
+            changed=changed,
+            usage=_list_classes(architecture, small_files),
+        ),
     }
-    texts |= _make_tokenizer_files(first, small_files)
-    _write_folder(out, first, small_files, texts, tensors, max_shard_size)
+    encoded = {name: text.encode("utf-8", "backslashreplace") for name, text in texts.items()}
+    write_folder(out, small_files | encoded, tensors, max_shard_size)
     return out
 
 
-def _get_paths(model: ChainModel, source: Source) -> dict[str, str]:
-    """Return the folder of each model that is part of the chain, by name."""
+def _list_given(source: Source) -> dict[str, str | os.PathLike[str]]:
+    """List what was given for each model by name; a single one has no name."""
+    if isinstance(source, str | os.PathLike):
+        return {"": source}
+    if not isinstance(source, Mapping) or not source:
+        raise ValueError(f"expected a folder, or the folder of each model by name, got {source!r}")
+    return dict(source)
+
+
+def _find_model(given: str | os.PathLike[str]) -> Path:
+    """Find the folder or the GGUF file of a model, which is that of its base for an adapter."""
+    path = locate(given).path
+    is_alone = has_adapter(path) and not (path / CONFIG).exists()
+    return locate_base(Adapter(path)).path if is_alone else path
+
+
+def _read_base(given: str | os.PathLike[str]) -> "_Base":
+    """Read what an export takes from its first source."""
+    path = _find_model(given)
+    options, location = read_config(path)
+    small_files = read_small_files(path) if path.is_dir() else {}
+    file = find_gguf(path)
+    if file is not None and TOKENIZER not in small_files:
+        texts = make_tokenizer_files(Header(file))
+        small_files |= {name: text.encode() for name, text in texts.items()}
+    return _Base(options, location, small_files)
+
+
+def _find_folders(model: ChainModel, source: Source) -> dict[str, tuple[str, Path]]:
+    """Find what was given for each model that is part of the chain, and its folder, by name."""
     used = {block.source for block in model.blocks} | {model.stem_source, model.head_source}
-    names = sorted(used)
-    known = source if isinstance(source, Mapping) else {names[0]: source}
+    names, known = sorted(used), _list_given(source)
+    if not isinstance(source, Mapping):
+        known = {names[0]: known[""]}
     if unknown := [name for name in names if name not in known]:
         raise ValueError(
             f"expected the folder of each model by name, {', '.join(names)}, got none of "
             f"{', '.join(unknown)}"
         )
-    return {name: str(known[name]) for name in names}
+    return {name: (os.fspath(known[name]), _find_model(known[name])) for name in names}
+
+
+def _read_other_licenses(
+    folders: Mapping[str, tuple[str, Path]], small_files: Mapping[str, bytes]
+) -> dict[str, bytes]:
+    """Read the licenses that the other models have in addition to those of the first one."""
+    known, others = set(small_files.values()), {}
+    for model_name, (_, folder) in folders.items():
+        if not folder.is_dir():
+            continue
+        for name, content in read_small_files(folder).items():
+            if is_license(name) and content not in known:
+                safe = re.sub(r"[^\w.-]", "_", model_name)
+                others[f"{Path(name).stem}_{safe}{Path(name).suffix}"] = content
+    return others
+
+
+def _list_classes(architecture: Architecture, small_files: Iterable[str]) -> list[str]:
+    """List the classes of transformers that load an exported folder."""
+    if architecture.vocab_size is None:
+        is_complete = "preprocessor_config.json" in small_files
+        return ["AutoModelForImageClassification", *["AutoImageProcessor"] * is_complete]
+    is_complete = any(name.startswith(("tokenizer.", "vocab.", "spiece.")) for name in small_files)
+    return ["AutoModelForCausalLM", *["AutoTokenizer"] * is_complete]
 
 
 def _list_changed(bank: Bank, tokens: Sequence[int]) -> list[str]:
@@ -126,74 +202,18 @@ def _list_changed(bank: Bank, tokens: Sequence[int]) -> list[str]:
     return sorted({bank.names[token] for token in trained - find_restarts(bank)})
 
 
-def _write_folder(
-    out: Path,
-    source: Path,
-    small_files: Sequence[Path],
-    texts: Mapping[str, str],
-    tensors: dict[str, np.ndarray],
-    max_shard_size: int,
-) -> None:
-    """Write the folder under a temporary name, then rename it, so that `out` is never partial."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.parent / f".{out.name}.{secrets.token_hex(4)}"
-    folder.mkdir()
-    try:
-        _copy_files(small_files, source, folder)
-        write_shards(folder, tensors, max_shard_size)
-        for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
-        os.rename(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _list_small_files(source: Path) -> list[Path]:
-    """List the tokenizer and all other files that do not contain weights.
-
-    A link may lead to a file of the folder, or of the blobs of a Hugging Face cache that the folder
-    is a snapshot of.
-
-    Raises:
-      ValueError: if a link leads elsewhere, for example to a private file.
-    """
-    paths = [
-        path
-        for path in [*source.iterdir(), *(source / _TEMPLATES).glob("*")]
-        if path.is_file() and path.name not in _OWN_FILES
-        if not path.name.endswith(_WEIGHT_SUFFIXES)
+def _list_changed_options(config: JsonObject, architecture: Architecture) -> list[str]:
+    """List the options with an entry per block that differ from those of the first blocks."""
+    num = config[architecture.depth_option]
+    return [
+        key
+        for key, values in architecture.options_per_block.items()
+        if key in config and config[key] != list(values[:num])
     ]
-    root = source.resolve()
-    places = [root]
-    if root.parent.name == "snapshots":
-        places.append(root.parent.parent / "blobs")
-    for path in paths:
-        if not any(path.resolve().is_relative_to(place) for place in places):
-            raise ValueError(
-                f"expected only files of {source} to copy, got {path.relative_to(source)}, a link "
-                f"to {path.resolve()}: replace it by a copy if the file belongs to the model"
-            )
-    return sorted(paths)
-
-
-def _copy_files(paths: Sequence[Path], source: Path, folder: Path) -> None:
-    for path in paths:
-        copy = folder / path.relative_to(source)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copy(path, copy)
-
-
-def _make_tokenizer_files(source: Path, small_files: Sequence[Path]) -> dict[str, str]:
-    """Make the tokenizer's files of a GGUF file that does not have them beside it."""
-    file = find_gguf(source)
-    if file is None or any(path.name == TOKENIZER for path in small_files):
-        return {}
-    return make_tokenizer_files(Header(file))
 
 
 def make_config(
-    model: ChainModel, architecture: Architecture, options: JsonObject, source: Path
+    model: ChainModel, architecture: Architecture, options: JsonObject, location: str
 ) -> JsonObject:
     """Make the config of a chain from the config of its source.
 
@@ -201,7 +221,7 @@ def make_config(
       model: the model that the chain computes.
       architecture: the architecture of the source.
       options: content of the source's config.json.
-      source: folder of the source, for error messages.
+      location: path of the source's config, for error messages.
 
     Raises:
       ValueError: if the blocks are not the source's, or no config can describe their order.
@@ -210,9 +230,10 @@ def make_config(
         known = architecture.blocks
         if block.position >= len(known) or known[block.position] != block.module:
             raise ValueError(
-                f"expected a bank of the blocks of {source}, got {block.source}/{block.position}"
+                f"expected a bank of the blocks of {location}, got {block.source}/{block.position}"
             )
-    config = options | {architecture.depth_option: len(model.blocks)} | architecture.fixed_options
+    config = clean_options(options) | {architecture.depth_option: len(model.blocks)}
+    config |= architecture.fixed_options
     for key, has_option in architecture.indices_per_option.items():
         config[key] = [i for i, block in enumerate(model.blocks) if has_option[block.position]]
     per_block = {
@@ -226,13 +247,13 @@ def make_config(
     if is_tied and not has_tied_embeddings(model, architecture):
         config["tie_word_embeddings"] = False
     modules = tuple(block.module for block in model.blocks)
-    if make_architecture(config, str(source)).blocks != modules:
+    if make_architecture(config, location).blocks != modules:
         # Without these lists, options such as max_window_layers would select blocks by new index.
         config |= per_block
-    if make_architecture(config, str(source)).blocks != modules:
+    if make_architecture(config, location).blocks != modules:
         raise ValueError(
-            f"{source}: expected blocks in an order that a config can describe, got an order that "
-            "conflicts with options that select blocks by index"
+            f"{location}: expected blocks in an order that a config can describe, got an order "
+            "that conflicts with options that select blocks by index"
         )
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     return config | {key: model.dtype}
@@ -275,34 +296,3 @@ def collect_tensors(model: ChainModel, config: JsonObject, location: str) -> dic
 def _flatten(params: PyTree) -> dict[str, jax.Array]:
     """Flatten params into a map from path to leaf."""
     return traverse_util.flatten_dict(params, sep="/")  # pyright: ignore[reportReturnType]
-
-
-def write_shards(folder: Path, tensors: dict[str, np.ndarray], max_shard_size: int) -> None:
-    """Write tensors to one file, or to several with an index.
-
-    Args:
-      folder: the folder to write to.
-      tensors: the tensors by name.
-      max_shard_size: maximum number of bytes in a file; a file with a single tensor may be larger.
-    """
-    from safetensors.numpy import save_file
-
-    shards: list[dict[str, np.ndarray]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > max_shard_size:
-            shards.append({})
-            size = 0
-        shards[-1][name] = np.ascontiguousarray(tensor)
-        size += tensor.nbytes
-    num = len(shards)
-    names = [f"model-{i + 1:05}-of-{num:05}.safetensors" for i in range(num)]
-    if num == 1:
-        names = [WEIGHTS]
-    for name, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / name, metadata={"format": "pt"})
-    if num > 1:
-        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        total_size = sum(tensor.nbytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jchain._typing import Array, Key
 from jchain.arguments import checked
 from jchain.bank import Bank
-from jchain.hub.adapter import locate_base, open_adapter
+from jchain.hub.adapter import Adapter, has_adapter, locate_base
 from jchain.hub.architecture import Architecture
 from jchain.hub.assembling import Source, Split, assemble_bank
 from jchain.hub.checkpoint import CONFIG
@@ -201,19 +201,19 @@ def _open(location: Location, name: str, adapter: str | os.PathLike[str] | None 
       name: name of the model.
       adapter: the adapter to merge, if the checkpoint is not one.
     """
-    merged = None if adapter is None else open_adapter(locate(adapter))
-    found = open_adapter(location, is_optional=True)
-    if found is not None and (location.path / CONFIG).exists():
+    merged = None if adapter is None else Adapter(locate(adapter).path)
+    if has_adapter(location.path) and (location.path / CONFIG).exists():
         if merged is None:
             raise ValueError(
                 f"expected a model or an adapter in {location.path}, got both {CONFIG} and "
                 f"{ADAPTER_CONFIG}: to merge the adapter, pass adapter={str(location.path)!r}; to "
                 "leave it out, move it to another folder"
             )
-    elif found is not None:
+    elif has_adapter(location.path):
         if merged is not None:
-            raise ValueError(f"expected a model to merge {merged.path} into, got {found.path}")
-        merged, location = found, locate_base(found)
+            raise ValueError(f"expected a model to merge {merged.path} into, got {location.path}")
+        merged = Adapter(location.path)
+        location = locate_base(merged)
     checkpoint = open_checkpoint(location.path)
     architecture = make_architecture(checkpoint.config, checkpoint.location, len(checkpoint.shapes))
     names = find_names(architecture, checkpoint)

@@ -153,6 +153,21 @@ def test_a_search_leaves_a_result_without_the_weights(models_folder, checkpoint_
     assert scored["chains"][0]["layers"] == found["layers"]
 
 
+def check_card(card, found, original):
+    """Compare the table of scores of a model card with a result."""
+    lines = card[card.index("## Scores") :].splitlines()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    column = table[0].index("loss on test")
+    rows = {row[0]: row for row in table if len(row) == len(table[0])}
+    wanted = {"this chain": found, original: found["controls"]["best_parent"]}
+    wanted |= found["controls"]["recipes"]
+    for name, scores in wanted.items():
+        loss = scores["loss"]["test"]
+        assert rows[name][column].startswith(f"{loss:.4f}"), name
+        perplexity = rows[name][table[0].index("perplexity on test")]
+        assert perplexity == f"{np.exp(loss):.2f}" or loss > np.log(1e9)
+
+
 def test_a_result_is_exported_as_a_checkpoint(models_folder, checkpoint_result, tmp_path, capsys):
     assert main(["export", str(checkpoint_result), "--out", str(tmp_path / "out")]) == 0
     found = json.loads((checkpoint_result / "result.json").read_text())
@@ -163,8 +178,12 @@ def test_a_result_is_exported_as_a_checkpoint(models_folder, checkpoint_result, 
     out = jc.evaluate(jc.Problem(bank, data.test, bank.num_layers), np.array([bank.parents[0]]))
     assert float(out.loss[0]) == pytest.approx(found["loss"]["test"], rel=1e-5)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"| loss on test | {found['loss']['test']:.4f}, the unchanged model " in card
+    check_card(card, found, "best original model")
     assert "--search random --budget 100" in card
+    assert "| tokens | 48 in search, 40 in select, 32 in test |" in card
+    assert "| data | text.txt |" in card
+    assert str(tmp_path) not in card
+    assert str(models_folder) not in card
     assert main(["export", str(checkpoint_result), "--out", str(tmp_path / "out")]) == 2
     assert "already exists; choose another output folder" in capsys.readouterr().err
     assert (
@@ -202,7 +221,7 @@ def test_results_of_the_old_code_are_exported(models_folder, tmp_path, monkeypat
     assert row["loss"] == pytest.approx(saved["loss"]["test"], rel=1e-5)
     assert main(["export", folder, "--trust", "--out", str(tmp_path / "out")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"| loss on test | {saved['loss']['test']:.4f}, the unchanged model " in card
+    check_card(card, saved, "original model")
     assert saved["config"]["command"] in card
     assert main(["export", str(SAVED / "result"), "--out", str(tmp_path / "own")]) == 2
     assert "expected the result of jchain search --checkpoint" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from checkpoints import write, write_config
 import jchain as jc
 
 
-def test_no_folder_is_overwritten_or_left_incomplete(tmp_path, monkeypatch):
+def test_chains_that_cannot_be_exported_leave_nothing(tmp_path):
     folder = write(tmp_path / "model")
     bank = jc.hub.load(folder)
     with pytest.raises(ValueError, match="at least one block, got a head alone"):
@@ -22,12 +22,10 @@ def test_no_folder_is_overwritten_or_left_incomplete(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="expected a bank of the blocks of"):
         jc.hub.export(bank, [0, 2], other, tmp_path / "out")
 
-    def fail(*args):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("jchain.hub.exporting.write_shards", fail)
-    with pytest.raises(OSError, match="disk full"):
-        jc.hub.export(bank, [0, 2], folder, tmp_path / "out")
+    with pytest.raises(ValueError, match="expected max_shard_size to be at least 1, got 0"):
+        jc.hub.export(bank, [0, 2], folder, tmp_path / "out", max_shard_size=0)
+    with pytest.raises(ValueError, match="expected a folder, or the folder of each model by name"):
+        jc.hub.export(bank, [0, 2], {}, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "other"]
 
 
