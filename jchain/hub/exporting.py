@@ -58,8 +58,10 @@ def export(
 ) -> Path:
     """Write a chain as a checkpoint folder that `transformers` loads with `from_pretrained`.
 
-    The blocks are numbered in the order of the chain, and the config options that count or list
-    blocks are adapted. The files of the tokenizer and of the license, and the settings of
+    The blocks are numbered in the order of the chain. If attention and MLP are layers of their own,
+    each attention and the MLP that follows it become one block, and an attention or an MLP that
+    stands alone becomes a block whose other part has zero weights. The config options that count
+    or list blocks are adapted. The files of the tokenizer and of the license, and the settings of
     generation and of images are copied, and nothing else. The folder also contains a model card and
     `mergekit.yaml`, which describes the chain as a passthrough merge.
 
@@ -99,7 +101,7 @@ def export(
     tokens = [int(token) for token in valid if token != chain_lib.PADDING]
     first = _read_base(next(iter(_list_given(source).values())))
     architecture = make_architecture(first.options, first.location)
-    model = unfold_chain(bank, tokens, len(architecture.blocks))
+    model = unfold_chain(bank, tokens, architecture)
     if not model.blocks:
         raise ValueError("expected a chain of at least one block, got a head alone")
     config = make_config(model, architecture, first.options, first.location)
@@ -159,7 +161,8 @@ def _read_base(given: str | os.PathLike[str]) -> "_Base":
 
 def _find_folders(model: ChainModel, source: Source) -> dict[str, tuple[str, Path]]:
     """Find what was given for each model that is part of the chain, and its folder, by name."""
-    used = {block.source for block in model.blocks} | {model.stem_source, model.head_source}
+    used = set().union(*(block.sources for block in model.blocks))
+    used |= {model.stem_source, model.head_source}
     names, known = sorted(used), _list_given(source)
     if not isinstance(source, Mapping):
         known = {names[0]: known[""]}
@@ -229,9 +232,7 @@ def make_config(
     for block in model.blocks:
         known = architecture.blocks
         if block.position >= len(known) or known[block.position] != block.module:
-            raise ValueError(
-                f"expected a bank of the blocks of {location}, got {block.source}/{block.position}"
-            )
+            raise ValueError(f"expected a bank of the blocks of {location}, got {block.label}")
     config = clean_options(options) | {architecture.depth_option: len(model.blocks)}
     config |= architecture.fixed_options
     for key, has_option in architecture.indices_per_option.items():

@@ -1,6 +1,7 @@
 """The recipe of an exported chain for mergekit, a passthrough merge."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from jchain.hub.chain_model import ChainModel
 from jchain.hub.locating import GGUF
@@ -26,32 +27,52 @@ def make_mergekit_recipe(
       changed: names of the layers and heads whose weights were trained after loading.
       options: names of the config options with an entry per block that the chain changes.
     """
-    runs: list[tuple[str, int, int]] = []  # model, index of the first block, index after the last
-    for block in model.blocks:
-        if runs and (runs[-1][0], runs[-1][2]) == (block.source, block.position):
-            runs[-1] = (block.source, runs[-1][1], block.position + 1)
-        else:
-            runs.append((block.source, block.position, block.position + 1))
-    lines = _list_differences(model, runs[0][0], runs[-1][0], changed)
+    runs = _list_runs(model)
+    lines = _list_differences(model, runs[0].source, runs[-1].source, changed)
     if options:
         lines.append(
             f"{_DIFFERS} mergekit copies {', '.join(options)} of the first model's config.json; "
             "use the config.json of this folder."
         )
-    if any(origins[name].hub_name is None for name, _, _ in runs):
+    if any(origins[run.source].hub_name is None for run in runs):
         lines.append(_LOCAL)
-    if any(origins[name].path.lower().endswith(GGUF) for name, _, _ in runs):
+    if any(origins[run.source].path.lower().endswith(GGUF) for run in runs):
         lines.append(
             "# mergekit does not read GGUF files: use the folder that they were made from."
         )
     lines.append("slices:")
-    for name, start, stop in runs:
+    for run in runs:
         lines += [
             "  - sources:",
-            *_refer_to(origins[name]),
-            f"        layer_range: [{start}, {stop}]",
+            *_refer_to(origins[run.source]),
+            f"        layer_range: [{run.start}, {run.stop}]",
         ]
+        if run.zeros:
+            lines += ["        parameters:", "          scale:"]
+            for child in run.zeros:
+                lines += [f"            - filter: {child}.", "              value: 0.0"]
+            lines.append("            - value: 1.0")
     return "\n".join([*lines, "merge_method: passthrough", f"dtype: {model.dtype}"]) + "\n"
+
+
+class _Run(NamedTuple):
+    """Consecutive blocks of one model."""
+
+    source: str
+    start: int  # index of the first block
+    stop: int  # index after the last block
+    zeros: tuple[str, ...]  # children of the blocks whose weights are zero
+
+
+def _list_runs(model: ChainModel) -> list[_Run]:
+    runs: list[_Run] = []
+    for block in model.blocks:
+        key = block.source, block.position, block.zeros
+        if runs and (runs[-1].source, runs[-1].stop, runs[-1].zeros) == key:
+            runs[-1] = runs[-1]._replace(stop=block.position + 1)
+        else:
+            runs.append(_Run(block.source, block.position, block.position + 1, block.zeros))
+    return runs
 
 
 def _refer_to(origin: Origin) -> list[str]:
@@ -109,6 +130,12 @@ def _list_differences(
         lines.append(
             f"{_DIFFERS} the checkpoint's embeddings come from {model.stem_source}, "
             f"but mergekit uses {first}'s."
+        )
+    mixed = [block.label for block in model.blocks if block.mlp_origin is not None]
+    if mixed:
+        lines.append(
+            f"{_DIFFERS} mergekit does not join attention and MLP of different blocks, as in "
+            f"{', '.join(mixed)}."
         )
     if changed:
         lines.append(f"{_DIFFERS} {', '.join(changed)} were trained after loading.")

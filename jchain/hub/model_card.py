@@ -7,6 +7,7 @@ from itertools import pairwise
 from jchain.hub.chain_model import ChainModel
 from jchain.hub.merge_recipe import quote
 from jchain.hub.origins import License, Origin
+from jchain.hub.sublayers import KINDS
 
 Scores = Mapping[str, Mapping[str, object]]
 
@@ -46,7 +47,7 @@ def make_card(
         *(f"- {_describe_blocks(model, source, depth)}" for source in origins),
         *_describe_ends(model, changed),
         "",
-        f"Blocks in order: {_code(' -> '.join(f'{b.source}/{b.position}' for b in model.blocks))}.",
+        f"Blocks in order: {_code(' -> '.join(b.label for b in model.blocks))}.",
         *_describe_licenses(origins),
         *_tabulate_scores(scores),
         *_tabulate_facts(facts),
@@ -92,6 +93,10 @@ def _describe_blocks(model: ChainModel, source: str, depth: int) -> str:
         text = f"{_code(source)}: {len(kept)} of {depth} blocks stay ({_join_runs(kept)})"
         text += f", {len(dropped)} dropped ({_join_runs(dropped)})"
     text += f"; repeated: {', '.join(repeated)}" if repeated else ""
+    for kind in KINDS:
+        own = [b for b in model.blocks if b.source == source and b.missing == kind]
+        if own:
+            text += f"; without {kind}: {_join_runs(sorted({b.position for b in own}))}"
     if any(later < earlier for earlier, later in pairwise(positions)):
         text += "; not in the order of the model"
     return f"{text}."

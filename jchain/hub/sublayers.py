@@ -77,6 +77,15 @@ def split_block(block: nn.Module) -> tuple[nn.Module, nn.Module]:
     return block.copy(has_mlp=False), block.copy(has_attention=False)
 
 
+def join_parts(part: nn.Module) -> nn.Module:
+    """Return the block that an attention or an MLP was split from.
+
+    Args:
+      part: a module that `split_block` returned.
+    """
+    return part.copy(has_attention=True, has_mlp=True)
+
+
 def select_names(part: Part, names: TensorNames, features: int) -> TensorNames:
     """Select the tensors of a part of a block.
 

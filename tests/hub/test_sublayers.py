@@ -122,3 +122,64 @@ def test_a_saved_bank_of_sublayers_is_the_same(tmp_path):
     np.testing.assert_array_equal(
         jc.apply_chain(again, np.arange(7), IDS), jc.apply_chain(bank, np.arange(7), IDS)
     )
+
+
+def export(bank, chain, folder, out):
+    """Export a chain, and return the folder and the bank of its blocks."""
+    out = jc.hub.export(bank, chain, folder, out)
+    again = jc.hub.load(out)
+    np.testing.assert_allclose(
+        jc.apply_chain(again, np.array(again.parents[0]), IDS),
+        jc.apply_chain(bank, np.array(chain), IDS),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    return out, again
+
+
+@pytest.mark.parametrize("options", [LLAMA, NEOX])
+def test_attention_or_mlp_that_stands_alone_is_exported_with_zeros(tmp_path, options):
+    folder = write_config(tmp_path / "model", options)
+    bank = load(folder, options, sublayers=True)
+    out, again = export(bank, [0, 1, 2, 5, 4, 5, 3, 6], folder, tmp_path / "out")
+    # Blocks: 0, attention of 1 with mlp of 2, 2, mlp of 1.
+    assert again.num_layers == 4
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(again.get_params(3)["mlp"]))
+    params = again.get_params(3)
+    attention = params.keys() & {"self_attn", "attention", "input_layernorm"}
+    assert len(attention) == 2
+    for child in attention:
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(params[child]))
+    card, recipe = (out / "README.md").read_text(), (out / "mergekit.yaml").read_text()
+    assert (
+        "`model/0 -> model/1 with mlp of model/2 -> model/2 -> model/1 without attention`" in card
+    )
+    assert "without attention: 1" in card
+    assert "mergekit does not join attention and MLP of different blocks, as in model/1" in recipe
+    child = "self_attn" if options is LLAMA else "attention"
+    assert f"            - filter: {child}.\n              value: 0.0\n" in recipe
+    assert recipe.count("layer_range") == 2  # 0 to 2, and 1 without attention
+
+
+def test_chains_of_sublayers_of_two_models_are_exported(tmp_path):
+    folders = {
+        name: write(tmp_path / name, tensors=make_tensors(seed=seed))
+        for seed, name in enumerate("ab")
+    }
+    bank = jc.hub.load_many([*folders.values()], sublayers=True)
+    names = ["a/0/attention", "b/0/mlp", "b/1/attention", "a/head"]
+    chain = [bank.names.index(name) for name in names]
+    out, _ = export(bank, chain, folders, tmp_path / "out")
+    assert "a/0 with mlp of b/0 -> b/1 without mlp" in (out / "README.md").read_text()
+
+
+def test_recipes_and_starts_are_those_of_sublayers(tmp_path):
+    bank = load(tmp_path, LLAMA, sublayers=True)
+    problem = jc.Problem(bank, jc.Batch(IDS[:, :-1], IDS[:, 1:]), max_layers=6)
+    found = jc.hub.recipes.find_chains(problem, bank.parents[0], 4)
+    assert found["last blocks dropped"] == [0, 1, 2, 3, 6]
+    assert {len(chain) for chain in found.values()} == {5}
+    influence = jc.hub.recipes.compute_influence(bank, bank.parents[0], IDS)
+    assert influence.shape == (6,)
+    starts = jc.hub.recipes.find_starts(bank, 5)
+    assert len(starts) == 6
