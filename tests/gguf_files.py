@@ -5,6 +5,7 @@ import struct
 import gguf
 import jax
 import numpy as np
+from checkpoints import write_config
 from safetensors.numpy import load_file
 
 import jchain as jc
@@ -45,12 +46,10 @@ NAMES["gptneox"] = "GPTNEOX"
 FLOATS = ("F32", "F16", "BF16")
 
 
-def write_model(folder, case, seed=0):
-    """Write a random model in the format of Hugging Face."""
-    from checkpoints import write_config
-
-    source = write_config(folder.with_name(f"{folder.name}-config"), CONFIGS[case])
-    bank = jc.hub.random_bank(jax.random.key(seed), source)
+def write_model(folder, case, **changes):
+    """Write a random model in the format of Hugging Face, with changed options."""
+    source = write_config(folder.with_name(f"{folder.name}-config"), CONFIGS[case] | changes)
+    bank = jc.hub.random_bank(jax.random.key(0), source)
     jc.hub.export(bank, bank.parents[0], source, folder)
     return folder
 

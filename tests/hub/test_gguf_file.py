@@ -202,12 +202,10 @@ def test_llama3_scaling_is_found_from_its_factors(tmp_path):
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    config = CONFIGS["llama"] | {"head_dim": 16, "rope_theta": 500000.0}
-    CONFIGS["llama3"] = config | {"rope_scaling": scaling}
-    try:
-        model = write_model(tmp_path / "model", "llama3")
-    finally:
-        del CONFIGS["llama3"]
+    config = CONFIGS["llama"] | {"head_dim": 16, "rope_theta": 5e5}
+    model = write_model(
+        tmp_path / "model", "llama", head_dim=16, rope_theta=5e5, rope_scaling=scaling
+    )
 
     def add_factors(writer):
         # As in Llama3Model.generate_extra_tensors of convert_hf_to_gguf.py.
