@@ -38,7 +38,8 @@ def load(
     embeddings, and the head is the last norm and the output layer. The chain of the tokens `0..n`,
     which are all blocks and the head, is the original model; it is also the parent of the bank.
     Weights keep the layout of the file. Supported families are GPT-2, Llama (also Mistral, Qwen2,
-    and Qwen3), GPT-NeoX, and ViT.
+    and Qwen3), GPT-NeoX, and ViT. Of these, all but ViT are also read from GGUF files, whose
+    weights are dequantized.
 
     The first and the last block of a trained transformer can seldom be replaced by other blocks, so
     they can be pinned. Pinned blocks are in every chain. They have no token, belong to the stem and
@@ -46,16 +47,20 @@ def load(
 
     Args:
       path: folder with config.json and model.safetensors, or with shards and
-        model.safetensors.index.json.
-      dtype: dtype of the weights; if None, the dtype of the file.
-      name: name of the model; if None, the name of the folder.
+        model.safetensors.index.json; or a GGUF file, or a folder with one GGUF file.
+      dtype: dtype of the weights; if None, the dtype of the file, which is float32 for a GGUF file
+        with tensors of several types or of a quantized one.
+      name: name of the model; if None, the name of the folder, or that of the GGUF file without
+        its ending.
       pinned: how many blocks to pin at the start and at the end.
 
     Raises:
       FileNotFoundError: if the folder or one of its files is missing.
+      ImportError: if the file is a GGUF file and gguf is not installed.
       ValueError: if a file is damaged, the family or an option of the config is not supported, a
         tensor is missing, is not part of the model, has a wrong shape, or has a dtype other than
-        float32, bfloat16, or float16, or if all blocks are pinned.
+        float32, bfloat16, or float16 or a quantization that gguf cannot dequantize, if a folder has
+        several GGUF files, or if all blocks are pinned.
     """
     return assemble_bank([_open(path, name)], dtype, pinned)
 
@@ -81,7 +86,7 @@ def load_many(
     Activations then contain the embeddings of all models.
 
     Args:
-      paths: the checkpoint folders.
+      paths: the checkpoint folders or GGUF files.
       dtype: dtype of the weights; if None, the dtype of the files.
       names: names of the models; if None, the names of the folders.
       pinned: numbers of blocks of each model to pin at the beginning and at the end, as in `load`.
