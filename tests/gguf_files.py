@@ -1,5 +1,6 @@
 """Tiny GGUF files, written as llama.cpp's convert_hf_to_gguf.py does."""
 
+import json
 import struct
 
 import gguf
@@ -86,6 +87,18 @@ def write_gguf(path, config, tensors, kind="F32", *, change=None, tokenizer=None
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def read_options(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def convert(folder, case="llama", kind="F32", **options):
+    """Write the random model `model`, and the same one as `tiny.gguf`, as `write_gguf` does."""
+    model = folder / "model"
+    if not model.exists():
+        write_model(model, case)
+    return write_gguf(folder / "tiny.gguf", read_options(model), model, kind, **options)
 
 
 def add_options(writer, config):

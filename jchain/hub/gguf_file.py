@@ -102,10 +102,12 @@ class GGUFCheckpoint(Checkpoint):
         """
         if self.shapes[name] != self.shapes[other]:
             return False
-        rows = [np.empty(self.shapes[key], jnp.dtype(self.dtypes[key])) for key in (name, other)]
-        for key, row in zip((name, other), rows, strict=True):
-            self.read(key, row)
-        return np.array_equal(*rows)
+        first, second = (
+            np.empty(self.shapes[key], jnp.dtype(self.dtypes[key])) for key in (name, other)
+        )
+        self.read(name, first)
+        self.read(other, second)
+        return np.array_equal(first, second)
 
     def _read_parts(self, name: str) -> Iterator[np.ndarray]:
         """Read groups of rows, as they are in the file, in float32 or the dtype of the file."""

@@ -14,7 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from checkpoints import GPT2, QUESTION, VIT, make_checkpoint, write_config, write_file
 from fuzz.mutations import damage_bytes, damage_json, damage_text
-from gguf_files import add_byte_tokenizer, add_sentencepiece_tokenizer, write_gguf, write_model
+from gguf_files import (
+    add_byte_tokenizer,
+    add_sentencepiece_tokenizer,
+    read_options,
+    write_gguf,
+    write_model,
+)
 
 import jchain as jc
 from jchain.__main__ import main
@@ -123,10 +129,9 @@ def damage_tensor_header(rng: random.Random, path: Path) -> None:
 
 def make_gguf(case: str, add_tokenizer: Callable[..., int], folder: Path) -> Path:
     model = write_model(folder / "model", case, vocab_size=280)
-    config = json.loads((model / "config.json").read_text())
     write_file(folder, "hello 12  the tests of abc.\n" * 40)
     kind = "F32" if case == "gpt2" else "Q8_0"
-    return write_gguf(folder / "x.gguf", config, model, kind, tokenizer=add_tokenizer)
+    return write_gguf(folder / "x.gguf", read_options(model), model, kind, tokenizer=add_tokenizer)
 
 
 def damage_gguf(rng: random.Random, path: Path) -> None:

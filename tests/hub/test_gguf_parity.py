@@ -1,7 +1,6 @@
 """Parity of GGUF files with transformers' own reading of the same file (torch, CPU)."""
 
 import functools
-import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 from gguf_files import (
     add_byte_tokenizer,
     add_sentencepiece_tokenizer,
+    read_options,
     write_gguf,
     write_model,
 )
@@ -55,8 +55,7 @@ def run_torch(model, ids):
 
 def convert(folder, case, kind="F32", add=None, **changes):
     model = write_model(folder / "model", case, **changes)
-    config = json.loads((model / "config.json").read_text())
-    return write_gguf(folder / "tiny.gguf", config, model, kind, tokenizer=add)
+    return write_gguf(folder / "tiny.gguf", read_options(model), model, kind, tokenizer=add)
 
 
 @pytest.mark.parametrize(("case", "kind", "changes"), CASES)
