@@ -110,10 +110,15 @@ def write_file(folder, content, name="text.txt"):
 
 
 def make_model_and_text(folder):
-    """Make a tiny model of bytes in `model`, the text `my.txt`, and `questions.jsonl`."""
+    """Make tiny models `model` and `model.gguf`, the text `my.txt`, and `questions.jsonl`."""
+    from gguf_files import CONFIGS, add_byte_tokenizer, write_gguf, write_model
+
     options = {"vocab_size": 256, "n_embd": 8, "n_layer": 6, "n_positions": 128}
     model = write_config(make_checkpoint(folder / "new"), GPT2 | options)
     bank = jc.hub.random_bank(jax.random.key(0), model)
     jc.hub.export(bank, bank.parents[0], model, folder / "model")
     (folder / "my.txt").write_text((Path(__file__).parent.parent / "README.md").read_text())
     (folder / "questions.jsonl").write_text(f"{json.dumps(QUESTION)}\n" * 8)
+    other = write_model(folder / "other", "llama", vocab_size=280)
+    llama = CONFIGS["llama"] | {"vocab_size": 280}
+    write_gguf(folder / "model.gguf", llama, other, tokenizer=add_byte_tokenizer)

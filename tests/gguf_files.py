@@ -1,10 +1,12 @@
 """Tiny GGUF files, written as llama.cpp's convert_hf_to_gguf.py does."""
 
+import json
 import struct
 
 import gguf
 import jax
 import numpy as np
+from checkpoints import write_config
 from safetensors.numpy import load_file
 
 import jchain as jc
@@ -45,12 +47,10 @@ NAMES["gptneox"] = "GPTNEOX"
 FLOATS = ("F32", "F16", "BF16")
 
 
-def write_model(folder, case, seed=0):
-    """Write a random model in the format of Hugging Face."""
-    from checkpoints import write_config
-
-    source = write_config(folder.with_name(f"{folder.name}-config"), CONFIGS[case])
-    bank = jc.hub.random_bank(jax.random.key(seed), source)
+def write_model(folder, case, **changes):
+    """Write a random model in the format of Hugging Face, with changed options."""
+    source = write_config(folder.with_name(f"{folder.name}-config"), CONFIGS[case] | changes)
+    bank = jc.hub.random_bank(jax.random.key(0), source)
     jc.hub.export(bank, bank.parents[0], source, folder)
     return folder
 
@@ -87,6 +87,18 @@ def write_gguf(path, config, tensors, kind="F32", *, change=None, tokenizer=None
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def read_options(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def convert(folder, case="llama", kind="F32", **options):
+    """Write the random model `model`, and the same one as `tiny.gguf`, as `write_gguf` does."""
+    model = folder / "model"
+    if not model.exists():
+        write_model(model, case)
+    return write_gguf(folder / "tiny.gguf", read_options(model), model, kind, **options)
 
 
 def add_options(writer, config):

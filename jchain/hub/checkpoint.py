@@ -24,7 +24,6 @@ class Checkpoint(TensorFiles):
     Attributes:
       path: the checkpoint folder.
       location: path of config.json, for error messages.
-      name: name of the model, which is that of the folder.
       config: content of the folder's config.json.
       shapes, dtypes: as in `TensorFiles`.
     """
@@ -40,7 +39,7 @@ class Checkpoint(TensorFiles):
           ValueError: if a file is damaged.
         """
         self.path = Path(path)
-        self.location, self.name = str(self.path / CONFIG), self.path.resolve().name
+        self.location = str(self.path / CONFIG)
         self.config = read_json(self.path / CONFIG)
         # As in transformers, a single file takes precedence over shards, which may be older.
         is_single = (self.path / WEIGHTS).exists() or not (self.path / INDEX).exists()

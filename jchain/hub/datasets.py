@@ -52,7 +52,8 @@ def load_text(
     default loss of `jchain.Problem` is then the cross-entropy of the next token, in nats.
 
     Args:
-      checkpoint: folder with config.json and tokenizer.json, which the package tokenizers reads.
+      checkpoint: folder with config.json and tokenizer.json, which the package tokenizers reads, or
+        a GGUF file.
       files: path of a text file in UTF-8, or several paths.
       length: number of tokens in a sequence.
       seed: seed of the random splits.
@@ -101,7 +102,8 @@ def load_choices(
     tokens, or -1 for tokens that are not part of the choice.
 
     Args:
-      checkpoint: folder with config.json and tokenizer.json, which the package tokenizers reads.
+      checkpoint: folder with config.json and tokenizer.json, which the package tokenizers reads, or
+        a GGUF file.
       file: path of a file of JSON lines in UTF-8.
       length: maximum number of tokens in a row, T; longer questions lose their first tokens. If
         None, T is the length of the longest row.

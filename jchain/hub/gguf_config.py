@@ -1,9 +1,7 @@
 """The config of a GGUF file, as a config.json would have it, from the file's metadata."""
 
-import numpy as np
-
 from jchain.hub.checkpoint import JsonObject
-from jchain.hub.gguf_header import Header, StringArray
+from jchain.hub.gguf_header import Header
 from jchain.hub.gguf_metadata import Options
 from jchain.hub.gguf_rope import read_scaling
 
@@ -45,7 +43,7 @@ def read_config(header: Header) -> JsonObject:
     found = Options(header)
     for key, neutral in _NEUTRAL.items():
         value = found.get(key, neutral)
-        if isinstance(value, np.ndarray | StringArray) or value != neutral:
+        if value != neutral:
             raise found.reject(key, value, f"{neutral!r} or none, as no other is supported")
     kind, class_name = MODELS[found.architecture]
     make = {"gpt2": _make_gpt2, "gptneox": _make_gpt_neox}.get(found.architecture, _make_rotary)
@@ -53,7 +51,7 @@ def read_config(header: Header) -> JsonObject:
     config["vocab_size"] = _get_shape(header, "token_embd.weight")[0]
     config["tie_word_embeddings"] = "output.weight" not in header.tensors
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        token = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        token = header.get(f"tokenizer.ggml.{key}_token_id")
         if type(token) is int:
             config[f"{name}_token_id"] = token
     return {key: value for key, value in config.items() if value is not None}
@@ -72,7 +70,9 @@ def _make_rotary(found: Options) -> JsonObject:
     head_size = found.read_count("attention.key_length", rotated)
     for key in ("attention.value_length", "rope.dimension_count"):
         if found.read_count(key, head_size) != head_size:
-            raise found.reject(key, found.get(key), f"{head_size}, as attention.key_length")
+            raise found.reject(
+                key, found.require_count(key), f"{head_size}, as for queries and keys"
+            )
     tensors, base = found.header.tensors, found.read_number("rope.freq_base", 10000.0)
     config: JsonObject = {
         "hidden_size": features,

@@ -29,7 +29,6 @@ class GGUFCheckpoint(Checkpoint):
     Attributes:
       path: the file.
       location: the file, for error messages about the config.
-      name: name of the model, which is that of the file without its ending.
       config: the config, made from the metadata of the file.
       shapes: map from the name of each tensor to its shape.
       dtypes: map from the name of each tensor to the name of its dtype.
@@ -49,7 +48,7 @@ class GGUFCheckpoint(Checkpoint):
         """
         self.header = Header(path)
         self.path = self.header.path
-        self.location, self.name = str(self.path), self.path.stem
+        self.location = str(self.path)
         options = Options(self.header)
         self.config = read_config(self.header)
         self._gguf = import_gguf()
@@ -102,10 +101,12 @@ class GGUFCheckpoint(Checkpoint):
         """
         if self.shapes[name] != self.shapes[other]:
             return False
-        rows = [np.empty(self.shapes[key], jnp.dtype(self.dtypes[key])) for key in (name, other)]
-        for key, row in zip((name, other), rows, strict=True):
-            self.read(key, row)
-        return np.array_equal(*rows)
+        first, second = (
+            np.empty(self.shapes[key], jnp.dtype(self.dtypes[key])) for key in (name, other)
+        )
+        self.read(name, first)
+        self.read(other, second)
+        return np.array_equal(first, second)
 
     def _read_parts(self, name: str) -> Iterator[np.ndarray]:
         """Read groups of rows, as they are in the file, in float32 or the dtype of the file."""

@@ -10,7 +10,7 @@ import os
 import struct
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -33,7 +33,7 @@ class StringArray(NamedTuple):
     """Strings that are still in the file."""
 
     offset: int  # position of the first string in the file
-    count: int
+    num_strings: int
 
 
 class TensorEntry(NamedTuple):
@@ -82,6 +82,21 @@ class Header:
             entries = _read_entries(cursor, num_tensors)
             self.tensors = _locate(entries, cursor, self.metadata, gguf)
 
+    def get(self, key: str, default: float | bool | str | None = None) -> Any:
+        """Return a value of the metadata that is not an array.
+
+        Args:
+          key: key of the value.
+          default: value to return if the file does not have the key.
+
+        Raises:
+          ValueError: if the file has an array under this key.
+        """
+        value = self.metadata.get(key, default)
+        if isinstance(value, np.ndarray | StringArray):
+            raise ValueError(f"{self.path}: expected one value of {key}, got {shorten(value)}")
+        return value
+
     def read_strings(self, key: str) -> list[str]:
         """Read an array of strings.
 
@@ -98,7 +113,7 @@ class Header:
         with self.path.open("rb") as file:
             cursor = _Cursor(file, self.path)
             cursor.seek(array.offset)
-            return [cursor.read_string(key) for _ in range(array.count)]
+            return [cursor.read_string(key) for _ in range(array.num_strings)]
 
 
 class _Cursor:

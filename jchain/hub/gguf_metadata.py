@@ -47,13 +47,16 @@ class Options:
         return self.read_count("attention.head_count_kv", self.num_heads)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return an option as it is in the file.
+        """Return an option that is not an array.
 
         Args:
           key: name of the option, without the architecture.
           default: value to return if the file does not have the option.
+
+        Raises:
+          ValueError: if it is an array.
         """
-        return self.header.metadata.get(f"{self.architecture}.{key}", default)
+        return self.header.get(f"{self.architecture}.{key}", default)
 
     def reject(self, key: str, value: object, expected: str) -> ValueError:
         """Make the error for an unsupported value, which the caller raises.
@@ -77,7 +80,7 @@ class Options:
         Raises:
           ValueError: if it is missing, another value, or not the same for all blocks.
         """
-        value = self.get(key)
+        value = self.header.metadata.get(f"{self.architecture}.{key}")
         if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
             value = value[0].item()
         if type(value) is not int or value < 1:
@@ -94,7 +97,8 @@ class Options:
         Raises:
           ValueError: if it is another value, or not the same for all blocks.
         """
-        return default if self.get(key) is None else self.require_count(key)
+        is_given = f"{self.architecture}.{key}" in self.header.metadata
+        return self.require_count(key) if is_given else default
 
     def read_number(self, key: str, default: float | None = None) -> float:
         """Return a number.
@@ -115,19 +119,19 @@ class Options:
 
 def _read_architecture(header: Header) -> str:
     """Return `general.architecture` of a file that holds a whole model of a supported family."""
-    kind = header.metadata.get("general.type", "model")
-    architecture = header.metadata.get("general.architecture")
+    kind = header.get("general.type", "model")
+    architecture = header.get("general.architecture")
     if architecture in ("clip", "mmproj"):
         kind = "mmproj"
-    if isinstance(kind, str) and kind in _OTHER_TYPES:
+    if kind in _OTHER_TYPES:
         raise ValueError(f"{header.path} is not a model, but {_OTHER_TYPES[kind]}")
-    if not isinstance(architecture, str) or architecture not in NAMES:
+    if architecture not in NAMES:
         got = "none" if architecture is None else shorten(architecture)
         raise ValueError(
             f"{header.path}: expected general.architecture to be one of {', '.join(NAMES)}, got "
             f"{got}"
         )
-    num_parts = header.metadata.get("split.count", 0)
+    num_parts = header.get("split.count", 0)
     if not isinstance(num_parts, int) or num_parts > 1:
         raise ValueError(
             f"{header.path} is one of {shorten(num_parts)} parts of a model: join them with "

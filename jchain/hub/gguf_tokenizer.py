@@ -65,7 +65,7 @@ def make_tokenizer(header: Header) -> "Tokenizer":
         from tokenizers import AddedToken
     except ImportError as error:
         raise ImportError(f'text needs tokenizers: pip install -e ".[text]" ({error})') from None
-    model = header.metadata.get("tokenizer.ggml.model")
+    model = header.get("tokenizer.ggml.model")
     makers = {"gpt2": _make_byte_level, "llama": _make_sentencepiece}
     if not isinstance(model, str) or model not in makers:
         got = "none" if model is None else shorten(model)
@@ -107,14 +107,14 @@ def make_tokenizer_files(header: Header) -> dict[str, str]:
       ImportError: if tokenizers is not installed.
       ValueError: if the file has a tokenizer that is invalid or not supported.
     """
-    if header.metadata.get("tokenizer.ggml.model", "none") in ("none", "no_vocab"):
+    if header.get("tokenizer.ggml.model", "none") in ("none", "no_vocab"):
         return {}
     tokens = header.read_strings("tokenizer.ggml.tokens")
     config: JsonObject = {
         f"{name}_token": tokens[i] for name, i in _read_special_ids(header, len(tokens)).items()
     }
     config |= {f"add_{name}_token": _adds(header, name) for name in ("bos", "eos")}
-    template = header.metadata.get("tokenizer.chat_template")
+    template = header.get("tokenizer.chat_template")
     if isinstance(template, str):
         config["chat_template"] = template
     config["clean_up_tokenization_spaces"] = False
@@ -157,7 +157,7 @@ def _make_sentencepiece(header: Header, tokens: list[str]) -> "Tokenizer":
         scores = _read_numbers(header, "tokenizer.ggml.scores", len(tokens))
         merges = _make_merges(vocabulary, scores)
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=True, byte_fallback=True))
-    has_prefix = header.metadata.get("tokenizer.ggml.add_space_prefix", True)
+    has_prefix = header.get("tokenizer.ggml.add_space_prefix", True)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
         _SPACE, prepend_scheme="first" if has_prefix else "never", split=False
     )
@@ -167,8 +167,8 @@ def _make_sentencepiece(header: Header, tokens: list[str]) -> "Tokenizer":
     return tokenizer
 
 
-def _get_rule(header: Header) -> object:
-    return header.metadata.get("tokenizer.ggml.pre", "default")
+def _get_rule(header: Header) -> str:
+    return str(header.get("tokenizer.ggml.pre", "default"))
 
 
 def _split_merge(merge: str) -> tuple[str, str]:
@@ -206,7 +206,7 @@ def _read_special_ids(header: Header, num_tokens: int) -> dict[str, int]:
     """Read the ids of the special tokens that have a role."""
     found = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        token = header.get(f"tokenizer.ggml.{key}_token_id")
         if token is None:
             continue
         if type(token) is not int or not 0 <= token < num_tokens:
@@ -221,9 +221,9 @@ def _read_special_ids(header: Header, num_tokens: int) -> dict[str, int]:
 def _adds(header: Header, name: str) -> bool:
     """Return whether the tokenizer adds the BOS or EOS token to a text."""
     is_default = name == "bos" and (
-        header.metadata.get("tokenizer.ggml.model") == "llama" or _get_rule(header) in _WHOLE_WORDS
+        header.get("tokenizer.ggml.model") == "llama" or _get_rule(header) in _WHOLE_WORDS
     )
-    return bool(header.metadata.get(f"tokenizer.ggml.add_{name}_token", is_default))
+    return bool(header.get(f"tokenizer.ggml.add_{name}_token", is_default))
 
 
 def _make_template(header: Header, tokens: list[str]) -> Any:

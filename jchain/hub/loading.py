@@ -54,12 +54,13 @@ def load(
 
     Args:
       path: a folder with config.json and model.safetensors, or with shards and
-        model.safetensors.index.json; a GGUF file; the name of a model of the Hugging Face hub,
-        `owner/name` or `owner/name@revision`, which is downloaded once; or a LoRA adapter, which
-        names its model.
+        model.safetensors.index.json; a GGUF file, or a folder with one; the name of a model of the
+        Hugging Face hub, `owner/name` or `owner/name@revision`, which is downloaded once; or a LoRA
+        adapter, which names its model.
       adapter: a LoRA adapter to merge into the weights, as a folder or a name of the hub; None for
         none.
-      dtype: dtype of the weights; if None, the dtype of the file.
+      dtype: dtype of the weights; if None, the dtype of the file, which is float32 for a GGUF file
+        that is quantized or has tensors of several types.
       name: name of the model; if None, the name of the folder, the file, or the model of the hub.
       pinned: how many blocks to pin at the start and at the end.
       sublayers: whether the attention and the MLP of each block are layers of their own, named

@@ -90,8 +90,8 @@ def locate(source: PathLike) -> Location:
             f"expected a checkpoint folder or a GGUF file, got the file {path}; a folder has "
             f"{CONFIG} beside its weights"
         )
-    whole = path.resolve()
-    return Location(path, (*whole.parent.parts, whole.stem))
+    # A file of the cache of huggingface_hub is a link, and what it leads to is named by a hash.
+    return Location(path, (*path.parent.resolve().parts, path.stem))
 
 
 def choose_names(locations: Sequence[Location]) -> list[str]:

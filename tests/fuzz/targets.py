@@ -14,6 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from checkpoints import GPT2, QUESTION, VIT, make_checkpoint, write_config, write_file
 from fuzz.mutations import damage_bytes, damage_json, damage_text
+from gguf_files import (
+    add_byte_tokenizer,
+    add_sentencepiece_tokenizer,
+    read_options,
+    write_gguf,
+    write_model,
+)
 
 import jchain as jc
 from jchain.__main__ import main
@@ -21,6 +28,7 @@ from jchain.agent.critic import NUM_INPUTS, Network
 from jchain.cli.config import SearchConfig
 from jchain.cli.own_files import load_data
 from jchain.files import read_arrays, write_arrays
+from jchain.hub.gguf_header import Header
 
 ROTARY = {
     "vocab_size": 11,
@@ -119,6 +127,29 @@ def damage_tensor_header(rng: random.Random, path: Path) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + blob[8 + size :])
 
 
+def make_gguf(case: str, add_tokenizer: Callable[..., int], folder: Path) -> Path:
+    model = write_model(folder / "model", case, vocab_size=280)
+    write_file(folder, "hello 12  the tests of abc.\n" * 40)
+    kind = "F32" if case == "gpt2" else "Q8_0"
+    return write_gguf(folder / "x.gguf", read_options(model), model, kind, tokenizer=add_tokenizer)
+
+
+def damage_gguf(rng: random.Random, path: Path) -> None:
+    """Change bytes or a number of the header, which is much smaller than the weights."""
+    blob = path.read_bytes()
+    size = min(entry.offset for entry in Header(path).tensors.values())
+    header = damage_bytes(rng, blob[:size])
+    if rng.random() < 0.5:
+        position = rng.randrange(size - 8)
+        number = rng.choice((0, 1, 2**16, 2**31, 10**9, 10**12, 10**18, 2**63, 2**64 - 1))
+        header = blob[:position] + number.to_bytes(8, "little") + blob[position + 8 : size]
+    path.write_bytes(header + blob[size:])
+
+
+def load_gguf_text(path: Path) -> object:
+    return jc.hub.load_text(path, path.parent / "text.txt", length=8)
+
+
 def run_command(*arguments: str) -> None:
     err = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
@@ -196,6 +227,23 @@ TARGETS = {
         damage_tensor_header,
         load_model,
     ),
+    **{
+        f"gguf of {case}": Target(
+            lambda folder, case=case: make_gguf(case, add_byte_tokenizer, folder),
+            damage_gguf,
+            jc.hub.load,
+        )
+        for case in ("llama", "qwen3", "gpt2", "gpt_neox")
+    },
+    **{
+        f"tokenizer of gguf, {kind}": Target(
+            lambda folder, add=add: make_gguf("gpt2", add, folder), damage_gguf, load_gguf_text
+        )
+        for kind, add in (
+            ("bytes", add_byte_tokenizer),
+            ("sentencepiece", add_sentencepiece_tokenizer),
+        )
+    },
     **{
         f"config of {family}": Target(
             lambda folder, family=family: make_model(family, "config.json", folder),

@@ -1,7 +1,4 @@
-"""GGUF files as checkpoints: weights, dtypes, and damaged or other files."""
-
-import json
-from pathlib import Path
+"""GGUF files as checkpoints: weights and dtypes."""
 
 import gguf
 import jax
@@ -12,10 +9,8 @@ from gguf_files import (
     CONFIGS,
     FEATURES,
     add_options,
-    pack_entry,
-    pack_header,
-    pack_string,
-    pack_value,
+    convert,
+    read_options,
     write_gguf,
     write_model,
 )
@@ -23,20 +18,10 @@ from safetensors.numpy import load_file
 
 import jchain as jc
 from jchain.hub.gguf_file import GGUFCheckpoint
-from jchain.hub.opening import open_checkpoint
 
 
 def get_leaves(bank):
     return jax.tree.leaves((bank.layers, bank.heads, bank.stem_params))
-
-
-def read_config(folder):
-    return json.loads((folder / "config.json").read_text())
-
-
-def convert(folder, case="llama", kind="F32", **options):
-    model = write_model(folder / "model", case)
-    return write_gguf(folder / "tiny.gguf", read_config(model), model, kind, **options)
 
 
 def read_all(checkpoint):
@@ -50,7 +35,7 @@ def read_all(checkpoint):
 @pytest.mark.parametrize("case", CONFIGS)
 def test_a_converted_model_is_the_same_bank(tmp_path, case):
     model = write_model(tmp_path / "model", case)
-    file = write_gguf(tmp_path / "tiny.gguf", read_config(model), model)
+    file = write_gguf(tmp_path / "tiny.gguf", read_options(model), model)
     ours, theirs = jc.hub.load(file), jc.hub.load(model)
     assert [group.module for group in ours.layers] == [group.module for group in theirs.layers]
     assert ours.stem == theirs.stem
@@ -194,78 +179,6 @@ def test_models_of_both_formats_are_loaded_together(tmp_path):
     np.testing.assert_array_equal(first, second)
 
 
-def test_llama3_scaling_is_found_from_its_factors(tmp_path):
-    scaling = {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    config = CONFIGS["llama"] | {"head_dim": 16, "rope_theta": 500000.0}
-    CONFIGS["llama3"] = config | {"rope_scaling": scaling}
-    try:
-        model = write_model(tmp_path / "model", "llama3")
-    finally:
-        del CONFIGS["llama3"]
-
-    def add_factors(writer):
-        # As in Llama3Model.generate_extra_tensors of convert_hf_to_gguf.py.
-        factors = []
-        for frequency in 1.0 / 500000.0 ** (np.arange(0, 16, 2) / 16):
-            wavelength = 2 * np.pi / frequency
-            if wavelength < 8192 / 4:
-                factors.append(1.0)
-            elif wavelength > 8192 / 1:
-                factors.append(8.0)
-            else:
-                smooth = (8192 / wavelength - 1) / (4 - 1)
-                factors.append(1 / ((1 - smooth) / 8 + smooth))
-        writer.add_tensor("rope_freqs.weight", np.array(factors, np.float32))
-
-    file = write_gguf(tmp_path / "t.gguf", config, model, change=add_factors)
-    assert open_checkpoint(file).config["rope_scaling"] == scaling
-    ours, theirs = jc.hub.load(file), jc.hub.load(model)
-    assert [group.module for group in ours.layers] == [group.module for group in theirs.layers]
-
-    def add_others(writer):
-        writer.add_tensor("rope_freqs.weight", np.linspace(1, 8, 8, dtype=np.float32))
-
-    file = write_gguf(tmp_path / "other.gguf", config, model, change=add_others)
-    with pytest.raises(ValueError, match="rope_freqs.weight to be those of Llama 3"):
-        jc.hub.load(file)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda w: w.add_expert_count(8), "llama.expert_count to be 0 or none, .* got 8"),
-        (lambda w: w.add_logit_scale(0.5), "llama.logit_scale to be 0 or none"),
-        (lambda w: w.add_causal_attention(False), "llama.attention.causal to be True or none"),
-        (lambda w: w.add_type("adapter"), "is not a model, but a LoRA adapter: merge"),
-        (lambda w: w.add_type("mmproj"), "is not a model, but the vision part"),
-        (lambda w: w.add_uint16("split.count", 3), "is one of 3 parts of a model: join them"),
-        (
-            lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE),
-            "rope.scaling.type to be none, linear, or yarn, got 'longrope'",
-        ),
-        (
-            lambda w: w.add_float32("llama.rope.scaling.attn_factor", 2.0),
-            "llama.rope.scaling.attn_factor to be none, got 2.0",
-        ),
-        (
-            lambda w: w.add_tensor("blk.0.attn_sinks.weight", np.ones(4, np.float32)),
-            "expected only tensors of the model .* got blk.0.attn_sinks.weight",
-        ),
-    ],
-)
-def test_what_would_change_outputs_is_refused(tmp_path, change, message):
-    file = convert(tmp_path, change=change)
-    with pytest.raises(ValueError, match=message) as caught:
-        jc.hub.load(file)
-    assert str(file) in str(caught.value)
-
-
 def test_a_missing_or_wrong_tensor_is_named(tmp_path):
     model = write_model(tmp_path / "model", "llama")
     tensors = load_file(model / "model.safetensors")
@@ -297,80 +210,6 @@ def test_a_type_that_cannot_be_dequantized_is_named(tmp_path):
         jc.hub.load(file)
 
 
-MODEL = (pack_value("general.architecture", 8, pack_string("llama")),)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "is not a GGUF file: it starts with b''"),
-        (b"PK\3\4" + bytes(100), "is not a GGUF file: it starts with"),
-        (
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
-            "pointer of git-lfs, .* git lfs pull",
-        ),
-        (b"GGUF\3\0", "is truncated: expected 4 bytes of the version"),
-        (pack_header(version=1), "of version 1, expected 2 or 3"),
-        (pack_header(version=3, order=">"), "is a big-endian GGUF file"),
-        (pack_header(num_tensors=10**18), "at most 65,536 tensors, got 1,000,000,000,000,000,000"),
-        (
-            pack_header([b"\0\x10\xa5\xd4\xe8\0\0\0abc"]),
-            "at most 3 bytes of a metadata key, got 1,000,000,000,000",
-        ),
-        (pack_header(), "general.architecture to be one of llama, .* got none"),
-        (
-            pack_header([pack_value("general.architecture", 8, pack_string("gemma3"))]),
-            "general.architecture to be one of llama, .* gptneox, got 'gemma3'",
-        ),
-        (pack_header([*MODEL, *MODEL]), "is damaged: it has 'general.architecture' twice"),
-        (pack_header([pack_value("a", 77, b"")]), "'a' has a value of unknown type 77"),
-        (
-            pack_header([pack_value("a", 9, b"\x08\0\0\0" + b"\xff" * 8)]),
-            "at most 0 values of 'a', got 18,446,744,073,709,551,615",
-        ),
-        (pack_header([pack_value("a", 9, b"\x09\0\0\0" + bytes(8))]), "got type 9"),
-        (pack_header([pack_value("a", 8, pack_string("x"))])[:-1] + b"\xff", "expected UTF-8"),
-        (pack_header(MODEL, [pack_entry("a", (4,) * 5)]), "expected 1 to 4 dimensions of 'a'"),
-        (pack_header(MODEL, [pack_entry("a", (4,), 99)]), "'a' has type 99, which gguf"),
-        (pack_header(MODEL, [pack_entry("a", (0,))]), r"in 'a', got shape \[0\]"),
-        (pack_header(MODEL, [pack_entry("a", (31,), 8)]), "rows of 32 values or a multiple in 'a'"),
-        (pack_header(MODEL, [pack_entry("a", (2**40, 2**40))]), "expected .* bytes of 'a'"),
-        (
-            pack_header(MODEL, [pack_entry("a", (1,)), pack_entry("b", (1,))]) + bytes(128),
-            "bytes of 'b' at position .* that no other tensor has",
-        ),
-        (
-            pack_header([*MODEL, pack_value("general.alignment", 4, b"\x03\0\0\0")]),
-            "general.alignment to be a power of 2, got 3",
-        ),
-    ],
-)
-def test_a_damaged_header_is_described(tmp_path, content, message):
-    path = tmp_path / "x.gguf"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=message) as caught:
-        jc.hub.load(path)
-    assert str(path) in str(caught.value)
-
-
-@pytest.mark.parametrize("missing", ["block_count", "context_length", "attention.head_count"])
-def test_a_missing_option_is_named(tmp_path, missing):
-    def remove(writer):
-        del writer.kv_data[0][f"llama.{missing}"]
-
-    with pytest.raises(ValueError, match=f"expected llama.{missing} to be .* got none"):
-        jc.hub.load(convert(tmp_path, change=remove))
-
-
-def test_a_truncated_file_is_refused_at_every_length(tmp_path):
-    file = convert(tmp_path, kind="Q8_0")
-    whole = file.read_bytes()
-    for size in range(0, len(whole) - 1, len(whole) // 60):
-        file.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="tiny.gguf"):
-            jc.hub.load(file)
-
-
 def test_a_file_that_became_shorter_is_refused(tmp_path):
     file = convert(tmp_path)
     checkpoint = GGUFCheckpoint(file)
@@ -378,15 +217,3 @@ def test_a_file_that_became_shorter_is_refused(tmp_path):
     name = "model.norm.weight"
     with pytest.raises(ValueError, match=f"is truncated: expected 128 bytes of {name}"):
         checkpoint.read(name, np.empty(32, np.float32))
-
-
-def test_a_link_without_its_file_is_described(tmp_path):
-    link = tmp_path / "model.gguf"
-    link.symlink_to(tmp_path / "blob")
-    with pytest.raises(
-        FileNotFoundError,
-        match="got a link to .*blob, which is missing",
-    ):
-        jc.hub.load(link)
-    with pytest.raises(FileNotFoundError, match="a GGUF file, or a model of the .*, found none"):
-        jc.hub.load(Path(tmp_path, "other.gguf"))
