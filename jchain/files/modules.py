@@ -30,7 +30,11 @@ from jchain.modules.encoding import (
 from jchain.pytree import get_first_line, shorten
 
 # The Python modules that define the blocks of pretrained transformers, one per model family.
-FAMILIES = ("jchain.hub.gpt2", "jchain.hub.llama", "jchain.hub.gpt_neox", "jchain.hub.vit")
+FAMILIES = (
+    "jchain.hub.gpt2", "jchain.hub.llama", "jchain.hub.gpt_neox", "jchain.hub.vit",
+    "jchain.hub.gemma", "jchain.hub.phi3", "jchain.hub.olmo", "jchain.hub.qwen3_moe",
+    "jchain.hub.granite", "jchain.hub.starcoder2",
+)  # fmt: skip
 # The dtypes that a field may name.
 _DTYPES = (
     "bool", "int4", "int8", "int16", "int32", "int64", "uint4", "uint8", "uint16", "uint32",
@@ -39,7 +43,7 @@ _DTYPES = (
 )  # fmt: skip
 # Suffix of the group index, for the other collections of variables than params.
 _STATE = "-state"
-HUB = (*FAMILIES, "jchain.hub.wrapping")
+HUB = (*FAMILIES, "jchain.hub.attention", "jchain.hub.modules", "jchain.hub.wrapping")
 
 
 def encode_groups(

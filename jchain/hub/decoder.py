@@ -111,7 +111,7 @@ class Head(nn.Module):
 
     Attributes:
       vocabulary: number of logits.
-      norm: the norm, which is cloned.
+      norm: the norm.
       divisor: number that divides the logits.
       softcap: bound of the logits, which become `softcap * tanh(logits / softcap)`; None for none.
     """
@@ -123,7 +123,7 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T V"]:
-        x = self.norm.clone(parent=self, name="norm")(x)
+        x = self.norm(x)
         logits = Linear(self.vocabulary, use_bias=False, name="lm_head")(x)
         if self.divisor != 1.0:
             logits = logits / self.divisor

@@ -203,6 +203,8 @@ def _scale_by_yarn(
     unscaled: np.ndarray, base: float, size: int, rope: Config, config: Config
 ) -> tuple[np.ndarray, float]:
     """Scale as in YaRN (Peng et al. 2023, arXiv:2309.00071); also return the factor of the sines."""
+    if size % 2:
+        raise rope.reject("rope_type", "yarn", f"another kind for {size} rotated features")
     length = _read_original_length(rope, config)
     factor = _read_factor(rope, config, length)
     fast, slow = rope.get("beta_fast", None) or 32, rope.get("beta_slow", None) or 1

@@ -56,7 +56,18 @@ FAMILIES = {
     "Qwen2": GROUPED | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
     "Qwen3": GROUPED | {"head_dim": 8},
     "SmolLM3": GROUPED | {"sliding_window": 4},
-    "GPTNeoX": SIZES | {"rotary_pct": 0.5},
+    "GPTNeoX": SIZES | {"hidden_size": 32, "rotary_pct": 0.5},
+    "Gemma": GROUPED | {"head_dim": 6},
+    "Gemma2": GROUPED | {"head_dim": 6, "sliding_window": 4},
+    "Gemma3": GROUPED | {"head_dim": 6, "sliding_window": 4, "sliding_window_pattern": 3},
+    "Phi3": GROUPED,
+    "Olmo": GROUPED,
+    "Olmo2": GROUPED,
+    "Qwen3Moe": GROUPED
+    | {"head_dim": 8, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    | {"use_sliding_window": True, "sliding_window": 4},
+    "Granite": GROUPED,
+    "Starcoder2": GROUPED | {"sliding_window": 4},
     "ViT": {
         "hidden_size": 24,
         "num_hidden_layers": 3,
@@ -116,7 +127,12 @@ VALUES["rope_parameters"] = [{"rope_theta": 500.0} | value for value in VALUES["
 # Options that transformers reads at other places than in these models, or that it sets itself.
 SKIPPED = ("model_type", "architectures", "transformers_version", "dtype", "torch_dtype")
 # Refused although these outputs stay the same: what the option says is not what the file holds.
-REFUSED_ANYWAY = ("add_cross_attention", "quantization_config")
+REFUSED_ANYWAY = (
+    "add_cross_attention",
+    "quantization_config",
+    "tie_word_embeddings",
+    "use_bidirectional_attention",
+)
 
 
 def get_class(family):

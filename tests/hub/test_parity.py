@@ -34,9 +34,28 @@ ROPE = {"rope_theta": 5000.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 GROUPED = SIZES | {"num_key_value_heads": 2}
+DYNAMIC = {"rope_type": "dynamic", "factor": 3.0}
+# The special tokens of some families are outside of this vocabulary.
+TOKENS = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
+LONG = {
+    "max_position_embeddings": 24,
+    "partial_rotary_factor": 0.7,
+    "rope_parameters": ROPE
+    | {"rope_type": "longrope", "short_factor": [1.1, 1.5], "long_factor": [2.0, 3.0]},
+}
+EXPERTS = GROUPED | {
+    "head_dim": 8,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+}
 # Maps the name of a case to the class and the options of its config.
 CASES = {
     "gpt2": ("GPT2", GPT2),
+    "gpt2 scaled": (
+        "GPT2",
+        GPT2 | {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+    ),
     "gpt2 untied": (
         "GPT2",
         GPT2 | {"tie_word_embeddings": False, "n_inner": 50, "activation_function": "relu"},
@@ -61,6 +80,45 @@ CASES = {
         GROUPED | {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2},
     ),
     "qwen3": ("Qwen3", GROUPED | {"head_dim": 8, "tie_word_embeddings": True}),
+    "qwen3 dynamic": (
+        "Qwen3",
+        GROUPED
+        | {"max_position_embeddings": 6, "rope_parameters": ROPE | DYNAMIC, "head_dim": 8},
+    ),
+    "smollm3": ("SmolLM3", GROUPED | TOKENS),
+    "smollm3 windows": (
+        "SmolLM3",
+        GROUPED | TOKENS | {"no_rope_layer_interval": 2, "use_sliding_window": True}
+        | {"sliding_window": 3, "attention_bias": True, "mlp_bias": True},
+    ),
+    "gemma": ("Gemma", GROUPED | TOKENS | {"head_dim": 10, "num_key_value_heads": 1}),
+    "gemma2": (
+        "Gemma2",
+        GROUPED | TOKENS | {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 20}
+        | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": (
+        "Gemma3",
+        GROUPED | TOKENS | {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 20}
+        | {"sliding_window_pattern": 3, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    ),
+    "phi3": ("Phi3", GROUPED | TOKENS | {"sliding_window": 4}),
+    "phi3 long": ("Phi3", GROUPED | TOKENS | LONG | {"original_max_position_embeddings": 6}),
+    "phi3 short": ("Phi3", GROUPED | TOKENS | LONG | {"original_max_position_embeddings": 16}),
+    "olmo": ("Olmo", GROUPED | TOKENS | {"clip_qkv": 0.3}),
+    "olmo2": ("Olmo2", GROUPED | TOKENS),
+    "olmo2 biases": ("Olmo2", GROUPED | TOKENS | {"attention_bias": True}),
+    "qwen3_moe": ("Qwen3Moe", EXPERTS | {"norm_topk_prob": True}),
+    "qwen3_moe dense": (
+        "Qwen3Moe",
+        EXPERTS | {"mlp_only_layers": [0], "decoder_sparse_step": 2, "attention_bias": True},
+    ),
+    "granite": (
+        "Granite",
+        GROUPED | {"embedding_multiplier": 3.0, "logits_scaling": 2.0}
+        | {"residual_multiplier": 0.4, "attention_multiplier": 0.2},
+    ),
+    "starcoder2": ("Starcoder2", GROUPED | {"sliding_window": 4}),
     "gpt_neox": ("GPTNeoX", SIZES | {"rotary_pct": 0.5}),
     "gpt_neox sequential": (
         "GPTNeoX",
@@ -76,7 +134,8 @@ def make_model(case, seed=0):
     kind, options = CASES[case]
     suffix = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{kind}Config")(**options)
+    name = "Gemma3Text" if kind == "Gemma3" else kind
+    config = getattr(transformers, f"{name}Config")(**options)
     config._attn_implementation = "eager"
     model = getattr(transformers, kind + suffix)(config).eval()
     with torch.no_grad():
@@ -99,6 +158,8 @@ def rearrange(model, blocks):
     model.config.num_hidden_layers = len(blocks)
     if getattr(model.config, "layer_types", None) is not None:
         model.config.layer_types = [model.config.layer_types[i] for i in blocks]
+    if getattr(model.config, "no_rope_layers", None) is not None:
+        model.config.no_rope_layers = [model.config.no_rope_layers[i] for i in blocks]
     return model
 
 
