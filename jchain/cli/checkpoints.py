@@ -112,25 +112,7 @@ def load_bank(config: SearchConfig) -> Bank:
     return load_many(
         paths,
         dtype=None if config.dtype is None else jnp.dtype(config.dtype),
-        names=name_models(paths),
         pinned=(first, last),
+        sublayers=config.sublayers,
+        alternate=config.alternate,
     )
-
-
-def name_models(paths: Sequence[str]) -> list[str]:
-    """Name each model by the last parts of its path.
-
-    The names use the fewest parts that make them all different.
-
-    Args:
-      paths: the checkpoint folders.
-
-    Raises:
-      ValueError: if two paths are equal.
-    """
-    parts = [Path(os.path.abspath(path)).parts for path in paths]
-    for num in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-num:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise ValueError(f"expected different checkpoints, got {', '.join(map(str, paths))}")

@@ -37,6 +37,7 @@ from jchain.engine import distributed
 from jchain.engine.evaluation import evaluate, evaluate_all
 from jchain.hub.export_folder import check_out
 from jchain.hub.exporting import export
+from jchain.hub.locating import choose_names, locate
 from jchain.problem import Problem
 
 # Number of chains, best first, that `--all` prints.
@@ -194,7 +195,7 @@ def run_export(args: argparse.Namespace) -> None:
     tokens = parse_chain(args.chain) if args.chain else found[0]
     # Nothing is known about the loss of another chain.
     facts, scores = ({}, {}) if args.chain else card_facts.describe(args.result)
-    names = checkpoints.name_models(config.checkpoint)
+    names = choose_names([locate(path) for path in config.checkpoint])
     sources = dict(zip(names, config.checkpoint, strict=True))
     size = args.max_shard_size
     out = export(bank, tokens, sources, args.out, facts=facts, scores=scores, max_shard_size=size)

@@ -18,7 +18,9 @@ TASK_SEEDS, TASK_BUDGET = 5, 40_000
 QUICK_SEEDS = 1
 # Options that apply only to a bank that is trained, and only to a bank of checkpoints.
 _TRAINED_ONLY = ("bank", "layer", "channels", "num_layers", "num_heads", "depth", "num_steps")
-_CHECKPOINT_ONLY = ("text", "choices", "length", "pinned", "dtype", "sweep")
+_CHECKPOINT_ONLY = (
+    "text", "choices", "length", "pinned", "sublayers", "alternate", "dtype", "sweep",
+)  # fmt: skip
 # Options that change how a search runs but not what it computes; result.json does not record them.
 _NOT_RECORDED = ("json", "replace", "quick", "max_seconds", "num_workers")
 # The endings of files of data, which `data` may name in place of a data set.
@@ -48,11 +50,14 @@ class SearchConfig:
       target: column of a file of data that holds the labels.
       data_dir: folder that holds prepared data sets.
       sizes: number of examples in train, search, select, and test.
-      checkpoint: Hugging Face checkpoint folders whose blocks form the bank.
+      checkpoint: checkpoints whose blocks form the bank: folders, names on the Hugging Face hub,
+        GGUF files, or LoRA adapters.
       text: text files on which chains of checkpoints are scored.
       choices: file of JSON lines with questions on which chains of checkpoints are scored.
       length: number of tokens in a sequence or a question.
       pinned: numbers of blocks to pin at the beginning and at the end of every chain.
+      sublayers: whether attention and MLP of each block are layers of their own.
+      alternate: whether attention and MLP must alternate in a chain.
       sweep: smallest `max_layers` of a sweep, which also searches with every larger value up to
         `max_layers`; None for no sweep.
       dtype: dtype of the weights of checkpoints.
@@ -93,6 +98,8 @@ class SearchConfig:
     choices: str | None = None
     length: int | None = None
     pinned: Sequence[int] | None = None
+    sublayers: bool = False
+    alternate: bool = False
     sweep: int | None = None
     dtype: str | None = None
     bank_file: Path | None = None
@@ -202,7 +209,7 @@ def resolve(config: SearchConfig) -> SearchConfig:
 
 
 def _is_given(config: SearchConfig, name: str) -> bool:
-    return getattr(config, name) is not None
+    return getattr(config, name) not in (None, False)
 
 
 def _choose_search(config: SearchConfig) -> str:
@@ -300,6 +307,8 @@ def _resolve_checkpoint(config: SearchConfig) -> SearchConfig:
         )
     if config.max_layers is not None:
         check_max_layers(config.max_layers)
+    if config.alternate and not config.sublayers:
+        raise ValueError("expected --sublayers with --alternate")
     if config.sweep is not None:
         if config.sweep < 0:
             raise ValueError(f"expected --sweep to be at least 0, got {config.sweep}")
@@ -312,7 +321,11 @@ def _resolve_checkpoint(config: SearchConfig) -> SearchConfig:
         search=config.search or "local",
         budget=1000 if config.budget is None else config.budget,
         pinned=config.pinned or (1, 1),
-        checkpoint=tuple(str(Path(path).resolve()) for path in require(config.checkpoint)),
+        checkpoint=tuple(
+            # What does not exist here may be the name of a model on the hub.
+            str(Path(path).resolve()) if Path(path).exists() else path
+            for path in require(config.checkpoint)
+        ),
         data_dir=config.data_dir and config.data_dir.resolve(),
         text=config.text and tuple(str(Path(path).resolve()) for path in config.text),
         choices=config.choices and str(Path(config.choices).resolve()),

@@ -304,9 +304,9 @@ def _add_pretrained(search: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--checkpoint",
         nargs="+",
-        metavar="DIR",
-        help="Hugging Face checkpoint folder whose blocks become the bank; several folders must "
-        "have the same architecture",
+        metavar="MODEL",
+        help="checkpoint whose blocks become the bank: a folder, owner/name[@revision] of the "
+        "Hugging Face hub, a GGUF file, or a LoRA adapter; several must have the same architecture",
     )
     group.add_argument(
         "--text",
@@ -331,6 +331,16 @@ def _add_pretrained(search: argparse.ArgumentParser) -> None:
         type=parse_pinned,
         metavar="FIRST,LAST",
         help="number of first and last blocks that every chain keeps (default: 1,1)",
+    )
+    group.add_argument(
+        "--sublayers",
+        action="store_true",
+        help="make the attention and the MLP of each block layers of their own",
+    )
+    group.add_argument(
+        "--alternate",
+        action="store_true",
+        help="with --sublayers, chains in which attention and MLP alternate",
     )
     group.add_argument(
         "--sweep",

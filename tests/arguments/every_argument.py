@@ -88,7 +88,8 @@ def make_calls(w):
     many = {"problem": problem, "chains": chains}
     engine = {"dtype": None, "memory_limit": None, "mesh": None, "plan": None}
     after = {"problem": problem, "hidden": hidden, "parent": hidden}
-    files = {"dtype": None, "name": None, "pinned": (0, 0)}
+    split = {"pinned": (0, 0), "sublayers": False, "alternate": False}
+    files = {"adapter": None, "dtype": None, "name": None} | split
     text = {"checkpoint": model, "seed": 0, "sizes": None}
     training = {
         "key": key, "data": data.train, "layer": w["layer"], "head": w["head"], "num_steps": 0,
@@ -160,11 +161,11 @@ def make_calls(w):
         "jc.hub.load": {"path": model} | files,
         "jc.hub.load_choices": text | {"file": folder / "questions.jsonl", "length": None},
         "jc.hub.load_images": text | {"name": "mnist", "most": None, "data_dir": folder},
-        "jc.hub.load_many": {"paths": [model], "dtype": None, "names": None, "pinned": (0, 0)},
+        "jc.hub.load_many": {"paths": [model], "dtype": None, "names": None} | split,
         "jc.hub.load_text": text | {"files": [folder / "text.txt"], "length": 8},
         "jc.hub.next_token_accuracy": {"outputs": classes[0], "y": jnp.zeros((3, 4), int)},
         "jc.hub.next_token_loss": {"outputs": classes[0], "y": jnp.zeros((3, 4), int)},
-        "jc.hub.random_bank": {"key": key, "path": model, "name": "model", "pinned": (0, 0)},
+        "jc.hub.random_bank": {"key": key, "path": model, "name": "model"} | split,
         "images.read": {"name": "mnist", "data_dir": folder},
         "jc.inverse.condition_numbers": {"bank": w["invertible"], "chain": chain, "x": batch.x},
         "jc.inverse.invert_layers": {"bank": w["invertible"]},

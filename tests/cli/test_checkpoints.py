@@ -10,11 +10,6 @@ from jchain.cli import checkpoints
 from jchain.cli.config import SearchConfig
 
 
-def test_models_have_the_shortest_different_names():
-    assert checkpoints.name_models(["/a/b", "/a/c/"]) == ["b", "c"]
-    assert checkpoints.name_models(["/a/x", "/b/x"]) == ["a/x", "b/x"]
-
-
 def test_sequences_are_not_longer_than_the_positions_of_the_model(tmp_path):
     checkpoint, text = make_checkpoint(tmp_path / "model"), tmp_path / "text.txt"
     text.write_text(TEXT)
@@ -47,8 +42,12 @@ def test_sequences_are_not_longer_than_the_positions_of_the_model(tmp_path):
             "expected fewer pinned blocks than the 4",
         ),
         (
+            ["--checkpoint", "m0", "--text", "text.txt", "--alternate"],
+            "expected --sublayers with --alternate",
+        ),
+        (
             ["--checkpoint", "none", "--text", "text.txt"],
-            "expected a checkpoint folder at .*none, found none",
+            "expected a checkpoint folder, a GGUF file, or a model of the .* found none at none",
         ),
     ],
 )
