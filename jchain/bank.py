@@ -12,17 +12,15 @@ import numpy as np
 from jchain import chain as chain_lib
 from jchain import files
 from jchain._typing import Activations, Array, Int, PyTree
-from jchain.arguments import check_fields, check_integers, checked
+from jchain.arguments import check_fields, check_integers, check_numbers, checked
 from jchain.groups import (
     LayerGroup,
-    add_copies,
-    check_same_stem,
     describe_groups,
     group_by_module,
-    merge_groups,
-    move_tokens,
     put,
 )
+from jchain.merging import banks as merged
+from jchain.merging.blending import BlendMethod
 from jchain.modules import Module, ModuleLike, apply_stem, convert_stem, describe_module
 from jchain.modules.pickling import Picklable
 from jchain.pytree import pytree_dataclass, static
@@ -33,14 +31,8 @@ from jchain.tokens import (
     check_names,
     check_numbering,
     check_replacement,
-    check_tokens,
     complete_names,
-    concat_names,
-    layers_then_heads,
-    move_chains,
-    renumber,
     replace_words,
-    spare_words,
 )
 
 
@@ -218,7 +210,6 @@ class Bank(Picklable):
 
     @staticmethod
     @checked
-    @checked
     def concat(banks: Sequence["Bank"]) -> "Bank":
         """Join banks, in the given order, with all layers before all heads.
 
@@ -230,29 +221,7 @@ class Bank(Picklable):
         Raises:
           ValueError: if no bank is given, stems differ, or params of one module do not stack.
         """
-        if len(banks) == 0:
-            raise ValueError("empty bank: expected at least one bank to concatenate, got none")
-        banks = [unbind(bank) for bank in banks]
-        check_same_stem([(bank.stem, bank.stem_params) for bank in banks])
-        num_layers = [bank.num_layers for bank in banks]
-        new_tokens = renumber(num_layers, [bank.num_heads for bank in banks])
-        pairs = list(zip(banks, new_tokens, strict=True))
-        versions = None
-        if any(bank.versions is not None for bank in banks):
-            given = [(bank.get_versions(), bank.num_layers) for bank in banks]
-            versions = jnp.concatenate([v[:n] for v, n in given] + [v[n:] for v, n in given])
-        joined = Bank(
-            layers=merge_groups([(group, new) for bank, new in pairs for group in bank.layers]),
-            heads=merge_groups([(group, new) for bank, new in pairs for group in bank.heads]),
-            stem_params=banks[0].stem_params,
-            stem=banks[0].stem,
-            names=layers_then_heads(concat_names([bank.names for bank in banks]), num_layers),
-            origins=layers_then_heads([bank.origins for bank in banks], num_layers),
-            parents=sum((move_chains(bank.parents, new) for bank, new in pairs), ()),
-            num_steps=sum(bank.num_steps for bank in banks),
-            versions=versions,
-        )
-        return joined
+        return merged.concat(banks)
 
     @checked
     def take(self, layers: Sequence[int], heads: Sequence[int] | None = None) -> "Bank":
@@ -267,22 +236,7 @@ class Bank(Picklable):
         Raises:
           ValueError: if no layer or no head is kept, or a token repeats or is out of range.
         """
-        num_layers, total = self.num_layers, self.num_layers + self.num_heads
-        heads = range(num_layers, total) if heads is None else heads
-        check_tokens(layers, range(num_layers), "layer")
-        check_tokens(heads, range(num_layers, total), "head")
-        order = [int(token) for token in (*layers, *heads)]
-        new = np.full(total, -1)
-        new[order] = np.arange(len(order))
-        return dataclasses.replace(
-            self,
-            layers=merge_groups([(group, new) for group in self.layers]),
-            heads=merge_groups([(group, new) for group in self.heads]),
-            names=tuple(self.names[token] for token in order) if self.names else (),
-            origins=tuple(self.origins[token] for token in order) if self.names else (),
-            parents=move_chains(self.parents, new),
-            versions=None if self.versions is None else self.versions[np.array(order)],
-        )
+        return merged.take(self, layers, heads)
 
     @checked
     def reserve(self, num: int) -> "Bank":
@@ -299,26 +253,54 @@ class Bank(Picklable):
           ValueError: if `num` is negative, or the bank already uses a name `spare{token}` that a
             new layer would get.
         """
-        if num < 0:
-            raise ValueError(f"expected num to be at least 0, got {num}")
-        num_layers, num_new = self.num_layers, num * len(self.layers)
-        copied = [group.tokens[i % len(group.tokens)] for group in self.layers for i in range(num)]
-        order = [*range(num_layers), *copied, *range(num_layers, num_layers + self.num_heads)]
-        layers = tuple(
-            add_copies(group, range(num_layers + i * num, num_layers + (i + 1) * num))
-            for i, group in enumerate(self.layers)
-        )
-        names, origins = spare_words(self.names, self.origins, num_layers, copied)
-        bank = dataclasses.replace(
-            self,
-            layers=layers,
-            heads=move_tokens(self.heads, num_new),
-            names=names,
-            origins=origins,
-            parents=tuple((*parent[:-1], parent[-1] + num_new) for parent in self.parents),
-            versions=None if self.versions is None else self.versions[np.array(order)],
-        )
-        return bank
+        check_integers(at_least=0, num=num)
+        return merged.reserve(self, num)
+
+    @checked
+    def blend(
+        self,
+        mixes: Sequence[tuple[int, int, float]],
+        *,
+        method: BlendMethod = "linear",
+        base: int | Sequence[int] | None = None,
+        density: float = 0.2,
+    ) -> "Bank":
+        """Add layers whose weights are mixed from those of two layers of one module.
+
+        The layers can be the same block of two fine-tunes, or neighboring blocks of one model. The
+        new tokens follow those of the layers, and are named `a ~ b (linear 0.5)`.
+
+        Args:
+          mixes: for each new layer, the tokens a and b of two layers, and a weight w.
+          method: how weights are mixed. "linear": `(1 - w) a + w b`. "slerp": on the arc from a to
+            b. "task_arithmetic": `base + w ((a - base) + (b - base))` (Ilharco et al. 2023,
+            arXiv:2212.04089). "ties": the same, after conflicts of sign are resolved (Yadav et al.
+            2023, arXiv:2306.01708).
+          base: token of the layer that a and b were trained from, one for all mixes or one for
+            each; only for "task_arithmetic" and "ties".
+          density: share of the changed entries that "ties" keeps, above 0 and at most 1.
+
+        Raises:
+          ValueError: if layers have different modules, `base` is missing or not used, a weight is
+            not finite, or there is not enough memory.
+        """
+        check_numbers(above=0, at_most=1, density=density)
+        return merged.blend(self, mixes, method, base, density)
+
+    @checked
+    def scale(self, factors: Sequence[tuple[int, float]]) -> "Bank":
+        """Add layers whose residual branches are those of other layers, multiplied by a factor.
+
+        The new tokens follow those of the layers, and are named `a x 0.5`.
+
+        Args:
+          factors: for each new layer, the token of a residual layer, and the factor.
+
+        Raises:
+          ValueError: if a layer has no residual branch (see `jchain.merging.blending.HasBranch`),
+            or a factor is not finite.
+        """
+        return merged.scale(self, factors)
 
     @checked
     def replace(
@@ -421,7 +403,6 @@ class Bank(Picklable):
         files.write_bank(path, {name: getattr(bare, name) for name in names})
 
     @staticmethod
-    @checked
     @checked
     def load(path: str | os.PathLike[str], modules: Sequence[object] = ()) -> "Bank":
         """Read a bank that `save` wrote, with exactly the same bits.

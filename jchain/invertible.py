@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain._typing import Array, Float, PyTree
-from jchain.pytree import is_concrete
+from jchain.pytree import is_concrete, multiply_children
 
 _MAX_ITERATIONS = 1000
 
@@ -211,6 +211,15 @@ class InvertibleResidual(nn.Module):
                     f"got {norm:.3g} and {slope:.3g}"
                 )
         return self.clone(is_inverse=not self.is_inverse), params
+
+    def scale_branch(self, params: PyTree, factor: float) -> PyTree:
+        """Return the params with which the added term is multiplied by a factor.
+
+        Args:
+          params: the params of this layer.
+          factor: the factor. The layer has no inverse if it makes the term too large.
+        """
+        return multiply_children(params, factor, "Dense_1")
 
     def project(self, params: PyTree) -> PyTree:
         """Scale down both matrices equally if they exceed the bound."""

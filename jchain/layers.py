@@ -10,11 +10,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jchain._typing import Array, Float
+from jchain._typing import Array, Float, PyTree
 from jchain.arguments import check_at_least_one, check_functions
 from jchain.invertible import AdditiveCoupling as AdditiveCoupling
 from jchain.invertible import InvertibleDense as InvertibleDense
 from jchain.invertible import InvertibleResidual as InvertibleResidual
+from jchain.pytree import multiply_children
 
 
 class Dense(nn.Module):
@@ -59,6 +60,15 @@ class ResidualMLP(nn.Module):
         hidden = self.activation(nn.Dense(units)(x))
         return x + nn.Dense(self.features)(hidden)
 
+    def scale_branch(self, params: PyTree, factor: float) -> PyTree:
+        """Return the params with which the added term is multiplied by a factor.
+
+        Args:
+          params: the params of this layer.
+          factor: the factor.
+        """
+        return multiply_children(params, factor, "Dense_1")
+
 
 class ConvBlock(nn.Module):
     """A pre-activation residual block of 3x3 convolutions: `x + conv(activation(...))`.
@@ -85,6 +95,15 @@ class ConvBlock(nn.Module):
         for _ in range(self.depth):
             hidden = nn.Conv(self.channels, (3, 3))(self.activation(hidden))
         return x + hidden
+
+    def scale_branch(self, params: PyTree, factor: float) -> PyTree:
+        """Return the params with which the added term is multiplied by a factor.
+
+        Args:
+          params: the params of this layer.
+          factor: the factor.
+        """
+        return multiply_children(params, factor, f"Conv_{self.depth - 1}")
 
 
 class ConvStem(nn.Module):
@@ -147,6 +166,15 @@ class TransformerBlock(nn.Module):
         x = x + nn.DenseGeneral(self.features, axis=(-2, -1), name="out")(mixed)
         hidden = nn.gelu(nn.Dense(units)(nn.LayerNorm(epsilon=1e-5)(x)))
         return x + nn.Dense(self.features)(hidden)
+
+    def scale_branch(self, params: PyTree, factor: float) -> PyTree:
+        """Return the params with which both added terms are multiplied by a factor.
+
+        Args:
+          params: the params of this layer.
+          factor: the factor.
+        """
+        return multiply_children(params, factor, "out", "Dense_1")
 
 
 class DenseHead(nn.Module):

@@ -143,3 +143,24 @@ def upcast(array: Array) -> Array:
       array: an array of any dtype; float32 and wider dtypes are unchanged.
     """
     return array.astype(jnp.promote_types(jnp.float32, array.dtype))
+
+
+def multiply_children(params: PyTree, factor: float, *children: str, offset: float = 0.0) -> PyTree:
+    """Multiply the params of some children of a module.
+
+    Args:
+      params: the params of the module, a dict.
+      factor: the factor.
+      *children: paths of the children, such as `mlp/down_proj`.
+      offset: number that the module adds to these params; the sum is multiplied.
+    """
+    paths = [path.split("/") for path in children]
+
+    def change(path: tuple[jax.tree_util.DictKey, ...], leaf: Array) -> Array:
+        keys = [key.key for key in path]
+        if not any(keys[: len(child)] == child for child in paths):
+            return leaf
+        wide = leaf.astype(jnp.float32)
+        return ((wide + offset) * factor - offset).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(change, params)

@@ -20,6 +20,7 @@ IMPORT_ORDER = [
     ("modules",),
     ("invertible", "layers"),
     ("files", "chain", "groups", "tokens", "stages"),
+    ("merging",),
     ("bank",),
     ("datasets",),
     ("align", "images", "data"),

@@ -1,6 +1,5 @@
 """The bank, the data, and the loss of `jchain search --checkpoint`."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple

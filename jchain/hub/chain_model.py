@@ -31,11 +31,15 @@ class ModelBlock(NamedTuple):
     missing: str | None = None  # one of `jchain.hub.sublayers.KINDS`
     mlp_origin: tuple[str, int] | None = None  # source and position, if they are others
     zeros: tuple[str, ...] = ()  # the children of the block whose weights are zero
+    num_layers: int = 1  # 2 if the block joins an attention and an MLP of the chain
+    changes: tuple["Change", ...] = ()  # of these layers, how their weights differ
 
     @property
     def label(self) -> str:
         """The block in words, such as `model/3`, or `model/3 without mlp`."""
         label = f"{self.source}/{self.position}"
+        if self.changes:
+            return f"({' and '.join(change.name for change in self.changes)})"
         if self.missing is not None:
             return f"{label} without {self.missing}"
         if self.mlp_origin is None:
@@ -45,7 +49,16 @@ class ModelBlock(NamedTuple):
     @property
     def sources(self) -> set[str]:
         """Names of the models that the weights come from."""
-        return {self.source} | (set() if self.mlp_origin is None else {self.mlp_origin[0]})
+        found = {self.source} | (set() if self.mlp_origin is None else {self.mlp_origin[0]})
+        return found | {change.other[0] for change in self.changes if change.other is not None}
+
+
+class Change(NamedTuple):
+    """A layer that was mixed or scaled in the bank, by `Bank.blend` or `Bank.scale`."""
+
+    name: str  # of the layer
+    other: tuple[str, int] | None  # source and position of the second layer of a mix
+    weight: float | None  # of the second layer, if the mix is linear
 
 
 class _Layer(NamedTuple):
@@ -54,8 +67,14 @@ class _Layer(NamedTuple):
     source: str
     position: int
     kind: str | None
+    change: Change | None
     module: nn.Module
     params: PyTree
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """How the weights differ from those of the model."""
+        return () if self.change is None else (self.change,)
 
 
 class ChainModel(NamedTuple):
@@ -121,7 +140,8 @@ def _join_layers(layers: Sequence[_Layer], shapes: Sequence[Shapes]) -> list[Mod
     while i < len(layers):
         layer, rest = layers[i], layers[i + 1 : i + 2]
         if layer.kind is None:
-            blocks.append(ModelBlock(layer.source, layer.position, layer.module, layer.params))
+            block = ModelBlock(layer.source, layer.position, layer.module, layer.params)
+            blocks.append(block._replace(changes=layer.changes))
         elif layer.kind == ATTENTION and rest and rest[0].kind == MLP:
             blocks.append(_join(layer, rest[0], shapes))
             i += 1
@@ -143,7 +163,12 @@ def _join(attention: _Layer, mlp: _Layer, shapes: Sequence[Shapes]) -> ModelBloc
         )
     own, other = (attention.source, attention.position), (mlp.source, mlp.position)
     return ModelBlock(
-        *own, join_parts(attention.module), params, mlp_origin=None if own == other else other
+        *own,
+        join_parts(attention.module),
+        params,
+        mlp_origin=None if own == other else other,
+        num_layers=2,
+        changes=attention.changes + mlp.changes,
     )
 
 
@@ -163,6 +188,7 @@ def _complete(layer: _Layer, shapes: Sequence[Shapes]) -> ModelBlock:
         traverse_util.unflatten_dict(own | zeros, sep="/"),
         missing=MLP if layer.kind == ATTENTION else ATTENTION,
         zeros=tuple(dict.fromkeys(path.split("/")[0] for path in zeros)),
+        changes=layer.changes,
     )
 
 
@@ -214,17 +240,31 @@ def _unfold_pinned(
     ]
 
 
-def parse_layer_name(name: str) -> tuple[str, int, str | None]:
-    """Parse the name of a layer into the name of its model, the index of its block, and its kind.
+def parse_layer_name(name: str) -> tuple[str, int, str | None, Change | None]:
+    """Parse the name of a layer.
 
     Args:
       name: name of a block, such as `model/3`, or of an attention or MLP, such as `model/3/mlp`.
-        Copies have names such as `model/3+14`.
+        Copies have names such as `model/3+14`, mixes such as `a/3 ~ b/3 (linear 0.5)`, and scaled
+        layers such as `model/3 x 0.5`.
+
+    Returns:
+      The name of the model, the index of the block, its part, and how the weights were changed.
 
     Raises:
       ValueError: if `name` is not the name of a block, an attention, or an MLP.
     """
+    mixed = re.fullmatch(r"(.+) ~ (.+) \((\w+) (\S+)\)(?:\+\d+)*", name, re.DOTALL)
+    scaled = re.fullmatch(r"(.+) x (\S+?)(?:\+\d+)*", name, re.DOTALL)
+    if mixed is not None:
+        source, position, kind, _ = parse_layer_name(mixed[1])
+        other = parse_layer_name(mixed[2])[:2]
+        weight = float(mixed[4]) if mixed[3] == "linear" else None
+        return source, position, kind, Change(name, other, weight)
+    if scaled is not None:
+        source, position, kind, _ = parse_layer_name(scaled[1])
+        return source, position, kind, Change(name, None, None)
     found = re.fullmatch(rf"(.+?)/(\d+)(?:/({ATTENTION}|{MLP}))?(\+\d+)*", name, re.DOTALL)
     if found is None:
         raise ValueError(f"expected the name of a block, such as model/3, got {name!r}")
-    return found[1], int(found[2]), found[3]
+    return found[1], int(found[2]), found[3], None

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jchain._typing import Array, Float, Int
+from jchain._typing import Array, Float, Int, PyTree
 from jchain.hub.architecture import Architecture
 from jchain.hub.config import Config
 from jchain.hub.modules import Embedding, Linear, RMSNorm
+from jchain.pytree import multiply_children
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 # Names of older files.
@@ -104,6 +105,24 @@ class Block(nn.Module):
         if after is not None:
             x = self.norm.clone(parent=self, name=after)(x)
         return x if self.residual_scale == 1.0 else x * self.residual_scale
+
+    def scale_branch(self, params: PyTree, factor: float) -> PyTree:
+        """Return the params with which what attention and MLP add is multiplied by a factor.
+
+        A norm after attention or MLP undoes factors before it, so its weight is multiplied.
+
+        Args:
+          params: the params of this layer.
+          factor: the factor.
+        """
+        outputs = ("self_attn/o_proj", "mlp/down_proj", "mlp/c_proj")
+        experts = [f"mlp/experts/{i}/down_proj" for i in params.get("mlp", {}).get("experts", {})]
+        norms = [norm for norm in (self.norms[1], self.norms[3]) if norm is not None]
+        if norms:
+            return multiply_children(
+                params, factor, *norms, offset=getattr(self.norm, "offset", None) or 0.0
+            )
+        return multiply_children(params, factor, *outputs, *experts)
 
 
 class Head(nn.Module):

@@ -8,7 +8,7 @@ as the example.
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jchain._typing import Array, Float, Int
+from jchain._typing import Array, Float, Int, PyTree
 from jchain.hub.architecture import Architecture, FoldedScale
 from jchain.hub.attention import attend, split_heads
 from jchain.hub.config import Config
@@ -19,6 +19,7 @@ from jchain.hub.modules import (
     Linear,
     check_activation,
 )
+from jchain.pytree import multiply_children
 
 MODEL_TYPES = ("gpt2",)
 _SCALE_OPTION = "scale_attn_by_inverse_layer_idx"
@@ -123,6 +124,15 @@ class Block(nn.Module):
             self.hidden, self.activation, ("c_fc", "c_proj"), is_transposed=True, name="mlp"
         )
         return mlp(LayerNorm(self.epsilon, name="ln_2")(x))
+
+    def scale_branch(self, params: PyTree, factor: float) -> PyTree:
+        """Return the params with which what attention and MLP add is multiplied by a factor.
+
+        Args:
+          params: the params of this layer.
+          factor: the factor.
+        """
+        return multiply_children(params, factor, "attn/c_proj", "mlp/c_proj")
 
 
 class Head(nn.Module):

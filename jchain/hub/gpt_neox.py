@@ -8,7 +8,7 @@ to add a family.
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jchain._typing import Array, Float, Int
+from jchain._typing import Array, Float, Int, PyTree
 from jchain.hub.architecture import Architecture
 from jchain.hub.attention import attend, split_heads
 from jchain.hub.config import Config
@@ -26,6 +26,7 @@ from jchain.hub.rotary import (
     rotate,
     select_frequencies,
 )
+from jchain.pytree import multiply_children
 
 MODEL_TYPES = ("gpt_neox",)
 
@@ -140,6 +141,15 @@ class Block(nn.Module):
             self.hidden, self.activation, ("dense_h_to_4h", "dense_4h_to_h"), name="mlp"
         )
         return mlp(LayerNorm(self.epsilon, name="post_attention_layernorm")(x))
+
+    def scale_branch(self, params: PyTree, factor: float) -> PyTree:
+        """Return the params with which what attention and MLP add is multiplied by a factor.
+
+        Args:
+          params: the params of this layer.
+          factor: the factor.
+        """
+        return multiply_children(params, factor, "attention/dense", "mlp/dense_4h_to_h")
 
 
 class Head(nn.Module):

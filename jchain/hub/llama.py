@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 
-from jchain._typing import Array, Float, Int
+from jchain._typing import Array, Float, Int, PyTree
 from jchain.hub.architecture import Architecture
 from jchain.hub.attention import RotaryAttention
 from jchain.hub.config import Config
@@ -23,6 +23,7 @@ from jchain.hub.decoder import (
 )
 from jchain.hub.modules import Embedding, GatedMLP, Linear, RMSNorm, check_activation
 from jchain.hub.rotary import LongRotary, compute_rotary, read_rope_options
+from jchain.pytree import multiply_children
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 
@@ -131,6 +132,15 @@ class Block(nn.Module):
         """
         mlp = GatedMLP(self.hidden, self.activation, self.use_mlp_bias, name="mlp")
         return mlp(RMSNorm(self.epsilon, name="post_attention_layernorm")(x))
+
+    def scale_branch(self, params: PyTree, factor: float) -> PyTree:
+        """Return the params with which what attention and MLP add is multiplied by a factor.
+
+        Args:
+          params: the params of this layer.
+          factor: the factor.
+        """
+        return multiply_children(params, factor, "self_attn/o_proj", "mlp/down_proj")
 
 
 class Head(nn.Module):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from jchain.hub.chain_model import ChainModel
+from jchain.hub.chain_model import ChainModel, ModelBlock
 from jchain.hub.locating import GGUF
 from jchain.hub.origins import Origin
 
@@ -17,7 +17,7 @@ def make_mergekit_recipe(
     changed: Sequence[str],
     options: Sequence[str],
 ) -> str:
-    """Write the chain as a passthrough merge of mergekit.
+    """Write the chain as a passthrough merge of mergekit, or a linear one if layers are mixed.
 
     Comments list the differences from the exported checkpoint that mergekit cannot reproduce.
 
@@ -41,18 +41,29 @@ def make_mergekit_recipe(
             "# mergekit does not read GGUF files: use the folder that they were made from."
         )
     lines.append("slices:")
+    method = "linear" if any(run.other is not None for run in runs) else "passthrough"
     for run in runs:
         lines += [
             "  - sources:",
             *_refer_to(origins[run.source]),
             f"        layer_range: [{run.start}, {run.stop}]",
         ]
-        if run.zeros:
+        if run.other is not None:
+            name, position, weight = run.other
+            lines += [
+                *_weigh(1 - weight),
+                *_refer_to(origins[name]),
+                f"        layer_range: [{position}, {position + 1}]",
+                *_weigh(weight),
+            ]
+        elif method == "linear":
+            lines += _weigh(1.0)
+        elif run.zeros:
             lines += ["        parameters:", "          scale:"]
             for child in run.zeros:
                 lines += [f"            - filter: {child}.", "              value: 0.0"]
             lines.append("            - value: 1.0")
-    return "\n".join([*lines, "merge_method: passthrough", f"dtype: {model.dtype}"]) + "\n"
+    return "\n".join([*lines, f"merge_method: {method}", f"dtype: {model.dtype}"]) + "\n"
 
 
 class _Run(NamedTuple):
@@ -62,17 +73,32 @@ class _Run(NamedTuple):
     start: int  # index of the first block
     stop: int  # index after the last block
     zeros: tuple[str, ...]  # children of the blocks whose weights are zero
+    other: tuple[str, int, float] | None  # source, position, and weight in a linear mix
+
+
+def _weigh(weight: float) -> list[str]:
+    return ["        parameters:", f"          weight: {weight:g}"]
 
 
 def _list_runs(model: ChainModel) -> list[_Run]:
     runs: list[_Run] = []
     for block in model.blocks:
-        key = block.source, block.position, block.zeros
-        if runs and (runs[-1].source, runs[-1].stop, runs[-1].zeros) == key:
-            runs[-1] = runs[-1]._replace(stop=block.position + 1)
-        else:
-            runs.append(_Run(block.source, block.position, block.position + 1, block.zeros))
+        start, stop, other = block.position, block.position + 1, _find_other(block)
+        run = _Run(block.source, start, stop, block.zeros, other)
+        if other is None and runs and runs[-1] == run._replace(start=runs[-1].start, stop=start):
+            run = run._replace(start=runs.pop().start)
+        runs.append(run)
     return runs
+
+
+def _find_other(block: ModelBlock) -> tuple[str, int, float] | None:
+    """Find the other block of a linear mix of two whole blocks; None for any other block."""
+    mixes = {(change.other, change.weight) for change in block.changes}
+    is_whole = block.missing is None and block.mlp_origin is None
+    if not is_whole or len(mixes) != 1 or len(block.changes) != block.num_layers:
+        return None
+    other, weight = mixes.pop()
+    return None if other is None or weight is None else (*other, weight)
 
 
 def _refer_to(origin: Origin) -> list[str]:
@@ -136,6 +162,16 @@ def _list_differences(
         lines.append(
             f"{_DIFFERS} mergekit does not join attention and MLP of different blocks, as in "
             f"{', '.join(mixed)}."
+        )
+    others = [b for b in model.blocks if b.changes and _find_other(b) is None]
+    if others:
+        lines.append(
+            f"{_DIFFERS} this recipe does not make the weights of "
+            f"{', '.join(block.label for block in others)}."
+        )
+    if any(_find_other(block) for block in model.blocks) and any(b.zeros for b in model.blocks):
+        lines.append(
+            f"{_DIFFERS} a linear merge of mergekit keeps attention and MLP that the chain drops."
         )
     if changed:
         lines.append(f"{_DIFFERS} {', '.join(changed)} were trained after loading.")

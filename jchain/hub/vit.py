@@ -8,11 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jchain._typing import Array, Float
+from jchain._typing import Array, Float, PyTree
 from jchain.hub.architecture import Architecture
 from jchain.hub.attention import attend, split_heads
 from jchain.hub.config import Config
 from jchain.hub.modules import ACTIVATIONS, LayerNorm, Linear, check_activation
+from jchain.pytree import multiply_children
 
 MODEL_TYPES = ("vit",)
 
@@ -192,6 +193,15 @@ class Block(nn.Module):
             LayerNorm(self.epsilon, name="layernorm_after")(x)
         )
         return Within(x.shape[-1], name="output")(ACTIVATIONS[self.activation](hidden))
+
+    def scale_branch(self, params: PyTree, factor: float) -> PyTree:
+        """Return the params with which what attention and MLP add is multiplied by a factor.
+
+        Args:
+          params: the params of this layer.
+          factor: the factor.
+        """
+        return multiply_children(params, factor, "attention/output", "output")
 
 
 class Head(nn.Module):

@@ -71,6 +71,15 @@ class Within(nn.Module):
             [self.block(x[..., : self.features]), x[..., self.features :]], axis=-1
         )
 
+    def scale_branch(self, params: PyTree, factor: float) -> PyTree:
+        """Return the params with which what the block adds is multiplied by a factor.
+
+        Args:
+          params: the params of this layer.
+          factor: the factor.
+        """
+        return {"block": self.block.scale_branch(params["block"], factor)}
+
 
 class Restart(nn.Module):
     """A layer that discards the result so far and starts again from another model's embeddings.

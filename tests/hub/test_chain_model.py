@@ -6,7 +6,7 @@ import pytest
 from checkpoints import make_tensors, write
 
 import jchain as jc
-from jchain.hub.chain_model import parse_layer_name, unfold_chain
+from jchain.hub.chain_model import Change, parse_layer_name, unfold_chain
 from jchain.hub.families import read_architecture
 
 
@@ -32,8 +32,16 @@ def test_a_chain_is_its_pinned_blocks_and_the_blocks_after_the_last_restart(tmp_
 
 
 def test_names_of_blocks_are_parsed():
-    assert parse_layer_name("a/b/12") == ("a/b", 12, None)
-    assert parse_layer_name("model/3+14") == ("model", 3, None)
-    assert parse_layer_name("a/b/3/mlp+14") == ("a/b", 3, "mlp")
+    assert parse_layer_name("a/b/12") == ("a/b", 12, None, None)
+    assert parse_layer_name("model/3+14") == ("model", 3, None, None)
+    assert parse_layer_name("a/b/3/mlp+14") == ("a/b", 3, "mlp", None)
     with pytest.raises(ValueError, match="expected the name of a block, such as model/3, got 'x'"):
         parse_layer_name("x")
+
+
+def test_names_of_mixed_and_scaled_layers_are_parsed():
+    name = "a/3/mlp ~ b/5/mlp (linear 0.25)+14"
+    assert parse_layer_name(name) == ("a", 3, "mlp", Change(name, ("b", 5), 0.25))
+    name = "a/3 ~ b/3 (slerp 0.5)"
+    assert parse_layer_name(name) == ("a", 3, None, Change(name, ("b", 3), None))
+    assert parse_layer_name("a/3 x 0.5") == ("a", 3, None, Change("a/3 x 0.5", None, None))

@@ -183,3 +183,41 @@ def test_recipes_and_starts_are_those_of_sublayers(tmp_path):
     assert influence.shape == (6,)
     starts = jc.hub.recipes.find_starts(bank, 5)
     assert len(starts) == 6
+
+
+@pytest.mark.parametrize("has_sublayers", [False, True])
+def test_mixed_layers_are_exported_as_weights_and_in_a_linear_recipe(tmp_path, has_sublayers):
+    folders = {
+        name: write(tmp_path / name, tensors=make_tensors(seed=seed))
+        for seed, name in enumerate("ab")
+    }
+    bank = jc.hub.load_many([*folders.values()], sublayers=has_sublayers)
+    pairs = [(2, 6), (3, 7)] if has_sublayers else [(1, 3)]  # block 1 of each model
+    bank = bank.blend([(*pair, 0.25) for pair in pairs])
+    first = [0, 1] if has_sublayers else [0]
+    num = bank.num_layers
+    chain = [*first, *range(num - len(pairs), num), num]
+    out, again = export(bank, chain, folders, tmp_path / "out")
+    names = ("transformer.h.1.mlp.c_fc.weight",)
+    a, b = (make_tensors(seed=seed)[names[0]] for seed in range(2))
+    np.testing.assert_allclose(
+        again.get_params(1)["mlp"]["c_fc"]["weight"], 0.75 * a + 0.25 * b, rtol=1e-5, atol=1e-6
+    )
+    recipe = (out / "mergekit.yaml").read_text()
+    assert "merge_method: linear" in recipe
+    assert "          weight: 0.75\n" in recipe
+    assert "          weight: 0.25\n" in recipe
+    assert recipe.count("layer_range: [1, 2]") == 2
+    assert "~ b/1" in (out / "README.md").read_text()
+
+
+def test_scaled_blocks_and_other_mixes_are_exported_with_a_comment(tmp_path):
+    folder = write(tmp_path / "a")
+    bank = jc.hub.load(folder).scale([(0, 0.5)]).blend([(0, 1, 0.5)], method="slerp")
+    out, again = export(bank, [2, 3, 4], folder, tmp_path / "out")
+    np.testing.assert_allclose(
+        again.get_params(0)["attn"]["c_proj"]["weight"],
+        0.5 * make_tensors()["transformer.h.0.attn.c_proj.weight"],
+    )
+    recipe = (out / "mergekit.yaml").read_text()
+    assert "does not make the weights of (a/0 x 0.5), (a/0 ~ a/1 (slerp 0.5))" in recipe
