@@ -38,19 +38,14 @@ class Stem(nn.Module):
     Attributes:
       vocabulary: number of tokens in the vocabulary.
       features: width of the embeddings.
-      scale: factor of the embeddings, which is rounded to their dtype.
     """
 
     vocabulary: int
     features: int
-    scale: float = 1.0
 
     @nn.compact
     def __call__(self, ids: Int[Array, "*B T"]) -> Float[Array, "*B T F"]:
-        embeddings = Embedding(self.vocabulary, self.features, name="embed_tokens")(ids)
-        if self.scale == 1.0:
-            return embeddings
-        return embeddings * jnp.asarray(self.scale, embeddings.dtype)
+        return Embedding(self.vocabulary, self.features, name="embed_tokens")(ids)
 
 
 class Block(nn.Module):
@@ -99,7 +94,7 @@ class Block(nn.Module):
         x = part(x)
         if after is not None:
             x = self.norm.clone(parent=self, name=after)(x)
-        return x if self.residual_scale == 1.0 else x * self.residual_scale
+        return multiply(x, self.residual_scale)
 
 
 class Head(nn.Module):
@@ -121,11 +116,20 @@ class Head(nn.Module):
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T V"]:
         x = self.norm(x)
         logits = Linear(self.vocabulary, use_bias=False, name="lm_head")(x)
-        if self.divisor != 1.0:
-            logits = logits / self.divisor
+        logits = multiply(logits, 1 / self.divisor)
         if self.softcap is None:
             return logits
         return self.softcap * jnp.tanh(logits / self.softcap)
+
+
+def multiply(x: Float[Array, "*B"], factor: float) -> Float[Array, "*B"]:
+    """Multiply in float32 and round once, as PyTorch does, instead of rounding the factor.
+
+    Args:
+      x: the activations.
+      factor: the factor.
+    """
+    return x if factor == 1.0 else (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 class Heads(NamedTuple):

@@ -37,7 +37,7 @@ def make_architecture(
         known: family for family in map(import_module, FAMILIES) for known in family.MODEL_TYPES
     }
     if not isinstance(kind, str) or kind not in families:
-        holds = "a model of one of " if "text_config" not in options else (
+        holds = "" if "text_config" not in options else (
             "a model of text alone, without the parts for images or sound, of "
         )
         raise config.reject("model_type", kind, holds + ", ".join(families))

@@ -103,7 +103,7 @@ def read_rope_options(
     given = config.get(key, None) or {}
     if not isinstance(given, dict):
         raise config.reject(key, given, "an object")
-    defaults = {"rope_theta": config.get(base_key, default_base)}
+    defaults = {"rope_theta": config.options.get(base_key, default_base)}
     share = config.get(share_key, default_share)
     if share is not None:
         defaults["partial_rotary_factor"] = share
@@ -135,6 +135,8 @@ def compute_rotary(
     elif kind not in ("default", "proportional"):
         rope.expect("partial_rotary_factor", None, 1.0)
     base = rope.get_number("rope_theta", 10000.0)
+    if base <= 0:
+        raise rope.reject("rope_theta", base, "a positive number")
     unscaled = base ** (-np.arange(0, size, 2, dtype=np.float64) / size)
     scale, long = 1.0, None
     if kind == "default":
