@@ -17,8 +17,8 @@ from jchain.hub.config import Config
 from jchain.hub.modules import Embedding, Linear, RMSNorm
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-# Names of older files.
-_LAYER_TYPES = {"attention": FULL}
+# The name of a block without a window in older files.
+_OLD_FULL = "attention"
 
 # The names of the norms before and after attention, then before and after the MLP; None for none.
 Norms = tuple[str | None, str | None, str | None, str | None]
@@ -192,7 +192,7 @@ def read_layer_types(config: Config, default: Sequence[str]) -> tuple[str, ...]:
         return tuple(default)
     if not isinstance(types, list) or len(types) != len(default):
         raise config.reject("layer_types", types, f"{len(default)} of them")
-    found = tuple(_LAYER_TYPES.get(name, name) for name in types)
+    found = tuple(FULL if name == _OLD_FULL else name for name in types)
     for name in found:
         if name not in (FULL, SLIDING):
             raise config.reject("layer_types", name, f"{FULL} or {SLIDING}")
@@ -238,7 +238,9 @@ def make_decoder(
     )
 
 
-def make_norm(config: Config, default_epsilon: float = 1e-6, offset: float | None = None) -> RMSNorm:
+def make_norm(
+    config: Config, default_epsilon: float = 1e-6, offset: float | None = None
+) -> RMSNorm:
     """Make the norm of a model from its config.
 
     Args:

@@ -200,7 +200,8 @@ def make_config(
             raise ValueError(
                 f"expected a bank of the blocks of {source}, got {block.source}/{block.position}"
             )
-    config = options | {architecture.depth_option: len(model.blocks)} | architecture.fixed_options
+    config = options | {architecture.depth_option: len(model.blocks)}
+    config |= dict(architecture.fixed_options)
     for key, has_option in architecture.indices_per_option.items():
         config[key] = [i for i, block in enumerate(model.blocks) if has_option[block.position]]
     per_block = {

@@ -12,7 +12,6 @@ from jchain.hub.config import Config
 from jchain.hub.tensor_names import get_shapes
 from jchain.pytree import get_first_line
 
-
 # Lists with an entry for each block whose length transformers checks in every family.
 _LISTS = ("layer_types", "mlp_layer_types")
 
@@ -37,8 +36,10 @@ def make_architecture(
         known: family for family in map(import_module, FAMILIES) for known in family.MODEL_TYPES
     }
     if not isinstance(kind, str) or kind not in families:
-        holds = "" if "text_config" not in options else (
-            "a model of text alone, without the parts for images or sound, of "
+        holds = (
+            ""
+            if "text_config" not in options
+            else ("a model of text alone, without the parts for images or sound, of ")
         )
         raise config.reject("model_type", kind, holds + ", ".join(families))
     try:

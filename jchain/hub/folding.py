@@ -31,11 +31,15 @@ class FoldedWeights:
         self._weights, folded = weights, architecture.folded_scale
         self.path, self.shapes, self.dtypes = weights.path, weights.shapes, weights.dtypes
         self._size = folded.size if folded is not None else 0
-        self._scales = {} if folded is None else {
-            block[path]: scale
-            for block, scale in zip(names.blocks, folded.scales, strict=True)
-            for path in folded.params
-        }
+        self._scales = (
+            {}
+            if folded is None
+            else {
+                block[path]: scale
+                for block, scale in zip(names.blocks, folded.scales, strict=True)
+                for path in folded.params
+            }
+        )
 
     def read(self, name: str, row: np.ndarray) -> None:
         """Read a tensor into an array, and multiply its first features if they are scaled.

@@ -19,7 +19,13 @@ from jchain.hub.modules import (
     Linear,
     check_activation,
 )
-from jchain.hub.rotary import LongRotary, compute_rotary, read_rope_options, rotate, select_frequencies
+from jchain.hub.rotary import (
+    LongRotary,
+    compute_rotary,
+    read_rope_options,
+    rotate,
+    select_frequencies,
+)
 
 MODEL_TYPES = ("gpt_neox",)
 

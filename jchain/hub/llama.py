@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import flax.linen as nn
 
 from jchain._typing import Array, Float, Int
-from jchain.hub.attention import RotaryAttention
 from jchain.hub.architecture import Architecture
+from jchain.hub.attention import RotaryAttention
 from jchain.hub.config import Config
 from jchain.hub.decoder import (
     FULL,

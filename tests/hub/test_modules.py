@@ -30,8 +30,9 @@ def test_weights_multiply_in_float32_if_they_have_an_offset():
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_have_the_names_of_transformers(name):
-    torch, activations = pytest.importorskip("torch"), pytest.importorskip(
-        "transformers.activations"
+    torch, activations = (
+        pytest.importorskip("torch"),
+        pytest.importorskip("transformers.activations"),
     )
     x = np.linspace(-9, 9, 101, dtype=np.float32)
     expected = activations.ACT2FN[name](torch.tensor(x)).numpy()

@@ -120,9 +120,7 @@ VALUES = {
         FACTORS | {"original_max_position_embeddings": 16},
     ],
 }
-VALUES["rope_parameters"] = [
-    {"rope_theta": 500.0} | value for value in VALUES["rope_scaling"]
-] + [
+VALUES["rope_parameters"] = [{"rope_theta": 500.0} | value for value in VALUES["rope_scaling"]] + [
     {"full_attention": {"rope_theta": 700.0}, "sliding_attention": {"rope_theta": 300.0}},
     {"full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 700.0}},
 ]
@@ -170,10 +168,8 @@ def change(name, value):
 def make_model(family, folder):
     torch.manual_seed(0)
     config = get_class(family)(**FAMILIES[family])
-    is_vit = family == "ViT"
-    auto = (
-        transformers.AutoModelForImageClassification if is_vit else transformers.AutoModelForCausalLM
-    )
+    task = "ImageClassification" if family == "ViT" else "CausalLM"
+    auto = getattr(transformers, f"AutoModelFor{task}")
     model = auto.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():

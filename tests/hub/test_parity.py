@@ -82,24 +82,29 @@ CASES = {
     "qwen3": ("Qwen3", GROUPED | {"head_dim": 8, "tie_word_embeddings": True}),
     "qwen3 dynamic": (
         "Qwen3",
-        GROUPED
-        | {"max_position_embeddings": 6, "rope_parameters": ROPE | DYNAMIC, "head_dim": 8},
+        GROUPED | {"max_position_embeddings": 6, "rope_parameters": ROPE | DYNAMIC, "head_dim": 8},
     ),
     "smollm3": ("SmolLM3", GROUPED | TOKENS),
     "smollm3 windows": (
         "SmolLM3",
-        GROUPED | TOKENS | {"no_rope_layer_interval": 2, "use_sliding_window": True}
+        GROUPED
+        | TOKENS
+        | {"no_rope_layer_interval": 2, "use_sliding_window": True}
         | {"sliding_window": 3, "attention_bias": True, "mlp_bias": True},
     ),
     "gemma": ("Gemma", GROUPED | TOKENS | {"head_dim": 10, "num_key_value_heads": 1}),
     "gemma2": (
         "Gemma2",
-        GROUPED | TOKENS | {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 20}
+        GROUPED
+        | TOKENS
+        | {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 20}
         | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     ),
     "gemma3": (
         "Gemma3",
-        GROUPED | TOKENS | {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 20}
+        GROUPED
+        | TOKENS
+        | {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 20}
         | {"sliding_window_pattern": 3, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     ),
     "phi3": ("Phi3", GROUPED | TOKENS | {"sliding_window": 4}),
@@ -115,7 +120,8 @@ CASES = {
     ),
     "granite": (
         "Granite",
-        GROUPED | {"embedding_multiplier": 3.0, "logits_scaling": 2.0}
+        GROUPED
+        | {"embedding_multiplier": 3.0, "logits_scaling": 2.0}
         | {"residual_multiplier": 0.4, "attention_multiplier": 0.2},
     ),
     "starcoder2": ("Starcoder2", GROUPED | {"sliding_window": 4}),

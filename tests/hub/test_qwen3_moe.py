@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoints import write_config
 from fuzz.targets import CONFIGS
 
 import jchain as jc
-from checkpoints import write_config
 from jchain.hub.families import make_architecture
 from jchain.hub.qwen3_moe import MixtureMLP
 

@@ -47,7 +47,10 @@ def test_longrope_has_factors_for_long_sequences():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rope_scaling": "linear"}, "rope_scaling = 'linear' is not supported, expected an object"),
+        (
+            {"rope_scaling": "linear"},
+            "rope_scaling = 'linear' is not supported, expected an object",
+        ),
         ({"rope_scaling": {"type": "mrope"}}, "rope_type = 'mrope' is not supported, expected def"),
         ({"rope_theta": -1}, "rope_theta = -1.0 is not supported, expected a positive number"),
         ({"rope_theta": "1e4"}, "rope_theta = '1e4' is not supported, expected a number"),
@@ -62,7 +65,7 @@ def test_longrope_has_factors_for_long_sequences():
         ),
         (
             {"rope_scaling": {"type": "linear", "factor": 0.0}},
-            "rope_type = 'linear' is not supported, expected options with which frequencies are fin",
+            "rope_type = 'linear' is not supported, expected options with which frequencies are",
         ),
         (
             {"rope_scaling": {"type": "linear", "factor": 2.0}, "partial_rotary_factor": 0.5},
