@@ -15,8 +15,9 @@ needs little more than its attention and its MLP. A block computes `x + attentio
 the same with `mlp_branch`.
 
 Then add the module's name to `FAMILIES` in `jchain/files/modules.py`, so that checkpoints and saved
-banks find it. Also add cases to `tests/hub/test_parity.py`, which compares the family's outputs with
-transformers' outputs, and to `tests/hub/test_options.py`, which changes every option of its config.
+banks find it. Also add cases to `tests/hub/test_parity.py`, which compares the family's outputs
+with transformers' outputs, to `tests/hub/test_options.py`, which changes every option of its
+config, and to `CONFIGS` in `tests/fuzz/targets.py`, which many tests run.
 """
 
 from collections.abc import Mapping

@@ -6,6 +6,7 @@ options that can change its outputs, and checks with `Config.expect` those that 
 The options that transformers reads for every family are checked here.
 """
 
+import sys
 from typing import Any
 
 from jchain.arguments import is_integer
@@ -67,17 +68,18 @@ class Config:
         return bool(value)
 
     def get_number(self, key: str, default: float) -> float:
-        """Read an option that is a number.
+        """Read an option that is a finite number, of any size.
 
         Args:
           key: name of the option.
           default: value to return if the config does not have the option.
 
         Raises:
-          ValueError: if the option has another type, or is a number that no model has.
+          ValueError: if the option has another type, or is not finite.
         """
-        value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        value = self.options.get(key, default)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not abs(value) <= sys.float_info.max:
             raise self.reject(key, value, "a number")
         return float(value)
 

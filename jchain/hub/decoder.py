@@ -18,8 +18,8 @@ from jchain.hub.modules import Embedding, Linear, RMSNorm
 from jchain.pytree import multiply_children
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-# Names of older files.
-_LAYER_TYPES = {"attention": FULL}
+# The name of a block without a window in older files.
+_OLD_FULL = "attention"
 
 # The names of the norms before and after attention, then before and after the MLP; None for none.
 Norms = tuple[str | None, str | None, str | None, str | None]
@@ -39,19 +39,14 @@ class Stem(nn.Module):
     Attributes:
       vocabulary: number of tokens in the vocabulary.
       features: width of the embeddings.
-      scale: factor of the embeddings, which is rounded to their dtype.
     """
 
     vocabulary: int
     features: int
-    scale: float = 1.0
 
     @nn.compact
     def __call__(self, ids: Int[Array, "*B T"]) -> Float[Array, "*B T F"]:
-        embeddings = Embedding(self.vocabulary, self.features, name="embed_tokens")(ids)
-        if self.scale == 1.0:
-            return embeddings
-        return embeddings * jnp.asarray(self.scale, embeddings.dtype)
+        return Embedding(self.vocabulary, self.features, name="embed_tokens")(ids)
 
 
 class Block(nn.Module):
@@ -104,7 +99,7 @@ class Block(nn.Module):
         x = part(x)
         if after is not None:
             x = self.norm.clone(parent=self, name=after)(x)
-        return x if self.residual_scale == 1.0 else x * self.residual_scale
+        return multiply(x, self.residual_scale)
 
     def scale_branch(self, params: PyTree, factor: float) -> PyTree:
         """Return the params with which what attention and MLP add is multiplied by a factor.
@@ -144,11 +139,20 @@ class Head(nn.Module):
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T V"]:
         x = self.norm(x)
         logits = Linear(self.vocabulary, use_bias=False, name="lm_head")(x)
-        if self.divisor != 1.0:
-            logits = logits / self.divisor
+        logits = multiply(logits, 1 / self.divisor)
         if self.softcap is None:
             return logits
         return self.softcap * jnp.tanh(logits / self.softcap)
+
+
+def multiply(x: Float[Array, "*B"], factor: float) -> Float[Array, "*B"]:
+    """Multiply in float32 and round once, as PyTorch does, instead of rounding the factor.
+
+    Args:
+      x: the activations.
+      factor: the factor.
+    """
+    return x if factor == 1.0 else (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 class Heads(NamedTuple):
@@ -211,7 +215,7 @@ def read_layer_types(config: Config, default: Sequence[str]) -> tuple[str, ...]:
         return tuple(default)
     if not isinstance(types, list) or len(types) != len(default):
         raise config.reject("layer_types", types, f"{len(default)} of them")
-    found = tuple(_LAYER_TYPES.get(name, name) for name in types)
+    found = tuple(FULL if name == _OLD_FULL else name for name in types)
     for name in found:
         if name not in (FULL, SLIDING):
             raise config.reject("layer_types", name, f"{FULL} or {SLIDING}")

@@ -234,7 +234,7 @@ def make_config(
         if block.position >= len(known) or known[block.position] != block.module:
             raise ValueError(f"expected a bank of the blocks of {location}, got {block.label}")
     config = clean_options(options) | {architecture.depth_option: len(model.blocks)}
-    config |= architecture.fixed_options
+    config |= dict(architecture.fixed_options)
     for key, has_option in architecture.indices_per_option.items():
         config[key] = [i for i, block in enumerate(model.blocks) if has_option[block.position]]
     per_block = {

@@ -37,7 +37,7 @@ def make_architecture(
     }
     if not isinstance(kind, str) or kind not in families:
         holds = (
-            "a model of one of "
+            ""
             if "text_config" not in options
             else ("a model of text alone, without the parts for images or sound, of ")
         )

@@ -6,22 +6,36 @@ other frequencies. `jchain.hub.architecture` explains how to add a family.
 """
 
 import flax.linen as nn
+import jax.numpy as jnp
 
-from jchain._typing import Array, Float
+from jchain._typing import Array, Float, Int
 from jchain.hub import decoder
 from jchain.hub.architecture import Architecture
 from jchain.hub.attention import RotaryAttention
 from jchain.hub.config import Config
 from jchain.hub.decoder import ALL_NORMS, FULL, PRE_NORMS, SLIDING
-from jchain.hub.modules import GatedMLP, RMSNorm, check_activation
+from jchain.hub.modules import Embedding, GatedMLP, RMSNorm, check_activation
 from jchain.hub.rotary import Rotary, compute_rotary, read_rope_options
 
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")
 _BASES = {FULL: ("rope_theta", 1e6), SLIDING: ("rope_local_base_freq", 1e4)}
 
 
-class Stem(decoder.Stem):
-    """Token embeddings, which are multiplied by the root of their width."""
+class Stem(nn.Module):
+    """Token embeddings, multiplied by the root of their width, which is rounded to their dtype.
+
+    Attributes:
+      vocabulary: number of tokens in the vocabulary.
+      features: width of the embeddings.
+    """
+
+    vocabulary: int
+    features: int
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "*B T"]) -> Float[Array, "*B T F"]:
+        embeddings = Embedding(self.vocabulary, self.features, name="embed_tokens")(ids)
+        return embeddings * jnp.asarray(self.features**0.5, embeddings.dtype)
 
 
 class Block(decoder.Block):
@@ -69,7 +83,7 @@ def make_architecture(config: Config) -> Architecture:
     softcap = None if kind == "gemma" else _read_softcap(config, "final_logit_softcapping", kind)
     return decoder.make_decoder(
         config,
-        Stem(vocabulary, features, features**0.5),
+        Stem(vocabulary, features),
         [blocks[name] for name in types],
         Head(vocabulary, norm, softcap=softcap),
         is_tied_by_default=True,
@@ -149,7 +163,7 @@ def _read_rope(config: Config, name: str) -> Config:
     key, base = _BASES[name]
     length = config.get("max_position_embeddings", None)
     options = {
-        "rope_theta": config.get(key, base),
+        "rope_theta": config.options.get(key, base),
         "original_max_position_embeddings": length,
         **own,
         **scaling,

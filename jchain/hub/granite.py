@@ -3,18 +3,36 @@
 `jchain.hub.architecture` explains how to add a family.
 """
 
+import flax.linen as nn
+
+from jchain._typing import Array, Float, Int
 from jchain.hub import decoder
 from jchain.hub.architecture import Architecture
 from jchain.hub.attention import RotaryAttention
 from jchain.hub.config import Config
-from jchain.hub.modules import GatedMLP, check_activation
+from jchain.hub.modules import Embedding, GatedMLP, check_activation
 from jchain.hub.rotary import compute_rotary, read_rope_options
 
 MODEL_TYPES = ("granite",)
 
 
-class Stem(decoder.Stem):
-    """Token embeddings, which are scaled."""
+class Stem(nn.Module):
+    """Token embeddings, which are scaled.
+
+    Attributes:
+      vocabulary: number of tokens in the vocabulary.
+      features: width of the embeddings.
+      scale: factor of the embeddings.
+    """
+
+    vocabulary: int
+    features: int
+    scale: float
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "*B T"]) -> Float[Array, "*B T F"]:
+        embeddings = Embedding(self.vocabulary, self.features, name="embed_tokens")(ids)
+        return decoder.multiply(embeddings, self.scale)
 
 
 class Block(decoder.Block):
@@ -54,9 +72,12 @@ def make_architecture(config: Config) -> Architecture:
     )
     vocabulary = config.require("vocab_size")
     scale = config.get_number("embedding_multiplier", 1.0)
+    divisor = config.get_number("logits_scaling", 1.0)
+    if divisor == 0:
+        raise config.reject("logits_scaling", divisor, "a number other than 0")
     return decoder.make_decoder(
         config,
         Stem(vocabulary, config.require("hidden_size"), scale),
         (block,) * config.require_depth("num_hidden_layers"),
-        Head(vocabulary, norm, divisor=config.get_number("logits_scaling", 1.0)),
+        Head(vocabulary, norm, divisor=divisor),
     )

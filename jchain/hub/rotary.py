@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021, arXiv:2104.09864), with the kinds of scaling of transformers."""
+"""Rotary positions (Su et al. 2021, arXiv:2104.09864), with all scalings of transformers."""
 
 import math
 from typing import NamedTuple
@@ -103,7 +103,7 @@ def read_rope_options(
     given = config.get(key, None) or {}
     if not isinstance(given, dict):
         raise config.reject(key, given, "an object")
-    defaults = {"rope_theta": config.get(base_key, default_base)}
+    defaults = {"rope_theta": config.options.get(base_key, default_base)}
     share = config.get(share_key, default_share)
     if share is not None:
         defaults["partial_rotary_factor"] = share
@@ -135,6 +135,8 @@ def compute_rotary(
     elif kind not in ("default", "proportional"):
         rope.expect("partial_rotary_factor", None, 1.0)
     base = rope.get_number("rope_theta", 10000.0)
+    if base <= 0:
+        raise rope.reject("rope_theta", base, "a positive number")
     unscaled = base ** (-np.arange(0, size, 2, dtype=np.float64) / size)
     scale, long = 1.0, None
     if kind == "default":
@@ -171,7 +173,7 @@ def _to_floats(frequencies: np.ndarray) -> tuple[float, ...]:
 
 
 def _read_original_length(rope: Config, config: Config) -> int:
-    """Read the length that a model was first trained with; transformers prefers the outer option."""
+    """Read the length that a model was first trained with; the outer option takes precedence."""
     key = "original_max_position_embeddings"
     if key in config.options:
         return config.require(key)
@@ -202,7 +204,7 @@ def _scale_by_wavelength(unscaled: np.ndarray, rope: Config, config: Config) -> 
 def _scale_by_yarn(
     unscaled: np.ndarray, base: float, size: int, rope: Config, config: Config
 ) -> tuple[np.ndarray, float]:
-    """Scale as in YaRN (Peng et al. 2023, arXiv:2309.00071); also return the factor of the sines."""
+    """Scale as in YaRN (Peng et al. 2023, arXiv:2309.00071); also return the scale of the sines."""
     if size % 2:
         raise rope.reject("rope_type", "yarn", f"another kind for {size} rotated features")
     length = _read_original_length(rope, config)
@@ -236,7 +238,7 @@ def _scale_by_yarn(
 def _scale_by_longrope(
     unscaled: np.ndarray, rope: Config, config: Config
 ) -> tuple[np.ndarray, float, LongRotary]:
-    """Scale as in LongRoPE (Ding et al. 2024, arXiv:2402.13753): long sequences have own factors."""
+    """Scale as in LongRoPE (Ding et al. 2024, arXiv:2402.13753), by the length of sequences."""
     length = _read_original_length(rope, config)
     short, long = (_read_factors(rope, key, len(unscaled)) for key in _LONGROPE_FACTORS)
     factor, scale = _read_factor(rope, config, length), rope.get("attention_factor", None)

@@ -37,12 +37,37 @@ ROTARY = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 4.0]}
 CONFIGS = {
     "gpt2": GPT2,
     "llama": ROTARY | {"model_type": "llama", "rope_theta": 1e4},
     "qwen3": ROTARY | {"model_type": "qwen3", "head_dim": 4, "layer_types": 2 * ["full_attention"]},
     "gpt_neox": ROTARY | {"model_type": "gpt_neox", "rotary_pct": 0.5},
     "vit": VIT,
+    "smollm3": ROTARY
+    | {"model_type": "smollm3", "no_rope_layers": [1, 0], "rope_scaling": DYNAMIC}
+    | {"max_position_embeddings": 16, "use_sliding_window": True, "sliding_window": 4},
+    "gemma": ROTARY | {"model_type": "gemma", "head_dim": 4, "hidden_act": "gelu"},
+    "gemma2": ROTARY
+    | {"model_type": "gemma2", "head_dim": 4, "sliding_window": 4, "query_pre_attn_scalar": 4}
+    | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3_text": ROTARY
+    | {"model_type": "gemma3_text", "head_dim": 4, "sliding_window": 4, "rope_theta": 1e6}
+    | {"sliding_window_pattern": 2, "rope_local_base_freq": 1e4, "rope_scaling": LINEAR},
+    "phi3": ROTARY
+    | {"model_type": "phi3", "original_max_position_embeddings": 4, "rope_scaling": LONGROPE}
+    | {"max_position_embeddings": 16, "sliding_window": 4},
+    "olmo": ROTARY | {"model_type": "olmo", "clip_qkv": 8.0},
+    "olmo2": ROTARY | {"model_type": "olmo2", "rms_norm_eps": 1e-6},
+    "qwen3_moe": ROTARY
+    | {"model_type": "qwen3_moe", "num_experts": 3, "num_experts_per_tok": 2, "head_dim": 4}
+    | {"moe_intermediate_size": 4, "norm_topk_prob": True, "mlp_only_layers": [1]},
+    "granite": ROTARY
+    | {"model_type": "granite", "embedding_multiplier": 3.0, "logits_scaling": 2.0}
+    | {"residual_multiplier": 0.5, "attention_multiplier": 0.5},
+    "starcoder2": ROTARY | {"model_type": "starcoder2", "sliding_window": 4, "use_bias": True},
 }
 
 

@@ -1,49 +1,39 @@
-"""Modules that the families share, compared with loops in float64."""
+"""Norms and activations, compared with NumPy in float64 and, for names, with transformers."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.test_util import check_grads
 
-from jchain.hub.attention import attend
+from jchain.hub.modules import ACTIVATIONS, RMSNorm
 
 
-@pytest.mark.parametrize(
-    ("is_causal", "window"), [(True, None), (False, None), (True, 3), (True, 99)]
-)
-@pytest.mark.parametrize(("num_kinds", "leading"), [(4, (2,)), (2, (2, 3)), (1, ())])
-def test_attention_equals_a_loop_over_heads_and_positions(num_kinds, leading, is_causal, window):
-    rng, length, num_heads, size = np.random.default_rng(0), 7, 4, 3
-    parts = [
-        rng.normal(size=(*leading, length, num, size)) for num in (num_heads, num_kinds, num_kinds)
-    ]
+@pytest.mark.parametrize("offset", [None, 0.0, 1.0])
+def test_norms_add_their_offset_to_the_weights(offset):
+    rng = np.random.default_rng(0)
+    x, weight = rng.normal(size=(2, 5)), rng.normal(size=5)
+    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 0.1) * (weight + (offset or 0.0))
+    norm, params = RMSNorm(0.1, offset), {"params": {"weight": jnp.asarray(weight)}}
+    np.testing.assert_allclose(norm.apply(params, jnp.asarray(x)), expected, rtol=1e-5)
 
-    def reference(query, key, value):
-        out = np.zeros((length, num_heads, size))
-        for head in range(num_heads):
-            kind = head * num_kinds // num_heads
-            for at in range(length):
-                last = at if is_causal else length - 1
-                seen = range(0 if window is None else max(0, at - window + 1), last + 1)
-                odds = np.exp([query[at, head] @ key[i, kind] / np.sqrt(size) for i in seen])
-                out[at, head] = (odds / odds.sum()) @ value[list(seen), kind]
-        return out.reshape(length, -1)
 
-    def run(*parts):
-        return attend(*parts, is_causal=is_causal, window=window)
+def test_weights_multiply_in_float32_if_they_have_an_offset():
+    """With an offset the result is rounded once; without one, before and after the product."""
+    x, weight = jnp.asarray([[1.0, 3.0, 7.0]], jnp.bfloat16), jnp.full(3, 1.0078125, jnp.bfloat16)
+    wide = np.asarray(x, np.float32) / np.sqrt(np.mean(np.asarray(x, np.float32) ** 2))
+    once = jnp.asarray(1.0078125 * wide).astype(jnp.bfloat16)
+    twice = weight[None] * jnp.asarray(wide).astype(jnp.bfloat16)
+    assert not np.array_equal(once, twice)
+    for offset, expected in ((0.0, once), (None, twice)):
+        params = {"params": {"weight": weight}}
+        assert np.array_equal(RMSNorm(0.0, offset).apply(params, x), expected)
 
-    flat = [part.reshape(-1, *part.shape[-3:]) for part in parts]
-    expected = np.stack([reference(*row) for row in zip(*flat, strict=True)]).reshape(
-        *leading, length, -1
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_have_the_names_of_transformers(name):
+    torch, activations = (
+        pytest.importorskip("torch"),
+        pytest.importorskip("transformers.activations"),
     )
-    with jax.enable_x64(True):
-        parts = [jnp.asarray(part) for part in parts]
-        np.testing.assert_allclose(run(*parts), expected, rtol=1e-6)
-        check_grads(run, parts, order=1, modes=("rev",))
-    np.testing.assert_allclose(
-        run(*(part.astype(jnp.float32) for part in parts)), expected, rtol=1e-4, atol=1e-6
-    )
-    half = run(*(part.astype(jnp.bfloat16) for part in parts))
-    assert half.dtype == jnp.bfloat16
-    np.testing.assert_allclose(half.astype(jnp.float32), expected, atol=0.05)
+    x = np.linspace(-9, 9, 101, dtype=np.float32)
+    expected = activations.ACT2FN[name](torch.tensor(x)).numpy()
+    np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x)), expected, rtol=1e-5, atol=2e-6)

@@ -168,12 +168,8 @@ def change(name, value):
 def make_model(family, folder):
     torch.manual_seed(0)
     config = get_class(family)(**FAMILIES[family])
-    is_vit = family == "ViT"
-    auto = (
-        transformers.AutoModelForImageClassification
-        if is_vit
-        else transformers.AutoModelForCausalLM
-    )
+    task = "ImageClassification" if family == "ViT" else "CausalLM"
+    auto = getattr(transformers, f"AutoModelFor{task}")
     model = auto.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
