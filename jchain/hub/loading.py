@@ -5,7 +5,6 @@ import math
 import os
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import flax.linen as nn
 import psutil
@@ -16,7 +15,6 @@ from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.hub.architecture import Architecture
 from jchain.hub.assembling import Source, assemble_bank
-from jchain.hub.checkpoint import CONFIG
 from jchain.hub.families import make_architecture, read_architecture
 from jchain.hub.opening import open_checkpoint
 from jchain.hub.tensor_names import check_tensors, find_prefix, get_names, get_shapes
@@ -130,7 +128,7 @@ def random_bank(
 
     Args:
       key: the PRNG key for the initializers.
-      path: folder with config.json; weights in the folder are not read.
+      path: folder with config.json, or a GGUF file; its weights are not read.
       name: name of the model.
       pinned: how many blocks to pin at the start and at the end, as in `load`.
 
@@ -140,7 +138,7 @@ def random_bank(
         or the model does not fit into memory.
     """
     architecture = read_architecture(path)
-    _check_size(architecture, str(Path(path) / CONFIG))
+    _check_size(architecture, os.fspath(path))
     names = get_names(architecture)
     weights = RandomWeights(key, architecture, names)
     return assemble_bank([Source(name, weights, architecture, names)], None, pinned)
