@@ -42,7 +42,7 @@ IMPORT_ORDER = [
     ("__main__",),
 ]
 LEVEL = {name: level for level, names in enumerate(IMPORT_ORDER) for name in names}
-HEAVY = ("rlax", "mctx", "tensorflow_datasets", "matplotlib", "transformers")
+HEAVY = ("rlax", "mctx", "tensorflow_datasets", "matplotlib", "transformers", "gguf")
 LATE = ("jchain.cli.pipeline", "jchain.cli.parser", "jchain.hub.loading")
 EVALUATE = """
 import sys, jax, jchain as jc

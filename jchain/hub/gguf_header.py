@@ -135,10 +135,6 @@ class _Cursor:
             raise ValueError(f"{self.path} is truncated: expected {size:,} bytes of {what}")
         return found
 
-    def skip(self, size: int, what: str) -> None:
-        self._claim(size, what)
-        self._file.seek(size, os.SEEK_CUR)
-
     def read_number(self, code: str, what: str) -> int | float | bool:
         return struct.unpack("<" + code, self.read(struct.calcsize(code), what))[0]
 
@@ -160,8 +156,16 @@ class _Cursor:
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path}: expected UTF-8 in {what}: {error}") from None
 
-    def skip_string(self, what: str) -> None:
-        self.skip(int(self.read_number("Q", what)), what)
+    def skip_strings(self, count: int, what: str) -> None:
+        # A vocabulary has hundreds of thousands of strings, so this loop does little else.
+        read, seek, position = self._file.read, self._file.seek, self.position
+        for _ in range(count):
+            length = int.from_bytes(read(8), "little")
+            position += 8 + length
+            if position > self.size:
+                break
+            seek(length, os.SEEK_CUR)
+        self._claim(position - self.position, what)
 
     def _claim(self, size: int, what: str) -> None:
         if size > self.size - self.position:
@@ -241,8 +245,7 @@ def _read_array(cursor: _Cursor, what: str) -> np.ndarray | StringArray:
         # Each string begins with its length, in 8 bytes.
         count = cursor.read_count(f"values of {what}", 8)
         array = StringArray(cursor.position, count)
-        for _ in range(count):
-            cursor.skip_string(what)
+        cursor.skip_strings(count, what)
         return array
     raise ValueError(
         f"{cursor.path}: expected {what} to be an array of numbers or strings, got type {kind}"

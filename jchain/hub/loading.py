@@ -5,7 +5,6 @@ import math
 import os
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import flax.linen as nn
 import psutil
@@ -162,7 +161,8 @@ def random_bank(
 
     Args:
       key: the PRNG key for the initializers.
-      path: folder with config.json; weights in the folder are not read.
+      path: folder with config.json, a GGUF file, or a name of the Hugging Face hub; weights are not
+        read.
       name: name of the model.
       pinned: how many blocks to pin at the start and at the end, as in `load`.
       sublayers: as in `load`.
@@ -173,8 +173,9 @@ def random_bank(
       ValueError: if the family or an option of the config is not supported, all blocks are pinned,
         or the model does not fit into memory.
     """
+    path = locate(path).path
     architecture = read_architecture(path)
-    _check_size(architecture, str(Path(path) / CONFIG))
+    _check_size(architecture, os.fspath(path))
     names = get_names(architecture)
     weights = fold_scales(RandomWeights(key, architecture, names), architecture, names)
     source, split = Source(name, weights, architecture, names), Split(pinned, sublayers, alternate)
