@@ -18,7 +18,7 @@ TASK_SEEDS, TASK_BUDGET = 5, 40_000
 QUICK_SEEDS = 1
 # Options that apply only to a bank that is trained, and only to a bank of checkpoints.
 _TRAINED_ONLY = ("bank", "layer", "channels", "num_layers", "num_heads", "depth", "num_steps")
-_CHECKPOINT_ONLY = ("text", "choices", "length", "pinned", "dtype", "sweep")
+_CHECKPOINT_ONLY = ("text", "field", "choices", "length", "pinned", "dtype", "sweep")
 # Options that change how a search runs but not what it computes; result.json does not record them.
 _NOT_RECORDED = ("json", "replace", "quick", "max_seconds", "num_workers")
 # The endings of files of data, which `data` may name in place of a data set.
@@ -50,7 +50,8 @@ class SearchConfig:
       sizes: number of examples in train, search, select, and test.
       checkpoint: Hugging Face checkpoint folders whose blocks form the bank.
       text: text files on which chains of checkpoints are scored.
-      choices: file of JSON lines with questions on which chains of checkpoints are scored.
+      field: field or column of the text files that holds the text.
+      choices: file of questions on which chains of checkpoints are scored.
       length: number of tokens in a sequence or a question.
       pinned: numbers of blocks to pin at the beginning and at the end of every chain.
       sweep: smallest `max_layers` of a sweep, which also searches with every larger value up to
@@ -90,6 +91,7 @@ class SearchConfig:
     sizes: Sequence[int] | None = None
     checkpoint: Sequence[str] | None = None
     text: Sequence[str] | None = None
+    field: str | None = None
     choices: str | None = None
     length: int | None = None
     pinned: Sequence[int] | None = None
