@@ -1,7 +1,6 @@
 """The bank, the data, and the loss of `jchain search --checkpoint`."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -10,10 +9,15 @@ import optax
 from jchain._typing import Array
 from jchain.bank import Bank
 from jchain.cli.config import SearchConfig, require
-from jchain.data import SPLITS, Batch, Dataset
-from jchain.hub.datasets import choice_accuracy, choice_loss, load_choices, load_images, load_text
+from jchain.cli.progress import print_progress
+from jchain.data import SPLITS, Dataset
+from jchain.hub.adapter import find_model
+from jchain.hub.image_data import load_images
 from jchain.hub.loading import load_many
+from jchain.hub.losses import choice_accuracy, choice_loss
 from jchain.hub.opening import read_config
+from jchain.hub.questions import load_choices
+from jchain.hub.text import load_text
 
 # The largest sizes of train, search, select, and test if no sizes are given. They are small because
 # a layer call processes all sequences of a split.
@@ -41,7 +45,7 @@ def load_data(config: SearchConfig) -> EvalData:
 
     Raises:
       ValueError: if not exactly one of text, choices, and data is given, or if it cannot be loaded.
-      OSError, ImportError: if the loader in `jchain.hub.datasets` raises it.
+      OSError, ImportError: if the loader in `jchain.hub` raises it.
     """
     kinds = {"text": config.text, "choices": config.choices, "data": config.data}
     given = [kind for kind, value in kinds.items() if value]
@@ -54,47 +58,37 @@ def load_data(config: SearchConfig) -> EvalData:
         raise ValueError(
             f"expected --length to be at least 1, and none with --data, got {config.length}"
         )
-    checkpoint, seed = config.checkpoint[0], config.seed
+    if config.field is not None and not config.text:
+        raise ValueError(f"expected --text with --field, got --field {config.field}")
+    checkpoint, seed, sizes = config.checkpoint[0], config.seed, config.sizes
+    most = None if sizes is not None else SIZES
     if config.data:
-        most = None if config.sizes is not None else SIZES
         data_dir = config.data_dir
         images = load_images(
-            checkpoint, config.data, seed=seed, sizes=config.sizes, most=most, data_dir=data_dir
+            checkpoint, config.data, seed=seed, sizes=sizes, most=most, data_dir=data_dir
         )
         return EvalData(images)
     if config.choices:
         file, length = config.choices, config.length
-        questions = _load_at_most(
-            lambda sizes: load_choices(checkpoint, file, length=length, seed=seed, sizes=sizes),
-            config.sizes,
-        )
+        questions = load_choices(checkpoint, file, length=length, seed=seed, sizes=sizes, most=most)
         return EvalData(questions, choice_loss, choice_accuracy)
-    files, length = require(config.text), config.length or _choose_length(Path(checkpoint))
-    text = _load_at_most(
-        lambda sizes: load_text(checkpoint, files, length=length, seed=seed, sizes=sizes),
-        config.sizes,
+    files, length = require(config.text), config.length or _choose_length(checkpoint)
+    text = load_text(
+        checkpoint, files, length=length, seed=seed, sizes=sizes, most=most, field=config.field
     )
+    if most is not None and [len(split.x) for split in text[:4]] == [*most]:
+        print_progress(
+            f"Text: {', '.join(map(str, SIZES))} sequences of {length} tokens in "
+            f"{', '.join(SPLITS)}, drawn at random (--sizes sets their numbers)"
+        )
     return EvalData(text)
 
 
-def _choose_length(checkpoint: Path) -> int:
-    options, _ = read_config(checkpoint)
+def _choose_length(checkpoint: str) -> int:
+    options, _ = read_config(find_model(checkpoint))
     positions = options.get("n_positions") or options.get("max_position_embeddings")
     # If the number of positions is not an integer, `load_text` rejects the model.
     return min(LENGTH, positions) if isinstance(positions, int) and positions > 0 else LENGTH
-
-
-def _load_at_most(
-    load_fn: Callable[[Sequence[int] | None], Dataset], sizes: Sequence[int] | None
-) -> Dataset:
-    if sizes is not None:
-        return load_fn(sizes)
-    data = load_fn(None)
-    splits = {
-        name: Batch(batch.x[:most], batch.y[:most])
-        for name, batch, most in zip(SPLITS, data[:4], SIZES, strict=True)
-    }
-    return data._replace(**splits)
 
 
 def load_bank(config: SearchConfig) -> Bank:

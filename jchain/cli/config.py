@@ -19,7 +19,7 @@ QUICK_SEEDS = 1
 # Options that apply only to a bank that is trained, and only to a bank of checkpoints.
 _TRAINED_ONLY = ("bank", "layer", "channels", "num_layers", "num_heads", "depth", "num_steps")
 _CHECKPOINT_ONLY = (
-    "text", "choices", "length", "pinned", "sublayers", "alternate", "dtype", "sweep",
+    "text", "field", "choices", "length", "pinned", "sublayers", "alternate", "dtype", "sweep",
 )  # fmt: skip
 # Options that change how a search runs but not what it computes; result.json does not record them.
 _NOT_RECORDED = ("json", "replace", "quick", "max_seconds", "num_workers")
@@ -53,7 +53,8 @@ class SearchConfig:
       checkpoint: checkpoints whose blocks form the bank: folders, names on the Hugging Face hub,
         GGUF files, or LoRA adapters.
       text: text files on which chains of checkpoints are scored.
-      choices: file of JSON lines with questions on which chains of checkpoints are scored.
+      field: field or column of the text files that holds the text.
+      choices: file of questions on which chains of checkpoints are scored.
       length: number of tokens in a sequence or a question.
       pinned: numbers of blocks to pin at the beginning and at the end of every chain.
       sublayers: whether attention and MLP of each block are layers of their own.
@@ -95,6 +96,7 @@ class SearchConfig:
     sizes: Sequence[int] | None = None
     checkpoint: Sequence[str] | None = None
     text: Sequence[str] | None = None
+    field: str | None = None
     choices: str | None = None
     length: int | None = None
     pinned: Sequence[int] | None = None

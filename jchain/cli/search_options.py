@@ -312,13 +312,19 @@ def _add_pretrained(search: argparse.ArgumentParser) -> None:
         "--text",
         nargs="+",
         metavar="FILE",
-        help="text files: chains are scored by the loss of predicting the next token",
+        help="files of text, plain or as .jsonl, .json, .csv, or .parquet: chains are scored by "
+        "the loss of predicting the next token, on sequences drawn at random from all files",
+    )
+    group.add_argument(
+        "--field",
+        metavar="NAME",
+        help="field or column of --text that holds the text (default: text)",
     )
     group.add_argument(
         "--choices",
         metavar="FILE",
-        help="instead of text, multiple-choice questions as JSON lines: "
-        '{"question": ..., "choices": [...], "answer": 0}',
+        help="instead of text, a file of multiple-choice questions, as MMLU, ARC, HellaSwag, PIQA, "
+        "and others store them",
     )
     group.add_argument(
         "--length",

@@ -5,6 +5,7 @@ and columns. The format is that of the package peft.
 """
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -229,6 +230,21 @@ def locate_base(adapter: Adapter) -> Location:
             f"{adapter.path} is a LoRA adapter ({ADAPTER_CONFIG}) of {adapter.base}, which is not "
             f"found: load the model with adapter={str(adapter.path)!r} ({error})"
         ) from None
+
+
+def find_model(source: str | os.PathLike[str]) -> Path:
+    """Find the folder or the GGUF file of a model, which is that of the base for an adapter.
+
+    Args:
+      source: a checkpoint, as in `jchain.hub.load`.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      ValueError: if the adapter does not name a model.
+    """
+    path = locate(source).path
+    is_alone = has_adapter(path) and not (path / CONFIG).exists()
+    return locate_base(Adapter(path)).path if is_alone else path
 
 
 class AdaptedWeights:

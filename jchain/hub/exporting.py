@@ -15,7 +15,7 @@ from jchain import chain as chain_lib
 from jchain._typing import Array, Int, PyTree
 from jchain.arguments import check_integers, checked
 from jchain.bank import Bank
-from jchain.hub.adapter import Adapter, has_adapter, locate_base
+from jchain.hub.adapter import find_model
 from jchain.hub.architecture import Architecture
 from jchain.hub.chain_model import ChainModel, unfold_chain
 from jchain.hub.checkpoint import CONFIG, JsonObject
@@ -23,7 +23,6 @@ from jchain.hub.export_folder import check_out, write_folder
 from jchain.hub.families import make_architecture
 from jchain.hub.gguf_header import Header
 from jchain.hub.gguf_tokenizer import TOKENIZER, make_tokenizer_files
-from jchain.hub.locating import locate
 from jchain.hub.merge_recipe import make_mergekit_recipe
 from jchain.hub.model_card import make_card
 from jchain.hub.opening import find_gguf, read_config
@@ -140,16 +139,9 @@ def _list_given(source: Source) -> dict[str, str | os.PathLike[str]]:
     return dict(source)
 
 
-def _find_model(given: str | os.PathLike[str]) -> Path:
-    """Find the folder or the GGUF file of a model, which is that of its base for an adapter."""
-    path = locate(given).path
-    is_alone = has_adapter(path) and not (path / CONFIG).exists()
-    return locate_base(Adapter(path)).path if is_alone else path
-
-
 def _read_base(given: str | os.PathLike[str]) -> "_Base":
     """Read what an export takes from its first source."""
-    path = _find_model(given)
+    path = find_model(given)
     options, location = read_config(path)
     small_files = read_small_files(path) if path.is_dir() else {}
     file = find_gguf(path)
@@ -171,7 +163,7 @@ def _find_folders(model: ChainModel, source: Source) -> dict[str, tuple[str, Pat
             f"expected the folder of each model by name, {', '.join(names)}, got none of "
             f"{', '.join(unknown)}"
         )
-    return {name: (os.fspath(known[name]), _find_model(known[name])) for name in names}
+    return {name: (os.fspath(known[name]), find_model(known[name])) for name in names}
 
 
 def _read_other_licenses(

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import flax.linen as nn
 import psutil
@@ -13,7 +14,7 @@ from jax.typing import DTypeLike
 from jchain._typing import Array, Key
 from jchain.arguments import checked
 from jchain.bank import Bank
-from jchain.hub.adapter import Adapter, has_adapter, locate_base
+from jchain.hub.adapter import Adapter, find_model, has_adapter, locate_base
 from jchain.hub.architecture import Architecture
 from jchain.hub.assembling import Source, Split, assemble_bank
 from jchain.hub.checkpoint import CONFIG
@@ -22,6 +23,7 @@ from jchain.hub.folding import fold_scales
 from jchain.hub.locating import ADAPTER_CONFIG, Location, choose_names, locate
 from jchain.hub.opening import open_checkpoint
 from jchain.hub.tensor_names import check_tensors, find_names, find_tied, get_names, get_shapes
+from jchain.hub.tokenizing import compare_tokenizers, find_tokenizer
 from jchain.hub.weights import RandomWeights, Weights
 from jchain.pytree import describe_type
 
@@ -141,6 +143,7 @@ def load_many(
     if len(set(names)) < len(names):
         raise ValueError(f"expected different names, got {', '.join(names)}")
     sources = [_open(location, name) for location, name in zip(locations, names, strict=True)]
+    _check_same_tokenizer([find_model(path) for path in paths])
     sources[1:] = [_compare(sources[0], source) for source in sources[1:]]
     return assemble_bank(sources, dtype, Split(pinned, sublayers, alternate))
 
@@ -226,6 +229,18 @@ def _open(location: Location, name: str, adapter: str | os.PathLike[str] | None 
         transposed = frozenset(blocks) if architecture.has_transposed_maps else frozenset()
         weights = merged.merge(checkpoint, transposed, find_tied(names))
     return Source(name, fold_scales(weights, architecture, names), architecture, names)
+
+
+def _check_same_tokenizer(models: Sequence[Path]) -> None:
+    """Check that models encode text alike, except for tokens that one has in addition."""
+    known = [path for path in map(find_tokenizer, models) if path is not None]
+    for path in known[1:]:
+        found = compare_tokenizers(known[0], path)
+        if found.kind == "different":
+            raise ValueError(
+                f"expected checkpoints with the same tokenizer, got {known[0]} and {path}, which "
+                f"differ in {found.difference}"
+            )
 
 
 def _compare(first: Source, other: Source) -> Source:

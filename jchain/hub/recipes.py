@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain import chain as chain_lib
-from jchain._typing import Activations, Array, Float, Int
+from jchain._typing import Activations, Array, Bool, Float, Int, Shaped
 from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.engine.evaluation import evaluate
 from jchain.engine.layer_calls import apply_token, explain_wrong_input
+from jchain.hub.losses import find_text
 from jchain.hub.wrapping import Within, find_restarts
-from jchain.modules.activations import check_one_array
+from jchain.modules.activations import check_one_array, is_one_array
 from jchain.problem import Problem
 
 EvaluateFn = Callable[[Problem, Int[np.ndarray, "P L"]], Float[np.ndarray, "P"]]
@@ -84,7 +85,8 @@ def find_chains(
     if 0 < -num < len(body):
         options["best run repeated"] = repeat_contiguous(body, -num)
     if 0 < num < len(body):
-        influence = compute_influence(problem.bank, parent, problem.data.x)[len(start) :]
+        influence = compute_influence(problem.bank, parent, problem.data.x, y=problem.data.y)
+        influence = influence[len(start) :]
         least = drop_least_influential(body, influence, num)
         options["last blocks dropped"] = drop_last(body, num)[None]
         options["blocks of least influence dropped"] = least[None]
@@ -165,17 +167,25 @@ def _split_start(bank: Bank, parent: Sequence[int]) -> tuple[list[int], list[int
 
 @checked
 def compute_influence(
-    bank: Bank, chain: Sequence[int] | Int[np.ndarray, "L"], x: Activations
+    bank: Bank,
+    chain: Sequence[int] | Int[np.ndarray, "L"],
+    x: Activations,
+    *,
+    y: Shaped[Array, "..."] | None = None,
 ) -> Float[np.ndarray, "D"]:
     """Measure how much each layer of a chain changes the direction of its input.
 
     This is the block influence of ShortGPT (Men et al. 2024, arXiv:2403.03853): 1 minus the cosine
-    similarity of input and output, averaged over examples and tokens.
+    similarity of input and output, averaged over the tokens of all examples. Padding does not
+    count, nor does a token whose input or output is zero, which has no direction.
 
     Args:
       bank: a bank of pretrained blocks.
       chain: tokens of the layers, then of the head, without padding.
       x: examples, as inputs to the stem.
+      y: the labels of `x`, which tell the padding if there is one for each token: tokens after the
+        last label of a row that is not negative. If None, the tokens 0 at the end of a row of
+        questions, `[B, C, T]`, are taken for padding, and text, `[B, T]`, has none.
 
     Returns:
       float32[D]; the influence of each layer, in the order of the chain.
@@ -189,6 +199,7 @@ def compute_influence(
         hidden = bank.embed(x)
         jax.eval_shape(partial(apply_token, bank.layers), tokens[0], hidden)
     check_one_array(activations=hidden)
+    is_text = _find_text(x, y, hidden.shape[:-1])
     # Any features after these are the embeddings of other models.
     features = next(
         (group.module.features for group in bank.layers if isinstance(group.module, Within)), None
@@ -197,9 +208,24 @@ def compute_influence(
         output = _apply(bank.without_names(), jnp.asarray(token), hidden)
         a, b = (part[..., :features].astype(jnp.float32) for part in (hidden, output))
         lengths = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
-        found.append(1 - float(jnp.mean(jnp.sum(a * b, axis=-1) / lengths)))
+        is_counted = is_text & (lengths != 0)
+        cosines = jnp.sum(a * b, axis=-1) / jnp.where(is_counted, lengths, 1.0)
+        total = jnp.sum(jnp.where(is_counted, 1 - cosines, 0.0))
+        found.append(float(total / jnp.maximum(jnp.sum(is_counted), 1)))
         hidden = output
     return np.array(found, np.float32)
+
+
+def _find_text(
+    x: Activations, y: Shaped[Array, "..."] | None, shape: tuple[int, ...]
+) -> Bool[Array, "*B T"] | Bool[Array, ""]:
+    """Find the tokens that are not padding; images and the like have none."""
+    is_tokens = is_one_array(x) and np.shape(x) == shape and np.issubdtype(x.dtype, np.integer)
+    if is_tokens and y is not None and np.shape(y) == shape:
+        return find_text(jnp.asarray(y))
+    if is_tokens and y is None and len(shape) > 2:
+        return find_text(jnp.asarray(x) - 1)
+    return jnp.array(True)
 
 
 @jax.jit
