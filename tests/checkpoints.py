@@ -97,6 +97,15 @@ def write_file(folder, content, name="text.txt"):
     return path
 
 
+def write_parquet(path, rows):
+    """Write rows, given as dicts, as a table."""
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
 def make_model_and_text(folder):
     """Make a tiny model of bytes in `model`, the text `my.txt`, and `questions.jsonl`."""
     options = {"vocab_size": 256, "n_embd": 8, "n_layer": 6, "n_positions": 128}
