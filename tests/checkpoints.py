@@ -109,6 +109,15 @@ def write_file(folder, content, name="text.txt"):
     return path
 
 
+def write_parquet(path, rows):
+    """Write rows, given as dicts, as a table."""
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
 def make_model_and_text(folder):
     """Make tiny models `model` and `model.gguf`, the text `my.txt`, and `questions.jsonl`."""
     from gguf_files import CONFIGS, add_byte_tokenizer, write_gguf, write_model

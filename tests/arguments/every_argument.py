@@ -90,7 +90,7 @@ def make_calls(w):
     after = {"problem": problem, "hidden": hidden, "parent": hidden}
     split = {"pinned": (0, 0), "sublayers": False, "alternate": False}
     files = {"adapter": None, "dtype": None, "name": None} | split
-    text = {"checkpoint": model, "seed": 0, "sizes": None}
+    text = {"checkpoint": model, "seed": 0, "sizes": None, "most": None}
     training = {
         "key": key, "data": data.train, "layer": w["layer"], "head": w["head"], "num_steps": 0,
         "depth": 1, "optimizer": optax.sgd(0.1), "batch_size": 4, "stem": None, "stem_params": None,
@@ -160,9 +160,9 @@ def make_calls(w):
         },
         "jc.hub.load": {"path": model} | files,
         "jc.hub.load_choices": text | {"file": folder / "questions.jsonl", "length": None},
-        "jc.hub.load_images": text | {"name": "mnist", "most": None, "data_dir": folder},
+        "jc.hub.load_images": text | {"name": "mnist", "data_dir": folder},
         "jc.hub.load_many": {"paths": [model], "dtype": None, "names": None} | split,
-        "jc.hub.load_text": text | {"files": [folder / "text.txt"], "length": 8},
+        "jc.hub.load_text": text | {"files": [folder / "text.txt"], "length": 8, "field": None},
         "jc.hub.next_token_accuracy": {"outputs": classes[0], "y": jnp.zeros((3, 4), int)},
         "jc.hub.next_token_loss": {"outputs": classes[0], "y": jnp.zeros((3, 4), int)},
         "jc.hub.random_bank": {"key": key, "path": model, "name": "model"} | split,
@@ -266,7 +266,7 @@ def make_calls(w):
         "trends.predict_swaps": {"trends": trend, **on, "context": "slot"},
         "trends.stack_weights": {"problem": problem},
         "trends.update": {"trends": trend, **on},
-        "recipes.compute_influence": {"bank": bank, "chain": [0, 1], "x": batch.x},
+        "recipes.compute_influence": {"bank": bank, "chain": [0, 2], "x": batch.x, "y": batch.y},
         "recipes.compute_losses": many,
         "recipes.drop_contiguous": {"chain": [0, 1, 2], "num": 1},
         "recipes.drop_last": {"chain": [0, 1, 2], "num": 1},

@@ -52,7 +52,8 @@ def damage_text(rng: random.Random, text: str) -> str:
 
 def _damage_once(rng: random.Random, value: object) -> object:
     places: list[tuple[dict | list, str | int]] = []
-    _list_places(value, places)
+    if isinstance(value, dict | list):
+        _list_places(value, places)
     if not places:
         return copy.deepcopy(rng.choice(STRANGE))
     parent, key = rng.choice(places)

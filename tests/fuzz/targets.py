@@ -1,6 +1,7 @@
 """Files that jchain reads, how each is damaged, and what reads it."""
 
 import contextlib
+import csv
 import io
 import json
 import random
@@ -12,7 +13,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from checkpoints import GPT2, QUESTION, VIT, make_checkpoint, write_config, write_file
+from checkpoints import (
+    GPT2,
+    QUESTION,
+    VIT,
+    make_checkpoint,
+    write_config,
+    write_file,
+    write_parquet,
+)
 from fuzz.mutations import damage_bytes, damage_json, damage_text
 from gguf_files import (
     add_byte_tokenizer,
@@ -215,9 +224,56 @@ def make_csv(folder: Path) -> Path:
     return write_file(folder, "\n".join(["a,b,class", *rows]), "mine.csv")
 
 
-def make_questions(folder: Path) -> Path:
-    make_checkpoint(folder / "model")
-    return write_file(folder, f"{json.dumps(QUESTION)}\n" * 8, "questions.jsonl")
+DOCUMENTS = [{"id": i, "text": f'Document {i} of a few, "with" commas.\n'} for i in range(12)]
+LABELED = {"text": ["c", "dea"], "label": ["A", "B"]}
+COLUMNS = {"question": "ab", "A": "c", "B": "dea", "answer": "B"}
+ARC = {"question": "ab", "choices": LABELED, "answerKey": "B"}
+LAYOUTS = [
+    QUESTION,
+    QUESTION | {"answer": "B"},
+    {"question": "2 + 2 =", "choices": [3, 4], "answer": "1"},
+    ARC,
+    {
+        "question": {"stem": "ab", "choices": [{"text": t, "label": t} for t in ("A", "dea")]},
+        "answerKey": "A",
+    },
+    {"ctx": "ab", "endings": ["c", "dea", "b"], "label": "1"},
+    {"goal": "ab", "sol1": "c", "sol2": "dea", "label": 1},
+    {"question": "ab", "mc1_targets": {"choices": ["c", "dea"], "labels": [1, 0]}},
+    {"sentence": "a _ b", "option1": "c", "option2": "dea", "answer": "2"},
+    COLUMNS,
+]
+
+
+def write_records(path: Path, rows: list[dict], has_header: bool = True) -> Path:
+    """Write records in the format of the file's ending, beside a model in `model`."""
+    make_checkpoint(path.parent / "model")
+    if path.suffix == ".parquet":
+        return write_parquet(path, rows)
+    if path.suffix == ".csv":
+        lines = io.StringIO()
+        header = [[*rows[0]]] if has_header else []
+        csv.writer(lines).writerows([*header, *(row.values() for row in rows)])
+        return write_file(path.parent, lines.getvalue(), path.name)
+    text = json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows))
+    return write_file(path.parent, text, path.name)
+
+
+def damage_records(rng: random.Random, path: Path) -> None:
+    """Damage the values of a file of JSON lines or of an array, or its bytes."""
+    if path.suffix not in (".json", ".jsonl") or rng.random() < 0.3:
+        damage_file(rng, path)
+        return
+    lines = [path.read_text()] if path.suffix == ".json" else path.read_text().splitlines()
+    chosen = rng.randrange(len(lines))
+    lines[chosen] = damage_text(rng, lines[chosen])
+    path.write_text("\n".join(lines), errors="replace")
+
+
+def read_documents(path: Path) -> object:
+    # At times all tokens are kept, and at times a few are drawn.
+    sizes = [1, 1, 1, 1] if path.stat().st_size % 2 else None
+    return jc.hub.load_text(path.parent / "model", path, length=8, sizes=sizes)
 
 
 def read_own_data(path: Path) -> object:
@@ -243,7 +299,30 @@ TARGETS = {
     "search.json": Target(make_search, damage_json_file, read_result),
     "npz": Target(make_npz, damage_file, read_own_data),
     "csv": Target(make_csv, damage_file, read_own_data),
-    "questions": Target(make_questions, damage_file, read_questions),
+    **{
+        f"text {ending}": Target(
+            lambda folder, ending=ending: write_records(folder / f"a{ending}", DOCUMENTS),
+            damage_records,
+            read_documents,
+        )
+        for ending in (".txt", ".json", ".jsonl", ".csv", ".parquet")
+    },
+    **{
+        f"questions {name}": Target(
+            lambda folder, name=name, rows=rows: write_records(
+                folder / f"q{name.split(',')[0]}", rows, has_header="no header" not in name
+            ),
+            damage_records,
+            read_questions,
+        )
+        for name, rows in {
+            ".jsonl": LAYOUTS,
+            ".json": LAYOUTS,
+            ".csv": [COLUMNS] * 6,
+            ".csv, no header": [COLUMNS] * 6,
+            ".parquet": [ARC] * 6,
+        }.items()
+    },
     "weights": Target(
         lambda folder: make_model("gpt2", "model.safetensors", folder), damage_file, load_model
     ),

@@ -6,7 +6,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import QUESTION, make_checkpoint, write_file
+from checkpoints import QUESTION, make_checkpoint, write_file, write_parquet
 from scipy.special import log_softmax as scipy_log_softmax
 
 import jchain as jc
@@ -198,8 +198,8 @@ def write_rows(path, rows):
             with path.open("w", newline="") as file:
                 csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",").writerows(table)
         case _:
-            parquet = pytest.importorskip("pyarrow.parquet")
-            parquet.write_table(parquet.core.lib.Table.from_pylist(rows), path)
+            pytest.importorskip("pyarrow")
+            write_parquet(path, rows)
     return path
 
 

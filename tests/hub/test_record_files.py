@@ -5,6 +5,7 @@ import gzip
 import json
 
 import pytest
+from checkpoints import write_parquet
 
 from jchain.hub import record_files
 from jchain.hub.record_files import get_format, read_records
@@ -106,10 +107,10 @@ def test_a_damaged_line_is_found_before_the_rest_is_read(tmp_path, monkeypatch):
 
 
 def test_parquet_is_read_by_column(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("pyarrow")
     path = tmp_path / "a.parquet"
     rows = [{"a": i, "b": {"text": ["x", "y"]}} for i in range(600)]
-    parquet.write_table(parquet.core.lib.Table.from_pylist(rows), path)
+    write_parquet(path, rows)
     assert read(path) == rows
     assert [r.value for r in read_records(path, ["a"])] == [{"a": i} for i in range(600)]
     with pytest.raises(ValueError, match="a.parquet: expected the field 'c', found a, b"):

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from checkpoints import TEXT, make_checkpoint, write_file
+from checkpoints import TEXT, make_checkpoint, write_file, write_parquet
 from scipy.special import log_softmax as scipy_log_softmax
 from stopping import ENVIRONMENT
 
@@ -132,8 +132,8 @@ def write_documents(path, documents, field="text"):
                 mark = "\t" if path.suffix == ".tsv" else ","
                 csv.writer(file, delimiter=mark).writerows([["id", field], *map(dict.values, rows)])
         case [".parquet"]:
-            parquet = pytest.importorskip("pyarrow.parquet")
-            parquet.write_table(parquet.core.lib.Table.from_pylist(rows), path)
+            pytest.importorskip("pyarrow")
+            write_parquet(path, rows)
     return path
 
 
