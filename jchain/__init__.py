@@ -65,6 +65,7 @@ from jchain.search.mcts import MCTS
 from jchain.search.protocol import Info, Search
 from jchain.search.q_learning import QLearning
 from jchain.search.random_search import RandomSearch
+from jchain.search.staged import Staged
 from jchain.search.suffix_beam_search import SuffixBeamSearch
 from jchain.search.target_propagation import TargetPropagation
 
@@ -102,6 +103,7 @@ __all__ = [
     "Result",
     "ScoredChains",
     "Search",
+    "Staged",
     "SuffixBeamSearch",
     "TargetPropagation",
     "TokenEncoding",

@@ -18,10 +18,12 @@ import numpy as np
 from jchain._typing import Array, Bool, Float, Int
 from jchain.arguments import check_numbers
 from jchain.engine.backend import get_backend, jit_for_problem
+from jchain.engine.layer_calls import get_output_shape, infer_hidden
 from jchain.engine.population import Evaluation, Options, evaluate_population
 from jchain.engine.prefix_sharing import sort_chains
+from jchain.modules import check_mean_over_examples
 from jchain.problem import Problem
-from jchain.pytree import pytree_dataclass, shorten, static
+from jchain.pytree import is_concrete, pytree_dataclass, shorten, static
 
 
 class Rungs(NamedTuple):
@@ -81,6 +83,23 @@ def make_rungs(fractions: Sequence[float], keep: float, num_examples: int) -> Ru
                 f"{float(fractions[i]):g} of {num_examples:,} examples, which adds none"
             )
     return Rungs(tuple(ends), float(keep))
+
+
+def check_parts(problem: Problem) -> None:
+    """Check that the loss of a split can be put together from parts of its examples.
+
+    Args:
+      problem: the problem.
+
+    Raises:
+      ValueError: if a function of the problem does not treat examples one by one.
+    """
+    if problem.batch_size is not None or not is_concrete(problem):
+        return  # a problem with a batch_size has been checked
+    outputs = get_output_shape(problem, infer_hidden(problem))
+    for name in ("loss_fn", "accuracy_fn"):
+        if (function := getattr(problem, name)) is not None:
+            check_mean_over_examples(name, function, outputs, problem.data.y)
 
 
 @pytree_dataclass
