@@ -19,6 +19,7 @@ from jchain.cli.records import (
     SearchOutput,
     Summary,
     check_type,
+    format_calls,
     format_loss,
     read,
 )
@@ -198,7 +199,7 @@ def describe(path: Path) -> dict[str, str]:
         facts[f"loss on {split}"] = f"{loss}, the unchanged model {unchanged}"
     if record["chosen"] != "search":
         facts["recipe"] = f"{record['chosen']}: no chain that the search found was better on select"
-    calls = f"{record['layer_calls']:,} layer calls"
+    calls = f"{format_calls(record['layer_calls'])} layer calls"
     facts["search"] = f"{config.search}, seed {config.seed}, {calls}"
     return facts | {"command": f"`{config.command}`"}
 

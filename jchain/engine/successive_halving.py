@@ -9,7 +9,7 @@ EvoPress (Sieberling et al. 2024, arXiv:2410.14649) selects compressed models in
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ from jchain.engine.prefix_sharing import sort_chains
 from jchain.modules import check_mean_over_examples
 from jchain.problem import Problem
 from jchain.pytree import is_concrete, pytree_dataclass, shorten, static
+
+T = TypeVar("T", bound=Problem)
 
 
 class Rungs(NamedTuple):
@@ -46,7 +48,7 @@ class Rungs(NamedTuple):
         return math.ceil(self.keep * num_chains - 1e-9)
 
 
-def check_fractions(fractions: Sequence[float], keep: float) -> None:
+def check_fractions(fractions: Sequence[float | int], keep: float | int = 1) -> None:
     """Check the fractions of the examples and the share of the chains.
 
     Args:
@@ -63,7 +65,7 @@ def check_fractions(fractions: Sequence[float], keep: float) -> None:
     check_numbers(above=0, at_most=1, keep=keep)
 
 
-def make_rungs(fractions: Sequence[float], keep: float, num_examples: int) -> Rungs:
+def make_rungs(fractions: Sequence[float | int], keep: float | int, num_examples: int) -> Rungs:
     """Cut the examples of a split into rungs.
 
     Args:
@@ -128,7 +130,7 @@ class RungProblem(Problem):
         return _copy(self, Problem)
 
 
-def _copy(problem: Problem, cls: type, **more: object) -> "RungProblem":
+def _copy(problem: Problem, cls: type[T], **more: object) -> T:
     """Return an instance of another class with the fields of a problem, and others."""
     copied = object.__new__(cls)
     for name in (field for field in Problem.__dataclass_fields__ if field != "_"):

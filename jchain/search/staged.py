@@ -80,8 +80,8 @@ class Staged:
     """
 
     search: Search
-    fractions: tuple[float, ...] = static(default=(1 / 16, 1 / 4, 1))
-    keep: float = static(default=1 / 4)
+    fractions: tuple[float | int, ...] = static(default=(1 / 16, 1 / 4, 1))
+    keep: float | int = static(default=1 / 4)
 
     charges_fractions = True
     # The first fraction is taken here, and not by the driver.
