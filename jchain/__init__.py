@@ -43,6 +43,7 @@ from jchain.engine.evaluation import (
     pick_best,
     predict,
 )
+from jchain.engine.successive_halving import StagedEvaluation, evaluate_staged
 from jchain.gradient.edit_scores import swap_scores
 from jchain.groups import LayerGroup
 from jchain.inverse.pullback import pull_back
@@ -104,6 +105,7 @@ __all__ = [
     "ScoredChains",
     "Search",
     "Staged",
+    "StagedEvaluation",
     "SuffixBeamSearch",
     "TargetPropagation",
     "TokenEncoding",
@@ -122,6 +124,7 @@ __all__ = [
     "evaluate",
     "evaluate_all",
     "evaluate_prefixes",
+    "evaluate_staged",
     "explain_plan",
     "front",
     "gradient",

@@ -16,15 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain._typing import Array, Bool, Float, Int
-from jchain.arguments import check_numbers
+from jchain.arguments import check_numbers, checked
+from jchain.chain import ChainsLike
 from jchain.engine.backend import get_backend, jit_for_problem
 from jchain.engine.layer_calls import get_output_shape, infer_hidden
-from jchain.engine.population import Evaluation, Options, evaluate_population
+from jchain.engine.population import Evaluation, Options, evaluate_population, pad_population
 from jchain.engine.prefix_sharing import sort_chains
 from jchain.modules import check_mean_over_examples
 from jchain.problem import Problem
 from jchain.pytree import is_concrete, pytree_dataclass, shorten, static
 
+# The defaults: with 64 chains, 64 on a sixteenth of the examples, 16 on a quarter, and 4 on all.
+FRACTIONS, KEEP = (1 / 16, 1 / 4, 1), 1 / 4
 T = TypeVar("T", bound=Problem)
 
 
@@ -140,14 +143,25 @@ def _copy(problem: Problem, cls: type[T], **more: object) -> T:
     return copied
 
 
-class HalvingResult(NamedTuple):
-    """The losses of a population, as far as they are known, and what they cost."""
+class StagedEvaluation(NamedTuple):
+    """The losses of a population, as far as they are known, and what they cost.
 
-    loss: Float[Array, "P"]  # [P], on the whole split; +inf if the chain stopped
-    accuracy: Float[Array, "P"]  # [P], on the whole split; 0 if the chain stopped
-    partial_loss: Float[Array, "P"]  # [P], on the first `num_examples` examples
-    num_examples: Int[Array, "P"]  # [P]
-    layer_calls: Float[Array, ""]  # in layer calls on the whole split
+    Attributes:
+      loss: the loss of each chain on the whole split, `[P]`, with the layer penalty; `+inf` if the
+        chain stopped, or if the loss is not finite.
+      accuracy: the accuracy of each chain on the whole split, `[P]`; 0 if the chain stopped.
+      partial_loss: the loss of each chain on its first `num_examples` examples, `[P]`.
+      num_examples: the number of examples that each chain was scored on, `[P]`.
+      layer_calls: the cost in layer calls on the whole split: a layer that is applied to a part of
+        the examples counts as that part.
+      head_calls: the head calls, counted in the same way.
+    """
+
+    loss: Float[Array, "P"]
+    accuracy: Float[Array, "P"]
+    partial_loss: Float[Array, "P"]
+    num_examples: Int[Array, "P"]
+    layer_calls: Float[Array, ""]
     head_calls: Float[Array, ""]
 
 
@@ -160,6 +174,47 @@ class _Rung(NamedTuple):
     accuracy: Float[Array, "Q"]  # [Q]
     bar: Float[Array, ""]  # the loss of the rival; +inf if there is none
     calls: Float[Array, "2"]  # the layer calls and head calls so far, on the whole split
+
+
+@checked
+def evaluate_staged(
+    problem: Problem,
+    chains: ChainsLike,
+    *,
+    fractions: Sequence[float | int] = FRACTIONS,
+    keep: float | int = KEEP,
+) -> StagedEvaluation:
+    """Score chains on few examples first, and only the best ones on all (`jchain.Staged`).
+
+    All chains are scored on the first fraction of the examples, the best share of them on the next
+    fraction, and so on. A chain that reaches the last fraction has the loss that `jchain.evaluate`
+    gives it, up to rounding. Works under `jit` and `vmap`.
+
+    Args:
+      problem: the bank, the split of data, whose examples are in random order, and the loss.
+      chains: the tokens of the chains, `[P, L]`. They are checked unless they are traced.
+      fractions: the fractions of the examples; they rise, and the last one is 1.
+      keep: the share of the chains that goes on to the next fraction, rounded up.
+
+    Raises:
+      ValueError: if a row is not a chain of this bank, there are no rows, the fractions do not rise
+        from above 0 to 1, one adds no example, the share is out of range, or the loss is not a mean
+        over examples.
+    """
+    rungs = make_rungs(fractions, keep, problem.num_examples)
+    check_parts(problem)
+    tokens = problem.space.validate(chains) if is_concrete(chains) else jnp.asarray(chains)
+    if tokens.ndim != 2 or 0 in tokens.shape or tokens.shape[1] != problem.max_layers + 1:
+        raise ValueError(
+            f"expected chains of shape [P, {problem.max_layers + 1}], at least one, got "
+            f"{list(tokens.shape)}"
+        )
+    rows = pad_population(tokens) if isinstance(tokens, np.ndarray) else tokens
+    rows = problem.put(rows)
+    options = Options(None, None, None, get_backend(problem, rows))
+    out = halve(problem, rows, rungs=rungs, options=options)
+    fields = (leaf[: len(tokens)] for leaf in out[:4])
+    return StagedEvaluation(*fields, out.layer_calls, out.head_calls)
 
 
 def evaluate_rows(problem: Problem, chains: Int[Array, "P L"], *, options: Options) -> Evaluation:
@@ -186,7 +241,7 @@ def halve(
     *,
     rungs: Rungs,
     options: Options,
-) -> HalvingResult:
+) -> StagedEvaluation:
     """Score chains by successive halving.
 
     Of equal chains, one is scored. A rung scores its chains together, so that they share prefixes.
@@ -232,7 +287,7 @@ def halve(
     loss = jnp.full_like(known, jnp.inf).at[place].set(rung.loss, mode="drop")
     accuracy = jnp.zeros_like(known).at[place].set(rung.accuracy, mode="drop")
     results = (leaf[source] for leaf in (loss, accuracy, known, num_examples))
-    return HalvingResult(*results, *rung.calls)
+    return StagedEvaluation(*results, *rung.calls)
 
 
 def evaluate_new(

@@ -148,8 +148,8 @@ def _check_rows(infos: list[Info], problem: Problem, *, may_stop: bool) -> list[
         seen |= prefixes
         if info.layer_calls < least - _ATOL:
             findings.append(
-                f"step {t} costs {info.layer_calls.item():.10g} layer calls, but the prefixes of its "
-                f"chains that no step had scored before cost at least {least}"
+                f"step {t} costs {info.layer_calls.item():.10g} layer calls, but the prefixes of "
+                f"its chains that no step had scored before cost at least {least}"
             )
     return findings + _check_losses(rows, problem)
 

@@ -15,6 +15,8 @@ from jchain.engine.backend import get_backend
 from jchain.engine.evaluation import evaluate_filled
 from jchain.engine.population import Options
 from jchain.engine.successive_halving import (
+    FRACTIONS,
+    KEEP,
     RungProblem,
     check_fractions,
     check_parts,
@@ -80,8 +82,8 @@ class Staged:
     """
 
     search: Search
-    fractions: tuple[float | int, ...] = static(default=(1 / 16, 1 / 4, 1))
-    keep: float | int = static(default=1 / 4)
+    fractions: tuple[float | int, ...] = static(default=FRACTIONS)
+    keep: float | int = static(default=KEEP)
 
     charges_fractions = True
     # The first fraction is taken here, and not by the driver.

@@ -1,14 +1,13 @@
 """Successive halving equals a plain loop over lists, and never computes anything twice."""
 
-import math
 from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from conftest import make_bank, make_batch
+from halving import halve_lists
 
 import jchain as jc
 from jchain.engine import score_cache
@@ -27,28 +26,6 @@ def problem():
 @pytest.fixture(scope="module")
 def chains(problem):
     return jc.env.sample_chains(jax.random.key(0), problem, 21)
-
-
-def score(problem, chain, start, end):
-    return reference.chain_loss(problem.take(slice(start, end)), np.array(chain))[0]
-
-
-def halve_lists(problem, chains, rungs, rival=None):
-    """Return the chains of each rung with their losses, and the cost, from plain loops."""
-    rivals = [] if rival is None else [rival]
-    alive = list(dict.fromkeys(map(tuple, np.asarray(chains).tolist())))
-    known, cost, start = {}, Fraction(0), 0
-    for i, end in enumerate(rungs.ends):
-        is_last = i == len(rungs.ends) - 1
-        others = [] if is_last or not alive else rivals
-        calls = reference.count_calls([*alive, *others], problem.bank.num_layers)[0]
-        cost += Fraction(int(calls) * (end - start), NUM)
-        losses = {chain: score(problem, chain, 0, end) for chain in alive}
-        known |= {chain: (loss, end) for chain, loss in losses.items()}
-        kept = sorted(alive, key=losses.__getitem__)[: math.ceil(rungs.keep * len(alive))]
-        bar = score(problem, rival, 0, end) if rivals else np.inf
-        alive, start = [chain for chain in kept if losses[chain] < bar], end
-    return known, cost
 
 
 def assert_equal(out, chains, known, cost):
@@ -176,6 +153,18 @@ def test_evaluate_of_a_problem_with_rungs_is_staged(problem, chains):
 def test_wrong_fractions_are_named(fractions, keep, words):
     with pytest.raises(ValueError, match=words):
         make_rungs(fractions, keep, NUM)
+
+
+def test_evaluate_staged_checks_its_arguments_and_works_under_jit(problem, chains):
+    out = jc.evaluate_staged(problem, np.asarray(chains).tolist())
+    known, cost = halve_lists(problem, chains, make_rungs(FRACTIONS, KEEP, NUM))
+    assert_equal(out, chains, known, cost)
+    traced = jax.jit(lambda rows: jc.evaluate_staged(problem, rows))(chains)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), traced, out)
+    with pytest.raises(ValueError, match="expected chains"):
+        jc.evaluate_staged(problem, chains[0])
+    with pytest.raises(ValueError, match="adds none"):
+        jc.evaluate_staged(problem, chains, fractions=(1 / 1000, 1))
 
 
 def test_a_loss_that_is_no_mean_over_examples_is_refused(problem):
