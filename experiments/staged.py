@@ -8,12 +8,11 @@ the wine data with 2 seeds and small budgets, and writes nothing.
 Expected result: with a fifth of the layer calls, local search, evolution, and random search end no
 higher than the same search that scores all chains on all examples.
 
-Each search runs ten times on each problem, twice: as it is, and inside `jc.Staged`, which scores the
-chains of a step on 1/16 of the examples, the best quarter on 1/4, and the best quarter of these on
-all. A staged search may spend a fifth of the layer calls. A layer call on a part of the examples
+Each search runs ten times on each problem, twice: as it is, and inside `jc.Staged`, which scores
+the chains of a step on 1/16 of the examples, the best quarter on 1/4, and the best quarter of these
+on all. A staged search may spend a fifth of the layer calls. A layer call on a part of the examples
 counts as that part. Staged local search scores 16 neighbors per step instead of 8, and staged
-evolution 16 children, because a larger step has more to choose from; `other sizes` has the searches
-that score all examples with that size, too.
+evolution 16 children, because a larger step has more to choose from.
 
 *Digits*: the 8 solved problems of ChainBench with digits and one head. Layers are applied, because
 the tables hold no losses of parts. The regret is 0 for the best of all chains, and 1 for the median
@@ -57,8 +56,6 @@ SEARCHES: dict[str, tuple[Any, Any]] = {
     "evolution": (jc.Evolution(), jc.Evolution(num_chains=16)),
     "random search": (jc.RandomSearch(), jc.RandomSearch()),
 }
-# Searches with the size of the staged ones, on all examples.
-OTHERS = {name: pair[1] for name, pair in SEARCHES.items() if name != "random search"}
 
 
 class Solved(NamedTuple):
@@ -108,7 +105,6 @@ def compare(names: Any, budget: int, num_seeds: int, folder: Path) -> dict[str, 
     for name, (whole, staged) in SEARCHES.items():
         arms[name] = whole, budget
         arms[f"{name}, staged"] = jc.Staged(staged), budget // SHARE
-    arms |= {f"{name}, other size": (search, budget) for name, search in OTHERS.items()}
     curves: dict[str, list[np.ndarray]] = {arm: [] for arm in arms}
     scales = []
     for name in names:
@@ -197,10 +193,6 @@ def summarize(regrets: dict[str, np.ndarray], budget: int) -> dict[str, Any]:
             "calls_to_reach": calls,
             "share_to_reach": None if calls is None else calls / budget,
         }
-        if name in OTHERS:
-            rows[name]["whole_other_size"] = stats.iqm(
-                regrets[f"{name}, other size"][..., -1]
-            )._asdict()
     return {"budget": budget, "num_problems": len(regrets["random search"]), "rows": rows}
 
 

@@ -102,9 +102,10 @@ def check_parts(problem: Problem) -> None:
     if problem.batch_size is not None or not is_concrete(problem):
         return  # a problem with a batch_size has been checked
     outputs = get_output_shape(problem, infer_hidden(problem))
-    for name in ("loss_fn", "accuracy_fn"):
-        if (function := getattr(problem, name)) is not None:
-            check_mean_over_examples(name, function, outputs, problem.data.y)
+    with jax.ensure_compile_time_eval():  # also while the caller is traced
+        for name in ("loss_fn", "accuracy_fn"):
+            if (function := getattr(problem, name)) is not None:
+                check_mean_over_examples(name, function, outputs, problem.data.y)
 
 
 @pytree_dataclass
@@ -335,7 +336,8 @@ def _climb(
     filler = jnp.where(is_in[0], rows[last.index[best[0]]], problem.space.head_alone)
     chosen = jnp.where(is_in[:, None], rows[last.index[best]], filler[None])
     is_last = i == len(rungs.ends) - 1
-    other = None if rival is None or is_last else jnp.where(is_in[0], rival, filler)
+    needs_rival = is_in[0] & jnp.isfinite(last.bar)
+    other = None if rival is None or is_last else jnp.where(needs_rival, rival, filler)
 
     def score() -> tuple[tuple[Array, Array], Array]:
         return _score(problem, chosen, other, rungs, i, options)

@@ -62,14 +62,15 @@ def charge_step(calls: Int[Array, ""] | Float[Array, ""], rest: Rest | None) -> 
 def total_calls(
     layer_calls: Int[np.ndarray, "*S"],
     examples: Int[np.ndarray, "*S"] | None,
-    num_examples: Int[np.ndarray, "*S"] | None,
+    num_examples: Int[np.ndarray, "..."] | None,
 ) -> Int[np.ndarray, "*S"] | Float[np.ndarray, "*S"]:
     """Return totals as numbers: unchanged, or float64 if they have a rest.
 
     Args:
       layer_calls: the whole layer calls.
       examples: the examples of the rest; None if there is no rest.
-      num_examples: the number of examples of the split; None if there is no rest.
+      num_examples: the number of examples of the split, with leading axes of size 1 or those of the
+        totals; None if there is no rest.
     """
     if examples is None or num_examples is None:
         return layer_calls

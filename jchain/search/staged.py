@@ -4,6 +4,7 @@ The method is successive halving (`jchain.engine.successive_halving`). EvoPress 
 2024, arXiv:2410.14649) selects the children of each generation in this way.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -82,7 +83,7 @@ class Staged:
     """
 
     search: Search
-    fractions: tuple[float | int, ...] = static(default=FRACTIONS)
+    fractions: Sequence[float | int] = static(default=FRACTIONS)
     keep: float | int = static(default=KEEP)
 
     charges_fractions = True
@@ -90,9 +91,8 @@ class Staged:
     reads_activations = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.fractions, list):
-            object.__setattr__(self, "fractions", tuple(self.fractions))
         check_fields(self)
+        object.__setattr__(self, "fractions", tuple(self.fractions))
         if charges_fractions(self.search):
             raise ValueError(
                 "expected a search that charges whole layer calls, got "
