@@ -43,6 +43,7 @@ from jchain.engine.evaluation import (
     pick_best,
     predict,
 )
+from jchain.engine.successive_halving import StagedEvaluation, evaluate_staged
 from jchain.gradient.edit_scores import swap_scores
 from jchain.groups import LayerGroup
 from jchain.inverse.pullback import pull_back
@@ -65,6 +66,7 @@ from jchain.search.mcts import MCTS
 from jchain.search.protocol import Info, Search
 from jchain.search.q_learning import QLearning
 from jchain.search.random_search import RandomSearch
+from jchain.search.staged import Staged
 from jchain.search.suffix_beam_search import SuffixBeamSearch
 from jchain.search.target_propagation import TargetPropagation
 
@@ -102,6 +104,8 @@ __all__ = [
     "Result",
     "ScoredChains",
     "Search",
+    "Staged",
+    "StagedEvaluation",
     "SuffixBeamSearch",
     "TargetPropagation",
     "TokenEncoding",
@@ -120,6 +124,7 @@ __all__ = [
     "evaluate",
     "evaluate_all",
     "evaluate_prefixes",
+    "evaluate_staged",
     "explain_plan",
     "front",
     "gradient",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jchain.cli.config import SearchConfig
-from jchain.cli.records import ResultRecord, Scores, format_loss, read
+from jchain.cli.records import ResultRecord, Scores, format_calls, format_loss, read
 from jchain.cli.result_folder import RESULT_FILE
 from jchain.cli.seeds import TITLES, list_rows
 from jchain.data import EVALUATION_SPLITS
@@ -40,7 +40,7 @@ def _list_facts(record: ResultRecord, config: SearchConfig) -> dict[str, str]:
             facts[title] = ", ".join(counts)
     if record["chosen"] != "search":
         facts["recipe"] = f"{record['chosen']}: no chain that the search found was better on select"
-    calls = f"{record['layer_calls']:,} layer calls"
+    calls = f"{format_calls(record['layer_calls'])} layer calls"
     facts["search"] = f"{config.search}, seed {config.seed}, {calls}"
     return facts | {"command": f"`{hide_folders(config.command)}`"}
 

@@ -43,6 +43,9 @@ def make_search(config: SearchConfig) -> jc.Search:
     Args:
       config: the resolved configuration.
     """
+    search = SEARCHES[require(config.search)]()
     if config.search == "actor-critic":
-        return jc.ActorCritic(encoding=ENCODINGS[config.encoding or "tokens"]())
-    return SEARCHES[require(config.search)]()
+        search = jc.ActorCritic(encoding=ENCODINGS[config.encoding or "tokens"]())
+    if config.fractions is None:
+        return search
+    return jc.Staged(search, tuple(config.fractions))

@@ -25,7 +25,7 @@ class Compared(NamedTuple):
     name: str  # the first folder
     seeds: list[int]
     loss: dict[str, list[float | None]]  # by split, one per seed
-    layer_calls: list[int]
+    layer_calls: list[int | float]
     seconds: list[float]
     layers: list[str]  # of the seed with the lowest loss on `select`
     stopped_by: str | None  # what stopped the search before its end, if it was stopped

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from jchain.chain import check_max_layers, check_min_layers
+from jchain.engine.successive_halving import check_fractions
 from jchain.train import BankKind
 
 DEFAULT_DATA = "digits"
@@ -75,6 +76,8 @@ class SearchConfig:
       min_layers: minimum number of layers in a chain.
       layer_cost: penalty for each layer of a chain, in units of the loss.
       search: name of the search.
+      fractions: fractions of the examples on which chains are scored one after the other, the worst
+        ones on the first only (`jc.Staged`); None to score all chains on all examples.
       encoding: name of the encoding that the actor-critic uses for prefixes.
       update: name of the policy that decides when weights are trained.
       budget: number of layer calls, including the cost of gradient steps.
@@ -117,6 +120,7 @@ class SearchConfig:
     min_layers: int = 0
     layer_cost: float = 0.0
     search: str | None = None
+    fractions: Sequence[float] | None = None
     encoding: str | None = None
     update: str = "frozen"
     budget: int | None = None
@@ -358,6 +362,12 @@ def check_search(config: SearchConfig, invertible_layers: Sequence[str]) -> None
         check_min_layers(config.min_layers, config.max_layers)
     if not 0 <= config.layer_cost < float("inf"):
         raise ValueError(f"expected a finite --layer-cost of at least 0, got {config.layer_cost}")
+    if config.fractions is not None:
+        check_fractions(config.fractions)
+        if config.update in ("clone-then-tune", "shared-updates"):
+            raise ValueError(
+                f"expected --update frozen or tune-found with --fractions, got {config.update}"
+            )
     if config.search != "actor-critic":
         is_shared = config.update == "shared-updates"
         needs_agent = {"--encoding": config.encoding, "--update shared-updates": is_shared}

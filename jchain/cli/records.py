@@ -88,7 +88,7 @@ class ResultRecord(Scores):
     best_chain: list[int]
     chosen: str  # "search", or the name of a recipe that beat the search on `select`
     layers: list[str]
-    layer_calls: int
+    layer_calls: int | float  # a float with --fractions
     update_calls: int
     seconds: float
     optimum: float | None
@@ -222,3 +222,12 @@ def format_loss(loss: float | None, digits: int = 3) -> str:
       digits: the number of decimals.
     """
     return "not finite" if loss is None else f"{loss:.{digits}f}"
+
+
+def format_calls(layer_calls: int | float) -> str:
+    """Format layer calls: whole ones as they are, a number with a fraction with one decimal.
+
+    Args:
+      layer_calls: the layer calls of a record.
+    """
+    return f"{layer_calls:,.1f}" if isinstance(layer_calls, float) else f"{layer_calls:,}"

@@ -9,7 +9,7 @@ from jchain.cli import config as config_lib
 from jchain.cli.checkpoints import SIZES
 from jchain.cli.choices import BANKS, CHANNELS, ENCODINGS, LAYERS, SEARCHES, UPDATES
 from jchain.cli.config import SearchConfig
-from jchain.cli.values import parse_pinned, parse_sizes
+from jchain.cli.values import parse_fractions, parse_pinned, parse_sizes
 from jchain.data import LOADERS, SPLITS
 from jchain.tasks import TASKS
 
@@ -198,6 +198,14 @@ def _add_run(search: argparse.ArgumentParser) -> None:
         choices=sorted(SEARCHES),
         help="search algorithm (default: local for checkpoints, actor-critic with --encoding or "
         "--update shared-updates, critic otherwise)",
+    )
+    group.add_argument(
+        "--fractions",
+        type=parse_fractions,
+        metavar="F,F,...",
+        help="score the chains of each step on these fractions of the examples, one after the "
+        "other, and only the best quarter goes on to the next, as in 1/16,1/4,1 (default: all "
+        "chains on all examples)",
     )
     group.add_argument(
         "--encoding",

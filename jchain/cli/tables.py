@@ -10,6 +10,7 @@ from jchain.cli.records import (
     SeedRow,
     Summary,
     SweepRow,
+    format_calls,
     format_loss,
 )
 from jchain.cli.seeds import list_rows
@@ -188,7 +189,7 @@ def make_remarks(record: ResultRecord) -> list[str]:
         updates = f", {record['update_calls']:,} of them gradient steps"
     chain = " -> ".join(record["layers"])
     lines = [
-        f"Best chain found, in {record['layer_calls']:,} layer calls{updates}, among "
+        f"Best chain found, in {format_calls(record['layer_calls'])} layer calls{updates}, among "
         f"{record['num_chains']:,} chains: {chain}"
     ]
     if record["chosen"] != "search":
@@ -196,9 +197,11 @@ def make_remarks(record: ResultRecord) -> list[str]:
             f"This chain is a recipe ({record['chosen']}): no chain found was better on select"
         )
     if record["nonfinite_chains"]:
+        is_staged = record["config"].get("fractions") is not None
+        why = "stopped after a part of the examples, or had" if is_staged else "had"
         lines.append(
-            f"{record['nonfinite_chains']} of {record.get('num_scored', 'all')} scored chains had "
-            "a non-finite loss"
+            f"{record['nonfinite_chains']} of {record.get('num_scored', 'all')} scored chains "
+            f"{why} a non-finite loss"
         )
     return [*lines, *_say_what_is_noise(record)]
 

@@ -1,6 +1,7 @@
 """Values of options that are written as numbers with commas."""
 
 import argparse
+from fractions import Fraction
 
 
 def parse_sizes(text: str) -> tuple[int, ...]:
@@ -17,6 +18,23 @@ def parse_sizes(text: str) -> tuple[int, ...]:
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"expected four sizes, as in 5000,1000,1000,1000, got {text!r}"
+        ) from None
+
+
+def parse_fractions(text: str) -> tuple[float, ...]:
+    """Parse fractions of the examples.
+
+    Args:
+      text: fractions separated by commas, as in 1/16,1/4,1 or 0.1,1.
+
+    Raises:
+      argparse.ArgumentTypeError: if the text has another form.
+    """
+    try:
+        return tuple(float(Fraction(part.strip())) for part in text.split(","))
+    except (ValueError, ArithmeticError):
+        raise argparse.ArgumentTypeError(
+            f"expected fractions, as in 1/16,1/4,1, got {text!r}"
         ) from None
 
 

@@ -28,11 +28,11 @@ from jchain.engine.population import (
     Evaluation,
     Options,
     cast,
-    evaluate_population,
     pad_population,
     take_first,
 )
 from jchain.engine.prefix_sharing import count_calls
+from jchain.engine.successive_halving import evaluate_rows
 from jchain.modules.host_batch import HostBatch
 from jchain.problem import Problem
 from jchain.pytree import describe_type, is_concrete
@@ -229,7 +229,7 @@ def evaluate_filled(problem: Problem, chains: Int[Array, "P L"]) -> Evaluation:
     if problem.bank.stages is None:
         return evaluate(problem, chains)
     placed, tokens, options = _place(problem, chains, None, None, None, None)
-    return evaluate_population(placed, tokens, options=options)
+    return evaluate_rows(placed, tokens, options=options)
 
 
 @checked
@@ -264,7 +264,7 @@ def evaluate_all(
         )
     chains = problem.space.enumerate()
     placed, tokens, options = _place(problem, chains, dtype, memory_limit, mesh, plan)
-    return chains, evaluate_population(placed, tokens, options=options)
+    return chains, evaluate_rows(placed, tokens, options=options)
 
 
 @checked
@@ -400,7 +400,7 @@ def _evaluate_any_size(
     if isinstance(chains, np.ndarray) and not (is_alone and has_own_program(num_chains)):
         chains = pad_population(chains)
     placed, rows, options = _place(problem, chains, dtype, memory_limit, mesh, plan)
-    out = evaluate_population(placed, rows, options=options)
+    out = evaluate_rows(placed, rows, options=options)
     return out if len(rows) == num_chains else take_first(out, num_chains)
 
 

@@ -16,6 +16,7 @@ from jchain.arguments import checked
 from jchain.chain import PADDING
 from jchain.engine.evaluation import evaluate_filled
 from jchain.engine.fingerprint import compute_fingerprints
+from jchain.engine.successive_halving import RungProblem, evaluate_new
 from jchain.problem import Problem
 
 _SIZE, _NUM_WAYS = 2**15, 8
@@ -53,28 +54,42 @@ def init(problem: Problem) -> ScoreCache:
 
 @checked
 def evaluate_cached(
-    cache: ScoreCache, problem: Problem, chains: Int[Array, "P L"]
-) -> tuple[ScoreCache, Float[Array, "P"], Int[Array, ""]]:
+    cache: ScoreCache,
+    problem: Problem,
+    chains: Int[Array, "P L"],
+    rival: Int[Array, "L"] | None = None,
+) -> tuple[ScoreCache, Float[Array, "P"], Int[Array, ""] | Float[Array, ""]]:
     """Look up the losses of chains in the cache, and evaluate the chains that are new.
+
+    Inside `jc.Staged`, the new chains compete, and those that stop after a part of the examples
+    have a loss of `+inf`, which is not stored.
 
     Args:
       cache: the losses of the chains that were scored before.
       problem: the bank, the split of data, and the loss.
       chains: the tokens of the chains, `[P, L]`.
+      rival: the tokens of a chain that a new chain has to beat to be of use, such as the chain that
+        local search is at; a row of -1 or None for none. Inside `jc.Staged`, a new chain that is no
+        better than its rival on the same part of the examples stops. Otherwise, it has no effect.
 
     Returns:
       The cache with these chains stored, their losses `[P]`, and the layer calls that the new
-      chains cost.
+      chains cost: a float inside `jc.Staged`.
     """
     fingerprint = compute_fingerprints(problem, chains)
     set_index, is_match = _find(cache, chains, fingerprint)
     is_known = is_match.any(axis=1)
     # Replace cached chains with a chain of only a head, which costs no layer call.
     new = jnp.where(is_known[:, None], problem.space.head_alone[None], chains)
-    out = evaluate_filled(problem, new)
+    is_new = ~is_known
+    if isinstance(problem, RungProblem):
+        loss, is_whole, layer_calls = evaluate_new(problem, new, is_new, rival)
+        is_new &= is_whole
+    else:
+        loss, _, layer_calls, _ = evaluate_filled(problem, new)
     known = jnp.where(is_match, cache.loss[set_index], 0.0).sum(axis=1)
-    loss = jnp.where(is_known, known, out.loss)
-    return _store(cache, set_index, chains, fingerprint, loss, ~is_known), loss, out.layer_calls
+    loss = jnp.where(is_known, known, loss)
+    return _store(cache, set_index, chains, fingerprint, loss, is_new), loss, layer_calls
 
 
 @checked

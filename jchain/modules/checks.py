@@ -243,8 +243,9 @@ def check_mean_over_examples(
     parts = float(jnp.mean(jnp.stack([jnp.mean(value) for value in single])))
     if not np.isclose(whole, parts, rtol=1e-3, atol=1e-5, equal_nan=True):
         raise ValueError(
-            f"expected {name} to treat examples one by one, as batch_size needs, but for {num} "
-            f"examples it is {whole:.6g} and its mean over single examples is {parts:.6g}"
+            f"expected {name} to treat examples one by one, as batch_size and jc.Staged "
+            f"need, but for {num} examples it is {whole:.6g} and its mean over single examples is "
+            f"{parts:.6g}"
         )
 
 

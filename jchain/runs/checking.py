@@ -12,7 +12,7 @@ from jchain.arguments import checked
 from jchain.engine.evaluation import evaluate
 from jchain.problem import Problem
 from jchain.runs.driver import check_arguments
-from jchain.search.protocol import Info, Search, check_step
+from jchain.search.protocol import Info, Search, charges_fractions, check_step
 
 # Two ways of computing the same value may round differently.
 _RTOL, _ATOL = 2e-3, 1e-5
@@ -41,7 +41,8 @@ def check_search(
 
     A few steps are run jitted, without `jit`, vmapped over two keys, and again with the same key.
     The check then compares these runs, evaluates all chains that they reported, and computes a
-    lower bound on their cost.
+    lower bound on their cost. If the search charges fractions of layer calls, chains with a loss of
+    `+inf` are left out of both.
 
     Args:
       search: the search to check.
@@ -70,7 +71,11 @@ def check_search(
     all_keys = jax.vmap(lambda key: jax.random.split(key, num_steps + 1), out_axes=1)(keys)
     own_keys, jitted_init, jitted_step = all_keys[:, 0], jax.jit(init), jax.jit(step)
     jitted = _take_steps(own_keys, jitted_init, jitted_step)
-    findings = [*_check_states(jitted.states), *_check_rows(jitted.infos, problem)]
+    may_stop = charges_fractions(search)
+    findings = [
+        *_check_states(jitted.states),
+        *_check_rows(jitted.infos, problem, may_stop=may_stop),
+    ]
     others = {
         "without jit": _take_steps(own_keys, init, step),
         "repeated with the same key": _take_steps(own_keys, jitted_init, jitted_step),
@@ -116,8 +121,11 @@ def _check_states(states: list[PyTree]) -> list[str]:
     return []
 
 
-def _check_rows(infos: list[Info], problem: Problem) -> list[str]:
-    """Check what the steps reported: chains, losses, and costs."""
+def _check_rows(infos: list[Info], problem: Problem, *, may_stop: bool) -> list[str]:
+    """Check what the steps reported: chains, losses, and costs.
+
+    With `may_stop`, a loss of `+inf` may mean that the chain was scored on some examples only.
+    """
     findings, rows, seen = [], [], set()
     for t, info in enumerate(infos):
         is_chain = np.asarray(problem.space.contains(jnp.asarray(info.chains)))
@@ -127,8 +135,9 @@ def _check_rows(infos: list[Info], problem: Problem) -> list[str]:
                 f"step {t} reports {info.chains[is_invalid][0].tolist()}, which is not a chain of "
                 f"{problem.min_layers} to {problem.max_layers} layers and a head"
             )
-        chains = [tuple(int(token) for token in row) for row in info.chains[is_chain]]
-        rows += [_Row(t, *pair) for pair in zip(chains, info.loss[is_chain], strict=True)]
+        is_scored = is_chain & np.isfinite(info.loss) if may_stop else is_chain
+        chains = [tuple(int(token) for token in row) for row in info.chains[is_scored]]
+        rows += [_Row(t, *pair) for pair in zip(chains, info.loss[is_scored], strict=True)]
         prefixes = {
             tokens[:length]
             for tokens in chains
@@ -137,10 +146,10 @@ def _check_rows(infos: list[Info], problem: Problem) -> list[str]:
         }
         least = len(prefixes - seen)
         seen |= prefixes
-        if info.layer_calls < least:
+        if info.layer_calls < least - _ATOL:
             findings.append(
-                f"step {t} costs {int(info.layer_calls)} layer calls, but the prefixes of its "
-                f"chains that no step had scored before cost at least {least}"
+                f"step {t} costs {info.layer_calls.item():.10g} layer calls, but the prefixes of "
+                f"its chains that no step had scored before cost at least {least}"
             )
     return findings + _check_losses(rows, problem)
 

@@ -1,5 +1,6 @@
 """What a run has done so far, and how it is written to a checkpoint and read from one."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -37,8 +38,8 @@ class History:
         self.start = start
         self.seconds = 0.0
         self.scored: list[list[ScoredChains]] = []  # one list per part, with an item per run
-        num_runs = runs.key.shape[0]
-        self._traces = [empty_trace(num_runs)]
+        num_runs, has_rest = runs.key.shape[0], runs.stats.rest is not None
+        self._traces = [empty_trace(num_runs, has_rest=has_rest)]
         self._custom: list[PyTree] = []
         self._num_steps = np.zeros(num_runs, np.int64)
 
@@ -68,10 +69,9 @@ class History:
             self._custom.append(jax.tree.map(np.copy, part.records.custom))
         scored = []
         if part.records.scored is not None:
-            is_counted, layer_calls = np.asarray(part.trace.is_counted), part.trace.layer_calls
-            scored = select_scored(
-                part.records.scored, is_counted, np.asarray(layer_calls), self._num_steps
-            )
+            layer_calls = part.trace.total(part.runs.stats.rest)
+            is_counted = np.asarray(part.trace.is_counted)
+            scored = select_scored(part.records.scored, is_counted, layer_calls, self._num_steps)
         self._num_steps = self._num_steps + np.asarray(part.trace.is_counted).sum(axis=0)
         return scored
 
@@ -137,7 +137,8 @@ class History:
         def stack(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((-1, *shape), dtype)
 
-        trace = jax.tree.map(lambda leaf: stack((num_runs,), leaf.dtype), empty_trace(num_runs))
+        empty = empty_trace(num_runs, has_rest=runs.stats.rest is not None)
+        trace = jax.tree.map(lambda leaf: stack((num_runs,), leaf.dtype), empty)
         custom = jax.tree.map(lambda leaf: stack(leaf.shape, leaf.dtype), records.custom)
         return {"runs": runs, "trace": trace, "custom": custom}
 
@@ -160,7 +161,7 @@ class History:
         history._traces = [arrays["trace"]]
         history._custom = [] if arrays["custom"] is None else [arrays["custom"]]
         history._num_steps = arrays["trace"].is_counted.sum(axis=0)
-        spent = int(np.max(history.runs.stats.layer_calls))
+        spent = math.ceil(np.max(history.runs.stats.total))
         numbers = _to_numbers(stop)
         if spent > numbers[0]:
             raise ValueError(

@@ -119,7 +119,7 @@ class Monitor:
         stats = jax.tree.map(np.asarray, self._history.runs.stats)
         progress = [
             Progress(
-                layer_calls=int(stats.layer_calls[i]),
+                layer_calls=stats.total[i].item(),
                 seconds=self._history.seconds,
                 best_chain=stats.pool.chains[i, 0],
                 best_loss=float(stats.pool.loss[i, 0]),

@@ -15,7 +15,7 @@ class Progress(NamedTuple):
     """How far a run is, for a callback.
 
     Attributes:
-      layer_calls: the layer calls spent so far.
+      layer_calls: the layer calls spent so far; a float if the search charges fractions.
       seconds: the time spent so far, including that of earlier calls.
       best_chain: the best chain so far, `[L]`; all -1 if no chain had a finite loss.
       best_loss: its loss.
@@ -23,7 +23,7 @@ class Progress(NamedTuple):
       loss: their losses, `[C]`.
     """
 
-    layer_calls: int
+    layer_calls: int | float
     seconds: float
     best_chain: Int[np.ndarray, "L"]
     best_loss: float

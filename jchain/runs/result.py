@@ -13,15 +13,19 @@ from jchain.arguments import checked, read_array
 from jchain.problem import Problem
 from jchain.pytree import describe_type, shorten
 from jchain.runs import result_json
+from jchain.runs.charges import Rest, total_calls
 from jchain.runs.front import Front, find_front
 from jchain.runs.scored_chains import ScoredChains
 from jchain.search.pool import Pool
 
 
 class Curve(NamedTuple):
-    """The best loss so far and the cost so far, after each step."""
+    """The best loss so far and the cost so far, after each step.
 
-    layer_calls: Int[np.ndarray, "T"]
+    Layer calls are float64 if the search charges fractions of them (`jc.Staged`), else integers.
+    """
+
+    layer_calls: Int[np.ndarray, "T"] | Float[np.ndarray, "T"]
     best_loss: Float[np.ndarray, "T"]
 
     @checked
@@ -50,10 +54,10 @@ class Result(NamedTuple):
       curve: the best loss so far, after each step.
       finalists: the best distinct chains, best first, `[Q, L]`, to choose from on another split.
       finalist_losses: their losses, `[Q]`.
-      layer_calls: what the run cost.
+      layer_calls: what the run cost; a float if the search charges fractions (`jc.Staged`).
       num_scored: the number of chains that were scored, with repeats.
-      num_nonfinite: the number of these chains whose loss was not finite, or that cost more than
-        the problem's `max_cost`.
+      num_nonfinite: the number of these chains whose loss was not finite, that cost more than the
+        problem's `max_cost`, or that `jc.Staged` stopped after a part of the examples.
       num_invalid: the number of rows that the search reported but that are not chains.
       best_cost: the cost of the best chain, in the unit of `Problem.token_costs`, or its number of
         layers if the problem has none; nan if there is no best chain.
@@ -77,7 +81,7 @@ class Result(NamedTuple):
     curve: Curve
     finalists: Int[np.ndarray, "Q L"]
     finalist_losses: Float[np.ndarray, "Q"]
-    layer_calls: int
+    layer_calls: int | float
     num_scored: int
     num_nonfinite: int
     num_invalid: int = 0
@@ -139,7 +143,7 @@ _JSON_TYPES = {
     "curve": tuple,
     "finalists": np.ndarray,
     "finalist_losses": np.ndarray,
-    "layer_calls": int,
+    "layer_calls": int | float,
     "num_scored": int,
     "num_nonfinite": int,
     "num_invalid": int,
@@ -179,14 +183,21 @@ class RunStats(NamedTuple):
     """The best chains and the counts of one run."""
 
     pool: Pool
-    layer_calls: Int[Array, ""]
+    layer_calls: Int[Array, ""]  # whole ones
     num_scored: Int[Array, ""]
     num_nonfinite: Int[Array, ""]
     num_invalid: Int[Array, ""]
     num_free: Int[Array, ""]  # consecutive zero-cost steps
-    last_calls: Int[Array, ""]  # layer calls of the last step, counted or not
+    last_calls: Int[Array, ""]  # layer calls of the last step, counted or not, rounded up
     is_over: Bool[Array, ""]
     front: Front
+    rest: Rest | None = None  # of the layer calls; None if the search charges whole ones
+
+    @property
+    def total(self) -> Int[np.ndarray, "*S"] | Float[np.ndarray, "*S"]:
+        """The layer calls with their rest, on the host."""
+        rest = (None, None) if self.rest is None else map(np.asarray, self.rest)
+        return total_calls(np.asarray(self.layer_calls), *rest)
 
 
 class RunState(NamedTuple):
@@ -225,16 +236,30 @@ class Trace(NamedTuple):
     layer_calls: Int[np.ndarray, "T S"] | Int[Array, "T S"]
     best_loss: Float[np.ndarray, "T S"] | Float[Array, "T S"]
     is_counted: Bool[np.ndarray, "T S"] | Bool[Array, "T S"]
+    # The rest of the layer calls, in examples; None if the search charges whole layer calls.
+    examples: Int[np.ndarray, "T S"] | Int[Array, "T S"] | None = None
+
+    def total(self, rest: Rest | None) -> Int[np.ndarray, "T S"] | Float[np.ndarray, "T S"]:
+        """Return the layer calls with their rest.
+
+        Args:
+          rest: the rest at the end of the runs, which has the number of examples.
+        """
+        num_examples = None if rest is None else np.asarray(rest.num_examples)[None]
+        return total_calls(np.asarray(self.layer_calls), self.examples, num_examples)
 
 
-def empty_trace(num_runs: int) -> Trace:
+def empty_trace(num_runs: int, *, has_rest: bool = False) -> Trace:
     """Return the trace of no steps.
 
     Args:
       num_runs: the number of runs, S.
+      has_rest: whether the search charges fractions of layer calls.
     """
     shape = (0, num_runs)
-    return Trace(np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, bool))
+    counts = np.zeros(shape, np.int32)
+    examples = counts if has_rest else None
+    return Trace(counts, np.zeros(shape, np.float32), np.zeros(shape, bool), examples)
 
 
 @checked
@@ -306,7 +331,7 @@ def _make_result(
             start.layer_calls if start else 0,
             "the starts",
         )
-    layer_calls = np.asarray(trace.layer_calls)[is_counted, i]
+    layer_calls = trace.total(all_stats.rest)[is_counted, i]
     best_loss = np.asarray(trace.best_loss)[is_counted, i]
     if start is not None:
         layer_calls = np.append(layer_calls.dtype.type(start.layer_calls), layer_calls)
@@ -318,7 +343,7 @@ def _make_result(
         curve=Curve(layer_calls, best_loss),
         finalists=stats.pool.chains[is_found],
         finalist_losses=stats.pool.loss[is_found],
-        layer_calls=int(stats.layer_calls),
+        layer_calls=stats.total.item(),
         num_scored=int(stats.num_scored),
         num_nonfinite=int(stats.num_nonfinite),
         num_invalid=int(stats.num_invalid),

@@ -26,7 +26,8 @@ class ScoredChains(NamedTuple):
     chains: Int[np.ndarray, "C L"]
     loss: Float[np.ndarray, "C"]
     step: Int[np.ndarray, "C"]  # the number of the step; 0 for the starts
-    layer_calls: Int[np.ndarray, "C"]  # the layer calls of the run after that step
+    # The layer calls of the run after that step; float64 if the search charges fractions.
+    layer_calls: Int[np.ndarray, "C"] | Float[np.ndarray, "C"]
 
     def to_frame(self) -> "pd.DataFrame":
         """Return a pandas data frame with one row per chain; `chain` is a tuple of tokens.
@@ -60,7 +61,7 @@ def empty_scored(num_slots: int) -> ScoredChains:
 def select_scored(
     scored: Info,
     is_counted: Bool[np.ndarray, "T S"],
-    layer_calls: Int[np.ndarray, "T S"],
+    layer_calls: Int[np.ndarray, "T S"] | Float[np.ndarray, "T S"],
     num_steps: Int[np.ndarray, "S"],
 ) -> list[ScoredChains]:
     """Select the chains of the counted steps of one part, for each run.
@@ -196,8 +197,9 @@ def _parse(rows: list[dict[str, Any]], num_slots: int) -> ScoredChains:
         chain[: len(row["chain"])] = row["chain"]
     loss = [np.inf if row["loss"] is None else row["loss"] for row in rows]
     steps, calls = ([row[name] for row in rows] for name in ("step", "layer_calls"))
+    dtype = np.float64 if any(isinstance(number, float) for number in calls) else np.int32
     return ScoredChains(
-        chains, np.array(loss, np.float32), np.array(steps, np.int32), np.array(calls, np.int32)
+        chains, np.array(loss, np.float32), np.array(steps, np.int32), np.array(calls, dtype)
     )
 
 

@@ -14,11 +14,12 @@ from jchain.chain import PADDING
 from jchain.engine.backend import jit_for_problem
 from jchain.engine.control_flow import vmap_unless_one
 from jchain.problem import Problem
+from jchain.runs.charges import Charge, Rest, charge_step
 from jchain.runs.front import empty_front, merge_front
 from jchain.runs.rescoring import get_seen_problem, rescore
 from jchain.runs.result import MAX_FREE_STEPS, RunState, RunStats, StopRule, Trace
 from jchain.search.pool import empty_pool, merge
-from jchain.search.protocol import Info, Search, check_step
+from jchain.search.protocol import Info, Search, charges_fractions, check_step
 
 # One program takes at most this many steps, or fewer if what they record needs more memory.
 MAX_STEPS = 256
@@ -109,6 +110,7 @@ def _init_runs(keys: Array, search: Search, problem: Problem, num_finalists: int
         last_calls=zero,
         is_over=jnp.array(False),
         front=front,
+        rest=_start_rest(search, problem),
     )
     seen = get_seen_problem(search, problem)
 
@@ -198,9 +200,9 @@ def advance_part(
         return t + 1, runs, jax.tree.map(lambda leaf, row: leaf.at[t].set(row), rows, tuple(new))
 
     shape = (MAX_STEPS, runs.key.shape[0])
-    trace = Trace(
-        jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool)
-    )
+    counts = jnp.zeros(shape, jnp.int32)
+    examples = None if runs.stats.rest is None else counts
+    trace = Trace(counts, jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool), examples)
     start = (jnp.array(0), runs, (trace, empty))
     num_taken, runs, (trace, records) = jax.lax.while_loop(is_active, take_step, start)
     return Steps(runs, trace, records, num_taken)
@@ -265,9 +267,8 @@ def _take_step(
     # With jax_enable_x64, some counts and losses become wider than in the first state.
     state = jax.tree.map(_cast, state, run.state)
     old = run.stats
-    calls = info.layer_calls.astype(jnp.int32)
-    # Compare with the budget that is left, because the sum of the calls could overflow int32.
-    is_counted = ~old.is_over & (calls <= stop.budget - old.layer_calls)
+    charge = charge_step(info.layer_calls, old.rest)
+    is_counted = ~old.is_over & charge.fits(stop.budget - old.layer_calls)
     # What a search reports is checked: a row that is not a chain never becomes the best one.
     is_chain = problem.space.contains(info.chains)
     num_invalid = jnp.sum(~is_chain & (info.chains != PADDING).any(axis=1), dtype=jnp.int32)
@@ -275,13 +276,14 @@ def _take_step(
     loss = jnp.where(is_chain, info.loss, jnp.inf)
     if problem.max_cost is not None:
         loss = jnp.where(problem.exceeds_limit(problem.chain_cost(chains)), jnp.inf, loss)
-    info = Info(chains, loss, calls)
+    info = Info(chains, loss, charge.cost)
     stats = jax.tree.map(
         partial(jnp.where, is_counted),
-        _count(old, info, num_invalid, problem, stop),
-        old._replace(last_calls=calls, is_over=jnp.array(True)),
+        _count(old, info, charge, num_invalid, problem, stop),
+        old._replace(last_calls=charge.cost, is_over=jnp.array(True)),
     )
-    row = Trace(stats.layer_calls, stats.pool.loss[0], is_counted)
+    examples = None if stats.rest is None else stats.rest.examples
+    row = Trace(stats.layer_calls, stats.pool.loss[0], is_counted, examples)
     custom = None
     if recording.record_fn is not None:
         custom = jax.tree.map(jnp.asarray, recording.record_fn(state, info))
@@ -290,13 +292,18 @@ def _take_step(
 
 
 def _count(
-    old: RunStats, info: Info, num_invalid: Int[Array, ""], problem: Problem, stop: StopRule
+    old: RunStats,
+    info: Info,
+    charge: Charge,
+    num_invalid: Int[Array, ""],
+    problem: Problem,
+    stop: StopRule,
 ) -> RunStats:
     """Add a step to the counts and the best chains of a run."""
     is_chain = info.chains[:, 0] != PADDING
     pool = merge(old.pool, info.chains, info.loss)
-    layer_calls = old.layer_calls + info.layer_calls
-    num_free = jnp.where(info.layer_calls == 0, old.num_free + 1, 0)
+    layer_calls = old.layer_calls + charge.layer_calls
+    num_free = jnp.where(charge.cost == 0, old.num_free + 1, 0)
     return RunStats(
         pool=pool,
         layer_calls=layer_calls,
@@ -305,10 +312,17 @@ def _count(
         + jnp.sum(is_chain & ~jnp.isfinite(info.loss), dtype=jnp.int32),
         num_invalid=old.num_invalid + num_invalid,
         num_free=num_free,
-        last_calls=info.layer_calls,
+        last_calls=charge.cost,
         is_over=_is_over(layer_calls, num_free, pool.loss[0], stop),
         front=merge_front(old.front, problem, info.chains, info.loss),
+        rest=charge.rest,
     )
+
+
+def _start_rest(search: Search, problem: Problem) -> Rest | None:
+    if not charges_fractions(search):
+        return None
+    return Rest(jnp.zeros((), jnp.int32), jnp.full((), problem.num_examples, jnp.int32))
 
 
 def _is_over(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jchain import env
 from jchain._typing import Array, Float, Int, Key
 from jchain.arguments import check_at_least_one, checked
+from jchain.chain import PADDING
 from jchain.engine import score_cache
 from jchain.engine.score_cache import ScoreCache
 from jchain.problem import Problem
@@ -107,7 +108,9 @@ class LocalSearch:
         """
         start_key, order_key = jax.random.split(key)
         chains, num_neighbors = self._choose_chains(state, problem)
-        cache, loss, layer_calls = score_cache.evaluate_cached(state.cache, problem, chains)
+        # A start chain that is not scored is no rival.
+        rival = jnp.where(jnp.isfinite(state.loss), state.chain, PADDING)
+        cache, loss, layer_calls = score_cache.evaluate_cached(state.cache, problem, chains, rival)
 
         is_better = loss < state.loss
         first = jnp.argmax(is_better)

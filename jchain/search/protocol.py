@@ -31,12 +31,14 @@ class Info(NamedTuple):
       chains: the tokens of the chains, `[P, L]`; a row of -1 holds no chain.
       loss: the loss of each chain, `[P]`, with the layer penalty; `+inf` if it is not finite or the
         row holds no chain.
-      layer_calls: the cost of this step in layer calls.
+      layer_calls: the cost of this step in layer calls on the whole split: an integer or, if the
+        search `charges_fractions`, a float. The driver rounds it to whole examples, and adds these
+        up without error.
     """
 
     chains: Int[Array, "P L"]
     loss: Float[Array, "P"]
-    layer_calls: Int[Array, ""]
+    layer_calls: Int[Array, ""] | Float[Array, ""]
 
 
 @runtime_checkable
@@ -47,7 +49,7 @@ class Search(Protocol):
     static; all other hyperparameters are leaves.
 
     Both methods must work under `jit`, and under `vmap` over keys and states. The members below are
-    optional. The first four are flags. The functions of the same names in this module read them,
+    optional. The first five are flags. The functions of the same names in this module read them,
     and return False if a search does not define the flag.
 
     - `is_deterministic`: the key does not affect which chains the search scores.
@@ -55,6 +57,8 @@ class Search(Protocol):
     - `needs_invertible`: the layers of the bank must be invertible.
     - `reads_activations`: the search reads activations or gradients, not only losses. If the
       examples are read in parts, it is given the first part alone (`jchain.runs.rescoring`).
+    - `charges_fractions`: `Info.layer_calls` is a float, because some chains are scored on a part
+      of the examples. Chains that were not scored on the whole split have a loss of `+inf`.
     - `check(problem)`: raises ValueError if the search cannot run on the problem (`Checked`).
     - `start(key, state, problem, chains, loss)`: begins at given chains (`Startable`).
     - `refresh(state, problem, chains)`: adapts the state to changed weights (`Refreshable`).
@@ -180,6 +184,15 @@ def reads_activations(search: Search) -> bool:
     return bool(getattr(search, "reads_activations", False))
 
 
+def charges_fractions(search: Search) -> bool:
+    """Return True if the cost of a step is a float, because some layer calls are on fewer examples.
+
+    Args:
+      search: the search.
+    """
+    return bool(getattr(search, "charges_fractions", False))
+
+
 def check_step(search: Search, out: object, problem: Problem) -> tuple[PyTree, Info]:
     """Check that a step returned a state and an `Info` of the right shapes. Works while tracing.
 
@@ -216,9 +229,12 @@ def check_step(search: Search, out: object, problem: Problem) -> tuple[PyTree, I
             f"{loss.dtype}{list(loss.shape)}"
         )
     layer_calls = jnp.asarray(info.layer_calls)
-    if layer_calls.shape or not jnp.issubdtype(layer_calls.dtype, jnp.integer):
+    kind = "a float" if charges_fractions(search) else "an integer"
+    dtype = jnp.floating if charges_fractions(search) else jnp.integer
+    if layer_calls.shape or not jnp.issubdtype(layer_calls.dtype, dtype):
         raise ValueError(
-            f"expected {name} to return layer_calls as an integer scalar, got "
-            f"{layer_calls.dtype}{list(layer_calls.shape)}"
+            f"expected {name} to return layer_calls as {kind} scalar, got "
+            f"{layer_calls.dtype}{list(layer_calls.shape)}; it is a float if charges_fractions of "
+            "the search is True"
         )
     return state, Info(chains, loss, layer_calls)

@@ -29,7 +29,7 @@ from jchain.runs.run_folder import Snapshot
 from jchain.runs.starts import begin_at
 from jchain.runs.stepping import init_runs
 from jchain.search.pool import empty_pool, merge
-from jchain.search.protocol import Refreshable, Search
+from jchain.search.protocol import Refreshable, Search, charges_fractions
 from jchain.train import OPTIMIZER
 from jchain.updates.clones import CloneBank
 from jchain.updates.policies import (
@@ -94,6 +94,7 @@ class CloneThenTune(UpdatePolicy):
     @checked
     def check(self, args: RunArguments) -> None:
         check_arguments(args.search, args.problem, args.budget, args.num_finalists)
+        _check_search(args.search)
         reserved = self._reserve(args)
         rounds = self._start(jax.random.split(args.key, self.num_rounds + 1)[0], args)
         problem = args.problem.with_bank(rounds.clones.bank)
@@ -110,6 +111,7 @@ class CloneThenTune(UpdatePolicy):
     @checked
     def apply(self, args: RunArguments) -> Outcome:
         check_arguments(args.search, args.problem, args.budget, args.num_finalists)
+        _check_search(args.search)
         training = make_training_problem(args.problem, args.train)
         _check_problem(args.problem)
         reserved = self._reserve(args)
@@ -315,6 +317,14 @@ def _make_snapshot(rounds: _Rounds) -> Snapshot:
         "spent": rounds.spent,
     }
     return Snapshot(arrays, info)
+
+
+def _check_search(search: Search) -> None:
+    if charges_fractions(search):
+        raise ValueError(
+            "expected a search that charges whole layer calls with CloneThenTune, got "
+            f"{type(search).__name__}"
+        )
 
 
 def _check_problem(problem: Problem) -> None:
