@@ -1,4 +1,4 @@
-"""The Llama family, which includes Mistral, Qwen2, Qwen3, and SmolLM3.
+"""The Llama family, which includes Mistral, Ministral, Qwen2, Qwen3, and SmolLM3.
 
 These models have rotary positions, RMS norms, gated MLPs, and grouped queries, and differ only in
 their configs. `jchain.hub.architecture` explains how to add a family.
@@ -25,7 +25,8 @@ from jchain.hub.modules import Embedding, GatedMLP, Linear, RMSNorm, check_activ
 from jchain.hub.rotary import LongRotary, compute_rotary, read_rope_options
 from jchain.pytree import multiply_children
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+# A Mistral whose config lists types of blocks is a Ministral.
+MODEL_TYPES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3")
 
 
 class Stem(nn.Module):
@@ -245,13 +246,15 @@ def read_windows(
     depth = len(is_rotated)
     if kind == "llama":
         return (None,) * depth, {}
-    if kind == "mistral":
-        return (read_window(config, 4096),) * depth, {}
     is_used = config.get_flag("use_sliding_window", False)
-    if kind == "smollm3":
-        has_window = [is_used and not has_positions for has_positions in is_rotated]
+    if kind in ("mistral", "ministral"):
+        window = read_window(config, 4096)
+        has_window = [window is not None] * depth
+        if kind == "mistral" and "layer_types" not in config.options:
+            return (window,) * depth, {}
+    elif kind == "smollm3":
         window = read_window(config, None)
-        has_window = [window is not None and has for has in has_window]
+        has_window = [is_used and window is not None and not rotated for rotated in is_rotated]
     else:
         window = read_window(config, 4096) if is_used else None
         first = config.get("max_window_layers", 28)

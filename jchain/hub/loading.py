@@ -47,7 +47,8 @@ def load(
     The layers are the blocks in order, named `name/0`, `name/1`, and so on. The stem is the
     embeddings, and the head is the last norm and the output layer. The chain of the tokens `0..n`,
     which are all blocks and the head, is the original model; it is also the parent of the bank.
-    Weights keep the layout of the file. `docs/transformers.md` lists the supported families.
+    Weights keep the layout of the file. docs/transformers.md lists the supported families, such as
+    GPT-2, Llama, Mistral, Qwen, Gemma, Phi-3, OLMo, SmolLM3, GPT-NeoX, and ViT.
 
     The first and the last block of a trained transformer can seldom be replaced by other blocks, so
     they can be pinned. Pinned blocks are in every chain. They have no token, belong to the stem and

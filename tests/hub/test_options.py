@@ -53,6 +53,7 @@ FAMILIES = {
     },
     "Llama": GROUPED,
     "Mistral": GROUPED | {"sliding_window": 4},
+    "Ministral": GROUPED | {"sliding_window": 4, "head_dim": 6},
     "Qwen2": GROUPED | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
     "Qwen3": GROUPED | {"head_dim": 8},
     "SmolLM3": GROUPED | {"sliding_window": 4},

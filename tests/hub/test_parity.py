@@ -74,6 +74,12 @@ CASES = {
     "llama llama3": ("Llama", SIZES | {"rope_parameters": ROPE | LLAMA3}),
     "llama yarn": ("Llama", SIZES | {"rope_parameters": ROPE | YARN}),
     "mistral": ("Mistral", GROUPED | {"sliding_window": 4}),
+    "ministral": (
+        "Ministral",
+        GROUPED
+        | {"layer_types": ["full_attention"] + 3 * ["sliding_attention"], "sliding_window": 3}
+        | {"head_dim": 8},
+    ),
     "qwen2": ("Qwen2", GROUPED),
     "qwen2 windows": (
         "Qwen2",
@@ -237,7 +243,19 @@ def test_classifiers_of_images(tmp_path):
     assert_close(apply(bank, [0, 2, 3], images), expected)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama tied", "qwen3", "gpt_neox"])
+HALVES = [
+    "gpt2",
+    "gpt2 scaled",
+    "llama tied",
+    "qwen3",
+    "gpt_neox",
+    "smollm3",
+    "gemma",
+    "gemma2",
+] + ["gemma3", "phi3 long", "olmo", "olmo2", "qwen3_moe", "granite", "starcoder2"]
+
+
+@pytest.mark.parametrize("name", HALVES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_and_shards(tmp_path, name, dtype):
     model = make_model(name)
