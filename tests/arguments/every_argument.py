@@ -142,6 +142,9 @@ def make_calls(w):
         "jc.evaluate": many | engine,
         "jc.evaluate_all": {"problem": problem} | engine,
         "jc.evaluate_prefixes": {"problem": problem, "chains": chains} | engine,
+        "jc.evaluate_staged": {
+            "problem": problem, "chains": chains, "fractions": (0.5, 1), "keep": 0.5
+        },
         "jc.explain_plan": many | engine,
         "jc.front": {"results": result},
         "jc.gradient.score_edits": on | {
@@ -363,7 +366,7 @@ def make_calls(w):
         "UpdatePolicy.run": {"self": jc.updates.Frozen()} | policy_run | saving,
         "UpdatePolicy.check_budget": {"self": jc.updates.Frozen()} | policy_run,
     }  # fmt: skip
-    for name, search in SEARCHES.items():
+    for name, search in {**SEARCHES, "Staged": jc.Staged(jc.LocalSearch())}.items():
         on_split = {"problem": w["solvable"] if name in INVERTIBLE else problem}
         if "-" not in name:
             keyed = {"self": search, "key": key, **on_split}
