@@ -13,8 +13,9 @@ from jchain.bank import Bank
 from jchain.cli.config import SearchConfig, require
 from jchain.data import SPLITS, Batch, Dataset
 from jchain.hub.checkpoint import CONFIG, read_json
-from jchain.hub.datasets import choice_accuracy, choice_loss, load_choices, load_images, load_text
+from jchain.hub.datasets import load_choices, load_images, load_text
 from jchain.hub.loading import load_many
+from jchain.hub.losses import choice_accuracy, choice_loss
 
 # The largest sizes of train, search, select, and test if no sizes are given. They are small because
 # a layer call processes all sequences of a split.

@@ -5,19 +5,22 @@ chain as a checkpoint. `jchain.hub.architecture` explains how to add a model fam
 """
 
 from jchain.hub import recipes as recipes
-from jchain.hub.datasets import choice_accuracy as choice_accuracy
-from jchain.hub.datasets import choice_loss as choice_loss
 from jchain.hub.datasets import load_choices as load_choices
 from jchain.hub.datasets import load_images as load_images
 from jchain.hub.datasets import load_text as load_text
-from jchain.hub.datasets import next_token_accuracy as next_token_accuracy
-from jchain.hub.datasets import next_token_loss as next_token_loss
 from jchain.hub.exporting import export as export
 from jchain.hub.loading import load as load
 from jchain.hub.loading import load_many as load_many
 from jchain.hub.loading import random_bank as random_bank
+from jchain.hub.losses import TokenLabels as TokenLabels
+from jchain.hub.losses import choice_accuracy as choice_accuracy
+from jchain.hub.losses import choice_loss as choice_loss
+from jchain.hub.losses import mixed_loss as mixed_loss
+from jchain.hub.losses import next_token_accuracy as next_token_accuracy
+from jchain.hub.losses import next_token_loss as next_token_loss
 
 __all__ = [
+    "TokenLabels",
     "choice_accuracy",
     "choice_loss",
     "export",
@@ -26,6 +29,7 @@ __all__ = [
     "load_images",
     "load_many",
     "load_text",
+    "mixed_loss",
     "next_token_accuracy",
     "next_token_loss",
     "random_bank",

@@ -1,6 +1,6 @@
-"""Data for pretrained transformers, with losses and accuracies.
+"""Data for pretrained transformers: text, multiple-choice questions, or images, in four splits.
 
-The data are text, multiple-choice questions, or images, in four splits.
+`jchain.hub.losses` has the losses.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jchain import images
 from jchain._typing import Array, Float, Int
@@ -249,74 +248,6 @@ def _read_preprocessor(
     if not options.get("do_normalize", True):
         mean, std = np.zeros(3, np.float32), np.ones(3, np.float32)
     return mean, std, _FILTERS[resample]
-
-
-@checked
-def next_token_loss(outputs: Float[Array, "*B T V"], y: Int[Array, "*B T"]) -> Float[Array, "*B"]:
-    """Compute the cross-entropy of the next token in nats, averaged over the tokens of a sequence.
-
-    Args:
-      outputs: logits of the next token.
-      y: the next tokens; negative labels are ignored.
-
-    Returns:
-      The loss of each sequence; 0 if all labels of a sequence are ignored.
-    """
-    is_counted = y >= 0
-    losses = optax.softmax_cross_entropy_with_integer_labels(outputs, jnp.maximum(y, 0))
-    return jnp.sum(jnp.where(is_counted, losses, 0.0), axis=-1) / jnp.maximum(
-        jnp.sum(is_counted, axis=-1), 1
-    )
-
-
-@checked
-def next_token_accuracy(
-    outputs: Float[Array, "*B T V"], y: Int[Array, "*B T"]
-) -> Float[Array, "*B"]:
-    """Compute the share of next tokens in each sequence that have the largest logit.
-
-    Args:
-      outputs: logits of the next token.
-      y: the next tokens; negative labels are ignored.
-
-    Returns:
-      The accuracy of each sequence; 0 if all labels of a sequence are ignored.
-    """
-    is_counted = y >= 0
-    is_correct = is_counted & (jnp.argmax(outputs, axis=-1) == y)
-    return jnp.sum(is_correct, axis=-1) / jnp.maximum(jnp.sum(is_counted, axis=-1), 1)
-
-
-@checked
-def choice_loss(outputs: Float[Array, "B C T V"], y: Int[Array, "B C T"]) -> Float[Array, "B"]:
-    """Compute the cross-entropy of the correct choice, in nats.
-
-    The logit of a choice is the mean log-likelihood of its tokens.
-
-    Args:
-      outputs: logits of the next token, with the correct choice first.
-      y: the next tokens that are part of the choice; all other labels are negative.
-
-    Returns:
-      The loss of each question.
-    """
-    first = jnp.zeros(y.shape[:1], jnp.int32)
-    return optax.softmax_cross_entropy_with_integer_labels(-next_token_loss(outputs, y), first)
-
-
-@checked
-def choice_accuracy(outputs: Float[Array, "B C T V"], y: Int[Array, "B C T"]) -> Float[Array, "B"]:
-    """Compute whether the correct choice has the highest mean log-likelihood of its tokens.
-
-    Args:
-      outputs: logits of the next token, with the correct choice first.
-      y: the next tokens that are part of the choice; all other labels are negative.
-
-    Returns:
-      1 or 0 for each question; 0 if another choice has the same mean log-likelihood.
-    """
-    losses = next_token_loss(outputs, y)
-    return (losses[:, 0] < jnp.min(losses[:, 1:], axis=1)).astype(jnp.float32)
 
 
 def _open_tokenizer(checkpoint: PathLike) -> tuple[int, Encoder]:

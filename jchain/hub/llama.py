@@ -21,6 +21,7 @@ from jchain.hub.modules import (
     rotate,
     split_heads,
 )
+from jchain.modules import OutputMap
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -171,11 +172,19 @@ class Head(nn.Module):
     vocabulary: int
     epsilon: float
 
-    @nn.compact
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T V"]:
-        return Linear(self.vocabulary, use_bias=False, name="lm_head")(
-            RMSNorm(self.epsilon, name="norm")(x)
-        )
+        return self.output_map(x).compute()
+
+    @nn.compact
+    def output_map(self, x: Float[Array, "*B T F"]) -> OutputMap:
+        """Return the output layer and its input, for losses that read the logits in parts.
+
+        Args:
+          x: the activations.
+        """
+        features = RMSNorm(self.epsilon, name="norm")(x)
+        linear = Linear(self.vocabulary, use_bias=False, name="lm_head")
+        return OutputMap(features, *linear.read(x.shape[-1]))
 
 
 def make_architecture(config: Config) -> Architecture:
