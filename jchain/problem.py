@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,7 @@ from jchain.modules.activations import count_examples, describe_shapes
 from jchain.modules.host_batch import HostArrays, HostBatch
 from jchain.pytree import is_concrete, pick, pytree_dataclass, replicate, static
 from jchain.stages import binding
-from jchain.stages.legal_chains import cheapest_rest
-from jchain.token_costs import read_limit, read_token_costs
+from jchain.token_costs import find_cheapest, read_limit, read_token_costs
 
 
 @pytree_dataclass
@@ -119,7 +118,6 @@ class Problem:
         outputs = self._check_shapes()
         if is_concrete(self.data):
             self._check_values(outputs)
-            object.__setattr__(self, "read_tokens", self._count_tokens(outputs.shape))
         if self.mesh is not None:
             self._spread(self.mesh)
 
@@ -191,10 +189,8 @@ class Problem:
         object.__setattr__(self, "max_cost", limit)
         if not is_concrete((costs, limit)):
             return
-        if (stages := self.bank.stages) is None:
-            cheapest = self.min_layers * costs[:num_layers].min() + costs[num_layers:].min()
-        else:
-            cheapest = cheapest_rest(stages, self.min_layers, self.max_layers, costs)[0, 0]
+        lengths = self.min_layers, self.max_layers
+        cheapest = find_cheapest(costs, num_layers, self.bank.stages, lengths)
         if bool(jnp.isnan(limit)) or bool(self.exceeds_limit(cheapest)):
             raise ValueError(
                 f"expected a max_cost of at least {float(cheapest):g}, the cost of the cheapest "
@@ -202,23 +198,20 @@ class Problem:
             )
 
     def _check_values(self, outputs: jax.ShapeDtypeStruct) -> None:
+        """Check values that are not traced, and count the tokens that the loss reads."""
         if is_concrete(self.layer_cost) and not bool(jnp.isfinite(self.layer_cost).all()):
             raise ValueError("expected a finite layer_cost, got nan or infinity")
-        for x, y in self._list_parts():
+        parts = [tuple(self.data)] if isinstance(self.data, Batch) else self.data.iterate()
+        labels: list[PyTree] = []
+        for x, y in parts:
             check_split(self.loss_fn, x, y, outputs.shape[-1])
+            labels.append(y)
+        losses = find_token_losses(self.loss_fn, self.accuracy_fn, labels[0], outputs.shape)
+        if losses is not None:
+            object.__setattr__(self, "read_tokens", count_tokens(losses, labels))
         for name in ("loss_fn", "accuracy_fn"):
             if isinstance(self.data, HostBatch) and (function := getattr(self, name)) is not None:
                 check_mean_over_examples(name, function, outputs, self.data.first[1])
-
-    def _list_parts(self) -> Iterable[tuple[PyTree, PyTree]]:
-        """List the examples and labels of each part of the split."""
-        return [tuple(self.data)] if isinstance(self.data, Batch) else self.data.iterate()
-
-    def _count_tokens(self, shape: tuple[int, ...]) -> ReadTokens | None:
-        """Count the tokens that the loss reads, from the shape of the outputs."""
-        labels = [y for _, y in self._list_parts()]
-        losses = find_token_losses(self.loss_fn, self.accuracy_fn, labels[0], shape)
-        return None if losses is None else count_tokens(losses, labels)
 
     @property
     def num_examples(self) -> int:

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jchain._typing import Array, Float
 from jchain.arguments import read_numbers
 from jchain.pytree import is_concrete
+from jchain.stages.legal_chains import cheapest_rest
+from jchain.stages.table import StageTable
 
 
 def read_token_costs(given: object, num_layers: int, num_heads: int) -> Float[Array, "E"]:
@@ -46,3 +48,19 @@ def read_limit(given: object) -> Float[Array, ""]:
     if limit.shape != ():
         raise ValueError(f"expected max_cost to be a scalar, got shape {list(limit.shape)}")
     return limit
+
+
+def find_cheapest(
+    costs: Float[Array, "E"], num_layers: int, stages: StageTable | None, lengths: tuple[int, int]
+) -> Float[Array, ""]:
+    """Find the lowest cost of a chain.
+
+    Args:
+      costs: the costs of the layers and heads.
+      num_layers: the number of layers of the bank.
+      stages: the stages of the bank, or None.
+      lengths: the smallest and the largest number of layers of a chain.
+    """
+    if stages is None:
+        return lengths[0] * costs[:num_layers].min() + costs[num_layers:].min()
+    return cheapest_rest(stages, *lengths, costs)[0, 0]

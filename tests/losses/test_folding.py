@@ -22,7 +22,10 @@ BOTH = (CrossEntropy(), IsLargest())
 
 def make(dtype=np.float32, seed=0, scale=1.0, softcap=None, has_bias=True):
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
     bias = draw(OUTPUTS) if has_bias else None
     output = OutputMap(draw(NUM, FEATURES), draw(OUTPUTS, FEATURES), bias, scale, softcap)
     return output, jnp.asarray(rng.integers(OUTPUTS, size=NUM))
