@@ -12,9 +12,10 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jchain._typing import Array, Float, PyTree
+from jchain._typing import Array, Float, Int, PyTree
 from jchain.engine.backend import default_memory_limit
 from jchain.engine.layer_calls import (
+    apply_token,
     count_examples_per_call,
     estimate_call_bytes,
     get_member_bytes,
@@ -24,10 +25,16 @@ from jchain.engine.layer_calls import (
     nbytes,
 )
 from jchain.groups import LayerGroup
-from jchain.losses import PartSizes, TokenLoss, find_token_losses, score_output_map
+from jchain.losses import (
+    PartSizes,
+    TokenLoss,
+    find_token_losses,
+    has_default_accuracy,
+    score_output_map,
+)
 from jchain.modules import FunctionModule, OutputMap, read_output_map
 from jchain.problem import Problem
-from jchain.pytree import pick
+from jchain.pytree import pick, upcast
 
 T = TypeVar("T")
 
@@ -92,7 +99,8 @@ def _choose_sizes(num_tokens: int, num_outputs: int, itemsize: int) -> PartSizes
 
 def _read(group: LayerGroup, hidden: PyTree) -> OutputMap | None:
     """Return the last step of the first head of a group."""
-    return read_output_map(group.module, *pick((group.params, group.state), 0), hidden)
+    params, state = pick((group.params, group.state), 0)
+    return read_output_map(group.module, params, state, hidden)
 
 
 def is_read_in_parts(problem: Problem, hidden: PyTree) -> bool:
@@ -118,25 +126,29 @@ def prepare_heads(problem: Problem, hidden: PyTree) -> tuple[LayerGroup, ...]:
     if reading is None:
         return problem.bank.heads
 
+    def average(*values: Array) -> tuple[Array, Array]:
+        means = [jnp.mean(own, dtype=reading.dtype) for own in values]
+        return means[0], means[1] if len(means) > 1 else jnp.full_like(means[0], jnp.nan)
+
+    return _add_losses(problem, reading, average)
+
+
+def _add_losses(
+    problem: Problem, reading: _Reading, summarize: Callable[..., PyTree]
+) -> tuple[LayerGroup, ...]:
+    """Return heads that return `summarize(*values)`, where a loss has values `[B, ...]`."""
+
     def add_loss(group: LayerGroup) -> LayerGroup:
-        def score(trees: tuple[PyTree, PyTree], hidden: PyTree) -> tuple[Array, Array]:
+        def score(trees: tuple[PyTree, PyTree], hidden: PyTree) -> PyTree:
             output = read_output_map(group.module, *trees, hidden)
             assert output is not None
-            return _score(problem, reading, output)
+            y, sizes, num_tokens = problem.data.y, reading.sizes, reading.num_tokens
+            return summarize(*score_output_map(reading.losses, output, y, sizes, num_tokens))
 
         trees = group.params, group.state
         return LayerGroup(trees, FunctionModule(score), group.tokens, None, group.stages)
 
     return tuple(map(add_loss, problem.bank.heads))
-
-
-def _score(problem: Problem, reading: _Reading, output: OutputMap) -> tuple[Array, Array]:
-    """Compute the loss and the accuracy from the input of the last step of a head."""
-    found = score_output_map(
-        reading.losses, output, problem.data.y, reading.sizes, reading.num_tokens
-    )
-    means = [jnp.mean(values, dtype=reading.dtype) for values in found]
-    return means[0], means[1] if len(means) > 1 else jnp.full_like(means[0], jnp.nan)
 
 
 def evaluate_heads(
@@ -190,23 +202,55 @@ def map_prefixes(problem: Problem, fn: Callable[[PyTree], T], hidden: PyTree) ->
 
 
 def compute_head_loss(
-    problem: Problem, group: LayerGroup, index: Array | int, hidden: PyTree
+    problem: Problem, token: int | Int[Array, ""], hidden: PyTree
 ) -> Float[Array, ""]:
     """Compute the mean loss of one head, without the layer penalty. It can be differentiated.
 
     Args:
-      problem: the problem with the labels and the loss. Its heads are not used.
-      group: the group of the head.
-      index: the index of the head in the group.
+      problem: the problem with the heads, the labels, and the loss.
+      token: the token of the head. An integer avoids a branch.
       hidden: the input of the head, `[B, ...F]`, or a pytree of such arrays.
     """
     reading = _find_reading(problem, hidden)
     if reading is None:
-        return jnp.mean(problem.loss_fn(group.apply(index, hidden), problem.data.y))
-    trees = pick((group.params, group.state), 0 if len(group.tokens) == 1 else index)
-    output = read_output_map(group.module, *trees, hidden)
-    assert output is not None
-    return _score(problem, reading._replace(losses=reading.losses[:1]), output)[0]
+        outputs = _call(problem.bank.heads, token, hidden)
+        return jnp.mean(problem.loss_fn(outputs, problem.data.y))
+    alone = reading._replace(losses=reading.losses[:1])
+    heads = _add_losses(problem, alone, lambda loss: jnp.mean(loss, dtype=reading.dtype))
+    return _call(heads, token, hidden)
+
+
+def score_examples(
+    problem: Problem, token: int | Int[Array, ""], hidden: PyTree
+) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    """Compute the loss and the accuracy of one head on each example.
+
+    Args:
+      problem: the problem with the heads, the labels, and the loss.
+      token: the token of the head.
+      hidden: the input of the head, `[B, ...F]`, or a pytree of such arrays.
+    """
+
+    def average(*values: Array) -> tuple[Array, Array]:
+        means = [own.reshape(own.shape[0], -1).mean(axis=1) for own in values]
+        return means[0], means[1] if len(means) > 1 else jnp.full_like(means[0], jnp.nan)
+
+    if (reading := _find_reading(problem, hidden)) is not None:
+        return _call(_add_losses(problem, reading, average), token, hidden)
+    outputs, y = upcast(_call(problem.bank.heads, token, hidden)), problem.data.y
+    values = [problem.loss_fn(outputs, y)]
+    if problem.accuracy_fn is not None:
+        values.append(problem.accuracy_fn(outputs, y))
+    elif has_default_accuracy(y, outputs.shape):
+        values.append((jnp.argmax(outputs, axis=-1) == y).astype(outputs.dtype))
+    return average(*values)
+
+
+def _call(groups: tuple[LayerGroup, ...], token: int | Array, hidden: PyTree) -> PyTree:
+    if not isinstance(token, int):
+        return apply_token(groups, token, hidden)
+    group = next(group for group in groups if token in group.tokens)
+    return group.apply(group.tokens.index(token), hidden)
 
 
 def empty_results(problem: Problem, hidden: PyTree, size: int) -> tuple[Array, Array]:

@@ -15,6 +15,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from jchain._typing import Activations, Array, Int, PyTree
 from jchain.bank import Bank
+from jchain.chain import count_layers
 from jchain.groups import LayerGroup, check_keeps_shape, infer_head_output
 from jchain.modules import Module, apply_module, check_stem
 from jchain.modules.activations import count_examples
@@ -65,6 +66,25 @@ def apply_token(
     group_of, member_of = locate(groups)
     branches = [partial(group.apply, member_of[token]) for group in groups]
     return jax.lax.switch(group_of[token], branches, hidden)
+
+
+def apply_layers(
+    bank: Bank, tokens: Int[Array, "L"], x: Activations
+) -> tuple[Activations, Int[Array, ""]]:
+    """Apply the stem and the layers of one chain, and return the activations and its head.
+
+    Args:
+      bank: the bank with the layers.
+      tokens: the tokens of the chain.
+      x: the raw input, `[B, ...]`, or a pytree of such arrays.
+    """
+    hidden = bank.embed(x)
+    for token in tokens[:-1]:
+        is_layer = (token >= 0) & (token < bank.num_layers)
+        hidden = jax.lax.cond(
+            is_layer, partial(apply_token, bank.layers), lambda _, h: h, token, hidden
+        )
+    return hidden, tokens[count_layers(tokens, bank.num_layers)]
 
 
 def apply_all(groups: tuple[LayerGroup, ...], hidden: Activations) -> PyTree:

@@ -18,12 +18,16 @@ from jchain.hub.losses import choice_loss as choice_loss
 from jchain.hub.losses import mixed_loss as mixed_loss
 from jchain.hub.losses import next_token_accuracy as next_token_accuracy
 from jchain.hub.losses import next_token_loss as next_token_loss
+from jchain.hub.parents import add_parent as add_parent
+from jchain.hub.parents import kl_to_parent as kl_to_parent
 
 __all__ = [
     "TokenLabels",
+    "add_parent",
     "choice_accuracy",
     "choice_loss",
     "export",
+    "kl_to_parent",
     "load",
     "load_choices",
     "load_images",

@@ -280,6 +280,6 @@ def mixed_loss(parts: Sequence[tuple[Callable[[Any, Any], Any], float]]) -> Mixe
         raise ValueError("expected at least one loss with its weight, got none")
     for i, (loss, weight) in enumerate(parts):
         check_functions(**{f"loss {i}": loss})
-        check_numbers(**{f"weight {i}": weight})
+        check_numbers(is_finite=True, **{f"weight {i}": weight})
     losses, weights = zip(*parts, strict=True)
     return MixedLoss(tuple(losses), tuple(float(weight) for weight in weights))

@@ -42,11 +42,11 @@ class _Settings(NamedTuple):
 
 
 class _Arrays(NamedTuple):
-    """What a fold reads. Tokens are in P parts of t."""
+    """What a fold reads, or the gradients of it, which are None if they are not needed."""
 
-    features: Float[Array, "P t F"]
-    weight: Float[Array, "V F"]
-    bias: Float[Array, "V"] | None
+    features: Any  # [P, t, F], tokens in P parts of t
+    weight: Any  # [V, F]
+    bias: Any  # [V], or None if there is none
 
 
 def score_tokens(
@@ -72,14 +72,14 @@ def score_tokens(
     size = -(-num // num_parts)
 
     def cut(leaf: Array) -> Array:
-        padding = ((0, num_parts * size - num), *((0, 0) for _ in leaf.shape[1:]))
-        return jnp.pad(leaf, padding).reshape(num_parts, size, *leaf.shape[1:])
+        padding = [(0, num_parts * size - num)] + [(0, 0)] * (leaf.ndim - 1)
+        return jnp.pad(leaf, padding).reshape((num_parts, size, *leaf.shape[1:]))
 
     num_outputs = min(sizes.num_outputs, output.weight.shape[0])
     settings = _Settings(losses, num_outputs, output.scale, output.softcap)
     arrays = _Arrays(cut(output.features), output.weight, output.bias)
     values = _fold(settings, arrays, jax.tree.map(cut, targets))
-    return tuple(value.reshape(-1, *value.shape[2:])[:num] for value in values)
+    return tuple(jax.lax.collapse(value, 0, 2)[:num] for value in values)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -118,7 +118,7 @@ def _fold_backward(
 ) -> tuple[_Arrays, None]:
     arrays, targets, carries, flag = kept
     cotangents = tuple(
-        jnp.zeros(ct.shape, ct.dtype) if isinstance(ct, SymbolicZero) else ct for ct in cotangents
+        ct.instantiate() if isinstance(ct, SymbolicZero) else ct for ct in cotangents
     )
     wide = _wide(arrays)
     total = None
@@ -158,7 +158,11 @@ def _map_parts(fn: Any, features: Array, targets: PyTree) -> PyTree:
 
 def _wide(arrays: _Arrays) -> np.dtype:
     """Return the dtype of logits and sums: float32, or wider if the arrays are."""
-    return jnp.promote_types(jnp.float32, jnp.result_type(arrays.features, arrays.weight))
+    return np.dtype(
+        jnp.promote_types(
+            arrays.features.dtype, jnp.promote_types(jnp.float32, arrays.weight.dtype)
+        )
+    )
 
 
 def _operand(leaf: Array) -> Array:
@@ -254,7 +258,9 @@ def _pull_back(
         cotangent, by_features, total = state
         weight, bias = _read_part(arrays, first, size)
         linear = _multiply(arrays, weight, bias)
-        add = jax.vjp(lambda *args: _add(settings, *args, first, targets), carry, linear)[1]
+        add = jax.vjp(
+            lambda carry, linear: _add(settings, carry, linear, first, targets), carry, linear
+        )[1]
         cotangent, by_linear = add(cotangent)
         # Products of half-precision numbers are added up in float32.
         narrow = by_linear.astype(weight.dtype)
