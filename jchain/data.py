@@ -5,6 +5,7 @@ Weights are trained on `train`, searches see only `search`, finalists are re-ran
 """
 
 import difflib
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jchain import images
-from jchain._typing import Activations, Array, PyTree, Shaped
+from jchain._typing import Activations, PyTree
 from jchain.arguments import check_integers, checked
 from jchain.datasets.splitting import (
     SHARES,
@@ -55,7 +56,8 @@ class Batch(NamedTuple):
     """Examples and their labels."""
 
     x: Activations  # [B, ...F], or a pytree of such arrays, if an example has several inputs
-    y: Shaped[Array, "B ..."]  # [B], integer classes, or other targets if the loss takes them
+    # [B], integer classes, or other targets if the loss takes them: an array, or a pytree of arrays
+    y: PyTree
 
 
 @checked
@@ -68,7 +70,7 @@ def read_batch(data: object, array_fn: Callable[..., Any] = jnp.asarray) -> Batc
         in host memory without copying it.
 
     Raises:
-      ValueError: if it is not a pair of an array, or a pytree of arrays, and an array.
+      ValueError: if it is not a pair of arrays, or of pytrees of arrays.
     """
     if not isinstance(data, tuple | list) or len(data) != 2:
         raise ValueError(
@@ -76,8 +78,20 @@ def read_batch(data: object, array_fn: Callable[..., Any] = jnp.asarray) -> Batc
             f"{describe_type(data)}"
         )
     convert_fn = partial(_as_array, array_fn=array_fn)
-    x, y = data[0], convert_fn(data[1], "y")
-    return Batch(_map_inputs(convert_fn, x, y.shape[:1]), y)
+    x, y = data[0], _map_labels(convert_fn, data[1])
+    return Batch(_map_inputs(convert_fn, x, jax.tree.leaves(y)[0].shape[:1]), y)
+
+
+def _map_labels(convert_fn: Callable[[object, str], Any], y: object) -> PyTree:
+    """Convert the arrays of labels; a plain list or tuple is the rows of a single array."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(y)
+    is_rows = isinstance(y, list | tuple) and not hasattr(y, "_fields")
+    if is_rows or not leaves or jax.tree_util.treedef_is_leaf(structure):
+        return convert_fn(y, "y")
+    names = [f"y{jax.tree_util.keystr(path)}" for path, _ in leaves]
+    return structure.unflatten(
+        [convert_fn(leaf, name) for (_, leaf), name in zip(leaves, names, strict=True)]
+    )
 
 
 def _map_inputs(convert_fn: Callable[[object, str], T], x: object, size: tuple[int, ...]) -> T:
@@ -124,11 +138,13 @@ def check_lengths(data: Batch) -> None:
       ValueError: if there are no examples, or the numbers of examples and labels differ.
     """
     x, y = data
-    for path, leaf in jax.tree_util.tree_leaves_with_path(x):
-        if leaf.ndim == 0 or leaf.shape[0] == 0 or y.shape[:1] != leaf.shape[:1]:
+    pairs = itertools.product(*map(jax.tree_util.tree_leaves_with_path, (x, y)))
+    for (path, leaf), (label_path, labels) in pairs:
+        if leaf.ndim == 0 or leaf.shape[0] == 0 or labels.shape[:1] != leaf.shape[:1]:
             raise ValueError(
                 "expected at least one example and one label per example, got "
-                f"x{jax.tree_util.keystr(path)} {list(leaf.shape)} and y {list(y.shape)}"
+                f"x{jax.tree_util.keystr(path)} {list(leaf.shape)} and "
+                f"y{jax.tree_util.keystr(label_path)} {list(labels.shape)}"
             )
 
 

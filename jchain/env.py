@@ -16,7 +16,8 @@ from jchain._typing import Activations, Array, Bool, Float, Int, Key, PyTree
 from jchain.arguments import check_at_least_one, check_integers, checked
 from jchain.chain import PADDING
 from jchain.engine import prefix_rules
-from jchain.engine.layer_calls import apply_all, apply_token, evaluate_heads
+from jchain.engine.head_calls import evaluate_heads, prepare_heads
+from jchain.engine.layer_calls import apply_all, apply_token
 from jchain.problem import Problem
 from jchain.pytree import is_concrete, pick
 from jchain.stages.legal_chains import find_extensible
@@ -245,7 +246,7 @@ def head_loss(problem: Problem, head: Int[Array, ""], hidden: Activations) -> Fl
     if is_concrete(head):
         first, end = problem.bank.num_layers, problem.bank.num_layers + problem.bank.num_heads
         check_integers(at_least=first, at_most=end - 1, head=int(head))
-    call = jax.vmap(partial(apply_token, problem.bank.heads, head))
+    call = jax.vmap(partial(apply_token, prepare_heads(problem, hidden), head))
     return evaluate_heads(problem, call, pick(hidden, None))[0][0]
 
 
@@ -262,10 +263,8 @@ def head_losses(problem: Problem, hidden: Activations) -> Float[Array, "K"]:
         arrays.
     """
 
-    def call(hidden: PyTree) -> Array:
-        return apply_all(problem.bank.heads, pick(hidden, 0))
-
-    return evaluate_heads(problem, call, pick(hidden, None))[0]
+    heads = prepare_heads(problem, hidden)
+    return evaluate_heads(problem, lambda h: apply_all(heads, pick(h, 0)), pick(hidden, None))[0]
 
 
 def _check_slot(problem: Problem, length: Array) -> None:

@@ -16,12 +16,13 @@ from jchain.bank import Bank
 from jchain.chain import ChainSpace, check_max_layers, check_min_layers
 from jchain.data import Batch, check_lengths, read_batch
 from jchain.groups import check_keeps_shape, infer_head_output
+from jchain.losses import ReadTokens, check_split, count_tokens, find_token_losses, score_outputs
 from jchain.modules import check_mean_over_examples, check_output_function, check_stem
 from jchain.modules.activations import count_examples, describe_shapes
 from jchain.modules.host_batch import HostArrays, HostBatch
-from jchain.pytree import is_concrete, pick, pytree_dataclass, replicate, static, upcast
+from jchain.pytree import is_concrete, pick, pytree_dataclass, replicate, static
 from jchain.stages import binding
-from jchain.stages.legal_chains import cheapest_rest
+from jchain.token_costs import find_cheapest, read_limit, read_token_costs
 
 
 @pytree_dataclass
@@ -35,7 +36,7 @@ class Problem:
       bank: the layers and heads that chains are built from. If the bank has stages, it is bound to
         the data: its stem, layers, and heads then map flat arrays (see `docs/stages.md`).
       data: the data split used by this problem. If its examples have several inputs, they are a
-        pytree of arrays, such as a dict.
+        pytree of arrays, such as a dict; so are labels of several arrays, if the loss takes them.
       max_layers: maximum number of layers in a chain; chains have `L = max_layers + 1` slots.
       loss_fn: function `(outputs [B, ...], y [B, ...]) -> [B, ...]`; its values are averaged over
         all axes, and lower is better. By default softmax cross-entropy with integer labels, in
@@ -76,16 +77,20 @@ class Problem:
     data: Batch | HostBatch
     max_layers: int = static()
     _: dataclasses.KW_ONLY
-    loss_fn: Callable[[Array, Array], Array] = static(
+    loss_fn: Callable[[Array, PyTree], Array] = static(
         default=optax.softmax_cross_entropy_with_integer_labels
     )
-    accuracy_fn: Callable[[Array, Array], Array] | None = static(default=None)
+    accuracy_fn: Callable[[Array, PyTree], Array] | None = static(default=None)
     min_layers: int = static(default=0)
     layer_cost: Numbers = 0.0  # pyright: ignore[reportAssignmentType]
     token_costs: OptionalNumbers = None  # pyright: ignore[reportAssignmentType]
     max_cost: OptionalNumbers = None  # pyright: ignore[reportAssignmentType]
     batch_size: int | None = static(default=None)
     mesh: Mesh | None = static(default=None)
+    # How many tokens the loss reads; None if it reads all, or labels are traced.
+    read_tokens: ReadTokens | None = dataclasses.field(
+        init=False, default=None, metadata={"static": True}
+    )
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves(self.data.x) if isinstance(self.data, Batch) else []
@@ -175,32 +180,17 @@ class Problem:
                     "limit the number of layers, use max_layers"
                 )
             return
-        costs = read_numbers("token_costs", self.token_costs)
+        num_layers = self.bank.num_layers
+        costs = read_token_costs(self.token_costs, num_layers, self.bank.num_heads)
         object.__setattr__(self, "token_costs", costs)
-        num_layers, num_tokens = self.bank.num_layers, self.bank.num_layers + self.bank.num_heads
-        if costs.shape != (num_tokens,):
-            raise ValueError(
-                f"expected token_costs of shape [{num_tokens}], one number for each of "
-                f"{num_layers} layers and {self.bank.num_heads} heads, got shape "
-                f"{list(costs.shape)}"
-            )
-        if is_concrete(costs) and not bool((jnp.isfinite(costs) & (costs >= 0)).all()):
-            raise ValueError(
-                f"expected token_costs that are finite and at least 0, got {float(costs.min())} to "
-                f"{float(costs.max())}"
-            )
         if self.max_cost is None:
             return
-        limit = read_numbers("max_cost", self.max_cost)
+        limit = read_limit(self.max_cost)
         object.__setattr__(self, "max_cost", limit)
-        if limit.shape != ():
-            raise ValueError(f"expected max_cost to be a scalar, got shape {list(limit.shape)}")
         if not is_concrete((costs, limit)):
             return
-        if (stages := self.bank.stages) is None:
-            cheapest = self.min_layers * costs[:num_layers].min() + costs[num_layers:].min()
-        else:
-            cheapest = cheapest_rest(stages, self.min_layers, self.max_layers, costs)[0, 0]
+        lengths = self.min_layers, self.max_layers
+        cheapest = find_cheapest(costs, num_layers, self.bank.stages, lengths)
         if bool(jnp.isnan(limit)) or bool(self.exceeds_limit(cheapest)):
             raise ValueError(
                 f"expected a max_cost of at least {float(cheapest):g}, the cost of the cheapest "
@@ -208,27 +198,20 @@ class Problem:
             )
 
     def _check_values(self, outputs: jax.ShapeDtypeStruct) -> None:
+        """Check values that are not traced, and count the tokens that the loss reads."""
         if is_concrete(self.layer_cost) and not bool(jnp.isfinite(self.layer_cost).all()):
             raise ValueError("expected a finite layer_cost, got nan or infinity")
-        is_classes = self.loss_fn is optax.softmax_cross_entropy_with_integer_labels
-        num_classes = outputs.shape[-1]
-        parts = [self.data] if isinstance(self.data, Batch) else self.data.iterate()
+        parts = [tuple(self.data)] if isinstance(self.data, Batch) else self.data.iterate()
+        labels: list[PyTree] = []
         for x, y in parts:
-            for leaf in jax.tree.leaves(x):
-                if jnp.issubdtype(leaf.dtype, jnp.floating) and not jnp.isfinite(leaf).all():
-                    raise ValueError("expected finite examples, got nan or infinity")
-            if is_classes and (int(y.min()) < 0 or int(y.max()) >= num_classes):
-                hint = "; jc.hub.load_choices needs loss_fn=jc.hub.choice_loss"
-                hint = hint if int(y.min()) < 0 else ""
-                raise ValueError(
-                    f"expected labels in 0..{num_classes - 1}, the head's classes, "
-                    f"got {int(y.min())}..{int(y.max())}{hint}"
-                )
-        if isinstance(self.data, HostBatch):
-            y = self.data.first[1]
-            check_mean_over_examples("loss_fn", self.loss_fn, outputs, y)
-            if self.accuracy_fn is not None:
-                check_mean_over_examples("accuracy_fn", self.accuracy_fn, outputs, y)
+            check_split(self.loss_fn, x, y, outputs.shape[-1])
+            labels.append(y)
+        losses = find_token_losses(self.loss_fn, self.accuracy_fn, labels[0], outputs.shape)
+        if losses is not None:
+            object.__setattr__(self, "read_tokens", count_tokens(losses, labels))
+        for name in ("loss_fn", "accuracy_fn"):
+            if isinstance(self.data, HostBatch) and (function := getattr(self, name)) is not None:
+                check_mean_over_examples(name, function, outputs, self.data.first[1])
 
     @property
     def num_examples(self) -> int:
@@ -244,7 +227,7 @@ class Problem:
         """
         if not isinstance(self.data, HostBatch):
             return self
-        return self._replace("data", Batch(*self.data.first))._replace("batch_size", None)
+        return self._take_part(Batch(*self.data.first))
 
     @checked
     def read_part(self, start: Int[Array, ""] | int, size: int) -> "Problem":
@@ -260,7 +243,12 @@ class Problem:
             data = jax.tree.map(
                 lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size), self.data
             )
-        return self._replace("data", data)._replace("batch_size", None)
+        return self._take_part(data)
+
+    def _take_part(self, data: Batch) -> "Problem":
+        """Return the problem on some of its examples, held on the device."""
+        part = self._replace("data", data)._replace("batch_size", None)
+        return part._bound_tokens(may_repeat=False)
 
     @property
     def named_sizes(self) -> dict[str, int]:
@@ -326,8 +314,16 @@ class Problem:
         if isinstance(self.data, HostBatch):
             index = rows if isinstance(rows, slice) else np.asarray(rows)
             data = HostBatch.make(HostArrays(*self.data.source.take(index)), self.data.size)
-            return self._replace("data", data)
-        return self._replace("data", Batch(*pick((self.data.x, self.data.y), rows)))
+        else:
+            data = Batch(*pick((self.data.x, self.data.y), rows))
+        return self._replace("data", data)._bound_tokens(may_repeat=not isinstance(rows, slice))
+
+    def _bound_tokens(self, *, may_repeat: bool) -> "Problem":
+        """Bound the number of tokens that the loss reads, after examples were taken."""
+        if (given := self.read_tokens) is None:
+            return self
+        bound = given.of_examples(self.num_examples, may_repeat=may_repeat)
+        return self._replace("read_tokens", bound)
 
     @checked
     def with_data(self, data: Batch) -> "Problem":
@@ -340,6 +336,15 @@ class Problem:
           ValueError: if the bank or the loss does not accept the examples or labels.
         """
         return dataclasses.replace(self, data=data)
+
+    @checked
+    def with_examples(self, x: PyTree) -> "Problem":
+        """Return the problem with other examples for the same labels, without checks.
+
+        Args:
+          x: the examples, in the shapes of those that they replace.
+        """
+        return self._replace("data", Batch(x, self.data.y))
 
     @checked
     def with_bank(self, bank: Bank) -> "Problem":
@@ -434,14 +439,7 @@ class Problem:
         Args:
           outputs: the outputs of the chain's head, `[B, ...]`.
         """
-        y = self.data.y
-        outputs = upcast(outputs)
-        loss = jnp.mean(self.loss_fn(outputs, y).astype(outputs.dtype))
-        if self.accuracy_fn is not None:
-            return loss, jnp.mean(self.accuracy_fn(outputs, y), dtype=loss.dtype)
-        if not jnp.issubdtype(y.dtype, jnp.integer) or y.shape != outputs.shape[:-1]:
-            return loss, jnp.full_like(loss, jnp.nan)
-        return loss, jnp.mean(jnp.argmax(outputs, axis=-1) == y, dtype=loss.dtype)
+        return score_outputs(self.loss_fn, self.accuracy_fn, outputs, self.data.y)
 
 
 def _flatten(mesh: Mesh) -> Mesh:

@@ -156,7 +156,7 @@ def multiply_children(params: PyTree, factor: float, *children: str, offset: flo
     """
     paths = [path.split("/") for path in children]
 
-    def change(path: tuple[jax.tree_util.DictKey, ...], leaf: Array) -> Array:
+    def change(path: tuple[Any, ...], leaf: Array) -> Array:
         keys = [key.key for key in path]
         if not any(keys[: len(child)] == child for child in paths):
             return leaf
@@ -164,3 +164,31 @@ def multiply_children(params: PyTree, factor: float, *children: str, offset: flo
         return ((wide + offset) * factor - offset).astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(change, params)
+
+
+def vary_like(tree: T, *references: PyTree) -> T:
+    """Let new arrays vary over the mesh axes that others vary over, inside `jax.shard_map`.
+
+    A loop whose carry begins as a constant would otherwise change the type of its carry. Outside
+    `jax.shard_map`, nothing changes.
+
+    Args:
+      tree: a pytree of arrays.
+      *references: pytrees of arrays that the loop reads.
+    """
+    axes = frozenset().union(*(_get_varying(leaf) for leaf in jax.tree.leaves(references)))
+    if not axes:
+        return tree
+
+    def vary(leaf: Array) -> Array:
+        missing = tuple(axes - _get_varying(leaf))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(vary, tree)
+
+
+def _get_varying(leaf: Array) -> frozenset[str]:
+    """Return the mesh axes over which an array varies."""
+    aval = jax.typeof(leaf)
+    manual = getattr(aval, "manual_axis_type", aval)  # its name changed in JAX 0.10
+    return getattr(manual, "varying", None) or getattr(manual, "vma", frozenset())

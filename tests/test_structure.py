@@ -18,8 +18,9 @@ MAX_ANY = 150
 IMPORT_ORDER = [
     ("_typing", "pytree", "arguments"),
     ("modules",),
+    ("losses",),
     ("invertible", "layers"),
-    ("files", "chain", "groups", "tokens", "stages"),
+    ("files", "chain", "groups", "tokens", "token_costs", "stages"),
     ("merging",),
     ("bank",),
     ("datasets",),

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jchain._typing import Activations, Array, Float, Int
 from jchain.arguments import checked
 from jchain.engine.draws import draw_signs
+from jchain.engine.head_calls import evaluate_heads, prepare_heads
 from jchain.engine.layer_calls import (
     apply_all,
     apply_token,
     count_examples_per_call,
-    evaluate_heads,
     get_output_shape,
     has_large_outputs,
     map_in_parts,
@@ -216,7 +216,7 @@ class _Heads(NamedTuple):
 
 def _score_heads(problem: Problem, hidden: Activations) -> tuple[Array, Array]:
     """Compute the losses of the heads, and their accuracies."""
-    heads = problem.bank.heads
+    heads = prepare_heads(problem, hidden)
     return evaluate_heads(problem, lambda h: apply_all(heads, pick(h, 0)), pick(hidden, None))
 
 

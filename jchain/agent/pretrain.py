@@ -21,6 +21,7 @@ from jchain.agent.observations import compress_loss, lowest, observe
 from jchain.arguments import checked
 from jchain.chain import ChainSpace
 from jchain.engine.backend import compiler_options, get_backend, jit_for_problem
+from jchain.engine.head_calls import map_prefixes
 from jchain.engine.layer_calls import apply_all
 from jchain.problem import Problem
 from jchain.stages.binding import check_no_stages
@@ -283,9 +284,8 @@ def _observe_levels(problem: Problem) -> list[PrefixLevel]:
         children = _Prefix(apply_all(bank.layers, prefix.hidden), prefix.penalty + penalty)
         if length + 1 == problem.max_layers:
             deeper: list[PrefixLevel] = []
-            reached = compress_loss(
-                jax.vmap(lambda c: lowest(env.head_losses(problem, c.hidden)) + c.penalty)(children)
-            )
+            losses = map_prefixes(problem, partial(env.head_losses, problem), children.hidden)
+            reached = compress_loss(jax.vmap(lowest)(losses) + children.penalty)
         else:
             deeper = jax.lax.map(
                 lambda c: observe_below(c, prefix.hidden, observed.features, length + 1), children

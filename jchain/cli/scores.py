@@ -9,13 +9,15 @@ import numpy as np
 import optax
 
 from jchain import chain as chain_lib
-from jchain._typing import Array, Float, Int
+from jchain._typing import Activations, Array, Float, Int
 from jchain.bank import Bank
 from jchain.cli.records import Difference, Scores, finite_or_none
 from jchain.cli.setup import Setup
 from jchain.data import EVALUATION_SPLITS
 from jchain.engine.backend import jit_for_problem
-from jchain.engine.layer_calls import apply_token
+from jchain.engine.head_calls import is_read_in_parts, score_examples
+from jchain.engine.layer_calls import apply_token, infer_hidden
+from jchain.losses import has_default_accuracy
 from jchain.problem import Problem
 from jchain.pytree import upcast
 
@@ -78,7 +80,7 @@ def score_chain(setup: Setup, bank: Bank, tokens: Sequence[int], max_layers: int
     loss, accuracy = {}, {}
     for name in EVALUATION_SPLITS:
         problem = setup.make_problem(bank, name, max_layers, is_penalized=False).without_names()
-        parts = [_score_examples(part, _apply(part, chain)) for part in _cut(problem)]
+        parts = [_score_examples(part, chain) for part in _cut(problem)]
         num = problem.data.x.shape[0]
         loss[name], accuracy[name] = (
             np.concatenate(rows)[:num] for rows in zip(*parts, strict=True)
@@ -137,6 +139,21 @@ def _cut(problem: Problem) -> list[Problem]:
 @jit_for_problem()
 def _apply(problem: Problem, chain: Int[Array, "L"]) -> Float[Array, "B ..."]:
     """Compute the outputs of a chain."""
+    hidden, head = _apply_layers(problem, chain)
+    return upcast(apply_token(problem.bank.heads, head, hidden))
+
+
+@jit_for_problem()
+def _apply_and_score(
+    problem: Problem, chain: Int[Array, "L"]
+) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    """Compute the loss and the accuracy of a chain on each example, without keeping outputs."""
+    hidden, head = _apply_layers(problem, chain)
+    return score_examples(problem, head, hidden)
+
+
+def _apply_layers(problem: Problem, chain: Int[Array, "L"]) -> tuple[Activations, Int[Array, ""]]:
+    """Apply the layers of a chain, and return the activations and its head."""
     bank = problem.bank
     num_layers = chain_lib.count_layers(chain, bank.num_layers)
     hidden = jax.lax.fori_loop(
@@ -145,14 +162,17 @@ def _apply(problem: Problem, chain: Int[Array, "L"]) -> Float[Array, "B ..."]:
         lambda slot, hidden: apply_token(bank.layers, chain[slot], hidden),
         bank.embed(problem.data.x),
     )
-    return upcast(apply_token(bank.heads, chain[num_layers], hidden))
+    return hidden, chain[num_layers]
 
 
 def _score_examples(
-    problem: Problem, outputs: Float[Array, "B ..."]
+    problem: Problem, chain: Int[Array, "L"]
 ) -> tuple[Float[np.ndarray, "B"], Float[np.ndarray, "B"]]:
     """Compute the loss and the accuracy of each example."""
-    y = problem.data.y
+    if is_read_in_parts(problem, infer_hidden(problem)):
+        loss, accuracy = _apply_and_score(problem, chain)
+        return np.asarray(loss, np.float64), np.asarray(accuracy, np.float64)
+    outputs, y = _apply(problem, chain), problem.data.y
 
     def reduce(values: Array) -> Float[np.ndarray, "B"]:
         return np.asarray(values, np.float64).reshape(values.shape[0], -1).mean(axis=1)
@@ -160,6 +180,6 @@ def _score_examples(
     loss = reduce(problem.loss_fn(outputs, y))
     if problem.accuracy_fn is not None:
         return loss, reduce(problem.accuracy_fn(outputs, y))
-    if not jnp.issubdtype(y.dtype, jnp.integer) or y.shape != outputs.shape[:-1]:
+    if not has_default_accuracy(y, outputs.shape):
         return loss, np.full(len(loss), np.nan)
     return loss, reduce(jnp.argmax(outputs, axis=-1) == y)

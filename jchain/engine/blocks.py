@@ -12,21 +12,18 @@ import jax.numpy as jnp
 
 from jchain._typing import Activations, Array, Bool, Int, PyTree
 from jchain.arguments import check_at_least_one, check_fields, checked
-from jchain.engine.control_flow import vary_like
-from jchain.engine.layer_calls import (
+from jchain.engine.head_calls import (
     empty_results,
-    estimate_call_bytes,
     estimate_head_bytes,
     evaluate_heads,
-    get_member_bytes,
-    locate,
-    nbytes,
+    prepare_heads,
 )
+from jchain.engine.layer_calls import estimate_call_bytes, get_member_bytes, locate, nbytes
 from jchain.engine.prefix_sharing import SortedChains, batch_rows, pad_to_multiple
 from jchain.groups import LayerGroup
 from jchain.modules.activations import make_buffer, put_row
 from jchain.problem import Problem
-from jchain.pytree import pick
+from jchain.pytree import pick, vary_like
 
 T = TypeVar("T")
 _Results = tuple[Array, Array]
@@ -211,9 +208,8 @@ def _call_heads(
 
     # A prefix is rarely followed by several heads, but many chains call the same head.
     share = Share.LAYER if plan.share is Share.INPUT else plan.share
-    return _call_batches(
-        plan.head_widths, share, problem.bank.heads, slot, is_end, call_head, carry
-    )
+    heads = prepare_heads(problem, pick(carry[0], 0))
+    return _call_batches(plan.head_widths, share, heads, slot, is_end, call_head, carry)
 
 
 def _mark(row: Int[Array, ""], number: Array, leaf: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Branches that stay branches under `vmap`, and carries of loops under `jax.shard_map`."""
+"""Branches that stay branches under `vmap`."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -52,31 +52,3 @@ def vmap_unless_one(fn: Callable[..., T], rows: PyTree) -> T:
     if jax.tree.leaves(rows)[0].shape[0] > 1:
         return jax.vmap(fn)(rows)
     return jax.tree.map(lambda leaf: leaf[None], fn(jax.tree.map(lambda leaf: leaf[0], rows)))
-
-
-def vary_like(tree: T, *references: PyTree) -> T:
-    """Let new arrays vary over the mesh axes that others vary over, inside `jax.shard_map`.
-
-    A loop whose carry begins as a constant would otherwise change the type of its carry. Outside
-    `jax.shard_map`, nothing changes.
-
-    Args:
-      tree: a pytree of arrays.
-      *references: pytrees of arrays that the loop reads.
-    """
-    axes = frozenset().union(*(_get_varying(leaf) for leaf in jax.tree.leaves(references)))
-    if not axes:
-        return tree
-
-    def vary(leaf: Array) -> Array:
-        missing = tuple(axes - _get_varying(leaf))
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(vary, tree)
-
-
-def _get_varying(leaf: Array) -> frozenset[str]:
-    """Return the mesh axes over which an array varies."""
-    aval = jax.typeof(leaf)
-    manual = getattr(aval, "manual_axis_type", aval)  # its name changed in JAX 0.10
-    return getattr(manual, "varying", None) or getattr(manual, "vma", frozenset())

@@ -10,19 +10,17 @@ import jax.numpy as jnp
 
 from jchain._typing import Activations, Array, Float, Int, PyTree
 from jchain.arguments import checked
-from jchain.engine.control_flow import vary_like
-from jchain.engine.layer_calls import (
-    apply_token,
+from jchain.engine.head_calls import (
     empty_results,
-    estimate_call_bytes,
     estimate_head_bytes,
     evaluate_heads,
-    nbytes,
+    prepare_heads,
 )
+from jchain.engine.layer_calls import apply_token, estimate_call_bytes, nbytes
 from jchain.engine.prefix_sharing import SortedChains
 from jchain.modules.activations import make_buffer, put_row
 from jchain.problem import Problem
-from jchain.pytree import pick
+from jchain.pytree import pick, vary_like
 
 _Results = tuple[Array, Array]
 
@@ -47,12 +45,13 @@ class DepthFirst:
         """Compute loss, without the layer penalty, and accuracy of sorted chains, `[P]` each."""
         order = _compute_order(population)
         chains, length, _ = population
+        heads = prepare_heads(problem, hidden)
 
         # The loop that calls heads does not carry the path. In each of its iterations, XLA would
         # copy an array that the loop carries without writing to it.
         def call_head(end: Array, path: PyTree, results: _Results) -> _Results:
             i = order.ends[end]
-            call = jax.vmap(partial(apply_token, problem.bank.heads, chains[i, length[i]]))
+            call = jax.vmap(partial(apply_token, heads, chains[i, length[i]]))
             hidden = jax.tree.map(lambda leaf: leaf[length[i]][None], path)
             metrics = evaluate_heads(problem, call, hidden)
             return jax.tree.map(lambda a, b: a.at[i].set(b[0]), results, metrics)

@@ -6,7 +6,6 @@ Each function checks its arguments and then calls `jchain.engine.population`. Th
 """
 
 import sys
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -22,7 +21,7 @@ from jchain.bank import Bank
 from jchain.chain import ChainsLike
 from jchain.data import Batch
 from jchain.engine.backend import default_memory_limit, get_backend, has_own_program
-from jchain.engine.layer_calls import apply_token, explain_wrong_input
+from jchain.engine.layer_calls import apply_layers, apply_token, explain_wrong_input
 from jchain.engine.plans import Plan
 from jchain.engine.population import (
     Evaluation,
@@ -98,14 +97,8 @@ def apply_chain(bank: Bank, chain: ChainsLike, x: Activations) -> Float[Array, "
     if bank.stages is not None:
         bank = binding.bind(bank, x)
     with explain_wrong_input(bank, x):
-        hidden = bank.embed(x)
-        for token in tokens[:-1]:
-            is_layer = (token >= 0) & (token < bank.num_layers)
-            hidden = jax.lax.cond(
-                is_layer, partial(apply_token, bank.layers), lambda _, h: h, token, hidden
-            )
-        length = chain_lib.count_layers(tokens, bank.num_layers)
-        return apply_token(bank.heads, tokens[length], hidden)
+        hidden, head = apply_layers(bank, tokens, x)
+        return apply_token(bank.heads, head, hidden)
 
 
 @checked

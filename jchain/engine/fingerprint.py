@@ -1,5 +1,6 @@
 """Fingerprints of what the loss of a chain depends on, to recognize losses that are out of date."""
 
+import dataclasses
 import zlib
 from functools import partial
 from types import CodeType, FunctionType
@@ -82,6 +83,11 @@ def describe_function(value: object, outer: tuple[object, ...] = ()) -> object:
     if isinstance(value, np.ndarray | jax.Array) and is_concrete(value):
         array = np.asarray(value)
         return array.shape, array.dtype.name, zlib.crc32(array.tobytes())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        named = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+        return type(value).__qualname__, [(name, describe(own)) for name, own in named]
+    if isinstance(value, tuple | list):
+        return [describe(own) for own in value]
     if not isinstance(value, FunctionType):
         # Of a jitted function, the function that was jitted.
         wrapped = getattr(value, "__wrapped__", None)

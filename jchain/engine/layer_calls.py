@@ -1,4 +1,7 @@
-"""Calls of layers and heads, and estimates of the memory that they take."""
+"""Calls of layers and heads, and estimates of the memory that they take.
+
+`jchain.engine.head_calls` turns calls of heads into losses.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -12,11 +15,11 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from jchain._typing import Activations, Array, Int, PyTree
 from jchain.bank import Bank
+from jchain.chain import count_layers
 from jchain.groups import LayerGroup, check_keeps_shape, infer_head_output
 from jchain.modules import Module, apply_module, check_stem
 from jchain.modules.activations import count_examples
 from jchain.problem import Problem
-from jchain.pytree import pick
 
 T = TypeVar("T")
 
@@ -63,6 +66,25 @@ def apply_token(
     group_of, member_of = locate(groups)
     branches = [partial(group.apply, member_of[token]) for group in groups]
     return jax.lax.switch(group_of[token], branches, hidden)
+
+
+def apply_layers(
+    bank: Bank, tokens: Int[Array, "L"], x: Activations
+) -> tuple[Activations, Int[Array, ""]]:
+    """Apply the stem and the layers of one chain, and return the activations and its head.
+
+    Args:
+      bank: the bank with the layers.
+      tokens: the tokens of the chain.
+      x: the raw input, `[B, ...]`, or a pytree of such arrays.
+    """
+    hidden = bank.embed(x)
+    for token in tokens[:-1]:
+        is_layer = (token >= 0) & (token < bank.num_layers)
+        hidden = jax.lax.cond(
+            is_layer, partial(apply_token, bank.layers), lambda _, h: h, token, hidden
+        )
+    return hidden, tokens[count_layers(tokens, bank.num_layers)]
 
 
 def apply_all(groups: tuple[LayerGroup, ...], hidden: Activations) -> PyTree:
@@ -113,51 +135,6 @@ def locate(groups: tuple[LayerGroup, ...]) -> tuple[Int[Array, "E"], Int[Array, 
         group_of[list(group.tokens)] = i
         member_of[list(group.tokens)] = np.arange(len(group.tokens))
     return jnp.asarray(group_of), jnp.asarray(member_of)
-
-
-def evaluate_heads(
-    problem: Problem, call: Callable[[PyTree], Array], hidden: PyTree
-) -> tuple[Array, Array]:
-    """Compute the loss, without the layer penalty, and accuracy of head calls, `[W]` each.
-
-    If the outputs are large, examples are processed in parts. The results are then the mean over
-    the parts, weighted by their size.
-
-    Args:
-      problem: the problem with the labels and the loss.
-      call: a function that maps activations `[W, B, ...F]` to outputs `[W, B, ...]`.
-      hidden: the inputs of the heads, `[W, B, ...F]`, or a pytree of such arrays.
-    """
-    width, num_examples = jax.tree.leaves(hidden)[0].shape[:2]
-    size = count_examples_per_call(problem, pick(hidden, 0), width)
-
-    def evaluate_part(rows: Array) -> tuple[Array, Array]:
-        part = call(pick(hidden, (slice(None), rows)))
-        return jax.vmap(problem.take(rows).loss_and_accuracy)(part)
-
-    if size == num_examples:
-        return jax.vmap(problem.loss_and_accuracy)(call(hidden))
-    results, rest = map_in_parts(evaluate_part, num_examples, size)
-    results = jax.tree.map(lambda a: a.sum(axis=0) * size, results)
-    if rest is not None:
-        results = jax.tree.map(lambda a, b: a + num_examples % size * b, results, rest)
-    return jax.tree.map(lambda a: a / num_examples, results)
-
-
-def map_prefixes(problem: Problem, fn: Callable[[PyTree], T], hidden: PyTree) -> T:
-    """Apply a function that calls every head to the activations of several prefixes.
-
-    Prefixes are processed together, or one at a time if the outputs of their heads are large.
-
-    Args:
-      problem: the problem with the heads.
-      fn: a function of the activations of one prefix, `[B, ...F]`.
-      hidden: the activations of each prefix, `[N, B, ...F]`, or a pytree of such arrays.
-    """
-    num_prefixes = jax.tree.leaves(hidden)[0].shape[0]
-    if has_large_outputs(problem, pick(hidden, 0), num_prefixes * problem.bank.num_heads):
-        return jax.lax.map(fn, hidden)
-    return jax.vmap(fn)(hidden)
 
 
 def has_large_outputs(problem: Problem, hidden: PyTree, width: int) -> bool:
@@ -212,14 +189,6 @@ def get_output_shape(problem: Problem, hidden: PyTree) -> jax.ShapeDtypeStruct:
     )
 
 
-def empty_results(problem: Problem, hidden: PyTree, size: int) -> tuple[Array, Array]:
-    """Return zeros for loss and accuracy, `[size]` each, with the dtypes of the problem."""
-    results = jax.eval_shape(
-        lambda h: problem.loss_and_accuracy(problem.bank.heads[0].apply(0, h)), hidden
-    )
-    return jax.tree.map(lambda a: jnp.zeros(size, a.dtype), results)
-
-
 def estimate_call_bytes(groups: tuple[LayerGroup, ...], hidden: PyTree) -> int:
     """Estimate the temporaries of one call, in bytes, as twice the largest array in a layer."""
     avals = [
@@ -229,15 +198,6 @@ def estimate_call_bytes(groups: tuple[LayerGroup, ...], hidden: PyTree) -> int:
         for var in equation.outvars
     ]
     return 2 * max(map(nbytes, avals), default=0)
-
-
-def estimate_head_bytes(problem: Problem, hidden: PyTree, width: int) -> int:
-    """Estimate the temporaries of a call of heads for `width` chains, in bytes."""
-    rows = count_examples_per_call(problem, hidden, width)
-    part = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), hidden
-    )
-    return width * estimate_call_bytes(problem.bank.heads, part)
 
 
 def get_member_bytes(group: LayerGroup) -> int:

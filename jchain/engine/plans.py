@@ -11,6 +11,7 @@ from jchain.arguments import checked
 from jchain.engine.backend import default_memory_limit
 from jchain.engine.blocks import Blocks, Share
 from jchain.engine.depth_first import DepthFirst
+from jchain.engine.head_calls import is_read_in_parts
 from jchain.engine.layer_calls import (
     count_convolutions,
     get_member_bytes,
@@ -123,12 +124,14 @@ def _choose_on_cpu(problem: Problem, hidden: PyTree, num_chains: int) -> tuple[B
         # become grouped, which takes two to five times as long.
         widths = (1,)
     head_size = max(size, nbytes(get_output_shape(problem, hidden)))
+    # A head whose outputs are read in parts keeps the cores busy by itself.
+    is_in_parts = is_read_in_parts(problem, hidden)
     plan = Blocks(
         max(1, min(_MAX_CPU_BLOCK, _BLOCK_CACHE // (2 * size))),
         widths,
         # Siblings form one convolution of more channels, whatever the number of layers in the bank.
         Share.INPUT if has_convolution else Share.LAYER,
-        _ladder(min(16, _HEAD_CACHE // head_size)),
+        (1,) if is_in_parts else _ladder(min(16, _HEAD_CACHE // head_size)),
     )
     return plan, _SIBLINGS[-1] if has_convolution else 2 * problem.bank.num_layers
 
@@ -139,7 +142,9 @@ def _choose_on_accelerator(problem: Problem, hidden: PyTree, num_chains: int) ->
     weights = 0 if has_convolution else max(map(get_member_bytes, problem.bank.layers))
     widths = _ladder(min(_MAX_WIDTH, _CALL_FILL // max(nbytes(hidden), weights)))
     share = Share.LAYER if has_convolution else Share.NOTHING
-    return Blocks(num_chains, widths, share, widths), 1
+    # A head whose outputs are read in parts fills the device by itself.
+    head_widths = (1,) if is_read_in_parts(problem, hidden) else widths
+    return Blocks(num_chains, widths, share, head_widths), 1
 
 
 def choose_chunk(num_layers: int, hidden: PyTree, backend: str) -> int:

@@ -161,12 +161,12 @@ def cast(problem: Problem, dtype: np.dtype | None) -> Problem:
     def cast_leaf(leaf: Array) -> Array:
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-    # `replace` checks again that each layer keeps the shape and dtype of its input.
-    return dataclasses.replace(
-        problem,
-        bank=jax.tree.map(cast_leaf, problem.bank),
-        data=Batch(jax.tree.map(cast_leaf, problem.data.x), problem.data.y),
-    )
+    bank = jax.tree.map(cast_leaf, problem.bank)
+    data = Batch(jax.tree.map(cast_leaf, problem.data.x), problem.data.y)
+    # `replace` checks again that each layer keeps the shape and dtype of its input. It would also
+    # forget how many tokens the loss reads, because it cannot count traced labels.
+    dataclasses.replace(problem, bank=bank, data=data)
+    return problem.with_bank(bank).with_examples(data.x)
 
 
 def _evaluate_together(problem: Problem, chains: Int[Array, "P L"], options: Options) -> _Results:

@@ -390,7 +390,7 @@ def _score_by_outputs(
     forward = forward_pass(problem, chain)
     predictor, vjps = compute_head_vjps(problem, chain, forward, static.kind, static.num_products)
     # Samples represent a mean over all examples, so no example may be left out.
-    stride = 1 if predictor.is_sampled else -(-problem.data.y.shape[0] // _MAX_ROWS)
+    stride = 1 if predictor.is_sampled else -(-problem.num_examples // _MAX_ROWS)
     rows = slice(None, None, stride)
     step_fn = partial(score_slot, problem, forward.length, members, predictor, rows, static)
     num_slots = jnp.minimum(forward.length + 1, problem.max_layers)

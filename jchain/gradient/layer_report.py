@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jchain._typing import Array, Float, PyTree, Shaped
+from jchain._typing import Array, Float, PyTree
 from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.chain import ChainsLike
-from jchain.data import Batch
+from jchain.engine.head_calls import compute_head_loss
 from jchain.problem import Problem
-from jchain.pytree import pick, upcast
+from jchain.pytree import upcast
 
 # The number of examples whose gradients are in memory at the same time.
 _CHUNK = 8
@@ -125,41 +125,35 @@ def _differentiate(
 ) -> tuple[Array, list[PyTree], list[PyTree]]:
     """Compute the loss, and each layer's weight gradient and empirical Fisher information."""
     bank = problem.bank
-    head, head_index = bank.find(path[-1])
 
-    def compute_loss(params: list[PyTree], x: PyTree, y: Shaped[Array, "..."]) -> Array:
-        hidden = bank.embed(pick(x, None))
+    def compute_loss(params: list[PyTree], part: Problem) -> Array:
+        hidden = bank.embed(part.data.x)
         for token, own in zip(path[:-1], params, strict=True):
             group, index = bank.find(token)
             hidden = group.apply_params(index, own, hidden)
-        outputs = head.apply(head_index, hidden)
-        return jnp.mean(problem.loss_fn(outputs, y[None]))
+        return compute_head_loss(part, path[-1], hidden)
 
-    def differentiate(example: Batch) -> tuple[Array, list[PyTree], list[PyTree]]:
-        loss, gradients = jax.value_and_grad(compute_loss)(params, *example)
+    def differentiate(index: Array) -> tuple[Array, list[PyTree], list[PyTree]]:
+        part = problem.read_part(index, 1)
+        loss, gradients = jax.value_and_grad(compute_loss)(params, part)
         gradients = jax.tree.map(upcast, gradients)
         return loss, gradients, jax.tree.map(jnp.square, gradients)
 
-    return _mean_over_examples(differentiate, Batch(*problem.data))
+    return _mean_over_examples(differentiate, problem.num_examples)
 
 
-def _mean_over_examples(fn: Callable[[Batch], T], data: Batch) -> T:
-    """Compute the mean of `fn(example)`, for `_CHUNK` examples at a time."""
+def _mean_over_examples(fn: Callable[[Array], T], num_examples: int) -> T:
+    """Compute the mean of `fn(index)` over examples, for `_CHUNK` examples at a time."""
 
-    def add(total: T, example: Batch) -> tuple[T, None]:
-        return jax.tree.map(jnp.add, total, fn(example)), None
+    def add(total: T, index: Array) -> tuple[T, None]:
+        return jax.tree.map(jnp.add, total, fn(index)), None
 
-    def add_chunk(total: T, chunk: Batch) -> tuple[T, None]:
+    def add_chunk(total: T, chunk: Array) -> tuple[T, None]:
         return jax.tree.map(lambda a, b: a + b.sum(axis=0), total, jax.vmap(fn)(chunk)), None
 
-    num_examples = data.y.shape[0]
+    indices = jnp.arange(num_examples)
     num_whole = num_examples - num_examples % _CHUNK
-    chunks = jax.tree.map(lambda a: a[:num_whole].reshape(-1, _CHUNK, *a.shape[1:]), data)
-    rest = jax.tree.map(lambda a: a[num_whole:], data)
-    zero = jax.tree.map(
-        lambda a: jnp.zeros(a.shape, a.dtype),
-        jax.eval_shape(fn, jax.tree.map(lambda a: a[0], data)),
-    )
-    total = jax.lax.scan(add_chunk, zero, chunks)[0]
-    total = jax.lax.scan(add, total, rest)[0]
+    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(fn, indices[0]))
+    total = jax.lax.scan(add_chunk, zero, indices[:num_whole].reshape(-1, _CHUNK))[0]
+    total = jax.lax.scan(add, total, indices[num_whole:])[0]
     return jax.tree.map(lambda a: a / num_examples, total)

@@ -15,6 +15,7 @@ import optax
 
 from jchain._typing import Array, Float, Int, PyTree
 from jchain.engine.draws import draw_signs
+from jchain.engine.head_calls import compute_head_loss, is_read_in_parts
 from jchain.engine.layer_calls import apply_token, count_examples_per_call, map_in_parts
 from jchain.gradient.linearize import ForwardPass
 from jchain.modules.activations import count_examples, put_floating, take_floating
@@ -55,7 +56,8 @@ def compute_head_vjps(
     are None.
 
     If the outputs would be large, examples go through the head in parts, unless each output or
-    class has its own vjp.
+    class has its own vjp. For `"activations"`, a loss that reads the outputs in parts never keeps
+    them.
 
     Args:
       problem: the bank, the split of data, and the loss.
@@ -89,6 +91,16 @@ def compute_head_vjps(
             lambda i: vjp_fn(predictor.cotangent_fn(i).astype(outputs.dtype))[0],
             jnp.arange(predictor.num_products),
         )
+
+    if kind == "activations" and is_read_in_parts(problem, hidden):
+
+        def compute_loss(floating: PyTree) -> Array:
+            token = chain[forward.length]
+            return compute_head_loss(problem, token, put_floating(hidden, floating))
+
+        gradient = jax.grad(compute_loss)(take_floating(hidden))
+        predictor = make_loss_predictor(problem, jax.eval_shape(head, hidden), kind, num_products)
+        return predictor, pick(gradient, None)
 
     key, num = jax.random.key(_SAMPLE_SEED), count_examples(hidden)
     size, outputs = count_examples_per_call(problem, hidden, 1), jax.eval_shape(head, hidden)

@@ -9,12 +9,12 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax.numpy as jnp
 
 from jchain._typing import Array, Float, Int, PyTree
 from jchain.hub.architecture import Architecture
 from jchain.hub.config import Config
 from jchain.hub.modules import Embedding, Linear, RMSNorm
+from jchain.modules import OutputMap
 from jchain.pytree import multiply_children
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -135,14 +135,20 @@ class Head(nn.Module):
     divisor: float = 1.0
     softcap: float | None = None
 
-    @nn.compact
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T V"]:
-        x = self.norm(x)
-        logits = Linear(self.vocabulary, use_bias=False, name="lm_head")(x)
-        logits = multiply(logits, 1 / self.divisor)
-        if self.softcap is None:
-            return logits
-        return self.softcap * jnp.tanh(logits / self.softcap)
+        return self.output_map(x).compute()
+
+    @nn.compact
+    def output_map(self, x: Float[Array, "*B T F"]) -> OutputMap:
+        """Return the output layer and its input, for losses that read the logits in parts.
+
+        Args:
+          x: the activations.
+        """
+        features = self.norm(x)
+        linear = Linear(self.vocabulary, use_bias=False, name="lm_head")
+        weight, bias = linear.read(x.shape[-1])
+        return OutputMap(features, weight, bias, 1 / self.divisor, self.softcap)
 
 
 def multiply(x: Float[Array, "*B"], factor: float) -> Float[Array, "*B"]:

@@ -19,6 +19,7 @@ from jchain.hub.modules import (
     Linear,
     check_activation,
 )
+from jchain.modules import OutputMap
 from jchain.pytree import multiply_children
 
 MODEL_TYPES = ("gpt2",)
@@ -146,11 +147,19 @@ class Head(nn.Module):
     vocabulary: int
     epsilon: float
 
-    @nn.compact
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T V"]:
-        return Linear(self.vocabulary, use_bias=False, name="lm_head")(
-            LayerNorm(self.epsilon, name="ln_f")(x)
-        )
+        return self.output_map(x).compute()
+
+    @nn.compact
+    def output_map(self, x: Float[Array, "*B T F"]) -> OutputMap:
+        """Return the output layer and its input, for losses that read the logits in parts.
+
+        Args:
+          x: the activations.
+        """
+        features = LayerNorm(self.epsilon, name="ln_f")(x)
+        linear = Linear(self.vocabulary, use_bias=False, name="lm_head")
+        return OutputMap(features, *linear.read(x.shape[-1]))
 
 
 def make_architecture(config: Config) -> Architecture:

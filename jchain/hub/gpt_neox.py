@@ -26,6 +26,7 @@ from jchain.hub.rotary import (
     rotate,
     select_frequencies,
 )
+from jchain.modules import OutputMap
 from jchain.pytree import multiply_children
 
 MODEL_TYPES = ("gpt_neox",)
@@ -163,11 +164,19 @@ class Head(nn.Module):
     vocabulary: int
     epsilon: float
 
-    @nn.compact
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T V"]:
-        return Linear(self.vocabulary, use_bias=False, name="embed_out")(
-            LayerNorm(self.epsilon, name="final_layer_norm")(x)
-        )
+        return self.output_map(x).compute()
+
+    @nn.compact
+    def output_map(self, x: Float[Array, "*B T F"]) -> OutputMap:
+        """Return the output layer and its input, for losses that read the logits in parts.
+
+        Args:
+          x: the activations.
+        """
+        features = LayerNorm(self.epsilon, name="final_layer_norm")(x)
+        linear = Linear(self.vocabulary, use_bias=False, name="embed_out")
+        return OutputMap(features, *linear.read(x.shape[-1]))
 
 
 def make_architecture(config: Config) -> Architecture:

@@ -23,6 +23,7 @@ from jchain.hub.decoder import (
 )
 from jchain.hub.modules import Embedding, GatedMLP, Linear, RMSNorm, check_activation
 from jchain.hub.rotary import LongRotary, compute_rotary, read_rope_options
+from jchain.modules import OutputMap
 from jchain.pytree import multiply_children
 
 # A Mistral whose config lists types of blocks is a Ministral.
@@ -155,11 +156,19 @@ class Head(nn.Module):
     vocabulary: int
     epsilon: float
 
-    @nn.compact
     def __call__(self, x: Float[Array, "*B T F"]) -> Float[Array, "*B T V"]:
-        return Linear(self.vocabulary, use_bias=False, name="lm_head")(
-            RMSNorm(self.epsilon, name="norm")(x)
-        )
+        return self.output_map(x).compute()
+
+    @nn.compact
+    def output_map(self, x: Float[Array, "*B T F"]) -> OutputMap:
+        """Return the output layer and its input, for losses that read the logits in parts.
+
+        Args:
+          x: the activations.
+        """
+        features = RMSNorm(self.epsilon, name="norm")(x)
+        linear = Linear(self.vocabulary, use_bias=False, name="lm_head")
+        return OutputMap(features, *linear.read(x.shape[-1]))
 
 
 def make_architecture(config: Config) -> Architecture:

@@ -45,15 +45,24 @@ class Linear(nn.Module):
     use_bias: bool = True
     is_transposed: bool = False
 
-    @nn.compact
     def __call__(self, x: Float[Array, "*B F"]) -> Float[Array, "*B G"]:
-        sizes = (x.shape[-1], self.features)
+        weight, bias = self.read(x.shape[-1])
+        out = jnp.matmul(x, weight if self.is_transposed else weight.T)
+        return out if bias is None else out + broadcast(bias, out)
+
+    @nn.compact
+    def read(self, num_inputs: int) -> tuple[Float[Array, "..."], Float[Array, "G"] | None]:
+        """Return W as the file stores it, and b or None.
+
+        Args:
+          num_inputs: width of the input.
+        """
+        sizes = (num_inputs, self.features)
         init = nn.initializers.normal(0.02)
         weight = self.param("weight", init, sizes if self.is_transposed else sizes[::-1])
-        out = jnp.matmul(x, weight if self.is_transposed else weight.T)
         if not self.use_bias:
-            return out
-        return out + broadcast(self.param("bias", nn.initializers.zeros, (self.features,)), out)
+            return weight, None
+        return weight, self.param("bias", nn.initializers.zeros, (self.features,))
 
 
 class Embedding(nn.Module):

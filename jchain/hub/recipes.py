@@ -19,7 +19,7 @@ from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.engine.evaluation import evaluate
 from jchain.engine.layer_calls import apply_token, explain_wrong_input
-from jchain.hub.losses import find_text
+from jchain.hub.losses import find_text, read_token_labels
 from jchain.hub.wrapping import Within, find_restarts
 from jchain.modules.activations import check_one_array, is_one_array
 from jchain.problem import Problem
@@ -85,7 +85,9 @@ def find_chains(
     if 0 < -num < len(body):
         options["best run repeated"] = repeat_contiguous(body, -num)
     if 0 < num < len(body):
-        influence = compute_influence(problem.bank, parent, problem.data.x, y=problem.data.y)
+        influence = compute_influence(
+            problem.bank, parent, problem.data.x, y=read_token_labels(problem.data.y).labels
+        )
         influence = influence[len(start) :]
         least = drop_least_influential(body, influence, num)
         options["last blocks dropped"] = drop_last(body, num)[None]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jchain._typing import Array, Float, PyTree, Shaped
 from jchain.bank import Bank
+from jchain.modules import OutputMap
 
 
 class Entry(nn.Module):
@@ -129,10 +130,23 @@ class Exit(nn.Module):
     features: int
 
     def __call__(self, x: Float[Array, "*B G"]) -> Float[Array, "..."]:
+        return self.head(self._apply_blocks(x))
+
+    def output_map(self, x: Float[Array, "*B G"]) -> OutputMap | None:
+        """Return the output layer and its input if the head has them, for losses that need no more.
+
+        Args:
+          x: the activations.
+        """
+        if not hasattr(self.head, "output_map"):
+            return None
+        return self.head.output_map(self._apply_blocks(x))
+
+    def _apply_blocks(self, x: Float[Array, "*B G"]) -> Float[Array, "*B F"]:
         hidden = x[..., : self.features]
         for block in self.blocks:
             hidden = block(hidden)
-        return self.head(hidden)
+        return hidden
 
 
 def find_restarts(bank: Bank) -> set[int]:

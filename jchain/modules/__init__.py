@@ -29,6 +29,7 @@ from jchain.modules.convert import (
 )
 from jchain.modules.functions import FunctionModule
 from jchain.modules.nnx import NnxModule, is_nnx
+from jchain.modules.output_map import OutputMap, read_output_map, squash
 from jchain.modules.staged import StagedModule, unwrap
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Module",
     "ModuleLike",
     "NnxModule",
+    "OutputMap",
     "StagedModule",
     "apply_module",
     "apply_stem",
@@ -54,6 +56,8 @@ __all__ = [
     "infer_output",
     "is_nnx",
     "name_function",
+    "read_output_map",
     "split_variables",
+    "squash",
     "unwrap",
 ]

@@ -10,7 +10,7 @@ import numpy as np
 from jchain._typing import Array, PyTree
 from jchain.modules.activations import count_examples, describe_shapes, is_one_array
 from jchain.modules.convert import Module, apply_module, describe_module, split_variables
-from jchain.pytree import describe_type, get_first_line
+from jchain.pytree import describe_type, get_first_line, pick
 
 _HOW = "change it in a stem or in a head, or pass stages= to Bank.stack for layers that change it"
 
@@ -190,7 +190,7 @@ def describe_input(x: PyTree) -> str:
 
 
 def check_output_function(
-    name: str, function: Callable[[Array, Array], Array], outputs: jax.ShapeDtypeStruct, y: Array
+    name: str, function: Callable[[Array, PyTree], Array], outputs: jax.ShapeDtypeStruct, y: PyTree
 ) -> None:
     """Check that a function of outputs and labels, such as a loss, takes them and returns floats.
 
@@ -208,7 +208,7 @@ def check_output_function(
     except Exception as error:  # whatever a user's function raises
         raise ValueError(
             f"{name} does not take outputs {list(outputs.shape)} "
-            f"and labels {y.dtype}{list(y.shape)}: {error}"
+            f"and labels {describe_shapes(y)}: {error}"
         ) from None
     if not isinstance(found, jax.ShapeDtypeStruct):
         raise ValueError(f"expected {name} to return an array, got {describe_type(found)}")
@@ -222,7 +222,7 @@ def check_output_function(
 
 
 def check_mean_over_examples(
-    name: str, function: Callable[[Array, Array], Array], outputs: jax.ShapeDtypeStruct, y: Array
+    name: str, function: Callable[[Array, PyTree], Array], outputs: jax.ShapeDtypeStruct, y: PyTree
 ) -> None:
     """Check that a function treats examples one by one, so that means over parts are exact.
 
@@ -237,9 +237,9 @@ def check_mean_over_examples(
     """
     num = min(4, outputs.shape[0])
     drawn = np.random.default_rng(0).normal(size=(num, *outputs.shape[1:]))
-    sample, y = jnp.asarray(drawn, outputs.dtype), y[:num]
+    sample, y = jnp.asarray(drawn, outputs.dtype), pick(y, slice(num))
     whole = float(jnp.mean(function(sample, y)))
-    single = [function(sample[i : i + 1], y[i : i + 1]) for i in range(num)]
+    single = [function(*pick((sample, y), slice(i, i + 1))) for i in range(num)]
     parts = float(jnp.mean(jnp.stack([jnp.mean(value) for value in single])))
     if not np.isclose(whole, parts, rtol=1e-3, atol=1e-5, equal_nan=True):
         raise ValueError(

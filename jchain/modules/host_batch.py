@@ -29,7 +29,7 @@ class HostArrays:
     def __hash__(self) -> int:
         return hash((self.structure, *map(id, self.leaves)))
 
-    def take(self, rows: slice | np.ndarray) -> tuple[PyTree, np.ndarray]:
+    def take(self, rows: slice | np.ndarray) -> tuple[PyTree, PyTree]:
         """Take some examples and their labels.
 
         Args:
@@ -109,7 +109,7 @@ class HostBatch:
             "or problem.take(rows)"
         )
 
-    def read(self, start: Int[Array, ""] | int, size: int) -> tuple[PyTree, Array]:
+    def read(self, start: Int[Array, ""] | int, size: int) -> tuple[PyTree, PyTree]:
         """Read a part of the split. Works while tracing.
 
         Args:
@@ -123,7 +123,7 @@ class HostBatch:
             partial(_read, self.source, size, shapes), shapes, start, vmap_method="sequential"
         )
 
-    def iterate(self) -> Iterator[tuple[PyTree, np.ndarray]]:
+    def iterate(self) -> Iterator[tuple[PyTree, PyTree]]:
         """Iterate over the parts on the host."""
         for start in range(0, self.num_examples, self.size):
             yield self.source.take(slice(start, start + self.size))

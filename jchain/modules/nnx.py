@@ -45,12 +45,13 @@ class NnxModule:
         """The class of the module."""
         return self.graphdef.nodes[0].type  # pyright: ignore[reportAttributeAccessIssue]
 
-    def apply(self, variables: Mapping[str, PyTree], x: PyTree) -> PyTree:
+    def apply(self, variables: Mapping[str, PyTree], x: PyTree, method: str = "__call__") -> PyTree:
         """Rebuild the module and apply it.
 
         Args:
           variables: the collections `params` and, if the module has other variables, `state`.
           x: the activations of a batch, `[B, ...F]`, or a pytree of such arrays.
+          method: the name of the method to call.
         """
         from flax import nnx
 
@@ -61,7 +62,7 @@ class NnxModule:
         for tree in variables.values():
             flat |= traverse_util.flatten_dict(tree)
         module = nnx.merge(self.graphdef, traverse_util.unflatten_dict(flat))
-        return module(x)  # pyright: ignore[reportCallIssue]
+        return getattr(module, method)(x)
 
 
 def is_nnx(value: object) -> bool:

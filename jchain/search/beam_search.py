@@ -15,7 +15,7 @@ from jchain import env
 from jchain._typing import Array, Float, Int, Key, PyTree
 from jchain.arguments import check_at_least_one, check_integers, checked
 from jchain.chain import PADDING
-from jchain.engine.layer_calls import map_prefixes
+from jchain.engine.head_calls import map_prefixes
 from jchain.modules.activations import make_buffer, put_row
 from jchain.problem import Problem
 from jchain.pytree import pick, pytree_dataclass, static

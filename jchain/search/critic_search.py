@@ -32,7 +32,8 @@ from jchain.agent.observations import (
 )
 from jchain.arguments import check_at_least_one, check_functions, check_numbers, checked
 from jchain.chain import PADDING
-from jchain.engine.layer_calls import apply_token, map_prefixes
+from jchain.engine.head_calls import map_prefixes
+from jchain.engine.layer_calls import apply_token
 from jchain.modules.activations import make_buffer
 from jchain.problem import Problem
 from jchain.pytree import describe_type, pick, pytree_dataclass, static

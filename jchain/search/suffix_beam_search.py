@@ -192,11 +192,11 @@ class SuffixBeamSearch:
             best=jnp.where(is_better, chains[best], state.best),
             best_loss=jnp.where(is_better, loss[best], state.best_loss),
         )
-        probe_calls = -(-num_applied * len(state.rows) // problem.data.y.shape[0])
+        probe_calls = -(-num_applied * len(state.rows) // problem.num_examples)
         return next_state, Info(chains, loss, (layer_calls + probe_calls).astype(jnp.int32))
 
     def _draw_rows(self, key: Array, problem: Problem) -> Int[Array, "b"]:
-        size = problem.data.y.shape[0]
+        size = problem.num_examples
         return jax.random.choice(key, size, (min(self.num_probes, size),), replace=False)
 
     def _start(self, key: Array, state: State, problem: Problem) -> State:

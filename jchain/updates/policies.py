@@ -23,6 +23,7 @@ from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.chain import PADDING, ChainsLike
 from jchain.data import Batch
+from jchain.modules.activations import count_examples
 from jchain.problem import Problem
 from jchain.runs import driver
 from jchain.runs.processes import is_shared
@@ -228,7 +229,7 @@ def tuning_cost(
       num_layers: number of layers of the chain, or of each of several chains.
       num_steps: number of gradient steps on each chain.
     """
-    return tune.training_cost(num_layers, train.y.shape[0], problem.num_examples, num_steps)
+    return tune.training_cost(num_layers, count_examples(train.x), problem.num_examples, num_steps)
 
 
 def reserve_for_tuning(problem: Problem, train: Batch, num_steps: int) -> int:

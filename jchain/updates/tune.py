@@ -16,15 +16,15 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from jchain._typing import Activations, Array, Bool, Float, Int, Key, PyTree
+from jchain._typing import Array, Bool, Float, Int, Key, PyTree
 from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.chain import PADDING, ChainSpace
-from jchain.engine.evaluation import apply_chain
+from jchain.engine.head_calls import compute_head_loss
+from jchain.engine.layer_calls import apply_layers
 from jchain.groups import LayerGroup
 from jchain.modules import unwrap
 from jchain.problem import Problem
-from jchain.pytree import pick
 from jchain.train import BATCH_SIZE, OPTIMIZER, is_stepwise
 
 # A layer costs one call each for its forward pass, the gradient of its input, and the gradient of
@@ -213,13 +213,13 @@ def _step(
     optimizer: optax.GradientTransformation,
 ) -> State:
     """Take one gradient step on one chain; only the marked layers and heads change."""
-    bank, (x, y) = state.bank, problem.data
-    rows = jax.random.choice(key, y.shape[0], (min(BATCH_SIZE, y.shape[0]),), replace=False)
+    bank, num = state.bank, problem.num_examples
+    rows = jax.random.choice(key, num, (min(BATCH_SIZE, num),), replace=False)
+    part = problem.take(rows)
     groups = (*bank.layers, *bank.heads)
 
     def loss(params: tuple[PyTree, ...]) -> Float[Array, ""]:
-        outputs = _apply_path(_with_params(bank, params), path, pick(x, rows))
-        return jnp.mean(problem.loss_fn(outputs, y[rows]))
+        return _compute_loss(part.with_bank(_with_params(bank, params)), path)
 
     params = tuple(group.params for group in groups)
     gradients = jax.grad(loss)(params)
@@ -299,15 +299,17 @@ def _with_params(bank: Bank, params: Sequence[PyTree]) -> Bank:
     return dataclasses.replace(bank, layers=tuple(groups[:num]), heads=tuple(groups[num:]))
 
 
-def _apply_path(bank: Bank, path: tuple[int, ...] | Array, x: Activations) -> Array:
-    """Compute the outputs of a chain.
+def _compute_loss(problem: Problem, path: tuple[int, ...] | Array) -> Float[Array, ""]:
+    """Compute the loss of a chain.
 
     A tuple of tokens is unrolled, because branches hide convolutions from XLA on CPU.
     """
+    bank, x = problem.bank, problem.data.x
     if not isinstance(path, tuple):
-        return apply_chain(bank, path, x)
+        hidden, head = apply_layers(bank, path, x)
+        return compute_head_loss(problem, head, hidden)
     hidden = bank.embed(x)
-    for token in path:
+    for token in path[:-1]:
         group, member = bank.find(token)
         hidden = group.apply(member, hidden)
-    return hidden
+    return compute_head_loss(problem, path[-1], hidden)

@@ -252,7 +252,14 @@ HALVES = [
     "smollm3",
     "gemma",
     "gemma2",
-] + ["gemma3", "phi3 long", "olmo", "olmo2", "qwen3_moe", "granite", "starcoder2"]
+    "gemma3",
+    "phi3 long",
+    "olmo",
+    "olmo2",
+    "qwen3_moe",
+    "granite",
+    "starcoder2",
+]
 
 
 @pytest.mark.parametrize("name", HALVES)
