@@ -27,15 +27,15 @@ class Config:
       location: path of the file, for error messages.
     """
 
-    def __init__(self, options: JsonObject, location: str, most_blocks: int = 10_000) -> None:
+    def __init__(self, options: JsonObject, location: str, num_tensors: int = 10_000) -> None:
         """Wrap the options of a config.
 
         Args:
           options: the options by name.
           location: path of the file, for error messages.
-          most_blocks: the number of blocks that the model has at most.
+          num_tensors: the number of tensors of the model, at most; it has at most as many blocks.
         """
-        self.options, self.location, self._most_blocks = options, location, most_blocks
+        self.options, self.location, self._num_tensors = options, location, num_tensors
 
     def get(self, key: str, default: object) -> Any:
         """Read an option.
@@ -106,10 +106,24 @@ class Config:
         Raises:
           ValueError: if the option is not an integer, or larger than the number of tensors.
         """
-        depth = self.require(key)
-        if not is_integer(depth) or not 1 <= depth <= self._most_blocks:
-            raise self.reject(key, depth, f"1 to {self._most_blocks:,} blocks")
-        return int(depth)
+        self.require(key)
+        return self.get_count(key, 0, "blocks")
+
+    def get_count(self, key: str, default: int, parts: str) -> int:
+        """Read a number of parts, each of which has tensors.
+
+        Args:
+          key: name of the option.
+          default: value to return if the config does not have the option.
+          parts: name of the parts.
+
+        Raises:
+          ValueError: if the option is not an integer, or larger than the number of tensors.
+        """
+        count = self.get(key, default)
+        if not is_integer(count) or not 1 <= count <= self._num_tensors:
+            raise self.reject(key, count, f"1 to {self._num_tensors:,} {parts}")
+        return int(count)
 
     def expect(self, key: str, *allowed: object) -> None:
         """Check that an option has one of the supported values.
@@ -155,7 +169,7 @@ class Config:
             family's own.
         """
         found = {own: self.options[name] for name, own in names.items() if name in self.options}
-        return Config(self.options | found, self.location, self._most_blocks)
+        return Config(self.options | found, self.location, self._num_tensors)
 
     def check_common(self) -> None:
         """Check the options that transformers reads for every family.

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from jchain._typing import Array, Float, Int, PyTree
 from jchain.hub.architecture import Architecture

@@ -1,14 +1,26 @@
 """Weights that are multiplied as they are read, for options that have no module of their own."""
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from jchain.hub.architecture import Architecture
 from jchain.hub.tensor_names import ModelNames
 
-if TYPE_CHECKING:
-    from jchain.hub.weights import Weights
+
+class Tensors(Protocol):
+    """What a `Checkpoint` and random weights have in common."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+
+    def read(self, name: str, row: np.ndarray) -> None:
+        """Read a tensor into an array."""
+
+
+Own = TypeVar("Own", bound=Tensors)
 
 
 class FoldedWeights:
@@ -20,7 +32,7 @@ class FoldedWeights:
       dtypes: map from the name of each tensor to the NumPy name of its dtype.
     """
 
-    def __init__(self, weights: "Weights", architecture: Architecture, names: ModelNames) -> None:
+    def __init__(self, weights: Tensors, architecture: Architecture, names: ModelNames) -> None:
         """Wrap weights.
 
         Args:
@@ -54,7 +66,7 @@ class FoldedWeights:
             first[...] = (first.astype(np.float32) * self._scales[name]).astype(row.dtype)
 
 
-def fold_scales(weights: "Weights", architecture: Architecture, names: ModelNames) -> "Weights":
+def fold_scales(weights: Own, architecture: Architecture, names: ModelNames) -> Own | FoldedWeights:
     """Fold the scales of an architecture into weights, if it has any.
 
     Args:

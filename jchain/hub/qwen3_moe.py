@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jchain._typing import Array, Float
+from jchain._typing import Array, Float, Key, PyTree
 from jchain.hub import decoder
 from jchain.hub.architecture import Architecture
 from jchain.hub.config import Config
@@ -17,7 +17,6 @@ from jchain.hub.modules import ACTIVATIONS, GatedMLP, Linear, check_activation
 from jchain.hub.rotary import compute_rotary, read_rope_options
 
 MODEL_TYPES = ("qwen3_moe",)
-_MOST_EXPERTS = 4096
 
 
 class Stem(decoder.Stem):
@@ -30,38 +29,6 @@ class Block(decoder.Block):
 
 class Head(decoder.Head):
     """The last norm and the output layer."""
-
-
-class Kernel(nn.Module):
-    """A matrix without its product.
-
-    Attributes:
-      shape: shape of the matrix.
-    """
-
-    shape: tuple[int, int]
-
-    @nn.compact
-    def __call__(self) -> Float[Array, "G F"]:
-        return self.param("weight", nn.initializers.normal(0.02), self.shape)
-
-
-class Expert(nn.Module):
-    """The weights of a gated MLP.
-
-    Attributes:
-      features: width of the activations.
-      hidden: width of the hidden layer.
-    """
-
-    features: int
-    hidden: int
-
-    @nn.compact
-    def __call__(self) -> tuple[Float[Array, "G F"], ...]:
-        wide = (self.hidden, self.features)
-        shapes = {"gate_proj": wide, "up_proj": wide, "down_proj": wide[::-1]}
-        return tuple(Kernel(shape, name=name)() for name, shape in shapes.items())
 
 
 class Experts(nn.Module):
@@ -85,8 +52,17 @@ class Experts(nn.Module):
     def __call__(
         self, x: Float[Array, "*B T F"], weights: Float[Array, "*B T E"]
     ) -> Float[Array, "*B T F"]:
-        experts = [Expert(x.shape[-1], self.hidden, name=str(j))() for j in range(self.num)]
-        stacks = [jnp.stack(kernels) for kernels in zip(*experts, strict=True)]
+        wide = (self.hidden, x.shape[-1])
+        shapes = {"gate_proj": wide, "up_proj": wide, "down_proj": wide[::-1]}
+
+        def init(key: Key[Array, ""]) -> PyTree:
+            keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
+            draw = nn.initializers.normal(0.02)
+            return {name: {"weight": draw(keys[name], shapes[name])} for name in shapes}
+
+        # Each expert is one param, a dict with the names of the file.
+        experts = [self.param(str(j), init) for j in range(self.num)]
+        stacks = [jnp.stack([expert[name]["weight"] for expert in experts]) for name in shapes]
 
         def add_expert(
             total: Float[Array, "*B T F"], expert: tuple[Float[Array, "..."], ...]
@@ -164,7 +140,7 @@ def _read_dense(config: Config, depth: int) -> tuple[bool, ...]:
     if isinstance(step, bool) or not isinstance(step, int) or step < 1:
         raise config.reject("decoder_sparse_step", step, "a number of blocks")
     return tuple(
-        i in listed or (i + 1) % step != 0 or config.get("num_experts", 128) == 0
+        i in listed or (i + 1) % step != 0 or config.get("num_experts", 128) in (0, None)
         for i in range(depth)
     )
 
@@ -173,9 +149,6 @@ def _make_block(config: Config, norm: nn.Module, *, is_dense: bool) -> Block:
     heads, has_bias = decoder.read_heads(config), config.get_flag("attention_bias", False)
     is_windowed = config.get_flag("use_sliding_window", False)
     activation = check_activation(config, "hidden_act", "silu")
-    num = config.get("num_experts", 128)
-    if isinstance(num, bool) or not isinstance(num, int) or not 0 <= num <= _MOST_EXPERTS:
-        raise config.reject("num_experts", num, f"at most {_MOST_EXPERTS:,} experts")
     attention = Attention(
         *heads,
         *compute_rotary(config, read_rope_options(config), heads.head_size),
@@ -188,7 +161,7 @@ def _make_block(config: Config, norm: nn.Module, *, is_dense: bool) -> Block:
         hidden = config.require("intermediate_size")
         return Block(attention, GatedMLP(hidden, activation, use_bias=False), norm)
     mlp = MixtureMLP(
-        num,
+        config.get_count("num_experts", 128, "experts"),
         config.get("num_experts_per_tok", 8),
         config.get("moe_intermediate_size", 768),
         activation,

@@ -72,7 +72,7 @@ def score_tokens(
     size = -(-num // num_parts)
 
     def cut(leaf: Array) -> Array:
-        padding = [(0, num_parts * size - num), *([(0, 0)] * (leaf.ndim - 1))]
+        padding = [(0, num_parts * size - num)] + [(0, 0)] * (np.ndim(leaf) - 1)
         return jnp.pad(leaf, padding).reshape((num_parts, size, *leaf.shape[1:]))
 
     num_outputs = min(sizes.num_outputs, output.weight.shape[0])

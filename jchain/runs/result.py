@@ -246,7 +246,8 @@ class Trace(NamedTuple):
           rest: the rest at the end of the runs, which has the number of examples.
         """
         num_examples = None if rest is None else np.asarray(rest.num_examples)[None]
-        return total_calls(np.asarray(self.layer_calls), self.examples, num_examples)
+        examples = None if self.examples is None else np.asarray(self.examples)
+        return total_calls(np.asarray(self.layer_calls), examples, num_examples)
 
 
 def empty_trace(num_runs: int, *, has_rest: bool = False) -> Trace:

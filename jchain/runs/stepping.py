@@ -268,7 +268,7 @@ def _take_step(
     state = jax.tree.map(_cast, state, run.state)
     old = run.stats
     charge = charge_step(info.layer_calls, old.rest)
-    is_counted = ~old.is_over & charge.fits(stop.budget - old.layer_calls)
+    is_counted = ~old.is_over & charge.fits(jnp.asarray(stop.budget - old.layer_calls))
     # What a search reports is checked: a row that is not a chain never becomes the best one.
     is_chain = problem.space.contains(info.chains)
     num_invalid = jnp.sum(~is_chain & (info.chains != PADDING).any(axis=1), dtype=jnp.int32)

@@ -56,20 +56,20 @@ def test_some_blocks_have_one_mlp(change, is_dense):
 
 
 def test_exports_list_the_blocks_with_one_mlp_by_their_new_indices(tmp_path):
-    options = MOE | {"mlp_only_layers": [], "decoder_sparse_step": 2, "num_hidden_layers": 4}
+    options = MOE | {"mlp_only_layers": [], "decoder_sparse_step": 2}
     folder = write_config(tmp_path / "model", options)
     bank, ids = jc.hub.random_bank(jax.random.key(0), folder), jnp.arange(8)[None]
-    chain = np.array([1, 1, 0, 2, 3, 4])
+    chain = np.array([1, 1, 0, 2])
     again = jc.hub.load(jc.hub.export(bank, chain, folder, tmp_path / "out"))
     np.testing.assert_allclose(
-        jc.apply_chain(again, np.arange(6), ids), jc.apply_chain(bank, chain, ids), rtol=1e-5
+        jc.apply_chain(again, np.arange(4), ids), jc.apply_chain(bank, chain, ids), rtol=1e-5
     )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_experts": 10**6}, "num_experts = 1000000 is not supported, expected at most 4,096"),
+        ({"num_experts": 10**6}, "num_experts = 1000000 is not supported, expected 1 to 10,000 "),
         ({"mlp_only_layers": "1"}, "mlp_only_layers = '1' is not supported, expected a list of"),
         ({"decoder_sparse_step": 0}, "decoder_sparse_step = 0 is not supported, expected a number"),
         ({"num_experts_per_tok": 7}, "an option has an invalid value"),
