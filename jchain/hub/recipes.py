@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain import chain as chain_lib
-from jchain._typing import Activations, Array, Bool, Float, Int, Shaped
+from jchain._typing import Activations, Array, Bool, Float, Int
 from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.engine.evaluation import evaluate
@@ -171,7 +171,7 @@ def compute_influence(
     chain: Sequence[int] | Int[np.ndarray, "L"],
     x: Activations,
     *,
-    y: Shaped[Array, "..."] | None = None,
+    y: Int[Array, "..."] | Float[Array, "..."] | Bool[Array, "..."] | None = None,
 ) -> Float[np.ndarray, "D"]:
     """Measure how much each layer of a chain changes the direction of its input.
 
@@ -217,7 +217,7 @@ def compute_influence(
 
 
 def _find_text(
-    x: Activations, y: Shaped[Array, "..."] | None, shape: tuple[int, ...]
+    x: Activations, y: Array | None, shape: tuple[int, ...]
 ) -> Bool[Array, "*B T"] | Bool[Array, ""]:
     """Find the tokens that are not padding; images and the like have none."""
     is_tokens = is_one_array(x) and np.shape(x) == shape and np.issubdtype(x.dtype, np.integer)
