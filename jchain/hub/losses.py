@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 import optax
 
-from jchain._typing import Array, Bool, Float, Int
+from jchain._typing import Array, Float, Int
 from jchain.arguments import checked
+from jchain.hub.padding import find_text
 
 
 @checked
@@ -83,15 +84,3 @@ def _score_choices(outputs: Float[Array, "B C T V"], y: Int[Array, "B C T"]) -> 
     """Compute the loss of the tokens of each choice; infinite for the choices that are padding."""
     is_choice = find_text(y)[..., 0].at[:, 0].set(True)
     return jnp.where(is_choice, next_token_loss(outputs, y), jnp.inf)
-
-
-def find_text(y: Int[Array, "*B T"]) -> Bool[Array, "*B T"]:
-    """Find the tokens of the text in rows that are padded at the end.
-
-    The last token of a text has a label, so what follows the last label of a row is padding. The
-    tokens of a question have no labels, but are followed by those of the choice.
-
-    Args:
-      y: the next tokens; negative labels are ignored by the loss.
-    """
-    return jnp.cumulative_sum((y >= 0)[..., ::-1], axis=-1)[..., ::-1] > 0

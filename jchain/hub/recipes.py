@@ -19,7 +19,7 @@ from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.engine.evaluation import evaluate
 from jchain.engine.layer_calls import apply_token, explain_wrong_input
-from jchain.hub.losses import find_text
+from jchain.hub.padding import find_text
 from jchain.hub.wrapping import Within, find_restarts
 from jchain.modules.activations import check_one_array, is_one_array
 from jchain.problem import Problem
