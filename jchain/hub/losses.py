@@ -44,18 +44,6 @@ def find_counted(y: Int[Array, "*B T"] | TokenLabels) -> Bool[Array, "*B T"]:
     return is_counted if given.weights is None else is_counted & (given.weights > 0)
 
 
-def find_text(y: Int[Array, "*B T"]) -> Bool[Array, "*B T"]:
-    """Find the tokens of the text in rows that are padded at the end.
-
-    The last token of a text has a label, so what follows the last label of a row is padding. The
-    tokens of a question have no labels, but are followed by those of the choice.
-
-    Args:
-      y: the next tokens; negative labels are ignored by the loss.
-    """
-    return jnp.cumulative_sum((y >= 0)[..., ::-1], axis=-1)[..., ::-1] > 0
-
-
 def average_tokens(
     values: Float[Array, "*B T"], y: Int[Array, "*B T"] | TokenLabels
 ) -> Float[Array, "*B"]:

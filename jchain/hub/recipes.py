@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jchain import chain as chain_lib
-from jchain._typing import Activations, Array, Bool, Float, Int, Shaped
+from jchain._typing import Activations, Array, Bool, Float, Int
 from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.engine.evaluation import evaluate
 from jchain.engine.layer_calls import apply_token, explain_wrong_input
-from jchain.hub.losses import find_text, read_token_labels
+from jchain.hub.losses import read_token_labels
+from jchain.hub.padding import find_text
 from jchain.hub.wrapping import Within, find_restarts
 from jchain.modules.activations import check_one_array, is_one_array
 from jchain.problem import Problem
@@ -173,7 +174,7 @@ def compute_influence(
     chain: Sequence[int] | Int[np.ndarray, "L"],
     x: Activations,
     *,
-    y: Shaped[Array, "..."] | None = None,
+    y: Int[Array, "..."] | Float[Array, "..."] | Bool[Array, "..."] | None = None,
 ) -> Float[np.ndarray, "D"]:
     """Measure how much each layer of a chain changes the direction of its input.
 
@@ -219,7 +220,7 @@ def compute_influence(
 
 
 def _find_text(
-    x: Activations, y: Shaped[Array, "..."] | None, shape: tuple[int, ...]
+    x: Activations, y: Array | None, shape: tuple[int, ...]
 ) -> Bool[Array, "*B T"] | Bool[Array, ""]:
     """Find the tokens that are not padding; images and the like have none."""
     is_tokens = is_one_array(x) and np.shape(x) == shape and np.issubdtype(x.dtype, np.integer)

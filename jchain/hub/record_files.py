@@ -163,8 +163,10 @@ def _read_parquet(path: Path, columns: Sequence[str] | None) -> Iterator[Record]
                 for value in batch.to_pylist():
                     number += 1
                     yield Record(value, f"{path}, row {number}")
-    except (pyarrow.ArrowException, OSError, OverflowError) as error:
-        raise ValueError(f"{path} is damaged: {get_first_line(error)}") from None
+    except (pyarrow.ArrowException, ArithmeticError, LookupError, OSError, ValueError) as error:
+        reason = get_first_line(error)
+        named = reason if str(path) in reason else f"{path} is damaged: {reason}"
+        raise ValueError(named) from None
 
 
 def describe_missing(field: str, found: Sequence[str], location: str) -> str:

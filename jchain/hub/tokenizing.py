@@ -116,8 +116,12 @@ def open_tokenizer(checkpoint: str | os.PathLike[str]) -> TextEncoder:
     if vocab_size is None:
         raise ValueError(f"expected a model of text at {folder}, got one of images")
     path = _find_tokenizer(folder)
-    tokenizer = _load_tokenizer(path)
-    tokens = [_find_special_token(folder, tokenizer, name) for name in ("eos_token", "bos_token")]
+    tokenizer, options = _load_tokenizer(path), read_config(folder)[0]
+    path_options = folder / TOKENIZER_CONFIG
+    names = read_json(path_options) if path_options.is_file() else {}
+    tokens = [
+        _find_special_token(name, options, names, tokenizer) for name in ("eos_token", "bos_token")
+    ]
     # A text that only begins with a special token does not end with one.
     special = [] if tokens[0] is None else [i for i in dict.fromkeys(tokens) if i is not None]
     return TextEncoder(tokenizer, path, vocab_size, special)
@@ -159,14 +163,16 @@ def _find_tokenizer(folder: Path) -> Path:
     raise FileNotFoundError(f"expected {TOKENIZER} in {folder}, found {hint if found else 'none'}")
 
 
-def _find_special_token(folder: Path, tokenizer: "Tokenizer", name: str) -> int | None:
-    found = read_config(folder)[0].get(f"{name}_id")
+def _find_special_token(
+    name: str, options: JsonObject, names: JsonObject, tokenizer: "Tokenizer"
+) -> int | None:
+    """Find a special token by its id in config.json, or its name in tokenizer_config.json."""
+    found = options.get(f"{name}_id")
     if isinstance(found, list) and found:
         found = found[0]
     if isinstance(found, int) and not isinstance(found, bool):
         return found
-    path = folder / TOKENIZER_CONFIG
-    token = read_json(path).get(name) if path.is_file() else None
+    token = names.get(name)
     token = token.get("content") if isinstance(token, dict) else token
     return tokenizer.token_to_id(token) if isinstance(token, str) else None
 

@@ -24,6 +24,22 @@ def test_sequences_are_not_longer_than_the_positions_of_the_model(tmp_path):
         checkpoints.load_data(dataclasses.replace(config, checkpoint=[str(odd)]))
 
 
+def test_text_is_read_from_another_field_and_drawn_at_random(tmp_path, monkeypatch, capsys):
+    checkpoint, text = make_checkpoint(tmp_path / "model"), tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"body": f"{i} {TEXT}"}) + "\n" for i in range(6)))
+    config = SearchConfig(checkpoint=[str(checkpoint)], text=[str(text)], field="body", length=8)
+    data = checkpoints.load_data(config).data
+    assert "Text:" not in capsys.readouterr().err
+    assert len(data.train.x) == 64
+    assert 64 < len(data.test.x) < 256
+    with pytest.raises(ValueError, match="expected the field 'text', found body.*or --field"):
+        checkpoints.load_data(dataclasses.replace(config, field=None))
+    monkeypatch.setattr(checkpoints, "SIZES", (4, 3, 2, 1))
+    data = checkpoints.load_data(config).data
+    assert [len(split.x) for split in data[:4]] == [4, 3, 2, 1]
+    assert "Text: 4, 3, 2, 1 sequences of 8 tokens in train, " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -37,6 +53,10 @@ def test_sequences_are_not_longer_than_the_positions_of_the_model(tmp_path):
             "expected --length to be at least 1",
         ),
         (["--checkpoint", "m0", "m0", "--text", "text.txt"], "expected different checkpoints"),
+        (
+            ["--checkpoint", "m0", "--choices", "questions.jsonl", "--field", "text"],
+            "expected --text with --field, got --field text",
+        ),
         (
             ["--checkpoint", "m0", "--text", "text.txt", "--pinned", "2,2"],
             "expected fewer pinned blocks than the 4",

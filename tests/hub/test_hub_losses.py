@@ -9,7 +9,6 @@ from scipy.special import log_softmax as scipy_log_softmax
 
 import jchain as jc
 from jchain.engine import layer_calls as calls
-from jchain.hub.losses import find_text
 
 
 def log_softmax(outputs):
@@ -76,11 +75,6 @@ def test_choices_that_are_padding_never_count_and_never_win(seed):
 def test_a_question_without_labels_has_no_loss():
     y = jnp.full((1, 3, 4), -1)
     assert jc.hub.choice_loss(jnp.ones((1, 3, 4, 5)), y).tolist() == [0.0]
-
-
-def test_the_text_of_a_row_ends_at_its_last_label():
-    y = jnp.array([[-1, -1, 3, 0, -1, -1], [-1, 5, -1, 2, -1, 7], [-1] * 6])
-    assert find_text(y).astype(int).tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6, [0] * 6]
 
 
 @pytest.mark.parametrize(

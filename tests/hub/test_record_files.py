@@ -115,6 +115,10 @@ def test_parquet_is_read_by_column(tmp_path):
     assert [r.value for r in read_records(path, ["a"])] == [{"a": i} for i in range(600)]
     with pytest.raises(ValueError, match="a.parquet: expected the field 'c', found a, b"):
         list(read_records(path, ["c"]))
+    write_parquet(path, [{"a": "unlike"}])
+    path.write_bytes(path.read_bytes().replace(b"unlike", b"unli\xffe"))
+    with pytest.raises(ValueError, match="a.parquet is damaged: .*utf-8"):
+        read(path)
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ValueError, match="a.parquet is damaged"):
         read(path)
