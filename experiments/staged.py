@@ -167,6 +167,8 @@ def run(search: Any, solved: Solved, budget: int, num_seeds: int) -> dict[str, n
     results = jc.run_many(
         keys, search, solved.problem, budget=budget, starts=None, target_loss=target
     )
+    if stopped := [result.stopped_by for result in results if result.stopped_by]:
+        raise RuntimeError(f"expected runs that end, got {stopped[0]}")
     curves = np.stack([result.curve.at(make_grid(budget)) for result in results])
     # Nothing is known before the first chain is scored: the median chain stands for it.
     return {"loss": np.where(np.isfinite(curves), curves, solved.median).astype(np.float64)}
