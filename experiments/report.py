@@ -43,6 +43,7 @@ SCRIPTS = (
     "own_net",
     "controller",
     "transformer_depth",
+    "staged",
 )
 # Scripts of later questions, left out of `--quick` here; each has a `--quick` of its own.
 NOT_QUICK = ("arena", "own_net", "controller", "transformer_depth")

@@ -22,21 +22,24 @@ chain. `search` has 359 examples, so 1/16 are 22.
 128 bytes; chains of up to 6 blocks. The best of all chains is not known, so regret is relative to
 the lowest loss that any run found, and to the median of 200 random chains.
 
-The script writes staged.json and staged.md to experiments/results: the regret at the end of both
-budgets, as interquartile means with 95% bootstrap intervals stratified by problem
+The script writes staged.json, staged.md, and staged.png to experiments/results: the regret at the
+end of both budgets, as interquartile means with 95% bootstrap intervals stratified by problem
 (`jchain.chainbench.stats`), and the layer calls after which the interquartile mean of the staged
 search is at most that of the other one at its end.
 """
 
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import byte_models
 import jax
 import numpy as np
+from matplotlib.figure import Figure
 from records import describe_machine, describe_search, keep, make_parser, write_results
+from scipy.stats import trim_mean
 
 import jchain as jc
 from jchain.chainbench import stats
@@ -96,7 +99,8 @@ def main() -> None:
         print(format_table({group: result["groups"][group]}), flush=True)
     result["seconds"] = round(time.perf_counter() - began)
     if not args.quick:
-        write_results(args.out, "staged", result, format_table(result["groups"]))
+        table = format_table(result["groups"])
+        write_results(args.out, "staged", result, table, partial(draw, result=result))
 
 
 def compare(names: Any, budget: int, num_seeds: int, folder: Path) -> dict[str, Any]:
@@ -167,6 +171,8 @@ def run(search: Any, solved: Solved, budget: int, num_seeds: int) -> dict[str, n
     results = jc.run_many(
         keys, search, solved.problem, budget=budget, starts=None, target_loss=target
     )
+    if stopped := [result.stopped_by for result in results if result.stopped_by]:
+        raise RuntimeError(f"expected runs that end, got {stopped[0]}")
     curves = np.stack([result.curve.at(make_grid(budget)) for result in results])
     # Nothing is known before the first chain is scored: the median chain stands for it.
     return {"loss": np.where(np.isfinite(curves), curves, solved.median).astype(np.float64)}
@@ -178,7 +184,7 @@ def summarize(regrets: dict[str, np.ndarray], budget: int) -> dict[str, Any]:
     for name in SEARCHES:
         whole, staged = regrets[name], regrets[f"{name}, staged"]
         end, staged_end = stats.iqm(whole[..., -1]), stats.iqm(staged[..., -1])
-        means = np.array([stats.iqm(staged[..., i], num_resamples=1).value for i in range(100)])
+        whole_means, means = find_means(whole), find_means(staged)
         reached = np.flatnonzero(means <= end.value)
         calls = make_grid(budget // SHARE)[reached[0]] if len(reached) else None
         at_share = stats.iqm(whole[..., 100 // SHARE - 1])
@@ -192,8 +198,29 @@ def summarize(regrets: dict[str, np.ndarray], budget: int) -> dict[str, Any]:
             "is_within": bool(staged_end.value <= end.high),
             "calls_to_reach": calls,
             "share_to_reach": None if calls is None else calls / budget,
+            "curves": {"whole": whole_means.tolist(), "staged": means.tolist()},
         }
     return {"budget": budget, "num_problems": len(regrets["random search"]), "rows": rows}
+
+
+def find_means(regrets: np.ndarray) -> np.ndarray:
+    """Return the interquartile mean of `[M, S, G]` along the budget."""
+    return trim_mean(regrets.reshape(-1, regrets.shape[-1]), 0.25, axis=0)
+
+
+def draw(path: str, result: dict[str, Any]) -> None:
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, len(result["groups"]), squeeze=False)[0]
+    for axes, (group, found) in zip(panels, result["groups"].items(), strict=True):
+        for color, (name, row) in enumerate(found["rows"].items()):
+            for kind, style, share in (("whole", "--", 1), ("staged", "-", result["share"])):
+                label = name if kind == "whole" else f"{name}, staged"
+                grid = make_grid(found["budget"] // share)
+                axes.plot(grid, row["curves"][kind], style, color=f"C{color}", label=label)
+        axes.set(title=group, xlabel="layer calls", ylabel="regret", xscale="log")
+        axes.set_yscale("symlog", linthresh=1e-3)
+    panels[-1].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
 
 
 def format_table(groups: dict[str, Any]) -> str:

@@ -62,7 +62,7 @@ def check_fractions(fractions: Sequence[float | int], keep: float | int = 1) -> 
       ValueError: if the fractions do not rise from above 0 to 1, or the share is out of range.
     """
     for i, fraction in enumerate(fractions):
-        check_numbers(above=0, at_most=1, is_finite=True, **{f"fractions[{i}]": fraction})
+        check_numbers(above=0, at_most=1, **{f"fractions[{i}]": fraction})  # pyright: ignore
     if len(fractions) == 0 or list(fractions) != sorted(set(fractions)) or fractions[-1] != 1:
         raise ValueError(f"expected fractions that rise and end in 1, got {shorten(fractions)}")
     check_numbers(above=0, at_most=1, keep=keep)
@@ -169,7 +169,7 @@ class StagedEvaluation(NamedTuple):
 class _Rung(NamedTuple):
     """The chains of one rung, and their means over all examples up to it."""
 
-    rows: Int[Array, "Q"]  # [Q], their rows in the sorted population
+    row: Int[Array, "Q"]  # [Q], their rows in the sorted population
     is_in: Bool[Array, "Q"]  # [Q], False for a row that holds no chain
     loss: Float[Array, "Q"]  # [Q]
     accuracy: Float[Array, "Q"]  # [Q]
@@ -214,10 +214,8 @@ def evaluate_staged(
     rows = problem.put(rows)
     options = Options(None, None, None, get_backend(problem, rows))
     out = halve(problem, rows, rungs=rungs, options=options)
-    loss, accuracy, partial_loss, num_examples = (leaf[: len(tokens)] for leaf in out[:4])
-    return StagedEvaluation(
-        loss, accuracy, partial_loss, num_examples, out.layer_calls, out.head_calls
-    )
+    kept = {name: getattr(out, name)[: len(tokens)] for name in StagedEvaluation._fields[:4]}
+    return out._replace(**kept)
 
 
 def evaluate_rows(problem: Problem, chains: Int[Array, "P L"], *, options: Options) -> Evaluation:
@@ -282,11 +280,11 @@ def halve(
     known, num_examples = loss, jnp.full(num_chains, rungs.ends[0], jnp.int32)
     for i, end in enumerate(rungs.ends[1:], 1):
         rung = _climb(problem, rows, rung, rival, rungs, i, options)
-        place = jnp.where(rung.is_in, rung.rows, num_chains)
+        place = jnp.where(rung.is_in, rung.row, num_chains)
         known = known.at[place].set(rung.loss, mode="drop")
         num_examples = num_examples.at[place].set(end, mode="drop")
     is_whole = rung.is_in & jnp.isfinite(rung.loss)
-    place = jnp.where(is_whole, rung.rows, num_chains)
+    place = jnp.where(is_whole, rung.row, num_chains)
     loss = jnp.full_like(known, jnp.inf).at[place].set(rung.loss, mode="drop")
     accuracy = jnp.zeros_like(known).at[place].set(rung.accuracy, mode="drop")
     results = (leaf[source] for leaf in (loss, accuracy, known, num_examples))
@@ -335,8 +333,8 @@ def _climb(
     loss, is_in = loss[best], jnp.arange(counts[-1]) < num_kept
     is_in &= jnp.isfinite(loss) & (loss < last.bar)
     # Rows without a chain repeat the best one, which costs nothing. So does a head alone.
-    filler = jnp.where(is_in[0], rows[last.rows[best[0]]], problem.space.head_alone)
-    chosen = jnp.where(is_in[:, None], rows[last.rows[best]], filler[None])
+    filler = jnp.where(is_in[0], rows[last.row[best[0]]], problem.space.head_alone)
+    chosen = jnp.where(is_in[:, None], rows[last.row[best]], filler[None])
     is_last = i == len(rungs.ends) - 1
     needs_rival = is_in[0] & jnp.isfinite(last.bar)
     other = None if rival is None or is_last else jnp.where(needs_rival, rival, filler)
@@ -352,7 +350,7 @@ def _climb(
     bar = last.bar if other is None else (before * last.bar + size * new[-1]) / end
     new, accuracy = new[: len(best)], accuracy[: len(best)]
     return _Rung(
-        last.rows[best],
+        last.row[best],
         is_in,
         jnp.where(is_in, (before * loss + size * new) / end, jnp.inf),
         jnp.where(is_in, (before * last.accuracy[best] + size * accuracy) / end, 0.0),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jchain._typing import Array, Bool, Float, Int
 
@@ -29,7 +30,7 @@ class Charge(NamedTuple):
     rest: Rest | None  # of the total after the step; None if the search charges whole layer calls
     cost: Int[Array, ""]  # of the step, rounded up to whole layer calls
 
-    def fits(self, budget: Int[Array, ""]) -> Bool[Array, ""]:
+    def fits(self, budget: Int[ArrayLike, ""]) -> Bool[Array, ""]:
         """Return whether the charge is at most what is left of a budget.
 
         Args:
@@ -61,17 +62,16 @@ def charge_step(calls: Int[Array, ""] | Float[Array, ""], rest: Rest | None) -> 
 
 def total_calls(
     layer_calls: Int[np.ndarray, "*S"],
-    examples: Int[np.ndarray, "*S"] | None,
-    num_examples: Int[np.ndarray, "..."] | None,
-) -> Int[np.ndarray, "*S"] | Float[np.ndarray, "*S"]:
-    """Return totals as numbers: unchanged, or float64 if they have a rest.
+    examples: Int[np.ndarray, "*S"],
+    num_examples: Int[np.ndarray, "..."],
+) -> Float[np.ndarray, "*S"]:
+    """Return totals as float64.
 
     Args:
       layer_calls: the whole layer calls.
-      examples: the examples of the rest; None if there is no rest.
+      examples: the examples of the rest.
       num_examples: the number of examples of the split, with leading axes of size 1 or those of the
-        totals; None if there is no rest.
+        totals.
     """
-    if examples is None or num_examples is None:
-        return layer_calls
-    return np.asarray(layer_calls, np.float64) + np.asarray(examples) / np.asarray(num_examples)
+    # NumPy's sum of two arrays without axes is not an array.
+    return np.asarray(layer_calls.astype(np.float64) + examples / num_examples)

@@ -196,8 +196,10 @@ class RunStats(NamedTuple):
     @property
     def total(self) -> Int[np.ndarray, "*S"] | Float[np.ndarray, "*S"]:
         """The layer calls with their rest, on the host."""
-        rest = (None, None) if self.rest is None else map(np.asarray, self.rest)
-        return total_calls(np.asarray(self.layer_calls), *rest)
+        layer_calls = np.asarray(self.layer_calls)
+        if self.rest is None:
+            return layer_calls
+        return total_calls(layer_calls, *map(np.asarray, self.rest))
 
 
 class RunState(NamedTuple):
@@ -245,9 +247,11 @@ class Trace(NamedTuple):
         Args:
           rest: the rest at the end of the runs, which has the number of examples.
         """
-        num_examples = None if rest is None else np.asarray(rest.num_examples)[None]
-        examples = None if self.examples is None else np.asarray(self.examples)
-        return total_calls(np.asarray(self.layer_calls), examples, num_examples)
+        layer_calls = np.asarray(self.layer_calls)
+        if rest is None or self.examples is None:
+            return layer_calls
+        num_examples = np.asarray(rest.num_examples)[None]
+        return total_calls(layer_calls, np.asarray(self.examples), num_examples)
 
 
 def empty_trace(num_runs: int, *, has_rest: bool = False) -> Trace:

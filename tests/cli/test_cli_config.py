@@ -20,6 +20,11 @@ from jchain.cli.config import SearchConfig, resolve
             ["--search", "local", "--encoding", "weights"],
             "expected --search actor-critic with --encoding, got local",
         ),
+        (["--fractions", "1/4,1/16,1"], "expected fractions that rise and end in 1, got"),
+        (
+            ["--fractions", "1/4,1", "--update", "clone-then-tune"],
+            "expected --update frozen or tune-found with --fractions, got clone-then-tune",
+        ),
         (["--max-layers", "-1"], "max_layers to be an integer in 0..4096, got -1"),
         (["--budget", "0"], "expected a budget of at least 1, got 0"),
         (["--min-layers", "9"], "expected min_layers to be an integer in 0..2"),

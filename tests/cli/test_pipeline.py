@@ -28,6 +28,20 @@ def test_the_bank_that_is_kept_has_the_updated_weights(tmp_path, capsys):
     assert result["optimum"] == pytest.approx(optimum, rel=1e-5)
 
 
+def test_fractions_are_recorded_and_shown(tmp_path, capsys):
+    options = ["--search", "local", "--fractions", "1/4,1", "--budget", "40", "--quick"]
+    search(tmp_path / "out", *options)
+    shown = capsys.readouterr()
+    result, text = json.loads(shown.out), " ".join(shown.err.split())
+    assert result["config"]["fractions"] == [0.25, 1.0]
+    assert result["layer_calls"] % 1 != 0
+    assert result["layer_calls"] <= 40
+    assert f"Best chain found, in {result['layer_calls']:,.1f} layer calls" in text
+    assert "scored chains stopped after a part of the examples, or had a non-finite loss" in text
+    found = jc.Result.from_json((tmp_path / "out" / "search.json").read_text())
+    assert found.layer_calls == result["layer_calls"]
+
+
 def test_a_search_without_a_finite_loss_fails(tmp_path, capsys, monkeypatch):
     make = jc.train.routed
     monkeypatch.setattr(

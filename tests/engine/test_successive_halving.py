@@ -16,6 +16,8 @@ from jchain.engine.successive_halving import RungProblem, check_parts, halve, ma
 
 OPTIONS = Options(None, None, None, "cpu")
 FRACTIONS, KEEP, NUM = (1 / 16, 1 / 4, 1), 1 / 4, 64
+# Fewer programs to compile, where the number of rungs does not matter.
+TWO = (1 / 4, 1)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def test_a_chain_that_does_not_beat_its_rival_stops(problem, chains, place):
 
 
 def test_a_rival_of_padding_has_no_effect(problem, chains):
-    rungs = make_rungs(FRACTIONS, KEEP, NUM)
+    rungs = make_rungs(TWO, KEEP, NUM)
     none = jnp.full(4, -1)
     out = halve(problem, chains, None, none, rungs=rungs, options=OPTIONS)
     plain = halve(problem, chains, rungs=rungs, options=OPTIONS)
@@ -70,7 +72,7 @@ def test_a_rival_of_padding_has_no_effect(problem, chains):
 
 
 def test_known_first_losses_are_not_paid_again(problem, chains):
-    rungs = make_rungs(FRACTIONS, KEEP, NUM)
+    rungs = make_rungs(TWO, KEEP, NUM)
     first = jc.evaluate(problem.take(slice(0, rungs.ends[0])), chains)
     plain = halve(problem, chains, rungs=rungs, options=OPTIONS)
     out = halve(problem, chains, None, None, first.loss, rungs=rungs, options=OPTIONS)
@@ -80,7 +82,7 @@ def test_known_first_losses_are_not_paid_again(problem, chains):
 
 
 def test_vmapped_equals_looped(problem, chains):
-    rungs = make_rungs(FRACTIONS, KEEP, NUM)
+    rungs = make_rungs(TWO, KEEP, NUM)
     many = chains[:20].reshape(2, 10, 4)
     run = jax.jit(lambda rows: halve(problem, rows, rungs=rungs, options=OPTIONS))
     out = jax.vmap(run)(many)
@@ -91,7 +93,7 @@ def test_vmapped_equals_looped(problem, chains):
 
 
 def test_data_in_parts_gives_the_same_losses(problem, chains):
-    rungs = make_rungs((1 / 8, 1), KEEP, NUM)
+    rungs = make_rungs(TWO, KEEP, NUM)
     host = jc.Problem(problem.bank, problem.data, 3, layer_cost=0.01, batch_size=12)
     out = halve(host, chains, rungs=rungs, options=OPTIONS)
     plain = halve(problem, chains, rungs=rungs, options=OPTIONS)
@@ -109,7 +111,7 @@ def test_a_chain_that_is_not_finite_stops(problem, chains):
 
 
 def test_the_cache_stores_only_losses_of_the_whole_split(problem, chains):
-    rungs = RungProblem.make(problem, make_rungs(FRACTIONS, KEEP, NUM))
+    rungs = RungProblem.make(problem, make_rungs(TWO, KEEP, NUM))
     cache = score_cache.init(problem)
     cache, loss, _ = score_cache.evaluate_cached(cache, rungs, chains)
     stored = np.asarray(score_cache.is_cached(cache, problem, chains))
@@ -126,7 +128,7 @@ def test_the_cache_stores_only_losses_of_the_whole_split(problem, chains):
 
 
 def test_evaluate_of_a_problem_with_rungs_is_staged(problem, chains):
-    rungs = make_rungs(FRACTIONS, KEEP, NUM)
+    rungs = make_rungs(TWO, KEEP, NUM)
     out = jc.evaluate(RungProblem.make(problem, rungs), chains)
     expected = halve(problem, chains, rungs=rungs, options=OPTIONS)
     np.testing.assert_allclose(out.loss, expected.loss)

@@ -102,8 +102,8 @@ def test_a_callback_and_several_runs_get_fractions(problem):
     jc.run(jax.random.key(0), make_search(1), problem, budget=1, starts=None, callback=seen.append)
     assert seen[-1].layer_calls == 1.0
     keys = jax.random.split(jax.random.key(0), 2)
-    for result in jc.run_many(keys, make_search(1, 3), problem, budget=9, starts=None):
-        assert result.layer_calls == 9.0
+    for result in jc.run_many(keys, make_search(1, 3), problem, budget=8, starts=None):
+        assert result.layer_calls == 8.0
 
 
 def test_steps_that_cost_nothing_end_a_run(problem):
