@@ -23,6 +23,7 @@ from jchain.arguments import checked
 from jchain.bank import Bank
 from jchain.chain import PADDING, ChainsLike
 from jchain.data import Batch
+from jchain.modules.activations import count_examples
 from jchain.problem import Problem
 from jchain.runs import driver
 from jchain.runs.processes import is_shared
