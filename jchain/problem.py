@@ -14,6 +14,7 @@ from jchain._typing import Array, Bool, Float, Int, Numbers, OptionalNumbers, Py
 from jchain.arguments import check_at_least_one, check_fields, checked, read_numbers
 from jchain.bank import Bank
 from jchain.chain import ChainSpace, check_max_layers, check_min_layers
+from jchain.cost_limits import find_cheapest, read_limit, read_token_costs
 from jchain.data import Batch, check_lengths, read_batch
 from jchain.groups import check_keeps_shape, infer_head_output
 from jchain.losses import ReadTokens, check_split, count_tokens, find_token_losses, score_outputs
@@ -22,7 +23,6 @@ from jchain.modules.activations import count_examples, describe_shapes
 from jchain.modules.host_batch import HostArrays, HostBatch
 from jchain.pytree import is_concrete, pick, pytree_dataclass, replicate, static
 from jchain.stages import binding
-from jchain.token_costs import find_cheapest, read_limit, read_token_costs
 
 
 @pytree_dataclass

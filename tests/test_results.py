@@ -94,3 +94,14 @@ def test_memory_is_that_of_the_results_and_keeps_its_promise(monkeypatch):
         if row["call"] == "evaluate":
             assert row["taken"] <= 1.14 * row["promised"]
             assert row["limit"] is None or row["taken"] <= row["limit"] * 2**20
+
+
+def test_the_table_of_heads_shows_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    head_loss = importlib.import_module("head_loss")
+    result = read_json("benchmarks/results/head_loss_cpu.json")
+    assert head_loss.format_table(result) in BENCHMARKS
+    for row in result["rows"]:
+        assert row["relative_error"] <= 1e-4
+        assert row["speedup"] > 2 or (row["work"] != "loss" and row["speedup"] > 0.95)
+        assert 4 * row["parts_bytes"] < row["kept_bytes"]

@@ -20,7 +20,7 @@ IMPORT_ORDER = [
     ("modules",),
     ("losses",),
     ("invertible", "layers"),
-    ("files", "chain", "groups", "tokens", "token_costs", "stages"),
+    ("files", "chain", "groups", "tokens", "cost_limits", "stages"),
     ("merging",),
     ("bank",),
     ("datasets",),

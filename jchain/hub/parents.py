@@ -8,7 +8,7 @@ they go: into parts, into minibatches, to other devices.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,6 @@ from jchain.losses import TokenLabels, compute_at_once, computed_by
 from jchain.losses.softmax import LogSumExp, pick_logits
 from jchain.modules.activations import count_examples
 from jchain.pytree import describe_type, pick
-
-D = TypeVar("D", Dataset, Batch)
 
 # The most bytes that all probabilities may take. If they take more, only the largest are kept.
 _MOST_BYTES = 2**30
@@ -63,8 +61,12 @@ class TopProbabilities(NamedTuple):
 
 @checked
 def add_parent(
-    bank: Bank, data: D, *, parent: Sequence[int] | None = None, top_k: int | None = None
-) -> D:
+    bank: Bank,
+    data: Dataset | Batch,
+    *,
+    parent: Sequence[int] | None = None,
+    top_k: int | None = None,
+) -> Dataset | Batch:
     """Add the next-token distribution of the original model to the labels, for `kl_to_parent`.
 
     The model is applied to each example once; at most 64 MiB of logits exist at a time, or those of

@@ -54,7 +54,7 @@ def score_tokens(
     output: OutputMap,
     targets: tuple[PyTree, ...],
     sizes: PartSizes,
-) -> tuple[Float[Array, "n ..."], ...]:
+) -> tuple[Array, ...]:
     """Compute the value that each loss has for each token, `[n, ...]`.
 
     Products are added up in float32 or wider, also for weights in half precision. The gradients

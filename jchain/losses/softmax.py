@@ -58,7 +58,25 @@ def pick_logit(
       first: the index of its first logit.
       label: the index of the logit to pick.
     """
-    return jnp.where(*_take(logits, (label - first)[:, None]), own[:, None])[:, 0]
+    place = label - first
+    is_inside = (place >= 0) & (place < logits.shape[1])
+    return jnp.where(is_inside, _take_one(logits, jnp.where(is_inside, place, 0)), own)
+
+
+@jax.custom_jvp
+def _take_one(logits: Float[Array, "n V"], place: Int[Array, "n"]) -> Float[Array, "n"]:
+    """Take one logit of each token."""
+    return jnp.take_along_axis(logits, place[:, None], axis=1, mode="promise_in_bounds")[:, 0]
+
+
+@_take_one.defjvp
+def _(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Float[Array, "n"], Float[Array, "n"]]:
+    logits, place = primals
+    # Its transpose is a comparison, which XLA fuses, and not a scatter into zeros.
+    is_own = jnp.arange(logits.shape[1])[None] == place[:, None]
+    return _take_one(logits, place), jnp.where(is_own, tangents[0], 0).sum(axis=1)
 
 
 def _take(logits: Float[Array, "n V"], place: Int[Array, "n k"]) -> tuple[Array, Array]:

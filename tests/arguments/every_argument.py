@@ -110,6 +110,7 @@ def make_calls(w):
     trend, cache, state = trends.init(problem), score_cache.init(problem), jc.env.reset(problem)
     critic = jc.Critic(np.zeros(1), jnp.zeros(1), jnp.ones(1), 1)
     population = sort_chains(chains, 2)[0]
+    said = jc.hub.add_parent(bank, batch, parent=[0, 2])
     tuned = {"key": key, "problem": problem, "optimizer": optax.sgd(0.1)}
     space, group = problem.space, bank.layers[0]
     solve = {"problem": w["solvable"], "chain": chain, "step_size": 1.0, "is_exact": False}
@@ -155,17 +156,20 @@ def make_calls(w):
         },
         "jc.gradient.swap_scores": on | {"kind": "linearized"},
         "jc.gradient.weight_gradients": on,
+        "jc.hub.add_parent": {"bank": bank, "data": batch, "parent": [0, 2], "top_k": 2},
         "jc.hub.choice_accuracy": {"outputs": classes, "y": jnp.zeros((6, 3, 4), int)},
         "jc.hub.choice_loss": {"outputs": classes, "y": jnp.zeros((6, 3, 4), int)},
         "jc.hub.export": {
             "bank": None, "chain": [0, 1, 2], "source": model, "out": folder / "out",
             "facts": None, "max_shard_size": 10**9,
         },
+        "jc.hub.kl_to_parent": {"outputs": jnp.zeros((6, 3)), "y": said.y},
         "jc.hub.load": {"path": model} | files,
         "jc.hub.load_choices": text | {"file": folder / "questions.jsonl", "length": None},
         "jc.hub.load_images": text | {"name": "mnist", "data_dir": folder},
         "jc.hub.load_many": {"paths": [model], "dtype": None, "names": None} | split,
         "jc.hub.load_text": text | {"files": [folder / "text.txt"], "length": 8, "field": None},
+        "jc.hub.mixed_loss": {"parts": [(jc.hub.next_token_loss, 1.0)]},
         "jc.hub.next_token_accuracy": {"outputs": classes[0], "y": jnp.zeros((3, 4), int)},
         "jc.hub.next_token_loss": {"outputs": classes[0], "y": jnp.zeros((3, 4), int)},
         "jc.hub.random_bank": {"key": key, "path": model, "name": "model"} | split,
@@ -326,6 +330,7 @@ def make_calls(w):
         "Problem.take": {"self": problem, "rows": slice(2)},
         "Problem.with_data": {"self": problem, "data": batch},
         "Problem.with_bank": {"self": problem, "bank": bank},
+        "Problem.with_examples": {"self": problem, "x": batch.x},
         "Problem.put": {"self": problem, "tree": {"a": loss}},
         "Problem.penalty": {"self": problem, "chains": chains},
         "Problem.head_penalties": {"self": problem, "prefixes": chains},
