@@ -4,10 +4,11 @@
 
 A loss takes this path: `evaluate` (`evaluation.py`) checks the chains and calls `population.py`,
 which sorts them, runs a plan (`plans.py` chooses `blocks.py` or `depth_first.py`), and adds the
-layer penalty. The plan applies layers and heads through `layer_calls.py`, and
-`Problem.loss_and_accuracy` turns the outputs into losses. `apply_chain` is the simple reference
-implementation. Inside `jc.Staged`, `successive_halving.py` calls `population.py` for one part of
-the examples after the other.
+layer penalty. The plan applies layers through `layer_calls.py` and heads through `head_calls.py`,
+which turns outputs into losses by `Problem.loss_and_accuracy` or, for large vocabularies, by
+`jchain.losses`. `apply_chain` is the simple reference implementation. Inside
+`jc.Staged`, `successive_halving.py` calls `population.py` for one part of the examples after the
+other.
 """
 
 from jchain.engine import distributed, score_cache

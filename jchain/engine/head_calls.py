@@ -46,7 +46,7 @@ _CPU_SIZES = PartSizes(1024, 1024)
 _PART_SHARE, _LEAST_PART, _MOST_PART = 1 / 64, 2**26, 2**29
 _MOST_OUTPUTS = 2**14
 # The number of arrays of the size of a part that exist at the same time, by measurement on CPU.
-_NUM_PARTS = 3
+_NUM_PARTS = 2
 
 
 class _Reading(NamedTuple):

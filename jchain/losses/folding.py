@@ -78,7 +78,7 @@ def score_tokens(
     num_outputs = min(sizes.num_outputs, output.weight.shape[0])
     settings = _Settings(losses, num_outputs, output.scale, output.softcap)
     arrays = _Arrays(cut(output.features), output.weight, output.bias)
-    values = _fold(settings, arrays, jax.tree.map(cut, targets))
+    values: tuple[Array, ...] = _fold(settings, arrays, jax.tree.map(cut, targets))
     return tuple(jax.lax.collapse(value, 0, 2)[:num] for value in values)
 
 
@@ -118,7 +118,10 @@ def _fold_backward(
 ) -> tuple[_Arrays, None]:
     arrays, targets, carries, flag = kept
     cotangents = tuple(
-        ct.instantiate() if isinstance(ct, SymbolicZero) else ct for ct in cotangents
+        jnp.zeros(ct.shape, ct.dtype)  # pyright: ignore[reportArgumentType]
+        if isinstance(ct, SymbolicZero)
+        else ct
+        for ct in cotangents
     )
     wide = _wide(arrays)
     total = None
