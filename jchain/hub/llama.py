@@ -255,16 +255,16 @@ def read_windows(
     depth = len(is_rotated)
     if kind == "llama":
         return (None,) * depth, {}
-    is_used = config.get_flag("use_sliding_window", False)
     if kind in ("mistral", "ministral"):
         window = read_window(config, 4096)
         has_window = [window is not None] * depth
         if kind == "mistral" and "layer_types" not in config.options:
             return (window,) * depth, {}
     elif kind == "smollm3":
-        window = read_window(config, None)
+        window, is_used = read_window(config, None), config.get_flag("use_sliding_window", False)
         has_window = [is_used and window is not None and not rotated for rotated in is_rotated]
     else:
+        is_used = config.get_flag("use_sliding_window", False)
         window = read_window(config, 4096) if is_used else None
         first = config.get("max_window_layers", 28)
         has_window = [window is not None and i >= first for i in range(depth)]
