@@ -78,7 +78,8 @@ def score_tokens(
     num_outputs = min(sizes.num_outputs, output.weight.shape[0])
     settings = _Settings(losses, num_outputs, output.scale, output.softcap)
     arrays = _Arrays(cut(output.features), output.weight, output.bias)
-    values: tuple[Array, ...] = _fold(settings, arrays, jax.tree.map(cut, targets))
+    # The type that custom_vjp gives to a result is object.
+    values: Any = _fold(settings, arrays, jax.tree.map(cut, targets))
     return tuple(jax.lax.collapse(value, 0, 2)[:num] for value in values)
 
 
