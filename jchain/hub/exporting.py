@@ -27,7 +27,7 @@ from jchain.hub.merge_recipe import make_mergekit_recipe
 from jchain.hub.model_card import make_card
 from jchain.hub.opening import find_gguf, read_config
 from jchain.hub.origins import find_origin
-from jchain.hub.small_files import clean_options, is_license, read_small_files
+from jchain.hub.small_files import clean_options, read_licenses, read_small_files
 from jchain.hub.tensor_names import get_names
 from jchain.hub.wrapping import find_restarts
 
@@ -174,8 +174,8 @@ def _read_other_licenses(
     for model_name, (_, folder) in folders.items():
         if not folder.is_dir():
             continue
-        for name, content in read_small_files(folder).items():
-            if is_license(name) and content not in known:
+        for name, content in read_licenses(folder).items():
+            if content not in known:
                 safe = re.sub(r"[^\w.-]", "_", model_name)
                 others[f"{Path(name).stem}_{safe}{Path(name).suffix}"] = content
     return others

@@ -64,6 +64,22 @@ def read_small_files(folder: Path) -> dict[str, bytes]:
     }
 
 
+def read_licenses(folder: Path) -> dict[str, bytes]:
+    """Read the files of a checkpoint folder that state terms of use.
+
+    Args:
+      folder: the checkpoint folder.
+
+    Returns:
+      A map from the name of each file to its content.
+
+    Raises:
+      ValueError: as in `read_small_files`.
+    """
+    names = [path.name for path in sorted(_list_paths(folder)) if path.parent == folder]
+    return {name: _read(folder / name, folder) for name in names if is_license(name)}
+
+
 def is_license(name: str) -> bool:
     """Check whether a file of a checkpoint folder states terms of use.
 

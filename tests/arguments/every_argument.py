@@ -161,7 +161,7 @@ def make_calls(w):
         "jc.hub.choice_loss": {"outputs": classes, "y": jnp.zeros((6, 3, 4), int)},
         "jc.hub.export": {
             "bank": None, "chain": [0, 1, 2], "source": model, "out": folder / "out",
-            "facts": None, "max_shard_size": 10**9,
+            "facts": None, "scores": None, "max_shard_size": 10**9,
         },
         "jc.hub.kl_to_parent": {"outputs": jnp.zeros((6, 3)), "y": said.y},
         "jc.hub.load": {"path": model} | files,
