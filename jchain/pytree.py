@@ -156,8 +156,8 @@ def multiply_children(params: PyTree, factor: float, *children: str, offset: flo
     """
     paths = [path.split("/") for path in children]
 
-    def change(path: tuple[Any, ...], leaf: Array) -> Array:
-        keys = [key.key for key in path]
+    def change(path: tuple[object, ...], leaf: Array) -> Array:
+        keys = [getattr(key, "key", None) for key in path]
         if not any(keys[: len(child)] == child for child in paths):
             return leaf
         wide = leaf.astype(jnp.float32)

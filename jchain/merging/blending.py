@@ -9,7 +9,6 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import psutil
 
 from jchain._typing import Array, Float, PyTree
 from jchain.arguments import is_integer
@@ -187,6 +186,8 @@ def blend_layers(
                     f"{describe_module(other.module)} (token {token})"
                 )
         num_bytes += sum(leaf.nbytes for leaf in jax.tree.leaves(group.params)) // len(group.tokens)
+    import psutil  # late, as evaluation must run without it
+
     available = psutil.virtual_memory().available
     if num_bytes > available:
         raise ValueError(

@@ -306,6 +306,10 @@ def make_calls(w):
         "Bank.validate": {"self": bank, "chains": chains},
         "Bank.stack": stack,
         "Bank.concat": {"banks": [bank, bank]},
+        "Bank.blend": {
+            "self": bank, "mixes": [(0, 1, 0.5)], "method": "linear", "base": None, "density": 0.2,
+        },
+        "Bank.scale": {"self": bank, "factors": [(0, 0.5)]},
         "Bank.take": {"self": bank, "layers": [1], "heads": None},
         "Bank.reserve": {"self": bank, "num": 1},
         "Bank.replace": {
