@@ -49,7 +49,7 @@ class RandomWeights:
         ]
         parts = (names.head, names.stem, *names.blocks)
         self._arrays = {
-            part[path]: np.asarray(leaf)
+            part[path]: np.asarray(leaf, np.float32)
             for variables, part in zip(params, parts, strict=True)
             for path, leaf in traverse_util.flatten_dict(variables["params"], sep="/").items()
         }

@@ -16,6 +16,7 @@ def make_record():
     record = {
         "best_chain": [0, 4],
         "chosen": "last blocks dropped",
+        "config": {"fractions": None},
         "layers": ["a", "head"],
         **scores,
         "num_examples": {"search": 360, "select": 305, "test": 1_270},

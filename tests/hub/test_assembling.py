@@ -87,7 +87,7 @@ def test_fine_tunes_of_one_model_are_one_bank(tmp_path, pinned, is_stem_shared):
     np.testing.assert_allclose(
         jc.apply_chain(again, np.array(again.parents[0]), ids), expected, rtol=1e-5, atol=1e-5
     )
-    assert "output layer of m1" in (out / "README.md").read_text()
+    assert "output layer of `m1`" in (out / "README.md").read_text()
     assert str(folders[1]) in (out / "mergekit.yaml").read_text()
     problem = jc.Problem(bank, jc.Batch(ids, ids), max_layers=len(chain) - 1)
     loss = jc.evaluate(problem, jc.chain.pad([chain])).loss[0]

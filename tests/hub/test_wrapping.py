@@ -23,7 +23,7 @@ def test_trained_chains_keep_their_choice_of_embeddings(tmp_path):
         make_tensors(seed=1)["transformer.h.0.ln_1.weight"],
     )
     out = jc.hub.export(bank, chain, folders, tmp_path / "out")
-    assert "Embeddings of m1" in (out / "README.md").read_text()
+    assert "Embeddings of `m1`" in (out / "README.md").read_text()
     again = jc.hub.load(out)
     expected = jc.apply_chain(bank, chain, ids)
     np.testing.assert_allclose(
