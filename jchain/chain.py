@@ -18,6 +18,7 @@ from jchain._typing import Array, Bool, Int, Key
 from jchain.arguments import check_at_least_one, check_integers, checked, is_integer, read_array
 from jchain.pytree import shorten
 from jchain.stages import legal_chains
+from jchain.stages.edits import Sizes, list_edits
 from jchain.stages.table import StageTable
 
 __all__ = ["PADDING", "ChainSpace", "ChainsLike", "count_layers", "describe", "pad", "validate"]
@@ -43,8 +44,8 @@ class ChainSpace:
       num_heads: number of heads in the bank, K.
       max_layers: maximum number of layers in a chain; chains have `L = max_layers + 1` slots.
       min_layers: minimum number of layers in a chain.
-      stages: the stages that layers and heads read and write, which chains must follow; None for a
-        bank without stages.
+      stages: the stages that layers and heads read and write, which chains must follow, or the
+        positions of the layers, which must increase; None if any layer may follow any other.
 
     Raises:
       ValueError: if a number is not an integer, or out of range.
@@ -65,6 +66,13 @@ class ChainSpace:
     def named_sizes(self) -> dict[str, int]:
         """The sizes of the axes that the annotations of arrays name."""
         return {"L": self.max_layers + 1}
+
+    @property
+    def positions(self) -> tuple[int, ...] | None:
+        """The position of each layer, which must rise along a chain; None if there are none."""
+        if self.stages is None or not self.stages.is_ordered:
+            return None
+        return tuple(position for position, _ in self.stages.layer_stages)
 
     @property
     def num_chains(self) -> int:
@@ -154,8 +162,9 @@ class ChainSpace:
 
         The number of rows is fixed, so this method can be jitted and vmapped. With
         `D = max_layers`, the rows are `D * N` swaps of a layer, `K` swaps of the head, `D * N`
-        insertions, and `D` deletions. `jchain.env.neighbors` also respects the `max_cost` of a
-        problem.
+        insertions, and `D` deletions. If the positions of layers must increase, the new layer of a
+        swap is put at its place, which may be another slot. `jchain.env.neighbors` also respects
+        the `max_cost` of a problem.
 
         Args:
           chain: int32 `[L]`; the tokens of the chain to edit.
@@ -164,39 +173,9 @@ class ChainSpace:
           The chains, `[M, L]`, and a mask, `[M]`. The mask is True for rows that are chains of the
           space and differ from `chain` and from all earlier rows.
         """
-        num_layers, max_layers = self.num_layers, self.max_layers
-        length = count_layers(chain, num_layers)
-        slots, row = jnp.arange(max_layers + 1)[None], chain[None]
-        at, token = (
-            grid.reshape(-1, 1)
-            for grid in jnp.meshgrid(jnp.arange(max_layers), jnp.arange(num_layers))
-        )
-        earlier = jnp.roll(chain, 1)
-
-        swaps = jnp.where(slots == at, token, row)
-        is_swap = (at[:, 0] < length) & (token[:, 0] != chain[at[:, 0]])
-
-        head = num_layers + jnp.arange(self.num_heads)[:, None]
-        head_swaps = jnp.where(slots == length, head, row)
-        is_head_swap = head[:, 0] != chain[length]
-
-        inserts = jnp.where(slots < at, row, jnp.where(slots == at, token, earlier[None]))
-        # Inserting or deleting a layer in a run of equal layers gives the same chain at each slot
-        # of the run, so only the first one is kept.
-        is_repeat = (at[:, 0] > 0) & (token[:, 0] == earlier[at[:, 0]])
-        is_insert = (at[:, 0] <= length) & (length < max_layers) & ~is_repeat
-
-        gap = jnp.arange(max_layers)
-        later = jnp.roll(chain, -1).at[-1].set(PADDING)
-        deletes = jnp.where(slots < gap[:, None], row, later[None])
-        is_repeat = (gap > 0) & (chain[gap] == earlier[gap])
-        is_delete = (gap < length) & (length > self.min_layers) & ~is_repeat
-
-        chains = jnp.concatenate([swaps, head_swaps, inserts, deletes]).astype(chain.dtype)
-        is_neighbor = jnp.concatenate([is_swap, is_head_swap, is_insert, is_delete])
-        if self.stages is not None:
-            is_neighbor &= self.stages.is_legal(chains)
-        return chains, is_neighbor
+        length = count_layers(chain, self.num_layers)
+        sizes = Sizes(self.num_layers, self.num_heads, self.max_layers, self.min_layers)
+        return list_edits(chain, length, sizes, self.stages)
 
     @checked
     def contains(self, chains: Int[Array, "*P T"]) -> Bool[Array, "*P"]:

@@ -69,7 +69,7 @@ def legal_actions(problem: Problem, prefix: Int[Array, "L"]) -> Bool[Array, "E"]
     """
     _check_tokens(problem, prefix)
     length, cost = problem.space.count_layers(prefix), problem.chain_cost(prefix)
-    stages = problem.bank.stages
+    stages = problem.space.stages
     stage = None if stages is None else stages.reached(prefix)
     return prefix_rules.legal_actions(problem, length, cost, stage)
 
@@ -84,7 +84,7 @@ def can_continue(problem: Problem, prefixes: Int[Array, "*P L"]) -> Bool[Array, 
       problem: the problem, which defines the space.
       prefixes: int32 `[..., L]`; the tokens of each prefix, padded with -1.
     """
-    length, stages = problem.space.count_layers(prefixes), problem.bank.stages
+    length, stages = problem.space.count_layers(prefixes), problem.space.stages
     if stages is None:
         return length < problem.max_layers
     is_open = find_extensible(stages, problem.min_layers, problem.max_layers)
@@ -288,9 +288,10 @@ def _check_legal(problem: Problem, state: State, action: int) -> None:
         legal = np.flatnonzero(is_legal)
         least = f"at least {problem.min_layers} and " if problem.min_layers > 0 else ""
         allowed = f"{legal[0]}..{legal[-1]}"
-        if (stages := problem.bank.stages) is not None:
+        if (stages := problem.space.stages) is not None:
             stage = int(stages.reached(state.chain))
-            allowed = f"{legal.tolist()}, which follow stage {stage}"
+            after = f"position {stage - 1}" if stages.is_ordered else f"stage {stage}"
+            allowed = f"{legal.tolist()}, which follow {after}"
         raise ValueError(
             f"illegal action {action} after {int(state.length)} of {least}at most "
             f"{problem.max_layers} layers: expected a token in {allowed}"

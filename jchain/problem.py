@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jchain._typing import Array, Bool, Float, Int, Numbers, OptionalNumbers, PyTree
 from jchain.arguments import check_at_least_one, check_fields, checked, read_numbers
 from jchain.bank import Bank
-from jchain.chain import ChainSpace, check_max_layers, check_min_layers
+from jchain.chain import check_max_layers, check_min_layers
 from jchain.cost_limits import find_cheapest, read_limit, read_token_costs
 from jchain.data import Batch, check_lengths, read_batch
 from jchain.groups import check_keeps_shape, infer_head_output
@@ -23,6 +23,7 @@ from jchain.modules.activations import count_examples, describe_shapes
 from jchain.modules.host_batch import HostArrays, HostBatch
 from jchain.pytree import is_concrete, pick, pytree_dataclass, replicate, static
 from jchain.stages import binding
+from jchain.stages.spaces import Space, make_space
 
 
 @pytree_dataclass
@@ -63,14 +64,19 @@ class Problem:
         all examples on the device.
       mesh: the devices that hold copies of the problem and divide its chains among them, a mesh
         with any axes (see `with_mesh`); None for a single device.
+      space: the chains that a search may make. `"chains"`: all. `"subset"`: those that keep the
+        order of the parents and repeat no position, so that a search decides which layers stay. Or
+        the position of each layer, which must rise along a chain. Other chains are refused, or
+        have a loss of `+inf` if they are traced. The attribute is a `ChainSpace`, which does not
+        know `max_cost`.
 
     Raises:
-      ValueError: if `max_layers`, `min_layers`, or `batch_size` is invalid, the split is empty,
-        examples or layer costs are not finite, token costs are negative or not finite, no chain is
-        within `max_cost`, the stem does not accept the data, a layer changes the structure or shape
-        of its input, no chain follows the stages, heads differ in the shape of their output, labels
-        are outside the heads' classes, the loss function fails, or, with `batch_size`, its mean
-        over examples is not the mean of its means over parts.
+      ValueError: if `max_layers`, `min_layers`, `batch_size`, or `space` is invalid, the split is
+        empty, examples or layer costs are not finite, token costs are negative or not finite, no
+        chain is within `max_cost`, the stem does not accept the data, a layer changes the structure
+        or shape of its input, the space has no chain, heads differ in the shape of their output,
+        labels are outside the heads' classes, the loss function fails, or, with `batch_size`, its
+        mean over examples is not the mean of its means over parts.
     """
 
     bank: Bank
@@ -87,6 +93,7 @@ class Problem:
     max_cost: OptionalNumbers = None  # pyright: ignore[reportAssignmentType]
     batch_size: int | None = static(default=None)
     mesh: Mesh | None = static(default=None)
+    space: Space = static(default="chains")
     # How many tokens the loss reads; None if it reads all, or labels are traced.
     read_tokens: ReadTokens | None = dataclasses.field(
         init=False, default=None, metadata={"static": True}
@@ -114,6 +121,8 @@ class Problem:
                 f"shape {list(self.layer_cost.shape)}"
             )
         object.__setattr__(self, "bank", self._bind(self.bank))
+        sizes = self.max_layers, self.min_layers
+        object.__setattr__(self, "space", make_space(self.space, self.bank, *sizes))
         self._check_costs()
         outputs = self._check_shapes()
         if is_concrete(self.data):
@@ -146,13 +155,7 @@ class Problem:
         if bank.stages is None:
             return bank
         x = self.data.first[0] if isinstance(self.data, HostBatch) else self.data.x
-        bank = binding.bind(bank, x)
-        if self.space.num_chains == 0:
-            raise ValueError(
-                f"expected a chain of {self.min_layers} to {self.max_layers} layers from stage 0 "
-                "to the stage of a head, got none: max_layers may be too small"
-            )
-        return bank
+        return binding.bind(bank, x)
 
     def _check_shapes(self) -> jax.ShapeDtypeStruct:
         """Check all shapes, and return the shape and dtype of the heads' outputs."""
@@ -190,7 +193,7 @@ class Problem:
         if not is_concrete((costs, limit)):
             return
         lengths = self.min_layers, self.max_layers
-        cheapest = find_cheapest(costs, num_layers, self.bank.stages, lengths)
+        cheapest = find_cheapest(costs, num_layers, self.space.stages, lengths)
         if bool(jnp.isnan(limit)) or bool(self.exceeds_limit(cheapest)):
             raise ValueError(
                 f"expected a max_cost of at least {float(cheapest):g}, the cost of the cheapest "
@@ -254,17 +257,6 @@ class Problem:
     def named_sizes(self) -> dict[str, int]:
         """The sizes of the axes that the annotations of arrays name."""
         return {"L": self.max_layers + 1}
-
-    @property
-    def space(self) -> ChainSpace:
-        """The space of chains that a search may make, without regard to `max_cost`.
-
-        `jchain.env.sample_chains` and `jchain.env.neighbors` respect `max_cost`.
-        """
-        bank = self.bank
-        return ChainSpace(
-            bank.num_layers, bank.num_heads, self.max_layers, self.min_layers, bank.stages
-        )
 
     @checked
     def with_mesh(self, mesh: Mesh) -> "Problem":
@@ -357,28 +349,39 @@ class Problem:
         needs_binding = bank.stages is not None and not binding.is_bound(bank)
         return self._replace("bank", self._bind(bank) if needs_binding else bank)
 
+    @checked
+    def with_max_layers(self, max_layers: int) -> "Problem":
+        """Return the problem with another limit of the number of layers.
+
+        Args:
+          max_layers: the new `max_layers`, at least `min_layers`.
+        """
+        return self._replace("max_layers", check_max_layers(max_layers))
+
     def _replace(self, field: str, value: object) -> "Problem":
         """Replace a field as `dataclasses.replace` does, but without the checks."""
         problem = copy.copy(self)
         object.__setattr__(problem, field, value)
+        if field in ("bank", "max_layers"):
+            sizes = self.max_layers, self.min_layers
+            object.__setattr__(problem, "space", make_space(self.space, problem.bank, *sizes))
         return problem
 
     @checked
     def penalty(self, chains: Int[Array, "*P T"]) -> Float[Array, "*P"]:
         """Compute the layer penalty of each chain, which is added to its loss.
 
-        The penalty is `+inf` if the chain, or the prefix, costs more than `max_cost` or does not
-        follow the stages of the bank.
+        The penalty is `+inf` if the chain, or the prefix, costs more than `max_cost`, or does not
+        follow the stages of the bank or the positions of `space`.
 
         Args:
-          chains: int32 `[..., T]`; the tokens of each chain, or of each prefix, which has no head,
-            with any number of slots T.
+          chains: int32 `[..., T]`; the tokens of each chain, or of each prefix, without a head.
         """
         num_layers = self.bank.num_layers
         cost = jnp.broadcast_to(self.layer_cost, (num_layers,))
         is_layer = (chains >= 0) & (chains < num_layers)
         penalty = jnp.sum(jnp.where(is_layer, cost[jnp.where(is_layer, chains, 0)], 0.0), axis=-1)
-        if (stages := self.bank.stages) is not None:
+        if (stages := self.space.stages) is not None:
             penalty = jnp.where(stages.is_legal(chains), penalty, jnp.inf)
         if self.max_cost is None:
             return penalty
@@ -393,7 +396,7 @@ class Problem:
         """
         shape = (*prefixes.shape[:-1], self.bank.num_heads)
         penalty = jnp.broadcast_to(self.penalty(prefixes)[..., None], shape)
-        if (stages := self.bank.stages) is not None:
+        if (stages := self.space.stages) is not None:
             penalty = jnp.where(stages.get_fitting_heads(prefixes), penalty, jnp.inf)
         if self.max_cost is None:
             return penalty

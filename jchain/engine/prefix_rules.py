@@ -27,7 +27,7 @@ def legal_actions(
       cost: cost of the prefix; ignored if the problem has no `max_cost`.
       stage: the stage that the prefix has reached; None without stages.
     """
-    if (stages := problem.bank.stages) is not None:
+    if (stages := problem.space.stages) is not None:
         assert stage is not None  # from `first_stage`, `next_stage`, or `prefix_stages`
         return _legal_actions_in_stages(problem, stages, length, cost, stage)
     num_layers = problem.bank.num_layers
@@ -50,7 +50,7 @@ def _legal_actions_in_stages(
     num_layers = problem.bank.num_layers
     reads, writes = jnp.asarray(stages.reads), jnp.asarray(stages.writes)
     is_layer = jnp.arange(reads.size) < num_layers
-    is_read = (reads == stage) & (is_layer | (length >= problem.min_layers))
+    is_read = stages.fits(reads, stage) & (is_layer | (length >= problem.min_layers))
     after = jnp.minimum(length + 1, problem.max_layers + 1)
     is_open = jnp.asarray(find_open(stages, problem.min_layers, problem.max_layers))
     is_legal = is_read & (~is_layer | is_open[after, writes])
@@ -64,12 +64,12 @@ def _legal_actions_in_stages(
 
 
 def first_stage(problem: Problem) -> Int[Array, ""] | None:
-    """Return the stage of the empty prefix, which is 0; None for a bank without stages.
+    """Return the stage of the empty prefix, which is 0; None if there are no stages.
 
     Args:
-      problem: the problem, whose bank may have stages.
+      problem: the problem, whose space may have stages.
     """
-    return None if problem.bank.stages is None else jnp.zeros((), jnp.int32)
+    return None if problem.space.stages is None else jnp.zeros((), jnp.int32)
 
 
 def next_stage(
@@ -78,11 +78,11 @@ def next_stage(
     """Return the stage that a prefix has reached after one more token.
 
     Args:
-      problem: the problem, whose bank may have stages.
-      stage: the stage before the token; None for a bank without stages.
+      problem: the problem, whose space may have stages.
+      stage: the stage before the token; None if there are no stages.
       token: the token. A head or padding leaves the stage unchanged.
     """
-    if (stages := problem.bank.stages) is None or stage is None:
+    if (stages := problem.space.stages) is None or stage is None:
         return None
     is_layer = (token >= 0) & (token < problem.bank.num_layers)
     written = jnp.asarray(stages.writes, jnp.int32)[jnp.maximum(token, 0)]
@@ -90,13 +90,13 @@ def next_stage(
 
 
 def prefix_stages(problem: Problem, chain: Int[Array, "L"]) -> Int[Array, "L"] | None:
-    """Return the stage before each token of a chain; None for a bank without stages.
+    """Return the stage before each token of a chain; None if there are no stages.
 
     Args:
-      problem: the problem, whose bank may have stages.
+      problem: the problem, whose space may have stages.
       chain: int32 `[L]`; the tokens of the chain. Entries after the head are undefined.
     """
-    stages = problem.bank.stages
+    stages = problem.space.stages
     return None if stages is None else stages.follow(chain)
 
 

@@ -21,6 +21,7 @@ from jchain.engine.backend import get_backend, jit_for_problem
 from jchain.engine.layer_calls import apply_token, infer_hidden
 from jchain.engine.parts import average_over_parts
 from jchain.gradient import weight_space
+from jchain.gradient.exchanges import score_exchanges
 from jchain.gradient.joint_moves import JointMoves, join
 from jchain.gradient.linearize import (
     ForwardPass,
@@ -433,8 +434,12 @@ def add_layer_penalty(
     cost = jnp.broadcast_to(problem.layer_cost, (num_layers,))
     own = cost[jnp.clip(chain, 0, num_layers - 1)]
     head = (forward.heads - forward.loss).at[chain[forward.length] - num_layers].set(0.0)
+    stages = problem.space.stages
+    if stages is not None and stages.is_ordered:
+        swap = score_exchanges(stages, chain, swap, insert, delete)
+    insert = jnp.where(forward.length < problem.max_layers, insert, jnp.nan)
     delete = jnp.where(forward.length > problem.min_layers, delete, jnp.nan)
-    if (stages := problem.bank.stages) is not None:
+    if stages is not None:
         given, masks = (swap, insert, delete, head), stages.get_legal_edits(chain)
         swap, insert, delete, head = (
             jnp.where(mask, part, jnp.nan) for mask, part in zip(masks, given, strict=True)

@@ -100,7 +100,7 @@ def score_slot(
     best = None
     if change is not None:
         best = keep_best(problem, swap.at[own].set(jnp.nan), change, static.num_best)
-    insert = jnp.where((length < problem.max_layers) & is_known_before, insert, jnp.nan)
+    insert = jnp.where(is_known_before, insert, jnp.nan)
     delete = predict_fn(_dot(vjps, _subtract(slot.before, slot.after)))
     delete = jnp.where(is_layer & is_known, delete, jnp.nan)
     scores = SlotScores(swap.at[own].set(0.0), insert, delete, best)

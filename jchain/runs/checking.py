@@ -161,8 +161,11 @@ def _ends_with_a_head(prefix: tuple[int, ...], problem: Problem) -> bool:
     """
     if len(prefix) < problem.min_layers:
         return False
-    stages = problem.bank.stages
-    return stages is None or stages.layer_stages[prefix[-1]][1] in stages.head_stages
+    stages = problem.space.stages
+    if stages is None:
+        return True
+    written = stages.layer_stages[prefix[-1]][1]
+    return any(stages.fits(head, written) for head in stages.head_stages)
 
 
 def _check_losses(rows: list[_Row], problem: Problem) -> list[str]:

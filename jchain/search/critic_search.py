@@ -152,7 +152,7 @@ class CriticSearch:
                 f"{list(root.features.shape)}"
             )
         root_loss = root.loss
-        if problem.bank.stages is not None:
+        if problem.space.stages is not None:
             empty = jnp.full(problem.max_layers + 1, PADDING, jnp.int32)
             root_loss = root_loss + problem.head_penalties(empty)
         lengths = max(problem.max_layers, 1)
@@ -372,7 +372,7 @@ def _observe_children(
 
 def _average_features(problem: Problem, children: _Children) -> Float[Array, "F"]:
     """Average the features of the children, without those that do not follow the stages."""
-    if (stages := problem.bank.stages) is None:
+    if (stages := problem.space.stages) is None:
         return children.features.mean(axis=0)
     is_legal = stages.is_legal(children.chains)[:, None]
     total = jnp.where(is_legal, children.features, 0.0).sum(axis=0)

@@ -109,7 +109,7 @@ def sample_start(key: Key[Array, ""], problem: Problem) -> Int[Array, "L"]:
     """
     bank, slots = problem.bank, jnp.arange(problem.max_layers + 1)
     tokens = jax.random.randint(key, slots.shape, 0, bank.num_layers, jnp.int32).at[-1].set(PADDING)
-    if problem.max_cost is not None or bank.stages is not None:
+    if problem.max_cost is not None or problem.space.stages is not None:
         # If a chain is within the limit and follows the stages, so are its prefixes.
         chain = env.sample_chains(key, problem, 1)[0]
         tokens = jnp.where(slots < problem.space.count_layers(chain), chain, tokens)

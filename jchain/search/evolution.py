@@ -3,6 +3,7 @@
 Parents are chosen by tournaments, and the oldest chains leave the population.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,12 +11,13 @@ import jax.numpy as jnp
 
 from jchain import env
 from jchain._typing import Array, Float, Int, Key
-from jchain.arguments import check_at_least_one, checked
+from jchain.arguments import check_at_least_one, check_fields, checked
 from jchain.chain import PADDING
 from jchain.engine import score_cache
 from jchain.engine.score_cache import ScoreCache
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
+from jchain.search.moves import EDITS, MoveKind, check_kinds, draw_move, read_kinds
 from jchain.search.protocol import Info
 
 
@@ -30,16 +32,19 @@ class State(NamedTuple):
 
 @pytree_dataclass
 class Evolution:
-    """Regularized (aging) evolution, whose mutations are single edits (`ChainSpace.neighbors`).
+    """Regularized (aging) evolution, whose mutations are single edits or larger moves.
 
     Attributes:
       population_size: number of chains in the population, Q; the first ones are random.
       tournament_size: number of chains that are drawn, with replacement, for a tournament. The best
         of them becomes the parent.
       num_chains: number of children per step; all are added to the population at once.
+      moves: the kinds of mutations, which are equally likely: some of "edits", "switches", and
+        "runs" (`jchain.search.moves`).
 
     Raises:
-      ValueError: if a size is below 1, or `num_chains` exceeds `population_size`.
+      ValueError: if a size is below 1, `num_chains` exceeds `population_size`, or `moves` is
+        invalid.
     """
 
     is_deterministic = False
@@ -50,8 +55,10 @@ class Evolution:
     population_size: int = static(default=64)
     tournament_size: int = static(default=16)
     num_chains: int = static(default=8)
+    moves: Sequence[MoveKind] = static(default=EDITS)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_at_least_one(
             population_size=self.population_size,
             tournament_size=self.tournament_size,
@@ -62,6 +69,19 @@ class Evolution:
                 "expected num_chains to be at most population_size, got "
                 f"{self.num_chains} and {self.population_size}"
             )
+        object.__setattr__(self, "moves", read_kinds(self.moves))
+
+    @checked
+    def check(self, problem: Problem) -> None:
+        """Check that the layers have the positions that switches need.
+
+        Args:
+          problem: the problem to search.
+
+        Raises:
+          ValueError: if `moves` has switches, and a layer has no position or several.
+        """
+        check_kinds(problem, self.moves)
 
     @checked
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
@@ -118,7 +138,7 @@ class Evolution:
         best = jnp.argmin(state.loss[drawn], axis=1)
         winner = jnp.take_along_axis(drawn, best[:, None], axis=1)[:, 0]
         keys = jax.random.split(mutate_key, self.num_chains)
-        children = jax.vmap(mutate, in_axes=(0, 0, None))(keys, state.chains[winner], problem)
+        children = jax.vmap(self._mutate, in_axes=(0, 0, None))(keys, state.chains[winner], problem)
         chains = jnp.where(state.num_born < self.population_size, random, children)
         cache, loss, layer_calls = score_cache.evaluate_cached(state.cache, problem, chains)
         row = (state.num_born + jnp.arange(self.num_chains)) % self.population_size
@@ -130,15 +150,7 @@ class Evolution:
         )
         return next_state, Info(chains, loss, layer_calls)
 
-
-def mutate(key: Key[Array, ""], chain: Int[Array, "L"], problem: Problem) -> Int[Array, "L"]:
-    """Return a uniformly random neighbor of a chain, or the chain itself if it has none.
-
-    Args:
-      key: the PRNG key; consumed by this call.
-      chain: the chain, `[L]`.
-      problem: the problem, which determines the neighbors.
-    """
-    rows, is_neighbor = env.neighbors(problem, chain)
-    row = jax.random.categorical(key, jnp.where(is_neighbor, 0.0, -jnp.inf).astype(jnp.float32))
-    return jnp.where(is_neighbor.any(), rows[row], chain)
+    def _mutate(
+        self, key: Key[Array, ""], chain: Int[Array, "L"], problem: Problem
+    ) -> Int[Array, "L"]:
+        return draw_move(key, problem, chain, self.moves)

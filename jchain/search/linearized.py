@@ -241,7 +241,12 @@ class LinearizedSearch:
         )
         is_neighbor = env.neighbors(problem, chain)[1]
         start_loss = jnp.where(jnp.isfinite(scores.loss), scores.loss, jnp.inf).astype(jnp.float32)
-        greedy_cost, pair_cost = problem.chain_cost(joint.greedy), problem.chain_cost(joint.pairs)
+
+        def is_allowed(chains: Array, score: Array) -> Array:
+            is_over = problem.exceeds_limit(problem.chain_cost(chains))
+            # Each swap may be legal, but not both together, if positions must rise.
+            return ~jnp.isnan(score) & ~is_over & problem.space.contains(chains)
+
         return LinearizedChain(
             chain,
             # Keep the evaluated loss, not the loss from the pass. The two round differently, and
@@ -251,11 +256,9 @@ class LinearizedSearch:
                 jnp.float32
             ),
             joint.greedy.astype(jnp.int32),
-            ~jnp.isnan(joint.greedy_score) & ~problem.exceeds_limit(greedy_cost),
+            is_allowed(joint.greedy, joint.greedy_score),
             joint.pairs[: self._count_pairs(problem)].astype(jnp.int32),
-            (~jnp.isnan(joint.pair_score) & ~problem.exceeds_limit(pair_cost))[
-                : self._count_pairs(problem)
-            ],
+            is_allowed(joint.pairs, joint.pair_score)[: self._count_pairs(problem)],
             (scores.layer_calls + jnp.where(state.is_start, problem.max_layers, 0)).astype(
                 jnp.int32
             ),

@@ -1,10 +1,11 @@
 """Local search: move to the first better neighbor; restart from a random chain if there is none.
 
 White, Nolen, and Savani 2021, arXiv:2005.02960, find that local search is a strong baseline for
-architecture search. A neighbor differs from the chain by one edit: a layer is swapped, inserted, or
-deleted, or the head is swapped (`jchain.chain.ChainSpace.neighbors`).
+architecture search. By default, a neighbor differs from the chain by one edit: a layer is swapped,
+inserted, or deleted, or the head is swapped (`jchain.chain.ChainSpace.neighbors`).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,12 +13,13 @@ import jax.numpy as jnp
 
 from jchain import env
 from jchain._typing import Array, Float, Int, Key
-from jchain.arguments import check_at_least_one, checked
+from jchain.arguments import check_at_least_one, check_fields, checked
 from jchain.chain import PADDING
 from jchain.engine import score_cache
 from jchain.engine.score_cache import ScoreCache
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
+from jchain.search.moves import EDITS, MoveKind, check_kinds, join_moves, read_kinds
 from jchain.search.protocol import Info
 
 
@@ -38,9 +40,10 @@ class LocalSearch:
     Attributes:
       num_chains: number of neighbors to score per step. The search moves to the first of them, in
         random order, that is better than the current chain.
+      moves: what makes a neighbor: some of "edits", "switches", and "runs" (`jchain.search.moves`).
 
     Raises:
-      ValueError: if `num_chains` is below 1.
+      ValueError: if `num_chains` is below 1, or `moves` is invalid.
     """
 
     is_deterministic = False
@@ -49,9 +52,24 @@ class LocalSearch:
     reads_activations = False
 
     num_chains: int = static(default=8)
+    moves: Sequence[MoveKind] = static(default=EDITS)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_at_least_one(num_chains=self.num_chains)
+        object.__setattr__(self, "moves", read_kinds(self.moves))
+
+    @checked
+    def check(self, problem: Problem) -> None:
+        """Check that the layers have the positions that switches need.
+
+        Args:
+          problem: the problem to search.
+
+        Raises:
+          ValueError: if `moves` has switches, and a layer has no position or several.
+        """
+        check_kinds(problem, self.moves)
 
     @checked
     def init(self, key: Key[Array, ""], problem: Problem) -> State:
@@ -66,7 +84,7 @@ class LocalSearch:
         return State(
             start,
             jnp.full((), jnp.inf, jnp.float32),
-            _shuffle(order_key, start, problem),
+            _shuffle(order_key, start, problem, self.moves),
             jnp.array(0),
             score_cache.init(problem),
         )
@@ -93,7 +111,7 @@ class LocalSearch:
         return state._replace(
             chain=chains[best],
             loss=loss[best].astype(state.loss.dtype),
-            order=_shuffle(key, chains[best], problem),
+            order=_shuffle(key, chains[best], problem, self.moves),
             cache=score_cache.add(state.cache, problem, chains, loss),
         )
 
@@ -121,10 +139,11 @@ class LocalSearch:
         chain = jnp.where(should_move, chains[first], kept)
         kept_loss = jnp.where(should_restart, jnp.inf, state.loss)
         has_new_chain = should_move | should_restart
+        order = _shuffle(order_key, chain, problem, self.moves)
         next_state = State(
             chain,
             jnp.where(should_move, loss[first], kept_loss),
-            jnp.where(has_new_chain, _shuffle(order_key, chain, problem), state.order),
+            jnp.where(has_new_chain, order, state.order),
             jnp.where(has_new_chain, 0, num_tried),
             cache,
         )
@@ -134,7 +153,7 @@ class LocalSearch:
         self, state: State, problem: Problem
     ) -> tuple[Int[Array, "P L"], Int[Array, ""]]:
         """Return the neighbors to score, and the number of all neighbors."""
-        neighbors, is_neighbor = env.neighbors(problem, state.chain)
+        neighbors, is_neighbor = join_moves(problem, state.chain, self.moves)
         num_neighbors = is_neighbor.sum()
         position = state.num_tried + jnp.arange(self.num_chains)
         row = state.order[jnp.minimum(position, state.order.shape[0] - 1)]
@@ -142,7 +161,9 @@ class LocalSearch:
         return jnp.where(is_valid[:, None], neighbors[row], state.chain[None]), num_neighbors
 
 
-def _shuffle(key: Key[Array, ""], chain: Int[Array, "L"], problem: Problem) -> Int[Array, "M"]:
+def _shuffle(
+    key: Key[Array, ""], chain: Int[Array, "L"], problem: Problem, moves: Sequence[MoveKind]
+) -> Int[Array, "M"]:
     """Return the rows of a chain's neighbors in random order, invalid rows last."""
-    is_neighbor = env.neighbors(problem, chain)[1]
+    is_neighbor = join_moves(problem, chain, moves)[1]
     return jnp.argsort(jax.random.uniform(key, is_neighbor.shape, jnp.float32) + ~is_neighbor)

@@ -117,7 +117,7 @@ def _value(problem: Problem, node: Node) -> Float[Array, ""]:
     The value is 0 if no head reads the stage of the prefix, so that nothing is known about it.
     """
     value = -jnp.min(jnp.where(jnp.isfinite(node.loss), node.loss, 1e6))
-    if (stages := problem.bank.stages) is None:
+    if (stages := problem.space.stages) is None:
         return value
     has_head = stages.get_fitting_heads(node.state.chain).any()
     return jnp.where(has_head, value, 0.0)

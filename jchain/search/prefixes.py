@@ -44,7 +44,7 @@ def rank_prefixes(
     the activations are nan, which no layer would mend. The rest get `+inf`.
 
     Args:
-      problem: the problem, whose bank may have stages.
+      problem: the problem, whose space may have stages.
       prefixes: the tokens of each prefix, padded with -1, `[R, L]`.
       loss: the loss of each prefix with its best head, `[R]`; not finite if there is none.
       hidden: the activations of each prefix, `[R, B, ...F]`, or a pytree of such arrays.
@@ -59,7 +59,7 @@ def rank_prefixes(
     has_nan = jax.lax.cond(is_finite.all(), lambda _: jnp.zeros(loss.shape, bool), find_nan, hidden)
     may_fit = jnp.isfinite(problem.head_penalties(prefixes)).any(axis=1)
     can_continue = env.can_continue(problem, prefixes)
-    if (stages := problem.bank.stages) is not None:
+    if (stages := problem.space.stages) is not None:
         may_fit |= ~stages.get_fitting_heads(prefixes).any(axis=1)
         loss = jnp.where(can_continue, loss, jnp.inf)
     is_unknown = ~is_finite & may_fit & can_continue & ~has_nan
@@ -70,13 +70,13 @@ def count_extensions(problem: Problem, prefix: Int[Array, "L"]) -> Int[Array, ""
     """Count the layers that may follow a prefix: the cost of extending it by each, in layer calls.
 
     Args:
-      problem: the problem, whose bank may have stages.
+      problem: the problem, whose space may have stages.
       prefix: the tokens of the prefix, padded with -1, `[L]`.
     """
-    if (stages := problem.bank.stages) is None:
+    if (stages := problem.space.stages) is None:
         return problem.bank.num_layers
     reads = jnp.asarray(stages.reads[: problem.bank.num_layers])
-    return jnp.sum(reads == stages.reached(prefix), dtype=jnp.int32)
+    return jnp.sum(stages.fits(reads, stages.reached(prefix)), dtype=jnp.int32)
 
 
 def end_prefixes(
@@ -97,12 +97,12 @@ def end_prefixes(
 
     Returns:
       Chains `[R * K, L]` and losses `[R * K]`. Prefixes that are not listed, and chains that do not
-      follow the stages of the bank, have rows of -1 and losses of `+inf`. A loss that is not finite
+      follow the stages, have rows of -1 and losses of `+inf`. A loss that is not finite
       is `+inf` as well.
     """
     chains = jax.vmap(lambda prefix, t: env.append_heads(problem, prefix, t))(prefixes, length)
     chains = jnp.where(is_scored[:, None, None], chains, PADDING)
-    if (stages := problem.bank.stages) is not None:
+    if (stages := problem.space.stages) is not None:
         chains = jnp.where(stages.is_legal(chains)[..., None], chains, PADDING)
     loss = jnp.where(is_scored[:, None] & jnp.isfinite(loss), loss, jnp.inf)
     return chains.reshape(-1, prefixes.shape[1]), loss.reshape(-1)

@@ -28,13 +28,13 @@ def count_completions(stages: StageTable, max_layers: int) -> tuple[tuple[int, .
     Returns:
       The counts, by `d` and by the stage that the prefix has reached.
     """
-    range_of_stages = range(stages.num_stages)
-    counts = [tuple(stages.head_stages.count(stage) for stage in range_of_stages)]
+    range_of_stages, heads = range(stages.num_stages), stages.head_stages
+    counts = [tuple(sum(stages.fits(head, stage) for head in heads) for stage in range_of_stages)]
     for _ in range(max_layers):
         after = counts[-1]
         counts.append(
             tuple(
-                sum(after[write] for read, write in stages.layer_stages if read == stage)
+                sum(after[write] for read, write in stages.layer_stages if stages.fits(read, stage))
                 for stage in range_of_stages
             )
         )
@@ -76,8 +76,10 @@ def find_extensible(
     """
     is_open = find_open(stages, min_layers, max_layers)
     can_extend = np.zeros((max_layers + 1, stages.num_stages), bool)
-    for read, write in stages.layer_stages:
-        can_extend[:, read] |= is_open[1:, write]
+    for stage in range(stages.num_stages):
+        for read, write in stages.layer_stages:
+            if stages.fits(read, stage):
+                can_extend[:, stage] |= is_open[1:, write]
     return can_extend
 
 
@@ -99,10 +101,15 @@ def cheapest_rest(
     num_layers = len(stages.layer_stages)
     reads, writes = stages.reads, stages.writes[:num_layers]
     none = jnp.full(stages.num_stages, jnp.inf, token_costs.dtype)
-    by_number = [none.at[reads[num_layers:]].min(token_costs[num_layers:])]
+    can_follow = stages.fits(reads[None], np.arange(stages.num_stages)[:, None])
+
+    def find_least(costs: Array, can_follow: Bool[np.ndarray, "S n"]) -> Array:
+        return jnp.where(can_follow, costs[None], jnp.inf).min(axis=1, initial=jnp.inf)
+
+    by_number = [find_least(token_costs[num_layers:], can_follow[:, num_layers:])]
     for _ in range(max_layers):
         rest = token_costs[:num_layers] + by_number[-1][writes]
-        by_number.append(none.at[reads[:num_layers]].min(rest))
+        by_number.append(find_least(rest, can_follow[:, :num_layers]))
     costs = jnp.stack(by_number)
     rows = [
         costs[max(min_layers - length, 0) : max_layers - length + 1].min(axis=0)
@@ -150,10 +157,11 @@ def _make_logits(stages: StageTable, max_layers: int) -> Float[np.ndarray, "D S 
     counts, num_stages = count_completions(stages, max_layers), stages.num_stages
     num_layers, num_heads = len(stages.layer_stages), len(stages.head_stages)
     logits = np.full((max_layers + 1, num_stages, num_layers + num_heads), -np.inf, np.float32)
-    for token, (read, write) in enumerate(stages.layer_stages):
-        logits[1:, read, token] = _log([row[write] for row in counts[:-1]])
-    for head, stage in enumerate(stages.head_stages):
-        logits[0, stage, num_layers + head] = 0.0
+    can_follow = stages.fits(stages.reads[None], np.arange(num_stages)[:, None])
+    for token, (_, write) in enumerate(stages.layer_stages):
+        completions = _log([row[write] for row in counts[:-1]])
+        logits[1:, can_follow[:, token], token] = completions[:, None]
+    logits[0, :, num_layers:] = np.where(can_follow[:, num_layers:], 0.0, -np.inf)
     return logits
 
 
@@ -177,7 +185,7 @@ def enumerate_chains(
     is_open = find_open(stages, min_layers, max_layers)
     blocks, prefixes, stage = [], np.zeros((1, 0), np.int32), np.zeros(1, int)
     for length in range(max_layers + 1):
-        is_next = reads[None] == stage[:, None]
+        is_next = stages.fits(reads[None], stage[:, None])
         if length >= min_layers:
             row, head = np.nonzero(is_next[:, num_layers:])
             block = np.full((len(row), max_layers + 1), _PADDING, np.int32)
@@ -203,15 +211,18 @@ def index_chains(
     """
     counts = count_completions(stages, max_layers)
     shorter = np.cumsum([0, *(row[0] for row in counts)]).astype(np.int32)
-    # The chains that have a smaller token at a slot, by the layers left there and by the token.
-    earlier = np.zeros((max_layers + 1, len(stages.reads)), np.int32)
-    for num_left in range(max_layers + 1):
-        so_far = [0] * stages.num_stages
-        for token, (read, write) in enumerate(zip(stages.reads, stages.writes, strict=True)):
-            earlier[num_left, token] = min(so_far[read], 2**31 - 1)
-            if (num_left == 0) == (write < 0):
-                so_far[read] += counts[num_left - 1][write] if num_left else 1
+    # The chains that have a smaller token at a slot, by the layers left there, by the stage before
+    # it, and by the token.
+    tokens = list(zip(stages.reads, stages.writes, strict=True))
+    earlier = np.zeros((max_layers + 1, stages.num_stages, len(tokens)), np.int32)
+    for num_left, stage in np.ndindex(earlier.shape[:2]):
+        so_far = 0
+        for token, (read, write) in enumerate(tokens):
+            earlier[num_left, stage, token] = min(so_far, 2**31 - 1)
+            if (num_left == 0) == (write < 0) and stages.fits(read, stage):
+                so_far += counts[num_left - 1][write] if num_left else 1
     slots = jnp.arange(max_layers + 1).reshape(*(1 for _ in length.shape), -1)
     num_left = length[..., None] - slots
-    at_slot = jnp.asarray(earlier)[jnp.maximum(num_left, 0), jnp.maximum(chains, 0)]
+    stage = jnp.maximum(stages.follow(chains), 0)
+    at_slot = jnp.asarray(earlier)[jnp.maximum(num_left, 0), stage, jnp.maximum(chains, 0)]
     return jnp.asarray(shorter)[length] + jnp.where(num_left >= 0, at_slot, 0).sum(axis=-1)

@@ -2,8 +2,12 @@
 
 The stem writes stage 0. A layer reads one stage and writes one, which may be the same. In a legal
 chain, each layer and the head read the stage that the layer before them has written.
+
+The same rule describes chains that keep the order of a model and repeat no layer: there, a layer at
+position `p` writes stage `p + 1`, and may follow any stage up to `p` (`StageTable.from_positions`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -34,16 +38,34 @@ class StageTable:
       layer_stages: for each layer, the stage that it reads and the stage that it writes.
       head_stages: for each head, the stage that it reads.
       names: the names of the tokens, for errors; empty if there are none.
+      is_ordered: whether a layer or head may follow every stage up to the one that it reads.
     """
 
     layer_stages: tuple[tuple[int, int], ...]
     head_stages: tuple[int, ...]
     names: tuple[str, ...] = field(default=(), compare=False)
+    is_ordered: bool = False
+
+    @staticmethod
+    def from_positions(
+        positions: Sequence[int], num_heads: int, names: tuple[str, ...] = ()
+    ) -> "StageTable":
+        """Make the table of chains whose positions increase from layer to layer.
+
+        Args:
+          positions: the position of each layer, at least 0.
+          num_heads: number of heads; any chain may end with each of them.
+          names: the names of the tokens, for errors.
+        """
+        last = 1 + max(positions, default=-1)
+        pairs = tuple((int(position), int(position) + 1) for position in positions)
+        return StageTable(pairs, (last,) * num_heads, names, is_ordered=True)
 
     @property
     def num_stages(self) -> int:
         """The number of stages, with stage 0."""
-        return 1 + max(*(stage for pair in self.layer_stages for stage in pair), *self.head_stages)
+        pairs = (*self.layer_stages, *((stage, stage) for stage in self.head_stages))
+        return 1 + max(stage for pair in pairs for stage in pair)
 
     @property
     def reads(self) -> Int[np.ndarray, "E"]:
@@ -56,6 +78,15 @@ class StageTable:
         return np.array(
             [*(write for _, write in self.layer_stages), *(_END for _ in self.head_stages)]
         )
+
+    def fits(self, read: Any, stage: Any) -> Any:
+        """Return whether a token that reads a stage may follow another stage.
+
+        Args:
+          read: the stage that the token reads, a number or an array.
+          stage: the stage that was written before it, a number or an array.
+        """
+        return (stage >= 0) & (stage <= read) if self.is_ordered else read == stage
 
     def follow(self, chains: Int[Array, "*P L"]) -> Int[Array, "*P L"]:
         """Return the stage before each slot of chains or prefixes; -1 after the head.
@@ -103,7 +134,7 @@ class StageTable:
           prefixes: int32 `[..., L]`; the tokens of each prefix, padded with -1.
         """
         stage = self.reached(prefixes)
-        return jnp.stack([stage == head for head in self.head_stages], axis=-1)
+        return jnp.stack([self.fits(head, stage) for head in self.head_stages], axis=-1)
 
     def get_legal_edits(self, chain: Int[Array, "L"]) -> LegalEdits:
         """Return which edits of a legal chain give a legal chain.
@@ -111,13 +142,22 @@ class StageTable:
         Args:
           chain: int32 `[L]`; the tokens of the chain. Entries after the head are undefined.
         """
-        token, stage = jnp.maximum(chain, 0), self.follow(chain)
+        reads, writes = jnp.asarray(self.reads), jnp.asarray(self.writes)
+        num_layers = len(self.layer_stages)
+        before = self.follow(chain)
+        own, later = reads[jnp.maximum(chain, 0)], reads[jnp.maximum(jnp.roll(chain, -1), 0)]
+        follows = self.fits(reads[None, :num_layers], before[:, None])
+        written = writes[None, :num_layers]
+        can_swap = follows & self.fits(later[:, None], written)
+        if self.is_ordered:
+            # The new layer is put at its place, so only its position must be free.
+            is_layer = (chain >= 0) & (chain < num_layers)
+            is_equal = is_layer[:, None] & (own[:, None] == reads[None, :num_layers])
+            can_swap = is_equal.sum(axis=0)[None] == is_equal
         return LegalEdits(
-            self.can_swap(token),
-            jnp.stack(
-                [(stage == read) & (stage == write) for read, write in self.layer_stages], axis=-1
-            ),
-            jnp.asarray(self.reads)[token] == jnp.asarray(self.writes)[token],
+            can_swap,
+            follows & self.fits(own[:, None], written),
+            self.fits(later, before),
             self.get_fitting_heads(chain),
         )
 
@@ -136,10 +176,16 @@ class StageTable:
             token, num_layers = int(rows[row, slot]), len(self.layer_stages)
             kind = f"layer {token}" if token < num_layers else f"head {token - num_layers}"
             name = f" {self.names[token]!r}" if self.names else ""
+            before = self._follow(rows, np)[row, slot]
+            if self.is_ordered:
+                raise ValueError(
+                    f"chain {row}: expected layers in the order of the model, each at most once, "
+                    f"got {kind}{name} at slot {slot}, at position {self.reads[token]} after "
+                    f"position {before - 1}"
+                )
             raise ValueError(
                 f"chain {row}: expected a chain whose layers follow each other: {kind}{name} reads "
-                f"stage {self.reads[token]}, got stage {self._follow(rows, np)[row, slot]} at slot "
-                f"{slot}"
+                f"stage {self.reads[token]}, got stage {before} at slot {slot}"
             )
 
     def _follow(self, chains: Any, xp: ModuleType) -> Any:
@@ -148,4 +194,4 @@ class StageTable:
 
     def _fits(self, chains: Any, xp: ModuleType) -> Any:
         read = xp.asarray(self.reads)[xp.maximum(chains, 0)]
-        return (chains < 0) | (read == self._follow(chains, xp))
+        return (chains < 0) | self.fits(read, self._follow(chains, xp))

@@ -36,6 +36,7 @@ def test_there_are_36_problems():
     assert len(set(chainbench.NAMES)) == 36
 
 
+@pytest.mark.slow
 def test_a_solved_problem_has_the_losses_of_evaluate(folder):
     solved = chainbench.load(folder, NAME)
     assert len(solved.chains) == ChainSpace(12, 1, 4).num_chains == 22_621

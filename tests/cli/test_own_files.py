@@ -109,6 +109,7 @@ def test_standard_output_is_only_json(tmp_path, capsys):
     assert captured.err.count("loss ") == 5
 
 
+@pytest.mark.slow
 def test_the_options_of_an_earlier_result_are_overridden(tmp_path):
     search(tmp_path / "a", "--search", "local", "--seed", "3", "--quick")
     again = ["search", "--quick", "--config", str(tmp_path / "a"), "--out"]

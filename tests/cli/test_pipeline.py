@@ -28,6 +28,7 @@ def test_the_bank_that_is_kept_has_the_updated_weights(tmp_path, capsys):
     assert result["optimum"] == pytest.approx(optimum, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_fractions_are_recorded_and_shown(tmp_path, capsys):
     options = ["--search", "local", "--fractions", "1/4,1", "--budget", "40", "--quick"]
     search(tmp_path / "out", *options)

@@ -30,6 +30,7 @@ def page_of_checkpoints(checkpoint_result, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_page_of_several_results_holds_their_figures(result_folder, tmp_path, capsys):
     for i in range(3):
         folder = shutil.copytree(result_folder, tmp_path / f"r{i}")

@@ -98,6 +98,7 @@ def test_the_finalist_is_picked_on_search_and_select(tmp_path):
     assert record["best_chain"] == [int(token) for token in best if token >= 0]
 
 
+@pytest.mark.slow
 def test_finished_seeds_are_kept_when_a_run_is_interrupted(tmp_path, capsys, monkeypatch):
     run_seed, seeds = seed_runs._run_seed, []
 

@@ -68,6 +68,7 @@ def test_other_options_and_a_smaller_budget_are_refused(out, monkeypatch, capsys
     assert read(out) == before
 
 
+@pytest.mark.slow
 def test_a_larger_budget_extends_a_search(out, tmp_path, capsys):
     assert search(tmp_path / "whole", "--budget", "600") == 0
     assert "The bank is read from" not in capsys.readouterr().err

@@ -98,6 +98,7 @@ def test_every_plan_gives_the_losses_of_plain_outputs(bank, read_in_parts, plan)
         check_close((found.loss, found.accuracy), score_plainly(problem))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", list(jc.engine.Share))
 def test_every_way_to_share_calls_gives_the_same_losses(bank, read_in_parts, share):
     problem = make_problems(bank)[1]
@@ -106,6 +107,7 @@ def test_every_way_to_share_calls_gives_the_same_losses(bank, read_in_parts, sha
     check_close((found.loss, found.accuracy), score_plainly(problem))
 
 
+@pytest.mark.slow
 def test_several_heads_and_seeds_give_the_same_losses(bank, read_in_parts):
     other = jax.tree.map(lambda leaf: -leaf, bank)
     both = jc.Bank.concat([bank, dataclasses.replace(other, stem_params=bank.stem_params)])
@@ -119,12 +121,14 @@ def test_several_heads_and_seeds_give_the_same_losses(bank, read_in_parts):
         check_close(by_seed(populations).reshape(-1), out.loss[:12])
 
 
+@pytest.mark.slow
 def test_parts_of_a_split_that_is_read_in_parts(bank, read_in_parts):
     for whole, problem in zip(make_problems(bank), make_problems(bank, batch_size=2), strict=True):
         found = jc.evaluate_all(problem)[1]
         check_close((found.loss, found.accuracy), score_plainly(whole))
 
 
+@pytest.mark.slow
 def test_half_precision_is_close(bank, read_in_parts):
     for problem in make_problems(bank):
         found = jc.evaluate_all(problem, dtype=jnp.bfloat16)[1].loss
@@ -176,6 +180,7 @@ def test_splits_of_nearly_as_many_tokens_share_a_program():
     assert first == second == ReadTokens(160, 40)
 
 
+@pytest.mark.slow
 def test_examples_that_repeat_are_all_counted(bank, read_in_parts):
     questions = make_problems(bank)[2]
     rows = jnp.array([4, 4, 4, 4, 1, 1])
@@ -224,6 +229,7 @@ def test_labels_out_of_range_are_refused(bank):
         jc.Problem(bank, data._replace(y=y), 2, loss_fn=jc.hub.choice_loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "search", [jc.BeamSearch(width=2, max_width=2), jc.CriticSearch(epsilon=0.0)]
 )
@@ -246,6 +252,7 @@ def test_the_estimate_of_memory_follows_the_parts(bank, read_in_parts):
     assert in_parts < head_calls.estimate_head_bytes(problem, hidden, 1)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_head_are_those_of_plain_outputs(bank, read_in_parts):
     for problem in make_problems(bank):
         hidden = bank.embed(problem.data.x)
@@ -285,6 +292,7 @@ def compare(read_in_parts, fn):
     return found, fn()
 
 
+@pytest.mark.slow
 def test_gradient_steps_are_those_of_plain_outputs(bank, read_in_parts, x64):
     # In float32 alone, two steps make rounding errors of 1%. Normalization is in float32 anyway.
     bank = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), bank)
@@ -302,9 +310,10 @@ def test_gradient_steps_are_those_of_plain_outputs(bank, read_in_parts, x64):
 
     for own, other in zip(*compare(read_in_parts, tune), strict=True):
         assert own.dtype == jnp.float64
-        np.testing.assert_allclose(own, other, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(own, other, atol=1e-4 * abs(other).max())
 
 
+@pytest.mark.slow
 def test_gradient_scores_are_those_of_plain_outputs(bank, read_in_parts):
     problem = make_problems(bank)[1]
     kinds = ("activations", "weights", "linearized")

@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import jax
+import pytest
 import numpy as np
 from stopping import ENVIRONMENT
 
@@ -38,6 +39,7 @@ def evaluate(problem, chains):
     return np.asarray(jc.evaluate(problem, chains).loss)
 
 
+@pytest.mark.slow
 def test_threads_get_the_losses_of_one(problem):
     populations = [np.asarray(problem.space.sample(jax.random.key(i), 9 + i)) for i in range(12)]
     expected = [evaluate(problem, chains) for chains in populations]

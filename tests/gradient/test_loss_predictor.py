@@ -57,6 +57,7 @@ def part_size(request, monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_softmax", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_other_wide_outputs_are_sampled(is_softmax, part_size):
     """With more samples, scores approach the second-order loss (exact for squared errors)."""
@@ -77,6 +78,7 @@ def test_other_wide_outputs_are_sampled(is_softmax, part_size):
     assert errors[1] < 0.7 * errors[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["activations", "weights"])
 def test_gradients_of_wide_outputs_do_not_depend_on_parts(kind, monkeypatch):
     problem, chain = make_sampled(True), np.array([2, 0, 3, 4])

@@ -85,6 +85,7 @@ def test_the_divergence_from_the_parent(bank, read_in_parts, top_k):
     assert abs(float(jc.evaluate(problem, np.array(CHAIN)).loss)) < 2e-5
 
 
+@pytest.mark.slow
 def test_a_search_minimizes_the_divergence_on_every_split(bank, read_in_parts):
     splits = [make_text(seed=seed) for seed in range(4)]
     data = jc.hub.add_parent(bank, jc.Dataset(*splits, "text", VOCABULARY))
@@ -108,6 +109,7 @@ def test_a_search_minimizes_the_divergence_on_every_split(bank, read_in_parts):
     assert after < before
 
 
+@pytest.mark.slow
 def test_gradients_of_the_divergence_are_those_of_float32_softmax(bank, read_in_parts):
     text = make_text()
     for top_k in (None, 3):

@@ -4,7 +4,7 @@ import numpy as np
 from conftest import make_bank, make_batch
 
 import jchain as jc
-from jchain.search.evolution import mutate
+from jchain.search.moves import EDITS, draw_move
 
 
 def test_mutations_are_uniform_over_the_neighbors(problem):
@@ -12,7 +12,7 @@ def test_mutations_are_uniform_over_the_neighbors(problem):
     rows, is_neighbor = problem.space.neighbors(chain)
     expected = {tuple(row) for row in np.asarray(rows)[np.asarray(is_neighbor)].tolist()}
     keys = jax.random.split(jax.random.key(0), 4000)
-    found = jax.jit(jax.vmap(mutate, in_axes=(0, None, None)))(keys, chain, problem)
+    found = jax.jit(jax.vmap(lambda key: draw_move(key, problem, chain, EDITS)))(keys)
     children, counts = np.unique(np.asarray(found), axis=0, return_counts=True)
     assert {tuple(row) for row in children.tolist()} == expected
     # The tolerance is five standard deviations of a Poisson count.
@@ -20,9 +20,9 @@ def test_mutations_are_uniform_over_the_neighbors(problem):
     assert np.abs(counts - mean).max() < 5 * np.sqrt(mean)
 
 
-def test_mutate_returns_a_chain_without_neighbors_unchanged():
+def test_a_mutation_returns_a_chain_without_neighbors_unchanged():
     problem = jc.Problem(make_bank(2, 1), make_batch(), max_layers=0)
-    np.testing.assert_array_equal(mutate(jax.random.key(0), jnp.array([2]), problem), [2])
+    np.testing.assert_array_equal(draw_move(jax.random.key(0), problem, jnp.array([2]), EDITS), [2])
 
 
 def test_the_oldest_chains_leave_and_tournament_winners_are_parents(problem):
