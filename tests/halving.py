@@ -30,5 +30,6 @@ def halve_lists(problem, chains, rungs, rival=None, *, is_first_paid=False):
         num_kept = math.ceil(rungs.keep * len(alive))
         bar = score(problem, rivals[0], 0, end) if rivals else np.inf
         alive, start = sorted(alive, key=losses.__getitem__)[:num_kept], end
-        alive = [chain for chain in alive if losses[chain] < bar]
+        if i == len(rungs.ends) - 2:  # the next rung is the last one
+            alive = [chain for chain in alive if losses[chain] < bar]
     return known, cost

@@ -70,7 +70,8 @@ def evaluate_cached(
       chains: the tokens of the chains, `[P, L]`.
       rival: the tokens of a chain that a new chain has to beat to be of use, such as the chain that
         local search is at; a row of -1 or None for none. Inside `jc.Staged`, a new chain that is no
-        better than its rival on the same part of the examples stops. Otherwise, it has no effect.
+        better than its rival on the same examples is not scored on all. Otherwise, it has no
+        effect.
 
     Returns:
       The cache with these chains stored, their losses `[P]`, and the layer calls that the new

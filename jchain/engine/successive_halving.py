@@ -252,8 +252,8 @@ def halve(
       chains: the tokens of the chains, `[P, L]`.
       is_candidate: the chains that may go on; None for all. The others should cost no layer call,
         and their results mean nothing.
-      rival: the tokens of a chain that the others have to beat on the same examples to go on; a row
-        of -1 or None for none. It is scored on the rungs except the last, which is charged.
+      rival: the tokens of a chain that the others have to beat on the same examples to go on to the
+        last rung; a row of -1 or None for none. It is scored on the other rungs, which is charged.
       first_loss: the losses of the chains and, if there is a rival, of the rival on the first rung,
         `[P]` or `[P + 1]`, if they are known and paid for; None to compute them.
       rungs: the rungs.
@@ -331,11 +331,13 @@ def _climb(
     best = jnp.argsort(loss)[: counts[-1]]
     num_kept = jnp.array(counts)[last.is_in.sum()]
     loss, is_in = loss[best], jnp.arange(counts[-1]) < num_kept
-    is_in &= jnp.isfinite(loss) & (loss < last.bar)
+    is_in &= jnp.isfinite(loss)
+    is_last = i == len(rungs.ends) - 1
+    if is_last:  # few examples tell too little to let the rival stop chains earlier
+        is_in &= loss < last.bar
     # Rows without a chain repeat the best one, which costs nothing. So does a head alone.
     filler = jnp.where(is_in[0], rows[last.row[best[0]]], problem.space.head_alone)
     chosen = jnp.where(is_in[:, None], rows[last.row[best]], filler[None])
-    is_last = i == len(rungs.ends) - 1
     needs_rival = is_in[0] & jnp.isfinite(last.bar)
     other = None if rival is None or is_last else jnp.where(needs_rival, rival, filler)
 

@@ -65,9 +65,10 @@ class Staged:
     it can compete again, and pays again.
 
     A chain has to be among the best of its step, so a step should score many: `num_chains` of 16 or
-    more. In `LocalSearch`, a neighbor must also beat the current chain on the same examples. A
-    search that reads activations, such as `BeamSearch`, reads those of the first fraction alone and
-    ranks by them; of the chains that it scores, those go on that beat the best one so far.
+    more. To be scored on all examples, a neighbor in `LocalSearch` must also beat the current chain
+    on the examples before. A search that reads activations, such as `BeamSearch`, reads those of
+    the first fraction alone and ranks by them; its best chains must beat the best one so far in the
+    same way.
 
     The first examples of the split are used first, so examples must be in random order, as they are
     in the splits of `jchain.data` and `jchain.hub`.
