@@ -41,15 +41,10 @@ def read_kinds(given: Sequence[MoveKind]) -> tuple[MoveKind, ...]:
     Raises:
       ValueError: if there is none, one is not known, or one is there twice.
     """
-    if (
-        isinstance(given, str)
-        or not given
-        or set(given) - set(KINDS)
-        or len(set(given)) < len(given)
-    ):
-        raise ValueError(
-            f"expected moves to be some of {', '.join(KINDS)}, got {given if isinstance(given, str) else list(given)}"
-        )
+    is_list = not isinstance(given, str)
+    if not is_list or not given or set(given) - set(KINDS) or len(set(given)) < len(given):
+        got = list(given) if is_list else given
+        raise ValueError(f"expected moves to be some of {', '.join(KINDS)}, got {got}")
     return tuple(given)
 
 

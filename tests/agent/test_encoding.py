@@ -171,6 +171,7 @@ def test_features_of_entries_are_finite_for_finite_weights(bank, scale):
     assert np.isfinite(entry_features(some)).all()
 
 
+@pytest.mark.slow
 def test_a_search_with_huge_weights_spends_its_budget(bank):
     params = jax.tree.map(lambda leaf: leaf.at[1].mul(1e20), bank.layers[0].params)
     huge = dataclasses.replace(bank, layers=(dataclasses.replace(bank.layers[0], params=params),))

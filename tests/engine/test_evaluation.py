@@ -192,6 +192,7 @@ def test_evaluate_on_images_and_sequences(layer, shape, shares):
         np.testing.assert_allclose(forced.loss, out.loss, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluate_prefixes_scores_every_head_for_free(two_group_problem):
     chains = sample(two_group_problem, 12)
     out = jc.evaluate_prefixes(two_group_problem, chains)
@@ -295,6 +296,7 @@ def test_explain_describes_what_evaluate_does(two_group_problem):
     )
 
 
+@pytest.mark.slow
 def test_a_memory_limit_makes_blocks_smaller_until_one_node_is_left(problem):
     chains = sample(problem, 100)
     free = jc.explain_plan(problem, chains)

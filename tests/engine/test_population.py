@@ -108,6 +108,7 @@ def test_a_padded_population_has_the_same_bits(problem, monkeypatch, plan, num):
     assert found.loss.shape == (num,)
 
 
+@pytest.mark.slow
 def test_many_sizes_share_few_programs(problem):
     chains = np.asarray(problem.space.sample(jax.random.key(0), 70))
     jc.clear_caches()

@@ -110,6 +110,7 @@ def test_a_chain_that_is_not_finite_stops(problem, chains):
     assert not is_finite.all()
 
 
+@pytest.mark.slow
 def test_the_cache_stores_only_losses_of_the_whole_split(problem, chains):
     rungs = RungProblem.make(problem, make_rungs(TWO, KEEP, NUM))
     cache = score_cache.init(problem)

@@ -55,6 +55,7 @@ def test_some_blocks_have_one_mlp(change, is_dense):
     assert [not isinstance(block.mlp, MixtureMLP) for block in blocks] == is_dense
 
 
+@pytest.mark.slow
 def test_exports_list_the_blocks_with_one_mlp_by_their_new_indices(tmp_path):
     options = MOE | {"mlp_only_layers": [], "decoder_sparse_step": 2}
     folder = write_config(tmp_path / "model", options)

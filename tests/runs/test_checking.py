@@ -159,6 +159,7 @@ def test_cached_losses_of_another_problem_are_not_used(problem, what):
     assert score_cache.evaluate_cached(cache, other, chains)[2] == 0
 
 
+@pytest.mark.slow
 def test_a_search_that_continues_on_other_examples_pays_for_them(problem):
     search, key = jc.Evolution(population_size=6, num_chains=6), jax.random.key(0)
     first, second = problem.take(slice(0, 4)), problem.take(slice(4, 9))

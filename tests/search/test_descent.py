@@ -1,5 +1,6 @@
 import jax
 import numpy as np
+import pytest
 import reference
 from conftest import make_bank, make_batch
 
@@ -7,6 +8,7 @@ import jchain as jc
 from jchain.search.descent import allocate_candidates, sample_start
 
 
+@pytest.mark.slow
 def test_a_start_is_the_best_prefix_of_its_random_layers():
     roomy = jc.Problem(make_bank(6, 2), make_batch(), max_layers=5)
     costly = jc.Problem(roomy.bank, roomy.data, 5, layer_cost=0.3)

@@ -35,6 +35,7 @@ def test_local_search_restarts_only_at_local_optima(problem):
     assert restarts > 1
 
 
+@pytest.mark.slow
 def test_the_search_begins_at_the_best_of_the_starts(problem):
     starts = problem.space.sample(jax.random.key(3), 5)
     losses = jc.evaluate(problem, starts).loss

@@ -90,6 +90,7 @@ def test_a_prefix_of_nan_is_not_extended():
     assert result.num_nonfinite == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["BeamSearch", "CriticSearch"])
 def test_heads_with_large_outputs_are_called_for_one_prefix_at_a_time(problem, monkeypatch, name):
     search = {"BeamSearch": jc.BeamSearch(max_width=4), "CriticSearch": jc.CriticSearch(width=8)}

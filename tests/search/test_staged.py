@@ -119,6 +119,7 @@ def test_staged_keeps_the_contract(name):
     jc.check_search(stage(SEARCHES[name]), make_problem(name))
 
 
+@pytest.mark.slow
 def test_each_of_several_runs_is_charged_as_if_it_were_alone():
     problem, search = make_problem("LocalSearch"), stage(jc.LocalSearch(num_chains=3))
     keys = jax.random.split(jax.random.key(0), 2)
@@ -130,6 +131,7 @@ def test_each_of_several_runs_is_charged_as_if_it_were_alone():
         np.testing.assert_allclose(result.curve.best_loss, alone.curve.best_loss, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_data_in_parts_gives_the_same_run():
     problem, search = make_problem("LocalSearch"), stage(jc.LocalSearch(num_chains=3))
     host = make_problem("LocalSearch", batch_size=12)
@@ -169,6 +171,7 @@ def test_updates_that_count_whole_layer_calls_refuse_it():
             policy.run(jax.random.key(0), search, problem, train, budget=1000)
 
 
+@pytest.mark.slow
 def test_the_cost_of_tuning_is_added_to_fractions():
     problem, search = make_problem("LocalSearch"), stage(jc.LocalSearch(num_chains=3))
     policy = jc.updates.TuneFound(num_steps=1)

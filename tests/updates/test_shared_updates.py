@@ -30,6 +30,7 @@ def test_a_search_over_heads_alone_ends(problem):
     assert np.isfinite(outcome.result.best_loss)
 
 
+@pytest.mark.slow
 def test_a_budget_below_one_round_raises(two_group_problem):
     with pytest.raises(
         ValueError,
