@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jchain._typing import Array, Bool, Int, Key
+from jchain._typing import Array, Int, Key
 from jchain.arguments import check_at_least_one, check_integers, checked
 from jchain.chain import PADDING, pad
 from jchain.engine import score_cache

@@ -6,8 +6,8 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import jax
-import pytest
 import numpy as np
+import pytest
 from stopping import ENVIRONMENT
 
 import jchain as jc
