@@ -66,6 +66,7 @@ from jchain.search.mcts import MCTS
 from jchain.search.protocol import Info, Search
 from jchain.search.q_learning import QLearning
 from jchain.search.random_search import RandomSearch
+from jchain.search.removal import RemovalSearch
 from jchain.search.staged import Staged
 from jchain.search.suffix_beam_search import SuffixBeamSearch
 from jchain.search.target_propagation import TargetPropagation
@@ -101,6 +102,7 @@ __all__ = [
     "Progress",
     "QLearning",
     "RandomSearch",
+    "RemovalSearch",
     "Result",
     "ScoredChains",
     "Search",

@@ -350,20 +350,20 @@ class Problem:
         return self._replace("bank", self._bind(bank) if needs_binding else bank)
 
     @checked
-    def with_max_layers(self, max_layers: int) -> "Problem":
-        """Return the problem with another limit of the number of layers.
+    def relax(self, max_layers: int) -> "Problem":
+        """Return the problem with another `max_layers`, and without a limit of the cost.
 
         Args:
-          max_layers: the new `max_layers`, at least `min_layers`.
+          max_layers: the maximum number of layers in a chain, at least `min_layers`.
         """
-        return self._replace("max_layers", check_max_layers(max_layers))
+        return self._replace("max_layers", check_max_layers(max_layers))._replace("max_cost", None)
 
     def _replace(self, field: str, value: object) -> "Problem":
         """Replace a field as `dataclasses.replace` does, but without the checks."""
         problem = copy.copy(self)
         object.__setattr__(problem, field, value)
         if field in ("bank", "max_layers"):
-            sizes = self.max_layers, self.min_layers
+            sizes = problem.max_layers, problem.min_layers
             object.__setattr__(problem, "space", make_space(self.space, problem.bank, *sizes))
         return problem
 

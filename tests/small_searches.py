@@ -4,11 +4,18 @@ import jchain as jc
 
 # These need a bank of invertible layers.
 INVERTIBLE = ("SuffixBeamSearch",)
+# These find only chains that keep the order of the parents.
+ORDERED = ("RemovalSearch",)
 
 SEARCHES = {
     "RandomSearch": jc.RandomSearch(num_chains=6),
     "LocalSearch": jc.LocalSearch(num_chains=3),
     "Evolution": jc.Evolution(population_size=12, tournament_size=4, num_chains=6),
+    "RemovalSearch": jc.RemovalSearch(width=2, max_width=4, num_chains=3),
+    "LocalSearch-moves": jc.LocalSearch(moves=("edits", "runs")),
+    "Evolution-moves": jc.Evolution(
+        population_size=12, tournament_size=4, num_chains=6, moves=("edits", "runs")
+    ),
     "BeamSearch": jc.BeamSearch(max_width=16),
     "CriticSearch": jc.CriticSearch(width=8, epsilon=0.5),
     "LinearizedSearch": jc.LinearizedSearch(),

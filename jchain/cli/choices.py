@@ -27,6 +27,7 @@ SEARCHES: dict[str, Callable[[], jc.Search]] = {
     "suffix-beam": jc.SuffixBeamSearch,
     "q-learning": jc.QLearning,
     "random": jc.RandomSearch,
+    "removal": jc.RemovalSearch,
     "target-propagation": jc.TargetPropagation,
 }
 UPDATES: dict[str, Callable[[], jc.updates.UpdatePolicy]] = {

@@ -19,7 +19,7 @@ from jchain.engine import score_cache
 from jchain.engine.score_cache import ScoreCache
 from jchain.problem import Problem
 from jchain.pytree import pytree_dataclass, static
-from jchain.search.moves import EDITS, MoveKind, check_kinds, join_moves, read_kinds
+from jchain.search.moves import EDITS, MoveKind, check_kinds, join_moves, list_moves, read_kinds
 from jchain.search.protocol import Info
 
 
@@ -164,6 +164,15 @@ class LocalSearch:
 def _shuffle(
     key: Key[Array, ""], chain: Int[Array, "L"], problem: Problem, moves: Sequence[MoveKind]
 ) -> Int[Array, "M"]:
-    """Return the rows of a chain's neighbors in random order, invalid rows last."""
-    is_neighbor = join_moves(problem, chain, moves)[1]
-    return jnp.argsort(jax.random.uniform(key, is_neighbor.shape, jnp.float32) + ~is_neighbor)
+    """Return the rows of a chain's neighbors in random order, invalid rows last.
+
+    If there are several kinds of moves, each is as likely as the others to come first.
+    """
+    masks = [mask for _, mask in list_moves(problem, chain, moves)]
+    is_neighbor = jnp.concatenate(masks)
+    draws = jax.random.uniform(key, is_neighbor.shape, jnp.float32)
+    if len(masks) == 1:
+        return jnp.argsort(draws + ~is_neighbor)
+    # Rows come in the order of a race of exponential clocks, which run at the rate of their weight.
+    size = jnp.concatenate([jnp.full(mask.shape, mask.sum()) for mask in masks])
+    return jnp.argsort(jnp.where(is_neighbor, -jnp.log1p(-draws) * size, jnp.inf))

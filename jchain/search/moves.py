@@ -150,7 +150,7 @@ def _list_runs(
 ) -> tuple[Int[Array, "M L"], Bool[Array, "M"]]:
     """Drop and repeat each run of at least two layers."""
     length, slots = problem.space.count_layers(chain), jnp.arange(chain.shape[0])[None]
-    pairs = np.array([(i, j) for j in range(2, problem.max_layers + 1) for i in range(j - 1)])
+    pairs = np.array([(i, j) for j in range(2, problem.max_layers + 1) for i in range(j - 1)], int)
     start, end = (jnp.asarray(ends) for ends in pairs.reshape(-1, 2).T[:, :, None])
     padded = jnp.append(chain, PADDING)
     last = chain.shape[0]

@@ -37,10 +37,11 @@ class State(NamedTuple):
 class RemovalSearch:
     """Beam search that drops one layer at a time from the parents of the bank.
 
-    A pass begins with the parents, or with all layers in the order of their positions if there are
-    none, and keeps the best `width` chains of each length, down to `min_layers`. Chains with more
-    than `max_layers` layers are scored and charged, but not reported. A chain is scored once, and
-    the passes share what they know. Keys are not used.
+    A pass begins with the longest parents. If there are none, it begins with all layers, in the
+    order of their positions or tokens, under each head. It keeps the best `width` chains of each
+    length, down to `min_layers`. Chains with more than `max_layers` layers, or that cost more than
+    `max_cost`, are scored and charged, but not reported. No chain is scored twice, and the passes
+    share what they know. Keys are not used.
 
     Attributes:
       width: number of chains of each length that the first pass keeps; 1 for greedy removal.
@@ -125,8 +126,10 @@ class RemovalSearch:
             cache=cache, shorter=merge(state.shorter, scored, loss), slot=state.slot + len(gap)
         )
         num_slots = problem.max_layers + 1
+        chains = scored[:, :num_slots]
         is_reported = is_new & (state.length - 1 <= problem.max_layers)
-        chains = jnp.where(is_reported[:, None], scored[:, :num_slots], PADDING)
+        is_reported &= ~problem.exceeds_limit(problem.chain_cost(chains))
+        chains = jnp.where(is_reported[:, None], chains, PADDING)
         info = Info(chains, jnp.where(is_reported, loss, jnp.inf), layer_calls)
         return self._advance(state, wide), info
 
@@ -179,8 +182,8 @@ class RemovalSearch:
 
 def _widen(problem: Problem) -> Problem:
     """Return the problem with room for the chains that the search begins with."""
-    rows = _list_tokens(problem)
-    return problem.with_max_layers(max(problem.max_layers, *(len(row) - 1 for row in rows)))
+    lengths = (len(row) - 1 for row in _list_tokens(problem))
+    return problem.relax(max(problem.max_layers, *lengths))
 
 
 def _list_beginnings(wide: Problem) -> Int[Array, "C S"]:
@@ -188,10 +191,11 @@ def _list_beginnings(wide: Problem) -> Int[Array, "C S"]:
 
 
 def _list_tokens(problem: Problem) -> list[list[int]]:
-    """List the parents of the bank, or else one chain of all layers, one for each position."""
+    """List the parents of the bank, or else all layers under each head, one for each position."""
     bank = problem.bank
     if bank.parents:
         return [list(parent) for parent in bank.parents]
     positions = problem.space.positions or range(bank.num_layers)
     first = {position: token for token, position in reversed([*enumerate(positions)])}
-    return [[*(first[position] for position in sorted(first)), bank.num_layers]]
+    layers = [first[position] for position in sorted(first)]
+    return [[*layers, bank.num_layers + head] for head in range(bank.num_heads)]
