@@ -49,7 +49,7 @@ DIGITS = (
     "digits-routed-0",
     "digits-random-0",
 )
-MODEL = byte_models.Model(depth=8, width=64, num_steps=300, num_tune_steps=1)
+MODEL = byte_models.Model(depth=8, width=64, num_steps=300, num_tune_steps=2)
 NUM_MODELS, NUM_SEQUENCES, MAX_BLOCKS = 2, 64, 6
 NUM_SEEDS, SHARE = 10, 5
 BUDGETS = {"digits": 2000, "bytes": 1000}
