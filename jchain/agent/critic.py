@@ -80,7 +80,6 @@ class Critic:
 
     @classmethod
     @checked
-    @checked
     def load(cls, path: str | os.PathLike[str]) -> "Critic":
         """Read a critic from a file that `save` wrote.
 

@@ -13,7 +13,7 @@ from jchain.bank import Bank
 from jchain.cli.config import require
 from jchain.cli.context import Context, strip
 from jchain.cli.interruption import get_name, raise_if_stopped
-from jchain.cli.progress import evaluate_in_parts, print_progress, show_phase
+from jchain.cli.progress import print_progress, show_phase
 from jchain.cli.records import Controls, RandomChains, ScoredChain, Scores, finite_or_none
 from jchain.cli.scores import ExampleScores, score_ensemble
 from jchain.engine.evaluation import evaluate, evaluate_all
@@ -105,7 +105,7 @@ def _score_all(
     if context.original_bank.parents:
         parent = Net(
             context.original_bank,
-            context.pick(context.original_bank, chain_lib.pad(context.original_bank.parents)),
+            context.pick(context.original_bank, context.original_bank.parents),
         )
         scores = _compare(context, found, parent)
         controls["best_parent"] = scores
@@ -175,8 +175,7 @@ def _find_best_edit(context: Context, tokens: list[int]) -> list[int] | None:
     # Rows that are not neighbors hold the chain itself, so that the number of rows never changes.
     rows = jnp.where(is_neighbor[:, None], rows, chain)
     edits, mask = np.asarray(rows), np.asarray(is_neighbor)
-    title = f"Scoring the {mask.sum():,} edits of the best parent"
-    losses = evaluate_in_parts(problem, edits, title, context.part_size).loss
+    losses = np.asarray(evaluate(problem, edits).loss)
     return strip(edits[int(np.argmin(np.where(mask, losses, np.inf)))])
 
 
@@ -211,11 +210,20 @@ def _tune(key: Key[Array, ""], context: Context, net: Net) -> Net:
 def _score_random_chains(key: Key[Array, ""], context: Context) -> RandomChains:
     """Compute the median and the quartiles on `test` of chains that are drawn uniformly."""
     chains = np.asarray(context.problem.space.sample(key, context.setup.num_random_chains))
-    problem = context.setup.make_problem(
-        context.original_bank, "test", context.max_layers, is_penalized=False
-    )
-    title = f"Scoring {len(chains)} random chains"
-    loss, accuracy = evaluate_in_parts(problem, chains, title, context.part_size)
+    if context.config.checkpoint:
+        rows = [strip(row) for row in chains]
+        scores = context.scorer.score(context.original_bank, rows, ("test",))
+        loss, accuracy = (
+            np.array([getattr(one, field)["test"].mean() for one in scores])
+            for field in ("loss", "accuracy")
+        )
+        loss = np.where(np.isfinite(loss), loss, np.inf)
+    else:
+        problem = context.setup.make_problem(
+            context.original_bank, "test", context.max_layers, is_penalized=False
+        )
+        out = evaluate(problem, chains)
+        loss, accuracy = np.asarray(out.loss), np.asarray(out.accuracy)
     return {
         "num_chains": len(chains),
         "loss": {"test": finite_or_none(np.median(loss))},
@@ -245,7 +253,7 @@ def _run_rival(
     if len(result.finalists) == 0:
         print_progress(f"No {title} to compare with: none of its chains has a finite loss")
         return None
-    tokens = context.pick(context.original_bank, result.finalists)
+    tokens = context.pick(context.original_bank, [strip(row) for row in result.finalists])
     return {"chain": tokens, **_compare(context, found, Net(context.original_bank, tokens))}
 
 

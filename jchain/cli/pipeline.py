@@ -1,65 +1,39 @@
 """The steps of `jchain search` for one seed: make the bank, search, re-rank, score, and report."""
 
 import contextlib
-import math
 import platform
 import time
-from collections.abc import Mapping
-from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jchain
-from jchain import chain as chain_lib
-from jchain._typing import Array, Float, Int, Key
+from jchain._typing import Array, Key
 from jchain.bank import Bank
 from jchain.cli.config import SearchConfig, check_sweep, require
 from jchain.cli.context import Context, strip
 from jchain.cli.controls import ControlScores, ReferenceLoss, score_controls
+from jchain.cli.finalists import Found, Picked, choose, describe_finalists
 from jchain.cli.interruption import get_name, raise_if_stopped
-from jchain.cli.progress import evaluate_in_parts, print_progress, show_phase
+from jchain.cli.progress import print_progress, show_phase
 from jchain.cli.records import (
-    FinalistRow,
     ResultRecord,
-    ScoredChain,
     SearchOutput,
     SweepRow,
-    finite_or_none,
 )
 from jchain.cli.result_folder import BANK_FILE
-from jchain.cli.scores import ExampleScores
+from jchain.cli.scores import Scorer
 from jchain.cli.setup import Setup
 from jchain.cli.trust import sign
 from jchain.data import EVALUATION_SPLITS
 from jchain.hub import recipes
-from jchain.problem import Problem
 from jchain.runs.driver import run
-from jchain.runs.result import Result
 from jchain.runs.starts import list_starts
 from jchain.search.protocol import Search
 from jchain.updates import UpdatePolicy
-
-
-class Found(NamedTuple):
-    """The outcome of the search."""
-
-    bank: Bank  # the bank after updates
-    result: Result
-    update_calls: int  # number of layer calls that gradient steps cost
-
-
-class Picked(NamedTuple):
-    """The chain that was picked among the finalists and the recipes."""
-
-    tokens: list[int]
-    chosen: str  # "search", or the name of a recipe
-    scores: ExampleScores
-    finalist_losses: Float[np.ndarray, "Q"]  # on `Setup.deciding_splits`, with layer penalties
 
 
 def run_pipeline(
@@ -95,8 +69,7 @@ def run_pipeline(
     bank_key, control_key, search_key = keys[:3]
     context = make(bank_key, config, setup, folder)
     found = search_chains(search_key, context, search, policy, deadline)
-    recipe_scores = _score_recipes(context, context.problem) if config.checkpoint else {}
-    picked = rerank(context, context.problem, found, recipe_scores)
+    picked = choose(context, context.problem, found)
     finalists = found.bank, [strip(row) for row in found.result.finalists]
     stopped_by = found.result.stopped_by
     if stopped_by is None:
@@ -105,7 +78,7 @@ def run_pipeline(
         why = "Out of time" if stopped_by == "max_seconds" else "Interrupted"
         print_progress(f"{why}: the best chain so far is kept, and controls are not scored")
         scored = ControlScores({"recipes": {}}, ReferenceLoss(None, 0.0), {}, stopped_by)
-    scored.controls["recipes"] = recipe_scores
+    scored.controls["recipes"] = picked.recipes
     record = _make_record(context, found, picked, scored)
     if config.text:
         splits = {name: getattr(setup.data, name) for name in EVALUATION_SPLITS}
@@ -117,7 +90,7 @@ def run_pipeline(
                     _search_at(num, search_key, context, search, deadline)
                     for num in _sweep_sizes(context)
                 ),
-                _make_sweep_row(context.max_layers, picked, recipe_scores),
+                _make_sweep_row(context.max_layers, picked),
             ]
         except KeyboardInterrupt as error:
             print_progress("Interrupted: the sweep is not finished, and left out")
@@ -174,7 +147,10 @@ def _make_context(
         starts = recipes.find_starts(original_bank, max_layers, min_layers=problem.min_layers)
     else:
         starts = list_starts(problem, "parents")
-    return Context(config, setup, original_bank, problem, max_layers, padded_layers, starts, folder)
+    scorer = Scorer(setup, shows_progress=bool(config.checkpoint))
+    return Context(
+        config, setup, original_bank, problem, max_layers, padded_layers, starts, scorer, folder
+    )
 
 
 def check_budget(
@@ -261,10 +237,12 @@ def search_chains(
             budget=budget,
             progress=True,
             starts=starts,
+            # Recipes need not be scored again.
+            record="chains" if context.config.checkpoint else None,
             checkpoint_dir=folder,
             max_seconds=_count_seconds(deadline),
         )
-        found = Found(problem.bank, result, 0)
+        found = Found(context.original_bank, result, 0)
     else:
         train = context.setup.data.train
         # A policy divides its budget, so a run with another budget is another run.
@@ -287,34 +265,6 @@ def search_chains(
     return found
 
 
-def rerank(
-    context: Context, problem: Problem, found: Found, recipe_scores: Mapping[str, ScoredChain]
-) -> Picked:
-    """Pick the chain with the lowest loss among the finalists and the recipes.
-
-    The loss is on `Setup.deciding_splits`, by default on `select`. If weights may have been
-    updated, recipes do not take part, because they are scored with the original weights.
-
-    Args:
-      context: the state that all steps share.
-      problem: the problem that was searched; recipes with fewer than its `min_layers` layers do
-        not take part.
-      found: the outcome of the search.
-      recipe_scores: the chain and scores of each recipe, by name.
-    """
-    chains = {}
-    if context.config.is_frozen:
-        chains = {name: tuple(row["chain"]) for name, row in recipe_scores.items()}
-    named = {tokens: name for name, tokens in chains.items() if len(tokens) > problem.min_layers}
-    finalists = [tuple(strip(row)) for row in found.result.finalists]
-    named |= dict.fromkeys(finalists, "search")
-    losses = dict(zip(named, context.rank(found.bank, chain_lib.pad([*named])), strict=True))
-    tokens = min(named, key=lambda tokens: losses[tokens])
-    scores = context.score(found.bank, tokens)
-    of_finalists = np.array([losses[tokens] for tokens in finalists])
-    return Picked([*tokens], named[tokens], scores, of_finalists)
-
-
 def _make_record(
     context: Context, found: Found, picked: Picked, scored: ControlScores
 ) -> ResultRecord:
@@ -332,7 +282,7 @@ def _make_record(
         "seconds": 0.0,
         "optimum": scored.optimum.loss,
         "controls": scored.controls,
-        "finalists": _describe_finalists(found, picked),
+        "finalists": describe_finalists(found.bank, found.result, picked),
         "num_scored": found.result.num_scored,
         "nonfinite_chains": found.result.num_nonfinite,
         "config": context.config.dump(),
@@ -344,22 +294,6 @@ def _make_record(
 def _count_seconds(deadline: float | None) -> float | None:
     """Return the seconds that are left, at least a moment."""
     return None if deadline is None else max(1e-3, deadline - time.monotonic())
-
-
-def _describe_finalists(found: Found, picked: Picked) -> list[FinalistRow]:
-    result, costs = found.result, found.result.finalist_costs
-    rows: list[FinalistRow] = []
-    for i, tokens in enumerate(map(strip, result.finalists)):
-        rows.append(
-            {
-                "chain": tokens,
-                "layers": [found.bank.names[token] for token in tokens],
-                "search_loss": float(result.finalist_losses[i]),
-                "deciding_loss": finite_or_none(picked.finalist_losses[i]),
-                "cost": len(tokens) - 1.0 if costs is None else float(costs[i]),
-            }
-        )
-    return rows
 
 
 def _sweep_sizes(context: Context) -> range:
@@ -386,54 +320,23 @@ def _search_at(
         budget=budget,
         progress=True,
         starts=starts,
+        record="chains",
         checkpoint_dir=folder,
         max_seconds=_count_seconds(deadline),
     )
     raise_if_stopped(result)
-    recipe_scores = _score_recipes(context, problem)
-    picked = rerank(context, problem, Found(context.original_bank, result, 0), recipe_scores)
-    return _make_sweep_row(max_layers, picked, recipe_scores)
+    picked = choose(context, problem, Found(context.original_bank, result, 0))
+    return _make_sweep_row(max_layers, picked)
 
 
-def _make_sweep_row(
-    max_layers: int, picked: Picked, recipe_scores: dict[str, ScoredChain]
-) -> SweepRow:
+def _make_sweep_row(max_layers: int, picked: Picked) -> SweepRow:
     return {
         "max_layers": max_layers,
         "chain": picked.tokens,
         "chosen": picked.chosen,
         **picked.scores.summarize(),
-        "recipes": recipe_scores,
+        "recipes": picked.recipes,
     }
-
-
-def _score_recipes(context: Context, problem: Problem) -> dict[str, ScoredChain]:
-    """Score the chains of `problem.max_layers` layers that recipes make from the models.
-
-    A model that has no more layers than that is also scored unchanged. If there are several models,
-    each recipe is applied to all of them, and the chain with the lowest loss on `select` is kept.
-    """
-    scored: dict[str, list[ScoredChain]] = {}
-    for parent in problem.bank.parents:
-        found = recipes.find_chains(
-            problem, parent, problem.max_layers, evaluate_fn=partial(_score_recipe, context)
-        )
-        for name, tokens in found.items():
-            scores = context.score(problem.bank, tokens).summarize()
-            scored.setdefault(name, []).append({"chain": tokens, **scores})
-    return {name: min(rows, key=_get_select_loss) for name, rows in scored.items()}
-
-
-def _score_recipe(
-    context: Context, problem: Problem, chains: Int[np.ndarray, "P L"]
-) -> Float[np.ndarray, "P"]:
-    title = f"Scoring {len(chains)} chains of a recipe"
-    return evaluate_in_parts(problem, chains, title, context.part_size).loss
-
-
-def _get_select_loss(row: ScoredChain) -> float:
-    loss = row["loss"]["select"]
-    return math.inf if loss is None else loss
 
 
 def find_versions() -> dict[str, str]:

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -53,7 +54,7 @@ def show_phase(title: str) -> Iterator[None]:
 
 
 @contextmanager
-def show_parts(title: str, num_parts: int) -> Iterator[Callable[[], None]]:
+def show_parts(title: str, num_parts: int) -> Iterator[Callable[[int], None]]:
     """Show how many parts of the `with` block's work are done, and the time left.
 
     Args:
@@ -61,7 +62,7 @@ def show_parts(title: str, num_parts: int) -> Iterator[Callable[[], None]]:
       num_parts: the number of parts, which take about the same time.
 
     Returns:
-      A function to call after each part.
+      A function to call with the number of parts that were done since the last call.
     """
     from rich import progress
     from rich.console import Console
@@ -76,7 +77,7 @@ def show_parts(title: str, num_parts: int) -> Iterator[Callable[[], None]]:
         )
         with progress.Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(title, total=num_parts)
-            yield lambda: bar.advance(task)
+            yield partial(bar.advance, task)
         return
     print_progress(f"{title} ...")
     yield _Lines(title, num_parts).advance
@@ -89,8 +90,8 @@ class _Lines:
         self._title, self._num_parts, self._num_done = title, num_parts, 0
         self._start = self._printed = time.monotonic()
 
-    def advance(self) -> None:
-        self._num_done += 1
+    def advance(self, num_parts: int) -> None:
+        self._num_done += num_parts
         now = time.monotonic()
         if now - self._printed < _LINE_SECONDS or self._num_done == self._num_parts:
             return
@@ -132,6 +133,6 @@ def evaluate_in_parts(
     with show_parts(title, num_parts) as advance:
         for part in np.split(rows, num_parts):
             found.append(evaluate_in_parts(problem, part, title, None))
-            advance()
+            advance(1)
     restored = np.argsort(order)
     return ChainScores(*(np.concatenate(parts)[restored] for parts in zip(*found, strict=True)))

@@ -106,7 +106,6 @@ class Result(NamedTuple):
 
     @staticmethod
     @checked
-    @checked
     def from_json(text: str) -> "Result":
         """Return the result that `to_json` wrote. Its `state` is None; arrays are NumPy arrays.
 

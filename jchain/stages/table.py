@@ -10,7 +10,7 @@ position `p` writes stage `p + 1`, and may follow any stage up to `p` (`StageTab
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax.numpy as jnp
 import numpy as np
@@ -79,7 +79,18 @@ class StageTable:
             [*(write for _, write in self.layer_stages), *(_END for _ in self.head_stages)]
         )
 
-    def fits(self, read: Any, stage: Any) -> Any:
+    @overload
+    def fits(self, read: int, stage: int) -> bool: ...
+
+    @overload
+    def fits(self, read: np.ndarray, stage: np.ndarray) -> np.ndarray: ...
+
+    @overload
+    def fits(self, read: Array | np.ndarray | int, stage: Array) -> Array: ...
+
+    def fits(
+        self, read: Array | np.ndarray | int, stage: Array | np.ndarray | int
+    ) -> Array | np.ndarray | bool:
         """Return whether a token that reads a stage may follow another stage.
 
         Args:

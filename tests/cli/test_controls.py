@@ -9,6 +9,7 @@ import jchain as jc
 from jchain.cli import controls
 from jchain.cli.config import SearchConfig, resolve
 from jchain.cli.context import Context
+from jchain.cli.scores import Scorer
 from jchain.cli.setup import choose_modules, set_up_trained
 from jchain.runs.starts import list_starts
 
@@ -22,7 +23,8 @@ def context():
     setup = set_up_trained(config, data, modules)
     bank = setup.make_bank(jax.random.key(0))
     problem = setup.make_problem(bank, "search", 3)
-    return Context(config, setup, bank, problem, 3, 3, list_starts(problem, "parents"))
+    starts = list_starts(problem, "parents")
+    return Context(config, setup, bank, problem, 3, 3, starts, Scorer(setup))
 
 
 def test_the_best_edit_is_the_best_neighbor_on_search(context):

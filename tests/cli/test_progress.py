@@ -25,7 +25,7 @@ def test_lines_say_the_time_that_is_left(monkeypatch, capsys):
     with progress.show_parts("Scoring", 10) as advance:
         for _ in range(10):
             clock[0] += 20.0
-            advance()
+            advance(1)
     lines = capsys.readouterr().err.splitlines()
     assert lines[:2] == ["Scoring ...", "Scoring: 2 of 10 parts, about 160 s left"]
     assert lines[-1] == "Scoring: 8 of 10 parts, about 40 s left"

@@ -5,7 +5,7 @@ import pytest
 from conftest import make_bank, make_batch
 
 import jchain as jc
-from jchain.cli.scores import ExampleScores, find_standard_error, score_chain, score_ensemble
+from jchain.cli.scores import ExampleScores, Scorer, find_standard_error, score_ensemble
 from jchain.cli.setup import Setup
 
 CHAINS = [[0, 2, 4], [1, 5], [4], [3, 3, 0, 5]]
@@ -26,7 +26,7 @@ def bank():
 @pytest.mark.parametrize("tokens", CHAINS)
 def test_chains_are_scored_by_example(bank, tokens):
     setup = make_setup()
-    scores = score_chain(setup, bank, tokens, max_layers=4)
+    scores = Scorer(setup).score(bank, [tokens])[0]
     summary = scores.summarize()
     for split in ("search", "select", "test"):
         x, y = getattr(setup.data, split)
@@ -53,7 +53,7 @@ def test_an_ensemble_averages_probabilities(bank):
     )
     np.testing.assert_allclose(scores.loss["test"], -np.log(mean), rtol=1e-4, atol=1e-6)
     one = score_ensemble(setup, bank, CHAINS[:1], max_layers=4)
-    alone = score_chain(setup, bank, CHAINS[0], max_layers=4)
+    alone = Scorer(setup).score(bank, [CHAINS[0]])[0]
     np.testing.assert_allclose(one.loss["test"], alone.loss["test"], rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(one.accuracy["test"], alone.accuracy["test"])
 
@@ -64,7 +64,7 @@ def test_other_losses_have_no_ensemble_but_their_own_mean(bank):
 
     setup = make_setup(loss_fn=loss_fn, accuracy_fn=lambda outputs, y: outputs * 0 + 0.25)
     assert score_ensemble(setup, bank, CHAINS, max_layers=4) is None
-    scores = score_chain(setup, bank, CHAINS[0], max_layers=4)
+    scores = Scorer(setup).score(bank, [CHAINS[0]])[0]
     x, y = setup.data.test
     expected = loss_fn(jc.apply_chain(bank, jc.chain.pad([CHAINS[0]])[0], x), y).mean(axis=1)
     np.testing.assert_allclose(scores.loss["test"], expected, rtol=1e-4)
