@@ -29,7 +29,9 @@ def count_completions(stages: StageTable, max_layers: int) -> tuple[tuple[int, .
       The counts, by `d` and by the stage that the prefix has reached.
     """
     range_of_stages, heads = range(stages.num_stages), stages.head_stages
-    counts = [tuple(sum(stages.fits(head, stage) for head in heads) for stage in range_of_stages)]
+    counts = [
+        tuple(sum(bool(stages.fits(head, stage)) for head in heads) for stage in range_of_stages)
+    ]
     for _ in range(max_layers):
         after = counts[-1]
         counts.append(

@@ -80,7 +80,7 @@ class StageTable:
         )
 
     @overload
-    def fits(self, read: int, stage: int) -> bool: ...
+    def fits(self, read: int | np.integer, stage: int | np.integer) -> bool | np.bool_: ...
 
     @overload
     def fits(self, read: np.ndarray, stage: np.ndarray) -> np.ndarray: ...
@@ -89,8 +89,10 @@ class StageTable:
     def fits(self, read: Array | np.ndarray | int, stage: Array) -> Array: ...
 
     def fits(
-        self, read: Array | np.ndarray | int, stage: Array | np.ndarray | int
-    ) -> Array | np.ndarray | bool:
+        self,
+        read: Array | np.ndarray | int | np.integer,
+        stage: Array | np.ndarray | int | np.integer,
+    ) -> Array | np.ndarray | bool | np.bool_:
         """Return whether a token that reads a stage may follow another stage.
 
         Args:
