@@ -1,9 +1,11 @@
 """The values of options that name classes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jchain as jc
 from jchain.cli.config import SearchConfig, require
+from jchain.search.moves import read_kinds
 
 BANKS = ("independent", "routed", "snapshots", "random")
 # The default number of channels of convolutions.
@@ -47,6 +49,8 @@ def make_search(config: SearchConfig) -> jc.Search:
     search = SEARCHES[require(config.search)]()
     if config.search == "actor-critic":
         search = jc.ActorCritic(encoding=ENCODINGS[config.encoding or "tokens"]())
+    if config.moves is not None and isinstance(search, jc.LocalSearch | jc.Evolution):
+        search = replace(search, moves=read_kinds(config.moves))
     if config.fractions is None:
         return search
     return jc.Staged(search, tuple(config.fractions))

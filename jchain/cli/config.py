@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from jchain.chain import check_max_layers, check_min_layers
 from jchain.engine.successive_halving import check_fractions
+from jchain.search.moves import KINDS
 from jchain.train import BankKind
 
 DEFAULT_DATA = "digits"
@@ -16,7 +17,10 @@ DEFAULT_BANK: BankKind = "routed"
 DEFAULT_NUM_LAYERS, DEFAULT_DEPTH, DEFAULT_NUM_STEPS = 12, 4, 1000
 # Default number of seeds and default budget, in layer calls, of a task.
 TASK_SEEDS, TASK_BUDGET = 5, 40_000
+CHECKPOINT_BUDGET = 600
 QUICK_SEEDS = 1
+# The searches that take `--moves`.
+_MOVING = ("local", "evolution")
 # Options that apply only to a bank that is trained, and only to a bank of checkpoints.
 _TRAINED_ONLY = ("bank", "layer", "channels", "num_layers", "num_heads", "depth", "num_steps")
 _CHECKPOINT_ONLY = (
@@ -75,7 +79,11 @@ class SearchConfig:
       max_layers: maximum number of layers in a chain.
       min_layers: minimum number of layers in a chain.
       layer_cost: penalty for each layer of a chain, in units of the loss.
+      space: chains that the search may make, `"chains"` or `"subset"` (`jchain.Problem`); None for
+        the default.
       search: name of the search.
+      moves: kinds of moves of local search and evolution; None for edits alone, or for all kinds
+        if there are checkpoints.
       fractions: fractions of the examples on which chains are scored one after the other, the worst
         ones on the first only (`jc.Staged`); None to score all chains on all examples.
       encoding: name of the encoding that the actor-critic uses for prefixes.
@@ -119,7 +127,9 @@ class SearchConfig:
     max_layers: int | None = None
     min_layers: int = 0
     layer_cost: float = 0.0
+    space: str | None = None
     search: str | None = None
+    moves: Sequence[str] | None = None
     fractions: Sequence[float] | None = None
     encoding: str | None = None
     update: str = "frozen"
@@ -322,10 +332,12 @@ def _resolve_checkpoint(config: SearchConfig) -> SearchConfig:
             check_sweep(config.sweep, config.max_layers)
         if not config.is_frozen:
             raise ValueError(f"expected --update frozen with --sweep, got {config.update}")
+    search = config.search or "local"
     return replace(
         config,
-        search=config.search or "local",
-        budget=1000 if config.budget is None else config.budget,
+        search=search,
+        moves=config.moves or (KINDS if search in _MOVING else None),
+        budget=CHECKPOINT_BUDGET if config.budget is None else config.budget,
         pinned=config.pinned or (1, 1),
         checkpoint=tuple(
             # What does not exist here may be the name of a model on the hub.
@@ -362,6 +374,10 @@ def check_search(config: SearchConfig, invertible_layers: Sequence[str]) -> None
         check_min_layers(config.min_layers, config.max_layers)
     if not 0 <= config.layer_cost < float("inf"):
         raise ValueError(f"expected a finite --layer-cost of at least 0, got {config.layer_cost}")
+    if config.moves is not None and config.search not in _MOVING:
+        raise ValueError(
+            f"expected --search {' or '.join(_MOVING)} with --moves, got {config.search}"
+        )
     if config.fractions is not None:
         check_fractions(config.fractions)
         if config.update in ("clone-then-tune", "shared-updates"):

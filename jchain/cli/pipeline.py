@@ -30,6 +30,7 @@ from jchain.cli.setup import Setup
 from jchain.cli.trust import sign
 from jchain.data import EVALUATION_SPLITS
 from jchain.hub import recipes
+from jchain.problem import Problem
 from jchain.runs.driver import run
 from jchain.runs.starts import list_starts
 from jchain.search.protocol import Search
@@ -141,7 +142,7 @@ def _make_context(
     longest = max((len(parent) - 1 for parent in original_bank.parents), default=0)
     max_layers = longest if config.max_layers is None else config.max_layers
     check_sweep(config.sweep, max_layers)
-    problem = setup.make_problem(original_bank, "search", max_layers, min_layers=config.min_layers)
+    problem = _make_search_problem(config, setup, original_bank, max_layers, config.min_layers)
     padded_layers = max(max_layers, longest, setup.plain_depth, len(setup.reference) - 1)
     if config.checkpoint:
         starts = recipes.find_starts(original_bank, max_layers, min_layers=problem.min_layers)
@@ -151,6 +152,18 @@ def _make_context(
     return Context(
         config, setup, original_bank, problem, max_layers, padded_layers, starts, scorer, folder
     )
+
+
+def _make_search_problem(
+    config: SearchConfig, setup: Setup, bank: Bank, max_layers: int, min_layers: int
+) -> Problem:
+    """Make the problem to search, in the space of its chains."""
+    space = config.space
+    if space is None:
+        longest = max((len(parent) - 1 for parent in bank.parents), default=0)
+        is_subset = config.checkpoint and bank.stages is None and max_layers < longest
+        space = "subset" if is_subset else "chains"
+    return setup.make_problem(bank, "search", max_layers, min_layers=min_layers, space=space)
 
 
 def check_budget(
@@ -307,9 +320,8 @@ def _search_at(
     """Search for a chain of at most `max_layers` layers, and score the recipes for that number."""
     print_progress(f"Searching chains of at most {max_layers} layers ...")
     min_layers = min(context.config.min_layers, max_layers)
-    problem = context.setup.make_problem(
-        context.original_bank, "search", max_layers, min_layers=min_layers
-    )
+    config, bank = context.config, context.original_bank
+    problem = _make_search_problem(config, context.setup, bank, max_layers, min_layers)
     budget = require(context.config.budget)
     starts = recipes.find_starts(problem.bank, max_layers, min_layers=min_layers)
     folder = None if context.folder is None else context.folder / f"sweep-{max_layers}"

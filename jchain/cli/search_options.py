@@ -9,7 +9,7 @@ from jchain.cli import config as config_lib
 from jchain.cli.checkpoints import SIZES
 from jchain.cli.choices import BANKS, CHANNELS, ENCODINGS, LAYERS, SEARCHES, UPDATES
 from jchain.cli.config import SearchConfig
-from jchain.cli.values import parse_fractions, parse_pinned, parse_sizes
+from jchain.cli.values import parse_fractions, parse_moves, parse_pinned, parse_sizes
 from jchain.data import LOADERS, SPLITS
 from jchain.tasks import TASKS
 
@@ -184,6 +184,13 @@ def _add_chains(search: argparse.ArgumentParser) -> None:
         help="minimum number of layers in a chain (default: %(default)s)",
     )
     group.add_argument(
+        "--space",
+        choices=("chains", "subset"),
+        help="chains: layers in any order, also several times; subset: some of the layers of the "
+        "models, in their order (default: subset if --max-layers is below the number of layers of "
+        "a checkpoint, otherwise chains)",
+    )
+    group.add_argument(
         "--layer-cost",
         type=float,
         default=_DEFAULT.layer_cost,
@@ -198,6 +205,14 @@ def _add_run(search: argparse.ArgumentParser) -> None:
         choices=sorted(SEARCHES),
         help="search algorithm (default: local for checkpoints, actor-critic with --encoding or "
         "--update shared-updates, critic otherwise)",
+    )
+    group.add_argument(
+        "--moves",
+        type=parse_moves,
+        metavar="KIND,KIND,...",
+        help="how local search and evolution change a chain. edits: swap, insert, or drop a layer; "
+        "switches: drop a layer and put another one at its own place; runs: drop or repeat a run "
+        "of layers (default: edits; all with checkpoints)",
     )
     group.add_argument(
         "--fractions",
@@ -224,8 +239,8 @@ def _add_run(search: argparse.ArgumentParser) -> None:
         "--budget",
         type=int,
         help="budget of layer calls; gradient steps count too "
-        f"(default: {config_lib.TASK_BUDGET} for a task, 20000 for a bank to train, 1000 for "
-        "checkpoints)",
+        f"(default: {config_lib.TASK_BUDGET} for a task, 20000 for a bank to train, "
+        f"{config_lib.CHECKPOINT_BUDGET} for checkpoints)",
     )
     group.add_argument(
         "--max-seconds",

@@ -30,7 +30,7 @@ CONV_SIDE = 16
 # of all of them.
 MAX_OPTIMUM_CHAINS = 200_000
 # Number of random chains to compare with; smaller for checkpoints, whose layers are expensive.
-NUM_RANDOM_CHAINS, NUM_RANDOM_CHECKPOINT_CHAINS = 200, 8
+NUM_RANDOM_CHAINS, NUM_RANDOM_CHECKPOINT_CHAINS = 200, 4
 
 
 class Modules(NamedTuple):
@@ -73,6 +73,7 @@ class Setup(NamedTuple):
         *,
         min_layers: int = 0,
         is_penalized: bool = True,
+        space: str = "chains",
     ) -> Problem:
         """Make the problem on one split.
 
@@ -82,6 +83,7 @@ class Setup(NamedTuple):
           max_layers: maximum number of layers in a chain.
           min_layers: minimum number of layers in a chain.
           is_penalized: whether the loss includes the layer penalty, as it does for the search.
+          space: the chains that a search may make; see `jchain.Problem`.
         """
         return Problem(
             bank,
@@ -91,6 +93,7 @@ class Setup(NamedTuple):
             layer_cost=make_layer_costs(bank, self.layer_cost) if is_penalized else 0.0,
             min_layers=min_layers,
             accuracy_fn=self.accuracy_fn,
+            space=space,
         )
 
 

@@ -3,6 +3,8 @@
 import argparse
 from fractions import Fraction
 
+from jchain.search.moves import read_kinds
+
 
 def parse_sizes(text: str) -> tuple[int, ...]:
     """Parse the sizes of the splits.
@@ -36,6 +38,21 @@ def parse_fractions(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(
             f"expected fractions, as in 1/16,1/4,1, got {text!r}"
         ) from None
+
+
+def parse_moves(text: str) -> tuple[str, ...]:
+    """Parse kinds of moves.
+
+    Args:
+      text: kinds separated by commas, as in edits,runs.
+
+    Raises:
+      argparse.ArgumentTypeError: if one is not known, or is there twice.
+    """
+    try:
+        return read_kinds(tuple(part.strip() for part in text.split(",")))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def parse_pinned(text: str) -> tuple[int, int]:

@@ -23,17 +23,17 @@ from jchain.stages.edits import exchange
 from jchain.stages.spaces import read_positions
 from jchain.stages.table import StageTable
 
-KINDS = ("edits", "switches", "runs")
 # `read_kinds` checks the kinds itself.
 if TYPE_CHECKING:
     MoveKind: TypeAlias = Literal["edits", "switches", "runs"]
 else:
     MoveKind: TypeAlias = str
 EDITS: tuple[MoveKind, ...] = ("edits",)
+KINDS: tuple[MoveKind, ...] = ("edits", "switches", "runs")
 
 
-def read_kinds(given: Sequence[MoveKind]) -> tuple[MoveKind, ...]:
-    """Check kinds of moves, and return them as a tuple.
+def read_kinds(given: Sequence[str]) -> tuple[MoveKind, ...]:
+    """Check kinds of moves, and return them in the order of `KINDS`.
 
     Args:
       given: the kinds.
@@ -45,7 +45,7 @@ def read_kinds(given: Sequence[MoveKind]) -> tuple[MoveKind, ...]:
     if not is_list or not given or set(given) - set(KINDS) or len(set(given)) < len(given):
         got = list(given) if is_list else given
         raise ValueError(f"expected moves to be some of {', '.join(KINDS)}, got {got}")
-    return tuple(given)
+    return tuple(kind for kind in KINDS if kind in given)
 
 
 def check_kinds(problem: Problem, kinds: Sequence[MoveKind]) -> None:
