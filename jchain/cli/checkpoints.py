@@ -21,7 +21,7 @@ from jchain.hub.text import load_text
 
 # The largest sizes of train, search, select, and test if no sizes are given. They are small because
 # a layer call processes all sequences of a split.
-SIZES = (64, 64, 64, 256)
+SIZES = (64, 32, 32, 64)
 # Default number of tokens in a sequence; a model with fewer positions gets sequences as long as
 # it accepts.
 LENGTH = 128

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jchain
+from jchain import chain as chain_lib
 from jchain._typing import Array, Key
 from jchain.bank import Bank
 from jchain.cli.config import SearchConfig, check_sweep, require
@@ -29,6 +30,7 @@ from jchain.cli.scores import Scorer
 from jchain.cli.setup import Setup
 from jchain.cli.trust import sign
 from jchain.data import EVALUATION_SPLITS
+from jchain.engine.timing import measure_calls
 from jchain.hub import recipes
 from jchain.problem import Problem
 from jchain.runs.driver import run
@@ -239,8 +241,11 @@ def search_chains(
     Raises:
       ValueError: if the budget is smaller than one step or no chain has a finite loss.
     """
-    print_progress(f"Searching {context.problem.space.num_chains:,} chains ...")
     budget, problem, starts = require(context.config.budget), context.problem, context.starts
+    line = f"Searching {problem.space.num_chains:,} chains"
+    if context.config.checkpoint:
+        line += f", {_estimate(problem, budget)}"
+    print_progress(f"{line} ...")
     if context.config.is_frozen:
         folder = None if context.folder is None else context.folder / "search"
         result = run(
@@ -276,6 +281,17 @@ def search_chains(
         raise_if_stopped(found.result)
         raise ValueError(f"no chain has a finite loss: {found.result.num_scored} were scored")
     return found
+
+
+def _estimate(problem: Problem, budget: int) -> str:
+    """Describe how long a search of pretrained blocks takes, by a short measurement."""
+    parent = problem.bank.parents[0]
+    wide = problem.relax(max(problem.max_layers, len(parent) - 1))
+    of_layer, of_head = measure_calls(wide, chain_lib.pad([parent], wide.max_layers)[0])
+    # Chains that are scored together share about half of their layers.
+    seconds = budget * (of_layer + of_head * 2 / max(1, problem.max_layers))
+    minutes = "" if seconds < 90 else f" ({seconds / 60:,.0f} min)"
+    return f"which takes about {seconds:,.0f} s{minutes}"
 
 
 def _make_record(

@@ -32,6 +32,7 @@ from jchain.engine.population import (
 )
 from jchain.engine.prefix_sharing import count_calls
 from jchain.engine.successive_halving import evaluate_rows
+from jchain.engine.timing import estimate_seconds
 from jchain.modules.host_batch import HostBatch
 from jchain.problem import Problem
 from jchain.pytree import describe_type, is_concrete
@@ -53,6 +54,7 @@ class Explanation(NamedTuple):
       num_devices: the number of devices that the chains are divided among.
       num_bytes: the estimated size of activations and temporaries on each device, in bytes.
       memory_limit: the upper limit of `num_bytes`.
+      seconds: the estimated time on this machine, without compilation; None unless measured.
     """
 
     plan: Plan
@@ -63,13 +65,15 @@ class Explanation(NamedTuple):
     num_devices: int
     num_bytes: int
     memory_limit: int
+    seconds: float | None = None
 
     def __str__(self) -> str:
+        took = "" if self.seconds is None else f", and about {self.seconds:,.2g} s"
         return (
             f"{self.num_chains:,} chains: {self.layer_calls:,} layer calls (a loop over chains "
             f"would make {self.unshared_layer_calls:,}) and {self.head_calls:,} head calls, by "
             f"{self.plan} on {self.num_devices} device(s), in about {self.num_bytes / 2**20:,.1f} "
-            f"of at most {self.memory_limit / 2**20:,.0f} MiB each"
+            f"of at most {self.memory_limit / 2**20:,.0f} MiB each{took}"
         )
 
 
@@ -321,10 +325,11 @@ def explain_plan(
     memory_limit: int | None = None,
     mesh: Mesh | None = None,
     plan: Plan | None = None,
+    measure: bool = False,
 ) -> Explanation:
     """Describe the plan, the calls, and the memory of `evaluate` with the same arguments.
 
-    No loss is computed.
+    Nothing is computed, unless the time is measured.
 
     Args:
       problem: the bank, the split of data, and the loss.
@@ -333,12 +338,13 @@ def explain_plan(
       memory_limit: the memory limit of each device in bytes; see `evaluate`.
       mesh: the devices over which the chains are spread; see `evaluate`.
       plan: how the calls are made; see `evaluate`.
+      measure: whether to estimate the time, by timing a few chains on a few examples.
 
     Raises:
       ValueError: for the same reasons as `evaluate`.
     """
     tokens = _check_chains(problem, chains, num_axes=(1, 2))
-    tokens = tokens.reshape(-1, tokens.shape[-1])
+    given = tokens = tokens.reshape(-1, tokens.shape[-1])
     problem, tokens, options = _place(problem, tokens, dtype, memory_limit, mesh, plan)
     num_devices = 1 if problem.mesh is None else problem.mesh.size
     chains_per_device = -(-tokens.shape[0] // num_devices)
@@ -356,6 +362,7 @@ def explain_plan(
         num_devices=num_devices,
         num_bytes=chosen.count_bytes(shapes, hidden),
         memory_limit=default_memory_limit() if memory_limit is None else memory_limit,
+        seconds=estimate_seconds(problem, np.asarray(given), options) if measure else None,
     )
 
 
