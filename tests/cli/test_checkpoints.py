@@ -28,6 +28,7 @@ def test_text_is_read_from_another_field_and_drawn_at_random(tmp_path, monkeypat
     checkpoint, text = make_checkpoint(tmp_path / "model"), tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"body": f"{i} {TEXT}"}) + "\n" for i in range(6)))
     config = SearchConfig(checkpoint=[str(checkpoint)], text=[str(text)], field="body", length=8)
+    monkeypatch.setattr(checkpoints, "SIZES", (64, 64, 64, 256))
     data = checkpoints.load_data(config).data
     assert "Text:" not in capsys.readouterr().err
     assert len(data.train.x) == 64

@@ -16,7 +16,7 @@ from jchain.runs.stepping import init_runs
 from jchain.search.protocol import Startable
 
 # These continue along the activations of prefixes of their own; starts are scored beside them.
-APART = ("BeamSearch", "MCTS", "SuffixBeamSearch")
+APART = ("BeamSearch", "RemovalSearch", "MCTS", "SuffixBeamSearch")
 
 
 @pytest.fixture(scope="module")
