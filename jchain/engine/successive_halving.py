@@ -271,9 +271,12 @@ def halve(
     if first_loss is None:
         first, calls = _score(problem, rows, rival, rungs, 0, options)
     else:
-        order = jnp.zeros(num_all, jnp.int32).at[source].set(jnp.arange(num_chains))
-        order = order.at[num_chains:].set(num_chains)
-        first, calls = (first_loss[order], jnp.zeros(num_all)), jnp.zeros(2, jnp.float32)
+        own = first_loss[:num_chains]
+        if is_candidate is not None:  # a row that is none may equal a chain that is one
+            own = jnp.where(is_candidate, own, jnp.inf)
+        known = jnp.full(num_all, jnp.inf, own.dtype).at[source].min(own)
+        known = known.at[num_chains:].set(first_loss[num_chains:])
+        first, calls = (known, jnp.zeros(num_all)), jnp.zeros(2, jnp.float32)
     loss, accuracy = (leaf[:num_chains] for leaf in first)
     bar = jnp.where(has_rival, first[0][-1], jnp.inf)
     rung = _Rung(jnp.arange(num_chains), is_in, loss, accuracy, bar, calls)

@@ -419,7 +419,7 @@ class ActorCritic:
 
 def score_rollout(
     cache: ScoreCache | None, rollout: Rollout, problem: Problem
-) -> tuple[Rollout, ScoreCache | None, Int[Array, ""]]:
+) -> tuple[Rollout, ScoreCache | None, Int[Array, ""] | Float[Array, ""]]:
     """Score a rollout; return it with its losses, the score cache, and the layer calls.
 
     Without a cache, the layers were applied while sampling, so the losses are known, and every

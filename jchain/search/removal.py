@@ -119,7 +119,9 @@ class RemovalSearch:
         is_repeat = (gap > 0) & (own == chain[jnp.clip(gap - 1, 0, chain.shape[0] - 1)])
         is_new = is_open & (gap < state.length) & (state.length > problem.min_layers) & ~is_repeat
         is_new &= wide.space.contains(rows)
-        scored = jnp.where(is_new[:, None], rows, wide.space.head_alone[None])
+        # Other rows repeat a chain, so that they take no part in a staged step.
+        filler = jnp.where(is_new.any(), rows[jnp.argmax(is_new)], wide.space.head_alone)
+        scored = jnp.where(is_new[:, None], rows, filler[None])
         cache, loss, layer_calls = score_cache.evaluate_cached(state.cache, wide, scored)
         loss = jnp.where(is_new & jnp.isfinite(loss), loss, jnp.inf)
         state = state._replace(
