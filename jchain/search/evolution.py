@@ -58,7 +58,6 @@ class Evolution:
     moves: Sequence[MoveKind] = static(default=EDITS)
 
     def __post_init__(self) -> None:
-        check_fields(self)
         check_at_least_one(
             population_size=self.population_size,
             tournament_size=self.tournament_size,
@@ -69,6 +68,7 @@ class Evolution:
                 "expected num_chains to be at most population_size, got "
                 f"{self.num_chains} and {self.population_size}"
             )
+        check_fields(self)
         object.__setattr__(self, "moves", read_kinds(self.moves))
 
     @checked

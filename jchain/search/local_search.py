@@ -55,8 +55,8 @@ class LocalSearch:
     moves: Sequence[MoveKind] = static(default=EDITS)
 
     def __post_init__(self) -> None:
-        check_fields(self)
         check_at_least_one(num_chains=self.num_chains)
+        check_fields(self)
         object.__setattr__(self, "moves", read_kinds(self.moves))
 
     @checked

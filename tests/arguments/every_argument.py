@@ -333,6 +333,7 @@ def make_calls(w):
         "Problem.with_mesh": {"self": problem, "mesh": jax.make_mesh((1,), ("a",))},
         "Problem.take": {"self": problem, "rows": slice(2)},
         "Problem.with_data": {"self": problem, "data": batch},
+        "Problem.relax": {"self": problem, "max_layers": 4},
         "Problem.with_bank": {"self": problem, "bank": bank},
         "Problem.with_examples": {"self": problem, "x": batch.x},
         "Problem.put": {"self": problem, "tree": {"a": loss}},

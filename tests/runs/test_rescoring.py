@@ -46,7 +46,10 @@ def test_searches_that_read_activations_see_the_first_part(problem):
     assert whole == {
         "RandomSearch",
         "LocalSearch",
+        "LocalSearch-moves",
         "Evolution",
+        "Evolution-moves",
+        "RemovalSearch",
         "QLearning",
         "ActorCritic",
         "ActorCritic-replay",
